@@ -1,0 +1,15 @@
+"""The grouped SeRA operation over a pool of adapters, and its plain reference."""
+
+from sera_kernels.grouped import grouped_sera
+from sera_kernels.operands import ABSENT, BARE_BASE, AdapterBatch, AdapterTables, Entry
+from sera_kernels.reference import grouped_sera_reference
+
+__all__ = [
+    "ABSENT",
+    "BARE_BASE",
+    "AdapterBatch",
+    "AdapterTables",
+    "Entry",
+    "grouped_sera",
+    "grouped_sera_reference",
+]

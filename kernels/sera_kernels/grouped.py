@@ -1,0 +1,49 @@
+"""The grouped operation: one call adds every token's own adapter to the base layers' outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from sera_kernels.operands import AdapterBatch, AdapterTables
+from sera_kernels.torch_path import grouped_sera_torch
+
+
+def grouped_sera(
+    x: Tensor,
+    outputs: Sequence[Tensor],
+    modules: Sequence[int],
+    batch: AdapterBatch,
+    pool: Tensor,
+    tables: AdapterTables,
+) -> None:
+    """Add each token's adapter update to the outputs of layers that share the input `x`, in place.
+
+    Semantics, for token t with slot s = batch.token_slots[t], and each output y with its module m:
+        y[t] += scaling[m, s] * ((x[t] A) C) B     if s >= 0 and offset[m, s] >= 0
+        y[t] stays as it is, bit for bit           otherwise
+    with A and B block-diagonal in split[m, s] blocks (paper, section 3.2), C = identity without a mixer, and sums in
+    float32 whatever the dtype. There is no gradient: training uses the layers' autograd.
+
+    Args:
+        x: (tokens, d_in), contiguous; float32, bfloat16 or float16.
+        outputs: One (tokens, d_out) tensor for each layer, of x's dtype; changed in place.
+        modules: The layers' rows in `tables`, in the order of `outputs`.
+        batch: Slot of each token; made once a step.
+        pool: (elements,), the factors of all resident adapters, of x's dtype.
+        tables: Place and shape of each adapter's factors.
+
+    Raises:
+        ValueError: A shape or dtype does not fit.
+    """
+    if x.dim() != 2 or len(batch.token_slots) != len(x):
+        raise ValueError(f"x must be (tokens, d_in) with {len(batch.token_slots)} tokens, not {tuple(x.shape)}")
+    if len(outputs) != len(modules):
+        raise ValueError(f"{len(outputs)} outputs, but {len(modules)} modules")
+    for y in outputs:
+        if y.dim() != 2 or len(y) != len(x) or y.dtype != x.dtype:
+            raise ValueError(f"output {tuple(y.shape)} {y.dtype} does not fit x {tuple(x.shape)} {x.dtype}")
+    if pool.dtype != x.dtype:
+        raise ValueError(f"the pool holds {pool.dtype}, activations are {x.dtype}")
+    grouped_sera_torch(x, outputs, modules, batch, pool, tables)

@@ -1,0 +1,111 @@
+"""What the grouped operation reads besides activations: where each adapter's factors lie, which token uses which."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+BARE_BASE = -1
+"""Slot of a token that uses no adapter."""
+
+ABSENT = -1
+"""Offset of a module that a slot's adapter does not adapt."""
+
+
+@dataclass(frozen=True)
+class AdapterTables:
+    """Place and shape of every resident adapter's factors, by (module, slot).
+
+    A module's factors are contiguous in the pool: A (d_in, segment_rank), then C (rank, rank) if there is a mixer,
+    then B (segment_rank, d_out), each row-major, true sizes.
+
+    Attributes:
+        offset: int64 (modules, slots), first element in the pool, or `ABSENT`.
+        rank: int32 (modules, slots).
+        split: int32 (modules, slots).
+        mixer: int32 (modules, slots), 1 where C exists.
+        scaling: float32 (modules, slots).
+    """
+
+    offset: Tensor
+    rank: Tensor
+    split: Tensor
+    mixer: Tensor
+    scaling: Tensor
+
+    @classmethod
+    def empty(cls, modules: int, slots: int, device: torch.device | str = "cpu") -> AdapterTables:
+        """Tables in which no slot adapts anything."""
+        shape = (modules, slots)
+        return cls(
+            offset=torch.full(shape, ABSENT, dtype=torch.int64, device=device),
+            rank=torch.zeros(shape, dtype=torch.int32, device=device),
+            split=torch.ones(shape, dtype=torch.int32, device=device),
+            mixer=torch.zeros(shape, dtype=torch.int32, device=device),
+            scaling=torch.zeros(shape, dtype=torch.float32, device=device),
+        )
+
+    def clear(self, slot: int) -> None:
+        """Make `slot` adapt nothing."""
+        self.offset[:, slot] = ABSENT
+
+    def entries(self, module: int, slots: list[int]) -> Iterator[Entry]:
+        """The rows of `module` for `slots`, on the host (waits for the device if there is one)."""
+        index = torch.tensor(slots, dtype=torch.int64, device=self.offset.device)
+        columns = [getattr(self, f.name)[module, index].tolist() for f in fields(self)]
+        for offset, rank, split, mixer, scaling in zip(*columns, strict=True):
+            yield Entry(offset, rank, split, bool(mixer), scaling)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One cell of `AdapterTables`, as Python numbers."""
+
+    offset: int
+    rank: int
+    split: int
+    mixer: bool
+    scaling: float
+
+    @property
+    def segment_rank(self) -> int:
+        """rank / split."""
+        return self.rank // self.split
+
+    def elements(self, d_in: int, d_out: int) -> int:
+        """Number of stored elements of the module's factors."""
+        return (d_in + d_out) * self.segment_rank + (self.rank**2 if self.mixer else 0)
+
+    def factors(self, pool: Tensor, d_in: int, d_out: int) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Views of A (d_in, segment_rank), C (rank, rank) or None, and B (segment_rank, d_out) in the pool."""
+        sizes = [d_in * self.segment_rank, self.rank**2 if self.mixer else 0, self.segment_rank * d_out]
+        a, c, b = pool[self.offset : self.offset + sum(sizes)].split(sizes)
+        mixer = c.view(self.rank, self.rank) if self.mixer else None
+        return a.view(d_in, self.segment_rank), mixer, b.view(self.segment_rank, d_out)
+
+
+@dataclass(frozen=True)
+class AdapterBatch:
+    """Which adapter each token of one forward pass uses; made once a step, shared by every layer.
+
+    Attributes:
+        token_slots: int32 (tokens,), a slot, or `BARE_BASE`.
+    """
+
+    token_slots: Tensor
+
+    @cached_property
+    def tokens_by_slot(self) -> dict[int, Tensor]:
+        """int64 positions of each slot's tokens, bare ones left out, on the tokens' device (host work: once a step)."""
+        slots, inverse = torch.unique(self.token_slots, return_inverse=True)
+        order = torch.argsort(inverse, stable=True)
+        counts = torch.bincount(inverse, minlength=len(slots)).tolist()
+        return {
+            slot: positions
+            for slot, positions in zip(slots.tolist(), order.split(counts), strict=True)
+            if slot != BARE_BASE
+        }

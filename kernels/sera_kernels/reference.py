@@ -1,0 +1,34 @@
+"""The grouped operation as its definition reads: one adapter at a time, dense blocks, float64."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sera_kernels.operands import ABSENT, AdapterBatch, AdapterTables
+
+
+def grouped_sera_reference(
+    x: Tensor,
+    outputs: Sequence[Tensor],
+    modules: Sequence[int],
+    batch: AdapterBatch,
+    pool: Tensor,
+    tables: AdapterTables,
+) -> None:
+    """Same semantics and arguments as `grouped_sera`, slow and plain: what every fast path is tested against."""
+    d_in = x.shape[1]
+    for y, module in zip(outputs, modules, strict=True):
+        d_out = y.shape[1]
+        for slot, tokens in batch.tokens_by_slot.items():
+            (entry,) = tables.entries(module, [slot])
+            if entry.offset == ABSENT:
+                continue
+            a, c, b = entry.factors(pool.double(), d_in, d_out)
+            blocks_a = torch.block_diag(*a.view(entry.split, -1, entry.segment_rank))
+            blocks_b = torch.block_diag(*b.view(entry.segment_rank, entry.split, -1).transpose(0, 1))
+            reduced = x[tokens].double() @ blocks_a
+            mixed = reduced if c is None else reduced @ c
+            y[tokens] = (y[tokens].double() + entry.scaling * (mixed @ blocks_b)).to(y.dtype)

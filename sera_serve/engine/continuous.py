@@ -1,0 +1,275 @@
+"""transformers' continuous batching made adapter-aware; the only file that knows its inner interfaces.
+
+What is replaced, and why:
+
+* the processor list: it carries each request's adapter slot and sampling into the batch, and writes one slot for every
+  sequence, also for those in the middle of a chunked prefill, which the stock list skips;
+* the scheduler: it reports when a cancelled request has really left the batch, so that its adapter may be released;
+* the output router: it calls back on the engine's thread; the stock one needs a live event loop per request, and a
+  closed loop would kill the engine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import ContinuousBatchingConfig, GenerationConfig, LogitsProcessorList, PreTrainedModel
+from transformers.generation.continuous_batching import scheduler as stock_scheduler
+from transformers.generation.continuous_batching.cb_logits_processors import (
+    ContinuousBatchingLogitsProcessorList,
+)
+from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager, OutputRouter
+from transformers.generation.continuous_batching.requests import (
+    FutureRequestState,
+    GenerationOutput,
+    RequestState,
+    RequestStatus,
+)
+
+from sera_kernels import BARE_BASE, AdapterBatch
+from sera_serve.engine.attention import use_varlen_attention
+from sera_serve.engine.sampling import noise_key, perturbed_scores
+from sera_serve.layers import AdapterContext
+
+PAGE_SIZE = 32
+_SCHEDULER = "sera"
+
+
+@dataclass(frozen=True)
+class SequenceOptions:
+    """What one sequence needs in every step: its adapter and its sampling."""
+
+    adapter_slot: int = BARE_BASE
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    @property
+    def truncates(self) -> bool:
+        """Whether sampling leaves out any token."""
+        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1)
+
+
+@dataclass(frozen=True)
+class SequenceUpdate:
+    """News of one sequence, from the engine's thread.
+
+    Attributes:
+        tokens: All tokens generated so far.
+        ended: No forward pass will use the sequence, or its adapter slot, any more.
+        error: Why it failed, or None.
+    """
+
+    request_id: str
+    tokens: list[int]
+    ended: bool
+    error: str | None = None
+
+
+class SequenceListener(Protocol):
+    """Receives updates on the engine's thread; must return quickly and not raise."""
+
+    def __call__(self, update: SequenceUpdate) -> None:
+        """Take note of `update`."""
+
+
+class _Processors(ContinuousBatchingLogitsProcessorList):  # type: ignore[misc]
+    """Rows of the batch's argument tensor: adapter slot per sequence, then sampling per sequence with a new token."""
+
+    SLOT, TEMPERATURE, TOP_K, TOP_P, KEY = range(5)
+
+    def __init__(self) -> None:
+        self.logits_processor = LogitsProcessorList()
+        self.tensors_required = 5
+        self.supported_keys = {"options": SequenceOptions}
+        self.ignored_keys: set[str] = set()
+        self.do_processing = True
+        self._samples = True
+        self._truncates = True
+
+    def fill_defaults(self, int32_tensor: Tensor) -> None:
+        int32_tensor.zero_()
+        int32_tensor[self.SLOT] = BARE_BASE
+
+    def prepare_tensor_args(self, requests_in_batch: list[FutureRequestState], arg_storage: Tensor) -> Tensor:
+        # Padding sequences must not run an adapter that an earlier, larger batch left in the row.
+        arg_storage[self.SLOT].fill_(BARE_BASE)
+        slots = [_options(request.state).adapter_slot for request in requests_in_batch]
+        arg_storage[self.SLOT, : len(slots)] = torch.tensor(slots, dtype=torch.int32)
+        states = [request.state for request in requests_in_batch if request.has_new_token]
+        options = [_options(state) for state in states]
+        keys = [noise_key(o.seed, s.position_offset) for o, s in zip(options, states, strict=True)]
+        rows: list[tuple[int, list[int] | list[float], torch.dtype]] = [
+            (self.TEMPERATURE, [o.temperature for o in options], torch.float32),
+            (self.TOP_K, [o.top_k for o in options], torch.int32),
+            (self.TOP_P, [o.top_p for o in options], torch.float32),
+            (self.KEY, keys, torch.int32),
+        ]
+        for row, values, dtype in rows:
+            # Floats travel as their bits in an int32 row.
+            arg_storage[row, : len(values)] = torch.tensor(values, dtype=dtype).view(torch.int32)
+        on_cpu = arg_storage.device.type == "cpu"
+        # With graphs the captured work must fit every later batch, so nothing is spared there.
+        self._samples = not on_cpu or any(o.temperature > 0 for o in options)
+        self._truncates = not on_cpu or any(o.truncates for o in options)
+        return arg_storage
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, logits_processor_args: Tensor) -> Tensor:
+        if not self._samples:
+            return scores
+        args = logits_processor_args[:, : len(scores)]
+        return perturbed_scores(
+            scores,
+            temperature=args[self.TEMPERATURE].view(torch.float32),
+            top_k=args[self.TOP_K],
+            top_p=args[self.TOP_P].view(torch.float32),
+            keys=args[self.KEY],
+            truncate=self._truncates,
+        )
+
+
+def _options(state: RequestState) -> SequenceOptions:
+    options: SequenceOptions = state.logit_processor_kwargs.get("options", SequenceOptions())
+    return options
+
+
+class _Router(OutputRouter):  # type: ignore[misc]
+    def __init__(self, listener: SequenceListener) -> None:
+        super().__init__()
+        self._listener = listener
+
+    def deliver(self, output: GenerationOutput) -> None:
+        self._listener(SequenceUpdate(output.request_id, output.generated_tokens, output.is_finished(), output.error))
+
+    def deliver_batch(self, outputs: list[GenerationOutput]) -> None:
+        for output in outputs:
+            self.deliver(output)
+
+
+class _Scheduler(stock_scheduler.FIFOScheduler):  # type: ignore[misc]
+    """First come, first served, and tells the listener when a cancelled sequence is gone."""
+
+    listener: SequenceListener | None = None
+
+    def clear_cancelled_requests(self) -> list[RequestState]:
+        states: list[RequestState] = super().clear_cancelled_requests()
+        if self.listener is not None:
+            for state in states:
+                state.status = RequestStatus.FINISHED
+                self.listener(SequenceUpdate(state.request_id, state.generated_tokens, ended=True))
+        return states
+
+
+class ContinuousBatch:
+    """Runs one decoder over all submitted sequences, each with its own adapter, on a thread of its own."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        context: AdapterContext,
+        listener: SequenceListener,
+        *,
+        kv_cache_tokens: int,
+        max_batch_tokens: int,
+        max_sequences: int,
+    ) -> None:
+        """Set up without starting.
+
+        Args:
+            model: A decoder with serving layers attached, for this object's use alone.
+            context: The serving layers' context.
+            listener: Told of every new token and every end.
+            kv_cache_tokens: Size of the paged cache.
+            max_batch_tokens: The most tokens of one forward pass; longer prompts are prefilled in chunks.
+            max_sequences: The most sequences of one forward pass.
+        """
+        self._model = model
+        self._context = context
+        if model.device.type == "cpu":
+            use_varlen_attention(model)
+        stock_scheduler.SCHEDULER_MAPPING[_SCHEDULER] = type("_Bound", (_Scheduler,), {"listener": listener})
+        self._manager = ContinuousBatchingManager(
+            model,
+            GenerationConfig(do_sample=False, eos_token_id=model.generation_config.eos_token_id),
+            ContinuousBatchingConfig(
+                page_size=PAGE_SIZE,
+                num_blocks=max(1, -(-kv_cache_tokens // PAGE_SIZE)),
+                max_batch_tokens=max_batch_tokens,
+                max_requests_per_batch=max_sequences,
+                # Blocks are shared by their tokens alone, but another adapter's keys and values differ.
+                allow_block_sharing=False,
+                scheduler_type=_SCHEDULER,
+                auto_switch_to_flash=model.device.type != "cpu",
+                # The torch path of the grouped operation reads shapes on the host, which no graph can capture.
+                use_cuda_graph=False,
+                use_async_batching=False,
+            ),
+        )
+        self._manager.logit_processor = _Processors()
+        self._manager.output_router = _Router(listener)
+        model.register_forward_pre_hook(self._enter_pass, with_kwargs=True)
+        model.register_forward_hook(self._exit_pass, always_call=True)
+
+    def start(self) -> None:
+        """Start the engine's thread."""
+        self._manager.start()
+
+    def stop(self) -> None:
+        """Stop at once; sequences under way end with an error."""
+        if self._manager.is_running():
+            self._manager.stop(block=True, timeout=30, hard_stop=True)
+
+    def failure(self) -> str | None:
+        """Why the engine's thread is not running, or None while it is."""
+        status = self._manager.background_thread_status
+        if status.fatal_error is not None:
+            return f"the engine stopped on an error: {status.fatal_error}"
+        if status.can_accept_new_requests() is not None:
+            return "the engine is stopping"
+        return None if self._manager.is_running() else "the engine is not running"
+
+    def submit(
+        self,
+        request_id: str,
+        tokens: list[int],
+        max_new_tokens: int,
+        end_tokens: list[int],
+        options: SequenceOptions,
+    ) -> None:
+        """Queue a sequence; every outcome reaches the listener.
+
+        Raises:
+            RuntimeError: The engine is not accepting sequences.
+        """
+        accepted = self._manager.add_request(
+            tokens,
+            request_id=request_id,
+            max_new_tokens=max_new_tokens,
+            streaming=True,
+            eos_token_id=end_tokens,
+            options=options,
+        )
+        if accepted is None:
+            raise RuntimeError("the engine did not accept the sequence")
+
+    def cancel(self, request_id: str) -> None:
+        """Take a sequence out of the batch; the listener hears when it is gone."""
+        self._manager.cancel_request(request_id)
+
+    def _enter_pass(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        slots = kwargs["logits_processor_args"][_Processors.SLOT]
+        if slots.device.type == "cpu" and (slots == BARE_BASE).all():
+            self._context.enter(None)
+            return
+        tokens = kwargs["input_ids"].shape[1]
+        ends = kwargs["cu_seq_lens_q"][1:]
+        position = torch.arange(tokens, device=slots.device, dtype=ends.dtype)
+        sequence = torch.searchsorted(ends, position, right=True).clamp(max=len(slots) - 1)
+        self._context.enter(AdapterBatch(slots[sequence]))
+
+    def _exit_pass(self, *unused: Any) -> None:
+        self._context.exit()

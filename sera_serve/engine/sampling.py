@@ -1,0 +1,79 @@
+"""Per-request sampling whose outcome depends on the request alone, never on what else is in the batch.
+
+A token is drawn by the Gumbel-max rule: argmax of scores / temperature + noise, which is a draw from the softmax. The
+noise is a hash of (seed, position, token id), so a seeded request gives the same tokens in any batch, and no random
+state is shared between tenants. All shapes are static.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_MASK64 = (1 << 64) - 1
+
+
+def noise_key(seed: int, position: int) -> int:
+    """A 31-bit key for the noise of one request at one position (splitmix64's finalizer)."""
+    z = (seed * 0x9E3779B97F4A7C15 + position * 0xD1B54A32D192ED03 + 0x632BE59BD9B4E019) & _MASK64
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK64
+    return (z ^ (z >> 31)) & 0x7FFFFFFF
+
+
+def gumbel_noise(keys: Tensor, vocabulary: int) -> Tensor:
+    """Standard Gumbel noise, float32 (rows, vocabulary), a pure function of each row's int32 key."""
+    tokens = torch.arange(1, vocabulary + 1, device=keys.device, dtype=torch.int64)
+    h = keys.to(torch.int64).unsqueeze(1) * 0x9E3779B1 + tokens * 0x85EBCA77
+    # Murmur3's 32-bit finalizer, carried out in int64: products of 32-bit numbers wrap, and the low half is exact.
+    h = (h ^ (h >> 32)) & 0xFFFFFFFF
+    h = ((h ^ (h >> 16)) * 0x85EBCA6B) & 0xFFFFFFFF
+    h = ((h ^ (h >> 13)) * 0xC2B2AE35) & 0xFFFFFFFF
+    h = h ^ (h >> 16)
+    # 23 bits and a half: never 0 or 1 in float32, so both logarithms are finite.
+    uniform = ((h >> 9).to(torch.float32) + 0.5) * 2.0**-23
+    return -torch.log(-torch.log(uniform))
+
+
+def keep_top(scores: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """Set all but the likeliest tokens to -inf.
+
+    Args:
+        scores: float32 (rows, vocabulary), already divided by the temperature.
+        top_k: int32 (rows,), how many tokens to keep; 0 keeps all.
+        top_p: float32 (rows,), keep the fewest tokens whose probability reaches it; 1 keeps all.
+
+    Returns:
+        (rows, vocabulary); at least the likeliest token of each row is kept.
+    """
+    vocabulary = scores.shape[1]
+    ordered = scores.sort(dim=1, descending=True).values
+    limit = torch.where(top_k > 0, top_k.clamp(max=vocabulary), vocabulary)
+    ranks = torch.arange(vocabulary, device=scores.device)
+    ordered = ordered.masked_fill(ranks >= limit.unsqueeze(1), -torch.inf)
+    probabilities = ordered.softmax(dim=1)
+    before = probabilities.cumsum(dim=1) - probabilities
+    kept = (before < top_p.unsqueeze(1)) & (ordered > -torch.inf)
+    kept[:, 0] = True
+    threshold = ordered.gather(1, kept.sum(dim=1, keepdim=True) - 1)
+    return scores.masked_fill(scores < threshold, -torch.inf)
+
+
+def perturbed_scores(
+    scores: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, keys: Tensor, truncate: bool = True
+) -> Tensor:
+    """Scores whose argmax is each row's next token: greedy where the temperature is 0, a draw elsewhere.
+
+    Args:
+        scores: float32 (rows, vocabulary), the model's logits.
+        temperature: float32 (rows,).
+        top_k: int32 (rows,); see `keep_top`.
+        top_p: float32 (rows,); see `keep_top`.
+        keys: int32 (rows,), from `noise_key`.
+        truncate: Whether any row limits its tokens; without, the sort is spared.
+    """
+    greedy = (temperature == 0).unsqueeze(1)
+    scaled = scores / torch.where(greedy, 1.0, temperature.unsqueeze(1))
+    kept = keep_top(scaled, top_k, top_p) if truncate else scaled
+    noise = gumbel_noise(keys, scores.shape[1])
+    return torch.where(greedy, scores, kept + noise)

@@ -1,0 +1,32 @@
+"""The adapter layers: trainable ones, and the ones that serve many adapters at once."""
+
+from sera_serve.layers.attach import (
+    adapter_tensors,
+    attach_adapter,
+    attached_layers,
+    count_adapter_parameters,
+    detach_adapter,
+    module_specs,
+)
+from sera_serve.layers.config import ALL_LINEAR, SeraConfig
+from sera_serve.layers.context import AdapterContext
+from sera_serve.layers.sera_linear import SeraLinear
+from sera_serve.layers.served import ServedLinear, attach_serving
+from sera_serve.layers.targets import adaptable_linears, linear_widths
+
+__all__ = [
+    "ALL_LINEAR",
+    "AdapterContext",
+    "SeraConfig",
+    "SeraLinear",
+    "ServedLinear",
+    "adaptable_linears",
+    "adapter_tensors",
+    "attach_adapter",
+    "attach_serving",
+    "attached_layers",
+    "count_adapter_parameters",
+    "detach_adapter",
+    "linear_widths",
+    "module_specs",
+]

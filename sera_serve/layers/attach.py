@@ -1,0 +1,104 @@
+"""Putting trainable adapters on a base model, taking them off, and counting them."""
+
+from __future__ import annotations
+
+from typing import TypedDict
+
+from torch import Tensor, nn
+
+from sera_serve.layers.config import SeraConfig
+from sera_serve.layers.sera_linear import SeraLinear
+from sera_serve.layers.targets import linear_widths, select_targets
+
+
+class ModuleShape(TypedDict):
+    """One adapted layer as the adapter format describes it."""
+
+    d_in: int
+    d_out: int
+    rank: int
+    split: int
+    use_mixer: bool
+    scaling: float
+
+
+def attach_adapter(model: nn.Module, config: SeraConfig) -> dict[str, SeraLinear]:
+    """Wrap each target of `model` in a `SeraLinear`, in place, and freeze everything else.
+
+    Args:
+        model: The base model; nothing is changed when a target does not fit.
+        config: The adapter's shape and targets.
+
+    Returns:
+        The new layers by the dotted path of the layer they wrap.
+
+    Raises:
+        InvalidConfiguration: See `select_targets`.
+    """
+    targets = select_targets(model, config)
+    model.requires_grad_(False)
+    layers = {}
+    for path, module in targets.items():
+        layers[path] = SeraLinear(module, config)
+        replace_module(model, path, layers[path])
+    return layers
+
+
+def detach_adapter(model: nn.Module) -> None:
+    """Put the wrapped base layers back; a no-op on a model without adapters."""
+    for path, layer in attached_layers(model).items():
+        replace_module(model, path, layer.base)
+
+
+def attached_layers(model: nn.Module) -> dict[str, SeraLinear]:
+    """The `SeraLinear` layers of `model` by path."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, SeraLinear)}
+
+
+def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The factors of every attached layer, detached, under the adapter format's names."""
+    tensors = {}
+    for path, layer in attached_layers(model).items():
+        tensors[f"{path}.sera_a"] = layer.sera_a.detach()
+        if layer.sera_c is not None:
+            tensors[f"{path}.sera_c"] = layer.sera_c.detach()
+        tensors[f"{path}.sera_b"] = layer.sera_b.detach()
+    return tensors
+
+
+def module_specs(model: nn.Module) -> dict[str, ModuleShape]:
+    """The adapter format's description of every attached layer."""
+    return {
+        path: ModuleShape(
+            d_in=layer.d_in,
+            d_out=layer.d_out,
+            rank=layer.config.rank,
+            split=layer.config.split,
+            use_mixer=layer.config.use_mixer,
+            scaling=layer.config.scaling,
+        )
+        for path, layer in attached_layers(model).items()
+    }
+
+
+def count_adapter_parameters(model: nn.Module, config: SeraConfig) -> int:
+    """How many parameters of the adapter would train on `model`, head excluded.
+
+    Needs shapes only, so a model on the meta device will do; `model` is not changed.
+    """
+    total = 0
+    for module in select_targets(model, config).values():
+        d_in, d_out = linear_widths(module)
+        if "a" in config.train_factors:
+            total += d_in * config.segment_rank
+        if "c" in config.train_factors and config.use_mixer:
+            total += config.rank**2
+        if "b" in config.train_factors:
+            total += config.segment_rank * d_out
+    return total
+
+
+def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Put `module` where `path` points in `model`."""
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)

@@ -1,0 +1,88 @@
+"""The trainable layer: a frozen linear layer plus scaling * A C B."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from sera_serve.layers.config import SeraConfig
+from sera_serve.layers.targets import linear_widths
+
+
+class SeraLinear(nn.Module):
+    """h = base(x) + scaling * ((x A) C) B, with A and B block-diagonal (paper, section 3.2).
+
+    Only the blocks' non-zeros are stored, in the layout of the adapter format:
+
+    * `sera_a` (d_in, segment_rank): rows `i * d_in / split ...` are block A_i;
+    * `sera_c` (rank, rank), or None where C is the identity;
+    * `sera_b` (segment_rank, d_out): columns `i * d_out / split ...` are block B_i.
+
+    A and C start from LoRA's Kaiming-uniform (fan-in of a block, a = sqrt 5), B at zero, so that the update is exactly
+    zero at first. Where only C trains, B starts as A does (section 4.6), or no gradient would ever reach C.
+    """
+
+    def __init__(self, base: nn.Module, config: SeraConfig) -> None:
+        super().__init__()
+        d_in, d_out = linear_widths(base)
+        config.check_fits("this layer", d_in, d_out)
+        self.base = base
+        self.config = config
+        self.d_in, self.d_out = d_in, d_out
+        weight = base.weight
+        assert isinstance(weight, Tensor)
+        # Adapters train in float32 whatever the base's dtype is: bf16 would lose most optimiser updates.
+        empty = partial(torch.empty, device=weight.device, dtype=torch.float32)
+        rank, segment_rank = config.rank, config.segment_rank
+        self.sera_a = nn.Parameter(empty(d_in, segment_rank), "a" in config.train_factors)
+        self.sera_c = nn.Parameter(empty(rank, rank), "c" in config.train_factors) if config.use_mixer else None
+        self.sera_b = nn.Parameter(empty(segment_rank, d_out), "b" in config.train_factors)
+        self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+        base.requires_grad_(False)
+        if not weight.is_meta:
+            self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw A and C, and zero B (or draw it, where only C trains)."""
+        _kaiming_uniform(self.sera_a, fan_in=self.d_in // self.config.split)
+        if self.sera_c is not None:
+            _kaiming_uniform(self.sera_c, fan_in=self.config.rank)
+        if {"a", "b"}.isdisjoint(self.config.train_factors):
+            _kaiming_uniform(self.sera_b, fan_in=self.config.segment_rank)
+        else:
+            nn.init.zeros_(self.sera_b)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., d_in) to (..., d_out)."""
+        h: Tensor = self.base(x)
+        split, segment_rank = self.config.split, self.config.segment_rank
+        u = self.dropout(x).to(self.sera_a.dtype).unflatten(-1, (split, -1))
+        u = torch.einsum("...si,sir->...sr", u, self.sera_a.view(split, -1, segment_rank)).flatten(-2)
+        if self.sera_c is not None:
+            u = u @ self.sera_c
+        blocks = self.sera_b.view(segment_rank, split, -1)
+        update = torch.einsum("...sr,rso->...so", u.unflatten(-1, (split, segment_rank)), blocks).flatten(-2)
+        return h + (self.config.scaling * update).to(h.dtype)
+
+    def delta_weight(self) -> Tensor:
+        """The dense update scaling * A C B, (d_in, d_out), in the factors' dtype."""
+        split = self.config.split
+        a = torch.block_diag(*self.sera_a.view(split, -1, self.config.segment_rank))
+        b = torch.block_diag(*self.sera_b.view(self.config.segment_rank, split, -1).transpose(0, 1))
+        mixed = a if self.sera_c is None else a @ self.sera_c
+        delta: Tensor = self.config.scaling * (mixed @ b)
+        return delta
+
+    def extra_repr(self) -> str:
+        """Shape summary for `print(model)`."""
+        c = self.config
+        return f"{self.d_in} -> {self.d_out}, rank={c.rank}, split={c.split}, use_mixer={c.use_mixer}"
+
+
+def _kaiming_uniform(parameter: Tensor, fan_in: int) -> None:
+    # nn.init.kaiming_uniform_ would read the fan-in off the stored shape, which is not the block's.
+    bound = 1 / math.sqrt(fan_in)
+    nn.init.uniform_(parameter, -bound, bound)

@@ -1,0 +1,101 @@
+"""One adapter as one contiguous run of elements, ready to be copied to the device at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adapters_store import AdapterBundle, AdapterConfig
+
+# Elements; keeps every module's factors on a 16-byte boundary in the smallest dtype.
+ALIGNMENT = 8
+
+
+@dataclass(frozen=True)
+class PackedModule:
+    """Where one module's factors lie in the packed run, and their shape.
+
+    Attributes:
+        index: Row of the module in the device tables.
+        offset: First element, relative to the start of the run.
+    """
+
+    index: int
+    offset: int
+    rank: int
+    split: int
+    use_mixer: bool
+    scaling: float
+
+
+@dataclass(frozen=True)
+class PackedHead:
+    """Where a classifier's weight (labels, hidden) and bias (labels,) lie in the packed run."""
+
+    weight_offset: int
+    bias_offset: int
+    labels: int
+    hidden_size: int
+
+
+@dataclass(frozen=True)
+class PackedAdapter:
+    """An adapter in the pool's dtype and layout, on the host.
+
+    Attributes:
+        digest: Content digest of the bundle it came from.
+        config: The bundle's configuration.
+        data: (elements,), the factors and the head, in the order of `modules`, then the head.
+    """
+
+    digest: str
+    config: AdapterConfig
+    data: Tensor
+    modules: tuple[PackedModule, ...]
+    head: PackedHead | None
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes, on the host and on the device alike."""
+        return self.data.numel() * self.data.element_size()
+
+
+def pack(
+    bundle: AdapterBundle, module_index: Mapping[str, int], dtype: torch.dtype, pin_memory: bool = False
+) -> PackedAdapter:
+    """Lay out a bundle as the grouped operation reads it: per module A, then C, then B, row-major.
+
+    Args:
+        bundle: A validated bundle that fits the base.
+        module_index: Row of each adaptable module in the device tables.
+        dtype: The pool's dtype.
+        pin_memory: Put the run in page-locked memory, for asynchronous copies to a GPU.
+    """
+    chunks: list[tuple[int, Tensor]] = []
+    end = 0
+
+    def place(*tensors: Tensor) -> int:
+        nonlocal end
+        start = end
+        for tensor in tensors:
+            chunks.append((end, tensor))
+            end += tensor.numel()
+        end = -(-end // ALIGNMENT) * ALIGNMENT
+        return start
+
+    modules = []
+    for path, spec in bundle.config.modules.items():
+        names = ["sera_a", "sera_c", "sera_b"] if spec.use_mixer else ["sera_a", "sera_b"]
+        offset = place(*(bundle.tensors[f"{path}.{name}"] for name in names))
+        modules.append(PackedModule(module_index[path], offset, spec.rank, spec.split, spec.use_mixer, spec.scaling))
+    head = None
+    if bundle.config.task == "classify":
+        weight, bias = bundle.tensors["head.weight"], bundle.tensors["head.bias"]
+        head = PackedHead(place(weight), place(bias), *weight.shape)
+    data = torch.zeros(end, dtype=dtype, pin_memory=pin_memory)
+    for start, tensor in chunks:
+        data[start : start + tensor.numel()] = tensor.reshape(-1)
+    return PackedAdapter(bundle.digest, bundle.config, data, tuple(modules), head)

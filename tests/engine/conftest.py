@@ -1,0 +1,50 @@
+"""Bases, stores and engines for the engine's tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adapters_store import AdapterStore
+from factories import random_decoder, random_encoder
+from sera_serve.base import FrozenBase
+from sera_serve.config import ServeSettings
+from sera_serve.engine import ServingEngine
+
+
+@pytest.fixture(scope="session")
+def decoder() -> FrozenBase:
+    return random_decoder()
+
+
+@pytest.fixture(scope="session")
+def encoder() -> FrozenBase:
+    return random_encoder()
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> AdapterStore:
+    return AdapterStore(tmp_path / "store")
+
+
+@pytest.fixture
+def start_engine() -> Iterator[Callable[..., ServingEngine]]:
+    """Start engines that are checked and stopped at the end of the test."""
+    engines = []
+
+    def start(base: FrozenBase, store: AdapterStore, **settings: Any) -> ServingEngine:
+        engine = ServingEngine(base, store, ServeSettings(**({"pool_mib": 8, "kv_cache_tokens": 8192} | settings)))
+        engine.start()
+        engines.append(engine)
+        return engine
+
+    yield start
+    for engine in engines:
+        if engine.failure() is None:
+            engine.residency.check_integrity()
+            assert engine.residency.leases() == 0
+            assert engine.in_flight() == 0
+        engine.stop()

@@ -1,0 +1,142 @@
+"""Rows of many classifiers in one batch give what each classifier gives alone on its merged base."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from adapters_store import AdapterBundle, AdapterStore
+from factories import merged, random_adapter
+from sera_serve import SeraConfig
+from sera_serve.base import FrozenBase
+from sera_serve.engine import ClassifyResult, GenerateParams, ServingEngine
+from sera_serve.errors import EngineUnavailable, InvalidRequest, UnsupportedTask
+
+Start = Callable[..., ServingEngine]
+TEXTS = ["short", "a longer text, of some words", "x", "the quick brown fox jumps over the lazy dog " * 3]
+
+
+def shapes(base: FrozenBase) -> list[SeraConfig]:
+    names = ("q_proj", "v_proj") if base.kind == "decoder" else ("query", "value")
+    return [
+        SeraConfig(16, 16, 8.0, "all-linear"),
+        SeraConfig(8, 2, 8.0, names, use_mixer=False),
+        SeraConfig(4, 1, 8.0, "all-linear"),
+    ]
+
+
+def publish(base: FrozenBase, store: AdapterStore) -> dict[str, AdapterBundle]:
+    bundles = {}
+    for i in range(6):
+        labels = [f"label{j}" for j in range(2 + i)]
+        pooling = ["last_token", "mean", "cls"][i % 3]
+        bundles[f"acme/c{i}"] = random_adapter(
+            base, shapes(base)[i % 3], seed=i, labels=labels, strength=0.5, pooling=pooling, max_length=40
+        )
+        store.publish(bundles[f"acme/c{i}"], f"acme/c{i}")
+    return bundles
+
+
+def expected(base: FrozenBase, bundle: AdapterBundle, text: str) -> torch.Tensor:
+    ids, mask = base.encode([text], 40)
+    assert bundle.config.pooling is not None
+    states = merged(base, bundle).pooled_states(ids, mask, bundle.config.pooling)
+    logits = states @ bundle.tensors["head.weight"].T + bundle.tensors["head.bias"]
+    return logits[0].softmax(0)
+
+
+@pytest.mark.parametrize("kind", ["decoder", "encoder"])
+@pytest.mark.parametrize("max_resident", [64, 2])
+def test_mixed_rows_are_each_alone_and_merged(
+    kind: str, max_resident: int, request: pytest.FixtureRequest, store: AdapterStore, start_engine: Start
+) -> None:
+    base: FrozenBase = request.getfixturevalue(kind)
+    bundles = publish(base, store)
+    engine = start_engine(base, store, max_resident=max_resident)
+
+    async def together() -> list[ClassifyResult]:
+        return await asyncio.gather(*(engine.classify(name, TEXTS) for name in [*bundles, *bundles]))
+
+    for name, result in zip([*bundles, *bundles], asyncio.run(together()), strict=True):
+        assert (result.adapter, result.version) == (name, 1)
+        for text, scores in zip(TEXTS, result.results, strict=True):
+            want = expected(base, bundles[name], text)
+            assert list(scores.probabilities) == bundles[name].config.labels
+            got = torch.tensor(list(scores.probabilities.values()))
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+            assert scores.label == bundles[name].config.labels[int(want.argmax())]  # type: ignore[index]
+
+
+def test_generate_and_classify_share_a_decoder(decoder: FrozenBase, store: AdapterStore, start_engine: Start) -> None:
+    bundles = publish(decoder, store)
+    store.publish(random_adapter(decoder, shapes(decoder)[0], seed=9), "acme/g")
+    engine = start_engine(decoder, store)
+
+    async def main() -> None:
+        params = GenerateParams(adapter="acme/g", prompt="hello", max_new_tokens=32)
+        alone = await (await engine.generate(params)).collect()
+        stream = await engine.generate(params)
+        results = await asyncio.gather(stream.collect(), *(engine.classify(name, TEXTS) for name in bundles))
+        assert results[0].token_ids == alone.token_ids  # type: ignore[union-attr]
+
+    asyncio.run(main())
+
+
+def test_refusals(decoder: FrozenBase, store: AdapterStore, start_engine: Start) -> None:
+    publish(decoder, store)
+    store.publish(random_adapter(decoder, shapes(decoder)[0], seed=9), "acme/g")
+    engine = start_engine(decoder, store)
+    with pytest.raises(UnsupportedTask, match="/v1/generate"):
+        asyncio.run(engine.classify("acme/g", ["x"]))
+    with pytest.raises(InvalidRequest, match="input 1 has no tokens") as refusal:
+        asyncio.run(engine.classify("acme/c0", ["x", ""]))
+    assert refusal.value.param == "inputs[1]"
+
+
+def test_a_failing_batch_fails_its_rows_only(
+    decoder: FrozenBase, store: AdapterStore, start_engine: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(decoder, store)
+    engine = start_engine(decoder, store)
+
+    def broken(rows: object) -> None:
+        raise RuntimeError("no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._classify, "_classify", broken)
+        with pytest.raises(EngineUnavailable, match="no memory"):
+            asyncio.run(engine.classify("acme/c0", TEXTS))
+    assert len(asyncio.run(engine.classify("acme/c0", TEXTS)).results) == len(TEXTS)
+
+
+def test_cancelled_request_keeps_its_adapter_until_its_rows_are_done(
+    decoder: FrozenBase, store: AdapterStore, start_engine: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(decoder, store)
+    engine = start_engine(decoder, store, classify_max_batch=1)
+    running, proceed = threading.Event(), threading.Event()
+    classify = engine._classify._classify
+
+    def slow(rows: object) -> object:
+        running.set()
+        proceed.wait(10)
+        return classify(rows)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(engine._classify, "_classify", slow)
+
+    async def main() -> None:
+        request = asyncio.create_task(engine.classify("acme/c0", TEXTS))
+        await asyncio.to_thread(running.wait, 10)
+        request.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await request
+        assert engine.residency.leases() == 1
+        proceed.set()
+        while engine.residency.leases():
+            await asyncio.sleep(0.01)
+
+    asyncio.run(main())

@@ -1,0 +1,247 @@
+"""What one request may ask, how it ends, and that ending it at any stage gives everything back."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+
+from adapters_store import AdapterNotFound, AdapterStore, StoreError
+from factories import greedy, random_adapter, random_encoder
+from sera_serve import SeraConfig
+from sera_serve.base import FrozenBase
+from sera_serve.engine import GenerateParams, GenerationResult, ServingEngine
+from sera_serve.engine.detokenizer import Detokenizer
+from sera_serve.errors import EngineUnavailable, InvalidRequest, Overloaded, PromptTooLong, UnsupportedTask
+
+SHAPE = SeraConfig(8, 8, 8.0, "all-linear")
+Start = Callable[..., ServingEngine]
+
+
+async def collect(engine: ServingEngine, **params: Any) -> GenerationResult:
+    return await (await engine.generate(GenerateParams(**params))).collect()
+
+
+def run(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    return asyncio.run(coroutine)
+
+
+async def settled(engine: ServingEngine) -> None:
+    """Wait until nothing is under way; fails after five seconds."""
+    deadline = time.monotonic() + 5
+    while engine.in_flight() or engine.residency.leases():
+        assert time.monotonic() < deadline, "a request or a lease was not given back"
+        await asyncio.sleep(0.01)
+
+
+def test_result_and_deltas_agree(decoder: FrozenBase, store: AdapterStore, start_engine: Start) -> None:
+    store.publish(random_adapter(decoder, SHAPE, 1), "acme/a")
+    engine = start_engine(decoder, store)
+
+    async def main() -> None:
+        stream = await engine.generate(GenerateParams(adapter="acme/a", prompt="hello", max_new_tokens=12))
+        deltas = [delta async for delta in stream]
+        assert stream.result is not None
+        assert [t for delta in deltas for t in delta.token_ids] == stream.result.token_ids
+        assert "".join(delta.text for delta in deltas) == stream.result.text
+        assert stream.result.prompt_tokens == 5
+        assert stream.result.completion_tokens == 12
+        assert (stream.result.adapter, stream.result.version) == ("acme/a", 1)
+
+    run(main())
+
+
+def test_versions_and_aliases_choose_the_weights(decoder: FrozenBase, store: AdapterStore, start_engine: Start) -> None:
+    for seed in (1, 2):
+        store.publish(random_adapter(decoder, SHAPE, seed), "acme/a")
+    engine = start_engine(decoder, store)
+
+    async def main() -> None:
+        first, second, latest = [
+            await collect(engine, adapter=ref, prompt="hello") for ref in ("acme/a@v1", "acme/a@v2", "acme/a")
+        ]
+        assert first.token_ids != second.token_ids == latest.token_ids
+        assert [r.version for r in (first, second, latest)] == [1, 2, 2]
+
+    run(main())
+
+
+def test_stop_strings_end_the_text_and_are_left_out(
+    decoder: FrozenBase, store: AdapterStore, start_engine: Start
+) -> None:
+    engine = start_engine(decoder, store)
+
+    async def main() -> None:
+        whole = await collect(engine, prompt="hello", max_new_tokens=40)
+        assert whole.finish_reason == "length"
+        printable = [c for c in whole.text[3:] if c.isascii()]
+        stop = printable[0]
+        cut = await collect(engine, prompt="hello", max_new_tokens=40, stop=["never there", stop])
+        assert cut.finish_reason == "stop"
+        assert cut.text == whole.text[: whole.text.index(stop)]
+        assert cut.token_ids == whole.token_ids[: len(cut.token_ids)]
+        await settled(engine)
+
+    run(main())
+
+
+def test_end_token_ends_the_text(decoder: FrozenBase, store: AdapterStore, start_engine: Start) -> None:
+    prompt = decoder.tokenizer("hello")["input_ids"]
+    tokens = greedy(decoder, prompt, 20)
+    # A token that first comes at position 5 or later is made the end token of this base.
+    position, end = next((i, t) for i, t in enumerate(tokens) if i >= 5 and t not in tokens[:i])
+    base = decoder.share_weights()
+    base.model.generation_config.eos_token_id = end
+    engine = start_engine(base, store)
+    result = run(collect(engine, prompt="hello", max_new_tokens=20))
+    assert result.finish_reason == "stop"
+    assert result.token_ids == tokens[: position + 1]
+
+
+def test_seeded_sampling_is_repeatable_in_any_batch(
+    decoder: FrozenBase, store: AdapterStore, start_engine: Start
+) -> None:
+    engine = start_engine(decoder, store, max_batch_tokens=24)
+    asked = {"prompt": "hello", "temperature": 1.0, "top_p": 0.9, "top_k": 50, "max_new_tokens": 16}
+
+    async def main() -> None:
+        alone = await collect(engine, **asked, seed=5)
+        others = [collect(engine, **asked, seed=seed) for seed in range(12)]
+        together = await asyncio.gather(*others, collect(engine, prompt="x" * 60, max_new_tokens=30))
+        assert together[5].token_ids == alone.token_ids
+        assert len({tuple(r.token_ids) for r in together}) == 13
+        unseeded = [await collect(engine, **asked) for _ in range(2)]
+        assert unseeded[0].token_ids != unseeded[1].token_ids
+
+    run(main())
+
+
+@pytest.mark.parametrize("when", ["at once", "after one", "waiting for room"])
+def test_closing_gives_everything_back(
+    decoder: FrozenBase, store: AdapterStore, start_engine: Start, when: str
+) -> None:
+    for name in ("a", "b"):
+        store.publish(random_adapter(decoder, SHAPE, ord(name)), f"acme/{name}")
+    engine = start_engine(decoder, store, max_resident=1)
+
+    async def main() -> None:
+        params = GenerateParams(adapter="acme/a", prompt="hello", max_new_tokens=200)
+        stream = await engine.generate(params)
+        if when == "after one":
+            await anext(stream)
+        if when == "waiting for room":
+            waiting = asyncio.create_task(collect(engine, adapter="acme/b", prompt="hello"))
+            await asyncio.sleep(0.1)
+            assert not waiting.done()
+            waiting.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await waiting
+        await stream.aclose()
+        await settled(engine)
+        assert (await collect(engine, adapter="acme/b", prompt="hello")).completion_tokens == 64
+
+    run(main())
+
+
+def test_abandoned_event_loop_does_not_hurt_the_engine(
+    decoder: FrozenBase, store: AdapterStore, start_engine: Start
+) -> None:
+    store.publish(random_adapter(decoder, SHAPE, 1), "acme/a")
+    engine = start_engine(decoder, store)
+
+    async def leave() -> None:
+        await engine.generate(GenerateParams(adapter="acme/a", prompt="hello", max_new_tokens=200))
+
+    run(leave())
+    gc.collect()
+    run(settled(engine))
+    assert run(collect(engine, adapter="acme/a", prompt="hello", max_new_tokens=3)).completion_tokens == 3
+
+
+def test_refusals_name_the_field_and_hold_nothing(
+    decoder: FrozenBase, encoder: FrozenBase, store: AdapterStore, start_engine: Start
+) -> None:
+    store.publish(random_adapter(decoder, SHAPE, 1, labels=["no", "yes"]), "acme/classifier")
+    store.publish(random_adapter(random_encoder(), SeraConfig(4, 4, 4.0, ("query",)), 1), "acme/other-base")
+    engine = start_engine(decoder, store)
+    cases: list[tuple[dict[str, Any], type[Exception], str]] = [
+        ({"adapter": "acme/missing", "prompt": "x"}, AdapterNotFound, "adapter"),
+        ({"adapter": "../etc/passwd", "prompt": "x"}, StoreError, "adapter"),
+        ({"adapter": "acme/classifier", "prompt": "x"}, UnsupportedTask, "adapter"),
+        ({"adapter": "acme/other-base", "prompt": "x"}, StoreError, "base"),
+        ({"prompt": ""}, InvalidRequest, "prompt"),
+        ({"token_ids": []}, InvalidRequest, "token_ids"),
+        ({"token_ids": [259]}, InvalidRequest, "token_ids"),
+        ({"token_ids": [-1]}, InvalidRequest, "token_ids"),
+        ({"prompt": "x" * 250, "max_new_tokens": 10}, PromptTooLong, "prompt"),
+    ]
+    for params, error, param in cases:
+        with pytest.raises(error) as refusal:
+            run(collect(engine, **params))
+        assert param in str(refusal.value.param), params  # type: ignore[attr-defined]
+    assert engine.in_flight() == 0 and engine.residency.leases() == 0
+    encoder_engine = start_engine(encoder, store)
+    with pytest.raises(UnsupportedTask):
+        run(collect(encoder_engine, prompt="x"))
+
+
+def test_admission_is_bounded(decoder: FrozenBase, store: AdapterStore, start_engine: Start) -> None:
+    engine = start_engine(decoder, store, max_queue=3)
+
+    async def main() -> None:
+        results = await asyncio.gather(
+            *(collect(engine, prompt="x", max_new_tokens=20) for _ in range(8)), return_exceptions=True
+        )
+        refused = [r for r in results if isinstance(r, Overloaded)]
+        assert len(refused) == 5 and refused[0].retry_after >= 1
+        assert sum(isinstance(r, GenerationResult) for r in results) == 3
+
+    run(main())
+
+
+def test_prompt_longer_than_the_cache_is_refused_not_fatal(
+    decoder: FrozenBase, store: AdapterStore, start_engine: Start
+) -> None:
+    engine = start_engine(decoder, store, kv_cache_tokens=64)
+    with pytest.raises(PromptTooLong, match="context of 64"):
+        run(collect(engine, prompt="x" * 60, max_new_tokens=5))
+    assert run(collect(engine, prompt="x" * 60, max_new_tokens=4)).completion_tokens == 4
+
+
+def test_a_dead_engine_says_so(decoder: FrozenBase, store: AdapterStore, start_engine: Start) -> None:
+    base = decoder.share_weights()
+    engine = start_engine(base, store)
+
+    async def main() -> None:
+        stream = await engine.generate(GenerateParams(prompt="x", max_new_tokens=250))
+        await anext(stream)
+        assert engine._generate is not None
+        engine._generate._model.lm_head.forward = None  # the next forward pass raises
+        with pytest.raises(EngineUnavailable, match="generation failed"):
+            await stream.collect()
+        with pytest.raises(EngineUnavailable, match=r"stopped on an error|is stopping"):
+            await collect(engine, prompt="x")
+        await settled(engine)
+
+    run(main())
+
+
+def test_detokenizer_holds_back_what_may_change(decoder: FrozenBase) -> None:
+    def pieces(text: str, stop: list[str]) -> tuple[list[str], Detokenizer]:
+        prompt = decoder.tokenizer("p")["input_ids"]
+        detokenizer = Detokenizer(decoder.tokenizer, prompt, stop)
+        out = [detokenizer.push(token) for token in decoder.tokenizer(text)["input_ids"] if not detokenizer.stopped]
+        return [*out, detokenizer.flush()], detokenizer
+
+    out, detokenizer = pieces("añb", [])
+    assert out == ["a", "", "ñ", "b", ""]
+    out, detokenizer = pieces("one END", ["END", "EN!"])
+    assert (detokenizer.text, detokenizer.stopped) == ("one ", True)
+    out, detokenizer = pieces("one ENT", ["END"])
+    assert (detokenizer.text, detokenizer.stopped, out[-1]) == ("one ENT", False, "")
+    out, detokenizer = pieces("one EN", ["END"])
+    assert (detokenizer.text, out[-1]) == ("one EN", "EN")

@@ -1,0 +1,131 @@
+"""Adapters with random weights, and what a request would give with the adapter merged into the base."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from adapters_store import AdapterBundle, AdapterConfig, ModuleSpec
+from sera_serve import SeraConfig, attach_adapter
+from sera_serve.base import FrozenBase, freeze_base
+from sera_serve.layers import adapter_tensors, linear_widths, module_specs
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, then <bos>, <eos> and <pad>: 259 tokens, no files."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {symbol: index for index, symbol in enumerate(alphabet)}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        pad_token="<pad>",
+        model_max_length=256,
+    )
+
+
+def random_decoder(seed: int = 0) -> FrozenBase:
+    """A Llama with random weights, strong enough that its greedy text is not one token repeated."""
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=259,
+            max_position_embeddings=256,
+            initializer_range=0.3,
+            bos_token_id=256,
+            eos_token_id=257,
+            pad_token_id=258,
+        )
+    )
+    return freeze_base(model, byte_tokenizer(), "random-llama")
+
+
+def random_encoder(seed: int = 0) -> FrozenBase:
+    """A BERT with random weights."""
+    torch.manual_seed(seed)
+    config = BertConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=259,
+        max_position_embeddings=256,
+        initializer_range=0.3,
+    )
+    return freeze_base(BertModel(config, add_pooling_layer=False), byte_tokenizer(), "random-bert", "encoder")
+
+
+def random_adapter(
+    base: FrozenBase,
+    config: SeraConfig,
+    seed: int,
+    labels: list[str] | None = None,
+    strength: float = 1.0,
+    **fields: Any,
+) -> AdapterBundle:
+    """An adapter whose update is about `strength` of each layer's own output; with labels, a classifier."""
+    generator = torch.Generator().manual_seed(seed)
+    shared = base.share_weights()
+    layers = attach_adapter(shared.model, config)
+    for layer in layers.values():
+        for factor in (layer.sera_a, layer.sera_c, layer.sera_b):
+            if factor is not None:
+                factor.data.normal_(generator=generator)
+        weight = layer.base.weight
+        assert isinstance(weight, torch.Tensor)
+        layer.sera_b.data *= strength * weight.norm() / layer.delta_weight().norm()
+    tensors = {name: tensor.clone() for name, tensor in adapter_tensors(shared.model).items()}
+    if labels is not None:
+        tensors["head.weight"] = torch.randn(len(labels), base.hidden_size, generator=generator)
+        tensors["head.bias"] = torch.randn(len(labels), generator=generator)
+        fields = {"labels": labels, "pooling": base.default_pooling, "max_length": 64} | fields
+    adapter_config = AdapterConfig(
+        task="generate" if labels is None else "classify",
+        method="sera",
+        base=base.info,
+        modules={path: ModuleSpec(**spec) for path, spec in module_specs(shared.model).items()},
+        **fields,
+    )
+    return AdapterBundle(adapter_config, tensors)
+
+
+def merged(base: FrozenBase, bundle: AdapterBundle) -> FrozenBase:
+    """A base whose weights have the adapter added, computed densely in float64."""
+    result = FrozenBase(base.name, copy.deepcopy(base.model), base.tokenizer, base.info, base.kind)
+    for path, spec in bundle.config.modules.items():
+        linear = result.model.get_submodule(path)
+        assert linear_widths(linear) == (spec.d_in, spec.d_out)
+        a = torch.block_diag(*bundle.tensors[f"{path}.sera_a"].double().view(spec.split, -1, spec.segment_rank))
+        b_blocks = bundle.tensors[f"{path}.sera_b"].double().view(spec.segment_rank, spec.split, -1)
+        b = torch.block_diag(*b_blocks.transpose(0, 1))
+        mixed = a @ bundle.tensors[f"{path}.sera_c"].double() if spec.use_mixer else a
+        delta = spec.scaling * (mixed @ b)
+        weight = linear.weight
+        assert isinstance(weight, torch.Tensor)
+        weight.data += (delta.T if isinstance(linear, nn.Linear) else delta).to(weight.dtype)
+    return result
+
+
+def greedy(base: FrozenBase, tokens: list[int], max_new_tokens: int) -> list[int]:
+    """What transformers' own `generate` gives for one prompt."""
+    output = base.model.generate(
+        torch.tensor([tokens]),
+        attention_mask=torch.ones(1, len(tokens), dtype=torch.int64),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        pad_token_id=base.tokenizer.pad_token_id,
+    )
+    return [int(token) for token in output[0, len(tokens) :]]

@@ -1,0 +1,93 @@
+"""The grouped operation against its float64 reference."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from sera_kernels import BARE_BASE, AdapterBatch, AdapterTables, grouped_sera, grouped_sera_reference
+
+SHAPES = [
+    (8, 8, True),
+    (8, 8, False),
+    (16, 4, True),
+    (4, 1, False),
+    (4, 1, True),
+    (64, 64, True),
+    (1, 1, False),
+]
+POPULARITY = {
+    "distinct": lambda tokens, slots: torch.arange(tokens) % slots,
+    "identical": lambda tokens, slots: torch.full((tokens,), 3),
+    "uniform": lambda tokens, slots: torch.randint(slots, (tokens,)),
+    "skewed": lambda tokens, slots: (torch.rand(tokens).pow(3) * slots).long(),
+    "with bare": lambda tokens, slots: torch.randint(-1, slots, (tokens,)),
+    "bare": lambda tokens, slots: torch.full((tokens,), BARE_BASE),
+}
+
+
+def random_pool(d_in: int, d_outs: list[int], dtype: torch.dtype) -> tuple[Tensor, AdapterTables]:
+    """One adapter of each shape, some of them absent from the second module; NaN wherever nothing lies."""
+    tables = AdapterTables.empty(len(d_outs), len(SHAPES))
+    chunks = [torch.full((5,), float("nan"))]
+    for slot, (rank, split, mixer) in enumerate(SHAPES):
+        for module, d_out in enumerate(d_outs):
+            if module == 1 and slot % 3 == 1:
+                continue
+            size = (d_in + d_out) * (rank // split) + (rank**2 if mixer else 0)
+            tables.offset[module, slot] = sum(map(len, chunks))
+            tables.rank[module, slot], tables.split[module, slot] = rank, split
+            tables.mixer[module, slot], tables.scaling[module, slot] = int(mixer), 0.5 + slot
+            chunks += [torch.randn(size) / 8, torch.full((3,), float("nan"))]
+    return torch.cat(chunks).to(dtype), tables
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("tokens", [1, 7, 40])
+@pytest.mark.parametrize("popularity", POPULARITY)
+def test_grouped_is_the_reference(popularity: str, tokens: int, dtype: torch.dtype) -> None:
+    d_in, d_outs = 64, [128, 64, 192]
+    pool, tables = random_pool(d_in, d_outs, dtype)
+    batch = AdapterBatch(POPULARITY[popularity](tokens, len(SHAPES)).to(torch.int32))
+    x = torch.randn(tokens, d_in).to(dtype)
+    got = [torch.randn(tokens, d_out).to(dtype) for d_out in d_outs]
+    before = [y.clone() for y in got]
+    want = [y.clone() for y in got]
+    grouped_sera(x, got, [0, 1, 2], batch, pool, tables)
+    grouped_sera_reference(x, want, [0, 1, 2], batch, pool, tables)
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype]
+    for module, (mine, reference) in enumerate(zip(got, want, strict=True)):
+        scale = reference.abs().max().item()
+        torch.testing.assert_close(mine, reference, rtol=tolerance, atol=tolerance * scale)
+        untouched = [
+            token
+            for token, slot in enumerate(batch.token_slots.tolist())
+            if slot == BARE_BASE or tables.offset[module, slot] < 0
+        ]
+        assert torch.equal(mine[untouched], before[module][untouched])
+
+
+def test_reference_by_hand() -> None:
+    # rank 2, split 2: A = [[1, 0], [2, 0], [0, 3], [0, 4]], C = [[0, 1], [1, 0]], B = [[5, 0], [0, 6]].
+    pool = torch.tensor([1.0, 2, 3, 4, 0, 1, 1, 0, 5, 6])
+    tables = AdapterTables.empty(1, 1)
+    tables.offset[0, 0], tables.rank[0, 0], tables.split[0, 0] = 0, 2, 2
+    tables.mixer[0, 0], tables.scaling[0, 0] = 1, 10.0
+    y = torch.ones(1, 2)
+    batch = AdapterBatch(torch.zeros(1, dtype=torch.int32))
+    # x A = [1 + 4, 9 + 16] = [5, 25]; mixed = [25, 5]; times B = [125, 30].
+    grouped_sera_reference(torch.tensor([[1.0, 2, 3, 4]]), [y], [0], batch, pool, tables)
+    assert y.tolist() == [[1251.0, 301.0]]
+
+
+def test_misfitting_arguments_are_refused() -> None:
+    pool, tables = random_pool(64, [64], torch.float32)
+    batch = AdapterBatch(torch.zeros(4, dtype=torch.int32))
+    x, y = torch.randn(4, 64), torch.randn(4, 64)
+    with pytest.raises(ValueError, match="4 tokens"):
+        grouped_sera(x[:3], [y[:3]], [0], batch, pool, tables)
+    with pytest.raises(ValueError, match="does not fit"):
+        grouped_sera(x, [y.half()], [0], batch, pool, tables)
+    with pytest.raises(ValueError, match="1 outputs, but 2 modules"):
+        grouped_sera(x, [y], [0, 1], batch, pool, tables)
+    with pytest.raises(ValueError, match="the pool holds"):
+        grouped_sera(x, [y], [0], batch, pool.half(), tables)

@@ -1,0 +1,136 @@
+"""The paper's parameter counts, exactly, on models without weights."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    CLIPConfig,
+    CLIPTextConfig,
+    CLIPVisionConfig,
+    LlamaConfig,
+    RobertaConfig,
+)
+
+from sera_serve import SeraConfig, attach_adapter, count_adapter_parameters
+
+QUERY_VALUE = ("query", "value")
+CLIP_QUERY_VALUE = ("q_proj", "v_proj")
+
+
+def clip(layers: tuple[int, int], text_width: int, vision_width: int, patch: int) -> CLIPConfig:
+    text = CLIPTextConfig(
+        hidden_size=text_width,
+        intermediate_size=4 * text_width,
+        num_hidden_layers=layers[0],
+        num_attention_heads=text_width // 64,
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=vision_width,
+        intermediate_size=4 * vision_width,
+        num_hidden_layers=layers[1],
+        num_attention_heads=vision_width // 64,
+        patch_size=patch,
+    )
+    return CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict())
+
+
+CONFIGS = {
+    "roberta-large": lambda: RobertaConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        vocab_size=50265,
+    ),
+    "clip-b32": lambda: clip((12, 12), 512, 768, 32),
+    "clip-l14": lambda: clip((12, 24), 768, 1024, 14),
+    "llama-3-8b": lambda: LlamaConfig(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=128256,
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, nn.Module]:
+    with torch.device("meta"):
+        return {
+            name: (AutoModelForCausalLM if name.startswith("llama") else AutoModel).from_config(config())
+            for name, config in CONFIGS.items()
+        }
+
+
+def sera(rank: int, targets: Any, split: int | None = None, **options: Any) -> SeraConfig:
+    return SeraConfig(
+        rank=rank, split=rank if split is None else split, lora_alpha=rank, target_modules=targets, **options
+    )
+
+
+CASES = [
+    *(
+        ("roberta-large", sera(rank, QUERY_VALUE), count)
+        for rank, count in [
+            (8, 101_376),
+            (16, 110_592),
+            (32, 147_456),
+            (64, 294_912),
+            (128, 884_736),
+            (256, 3_244_032),
+        ]
+    ),
+    *(
+        ("roberta-large", sera(rank, QUERY_VALUE, train_factors=factors), count)
+        for rank, count in [(16, 61_440), (64, 245_760)]
+        for factors in [("c", "b"), ("a", "c")]
+    ),
+    *(
+        ("roberta-large", sera(rank, QUERY_VALUE, train_factors=("c",)), count)
+        for rank, count in [(8, 3_072), (16, 12_288), (64, 196_608), (128, 786_432)]
+    ),
+    ("clip-b32", sera(8, CLIP_QUERY_VALUE), 64_512),
+    ("clip-l14", sera(8, CLIP_QUERY_VALUE), 139_776),
+    ("llama-3-8b", sera(64, "all-linear"), 3_538_944),
+    ("llama-3-8b", sera(32, "all-linear", split=16), 5_472_256),
+    ("llama-3-8b", sera(64, "all-linear", use_mixer=False), 2_621_440),
+    ("llama-3-8b", sera(128, "all-linear", split=64, use_mixer=False), 5_242_880),
+    ("llama-3-8b", sera(16, "all-linear", split=1), 42_000_384),
+    ("llama-3-8b", sera(64, "all-linear", split=1, use_mixer=False), 167_772_160),
+]
+
+
+@pytest.mark.parametrize(("base", "config", "count"), CASES, ids=lambda value: str(value)[:90])
+def test_count_is_the_papers(models: dict[str, nn.Module], base: str, config: SeraConfig, count: int) -> None:
+    assert count_adapter_parameters(models[base], config) == count
+
+
+def test_vera_sized_budget_is_matched_by_freezing(models: dict[str, nn.Module]) -> None:
+    # Table 5 sets SeRA r=16 with one factor frozen against VeRA r=256: 24 layers x 2 x (1024 + 256) = 61,440.
+    frozen = sera(16, QUERY_VALUE, train_factors=("c", "b"))
+    assert count_adapter_parameters(models["roberta-large"], frozen) == 24 * 2 * (1024 + 256)
+
+
+@pytest.mark.parametrize("factors", [("a", "c", "b"), ("b",), ("c",), ("a", "c")])
+@pytest.mark.parametrize(("split", "use_mixer"), [(8, True), (1, True)])
+def test_count_is_what_an_attached_model_trains(factors: Any, split: int, use_mixer: bool) -> None:
+    config = sera(8, "all-linear", split=split, use_mixer=use_mixer, train_factors=factors)
+    model = AutoModelForCausalLM.from_config(
+        LlamaConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            vocab_size=64,
+        )
+    )
+    expected = count_adapter_parameters(model, config)
+    attach_adapter(model, config)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == expected
