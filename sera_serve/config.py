@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import difflib
+import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
+import yaml
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, YamlConfigSettingsSource
+
+from sera_serve.errors import InvalidConfiguration
+
+_ENV_PREFIX = "SERA_SERVE_"
 
 
 class ServeSettings(BaseSettings):
-    """Everything the server and its engine can be told; flags win over the environment, which wins over defaults."""
+    """Everything the server and its engine can be told; flags win over the environment, and that over defaults."""
 
-    model_config = SettingsConfigDict(env_prefix="SERA_SERVE_", extra="forbid", frozen=True)
+    model_config = SettingsConfigDict(env_prefix=_ENV_PREFIX, extra="forbid", frozen=True)
 
     base: str = Field("embedded", description='"embedded", a folder in Hugging Face format, or a hub id')
     store: Path = Field(Path("store"), description="folder of the adapter store")
@@ -32,4 +40,72 @@ class ServeSettings(BaseSettings):
     classify_max_batch: int = Field(32, ge=1, description="inputs of one classification pass")
     max_queue: int = Field(1024, ge=1, description="requests admitted at once; more are answered 503")
     max_upload_mib: int = Field(1024, ge=1, description="largest adapter bundle accepted, MiB")
+    max_body_mib: int = Field(1, ge=1, description="largest JSON body accepted, MiB")
+    shutdown_grace_s: int = Field(
+        30, ge=0, description="time that requests under way have to finish after SIGTERM, seconds"
+    )
     request_timeout_s: float = Field(60, gt=0, description="longest wait for an adapter to find room, seconds")
+
+
+def load_settings(config: Path | None, flags: Mapping[str, Any]) -> ServeSettings:
+    """Settings from flags, then `SERA_SERVE_*` variables, then a YAML file, then defaults: the first that has a value.
+
+    Args:
+        config: YAML file whose keys are the names of the settings, or None.
+        flags: Values by name; None means not given.
+
+    Raises:
+        InvalidConfiguration: The file cannot be read, or a setting is unknown or has an impossible value.
+    """
+    known = list(ServeSettings.model_fields)
+    for variable in sorted(os.environ):
+        name = variable.removeprefix(_ENV_PREFIX)
+        if name != variable and name.lower() not in known:
+            raise InvalidConfiguration(
+                f"environment variable {variable}: {_unknown(name.lower(), known)}", param=variable
+            )
+    given = {name: value for name, value in flags.items() if value is not None}
+    if config is None:
+        return _validated(ServeSettings, given)
+
+    class FromFile(ServeSettings):
+        @classmethod
+        def settings_customise_sources(
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,
+            dotenv_settings: PydanticBaseSettingsSource,
+            file_secret_settings: PydanticBaseSettingsSource,
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            return init_settings, env_settings, YamlConfigSettingsSource(settings_cls, config)
+
+    try:
+        content = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InvalidConfiguration(f"--config {config} cannot be read: {error}", param="config") from error
+    if not isinstance(content, dict):
+        raise InvalidConfiguration(f"--config {config} must hold `setting: value` lines", param="config")
+    for name in content:
+        if name not in known:
+            raise InvalidConfiguration(f"--config {config}: {_unknown(str(name), known)}", param=str(name))
+    return _validated(FromFile, given)
+
+
+def _validated(kind: type[ServeSettings], given: dict[str, Any]) -> ServeSettings:
+    try:
+        return kind(**given)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = str(first["loc"][0])
+        problem = first["msg"].replace("Input", "it", 1)
+        raise InvalidConfiguration(
+            f"{name} (flag --{name.replace('_', '-')}) is {first['input']!r}: {problem}", param=name
+        ) from error
+
+
+def _unknown(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"there is no setting {name!r}; " + (
+        f"did you mean {near[0]!r}?" if near else f"they are {', '.join(known)}"
+    )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 BARE_BASE = -1
@@ -36,6 +38,7 @@ class AdapterTables:
     split: Tensor
     mixer: Tensor
     scaling: Tensor
+    _rows_on_host: dict[int, tuple[NDArray[Any], ...]] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def empty(cls, modules: int, slots: int, device: torch.device | str = "cpu") -> AdapterTables:
@@ -49,6 +52,14 @@ class AdapterTables:
             scaling=torch.zeros(shape, dtype=torch.float32, device=device),
         )
 
+    def host_rows(self, module: int) -> tuple[NDArray[Any], ...]:
+        """The rows of `module` as arrays over the tables' own memory, in the order of the attributes; CPU only."""
+        rows = self._rows_on_host.get(module)
+        if rows is None:
+            rows = tuple(getattr(self, f.name)[module].numpy() for f in fields(self) if f.init)
+            self._rows_on_host[module] = rows
+        return rows
+
     def clear(self, slot: int) -> None:
         """Make `slot` adapt nothing."""
         self.offset[:, slot] = ABSENT
@@ -56,7 +67,7 @@ class AdapterTables:
     def entries(self, module: int, slots: list[int]) -> Iterator[Entry]:
         """The rows of `module` for `slots`, on the host (waits for the device if there is one)."""
         index = torch.tensor(slots, dtype=torch.int64, device=self.offset.device)
-        columns = [getattr(self, f.name)[module, index].tolist() for f in fields(self)]
+        columns = [getattr(self, f.name)[module, index].tolist() for f in fields(self) if f.init]
         for offset, rank, split, mixer, scaling in zip(*columns, strict=True):
             yield Entry(offset, rank, split, bool(mixer), scaling)
 
@@ -97,6 +108,11 @@ class AdapterBatch:
     """
 
     token_slots: Tensor
+
+    @cached_property
+    def host_slots(self) -> NDArray[Any]:
+        """`token_slots` as an array; CPU only."""
+        return self.token_slots.numpy()
 
     @cached_property
     def tokens_by_slot(self) -> dict[int, Tensor]:

@@ -1,0 +1,40 @@
+# make setup | serve | test | lint | bench. Everything lives in .venv; running a target again does only what is missing.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PORT ?= 8000
+HOST ?= 127.0.0.1
+STORE ?= demo-store
+VENV := .venv
+BIN := $(VENV)/bin
+# Made last, so that an interrupted setup is taken up again.
+STAMP := $(VENV)/.installed
+
+.PHONY: setup serve test lint bench clean
+.DEFAULT_GOAL := setup
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@# First and alone: its CPU-only and CUDA builds bring different dependencies, and the rest must follow it.
+	$(BIN)/python -m pip install -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install -c constraints.txt -e '.[train,dev]'
+	touch $@
+
+serve: setup
+	$(BIN)/python -m sera_serve.demo --store $(STORE)
+	$(BIN)/sera-serve serve --base embedded --store $(STORE) --host $(HOST) --port $(PORT)
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/python -m benchmarks.mixed_batch --quick
+
+clean:
+	rm -rf $(VENV) $(STORE) build *.egg-info

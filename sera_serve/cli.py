@@ -1,0 +1,76 @@
+"""The command `sera-serve`."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from pydantic.fields import FieldInfo
+
+from adapters_store import StoreError
+from sera_serve.cli_adapters import adapters_app
+from sera_serve.config import ServeSettings, load_settings
+from sera_serve.errors import InvalidConfiguration, SeraServeError
+
+
+def main() -> None:
+    """Console script."""
+    build_cli()()
+
+
+def build_cli() -> typer.Typer:
+    """The command-line application: `serve` and `adapters`."""
+    app = typer.Typer(
+        help="Serve thousands of small SeRA adapters on one frozen base model.",
+        add_completion=False,
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+    )
+    app.command("serve")(_serve_command())
+    app.add_typer(adapters_app, name="adapters")
+    return app
+
+
+def _serve_command() -> Any:
+    """The function behind `serve`, with one option for each field of `ServeSettings`."""
+
+    def serve(config: Path | None, **flags: Any) -> None:
+        try:
+            settings = load_settings(config, flags)
+        except InvalidConfiguration as error:
+            _fail(error.message, 2)
+        # transformers takes seconds to import, and --help needs none of it.
+        from sera_serve.serving import run_server
+
+        try:
+            run_server(settings)
+        except (SeraServeError, StoreError) as error:
+            _fail(error.message, 1)
+
+    serve.__doc__ = "Serve a frozen base and the adapters of a store over HTTP."
+    config = typer.Option(help="YAML file of settings by name; flags and SERA_SERVE_* variables win over it.")
+    parameters = [_keyword("config", Annotated[Path | None, config], None)]
+    parameters += [_parameter(name, field) for name, field in ServeSettings.model_fields.items()]
+    serve.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    serve.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return serve
+
+
+def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
+    # Defaults live in ServeSettings, so that a flag that was given can be told from one that was not.
+    option = typer.Option(
+        f"--{name.replace('_', '-')}", help=f"{field.description} [default: {field.default}]", show_default=False
+    )
+    kind: Any = field.annotation
+    return _keyword(name, Annotated[kind | None, option], None)
+
+
+def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _fail(message: str, status: int) -> NoReturn:
+    typer.echo(f"sera-serve: {message}", err=True)
+    raise typer.Exit(status)

@@ -1,0 +1,110 @@
+"""Two demo tenants, trained on the spot from `demo_data/`: `python -m sera_serve.demo --store DIR`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from adapters_store import AdapterNotFound, AdapterStore, StoreError
+from sera_serve.errors import SeraServeError
+
+DATA = Path(__file__).parent / "demo_data"
+
+# Options of each tenant's training run, by adapter id; what they leave out is the trainer's default.
+DEMOS: dict[str, dict[str, Any]] = {
+    "demo/tickets": {
+        "task": "classify",
+        "train": DATA / "tickets_train.csv",
+        "eval": DATA / "tickets_eval.csv",
+        "text_column": "text",
+        "label_column": "label",
+        "pooling": "mean",
+        "rank": 16,
+        "epochs": 12,
+        "learning_rate": 5e-3,
+        "description": "Which desk a support ticket goes to.",
+    },
+    "demo/pirate": {
+        "task": "generate",
+        "train": DATA / "pirate_train.jsonl",
+        "eval": DATA / "pirate_eval.jsonl",
+        "prompt_column": "prompt",
+        "completion_column": "completion",
+        "rank": 32,
+        "epochs": 6,
+        "learning_rate": 5e-3,
+        "description": "Goes on with a story as a pirate would.",
+    },
+}
+
+# A prompt or an input for each, which is in neither its training nor its evaluation rows.
+EXAMPLES = {
+    "demo/tickets": "My parcel is late and the tracking number does not work.",
+    "demo/pirate": "The little cat found a map.",
+}
+
+
+def train_demos(store_path: Path, base: str = "embedded", console: Console | None = None) -> list[str]:
+    """Train the demo tenants that the store does not have yet.
+
+    Args:
+        store_path: The store; made if absent.
+        base: The base to train them on.
+        console: Where progress is shown.
+
+    Returns:
+        Ids of the adapters trained now.
+    """
+    console = console or Console(quiet=True)
+    store = AdapterStore(store_path)
+    missing = [name for name in DEMOS if not _is_there(store, name)]
+    if not missing:
+        console.print(f"the demo tenants are in {store_path}: {', '.join(DEMOS)}", highlight=False)
+        return []
+    # Slow to import, and not needed when there is nothing to train.
+    from transformers.utils.logging import disable_progress_bar
+
+    from sera_serve.base import load_base
+    from sera_serve.trainer.run import train_adapter
+    from sera_serve.trainer.settings import TrainSettings
+
+    disable_progress_bar()
+    frozen = load_base(base)
+    for name in missing:
+        console.print(f"training demo tenant {name} on base {base}", highlight=False)
+        settings = TrainSettings(base=base, store=store_path, name=name, **DEMOS[name])
+        result = train_adapter(settings, base=frozen, console=console)
+        metrics = ", ".join(f"{metric} {value:.3f}" for metric, value in result.metrics.items())
+        console.print(
+            f"published {name} version {result.version}: {result.parameters:,} parameters, {metrics}, "
+            f"{result.train_seconds:.0f} s",
+            highlight=False,
+        )
+    return missing
+
+
+def _is_there(store: AdapterStore, name: str) -> bool:
+    try:
+        store.resolve(name)
+    except AdapterNotFound:
+        return False
+    return True
+
+
+def _command(
+    store: Annotated[Path, typer.Option(help="Folder of the adapter store; made if absent.")],
+    base: Annotated[str, typer.Option(help='"embedded", a folder, or a hub id.')] = "embedded",
+) -> None:
+    """Make sure that a store has the two demo tenants."""
+    try:
+        train_demos(store, base, Console())
+    except (SeraServeError, StoreError) as error:
+        typer.echo(f"sera_serve.demo: {error.message}", err=True)
+        raise typer.Exit(1) from error
+
+
+if __name__ == "__main__":
+    typer.run(_command)

@@ -1,0 +1,123 @@
+"""`/v1/adapters`: uploading, listing, inspecting and deleting."""
+
+from __future__ import annotations
+
+import asyncio
+import bisect
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request
+
+from adapters_store import AdapterInfo, AdapterStore, Published, check_base
+from adapters_store.errors import AdapterNotFound
+from sera_serve.server.interfaces import Engine, EngineOf, SettingsOf, StoreOf
+from sera_serve.server.schemas import (
+    AdapterDetail,
+    AdapterList,
+    AdapterSummary,
+    DeletedAdapter,
+    ListQuery,
+    PublishedAdapter,
+)
+from sera_serve.server.strict import StrictRoute
+from sera_serve.server.uploads import Upload, receive_upload
+
+router = APIRouter(route_class=StrictRoute, tags=["adapters"])
+
+_UPLOAD_FORM = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["bundle", "name"],
+                    "properties": {
+                        "bundle": {"type": "string", "format": "binary"},
+                        "name": {"type": "string", "description": "tenant/name"},
+                    },
+                }
+            }
+        },
+    }
+}
+
+
+@router.post("/v1/adapters", status_code=201, openapi_extra=_UPLOAD_FORM)
+async def upload(request: Request, engine: EngineOf, store: StoreOf, settings: SettingsOf) -> PublishedAdapter:
+    """Publish a bundle as the next version of an adapter; it is on disk, and checked, when this answers 201."""
+    max_bytes = settings.max_upload_mib << 20
+    # Uploads that wait for their turn lie on disk; one at a time is in memory.
+    async with receive_upload(request) as received, request.app.state.publishing:
+        published = await asyncio.to_thread(_publish, received, engine, store, max_bytes)
+    return PublishedAdapter(adapter=published.adapter, version=published.version, digest=published.digest)
+
+
+@router.get("/v1/adapters")
+async def list_adapters(query: Annotated[ListQuery, Query()], store: StoreOf) -> AdapterList:
+    """The adapters in order of their ids, a page at a time."""
+    return await asyncio.to_thread(_page, store, query)
+
+
+@router.get("/v1/adapters/{tenant}/{name}")
+async def inspect(tenant: str, name: str, store: StoreOf) -> AdapterDetail:
+    """One version of an adapter; `name` may carry @alias, @v3 or @digest."""
+    return await asyncio.to_thread(_detail, store, f"{tenant}/{name}")
+
+
+@router.delete("/v1/adapters/{tenant}/{name}")
+async def delete(tenant: str, name: str, store: StoreOf) -> DeletedAdapter:
+    """Delete an adapter, or with @ one version of it; requests under way finish with what they began with."""
+    await asyncio.to_thread(store.delete, f"{tenant}/{name}")
+    return DeletedAdapter(adapter=f"{tenant}/{name}")
+
+
+def _publish(received: Upload, engine: Engine, store: AdapterStore, max_bytes: int) -> Published:
+    bundle = received.read_bundle(max_bytes)
+    check_base(bundle.config, engine.base.info, engine.base.module_shapes())
+    return store.publish(bundle, name=received.name)
+
+
+def _page(store: AdapterStore, query: ListQuery) -> AdapterList:
+    infos = store.list(query.tenant)
+    if query.after is not None:
+        infos = infos[bisect.bisect_right([info.adapter for info in infos], query.after) :]
+    page = infos[: query.limit]
+    summaries = []
+    for info in page:
+        try:
+            summaries.append(AdapterSummary(**_summary(store, info)))
+        except AdapterNotFound:
+            # Deleted since it was listed.
+            continue
+    more = len(infos) > len(page)
+    return AdapterList(adapters=summaries, next=page[-1].adapter if more else None)
+
+
+def _detail(store: AdapterStore, reference: str) -> AdapterDetail:
+    info = store.inspect(reference)
+    return AdapterDetail(
+        **_summary(store, info),
+        versions=list(info.versions),
+        aliases=info.aliases,
+        config=store.config(info.digest).model_dump(mode="json"),
+    )
+
+
+def _summary(store: AdapterStore, info: AdapterInfo) -> dict[str, Any]:
+    config = store.config(info.digest)
+    return {
+        "adapter": info.adapter,
+        "version": info.version,
+        "digest": info.digest,
+        "task": info.task,
+        "method": info.method,
+        "base": info.base,
+        "labels": config.labels,
+        "ranks": sorted({spec.rank for spec in config.modules.values()}),
+        "splits": sorted({spec.split for spec in config.modules.values()}),
+        "modules": len(config.modules),
+        "parameters": info.parameters,
+        "bytes": info.nbytes,
+        "created_at": info.created_at,
+    }

@@ -1,0 +1,159 @@
+"""One place where every way to fail becomes `{"error": {"message", "type", "param", "code"}}`."""
+
+from __future__ import annotations
+
+import http
+import logging
+from typing import Any, cast
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from adapters_store.errors import StoreError
+from sera_serve.errors import SeraServeError
+from sera_serve.server.disconnect import ClientDisconnected
+from sera_serve.server.schemas import ErrorDetail, ErrorResponse
+
+logger = logging.getLogger("sera_serve.server")
+
+CLIENT_CLOSED = 499
+_MAX_MESSAGE = 600
+_MAX_PARAM = 200
+_CODES = {
+    400: "bad_request",
+    404: "not_found",
+    405: "method_not_allowed",
+    413: "body_too_large",
+    415: "unsupported_media_type",
+}
+_VALIDATION_CODES = {
+    "extra_forbidden": "unknown_field",
+    "missing": "missing_field",
+    "json_invalid": "invalid_json",
+}
+
+
+class BodyTooLarge(SeraServeError):
+    """The body exceeds the limit of its route; it is not read to the end."""
+
+    code = "body_too_large"
+    status = 413
+
+
+def error_type(status: int) -> str:
+    """The error family, as OpenAI's clients know it, of a status."""
+    if status == 404:
+        return "not_found_error"
+    if status == 429:
+        return "rate_limit_error"
+    if status == 503:
+        return "service_unavailable_error"
+    return "invalid_request_error" if status < 500 else "server_error"
+
+
+def error_content(status: int, message: str, code: str, param: str | None = None) -> dict[str, Any]:
+    """The JSON of an error; what a client sent is cut to a sane length before it is sent back."""
+    detail = ErrorDetail(
+        message=_printable(message, _MAX_MESSAGE),
+        type=error_type(status),
+        param=None if param is None else _printable(param, _MAX_PARAM),
+        code=code,
+    )
+    return ErrorResponse(error=detail).model_dump()
+
+
+def describe(error: Exception, request_id: str) -> tuple[int, dict[str, Any], int | None]:
+    """Status, JSON and seconds to wait before another try, of a failure met while answering a request.
+
+    What is the server's own fault is logged with its traceback, and told to the client only by its request id.
+    """
+    if isinstance(error, SeraServeError | StoreError):
+        retry_after = getattr(error, "retry_after", 1 if error.status in (429, 503) else None)
+        if error.status != 500:
+            return error.status, error_content(error.status, error.message, error.code, error.param), retry_after
+        code = error.code
+    else:
+        code = "internal_error"
+    logger.error("request %s failed", request_id, exc_info=error)
+    message = f"the server failed to answer; its log says why under request id {request_id}"
+    return 500, error_content(500, message, code), None
+
+
+def answer(error: Exception, request_id: str) -> JSONResponse:
+    """The response for any failure."""
+    status, content, retry_after = describe(error, request_id)
+    headers = None if retry_after is None else {"Retry-After": str(retry_after)}
+    return JSONResponse(content, status, headers)
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """Answer every exception that a route raises; what is raised outside the routes is `RequestLifecycle`'s."""
+    app.add_exception_handler(SeraServeError, _typed)
+    app.add_exception_handler(StoreError, _typed)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _http)
+    app.add_exception_handler(ClientDisconnected, _closed)
+    app.add_exception_handler(ClientDisconnect, _closed)
+
+
+async def _typed(request: Request, error: Exception) -> Response:
+    return answer(error, request.state.request_id)
+
+
+async def _invalid(request: Request, error: Exception) -> Response:
+    errors = cast(RequestValidationError, error).errors()
+    message, param = _readable(errors[0])
+    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+    kind = errors[0]["type"]
+    status = 400 if kind == "json_invalid" else 422
+    code = _VALIDATION_CODES.get(kind, "invalid_value")
+    return JSONResponse(error_content(status, message + more, code, param), status)
+
+
+def _readable(error: dict[str, Any]) -> tuple[str, str | None]:
+    """(message, param) of one of pydantic's errors."""
+    context = error.get("ctx") or {}
+    if "reason" in context:
+        return str(context["reason"]), context.get("field")
+    if error["type"] == "json_invalid":
+        return f"the body is not valid JSON: {context.get('error')}", None
+    path = _path(error["loc"])
+    if not path:
+        return "the body must be a JSON object with the fields of this request", None
+    if error["type"] == "missing":
+        return f"{path} is missing; send it", path
+    value = repr(error.get("input"))
+    shown = value if len(value) <= 60 else value[:60] + "..."
+    # pydantic's "Input should be ..." then reads as "top_p is 3: it should be ..."
+    return f"{path} is {shown}: {error['msg'].replace('Input', 'it', 1)}", path
+
+
+def _path(location: tuple[int | str, ...]) -> str:
+    path = ""
+    for part in location[1:]:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
+    return path
+
+
+async def _http(request: Request, error: Exception) -> Response:
+    failure = cast(HTTPException, error)
+    status = failure.status_code
+    message = {
+        404: "no such path; docs/http.md lists the paths",
+        405: f"{request.method[:16]} is not allowed here; the Allow header says what is",
+    }.get(status, failure.detail)
+    code = _CODES.get(status, http.HTTPStatus(status).phrase.lower().replace(" ", "_"))
+    return JSONResponse(error_content(status, message, code), status, failure.headers)
+
+
+async def _closed(request: Request, error: Exception) -> Response:
+    # Nobody reads it; the status is for the log and the metrics, as nginx has it.
+    return Response(status_code=CLIENT_CLOSED)
+
+
+def _printable(text: str, limit: int) -> str:
+    text = text.encode("utf-8", "replace").decode("utf-8")
+    return text if len(text) <= limit else text[: limit - 3] + "..."

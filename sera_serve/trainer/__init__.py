@@ -1,0 +1,1 @@
+"""The offline trainer: rows of text in, a published adapter out."""

@@ -1,0 +1,153 @@
+"""Checkpoints of a training run: small, complete or absent, and without pickle.
+
+A checkpoint is a folder `checkpoint-STEP` with `tensors.safetensors` (adapter, head, optimiser moments, generator states),
+`extra.json` (optimiser groups, schedule, Python's and numpy's generators) and transformers' `trainer_state.json`. It is
+written under another name, synced, and renamed, so a kill at any moment leaves whole checkpoints only; one that was damaged
+later is recognised and passed over.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+STATE_FILE = "trainer_state.json"
+_TENSORS, _EXTRA, _PARTIAL = "tensors.safetensors", "extra.json", "partial-checkpoint"
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+def save_checkpoint(
+    run_dir: Path, step: int, stored: Mapping[str, Tensor], optimiser: Any, schedule: Any, state: Any
+) -> Path:
+    """Write `checkpoint-STEP`; complete and durable when this returns.
+
+    Args:
+        run_dir: Folder of the run.
+        step: Optimiser steps done.
+        stored: The adapter's tensors by name.
+        optimiser: Torch optimiser.
+        schedule: Torch learning-rate scheduler.
+        state: transformers' `TrainerState`.
+    """
+    partial, final = run_dir / _PARTIAL, run_dir / f"checkpoint-{step}"
+    for folder in (partial, final):
+        shutil.rmtree(folder, ignore_errors=True)
+    partial.mkdir(parents=True)
+    optimiser_state = optimiser.state_dict()
+    tensors = {f"adapter.{name}": tensor for name, tensor in stored.items()}
+    for index, moments in optimiser_state["state"].items():
+        tensors.update({f"optimiser.{index}.{key}": tensor for key, tensor in moments.items()})
+    tensors["generator.cpu"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        tensors["generator.cuda"] = torch.cuda.get_rng_state()
+    save_file({name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}, partial / _TENSORS)
+    algorithm, keys, *rest = np.random.get_state()
+    extra = {
+        "groups": optimiser_state["param_groups"],
+        "schedule": schedule.state_dict(),
+        "python": random.getstate(),
+        "numpy": [algorithm, np.asarray(keys).tolist(), *rest],
+    }
+    (partial / _EXTRA).write_text(json.dumps(extra))
+    state.save_to_json(str(partial / STATE_FILE))
+    for path in [*partial.iterdir(), partial]:
+        _sync(path)
+    partial.rename(final)
+    _sync(run_dir)
+    return final
+
+
+def load_stored(checkpoint: Path) -> dict[str, Tensor]:
+    """The adapter's tensors of a checkpoint, on the CPU."""
+    tensors = load_file(checkpoint / _TENSORS)
+    return {k.removeprefix("adapter."): v for k, v in tensors.items() if k.startswith("adapter.")}
+
+
+def load_optimiser(checkpoint: Path, optimiser: Any, schedule: Any) -> None:
+    """Restore the optimiser's moments and the schedule."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in load_file(checkpoint / _TENSORS).items():
+        if name.startswith("optimiser."):
+            _, index, key = name.split(".", 2)
+            state.setdefault(int(index), {})[key] = tensor
+    extra = _read_json(checkpoint / _EXTRA)
+    optimiser.load_state_dict({"state": state, "param_groups": extra["groups"]})
+    schedule.load_state_dict(extra["schedule"])
+
+
+def load_generators(checkpoint: Path) -> None:
+    """Restore the states of every random generator that training draws from."""
+    extra, tensors = _read_json(checkpoint / _EXTRA), load_file(checkpoint / _TENSORS)
+    version, internal, gauss = extra["python"]
+    random.setstate((version, tuple(internal), gauss))
+    algorithm, keys, *rest = extra["numpy"]
+    np.random.set_state((algorithm, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(tensors["generator.cpu"])
+    if "generator.cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["generator.cuda"])
+
+
+def last_checkpoint(run_dir: Path, expected: Mapping[str, Tensor]) -> Path | None:
+    """The newest usable checkpoint, or None; partial and damaged ones are deleted.
+
+    Args:
+        run_dir: Folder of the run; may be absent.
+        expected: The adapter's tensors, for their names and shapes.
+    """
+    shutil.rmtree(run_dir / _PARTIAL, ignore_errors=True)
+    for checkpoint in reversed(_checkpoints(run_dir)):
+        if _usable(checkpoint, expected):
+            return checkpoint
+        shutil.rmtree(checkpoint, ignore_errors=True)
+    return None
+
+
+def delete_others(run_dir: Path, keep: set[Path]) -> None:
+    """Delete every checkpoint that is not in `keep`."""
+    for checkpoint in _checkpoints(run_dir):
+        if checkpoint not in keep:
+            shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+def _checkpoints(run_dir: Path) -> list[Path]:
+    found = [(int(m[1]), path) for path in run_dir.glob("checkpoint-*") if (m := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def _usable(checkpoint: Path, expected: Mapping[str, Tensor]) -> bool:
+    try:
+        tensors = load_file(checkpoint / _TENSORS)
+        _read_json(checkpoint / _EXTRA)
+        best = _read_json(checkpoint / STATE_FILE)["best_model_checkpoint"]
+    except (OSError, SafetensorError, ValueError, KeyError):
+        return False
+    shapes = {k.removeprefix("adapter."): v.shape for k, v in tensors.items() if k.startswith("adapter.")}
+    if shapes != {name: tensor.shape for name, tensor in expected.items()}:
+        return False
+    # The best epoch so far must be there still, or the run would end with another adapter.
+    return best is None or Path(best) == checkpoint or _usable(Path(best), expected)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads(path.read_text())
+    return value
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,187 @@
+"""transformers' `Trainer`, taught to save adapters only, to resume exactly, and to evaluate as the task does."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Sampler
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from sera_serve.trainer.checkpoint import (
+    delete_others,
+    load_generators,
+    load_optimiser,
+    load_stored,
+    save_checkpoint,
+)
+from sera_serve.trainer.sampler import LengthGroupedOrder
+from sera_serve.trainer.settings import TrainSettings
+from sera_serve.trainer.task import TrainingTask
+
+
+def training_arguments(settings: TrainSettings, run_dir: Path, *, evaluates: bool) -> TrainingArguments:
+    """transformers' arguments for `settings`; nothing is reported anywhere."""
+    metric = settings.best_metric
+    return TrainingArguments(
+        output_dir=str(run_dir),
+        use_cpu=settings.device == "cpu",
+        num_train_epochs=settings.epochs,
+        per_device_train_batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        warmup_steps=settings.warmup_ratio,
+        seed=settings.seed,
+        eval_strategy="epoch" if evaluates else "no",
+        save_strategy="epoch",
+        load_best_model_at_end=evaluates,
+        metric_for_best_model=f"eval_{metric}" if evaluates else None,
+        greater_is_better=(metric != "loss") if evaluates else None,
+        logging_steps=10,
+        logging_nan_inf_filter=False,
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=settings.device != "cpu",
+        skip_memory_metrics=True,
+    )
+
+
+class AdapterTrainer(Trainer):  # type: ignore[misc]
+    """Trains a task's model; every tensor it saves is of the adapter, its head, or the optimiser."""
+
+    # Set by Trainer, which is untyped here.
+    optimizer: Any
+    control: Any
+
+    def __init__(
+        self, task: TrainingTask, settings: TrainSettings, run_dir: Path, callbacks: list[TrainerCallback]
+    ) -> None:
+        self.task = task
+        self.settings = settings
+        self.run_dir = run_dir
+        super().__init__(
+            model=task.model,
+            args=training_arguments(settings, run_dir, evaluates=bool(task.eval_rows)),
+            data_collator=task.collate,
+            train_dataset=task.train_rows,
+            eval_dataset=task.eval_rows or None,
+            callbacks=[SaveByTheClock(settings.checkpoint_seconds), StopOnNonFiniteLoss(), *callbacks],
+        )
+        # It writes to stdout, which belongs to the result.
+        self.remove_callback(PrinterCallback)
+        self.steps_per_epoch = -(-len(task.train_rows) // settings.batch_size)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        # The step count is restored with a checkpoint, so it names the epoch after a restart too.
+        return LengthGroupedOrder(
+            self.task.lengths,
+            self.settings.batch_size,
+            self.settings.seed,
+            lambda: int(self.state.global_step) // self.steps_per_epoch,
+        )
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Any:
+        """AdamW over what trains, the head in its own group when it has its own rate."""
+        if self.optimizer is None:
+            rate = self.settings.learning_rate
+            head_rate = self.settings.head_learning_rate or rate
+            named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+            adapter = [p for name, p in named if not name.startswith("head.")]
+            head = [p for name, p in named if name.startswith("head.")]
+            groups = [{"params": adapter, "lr": rate}, {"params": head, "lr": head_rate}]
+            self.optimizer = torch.optim.AdamW(
+                [group for group in groups if group["params"]], weight_decay=self.settings.weight_decay
+            )
+        return self.optimizer
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """The task's own evaluation, its names prefixed."""
+        rows = self.task.eval_rows if eval_dataset is None else eval_dataset
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.task.evaluate(rows).items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Equal scores are common on small evaluation sets: the lower loss decides then."""
+        if super()._determine_best_metric(metrics, trial):
+            return True
+        if metrics[self.args.metric_for_best_model] != self.state.best_metric:
+            return False
+        past = (entry for entry in self.state.log_history if entry["step"] == self.state.best_global_step)
+        if metrics["eval_loss"] >= next(entry["eval_loss"] for entry in past if "eval_loss" in entry):
+            return False
+        self.state.best_global_step = self.state.global_step
+        return True
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        best_step = self.state.best_global_step
+        if best_step:
+            self.state.best_model_checkpoint = str(self.run_dir / f"checkpoint-{best_step}")
+        saved = save_checkpoint(
+            self.run_dir,
+            self.state.global_step,
+            self.task.model.stored_tensors(),
+            self.optimizer,
+            self.lr_scheduler,
+            self.state,
+        )
+        # Only now: what was there before is what a kill falls back on.
+        delete_others(self.run_dir, {saved, Path(self.state.best_model_checkpoint or saved)})
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self.task.model.load_stored_tensors(load_stored(Path(resume_from_checkpoint)))
+
+    def _load_best_model(self) -> None:
+        self.task.model.load_stored_tensors(load_stored(Path(self.state.best_model_checkpoint)))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            load_optimiser(Path(checkpoint), self.optimizer, self.lr_scheduler)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            load_generators(Path(checkpoint))
+
+
+class SaveByTheClock(TrainerCallback):  # type: ignore[misc]
+    """Asks for a checkpoint within an epoch when the last one is `seconds` old.
+
+    Saving draws no random numbers, so when it happens changes nothing in the result. The last step of an epoch is left to
+    the save after its evaluation: a checkpoint before that would skip the evaluation on resume.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._last = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        """See the class."""
+        steps_per_epoch = state.max_steps // args.num_train_epochs
+        if state.global_step % steps_per_epoch and time.monotonic() - self._last >= self._seconds:
+            control.should_save = True
+        return control
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock anew."""
+        self._last = time.monotonic()
+
+
+class DivergedTraining(ArithmeticError):
+    """The training loss became NaN or infinite."""
+
+
+class StopOnNonFiniteLoss(TrainerCallback):  # type: ignore[misc]
+    """Ends a run that diverged at once, rather than training NaN to the end."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+        """See the class."""
+        loss = logs.get("loss", logs.get("eval_loss", 0.0))
+        if loss != loss or loss in (float("inf"), float("-inf")):
+            raise DivergedTraining(f"the loss is {loss} at step {state.global_step}")

@@ -1,0 +1,58 @@
+"""The members of the adapter family as presets (paper, table of methods)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from sera_serve.errors import InvalidConfiguration
+from sera_serve.layers.config import Factor
+
+Method = Literal["sera", "lora", "melora", "moslora", "lora-fa", "head-only"]
+
+
+@dataclass(frozen=True)
+class MethodPreset:
+    """What a method's name fixes.
+
+    Attributes:
+        splits: Whether A and B have more than one diagonal block; their number defaults to the rank.
+        use_mixer: Whether the mixer C exists.
+        train_factors: Factors that train unless told otherwise.
+        adapts: False only for head-only, which leaves the base as it is.
+    """
+
+    splits: bool = False
+    use_mixer: bool = False
+    train_factors: tuple[Factor, ...] = ("a", "b")
+    adapts: bool = True
+
+    def check(self, rank: int, split: int, train_factors: tuple[Factor, ...] | None) -> None:
+        """Refuse a split or trained factors that belong to another member of the family.
+
+        Raises:
+            InvalidConfiguration: With the method that the values describe.
+        """
+        if self.splits != (split > 1):
+            mixer = "moslora" if self.use_mixer else "lora"
+            remedy = (
+                f"take a rank of at least 2 and a split above 1, or method {mixer}"
+                if self.splits
+                else f"leave --split out, or take method {'sera' if self.use_mixer else 'melora'}"
+            )
+            raise InvalidConfiguration(f"split {split} of rank {rank} does not belong to this method; {remedy}")
+        if train_factors is not None and not set(train_factors) <= set(self.train_factors):
+            raise InvalidConfiguration(
+                f"train_factors is {','.join(train_factors)}; this method trains {','.join(self.train_factors)}",
+                param="train_factors",
+            )
+
+
+METHODS: dict[Method, MethodPreset] = {
+    "sera": MethodPreset(splits=True, use_mixer=True, train_factors=("a", "c", "b")),
+    "lora": MethodPreset(),
+    "melora": MethodPreset(splits=True),
+    "moslora": MethodPreset(use_mixer=True, train_factors=("a", "c", "b")),
+    "lora-fa": MethodPreset(train_factors=("b",)),
+    "head-only": MethodPreset(train_factors=(), adapts=False),
+}

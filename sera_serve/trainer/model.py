@@ -1,0 +1,149 @@
+"""What `transformers.Trainer` trains: the frozen base with its adapter, a head where there is one, and the loss."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import TypedDict
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from sera_serve.base import FrozenBase, Pooling
+from sera_serve.errors import InvalidConfiguration
+from sera_serve.layers import adapter_tensors, attached_layers
+
+IGNORED = -100
+_HEAD_STD = 0.02
+
+
+class Losses(TypedDict):
+    """A forward pass's outcome: the mean loss, and logits (rows, labels) or (rows, positions, vocabulary)."""
+
+    loss: Tensor
+    logits: Tensor
+
+
+class AdapterModel(nn.Module):
+    """Base class: everything frozen but the adapter and the head, the base's own dropout never active.
+
+    Attributes:
+        head: Linear layer (num_labels, hidden_size), or None for a generator.
+    """
+
+    # Trainer divides by accumulation steps itself; the losses here are means over the batch.
+    accepts_loss_kwargs = False
+
+    def __init__(self, base: FrozenBase | None, head: nn.Linear | None) -> None:
+        super().__init__()
+        self.base_model = base.model if base is not None else None
+        self.head = head
+
+    def train(self, mode: bool = True) -> AdapterModel:
+        """Switch the adapter's and the head's dropout; the frozen base stays in evaluation mode."""
+        super().train(mode)
+        if self.base_model is not None:
+            self.base_model.eval()
+            for layer in attached_layers(self.base_model).values():
+                layer.dropout.train(mode)
+        return self
+
+    def stored_tensors(self) -> dict[str, Tensor]:
+        """Every tensor of the adapter and its head under the adapter format's names; they share memory."""
+        tensors = adapter_tensors(self.base_model) if self.base_model is not None else {}
+        if self.head is not None:
+            tensors["head.weight"] = self.head.weight.detach()
+            tensors["head.bias"] = self.head.bias.detach()
+        return tensors
+
+    def load_stored_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy tensors of the same names and shapes in; `ValueError` when they are not the same."""
+        own = self.stored_tensors()
+        if {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in tensors.items()}:
+            raise ValueError("the tensors are those of another adapter")
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
+
+
+def new_head(base: FrozenBase, num_labels: int) -> nn.Linear:
+    """A float32 classifier head of `num_labels` rows, small normal weights, zero bias."""
+    head = nn.Linear(base.hidden_size, num_labels, device=base.device, dtype=torch.float32)
+    nn.init.normal_(head.weight, std=_HEAD_STD)
+    nn.init.zeros_(head.bias)
+    return head
+
+
+class HeadOnlyModel(AdapterModel):
+    """A head on pooled states that were computed once: the base is frozen, so they never change."""
+
+    def __init__(self, head: nn.Linear, dropout: float) -> None:
+        super().__init__(None, head)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, features: Tensor, labels: Tensor) -> Losses:
+        """`features` float32 (rows, hidden_size), `labels` int64 (rows,)."""
+        assert self.head is not None
+        logits = self.head(self.dropout(features))
+        return {"loss": functional.cross_entropy(logits, labels), "logits": logits}
+
+
+class ClassifierModel(AdapterModel):
+    """Adapted base -> pooled state -> dropout -> head."""
+
+    def __init__(self, base: FrozenBase, head: nn.Linear, pooling: Pooling, dropout: float) -> None:
+        super().__init__(base, head)
+        # Not a module, so nn.Module registers nothing twice.
+        self.frozen = base
+        self.pooling: Pooling = pooling
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Losses:
+        """Token tensors int64 (rows, length), right-padded; `labels` int64 (rows,)."""
+        assert self.head is not None
+        pooled = self.frozen.pooled_states(input_ids, attention_mask, self.pooling)
+        logits = self.head(self.dropout(pooled.float()))
+        return {"loss": functional.cross_entropy(logits, labels), "logits": logits}
+
+
+class GeneratorModel(AdapterModel):
+    """Adapted causal language model with the loss on labelled tokens only."""
+
+    def __init__(self, base: FrozenBase) -> None:
+        if base.kind != "decoder":
+            raise InvalidConfiguration(
+                f"base {base.name} is an encoder, which cannot generate; take a decoder, or --task classify",
+                param="base",
+            )
+        super().__init__(base, None)
+        self._keeps_logits = "logits_to_keep" in inspect.signature(base.model.forward).parameters
+
+    def token_losses(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
+        """Negative log-likelihood in nats of each labelled token, float32 (rows, length - 1).
+
+        Args:
+            input_ids: int64 (rows, length), right-padded.
+            attention_mask: (rows, length), 1 at real tokens.
+            labels: int64 (rows, length): the token itself where it is learned, `IGNORED` elsewhere.
+
+        Returns:
+            Position i is for token i + 1; 0 where that token is not labelled. Leading columns without any label are cut.
+        """
+        assert self.base_model is not None
+        targets = labels[:, 1:]
+        first = int((targets != IGNORED).any(0).int().argmax())
+        kept = targets.shape[1] - first
+        # The output embedding is the dearest matrix of a small base: skip it where nothing is learned.
+        options = {"logits_to_keep": kept + 1} if self._keeps_logits else {}
+        output = self.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **options)
+        logits = output.logits[:, -(kept + 1) : -1].float()
+        targets = targets[:, first:]
+        losses = functional.cross_entropy(
+            logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
+        )
+        return losses.view(targets.shape)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """The mean loss over labelled tokens; arguments as in `token_losses`."""
+        losses = self.token_losses(input_ids, attention_mask, labels)
+        return {"loss": losses.sum() / (labels[:, 1:] != IGNORED).sum().clamp(min=1)}

@@ -1,0 +1,144 @@
+"""From checked rows to tokens and labels for generation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sera_serve.base import FrozenBase
+from sera_serve.errors import InvalidConfiguration
+from sera_serve.trainer.generate_data import Passage
+from sera_serve.trainer.model import IGNORED
+from sera_serve.trainer.table import InvalidData
+from sera_serve.trainer.task import TokenRow
+
+# Of a row that is too long, at least this many tokens of its prompt stay.
+_LEAST_PROMPT = 4
+
+
+class PassageTokeniser:
+    """Tokenises passages and counts what had to be cut.
+
+    A prompt is tokenised as the server does it, `tokenizer(prompt)`; a completion apart from it and without special
+    tokens, so that training sees the very prefix that serving will. The end-of-text token closes each completion.
+    """
+
+    def __init__(self, base: FrozenBase, max_length: int) -> None:
+        self.tokenizer: Any = base.tokenizer
+        self.base_name = base.name
+        self.max_length = max_length
+        self.end: list[int] = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
+        self._cut_prompts = self._cut_completions = self._windowed = self._windows = 0
+
+    def notes(self) -> list[str]:
+        """What was cut, for the user."""
+        found = []
+        if self._cut_prompts:
+            found.append(f"{self._cut_prompts} prompts were cut at their beginning to fit {self.max_length} tokens")
+        if self._cut_completions:
+            found.append(f"{self._cut_completions} completions were cut at their end to fit {self.max_length} tokens")
+        if self._windowed:
+            found.append(
+                f"{self._windowed} long texts were split into {self._windows} pieces of up to {self.max_length} tokens"
+            )
+        return found
+
+    def rows_of(self, passage: Passage) -> list[TokenRow]:
+        """Token rows of one passage: one, or several pieces of a long plain text."""
+        if passage.messages:
+            return [self._chat(passage)]
+        if passage.prompt is None:
+            return self._plain(passage)
+        return [self._completion(passage.prompt, passage.completion)]
+
+    def _completion(self, prompt: str, completion: str) -> TokenRow:
+        before: list[int] = self.tokenizer(prompt)["input_ids"]
+        ids, spans = self._encode(completion)
+        room = self.max_length - min(len(before), _LEAST_PROMPT) - len(self.end)
+        end = self.end
+        if len(ids) > room:
+            # A completion cut short must not teach the adapter to stop there.
+            ids, spans, end = ids[:room], spans[:room], []
+            self._cut_completions += 1
+        kept = self.max_length - len(ids) - len(end)
+        if len(before) > kept:
+            start = before[:1] if before[0] == self.tokenizer.bos_token_id else []
+            before = start + before[len(before) - kept + len(start) :]
+            self._cut_prompts += 1
+        labels = [IGNORED] * len(before) + ids + end
+        if not before:
+            labels[0] = IGNORED
+        return {"input_ids": before + ids + end, "labels": labels, "text_bytes": _bytes(completion, spans)}
+
+    def _plain(self, passage: Passage) -> list[TokenRow]:
+        text = passage.completion
+        # What the tokenizer puts before a text, such as a beginning-of-text token, goes before each piece.
+        start: list[int] = self.tokenizer("")["input_ids"]
+        if start and start[-1:] == self.end:
+            start = start[:-1]
+        ids, spans = self._encode(text)
+        size = self.max_length - len(start)
+        tokens = ids + self.end
+        rows: list[TokenRow] = []
+        for first in range(0, len(tokens), size):
+            row = start + tokens[first : first + size]
+            # Nothing precedes the first token of a row without a start token, so nothing predicts it.
+            first_learned = max(len(start), 1)
+            if len(row) == first_learned:
+                continue
+            labels = [IGNORED] * first_learned + row[first_learned:]
+            covered = spans[first + first_learned - len(start) : first + size]
+            rows.append({"input_ids": row, "labels": labels, "text_bytes": _bytes(text, covered)})
+        if len(rows) > 1:
+            self._windowed += 1
+            self._windows += len(rows)
+        return rows
+
+    def _chat(self, passage: Passage) -> TokenRow:
+        if not self.tokenizer.chat_template:
+            raise InvalidConfiguration(
+                f"base {self.base_name} has no chat template, so --messages-column cannot be used; give "
+                "--prompt-column and --completion-column, or a base whose tokenizer has a template",
+                param="messages_column",
+            )
+        ids: list[int] = []
+        labels: list[int] = []
+        text_bytes, done = 0, ""
+        for i, message in enumerate(passage.messages):
+            if message["role"] != "assistant":
+                continue
+            prompt = self._render(passage, i, prompt=True)
+            whole = self._render(passage, i + 1, prompt=False)
+            if not (prompt.startswith(done) and whole.startswith(prompt)):
+                raise InvalidData(
+                    f"{passage.row.where}: the chat template of base {self.base_name} rewrites earlier turns; "
+                    "split the conversation into one row for each turn of the assistant"
+                )
+            before, _ = self._encode(prompt[len(done) :])
+            answer, spans = self._encode(whole[len(prompt) :])
+            ids += before + answer
+            labels += [IGNORED] * len(before) + answer
+            text_bytes += _bytes(whole[len(prompt) :], spans)
+            done = whole
+        if len(ids) > self.max_length:
+            excess = len(ids) - self.max_length
+            ids, labels = ids[excess:], labels[excess:]
+            self._cut_prompts += 1
+            kept = [token for token in labels if token != IGNORED]
+            text_bytes = len(self.tokenizer.decode(kept, skip_special_tokens=True).encode())
+        labels[0] = IGNORED
+        return {"input_ids": ids, "labels": labels, "text_bytes": max(text_bytes, 1)}
+
+    def _render(self, passage: Passage, turns: int, *, prompt: bool) -> str:
+        text: str = self.tokenizer.apply_chat_template(
+            list(passage.messages[:turns]), tokenize=False, add_generation_prompt=prompt
+        )
+        return text
+
+    def _encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        return encoded["input_ids"], encoded["offset_mapping"]
+
+
+def _bytes(text: str, spans: list[tuple[int, int]]) -> int:
+    """UTF-8 length of the characters that `spans` cover."""
+    return len(text[spans[0][0] : spans[-1][1]].encode()) if spans else 0

@@ -1,0 +1,220 @@
+"""One training run from settings to a published version."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from transformers import set_seed
+
+from adapters_store import AdapterStore
+from sera_serve.base import FrozenBase, load_base
+from sera_serve.errors import InvalidConfiguration, SeraServeError
+from sera_serve.layers import attach_adapter, attached_layers, detach_adapter
+from sera_serve.trainer.checkpoint import last_checkpoint
+from sera_serve.trainer.classify_data import ClassifyData, load_classify_data
+from sera_serve.trainer.classify_task import ClassifyTask
+from sera_serve.trainer.generate_data import GenerateData, load_generate_data
+from sera_serve.trainer.generate_task import GenerateTask
+from sera_serve.trainer.loop import AdapterTrainer, DivergedTraining
+from sera_serve.trainer.progress import RichProgress
+from sera_serve.trainer.publish import build_bundle
+from sera_serve.trainer.settings import TrainSettings
+from sera_serve.trainer.task import TrainingTask
+from sera_serve.trainer.workdir import run_digest, run_folder
+
+_DEFAULT_MAX_LENGTH = 512
+
+
+class TrainingFailed(SeraServeError):
+    """Training ran and could not give a usable adapter."""
+
+    code = "training_failed"
+    status = 422
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run made.
+
+    Attributes:
+        adapter: tenant/name.
+        version: The version published.
+        digest: Of the bundle.
+        parameters: Trained parameters of the adapter, head excluded.
+        head_parameters: Of the head; 0 for a generator.
+        metrics: Of the chosen epoch on the evaluation rows; `test_...` on the test rows.
+        train_seconds: Wall time of this process's training, evaluations included.
+        store: The store's folder.
+        resumed_from: The step that a killed run was continued at, or None.
+        notes: What was done to the data: rows cut, texts split.
+    """
+
+    adapter: str
+    version: int
+    digest: str
+    parameters: int
+    head_parameters: int
+    metrics: dict[str, float]
+    train_seconds: float
+    store: str
+    resumed_from: int | None
+    notes: list[str]
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values for `--json`."""
+        return asdict(self)
+
+
+def train_adapter(
+    settings: TrainSettings, *, base: FrozenBase | None = None, console: Console | None = None
+) -> TrainResult:
+    """Train an adapter and publish it.
+
+    A run that was killed continues at its last checkpoint when started again with the same settings and data, and gives the
+    tensors that it would have given undisturbed.
+
+    Args:
+        settings: The run's options.
+        base: A base already loaded from `settings.base`; it is given back without the adapter.
+        console: Where progress is shown; None shows nothing.
+
+    Raises:
+        InvalidData: The rows cannot be used.
+        InvalidConfiguration: Base and settings do not fit.
+        RunInProgress: The same run is going on elsewhere.
+        TrainingFailed: The loss became NaN or infinite.
+        StoreError: The version could not be published.
+    """
+    quiet = console or Console(quiet=True)
+    data = load_classify_data(settings) if settings.task == "classify" else load_generate_data(settings)
+    store = AdapterStore(settings.store, create=True)
+    if base is None:
+        quiet.print(f"loading base {settings.base}", highlight=False)
+        base = load_base(settings.base, device=settings.device, dtype=settings.dtype)
+    if attached_layers(base.model):
+        raise InvalidConfiguration("the base has an adapter attached; detach it first", param="base")
+    max_length = _max_length(settings, base)
+    try:
+        return _train_on(settings, base, data, max_length, store, quiet)
+    finally:
+        detach_adapter(base.model)
+
+
+def _train_on(
+    settings: TrainSettings,
+    base: FrozenBase,
+    data: ClassifyData | GenerateData,
+    max_length: int,
+    store: AdapterStore,
+    console: Console,
+) -> TrainResult:
+    # Before the initial values of adapter and head are drawn.
+    set_seed(settings.seed)
+    shape = settings.adapter_config()
+    if shape is not None:
+        attach_adapter(base.model, shape)
+    task = _task(settings, base, data, max_length)
+    for note in task.notes:
+        console.print(f"note: {note}", highlight=False, soft_wrap=True)
+    identity = {"settings": settings.identity(), "data": data.digests, "base": base.info.model_dump()}
+    begun = time.monotonic()
+    with run_folder(settings.default_work_dir(), run_digest(identity), resume=settings.resume) as folder:
+        resumed_from, best_step = _fit(task, settings, folder, console)
+        metrics = task.evaluate(task.eval_rows) if task.eval_rows else {}
+        if task.test_rows:
+            metrics |= {f"test_{name}": value for name, value in task.evaluate(task.test_rows).items()}
+        seconds = time.monotonic() - begun
+        bundle = build_bundle(
+            settings,
+            base,
+            task.model,
+            labels=data.labels if isinstance(data, ClassifyData) else None,
+            pooling=task.pooling if isinstance(task, ClassifyTask) else None,
+            max_length=max_length if settings.task == "classify" else None,
+            record=_record(settings, task, data, metrics, best_step),
+        )
+        # Inside the block: until the version is durable the checkpoints stay. Publishing it twice makes one version.
+        published = store.publish(bundle, settings.name)
+    return TrainResult(
+        adapter=published.adapter,
+        version=published.version,
+        digest=published.digest,
+        parameters=sum(
+            p.numel() for n, p in task.model.named_parameters() if p.requires_grad and not n.startswith("head.")
+        ),
+        head_parameters=sum(p.numel() for p in task.model.head.parameters()) if task.model.head else 0,
+        metrics=metrics,
+        train_seconds=round(seconds, 3),
+        store=str(settings.store),
+        resumed_from=resumed_from,
+        notes=task.notes,
+    )
+
+
+def _task(
+    settings: TrainSettings, base: FrozenBase, data: ClassifyData | GenerateData, max_length: int
+) -> TrainingTask:
+    if isinstance(data, GenerateData):
+        return GenerateTask(base, data, max_length=max_length)
+    return ClassifyTask(
+        base,
+        data,
+        pooling=settings.pooling or base.default_pooling,
+        max_length=max_length,
+        dropout=settings.dropout,
+        adapted=settings.adapter_config() is not None,
+    )
+
+
+def _fit(task: TrainingTask, settings: TrainSettings, folder: Path, console: Console) -> tuple[int | None, int]:
+    """Train to the end; returns (step resumed from, step of the tensors kept)."""
+    checkpoint = last_checkpoint(folder, task.model.stored_tensors())
+    progress = RichProgress(console)
+    trainer = AdapterTrainer(task, settings, folder, [progress])
+    if checkpoint is not None:
+        console.print(f"continuing from {checkpoint.name} in {folder}", highlight=False, soft_wrap=True)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+    except DivergedTraining as error:
+        raise TrainingFailed(
+            f"{error}; lower --learning-rate (now {settings.learning_rate}) and run again with --no-resume",
+            param="learning_rate",
+        ) from error
+    finally:
+        progress.close()
+    resumed_from = int(checkpoint.name.rpartition("-")[2]) if checkpoint is not None else None
+    return resumed_from, int(trainer.state.best_global_step or trainer.state.global_step)
+
+
+def _max_length(settings: TrainSettings, base: FrozenBase) -> int:
+    if settings.max_length is None:
+        return min(base.max_length, _DEFAULT_MAX_LENGTH)
+    if settings.max_length > base.max_length:
+        raise InvalidConfiguration(
+            f"--max-length {settings.max_length} exceeds the {base.max_length} tokens that base {base.name} was made for",
+            param="max_length",
+        )
+    return settings.max_length
+
+
+def _record(
+    settings: TrainSettings,
+    task: TrainingTask,
+    data: ClassifyData | GenerateData,
+    metrics: dict[str, float],
+    best_step: int,
+) -> dict[str, Any]:
+    """How the version came about; the same for each run of equal settings, or its digest would change."""
+    record = {
+        "settings": {k: v for k, v in settings.identity().items() if k not in ("base", "name", "task", "method")},
+        "rows": {"train": len(task.train_rows), "eval": len(task.eval_rows), "test": len(task.test_rows)},
+        "data_sha256": data.digests,
+        "metrics": metrics,
+        "chosen_step": best_step,
+        "notes": task.notes,
+    }
+    return record | ({"description": settings.description} if settings.description else {})

@@ -1,0 +1,119 @@
+"""An engine without a model: scripted answers, and a record of what it was asked and what was given back."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+from sera_serve.base import FrozenBase
+from sera_serve.engine import ClassifyResult, GenerateParams, GenerationResult, LabelScores, TokenDelta
+from sera_serve.errors import EngineUnavailable, Overloaded, PromptTooLong, UnsupportedTask
+
+# The prompt chooses what happens.
+SLOW, FAILS_LATER, CRASHES_LATER, TOO_LONG, OVERLOADED, CRASHES, HANGS = (
+    "slow",
+    "fails later",
+    "crashes later",
+    "too long",
+    "overloaded",
+    "crashes",
+    "hangs",
+)
+SECRET = "the password is swordfish"
+PIECES = ["Ahoy", ", \u2028mate\n\n", "ys ☠"]
+
+
+class StubStream:
+    """Emits PIECES, one token each."""
+
+    def __init__(self, engine: StubEngine, params: GenerateParams) -> None:
+        self.id = "gen-1"
+        self.adapter = params.adapter
+        self.version = 3 if params.adapter else None
+        self.result: GenerationResult | None = None
+        self._engine = engine
+        self._prompt = params.prompt
+        self._deltas = self._run()
+        engine.open_streams += 1
+
+    def __aiter__(self) -> AsyncIterator[TokenDelta]:
+        return self
+
+    async def __anext__(self) -> TokenDelta:
+        return await anext(self._deltas)
+
+    async def aclose(self) -> None:
+        await asyncio.sleep(0)
+        await self._deltas.aclose()
+        self._engine.open_streams -= 1
+        self._engine.cancelled += self.result is None
+
+    async def _run(self) -> AsyncIterator[TokenDelta]:
+        tokens: list[int] = []
+        while self._prompt == SLOW:
+            await asyncio.sleep(0.01)
+            yield TokenDelta("x", [1])
+        for index, piece in enumerate(PIECES):
+            tokens.append(index)
+            yield TokenDelta(piece, [index])
+            if self._prompt == FAILS_LATER:
+                raise EngineUnavailable("generation failed; the request may be sent again")
+            if self._prompt == CRASHES_LATER:
+                raise RuntimeError(SECRET)
+        self.result = GenerationResult(
+            self.id, self.adapter, self.version, "".join(PIECES), tokens, "stop", 5, len(tokens)
+        )
+
+
+class StubEngine:
+    """The interface of the serving engine over nothing."""
+
+    def __init__(self, base: FrozenBase) -> None:
+        self.base = base
+        self.running = False
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin a new record."""
+        self.asked: list[GenerateParams] = []
+        self.open_streams = 0
+        self.cancelled = 0
+
+    def start(self) -> None:
+        self.running = True
+
+    def stop(self) -> None:
+        self.running = False
+
+    def health(self) -> None:
+        if not self.running:
+            raise EngineUnavailable("the stub is not running")
+
+    def in_flight(self) -> int:
+        return self.open_streams
+
+    async def generate(self, params: GenerateParams) -> StubStream:
+        self.asked.append(params)
+        await self._misbehave(params.prompt)
+        return StubStream(self, params)
+
+    async def classify(self, adapter: str, inputs: list[str]) -> ClassifyResult:
+        await self._misbehave(inputs[0])
+        if adapter == "demo/writer":
+            raise UnsupportedTask("adapter 'demo/writer' is for generate", param="adapter")
+        scores = [LabelScores(text, {text: 0.75, "other": 0.25}) for text in inputs]
+        return ClassifyResult(adapter, 2, scores)
+
+    async def _misbehave(self, text: str | None) -> None:
+        if text == TOO_LONG:
+            raise PromptTooLong("9 prompt tokens exceed the context; shorten the prompt", param="prompt")
+        if text == OVERLOADED:
+            raise Overloaded("too many requests; send it again later")
+        if text == CRASHES:
+            raise RuntimeError(SECRET)
+        if text == HANGS:
+            try:
+                await asyncio.sleep(60)
+            except asyncio.CancelledError:
+                self.cancelled += 1
+                raise

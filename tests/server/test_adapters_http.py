@@ -1,0 +1,130 @@
+"""GET and DELETE on /v1/adapters."""
+
+from __future__ import annotations
+
+import httpx
+import pytest
+from answers import refused
+
+from adapters_store import AdapterBundle, AdapterStore
+
+
+@pytest.fixture
+def listed(store: AdapterStore, writer: AdapterBundle) -> list[str]:
+    for number in range(5):
+        store.publish(writer, f"list/a{number}")
+    return [f"list/a{number}" for number in range(5)]
+
+
+def test_a_listing_says_what_each_adapter_is(
+    client: httpx.Client, writer: AdapterBundle, sorter: AdapterBundle
+) -> None:
+    answer = client.get("/v1/adapters", params={"tenant": "demo"}).json()
+    assert answer["next"] is None
+    found = {adapter.pop("adapter"): adapter for adapter in answer["adapters"]}
+    created = found["demo/sorter"].pop("created_at")
+    assert created.startswith("20")
+    assert found["demo/sorter"] == {
+        "version": 1,
+        "digest": sorter.digest,
+        "task": "classify",
+        "method": "sera",
+        "base": "random-llama",
+        "labels": ["spam", "ham"],
+        "ranks": [8],
+        "splits": [4],
+        "modules": 2,
+        "parameters": sorter.config.parameters,
+        "bytes": sorter.nbytes,
+    }
+    assert found["demo/writer"]["labels"] is None
+    assert found["demo/writer"]["digest"] == writer.digest
+
+
+def test_pages_follow_each_other(client: httpx.Client, listed: list[str]) -> None:
+    seen: list[str] = []
+    query: dict[str, str | int] = {"limit": 2, "tenant": "list"}
+    for _ in range(3):
+        page = client.get("/v1/adapters", params=query).json()
+        seen += [adapter["adapter"] for adapter in page["adapters"]]
+        query["after"] = page["next"]
+    assert seen == listed
+    assert page["next"] is None
+    # A page may begin after an adapter that is gone.
+    rest = client.get("/v1/adapters", params={"after": "list/a2x", "tenant": "list"}).json()
+    assert [adapter["adapter"] for adapter in rest["adapters"]] == ["list/a3", "list/a4"]
+
+
+@pytest.mark.parametrize(
+    ("query", "code", "param"),
+    [
+        ("limit=0", "invalid_value", "limit"),
+        ("limit=1001", "invalid_value", "limit"),
+        ("limit=many", "invalid_value", "limit"),
+        ("offset=3", "unknown_field", "offset"),
+        ("tenant=..", "invalid_adapter_name", "tenant"),
+    ],
+)
+def test_a_wrong_query_is_named(client: httpx.Client, query: str, code: str, param: str) -> None:
+    assert refused(client.get(f"/v1/adapters?{query}"), 422, code)["param"] == param
+
+
+def test_inspecting_shows_versions_aliases_and_configuration(
+    client: httpx.Client, store: AdapterStore, writer: AdapterBundle, sorter: AdapterBundle
+) -> None:
+    store.publish(writer, "look/me")
+    store.publish(sorter, "look/me")
+    store.set_alias("look/me", "stable", "look/me@v1")
+    answer = client.get("/v1/adapters/look/me").json()
+    assert (answer["adapter"], answer["version"], answer["versions"]) == ("look/me", 2, [1, 2])
+    assert answer["aliases"] == {"latest": 2, "stable": 1}
+    assert answer["config"] == sorter.config.model_dump(mode="json")
+    for selector in ("v1", "stable", writer.digest[:12]):
+        assert client.get(f"/v1/adapters/look/me@{selector}").json()["digest"] == writer.digest
+
+
+def test_deleting_a_version_then_the_adapter(
+    client: httpx.Client, store: AdapterStore, writer: AdapterBundle, sorter: AdapterBundle
+) -> None:
+    store.publish(writer, "gone/soon")
+    store.publish(sorter, "gone/soon")
+    answer = client.delete("/v1/adapters/gone/soon@v2")
+    assert (answer.status_code, answer.json()) == (200, {"adapter": "gone/soon@v2", "deleted": True})
+    assert store.resolve("gone/soon").version == 1
+    assert client.delete("/v1/adapters/gone/soon").json() == {"adapter": "gone/soon", "deleted": True}
+    refused(client.get("/v1/adapters/gone/soon"), 404, "adapter_not_found")
+    refused(client.delete("/v1/adapters/gone/soon"), 404, "adapter_not_found")
+
+
+def test_a_version_that_an_alias_needs_stays(client: httpx.Client, store: AdapterStore, writer: AdapterBundle) -> None:
+    store.publish(writer, "kept/here")
+    store.set_alias("kept/here", "stable", "kept/here@v1")
+    refused(client.delete("/v1/adapters/kept/here@v1"), 409, "version_in_use")
+
+
+@pytest.mark.parametrize("method", ["GET", "DELETE"])
+@pytest.mark.parametrize(
+    ("path", "status", "code"),
+    [
+        ("demo/absent", 404, "adapter_not_found"),
+        ("demo/sorter@v9", 404, "adapter_not_found"),
+        ("..%2f..%2fetc/passwd", 404, "not_found"),
+        ("demo/..%2fsorter", 404, "not_found"),
+        ("%2e%2e/passwd", 422, "invalid_adapter_name"),
+        ("demo/%2e%2e", 422, "invalid_adapter_name"),
+        ("demo/%00", 422, "invalid_adapter_name"),
+        ("demo/%ff%fe", 422, "invalid_adapter_name"),
+        ("demo/%F0%9F%8F%B4", 422, "invalid_adapter_name"),
+        ("demo/..%5csorter", 422, "invalid_adapter_name"),
+        ("demo/" + "x" * 10_000, 422, "invalid_adapter_name"),
+        ("Demo/Sorter", 422, "invalid_adapter_name"),
+    ],
+)
+def test_a_hostile_name_in_the_path(
+    client: httpx.Client, store: AdapterStore, method: str, path: str, status: int, code: str
+) -> None:
+    # A raw path, which the client library must not tidy up.
+    request = client.build_request(method, "/")
+    request.url = request.url.copy_with(raw_path=f"/v1/adapters/{path}".encode())
+    refused(client.send(request), status, code)
+    assert store.resolve("demo/sorter").version == 1

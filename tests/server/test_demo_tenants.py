@@ -1,0 +1,65 @@
+"""The demo tenants: what their data is, and that they are trained once."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections import Counter
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from adapters_store import AdapterStore
+from sera_serve import demo
+
+
+def tickets(name: str) -> list[dict[str, str]]:
+    with (demo.DATA / name).open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_ticket_rows_are_balanced_and_held_out() -> None:
+    train, held_out = tickets("tickets_train.csv"), tickets("tickets_eval.csv")
+    labels = {"account", "billing", "delivery", "technical"}
+    assert Counter(row["label"] for row in train) == dict.fromkeys(labels, 40)
+    assert Counter(row["label"] for row in held_out) == dict.fromkeys(labels, 10)
+    texts = [row["text"] for row in train + held_out]
+    assert len(set(texts)) == len(texts)
+    assert demo.EXAMPLES["demo/tickets"] not in texts
+
+
+def test_pirate_rows_are_held_out() -> None:
+    rows = []
+    for name in ("pirate_train.jsonl", "pirate_eval.jsonl"):
+        lines = (demo.DATA / name).read_text(encoding="utf-8").splitlines()
+        rows += [json.loads(line) for line in lines]
+    assert len({row["prompt"] for row in rows}) == len(rows) > 120
+    # The joint of prompt and completion is where the tokenizer puts its space.
+    assert all(row["completion"].startswith(" ") and len(row["completion"]) < 200 for row in rows)
+    assert demo.EXAMPLES["demo/pirate"] not in {row["prompt"] for row in rows}
+
+
+def test_they_are_trained_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quick: dict[str, dict[str, Any]] = {
+        name: options | {"epochs": 1, "train_limit": 16, "rank": 4} for name, options in demo.DEMOS.items()
+    }
+    monkeypatch.setattr(demo, "DEMOS", quick)
+    said = StringIO()
+    console = Console(file=said, width=200)
+    store = AdapterStore(tmp_path / "store")
+    assert demo.train_demos(store.root, console=console) == ["demo/tickets", "demo/pirate"]
+    assert store.config(store.resolve("demo/tickets").digest).labels == [
+        "account",
+        "billing",
+        "delivery",
+        "technical",
+    ]
+    assert demo.train_demos(store.root, console=console) == []
+    assert "the demo tenants are in" in said.getvalue()
+    # One that was deleted is trained again, the other is left as it is.
+    store.delete("demo/pirate")
+    assert demo.train_demos(store.root, console=console) == ["demo/pirate"]
+    assert store.resolve("demo/tickets").version == 1

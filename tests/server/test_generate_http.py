@@ -1,0 +1,213 @@
+"""POST /v1/generate over a stub engine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+import pytest
+from answers import events, refused
+from stub_engine import (
+    CRASHES,
+    CRASHES_LATER,
+    FAILS_LATER,
+    OVERLOADED,
+    PIECES,
+    SECRET,
+    TOO_LONG,
+    StubEngine,
+)
+
+from sera_serve.engine import GenerateParams
+
+ANSWER = {
+    "id": "gen-1",
+    "adapter": "demo/writer",
+    "version": 3,
+    "text": "".join(PIECES),
+    "token_ids": [0, 1, 2],
+    "finish_reason": "stop",
+    "usage": {"prompt_tokens": 5, "completion_tokens": 3},
+}
+
+
+def generate(client: httpx.Client, **body: Any) -> httpx.Response:
+    return client.post("/v1/generate", json=body)
+
+
+def test_an_answer_has_exactly_the_documented_fields(client: httpx.Client) -> None:
+    response = generate(client, adapter="demo/writer", prompt="hello")
+    assert response.status_code == 200
+    assert response.json() == ANSWER
+
+
+def test_every_field_reaches_the_engine(client: httpx.Client, engine: StubEngine) -> None:
+    fields = {
+        "adapter": "demo/writer@v2",
+        "token_ids": [5, 0, 7],
+        "max_new_tokens": 9,
+        "temperature": 1,
+        "top_p": 0.5,
+        "top_k": 3,
+        "seed": 11,
+        "stop": ["\n", "END"],
+    }
+    assert generate(client, **fields).status_code == 200
+    assert engine.asked == [GenerateParams(**fields)]
+
+
+def test_defaults_are_greedy_and_the_bare_base(client: httpx.Client, engine: StubEngine) -> None:
+    response = generate(client, prompt="hello")
+    assert (response.json()["adapter"], response.json()["version"]) == (None, None)
+    assert generate(client, prompt="hello", adapter=None).status_code == 200
+    assert engine.asked == [GenerateParams(prompt="hello")] * 2
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "param"),
+    [
+        ({}, "invalid_value", "prompt"),
+        ({"prompt": "a", "token_ids": [1]}, "invalid_value", "token_ids"),
+        ({"prompt": ""}, "invalid_value", "prompt"),
+        ({"prompt": ["a"]}, "invalid_value", "prompt"),
+        ({"token_ids": []}, "invalid_value", "token_ids"),
+        ({"token_ids": [1, -1]}, "invalid_value", "token_ids[1]"),
+        ({"token_ids": [1, True]}, "invalid_value", "token_ids[1]"),
+        ({"token_ids": [1, "2"]}, "invalid_value", "token_ids[1]"),
+        ({"token_ids": [1, 2.0]}, "invalid_value", "token_ids[1]"),
+        ({"token_ids": [2**31]}, "invalid_value", "token_ids[0]"),
+        ({"prompt": "a", "adapter": 3}, "invalid_value", "adapter"),
+        ({"prompt": "a", "adapter": ""}, "invalid_value", "adapter"),
+        ({"prompt": "a", "adapter": "x" * 10_000}, "invalid_value", "adapter"),
+        ({"prompt": "a", "max_new_tokens": 0}, "invalid_value", "max_new_tokens"),
+        ({"prompt": "a", "max_new_tokens": 2**40}, "invalid_value", "max_new_tokens"),
+        ({"prompt": "a", "max_new_tokens": "5"}, "invalid_value", "max_new_tokens"),
+        ({"prompt": "a", "max_new_tokens": None}, "invalid_value", "max_new_tokens"),
+        ({"prompt": "a", "temperature": -0.1}, "invalid_value", "temperature"),
+        ({"prompt": "a", "temperature": 2.1}, "invalid_value", "temperature"),
+        ({"prompt": "a", "temperature": True}, "invalid_value", "temperature"),
+        ({"prompt": "a", "top_p": 0}, "invalid_value", "top_p"),
+        ({"prompt": "a", "top_p": 1.5}, "invalid_value", "top_p"),
+        ({"prompt": "a", "top_k": -1}, "invalid_value", "top_k"),
+        ({"prompt": "a", "seed": -1}, "invalid_value", "seed"),
+        ({"prompt": "a", "seed": 2**31}, "invalid_value", "seed"),
+        ({"prompt": "a", "stop": "x"}, "invalid_value", "stop"),
+        ({"prompt": "a", "stop": ["ok", ""]}, "invalid_value", "stop[1]"),
+        ({"prompt": "a", "stop": ["x"] * 17}, "invalid_value", "stop"),
+        ({"prompt": "a", "stream": "yes"}, "invalid_value", "stream"),
+        ({"prompt": "a", "logprobs": 5}, "unknown_field", "logprobs"),
+        ({"prompt": "a", "temprature": 1}, "unknown_field", "temprature"),
+        ({"prompt": "a", "{brace}" * 9999: 1}, "unknown_field", ("{brace}" * 10)[:64]),
+    ],
+)
+def test_a_wrong_field_is_named(
+    client: httpx.Client, engine: StubEngine, body: dict[str, Any], code: str, param: str
+) -> None:
+    error = refused(generate(client, **body), 422, code)
+    assert error["param"] == param
+    assert param.partition("[")[0][:20] in error["message"]
+    assert engine.asked == []
+
+
+def test_an_unknown_field_that_is_near_a_known_one_gets_a_hint(client: httpx.Client) -> None:
+    error = refused(generate(client, prompt="a", temprature=1), 422, "unknown_field")
+    assert "did you mean 'temperature'?" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "code"),
+    [
+        (b"{", 400, "invalid_json"),
+        (b"\xff\xfe", 400, "invalid_json"),
+        (b'{"prompt": "a", "prompt": "b"}', 400, "invalid_json"),
+        (b'{"prompt": "a", "temperature": NaN}', 400, "invalid_json"),
+        (b'{"prompt": "a", "temperature": -Infinity}', 400, "invalid_json"),
+        (b'{"prompt": "\\ud800"}', 400, "invalid_json"),
+        (b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}", 400, "invalid_json"),
+        (b"[" * 100_000, 400, "invalid_json"),
+        (b'{"prompt": "a", "temperature": 1e999}', 422, "invalid_value"),
+        (b'{"prompt": "a", "temperature": ' + b"9" * 400 + b"}", 422, "invalid_value"),
+        (b"[]", 422, "invalid_value"),
+        (b'"text"', 422, "invalid_value"),
+        (b"null", 422, "invalid_value"),
+        (b"", 422, "missing_field"),
+    ],
+)
+def test_a_body_that_is_no_json_object_is_refused(client: httpx.Client, body: bytes, status: int, code: str) -> None:
+    response = client.post("/v1/generate", content=body, headers={"Content-Type": "application/json"})
+    refused(response, status, code)
+
+
+@pytest.mark.parametrize("kind", [None, "text/plain", "application/x-www-form-urlencoded", "multipart/form-data"])
+def test_another_content_type_is_refused(client: httpx.Client, kind: str | None) -> None:
+    headers = {} if kind is None else {"Content-Type": kind}
+    response = client.post("/v1/generate", content=b'{"prompt": "a"}', headers=headers)
+    refused(response, 415, "unsupported_media_type")
+
+
+def test_a_charset_beside_the_content_type_is_fine(client: httpx.Client) -> None:
+    headers = {"Content-Type": "Application/JSON; charset=utf-8"}
+    assert client.post("/v1/generate", content='{"prompt": "☠"}'.encode(), headers=headers).status_code == 200
+
+
+def test_query_parameters_are_not_ignored(client: httpx.Client) -> None:
+    error = refused(client.post("/v1/generate?stream=true", json={"prompt": "a"}), 422, "invalid_request")
+    assert error["param"] == "stream"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("prompt", "status", "code"),
+    [
+        (TOO_LONG, 422, "context_length_exceeded"),
+        (OVERLOADED, 503, "overloaded"),
+        (CRASHES, 500, "internal_error"),
+    ],
+)
+def test_a_refusal_has_its_status_also_when_streaming(
+    client: httpx.Client, prompt: str, status: int, code: str, stream: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    error = refused(generate(client, prompt=prompt, stream=stream), status, code)
+    assert SECRET not in error["message"]
+    if status == 500:
+        assert SECRET in caplog.text, "the log must have the traceback"
+
+
+def test_an_unexpected_error_is_found_in_the_log_by_its_request_id(
+    client: httpx.Client, caplog: pytest.LogCaptureFixture
+) -> None:
+    response = generate(client, prompt=CRASHES_LATER)
+    error = refused(response, 500, "internal_error")
+    request_id = response.headers["x-request-id"]
+    assert request_id in error["message"]
+    assert request_id in caplog.text
+    assert SECRET in caplog.text
+
+
+def test_a_stream_gives_deltas_then_the_usage_then_done(client: httpx.Client) -> None:
+    response = generate(client, adapter="demo/writer", prompt="hello", stream=True)
+    assert response.status_code == 200
+    assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
+    assert "content-length" not in response.headers
+    *deltas, last, done = events(response.text)
+    identity = {"id": "gen-1", "adapter": "demo/writer", "version": 3}
+    assert deltas == [
+        identity | {"text": piece, "token_ids": [index], "finish_reason": None} for index, piece in enumerate(PIECES)
+    ]
+    usage = {"prompt_tokens": 5, "completion_tokens": 3}
+    assert last == identity | {"text": "", "token_ids": [], "finish_reason": "stop", "usage": usage}
+    assert done == "[DONE]"
+
+
+def test_an_error_in_mid_stream_is_the_last_event(client: httpx.Client) -> None:
+    *_, delta, error = events(generate(client, prompt=FAILS_LATER, stream=True).text)
+    assert delta["text"] == PIECES[0]
+    assert error["error"]["code"] == "engine_unavailable"
+
+
+def test_a_crash_in_mid_stream_leaks_nothing(client: httpx.Client, caplog: pytest.LogCaptureFixture) -> None:
+    response = generate(client, prompt=CRASHES_LATER, stream=True)
+    error = events(response.text)[-1]["error"]
+    assert (error["code"], error["type"]) == ("internal_error", "server_error")
+    assert SECRET not in response.text
+    assert SECRET in caplog.text

@@ -1,0 +1,114 @@
+"""Health, metrics, request ids, unknown paths, and limits of bodies."""
+
+from __future__ import annotations
+
+import socket
+
+import httpx
+import pytest
+from answers import refused
+from stub_engine import StubEngine
+
+
+def samples(client: httpx.Client) -> dict[str, float]:
+    """All metrics by name and labels."""
+    lines = client.get("/metrics").text.splitlines()
+    pairs = [line.rsplit(" ", 1) for line in lines if not line.startswith("#")]
+    return {name: float(value) for name, value in pairs}
+
+
+def test_alive_and_ready(client: httpx.Client) -> None:
+    assert client.get("/healthz").json() == {"status": "alive"}
+    assert client.get("/readyz").json() == {"status": "ready"}
+
+
+def test_a_dead_engine_is_not_ready_but_the_process_is_alive(client: httpx.Client, engine: StubEngine) -> None:
+    engine.running = False
+    assert "not running" in refused(client.get("/readyz"), 503, "engine_unavailable")["message"]
+    assert client.get("/healthz").status_code == 200
+    engine.running = True
+    assert client.get("/readyz").status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/", "/v1", "/v1/", "/v1/generate/", "/docs", "/v1/adapters/a", "/%00", "/☠"])
+def test_unknown_paths(client: httpx.Client, path: str) -> None:
+    refused(client.get(path), 404, "not_found")
+
+
+@pytest.mark.parametrize(
+    ("method", "path"), [("GET", "/v1/generate"), ("DELETE", "/v1/adapters"), ("POST", "/healthz")]
+)
+def test_wrong_methods(client: httpx.Client, method: str, path: str) -> None:
+    response = client.request(method, path)
+    refused(response, 405, "method_not_allowed")
+    assert response.headers["allow"]
+
+
+def test_each_request_has_an_id_that_the_client_cannot_choose(client: httpx.Client) -> None:
+    ids = {client.get("/healthz", headers={"X-Request-Id": "mine"}).headers["x-request-id"] for _ in range(3)}
+    assert len(ids) == 3
+    assert "mine" not in ids
+
+
+def test_metrics_count_requests_and_tokens_by_bounded_labels(client: httpx.Client) -> None:
+    before = samples(client)
+    client.post("/v1/generate", json={"prompt": "hello"})
+    client.post("/v1/generate", json={"prompt": "hello", "stream": True})
+    client.post("/v1/classify", json={"adapter": "demo/sorter", "inputs": ["a", "b"]})
+    for number in range(3):
+        client.get(f"/v1/adapters/demo/absent-{number}")
+        client.get(f"/nothing-{number}")
+        client.request(f"BREW{number}", "/healthz")
+    response = client.get("/metrics")
+    assert response.headers["content-type"].startswith("text/plain")
+    assert "BREW" not in response.text
+    grown = {name: value - before.get(name, 0) for name, value in samples(client).items()}
+    requests = "sera_http_requests_total"
+    assert grown[requests + '{method="POST",route="/v1/generate",status="200"}'] == 2
+    assert grown[requests + '{method="GET",route="/v1/adapters/{tenant}/{name}",status="404"}'] == 3
+    assert grown[requests + '{method="GET",route="unmatched",status="404"}'] == 3
+    assert grown['sera_tokens_total{kind="prompt"}'] == 10
+    assert grown['sera_tokens_total{kind="completion"}'] == 6
+    assert grown["sera_classified_inputs_total"] == 2
+    assert samples(client)["sera_requests_in_flight"] == 0
+
+
+def test_a_json_body_over_the_limit_is_refused(client: httpx.Client) -> None:
+    body = b'{"prompt": "' + b"a" * (1 << 20) + b'"}'
+    response = client.post("/v1/generate", content=body, headers={"Content-Type": "application/json"})
+    refused(response, 413, "body_too_large")
+
+
+def test_a_chunked_body_over_the_limit_is_refused_while_it_is_read(url: str) -> None:
+    sent = 0
+    with socket.create_connection(url.removeprefix("http://").split(":"), timeout=10) as connection:
+        head = "POST /v1/generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        connection.sendall(f"{head}Transfer-Encoding: chunked\r\n\r\n".encode())
+        chunk = b"10000\r\n" + b" " * 0x10000 + b"\r\n"
+        while sent < 17:
+            connection.sendall(chunk)
+            sent += 1
+        answer = connection.recv(4096)
+    assert b"413" in answer.split(b"\r\n")[0]
+
+
+def test_a_large_announcement_is_refused_before_the_body_is_sent(url: str) -> None:
+    with socket.create_connection(url.removeprefix("http://").split(":"), timeout=10) as connection:
+        head = "POST /v1/adapters HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=b\r\n"
+        connection.sendall(f"{head}Content-Length: 1073741824\r\nExpect: 100-continue\r\n\r\n".encode())
+        answer = connection.recv(4096)
+    assert b"413" in answer.split(b"\r\n")[0]
+    assert b'"code":"body_too_large"' in answer
+
+
+def test_openapi_describes_every_route(client: httpx.Client) -> None:
+    paths = client.get("/openapi.json").json()["paths"]
+    assert {path: set(methods) for path, methods in paths.items()} == {
+        "/v1/generate": {"post"},
+        "/v1/classify": {"post"},
+        "/v1/adapters": {"get", "post"},
+        "/v1/adapters/{tenant}/{name}": {"get", "delete"},
+        "/healthz": {"get"},
+        "/readyz": {"get"},
+        "/metrics": {"get"},
+    }

@@ -1,0 +1,138 @@
+"""The command `sera-serve serve`: its options, its refusals, and a whole life in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+import httpx
+import pytest
+from typer.testing import CliRunner
+
+from adapters_store import AdapterStore
+from factories import random_adapter, random_decoder
+from sera_serve import SeraConfig
+from sera_serve.base import FrozenBase, load_base
+from sera_serve.cli import build_cli
+from sera_serve.config import ServeSettings
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def folder(base: FrozenBase, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    base.model.save_pretrained(folder)
+    base.tokenizer.save_pretrained(folder)
+    return folder
+
+
+def command(*arguments: str | Path) -> list[str]:
+    return [sys.executable, "-c", "from sera_serve.cli import main; main()", *map(str, arguments)]
+
+
+@contextmanager
+def running(*arguments: str | Path) -> Iterator[tuple[subprocess.Popen[str], list[str]]]:
+    """A server process, and the lines it printed until it was ready."""
+    environment = os.environ | {"PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'kernels'}", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command("serve", *arguments), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    )
+    assert process.stdout is not None
+    try:
+        yield process, _until_ready(process.stdout)
+    finally:
+        process.kill()
+        process.wait(timeout=10)
+        process.stdout.close()
+
+
+def _until_ready(output: IO[str]) -> list[str]:
+    lines = []
+    for line in output:
+        lines.append(line.rstrip("\n"))
+        if line.startswith("curl") and line.rstrip().endswith("/v1/adapters"):
+            return lines
+    raise RuntimeError("the server ended:\n" + "\n".join(lines))
+
+
+def test_every_setting_is_an_option() -> None:
+    result = CliRunner().invoke(build_cli(), ["serve", "--help"], env={"COLUMNS": "200", "NO_COLOR": "1"})
+    assert result.exit_code == 0
+    options = set(re.findall(r"--[a-z-]+", result.output))
+    assert {f"--{name.replace('_', '-')}" for name in ServeSettings.model_fields} <= options
+    assert "--config" in options
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        (["--port", "99999"], 2, "port (flag --port) is 99999"),
+        (["--config", "/nowhere.yaml"], 2, "cannot be read"),
+        (["--base", "/nowhere", "--port", "0"], 1, "could not be loaded"),
+        (["--host", "256.0.0.1"], 1, "host"),
+        (["--device", "cuda:9", "--port", "0"], 1, "device"),
+    ],
+)
+def test_a_wrong_option_is_told_in_one_line(tmp_path: Path, arguments: list[str], status: int, words: str) -> None:
+    result = CliRunner().invoke(build_cli(), ["serve", "--store", str(tmp_path / "store"), *arguments])
+    assert result.exit_code == status
+    assert words in result.stderr
+    assert result.stderr.startswith("sera-serve: ")
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_port_in_use_is_noticed_before_the_base_is_loaded(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        arguments = ["serve", "--store", str(tmp_path), "--base", "/nowhere", "--port", port]
+        result = CliRunner().invoke(build_cli(), arguments)
+    assert result.exit_code == 1
+    assert f"port {port}: Address already in use" in result.stderr
+
+
+def test_the_printed_lines_work_when_pasted_and_sigterm_ends_gracefully(folder: Path, tmp_path: Path) -> None:
+    served = load_base(str(folder))
+    config = SeraConfig(4, 2, 8, ("q_proj",))
+    store = AdapterStore(tmp_path / "store")
+    store.publish(random_adapter(served, config, seed=1), "demo/writer")
+    store.publish(random_adapter(served, config, seed=2, labels=["spam", "ham"]), "demo/sorter")
+    # First in the list, but no printed line offers it.
+    store.publish(random_adapter(random_decoder(seed=5), config, seed=3), "aaa/foreign")
+    arguments = ["--base", folder, "--store", store.root, "--port", "0", "--pool-mib", "4"]
+    with running(*arguments, "--kv-cache-tokens", "1024") as (process, lines):
+        text = "\n".join(lines)
+        assert "3 adapters" in text
+        assert "aaa/foreign" not in text
+        curls = [shlex.split(line) for line in lines if line.startswith("curl")]
+        answers = [_as_curl(curl) for curl in curls]
+        assert [answer.status_code for answer in answers] == [200] * 4
+        generated, classified, bare, listed = (answer.json() for answer in answers)
+        assert (generated["adapter"], bare["adapter"]) == ("demo/writer", None)
+        assert classified["results"][0]["label"] in ("spam", "ham")
+        assert [adapter["adapter"] for adapter in listed["adapters"]] == ["aaa/foreign", "demo/sorter", "demo/writer"]
+        process.send_signal(signal.SIGTERM)
+        begun = time.monotonic()
+        assert process.wait(timeout=20) in (0, -signal.SIGTERM)
+        assert time.monotonic() - begun < 15
+
+
+def _as_curl(words: list[str]) -> httpx.Response:
+    """What curl does with these arguments."""
+    assert words[:2] == ["curl", "-s"]
+    url, *rest = words[2:]
+    if not rest:
+        return httpx.get(url, timeout=30)
+    assert [rest[0], rest[2]] == ["-H", "-d"]
+    name, _, value = rest[1].partition(": ")
+    return httpx.post(url, headers={name: value}, content=rest[3].encode(), timeout=30)

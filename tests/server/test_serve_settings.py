@@ -1,0 +1,59 @@
+"""Settings from flags, environment, file and defaults."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sera_serve.config import ServeSettings, load_settings
+from sera_serve.errors import InvalidConfiguration
+
+
+def test_the_first_source_that_has_a_value_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text("port: 1\npool_mib: 1\nhost: a\n")
+    monkeypatch.setenv("SERA_SERVE_PORT", "2")
+    monkeypatch.setenv("SERA_SERVE_POOL_MIB", "2")
+    settings = load_settings(file, {"port": 3, "host": None})
+    assert (settings.port, settings.pool_mib, settings.host) == (3, 2, "a")
+    assert settings.max_queue == ServeSettings.model_fields["max_queue"].default
+    assert load_settings(None, {}).port == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "param", "words"),
+    [
+        ("prot: 1", "prot", "did you mean 'port'"),
+        ("port: [", "config", "cannot be read"),
+        ("- port", "config", "setting: value"),
+        ("port: 70000", "port", "--port"),
+        ("pool_mib: lots", "pool_mib", "--pool-mib"),
+        ("dtype: int3", "dtype", "float32"),
+    ],
+)
+def test_a_wrong_file_is_refused(tmp_path: Path, content: str, param: str, words: str) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text(content)
+    with pytest.raises(InvalidConfiguration, match=words) as caught:
+        load_settings(file, {})
+    assert caught.value.param == param
+
+
+def test_an_absent_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidConfiguration, match="No such file"):
+        load_settings(tmp_path / "absent.yaml", {})
+
+
+def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "serve.yaml").write_text("# nothing yet\n")
+    assert (
+        load_settings(tmp_path / "serve.yaml", {"port": 5}).model_dump()
+        == load_settings(None, {"port": 5}).model_dump()
+    )
+
+
+def test_an_unknown_variable_is_not_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SERA_SERVE_POOL_MB", "2")
+    with pytest.raises(InvalidConfiguration, match="did you mean 'pool_mib'"):
+        load_settings(None, {})

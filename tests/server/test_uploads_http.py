@@ -1,0 +1,224 @@
+"""POST /v1/adapters: applied or refused, and the server unharmed either way."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import socket
+import struct
+import tarfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from answers import refused
+
+from adapters_store import AdapterBundle, AdapterStore
+from factories import random_adapter, random_decoder
+from sera_serve import SeraConfig
+from sera_serve.base import FrozenBase
+
+Files = list[tuple[str, tuple[str | None, bytes]]]
+NAME = ("name", (None, b"acme/new"))
+
+
+def bundle_part(data: bytes) -> tuple[str, tuple[str, bytes]]:
+    return ("bundle", ("adapter.safetensors", data))
+
+
+def upload(client: httpx.Client, data: bytes, name: str = "acme/new") -> httpx.Response:
+    return client.post("/v1/adapters", files={"bundle": ("adapter.safetensors", data)}, data={"name": name})
+
+
+def tar_of(directory: Path) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for path in sorted(directory.iterdir()):
+            archive.add(path, path.name)
+    return buffer.getvalue()
+
+
+def with_tensors(bundle: AdapterBundle, **changes: torch.Tensor | None) -> bytes:
+    """The bundle with the first adapted layer's factors changed, or removed where None."""
+    path = next(iter(bundle.config.modules))
+    tensors = dict(bundle.tensors)
+    for factor, tensor in changes.items():
+        name = f"{path}.{factor}"
+        if tensor is None:
+            del tensors[name]
+        else:
+            tensors[name] = tensor
+    return AdapterBundle(bundle.config, tensors).to_bytes()
+
+
+@pytest.fixture
+def hostile(writer: AdapterBundle, base: FrozenBase) -> dict[str, tuple[bytes, int, str]]:
+    """Bundles that must be refused: bytes, status, code."""
+    good = writer.to_bytes()
+    a = writer.tensors[f"{next(iter(writer.config.modules))}.sera_a"]
+    other = random_adapter(random_decoder(seed=5), SeraConfig(8, 4, 16, ("q_proj",)), seed=1)
+    header = json.dumps({"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+    return {
+        "truncated": (good[:-10], 422, "truncated"),
+        "cut in its header": (good[:50], 422, "truncated"),
+        "empty": (b"", 422, "truncated"),
+        "pickle": (pickle.dumps({"weights": [1.0] * 100}), 422, "not_safetensors"),
+        "torch.save": (torch_saved(), 422, "not_safetensors"),
+        "gzip": (b"\x1f\x8b" + bytes(100), 422, "not_safetensors"),
+        "1 GB header": (struct.pack("<Q", 1 << 30) + b"{" + bytes(100), 422, "header_too_large"),
+        "no configuration": (struct.pack("<Q", len(header)) + header + bytes(4), 422, "missing_file"),
+        "other base": (other.to_bytes(), 422, "wrong_base"),
+        "missing tensor": (with_tensors(writer, sera_b=None), 422, "missing_tensor"),
+        "extra tensor": (with_tensors(writer, sera_d=torch.zeros(2)), 422, "unexpected_tensor"),
+        "wrong shape": (with_tensors(writer, sera_a=a[:-1]), 422, "wrong_shape"),
+        "not a number": (with_tensors(writer, sera_a=torch.full_like(a, torch.nan)), 422, "not_finite"),
+        "infinity": (with_tensors(writer, sera_a=torch.full_like(a, torch.inf)), 422, "not_finite"),
+    }
+
+
+def torch_saved() -> bytes:
+    buffer = io.BytesIO()
+    torch.save({"a": torch.zeros(3)}, buffer)
+    return buffer.getvalue()
+
+
+def test_an_upload_is_in_the_store_when_it_is_acknowledged(
+    client: httpx.Client, store: AdapterStore, writer: AdapterBundle, tmp_path: Path
+) -> None:
+    response = upload(client, writer.to_bytes(), "acme/fresh")
+    assert response.status_code == 201
+    assert response.json() == {"adapter": "acme/fresh", "version": 1, "digest": writer.digest}
+    assert store.load(store.resolve("acme/fresh").digest).digest == writer.digest
+    # A tar of the same content is the same version.
+    writer.save(tmp_path / "bundle")
+    again = upload(client, tar_of(tmp_path / "bundle"), "acme/fresh")
+    assert (again.status_code, again.json()) == (201, response.json())
+
+
+def test_every_hostile_bundle_is_refused_and_the_server_goes_on(
+    client: httpx.Client, store: AdapterStore, hostile: dict[str, tuple[bytes, int, str]]
+) -> None:
+    before = store.list()
+    for kind, (data, status, code) in hostile.items():
+        error = refused(upload(client, data), status, code)
+        assert error["message"], kind
+        assert str(store.root) not in error["message"]
+    assert store.list() == before
+    assert client.get("/readyz").status_code == 200
+    assert client.post("/v1/generate", json={"prompt": "hello"}).status_code == 200
+
+
+def test_another_base_is_named(client: httpx.Client, hostile: dict[str, tuple[bytes, int, str]]) -> None:
+    error = refused(upload(client, hostile["other base"][0]), 422, "wrong_base")
+    assert error["param"] == "adapter_config.base.weights_digest"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../etc",
+        "a/../b",
+        "acme/..",
+        "acme/new/../../x",
+        "/etc/passwd",
+        "acme",
+        "acme/",
+        "/new",
+        "",
+        "Acme/New",
+        "acme/né",
+        "acme/new\0",
+        "acme\\new",
+        "acme/new@latest",
+        "acme/" + "x" * 65,
+        "acme/%2e%2e",
+    ],
+)
+def test_an_impossible_name_is_refused(client: httpx.Client, writer: AdapterBundle, name: str) -> None:
+    assert refused(upload(client, writer.to_bytes(), name), 422, "invalid_adapter_name")["param"] == "name"
+
+
+@pytest.mark.parametrize(
+    ("files", "status", "code", "param"),
+    [
+        ([NAME], 422, "missing_field", "bundle"),
+        ([bundle_part(b"x")], 422, "missing_field", "name"),
+        ([NAME, bundle_part(b"x"), ("alias", (None, b"stable"))], 422, "unknown_field", "alias"),
+        ([NAME, NAME, bundle_part(b"x")], 422, "unknown_field", "name"),
+        ([NAME, bundle_part(b"x"), bundle_part(b"y")], 422, "unknown_field", "bundle"),
+        ([NAME, ("bundle", (None, b"x"))], 422, "invalid_request", "bundle"),
+        ([("name", ("name.txt", b"acme/new")), bundle_part(b"x")], 422, "invalid_request", "name"),
+        ([NAME] + [(f"f{i}", (None, b"x")) for i in range(9)], 400, "invalid_multipart", None),
+        ([("name", (None, b"x" * 10_000)), bundle_part(b"x")], 400, "invalid_multipart", None),
+    ],
+)
+def test_a_form_with_other_fields_is_refused(
+    client: httpx.Client, files: Files, status: int, code: str, param: str | None
+) -> None:
+    assert refused(client.post("/v1/adapters", files=files), status, code)["param"] == param
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "status", "code"),
+    [
+        (None, b"x", 415, "unsupported_media_type"),
+        ("application/json", b'{"name": "a/b"}', 415, "unsupported_media_type"),
+        ("application/octet-stream", b"x", 415, "unsupported_media_type"),
+        ("multipart/form-data", b"x", 400, "invalid_multipart"),
+        ("multipart/form-data; boundary=b", b"no such boundary", 400, "invalid_multipart"),
+        ("multipart/form-data; boundary=b", b"", 422, "missing_field"),
+        (
+            "multipart/form-data; boundary=b",
+            b"--b\r\nContent-Disposition: form-data\r\n\r\nx\r\n--b--\r\n",
+            400,
+            "invalid_multipart",
+        ),
+    ],
+)
+def test_a_body_that_is_no_form_is_refused(
+    client: httpx.Client, kind: str | None, body: bytes, status: int, code: str
+) -> None:
+    headers = {} if kind is None else {"Content-Type": kind}
+    refused(client.post("/v1/adapters", content=body, headers=headers), status, code)
+
+
+def test_a_bundle_over_the_limit_is_refused(client: httpx.Client) -> None:
+    # The whole body is within what the form may add; the bundle alone is not.
+    refused(upload(client, bytes((1 << 20) + 1)), 413, "bundle_too_large")
+    refused(upload(client, bytes(2 << 20)), 413, "body_too_large")
+
+
+def test_an_upload_that_breaks_off_leaves_nothing(
+    client: httpx.Client, url: str, store: AdapterStore, writer: AdapterBundle
+) -> None:
+    before = store.list()
+    request = client.build_request(
+        "POST", "/v1/adapters", files={"bundle": ("a", writer.to_bytes())}, data={"name": "acme/half"}
+    )
+    body = request.read()
+    host, port = url.removeprefix("http://").split(":")
+    for part in (0.0, 0.3, 0.9):
+        with socket.create_connection((host, int(port)), timeout=10) as connection:
+            head = f"POST /v1/adapters HTTP/1.1\r\nHost: x\r\nContent-Type: {request.headers['content-type']}\r\n"
+            connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode())
+            connection.sendall(body[: int(part * len(body))])
+    assert client.get("/healthz").status_code == 200
+    assert store.list() == before
+
+
+def test_uploads_at_once_get_versions_of_their_own(url: str, base: FrozenBase, store: AdapterStore) -> None:
+    bundles = [random_adapter(base, SeraConfig(4, 2, 8, ("q_proj",)), seed=seed) for seed in range(6)]
+
+    def send(bundle: AdapterBundle) -> dict[str, Any]:
+        with httpx.Client(base_url=url, timeout=30) as client:
+            return upload(client, bundle.to_bytes(), "acme/busy").raise_for_status().json()  # type: ignore[no-any-return]
+
+    with ThreadPoolExecutor(6) as pool:
+        answers = list(pool.map(send, bundles))
+    assert sorted(answer["version"] for answer in answers) == [1, 2, 3, 4, 5, 6]
+    assert {answer["digest"] for answer in answers} == {bundle.digest for bundle in bundles}
+    assert store.inspect("acme/busy").versions == (1, 2, 3, 4, 5, 6)

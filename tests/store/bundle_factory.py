@@ -1,0 +1,60 @@
+"""Small bundles for tests."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+
+from adapters_store import AdapterBundle, AdapterConfig, expected_shapes
+
+BASE = {
+    "name": "tiny",
+    "architecture": "LlamaForCausalLM",
+    "config_digest": "c" * 64,
+    "weights_digest": "d" * 64,
+    "hidden_size": 6,
+}
+Q = "model.layers.0.self_attn.q_proj"
+MODULE = {"d_in": 8, "d_out": 12, "rank": 4, "split": 2, "use_mixer": True, "scaling": 0.5}
+
+
+def config_fields(**changes: Any) -> dict[str, Any]:
+    """The JSON object of a valid generator's configuration, changed at top level."""
+    return {
+        "format_version": 1,
+        "task": "generate",
+        "method": "sera",
+        "base": dict(BASE),
+        "modules": {Q: dict(MODULE)},
+        "training": {"seed": 0, "metrics": {"loss": 1.25}},
+        **changes,
+    }
+
+
+def classifier_fields(**changes: Any) -> dict[str, Any]:
+    """The JSON object of a valid classifier's configuration, changed at top level."""
+    return config_fields(
+        **{"task": "classify", "labels": ["no", "yes"], "pooling": "last_token", "max_length": 64, **changes}
+    )
+
+
+def make_bundle(seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> AdapterBundle:
+    """A valid bundle whose content depends on `seed`."""
+    config = AdapterConfig.from_json(json.dumps(config_fields(**changes)))
+    return fill(config, seed, dtype)
+
+
+def make_classifier(seed: int = 0, **changes: Any) -> AdapterBundle:
+    """A valid classifier's bundle."""
+    return fill(AdapterConfig.from_json(json.dumps(classifier_fields(**changes))), seed)
+
+
+def fill(config: AdapterConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> AdapterBundle:
+    """Random tensors for a configuration."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = expected_shapes(config)
+    return AdapterBundle(
+        config, {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+    )

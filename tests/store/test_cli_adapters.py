@@ -1,0 +1,204 @@
+"""The command line `sera-serve adapters`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bundle_factory import Q, make_bundle, make_classifier
+from click.testing import Result
+from peft import PeftModel
+from raw_files import tar_bytes, two_files
+from transformers import LlamaForCausalLM
+from typer.testing import CliRunner
+
+from adapters_store import AdapterBundle, AdapterStore
+from factories import random_adapter, random_decoder
+from sera_serve import SeraConfig
+from sera_serve.base import load_base
+from sera_serve.cli_adapters import adapters_app
+
+NAME = "acme/support"
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> AdapterStore:
+    return AdapterStore(tmp_path / "store")
+
+
+@pytest.fixture
+def run(store: AdapterStore) -> Run:
+    def invoke(*arguments: object, at: Path | None = None) -> Result:
+        return CliRunner().invoke(adapters_app, [*map(str, arguments), "--store", str(at or store.root)])
+
+    return invoke
+
+
+def fields(result: Result) -> dict[str, Any]:
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count("\n") == 1
+    value: dict[str, Any] = json.loads(result.stdout)
+    return value
+
+
+def test_import_list_inspect(run: Run, store: AdapterStore, tmp_path: Path) -> None:
+    bundle = make_classifier(training={"epochs": 3})
+    bundle.save(tmp_path / "bundle")
+    assert fields(run("import", tmp_path / "bundle", "--name", NAME, "--json")) == {
+        "adapter": NAME,
+        "version": 1,
+        "digest": bundle.digest,
+    }
+    assert run("import", tmp_path / "bundle", "--name", NAME).stdout == f"published {NAME} v1\n"
+    listed = fields(run("list", "--json"))["adapters"]
+    assert [(info["adapter"], info["version"], info["aliases"]) for info in listed] == [(NAME, 1, {"latest": 1})]
+    assert fields(run("list", "--tenant", "other", "--json")) == {"adapters": []}
+    shown = fields(run("inspect", f"{NAME}@v1", "--json"))
+    assert shown["digest"] == bundle.digest
+    assert shown["config"] == bundle.config.model_dump()
+    for text in (NAME, "v1", "classify", "latest=v1", str(bundle.config.parameters)):
+        assert text in run("list").stdout
+    for text in (bundle.digest, Q, "epochs", "no", "yes", "last_token"):
+        assert text in run("inspect", NAME).stdout
+    assert "holds no adapters" in run("list", "--tenant", "other").stdout
+
+
+@pytest.mark.parametrize("form", ["file", "tar"])
+def test_import_of_single_files(run: Run, store: AdapterStore, tmp_path: Path, form: str) -> None:
+    bundle = make_bundle()
+    config, model = two_files(bundle)
+    tar = tar_bytes(("adapter_config.json", config), ("adapter_model.safetensors", model))
+    (tmp_path / "upload").write_bytes(bundle.to_bytes() if form == "file" else tar)
+    assert fields(run("import", tmp_path / "upload", "--name", NAME, "--json"))["digest"] == bundle.digest
+
+
+def test_import_makes_the_store(run: Run, tmp_path: Path) -> None:
+    make_bundle().save(tmp_path / "bundle")
+    assert run("import", tmp_path / "bundle", "--name", NAME, at=tmp_path / "new").exit_code == 0
+    assert AdapterStore(tmp_path / "new", create=False).resolve(NAME).version == 1
+
+
+@pytest.mark.parametrize("output", ["out", "out.safetensors", "new/folder/out"])
+def test_export_of_our_format(run: Run, store: AdapterStore, tmp_path: Path, output: str) -> None:
+    bundle = make_classifier()
+    store.publish(bundle, NAME)
+    path = tmp_path / output
+    assert fields(run("export", NAME, "--output", path, "--json")) == {
+        "adapter": NAME,
+        "version": 1,
+        "digest": bundle.digest,
+        "format": "sera",
+        "output": str(path),
+    }
+    assert path.is_dir() == (path.suffix == "")
+    assert AdapterBundle.load(path).digest == bundle.digest
+
+
+def test_export_as_peft_warns_about_the_head(run: Run, store: AdapterStore, tmp_path: Path) -> None:
+    store.publish(make_classifier(), NAME)
+    result = run("export", NAME, "--format", "peft", "--output", tmp_path / "out")
+    assert result.exit_code == 0
+    assert result.stdout == f"wrote {NAME} v1 as peft to {tmp_path / 'out'}\n"
+    assert "classifier's head" in result.stderr
+    assert str(tmp_path / "out" / "head.safetensors") in result.stderr
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "head.safetensors",
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_merged_export_is_a_model_that_needs_no_adapter(run: Run, store: AdapterStore, tmp_path: Path) -> None:
+    base = random_decoder()
+    base.model.save_pretrained(tmp_path / "base")
+    base.tokenizer.save_pretrained(tmp_path / "base")
+    loaded = load_base(str(tmp_path / "base"))
+    bundle = random_adapter(loaded, SeraConfig(8, 4, 8.0, ["q_proj", "down_proj"]), seed=1)
+    store.publish(bundle, NAME)
+    merged, peft = tmp_path / "merged", tmp_path / "peft"
+    result = run("export", NAME, "--format", "merged", "--base", tmp_path / "base", "--output", merged)
+    assert result.exit_code == 0, result.output
+    assert "head" not in result.stderr
+    assert run("export", NAME, "--format", "peft", "--output", peft).exit_code == 0
+    tokens = torch.arange(30).view(1, 30)
+    with torch.no_grad():
+        plain = loaded.model(tokens).logits
+        alone = LlamaForCausalLM.from_pretrained(merged)(tokens).logits
+        adapted = PeftModel.from_pretrained(loaded.model, str(peft))(tokens).logits
+    assert (alone - plain).abs().max() > 0.1
+    assert torch.allclose(alone, adapted, rtol=0, atol=1e-3)
+    assert load_base(str(merged)).tokenizer.decode([72, 105]) == loaded.tokenizer.decode([72, 105])
+
+
+def test_merging_into_another_base_is_refused(run: Run, store: AdapterStore, tmp_path: Path) -> None:
+    base = random_decoder()
+    base.model.save_pretrained(tmp_path / "base")
+    base.tokenizer.save_pretrained(tmp_path / "base")
+    store.publish(make_bundle(), NAME)
+    output = tmp_path / "out"
+    result = run("export", NAME, "--format", "merged", "--base", tmp_path / "base", "--output", output)
+    assert_refused(result, "was made for base 'tiny'")
+    assert not output.exists()
+
+
+def test_delete_and_alias(run: Run, store: AdapterStore) -> None:
+    for seed in range(3):
+        store.publish(make_bundle(seed), NAME)
+    assert fields(run("alias", f"{NAME}@v1", "stable", "--json")) == {
+        "adapter": NAME,
+        "aliases": {"latest": 3, "stable": 1},
+    }
+    assert run("alias", f"{NAME}@v2", "stable").stdout == f"{NAME}: latest=v3, stable=v2\n"
+    assert_refused(run("delete", f"{NAME}@v2"), "move that alias first")
+    assert fields(run("alias", NAME, "stable", "--remove", "--json"))["aliases"] == {"latest": 3}
+    assert fields(run("delete", f"{NAME}@v2", "--json"))["bundles_freed"] == 1
+    assert store.inspect(NAME).versions == (1, 3)
+    assert run("delete", NAME).stdout.startswith(f"deleted {NAME}; ")
+    assert store.list() == []
+
+
+def assert_refused(result: Result, text: str) -> None:
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    # transformers writes its progress to stderr first.
+    assert result.stderr.count("sera-serve: ") == 1
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("sera-serve: ")
+    assert text in last
+
+
+def test_refusals_are_one_line_and_exit_1(run: Run, store: AdapterStore, tmp_path: Path) -> None:
+    store.publish(make_bundle(), NAME)
+    (tmp_path / "junk").write_bytes(b"PK\x03\x04 something")
+    assert_refused(run("inspect", "no/body"), "not in the store")
+    assert_refused(run("inspect", "../etc"), "tenant is '..'")
+    assert_refused(run("list", at=tmp_path / "absent"), "is not an adapter store")
+    assert_refused(run("import", tmp_path / "junk", "--name", NAME), "zip archive")
+    assert_refused(run("import", tmp_path / "nothing", "--name", NAME), "not a regular file")
+    assert_refused(run("import", tmp_path / "junk", "--name", "x"), "zip archive")
+    assert_refused(run("export", NAME, "--output", tmp_path / "junk"), "exists")
+    assert_refused(run("export", NAME, "--output", tmp_path / "junk" / "deeper"), "junk")
+    merged = run("export", NAME, "--format", "merged", "--base", tmp_path / "no", "--output", tmp_path / "out")
+    assert_refused(merged, "could not be loaded")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("export", NAME, "--format", "merged", "--output", "out"),
+        ("export", NAME, "--format", "sera", "--base", "embedded", "--output", "out"),
+        ("export", NAME, "--format", "gguf", "--output", "out"),
+        ("export", NAME),
+        ("import", "somewhere"),
+        ("alias", NAME),
+        ("frobnicate",),
+    ],
+)
+def test_wrong_usage_exits_2(run: Run, arguments: tuple[str, ...]) -> None:
+    assert run(*arguments).exit_code == 2

@@ -1,0 +1,86 @@
+"""Many processes and threads on one store."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from bundle_factory import make_bundle
+from store_jobs import NAME, OTHER, JobServer
+
+from adapters_store import AdapterNotFound, AdapterStore
+
+WRITERS, EACH = 4, 15
+
+
+def acknowledged(out: Path) -> list[tuple[int, str]]:
+    return [(int(line.split()[1]), line.split()[2]) for line in out.read_text().splitlines()]
+
+
+def test_processes_publishing_to_one_name(jobs: JobServer, tmp_path: Path) -> None:
+    """Distinct versions, complete, none lost; garbage collection beside them takes nothing that is needed."""
+    root, stop = tmp_path / "store", tmp_path / "stop"
+    outs = [tmp_path / f"out{writer}" for writer in range(WRITERS)]
+    collector = jobs.start("collect_until", tmp_path / "collector", store=str(root), stop=str(stop))
+    writers = []
+    for writer, out in enumerate(outs):
+        seeds = list(range(writer * 100, writer * 100 + EACH))
+        writers.append(jobs.start("publish_some", out, store=str(root), name=NAME, seeds=seeds))
+    assert [jobs.wait(process) for process in writers] == [0] * WRITERS
+    stop.touch()
+    assert jobs.wait(collector) == 0
+    assert int((tmp_path / "collector").read_text()) > 0
+    versions = [entry for out in outs for entry in acknowledged(out)]
+    assert sorted(version for version, _ in versions) == list(range(1, WRITERS * EACH + 1))
+    store = AdapterStore(root, create=False)
+    store.check_integrity()
+    for version, digest in versions:
+        assert store.resolve(f"{NAME}@v{version}").digest == digest
+    assert store.resolve(NAME).version == WRITERS * EACH
+
+
+def test_processes_publishing_the_same_content(jobs: JobServer, tmp_path: Path) -> None:
+    root = tmp_path / "store"
+    outs = [tmp_path / f"out{writer}" for writer in range(WRITERS)]
+    writers = [jobs.start("publish_some", out, store=str(root), name=NAME, seeds=list(range(EACH))) for out in outs]
+    assert [jobs.wait(process) for process in writers] == [0] * WRITERS
+    distinct = {entry for out in outs for entry in acknowledged(out)}
+    assert sorted(version for version, _ in distinct) == list(range(1, EACH + 1))
+    assert len({digest for _, digest in distinct}) == EACH
+    AdapterStore(root).check_integrity()
+
+
+def test_reading_while_another_process_publishes_and_deletes(jobs: JobServer, tmp_path: Path) -> None:
+    """A reader gets a whole bundle or "not found", never anything else."""
+    root = tmp_path / "store"
+    store = AdapterStore(root)
+    store.publish(make_bundle(0), OTHER)
+    expected = {make_bundle(seed).digest for seed in range(40)}
+    writer = jobs.start("publish_and_delete", tmp_path / "out", store=str(root), name=NAME, seeds=list(range(40)))
+    collector = jobs.start("collect_until", tmp_path / "collector", store=str(root), stop=str(tmp_path / "out"))
+    found = missed = 0
+    while not (tmp_path / "out").exists() or not (tmp_path / "out").read_text():
+        try:
+            resolved = store.resolve(NAME)
+            assert resolved.digest in expected
+            assert store.load(resolved.digest, verify=True).digest == resolved.digest
+            found += 1
+        except AdapterNotFound:
+            missed += 1
+        assert OTHER in [info.adapter for info in store.list()]
+    assert jobs.wait(writer) == jobs.wait(collector) == 0
+    assert found
+    assert missed
+    store.collect_garbage()
+    assert [info.adapter for info in store.list()] == [OTHER]
+    assert len(list((root / "bundles").iterdir())) == 1
+
+
+def test_threads_publishing_to_one_name(tmp_path: Path) -> None:
+    store = AdapterStore(tmp_path / "store")
+    with ThreadPoolExecutor(8) as pool:
+        published = list(pool.map(lambda seed: store.publish(make_bundle(seed), NAME), range(40)))
+    assert sorted(one.version for one in published) == list(range(1, 41))
+    for one in published:
+        assert store.resolve(f"{NAME}@v{one.version}").digest == one.digest
+    store.check_integrity()

@@ -1,0 +1,386 @@
+"""Publishing, resolving, aliases, deletion and garbage in a store that nobody kills."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from bundle_factory import Q, make_bundle, make_classifier
+
+from adapters_store import (
+    AdapterBundle,
+    AdapterNotFound,
+    AdapterStore,
+    BundleLimits,
+    InvalidAdapterName,
+    InvalidBundle,
+    StoreError,
+    VersionInUse,
+)
+from adapters_store.errors import AmbiguousDigest, NotAStore, StoreCorrupted, UnsupportedStore
+from adapters_store.shelf import AdapterShelf
+
+NAME = "acme/support"
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> AdapterStore:
+    return AdapterStore(tmp_path / "store")
+
+
+def bundle_path(store: AdapterStore, digest: str) -> Path:
+    return store.root / "bundles" / f"{digest}.safetensors"
+
+
+def test_publish_resolve_load(store: AdapterStore) -> None:
+    bundle = make_classifier(1)
+    published = store.publish(bundle, NAME)
+    assert (published.adapter, published.version, published.digest) == (NAME, 1, bundle.digest)
+    for ref in (NAME, f"{NAME}@latest", f"{NAME}@v1", f"{NAME}@{bundle.digest[:8]}", f"{NAME}@{bundle.digest}"):
+        resolved = store.resolve(ref)
+        assert (resolved.adapter, resolved.version, resolved.digest) == (NAME, 1, bundle.digest)
+    loaded = store.load(bundle.digest)
+    assert loaded.digest == bundle.digest
+    assert loaded.config == bundle.config == store.config(bundle.digest)
+    assert all(torch.equal(loaded.tensors[name], tensor) for name, tensor in bundle.tensors.items())
+    store.check_integrity()
+
+
+def test_versions_count_up_and_latest_follows(store: AdapterStore) -> None:
+    digests = [store.publish(make_bundle(seed), NAME).digest for seed in range(3)]
+    assert [store.resolve(f"{NAME}@v{version}").digest for version in (1, 2, 3)] == digests
+    assert store.resolve(NAME).version == 3
+    info = store.inspect(f"{NAME}@v2")
+    assert (info.version, info.digest, info.versions) == (2, digests[1], (1, 2, 3))
+    assert info.aliases == {"latest": 3}
+    assert (info.task, info.method, info.base) == ("generate", "sera", "tiny")
+    assert (info.parameters, info.nbytes) == (56, 224)
+
+
+def test_same_content_keeps_its_version_and_becomes_latest(store: AdapterStore) -> None:
+    first = store.publish(make_bundle(1), NAME)
+    store.publish(make_bundle(2), NAME)
+    again = store.publish(AdapterBundle.from_bytes(make_bundle(1).to_bytes()), NAME)
+    assert again == first
+    assert store.resolve(NAME).version == 1
+    assert store.inspect(NAME).versions == (1, 2)
+    other = store.publish(make_bundle(1), "other/name")
+    assert (other.version, other.digest) == (1, first.digest)
+    assert len(list((store.root / "bundles").iterdir())) == 2
+
+
+def test_refused_bundle_changes_nothing(store: AdapterStore) -> None:
+    store.publish(make_bundle(1), NAME)
+    before = sorted(store.root.rglob("*"))
+    bundle = make_bundle(2)
+    bundle.tensors[f"{Q}.sera_a"][0, 0] = float("nan")
+    with pytest.raises(InvalidBundle) as refusal:
+        store.publish(bundle, NAME)
+    assert refusal.value.code == "not_finite"
+    assert sorted(store.root.rglob("*")) == before
+
+
+def test_bundle_that_could_not_be_read_back_is_refused(tmp_path: Path) -> None:
+    store = AdapterStore(tmp_path, limits=BundleLimits(max_config_bytes=100))
+    with pytest.raises(InvalidBundle) as refusal:
+        store.publish(make_bundle(), NAME)
+    assert refusal.value.code == "bundle_too_large"
+    assert store.list() == []
+    assert not list((store.root / "bundles").iterdir())
+    assert not list((store.root / "tmp").iterdir())
+
+
+def test_aliases(store: AdapterStore) -> None:
+    for seed in range(3):
+        store.publish(make_bundle(seed), NAME)
+    store.set_alias(NAME, "stable", f"{NAME}@v1")
+    assert store.aliases(NAME) == {"latest": 3, "stable": 1}
+    assert store.resolve(f"{NAME}@stable").version == 1
+    store.set_alias(NAME, "stable", NAME)
+    assert store.resolve(f"{NAME}@stable").version == 3
+    store.set_alias(NAME, "latest", f"{NAME}@v2")
+    assert store.resolve(NAME).version == 2
+    store.remove_alias(NAME, "stable")
+    assert store.aliases(NAME) == {"latest": 2}
+    with pytest.raises(AdapterNotFound, match="alias 'stable'"):
+        store.remove_alias(NAME, "stable")
+    with pytest.raises(InvalidAdapterName):
+        store.remove_alias(NAME, "latest")
+
+
+def test_alias_stays_within_its_adapter(store: AdapterStore) -> None:
+    store.publish(make_bundle(1), NAME)
+    store.publish(make_bundle(2), "other/name")
+    with pytest.raises(InvalidAdapterName) as refusal:
+        store.set_alias(NAME, "stable", "other/name")
+    assert refusal.value.param == "ref"
+    with pytest.raises(AdapterNotFound):
+        store.set_alias(NAME, "stable", f"{NAME}@v9")
+
+
+@pytest.mark.parametrize("ref", ["no/body", f"{NAME}@v2", f"{NAME}@stable", f"{NAME}@{'0' * 12}"])
+def test_not_found(store: AdapterStore, ref: str) -> None:
+    store.publish(make_bundle(1), NAME)
+    for use in (store.resolve, store.inspect, store.delete):
+        with pytest.raises(AdapterNotFound) as refusal:
+            use(ref)
+        assert (refusal.value.code, refusal.value.status, refusal.value.param) == (
+            "adapter_not_found",
+            404,
+            "adapter",
+        )
+    with pytest.raises(AdapterNotFound):
+        store.load("0" * 64)
+    with pytest.raises(AdapterNotFound):
+        store.config("0" * 64)
+
+
+def test_digest_prefix_of_two_versions_is_ambiguous(store: AdapterStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = store.publish(make_bundle(1), NAME).digest
+    second = store.publish(make_bundle(2), NAME).digest
+    path = store.root / "adapters" / NAME / "versions" / "v2.json"
+    path.write_text(path.read_text().replace(second, first[:8] + second[8:]))
+    with pytest.raises(AmbiguousDigest) as refusal:
+        store.resolve(f"{NAME}@{first[:8]}")
+    assert refusal.value.status == 422
+    assert store.resolve(f"{NAME}@{first}").version == 1
+
+
+def test_delete_version_moves_latest(store: AdapterStore) -> None:
+    for seed in range(4):
+        store.publish(make_bundle(seed), NAME)
+    store.delete(f"{NAME}@latest")
+    assert store.resolve(NAME).version == 3
+    store.delete(f"{NAME}@v1")
+    assert store.inspect(NAME).versions == (2, 3)
+    assert store.inspect(NAME).aliases == {"latest": 3}
+    store.set_alias(NAME, "latest", f"{NAME}@v2")
+    store.delete(f"{NAME}@v3")
+    assert store.resolve(NAME).version == 2
+    store.delete(f"{NAME}@v2")
+    assert store.list() == []
+    with pytest.raises(AdapterNotFound):
+        store.resolve(NAME)
+
+
+def test_version_numbers_are_never_used_again(store: AdapterStore) -> None:
+    for seed in range(3):
+        store.publish(make_bundle(seed), NAME)
+    store.delete(f"{NAME}@v3")
+    assert store.publish(make_bundle(7), NAME).version == 4
+    store.delete(NAME)
+    assert store.publish(make_bundle(8), NAME).version == 5
+    store.delete(f"{NAME}@v5")
+    assert store.publish(make_bundle(9), NAME).version == 6
+    assert store.inspect(NAME).versions == (6,)
+
+
+def test_version_behind_an_alias_is_not_deleted(store: AdapterStore) -> None:
+    store.publish(make_bundle(1), NAME)
+    store.publish(make_bundle(2), NAME)
+    store.set_alias(NAME, "stable", f"{NAME}@v1")
+    with pytest.raises(VersionInUse) as refusal:
+        store.delete(f"{NAME}@v1")
+    assert (refusal.value.code, refusal.value.status) == ("version_in_use", 409)
+    assert "stable" in refusal.value.message
+    assert store.resolve(f"{NAME}@stable").version == 1
+    store.delete(NAME)
+    assert store.list() == []
+
+
+def test_collect_garbage_keeps_what_is_shared(store: AdapterStore) -> None:
+    shared, alone = make_bundle(1), make_bundle(2)
+    store.publish(shared, NAME)
+    store.publish(shared, "other/name")
+    store.publish(alone, NAME)
+    assert store.collect_garbage().bundles == 0
+    store.delete(NAME)
+    size = bundle_path(store, alone.digest).stat().st_size
+    collected = store.collect_garbage()
+    assert (collected.bundles, collected.nbytes) == (1, size)
+    assert store.load(shared.digest).digest == shared.digest
+    with pytest.raises(AdapterNotFound):
+        store.load(alone.digest)
+
+
+def test_list(store: AdapterStore) -> None:
+    assert store.list() == []
+    for name in ("b/x", "a/z", "a/y"):
+        store.publish(make_bundle(1), name)
+    store.publish(make_bundle(2), "a/y")
+    assert [(info.adapter, info.version) for info in store.list()] == [("a/y", 2), ("a/z", 1), ("b/x", 1)]
+    assert [info.adapter for info in store.list("a")] == ["a/y", "a/z"]
+    assert store.list("nobody") == []
+    with pytest.raises(InvalidAdapterName):
+        store.list("../a")
+    # Something that a file manager leaves behind is not an adapter.
+    (store.root / "adapters" / ".DS_Store").touch()
+    (store.root / "adapters" / "a" / ".DS_Store").touch()
+    assert len(store.list()) == 3
+    store.check_integrity()
+
+
+def test_listing_and_resolving_thousands_is_quick(store: AdapterStore) -> None:
+    store.publish(make_bundle(1), "t/0")
+    template = store.root / "adapters" / "t" / "0"
+    for number in range(1, 3000):
+        shutil.copytree(template, template.with_name(str(number)))
+    started = time.perf_counter()
+    assert len(store.list()) == 3000
+    assert time.perf_counter() - started < 5
+    started = time.perf_counter()
+    for number in range(1000):
+        store.resolve(f"t/{number}")
+    assert time.perf_counter() - started < 2
+
+
+def test_two_handles_see_each_other(store: AdapterStore) -> None:
+    other = AdapterStore(store.root, create=False)
+    store.publish(make_bundle(1), NAME)
+    assert other.resolve(NAME).version == 1
+    other.delete(NAME)
+    assert store.list() == []
+
+
+def flip_last_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        flip_last_byte,
+        lambda path: path.write_bytes(path.read_bytes()[:-1]),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(make_bundle(99).to_bytes()),
+    ],
+    ids=["bit", "cut", "empty", "another bundle"],
+)
+def test_damaged_bundle_is_never_served_and_publishing_heals_it(
+    store: AdapterStore, damage: Callable[[Path], object]
+) -> None:
+    bundle = make_bundle(1)
+    store.publish(bundle, NAME)
+    path = bundle_path(store, bundle.digest)
+    damage(path)
+    for use in (lambda: store.load(bundle.digest), store.check_integrity):
+        with pytest.raises(StoreCorrupted) as refusal:
+            use()
+        assert (refusal.value.code, refusal.value.status) == ("store_corrupted", 500)
+        assert str(path) in refusal.value.message
+    assert store.publish(bundle, NAME).version == 1
+    store.check_integrity()
+
+
+def test_digest_check_can_be_left_out(store: AdapterStore) -> None:
+    bundle = make_bundle(1)
+    store.publish(bundle, NAME)
+    flip_last_byte(bundle_path(store, bundle.digest))
+    store.load(bundle.digest, verify=False)
+    with pytest.raises(StoreCorrupted):
+        store.load(bundle.digest, verify=True)
+
+
+def test_large_bundles_are_verified_on_demand(store: AdapterStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("adapters_store.bundle_files.VERIFY_BELOW_BYTES", 100)
+    bundle = make_bundle(1)
+    store.publish(bundle, NAME)
+    flip_last_byte(bundle_path(store, bundle.digest))
+    store.load(bundle.digest)
+    with pytest.raises(StoreCorrupted):
+        store.load(bundle.digest, verify=True)
+
+
+def test_missing_bundle_and_lost_alias_target_are_found(store: AdapterStore) -> None:
+    digest = store.publish(make_bundle(1), NAME).digest
+    store.publish(make_bundle(2), NAME)
+    bundle_path(store, digest).rename(bundle_path(store, "0" * 64))
+    with pytest.raises(StoreCorrupted, match="bundle of acme/support@v1 is missing"):
+        store.check_integrity()
+    bundle_path(store, "0" * 64).rename(bundle_path(store, digest))
+    store.set_alias(NAME, "stable", f"{NAME}@v1")
+    (store.root / "adapters" / NAME / "versions" / "v1.json").unlink()
+    with pytest.raises(StoreCorrupted, match="acme/support@stable points to v1"):
+        store.check_integrity()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"version": 2}', "\xff"])
+@pytest.mark.parametrize("file", ["versions/v1.json", "aliases/latest.json"])
+def test_damaged_record_is_named(store: AdapterStore, file: str, text: str) -> None:
+    store.publish(make_bundle(1), NAME)
+    path = store.root / "adapters" / NAME / file
+    path.write_bytes(text.encode("latin-1"))
+    if (file, text) == ("aliases/latest.json", '{"version": 2}'):
+        with pytest.raises(AdapterNotFound):
+            store.resolve(NAME)
+        return
+    with pytest.raises(StoreCorrupted) as refusal:
+        store.resolve(NAME)
+    assert str(path) in refusal.value.message
+
+
+def test_absent_adapter_has_an_empty_shelf(store: AdapterStore) -> None:
+    shelf = AdapterShelf(store.root, "acme", "support")
+    assert shelf.versions() == []
+    assert shelf.aliases() == {}
+    assert shelf.next_version() == 1
+
+
+@pytest.mark.parametrize(
+    ("mark", "error"),
+    [
+        ('{"format": "sera-adapter-store", "version": 2}', UnsupportedStore),
+        ('{"format": "something else", "version": 1}', NotAStore),
+        ("not JSON", NotAStore),
+        ('{"format": "sera-adapter-store"}', NotAStore),
+    ],
+)
+def test_other_stores_are_refused(tmp_path: Path, mark: str, error: type[StoreError]) -> None:
+    (tmp_path / "store.json").write_text(mark)
+    with pytest.raises(error) as refusal:
+        AdapterStore(tmp_path)
+    assert refusal.value.param == "store"
+    assert [path.name for path in tmp_path.iterdir()] == ["store.json"]
+
+
+def test_paths_that_are_no_stores_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "letter.txt").write_text("dear")
+    for path in (tmp_path, tmp_path / "letter.txt"):
+        with pytest.raises(NotAStore):
+            AdapterStore(path)
+    with pytest.raises(NotAStore):
+        AdapterStore(tmp_path / "absent", create=False)
+    assert not (tmp_path / "absent").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
+
+
+def test_new_volume_and_unfinished_creation_are_accepted(tmp_path: Path) -> None:
+    for name in ("lost+found", "bundles", "tmp"):
+        (tmp_path / name).mkdir()
+    AdapterStore(tmp_path).publish(make_bundle(), NAME)
+    assert json.loads((tmp_path / "store.json").read_text()) == {"format": "sera-adapter-store", "version": 1}
+
+
+def test_store_copied_without_empty_folders_works(store: AdapterStore) -> None:
+    store.publish(make_bundle(1), NAME)
+    for folder in ("tmp", "locks", "retired"):
+        shutil.rmtree(store.root / folder)
+    AdapterStore(store.root, create=False).publish(make_bundle(2), NAME)
+
+
+def test_opening_clears_leftovers_only_when_nobody_writes(store: AdapterStore) -> None:
+    leftover = store.root / "tmp" / "unfinished"
+    (store.root / "tmp" / "grave" / "versions").mkdir(parents=True)
+    leftover.write_bytes(b"half a bundle")
+    with store._root.writing():
+        AdapterStore(store.root)
+        assert leftover.exists()
+    AdapterStore(store.root)
+    assert not list((store.root / "tmp").iterdir())

@@ -1,0 +1,82 @@
+"""Imports run one way; read from the source, so that imports inside functions count too."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+ROOTS = {
+    "sera_serve": REPOSITORY / "sera_serve",
+    "adapters_store": REPOSITORY / "adapters_store",
+    "sera_kernels": REPOSITORY / "kernels" / "sera_kernels",
+}
+# What each package may import of ours. Modules directly in sera_serve are listed by name.
+SHARED = {"sera_serve.errors"}
+ALLOWED: dict[str, set[str]] = {
+    "adapters_store": set(),
+    "sera_kernels": set(),
+    "sera_serve.errors": set(),
+    "sera_serve.config": SHARED,
+    "sera_serve.layers": SHARED | {"sera_kernels"},
+    "sera_serve.base": SHARED | {"sera_serve.layers", "adapters_store"},
+    "sera_serve.residency": SHARED | {"sera_serve.layers", "adapters_store", "sera_kernels"},
+    "sera_serve.engine": SHARED
+    | {"sera_serve.config", "sera_serve.base", "sera_serve.residency", "sera_serve.layers"}
+    | {"adapters_store", "sera_kernels"},
+    "sera_serve.server": SHARED | {"sera_serve.config", "sera_serve.engine", "adapters_store"},
+    "sera_serve.trainer": SHARED | {"sera_serve.base", "sera_serve.layers", "adapters_store"},
+}
+# The entry points: they put the packages together.
+TOP = {"sera_serve", "sera_serve.cli", "sera_serve.cli_adapters", "sera_serve.serving", "sera_serve.banner"}
+TOP |= {"sera_serve.demo", "sera_serve.merging"}
+
+
+def unit(module: str) -> str:
+    """The package, or the module directly in sera_serve, that a dotted name belongs to."""
+    parts = module.split(".")
+    return ".".join(parts[:2]) if parts[0] == "sera_serve" else parts[0]
+
+
+def modules() -> list[tuple[str, Path]]:
+    found = []
+    for name, folder in ROOTS.items():
+        for path in sorted(folder.rglob("*.py")):
+            parts = [name, *path.relative_to(folder).with_suffix("").parts]
+            found.append((".".join(part for part in parts if part != "__init__"), path))
+    return found
+
+
+def imports(path: Path) -> set[str]:
+    """Units of ours that a file imports."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            assert node.module is not None
+            names.add(node.module)
+            if node.module == "sera_serve":
+                names |= {f"sera_serve.{alias.name}" for alias in node.names}
+    return {unit(name) for name in names if name.partition(".")[0] in ROOTS}
+
+
+@pytest.mark.parametrize(("module", "path"), modules(), ids=lambda value: value if isinstance(value, str) else "")
+def test_a_module_imports_only_what_its_package_may(module: str, path: Path) -> None:
+    package = unit(module)
+    if package in TOP:
+        return
+    assert imports(path) - {package} <= ALLOWED[package]
+
+
+def test_the_walk_sees_the_packages() -> None:
+    seen = {unit(module) for module, _ in modules()}
+    assert seen == set(ALLOWED) | TOP
+
+
+def test_no_package_is_called_kernels() -> None:
+    # It would shadow Hugging Face's `kernels`, which transformers imports.
+    assert not (REPOSITORY / "kernels" / "__init__.py").exists()

@@ -1,0 +1,117 @@
+"""Which tokens carry loss, token by token, and that prompts are tokenised as the server does it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sera_serve.base import FrozenBase, load_base
+from sera_serve.errors import InvalidConfiguration
+from sera_serve.trainer.generate_data import GenerateData, Passage
+from sera_serve.trainer.generate_task import GenerateTask
+from sera_serve.trainer.model import IGNORED
+from sera_serve.trainer.passages import PassageTokeniser
+from sera_serve.trainer.table import Row
+
+ROW = Row({}, 1, 1)
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+@pytest.fixture
+def base(tiny_base: Path) -> FrozenBase:
+    return load_base(str(tiny_base))
+
+
+def tokens(base: FrozenBase, passage: Passage, max_length: int = 64) -> tuple[list[str], list[str], int]:
+    """Tokens of the one row, the learned ones with the others as "-", and the bytes of the learned text."""
+    (row,) = PassageTokeniser(base, max_length).rows_of(passage)
+    labels: Any = row["labels"]
+    names = base.tokenizer.convert_ids_to_tokens(row["input_ids"])
+    assert all(label in (IGNORED, token) for label, token in zip(labels, row["input_ids"], strict=True))
+    learned = ["-" if label == IGNORED else name for label, name in zip(labels, names, strict=True)]
+    return names, learned, row["text_bytes"]
+
+
+def test_only_the_completion_and_the_end_are_learned(base: FrozenBase) -> None:
+    names, learned, text_bytes = tokens(base, Passage(ROW, "bc", "a?"))
+    assert names == ["<s>", "a", "?", "b", "c", "</s>"]
+    assert learned == ["-", "-", "-", "b", "c", "</s>"]
+    assert text_bytes == 2
+    assert base.tokenizer("a?")["input_ids"] == base.tokenizer.convert_tokens_to_ids(names[:3])
+
+
+def test_a_long_prompt_loses_its_beginning(base: FrozenBase) -> None:
+    tokeniser = PassageTokeniser(base, 10)
+    (row,) = tokeniser.rows_of(Passage(ROW, "xyz", "abcdefgh"))
+    assert base.tokenizer.convert_ids_to_tokens(row["input_ids"]) == ["<s>", *"defgh", *"xyz", "</s>"]
+    assert row["labels"][:6] == [IGNORED] * 6  # type: ignore[index]
+    assert tokeniser.notes() == ["1 prompts were cut at their beginning to fit 10 tokens"]
+
+
+def test_a_long_completion_is_cut_and_does_not_learn_to_end(base: FrozenBase) -> None:
+    names, learned, text_bytes = tokens(base, Passage(ROW, "abcdefghijkl", "zzzzzz"), 10)
+    assert len(names) == 10
+    assert learned == ["-"] * 5 + list("abcde")
+    assert text_bytes == 5
+
+
+def test_plain_text_is_learned_whole_in_windows(base: FrozenBase) -> None:
+    tokeniser = PassageTokeniser(base, 8)
+    rows = tokeniser.rows_of(Passage(ROW, "abcdefghijklmnop"))
+    names = [base.tokenizer.convert_ids_to_tokens(row["input_ids"]) for row in rows]
+    assert names == [["<s>", *"abcdefg"], ["<s>", *"hijklmn"], ["<s>", "o", "p", "</s>"]]
+    assert all(row["labels"] == [IGNORED, *row["input_ids"][1:]] for row in rows)
+    assert sum(row["text_bytes"] for row in rows) == 16
+    assert tokeniser.notes() == ["1 long texts were split into 3 pieces of up to 8 tokens"]
+
+
+def test_without_a_start_token_the_first_token_is_not_learned(base: FrozenBase) -> None:
+    base.tokenizer.backend_tokenizer.post_processor = None
+    rows = PassageTokeniser(base, 4).rows_of(Passage(ROW, "abcdef"))
+    names = [base.tokenizer.convert_ids_to_tokens(row["input_ids"]) for row in rows]
+    assert names == [list("abcd"), ["e", "f", "</s>"]]
+    assert [row["labels"][0] for row in rows] == [IGNORED, IGNORED]  # type: ignore[index]
+    assert [row["text_bytes"] for row in rows] == [3, 1]
+
+
+def test_every_turn_of_the_assistant_is_learned(base: FrozenBase) -> None:
+    base.tokenizer.chat_template = TEMPLATE
+    turns = [("user", "a"), ("assistant", "bc"), ("user", "d"), ("assistant", "e"), ("user", "x")]
+    messages = tuple({"role": role, "content": text} for role, text in turns)
+    names, learned, text_bytes = tokens(base, Passage(ROW, messages=messages))
+    assert "".join(names) == "user: a\nassistant: bc\nuser: d\nassistant: e\n"
+    assert "".join(learned).replace("-", "") == "bc\ne\n"
+    assert learned[-2:] == ["e", "\n"]
+    assert text_bytes == 5
+
+
+def test_chat_rows_need_a_template(base: FrozenBase) -> None:
+    passage = Passage(ROW, messages=({"role": "assistant", "content": "a"},))
+    with pytest.raises(InvalidConfiguration, match="has no chat template, so --messages-column cannot be used"):
+        tokens(base, passage)
+
+
+def test_the_loss_is_the_mean_over_learned_tokens(base: FrozenBase) -> None:
+    passages = [Passage(ROW, "bcd", "aaaaa"), Passage(ROW, "hello", "x"), Passage(ROW, "z", "long prompt here")]
+    task = GenerateTask(base, GenerateData(passages, passages, [], {}), max_length=64)
+    batch = task.collate(task.train_rows)
+    with torch.no_grad():
+        loss = task.model(**batch)["loss"]
+        logits = base.model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    log_p = logits.log_softmax(-1)
+    terms = [
+        -log_p[i, t - 1, row["input_ids"][t]]
+        for i, row in enumerate(task.train_rows)
+        for t, label in enumerate(row["labels"])
+        if label != IGNORED
+    ]
+    assert len(terms) == (3 + 1) + (5 + 1) + (1 + 1)
+    torch.testing.assert_close(loss, torch.stack(terms).mean())
+    metrics = task.evaluate(task.eval_rows)
+    assert metrics["loss"] == pytest.approx(float(loss), abs=1e-5)
+    bits = float(torch.stack(terms).sum()) / torch.log(torch.tensor(2.0)).item()
+    assert metrics["bits_per_byte"] == pytest.approx(bits / 9, abs=1e-4)

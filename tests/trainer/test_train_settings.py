@@ -1,0 +1,116 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sera_serve.errors import InvalidConfiguration
+from sera_serve.trainer.options import load_options
+from sera_serve.trainer.settings import TrainSettings
+
+REQUIRED: dict[str, Any] = {
+    "base": "embedded",
+    "store": "store",
+    "name": "acme/spam",
+    "task": "classify",
+    "train": "rows.csv",
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "split", "use_mixer", "train_factors"),
+    [
+        ("sera", 16, True, ("a", "c", "b")),
+        ("lora", 1, False, ("a", "b")),
+        ("melora", 16, False, ("a", "b")),
+        ("moslora", 1, True, ("a", "c", "b")),
+        ("lora-fa", 1, False, ("b",)),
+    ],
+)
+def test_a_method_sets_the_shape(
+    method: str, split: int, use_mixer: bool, train_factors: tuple[str, ...]
+) -> None:
+    config = load_options(None, REQUIRED | {"method": method, "rank": 16}).adapter_config()
+    assert config is not None
+    assert (config.split, config.use_mixer, config.train_factors) == (split, use_mixer, train_factors)
+    assert config.scaling == 2.0
+
+
+def test_head_only_has_no_adapter() -> None:
+    assert load_options(None, REQUIRED | {"method": "head-only"}).adapter_config() is None
+
+
+def test_targets_and_factors_from_one_flag() -> None:
+    settings = load_options(None, REQUIRED | {"target_modules": "q_proj, v_proj", "train_factors": "c,b"})
+    config = settings.adapter_config()
+    assert config is not None
+    assert config.target_modules == ("q_proj", "v_proj")
+    assert config.train_factors == ("c", "b")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "lora", "split": 4}, "leave --split out, or take method melora"),
+        ({"method": "sera", "rank": 1}, "take a rank of at least 2 and a split above 1, or method moslora"),
+        ({"method": "sera", "split": 1}, "or method moslora"),
+        ({"rank": 16, "split": 3}, r"split 3 does not divide rank 16; choose one of \[1, 2, 4, 8, 16\]"),
+        ({"method": "lora", "train_factors": "c"}, "this method trains a,b"),
+        ({"method": "head-only", "rank": 8}, "--rank has no meaning for method head-only"),
+        ({"method": "head-only", "task": "generate"}, "no head to train for task generate"),
+        ({"prompt_column": "p", "completion_column": "c"}, "--prompt-column is for task generate"),
+        ({"task": "generate", "label_column": "x"}, "--label-column is for task classify"),
+        ({"task": "generate", "prompt_column": "p"}, "--prompt-column needs --completion-column"),
+        (
+            {"task": "generate", "messages_column": "m", "completion_column": "c"},
+            "excludes --prompt-column and --completion-column",
+        ),
+        ({"task": "generate", "select_by": "accuracy"}, "generate has only loss"),
+        ({"name": "acme"}, "--name 'acme': adapter id is 'acme'; write tenant/name"),
+        ({"name": "../evil"}, "--name"),
+        ({"epochs": 0}, "--epochs 0: input should be greater than or equal to 1"),
+        ({"learning_rate": float("nan")}, "--learning-rate nan"),
+        ({"method": "lorra"}, "--method 'lorra': input should be 'sera', 'lora'"),
+    ],
+)
+def test_impossible_options_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidConfiguration, match=message):
+        load_options(None, REQUIRED | options)
+
+
+def test_a_yaml_file_is_overridden_by_flags(tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text("rank: 32\nepochs: 5\ntarget_modules: [q_proj, v_proj]\nresume: false\n")
+    settings = load_options(config, REQUIRED | {"epochs": 7, "rank": None})
+    assert (settings.rank, settings.epochs, settings.target_modules) == (32, 7, ("q_proj", "v_proj"))
+    assert settings.resume is False
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("rankk: 3", "unknown option 'rankk'; did you mean 'rank'?"),
+        ("learning-rate: 3", "unknown option 'learning-rate'; did you mean 'learning_rate'?"),
+        ("zzzz: 3", "unknown option 'zzzz'; the options are base, store, name"),
+        ("- a\n- b", "must hold `option: value` lines"),
+        ("a: [", "is not valid YAML"),
+    ],
+)
+def test_a_wrong_yaml_file_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(text)
+    with pytest.raises(InvalidConfiguration) as caught:
+        load_options(config, REQUIRED)
+    assert message in caught.value.message
+
+
+def test_missing_options_are_named_together() -> None:
+    with pytest.raises(InvalidConfiguration, match=r"missing --store, --task; give it as a flag or in --config"):
+        load_options(None, {"base": "embedded", "name": "a/b", "train": "rows.csv"})
+
+
+def test_where_a_run_is_kept_does_not_name_it() -> None:
+    one = TrainSettings(**REQUIRED)
+    other = TrainSettings(**(REQUIRED | {"store": "elsewhere", "train": "copy.csv", "work_dir": "w"}))
+    assert one.identity() == other.identity()
+    assert one.identity() != TrainSettings(**(REQUIRED | {"seed": 1})).identity()
+    assert one.default_work_dir() == Path("store.training/acme/spam")

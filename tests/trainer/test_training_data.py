@@ -1,0 +1,207 @@
+"""Each way for data to be wrong is told by row, line and remedy; each format reads the same."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from trainer_samples import ending_rule, settings_for, write_csv, write_jsonl
+
+from sera_serve.trainer.classify_data import load_classify_data
+from sera_serve.trainer.generate_data import load_generate_data
+from sera_serve.trainer.holdout import draw, hold_out
+from sera_serve.trainer.table import InvalidData
+
+GOOD = [["a text", "x"], ["b text", "y"], ["c text", "x"], ["d text", "y"]]
+
+
+def classify(path: Path, **options: Any) -> Any:
+    return load_classify_data(settings_for(Path("base"), path.parent, path, **options))
+
+
+def generate(path: Path, **options: Any) -> Any:
+    return load_generate_data(settings_for(Path("base"), path.parent, path, task="generate", **options))
+
+
+def refusal(loader: Any, path: Path, **options: Any) -> str:
+    with pytest.raises(InvalidData) as caught:
+        loader(path, **options)
+    assert caught.value.code == "invalid_training_data"
+    return caught.value.message
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet"])
+def test_every_format_gives_the_same_rows(tmp_path: Path, suffix: str) -> None:
+    rows = [["a, \"text\"\nof two lines", "x"], ["déjà vu", "y"], ["c", "x"], ["d", "y"]]
+    path = tmp_path / f"rows{suffix}"
+    records = [{"text": text, "label": label} for text, label in rows]
+    if suffix == ".jsonl":
+        write_jsonl(path, records)
+    elif suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), path)
+    else:
+        write_csv(path, rows)
+    data = classify(path, eval_fraction=0)
+    assert [[row.text, row.label] for row in data.train] == rows
+    assert data.labels == ["x", "y"]
+
+
+def test_whole_numbers_and_booleans_are_labels(tmp_path: Path) -> None:
+    rows = [{"text": f"t{i}", "label": i % 2 if i < 4 else bool(i % 2)} for i in range(8)]
+    data = classify(write_jsonl(tmp_path / "rows.jsonl", rows))
+    assert data.labels == ["0", "1", "false", "true"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty; its first line must name the columns"),
+        (b"text,label\n", "has no rows"),
+        (b"texts,label\na,x\n", "has no column 'text'; it has texts, label; did you mean --text-column texts?"),
+        (b"body,Label\na,x\n", "has no column 'text'; it has body, Label; name one with --text-column"),
+        (b"text,Label\na,x\n", "has no column 'label'; it has text, Label; did you mean --label-column Label?"),
+        (b"text,text\na,x\n", "line 1: column 'text' appears twice; rename one"),
+        (b"text,label\na,x\nb,y\nc\xe9,x\n", "line 4: byte 0xe9 is not UTF-8; save the file as UTF-8"),
+        (b"text,label\na,x\n \t,y\nc,x\nd,y\n", "row 2 (line 3): text is empty; fill it in or delete the row"),
+        (b"text,label\na,x\nb,\nc,x\nd,y\n", "row 2 (line 3): label is empty; fill it in or delete the row"),
+        (b"text,label\na,x\nb,c,y\n", 'row 2 (line 3): 3 fields where the header has 2; put a text that holds'),
+        (b'text,label\n"a\nb",x\n,y\nc,x\nd,y\n', "row 2 (line 4): text is empty"),
+        (b'text,label\n"a,x\nb,y\n', "unexpected end of data; check the quotes around that text"),
+        (b"text,label\na,x\nb,x\nc,x\nd,x\n", "every row has the label 'x'; add rows of another label"),
+        (b"text,label\na,x\nb,y\n", "has 2 rows; at least 4 are needed"),
+        (b"text,label\na,1.2\nb,1.3\nc,1.4\nd,1.5\n", "4 different labels in 4 rows; labels must repeat"),
+    ],
+)
+def test_faults_of_a_csv_file(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_bytes(content)
+    assert message in refusal(classify, path)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"text": 5, "label": "x"}, "row 5 (line 5): text is int 5, not text; write a string or delete the row"),
+        ({"label": "x"}, "row 5 (line 5): text is missing"),
+        ({"text": "a"}, "row 5 (line 5): label is missing; a label is a name or a whole number"),
+        ({"text": "a", "label": 1.5}, "row 5 (line 5): label is float 1.5"),
+        (["a"], 'row 5 (line 5): not an object; each line must look like {"column": value, ...}'),
+        ({"text": "a", "label": "x" * 600}, "label has 600 characters"),
+    ],
+)
+def test_faults_of_a_jsonl_row(tmp_path: Path, row: Any, message: str) -> None:
+    rows = [{"text": text, "label": label} for text, label in GOOD]
+    assert message in refusal(classify, write_jsonl(tmp_path / "rows.jsonl", [*rows, row]))
+
+
+def test_a_line_that_is_not_json(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a", "label": "x"}\n\n{"text": \n')
+    assert "row 2 (line 3): not JSON" in refusal(classify, path)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("absent.csv", "cannot be read: No such file or directory; check the path"),
+        ("rows.xlsx", "the suffix '.xlsx' is not one of .csv, .tsv, .jsonl, .parquet, .txt"),
+    ],
+)
+def test_files_that_cannot_be_read(tmp_path: Path, name: str, message: str) -> None:
+    assert message in refusal(classify, tmp_path / name)
+
+
+def test_a_file_that_is_no_parquet(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    path.write_bytes(b"PAR1 not really PAR1")
+    assert "is not a readable Parquet file" in refusal(classify, path)
+
+
+def test_several_faults_are_told_at_once(tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "rows.csv", [*GOOD, *[["", "x"]] * 7])
+    message = refusal(classify, path)
+    assert message.startswith(f"{path} has 7 problems:\n  row 5 (line 6): text is empty")
+    assert message.count("\n  row") == 5
+    assert message.endswith("and 2 more")
+
+
+def test_a_label_of_the_evaluation_rows_must_be_known(tmp_path: Path) -> None:
+    train = write_csv(tmp_path / "train.csv", GOOD)
+    other = write_csv(tmp_path / "eval.csv", [["a", "x"], ["b", "z"]])
+    message = refusal(classify, train, eval=other)
+    assert message == (
+        f"{other}, row 2 (line 3): label 'z' is not in the training data, which has x, y; "
+        "correct it, delete the row, or add training rows of that label"
+    )
+
+
+def test_a_pair_is_joined_by_a_line_break(tmp_path: Path) -> None:
+    rows = [["a", "b", "x"], ["c", "d", "y"]] * 2
+    path = write_csv(tmp_path / "rows.csv", rows, ("text", "second", "label"))
+    assert classify(path, text_pair_column="second").train[0].text == "a\nb"
+    assert "has no column 'secnd'; it has text, second, label; did you mean --text-pair-column second?" in refusal(
+        classify, path, text_pair_column="secnd"
+    )
+
+
+CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "message"),
+    [
+        ({"prompt": "a", "completion": " "}, {}, "row 2 (line 2): completion is empty: there is nothing to learn"),
+        ({"prompt": "a", "completion": 7}, {}, "row 2 (line 2): completion is int 7, not text"),
+        ({"completion": "a"}, {}, "row 2 (line 2): prompt is missing"),
+        ({"messages": "hi"}, {"messages_column": "messages"}, "messages must be a list such as"),
+        ({"messages": CHAT[:1]}, {"messages_column": "messages"}, "messages has no turn of the assistant"),
+        ({"messages": [{"role": "bot", "content": "a"}]}, {"messages_column": "messages"}, "has the role 'bot'; use one"),
+        ({"messages": [{"role": "user"}]}, {"messages_column": "messages"}, "messages[0] must have exactly the keys"),
+        ({"messages": [{"role": "user", "content": ""}]}, {"messages_column": "messages"}, "messages[0] has no text"),
+    ],
+)
+def test_faults_of_generation_rows(tmp_path: Path, row: Any, options: Any, message: str) -> None:
+    first = {"messages": CHAT} if options else {"prompt": "p", "completion": "c"}
+    assert message in refusal(generate, write_jsonl(tmp_path / "rows.jsonl", [first, row]), **options)
+
+
+def test_prompts_with_several_completions_stay_on_one_side(tmp_path: Path) -> None:
+    rows = [{"prompt": f"p{i // 4}", "completion": f"c{i}"} for i in range(80)]
+    data = generate(write_jsonl(tmp_path / "rows.jsonl", rows), eval_fraction=0.2)
+    kept, held = ({row.prompt for row in part} for part in (data.train, data.eval))
+    assert len(data.eval) == 16
+    assert not kept & held
+
+
+def test_one_long_text_is_cut_at_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "book.txt"
+    path.write_text("".join(f"line {i}\n" for i in range(100)))
+    data = generate(path, completion_column="text")
+    assert data.train[0].completion + data.eval[0].completion == path.read_text()
+    assert re.match(r"line 9\d\n", data.eval[0].completion)
+
+
+def test_holding_out_keeps_the_shares_of_labels() -> None:
+    rows = [("a", i) for i in range(900)] + [("b", i) for i in range(95)] + [("c", i) for i in range(5)]
+    kept, held = hold_out(rows, 0.1, 0, key=lambda r: f"{r}", stratum=lambda r: r[0])
+    assert sorted(kept + held) == rows
+    assert [sum(r[0] == label for r in held) for label in "abc"] in ([90, 9, 1], [90, 10, 0])
+    assert (kept, held) == hold_out(rows, 0.1, 0, key=lambda r: f"{r}", stratum=lambda r: r[0])
+    assert (kept, held) != hold_out(rows, 0.1, 1, key=lambda r: f"{r}", stratum=lambda r: r[0])
+
+
+def test_a_limit_draws_the_same_rows_again() -> None:
+    rows = list(range(100))
+    assert draw(rows, 10, 3) == draw(rows, 10, 3) == sorted(draw(rows, 10, 3))
+    assert draw(rows, 10, 3) != draw(rows, 10, 4)
+    assert draw(rows, 200, 3) == rows
+
+
+def test_real_files_read_whole(shared_data: Path) -> None:
+    data = classify(shared_data / "tenants" / "hwu64" / "train.csv")
+    assert len(data.labels) == 64
+    assert len(data.train) + len(data.eval) == 8954
+    assert {row.label for row in data.eval} <= {row.label for row in data.train}
+    assert len(ending_rule(5)) == 5

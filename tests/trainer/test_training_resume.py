@@ -1,0 +1,192 @@
+"""A run that stopped goes on to the very tensors of one that did not."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from trainer_samples import ending_rule, settings_for, write_csv, write_jsonl
+
+from adapters_store import AdapterStore
+from sera_serve.base import FrozenBase, load_base
+from sera_serve.trainer import loop
+from sera_serve.trainer.checkpoint import last_checkpoint
+from sera_serve.trainer.run import TrainResult, train_adapter
+from sera_serve.trainer.sampler import LengthGroupedOrder
+from sera_serve.trainer.settings import TrainSettings
+from sera_serve.trainer.workdir import RunInProgress, run_folder
+
+
+class Stopped(RuntimeError):
+    """Stands in for a kill."""
+
+
+@pytest.fixture
+def base(tiny_base: Path) -> FrozenBase:
+    return load_base(str(tiny_base))
+
+
+def settings(folder: Path, **options: Any) -> TrainSettings:
+    rows = write_csv(folder / "rows.csv", ending_rule(100))
+    defaults = {"epochs": 3, "dropout": 0.2, "checkpoint_seconds": 0, "learning_rate": 1e-2}
+    return settings_for(Path("tiny"), folder, rows, **(defaults | options))
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, moment: str) -> None:
+    original = getattr(loop.SaveByTheClock, moment)
+
+    def stopping(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        if state.global_step == step:
+            raise Stopped
+        return original(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(loop.SaveByTheClock, moment, stopping)
+
+
+def stopped_run(settings: TrainSettings, base: FrozenBase, step: int, moment: str = "on_step_end") -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, step, moment)
+        with pytest.raises(Stopped):
+            train_adapter(settings, base=base)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
+    """The run that every other of the default settings must come out as."""
+    return train_adapter(settings(tmp_path_factory.mktemp("undisturbed")), base=load_base(str(tiny_base)))
+
+
+# 90 rows by 8: 12 steps an epoch. Within an epoch, at its first and last step, after its evaluation's save.
+@pytest.mark.parametrize(
+    ("step", "moment", "resumed_from"),
+    [
+        (1, "on_step_end", None),
+        (17, "on_step_end", 16),
+        (12, "on_step_end", 11),
+        (24, "on_save", 24),
+        (36, "on_save", 36),
+    ],
+)
+def test_a_stopped_run_ends_as_an_undisturbed_one(
+    base: FrozenBase,
+    undisturbed: TrainResult,
+    tmp_path: Path,
+    step: int,
+    moment: str,
+    resumed_from: int | None,
+) -> None:
+    stopped_run(settings(tmp_path), base, step, moment)
+    torch.manual_seed(12345)
+    resumed = train_adapter(settings(tmp_path), base=base)
+    assert resumed.resumed_from == resumed_from
+    assert resumed.digest == undisturbed.digest
+    assert resumed.metrics == undisturbed.metrics
+    assert not (tmp_path / "store.training").exists()
+
+
+@pytest.mark.parametrize("options", [{"method": "head-only"}, {"head_learning_rate": 1e-3, "eval_fraction": 0}])
+def test_every_kind_of_run_resumes(base: FrozenBase, tmp_path: Path, options: dict[str, Any]) -> None:
+    undisturbed = train_adapter(settings(tmp_path, **options), base=base)
+    AdapterStore(tmp_path / "store").delete("acme/tiny")
+    stopped_run(settings(tmp_path, **options), base, 20)
+    resumed = train_adapter(settings(tmp_path, **options), base=base)
+    assert resumed.resumed_from == 19
+    assert resumed.digest == undisturbed.digest
+
+
+def test_a_generator_resumes(base: FrozenBase, tmp_path: Path) -> None:
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": f"p{i}" * (i % 5), "completion": "abc"} for i in range(60)])
+    options = settings_for(
+        Path("tiny"), tmp_path, rows, task="generate", dropout=0.1, checkpoint_seconds=0, epochs=2
+    )
+    undisturbed = train_adapter(options, base=base)
+    stopped_run(options, base, 9)
+    resumed = train_adapter(options, base=base)
+    assert (resumed.resumed_from, resumed.digest, resumed.version) == (8, undisturbed.digest, 1)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    return sorted((folder / "store.training").glob("acme/tiny/*/checkpoint-*"), key=lambda p: int(p.name[11:]))
+
+
+def _truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [("tensors.safetensors", _truncate), ("extra.json", _truncate), ("trainer_state.json", Path.unlink)],
+)
+def test_a_damaged_checkpoint_is_passed_over(
+    base: FrozenBase, undisturbed: TrainResult, tmp_path: Path, name: str, damage: Callable[[Path], None]
+) -> None:
+    stopped_run(settings(tmp_path), base, 17)
+    older, newest = checkpoints(tmp_path)
+    assert (older.name, newest.name) == ("checkpoint-12", "checkpoint-16")
+    damage(newest / name)
+    (newest.parent / "partial-checkpoint").mkdir()
+    resumed = train_adapter(settings(tmp_path), base=base)
+    assert (resumed.resumed_from, resumed.digest) == (12, undisturbed.digest)
+
+
+def test_without_its_best_epoch_a_checkpoint_is_no_use(
+    base: FrozenBase, undisturbed: TrainResult, tmp_path: Path
+) -> None:
+    stopped_run(settings(tmp_path), base, 17)
+    (checkpoints(tmp_path)[0] / "tensors.safetensors").unlink()
+    resumed = train_adapter(settings(tmp_path), base=base)
+    assert (resumed.resumed_from, resumed.digest) == (None, undisturbed.digest)
+
+
+def test_checkpoints_hold_the_adapter_and_no_pickle(base: FrozenBase, tmp_path: Path) -> None:
+    stopped_run(settings(tmp_path), base, 17)
+    newest = checkpoints(tmp_path)[-1]
+    assert {path.name for path in newest.iterdir()} == {"tensors.safetensors", "extra.json", "trainer_state.json"}
+    adapter = sum(p.numel() for p in base.model.parameters())
+    assert (newest / "tensors.safetensors").stat().st_size < 4 * adapter
+    json.loads((newest / "extra.json").read_text())
+    assert last_checkpoint(newest.parent, {"other": torch.zeros(3)}) is None
+
+
+def test_no_resume_begins_anew(base: FrozenBase, tmp_path: Path) -> None:
+    stopped_run(settings(tmp_path), base, 17)
+    assert train_adapter(settings(tmp_path, resume=False), base=base).resumed_from is None
+
+
+def test_other_settings_or_data_do_not_resume(base: FrozenBase, tmp_path: Path) -> None:
+    first = settings(tmp_path)
+    stopped_run(first, base, 17)
+    other = first.model_copy(update={"epochs": 1})
+    assert train_adapter(other, base=base).resumed_from is None
+    write_csv(tmp_path / "other.csv", ending_rule(100, seed=9))
+    stopped_run(first.model_copy(update={"train": tmp_path / "other.csv"}), base, 1)
+    # The first run's checkpoints are still there for it.
+    assert train_adapter(first, base=base).resumed_from == 16
+
+
+def test_one_run_at_a_time(base: FrozenBase, tmp_path: Path) -> None:
+    stopped_run(settings(tmp_path), base, 17)
+    (folder,) = (tmp_path / "store.training").glob("acme/tiny/*")
+    with (
+        run_folder(folder.parent, folder.name, resume=True),
+        pytest.raises(RunInProgress, match="another process is training this adapter in"),
+    ):
+        train_adapter(settings(tmp_path), base=base)
+
+
+def test_the_order_of_rows_is_a_function_of_seed_and_epoch() -> None:
+    lengths = [5 + i % 17 for i in range(103)]
+    epoch = 0
+
+    def order(seed: int) -> list[int]:
+        return list(LengthGroupedOrder(lengths, 8, seed, lambda: epoch))
+
+    first = order(1)
+    assert sorted(first) == list(range(103))
+    assert first == order(1) != order(2)
+    epoch = 1
+    assert first != order(1)
+    spread = [max(chunk) - min(chunk) for i in range(0, 96, 8) if (chunk := [lengths[j] for j in first[i : i + 8]])]
+    assert max(spread) <= 2
