@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from sera_kernels.operands import AdapterBatch, AdapterTables
 from sera_kernels.torch_path import grouped_sera_torch
+
+try:
+    from sera_kernels.numba_path import grouped_sera_numba
+except ImportError:  # numba is optional: it has no build for the newest Python for a while after each release
+    grouped_sera_numba = None  # type: ignore[assignment]
 
 
 def grouped_sera(
@@ -46,4 +52,7 @@ def grouped_sera(
             raise ValueError(f"output {tuple(y.shape)} {y.dtype} does not fit x {tuple(x.shape)} {x.dtype}")
     if pool.dtype != x.dtype:
         raise ValueError(f"the pool holds {pool.dtype}, activations are {x.dtype}")
-    grouped_sera_torch(x, outputs, modules, batch, pool, tables)
+    if grouped_sera_numba is not None and x.device.type == "cpu" and x.dtype == torch.float32:
+        grouped_sera_numba(x, outputs, modules, batch, pool, tables)
+    else:
+        grouped_sera_torch(x, outputs, modules, batch, pool, tables)

@@ -1,4 +1,4 @@
-"""The grouped operation on a CPU, compiled by numba: each token reads its adapter in place, true sizes, no gathering."""
+"""The grouped operation on a CPU, compiled by numba: each token reads its adapter in place, in its true size."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ import numpy as np
 from numba import njit, prange
 from torch import Tensor
 
-from sera_kernels.operands import AdapterBatch, AdapterTables
+from sera_kernels.operands import ABSENT, AdapterBatch, AdapterTables
+from sera_kernels.torch_path import update_run
 
 # Multiply-adds below which one thread is done before a second one has started.
 PARALLEL_FROM = 400_000
+# In a long run of one adapter's tokens, blocks of this rank and more are a matrix product that torch does better.
+MATMUL_FROM = 4
 
 
 def grouped_sera_numba(
@@ -24,17 +27,30 @@ def grouped_sera_numba(
     tables: AdapterTables,
 ) -> None:
     """`grouped_sera` for float32 on a CPU."""
-    slots = batch.host_slots
+    slots, in_run = batch.host_slots, batch.in_long_run
     # Only an estimate of the work: the ranks are not known here.
     parallel = len(slots) * (x.shape[1] + outputs[0].shape[1]) * 4 * len(outputs) > PARALLEL_FROM
     update = _update_parallel if parallel else _update
     source, data = x.numpy(), pool.numpy()
     for y, module in zip(outputs, modules, strict=True):
-        update(source, y.numpy(), slots, data, *tables.host_rows(module))
+        update(source, y.numpy(), slots, in_run, data, *tables.host_rows(module))
+        for slot in batch.long_runs:
+            (entry,) = tables.entries(module, [slot])
+            if entry.offset != ABSENT and entry.segment_rank >= MATMUL_FROM:
+                update_run(x, y, batch.tokens_by_slot[slot], entry, pool)
 
 
 def _body(
-    x: Any, y: Any, slots: Any, pool: Any, offsets: Any, ranks: Any, splits: Any, mixers: Any, scalings: Any
+    x: Any,
+    y: Any,
+    slots: Any,
+    in_run: Any,
+    pool: Any,
+    offsets: Any,
+    ranks: Any,
+    splits: Any,
+    mixers: Any,
+    scalings: Any,
 ) -> None:
     d_in, d_out = x.shape[1], y.shape[1]
     for t in prange(len(slots)):
@@ -43,6 +59,8 @@ def _body(
             continue
         rank, split = ranks[slot], splits[slot]
         segment_rank = rank // split
+        if in_run[t] and segment_rank >= MATMUL_FROM:
+            continue
         in_width, out_width = d_in // split, d_out // split
         at = offsets[slot]
         a = pool[at : at + d_in * segment_rank]
@@ -57,9 +75,12 @@ def _body(
                 u[i] = total
         else:
             for i in range(split):
+                block = u[i * segment_rank : (i + 1) * segment_rank]
                 for k in range(i * in_width, (i + 1) * in_width):
+                    factor = x[t, k]
+                    row = a[k * segment_rank : (k + 1) * segment_rank]
                     for j in range(segment_rank):
-                        u[i * segment_rank + j] += x[t, k] * a[k * segment_rank + j]
+                        block[j] += factor * row[j]
         # v = u C
         v = u
         if mixers[slot]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -16,6 +17,10 @@ BARE_BASE = -1
 
 ABSENT = -1
 """Offset of a module that a slot's adapter does not adapt."""
+
+
+LONG_RUN = 32
+"""Tokens of one adapter from which a matrix product beats a loop over tokens."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +118,16 @@ class AdapterBatch:
     def host_slots(self) -> NDArray[Any]:
         """`token_slots` as an array; CPU only."""
         return self.token_slots.numpy()
+
+    @cached_property
+    def long_runs(self) -> list[int]:
+        """Slots with at least `LONG_RUN` tokens, as in a prefill."""
+        return [slot for slot, tokens in self.tokens_by_slot.items() if len(tokens) >= LONG_RUN]
+
+    @cached_property
+    def in_long_run(self) -> NDArray[Any]:
+        """Whether each token belongs to one of `long_runs`; CPU only."""
+        return np.isin(self.host_slots, self.long_runs)
 
     @cached_property
     def tokens_by_slot(self) -> dict[int, Tensor]:

@@ -28,14 +28,14 @@ def grouped_sera_torch(
                 continue
             tokens = groups[slot]
             if len(tokens) > 1:
-                _update_run(x, y, tokens, entry, pool)
+                update_run(x, y, tokens, entry, pool)
             else:
                 alike.setdefault((entry.rank, entry.split, entry.mixer), []).append((entry, tokens))
         for members in alike.values():
             _update_singles(x, y, members, pool)
 
 
-def _update_run(x: Tensor, y: Tensor, tokens: Tensor, entry: Entry, pool: Tensor) -> None:
+def update_run(x: Tensor, y: Tensor, tokens: Tensor, entry: Entry, pool: Tensor) -> None:
     """Add one adapter's update to many tokens: factors are read in place."""
     split, segment_rank = entry.split, entry.segment_rank
     a, c, b = (factor if factor is None else factor.float() for factor in entry.factors(pool, x.shape[1], y.shape[1]))
