@@ -168,15 +168,18 @@ passages of about 1,800 characters.
 ## Held-out text
 
 Never trained on: {stories} TinyStories ({story_bytes} bytes; their lower-cased copies and near copies were removed from
-the training text, by shared runs of eight words) and three whole books ({book_bytes} bytes): {books}. Other books of
-the same three authors were trained on.
+the training text, by shared runs of eight words) and three whole books ({book_bytes} bytes):
+{books}.
+Other books of the same three authors were trained on.
 
 Bits per UTF-8 byte, lower is better; the same tokens scored for all (special tokens not scored):
 
 {table}
 
-The 5-grams are interpolated modified Kneser-Ney over the same tokenizer, counted on the same training text (each story
-once). "Of the same kind" counts stories only for the stories column and books only for the books column. The model is
+The 5-grams are interpolated modified Kneser-Ney over the same tokenizer, counted on all of the training text (without
+the request form, which repeats the stories); the model's windows are drawn from that text at random, and of the books
+it saw the share that the table above gives.
+"Of the same kind" counts stories only for the stories column and books only for the books column. The model is
 scored as shipped (bfloat16 weights), in windows of at most {context} tokens, each document on its own.
 
 ## Samples
@@ -189,11 +192,12 @@ unedited. They are what the model writes after the prompt.
 ## Limits
 
 - It writes short, simple scenes; the thread is lost within a few sentences, names and pronouns get mixed up.
-- It knows no facts, does no arithmetic and follows no instructions apart from "tell me a story" requests.
+- It knows no facts, does no arithmetic and follows no instructions: asked for a story it tells one, and often
+  leaves the subject it was given.
 - Books of the nineteenth and early twentieth century carry the attitudes of their time; outputs are unfiltered.
 - English only. Text beyond {context} tokens was never seen in training.
 - The `<|system|>` token was never seen in training: it is there for adapters to give it a meaning.
-- Stories were seen many times (table above): it may repeat training stories in part.
+- Stories were seen several times, also in the request form (table above): it may repeat training stories in part.
 
 ## Retrain
 

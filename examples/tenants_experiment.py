@@ -2,10 +2,10 @@
 
     python examples/tenants_experiment.py --data ../shared/data --work /tmp/tenants
 
-Every run trains with `sera_serve.trainer` on a part of a data set's training rows, keeps its best epoch by rows held out of
-them, and is scored once on the test rows. The learning rate of a method is the one of its grid with the best held-out score
-at seed 0; the test rows never choose anything. Finished runs are kept in WORK/runs.jsonl, so the same command goes on after
-a stop; adapters are published to WORK/store. At the end it writes a table and a plot.
+Every run trains with `sera_serve.trainer` on a part of a data set's training rows, keeps its best epoch by rows held
+out of them, and is scored once on the test rows. The learning rate of a method is the one of its grid with the best
+held-out score at seed 0; the test rows never choose anything. Finished runs are kept in WORK/runs.jsonl, so the same
+command goes on after a stop; adapters are published to WORK/store. At the end it writes a table and a plot.
 """
 
 from __future__ import annotations
@@ -80,10 +80,10 @@ VARIANTS = {
     v.name: v
     for v in [
         Variant("head-only", {"method": "head-only"}, (1e-2, 3e-2, 3e-3)),
-        Variant("SeRA r=split=16", {"method": "sera", "rank": 16}, (3e-3, 1e-2, 1e-3)),
-        Variant("SeRA r=split=64", {"method": "sera", "rank": 64}, (3e-3, 1e-2, 1e-3)),
-        Variant("LoRA r=2", {"method": "lora", "rank": 2}, (3e-3, 1e-2, 1e-3)),
-        Variant("LoRA r=8", {"method": "lora", "rank": 8}, (3e-3, 1e-2, 1e-3)),
+        Variant("SeRA r=split=16", {"method": "sera", "rank": 16}, (1e-2, 2e-2, 5e-3)),
+        Variant("SeRA r=split=64", {"method": "sera", "rank": 64}, (1e-2, 3e-3, 5e-3)),
+        Variant("LoRA r=2", {"method": "lora", "rank": 2}, (3e-3, 5e-3, 1e-3)),
+        Variant("LoRA r=8", {"method": "lora", "rank": 8}, (3e-3, 5e-3, 1e-3)),
     ]
 }
 BARE = "bare base"
@@ -248,7 +248,8 @@ def mean_and_spread(values: list[float], places: int) -> str:
 
 def write_table(runs: Runs, tenants: list[str], path: Path) -> None:
     lines = [
-        f"Base weights {runs.base}; {len(SEEDS)} seeds, mean ± standard deviation on the test rows; parameters without the head.",
+        f"Base weights {runs.base}; {len(SEEDS)} seeds, mean ± standard deviation on the test rows; "
+        "parameters without the head.",
         "",
         "| data set | method | parameters | learning rate | score | loss (nats) | seconds a run |",
         "|---|---|---|---|---|---|---|",

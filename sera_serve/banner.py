@@ -16,6 +16,8 @@ from sera_serve.demo import EXAMPLES
 
 # Adapters looked at in search of one for each task.
 _LOOKED_AT = 50
+# Answers end without a line break, and the prompt of the shell would follow on their line.
+CURL = "curl -sw '\\n'"
 
 
 def describe_server(
@@ -38,13 +40,13 @@ def describe_server(
         console.print(f"\n[dim]# {title}[/dim]", highlight=False)
         # Not wrapped, or it could not be pasted.
         console.print(curl_line(f"{url}{path}", body), markup=False, highlight=False, soft_wrap=True)
-    console.print(f"\n[dim]# adapters in the store[/dim]\ncurl -s {url}/v1/adapters\n", highlight=False)
+    console.print(f"\n[dim]# adapters in the store[/dim]\n{CURL} {url}/v1/adapters\n", highlight=False)
 
 
 def curl_line(url: str, body: dict[str, Any]) -> str:
     """A shell command that posts JSON."""
     data = shlex.quote(json.dumps(body, ensure_ascii=False))
-    return f"curl -s {url} -H 'Content-Type: application/json' -d {data}"
+    return f"{CURL} {url} -H 'Content-Type: application/json' -d {data}"
 
 
 def _examples(base: FrozenBase, store: AdapterStore) -> list[tuple[str, str, dict[str, Any]]]:

@@ -1,9 +1,9 @@
 """Checkpoints of a training run: small, complete or absent, and without pickle.
 
-A checkpoint is a folder `checkpoint-STEP` with `tensors.safetensors` (adapter, head, optimiser moments, generator states),
-`extra.json` (optimiser groups, schedule, Python's and numpy's generators) and transformers' `trainer_state.json`. It is
-written under another name, synced, and renamed, so a kill at any moment leaves whole checkpoints only; one that was damaged
-later is recognised and passed over.
+A checkpoint is a folder `checkpoint-STEP` with `tensors.safetensors` (adapter, head, optimiser moments, generator
+states), `extra.json` (optimiser groups, schedule, Python's and numpy's generators) and transformers'
+`trainer_state.json`. It is written under another name, synced, and renamed, so a kill at any moment leaves whole
+checkpoints only; one that was damaged later is recognised and passed over.
 """
 
 from __future__ import annotations

@@ -22,8 +22,8 @@ def hold_out(
 ) -> tuple[list[T], list[T]]:
     """Split rows into (kept, held out), each in the file's order.
 
-    Rows of equal `key` stay on one side, or a prompt with several completions would be on both. About `fraction` of each
-    stratum is held out, and never all of it.
+    Rows of equal `key` stay on one side, or a prompt with several completions would be on both. About `fraction` of
+    each stratum is held out, and never all of it.
     """
     groups: dict[str, list[int]] = {}
     for i, row in enumerate(rows):

@@ -31,7 +31,7 @@ def training_arguments(settings: TrainSettings, run_dir: Path, *, evaluates: boo
         use_cpu=settings.device == "cpu",
         num_train_epochs=settings.epochs,
         per_device_train_batch_size=settings.batch_size,
-        learning_rate=settings.learning_rate,
+        learning_rate=settings.peak_learning_rate,
         weight_decay=settings.weight_decay,
         warmup_steps=settings.warmup_ratio,
         seed=settings.seed,
@@ -87,7 +87,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
         """AdamW over what trains, the head in its own group when it has its own rate."""
         if self.optimizer is None:
-            rate = self.settings.learning_rate
+            rate = self.settings.peak_learning_rate
             head_rate = self.settings.head_learning_rate or rate
             named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
             adapter = [p for name, p in named if not name.startswith("head.")]
@@ -153,8 +153,8 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
 class SaveByTheClock(TrainerCallback):  # type: ignore[misc]
     """Asks for a checkpoint within an epoch when the last one is `seconds` old.
 
-    Saving draws no random numbers, so when it happens changes nothing in the result. The last step of an epoch is left to
-    the save after its evaluation: a checkpoint before that would skip the evaluation on resume.
+    Saving draws no random numbers, so when it happens changes nothing in the result. The last step of an epoch is left
+    to the save after its evaluation: a checkpoint before that would skip the evaluation on resume.
     """
 
     def __init__(self, seconds: float) -> None:

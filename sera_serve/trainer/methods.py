@@ -20,12 +20,14 @@ class MethodPreset:
         use_mixer: Whether the mixer C exists.
         train_factors: Factors that train unless told otherwise.
         adapts: False only for head-only, which leaves the base as it is.
+        learning_rate: Used unless told otherwise: the best of a small grid on the embedded base.
     """
 
     splits: bool = False
     use_mixer: bool = False
     train_factors: tuple[Factor, ...] = ("a", "b")
     adapts: bool = True
+    learning_rate: float = 3e-3
 
     def check(self, rank: int, split: int, train_factors: tuple[Factor, ...] | None) -> None:
         """Refuse a split or trained factors that belong to another member of the family.
@@ -49,10 +51,11 @@ class MethodPreset:
 
 
 METHODS: dict[Method, MethodPreset] = {
-    "sera": MethodPreset(splits=True, use_mixer=True, train_factors=("a", "c", "b")),
+    # The more blocks, the fewer parameters each of them moves, and the larger the steps that training bears.
+    "sera": MethodPreset(splits=True, use_mixer=True, train_factors=("a", "c", "b"), learning_rate=1e-2),
     "lora": MethodPreset(),
-    "melora": MethodPreset(splits=True),
+    "melora": MethodPreset(splits=True, learning_rate=1e-2),
     "moslora": MethodPreset(use_mixer=True, train_factors=("a", "c", "b")),
     "lora-fa": MethodPreset(train_factors=("b",)),
-    "head-only": MethodPreset(train_factors=(), adapts=False),
+    "head-only": MethodPreset(train_factors=(), adapts=False, learning_rate=1e-2),
 }

@@ -127,7 +127,7 @@ class GeneratorModel(AdapterModel):
             labels: int64 (rows, length): the token itself where it is learned, `IGNORED` elsewhere.
 
         Returns:
-            Position i is for token i + 1; 0 where that token is not labelled. Leading columns without any label are cut.
+            0 where a token is not labelled; the leading columns in which no row has a label are cut.
         """
         assert self.base_model is not None
         targets = labels[:, 1:]

@@ -74,8 +74,8 @@ def train_adapter(
 ) -> TrainResult:
     """Train an adapter and publish it.
 
-    A run that was killed continues at its last checkpoint when started again with the same settings and data, and gives the
-    tensors that it would have given undisturbed.
+    A run that was killed continues at its last checkpoint when started again with the same settings and data, and
+    gives the tensors that it would have given undisturbed.
 
     Args:
         settings: The run's options.
@@ -181,7 +181,7 @@ def _fit(task: TrainingTask, settings: TrainSettings, folder: Path, console: Con
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
     except DivergedTraining as error:
         raise TrainingFailed(
-            f"{error}; lower --learning-rate (now {settings.learning_rate}) and run again with --no-resume",
+            f"{error}; lower --learning-rate (now {settings.peak_learning_rate}) and run again with --no-resume",
             param="learning_rate",
         ) from error
     finally:
@@ -195,7 +195,8 @@ def _max_length(settings: TrainSettings, base: FrozenBase) -> int:
         return min(base.max_length, _DEFAULT_MAX_LENGTH)
     if settings.max_length > base.max_length:
         raise InvalidConfiguration(
-            f"--max-length {settings.max_length} exceeds the {base.max_length} tokens that base {base.name} was made for",
+            f"--max-length {settings.max_length} exceeds the {base.max_length} tokens that base {base.name} "
+            "was made for",
             param="max_length",
         )
     return settings.max_length
@@ -211,6 +212,7 @@ def _record(
     """How the version came about; the same for each run of equal settings, or its digest would change."""
     record = {
         "settings": {k: v for k, v in settings.identity().items() if k not in ("base", "name", "task", "method")},
+        "learning_rate": settings.peak_learning_rate,
         "rows": {"train": len(task.train_rows), "eval": len(task.eval_rows), "test": len(task.test_rows)},
         "data_sha256": data.digests,
         "metrics": metrics,

@@ -13,8 +13,8 @@ _BATCHES_A_POOL = 50
 class LengthGroupedOrder(Sampler[int]):
     """Row numbers for one epoch, a function of the seed and the epoch alone.
 
-    transformers' own length-grouped sampler draws from the global generator when an epoch begins, so a run resumed within
-    an epoch would see other batches than it saw before.
+    transformers' own length-grouped sampler draws from the global generator when an epoch begins, so a run resumed
+    within an epoch would see other batches than it saw before.
     """
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, epoch: Callable[[], int]) -> None:

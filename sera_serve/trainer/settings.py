@@ -92,7 +92,13 @@ class TrainSettings(BaseModel):
     dropout: float = _option(0.0, "Dropout on the inputs of adapter and head.", ADAPTER, ge=0, lt=1)
 
     epochs: int = _option(3, "Passes over the training rows.", OPTIMISER, ge=1, le=1000)
-    learning_rate: float = _option(3e-3, "Peak learning rate; it falls linearly to 0.", OPTIMISER, gt=0, le=10)
+    learning_rate: float | None = _option(
+        None,
+        "Peak learning rate; it falls linearly to 0 (0.01 for sera, melora and head-only, 0.003 for the others).",
+        OPTIMISER,
+        gt=0,
+        le=10,
+    )
     head_learning_rate: float | None = _option(
         None, "classify: learning rate of the head, if another than the adapter's.", OPTIMISER, gt=0, le=10
     )
@@ -167,6 +173,11 @@ class TrainSettings(BaseModel):
     def effective_split(self) -> int:
         """`split`, or the method's default for this rank."""
         return self.split or (self.rank if METHODS[self.method].splits else 1)
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """`learning_rate`, or the method's default."""
+        return self.learning_rate or METHODS[self.method].learning_rate
 
     @property
     def columns(self) -> tuple[str | None, str | None]:

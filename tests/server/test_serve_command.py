@@ -129,8 +129,8 @@ def test_the_printed_lines_work_when_pasted_and_sigterm_ends_gracefully(folder: 
 
 def _as_curl(words: list[str]) -> httpx.Response:
     """What curl does with these arguments."""
-    assert words[:2] == ["curl", "-s"]
-    url, *rest = words[2:]
+    assert words[:3] == ["curl", "-sw", "\\n"]
+    url, *rest = words[3:]
     if not rest:
         return httpx.get(url, timeout=30)
     assert [rest[0], rest[2]] == ["-H", "-d"]

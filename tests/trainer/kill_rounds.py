@@ -2,8 +2,8 @@
 
     python tests/trainer/kill_rounds.py --kills 50
 
-Prints one JSON object. Every run must end as the undisturbed run of its seed did; after every kill the store must open and
-hold each version acknowledged so far, bit for bit.
+Prints one JSON object. Every run must end as the undisturbed run of its seed did; after every kill the store must open
+and hold each version acknowledged so far, bit for bit.
 """
 
 import argparse
@@ -67,7 +67,7 @@ def rounds(kills: int, folder: Path, stories: Path, seed: int = 0) -> dict[str, 
     """Run until `kills` processes were killed; raises AssertionError at the first thing that is wrong."""
     torch.set_num_threads(1)
     draw = random.Random(seed)
-    rows = write_csv(folder / "rows.csv", ending_rule(100))
+    rows = write_csv(folder / "rows.csv", ending_rule(60))
     base = load_base(str(stories))
     acknowledged: dict[str, str] = {}
     done, runs, resumed, moments = 0, 0, 0, []

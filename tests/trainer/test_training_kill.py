@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-KILLS = int(os.environ.get("SERA_TEST_KILLS", "4"))
+KILLS = int(os.environ.get("SERA_TEST_KILLS", "3"))
 
 
 @pytest.mark.timeout(60 + 10 * KILLS)

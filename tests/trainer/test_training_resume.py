@@ -29,7 +29,7 @@ def base(tiny_base: Path) -> FrozenBase:
 
 
 def settings(folder: Path, **options: Any) -> TrainSettings:
-    rows = write_csv(folder / "rows.csv", ending_rule(100))
+    rows = write_csv(folder / "rows.csv", ending_rule(60))
     defaults = {"epochs": 3, "dropout": 0.2, "checkpoint_seconds": 0, "learning_rate": 1e-2}
     return settings_for(Path("tiny"), folder, rows, **(defaults | options))
 
@@ -58,15 +58,15 @@ def undisturbed(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Tr
     return train_adapter(settings(tmp_path_factory.mktemp("undisturbed")), base=load_base(str(tiny_base)))
 
 
-# 90 rows by 8: 12 steps an epoch. Within an epoch, at its first and last step, after its evaluation's save.
+# 54 rows by 8: 7 steps an epoch. Within an epoch, at its first and last step, after its evaluation's save.
 @pytest.mark.parametrize(
     ("step", "moment", "resumed_from"),
     [
         (1, "on_step_end", None),
-        (17, "on_step_end", 16),
-        (12, "on_step_end", 11),
-        (24, "on_save", 24),
-        (36, "on_save", 36),
+        (10, "on_step_end", 9),
+        (7, "on_step_end", 6),
+        (14, "on_save", 14),
+        (21, "on_save", 21),
     ],
 )
 def test_a_stopped_run_ends_as_an_undisturbed_one(
@@ -90,9 +90,9 @@ def test_a_stopped_run_ends_as_an_undisturbed_one(
 def test_every_kind_of_run_resumes(base: FrozenBase, tmp_path: Path, options: dict[str, Any]) -> None:
     undisturbed = train_adapter(settings(tmp_path, **options), base=base)
     AdapterStore(tmp_path / "store").delete("acme/tiny")
-    stopped_run(settings(tmp_path, **options), base, 20)
+    stopped_run(settings(tmp_path, **options), base, 12)
     resumed = train_adapter(settings(tmp_path, **options), base=base)
-    assert resumed.resumed_from == 19
+    assert resumed.resumed_from == 11
     assert resumed.digest == undisturbed.digest
 
 
@@ -122,26 +122,26 @@ def _truncate(path: Path) -> None:
 def test_a_damaged_checkpoint_is_passed_over(
     base: FrozenBase, undisturbed: TrainResult, tmp_path: Path, name: str, damage: Callable[[Path], None]
 ) -> None:
-    stopped_run(settings(tmp_path), base, 17)
+    stopped_run(settings(tmp_path), base, 10)
     older, newest = checkpoints(tmp_path)
-    assert (older.name, newest.name) == ("checkpoint-12", "checkpoint-16")
+    assert (older.name, newest.name) == ("checkpoint-7", "checkpoint-9")
     damage(newest / name)
     (newest.parent / "partial-checkpoint").mkdir()
     resumed = train_adapter(settings(tmp_path), base=base)
-    assert (resumed.resumed_from, resumed.digest) == (12, undisturbed.digest)
+    assert (resumed.resumed_from, resumed.digest) == (7, undisturbed.digest)
 
 
 def test_without_its_best_epoch_a_checkpoint_is_no_use(
     base: FrozenBase, undisturbed: TrainResult, tmp_path: Path
 ) -> None:
-    stopped_run(settings(tmp_path), base, 17)
+    stopped_run(settings(tmp_path), base, 10)
     (checkpoints(tmp_path)[0] / "tensors.safetensors").unlink()
     resumed = train_adapter(settings(tmp_path), base=base)
     assert (resumed.resumed_from, resumed.digest) == (None, undisturbed.digest)
 
 
 def test_checkpoints_hold_the_adapter_and_no_pickle(base: FrozenBase, tmp_path: Path) -> None:
-    stopped_run(settings(tmp_path), base, 17)
+    stopped_run(settings(tmp_path), base, 10)
     newest = checkpoints(tmp_path)[-1]
     assert {path.name for path in newest.iterdir()} == {"tensors.safetensors", "extra.json", "trainer_state.json"}
     adapter = sum(p.numel() for p in base.model.parameters())
@@ -151,23 +151,23 @@ def test_checkpoints_hold_the_adapter_and_no_pickle(base: FrozenBase, tmp_path: 
 
 
 def test_no_resume_begins_anew(base: FrozenBase, tmp_path: Path) -> None:
-    stopped_run(settings(tmp_path), base, 17)
+    stopped_run(settings(tmp_path), base, 10)
     assert train_adapter(settings(tmp_path, resume=False), base=base).resumed_from is None
 
 
 def test_other_settings_or_data_do_not_resume(base: FrozenBase, tmp_path: Path) -> None:
     first = settings(tmp_path)
-    stopped_run(first, base, 17)
+    stopped_run(first, base, 10)
     other = first.model_copy(update={"epochs": 1})
     assert train_adapter(other, base=base).resumed_from is None
-    write_csv(tmp_path / "other.csv", ending_rule(100, seed=9))
+    write_csv(tmp_path / "other.csv", ending_rule(60, seed=9))
     stopped_run(first.model_copy(update={"train": tmp_path / "other.csv"}), base, 1)
     # The first run's checkpoints are still there for it.
-    assert train_adapter(first, base=base).resumed_from == 16
+    assert train_adapter(first, base=base).resumed_from == 9
 
 
 def test_one_run_at_a_time(base: FrozenBase, tmp_path: Path) -> None:
-    stopped_run(settings(tmp_path), base, 17)
+    stopped_run(settings(tmp_path), base, 10)
     (folder,) = (tmp_path / "store.training").glob("acme/tiny/*")
     with (
         run_folder(folder.parent, folder.name, resume=True),

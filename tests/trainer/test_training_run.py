@@ -67,7 +67,7 @@ def test_factors_that_do_not_train_keep_their_values(base: FrozenBase, rows: Pat
 
 
 def test_sera_learns_where_a_head_alone_cannot(stories: Path, tmp_path: Path) -> None:
-    rows = write_csv(tmp_path / "rows.csv", beginning_rule(400))
+    rows = write_csv(tmp_path / "rows.csv", beginning_rule(300))
     test = write_csv(tmp_path / "test.csv", beginning_rule(200, seed=1))
     base = load_base(str(stories))
     options: dict[str, Any] = {"test": test, "epochs": 4, "learning_rate": 1e-2}
