@@ -68,7 +68,7 @@ class BundleFiles:
             path.unlink()
         if doomed:
             sync_directory(self._folder)
-        return Collected(len(doomed), nbytes)
+        return Collected(tuple(path.name.split(".")[0] for path in doomed), nbytes)
 
     def _write(self, bundle: AdapterBundle, path: Path) -> None:
         bundle.save_file(path)

@@ -125,5 +125,10 @@ class AdapterInfo:
 class Collected:
     """What `AdapterStore.collect_garbage` removed."""
 
-    bundles: int
+    digests: tuple[str, ...]
     nbytes: int
+
+    @property
+    def bundles(self) -> int:
+        """How many bundles were removed."""
+        return len(self.digests)

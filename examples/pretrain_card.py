@@ -106,8 +106,8 @@ def mix_table(streams: dict[str, int], tokens: int, settings: RunSettings) -> st
 
 def render_card(work: Path, directory: Path, streams: dict[str, int], machine: str) -> str:
     """The card's Markdown; reads ``baselines.json`` and ``evaluation.json`` of the run, and writes samples anew."""
-    rows = read_log(work)
-    last = rows[-1]
+    # The checkpoint, not the log: the log has a row for every tenth step only.
+    last = torch.load(work / "checkpoint.pt", map_location="cpu", weights_only=True)["position"]
     measured = [json.loads((work / name).read_text()) for name in ("baselines.json", "evaluation.json")]
     tables = measured[0]["table"] | measured[1]["table"]
     sizes = measured[1]["scores"]["model"]
@@ -152,8 +152,10 @@ Ids 0 to 6 are `<|bos|> <|eos|> <|pad|> <|system|> <|user|> <|assistant|> <|end|
 
 ## Training
 
-{tokens} million tokens in {steps} steps of 8,192 tokens, {minutes} minutes of training time on {machine}
-({speed} tokens a second on average). bfloat16 autocast over float32 weights. Muon (rate 0.02) for the layers'
+{tokens} million tokens in {steps} steps of 8,192 tokens, {minutes} minutes of training time
+({speed} tokens a second on average). Machine: {machine}.
+
+bfloat16 autocast over float32 weights. Muon (rate 0.02) for the layers'
 matrices, AdamW (rate 0.004) for the embedding and the norms; rate warmed up for 1.5% of the time, flat, then linear
 to zero over the last 27% of the time. In the decay the mix leans more on stories.
 

@@ -29,7 +29,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 EMBEDDED = "embedded"
 _SAMPLES_PER_TENSOR = 64
 # Keys of a config that say how it was saved or is run, not what the model is.
-_VOLATILE_CONFIG_KEYS = {"_name_or_path", "dtype", "torch_dtype", "transformers_version", "use_cache"}
+_VOLATILE_CONFIG_KEYS = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,10 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
+from transformers.utils.logging import disable_progress_bar
 
-from adapters_store import AdapterNotFound, AdapterStore, StoreError
+from adapters_store import AdapterNotFound, AdapterStore, BaseInfo, StoreError
+from sera_serve.base import load_base
 from sera_serve.errors import SeraServeError
 
 DATA = Path(__file__).parent / "demo_data"
@@ -63,19 +65,16 @@ def train_demos(store_path: Path, base: str = "embedded", console: Console | Non
     """
     console = console or Console(quiet=True)
     store = AdapterStore(store_path)
-    missing = [name for name in DEMOS if not _is_there(store, name)]
+    disable_progress_bar()
+    frozen = load_base(base)
+    missing = [name for name in DEMOS if not _is_there(store, name, frozen.info)]
     if not missing:
         console.print(f"the demo tenants are in {store_path}: {', '.join(DEMOS)}", highlight=False)
         return []
     # Slow to import, and not needed when there is nothing to train.
-    from transformers.utils.logging import disable_progress_bar
-
-    from sera_serve.base import load_base
     from sera_serve.trainer.run import train_adapter
     from sera_serve.trainer.settings import TrainSettings
 
-    disable_progress_bar()
-    frozen = load_base(base)
     for name in missing:
         console.print(f"training demo tenant {name} on base {base}", highlight=False)
         settings = TrainSettings(base=base, store=store_path, name=name, **DEMOS[name])
@@ -90,12 +89,13 @@ def train_demos(store_path: Path, base: str = "embedded", console: Console | Non
     return missing
 
 
-def _is_there(store: AdapterStore, name: str) -> bool:
+def _is_there(store: AdapterStore, name: str, base: BaseInfo) -> bool:
+    """Whether the tenant is in the store and was made for this very base."""
     try:
-        store.resolve(name)
+        made_for = store.config(store.resolve(name).digest).base
     except AdapterNotFound:
         return False
-    return True
+    return made_for.weights_digest == base.weights_digest and made_for.config_digest == base.config_digest
 
 
 def _command(

@@ -95,6 +95,10 @@ class ServingEngine:
         if failure is not None:
             raise EngineUnavailable(failure)
 
+    def forget(self, digest: str) -> None:
+        """Give back the memory of a bundle that was deleted, once no request uses it."""
+        self.residency.forget(digest)
+
     def in_flight(self) -> int:
         """How many requests are admitted and unfinished."""
         return self._admitted

@@ -66,9 +66,9 @@ async def inspect(tenant: str, name: str, store: StoreOf) -> AdapterDetail:
 
 
 @router.delete("/v1/adapters/{tenant}/{name}")
-async def delete(tenant: str, name: str, store: StoreOf) -> DeletedAdapter:
+async def delete(tenant: str, name: str, engine: EngineOf, store: StoreOf) -> DeletedAdapter:
     """Delete an adapter, or with @ one version of it; requests under way finish with what they began with."""
-    await asyncio.to_thread(store.delete, f"{tenant}/{name}")
+    await asyncio.to_thread(_delete, f"{tenant}/{name}", engine, store)
     return DeletedAdapter(adapter=f"{tenant}/{name}")
 
 
@@ -76,6 +76,12 @@ def _publish(received: Upload, engine: Engine, store: AdapterStore, max_bytes: i
     bundle = received.read_bundle(max_bytes)
     check_base(bundle.config, engine.base.info, engine.base.module_shapes())
     return store.publish(bundle, name=received.name)
+
+
+def _delete(reference: str, engine: Engine, store: AdapterStore) -> None:
+    store.delete(reference)
+    for digest in store.collect_garbage().digests:
+        engine.forget(digest)
 
 
 def _page(store: AdapterStore, query: ListQuery) -> AdapterList:

@@ -20,7 +20,7 @@ class MethodPreset:
         use_mixer: Whether the mixer C exists.
         train_factors: Factors that train unless told otherwise.
         adapts: False only for head-only, which leaves the base as it is.
-        learning_rate: Used unless told otherwise: the best of a small grid on the embedded base.
+        learning_rate: Used unless told otherwise; from short trials on the embedded base.
     """
 
     splits: bool = False
@@ -51,7 +51,7 @@ class MethodPreset:
 
 
 METHODS: dict[Method, MethodPreset] = {
-    # The more blocks, the fewer parameters each of them moves, and the larger the steps that training bears.
+    # On hwu64 SeRA gained from 0.01 over 0.003, while LoRA of rank 8 no longer learned at 0.01.
     "sera": MethodPreset(splits=True, use_mixer=True, train_factors=("a", "c", "b"), learning_rate=1e-2),
     "lora": MethodPreset(),
     "melora": MethodPreset(splits=True, learning_rate=1e-2),

@@ -50,7 +50,7 @@ def stub(base: FrozenBase) -> StubEngine:
 
 @pytest.fixture
 def engine(stub: StubEngine) -> StubEngine:
-    stub.forget()
+    stub.begin_record()
     return stub
 
 

@@ -71,10 +71,11 @@ class StubEngine:
     def __init__(self, base: FrozenBase) -> None:
         self.base = base
         self.running = False
-        self.forget()
+        self.begin_record()
 
-    def forget(self) -> None:
-        """Begin a new record."""
+    def begin_record(self) -> None:
+        """Forget what was asked so far."""
+        self.forgotten: list[str] = []
         self.asked: list[GenerateParams] = []
         self.open_streams = 0
         self.cancelled = 0
@@ -84,6 +85,9 @@ class StubEngine:
 
     def stop(self) -> None:
         self.running = False
+
+    def forget(self, digest: str) -> None:
+        self.forgotten.append(digest)
 
     def health(self) -> None:
         if not self.running:

@@ -163,6 +163,25 @@ def test_an_uploaded_adapter_serves_at_once_and_a_deleted_one_no_more(
     refused(whole.post("/v1/generate", json={"adapter": "new/one", "prompt": "a"}), 404, "adapter_not_found")
 
 
+def test_a_deleted_adapter_gives_its_memory_back(
+    whole: httpx.Client, real_engine: ServingEngine, stories: FrozenBase
+) -> None:
+    bundle = random_adapter(stories, SeraConfig(4, 4, 4, ("q_proj",)), 77)
+    body = {"bundle": ("a.safetensors", bundle.to_bytes())}
+    for name in ("new/two", "new/same"):
+        assert whole.post("/v1/adapters", files=body, data={"name": name}).status_code == 201
+    ask(whole, adapter="new/two")
+    wait_until(lambda: real_engine.residency.leases() == 0)
+    assert bundle.digest in real_engine.residency.resident_digests()
+    used = real_engine.residency.pool.used, real_engine.residency.host_cache.used
+    whole.delete("/v1/adapters/new/two").raise_for_status()
+    assert bundle.digest in real_engine.residency.resident_digests(), "another adapter has the same content"
+    whole.delete("/v1/adapters/new/same").raise_for_status()
+    assert bundle.digest not in real_engine.residency.resident_digests()
+    assert real_engine.residency.pool.used < used[0]
+    assert real_engine.residency.host_cache.used < used[1]
+
+
 def test_clients_that_leave_give_back_slots_and_leases(whole: httpx.Client, real_engine: ServingEngine) -> None:
     for adapter in ("tale/w0", "tale/w1", None):
         body = {"adapter": adapter, "prompt": PROMPT, "max_new_tokens": 400, "stream": True}

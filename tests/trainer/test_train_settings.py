@@ -26,13 +26,17 @@ REQUIRED: dict[str, Any] = {
         ("lora-fa", 1, False, ("b",)),
     ],
 )
-def test_a_method_sets_the_shape(
-    method: str, split: int, use_mixer: bool, train_factors: tuple[str, ...]
-) -> None:
+def test_a_method_sets_the_shape(method: str, split: int, use_mixer: bool, train_factors: tuple[str, ...]) -> None:
     config = load_options(None, REQUIRED | {"method": method, "rank": 16}).adapter_config()
     assert config is not None
     assert (config.split, config.use_mixer, config.train_factors) == (split, use_mixer, train_factors)
     assert config.scaling == 2.0
+
+
+@pytest.mark.parametrize(("method", "rate"), [("sera", 1e-2), ("lora", 3e-3)])
+def test_the_learning_rate_is_the_methods_unless_given(method: str, rate: float) -> None:
+    assert load_options(None, REQUIRED | {"method": method}).peak_learning_rate == rate
+    assert load_options(None, REQUIRED | {"method": method, "learning_rate": 0.5}).peak_learning_rate == 0.5
 
 
 def test_head_only_has_no_adapter() -> None:

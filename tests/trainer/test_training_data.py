@@ -34,7 +34,7 @@ def refusal(loader: Any, path: Path, **options: Any) -> str:
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet"])
 def test_every_format_gives_the_same_rows(tmp_path: Path, suffix: str) -> None:
-    rows = [["a, \"text\"\nof two lines", "x"], ["déjà vu", "y"], ["c", "x"], ["d", "y"]]
+    rows = [['a, "text"\nof two lines', "x"], ["déjà vu", "y"], ["c", "x"], ["d", "y"]]
     path = tmp_path / f"rows{suffix}"
     records = [{"text": text, "label": label} for text, label in rows]
     if suffix == ".jsonl":
@@ -66,7 +66,7 @@ def test_whole_numbers_and_booleans_are_labels(tmp_path: Path) -> None:
         (b"text,label\na,x\nb,y\nc\xe9,x\n", "line 4: byte 0xe9 is not UTF-8; save the file as UTF-8"),
         (b"text,label\na,x\n \t,y\nc,x\nd,y\n", "row 2 (line 3): text is empty; fill it in or delete the row"),
         (b"text,label\na,x\nb,\nc,x\nd,y\n", "row 2 (line 3): label is empty; fill it in or delete the row"),
-        (b"text,label\na,x\nb,c,y\n", 'row 2 (line 3): 3 fields where the header has 2; put a text that holds'),
+        (b"text,label\na,x\nb,c,y\n", "row 2 (line 3): 3 fields where the header has 2; put a text that holds"),
         (b'text,label\n"a\nb",x\n,y\nc,x\nd,y\n', "row 2 (line 4): text is empty"),
         (b'text,label\n"a,x\nb,y\n', "unexpected end of data; check the quotes around that text"),
         (b"text,label\na,x\nb,x\nc,x\nd,x\n", "every row has the label 'x'; add rows of another label"),
@@ -157,7 +157,11 @@ CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hel
         ({"completion": "a"}, {}, "row 2 (line 2): prompt is missing"),
         ({"messages": "hi"}, {"messages_column": "messages"}, "messages must be a list such as"),
         ({"messages": CHAT[:1]}, {"messages_column": "messages"}, "messages has no turn of the assistant"),
-        ({"messages": [{"role": "bot", "content": "a"}]}, {"messages_column": "messages"}, "has the role 'bot'; use one"),
+        (
+            {"messages": [{"role": "bot", "content": "a"}]},
+            {"messages_column": "messages"},
+            "has the role 'bot'; use one",
+        ),
         ({"messages": [{"role": "user"}]}, {"messages_column": "messages"}, "messages[0] must have exactly the keys"),
         ({"messages": [{"role": "user", "content": ""}]}, {"messages_column": "messages"}, "messages[0] has no text"),
     ],

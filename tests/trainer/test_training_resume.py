@@ -98,9 +98,7 @@ def test_every_kind_of_run_resumes(base: FrozenBase, tmp_path: Path, options: di
 
 def test_a_generator_resumes(base: FrozenBase, tmp_path: Path) -> None:
     rows = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": f"p{i}" * (i % 5), "completion": "abc"} for i in range(60)])
-    options = settings_for(
-        Path("tiny"), tmp_path, rows, task="generate", dropout=0.1, checkpoint_seconds=0, epochs=2
-    )
+    options = settings_for(Path("tiny"), tmp_path, rows, task="generate", dropout=0.1, checkpoint_seconds=0, epochs=2)
     undisturbed = train_adapter(options, base=base)
     stopped_run(options, base, 9)
     resumed = train_adapter(options, base=base)

@@ -81,9 +81,7 @@ def test_sera_learns_where_a_head_alone_cannot(stories: Path, tmp_path: Path) ->
 def test_a_generator_learns_and_says_how_well(stories: Path, tmp_path: Path) -> None:
     pairs = {"red": "apples", "blue": "waters", "green": "leaves", "gray": "stones"}
     rows = [
-        {"prompt": f"{key} things number {i}:", "completion": value}
-        for i in range(30)
-        for key, value in pairs.items()
+        {"prompt": f"{key} things number {i}:", "completion": value} for i in range(30) for key, value in pairs.items()
     ]
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
     settings = settings_for(stories, tmp_path, path, task="generate", learning_rate=2e-2, epochs=6)
@@ -127,9 +125,7 @@ def test_the_best_epoch_is_kept(base: FrozenBase, rows: Path, tmp_path: Path) ->
     # Labels of the evaluation rows turned round: every epoch of learning makes them worse.
     turned = [[text, "other" if label == "animal" else "animal"] for text, label in ending_rule(60)]
     other = write_csv(tmp_path / "eval.csv", turned)
-    settings = settings_for(
-        Path("tiny"), tmp_path, rows, eval=other, epochs=4, learning_rate=1e-2, select_by="loss"
-    )
+    settings = settings_for(Path("tiny"), tmp_path, rows, eval=other, epochs=4, learning_rate=1e-2, select_by="loss")
     result = train_adapter(settings, base=base)
     training = AdapterStore(settings.store).load(result.digest).config.training
     assert training["chosen_step"] == 15
@@ -151,9 +147,7 @@ def test_cached_states_give_what_the_base_gives(base: FrozenBase, rows: Path, tm
     tasks = []
     for adapted in (True, False):
         torch.manual_seed(5)
-        tasks.append(
-            ClassifyTask(base, data, pooling="last_token", max_length=64, dropout=0.0, adapted=adapted)
-        )
+        tasks.append(ClassifyTask(base, data, pooling="last_token", max_length=64, dropout=0.0, adapted=adapted))
     torch.testing.assert_close(tasks[0].logits(tasks[0].eval_rows), tasks[1].logits(tasks[1].eval_rows))
     assert tasks[0].evaluate(tasks[0].eval_rows)["accuracy"] == tasks[1].evaluate(tasks[1].eval_rows)["accuracy"]
 
@@ -169,7 +163,9 @@ def test_an_encoder_pools_its_first_token(tiny_encoder: Path, rows: Path, tmp_pa
 
 
 def test_no_evaluation_keeps_the_last_epoch(base: FrozenBase, rows: Path, tmp_path: Path) -> None:
-    result = train_adapter(settings_for(Path("tiny"), tmp_path, rows, eval_fraction=0, head_learning_rate=0.1), base=base)
+    result = train_adapter(
+        settings_for(Path("tiny"), tmp_path, rows, eval_fraction=0, head_learning_rate=0.1), base=base
+    )
     assert result.metrics == {}
     assert AdapterStore(tmp_path / "store").load(result.digest).config.training["chosen_step"] == 30
 
