@@ -109,7 +109,7 @@ def export(
 
 @app.command()
 def baselines(data: DataOption, work: WorkOption, seed: SeedOption = 0) -> None:
-    """Count the unigram and 5-gram baselines and score them on the held-out text (minutes; one core, 5 GB)."""
+    """Count the unigram and 5-gram baselines and score them on the held-out text (takes minutes, on one core)."""
     tokenizer, corpus = load_tokenizer(work), read_corpus(data, seed)
     scores = baseline_scores(tokenizer, corpus, build_streams(tokenizer, corpus))
     (work / "baselines.json").write_text(json.dumps({"table": as_table(scores), "scores": as_rows(scores)}, indent=1))
