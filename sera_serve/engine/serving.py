@@ -16,7 +16,7 @@ from sera_serve.engine.continuous import ContinuousBatch, SequenceOptions, Seque
 from sera_serve.engine.detokenizer import Detokenizer
 from sera_serve.engine.generation import GenerateParams, GenerationStream
 from sera_serve.errors import EngineUnavailable, InvalidRequest, Overloaded, PromptTooLong, UnsupportedTask
-from sera_serve.layers import AdapterContext, attach_serving
+from sera_serve.layers import AdapterContext, attach_serving, find_siblings
 from sera_serve.residency import AdapterResidency, DevicePool, HostCache, Lease
 
 MEBIBYTE = 1 << 20
@@ -51,15 +51,16 @@ class ServingEngine:
         self._admitted = 0
         self._lock = threading.Lock()
         self._ids = itertools.count()
+        siblings = find_siblings(base.model)
         classify_base = base.share_weights()
         classify_context = AdapterContext(pool.data, pool.tables)
-        attach_serving(classify_base.model, classify_context)
+        attach_serving(classify_base.model, classify_context, siblings)
         self._classify = ClassifyBatch(classify_base, classify_context, pool, settings.classify_max_batch)
         self._generate: ContinuousBatch | None = None
         if base.kind == "decoder":
             model = base.share_weights().model
             context = AdapterContext(pool.data, pool.tables)
-            attach_serving(model, context)
+            attach_serving(model, context, siblings)
             self._generate = ContinuousBatch(
                 model,
                 context,
