@@ -141,7 +141,7 @@ def check(base: FrozenBase, cases: dict[str, Case], adapters: list[Any], prompts
 
 
 def main(
-    quick: Annotated[bool, typer.Option(help="One small base, one round: minutes become seconds.")] = False,
+    quick: Annotated[bool, typer.Option(help="One small base, one round: seconds.")] = False,
 ) -> None:
     """Measure, print a table, then one JSON line."""
     console = Console(stderr=True)

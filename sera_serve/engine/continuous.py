@@ -35,7 +35,6 @@ from sera_serve.engine.sampling import noise_key, perturbed_scores
 from sera_serve.layers import AdapterContext
 
 PAGE_SIZE = 32
-_SCHEDULER = "sera"
 
 
 @dataclass(frozen=True)
@@ -191,7 +190,9 @@ class ContinuousBatch:
         self._context = context
         if model.device.type == "cpu":
             use_varlen_attention(model)
-        stock_scheduler.SCHEDULER_MAPPING[_SCHEDULER] = type("_Bound", (_Scheduler,), {"listener": listener})
+        # Schedulers are found by name when the thread starts: one name an engine, or two would share a listener.
+        self._scheduler = f"sera-{id(self):x}"
+        stock_scheduler.SCHEDULER_MAPPING[self._scheduler] = type("_Bound", (_Scheduler,), {"listener": listener})
         self._manager = ContinuousBatchingManager(
             model,
             GenerationConfig(do_sample=False, eos_token_id=model.generation_config.eos_token_id),
@@ -202,7 +203,7 @@ class ContinuousBatch:
                 max_requests_per_batch=max_sequences,
                 # Blocks are shared by their tokens alone, but another adapter's keys and values differ.
                 allow_block_sharing=False,
-                scheduler_type=_SCHEDULER,
+                scheduler_type=self._scheduler,
                 auto_switch_to_flash=model.device.type != "cpu",
                 # The torch path of the grouped operation reads shapes on the host, which no graph can capture.
                 use_cuda_graph=False,
@@ -222,6 +223,7 @@ class ContinuousBatch:
         """Stop at once; sequences under way end with an error."""
         if self._manager.is_running():
             self._manager.stop(block=True, timeout=30, hard_stop=True)
+        stock_scheduler.SCHEDULER_MAPPING.pop(self._scheduler, None)
 
     def failure(self) -> str | None:
         """Why the engine's thread is not running, or None while it is."""

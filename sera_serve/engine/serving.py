@@ -15,7 +15,8 @@ from sera_serve.engine.classification import ClassifyBatch, ClassifyResult
 from sera_serve.engine.continuous import ContinuousBatch, SequenceOptions, SequenceUpdate
 from sera_serve.engine.detokenizer import Detokenizer
 from sera_serve.engine.generation import GenerateParams, GenerationStream
-from sera_serve.errors import EngineUnavailable, InvalidRequest, Overloaded, PromptTooLong, UnsupportedTask
+from sera_serve.engine.prompts import classify_tokens, end_tokens, prompt_tokens
+from sera_serve.errors import EngineUnavailable, Overloaded, UnsupportedTask
 from sera_serve.layers import AdapterContext, attach_serving, find_siblings
 from sera_serve.residency import AdapterResidency, DevicePool, HostCache, Lease
 
@@ -120,7 +121,7 @@ class ServingEngine:
         self.health()
         if self._generate is None:
             raise UnsupportedTask("this base is an encoder; it serves classify, not generate", param="adapter")
-        tokens = self._prompt_tokens(params)
+        tokens = prompt_tokens(self.base, params, min(self.base.max_length, self.settings.kv_cache_tokens))
         self._admit()
         lease: Lease | None = None
         try:
@@ -149,7 +150,7 @@ class ServingEngine:
             resolved, lease = await self._lease(adapter, "classify")
             limit = lease.placement.adapter.config.max_length or self.base.max_length
             try:
-                rows = await asyncio.to_thread(self._classify_tokens, inputs, limit)
+                rows = await asyncio.to_thread(classify_tokens, self.base, inputs, limit)
             except BaseException:
                 lease.release()
                 raise
@@ -168,13 +169,13 @@ class ServingEngine:
         lease: Lease | None,
     ) -> GenerationStream:
         request_id = f"gen-{secrets.token_hex(8)}"
-        end_tokens = self._end_tokens()
+        ends = end_tokens(self.base)
         stream = GenerationStream(
             request_id,
             resolved.adapter if resolved else None,
             resolved.version if resolved else None,
             len(tokens),
-            frozenset(end_tokens),
+            frozenset(ends),
             Detokenizer(self.base.tokenizer, tokens, params.stop),
             lambda: batch.cancel(request_id),
         )
@@ -188,7 +189,7 @@ class ServingEngine:
         with self._lock:
             self._sequences[request_id] = _Sequence(stream, asyncio.get_running_loop(), lease)
         try:
-            batch.submit(request_id, tokens, params.max_new_tokens, end_tokens, options)
+            batch.submit(request_id, tokens, params.max_new_tokens, ends, options)
         except RuntimeError as error:
             with self._lock:
                 del self._sequences[request_id]
@@ -234,38 +235,6 @@ class ServingEngine:
         bundle = self.store.load(digest)
         check_base(bundle.config, self.base.info, self._shapes)
         return bundle
-
-    def _prompt_tokens(self, params: GenerateParams) -> list[int]:
-        if params.token_ids is not None:
-            tokens, field = params.token_ids, "token_ids"
-            vocabulary = self.base.model.config.get_text_config().vocab_size
-            if any(not 0 <= token < vocabulary for token in tokens):
-                raise InvalidRequest(f"token_ids must lie in 0 to {vocabulary - 1}", param="token_ids")
-        else:
-            tokens, field = self.base.tokenizer(params.prompt or "")["input_ids"], "prompt"
-        if not tokens:
-            raise InvalidRequest(f"{field} has no tokens; send at least one", param=field)
-        limit = min(self.base.max_length, self.settings.kv_cache_tokens)
-        if len(tokens) + params.max_new_tokens > limit:
-            raise PromptTooLong(
-                f"{len(tokens)} prompt tokens and max_new_tokens {params.max_new_tokens} exceed the context of "
-                f"{limit}; shorten the prompt or ask for at most {max(0, limit - len(tokens))}",
-                param=field,
-            )
-        return list(tokens)
-
-    def _classify_tokens(self, inputs: list[str], max_length: int) -> list[list[int]]:
-        rows: list[list[int]] = self.base.tokenizer(inputs, truncation=True, max_length=max_length)["input_ids"]
-        for index, tokens in enumerate(rows):
-            if not tokens:
-                raise InvalidRequest(f"input {index} has no tokens; send some text", param=f"inputs[{index}]")
-        return rows
-
-    def _end_tokens(self) -> list[int]:
-        end = self.base.model.generation_config.eos_token_id
-        if end is None:
-            end = self.base.tokenizer.eos_token_id
-        return [] if end is None else [end] if isinstance(end, int) else list(end)
 
     def _admit(self) -> None:
         with self._lock:
