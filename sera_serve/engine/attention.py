@@ -27,6 +27,9 @@ def varlen_attention(
     cache: PagedAttentionCache,
     cu_seq_lens_q: Tensor,
     scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Write this step's keys and values to the paged cache, then attend within each sequence.
@@ -39,7 +42,10 @@ def varlen_attention(
         attention_mask: Unused: sequences are causal.
         cache: The engine's cache.
         cu_seq_lens_q: int32 (sequences + 1,), token boundaries of the sequences.
-        scaling: Factor of the scores.
+        scaling: Factor of the scores; None is 1 / sqrt(head_dim).
+        sliding_window: A token sees itself and the `sliding_window - 1` tokens before it; None is all before it.
+        softcap: Scores are squashed into (-softcap, softcap), as in Gemma 2.
+        s_aux: (heads,) sink logits that take part in the softmax, as in gpt-oss.
         kwargs: The engine's other arguments; `cache.update` reads and adds to them.
 
     Returns:
@@ -47,21 +53,46 @@ def varlen_attention(
     """
     key, value = cache.update(key, value, module.layer_idx, kwargs)
     q_ends, k_ends = cu_seq_lens_q.tolist(), kwargs["cu_seq_lens_k"].tolist()
+    plain = softcap is None and s_aux is None
     outputs = []
     for i in range(len(q_ends) - 1):
         q = query[:, :, q_ends[i] : q_ends[i + 1]]
         k = key[:, :, k_ends[i] : k_ends[i + 1]]
         v = value[:, :, k_ends[i] : k_ends[i + 1]]
-        new, total = q.shape[2], k.shape[2]
-        mask = None
-        if 1 < new < total:  # a later chunk of a prompt: its tokens see all of the cache before them
-            mask = torch.ones(new, total, dtype=torch.bool, device=q.device).tril(total - new)
-        causal = new == total > 1
-        grouped = q.shape[1] != k.shape[1]
-        outputs.append(
-            scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scaling, enable_gqa=grouped)
-        )
+        mask = _mask(q.shape[2], k.shape[2], sliding_window, q.device)
+        if plain:
+            grouped = q.shape[1] != k.shape[1]
+            out = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling, enable_gqa=grouped)
+        else:
+            out = _explicit_attention(q, k, v, mask, scaling or q.shape[-1] ** -0.5, softcap, s_aux)
+        outputs.append(out)
     return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+def _mask(new: int, total: int, window: int | None, device: torch.device) -> Tensor | None:
+    """True where the last `new` of `total` tokens may look, (new, total); None where they may look everywhere."""
+    if new == 1 and (window is None or total <= window):
+        return None
+    everywhere = torch.ones(new, total, dtype=torch.bool, device=device)
+    mask = everywhere.tril(total - new)
+    return mask if window is None else mask & everywhere.triu(total - new - window + 1)
+
+
+def _explicit_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None, s_aux: Tensor | None
+) -> Tensor:
+    """What `scaled_dot_product_attention` has no argument for, step by step, with the softmax in float32."""
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    scores = (q @ k.transpose(2, 3) * scale).float()
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    if s_aux is not None:
+        sinks = s_aux.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, sinks], dim=3)
+    return scores.softmax(3)[..., : k.shape[2]].to(q.dtype) @ v
 
 
 def use_varlen_attention(model: PreTrainedModel) -> None:
