@@ -37,7 +37,8 @@ SHAPE: dict[str, Any] = TOKENS | {
     "max_position_embeddings": 256,
     "initializer_range": 0.3,
 }
-GROUPED = SHAPE | {"num_key_value_heads": 2}
+# Untied: Gemma's scaled embeddings would otherwise repeat the last token for ever, whatever the layers do.
+GROUPED = SHAPE | {"num_key_value_heads": 2, "tie_word_embeddings": False}
 CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "gpt2, transposed layers": lambda: GPT2Config(
         n_embd=64, n_layer=2, n_head=4, n_positions=256, initializer_range=0.3, **TOKENS
