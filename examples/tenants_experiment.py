@@ -73,17 +73,17 @@ TENANTS = {
         Tenant("subjectivity", "classify", "tenants/subjectivity", ".csv", 1600, 3, 16, 96, "accuracy"),
         Tenant("ag_news", "classify", "tenants/ag_news", ".csv", 1200, 3, 16, 96, "accuracy"),
         Tenant("hwu64", "classify", "tenants/hwu64", ".csv", 4500, 3, 16, 48, "accuracy"),
-        Tenant("e2e", "generate", "generate/e2e", ".jsonl", 1000, 3, 16, 160, "perplexity", 500),
+        Tenant("e2e", "generate", "generate/e2e", ".jsonl", 600, 3, 16, 160, "perplexity", 300),
     ]
 }
 VARIANTS = {
     v.name: v
     for v in [
         Variant("head-only", {"method": "head-only"}, (1e-2, 3e-2, 3e-3)),
-        Variant("SeRA r=split=16", {"method": "sera", "rank": 16}, (1e-2, 2e-2, 5e-3)),
-        Variant("SeRA r=split=64", {"method": "sera", "rank": 64}, (1e-2, 2e-2, 5e-3)),
-        Variant("LoRA r=2", {"method": "lora", "rank": 2}, (3e-3, 1e-2, 1e-3)),
-        Variant("LoRA r=8", {"method": "lora", "rank": 8}, (3e-3, 1e-2, 1e-3)),
+        Variant("SeRA r=split=16", {"method": "sera", "rank": 16}, (1e-2, 2e-2)),
+        Variant("SeRA r=split=64", {"method": "sera", "rank": 64}, (1e-2, 2e-2)),
+        Variant("LoRA r=2", {"method": "lora", "rank": 2}, (3e-3, 1e-3)),
+        Variant("LoRA r=8", {"method": "lora", "rank": 8}, (3e-3, 1e-3)),
     ]
 }
 BARE = "bare base"
