@@ -327,7 +327,12 @@ def main(
             futures = {pool.submit(train, job, base, data, work): job for job in jobs}
             begun = time.monotonic()
             for count, future in enumerate(as_completed(futures), 1):
-                run = future.result()
+                try:
+                    run = future.result()
+                except BaseException:
+                    # Without this, leaving the pool would first train everything that is queued.
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    raise
                 runs.add(run)
                 left = (time.monotonic() - begun) / count * (len(jobs) - count)
                 name = TENANTS[run["tenant"]].score
