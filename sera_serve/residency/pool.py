@@ -127,7 +127,8 @@ class DevicePool:
             raise RuntimeError("a slot is lost or held twice")
         if (self.tables.offset[:, self._free_slots] >= 0).any():
             raise RuntimeError("a free slot still adapts something")
-        for slot in self._filled:
+        # A copy: a loader thread may finish a fill meanwhile, which takes no lock.
+        for slot in tuple(self._filled):
             placement = self._placed[slot]
             for module in placement.adapter.modules:
                 want = placement.extent.start + module.offset
