@@ -275,6 +275,7 @@ def draw_plot(runs: Runs, tenants: list[str], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import NullFormatter
 
     figure, axes = pyplot.subplots(1, len(tenants), figsize=(3.4 * len(tenants), 3.6), squeeze=False)
     styles = {"SeRA": ("tab:blue", "o"), "LoRA": ("tab:orange", "s")}
@@ -294,6 +295,8 @@ def draw_plot(runs: Runs, tenants: list[str], path: Path) -> None:
         values = [r["metrics"][f"test_{tenant.score}"] for r in runs.chosen(name, floor)]
         axis.axhline(statistics.fmean(values), color="gray", linestyle="--", label=floor)
         axis.set(title=name, xlabel="adapter parameters", xscale="log", ylabel=tenant.score)
+        axis.set_xticks([3e4, 1e5, 2e5], labels=["30k", "100k", "200k"])
+        axis.xaxis.set_minor_formatter(NullFormatter())
         if tenant.score == "perplexity":
             axis.set_yscale("log")
         axis.legend(fontsize=7)
