@@ -82,8 +82,8 @@ VARIANTS = {
         Variant("head-only", {"method": "head-only"}, (1e-2, 3e-2, 3e-3)),
         Variant("SeRA r=split=16", {"method": "sera", "rank": 16}, (1e-2, 2e-2)),
         Variant("SeRA r=split=64", {"method": "sera", "rank": 64}, (1e-2, 2e-2)),
-        Variant("LoRA r=2", {"method": "lora", "rank": 2}, (3e-3, 1e-3)),
-        Variant("LoRA r=8", {"method": "lora", "rank": 8}, (3e-3, 1e-3)),
+        Variant("LoRA r=2", {"method": "lora", "rank": 2}, (3e-3, 1e-2, 1e-3)),
+        Variant("LoRA r=8", {"method": "lora", "rank": 8}, (3e-3, 1e-2, 1e-3)),
     ]
 }
 BARE = "bare base"
