@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
@@ -43,7 +43,6 @@ class AdapterTables:
     split: Tensor
     mixer: Tensor
     scaling: Tensor
-    _rows_on_host: dict[int, tuple[NDArray[Any], ...]] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def empty(cls, modules: int, slots: int, device: torch.device | str = "cpu") -> AdapterTables:
@@ -57,13 +56,10 @@ class AdapterTables:
             scaling=torch.zeros(shape, dtype=torch.float32, device=device),
         )
 
-    def host_rows(self, module: int) -> tuple[NDArray[Any], ...]:
-        """The rows of `module` as arrays over the tables' own memory, in the order of the attributes; CPU only."""
-        rows = self._rows_on_host.get(module)
-        if rows is None:
-            rows = tuple(getattr(self, f.name)[module].numpy() for f in fields(self) if f.init)
-            self._rows_on_host[module] = rows
-        return rows
+    @cached_property
+    def host_columns(self) -> tuple[NDArray[Any], ...]:
+        """All tables as arrays over their own memory, in the order of the attributes; CPU only."""
+        return tuple(getattr(self, f.name).numpy() for f in fields(self))
 
     def clear(self, slot: int) -> None:
         """Make `slot` adapt nothing."""
@@ -72,7 +68,7 @@ class AdapterTables:
     def entries(self, module: int, slots: list[int]) -> Iterator[Entry]:
         """The rows of `module` for `slots`, on the host (waits for the device if there is one)."""
         index = torch.tensor(slots, dtype=torch.int64, device=self.offset.device)
-        columns = [getattr(self, f.name)[module, index].tolist() for f in fields(self) if f.init]
+        columns = [getattr(self, f.name)[module, index].tolist() for f in fields(self)]
         for offset, rank, split, mixer, scaling in zip(*columns, strict=True):
             yield Entry(offset, rank, split, bool(mixer), scaling)
 
@@ -121,13 +117,16 @@ class AdapterBatch:
 
     @cached_property
     def long_runs(self) -> list[int]:
-        """Slots with at least `LONG_RUN` tokens, as in a prefill."""
-        return [slot for slot, tokens in self.tokens_by_slot.items() if len(tokens) >= LONG_RUN]
+        """Slots with at least `LONG_RUN` tokens, as in a prefill; CPU only."""
+        if len(self.host_slots) < LONG_RUN:
+            return []
+        slots, counts = np.unique(self.host_slots, return_counts=True)
+        return [int(slot) for slot in slots[counts >= LONG_RUN] if slot != BARE_BASE]
 
     @cached_property
     def in_long_run(self) -> NDArray[Any]:
         """Whether each token belongs to one of `long_runs`; CPU only."""
-        return np.isin(self.host_slots, self.long_runs)
+        return np.isin(self.host_slots, self.long_runs) if self.long_runs else np.zeros(len(self.host_slots), bool)
 
     @cached_property
     def tokens_by_slot(self) -> dict[int, Tensor]:

@@ -1,11 +1,14 @@
-"""Attention over packed sequences with a paged cache, one sequence at a time: the fast way on a CPU.
+"""Attention over packed sequences with a paged cache: the fast way on a CPU.
 
 The stock `sdpa` path of continuous batching builds one dense mask over all packed tokens, so its cost grows with the
-square of the batch. Under a name that contains "flash" the engine passes sequence boundaries and no mask.
+square of the batch. Under a name that contains "flash" the engine passes sequence boundaries and no mask. Sequences
+that decode are attended together, padded to one length; each prefill is attended by itself.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,6 +19,109 @@ from transformers.generation.continuous_batching.cache import PagedAttentionCach
 
 _NAME = "flash_sera_varlen"
 
+# Neighbouring decodes are padded to one length while padding stays below half of the keys, or this many keys.
+_PADDING_OF_NO_ACCOUNT = 256
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Neighbouring sequences attended in one call.
+
+    Attributes:
+        new: Tokens of each sequence in this step.
+        lengths: Keys of each sequence, this step's included.
+    """
+
+    new: int
+    lengths: list[int]
+
+    @property
+    def width(self) -> int:
+        """Keys of each sequence with padding."""
+        return max(self.lengths)
+
+    def is_plain(self, window: int | None) -> bool:
+        """Whether each token looks at all tokens up to itself, and these are all that are there."""
+        no_padding = min(self.lengths) == self.width
+        return no_padding and self.new in (1, self.width) and (window is None or self.width <= window)
+
+    def mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
+        """What to add to the scores, (sequences, 1, new, width)."""
+        lengths = torch.tensor(self.lengths)[:, None, None, None]
+        position = torch.arange(self.width)
+        last = lengths - self.new + torch.arange(self.new)[:, None]
+        hidden = position > last
+        if window is not None:
+            hidden |= position <= last - window
+        return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
+
+
+@dataclass(frozen=True)
+class SequencePlan:
+    """How the sequences of one step read one part of the cache; made once a step, for all layers that share it.
+
+    Attributes:
+        parts: In the order of the tokens.
+        read_index: Cache position of each key that `parts` read, padding included; empty where nothing is cached yet.
+    """
+
+    parts: list[_Part]
+    read_index: Tensor
+    _masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def make(cls, q_ends: list[int], k_ends: list[int], read_index: Tensor) -> SequencePlan:
+        """Plan for sequences with these boundaries of new tokens and of keys, both from 0."""
+        new = [end - start for start, end in pairwise(q_ends)]
+        lengths = [end - start for start, end in pairwise(k_ends)]
+        if not read_index.numel():
+            return cls([_Part(n, [length]) for n, length in zip(new, lengths, strict=True)], read_index)
+        parts: list[_Part] = []
+        index: list[Tensor] = []
+        start = 0
+        while start < len(new):
+            end = start + _alike(new, lengths, start)
+            part = _Part(new[start], lengths[start:end])
+            for i in range(start, end):
+                keys = read_index[k_ends[i] : k_ends[i + 1]]
+                # Padding repeats the sequence's first key: whatever lies in unused memory might be NaN.
+                index += [keys, keys[:1].expand(part.width - lengths[i])]
+            parts.append(part)
+            start = end
+        return cls(parts, torch.cat(index))
+
+    def mask(self, part: int, window: int | None, dtype: torch.dtype) -> Tensor:
+        """`_Part.mask`, made once for all layers."""
+        key = (part, window)
+        if key not in self._masks:
+            self._masks[key] = self.parts[part].mask(window, dtype)
+        return self._masks[key]
+
+
+def _alike(new: list[int], lengths: list[int], start: int) -> int:
+    """How many sequences from `start` on are attended in one call."""
+    total = longest = count = 0
+    for n, length in zip(new[start:], lengths[start:], strict=True):
+        # A sequence's first token has no cached key to pad with.
+        if n != 1 or length == 1:
+            break
+        padded = max(longest, length) * (count + 1)
+        if padded > 1.5 * (total + length) + _PADDING_OF_NO_ACCOUNT:
+            break
+        total, longest, count = total + length, max(longest, length), count + 1
+    return max(1, count)
+
+
+def plan_sequences(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The engine's arguments of one forward pass, with `sequence_plans` added and its read indices replaced."""
+    q_ends = kwargs["cu_seq_lens_q"].tolist()
+    k_ends = {kind: ends.tolist() for kind, ends in kwargs["cu_seq_lens_k"].items()}
+    plans = [
+        SequencePlan.make(q_ends, k_ends[allocator.layer_type], kwargs["read_index"][allocator.index])
+        for allocator in kwargs["cache"].cache_allocators.values()
+    ]
+    return kwargs | {"sequence_plans": plans, "read_index": [plan.read_index for plan in plans]}
+
 
 def varlen_attention(
     module: nn.Module,
@@ -25,7 +131,7 @@ def varlen_attention(
     attention_mask: Tensor | None,
     *,
     cache: PagedAttentionCache,
-    cu_seq_lens_q: Tensor,
+    sequence_plans: list[SequencePlan],
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -41,7 +147,7 @@ def varlen_attention(
         value: Like `key`.
         attention_mask: Unused: sequences are causal.
         cache: The engine's cache.
-        cu_seq_lens_q: int32 (sequences + 1,), token boundaries of the sequences.
+        sequence_plans: By cache allocator, from `plan_sequences`.
         scaling: Factor of the scores; None is 1 / sqrt(head_dim).
         sliding_window: A token sees itself and the `sliding_window - 1` tokens before it; None is all before it.
         softcap: Scores are squashed into (-softcap, softcap), as in Gemma 2.
@@ -51,35 +157,41 @@ def varlen_attention(
     Returns:
         (1, tokens, heads, head_dim), and no attention weights.
     """
+    plan = sequence_plans[cache.layer_to_allocator[module.layer_idx].index]
     key, value = cache.update(key, value, module.layer_idx, kwargs)
-    q_ends, k_ends = cu_seq_lens_q.tolist(), kwargs["cu_seq_lens_k"].tolist()
-    plain = softcap is None and s_aux is None
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    heads, kv_heads = q.shape[1], k.shape[1]
+    token = start = 0
     outputs = []
-    for i in range(len(q_ends) - 1):
-        q = query[:, :, q_ends[i] : q_ends[i + 1]]
-        k = key[:, :, k_ends[i] : k_ends[i + 1]]
-        v = value[:, :, k_ends[i] : k_ends[i + 1]]
-        mask = _mask(q.shape[2], k.shape[2], sliding_window, q.device)
-        if plain:
-            grouped = q.shape[1] != k.shape[1]
-            out = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling, enable_gqa=grouped)
+    for index, part in enumerate(plan.parts):
+        count, width, new = len(part.lengths), part.width, part.new
+        end, q_end = start + count * width, token + count * new
+        rows = q[token:q_end].unflatten(0, (count, new))
+        # In a decode, the query heads of one key-value head become its rows: no key is copied for them.
+        rows = rows.reshape(count, kv_heads, heads // kv_heads, -1) if new == 1 else rows.transpose(1, 2)
+        part_k, part_v = (x[start:end].unflatten(0, (count, width)).transpose(1, 2) for x in (k, v))
+        if softcap is not None or s_aux is not None:
+            mask = plan.mask(index, sliding_window, q.dtype)
+            scale = scaling or q.shape[-1] ** -0.5
+            out = _explicit_attention(rows, part_k, part_v, mask, scale, softcap, s_aux)
         else:
-            out = _explicit_attention(q, k, v, mask, scaling or q.shape[-1] ** -0.5, softcap, s_aux)
-        outputs.append(out)
-    return torch.cat(outputs, dim=2).transpose(1, 2), None
-
-
-def _mask(new: int, total: int, window: int | None, device: torch.device) -> Tensor | None:
-    """True where the last `new` of `total` tokens may look, (new, total); None where they may look everywhere."""
-    if new == 1 and (window is None or total <= window):
-        return None
-    everywhere = torch.ones(new, total, dtype=torch.bool, device=device)
-    mask = everywhere.tril(total - new)
-    return mask if window is None else mask & everywhere.triu(total - new - window + 1)
+            plain = part.is_plain(sliding_window)
+            out = scaled_dot_product_attention(
+                rows,
+                part_k,
+                part_v,
+                attn_mask=None if plain else plan.mask(index, sliding_window, q.dtype),
+                is_causal=plain and new > 1,
+                scale=scaling,
+                enable_gqa=rows.shape[1] != kv_heads,
+            )
+        outputs.append(out.reshape(count, heads, -1) if new == 1 else out.transpose(1, 2).flatten(0, 1))
+        start, token = end, q_end
+    return torch.cat(outputs)[None] if len(outputs) > 1 else outputs[0][None], None
 
 
 def _explicit_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None, s_aux: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float | None, s_aux: Tensor | None
 ) -> Tensor:
     """What `scaled_dot_product_attention` has no argument for, step by step, with the softmax in float32."""
     groups = q.shape[1] // k.shape[1]
@@ -87,10 +199,10 @@ def _explicit_attention(
     scores = (q @ k.transpose(2, 3) * scale).float()
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
+    scores = scores + mask
     if s_aux is not None:
-        sinks = s_aux.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        # One logit a query head; the heads lie in q's second axis, and in its third where they share a key-value head.
+        sinks = s_aux.float().view(1, q.shape[1], -1, 1).expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, sinks], dim=3)
     return scores.softmax(3)[..., : k.shape[2]].to(q.dtype) @ v
 

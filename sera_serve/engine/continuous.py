@@ -30,7 +30,7 @@ from transformers.generation.continuous_batching.requests import (
 )
 
 from sera_kernels import BARE_BASE, AdapterBatch
-from sera_serve.engine.attention import use_varlen_attention
+from sera_serve.engine.attention import plan_sequences, use_varlen_attention
 from sera_serve.engine.sampling import noise_key, perturbed_scores
 from sera_serve.layers import AdapterContext
 
@@ -163,6 +163,16 @@ class _Scheduler(stock_scheduler.FIFOScheduler):  # type: ignore[misc]
         return states
 
 
+class _Manager(ContinuousBatchingManager):  # type: ignore[misc]
+    """Sets how many CPU threads the engine's own thread computes with; torch keeps that number by thread."""
+
+    cpu_threads: int
+
+    def _run_generation_loop(self) -> None:
+        torch.set_num_threads(self.cpu_threads)
+        super()._run_generation_loop()
+
+
 class ContinuousBatch:
     """Runs one decoder over all submitted sequences, each with its own adapter, on a thread of its own."""
 
@@ -175,6 +185,7 @@ class ContinuousBatch:
         kv_cache_tokens: int,
         max_batch_tokens: int,
         max_sequences: int,
+        cpu_threads: int | None = None,
     ) -> None:
         """Set up without starting.
 
@@ -185,6 +196,7 @@ class ContinuousBatch:
             kv_cache_tokens: Size of the paged cache.
             max_batch_tokens: The most tokens of one forward pass; longer prompts are prefilled in chunks.
             max_sequences: The most sequences of one forward pass.
+            cpu_threads: Threads of a forward pass on a CPU; None is what torch would use in the calling thread.
         """
         self._model = model
         self._context = context
@@ -193,7 +205,7 @@ class ContinuousBatch:
         # Schedulers are found by name when the thread starts: one name an engine, or two would share a listener.
         self._scheduler = f"sera-{id(self):x}"
         stock_scheduler.SCHEDULER_MAPPING[self._scheduler] = type("_Bound", (_Scheduler,), {"listener": listener})
-        self._manager = ContinuousBatchingManager(
+        self._manager = _Manager(
             model,
             GenerationConfig(do_sample=False, eos_token_id=model.generation_config.eos_token_id),
             ContinuousBatchingConfig(
@@ -210,6 +222,7 @@ class ContinuousBatch:
                 use_async_batching=False,
             ),
         )
+        self._manager.cpu_threads = cpu_threads or torch.get_num_threads()
         self._manager.logit_processor = _Processors()
         self._manager.output_router = _Router(listener)
         model.register_forward_pre_hook(self._enter_pass, with_kwargs=True)
@@ -262,16 +275,22 @@ class ContinuousBatch:
         """Take a sequence out of the batch; the listener hears when it is gone."""
         self._manager.cancel_request(request_id)
 
-    def _enter_pass(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _enter_pass(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         slots = kwargs["logits_processor_args"][_Processors.SLOT]
-        if slots.device.type == "cpu" and (slots == BARE_BASE).all():
+        on_cpu = slots.device.type == "cpu"
+        if on_cpu:
+            kwargs = plan_sequences(kwargs)
+        if on_cpu and (slots == BARE_BASE).all():
             self._context.enter(None)
-            return
+            return args, kwargs
         tokens = kwargs["input_ids"].shape[1]
         ends = kwargs["cu_seq_lens_q"][1:]
         position = torch.arange(tokens, device=slots.device, dtype=ends.dtype)
         sequence = torch.searchsorted(ends, position, right=True).clamp(max=len(slots) - 1)
         self._context.enter(AdapterBatch(slots[sequence]))
+        return args, kwargs
 
     def _exit_pass(self, *unused: Any) -> None:
         self._context.exit()
