@@ -1,0 +1,173 @@
+"""The systems that `mixed_batch` compares, each in a process of its own, as it would run.
+
+In one process they would slow each other down: GNU OpenMP stops spinning between parallel regions as soon as the
+threads of all its pools outnumber the cores, and every thread that computes has a pool.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+
+from benchmarks.batch_driver import BatchDriver, Run
+from benchmarks.llama_bases import VOCABULARY, llama_base, sera_adapter
+from sera_kernels import BARE_BASE
+from sera_serve.merging import merge_adapter
+
+ADAPTERS = 64
+Case = Callable[[], Run]
+
+
+@dataclass(frozen=True)
+class System:
+    """One thing to measure: its cases by name, and how to end its threads."""
+
+    cases: dict[str, Case]
+    close: Callable[[], None] = lambda: None
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all systems of one comparison share; prompts and weights follow from it."""
+
+    width: int
+    rank: int
+    layers: int
+    prompt_tokens: int
+    new_tokens: int
+
+    def prompts(self) -> Tensor:
+        """int64 (64, prompt_tokens)."""
+        generator = torch.Generator().manual_seed(1)
+        return torch.randint(1, VOCABULARY, (ADAPTERS, self.prompt_tokens), generator=generator)
+
+
+def static_generate(model: Any, prompts: Tensor, new_tokens: int, **options: Any) -> Run:
+    """transformers' `generate` on one batch of prompts of one length."""
+    start = time.perf_counter()
+    with torch.no_grad():
+        output = model.generate(
+            input_ids=prompts,
+            attention_mask=torch.ones_like(prompts),
+            max_new_tokens=new_tokens,
+            min_new_tokens=new_tokens,
+            do_sample=False,
+            **options,
+        )
+    seconds = time.perf_counter() - start
+    return Run([row[prompts.shape[1] :].tolist() for row in output], seconds)
+
+
+def bare_system(setting: Setting) -> System:
+    """The engine over the unmodified base."""
+    engine = BatchDriver(llama_base(setting.width, setting.layers), None, ADAPTERS)
+    prompts = setting.prompts().tolist()
+    cases = {
+        "base": lambda: engine.run(prompts[:16], [BARE_BASE] * 16, setting.new_tokens),
+        "base_64": lambda: engine.run(prompts, [BARE_BASE] * ADAPTERS, setting.new_tokens),
+    }
+    return System(cases, engine.close)
+
+
+def served_system(setting: Setting) -> System:
+    """The engine with 64 adapters on the device."""
+    base = llama_base(setting.width, setting.layers)
+    adapters = [sera_adapter(base, setting.rank, seed) for seed in range(ADAPTERS)]
+    engine = BatchDriver(base, adapters, ADAPTERS)
+    prompts, slots, new = setting.prompts().tolist(), engine.slots, setting.new_tokens
+    cases = {
+        "enabled_bare": lambda: engine.run(prompts[:16], [BARE_BASE] * 16, new),
+        "sera_1": lambda: engine.run(prompts[:16], slots[:1] * 16, new),
+        "sera_16": lambda: engine.run(prompts[:16], slots[:16], new),
+        "sera_1_of_64": lambda: engine.run(prompts, slots[:1] * ADAPTERS, new),
+        "sera_64": lambda: engine.run(prompts, slots, new),
+    }
+    return System(cases, engine.close)
+
+
+def generate_system(setting: Setting) -> System:
+    """transformers' `generate` on the bare base, and what it gives with one adapter merged."""
+    base = llama_base(setting.width, setting.layers)
+    prompts = setting.prompts()
+
+    def merged(index: int) -> Run:
+        one = replace(base, model=copy.deepcopy(base.model))
+        merge_adapter(one, sera_adapter(base, setting.rank, index))
+        return static_generate(one.model, prompts[:16], setting.new_tokens)
+
+    cases: dict[str, Case] = {f"merged_{index}": lambda index=index: merged(index) for index in (0, 7, 15)}
+    cases["hf_generate_16"] = lambda: static_generate(base.model, prompts[:16], setting.new_tokens)
+    return System(cases)
+
+
+def peft_system(setting: Setting) -> System:
+    """16 LoRA adapters of the same rank: PEFT's mixed batch, and one adapter at a time."""
+    prompts = setting.prompts()[:16]
+    config = LoraConfig(
+        r=setting.rank, lora_alpha=2 * setting.rank, target_modules="all-linear", init_lora_weights=False
+    )
+    names = [f"a{i}" for i in range(len(prompts))]
+    model = get_peft_model(llama_base(setting.width, setting.layers).model, config, adapter_name=names[0])
+    for name in names[1:]:
+        model.add_adapter(name, config)
+    model.eval()
+
+    def swap() -> Run:
+        outputs = []
+        start = time.perf_counter()
+        for name, prompt in zip(names, prompts, strict=True):
+            model.set_adapter(name)
+            outputs += static_generate(model, prompt[None], setting.new_tokens).outputs
+        return Run(outputs, time.perf_counter() - start)
+
+    def mixed() -> Run:
+        return static_generate(model, prompts, setting.new_tokens, adapter_names=names)
+
+    return System({"peft_mixed_16": mixed, "peft_swap_16": swap})
+
+
+class SystemProcess:
+    """One system in a process of its own, which idles between cases."""
+
+    def __init__(self, system: Callable[[Setting], System], setting: Setting) -> None:
+        """Start the process and begin to build the system."""
+        self._pool = ProcessPoolExecutor(1, get_context("spawn"))
+        self._built = self._pool.submit(_build, system, setting)
+
+    def run(self, case: str) -> Run:
+        """Run one case and wait for it."""
+        self._built.result()
+        return self._pool.submit(_run, case).result()
+
+    def close(self) -> None:
+        """End the process."""
+        self._pool.submit(_close)
+        self._pool.shutdown()
+
+
+# The one system of this process, where it is a SystemProcess's.
+_systems: list[System] = []
+
+
+def _build(system: Callable[[Setting], System], setting: Setting) -> None:
+    # In a thread that ends, and its OpenMP pool with it: what runs later is then alone.
+    with ThreadPoolExecutor(1) as thread:
+        _systems.append(thread.submit(system, setting).result())
+
+
+def _run(case: str) -> Run:
+    return _systems[0].cases[case]()
+
+
+def _close() -> None:
+    for system in _systems:
+        system.close()
