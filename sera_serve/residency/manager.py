@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
+import torch
+
 from adapters_store import AdapterBundle
 from sera_serve.errors import AdapterTooLarge
 from sera_serve.residency.host_cache import HostCache
@@ -79,7 +81,11 @@ class AdapterResidency:
         # Calls of _place_waiting that are queued or running: while there are any, waiting adapters will be looked at.
         self._placers = 0
         self._closed = False
-        self._loaders = ThreadPoolExecutor(loader_threads, thread_name_prefix="adapter-loader")
+        # One CPU thread each: a pool of OpenMP threads for every loader would end the spinning of the engine's own pool,
+        # which waits for little else between two layers (measured: forward passes of half the speed).
+        self._loaders = ThreadPoolExecutor(
+            loader_threads, "adapter-loader", initializer=torch.set_num_threads, initargs=(1,)
+        )
 
     async def lease(self, digest: str) -> Lease:
         """Wait until the adapter is on the device, and hold it there. Cancelling the wait leaves nothing held.
