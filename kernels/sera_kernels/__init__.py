@@ -1,6 +1,6 @@
 """The grouped SeRA operation over a pool of adapters, and its plain reference."""
 
-from sera_kernels.grouped import grouped_sera
+from sera_kernels.grouped import add_updates, grouped_sera
 from sera_kernels.operands import ABSENT, BARE_BASE, AdapterBatch, AdapterTables, Entry
 from sera_kernels.reference import grouped_sera_reference
 
@@ -10,6 +10,7 @@ __all__ = [
     "AdapterBatch",
     "AdapterTables",
     "Entry",
+    "add_updates",
     "grouped_sera",
     "grouped_sera_reference",
 ]

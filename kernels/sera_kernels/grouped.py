@@ -34,25 +34,43 @@ def grouped_sera(
 
     Args:
         x: (tokens, d_in), contiguous; float32, bfloat16 or float16.
-        outputs: One (tokens, d_out) tensor for each layer, of x's dtype; changed in place.
+        outputs: One contiguous (tokens, d_out) tensor for each layer, of x's dtype; changed in place.
         modules: The layers' rows in `tables`, in the order of `outputs`.
         batch: Slot of each token; made once a step.
         pool: (elements,), the factors of all resident adapters, of x's dtype.
         tables: Place and shape of each adapter's factors.
 
     Raises:
-        ValueError: A shape or dtype does not fit.
+        ValueError: A shape, layout or dtype does not fit.
     """
     if x.dim() != 2 or len(batch.token_slots) != len(x):
         raise ValueError(f"x must be (tokens, d_in) with {len(batch.token_slots)} tokens, not {tuple(x.shape)}")
     if len(outputs) != len(modules):
         raise ValueError(f"{len(outputs)} outputs, but {len(modules)} modules")
+    if not all(tensor.is_contiguous() for tensor in (x, pool, *outputs)):
+        raise ValueError("x, pool and outputs must be contiguous")
     for y in outputs:
         if y.dim() != 2 or len(y) != len(x) or y.dtype != x.dtype:
             raise ValueError(f"output {tuple(y.shape)} {y.dtype} does not fit x {tuple(x.shape)} {x.dtype}")
     if pool.dtype != x.dtype:
         raise ValueError(f"the pool holds {pool.dtype}, activations are {x.dtype}")
+    add_updates(x, outputs, modules, batch, pool, tables)
+
+
+def add_updates(
+    x: Tensor,
+    outputs: Sequence[Tensor],
+    modules: Sequence[int],
+    batch: AdapterBatch,
+    pool: Tensor,
+    tables: AdapterTables,
+) -> None:
+    """`grouped_sera` for callers whose arguments fit by construction: nothing is checked, or computed in checking.
+
+    Layers call it dozens of times a step, where checks cost as much as updates. x and outputs may be (..., width).
+    """
     if grouped_sera_numba is not None and x.device.type == "cpu" and x.dtype == torch.float32:
         grouped_sera_numba(x, outputs, modules, batch, pool, tables)
     else:
-        grouped_sera_torch(x, outputs, modules, batch, pool, tables)
+        rows = [y.view(-1, y.shape[-1]) for y in outputs]
+        grouped_sera_torch(x.view(-1, x.shape[-1]), rows, modules, batch, pool, tables)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from numba import carray, njit, prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sera_kernels.operands import ABSENT, AdapterBatch, AdapterTables
@@ -28,27 +30,35 @@ def grouped_sera_numba(
     pool: Tensor,
     tables: AdapterTables,
 ) -> None:
-    """`grouped_sera` for float32 on a CPU."""
-    widths = [y.shape[1] for y in outputs]
-    # Only an estimate of the work: the ranks are not known here.
-    work = len(x) * (x.shape[1] * len(outputs) + sum(widths)) * 2
-    update = _update_parallel if work > PARALLEL_FROM else _update
-    # Addresses, because numba would compile the loop anew for each number of outputs, and unpack them slowly.
+    """`grouped_sera` for contiguous float32 tensors on a CPU."""
+    d_in = x.shape[-1]
+    shapes, work = _output_shapes(tuple(modules), tuple(y.shape[-1] for y in outputs), d_in)
+    tokens = len(batch.token_slots)
+    update = _update_parallel if tokens * work > PARALLEL_FROM else _update
+    # Addresses, because numba unpacks arrays slowly, and would compile anew for each number of outputs.
     update(
-        x.numpy(),
+        x.data_ptr(),
+        tokens,
+        d_in,
         np.array([y.data_ptr() for y in outputs]),
-        np.array(widths),
-        np.array(modules),
-        batch.host_slots,
-        batch.in_long_run,
-        pool.numpy(),
-        *tables.host_columns,
+        shapes,
+        *batch.host_addresses,
+        pool.data_ptr(),
+        *tables.host_addresses,
     )
     for slot in batch.long_runs:
         for y, module in zip(outputs, modules, strict=True):
             (entry,) = tables.entries(module, [slot])
             if entry.offset != ABSENT and entry.segment_rank >= MATMUL_FROM:
-                update_run(x, y, batch.tokens_by_slot[slot], entry, pool)
+                rows = x.view(-1, d_in), y.view(-1, y.shape[-1])
+                update_run(*rows, batch.tokens_by_slot[slot], entry, pool)
+
+
+@lru_cache(maxsize=4096)
+def _output_shapes(modules: tuple[int, ...], widths: tuple[int, ...], d_in: int) -> tuple[NDArray[Any], int]:
+    """(outputs, 2) module and width of each output, and an estimate of the multiply-adds of a token."""
+    # The ranks are not known here.
+    return np.array([modules, widths]).T.copy(), 2 * (d_in * len(widths) + sum(widths))
 
 
 @intrinsic
@@ -121,26 +131,40 @@ def _token(x: Any, y: Any, in_run: bool, pool: Any, at: int, rank: int, split: i
 
 @njit(**_options)
 def _update(
-    x: Any,
-    ys: Any,
-    widths: Any,
-    modules: Any,
-    slots: Any,
-    in_run: Any,
-    pool: Any,
-    offset: Any,
-    rank: Any,
-    split: Any,
-    mixer: Any,
-    scaling: Any,
+    x_at: int,
+    tokens: int,
+    d_in: int,
+    ys_at: Any,
+    shapes: Any,
+    slots_at: int,
+    in_run_at: int,
+    pool_at: int,
+    offset_at: int,
+    rank_at: int,
+    split_at: int,
+    mixer_at: int,
+    scaling_at: int,
+    slot_count: int,
 ) -> None:
-    for t in range(len(slots)):
+    """All tokens and outputs; every argument that ends in _at is an address."""
+    slots = carray(_pointer(slots_at), tokens, np.int32)
+    in_run = carray(_pointer(in_run_at), tokens, np.bool_)
+    x = carray(_pointer(x_at), (tokens, d_in), np.float32)
+    # Only slices of it are read, so its true length does not matter.
+    pool = carray(_pointer(pool_at), 1 << 62, np.float32)
+    rows = shapes[:, 0].max() + 1
+    offset = carray(_pointer(offset_at), (rows, slot_count), np.int64)
+    rank = carray(_pointer(rank_at), (rows, slot_count), np.int32)
+    split = carray(_pointer(split_at), (rows, slot_count), np.int32)
+    mixer = carray(_pointer(mixer_at), (rows, slot_count), np.int32)
+    scaling = carray(_pointer(scaling_at), (rows, slot_count), np.float32)
+    for t in range(tokens):
         s = slots[t]
         if s >= 0:
-            for i in range(len(modules)):
-                m = modules[i]
+            for i in range(len(shapes)):
+                m, d_out = shapes[i, 0], shapes[i, 1]
                 if offset[m, s] >= 0:
-                    y = carray(_pointer(ys[i]), (len(slots), widths[i]), np.float32)
+                    y = carray(_pointer(ys_at[i]), (tokens, d_out), np.float32)
                     _token(
                         x[t],
                         y[t],
@@ -156,31 +180,35 @@ def _update(
 
 @njit(parallel=True, **_options)
 def _update_parallel(
-    x: Any,
-    ys: Any,
-    widths: Any,
-    modules: Any,
-    slots: Any,
-    in_run: Any,
-    pool: Any,
-    offset: Any,
-    rank: Any,
-    split: Any,
-    mixer: Any,
-    scaling: Any,
+    x_at: int,
+    tokens: int,
+    d_in: int,
+    ys_at: Any,
+    shapes: Any,
+    slots_at: int,
+    in_run_at: int,
+    pool_at: int,
+    offset_at: int,
+    rank_at: int,
+    split_at: int,
+    mixer_at: int,
+    scaling_at: int,
+    slot_count: int,
 ) -> None:
-    for t in prange(len(slots)):
+    for t in prange(tokens):
         _update(
-            x[t : t + 1],
-            ys + t * widths * 4,
-            widths,
-            modules,
-            slots[t : t + 1],
-            in_run[t : t + 1],
-            pool,
-            offset,
-            rank,
-            split,
-            mixer,
-            scaling,
+            x_at + 4 * t * d_in,
+            1,
+            d_in,
+            ys_at + 4 * t * shapes[:, 1],
+            shapes,
+            slots_at + 4 * t,
+            in_run_at + t,
+            pool_at,
+            offset_at,
+            rank_at,
+            split_at,
+            mixer_at,
+            scaling_at,
+            slot_count,
         )

@@ -57,9 +57,9 @@ class AdapterTables:
         )
 
     @cached_property
-    def host_columns(self) -> tuple[NDArray[Any], ...]:
-        """All tables as arrays over their own memory, in the order of the attributes; CPU only."""
-        return tuple(getattr(self, f.name).numpy() for f in fields(self))
+    def host_addresses(self) -> tuple[int, ...]:
+        """Addresses of the tables in the order of the attributes, then the number of slots; CPU only."""
+        return (*(getattr(self, f.name).data_ptr() for f in fields(self)), self.offset.shape[1])
 
     def clear(self, slot: int) -> None:
         """Make `slot` adapt nothing."""
@@ -105,10 +105,18 @@ class AdapterBatch:
     """Which adapter each token of one forward pass uses; made once a step, shared by every layer.
 
     Attributes:
-        token_slots: int32 (tokens,), a slot, or `BARE_BASE`.
+        token_slots: int32 (tokens,), contiguous; a slot, or `BARE_BASE`.
+
+    Raises:
+        ValueError: `token_slots` has another dtype, shape or layout: compiled code reads its memory as it lies.
     """
 
     token_slots: Tensor
+
+    def __post_init__(self) -> None:
+        slots = self.token_slots
+        if slots.dtype != torch.int32 or slots.dim() != 1 or not slots.is_contiguous():
+            raise ValueError(f"token_slots must be int32, contiguous (tokens,), not {slots.dtype} {tuple(slots.shape)}")
 
     @cached_property
     def host_slots(self) -> NDArray[Any]:
@@ -127,6 +135,11 @@ class AdapterBatch:
     def in_long_run(self) -> NDArray[Any]:
         """Whether each token belongs to one of `long_runs`; CPU only."""
         return np.isin(self.host_slots, self.long_runs) if self.long_runs else np.zeros(len(self.host_slots), bool)
+
+    @cached_property
+    def host_addresses(self) -> tuple[int, int]:
+        """Addresses of `token_slots` and `in_long_run`; CPU only."""
+        return self.token_slots.data_ptr(), self.in_long_run.ctypes.data
 
     @cached_property
     def tokens_by_slot(self) -> dict[int, Tensor]:

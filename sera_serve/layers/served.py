@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
-from sera_kernels import grouped_sera
+from sera_kernels import AdapterBatch, add_updates
 from sera_serve.layers.attach import replace_module
 from sera_serve.layers.context import AdapterContext
 from sera_serve.layers.siblings import sibling_modules
@@ -13,21 +15,21 @@ from sera_serve.layers.siblings import sibling_modules
 class ServedLinear(nn.Module):
     """base(x), plus each token's adapter by one grouped call over the device pool for all layers that share x."""
 
-    def __init__(self, base: nn.Module, module: int, siblings: Siblings) -> None:
+    def __init__(self, base: nn.Module, siblings: Siblings) -> None:
         super().__init__()
         self.base = base
-        self.module = module
-        # In a tuple, so that torch does not take the siblings for children of this layer.
-        self._siblings = (siblings,)
-        siblings.layers.append(self)
+        # Plain attributes, which are found faster than submodules; in a tuple, so that torch does not take the
+        # siblings for children of this layer.
+        self._forward = base.forward
+        self._siblings = (siblings, siblings.context, siblings.join(base.forward))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., d_in) to (..., d_out)."""
-        siblings = self._siblings[0]
-        if siblings.context.batch is None:
-            y: Tensor = self.base(x)
+        siblings, context, index = self._siblings
+        if context.batch is None:
+            y: Tensor = self._forward(x)
             return y
-        return siblings.output(self, x)
+        return siblings.output(index, x)
 
 
 class Siblings:
@@ -37,37 +39,41 @@ class Siblings:
     its own terms, so a model that does not behave as it did at attach time is served right, only slower.
     """
 
-    def __init__(self, context: AdapterContext) -> None:
+    def __init__(self, context: AdapterContext, modules: list[int]) -> None:
+        """Siblings that adapt these rows of the tables; their layers join in the same order."""
         self.context = context
-        self.layers: list[ServedLinear] = []
+        self.modules = tuple(modules)
+        self._bases: list[Callable[[Tensor], Tensor]] = []
         self._input: Tensor | None = None
-        self._outputs: dict[int, Tensor] = {}
+        self._batch: AdapterBatch | None = None
+        self._outputs: list[Tensor | None] = []
 
-    def output(self, layer: ServedLinear, x: Tensor) -> Tensor:
-        """What `layer` gives for `x`, adapters of the current batch included."""
-        if x is not self._input or layer.module not in self._outputs:
-            self._compute(x)
-        y = self._outputs.pop(layer.module)
-        if not self._outputs:
+    def join(self, base: Callable[[Tensor], Tensor]) -> int:
+        """Take in the forward function of the next layer, and return its index for `output`."""
+        self._bases.append(base)
+        return len(self._bases) - 1
+
+    def output(self, index: int, x: Tensor) -> Tensor:
+        """What layer `index` gives for `x`, adapters of the current batch included."""
+        y = self._outputs[index] if x is self._input and self.context.batch is self._batch else None
+        if y is None:
+            y = self._compute(index, x)
+        # Each is handed out once; the last one lets go of x.
+        self._outputs[index] = None
+        if index == len(self._bases) - 1:
             self._input = None
         return y
 
-    def _compute(self, x: Tensor) -> None:
-        batch = self.context.batch
-        if batch is None:
+    def _compute(self, index: int, x: Tensor) -> Tensor:
+        context = self.context
+        if context.batch is None:
             raise RuntimeError("no forward pass with adapters is running")
         # Each y is fresh from its base layer, so it may be changed in place.
-        outputs = [layer.base(x) for layer in self.layers]
-        grouped_sera(
-            x.reshape(-1, x.shape[-1]),
-            [y.view(-1, y.shape[-1]) for y in outputs],
-            [layer.module for layer in self.layers],
-            batch,
-            self.context.pool,
-            self.context.tables,
-        )
-        self._input = x
-        self._outputs = {layer.module: y for layer, y in zip(self.layers, outputs, strict=True)}
+        outputs = [base(x) for base in self._bases]
+        add_updates(x.contiguous(), outputs, self.modules, context.batch, context.pool, context.tables)
+        self._input, self._batch = x, context.batch
+        self._outputs = list(outputs)
+        return outputs[index]
 
 
 def attach_serving(model: nn.Module, context: AdapterContext, groups: list[list[str]]) -> None:
@@ -79,6 +85,6 @@ def attach_serving(model: nn.Module, context: AdapterContext, groups: list[list[
         groups: From `find_siblings`, on the same architecture.
     """
     for group in sibling_modules(model, groups):
-        siblings = Siblings(context)
-        for module, path in group:
-            replace_module(model, path, ServedLinear(model.get_submodule(path), module, siblings))
+        siblings = Siblings(context, [module for module, _ in group])
+        for _, path in group:
+            replace_module(model, path, ServedLinear(model.get_submodule(path), siblings))

@@ -55,13 +55,13 @@ def test_one_grouped_call_for_each_shared_input(
 ) -> None:
     base, context = served_decoder
     calls: list[int] = []
-    grouped = served.grouped_sera
+    grouped = served.add_updates
 
     def counted(x: object, outputs: list[object], *rest: object) -> None:
         calls.append(len(outputs))
         grouped(x, outputs, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(served, "grouped_sera", counted)
+    monkeypatch.setattr(served, "add_updates", counted)
     with context.run(AdapterBatch(torch.ones(7, dtype=torch.int32))):
         base.model(torch.randint(256, (1, 7)))
     assert calls == [3, 1, 2, 1] * 2
