@@ -6,6 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+# Before anything imports Triton, whose functions are made for either the interpreter or the compiler.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
