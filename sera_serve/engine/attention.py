@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
@@ -77,18 +78,14 @@ class SequencePlan:
         if not read_index.numel():
             return cls([_Part(n, [length]) for n, length in zip(new, lengths, strict=True)], read_index)
         parts: list[_Part] = []
-        index: list[Tensor] = []
-        start = 0
-        while start < len(new):
-            end = start + _alike(new, lengths, start)
-            part = _Part(new[start], lengths[start:end])
-            for i in range(start, end):
-                keys = read_index[k_ends[i] : k_ends[i + 1]]
-                # Padding repeats the sequence's first key: whatever lies in unused memory might be NaN.
-                index += [keys, keys[:1].expand(part.width - lengths[i])]
-            parts.append(part)
-            start = end
-        return cls(parts, torch.cat(index))
+        while sum(len(part.lengths) for part in parts) < len(new):
+            start = sum(len(part.lengths) for part in parts)
+            parts.append(_Part(new[start], lengths[start : start + _alike(new, lengths, start)]))
+        # Padding repeats the sequence's first key: whatever lies in unused memory might be NaN.
+        widths = np.repeat([part.width for part in parts], [len(part.lengths) for part in parts])
+        key = np.arange(widths.sum()) - np.repeat(widths.cumsum() - widths, widths)
+        key[key >= np.repeat(lengths, widths)] = 0
+        return cls(parts, read_index[torch.from_numpy(key + np.repeat(k_ends[:-1], widths))])
 
     def mask(self, part: int, window: int | None, dtype: torch.dtype) -> Tensor:
         """`_Part.mask`, made once for all layers."""

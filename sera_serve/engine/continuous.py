@@ -101,6 +101,12 @@ class _Processors(ContinuousBatchingLogitsProcessorList):  # type: ignore[misc]
         arg_storage[self.SLOT, : len(slots)] = torch.tensor(slots, dtype=torch.int32)
         states = [request.state for request in requests_in_batch if request.has_new_token]
         options = [_options(state) for state in states]
+        on_cpu = arg_storage.device.type == "cpu"
+        # With graphs the captured work must fit every later batch, so nothing is spared there.
+        self._samples = not on_cpu or any(o.temperature > 0 for o in options)
+        self._truncates = not on_cpu or any(o.truncates for o in options)
+        if not self._samples:
+            return arg_storage
         keys = [noise_key(o.seed, s.position_offset) for o, s in zip(options, states, strict=True)]
         rows: list[tuple[int, list[int] | list[float], torch.dtype]] = [
             (self.TEMPERATURE, [o.temperature for o in options], torch.float32),
@@ -111,10 +117,6 @@ class _Processors(ContinuousBatchingLogitsProcessorList):  # type: ignore[misc]
         for row, values, dtype in rows:
             # Floats travel as their bits in an int32 row.
             arg_storage[row, : len(values)] = torch.tensor(values, dtype=dtype).view(torch.int32)
-        on_cpu = arg_storage.device.type == "cpu"
-        # With graphs the captured work must fit every later batch, so nothing is spared there.
-        self._samples = not on_cpu or any(o.temperature > 0 for o in options)
-        self._truncates = not on_cpu or any(o.truncates for o in options)
         return arg_storage
 
     def __call__(self, input_ids: Tensor, scores: Tensor, logits_processor_args: Tensor) -> Tensor:
