@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib.util
+from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -69,8 +71,19 @@ def add_updates(
 
     Layers call it dozens of times a step, where checks cost as much as updates. x and outputs may be (..., width).
     """
-    if grouped_sera_numba is not None and x.device.type == "cpu" and x.dtype == torch.float32:
+    if x.is_cpu and x.dtype == torch.float32 and grouped_sera_numba is not None:
         grouped_sera_numba(x, outputs, modules, batch, pool, tables)
     else:
         rows = [y.view(-1, y.shape[-1]) for y in outputs]
-        grouped_sera_torch(x.view(-1, x.shape[-1]), rows, modules, batch, pool, tables)
+        path_for(x.device)(x.view(-1, x.shape[-1]), rows, modules, batch, pool, tables)
+
+
+@cache
+def path_for(device: torch.device) -> Callable[..., None]:
+    """The path for a device and any dtype: Triton's on a GPU, torch's elsewhere and where Triton is not installed."""
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return grouped_sera_torch
+    # Not at the top: importing Triton takes as long as the rest of a small server's start.
+    from sera_kernels.triton_path import grouped_sera_triton
+
+    return grouped_sera_triton

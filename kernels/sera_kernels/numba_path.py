@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numba import carray, njit, prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -31,9 +34,8 @@ def grouped_sera_numba(
     tables: AdapterTables,
 ) -> None:
     """`grouped_sera` for contiguous float32 tensors on a CPU."""
-    d_in = x.shape[-1]
-    shapes, work = _output_shapes(tuple(modules), tuple(y.shape[-1] for y in outputs), d_in)
-    tokens = len(batch.token_slots)
+    d_in, tokens = x.size(-1), len(batch.host_slots)
+    shapes, work = _output_shapes(tuple(modules), tuple([y.size(-1) for y in outputs]), d_in)
     update = _update_parallel if tokens * work > PARALLEL_FROM else _update
     # Addresses, because numba unpacks arrays slowly, and would compile anew for each number of outputs.
     update(
@@ -43,14 +45,17 @@ def grouped_sera_numba(
         np.array([y.data_ptr() for y in outputs]),
         shapes,
         *batch.host_addresses,
-        pool.data_ptr(),
         *tables.host_addresses,
+        pool.data_ptr(),
     )
-    for slot in batch.long_runs:
-        for y, module in zip(outputs, modules, strict=True):
-            (entry,) = tables.entries(module, [slot])
-            if entry.offset != ABSENT and entry.segment_rank >= MATMUL_FROM:
-                rows = x.view(-1, d_in), y.view(-1, y.shape[-1])
+    if not batch.long_runs:
+        return
+    offset, rank, split, *_ = tables.host_arrays
+    for y, module in zip(outputs, modules, strict=True):
+        for slot in batch.long_runs:
+            if offset[module, slot] != ABSENT and rank[module, slot] >= MATMUL_FROM * split[module, slot]:
+                (entry,) = tables.entries(module, [slot])
+                rows = x.view(-1, d_in), y.view(-1, y.size(-1))
                 update_run(*rows, batch.tokens_by_slot[slot], entry, pool)
 
 
@@ -59,6 +64,20 @@ def _output_shapes(modules: tuple[int, ...], widths: tuple[int, ...], d_in: int)
     """(outputs, 2) module and width of each output, and an estimate of the multiply-adds of a token."""
     # The ranks are not known here.
     return np.array([modules, widths]).T.copy(), 2 * (d_in * len(widths) + sum(widths))
+
+
+def _share_openmp() -> None:
+    """Let numba compute in torch's OpenMP pool.
+
+    Each brings its own copy of GNU OpenMP, and the waiting threads of one pool would spin on the cores that the other
+    pool needs. Symbols of libraries that are loaded globally go before those of a library's own dependencies.
+    """
+    for library in (Path(torch.__file__).parent / "lib").glob("libgomp*.so*"):
+        ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+
+
+# Before numba loads its threading layer, which is when the first parallel function is compiled.
+_share_openmp()
 
 
 @intrinsic
@@ -138,13 +157,13 @@ def _update(
     shapes: Any,
     slots_at: int,
     in_run_at: int,
-    pool_at: int,
     offset_at: int,
     rank_at: int,
     split_at: int,
     mixer_at: int,
     scaling_at: int,
     slot_count: int,
+    pool_at: int,
 ) -> None:
     """All tokens and outputs; every argument that ends in _at is an address."""
     slots = carray(_pointer(slots_at), tokens, np.int32)
@@ -187,13 +206,13 @@ def _update_parallel(
     shapes: Any,
     slots_at: int,
     in_run_at: int,
-    pool_at: int,
     offset_at: int,
     rank_at: int,
     split_at: int,
     mixer_at: int,
     scaling_at: int,
     slot_count: int,
+    pool_at: int,
 ) -> None:
     for t in prange(tokens):
         _update(
@@ -204,11 +223,11 @@ def _update_parallel(
             shapes,
             slots_at + 4 * t,
             in_run_at + t,
-            pool_at,
             offset_at,
             rank_at,
             split_at,
             mixer_at,
             scaling_at,
             slot_count,
+            pool_at,
         )

@@ -57,6 +57,11 @@ class AdapterTables:
         )
 
     @cached_property
+    def host_arrays(self) -> tuple[NDArray[Any], ...]:
+        """The tables as arrays over their own memory, in the order of the attributes; CPU only."""
+        return tuple(getattr(self, f.name).numpy() for f in fields(self))
+
+    @cached_property
     def host_addresses(self) -> tuple[int, ...]:
         """Addresses of the tables in the order of the attributes, then the number of slots; CPU only."""
         return (*(getattr(self, f.name).data_ptr() for f in fields(self)), self.offset.shape[1])
@@ -140,6 +145,37 @@ class AdapterBatch:
     def host_addresses(self) -> tuple[int, int]:
         """Addresses of `token_slots` and `in_long_run`; CPU only."""
         return self.token_slots.data_ptr(), self.in_long_run.ctypes.data
+
+    @cached_property
+    def sorted_slots(self) -> tuple[Tensor, Tensor]:
+        """`token_slots` in ascending order, and int64 the tokens in that order; made on the tokens' device."""
+        slots, order = torch.sort(self.token_slots, stable=True)
+        return slots, order
+
+    @cached_property
+    def _tiles(self) -> dict[int, tuple[Tensor, Tensor]]:
+        return {}
+
+    def tiles(self, block: int) -> tuple[Tensor, Tensor]:
+        """The sorted tokens cut into tiles of at most `block` tokens of one slot; bare ones are in none.
+
+        Shapes follow from the number of tokens alone and nothing is read on the host: a CUDA graph can hold this, and
+        makes it anew in a replay. Made once a step for each `block`.
+
+        Returns:
+            int64 (tokens,), first place in the sorted order of each tile; what follows the last tile is meaningless.
+            int64 (tokens,), how many tiles begin up to each place, so that the last is the number of tiles.
+        """
+        if block not in self._tiles:
+            slots, _ = self.sorted_slots
+            place = torch.arange(len(slots), device=slots.device)
+            begins_run = torch.ones_like(slots, dtype=torch.bool)
+            begins_run[1:] = slots[1:] != slots[:-1]
+            run_start = torch.where(begins_run, place, 0).cummax(0).values
+            begins_tile = ((place - run_start) % block == 0) & (slots != BARE_BASE)
+            ordinal = begins_tile.cumsum(0)
+            self._tiles[block] = torch.searchsorted(ordinal, place + 1), ordinal
+        return self._tiles[block]
 
     @cached_property
     def tokens_by_slot(self) -> dict[int, Tensor]:
