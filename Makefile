@@ -1,4 +1,5 @@
-# make setup | serve | test | lint | bench. Everything lives in .venv; running a target again does only what is missing.
+# make setup | serve | test | lint | bench | bench-gpu. Everything lives in .venv; running a target again does only what
+# is missing.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PORT ?= 8000
 HOST ?= 127.0.0.1
@@ -8,7 +9,7 @@ BIN := $(VENV)/bin
 # Made last, so that an interrupted setup is taken up again.
 STAMP := $(VENV)/.installed
 
-.PHONY: setup serve test lint bench clean
+.PHONY: setup serve test lint bench bench-gpu clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -35,6 +36,10 @@ lint: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks.mixed_batch --quick
+
+# On a GPU; without the environment, any python with torch and Triton will do: python3 -m benchmarks.gpu_suite
+bench-gpu: setup
+	$(BIN)/python -m benchmarks.gpu_suite
 
 clean:
 	rm -rf $(VENV) $(STORE) build *.egg-info

@@ -6,6 +6,8 @@ import threading
 import time
 from dataclasses import dataclass
 
+import torch
+
 from adapters_store import AdapterBundle
 from sera_kernels import AdapterTables
 from sera_serve.base import FrozenBase
@@ -56,6 +58,7 @@ class BatchDriver:
             kv_cache_tokens=max_sequences * 512,
             max_batch_tokens=4096,
             max_sequences=max_sequences,
+            cpu_threads=torch.get_num_threads(),
         )
         self._batch.start()
 

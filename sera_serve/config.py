@@ -31,6 +31,7 @@ class ServeSettings(BaseSettings):
         "auto",
         description="dtype of base and adapters; auto is float32 on a CPU, the checkpoint's own elsewhere",
     )
+    cpu_threads: int = Field(0, ge=0, description="threads of a forward pass on a CPU; 0 is one a core")
     pool_mib: int = Field(256, ge=1, description="device memory for adapters, MiB")
     max_resident: int = Field(1024, ge=1, description="the most adapters on the device at once")
     host_cache_mib: int = Field(1024, ge=0, description="host memory for adapters, MiB")

@@ -19,6 +19,7 @@ from sera_serve.config import ServeSettings
 from sera_serve.engine import ServingEngine
 from sera_serve.errors import InvalidConfiguration
 from sera_serve.server import build_app
+from sera_serve.threads import run_and_forget_pool
 
 
 def run_server(settings: ServeSettings) -> None:
@@ -36,8 +37,8 @@ def run_server(settings: ServeSettings) -> None:
     with bound_socket(settings.host, settings.port) as listener:
         store = AdapterStore(settings.store, limits=BundleLimits(max_bytes=settings.max_upload_mib << 20))
         with console.status(f"loading base {settings.base}"):
-            base = load_base(settings.base, settings.device, settings.dtype)
-            engine = ServingEngine(base, store, settings)
+            base = run_and_forget_pool(lambda: load_base(settings.base, settings.device, settings.dtype))
+            engine = run_and_forget_pool(lambda: ServingEngine(base, store, settings))
         config = uvicorn.Config(
             build_app(engine, store, settings),
             timeout_graceful_shutdown=settings.shutdown_grace_s,

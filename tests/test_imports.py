@@ -14,11 +14,12 @@ ROOTS = {
     "sera_kernels": REPOSITORY / "kernels" / "sera_kernels",
 }
 # What each package may import of ours. Modules directly in sera_serve are listed by name.
-SHARED = {"sera_serve.errors"}
+SHARED = {"sera_serve.errors", "sera_serve.threads"}
 ALLOWED: dict[str, set[str]] = {
     "adapters_store": set(),
     "sera_kernels": set(),
     "sera_serve.errors": set(),
+    "sera_serve.threads": set(),
     "sera_serve.config": SHARED,
     "sera_serve.layers": SHARED | {"sera_kernels"},
     "sera_serve.base": SHARED | {"sera_serve.layers", "adapters_store"},

@@ -1,6 +1,6 @@
 """The grouped SeRA operation over a pool of adapters, and its plain reference."""
 
-from sera_kernels.grouped import add_updates, grouped_sera
+from sera_kernels.grouped import add_updates, grouped_sera, warm_up
 from sera_kernels.operands import ABSENT, BARE_BASE, AdapterBatch, AdapterTables, Entry
 from sera_kernels.reference import grouped_sera_reference
 
@@ -13,4 +13,5 @@ __all__ = [
     "add_updates",
     "grouped_sera",
     "grouped_sera_reference",
+    "warm_up",
 ]

@@ -47,7 +47,9 @@ class _Row:
 class ClassifyBatch:
     """Collects rows from all requests and runs them through the base together, on a thread of its own."""
 
-    def __init__(self, base: FrozenBase, context: AdapterContext, device_pool: DevicePool, max_rows: int) -> None:
+    def __init__(
+        self, base: FrozenBase, context: AdapterContext, device_pool: DevicePool, max_rows: int, cpu_threads: int
+    ) -> None:
         """Set up without starting.
 
         Args:
@@ -55,11 +57,13 @@ class ClassifyBatch:
             context: The serving layers' context.
             device_pool: Where the heads are.
             max_rows: The most rows of one forward pass.
+            cpu_threads: Threads of a forward pass on a CPU.
         """
         self._base = base
         self._context = context
         self._pool = device_pool
         self._max_rows = max_rows
+        self._cpu_threads = cpu_threads
         self._rows: queue.SimpleQueue[_Row | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="classify", daemon=True)
 
@@ -102,6 +106,7 @@ class ClassifyBatch:
         return [row.scores for row in rows]
 
     def _run(self) -> None:
+        torch.set_num_threads(self._cpu_threads)
         while True:
             rows = self._next_rows()
             if rows is None:

@@ -187,7 +187,7 @@ class ContinuousBatch:
         kv_cache_tokens: int,
         max_batch_tokens: int,
         max_sequences: int,
-        cpu_threads: int | None = None,
+        cpu_threads: int,
     ) -> None:
         """Set up without starting.
 
@@ -198,7 +198,7 @@ class ContinuousBatch:
             kv_cache_tokens: Size of the paged cache.
             max_batch_tokens: The most tokens of one forward pass; longer prompts are prefilled in chunks.
             max_sequences: The most sequences of one forward pass.
-            cpu_threads: Threads of a forward pass on a CPU; None is what torch would use in the calling thread.
+            cpu_threads: Threads of a forward pass on a CPU.
         """
         self._model = model
         self._context = context
@@ -219,12 +219,12 @@ class ContinuousBatch:
                 allow_block_sharing=False,
                 scheduler_type=self._scheduler,
                 auto_switch_to_flash=model.device.type != "cpu",
-                # The torch path of the grouped operation reads shapes on the host, which no graph can capture.
+                # Nothing the layers do on a GPU with Triton would stand in a graph's way, but nobody has run it there yet.
                 use_cuda_graph=False,
                 use_async_batching=False,
             ),
         )
-        self._manager.cpu_threads = cpu_threads or torch.get_num_threads()
+        self._manager.cpu_threads = cpu_threads
         self._manager.logit_processor = _Processors()
         self._manager.output_router = _Router(listener)
         model.register_forward_pre_hook(self._enter_pass, with_kwargs=True)

@@ -8,7 +8,10 @@ import secrets
 import threading
 from dataclasses import dataclass
 
+import torch
+
 from adapters_store import AdapterBundle, AdapterStore, ResolvedAdapter, check_base
+from sera_kernels import warm_up
 from sera_serve.base import FrozenBase
 from sera_serve.config import ServeSettings
 from sera_serve.engine.classification import ClassifyBatch, ClassifyResult
@@ -53,10 +56,12 @@ class ServingEngine:
         self._lock = threading.Lock()
         self._ids = itertools.count()
         siblings = find_siblings(base.model)
+        warm_up(base.device, base.dtype)
         classify_base = base.share_weights()
         classify_context = AdapterContext(pool.data, pool.tables)
         attach_serving(classify_base.model, classify_context, siblings)
-        self._classify = ClassifyBatch(classify_base, classify_context, pool, settings.classify_max_batch)
+        cpu_threads = settings.cpu_threads or torch.get_num_threads()
+        self._classify = ClassifyBatch(classify_base, classify_context, pool, settings.classify_max_batch, cpu_threads)
         self._generate: ContinuousBatch | None = None
         if base.kind == "decoder":
             model = base.share_weights().model
@@ -69,6 +74,7 @@ class ServingEngine:
                 kv_cache_tokens=settings.kv_cache_tokens,
                 max_batch_tokens=settings.max_batch_tokens,
                 max_sequences=settings.max_sequences,
+                cpu_threads=cpu_threads,
             )
 
     def start(self) -> None:

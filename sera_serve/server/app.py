@@ -15,9 +15,12 @@ from sera_serve.server.errors import add_error_handlers
 from sera_serve.server.interfaces import Engine
 from sera_serve.server.metrics import ServerMetrics
 from sera_serve.server.middleware import BodyLimit, RequestLifecycle
+from sera_serve.threads import single_core_workers
 
 # Bundles read and checked in memory at once.
 _CONCURRENT_PUBLISHES = 1
+# Threads for what would hold up the event loop: reading the store, checking bundles, tokenizing.
+_WORKERS = 16
 
 
 def build_app(engine: Engine, store: AdapterStore, settings: ServeSettings) -> FastAPI:
@@ -31,11 +34,13 @@ def build_app(engine: Engine, store: AdapterStore, settings: ServeSettings) -> F
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        engine.start()
-        try:
-            yield
-        finally:
-            await asyncio.to_thread(engine.stop)
+        with single_core_workers(_WORKERS, "worker") as workers:
+            asyncio.get_running_loop().set_default_executor(workers)
+            engine.start()
+            try:
+                yield
+            finally:
+                await asyncio.to_thread(engine.stop)
 
     # The interactive pages would load scripts from another host.
     app = FastAPI(title="sera-serve", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)

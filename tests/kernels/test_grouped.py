@@ -4,7 +4,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from sera_kernels import BARE_BASE, AdapterBatch, AdapterTables, grouped_sera, grouped_sera_reference
+from sera_kernels import (
+    BARE_BASE,
+    AdapterBatch,
+    AdapterTables,
+    grouped_sera,
+    grouped_sera_reference,
+    numba_path,
+    warm_up,
+)
 from sera_kernels.numba_path import grouped_sera_numba
 from sera_kernels.torch_path import grouped_sera_torch
 
@@ -99,3 +107,15 @@ def test_misfitting_arguments_are_refused() -> None:
         grouped_sera(x, [y], [0, 1], batch, pool, tables)
     with pytest.raises(ValueError, match="the pool holds"):
         grouped_sera(x, [y], [0], batch, pool.half(), tables)
+
+
+def test_warm_up_leaves_nothing_to_compile() -> None:
+    warm_up(torch.device("cpu"), torch.float32)
+    compiled = [len(f.signatures) for f in (numba_path._update, numba_path._update_parallel)]
+    assert min(compiled) == 1
+    pool, tables = random_pool(64, [64, 128], torch.float32)
+    for tokens in (1, 500):
+        batch = AdapterBatch(torch.zeros(tokens, dtype=torch.int32))
+        x = torch.randn(tokens, 64)
+        grouped_sera(x, [torch.randn(tokens, 64), torch.randn(tokens, 128)], [0, 1], batch, pool, tables)
+    assert [len(f.signatures) for f in (numba_path._update, numba_path._update_parallel)] == compiled

@@ -1,0 +1,91 @@
+"""Section 4: adapters per GiB by the device pool's own accounting, and how long one takes from host to device."""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import torch
+
+from adapters_store import AdapterBundle, AdapterConfig, BaseInfo, ModuleSpec
+from benchmarks.gpu_operands import Member
+from benchmarks.gpu_setting import Row, Setting
+from sera_serve.residency import DevicePool, PackedAdapter, pack
+
+LOADS = 15
+# (d_in, d_out) by name in one layer of Llama-3-8B.
+LINEARS = {
+    "self_attn.q_proj": (4096, 4096),
+    "self_attn.k_proj": (4096, 1024),
+    "self_attn.v_proj": (4096, 1024),
+    "self_attn.o_proj": (4096, 4096),
+    "mlp.gate_proj": (4096, 14336),
+    "mlp.up_proj": (4096, 14336),
+    "mlp.down_proj": (14336, 4096),
+}
+LAYERS = 32
+
+
+def measure_capacity(setting: Setting) -> list[Row]:
+    """One row for each member: size of an adapter, adapters in a GiB, time of a load."""
+    rows = []
+    for member in (Member(64, 64), Member(16, 16), Member(64, 1, False), Member(16, 1, False)):
+        adapter = packed_adapter(setting, member)
+        rows.append({"system": member.name, "adapter_bytes": adapter.nbytes} | _measure(setting, adapter))
+        setting.say(f"capacity: {member.name}")
+    return rows
+
+
+def packed_adapter(setting: Setting, member: Member) -> PackedAdapter:
+    """A random adapter on all linear layers of Llama-3-8B, packed as the server packs it."""
+    scale, layers = (16, 1) if setting.small else (1, LAYERS)
+    modules: dict[str, ModuleSpec] = {}
+    tensors: dict[str, torch.Tensor] = {}
+    for layer in range(layers):
+        for name, widths in LINEARS.items():
+            d_in, d_out = (max(64, width // scale) for width in widths)
+            path = f"model.layers.{layer}.{name}"
+            modules[path] = ModuleSpec(
+                d_in=d_in, d_out=d_out, rank=member.rank, split=member.split, use_mixer=member.mixer, scaling=1.0
+            )
+            segment_rank = member.rank // member.split
+            shapes = {"sera_a": (d_in, segment_rank), "sera_b": (segment_rank, d_out)}
+            if member.mixer:
+                shapes["sera_c"] = (member.rank, member.rank)
+            tensors |= {f"{path}.{key}": torch.ones(shape, dtype=torch.bfloat16) for key, shape in shapes.items()}
+    base = BaseInfo(
+        name="llama-3-8b", architecture="LlamaForCausalLM", config_digest="0", weights_digest="0", hidden_size=4096
+    )
+    bundle = AdapterBundle(AdapterConfig(task="generate", method="sera", base=base, modules=modules), tensors)
+    index = {path: row for row, path in enumerate(modules)}
+    return pack(bundle, index, torch.bfloat16, pin_memory=setting.on_gpu)
+
+
+def _measure(setting: Setting, adapter: PackedAdapter) -> Row:
+    nbytes = (1 << 22) if setting.small else 1 << 30
+    pool = DevicePool(nbytes, len(adapter.modules), 4096, torch.bfloat16, setting.device)
+    placement = pool.reserve(adapter)
+    if placement is None:
+        return {"adapters_per_gib": 0}
+    seconds = []
+    for _ in range(2 if setting.small else LOADS):
+        _wait(setting)
+        start = time.perf_counter()
+        pool.fill(placement)
+        _wait(setting)
+        seconds.append(time.perf_counter() - start)
+    count = 1
+    while pool.reserve(adapter) is not None:
+        count += 1
+    pool.check_integrity()
+    milliseconds = statistics.median(seconds) * 1e3
+    return {
+        "adapters_per_gib": count * (1 << 30) // nbytes,
+        "load_ms": milliseconds,
+        "load_gb_per_s": adapter.nbytes / milliseconds / 1e6,
+    }
+
+
+def _wait(setting: Setting) -> None:
+    if setting.on_gpu:
+        torch.cuda.synchronize()

@@ -1,0 +1,110 @@
+"""The benchmark on one small server, and that it gives no speed when an answer is wrong."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import matplotlib.image
+import pytest
+import torch
+from rich.console import Console
+
+from benchmarks.cold_start import cold_name
+from benchmarks.fleet import SHAPES, Fleet, save_endless_base
+from benchmarks.http_load import Answer
+from benchmarks.many_adapters import COLUMNS, QUICK, report
+from benchmarks.many_adapters_run import ManyAdapters
+from benchmarks.plots import plot_many_adapters
+from benchmarks.reference import Reference
+from benchmarks.workload import TimedRequest
+from factories import greedy, merged
+from sera_serve.base import FrozenBase
+
+TINY = replace(QUICK, sizes=(12,), pairs=2, touch=True)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> FrozenBase:
+    return save_endless_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def fleet(base: FrozenBase) -> Fleet:
+    return Fleet(base)
+
+
+# peft's import and its models warn of things that are transformers' own.
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_a_small_run_has_every_figure(tmp_path: Path) -> None:
+    console = Console(file=io.StringIO(), width=200)
+    run = ManyAdapters(TINY, tmp_path, 0.6, console)
+    result = run.run()
+    told = report(run.wrong, result, console)
+    assert told["correct"], run.wrong
+    json.dumps(told)
+    assert [(row["system"], row["adapters"]) for row in told["rows"]] == [("sera-serve", 12), ("peft-swap", 12)]
+    for row in told["rows"]:
+        assert set(COLUMNS) <= set(row)
+        assert row["requests"] > 0
+        assert all(row[key] > 0 for key in COLUMNS[2:-1])
+        assert row["ttft_p50_s"] <= row["ttft_p95_s"] <= row["ttft_p99_s"]
+    ours = told["rows"][0]
+    assert ours["failures"] == {}
+    assert ours["saturated_tokens_per_s"] > 0
+    figures = told["figures"]
+    assert figures["throughput_ratio"] == figures["ttft_p50_ratio"] == 1
+    assert figures["cold_start"]["pairs"] == 2 and 0.8e6 < figures["cold_start"]["adapter_bytes"] < 1.2e6
+    assert figures["cold_start"]["cold_s"] > 0 < figures["cold_start"]["resident_s"]
+    assert figures["flood"]["ratio"] > 0
+    assert figures["fairness"]["tenants"] == 8
+    plot_many_adapters(tmp_path / "plots" / "a.png", told["rows"], run.ttfts)
+    assert matplotlib.image.imread(tmp_path / "plots" / "a.png").shape[:2] == (1020, 1320)
+
+
+def test_no_speed_is_told_where_something_is_wrong() -> None:
+    output = io.StringIO()
+    told = report(
+        ["t00001/main: a token is wrong"], {"rows": [{"tokens_per_s": 9.0}], "figures": {}}, Console(file=output)
+    )
+    assert told == {"benchmark": "many_adapters", "correct": False, "rows": []}
+    assert "t00001/main: a token is wrong" in output.getvalue()
+
+
+def test_the_reference_tells_right_answers_from_wrong_ones(base: FrozenBase, fleet: Fleet) -> None:
+    prompt = (65, 66, 67, 68)
+    for index in range(len(SHAPES)):
+        tokens = greedy(merged(base, fleet.bundle(index)), list(prompt), 12)
+
+        def answer(tokens: list[int], adapter: int, length: int = 12) -> Answer:
+            asked = TimedRequest(0, adapter, prompt, length)
+            return Answer(asked, "t/x", 0, status=200, tokens=tokens, answered_by="t/x", complete=True)
+
+        reference = Reference(fleet)
+        assert reference.wrong([answer(tokens, index)]) == []
+        assert len(reference.wrong([answer([*tokens[:6], tokens[6] ^ 1, *tokens[7:]], index)])) == 1
+        assert len(reference.wrong([answer(tokens, index + len(SHAPES))])) == 1, "the same shape with other weights"
+        assert len(reference.wrong([answer(tokens[:-1], index)])) == 1
+        assert len(reference.wrong([replace(answer(tokens, index), answered_by="t/y")])) == 1
+
+
+def test_adapters_of_a_fleet_are_distinct_repeatable_and_of_mixed_shapes(fleet: Fleet) -> None:
+    bundles = [fleet.bundle(index) for index in range(3 * len(SHAPES))]
+    assert len({bundle.digest for bundle in bundles}) == len(bundles)
+    assert [fleet.bundle(index).digest for index in range(3)] == [bundle.digest for bundle in bundles[:3]]
+    specs = {
+        (spec.rank, spec.split, spec.use_mixer, len(bundle.config.modules))
+        for bundle in bundles
+        for spec in bundle.config.modules.values()
+    }
+    assert len(specs) == len(SHAPES)
+    assert all(torch.isfinite(tensor).all() for bundle in bundles for tensor in bundle.tensors.values())
+
+
+def test_a_published_fleet_is_found_by_its_names(tmp_path: Path, fleet: Fleet) -> None:
+    store = fleet.publish(tmp_path / "store", 7)
+    assert [info.adapter for info in store.list()] == [f"t0000{index}/main" for index in range(7)]
+    assert store.resolve("t00003/main").digest == fleet.bundle(3).digest
+    assert cold_name(3).startswith("cold/")
