@@ -6,7 +6,8 @@ What is replaced, and why:
   sequence, also for those in the middle of a chunked prefill, which the stock list skips;
 * the scheduler: it reports when a cancelled request has really left the batch, so that its adapter may be released;
 * the output router: it calls back on the engine's thread; the stock one needs a live event loop per request, and a
-  closed loop would kill the engine.
+  closed loop would kill the engine;
+* the hashing of cached blocks: the stock one covers tokens alone, but another adapter's keys and values differ.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import ContinuousBatchingConfig, GenerationConfig, LogitsProcessorList, PreTrainedModel
 from transformers.generation.continuous_batching import scheduler as stock_scheduler
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers.generation.continuous_batching.cb_logits_processors import (
     ContinuousBatchingLogitsProcessorList,
 )
@@ -31,6 +33,7 @@ from transformers.generation.continuous_batching.requests import (
 
 from sera_kernels import BARE_BASE, AdapterBatch
 from sera_serve.engine.attention import plan_sequences, use_varlen_attention
+from sera_serve.engine.prefix_salts import PrefixSalts
 from sera_serve.engine.sampling import noise_key, perturbed_scores
 from sera_serve.layers import AdapterContext
 
@@ -39,13 +42,19 @@ PAGE_SIZE = 32
 
 @dataclass(frozen=True)
 class SequenceOptions:
-    """What one sequence needs in every step: its adapter and its sampling."""
+    """What one sequence needs in every step: its adapter and its sampling.
+
+    Attributes:
+        prefix_key: Sequences of one key, such as the adapter's digest, share the cache of prompts that begin alike;
+            with None a sequence shares with no other, whose waiting time would tell what others have asked.
+    """
 
     adapter_slot: int = BARE_BASE
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
+    prefix_key: str | None = None
 
     @property
     def truncates(self) -> bool:
@@ -156,6 +165,26 @@ class _Scheduler(stock_scheduler.FIFOScheduler):  # type: ignore[misc]
 
     listener: SequenceListener | None = None
 
+    def __init__(self, cache: PagedAttentionCache, *args: Any, **kwargs: Any) -> None:
+        super().__init__(cache, *args, **kwargs)
+        salts = PrefixSalts(PAGE_SIZE)
+        search = cache.search_prefix_match
+
+        def search_prefix_match(request_id: str, prompt: list[int]) -> int:
+            state = self.waiting_requests[request_id]
+            matched: int = search(request_id, salts.salted(prompt, _options(state).prefix_key or request_id))
+            return matched
+
+        def mark_complete_blocks(state: RequestState, complete: dict[str, int]) -> None:
+            if complete and state.status != RequestStatus.FINISHED:
+                tokens = state.initial_tokens + state.generated_tokens
+                salted = salts.salted(tokens, _options(state).prefix_key or state.request_id)
+                for name, blocks in complete.items():
+                    cache.cache_allocators[name].mark_complete_blocks(state.request_id, salted, blocks)
+
+        cache.search_prefix_match = search_prefix_match
+        cache.mark_complete_blocks = mark_complete_blocks
+
     def clear_cancelled_requests(self) -> list[RequestState]:
         states: list[RequestState] = super().clear_cancelled_requests()
         if self.listener is not None:
@@ -215,11 +244,10 @@ class ContinuousBatch:
                 num_blocks=max(1, -(-kv_cache_tokens // PAGE_SIZE)),
                 max_batch_tokens=max_batch_tokens,
                 max_requests_per_batch=max_sequences,
-                # Blocks are shared by their tokens alone, but another adapter's keys and values differ.
-                allow_block_sharing=False,
+                allow_block_sharing=True,
                 scheduler_type=self._scheduler,
                 auto_switch_to_flash=model.device.type != "cpu",
-                # Nothing the layers do on a GPU with Triton would stand in a graph's way, but nobody has run it there yet.
+                # Nothing that the layers do through Triton stands in a graph's way, but nobody has run it there yet.
                 use_cuda_graph=False,
                 use_async_batching=False,
             ),

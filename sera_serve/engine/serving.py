@@ -191,6 +191,7 @@ class ServingEngine:
             top_k=params.top_k,
             top_p=params.top_p,
             seed=secrets.randbits(31) if params.seed is None else params.seed,
+            prefix_key=resolved.digest if resolved else None,
         )
         with self._lock:
             self._sequences[request_id] = _Sequence(stream, asyncio.get_running_loop(), lease)
