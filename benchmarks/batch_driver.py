@@ -11,7 +11,8 @@ import torch
 from adapters_store import AdapterBundle
 from sera_kernels import AdapterTables
 from sera_serve.base import FrozenBase
-from sera_serve.engine.continuous import ContinuousBatch, SequenceOptions, SequenceUpdate
+from sera_serve.engine.continuous import ContinuousBatch
+from sera_serve.engine.sequences import SequenceOptions, SequenceUpdate
 from sera_serve.layers import AdapterContext, attach_serving, find_siblings
 from sera_serve.residency import AdapterResidency, DevicePool, HostCache
 

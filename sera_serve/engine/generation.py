@@ -7,8 +7,8 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from sera_serve.engine.continuous import SequenceUpdate
 from sera_serve.engine.detokenizer import Detokenizer
+from sera_serve.engine.sequences import SequenceUpdate
 from sera_serve.errors import EngineUnavailable
 
 
