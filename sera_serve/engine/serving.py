@@ -15,10 +15,11 @@ from sera_kernels import warm_up
 from sera_serve.base import FrozenBase
 from sera_serve.config import ServeSettings
 from sera_serve.engine.classification import ClassifyBatch, ClassifyResult
-from sera_serve.engine.continuous import ContinuousBatch, SequenceOptions, SequenceUpdate
+from sera_serve.engine.continuous import ContinuousBatch
 from sera_serve.engine.detokenizer import Detokenizer
 from sera_serve.engine.generation import GenerateParams, GenerationStream
 from sera_serve.engine.prompts import classify_tokens, end_tokens, prompt_tokens
+from sera_serve.engine.sequences import SequenceOptions, SequenceUpdate
 from sera_serve.errors import EngineUnavailable, Overloaded, UnsupportedTask
 from sera_serve.layers import AdapterContext, attach_serving, find_siblings
 from sera_serve.residency import AdapterResidency, DevicePool, HostCache, Lease
