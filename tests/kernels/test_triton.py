@@ -39,7 +39,7 @@ class Widths:
 EVEN = Widths(
     128,
     (192, 64),
-    ((1, 1, False), (8, 8, True), (16, 4, True), (64, 64, True), (64, 1, False), (32, 2, True), (128, 64, False)),
+    ((4, 4, True), (8, 8, True), (16, 4, True), (64, 64, True), (64, 1, False), (32, 2, True), (128, 64, False)),
 )
 TIMES_24 = Widths(
     24 * 5,
@@ -54,6 +54,9 @@ TIMES_65 = Widths(
 LARGE = Widths(
     256, (512,), ((256, 256, True), (256, 1, False), (128, 2, True), (256, 64, False), (192, 64, True), (256, 4, True))
 )
+
+# Ranges of columns that begin and end within segments, and need several chunks of ranks.
+TIMES_195 = Widths(195, (585,), ((195, 195, True), (195, 195, False)))
 
 
 @pytest.fixture(autouse=True)
@@ -152,6 +155,7 @@ def check(
         (TIMES_24, "with bare", 65, torch.float32, TILE, 5, 3),
         (TIMES_65, "runs", 80, torch.float32, TILE, 8, 8),
         (TIMES_65, "uniform", 24, torch.bfloat16, replace(TILE, columns=64), 1, 8),
+        (TIMES_195, "distinct", 5, torch.float32, replace(TILE, columns=256), 8, 8),
         (LARGE, "runs", 15, torch.float32, replace(TILE, columns=512), 8, 8),
         (LARGE, "runs", 30, torch.bfloat16, replace(TILE, columns=512, block_r=32), 8, 8),
         (LARGE, "uniform", 40, torch.float16, replace(TILE, columns=512, block_n=128, block_k=128), 8, 8),

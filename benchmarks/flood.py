@@ -1,0 +1,85 @@
+"""Tenants that want more than their share: what it does to the others, and how service is divided."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import replace
+from itertools import chain, cycle
+from typing import Any
+
+from benchmarks.http_load import Answer, LoadClient
+from benchmarks.service_figures import failures, fairness, latency
+from benchmarks.workload import TimedRequest, WorkloadSpec, make_trace
+
+# Each has a share of one in TENANTS of the capacity; the victim is the last.
+TENANTS, FLOOD = 10, 20
+# Of the capacity, what the tenants together offer when nobody floods.
+LOAD = 0.9
+
+
+async def measure_flood(client: LoadClient, spec: WorkloadSpec, capacity: float) -> tuple[dict[str, Any], list[Answer]]:
+    """The victim's time to the first token in three loads, each of `spec.duration` seconds; and every answer of it.
+
+    * `alone`: the victim offers its share, nobody else anything;
+    * `calm`: the other tenants offer theirs too, LOAD of the capacity in all;
+    * `flood`: one other tenant offers FLOOD times its share, and the rest nothing.
+
+    The victim's requests are the same in all three. A flood cannot offer the same total load as the victim could
+    alone without refusals, so `ratio` is that of the flood to the calm, in which the server is as busy as it can be
+    without a backlog.
+
+    Args:
+        client: Of a server that has at least TENANTS adapters.
+        spec: Lengths, duration and seed; its rate and adapters are not used.
+        capacity: Requests a second that the server can answer.
+    """
+    share = LOAD * capacity / TENANTS
+    victim = _of(replace(spec, adapters=1, rate=share), TENANTS - 1)
+    crowd = [_of(replace(spec, adapters=1, rate=share, seed=spec.seed + 1 + t), t) for t in range(TENANTS - 1)]
+    flood = _of(replace(spec, adapters=1, rate=FLOOD * share, seed=spec.seed + 1), 0)
+    loads = {"alone": [], "calm": list(chain(*crowd)), "flood": flood}
+    result: dict[str, Any] = {"share_requests_per_s": round(share, 3), "flood_times_share": FLOOD}
+    answers: list[Answer] = []
+    for name, others in loads.items():
+        theirs = asyncio.ensure_future(client.open_loop(others)) if others else None
+        mine = await client.open_loop(victim)
+        result[name] = latency(mine) | {"requests": len(mine), "failures": failures(mine)}
+        if theirs is not None:
+            theirs_answers = await theirs
+            result[name]["others"] = latency(theirs_answers) | {"failures": failures(theirs_answers)}
+        answers += mine
+    calm, flooded = result["calm"]["ttft_p95_s"], result["flood"]["ttft_p95_s"]
+    result["ratio"] = round(flooded / calm, 3) if calm and flooded else None
+    return result, answers
+
+
+async def measure_fairness(client: LoadClient, spec: WorkloadSpec, tenants: int, clients: int) -> dict[str, Any]:
+    """Service of tenants that always have requests waiting; the first has four times the clients of the others.
+
+    Args:
+        client: Of a server that has at least `tenants` adapters.
+        spec: Lengths, duration and seed.
+        tenants: How many; every second one sends prompts and answers half as long.
+        clients: Requests under way for each; together more than the server has in a batch.
+    """
+
+    def trace(tenant: int) -> list[TimedRequest]:
+        half = tenant % 2 + 1
+        inputs = (spec.input_range[0], spec.input_range[1] // half)
+        outputs = (spec.output_range[0], spec.output_range[1] // half)
+        own = replace(spec, adapters=1, rate=20, seed=spec.seed + tenant, input_range=inputs, output_range=outputs)
+        return _of(own, tenant)
+
+    start = time.perf_counter()
+    runs = [
+        client.closed_loop(cycle(trace(tenant)), clients * (4 if tenant == 0 else 1), spec.duration)
+        for tenant in range(tenants)
+    ]
+    answers = list(chain(*await asyncio.gather(*runs)))
+    # Not the beginning, before every tenant has requests waiting.
+    return fairness(answers, start + spec.duration / 4, start + spec.duration)
+
+
+def _of(spec: WorkloadSpec, tenant: int) -> list[TimedRequest]:
+    return [replace(request, adapter=tenant) for request in make_trace(spec)]

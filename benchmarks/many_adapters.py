@@ -1,0 +1,70 @@
+"""Far more adapters than fit: throughput and latency over HTTP, from 5 to 5,000 registered adapters.
+
+    python -m benchmarks.many_adapters [--quick]
+
+Servers over stores of 5, 100, 1,000 and 5,000 adapters of mixed shapes, each with room for 200 on the device, get the
+same arrivals, prompts and lengths (S-LoRA's synthetic workload), open loop, at a share of the capacity that the
+smallest showed; then as much as they can take. Rounds go through the servers in turn, so that a slow moment of the
+machine hits all. Beside them: the same trace through PEFT, a cold adapter against a resident one, a tenant that
+floods, and service among tenants with a backlog. Answers are checked first and throughout, and no speed is reported
+where one is wrong. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.many_adapters_run import ManyAdapters, Plan
+from benchmarks.plots import plot_many_adapters
+
+PLOT = Path(__file__).parent / "results" / "many_adapters.png"
+COLUMNS = ["system", "adapters", "requests_per_s", "tokens_per_s", "ttft_p50_s", "ttft_p99_s", "itl_p50_s"]
+COLUMNS += ["itl_p99_s", "hit_rate"]
+QUICK = Plan((5, 20), 10, 16, 8, 16, 0.5, 1, 1, 1.5, 0.6, 4, 2, 4)
+
+
+def report(wrong: list[str], result: dict[str, Any], console: Console) -> dict[str, Any]:
+    """The JSON of a run, and its table; without any speed where something is wrong."""
+    for line in wrong[:20]:
+        console.print(f"wrong: {line}", markup=False)
+    if wrong:
+        return {"benchmark": "many_adapters", "correct": False, "rows": []}
+    table = Table(*COLUMNS)
+    for row in result["rows"]:
+        table.add_row(*(str(row[key]) for key in COLUMNS))
+    console.print(table)
+    console.print(str(result["figures"]), markup=False)
+    return {"benchmark": "many_adapters", "correct": True} | result
+
+
+def main(
+    quick: Annotated[bool, typer.Option(help="Two small fleets, one round: seconds, and figures of no worth.")] = False,
+    alpha: Annotated[float, typer.Option(help="Popularity: 1 is uniform, less is more skewed.")] = 0.6,
+    touch: Annotated[bool, typer.Option(help="Ask every adapter once before anything is measured.")] = False,
+    plot: Annotated[Path, typer.Option(help="Where the PNG goes.")] = PLOT,
+) -> None:
+    """Measure, print a table, then one JSON line."""
+    console = Console(stderr=True, width=140)
+    with tempfile.TemporaryDirectory(prefix="many-adapters-") as folder:
+        plan = replace(QUICK if quick else Plan(), touch=touch)
+        run = ManyAdapters(plan, Path(folder), alpha, console)
+        result = run.run()
+    told = report(run.wrong, result, console)
+    if told["correct"]:
+        plot_many_adapters(plot, result["rows"], run.ttfts)
+        told |= {"alpha": alpha, "touched": touch, "plot": str(plot)}
+    typer.echo(json.dumps(told))
+    if not told["correct"]:
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)

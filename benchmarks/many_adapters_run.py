@@ -1,0 +1,240 @@
+"""One run of many_adapters: how much is measured, the servers, the load on them, and what was found wrong."""
+
+from __future__ import annotations
+
+import random
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import uvloop
+from rich.console import Console
+
+from benchmarks.cold_start import measure_cold_start, publish_cold
+from benchmarks.fleet import MEGABYTE, SHAPES, Fleet, adapter_name, save_endless_base
+from benchmarks.flood import measure_fairness, measure_flood
+from benchmarks.http_load import Answer, LoadClient
+from benchmarks.peft_swap import PeftSwap
+from benchmarks.reference import Reference
+from benchmarks.server_process import ServerProcess, adapter_figures
+from benchmarks.service_figures import failures, latency, rates, span
+from benchmarks.workload import TimedRequest, WorkloadSpec, make_trace
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is measured.
+
+    Attributes:
+        sizes: Registered adapters of each server.
+        resident: The most adapters on a device.
+        host_cache_mib: The server's default, less than the largest fleet takes: all three tiers are at work.
+        clients: Requests under way at saturation.
+        sequences: The most in a batch; fewer than the clients of the fairness run.
+        load: Offered rate of the open loop, as a share of the smallest server's capacity.
+        rounds: Of each server; at 5 adapters each round has another one of them as the most popular.
+        open_s, saturated_s: Seconds of each round.
+        flood_s: Seconds of each load of the flood.
+        pairs: Of a cold and a resident adapter.
+        peft_requests: How much of the trace PEFT gets.
+        checked: Answers of each load that are checked.
+        touch: Ask each adapter once before, as if the server had been up for long; else most loads are first ones.
+    """
+
+    sizes: tuple[int, ...] = (5, 100, 1000, 5000)
+    resident: int = 200
+    host_cache_mib: int = 1024
+    clients: int = 48
+    sequences: int = 64
+    load: float = 0.8
+    rounds: int = 5
+    open_s: float = 10
+    saturated_s: float = 8
+    flood_s: float = 20
+    pairs: int = 30
+    peft_requests: int = 40
+    checked: int = 8
+    touch: bool = False
+
+
+class ManyAdapters:
+    """One run: servers, the load on them, and what was found wrong."""
+
+    def __init__(self, plan: Plan, folder: Path, alpha: float, console: Console) -> None:
+        """Publish the fleets under `folder`; the servers are started by `run`."""
+        self.plan = plan
+        self.alpha = alpha
+        self.wrong: list[str] = []
+        self.ttfts: dict[str, list[float]] = {}
+        self._folder = folder
+        self._console = console
+        self.base = save_endless_base(folder / "base")
+        self._fleet = Fleet(self.base)
+        self._reference = Reference(self._fleet)
+        self._cold = Fleet(self.base, (MEGABYTE,))
+        begun = time.perf_counter()
+        for size in plan.sizes:
+            self._fleet.publish(folder / f"store-{size}", size)
+        seconds = time.perf_counter() - begun
+        console.print(f"{sum(plan.sizes)} adapters published, {1000 * seconds / sum(plan.sizes):.1f} ms each")
+        self.cold_bytes = publish_cold(self._cold, folder / f"store-{plan.sizes[0]}", plan.pairs)
+
+    def run(self) -> dict[str, Any]:
+        """Measure everything; `rows` and `figures` are only right if `wrong` stays empty."""
+        plan = self.plan
+        settings = {
+            "max_resident": plan.resident,
+            "host_cache_mib": plan.host_cache_mib,
+            "max_sequences": plan.sequences,
+            # The other core is the clients' and the loaders': threads that share theirs wait for each other.
+            "cpu_threads": 1,
+        }
+        with ExitStack() as stack:
+            servers = {}
+            for size in plan.sizes:
+                server = ServerProcess(
+                    self._folder / "base",
+                    self._folder / f"store-{size}",
+                    self._folder / f"server-{size}.log",
+                    **settings,
+                )
+                servers[size] = stack.enter_context(server)
+            for server in servers.values():
+                server.wait_until_ready()
+            for size, server in servers.items():
+                self._check_first(size, server)
+            if self.wrong:
+                return {}
+            smallest = servers[plan.sizes[0]]
+            if plan.touch:
+                for size, server in servers.items():
+                    self._touch(size, server)
+            capacity = self._capacity(smallest)
+            if self.wrong:
+                return {}
+            rows = self._rounds(servers, capacity)
+            figures = self._figures(rows) | {"capacity_requests_per_s": capacity}
+            figures["cold_start"], answers = uvloop.run(measure_cold_start(smallest.host, smallest.port, plan.pairs))
+            figures["cold_start"]["adapter_bytes"] = self.cold_bytes
+            self.wrong += Reference(self._cold).wrong(answers[:: max(1, len(answers) // plan.checked)])
+            busy = servers[next(size for size in plan.sizes if size >= 10)]
+            client = LoadClient(busy.host, busy.port, adapter_name)
+            spec = replace(self._spec(10, 1, 0), duration=plan.flood_s)
+            figures["flood"], answers = uvloop.run(measure_flood(client, spec, capacity))
+            self.wrong += self._reference.wrong(random.Random(1).sample(answers, min(plan.checked, len(answers))))
+            figures["fairness"] = uvloop.run(measure_fairness(client, spec, 8, max(2, plan.sequences // 5)))
+        rows += self._peft(plan.load * capacity)
+        return {"rows": rows, "figures": figures}
+
+    def _spec(self, size: int, rate: float, number: int) -> WorkloadSpec:
+        return WorkloadSpec(size, rate, self.plan.open_s, self.alpha, rotation=number % len(SHAPES), seed=42 + number)
+
+    def _check_first(self, size: int, server: ServerProcess) -> None:
+        """One adapter of every shape, among the first and the last of the fleet, all in one batch."""
+        trace = make_trace(replace(self._spec(size, 1000, 0), duration=0.01))
+        indices = [*range(len(SHAPES)), *range(size - len(SHAPES), size)]
+        client = LoadClient(server.host, server.port, adapter_name)
+        requests = [replace(request, adapter=index) for request, index in zip(trace, indices, strict=True)]
+        self.wrong += self._reference.wrong(uvloop.run(client.open_loop(requests)))
+
+    def _touch(self, size: int, server: ServerProcess) -> None:
+        client = LoadClient(server.host, server.port, adapter_name)
+        requests = [TimedRequest(0.0, index, (5, 6, 7), 1) for index in range(size)]
+        answers = uvloop.run(client.closed_loop(requests, self.plan.clients, 600))
+        self._check(answers, answers)
+
+    def _saturate(self, server: ServerProcess, size: int, number: int, seconds: float) -> dict[str, float]:
+        """Requests and tokens a second with always as many under way; the first quarter is not counted."""
+        client = LoadClient(server.host, server.port, adapter_name)
+        trace = make_trace(self._spec(size, 100, number))
+        start = time.perf_counter()
+        answers = uvloop.run(client.closed_loop(cycle(trace), self.plan.clients, seconds))
+        self._check(answers, [answer for answer in answers if answer.complete])
+        return rates(answers, start + seconds / 4, start + seconds)
+
+    def _capacity(self, server: ServerProcess) -> float:
+        """Requests a second that the smallest server answers with always as many under way.
+
+        So many requests, not so many seconds: a busy machine takes longer. The first time is of a server that still
+        compiles and loads; the beginning and the end, with fewer under way, are not counted.
+        """
+        size = self.plan.sizes[0]
+        client = LoadClient(server.host, server.port, adapter_name)
+        capacity = 0.0
+        for number in range(2):
+            trace = make_trace(replace(self._spec(size, 100, number), duration=self.plan.clients * 6 / 100))
+            answers = uvloop.run(client.closed_loop(trace, self.plan.clients, 600))
+            self._check(answers, answers)
+            start, end = span(answers)
+            quarter = (end - start) / 4
+            capacity = rates(answers, start + quarter, end - quarter)["requests_per_s"]
+        self._console.print(f"capacity at {size} adapters: {capacity} requests a second")
+        return capacity
+
+    def _rounds(self, servers: dict[int, ServerProcess], capacity: float) -> list[dict[str, Any]]:
+        rate = self.plan.load * capacity
+        opened: dict[int, list[list[Answer]]] = {size: [] for size in servers}
+        saturated: dict[int, list[dict[str, float]]] = {size: [] for size in servers}
+        metrics = {size: server.metrics() for size, server in servers.items()}
+        tiers: dict[int, dict[str, float | None]] = {}
+        for number in range(self.plan.rounds):
+            for size, server in servers.items():
+                client = LoadClient(server.host, server.port, adapter_name)
+                answers = uvloop.run(client.open_loop(make_trace(self._spec(size, rate, number))))
+                self._check(answers, answers)
+                opened[size].append(answers)
+            for size, server in servers.items():
+                tiers[size] = adapter_figures(metrics[size], server.metrics())
+            for size, server in servers.items():
+                saturated[size].append(self._saturate(server, size, number, self.plan.saturated_s))
+        return [self._row(size, opened[size], saturated[size], tiers[size]) for size in servers]
+
+    def _row(
+        self,
+        size: int,
+        rounds: list[list[Answer]],
+        saturated: list[dict[str, float]],
+        tiers: dict[str, float | None],
+    ) -> dict[str, Any]:
+        everything = [answer for answers in rounds for answer in answers]
+        self.ttfts[f"{size:,} adapters"] = [answer.ttft for answer in everything if answer.times]
+        each = [rates(answers, *span(answers)) for answers in rounds]
+        row: dict[str, Any] = {"system": "sera-serve", "adapters": size}
+        row |= {key: round(sum(r[key] for r in each) / len(each), 2) for key in ("requests_per_s", "tokens_per_s")}
+        row |= latency(everything) | tiers | {"requests": len(everything), "failures": failures(everything)}
+        row |= {f"saturated_{key}": round(sum(r[key] for r in saturated) / len(saturated), 2) for key in saturated[0]}
+        row["client_late_p99_s"] = sorted(a.sent - a.due for a in everything)[int(0.99 * len(everything))]
+        return row
+
+    def _check(self, answers: list[Answer], ended: list[Answer]) -> None:
+        """Answers that came at all must be right; a sample of them is compared with the reference."""
+        self.wrong += [f"{a.adapter}: {a.status} {a.error}" for a in answers if a.status not in (200, 429, 503, 0)]
+        begun = [answer for answer in ended if answer.status == 200]
+        chosen = random.Random(len(answers)).sample(begun, min(self.plan.checked, len(begun)))
+        self.wrong += self._reference.wrong(chosen)
+
+    @staticmethod
+    def _figures(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        few, many = rows[0], rows[-1]
+        compared = {"throughput": "saturated_tokens_per_s", "ttft_p50": "ttft_p50_s", "ttft_p99": "ttft_p99_s"}
+        return {
+            f"{name}_ratio": round(many[key] / few[key], 3) if few[key] and many[key] else None
+            for name, key in compared.items()
+        }
+
+    def _peft(self, rate: float) -> list[dict[str, Any]]:
+        """Rows of the baseline on the fewest and on the most adapters."""
+        rows = []
+        for size in dict.fromkeys((self.plan.sizes[0], self.plan.sizes[-1])):
+            trace = make_trace(self._spec(size, rate, 0))[: self.plan.peft_requests]
+            used = {request.adapter for request in trace}
+            peft = PeftSwap(self.base, self._folder / f"peft-{size}", used, self.plan.resident)
+            answers = peft.run(trace)
+            self.wrong += [f"PEFT, {answer.adapter}" for answer in answers if not answer.right_length]
+            self.ttfts[f"PEFT, {size:,} adapters"] = [answer.ttft for answer in answers]
+            row = {"system": "peft-swap", "adapters": size} | rates(answers, *span(answers)) | latency(answers)
+            rows.append(row | {"hit_rate": round(1 - len(used) / len(trace), 4), "requests": len(trace)})
+        return rows

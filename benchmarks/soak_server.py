@@ -1,0 +1,39 @@
+"""The server of the soak: the product's, in a process of its own, which also answers whether its books balance."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from adapters_store import AdapterStore
+from sera_serve.base import load_base
+from sera_serve.config import ServeSettings
+from sera_serve.engine import ServingEngine
+from sera_serve.server import build_app
+
+
+def serve_soak(listener: socket.socket, base: str, store: Path, settings: dict[str, Any]) -> None:
+    """Serve on `listener` until SIGTERM; `GET /integrity` checks and tells what is held."""
+    chosen = ServeSettings(store=store, **settings)
+    opened = AdapterStore(store)
+    engine = ServingEngine(load_base(base), opened, chosen)
+    app = build_app(engine, opened, chosen)
+
+    def integrity() -> dict[str, Any]:
+        """Raises, and so answers 500, where the books do not balance."""
+        residency = engine.residency
+        residency.check_integrity()
+        return {
+            "leases": residency.leases(),
+            "in_flight": engine.in_flight(),
+            "resident": residency.resident_digests(),
+            "device_bytes": residency.pool.used * residency.pool.data.element_size(),
+            "host_bytes": residency.host_cache.used,
+        }
+
+    app.add_api_route("/integrity", integrity)
+    config = uvicorn.Config(app, log_level="warning", ws="none", timeout_graceful_shutdown=10)
+    uvicorn.Server(config).run(sockets=[listener])

@@ -1,0 +1,69 @@
+"""The engine's thread dies of an error: everybody under way is told, the server says so, and nobody waits for ever."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from answers import events, refused
+from faulty_serving import Serving, name
+from live_server import wait_until
+from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+from transformers import LlamaForCausalLM
+
+Serve = Callable[..., Serving]
+
+
+@contextmanager
+def failing_forward(armed: threading.Event) -> Iterator[None]:
+    """Once `armed`, every forward pass of a decoder raises."""
+
+    def hook(module: nn.Module, inputs: Any) -> None:
+        if armed.is_set() and isinstance(module, LlamaForCausalLM):
+            raise RuntimeError("an accelerator fell off the bus")
+
+    handle = register_module_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_everyone_is_told_when_the_engine_dies(serve: Serve) -> None:
+    serving = serve()
+    armed = threading.Event()
+    with failing_forward(armed), ThreadPoolExecutor(12) as clients:
+        plain = [clients.submit(serving.ask, name(i), max_new_tokens=200) for i in range(4)]
+        streams = [clients.submit(serving.ask, name(i), max_new_tokens=200, stream=True) for i in range(4, 8)]
+        wait_until(lambda: serving.engine.in_flight() == 8)
+        with serving.client.stream(
+            "POST", "/v1/generate", json={"prompt": "x", "max_new_tokens": 200, "stream": True}
+        ) as watched:
+            lines = watched.iter_lines()
+            assert '"token_ids"' in next(lines)
+            armed.set()
+            rest = [line for line in lines if line]
+        assert '"code":"engine_unavailable"' in rest[-1]
+        assert "[DONE]" not in rest[-1]
+        for answer in plain:
+            refused(answer.result(30), 503, "engine_unavailable")
+        for answer in streams:
+            response = answer.result(30)
+            if response.status_code == 200:
+                assert events(response.text)[-1]["error"]["code"] == "engine_unavailable"
+            else:
+                refused(response, 503, "engine_unavailable")
+    # The process lives, says what is wrong, and refuses at once.
+    assert serving.client.get("/healthz").status_code == 200
+    refused(serving.client.get("/readyz"), 503, "engine_unavailable")
+    for stream in (False, True):
+        refused(serving.ask(name(0), stream=stream), 503, "engine_unavailable")
+    assert serving.client.get("/v1/adapters").status_code == 200
+    wait_until(lambda: serving.engine.in_flight() == 0 and serving.engine.residency.leases() == 0)
+    serving.engine.residency.check_integrity()
