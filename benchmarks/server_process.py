@@ -94,16 +94,18 @@ def adapter_figures(before: dict[str, float], after: dict[str, float]) -> dict[s
     def grown(name: str) -> float:
         return after.get(name, 0.0) - before.get(name, 0.0)
 
-    hits = {tier: grown(f'sera_serve_adapter_hits_total{{tier="{tier}"}}') for tier in TIERS}
+    hits = {tier: grown(f'sera_adapter_hits_total{{tier="{tier}"}}') for tier in TIERS}
     total = sum(hits.values())
-    loads = grown("sera_serve_adapter_load_seconds_count")
+    loads, seconds = (
+        sum(grown(f'sera_adapter_load_seconds_{part}{{tier="{tier}"}}') for tier in TIERS) for part in ("count", "sum")
+    )
     rates = {tier: round(hits[tier] / total, 4) if total else None for tier in TIERS}
     return {
         "hit_rate": rates["device"],
         "host_rate": rates["host"],
         "store_rate": rates["store"],
         "loads": loads if total else None,
-        "load_mean_s": round(grown("sera_serve_adapter_load_seconds_sum") / loads, 5) if loads else None,
+        "load_mean_s": round(seconds / loads, 5) if loads else None,
     }
 
 

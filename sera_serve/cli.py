@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, get_origin
 
 import typer
 from pydantic.fields import FieldInfo
@@ -63,7 +63,8 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
     option = typer.Option(
         f"--{name.replace('_', '-')}", help=f"{field.description} [default: {field.default}]", show_default=False
     )
-    kind: Any = field.annotation
+    # A mapping is written "key=value,key=value" here.
+    kind: Any = str if get_origin(field.annotation) is dict else field.annotation
     return _keyword(name, Annotated[kind | None, option], None)
 
 

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import difflib
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, YamlConfigSettingsSource
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    YamlConfigSettingsSource,
+)
 
 from sera_serve.errors import InvalidConfiguration
 
@@ -39,13 +46,43 @@ class ServeSettings(BaseSettings):
     max_batch_tokens: int = Field(512, ge=1, description="tokens of one forward pass; longer prompts go in chunks")
     max_sequences: int = Field(256, ge=1, description="sequences of one forward pass")
     classify_max_batch: int = Field(32, ge=1, description="inputs of one classification pass")
-    max_queue: int = Field(1024, ge=1, description="requests admitted at once; more are answered 503")
+    classify_max_wait_ms: float = Field(
+        20, ge=0, description="time after which an input is not passed over for fuller passes, milliseconds"
+    )
+    max_queue: int = Field(1024, ge=1, description="requests waiting or running; more are answered 503")
+    max_queue_per_tenant: int = Field(
+        512, ge=1, description="requests of one tenant waiting or running; more are answered 429"
+    )
+    tenant_weights: Annotated[dict[str, float], NoDecode] = Field(
+        {},
+        description='shares by tenant, such as "acme=2,_base=0.5" or a mapping in YAML; every other tenant has 1',
+    )
     max_upload_mib: int = Field(1024, ge=1, description="largest adapter bundle accepted, MiB")
     max_body_mib: int = Field(1, ge=1, description="largest JSON body accepted, MiB")
     shutdown_grace_s: int = Field(
         30, ge=0, description="time that requests under way have to finish after SIGTERM, seconds"
     )
-    request_timeout_s: float = Field(60, gt=0, description="longest wait for an adapter to find room, seconds")
+    request_timeout_s: float = Field(60, gt=0, description="longest wait for a turn, seconds; then 503")
+
+    @field_validator("tenant_weights", mode="before")
+    @classmethod
+    def _read_weights(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        pairs = [pair.split("=") for pair in value.split(",") if pair.strip()]
+        if any(len(pair) != 2 for pair in pairs):
+            raise ValueError("write tenant=weight,tenant=weight")
+        return {tenant.strip(): weight for tenant, weight in pairs}
+
+    @field_validator("tenant_weights")
+    @classmethod
+    def _check_weights(cls, value: dict[str, float]) -> dict[str, float]:
+        for tenant, weight in value.items():
+            if not tenant or "/" in tenant:
+                raise ValueError(f"{tenant!r} is no tenant: write the part of an adapter's name before its '/'")
+            if not 0 < weight < math.inf:
+                raise ValueError(f"the weight of {tenant} is {weight}; it must be positive and finite")
+        return value
 
 
 def load_settings(config: Path | None, flags: Mapping[str, Any]) -> ServeSettings:

@@ -66,7 +66,24 @@ class Overloaded(SeraServeError):
 
     code = "overloaded"
     status = 503
-    retry_after: int = 1
+
+    def __init__(self, message: str, *, param: str | None = None, retry_after: int = 1) -> None:
+        super().__init__(message, param=param)
+        self.retry_after = retry_after
+
+
+class TenantOverloaded(Overloaded):
+    """The request's tenant has more requests under way than its part; others may still be served."""
+
+    code = "tenant_overloaded"
+    status = 429
+
+
+class DeadlineExceeded(SeraServeError):
+    """The time that the client gave its request is over."""
+
+    code = "deadline_exceeded"
+    status = 504
 
 
 class EngineUnavailable(SeraServeError):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import queue
 import threading
+import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from sera_kernels import BARE_BASE, AdapterBatch
 from sera_serve.base import FrozenBase, pool
+from sera_serve.engine.bucketing import choose_rows
+from sera_serve.engine.turns import Turns
 from sera_serve.errors import EngineUnavailable
 from sera_serve.layers import AdapterContext
 from sera_serve.residency import DevicePool, Lease
@@ -28,27 +31,47 @@ class LabelScores:
 
 @dataclass(frozen=True)
 class ClassifyResult:
-    """The outcome of one request, in the order of its inputs."""
+    """The outcome of one request, in the order of its inputs.
+
+    Attributes:
+        waited_s: Seconds from the request's arrival until its first rows were handed to the device.
+    """
 
     adapter: str
     version: int
     results: list[LabelScores]
+    waited_s: float = 0.0
 
 
-@dataclass(frozen=True)
-class _Row:
+@dataclass(eq=False)
+class ClassifyRow:
     """One input under way, under its request's lease."""
 
     lease: Lease
     tokens: list[int]
+    came: float = field(default_factory=time.monotonic)
     scores: Future[LabelScores] = field(default_factory=Future)
 
 
 class ClassifyBatch:
-    """Collects rows from all requests and runs them through the base together, on a thread of its own."""
+    """Runs rows of all requests through the base together, on a thread of its own.
+
+    A pass takes rows of like length, whatever their adapters and label sets. It never waits for company: while
+    the device is busy rows gather, and the next pass takes the fullest bucket. A row that has waited `max_wait_s` goes
+    first, with those of its length; so nothing is passed over for longer than that and the passes of older rows.
+    """
 
     def __init__(
-        self, base: FrozenBase, context: AdapterContext, device_pool: DevicePool, max_rows: int, cpu_threads: int
+        self,
+        base: FrozenBase,
+        context: AdapterContext,
+        device_pool: DevicePool,
+        turns: Turns,
+        *,
+        max_rows: int,
+        max_tokens: int,
+        max_wait_s: float,
+        cpu_threads: int,
     ) -> None:
         """Set up without starting.
 
@@ -56,15 +79,24 @@ class ClassifyBatch:
             base: With serving layers attached, for this object's use alone.
             context: The serving layers' context.
             device_pool: Where the heads are.
+            turns: Who else computes on the device.
             max_rows: The most rows of one forward pass.
+            max_tokens: The most tokens of one forward pass, padding included; a longer row goes alone.
+            max_wait_s: Seconds after which a row is not passed over any more.
             cpu_threads: Threads of a forward pass on a CPU.
         """
         self._base = base
         self._context = context
         self._pool = device_pool
+        self._turns = turns
         self._max_rows = max_rows
+        self._max_tokens = max_tokens
+        self._max_wait_s = max_wait_s
         self._cpu_threads = cpu_threads
-        self._rows: queue.SimpleQueue[_Row | None] = queue.SimpleQueue()
+        # In order of arrival; the caller's admission keeps it short.
+        self._rows: list[ClassifyRow] = []
+        self._changed = threading.Condition()
+        self._stopping = False
         self._thread = threading.Thread(target=self._run, name="classify", daemon=True)
 
     def start(self) -> None:
@@ -73,49 +105,56 @@ class ClassifyBatch:
 
     def stop(self) -> None:
         """Finish the rows under way, fail those that wait, and end the thread."""
+        with self._changed:
+            self._stopping = True
+            rows, self._rows = self._rows, []
+            self._changed.notify()
         if self._thread.is_alive():
-            self._rows.put(None)
             self._thread.join(timeout=30)
-        while True:
-            try:
-                row = self._rows.get_nowait()
-            except queue.Empty:
-                return
-            if row is not None and row.scores.set_running_or_notify_cancel():
+        for row in rows:
+            if row.scores.set_running_or_notify_cancel():
                 row.scores.set_exception(EngineUnavailable("the engine is stopping"))
 
     def failure(self) -> str | None:
         """Why the thread is not running, or None while it is."""
         return None if self._thread.is_alive() else "the classification thread is not running"
 
-    def submit(self, lease: Lease, inputs: list[list[int]]) -> list[Future[LabelScores]]:
-        """Queue the tokenized inputs of one request, for an adapter with a head.
+    def submit(self, lease: Lease, inputs: list[list[int]], done: Callable[[], None]) -> list[Future[LabelScores]]:
+        """Add tokenized inputs for an adapter with a head.
 
-        The lease passes to the batch, which releases it once every row is done or cancelled.
+        Args:
+            lease: Held by the caller until `done`.
+            inputs: Token ids of each row.
+            done: Called once, when every row is classified, failed or cancelled.
+
+        Raises:
+            EngineUnavailable: The batch is stopping.
         """
-        rows = [_Row(lease, tokens) for tokens in inputs]
+        rows = [ClassifyRow(lease, tokens) for tokens in inputs]
         left = itertools.count(len(rows) - 1, -1)
 
-        def release_after_last(_: Future[LabelScores]) -> None:
+        def after_last(_: Future[LabelScores]) -> None:
             if next(left) == 0:
-                lease.release()
+                done()
 
+        with self._changed:
+            if self._stopping:
+                raise EngineUnavailable("the engine is stopping")
+            self._rows += rows
+            self._changed.notify()
         for row in rows:
-            row.scores.add_done_callback(release_after_last)
-            self._rows.put(row)
+            row.scores.add_done_callback(after_last)
         return [row.scores for row in rows]
 
     def _run(self) -> None:
         torch.set_num_threads(self._cpu_threads)
-        while True:
-            rows = self._next_rows()
-            if rows is None:
-                return
+        while rows := self._next_rows():
             live = [row for row in rows if row.scores.set_running_or_notify_cancel()]
             if not live:
                 continue
             try:
-                scores = self._classify(live)
+                with self._turns:
+                    scores = self._classify(live)
             except Exception as error:  # noqa: BLE001 - it is delivered to every request of this batch
                 for row in live:
                     row.scores.set_exception(EngineUnavailable(f"classification failed: {error}"))
@@ -123,25 +162,22 @@ class ClassifyBatch:
             for row, result in zip(live, scores, strict=True):
                 row.scores.set_result(result)
 
-    def _next_rows(self) -> list[_Row] | None:
-        """Wait for one row, then take what else is there; None at the end."""
-        row = self._rows.get()
-        rows = []
-        while row is not None:
-            rows.append(row)
-            if len(rows) == self._max_rows:
-                return rows
-            try:
-                row = self._rows.get_nowait()
-            except queue.Empty:
-                return rows
-        if rows:
-            self._rows.put(None)
-            return rows
-        return None
+    def _next_rows(self) -> list[ClassifyRow]:
+        """Wait for rows and take those of the next pass; none at the end."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._rows or self._stopping)
+            if self._stopping:
+                return []
+            late = time.monotonic() - self._rows[0].came >= self._max_wait_s
+            lengths = [len(row.tokens) for row in self._rows]
+            chosen = choose_rows(lengths, self._max_rows, self._max_tokens, must=0 if late else None)
+            taken = [self._rows[position] for position in chosen]
+            for position in reversed(chosen):
+                del self._rows[position]
+            return taken
 
     @torch.inference_mode()
-    def _classify(self, rows: list[_Row]) -> list[LabelScores]:
+    def _classify(self, rows: list[ClassifyRow]) -> list[LabelScores]:
         input_ids, mask = self._pad([row.tokens for row in rows])
         slots = torch.tensor([row.lease.slot for row in rows], dtype=torch.int32, device=input_ids.device)
         token_slots = torch.where(mask.bool(), slots.unsqueeze(1), BARE_BASE).flatten().to(torch.int32)

@@ -9,7 +9,11 @@ from typing import Literal
 
 from sera_serve.engine.detokenizer import Detokenizer
 from sera_serve.engine.sequences import SequenceUpdate
-from sera_serve.errors import EngineUnavailable
+from sera_serve.errors import DeadlineExceeded, EngineUnavailable
+
+Priority = Literal["low", "normal", "high"]
+# The later goes first.
+PRIORITIES: tuple[Priority, ...] = ("low", "normal", "high")
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,8 @@ class GenerateParams:
         top_k: Sample among this many likeliest tokens; 0 is all.
         seed: Makes a sampled request repeatable; None draws one.
         stop: Strings that end the text; they are left out of it.
+        priority: Which of the tenant's waiting requests go first; other tenants' are unaffected.
+        timeout_s: Seconds from its arrival within which it must be finished; None is without end.
     """
 
     adapter: str | None = None
@@ -37,6 +43,8 @@ class GenerateParams:
     top_k: int = 0
     seed: int | None = None
     stop: list[str] = field(default_factory=list)
+    priority: Priority = "normal"
+    timeout_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -61,11 +69,21 @@ class GenerationResult:
     completion_tokens: int
 
 
+def deadline_exceeded() -> DeadlineExceeded:
+    """What a request is told whose time is over."""
+    return DeadlineExceeded("timeout_s ran out; ask for less, or give it more time", param="timeout_s")
+
+
 class GenerationStream(AsyncIterator[TokenDelta]):
     """The deltas of one request, in order; `result` is there once they are exhausted.
 
     Whoever holds a stream exhausts it or calls `aclose`, at any stage: only then are its place in the batch and its
-    adapter given back.
+    adapter given back. A slow reader holds nothing but the tokens: what comes meanwhile is one delta.
+
+    Attributes:
+        result: The outcome, once there is one.
+        waited_s: Seconds from the request's arrival until it entered the batch.
+        first_token_s: Seconds from its arrival to its first token, or None before that.
     """
 
     def __init__(
@@ -78,6 +96,7 @@ class GenerationStream(AsyncIterator[TokenDelta]):
         detokenizer: Detokenizer,
         cancel: Callable[[], None],
     ) -> None:
+        """Prepare, for a request of which nothing is known yet but that it was accepted."""
         self.id = request_id
         self.adapter = adapter
         self.version = version
@@ -86,25 +105,44 @@ class GenerationStream(AsyncIterator[TokenDelta]):
         self._end_tokens = end_tokens
         self._detokenizer = detokenizer
         self._cancel = cancel
-        self._updates: asyncio.Queue[SequenceUpdate] = asyncio.Queue()
+        self.waited_s = 0.0
+        self.first_token_s: float | None = None
+        # The latest alone: it has all tokens so far.
+        self._update: SequenceUpdate | None = None
+        self._news = asyncio.Event()
+        self._deadline: asyncio.TimerHandle | None = None
+        self._expired = False
         self._tokens: list[int] = []
         self._closed = False
 
     def deliver(self, update: SequenceUpdate) -> None:
         """Take news from the engine; called on the event loop."""
-        self._updates.put_nowait(update)
+        if not self._expired:
+            self._update = update
+            self._news.set()
+
+    def end_at(self, deadline: float) -> None:
+        """Cancel the request at a time of the running event loop, whether or not anybody reads by then."""
+        self._deadline = asyncio.get_running_loop().call_at(deadline, self._expire)
 
     async def __anext__(self) -> TokenDelta:
         """The next delta.
 
         Raises:
             EngineUnavailable: The engine failed this request.
+            DeadlineExceeded: Its time is over; what it has got so far was in the deltas before.
         """
         if self._closed or self.result is not None:
             raise StopAsyncIteration
-        update = await self._updates.get()
+        await self._news.wait()
+        update = self._update
+        if update is None or (self._expired and len(update.tokens) == len(self._tokens)):
+            self._close()
+            raise deadline_exceeded()
+        if not self._expired:
+            self._news.clear()
         if update.error is not None:
-            self._closed = True
+            self._close()
             raise EngineUnavailable(f"generation failed: {update.error}; the request may be sent again")
         return self._advance(update)
 
@@ -112,7 +150,7 @@ class GenerationStream(AsyncIterator[TokenDelta]):
         """Cancel what is left; a no-op on a finished stream."""
         if not self._closed and self.result is None:
             self._cancel()
-        self._closed = True
+        self._close()
 
     async def collect(self) -> GenerationResult:
         """Exhaust the stream and return the result; cancelling this cancels the request."""
@@ -144,6 +182,18 @@ class GenerationStream(AsyncIterator[TokenDelta]):
             self._finish("stop" if ended_by_token or self._detokenizer.stopped else "length")
         return TokenDelta(text, taken)
 
+    def _expire(self) -> None:
+        if self._closed or self.result is not None or (self._update is not None and self._update.ended):
+            return
+        self._expired = True
+        self._cancel()
+        self._news.set()
+
+    def _close(self) -> None:
+        self._closed = True
+        if self._deadline is not None:
+            self._deadline.cancel()
+
     def _finish(self, reason: Literal["stop", "length"]) -> None:
         self.result = GenerationResult(
             id=self.id,
@@ -155,3 +205,4 @@ class GenerationStream(AsyncIterator[TokenDelta]):
             prompt_tokens=self._prompt_tokens,
             completion_tokens=len(self._tokens),
         )
+        self._close()

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+import threading
+
 from sera_serve.base import FrozenBase
 from sera_serve.engine.generation import GenerateParams
 from sera_serve.errors import InvalidRequest, PromptTooLong
+
+# A longer one takes milliseconds, in which an event loop would do nothing else.
+_LONG_CHARACTERS = 4000
+
+
+def is_long(params: GenerateParams) -> bool:
+    """Whether `prompt_tokens` takes long enough to be called on a thread of its own."""
+    return len(params.prompt or "") > _LONG_CHARACTERS or len(params.token_ids or ()) > _LONG_CHARACTERS
 
 
 def prompt_tokens(base: FrozenBase, params: GenerateParams, context: int) -> list[int]:
@@ -37,13 +48,25 @@ def prompt_tokens(base: FrozenBase, params: GenerateParams, context: int) -> lis
     return list(tokens)
 
 
-def classify_tokens(base: FrozenBase, inputs: list[str], max_length: int) -> list[list[int]]:
-    """The tokens of each input, cut to `max_length` as in training; raises InvalidRequest where one has none."""
-    rows: list[list[int]] = base.tokenizer(inputs, truncation=True, max_length=max_length)["input_ids"]
-    for index, tokens in enumerate(rows):
-        if not tokens:
-            raise InvalidRequest(f"input {index} has no tokens; send some text", param=f"inputs[{index}]")
-    return rows
+class ClassifyTokens:
+    """Tokenizes texts for classification; thread-safe.
+
+    Truncation is a state of the tokenizer, which may not change while another thread uses it: hence a copy of its own,
+    and a lock.
+    """
+
+    def __init__(self, base: FrozenBase) -> None:
+        self._tokenizer = copy.deepcopy(base.tokenizer)
+        self._lock = threading.Lock()
+
+    def __call__(self, inputs: list[str], max_length: int) -> list[list[int]]:
+        """The tokens of each input, cut to `max_length` as in training; raises InvalidRequest where one has none."""
+        with self._lock:
+            rows: list[list[int]] = self._tokenizer(inputs, truncation=True, max_length=max_length)["input_ids"]
+        for index, tokens in enumerate(rows):
+            if not tokens:
+                raise InvalidRequest(f"input {index} has no tokens; send some text", param=f"inputs[{index}]")
+        return rows
 
 
 def end_tokens(base: FrozenBase) -> list[int]:

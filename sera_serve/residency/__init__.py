@@ -1,18 +1,30 @@
-"""Which adapters are where: the device pool, the host cache, leases and eviction."""
+"""Which adapters are where: the device pool, the host cache, leases, pins and eviction."""
 
+from sera_serve.residency.handles import Lease, Prefetch
 from sera_serve.residency.host_cache import HostCache
-from sera_serve.residency.manager import AdapterResidency, Lease
-from sera_serve.residency.packing import PackedAdapter, PackedHead, PackedModule, pack
+from sera_serve.residency.loader_threads import LoaderThreads
+from sera_serve.residency.manager import AdapterResidency
+from sera_serve.residency.packing import AdapterLayout, PackedAdapter, PackedHead, PackedModule, pack
 from sera_serve.residency.pool import DevicePool, Placement
+from sera_serve.residency.residents import CannotPin
+from sera_serve.residency.stats import LOAD_BUCKETS, LoadTimes, ResidencyStats, Tier
 
 __all__ = [
+    "LOAD_BUCKETS",
+    "AdapterLayout",
     "AdapterResidency",
+    "CannotPin",
     "DevicePool",
     "HostCache",
     "Lease",
+    "LoadTimes",
+    "LoaderThreads",
     "PackedAdapter",
     "PackedHead",
     "PackedModule",
     "Placement",
+    "Prefetch",
+    "ResidencyStats",
+    "Tier",
     "pack",
 ]

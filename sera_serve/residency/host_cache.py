@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 
 from sera_serve.residency.packing import PackedAdapter
 
@@ -16,6 +17,9 @@ class HostCache:
         self.used = 0
         self._adapters: OrderedDict[str, PackedAdapter] = OrderedDict()
 
+    def __len__(self) -> int:
+        return len(self._adapters)
+
     def get(self, digest: str) -> PackedAdapter | None:
         """The adapter, now the most recently used, or None."""
         adapter = self._adapters.get(digest)
@@ -23,15 +27,31 @@ class HostCache:
             self._adapters.move_to_end(digest)
         return adapter
 
-    def put(self, adapter: PackedAdapter) -> None:
-        """Keep an adapter, dropping the least recently used ones; one larger than the cache is not kept."""
-        if adapter.nbytes > self.limit or adapter.digest in self._adapters:
+    def put(self, adapter: PackedAdapter, is_wanted: Callable[[str], bool]) -> None:
+        """Keep an adapter, dropping the least recently used that are not wanted; without enough of those, do not."""
+        if adapter.digest in self._adapters:
             return
+        missing = self.used + adapter.nbytes - self.limit
+        dropped = []
+        for digest, kept in self._adapters.items():
+            if missing <= 0:
+                break
+            if not is_wanted(digest):
+                dropped.append(digest)
+                missing -= kept.nbytes
+        if missing > 0:
+            return
+        for digest in dropped:
+            self.drop(digest)
         self._adapters[adapter.digest] = adapter
         self.used += adapter.nbytes
-        while self.used > self.limit:
-            _, dropped = self._adapters.popitem(last=False)
-            self.used -= dropped.nbytes
+
+    def has_room(self, is_wanted: Callable[[str], bool]) -> bool:
+        """Whether one more adapter of the average size could be kept beside the wanted ones."""
+        if not self._adapters:
+            return self.limit > 0
+        wanted = sum(adapter.nbytes for digest, adapter in self._adapters.items() if is_wanted(digest))
+        return (self.limit - wanted) * len(self._adapters) >= self.used
 
     def drop(self, digest: str) -> None:
         """Forget an adapter, if it is here."""

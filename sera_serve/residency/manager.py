@@ -4,51 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-
-import torch
+from concurrent.futures import Future
 
 from adapters_store import AdapterBundle
-from sera_serve.errors import AdapterTooLarge
+from sera_serve.errors import AdapterTooLarge, EngineUnavailable
+from sera_serve.residency.answers import Answers
+from sera_serve.residency.handles import Lease, Prefetch
 from sera_serve.residency.host_cache import HostCache
+from sera_serve.residency.loader_threads import LoaderThreads
+from sera_serve.residency.loads import Loads
 from sera_serve.residency.packing import PackedAdapter, pack
-from sera_serve.residency.pool import DevicePool, Placement
-
-
-class Lease:
-    """The right to use a resident adapter: while it is held, the adapter neither moves nor leaves the device."""
-
-    def __init__(self, placement: Placement, release: Callable[[str], None]) -> None:
-        self.placement = placement
-        self._release: Callable[[str], None] | None = release
-
-    @property
-    def slot(self) -> int:
-        """Slot that a batch names the adapter by."""
-        return self.placement.slot
-
-    def release(self) -> None:
-        """Give the right back; only after no forward pass will use the slot for this lease. Idempotent."""
-        release, self._release = self._release, None
-        if release is not None:
-            release(self.placement.adapter.digest)
-
-
-@dataclass
-class _Resident:
-    placement: Placement
-    leases: int = 0
-    doomed: bool = False
+from sera_serve.residency.pool import DevicePool
+from sera_serve.residency.residents import Residents
+from sera_serve.residency.stats import ResidencyStats
 
 
 class AdapterResidency:
     """Moves adapters store -> host cache -> device pool on demand, and back out when others need the room.
 
-    Every public method may be called from any thread and returns at once: reading and copying are done by loader
-    threads, so a request waits for its own adapter only.
+    Every public method but `close` may be called from any thread and returns at once: reading and copying are done by
+    loader threads, so a request waits for its own adapter only. Adapters that find no room wait in a line. Others
+    may pass the first in line until `patience` leases have been granted over its head; then nobody passes it, and
+    resident adapters retire until it fits.
+
+    Host memory is the host cache, and what each loader thread at work is reading.
     """
 
     def __init__(
@@ -57,7 +37,9 @@ class AdapterResidency:
         pool: DevicePool,
         host_cache: HostCache,
         module_index: Mapping[str, int],
-        loader_threads: int = 2,
+        loader_threads: LoaderThreads | None = None,
+        patience: int = 64,
+        pin_share: float = 0.5,
     ) -> None:
         """Start with an empty pool.
 
@@ -66,32 +48,37 @@ class AdapterResidency:
             pool: Device memory; owned by this object from now on.
             host_cache: Host memory; likewise.
             module_index: Row of each adaptable module in the pool's tables.
-            loader_threads: How many loads run at once.
+            loader_threads: Likewise; two loads at once if None.
+            patience: Leases that may be granted while an adapter waits for room, before it goes first.
+            pin_share: The part of the pool's bytes, and of its slots, that pinned adapters may take.
         """
         self.pool = pool
         self.host_cache = host_cache
         self._load_bundle = load
         self._module_index = dict(module_index)
-        # Re-entrant: granting a lease may run a callback that releases it at once.
-        self._lock = threading.RLock()
-        # Least recently used first.
-        self._residents: OrderedDict[str, _Resident] = OrderedDict()
-        self._waiters: dict[str, list[Future[Lease]]] = {}
-        self._without_room: deque[PackedAdapter] = deque()
-        # Calls of _place_waiting that are queued or running: while there are any, waiting adapters will be looked at.
-        self._placers = 0
-        self._closed = False
-        # One CPU thread each: a pool of OpenMP threads for every loader would end the spinning of the engine's own pool,
-        # which waits for little else between two layers (measured: forward passes of half the speed).
-        self._loaders = ThreadPoolExecutor(
-            loader_threads, "adapter-loader", initializer=torch.set_num_threads, initargs=(1,)
+        self._threads = loader_threads or LoaderThreads(at_once=2)
+        self._lock = threading.Lock()
+        self._residents = Residents(pool, pin_share)
+        self._answers = Answers()
+        self._loads = Loads(
+            self._lock,
+            self._read,
+            self._residents,
+            host_cache,
+            self._threads,
+            patience,
+            self._answers,
+            self._release_lease,
         )
+        self._unchecked = False
+        self._closed = False
 
     async def lease(self, digest: str) -> Lease:
         """Wait until the adapter is on the device, and hold it there. Cancelling the wait leaves nothing held.
 
         Raises:
-            AdapterTooLarge: It is larger than the whole pool.
+            AdapterTooLarge: It is larger than the whole pool, or than what pinned adapters leave of it.
+            EngineUnavailable: Residency is closed.
             Exception: Whatever `load` raised.
         """
         future = self.acquire(digest)
@@ -106,140 +93,184 @@ class AdapterResidency:
         """`lease` for threads without an event loop. Concurrent calls for one adapter share one load."""
         future: Future[Lease] = Future()
         with self._lock:
-            resident = self._residents.get(digest)
-            if resident is not None:
-                resident.doomed = False
-                self._grant(resident, future)
-            elif digest in self._waiters:
-                self._waiters[digest].append(future)
+            self._unchecked = True
+            if self._closed:
+                future.set_exception(_closed())
             else:
-                self._waiters[digest] = [future]
-                self._loaders.submit(self._load, digest)
+                self._loads.request(digest, future)
+        self._answers.deliver()
+        if not future.done():
+            future.add_done_callback(self._after_cancel)
         return future
 
-    def forget(self, digest: str) -> None:
-        """Give back the memory of an adapter that was deleted: the host's now, the device's after its last lease."""
+    def prefetch(self, digest: str) -> Prefetch:
+        """Begin to bring an adapter near for a request that is not admitted yet; failures are left to its `lease`.
+
+        It goes to the host cache, and to the device if nobody waits for room there and nothing that is leased, pinned
+        or wanted by another request has to leave for it. Until the wish is released, no other load drops it from the
+        host cache, no other prefetch evicts it from the device, and other requests' adapters evict it last.
+        """
         with self._lock:
-            self.host_cache.drop(digest)
-            resident = self._residents.get(digest)
-            if resident is not None:
-                resident.doomed = True
-                self._evict_if_doomed(digest)
-                self._retry_waiting()
+            self._unchecked = True
+            self._loads.wishes[digest] += 1
+            if not self._closed:
+                self._loads.prefetch(digest)
+        return Prefetch(digest, self._release_wish)
+
+    def pin(self, digest: str) -> Future[None]:
+        """Bring an adapter to the device and keep it there until `unpin` or `forget`. Idempotent.
+
+        The future raises CannotPin where pins would take too much of the pool, and whatever `lease` raises. Cancelled
+        before it is done, it pins nothing.
+        """
+        result: Future[None] = Future()
+
+        def pin_leased(leased: Future[Lease]) -> None:
+            if not result.set_running_or_notify_cancel():
+                _release_if_granted(leased)
+                return
+            try:
+                lease = leased.result()
+                try:
+                    with self._lock:
+                        self._residents.pin(digest)
+                finally:
+                    lease.release()
+            except Exception as error:  # noqa: BLE001 - it is delivered to whoever asked for the pin
+                result.set_exception(error)
+            else:
+                result.set_result(None)
+
+        self.acquire(digest).add_done_callback(pin_leased)
+        return result
+
+    def unpin(self, digest: str) -> None:
+        """Let an adapter be evicted again. Idempotent."""
+        with self._lock:
+            self._residents.unpin(digest)
+            self._loads.serve_line()
+        self._answers.deliver()
+
+    def forget(self, digest: str) -> None:
+        """Give back the memory of an adapter that was deleted: the host's now, the device's after its last lease.
+
+        Requests that wait for it already are still served.
+        """
+        with self._lock:
+            self._unchecked = True
+            loading = self._loads.get(digest)
+            if loading is not None:
+                loading.doomed = True
+            else:
+                self.host_cache.drop(digest)
+            self._residents.doom(digest)
+            self._loads.serve_line()
+        self._answers.deliver()
 
     def resident_digests(self) -> list[str]:
         """Digests of the adapters on the device, least recently used first."""
         with self._lock:
-            return list(self._residents)
+            return self._residents.digests()
+
+    def pinned_digests(self) -> list[str]:
+        """Digests of the pinned adapters."""
+        with self._lock:
+            return self._residents.pins()
 
     def leases(self) -> int:
         """How many leases are held."""
         with self._lock:
-            return sum(resident.leases for resident in self._residents.values())
+            return self._residents.leases()
+
+    def stats(self) -> ResidencyStats:
+        """Figures for metrics."""
+        with self._lock:
+            itemsize = self.pool.data.element_size()
+            return ResidencyStats(
+                resident=len(self._residents),
+                pinned=len(self._residents.pins()),
+                leases=self._residents.leases(),
+                loading=len(self._loads),
+                waiting=self._loads.waiting,
+                device_bytes=self.pool.used * itemsize,
+                device_limit=self.pool.capacity * itemsize,
+                host_adapters=len(self.host_cache),
+                host_bytes=self.host_cache.used,
+                host_limit=self.host_cache.limit,
+                granted={tier: self._loads.granted[tier] for tier in ("device", "host", "store")},
+                loads=dict(self._loads.times),
+                failed_loads=self._loads.failed,
+                evictions=self._residents.evictions,
+                copies=self.pool.copies,
+            )
+
+    def idle_check(self) -> bool:
+        """Check the books if nothing is leased or loading and something has happened since the last time.
+
+        For engines to call when they have nothing to do. Returns whether it checked; raises as `check_integrity`.
+        """
+        with self._lock:
+            if not self._unchecked or len(self._loads) or self._residents.leases():
+                return False
+            self._unchecked = False
+        self.check_integrity()
+        return True
 
     def check_integrity(self) -> None:
-        """Raise RuntimeError where the books do not balance: pool, host cache, leases."""
+        """Raise RuntimeError where the books do not balance: pool, tables, host cache, leases, pins, loads, line."""
         with self._lock:
-            self.pool.check_integrity()
+            self._residents.check_integrity()
             self.host_cache.check_integrity()
-            if any(resident.leases < 0 for resident in self._residents.values()):
-                raise RuntimeError("a lease was released twice")
-            if any(resident.doomed and not resident.leases for resident in self._residents.values()):
-                raise RuntimeError("a deleted adapter is still on the device")
-            held = any(resident.leases for resident in self._residents.values())
-            if self._without_room and not held and not self._placers:
-                raise RuntimeError("an adapter waits for room although nothing is in use")
+            self._loads.check_integrity()
 
-    def close(self) -> None:
-        """Stop the loader threads; waiting requests are cancelled."""
-        self._closed = True
-        self._loaders.shutdown(wait=True, cancel_futures=True)
+    def close(self, timeout_s: float = 5.0) -> None:
+        """Refuse who waits and who comes with EngineUnavailable, and stop the loader threads.
+
+        A load that takes longer than `timeout_s` is left to itself, and its result is dropped.
+        """
         with self._lock:
-            waiters, self._waiters = self._waiters, {}
-        for futures in waiters.values():
-            for future in futures:
-                future.cancel()
+            self._closed = True
+            self._loads.refuse_all(_closed())
+        self._answers.deliver()
+        self._threads.close(timeout_s)
 
-    def _load(self, digest: str) -> None:
-        try:
-            with self._lock:
-                packed = self.host_cache.get(digest)
-            if packed is None:
-                pinned = self.pool.data.is_cuda
-                packed = pack(self._load_bundle(digest), self._module_index, self.pool.data.dtype, pinned)
-            if packed.data.numel() > self.pool.capacity:
-                pool_bytes = self.pool.capacity * self.pool.data.element_size()
-                raise AdapterTooLarge(
-                    f"the adapter takes {packed.nbytes} bytes, the device pool has {pool_bytes}; raise pool_mib",
-                    param="adapter",
-                )
-        except Exception as error:  # noqa: BLE001 - it is delivered to every request that waits for this load
-            with self._lock:
-                futures = self._waiters.pop(digest, [])
-            for future in futures:
-                if future.set_running_or_notify_cancel():
-                    future.set_exception(error)
-            return
+    def _read(self, digest: str) -> PackedAdapter:
+        packed = pack(self._load_bundle(digest), self._module_index, self.pool.data.dtype, self.pool.data.is_cuda)
+        if packed.layout.elements > self.pool.capacity:
+            itemsize = self.pool.data.element_size()
+            raise AdapterTooLarge(
+                f"the adapter takes {packed.layout.elements * itemsize} bytes, the device pool has "
+                f"{self.pool.capacity * itemsize}; raise pool_mib",
+                param="adapter",
+            )
+        return packed
+
+    def _release_lease(self, lease: Lease) -> None:
         with self._lock:
-            self.host_cache.put(packed)
-            self._without_room.append(packed)
-            self._placers += 1
-        self._place_waiting()
+            if lease.held:
+                lease.held = False
+                self._residents.release(lease.placement.adapter.digest)
+                self._loads.serve_line()
+        self._answers.deliver()
 
-    def _place_waiting(self) -> None:
-        """Place loaded adapters in the order they came, until the next one finds no room."""
-        while True:
-            with self._lock:
-                if not self._without_room:
-                    self._placers -= 1
-                    return
-                packed = self._without_room[0]
-                if all(future.cancelled() for future in self._waiters[packed.digest]):
-                    self._without_room.popleft()
-                    del self._waiters[packed.digest]
-                    continue
-                placement = self._make_room(packed)
-                if placement is None:
-                    self._placers -= 1
-                    return
-                self._without_room.popleft()
-            self.pool.fill(placement)
-            with self._lock:
-                resident = _Resident(placement)
-                self._residents[packed.digest] = resident
-                for future in self._waiters.pop(packed.digest, []):
-                    self._grant(resident, future)
-
-    def _make_room(self, packed: PackedAdapter) -> Placement | None:
-        """Reserve room, evicting adapters that nobody holds, least recently used first. Lock held."""
-        while (placement := self.pool.reserve(packed)) is None:
-            victim = next((digest for digest, resident in self._residents.items() if not resident.leases), None)
-            if victim is None:
-                return None
-            self.pool.remove(self._residents.pop(victim).placement)
-        return placement
-
-    def _grant(self, resident: _Resident, future: Future[Lease]) -> None:
-        if future.set_running_or_notify_cancel():
-            resident.leases += 1
-            self._residents.move_to_end(resident.placement.adapter.digest)
-            future.set_result(Lease(resident.placement, self._release))
-
-    def _release(self, digest: str) -> None:
+    def _release_wish(self, wish: Prefetch) -> None:
         with self._lock:
-            self._residents[digest].leases -= 1
-            self._evict_if_doomed(digest)
-            self._retry_waiting()
+            if wish.held:
+                wish.held = False
+                self._loads.wishes[wish.digest] -= 1
+                if not self._loads.wishes[wish.digest]:
+                    del self._loads.wishes[wish.digest]
 
-    def _retry_waiting(self) -> None:
-        if self._without_room and not self._closed:
-            self._placers += 1
-            self._loaders.submit(self._place_waiting)
+    def _after_cancel(self, future: Future[Lease]) -> None:
+        """One who gave up may have stood before others in the line."""
+        if future.cancelled():
+            with self._lock:
+                self._loads.serve_line()
+            self._answers.deliver()
 
-    def _evict_if_doomed(self, digest: str) -> None:
-        resident = self._residents[digest]
-        if resident.doomed and not resident.leases:
-            self.pool.remove(self._residents.pop(digest).placement)
+
+def _closed() -> EngineUnavailable:
+    return EngineUnavailable("the server is shutting down; send the request again when it is back")
 
 
 def _release_if_granted(future: Future[Lease]) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -42,25 +44,53 @@ class PackedHead:
 
 
 @dataclass(frozen=True)
-class PackedAdapter:
-    """An adapter in the pool's dtype and layout, on the host.
+class AdapterLayout:
+    """What a packed run holds and where; all that is kept of an adapter once it is on the device.
 
     Attributes:
         digest: Content digest of the bundle it came from.
         config: The bundle's configuration.
-        data: (elements,), the factors and the head, in the order of `modules`, then the head.
+        modules: In the order of their offsets.
+        elements: Length of the run.
     """
 
     digest: str
     config: AdapterConfig
-    data: Tensor
     modules: tuple[PackedModule, ...]
     head: PackedHead | None
+    elements: int
+
+    @cached_property
+    def pieces(self) -> tuple[int, ...]:
+        """Elements of each part that must stay whole: every module, the head's weight, the head's bias."""
+        starts = [module.offset for module in self.modules]
+        if self.head is not None:
+            starts += [self.head.weight_offset, self.head.bias_offset]
+        return tuple(end - start for start, end in pairwise([*starts, self.elements]))
+
+
+@dataclass(frozen=True)
+class PackedAdapter:
+    """An adapter in the pool's dtype and layout, on the host.
+
+    Attributes:
+        layout: What `data` holds.
+        data: (elements,), the factors and the head, in the order of the layout's modules, then the head.
+    """
+
+    layout: AdapterLayout
+    data: Tensor
 
     @property
+    def digest(self) -> str:
+        """Content digest of the bundle it came from."""
+        return self.layout.digest
+
+    @cached_property
     def nbytes(self) -> int:
-        """Size in bytes, on the host and on the device alike."""
-        return self.data.numel() * self.data.element_size()
+        """Host memory that it takes: page-locked memory is given out in powers of two."""
+        nbytes = self.data.numel() * self.data.element_size()
+        return 1 << (nbytes - 1).bit_length() if self.data.is_pinned() else nbytes
 
 
 def pack(
@@ -98,4 +128,4 @@ def pack(
     data = torch.zeros(end, dtype=dtype, pin_memory=pin_memory)
     for start, tensor in chunks:
         data[start : start + tensor.numel()] = tensor.reshape(-1)
-    return PackedAdapter(bundle.digest, bundle.config, data, tuple(modules), head)
+    return PackedAdapter(AdapterLayout(bundle.digest, bundle.config, tuple(modules), head, end), data)

@@ -2,42 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from sera_kernels import AdapterTables
-from sera_serve.residency.packing import PackedAdapter
-
-
-@dataclass(frozen=True)
-class Extent:
-    """A contiguous run of pool elements."""
-
-    start: int
-    length: int
-
-    @property
-    def end(self) -> int:
-        """First element after the run."""
-        return self.start + self.length
+from sera_kernels import ABSENT, AdapterTables
+from sera_serve.residency.copy_stream import CopyStream
+from sera_serve.residency.extents import Extent, FreeExtents
+from sera_serve.residency.packing import AdapterLayout
 
 
 @dataclass(frozen=True)
 class Placement:
-    """An adapter in the pool: the slot that batches name it by, and the extent that holds it."""
+    """An adapter in the pool: the slot that batches name it by, and the extents that hold it.
+
+    Attributes:
+        extents: Consecutive stretches of the packed run; one, unless the pool's free room is in pieces.
+    """
 
     slot: int
-    extent: Extent
-    adapter: PackedAdapter
+    extents: tuple[Extent, ...]
+    adapter: AdapterLayout
+
+    def locate(self, offset: int) -> int:
+        """Element of the pool that holds element `offset` of the packed run."""
+        for extent in self.extents:
+            if offset < extent.length:
+                return extent.start + offset
+            offset -= extent.length
+        raise ValueError(f"the adapter ends {offset} elements before that offset")
 
 
 class DevicePool:
     """Fixed device memory that adapters are copied into, counted in true elements.
 
-    The caller holds one lock around `reserve` and `remove`. Reading `data` and `tables` in a forward
-    pass needs no lock, because only slots that no pass uses are ever written.
+    An adapter is placed whole if a hole is large enough, and otherwise in as few stretches of whole modules as the
+    holes allow; so free memory is of no use only where it is less than one module a hole.
+
+    The caller holds one lock around everything but `fill` and `head`. Reading `data` and `tables` in a forward
+    pass needs no lock, because only slots and elements that no pass uses are ever written.
     """
 
     def __init__(
@@ -55,10 +60,15 @@ class DevicePool:
         elements = max(1, nbytes // dtype.itemsize)
         self.data = torch.zeros(elements, dtype=dtype, device=device)
         self.tables = AdapterTables.empty(modules, slots, device)
-        self._free = [Extent(0, elements)]
+        self.slots = slots
+        self.copies = 0
+        """Copies of factors made so far: one for each extent of each adapter filled."""
+        self._copy_stream = CopyStream(self.data.device)
+        self._free = FreeExtents(elements)
         self._free_slots = list(range(slots - 1, -1, -1))
         self._placed: dict[int, Placement] = {}
-        self._filled: set[int] = set()
+        # What was written to the tables, by slot, for adapters whose fill is complete.
+        self._written: dict[int, Tensor] = {}
 
     @property
     def capacity(self) -> int:
@@ -68,95 +78,125 @@ class DevicePool:
     @property
     def used(self) -> int:
         """Elements held by placed adapters."""
-        return sum(placement.extent.length for placement in self._placed.values())
+        return self.capacity - self._free.elements
 
-    def reserve(self, adapter: PackedAdapter) -> Placement | None:
-        """Set a slot and an extent aside for an adapter, or return None where no free one is large enough."""
-        length = adapter.data.numel()
-        index = next((i for i, extent in enumerate(self._free) if extent.length >= length), None)
-        if index is None or not self._free_slots:
+    def placements(self) -> list[Placement]:
+        """Every adapter placed, filled or not."""
+        return list(self._placed.values())
+
+    def reserve(self, adapter: AdapterLayout) -> Placement | None:
+        """Set a slot and extents aside for an adapter, or return None where there is no room."""
+        if not self._free_slots:
             return None
-        hole = self._free[index]
-        extent = Extent(hole.start, length)
-        rest = Extent(extent.end, hole.length - length)
-        self._free[index : index + 1] = [rest] if rest.length else []
-        placement = Placement(self._free_slots.pop(), extent, adapter)
+        extents = self._free.take(adapter.pieces)
+        if extents is None:
+            return None
+        placement = Placement(self._free_slots.pop(), extents, adapter)
         self._placed[placement.slot] = placement
         return placement
 
-    def fill(self, placement: Placement) -> None:
-        """Copy a reserved adapter in and point its slot at it; needs no lock, since nobody else knows the slot yet."""
-        extent = placement.extent
-        self.data[extent.start : extent.end].copy_(placement.adapter.data)
-        self._write_tables(placement)
-        self._filled.add(placement.slot)
+    def would_fit(self, adapter: AdapterLayout, removed: Iterable[Placement]) -> bool:
+        """Whether `reserve` would find room after these were removed."""
+        removed = list(removed)
+        if not self._free_slots and not removed:
+            return False
+        return self._free.would_take(adapter.pieces, [extent for p in removed for extent in p.extents])
+
+    def fill(self, placement: Placement, data: Tensor) -> None:
+        """Copy a reserved adapter in and point its slot at it; ends when the device has done so.
+
+        Needs no lock, since nobody else knows the slot yet. It must not be removed meanwhile.
+
+        Args:
+            placement: What `reserve` gave.
+            data: (elements,), the adapter's packed run; page-locked for copies beside a GPU's other work.
+        """
+        columns = self._columns(placement)
+        with self._copy_stream.complete():
+            begin = 0
+            for extent in placement.extents:
+                piece = data[begin : begin + extent.length]
+                self.data[extent.start : extent.end].copy_(piece, non_blocking=True)
+                begin += extent.length
+                self.copies += 1
+            if self.data.is_cuda:
+                columns_there = columns.pin_memory().to(self.data.device, non_blocking=True)
+            else:
+                columns_there = columns
+            for table, column in zip(self._table_list(), columns_there, strict=True):
+                table[:, placement.slot].copy_(column)
+        self._written[placement.slot] = columns
 
     def remove(self, placement: Placement) -> None:
-        """Free an adapter's slot and extent; no running pass may use it."""
+        """Free an adapter's slot and extents; no running pass may use it."""
         del self._placed[placement.slot]
-        self._filled.discard(placement.slot)
-        self.tables.clear(placement.slot)
+        self._written.pop(placement.slot, None)
+        with self._copy_stream.enqueue():
+            self.tables.clear(placement.slot)
         self._free_slots.append(placement.slot)
-        self._free = _coalesce([*self._free, placement.extent])
+        self._free.give(placement.extents)
 
     def head(self, placement: Placement) -> tuple[Tensor, Tensor]:
         """Views of a classifier's weight (labels, hidden) and bias (labels,)."""
         head = placement.adapter.head
         if head is None:
             raise ValueError("this adapter has no head")
-        weight = placement.extent.start + head.weight_offset
-        bias = placement.extent.start + head.bias_offset
+        weight = placement.locate(head.weight_offset)
+        bias = placement.locate(head.bias_offset)
         shape = (head.labels, head.hidden_size)
         return self.data[weight : weight + shape[0] * shape[1]].view(shape), self.data[bias : bias + head.labels]
 
     def check_integrity(self) -> None:
-        """Raise RuntimeError unless extents tile the pool, slots are all accounted for, and tables match."""
+        """Raise RuntimeError unless extents tile the pool, slots are all accounted for, and tables match.
+
+        On a GPU it waits for the device.
+        """
+        # First: an adapter whose fill ends meanwhile, which takes no lock, is not looked for in the tables.
+        written = dict(self._written)
         extents = sorted(
-            [*self._free, *(p.extent for p in self._placed.values())],
+            [*self._free.holes(), *(extent for p in self._placed.values() for extent in p.extents)],
             key=lambda extent: (extent.start, extent.length),
         )
         end = 0
         for extent in extents:
-            if extent.start != end:
+            if extent.start != end or extent.length < 1:
                 raise RuntimeError(f"pool elements {end} to {extent.start} are lost or held twice")
             end = extent.end
         if end != self.capacity:
             raise RuntimeError(f"pool elements {end} to {self.capacity} are lost")
+        for placement in self._placed.values():
+            if sum(extent.length for extent in placement.extents) != placement.adapter.elements:
+                raise RuntimeError(f"slot {placement.slot} has another length than its adapter")
         slots = [*self._free_slots, *self._placed]
-        if sorted(slots) != list(range(self.tables.offset.shape[1])):
+        if sorted(slots) != list(range(self.slots)):
             raise RuntimeError("a slot is lost or held twice")
-        if (self.tables.offset[:, self._free_slots] >= 0).any():
+        if not written.keys() <= self._placed.keys():
+            raise RuntimeError("a removed adapter is still in the books of the tables")
+        with self._copy_stream.complete():
+            free_offsets = self.tables.offset[:, self._free_slots].cpu()
+            there = torch.stack([table[:, list(written)].double() for table in self._table_list()]).cpu()
+        if (free_offsets != ABSENT).any():
             raise RuntimeError("a free slot still adapts something")
-        # A copy: a loader thread may finish a fill meanwhile, which takes no lock.
-        for slot in tuple(self._filled):
-            placement = self._placed[slot]
-            for module in placement.adapter.modules:
-                want = placement.extent.start + module.offset
-                if self.tables.offset[module.index, placement.slot].item() != want:
-                    raise RuntimeError(f"slot {placement.slot} does not point at its adapter")
+        for column, (slot, columns) in enumerate(written.items()):
+            if not torch.equal(there[:, :, column], columns):
+                raise RuntimeError(f"slot {slot} does not point at its adapter")
 
-    def _write_tables(self, placement: Placement) -> None:
+    def _table_list(self) -> list[Tensor]:
+        tables = self.tables
+        return [tables.offset, tables.rank, tables.split, tables.mixer, tables.scaling]
+
+    def _columns(self, placement: Placement) -> Tensor:
+        """float64 (tables, modules): a slot's column of every table, as one tensor so that one small copy brings it.
+
+        float64 holds each exactly: scalings are rounded to float32 first, and offsets are below 2**53.
+        """
+        columns = torch.zeros(5, self.tables.offset.shape[0], dtype=torch.float64)
+        columns[0] = ABSENT
+        # As in empty tables: a module that is absent has one segment of rank 0.
+        columns[2] = 1
         modules = placement.adapter.modules
-        if not modules:
-            return
-        device = self.data.device
-        rows = torch.tensor([module.index for module in modules], device=device)
-        columns = [
-            (self.tables.rank, [module.rank for module in modules]),
-            (self.tables.split, [module.split for module in modules]),
-            (self.tables.mixer, [int(module.use_mixer) for module in modules]),
-            (self.tables.scaling, [module.scaling for module in modules]),
-            (self.tables.offset, [placement.extent.start + module.offset for module in modules]),
-        ]
-        for table, values in columns:
-            table[rows, placement.slot] = torch.tensor(values, dtype=table.dtype, device=device)
-
-
-def _coalesce(extents: list[Extent]) -> list[Extent]:
-    merged: list[Extent] = []
-    for extent in sorted(extents, key=lambda extent: extent.start):
-        if merged and merged[-1].end == extent.start:
-            merged[-1] = Extent(merged[-1].start, merged[-1].length + extent.length)
-        else:
-            merged.append(extent)
-    return merged
+        if modules:
+            values = [(placement.locate(m.offset), m.rank, m.split, m.use_mixer, m.scaling) for m in modules]
+            columns[:, [m.index for m in modules]] = torch.tensor(values, dtype=torch.float64).T
+        columns[4] = columns[4].float().double()
+        return columns

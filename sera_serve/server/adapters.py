@@ -10,6 +10,7 @@ from fastapi import APIRouter, Query, Request
 
 from adapters_store import AdapterInfo, AdapterStore, Published, check_base
 from adapters_store.errors import AdapterNotFound
+from sera_serve.server.disconnect import unless_disconnected
 from sera_serve.server.interfaces import Engine, EngineOf, SettingsOf, StoreOf
 from sera_serve.server.schemas import (
     AdapterDetail,
@@ -17,6 +18,7 @@ from sera_serve.server.schemas import (
     AdapterSummary,
     DeletedAdapter,
     ListQuery,
+    PinnedAdapter,
     PublishedAdapter,
 )
 from sera_serve.server.strict import StrictRoute
@@ -70,6 +72,22 @@ async def delete(tenant: str, name: str, engine: EngineOf, store: StoreOf) -> De
     """Delete an adapter, or with @ one version of it; requests under way finish with what they began with."""
     await asyncio.to_thread(_delete, f"{tenant}/{name}", engine, store)
     return DeletedAdapter(adapter=f"{tenant}/{name}")
+
+
+@router.put("/v1/adapters/{tenant}/{name}/pin")
+async def pin(tenant: str, name: str, request: Request, engine: EngineOf, store: StoreOf) -> PinnedAdapter:
+    """Keep one version of an adapter on the device until it is unpinned or deleted, or the server ends."""
+    resolved = await asyncio.to_thread(store.resolve, f"{tenant}/{name}")
+    await unless_disconnected(request.receive, engine.pin(resolved.digest))
+    return PinnedAdapter(adapter=resolved.adapter, version=resolved.version, pinned=True)
+
+
+@router.delete("/v1/adapters/{tenant}/{name}/pin")
+async def unpin(tenant: str, name: str, engine: EngineOf, store: StoreOf) -> PinnedAdapter:
+    """Let one version of an adapter leave the device again."""
+    resolved = await asyncio.to_thread(store.resolve, f"{tenant}/{name}")
+    engine.unpin(resolved.digest)
+    return PinnedAdapter(adapter=resolved.adapter, version=resolved.version, pinned=False)
 
 
 def _publish(received: Upload, engine: Engine, store: AdapterStore, max_bytes: int) -> Published:

@@ -15,6 +15,7 @@ from sera_serve.server.errors import add_error_handlers
 from sera_serve.server.interfaces import Engine
 from sera_serve.server.metrics import ServerMetrics
 from sera_serve.server.middleware import BodyLimit, RequestLifecycle
+from sera_serve.server.residency_metrics import ResidencyMetrics
 from sera_serve.threads import single_core_workers
 
 # Bundles read and checked in memory at once.
@@ -44,7 +45,8 @@ def build_app(engine: Engine, store: AdapterStore, settings: ServeSettings) -> F
 
     # The interactive pages would load scripts from another host.
     app = FastAPI(title="sera-serve", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
-    metrics = ServerMetrics(engine.in_flight)
+    metrics = ServerMetrics(engine)
+    metrics.registry.register(ResidencyMetrics(engine.stats))
     app.state.engine = engine
     app.state.store = store
     app.state.settings = settings

@@ -15,6 +15,7 @@ router = APIRouter(route_class=StrictRoute, tags=["inference"])
 @router.post("/v1/classify")
 async def classify(body: ClassifyRequest, request: Request, engine: EngineOf, metrics: MetricsOf) -> ClassifyResponse:
     """Label each input with an adapter's head."""
-    result = await unless_disconnected(request.receive, engine.classify(body.adapter, body.inputs))
-    metrics.count_classified(len(result.results))
+    work = engine.classify(body.adapter, body.inputs, body.priority, body.timeout_s)
+    result = await unless_disconnected(request.receive, work)
+    metrics.count_classified(len(result.results), result.waited_s)
     return ClassifyResponse.of(result)

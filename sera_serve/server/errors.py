@@ -100,6 +100,9 @@ def add_error_handlers(app: FastAPI) -> None:
 
 
 async def _typed(request: Request, error: Exception) -> Response:
+    failure = cast(SeraServeError | StoreError, error)
+    if failure.status in (429, 503, 504):
+        request.app.state.metrics.count_refusal(failure.code)
     return answer(error, request.state.request_id)
 
 

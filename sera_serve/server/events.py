@@ -66,6 +66,7 @@ class GenerationEvents(Response):
                 await send({"type": "http.response.body", "body": event, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
+            self._metrics.observe_waits(stream.waited_s, stream.first_token_s)
             await stream.aclose()
 
     async def _events(self, stream: TokenStream, request_id: str) -> AsyncIterator[bytes]:
@@ -78,7 +79,9 @@ class GenerationEvents(Response):
             if stream.result is None:
                 raise EngineUnavailable("the generation was closed before it finished; send the request again")
         except Exception as error:  # noqa: BLE001 - the status is sent already: it is told and logged, here
-            yield encode_event(describe(error, request_id)[1])
+            content = describe(error, request_id)[1]
+            self._metrics.count_refusal(content["error"]["code"])
+            yield encode_event(content)
             return
         usage = GenerateResponse.of(stream.result).usage
         last = GenerateEvent(**identity, text="", token_ids=[], finish_reason=stream.result.finish_reason, usage=usage)

@@ -11,6 +11,7 @@ from sera_serve.errors import EngineUnavailable
 from sera_serve.server.disconnect import unless_disconnected
 from sera_serve.server.events import GenerationEvents
 from sera_serve.server.interfaces import Engine, EngineOf, MetricsOf
+from sera_serve.server.metrics import ServerMetrics
 from sera_serve.server.schemas import GenerateEvent, GenerateRequest, GenerateResponse
 from sera_serve.server.strict import StrictRoute
 
@@ -29,17 +30,18 @@ async def generate(
     params = body.to_params()
     if body.stream:
         return GenerationEvents(partial(engine.generate, params), metrics)
-    response = await unless_disconnected(request.receive, _complete(engine, params))
+    response = await unless_disconnected(request.receive, _complete(engine, params, metrics))
     metrics.count_generation(response.usage.prompt_tokens, response.usage.completion_tokens)
     return response
 
 
-async def _complete(engine: Engine, params: GenerateParams) -> GenerateResponse:
+async def _complete(engine: Engine, params: GenerateParams, metrics: ServerMetrics) -> GenerateResponse:
     stream = await engine.generate(params)
     try:
         async for _ in stream:
             pass
     finally:
+        metrics.observe_waits(stream.waited_s, stream.first_token_s)
         await stream.aclose()
     if stream.result is None:
         raise EngineUnavailable("the generation was closed before it finished; send the request again")

@@ -9,7 +9,14 @@ from fastapi import Depends, Request
 
 from adapters_store import AdapterStore, BaseInfo
 from sera_serve.config import ServeSettings
-from sera_serve.engine import ClassifyResult, GenerateParams, GenerationResult, TokenDelta
+from sera_serve.engine import (
+    ClassifyResult,
+    GenerateParams,
+    GenerationResult,
+    Priority,
+    ResidencyStats,
+    TokenDelta,
+)
 from sera_serve.server.metrics import ServerMetrics
 
 
@@ -25,12 +32,19 @@ class ServedBase(Protocol):
 
 
 class TokenStream(Protocol):
-    """The deltas of one generation; `result` is there once they are exhausted."""
+    """The deltas of one generation; `result` is there once they are exhausted.
+
+    Attributes:
+        waited_s: Seconds from the request's arrival until it entered the batch.
+        first_token_s: Seconds from its arrival to its first token, or None before that.
+    """
 
     id: str
     adapter: str | None
     version: int | None
     result: GenerationResult | None
+    waited_s: float
+    first_token_s: float | None
 
     def __aiter__(self) -> AsyncIterator[TokenDelta]:
         """The stream itself."""
@@ -62,12 +76,29 @@ class Engine(Protocol):
         """Return when it can serve, raise EngineUnavailable with the reason when it cannot."""
 
     def in_flight(self) -> int:
-        """Requests admitted and unfinished."""
+        """Requests under way, waiting or running."""
+
+    def waiting(self) -> int:
+        """Sequences, and parts of classifications, that wait for their turn."""
+
+    def running(self) -> int:
+        """Sequences, and parts of classifications, in a batch."""
+
+    async def pin(self, digest: str) -> None:
+        """Bring an adapter to the device and keep it there."""
+
+    def unpin(self, digest: str) -> None:
+        """Let an adapter leave the device again. Idempotent."""
+
+    def stats(self) -> ResidencyStats:
+        """Figures of the adapters' memory."""
 
     async def generate(self, params: GenerateParams) -> TokenStream:
         """Admit a request; raises every refusal before the first delta."""
 
-    async def classify(self, adapter: str, inputs: list[str]) -> ClassifyResult:
+    async def classify(
+        self, adapter: str, inputs: list[str], priority: Priority = "normal", timeout_s: float | None = None
+    ) -> ClassifyResult:
         """Classify each input with the adapter's head."""
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -10,15 +10,24 @@ _METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
 
+class Load(Protocol):
+    """What a scrape reads of the engine."""
+
+    def in_flight(self) -> int:
+        """Requests under way, waiting or running."""
+
+    def waiting(self) -> int:
+        """Sequences, and parts of classifications, that wait for their turn."""
+
+    def running(self) -> int:
+        """Sequences, and parts of classifications, in a batch."""
+
+
 class ServerMetrics:
     """Counts requests and tokens; labels come from fixed sets, never from a client's text."""
 
-    def __init__(self, in_flight: Callable[[], int]) -> None:
-        """Register the metrics.
-
-        Args:
-            in_flight: Requests inside the engine; read at each scrape.
-        """
+    def __init__(self, load: Load) -> None:
+        """Register the metrics; `load` is read at each scrape."""
         self.registry = CollectorRegistry()
         self._requests = Counter(
             "sera_http_requests",
@@ -35,9 +44,30 @@ class ServerMetrics:
         )
         self._tokens = Counter("sera_tokens", "Tokens of finished generations.", ["kind"], registry=self.registry)
         self._inputs = Counter("sera_classified_inputs", "Inputs classified.", registry=self.registry)
-        Gauge(
-            "sera_requests_in_flight", "Requests admitted by the engine and unfinished.", registry=self.registry
-        ).set_function(in_flight)
+        self._refusals = Counter(
+            "sera_refusals",
+            "Requests refused or ended for want of room, time or an engine, also in mid-stream.",
+            ["code"],
+            registry=self.registry,
+        )
+        self._waits = Histogram(
+            "sera_wait_seconds",
+            "Seconds from a request's arrival until it, or its first part, entered a batch.",
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self._first_token = Histogram(
+            "sera_first_token_seconds",
+            "Seconds from a generation's arrival to its first token.",
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        for name, text, read in (
+            ("sera_requests_in_flight", "Requests under way, waiting or running.", load.in_flight),
+            ("sera_waiting", "Sequences, and parts of classifications, that wait for their turn.", load.waiting),
+            ("sera_running", "Sequences, and parts of classifications, in a batch.", load.running),
+        ):
+            Gauge(name, text, registry=self.registry).set_function(read)
 
     def observe_request(self, method: str, route: str, status: int, seconds: float) -> None:
         """Count one answered request; `route` is the template that matched, not the path."""
@@ -49,9 +79,20 @@ class ServerMetrics:
         self._tokens.labels("prompt").inc(prompt_tokens)
         self._tokens.labels("completion").inc(completion_tokens)
 
-    def count_classified(self, inputs: int) -> None:
-        """Count the inputs of one finished classification."""
+    def count_classified(self, inputs: int, waited_s: float) -> None:
+        """Count the inputs of one finished classification, and how long it waited."""
         self._inputs.inc(inputs)
+        self._waits.observe(waited_s)
+
+    def observe_waits(self, waited_s: float, first_token_s: float | None) -> None:
+        """Note how long a generation waited for its turn, and for its first token if it got one."""
+        self._waits.observe(waited_s)
+        if first_token_s is not None:
+            self._first_token.observe(first_token_s)
+
+    def count_refusal(self, code: str) -> None:
+        """Count a request that was not served; `code` is one of ours, so there are few."""
+        self._refusals.labels(code).inc()
 
     def exposition(self) -> bytes:
         """All metrics in Prometheus' text format."""

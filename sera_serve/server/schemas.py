@@ -8,11 +8,12 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 from pydantic_core import PydanticCustomError
 
-from sera_serve.engine import ClassifyResult, GenerateParams, GenerationResult
+from sera_serve.engine import ClassifyResult, GenerateParams, GenerationResult, Priority
 
 MAX_NEW_TOKENS = 1 << 20
 MAX_TOKEN_ID = (1 << 31) - 1
 MAX_INPUTS = 1024
+MAX_TIMEOUT_S = 86_400
 # Longest reference: tenant and name of 64 characters, "/", "@", 64 digits; more is cut short before anything parses it.
 MAX_REFERENCE = 256
 
@@ -20,6 +21,9 @@ AdapterReference = Annotated[str, Field(min_length=1, max_length=MAX_REFERENCE)]
 TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
 Input = Annotated[str, Field(min_length=1)]
+
+_PRIORITY = "low, normal or high: which of its tenant's waiting requests go first; other tenants are unaffected"
+_TIMEOUT = "seconds in which it must be finished, or else it is ended with 504; null is without end"
 
 
 def refusal(message: str, field: str | None) -> PydanticCustomError:
@@ -67,6 +71,8 @@ class GenerateRequest(RequestModel):
     stop: list[StopString] = Field(
         default_factory=list, max_length=16, description="strings that end the text, and are left out of it"
     )
+    priority: Priority = Field("normal", description=_PRIORITY)
+    timeout_s: float | None = Field(None, gt=0, le=MAX_TIMEOUT_S, description=_TIMEOUT)
     stream: bool = Field(False, description="answer with server-sent events")
 
     @model_validator(mode="after")
@@ -132,6 +138,8 @@ class ClassifyRequest(RequestModel):
 
     adapter: AdapterReference = Field(description="tenant/name, optionally with @alias, @v3 or @digest")
     inputs: list[Input] = Field(min_length=1, max_length=MAX_INPUTS, description="texts to classify")
+    priority: Priority = Field("normal", description=_PRIORITY)
+    timeout_s: float | None = Field(None, gt=0, le=MAX_TIMEOUT_S, description=_TIMEOUT)
 
 
 class Classification(BaseModel):
@@ -194,6 +202,14 @@ class AdapterDetail(AdapterSummary):
     versions: list[int]
     aliases: dict[str, int]
     config: dict[str, JsonValue]
+
+
+class PinnedAdapter(BaseModel):
+    """Answer of `PUT` and `DELETE /v1/adapters/{tenant}/{name}/pin`."""
+
+    adapter: str
+    version: int
+    pinned: bool
 
 
 class DeletedAdapter(BaseModel):

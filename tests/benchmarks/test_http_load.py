@@ -138,9 +138,9 @@ def test_figures_of_known_answers() -> None:
 
 
 def test_tiers_are_those_of_the_time_between_two_readings() -> None:
-    hits, load = 'sera_serve_adapter_hits_total{tier="%s"}', "sera_serve_adapter_load_seconds_"
-    before = {hits % "device": 10.0, load + "sum": 1.0, load + "count": 5.0}
-    after = {hits % "device": 16.0, hits % "host": 3.0, hits % "store": 1.0, load + "sum": 1.5, load + "count": 9.0}
+    hits, load = 'sera_adapter_hits_total{tier="%s"}', 'sera_adapter_load_seconds_%s{tier="store"}'
+    before = {hits % "device": 10.0, load % "sum": 1.0, load % "count": 5.0}
+    after = {hits % "device": 16.0, hits % "host": 3.0, hits % "store": 1.0, load % "sum": 1.5, load % "count": 9.0}
     assert adapter_figures(before, after) == {
         "hit_rate": 0.6,
         "host_rate": 0.3,

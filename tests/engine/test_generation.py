@@ -219,8 +219,8 @@ def test_a_dead_engine_says_so(decoder: FrozenBase, store: AdapterStore, start_e
     async def main() -> None:
         stream = await engine.generate(GenerateParams(prompt="x", max_new_tokens=250))
         await anext(stream)
-        assert engine._generate is not None
-        engine._generate._model.lm_head.forward = None  # the next forward pass raises
+        assert engine._generating is not None
+        engine._generating.batch._model.lm_head.forward = None  # the next forward pass raises
         with pytest.raises(EngineUnavailable, match="generation failed"):
             await stream.collect()
         with pytest.raises(EngineUnavailable, match=r"stopped on an error|is stopping"):

@@ -4,63 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import random
-import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import FIRST_COMPLETED, wait
 
 import pytest
 import torch
+from slow_store import Build, Store, granted
 
 from adapters_store import AdapterBundle
-from factories import random_adapter, random_decoder
-from sera_kernels import Entry
-from sera_serve import SeraConfig
+from sera_kernels import ABSENT, Entry
 from sera_serve.base import FrozenBase
 from sera_serve.errors import AdapterTooLarge
-from sera_serve.residency import AdapterResidency, DevicePool, HostCache, Lease, pack
-
-SHAPES = [SeraConfig(8, 8, 8.0, "all-linear"), SeraConfig(4, 1, 8.0, ("q_proj",), use_mixer=False)]
-
-
-@pytest.fixture(scope="module")
-def base() -> FrozenBase:
-    return random_decoder()
-
-
-@pytest.fixture(scope="module")
-def bundles(base: FrozenBase) -> dict[str, AdapterBundle]:
-    adapters = [random_adapter(base, SHAPES[i % 2], seed=i) for i in range(8)]
-    return {bundle.digest: bundle for bundle in adapters}
-
-
-Build = Callable[..., AdapterResidency]
-
-
-@pytest.fixture
-def build(base: FrozenBase, bundles: dict[str, AdapterBundle]) -> Iterator[Build]:
-    made = []
-
-    def build(
-        room: float,
-        host: float = 0,
-        load: Callable[[str], AdapterBundle] = bundles.__getitem__,
-        slots: int = 64,
-    ) -> AdapterResidency:
-        """A pool and a host cache with room for that many of the larger adapters."""
-        largest = max(pack(b, index, torch.float32).nbytes for b in bundles.values())
-        pool = DevicePool(int(room * largest), len(index), slots, torch.float32)
-        made.append(AdapterResidency(load, pool, HostCache(int(host * largest)), index))
-        return made[-1]
-
-    index = {path: row for row, path in enumerate(base.module_shapes())}
-    yield build
-    for residency in made:
-        residency.check_integrity()
-        residency.close()
-
-
-def granted(future: Future[Lease]) -> Lease:
-    return future.result(timeout=10)
 
 
 def test_pool_holds_the_bundle_exactly(base: FrozenBase, bundles: dict[str, AdapterBundle], build: Build) -> None:
@@ -72,7 +25,7 @@ def test_pool_holds_the_bundle_exactly(base: FrozenBase, bundles: dict[str, Adap
             (entry,) = residency.pool.tables.entries(row, [lease.slot])
             spec = bundle.config.modules.get(path)
             if spec is None:
-                assert entry.offset == -1
+                assert entry == Entry(ABSENT, rank=0, split=1, mixer=False, scaling=0.0)
                 continue
             assert entry == Entry(entry.offset, spec.rank, spec.split, spec.use_mixer, spec.scaling)
             a, c, b = entry.factors(residency.pool.data, spec.d_in, spec.d_out)
@@ -92,17 +45,17 @@ def test_no_rank_padding(bundles: dict[str, AdapterBundle], build: Build) -> Non
     lease.release()
 
 
-def test_least_recently_used_leaves_first(bundles: dict[str, AdapterBundle], build: Build) -> None:
+def test_least_recently_used_leaves_first(large: list[str], build: Build) -> None:
     residency = build(room=2.2)
-    a, b, c = [digest for i, digest in enumerate(bundles) if i % 2 == 0][:3]
+    a, b, c, _ = large
     for digest in (a, b, a, c):
         granted(residency.acquire(digest)).release()
     assert residency.resident_digests() == [a, c]
 
 
-def test_leased_adapters_stay_and_others_wait(bundles: dict[str, AdapterBundle], build: Build) -> None:
+def test_leased_adapters_stay_and_others_wait(large: list[str], build: Build) -> None:
     residency = build(room=2.2)
-    a, b, c, d = [digest for i, digest in enumerate(bundles) if i % 2 == 0]
+    a, b, c, d = large
     held = [granted(residency.acquire(digest)) for digest in (a, b)]
     waiting = [residency.acquire(c), residency.acquire(d)]
     done, _ = wait(waiting, timeout=0.3)
@@ -121,55 +74,51 @@ def test_leased_adapters_stay_and_others_wait(bundles: dict[str, AdapterBundle],
     held[0].release()
 
 
-def test_concurrent_requests_share_one_load(bundles: dict[str, AdapterBundle], build: Build) -> None:
-    loads: list[str] = []
-    gate = threading.Event()
-
-    def load(digest: str) -> AdapterBundle:
-        loads.append(digest)
-        gate.wait(10)
-        return bundles[digest]
-
-    residency = build(room=8, load=load)
-    digest = next(iter(bundles))
+def test_concurrent_requests_share_one_load_and_one_copy(large: list[str], store: Store, build: Build) -> None:
+    residency = build(room=8)
+    digest = large[0]
+    store.hold(digest)
     futures = [residency.acquire(digest) for _ in range(20)]
-    gate.set()
-    leases = [granted(future) for future in futures]
-    assert loads == [digest]
-    assert residency.leases() == 20
+    assert futures[3].cancel()
+    store.let_go()
+    leases = [granted(future) for i, future in enumerate(futures) if i != 3]
+    assert store.asked == [digest]
+    assert residency.pool.copies == 1
+    assert residency.leases() == 19
     for lease in leases:
         lease.release()
         lease.release()
     assert residency.leases() == 0
 
 
-def test_host_cache_spares_the_store(bundles: dict[str, AdapterBundle], build: Build) -> None:
-    loads: list[str] = []
-
-    def load(digest: str) -> AdapterBundle:
-        loads.append(digest)
-        return bundles[digest]
-
-    residency = build(room=1.1, host=2.2, load=load)
-    a, b, c = [digest for i, digest in enumerate(bundles) if i % 2 == 0][:3]
+def test_host_cache_spares_the_store(large: list[str], store: Store, build: Build) -> None:
+    residency = build(room=1.1, host=2.2)
+    a, b, c, _ = large
     for digest in (a, b, a, b, c, b, a):
         granted(residency.acquire(digest)).release()
-    assert loads == [a, b, c, a]
+    assert store.asked == [a, b, c, a]
+    stats = residency.stats()
+    assert stats.granted == {"device": 0, "host": 3, "store": 4}
+    assert {tier: sum(times.counts) for tier, times in stats.loads.items()} == {"host": 3, "store": 4}
+    assert stats.loads["store"].seconds > 0
+    assert stats.evictions == 6
 
 
-def test_failed_load_reaches_every_waiter_and_is_retried_later(bundles: dict[str, AdapterBundle], build: Build) -> None:
-    attempts = []
-
-    def load(digest: str) -> AdapterBundle:
-        attempts.append(digest)
-        if len(attempts) == 1:
-            raise OSError("disk on fire")
-        return bundles[digest]
-
-    residency = build(room=8, load=load)
-    digest = next(iter(bundles))
-    with pytest.raises(OSError, match="disk on fire"):
-        granted(residency.acquire(digest))
+def test_failed_load_reaches_every_waiter_and_is_retried_later(large: list[str], store: Store, build: Build) -> None:
+    residency = build(room=8)
+    digest, other = large[:2]
+    store.hold(digest)
+    store.failing[digest] = OSError("disk on fire")
+    futures = [residency.acquire(digest) for _ in range(3)]
+    assert store.reading[digest].wait(10)
+    granted(residency.acquire(other)).release()
+    store.let_go()
+    for future in futures:
+        with pytest.raises(OSError, match="disk on fire"):
+            granted(future)
+    assert store.asked.count(digest) == 1
+    assert residency.stats().failed_loads == 1
+    del store.failing[digest]
     granted(residency.acquire(digest)).release()
 
 
@@ -202,9 +151,9 @@ def test_deleted_adapter_gives_its_memory_back_after_the_last_lease(
     assert residency.pool.used == 0
 
 
-def test_cancelled_wait_holds_nothing(bundles: dict[str, AdapterBundle], build: Build) -> None:
+def test_cancelled_wait_holds_nothing(large: list[str], build: Build) -> None:
     residency = build(room=1.1)
-    a, b = [digest for i, digest in enumerate(bundles) if i % 2 == 0][:2]
+    a, b = large[:2]
     held = granted(residency.acquire(a))
 
     async def give_up() -> None:

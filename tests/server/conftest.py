@@ -59,7 +59,7 @@ def module_url(stub: StubEngine, store: AdapterStore) -> Iterator[str]:
     settings = ServeSettings(store=store.root, max_upload_mib=1)
     with live_server(build_app(stub, store, settings)) as address:
         yield address
-    assert not stub.running
+    assert not stub.started
 
 
 @pytest.fixture

@@ -6,11 +6,27 @@ import asyncio
 from collections.abc import AsyncIterator
 
 from sera_serve.base import FrozenBase
-from sera_serve.engine import ClassifyResult, GenerateParams, GenerationResult, LabelScores, TokenDelta
-from sera_serve.errors import EngineUnavailable, Overloaded, PromptTooLong, UnsupportedTask
+from sera_serve.engine import (
+    ClassifyResult,
+    GenerateParams,
+    GenerationResult,
+    LabelScores,
+    LoadTimes,
+    Priority,
+    ResidencyStats,
+    TokenDelta,
+)
+from sera_serve.errors import (
+    DeadlineExceeded,
+    EngineUnavailable,
+    Overloaded,
+    PromptTooLong,
+    TenantOverloaded,
+    UnsupportedTask,
+)
 
 # The prompt chooses what happens.
-SLOW, FAILS_LATER, CRASHES_LATER, TOO_LONG, OVERLOADED, CRASHES, HANGS = (
+SLOW, FAILS_LATER, CRASHES_LATER, TOO_LONG, OVERLOADED, CRASHES, HANGS, FLOODING, LATE, LATE_LATER = (
     "slow",
     "fails later",
     "crashes later",
@@ -18,6 +34,9 @@ SLOW, FAILS_LATER, CRASHES_LATER, TOO_LONG, OVERLOADED, CRASHES, HANGS = (
     "overloaded",
     "crashes",
     "hangs",
+    "flooding",
+    "late",
+    "late later",
 )
 SECRET = "the password is swordfish"
 PIECES = ["Ahoy", ", \u2028mate\n\n", "ys ☠"]
@@ -31,6 +50,8 @@ class StubStream:
         self.adapter = params.adapter
         self.version = 3 if params.adapter else None
         self.result: GenerationResult | None = None
+        self.waited_s = 0.25
+        self.first_token_s: float | None = 0.5
         self._engine = engine
         self._prompt = params.prompt
         self._deltas = self._run()
@@ -58,6 +79,8 @@ class StubStream:
             yield TokenDelta(piece, [index])
             if self._prompt == FAILS_LATER:
                 raise EngineUnavailable("generation failed; the request may be sent again")
+            if self._prompt == LATE_LATER:
+                raise DeadlineExceeded("timeout_s ran out", param="timeout_s")
             if self._prompt == CRASHES_LATER:
                 raise RuntimeError(SECRET)
         self.result = GenerationResult(
@@ -70,38 +93,74 @@ class StubEngine:
 
     def __init__(self, base: FrozenBase) -> None:
         self.base = base
-        self.running = False
+        self.started = False
         self.begin_record()
 
     def begin_record(self) -> None:
         """Forget what was asked so far."""
         self.forgotten: list[str] = []
+        self.pinned: list[str] = []
+        self.classified: list[tuple[Priority, float | None]] = []
         self.asked: list[GenerateParams] = []
         self.open_streams = 0
         self.cancelled = 0
 
     def start(self) -> None:
-        self.running = True
+        self.started = True
 
     def stop(self) -> None:
-        self.running = False
+        self.started = False
 
     def forget(self, digest: str) -> None:
         self.forgotten.append(digest)
 
     def health(self) -> None:
-        if not self.running:
+        if not self.started:
             raise EngineUnavailable("the stub is not running")
 
     def in_flight(self) -> int:
         return self.open_streams
+
+    def stats(self) -> ResidencyStats:
+        return ResidencyStats(
+            resident=3,
+            pinned=1,
+            leases=2,
+            loading=1,
+            waiting=0,
+            device_bytes=4096,
+            device_limit=8192,
+            host_adapters=5,
+            host_bytes=512,
+            host_limit=1024,
+            granted={"device": 7, "host": 2, "store": 1},
+            loads={"host": LoadTimes().with_load(0.002), "store": LoadTimes().with_load(0.02).with_load(99.0)},
+            failed_loads=1,
+            evictions=4,
+            copies=3,
+        )
+
+    def waiting(self) -> int:
+        return 3
+
+    def running(self) -> int:
+        return 2
+
+    async def pin(self, digest: str) -> None:
+        self.pinned.append(digest)
+
+    def unpin(self, digest: str) -> None:
+        self.pinned.remove(digest)
 
     async def generate(self, params: GenerateParams) -> StubStream:
         self.asked.append(params)
         await self._misbehave(params.prompt)
         return StubStream(self, params)
 
-    async def classify(self, adapter: str, inputs: list[str]) -> ClassifyResult:
+    async def classify(
+        self, adapter: str, inputs: list[str], priority: Priority = "normal", timeout_s: float | None = None
+    ) -> ClassifyResult:
+        self.classified.append((priority, timeout_s))
         await self._misbehave(inputs[0])
         if adapter == "demo/writer":
             raise UnsupportedTask("adapter 'demo/writer' is for generate", param="adapter")
@@ -112,7 +171,11 @@ class StubEngine:
         if text == TOO_LONG:
             raise PromptTooLong("9 prompt tokens exceed the context; shorten the prompt", param="prompt")
         if text == OVERLOADED:
-            raise Overloaded("too many requests; send it again later")
+            raise Overloaded("too many requests; send it again later", retry_after=7)
+        if text == FLOODING:
+            raise TenantOverloaded("tenant 'demo' has too many requests; send it again later", retry_after=9)
+        if text == LATE:
+            raise DeadlineExceeded("timeout_s ran out", param="timeout_s")
         if text == CRASHES:
             raise RuntimeError(SECRET)
         if text == HANGS:

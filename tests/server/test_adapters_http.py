@@ -5,6 +5,7 @@ from __future__ import annotations
 import httpx
 import pytest
 from answers import refused
+from stub_engine import StubEngine
 
 from adapters_store import AdapterBundle, AdapterStore
 
@@ -100,6 +101,22 @@ def test_a_version_that_an_alias_needs_stays(client: httpx.Client, store: Adapte
     store.publish(writer, "kept/here")
     store.set_alias("kept/here", "stable", "kept/here@v1")
     refused(client.delete("/v1/adapters/kept/here@v1"), 409, "version_in_use")
+
+
+def test_a_pin_is_on_the_version_that_was_named(
+    client: httpx.Client, engine: StubEngine, store: AdapterStore, writer: AdapterBundle, sorter: AdapterBundle
+) -> None:
+    store.publish(writer, "pinned/one")
+    store.publish(sorter, "pinned/one")
+    answer = client.put("/v1/adapters/pinned/one@v1/pin")
+    assert (answer.status_code, answer.json()) == (200, {"adapter": "pinned/one", "version": 1, "pinned": True})
+    client.put("/v1/adapters/pinned/one/pin").raise_for_status()
+    assert engine.pinned == [writer.digest, sorter.digest]
+    answer = client.delete("/v1/adapters/pinned/one@v1/pin")
+    assert answer.json() == {"adapter": "pinned/one", "version": 1, "pinned": False}
+    assert engine.pinned == [sorter.digest]
+    for method in ("PUT", "DELETE"):
+        refused(client.request(method, "/v1/adapters/pinned/none/pin"), 404, "adapter_not_found")
 
 
 @pytest.mark.parametrize("method", ["GET", "DELETE"])

@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import pytest
 from answers import refused
-from stub_engine import CRASHES, OVERLOADED
+from stub_engine import CRASHES, OVERLOADED, StubEngine
 
 
 def test_results_come_in_the_order_of_the_inputs(client: httpx.Client) -> None:
@@ -20,9 +20,18 @@ def test_results_come_in_the_order_of_the_inputs(client: httpx.Client) -> None:
     }
 
 
+def test_priority_and_timeout_reach_the_engine(client: httpx.Client, engine: StubEngine) -> None:
+    body = {"adapter": "demo/sorter", "inputs": ["a"]}
+    assert client.post("/v1/classify", json=body).status_code == 200
+    assert client.post("/v1/classify", json=body | {"priority": "low", "timeout_s": 2.5}).status_code == 200
+    assert engine.classified == [("normal", None), ("low", 2.5)]
+
+
 @pytest.mark.parametrize(
     ("body", "code", "param"),
     [
+        ({"adapter": "a/b", "inputs": ["a"], "priority": "urgent"}, "invalid_value", "priority"),
+        ({"adapter": "a/b", "inputs": ["a"], "timeout_s": -1}, "invalid_value", "timeout_s"),
         ({"inputs": ["a"]}, "missing_field", "adapter"),
         ({"adapter": "a/b"}, "missing_field", "inputs"),
         ({"adapter": None, "inputs": ["a"]}, "invalid_value", "adapter"),

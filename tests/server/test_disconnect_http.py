@@ -69,4 +69,4 @@ def test_a_shutdown_ends_an_endless_request_after_the_grace(base: FrozenBase, st
     assert 1 < time.monotonic() - begun < 8
     response.close()
     client.close()
-    assert (engine.open_streams, engine.running) == (0, False)
+    assert (engine.open_streams, engine.started) == (0, False)

@@ -11,6 +11,9 @@ from stub_engine import (
     CRASHES,
     CRASHES_LATER,
     FAILS_LATER,
+    FLOODING,
+    LATE,
+    LATE_LATER,
     OVERLOADED,
     PIECES,
     SECRET,
@@ -51,6 +54,8 @@ def test_every_field_reaches_the_engine(client: httpx.Client, engine: StubEngine
         "top_k": 3,
         "seed": 11,
         "stop": ["\n", "END"],
+        "priority": "high",
+        "timeout_s": 30,
     }
     assert generate(client, **fields).status_code == 200
     assert engine.asked == [GenerateParams(**fields)]
@@ -94,6 +99,11 @@ def test_defaults_are_greedy_and_the_bare_base(client: httpx.Client, engine: Stu
         ({"prompt": "a", "stop": "x"}, "invalid_value", "stop"),
         ({"prompt": "a", "stop": ["ok", ""]}, "invalid_value", "stop[1]"),
         ({"prompt": "a", "stop": ["x"] * 17}, "invalid_value", "stop"),
+        ({"prompt": "a", "priority": "urgent"}, "invalid_value", "priority"),
+        ({"prompt": "a", "priority": 1}, "invalid_value", "priority"),
+        ({"prompt": "a", "timeout_s": 0}, "invalid_value", "timeout_s"),
+        ({"prompt": "a", "timeout_s": 86401}, "invalid_value", "timeout_s"),
+        ({"prompt": "a", "timeout_s": "5"}, "invalid_value", "timeout_s"),
         ({"prompt": "a", "stream": "yes"}, "invalid_value", "stream"),
         ({"prompt": "a", "logprobs": 5}, "unknown_field", "logprobs"),
         ({"prompt": "a", "temprature": 1}, "unknown_field", "temprature"),
@@ -161,6 +171,8 @@ def test_query_parameters_are_not_ignored(client: httpx.Client) -> None:
     [
         (TOO_LONG, 422, "context_length_exceeded"),
         (OVERLOADED, 503, "overloaded"),
+        (FLOODING, 429, "tenant_overloaded"),
+        (LATE, 504, "deadline_exceeded"),
         (CRASHES, 500, "internal_error"),
     ],
 )
@@ -171,6 +183,11 @@ def test_a_refusal_has_its_status_also_when_streaming(
     assert SECRET not in error["message"]
     if status == 500:
         assert SECRET in caplog.text, "the log must have the traceback"
+
+
+@pytest.mark.parametrize(("prompt", "seconds"), [(OVERLOADED, "7"), (FLOODING, "9")])
+def test_a_refusal_for_want_of_room_says_when_to_come_again(client: httpx.Client, prompt: str, seconds: str) -> None:
+    assert generate(client, prompt=prompt).headers["retry-after"] == seconds
 
 
 def test_an_unexpected_error_is_found_in_the_log_by_its_request_id(
@@ -203,6 +220,12 @@ def test_an_error_in_mid_stream_is_the_last_event(client: httpx.Client) -> None:
     *_, delta, error = events(generate(client, prompt=FAILS_LATER, stream=True).text)
     assert delta["text"] == PIECES[0]
     assert error["error"]["code"] == "engine_unavailable"
+
+
+def test_a_deadline_in_mid_stream_is_told_by_its_code(client: httpx.Client) -> None:
+    error = events(generate(client, prompt=LATE_LATER, stream=True).text)[-1]["error"]
+    assert (error["code"], error["param"]) == ("deadline_exceeded", "timeout_s")
+    refused(generate(client, prompt=LATE_LATER), 504, "deadline_exceeded")
 
 
 def test_a_crash_in_mid_stream_leaks_nothing(client: httpx.Client, caplog: pytest.LogCaptureFixture) -> None:

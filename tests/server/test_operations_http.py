@@ -7,7 +7,7 @@ import socket
 import httpx
 import pytest
 from answers import refused
-from stub_engine import StubEngine
+from stub_engine import FLOODING, LATE, LATE_LATER, OVERLOADED, TOO_LONG, StubEngine
 
 
 def samples(client: httpx.Client) -> dict[str, float]:
@@ -23,10 +23,10 @@ def test_alive_and_ready(client: httpx.Client) -> None:
 
 
 def test_a_dead_engine_is_not_ready_but_the_process_is_alive(client: httpx.Client, engine: StubEngine) -> None:
-    engine.running = False
+    engine.started = False
     assert "not running" in refused(client.get("/readyz"), 503, "engine_unavailable")["message"]
     assert client.get("/healthz").status_code == 200
-    engine.running = True
+    engine.started = True
     assert client.get("/readyz").status_code == 200
 
 
@@ -50,11 +50,27 @@ def test_each_request_has_an_id_that_the_client_cannot_choose(client: httpx.Clie
     assert "mine" not in ids
 
 
+def test_metrics_tell_where_adapters_are(client: httpx.Client) -> None:
+    found = samples(client)
+    assert found['sera_adapter_hits_total{tier="device"}'] == 7
+    assert found['sera_adapter_load_seconds_bucket{le="0.0025",tier="host"}'] == 1
+    assert found['sera_adapter_load_seconds_bucket{le="0.025",tier="store"}'] == 1
+    assert found['sera_adapter_load_seconds_bucket{le="10.0",tier="store"}'] == 1
+    assert found['sera_adapter_load_seconds_bucket{le="+Inf",tier="store"}'] == 2
+    assert found['sera_adapter_load_seconds_count{tier="store"}'] == 2
+    assert found['sera_adapter_load_seconds_sum{tier="store"}'] == pytest.approx(99.02)
+    assert (found["sera_adapters_resident"], found["sera_adapter_evictions_total"]) == (3, 4)
+    assert (found["sera_adapter_device_bytes"], found["sera_adapter_host_limit_bytes"]) == (4096, 1024)
+
+
 def test_metrics_count_requests_and_tokens_by_bounded_labels(client: httpx.Client) -> None:
     before = samples(client)
     client.post("/v1/generate", json={"prompt": "hello"})
     client.post("/v1/generate", json={"prompt": "hello", "stream": True})
     client.post("/v1/classify", json={"adapter": "demo/sorter", "inputs": ["a", "b"]})
+    for prompt in (OVERLOADED, FLOODING, LATE, TOO_LONG):
+        client.post("/v1/generate", json={"prompt": prompt})
+    client.post("/v1/generate", json={"prompt": LATE_LATER, "stream": True})
     for number in range(3):
         client.get(f"/v1/adapters/demo/absent-{number}")
         client.get(f"/nothing-{number}")
@@ -64,13 +80,22 @@ def test_metrics_count_requests_and_tokens_by_bounded_labels(client: httpx.Clien
     assert "BREW" not in response.text
     grown = {name: value - before.get(name, 0) for name, value in samples(client).items()}
     requests = "sera_http_requests_total"
-    assert grown[requests + '{method="POST",route="/v1/generate",status="200"}'] == 2
+    assert grown[requests + '{method="POST",route="/v1/generate",status="200"}'] == 3
     assert grown[requests + '{method="GET",route="/v1/adapters/{tenant}/{name}",status="404"}'] == 3
     assert grown[requests + '{method="GET",route="unmatched",status="404"}'] == 3
     assert grown['sera_tokens_total{kind="prompt"}'] == 10
     assert grown['sera_tokens_total{kind="completion"}'] == 6
     assert grown["sera_classified_inputs_total"] == 2
-    assert samples(client)["sera_requests_in_flight"] == 0
+    refusals = {"overloaded": 1, "tenant_overloaded": 1, "deadline_exceeded": 2}
+    for code, count in refusals.items():
+        assert grown[f'sera_refusals_total{{code="{code}"}}'] == count
+    assert not any("context_length" in name for name in grown)
+    # Four requests of the stub got their turn: three generations and a classification.
+    assert grown["sera_wait_seconds_count"] == 4
+    assert grown["sera_wait_seconds_sum"] == pytest.approx(0.75)
+    assert grown["sera_first_token_seconds_sum"] == pytest.approx(1.5)
+    now = samples(client)
+    assert (now["sera_requests_in_flight"], now["sera_waiting"], now["sera_running"]) == (0, 3, 2)
 
 
 def test_a_json_body_over_the_limit_is_refused(client: httpx.Client) -> None:
@@ -108,6 +133,7 @@ def test_openapi_describes_every_route(client: httpx.Client) -> None:
         "/v1/classify": {"post"},
         "/v1/adapters": {"get", "post"},
         "/v1/adapters/{tenant}/{name}": {"get", "delete"},
+        "/v1/adapters/{tenant}/{name}/pin": {"put", "delete"},
         "/healthz": {"get"},
         "/readyz": {"get"},
         "/metrics": {"get"},

@@ -1,0 +1,103 @@
+"""Threads that bring adapters in, so that the ones that serve requests never wait for the store."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import threading
+import time
+from collections.abc import Callable
+
+import torch
+
+
+class LoaderThreads:
+    """Runs jobs in the order of their priority, a few at once; a slow store holds up only what is read from it.
+
+    A job that has run for `stall_s` no longer counts as one of the few, so another starts beside it. Only where
+    `most` jobs are stalled at the same time does a further one wait for them.
+    """
+
+    def __init__(self, at_once: int, most: int = 32, stall_s: float = 1.0) -> None:
+        """Start no thread yet.
+
+        Args:
+            at_once: How many jobs run at once, stalled ones not counted.
+            most: How many threads there are at most, those of stalled jobs and one that watches them included.
+            stall_s: Time after which a job is stalled, seconds.
+        """
+        self._at_once = at_once
+        self._most = max(most, at_once + 1)
+        self._stall_s = stall_s
+        self._changed = threading.Condition()
+        self._jobs: list[tuple[int, int, Callable[[], None]]] = []
+        self._order = itertools.count()
+        # When each running job began, by its place in the order.
+        self._running: dict[int, float] = {}
+        self._threads: list[threading.Thread] = []
+        self._idle = 0
+        self._closed = False
+
+    def submit(self, priority: int, job: Callable[[], None]) -> None:
+        """Have a job run, after all of a lower priority number and earlier ones of the same. It must not raise.
+
+        After `close` nothing happens.
+        """
+        with self._changed:
+            if self._closed:
+                return
+            heapq.heappush(self._jobs, (priority, next(self._order), job))
+            self._ensure_idle_thread()
+            self._changed.notify()
+
+    def close(self, timeout_s: float) -> None:
+        """Start no more jobs, and wait so long for those that run; one that takes longer is left to itself."""
+        with self._changed:
+            self._closed = True
+            self._jobs.clear()
+            self._changed.notify_all()
+        deadline = time.monotonic() + timeout_s
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+    def _ensure_idle_thread(self) -> None:
+        """While jobs wait, one idle thread at least: it starts the next one when a running one stalls. Lock held."""
+        if self._jobs and not self._idle and len(self._threads) < self._most:
+            # Counted here, not when it runs: the next call must not start another.
+            self._idle += 1
+            # A daemon, because a store that never answers must not keep the process from ending.
+            thread = threading.Thread(target=self._run, name=f"adapter-loader-{len(self._threads)}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def _run(self) -> None:
+        # One CPU thread each: a pool of OpenMP threads for every loader would end the spinning of the engine's own
+        # pool, which waits for little else between two layers (measured: forward passes of half the speed).
+        torch.set_num_threads(1)
+        with self._changed:
+            while True:
+                while not self._closed and not (self._jobs and self._free_in() <= 0):
+                    self._changed.wait(self._free_in() if self._jobs else None)
+                if self._closed:
+                    return
+                self._idle -= 1
+                _, order, job = heapq.heappop(self._jobs)
+                self._running[order] = time.monotonic()
+                self._ensure_idle_thread()
+                self._changed.release()
+                try:
+                    job()
+                finally:
+                    # What the job holds must not outlive it while this thread is idle.
+                    del job
+                    self._changed.acquire()
+                    del self._running[order]
+                    self._idle += 1
+                    self._changed.notify()
+
+    def _free_in(self) -> float:
+        """Seconds until fewer than `at_once` running jobs are not stalled; zero or less if so now. Lock held."""
+        began = sorted(self._running.values())
+        if len(began) < self._at_once:
+            return 0.0
+        return began[-self._at_once] + self._stall_s - time.monotonic()

@@ -1,0 +1,289 @@
+"""Loads under way: reading, the line for room in the pool, copying, and the answers to those who wait."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import Future
+
+from sera_serve.errors import AdapterTooLarge
+from sera_serve.residency.answers import Answers
+from sera_serve.residency.handles import Lease
+from sera_serve.residency.host_cache import HostCache
+from sera_serve.residency.loader_threads import LoaderThreads
+from sera_serve.residency.loading import Loading, Waiting
+from sera_serve.residency.packing import PackedAdapter
+from sera_serve.residency.pool import Placement
+from sera_serve.residency.residents import Residents
+from sera_serve.residency.stats import LoadTimes, Tier
+
+# Priorities of loader jobs: what has room in the pool, then what a request waits for, then what one will want.
+_FILL, _LOAD, _PREFETCH = range(3)
+
+# How many adapters that find no room are tried before the rest of the line is left for later.
+_LINE_WINDOW = 16
+
+
+class Loads:
+    """Brings adapters to the device and grants leases on them.
+
+    The caller holds `lock` around every public method, and delivers the answers after it has released the lock.
+
+    Attributes:
+        wishes: How many requests that are not admitted yet wish for each adapter.
+        granted: Leases granted so far, by the tier that the adapter was found in.
+        times: Times of the loads that reached the device.
+        failed: Loads that did not.
+    """
+
+    def __init__(
+        self,
+        lock: threading.Lock,
+        read: Callable[[str], PackedAdapter],
+        residents: Residents,
+        host_cache: HostCache,
+        threads: LoaderThreads,
+        patience: int,
+        answers: Answers,
+        release: Callable[[Lease], None],
+    ) -> None:
+        """Begin without any.
+
+        Args:
+            lock: Guards `residents`, `host_cache` and this.
+            read: Reads and packs an adapter; raises a typed error where it cannot be had.
+            residents: The device tier.
+            host_cache: The host tier.
+            threads: Threads to load with.
+            patience: Leases that may be granted over the head of the first in line.
+            answers: Where the answers go.
+            release: What `Lease.release` of a granted lease does.
+        """
+        self.wishes: Counter[str] = Counter()
+        self.granted: Counter[Tier] = Counter()
+        self.times: dict[Tier, LoadTimes] = {"host": LoadTimes(), "store": LoadTimes()}
+        self.failed = 0
+        self._lock = lock
+        self._read_store = read
+        self._residents = residents
+        self._host_cache = host_cache
+        self._threads = threads
+        self._patience = patience
+        self._answers = answers
+        self._release = release
+        self._loadings: dict[str, Loading] = {}
+        # Those of them that were read and find no room, in the order they came.
+        self._line: dict[str, Waiting] = {}
+
+    def __len__(self) -> int:
+        return len(self._loadings)
+
+    @property
+    def waiting(self) -> int:
+        """How many adapters wait for room."""
+        return len(self._line)
+
+    def get(self, digest: str) -> Loading | None:
+        """The load of an adapter, if there is one."""
+        return self._loadings.get(digest)
+
+    def request(self, digest: str, future: Future[Lease]) -> None:
+        """Grant a lease now or when the adapter is there; all who ask meanwhile share one load."""
+        if not self._residents.are_retiring() and self._is_impatient(next(iter(self._line.values()), None)):
+            self.serve_line()
+        if self._residents.usable(digest):
+            self._grant(digest, [future], "device")
+            return
+        loading = self._loadings.get(digest)
+        if loading is None:
+            loading = self._loadings[digest] = Loading(digest)
+        if not loading.started and not loading.futures:
+            # A load that was a mere prefetch is in the queue twice now; whichever comes later finds it started.
+            self._threads.submit(_LOAD, lambda: self._load(loading))
+        loading.futures.append(future)
+
+    def prefetch(self, digest: str) -> None:
+        """Begin to bring an adapter near, if it is not."""
+        if digest not in self._residents and digest not in self._loadings:
+            loading = self._loadings[digest] = Loading(digest)
+            self._threads.submit(_PREFETCH, lambda: self._load(loading))
+
+    def serve_line(self, arriving: Loading | None = None) -> None:
+        """Find room for those who wait; called whenever there may be some. The caller itself fills `arriving`."""
+        self._residents.retire_none()
+        if not self._line:
+            return
+        blocked = 0
+        room = self._residents.room()
+        for waiting in list(self._line.values()):
+            if self._serve(waiting, arriving, room):
+                room = self._residents.room()
+                continue
+            blocked += 1
+            if blocked == 1 and self._is_impatient(waiting):
+                self._residents.retire_for(waiting.layout)
+                return
+            if blocked == _LINE_WINDOW:
+                return
+
+    def refuse_all(self, error: Exception) -> None:
+        """Answer everyone who waits with `error`, and begin nothing more."""
+        for loading in list(self._loadings.values()):
+            self._refuse(loading, error)
+
+    def check_integrity(self) -> None:
+        """Raise RuntimeError where loads, line and wishes do not agree with each other and the pool."""
+        copying = [loading for loading in self._loadings.values() if loading.placement is not None]
+        if len(self._residents.pool.placements()) != len(self._residents) + len(copying):
+            raise RuntimeError("an adapter has a place in the pool and is neither resident nor being copied")
+        for digest, waiting in self._line.items():
+            if self._loadings.get(digest) is not waiting.loading or waiting.loading.placement is not None:
+                raise RuntimeError(f"adapter {digest} waits for room that it does not need")
+        waits = any(waiting.loading.is_awaited() for waiting in self._line.values())
+        if waits and not copying and not self._residents.leases():
+            raise RuntimeError("an adapter waits for room although nothing is in use")
+        if min(self.wishes.values(), default=1) < 1:
+            raise RuntimeError("a prefetch was released twice")
+
+    def _load(self, loading: Loading) -> None:
+        """Loader thread: read an adapter, and copy it to the device if it finds room at once."""
+        with self._lock:
+            if loading.started or self._loadings.get(loading.digest) is not loading:
+                return
+            loading.started = True
+            if not loading.is_awaited() and not self._is_worth_prefetching(loading):
+                self._end(loading)
+                return
+        packed = self._read(loading)
+        if packed is not None:
+            with self._lock:
+                if self._loadings.get(loading.digest) is loading:
+                    self._find_room(loading, packed)
+                placement = loading.placement
+            if placement is not None:
+                self._fill(loading, placement, packed)
+        self._answers.deliver()
+
+    def _load_placed(self, loading: Loading, placement: Placement) -> None:
+        """Loader thread: copy an adapter that had to wait for room."""
+        packed = self._read(loading)
+        if packed is not None:
+            self._fill(loading, placement, packed)
+        self._answers.deliver()
+
+    def _read(self, loading: Loading) -> PackedAdapter | None:
+        """The adapter from the host cache or the store; None if that failed, which those who wait are told."""
+        began = time.monotonic()
+        with self._lock:
+            packed = self._host_cache.get(loading.digest)
+        tier: Tier = "store" if packed is None else "host"
+        if packed is None:
+            try:
+                packed = self._read_store(loading.digest)
+            except Exception as error:  # noqa: BLE001 - it is delivered to every request that waits for this load
+                self._fail(loading, error)
+                return None
+        with self._lock:
+            loading.seconds += time.monotonic() - began
+            loading.tier = loading.tier or tier
+            if self._loadings.get(loading.digest) is loading:
+                self._host_cache.put(packed, self._is_wanted)
+        return packed
+
+    def _find_room(self, loading: Loading, packed: PackedAdapter) -> None:
+        if loading.is_awaited():
+            waiting = Waiting(loading, packed.layout, self.granted.total())
+            self._line[loading.digest] = waiting
+            self.serve_line(arriving=loading)
+            return
+        if self.wishes[loading.digest] and not self._line and not loading.doomed:
+            loading.placement = self._residents.reserve(packed.layout, self._is_wanted, spare_wanted=True)
+        if loading.placement is None:
+            self._end(loading)
+
+    def _fill(self, loading: Loading, placement: Placement, packed: PackedAdapter) -> None:
+        began = time.monotonic()
+        try:
+            self._residents.pool.fill(placement, packed.data)
+        except Exception as error:  # noqa: BLE001 - it is delivered to every request that waits for this load
+            self._fail(loading, error)
+            return
+        with self._lock:
+            tier = loading.tier or "store"
+            self.times[tier] = self.times[tier].with_load(loading.seconds + time.monotonic() - began)
+            self._residents.add(placement)
+            self._grant(loading.digest, loading.futures, tier)
+            self._end(loading)
+            if loading.doomed:
+                self._residents.doom(loading.digest)
+            self.serve_line()
+
+    def _fail(self, loading: Loading, error: Exception) -> None:
+        with self._lock:
+            self.failed += 1
+            if loading.placement is not None:
+                self._residents.pool.remove(loading.placement)
+                loading.placement = None
+            self._refuse(loading, error)
+            self.serve_line()
+
+    def _serve(self, waiting: Waiting, arriving: Loading | None, room: int) -> bool:
+        """Whether one in line does not wait for room any more. `room`: elements there can be at most."""
+        loading = waiting.loading
+        if not loading.is_awaited():
+            self._end(loading)
+        elif self._residents.usable(loading.digest):
+            self._grant(loading.digest, loading.futures, "device")
+            self._end(loading)
+        elif (
+            waiting.layout.elements <= room
+            and (placement := self._residents.reserve(waiting.layout, self._is_wanted)) is not None
+        ):
+            del self._line[loading.digest]
+            loading.placement = placement
+            if loading is not arriving:
+                self._threads.submit(_FILL, lambda: self._load_placed(loading, placement))
+        elif not self._residents.could_fit(waiting.layout):
+            self._refuse(
+                loading,
+                AdapterTooLarge(
+                    "the adapter does not fit beside the pinned ones; unpin some, or raise pool_mib", param="adapter"
+                ),
+            )
+        else:
+            return False
+        return True
+
+    def _is_impatient(self, waiting: Waiting | None) -> bool:
+        return waiting is not None and self.granted.total() - waiting.granted_before >= self._patience
+
+    def _grant(self, digest: str, futures: list[Future[Lease]], tier: Tier) -> None:
+        for future in futures:
+            if self._answers.decide(future, lambda: Lease(self._residents.lease(digest), self._release)):
+                self.granted[tier] += 1
+
+    def _refuse(self, loading: Loading, error: Exception) -> None:
+        for future in loading.futures:
+            self._answers.decide(future, lambda: error)
+        loading.futures = []
+        # What is being copied ends when it is copied: until then its place in the pool is taken.
+        if loading.placement is None:
+            self._end(loading)
+
+    def _end(self, loading: Loading) -> None:
+        if self._loadings.get(loading.digest) is loading:
+            del self._loadings[loading.digest]
+            self._line.pop(loading.digest, None)
+            if loading.doomed:
+                self._host_cache.drop(loading.digest)
+
+    def _is_wanted(self, digest: str) -> bool:
+        return digest in self.wishes or digest in self._loadings
+
+    def _is_worth_prefetching(self, loading: Loading) -> bool:
+        if not self.wishes[loading.digest] or loading.doomed:
+            return False
+        spare = not self._line and self._residents.has_spare_room(self._is_wanted)
+        return spare or self._host_cache.has_room(self._is_wanted)

@@ -1,0 +1,70 @@
+"""Figures of residency, for metrics."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from dataclasses import dataclass
+from typing import Literal
+
+Tier = Literal["device", "host", "store"]
+
+LOAD_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+"""Upper bounds of the histogram of load times, seconds; the last bucket beyond them has no bound."""
+
+
+@dataclass(frozen=True)
+class LoadTimes:
+    """A histogram of the times that loads took: reading, packing and copying, without waiting for room.
+
+    Attributes:
+        counts: Loads of each bucket of `LOAD_BUCKETS`, not cumulative, then those above the last bound.
+        seconds: Sum of the times.
+    """
+
+    counts: tuple[int, ...] = (0,) * (len(LOAD_BUCKETS) + 1)
+    seconds: float = 0.0
+
+    def with_load(self, seconds: float) -> LoadTimes:
+        """These and one more."""
+        counts = list(self.counts)
+        counts[bisect_left(LOAD_BUCKETS, seconds)] += 1
+        return LoadTimes(tuple(counts), self.seconds + seconds)
+
+
+@dataclass(frozen=True)
+class ResidencyStats:
+    """The state at one moment, and counts since the start.
+
+    Attributes:
+        resident: Adapters on the device.
+        pinned: Of these, the pinned ones.
+        leases: Leases held.
+        loading: Adapters being brought in, those that wait for room included.
+        waiting: Of these, the ones that wait for room.
+        device_bytes: Bytes of the pool that adapters take.
+        device_limit: Bytes of the pool.
+        host_adapters: Adapters in the host cache.
+        host_bytes: Bytes that they take.
+        host_limit: The most that they may take.
+        granted: Leases granted so far, by the tier that the adapter was found in.
+        loads: Times of the loads from the host cache and from the store.
+        failed_loads: Loads that failed; each was told to every request that waited for it.
+        evictions: Adapters that left the device for others' sake.
+        copies: Copies of factors to the device; as many as loads, unless free room was in pieces.
+    """
+
+    resident: int
+    pinned: int
+    leases: int
+    loading: int
+    waiting: int
+    device_bytes: int
+    device_limit: int
+    host_adapters: int
+    host_bytes: int
+    host_limit: int
+    granted: dict[Tier, int]
+    loads: dict[Tier, LoadTimes]
+    failed_loads: int
+    evictions: int
+    copies: int

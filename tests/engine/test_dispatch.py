@@ -1,0 +1,273 @@
+"""From queue to batch, one event at a time, with adapters that arrive when the test says so."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from typing import Any, cast
+
+import pytest
+
+from sera_serve.engine.admission import Room, Visit
+from sera_serve.engine.dispatch import Dispatcher, Request, Stage
+from sera_serve.engine.fairness import FairQueue
+from sera_serve.errors import EngineUnavailable, UnsupportedTask
+from sera_serve.residency import AdapterResidency, Lease
+
+
+class FakeLease:
+    def __init__(self, residency: FakeResidency, digest: str) -> None:
+        self.residency, self.digest = residency, digest
+        residency.leases += 1
+
+    def release(self) -> None:
+        if self.residency is not None:
+            self.residency.leases -= 1
+            self.residency = None  # type: ignore[assignment]
+
+
+class FakeResidency:
+    """Adapters are there once `arrive` was called, and stay."""
+
+    def __init__(self) -> None:
+        self.leases = self.wishes = 0
+        self.here: set[str] = set()
+        self.waiting: list[tuple[str, Future[FakeLease]]] = []
+
+    def acquire(self, digest: str) -> Future[FakeLease]:
+        future: Future[FakeLease] = Future()
+        if digest in self.here:
+            future.set_result(FakeLease(self, digest))
+        else:
+            self.waiting.append((digest, future))
+        return future
+
+    def prefetch(self, digest: str) -> Any:
+        residency, self.wishes = self, self.wishes + 1
+
+        class Wish:
+            held = True
+
+            def release(self) -> None:
+                residency.wishes -= self.held
+                self.held = False
+
+        return Wish()
+
+    def arrive(self, digest: str, error: Exception | None = None) -> None:
+        if error is None:
+            self.here.add(digest)
+        told, self.waiting = self.waiting, []
+        for wanted, future in told:
+            if wanted != digest:
+                self.waiting.append((wanted, future))
+            elif future.set_running_or_notify_cancel():
+                if error is None:
+                    future.set_result(FakeLease(self, digest))
+                else:
+                    future.set_exception(error)
+
+
+class Line:
+    """A dispatcher, and what it has done."""
+
+    def __init__(self, places: int, max_waiting_leases: int = 2) -> None:
+        self.residency = FakeResidency()
+        self.queue = FairQueue[Request]()
+        self.room = Room(places)
+        residency = cast(AdapterResidency, self.residency)
+        self.dispatcher = Dispatcher(self.queue, self.room, residency, max_waiting_leases)
+        self.begun: list[Request] = []
+        self.ended: list[tuple[Request, bool]] = []
+
+    def submit(self, tenant: str, digest: str | None = None, refuse: bool = False, **fields: Any) -> Request:
+        def begin(lease: Lease | None) -> None:
+            assert (lease is None) == (digest is None)
+            if refuse:
+                raise UnsupportedTask("for something else", param="adapter")
+            self.begun.append(request)
+
+        request = Request(
+            tenant=tenant,
+            prompt_tokens=10,
+            visit=Visit(tenant, 0.0),
+            digest=digest,
+            begin=begin,
+            ended=lambda served: self.ended.append((request, served)),
+            **fields,
+        )
+        self.dispatcher.submit(request)
+        return request
+
+    def holds_nothing(self) -> bool:
+        return (
+            len(self.queue) == len(self.room) == self.residency.leases == self.residency.wishes == 0
+            and not self.dispatcher._leased
+            and not any(not future.cancelled() for _, future in self.residency.waiting)
+        )
+
+
+def test_requests_enter_as_places_come_free() -> None:
+    line = Line(places=2)
+    a, b, c = (line.submit("a") for _ in range(3))
+    assert line.begun == [a, b]
+    assert (line.dispatcher.waiting(), line.dispatcher.running()) == (1, 2)
+    line.dispatcher.finish(a)
+    assert line.begun == [a, b, c]
+    for request in (b, c):
+        line.dispatcher.finish(request)
+    assert line.ended == [(a, True), (b, True), (c, True)]
+    assert line.holds_nothing()
+
+
+def test_a_loading_adapter_holds_nobody_up_and_its_request_keeps_its_turn() -> None:
+    line = Line(places=1)
+    slow = line.submit("a", "slow")
+    assert line.begun == [] and line.residency.wishes == 1
+    first, second = line.submit("b"), line.submit("b")
+    assert line.begun == [first]
+    line.residency.arrive("slow")
+    assert line.begun == [first]
+    line.dispatcher.finish(first)
+    assert line.begun == [first, slow], "its tenant was served less"
+    assert line.residency.wishes == 0, "the lease takes the wish's place"
+    line.dispatcher.finish(slow)
+    line.dispatcher.finish(second)
+    assert line.holds_nothing()
+
+
+def test_an_adapter_that_is_there_is_leased_only_for_who_runs() -> None:
+    line = Line(places=1)
+    line.residency.arrive("x")
+    requests = [line.submit("a", "x") for _ in range(5)]
+    assert line.residency.leases == 1
+    for request in requests:
+        line.dispatcher.finish(request)
+    assert line.begun == requests and line.holds_nothing()
+
+
+def test_those_who_wait_hold_few_leases_and_the_first_in_order_keep_theirs() -> None:
+    line = Line(places=1, max_waiting_leases=2)
+    late = [line.submit("flood", f"f{i}") for i in range(6)]
+    running = line.submit("b")
+    for i in reversed(range(6)):
+        line.residency.arrive(f"f{i}")
+        assert line.residency.leases <= 2
+    assert {request for request in late if request.lease} == set(late[:2])
+    line.dispatcher.finish(running)
+    for request in late:
+        line.dispatcher.finish(request)
+    assert line.begun == [running, *late] and line.holds_nothing()
+
+
+def test_a_load_that_fails_is_told_to_its_requests_alone() -> None:
+    line = Line(places=4)
+    lost = [line.submit("a", "broken") for _ in range(3)]
+    fine = line.submit("a", "fine")
+    line.residency.arrive("broken", OSError("no disk"))
+    line.residency.arrive("fine")
+    for request in lost:
+        with pytest.raises(OSError, match="no disk"):
+            request.begun.result(0)
+    assert line.begun == [fine]
+    line.dispatcher.finish(fine)
+    assert line.holds_nothing()
+
+
+def test_a_request_that_the_batch_refuses_gives_its_place_to_the_next() -> None:
+    line = Line(places=1)
+    line.residency.arrive("x")
+    running = line.submit("a")
+    wrong = [line.submit("a", "x", refuse=True) for _ in range(3000)]
+    right = line.submit("a", "x")
+    line.dispatcher.finish(running)
+    for request in wrong:
+        with pytest.raises(UnsupportedTask):
+            request.begun.result(0)
+    assert line.begun == [running, right]
+    assert line.ended[-1] == (wrong[-1], False)
+    line.dispatcher.finish(right)
+    assert line.holds_nothing()
+
+
+@pytest.mark.parametrize("stage", ["waiting", "loading", "loaded", "running"])
+def test_withdrawing_at_each_stage(stage: str) -> None:
+    line = Line(places=1)
+    other = None if stage == "running" else line.submit("b")
+    if stage == "loading":
+        # It has to be asked for: when its turn comes, and its adapter is not there.
+        line.dispatcher.finish(other)  # type: ignore[arg-type]
+        other = None
+    if stage in ("waiting", "running"):
+        line.residency.arrive("x")
+    if stage == "loaded":
+        line.dispatcher.finish(other)  # type: ignore[arg-type]
+        request = line.submit("a", "x")
+        other = line.submit("b")
+        line.residency.arrive("x")
+        assert request.lease is not None
+    else:
+        request = line.submit("a", "x")
+    assert line.dispatcher.withdraw(request) == (stage != "running")
+    if stage == "running":
+        line.dispatcher.finish(request, served=False)
+    assert line.dispatcher.withdraw(request), "nothing is left to withdraw"
+    line.residency.arrive("x")
+    assert line.ended.count((request, False)) == 1
+    assert (request in line.begun) == (stage == "running")
+    if other is not None:
+        line.dispatcher.finish(other)
+    assert request.stage is Stage.GONE and line.holds_nothing()
+
+
+def test_a_request_whose_listener_gave_up_does_not_begin() -> None:
+    line = Line(places=1)
+    running, left, next_one = line.submit("a"), line.submit("a"), line.submit("a")
+    assert left.begun.cancel()
+    line.dispatcher.finish(running)
+    assert line.begun == [running, next_one]
+    assert (left, False) in line.ended
+    line.dispatcher.finish(next_one)
+    assert line.holds_nothing()
+
+
+def test_a_withdrawal_lets_the_next_in() -> None:
+    line = Line(places=2)
+    running = line.submit("a")
+    wide = line.submit("b", places=2)
+    narrow = line.submit("c")
+    assert line.begun == [running], "whose turn it is waits for its room, or it would starve"
+    line.dispatcher.withdraw(wide)
+    assert line.begun == [running, narrow]
+
+
+def test_turning_away_takes_the_last_that_waits_never_one_that_runs() -> None:
+    line = Line(places=1)
+    running = line.submit("a")
+    first, urgent, last = line.submit("a"), line.submit("a", priority=1), line.submit("a")
+    error = EngineUnavailable("full")
+    assert [line.dispatcher.turn_away("a", error) for _ in range(4)] == [last, first, urgent, None]
+    assert running.begun.result(0) is None
+    for request in (first, urgent, last):
+        assert request.begun.exception(0) is error
+
+
+def test_closing_refuses_all_that_wait_and_all_that_come() -> None:
+    line = Line(places=1)
+    running, waits = line.submit("a"), line.submit("a", "x")
+    line.dispatcher.close()
+    with pytest.raises(EngineUnavailable):
+        waits.begun.result(0)
+    with pytest.raises(EngineUnavailable):
+        line.submit("a", "x")
+    line.dispatcher.finish(running)
+    assert line.holds_nothing()
+
+
+def test_a_prompt_that_is_computed_makes_way_for_the_next() -> None:
+    line = Line(places=8)
+    line.room._prefill_tokens = 15
+    first, second = line.submit("a"), line.submit("b")
+    assert line.begun == [first]
+    line.dispatcher.progress(first, 1)
+    assert line.begun == [first, second]
+    assert line.queue.counter("a") == 10 + 2

@@ -1,0 +1,395 @@
+"""Limits, deadlines, fairness and giving up, on a real engine."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from adapters_store import AdapterBundle, AdapterStore
+from factories import greedy, merged, random_adapter
+from sera_serve import SeraConfig
+from sera_serve.base import FrozenBase
+from sera_serve.engine import ClassifyResult, GenerateParams, GenerationResult, GenerationStream, ServingEngine
+from sera_serve.engine.detokenizer import Detokenizer
+from sera_serve.engine.sequences import SequenceUpdate
+from sera_serve.engine.turns import Turns
+from sera_serve.errors import DeadlineExceeded, Overloaded, TenantOverloaded
+
+SHAPE = SeraConfig(8, 8, 8.0, "all-linear")
+Start = Callable[..., ServingEngine]
+
+
+class GatedStore(AdapterStore):
+    """A store whose reads of bundles wait for the test."""
+
+    gate: threading.Event | None = None
+
+    def load(self, digest: str, verify: bool | None = None) -> AdapterBundle:
+        if self.gate is not None:
+            assert self.gate.wait(20)
+        return super().load(digest, verify)
+
+
+@pytest.fixture
+def gated(decoder: FrozenBase, tmp_path: Any) -> GatedStore:
+    store = GatedStore(tmp_path / "gated")
+    for tenant in ("a", "b"):
+        store.publish(random_adapter(decoder, SHAPE, ord(tenant)), f"{tenant}/writer")
+        labeler = random_adapter(decoder, SHAPE, ord(tenant) + 1, labels=["no", "yes"], pooling="mean", max_length=200)
+        store.publish(labeler, f"{tenant}/labels")
+    return store
+
+
+async def collect(engine: ServingEngine, **params: Any) -> GenerationResult:
+    return await (await engine.generate(GenerateParams(**params))).collect()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        await asyncio.sleep(0.005)
+
+
+async def settled(engine: ServingEngine) -> None:
+    await until(lambda: not (engine.in_flight() or engine.waiting() or engine.running() or engine.residency.leases()))
+    engine.residency.check_integrity()
+
+
+def standstill(engine: ServingEngine) -> Turns:
+    """While it is entered, no forward pass is made."""
+    return engine._classify._turns
+
+
+def test_limits_of_a_tenant_and_of_all(gated: GatedStore, decoder: FrozenBase, start_engine: Start) -> None:
+    engine = start_engine(decoder, gated, max_queue=5, max_queue_per_tenant=3, max_sequences=1)
+
+    async def main() -> None:
+        tasks = [asyncio.ensure_future(collect(engine, adapter="a/writer", prompt="x")) for _ in range(3)]
+        await until(lambda: engine.in_flight() == 3)
+        for refused in (collect(engine, adapter="a/writer", prompt="x"), engine.classify("a/labels", ["x"])):
+            with pytest.raises(TenantOverloaded) as refusal:
+                await refused
+            assert refusal.value.retry_after >= 1
+        tasks += [asyncio.ensure_future(collect(engine, adapter="b/writer", prompt="x")) for _ in range(2)]
+        await until(lambda: engine.in_flight() == 5 and engine.waiting() == 4)
+        # The server is full: who has one comes in for one that waits of the tenant with three.
+        bare = asyncio.ensure_future(collect(engine, prompt="x"))
+        answers = await asyncio.gather(*tasks, bare, return_exceptions=True)
+        assert [type(answer) for answer in answers].count(TenantOverloaded) == 1
+        assert isinstance(answers[2], TenantOverloaded), "the last of the flood"
+        assert [type(answer) for answer in answers].count(GenerationResult) == 5
+        await settled(engine)
+
+    asyncio.run(main())
+
+
+def test_a_flood_does_not_hold_back_another_tenant(gated: GatedStore, decoder: FrozenBase, start_engine: Start) -> None:
+    engine = start_engine(decoder, gated, max_sequences=2)
+    order: list[str] = []
+
+    async def ask(adapter: str | None, name: str, **params: Any) -> None:
+        await collect(engine, adapter=adapter, prompt="hello", max_new_tokens=8, **params)
+        order.append(name)
+
+    async def main() -> None:
+        flood = [asyncio.ensure_future(ask("a/writer", "flood", priority="high")) for _ in range(40)]
+        await until(lambda: engine.waiting() > 20)
+        await asyncio.gather(*flood, ask("b/writer", "b", priority="low"), ask(None, "bare"))
+
+    asyncio.run(main())
+    assert max(order.index("b"), order.index("bare")) < 15
+    assert len(order) == 42
+
+
+def test_priority_orders_one_tenants_requests(gated: GatedStore, decoder: FrozenBase, start_engine: Start) -> None:
+    engine = start_engine(decoder, gated, max_sequences=1)
+    order: list[str] = []
+
+    async def ask(priority: Any) -> None:
+        await collect(engine, prompt="hello", max_new_tokens=2, priority=priority)
+        order.append(priority)
+
+    async def main() -> None:
+        running = await engine.generate(GenerateParams(prompt="x", max_new_tokens=250))
+        tasks = [asyncio.ensure_future(ask(priority)) for priority in ("low", "normal", "high", "low", "high")]
+        await until(lambda: engine.waiting() == 5)
+        await running.aclose()
+        await asyncio.gather(*tasks)
+
+    asyncio.run(main())
+    assert order == ["high", "high", "normal", "low", "low"]
+
+
+@pytest.mark.parametrize("stage", ["waiting", "loading", "running"])
+def test_cancelling_at_each_stage_gives_everything_back(
+    gated: GatedStore, decoder: FrozenBase, start_engine: Start, stage: str
+) -> None:
+    engine = start_engine(decoder, gated, max_sequences=1)
+
+    async def main() -> None:
+        holder: GenerationStream | None = None
+        if stage == "waiting":
+            holder = await engine.generate(GenerateParams(prompt="x", max_new_tokens=250))
+        if stage == "loading":
+            gated.gate = threading.Event()
+        task = asyncio.ensure_future(collect(engine, adapter="a/writer", prompt="x", max_new_tokens=240))
+        if stage == "running":
+            await until(lambda: engine.running() == 1)
+        else:
+            await until(lambda: engine.waiting() == 1)
+        if stage == "loading":
+            await until(lambda: engine.residency.stats().loading == 1)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert engine.waiting() == 0
+        if gated.gate is not None:
+            gated.gate.set()
+        if holder is not None:
+            await holder.aclose()
+        await settled(engine)
+        assert (await collect(engine, adapter="a/writer", prompt="x", max_new_tokens=2)).completion_tokens == 2
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("stage", ["waiting", "loading"])
+@pytest.mark.parametrize(
+    ("settings", "params", "error"),
+    [
+        ({}, {"timeout_s": 0.1}, DeadlineExceeded),
+        ({"request_timeout_s": 0.1}, {"timeout_s": 5}, Overloaded),
+        ({"request_timeout_s": 0.1}, {}, Overloaded),
+    ],
+)
+def test_a_wait_has_an_end(
+    gated: GatedStore,
+    decoder: FrozenBase,
+    start_engine: Start,
+    stage: str,
+    settings: dict[str, Any],
+    params: dict[str, Any],
+    error: type[Exception],
+) -> None:
+    engine = start_engine(decoder, gated, max_sequences=1, **settings)
+
+    async def main() -> None:
+        with standstill(engine):
+            if stage == "waiting":
+                await engine.generate(GenerateParams(prompt="x", max_new_tokens=1))
+            else:
+                gated.gate = threading.Event()
+            with pytest.raises(error):
+                await collect(engine, adapter="a/writer", prompt="x", **params)
+            with pytest.raises(error):
+                await engine.classify("a/labels", ["x"] * 300, timeout_s=params.get("timeout_s"))
+            assert engine.waiting() == 0
+        if gated.gate is not None:
+            gated.gate.set()
+        await settled(engine)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("reads", [True, False])
+def test_a_running_request_ends_at_its_deadline(
+    gated: GatedStore, decoder: FrozenBase, start_engine: Start, reads: bool
+) -> None:
+    engine = start_engine(decoder, gated)
+
+    async def main() -> None:
+        stream = await engine.generate(
+            GenerateParams(adapter="a/writer", prompt="x", max_new_tokens=250, timeout_s=0.3)
+        )
+        seen: list[int] = []
+        while reads and len(seen) < 5:
+            seen += (await anext(stream)).token_ids
+        with standstill(engine):
+            await until(lambda: stream._expired)
+        # Whether or not anybody reads.
+        await settled(engine)
+        with pytest.raises(DeadlineExceeded) as refusal:
+            while True:
+                seen += (await anext(stream)).token_ids
+        assert (refusal.value.status, refusal.value.param) == (504, "timeout_s")
+        assert 5 <= len(seen) < 250
+        assert stream.result is None
+        whole = await collect(engine, adapter="a/writer", prompt="x", max_new_tokens=250, timeout_s=60)
+        assert whole.token_ids[: len(seen)] == seen
+
+    asyncio.run(main())
+
+
+def test_a_slow_reader_holds_the_tokens_and_nothing_else(decoder: FrozenBase) -> None:
+    prompt = decoder.tokenizer("hello")["input_ids"]
+    tokens = greedy(decoder, prompt, 30)
+
+    async def main() -> None:
+        cancelled: list[bool] = []
+        detokenizer = Detokenizer(decoder.tokenizer, prompt, [])
+        cancel = lambda: cancelled.append(True)  # noqa: E731
+        stream = GenerationStream("g", None, None, 5, frozenset(), detokenizer, cancel)
+        stream.deliver(SequenceUpdate("g", tokens[:1], ended=False))
+        assert (await anext(stream)).token_ids == tokens[:1]
+        for count in range(2, 31):
+            stream.deliver(SequenceUpdate("g", tokens[:count], ended=count == 30))
+        deltas = [delta async for delta in stream]
+        assert [delta.token_ids for delta in deltas] == [tokens[1:]]
+        assert stream.result is not None and stream.result.token_ids == tokens
+        assert not cancelled
+
+    asyncio.run(main())
+
+
+def test_a_large_classification_lets_others_in_between(
+    gated: GatedStore, decoder: FrozenBase, start_engine: Start
+) -> None:
+    engine = start_engine(decoder, gated, classify_max_batch=4)
+    order: list[str] = []
+
+    async def ask(adapter: str, inputs: list[str]) -> ClassifyResult:
+        result = await engine.classify(adapter, inputs)
+        order.append(adapter)
+        return result
+
+    async def main() -> None:
+        with standstill(engine):
+            large = asyncio.ensure_future(ask("a/labels", ["some text"] * 400))
+            # Four passes' worth of rows are in the batch, and its thread has taken one of them.
+            await until(lambda: engine.waiting() == 96 and engine.running() == 4)
+            small = asyncio.ensure_future(ask("b/labels", ["some text"]))
+            await until(lambda: engine.waiting() == 97)
+        await small
+        assert order == ["b/labels"]
+        assert engine.waiting() > 80, "it came in after the rows that were in the batch"
+        assert len((await large).results) == 400
+        await settled(engine)
+
+    asyncio.run(main())
+
+
+def test_cancelling_a_classification_takes_its_waiting_parts_back(
+    gated: GatedStore, decoder: FrozenBase, start_engine: Start
+) -> None:
+    engine = start_engine(decoder, gated, classify_max_batch=4)
+
+    async def main() -> None:
+        with standstill(engine):
+            task = asyncio.ensure_future(engine.classify("a/labels", ["some text"] * 400))
+            await until(lambda: engine.waiting() == 96)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert engine.waiting() == 0 and engine.in_flight() == 0
+        await settled(engine)
+
+    asyncio.run(main())
+
+
+def test_a_classification_ends_at_its_deadline(gated: GatedStore, decoder: FrozenBase, start_engine: Start) -> None:
+    engine = start_engine(decoder, gated, classify_max_batch=4)
+
+    async def main() -> None:
+        with standstill(engine), pytest.raises(DeadlineExceeded):
+            await engine.classify("a/labels", ["some text"] * 400, timeout_s=0.2)
+        await settled(engine)
+
+    asyncio.run(main())
+
+
+def test_rows_of_all_lengths_and_tenants_get_their_own_scores(
+    gated: GatedStore, decoder: FrozenBase, start_engine: Start
+) -> None:
+    engine = start_engine(decoder, gated, classify_max_batch=4, max_batch_tokens=64, classify_max_wait_ms=0)
+    inputs = ["x" * (1 + 37 * i % 90) + str(i) for i in range(40)]
+
+    async def main() -> None:
+        results = await asyncio.gather(*(engine.classify(f"{tenant}/labels", inputs) for tenant in ("a", "b")))
+        for tenant, result in zip(("a", "b"), results, strict=True):
+            assert len(result.results) == 40
+            for i in (0, 7, 39):
+                alone = await engine.classify(f"{tenant}/labels", [inputs[i]])
+                assert result.results[i].probabilities == pytest.approx(alone.results[0].probabilities, abs=1e-4)
+        await settled(engine)
+
+    asyncio.run(main())
+
+
+def test_generation_and_classification_take_turns(
+    gated: GatedStore, decoder: FrozenBase, start_engine: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = start_engine(decoder, gated, classify_max_batch=1)
+    passes: list[str] = []
+    turns = engine._classify._turns
+    take = turns.take
+
+    def noted() -> None:
+        take()
+        passes.append(threading.current_thread().name)
+
+    monkeypatch.setattr(turns, "take", noted)
+
+    async def main() -> None:
+        both = asyncio.gather(
+            collect(engine, adapter="a/writer", prompt="x", max_new_tokens=60),
+            engine.classify("b/labels", ["some text"] * 60),
+        )
+        await both
+        await settled(engine)
+
+    asyncio.run(main())
+    assert set(passes) >= {"classify"} and len(set(passes)) == 2
+    contended = passes[10:60]
+    assert 15 <= contended.count("classify") <= 35
+    longest = max(len(run) for run in "".join("c" if p == "classify" else "g" for p in contended).split("c"))
+    assert longest <= 5
+
+
+def test_many_prompts_are_tokenized_at_once_by_long_and_short_ways(
+    gated: GatedStore, decoder: FrozenBase, start_engine: Start
+) -> None:
+    base = decoder.share_weights()
+    base.tokenizer.model_max_length = base.model.config.max_position_embeddings = 8192
+    engine = start_engine(base, gated, kv_cache_tokens=16384)
+
+    async def main() -> None:
+        long = "long " * 1000
+        answers = await asyncio.gather(
+            *(collect(engine, prompt=long, max_new_tokens=1) for _ in range(3)),
+            *(collect(engine, prompt="short", max_new_tokens=1) for _ in range(10)),
+            *(engine.classify("a/labels", ["text " * 100] * 50) for _ in range(3)),
+        )
+        assert [a.prompt_tokens for a in answers if isinstance(a, GenerationResult)] == [5000] * 3 + [5] * 10
+
+    asyncio.run(main())
+
+
+def test_answers_under_little_cache_are_each_alone(gated: GatedStore, decoder: FrozenBase, start_engine: Start) -> None:
+    """Admission by pages of the cache: the batch never has to put a sequence out of it."""
+    engine = start_engine(decoder, gated, kv_cache_tokens=128, max_batch_tokens=32)
+    bundle = gated.load(gated.resolve("a/writer").digest)
+    expected = greedy(merged(decoder, bundle), decoder.tokenizer("x" * 20)["input_ids"], 30)
+    most = 0
+
+    async def main() -> None:
+        nonlocal most
+        tasks = [
+            asyncio.ensure_future(collect(engine, adapter="a/writer", prompt="x" * 20, max_new_tokens=30))
+            for _ in range(12)
+        ]
+        while not all(task.done() for task in tasks):
+            most = max(most, engine.running())
+            await asyncio.sleep(0.001)
+        for task in tasks:
+            assert task.result().token_ids == expected
+        await settled(engine)
+
+    asyncio.run(main())
+    # Two pages each, of four.
+    assert most == 2

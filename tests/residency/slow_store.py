@@ -1,0 +1,66 @@
+"""A store of bundles that can be slow or fail, and what tests of residency wait for."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+
+from adapters_store import AdapterBundle
+from sera_serve.residency import AdapterResidency, Lease
+
+Build = Callable[..., AdapterResidency]
+"""The fixture `build`."""
+
+
+class Store:
+    """Bundles that can be made slow or unreadable, and who was asked for."""
+
+    def __init__(self, bundles: dict[str, AdapterBundle]) -> None:
+        self.bundles = dict(bundles)
+        self.asked: list[str] = []
+        self.failing: dict[str, Exception] = {}
+        self.gates: dict[str, threading.Event] = {}
+        self.reading: dict[str, threading.Event] = {}
+
+    def hold(self, digest: str) -> None:
+        """Have reads of an adapter wait for `let_go`."""
+        self.gates[digest] = threading.Event()
+        self.reading[digest] = threading.Event()
+
+    def let_go(self) -> None:
+        for gate in self.gates.values():
+            gate.set()
+
+    def load(self, digest: str) -> AdapterBundle:
+        self.asked.append(digest)
+        if digest in self.gates:
+            self.reading[digest].set()
+            assert self.gates[digest].wait(30)
+        if digest in self.failing:
+            raise self.failing[digest]
+        return self.bundles[digest]
+
+
+def granted(future: Future[Lease]) -> Lease:
+    return future.result(timeout=10)
+
+
+def until(reached: Callable[[], bool]) -> None:
+    """Wait for what another thread will bring about."""
+    pause = threading.Event()
+    for _ in range(10_000):
+        if reached():
+            return
+        pause.wait(0.001)
+    raise TimeoutError("it does not come about")
+
+
+def settle(residency: AdapterResidency) -> None:
+    """Wait until no load is under way, those that wait for room left out."""
+
+    def settled() -> bool:
+        stats = residency.stats()
+        return stats.loading == stats.waiting
+
+    until(settled)

@@ -1,0 +1,138 @@
+"""Adapters in pieces: what a forward pass reads is right wherever they lie."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from slow_store import Build, granted
+
+from adapters_store import AdapterBundle
+from factories import random_adapter
+from sera_kernels import AdapterBatch, grouped_sera, grouped_sera_reference
+from sera_serve import SeraConfig
+from sera_serve.base import FrozenBase
+from sera_serve.residency import AdapterLayout, DevicePool, PackedAdapter, Placement, pack
+
+
+@pytest.fixture(scope="module")
+def packed(base: FrozenBase, index: dict[str, int]) -> list[PackedAdapter]:
+    """Four classifiers of one size, about 20 pieces each."""
+    config = SeraConfig(8, 4, 8.0, "all-linear")
+    bundles = [random_adapter(base, config, seed, labels=["a", "b", "c"]) for seed in range(4)]
+    return [pack(bundle, index, torch.float32) for bundle in bundles]
+
+
+def fill(pool: DevicePool, packed: PackedAdapter) -> Placement:
+    placement = pool.reserve(packed.layout)
+    assert placement is not None
+    pool.fill(placement, packed.data)
+    return placement
+
+
+def read_back(pool: DevicePool, placement: Placement) -> torch.Tensor:
+    return torch.cat([pool.data[extent.start : extent.end] for extent in placement.extents])
+
+
+@pytest.fixture
+def in_pieces(packed: list[PackedAdapter], index: dict[str, int]) -> tuple[DevicePool, Placement]:
+    """A pool in which the fourth adapter lies where the first and the third were."""
+    size = packed[0].layout.elements
+    pool = DevicePool(4 * int(2.4 * size), len(index), 4, torch.float32)
+    first, _, third = (fill(pool, adapter) for adapter in (_part(packed[0], 0.6), packed[1], _part(packed[2], 0.6)))
+    pool.remove(first)
+    pool.remove(third)
+    return pool, fill(pool, packed[3])
+
+
+def _part(packed: PackedAdapter, share: float) -> PackedAdapter:
+    """The adapter's first modules."""
+    modules = packed.layout.modules[: int(share * len(packed.layout.modules))]
+    elements = packed.layout.modules[len(modules)].offset
+    layout = AdapterLayout(packed.digest, packed.layout.config, modules, None, elements)
+    return PackedAdapter(layout, packed.data[:elements])
+
+
+def test_adapter_that_fits_by_bytes_gets_in_in_pieces(
+    in_pieces: tuple[DevicePool, Placement], packed: list[PackedAdapter]
+) -> None:
+    pool, placement = in_pieces
+    assert len(placement.extents) == 2
+    assert pool.copies == 3 + 2
+    assert torch.equal(read_back(pool, placement), packed[3].data)
+    pool.check_integrity()
+
+
+def test_every_module_is_read_from_its_own_piece(
+    in_pieces: tuple[DevicePool, Placement], packed: list[PackedAdapter], base: FrozenBase
+) -> None:
+    pool, placement = in_pieces
+    whole = DevicePool(packed[3].layout.elements * 4, pool.tables.offset.shape[0], 1, torch.float32)
+    whole_slot = fill(whole, packed[3]).slot
+    slots = [torch.full((3,), slot, dtype=torch.int32) for slot in (placement.slot, whole_slot)]
+    for row, (d_in, d_out) in enumerate(base.module_shapes().values()):
+        x = torch.randn(3, d_in)
+        want, got = torch.zeros(3, d_out), torch.zeros(3, d_out)
+        grouped_sera_reference(x, [want], [row], AdapterBatch(slots[1]), whole.data, whole.tables)
+        grouped_sera(x, [got], [row], AdapterBatch(slots[0]), pool.data, pool.tables)
+        assert want.abs().max() > 0
+        torch.testing.assert_close(got, want)
+
+
+def test_head_is_read_from_its_own_piece(in_pieces: tuple[DevicePool, Placement], packed: list[PackedAdapter]) -> None:
+    pool, placement = in_pieces
+    head = packed[3].layout.head
+    assert head is not None
+    weight, bias = pool.head(placement)
+    begin = head.weight_offset
+    assert torch.equal(weight.flatten(), packed[3].data[begin : begin + weight.numel()])
+    assert torch.equal(bias, packed[3].data[head.bias_offset : head.bias_offset + head.labels])
+    assert placement.locate(head.weight_offset) != placement.extents[0].start + head.weight_offset
+
+
+def test_wrong_table_is_noticed(in_pieces: tuple[DevicePool, Placement]) -> None:
+    pool, placement = in_pieces
+    pool.tables.split[0, placement.slot] += 1
+    with pytest.raises(RuntimeError, match=f"slot {placement.slot} does not point at its adapter"):
+        pool.check_integrity()
+
+
+def test_free_slot_that_adapts_something_is_noticed(in_pieces: tuple[DevicePool, Placement]) -> None:
+    pool, placement = in_pieces
+    pool.remove(placement)
+    pool.check_integrity()
+    pool.tables.offset[0, placement.slot] = 8
+    with pytest.raises(RuntimeError, match="free slot"):
+        pool.check_integrity()
+
+
+def test_lease_is_granted_only_when_the_device_has_the_adapter(
+    build: Build, large: list[str], bundles: dict[str, AdapterBundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import threading
+
+    residency = build(room=4)
+    enqueued, done = threading.Event(), threading.Event()
+
+    class SlowDevice:
+        """Takes work, and does not end a block that waits for it before `done`."""
+
+        @contextmanager
+        def enqueue(self) -> Iterator[None]:
+            yield
+
+        @contextmanager
+        def complete(self) -> Iterator[None]:
+            yield
+            enqueued.set()
+            assert done.wait(30)
+
+    monkeypatch.setattr(residency.pool, "_copy_stream", SlowDevice())
+    future = residency.acquire(large[0])
+    assert enqueued.wait(10)
+    assert not future.done()
+    assert residency.resident_digests() == []
+    done.set()
+    granted(future).release()

@@ -1,0 +1,209 @@
+"""Thousands of random operations; after each, the books balance and leased adapters are what they should be."""
+
+from __future__ import annotations
+
+import random
+from concurrent.futures import CancelledError, Future, wait
+
+import pytest
+import torch
+from slow_store import Build, Store, settle, until
+
+from adapters_store import AdapterBundle
+from factories import random_adapter
+from sera_serve import SeraConfig
+from sera_serve.base import FrozenBase
+from sera_serve.errors import SeraServeError
+from sera_serve.residency import AdapterResidency, Lease, PackedAdapter, Placement, Prefetch, pack
+
+SHAPES = [
+    SeraConfig(8, 8, 8.0, "all-linear"),
+    SeraConfig(16, 16, 8.0, "all-linear"),
+    SeraConfig(4, 1, 8.0, ("q_proj",), use_mixer=False),
+    SeraConfig(12, 4, 8.0, ("v_proj", "down_proj")),
+    SeraConfig(5, 1, 8.0, ("gate_proj",)),
+]
+
+
+@pytest.fixture(scope="module")
+def packed(base: FrozenBase, index: dict[str, int]) -> dict[str, tuple[AdapterBundle, PackedAdapter]]:
+    """Twenty adapters of five shapes, a third of them with heads of different sizes."""
+    made = {}
+    for i in range(20):
+        labels = [str(label) for label in range(2 + i)] if i % 3 == 0 else None
+        bundle = random_adapter(base, SHAPES[i % 5], seed=i, labels=labels)
+        made[bundle.digest] = bundle, pack(bundle, index, torch.float32)
+    return made
+
+
+class Traffic:
+    """What requests do, in random order, on one thread; loads run beside it."""
+
+    def __init__(self, residency: AdapterResidency, store: Store, packed: dict[str, PackedAdapter], seed: int) -> None:
+        self.residency = residency
+        self.store = store
+        self.packed = packed
+        self.random = random.Random(seed)
+        self.digests = list(packed)
+        self.asked: list[tuple[str, Future[Lease]]] = []
+        self.leases: list[tuple[str, Lease]] = []
+        self.wishes: list[Prefetch] = []
+        self.pins: list[Future[None]] = []
+        self.refused = 0
+        self.copying_fails = False
+
+    def digest(self) -> str:
+        """Skewed, so that there are hits as well."""
+        return self.digests[int(len(self.digests) * self.random.random() ** 2)]
+
+    def acquire(self) -> None:
+        digest = self.digest()
+        self.asked.append((digest, self.residency.acquire(digest)))
+
+    def prefetch(self) -> None:
+        self.wishes.append(self.residency.prefetch(self.digest()))
+
+    def drop_wish(self) -> None:
+        if self.wishes:
+            self.wishes.pop(self.random.randrange(len(self.wishes))).release()
+
+    def release(self) -> None:
+        if self.leases:
+            _, lease = self.leases.pop(self.random.randrange(len(self.leases)))
+            lease.release()
+            lease.release()
+
+    def give_up(self) -> None:
+        if self.asked:
+            self.random.choice(self.asked)[1].cancel()
+
+    def forget(self) -> None:
+        self.residency.forget(self.digest())
+
+    def pin(self) -> None:
+        self.pins.append(self.residency.pin(self.digest()))
+
+    def unpin(self) -> None:
+        self.residency.unpin(self.digest())
+
+    def break_store(self) -> None:
+        self.store.failing = {self.digest(): OSError("disk on fire") for _ in range(3)}
+
+    def break_copies(self) -> None:
+        self.copying_fails = self.random.random() < 0.3
+
+    def let_loads_end(self) -> None:
+        settle(self.residency)
+
+    def take_answers(self) -> None:
+        """Leases granted meanwhile are held; errors must be those that were provoked."""
+        waiting = []
+        for digest, future in self.asked:
+            if not future.done():
+                waiting.append((digest, future))
+            elif not future.cancelled():
+                error = future.exception()
+                if error is None:
+                    self.leases.append((digest, future.result()))
+                else:
+                    assert isinstance(error, OSError | SeraServeError), error
+                    self.refused += 1
+        self.asked = waiting
+
+    def check(self) -> None:
+        self.residency.check_integrity()
+        if self.leases:
+            digest, lease = self.random.choice(self.leases)
+            assert_holds(self.residency, lease.placement, self.packed[digest])
+
+
+def assert_holds(residency: AdapterResidency, placement: Placement, packed: PackedAdapter) -> None:
+    """The pool has the adapter's weights where the tables say."""
+    pool = residency.pool
+    held = torch.cat([pool.data[extent.start : extent.end] for extent in placement.extents])
+    assert torch.equal(held, packed.data)
+    offsets = pool.tables.offset[:, placement.slot]
+    assert (offsets >= 0).sum() == len(packed.layout.modules)
+    for module, size in zip(packed.layout.modules, packed.layout.pieces, strict=False):
+        at = int(offsets[module.index])
+        assert torch.equal(pool.data[at : at + size], packed.data[module.offset : module.offset + size])
+
+
+@pytest.mark.parametrize(("seed", "room", "host"), [(0, 2.5, 3.0), (1, 6.0, 1.5), (2, 4.0, 0.0), (3, 3.3, 20.0)])
+def test_random_operations_keep_the_books(
+    build: Build,
+    store: Store,
+    packed: dict[str, tuple[AdapterBundle, PackedAdapter]],
+    seed: int,
+    room: float,
+    host: float,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store.bundles = {digest: bundle for digest, (bundle, _) in packed.items()}
+    residency = build(room=room, host=host, slots=9, patience=10)
+    traffic = Traffic(residency, store, {digest: both[1] for digest, both in packed.items()}, seed)
+    fill = residency.pool.fill
+
+    def fill_or_fail(placement: Placement, data: torch.Tensor) -> None:
+        if traffic.copying_fails:
+            raise OSError("no such device")
+        fill(placement, data)
+
+    monkeypatch.setattr(residency.pool, "fill", fill_or_fail)
+    operations = [
+        (traffic.acquire, 30),
+        (traffic.release, 28),
+        (traffic.prefetch, 10),
+        (traffic.drop_wish, 10),
+        (traffic.give_up, 4),
+        (traffic.forget, 3),
+        (traffic.pin, 2),
+        (traffic.unpin, 6),
+        (traffic.break_store, 1),
+        (traffic.break_copies, 1),
+        (traffic.let_loads_end, 8),
+    ]
+    chosen = traffic.random.choices(
+        [operation for operation, _ in operations], [weight for _, weight in operations], k=5000
+    )
+    for operation in chosen:
+        operation()
+        traffic.take_answers()
+        traffic.check()
+    drain(traffic)
+
+
+def drain(traffic: Traffic) -> None:
+    """Let everyone finish: nobody may be left waiting, and all memory comes back."""
+    residency = traffic.residency
+    traffic.store.failing = {}
+    traffic.copying_fails = False
+
+    def finished() -> bool:
+        traffic.take_answers()
+        while traffic.leases:
+            traffic.release()
+        return not traffic.asked
+
+    until(finished)
+    done, waiting = wait(traffic.pins, timeout=10)
+    assert not waiting
+    for pin in done:
+        try:
+            pin.result()
+        except (OSError, SeraServeError, CancelledError):
+            traffic.refused += 1
+    while traffic.wishes:
+        traffic.drop_wish()
+    settle(residency)
+    stats = residency.stats()
+    assert (stats.leases, stats.loading) == (0, 0)
+    # That it all happened: otherwise the checks would have had nothing to find.
+    assert min(stats.granted["device"], stats.granted["store"], stats.evictions, stats.failed_loads) > 20
+    assert stats.host_limit < 10_000 or stats.granted["host"] > 20
+    assert stats.copies > sum(sum(times.counts) for times in stats.loads.values()), "nothing was ever in pieces"
+    assert traffic.refused > 0
+    for digest in traffic.digests:
+        residency.forget(digest)
+    assert (residency.pool.used, residency.host_cache.used, residency.resident_digests()) == (0, 0, [])
+    assert residency.idle_check()
