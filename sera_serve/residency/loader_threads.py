@@ -54,7 +54,6 @@ class LoaderThreads:
         """Start no more jobs, and wait so long for those that run; one that takes longer is left to itself."""
         with self._changed:
             self._closed = True
-            self._jobs.clear()
             self._changed.notify_all()
         deadline = time.monotonic() + timeout_s
         for thread in self._threads:

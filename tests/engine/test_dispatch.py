@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future
+import random
+import sys
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, cast
 
 import pytest
@@ -16,51 +19,57 @@ from sera_serve.residency import AdapterResidency, Lease
 
 class FakeLease:
     def __init__(self, residency: FakeResidency, digest: str) -> None:
-        self.residency, self.digest = residency, digest
-        residency.leases += 1
+        self.residency, self.digest, self.held = residency, digest, True
+        with residency.lock:
+            residency.leases += 1
 
     def release(self) -> None:
-        if self.residency is not None:
-            self.residency.leases -= 1
-            self.residency = None  # type: ignore[assignment]
+        with self.residency.lock:
+            self.residency.leases -= self.held
+            self.held = False
 
 
 class FakeResidency:
     """Adapters are there once `arrive` was called, and stay."""
 
     def __init__(self) -> None:
+        self.lock = threading.RLock()
         self.leases = self.wishes = 0
         self.here: set[str] = set()
         self.waiting: list[tuple[str, Future[FakeLease]]] = []
 
     def acquire(self, digest: str) -> Future[FakeLease]:
         future: Future[FakeLease] = Future()
-        if digest in self.here:
-            future.set_result(FakeLease(self, digest))
-        else:
-            self.waiting.append((digest, future))
+        with self.lock:
+            if digest in self.here:
+                future.set_result(FakeLease(self, digest))
+            else:
+                self.waiting.append((digest, future))
         return future
 
     def prefetch(self, digest: str) -> Any:
-        residency, self.wishes = self, self.wishes + 1
+        residency = self
+        with self.lock:
+            self.wishes += 1
 
         class Wish:
             held = True
 
             def release(self) -> None:
-                residency.wishes -= self.held
-                self.held = False
+                with residency.lock:
+                    residency.wishes -= self.held
+                    self.held = False
 
         return Wish()
 
     def arrive(self, digest: str, error: Exception | None = None) -> None:
-        if error is None:
-            self.here.add(digest)
-        told, self.waiting = self.waiting, []
-        for wanted, future in told:
-            if wanted != digest:
-                self.waiting.append((wanted, future))
-            elif future.set_running_or_notify_cancel():
+        with self.lock:
+            if error is None:
+                self.here.add(digest)
+            told = [future for wanted, future in self.waiting if wanted == digest]
+            self.waiting = [(wanted, future) for wanted, future in self.waiting if wanted != digest]
+        for future in told:
+            if future.set_running_or_notify_cancel():
                 if error is None:
                     future.set_result(FakeLease(self, digest))
                 else:
@@ -271,3 +280,44 @@ def test_a_prompt_that_is_computed_makes_way_for_the_next() -> None:
     line.dispatcher.progress(first, 1)
     assert line.begun == [first, second]
     assert line.queue.counter("a") == 10 + 2
+
+
+def test_threads_that_submit_withdraw_finish_and_load_at_once_lose_nothing() -> None:
+    line = Line(places=5, max_waiting_leases=3)
+    lock = threading.Lock()
+    digests = [f"d{i}" for i in range(6)]
+
+    def work(seed: int) -> None:
+        chance = random.Random(seed)
+        mine = []
+        for _ in range(400):
+            mine.append(line.submit(f"t{chance.randrange(5)}", chance.choice([None, *digests])))
+            if chance.random() < 0.3:
+                line.dispatcher.withdraw(mine.pop(chance.randrange(len(mine))))
+            with lock:
+                done = [line.begun.pop() for _ in range(min(2, len(line.begun)))]
+            for request in done:
+                line.dispatcher.finish(request)
+            if chance.random() < 0.2:
+                digest = chance.choice(digests)
+                line.residency.arrive(digest, OSError("lost") if chance.random() < 0.3 else None)
+            if chance.random() < 0.2:
+                with line.residency.lock:
+                    line.residency.here.discard(chance.choice(digests))
+            assert line.residency.leases <= 5 + 3 + 6
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(6) as pool:
+            for outcome in [pool.submit(work, seed) for seed in range(6)]:
+                outcome.result(60)
+    finally:
+        sys.setswitchinterval(interval)
+    for digest in digests:
+        line.residency.arrive(digest)
+    while line.begun:
+        line.dispatcher.finish(line.begun.pop())
+    assert line.holds_nothing()
+    assert len(line.ended) == 2400
+    assert len({request for request, _ in line.ended}) == 2400

@@ -70,20 +70,22 @@ def test_limits_of_a_tenant_and_of_all(gated: GatedStore, decoder: FrozenBase, s
     engine = start_engine(decoder, gated, max_queue=5, max_queue_per_tenant=3, max_sequences=1)
 
     async def main() -> None:
-        tasks = [asyncio.ensure_future(collect(engine, adapter="a/writer", prompt="x")) for _ in range(3)]
-        await until(lambda: engine.in_flight() == 3)
-        for refused in (collect(engine, adapter="a/writer", prompt="x"), engine.classify("a/labels", ["x"])):
-            with pytest.raises(TenantOverloaded) as refusal:
-                await refused
-            assert refusal.value.retry_after >= 1
-        tasks += [asyncio.ensure_future(collect(engine, adapter="b/writer", prompt="x")) for _ in range(2)]
-        await until(lambda: engine.in_flight() == 5 and engine.waiting() == 4)
-        # The server is full: who has one comes in for one that waits of the tenant with three.
-        bare = asyncio.ensure_future(collect(engine, prompt="x"))
-        answers = await asyncio.gather(*tasks, bare, return_exceptions=True)
-        assert [type(answer) for answer in answers].count(TenantOverloaded) == 1
-        assert isinstance(answers[2], TenantOverloaded), "the last of the flood"
-        assert [type(answer) for answer in answers].count(GenerationResult) == 5
+        with standstill(engine):
+            flood = [asyncio.ensure_future(collect(engine, adapter="a/writer", prompt="x")) for _ in range(3)]
+            await until(lambda: engine.running() + engine.waiting() == 3)
+            for refused in (collect(engine, adapter="a/writer", prompt="x"), engine.classify("a/labels", ["x"])):
+                with pytest.raises(TenantOverloaded) as refusal:
+                    await refused
+                assert refusal.value.retry_after >= 1
+            others = [asyncio.ensure_future(collect(engine, adapter="b/writer", prompt="x")) for _ in range(2)]
+            await until(lambda: engine.running() + engine.waiting() == 5)
+            # The server is full: who has none comes in for one that waits of the tenant with three.
+            others.append(asyncio.ensure_future(collect(engine, prompt="x")))
+            await until(lambda: any(task.done() for task in flood))
+            assert engine.in_flight() == 5
+        answers = await asyncio.gather(*flood, return_exceptions=True)
+        assert sorted(type(answer).__name__ for answer in answers) == ["GenerationResult"] * 2 + ["TenantOverloaded"]
+        await asyncio.gather(*others)
         await settled(engine)
 
     asyncio.run(main())
@@ -187,8 +189,9 @@ def test_a_wait_has_an_end(
                 gated.gate = threading.Event()
             with pytest.raises(error):
                 await collect(engine, adapter="a/writer", prompt="x", **params)
-            with pytest.raises(error):
-                await engine.classify("a/labels", ["x"] * 300, timeout_s=params.get("timeout_s"))
+            if stage == "loading":
+                with pytest.raises(error):
+                    await engine.classify("a/labels", ["x"] * 300, timeout_s=params.get("timeout_s"))
             assert engine.waiting() == 0
         if gated.gate is not None:
             gated.gate.set()
@@ -218,7 +221,7 @@ def test_a_running_request_ends_at_its_deadline(
             while True:
                 seen += (await anext(stream)).token_ids
         assert (refusal.value.status, refusal.value.param) == (504, "timeout_s")
-        assert 5 <= len(seen) < 250
+        assert 5 * reads <= len(seen) < 250
         assert stream.result is None
         whole = await collect(engine, adapter="a/writer", prompt="x", max_new_tokens=250, timeout_s=60)
         assert whole.token_ids[: len(seen)] == seen

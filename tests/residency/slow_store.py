@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 
@@ -49,11 +50,11 @@ def granted(future: Future[Lease]) -> Lease:
 def until(reached: Callable[[], bool]) -> None:
     """Wait for what another thread will bring about."""
     pause = threading.Event()
-    for _ in range(10_000):
-        if reached():
-            return
+    deadline = time.monotonic() + 10
+    while not reached():
+        if time.monotonic() > deadline:
+            raise TimeoutError("it does not come about")
         pause.wait(0.001)
-    raise TimeoutError("it does not come about")
 
 
 def settle(residency: AdapterResidency) -> None:
