@@ -123,7 +123,7 @@ class Dispatcher:
         with self._lock:
             self._queue.charge_output(request.tenant, new_tokens)
             first = self._room.prefilled(request)
-        if False:
+        if first:
             self._admit()
 
     def finish(self, request: Request, served: bool = True) -> None:

@@ -217,6 +217,7 @@ def test_withdrawing_at_each_stage(stage: str) -> None:
     else:
         request = line.submit("a", "x")
     assert line.dispatcher.withdraw(request) == (stage != "running")
+    assert all(load.cancelled() for _, load in line.residency.waiting), "others may need its place in that line"
     if stage == "running":
         line.dispatcher.finish(request, served=False)
     assert line.dispatcher.withdraw(request), "nothing is left to withdraw"
