@@ -40,6 +40,7 @@ class ServingEngine:
         pool = DevicePool(settings.pool_mib * MEBIBYTE, len(shapes), settings.max_resident, base.dtype, base.device)
         index = {path: row for row, path in enumerate(shapes)}
         self.residency = AdapterResidency(self._load_bundle, pool, HostCache(settings.host_cache_mib * MEBIBYTE), index)
+        self._unsound: str | None = None
         self._reception = Reception(settings, self.residency)
         siblings = find_siblings(base.model)
         warm_up(base.device, base.dtype)
@@ -84,7 +85,7 @@ class ServingEngine:
 
     def failure(self) -> str | None:
         """Why the engine cannot serve, or None while it can."""
-        failure = self._classify.failure()
+        failure = self._unsound or self._classify.failure()
         if failure is None and self._generating is not None:
             failure = self._generating.batch.failure()
         return failure
@@ -94,6 +95,18 @@ class ServingEngine:
         failure = self.failure()
         if failure is not None:
             raise EngineUnavailable(failure)
+
+    def ready(self) -> None:
+        """`health`, and when nothing is under way a check of the books of the adapters' memory.
+
+        Where these do not balance an answer might come from wrong weights: the engine serves no more.
+        """
+        self.health()
+        try:
+            self.residency.idle_check()
+        except RuntimeError as error:
+            self._unsound = f"the adapters' memory is not sound: {error}; restart the server"
+            self.health()
 
     def forget(self, digest: str) -> None:
         """Give back the memory of a bundle that was deleted, once no request uses it."""

@@ -20,7 +20,7 @@ async def healthz() -> Health:
 @router.get("/readyz")
 async def readyz(engine: EngineOf) -> Health:
     """Whether the engine takes requests; 503 with the reason otherwise."""
-    engine.health()
+    engine.ready()
     return Health(status="ready")
 
 

@@ -75,6 +75,9 @@ class Engine(Protocol):
     def health(self) -> None:
         """Return when it can serve, raise EngineUnavailable with the reason when it cannot."""
 
+    def ready(self) -> None:
+        """`health`, with whatever it checks of itself when it has nothing to do."""
+
     def in_flight(self) -> int:
         """Requests under way, waiting or running."""
 

@@ -118,6 +118,9 @@ class StubEngine:
         if not self.started:
             raise EngineUnavailable("the stub is not running")
 
+    def ready(self) -> None:
+        self.health()
+
     def in_flight(self) -> int:
         return self.open_streams
 

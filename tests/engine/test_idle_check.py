@@ -1,0 +1,39 @@
+"""When nothing is under way the books of the adapters' memory are checked; an unsound engine serves no more."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import pytest
+
+from adapters_store import AdapterStore
+from factories import random_adapter
+from sera_serve import SeraConfig
+from sera_serve.base import FrozenBase
+from sera_serve.engine import GenerateParams, ServingEngine
+from sera_serve.errors import EngineUnavailable
+
+
+def test_an_engine_whose_books_do_not_balance_serves_no_more(
+    decoder: FrozenBase, store: AdapterStore, start_engine: Callable[..., ServingEngine]
+) -> None:
+    store.publish(random_adapter(decoder, SeraConfig(4, 4, 8.0, "all-linear"), seed=1), "acme/a")
+    engine = start_engine(decoder, store)
+    params = GenerateParams(adapter="acme/a", prompt="Once", max_new_tokens=2)
+
+    async def generate() -> None:
+        await (await engine.generate(params)).collect()
+
+    asyncio.run(generate())
+    engine.ready()
+    asyncio.run(generate())
+    # As if another adapter's factors had been written over the table's entry.
+    engine.residency.pool.tables.offset[0, engine.residency.pool.tables.offset[0].argmax()] += 1
+    with pytest.raises(EngineUnavailable, match="not sound"):
+        engine.ready()
+    for refused in (engine.health, engine.ready):
+        with pytest.raises(EngineUnavailable, match="restart the server"):
+            refused()
+    with pytest.raises(EngineUnavailable):
+        asyncio.run(generate())
