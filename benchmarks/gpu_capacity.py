@@ -31,7 +31,7 @@ def measure_capacity(setting: Setting) -> list[Row]:
     rows = []
     for member in (Member(64, 64), Member(16, 16), Member(64, 1, False), Member(16, 1, False)):
         adapter = packed_adapter(setting, member)
-        rows.append({"system": member.name, "adapter_bytes": adapter.nbytes} | _measure(setting, adapter))
+        rows.append({"system": member.name, "adapter_bytes": adapter.data.nbytes} | _measure(setting, adapter))
         setting.say(f"capacity: {member.name}")
     return rows
 
@@ -63,26 +63,26 @@ def packed_adapter(setting: Setting, member: Member) -> PackedAdapter:
 
 def _measure(setting: Setting, adapter: PackedAdapter) -> Row:
     nbytes = (1 << 22) if setting.small else 1 << 30
-    pool = DevicePool(nbytes, len(adapter.modules), 4096, torch.bfloat16, setting.device)
-    placement = pool.reserve(adapter)
+    pool = DevicePool(nbytes, len(adapter.layout.modules), 4096, torch.bfloat16, setting.device)
+    placement = pool.reserve(adapter.layout)
     if placement is None:
         return {"adapters_per_gib": 0}
     seconds = []
     for _ in range(2 if setting.small else LOADS):
         _wait(setting)
         start = time.perf_counter()
-        pool.fill(placement)
+        pool.fill(placement, adapter.data)
         _wait(setting)
         seconds.append(time.perf_counter() - start)
     count = 1
-    while pool.reserve(adapter) is not None:
+    while pool.reserve(adapter.layout) is not None:
         count += 1
     pool.check_integrity()
     milliseconds = statistics.median(seconds) * 1e3
     return {
         "adapters_per_gib": count * (1 << 30) // nbytes,
         "load_ms": milliseconds,
-        "load_gb_per_s": adapter.nbytes / milliseconds / 1e6,
+        "load_gb_per_s": adapter.data.nbytes / milliseconds / 1e6,
     }
 
 
