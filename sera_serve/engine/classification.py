@@ -15,7 +15,6 @@ from torch import Tensor
 from sera_kernels import BARE_BASE, AdapterBatch
 from sera_serve.base import FrozenBase, pool
 from sera_serve.engine.bucketing import choose_rows
-from sera_serve.engine.turns import Turns
 from sera_serve.errors import EngineUnavailable
 from sera_serve.layers import AdapterContext
 from sera_serve.residency import DevicePool, Lease
@@ -59,6 +58,9 @@ class ClassifyBatch:
     A pass takes rows of like length, whatever their adapters and label sets. It never waits for company: while
     the device is busy rows gather, and the next pass takes the fullest bucket. A row that has waited `max_wait_s` goes
     first, with those of its length; so nothing is passed over for longer than that and the passes of older rows.
+
+    Beside generation on the same base the two threads share the device as the operating system, or the driver, lets
+    them; a pass has no more tokens than a step of generation, so that neither holds the other up for long.
     """
 
     def __init__(
@@ -66,7 +68,6 @@ class ClassifyBatch:
         base: FrozenBase,
         context: AdapterContext,
         device_pool: DevicePool,
-        turns: Turns,
         *,
         max_rows: int,
         max_tokens: int,
@@ -79,7 +80,6 @@ class ClassifyBatch:
             base: With serving layers attached, for this object's use alone.
             context: The serving layers' context.
             device_pool: Where the heads are.
-            turns: Who else computes on the device.
             max_rows: The most rows of one forward pass.
             max_tokens: The most tokens of one forward pass, padding included; a longer row goes alone.
             max_wait_s: Seconds after which a row is not passed over any more.
@@ -88,7 +88,6 @@ class ClassifyBatch:
         self._base = base
         self._context = context
         self._pool = device_pool
-        self._turns = turns
         self._max_rows = max_rows
         self._max_tokens = max_tokens
         self._max_wait_s = max_wait_s
@@ -153,8 +152,7 @@ class ClassifyBatch:
             if not live:
                 continue
             try:
-                with self._turns:
-                    scores = self._classify(live)
+                scores = self._classify(live)
             except Exception as error:  # noqa: BLE001 - it is delivered to every request of this batch
                 for row in live:
                     row.scores.set_exception(EngineUnavailable(f"classification failed: {error}"))

@@ -16,7 +16,6 @@ from sera_serve.engine.generation import GenerateParams, GenerationStream, Prior
 from sera_serve.engine.inputs import Inputs
 from sera_serve.engine.prompts import ClassifyTokens
 from sera_serve.engine.reception import Reception
-from sera_serve.engine.turns import Turns, take_turns
 from sera_serve.errors import EngineUnavailable, UnsupportedTask
 from sera_serve.layers import AdapterContext, attach_serving, find_siblings
 from sera_serve.residency import AdapterResidency, DevicePool, HostCache, ResidencyStats
@@ -44,7 +43,6 @@ class ServingEngine:
         self._reception = Reception(settings, self.residency)
         siblings = find_siblings(base.model)
         warm_up(base.device, base.dtype)
-        turns = Turns()
         cpu_threads = settings.cpu_threads or torch.get_num_threads()
         classify_base = base.share_weights()
         classify_context = AdapterContext(pool.data, pool.tables)
@@ -53,7 +51,6 @@ class ServingEngine:
             classify_base,
             classify_context,
             pool,
-            turns,
             max_rows=settings.classify_max_batch,
             max_tokens=settings.max_batch_tokens,
             max_wait_s=settings.classify_max_wait_ms / 1000,
@@ -66,8 +63,6 @@ class ServingEngine:
             context = AdapterContext(pool.data, pool.tables)
             attach_serving(generate_base.model, context, siblings)
             self._generating = Generating(generate_base, context, store, self._reception, settings, cpu_threads)
-            if base.device.type == "cpu":
-                take_turns(generate_base.model, turns)
 
     def start(self) -> None:
         """Start the engine's threads."""

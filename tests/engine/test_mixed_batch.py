@@ -78,7 +78,7 @@ def expected(base: FrozenBase, bundles: dict[str, AdapterBundle], adapter: str |
         # Three slots for sixteen adapters: they are evicted and loaded again throughout.
         pytest.param({"max_resident": 3, "host_cache_mib": 0}, id="evicted"),
         pytest.param({"max_resident": 3, "max_batch_tokens": 24}, id="evicted and chunked"),
-        # Less cache than the requests need together: sequences are reset and prefilled again.
+        # Less cache than the requests need together: they enter as pages come free.
         pytest.param({"kv_cache_tokens": 512}, id="cache full"),
     ],
 )

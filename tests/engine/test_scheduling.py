@@ -17,8 +17,8 @@ from sera_serve.base import FrozenBase
 from sera_serve.engine import ClassifyResult, GenerateParams, GenerationResult, GenerationStream, ServingEngine
 from sera_serve.engine.detokenizer import Detokenizer
 from sera_serve.engine.sequences import SequenceUpdate
-from sera_serve.engine.turns import Turns
 from sera_serve.errors import DeadlineExceeded, Overloaded, TenantOverloaded
+from standstill import standstill
 
 SHAPE = SeraConfig(8, 8, 8.0, "all-linear")
 Start = Callable[..., ServingEngine]
@@ -61,16 +61,11 @@ async def settled(engine: ServingEngine) -> None:
     engine.residency.check_integrity()
 
 
-def standstill(engine: ServingEngine) -> Turns:
-    """While it is entered, no forward pass is made."""
-    return engine._classify._turns
-
-
 def test_limits_of_a_tenant_and_of_all(gated: GatedStore, decoder: FrozenBase, start_engine: Start) -> None:
     engine = start_engine(decoder, gated, max_queue=5, max_queue_per_tenant=3, max_sequences=1)
 
     async def main() -> None:
-        with standstill(engine):
+        with standstill():
             flood = [asyncio.ensure_future(collect(engine, adapter="a/writer", prompt="x")) for _ in range(3)]
             await until(lambda: engine.running() + engine.waiting() == 3)
             for refused in (collect(engine, adapter="a/writer", prompt="x"), engine.classify("a/labels", ["x"])):
@@ -107,6 +102,24 @@ def test_a_flood_does_not_hold_back_another_tenant(gated: GatedStore, decoder: F
     asyncio.run(main())
     assert max(order.index("b"), order.index("bare")) < 15
     assert len(order) == 42
+
+
+def test_weights_of_tenants_are_kept(gated: GatedStore, decoder: FrozenBase, start_engine: Start) -> None:
+    engine = start_engine(decoder, gated, max_sequences=1, tenant_weights={"a": 4.0})
+    order: list[str] = []
+
+    async def ask(tenant: str) -> None:
+        await collect(engine, adapter=f"{tenant}/writer", prompt="hello", max_new_tokens=4)
+        order.append(tenant)
+
+    async def main() -> None:
+        with standstill():
+            tasks = [asyncio.ensure_future(ask(tenant)) for tenant in "ab" * 12]
+            await until(lambda: engine.waiting() + engine.running() == 24)
+        await asyncio.gather(*tasks)
+
+    asyncio.run(main())
+    assert 10 <= order[:15].count("a") <= 13
 
 
 def test_priority_orders_one_tenants_requests(gated: GatedStore, decoder: FrozenBase, start_engine: Start) -> None:
@@ -182,7 +195,7 @@ def test_a_wait_has_an_end(
     engine = start_engine(decoder, gated, max_sequences=1, **settings)
 
     async def main() -> None:
-        with standstill(engine):
+        with standstill():
             if stage == "waiting":
                 await engine.generate(GenerateParams(prompt="x", max_new_tokens=1))
             else:
@@ -213,7 +226,7 @@ def test_a_running_request_ends_at_its_deadline(
         seen: list[int] = []
         while reads and len(seen) < 5:
             seen += (await anext(stream)).token_ids
-        with standstill(engine):
+        with standstill():
             await until(lambda: stream._expired)
         # Whether or not anybody reads.
         await settled(engine)
@@ -262,7 +275,7 @@ def test_a_large_classification_lets_others_in_between(
         return result
 
     async def main() -> None:
-        with standstill(engine):
+        with standstill():
             large = asyncio.ensure_future(ask("a/labels", ["some text"] * 400))
             # Four passes' worth of rows are in the batch, and its thread has taken one of them.
             await until(lambda: engine.waiting() == 96 and engine.running() == 4)
@@ -283,7 +296,7 @@ def test_cancelling_a_classification_takes_its_waiting_parts_back(
     engine = start_engine(decoder, gated, classify_max_batch=4)
 
     async def main() -> None:
-        with standstill(engine):
+        with standstill():
             task = asyncio.ensure_future(engine.classify("a/labels", ["some text"] * 400))
             await until(lambda: engine.waiting() == 96)
             task.cancel()
@@ -299,7 +312,7 @@ def test_a_classification_ends_at_its_deadline(gated: GatedStore, decoder: Froze
     engine = start_engine(decoder, gated, classify_max_batch=4)
 
     async def main() -> None:
-        with standstill(engine), pytest.raises(DeadlineExceeded):
+        with standstill(), pytest.raises(DeadlineExceeded):
             await engine.classify("a/labels", ["some text"] * 400, timeout_s=0.2)
         await settled(engine)
 
@@ -322,36 +335,6 @@ def test_rows_of_all_lengths_and_tenants_get_their_own_scores(
         await settled(engine)
 
     asyncio.run(main())
-
-
-def test_generation_and_classification_take_turns(
-    gated: GatedStore, decoder: FrozenBase, start_engine: Start, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    engine = start_engine(decoder, gated, classify_max_batch=1)
-    passes: list[str] = []
-    turns = engine._classify._turns
-    take = turns.take
-
-    def noted() -> None:
-        take()
-        passes.append(threading.current_thread().name)
-
-    monkeypatch.setattr(turns, "take", noted)
-
-    async def main() -> None:
-        both = asyncio.gather(
-            collect(engine, adapter="a/writer", prompt="x", max_new_tokens=60),
-            engine.classify("b/labels", ["some text"] * 60),
-        )
-        await both
-        await settled(engine)
-
-    asyncio.run(main())
-    assert set(passes) >= {"classify"} and len(set(passes)) == 2
-    contended = passes[10:60]
-    assert 15 <= contended.count("classify") <= 35
-    longest = max(len(run) for run in "".join("c" if p == "classify" else "g" for p in contended).split("c"))
-    assert longest <= 5
 
 
 def test_many_prompts_are_tokenized_at_once_by_long_and_short_ways(

@@ -21,6 +21,7 @@ from sera_serve.base import FrozenBase
 from sera_serve.config import ServeSettings
 from sera_serve.engine import ServingEngine
 from sera_serve.server import build_app
+from standstill import standstill
 
 PROMPT, NEW_TOKENS, CONTENTS = "Once upon a time", 12, 5
 Answer = dict[str, Any]
@@ -130,7 +131,7 @@ def test_a_request_finishes_on_the_version_it_began_with_and_then_the_memory_com
     with client.stream("POST", "/v1/generate", json=body) as stream:
         lines = (line for line in stream.iter_lines() if line)
         first = json.loads(next(lines).removeprefix("data: "))
-        with engine._classify._turns:
+        with standstill():
             # The request is in the middle of its answer, and stays there until this block ends.
             assert upload(client, "t/one", new) == 2
             client.delete("/v1/adapters/t/one@v1").raise_for_status()

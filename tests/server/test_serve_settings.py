@@ -30,6 +30,12 @@ def test_the_first_source_that_has_a_value_wins(tmp_path: Path, monkeypatch: pyt
         ("port: 70000", "port", "--port"),
         ("pool_mib: lots", "pool_mib", "--pool-mib"),
         ("dtype: int3", "dtype", "float32"),
+        ("tenant_weights: 3", "tenant_weights", "--tenant-weights"),
+        ("tenant_weights: {acme: 0}", "tenant_weights", "positive"),
+        ("tenant_weights: {acme: .inf}", "tenant_weights", "finite"),
+        ("tenant_weights: {acme/writer: 2}", "tenant_weights", "is no tenant"),
+        ("tenant_weights: acme", "tenant_weights", "tenant=weight"),
+        ("tenant_weights: acme=much", "tenant_weights", "number"),
     ],
 )
 def test_a_wrong_file_is_refused(tmp_path: Path, content: str, param: str, words: str) -> None:
@@ -38,6 +44,16 @@ def test_a_wrong_file_is_refused(tmp_path: Path, content: str, param: str, words
     with pytest.raises(InvalidConfiguration, match=words) as caught:
         load_settings(file, {})
     assert caught.value.param == param
+
+
+def test_weights_are_a_mapping_in_a_file_and_pairs_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text("tenant_weights: {acme: 2, _base: 0.5}\n")
+    weights = {"acme": 2.0, "_base": 0.5}
+    assert load_settings(file, {}).tenant_weights == weights
+    assert load_settings(None, {"tenant_weights": "acme=2, _base=0.5"}).tenant_weights == weights
+    monkeypatch.setenv("SERA_SERVE_TENANT_WEIGHTS", "acme=2,_base=0.5")
+    assert load_settings(None, {}).tenant_weights == weights
 
 
 def test_an_absent_file_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,29 @@
+"""Holding an engine still, so that a test can look at what waits."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+
+@contextmanager
+def standstill() -> Iterator[None]:
+    """No forward pass gets on, on any thread but the test's own."""
+    proceed = threading.Event()
+    test = threading.current_thread()
+
+    def hold(module: nn.Module, inputs: Any) -> None:
+        if threading.current_thread() is not test:
+            proceed.wait(60)
+
+    hook = register_module_forward_pre_hook(hold)
+    try:
+        yield
+    finally:
+        hook.remove()
+        proceed.set()
