@@ -91,3 +91,18 @@ def test_passes_must_not_overlap(served_decoder: tuple[FrozenBase, AdapterContex
     with context.run(batch), pytest.raises(RuntimeError, match="already running"):
         context.enter(batch)
     assert context.batch is None
+
+
+def test_what_one_batch_left_is_never_handed_to_another(served_decoder: tuple[FrozenBase, AdapterContext]) -> None:
+    base, context = served_decoder
+    attention = base.model.get_submodule("model.layers.0.self_attn")
+    x = torch.randn(5, 64)
+    with context.run(AdapterBatch(torch.zeros(5, dtype=torch.int32))):
+        want = attention.k_proj(x.clone())
+    # The key's part of this pass is not fetched, and the next pass comes with the very same tensor.
+    with context.run(AdapterBatch(torch.ones(5, dtype=torch.int32))):
+        other = attention.k_proj(x.clone())
+        attention.q_proj(x)
+    assert not torch.equal(want, other)
+    with context.run(AdapterBatch(torch.zeros(5, dtype=torch.int32))):
+        assert torch.equal(attention.k_proj(x), want)
