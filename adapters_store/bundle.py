@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -13,8 +15,8 @@ from torch import Tensor
 
 from adapters_store.config import AdapterConfig, canonical_json
 from adapters_store.containers import CONFIG_FILE, METADATA_KEY, MODEL_FILE, RawBundle, read_bytes, read_path
-from adapters_store.safetensors_file import DTYPE_NAMES, BundleLimits, read_tensors
-from adapters_store.validation import check_names_and_shapes, check_values
+from adapters_store.safetensors_file import DTYPE_NAMES, BundleLimits, read_tensor, read_tensors
+from adapters_store.validation import check_names_and_shapes, check_values, sum_is_finite
 
 DEFAULT_LIMITS = BundleLimits()
 
@@ -41,18 +43,9 @@ class AdapterBundle:
     @cached_property
     def digest(self) -> str:
         """SHA-256, in hexadecimal, of the canonical bundle: the same for any container. See FORMAT.md."""
-        names = sorted(self.tensors)
-        manifest = canonical_json(
-            {
-                "config": self.config.model_dump(mode="json"),
-                "tensors": [[n, DTYPE_NAMES[self.tensors[n].dtype], list(self.tensors[n].shape)] for n in names],
-            }
-        ).encode()
-        digest = hashlib.sha256(len(manifest).to_bytes(8, "little"))
-        digest.update(manifest)
-        for name in names:
-            digest.update(self.tensors[name].reshape(-1).view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        tensors = sorted(self.tensors.items())
+        described = [[name, DTYPE_NAMES[tensor.dtype], list(tensor.shape)] for name, tensor in tensors]
+        return _digest(self.config, described, (t.reshape(-1).view(torch.uint8).numpy().data for _, t in tensors))
 
     @property
     def nbytes(self) -> int:
@@ -98,13 +91,31 @@ class AdapterBundle:
     @classmethod
     def _checked(cls, raw: RawBundle) -> AdapterBundle:
         config = AdapterConfig.from_json(raw.config)
-        check_names_and_shapes(config, {name: entry.shape for name, entry in raw.header.entries.items()})
+        header = raw.header
+        check_names_and_shapes(config, {name: entry.shape for name, entry in header.entries.items()})
+        data = memoryview(bytearray(raw.data)) if raw.data.readonly else raw.data
         # Fresh memory already: the constructor's copy would double it.
         bundle = object.__new__(cls)
         object.__setattr__(bundle, "config", config)
-        object.__setattr__(bundle, "tensors", read_tensors(raw.data, raw.header))
-        check_values(bundle.tensors)
+        object.__setattr__(bundle, "tensors", read_tensors(data, header))
+        names = sorted(header.entries)
+        # Usually one run: a hundred small tensors took far longer to check and hash one by one.
+        runs = header.runs(names)
+        if not all(sum_is_finite(read_tensor(data, run)) for run in runs):
+            check_values(bundle.tensors)
+        described = [[name, header.entries[name].dtype, list(header.entries[name].shape)] for name in names]
+        object.__setattr__(bundle, "digest", _digest(config, described, (data[run.begin : run.end] for run in runs)))
         return bundle
+
+
+def _digest(config: AdapterConfig, described: list[list[Any]], data: Iterable[memoryview]) -> str:
+    """The digest of a configuration, of [name, dtype, shape] of its tensors, and of their bytes, in order of name."""
+    manifest = canonical_json({"config": config.model_dump(mode="json"), "tensors": described}).encode()
+    digest = hashlib.sha256(len(manifest).to_bytes(8, "little"))
+    digest.update(manifest)
+    for part in data:
+        digest.update(part)
+    return digest.hexdigest()
 
 
 def validate_bundle(bundle: AdapterBundle) -> None:

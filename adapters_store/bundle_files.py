@@ -15,9 +15,6 @@ from adapters_store.names import check_digest
 from adapters_store.records import Collected
 from adapters_store.safetensors_file import BundleLimits, read_header
 
-# SHA-256 runs at about 1 GB/s: up to here, checking costs a load less than 70 ms.
-VERIFY_BELOW_BYTES = 64 << 20
-
 
 class BundleFiles:
     """Bundles by digest. Reading takes no lock; callers of `put` and `keep_only` hold the store's locks."""
@@ -34,20 +31,18 @@ class BundleFiles:
             InvalidBundle: It exceeds the limits that reading it would apply.
         """
         try:
-            self.load(bundle.digest, verify=True)
+            self.load(bundle.digest)
         except (AdapterNotFound, StoreCorrupted):
             put_file(self._path(bundle.digest), lambda path: self._write(bundle, path), self._scratch)
 
-    def load(self, digest: str, verify: bool | None = None) -> AdapterBundle:
+    def load(self, digest: str) -> AdapterBundle:
         """Read a bundle; see `AdapterStore.load`."""
         path = self._path(digest)
         with self._damage_typed(path):
             # Opening a missing path is an invalid bundle to the reader; here it is a deleted one.
             path.stat()
             bundle = AdapterBundle.load(path, self._limits)
-        if verify is None:
-            verify = bundle.nbytes <= VERIFY_BELOW_BYTES
-        if verify and bundle.digest != digest:
+        if bundle.digest != digest:
             raise StoreCorrupted(
                 f"{path} is damaged (its digest is {bundle.digest}); publish it again",
                 param=str(path),

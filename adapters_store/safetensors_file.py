@@ -12,8 +12,9 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,6 +31,8 @@ from adapters_store.errors import (
 FILE_PARAM = "adapter_model.safetensors"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# numpy has no bfloat16.
+_NUMPY_TYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.int16}
 _ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 _LENGTH_BYTES = 8
 # Nobody writes a header of 64 GiB: eight bytes that claim more are the beginning of some other kind of file.
@@ -52,8 +55,7 @@ class BundleLimits:
     max_config_bytes: int = 1 << 20
 
 
-@dataclass(frozen=True)
-class TensorEntry:
+class TensorEntry(NamedTuple):
     """One tensor as the header announces it; `begin` and `end` count from the start of the file."""
 
     dtype: str
@@ -73,6 +75,17 @@ class Header:
 
     metadata: dict[str, str]
     entries: dict[str, TensorEntry]
+
+    def runs(self, names: Iterable[str]) -> list[TensorEntry]:
+        """The tensors of these names in this order, neighbours of one dtype as one entry of shape (elements,)."""
+        runs: list[TensorEntry] = []
+        for name in names:
+            entry = self.entries[name]
+            begin = entry.begin
+            if runs and (runs[-1].dtype, runs[-1].end) == (entry.dtype, begin):
+                begin = runs.pop().begin
+            runs.append(TensorEntry(entry.dtype, ((entry.end - begin) // _ITEM_BYTES[entry.dtype],), begin, entry.end))
+        return runs
 
 
 def looks_like_safetensors(prefix: bytes) -> bool:
@@ -148,22 +161,16 @@ def read_header(path: Path, limits: BundleLimits) -> Header:
 
 
 def read_tensors(data: memoryview, header: Header) -> dict[str, Tensor]:
-    """The tensors of a file held in memory, on the CPU.
-
-    A writable buffer is shared where its alignment allows; a read-only one is copied.
-    """
-    return {name: _tensor(data, entry) for name, entry in header.entries.items()}
+    """The tensors of a file held in writable memory, on the CPU; they share it where their alignment allows."""
+    return {name: read_tensor(data, entry) for name, entry in header.entries.items()}
 
 
-def _tensor(data: memoryview, entry: TensorEntry) -> Tensor:
-    dtype = DTYPES[entry.dtype]
-    count = math.prod(entry.shape)
-    if not data.readonly:
-        shared = torch.frombuffer(data, dtype=dtype, count=count, offset=entry.begin)
-        if shared.data_ptr() % dtype.itemsize == 0:
-            return shared.view(entry.shape)
-    own = bytearray(data[entry.begin : entry.end])
-    return torch.frombuffer(own, dtype=dtype, count=count).view(entry.shape)
+def read_tensor(data: memoryview, entry: TensorEntry) -> Tensor:
+    """One tensor, or a run of them; shares the memory, or copies it where it is not aligned."""
+    # Through numpy: torch gives up the interpreter's lock for every view, and in a busy server waits to have it back.
+    array = np.frombuffer(data, _NUMPY_TYPES[entry.dtype], math.prod(entry.shape), entry.begin).reshape(entry.shape)
+    tensor = torch.from_numpy(array if array.flags.aligned else array.copy())
+    return tensor.view(torch.bfloat16) if entry.dtype == "BF16" else tensor
 
 
 def _other_kind(prefix: bytes) -> str | None:

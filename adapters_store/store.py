@@ -78,18 +78,14 @@ class AdapterStore:
         record = self._shelf(parsed.adapter).find(parsed)
         return ResolvedAdapter(parsed.adapter, record.version, record.digest)
 
-    def load(self, digest: str, verify: bool | None = None) -> AdapterBundle:
-        """Read a bundle; every check of an upload is made again.
-
-        Args:
-            digest: From `resolve`.
-            verify: Whether to recompute the digest; None does so for bundles below `VERIFY_BELOW_BYTES`.
+    def load(self, digest: str) -> AdapterBundle:
+        """Read the bundle of a digest; every check of an upload is made again, and the digest taken anew.
 
         Raises:
             AdapterNotFound: It was deleted.
             StoreCorrupted: The file is not what was published.
         """
-        return self._files.load(digest, verify)
+        return self._files.load(digest)
 
     def config(self, digest: str) -> AdapterConfig:
         """The configuration of a bundle, without reading its tensors; raises as `load` does."""
@@ -207,7 +203,7 @@ class AdapterStore:
             shelf = self._shelf(f"{owner}/{name}")
             for record in shelf.records():
                 try:
-                    self._files.load(record.digest, verify=True)
+                    self._files.load(record.digest)
                 except AdapterNotFound as error:
                     raise StoreCorrupted(
                         f"the bundle of {shelf.adapter}@v{record.version} is missing; publish it again",

@@ -72,9 +72,7 @@ def check_values(tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPE_NAMES:
             raise WrongDtype(f"tensor {name!r} has dtype {tensor.dtype}; use F32, F16 or BF16", param=name)
-        # A sum is quicker than a look at each element, and no NaN or infinity leaves it finite; too large a sum is not
-        # finite either, and then the elements decide.
-        if not math.isfinite(tensor.sum(dtype=torch.float32).item()):
+        if not sum_is_finite(tensor):
             bad = int((~torch.isfinite(tensor)).sum())
             if not bad:
                 continue
@@ -83,6 +81,11 @@ def check_values(tensors: Mapping[str, Tensor]) -> None:
                 "train again with a lower learning rate",
                 param=name,
             )
+
+
+def sum_is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor surely has no NaN or infinity: a quick look, after which `False` leaves it open."""
+    return math.isfinite(tensor.sum(dtype=torch.float32).item())
 
 
 def check_base(config: AdapterConfig, base: BaseInfo, module_shapes: Mapping[str, tuple[int, int]]) -> None:

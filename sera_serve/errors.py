@@ -86,6 +86,13 @@ class DeadlineExceeded(SeraServeError):
     status = 504
 
 
+class CannotPin(SeraServeError):
+    """The adapter cannot be pinned now: pins would take too much of the pool, or it is being deleted."""
+
+    code = "cannot_pin"
+    status = 409
+
+
 class EngineUnavailable(SeraServeError):
     """The engine is not running; the server answers 503 until it is restarted."""
 

@@ -8,6 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numba
 import numpy as np
 import torch
 from numba import carray, njit, prange, types
@@ -36,7 +37,11 @@ def grouped_sera_numba(
     """`grouped_sera` for contiguous float32 tensors on a CPU."""
     d_in, tokens = x.size(-1), len(batch.host_slots)
     shapes, work = _output_shapes(tuple(modules), tuple([y.size(-1) for y in outputs]), d_in)
-    update = _update_parallel if tokens * work > PARALLEL_FROM else _update
+    update = _update
+    # numba has a number of threads of its own: unasked, it would use cores that torch was told to leave alone.
+    if tokens * work > PARALLEL_FROM and (threads := torch.get_num_threads()) > 1:
+        update = _update_parallel
+        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
     # Addresses, because numba unpacks arrays slowly, and would compile anew for each number of outputs.
     update(
         x.data_ptr(),

@@ -54,7 +54,7 @@ class Dispatcher:
     wait are few, so that these cannot keep the adapters of those before them from the device: when there are too many,
     the last in the order gives its lease back.
 
-    Everything but `begin` and `ended` is thread-safe. No other lock is taken under the one here.
+    Everything but `begin` and `ended` is thread-safe. No other lock but residency's is taken under the one here.
     """
 
     def __init__(
@@ -86,8 +86,6 @@ class Dispatcher:
         Raises:
             EngineUnavailable: The engine is stopping.
         """
-        if request.digest is not None:
-            request.wish = self._residency.prefetch(request.digest)
         with self._lock:
             closed = self._closed
             if not closed:
@@ -96,6 +94,10 @@ class Dispatcher:
             self._drop(request, None)
             raise EngineUnavailable("the engine is stopping")
         self._admit()
+        with self._lock:
+            # One that could come in has its lease, or waits for it: only the others need their adapter brought near.
+            if request.stage is Stage.WAITING and request.loading is None:
+                self._wish(request)
 
     def withdraw(self, request: Request) -> bool:
         """Take a request back that waits. False if it is in the batch, which must then be told."""
@@ -230,10 +232,16 @@ class Dispatcher:
                 if len(self._leased) > self._max_waiting_leases:
                     last = max(self._leased, key=self._queue.claim)
                     self._leased.remove(last)
+                    self._wish(last)
                     surplus, last.lease = last.lease, None
         if surplus is not None:
             surplus.release()
         self._admit()
+
+    def _wish(self, request: Request) -> None:
+        """Have the adapter of a waiting request near when its turn comes."""
+        if request.digest is not None and request.wish is None:
+            request.wish = self._residency.prefetch(request.digest)
 
     def _fail(self, request: Request, error: BaseException) -> None:
         with self._lock:

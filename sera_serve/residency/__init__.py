@@ -6,14 +6,12 @@ from sera_serve.residency.loader_threads import LoaderThreads
 from sera_serve.residency.manager import AdapterResidency
 from sera_serve.residency.packing import AdapterLayout, PackedAdapter, PackedHead, PackedModule, pack
 from sera_serve.residency.pool import DevicePool, Placement
-from sera_serve.residency.residents import CannotPin
 from sera_serve.residency.stats import LOAD_BUCKETS, LoadTimes, ResidencyStats, Tier
 
 __all__ = [
     "LOAD_BUCKETS",
     "AdapterLayout",
     "AdapterResidency",
-    "CannotPin",
     "DevicePool",
     "HostCache",
     "Lease",

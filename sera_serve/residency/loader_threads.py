@@ -83,6 +83,8 @@ class LoaderThreads:
                 _, order, job = heapq.heappop(self._jobs)
                 self._running[order] = time.monotonic()
                 self._ensure_idle_thread()
+                if self._jobs:
+                    self._changed.notify()
                 self._changed.release()
                 try:
                     job()
@@ -92,7 +94,6 @@ class LoaderThreads:
                     self._changed.acquire()
                     del self._running[order]
                     self._idle += 1
-                    self._changed.notify()
 
     def _free_in(self) -> float:
         """Seconds until fewer than `at_once` running jobs are not stalled; zero or less if so now. Lock held."""

@@ -116,10 +116,8 @@ class Loads:
         if not self._line:
             return
         blocked = 0
-        room = self._residents.room()
         for waiting in list(self._line.values()):
-            if self._serve(waiting, arriving, room):
-                room = self._residents.room()
+            if self._serve(waiting, arriving):
                 continue
             blocked += 1
             if blocked == 1 and self._is_impatient(waiting):
@@ -229,18 +227,15 @@ class Loads:
             self._refuse(loading, error)
             self.serve_line()
 
-    def _serve(self, waiting: Waiting, arriving: Loading | None, room: int) -> bool:
-        """Whether one in line does not wait for room any more. `room`: elements there can be at most."""
+    def _serve(self, waiting: Waiting, arriving: Loading | None) -> bool:
+        """Whether one in line does not wait for room any more."""
         loading = waiting.loading
         if not loading.is_awaited():
             self._end(loading)
         elif self._residents.usable(loading.digest):
             self._grant(loading.digest, loading.futures, "device")
             self._end(loading)
-        elif (
-            waiting.layout.elements <= room
-            and (placement := self._residents.reserve(waiting.layout, self._is_wanted)) is not None
-        ):
+        elif (placement := self._residents.reserve(waiting.layout, self._is_wanted)) is not None:
             del self._line[loading.digest]
             loading.placement = placement
             if loading is not arriving:

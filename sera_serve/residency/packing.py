@@ -9,6 +9,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors
 
 from adapters_store import AdapterBundle, AdapterConfig
 
@@ -104,16 +105,17 @@ def pack(
         dtype: The pool's dtype.
         pin_memory: Put the run in page-locked memory, for asynchronous copies to a GPU.
     """
-    chunks: list[tuple[int, Tensor]] = []
+    parts: list[Tensor] = []
     end = 0
 
     def place(*tensors: Tensor) -> int:
         nonlocal end
         start = end
-        for tensor in tensors:
-            chunks.append((end, tensor))
-            end += tensor.numel()
-        end = -(-end // ALIGNMENT) * ALIGNMENT
+        parts.extend(tensors)
+        end += sum(tensor.numel() for tensor in tensors)
+        if padding := -end % ALIGNMENT:
+            parts.append(tensors[0].new_zeros(padding))
+            end += padding
         return start
 
     modules = []
@@ -125,7 +127,8 @@ def pack(
     if bundle.config.task == "classify":
         weight, bias = bundle.tensors["head.weight"], bundle.tensors["head.bias"]
         head = PackedHead(place(weight), place(bias), *weight.shape)
-    data = torch.zeros(end, dtype=dtype, pin_memory=pin_memory)
-    for start, tensor in chunks:
-        data[start : start + tensor.numel()] = tensor.reshape(-1)
+    # One operation: torch gives up the interpreter's lock for each, and in a busy server waits to have it back.
+    data = _flatten_dense_tensors(parts).to(dtype)
+    if pin_memory:
+        data = data.pin_memory()
     return PackedAdapter(AdapterLayout(bundle.digest, bundle.config, tuple(modules), head, end), data)

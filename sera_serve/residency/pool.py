@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sera_kernels import ABSENT, AdapterTables
@@ -68,7 +71,7 @@ class DevicePool:
         self._free_slots = list(range(slots - 1, -1, -1))
         self._placed: dict[int, Placement] = {}
         # What was written to the tables, by slot, for adapters whose fill is complete.
-        self._written: dict[int, Tensor] = {}
+        self._written: dict[int, NDArray[Any]] = {}
 
     @property
     def capacity(self) -> int:
@@ -119,12 +122,7 @@ class DevicePool:
                 self.data[extent.start : extent.end].copy_(piece, non_blocking=True)
                 begin += extent.length
                 self.copies += 1
-            if self.data.is_cuda:
-                columns_there = columns.pin_memory().to(self.data.device, non_blocking=True)
-            else:
-                columns_there = columns
-            for table, column in zip(self._table_list(), columns_there, strict=True):
-                table[:, placement.slot].copy_(column)
+            self._write(placement.slot, columns)
         self._written[placement.slot] = columns
 
     def remove(self, placement: Placement) -> None:
@@ -178,25 +176,35 @@ class DevicePool:
         if (free_offsets != ABSENT).any():
             raise RuntimeError("a free slot still adapts something")
         for column, (slot, columns) in enumerate(written.items()):
-            if not torch.equal(there[:, :, column], columns):
+            if not np.array_equal(there[:, :, column], columns):
                 raise RuntimeError(f"slot {slot} does not point at its adapter")
+
+    def _write(self, slot: int, columns: NDArray[Any]) -> None:
+        if self.data.is_cuda:
+            there = torch.from_numpy(columns).pin_memory().to(self.data.device, non_blocking=True)
+            for table, column in zip(self._table_list(), there, strict=True):
+                table[:, slot].copy_(column)
+            return
+        # Through numpy: torch gives up the interpreter's lock for every copy, and then waits to have it back.
+        for array, values in zip(self.tables.host_arrays, columns, strict=True):
+            array[:, slot] = values
 
     def _table_list(self) -> list[Tensor]:
         tables = self.tables
         return [tables.offset, tables.rank, tables.split, tables.mixer, tables.scaling]
 
-    def _columns(self, placement: Placement) -> Tensor:
-        """float64 (tables, modules): a slot's column of every table, as one tensor so that one small copy brings it.
+    def _columns(self, placement: Placement) -> NDArray[Any]:
+        """float64 (tables, modules): a slot's column of every table, as one array so that one small copy brings it.
 
         float64 holds each exactly: scalings are rounded to float32 first, and offsets are below 2**53.
         """
-        columns = torch.zeros(5, self.tables.offset.shape[0], dtype=torch.float64)
+        columns = np.zeros((5, self.tables.offset.shape[0]))
         columns[0] = ABSENT
         # As in empty tables: a module that is absent has one segment of rank 0.
         columns[2] = 1
         modules = placement.adapter.modules
         if modules:
             values = [(placement.locate(m.offset), m.rank, m.split, m.use_mixer, m.scaling) for m in modules]
-            columns[:, [m.index for m in modules]] = torch.tensor(values, dtype=torch.float64).T
-        columns[4] = columns[4].float().double()
+            columns[:, [m.index for m in modules]] = np.array(values).T
+        columns[4] = columns[4].astype(np.float32)
         return columns

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain, filterfalse
 
-from sera_serve.errors import SeraServeError
+from sera_serve.errors import CannotPin
 from sera_serve.residency.packing import AdapterLayout
 from sera_serve.residency.pool import DevicePool, Placement
-
-
-class CannotPin(SeraServeError):
-    """The adapter cannot be pinned now: pins would take too much of the pool, or it is being deleted."""
-
-    code = "cannot_pin"
-    status = 409
 
 
 @dataclass
@@ -44,6 +39,8 @@ class Residents:
         self._residents: OrderedDict[str, _Resident] = OrderedDict()
         self._pins: set[str] = set()
         self._retiring: set[str] = set()
+        # Elements of the residents that may be evicted: counted, because every load asks for it.
+        self._idle_elements = 0
 
     def __contains__(self, digest: str) -> bool:
         return digest in self._residents
@@ -70,22 +67,25 @@ class Residents:
     def add(self, placement: Placement) -> None:
         """Take in an adapter whose fill is complete, as the most recently used."""
         self._residents[placement.adapter.digest] = _Resident(placement)
+        self._idle_elements += placement.adapter.elements
 
     def lease(self, digest: str) -> Placement:
         """Count one more lease; the adapter is now the most recently used."""
         resident = self._residents[digest]
-        resident.leases += 1
+        with self._counting(digest):
+            resident.leases += 1
         self._residents.move_to_end(digest)
         return resident.placement
 
     def release(self, digest: str) -> None:
         """Count one lease less."""
-        self._residents[digest].leases -= 1
+        with self._counting(digest):
+            self._residents[digest].leases -= 1
         self._remove_if_doomed(digest)
 
     def doom(self, digest: str) -> None:
         """Have a deleted adapter leave as soon as nobody holds it; it is no longer pinned."""
-        self._pins.discard(digest)
+        self.unpin(digest)
         if digest in self._residents:
             self._residents[digest].doomed = True
             self._remove_if_doomed(digest)
@@ -110,11 +110,13 @@ class Residents:
                 "unpin one, or raise pool_mib and max_resident",
                 param="adapter",
             )
-        self._pins.add(digest)
+        with self._counting(digest):
+            self._pins.add(digest)
 
     def unpin(self, digest: str) -> None:
         """Let the adapter be evicted again. Idempotent."""
-        self._pins.discard(digest)
+        with self._counting(digest):
+            self._pins.discard(digest)
 
     def reserve(
         self, adapter: AdapterLayout, is_wanted: Callable[[str], bool], spare_wanted: bool = False
@@ -125,26 +127,14 @@ class Residents:
         request will want, the latest of them first, or none with `spare_wanted`.
         """
         placement = self.pool.reserve(adapter)
-        if placement is not None:
-            return placement
-        idle = [digest for digest in self._residents if self._evictable(digest)]
-        victims = [digest for digest in idle if not is_wanted(digest)]
-        if not spare_wanted:
-            victims += [digest for digest in reversed(idle) if is_wanted(digest)]
-        if not self.pool.would_fit(adapter, [self._residents[digest].placement for digest in victims]):
-            return None
-        for digest in victims:
-            self.pool.remove(self._residents.pop(digest).placement)
+        victims = None if placement is not None else self._victims(adapter, is_wanted, spare_wanted)
+        for digest in victims or ():
+            self._remove(digest)
             self.evictions += 1
             placement = self.pool.reserve(adapter)
             if placement is not None:
                 break
         return placement
-
-    def room(self) -> int:
-        """Elements that are free or would be if all that may be evicted were."""
-        held = sum(p.adapter.elements for p in self.pool.placements() if not self._evictable(p.adapter.digest))
-        return self.pool.capacity - held
 
     def could_fit(self, adapter: AdapterLayout) -> bool:
         """Whether there would be room if everything left that is not pinned."""
@@ -195,10 +185,51 @@ class Residents:
                 raise RuntimeError(f"a lease on adapter {digest} was released twice")
             if resident.doomed and (not resident.leases or digest in self._pins):
                 raise RuntimeError(f"deleted adapter {digest} is still on the device")
+        idle = [resident.placement for digest, resident in self._residents.items() if self._evictable(digest)]
+        if sum(placement.adapter.elements for placement in idle) != self._idle_elements:
+            raise RuntimeError("the count of what may be evicted is wrong")
         if not self._pins | self._retiring <= self._residents.keys():
             raise RuntimeError("an adapter is pinned or retiring that is not resident")
         if sum(p.adapter.elements for p in self._pinned()) > self._pin_share * self.pool.capacity:
             raise RuntimeError("pinned adapters take more of the pool than they may")
+
+    def _victims(
+        self, adapter: AdapterLayout, is_wanted: Callable[[str], bool], spare_wanted: bool
+    ) -> list[str] | None:
+        """Whom to evict, in this order, until there is room for `adapter`; None if that would not give enough."""
+        missing = adapter.elements - (self.pool.capacity - self.pool.used)
+        if missing > self._idle_elements:
+            return None
+        idle = filter(self._evictable, self._residents)
+        latest = () if spare_wanted else filter(self._evictable, reversed(self._residents))
+        victims: list[str] = []
+        leaving: list[Placement] = []
+        # Whether they are enough is asked again each time they have doubled: holes are costly to go through.
+        ask_at = 1
+        for digest in chain(filterfalse(is_wanted, idle), filter(is_wanted, latest)):
+            victims.append(digest)
+            leaving.append(self._residents[digest].placement)
+            missing -= leaving[-1].adapter.elements
+            if missing <= 0 and len(victims) >= ask_at:
+                if self.pool.would_fit(adapter, leaving):
+                    return victims
+                ask_at = 2 * len(victims)
+        return victims if self.pool.would_fit(adapter, leaving) else None
+
+    def _remove(self, digest: str) -> None:
+        """Take an adapter that nobody holds off the device."""
+        placement = self._residents.pop(digest).placement
+        self._idle_elements -= placement.adapter.elements
+        self.pool.remove(placement)
+
+    @contextmanager
+    def _counting(self, digest: str) -> Iterator[None]:
+        """Keep the count of evictable elements over a change to one adapter."""
+        before = self._evictable(digest)
+        yield
+        if digest in self._residents:
+            change = self._evictable(digest) - before
+            self._idle_elements += change * self._residents[digest].placement.adapter.elements
 
     def _pinned(self) -> list[Placement]:
         return [self._residents[digest].placement for digest in self._pins]
@@ -210,4 +241,4 @@ class Residents:
         resident = self._residents[digest]
         if resident.doomed and not resident.leases:
             self._retiring.discard(digest)
-            self.pool.remove(self._residents.pop(digest).placement)
+            self._remove(digest)

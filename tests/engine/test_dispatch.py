@@ -131,7 +131,7 @@ def test_requests_enter_as_places_come_free() -> None:
 def test_a_loading_adapter_holds_nobody_up_and_its_request_keeps_its_turn() -> None:
     line = Line(places=1)
     slow = line.submit("a", "slow")
-    assert line.begun == [] and line.residency.wishes == 1
+    assert line.begun == [] and len(line.residency.waiting) == 1
     first, second = line.submit("b"), line.submit("b")
     assert line.begun == [first]
     line.residency.arrive("slow")
@@ -141,6 +141,18 @@ def test_a_loading_adapter_holds_nobody_up_and_its_request_keeps_its_turn() -> N
     assert line.residency.wishes == 0, "the lease takes the wish's place"
     line.dispatcher.finish(slow)
     line.dispatcher.finish(second)
+    assert line.holds_nothing()
+
+
+def test_who_has_to_wait_has_their_adapter_brought_near() -> None:
+    line = Line(places=1)
+    running = line.submit("a")
+    waiting = line.submit("a", "x")
+    assert line.residency.wishes == 1 and not line.residency.waiting
+    line.dispatcher.finish(running)
+    line.residency.arrive("x")
+    assert line.begun == [running, waiting] and line.residency.wishes == 0
+    line.dispatcher.finish(waiting)
     assert line.holds_nothing()
 
 
@@ -161,6 +173,7 @@ def test_those_who_wait_hold_few_leases_and_the_first_in_order_keep_theirs() -> 
     for i in reversed(range(6)):
         line.residency.arrive(f"f{i}")
         assert line.residency.leases <= 2
+    assert line.residency.wishes == 4, "whose lease was taken back wants the adapter all the same"
     assert {request for request in late if request.lease} == set(late[:2])
     line.dispatcher.finish(running)
     for request in late:

@@ -29,10 +29,10 @@ class GatedStore(AdapterStore):
 
     gate: threading.Event | None = None
 
-    def load(self, digest: str, verify: bool | None = None) -> AdapterBundle:
+    def load(self, digest: str) -> AdapterBundle:
         if self.gate is not None:
             assert self.gate.wait(20)
-        return super().load(digest, verify)
+        return super().load(digest)
 
 
 @pytest.fixture

@@ -24,9 +24,9 @@ class FaultyStore(AdapterStore):
 
     before_load: Callable[[str], None] = staticmethod(lambda digest: None)
 
-    def load(self, digest: str, verify: bool | None = None) -> AdapterBundle:
+    def load(self, digest: str) -> AdapterBundle:
         self.before_load(digest)
-        return super().load(digest, verify)
+        return super().load(digest)
 
 
 @dataclass

@@ -1,5 +1,9 @@
 """The grouped operation against its float64 reference."""
 
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numba
 import pytest
 import torch
 from torch import Tensor
@@ -109,7 +113,28 @@ def test_misfitting_arguments_are_refused() -> None:
         grouped_sera(x, [y], [0], batch, pool.half(), tables)
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="counts threads through /proc, which is Linux's")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_no_more_threads_compute_than_torch_has(threads: int) -> None:
+    pool, tables = random_pool(64, [64], torch.float32)
+    batch = AdapterBatch(torch.zeros(5000, dtype=torch.int32))
+    x, y = torch.randn(5000, 64), torch.randn(5000, 64)
+
+    def new_threads() -> int:
+        torch.set_num_threads(threads)
+        numba.set_num_threads(numba.config.NUMBA_NUM_THREADS)
+        before = len(list(Path("/proc/self/task").iterdir()))
+        grouped_sera(x, [y], [0], batch, pool, tables)
+        return len(list(Path("/proc/self/task").iterdir())) - before
+
+    # OpenMP gives every thread that computes in parallel a pool of its own.
+    with ThreadPoolExecutor(1) as thread:
+        started = thread.submit(new_threads).result()
+    assert started == min(threads, numba.config.NUMBA_NUM_THREADS) - 1
+
+
 def test_warm_up_leaves_nothing_to_compile() -> None:
+    torch.set_num_threads(max(2, torch.get_num_threads()))
     warm_up(torch.device("cpu"), torch.float32)
     compiled = [len(f.signatures) for f in (numba_path._update, numba_path._update_parallel)]
     assert min(compiled) == 1

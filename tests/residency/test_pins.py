@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 from slow_store import Build, Store, granted, settle
 
-from sera_serve.errors import AdapterTooLarge
-from sera_serve.residency import CannotPin
+from sera_serve.errors import AdapterTooLarge, CannotPin
 
 
 def test_pinned_adapter_stays_until_it_is_unpinned(build: Build, large: list[str]) -> None:

@@ -279,25 +279,6 @@ def test_damaged_bundle_is_never_served_and_publishing_heals_it(
     store.check_integrity()
 
 
-def test_digest_check_can_be_left_out(store: AdapterStore) -> None:
-    bundle = make_bundle(1)
-    store.publish(bundle, NAME)
-    flip_last_byte(bundle_path(store, bundle.digest))
-    store.load(bundle.digest, verify=False)
-    with pytest.raises(StoreCorrupted):
-        store.load(bundle.digest, verify=True)
-
-
-def test_large_bundles_are_verified_on_demand(store: AdapterStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("adapters_store.bundle_files.VERIFY_BELOW_BYTES", 100)
-    bundle = make_bundle(1)
-    store.publish(bundle, NAME)
-    flip_last_byte(bundle_path(store, bundle.digest))
-    store.load(bundle.digest)
-    with pytest.raises(StoreCorrupted):
-        store.load(bundle.digest, verify=True)
-
-
 def test_missing_bundle_and_lost_alias_target_are_found(store: AdapterStore) -> None:
     digest = store.publish(make_bundle(1), NAME).digest
     store.publish(make_bundle(2), NAME)
