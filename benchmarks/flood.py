@@ -19,15 +19,15 @@ LOAD = 0.9
 
 
 async def measure_flood(client: LoadClient, spec: WorkloadSpec, capacity: float) -> tuple[dict[str, Any], list[Answer]]:
-    """The victim's time to the first token in three loads, each of `spec.duration` seconds; and every answer of it.
+    """The victim's time to the first token in four loads, each of `spec.duration` seconds; and every answer of it.
 
     * `alone`: the victim offers its share, nobody else anything;
-    * `calm`: the other tenants offer theirs too, LOAD of the capacity in all;
-    * `flood`: one other tenant offers FLOOD times its share, and the rest nothing.
+    * `calm`: the other tenants offer theirs too, LOAD of the capacity in all: as busy as can be without a backlog;
+    * `crowd`: the others together offer FLOOD times a share, each as much as the next;
+    * `flood`: one of the others offers all of that, and the rest nothing.
 
-    The victim's requests are the same in all three. A flood cannot offer the same total load as the victim could
-    alone without refusals, so `ratio` is that of the flood to the calm, in which the server is as busy as it can be
-    without a backlog.
+    The victim's requests are the same in all four. The total load of the flood is that of the crowd: `ratio` tells what
+    it costs the victim that one tenant offers it all, `ratio_to_calm` what it costs that there is a backlog at all.
 
     Args:
         client: Of a server that has at least TENANTS adapters.
@@ -36,9 +36,11 @@ async def measure_flood(client: LoadClient, spec: WorkloadSpec, capacity: float)
     """
     share = LOAD * capacity / TENANTS
     victim = _of(replace(spec, adapters=1, rate=share), TENANTS - 1)
-    crowd = [_of(replace(spec, adapters=1, rate=share, seed=spec.seed + 1 + t), t) for t in range(TENANTS - 1)]
+    calm = [_of(replace(spec, adapters=1, rate=share, seed=spec.seed + 1 + t), t) for t in range(TENANTS - 1)]
     flood = _of(replace(spec, adapters=1, rate=FLOOD * share, seed=spec.seed + 1), 0)
-    loads = {"alone": [], "calm": list(chain(*crowd)), "flood": flood}
+    busier = replace(spec, adapters=1, rate=FLOOD * share / (TENANTS - 1))
+    many = [_of(replace(busier, seed=spec.seed + 1 + tenant), tenant) for tenant in range(TENANTS - 1)]
+    loads = {"alone": [], "calm": list(chain(*calm)), "crowd": list(chain(*many)), "flood": flood}
     result: dict[str, Any] = {"share_requests_per_s": round(share, 3), "flood_times_share": FLOOD}
     answers: list[Answer] = []
     for name, others in loads.items():
@@ -49,8 +51,10 @@ async def measure_flood(client: LoadClient, spec: WorkloadSpec, capacity: float)
             theirs_answers = await theirs
             result[name]["others"] = latency(theirs_answers) | {"failures": failures(theirs_answers)}
         answers += mine
-    calm, flooded = result["calm"]["ttft_p95_s"], result["flood"]["ttft_p95_s"]
-    result["ratio"] = round(flooded / calm, 3) if calm and flooded else None
+    flooded = result["flood"]["ttft_p95_s"]
+    for name, other in (("ratio", "crowd"), ("ratio_to_calm", "calm")):
+        reference = result[other]["ttft_p95_s"]
+        result[name] = round(flooded / reference, 3) if reference and flooded else None
     return result, answers
 
 

@@ -49,18 +49,23 @@ def main(
     quick: Annotated[bool, typer.Option(help="Two small fleets, one round: seconds, and figures of no worth.")] = False,
     alpha: Annotated[float, typer.Option(help="Popularity: 1 is uniform, less is more skewed.")] = 0.6,
     touch: Annotated[bool, typer.Option(help="Ask every adapter once before anything is measured.")] = False,
+    host_cache_mib: Annotated[
+        int | None, typer.Option(min=0, help="Host memory for adapters; by default less than 5,000 of them take.")
+    ] = None,
     plot: Annotated[Path, typer.Option(help="Where the PNG goes.")] = PLOT,
 ) -> None:
     """Measure, print a table, then one JSON line."""
     console = Console(stderr=True, width=140)
     with tempfile.TemporaryDirectory(prefix="many-adapters-") as folder:
         plan = replace(QUICK if quick else Plan(), touch=touch)
+        if host_cache_mib is not None:
+            plan = replace(plan, host_cache_mib=host_cache_mib)
         run = ManyAdapters(plan, Path(folder), alpha, console)
         result = run.run()
     told = report(run.wrong, result, console)
     if told["correct"]:
         plot_many_adapters(plot, result["rows"], run.ttfts)
-        told |= {"alpha": alpha, "touched": touch, "plot": str(plot)}
+        told |= {"alpha": alpha, "touched": touch, "host_cache_mib": plan.host_cache_mib, "plot": str(plot)}
     typer.echo(json.dumps(told))
     if not told["correct"]:
         raise typer.Exit(1)
