@@ -1,9 +1,8 @@
-"""transformers' continuous batching made adapter-aware; the only file that knows its inner interfaces.
+"""transformers' continuous batching made adapter-aware; this file and `processors.py` know its inner interfaces.
 
 What is replaced, and why:
 
-* the processor list: it carries each request's adapter slot and sampling into the batch, and writes one slot for every
-  sequence, also for those in the middle of a chunked prefill, which the stock list skips;
+* the processor list (see there);
 * the scheduler: it reports when a cancelled request has really left the batch, so that its adapter may be released;
 * the output router: it calls back on the engine's thread; the stock one needs a live event loop per request, and a
   closed loop would kill the engine;
@@ -15,91 +14,21 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import ContinuousBatchingConfig, GenerationConfig, LogitsProcessorList, PreTrainedModel
+from torch import nn
+from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 from transformers.generation.continuous_batching import scheduler as stock_scheduler
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
-from transformers.generation.continuous_batching.cb_logits_processors import (
-    ContinuousBatchingLogitsProcessorList,
-)
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager, OutputRouter
-from transformers.generation.continuous_batching.requests import (
-    FutureRequestState,
-    GenerationOutput,
-    RequestState,
-    RequestStatus,
-)
+from transformers.generation.continuous_batching.requests import GenerationOutput, RequestState, RequestStatus
 
 from sera_kernels import BARE_BASE, AdapterBatch
 from sera_serve.engine.attention import plan_sequences, use_varlen_attention
 from sera_serve.engine.prefix_salts import PrefixSalts
-from sera_serve.engine.sampling import noise_key, perturbed_scores
+from sera_serve.engine.processors import SequenceProcessors, options_of
 from sera_serve.engine.sequences import SequenceListener, SequenceOptions, SequenceUpdate
 from sera_serve.layers import AdapterContext
 
 PAGE_SIZE = 32
-
-
-class _Processors(ContinuousBatchingLogitsProcessorList):  # type: ignore[misc]
-    """Rows of the batch's argument tensor: adapter slot per sequence, then sampling per sequence with a new token."""
-
-    SLOT, TEMPERATURE, TOP_K, TOP_P, KEY = range(5)
-
-    def __init__(self) -> None:
-        self.logits_processor = LogitsProcessorList()
-        self.tensors_required = 5
-        self.supported_keys = {"options": SequenceOptions}
-        self.ignored_keys: set[str] = set()
-        self.do_processing = True
-        self._samples = True
-        self._truncates = True
-
-    def fill_defaults(self, int32_tensor: Tensor) -> None:
-        int32_tensor.zero_()
-        int32_tensor[self.SLOT] = BARE_BASE
-
-    def prepare_tensor_args(self, requests_in_batch: list[FutureRequestState], arg_storage: Tensor) -> Tensor:
-        # Padding sequences must not run an adapter that an earlier, larger batch left in the row.
-        arg_storage[self.SLOT].fill_(BARE_BASE)
-        slots = [_options(request.state).adapter_slot for request in requests_in_batch]
-        arg_storage[self.SLOT, : len(slots)] = torch.tensor(slots, dtype=torch.int32)
-        states = [request.state for request in requests_in_batch if request.has_new_token]
-        options = [_options(state) for state in states]
-        on_cpu = arg_storage.device.type == "cpu"
-        # With graphs the captured work must fit every later batch, so nothing is spared there.
-        self._samples = not on_cpu or any(o.temperature > 0 for o in options)
-        self._truncates = not on_cpu or any(o.truncates for o in options)
-        if not self._samples:
-            return arg_storage
-        keys = [noise_key(o.seed, s.position_offset) for o, s in zip(options, states, strict=True)]
-        rows: list[tuple[int, list[int] | list[float], torch.dtype]] = [
-            (self.TEMPERATURE, [o.temperature for o in options], torch.float32),
-            (self.TOP_K, [o.top_k for o in options], torch.int32),
-            (self.TOP_P, [o.top_p for o in options], torch.float32),
-            (self.KEY, keys, torch.int32),
-        ]
-        for row, values, dtype in rows:
-            # Floats travel as their bits in an int32 row.
-            arg_storage[row, : len(values)] = torch.tensor(values, dtype=dtype).view(torch.int32)
-        return arg_storage
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, logits_processor_args: Tensor) -> Tensor:
-        if not self._samples:
-            return scores
-        args = logits_processor_args[:, : len(scores)]
-        return perturbed_scores(
-            scores,
-            temperature=args[self.TEMPERATURE].view(torch.float32),
-            top_k=args[self.TOP_K],
-            top_p=args[self.TOP_P].view(torch.float32),
-            keys=args[self.KEY],
-            truncate=self._truncates,
-        )
-
-
-def _options(state: RequestState) -> SequenceOptions:
-    options: SequenceOptions = state.logit_processor_kwargs.get("options", SequenceOptions())
-    return options
 
 
 class _Router(OutputRouter):  # type: ignore[misc]
@@ -127,13 +56,13 @@ class _Scheduler(stock_scheduler.FIFOScheduler):  # type: ignore[misc]
 
         def search_prefix_match(request_id: str, prompt: list[int]) -> int:
             state = self.waiting_requests[request_id]
-            matched: int = search(request_id, salts.salted(prompt, _options(state).prefix_key or request_id))
+            matched: int = search(request_id, salts.salted(prompt, options_of(state).prefix_key or request_id))
             return matched
 
         def mark_complete_blocks(state: RequestState, complete: dict[str, int]) -> None:
             if complete and state.status != RequestStatus.FINISHED:
                 tokens = state.initial_tokens + state.generated_tokens
-                salted = salts.salted(tokens, _options(state).prefix_key or state.request_id)
+                salted = salts.salted(tokens, options_of(state).prefix_key or state.request_id)
                 for name, blocks in complete.items():
                     cache.cache_allocators[name].mark_complete_blocks(state.request_id, salted, blocks)
 
@@ -208,7 +137,7 @@ class ContinuousBatch:
             ),
         )
         self._manager.cpu_threads = cpu_threads
-        self._manager.logit_processor = _Processors()
+        self._manager.logit_processor = SequenceProcessors()
         self._manager.output_router = _Router(listener)
         model.register_forward_pre_hook(self._enter_pass, with_kwargs=True)
         model.register_forward_hook(self._exit_pass, always_call=True)
@@ -263,7 +192,7 @@ class ContinuousBatch:
     def _enter_pass(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        slots = kwargs["logits_processor_args"][_Processors.SLOT]
+        slots = kwargs["logits_processor_args"][SequenceProcessors.SLOT]
         on_cpu = slots.device.type == "cpu"
         if on_cpu:
             kwargs = plan_sequences(kwargs)

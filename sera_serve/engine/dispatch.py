@@ -2,49 +2,15 @@
 
 from __future__ import annotations
 
-import enum
 import threading
-from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from functools import partial
 
-from sera_serve.engine.admission import Room, Visit
-from sera_serve.engine.fairness import FairQueue, Ticket
+from sera_serve.engine.admission import Room
+from sera_serve.engine.fairness import FairQueue
+from sera_serve.engine.request import Request, Stage
 from sera_serve.errors import EngineUnavailable, SeraServeError
-from sera_serve.residency import AdapterResidency, Lease, Prefetch
-
-
-class Stage(enum.Enum):
-    """Where a request's ticket is."""
-
-    WAITING = enum.auto()
-    RUNNING = enum.auto()
-    GONE = enum.auto()
-
-
-@dataclass(eq=False, kw_only=True)
-class Request(Ticket):
-    """A ticket for a batch, and what has to happen to it. Its owner sets the first group, the dispatcher the rest.
-
-    Attributes:
-        visit: The request that it is, or is a part of.
-        digest: The adapter that it needs on the device; None is the bare base.
-        begin: Puts it into the batch, under a lease unless it is the bare base's; raises SeraServeError if it cannot.
-        ended: Called once, without a lock, when nothing is held for it any more, with whether it ran to its end.
-        begun: Done when `begin` has returned, or with the error for which it never will be called.
-    """
-
-    visit: Visit
-    digest: str | None
-    begin: Callable[[Lease | None], None]
-    ended: Callable[[bool], None] = lambda served: None
-
-    begun: Future[None] = field(default_factory=Future, init=False)
-    stage: Stage = field(default=Stage.WAITING, init=False)
-    wish: Prefetch | None = field(default=None, init=False)
-    loading: Future[Lease] | None = field(default=None, init=False)
-    lease: Lease | None = field(default=None, init=False)
+from sera_serve.residency import AdapterResidency, Lease
 
 
 class Dispatcher:

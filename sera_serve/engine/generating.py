@@ -14,11 +14,11 @@ from sera_serve.config import ServeSettings
 from sera_serve.engine.admission import Room, Visit
 from sera_serve.engine.continuous import PAGE_SIZE, ContinuousBatch
 from sera_serve.engine.detokenizer import Detokenizer
-from sera_serve.engine.dispatch import Request
 from sera_serve.engine.generation import PRIORITIES, GenerateParams, GenerationStream
 from sera_serve.engine.mailbox import Mailbox
 from sera_serve.engine.prompts import end_tokens, is_long, prompt_tokens
 from sera_serve.engine.reception import Reception, deadline_after
+from sera_serve.engine.request import Request
 from sera_serve.engine.sequences import SequenceOptions, SequenceUpdate
 from sera_serve.errors import EngineUnavailable, UnsupportedTask
 from sera_serve.layers import AdapterContext

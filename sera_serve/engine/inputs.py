@@ -13,11 +13,11 @@ from adapters_store import AdapterStore, ResolvedAdapter
 from sera_serve.config import ServeSettings
 from sera_serve.engine.admission import Room, Visit
 from sera_serve.engine.classification import ClassifyBatch, ClassifyResult, LabelScores
-from sera_serve.engine.dispatch import Request
 from sera_serve.engine.generating import wrong_task
 from sera_serve.engine.generation import PRIORITIES, Priority
 from sera_serve.engine.prompts import ClassifyTokens
 from sera_serve.engine.reception import Reception, deadline_after, finish_by
+from sera_serve.engine.request import Request
 from sera_serve.errors import UnsupportedTask
 from sera_serve.residency import Lease
 

@@ -9,9 +9,10 @@ from typing import TypeVar
 from adapters_store.names import parse_ref
 from sera_serve.config import ServeSettings
 from sera_serve.engine.admission import Door, Room, Visit
-from sera_serve.engine.dispatch import Dispatcher, Request
+from sera_serve.engine.dispatch import Dispatcher
 from sera_serve.engine.fairness import BARE_BASE_TENANT, FairQueue
 from sera_serve.engine.generation import deadline_exceeded
+from sera_serve.engine.request import Request
 from sera_serve.residency import AdapterResidency
 
 T = TypeVar("T")

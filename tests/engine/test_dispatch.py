@@ -11,8 +11,9 @@ from typing import Any, cast
 import pytest
 
 from sera_serve.engine.admission import Room, Visit
-from sera_serve.engine.dispatch import Dispatcher, Request, Stage
+from sera_serve.engine.dispatch import Dispatcher
 from sera_serve.engine.fairness import FairQueue
+from sera_serve.engine.request import Request, Stage
 from sera_serve.errors import EngineUnavailable, UnsupportedTask
 from sera_serve.residency import AdapterResidency, Lease
 
