@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from sera_serve.base import load_base
 from sera_serve.config import ServeSettings
 from sera_serve.engine import ServingEngine
 from sera_serve.server import build_app
+from sera_serve.serving import http_config
 
 
 def serve_soak(listener: socket.socket, base: str, store: Path, settings: dict[str, Any]) -> None:
@@ -35,5 +37,7 @@ def serve_soak(listener: socket.socket, base: str, store: Path, settings: dict[s
         }
 
     app.add_api_route("/integrity", integrity)
-    config = uvicorn.Config(app, log_level="warning", ws="none", timeout_graceful_shutdown=10)
-    uvicorn.Server(config).run(sockets=[listener])
+    server = uvicorn.Server(http_config(app, chosen))
+    # A line for every request would be most of what the soak prints.
+    logging.getLogger("uvicorn.access").setLevel(logging.WARNING)
+    server.run(sockets=[listener])

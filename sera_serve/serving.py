@@ -9,6 +9,7 @@ import socket
 from collections.abc import Callable
 
 import uvicorn
+from fastapi import FastAPI
 from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
@@ -40,12 +41,7 @@ def run_server(settings: ServeSettings) -> None:
         with console.status(f"loading base {settings.base}"):
             base = run_and_forget_pool(lambda: load_base(settings.base, settings.device, settings.dtype))
             engine = run_and_forget_pool(lambda: ServingEngine(base, store, settings))
-        config = uvicorn.Config(
-            build_app(engine, store, settings),
-            timeout_graceful_shutdown=settings.shutdown_grace_s,
-            server_header=False,
-            ws="none",
-        )
+        config = http_config(build_app(engine, store, settings), settings)
         port = listener.getsockname()[1]
         server = _AnnouncingServer(config, lambda: describe_server(console, settings, base, store, port))
         # Modules and models stay for good: a collection that went through them would stop every thread for about 0.1 s.
@@ -55,6 +51,19 @@ def run_server(settings: ServeSettings) -> None:
             server.run(sockets=[listener])
         except KeyboardInterrupt:
             console.print("stopped")
+
+
+def http_config(app: FastAPI, settings: ServeSettings) -> uvicorn.Config:
+    """How the application is served over HTTP."""
+    return uvicorn.Config(
+        app,
+        timeout_graceful_shutdown=settings.shutdown_grace_s,
+        # Longer than clients and proxies keep an idle connection (httpx 5 s, aiohttp 15 s, load balancers 60 s): a
+        # request sent while the server closes the connection fails, and nobody can tell whether it was carried out.
+        timeout_keep_alive=75,
+        server_header=False,
+        ws="none",
+    )
 
 
 def bound_socket(host: str, port: int) -> socket.socket:

@@ -7,13 +7,15 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 
 from sera_serve.errors import AdapterTooLarge
 from sera_serve.residency.answers import Answers
 from sera_serve.residency.handles import Lease
 from sera_serve.residency.host_cache import HostCache
+from sera_serve.residency.line import Line, Outcome
 from sera_serve.residency.loader_threads import LoaderThreads
-from sera_serve.residency.loading import Loading, Waiting
+from sera_serve.residency.loading import Loading
 from sera_serve.residency.packing import PackedAdapter
 from sera_serve.residency.pool import Placement
 from sera_serve.residency.residents import Residents
@@ -22,8 +24,8 @@ from sera_serve.residency.stats import LoadTimes, Tier
 # Priorities of loader jobs: what has room in the pool, then what a request waits for, then what one will want.
 _FILL, _LOAD, _PREFETCH = range(3)
 
-# How many adapters that find no room are tried before the rest of the line is left for later.
-_LINE_WINDOW = 16
+# Bytes that are copied within host memory in about 0.1 ms.
+_COPIED_AT_ONCE = 1 << 20
 
 
 class Loads:
@@ -70,12 +72,11 @@ class Loads:
         self._residents = residents
         self._host_cache = host_cache
         self._threads = threads
-        self._patience = patience
         self._answers = answers
         self._release = release
         self._loadings: dict[str, Loading] = {}
-        # Those of them that were read and find no room, in the order they came.
-        self._line: dict[str, Waiting] = {}
+        # Those of them that were read and find no room.
+        self._line = Line(residents, self._is_wanted, self.granted, patience)
 
     def __len__(self) -> int:
         return len(self._loadings)
@@ -91,13 +92,16 @@ class Loads:
 
     def request(self, digest: str, future: Future[Lease]) -> None:
         """Grant a lease now or when the adapter is there; all who ask meanwhile share one load."""
-        if not self._residents.are_retiring() and self._is_impatient(next(iter(self._line.values()), None)):
+        if not self._residents.are_retiring() and self._line.is_impatient():
             self.serve_line()
         if self._residents.usable(digest):
             self._grant(digest, [future], "device")
             return
         loading = self._loadings.get(digest)
         if loading is None:
+            if self._copy_now(digest):
+                self._grant(digest, [future], "host")
+                return
             loading = self._loadings[digest] = Loading(digest)
         if not loading.started and not loading.futures:
             # A load that was a mere prefetch is in the queue twice now; whichever comes later finds it started.
@@ -112,19 +116,25 @@ class Loads:
 
     def serve_line(self, arriving: Loading | None = None) -> None:
         """Find room for those who wait; called whenever there may be some. The caller itself fills `arriving`."""
-        self._residents.retire_none()
-        if not self._line:
-            return
-        blocked = 0
-        for waiting in list(self._line.values()):
-            if self._serve(waiting, arriving):
-                continue
-            blocked += 1
-            if blocked == 1 and self._is_impatient(waiting):
-                self._residents.retire_for(waiting.layout)
-                return
-            if blocked == _LINE_WINDOW:
-                return
+        for loading, outcome in self._line.settle():
+            if outcome is Outcome.ABANDONED:
+                self._end(loading)
+            elif outcome is Outcome.RESIDENT:
+                self._grant(loading.digest, loading.futures, "device")
+                self._end(loading)
+            elif outcome is Outcome.NEVER:
+                self._refuse(
+                    loading,
+                    AdapterTooLarge(
+                        "the adapter does not fit beside the pinned ones; unpin some, or raise pool_mib",
+                        param="adapter",
+                    ),
+                )
+            else:
+                self._line.leave(loading.digest)
+                loading.placement = outcome
+                if loading is not arriving:
+                    self._threads.submit(_FILL, partial(self._load_placed, loading, outcome))
 
     def refuse_all(self, error: Exception) -> None:
         """Answer everyone who waits with `error`, and begin nothing more."""
@@ -136,14 +146,33 @@ class Loads:
         copying = [loading for loading in self._loadings.values() if loading.placement is not None]
         if len(self._residents.pool.placements()) != len(self._residents) + len(copying):
             raise RuntimeError("an adapter has a place in the pool and is neither resident nor being copied")
-        for digest, waiting in self._line.items():
-            if self._loadings.get(digest) is not waiting.loading or waiting.loading.placement is not None:
-                raise RuntimeError(f"adapter {digest} waits for room that it does not need")
-        waits = any(waiting.loading.is_awaited() for waiting in self._line.values())
+        for loading in self._line.loadings():
+            if self._loadings.get(loading.digest) is not loading or loading.placement is not None:
+                raise RuntimeError(f"adapter {loading.digest} waits for room that it does not need")
+        waits = any(loading.is_awaited() for loading in self._line.loadings())
         if waits and not copying and not self._residents.leases():
             raise RuntimeError("an adapter waits for room although nothing is in use")
         if min(self.wishes.values(), default=1) < 1:
             raise RuntimeError("a prefetch was released twice")
+
+    def _copy_now(self, digest: str) -> bool:
+        """Bring an adapter over from the host cache at once, where that takes less than to wake a loader thread."""
+        packed = self._host_cache.get(digest)
+        pool = self._residents.pool
+        if packed is None or packed.nbytes > _COPIED_AT_ONCE or pool.data.device.type != "cpu" or self._line:
+            return False
+        placement = self._residents.reserve(packed.layout, self._is_wanted)
+        if placement is None:
+            return False
+        began = time.monotonic()
+        try:
+            pool.fill(placement, packed.data)
+        except Exception:  # noqa: BLE001 - a loader thread tries again, and tells who waits
+            pool.remove(placement)
+            return False
+        self.times["host"] = self.times["host"].with_load(time.monotonic() - began)
+        self._residents.add(placement)
+        return True
 
     def _load(self, loading: Loading) -> None:
         """Loader thread: read an adapter, and copy it to the device if it finds room at once."""
@@ -192,8 +221,7 @@ class Loads:
 
     def _find_room(self, loading: Loading, packed: PackedAdapter) -> None:
         if loading.is_awaited():
-            waiting = Waiting(loading, packed.layout, self.granted.total())
-            self._line[loading.digest] = waiting
+            self._line.join(loading, packed.layout)
             self.serve_line(arriving=loading)
             return
         if self.wishes[loading.digest] and not self._line and not loading.doomed:
@@ -227,33 +255,6 @@ class Loads:
             self._refuse(loading, error)
             self.serve_line()
 
-    def _serve(self, waiting: Waiting, arriving: Loading | None) -> bool:
-        """Whether one in line does not wait for room any more."""
-        loading = waiting.loading
-        if not loading.is_awaited():
-            self._end(loading)
-        elif self._residents.usable(loading.digest):
-            self._grant(loading.digest, loading.futures, "device")
-            self._end(loading)
-        elif (placement := self._residents.reserve(waiting.layout, self._is_wanted)) is not None:
-            del self._line[loading.digest]
-            loading.placement = placement
-            if loading is not arriving:
-                self._threads.submit(_FILL, lambda: self._load_placed(loading, placement))
-        elif not self._residents.could_fit(waiting.layout):
-            self._refuse(
-                loading,
-                AdapterTooLarge(
-                    "the adapter does not fit beside the pinned ones; unpin some, or raise pool_mib", param="adapter"
-                ),
-            )
-        else:
-            return False
-        return True
-
-    def _is_impatient(self, waiting: Waiting | None) -> bool:
-        return waiting is not None and self.granted.total() - waiting.granted_before >= self._patience
-
     def _grant(self, digest: str, futures: list[Future[Lease]], tier: Tier) -> None:
         for future in futures:
             if self._answers.decide(future, lambda: Lease(self._residents.lease(digest), self._release)):
@@ -270,7 +271,7 @@ class Loads:
     def _end(self, loading: Loading) -> None:
         if self._loadings.get(loading.digest) is loading:
             del self._loadings[loading.digest]
-            self._line.pop(loading.digest, None)
+            self._line.leave(loading.digest)
             if loading.doomed:
                 self._host_cache.drop(loading.digest)
 
