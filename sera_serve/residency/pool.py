@@ -118,8 +118,7 @@ class DevicePool:
         with self._copy_stream.complete():
             begin = 0
             for extent in placement.extents:
-                piece = data[begin : begin + extent.length]
-                self.data[extent.start : extent.end].copy_(piece, non_blocking=True)
+                self._copy(extent, data[begin : begin + extent.length])
                 begin += extent.length
                 self.copies += 1
             self._write(placement.slot, columns)
@@ -178,6 +177,14 @@ class DevicePool:
         for column, (slot, columns) in enumerate(written.items()):
             if not np.array_equal(there[:, :, column], columns):
                 raise RuntimeError(f"slot {slot} does not point at its adapter")
+
+    def _copy(self, extent: Extent, piece: Tensor) -> None:
+        there = self.data[extent.start : extent.end]
+        if there.is_cuda:
+            there.copy_(piece, non_blocking=True)
+        else:
+            # Not by torch, which would copy on several cores, with threads of its own for each thread that asks.
+            there.view(torch.uint8).numpy()[:] = piece.view(torch.uint8).numpy()
 
     def _write(self, slot: int, columns: NDArray[Any]) -> None:
         if self.data.is_cuda:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from slow_store import Build, Store, granted
+from slow_store import Build, Store, granted, until
 
 from sera_serve.residency import loads as loads_module
 
@@ -59,6 +59,7 @@ def test_nobody_is_passed_on_the_way(build: Build, large: list[str]) -> None:
     residency = in_host_memory(build, large)
     held = granted(residency.acquire(large[1]))
     first = residency.acquire(large[2])
+    until(lambda: residency.stats().waiting == 1)
     second = residency.acquire(large[0])
     assert not second.done()
     held.release()
