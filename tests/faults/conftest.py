@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,19 +9,16 @@ from typing import Any
 
 import httpx
 import pytest
+from faulty_serving import NEW_TOKENS, PROMPT, WRITERS, FaultyStore, Serving, name
 
 from adapters_store import AdapterBundle
 from factories import greedy, merged, random_adapter, random_decoder
+from live_server import live_server
 from sera_serve import SeraConfig
 from sera_serve.base import FrozenBase
 from sera_serve.config import ServeSettings
 from sera_serve.engine import ServingEngine
 from sera_serve.server import build_app
-
-# The live server and the reading of refusals are those of the server's own tests.
-sys.path.append(str(Path(__file__).resolve().parents[1] / "server"))
-from faulty_serving import NEW_TOKENS, PROMPT, WRITERS, FaultyStore, Serving, name
-from live_server import live_server
 
 SHAPES = [
     SeraConfig(32, 32, 64, "all-linear"),
