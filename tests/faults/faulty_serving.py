@@ -9,9 +9,9 @@ from typing import Any
 
 import httpx
 from fastapi import FastAPI
-from live_server import wait_until
 
 from adapters_store import AdapterBundle, AdapterStore
+from live_server import wait_until
 from sera_serve.engine import ServingEngine
 
 WRITERS = 9

@@ -9,12 +9,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from answers import events, refused
 from faulty_serving import Serving, name
-from live_server import wait_until
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import LlamaForCausalLM
+
+from answers import events, refused
+from live_server import wait_until
 
 Serve = Callable[..., Serving]
 

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 import httpx
 import pytest
-from live_server import live_server, wait_until
 from stub_engine import StubEngine
 
 from adapters_store import AdapterBundle, AdapterStore
 from factories import random_adapter, random_decoder
+from live_server import live_server, wait_until
 from sera_serve import SeraConfig
 from sera_serve.base import FrozenBase
 from sera_serve.config import ServeSettings

@@ -6,8 +6,9 @@ from typing import Any
 
 import httpx
 import pytest
-from answers import refused
 from stub_engine import CRASHES, OVERLOADED, StubEngine
+
+from answers import refused
 
 
 def test_results_come_in_the_order_of_the_inputs(client: httpx.Client) -> None:

@@ -6,10 +6,10 @@ import time
 
 import httpx
 import pytest
-from live_server import live_server, wait_until
 from stub_engine import HANGS, SLOW, StubEngine
 
 from adapters_store import AdapterStore
+from live_server import live_server, wait_until
 from sera_serve.base import FrozenBase
 from sera_serve.config import ServeSettings
 from sera_serve.server import build_app

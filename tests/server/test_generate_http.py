@@ -6,7 +6,6 @@ from typing import Any
 
 import httpx
 import pytest
-from answers import events, refused
 from stub_engine import (
     CRASHES,
     CRASHES_LATER,
@@ -21,6 +20,7 @@ from stub_engine import (
     StubEngine,
 )
 
+from answers import events, refused
 from sera_serve.engine import GenerateParams
 
 ANSWER = {

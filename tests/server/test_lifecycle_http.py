@@ -11,11 +11,11 @@ from typing import Any
 
 import httpx
 import pytest
-from answers import refused
-from live_server import live_server, wait_until
 
 from adapters_store import AdapterBundle, AdapterStore
+from answers import refused
 from factories import greedy, merged, random_adapter
+from live_server import live_server, wait_until
 from sera_serve import SeraConfig
 from sera_serve.base import FrozenBase
 from sera_serve.config import ServeSettings

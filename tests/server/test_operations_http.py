@@ -6,8 +6,9 @@ import socket
 
 import httpx
 import pytest
-from answers import refused
 from stub_engine import FLOODING, LATE, LATE_LATER, OVERLOADED, TOO_LONG, StubEngine
+
+from answers import refused
 
 
 def samples(client: httpx.Client) -> dict[str, float]:

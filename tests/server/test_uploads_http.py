@@ -15,9 +15,9 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from answers import refused
 
 from adapters_store import AdapterBundle, AdapterStore
+from answers import refused
 from factories import random_adapter, random_decoder
 from sera_serve import SeraConfig
 from sera_serve.base import FrozenBase
