@@ -24,7 +24,8 @@ class AdapterResidency:
     """Moves adapters store -> host cache -> device pool on demand, and back out when others need the room.
 
     Every public method but `close` may be called from any thread and returns at once: reading and copying are done by
-    loader threads, so a request waits for its own adapter only. Adapters that find no room wait in a line. Others
+    loader threads, so a request waits for its own adapter only. (On a CPU the caller itself copies a small adapter from
+    the host cache, which is quicker than to wake a thread.) Adapters that find no room wait in a line. Others
     may pass the first in line until `patience` leases have been granted over its head; then nobody passes it, and
     resident adapters retire until it fits.
 
