@@ -49,9 +49,12 @@ _UPLOAD_FORM = {
 async def upload(request: Request, engine: EngineOf, store: StoreOf, settings: SettingsOf) -> PublishedAdapter:
     """Publish a bundle as the next version of an adapter; it is on disk, and checked, when this answers 201."""
     max_bytes = settings.max_upload_mib << 20
-    # Uploads that wait for their turn lie on disk; one at a time is in memory.
-    async with receive_upload(request) as received, request.app.state.publishing:
-        published = await asyncio.to_thread(_publish, received, engine, store, max_bytes)
+    publisher = request.app.state.publisher
+    async with receive_upload(request) as received:
+        # Until its turn it lies on disk.
+        published = await asyncio.get_running_loop().run_in_executor(
+            publisher, _publish, received, engine, store, max_bytes
+        )
     return PublishedAdapter(adapter=published.adapter, version=published.version, digest=published.digest)
 
 

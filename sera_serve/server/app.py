@@ -18,8 +18,6 @@ from sera_serve.server.middleware import BodyLimit, RequestLifecycle
 from sera_serve.server.residency_metrics import ResidencyMetrics
 from sera_serve.threads import single_core_workers
 
-# Bundles read and checked in memory at once.
-_CONCURRENT_PUBLISHES = 1
 # Threads for what would hold up the event loop: reading the store, checking bundles, tokenizing.
 _WORKERS = 16
 
@@ -35,8 +33,11 @@ def build_app(engine: Engine, store: AdapterStore, settings: ServeSettings) -> F
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        with single_core_workers(_WORKERS, "worker") as workers:
+        with single_core_workers(_WORKERS, "worker") as workers, single_core_workers(1, "publisher") as publisher:
             asyncio.get_running_loop().set_default_executor(workers)
+            # One bundle at a time is in memory, and always in the same thread: malloc keeps a heap for each, and each
+            # would grow to what the largest bundles take.
+            app.state.publisher = publisher
             engine.start()
             try:
                 yield
@@ -51,7 +52,6 @@ def build_app(engine: Engine, store: AdapterStore, settings: ServeSettings) -> F
     app.state.store = store
     app.state.settings = settings
     app.state.metrics = metrics
-    app.state.publishing = asyncio.Semaphore(_CONCURRENT_PUBLISHES)
     for part in (generate, classify, adapters, health):
         app.include_router(part.router)
     add_error_handlers(app)
