@@ -7,11 +7,15 @@ import weakref
 from concurrent.futures import wait
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from slow_store import Build, Store, granted, settle, until
 
 from adapters_store import AdapterBundle
+from factories import random_adapter
+from sera_serve import SeraConfig
+from sera_serve.base import FrozenBase
 from sera_serve.residency import AdapterResidency, HostCache, PackedAdapter, pack
 from sera_serve.residency import manager as manager_module
 
@@ -112,6 +116,18 @@ def test_deleted_adapter_leaves_though_it_is_asked_for_meanwhile(build: Build, l
     assert residency.resident_digests() == [large[0]]
     second.release()
     assert residency.resident_digests() == []
+
+
+def test_memory_of_dropped_adapters_goes_back_to_the_system(base: FrozenBase, index: dict[str, int]) -> None:
+    bundle = random_adapter(base, SeraConfig(64, 1, 8.0, "all-linear"), seed=0)
+    process = psutil.Process()
+    # After this malloc takes blocks of the adapters' size from its heap.
+    torch.ones(1 << 24, dtype=torch.uint8)
+    packed = [pack(bundle, index, torch.float32) for _ in range(64)]
+    before = process.memory_info().rss
+    # Every other one, so that what stays lies between.
+    del packed[::2]
+    assert before - process.memory_info().rss > 0.9 * 32 * packed[0].nbytes > 10 << 20
 
 
 def test_cache_keeps_the_wanted_ones(bundles: dict[str, AdapterBundle], index: dict[str, int]) -> None:

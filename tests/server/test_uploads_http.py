@@ -8,6 +8,7 @@ import pickle
 import socket
 import struct
 import tarfile
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import httpx
 import pytest
 import torch
 
-from adapters_store import AdapterBundle, AdapterStore
+from adapters_store import AdapterBundle, AdapterStore, Published
 from answers import refused
 from factories import random_adapter, random_decoder
 from sera_serve import SeraConfig
@@ -210,7 +211,16 @@ def test_an_upload_that_breaks_off_leaves_nothing(
     assert store.list() == before
 
 
-def test_uploads_at_once_get_versions_of_their_own(url: str, base: FrozenBase, store: AdapterStore) -> None:
+def test_uploads_at_once_get_versions_of_their_own_in_one_thread(
+    url: str, base: FrozenBase, store: AdapterStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish, threads = store.publish, []
+
+    def recorded(bundle: AdapterBundle, name: str) -> Published:
+        threads.append(threading.get_ident())
+        return publish(bundle, name)
+
+    monkeypatch.setattr(store, "publish", recorded)
     bundles = [random_adapter(base, SeraConfig(4, 2, 8, ("q_proj",)), seed=seed) for seed in range(6)]
 
     def send(bundle: AdapterBundle) -> dict[str, Any]:
@@ -222,3 +232,4 @@ def test_uploads_at_once_get_versions_of_their_own(url: str, base: FrozenBase, s
     assert sorted(answer["version"] for answer in answers) == [1, 2, 3, 4, 5, 6]
     assert {answer["digest"] for answer in answers} == {bundle.digest for bundle in bundles}
     assert store.inspect("acme/busy").versions == (1, 2, 3, 4, 5, 6)
+    assert len(threads) == 6 and len(set(threads)) == 1
