@@ -105,19 +105,20 @@ class Engine(Protocol):
         """Classify each input with the adapter's head."""
 
 
-def _engine(request: Request) -> Engine:
+# Coroutines, because FastAPI calls anything else in a thread: several hand-overs of the interpreter's lock a request.
+async def _engine(request: Request) -> Engine:
     return cast(Engine, request.app.state.engine)
 
 
-def _store(request: Request) -> AdapterStore:
+async def _store(request: Request) -> AdapterStore:
     return cast(AdapterStore, request.app.state.store)
 
 
-def _settings(request: Request) -> ServeSettings:
+async def _settings(request: Request) -> ServeSettings:
     return cast(ServeSettings, request.app.state.settings)
 
 
-def _metrics(request: Request) -> ServerMetrics:
+async def _metrics(request: Request) -> ServerMetrics:
     return cast(ServerMetrics, request.app.state.metrics)
 
 

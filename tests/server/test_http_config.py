@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 from fastapi import FastAPI
+from fastapi.dependencies.models import Dependant
+from fastapi.routing import APIRoute
 
 from sera_serve.config import ServeSettings
+from sera_serve.server import adapters, classify, generate, health
 from sera_serve.serving import http_config
 
 
@@ -16,3 +21,14 @@ def test_clients_close_idle_connections_before_the_server_does(tmp_path: Path) -
     kept_by_httpx = httpx.Limits().keepalive_expiry
     assert kept_by_httpx is not None and config.timeout_keep_alive > kept_by_httpx
     assert config.timeout_graceful_shutdown == 7
+
+
+def test_the_framework_calls_nothing_in_threads() -> None:
+    def called(dependant: Dependant) -> Iterator[object]:
+        yield dependant.call
+        for dependency in dependant.dependencies:
+            yield from called(dependency)
+
+    routes = [route for part in (adapters, classify, generate, health) for route in part.router.routes]
+    calls = [call for route in routes if isinstance(route, APIRoute) for call in called(route.dependant)]
+    assert len(calls) > 15 and all(map(inspect.iscoroutinefunction, calls))

@@ -292,7 +292,7 @@ def test_missing_bundle_and_lost_alias_target_are_found(store: AdapterStore) -> 
         store.check_integrity()
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"version": 2}', "\xff"])
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"version": 2}', "\xff", '{"version": 1}' + 70_000 * " "])
 @pytest.mark.parametrize("file", ["versions/v1.json", "aliases/latest.json"])
 def test_damaged_record_is_named(store: AdapterStore, file: str, text: str) -> None:
     store.publish(make_bundle(1), NAME)
