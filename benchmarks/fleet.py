@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from adapters_store import AdapterBundle, AdapterConfig, AdapterStore, ModuleSpec
+from benchmarks.llama_bases import llama_base
 from sera_serve import SeraConfig, attach_adapter
 from sera_serve.base import FrozenBase, load_base
 from sera_serve.layers import adapter_tensors, module_specs
@@ -74,9 +75,14 @@ def _template(
     return config, {name: (tensor.shape, float(tensor.std())) for name, tensor in adapter_tensors(shared.model).items()}
 
 
-def save_endless_base(folder: Path) -> FrozenBase:
-    """The embedded base without an end token, saved to `folder`: answers are as long as the trace asks."""
-    base = load_base("embedded")
+def save_endless_base(folder: Path, width: int | None = None) -> FrozenBase:
+    """A base without an end token, saved to `folder`: answers are as long as the trace asks.
+
+    Args:
+        folder: Where to.
+        width: Of a Llama of eight layers with random weights; the embedded base if None.
+    """
+    base = load_base("embedded") if width is None else llama_base(width, 8)
     base.model.generation_config.eos_token_id = None
     base.model.config.eos_token_id = None
     base.tokenizer.eos_token = None

@@ -52,12 +52,16 @@ def main(
     host_cache_mib: Annotated[
         int | None, typer.Option(min=0, help="Host memory for adapters; by default less than 5,000 of them take.")
     ] = None,
+    width: Annotated[
+        int | None,
+        typer.Option(min=128, help="Of a larger base of eight layers, e.g. 768; its adapters are larger too."),
+    ] = None,
     plot: Annotated[Path, typer.Option(help="Where the PNG goes.")] = PLOT,
 ) -> None:
     """Measure, print a table, then one JSON line."""
     console = Console(stderr=True, width=140)
     with tempfile.TemporaryDirectory(prefix="many-adapters-") as folder:
-        plan = replace(QUICK if quick else Plan(), touch=touch)
+        plan = replace(QUICK if quick else Plan(), touch=touch, width=width)
         if host_cache_mib is not None:
             plan = replace(plan, host_cache_mib=host_cache_mib)
         run = ManyAdapters(plan, Path(folder), alpha, console)
@@ -65,7 +69,8 @@ def main(
     told = report(run.wrong, result, console)
     if told["correct"]:
         plot_many_adapters(plot, result["rows"], run.ttfts)
-        told |= {"alpha": alpha, "touched": touch, "host_cache_mib": plan.host_cache_mib, "plot": str(plot)}
+        told |= {"alpha": alpha, "touched": touch, "host_cache_mib": plan.host_cache_mib, "width": width}
+        told["plot"] = str(plot)
     typer.echo(json.dumps(told))
     if not told["correct"]:
         raise typer.Exit(1)

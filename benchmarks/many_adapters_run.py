@@ -41,6 +41,7 @@ class Plan:
         pairs: Of a cold and a resident adapter.
         peft_requests: How much of the trace PEFT gets.
         checked: Answers of each load that are checked.
+        width: Of a larger base, see `save_endless_base`; the embedded one if None.
         touch: Ask each adapter once before, as if the server had been up for long; else most loads are first ones.
     """
 
@@ -57,6 +58,7 @@ class Plan:
     pairs: int = 30
     peft_requests: int = 40
     checked: int = 8
+    width: int | None = None
     touch: bool = False
 
 
@@ -71,7 +73,7 @@ class ManyAdapters:
         self.ttfts: dict[str, list[float]] = {}
         self._folder = folder
         self._console = console
-        self.base = save_endless_base(folder / "base")
+        self.base = save_endless_base(folder / "base", plan.width)
         self._fleet = Fleet(self.base)
         self._reference = Reference(self._fleet)
         self._cold = Fleet(self.base, (MEGABYTE,))

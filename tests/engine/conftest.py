@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gated_store import SHAPE, GatedStore
 
 from adapters_store import AdapterStore
-from factories import random_decoder, random_encoder
+from factories import random_adapter, random_decoder, random_encoder
 from sera_serve.base import FrozenBase
 from sera_serve.config import ServeSettings
 from sera_serve.engine import ServingEngine
@@ -28,6 +29,16 @@ def encoder() -> FrozenBase:
 @pytest.fixture
 def store(tmp_path: Path) -> AdapterStore:
     return AdapterStore(tmp_path / "store")
+
+
+@pytest.fixture
+def gated(decoder: FrozenBase, tmp_path: Any) -> GatedStore:
+    store = GatedStore(tmp_path / "gated")
+    for tenant in ("a", "b"):
+        store.publish(random_adapter(decoder, SHAPE, ord(tenant)), f"{tenant}/writer")
+        labeler = random_adapter(decoder, SHAPE, ord(tenant) + 1, labels=["no", "yes"], pooling="mean", max_length=200)
+        store.publish(labeler, f"{tenant}/labels")
+    return store
 
 
 @pytest.fixture

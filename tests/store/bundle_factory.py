@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from adapters_store import AdapterBundle, AdapterConfig, expected_shapes
+from adapters_store import AdapterBundle, AdapterConfig, AdapterStore, expected_shapes
 
 BASE = {
     "name": "tiny",
@@ -58,3 +59,7 @@ def fill(config: AdapterConfig, seed: int = 0, dtype: torch.dtype = torch.float3
     return AdapterBundle(
         config, {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
     )
+
+
+def bundle_path(store: AdapterStore, digest: str) -> Path:
+    return store.root / "bundles" / f"{digest}.safetensors"

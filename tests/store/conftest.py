@@ -30,3 +30,8 @@ def two_versions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     store.publish(make_bundle(5), "acme/gone")
     store.delete("acme/gone")
     return root
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> AdapterStore:
+    return AdapterStore(tmp_path / "store")

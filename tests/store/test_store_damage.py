@@ -1,0 +1,137 @@
+"""Stores that are damaged, foreign, copied or left unfinished."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from bundle_factory import bundle_path, make_bundle
+
+from adapters_store import AdapterNotFound, AdapterStore, StoreError
+from adapters_store.errors import NotAStore, StoreCorrupted, UnsupportedStore
+from adapters_store.shelf import AdapterShelf
+
+NAME = "acme/support"
+
+
+def flip_last_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        flip_last_byte,
+        lambda path: path.write_bytes(path.read_bytes()[:-1]),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(make_bundle(99).to_bytes()),
+    ],
+    ids=["bit", "cut", "empty", "another bundle"],
+)
+def test_damaged_bundle_is_never_served_and_publishing_heals_it(
+    store: AdapterStore, damage: Callable[[Path], object]
+) -> None:
+    bundle = make_bundle(1)
+    store.publish(bundle, NAME)
+    path = bundle_path(store, bundle.digest)
+    damage(path)
+    for use in (lambda: store.load(bundle.digest), store.check_integrity):
+        with pytest.raises(StoreCorrupted) as refusal:
+            use()
+        assert (refusal.value.code, refusal.value.status) == ("store_corrupted", 500)
+        assert str(path) in refusal.value.message
+    assert store.publish(bundle, NAME).version == 1
+    store.check_integrity()
+
+
+def test_missing_bundle_and_lost_alias_target_are_found(store: AdapterStore) -> None:
+    digest = store.publish(make_bundle(1), NAME).digest
+    store.publish(make_bundle(2), NAME)
+    bundle_path(store, digest).rename(bundle_path(store, "0" * 64))
+    with pytest.raises(StoreCorrupted, match="bundle of acme/support@v1 is missing"):
+        store.check_integrity()
+    bundle_path(store, "0" * 64).rename(bundle_path(store, digest))
+    store.set_alias(NAME, "stable", f"{NAME}@v1")
+    (store.root / "adapters" / NAME / "versions" / "v1.json").unlink()
+    with pytest.raises(StoreCorrupted, match="acme/support@stable points to v1"):
+        store.check_integrity()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"version": 2}', "\xff", '{"version": 1}' + 70_000 * " "])
+@pytest.mark.parametrize("file", ["versions/v1.json", "aliases/latest.json"])
+def test_damaged_record_is_named(store: AdapterStore, file: str, text: str) -> None:
+    store.publish(make_bundle(1), NAME)
+    path = store.root / "adapters" / NAME / file
+    path.write_bytes(text.encode("latin-1"))
+    if (file, text) == ("aliases/latest.json", '{"version": 2}'):
+        with pytest.raises(AdapterNotFound):
+            store.resolve(NAME)
+        return
+    with pytest.raises(StoreCorrupted) as refusal:
+        store.resolve(NAME)
+    assert str(path) in refusal.value.message
+
+
+def test_absent_adapter_has_an_empty_shelf(store: AdapterStore) -> None:
+    shelf = AdapterShelf(store.root, "acme", "support")
+    assert shelf.versions() == []
+    assert shelf.aliases() == {}
+    assert shelf.next_version() == 1
+
+
+@pytest.mark.parametrize(
+    ("mark", "error"),
+    [
+        ('{"format": "sera-adapter-store", "version": 2}', UnsupportedStore),
+        ('{"format": "something else", "version": 1}', NotAStore),
+        ("not JSON", NotAStore),
+        ('{"format": "sera-adapter-store"}', NotAStore),
+    ],
+)
+def test_other_stores_are_refused(tmp_path: Path, mark: str, error: type[StoreError]) -> None:
+    (tmp_path / "store.json").write_text(mark)
+    with pytest.raises(error) as refusal:
+        AdapterStore(tmp_path)
+    assert refusal.value.param == "store"
+    assert [path.name for path in tmp_path.iterdir()] == ["store.json"]
+
+
+def test_paths_that_are_no_stores_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "letter.txt").write_text("dear")
+    for path in (tmp_path, tmp_path / "letter.txt"):
+        with pytest.raises(NotAStore):
+            AdapterStore(path)
+    with pytest.raises(NotAStore):
+        AdapterStore(tmp_path / "absent", create=False)
+    assert not (tmp_path / "absent").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
+
+
+def test_new_volume_and_unfinished_creation_are_accepted(tmp_path: Path) -> None:
+    for name in ("lost+found", "bundles", "tmp"):
+        (tmp_path / name).mkdir()
+    AdapterStore(tmp_path).publish(make_bundle(), NAME)
+    assert json.loads((tmp_path / "store.json").read_text()) == {"format": "sera-adapter-store", "version": 1}
+
+
+def test_store_copied_without_empty_folders_works(store: AdapterStore) -> None:
+    store.publish(make_bundle(1), NAME)
+    for folder in ("tmp", "locks", "retired"):
+        shutil.rmtree(store.root / folder)
+    AdapterStore(store.root, create=False).publish(make_bundle(2), NAME)
+
+
+def test_opening_clears_leftovers_only_when_nobody_writes(store: AdapterStore) -> None:
+    leftover = store.root / "tmp" / "unfinished"
+    (store.root / "tmp" / "grave" / "versions").mkdir(parents=True)
+    leftover.write_bytes(b"half a bundle")
+    with store._root.writing():
+        AdapterStore(store.root)
+        assert leftover.exists()
+    AdapterStore(store.root)
+    assert not list((store.root / "tmp").iterdir())
