@@ -12,7 +12,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from adapters_store.config import Method, Task
 from adapters_store.errors import StoreCorrupted
 
-
 # Twenty times the longest record that is written.
 _MAX_BYTES = 1 << 16
 
