@@ -15,6 +15,7 @@ from torch import Tensor
 
 from adapters_store.config import AdapterConfig, canonical_json
 from adapters_store.containers import CONFIG_FILE, METADATA_KEY, MODEL_FILE, RawBundle, read_bytes, read_path
+from adapters_store.pages import writable_memory
 from adapters_store.safetensors_file import DTYPE_NAMES, BundleLimits, read_tensor, read_tensors
 from adapters_store.validation import check_names_and_shapes, check_values, sum_is_finite
 
@@ -93,7 +94,10 @@ class AdapterBundle:
         config = AdapterConfig.from_json(raw.config)
         header = raw.header
         check_names_and_shapes(config, {name: entry.shape for name, entry in header.entries.items()})
-        data = memoryview(bytearray(raw.data)) if raw.data.readonly else raw.data
+        data = raw.data
+        if data.readonly:
+            data = writable_memory(len(raw.data))
+            data[:] = raw.data
         # Fresh memory already: the constructor's copy would double it.
         bundle = object.__new__(cls)
         object.__setattr__(bundle, "config", config)

@@ -19,6 +19,7 @@ from adapters_store.errors import (
     Truncated,
     UnexpectedFile,
 )
+from adapters_store.pages import writable_memory
 from adapters_store.safetensors_file import BundleLimits, Header, looks_like_safetensors, parse_header
 
 CONFIG_FILE = "adapter_config.json"
@@ -51,7 +52,7 @@ def read_path(path: Path, limits: BundleLimits) -> RawBundle:
     """
     if path.is_dir():
         return _read_directory(path, limits)
-    return read_bytes(memoryview(_read_file(path, limits.max_bytes)), limits)
+    return read_bytes(_read_file(path, limits.max_bytes), limits)
 
 
 def read_bytes(data: memoryview, limits: BundleLimits) -> RawBundle:
@@ -95,17 +96,17 @@ def _read_directory(path: Path, limits: BundleLimits) -> RawBundle:
     names = {entry.name for entry in path.iterdir()}
     _check_names(names)
     config = bytes(_read_file(path / CONFIG_FILE, limits.max_config_bytes))
-    return _with_config(config, memoryview(_read_file(path / MODEL_FILE, limits.max_bytes)), limits)
+    return _with_config(config, _read_file(path / MODEL_FILE, limits.max_bytes), limits)
 
 
-def _read_file(path: Path, max_bytes: int) -> bytearray:
+def _read_file(path: Path, max_bytes: int) -> memoryview:
     if not path.is_file():
         raise MissingFile(f"{path} is not a regular file", param=path.name)
     size = path.stat().st_size
     if size > max_bytes:
         raise BundleTooLarge(f"{path.name} has {size} bytes; the limit is {max_bytes}", param=path.name)
     # Writable memory, so that tensors can share it and a bundle is held once.
-    data = bytearray(size)
+    data = writable_memory(size)
     with path.open("rb") as file:
         count = file.readinto(data)
     if count != size:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,12 +12,10 @@ from torch import Tensor
 from torch._utils import _flatten_dense_tensors
 
 from adapters_store import AdapterBundle, AdapterConfig
+from adapters_store.pages import writable_memory
 
 # Elements; keeps every module's factors on a 16-byte boundary in the smallest dtype.
 ALIGNMENT = 8
-
-# Bytes. Less than that stays in the heap: it fragments little, and a process has some 65,000 mappings at most.
-_OWN_PAGES_FROM = 128 << 10
 
 
 @dataclass(frozen=True)
@@ -133,13 +130,5 @@ def pack(
         head = PackedHead(place(weight), place(bias), *weight.shape)
     # One operation: torch gives up the interpreter's lock for each, and in a busy server waits to have it back.
     data = _flatten_dense_tensors(parts).to(dtype)
-    data = data.pin_memory() if pin_memory else _in_own_pages(data)
-    return PackedAdapter(AdapterLayout(bundle.digest, bundle.config, tuple(modules), head, end), data)
-
-
-def _in_own_pages(data: Tensor) -> Tensor:
-    """A copy that the system has back when it is dropped: the heap would keep holes between adapters that stay."""
-    if data.nbytes < _OWN_PAGES_FROM:
-        return data
-    pages = mmap.mmap(-1, data.nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(pages, dtype=data.dtype).copy_(data)
+    kept = data.pin_memory() if pin_memory else torch.frombuffer(writable_memory(data.nbytes), dtype=dtype).copy_(data)
+    return PackedAdapter(AdapterLayout(bundle.digest, bundle.config, tuple(modules), head, end), kept)

@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from adapters_store import AdapterBundle
 from adapters_store.errors import InvalidAdapterName
 from adapters_store.names import parse_adapter
+from adapters_store.pages import writable_memory
 from adapters_store.safetensors_file import BundleLimits
 from sera_serve.errors import InvalidRequest
 from sera_serve.server.strict import UnsupportedMediaType, media_type
@@ -56,9 +57,9 @@ class Upload:
             InvalidBundle: One of the subclasses that FORMAT.md lists.
         """
         # Writable memory, which the tensors then share.
-        data = bytearray(self.nbytes)
+        data = writable_memory(self.nbytes)
         self.file.seek(0)
-        view = memoryview(data)
+        view = data
         while view and (count := self.file.readinto(view)):  # type: ignore[attr-defined]
             view = view[count:]
         return AdapterBundle.from_bytes(data, BundleLimits(max_bytes=max_bytes))
