@@ -18,7 +18,7 @@ from sera_serve.server.middleware import BodyLimit, RequestLifecycle
 from sera_serve.server.residency_metrics import ResidencyMetrics
 from sera_serve.threads import single_core_workers
 
-# Threads for what would hold up the event loop: reading the store, checking bundles, tokenizing.
+# Threads for what would hold up the event loop: reading the store, tokenizing.
 _WORKERS = 16
 
 
