@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
-from torch._utils import _flatten_dense_tensors
+from torch._utils import _unflatten_dense_tensors
 
 from adapters_store import AdapterBundle, AdapterConfig
 from adapters_store.pages import writable_memory
@@ -128,7 +128,11 @@ def pack(
     if bundle.config.task == "classify":
         weight, bias = bundle.tensors["head.weight"], bundle.tensors["head.bias"]
         head = PackedHead(place(weight), place(bias), *weight.shape)
-    # One operation: torch gives up the interpreter's lock for each, and in a busy server waits to have it back.
-    data = _flatten_dense_tensors(parts).to(dtype)
-    kept = data.pin_memory() if pin_memory else torch.frombuffer(writable_memory(data.nbytes), dtype=dtype).copy_(data)
-    return PackedAdapter(AdapterLayout(bundle.digest, bundle.config, tuple(modules), head, end), kept)
+    if pin_memory:
+        data = torch.empty(end, dtype=dtype, pin_memory=True)
+    else:
+        data = torch.frombuffer(writable_memory(end * dtype.itemsize), dtype=dtype)
+    # Two operations for all parts: torch gives up the interpreter's lock for each, and in a busy server waits to have
+    # it back. No joined copy in between: it would be the largest block that a loader's heap ever holds.
+    torch._foreach_copy_(_unflatten_dense_tensors(data, parts), parts)
+    return PackedAdapter(AdapterLayout(bundle.digest, bundle.config, tuple(modules), head, end), data)
