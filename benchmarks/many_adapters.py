@@ -56,6 +56,9 @@ def main(
         int | None,
         typer.Option(min=128, help="Of a larger base of eight layers, e.g. 768; its adapters are larger too."),
     ] = None,
+    seconds: Annotated[
+        float | None, typer.Option(min=1, help="Of each load of each round; a larger base needs longer ones.")
+    ] = None,
     plot: Annotated[Path, typer.Option(help="Where the PNG goes.")] = PLOT,
 ) -> None:
     """Measure, print a table, then one JSON line."""
@@ -64,12 +67,15 @@ def main(
         plan = replace(QUICK if quick else Plan(), touch=touch, width=width)
         if host_cache_mib is not None:
             plan = replace(plan, host_cache_mib=host_cache_mib)
+        if seconds is not None:
+            plan = replace(plan, open_s=seconds, saturated_s=seconds)
         run = ManyAdapters(plan, Path(folder), alpha, console)
         result = run.run()
     told = report(run.wrong, result, console)
     if told["correct"]:
         plot_many_adapters(plot, result["rows"], run.ttfts)
         told |= {"alpha": alpha, "touched": touch, "host_cache_mib": plan.host_cache_mib, "width": width}
+        told |= {"open_s": plan.open_s, "saturated_s": plan.saturated_s, "load": plan.load}
         told["plot"] = str(plot)
     typer.echo(json.dumps(told))
     if not told["correct"]:

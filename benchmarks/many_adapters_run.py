@@ -158,23 +158,16 @@ class ManyAdapters:
         return rates(answers, start + seconds / 4, start + seconds)
 
     def _capacity(self, server: ServerProcess) -> float:
-        """Requests a second that the smallest server answers with always as many under way.
+        """Requests a second that the smallest server answers at saturation, measured as in the rounds to come.
 
-        So many requests, not so many seconds: a busy machine takes longer. The first time is of a server that still
-        compiles and loads; the beginning and the end, with fewer under way, are not counted.
+        The first time is of a server that still compiles and loads, and does not count.
         """
-        size = self.plan.sizes[0]
-        client = LoadClient(server.host, server.port, adapter_name)
-        capacity = 0.0
-        for number in range(2):
-            trace = make_trace(replace(self._spec(size, 100, number), duration=self.plan.clients * 6 / 100))
-            answers = uvloop.run(client.closed_loop(trace, self.plan.clients, 600))
-            self._check(answers, answers)
-            start, end = span(answers)
-            quarter = (end - start) / 4
-            capacity = rates(answers, start + quarter, end - quarter)["requests_per_s"]
-        self._console.print(f"capacity at {size} adapters: {capacity} requests a second")
-        return capacity
+        size, seconds = self.plan.sizes[0], self.plan.saturated_s
+        rounds = [self._saturate(server, size, number, seconds) for number in (0, *range(self.plan.rounds))][1:]
+        capacity = sum(figures["requests_per_s"] for figures in rounds) / len(rounds)
+        self._console.print(f"capacity at {size} adapters: {capacity:.2f} requests a second")
+        # Should no request at all have ended, on a machine that is busy with other work: one.
+        return round(max(capacity, 1 / seconds), 2)
 
     def _rounds(self, servers: dict[int, ServerProcess], capacity: float) -> list[dict[str, Any]]:
         rate = self.plan.load * capacity
