@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -62,7 +63,7 @@ class AdapterBundle:
 
     def save_file(self, path: Path | str) -> None:
         """Write the single-file form: one .safetensors with the configuration in its metadata."""
-        safetensors.torch.save_file(self.tensors, Path(path), metadata=self._metadata())
+        safetensors.torch.save_file(self.tensors, path, metadata=self._metadata())
 
     def to_bytes(self) -> bytes:
         """The single-file form in memory."""
@@ -79,7 +80,7 @@ class AdapterBundle:
         Raises:
             InvalidBundle: One of the subclasses that FORMAT.md lists.
         """
-        return cls._checked(read_path(Path(path), limits))
+        return cls._checked(read_path(os.fspath(path), limits))
 
     @classmethod
     def from_bytes(cls, data: bytes | bytearray | memoryview, limits: BundleLimits = DEFAULT_LIMITS) -> AdapterBundle:

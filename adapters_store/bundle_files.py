@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Set
 from contextlib import contextmanager
-from pathlib import Path
 
 from adapters_store.bundle import AdapterBundle
 from adapters_store.config import AdapterConfig
 from adapters_store.containers import config_of
-from adapters_store.durable import put_file, sync_directory
+from adapters_store.durable import names_in, put_file, sync_directory
 from adapters_store.errors import AdapterNotFound, InvalidBundle, StoreCorrupted
 from adapters_store.names import check_digest
 from adapters_store.records import Collected
@@ -19,7 +19,7 @@ from adapters_store.safetensors_file import BundleLimits, read_header
 class BundleFiles:
     """Bundles by digest. Reading takes no lock; callers of `put` and `keep_only` hold the store's locks."""
 
-    def __init__(self, folder: Path, scratch: Path, limits: BundleLimits) -> None:
+    def __init__(self, folder: str, scratch: str, limits: BundleLimits) -> None:
         self._folder = folder
         self._scratch = scratch
         self._limits = limits
@@ -40,12 +40,12 @@ class BundleFiles:
         path = self._path(digest)
         with self._damage_typed(path):
             # Opening a missing path is an invalid bundle to the reader; here it is a deleted one.
-            path.stat()
+            os.stat(path)
             bundle = AdapterBundle.load(path, self._limits)
         if bundle.digest != digest:
             raise StoreCorrupted(
                 f"{path} is damaged (its digest is {bundle.digest}); publish it again",
-                param=str(path),
+                param=path,
             )
         return bundle
 
@@ -57,28 +57,30 @@ class BundleFiles:
 
     def keep_only(self, digests: Set[str]) -> Collected:
         """Remove every other file."""
-        doomed = [path for path in sorted(self._folder.iterdir()) if path.name.split(".")[0] not in digests]
-        nbytes = sum(path.stat().st_size for path in doomed)
-        for path in doomed:
-            path.unlink()
-        if doomed:
+        doomed = [name for name in names_in(self._folder) if name.split(".")[0] not in digests]
+        paths = [f"{self._folder}/{name}" for name in doomed]
+        nbytes = sum(os.stat(path).st_size for path in paths)
+        for path in paths:
+            os.unlink(path)
+        if paths:
             sync_directory(self._folder)
-        return Collected(tuple(path.name.split(".")[0] for path in doomed), nbytes)
+        return Collected(tuple(name.split(".")[0] for name in doomed), nbytes)
 
-    def _write(self, bundle: AdapterBundle, path: Path) -> None:
+    def _write(self, bundle: AdapterBundle, path: str) -> None:
         bundle.save_file(path)
         config_of(read_header(path, self._limits), self._limits)
 
-    def _path(self, digest: str) -> Path:
-        return self._folder / f"{check_digest(digest)}.safetensors"
+    def _path(self, digest: str) -> str:
+        return f"{self._folder}/{check_digest(digest)}.safetensors"
 
     @contextmanager
-    def _damage_typed(self, path: Path) -> Iterator[None]:
+    def _damage_typed(self, path: str) -> Iterator[None]:
         try:
             yield
         except (FileNotFoundError, InvalidBundle) as error:
-            if not path.exists():
+            if not os.path.exists(path):
+                digest = os.path.basename(path).removesuffix(".safetensors")
                 raise AdapterNotFound(
-                    f"bundle {path.stem} is not in the store; publish it again", param="digest"
+                    f"bundle {digest} is not in the store; publish it again", param="digest"
                 ) from error
-            raise StoreCorrupted(f"{path} is damaged ({error}); publish it again", param=str(path)) from error
+            raise StoreCorrupted(f"{path} is damaged ({error}); publish it again", param=path) from error

@@ -7,9 +7,10 @@ extracted to disk.
 from __future__ import annotations
 
 import io
+import os
 import tarfile
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 from adapters_store.errors import (
     BundleTooLarge,
@@ -44,13 +45,13 @@ class RawBundle:
     data: memoryview
 
 
-def read_path(path: Path, limits: BundleLimits) -> RawBundle:
+def read_path(path: str, limits: BundleLimits) -> RawBundle:
     """Read a bundle from a directory, a .safetensors file or a .tar.
 
     Raises:
         InvalidBundle: One of the subclasses that FORMAT.md lists.
     """
-    if path.is_dir():
+    if os.path.isdir(path):
         return _read_directory(path, limits)
     return read_bytes(_read_file(path, limits.max_bytes), limits)
 
@@ -92,25 +93,25 @@ def _check_metadata(header: Header, known: set[str]) -> None:
         )
 
 
-def _read_directory(path: Path, limits: BundleLimits) -> RawBundle:
-    names = {entry.name for entry in path.iterdir()}
-    _check_names(names)
-    config = bytes(_read_file(path / CONFIG_FILE, limits.max_config_bytes))
-    return _with_config(config, _read_file(path / MODEL_FILE, limits.max_bytes), limits)
+def _read_directory(path: str, limits: BundleLimits) -> RawBundle:
+    _check_names(set(os.listdir(path)))
+    config = bytes(_read_file(f"{path}/{CONFIG_FILE}", limits.max_config_bytes))
+    return _with_config(config, _read_file(f"{path}/{MODEL_FILE}", limits.max_bytes), limits)
 
 
-def _read_file(path: Path, max_bytes: int) -> memoryview:
-    if not path.is_file():
-        raise MissingFile(f"{path} is not a regular file", param=path.name)
-    size = path.stat().st_size
+def _read_file(path: str, max_bytes: int) -> memoryview:
+    name = os.path.basename(path)
+    if not os.path.isfile(path):
+        raise MissingFile(f"{path} is not a regular file", param=name)
+    size = os.stat(path).st_size
     if size > max_bytes:
-        raise BundleTooLarge(f"{path.name} has {size} bytes; the limit is {max_bytes}", param=path.name)
+        raise BundleTooLarge(f"{name} has {size} bytes; the limit is {max_bytes}", param=name)
     # Writable memory, so that tensors can share it and a bundle is held once.
     data = writable_memory(size)
-    with path.open("rb") as file:
+    with open(path, "rb") as file:
         count = file.readinto(data)
     if count != size:
-        raise Truncated(f"{path.name} shrank from {size} to {count} bytes while it was read", param=path.name)
+        raise Truncated(f"{name} shrank from {size} to {count} bytes while it was read", param=name)
     return data
 
 

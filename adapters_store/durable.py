@@ -1,4 +1,8 @@
-"""Files that survive a kill and a power cut, and locks that die with their owner."""
+"""Files that survive a kill and a power cut, and locks that die with their owner.
+
+Paths are plain strings wherever a client chooses a part of them: `pathlib` interns every part of every path, and
+CPython 3.12 never gives interned strings back, so that requests for ever new names would fill its memory.
+"""
 
 from __future__ import annotations
 
@@ -8,20 +12,19 @@ import os
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 
 
-def sync_file(path: Path) -> None:
+def sync_file(path: str) -> None:
     """Flush a file's content to the disk."""
     _sync(path, os.O_RDONLY)
 
 
-def sync_directory(path: Path) -> None:
+def sync_directory(path: str) -> None:
     """Flush a directory's entries to the disk: without it a rename may not survive a power cut."""
     _sync(path, os.O_RDONLY | os.O_DIRECTORY)
 
 
-def _sync(path: Path, flags: int) -> None:
+def _sync(path: str, flags: int) -> None:
     descriptor = os.open(path, flags)
     try:
         os.fsync(descriptor)
@@ -29,17 +32,18 @@ def _sync(path: Path, flags: int) -> None:
         os.close(descriptor)
 
 
-def make_directory(path: Path) -> None:
+def make_directory(path: str) -> None:
     """Make a directory and its missing parents durably; a no-op where it exists."""
-    if path.is_dir():
+    if os.path.isdir(path):
         return
-    make_directory(path.parent)
+    parent = os.path.dirname(path)
+    make_directory(parent)
     with suppress(FileExistsError):
-        path.mkdir()
-    sync_directory(path.parent)
+        os.mkdir(path)
+    sync_directory(parent)
 
 
-def put_file(target: Path, write: Callable[[Path], None], scratch: Path, *, replace: bool = True) -> None:
+def put_file(target: str, write: Callable[[str], None], scratch: str, *, replace: bool = True) -> None:
     """Make `target` appear whole or not at all, durable when this returns.
 
     Args:
@@ -48,30 +52,40 @@ def put_file(target: Path, write: Callable[[Path], None], scratch: Path, *, repl
         scratch: Directory on the same file system, for the unfinished file.
         replace: Whether a file already there is replaced; else `FileExistsError`.
     """
-    unfinished = scratch / uuid.uuid4().hex
+    unfinished = f"{scratch}/{uuid.uuid4().hex}"
     try:
         write(unfinished)
         sync_file(unfinished)
         if replace:
-            unfinished.replace(target)
+            os.replace(unfinished, target)
         else:
-            target.hardlink_to(unfinished)
-        sync_directory(target.parent)
+            os.link(unfinished, target)
+        sync_directory(os.path.dirname(target))
     finally:
-        unfinished.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
+            os.unlink(unfinished)
 
 
-def put_text(target: Path, text: str, scratch: Path, *, replace: bool = True) -> None:
+def names_in(folder: str) -> list[str]:
+    """Names in a directory, sorted; none where there is no such directory."""
+    try:
+        return sorted(os.listdir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def put_text(target: str, text: str, scratch: str, *, replace: bool = True) -> None:
     """`put_file` for a small text."""
 
-    def write(path: Path) -> None:
-        path.write_text(text, encoding="utf-8")
+    def write(path: str) -> None:
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(text)
 
     put_file(target, write, scratch, replace=replace)
 
 
 @contextmanager
-def file_lock(path: Path, *, shared: bool = False) -> Iterator[None]:
+def file_lock(path: str, *, shared: bool = False) -> Iterator[None]:
     """Hold `flock` on `path` across threads and processes; the kernel releases it when its owner dies."""
     with _opened(path) as descriptor:
         fcntl.flock(descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
@@ -83,7 +97,7 @@ def file_lock(path: Path, *, shared: bool = False) -> Iterator[None]:
 
 
 @contextmanager
-def try_file_lock(path: Path) -> Iterator[bool]:
+def try_file_lock(path: str) -> Iterator[bool]:
     """Like an exclusive `file_lock`, but yields False at once where another holds it."""
     with _opened(path) as descriptor:
         try:
@@ -100,7 +114,7 @@ def try_file_lock(path: Path) -> Iterator[bool]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[int]:
+def _opened(path: str) -> Iterator[int]:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         yield descriptor

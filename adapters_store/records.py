@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -55,7 +54,7 @@ class RetiredRecord(_Record):
 R = TypeVar("R", bound=_Record)
 
 
-def read_record(path: Path, kind: type[R]) -> R:
+def read_record(path: str, kind: type[R]) -> R:
     """Read one record.
 
     Raises:
@@ -67,12 +66,12 @@ def read_record(path: Path, kind: type[R]) -> R:
     except (ValidationError, ValueError) as error:
         raise StoreCorrupted(
             f"{path} is damaged; restore it from a backup, or delete it to give up what it names",
-            param=str(path),
+            param=path,
         ) from error
 
 
-def _read(path: Path) -> bytes:
-    # Three system calls where `Path.read_bytes` makes nine: each gives up the interpreter's lock, and in a busy server
+def _read(path: str) -> bytes:
+    # Three system calls where a file object makes nine: each gives up the interpreter's lock, and in a busy server
     # every request's two records would wait as often to have it back.
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:

@@ -11,7 +11,6 @@ import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -150,9 +149,9 @@ def parse_header(data: memoryview, file_bytes: int, limits: BundleLimits) -> Hea
     return Header(metadata, entries)
 
 
-def read_header(path: Path, limits: BundleLimits) -> Header:
+def read_header(path: str, limits: BundleLimits) -> Header:
     """The checked header of a file on disk, without reading its tensors; raises as `parse_header` does."""
-    with path.open("rb") as file:
+    with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         prefix = file.read(16)
         length = header_length(prefix, size, limits)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
-from pathlib import Path
 
-from adapters_store.durable import make_directory, put_text, sync_directory
+from adapters_store.durable import make_directory, names_in, put_text, sync_directory
 from adapters_store.errors import AdapterNotFound, AmbiguousDigest, StoreCorrupted
 from adapters_store.names import LATEST, AdapterRef
 from adapters_store.records import AliasRecord, RetiredRecord, VersionRecord, read_record, record_text
@@ -21,22 +21,24 @@ class AdapterShelf:
     Methods that write need the adapter's lock and the store's shared writers' lock.
     """
 
-    def __init__(self, root: Path, tenant: str, name: str) -> None:
+    def __init__(self, root: str, tenant: str, name: str) -> None:
         self.adapter = f"{tenant}/{name}"
-        self._folder = root / "adapters" / tenant / name
-        self._versions = self._folder / "versions"
-        self._aliases = self._folder / "aliases"
-        self._retired = root / "retired" / tenant / f"{name}.json"
-        self._scratch = root / "tmp"
+        self._tenant_folder = f"{root}/adapters/{tenant}"
+        self._folder = f"{self._tenant_folder}/{name}"
+        self._versions = f"{self._folder}/versions"
+        self._aliases = f"{self._folder}/aliases"
+        self._retired_folder = f"{root}/retired/{tenant}"
+        self._retired = f"{self._retired_folder}/{name}.json"
+        self._scratch = f"{root}/tmp"
 
     def versions(self) -> list[int]:
         """Version numbers, oldest first; empty for an adapter that does not exist."""
-        return sorted(int(match[1]) for match in map(_VERSION_FILE.fullmatch, _names(self._versions)) if match)
+        return sorted(int(match[1]) for match in map(_VERSION_FILE.fullmatch, names_in(self._versions)) if match)
 
     def aliases(self) -> dict[str, int]:
         """Version by alias; `latest` is there even where a kill came between a version and its alias."""
         found = {}
-        for file in sorted(_names(self._aliases)):
+        for file in names_in(self._aliases):
             if (version := self._alias(file.removesuffix(".json"))) is not None:
                 found[file.removesuffix(".json")] = version
         if LATEST not in found and (versions := self.versions()):
@@ -51,7 +53,7 @@ class AdapterShelf:
         except (FileNotFoundError, NotADirectoryError) as error:
             raise self._not_found(f"version v{version}") from error
         if record.version != version:
-            raise StoreCorrupted(f"{path} describes version v{record.version}", param=str(path))
+            raise StoreCorrupted(f"{path} describes version v{record.version}", param=path)
         return record
 
     def find(self, ref: AdapterRef) -> VersionRecord:
@@ -95,12 +97,12 @@ class AdapterShelf:
     def point(self, alias: str, version: int) -> None:
         """Move an alias, atomically."""
         make_directory(self._aliases)
-        put_text(self._aliases / f"{alias}.json", record_text(AliasRecord(version=version)), self._scratch)
+        put_text(self._alias_file(alias), record_text(AliasRecord(version=version)), self._scratch)
 
     def unpoint(self, alias: str) -> None:
         """Remove an alias, or `AdapterNotFound`."""
         try:
-            (self._aliases / f"{alias}.json").unlink()
+            os.unlink(self._alias_file(alias))
         except FileNotFoundError as error:
             raise self._not_found(f"alias {alias!r}") from error
         sync_directory(self._aliases)
@@ -108,18 +110,18 @@ class AdapterShelf:
     def remove_version(self, version: int) -> None:
         """Delete one version that is not the only one; `latest` must not point to it any more."""
         self._retire(version)
-        self._version_file(version).unlink()
+        os.unlink(self._version_file(version))
         sync_directory(self._versions)
 
-    def remove(self, grave: Path) -> None:
+    def remove(self, grave: str) -> None:
         """Take the whole adapter out of sight in one step, by moving its directory to `grave`."""
         self._retire(max(self.versions()))
-        self._folder.rename(grave)
-        sync_directory(self._folder.parent)
+        os.rename(self._folder, grave)
+        sync_directory(self._tenant_folder)
 
     def _retire(self, version: int) -> None:
         highest = max(version, self._highest_retired())
-        make_directory(self._retired.parent)
+        make_directory(self._retired_folder)
         put_text(self._retired, record_text(RetiredRecord(highest_version=highest)), self._scratch)
 
     def _highest_retired(self) -> int:
@@ -151,12 +153,15 @@ class AdapterShelf:
 
     def _alias(self, alias: str) -> int | None:
         try:
-            return read_record(self._aliases / f"{alias}.json", AliasRecord).version
+            return read_record(self._alias_file(alias), AliasRecord).version
         except (FileNotFoundError, NotADirectoryError):
             return None
 
-    def _version_file(self, version: int) -> Path:
-        return self._versions / f"v{version}.json"
+    def _version_file(self, version: int) -> str:
+        return f"{self._versions}/v{version}.json"
+
+    def _alias_file(self, alias: str) -> str:
+        return f"{self._aliases}/{alias}.json"
 
     def _not_found(self, what: str | None) -> AdapterNotFound:
         versions = self.versions()
@@ -167,10 +172,3 @@ class AdapterShelf:
             )
         known = ", ".join(f"v{version}" for version in versions[-5:])
         return AdapterNotFound(f"adapter {self.adapter!r} has no {what}; its newest are {known}", param="adapter")
-
-
-def _names(folder: Path) -> list[str]:
-    try:
-        return [entry.name for entry in folder.iterdir()]
-    except (FileNotFoundError, NotADirectoryError):
-        return []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import uuid
 from datetime import UTC, datetime
@@ -36,13 +37,13 @@ class AdapterStore:
             UnsupportedStore: It was written by a newer release.
             StoreWriteFailed: It cannot be created.
         """
-        self._root = StoreRoot(Path(root), create)
+        self._root = StoreRoot(os.path.abspath(root), create)
         self._files = BundleFiles(self._root.bundles, self._root.scratch, limits)
 
     @property
     def root(self) -> Path:
         """The store's directory."""
-        return self._root.path
+        return Path(self._root.path)
 
     def publish(self, bundle: AdapterBundle, name: str) -> Published:
         """Add a version and move `latest` to it; content that the adapter already has keeps its version.
@@ -221,7 +222,7 @@ class AdapterStore:
         return AdapterShelf(self._root.path, *parse_adapter(adapter))
 
     def _bury(self, shelf: AdapterShelf) -> None:
-        grave = self._root.scratch / uuid.uuid4().hex
+        grave = f"{self._root.scratch}/{uuid.uuid4().hex}"
         shelf.remove(grave)
         # Out of sight already; what stays here after a kill goes when the store is next opened.
         shutil.rmtree(grave)

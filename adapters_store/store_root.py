@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
-from adapters_store.durable import file_lock, make_directory, put_text, try_file_lock
+from adapters_store.durable import file_lock, make_directory, names_in, put_text, try_file_lock
 from adapters_store.errors import NotAStore, StoreCorrupted, StoreWriteFailed, UnsupportedStore
 from adapters_store.names import is_part
 from adapters_store.records import StoreRecord, read_record, record_text
@@ -32,12 +32,12 @@ class StoreRoot:
     `tmp` was left by the dead.
     """
 
-    def __init__(self, path: Path, create: bool) -> None:
+    def __init__(self, path: str, create: bool) -> None:
         self.path = path
-        self.bundles = path / "bundles"
-        self.adapters = path / "adapters"
-        self.scratch = path / "tmp"
-        self._locks = path / "locks"
+        self.bundles = f"{path}/bundles"
+        self.adapters = f"{path}/adapters"
+        self.scratch = f"{path}/tmp"
+        self._locks = f"{path}/locks"
         if not self._is_store():
             if not create:
                 raise NotAStore(f"{path} is not an adapter store; check the path", param="store")
@@ -47,30 +47,30 @@ class StoreRoot:
     @contextmanager
     def writing(self) -> Iterator[None]:
         """Hold the writers' lock shared; turns the system's refusals into `StoreWriteFailed`."""
-        with _refusals_typed(), file_lock(self._locks / "writers", shared=True):
+        with _refusals_typed(), file_lock(f"{self._locks}/writers", shared=True):
             yield
 
     @contextmanager
     def changing(self, adapter: str) -> Iterator[None]:
         """Hold one adapter's lock; only inside `writing`."""
         stripe = int.from_bytes(hashlib.sha256(adapter.encode()).digest()[:4], "big") % _LOCK_STRIPES
-        with file_lock(self._locks / f"adapters-{stripe:02x}"):
+        with file_lock(f"{self._locks}/adapters-{stripe:02x}"):
             yield
 
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Hold the writers' lock alone, after removing leftovers."""
-        with _refusals_typed(), file_lock(self._locks / "writers"):
+        with _refusals_typed(), file_lock(f"{self._locks}/writers"):
             self._empty_scratch()
             yield
 
     def adapter_ids(self, tenant: str | None = None) -> list[tuple[str, str]]:
         """(tenant, name) of every adapter directory, sorted; of one tenant's if given."""
-        tenants = [tenant] if tenant is not None else filter(is_part, _names(self.adapters))
-        return [(owner, name) for owner in tenants for name in filter(is_part, _names(self.adapters / owner))]
+        tenants = [tenant] if tenant is not None else filter(is_part, names_in(self.adapters))
+        return [(owner, name) for owner in tenants for name in filter(is_part, names_in(f"{self.adapters}/{owner}"))]
 
     def _is_store(self) -> bool:
-        mark = self.path / _MARK
+        mark = f"{self.path}/{_MARK}"
         try:
             record = read_record(mark, StoreRecord)
         except FileNotFoundError:
@@ -93,7 +93,7 @@ class StoreRoot:
         with _refusals_typed():
             make_directory(self.path)
             # The mark comes last, so a kill in between leaves only these folders.
-            foreign = set(_names(self.path)) - {*_FOLDERS, _MARK} - _FOREIGN_BUT_HARMLESS
+            foreign = set(names_in(self.path)) - {*_FOLDERS, _MARK} - _FOREIGN_BUT_HARMLESS
             if foreign:
                 raise NotAStore(
                     f"{self.path} is no adapter store (it holds {min(foreign)!r}); name an empty directory",
@@ -101,18 +101,18 @@ class StoreRoot:
                 )
             self._make_folders()
             mark = StoreRecord(format=STORE_FORMAT, version=STORE_VERSION)
-            with file_lock(self._locks / "writers", shared=True):
-                put_text(self.path / _MARK, record_text(mark), self.scratch)
+            with file_lock(f"{self._locks}/writers", shared=True):
+                put_text(f"{self.path}/{_MARK}", record_text(mark), self.scratch)
 
     def _make_folders(self) -> None:
         for folder in _FOLDERS:
-            make_directory(self.path / folder)
+            make_directory(f"{self.path}/{folder}")
 
     def _sweep(self) -> None:
         try:
             # A backup may have left out folders that were empty.
             self._make_folders()
-            with try_file_lock(self._locks / "writers") as alone:
+            with try_file_lock(f"{self._locks}/writers") as alone:
                 if alone:
                     self._empty_scratch()
         except OSError as error:
@@ -123,11 +123,12 @@ class StoreRoot:
                 ) from error
 
     def _empty_scratch(self) -> None:
-        for leftover in self.scratch.iterdir():
-            if leftover.is_dir():
+        for name in os.listdir(self.scratch):
+            leftover = f"{self.scratch}/{name}"
+            if os.path.isdir(leftover):
                 shutil.rmtree(leftover)
             else:
-                leftover.unlink()
+                os.unlink(leftover)
 
 
 @contextmanager
@@ -140,10 +141,3 @@ def _refusals_typed() -> Iterator[None]:
             "check free space and permissions, then try again",
             param="store",
         ) from error
-
-
-def _names(folder: Path) -> list[str]:
-    try:
-        return sorted(entry.name for entry in folder.iterdir())
-    except (FileNotFoundError, NotADirectoryError):
-        return []
