@@ -43,6 +43,14 @@ def make_directory(path: str) -> None:
     sync_directory(parent)
 
 
+def names_in(folder: str) -> list[str]:
+    """Names in a directory, sorted; none where there is no such directory."""
+    try:
+        return sorted(os.listdir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
 def put_file(target: str, write: Callable[[str], None], scratch: str, *, replace: bool = True) -> None:
     """Make `target` appear whole or not at all, durable when this returns.
 
@@ -64,14 +72,6 @@ def put_file(target: str, write: Callable[[str], None], scratch: str, *, replace
     finally:
         with suppress(FileNotFoundError):
             os.unlink(unfinished)
-
-
-def names_in(folder: str) -> list[str]:
-    """Names in a directory, sorted; none where there is no such directory."""
-    try:
-        return sorted(os.listdir(folder))
-    except (FileNotFoundError, NotADirectoryError):
-        return []
 
 
 def put_text(target: str, text: str, scratch: str, *, replace: bool = True) -> None:

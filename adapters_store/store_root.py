@@ -47,7 +47,7 @@ class StoreRoot:
     @contextmanager
     def writing(self) -> Iterator[None]:
         """Hold the writers' lock shared; turns the system's refusals into `StoreWriteFailed`."""
-        with _refusals_typed(), file_lock(f"{self._locks}/writers", shared=True):
+        with self._refusals_typed(), file_lock(f"{self._locks}/writers", shared=True):
             yield
 
     @contextmanager
@@ -60,7 +60,7 @@ class StoreRoot:
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Hold the writers' lock alone, after removing leftovers."""
-        with _refusals_typed(), file_lock(f"{self._locks}/writers"):
+        with self._refusals_typed(), file_lock(f"{self._locks}/writers"):
             self._empty_scratch()
             yield
 
@@ -90,7 +90,7 @@ class StoreRoot:
         return True
 
     def _create(self) -> None:
-        with _refusals_typed():
+        with self._refusals_typed():
             make_directory(self.path)
             # The mark comes last, so a kill in between leaves only these folders.
             foreign = set(names_in(self.path)) - {*_FOLDERS, _MARK} - _FOREIGN_BUT_HARMLESS
@@ -130,14 +130,17 @@ class StoreRoot:
             else:
                 os.unlink(leftover)
 
-
-@contextmanager
-def _refusals_typed() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise StoreWriteFailed(
-            f"the store could not be written: {error.strerror or error} ({error.filename}); "
-            "check free space and permissions, then try again",
-            param="store",
-        ) from error
+    @contextmanager
+    def _refusals_typed(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            # A server's clients are told this too, and need not know where its store is.
+            inside = f"{self.path}/"
+            named = isinstance(error.filename, str) and error.filename.startswith(inside)
+            where = f" ({error.filename.removeprefix(inside)})" if named else ""
+            raise StoreWriteFailed(
+                f"the store could not be written: {error.strerror or error}{where}; "
+                "check free space and permissions, then try again",
+                param="store",
+            ) from error

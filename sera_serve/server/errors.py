@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from adapters_store.errors import StoreError
+from adapters_store.errors import StoreError, StoreWriteFailed
 from sera_serve.errors import SeraServeError
 from sera_serve.server.disconnect import ClientDisconnected
 from sera_serve.server.schemas import ErrorDetail, ErrorResponse
@@ -72,6 +72,9 @@ def describe(error: Exception, request_id: str) -> tuple[int, dict[str, Any], in
     """
     if isinstance(error, SeraServeError | StoreError):
         retry_after = getattr(error, "retry_after", 1 if error.status in (429, 503) else None)
+        if isinstance(error, StoreWriteFailed):
+            # Told to the client, but it is the operator who can do something about a full disk.
+            logger.error("request %s could not be written to the store", request_id, exc_info=error)
         if error.status != 500:
             return error.status, error_content(error.status, error.message, error.code, error.param), retry_after
         code = error.code

@@ -211,6 +211,23 @@ def test_an_upload_that_breaks_off_leaves_nothing(
     assert store.list() == before
 
 
+def test_a_store_that_cannot_be_written_is_told_and_logged_without_its_place(
+    client: httpx.Client, store: AdapterStore, writer: AdapterBundle, caplog: pytest.LogCaptureFixture
+) -> None:
+    before, scratch = store.list(), store.root / "tmp"
+    scratch.rmdir()
+    try:
+        answer = upload(client, writer.to_bytes(), "acme/nowhere")
+    finally:
+        scratch.mkdir()
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"], error["param"]) == (507, "store_write_failed", "store")
+    assert "No such file or directory (tmp/" in error["message"]
+    assert str(store.root) not in answer.text and str(store.root) in caplog.text
+    assert store.list() == before
+    assert upload(client, writer.to_bytes(), "acme/nowhere").status_code == 201
+
+
 def test_uploads_at_once_get_versions_of_their_own_in_one_thread(
     url: str, base: FrozenBase, store: AdapterStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
