@@ -26,30 +26,31 @@ async def measure_flood(client: LoadClient, spec: WorkloadSpec, capacity: float)
     * `crowd`: the others together offer FLOOD times a share, each as much as the next;
     * `flood`: one of the others offers all of that, and the rest nothing.
 
-    The victim's requests are the same in all four. The total load of the flood is that of the crowd: `ratio` tells what
+    The victim's requests are the same in all four, but for the contents of the prompts, which no load finds computed
+    already. The total load of the flood is that of the crowd: `ratio` tells what
     it costs the victim that one tenant offers it all, `ratio_to_calm` what it costs that there is a backlog at all.
 
     Args:
         client: Of a server that has at least TENANTS adapters.
-        spec: Lengths, duration and seed; its rate and adapters are not used.
+        spec: Lengths, duration, seed and the first of four numbers of prompts; its rate and adapters are not used.
         capacity: Requests a second that the server can answer.
     """
     share = LOAD * capacity / TENANTS
-    victim = _of(replace(spec, adapters=1, rate=share), TENANTS - 1)
-    calm = [_of(replace(spec, adapters=1, rate=share, seed=spec.seed + 1 + t), t) for t in range(TENANTS - 1)]
-    flood = _of(replace(spec, adapters=1, rate=FLOOD * share, seed=spec.seed + 1), 0)
-    busier = replace(spec, adapters=1, rate=FLOOD * share / (TENANTS - 1))
-    many = [_of(replace(busier, seed=spec.seed + 1 + tenant), tenant) for tenant in range(TENANTS - 1)]
-    loads = {"alone": [], "calm": list(chain(*calm)), "crowd": list(chain(*many)), "flood": flood}
+    others = TENANTS - 1
+    # How many of the other tenants offer something, and how much each.
+    loads = {"alone": (0, 0.0), "calm": (others, share), "crowd": (others, FLOOD * share / others)}
+    loads["flood"] = (1, FLOOD * share)
     result: dict[str, Any] = {"share_requests_per_s": round(share, 3), "flood_times_share": FLOOD}
     answers: list[Answer] = []
-    for name, others in loads.items():
-        theirs = asyncio.ensure_future(client.open_loop(others)) if others else None
-        mine = await client.open_loop(victim)
+    for number, (name, (tenants, rate)) in enumerate(loads.items()):
+        fresh = replace(spec, adapters=1, prompts=spec.prompts + number)
+        busy = [_of(replace(fresh, rate=rate, seed=spec.seed + 1 + tenant), tenant) for tenant in range(tenants)]
+        mine, theirs = await asyncio.gather(
+            client.open_loop(_of(replace(fresh, rate=share), TENANTS - 1)), client.open_loop(chain(*busy))
+        )
         result[name] = latency(mine) | {"requests": len(mine), "failures": failures(mine)}
-        if theirs is not None:
-            theirs_answers = await theirs
-            result[name]["others"] = latency(theirs_answers) | {"failures": failures(theirs_answers)}
+        if theirs:
+            result[name]["others"] = latency(theirs) | {"failures": failures(theirs)}
         answers += mine
     flooded = result["flood"]["ttft_p95_s"]
     for name, other in (("ratio", "crowd"), ("ratio_to_calm", "calm")):

@@ -3,11 +3,11 @@
     python -m benchmarks.many_adapters [--quick]
 
 Servers over stores of 5, 100, 1,000 and 5,000 adapters of mixed shapes, each with room for 200 on the device, get the
-same arrivals, prompts and lengths (S-LoRA's synthetic workload), open loop, at a share of the capacity that the
-smallest showed; then as much as they can take. Rounds go through the servers in turn, so that a slow moment of the
-machine hits all. Beside them: the same trace through PEFT, a cold adapter against a resident one, a tenant that
-floods, and service among tenants with a backlog. Answers are checked first and throughout, and no speed is reported
-where one is wrong. The last line is one JSON object.
+same arrivals and lengths (S-LoRA's synthetic workload), open loop, at a share of the capacity that the smallest
+showed; then as much as they can take. No prompt comes twice, for a server keeps what it has computed of one. Rounds go
+through the servers in turn, so that a slow moment of the machine hits all. Beside them: the same trace through PEFT, a
+cold adapter against a resident one, a tenant that floods, and service among tenants with a backlog. Answers are checked
+first and throughout, and no speed is reported where one is wrong. The last line is one JSON object.
 """
 
 from __future__ import annotations

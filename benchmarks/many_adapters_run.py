@@ -6,7 +6,7 @@ import random
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from itertools import cycle
+from itertools import count, cycle
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,8 @@ class ManyAdapters:
         self.ttfts: dict[str, list[float]] = {}
         self._folder = folder
         self._console = console
+        # Every load has prompts of its own: one that had those of another would find them computed.
+        self._prompts = count()
         self.base = save_endless_base(folder / "base", plan.width)
         self._fleet = Fleet(self.base)
         self._reference = Reference(self._fleet)
@@ -127,12 +129,16 @@ class ManyAdapters:
             spec = replace(self._spec(10, 1, 0), duration=plan.flood_s)
             figures["flood"], answers = uvloop.run(measure_flood(client, spec, capacity))
             self.wrong += self._reference.wrong(random.Random(1).sample(answers, min(plan.checked, len(answers))))
+            spec = replace(self._spec(10, 1, 1000), duration=plan.flood_s)
             figures["fairness"] = uvloop.run(measure_fairness(client, spec, 8, max(2, plan.sequences // 5)))
         rows += self._peft(plan.load * capacity)
         return {"rows": rows, "figures": figures}
 
     def _spec(self, size: int, rate: float, number: int) -> WorkloadSpec:
-        return WorkloadSpec(size, rate, self.plan.open_s, self.alpha, rotation=number % len(SHAPES), seed=42 + number)
+        rotation, seed = number % len(SHAPES), 42 + number
+        return WorkloadSpec(
+            size, rate, self.plan.open_s, self.alpha, rotation=rotation, seed=seed, prompts=next(self._prompts)
+        )
 
     def _check_first(self, size: int, server: ServerProcess) -> None:
         """One adapter of every shape, among the first and the last of the fleet, all in one batch."""

@@ -22,6 +22,8 @@ class WorkloadSpec:
         vocabulary: Prompts are of tokens 3 to `vocabulary - 1`: the first three are special in the embedded base.
         rotation: The adapter that is the most popular; the others follow it in order.
         seed: Of all of it.
+        prompts: Specs that differ in it alone give the same requests with other prompts. A server keeps what it has
+            computed of a prompt, so each load on it needs prompts that no load before had.
     """
 
     adapters: int
@@ -34,6 +36,7 @@ class WorkloadSpec:
     vocabulary: int = 4096
     rotation: int = 0
     seed: int = 42
+    prompts: int = 0
 
 
 @dataclass(frozen=True)
@@ -60,9 +63,10 @@ def make_trace(spec: WorkloadSpec) -> list[TimedRequest]:
     arrivals, lengths and prompts.
     """
     count = max(1, round(spec.rate * spec.duration))
-    arrivals, popularity, lengths, contents = (
-        np.random.default_rng(stream) for stream in np.random.SeedSequence(spec.seed).spawn(4)
+    arrivals, popularity, lengths = (
+        np.random.default_rng(stream) for stream in np.random.SeedSequence(spec.seed).spawn(3)
     )
+    contents = np.random.default_rng((spec.seed, spec.prompts))
     # A Gamma distribution with mean 1 / rate and standard deviation cv / rate.
     gaps = arrivals.gamma(1 / spec.cv**2, spec.cv**2 / spec.rate, count)
     # Inverse of the distribution function x ** alpha; `power(alpha)` draws the same, but not stream by stream.

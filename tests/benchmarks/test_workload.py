@@ -58,6 +58,13 @@ def test_fleets_of_any_size_get_the_same_work_at_the_same_time() -> None:
     assert max(request.adapter for request in small) == 4 < max(request.adapter for request in large)
 
 
+def test_other_prompts_leave_the_rest_of_a_trace_as_it_is() -> None:
+    one, other = (make_trace(replace(SPEC, duration=2, prompts=prompts)) for prompts in (3, 4))
+    assert [replace(a, prompt=()) for a in one] == [replace(a, prompt=()) for a in other]
+    assert [len(a.prompt) for a in one] == [len(a.prompt) for a in other]
+    assert not {a.prompt for a in one} & {a.prompt for a in other}
+
+
 def test_rotation_makes_another_adapter_the_most_popular() -> None:
     spec = replace(SPEC, adapters=5, alpha=0.3)
     for rotation in range(5):
