@@ -55,7 +55,7 @@ class BatchDriver:
         self._batch = ContinuousBatch(
             model,
             context,
-            self._listen,
+            self,
             kv_cache_tokens=max_sequences * 512,
             max_batch_tokens=4096,
             max_sequences=max_sequences,
@@ -89,9 +89,13 @@ class BatchDriver:
         if self._residency is not None:
             self._residency.close()
 
-    def _listen(self, update: SequenceUpdate) -> None:
+    def on_update(self, update: SequenceUpdate) -> None:
+        """On the engine's thread: keep the outcome, and wake `run` after the last."""
         if update.ended:
             self._outputs[update.request_id] = update.tokens
             self._left -= 1
             if not self._left:
                 self._done.set()
+
+    def on_prefix(self, request_id: str, cached_tokens: int) -> None:
+        """Never called: sequences without a key share nothing."""

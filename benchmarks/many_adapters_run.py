@@ -131,6 +131,10 @@ class ManyAdapters:
             self.wrong += self._reference.wrong(random.Random(1).sample(answers, min(plan.checked, len(answers))))
             spec = replace(self._spec(10, 1, 1000), duration=plan.flood_s)
             figures["fairness"] = uvloop.run(measure_fairness(client, spec, 8, max(2, plan.sequences // 5)))
+            for size, server in servers.items():
+                cached = server.metrics().get('sera_tokens_total{kind="cached_prompt"}', 0.0)
+                if cached:
+                    self.wrong.append(f"{cached:.0f} prompt tokens of the server of {size} were computed before")
         rows += self._peft(plan.load * capacity)
         return {"rows": rows, "figures": figures}
 

@@ -37,7 +37,9 @@ class _Router(OutputRouter):  # type: ignore[misc]
         self._listener = listener
 
     def deliver(self, output: GenerationOutput) -> None:
-        self._listener(SequenceUpdate(output.request_id, output.generated_tokens, output.is_finished(), output.error))
+        self._listener.on_update(
+            SequenceUpdate(output.request_id, output.generated_tokens, output.is_finished(), output.error)
+        )
 
     def deliver_batch(self, outputs: list[GenerationOutput]) -> None:
         for output in outputs:
@@ -57,6 +59,8 @@ class _Scheduler(stock_scheduler.FIFOScheduler):  # type: ignore[misc]
         def search_prefix_match(request_id: str, prompt: list[int]) -> int:
             state = self.waiting_requests[request_id]
             matched: int = search(request_id, salts.salted(prompt, options_of(state).prefix_key or request_id))
+            if matched and self.listener is not None:
+                self.listener.on_prefix(request_id, matched)
             return matched
 
         def mark_complete_blocks(state: RequestState, complete: dict[str, int]) -> None:
@@ -74,7 +78,7 @@ class _Scheduler(stock_scheduler.FIFOScheduler):  # type: ignore[misc]
         if self.listener is not None:
             for state in states:
                 state.status = RequestStatus.FINISHED
-                self.listener(SequenceUpdate(state.request_id, state.generated_tokens, ended=True))
+                self.listener.on_update(SequenceUpdate(state.request_id, state.generated_tokens, ended=True))
         return states
 
 
@@ -107,7 +111,7 @@ class ContinuousBatch:
         Args:
             model: A decoder with serving layers attached, for this object's use alone.
             context: The serving layers' context.
-            listener: Told of every new token and every end.
+            listener: Told of every new token, every end, and what the prefix cache had.
             kv_cache_tokens: Size of the paged cache.
             max_batch_tokens: The most tokens of one forward pass; longer prompts are prefilled in chunks.
             max_sequences: The most sequences of one forward pass.

@@ -75,7 +75,7 @@ class Generating:
         self.batch = ContinuousBatch(
             base.model,
             context,
-            self._on_update,
+            self,
             kv_cache_tokens=settings.kv_cache_tokens,
             max_batch_tokens=settings.max_batch_tokens,
             max_sequences=settings.max_sequences,
@@ -164,7 +164,7 @@ class Generating:
             mailbox = self._mailbox = Mailbox(loop)
         return mailbox
 
-    def _on_update(self, update: SequenceUpdate) -> None:
+    def on_update(self, update: SequenceUpdate) -> None:
         """On the engine's thread: charge the tenant, pass on what an ended sequence held, and tell its listener."""
         sequence = self._sequences.get(update.request_id)
         if sequence is None:
@@ -181,6 +181,12 @@ class Generating:
         delivered = sequence.mailbox.post(sequence.stream, update)
         if not delivered and not update.ended:
             self.batch.cancel(update.request_id)
+
+    def on_prefix(self, request_id: str, cached_tokens: int) -> None:
+        """On the engine's thread, before the sequence's first token: note what it did not have to compute."""
+        sequence = self._sequences.get(request_id)
+        if sequence is not None:
+            sequence.stream.cached_tokens = cached_tokens
 
 
 def wrong_task(adapter: str | None, task: str) -> UnsupportedTask:

@@ -57,7 +57,12 @@ class TokenDelta:
 
 @dataclass(frozen=True)
 class GenerationResult:
-    """The whole outcome of a request."""
+    """The whole outcome of a request.
+
+    Attributes:
+        cached_tokens: Prompt tokens that were not computed again, because an earlier prompt of the same adapter began
+            alike.
+    """
 
     id: str
     adapter: str | None
@@ -67,6 +72,7 @@ class GenerationResult:
     finish_reason: Literal["stop", "length"]
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int
 
 
 def deadline_exceeded() -> DeadlineExceeded:
@@ -82,6 +88,7 @@ class GenerationStream(AsyncIterator[TokenDelta]):
 
     Attributes:
         result: The outcome, once there is one.
+        cached_tokens: Prompt tokens found in the cache; the engine sets it before the first token.
         waited_s: Seconds from the request's arrival until it entered the batch.
         first_token_s: Seconds from its arrival to its first token, or None before that.
     """
@@ -107,6 +114,7 @@ class GenerationStream(AsyncIterator[TokenDelta]):
         self._cancel = cancel
         self.waited_s = 0.0
         self.first_token_s: float | None = None
+        self.cached_tokens = 0
         # The latest alone: it has all tokens so far.
         self._update: SequenceUpdate | None = None
         self._news = asyncio.Event()
@@ -204,5 +212,6 @@ class GenerationStream(AsyncIterator[TokenDelta]):
             finish_reason=reason,
             prompt_tokens=self._prompt_tokens,
             completion_tokens=len(self._tokens),
+            cached_tokens=self.cached_tokens,
         )
         self._close()

@@ -49,5 +49,8 @@ class SequenceUpdate:
 class SequenceListener(Protocol):
     """Receives updates on the engine's thread; must return quickly and not raise."""
 
-    def __call__(self, update: SequenceUpdate) -> None:
+    def on_update(self, update: SequenceUpdate) -> None:
         """Take note of `update`."""
+
+    def on_prefix(self, request_id: str, cached_tokens: int) -> None:
+        """Take note that so many tokens of a sequence's prompt were found in the cache."""

@@ -85,6 +85,6 @@ class GenerationEvents(Response):
             return
         usage = GenerateResponse.of(stream.result).usage
         last = GenerateEvent(**identity, text="", token_ids=[], finish_reason=stream.result.finish_reason, usage=usage)
-        self._metrics.count_generation(usage.prompt_tokens, usage.completion_tokens)
+        self._metrics.count_generation(stream.result)
         yield encode_event(last.model_dump())
         yield DONE

@@ -30,9 +30,7 @@ async def generate(
     params = body.to_params()
     if body.stream:
         return GenerationEvents(partial(engine.generate, params), metrics)
-    response = await unless_disconnected(request.receive, _complete(engine, params, metrics))
-    metrics.count_generation(response.usage.prompt_tokens, response.usage.completion_tokens)
-    return response
+    return await unless_disconnected(request.receive, _complete(engine, params, metrics))
 
 
 async def _complete(engine: Engine, params: GenerateParams, metrics: ServerMetrics) -> GenerateResponse:
@@ -45,4 +43,5 @@ async def _complete(engine: Engine, params: GenerateParams, metrics: ServerMetri
         await stream.aclose()
     if stream.result is None:
         raise EngineUnavailable("the generation was closed before it finished; send the request again")
+    metrics.count_generation(stream.result)
     return GenerateResponse.of(stream.result)

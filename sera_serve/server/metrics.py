@@ -6,6 +6,8 @@ from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from sera_serve.engine import GenerationResult
+
 _METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
@@ -74,10 +76,11 @@ class ServerMetrics:
         self._requests.labels(method if method in _METHODS else "other", route, str(status)).inc()
         self._seconds.labels(route).observe(seconds)
 
-    def count_generation(self, prompt_tokens: int, completion_tokens: int) -> None:
+    def count_generation(self, result: GenerationResult) -> None:
         """Count the tokens of one finished generation."""
-        self._tokens.labels("prompt").inc(prompt_tokens)
-        self._tokens.labels("completion").inc(completion_tokens)
+        self._tokens.labels("prompt").inc(result.prompt_tokens)
+        self._tokens.labels("cached_prompt").inc(result.cached_tokens)
+        self._tokens.labels("completion").inc(result.completion_tokens)
 
     def count_classified(self, inputs: int, waited_s: float) -> None:
         """Count the inputs of one finished classification, and how long it waited."""

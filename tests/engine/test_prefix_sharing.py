@@ -12,7 +12,7 @@ from adapters_store import AdapterStore
 from factories import random_adapter, random_decoder
 from sera_serve import SeraConfig
 from sera_serve.config import ServeSettings
-from sera_serve.engine import GenerateParams, ServingEngine
+from sera_serve.engine import GenerateParams, GenerationResult, ServingEngine
 from sera_serve.engine.continuous import ContinuousBatch
 from sera_serve.engine.prefix_salts import PrefixSalts
 
@@ -53,13 +53,13 @@ def test_only_prompts_of_one_adapter_share(
 
     monkeypatch.setattr(ContinuousBatch, "_enter_pass", counted)
 
-    def run(requests: list[tuple[str | None, str]]) -> list[list[int]]:
-        async def all_of_them() -> list[list[int]]:
-            outputs = []
+    def run(requests: list[tuple[str | None, str]]) -> list[GenerationResult]:
+        async def all_of_them() -> list[GenerationResult]:
+            results = []
             for adapter, prompt in requests:
                 stream = await engine.generate(GenerateParams(adapter=adapter, prompt=prompt, max_new_tokens=8))
-                outputs.append((await stream.collect()).token_ids)
-            return outputs
+                results.append(await stream.collect())
+            return results
 
         settings = ServeSettings(store=store.root, pool_mib=4, kv_cache_tokens=2048, max_batch_tokens=512)
         engine = ServingEngine(base, store, settings)
@@ -75,4 +75,5 @@ def test_only_prompts_of_one_adapter_share(
     assert len(prefills) == 2
     pages = len(SYSTEM) // 32 * 32
     assert prefills[1] == len(SYSTEM + QUESTIONS[1]) - (pages if shared else 0)
-    assert together == [run([request])[0] for request in requests]
+    assert [result.cached_tokens for result in together] == [0, pages if shared else 0]
+    assert [result.token_ids for result in together] == [run([request])[0].token_ids for request in requests]

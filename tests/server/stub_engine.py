@@ -84,7 +84,7 @@ class StubStream:
             if self._prompt == CRASHES_LATER:
                 raise RuntimeError(SECRET)
         self.result = GenerationResult(
-            self.id, self.adapter, self.version, "".join(PIECES), tokens, "stop", 5, len(tokens)
+            self.id, self.adapter, self.version, "".join(PIECES), tokens, "stop", 5, len(tokens), 2
         )
 
 
