@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections import Counter
 from collections.abc import Callable
 
 from sera_serve.residency.pool import Placement
@@ -36,3 +38,32 @@ class Prefetch:
     def release(self) -> None:
         """Drop the wish: the request has its lease, or is gone. Idempotent."""
         self._release(self)
+
+
+class Wishes:
+    """Which adapters are wished for. The caller holds the lock; only a release takes it itself."""
+
+    def __init__(self, lock: threading.Lock) -> None:
+        self._lock = lock
+        self._counts: Counter[str] = Counter()
+
+    def __contains__(self, digest: str) -> bool:
+        return digest in self._counts
+
+    def add(self, digest: str) -> Prefetch:
+        """One more wish for an adapter."""
+        self._counts[digest] += 1
+        return Prefetch(digest, self._drop)
+
+    def check_integrity(self) -> None:
+        """Raise RuntimeError where a wish was counted off twice."""
+        if min(self._counts.values(), default=1) < 1:
+            raise RuntimeError("a prefetch was released twice")
+
+    def _drop(self, wish: Prefetch) -> None:
+        with self._lock:
+            if wish.held:
+                wish.held = False
+                self._counts[wish.digest] -= 1
+                if not self._counts[wish.digest]:
+                    del self._counts[wish.digest]

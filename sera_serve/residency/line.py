@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from sera_serve.residency.loading import Loading, Waiting
 from sera_serve.residency.packing import AdapterLayout
@@ -44,9 +44,9 @@ class Line:
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def loadings(self) -> list[Loading]:
-        """Who waits, first come first."""
-        return [waiting.loading for waiting in self._waiting.values()]
+    def is_awaited(self) -> bool:
+        """Whether a request waits for any of them."""
+        return any(waiting.loading.is_awaited() for waiting in self._waiting.values())
 
     def join(self, loading: Loading, layout: AdapterLayout) -> None:
         """Go to the end of the line."""
@@ -75,6 +75,12 @@ class Line:
                 return
             if blocked == _WINDOW:
                 return
+
+    def check_integrity(self, loadings: Mapping[str, Loading]) -> None:
+        """Raise RuntimeError where one in line is not under way, or has its room already."""
+        for digest, waiting in self._waiting.items():
+            if loadings.get(digest) is not waiting.loading or waiting.loading.placement is not None:
+                raise RuntimeError(f"adapter {digest} waits for room that it does not need")
 
     def _outcome(self, waiting: Waiting) -> Placement | Outcome | None:
         if not waiting.loading.is_awaited():

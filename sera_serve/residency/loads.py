@@ -4,28 +4,25 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
 
 from sera_serve.errors import AdapterTooLarge
 from sera_serve.residency.answers import Answers
-from sera_serve.residency.handles import Lease
+from sera_serve.residency.handles import Lease, Wishes
 from sera_serve.residency.host_cache import HostCache
 from sera_serve.residency.line import Line, Outcome
 from sera_serve.residency.loader_threads import LoaderThreads
 from sera_serve.residency.loading import Loading
 from sera_serve.residency.packing import PackedAdapter
 from sera_serve.residency.pool import Placement
+from sera_serve.residency.reading import AdapterReader
 from sera_serve.residency.residents import Residents
-from sera_serve.residency.stats import LoadTimes, Tier
+from sera_serve.residency.stats import LoadCounts, Tier
 
 # Priorities of loader jobs: what has room in the pool, then what a request waits for, then what one will want.
 _FILL, _LOAD, _PREFETCH = range(3)
-
-# Bytes that are copied within host memory in about 0.1 ms.
-_COPIED_AT_ONCE = 1 << 20
 
 
 class Loads:
@@ -34,16 +31,15 @@ class Loads:
     The caller holds `lock` around every public method, and delivers the answers after it has released the lock.
 
     Attributes:
-        wishes: How many requests that are not admitted yet wish for each adapter.
-        granted: Leases granted so far, by the tier that the adapter was found in.
-        times: Times of the loads that reached the device.
-        failed: Loads that did not.
+        wishes: What requests that are not admitted yet wish for.
+        line: Those that were read and find no room.
+        counts: What was loaded and granted so far.
     """
 
     def __init__(
         self,
         lock: threading.Lock,
-        read: Callable[[str], PackedAdapter],
+        reader: AdapterReader,
         residents: Residents,
         host_cache: HostCache,
         threads: LoaderThreads,
@@ -55,7 +51,7 @@ class Loads:
 
         Args:
             lock: Guards `residents`, `host_cache` and this.
-            read: Reads and packs an adapter; raises a typed error where it cannot be had.
+            reader: Reads adapters from there or from the store.
             residents: The device tier.
             host_cache: The host tier.
             threads: Threads to load with.
@@ -63,28 +59,20 @@ class Loads:
             answers: Where the answers go.
             release: What `Lease.release` of a granted lease does.
         """
-        self.wishes: Counter[str] = Counter()
-        self.granted: Counter[Tier] = Counter()
-        self.times: dict[Tier, LoadTimes] = {"host": LoadTimes(), "store": LoadTimes()}
-        self.failed = 0
+        self.wishes = Wishes(lock)
+        self.counts = LoadCounts()
         self._lock = lock
-        self._read_store = read
+        self._reader = reader
         self._residents = residents
         self._host_cache = host_cache
         self._threads = threads
         self._answers = answers
         self._release = release
         self._loadings: dict[str, Loading] = {}
-        # Those of them that were read and find no room.
-        self._line = Line(residents, self._is_wanted, self.granted, patience)
+        self.line = Line(residents, self._is_wanted, self.counts.granted, patience)
 
     def __len__(self) -> int:
         return len(self._loadings)
-
-    @property
-    def waiting(self) -> int:
-        """How many adapters wait for room."""
-        return len(self._line)
 
     def get(self, digest: str) -> Loading | None:
         """The load of an adapter, if there is one."""
@@ -92,7 +80,7 @@ class Loads:
 
     def request(self, digest: str, future: Future[Lease]) -> None:
         """Grant a lease now or when the adapter is there; all who ask meanwhile share one load."""
-        if not self._residents.are_retiring() and self._line.is_impatient():
+        if not self._residents.are_retiring() and self.line.is_impatient():
             self.serve_line()
         if self._residents.usable(digest):
             self._grant(digest, [future], "device")
@@ -116,7 +104,7 @@ class Loads:
 
     def serve_line(self, arriving: Loading | None = None) -> None:
         """Find room for those who wait; called whenever there may be some. The caller itself fills `arriving`."""
-        for loading, outcome in self._line.settle():
+        for loading, outcome in self.line.settle():
             if outcome is Outcome.ABANDONED:
                 self._end(loading)
             elif outcome is Outcome.RESIDENT:
@@ -131,7 +119,7 @@ class Loads:
                     ),
                 )
             else:
-                self._line.leave(loading.digest)
+                self.line.leave(loading.digest)
                 loading.placement = outcome
                 if loading is not arriving:
                     self._threads.submit(_FILL, partial(self._load_placed, loading, outcome))
@@ -146,33 +134,21 @@ class Loads:
         copying = [loading for loading in self._loadings.values() if loading.placement is not None]
         if len(self._residents.pool.placements()) != len(self._residents) + len(copying):
             raise RuntimeError("an adapter has a place in the pool and is neither resident nor being copied")
-        for loading in self._line.loadings():
-            if self._loadings.get(loading.digest) is not loading or loading.placement is not None:
-                raise RuntimeError(f"adapter {loading.digest} waits for room that it does not need")
-        waits = any(loading.is_awaited() for loading in self._line.loadings())
-        if waits and not copying and not self._residents.leases():
+        self.line.check_integrity(self._loadings)
+        if self.line.is_awaited() and not copying and not self._residents.leases():
             raise RuntimeError("an adapter waits for room although nothing is in use")
-        if min(self.wishes.values(), default=1) < 1:
-            raise RuntimeError("a prefetch was released twice")
+        self.wishes.check_integrity()
 
     def _copy_now(self, digest: str) -> bool:
         """Bring an adapter over from the host cache at once, where that takes less than to wake a loader thread."""
         packed = self._host_cache.get(digest)
-        pool = self._residents.pool
-        if packed is None or packed.nbytes > _COPIED_AT_ONCE or pool.data.device.type != "cpu" or self._line:
-            return False
-        placement = self._residents.reserve(packed.layout, self._is_wanted)
-        if placement is None:
+        if packed is None or self.line or not self._residents.pool.fills_at_once(packed):
             return False
         began = time.monotonic()
-        try:
-            pool.fill(placement, packed.data)
-        except Exception:  # noqa: BLE001 - a loader thread tries again, and tells who waits
-            pool.remove(placement)
-            return False
-        self.times["host"] = self.times["host"].with_load(time.monotonic() - began)
-        self._residents.add(placement)
-        return True
+        copied = self._residents.copy_in(packed, self._is_wanted)
+        if copied:
+            self.counts.add_load("host", time.monotonic() - began)
+        return copied
 
     def _load(self, loading: Loading) -> None:
         """Loader thread: read an adapter, and copy it to the device if it finds room at once."""
@@ -203,15 +179,11 @@ class Loads:
     def _read(self, loading: Loading) -> PackedAdapter | None:
         """The adapter from the host cache or the store; None if that failed, which those who wait are told."""
         began = time.monotonic()
-        with self._lock:
-            packed = self._host_cache.get(loading.digest)
-        tier: Tier = "store" if packed is None else "host"
-        if packed is None:
-            try:
-                packed = self._read_store(loading.digest)
-            except Exception as error:  # noqa: BLE001 - it is delivered to every request that waits for this load
-                self._fail(loading, error)
-                return None
+        try:
+            packed, tier = self._reader.read(loading.digest)
+        except Exception as error:  # noqa: BLE001 - it is delivered to every request that waits for this load
+            self._fail(loading, error)
+            return None
         with self._lock:
             loading.seconds += time.monotonic() - began
             loading.tier = loading.tier or tier
@@ -221,10 +193,10 @@ class Loads:
 
     def _find_room(self, loading: Loading, packed: PackedAdapter) -> None:
         if loading.is_awaited():
-            self._line.join(loading, packed.layout)
+            self.line.join(loading, packed.layout)
             self.serve_line(arriving=loading)
             return
-        if self.wishes[loading.digest] and not self._line and not loading.doomed:
+        if loading.digest in self.wishes and not self.line and not loading.doomed:
             loading.placement = self._residents.reserve(packed.layout, self._is_wanted, spare_wanted=True)
         if loading.placement is None:
             self._end(loading)
@@ -238,7 +210,7 @@ class Loads:
             return
         with self._lock:
             tier = loading.tier or "store"
-            self.times[tier] = self.times[tier].with_load(loading.seconds + time.monotonic() - began)
+            self.counts.add_load(tier, loading.seconds + time.monotonic() - began)
             self._residents.add(placement)
             self._grant(loading.digest, loading.futures, tier)
             self._end(loading)
@@ -248,7 +220,7 @@ class Loads:
 
     def _fail(self, loading: Loading, error: Exception) -> None:
         with self._lock:
-            self.failed += 1
+            self.counts.failed += 1
             if loading.placement is not None:
                 self._residents.pool.remove(loading.placement)
                 loading.placement = None
@@ -258,7 +230,7 @@ class Loads:
     def _grant(self, digest: str, futures: list[Future[Lease]], tier: Tier) -> None:
         for future in futures:
             if self._answers.decide(future, lambda: Lease(self._residents.lease(digest), self._release)):
-                self.granted[tier] += 1
+                self.counts.granted[tier] += 1
 
     def _refuse(self, loading: Loading, error: Exception) -> None:
         for future in loading.futures:
@@ -271,7 +243,7 @@ class Loads:
     def _end(self, loading: Loading) -> None:
         if self._loadings.get(loading.digest) is loading:
             del self._loadings[loading.digest]
-            self._line.leave(loading.digest)
+            self.line.leave(loading.digest)
             if loading.doomed:
                 self._host_cache.drop(loading.digest)
 
@@ -279,7 +251,7 @@ class Loads:
         return digest in self.wishes or digest in self._loadings
 
     def _is_worth_prefetching(self, loading: Loading) -> bool:
-        if not self.wishes[loading.digest] or loading.doomed:
+        if loading.digest not in self.wishes or loading.doomed:
             return False
-        spare = not self._line and self._residents.has_spare_room(self._is_wanted)
+        spare = not self.line and self._residents.has_spare_room(self._is_wanted)
         return spare or self._host_cache.has_room(self._is_wanted)

@@ -8,14 +8,14 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 
 from adapters_store import AdapterBundle
-from sera_serve.errors import AdapterTooLarge, EngineUnavailable
+from sera_serve.errors import EngineUnavailable
 from sera_serve.residency.answers import Answers
 from sera_serve.residency.handles import Lease, Prefetch
 from sera_serve.residency.host_cache import HostCache
 from sera_serve.residency.loader_threads import LoaderThreads
 from sera_serve.residency.loads import Loads
-from sera_serve.residency.packing import PackedAdapter, pack
 from sera_serve.residency.pool import DevicePool
+from sera_serve.residency.reading import AdapterReader
 from sera_serve.residency.residents import Residents
 from sera_serve.residency.stats import ResidencyStats
 
@@ -55,15 +55,13 @@ class AdapterResidency:
         """
         self.pool = pool
         self.host_cache = host_cache
-        self._load_bundle = load
-        self._module_index = dict(module_index)
         self._threads = loader_threads or LoaderThreads(at_once=2)
         self._lock = threading.Lock()
         self._residents = Residents(pool, pin_share)
         self._answers = Answers()
         self._loads = Loads(
             self._lock,
-            self._read,
+            AdapterReader(load, module_index, pool, host_cache, self._lock),
             self._residents,
             host_cache,
             self._threads,
@@ -113,10 +111,10 @@ class AdapterResidency:
         """
         with self._lock:
             self._unchecked = True
-            self._loads.wishes[digest] += 1
+            wish = self._loads.wishes.add(digest)
             if not self._closed:
                 self._loads.prefetch(digest)
-        return Prefetch(digest, self._release_wish)
+        return wish
 
     def pin(self, digest: str) -> Future[None]:
         """Bring an adapter to the device and keep it there until `unpin` or `forget`. Idempotent.
@@ -187,20 +185,21 @@ class AdapterResidency:
         """Figures for metrics."""
         with self._lock:
             itemsize = self.pool.data.element_size()
+            counts = self._loads.counts
             return ResidencyStats(
                 resident=len(self._residents),
                 pinned=len(self._residents.pins()),
                 leases=self._residents.leases(),
                 loading=len(self._loads),
-                waiting=self._loads.waiting,
+                waiting=len(self._loads.line),
                 device_bytes=self.pool.used * itemsize,
                 device_limit=self.pool.capacity * itemsize,
                 host_adapters=len(self.host_cache),
                 host_bytes=self.host_cache.used,
                 host_limit=self.host_cache.limit,
-                granted={tier: self._loads.granted[tier] for tier in ("device", "host", "store")},
-                loads=dict(self._loads.times),
-                failed_loads=self._loads.failed,
+                granted={tier: counts.granted[tier] for tier in ("device", "host", "store")},
+                loads=dict(counts.times),
+                failed_loads=counts.failed,
                 evictions=self._residents.evictions,
                 copies=self.pool.copies,
             )
@@ -235,17 +234,6 @@ class AdapterResidency:
         self._answers.deliver()
         self._threads.close(timeout_s)
 
-    def _read(self, digest: str) -> PackedAdapter:
-        packed = pack(self._load_bundle(digest), self._module_index, self.pool.data.dtype, self.pool.data.is_cuda)
-        if packed.layout.elements > self.pool.capacity:
-            itemsize = self.pool.data.element_size()
-            raise AdapterTooLarge(
-                f"the adapter takes {packed.layout.elements * itemsize} bytes, the device pool has "
-                f"{self.pool.capacity * itemsize}; raise pool_mib",
-                param="adapter",
-            )
-        return packed
-
     def _release_lease(self, lease: Lease) -> None:
         with self._lock:
             if lease.held:
@@ -253,14 +241,6 @@ class AdapterResidency:
                 self._residents.release(lease.placement.adapter.digest)
                 self._loads.serve_line()
         self._answers.deliver()
-
-    def _release_wish(self, wish: Prefetch) -> None:
-        with self._lock:
-            if wish.held:
-                wish.held = False
-                self._loads.wishes[wish.digest] -= 1
-                if not self._loads.wishes[wish.digest]:
-                    del self._loads.wishes[wish.digest]
 
     def _after_cancel(self, future: Future[Lease]) -> None:
         """One who gave up may have stood before others in the line."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import chain, filterfalse
 
 from sera_serve.errors import CannotPin
-from sera_serve.residency.packing import AdapterLayout
+from sera_serve.residency.packing import AdapterLayout, PackedAdapter
 from sera_serve.residency.pool import DevicePool, Placement
 
 
@@ -68,6 +68,19 @@ class Residents:
         """Take in an adapter whose fill is complete, as the most recently used."""
         self._residents[placement.adapter.digest] = _Resident(placement)
         self._idle_elements += placement.adapter.elements
+
+    def copy_in(self, packed: PackedAdapter, is_wanted: Callable[[str], bool]) -> bool:
+        """Reserve, fill and add under the caller's lock; False, and nothing changed but evictions, if it fails."""
+        placement = self.reserve(packed.layout, is_wanted)
+        if placement is None:
+            return False
+        try:
+            self.pool.fill(placement, packed.data)
+        except Exception:  # noqa: BLE001 - a loader thread tries again, and tells who waits
+            self.pool.remove(placement)
+            return False
+        self.add(placement)
+        return True
 
     def lease(self, digest: str) -> Placement:
         """Count one more lease; the adapter is now the most recently used."""

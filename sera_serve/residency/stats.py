@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from typing import Literal
 
 Tier = Literal["device", "host", "store"]
@@ -29,6 +30,25 @@ class LoadTimes:
         counts = list(self.counts)
         counts[bisect_left(LOAD_BUCKETS, seconds)] += 1
         return LoadTimes(tuple(counts), self.seconds + seconds)
+
+
+@dataclass
+class LoadCounts:
+    """What was loaded and granted since the start.
+
+    Attributes:
+        granted: Leases granted, by the tier that the adapter was found in.
+        times: Times of the loads that reached the device.
+        failed: Loads that did not.
+    """
+
+    granted: Counter[Tier] = field(default_factory=Counter)
+    times: dict[Tier, LoadTimes] = field(default_factory=lambda: {"host": LoadTimes(), "store": LoadTimes()})
+    failed: int = 0
+
+    def add_load(self, tier: Tier, seconds: float) -> None:
+        """Count a load that reached the device."""
+        self.times[tier] = self.times[tier].with_load(seconds)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from slow_store import Build, Store, granted, until
 
-from sera_serve.residency import loads as loads_module
+from sera_serve.residency import pool as pool_module
 
 
 def in_host_memory(build: Build, large: list[str], **settings: Any) -> Any:
@@ -36,7 +36,7 @@ def test_otherwise_a_loader_thread_sees_to_it(
     residency = in_host_memory(build, large)
     held = granted(residency.acquire(large[1]))
     if hindrance == "large":
-        monkeypatch.setattr(loads_module, "_COPIED_AT_ONCE", 1)
+        monkeypatch.setattr(pool_module, "_COPIED_AT_ONCE", 1)
     fill, failures = residency.pool.fill, iter([OSError("once")] if hindrance == "copy fails" else [])
 
     def fill_at_second_try(*args: Any) -> None:

@@ -17,7 +17,7 @@ from factories import random_adapter
 from sera_serve import SeraConfig
 from sera_serve.base import FrozenBase
 from sera_serve.residency import AdapterResidency, HostCache, PackedAdapter, pack
-from sera_serve.residency import manager as manager_module
+from sera_serve.residency import reading as reading_module
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def alive(monkeypatch: pytest.MonkeyPatch) -> weakref.WeakSet[Any]:
         tensors.add(packed.data)
         return packed
 
-    monkeypatch.setattr(manager_module, "pack", watched)
+    monkeypatch.setattr(reading_module, "pack", watched)
     return tensors
 
 
