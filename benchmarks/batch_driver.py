@@ -98,4 +98,4 @@ class BatchDriver:
                 self._done.set()
 
     def on_prefix(self, request_id: str, cached_tokens: int) -> None:
-        """Never called: sequences without a key share nothing."""
+        """Of no interest: a sequence without a key finds only what it has computed itself."""

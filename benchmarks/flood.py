@@ -27,8 +27,8 @@ async def measure_flood(client: LoadClient, spec: WorkloadSpec, capacity: float)
     * `flood`: one of the others offers all of that, and the rest nothing.
 
     The victim's requests are the same in all four, but for the contents of the prompts, which no load finds computed
-    already. The total load of the flood is that of the crowd: `ratio` tells what
-    it costs the victim that one tenant offers it all, `ratio_to_calm` what it costs that there is a backlog at all.
+    already. The total load of the flood is that of the crowd: `ratio` tells what it costs the victim that one tenant
+    offers it all, `ratio_to_calm` what it costs that there is a backlog at all.
 
     Args:
         client: Of a server that has at least TENANTS adapters.

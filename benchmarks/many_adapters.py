@@ -22,6 +22,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.fleet import SHAPES
 from benchmarks.many_adapters_run import ManyAdapters, Plan
 from benchmarks.plots import plot_many_adapters
 
@@ -59,9 +60,15 @@ def main(
     seconds: Annotated[
         float | None, typer.Option(min=1, help="Of each load of each round; a larger base needs longer ones.")
     ] = None,
+    size: Annotated[
+        list[int] | None,
+        typer.Option(min=len(SHAPES), help="Registered adapters of each server, ascending, the last at least 10."),
+    ] = None,
     plot: Annotated[Path, typer.Option(help="Where the PNG goes.")] = PLOT,
 ) -> None:
     """Measure, print a table, then one JSON line."""
+    if size and (size != sorted(set(size)) or size[-1] < 10):
+        raise typer.BadParameter("sizes ascend, and the last is at least 10", param_hint="--size")
     console = Console(stderr=True, width=140)
     with tempfile.TemporaryDirectory(prefix="many-adapters-") as folder:
         plan = replace(QUICK if quick else Plan(), touch=touch, width=width)
@@ -69,6 +76,8 @@ def main(
             plan = replace(plan, host_cache_mib=host_cache_mib)
         if seconds is not None:
             plan = replace(plan, open_s=seconds, saturated_s=seconds)
+        if size:
+            plan = replace(plan, sizes=tuple(size))
         run = ManyAdapters(plan, Path(folder), alpha, console)
         result = run.run()
     told = report(run.wrong, result, console)
