@@ -136,7 +136,8 @@ class Generating:
                 top_k=params.top_k,
                 top_p=params.top_p,
                 seed=secrets.randbits(31) if params.seed is None else params.seed,
-                prefix_key=resolved.digest if resolved else None,
+                # Two tenants may have published the same bundle: its weights are shared, what was asked of it is not.
+                prefix_key=f"{visit.tenant}/{resolved.digest}" if resolved else None,
             )
             self._sequences[request_id] = _Sequence(request, stream, mailbox)
             try:

@@ -60,7 +60,7 @@ class GenerationResult:
     """The whole outcome of a request.
 
     Attributes:
-        cached_tokens: Prompt tokens that were not computed again, because an earlier prompt of the same adapter began
+        cached_tokens: Prompt tokens that were not computed again, because an earlier prompt of the tenant's adapter began
             alike.
     """
 

@@ -13,7 +13,7 @@ class SequenceOptions:
     """What one sequence needs in every step: its adapter and its sampling.
 
     Attributes:
-        prefix_key: Sequences of one key, such as the adapter's digest, share the cache of prompts that begin alike;
+        prefix_key: Sequences of one key, made of tenant and adapter, share the cache of prompts that begin alike;
             with None a sequence shares with no other, whose waiting time would tell what others have asked.
     """
 

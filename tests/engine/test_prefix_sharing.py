@@ -1,4 +1,4 @@
-"""Prompts that begin alike share their cache within one adapter, and with no other."""
+"""Prompts that begin alike share their cache within one tenant's adapter, and with no other."""
 
 from __future__ import annotations
 
@@ -35,15 +35,23 @@ def test_salted_tokens_are_alike_for_one_key_only() -> None:
 
 @pytest.mark.parametrize(
     ("first", "second", "shared"),
-    [("acme/a", "acme/a", True), ("acme/a", "acme/b", False), ("acme/a", None, False), (None, None, False)],
+    [
+        ("acme/a", "acme/a", True),
+        ("acme/a", "acme/b", False),
+        ("acme/a", "acme/copy", True),
+        ("acme/a", "rival/copy", False),
+        ("acme/a", None, False),
+        (None, None, False),
+    ],
 )
-def test_only_prompts_of_one_adapter_share(
+def test_only_prompts_of_one_tenant_and_adapter_share(
     first: str | None, second: str | None, shared: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = random_decoder()
     store = AdapterStore(tmp_path / "store")
-    for seed, name in enumerate(("acme/a", "acme/b")):
-        store.publish(random_adapter(base, SeraConfig(8, 8, 16.0, "all-linear"), seed=seed), name)
+    one, other = (random_adapter(base, SeraConfig(8, 8, 16.0, "all-linear"), seed=seed) for seed in range(2))
+    for name, bundle in {"acme/a": one, "acme/b": other, "acme/copy": one, "rival/copy": one}.items():
+        store.publish(bundle, name)
     passes: list[int] = []
     enter = ContinuousBatch._enter_pass
 
