@@ -60,8 +60,8 @@ class GenerationResult:
     """The whole outcome of a request.
 
     Attributes:
-        cached_tokens: Prompt tokens that were not computed again, because an earlier prompt of the tenant's adapter began
-            alike.
+        cached_tokens: Prompt tokens that were not computed again, because an earlier prompt of this tenant's adapter
+            began alike.
     """
 
     id: str
