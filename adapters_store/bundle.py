@@ -16,7 +16,7 @@ from torch import Tensor
 
 from adapters_store.config import AdapterConfig, canonical_json
 from adapters_store.containers import CONFIG_FILE, METADATA_KEY, MODEL_FILE, RawBundle, read_bytes, read_path
-from adapters_store.pages import writable_memory
+from adapters_store.mmap_buffer import writable_memory
 from adapters_store.safetensors_file import DTYPE_NAMES, BundleLimits, read_tensor, read_tensors
 from adapters_store.validation import check_names_and_shapes, check_values, sum_is_finite
 

@@ -13,7 +13,7 @@ from sera_kernels import AdapterTables
 from sera_serve.base import FrozenBase
 from sera_serve.engine.continuous import ContinuousBatch
 from sera_serve.engine.sequences import SequenceOptions, SequenceUpdate
-from sera_serve.layers import AdapterContext, attach_serving, find_siblings
+from sera_serve.layers import AdapterContext, attach_serving, find_shared_inputs
 from sera_serve.residency import AdapterResidency, DevicePool, HostCache
 
 
@@ -47,7 +47,7 @@ class BatchDriver:
         if adapters is not None:
             pool = self._pool(base, sum(bundle.nbytes for bundle in adapters) * 2 + (1 << 20))
             context = AdapterContext(pool.data, pool.tables)
-            attach_serving(model, context, find_siblings(base.model))
+            attach_serving(model, context, find_shared_inputs(base.model))
             by_digest = {bundle.digest: bundle for bundle in adapters}
             index = {path: row for row, path in enumerate(shapes)}
             self._residency = AdapterResidency(by_digest.__getitem__, pool, HostCache(0), index)

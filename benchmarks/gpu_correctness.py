@@ -11,7 +11,7 @@ from torch import Tensor
 from benchmarks.gpu_operands import Member, mixed_pool
 from benchmarks.gpu_setting import Row, Setting
 from benchmarks.gpu_timing import capture
-from sera_kernels import ABSENT, BARE_BASE, AdapterBatch, AdapterTables, grouped_sera_reference
+from sera_kernels import ABSENT, NO_ADAPTER, AdapterBatch, AdapterTables, grouped_sera_reference
 
 # Largest norm of the error over that of the update or the output, whichever is more: of the update alone, rounding an
 # output beside a small update would be much. A float32 result computed in tf32 is off by 3e-4.
@@ -28,7 +28,7 @@ POPULARITY: dict[str, Popularity] = {
     "zipf": lambda tokens, slots: torch.multinomial(1 / torch.arange(1.0, slots + 1), tokens, replacement=True),
     "skewed": lambda tokens, slots: (torch.rand(tokens).pow(3) * slots).long(),
     "with bare": lambda tokens, slots: torch.randint(-1, slots, (tokens,)),
-    "bare": lambda tokens, slots: torch.full((tokens,), BARE_BASE),
+    "bare": lambda tokens, slots: torch.full((tokens,), NO_ADAPTER),
 }
 RANKS = (1, 2, 3, 4, 8, 15, 16, 17, 32, 64, 128, 256)
 

@@ -21,8 +21,8 @@ from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, 
 from benchmarks.gpu_operands import Member, uniform_pool
 from benchmarks.gpu_setting import Row, Setting
 from benchmarks.gpu_timing import ROUNDS, capture
-from sera_kernels import BARE_BASE, AdapterBatch, AdapterTables
-from sera_serve.layers import AdapterContext, adaptable_linears, attach_serving, find_siblings, linear_widths
+from sera_kernels import NO_ADAPTER, AdapterBatch, AdapterTables
+from sera_serve.layers import AdapterContext, adaptable_linears, attach_serving, find_shared_inputs, linear_widths
 
 SEQUENCES = 64
 CONTEXT = 256
@@ -89,7 +89,7 @@ class DecodeStep:
         device = model.device
         cache = StaticCache(config=model.config, max_cache_len=cache_length)
         tokens = torch.randint(model.config.vocab_size, (sequences, 1), device=device)
-        slots = torch.full((sequences,), BARE_BASE, dtype=torch.int32, device=device)
+        slots = torch.full((sequences,), NO_ADAPTER, dtype=torch.int32, device=device)
         logits = torch.empty(sequences, model.config.vocab_size, dtype=model.dtype, device=device)
         step = cls(model, None, tokens, slots, cache, cache_length - REPLAYS, logits)
         # The first pass makes the cache.
@@ -134,7 +134,7 @@ def adapt(model: PreTrainedModel, slots: int, dtype: torch.dtype) -> AdapterCont
     scalings = [0.1 * (d_in / MEMBER.split * MEMBER.rank) ** -0.5 for d_in, _ in shapes]
     tables.scaling.copy_(torch.tensor(scalings, device=device)[:, None].expand_as(tables.scaling))
     context = AdapterContext(pool, tables)
-    attach_serving(model, context, find_siblings(model))
+    attach_serving(model, context, find_shared_inputs(model))
     return context
 
 
@@ -149,13 +149,13 @@ def check_decode(setting: Setting) -> list[Row]:
         step = bare.over(context, torch.zeros_like(bare.slots))
         run = step.ready(setting)
         got = []
-        for slot in (0, 1, 2, BARE_BASE):
+        for slot in (0, 1, 2, NO_ADAPTER):
             # Beside it another adapter and the bare base, so that a mixed batch is what is checked.
-            step.slots.copy_(torch.tensor([slot, 2, slot, BARE_BASE]))
+            step.slots.copy_(torch.tensor([slot, 2, slot, NO_ADAPTER]))
             step.rewind()
             run()
             got.append(step.logits[::2].clone())
-        for slot, mine in zip((0, 1, 2, BARE_BASE), got, strict=True):
+        for slot, mine in zip((0, 1, 2, NO_ADAPTER), got, strict=True):
             want = _merged_logits(bare, linears, context, slot)
             error = ((mine - want).norm() / want.norm()).item()
             correct = error <= TOLERANCE[dtype]
@@ -163,7 +163,7 @@ def check_decode(setting: Setting) -> list[Row]:
                 correct &= torch.equal(mine.argmax(-1), want.argmax(-1))
             moved = ((want - got[-1]).norm() / want.norm()).item()
             # An adapter that changes nothing would prove nothing.
-            correct &= slot == BARE_BASE or moved > 2 * TOLERANCE[dtype]
+            correct &= slot == NO_ADAPTER or moved > 2 * TOLERANCE[dtype]
             case = {"case": "decode, merged weights", "dtype": str(dtype).removeprefix("torch."), "slot": slot}
             rows.append({**case, "correct": correct, "error": error, "moved_by_adapter": moved})
         del model, context, bare, step, run
@@ -173,7 +173,7 @@ def check_decode(setting: Setting) -> list[Row]:
 def _merged_logits(bare: DecodeStep, linears: dict[str, nn.Module], context: AdapterContext, slot: int) -> Tensor:
     """Logits of every second sequence with one adapter in the weights themselves and no serving layer at work."""
     kept = [linear.weight.clone() for linear in linears.values()]
-    if slot != BARE_BASE:
+    if slot != NO_ADAPTER:
         for module, linear in enumerate(linears.values()):
             delta = _delta(context.pool, context.tables, module, slot, *linear_widths(linear))
             linear.weight.copy_((linear.weight.double() + delta.T).to(linear.weight.dtype))
@@ -206,7 +206,7 @@ def time_decode(setting: Setting, bandwidth: float) -> list[Row]:
     # From here on the model has serving layers; the graph of the bare step is of the unmodified one.
     context = adapt(model, sequences, dtype)
     one = torch.arange(sequences, dtype=torch.int32, device=setting.device)
-    mixes = {"no adapter": torch.full_like(one, BARE_BASE), "1 adapter": torch.zeros_like(one), "own adapters": one}
+    mixes = {"no adapter": torch.full_like(one, NO_ADAPTER), "1 adapter": torch.zeros_like(one), "own adapters": one}
     for name, slots in mixes.items():
         steps[name] = bare.over(context, slots)
         runs[name] = steps[name].ready(setting)

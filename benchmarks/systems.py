@@ -20,7 +20,7 @@ from torch import Tensor
 
 from benchmarks.batch_driver import BatchDriver, Run
 from benchmarks.llama_bases import VOCABULARY, llama_base, sera_adapter
-from sera_kernels import BARE_BASE
+from sera_kernels import NO_ADAPTER
 from sera_serve.merging import merge_adapter
 
 ADAPTERS = 64
@@ -72,8 +72,8 @@ def bare_system(setting: Setting) -> System:
     engine = BatchDriver(llama_base(setting.width, setting.layers), None, ADAPTERS)
     prompts = setting.prompts().tolist()
     cases = {
-        "base": lambda: engine.run(prompts[:16], [BARE_BASE] * 16, setting.new_tokens),
-        "base_64": lambda: engine.run(prompts, [BARE_BASE] * ADAPTERS, setting.new_tokens),
+        "base": lambda: engine.run(prompts[:16], [NO_ADAPTER] * 16, setting.new_tokens),
+        "base_64": lambda: engine.run(prompts, [NO_ADAPTER] * ADAPTERS, setting.new_tokens),
     }
     return System(cases, engine.close)
 
@@ -85,7 +85,7 @@ def served_system(setting: Setting) -> System:
     engine = BatchDriver(base, adapters, ADAPTERS)
     prompts, slots, new = setting.prompts().tolist(), engine.slots, setting.new_tokens
     cases = {
-        "enabled_bare": lambda: engine.run(prompts[:16], [BARE_BASE] * 16, new),
+        "enabled_bare": lambda: engine.run(prompts[:16], [NO_ADAPTER] * 16, new),
         "sera_1": lambda: engine.run(prompts[:16], slots[:1] * 16, new),
         "sera_16": lambda: engine.run(prompts[:16], slots[:16], new),
         "sera_1_of_64": lambda: engine.run(prompts, slots[:1] * ADAPTERS, new),

@@ -1,12 +1,12 @@
 """The grouped SeRA operation over a pool of adapters, and its plain reference."""
 
 from sera_kernels.grouped import add_updates, grouped_sera, warm_up
-from sera_kernels.operands import ABSENT, BARE_BASE, AdapterBatch, AdapterTables, Entry
+from sera_kernels.operands import ABSENT, NO_ADAPTER, AdapterBatch, AdapterTables, Entry
 from sera_kernels.reference import grouped_sera_reference
 
 __all__ = [
     "ABSENT",
-    "BARE_BASE",
+    "NO_ADAPTER",
     "AdapterBatch",
     "AdapterTables",
     "Entry",

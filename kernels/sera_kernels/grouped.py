@@ -9,7 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from sera_kernels.operands import BARE_BASE, AdapterBatch, AdapterTables
+from sera_kernels.operands import NO_ADAPTER, AdapterBatch, AdapterTables
 from sera_kernels.torch_path import grouped_sera_torch
 
 try:
@@ -83,7 +83,7 @@ def warm_up(device: torch.device, dtype: torch.dtype) -> None:
     # One row is computed by one thread, many by all of them: two functions.
     for rows in (1, 1 << 15):
         x = torch.zeros(rows, 8, dtype=dtype, device=device)
-        batch = AdapterBatch(torch.full((rows,), BARE_BASE, dtype=torch.int32, device=device))
+        batch = AdapterBatch(torch.full((rows,), NO_ADAPTER, dtype=torch.int32, device=device))
         add_updates(x, [x.clone()], [0], batch, x.new_zeros(1), AdapterTables.empty(1, 1, device))
 
 

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-BARE_BASE = -1
+NO_ADAPTER = -1
 """Slot of a token that uses no adapter."""
 
 ABSENT = -1
@@ -110,7 +110,7 @@ class AdapterBatch:
     """Which adapter each token of one forward pass uses; made once a step, shared by every layer.
 
     Attributes:
-        token_slots: int32 (tokens,), contiguous; a slot, or `BARE_BASE`.
+        token_slots: int32 (tokens,), contiguous; a slot, or `NO_ADAPTER`.
 
     Raises:
         ValueError: `token_slots` has another dtype, shape or layout: compiled code reads its memory as it lies.
@@ -134,7 +134,7 @@ class AdapterBatch:
         if len(self.host_slots) < LONG_RUN:
             return []
         slots, counts = np.unique(self.host_slots, return_counts=True)
-        return [int(slot) for slot in slots[counts >= LONG_RUN] if slot != BARE_BASE]
+        return [int(slot) for slot in slots[counts >= LONG_RUN] if slot != NO_ADAPTER]
 
     @cached_property
     def in_long_run(self) -> NDArray[Any]:
@@ -172,7 +172,7 @@ class AdapterBatch:
             begins_run = torch.ones_like(slots, dtype=torch.bool)
             begins_run[1:] = slots[1:] != slots[:-1]
             run_start = torch.where(begins_run, place, 0).cummax(0).values
-            begins_tile = ((place - run_start) % block == 0) & (slots != BARE_BASE)
+            begins_tile = ((place - run_start) % block == 0) & (slots != NO_ADAPTER)
             ordinal = begins_tile.cumsum(0)
             self._tiles[block] = torch.searchsorted(ordinal, place + 1), ordinal
         return self._tiles[block]
@@ -186,5 +186,5 @@ class AdapterBatch:
         return {
             slot: positions
             for slot, positions in zip(slots.tolist(), order.split(counts), strict=True)
-            if slot != BARE_BASE
+            if slot != NO_ADAPTER
         }

@@ -2,10 +2,13 @@
 
 from sera_serve.engine.classification import ClassifyResult, LabelScores
 from sera_serve.engine.generation import GenerateParams, GenerationResult, GenerationStream, Priority, TokenDelta
+from sera_serve.engine.principal import BASE_PRINCIPAL, BASE_TENANT, Principal
 from sera_serve.engine.serving import ServingEngine
 from sera_serve.residency import LOAD_BUCKETS, LoadTimes, ResidencyStats
 
 __all__ = [
+    "BASE_PRINCIPAL",
+    "BASE_TENANT",
     "LOAD_BUCKETS",
     "ClassifyResult",
     "GenerateParams",
@@ -13,6 +16,7 @@ __all__ = [
     "GenerationStream",
     "LabelScores",
     "LoadTimes",
+    "Principal",
     "Priority",
     "ResidencyStats",
     "ServingEngine",

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from sera_kernels import BARE_BASE, AdapterBatch
+from sera_kernels import NO_ADAPTER, AdapterBatch
 from sera_serve.base import FrozenBase, pool
 from sera_serve.engine.bucketing import choose_rows
 from sera_serve.errors import EngineUnavailable
@@ -178,7 +178,7 @@ class ClassifyBatch:
     def _classify(self, rows: list[ClassifyRow]) -> list[LabelScores]:
         input_ids, mask = self._pad([row.tokens for row in rows])
         slots = torch.tensor([row.lease.slot for row in rows], dtype=torch.int32, device=input_ids.device)
-        token_slots = torch.where(mask.bool(), slots.unsqueeze(1), BARE_BASE).flatten().to(torch.int32)
+        token_slots = torch.where(mask.bool(), slots.unsqueeze(1), NO_ADAPTER).flatten().to(torch.int32)
         with self._context.run(AdapterBatch(token_slots)):
             states = self._base.hidden_states(input_ids, mask)
         scores: dict[int, LabelScores] = {}

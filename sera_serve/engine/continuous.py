@@ -21,7 +21,7 @@ from transformers.generation.continuous_batching.cache import PagedAttentionCach
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager, OutputRouter
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestState, RequestStatus
 
-from sera_kernels import BARE_BASE, AdapterBatch
+from sera_kernels import NO_ADAPTER, AdapterBatch
 from sera_serve.engine.attention import plan_sequences, use_varlen_attention
 from sera_serve.engine.prefix_salts import PrefixSalts
 from sera_serve.engine.processors import SequenceProcessors, options_of
@@ -200,7 +200,7 @@ class ContinuousBatch:
         on_cpu = slots.device.type == "cpu"
         if on_cpu:
             kwargs = plan_sequences(kwargs)
-        if on_cpu and (slots == BARE_BASE).all():
+        if on_cpu and (slots == NO_ADAPTER).all():
             self._context.enter(None)
             return args, kwargs
         tokens = kwargs["input_ids"].shape[1]

@@ -15,8 +15,6 @@ from typing import Generic, TypeVar
 # Section 4 of the paper: what a token costs the server, by which a tenant is charged.
 PROMPT_WEIGHT = 1.0
 OUTPUT_WEIGHT = 2.0
-# The tenant of requests without an adapter; no adapter's tenant can begin with "_".
-BARE_BASE_TENANT = "_base"
 _COUNTERS_KEPT = 1024
 
 

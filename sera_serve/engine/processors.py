@@ -10,7 +10,7 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
 )
 from transformers.generation.continuous_batching.requests import FutureRequestState, RequestState
 
-from sera_kernels import BARE_BASE
+from sera_kernels import NO_ADAPTER
 from sera_serve.engine.sampling import noise_key, perturbed_scores
 from sera_serve.engine.sequences import SequenceOptions
 
@@ -35,12 +35,12 @@ class SequenceProcessors(ContinuousBatchingLogitsProcessorList):  # type: ignore
     def fill_defaults(self, int32_tensor: Tensor) -> None:
         """Arguments of a batch of the bare base."""
         int32_tensor.zero_()
-        int32_tensor[self.SLOT] = BARE_BASE
+        int32_tensor[self.SLOT] = NO_ADAPTER
 
     def prepare_tensor_args(self, requests_in_batch: list[FutureRequestState], arg_storage: Tensor) -> Tensor:
         """Write the arguments of a batch into `arg_storage`, int32 (rows, sequences), and return it."""
         # Padding sequences must not run an adapter that an earlier, larger batch left in the row.
-        arg_storage[self.SLOT].fill_(BARE_BASE)
+        arg_storage[self.SLOT].fill_(NO_ADAPTER)
         slots = [options_of(request.state).adapter_slot for request in requests_in_batch]
         arg_storage[self.SLOT, : len(slots)] = torch.tensor(slots, dtype=torch.int32)
         states = [request.state for request in requests_in_batch if request.has_new_token]

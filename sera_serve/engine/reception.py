@@ -10,8 +10,9 @@ from adapters_store.names import parse_ref
 from sera_serve.config import ServeSettings
 from sera_serve.engine.admission import Door, Room, Visit
 from sera_serve.engine.dispatch import Dispatcher
-from sera_serve.engine.fairness import BARE_BASE_TENANT, FairQueue
+from sera_serve.engine.fairness import FairQueue
 from sera_serve.engine.generation import deadline_exceeded
+from sera_serve.engine.principal import BASE_TENANT
 from sera_serve.engine.request import Request
 from sera_serve.residency import AdapterResidency
 
@@ -60,7 +61,7 @@ class Reception:
             InvalidAdapterName: The reference cannot be read.
             TenantOverloaded, Overloaded: Too many requests are under way.
         """
-        tenant = BARE_BASE_TENANT if adapter is None else parse_ref(adapter).parts[0]
+        tenant = BASE_TENANT if adapter is None else parse_ref(adapter).parts[0]
         return self._door.enter(tenant, self._displace)
 
     def leave(self, visit: Visit, served: bool = False) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from sera_kernels import BARE_BASE
+from sera_kernels import NO_ADAPTER
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class SequenceOptions:
             with None a sequence shares with no other, whose waiting time would tell what others have asked.
     """
 
-    adapter_slot: int = BARE_BASE
+    adapter_slot: int = NO_ADAPTER
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0

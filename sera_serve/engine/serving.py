@@ -17,7 +17,7 @@ from sera_serve.engine.inputs import Inputs
 from sera_serve.engine.prompts import ClassifyTokens
 from sera_serve.engine.reception import Reception
 from sera_serve.errors import EngineUnavailable, UnsupportedTask
-from sera_serve.layers import AdapterContext, attach_serving, find_siblings
+from sera_serve.layers import AdapterContext, attach_serving, find_shared_inputs
 from sera_serve.residency import AdapterResidency, DevicePool, HostCache, ResidencyStats
 
 MEBIBYTE = 1 << 20
@@ -41,12 +41,12 @@ class ServingEngine:
         self.residency = AdapterResidency(self._load_bundle, pool, HostCache(settings.host_cache_mib * MEBIBYTE), index)
         self._unsound: str | None = None
         self._reception = Reception(settings, self.residency)
-        siblings = find_siblings(base.model)
+        groups = find_shared_inputs(base.model)
         warm_up(base.device, base.dtype)
         cpu_threads = settings.cpu_threads or torch.get_num_threads()
         classify_base = base.share_weights()
         classify_context = AdapterContext(pool.data, pool.tables)
-        attach_serving(classify_base.model, classify_context, siblings)
+        attach_serving(classify_base.model, classify_context, groups)
         self._classify = ClassifyBatch(
             classify_base,
             classify_context,
@@ -61,7 +61,7 @@ class ServingEngine:
         if base.kind == "decoder":
             generate_base = base.share_weights()
             context = AdapterContext(pool.data, pool.tables)
-            attach_serving(generate_base.model, context, siblings)
+            attach_serving(generate_base.model, context, groups)
             self._generating = Generating(generate_base, context, store, self._reception, settings, cpu_threads)
 
     def start(self) -> None:

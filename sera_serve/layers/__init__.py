@@ -12,7 +12,7 @@ from sera_serve.layers.config import ALL_LINEAR, SeraConfig
 from sera_serve.layers.context import AdapterContext
 from sera_serve.layers.sera_linear import SeraLinear
 from sera_serve.layers.served import ServedLinear, attach_serving
-from sera_serve.layers.siblings import find_siblings
+from sera_serve.layers.shared_inputs import find_shared_inputs
 from sera_serve.layers.targets import adaptable_linears, linear_widths
 
 __all__ = [
@@ -28,7 +28,7 @@ __all__ = [
     "attached_layers",
     "count_adapter_parameters",
     "detach_adapter",
-    "find_siblings",
+    "find_shared_inputs",
     "linear_widths",
     "module_specs",
 ]

@@ -9,30 +9,30 @@ from torch import Tensor, nn
 from sera_kernels import AdapterBatch, add_updates
 from sera_serve.layers.attach import replace_module
 from sera_serve.layers.context import AdapterContext
-from sera_serve.layers.siblings import sibling_modules
+from sera_serve.layers.shared_inputs import shared_input_rows
 
 
 class ServedLinear(nn.Module):
     """base(x), plus each token's adapter by one grouped call over the device pool for all layers that share x."""
 
-    def __init__(self, base: nn.Module, siblings: Siblings) -> None:
+    def __init__(self, base: nn.Module, group: SharedInputGroup) -> None:
         super().__init__()
         self.base = base
         # Plain attributes, which are found faster than submodules; in a tuple, so that torch does not take the
-        # siblings for children of this layer.
+        # group for a child of this layer.
         self._forward = base.forward
-        self._siblings = (siblings, siblings.context, siblings.join(base.forward))
+        self._shared = (group, group.context, group.join(base.forward))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., d_in) to (..., d_out)."""
-        siblings, context, index = self._siblings
+        group, context, index = self._shared
         if context.batch is None:
             y: Tensor = self._forward(x)
             return y
-        return siblings.output(index, x)
+        return group.output(index, x)
 
 
-class Siblings:
+class SharedInputGroup:
     """Layers that the base model calls one after the other with the same tensor.
 
     The first call computes all of them, and the later ones fetch their part; a call with another tensor is computed on
@@ -40,7 +40,7 @@ class Siblings:
     """
 
     def __init__(self, context: AdapterContext, modules: list[int]) -> None:
-        """Siblings that adapt these rows of the tables; their layers join in the same order."""
+        """SharedInputGroup that adapt these rows of the tables; their layers join in the same order."""
         self.context = context
         self.modules = tuple(modules)
         self._bases: list[Callable[[Tensor], Tensor]] = []
@@ -82,9 +82,9 @@ def attach_serving(model: nn.Module, context: AdapterContext, groups: list[list[
     Args:
         model: A base model for one engine's use.
         context: Pool, tables and batch that the layers read.
-        groups: From `find_siblings`, on the same architecture.
+        groups: From `find_shared_inputs`, on the same architecture.
     """
-    for group in sibling_modules(model, groups):
-        siblings = Siblings(context, [module for module, _ in group])
-        for _, path in group:
-            replace_module(model, path, ServedLinear(model.get_submodule(path), siblings))
+    for members in shared_input_rows(model, groups):
+        group = SharedInputGroup(context, [row for row, _ in members])
+        for _, path in members:
+            replace_module(model, path, ServedLinear(model.get_submodule(path), group))

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Query, Request
 
 from adapters_store import AdapterInfo, AdapterStore, Published, check_base
 from adapters_store.errors import AdapterNotFound
-from sera_serve.server.disconnect import unless_disconnected
+from sera_serve.server.disconnect import cancel_on_disconnect
 from sera_serve.server.interfaces import Engine, EngineOf, SettingsOf, StoreOf
 from sera_serve.server.schemas import (
     AdapterDetail,
@@ -81,7 +81,7 @@ async def delete(tenant: str, name: str, engine: EngineOf, store: StoreOf) -> De
 async def pin(tenant: str, name: str, request: Request, engine: EngineOf, store: StoreOf) -> PinnedAdapter:
     """Keep one version of an adapter on the device until it is unpinned or deleted, or the server ends."""
     resolved = await asyncio.to_thread(store.resolve, f"{tenant}/{name}")
-    await unless_disconnected(request.receive, engine.pin(resolved.digest))
+    await cancel_on_disconnect(request.receive, engine.pin(resolved.digest))
     return PinnedAdapter(adapter=resolved.adapter, version=resolved.version, pinned=True)
 
 

@@ -11,7 +11,7 @@ from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
 from sera_serve.errors import EngineUnavailable
-from sera_serve.server.disconnect import ClientDisconnected, unless_disconnected
+from sera_serve.server.disconnect import ClientDisconnected, cancel_on_disconnect
 from sera_serve.server.errors import describe
 from sera_serve.server.interfaces import TokenStream
 from sera_serve.server.metrics import ServerMetrics
@@ -52,7 +52,7 @@ class GenerationEvents(Response):
         """Send the events until the generation ends or the client goes away."""
         request_id = scope["state"]["request_id"]
         try:
-            await unless_disconnected(receive, self._send_events(send, request_id))
+            await cancel_on_disconnect(receive, self._send_events(send, request_id))
         except ClientDisconnected:
             if not self._started:
                 raise

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request, Response
 
 from sera_serve.engine import GenerateParams
 from sera_serve.errors import EngineUnavailable
-from sera_serve.server.disconnect import unless_disconnected
+from sera_serve.server.disconnect import cancel_on_disconnect
 from sera_serve.server.events import GenerationEvents
 from sera_serve.server.interfaces import Engine, EngineOf, MetricsOf
 from sera_serve.server.metrics import ServerMetrics
@@ -30,7 +30,7 @@ async def generate(
     params = body.to_params()
     if body.stream:
         return GenerationEvents(partial(engine.generate, params), metrics)
-    return await unless_disconnected(request.receive, _complete(engine, params, metrics))
+    return await cancel_on_disconnect(request.receive, _complete(engine, params, metrics))
 
 
 async def _complete(engine: Engine, params: GenerateParams, metrics: ServerMetrics) -> GenerateResponse:

@@ -23,7 +23,7 @@ from benchmarks.gpu_kernel_time import Point
 from benchmarks.gpu_operands import Member
 from benchmarks.gpu_report import save, table
 from benchmarks.gpu_setting import Setting, find_operation
-from sera_kernels import ABSENT, BARE_BASE, grouped_sera
+from sera_kernels import ABSENT, NO_ADAPTER, grouped_sera
 from sera_serve.layers import served
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -102,7 +102,7 @@ def one_element_slightly_off(x: Tensor, outputs: list[Tensor], *rest: Any) -> No
 
 def bare_row_touched(x: Tensor, outputs: list[Tensor], modules: Any, batch: Any, pool: Tensor, tables: Any) -> None:
     grouped_sera(x, outputs, modules, batch, pool, tables)
-    outputs[0][batch.token_slots == BARE_BASE] *= 1.000001
+    outputs[0][batch.token_slots == NO_ADAPTER] *= 1.000001
 
 
 def absent_module_touched(

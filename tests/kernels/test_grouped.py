@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sera_kernels import (
-    BARE_BASE,
+    NO_ADAPTER,
     AdapterBatch,
     AdapterTables,
     grouped_sera,
@@ -35,7 +35,7 @@ POPULARITY = {
     "uniform": lambda tokens, slots: torch.randint(slots, (tokens,)),
     "skewed": lambda tokens, slots: (torch.rand(tokens).pow(3) * slots).long(),
     "with bare": lambda tokens, slots: torch.randint(-1, slots, (tokens,)),
-    "bare": lambda tokens, slots: torch.full((tokens,), BARE_BASE),
+    "bare": lambda tokens, slots: torch.full((tokens,), NO_ADAPTER),
 }
 
 
@@ -81,7 +81,7 @@ def test_grouped_is_the_reference(popularity: str, tokens: int, dtype: torch.dty
         untouched = [
             token
             for token, slot in enumerate(batch.token_slots.tolist())
-            if slot == BARE_BASE or tables.offset[module, slot] < 0
+            if slot == NO_ADAPTER or tables.offset[module, slot] < 0
         ]
         assert torch.equal(mine[untouched], before[module][untouched])
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sera_kernels import ABSENT, BARE_BASE, AdapterBatch, AdapterTables, grouped_sera_reference
+from sera_kernels import ABSENT, NO_ADAPTER, AdapterBatch, AdapterTables, grouped_sera_reference
 from sera_kernels.launches import Launch
 from sera_kernels.triton_path import grouped_sera_triton, launch_grouped
 
@@ -22,7 +22,7 @@ POPULARITY = {
     "uniform": lambda tokens, slots: torch.randint(slots, (tokens,)),
     "zipf": lambda tokens, slots: torch.multinomial(1 / torch.arange(1.0, slots + 1), tokens, replacement=True),
     "skewed": lambda tokens, slots: (torch.rand(tokens).pow(3) * slots).long(),
-    "with bare": lambda tokens, slots: torch.randint(BARE_BASE, slots, (tokens,)),
+    "with bare": lambda tokens, slots: torch.randint(NO_ADAPTER, slots, (tokens,)),
     "runs": lambda tokens, slots: torch.arange(tokens) * slots // tokens - 1,
 }
 
@@ -189,7 +189,7 @@ def test_tables_and_factors_may_change_beneath_a_batch(launch: Launch) -> None:
 def test_more_outputs_than_a_launch_takes() -> None:
     widths = Widths(32, (16, 48, 32, 16, 64), ((4, 4, True), (2, 1, False)))
     pool, tables = adapters(widths, torch.float32)
-    batch = AdapterBatch(torch.tensor([1, BARE_BASE, 0], dtype=torch.int32, device=DEVICE))
+    batch = AdapterBatch(torch.tensor([1, NO_ADAPTER, 0], dtype=torch.int32, device=DEVICE))
     x = poisoned(3, 32, torch.float32, 8)
     # The shipped launch parameters.
     check(None, x, [poisoned(3, d_out, torch.float32, 8) for d_out in widths.d_outs], batch, pool, tables)
@@ -214,9 +214,9 @@ def test_tiles_hold_every_adapted_token_once(popularity: str, block: int) -> Non
         for start in first[: ordinal[-1]].tolist():
             # As the kernel reads it: the tile ends with its slot, or after `block` tokens.
             tile = [place for place in range(start, min(start + block, tokens)) if slots[place] == slots[start]]
-            assert slots[start] != BARE_BASE
+            assert slots[start] != NO_ADAPTER
             seen += order[tile].tolist()
-        assert sorted(seen) == (batch.token_slots != BARE_BASE).nonzero().flatten().tolist()
+        assert sorted(seen) == (batch.token_slots != NO_ADAPTER).nonzero().flatten().tolist()
 
 
 def test_tiles_are_made_without_reading_values() -> None:

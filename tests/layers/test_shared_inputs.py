@@ -10,20 +10,20 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from factories import random_decoder, random_encoder
 from sera_kernels import AdapterBatch, AdapterTables
 from sera_serve.base import FrozenBase
-from sera_serve.layers import AdapterContext, ServedLinear, adaptable_linears, attach_serving, find_siblings, served
+from sera_serve.layers import AdapterContext, ServedLinear, adaptable_linears, attach_serving, find_shared_inputs, served
 
 
 def names(groups: list[list[str]]) -> list[list[str]]:
     return [[path.rpartition(".")[2] for path in group] for group in groups]
 
 
-def test_siblings_of_real_architectures() -> None:
-    llama = find_siblings(random_decoder().model)
+def test_groups_of_real_architectures() -> None:
+    llama = find_shared_inputs(random_decoder().model)
     assert names(llama) == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]] * 2
-    bert = find_siblings(random_encoder().model)
+    bert = find_shared_inputs(random_encoder().model)
     assert names(bert)[:2] == [["query", "key", "value"], ["dense"]]
     gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=50, n_positions=16))
-    assert names(find_siblings(gpt2)) == [["c_attn"], ["c_proj"], ["c_fc"], ["c_proj"]]
+    assert names(find_shared_inputs(gpt2)) == [["c_attn"], ["c_proj"], ["c_fc"], ["c_proj"]]
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def served_decoder() -> tuple[FrozenBase, AdapterContext]:
     pool = torch.randn(4096) / 8
     tables.offset[:, 1], tables.rank[:, 1], tables.split[:, 1], tables.scaling[:, 1] = 0, 4, 4, 1.0
     context = AdapterContext(pool, tables)
-    attach_serving(base.model, context, find_siblings(base.model))
+    attach_serving(base.model, context, find_shared_inputs(base.model))
     return base, context
 
 

@@ -12,7 +12,7 @@ from sera_serve.layers.targets import adaptable_linears
 
 
 @torch.no_grad()
-def find_siblings(model: PreTrainedModel) -> list[list[str]]:
+def find_shared_inputs(model: PreTrainedModel) -> list[list[str]]:
     """Group the adaptable layers of `model` by the tensor that they are called with.
 
     Only layers of one parent module are grouped, so that no update is computed long before it is used. A layer that
@@ -44,7 +44,7 @@ def find_siblings(model: PreTrainedModel) -> list[list[str]]:
     return list(groups.values())
 
 
-def sibling_modules(model: nn.Module, groups: list[list[str]]) -> list[list[tuple[int, str]]]:
+def shared_input_rows(model: nn.Module, groups: list[list[str]]) -> list[list[tuple[int, str]]]:
     """The groups with each path's row in the adapter tables."""
     rows = {path: row for row, path in enumerate(adaptable_linears(model))}
     return [[(rows[path], path) for path in group] for group in groups]
