@@ -1,4 +1,4 @@
-"""The limits of what the server takes on: requests under way in all and of one tenant, and the room of a batch."""
+"""What the server takes on: limits on the requests in flight, in all and of one tenant, and the rows of a batch."""
 
 from __future__ import annotations
 
@@ -6,36 +6,28 @@ import math
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
-from sera_serve.engine.fairness import Ticket
+from sera_serve.engine.request import Request
 from sera_serve.errors import Overloaded, TenantOverloaded
 
 _RATE_SECONDS = 20.0
 _LONGEST_RETRY_S = 60
 
 
-@dataclass(eq=False)
-class Visit:
-    """One request from its arrival to its end."""
+class AdmissionController:
+    """Counts the requests in flight, and refuses a request where there are too many.
 
-    tenant: str
-    arrived: float
-    inside: bool = True
+    When the server is full, a tenant with few requests in flight may still get one in: a waiting request of the tenant
+    with the most is shed for it. So a flood of one tenant does not keep the others out.
 
-
-class Door:
-    """Counts the requests under way, and refuses those that are too many.
-
-    When the server is full, a tenant with few requests under way may still come in: one that waits, of the tenant
-    with the most, is turned away for it. So a flood cannot keep others out. Thread-safe.
+    Locking: each public method takes the lock of this object. `shed` is called without the lock.
     """
 
     def __init__(self, limit: int, tenant_limit: int, clock: Callable[[], float] = time.monotonic) -> None:
         """Count from nothing.
 
         Args:
-            limit: The most requests under way, waiting or running.
+            limit: The most requests in flight, waiting or running.
             tenant_limit: The same for one tenant.
             clock: Seconds.
         """
@@ -47,21 +39,22 @@ class Door:
         self._total = 0
         self._rate = ServiceRate(clock())
 
-    def inside(self) -> int:
-        """Requests under way."""
+    def in_flight(self) -> int:
+        """Requests that were admitted and are not finished."""
         return self._total
 
-    def enter(self, tenant: str, displace: Callable[[str], bool]) -> Visit:
-        """Let a request in.
+    def admit(self, request: Request, shed: Callable[[str], bool]) -> None:
+        """Count a request until `release`.
 
         Args:
-            tenant: Whose it is.
-            displace: Turns away one waiting request of the tenant it is given (`leave` included), or returns False.
+            request: A call of a client, not a part of one.
+            shed: Finishes one waiting request of the tenant that it is given (`release` included), or returns False.
 
         Raises:
-            TenantOverloaded: The tenant has as many requests under way as it may.
+            TenantOverloaded: The tenant has as many requests in flight as it may.
             Overloaded: The server has, and no tenant has many more than this one.
         """
+        tenant = request.tenant
         while True:
             with self._lock:
                 own = self._by_tenant.get(tenant, 0)
@@ -71,41 +64,42 @@ class Door:
                     self._rate.resume(self._clock(), self._total)
                     self._total += 1
                     self._by_tenant[tenant] = own + 1
-                    return Visit(tenant, self._clock())
+                    request.admitted = True
+                    return
                 busiest = max(self._by_tenant, key=self._by_tenant.__getitem__)
                 too_many = Overloaded(
-                    f"{self._total} requests are under way, the most allowed; send it again later",
+                    f"{self._total} requests are in flight, the most allowed; send it again later",
                     retry_after=self._seconds_for(self._total),
                 )
                 if self._by_tenant[busiest] <= own + 1:
                     raise too_many
-            if not displace(busiest):
+            if not shed(busiest):
                 raise too_many
 
-    def leave(self, visit: Visit, served: bool = False) -> None:
-        """Note a request's end. Idempotent."""
+    def release(self, request: Request, served: bool = False) -> None:
+        """Count a request no more. Idempotent."""
         with self._lock:
-            if not visit.inside:
+            if not request.admitted:
                 return
-            visit.inside = False
+            request.admitted = False
             self._total -= 1
-            self._by_tenant[visit.tenant] -= 1
-            if not self._by_tenant[visit.tenant]:
-                del self._by_tenant[visit.tenant]
+            self._by_tenant[request.tenant] -= 1
+            if not self._by_tenant[request.tenant]:
+                del self._by_tenant[request.tenant]
             if served:
                 self._rate.record(self._clock())
 
     def refusal(self, tenant: str) -> TenantOverloaded:
-        """The refusal of a request whose tenant has too many; it says when its present ones may be done."""
+        """The refusal of a request whose tenant has too many; it says when the present ones may be done."""
         own = self._by_tenant.get(tenant, 0)
         return TenantOverloaded(
-            f"tenant {tenant!r} has {own} requests under way, more than its part; send it again later",
+            f"tenant {tenant!r} has {own} requests in flight, more than its share; send it again later",
             param="adapter",
             retry_after=self._seconds_for(own * len(self._by_tenant)),
         )
 
     def overloaded(self, reason: str) -> Overloaded:
-        """A refusal that says when the requests now under way may be done."""
+        """A refusal that says when the requests in flight may be done."""
         return Overloaded(f"{reason}; send it again later", retry_after=self._seconds_for(self._total))
 
     def _seconds_for(self, requests: int) -> int:
@@ -114,20 +108,20 @@ class Door:
 
 
 class ServiceRate:
-    """Requests served a second while there were any; those of the last `_RATE_SECONDS` count most."""
+    """Requests served per second of busy time; those of the last `_RATE_SECONDS` count most."""
 
     def __init__(self, now: float) -> None:
         self._at = now
         self._served = 0.0
         self._seconds = 0.0
 
-    def resume(self, now: float, under_way: int) -> None:
-        """Let time count from now on, if nothing was under way until now."""
-        if not under_way:
+    def resume(self, now: float, in_flight: int) -> None:
+        """Let time count from now on, if nothing was in flight until now."""
+        if not in_flight:
             self._at = now
 
     def record(self, now: float) -> None:
-        """Count one that was served."""
+        """Count one served request."""
         passed, self._at = now - self._at, now
         keep = math.exp(-passed / _RATE_SECONDS)
         self._served = self._served * keep + 1
@@ -138,48 +132,22 @@ class ServiceRate:
         return self._served / self._seconds if self._seconds > 0 else 0.0
 
 
-class Room:
-    """The room of a batch. A ticket that fits enters at once, so the batch has no queue of its own; not thread-safe."""
+class BatchBudget:
+    """The rows of a batch. Not thread-safe: one loop uses it."""
 
-    def __init__(self, places: int, cache_tokens: float = math.inf, prefill_tokens: float = math.inf) -> None:
-        """Make an empty room.
+    def __init__(self, num_rows: int) -> None:
+        """Make an empty batch of at most `num_rows`."""
+        self._num_rows = num_rows
+        self._taken = 0
 
-        Args:
-            places: The most places that tickets may take.
-            cache_tokens: The most tokens that they may come to hold in the cache, so that nobody is ever put out of it.
-            prefill_tokens: The most prompt tokens that may wait to be computed; more would be a queue in itself.
-        """
-        self._places, self._cache_tokens, self._prefill_tokens = places, cache_tokens, prefill_tokens
-        self._taken = self._held = 0
-        self._prefilling: dict[Ticket, int] = {}
-        self._inside: set[Ticket] = set()
+    def fits(self, num_rows: int) -> bool:
+        """Whether so many more rows may enter; a request larger than the whole batch may enter an empty one."""
+        return not self._taken or self._taken + num_rows <= self._num_rows
 
-    def __len__(self) -> int:
-        """How many tickets are inside."""
-        return len(self._inside)
+    def take(self, num_rows: int) -> None:
+        """Count rows that have entered."""
+        self._taken += num_rows
 
-    def fits(self, ticket: Ticket) -> bool:
-        """Whether it may enter; a ticket larger than the whole room may when nobody else is inside."""
-        return not self._inside or (
-            self._taken + ticket.places <= self._places
-            and self._held + ticket.cache_tokens <= self._cache_tokens
-            and (not self._prefilling or sum(self._prefilling.values()) + ticket.prompt_tokens <= self._prefill_tokens)
-        )
-
-    def enter(self, ticket: Ticket) -> None:
-        """Take its places."""
-        self._inside.add(ticket)
-        self._prefilling[ticket] = ticket.prompt_tokens
-        self._taken += ticket.places
-        self._held += ticket.cache_tokens
-
-    def prefilled(self, ticket: Ticket) -> bool:
-        """Note that its prompt is computed; whether this was news."""
-        return self._prefilling.pop(ticket, None) is not None
-
-    def leave(self, ticket: Ticket) -> None:
-        """Give its places back."""
-        self._inside.remove(ticket)
-        self.prefilled(ticket)
-        self._taken -= ticket.places
-        self._held -= ticket.cache_tokens
+    def give_back(self, num_rows: int) -> None:
+        """Count rows that have left."""
+        self._taken -= num_rows

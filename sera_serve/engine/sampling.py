@@ -7,18 +7,17 @@ state is shared between tenants. All shapes are static.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-_MASK64 = (1 << 64) - 1
-
-
-def noise_key(seed: int, position: int) -> int:
-    """A 31-bit key for the noise of one request at one position (splitmix64's finalizer)."""
-    z = (seed * 0x9E3779B97F4A7C15 + position * 0xD1B54A32D192ED03 + 0x632BE59BD9B4E019) & _MASK64
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK64
-    return (z ^ (z >> 31)) & 0x7FFFFFFF
+def sampling_keys(seeds: NDArray[np.uint64], positions: NDArray[np.uint64]) -> NDArray[np.int32]:
+    """A 31-bit key for the noise of each request at its position (splitmix64's finalizer); products wrap."""
+    z = seeds * np.uint64(0x9E3779B97F4A7C15) + positions * np.uint64(0xD1B54A32D192ED03) + np.uint64(0x632BE59BD9B4E019)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return ((z ^ (z >> np.uint64(31))) & np.uint64(0x7FFFFFFF)).astype(np.int32)
 
 
 def gumbel_noise(keys: Tensor, vocabulary: int) -> Tensor:
@@ -35,7 +34,7 @@ def gumbel_noise(keys: Tensor, vocabulary: int) -> Tensor:
     return -torch.log(-torch.log(uniform))
 
 
-def keep_top(scores: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+def top_k_top_p_filter(scores: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     """Set all but the likeliest tokens to -inf.
 
     Args:
@@ -67,13 +66,13 @@ def perturbed_scores(
     Args:
         scores: float32 (rows, vocabulary), the model's logits.
         temperature: float32 (rows,).
-        top_k: int32 (rows,); see `keep_top`.
-        top_p: float32 (rows,); see `keep_top`.
-        keys: int32 (rows,), from `noise_key`.
+        top_k: int32 (rows,); see `top_k_top_p_filter`.
+        top_p: float32 (rows,); see `top_k_top_p_filter`.
+        keys: int32 (rows,), from `sampling_keys`.
         truncate: Whether any row limits its tokens; without, the sort is spared.
     """
     greedy = (temperature == 0).unsqueeze(1)
     scaled = scores / torch.where(greedy, 1.0, temperature.unsqueeze(1))
-    kept = keep_top(scaled, top_k, top_p) if truncate else scaled
+    kept = top_k_top_p_filter(scaled, top_k, top_p) if truncate else scaled
     noise = gumbel_noise(keys, scores.shape[1])
     return torch.where(greedy, scores, kept + noise)

@@ -27,10 +27,10 @@ class Lease:
         self._release(self)
 
 
-class Prefetch:
+class PrefetchHint:
     """A wish of a request that is not yet admitted: its adapter is brought near, and kept there where possible."""
 
-    def __init__(self, digest: str, release: Callable[[Prefetch], None]) -> None:
+    def __init__(self, digest: str, release: Callable[[PrefetchHint], None]) -> None:
         self.digest = digest
         self.held = True
         self._release = release
@@ -50,17 +50,17 @@ class Wishes:
     def __contains__(self, digest: str) -> bool:
         return digest in self._counts
 
-    def add(self, digest: str) -> Prefetch:
+    def add(self, digest: str) -> PrefetchHint:
         """One more wish for an adapter."""
         self._counts[digest] += 1
-        return Prefetch(digest, self._drop)
+        return PrefetchHint(digest, self._drop)
 
-    def check_integrity(self) -> None:
+    def check_invariants(self) -> None:
         """Raise RuntimeError where a wish was counted off twice."""
         if min(self._counts.values(), default=1) < 1:
             raise RuntimeError("a prefetch was released twice")
 
-    def _drop(self, wish: Prefetch) -> None:
+    def _drop(self, wish: PrefetchHint) -> None:
         with self._lock:
             if wish.held:
                 wish.held = False

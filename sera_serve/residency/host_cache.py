@@ -59,7 +59,7 @@ class HostCache:
         if adapter is not None:
             self.used -= adapter.nbytes
 
-    def check_integrity(self) -> None:
+    def check_invariants(self) -> None:
         """Raise RuntimeError unless the bytes counted are the bytes held, within the limit."""
         held = sum(adapter.nbytes for adapter in self._adapters.values())
         if held != self.used or held > self.limit:

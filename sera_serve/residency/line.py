@@ -76,7 +76,7 @@ class Line:
             if blocked == _WINDOW:
                 return
 
-    def check_integrity(self, loadings: Mapping[str, Loading]) -> None:
+    def check_invariants(self, loadings: Mapping[str, Loading]) -> None:
         """Raise RuntimeError where one in line is not under way, or has its room already."""
         for digest, waiting in self._waiting.items():
             if loadings.get(digest) is not waiting.loading or waiting.loading.placement is not None:

@@ -129,15 +129,15 @@ class Loads:
         for loading in list(self._loadings.values()):
             self._refuse(loading, error)
 
-    def check_integrity(self) -> None:
+    def check_invariants(self) -> None:
         """Raise RuntimeError where loads, line and wishes do not agree with each other and the pool."""
         copying = [loading for loading in self._loadings.values() if loading.placement is not None]
         if len(self._residents.pool.placements()) != len(self._residents) + len(copying):
             raise RuntimeError("an adapter has a place in the pool and is neither resident nor being copied")
-        self.line.check_integrity(self._loadings)
+        self.line.check_invariants(self._loadings)
         if self.line.is_awaited() and not copying and not self._residents.leases():
             raise RuntimeError("an adapter waits for room although nothing is in use")
-        self.wishes.check_integrity()
+        self.wishes.check_invariants()
 
     def _copy_now(self, digest: str) -> bool:
         """Bring an adapter over from the host cache at once, where that takes less than to wake a loader thread."""

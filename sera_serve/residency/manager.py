@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from adapters_store import AdapterBundle
 from sera_serve.errors import EngineUnavailable
 from sera_serve.residency.answers import Answers
-from sera_serve.residency.handles import Lease, Prefetch
+from sera_serve.residency.handles import Lease, PrefetchHint
 from sera_serve.residency.host_cache import HostCache
 from sera_serve.residency.loader_threads import LoaderThreads
 from sera_serve.residency.loads import Loads
@@ -102,7 +102,7 @@ class AdapterResidency:
             future.add_done_callback(self._after_cancel)
         return future
 
-    def prefetch(self, digest: str) -> Prefetch:
+    def prefetch(self, digest: str) -> PrefetchHint:
         """Begin to bring an adapter near for a request that is not admitted yet; failures are left to its `lease`.
 
         It goes to the host cache, and to the device if nobody waits for room there and nothing that is leased, pinned
@@ -117,7 +117,7 @@ class AdapterResidency:
         return wish
 
     def pin(self, digest: str) -> Future[None]:
-        """Bring an adapter to the device and keep it there until `unpin` or `forget`. Idempotent.
+        """Bring an adapter to the device and keep it there until `unpin` or `mark_deleted`. Idempotent.
 
         The future raises CannotPin where pins would take too much of the pool, and whatever `lease` raises. Cancelled
         before it is done, it pins nothing.
@@ -150,7 +150,7 @@ class AdapterResidency:
             self._loads.serve_line()
         self._answers.deliver()
 
-    def forget(self, digest: str) -> None:
+    def mark_deleted(self, digest: str) -> None:
         """Give back the memory of an adapter that was deleted: the host's now, the device's after its last lease.
 
         Requests that wait for it already are still served.
@@ -207,21 +207,21 @@ class AdapterResidency:
     def idle_check(self) -> bool:
         """Check the books if nothing is leased or loading and something has happened since the last time.
 
-        For engines to call when they have nothing to do. Returns whether it checked; raises as `check_integrity`.
+        For engines to call when they have nothing to do. Returns whether it checked; raises as `check_invariants`.
         """
         with self._lock:
             if not self._unchecked or len(self._loads) or self._residents.leases():
                 return False
             self._unchecked = False
-        self.check_integrity()
+        self.check_invariants()
         return True
 
-    def check_integrity(self) -> None:
+    def check_invariants(self) -> None:
         """Raise RuntimeError where the books do not balance: pool, tables, host cache, leases, pins, loads, line."""
         with self._lock:
-            self._residents.check_integrity()
-            self.host_cache.check_integrity()
-            self._loads.check_integrity()
+            self._residents.check_invariants()
+            self.host_cache.check_invariants()
+            self._loads.check_invariants()
 
     def close(self, timeout_s: float = 5.0) -> None:
         """Refuse who waits and who comes with EngineUnavailable, and stop the loader threads.

@@ -150,7 +150,7 @@ class DevicePool:
         shape = (head.labels, head.hidden_size)
         return self.data[weight : weight + shape[0] * shape[1]].view(shape), self.data[bias : bias + head.labels]
 
-    def check_integrity(self) -> None:
+    def check_invariants(self) -> None:
         """Raise RuntimeError unless extents tile the pool, slots are all accounted for, and tables match.
 
         On a GPU it waits for the device.

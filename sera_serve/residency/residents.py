@@ -185,9 +185,9 @@ class Residents:
         """Give leases on every adapter again."""
         self._retiring.clear()
 
-    def check_integrity(self) -> None:
+    def check_invariants(self) -> None:
         """Raise RuntimeError where residents, leases and pins do not agree with each other and the pool."""
-        self.pool.check_integrity()
+        self.pool.check_invariants()
         placed = {placement.slot: placement for placement in self.pool.placements()}
         for digest, resident in self._residents.items():
             if placed.get(resident.placement.slot) is not resident.placement:

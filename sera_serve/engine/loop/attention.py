@@ -1,0 +1,312 @@
+"""Attention over packed sequences with paged keys and values.
+
+Shapes: tokens of a step are packed, sequence after sequence; a pool tensor is (pages, PAGE_SIZE, kv_heads, width).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from sera_serve.engine.loop.pages import PAGE_SIZE
+
+try:
+    from sera_serve.engine.loop.cpu_decode import paged_decode
+except ImportError:  # numba is optional: it has no build for the newest Python for a while after each release
+    paged_decode = None  # type: ignore[assignment]
+
+# Decodes are padded to one length while padding stays below a third of the keys, or this many keys.
+_PADDING_OF_NO_ACCOUNT = 256
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """Keys and values of one layer."""
+
+    kv_heads: int
+    key_width: int
+    value_width: int
+
+
+class KeyValuePool:
+    """The keys and values of every layer, in pages; page 0 is `SCRATCH`."""
+
+    def __init__(self, shapes: list[LayerShape], pages: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Allocate `pages` pages and the scratch page."""
+        # Tensors of one shape are parts of one, so that new pages are cleared in one call.
+        wanted = [(s.kv_heads, width) for s in shapes for width in (s.key_width, s.value_width)]
+        self._stores = {
+            shape: torch.zeros(wanted.count(shape), pages + 1, PAGE_SIZE, *shape, dtype=dtype, device=device)
+            for shape in dict.fromkeys(wanted)
+        }
+        used = dict.fromkeys(self._stores, 0)
+        tensors = []
+        for shape in wanted:
+            tensors.append(self._stores[shape][used[shape]])
+            used[shape] += 1
+        self.keys, self.values = tensors[0::2], tensors[1::2]
+        self._flat = [(k.flatten(0, 1), v.flatten(0, 1)) for k, v in zip(self.keys, self.values, strict=True)]
+        # Views for compiled loops, which read a pool in place.
+        self.arrays: list[tuple[NDArray[Any], NDArray[Any]]] | None = None
+        if device.type == "cpu" and dtype == torch.float32:
+            self.arrays = [(k.numpy(), v.numpy()) for k, v in zip(self.keys, self.values, strict=True)]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the pool."""
+        return sum(store.numel() * store.element_size() for store in self._stores.values())
+
+    def clear(self, pages: list[int]) -> None:
+        """Forget what pages held: 0 times NaN is NaN, also where a weight of attention is 0."""
+        for store in self._stores.values():
+            store.index_fill_(1, torch.tensor(pages, device=store.device), 0)
+
+    def write(self, layer: int, places: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Put the step's keys and values of a layer, (tokens, kv_heads, width), at int64 (tokens,) `places`."""
+        flat_keys, flat_values = self._flat[layer]
+        flat_keys.index_copy_(0, places, keys)
+        flat_values.index_copy_(0, places, values)
+
+
+@dataclass
+class Part:
+    """Sequences of a step that are attended in one call: decodes, or chunks of one length.
+
+    Attributes:
+        new: Tokens of each sequence in this step.
+        lengths: int64 (sequences,), keys of each sequence, this step's included.
+        table: int64 (sequences, pages), pages of each sequence; None where all keys are this step's own.
+        compiled: Whether a compiled loop attends, which needs no padding and no mask.
+    """
+
+    new: int
+    lengths: NDArray[np.int64]
+    table: NDArray[np.int64] | None = None
+    compiled: bool = False
+    _masks: dict[int | None, Tensor] = field(default_factory=dict)
+    _pages: Tensor | None = None
+
+    @property
+    def longest(self) -> int:
+        """Keys of each sequence with padding."""
+        return int(self.lengths.max())
+
+    def pages(self, device: torch.device) -> Tensor:
+        """`table` as an int64 index, made once for all layers."""
+        if self._pages is None:
+            assert self.table is not None
+            self._pages = torch.from_numpy(self.table.reshape(-1)).to(device)
+        return self._pages
+
+    def is_causal(self, window: int | None) -> bool:
+        """Whether each token sees all tokens up to itself, and these are all that are there: no mask is needed."""
+        longest = self.longest
+        no_padding = int(self.lengths.min()) == longest
+        return no_padding and self.new in (1, longest) and (window is None or longest <= window)
+
+    def mask(self, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """What to add to the scores, (sequences, 1, new, longest); made once for all layers."""
+        if window not in self._masks:
+            lengths = torch.from_numpy(self.lengths)[:, None, None, None]
+            position = torch.arange(self.longest)
+            last = lengths - self.new + torch.arange(self.new)[:, None]
+            hidden = position > last
+            if window is not None:
+                hidden |= position <= last - window
+            self._masks[window] = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf).to(device)
+        return self._masks[window]
+
+
+@dataclass
+class StepContext:
+    """What attention and the cache read of the step under way.
+
+    Attributes:
+        pool: Keys and values.
+        places: int64 (tokens,), place of each token's keys and values in the pool.
+        parts: In the order of the tokens; none in a static step.
+        table: int64 (rows, pages) on the device, in a static step: one token a row.
+        lengths: int64 (rows,) on the device, in a static step: keys of each row, this step's included.
+    """
+
+    pool: KeyValuePool
+    places: Tensor
+    parts: list[Part] = field(default_factory=list)
+    table: Tensor | None = None
+    lengths: Tensor | None = None
+    _static_masks: dict[int | None, Tensor] = field(default_factory=dict)
+
+    def static_mask(self, window: int | None, width: int, dtype: torch.dtype) -> Tensor:
+        """What to add to the scores of a static step, (rows, 1, 1, width); its shape depends on shapes alone."""
+        assert self.lengths is not None
+        if window not in self._static_masks:
+            position = torch.arange(width, device=self.lengths.device)
+            hidden = position >= self.lengths[:, None]
+            if window is not None:
+                hidden = hidden | (position < self.lengths[:, None] - window)
+            mask = torch.zeros(len(self.lengths), 1, 1, width, dtype=dtype, device=self.lengths.device)
+            self._static_masks[window] = mask.masked_fill(hidden[:, None, None], -torch.inf)
+        return self._static_masks[window]
+
+
+def decode_parts(lengths: NDArray[np.int64], table: NDArray[np.int64], compiled: bool) -> list[Part]:
+    """Group decodes into parts.
+
+    Args:
+        lengths: int64 (sequences,), ascending; this step's token included.
+        table: int64 (sequences, pages of the longest table); a row is padded with the sequence's own first page.
+        compiled: Whether a compiled loop attends: one part then, of any lengths.
+    """
+    if compiled and len(lengths):
+        pages = -(-int(lengths[-1]) // PAGE_SIZE)
+        return [Part(1, lengths, np.ascontiguousarray(table[:, :pages]), compiled=True)]
+    parts: list[Part] = []
+    start = total = 0
+    for at in range(len(lengths) + 1):
+        count = at - start
+        if count and (
+            at == len(lengths) or lengths[at] * (count + 1) > 1.5 * (total + lengths[at]) + _PADDING_OF_NO_ACCOUNT
+        ):
+            pages = -(-int(lengths[at - 1]) // PAGE_SIZE)
+            parts.append(Part(1, lengths[start:at], np.ascontiguousarray(table[start:at, :pages])))
+            start, total = at, 0
+        if at < len(lengths):
+            total += int(lengths[at])
+    return parts
+
+
+def attend(
+    step: StepContext,
+    layer: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Attend within each sequence of the step; its keys and values are in the pool already.
+
+    Args:
+        step: The step under way.
+        layer: Layer of the pool.
+        query: (tokens, heads, key width).
+        key: (tokens, kv_heads, key width), this step's own.
+        value: (tokens, kv_heads, value width), likewise.
+        scale: Factor of the scores.
+        window: A token sees itself and the `window - 1` tokens before it; None is all tokens before it.
+        softcap: Scores are squashed into (-softcap, softcap), as in Gemma 2; None leaves them.
+        sinks: (heads,) logits that take part in the softmax, as in gpt-oss, or None.
+
+    Returns:
+        (tokens, heads, value width).
+    """
+    if step.table is not None:
+        return _attend_static(step, layer, query, scale, window, softcap, sinks)
+    is_plain = softcap is None and sinks is None
+    outputs = []
+    token = 0
+    for part in step.parts:
+        end = token + len(part.lengths) * part.new
+        if part.compiled and is_plain and step.pool.arrays is not None and part.table is not None:
+            keys, values = step.pool.arrays[layer]
+            rows = query[token:end].contiguous()
+            outputs.append(paged_decode(rows, keys, values, part.table, part.lengths, window or 0, scale))
+        else:
+            own = (key[token:end], value[token:end])
+            outputs.append(_attend_part(step, layer, part, query[token:end], own, scale, window, softcap, sinks))
+        token = end
+    return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+
+
+def _attend_part(
+    step: StepContext,
+    layer: int,
+    part: Part,
+    query: Tensor,
+    own: tuple[Tensor, Tensor],
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    count, new, longest = len(part.lengths), part.new, part.longest
+    heads, kv_heads = query.shape[1], own[0].shape[1]
+    rows = query.unflatten(0, (count, new))
+    # In a decode, the query heads of one key-value head become its rows: no key is copied for them.
+    rows = rows.reshape(count, kv_heads, heads // kv_heads, -1) if new == 1 else rows.transpose(1, 2)
+    if part.table is None:
+        keys, values = (x.unflatten(0, (count, new)) for x in own)
+    else:
+        index = part.pages(query.device)
+        pools = (step.pool.keys[layer], step.pool.values[layer])
+        keys, values = (x.index_select(0, index).view(count, -1, *x.shape[2:])[:, :longest] for x in pools)
+    keys, values = keys.transpose(1, 2), values.transpose(1, 2)
+    if softcap is not None or sinks is not None:
+        mask = part.mask(window, query.dtype, query.device)
+        out = explicit_attention(rows, keys, values, mask, scale, softcap, sinks)
+    else:
+        causal = part.is_causal(window)
+        out = scaled_dot_product_attention(
+            rows,
+            keys,
+            values,
+            attn_mask=None if causal else part.mask(window, query.dtype, query.device),
+            is_causal=causal and new > 1,
+            scale=scale,
+            enable_gqa=rows.shape[1] != kv_heads,
+        )
+    return out.reshape(count, heads, -1) if new == 1 else out.transpose(1, 2).flatten(0, 1)
+
+
+def _attend_static(
+    step: StepContext,
+    layer: int,
+    query: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """One token a row; each shape follows from the shapes of the buffers, so that a graph can hold the operations."""
+    assert step.table is not None
+    rows, width = len(step.table), step.table.shape[1] * PAGE_SIZE
+    index = step.table.flatten()
+    pools = (step.pool.keys[layer], step.pool.values[layer])
+    keys, values = (x.index_select(0, index).view(rows, width, *x.shape[2:]).transpose(1, 2) for x in pools)
+    mask = step.static_mask(window, width, query.dtype)
+    grouped = query.reshape(rows, keys.shape[1], query.shape[1] // keys.shape[1], -1)
+    if softcap is not None or sinks is not None:
+        out = explicit_attention(grouped, keys, values, mask, scale, softcap, sinks)
+    else:
+        out = scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale)
+    return out.reshape(rows, query.shape[1], -1)
+
+
+def explicit_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float | None, sinks: Tensor | None
+) -> Tensor:
+    """What `scaled_dot_product_attention` has no argument for, step by step, with the softmax in float32.
+
+    q is (sequences, heads, new, width), or (sequences, kv_heads, heads of each, width) for decodes; k and v are
+    (sequences, kv_heads, keys, width).
+    """
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    scores = (q @ k.transpose(2, 3) * scale).float()
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores + mask
+    if sinks is not None:
+        # One logit for each query head. Decodes have the heads of one key-value head in q's third axis.
+        logits = sinks.float().view(1, q.shape[1], -1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, logits], dim=3)
+    return scores.softmax(3)[..., : k.shape[2]].to(q.dtype) @ v

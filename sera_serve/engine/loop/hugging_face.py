@@ -1,0 +1,185 @@
+"""Running a Hugging Face decoder over the paged pool. The only file of the engine that imports its models' classes.
+
+It stands on public interfaces of transformers alone: the registries of attention functions and of masks, a cache object
+with `update`, and the arguments `position_ids` and `logits_to_keep` of a forward pass.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedModel
+
+from sera_serve.engine.loop.attention import LayerShape, StepContext, attend
+from sera_serve.errors import InvalidConfiguration
+
+_NAME = "sera_paged"
+# Arguments that models hand to attention functions and that change nothing here: there is no dropout in evaluation, and
+# positions are in the queries and keys already.
+_WITHOUT_EFFECT = {"dropout", "position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states"}
+_WITHOUT_EFFECT |= {"position_embeddings", "past_key_values", "logits_to_keep", "return_dict", "is_causal"}
+
+
+class _CurrentStep(threading.local):
+    """The step that this thread runs: attention functions are found by name, and know no object of ours."""
+
+    context: StepContext | None = None
+
+
+_current = _CurrentStep()
+
+
+@contextmanager
+def _running(context: StepContext) -> Iterator[None]:
+    if _current.context is not None:
+        raise RuntimeError("a step is already running on this thread")
+    _current.context = context
+    try:
+        yield
+    finally:
+        _current.context = None
+
+
+class _PagedCache(Cache):  # type: ignore[misc]
+    """Hands a step's keys and values to the pool as the layers compute them."""
+
+    def __init__(self) -> None:
+        super().__init__(layers=[])
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """Take (1, kv_heads, tokens, width) and return it as it is: attention finds the rest in the pool."""
+        step = _step_under_way()
+        step.pool.write(layer_idx, step.places, key_states[0].transpose(0, 1), value_states[0].transpose(0, 1))
+        return key_states, value_states
+
+
+class _ShapeProbe(Cache):  # type: ignore[misc]
+    """Learns the shapes of each layer's keys and values from one small pass."""
+
+    def __init__(self) -> None:
+        super().__init__(layers=[])
+        self.shapes: dict[int, LayerShape] = {}
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """Note the shapes."""
+        self.shapes[layer_idx] = LayerShape(key_states.shape[1], key_states.shape[3], value_states.shape[3])
+        return key_states, value_states
+
+
+class PagedModel:
+    """A decoder whose attention runs over the paged pool; for a model object that one loop alone runs."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        """Switch the model's attention.
+
+        Raises:
+            InvalidConfiguration: The architecture cannot be served this way; the message says why.
+        """
+        self.model = model
+        self._cache = _PagedCache()
+        self.shapes = _layer_shapes(model)
+        AttentionInterface.register(_NAME, _paged_attention)
+        AttentionMaskInterface.register(_NAME, lambda *args, **kwargs: None)
+        model.set_attn_implementation(_NAME)
+        # The eager experts of a mixture read the device to learn which tokens each expert has.
+        if "grouped_mm" in _expert_implementations(model):
+            model.set_experts_implementation("grouped_mm")
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        device: torch.device = self.model.device
+        return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of weights, activations, keys and values."""
+        dtype: torch.dtype = self.model.dtype
+        return dtype
+
+    def logits(self, ids: Tensor, positions: Tensor, step: StepContext, keep: Tensor | int) -> Tensor:
+        """Run the step's packed tokens.
+
+        Args:
+            ids: int64 (1, tokens).
+            positions: int64 (1, tokens), of each token in its sequence.
+            step: Where keys and values go, and which each token sees.
+            keep: int64 index of the tokens whose logits are wanted, or 0 for all.
+
+        Returns:
+            float32 (kept tokens, vocabulary).
+        """
+        with _running(step):
+            output = self.model(
+                input_ids=ids,
+                position_ids=positions,
+                past_key_values=self._cache,
+                use_cache=True,
+                logits_to_keep=keep,
+            )
+        logits: Tensor = output.logits
+        return logits[0].float()
+
+
+def _paged_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """The registered function: (1, heads, tokens, width) to (1, tokens, heads, width)."""
+    unknown = {name for name, argument in others.items() if argument is not None} - _WITHOUT_EFFECT
+    if others.get("is_causal") is False:
+        unknown.add("is_causal=False")
+    if unknown:
+        raise InvalidConfiguration(
+            f"attention of {type(module).__name__} takes {', '.join(sorted(unknown))}, which generation does not serve; "
+            "choose another base",
+            param="base",
+        )
+    out = attend(
+        _step_under_way(),
+        module.layer_idx,  # type: ignore[arg-type]
+        *(states[0].transpose(0, 1) for states in (query, key, value)),
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        window=sliding_window,
+        softcap=softcap,
+        sinks=s_aux,
+    )
+    return out[None], None
+
+
+def _step_under_way() -> StepContext:
+    if _current.context is None:
+        raise RuntimeError("the model runs outside a step")
+    return _current.context
+
+
+@torch.no_grad()
+def _layer_shapes(model: PreTrainedModel) -> list[LayerShape]:
+    """Shapes of every layer, by one pass over one token: configurations name them differently, or not at all."""
+    probe = _ShapeProbe()
+    ids = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+    model(input_ids=ids, position_ids=ids, past_key_values=probe, use_cache=True)
+    if sorted(probe.shapes) != list(range(len(probe.shapes))):
+        raise InvalidConfiguration(
+            f"{type(model).__name__} does not keep keys and values in every layer; choose another base", param="base"
+        )
+    return [probe.shapes[layer] for layer in range(len(probe.shapes))]
+
+
+def _expert_implementations(model: PreTrainedModel) -> set[str]:
+    """Implementations of mixtures that this model may use; none where it has no experts."""
+    has_experts = getattr(model.config.get_text_config(), "num_local_experts", None)
+    return {"grouped_mm"} if has_experts else set()

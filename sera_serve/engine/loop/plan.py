@@ -1,0 +1,222 @@
+"""The plan of a step: which tokens of which requests run, and who gives pages up. Pure logic, without torch."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from sera_serve.engine.loop.pages import PAGE_SIZE, PagePool, chain_key, root_key
+from sera_serve.engine.request import GenerationRequest
+
+
+class Candidates(Protocol):
+    """The waiting requests, as the planner sees them; the scheduler is one."""
+
+    def first(self) -> GenerationRequest | None:
+        """The request whose turn it is."""
+
+    def start(self, request: GenerationRequest) -> bool:
+        """Move it into the batch; False if its adapter is not on the device, and another request is first now."""
+
+    def preempt(self, request: GenerationRequest) -> None:
+        """Put a running request back."""
+
+    def priority_key(self, request: GenerationRequest) -> tuple[float, tuple[int, int]]:
+        """Its claim; the lowest goes first."""
+
+
+@dataclass
+class StepPlan:
+    """One step.
+
+    Attributes:
+        decodes: Requests with one token to run.
+        chunks: Requests with more tokens to run, and how many of these run now.
+        entered: Those of the chunks that have just got their row and the pages of their tokens.
+        grown: Those of the decodes that have just got one page more.
+    """
+
+    decodes: list[GenerationRequest] = field(default_factory=list)
+    chunks: list[tuple[GenerationRequest, int]] = field(default_factory=list)
+    entered: list[GenerationRequest] = field(default_factory=list)
+    grown: list[GenerationRequest] = field(default_factory=list)
+
+    def requests(self) -> list[GenerationRequest]:
+        """All requests of the step."""
+        return [*self.decodes, *(request for request, _ in self.chunks)]
+
+
+class StepPlanner:
+    """Plans steps: every decode, then chunks of prompts within the token budget, then newcomers that find pages.
+
+    Invariants:
+    * A running request has the pages of all its tokens.
+    * Every decode runs in every step, because fewer requests run than a step has tokens.
+    * A request that needs a page and finds none takes the pages of the request with the lowest claim. The request with
+      the highest claim always goes on, and no request enters that could not run alone: so there is always progress.
+    * A newcomer leaves a page for every fourth running request, which will soon need one. A preempted request leaves a
+      page for each: it would else be preempted again before it has paid for its recomputation.
+    """
+
+    def __init__(
+        self,
+        pages: PagePool,
+        candidates: Candidates,
+        *,
+        max_batch_tokens: int,
+        max_sequences: int,
+        rotary_side: Callable[[int], int] = lambda length: 0,
+    ) -> None:
+        """Plan for an empty batch.
+
+        Args:
+            pages: The pool; this object's own from now on.
+            candidates: The waiting requests.
+            max_batch_tokens: The most tokens of one step; longer prompts are prefilled in chunks.
+            max_sequences: The most requests of one step.
+            rotary_side: On which side of the base's rotary threshold a sequence of so many tokens is.
+        """
+        self.pages = pages
+        self.running: list[GenerationRequest] = []
+        self._candidates = candidates
+        self._budget = max_batch_tokens
+        self.num_rows = max(1, min(max_sequences, max_batch_tokens - 1))
+        self._rows = list(range(self.num_rows - 1, -1, -1))
+        self._rotary_side = rotary_side
+        # Nobody outside can compute a key, and so learn from a collision what others have asked.
+        self._secret = secrets.token_bytes(32)
+
+    def plan(self) -> StepPlan | None:
+        """The next step, or None if there is nothing to run."""
+        plan = StepPlan()
+        for request in [r for r in self.running if self._rotary_side(len(r.tokens)) != r.rotary_side]:
+            # Its keys were computed with the other frequencies.
+            self._preempt(request)
+        short_of_pages = self._plan_decodes(plan)
+        budget = self._budget - len(plan.decodes)
+        for request in self.running:
+            if budget and not request.is_decoding:
+                budget -= self._plan_chunk(plan, request, budget)
+        while budget and self._rows and not short_of_pages:
+            request = self._candidates.first()
+            if request is None or not self._admit(plan, request):
+                break
+            if request.row >= 0:
+                budget -= self._plan_chunk(plan, request, budget)
+        return plan if plan.decodes or plan.chunks else None
+
+    def advance(self, request: GenerationRequest, tokens: int) -> None:
+        """Note that so many more tokens are in the pool, and let others find the pages that are full now."""
+        before, request.computed = request.computed, request.computed + tokens
+        if request.prefix_key is not None:
+            for page in range(before // PAGE_SIZE, request.computed // PAGE_SIZE):
+                self.pages.publish(request.pages[page], self._key(request, page))
+
+    def remove(self, request: GenerationRequest) -> None:
+        """Take a running request out of the batch; between two steps."""
+        self.running.remove(request)
+        self.pages.release(request.pages)
+        request.pages = []
+        self._rows.append(request.row)
+        request.row = -1
+
+    def check_invariants(self) -> None:
+        """Raise RuntimeError where rows, pages and requests do not agree."""
+        rows = [request.row for request in self.running]
+        if sorted([*self._rows, *rows]) != list(range(self.num_rows)):
+            raise RuntimeError("a row is lost or held twice")
+        self.pages.check_invariants(request.pages for request in self.running)
+        for request in self.running:
+            if len(request.pages) * PAGE_SIZE < len(request.tokens) - 1 or request.computed >= len(request.tokens):
+                raise RuntimeError(f"request {request.id!r} lacks pages, or has nothing to run")
+
+    def _plan_decodes(self, plan: StepPlan) -> bool:
+        """Plan every decode; whether a request had to be preempted for it."""
+        decodes = [request for request in self.running if request.is_decoding]
+        growing = sum(self._needs_page(request) for request in decodes)
+        if growing <= self.pages.available():
+            for request in decodes:
+                self._plan_decode(plan, request)
+            return False
+        # In the order of the claims: whoever is preempted comes after all that are planned.
+        order = sorted(self.running, key=self._candidates.priority_key)
+        at = 0
+        while at < len(order):
+            request = order[at]
+            while request.is_decoding and self._needs_page(request) and not self.pages.available():
+                self._preempt(order.pop())
+                if len(order) == at:
+                    return True
+            if request.is_decoding:
+                self._plan_decode(plan, request)
+            at += 1
+        return True
+
+    def _plan_decode(self, plan: StepPlan, request: GenerationRequest) -> None:
+        if self._needs_page(request):
+            request.pages += self.pages.take(1)
+            plan.grown.append(request)
+        plan.decodes.append(request)
+
+    @staticmethod
+    def _needs_page(request: GenerationRequest) -> bool:
+        return request.computed == len(request.pages) * PAGE_SIZE
+
+    @staticmethod
+    def _plan_chunk(plan: StepPlan, request: GenerationRequest, budget: int) -> int:
+        tokens = min(budget, len(request.tokens) - request.computed)
+        plan.chunks.append((request, tokens))
+        return tokens
+
+    def _admit(self, plan: StepPlan, request: GenerationRequest) -> bool:
+        """Start the first waiting request if there are pages for it; False if the batch has to wait for pages."""
+        side = self._rotary_side(len(request.tokens))
+        if side != request.rotary_side:
+            request.rotary_side, request.page_keys = side, []
+        found = self._find(request)
+        needed = -(-len(request.tokens) // PAGE_SIZE) - len(found)
+        is_new = request.started_at is None
+        if self.pages.available() < needed + (len(self.running) // 4 if is_new else len(self.running)):
+            self.pages.release(found)
+            return False
+        if not self._candidates.start(request):
+            self.pages.release(found)
+            return True
+        request.pages = found + self.pages.take(needed)
+        request.computed = len(found) * PAGE_SIZE
+        if is_new:
+            request.cached_tokens = request.computed
+        request.row = self._rows.pop()
+        self.running.append(request)
+        plan.entered.append(request)
+        return True
+
+    def _find(self, request: GenerationRequest) -> list[int]:
+        """Pages of the prefix cache that hold the request's first tokens. Its last token is always computed."""
+        found: list[int] = []
+        if request.prefix_key is None:
+            return found
+        if request.prompt_logprobs is not None and len(request.prompt_token_logprobs) < request.prompt_tokens:
+            # A token whose keys are found is not computed, and has no log-probability.
+            return found
+        for page in range((len(request.tokens) - 1) // PAGE_SIZE):
+            hit = self.pages.find(self._key(request, page))
+            if hit is None:
+                break
+            found.append(hit)
+        return found
+
+    def _preempt(self, request: GenerationRequest) -> None:
+        self.remove(request)
+        request.computed = 0
+        self._candidates.preempt(request)
+
+    def _key(self, request: GenerationRequest, page: int) -> bytes:
+        keys = request.page_keys
+        while len(keys) <= page:
+            start = len(keys) * PAGE_SIZE
+            parent = keys[-1] if keys else root_key(request.prefix_key or "", request.rotary_side, self._secret)
+            keys.append(chain_key(parent, request.tokens[start : start + PAGE_SIZE], self._secret))
+        return keys[page]

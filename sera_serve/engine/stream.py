@@ -1,0 +1,311 @@
+"""From the engine's thread to a client's event loop: news, text, and the stream of a generation's tokens."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from tokenizers.decoders import DecodeStream
+from transformers import PreTrainedTokenizerBase
+
+from sera_serve.engine.request import FinishReason, GenerationRequest, TokenLogprobs
+from sera_serve.errors import DeadlineExceeded, EngineUnavailable
+
+
+class Mailbox:
+    """Wakes readers on one event loop: those of one step in one call, because each call crosses threads."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self._readers: deque[EventReader] = deque()
+        self._called = False
+
+    def post(self, reader: EventReader) -> bool:
+        """Have `reader.wake` called on the loop; False if the loop is closed."""
+        if self.loop.is_closed():
+            return False
+        self._readers.append(reader)
+        if not self._called:
+            self._called = True
+            try:
+                self.loop.call_soon_threadsafe(self._deliver)
+            except RuntimeError:  # closed just now
+                return False
+        return True
+
+    def _deliver(self) -> None:
+        # Before the readers are taken: a post from now on calls again, if in vain.
+        self._called = False
+        while self._readers:
+            self._readers.popleft().wake()
+
+
+class EventReader:
+    """Lets a coroutine wait for news of its requests."""
+
+    def __init__(self, mailbox: Mailbox) -> None:
+        self._mailbox = mailbox
+        self._news = asyncio.Event()
+
+    def notify(self) -> bool:
+        """Any thread: there is news; False if the event loop is closed."""
+        return self._mailbox.post(self)
+
+    def wake(self) -> None:
+        """On the event loop: there is news."""
+        self._news.set()
+
+    async def wait(self) -> None:
+        """Return when there was news since the last call. The caller then looks at its requests."""
+        await self._news.wait()
+        self._news.clear()
+
+
+class Detokenizer:
+    """Turns tokens into text as they come: cut at stop strings, and emitted once it can no longer change.
+
+    Text is held back while it may begin a stop string, or a character whose other bytes have not come yet.
+
+    Attributes:
+        text: The text emitted so far.
+        stopped: Whether a stop string was found; the text ends before it.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: list[int], stop: list[str]) -> None:
+        # The prompt's tokens decide whether the first new one begins with a space.
+        self._stream = DecodeStream(ids=prompt, skip_special_tokens=True)
+        self._backend = tokenizer.backend_tokenizer
+        self._stop = stop
+        self._held = ""
+        self.text = ""
+        self.stopped = False
+
+    def push(self, token: int) -> str:
+        """Take one token; returns the text that can no longer change, maybe empty."""
+        self._held += self._stream.step(self._backend, token) or ""
+        cuts = [at for at in (self._held.find(word) for word in self._stop) if at >= 0]
+        if cuts:
+            self.stopped = True
+            self._held = self._held[: min(cuts)]
+            return self.flush()
+        certain = len(self._held) - self._possible_stop()
+        return self._emit(certain)
+
+    def flush(self) -> str:
+        """End of the sequence: returns what was held back."""
+        return self._emit(len(self._held))
+
+    def _possible_stop(self) -> int:
+        """Length of the longest suffix of the held text that is a prefix of a stop string."""
+        longest = 0
+        for word in self._stop:
+            for length in range(min(len(word) - 1, len(self._held)), longest, -1):
+                if self._held.endswith(word[:length]):
+                    longest = length
+                    break
+        return longest
+
+    def _emit(self, length: int) -> str:
+        emitted, self._held = self._held[:length], self._held[length:]
+        self.text += emitted
+        return emitted
+
+
+@dataclass(frozen=True)
+class TokenDelta:
+    """What was added since the last delta; the text may be empty while it is held back.
+
+    Attributes:
+        logprobs: For each of `token_ids`, if asked for.
+    """
+
+    text: str
+    token_ids: list[int]
+    logprobs: tuple[TokenLogprobs, ...] = ()
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """The whole outcome of a request.
+
+    Attributes:
+        cached_tokens: Prompt tokens whose keys and values were in the prefix cache.
+        logprobs: For each of `token_ids`, if asked for.
+        prompt_logprobs: For each token of the prompt, if asked for.
+    """
+
+    id: str
+    adapter: str | None
+    version: int | None
+    text: str
+    token_ids: list[int]
+    finish_reason: Literal["stop", "length"]
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+
+
+def deadline_exceeded() -> DeadlineExceeded:
+    """What a request is told whose time is over."""
+    return DeadlineExceeded("timeout_s ran out; ask for less, or give it more time", param="timeout_s")
+
+
+class GenerationStream(EventReader, AsyncIterator[TokenDelta]):
+    """The deltas of one request, in order; `result` is there once they are exhausted.
+
+    Whoever holds a stream exhausts it or calls `aclose`, at any stage: only then are its place in the batch and its
+    adapter given back. A slow reader holds nothing but the tokens: the next delta has all tokens that came meanwhile.
+
+    Attributes:
+        request: The request; the engine's threads change it.
+        result: The outcome, once there is one.
+    """
+
+    def __init__(
+        self, request: GenerationRequest, detokenizer: Detokenizer, mailbox: Mailbox, cancel: Callable[[], None]
+    ) -> None:
+        """Read a request.
+
+        Args:
+            request: Not submitted yet.
+            detokenizer: Has the prompt.
+            mailbox: Of the running event loop.
+            cancel: Has the engine finish the request; called at most once.
+        """
+        super().__init__(mailbox)
+        self.request = request
+        self.result: GenerationResult | None = None
+        self._detokenizer = detokenizer
+        self._cancel = cancel
+        self._deadline: asyncio.TimerHandle | None = None
+        self._expired = False
+        self._token_ids: list[int] = []
+        self._closed = False
+        request.reader = self
+
+    @property
+    def id(self) -> str:
+        """Name of the request."""
+        return self.request.id
+
+    @property
+    def adapter(self) -> str | None:
+        """The adapter's name; None is the base model."""
+        return self.request.adapter.adapter if self.request.adapter else None
+
+    @property
+    def version(self) -> int | None:
+        """The adapter's version; None is the base model."""
+        return self.request.adapter.version if self.request.adapter else None
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds from the request's arrival until it ran."""
+        return self.request.waited_s
+
+    @property
+    def first_token_s(self) -> float | None:
+        """Seconds from the request's arrival to its first token, or None before that."""
+        return self.request.first_token_s
+
+    def end_at(self, deadline: float) -> None:
+        """Cancel the request at a time of the running event loop, whether or not anybody reads by then."""
+        self._deadline = asyncio.get_running_loop().call_at(deadline, self._expire)
+
+    async def __anext__(self) -> TokenDelta:
+        """The next delta.
+
+        Raises:
+            EngineUnavailable: The engine failed this request.
+            DeadlineExceeded: Its time is over; the deltas before had the tokens that it got.
+        """
+        if self._closed or self.result is not None:
+            raise StopAsyncIteration
+        request = self.request
+        seen = request.prompt_tokens + len(self._token_ids)
+        while not self._expired and not request.is_finished and len(request.tokens) == seen:
+            await self.wait()
+        # The state before the tokens: a request that is finished gets no more of them.
+        finished = request.is_finished
+        end = len(request.tokens)
+        if request.error is not None:
+            self._close()
+            raise EngineUnavailable(f"generation failed: {request.error}; the request may be sent again")
+        if end == seen and self._expired:
+            self._close()
+            raise deadline_exceeded()
+        if request.finish_reason is FinishReason.CANCELLED:
+            self._close()
+            raise StopAsyncIteration
+        return self._advance(seen, end, finished and not self._expired)
+
+    async def aclose(self) -> None:
+        """Cancel what is left; a no-op on a finished stream."""
+        if not self._closed and self.result is None:
+            self._cancel()
+        self._close()
+
+    async def collect(self) -> GenerationResult:
+        """Exhaust the stream and return the result; cancelling this cancels the request."""
+        try:
+            async for _ in self:
+                pass
+        finally:
+            await self.aclose()
+        if self.result is None:
+            raise EngineUnavailable("the request was closed before it finished")
+        return self.result
+
+    def _advance(self, seen: int, end: int, finished: bool) -> TokenDelta:
+        """The delta of `request.tokens[seen:end]`, cut where a stop string ends it."""
+        request, text, taken = self.request, "", 0
+        for token in request.tokens[seen:end]:
+            taken += 1
+            if token in request.end_tokens:
+                break
+            text += self._detokenizer.push(token)
+            if self._detokenizer.stopped:
+                break
+        new = request.tokens[seen : seen + taken]
+        first = len(self._token_ids)
+        self._token_ids += new
+        at_end_token = bool(new) and new[-1] in request.end_tokens
+        if finished or at_end_token or self._detokenizer.stopped:
+            if not request.is_finished:
+                self._cancel()
+            text += self._detokenizer.flush()
+            self._finish("stop" if at_end_token or self._detokenizer.stopped else "length")
+        return TokenDelta(text, new, tuple(request.token_logprobs[first : first + taken]))
+
+    def _expire(self) -> None:
+        if not self._closed and self.result is None and not self.request.is_finished:
+            self._expired = True
+            self._cancel()
+            self.wake()
+
+    def _close(self) -> None:
+        self._closed = True
+        if self._deadline is not None:
+            self._deadline.cancel()
+
+    def _finish(self, reason: Literal["stop", "length"]) -> None:
+        request, count = self.request, len(self._token_ids)
+        self.result = GenerationResult(
+            id=request.id,
+            adapter=self.adapter,
+            version=self.version,
+            text=self._detokenizer.text,
+            token_ids=self._token_ids,
+            finish_reason=reason,
+            prompt_tokens=request.prompt_tokens,
+            completion_tokens=count,
+            cached_tokens=request.cached_tokens,
+            logprobs=tuple(request.token_logprobs[:count]),
+            prompt_logprobs=tuple(request.prompt_token_logprobs),
+        )
+        self._close()

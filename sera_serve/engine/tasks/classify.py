@@ -1,0 +1,258 @@
+"""Classification: rows of different adapters in one forward pass, each row under its own adapter's head."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sera_kernels import NO_ADAPTER, AdapterBatch
+from sera_serve.base import FrozenBase, ModelInputs, pool_states
+from sera_serve.engine.admission import BatchBudget
+from sera_serve.engine.request import ClassificationRequest, FinishReason, LabelScores
+from sera_serve.engine.scheduler import Scheduler
+from sera_serve.engine.tasks.runner import TaskRunner, logger
+from sera_serve.errors import EngineUnavailable
+from sera_serve.layers import AdapterContext
+from sera_serve.residency import DevicePool
+
+# Passes' worth of rows in the batch: enough to find rows of like length among, few enough to let others in soon.
+_PASSES = 4
+# Padding may be a fifth of a pass, or as many tokens as cost less than another pass.
+_PADDING_SHARE = 0.2
+_PADDING_OF_NO_ACCOUNT = 128
+
+
+@dataclass(frozen=True)
+class ClassifyResult:
+    """The outcome of one call, in the order of its inputs.
+
+    Attributes:
+        waited_s: Seconds from the call's arrival until its first rows ran.
+    """
+
+    adapter: str
+    version: int
+    results: list[LabelScores]
+    waited_s: float = 0.0
+
+
+@dataclass(eq=False)
+class _Row:
+    """One input in the batch."""
+
+    request: ClassificationRequest
+    index: int
+    entered: float
+
+    @property
+    def inputs(self) -> ModelInputs:
+        return self.request.rows[self.index]
+
+
+class ClassificationRunner(TaskRunner[ClassificationRequest]):
+    """Runs rows of all requests through the base together.
+
+    A pass takes rows of like length, whatever their adapters and label sets. A pass never waits for more rows: while the
+    device is busy rows gather, and the next pass takes the fullest bucket. A row that has waited `max_wait_s` goes
+    first, with rows of its length. So a row is passed over for `max_wait_s` at most, and then by older rows alone.
+
+    Beside generation on the same base, the operating system or the driver shares the device between the two threads.
+    A pass has no more tokens than a step of generation, so that neither delays the other for long.
+    """
+
+    task = "classify"
+
+    def __init__(
+        self,
+        base: FrozenBase,
+        context: AdapterContext,
+        device_pool: DevicePool,
+        scheduler: Scheduler[ClassificationRequest],
+        *,
+        max_rows: int,
+        max_tokens: int,
+        max_wait_s: float,
+        cpu_threads: int,
+    ) -> None:
+        """Set up without starting.
+
+        Args:
+            base: With serving layers attached, for this object's use alone.
+            context: The serving layers' context.
+            device_pool: Where the heads are.
+            scheduler: This runner's own from now on.
+            max_rows: The most rows of one forward pass.
+            max_tokens: The most tokens of one forward pass, padding included; a longer row goes alone.
+            max_wait_s: Seconds after which a row is not passed over any more.
+            cpu_threads: Threads of a forward pass on a CPU.
+        """
+        super().__init__(scheduler, cpu_threads)
+        self._base = base
+        self._context = context
+        self._pool = device_pool
+        self._max_rows = max_rows
+        self._max_tokens = max_tokens
+        self._max_wait_s = max_wait_s
+        self._budget = BatchBudget(_PASSES * max_rows)
+        # In the order in which they entered the batch.
+        self._rows: list[_Row] = []
+        self._requests: list[ClassificationRequest] = []
+
+    def split(self, call: ClassificationRequest) -> list[ClassificationRequest]:
+        """The parts of a call, by ascending length of their rows; others may run between two parts."""
+        parts = []
+        for positions in _passes(call.rows, self._max_rows, self._max_tokens):
+            rows = [call.rows[position] for position in positions]
+            parts.append(
+                ClassificationRequest(
+                    principal=call.principal,
+                    id=call.id,
+                    priority=call.priority,
+                    prompt_tokens=sum(map(len, rows)),
+                    num_rows=len(rows),
+                    adapter=call.adapter,
+                    parent=call,
+                    reader=call.reader,
+                    arrived=call.arrived,
+                    rows=rows,
+                    positions=positions,
+                )
+            )
+        return parts
+
+    def in_batch(self) -> list[ClassificationRequest]:
+        """The requests in the batch."""
+        return list(self._requests)
+
+    def remove(self, request: ClassificationRequest) -> None:
+        """Take a running request out of the batch; its rows that have not run do not run."""
+        self._requests.remove(request)
+        self._rows = [row for row in self._rows if row.request is not request]
+        self._budget.give_back(request.num_rows)
+
+    def step(self) -> bool:
+        """Let requests in, run the rows of one pass, and finish the requests whose rows are all classified."""
+        self._admit()
+        self.scheduler.hint_new()
+        if not self._rows:
+            return False
+        rows = self._take_rows()
+        requests = dict.fromkeys(row.request for row in rows)
+        try:
+            scores = self._classify(rows)
+        except Exception as error:  # noqa: BLE001 - it is told to every request of this pass
+            logger.error("a pass of %d rows failed", len(rows), exc_info=error)
+            for request in requests:
+                self.end(request, FinishReason.FAILED, EngineUnavailable(f"classification failed: {error}"))
+            return True
+        for row, result in zip(rows, scores, strict=True):
+            row.request.scores[row.index] = result
+        for request in requests:
+            if None not in request.scores:
+                self.end(request, FinishReason.COMPLETED)
+        return True
+
+    def _admit(self) -> None:
+        while (request := self.scheduler.first()) is not None and self._budget.fits(request.num_rows):
+            if self.scheduler.start(request):
+                self._budget.take(request.num_rows)
+                self._requests.append(request)
+                now = time.monotonic()
+                self._rows += [_Row(request, index, now) for index in range(len(request.rows))]
+
+    def _take_rows(self) -> list[_Row]:
+        late = time.monotonic() - self._rows[0].entered >= self._max_wait_s
+        lengths = [len(row.inputs) for row in self._rows]
+        chosen = choose_rows(lengths, self._max_rows, self._max_tokens, must=0 if late else None)
+        taken = [self._rows[position] for position in chosen]
+        for position in reversed(chosen):
+            del self._rows[position]
+        return taken
+
+    def _classify(self, rows: list[_Row]) -> list[LabelScores]:
+        input_ids, mask, types = self._pad([row.inputs for row in rows])
+        row_slots = [row.request.lease.slot if row.request.lease else NO_ADAPTER for row in rows]
+        slots = torch.tensor(row_slots, dtype=torch.int32, device=input_ids.device)
+        token_slots = torch.where(mask.bool(), slots.unsqueeze(1), NO_ADAPTER).flatten().to(torch.int32)
+        with self._context.run(AdapterBatch(token_slots)):
+            states = self._base.hidden_states(input_ids, mask, types)
+        scores: dict[int, LabelScores] = {}
+        by_slot: dict[int, list[int]] = {}
+        for index, slot in enumerate(row_slots):
+            by_slot.setdefault(slot, []).append(index)
+        for indices in by_slot.values():
+            lease = rows[indices[0]].request.lease
+            assert lease is not None
+            config = lease.placement.adapter.config
+            pooled = pool_states(states[indices], mask[indices], config.pooling or self._base.default_pooling)
+            weight, bias = self._pool.head(lease.placement)
+            probabilities = torch.nn.functional.linear(pooled, weight, bias).float().softmax(dim=1)
+            for index, row_probabilities in zip(indices, probabilities.tolist(), strict=True):
+                by_label = dict(zip(config.labels or [], row_probabilities, strict=True))
+                scores[index] = LabelScores(max(by_label, key=by_label.__getitem__), by_label)
+        return [scores[index] for index in range(len(rows))]
+
+    def _pad(self, rows: list[ModelInputs]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Token ids, attention mask and token types, int64 (rows, longest row), padded at the right."""
+        longest = max(map(len, rows))
+        padding = self._base.tokenizer.pad_token_id
+        device = self._base.device
+        ids = [row.input_ids + [padding] * (longest - len(row)) for row in rows]
+        mask = [[1] * len(row) + [0] * (longest - len(row)) for row in rows]
+        types = None
+        if any(row.token_type_ids is not None for row in rows):
+            padded = [(row.token_type_ids or [0] * len(row)) + [0] * (longest - len(row)) for row in rows]
+            types = torch.tensor(padded, device=device)
+        return torch.tensor(ids, device=device), torch.tensor(mask, device=device), types
+
+
+def _passes(rows: Sequence[ModelInputs], max_rows: int, max_tokens: int) -> Iterator[list[int]]:
+    """Positions of rows by ascending length, in groups of what one forward pass may take; a longer row goes alone."""
+    group: list[int] = []
+    for position in sorted(range(len(rows)), key=lambda row: len(rows[row])):
+        if group and (len(group) == max_rows or (len(group) + 1) * len(rows[position]) > max_tokens):
+            yield group
+            group = []
+        group.append(position)
+    yield group
+
+
+def choose_rows(lengths: Sequence[int], max_rows: int, max_tokens: int, must: int | None = None) -> list[int]:
+    """Choose the rows of the next pass: as many as fit, and among equally many the earliest.
+
+    Args:
+        lengths: Tokens of each waiting row, in the order of their arrival.
+        max_rows: The most rows of a pass.
+        max_tokens: The most tokens of a pass, padding included; one row may have more.
+        must: A row that has to be among them, or None.
+
+    Returns:
+        Positions in `lengths`, ascending; at least one.
+    """
+    order = sorted(range(len(lengths)), key=lambda row: (lengths[row], row))
+    best: list[int] = []
+    start = total = 0
+    # Windows over the rows by length: each ends at the longest row of its pass.
+    for end, row in enumerate(order):
+        total += lengths[row]
+        while start < end and not _fits(end + 1 - start, lengths[row], total, max_rows, max_tokens):
+            total -= lengths[order[start]]
+            start += 1
+        window = order[start : end + 1]
+        if (must is None or must in window) and (-len(window), min(window)) < (-len(best), min(best, default=0)):
+            best = window
+    return sorted(best)
+
+
+def _fits(rows: int, longest: int, tokens: int, max_rows: int, max_tokens: int) -> bool:
+    padded = rows * longest
+    padding = padded - tokens
+    return (
+        rows <= max_rows
+        and padded <= max_tokens
+        and (padding <= _PADDING_OF_NO_ACCOUNT or padding <= _PADDING_SHARE * padded)
+    )
