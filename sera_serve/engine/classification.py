@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sera_kernels import NO_ADAPTER, AdapterBatch
-from sera_serve.base import FrozenBase, pool
+from sera_serve.base import FrozenBase, pool_states
 from sera_serve.engine.bucketing import choose_rows
 from sera_serve.errors import EngineUnavailable
 from sera_serve.layers import AdapterContext
@@ -188,7 +188,7 @@ class ClassifyBatch:
         for indices in by_slot.values():
             placement = rows[indices[0]].lease.placement
             config = placement.adapter.config
-            pooled = pool(states[indices], mask[indices], config.pooling or self._base.default_pooling)
+            pooled = pool_states(states[indices], mask[indices], config.pooling or self._base.default_pooling)
             weight, bias = self._pool.head(placement)
             probabilities = torch.nn.functional.linear(pooled, weight, bias).float().softmax(dim=1)
             for index, row_probabilities in zip(indices, probabilities.tolist(), strict=True):
