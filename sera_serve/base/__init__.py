@@ -1,0 +1,23 @@
+"""The frozen base model: loading, fingerprint, preprocessing of inputs, rotary scaling by sequence."""
+
+from sera_serve.base.fingerprint import fingerprint
+from sera_serve.base.loading import DTYPES, EMBEDDED, freeze_base, load_base
+from sera_serve.base.model import FrozenBase, Pooling, pool_states
+from sera_serve.base.preprocess import ModelInputs, Preprocessor
+from sera_serve.base.rotary import RotaryContext, RotaryScaling, rotary_scaling
+
+__all__ = [
+    "DTYPES",
+    "EMBEDDED",
+    "FrozenBase",
+    "ModelInputs",
+    "Pooling",
+    "Preprocessor",
+    "RotaryContext",
+    "RotaryScaling",
+    "fingerprint",
+    "freeze_base",
+    "load_base",
+    "pool_states",
+    "rotary_scaling",
+]

@@ -1,0 +1,167 @@
+"""A frozen base model with its tokenizer, its identity, and its hidden states for classification."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from adapters_store import BaseInfo
+from sera_serve.base.preprocess import ModelInputs, Preprocessor
+from sera_serve.base.rotary import (
+    RotaryContext,
+    RotaryScaling,
+    rotary_context,
+    rotary_scaling,
+    row_lengths,
+    shared_tensors,
+)
+from sera_serve.layers import adaptable_linears, linear_widths
+
+Pooling = Literal["last_token", "cls", "mean"]
+
+
+@dataclass(frozen=True)
+class FrozenBase:
+    """A base model that no longer trains, its tokenizer, and its identity.
+
+    Attributes:
+        name: What it was loaded from: "embedded", a path's last part, or a hub id.
+        model: In evaluation mode, every parameter frozen.
+        tokenizer: Its tokenizer, with a padding token.
+        info: Fingerprint that adapters carry, taken before any change of dtype.
+        kind: A decoder generates, and classifies on its last token; an encoder classifies.
+    """
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    info: BaseInfo
+    kind: Literal["decoder", "encoder"]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return cast(torch.device, self.model.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of weights and activations."""
+        return cast(torch.dtype, self.model.dtype)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the hidden states, and so of a classifier head's rows."""
+        return int(self.model.config.get_text_config().hidden_size)
+
+    @property
+    def max_length(self) -> int:
+        """Longest sequence in tokens that the base was made for."""
+        limits = [getattr(self.model.config.get_text_config(), "max_position_embeddings", None)]
+        # Tokenizers without a limit say 1e30.
+        limits.append(self.tokenizer.model_max_length)
+        # Beyond this length, dynamic scaling would let one sequence change its neighbours.
+        limits.append(self.rotary.threshold if self.rotary.kind == "dynamic" else None)
+        return int(min(limit for limit in limits if limit is not None))
+
+    @cached_property
+    def preprocessor(self) -> Preprocessor:
+        """Turns the inputs of requests into tokens."""
+        return Preprocessor(self.model, self.tokenizer, self.kind)
+
+    @cached_property
+    def rotary(self) -> RotaryScaling:
+        """Whether the rotary frequencies depend on a sequence's length, and from which length on."""
+        return rotary_scaling(self.model, self.name)
+
+    @cached_property
+    def rotary_context(self) -> RotaryContext | None:
+        """Where a batch says which of its tokens use the long frequencies. None if the base needs no such choice."""
+        return rotary_context(self.model)
+
+    @property
+    def default_pooling(self) -> Pooling:
+        """How a classifier on this base pools, unless its adapter says otherwise."""
+        return "last_token" if self.kind == "decoder" else "cls"
+
+    def module_shapes(self) -> dict[str, tuple[int, int]]:
+        """(d_in, d_out) of every linear layer an adapter may sit on, by dotted path."""
+        return {path: linear_widths(module) for path, module in adaptable_linears(self.model).items()}
+
+    def encode(self, texts: Sequence[str], max_length: int) -> tuple[Tensor, Tensor]:
+        """Tokenize texts for classification, truncate them to `max_length` tokens, and pad them on the right.
+
+        Returns:
+            `input_ids` and `attention_mask`, int64 (rows, longest row), on the base's device.
+        """
+        padded = self.pad(self.preprocessor.rows(texts, max_length))
+        return padded["input_ids"], padded["attention_mask"]
+
+    def pad(self, rows: Sequence[ModelInputs]) -> dict[str, Tensor]:
+        """Pad rows on the right into one batch.
+
+        Returns:
+            The keyword arguments of `hidden_states`, each int64 (rows, longest row), on the base's device:
+            `input_ids`, `attention_mask`, and `token_type_ids` if a row has them.
+        """
+        longest = max(map(len, rows))
+        padding = self.tokenizer.pad_token_id
+        columns = {
+            "input_ids": [row.input_ids + [padding] * (longest - len(row)) for row in rows],
+            "attention_mask": [[1] * len(row) + [0] * (longest - len(row)) for row in rows],
+        }
+        if any(row.token_type_ids for row in rows):
+            types = [row.token_type_ids or [0] * len(row) for row in rows]
+            columns["token_type_ids"] = [row + [0] * (longest - len(row)) for row in types]
+        return {name: torch.tensor(column, device=self.device) for name, column in columns.items()}
+
+    def pooled_states(
+        self, input_ids: Tensor, attention_mask: Tensor, pooling: Pooling, token_type_ids: Tensor | None = None
+    ) -> Tensor:
+        """Compute one vector a row from the last hidden states.
+
+        Args:
+            input_ids: int64 (rows, length), right-padded.
+            attention_mask: (rows, length), 1 at real tokens.
+            pooling: The state of the last real token, of the first token, or the mean over the real tokens.
+            token_type_ids: int64 (rows, length), or None for segment 0 throughout.
+
+        Returns:
+            (rows, hidden_size), in the base's dtype.
+        """
+        return pool_states(self.hidden_states(input_ids, attention_mask, token_type_ids), attention_mask, pooling)
+
+    def hidden_states(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
+        """Compute the last hidden states (rows, length, hidden_size); arguments as in `pooled_states`.
+
+        Each row gets the rotary frequencies of its own length, not those of the longest row.
+        """
+        backbone = self.model.base_model if self.kind == "decoder" else self.model
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        if token_type_ids is not None:
+            inputs["token_type_ids"] = token_type_ids
+        with row_lengths(self.rotary_context, attention_mask):
+            states: Tensor = backbone(**inputs).last_hidden_state
+        return states
+
+    def share_weights(self) -> FrozenBase:
+        """Make a second model object over the same weights, so that each can be wrapped and configured on its own."""
+        memo = {id(tensor): tensor for tensor in shared_tensors(self.model)}
+        return FrozenBase(self.name, copy.deepcopy(self.model, memo), self.tokenizer, self.info, self.kind)
+
+
+def pool_states(states: Tensor, attention_mask: Tensor, pooling: Pooling) -> Tensor:
+    """Reduce (rows, length, hidden) to (rows, hidden); see `FrozenBase.pooled_states`."""
+    if pooling == "cls":
+        return states[:, 0]
+    if pooling == "mean":
+        mask = attention_mask.unsqueeze(-1).to(states.dtype)
+        return (states * mask).sum(1) / mask.sum(1)
+    last = attention_mask.sum(1) - 1
+    return states[torch.arange(len(states), device=states.device), last]

@@ -1,0 +1,132 @@
+"""Turns what a request sends (text, sentence pairs, tokens) into model inputs."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sera_serve.errors import InvalidRequest
+
+# Tokenizing a longer text takes milliseconds, in which an event loop would do nothing else.
+_LONG_CHARACTERS = 4000
+
+
+@dataclass(frozen=True)
+class ModelInputs:
+    """One row of a classification batch, before padding.
+
+    Attributes:
+        input_ids: Its tokens.
+        token_type_ids: The segment of each token. None means segment 0 throughout, the model's own default.
+    """
+
+    input_ids: list[int]
+    token_type_ids: list[int] | None = None
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+class Preprocessor:
+    """Tokenizes inputs for one base and checks them. Every method is thread-safe.
+
+    Truncation is a state of the tokenizer, and one thread must not change this state while another thread tokenizes.
+    So `rows`, which truncates, has a copy of the tokenizer and a lock; `prompt` never truncates.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, kind: Literal["decoder", "encoder"]
+    ) -> None:
+        """Prepare for the model and tokenizer of a base; nothing else may truncate with `tokenizer`."""
+        self._tokenizer = tokenizer
+        self._truncating = copy.deepcopy(tokenizer)
+        self._lock = threading.Lock()
+        self._vocab_size = int(model.config.get_text_config().vocab_size)
+        self._end_tokens = _end_tokens(model, tokenizer)
+        # A decoder that accepts token types, such as GPT-2, gives them another meaning.
+        self._has_token_types = (
+            kind == "encoder"
+            and "token_type_ids" in tokenizer.model_input_names
+            and "token_type_ids" in inspect.signature(model.forward).parameters
+        )
+
+    def prompt(self, text: str | None, token_ids: list[int] | None) -> list[int]:
+        """Return the tokens of a prompt; the caller compares their number with the context length.
+
+        Args:
+            text: Text to tokenize, or None.
+            token_ids: Tokens to take as they are, or None. Exactly one of the two arguments is set.
+
+        Raises:
+            InvalidRequest: There are no tokens, a token is outside the vocabulary, or not exactly one argument is set.
+        """
+        if text is not None and token_ids is not None:
+            raise InvalidRequest("prompt and token_ids are both set; send one of them", param="token_ids")
+        if token_ids is not None:
+            tokens, field = list(token_ids), "token_ids"
+            if any(not 0 <= token < self._vocab_size for token in tokens):
+                raise InvalidRequest(f"token_ids must lie in 0 to {self._vocab_size - 1}", param="token_ids")
+        elif text is not None:
+            tokens, field = list(self._tokenizer(text)["input_ids"]), "prompt"
+        else:
+            raise InvalidRequest("prompt is missing; send prompt or token_ids", param="prompt")
+        if not tokens:
+            raise InvalidRequest(f"{field} has no tokens; send at least one", param=field)
+        return tokens
+
+    def rows(self, inputs: Sequence[str | tuple[str, str]], max_length: int) -> list[ModelInputs]:
+        """Return one row for each input, truncated to `max_length` tokens as in training.
+
+        Args:
+            inputs: Texts, and sentence pairs. A pair goes to the tokenizer as a pair.
+            max_length: The most tokens of a row, special tokens included.
+
+        Raises:
+            InvalidRequest: An input has no tokens.
+        """
+        texts = [(index, value) for index, value in enumerate(inputs) if isinstance(value, str)]
+        pairs = [(index, value) for index, value in enumerate(inputs) if not isinstance(value, str)]
+        rows: dict[int, ModelInputs] = {}
+        if texts:
+            encoded = self._encode([text for _, text in texts], None, max_length)
+            rows.update(zip((index for index, _ in texts), encoded, strict=True))
+        if pairs:
+            encoded = self._encode([pair[0] for _, pair in pairs], [pair[1] for _, pair in pairs], max_length)
+            rows.update(zip((index for index, _ in pairs), encoded, strict=True))
+        for index, row in rows.items():
+            if not row.input_ids:
+                raise InvalidRequest(f"input {index} has no tokens; send some text", param=f"inputs[{index}]")
+        return [rows[index] for index in range(len(inputs))]
+
+    def end_tokens(self) -> frozenset[int]:
+        """Return the tokens that end a text: the generation config's, or else the tokenizer's. There may be none."""
+        return self._end_tokens
+
+    def is_long(self, text: str | None, token_ids: list[int] | None) -> bool:
+        """Tell whether `prompt` takes so long that an event loop should call it on a worker thread."""
+        return max(len(text or ""), len(token_ids or ())) > _LONG_CHARACTERS
+
+    def _encode(self, texts: list[str], seconds: list[str] | None, max_length: int) -> list[ModelInputs]:
+        with self._lock:
+            encoded: Any = self._truncating(
+                texts, seconds, truncation=True, max_length=max_length, return_token_type_ids=self._has_token_types
+            )
+        types = encoded["token_type_ids"] if self._has_token_types else [None] * len(texts)
+        return [
+            ModelInputs(ids, row_types if row_types and any(row_types) else None)
+            for ids, row_types in zip(encoded["input_ids"], types, strict=True)
+        ]
+
+
+def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    # An encoder has no generation config.
+    end = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    if end is None:
+        end = tokenizer.eos_token_id
+    return frozenset() if end is None else frozenset([end] if isinstance(end, int) else end)
