@@ -104,6 +104,10 @@ class ResolvedAdapter:
     adapter: str
     version: int
     digest: str
+    task: str = ""
+    labels: tuple[str, ...] | None = None
+    base: object = None
+    max_length: int | None = None
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,8 @@ class AdapterStore:
         """
         parsed = parse_ref(ref)
         record = self._shelf(parsed.adapter).find(parsed)
-        return ResolvedAdapter(parsed.adapter, record.version, record.digest)
+        c = self.config(record.digest)
+        return ResolvedAdapter(parsed.adapter, record.version, record.digest, c.task, None, c.base, c.max_length)
 
     def load(self, digest: str) -> AdapterBundle:
         """Read the bundle of a digest; every check of an upload is made again, and the digest taken anew.

@@ -1,9 +1,18 @@
 """Continuous batching for generation and batched forwards for classification, over one pool of adapters."""
 
-from sera_serve.engine.classification import ClassifyResult, LabelScores
-from sera_serve.engine.generation import GenerateParams, GenerationResult, GenerationStream, Priority, TokenDelta
-from sera_serve.engine.principal import BASE_PRINCIPAL, BASE_TENANT, Principal
-from sera_serve.engine.serving import ServingEngine
+from sera_serve.engine.engine import ServingEngine
+from sera_serve.engine.request import (
+    BASE_PRINCIPAL,
+    BASE_TENANT,
+    GenerateParams,
+    LabelScores,
+    Principal,
+    Priority,
+    TokenLogprobs,
+)
+from sera_serve.engine.stream import GenerationResult, GenerationStream, TokenDelta
+from sera_serve.engine.tasks import RunnerLoad
+from sera_serve.engine.tasks.classify import ClassifyResult
 from sera_serve.residency import LOAD_BUCKETS, LoadTimes, ResidencyStats
 
 __all__ = [
@@ -19,6 +28,8 @@ __all__ = [
     "Principal",
     "Priority",
     "ResidencyStats",
+    "RunnerLoad",
     "ServingEngine",
     "TokenDelta",
+    "TokenLogprobs",
 ]

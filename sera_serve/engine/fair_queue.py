@@ -83,7 +83,7 @@ class FairQueue(Generic[R]):
         return waiting[-1] if waiting else None
 
     def priority_key(self, request: R) -> tuple[float, tuple[int, int]]:
-        """Sorts requests by their claim, waiting or running: the lowest key goes first, the highest is preempted first."""
+        """Sorts requests, waiting or running, by their claim. The lowest key goes first; the highest is preempted."""
         return self._counters.get(request.tenant, self._floor()), request.rank
 
     def park(self, request: R) -> None:

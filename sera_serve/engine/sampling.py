@@ -12,12 +12,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+
 def sampling_keys(seeds: NDArray[np.uint64], positions: NDArray[np.uint64]) -> NDArray[np.int32]:
     """A 31-bit key for the noise of each request at its position (splitmix64's finalizer); products wrap."""
-    z = seeds * np.uint64(0x9E3779B97F4A7C15) + positions * np.uint64(0xD1B54A32D192ED03) + np.uint64(0x632BE59BD9B4E019)
+    z = seeds * np.uint64(0x9E3779B97F4A7C15) + positions * np.uint64(0xD1B54A32D192ED03)
+    z = z + np.uint64(0x632BE59BD9B4E019)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return ((z ^ (z >> np.uint64(31))) & np.uint64(0x7FFFFFFF)).astype(np.int32)
+    keys: NDArray[np.int32] = ((z ^ (z >> np.uint64(31))) & np.uint64(0x7FFFFFFF)).astype(np.int32)
+    return keys
 
 
 def gumbel_noise(keys: Tensor, vocabulary: int) -> Tensor:

@@ -23,7 +23,6 @@ from sera_serve.engine.request import FinishReason, Request, RequestState
 from sera_serve.errors import EngineUnavailable, SeraServeError
 from sera_serve.residency import AdapterResidency, Lease
 
-
 R = TypeVar("R", bound=Request)
 
 

@@ -29,7 +29,7 @@ class GatedStore(AdapterStore):
 
 
 async def collect(engine: ServingEngine, **params: Any) -> GenerationResult:
-    return await (await engine.generate(GenerateParams(**params))).collect()
+    return await (await generate(engine, GenerateParams(**params))).collect()
 
 
 async def until(condition: Callable[[], bool]) -> None:

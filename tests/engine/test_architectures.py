@@ -80,7 +80,7 @@ def test_engine_gives_what_generate_gives(
     engine = start_engine(base, store, max_batch_tokens=24)
 
     async def one(adapter: str | None, prompt: str) -> GenerationResult:
-        stream = await engine.generate(GenerateParams(adapter=adapter, prompt=prompt, max_new_tokens=16))
+        stream = await generate(engine, GenerateParams(adapter=adapter, prompt=prompt, max_new_tokens=16))
         return await stream.collect()
 
     async def all_at_once() -> list[GenerationResult]:

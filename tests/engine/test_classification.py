@@ -59,7 +59,7 @@ def test_mixed_rows_are_each_alone_and_merged(
     engine = start_engine(base, store, max_resident=max_resident)
 
     async def together() -> list[ClassifyResult]:
-        return await asyncio.gather(*(engine.classify(name, TEXTS) for name in [*bundles, *bundles]))
+        return await asyncio.gather(*(classify(engine, name, TEXTS) for name in [*bundles, *bundles]))
 
     for name, result in zip([*bundles, *bundles], asyncio.run(together()), strict=True):
         assert (result.adapter, result.version) == (name, 1)
@@ -78,9 +78,9 @@ def test_generate_and_classify_share_a_decoder(decoder: FrozenBase, store: Adapt
 
     async def main() -> None:
         params = GenerateParams(adapter="acme/g", prompt="hello", max_new_tokens=32)
-        alone = await (await engine.generate(params)).collect()
-        stream = await engine.generate(params)
-        results = await asyncio.gather(stream.collect(), *(engine.classify(name, TEXTS) for name in bundles))
+        alone = await (await generate(engine, params)).collect()
+        stream = await generate(engine, params)
+        results = await asyncio.gather(stream.collect(), *(classify(engine, name, TEXTS) for name in bundles))
         assert results[0].token_ids == alone.token_ids  # type: ignore[union-attr]
 
     asyncio.run(main())
@@ -91,9 +91,9 @@ def test_refusals(decoder: FrozenBase, store: AdapterStore, start_engine: Start)
     store.publish(random_adapter(decoder, shapes(decoder)[0], seed=9), "acme/g")
     engine = start_engine(decoder, store)
     with pytest.raises(UnsupportedTask, match="/v1/generate"):
-        asyncio.run(engine.classify("acme/g", ["x"]))
+        asyncio.run(classify(engine, "acme/g", ["x"]))
     with pytest.raises(InvalidRequest, match="input 1 has no tokens") as refusal:
-        asyncio.run(engine.classify("acme/c0", ["x", ""]))
+        asyncio.run(classify(engine, "acme/c0", ["x", ""]))
     assert refusal.value.param == "inputs[1]"
 
 
@@ -109,8 +109,8 @@ def test_a_failing_batch_fails_its_rows_only(
     with monkeypatch.context() as patch:
         patch.setattr(engine._classify, "_classify", broken)
         with pytest.raises(EngineUnavailable, match="no memory"):
-            asyncio.run(engine.classify("acme/c0", TEXTS))
-    assert len(asyncio.run(engine.classify("acme/c0", TEXTS)).results) == len(TEXTS)
+            asyncio.run(classify(engine, "acme/c0", TEXTS))
+    assert len(asyncio.run(classify(engine, "acme/c0", TEXTS)).results) == len(TEXTS)
 
 
 def test_cancelled_request_keeps_its_adapter_until_its_rows_are_done(
@@ -129,7 +129,7 @@ def test_cancelled_request_keeps_its_adapter_until_its_rows_are_done(
     monkeypatch.setattr(engine._classify, "_classify", slow)
 
     async def main() -> None:
-        request = asyncio.create_task(engine.classify("acme/c0", TEXTS))
+        request = asyncio.create_task(classify(engine, "acme/c0", TEXTS))
         await asyncio.to_thread(running.wait, 10)
         request.cancel()
         with pytest.raises(asyncio.CancelledError):

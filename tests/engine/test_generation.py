@@ -23,7 +23,7 @@ Start = Callable[..., ServingEngine]
 
 
 async def collect(engine: ServingEngine, **params: Any) -> GenerationResult:
-    return await (await engine.generate(GenerateParams(**params))).collect()
+    return await (await generate(engine, GenerateParams(**params))).collect()
 
 
 def run(coroutine: Coroutine[Any, Any, Any]) -> Any:
@@ -43,7 +43,7 @@ def test_result_and_deltas_agree(decoder: FrozenBase, store: AdapterStore, start
     engine = start_engine(decoder, store)
 
     async def main() -> None:
-        stream = await engine.generate(GenerateParams(adapter="acme/a", prompt="hello", max_new_tokens=12))
+        stream = await generate(engine, GenerateParams(adapter="acme/a", prompt="hello", max_new_tokens=12))
         deltas = [delta async for delta in stream]
         assert stream.result is not None
         assert [t for delta in deltas for t in delta.token_ids] == stream.result.token_ids
@@ -130,7 +130,7 @@ def test_closing_gives_everything_back(
 
     async def main() -> None:
         params = GenerateParams(adapter="acme/a", prompt="hello", max_new_tokens=200)
-        stream = await engine.generate(params)
+        stream = await generate(engine, params)
         if when == "after one":
             await anext(stream)
         if when == "waiting for room":
@@ -154,7 +154,7 @@ def test_abandoned_event_loop_does_not_hurt_the_engine(
     engine = start_engine(decoder, store)
 
     async def leave() -> None:
-        await engine.generate(GenerateParams(adapter="acme/a", prompt="hello", max_new_tokens=200))
+        await generate(engine, GenerateParams(adapter="acme/a", prompt="hello", max_new_tokens=200))
 
     run(leave())
     gc.collect()
@@ -217,7 +217,7 @@ def test_a_dead_engine_says_so(decoder: FrozenBase, store: AdapterStore, start_e
     engine = start_engine(base, store)
 
     async def main() -> None:
-        stream = await engine.generate(GenerateParams(prompt="x", max_new_tokens=250))
+        stream = await generate(engine, GenerateParams(prompt="x", max_new_tokens=250))
         await anext(stream)
         assert engine._generating is not None
         engine._generating.batch._model.lm_head.forward = None  # the next forward pass raises

@@ -27,7 +27,7 @@ def test_cancelling_at_each_stage_gives_everything_back(
     async def main() -> None:
         holder: GenerationStream | None = None
         if stage == "waiting":
-            holder = await engine.generate(GenerateParams(prompt="x", max_new_tokens=250))
+            holder = await generate(engine, GenerateParams(prompt="x", max_new_tokens=250))
         if stage == "loading":
             gated.gate = threading.Event()
         task = asyncio.ensure_future(collect(engine, adapter="a/writer", prompt="x", max_new_tokens=240))
@@ -74,14 +74,14 @@ def test_a_wait_has_an_end(
     async def main() -> None:
         with standstill():
             if stage == "waiting":
-                await engine.generate(GenerateParams(prompt="x", max_new_tokens=1))
+                await generate(engine, GenerateParams(prompt="x", max_new_tokens=1))
             else:
                 gated.gate = threading.Event()
             with pytest.raises(error):
                 await collect(engine, adapter="a/writer", prompt="x", **params)
             if stage == "loading":
                 with pytest.raises(error):
-                    await engine.classify("a/labels", ["x"] * 300, timeout_s=params.get("timeout_s"))
+                    await classify(engine, "a/labels", ["x"] * 300, timeout_s=params.get("timeout_s"))
             assert engine.waiting() == 0
         if gated.gate is not None:
             gated.gate.set()
@@ -147,7 +147,7 @@ def test_cancelling_a_classification_takes_its_waiting_parts_back(
 
     async def main() -> None:
         with standstill():
-            task = asyncio.ensure_future(engine.classify("a/labels", ["some text"] * 400))
+            task = asyncio.ensure_future(classify(engine, "a/labels", ["some text"] * 400))
             await until(lambda: engine.waiting() == 96)
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
@@ -163,7 +163,7 @@ def test_a_classification_ends_at_its_deadline(gated: GatedStore, decoder: Froze
 
     async def main() -> None:
         with standstill(), pytest.raises(DeadlineExceeded):
-            await engine.classify("a/labels", ["some text"] * 400, timeout_s=0.2)
+            await classify(engine, "a/labels", ["some text"] * 400, timeout_s=0.2)
         await settled(engine)
 
     asyncio.run(main())

@@ -23,7 +23,7 @@ def test_an_engine_whose_books_do_not_balance_serves_no_more(
     params = GenerateParams(adapter="acme/a", prompt="Once", max_new_tokens=2)
 
     async def generate() -> None:
-        await (await engine.generate(params)).collect()
+        await (await generate(engine, params)).collect()
 
     asyncio.run(generate())
     engine.ready()

@@ -45,7 +45,7 @@ NEW_TOKENS = 16
 
 
 async def generate(engine: ServingEngine, adapter: str | None, prompt: str) -> GenerationResult:
-    stream = await engine.generate(GenerateParams(adapter=adapter, prompt=prompt, max_new_tokens=NEW_TOKENS))
+    stream = await generate(engine, GenerateParams(adapter=adapter, prompt=prompt, max_new_tokens=NEW_TOKENS))
     return await stream.collect()
 
 

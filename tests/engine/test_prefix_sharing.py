@@ -65,7 +65,7 @@ def test_only_prompts_of_one_tenant_and_adapter_share(
         async def all_of_them() -> list[GenerationResult]:
             results = []
             for adapter, prompt in requests:
-                stream = await engine.generate(GenerateParams(adapter=adapter, prompt=prompt, max_new_tokens=8))
+                stream = await generate(engine, GenerateParams(adapter=adapter, prompt=prompt, max_new_tokens=8))
                 results.append(await stream.collect())
             return results
 

@@ -22,7 +22,7 @@ def test_limits_of_a_tenant_and_of_all(gated: GatedStore, decoder: FrozenBase, s
         with standstill():
             flood = [asyncio.ensure_future(collect(engine, adapter="a/writer", prompt="x")) for _ in range(3)]
             await until(lambda: engine.running() + engine.waiting() == 3)
-            for refused in (collect(engine, adapter="a/writer", prompt="x"), engine.classify("a/labels", ["x"])):
+            for refused in (collect(engine, adapter="a/writer", prompt="x"), classify(engine, "a/labels", ["x"])):
                 with pytest.raises(TenantOverloaded) as refusal:
                     await refused
                 assert refusal.value.retry_after >= 1
@@ -85,7 +85,7 @@ def test_priority_orders_one_tenants_requests(gated: GatedStore, decoder: Frozen
         order.append(priority)
 
     async def main() -> None:
-        running = await engine.generate(GenerateParams(prompt="x", max_new_tokens=250))
+        running = await generate(engine, GenerateParams(prompt="x", max_new_tokens=250))
         tasks = [asyncio.ensure_future(ask(priority)) for priority in ("low", "normal", "high", "low", "high")]
         await until(lambda: engine.waiting() == 5)
         await running.aclose()
@@ -102,7 +102,7 @@ def test_a_large_classification_lets_others_in_between(
     order: list[str] = []
 
     async def ask(adapter: str, inputs: list[str]) -> ClassifyResult:
-        result = await engine.classify(adapter, inputs)
+        result = await classify(engine, adapter, inputs)
         order.append(adapter)
         return result
 
@@ -129,11 +129,11 @@ def test_rows_of_all_lengths_and_tenants_get_their_own_scores(
     inputs = ["x" * (1 + 37 * i % 90) + str(i) for i in range(40)]
 
     async def main() -> None:
-        results = await asyncio.gather(*(engine.classify(f"{tenant}/labels", inputs) for tenant in ("a", "b")))
+        results = await asyncio.gather(*(classify(engine, f"{tenant}/labels", inputs) for tenant in ("a", "b")))
         for tenant, result in zip(("a", "b"), results, strict=True):
             assert len(result.results) == 40
             for i in (0, 7, 39):
-                alone = await engine.classify(f"{tenant}/labels", [inputs[i]])
+                alone = await classify(engine, f"{tenant}/labels", [inputs[i]])
                 assert result.results[i].probabilities == pytest.approx(alone.results[0].probabilities, abs=1e-4)
         await settled(engine)
 
@@ -152,7 +152,7 @@ def test_many_prompts_are_tokenized_at_once_by_long_and_short_ways(
         answers = await asyncio.gather(
             *(collect(engine, prompt=long, max_new_tokens=1) for _ in range(3)),
             *(collect(engine, prompt="short", max_new_tokens=1) for _ in range(10)),
-            *(engine.classify("a/labels", ["text " * 100] * 50) for _ in range(3)),
+            *(classify(engine, "a/labels", ["text " * 100] * 50) for _ in range(3)),
         )
         assert [a.prompt_tokens for a in answers if isinstance(a, GenerationResult)] == [5000] * 3 + [5] * 10
 

@@ -17,9 +17,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from sera_serve.engine.loop.pages import PAGE_SIZE
 
 try:
-    from sera_serve.engine.loop.cpu_decode import paged_decode
+    from sera_serve.engine.loop import cpu_decode
 except ImportError:  # numba is optional: it has no build for the newest Python for a while after each release
-    paged_decode = None  # type: ignore[assignment]
+    cpu_decode = None  # type: ignore[assignment]
 
 # Decodes are padded to one length while padding stays below a third of the keys, or this many keys.
 _PADDING_OF_NO_ACCOUNT = 256
@@ -52,9 +52,10 @@ class KeyValuePool:
             used[shape] += 1
         self.keys, self.values = tensors[0::2], tensors[1::2]
         self._flat = [(k.flatten(0, 1), v.flatten(0, 1)) for k, v in zip(self.keys, self.values, strict=True)]
-        # Views for compiled loops, which read a pool in place.
+        # Views for the compiled loop, which reads a pool in place; None where there is no such loop.
         self.arrays: list[tuple[NDArray[Any], NDArray[Any]]] | None = None
-        if device.type == "cpu" and dtype == torch.float32:
+        if cpu_decode is not None and device.type == "cpu" and dtype == torch.float32:
+            cpu_decode.warm_up()
             self.arrays = [(k.numpy(), v.numpy()) for k, v in zip(self.keys, self.values, strict=True)]
 
     @property
@@ -219,7 +220,7 @@ def attend(
         if part.compiled and is_plain and step.pool.arrays is not None and part.table is not None:
             keys, values = step.pool.arrays[layer]
             rows = query[token:end].contiguous()
-            outputs.append(paged_decode(rows, keys, values, part.table, part.lengths, window or 0, scale))
+            outputs.append(cpu_decode.paged_decode(rows, keys, values, part.table, part.lengths, window or 0, scale))
         else:
             own = (key[token:end], value[token:end])
             outputs.append(_attend_part(step, layer, part, query[token:end], own, scale, window, softcap, sinks))

@@ -19,10 +19,16 @@ from sera_serve.engine.loop.attention import LayerShape, StepContext, attend
 from sera_serve.errors import InvalidConfiguration
 
 _NAME = "sera_paged"
-# Arguments that models hand to attention functions and that change nothing here: there is no dropout in evaluation, and
+# Arguments that models hand to attention functions and that change nothing here: evaluation has no dropout, and
 # positions are in the queries and keys already.
-_WITHOUT_EFFECT = {"dropout", "position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states"}
-_WITHOUT_EFFECT |= {"position_embeddings", "past_key_values", "logits_to_keep", "return_dict", "is_causal"}
+_WITHOUT_EFFECT = {"dropout", "position_ids", "cache_position", "use_cache", "is_causal", "logits_to_keep"}
+_WITHOUT_EFFECT |= {
+    "position_embeddings",
+    "past_key_values",
+    "return_dict",
+    "output_attentions",
+    "output_hidden_states",
+}
 
 
 class _CurrentStep(threading.local):
@@ -144,8 +150,8 @@ def _paged_attention(
         unknown.add("is_causal=False")
     if unknown:
         raise InvalidConfiguration(
-            f"attention of {type(module).__name__} takes {', '.join(sorted(unknown))}, which generation does not serve; "
-            "choose another base",
+            f"attention of {type(module).__name__} takes {', '.join(sorted(unknown))}, which generation does not "
+            "serve; choose another base",
             param="base",
         )
     out = attend(

@@ -67,7 +67,7 @@ class PagePool:
             self._key_of[page] = key
 
     def release(self, pages: list[int]) -> None:
-        """One user less for each page; the last pages of a request become free, or are taken again, before its first."""
+        """One user less for each page. Of a request's pages the last become idle first, and are taken again first."""
         for page in reversed(pages):
             self._users[page] -= 1
             if not self._users[page]:
@@ -102,5 +102,5 @@ def root_key(prefix_key: str, side: int, secret: bytes) -> bytes:
 
 
 def chain_key(parent: bytes, tokens: list[int], secret: bytes) -> bytes:
-    """Key of a full page, from the key of the page before: 128 bits, keyed, so that nobody can search for collisions."""
+    """Key of a full page, from the key of the page before: 128 bits, keyed, so that nobody can find collisions."""
     return hashlib.blake2b(parent + np.array(tokens, np.int32).tobytes(), digest_size=16, key=secret).digest()

@@ -67,7 +67,7 @@ class StepPlanner:
         *,
         max_batch_tokens: int,
         max_sequences: int,
-        rotary_side: Callable[[int], int] = lambda length: 0,
+        rotary_side: Callable[[int], int] | None = None,
     ) -> None:
         """Plan for an empty batch.
 
@@ -76,7 +76,7 @@ class StepPlanner:
             candidates: The waiting requests.
             max_batch_tokens: The most tokens of one step; longer prompts are prefilled in chunks.
             max_sequences: The most requests of one step.
-            rotary_side: On which side of the base's rotary threshold a sequence of so many tokens is.
+            rotary_side: The side of the base's rotary threshold for a number of tokens; None: it has no threshold.
         """
         self.pages = pages
         self.running: list[GenerationRequest] = []
@@ -91,20 +91,21 @@ class StepPlanner:
     def plan(self) -> StepPlan | None:
         """The next step, or None if there is nothing to run."""
         plan = StepPlan()
-        for request in [r for r in self.running if self._rotary_side(len(r.tokens)) != r.rotary_side]:
-            # Its keys were computed with the other frequencies.
-            self._preempt(request)
+        if self._rotary_side is not None:
+            for request in [r for r in self.running if self._rotary_side(len(r.tokens)) != r.rotary_side]:
+                # Its keys were computed with the other frequencies.
+                self._preempt(request)
         short_of_pages = self._plan_decodes(plan)
         budget = self._budget - len(plan.decodes)
         for request in self.running:
             if budget and not request.is_decoding:
                 budget -= self._plan_chunk(plan, request, budget)
         while budget and self._rows and not short_of_pages:
-            request = self._candidates.first()
-            if request is None or not self._admit(plan, request):
+            newcomer = self._candidates.first()
+            if newcomer is None or not self._admit(plan, newcomer):
                 break
-            if request.row >= 0:
-                budget -= self._plan_chunk(plan, request, budget)
+            if newcomer.row >= 0:
+                budget -= self._plan_chunk(plan, newcomer, budget)
         return plan if plan.decodes or plan.chunks else None
 
     def advance(self, request: GenerationRequest, tokens: int) -> None:
@@ -172,8 +173,7 @@ class StepPlanner:
 
     def _admit(self, plan: StepPlan, request: GenerationRequest) -> bool:
         """Start the first waiting request if there are pages for it; False if the batch has to wait for pages."""
-        side = self._rotary_side(len(request.tokens))
-        if side != request.rotary_side:
+        if self._rotary_side is not None and (side := self._rotary_side(len(request.tokens))) != request.rotary_side:
             request.rotary_side, request.page_keys = side, []
         found = self._find(request)
         needed = -(-len(request.tokens) // PAGE_SIZE) - len(found)

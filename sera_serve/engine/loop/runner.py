@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sera_kernels import NO_ADAPTER, AdapterBatch
-from sera_serve.engine.loop import attention
+from sera_serve.base import RotaryContext
 from sera_serve.engine.loop.attention import KeyValuePool, Part, StepContext, decode_parts
 from sera_serve.engine.loop.hugging_face import PagedModel
 from sera_serve.engine.loop.pages import PAGE_SIZE
@@ -83,7 +84,7 @@ class StepRunner:
         pool: KeyValuePool,
         rows: int,
         max_pages: int,
-        set_long_tokens: Callable[[Tensor | None], None] | None = None,
+        rotary: RotaryContext | None = None,
     ) -> None:
         """Set up.
 
@@ -93,14 +94,14 @@ class StepRunner:
             pool: Keys and values.
             rows: The most requests that run.
             max_pages: The most pages of a request.
-            set_long_tokens: Tells a base with a rotary threshold which tokens, bool (tokens,), are beyond it.
+            rotary: Where a base with a rotary threshold reads which tokens of a step are beyond it.
         """
         self.tables = RowTables(rows, max_pages)
         self.static_step: StaticStep | None = None
         """Runs a step of decodes alone where it is set: on static buffers, as a graph would."""
         self._model, self._context, self._pool = model, context, pool
-        self._set_long_tokens = set_long_tokens
-        self._compiled = attention.paged_decode is not None and pool.arrays is not None
+        self._rotary = rotary
+        self._compiled = pool.arrays is not None
 
     def run(self, plan: StepPlan) -> StepOutcome:
         """Run a step; nothing of the requests is changed but their log-probabilities."""
@@ -113,7 +114,9 @@ class StepRunner:
         rows = rows[order]
         at = tables.computed[rows]
         pages = tables.pages[rows]
-        ids, positions, slots = [tables.next_token[rows]], [at], [tables.slot[rows]]
+        ids: list[NDArray[Any]] = [tables.next_token[rows]]
+        positions: list[NDArray[Any]] = [at]
+        slots: list[NDArray[Any]] = [tables.slot[rows]]
         places = [np.take_along_axis(pages, (at // PAGE_SIZE)[:, None], 1)[:, 0] * PAGE_SIZE + at % PAGE_SIZE]
         parts = decode_parts(at + 1, pages, self._compiled)
         sampled = [plan.decodes[i] for i in order.tolist()]
@@ -139,10 +142,10 @@ class StepRunner:
                 sampled.append(request)
                 keep.append(total + count - 1)
             total += count
-        if self._set_long_tokens is not None:
-            self._set_long_tokens(self._long_tokens(rows, chunks))
+        if self._rotary is not None:
+            self._rotary.long_tokens = self._long_tokens(rows, chunks)
         logits = self._forward(
-            [np.concatenate(arrays) for arrays in (ids, positions, slots, places)],
+            [np.concatenate(ids), np.concatenate(positions), np.concatenate(slots), np.concatenate(places)],
             parts,
             keep if plan.chunks else None,
         )
@@ -166,7 +169,7 @@ class StepRunner:
         if partial:
             self._pool.clear(partial)
 
-    def _forward(self, packed: list[NDArray[np.generic]], parts: list[Part], keep: list[int] | None) -> Tensor:
+    def _forward(self, packed: list[NDArray[Any]], parts: list[Part], keep: list[int] | None) -> Tensor:
         device = self._model.device
         bare = bool((packed[2] == NO_ADAPTER).all())
         ids, positions, slots, places = (torch.from_numpy(array).to(device) for array in packed)
@@ -184,10 +187,12 @@ class StepRunner:
             device = logits.device
             lengths = np.array([len(request.tokens) for request in requests], np.uint64)
             keys = sampling_keys(tables.seed[rows], lengths)
-            arguments = (tables.temperature[rows], tables.top_k[rows], tables.top_p[rows], keys)
             scores = perturbed_scores(
                 logits,
-                *(torch.from_numpy(argument).to(device) for argument in arguments),
+                torch.from_numpy(tables.temperature[rows]).to(device),
+                torch.from_numpy(tables.top_k[rows]).to(device),
+                torch.from_numpy(tables.top_p[rows]).to(device),
+                torch.from_numpy(keys).to(device),
                 truncate=bool(tables.truncates[rows].any()),
             )
         tokens: list[int] = scores.argmax(-1).tolist()
@@ -196,11 +201,11 @@ class StepRunner:
                 request.token_logprobs.append(_logprobs(logits[index], tokens[index], request.logprobs))
         return tokens
 
-    def _long_tokens(self, rows: NDArray[np.int64], chunks: list[tuple[GenerationRequest, int]]) -> Tensor | None:
-        """bool (tokens,), which tokens of the step belong to requests beyond the rotary threshold; None if none do."""
+    def _long_tokens(self, rows: NDArray[np.int64], chunks: list[tuple[GenerationRequest, int]]) -> Tensor:
+        """bool (tokens,), which tokens of the step belong to requests beyond the rotary threshold."""
         sides = [self.tables.is_long[rows], *(np.full(count, request.rotary_side > 0) for request, count in chunks)]
         long = np.concatenate(sides)
-        return torch.from_numpy(long).to(self._model.device) if long.any() else None
+        return torch.from_numpy(long).to(self._model.device)
 
 
 def _add_chunk(parts: list[Part], start: int, count: int, pages: NDArray[np.int64]) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from sera_kernels import NO_ADAPTER, AdapterBatch
 from sera_serve.base import FrozenBase, ModelInputs, pool_states
@@ -56,8 +55,8 @@ class _Row:
 class ClassificationRunner(TaskRunner[ClassificationRequest]):
     """Runs rows of all requests through the base together.
 
-    A pass takes rows of like length, whatever their adapters and label sets. A pass never waits for more rows: while the
-    device is busy rows gather, and the next pass takes the fullest bucket. A row that has waited `max_wait_s` goes
+    A pass takes rows of like length, whatever their adapters and label sets. A pass never waits for more rows: while
+    the device is busy rows gather, and the next pass takes the fullest bucket. A row that has waited `max_wait_s` goes
     first, with rows of its length. So a row is passed over for `max_wait_s` at most, and then by older rows alone.
 
     Beside generation on the same base, the operating system or the driver shares the device between the two threads.
@@ -174,12 +173,13 @@ class ClassificationRunner(TaskRunner[ClassificationRequest]):
         return taken
 
     def _classify(self, rows: list[_Row]) -> list[LabelScores]:
-        input_ids, mask, types = self._pad([row.inputs for row in rows])
+        batch = self._base.pad([row.inputs for row in rows])
+        mask = batch["attention_mask"]
         row_slots = [row.request.lease.slot if row.request.lease else NO_ADAPTER for row in rows]
-        slots = torch.tensor(row_slots, dtype=torch.int32, device=input_ids.device)
+        slots = torch.tensor(row_slots, dtype=torch.int32, device=mask.device)
         token_slots = torch.where(mask.bool(), slots.unsqueeze(1), NO_ADAPTER).flatten().to(torch.int32)
         with self._context.run(AdapterBatch(token_slots)):
-            states = self._base.hidden_states(input_ids, mask, types)
+            states = self._base.hidden_states(**batch)
         scores: dict[int, LabelScores] = {}
         by_slot: dict[int, list[int]] = {}
         for index, slot in enumerate(row_slots):
@@ -195,19 +195,6 @@ class ClassificationRunner(TaskRunner[ClassificationRequest]):
                 by_label = dict(zip(config.labels or [], row_probabilities, strict=True))
                 scores[index] = LabelScores(max(by_label, key=by_label.__getitem__), by_label)
         return [scores[index] for index in range(len(rows))]
-
-    def _pad(self, rows: list[ModelInputs]) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Token ids, attention mask and token types, int64 (rows, longest row), padded at the right."""
-        longest = max(map(len, rows))
-        padding = self._base.tokenizer.pad_token_id
-        device = self._base.device
-        ids = [row.input_ids + [padding] * (longest - len(row)) for row in rows]
-        mask = [[1] * len(row) + [0] * (longest - len(row)) for row in rows]
-        types = None
-        if any(row.token_type_ids is not None for row in rows):
-            padded = [(row.token_type_ids or [0] * len(row)) + [0] * (longest - len(row)) for row in rows]
-            types = torch.tensor(padded, device=device)
-        return torch.tensor(ids, device=device), torch.tensor(mask, device=device), types
 
 
 def _passes(rows: Sequence[ModelInputs], max_rows: int, max_tokens: int) -> Iterator[list[int]]:

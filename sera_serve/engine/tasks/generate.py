@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import time
 
-from transformers import PreTrainedModel
-
-from sera_serve.engine.loop import attention
+from sera_serve.base import FrozenBase
 from sera_serve.engine.loop.attention import KeyValuePool
 from sera_serve.engine.loop.hugging_face import PagedModel
 from sera_serve.engine.loop.pages import PAGE_SIZE, PagePool
@@ -26,7 +24,7 @@ class GenerationRunner(TaskRunner[GenerationRequest]):
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        base: FrozenBase,
         context: AdapterContext,
         scheduler: Scheduler[GenerationRequest],
         *,
@@ -38,7 +36,7 @@ class GenerationRunner(TaskRunner[GenerationRequest]):
         """Allocate the cache, without starting.
 
         Args:
-            model: A decoder with serving layers attached, for this object's use alone.
+            base: A decoder with serving layers attached, for this object's use alone.
             context: The serving layers' context.
             scheduler: This runner's own from now on.
             kv_cache_tokens: Size of the paged cache.
@@ -51,14 +49,16 @@ class GenerationRunner(TaskRunner[GenerationRequest]):
         """
         super().__init__(scheduler, cpu_threads)
         pages = max(1, -(-kv_cache_tokens // PAGE_SIZE))
-        paged = PagedModel(model)
+        paged = PagedModel(base.model)
         pool = KeyValuePool(paged.shapes, pages, paged.dtype, paged.device)
-        if attention.paged_decode is not None and pool.arrays is not None:
-            attention.warm_up()
         self.planner = StepPlanner(
-            PagePool(pages), scheduler, max_batch_tokens=max_batch_tokens, max_sequences=max_sequences
+            PagePool(pages),
+            scheduler,
+            max_batch_tokens=max_batch_tokens,
+            max_sequences=max_sequences,
+            rotary_side=base.rotary.side if base.rotary_context is not None else None,
         )
-        self.runner = StepRunner(paged, context, pool, self.planner.num_rows, pages)
+        self.runner = StepRunner(paged, context, pool, self.planner.num_rows, pages, base.rotary_context)
         self.steps = 0
 
     def load(self) -> RunnerLoad:

@@ -1,0 +1,370 @@
+"""The serving engine: takes requests that name adapters, and answers them from one frozen base model."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from adapters_store import AdapterBundle, AdapterStore, ResolvedAdapter, check_base
+from sera_kernels import warm_up
+from sera_serve.base import FrozenBase, ModelInputs
+from sera_serve.config import ServeSettings
+from sera_serve.engine.admission import AdmissionController
+from sera_serve.engine.request import (
+    PRIORITIES,
+    ClassificationRequest,
+    FinishReason,
+    GenerateParams,
+    GenerationRequest,
+    LabelScores,
+    Principal,
+    Priority,
+    Request,
+    RequestState,
+    Task,
+)
+from sera_serve.engine.scheduler import Scheduler
+from sera_serve.engine.stream import Detokenizer, EventReader, GenerationStream, Mailbox, deadline_exceeded
+from sera_serve.engine.tasks import ClassificationRunner, GenerationRunner, RunnerLoad, TaskRunner
+from sera_serve.engine.tasks.classify import ClassifyResult
+from sera_serve.errors import EngineUnavailable, PromptTooLong, UnsupportedTask
+from sera_serve.layers import AdapterContext, attach_serving, find_shared_inputs
+from sera_serve.residency import AdapterResidency, DevicePool, HostCache, ResidencyStats
+
+MEBIBYTE = 1 << 20
+_MAX_WAITING_LEASES = 32
+
+
+class ServingEngine:
+    """One base, one device pool, many adapters, and a runner for each task that the base serves.
+
+    Its coroutines may be awaited on any event loop, several at once.
+    """
+
+    def __init__(self, base: FrozenBase, store: AdapterStore, settings: ServeSettings) -> None:
+        """Allocate memory and attach the serving layers, on model objects of its own: `base` is not changed.
+
+        Raises:
+            InvalidConfiguration: The base's architecture cannot be served.
+        """
+        self.base = base
+        self.store = store
+        self.settings = settings
+        self._shapes = base.module_shapes()
+        self._pool = DevicePool(
+            settings.pool_mib * MEBIBYTE, len(self._shapes), settings.max_resident, base.dtype, base.device
+        )
+        index = {path: row for row, path in enumerate(self._shapes)}
+        self.residency = AdapterResidency(
+            self._load_bundle, self._pool, HostCache(settings.host_cache_mib * MEBIBYTE), index
+        )
+        self._admission = AdmissionController(settings.max_queue, settings.max_queue_per_tenant)
+        self._context_tokens = min(base.max_length, settings.kv_cache_tokens)
+        self._unsound: str | None = None
+        self._mailbox: Mailbox | None = None
+        warm_up(base.device, base.dtype)
+        self._groups = find_shared_inputs(base.model)
+        self._cpu_threads = settings.cpu_threads or torch.get_num_threads()
+        # After the first call, which turns truncation off for good, calls of several threads leave the tokenizer alone.
+        base.tokenizer("")
+        self._classification = self._make_classification()
+        self._generation = self._make_generation() if base.kind == "decoder" else None
+        self._runners: list[TaskRunner[GenerationRequest] | TaskRunner[ClassificationRequest]] = [self._classification]
+        if self._generation is not None:
+            self._runners.append(self._generation)
+
+    def start(self) -> None:
+        """Start the runners' threads."""
+        for runner in self._runners:
+            runner.start()
+
+    def stop(self) -> None:
+        """Stop at once: the requests in flight are told so."""
+        for runner in self._runners:
+            runner.stop()
+        self.residency.close()
+
+    def failure(self) -> str | None:
+        """Why the engine cannot serve, or None while it can."""
+        return self._unsound or next(filter(None, (runner.failure() for runner in self._runners)), None)
+
+    def health(self) -> None:
+        """Raise EngineUnavailable with the reason when the engine cannot serve."""
+        failure = self.failure()
+        if failure is not None:
+            raise EngineUnavailable(failure)
+
+    def ready(self) -> None:
+        """`health`, and when nothing is in flight a check of the invariants of the adapters' memory.
+
+        Where an invariant is broken, an answer might come from wrong weights: the engine serves no more.
+        """
+        self.health()
+        try:
+            self.residency.idle_check()
+        except RuntimeError as error:
+            self._unsound = f"the adapters' memory is not sound: {error}; restart the server"
+            self.health()
+
+    def mark_deleted(self, digest: str) -> None:
+        """Give back the memory of a bundle that was deleted, once no request uses it."""
+        self.residency.mark_deleted(digest)
+
+    async def pin(self, digest: str) -> None:
+        """Bring an adapter to the device and keep it there; raises CannotPin, or why it cannot be loaded."""
+        await asyncio.wrap_future(self.residency.pin(digest))
+
+    def unpin(self, digest: str) -> None:
+        """Let an adapter leave the device again. Idempotent."""
+        self.residency.unpin(digest)
+
+    def in_flight(self) -> int:
+        """How many calls were admitted and are not finished."""
+        return self._admission.in_flight()
+
+    def waiting(self) -> int:
+        """How many requests, and parts of classifications, wait for their turn."""
+        return sum(runner.load().waiting for runner in self._runners)
+
+    def running(self) -> int:
+        """How many requests, and parts of classifications, are in a batch."""
+        return sum(runner.load().running for runner in self._runners)
+
+    def loads(self) -> dict[Task, RunnerLoad]:
+        """What each runner has to do."""
+        return {runner.task: runner.load() for runner in self._runners}
+
+    def stats(self) -> ResidencyStats:
+        """Figures of the adapters' memory."""
+        return self.residency.stats()
+
+    async def generate(self, params: GenerateParams, principal: Principal) -> GenerationStream:
+        """Let a request wait for its turn and for its adapter, and return when it runs.
+
+        Every refusal is raised here, before the first delta.
+
+        Raises:
+            UnsupportedTask: An encoder base, or a classifier adapter.
+            PromptTooLong: Prompt and new tokens exceed the context.
+            InvalidRequest: An empty prompt, or a token id outside the vocabulary.
+            TenantOverloaded: The tenant has too many requests in flight.
+            Overloaded: All tenants together have, or the request was not started in time.
+            DeadlineExceeded: `params.timeout_s` was over before it was started.
+            EngineUnavailable: The engine is not running.
+            StoreError: The adapter does not exist, or does not fit the base.
+        """
+        self.health()
+        runner = self._generation
+        if runner is None:
+            raise UnsupportedTask("this base is an encoder; it serves classify, not generate", param="adapter")
+        deadline = _deadline_after(params.timeout_s)
+        request = GenerationRequest(
+            principal=principal,
+            id=f"gen-{secrets.token_hex(8)}",
+            priority=PRIORITIES.index(params.priority),
+            temperature=params.temperature,
+            top_k=params.top_k,
+            top_p=params.top_p,
+            seed=secrets.randbits(31) if params.seed is None else params.seed,
+            logprobs=params.logprobs,
+            prompt_logprobs=params.prompt_logprobs,
+            end_tokens=self.base.preprocessor.end_tokens(),
+        )
+        with self._admitted(request):
+            tokens = await self._prompt(params)
+            if params.adapter is not None:
+                request.adapter = await asyncio.to_thread(self._resolve, params.adapter, runner.task)
+                # Two tenants may have published one bundle: they share its weights, and not what was asked of it.
+                request.prefix_key = f"{principal.tenant}/{request.adapter.digest}"
+            request.tokens, request.prompt_tokens = tokens, len(tokens)
+            request.limit = len(tokens) + params.max_new_tokens
+            stream = GenerationStream(
+                request,
+                Detokenizer(self.base.tokenizer, tokens, params.stop),
+                self._mailbox_here(),
+                lambda: runner.cancel(request, FinishReason.CANCELLED),
+            )
+            runner.submit([request])
+            try:
+                await self._started(request, stream, deadline)
+            except BaseException:
+                runner.cancel(request, FinishReason.CANCELLED)
+                raise
+        if deadline is not None:
+            stream.end_at(deadline)
+        return stream
+
+    async def classify(
+        self,
+        adapter: str,
+        inputs: Sequence[str | tuple[str, str]],
+        principal: Principal,
+        priority: Priority = "normal",
+        timeout_s: float | None = None,
+    ) -> ClassifyResult:
+        """Classify each input, a text or a sentence pair, with the adapter's head.
+
+        Priority and timeout are those of `GenerateParams`.
+
+        Raises:
+            UnsupportedTask: The adapter has no head.
+            InvalidRequest: An input has no tokens.
+            TenantOverloaded, Overloaded, DeadlineExceeded, EngineUnavailable, StoreError: As in `generate`.
+        """
+        self.health()
+        runner = self._classification
+        deadline = _deadline_after(timeout_s)
+        reader = EventReader(self._mailbox_here())
+        call = ClassificationRequest(
+            principal=principal, id=f"cls-{secrets.token_hex(8)}", priority=PRIORITIES.index(priority), reader=reader
+        )
+        with self._admitted(call):
+            resolved, call.rows = await asyncio.to_thread(self._rows, adapter, inputs)
+            call.adapter = resolved
+            parts = runner.split(call)
+            runner.submit(parts)
+            try:
+                await self._started(parts[0], reader, deadline)
+                await _finished(parts, reader, deadline)
+            except BaseException:
+                for part in parts:
+                    runner.cancel(part, FinishReason.CANCELLED)
+                raise
+            self._admission.release(call, served=True)
+        scores: dict[int, LabelScores | None] = {}
+        for part in parts:
+            scores.update(zip(part.positions, part.scores, strict=True))
+        results = [score for _, score in sorted(scores.items()) if score is not None]
+        return ClassifyResult(resolved.adapter, resolved.version, results, parts[0].waited_s)
+
+    @contextmanager
+    def _admitted(self, request: Request) -> Iterator[None]:
+        """Count a call; an error inside the block counts it no more."""
+        self._admission.admit(request, self._shed)
+        try:
+            yield
+        except BaseException:
+            self._admission.release(request)
+            raise
+
+    def _shed(self, tenant: str) -> bool:
+        error = self._admission.refusal(tenant)
+        return any(runner.shed(tenant, error) for runner in self._runners)
+
+    async def _started(self, request: Request, reader: EventReader, deadline: float | None) -> None:
+        """Wait until a request runs; raises why it does not."""
+        allowed = self.settings.request_timeout_s
+        latest = asyncio.get_running_loop().time() + allowed
+        try:
+            async with asyncio.timeout_at(latest if deadline is None else min(latest, deadline)):
+                while request.state in (RequestState.WAITING, RequestState.LOADING) and request.started_at is None:
+                    await reader.wait()
+        except TimeoutError:
+            if deadline is not None and deadline <= latest:
+                raise deadline_exceeded() from None
+            raise self._admission.overloaded(f"the request was not started within {allowed:g} s") from None
+        if request.started_at is None and request.error is not None:
+            raise request.error
+
+    async def _prompt(self, params: GenerateParams) -> list[int]:
+        """The prompt's tokens; raises where they do not fit the vocabulary or the context."""
+        preprocessor, arguments = self.base.preprocessor, (params.prompt, params.token_ids)
+        if preprocessor.is_long(*arguments):
+            tokens = await asyncio.to_thread(preprocessor.prompt, *arguments)
+        else:
+            tokens = preprocessor.prompt(*arguments)
+        if len(tokens) + params.max_new_tokens > self._context_tokens:
+            raise PromptTooLong(
+                f"{len(tokens)} prompt tokens and max_new_tokens {params.max_new_tokens} exceed the context of "
+                f"{self._context_tokens}; shorten the prompt or ask for at most "
+                f"{max(0, self._context_tokens - len(tokens))}",
+                param="prompt" if params.token_ids is None else "token_ids",
+            )
+        return tokens
+
+    def _rows(self, adapter: str, inputs: Sequence[str | tuple[str, str]]) -> tuple[ResolvedAdapter, list[ModelInputs]]:
+        resolved = self._resolve(adapter, self._classification.task)
+        return resolved, self.base.preprocessor.rows(inputs, resolved.max_length or self.base.max_length)
+
+    def _resolve(self, adapter: str, task: Task) -> ResolvedAdapter:
+        """Find the version of an adapter, and refuse one for another task or base before anything is loaded."""
+        resolved = self.store.resolve(adapter)
+        if resolved.task != task:
+            raise UnsupportedTask(
+                f"adapter {adapter!r} is for {resolved.task}; send it to /v1/{resolved.task}", param="adapter"
+            )
+        return resolved
+
+    def _mailbox_here(self) -> Mailbox:
+        loop = asyncio.get_running_loop()
+        mailbox = self._mailbox
+        if mailbox is None or mailbox.loop is not loop:
+            mailbox = self._mailbox = Mailbox(loop)
+        return mailbox
+
+    def _make_classification(self) -> ClassificationRunner:
+        settings = self.settings
+        base, context = self._serving_copy()
+        return ClassificationRunner(
+            base,
+            context,
+            self._pool,
+            self._scheduler(),
+            max_rows=settings.classify_max_batch,
+            max_tokens=settings.max_batch_tokens,
+            max_wait_s=settings.classify_max_wait_ms / 1000,
+            cpu_threads=self._cpu_threads,
+        )
+
+    def _make_generation(self) -> GenerationRunner:
+        settings = self.settings
+        base, context = self._serving_copy()
+        return GenerationRunner(
+            base,
+            context,
+            self._scheduler(),
+            kv_cache_tokens=settings.kv_cache_tokens,
+            max_batch_tokens=settings.max_batch_tokens,
+            max_sequences=settings.max_sequences,
+            cpu_threads=self._cpu_threads,
+        )
+
+    def _serving_copy(self) -> tuple[FrozenBase, AdapterContext]:
+        """A model object over the base's weights with serving layers, for one runner: passes of two runners overlap."""
+        base = self.base.share_weights()
+        context = AdapterContext(self._pool.data, self._pool.tables)
+        attach_serving(base.model, context, self._groups)
+        return base, context
+
+    def _scheduler(self) -> Scheduler[Any]:
+        # Of the device's slots, requests that wait hold a quarter at most.
+        leases = min(_MAX_WAITING_LEASES, max(1, self.settings.max_resident // 4))
+        return Scheduler(self._admission, self.residency, leases, self.settings.tenant_weights)
+
+    def _load_bundle(self, digest: str) -> AdapterBundle:
+        bundle = self.store.load(digest)
+        check_base(bundle.config, self.base.info, self._shapes)
+        return bundle
+
+
+def _deadline_after(timeout_s: float | None) -> float | None:
+    """The time of the running event loop in so many seconds; None is never."""
+    return None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s
+
+
+async def _finished(parts: Sequence[Request], reader: EventReader, deadline: float | None) -> None:
+    """Wait until every part is served; raises the first error, or DeadlineExceeded."""
+    try:
+        async with asyncio.timeout_at(deadline):
+            for part in parts:
+                while not part.is_finished:
+                    await reader.wait()
+                if part.error is not None:
+                    raise part.error
+    except TimeoutError:
+        raise deadline_exceeded() from None
