@@ -6,6 +6,7 @@ import asyncio
 import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -187,7 +188,7 @@ class ServingEngine:
                 request,
                 Detokenizer(self.base.tokenizer, tokens, params.stop),
                 self._mailbox_here(),
-                lambda: runner.cancel(request, FinishReason.CANCELLED),
+                partial(runner.cancel, request),
             )
             runner.submit([request])
             try:

@@ -167,7 +167,11 @@ class GenerationStream(EventReader, AsyncIterator[TokenDelta]):
     """
 
     def __init__(
-        self, request: GenerationRequest, detokenizer: Detokenizer, mailbox: Mailbox, cancel: Callable[[], None]
+        self,
+        request: GenerationRequest,
+        detokenizer: Detokenizer,
+        mailbox: Mailbox,
+        cancel: Callable[[FinishReason], None],
     ) -> None:
         """Read a request.
 
@@ -175,7 +179,7 @@ class GenerationStream(EventReader, AsyncIterator[TokenDelta]):
             request: Not submitted yet.
             detokenizer: Has the prompt.
             mailbox: Of the running event loop.
-            cancel: Has the engine finish the request; called at most once.
+            cancel: Has the engine finish the request, for a reason.
         """
         super().__init__(mailbox)
         self.request = request
@@ -239,7 +243,7 @@ class GenerationStream(EventReader, AsyncIterator[TokenDelta]):
         if end == seen and self._expired:
             self._close()
             raise deadline_exceeded()
-        if request.finish_reason is FinishReason.CANCELLED:
+        if finished and not self._expired and request.finish_reason is FinishReason.CANCELLED:
             self._close()
             raise StopAsyncIteration
         return self._advance(seen, end, finished and not self._expired)
@@ -247,7 +251,7 @@ class GenerationStream(EventReader, AsyncIterator[TokenDelta]):
     async def aclose(self) -> None:
         """Cancel what is left; a no-op on a finished stream."""
         if not self._closed and self.result is None:
-            self._cancel()
+            self._cancel(FinishReason.CANCELLED)
         self._close()
 
     async def collect(self) -> GenerationResult:
@@ -277,7 +281,7 @@ class GenerationStream(EventReader, AsyncIterator[TokenDelta]):
         at_end_token = bool(new) and new[-1] in request.end_tokens
         if finished or at_end_token or self._detokenizer.stopped:
             if not request.is_finished:
-                self._cancel()
+                self._cancel(FinishReason.STOP)
             text += self._detokenizer.flush()
             self._finish("stop" if at_end_token or self._detokenizer.stopped else "length")
         return TokenDelta(text, new, tuple(request.token_logprobs[first : first + taken]))
@@ -285,7 +289,7 @@ class GenerationStream(EventReader, AsyncIterator[TokenDelta]):
     def _expire(self) -> None:
         if not self._closed and self.result is None and not self.request.is_finished:
             self._expired = True
-            self._cancel()
+            self._cancel(FinishReason.EXPIRED)
             self.wake()
 
     def _close(self) -> None:

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gated_store import SHAPE, GatedStore
 
 from adapters_store import AdapterStore
 from sera_serve.base import FrozenBase
 from sera_serve.config import ServeSettings
 from sera_serve.engine import ServingEngine
+from support.engine import SHAPE, GatedStore, check_invariants
 from support.factories import random_adapter, random_decoder, random_encoder
 
 
@@ -55,7 +55,7 @@ def start_engine() -> Iterator[Callable[..., ServingEngine]]:
     yield start
     for engine in engines:
         if engine.failure() is None:
-            engine.residency.check_integrity()
             assert engine.residency.leases() == 0
             assert engine.in_flight() == 0
+            check_invariants(engine)
         engine.stop()

@@ -6,9 +6,10 @@ import threading
 from concurrent.futures import Future
 from typing import Any, cast
 
-from sera_serve.engine.admission import Room, Visit
 from sera_serve.engine.dispatch import Dispatcher
-from sera_serve.engine.fairness import FairQueue
+
+from sera_serve.engine.admission import Room, Visit
+from sera_serve.engine.fair_queue import FairQueue
 from sera_serve.engine.request import Request
 from sera_serve.errors import UnsupportedTask
 from sera_serve.residency import AdapterResidency, Lease

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sera_serve.engine.admission import Door, Room, Visit
-from sera_serve.engine.fairness import Ticket
+from sera_serve.engine.fair_queue import Ticket
 from sera_serve.errors import Overloaded, TenantOverloaded
 
 

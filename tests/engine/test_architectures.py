@@ -26,6 +26,7 @@ from adapters_store import AdapterStore
 from sera_serve import SeraConfig
 from sera_serve.base import freeze_base
 from sera_serve.engine import GenerateParams, GenerationResult, ServingEngine
+from support.engine import generate
 from support.factories import byte_tokenizer, greedy, merged, random_adapter
 
 TOKENS = {"vocab_size": 259, "bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258}

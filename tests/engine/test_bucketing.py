@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from sera_serve.engine.bucketing import choose_rows
+from sera_serve.engine.tasks.classify import choose_rows
 
 
 def test_rows_of_like_length_go_together() -> None:

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from sera_serve.engine.fairness import OUTPUT_WEIGHT, PROMPT_WEIGHT, FairQueue, Ticket
+from sera_serve.engine.fair_queue import OUTPUT_WEIGHT, PROMPT_WEIGHT, FairQueue, Ticket
 
 
 def take(queue: FairQueue[Ticket]) -> Ticket:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from typing import Any
 
 import pytest
@@ -13,29 +12,15 @@ import pytest
 from adapters_store import AdapterNotFound, AdapterStore, StoreError
 from sera_serve import SeraConfig
 from sera_serve.base import FrozenBase
-from sera_serve.engine import GenerateParams, GenerationResult, ServingEngine
-from sera_serve.engine.detokenizer import Detokenizer
+from sera_serve.engine import GenerateParams, GenerationResult
+from sera_serve.engine.stream import Detokenizer
 from sera_serve.errors import EngineUnavailable, InvalidRequest, Overloaded, PromptTooLong, UnsupportedTask
+from support.engine import SHAPE, Start, collect, generate, settled
 from support.factories import greedy, random_adapter, random_encoder
-
-SHAPE = SeraConfig(8, 8, 8.0, "all-linear")
-Start = Callable[..., ServingEngine]
-
-
-async def collect(engine: ServingEngine, **params: Any) -> GenerationResult:
-    return await (await generate(engine, GenerateParams(**params))).collect()
 
 
 def run(coroutine: Coroutine[Any, Any, Any]) -> Any:
     return asyncio.run(coroutine)
-
-
-async def settled(engine: ServingEngine) -> None:
-    """Wait until nothing is under way; fails after five seconds."""
-    deadline = time.monotonic() + 5
-    while engine.in_flight() or engine.residency.leases():
-        assert time.monotonic() < deadline, "a request or a lease was not given back"
-        await asyncio.sleep(0.01)
 
 
 def test_result_and_deltas_agree(decoder: FrozenBase, store: AdapterStore, start_engine: Start) -> None:
@@ -219,8 +204,8 @@ def test_a_dead_engine_says_so(decoder: FrozenBase, store: AdapterStore, start_e
     async def main() -> None:
         stream = await generate(engine, GenerateParams(prompt="x", max_new_tokens=250))
         await anext(stream)
-        assert engine._generating is not None
-        engine._generating.batch._model.lm_head.forward = None  # the next forward pass raises
+        assert engine._generation is not None
+        engine._generation.runner._model.model.lm_head.forward = None  # the next forward pass raises
         with pytest.raises(EngineUnavailable, match="generation failed"):
             await stream.collect()
         with pytest.raises(EngineUnavailable, match=r"stopped on an error|is stopping"):

@@ -7,13 +7,13 @@ import threading
 from typing import Any
 
 import pytest
-from gated_store import GatedStore, Start, collect, settled, until
 
 from sera_serve.base import FrozenBase
-from sera_serve.engine import GenerateParams, GenerationStream
-from sera_serve.engine.detokenizer import Detokenizer
-from sera_serve.engine.sequences import SequenceUpdate
+from sera_serve.engine import BASE_PRINCIPAL, GenerateParams, GenerationStream
+from sera_serve.engine.request import FinishReason, GenerationRequest, RequestState
+from sera_serve.engine.stream import Detokenizer, Mailbox
 from sera_serve.errors import DeadlineExceeded, Overloaded
+from support.engine import GatedStore, Start, classify, collect, generate, settled, until
 from support.factories import greedy
 from support.standstill import standstill
 
@@ -97,8 +97,8 @@ def test_a_running_request_ends_at_its_deadline(
     engine = start_engine(decoder, gated)
 
     async def main() -> None:
-        stream = await engine.generate(
-            GenerateParams(adapter="a/writer", prompt="x", max_new_tokens=250, timeout_s=0.3)
+        stream = await generate(
+            engine, GenerateParams(adapter="a/writer", prompt="x", max_new_tokens=250, timeout_s=0.3)
         )
         seen: list[int] = []
         while reads and len(seen) < 5:
@@ -125,13 +125,19 @@ def test_a_slow_reader_holds_the_tokens_and_nothing_else(decoder: FrozenBase) ->
 
     async def main() -> None:
         cancelled: list[bool] = []
+        request = GenerationRequest(principal=BASE_PRINCIPAL, tokens=list(prompt), prompt_tokens=5)
         detokenizer = Detokenizer(decoder.tokenizer, prompt, [])
-        cancel = lambda: cancelled.append(True)  # noqa: E731
-        stream = GenerationStream("g", None, None, 5, frozenset(), detokenizer, cancel)
-        stream.deliver(SequenceUpdate("g", tokens[:1], ended=False))
+        mailbox = Mailbox(asyncio.get_running_loop())
+        stream = GenerationStream(request, detokenizer, mailbox, lambda reason: cancelled.append(True))
+        request.move(RequestState.RUNNING)
+        request.tokens.append(tokens[0])
+        request.notify()
         assert (await anext(stream)).token_ids == tokens[:1]
-        for count in range(2, 31):
-            stream.deliver(SequenceUpdate("g", tokens[:count], ended=count == 30))
+        for token in tokens[1:]:
+            request.tokens.append(token)
+            request.notify()
+        request.finish(FinishReason.LENGTH)
+        request.notify()
         deltas = [delta async for delta in stream]
         assert [delta.token_ids for delta in deltas] == [tokens[1:]]
         assert stream.result is not None and stream.result.token_ids == tokens

@@ -12,6 +12,7 @@ from sera_serve import SeraConfig
 from sera_serve.base import FrozenBase
 from sera_serve.engine import GenerateParams, ServingEngine
 from sera_serve.errors import EngineUnavailable
+from support.engine import generate
 from support.factories import random_adapter
 
 
@@ -22,12 +23,12 @@ def test_an_engine_whose_books_do_not_balance_serves_no_more(
     engine = start_engine(decoder, store)
     params = GenerateParams(adapter="acme/a", prompt="Once", max_new_tokens=2)
 
-    async def generate() -> None:
+    async def ask() -> None:
         await (await generate(engine, params)).collect()
 
-    asyncio.run(generate())
+    asyncio.run(ask())
     engine.ready()
-    asyncio.run(generate())
+    asyncio.run(ask())
     # As if another adapter's factors had been written over the table's entry.
     engine.residency.pool.tables.offset[0, engine.residency.pool.tables.offset[0].argmax()] += 1
     with pytest.raises(EngineUnavailable, match="not sound"):
@@ -36,4 +37,4 @@ def test_an_engine_whose_books_do_not_balance_serves_no_more(
         with pytest.raises(EngineUnavailable, match="restart the server"):
             refused()
     with pytest.raises(EngineUnavailable):
-        asyncio.run(generate())
+        asyncio.run(ask())

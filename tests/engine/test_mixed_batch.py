@@ -10,7 +10,8 @@ import pytest
 from adapters_store import AdapterBundle, AdapterStore
 from sera_serve import SeraConfig
 from sera_serve.base import FrozenBase, load_base
-from sera_serve.engine import GenerateParams, GenerationResult, ServingEngine
+from sera_serve.engine import GenerationResult, ServingEngine
+from support.engine import collect
 from support.factories import greedy, merged, random_adapter
 
 # Sixteen shapes that differ in rank, split, mixer and targets; every split divides 64, 128 and 32.
@@ -45,8 +46,7 @@ NEW_TOKENS = 16
 
 
 async def generate(engine: ServingEngine, adapter: str | None, prompt: str) -> GenerationResult:
-    stream = await generate(engine, GenerateParams(adapter=adapter, prompt=prompt, max_new_tokens=NEW_TOKENS))
-    return await stream.collect()
+    return await collect(engine, adapter=adapter, prompt=prompt, max_new_tokens=NEW_TOKENS)
 
 
 def publish_all(base: FrozenBase, store: AdapterStore, shapes: list[SeraConfig]) -> dict[str, AdapterBundle]:

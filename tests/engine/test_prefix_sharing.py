@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 from adapters_store import AdapterStore
 from sera_serve import SeraConfig
 from sera_serve.config import ServeSettings
 from sera_serve.engine import GenerateParams, GenerationResult, ServingEngine
-from sera_serve.engine.continuous import ContinuousBatch
-from sera_serve.engine.prefix_salts import PrefixSalts
+from sera_serve.engine.loop.hugging_face import PagedModel
+from sera_serve.engine.loop.pages import PAGE_SIZE, chain_key, root_key
+from support.engine import generate
 from support.factories import random_adapter, random_decoder
 
 # Three pages of 32 tokens, a token a byte, and what follows them.
@@ -21,16 +23,21 @@ SYSTEM = "You are a helpful assistant who answers in the words of sailors, whate
 QUESTIONS = ["Where is the moon?", "Who are you?"]
 
 
-def test_salted_tokens_are_alike_for_one_key_only() -> None:
-    salts, other = PrefixSalts(4), PrefixSalts(4)
-    tokens = [5, 5, 5, 5, 5, 7]
-    salted = salts.salted(tokens, "a")
-    assert salted == salts.salted(tokens, "a")
-    assert salted[:5] == salts.salted([*tokens[:5], 9], "a")[:5] and salted[5] != salts.salted([*tokens[:5], 9], "a")[5]
-    assert len(set(salted[:4])) == 4
-    for stranger in (salts.salted(tokens, "b"), other.salted(tokens, "a")):
-        assert not set(salted) & set(stranger)
-    assert all(0 <= token < 2**31 for token in salted)
+def test_keys_are_alike_for_one_chain_only() -> None:
+    tokens = list(range(PAGE_SIZE))
+    root = root_key("acme/a", 0, b"secret")
+    key = chain_key(root, tokens, b"secret")
+    assert key == chain_key(root_key("acme/a", 0, b"secret"), tokens, b"secret")
+    others = [
+        chain_key(root_key("acme/b", 0, b"secret"), tokens, b"secret"),
+        chain_key(root_key("acme/a", 1, b"secret"), tokens, b"secret"),
+        chain_key(root_key("acme/a", 0, b"other"), tokens, b"secret"),
+        chain_key(root, tokens, b"other"),
+        chain_key(root, [*tokens[:-1], 99], b"secret"),
+        chain_key(key, tokens, b"secret"),
+    ]
+    assert len({key, *others}) == 7
+    assert all(len(k) == 16 for k in (key, *others))
 
 
 @pytest.mark.parametrize(
@@ -53,13 +60,13 @@ def test_only_prompts_of_one_tenant_and_adapter_share(
     for name, bundle in {"acme/a": one, "acme/b": other, "acme/copy": one, "rival/copy": one}.items():
         store.publish(bundle, name)
     passes: list[int] = []
-    enter = ContinuousBatch._enter_pass
+    logits = PagedModel.logits
 
-    def counted(self: ContinuousBatch, module: Any, args: Any, kwargs: Any) -> Any:
-        passes.append(kwargs["input_ids"].shape[1])
-        return enter(self, module, args, kwargs)
+    def counted(self: PagedModel, ids: Tensor, *others: Any) -> Tensor:
+        passes.append(ids.shape[1])
+        return logits(self, ids, *others)
 
-    monkeypatch.setattr(ContinuousBatch, "_enter_pass", counted)
+    monkeypatch.setattr(PagedModel, "logits", counted)
 
     def run(requests: list[tuple[str | None, str]]) -> list[GenerationResult]:
         async def all_of_them() -> list[GenerationResult]:

@@ -6,11 +6,11 @@ import asyncio
 from typing import Any
 
 import pytest
-from gated_store import GatedStore, Start, collect, settled, until
 
 from sera_serve.base import FrozenBase
 from sera_serve.engine import ClassifyResult, GenerateParams, GenerationResult
 from sera_serve.errors import TenantOverloaded
+from support.engine import GatedStore, Start, classify, collect, generate, settled, until
 from support.factories import greedy, merged
 from support.standstill import standstill
 
