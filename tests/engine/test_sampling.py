@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+import numpy as np
 import pytest
 import torch
 
-from sera_serve.engine.sampling import gumbel_noise, keep_top, noise_key, perturbed_scores
+from sera_serve.engine.sampling import gumbel_noise, perturbed_scores, sampling_keys, top_k_top_p_filter
+
+
+def keys_of(seeds: Iterable[int], positions: Iterable[int]) -> torch.Tensor:
+    return torch.from_numpy(sampling_keys(np.array([*seeds], np.uint64), np.array([*positions], np.uint64)))
 
 
 def draw(logits: torch.Tensor, rows: int, temperature: float, top_k: int = 0, top_p: float = 1.0) -> torch.Tensor:
-    keys = torch.tensor([noise_key(7, position) for position in range(rows)], dtype=torch.int32)
+    keys = keys_of([7] * rows, range(rows))
     return perturbed_scores(
         logits.expand(rows, -1),
         torch.full((rows,), temperature),
@@ -30,7 +37,7 @@ def test_draws_follow_the_softmax(temperature: float) -> None:
 
 
 def test_noise_is_gumbel_and_uncorrelated_between_neighbours() -> None:
-    keys = torch.tensor([noise_key(seed, 0) for seed in range(200)], dtype=torch.int32)
+    keys = keys_of(range(200), [0] * 200)
     noise = gumbel_noise(keys, 1000)
     assert torch.isfinite(noise).all()
     assert abs(noise.mean().item() - 0.5772) < 0.02
@@ -49,7 +56,7 @@ def test_top_k_and_top_p_keep_what_they_say() -> None:
     scores = torch.tensor([[0.5, 0.2, 0.15, 0.1, 0.05]]).log()
 
     def kept(top_k: int, top_p: float) -> int:
-        out = keep_top(scores, torch.tensor([top_k], dtype=torch.int32), torch.tensor([top_p]))
+        out = top_k_top_p_filter(scores, torch.tensor([top_k], dtype=torch.int32), torch.tensor([top_p]))
         return int(torch.isfinite(out).sum())
 
     assert [kept(k, 1.0) for k in (0, 1, 2, 5, 99)] == [5, 1, 2, 5, 5]
@@ -63,7 +70,7 @@ def test_rows_do_not_disturb_each_other() -> None:
     temperature = torch.tensor([0.0, 1.0, 0.7, 1.3])
     top_k = torch.tensor([0, 5, 0, 2], dtype=torch.int32)
     top_p = torch.tensor([1.0, 1.0, 0.8, 0.9])
-    keys = torch.tensor([noise_key(i, i) for i in range(4)], dtype=torch.int32)
+    keys = keys_of(range(4), range(4))
     together = perturbed_scores(logits, temperature, top_k, top_p, keys)
     for row in range(4):
         one = slice(row, row + 1)

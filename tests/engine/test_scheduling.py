@@ -160,7 +160,7 @@ def test_many_prompts_are_tokenized_at_once_by_long_and_short_ways(
 
 
 def test_answers_under_little_cache_are_each_alone(gated: GatedStore, decoder: FrozenBase, start_engine: Start) -> None:
-    """Admission by pages of the cache: the batch never has to put a sequence out of it."""
+    """Four pages for twelve requests of two pages each: they enter with one, and some are preempted."""
     engine = start_engine(decoder, gated, kv_cache_tokens=128, max_batch_tokens=32)
     bundle = gated.load(gated.resolve("a/writer").digest)
     expected = greedy(merged(decoder, bundle), decoder.tokenizer("x" * 20)["input_ids"], 30)
@@ -180,5 +180,27 @@ def test_answers_under_little_cache_are_each_alone(gated: GatedStore, decoder: F
         await settled(engine)
 
     asyncio.run(main())
-    # Two pages each, of four.
-    assert most == 2
+    assert most > 2, "by the worst case, two would run at a time"
+    assert engine.loads()["generate"].preemptions > 0
+
+
+def test_a_request_that_asks_for_the_whole_context_keeps_no_other_out(
+    gated: GatedStore, decoder: FrozenBase, start_engine: Start
+) -> None:
+    engine = start_engine(decoder, gated, kv_cache_tokens=512)
+    most = 0
+
+    async def main() -> None:
+        nonlocal most
+        streams = await asyncio.gather(
+            *(generate(engine, GenerateParams(prompt="x" * 20, max_new_tokens=230)) for _ in range(12))
+        )
+        for stream in streams:
+            await anext(stream)
+        most = engine.running()
+        for stream in streams:
+            await stream.aclose()
+        await settled(engine)
+
+    asyncio.run(main())
+    assert most == 12, "by the worst case, two would run at a time"
