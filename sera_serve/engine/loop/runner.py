@@ -155,6 +155,9 @@ class StepRunner:
 
     def probe(self) -> None:
         """Run one token of the base model on the scratch page; raises what the forward pass raises."""
+        if self._rotary is not None:
+            # Left from a failed step, of another number of tokens.
+            self._rotary.long_tokens = None
         packed = [np.zeros(1, np.int64), np.zeros(1, np.int64), np.full(1, NO_ADAPTER, np.int32), np.zeros(1, np.int64)]
         self._forward(packed, [Part(1, np.array([1]))], None).argmax(-1).tolist()
 
