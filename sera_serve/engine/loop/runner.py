@@ -106,7 +106,12 @@ class StepRunner:
     def run(self, plan: StepPlan) -> StepOutcome:
         """Run a step; nothing of the requests is changed but their log-probabilities."""
         self._enter(plan)
-        if self.static_step is not None and not plan.chunks:
+        # A static step hands on no logits.
+        if (
+            self.static_step is not None
+            and not plan.chunks
+            and all(request.logprobs is None for request in plan.decodes)
+        ):
             return StepOutcome(plan.decodes, self.static_step(plan.decodes))
         tables = self.tables
         rows = np.array([request.row for request in plan.decodes], np.int64)
