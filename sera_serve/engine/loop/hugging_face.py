@@ -1,11 +1,12 @@
 """Running a Hugging Face decoder over the paged pool. The only file of the engine that imports its models' classes.
 
 It stands on public interfaces of transformers alone: the registries of attention functions and of masks, a cache object
-with `update`, and the arguments `position_ids` and `logits_to_keep` of a forward pass.
+with `update`, and the arguments for the cache, `position_ids` and `logits_to_keep` of a forward pass.
 """
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ _NAME = "sera_paged"
 # positions are in the queries and keys already.
 _WITHOUT_EFFECT = {"dropout", "position_ids", "cache_position", "use_cache", "is_causal", "logits_to_keep"}
 _WITHOUT_EFFECT |= {
+    "cache",
     "position_embeddings",
     "past_key_values",
     "return_dict",
@@ -91,7 +93,7 @@ class PagedModel:
         """
         _refuse_other_masks(model)
         self.model = model
-        self._cache = _PagedCache()
+        self._cache = {_cache_argument(model): _PagedCache()}
         self.shapes = _layer_shapes(model)
         AttentionInterface.register(_NAME, _paged_attention)
         AttentionMaskInterface.register(_NAME, lambda *args, **kwargs: None)
@@ -128,9 +130,9 @@ class PagedModel:
             output = self.model(
                 input_ids=ids,
                 position_ids=positions,
-                past_key_values=self._cache,
                 use_cache=True,
                 logits_to_keep=keep,
+                **self._cache,
             )
         logits: Tensor = output.logits
         return logits[0].float()
@@ -189,12 +191,17 @@ def _refuse_other_masks(model: PreTrainedModel) -> None:
         )
 
 
+def _cache_argument(model: PreTrainedModel) -> str:
+    """Name of a forward pass's argument for the cache: `cache` from transformers 5.24 on, before `past_key_values`."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
 @torch.no_grad()
 def _layer_shapes(model: PreTrainedModel) -> list[LayerShape]:
     """Shapes of every layer, by one pass over one token: configurations name them differently, or not at all."""
     probe = _ShapeProbe()
     ids = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
-    model(input_ids=ids, position_ids=ids, past_key_values=probe, use_cache=True)
+    model(input_ids=ids, position_ids=ids, use_cache=True, **{_cache_argument(model): probe})
     if sorted(probe.shapes) != list(range(len(probe.shapes))):
         raise InvalidConfiguration(
             f"{type(model).__name__} does not keep keys and values in every layer; choose another base", param="base"
