@@ -84,6 +84,11 @@ def attended(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
     assert len(masks) == 1, "the registered mask is asked for once a pass"
 
 
+def handed(model: PreTrainedModel, cache: Cache) -> dict[str, Cache]:
+    """A cache as an argument of a forward pass, under the name that this release of transformers has for it."""
+    return {hugging_face._cache_argument(model): cache}
+
+
 def llama() -> LlamaForCausalLM:
     torch.manual_seed(0)
     return LlamaForCausalLM(LlamaConfig(**GROUPED)).eval()
@@ -94,7 +99,7 @@ def test_a_registered_attention_function_is_called_for_every_layer(attended: lis
     model = llama()
     before = model(input_ids=IDS).logits
     model.set_attn_implementation("sera_test")
-    after = model(input_ids=IDS, past_key_values=Calls(), use_cache=True).logits
+    after = model(input_ids=IDS, use_cache=True, **handed(model, Calls())).logits
     assert [call["module"].layer_idx for call in attended] == [0, 1]
     for call in attended:
         assert call["query"].shape == (1, 4, 5, 16)
@@ -108,8 +113,7 @@ def test_a_registered_attention_function_is_called_for_every_layer(attended: lis
 def test_a_cache_object_is_handed_keys_and_values_of_every_layer(attended: list[dict[str, Any]]) -> None:
     model, cache = llama(), Calls()
     model.set_attn_implementation("sera_test")
-    output = model(input_ids=IDS, past_key_values=cache, use_cache=True)
-    assert output.past_key_values is cache
+    model(input_ids=IDS, use_cache=True, **handed(model, cache))
     assert [layer for layer, _, _ in cache.updates] == [0, 1]
     for (_, key, value), call in zip(cache.updates, attended, strict=True):
         assert key.shape == value.shape == (1, 2, 5, 16)
@@ -121,7 +125,7 @@ def test_position_ids_turn_each_token_by_its_own_position(attended: list[dict[st
     model, cache = llama(), Calls()
     model.set_attn_implementation("sera_test")
     # Two sequences packed into one row: the second begins at position 0 again.
-    model(input_ids=IDS, position_ids=torch.tensor([[0, 1, 2, 0, 9]]), past_key_values=cache, use_cache=True)
+    model(input_ids=IDS, position_ids=torch.tensor([[0, 1, 2, 0, 9]]), use_cache=True, **handed(model, cache))
     _, keys, values = cache.updates[0]
     # The same token, at the same position and at another one.
     torch.testing.assert_close(keys[:, :, 0], keys[:, :, 3])

@@ -18,7 +18,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sera_kernels import AdapterBatch, AdapterTables
+from sera_serve.engine import ServingEngine
+from sera_serve.engine.loop.pages import PAGE_SIZE
+from sera_serve.engine.loop.static_decode import StaticDecode, StaticKey
+from sera_serve.engine.request import GenerationRequest
 
+# Sizes of a recorded step: a batch runs in the smallest that holds it.
+_ROWS = (4, 16)
 # Known readers of the device that older releases of torch do not mark by a tag.
 _READERS = {
     "aten::_local_scalar_dense",
@@ -94,6 +100,57 @@ class Recording(TorchDispatchMode):
             return method(*args, **kwargs)
 
         return read
+
+
+class Replayed:
+    """Decode steps of an engine: the first of each key is recorded, all later ones are its replay.
+
+    Attributes:
+        recordings: By key.
+        replays: How many steps were replays.
+        batches: The requests' names and rows, of each step.
+    """
+
+    def __init__(self, engine: ServingEngine) -> None:
+        assert engine._generation is not None
+        self.recordings: dict[StaticKey, Recording] = {}
+        self.replays = 0
+        self.batches: list[tuple[tuple[str, int], ...]] = []
+        self._steps: dict[StaticKey, StaticDecode] = {}
+        self.runner = engine._generation.runner
+        self._pages = -(-engine._context_tokens // PAGE_SIZE)
+        self.runner.static_step = self.run
+
+    def run(self, requests: list[GenerationRequest]) -> list[int]:
+        key = StaticKey(
+            rows=next(rows for rows in _ROWS if rows >= len(requests)),
+            pages=self._pages,
+            adapters=any(request.adapter is not None for request in requests),
+            sampled=any(request.temperature > 0 for request in requests),
+            truncated=any(request.has_truncation for request in requests),
+        )
+        self.batches.append(tuple((request.id, request.row) for request in requests))
+        runner = self.runner
+        with torch.inference_mode(False), torch.no_grad():
+            if key in self.recordings:
+                self._steps[key].load(requests, runner.tables)
+                self.recordings[key].replay()
+                self.replays += 1
+            else:
+                step = StaticDecode(runner._model, runner._context, runner._pool, key, runner._rotary)
+                step.load(requests, runner.tables)
+                recording = Recording()
+                with recording.recording():
+                    step.run()
+                self._steps[key], self.recordings[key] = step, recording
+        tokens: list[int] = self._steps[key].next_tokens[: len(requests)].tolist()
+        return tokens
+
+    def check(self) -> None:
+        """What was recorded can be captured."""
+        for key, recording in self.recordings.items():
+            assert len(recording.operations) > 20, key
+            assert recording.data_dependent == [] and recording.host_reads == [], key
 
 
 def _tensors(tree: Any) -> list[Tensor]:
