@@ -163,7 +163,12 @@ class StepRunner:
         if self._rotary is not None:
             # Left from a failed step, of another number of tokens.
             self._rotary.long_tokens = None
-        packed = [np.zeros(1, np.int64), np.zeros(1, np.int64), np.full(1, NO_ADAPTER, np.int32), np.zeros(1, np.int64)]
+        packed: list[NDArray[Any]] = [
+            np.zeros(1, np.int64),
+            np.zeros(1, np.int64),
+            np.full(1, NO_ADAPTER, np.int32),
+            np.zeros(1, np.int64),
+        ]
         self._forward(packed, [Part(1, np.array([1]))], None).argmax(-1).tolist()
 
     def _enter(self, plan: StepPlan) -> None:
