@@ -11,8 +11,8 @@ from fastapi import APIRouter, Query, Request
 from adapters_store import AdapterInfo, AdapterStore, Published, check_base
 from adapters_store.errors import AdapterNotFound
 from sera_serve.server.disconnect import cancel_on_disconnect
-from sera_serve.server.interfaces import Engine, EngineOf, SettingsOf, StoreOf
-from sera_serve.server.schemas import (
+from sera_serve.server.deps import Engine, EngineOf, SettingsOf, StoreOf
+from sera_serve.server.native.schemas import (
     AdapterDetail,
     AdapterList,
     AdapterSummary,
@@ -22,7 +22,7 @@ from sera_serve.server.schemas import (
     PublishedAdapter,
 )
 from sera_serve.server.strict import StrictRoute
-from sera_serve.server.uploads import Upload, receive_upload
+from sera_serve.server.native.uploads import Upload, receive_upload
 
 router = APIRouter(route_class=StrictRoute, tags=["adapters"])
 
