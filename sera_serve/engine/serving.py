@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
+from typing import cast
 
 import torch
 
@@ -14,6 +16,7 @@ from sera_serve.engine.classification import ClassifyBatch, ClassifyResult
 from sera_serve.engine.generating import Generating
 from sera_serve.engine.generation import GenerateParams, GenerationStream, Priority
 from sera_serve.engine.inputs import Inputs
+from sera_serve.engine.principal import BASE_PRINCIPAL, Principal
 from sera_serve.engine.prompts import ClassifyTokens
 from sera_serve.engine.reception import Reception
 from sera_serve.errors import EngineUnavailable, UnsupportedTask
@@ -103,7 +106,7 @@ class ServingEngine:
             self._unsound = f"the adapters' memory is not sound: {error}; restart the server"
             self.health()
 
-    def forget(self, digest: str) -> None:
+    def mark_deleted(self, digest: str) -> None:
         """Give back the memory of a bundle that was deleted, once no request uses it."""
         self.residency.forget(digest)
 
@@ -131,7 +134,7 @@ class ServingEngine:
         """Figures of the adapters' memory."""
         return self.residency.stats()
 
-    async def generate(self, params: GenerateParams) -> GenerationStream:
+    async def generate(self, params: GenerateParams, principal: Principal = BASE_PRINCIPAL) -> GenerationStream:
         """Let a request wait for its turn and for its adapter, and put it into the batch.
 
         Every refusal is raised here, before the first delta.
@@ -152,7 +155,12 @@ class ServingEngine:
         return await self._generating.generate(params)
 
     async def classify(
-        self, adapter: str, inputs: list[str], priority: Priority = "normal", timeout_s: float | None = None
+        self,
+        adapter: str,
+        inputs: Sequence[str | tuple[str, str]],
+        principal: Principal = BASE_PRINCIPAL,
+        priority: Priority = "normal",
+        timeout_s: float | None = None,
     ) -> ClassifyResult:
         """Classify each input with the adapter's head; priority and timeout are those of `GenerateParams`.
 
@@ -162,7 +170,7 @@ class ServingEngine:
             TenantOverloaded, Overloaded, DeadlineExceeded, EngineUnavailable, StoreError: As in `generate`.
         """
         self.health()
-        return await self._inputs.classify(adapter, inputs, priority, timeout_s)
+        return await self._inputs.classify(adapter, cast(list[str], inputs), priority, timeout_s)
 
     def _load_bundle(self, digest: str) -> AdapterBundle:
         bundle = self.store.load(digest)

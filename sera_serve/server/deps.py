@@ -1,8 +1,11 @@
-"""What the HTTP layer needs of an engine; `ServingEngine` has it, and so has the stub of the tests."""
+"""What routes depend on: the engine's protocol, and FastAPI dependencies for engine, store, settings and metrics.
+
+`sera_serve.engine.ServingEngine` implements the protocol. So does the stub engine of the tests.
+"""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Annotated, Protocol, cast
 
 from fastapi import Depends, Request
@@ -13,6 +16,7 @@ from sera_serve.engine import (
     ClassifyResult,
     GenerateParams,
     GenerationResult,
+    Principal,
     Priority,
     ResidencyStats,
     TokenDelta,
@@ -21,22 +25,22 @@ from sera_serve.server.metrics import ServerMetrics
 
 
 class ServedBase(Protocol):
-    """The base model, as far as an upload must fit it."""
+    """The base model, as the check of an uploaded adapter sees it."""
 
     @property
     def info(self) -> BaseInfo:
-        """Its fingerprint."""
+        """The base model's fingerprint."""
 
     def module_shapes(self) -> dict[str, tuple[int, int]]:
-        """(d_in, d_out) of every linear layer an adapter may sit on."""
+        """(d_in, d_out) of every linear layer that an adapter can adapt, by path."""
 
 
 class TokenStream(Protocol):
-    """The deltas of one generation; `result` is there once they are exhausted.
+    """The deltas of one generation. `result` is set when the deltas are exhausted.
 
     Attributes:
-        waited_s: Seconds from the request's arrival until it entered the batch.
-        first_token_s: Seconds from its arrival to its first token, or None before that.
+        waited_s: Seconds from the request's arrival until the request entered the batch.
+        first_token_s: Seconds from the request's arrival to its first token, or None before the first token.
     """
 
     id: str
@@ -47,65 +51,71 @@ class TokenStream(Protocol):
     first_token_s: float | None
 
     def __aiter__(self) -> AsyncIterator[TokenDelta]:
-        """The stream itself."""
+        """Return the stream itself."""
 
     async def __anext__(self) -> TokenDelta:
-        """The next delta; raises SeraServeError if the engine fails the request."""
+        """Return the next delta. Raises SeraServeError if the engine ends the request with an error."""
 
     async def aclose(self) -> None:
-        """Cancel what is left and give back the request's place; a no-op on a finished stream."""
+        """Cancel the rest of the generation and release what the request holds. A no-op on a finished stream."""
 
 
 class Engine(Protocol):
-    """Answers requests; all refusals are SeraServeError or StoreError."""
+    """Serves requests. Every refusal is a SeraServeError or a StoreError."""
 
     @property
     def base(self) -> ServedBase:
-        """The base model it serves."""
+        """The base model that the engine serves."""
 
     def start(self) -> None:
-        """Begin to take requests."""
+        """Start to accept requests."""
 
     def stop(self) -> None:
-        """Stop; blocks until its threads have ended."""
+        """Stop. Blocks until the engine's threads have ended."""
 
-    def forget(self, digest: str) -> None:
-        """Give back the memory of a bundle that was deleted, once no request uses it."""
+    def mark_deleted(self, digest: str) -> None:
+        """Free the memory of a deleted bundle when no request uses the bundle."""
 
     def health(self) -> None:
-        """Return when it can serve, raise EngineUnavailable with the reason when it cannot."""
+        """Return if the engine can serve. Raises EngineUnavailable with the reason if it cannot."""
 
     def ready(self) -> None:
-        """`health`, with whatever it checks of itself when it has nothing to do."""
+        """Run `health`. On an idle engine, also check the engine's invariants."""
 
     def in_flight(self) -> int:
-        """Requests under way, waiting or running."""
+        """Number of requests in flight, waiting or running."""
 
     def waiting(self) -> int:
-        """Sequences, and parts of classifications, that wait for their turn."""
+        """Number of waiting sequences and waiting parts of classifications."""
 
     def running(self) -> int:
-        """Sequences, and parts of classifications, in a batch."""
+        """Number of sequences and parts of classifications in a batch."""
 
     async def pin(self, digest: str) -> None:
-        """Bring an adapter to the device and keep it there."""
+        """Load an adapter onto the device and keep it there."""
 
     def unpin(self, digest: str) -> None:
-        """Let an adapter leave the device again. Idempotent."""
+        """Allow the eviction of a pinned adapter. Idempotent."""
 
     def stats(self) -> ResidencyStats:
         """Figures of the adapters' memory."""
 
-    async def generate(self, params: GenerateParams) -> TokenStream:
-        """Admit a request; raises every refusal before the first delta."""
+    async def generate(self, params: GenerateParams, principal: Principal) -> TokenStream:
+        """Admit a generation for `principal`. Every refusal is raised before the first delta."""
 
     async def classify(
-        self, adapter: str, inputs: list[str], priority: Priority = "normal", timeout_s: float | None = None
+        self,
+        adapter: str,
+        inputs: Sequence[str | tuple[str, str]],
+        principal: Principal,
+        priority: Priority = "normal",
+        timeout_s: float | None = None,
     ) -> ClassifyResult:
-        """Classify each input with the adapter's head."""
+        """Classify each input with the adapter's head, for `principal`. A pair is two sentences of one input."""
 
 
-# Coroutines, because FastAPI calls anything else in a thread: several hand-overs of the interpreter's lock a request.
+# The dependencies are coroutines. FastAPI would call plain functions in a thread, and each such call costs several
+# hand-overs of the interpreter's lock.
 async def _engine(request: Request) -> Engine:
     return cast(Engine, request.app.state.engine)
 

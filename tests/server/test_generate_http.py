@@ -17,8 +17,8 @@ from support.stub_engine import (
     LATE,
     LATE_LATER,
     OVERLOADED,
-    PIECES,
     SECRET,
+    TEXTS,
     TOO_LONG,
     StubEngine,
 )
@@ -27,7 +27,7 @@ ANSWER = {
     "id": "gen-1",
     "adapter": "demo/writer",
     "version": 3,
-    "text": "".join(PIECES),
+    "text": "".join(TEXTS),
     "token_ids": [0, 1, 2],
     "finish_reason": "stop",
     "usage": {"prompt_tokens": 5, "completion_tokens": 3},
@@ -209,7 +209,7 @@ def test_a_stream_gives_deltas_then_the_usage_then_done(client: httpx.Client) ->
     *deltas, last, done = events(response.text)
     identity = {"id": "gen-1", "adapter": "demo/writer", "version": 3}
     assert deltas == [
-        identity | {"text": piece, "token_ids": [index], "finish_reason": None} for index, piece in enumerate(PIECES)
+        identity | {"text": text, "token_ids": [index], "finish_reason": None} for index, text in enumerate(TEXTS)
     ]
     usage = {"prompt_tokens": 5, "completion_tokens": 3}
     assert last == identity | {"text": "", "token_ids": [], "finish_reason": "stop", "usage": usage}
@@ -218,7 +218,7 @@ def test_a_stream_gives_deltas_then_the_usage_then_done(client: httpx.Client) ->
 
 def test_an_error_in_mid_stream_is_the_last_event(client: httpx.Client) -> None:
     *_, delta, error = events(generate(client, prompt=FAILS_LATER, stream=True).text)
-    assert delta["text"] == PIECES[0]
+    assert delta["text"] == TEXTS[0]
     assert error["error"]["code"] == "engine_unavailable"
 
 

@@ -1,4 +1,4 @@
-"""`POST /v1/generate`."""
+"""`POST /v1/generate` and `POST /v1/classify`."""
 
 from __future__ import annotations
 
@@ -6,13 +6,22 @@ from functools import partial
 
 from fastapi import APIRouter, Request, Response
 
-from sera_serve.engine import GenerateParams
+from sera_serve.engine import GenerateParams, Principal
 from sera_serve.errors import EngineUnavailable
+from sera_serve.server.auth import principal_of
+from sera_serve.server.deps import Engine, EngineOf, MetricsOf
 from sera_serve.server.disconnect import cancel_on_disconnect
-from sera_serve.server.events import GenerationEvents
-from sera_serve.server.interfaces import Engine, EngineOf, MetricsOf
 from sera_serve.server.metrics import ServerMetrics
-from sera_serve.server.schemas import GenerateEvent, GenerateRequest, GenerateResponse
+from sera_serve.server.native.schemas import (
+    ClassifyRequest,
+    ClassifyResponse,
+    GenerateEvent,
+    GenerateRequest,
+    GenerateResponse,
+    delta_event,
+    final_event,
+)
+from sera_serve.server.sse import EventStream
 from sera_serve.server.strict import StrictRoute
 
 router = APIRouter(route_class=StrictRoute, tags=["inference"])
@@ -26,15 +35,18 @@ router = APIRouter(route_class=StrictRoute, tags=["inference"])
 async def generate(
     body: GenerateRequest, request: Request, engine: EngineOf, metrics: MetricsOf
 ) -> Response | GenerateResponse:
-    """Continue a prompt under an adapter, or under the bare base."""
+    """Continue a prompt with an adapter, or with the base model alone."""
+    principal = principal_of(body.adapter)
     params = body.to_params()
     if body.stream:
-        return GenerationEvents(partial(engine.generate, params), metrics)
-    return await cancel_on_disconnect(request.receive, _complete(engine, params, metrics))
+        return EventStream(partial(engine.generate, params, principal), delta_event, final_event, metrics)
+    return await cancel_on_disconnect(request.receive, _complete(engine, params, principal, metrics))
 
 
-async def _complete(engine: Engine, params: GenerateParams, metrics: ServerMetrics) -> GenerateResponse:
-    stream = await engine.generate(params)
+async def _complete(
+    engine: Engine, params: GenerateParams, principal: Principal, metrics: ServerMetrics
+) -> GenerateResponse:
+    stream = await engine.generate(params, principal)
     try:
         async for _ in stream:
             pass
@@ -45,3 +57,13 @@ async def _complete(engine: Engine, params: GenerateParams, metrics: ServerMetri
         raise EngineUnavailable("the generation was closed before it finished; send the request again")
     metrics.count_generation(stream.result)
     return GenerateResponse.of(stream.result)
+
+
+@router.post("/v1/classify")
+async def classify(body: ClassifyRequest, request: Request, engine: EngineOf, metrics: MetricsOf) -> ClassifyResponse:
+    """Classify each input with the head of an adapter."""
+    principal = principal_of(body.adapter)
+    work = engine.classify(body.adapter, body.inputs, principal, body.priority, body.timeout_s)
+    result = await cancel_on_disconnect(request.receive, work)
+    metrics.count_classified(len(result.results), result.waited_s)
+    return ClassifyResponse.of(result)

@@ -1,20 +1,22 @@
-"""The JSON of the HTTP interface. docs/http.md describes it for people; a test holds the two together."""
+"""Request and response bodies of the native routes. docs/http.md describes them, and a test compares the two."""
 
 from __future__ import annotations
 
-import difflib
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
-from pydantic_core import PydanticCustomError
 
-from sera_serve.engine import ClassifyResult, GenerateParams, GenerationResult, Priority
+from sera_serve.engine import ClassifyResult, GenerateParams, GenerationResult, Priority, TokenDelta
+from sera_serve.server.deps import TokenStream
+from sera_serve.server.strict import RequestModel, refusal
 
 MAX_NEW_TOKENS = 1 << 20
 MAX_TOKEN_ID = (1 << 31) - 1
 MAX_INPUTS = 1024
 MAX_TIMEOUT_S = 86_400
-# Longest reference: tenant and name of 64 characters, "/", "@", 64 digits; more is cut short before anything parses it.
+# The longest reference has a tenant and a name of 64 characters each, "/", "@" and 64 digits. A longer text is refused
+# before it is parsed.
 MAX_REFERENCE = 256
 
 AdapterReference = Annotated[str, Field(min_length=1, max_length=MAX_REFERENCE)]
@@ -22,58 +24,33 @@ TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
 Input = Annotated[str, Field(min_length=1)]
 
-_PRIORITY = "low, normal or high: which of its tenant's waiting requests go first; other tenants are unaffected"
-_TIMEOUT = "seconds in which it must be finished, or else it is ended with 504; null is without end"
-
-
-def refusal(message: str, field: str | None) -> PydanticCustomError:
-    """A validation error with a message of ours; `field` becomes the answer's `param`."""
-    # The braces of a message must not be read as a template.
-    return PydanticCustomError("refused", "{reason}", {"reason": message, "field": field})
-
-
-class RequestModel(BaseModel):
-    """A request body: strict types, and no field that nothing reads."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _no_unknown_field(cls, value: Any) -> Any:
-        known = list(cls.model_fields)
-        for name in value if isinstance(value, dict) else ():
-            if name not in known:
-                near = difflib.get_close_matches(name[:64], known, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"the fields are {', '.join(known)}"
-                raise PydanticCustomError(
-                    "extra_forbidden",
-                    "{reason}",
-                    {"reason": f"{name[:64]!r} is not a field of this request; {hint}", "field": name[:64]},
-                )
-        return value
+_PRIORITY = "low, normal or high: the order among waiting requests of one tenant; other tenants are unaffected"
+_TIMEOUT = "seconds until the request must be finished; a later request is ended with 504; null is no limit"
 
 
 class GenerateRequest(RequestModel):
     """Body of `POST /v1/generate`."""
 
     adapter: AdapterReference | None = Field(
-        None, description="tenant/name, optionally with @alias, @v3 or @digest; null is the bare base"
+        None, description="tenant/name, optionally with @alias, @v3 or @digest; null is the base model"
     )
     prompt: str | None = Field(None, min_length=1, description="text to continue")
     token_ids: list[TokenId] | None = Field(
-        None, min_length=1, description="tokens to continue, taken as they are, in place of prompt"
+        None, min_length=1, description="token ids to continue, in place of prompt; no token is added"
     )
-    max_new_tokens: int = Field(64, ge=1, le=MAX_NEW_TOKENS, description="the most tokens to generate")
-    temperature: float = Field(0.0, ge=0, le=2, description="0 takes the likeliest token")
-    top_p: float = Field(1.0, gt=0, le=1, description="sample among the likeliest tokens whose probabilities reach it")
-    top_k: int = Field(0, ge=0, le=MAX_TOKEN_ID, description="sample among this many likeliest tokens; 0 is all")
-    seed: int | None = Field(None, ge=0, le=MAX_TOKEN_ID, description="repeats a sampled request; null draws one")
+    max_new_tokens: int = Field(64, ge=1, le=MAX_NEW_TOKENS, description="maximum number of tokens to generate")
+    temperature: float = Field(0.0, ge=0, le=2, description="sampling temperature; 0 takes the most likely token")
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="sample among the most likely tokens that together have this probability"
+    )
+    top_k: int = Field(0, ge=0, le=MAX_TOKEN_ID, description="sample among this many most likely tokens; 0 is all")
+    seed: int | None = Field(None, ge=0, le=MAX_TOKEN_ID, description="repeats a sampled request; null draws a seed")
     stop: list[StopString] = Field(
-        default_factory=list, max_length=16, description="strings that end the text, and are left out of it"
+        default_factory=list, max_length=16, description="strings that end the text; the text leaves them out"
     )
     priority: Priority = Field("normal", description=_PRIORITY)
     timeout_s: float | None = Field(None, gt=0, le=MAX_TIMEOUT_S, description=_TIMEOUT)
-    stream: bool = Field(False, description="answer with server-sent events")
+    stream: bool = Field(False, description="respond with server-sent events")
 
     @model_validator(mode="after")
     def _one_prompt(self) -> GenerateRequest:
@@ -84,19 +61,19 @@ class GenerateRequest(RequestModel):
         return self
 
     def to_params(self) -> GenerateParams:
-        """The engine's form of the request."""
+        """Return the request as the engine takes it."""
         return GenerateParams(**self.model_dump(exclude={"stream"}))
 
 
 class Usage(BaseModel):
-    """Tokens that a generation read and wrote."""
+    """Number of tokens of the prompt, and of generated tokens."""
 
     prompt_tokens: int
     completion_tokens: int
 
 
 class GenerateResponse(BaseModel):
-    """Answer of `POST /v1/generate`, and its last event when it streams."""
+    """Response body of `POST /v1/generate` without streaming."""
 
     id: str
     adapter: str | None
@@ -108,8 +85,7 @@ class GenerateResponse(BaseModel):
 
     @classmethod
     def of(cls, result: GenerationResult) -> GenerateResponse:
-        """The answer for a finished generation."""
-        usage = Usage(prompt_tokens=result.prompt_tokens, completion_tokens=result.completion_tokens)
+        """Return the body for a finished generation."""
         return cls(
             id=result.id,
             adapter=result.adapter,
@@ -117,12 +93,12 @@ class GenerateResponse(BaseModel):
             text=result.text,
             token_ids=result.token_ids,
             finish_reason=result.finish_reason,
-            usage=usage,
+            usage=_usage(result),
         )
 
 
 class GenerateEvent(BaseModel):
-    """One event of a stream: what was added. The last one before `[DONE]` adds nothing and has the usage."""
+    """One event of a stream: the added text and tokens. The last event before `[DONE]` adds none and has the usage."""
 
     id: str
     adapter: str | None
@@ -131,6 +107,38 @@ class GenerateEvent(BaseModel):
     token_ids: list[int]
     finish_reason: Literal["stop", "length"] | None = None
     usage: Usage | None = None
+
+
+def delta_event(stream: TokenStream, delta: TokenDelta) -> dict[str, Any]:
+    """Return the JSON of a `GenerateEvent` that adds a delta. The JSON has no usage."""
+    return _event(stream, text=delta.text, token_ids=delta.token_ids).model_dump(exclude={"usage"})
+
+
+def final_event(stream: TokenStream, result: GenerationResult) -> dict[str, Any]:
+    """Return the JSON of the last `GenerateEvent`, with the finish reason and the usage."""
+    return _event(stream, finish_reason=result.finish_reason, usage=_usage(result)).model_dump()
+
+
+def _event(
+    stream: TokenStream,
+    text: str = "",
+    token_ids: Sequence[int] = (),
+    finish_reason: Literal["stop", "length"] | None = None,
+    usage: Usage | None = None,
+) -> GenerateEvent:
+    return GenerateEvent(
+        id=stream.id,
+        adapter=stream.adapter,
+        version=stream.version,
+        text=text,
+        token_ids=list(token_ids),
+        finish_reason=finish_reason,
+        usage=usage,
+    )
+
+
+def _usage(result: GenerationResult) -> Usage:
+    return Usage(prompt_tokens=result.prompt_tokens, completion_tokens=result.completion_tokens)
 
 
 class ClassifyRequest(RequestModel):
@@ -143,14 +151,14 @@ class ClassifyRequest(RequestModel):
 
 
 class Classification(BaseModel):
-    """The likeliest label of one input, and the probability of each."""
+    """The most likely label of one input, and the probability of each label."""
 
     label: str
     probabilities: dict[str, float]
 
 
 class ClassifyResponse(BaseModel):
-    """Answer of `POST /v1/classify`, results in the order of the inputs."""
+    """Response body of `POST /v1/classify`. The results are in the order of the inputs."""
 
     adapter: str
     version: int
@@ -158,13 +166,13 @@ class ClassifyResponse(BaseModel):
 
     @classmethod
     def of(cls, result: ClassifyResult) -> ClassifyResponse:
-        """The answer for a finished classification."""
+        """Return the body for a finished classification."""
         rows = [Classification(label=row.label, probabilities=row.probabilities) for row in result.results]
         return cls(adapter=result.adapter, version=result.version, results=rows)
 
 
 class PublishedAdapter(BaseModel):
-    """Answer of `POST /v1/adapters`."""
+    """Response body of `POST /v1/adapters`."""
 
     adapter: str
     version: int
@@ -172,7 +180,7 @@ class PublishedAdapter(BaseModel):
 
 
 class AdapterSummary(BaseModel):
-    """One adapter in a listing: its latest version."""
+    """The latest version of one adapter, as a list shows it."""
 
     adapter: str
     version: int
@@ -181,23 +189,23 @@ class AdapterSummary(BaseModel):
     method: str
     base: str
     labels: list[str] | None
-    ranks: list[int] = Field(description="different ranks among its layers, ascending")
-    splits: list[int] = Field(description="different splits among its layers, ascending")
-    modules: int = Field(description="how many layers it adapts")
+    ranks: list[int] = Field(description="distinct ranks of the adapted layers, ascending")
+    splits: list[int] = Field(description="distinct splits of the adapted layers, ascending")
+    modules: int = Field(description="number of adapted layers")
     parameters: int
     bytes: int
     created_at: str
 
 
 class AdapterList(BaseModel):
-    """Answer of `GET /v1/adapters`; `next` is the `after` of the next page, null on the last one."""
+    """Response body of `GET /v1/adapters`. `next` is the `after` of the next page, and null on the last page."""
 
     adapters: list[AdapterSummary]
     next: str | None
 
 
 class AdapterDetail(AdapterSummary):
-    """Answer of `GET /v1/adapters/{tenant}/{name}`: one version with its whole configuration."""
+    """Response body of `GET /v1/adapters/{tenant}/{name}`: one version with its whole configuration."""
 
     versions: list[int]
     aliases: dict[str, int]
@@ -205,7 +213,7 @@ class AdapterDetail(AdapterSummary):
 
 
 class PinnedAdapter(BaseModel):
-    """Answer of `PUT` and `DELETE /v1/adapters/{tenant}/{name}/pin`."""
+    """Response body of `PUT` and `DELETE /v1/adapters/{tenant}/{name}/pin`."""
 
     adapter: str
     version: int
@@ -213,38 +221,17 @@ class PinnedAdapter(BaseModel):
 
 
 class DeletedAdapter(BaseModel):
-    """Answer of `DELETE /v1/adapters/{tenant}/{name}`."""
+    """Response body of `DELETE /v1/adapters/{tenant}/{name}`."""
 
     adapter: str
     deleted: Literal[True] = True
 
 
 class ListQuery(BaseModel):
-    """Query of `GET /v1/adapters`."""
+    """Query parameters of `GET /v1/adapters`."""
 
     model_config = ConfigDict(extra="forbid")
 
-    limit: int = Field(100, ge=1, le=1000, description="adapters a page")
-    after: str | None = Field(None, max_length=MAX_REFERENCE, description="the last adapter of the page before")
-    tenant: str | None = Field(None, max_length=MAX_REFERENCE, description="only this tenant's")
-
-
-class ErrorDetail(BaseModel):
-    """What went wrong, and what to do about it."""
-
-    message: str
-    type: str
-    param: str | None
-    code: str
-
-
-class ErrorResponse(BaseModel):
-    """Every answer with a status of 400 or more."""
-
-    error: ErrorDetail
-
-
-class Health(BaseModel):
-    """Answer of `GET /healthz` and `GET /readyz`."""
-
-    status: Literal["alive", "ready"]
+    limit: int = Field(100, ge=1, le=1000, description="maximum number of adapters on a page")
+    after: str | None = Field(None, max_length=MAX_REFERENCE, description="the last adapter of the previous page")
+    tenant: str | None = Field(None, max_length=MAX_REFERENCE, description="list only adapters of this tenant")
