@@ -201,14 +201,16 @@ class ContinuousBatch:
         if on_cpu:
             kwargs = plan_sequences(kwargs)
         if on_cpu and (slots == NO_ADAPTER).all():
-            self._context.enter(None)
+            self._pass = self._context.run(None)
+            self._pass.__enter__()
             return args, kwargs
         tokens = kwargs["input_ids"].shape[1]
         ends = kwargs["cu_seq_lens_q"][1:]
         position = torch.arange(tokens, device=slots.device, dtype=ends.dtype)
         sequence = torch.searchsorted(ends, position, right=True).clamp(max=len(slots) - 1)
-        self._context.enter(AdapterBatch(slots[sequence]))
+        self._pass = self._context.run(AdapterBatch(slots[sequence]))
+        self._pass.__enter__()
         return args, kwargs
 
     def _exit_pass(self, *unused: Any) -> None:
-        self._context.exit()
+        self._pass.__exit__(None, None, None)

@@ -15,7 +15,7 @@ from sera_serve.layers import (
     adaptable_linears,
     attach_serving,
     find_shared_inputs,
-    served,
+    served_linear,
 )
 from support.factories import random_decoder, random_encoder
 
@@ -62,13 +62,13 @@ def test_one_grouped_call_for_each_shared_input(
 ) -> None:
     base, context = served_decoder
     calls: list[int] = []
-    grouped = served.add_updates
+    grouped = served_linear.add_updates
 
     def counted(x: object, outputs: list[object], *rest: object) -> None:
         calls.append(len(outputs))
         grouped(x, outputs, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(served, "add_updates", counted)
+    monkeypatch.setattr(served_linear, "add_updates", counted)
     with context.run(AdapterBatch(torch.ones(7, dtype=torch.int32))):
         base.model(torch.randint(256, (1, 7)))
     assert calls == [3, 1, 2, 1] * 2
@@ -95,9 +95,13 @@ def test_other_ways_of_calling_are_right(served_decoder: tuple[FrozenBase, Adapt
 def test_passes_must_not_overlap(served_decoder: tuple[FrozenBase, AdapterContext]) -> None:
     _, context = served_decoder
     batch = AdapterBatch(torch.ones(1, dtype=torch.int32))
-    with context.run(batch), pytest.raises(RuntimeError, match="already running"):
-        context.enter(batch)
-    assert context.batch is None
+    # A pass of the base model alone counts too.
+    for outer in (batch, None):
+        with context.run(outer):
+            with pytest.raises(RuntimeError, match="already running"), context.run(batch):
+                pass
+            assert context.batch is outer
+        assert context.batch is None
 
 
 def test_what_one_batch_left_is_never_handed_to_another(served_decoder: tuple[FrozenBase, AdapterContext]) -> None:
