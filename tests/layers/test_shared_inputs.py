@@ -1,4 +1,4 @@
-"""Layers that share an input are found, computed together, and right also when called in another way."""
+"""Layers that share an input are found and computed together. Results are right for other orders of calls too."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ def served_decoder() -> tuple[FrozenBase, AdapterContext]:
     return base, context
 
 
-def test_bare_batches_are_bit_identical(served_decoder: tuple[FrozenBase, AdapterContext]) -> None:
+def test_batches_without_adapters_are_bit_identical(served_decoder: tuple[FrozenBase, AdapterContext]) -> None:
     base, context = served_decoder
     tokens = torch.randint(256, (2, 7))
     want = random_decoder().model(tokens).logits
     assert torch.equal(base.model(tokens).logits, want)
     with context.run(None):
         assert torch.equal(base.model(tokens).logits, want)
-    # All rows bare beside an adapter's machinery: still untouched.
+    # With a batch in which no token has an adapter, the outputs are not changed either.
     with context.run(AdapterBatch(torch.full((14,), -1, dtype=torch.int32))):
         assert torch.equal(base.model(tokens).logits, want)
 
@@ -74,7 +74,7 @@ def test_one_grouped_call_for_each_shared_input(
     assert calls == [3, 1, 2, 1] * 2
 
 
-def test_other_ways_of_calling_are_right(served_decoder: tuple[FrozenBase, AdapterContext]) -> None:
+def test_other_orders_of_calls_are_right(served_decoder: tuple[FrozenBase, AdapterContext]) -> None:
     base, context = served_decoder
     attention = base.model.get_submodule("model.layers.0.self_attn")
     q, k = attention.q_proj, attention.k_proj
@@ -82,14 +82,14 @@ def test_other_ways_of_calling_are_right(served_decoder: tuple[FrozenBase, Adapt
     first, second = torch.randn(5, 64), torch.randn(5, 64)
     with context.run(AdapterBatch(torch.ones(5, dtype=torch.int32))):
         alone = [layer(x.clone()) for x in (first, second) for layer in (q, k)]
-        # Interleaved inputs, a repeated call, and a part that nobody fetches.
+        # Interleaved inputs, a repeated call, and an output that is never fetched.
         assert torch.equal(q(first), alone[0])
         assert torch.equal(k(second), alone[3])
         assert torch.equal(k(first), alone[1])
         assert torch.equal(k(first), alone[1])
         assert torch.equal(q(second), alone[2])
-    bare = nn.functional.linear(first, q.base.weight)
-    assert not torch.allclose(alone[0], bare), "the adapter does nothing: the test would see no mix-up"
+    base_only = nn.functional.linear(first, q.base.weight)
+    assert not torch.allclose(alone[0], base_only), "the adapter does nothing: the test would see no mix-up"
 
 
 def test_passes_must_not_overlap(served_decoder: tuple[FrozenBase, AdapterContext]) -> None:
@@ -104,13 +104,13 @@ def test_passes_must_not_overlap(served_decoder: tuple[FrozenBase, AdapterContex
         assert context.batch is None
 
 
-def test_what_one_batch_left_is_never_handed_to_another(served_decoder: tuple[FrozenBase, AdapterContext]) -> None:
+def test_an_output_of_one_batch_is_never_returned_to_another(served_decoder: tuple[FrozenBase, AdapterContext]) -> None:
     base, context = served_decoder
     attention = base.model.get_submodule("model.layers.0.self_attn")
     x = torch.randn(5, 64)
     with context.run(AdapterBatch(torch.zeros(5, dtype=torch.int32))):
         want = attention.k_proj(x.clone())
-    # The key's part of this pass is not fetched, and the next pass comes with the very same tensor.
+    # The output of k_proj in this pass is not fetched. The next pass uses the same tensor as input.
     with context.run(AdapterBatch(torch.ones(5, dtype=torch.int32))):
         other = attention.k_proj(x.clone())
         attention.q_proj(x)

@@ -1,4 +1,4 @@
-"""How the application is served."""
+"""The configuration of the HTTP server, and the calls of the framework."""
 
 from __future__ import annotations
 
