@@ -27,7 +27,12 @@ ALLOWED: dict[str, set[str]] = {
     "sera_serve.engine": SHARED
     | {"sera_serve.config", "sera_serve.base", "sera_serve.residency", "sera_serve.layers"}
     | {"adapters_store", "sera_kernels"},
+    # What all HTTP interfaces share.
     "sera_serve.server": SHARED | {"sera_serve.config", "sera_serve.engine", "adapters_store"},
+    "sera_serve.server.native": SHARED | {"sera_serve.server", "sera_serve.engine", "adapters_store"},
+    # The factory puts the interfaces together. Nothing below it imports the factory.
+    "sera_serve.server.app": SHARED
+    | {"sera_serve.server", "sera_serve.server.native", "sera_serve.config", "adapters_store"},
     "sera_serve.trainer": SHARED | {"sera_serve.base", "sera_serve.layers", "adapters_store"},
 }
 # The entry points: they put the packages together.
@@ -38,6 +43,11 @@ TOP |= {"sera_serve.demo", "sera_serve.merging"}
 def unit(module: str) -> str:
     """The package, or the module directly in sera_serve, that a dotted name belongs to."""
     parts = module.split(".")
+    if module in ("sera_serve.server", "sera_serve.server.app"):
+        # The package's own module exports the factory, and has no other content.
+        return "sera_serve.server.app"
+    if parts[:3] == ["sera_serve", "server", "native"]:
+        return "sera_serve.server.native"
     return ".".join(parts[:2]) if parts[0] == "sera_serve" else parts[0]
 
 
@@ -60,8 +70,8 @@ def imports(path: Path) -> set[str]:
             assert node.level == 0, f"{path}: relative import"
             assert node.module is not None
             names.add(node.module)
-            if node.module == "sera_serve":
-                names |= {f"sera_serve.{alias.name}" for alias in node.names}
+            if node.module in ("sera_serve", "sera_serve.server"):
+                names |= {f"{node.module}.{alias.name}" for alias in node.names}
     return {unit(name) for name in names if name.partition(".")[0] in ROOTS}
 
 

@@ -1,4 +1,4 @@
-"""Prometheus metrics of one server, in a registry of its own."""
+"""Prometheus metrics of one server. Each server has its own registry."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120
 
 
 class Load(Protocol):
-    """What a scrape reads of the engine."""
+    """The engine's load, read at each scrape."""
 
     def in_flight(self) -> int:
-        """Requests under way, waiting or running."""
+        """Number of requests in flight, waiting or running."""
 
     def waiting(self) -> int:
-        """Sequences, and parts of classifications, that wait for their turn."""
+        """Number of waiting sequences and waiting parts of classifications."""
 
     def running(self) -> int:
-        """Sequences, and parts of classifications, in a batch."""
+        """Number of sequences and parts of classifications in a batch."""
 
 
 class ServerMetrics:
-    """Counts requests and tokens; labels come from fixed sets, never from a client's text."""
+    """Counts requests and tokens. Labels come from fixed sets, never from a client's text."""
 
     def __init__(self, load: Load) -> None:
-        """Register the metrics; `load` is read at each scrape."""
+        """Register the metrics. `load` is read at each scrape."""
         self.registry = CollectorRegistry()
         self._requests = Counter(
             "sera_http_requests",
-            "HTTP requests answered.",
+            "HTTP requests that got a response.",
             ["method", "route", "status"],
             registry=self.registry,
         )
         self._seconds = Histogram(
             "sera_http_request_seconds",
-            "Seconds from the first byte of a request to the last of its answer.",
+            "Seconds from the start of a request to the end of its response.",
             ["route"],
             buckets=_SECONDS,
             registry=self.registry,
@@ -48,13 +48,13 @@ class ServerMetrics:
         self._inputs = Counter("sera_classified_inputs", "Inputs classified.", registry=self.registry)
         self._refusals = Counter(
             "sera_refusals",
-            "Requests refused or ended for want of room, time or an engine, also in mid-stream.",
+            "Requests refused or ended because of overload, a deadline or a stopped engine, streams included.",
             ["code"],
             registry=self.registry,
         )
         self._waits = Histogram(
             "sera_wait_seconds",
-            "Seconds from a request's arrival until it, or its first part, entered a batch.",
+            "Seconds from a request's arrival until the request, or its first part, entered a batch.",
             buckets=_SECONDS,
             registry=self.registry,
         )
@@ -65,14 +65,14 @@ class ServerMetrics:
             registry=self.registry,
         )
         for name, text, read in (
-            ("sera_requests_in_flight", "Requests under way, waiting or running.", load.in_flight),
-            ("sera_waiting", "Sequences, and parts of classifications, that wait for their turn.", load.waiting),
-            ("sera_running", "Sequences, and parts of classifications, in a batch.", load.running),
+            ("sera_requests_in_flight", "Requests in flight, waiting or running.", load.in_flight),
+            ("sera_waiting", "Waiting sequences and waiting parts of classifications.", load.waiting),
+            ("sera_running", "Sequences and parts of classifications in a batch.", load.running),
         ):
             Gauge(name, text, registry=self.registry).set_function(read)
 
     def observe_request(self, method: str, route: str, status: int, seconds: float) -> None:
-        """Count one answered request; `route` is the template that matched, not the path."""
+        """Count one request. `route` is the matched template, not the path."""
         self._requests.labels(method if method in _METHODS else "other", route, str(status)).inc()
         self._seconds.labels(route).observe(seconds)
 
@@ -83,20 +83,20 @@ class ServerMetrics:
         self._tokens.labels("completion").inc(result.completion_tokens)
 
     def count_classified(self, inputs: int, waited_s: float) -> None:
-        """Count the inputs of one finished classification, and how long it waited."""
+        """Count the inputs of one finished classification, and record its waiting time."""
         self._inputs.inc(inputs)
         self._waits.observe(waited_s)
 
     def observe_waits(self, waited_s: float, first_token_s: float | None) -> None:
-        """Note how long a generation waited for its turn, and for its first token if it got one."""
+        """Record how long a generation waited for the batch, and for its first token if there was one."""
         self._waits.observe(waited_s)
         if first_token_s is not None:
             self._first_token.observe(first_token_s)
 
     def count_refusal(self, code: str) -> None:
-        """Count a request that was not served; `code` is one of ours, so there are few."""
+        """Count a request that was not served. `code` is an error code of the server, so there are few."""
         self._refusals.labels(code).inc()
 
     def exposition(self) -> bytes:
-        """All metrics in Prometheus' text format."""
+        """Return all metrics in Prometheus' text format."""
         return generate_latest(self.registry)

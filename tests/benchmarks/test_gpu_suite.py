@@ -24,7 +24,7 @@ from benchmarks.gpu_operands import Member
 from benchmarks.gpu_report import save, table
 from benchmarks.gpu_setting import Setting, find_operation
 from sera_kernels import ABSENT, NO_ADAPTER, grouped_sera
-from sera_serve.layers import served
+from sera_serve.layers import served_linear
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SECTIONS = ["correctness", "decode correctness", "decode step", "capacity", "kernel time"]
@@ -169,12 +169,12 @@ def test_a_broken_kernel_ends_in_status_1_and_no_speed(
 
 
 def test_the_decode_check_sees_wrong_serving(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = served.add_updates
+    right = served_linear.add_updates
 
     def next_adapter(x: Tensor, outputs: list[Tensor], modules: Any, batch: Any, *rest: Any) -> None:
         right(x, outputs, modules, replace(batch, token_slots=(batch.token_slots + 1) % 3), *rest)
 
-    monkeypatch.setattr(served, "add_updates", next_adapter)
+    monkeypatch.setattr(served_linear, "add_updates", next_adapter)
     assert not any(row["correct"] for row in check_decode(setting))
 
 

@@ -1,4 +1,4 @@
-"""How the application is served."""
+"""The configuration of the HTTP server, and the calls of the framework."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastapi.dependencies.models import Dependant
 from fastapi.routing import APIRoute
 
 from sera_serve.config import ServeSettings
-from sera_serve.server import adapters, classify, generate, health
+from sera_serve.server import health, native
 from sera_serve.serving import http_config
 
 
@@ -29,6 +29,6 @@ def test_the_framework_calls_nothing_in_threads() -> None:
         for dependency in dependant.dependencies:
             yield from called(dependency)
 
-    routes = [route for part in (adapters, classify, generate, health) for route in part.router.routes]
+    routes = [route for router in (*native.ROUTERS, health.router) for route in router.routes]
     calls = [call for route in routes if isinstance(route, APIRoute) for call in called(route.dependant)]
     assert len(calls) > 15 and all(map(inspect.iscoroutinefunction, calls))

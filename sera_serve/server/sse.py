@@ -1,4 +1,4 @@
-"""Server-sent events: a generation's deltas as they come."""
+"""Server-sent events: the response that streams the deltas of a generation."""
 
 from __future__ import annotations
 
@@ -10,46 +10,57 @@ from typing import Any
 from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
+from sera_serve.engine import GenerationResult, TokenDelta
 from sera_serve.errors import EngineUnavailable
+from sera_serve.server.deps import TokenStream
 from sera_serve.server.disconnect import ClientDisconnected, cancel_on_disconnect
 from sera_serve.server.errors import describe
-from sera_serve.server.interfaces import TokenStream
 from sera_serve.server.metrics import ServerMetrics
-from sera_serve.server.schemas import GenerateEvent, GenerateResponse
 
 logger = logging.getLogger("sera_serve.server")
 DONE = b"data: [DONE]\n\n"
 
 
 def encode_event(content: dict[str, Any]) -> bytes:
-    """One event; JSON has no line breaks, so it is one `data:` line."""
+    """Encode one event. The JSON has no line breaks, so the event is one `data:` line."""
     return b"data: " + json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8") + b"\n\n"
 
 
-class GenerationEvents(Response):
-    """The response to a streamed generation.
+class EventStream(Response):
+    """Streams one generation as server-sent events, `data: [DONE]` last.
 
-    The request is admitted when the response is sent, so that a refusal is still an ordinary error with its own
-    status. A failure later is an event `{"error": ...}`, the last one. A client that goes away cancels the request.
+    The response admits the request when the response is sent. A refusal is therefore an ordinary error with its own
+    status. A later failure is the event `{"error": ...}`, and this event is the last. A disconnect of the client
+    cancels the request.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, admit: Callable[[], Awaitable[TokenStream]], metrics: ServerMetrics) -> None:
-        """Prepare.
+    def __init__(
+        self,
+        admit: Callable[[], Awaitable[TokenStream]],
+        delta_event: Callable[[TokenStream, TokenDelta], dict[str, Any]],
+        final_event: Callable[[TokenStream, GenerationResult], dict[str, Any]],
+        metrics: ServerMetrics,
+    ) -> None:
+        """Prepare the response.
 
         Args:
-            admit: Puts the request into the engine; called once.
+            admit: Sends the request to the engine. Called once.
+            delta_event: Returns the JSON of an event that adds text or tokens.
+            final_event: Returns the JSON of the last event before `[DONE]`.
             metrics: Counts the tokens at the end.
         """
         super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._admit = admit
+        self._delta_event = delta_event
+        self._final_event = final_event
         self._metrics = metrics
         self._started = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the events until the generation ends or the client goes away."""
+        """Send the events until the generation ends or the client disconnects."""
         request_id = scope["state"]["request_id"]
         try:
             await cancel_on_disconnect(receive, self._send_events(send, request_id))
@@ -70,21 +81,17 @@ class GenerationEvents(Response):
             await stream.aclose()
 
     async def _events(self, stream: TokenStream, request_id: str) -> AsyncIterator[bytes]:
-        identity: dict[str, Any] = {"id": stream.id, "adapter": stream.adapter, "version": stream.version}
         try:
             async for delta in stream:
                 if delta.text or delta.token_ids:
-                    event = GenerateEvent(**identity, text=delta.text, token_ids=delta.token_ids)
-                    yield encode_event(event.model_dump(exclude={"usage"}))
+                    yield encode_event(self._delta_event(stream, delta))
             if stream.result is None:
                 raise EngineUnavailable("the generation was closed before it finished; send the request again")
-        except Exception as error:  # noqa: BLE001 - the status is sent already: it is told and logged, here
+        except Exception as error:  # noqa: BLE001 - the status 200 is sent already: the error becomes an event and a log line
             content = describe(error, request_id)[1]
             self._metrics.count_refusal(content["error"]["code"])
             yield encode_event(content)
             return
-        usage = GenerateResponse.of(stream.result).usage
-        last = GenerateEvent(**identity, text="", token_ids=[], finish_reason=stream.result.finish_reason, usage=usage)
         self._metrics.count_generation(stream.result)
-        yield encode_event(last.model_dump())
+        yield encode_event(self._final_event(stream, stream.result))
         yield DONE

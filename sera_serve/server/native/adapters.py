@@ -10,9 +10,9 @@ from fastapi import APIRouter, Query, Request
 
 from adapters_store import AdapterInfo, AdapterStore, Published, check_base
 from adapters_store.errors import AdapterNotFound
+from sera_serve.server.deps import Engine, EngineOf, SettingsOf, StoreOf
 from sera_serve.server.disconnect import cancel_on_disconnect
-from sera_serve.server.interfaces import Engine, EngineOf, SettingsOf, StoreOf
-from sera_serve.server.schemas import (
+from sera_serve.server.native.schemas import (
     AdapterDetail,
     AdapterList,
     AdapterSummary,
@@ -21,8 +21,8 @@ from sera_serve.server.schemas import (
     PinnedAdapter,
     PublishedAdapter,
 )
+from sera_serve.server.native.uploads import Upload, receive_upload
 from sera_serve.server.strict import StrictRoute
-from sera_serve.server.uploads import Upload, receive_upload
 
 router = APIRouter(route_class=StrictRoute, tags=["adapters"])
 
@@ -102,7 +102,7 @@ def _publish(received: Upload, engine: Engine, store: AdapterStore, max_bytes: i
 def _delete(reference: str, engine: Engine, store: AdapterStore) -> None:
     store.delete(reference)
     for digest in store.collect_garbage().digests:
-        engine.forget(digest)
+        engine.mark_deleted(digest)
 
 
 def _page(store: AdapterStore, query: ListQuery) -> AdapterList:

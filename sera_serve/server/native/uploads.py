@@ -1,4 +1,4 @@
-"""Reading an uploaded bundle: a multipart form with exactly `name` and `bundle`."""
+"""Reads an uploaded bundle from a multipart form with exactly the fields `name` and `bundle`."""
 
 from __future__ import annotations
 
@@ -11,11 +11,9 @@ from fastapi import Request
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 
-from adapters_store import AdapterBundle
+from adapters_store import AdapterBundle, BundleLimits, parse_adapter
 from adapters_store.errors import InvalidAdapterName
-from adapters_store.names import parse_adapter
 from adapters_store.mmap_buffer import writable_memory
-from adapters_store.safetensors_file import BundleLimits
 from sera_serve.errors import InvalidRequest
 from sera_serve.server.strict import UnsupportedMediaType, media_type
 
@@ -24,39 +22,39 @@ _MAX_FIELD_BYTES = 1024
 
 
 class InvalidForm(InvalidRequest):
-    """The multipart body cannot be taken apart."""
+    """The multipart body cannot be parsed."""
 
     code = "invalid_multipart"
     status = 400
 
 
 class MissingField(InvalidRequest):
-    """A field of the form is absent."""
+    """A field of the form is missing."""
 
     code = "missing_field"
 
 
 class UnknownField(InvalidRequest):
-    """The form has a field that nothing reads, or one twice."""
+    """The form has an unknown field, or the same field twice."""
 
     code = "unknown_field"
 
 
 @dataclass(frozen=True)
 class Upload:
-    """A received form; the file lies in memory while small, else in a temporary file."""
+    """A received form. A small bundle is in memory, a larger one in a temporary file."""
 
     name: str
     file: BinaryIO
     nbytes: int
 
     def read_bundle(self, max_bytes: int) -> AdapterBundle:
-        """Read and check the bundle; blocks.
+        """Read and validate the bundle. Blocks.
 
         Raises:
-            InvalidBundle: One of the subclasses that FORMAT.md lists.
+            InvalidBundle: FORMAT.md lists the subclasses.
         """
-        # Writable memory, which the tensors then share.
+        # The tensors share this memory, so the memory must be writable.
         data = writable_memory(self.nbytes)
         self.file.seek(0)
         view = data
@@ -67,11 +65,11 @@ class Upload:
 
 @asynccontextmanager
 async def receive_upload(request: Request) -> AsyncIterator[Upload]:
-    """Read the form of an upload; its temporary file is gone afterwards.
+    """Receive the form of an upload. The temporary file is deleted when the context ends.
 
     Raises:
         UnsupportedMediaType, InvalidForm, MissingField, UnknownField, InvalidAdapterName: The form is refused.
-        BodyTooLarge: It exceeds the limit, noticed while it is read.
+        BodyTooLarge: The body exceeds the limit of its route.
     """
     if media_type(request) != "multipart/form-data":
         raise UnsupportedMediaType(
@@ -95,9 +93,9 @@ def _checked(form: FormData) -> Upload:
             raise MissingField(f"form field {field} is missing; send bundle (a file) and name (text)", param=field)
     for field in given:
         if field not in _FIELDS:
-            raise UnknownField(f"form field {field!r} is not read here; leave it out", param=field)
+            raise UnknownField(f"form field {field!r} is unknown; leave it out", param=field)
         if given.count(field) > 1:
-            raise UnknownField(f"form field {field} is there twice; send it once", param=field)
+            raise UnknownField(f"form field {field} appears twice; send it once", param=field)
     name, file = form["name"], form["bundle"]
     if not isinstance(name, str):
         raise InvalidRequest("form field name is a file; send it as text", param="name")
