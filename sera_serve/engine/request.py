@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from sera_serve.engine.admission import Visit
 from sera_serve.engine.fairness import Ticket
-from sera_serve.residency import Lease, Prefetch
+from sera_serve.residency import Lease, PrefetchHint
 
 
 class Stage(enum.Enum):
@@ -39,6 +39,6 @@ class Request(Ticket):
 
     begun: Future[None] = field(default_factory=Future, init=False)
     stage: Stage = field(default=Stage.WAITING, init=False)
-    wish: Prefetch | None = field(default=None, init=False)
+    wish: PrefetchHint | None = field(default=None, init=False)
     loading: Future[Lease] | None = field(default=None, init=False)
     lease: Lease | None = field(default=None, init=False)

@@ -105,7 +105,7 @@ class ServingEngine:
 
     def forget(self, digest: str) -> None:
         """Give back the memory of a bundle that was deleted, once no request uses it."""
-        self.residency.forget(digest)
+        self.residency.mark_deleted(digest)
 
     async def pin(self, digest: str) -> None:
         """Bring an adapter to the device and keep it there; raises CannotPin, or why it cannot be loaded."""

@@ -1,8 +1,8 @@
 """Which adapters are where: the device pool, the host cache, leases, pins and eviction."""
 
-from sera_serve.residency.handles import Lease, Prefetch
+from sera_serve.residency.entry import Lease, PrefetchHint
 from sera_serve.residency.host_cache import HostCache
-from sera_serve.residency.loader_threads import LoaderThreads
+from sera_serve.residency.loader import LoaderThreads
 from sera_serve.residency.manager import AdapterResidency
 from sera_serve.residency.packing import AdapterLayout, PackedAdapter, PackedHead, PackedModule, pack
 from sera_serve.residency.pool import DevicePool, Placement
@@ -21,7 +21,7 @@ __all__ = [
     "PackedHead",
     "PackedModule",
     "Placement",
-    "Prefetch",
+    "PrefetchHint",
     "ResidencyStats",
     "Tier",
     "pack",

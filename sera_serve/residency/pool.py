@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +13,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sera_kernels import ABSENT, AdapterTables
-from sera_serve.residency.copy_stream import CopyStream
-from sera_serve.residency.extents import Extent, FreeExtents
 from sera_serve.residency.packing import AdapterLayout, PackedAdapter
 
 # Bytes that are copied within host memory in about 0.1 ms.
@@ -21,11 +20,134 @@ _COPIED_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True)
+class Extent:
+    """A contiguous run of pool elements."""
+
+    start: int
+    length: int
+
+    @property
+    def end(self) -> int:
+        """First element after the run."""
+        return self.start + self.length
+
+
+class FreeExtents:
+    """The holes of a pool. Not thread-safe: the caller holds a lock."""
+
+    def __init__(self, elements: int) -> None:
+        """All of a pool's `elements`, free."""
+        self._holes = [Extent(0, elements)]
+
+    @property
+    def elements(self) -> int:
+        """How many elements are free."""
+        return sum(hole.length for hole in self._holes)
+
+    def holes(self) -> list[Extent]:
+        """The holes in ascending order, no two of them adjacent."""
+        return list(self._holes)
+
+    def take(self, chunks: Sequence[int]) -> tuple[Extent, ...] | None:
+        """Room for `chunks` (see `place`), no longer free, or None."""
+        taken = place(self._holes, chunks)
+        if taken is None:
+            return None
+        lengths = {extent.start: extent.length for extent in taken}
+        # A piece of room begins where its hole begins, so that one hole stays one hole.
+        rests = (
+            Extent(hole.start + lengths.get(hole.start, 0), hole.length - lengths.get(hole.start, 0))
+            for hole in self._holes
+        )
+        self._holes = [rest for rest in rests if rest.length]
+        return taken
+
+    def give(self, extents: Iterable[Extent]) -> None:
+        """Make `extents` free again."""
+        self._holes = _coalesce([*self._holes, *extents])
+
+    def would_take(self, chunks: Sequence[int], given: Iterable[Extent]) -> bool:
+        """Whether `take` would find room once `given` were free too."""
+        return place(_coalesce([*self._holes, *given]), chunks) is not None
+
+
+def place(holes: Sequence[Extent], chunks: Sequence[int]) -> tuple[Extent, ...] | None:
+    """Room for consecutive chunks: one extent if a hole is large enough, else as few as large holes allow.
+
+    Fails only where the holes together have less than sum(chunks) + len(holes) * (max(chunks) - 1) elements: no hole
+    is left with more than the next piece did not fit into.
+
+    Args:
+        holes: Extents, no two of them adjacent.
+        chunks: Elements of each piece, above zero; a piece is never split.
+    """
+    wanted = sum(chunks)
+    if not wanted:
+        return ()
+    enough = [hole for hole in holes if hole.length >= wanted]
+    if enough:
+        return (Extent(min(enough, key=lambda hole: hole.length).start, wanted),)
+    if sum(hole.length for hole in holes) < wanted:
+        return None
+    chosen = []
+    placed = 0
+    for hole in sorted(holes, key=lambda hole: hole.length, reverse=True):
+        length = 0
+        while placed < len(chunks) and length + chunks[placed] <= hole.length:
+            length += chunks[placed]
+            placed += 1
+        if not length:
+            return None
+        chosen.append(Extent(hole.start, length))
+        if placed == len(chunks):
+            return tuple(chosen)
+    return None
+
+
+def _coalesce(extents: Iterable[Extent]) -> list[Extent]:
+    merged: list[Extent] = []
+    for extent in sorted(extents, key=lambda extent: extent.start):
+        if merged and merged[-1].end == extent.start:
+            merged[-1] = Extent(merged[-1].start, merged[-1].length + extent.length)
+        else:
+            merged.append(extent)
+    return merged
+
+
+class CopyStream:
+    """A CUDA stream of its own for everything written to the pool, so that writes keep their order; nothing on a CPU.
+
+    Enqueued work does not wait for forward passes, nor they for it: a pass may only read what was written inside a
+    `complete` block that has ended, and only memory that no pass reads may be written.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        """Make a stream that begins after what the current one has been given."""
+        self._stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)
+            self._stream.wait_stream(torch.cuda.current_stream(device))
+
+    def enqueue(self) -> AbstractContextManager[object]:
+        """Device work inside the block goes to this stream; nothing waits for it."""
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+    @contextmanager
+    def complete(self) -> Iterator[None]:
+        """`enqueue`, and the block ends when the device has done the work; only the calling thread waits."""
+        with self.enqueue():
+            yield
+        if self._stream is not None:
+            # An event, because the stream may have been given more by other threads.
+            self._stream.record_event().synchronize()
+
+
+@dataclass(frozen=True)
 class Placement:
     """An adapter in the pool: the slot that batches name it by, and the extents that hold it.
 
     Attributes:
-        extents: Consecutive stretches of the packed run; one, unless the pool's free room is in pieces.
+        extents: Consecutive stretches of the packed run; one, unless the pool's free room is in chunks.
     """
 
     slot: int
@@ -94,7 +216,7 @@ class DevicePool:
         """Set a slot and extents aside for an adapter, or return None where there is no room."""
         if not self._free_slots:
             return None
-        extents = self._free.take(adapter.pieces)
+        extents = self._free.take(adapter.chunks)
         if extents is None:
             return None
         placement = Placement(self._free_slots.pop(), extents, adapter)
@@ -106,7 +228,7 @@ class DevicePool:
         removed = list(removed)
         if not self._free_slots and not removed:
             return False
-        return self._free.would_take(adapter.pieces, [extent for p in removed for extent in p.extents])
+        return self._free.would_take(adapter.chunks, [extent for p in removed for extent in p.extents])
 
     def fills_at_once(self, adapter: PackedAdapter) -> bool:
         """Whether filling takes less time than to wake a thread for it."""
@@ -150,7 +272,7 @@ class DevicePool:
         shape = (head.labels, head.hidden_size)
         return self.data[weight : weight + shape[0] * shape[1]].view(shape), self.data[bias : bias + head.labels]
 
-    def check_integrity(self) -> None:
+    def check_invariants(self) -> None:
         """Raise RuntimeError unless extents tile the pool, slots are all accounted for, and tables match.
 
         On a GPU it waits for the device.

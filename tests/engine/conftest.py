@@ -55,7 +55,7 @@ def start_engine() -> Iterator[Callable[..., ServingEngine]]:
     yield start
     for engine in engines:
         if engine.failure() is None:
-            engine.residency.check_integrity()
+            engine.residency.check_invariants()
             assert engine.residency.leases() == 0
             assert engine.in_flight() == 0
         engine.stop()

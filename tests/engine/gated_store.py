@@ -41,4 +41,4 @@ async def until(condition: Callable[[], bool]) -> None:
 
 async def settled(engine: ServingEngine) -> None:
     await until(lambda: not (engine.in_flight() or engine.waiting() or engine.running() or engine.residency.leases()))
-    engine.residency.check_integrity()
+    engine.residency.check_invariants()

@@ -57,7 +57,7 @@ class Serving:
     def settle(self) -> None:
         """Wait until nothing is under way, and check that nothing is held."""
         wait_until(lambda: self.engine.in_flight() == 0 and self.engine.residency.leases() == 0, 30)
-        self.engine.residency.check_integrity()
+        self.engine.residency.check_invariants()
 
 
 def body(adapter: str | None, **fields: Any) -> dict[str, Any]:
