@@ -19,7 +19,7 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from functools import partial
 
@@ -419,17 +419,26 @@ class AdapterResidency:
             packed = self.host_cache.get(entry.digest)
             # Nobody is bypassed on the way.
             is_at_once = packed is not None and not len(self._placement) and self.pool.fills_at_once(packed)
-            self._placement.join(entry)
-            self._place_waiting_locked(own=entry if is_at_once else None)
+            self._join_locked(entry, is_at_once)
             if is_at_once and entry.state is COPYING:
                 return packed
         return None
 
-    def _place_waiting_locked(self, own: AdapterEntry | None = None) -> None:
-        """Find room for adapters in the queue. The caller itself copies `own`; loader threads load the others."""
-        if not len(self._placement):
-            return
-        for entry, outcome in self._placement.place_waiting():
+    def _join_locked(self, entry: AdapterEntry, is_copied_here: bool) -> None:
+        """Have an adapter wait for room, unless it finds some at once; by choice the caller then copies it itself."""
+        self._placement.join(entry)
+        self._take_up_locked(self._placement.place_last(), entry if is_copied_here else None)
+
+    def _place_waiting_locked(self) -> None:
+        """Find room for adapters in the queue; called whenever there may be some."""
+        if len(self._placement):
+            self._take_up_locked(self._placement.place_waiting())
+
+    def _take_up_locked(
+        self, placed: Iterable[tuple[AdapterEntry, Outcome]], own: AdapterEntry | None = None
+    ) -> None:
+        """Go on with adapters that left the queue. The caller itself copies `own`; loader threads load the others."""
+        for entry, outcome in placed:
             if outcome is not Outcome.PLACED:
                 if outcome is Outcome.ON_DEVICE:
                     self._grant_locked(entry, "device")
@@ -463,8 +472,7 @@ class AdapterResidency:
         if not self._closed:
             self._table.keep(packed)
             if entry.is_awaited():
-                self._placement.join(entry)
-                self._place_waiting_locked(own=entry)
+                self._join_locked(entry, is_copied_here=True)
             else:
                 self._reserve_hinted_locked(entry)
         if entry.state is READING:

@@ -101,7 +101,6 @@ class PlacementQueue:
         for entry in list(self._queue.values()):
             outcome = self._place(entry)
             if outcome is not None:
-                self._leave(entry)
                 yield entry, outcome
                 continue
             blocked += 1
@@ -110,6 +109,16 @@ class PlacementQueue:
                 return
             if blocked == _WINDOW:
                 return
+
+    def place_last(self) -> Iterator[tuple[AdapterEntry, Outcome]]:
+        """`place_waiting` for an adapter that has just joined: since the others were tried, no room came free."""
+        if len(self._queue) == 1:
+            yield from self.place_waiting()
+        elif len(self._queue) <= _WINDOW and not self._is_overdue(next(iter(self._queue.values()))):
+            entry = next(reversed(self._queue.values()))
+            outcome = self._place(entry)
+            if outcome is not None:
+                yield entry, outcome
 
     def reserve(self, entry: AdapterEntry, spare_wanted: bool = False) -> bool:
         """Reserve room for an adapter, evicting others where that gives enough; else none is evicted.
@@ -248,13 +257,19 @@ class PlacementQueue:
             raise RuntimeError("an adapter waits for room although nothing is in use")
 
     def _place(self, entry: AdapterEntry) -> Outcome | None:
+        """Take an adapter out of the queue if it need not wait any more."""
         if not entry.is_awaited():
-            return Outcome.CANCELLED
-        if entry.grantable:
-            return Outcome.ON_DEVICE
-        if self.reserve(entry):
-            return Outcome.PLACED
-        return None if self._could_fit(_layout(entry)) else Outcome.NEVER_FITS
+            outcome = Outcome.CANCELLED
+        elif entry.grantable:
+            outcome = Outcome.ON_DEVICE
+        elif self.reserve(entry):
+            outcome = Outcome.PLACED
+        elif not self._could_fit(_layout(entry)):
+            outcome = Outcome.NEVER_FITS
+        else:
+            return None
+        self._leave(entry)
+        return outcome
 
     def _leave(self, entry: AdapterEntry) -> None:
         entry.queued_at = None
