@@ -1,6 +1,6 @@
-"""Which adapters are where: the device pool, the host cache, leases, pins and eviction."""
+"""Adapter residency: device pool, host cache, leases, pins, prefetch, loading and eviction."""
 
-from sera_serve.residency.entry import Lease, PrefetchHint
+from sera_serve.residency.entry import TRANSITIONS, AdapterEntry, AdapterState, Lease, PrefetchHint
 from sera_serve.residency.host_cache import HostCache
 from sera_serve.residency.loader import LoaderThreads
 from sera_serve.residency.manager import AdapterResidency
@@ -10,8 +10,11 @@ from sera_serve.residency.stats import LOAD_BUCKETS, LoadTimes, ResidencyStats, 
 
 __all__ = [
     "LOAD_BUCKETS",
+    "TRANSITIONS",
+    "AdapterEntry",
     "AdapterLayout",
     "AdapterResidency",
+    "AdapterState",
     "DevicePool",
     "HostCache",
     "Lease",

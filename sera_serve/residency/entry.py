@@ -1,41 +1,46 @@
 """One adapter's entry: where the adapter is, and which requests lease it, wait for it or expect it.
 
-States of an `AdapterEntry`:
+The states of an `AdapterEntry`, and what leads from one to the next:
 
-                   request or hint            room found
-    +--------+ ---------------------> +---------+ -------------------------> +---------+
-    | ABSENT |                        | READING |                            | COPYING |
-    +--------+ <--------------------- +---------+        room found          +---------+
-        ^  ^     failed, or not kept       |        +----------------------> |    |  |
-        |  |                               | kept   |      copy failed       |    |  | copied
-        |  |                               v        |  <---------------------+    |  |
-        |  |   dropped by the cache   +---------+ --+                             |  |
-        |  +------------------------- | ON_HOST |                                |  |
-        |                             +---------+ <------- evicted --------+     |  |
-        |                                                                  |     |  |
-        |                              waits for room too long             |     |  v
-        |  evicted, and       +----------+ <------------------- +----------+ <---|--+
-        |  not in the cache   | DRAINING |                      | RESIDENT |     |
-        +-------------------- +----------+ -------------------> +----------+     | copied, but
-        |                       |      ^    another adapter has      |           | deleted
-        |                       v      |    its room                 |           | meanwhile
-        |  last lease ended   +---------+                            |           |
-        +-------------------- | DELETED | <--------------------------+ <---------+
-                              +---------+        mark_deleted
+     wanted by a request or a hint          read, and room found
+    +--------+ ------------------> +---------+ ------------------> +---------+
+    | ABSENT |                     | READING |                     | COPYING |
+    +--------+ <------------------ +---------+                     +---------+
+      ^ ^ ^ ^   failed or not kept      | kept                      ^ |   | |
+      | | | |                           v        room found         | |   | |
+      | | | |   cache dropped it   +---------+ ---------------------+ |   | |
+      | | | +--------------------- | ON_HOST | <----------------------+   | |
+      | | |                        +---------+      copy failed           | |
+      | | |                           ^   ^                               | |
+      | | |  evicted: to ON_HOST      |   |                        copied | | copied, but deleted
+      | | |  if the cache has it      |   |                               | | meanwhile
+      | | |                           |   |                               | |
+      | | |   +----------+ -----------+   |      another one is overdue   | |
+      | | +-- | RESIDENT | ---------------|-----------------+             | |
+      | |     +----------+ <--------------|-----------------|-------------+ |
+      | |       |     ^      no more      |                 v               |
+      | |       |     +---------------------------- +----------+            |
+      | |       |                         +-------- | DRAINING |            |
+      | +-------|---------------------------------- +----------+            |
+      |         | mark_deleted                        ^ |                   |
+      |         v               overdue               | | no more           |
+      |       +---------+ ----------------------------+ |                   |
+      +------ | DELETED | <-----------------------------+                   |
+              +---------+ <-------------------------------------------------+
+       last lease ended
 
-    ABSENT    The adapter is in no memory. The table keeps the entry only while requests wait for room or hints are held.
+    ABSENT    The adapter is in no memory. The entry exists only while requests wait for room, or hints are held.
     READING   A loader thread reads the adapter from the store, or will. Room on the device may be reserved already.
     ON_HOST   The packed adapter is in the host cache alone. It may wait for room on the device.
     COPYING   Room on the device is reserved. A thread copies the adapter there, or will.
     RESIDENT  The adapter is on the device. Leases are granted at once.
-    DRAINING  The adapter is on the device. No lease is granted, so that its room comes free for an adapter that has
-              waited too long.
-    DELETED   The adapter is on the device for the leases held on it. Its bundle was deleted, so it leaves with the
-              last of them.
+    DRAINING  The adapter is on the device, and no lease is granted: another adapter is overdue, that is, it was
+              bypassed in the queue for room as often as it may be, and gets this adapter's room.
+    DELETED   The adapter is on the device for the leases held on it, and its bundle was deleted: it leaves with the
+              last lease.
 
-`TRANSITIONS` is the complete table. It has these edges besides: an adapter leaves COPYING, RESIDENT, DRAINING and
-DELETED for ABSENT or ON_HOST, by whether the host cache has it (a deleted one is there only while requests wait);
-DRAINING and DELETED change into each other where an adapter is both.
+`TRANSITIONS` is the same as a table. Where a copy failed, the adapter goes to ABSENT if the cache does not have it. A
+deleted adapter goes to ON_HOST only where requests still wait for it.
 """
 
 from __future__ import annotations
@@ -77,7 +82,7 @@ TRANSITIONS: dict[AdapterState, frozenset[AdapterState]] = {
     COPYING: frozenset({ABSENT, ON_HOST, RESIDENT, DELETED}),
     RESIDENT: frozenset({ABSENT, ON_HOST, DRAINING, DELETED}),
     DRAINING: frozenset({ABSENT, ON_HOST, RESIDENT, DELETED}),
-    DELETED: frozenset({ABSENT, ON_HOST, DRAINING}),
+    DELETED: frozenset({ABSENT, DRAINING}),
 }
 """The legal transitions: the states that may follow each state."""
 
@@ -219,15 +224,16 @@ class AdapterEntry:
     def check_invariants(self) -> None:
         """Raise RuntimeError where the fields contradict the state."""
         placed = self.on_device or self.state is COPYING
+        has_room = self.placement is not None
         broken = {
             "a lease or a hint was released twice": self.leases < 0 or self.hints < 0,
             "it is leased and not on the device": self.leases > 0 and not self.on_device,
-            "it has no room on the device": placed and self.placement is None,
-            "it has room that it does not need": self.placement is not None and not placed and self.state is not READING,
+            "it has no room on the device": placed and not has_room,
+            "it has room that it does not need": has_room and not placed and self.state is not READING,
             "it has the room of another adapter": self.placement is not None
             and self.placement.adapter.digest != self.digest,
             "requests wait for it, and it is not loaded": bool(self.waiters) and not self.loading,
-            "it waits for room that it has": self.queued and self.state in (READING, COPYING),
+            "it waits for room that it has": self.queued and (self.grantable or self.state in (READING, COPYING)),
             "it is pinned and not on the device": self.pinned and not self.on_device,
             "it is pinned and deleted": self.pinned and self.deleted,
             "it is deleted and not in the state for it": self.deleted and self.state is RESIDENT,

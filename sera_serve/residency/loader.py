@@ -17,15 +17,13 @@ from sera_serve.residency.pool import DevicePool
 
 
 class AdapterLoader:
-    """Reads adapters in the pool's dtype and layout. Thread-safe; the caller holds no lock, because a read takes long."""
+    """Reads adapters in the pool's dtype and layout. Thread-safe; the caller holds no lock: a read takes long."""
 
-    def __init__(
-        self, load: Callable[[str], AdapterBundle], module_index: Mapping[str, int], pool: DevicePool
-    ) -> None:
+    def __init__(self, load: Callable[[str], AdapterBundle], module_index: Mapping[str, int], pool: DevicePool) -> None:
         """Prepare.
 
         Args:
-            load: Reads a bundle by digest. It raises a typed error where the bundle is missing or does not fit the base.
+            load: Reads a bundle by digest; raises a typed error where it is missing or does not fit the base.
             module_index: Row of each adaptable module in the pool's tables.
             pool: The pool that the adapters are for: its dtype, device and size.
         """
@@ -101,7 +99,7 @@ class LoaderThreads:
             thread.join(max(0.0, deadline - time.monotonic()))
 
     def _ensure_idle_thread(self) -> None:
-        """Have at least one idle thread while jobs wait: it starts the next job when a running one stalls. Lock held."""
+        """Have an idle thread while jobs wait: it starts the next job when a running one stalls. Lock held."""
         if self._jobs and not self._idle and len(self._threads) < self._most:
             # Counted here, not when it runs: the next call must not start another.
             self._idle += 1

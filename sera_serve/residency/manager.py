@@ -94,7 +94,7 @@ class AdapterResidency:
         """Start with an empty pool.
 
         Args:
-            load: Reads a bundle by digest. It raises a typed error where the bundle is missing or does not fit the base.
+            load: Reads a bundle by digest; raises a typed error where it is missing or does not fit the base.
             pool: Device memory; owned by this object from now on.
             host_cache: Host memory; owned likewise.
             module_index: Row of each adaptable module in the pool's tables.
@@ -434,9 +434,7 @@ class AdapterResidency:
         if len(self._placement):
             self._take_up_locked(self._placement.place_waiting())
 
-    def _take_up_locked(
-        self, placed: Iterable[tuple[AdapterEntry, Outcome]], own: AdapterEntry | None = None
-    ) -> None:
+    def _take_up_locked(self, placed: Iterable[tuple[AdapterEntry, Outcome]], own: AdapterEntry | None = None) -> None:
         """Go on with adapters that left the queue. The caller itself copies `own`; loader threads load the others."""
         for entry, outcome in placed:
             if outcome is not Outcome.PLACED:

@@ -96,7 +96,7 @@ class PlacementQueue:
         Call it whenever there may be room. Where there is none for the first in the queue, and the first may not be
         bypassed any more, adapters drain for it and all others stay in the queue.
         """
-        self._end_draining()
+        drained = self._end_draining()
         blocked = 0
         for entry in list(self._queue.values()):
             outcome = self._place(entry)
@@ -106,9 +106,13 @@ class PlacementQueue:
             blocked += 1
             if blocked == 1 and self._is_overdue(entry):
                 self._drain_for(_layout(entry))
-                return
+                break
             if blocked == _WINDOW:
-                return
+                break
+        for entry in drained:
+            # It need not leave any more, wherever in the queue the requests for it stand.
+            if entry.queued and entry.grantable and (outcome := self._place(entry)) is not None:
+                yield entry, outcome
 
     def place_last(self) -> Iterator[tuple[AdapterEntry, Outcome]]:
         """`place_waiting` for an adapter that has just joined: since the others were tried, no room came free."""
@@ -300,10 +304,12 @@ class PlacementQueue:
             if missing <= 0 and self._pool.would_fit(layout, leaving):
                 return
 
-    def _end_draining(self) -> None:
-        for entry in self._draining.values():
+    def _end_draining(self) -> list[AdapterEntry]:
+        drained = list(self._draining.values())
+        for entry in drained:
             entry.move_to(DELETED if entry.deleted else RESIDENT)
         self._draining.clear()
+        return drained
 
     def _victims(self, layout: AdapterLayout, spare_wanted: bool) -> list[AdapterEntry]:
         """Whom to evict, in this order, until there is room for `layout`; none if that would not give enough."""

@@ -33,10 +33,10 @@ class Extent:
 
 
 class FreeExtents:
-    """The holes of a pool. Not thread-safe: the caller holds a lock."""
+    """The holes of a pool, first to last. Not thread-safe: the caller holds a lock."""
 
     def __init__(self, elements: int) -> None:
-        """All of a pool's `elements`, free."""
+        """Begin with all `elements` of a pool free."""
         self._holes = [Extent(0, elements)]
 
     @property
@@ -49,12 +49,12 @@ class FreeExtents:
         return list(self._holes)
 
     def take(self, chunks: Sequence[int]) -> tuple[Extent, ...] | None:
-        """Room for `chunks` (see `place`), no longer free, or None."""
+        """Take room for `chunks` (see `place`), or return None."""
         taken = place(self._holes, chunks)
         if taken is None:
             return None
         lengths = {extent.start: extent.length for extent in taken}
-        # A piece of room begins where its hole begins, so that one hole stays one hole.
+        # What is taken begins where its hole begins, so that one hole stays one hole.
         rests = (
             Extent(hole.start + lengths.get(hole.start, 0), hole.length - lengths.get(hole.start, 0))
             for hole in self._holes
@@ -67,19 +67,19 @@ class FreeExtents:
         self._holes = _coalesce([*self._holes, *extents])
 
     def would_take(self, chunks: Sequence[int], given: Iterable[Extent]) -> bool:
-        """Whether `take` would find room once `given` were free too."""
+        """Whether `take` would find room if `given` were free too."""
         return place(_coalesce([*self._holes, *given]), chunks) is not None
 
 
 def place(holes: Sequence[Extent], chunks: Sequence[int]) -> tuple[Extent, ...] | None:
-    """Room for consecutive chunks: one extent if a hole is large enough, else as few as large holes allow.
+    """Choose room for consecutive chunks: one extent if a hole is large enough, else a few of the largest holes.
 
-    Fails only where the holes together have less than sum(chunks) + len(holes) * (max(chunks) - 1) elements: no hole
-    is left with more than the next piece did not fit into.
+    Returns None only where the holes together have less than sum(chunks) + len(holes) * (max(chunks) - 1) elements:
+    the rest of each hole is smaller than the chunk that comes next.
 
     Args:
         holes: Extents, no two of them adjacent.
-        chunks: Elements of each piece, above zero; a piece is never split.
+        chunks: Elements of each chunk, above zero; a chunk is never split.
     """
     wanted = sum(chunks)
     if not wanted:
@@ -115,39 +115,41 @@ def _coalesce(extents: Iterable[Extent]) -> list[Extent]:
 
 
 class CopyStream:
-    """A CUDA stream of its own for everything written to the pool, so that writes keep their order; nothing on a CPU.
+    """One CUDA stream for everything that is written to the pool, so that writes keep their order; nothing on a CPU.
 
-    Enqueued work does not wait for forward passes, nor they for it: a pass may only read what was written inside a
-    `complete` block that has ended, and only memory that no pass reads may be written.
+    Work on this stream and forward passes do not wait for each other. So a pass may read only what was written inside
+    a `complete` block that has ended, and only memory that no pass reads may be written.
     """
 
     def __init__(self, device: torch.device) -> None:
-        """Make a stream that begins after what the current one has been given."""
+        """Make a stream that begins after the work that the current stream already has."""
         self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)
             self._stream.wait_stream(torch.cuda.current_stream(device))
 
     def enqueue(self) -> AbstractContextManager[object]:
-        """Device work inside the block goes to this stream; nothing waits for it."""
+        """Put the device work of the block on this stream; nothing waits for it."""
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
     @contextmanager
     def complete(self) -> Iterator[None]:
-        """`enqueue`, and the block ends when the device has done the work; only the calling thread waits."""
+        """`enqueue`, and wait at the end of the block until the device has done the work; only this thread waits."""
         with self.enqueue():
             yield
         if self._stream is not None:
-            # An event, because the stream may have been given more by other threads.
+            # An event, because other threads may have put more work on the stream.
             self._stream.record_event().synchronize()
 
 
 @dataclass(frozen=True)
 class Placement:
-    """An adapter in the pool: the slot that batches name it by, and the extents that hold it.
+    """An adapter's room in the pool: the slot that batches name it by, and the extents that hold its elements.
 
     Attributes:
-        extents: Consecutive stretches of the packed run; one, unless the pool's free room is in chunks.
+        slot: Column of the adapter in the device tables.
+        extents: Where consecutive parts of the packed run are; one extent, unless no hole was large enough.
+        adapter: What the packed run holds.
     """
 
     slot: int
@@ -155,7 +157,7 @@ class Placement:
     adapter: AdapterLayout
 
     def locate(self, offset: int) -> int:
-        """Element of the pool that holds element `offset` of the packed run."""
+        """The element of the pool that holds element `offset` of the packed run."""
         for extent in self.extents:
             if offset < extent.length:
                 return extent.start + offset
@@ -166,11 +168,11 @@ class Placement:
 class DevicePool:
     """Fixed device memory that adapters are copied into, counted in true elements.
 
-    An adapter is placed whole if a hole is large enough, and otherwise in as few stretches of whole modules as the
-    holes allow; so free memory is of no use only where it is less than one module a hole.
+    An adapter is placed whole if a hole is large enough, and otherwise in as few extents of whole modules as the
+    holes allow. So only free memory of less than one module a hole is of no use.
 
-    The caller holds one lock around everything but `fill` and `head`. Reading `data` and `tables` in a forward
-    pass needs no lock, because only slots and elements that no pass uses are ever written.
+    The caller holds the lock of `AdapterResidency` around everything but `fill` and `head`. A forward pass reads
+    `data` and `tables` without the lock, because only slots and elements that no pass uses are ever written.
     """
 
     def __init__(
@@ -209,11 +211,11 @@ class DevicePool:
         return self.capacity - self._free.elements
 
     def placements(self) -> list[Placement]:
-        """Every adapter placed, filled or not."""
+        """The room of every adapter, filled or not."""
         return list(self._placed.values())
 
     def reserve(self, adapter: AdapterLayout) -> Placement | None:
-        """Set a slot and extents aside for an adapter, or return None where there is no room."""
+        """Reserve a slot and extents for an adapter, or return None where there is no room."""
         if not self._free_slots:
             return None
         extents = self._free.take(adapter.chunks)
@@ -224,20 +226,20 @@ class DevicePool:
         return placement
 
     def would_fit(self, adapter: AdapterLayout, removed: Iterable[Placement]) -> bool:
-        """Whether `reserve` would find room after these were removed."""
+        """Whether `reserve` would find room if these were removed."""
         removed = list(removed)
         if not self._free_slots and not removed:
             return False
         return self._free.would_take(adapter.chunks, [extent for p in removed for extent in p.extents])
 
     def fills_at_once(self, adapter: PackedAdapter) -> bool:
-        """Whether filling takes less time than to wake a thread for it."""
+        """Whether it takes less time to copy the adapter than to wake a thread for it."""
         return not self.data.is_cuda and adapter.nbytes <= _COPIED_AT_ONCE
 
     def fill(self, placement: Placement, data: Tensor) -> None:
-        """Copy a reserved adapter in and point its slot at it; ends when the device has done so.
+        """Copy an adapter to its reserved room, and write its slot in the tables; returns when the device has done so.
 
-        Needs no lock, since nobody else knows the slot yet. It must not be removed meanwhile.
+        It needs no lock, because no other thread uses the slot yet. The placement must not be removed meanwhile.
 
         Args:
             placement: What `reserve` gave.
@@ -254,7 +256,7 @@ class DevicePool:
         self._written[placement.slot] = columns
 
     def remove(self, placement: Placement) -> None:
-        """Free an adapter's slot and extents; no running pass may use it."""
+        """Free an adapter's slot and extents; no running pass may use them."""
         del self._placed[placement.slot]
         self._written.pop(placement.slot, None)
         with self._copy_stream.enqueue():
@@ -273,11 +275,11 @@ class DevicePool:
         return self.data[weight : weight + shape[0] * shape[1]].view(shape), self.data[bias : bias + head.labels]
 
     def check_invariants(self) -> None:
-        """Raise RuntimeError unless extents tile the pool, slots are all accounted for, and tables match.
+        """Raise RuntimeError unless extents tile the pool, every slot is free or used once, and the tables match.
 
         On a GPU it waits for the device.
         """
-        # First: an adapter whose fill ends meanwhile, which takes no lock, is not looked for in the tables.
+        # A copy made first: `fill` takes no lock, and an adapter whose fill ends meanwhile is not looked for.
         written = dict(self._written)
         extents = sorted(
             [*self._free.holes(), *(extent for p in self._placed.values() for extent in p.extents)],
@@ -297,7 +299,7 @@ class DevicePool:
         if sorted(slots) != list(range(self.slots)):
             raise RuntimeError("a slot is lost or held twice")
         if not written.keys() <= self._placed.keys():
-            raise RuntimeError("a removed adapter is still in the books of the tables")
+            raise RuntimeError("a removed adapter still counts as written to the tables")
         with self._copy_stream.complete():
             free_offsets = self.tables.offset[:, self._free_slots].cpu()
             there = torch.stack([table[:, list(written)].double() for table in self._table_list()]).cpu()
@@ -307,13 +309,13 @@ class DevicePool:
             if not np.array_equal(there[:, :, column], columns):
                 raise RuntimeError(f"slot {slot} does not point at its adapter")
 
-    def _copy(self, extent: Extent, piece: Tensor) -> None:
+    def _copy(self, extent: Extent, part: Tensor) -> None:
         there = self.data[extent.start : extent.end]
         if there.is_cuda:
-            there.copy_(piece, non_blocking=True)
+            there.copy_(part, non_blocking=True)
         else:
-            # Not by torch, which would copy on several cores, with threads of its own for each thread that asks.
-            there.view(torch.uint8).numpy()[:] = piece.view(torch.uint8).numpy()
+            # Not by torch: it would copy on several cores, with a pool of threads for each thread that calls it.
+            there.view(torch.uint8).numpy()[:] = part.view(torch.uint8).numpy()
 
     def _write(self, slot: int, columns: NDArray[Any]) -> None:
         if self.data.is_cuda:
@@ -321,7 +323,7 @@ class DevicePool:
             for table, column in zip(self._table_list(), there, strict=True):
                 table[:, slot].copy_(column)
             return
-        # Through numpy: torch gives up the interpreter's lock for every copy, and then waits to have it back.
+        # Through numpy: torch gives up the interpreter's lock for every copy, and then waits to get it back.
         for array, values in zip(self.tables.host_arrays, columns, strict=True):
             array[:, slot] = values
 
@@ -330,9 +332,9 @@ class DevicePool:
         return [tables.offset, tables.rank, tables.split, tables.mixer, tables.scaling]
 
     def _columns(self, placement: Placement) -> NDArray[Any]:
-        """float64 (tables, modules): a slot's column of every table, as one array so that one small copy brings it.
+        """float64 (tables, modules): a slot's column of every table, as one array, so that one small copy is enough.
 
-        float64 holds each exactly: scalings are rounded to float32 first, and offsets are below 2**53.
+        float64 holds every value exactly: scalings are rounded to float32 first, and offsets are below 2**53.
         """
         columns = np.zeros((5, self.tables.offset.shape[0]))
         columns[0] = ABSENT
