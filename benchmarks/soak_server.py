@@ -27,7 +27,7 @@ def serve_soak(listener: socket.socket, base: str, store: Path, settings: dict[s
     def integrity() -> dict[str, Any]:
         """Raises, and so answers 500, where the books do not balance."""
         residency = engine.residency
-        residency.check_integrity()
+        residency.check_invariants()
         return {
             "leases": residency.leases(),
             "in_flight": engine.in_flight(),

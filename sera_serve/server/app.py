@@ -13,9 +13,8 @@ from sera_serve.config import ServeSettings
 from sera_serve.server import health, native
 from sera_serve.server.deps import Engine
 from sera_serve.server.errors import add_error_handlers
-from sera_serve.server.metrics import ServerMetrics
+from sera_serve.server.metrics import ResidencyMetrics, ServerMetrics
 from sera_serve.server.middleware import BodyLimit, RequestLifecycle
-from sera_serve.server.residency_metrics import ResidencyMetrics
 from sera_serve.threads import single_core_workers
 
 # Threads for work that would block the event loop: reading the store, tokenizing.

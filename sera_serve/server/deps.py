@@ -36,19 +36,31 @@ class ServedBase(Protocol):
 
 
 class TokenStream(Protocol):
-    """The deltas of one generation. `result` is set when the deltas are exhausted.
+    """The deltas of one generation. `result` is set when the deltas are exhausted."""
 
-    Attributes:
-        waited_s: Seconds from the request's arrival until the request entered the batch.
-        first_token_s: Seconds from the request's arrival to its first token, or None before the first token.
-    """
+    @property
+    def id(self) -> str:
+        """Name of the request."""
 
-    id: str
-    adapter: str | None
-    version: int | None
-    result: GenerationResult | None
-    waited_s: float
-    first_token_s: float | None
+    @property
+    def adapter(self) -> str | None:
+        """Name of the adapter; None is the base model."""
+
+    @property
+    def version(self) -> int | None:
+        """Version of the adapter; None is the base model."""
+
+    @property
+    def result(self) -> GenerationResult | None:
+        """The outcome, once there is one."""
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds from the request's arrival until the request entered the batch."""
+
+    @property
+    def first_token_s(self) -> float | None:
+        """Seconds from the request's arrival to its first token, or None before the first token."""
 
     def __aiter__(self) -> AsyncIterator[TokenDelta]:
         """Return the stream itself."""

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from itertools import accumulate
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
 
-from sera_serve.engine import GenerationResult
+from sera_serve.engine import LOAD_BUCKETS, GenerationResult, ResidencyStats
 
 _METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -100,3 +104,52 @@ class ServerMetrics:
     def exposition(self) -> bytes:
         """Return all metrics in Prometheus' text format."""
         return generate_latest(self.registry)
+
+
+class ResidencyMetrics(Collector):
+    """A collector of the metrics of adapter memory: it reads `ResidencyStats` at each scrape and keeps nothing."""
+
+    def __init__(self, read: Callable[[], ResidencyStats]) -> None:
+        """Read the figures with `read`."""
+        self._read = read
+
+    def collect(self) -> Iterator[Metric]:
+        """The metrics at this moment."""
+        stats = self._read()
+        hits = CounterMetricFamily(
+            "sera_adapter_hits",
+            "Leases granted to requests, by the tier that the adapter was found in.",
+            labels=["tier"],
+        )
+        for tier, count in stats.granted.items():
+            hits.add_metric([tier], count)
+        yield hits
+        loads = HistogramMetricFamily(
+            "sera_adapter_load_seconds",
+            "Seconds to read, pack and copy an adapter, without the wait for room, by the tier that it came from.",
+            labels=["tier"],
+        )
+        bounds = [*map(str, LOAD_BUCKETS), "+Inf"]
+        for tier, times in stats.loads.items():
+            counts = accumulate(times.counts)
+            loads.add_metric([tier], list(zip(bounds, counts, strict=True)), times.seconds)
+        yield loads
+        for name, text, value in (
+            ("sera_adapter_load_failures", "Loads of adapters that failed.", stats.failed_loads),
+            ("sera_adapter_evictions", "Adapters that left the device to make room for others.", stats.evictions),
+        ):
+            yield CounterMetricFamily(name, text, value=value)
+        for name, text, value in (
+            ("sera_adapters_resident", "Adapters on the device.", stats.resident),
+            ("sera_adapters_pinned", "Adapters pinned to the device.", stats.pinned),
+            (
+                "sera_adapters_loading",
+                "Adapters on their way to the device, including those that wait for room.",
+                stats.loading,
+            ),
+            ("sera_adapter_device_bytes", "Bytes of device memory that adapters take.", stats.device_bytes),
+            ("sera_adapter_device_limit_bytes", "Bytes of device memory for adapters.", stats.device_limit),
+            ("sera_adapter_host_bytes", "Bytes of host memory that adapters take.", stats.host_bytes),
+            ("sera_adapter_host_limit_bytes", "Bytes of host memory for adapters.", stats.host_limit),
+        ):
+            yield GaugeMetricFamily(name, text, value=value)

@@ -67,4 +67,4 @@ def test_every_request_ends_when_the_engine_dies(serve: Serve) -> None:
         refused(serving.ask(name(0), stream=stream), 503, "engine_unavailable")
     assert serving.client.get("/v1/adapters").status_code == 200
     wait_until(lambda: serving.engine.in_flight() == 0 and serving.engine.residency.leases() == 0)
-    serving.engine.residency.check_integrity()
+    serving.engine.residency.check_invariants()

@@ -27,7 +27,7 @@ def test_all_adapters_are_served_from_little_memory(serve: Serve, cache_mib: int
     def watch() -> None:
         # Raises if the memory in use exceeds a limit.
         while not ended.wait(0.002):
-            residency.check_integrity()
+            residency.check_invariants()
 
     with ThreadPoolExecutor(13) as clients:
         watching = clients.submit(watch)

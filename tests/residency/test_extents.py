@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sera_serve.residency.extents import Extent, FreeExtents, place
+from sera_serve.residency.pool import Extent, FreeExtents, place
 
 SIZES = st.lists(st.integers(1, 40), min_size=1, max_size=12)
 

@@ -52,7 +52,7 @@ def test_otherwise_a_loader_thread_sees_to_it(
         assert not lease.done()
         held.release()
     granted(lease).release()
-    residency.check_integrity()
+    residency.check_invariants()
 
 
 def test_nobody_is_passed_on_the_way(build: Build, large: list[str]) -> None:

@@ -16,7 +16,7 @@ from adapters_store import AdapterBundle
 from sera_serve import SeraConfig
 from sera_serve.base import FrozenBase
 from sera_serve.residency import AdapterResidency, HostCache, PackedAdapter, pack
-from sera_serve.residency import reading as reading_module
+from sera_serve.residency import loader as loader_module
 from support.factories import random_adapter
 
 
@@ -30,7 +30,7 @@ def alive(monkeypatch: pytest.MonkeyPatch) -> weakref.WeakSet[Any]:
         tensors.add(packed.data)
         return packed
 
-    monkeypatch.setattr(reading_module, "pack", watched)
+    monkeypatch.setattr(loader_module, "pack", watched)
     return tensors
 
 
@@ -93,7 +93,7 @@ def test_deleted_adapter_gives_all_its_memory_back(
         assert store.reading[digest].wait(10)
     else:
         settle(residency)
-    residency.forget(digest)
+    residency.mark_deleted(digest)
     store.let_go()
     if held is not None:
         del store.bundles[digest]
@@ -102,7 +102,7 @@ def test_deleted_adapter_gives_all_its_memory_back(
     settle(residency)
     assert digest not in residency.resident_digests()
     if held is not None:
-        residency.forget(other)
+        residency.mark_deleted(other)
     assert (residency.pool.used, residency.host_cache.used) == (0, 0)
     assert_host_bytes(alive, 0)
 
@@ -110,7 +110,7 @@ def test_deleted_adapter_gives_all_its_memory_back(
 def test_deleted_adapter_leaves_though_it_is_asked_for_meanwhile(build: Build, large: list[str]) -> None:
     residency = build(room=4, host=4)
     first = granted(residency.acquire(large[0]))
-    residency.forget(large[0])
+    residency.mark_deleted(large[0])
     second = granted(residency.acquire(large[0]))
     first.release()
     assert residency.resident_digests() == [large[0]]
@@ -136,7 +136,7 @@ def test_cache_keeps_the_wanted_ones(bundles: dict[str, AdapterBundle], index: d
     wanted = {packed[0].digest}
     for adapter in packed:
         cache.put(adapter, wanted.__contains__)
-        cache.check_integrity()
+        cache.check_invariants()
     assert [adapter.digest for adapter in packed if cache.get(adapter.digest)] == [packed[0].digest, packed[3].digest]
     wanted.add(packed[3].digest)
     assert not cache.has_room(wanted.__contains__)

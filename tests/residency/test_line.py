@@ -46,7 +46,7 @@ def test_nobody_is_evicted_in_vain(build: Build, large: list[str], small: list[s
 
 
 def test_others_pass_the_first_in_line_only_so_often(build: Build, large: list[str], small: list[str]) -> None:
-    residency = build(room=1.5, patience=3)
+    residency = build(room=1.5, max_bypasses=3)
     held = granted(residency.acquire(large[0]))
     waiting = residency.acquire(large[1])
     settle(residency)
@@ -65,7 +65,7 @@ def test_others_pass_the_first_in_line_only_so_often(build: Build, large: list[s
 def test_adapter_in_constant_use_makes_room_for_one_that_waits(
     build: Build, large: list[str], small: list[str]
 ) -> None:
-    residency = build(room=1.1, patience=5)
+    residency = build(room=1.1, max_bypasses=5)
     leases = [granted(residency.acquire(small[0]))]
     waiting = residency.acquire(large[0])
     settle(residency)
@@ -83,7 +83,7 @@ def test_adapter_in_constant_use_makes_room_for_one_that_waits(
 def test_no_more_adapters_retire_than_must_and_idle_ones_first(
     build: Build, large: list[str], small: list[str]
 ) -> None:
-    residency = build(room=1.5, patience=0)
+    residency = build(room=1.5, max_bypasses=0)
     leases = [granted(residency.acquire(digest)) for digest in small]
     leases[3].release()
     waiting = residency.acquire(large[0])
@@ -104,7 +104,7 @@ def test_no_more_adapters_retire_than_must_and_idle_ones_first(
 
 @pytest.mark.parametrize("asked", ["resident", "new"])
 def test_one_who_gives_up_holds_up_nobody(build: Build, large: list[str], small: list[str], asked: str) -> None:
-    residency = build(room=1.5, patience=0)
+    residency = build(room=1.5, max_bypasses=0)
     first = large if asked == "new" else small
     held = granted(residency.acquire(first[0]))
     other = granted(residency.acquire(small[1])) if asked == "resident" else None

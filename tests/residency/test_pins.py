@@ -68,7 +68,7 @@ def test_deleted_adapter_is_pinned_no_longer_and_cannot_be(build: Build, large: 
     residency = build(room=4)
     residency.pin(large[0]).result(10)
     held = granted(residency.acquire(large[0]))
-    residency.forget(large[0])
+    residency.mark_deleted(large[0])
     assert residency.pinned_digests() == []
     with pytest.raises(CannotPin, match="being deleted"):
         residency.pin(large[0]).result(10)

@@ -62,7 +62,7 @@ def test_adapter_that_fits_by_bytes_gets_in_in_pieces(
     assert len(placement.extents) == 2
     assert pool.copies == 3 + 2
     assert torch.equal(read_back(pool, placement), packed[3].data)
-    pool.check_integrity()
+    pool.check_invariants()
 
 
 def test_every_module_is_read_from_its_own_piece(
@@ -96,16 +96,16 @@ def test_wrong_table_is_noticed(in_pieces: tuple[DevicePool, Placement]) -> None
     pool, placement = in_pieces
     pool.tables.split[0, placement.slot] += 1
     with pytest.raises(RuntimeError, match=f"slot {placement.slot} does not point at its adapter"):
-        pool.check_integrity()
+        pool.check_invariants()
 
 
 def test_free_slot_that_adapts_something_is_noticed(in_pieces: tuple[DevicePool, Placement]) -> None:
     pool, placement = in_pieces
     pool.remove(placement)
-    pool.check_integrity()
+    pool.check_invariants()
     pool.tables.offset[0, placement.slot] = 8
     with pytest.raises(RuntimeError, match="free slot"):
-        pool.check_integrity()
+        pool.check_invariants()
 
 
 def test_lease_is_granted_only_when_the_device_has_the_adapter(

@@ -136,7 +136,7 @@ def test_adapter_deleted_while_it_is_prefetched_is_not_kept(build: Build, large:
     store.hold(large[0])
     wish = residency.prefetch(large[0])
     assert store.reading[large[0]].wait(10)
-    residency.forget(large[0])
+    residency.mark_deleted(large[0])
     store.let_go()
     settle(residency)
     assert (residency.pool.used, residency.host_cache.used) == (0, 0)

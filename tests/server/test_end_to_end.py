@@ -68,7 +68,7 @@ def whole(real_engine: ServingEngine) -> Iterator[httpx.Client]:
 def _nothing_left(real_engine: ServingEngine) -> Iterator[None]:
     yield
     wait_until(lambda: real_engine.in_flight() == 0 and real_engine.residency.leases() == 0)
-    real_engine.residency.check_integrity()
+    real_engine.residency.check_invariants()
 
 
 def ask(client: httpx.Client, **body: Any) -> dict[str, Any]:

@@ -45,7 +45,7 @@ def url(engine: ServingEngine) -> Iterator[str]:  # type: ignore[override]
     with live_server(build_app(engine, engine.store, engine.settings)) as address:
         yield address
         wait_until(lambda: engine.in_flight() == 0 and engine.residency.leases() == 0)
-        engine.residency.check_integrity()
+        engine.residency.check_invariants()
 
 
 def upload(client: httpx.Client, name: str, bundle: AdapterBundle) -> int:

@@ -57,7 +57,7 @@ class Serving:
     def settle(self) -> None:
         """Wait until no request is in flight, and check that the engine holds nothing."""
         wait_until(lambda: self.engine.in_flight() == 0 and self.engine.residency.leases() == 0, 30)
-        self.engine.residency.check_integrity()
+        self.engine.residency.check_invariants()
 
 
 def body(adapter: str | None, **fields: Any) -> dict[str, Any]:

@@ -155,8 +155,10 @@ class StepRunner:
 
     def probe(self) -> None:
         """Run one token of the base model on the scratch page; raises what the forward pass raises."""
-        packed = [np.zeros(1, np.int64), np.zeros(1, np.int64), np.full(1, NO_ADAPTER, np.int32), np.zeros(1, np.int64)]
-        self._forward(packed, [Part(1, np.array([1]))], None).argmax(-1).tolist()
+        zero = np.zeros(1, np.int64)
+        self._forward([zero, zero, np.full(1, NO_ADAPTER, np.int32), zero], [Part(1, np.array([1]))], None).argmax(
+            -1
+        ).tolist()
 
     def _enter(self, plan: StepPlan) -> None:
         for request in plan.entered:

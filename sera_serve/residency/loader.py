@@ -1,4 +1,4 @@
-"""Threads that bring adapters in, so that the ones that serve requests never wait for the store."""
+"""Loading adapters: reading them from the store, and the threads that read and copy beside the requests."""
 
 from __future__ import annotations
 
@@ -6,16 +6,55 @@ import heapq
 import itertools
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
+from adapters_store import AdapterBundle
+from sera_serve.errors import AdapterTooLarge
+from sera_serve.residency.packing import PackedAdapter, pack
+from sera_serve.residency.pool import DevicePool
+
+
+class AdapterLoader:
+    """Reads adapters in the pool's dtype and layout. Thread-safe; the caller holds no lock: a read takes long."""
+
+    def __init__(self, load: Callable[[str], AdapterBundle], module_index: Mapping[str, int], pool: DevicePool) -> None:
+        """Prepare.
+
+        Args:
+            load: Reads a bundle by digest; raises a typed error where it is missing or does not fit the base.
+            module_index: Row of each adaptable module in the pool's tables.
+            pool: The pool that the adapters are for: its dtype, device and size.
+        """
+        self._load = load
+        self._module_index = dict(module_index)
+        self._pool = pool
+
+    def read(self, digest: str) -> PackedAdapter:
+        """Read an adapter from the store and pack it.
+
+        Raises:
+            AdapterTooLarge: The adapter is larger than the whole pool.
+            Exception: Whatever `load` raised.
+        """
+        data = self._pool.data
+        packed = pack(self._load(digest), self._module_index, data.dtype, data.is_cuda)
+        if packed.layout.elements > self._pool.capacity:
+            itemsize = data.element_size()
+            raise AdapterTooLarge(
+                f"the adapter takes {packed.layout.elements * itemsize} bytes, the device pool has "
+                f"{self._pool.capacity * itemsize}; raise pool_mib",
+                param="adapter",
+            )
+        return packed
+
 
 class LoaderThreads:
-    """Runs jobs in the order of their priority, a few at once; a slow store holds up only what is read from it.
+    """A thread pool with priorities. A slow store delays only the jobs that read from it.
 
-    A job that has run for `stall_s` no longer counts as one of the few, so another starts beside it. Only where
-    `most` jobs are stalled at the same time does a further one wait for them.
+    A few jobs run at once. A job that has run for `stall_s` is stalled: it does not count any more, so that another
+    one starts beside it. A further job waits for stalled ones only where `most` jobs are stalled at the same time.
     """
 
     def __init__(self, at_once: int, most: int = 32, stall_s: float = 1.0) -> None:
@@ -23,7 +62,7 @@ class LoaderThreads:
 
         Args:
             at_once: How many jobs run at once, stalled ones not counted.
-            most: How many threads there are at most, those of stalled jobs and one that watches them included.
+            most: How many threads there are at most: those of stalled jobs, and one that watches them, included.
             stall_s: Time after which a job is stalled, seconds.
         """
         self._at_once = at_once
@@ -32,16 +71,16 @@ class LoaderThreads:
         self._changed = threading.Condition()
         self._jobs: list[tuple[int, int, Callable[[], None]]] = []
         self._order = itertools.count()
-        # When each running job began, by its place in the order.
+        # When each running job began, by its number in the order.
         self._running: dict[int, float] = {}
         self._threads: list[threading.Thread] = []
         self._idle = 0
         self._closed = False
 
     def submit(self, priority: int, job: Callable[[], None]) -> None:
-        """Have a job run, after all of a lower priority number and earlier ones of the same. It must not raise.
+        """Run a job after all jobs of a lower priority number, and after earlier ones of the same number.
 
-        After `close` nothing happens.
+        The job must not raise. After `close` nothing runs.
         """
         with self._changed:
             if self._closed:
@@ -51,7 +90,7 @@ class LoaderThreads:
             self._changed.notify()
 
     def close(self, timeout_s: float) -> None:
-        """Start no more jobs, and wait so long for those that run; one that takes longer is left to itself."""
+        """Start no more jobs, and wait up to `timeout_s` for running ones; a job that takes longer goes on alone."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -60,7 +99,7 @@ class LoaderThreads:
             thread.join(max(0.0, deadline - time.monotonic()))
 
     def _ensure_idle_thread(self) -> None:
-        """While jobs wait, one idle thread at least: it starts the next one when a running one stalls. Lock held."""
+        """Have an idle thread while jobs wait: it starts the next job when a running one stalls. Lock held."""
         if self._jobs and not self._idle and len(self._threads) < self._most:
             # Counted here, not when it runs: the next call must not start another.
             self._idle += 1
@@ -70,7 +109,7 @@ class LoaderThreads:
             thread.start()
 
     def _run(self) -> None:
-        # One CPU thread each: a pool of OpenMP threads for every loader would end the spinning of the engine's own
+        # One CPU thread each. A pool of OpenMP threads for every loader would end the spinning of the engine's own
         # pool, which waits for little else between two layers (measured: forward passes of half the speed).
         torch.set_num_threads(1)
         with self._changed:
@@ -89,7 +128,7 @@ class LoaderThreads:
                 try:
                     job()
                 finally:
-                    # What the job holds must not outlive it while this thread is idle.
+                    # What the job holds must not outlive the job while this thread is idle.
                     del job
                     self._changed.acquire()
                     del self._running[order]
