@@ -62,12 +62,10 @@ class FrozenBase:
 
     @property
     def max_length(self) -> int:
-        """Longest sequence in tokens that the base was made for."""
+        """Longest sequence in tokens that the base was made for; dynamic scaling begins beyond it."""
         limits = [getattr(self.model.config.get_text_config(), "max_position_embeddings", None)]
         # Tokenizers without a limit say 1e30.
         limits.append(self.tokenizer.model_max_length)
-        # Beyond this length, dynamic scaling would let one sequence change its neighbours.
-        limits.append(self.rotary.threshold if self.rotary.kind == "dynamic" else None)
         return int(min(limit for limit in limits if limit is not None))
 
     @cached_property

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sera_serve.base import FrozenBase, Pooling
+from sera_serve.base.rotary import row_lengths
 from sera_serve.errors import InvalidConfiguration
 from sera_serve.layers import adapter_tensors, attached_layers
 
@@ -116,6 +117,7 @@ class GeneratorModel(AdapterModel):
                 param="base",
             )
         super().__init__(base, None)
+        self._rotary = base.rotary_context
         self._keeps_logits = "logits_to_keep" in inspect.signature(base.model.forward).parameters
 
     def token_losses(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
@@ -135,7 +137,8 @@ class GeneratorModel(AdapterModel):
         kept = targets.shape[1] - first
         # The output embedding is the dearest matrix of a small base: skip it where nothing is learned.
         options = {"logits_to_keep": kept + 1} if self._keeps_logits else {}
-        output = self.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **options)
+        with row_lengths(self._rotary, attention_mask):
+            output = self.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **options)
         logits = output.logits[:, -(kept + 1) : -1].float()
         targets = targets[:, first:]
         losses = functional.cross_entropy(
