@@ -42,7 +42,7 @@ def _serve_command() -> Any:
         except InvalidConfiguration as error:
             _fail(error.message, 2)
         # transformers takes seconds to import, and --help needs none of it.
-        from sera_serve.serving import run_server
+        from sera_serve.commands.serve import run_server
 
         try:
             run_server(settings)

@@ -184,8 +184,7 @@ def _write(bundle: AdapterBundle, output: Path, format: ExportFormat, base: str 
     """Write the export; True if a head was written beside a model that has no place for it."""
     if base is not None:
         # transformers takes seconds to import, and only this format needs it.
-        from sera_serve.base import load_base
-        from sera_serve.merging import merge_adapter
+        from sera_serve.base import load_base, merge_adapter
 
         loaded = load_base(base)
         merge_adapter(loaded, bundle)

@@ -11,8 +11,10 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 
-from adapters_store import BaseInfo
+from adapters_store import AdapterBundle, BaseInfo, check_base
+from adapters_store.dense import dense_factors
 from sera_serve.base.preprocess import ModelInputs, Preprocessor
 from sera_serve.base.rotary import (
     RotaryContext,
@@ -163,3 +165,22 @@ def pool_states(states: Tensor, attention_mask: Tensor, pooling: Pooling) -> Ten
         return (states * mask).sum(1) / mask.sum(1)
     last = attention_mask.sum(1) - 1
     return states[torch.arange(len(states), device=states.device), last]
+
+
+def merge_adapter(base: FrozenBase, bundle: AdapterBundle) -> None:
+    """Add scaling * A C B to each adapted layer's weight, in place; a classifier's head stays outside.
+
+    The sum is taken in float64 and rounded once, to the weight's dtype.
+
+    Raises:
+        WrongBase, UnknownModule, WrongShape: The adapter was made for another base; nothing is changed.
+    """
+    check_base(bundle.config, base.info, base.module_shapes())
+    with torch.no_grad():
+        for path in bundle.config.modules:
+            layer = base.model.get_submodule(path)
+            weight = layer.get_parameter("weight")
+            delta = dense_factors(bundle, path).delta_weight().to(weight.device)
+            # nn.Linear stores (d_out, d_in), GPT-2's Conv1D (d_in, d_out).
+            merged = weight.double() + (delta if isinstance(layer, Conv1D) else delta.T)
+            weight.copy_(merged.to(weight.dtype))

@@ -19,9 +19,9 @@ from adapters_store import AdapterBundle, AdapterStore
 from factories import random_adapter, random_decoder
 from sera_serve import SeraConfig
 from sera_serve.base import FrozenBase
+from sera_serve.commands.serve import bound_socket
 from sera_serve.config import ServeSettings
 from sera_serve.server import build_app
-from sera_serve.serving import bound_socket
 
 KILLS = int(os.environ.get("SERA_TEST_KILLS", "8"))
 CLIENTS = 3

@@ -20,8 +20,7 @@ from adapters_store import AdapterBundle, AdapterConfig, InvalidBundle, ModuleSp
 from adapters_store.dense import dense_factors
 from adapters_store.peft_export import alpha_for, export_peft, peft_config
 from factories import random_decoder
-from sera_serve.base import FrozenBase, freeze_base
-from sera_serve.merging import merge_adapter
+from sera_serve.base import FrozenBase, freeze_base, merge_adapter
 
 ATTENTION, MLP = "model.layers.{}.self_attn.{}", "model.layers.{}.mlp.{}"
 SPECS = {

@@ -1,4 +1,4 @@
-"""Two demo tenants, trained on the spot from `demo_data/`: `python -m sera_serve.demo --store DIR`."""
+"""Two demo tenants, trained on the spot from `demo_data/`: `python -m sera_serve.commands.demo --store DIR`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from adapters_store import AdapterNotFound, AdapterStore, BaseInfo, StoreError
 from sera_serve.base import load_base
 from sera_serve.errors import SeraServeError
 
-DATA = Path(__file__).parent / "demo_data"
+DATA = Path(__file__).parents[1] / "demo_data"
 
 # Options of each tenant's training run, by adapter id; what they leave out is the trainer's default.
 DEMOS: dict[str, dict[str, Any]] = {
@@ -108,7 +108,7 @@ def _command(
     try:
         train_demos(store, base, Console())
     except (SeraServeError, StoreError) as error:
-        typer.echo(f"sera_serve.demo: {error.message}", err=True)
+        typer.echo(f"sera_serve.commands.demo: {error.message}", err=True)
         raise typer.Exit(1) from error
 
 
