@@ -77,8 +77,8 @@ def train(job: Job, base: str, data: Path, work: Path) -> dict[str, Any]:
 
 def score_bare(settings: Any) -> dict[str, float]:
     """What the base does on the test rows without an adapter."""
-    from sera_serve.trainer.generate_data import load_generate_data
-    from sera_serve.trainer.generate_task import GenerateTask
+    from sera_serve.trainer.data import load_generate_data
+    from sera_serve.trainer.tasks import GenerateTask
 
     task = GenerateTask(_worker["base"], load_generate_data(settings), max_length=settings.max_length)
     held_out, test = task.evaluate(task.eval_rows), task.evaluate(task.test_rows)

@@ -31,14 +31,14 @@ Pooling = Literal["last_token", "cls", "mean"]
 
 @dataclass(frozen=True)
 class FrozenBase:
-    """A base model that no longer trains, its tokenizer, and its identity.
+    """A base model with frozen weights, its tokenizer, and its identity.
 
     Attributes:
-        name: What it was loaded from: "embedded", a path's last part, or a hub id.
-        model: In evaluation mode, every parameter frozen.
-        tokenizer: Its tokenizer, with a padding token.
-        info: Fingerprint that adapters carry, taken before any change of dtype.
-        kind: A decoder generates, and classifies on its last token; an encoder classifies.
+        name: The source of the base: "embedded", the last part of a path, or a hub id.
+        model: The model, in evaluation mode, with every parameter frozen.
+        tokenizer: The base's tokenizer, with a padding token.
+        info: The fingerprint that adapters carry. It is computed before any change of dtype.
+        kind: A decoder generates, and classifies on the last token; an encoder classifies.
     """
 
     name: str
@@ -49,7 +49,7 @@ class FrozenBase:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return cast(torch.device, self.model.device)
 
     @property
@@ -59,12 +59,12 @@ class FrozenBase:
 
     @property
     def hidden_size(self) -> int:
-        """Width of the hidden states, and so of a classifier head's rows."""
+        """Width of the hidden states. A classifier head's rows have the same width."""
         return int(self.model.config.get_text_config().hidden_size)
 
     @property
     def max_length(self) -> int:
-        """Longest sequence in tokens that the base was made for; dynamic scaling begins beyond it."""
+        """Longest sequence in tokens that the base was made for. Dynamic rotary scaling begins beyond it."""
         limits = [getattr(self.model.config.get_text_config(), "max_position_embeddings", None)]
         # Tokenizers without a limit say 1e30.
         limits.append(self.tokenizer.model_max_length)
@@ -87,11 +87,11 @@ class FrozenBase:
 
     @property
     def default_pooling(self) -> Pooling:
-        """How a classifier on this base pools, unless its adapter says otherwise."""
+        """Pooling of a classifier whose adapter names none."""
         return "last_token" if self.kind == "decoder" else "cls"
 
     def module_shapes(self) -> dict[str, tuple[int, int]]:
-        """(d_in, d_out) of every linear layer an adapter may sit on, by dotted path."""
+        """Return (d_in, d_out) of every linear layer that an adapter may adapt, by dotted path."""
         return {path: linear_widths(module) for path, module in adaptable_linears(self.model).items()}
 
     def encode(self, texts: Sequence[str], max_length: int) -> tuple[Tensor, Tensor]:
@@ -168,12 +168,12 @@ def pool_states(states: Tensor, attention_mask: Tensor, pooling: Pooling) -> Ten
 
 
 def merge_adapter(base: FrozenBase, bundle: AdapterBundle) -> None:
-    """Add scaling * A C B to each adapted layer's weight, in place; a classifier's head stays outside.
+    """Merge an adapter into the weights: add scaling * A C B to each adapted layer, in place.
 
-    The sum is taken in float64 and rounded once, to the weight's dtype.
+    The sum is computed in float64 and rounded once, to the weight's dtype. A classifier's head is not merged.
 
     Raises:
-        WrongBase, UnknownModule, WrongShape: The adapter was made for another base; nothing is changed.
+        WrongBase, UnknownModule, WrongShape: The adapter was made for another base. No weight is changed.
     """
     check_base(bundle.config, base.info, base.module_shapes())
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""One server process: base, store, engine and HTTP put together, from settings to a graceful end."""
+"""Runs one server process: builds base, store, engine and HTTP from settings, and shuts down gracefully."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
-from adapters_store import AdapterStore, StoreError, check_base
-from adapters_store.safetensors_file import BundleLimits
+from adapters_store import AdapterStore, BundleLimits, StoreError, check_base
 from sera_serve.base import FrozenBase, load_base
 from sera_serve.commands.demo import EXAMPLES
 from sera_serve.config import ServeSettings
@@ -27,24 +26,24 @@ from sera_serve.errors import InvalidConfiguration
 from sera_serve.server import build_app
 from sera_serve.threads import run_and_forget_pool
 
-# Adapters looked at in search of one for each task.
+# The start-up message shows one adapter for each task, found among this many.
 _LOOKED_AT = 50
-# Answers end without a line break, and the prompt of the shell would follow on their line.
+# Responses end without a line break; without this one, the shell's prompt would follow on the same line.
 CURL = "curl -sw '\\n'"
 
 
 def run_server(settings: ServeSettings) -> None:
-    """Serve until SIGTERM or SIGINT; then refuse new connections, and let requests under way finish.
+    """Serve until SIGTERM or SIGINT; then refuse new connections, and let requests in flight finish.
 
     Raises:
-        InvalidConfiguration: The address cannot be listened on, or the settings do not fit.
-        BaseNotFound: No such base.
+        InvalidConfiguration: The server cannot listen on the address, or the settings do not fit each other.
+        BaseNotFound: The base cannot be loaded.
         StoreError: The store cannot be opened.
     """
     disable_progress_bar()
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     console = Console()
-    # Before the base is loaded, so that a port in use is noticed at once; nothing connects until the server listens.
+    # Before the base is loaded, so that a port in use is noticed at once. Clients cannot connect until it listens.
     with bound_socket(settings.host, settings.port) as listener:
         store = AdapterStore(settings.store, limits=BundleLimits(max_bytes=settings.max_upload_mib << 20))
         with console.status(f"loading base {settings.base}"):
@@ -53,7 +52,7 @@ def run_server(settings: ServeSettings) -> None:
         config = http_config(build_app(engine, store, settings), settings)
         port = listener.getsockname()[1]
         server = _AnnouncingServer(config, lambda: describe_server(console, settings, base, store, port))
-        # Modules and models stay for good: a collection that went through them would stop every thread for about 0.1 s.
+        # Modules and models are never freed. A collection that visited them would stop every thread for about 0.1 s.
         gc.collect()
         gc.freeze()
         try:
@@ -63,12 +62,13 @@ def run_server(settings: ServeSettings) -> None:
 
 
 def http_config(app: FastAPI, settings: ServeSettings) -> uvicorn.Config:
-    """How the application is served over HTTP."""
+    """Configure uvicorn for the application."""
     return uvicorn.Config(
         app,
         timeout_graceful_shutdown=settings.shutdown_grace_s,
-        # Longer than clients and proxies keep an idle connection (httpx 5 s, aiohttp 15 s, load balancers 60 s): a
-        # request sent while the server closes the connection fails, and nobody can tell whether it was carried out.
+        # Longer than clients and proxies keep an idle connection (httpx 5 s, aiohttp 15 s, load balancers 60 s).
+        # A request that is sent while the server closes the connection fails, and the client cannot tell whether
+        # the server carried it out.
         timeout_keep_alive=75,
         server_header=False,
         ws="none",
@@ -76,10 +76,10 @@ def http_config(app: FastAPI, settings: ServeSettings) -> uvicorn.Config:
 
 
 def bound_socket(host: str, port: int) -> socket.socket:
-    """A socket bound to an address, not listening yet.
+    """Bind a socket to an address, without listening yet.
 
     Raises:
-        InvalidConfiguration: With the operating system's reason.
+        InvalidConfiguration: The address cannot be bound; the message has the operating system's reason.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
@@ -101,7 +101,7 @@ def bound_socket(host: str, port: int) -> socket.socket:
 
 
 class _AnnouncingServer(uvicorn.Server):
-    """Says where it is once it answers, so that what it prints works when pasted."""
+    """Calls `announce` once the server accepts connections, so that printed commands work at once."""
 
     def __init__(self, config: uvicorn.Config, announce: Callable[[], None]) -> None:
         super().__init__(config)
@@ -116,7 +116,7 @@ class _AnnouncingServer(uvicorn.Server):
 def describe_server(
     console: Console, settings: ServeSettings, base: FrozenBase, store: AdapterStore, port: int
 ) -> None:
-    """Print what is served, where, and one request for each kind of adapter in the store."""
+    """Print the base, the address, and one example request for each task that the store has an adapter for."""
     adapters = store.list()
     host = "localhost" if settings.host in ("127.0.0.1", "::1", "0.0.0.0", "::") else settings.host
     url = f"http://{host}:{port}"
@@ -131,19 +131,19 @@ def describe_server(
     console.print(facts)
     for title, path, body in _examples(base, store):
         console.print(f"\n[dim]# {title}[/dim]", highlight=False)
-        # Not wrapped, or it could not be pasted.
+        # A wrapped command could not be pasted.
         console.print(curl_line(f"{url}{path}", body), markup=False, highlight=False, soft_wrap=True)
     console.print(f"\n[dim]# adapters in the store[/dim]\n{CURL} {url}/v1/adapters\n", highlight=False)
 
 
 def curl_line(url: str, body: dict[str, Any]) -> str:
-    """A shell command that posts JSON."""
+    """Write a shell command that posts JSON."""
     data = shlex.quote(json.dumps(body, ensure_ascii=False))
     return f"{CURL} {url} -H 'Content-Type: application/json' -d {data}"
 
 
 def _examples(base: FrozenBase, store: AdapterStore) -> list[tuple[str, str, dict[str, Any]]]:
-    """(title, path, body) of requests that this server answers."""
+    """Choose requests that this server can serve, as (title, path, body)."""
     found: dict[str, str] = {}
     shapes = base.module_shapes()
     for info in store.list()[:_LOOKED_AT]:
@@ -152,7 +152,7 @@ def _examples(base: FrozenBase, store: AdapterStore) -> list[tuple[str, str, dic
         try:
             check_base(store.config(info.digest), base.info, shapes)
         except StoreError:
-            # Made for another base: it would be refused.
+            # The adapter was made for another base, so a request for it would be refused.
             continue
         found[info.task] = info.adapter
     examples: list[tuple[str, str, dict[str, Any]]] = []
@@ -164,5 +164,5 @@ def _examples(base: FrozenBase, store: AdapterStore) -> list[tuple[str, str, dic
         examples.append((f"classify with {adapter}", "/v1/classify", body))
     if base.kind == "decoder":
         body = {"adapter": None, "prompt": "Once upon a time", "max_new_tokens": 40}
-        examples.append(("the bare base", "/v1/generate", body))
+        examples.append(("the base model", "/v1/generate", body))
     return examples

@@ -1,19 +1,16 @@
-"""Checkpoints of a training run: small, complete or absent, and without pickle.
-
-A checkpoint is a folder `checkpoint-STEP` with `tensors.safetensors` (adapter, head, optimiser moments, generator
-states), `extra.json` (optimiser groups, schedule, Python's and numpy's generators) and transformers'
-`trainer_state.json`. It is written under another name, synced, and renamed, so a kill at any moment leaves whole
-checkpoints only; one that was damaged later is recognised and passed over.
-"""
+"""CKPT"""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import hashlib
 import json
 import os
 import random
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +19,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from sera_serve.errors import SeraServeError
 
 STATE_FILE = "trainer_state.json"
 _TENSORS, _EXTRA, _PARTIAL = "tensors.safetensors", "extra.json", "partial-checkpoint"
@@ -151,3 +150,54 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+_LOCK = "lock"
+
+
+class RunInProgress(SeraServeError):
+    """Another process is training the same adapter from the same data."""
+
+    code = "run_in_progress"
+    status = 409
+
+
+def run_digest(identity: Mapping[str, Any]) -> str:
+    """A name for a run, 16 hexadecimal digits: equal for equal settings, data and base."""
+    text = json.dumps(identity, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def run_folder(adapter_dir: Path, digest: str, *, resume: bool) -> Iterator[Path]:
+    """The run's folder, made and locked; deleted, with parents it leaves empty, when the block ends without an error.
+
+    Args:
+        adapter_dir: Folder for the runs of one adapter.
+        digest: See `run_digest`.
+        resume: Whether to keep what a killed run left there.
+
+    Raises:
+        RunInProgress: The folder is in use.
+    """
+    folder = adapter_dir / digest
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / _LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RunInProgress(
+                f"another process is training this adapter in {folder}; wait for it, or give --work-dir"
+            ) from error
+        if not resume:
+            for path in folder.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path)
+        yield folder
+        shutil.rmtree(folder)
+    for parent in [adapter_dir, *adapter_dir.parents][:3]:
+        try:
+            parent.rmdir()
+        except OSError:
+            # Other runs are kept there.
+            break

@@ -13,8 +13,7 @@ from rich.console import Console
 
 from adapters_store import StoreError
 from sera_serve.errors import InvalidConfiguration, SeraServeError
-from sera_serve.trainer.options import load_options
-from sera_serve.trainer.settings import RUN, WHAT, TrainSettings, flag
+from sera_serve.trainer.settings import RUN, WHAT, TrainSettings, flag, load_options
 
 # What a flag parses to where the field's own type is wider.
 _FLAG_TYPES: dict[str, Any] = {"target_modules": str, "train_factors": str}

@@ -1,12 +1,16 @@
-"""transformers' `Trainer`, taught to save adapters only, to resume exactly, and to evaluate as the task does."""
+"""The training loop: transformers' `Trainer`, which here saves adapters only, resumes exactly, and evaluates as the task does."""
 
 from __future__ import annotations
 
+import random
 import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 from torch.utils.data import Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
@@ -18,9 +22,8 @@ from sera_serve.trainer.checkpoint import (
     load_stored,
     save_checkpoint,
 )
-from sera_serve.trainer.sampler import LengthGroupedOrder
 from sera_serve.trainer.settings import TrainSettings
-from sera_serve.trainer.task import TrainingTask
+from sera_serve.trainer.tasks import TrainingTask
 
 
 def training_arguments(settings: TrainSettings, run_dir: Path, *, evaluates: bool) -> TrainingArguments:
@@ -185,3 +188,91 @@ class StopOnNonFiniteLoss(TrainerCallback):  # type: ignore[misc]
         loss = logs.get("loss", logs.get("eval_loss", 0.0))
         if loss != loss or loss in (float("inf"), float("-inf")):
             raise DivergedTraining(f"the loss is {loss} at step {state.global_step}")
+
+
+_BATCHES_A_POOL = 50
+
+
+class LengthGroupedOrder(Sampler[int]):
+    """Row numbers for one epoch, a function of the seed and the epoch alone.
+
+    transformers' own length-grouped sampler draws from the global generator when an epoch begins, so a run resumed
+    within an epoch would see other batches than it saw before.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, epoch: Callable[[], int]) -> None:
+        self._lengths = lengths
+        self._batch_size = batch_size
+        self._seed = seed
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        shuffle = random.Random(f"order {self._seed} {self._epoch()}")
+        order = list(range(len(self._lengths)))
+        shuffle.shuffle(order)
+        pool = self._batch_size * _BATCHES_A_POOL
+        batches = []
+        for start in range(0, len(order), pool):
+            rows = sorted(order[start : start + pool], key=lambda i: self._lengths[i])
+            batches += [rows[i : i + self._batch_size] for i in range(0, len(rows), self._batch_size)]
+        # A short batch anywhere but last would shift the borders of those after it.
+        short = [batch for batch in batches if len(batch) < self._batch_size]
+        full = [batch for batch in batches if len(batch) == self._batch_size]
+        shuffle.shuffle(full)
+        for batch in full + short:
+            yield from batch
+
+
+class RichProgress(TrainerCallback):  # type: ignore[misc]
+    """Progress bar with the running loss, and one line for each evaluation."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bar: Progress | None = None
+        self._task: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Open the bar, at the step a resumed run begins with."""
+        self._bar = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[loss]}"),
+            console=self._console,
+            transient=True,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=state.max_steps, completed=state.global_step, loss="")
+        self._bar.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Move the bar."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+        """Show the running loss."""
+        if self._bar is not None and "loss" in logs:
+            self._bar.update(self._task, loss=f"loss {logs['loss']:.3f}")
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
+        """Print the epoch's metrics."""
+        shown = "  ".join(
+            f"{name.removeprefix('eval_')} {value:.4f}" for name, value in metrics.items() if name.startswith("eval_")
+        )
+        line = f"epoch {round(state.epoch or 0)} of {args.num_train_epochs}: {shown}"
+        self._console.print(line, highlight=False, soft_wrap=True)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Close the bar."""
+        self.close()
+
+    def close(self) -> None:
+        """Close the bar, also after a failure."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None

@@ -1,4 +1,4 @@
-"""One training run from settings to a published version."""
+"""RUN"""
 
 from __future__ import annotations
 
@@ -10,21 +10,16 @@ from typing import Any
 from rich.console import Console
 from transformers import set_seed
 
-from adapters_store import AdapterStore
-from sera_serve.base import FrozenBase, load_base
+from adapters_store import AdapterBundle, AdapterConfig, AdapterStore, ModuleSpec
+from sera_serve.base import FrozenBase, Pooling, load_base
 from sera_serve.errors import InvalidConfiguration, SeraServeError
-from sera_serve.layers import attach_adapter, attached_layers, detach_adapter
-from sera_serve.trainer.checkpoint import last_checkpoint
-from sera_serve.trainer.classify_data import ClassifyData, load_classify_data
-from sera_serve.trainer.classify_task import ClassifyTask
-from sera_serve.trainer.generate_data import GenerateData, load_generate_data
-from sera_serve.trainer.generate_task import GenerateTask
-from sera_serve.trainer.loop import AdapterTrainer, DivergedTraining
-from sera_serve.trainer.progress import RichProgress
-from sera_serve.trainer.publish import build_bundle
+from sera_serve.layers import attach_adapter, attached_layers, detach_adapter, module_specs
+from sera_serve.trainer.checkpoint import last_checkpoint, run_digest, run_folder
+from sera_serve.trainer.data import ClassifyData, GenerateData, load_classify_data, load_generate_data
+from sera_serve.trainer.loop import AdapterTrainer, DivergedTraining, RichProgress
+from sera_serve.trainer.model import AdapterModel
 from sera_serve.trainer.settings import TrainSettings
-from sera_serve.trainer.task import TrainingTask
-from sera_serve.trainer.workdir import run_digest, run_folder
+from sera_serve.trainer.tasks import ClassifyTask, GenerateTask, TrainingTask
 
 _DEFAULT_MAX_LENGTH = 512
 
@@ -220,3 +215,38 @@ def _record(
         "notes": task.notes,
     }
     return record | ({"description": settings.description} if settings.description else {})
+
+
+def build_bundle(
+    settings: TrainSettings,
+    base: FrozenBase,
+    model: AdapterModel,
+    *,
+    labels: list[str] | None,
+    pooling: Pooling | None,
+    max_length: int | None,
+    record: dict[str, Any],
+) -> AdapterBundle:
+    """The adapter as the store keeps it.
+
+    Args:
+        settings: Of the run.
+        base: The base it was trained on.
+        model: With the tensors to store.
+        labels: Of a classifier, in the order of the head's rows.
+        pooling: Of a classifier.
+        max_length: Of a classifier: where the server cuts its inputs, as training did.
+        record: How it was trained; JSON values that are the same for each run of equal settings, so no times or paths.
+    """
+    modules = {path: ModuleSpec(**shape) for path, shape in module_specs(base.model).items()}
+    config = AdapterConfig(
+        task=settings.task,
+        method=settings.method,
+        base=base.info,
+        modules=modules,
+        labels=labels,
+        pooling=pooling,
+        max_length=max_length,
+        training=record,
+    )
+    return AdapterBundle(config, model.stored_tensors())

@@ -1,9 +1,10 @@
-"""Task classify: pooled state of the adapted base, a linear head, cross-entropy over the labels."""
+"""The tasks classify and generate: each gives the training loop a model, token rows, a collator and an evaluation."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Any, TypedDict
+from typing import Any, Protocol, TypedDict
 
 import numpy as np
 import torch
@@ -11,11 +12,38 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from torch import Tensor
 
 from sera_serve.base import FrozenBase, Pooling
-from sera_serve.trainer.classify_data import ClassifyData, LabelledText
-from sera_serve.trainer.model import AdapterModel, ClassifierModel, HeadOnlyModel, new_head
-from sera_serve.trainer.task import TokenRow, by_length, pad_tokens
+from sera_serve.trainer.data import ClassifyData, GenerateData, LabelledText, Passage
+from sera_serve.trainer.model import AdapterModel, ClassifierModel, GeneratorModel, HeadOnlyModel, new_head
+from sera_serve.trainer.rows import PassageTokenizer, TokenRow, by_length, pad_labels, pad_tokens
 
-_EVAL_BATCH = 64
+# Rows of one evaluation batch.
+_CLASSIFY_EVAL_BATCH = 64
+_GENERATE_EVAL_BATCH = 32
+
+
+class TrainingTask(Protocol):
+    """A task bound to a base and data.
+
+    Attributes:
+        model: The module to train.
+        train_rows: One mapping a row; `lengths` gives their lengths in tokens.
+        notes: What was done to the data that the user should know (rows cut, texts split).
+    """
+
+    model: AdapterModel
+    train_rows: Sequence[Any]
+    lengths: Sequence[int]
+    eval_rows: Sequence[Any]
+    test_rows: Sequence[Any]
+    notes: list[str]
+
+    def collate(self, rows: Sequence[Any]) -> dict[str, Tensor]:
+        """Tensors of one batch, the model's keyword arguments."""
+        ...
+
+    def evaluate(self, rows: Sequence[Any]) -> dict[str, float]:
+        """Metrics of the model as it is on `rows`; draws no random numbers."""
+        ...
 
 
 class FeatureRow(TypedDict):
@@ -78,7 +106,7 @@ class ClassifyTask:
     @torch.no_grad()
     def _features(self, rows: list[TokenRow]) -> list[FeatureRow]:
         features: list[FeatureRow | None] = [None] * len(rows)
-        for batch in by_length([len(row["input_ids"]) for row in rows], _EVAL_BATCH):
+        for batch in by_length([len(row["input_ids"]) for row in rows], _CLASSIFY_EVAL_BATCH):
             tokens = self._to_device(pad_tokens([rows[i] for i in batch], self._pad_id))
             pooled = self.base.pooled_states(tokens["input_ids"], tokens["attention_mask"], self.pooling).float()
             for i, state in zip(batch, pooled.cpu(), strict=True):
@@ -107,7 +135,7 @@ class ClassifyTask:
         self.model.eval()
         result = torch.empty(len(rows), len(self.labels))
         lengths = [len(row["input_ids"]) if "input_ids" in row else 1 for row in rows]
-        for batch in by_length(lengths, _EVAL_BATCH):
+        for batch in by_length(lengths, _CLASSIFY_EVAL_BATCH):
             inputs = self._to_device(self.collate([rows[i] for i in batch]))
             result[batch] = self.model(**inputs)["logits"].cpu()
         return result
@@ -127,3 +155,51 @@ class ClassifyTask:
 
 def _parts(data: ClassifyData) -> list[tuple[str, list[LabelledText]]]:
     return [("training", data.train), ("evaluation", data.eval), ("test", data.test)]
+
+
+class GenerateTask:
+    """Tokenised rows, the language model, and its evaluation; see `TrainingTask`."""
+
+    def __init__(self, base: FrozenBase, data: GenerateData, *, max_length: int) -> None:
+        self.base = base
+        self.generator = GeneratorModel(base)
+        self.model: AdapterModel = self.generator
+        self.notes: list[str] = []
+        self.max_length = max_length
+        self.train_rows: Sequence[Any] = self._tokenise(data.train, "training")
+        self.eval_rows: Sequence[Any] = self._tokenise(data.eval, "evaluation")
+        self.test_rows: Sequence[Any] = self._tokenise(data.test, "test")
+        self.lengths: Sequence[int] = [len(row["input_ids"]) for row in self.train_rows]
+
+    def _tokenise(self, passages: list[Passage], name: str) -> list[TokenRow]:
+        tokeniser = PassageTokenizer(self.base, self.max_length)
+        rows = [row for passage in passages for row in tokeniser.rows_of(passage)]
+        self.notes.extend(f"{note} ({name} rows)" for note in tokeniser.notes())
+        return rows
+
+    def collate(self, rows: Sequence[TokenRow]) -> dict[str, Tensor]:
+        """Tensors of one batch, the model's keyword arguments."""
+        pad_id: Any = self.base.tokenizer.pad_token_id
+        tensors = pad_tokens(rows, int(pad_id))
+        return {**tensors, "labels": pad_labels(rows, tensors["input_ids"].shape[1])}
+
+    @torch.no_grad()
+    def evaluate(self, rows: Sequence[TokenRow]) -> dict[str, float]:
+        """Mean loss in nats a learned token, its perplexity, and bits per byte of the learned text.
+
+        The end-of-text token counts as a token and adds no byte.
+        """
+        self.model.eval()
+        nats, tokens = 0.0, 0
+        for batch in by_length([len(row["input_ids"]) for row in rows], _GENERATE_EVAL_BATCH):
+            inputs = {k: v.to(self.base.device) for k, v in self.collate([rows[i] for i in batch]).items()}
+            nats += float(self.generator.token_losses(**inputs).double().sum())
+            tokens += int((inputs["labels"][:, 1:] != -100).sum())
+        text_bytes = sum(row["text_bytes"] for row in rows)
+        loss = nats / tokens
+        return {
+            "loss": loss,
+            # A broken run may reach infinity, which JSON cannot hold.
+            "perplexity": math.exp(min(loss, 700.0)),
+            "bits_per_byte": nats / math.log(2) / text_bytes,
+        }

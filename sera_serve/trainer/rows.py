@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor
 
 from sera_serve.base import FrozenBase
 from sera_serve.errors import InvalidConfiguration
-from sera_serve.trainer.generate_data import Passage
+from sera_serve.trainer.data import Passage
 from sera_serve.trainer.model import IGNORED
 from sera_serve.trainer.table import InvalidData
-from sera_serve.trainer.task import TokenRow
 
 # Of a row that is too long, at least this many tokens of its prompt stay.
 _LEAST_PROMPT = 4
 
 
-class PassageTokeniser:
+class TokenRow(TypedDict):
+    """One tokenised row. `labels`: the class index, or a list with one entry a token (`IGNORED`: not learned).
+
+    `text_bytes` is the UTF-8 length of the labelled tokens' text, for bits per byte; 0 for a class.
+    """
+
+    input_ids: list[int]
+    labels: int | list[int]
+    text_bytes: int
+
+
+class PassageTokenizer:
     """Tokenises passages and counts what had to be cut.
 
     A prompt is tokenised as the server does it, `tokenizer(prompt)`; a completion apart from it and without special
@@ -142,3 +156,32 @@ class PassageTokeniser:
 def _bytes(text: str, spans: list[tuple[int, int]]) -> int:
     """UTF-8 length of the characters that `spans` cover."""
     return len(text[spans[0][0] : spans[-1][1]].encode()) if spans else 0
+
+
+def pad_tokens(rows: Sequence[TokenRow], pad_id: int) -> dict[str, Tensor]:
+    """Right-padded `input_ids` and `attention_mask`, int64 (rows, longest row)."""
+    longest = max(len(row["input_ids"]) for row in rows)
+    input_ids = torch.full((len(rows), longest), pad_id)
+    attention_mask = torch.zeros((len(rows), longest), dtype=torch.int64)
+    for i, row in enumerate(rows):
+        length = len(row["input_ids"])
+        input_ids[i, :length] = torch.tensor(row["input_ids"])
+        attention_mask[i, :length] = 1
+    return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+
+def pad_labels(rows: Sequence[TokenRow], length: int) -> Tensor:
+    """Token labels, int64 (rows, length), `IGNORED` at padding."""
+    labels = torch.full((len(rows), length), IGNORED)
+    for i, row in enumerate(rows):
+        values = row["labels"]
+        assert isinstance(values, list)
+        labels[i, : len(values)] = torch.tensor(values)
+    return labels
+
+
+def by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    """Row numbers in batches of similar lengths, longest first: little padding, and memory runs out at once if ever."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
