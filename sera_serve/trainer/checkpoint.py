@@ -1,4 +1,13 @@
-"""CKPT"""
+"""Checkpoints of a training run, and the folder that holds them.
+
+A checkpoint is a folder `checkpoint-STEP` with `tensors.safetensors` (adapter, head, optimiser moments, generator
+states), `extra.json` (optimiser groups, schedule, Python's and numpy's generators) and transformers'
+`trainer_state.json`. It has no pickle. It is written under another name, synced, and renamed, so a kill at any moment
+leaves complete checkpoints only. A checkpoint that was damaged later is recognised and skipped.
+
+The folder of a run is named by the settings, data and base that decide the result. One process at a time uses it, and
+it is deleted when the adapter is published.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +39,7 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 def save_checkpoint(
     run_dir: Path, step: int, stored: Mapping[str, Tensor], optimiser: Any, schedule: Any, state: Any
 ) -> Path:
-    """Write `checkpoint-STEP`; complete and durable when this returns.
+    """Write `checkpoint-STEP`. It is complete and durable when this returns.
 
     Args:
         run_dir: Folder of the run.
@@ -69,7 +78,7 @@ def save_checkpoint(
 
 
 def load_stored(checkpoint: Path) -> dict[str, Tensor]:
-    """The adapter's tensors of a checkpoint, on the CPU."""
+    """Load the adapter's tensors of a checkpoint, on the CPU."""
     tensors = load_file(checkpoint / _TENSORS)
     return {k.removeprefix("adapter."): v for k, v in tensors.items() if k.startswith("adapter.")}
 
@@ -87,7 +96,7 @@ def load_optimiser(checkpoint: Path, optimiser: Any, schedule: Any) -> None:
 
 
 def load_generators(checkpoint: Path) -> None:
-    """Restore the states of every random generator that training draws from."""
+    """Restore the state of every random generator that training uses."""
     extra, tensors = _read_json(checkpoint / _EXTRA), load_file(checkpoint / _TENSORS)
     version, internal, gauss = extra["python"]
     random.setstate((version, tuple(internal), gauss))
@@ -99,11 +108,11 @@ def load_generators(checkpoint: Path) -> None:
 
 
 def last_checkpoint(run_dir: Path, expected: Mapping[str, Tensor]) -> Path | None:
-    """The newest usable checkpoint, or None; partial and damaged ones are deleted.
+    """Find the newest usable checkpoint, or None. Partial and damaged checkpoints are deleted.
 
     Args:
-        run_dir: Folder of the run; may be absent.
-        expected: The adapter's tensors, for their names and shapes.
+        run_dir: Folder of the run. It may be absent.
+        expected: The adapter's tensors. A usable checkpoint has the same names and shapes.
     """
     shutil.rmtree(run_dir / _PARTIAL, ignore_errors=True)
     for checkpoint in reversed(_checkpoints(run_dir)):
@@ -135,7 +144,7 @@ def _usable(checkpoint: Path, expected: Mapping[str, Tensor]) -> bool:
     shapes = {k.removeprefix("adapter."): v.shape for k, v in tensors.items() if k.startswith("adapter.")}
     if shapes != {name: tensor.shape for name, tensor in expected.items()}:
         return False
-    # The best epoch so far must be there still, or the run would end with another adapter.
+    # Without the checkpoint of the best epoch so far, the run would end with another adapter.
     return best is None or Path(best) == checkpoint or _usable(Path(best), expected)
 
 
@@ -163,22 +172,22 @@ class RunInProgress(SeraServeError):
 
 
 def run_digest(identity: Mapping[str, Any]) -> str:
-    """A name for a run, 16 hexadecimal digits: equal for equal settings, data and base."""
+    """Compute the name of a run: 16 hexadecimal digits, equal for equal settings, data and base."""
     text = json.dumps(identity, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @contextlib.contextmanager
 def run_folder(adapter_dir: Path, digest: str, *, resume: bool) -> Iterator[Path]:
-    """The run's folder, made and locked; deleted, with parents it leaves empty, when the block ends without an error.
+    """Create and lock the run's folder. If the block ends without an error, delete it and its empty parents.
 
     Args:
-        adapter_dir: Folder for the runs of one adapter.
+        adapter_dir: Folder of all runs of one adapter.
         digest: See `run_digest`.
-        resume: Whether to keep what a killed run left there.
+        resume: Whether to keep the checkpoints of a killed run.
 
     Raises:
-        RunInProgress: The folder is in use.
+        RunInProgress: Another process uses the folder.
     """
     folder = adapter_dir / digest
     folder.mkdir(parents=True, exist_ok=True)
@@ -199,5 +208,5 @@ def run_folder(adapter_dir: Path, digest: str, *, resume: bool) -> Iterator[Path
         try:
             parent.rmdir()
         except OSError:
-            # Other runs are kept there.
+            # The parent has other runs.
             break

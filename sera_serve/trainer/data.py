@@ -1,4 +1,4 @@
-"""The rows of both tasks: read from files, checked before anything is trained, and split for evaluation."""
+"""Training data of both tasks: rows read from files, checked before training, and split for evaluation."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class LabelledText:
-    """One checked row."""
+    """One checked row of task classify."""
 
     text: str
     label: str
@@ -29,9 +29,11 @@ class LabelledText:
 
 @dataclass(frozen=True)
 class ClassifyData:
-    """Checked rows by use; `labels` are those of the training file, sorted.
+    """Checked rows of task classify, by use.
 
-    `digests` has the sha256 of each file read, by use.
+    Attributes:
+        labels: The labels of the training file, sorted.
+        digests: sha256 of each file, by use.
     """
 
     labels: list[str]
@@ -142,7 +144,7 @@ def _check_known(path: Path, rows: list[LabelledText], labels: list[str]) -> Non
 
 @dataclass(frozen=True)
 class Passage:
-    """One checked row: either `completion` after an optional `prompt`, or chat `messages`."""
+    """One checked row of task generate: `completion` after an optional `prompt`, or chat `messages`."""
 
     row: Row
     completion: str = ""
@@ -151,7 +153,7 @@ class Passage:
 
     @property
     def group(self) -> str:
-        """Rows of one group must not be on both sides of a held-out split."""
+        """Key of the row's group. A held-out split keeps the rows of a group on one side."""
         if self.messages:
             return repr(self.messages[:-1])
         return self.completion if self.prompt is None else self.prompt
@@ -159,7 +161,7 @@ class Passage:
 
 @dataclass(frozen=True)
 class GenerateData:
-    """Checked rows by use; `digests` has the sha256 of each file read, by use."""
+    """Checked rows of task generate, by use; `digests` has the sha256 of each file, by use."""
 
     train: list[Passage]
     eval: list[Passage]
@@ -170,7 +172,7 @@ class GenerateData:
 def load_generate_data(settings: TrainSettings) -> GenerateData:
     """Read and check the files of `settings`.
 
-    A single long text (a `.txt` file) cannot be split by rows: its last `eval_fraction` of characters is held out.
+    A single long text (a `.txt` file) has no rows to split. The last `eval_fraction` of its characters is held out.
 
     Raises:
         InvalidData: A file or some of its rows cannot be used.
@@ -242,7 +244,9 @@ def _messages(row: Row, column: str, problems: Problems) -> tuple[dict[str, str]
         return ()
     messages = [_message(row, f"{column}[{i}]", turn, problems) for i, turn in enumerate(value)]
     if not any(message.get("role") == "assistant" for message in messages):
-        problems.add(row, f"{column} has no turn of the assistant, so nothing to learn; add one or delete the row")
+        problems.add(
+            row, f"{column} has no turn of the assistant, so there is nothing to learn; add one or delete the row"
+        )
     return tuple(messages)
 
 
@@ -258,7 +262,7 @@ def _message(row: Row, where: str, turn: Any, problems: Problems) -> dict[str, s
 
 
 def draw(rows: Sequence[T], limit: int | None, seed: int) -> list[T]:
-    """At most `limit` rows, drawn without replacement and kept in their order."""
+    """Draw at most `limit` rows without replacement, and keep their order."""
     if limit is None or limit >= len(rows):
         return list(rows)
     chosen = sorted(random.Random(f"limit {seed}").sample(range(len(rows)), limit))
@@ -270,8 +274,8 @@ def hold_out(
 ) -> tuple[list[T], list[T]]:
     """Split rows into (kept, held out), each in the file's order.
 
-    Rows of equal `key` stay on one side, or a prompt with several completions would be on both. About `fraction` of
-    each stratum is held out, and never all of it.
+    Rows of equal `key` stay on one side; otherwise a prompt with several completions could be on both sides. About
+    `fraction` of each stratum is held out, and at least one group of it is kept.
     """
     groups: dict[str, list[int]] = {}
     for i, row in enumerate(rows):
@@ -285,7 +289,7 @@ def hold_out(
     for name in sorted(strata):
         candidates = strata[name]
         shuffle.shuffle(candidates)
-        # What rounding takes from a small stratum is carried to the next, so that the total is right.
+        # The rounding error of a stratum is carried to the next stratum, so that the total is right.
         owed += fraction * len(candidates)
         count = min(round(owed), len(candidates) - 1)
         owed -= count

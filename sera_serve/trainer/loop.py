@@ -1,4 +1,7 @@
-"""The training loop: transformers' `Trainer`, which here saves adapters only, resumes exactly, and evaluates as the task does."""
+"""The training loop: transformers' `Trainer` with checkpoints of the adapter only and an exact resume.
+
+Also here: the order of training rows, and the display of progress.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ from sera_serve.trainer.tasks import TrainingTask
 
 
 def training_arguments(settings: TrainSettings, run_dir: Path, *, evaluates: bool) -> TrainingArguments:
-    """transformers' arguments for `settings`; nothing is reported anywhere."""
+    """Translate `settings` into transformers' arguments, without reports to any service."""
     metric = settings.best_metric
     return TrainingArguments(
         output_dir=str(run_dir),
@@ -54,9 +57,9 @@ def training_arguments(settings: TrainSettings, run_dir: Path, *, evaluates: boo
 
 
 class AdapterTrainer(Trainer):  # type: ignore[misc]
-    """Trains a task's model; every tensor it saves is of the adapter, its head, or the optimiser."""
+    """Trains a task's model. Its checkpoints hold tensors of the adapter, the head and the optimiser only."""
 
-    # Set by Trainer, which is untyped here.
+    # Trainer, which is untyped here, sets these.
     optimizer: Any
     control: Any
 
@@ -74,12 +77,12 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
             eval_dataset=task.eval_rows or None,
             callbacks=[SaveByTheClock(settings.checkpoint_seconds), StopOnNonFiniteLoss(), *callbacks],
         )
-        # It writes to stdout, which belongs to the result.
+        # This callback writes to stdout, where only the result belongs.
         self.remove_callback(PrinterCallback)
         self.steps_per_epoch = -(-len(task.train_rows) // settings.batch_size)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        # The step count is restored with a checkpoint, so it names the epoch after a restart too.
+        # A checkpoint restores the step count, so the epoch is right after a restart too.
         return LengthGroupedOrder(
             self.task.lengths,
             self.settings.batch_size,
@@ -88,7 +91,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         )
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
-        """AdamW over what trains, the head in its own group when it has its own rate."""
+        """Create AdamW over the trained parameters, with a group for the adapter and a group for the head."""
         if self.optimizer is None:
             rate = self.settings.peak_learning_rate
             head_rate = self.settings.head_learning_rate or rate
@@ -104,7 +107,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """The task's own evaluation, its names prefixed."""
+        """Evaluate as the task does, and prefix the metrics' names."""
         rows = self.task.eval_rows if eval_dataset is None else eval_dataset
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.task.evaluate(rows).items()}
         self.log(metrics)
@@ -112,7 +115,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         return metrics
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """Equal scores are common on small evaluation sets: the lower loss decides then."""
+        """Let the lower loss decide between equal scores, which are common on small evaluation sets."""
         if super()._determine_best_metric(metrics, trial):
             return True
         if metrics[self.args.metric_for_best_model] != self.state.best_metric:
@@ -135,7 +138,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
             self.lr_scheduler,
             self.state,
         )
-        # Only now: what was there before is what a kill falls back on.
+        # Not earlier: after a kill, the run continues from the checkpoints that are there.
         delete_others(self.run_dir, {saved, Path(self.state.best_model_checkpoint or saved)})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -154,10 +157,10 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
 
 
 class SaveByTheClock(TrainerCallback):  # type: ignore[misc]
-    """Asks for a checkpoint within an epoch when the last one is `seconds` old.
+    """Asks for a checkpoint within an epoch when the last checkpoint is `seconds` old.
 
-    Saving draws no random numbers, so when it happens changes nothing in the result. The last step of an epoch is left
-    to the save after its evaluation: a checkpoint before that would skip the evaluation on resume.
+    Saving draws no random numbers, so the time of a save does not change the result. At the last step of an epoch the
+    loop saves after the evaluation. A checkpoint before the evaluation would skip this evaluation on resume.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -165,14 +168,14 @@ class SaveByTheClock(TrainerCallback):  # type: ignore[misc]
         self._last = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        """See the class."""
+        """Ask for a checkpoint if it is time."""
         steps_per_epoch = state.max_steps // args.num_train_epochs
         if state.global_step % steps_per_epoch and time.monotonic() - self._last >= self._seconds:
             control.should_save = True
         return control
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start the clock anew."""
+        """Restart the clock."""
         self._last = time.monotonic()
 
 
@@ -181,10 +184,10 @@ class DivergedTraining(ArithmeticError):
 
 
 class StopOnNonFiniteLoss(TrainerCallback):  # type: ignore[misc]
-    """Ends a run that diverged at once, rather than training NaN to the end."""
+    """Stops a run as soon as its loss is NaN or infinite."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
-        """See the class."""
+        """Raise `DivergedTraining` if the loss is NaN or infinite."""
         loss = logs.get("loss", logs.get("eval_loss", 0.0))
         if loss != loss or loss in (float("inf"), float("-inf")):
             raise DivergedTraining(f"the loss is {loss} at step {state.global_step}")
@@ -194,10 +197,10 @@ _BATCHES_A_POOL = 50
 
 
 class LengthGroupedOrder(Sampler[int]):
-    """Row numbers for one epoch, a function of the seed and the epoch alone.
+    """The order of training rows: random, with similar lengths in a batch, and the same after a restart.
 
-    transformers' own length-grouped sampler draws from the global generator when an epoch begins, so a run resumed
-    within an epoch would see other batches than it saw before.
+    The order depends on the seed and the epoch only. transformers' own length-grouped sampler draws from the global
+    generator when an epoch begins, so a run that resumes within an epoch would get different batches.
     """
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, epoch: Callable[[], int]) -> None:
@@ -218,7 +221,7 @@ class LengthGroupedOrder(Sampler[int]):
         for start in range(0, len(order), pool):
             rows = sorted(order[start : start + pool], key=lambda i: self._lengths[i])
             batches += [rows[i : i + self._batch_size] for i in range(0, len(rows), self._batch_size)]
-        # A short batch anywhere but last would shift the borders of those after it.
+        # The short batch goes last; elsewhere it would shift the borders of later batches.
         short = [batch for batch in batches if len(batch) < self._batch_size]
         full = [batch for batch in batches if len(batch) == self._batch_size]
         shuffle.shuffle(full)
@@ -227,7 +230,7 @@ class LengthGroupedOrder(Sampler[int]):
 
 
 class RichProgress(TrainerCallback):  # type: ignore[misc]
-    """Progress bar with the running loss, and one line for each evaluation."""
+    """Shows a progress bar with the running loss on a terminal, and prints one line for each evaluation."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -235,7 +238,7 @@ class RichProgress(TrainerCallback):  # type: ignore[misc]
         self._task: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Open the bar, at the step a resumed run begins with."""
+        """Open the bar at the current step, which is not 0 in a resumed run."""
         self._bar = Progress(
             TextColumn("training"),
             BarColumn(),
@@ -272,7 +275,7 @@ class RichProgress(TrainerCallback):  # type: ignore[misc]
         self.close()
 
     def close(self) -> None:
-        """Close the bar, also after a failure."""
+        """Close the bar. The caller calls this after a failure too."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None

@@ -22,12 +22,15 @@ _GENERATE_EVAL_BATCH = 32
 
 
 class TrainingTask(Protocol):
-    """A task bound to a base and data.
+    """What the training loop needs from a task: a model, rows, and their evaluation.
 
     Attributes:
         model: The module to train.
-        train_rows: One mapping a row; `lengths` gives their lengths in tokens.
-        notes: What was done to the data that the user should know (rows cut, texts split).
+        train_rows: The training rows, each a mapping.
+        lengths: Length of each training row in tokens.
+        eval_rows: The rows that choose the best epoch; may be empty.
+        test_rows: The rows that are scored once at the end; may be empty.
+        notes: Changes to the data that the user should know (rows truncated, texts split).
     """
 
     model: AdapterModel
@@ -38,23 +41,23 @@ class TrainingTask(Protocol):
     notes: list[str]
 
     def collate(self, rows: Sequence[Any]) -> dict[str, Tensor]:
-        """Tensors of one batch, the model's keyword arguments."""
+        """Build the tensors of one batch: the keyword arguments of the model."""
         ...
 
     def evaluate(self, rows: Sequence[Any]) -> dict[str, float]:
-        """Metrics of the model as it is on `rows`; draws no random numbers."""
+        """Compute the metrics of the model on `rows`, without drawing random numbers."""
         ...
 
 
 class FeatureRow(TypedDict):
-    """A row of head-only training: the pooled state, float32 (hidden_size,), and the class index."""
+    """A row of head-only training: pooled state, float32 (hidden_size,), and class index."""
 
     features: Tensor
     labels: int
 
 
 class ClassifyTask:
-    """Tokenised rows, the classifier, and its evaluation; see `TrainingTask`."""
+    """Task classify: pooled state of the adapted base, a linear head, cross-entropy over the labels."""
 
     def __init__(
         self,
@@ -94,7 +97,7 @@ class ClassifyTask:
         cut = sum(len(ids) > self.max_length for ids in full)
         if cut:
             self.notes.append(f"{cut} of {len(texts)} {name} rows were cut to {self.max_length} tokens")
-            # The tokenizer's own truncation keeps closing special tokens, as the server's does.
+            # The tokenizer's own truncation keeps closing special tokens, as on the server.
             full = self.base.tokenizer([item.text for item in texts], truncation=True, max_length=self.max_length)[
                 "input_ids"
             ]
@@ -123,7 +126,7 @@ class ClassifyTask:
         return {name: tensor.to(self.base.device) for name, tensor in tensors.items()}
 
     def collate(self, rows: Sequence[Any]) -> dict[str, Tensor]:
-        """Tensors of one batch, the model's keyword arguments."""
+        """Build the tensors of one batch: the keyword arguments of the model."""
         labels = torch.tensor([row["labels"] for row in rows])
         if "features" in rows[0]:
             return {"features": torch.stack([row["features"] for row in rows]), "labels": labels}
@@ -131,7 +134,7 @@ class ClassifyTask:
 
     @torch.no_grad()
     def logits(self, rows: Sequence[Any]) -> Tensor:
-        """float32 (rows, labels), in the order of `rows`."""
+        """Compute logits, float32 (rows, labels), in the order of `rows`."""
         self.model.eval()
         result = torch.empty(len(rows), len(self.labels))
         lengths = [len(row["input_ids"]) if "input_ids" in row else 1 for row in rows]
@@ -141,7 +144,7 @@ class ClassifyTask:
         return result
 
     def evaluate(self, rows: Sequence[Any]) -> dict[str, float]:
-        """Mean loss in nats, accuracy, macro F1 over the labels that occur, and Matthews correlation."""
+        """Compute mean loss in nats, accuracy, macro F1 over the labels that occur, and Matthews correlation."""
         logits = self.logits(rows).double()
         truth = torch.tensor([row["labels"] for row in rows])
         predicted, expected = logits.argmax(1).numpy(), truth.numpy()
@@ -158,7 +161,7 @@ def _parts(data: ClassifyData) -> list[tuple[str, list[LabelledText]]]:
 
 
 class GenerateTask:
-    """Tokenised rows, the language model, and its evaluation; see `TrainingTask`."""
+    """Task generate: the loss on the tokens that the adapter must write. Prompts are tokenised as on the server."""
 
     def __init__(self, base: FrozenBase, data: GenerateData, *, max_length: int) -> None:
         self.base = base
@@ -178,16 +181,16 @@ class GenerateTask:
         return rows
 
     def collate(self, rows: Sequence[TokenRow]) -> dict[str, Tensor]:
-        """Tensors of one batch, the model's keyword arguments."""
+        """Build the tensors of one batch: the keyword arguments of the model."""
         pad_id: Any = self.base.tokenizer.pad_token_id
         tensors = pad_tokens(rows, int(pad_id))
         return {**tensors, "labels": pad_labels(rows, tensors["input_ids"].shape[1])}
 
     @torch.no_grad()
     def evaluate(self, rows: Sequence[TokenRow]) -> dict[str, float]:
-        """Mean loss in nats a learned token, its perplexity, and bits per byte of the learned text.
+        """Compute mean loss in nats a learned token, perplexity, and bits per byte of the learned text.
 
-        The end-of-text token counts as a token and adds no byte.
+        The end-of-text token counts as a token without bytes.
         """
         self.model.eval()
         nats, tokens = 0.0, 0
@@ -199,7 +202,7 @@ class GenerateTask:
         loss = nats / tokens
         return {
             "loss": loss,
-            # A broken run may reach infinity, which JSON cannot hold.
+            # JSON has no infinity, which a broken run may reach.
             "perplexity": math.exp(min(loss, 700.0)),
             "bits_per_byte": nats / math.log(2) / text_bytes,
         }

@@ -66,7 +66,7 @@ def test_plain_text_is_learned_whole_in_windows(base: FrozenBase) -> None:
     assert names == [["<s>", *"abcdefg"], ["<s>", *"hijklmn"], ["<s>", "o", "p", "</s>"]]
     assert all(row["labels"] == [IGNORED, *row["input_ids"][1:]] for row in rows)
     assert sum(row["text_bytes"] for row in rows) == 16
-    assert tokeniser.notes() == ["1 long texts were split into 3 pieces of up to 8 tokens"]
+    assert tokeniser.notes() == ["1 long texts were split into 3 chunks of up to 8 tokens"]
 
 
 def test_without_a_start_token_the_first_token_is_not_learned(base: FrozenBase) -> None:
