@@ -10,11 +10,11 @@ import pytest
 import adapters_store.errors
 import sera_serve.errors
 from adapters_store import AdapterStore, StoreError
-from factories import random_decoder
 from sera_serve.config import ServeSettings
 from sera_serve.engine import ServingEngine
 from sera_serve.errors import SeraServeError
 from sera_serve.server import build_app, errors, schemas, strict, uploads
+from support.factories import random_decoder
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 HTTP = (REPOSITORY / "docs" / "http.md").read_text(encoding="utf-8")

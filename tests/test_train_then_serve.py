@@ -10,13 +10,13 @@ import httpx
 import pytest
 
 from adapters_store import AdapterStore
-from live_server import live_server
 from sera_serve.base import load_base
 from sera_serve.config import ServeSettings
 from sera_serve.engine import ServingEngine
 from sera_serve.server import build_app
 from sera_serve.trainer.run import TrainResult, train_adapter
 from sera_serve.trainer.settings import TrainSettings
+from support.live_server import live_server
 
 # Two tenants with different adapters and label sets, and rows longer than max_length among them.
 TENANTS = {

@@ -10,9 +10,9 @@ import torch
 from tokenizers import processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from factories import byte_tokenizer, random_decoder, random_encoder
 from sera_serve.base import FrozenBase, ModelInputs, freeze_base
 from sera_serve.errors import InvalidRequest
+from support.factories import byte_tokenizer, random_decoder, random_encoder
 
 
 def pair_tokenizer() -> PreTrainedTokenizerFast:

@@ -20,7 +20,6 @@ from transformers import (
     PreTrainedModel,
 )
 
-from factories import byte_tokenizer, greedy
 from sera_serve.base import FrozenBase, ModelInputs, freeze_base
 from sera_serve.base.rotary import (
     LONG,
@@ -32,6 +31,7 @@ from sera_serve.base.rotary import (
     rotary_scaling,
 )
 from sera_serve.errors import InvalidConfiguration
+from support.factories import byte_tokenizer, greedy
 
 THRESHOLD = 32
 SHAPE: dict[str, Any] = {

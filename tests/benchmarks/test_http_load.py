@@ -16,7 +16,7 @@ from benchmarks.http_load import Answer, LoadClient
 from benchmarks.server_process import adapter_figures
 from benchmarks.service_figures import failures, fairness, latency, rates
 from benchmarks.workload import TimedRequest
-from live_server import live_server, wait_until
+from support.live_server import live_server, wait_until
 
 # The name of the adapter chooses what happens.
 FINE, REFUSED, BREAKS, OTHER, ENDLESS = range(5)

@@ -20,8 +20,8 @@ from benchmarks.many_adapters_run import ManyAdapters
 from benchmarks.plots import plot_many_adapters
 from benchmarks.reference import Reference
 from benchmarks.workload import TimedRequest
-from factories import greedy, merged
 from sera_serve.base import FrozenBase
+from support.factories import greedy, merged
 
 TINY = replace(QUICK, sizes=(12,), pairs=2, clients=8, touch=True)
 

@@ -10,10 +10,10 @@ import pytest
 from gated_store import SHAPE, GatedStore
 
 from adapters_store import AdapterStore
-from factories import random_adapter, random_decoder, random_encoder
 from sera_serve.base import FrozenBase
 from sera_serve.config import ServeSettings
 from sera_serve.engine import ServingEngine
+from support.factories import random_adapter, random_decoder, random_encoder
 
 
 @pytest.fixture(scope="session")

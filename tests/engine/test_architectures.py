@@ -23,10 +23,10 @@ from transformers import (
 )
 
 from adapters_store import AdapterStore
-from factories import byte_tokenizer, greedy, merged, random_adapter
 from sera_serve import SeraConfig
 from sera_serve.base import freeze_base
 from sera_serve.engine import GenerateParams, GenerationResult, ServingEngine
+from support.factories import byte_tokenizer, greedy, merged, random_adapter
 
 TOKENS = {"vocab_size": 259, "bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258}
 SHAPE: dict[str, Any] = TOKENS | {

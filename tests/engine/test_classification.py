@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from adapters_store import AdapterBundle, AdapterStore
-from factories import merged, random_adapter
 from sera_serve import SeraConfig
 from sera_serve.base import FrozenBase
 from sera_serve.engine import ClassifyResult, GenerateParams, ServingEngine
 from sera_serve.errors import EngineUnavailable, InvalidRequest, UnsupportedTask
+from support.factories import merged, random_adapter
 
 Start = Callable[..., ServingEngine]
 TEXTS = ["short", "a longer text, of some words", "x", "the quick brown fox jumps over the lazy dog " * 3]

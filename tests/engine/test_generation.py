@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from adapters_store import AdapterNotFound, AdapterStore, StoreError
-from factories import greedy, random_adapter, random_encoder
 from sera_serve import SeraConfig
 from sera_serve.base import FrozenBase
 from sera_serve.engine import GenerateParams, GenerationResult, ServingEngine
 from sera_serve.engine.detokenizer import Detokenizer
 from sera_serve.errors import EngineUnavailable, InvalidRequest, Overloaded, PromptTooLong, UnsupportedTask
+from support.factories import greedy, random_adapter, random_encoder
 
 SHAPE = SeraConfig(8, 8, 8.0, "all-linear")
 Start = Callable[..., ServingEngine]

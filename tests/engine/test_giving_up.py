@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from gated_store import GatedStore, Start, collect, settled, until
 
-from factories import greedy
 from sera_serve.base import FrozenBase
 from sera_serve.engine import GenerateParams, GenerationStream
 from sera_serve.engine.detokenizer import Detokenizer
 from sera_serve.engine.sequences import SequenceUpdate
 from sera_serve.errors import DeadlineExceeded, Overloaded
-from standstill import standstill
+from support.factories import greedy
+from support.standstill import standstill
 
 
 @pytest.mark.parametrize("stage", ["waiting", "loading", "running"])

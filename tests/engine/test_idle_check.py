@@ -8,11 +8,11 @@ from collections.abc import Callable
 import pytest
 
 from adapters_store import AdapterStore
-from factories import random_adapter
 from sera_serve import SeraConfig
 from sera_serve.base import FrozenBase
 from sera_serve.engine import GenerateParams, ServingEngine
 from sera_serve.errors import EngineUnavailable
+from support.factories import random_adapter
 
 
 def test_an_engine_whose_books_do_not_balance_serves_no_more(

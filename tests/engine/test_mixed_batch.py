@@ -8,10 +8,10 @@ from collections.abc import Callable
 import pytest
 
 from adapters_store import AdapterBundle, AdapterStore
-from factories import greedy, merged, random_adapter
 from sera_serve import SeraConfig
 from sera_serve.base import FrozenBase, load_base
 from sera_serve.engine import GenerateParams, GenerationResult, ServingEngine
+from support.factories import greedy, merged, random_adapter
 
 # Sixteen shapes that differ in rank, split, mixer and targets; every split divides 64, 128 and 32.
 SHAPES = [

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from adapters_store import AdapterStore
-from factories import random_adapter, random_decoder
 from sera_serve import SeraConfig
 from sera_serve.config import ServeSettings
 from sera_serve.engine import GenerateParams, GenerationResult, ServingEngine
 from sera_serve.engine.continuous import ContinuousBatch
 from sera_serve.engine.prefix_salts import PrefixSalts
+from support.factories import random_adapter, random_decoder
 
 # Three pages of 32 tokens, a token a byte, and what follows them.
 SYSTEM = "You are a helpful assistant who answers in the words of sailors, whatever is asked of you. " * 2

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from gated_store import GatedStore, Start, collect, settled, until
 
-from factories import greedy, merged
 from sera_serve.base import FrozenBase
 from sera_serve.engine import ClassifyResult, GenerateParams, GenerationResult
 from sera_serve.errors import TenantOverloaded
-from standstill import standstill
+from support.factories import greedy, merged
+from support.standstill import standstill
 
 
 def test_limits_of_a_tenant_and_of_all(gated: GatedStore, decoder: FrozenBase, start_engine: Start) -> None:

@@ -9,16 +9,16 @@ from typing import Any
 
 import httpx
 import pytest
-from faulty_serving import NEW_TOKENS, PROMPT, WRITERS, FaultyStore, Serving, name
 
 from adapters_store import AdapterBundle
-from factories import greedy, merged, random_adapter, random_decoder
-from live_server import live_server
 from sera_serve import SeraConfig
 from sera_serve.base import FrozenBase
 from sera_serve.config import ServeSettings
 from sera_serve.engine import ServingEngine
 from sera_serve.server import build_app
+from support.factories import greedy, merged, random_adapter, random_decoder
+from support.faulty_serving import NEW_TOKENS, PROMPT, WRITERS, FaultyStore, Serving, name
+from support.live_server import live_server
 
 SHAPES = [
     SeraConfig(32, 32, 64, "all-linear"),

@@ -11,13 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
-from faulty_serving import NEW_TOKENS, WRITERS, Serving, body, name
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import LlamaForCausalLM
 
-from answers import refused
-from live_server import wait_until
+from support.answers import refused
+from support.faulty_serving import NEW_TOKENS, WRITERS, Serving, body, name
+from support.live_server import wait_until
 
 Serve = Callable[..., Serving]
 CROWD = int(os.environ.get("SERA_TEST_CROWD", "2000"))

@@ -9,13 +9,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from faulty_serving import Serving, name
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import LlamaForCausalLM
 
-from answers import events, refused
-from live_server import wait_until
+from support.answers import events, refused
+from support.faulty_serving import Serving, name
+from support.live_server import wait_until
 
 Serve = Callable[..., Serving]
 

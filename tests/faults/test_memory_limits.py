@@ -8,7 +8,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from faulty_serving import WRITERS, Serving, name
+
+from support.faulty_serving import WRITERS, Serving, name
 
 Serve = Callable[..., Serving]
 

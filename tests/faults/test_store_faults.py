@@ -7,11 +7,11 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from faulty_serving import Serving, name
 
 from adapters_store import AdapterBundle
-from answers import refused
-from live_server import wait_until
+from support.answers import refused
+from support.faulty_serving import Serving, name
+from support.live_server import wait_until
 
 Serve = Callable[..., Serving]
 SLOW, OTHERS = name(0), [name(i) for i in range(1, 6)]

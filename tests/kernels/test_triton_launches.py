@@ -114,7 +114,7 @@ def test_the_kernel_compiles_for_gpus() -> None:
     tile = replace(LAUNCH, block_m=16, num_warps=8)
     cases = [(90, "bf16", 8, asdict(LAUNCH)), (80, "fp32", 4, asdict(LAUNCH)), (80, "fp16", 1, asdict(tile))]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    script = Path(__file__).with_name("compile_triton.py")
+    script = Path(__file__).parents[1] / "support" / "compile_triton.py"
     done = subprocess.run(
         [sys.executable, script], input=json.dumps(cases), env=environment, capture_output=True, text=True, check=False
     )

@@ -10,10 +10,10 @@ import torch
 from slow_store import Build, Store
 
 from adapters_store import AdapterBundle
-from factories import random_adapter, random_decoder
 from sera_serve import SeraConfig
 from sera_serve.base import FrozenBase
 from sera_serve.residency import AdapterResidency, DevicePool, HostCache, LoaderThreads, pack
+from support.factories import random_adapter, random_decoder
 
 LARGE = SeraConfig(8, 8, 8.0, "all-linear")
 SMALL = SeraConfig(4, 1, 8.0, ("q_proj",), use_mixer=False)

@@ -13,11 +13,11 @@ import torch
 from slow_store import Build, Store, granted, settle, until
 
 from adapters_store import AdapterBundle
-from factories import random_adapter
 from sera_serve import SeraConfig
 from sera_serve.base import FrozenBase
 from sera_serve.residency import AdapterResidency, HostCache, PackedAdapter, pack
 from sera_serve.residency import reading as reading_module
+from support.factories import random_adapter
 
 
 @pytest.fixture

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from slow_store import Build, Store, granted, settle
 
-from factories import random_adapter
 from sera_serve import SeraConfig
 from sera_serve.base import FrozenBase
+from support.factories import random_adapter
 
 
 def test_adapter_that_fits_by_bytes_gets_in_between_leased_ones(

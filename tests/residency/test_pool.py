@@ -10,11 +10,11 @@ import torch
 from slow_store import Build, granted
 
 from adapters_store import AdapterBundle
-from factories import random_adapter
 from sera_kernels import AdapterBatch, grouped_sera, grouped_sera_reference
 from sera_serve import SeraConfig
 from sera_serve.base import FrozenBase
 from sera_serve.residency import AdapterLayout, DevicePool, PackedAdapter, Placement, pack
+from support.factories import random_adapter
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,11 @@ import torch
 from slow_store import Build, Store, settle, until
 
 from adapters_store import AdapterBundle
-from factories import random_adapter
 from sera_serve import SeraConfig
 from sera_serve.base import FrozenBase
 from sera_serve.errors import SeraServeError
 from sera_serve.residency import AdapterResidency, Lease, PackedAdapter, Placement, Prefetch, pack
+from support.factories import random_adapter
 
 SHAPES = [
     SeraConfig(8, 8, 8.0, "all-linear"),

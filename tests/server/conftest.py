@@ -6,15 +6,15 @@ from collections.abc import Iterator
 
 import httpx
 import pytest
-from stub_engine import StubEngine
 
 from adapters_store import AdapterBundle, AdapterStore
-from factories import random_adapter, random_decoder
-from live_server import live_server, wait_until
 from sera_serve import SeraConfig
 from sera_serve.base import FrozenBase
 from sera_serve.config import ServeSettings
 from sera_serve.server import build_app
+from support.factories import random_adapter, random_decoder
+from support.live_server import live_server, wait_until
+from support.stub_engine import StubEngine
 
 RANK, SPLIT = 8, 4
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import httpx
 import pytest
-from stub_engine import StubEngine
 
 from adapters_store import AdapterBundle, AdapterStore
-from answers import refused
+from support.answers import refused
+from support.stub_engine import StubEngine
 
 
 @pytest.fixture

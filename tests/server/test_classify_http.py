@@ -6,9 +6,9 @@ from typing import Any
 
 import httpx
 import pytest
-from stub_engine import CRASHES, OVERLOADED, StubEngine
 
-from answers import refused
+from support.answers import refused
+from support.stub_engine import CRASHES, OVERLOADED, StubEngine
 
 
 def test_results_come_in_the_order_of_the_inputs(client: httpx.Client) -> None:

@@ -6,13 +6,13 @@ import time
 
 import httpx
 import pytest
-from stub_engine import HANGS, SLOW, StubEngine
 
 from adapters_store import AdapterStore
-from live_server import live_server, wait_until
 from sera_serve.base import FrozenBase
 from sera_serve.config import ServeSettings
 from sera_serve.server import build_app
+from support.live_server import live_server, wait_until
+from support.stub_engine import HANGS, SLOW, StubEngine
 
 
 @pytest.mark.parametrize(

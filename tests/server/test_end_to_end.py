@@ -13,14 +13,14 @@ import pytest
 import torch
 
 from adapters_store import AdapterBundle, AdapterStore
-from answers import events, refused
-from factories import greedy, merged, random_adapter
-from live_server import live_server, wait_until
 from sera_serve import SeraConfig
 from sera_serve.base import FrozenBase, load_base
 from sera_serve.config import ServeSettings
 from sera_serve.engine import ServingEngine
 from sera_serve.server import build_app
+from support.answers import events, refused
+from support.factories import greedy, merged, random_adapter
+from support.live_server import live_server, wait_until
 
 PROMPT = "Once upon a time, there was a little"
 WRITERS = 4

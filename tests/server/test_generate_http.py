@@ -6,7 +6,10 @@ from typing import Any
 
 import httpx
 import pytest
-from stub_engine import (
+
+from sera_serve.engine import GenerateParams
+from support.answers import events, refused
+from support.stub_engine import (
     CRASHES,
     CRASHES_LATER,
     FAILS_LATER,
@@ -19,9 +22,6 @@ from stub_engine import (
     TOO_LONG,
     StubEngine,
 )
-
-from answers import events, refused
-from sera_serve.engine import GenerateParams
 
 ANSWER = {
     "id": "gen-1",

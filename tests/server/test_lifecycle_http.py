@@ -13,15 +13,15 @@ import httpx
 import pytest
 
 from adapters_store import AdapterBundle, AdapterStore
-from answers import refused
-from factories import greedy, merged, random_adapter
-from live_server import live_server, wait_until
 from sera_serve import SeraConfig
 from sera_serve.base import FrozenBase
 from sera_serve.config import ServeSettings
 from sera_serve.engine import ServingEngine
 from sera_serve.server import build_app
-from standstill import standstill
+from support.answers import refused
+from support.factories import greedy, merged, random_adapter
+from support.live_server import live_server, wait_until
+from support.standstill import standstill
 
 PROMPT, NEW_TOKENS, CONTENTS = "Once upon a time", 12, 5
 Answer = dict[str, Any]

@@ -6,9 +6,9 @@ import socket
 
 import httpx
 import pytest
-from stub_engine import FLOODING, LATE, LATE_LATER, OVERLOADED, TOO_LONG, StubEngine
 
-from answers import refused
+from support.answers import refused
+from support.stub_engine import FLOODING, LATE, LATE_LATER, OVERLOADED, TOO_LONG, StubEngine
 
 
 def samples(client: httpx.Client) -> dict[str, float]:

@@ -20,11 +20,11 @@ import pytest
 from typer.testing import CliRunner
 
 from adapters_store import AdapterStore
-from factories import random_adapter, random_decoder
 from sera_serve import SeraConfig
 from sera_serve.base import FrozenBase, load_base
 from sera_serve.cli import build_cli
 from sera_serve.config import ServeSettings
+from support.factories import random_adapter, random_decoder
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

@@ -13,15 +13,15 @@ from pathlib import Path
 
 import httpx
 import uvicorn
-from stub_engine import StubEngine
 
 from adapters_store import AdapterBundle, AdapterStore
-from factories import random_adapter, random_decoder
 from sera_serve import SeraConfig
 from sera_serve.base import FrozenBase
 from sera_serve.commands.serve import bound_socket
 from sera_serve.config import ServeSettings
 from sera_serve.server import build_app
+from support.factories import random_adapter, random_decoder
+from support.stub_engine import StubEngine
 
 KILLS = int(os.environ.get("SERA_TEST_KILLS", "8"))
 CLIENTS = 3
@@ -69,7 +69,7 @@ def test_acknowledged_uploads_survive_kills_at_random_moments(tmp_path: Path) ->
     bodies = [bundle.to_bytes() for bundle in bundles(random_decoder())]
     # Imports once: each server is then a fork that starts in a fraction of a second.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "factories", "sera_serve.server"])
+    context.set_forkserver_preload(["torch", "support.factories", "sera_serve.server"])
     kept: dict[tuple[str, int], str] = {}
     for _ in range(KILLS):
         with bound_socket("127.0.0.1", 0) as listener:

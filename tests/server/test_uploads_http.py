@@ -18,10 +18,10 @@ import pytest
 import torch
 
 from adapters_store import AdapterBundle, AdapterStore, Published
-from answers import refused
-from factories import random_adapter, random_decoder
 from sera_serve import SeraConfig
 from sera_serve.base import FrozenBase
+from support.answers import refused
+from support.factories import random_adapter, random_decoder
 
 Files = list[tuple[str, tuple[str | None, bytes]]]
 NAME = ("name", (None, b"acme/new"))

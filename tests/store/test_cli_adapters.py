@@ -17,10 +17,10 @@ from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
 from adapters_store import AdapterBundle, AdapterStore
-from factories import random_adapter, random_decoder
 from sera_serve import SeraConfig
 from sera_serve.base import load_base
 from sera_serve.cli_adapters import adapters_app
+from support.factories import random_adapter, random_decoder
 
 NAME = "acme/support"
 Run = Callable[..., Result]

@@ -11,8 +11,8 @@ import httpx
 from fastapi import FastAPI
 
 from adapters_store import AdapterBundle, AdapterStore
-from live_server import wait_until
 from sera_serve.engine import ServingEngine
+from support.live_server import wait_until
 
 WRITERS = 9
 PROMPT = "Once upon a time"

@@ -1,0 +1,1 @@
+"""What tests of several folders use: factories of adapters, servers, stub engines, and checks of answers."""
