@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from adapters_store import AdapterBundle, check_base
-from adapters_store.dense import dense_factors
+from adapters_store import AdapterBundle, check_base, dense_factors
 from sera_serve.base import FrozenBase
 
 

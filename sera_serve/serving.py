@@ -13,8 +13,7 @@ from fastapi import FastAPI
 from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
-from adapters_store import AdapterStore
-from adapters_store.safetensors_file import BundleLimits
+from adapters_store import AdapterStore, BundleLimits
 from sera_serve.banner import describe_server
 from sera_serve.base import load_base
 from sera_serve.config import ServeSettings

@@ -7,8 +7,8 @@ from typing import Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+from adapters_store import parse_adapter
 from adapters_store.errors import InvalidAdapterName
-from adapters_store.names import parse_adapter
 from sera_serve.base import Pooling
 from sera_serve.errors import InvalidConfiguration
 from sera_serve.layers import ALL_LINEAR, SeraConfig

@@ -10,7 +10,14 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from factories import random_decoder, random_encoder
 from sera_kernels import AdapterBatch, AdapterTables
 from sera_serve.base import FrozenBase
-from sera_serve.layers import AdapterContext, ServedLinear, adaptable_linears, attach_serving, find_shared_inputs, served
+from sera_serve.layers import (
+    AdapterContext,
+    ServedLinear,
+    adaptable_linears,
+    attach_serving,
+    find_shared_inputs,
+    served,
+)
 
 
 def names(groups: list[list[str]]) -> list[list[str]]:
