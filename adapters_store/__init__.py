@@ -16,7 +16,7 @@ from adapters_store.format.safetensors_file import BundleLimits
 from adapters_store.format.validation import check_base, expected_shapes
 from adapters_store.store.adapter_store import AdapterStore
 from adapters_store.store.names import parse_adapter, parse_ref
-from adapters_store.store.records import AdapterInfo, Freed, Page, Published, ResolvedAdapter
+from adapters_store.store.records import AdapterInfo, AdapterSummary, Freed, Page, Published, ResolvedAdapter
 
 __all__ = [
     "FORMAT_VERSION",
@@ -26,6 +26,7 @@ __all__ = [
     "AdapterInfo",
     "AdapterNotFound",
     "AdapterStore",
+    "AdapterSummary",
     "BaseInfo",
     "BundleLimits",
     "Freed",

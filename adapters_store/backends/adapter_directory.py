@@ -22,20 +22,21 @@ class AdapterDirectory:
     Methods that write need the adapter's lock and the shared lock of writers.
     """
 
-    def __init__(self, root: str, tenant: str, name: str) -> None:
-        self.adapter = f"{tenant}/{name}"
-        self._tenant_folder = f"{root}/adapters/{tenant}"
-        self._folder = f"{self._tenant_folder}/{name}"
+    def __init__(self, root: str, adapter: str) -> None:
+        self.adapter = adapter
+        self._folder = f"{root}/adapters/{adapter}"
         self._versions = f"{self._folder}/versions"
         self._aliases = f"{self._folder}/aliases"
-        self._retired_folder = f"{root}/retired/{tenant}"
-        self._retired = f"{self._retired_folder}/{name}.json"
+        self._retired = f"{root}/retired/{adapter}.json"
         self._scratch = f"{root}/tmp"
 
     def manifest(self) -> Manifest:
         """The adapter's versions and aliases."""
         versions = tuple(self.versions())
         aliases = self.aliases() if versions else {}
+        if versions:
+            # A kill may have come between the first version and its alias.
+            aliases.setdefault(LATEST, versions[-1])
         highest = self._highest_retired()
         return Manifest(versions, aliases, highest, f"{versions} {sorted(aliases.items())} {highest}")
 
@@ -44,13 +45,11 @@ class AdapterDirectory:
         return sorted(int(match[1]) for match in map(_VERSION_FILE.fullmatch, names_in(self._versions)) if match)
 
     def aliases(self) -> dict[str, int]:
-        """Version by alias; `latest` is there even where a kill came between a version and its alias."""
+        """Version by alias, as on the disk."""
         found = {}
         for file in names_in(self._aliases):
             if (version := self._alias(file.removesuffix(".json"))) is not None:
                 found[file.removesuffix(".json")] = version
-        if LATEST not in found and (versions := self.versions()):
-            found[LATEST] = versions[-1]
         return found
 
     def alias(self, alias: str) -> int | None:
@@ -115,11 +114,11 @@ class AdapterDirectory:
         """Take the whole adapter out of sight in one step: its directory moves to `trash`."""
         self._retire(max(self.versions()))
         os.rename(self._folder, trash)
-        sync_directory(self._tenant_folder)
+        sync_directory(os.path.dirname(self._folder))
 
     def _retire(self, version: int) -> None:
         highest = max(version, self._highest_retired())
-        make_directory(self._retired_folder)
+        make_directory(os.path.dirname(self._retired))
         put_text(self._retired, record_text(RetiredRecord(highest_version=highest)), self._scratch)
 
     def _highest_retired(self) -> int:

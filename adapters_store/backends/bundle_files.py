@@ -15,7 +15,14 @@ import os
 from collections.abc import Callable, Mapping, Set
 from contextlib import AbstractContextManager, suppress
 
-from adapters_store.backends.durable import make_directory, make_empty_file, names_in, put_file, sync_directory
+from adapters_store.backends.durable import (
+    make_directory,
+    make_empty_file,
+    names_in,
+    put_file,
+    sync_directories,
+    sync_directory,
+)
 from adapters_store.backends.name_index import entry_name
 from adapters_store.format.bundle import AdapterBundle
 from adapters_store.format.containers import config_of
@@ -108,6 +115,7 @@ class BundleFiles:
 
     def add_references(self, needed: Mapping[str, Set[str]]) -> None:
         """Make sure that the adapters of each digest are recorded; no other process may write meanwhile."""
+        touched = set()
         for digest, adapters in needed.items():
             folder = self._folder(digest)
             held = set(names_in(folder))
@@ -115,11 +123,8 @@ class BundleFiles:
                 os.makedirs(folder, exist_ok=True)
                 for name in missing:
                     make_empty_file(f"{folder}/{name}")
-                sync_directory(folder)
-        # Once each at the end: 256 directories, where a flush for every digest would be 100,000.
-        for shard in names_in(self._references):
-            sync_directory(f"{self._references}/{shard}")
-        sync_directory(self._references)
+                touched |= {folder, os.path.dirname(folder), self._references}
+        sync_directories(touched)
 
     def repair(self, needed: Mapping[str, Set[str]]) -> Freed:
         """Make references and bundles exactly those of these adapters by digest; no other process may write meanwhile.

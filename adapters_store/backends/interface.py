@@ -83,6 +83,7 @@ class CommitResult:
 class Backend(Protocol):
     """A place for the data of a store; any number of threads and processes use it at once.
 
+    Adapter ids, aliases and digests in the arguments are of the allowed form: `AdapterStore` checks them.
     A read sees every commit that was acknowledged before the read began. Writes are durable when they return.
 
     Raises:

@@ -13,7 +13,6 @@ from adapters_store.backends.store_root import OLDEST_VERSION, STORE_VERSION, St
 from adapters_store.errors import StoreWriteFailed
 from adapters_store.format.bundle import AdapterBundle
 from adapters_store.format.safetensors_file import BundleLimits
-from adapters_store.store.names import parse_adapter
 from adapters_store.store.records import Freed, VersionRecord
 
 
@@ -178,7 +177,7 @@ class LocalBackend:
         needed: dict[str, set[str]] = {}
         adapters = []
         for owner, name in self._root.adapter_ids():
-            directory = AdapterDirectory(self._root.path, owner, name)
+            directory = AdapterDirectory(self._root.path, f"{owner}/{name}")
             for digest in directory.digests(skip_damaged).values():
                 needed.setdefault(digest, set()).add(directory.adapter)
             if directory.versions():
@@ -186,4 +185,4 @@ class LocalBackend:
         return needed, adapters
 
     def _directory(self, adapter: str) -> AdapterDirectory:
-        return AdapterDirectory(self._root.path, *parse_adapter(adapter))
+        return AdapterDirectory(self._root.path, adapter)

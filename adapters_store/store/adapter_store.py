@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from adapters_store.backends.interface import Backend, Change, Manifest, Outcome
 from adapters_store.backends.local import LocalBackend
@@ -37,6 +38,7 @@ from adapters_store.store.names import (
 from adapters_store.store.records import (
     AdapterFacts,
     AdapterInfo,
+    AdapterSummary,
     Freed,
     Page,
     Published,
@@ -171,25 +173,9 @@ class AdapterStore:
         """One version with its adapter's versions and aliases; raises as `resolve` does."""
         parsed = parse_ref(ref)
         record = self._find(parsed)
-        facts = self._facts_of(record)
         manifest = self._backend.manifest(parsed.adapter)
-        return AdapterInfo(
-            adapter=parsed.adapter,
-            version=record.version,
-            digest=record.digest,
-            created_at=record.created_at,
-            nbytes=record.nbytes,
-            parameters=record.parameters,
-            task=record.task,
-            method=record.method,
-            base=record.base,
-            labels=None if facts.labels is None else tuple(facts.labels),
-            ranks=tuple(facts.ranks),
-            splits=tuple(facts.splits),
-            modules=facts.modules,
-            versions=manifest.versions,
-            aliases=manifest.aliases,
-        )
+        summary = self._summary(parsed.adapter, record)
+        return AdapterInfo(**summary, versions=manifest.versions, aliases=manifest.aliases)
 
     def list_page(self, tenant: str | None = None, after: str | None = None, limit: int = 100) -> Page:
         """One page of the adapters, each by its latest version, in order of id; only that page is read.
@@ -205,16 +191,24 @@ class AdapterStore:
         """
         if limit < 1:
             raise ValueError("limit must be at least 1")
-        infos: list[AdapterInfo] = []
-        for info in self._infos(tenant, after or "", limit + 1):
-            if len(infos) == limit:
-                return Page(tuple(infos), next=infos[-1].adapter)
-            infos.append(info)
-        return Page(tuple(infos), next=None)
+        found: list[AdapterSummary] = []
+        for adapter in self._ids(tenant, after or "", limit + 1):
+            if len(found) == limit:
+                return Page(tuple(found), next=found[-1].adapter)
+            try:
+                found.append(AdapterSummary(**self._summary(adapter, self._find(AdapterRef(adapter, LATEST)))))
+            except AdapterNotFound:
+                # Deleted meanwhile, or a kill came before its first version.
+                continue
+        return Page(tuple(found), next=None)
 
     def iter_adapters(self, tenant: str | None = None) -> Iterator[AdapterInfo]:
         """All adapters in order of id, each by its latest version; raises as `list_page` does."""
-        return self._infos(tenant, "", _IDS_AT_ONCE)
+        for adapter in self._ids(tenant, "", _IDS_AT_ONCE):
+            try:
+                yield self.inspect(adapter)
+            except AdapterNotFound:
+                continue
 
     def count_adapters(self, tenant: str | None = None) -> int:
         """The number of adapters, read from the names alone; a kill may have left a name too many."""
@@ -372,13 +366,44 @@ class AdapterStore:
         moved = {LATEST: rest[-1]} if rest and manifest.aliases.get(LATEST) == version else {}
         return Change(set_aliases=moved, remove_versions=(version,))
 
-    def _infos(self, tenant: str | None, after: str, at_once: int) -> Iterator[AdapterInfo]:
-        for adapter in self._ids(tenant, after, at_once):
-            try:
-                yield self.inspect(adapter)
-            except AdapterNotFound:
-                # Deleted meanwhile, or a kill came before its first version.
-                continue
+    def _info(self, adapter: str, record: VersionRecord, manifest: Manifest) -> AdapterInfo:
+        facts = self._facts_of(record)
+        return AdapterInfo(
+            adapter=adapter,
+            version=record.version,
+            digest=record.digest,
+            created_at=record.created_at,
+            nbytes=record.nbytes,
+            parameters=record.parameters,
+            task=record.task,
+            method=record.method,
+            base=record.base,
+            labels=None if facts.labels is None else tuple(facts.labels),
+            ranks=tuple(facts.ranks),
+            splits=tuple(facts.splits),
+            modules=facts.modules,
+            versions=manifest.versions,
+            aliases=manifest.aliases,
+        )
+
+    def _summary(self, adapter: str, record: VersionRecord) -> dict[str, Any]:
+        """The fields of an `AdapterSummary`."""
+        facts = self._facts_of(record)
+        return {
+            "adapter": adapter,
+            "version": record.version,
+            "digest": record.digest,
+            "created_at": record.created_at,
+            "nbytes": record.nbytes,
+            "parameters": record.parameters,
+            "task": record.task,
+            "method": record.method,
+            "base": record.base,
+            "labels": None if facts.labels is None else tuple(facts.labels),
+            "ranks": tuple(facts.ranks),
+            "splits": tuple(facts.splits),
+            "modules": facts.modules,
+        }
 
     def _ids(self, tenant: str | None, after: str, at_once: int) -> Iterator[str]:
         if tenant is not None:

@@ -99,8 +99,8 @@ class ResolvedAdapter:
 
 
 @dataclass(frozen=True)
-class AdapterInfo:
-    """One version of an adapter, and the adapter's versions and aliases.
+class AdapterSummary:
+    """One version of an adapter.
 
     Attributes:
         adapter: `tenant/name`.
@@ -116,8 +116,6 @@ class AdapterInfo:
         ranks: The different ranks of its layers, ascending.
         splits: The different splits of its layers, ascending.
         modules: Number of adapted layers.
-        versions: All versions, oldest first.
-        aliases: Version by alias.
     """
 
     adapter: str
@@ -133,6 +131,17 @@ class AdapterInfo:
     ranks: tuple[int, ...]
     splits: tuple[int, ...]
     modules: int
+
+
+@dataclass(frozen=True)
+class AdapterInfo(AdapterSummary):
+    """One version of an adapter, and the adapter's versions and aliases.
+
+    Attributes:
+        versions: All versions, oldest first.
+        aliases: Version by alias.
+    """
+
     versions: tuple[int, ...]
     aliases: dict[str, int]
 
@@ -142,11 +151,11 @@ class Page:
     """One page of a listing.
 
     Attributes:
-        adapters: In order of id.
+        adapters: The latest version of each adapter, in order of id.
         next: The `after` of the next page, or None on the last page.
     """
 
-    adapters: tuple[AdapterInfo, ...]
+    adapters: tuple[AdapterSummary, ...]
     next: str | None
 
 

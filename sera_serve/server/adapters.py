@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
 
-from adapters_store import AdapterInfo, AdapterStore, Published, check_base
+from adapters_store import AdapterStore, Published, check_base
+from adapters_store import AdapterSummary as StoredAdapter
 from sera_serve.server.disconnect import cancel_on_disconnect
 from sera_serve.server.interfaces import Engine, EngineOf, SettingsOf, StoreOf
 from sera_serve.server.schemas import (
@@ -117,7 +118,7 @@ def _detail(store: AdapterStore, reference: str) -> AdapterDetail:
     )
 
 
-def _summary(info: AdapterInfo) -> dict[str, Any]:
+def _summary(info: StoredAdapter) -> dict[str, Any]:
     return {
         "adapter": info.adapter,
         "version": info.version,

@@ -78,7 +78,7 @@ def test_damaged_record_is_named(store: AdapterStore, file: str, text: str) -> N
 
 
 def test_absent_adapter_has_an_empty_directory(store: AdapterStore) -> None:
-    directory = AdapterDirectory(str(store.root), "acme", "support")
+    directory = AdapterDirectory(str(store.root), "acme/support")
     assert directory.versions() == []
     assert directory.aliases() == {}
     assert directory.manifest().next_version == 1
