@@ -13,8 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from adapters_store import AdapterBundle, BaseInfo, check_base
-from adapters_store.dense import dense_factors
+from adapters_store import AdapterBundle, BaseInfo, check_base, dense_factors
 from sera_serve.base.preprocess import ModelInputs, Preprocessor
 from sera_serve.base.rotary import (
     RotaryContext,

@@ -117,7 +117,6 @@ def describe_server(
     console: Console, settings: ServeSettings, base: FrozenBase, store: AdapterStore, port: int
 ) -> None:
     """Print the base, the address, and one example request for each task that the store has an adapter for."""
-    adapters = store.list()
     host = "localhost" if settings.host in ("127.0.0.1", "::1", "0.0.0.0", "::") else settings.host
     url = f"http://{host}:{port}"
     parameters = sum(parameter.numel() for parameter in base.model.parameters())
@@ -125,7 +124,7 @@ def describe_server(
     facts.add_row("base", f"{base.name}, {base.kind} of {parameters:,} parameters, context {base.max_length}")
     facts.add_row("device", f"{base.device}, {str(base.dtype).removeprefix('torch.')}")
     facts.add_row("adapter memory", f"{settings.pool_mib} MiB on the device, {settings.host_cache_mib} MiB cached")
-    facts.add_row("store", f"{settings.store.resolve()}, {len(adapters)} adapters")
+    facts.add_row("store", f"{settings.store.resolve()}, {store.count_adapters():,} adapters")
     facts.add_row("address", url)
     console.print("\n[bold]sera-serve is ready[/bold]")
     console.print(facts)
@@ -146,7 +145,7 @@ def _examples(base: FrozenBase, store: AdapterStore) -> list[tuple[str, str, dic
     """Choose requests that this server can serve, as (title, path, body)."""
     found: dict[str, str] = {}
     shapes = base.module_shapes()
-    for info in store.list()[:_LOOKED_AT]:
+    for info in store.list_page(limit=_LOOKED_AT).adapters:
         if info.task in found or (info.task == "generate" and base.kind == "encoder"):
             continue
         try:

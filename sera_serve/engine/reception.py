@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable
 from typing import TypeVar
 
-from adapters_store.names import parse_ref
+from adapters_store import parse_ref
 from sera_serve.config import ServeSettings
 from sera_serve.engine.admission import Door, Room, Visit
 from sera_serve.engine.dispatch import Dispatcher

@@ -103,7 +103,7 @@ class ServingEngine:
             self._unsound = f"the adapters' memory is not sound: {error}; restart the server"
             self.health()
 
-    def forget(self, digest: str) -> None:
+    def mark_deleted(self, digest: str) -> None:
         """Give back the memory of a bundle that was deleted, once no request uses it."""
         self.residency.forget(digest)
 

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 from torch._utils import _unflatten_dense_tensors
 
-from adapters_store import AdapterBundle, AdapterConfig
-from adapters_store.mmap_buffer import writable_memory
+from adapters_store import AdapterBundle, AdapterConfig, writable_memory
 
 # Elements; keeps every module's factors on a 16-byte boundary in the smallest dtype.
 ALIGNMENT = 8

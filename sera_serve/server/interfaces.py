@@ -69,7 +69,7 @@ class Engine(Protocol):
     def stop(self) -> None:
         """Stop; blocks until its threads have ended."""
 
-    def forget(self, digest: str) -> None:
+    def mark_deleted(self, digest: str) -> None:
         """Give back the memory of a bundle that was deleted, once no request uses it."""
 
     def health(self) -> None:

@@ -11,7 +11,8 @@ from typing import Any, Literal, cast
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from adapters_store import InvalidAdapterName, parse_adapter
+from adapters_store import parse_adapter
+from adapters_store.errors import InvalidAdapterName
 from sera_serve.base import Pooling
 from sera_serve.errors import InvalidConfiguration
 from sera_serve.layers import ALL_LINEAR, SeraConfig

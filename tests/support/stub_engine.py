@@ -111,7 +111,7 @@ class StubEngine:
     def stop(self) -> None:
         self.started = False
 
-    def forget(self, digest: str) -> None:
+    def mark_deleted(self, digest: str) -> None:
         self.forgotten.append(digest)
 
     def health(self) -> None:

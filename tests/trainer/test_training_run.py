@@ -197,4 +197,4 @@ def test_a_run_that_diverges_says_so(base: FrozenBase, rows: Path, tmp_path: Pat
     base.model.model.norm.weight.data.fill_(float("inf"))
     with pytest.raises(TrainingFailed, match=r"the loss is nan at step \d+; lower --learning-rate"):
         train_adapter(settings_for(Path("tiny"), tmp_path, rows), base=base)
-    assert AdapterStore(tmp_path / "store").list() == []
+    assert list(AdapterStore(tmp_path / "store").iter_adapters()) == []
