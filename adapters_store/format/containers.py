@@ -20,8 +20,8 @@ from adapters_store.errors import (
     Truncated,
     UnexpectedFile,
 )
-from adapters_store.mmap_buffer import writable_memory
-from adapters_store.safetensors_file import BundleLimits, Header, looks_like_safetensors, parse_header
+from adapters_store.format.mmap_buffer import writable_memory
+from adapters_store.format.safetensors_file import BundleLimits, Header, looks_like_safetensors, parse_header
 
 CONFIG_FILE = "adapter_config.json"
 MODEL_FILE = "adapter_model.safetensors"

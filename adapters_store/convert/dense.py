@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adapters_store.bundle import AdapterBundle
+from adapters_store.format.bundle import AdapterBundle
 
 
 @dataclass(frozen=True)

@@ -1,25 +1,42 @@
-"""From checked rows to tokens and labels for generation."""
+"""Token rows: tokenizing passages for generation, padding, and batches of similar lengths."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor
 
 from sera_serve.base import FrozenBase
 from sera_serve.errors import InvalidConfiguration
-from sera_serve.trainer.generate_data import Passage
+from sera_serve.trainer.data import Passage
 from sera_serve.trainer.model import IGNORED
 from sera_serve.trainer.table import InvalidData
-from sera_serve.trainer.task import TokenRow
 
-# Of a row that is too long, at least this many tokens of its prompt stay.
+# Truncation keeps at least this many tokens of a prompt.
 _LEAST_PROMPT = 4
 
 
-class PassageTokeniser:
-    """Tokenises passages and counts what had to be cut.
+class TokenRow(TypedDict):
+    """One tokenised row.
 
-    A prompt is tokenised as the server does it, `tokenizer(prompt)`; a completion apart from it and without special
-    tokens, so that training sees the very prefix that serving will. The end-of-text token closes each completion.
+    Attributes:
+        input_ids: Its tokens.
+        labels: The class index, or a list with one entry a token (`IGNORED`: not learned).
+        text_bytes: UTF-8 length of the text of the labelled tokens, for bits per byte; 0 for a class.
+    """
+
+    input_ids: list[int]
+    labels: int | list[int]
+    text_bytes: int
+
+
+class PassageTokenizer:
+    """Tokenises passages, and counts truncated and split texts.
+
+    A prompt is tokenised as on the server, by `tokenizer(prompt)`. A completion is tokenised on its own, without
+    special tokens, so that training and serving see the same prefix. The end-of-text token closes each completion.
     """
 
     def __init__(self, base: FrozenBase, max_length: int) -> None:
@@ -30,7 +47,7 @@ class PassageTokeniser:
         self._cut_prompts = self._cut_completions = self._windowed = self._windows = 0
 
     def notes(self) -> list[str]:
-        """What was cut, for the user."""
+        """Describe truncated and split texts for the user."""
         found = []
         if self._cut_prompts:
             found.append(f"{self._cut_prompts} prompts were cut at their beginning to fit {self.max_length} tokens")
@@ -38,12 +55,12 @@ class PassageTokeniser:
             found.append(f"{self._cut_completions} completions were cut at their end to fit {self.max_length} tokens")
         if self._windowed:
             found.append(
-                f"{self._windowed} long texts were split into {self._windows} pieces of up to {self.max_length} tokens"
+                f"{self._windowed} long texts were split into {self._windows} chunks of up to {self.max_length} tokens"
             )
         return found
 
     def rows_of(self, passage: Passage) -> list[TokenRow]:
-        """Token rows of one passage: one, or several pieces of a long plain text."""
+        """Tokenise one passage: into one row, or into several chunks of a long plain text."""
         if passage.messages:
             return [self._chat(passage)]
         if passage.prompt is None:
@@ -56,7 +73,7 @@ class PassageTokeniser:
         room = self.max_length - min(len(before), _LEAST_PROMPT) - len(self.end)
         end = self.end
         if len(ids) > room:
-            # A completion cut short must not teach the adapter to stop there.
+            # A truncated completion must not teach the adapter to stop there.
             ids, spans, end = ids[:room], spans[:room], []
             self._cut_completions += 1
         kept = self.max_length - len(ids) - len(end)
@@ -71,7 +88,7 @@ class PassageTokeniser:
 
     def _plain(self, passage: Passage) -> list[TokenRow]:
         text = passage.completion
-        # What the tokenizer puts before a text, such as a beginning-of-text token, goes before each piece.
+        # The tokens that the tokenizer puts before a text, such as a beginning-of-text token, go before each chunk.
         start: list[int] = self.tokenizer("")["input_ids"]
         if start and start[-1:] == self.end:
             start = start[:-1]
@@ -81,7 +98,7 @@ class PassageTokeniser:
         rows: list[TokenRow] = []
         for first in range(0, len(tokens), size):
             row = start + tokens[first : first + size]
-            # Nothing precedes the first token of a row without a start token, so nothing predicts it.
+            # Without a start token, the first token of a row has no predecessor to predict it.
             first_learned = max(len(start), 1)
             if len(row) == first_learned:
                 continue
@@ -140,5 +157,37 @@ class PassageTokeniser:
 
 
 def _bytes(text: str, spans: list[tuple[int, int]]) -> int:
-    """UTF-8 length of the characters that `spans` cover."""
+    """Compute the UTF-8 length of the characters that `spans` cover."""
     return len(text[spans[0][0] : spans[-1][1]].encode()) if spans else 0
+
+
+def pad_tokens(rows: Sequence[TokenRow], pad_id: int) -> dict[str, Tensor]:
+    """Pad rows on the right: `input_ids` and `attention_mask`, int64 (rows, longest row)."""
+    longest = max(len(row["input_ids"]) for row in rows)
+    input_ids = torch.full((len(rows), longest), pad_id)
+    attention_mask = torch.zeros((len(rows), longest), dtype=torch.int64)
+    for i, row in enumerate(rows):
+        length = len(row["input_ids"])
+        input_ids[i, :length] = torch.tensor(row["input_ids"])
+        attention_mask[i, :length] = 1
+    return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+
+def pad_labels(rows: Sequence[TokenRow], length: int) -> Tensor:
+    """Pad token labels to int64 (rows, length), with `IGNORED` at padding."""
+    labels = torch.full((len(rows), length), IGNORED)
+    for i, row in enumerate(rows):
+        values = row["labels"]
+        assert isinstance(values, list)
+        labels[i, : len(values)] = torch.tensor(values)
+    return labels
+
+
+def by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    """Yield row numbers in batches of similar lengths, which need little padding.
+
+    The longest batch comes first: if memory is too small, it runs out at once.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]

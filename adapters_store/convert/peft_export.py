@@ -15,10 +15,10 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from adapters_store.bundle import AdapterBundle
-from adapters_store.config import AdapterConfig
-from adapters_store.dense import dense_factors
+from adapters_store.convert.dense import dense_factors
 from adapters_store.errors import InvalidBundle
+from adapters_store.format.bundle import AdapterBundle
+from adapters_store.format.config import AdapterConfig
 
 PEFT_CONFIG_FILE = "adapter_config.json"
 PEFT_MODEL_FILE = "adapter_model.safetensors"

@@ -1,4 +1,4 @@
-"""Two demo tenants, trained on the spot from `demo_data/`: `python -m sera_serve.demo --store DIR`."""
+"""Trains two demo tenants from `demo_data/`: `python -m sera_serve.commands.demo --store DIR`."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from adapters_store import AdapterNotFound, AdapterStore, BaseInfo, StoreError
 from sera_serve.base import load_base
 from sera_serve.errors import SeraServeError
 
-DATA = Path(__file__).parent / "demo_data"
+DATA = Path(__file__).parents[1] / "demo_data"
 
-# Options of each tenant's training run, by adapter id; what they leave out is the trainer's default.
+# Options of each tenant's training run, by adapter id. Other options have the trainer's defaults.
 DEMOS: dict[str, dict[str, Any]] = {
     "demo/tickets": {
         "task": "classify",
@@ -45,7 +45,7 @@ DEMOS: dict[str, dict[str, Any]] = {
     },
 }
 
-# A prompt or an input for each, which is in neither its training nor its evaluation rows.
+# An example prompt or input for each. It is in neither the training rows nor the evaluation rows.
 EXAMPLES = {
     "demo/tickets": "My parcel is late and the tracking number does not work.",
     "demo/pirate": "The little cat found a map.",
@@ -53,15 +53,15 @@ EXAMPLES = {
 
 
 def train_demos(store_path: Path, base: str = "embedded", console: Console | None = None) -> list[str]:
-    """Train the demo tenants that the store does not have yet.
+    """Train the demo tenants that are missing from the store.
 
     Args:
-        store_path: The store; made if absent.
-        base: The base to train them on.
-        console: Where progress is shown.
+        store_path: The store; created if absent.
+        base: The base model to train on.
+        console: Shows the progress.
 
     Returns:
-        Ids of the adapters trained now.
+        Ids of the adapters that were trained now.
     """
     console = console or Console(quiet=True)
     store = AdapterStore(store_path)
@@ -71,7 +71,7 @@ def train_demos(store_path: Path, base: str = "embedded", console: Console | Non
     if not missing:
         console.print(f"the demo tenants are in {store_path}: {', '.join(DEMOS)}", highlight=False)
         return []
-    # Slow to import, and not needed when there is nothing to train.
+    # The import is slow, and only training needs it.
     from sera_serve.trainer.run import train_adapter
     from sera_serve.trainer.settings import TrainSettings
 
@@ -90,7 +90,7 @@ def train_demos(store_path: Path, base: str = "embedded", console: Console | Non
 
 
 def _is_there(store: AdapterStore, name: str, base: BaseInfo) -> bool:
-    """Whether the tenant is in the store and was made for this very base."""
+    """Tell whether the store has the tenant, made for this base."""
     try:
         made_for = store.config(store.resolve(name).digest).base
     except AdapterNotFound:
@@ -99,16 +99,16 @@ def _is_there(store: AdapterStore, name: str, base: BaseInfo) -> bool:
 
 
 def _command(
-    store: Annotated[Path, typer.Option(help="Folder of the adapter store; made if absent.")],
+    store: Annotated[Path, typer.Option(help="Folder of the adapter store; created if absent.")],
     base: Annotated[str, typer.Option(help='"embedded", a folder, or a hub id.')] = "embedded",
 ) -> None:
-    """Make sure that a store has the two demo tenants."""
-    # Matrices this small gain nothing from a second thread, and lose much to it on a busy machine.
+    """Train the two demo tenants unless the store has them."""
+    # Small matrices gain nothing from a second thread, and lose much on a busy machine.
     torch.set_num_threads(1)
     try:
         train_demos(store, base, Console())
     except (SeraServeError, StoreError) as error:
-        typer.echo(f"sera_serve.demo: {error.message}", err=True)
+        typer.echo(f"sera_serve.commands.demo: {error.message}", err=True)
         raise typer.Exit(1) from error
 
 

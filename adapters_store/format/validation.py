@@ -8,7 +8,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from adapters_store.config import AdapterConfig, BaseInfo
 from adapters_store.errors import (
     MissingTensor,
     NotFinite,
@@ -18,7 +17,8 @@ from adapters_store.errors import (
     WrongDtype,
     WrongShape,
 )
-from adapters_store.safetensors_file import DTYPE_NAMES
+from adapters_store.format.config import AdapterConfig, BaseInfo
+from adapters_store.format.safetensors_file import DTYPE_NAMES
 
 Shape = tuple[int, ...]
 

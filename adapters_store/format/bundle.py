@@ -14,11 +14,11 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from adapters_store.config import AdapterConfig, canonical_json
-from adapters_store.containers import CONFIG_FILE, METADATA_KEY, MODEL_FILE, RawBundle, read_bytes, read_path
-from adapters_store.mmap_buffer import writable_memory
-from adapters_store.safetensors_file import DTYPE_NAMES, BundleLimits, read_tensor, read_tensors
-from adapters_store.validation import check_names_and_shapes, check_values, sum_is_finite
+from adapters_store.format.config import AdapterConfig, canonical_json
+from adapters_store.format.containers import CONFIG_FILE, METADATA_KEY, MODEL_FILE, RawBundle, read_bytes, read_path
+from adapters_store.format.mmap_buffer import writable_memory
+from adapters_store.format.safetensors_file import DTYPE_NAMES, BundleLimits, read_tensor, read_tensors
+from adapters_store.format.validation import check_names_and_shapes, check_values, sum_is_finite
 
 DEFAULT_LIMITS = BundleLimits()
 
