@@ -13,7 +13,7 @@ from adapters_store.format.bundle import AdapterBundle, validate_bundle
 from adapters_store.format.config import FORMAT_VERSION, AdapterConfig, BaseInfo, ModuleSpec
 from adapters_store.format.mmap_buffer import writable_memory
 from adapters_store.format.safetensors_file import BundleLimits
-from adapters_store.format.validation import check_base, expected_shapes
+from adapters_store.format.validation import check_base, check_same_base, expected_shapes
 from adapters_store.store.adapter_store import AdapterStore
 from adapters_store.store.names import parse_adapter, parse_ref
 from adapters_store.store.records import AdapterInfo, AdapterSummary, Freed, Page, Published, ResolvedAdapter
@@ -39,6 +39,7 @@ __all__ = [
     "StoreError",
     "VersionInUse",
     "check_base",
+    "check_same_base",
     "dense_factors",
     "expected_shapes",
     "export_peft",

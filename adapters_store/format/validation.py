@@ -88,6 +88,21 @@ def sum_is_finite(tensor: Tensor) -> bool:
     return math.isfinite(tensor.sum(dtype=torch.float32).item())
 
 
+def check_same_base(theirs: BaseInfo, ours: BaseInfo) -> None:
+    """Refuse an adapter of the base `theirs` on the base `ours`; their names are not compared.
+
+    Raises:
+        WrongBase: `param` is the field of adapter_config at fault.
+    """
+    for field in ("architecture", "hidden_size", "config_digest", "weights_digest"):
+        if getattr(theirs, field) != getattr(ours, field):
+            raise WrongBase(
+                f"the adapter was made for base {theirs.name!r} ({field} {getattr(theirs, field)}), the base here is "
+                f"{ours.name!r} ({getattr(ours, field)}); train it again on this base",
+                param=f"adapter_config.base.{field}",
+            )
+
+
 def check_base(config: AdapterConfig, base: BaseInfo, module_shapes: Mapping[str, tuple[int, int]]) -> None:
     """Refuse an adapter that was made for another base than `base`.
 
@@ -99,14 +114,7 @@ def check_base(config: AdapterConfig, base: BaseInfo, module_shapes: Mapping[str
     Raises:
         WrongBase, UnknownModule, WrongShape: `param` is the field of adapter_config at fault.
     """
-    for field in ("architecture", "hidden_size", "config_digest", "weights_digest"):
-        theirs, ours = getattr(config.base, field), getattr(base, field)
-        if theirs != ours:
-            raise WrongBase(
-                f"the adapter was made for base {config.base.name!r} ({field} {theirs}), the base here is "
-                f"{base.name!r} ({ours}); train it again on this base",
-                param=f"adapter_config.base.{field}",
-            )
+    check_same_base(config.base, base)
     for path, spec in config.modules.items():
         param = f"adapter_config.modules.{path}"
         if path not in module_shapes:
