@@ -186,7 +186,7 @@ def test_cancelled_at_random_moments_beside_others(
             return
         stream = await generate(engine, params)
         for _ in range(dice.randint(0, 30)):
-            await anext(stream)
+            await anext(stream, None)
         states[stream.request.state.name] += 1
         await stream.aclose()
         await settle(stream.request)

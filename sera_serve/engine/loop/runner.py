@@ -164,7 +164,7 @@ class StepRunner:
             # Left from a failed step, of another number of tokens.
             self._rotary.long_tokens = None
         zero = np.zeros(1, np.int64)
-        packed = [zero, zero, np.full(1, NO_ADAPTER, np.int32), zero]
+        packed: list[NDArray[Any]] = [zero, zero, np.full(1, NO_ADAPTER, np.int32), zero]
         self._forward(packed, [Part(1, np.array([1]))], None).argmax(-1).tolist()
 
     def _enter(self, plan: StepPlan) -> None:
