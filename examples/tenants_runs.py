@@ -1,4 +1,4 @@
-"""The finished runs of tenants_experiment.py, and which runs are still to be made."""
+"""Keeps the finished runs of tenants_experiment.py, and lists the runs that are missing."""
 
 from __future__ import annotations
 

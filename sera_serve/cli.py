@@ -10,7 +10,7 @@ import typer
 from pydantic.fields import FieldInfo
 
 from adapters_store import StoreError
-from sera_serve.cli_adapters import adapters_app
+from sera_serve.commands.adapters import adapters_app
 from sera_serve.config import ServeSettings, load_settings
 from sera_serve.errors import InvalidConfiguration, SeraServeError
 

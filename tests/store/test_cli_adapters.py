@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from adapters_store import AdapterBundle, AdapterStore
 from sera_serve import SeraConfig
 from sera_serve.base import load_base
-from sera_serve.cli_adapters import adapters_app
+from sera_serve.commands.adapters import adapters_app
 from support.factories import random_adapter, random_decoder
 
 NAME = "acme/support"
