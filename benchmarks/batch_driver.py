@@ -13,7 +13,7 @@ from adapters_store import AdapterBundle, ResolvedAdapter
 from sera_kernels import AdapterTables
 from sera_serve.base import FrozenBase
 from sera_serve.engine.admission import AdmissionController
-from sera_serve.engine.request import BASE_PRINCIPAL, GenerationRequest
+from sera_serve.engine.request import BASE_PRINCIPAL, FinishReason, GenerationRequest
 from sera_serve.engine.scheduler import Scheduler
 from sera_serve.engine.tasks import GenerationRunner
 from sera_serve.layers import AdapterContext, attach_serving, find_shared_inputs
@@ -50,6 +50,8 @@ class BatchDriver:
         """Start an engine; with `adapters` None its model is the unmodified base."""
         self._done = threading.Event()
         self._left: set[int] = set()
+        self.most_running = 0
+        """The most requests that ran at a time, noted at each token."""
         served = base.share_weights()
         bundles = adapters or []
         pool = DevicePool(
@@ -91,9 +93,22 @@ class BatchDriver:
         self.runner.start()
 
     def run(
-        self, prompts: list[list[int]], adapters: list[int | None], new_tokens: int | list[int], **fields: Any
+        self,
+        prompts: list[list[int]],
+        adapters: list[int | None],
+        new_tokens: int | list[int],
+        asked: int | None = None,
+        **fields: Any,
     ) -> Run:
-        """Submit all requests at once and wait for the last one; `fields` are those of `GenerationRequest`."""
+        """Submit all requests at once and wait for the last one.
+
+        Args:
+            prompts: Tokens of each request.
+            adapters: Adapter of each request.
+            new_tokens: After how many new tokens each request ends.
+            asked: How many it asks for: where more, its client ends it, as at a stop string. None: as many as it gets.
+            fields: Those of `GenerationRequest`.
+        """
         counts = [new_tokens] * len(prompts) if isinstance(new_tokens, int) else new_tokens
         requests = [
             GenerationRequest(
@@ -101,9 +116,9 @@ class BatchDriver:
                 id=f"s{number}",
                 tokens=list(prompt),
                 prompt_tokens=len(prompt),
-                limit=len(prompt) + count,
+                limit=len(prompt) + (asked or count),
                 adapter=None if adapter is None else self._adapters[adapter],
-                reader=_Finish(self, number),
+                reader=_Client(self, number, count),
                 **fields,
             )
             for number, (prompt, adapter, count) in enumerate(zip(prompts, adapters, counts, strict=True))
@@ -120,7 +135,8 @@ class BatchDriver:
         for request in requests:
             if request.error is not None:
                 raise request.error
-        return Run([request.tokens[request.prompt_tokens :] for request in requests], seconds)
+        outputs = [request.tokens[request.prompt_tokens :] for request in requests]
+        return Run([output[:count] for output, count in zip(outputs, counts, strict=True)], seconds)
 
     def close(self) -> None:
         """Stop the engine."""
@@ -134,16 +150,20 @@ class BatchDriver:
             self._done.set()
 
 
-class _Finish:
-    """Reader of one request: looks for its end alone."""
+class _Client:
+    """Reader of one request: ends it when it has enough tokens, and notes its end."""
 
     request: GenerationRequest | None = None
 
-    def __init__(self, driver: BatchDriver, number: int) -> None:
-        self._driver, self._number = driver, number
+    def __init__(self, driver: BatchDriver, number: int, count: int) -> None:
+        self._driver, self._number, self._count = driver, number, count
 
     def notify(self) -> bool:
-        """Tell the driver when the request is finished."""
-        if self.request is not None and self.request.is_finished:
+        """On the engine's thread, after each token."""
+        request = self.request
+        self._driver.most_running = max(self._driver.most_running, self._driver.runner.scheduler.running())
+        if request is not None and request.is_finished:
             self._driver.finished(self._number)
+        elif request is not None and len(request.tokens) == request.prompt_tokens + self._count:
+            self._driver.runner.cancel(request, FinishReason.STOP)
         return True

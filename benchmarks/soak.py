@@ -36,7 +36,7 @@ from benchmarks.service_figures import rates
 from benchmarks.soak_server import serve_soak
 from benchmarks.soak_tenants import ChangingTenant, Ledger
 from benchmarks.workload import WorkloadSpec, make_trace
-from sera_serve.serving import bound_socket
+from sera_serve.commands.serve import bound_socket
 
 SETTINGS = {"max_resident": 60, "host_cache_mib": 24, "max_sequences": 32, "cpu_threads": 1}
 ADAPTERS, CLIENTS, CHANGING, CHECKED = 300, 64, 3, 6

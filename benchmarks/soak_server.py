@@ -11,10 +11,10 @@ import uvicorn
 
 from adapters_store import AdapterStore
 from sera_serve.base import load_base
+from sera_serve.commands.serve import http_config
 from sera_serve.config import ServeSettings
 from sera_serve.engine import ServingEngine
 from sera_serve.server import build_app
-from sera_serve.serving import http_config
 
 
 def serve_soak(listener: socket.socket, base: str, store: Path, settings: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from benchmarks.batch_driver import BatchDriver, Run
 from benchmarks.llama_bases import VOCABULARY, llama_base, sera_adapter
-from sera_serve.merging import merge_adapter
+from sera_serve.base import merge_adapter
 
 ADAPTERS = 64
 Case = Callable[[], Run]

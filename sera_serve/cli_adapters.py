@@ -14,8 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from adapters_store import AdapterBundle, AdapterStore, StoreError
-from adapters_store.peft_export import HEAD_FILE, export_peft, write_head
+from adapters_store import HEAD_FILE, AdapterBundle, AdapterStore, StoreError, export_peft, write_head
 from sera_serve.errors import InvalidConfiguration, SeraServeError
 
 adapters_app = typer.Typer(help="List, inspect, import, export, delete and alias adapters.", no_args_is_help=True)
@@ -44,7 +43,7 @@ def list_adapters(
 ) -> None:
     """Show the latest version of every adapter."""
     with _refusals():
-        infos = AdapterStore(store, create=False).list(tenant)
+        infos = list(AdapterStore(store, create=False).iter_adapters(tenant))
         if as_json:
             _print_json({"adapters": [dataclasses.asdict(info) for info in infos]})
             return
@@ -79,7 +78,7 @@ def inspect(ref: RefArgument, store: StoreOption, as_json: JsonOption = False) -
             facts.add_row(key, _one_line(value))
         facts.add_row("base.architecture", config.base.architecture)
         facts.add_row("base.weights_digest", config.base.weights_digest)
-        for key in ("labels", "pooling", "max_length", "training"):
+        for key in ("pooling", "max_length", "training"):
             if value := getattr(config, key):
                 facts.add_row(key, _one_line(value))
         layers = Table("layer", "d_in", "d_out", "rank", "split", "mixer", "scaling", "parameters")
@@ -137,7 +136,9 @@ def export(
         _report(
             as_json,
             f"wrote {resolved.adapter} v{resolved.version} as {format} to {output}",
-            **dataclasses.asdict(resolved),
+            adapter=resolved.adapter,
+            version=resolved.version,
+            digest=resolved.digest,
             format=str(format),
             output=str(output),
         )
@@ -148,8 +149,7 @@ def delete(ref: RefArgument, store: StoreOption, as_json: JsonOption = False) ->
     """Delete an adapter (tenant/name), or one version of it (tenant/name@v3)."""
     with _refusals():
         opened = AdapterStore(store, create=False)
-        opened.delete(ref)
-        freed = opened.collect_garbage()
+        freed = opened.delete(ref)
         _report(
             as_json,
             f"deleted {ref}; {freed.nbytes:,} bytes freed",
@@ -184,8 +184,7 @@ def _write(bundle: AdapterBundle, output: Path, format: ExportFormat, base: str 
     """Write the export; True if a head was written beside a model that has no place for it."""
     if base is not None:
         # transformers takes seconds to import, and only this format needs it.
-        from sera_serve.base import load_base
-        from sera_serve.merging import merge_adapter
+        from sera_serve.base import load_base, merge_adapter
 
         loaded = load_base(base)
         merge_adapter(loaded, bundle)

@@ -36,8 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "sera_serve.trainer": SHARED | {"sera_serve.base", "sera_serve.layers", "adapters_store"},
 }
 # The entry points: they put the packages together.
-TOP = {"sera_serve", "sera_serve.cli", "sera_serve.cli_adapters", "sera_serve.serving", "sera_serve.banner"}
-TOP |= {"sera_serve.demo", "sera_serve.merging"}
+TOP = {"sera_serve", "sera_serve.cli", "sera_serve.cli_adapters", "sera_serve.commands"}
 
 
 def unit(module: str) -> str:

@@ -10,8 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from adapters_store import AdapterBundle, AdapterConfig
-from adapters_store.mmap_buffer import writable_memory
+from adapters_store import AdapterBundle, AdapterConfig, writable_memory
 
 # Elements; keeps every module's factors on a 16-byte boundary in the smallest dtype.
 ALIGNMENT = 8

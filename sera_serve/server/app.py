@@ -13,7 +13,7 @@ from sera_serve.config import ServeSettings
 from sera_serve.server import health, native
 from sera_serve.server.deps import Engine
 from sera_serve.server.errors import add_error_handlers
-from sera_serve.server.metrics import ResidencyMetrics, ServerMetrics
+from sera_serve.server.metrics import LoopMetrics, ResidencyMetrics, ServerMetrics
 from sera_serve.server.middleware import BodyLimit, RequestLifecycle
 from sera_serve.threads import single_core_workers
 
@@ -47,6 +47,7 @@ def build_app(engine: Engine, store: AdapterStore, settings: ServeSettings) -> F
     app = FastAPI(title="sera-serve", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
     metrics = ServerMetrics(engine)
     metrics.registry.register(ResidencyMetrics(engine.stats))
+    metrics.registry.register(LoopMetrics(engine.loads))
     app.state.engine = engine
     app.state.store = store
     app.state.settings = settings

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Annotated, Protocol, cast
 
 from fastapi import Depends, Request
@@ -19,6 +19,8 @@ from sera_serve.engine import (
     Principal,
     Priority,
     ResidencyStats,
+    RunnerLoad,
+    Task,
     TokenDelta,
 )
 from sera_serve.server.metrics import ServerMetrics
@@ -102,6 +104,9 @@ class Engine(Protocol):
 
     def running(self) -> int:
         """Number of sequences and parts of classifications in a batch."""
+
+    def loads(self) -> Mapping[Task, RunnerLoad]:
+        """What the runner of each task has to do."""
 
     async def pin(self, digest: str) -> None:
         """Load an adapter onto the device and keep it there."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import accumulate
 from typing import Protocol
 
@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from sera_serve.engine import LOAD_BUCKETS, GenerationResult, ResidencyStats
+from sera_serve.engine import LOAD_BUCKETS, GenerationResult, ResidencyStats, RunnerLoad, Task
 
 _METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -104,6 +104,26 @@ class ServerMetrics:
     def exposition(self) -> bytes:
         """Return all metrics in Prometheus' text format."""
         return generate_latest(self.registry)
+
+
+class LoopMetrics(Collector):
+    """Metrics of the engine's loops, read at each scrape."""
+
+    def __init__(self, read: Callable[[], Mapping[Task, RunnerLoad]]) -> None:
+        self._read = read
+
+    def collect(self) -> Iterator[Metric]:
+        """The metrics at this moment."""
+        loads = self._read().values()
+        yield CounterMetricFamily(
+            "sera_preemptions",
+            "Generations that gave their cache pages up to another, and were computed again.",
+            value=sum(load.preemptions for load in loads),
+        )
+        pages = GaugeMetricFamily("sera_cache_pages", "Pages of keys and values.", labels=["state"])
+        for place, state in enumerate(("in_use", "total")):
+            pages.add_metric([state], sum(load.cache_pages[place] for load in loads))
+        yield pages
 
 
 class ResidencyMetrics(Collector):

@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from adapters_store import AdapterStore
-from sera_serve import demo
+from sera_serve.commands import demo
 
 
 def tickets(name: str) -> list[dict[str, str]]:

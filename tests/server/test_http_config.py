@@ -11,9 +11,9 @@ from fastapi import FastAPI
 from fastapi.dependencies.models import Dependant
 from fastapi.routing import APIRoute
 
+from sera_serve.commands.serve import http_config
 from sera_serve.config import ServeSettings
 from sera_serve.server import health, native
-from sera_serve.serving import http_config
 
 
 def test_clients_close_idle_connections_before_the_server_does(tmp_path: Path) -> None:

@@ -98,6 +98,8 @@ def test_metrics_count_requests_and_tokens_by_bounded_labels(client: httpx.Clien
     assert grown["sera_first_token_seconds_sum"] == pytest.approx(1.5)
     now = samples(client)
     assert (now["sera_requests_in_flight"], now["sera_waiting"], now["sera_running"]) == (0, 3, 2)
+    assert now["sera_preemptions_total"] == 3
+    assert (now['sera_cache_pages{state="in_use"}'], now['sera_cache_pages{state="total"}']) == (5, 8)
 
 
 def test_a_json_body_over_the_limit_is_refused(client: httpx.Client) -> None:

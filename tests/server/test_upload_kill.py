@@ -17,9 +17,9 @@ import uvicorn
 from adapters_store import AdapterBundle, AdapterStore
 from sera_serve import SeraConfig
 from sera_serve.base import FrozenBase
+from sera_serve.commands.serve import bound_socket
 from sera_serve.config import ServeSettings
 from sera_serve.server import build_app
-from sera_serve.serving import bound_socket
 from support.factories import random_adapter, random_decoder
 from support.stub_engine import StubEngine
 

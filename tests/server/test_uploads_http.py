@@ -103,12 +103,12 @@ def test_an_acknowledged_upload_is_in_the_store(
 def test_every_hostile_bundle_is_refused_and_the_server_goes_on(
     client: httpx.Client, store: AdapterStore, hostile: dict[str, tuple[bytes, int, str]]
 ) -> None:
-    before = store.list()
+    before = list(store.iter_adapters())
     for kind, (data, status, code) in hostile.items():
         error = refused(upload(client, data), status, code)
         assert error["message"], kind
         assert str(store.root) not in error["message"]
-    assert store.list() == before
+    assert list(store.iter_adapters()) == before
     assert client.get("/readyz").status_code == 200
     assert client.post("/v1/generate", json={"prompt": "hello"}).status_code == 200
 
@@ -198,7 +198,7 @@ def test_a_bundle_over_the_limit_is_refused(client: httpx.Client) -> None:
 def test_an_interrupted_upload_leaves_nothing(
     client: httpx.Client, url: str, store: AdapterStore, writer: AdapterBundle
 ) -> None:
-    before = store.list()
+    before = list(store.iter_adapters())
     request = client.build_request(
         "POST", "/v1/adapters", files={"bundle": ("a", writer.to_bytes())}, data={"name": "acme/half"}
     )
@@ -210,13 +210,13 @@ def test_an_interrupted_upload_leaves_nothing(
             connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode())
             connection.sendall(body[: int(part * len(body))])
     assert client.get("/healthz").status_code == 200
-    assert store.list() == before
+    assert list(store.iter_adapters()) == before
 
 
 def test_a_failed_write_is_reported_and_logged_but_the_client_sees_no_path(
     client: httpx.Client, store: AdapterStore, writer: AdapterBundle, caplog: pytest.LogCaptureFixture
 ) -> None:
-    before, scratch = store.list(), store.root / "tmp"
+    before, scratch = list(store.iter_adapters()), store.root / "tmp"
     scratch.rmdir()
     try:
         answer = upload(client, writer.to_bytes(), "acme/nowhere")
@@ -226,7 +226,7 @@ def test_a_failed_write_is_reported_and_logged_but_the_client_sees_no_path(
     assert (answer.status_code, error["code"], error["param"]) == (507, "store_write_failed", "store")
     assert "No such file or directory (tmp/" in error["message"]
     assert str(store.root) not in answer.text and str(store.root) in caplog.text
-    assert store.list() == before
+    assert list(store.iter_adapters()) == before
     assert upload(client, writer.to_bytes(), "acme/nowhere").status_code == 201
 
 

@@ -17,10 +17,9 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from adapters_store import AdapterBundle, AdapterConfig, InvalidBundle, ModuleSpec
-from adapters_store.dense import dense_factors
-from adapters_store.peft_export import alpha_for, export_peft, peft_config
-from sera_serve.base import FrozenBase, freeze_base
-from sera_serve.merging import merge_adapter
+from adapters_store.convert.dense import dense_factors
+from adapters_store.convert.peft_export import alpha_for, export_peft, peft_config
+from sera_serve.base import FrozenBase, freeze_base, merge_adapter
 from support.factories import random_decoder
 
 ATTENTION, MLP = "model.layers.{}.self_attn.{}", "model.layers.{}.mlp.{}"

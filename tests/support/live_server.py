@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import uvicorn
 from fastapi import FastAPI
 
-from sera_serve.serving import bound_socket
+from sera_serve.commands.serve import bound_socket
 
 
 @contextmanager

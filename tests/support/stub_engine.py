@@ -15,6 +15,8 @@ from sera_serve.engine import (
     Principal,
     Priority,
     ResidencyStats,
+    RunnerLoad,
+    Task,
     TokenDelta,
 )
 from sera_serve.errors import (
@@ -125,6 +127,9 @@ class StubEngine:
 
     def in_flight(self) -> int:
         return self.open_streams
+
+    def loads(self) -> dict[Task, RunnerLoad]:
+        return {"classify": RunnerLoad(1, 0), "generate": RunnerLoad(2, 2, preemptions=3, cache_pages=(5, 8))}
 
     def stats(self) -> ResidencyStats:
         return ResidencyStats(

@@ -28,7 +28,10 @@ _WITHOUT_EFFECT |= {
     "return_dict",
     "output_attentions",
     "output_hidden_states",
+    "output_router_logits",
 }
+# Layers whose mask is causal, or causal within a window that the attention function is told.
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
 class _CurrentStep(threading.local):
@@ -86,6 +89,7 @@ class PagedModel:
         Raises:
             InvalidConfiguration: The architecture cannot be served this way; the message says why.
         """
+        _refuse_other_masks(model)
         self.model = model
         self._cache = _PagedCache()
         self.shapes = _layer_shapes(model)
@@ -170,6 +174,19 @@ def _step_under_way() -> StepContext:
     if _current.context is None:
         raise RuntimeError("the model runs outside a step")
     return _current.context
+
+
+def _refuse_other_masks(model: PreTrainedModel) -> None:
+    """Refuse masks that the attention function is not told of, because the model's own masks are never made."""
+    config = model.config.get_text_config()
+    problems = sorted(set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES)
+    if not getattr(config, "is_causal", True) or any(getattr(m, "is_causal", None) is False for m in model.modules()):
+        problems.append("attention that is not causal")
+    if problems:
+        raise InvalidConfiguration(
+            f"{type(model).__name__} has {', '.join(problems)}, which generation does not serve; choose another base",
+            param="base",
+        )
 
 
 @torch.no_grad()

@@ -106,7 +106,12 @@ class StepRunner:
     def run(self, plan: StepPlan) -> StepOutcome:
         """Run a step; nothing of the requests is changed but their log-probabilities."""
         self._enter(plan)
-        if self.static_step is not None and not plan.chunks:
+        # A static step hands on no logits.
+        if (
+            self.static_step is not None
+            and not plan.chunks
+            and all(request.logprobs is None for request in plan.decodes)
+        ):
             return StepOutcome(plan.decodes, self.static_step(plan.decodes))
         tables = self.tables
         rows = np.array([request.row for request in plan.decodes], np.int64)
@@ -155,10 +160,12 @@ class StepRunner:
 
     def probe(self) -> None:
         """Run one token of the base model on the scratch page; raises what the forward pass raises."""
+        if self._rotary is not None:
+            # Left from a failed step, of another number of tokens.
+            self._rotary.long_tokens = None
         zero = np.zeros(1, np.int64)
-        self._forward([zero, zero, np.full(1, NO_ADAPTER, np.int32), zero], [Part(1, np.array([1]))], None).argmax(
-            -1
-        ).tolist()
+        packed: list[NDArray[Any]] = [zero, zero, np.full(1, NO_ADAPTER, np.int32), zero]
+        self._forward(packed, [Part(1, np.array([1]))], None).argmax(-1).tolist()
 
     def _enter(self, plan: StepPlan) -> None:
         for request in plan.entered:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sera_kernels import NO_ADAPTER, AdapterBatch
+from sera_serve.base import RotaryContext
 from sera_serve.engine.loop.attention import KeyValuePool, StepContext
 from sera_serve.engine.loop.hugging_face import PagedModel
 from sera_serve.engine.loop.pages import PAGE_SIZE, SCRATCH
@@ -45,10 +46,17 @@ class StaticKey:
 class StaticDecode:
     """The decode step of one key. Padding rows use no adapter and write to the scratch page."""
 
-    def __init__(self, model: PagedModel, context: AdapterContext, pool: KeyValuePool, key: StaticKey) -> None:
+    def __init__(
+        self,
+        model: PagedModel,
+        context: AdapterContext,
+        pool: KeyValuePool,
+        key: StaticKey,
+        rotary: RotaryContext | None = None,
+    ) -> None:
         """Make the buffers; outside inference mode, because they are written in every mode."""
         self.key = key
-        self._model, self._context, self._pool = model, context, pool
+        self._model, self._context, self._pool, self._rotary = model, context, pool, rotary
         rows, device = key.rows, model.device
         self._padding: dict[str, tuple[Tensor, int]] = {
             "ids": (torch.zeros(rows, dtype=torch.int64, device=device), 0),
@@ -88,6 +96,8 @@ class StaticDecode:
         ids, at, slots, pages, temperature, top_k, top_p, noise = (buffer for buffer, _ in self._padding.values())
         places = pages.gather(1, (at // PAGE_SIZE)[:, None])[:, 0] * PAGE_SIZE + at % PAGE_SIZE
         step = StepContext(self._pool, places, table=pages, lengths=at + 1)
+        if self._rotary is not None:
+            self._rotary.long_tokens = at >= self._rotary.threshold
         with self._context.run(AdapterBatch(slots) if self.key.adapters else None):
             scores = self._model.logits(ids[None], at[None], step, 0)
         if self.key.sampled:

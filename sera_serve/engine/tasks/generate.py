@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 
+import torch
+
 from sera_serve.base import FrozenBase
 from sera_serve.engine.loop.attention import KeyValuePool
 from sera_serve.engine.loop.hugging_face import PagedModel
@@ -60,6 +62,9 @@ class GenerationRunner(TaskRunner[GenerationRequest]):
         )
         self.runner = StepRunner(paged, context, pool, self.planner.num_rows, pages, base.rotary_context)
         self.steps = 0
+        # A base that cannot be served is refused now, not in its first step.
+        with torch.inference_mode():
+            self.runner.probe()
 
     def load(self) -> RunnerLoad:
         """What there is to do, and the pages in use."""

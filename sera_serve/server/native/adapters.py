@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import bisect
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
 
-from adapters_store import AdapterInfo, AdapterStore, Published, check_base
-from adapters_store.errors import AdapterNotFound
+from adapters_store import AdapterStore, Published, check_base
+from adapters_store import AdapterSummary as StoredAdapter
 from sera_serve.server.deps import Engine, EngineOf, SettingsOf, StoreOf
 from sera_serve.server.disconnect import cancel_on_disconnect
 from sera_serve.server.native.schemas import (
@@ -47,11 +46,11 @@ _UPLOAD_FORM = {
 
 @router.post("/v1/adapters", status_code=201, openapi_extra=_UPLOAD_FORM)
 async def upload(request: Request, engine: EngineOf, store: StoreOf, settings: SettingsOf) -> PublishedAdapter:
-    """Publish a bundle as the next version of an adapter; it is on disk, and checked, when this answers 201."""
+    """Publish a bundle as the next version of an adapter; the bundle is checked and on disk when this answers 201."""
     max_bytes = settings.max_upload_mib << 20
     publisher = request.app.state.publisher
     async with receive_upload(request) as received:
-        # Until its turn it lies on disk.
+        # Until the publisher is free, the upload lies on disk.
         published = await asyncio.get_running_loop().run_in_executor(
             publisher, _publish, received, engine, store, max_bytes
         )
@@ -72,14 +71,14 @@ async def inspect(tenant: str, name: str, store: StoreOf) -> AdapterDetail:
 
 @router.delete("/v1/adapters/{tenant}/{name}")
 async def delete(tenant: str, name: str, engine: EngineOf, store: StoreOf) -> DeletedAdapter:
-    """Delete an adapter, or with @ one version of it; requests under way finish with what they began with."""
+    """Delete an adapter, or with @ one version of it; requests under way keep the version they began with."""
     await asyncio.to_thread(_delete, f"{tenant}/{name}", engine, store)
     return DeletedAdapter(adapter=f"{tenant}/{name}")
 
 
 @router.put("/v1/adapters/{tenant}/{name}/pin")
 async def pin(tenant: str, name: str, request: Request, engine: EngineOf, store: StoreOf) -> PinnedAdapter:
-    """Keep one version of an adapter on the device until it is unpinned or deleted, or the server ends."""
+    """Keep one version of an adapter on the device until the version is unpinned or deleted, or the server ends."""
     resolved = await asyncio.to_thread(store.resolve, f"{tenant}/{name}")
     await cancel_on_disconnect(request.receive, engine.pin(resolved.digest))
     return PinnedAdapter(adapter=resolved.adapter, version=resolved.version, pinned=True)
@@ -100,39 +99,26 @@ def _publish(received: Upload, engine: Engine, store: AdapterStore, max_bytes: i
 
 
 def _delete(reference: str, engine: Engine, store: AdapterStore) -> None:
-    store.delete(reference)
-    for digest in store.collect_garbage().digests:
+    for digest in store.delete(reference).digests:
         engine.mark_deleted(digest)
 
 
 def _page(store: AdapterStore, query: ListQuery) -> AdapterList:
-    infos = store.list(query.tenant)
-    if query.after is not None:
-        infos = infos[bisect.bisect_right([info.adapter for info in infos], query.after) :]
-    page = infos[: query.limit]
-    summaries = []
-    for info in page:
-        try:
-            summaries.append(AdapterSummary(**_summary(store, info)))
-        except AdapterNotFound:
-            # Deleted since it was listed.
-            continue
-    more = len(infos) > len(page)
-    return AdapterList(adapters=summaries, next=page[-1].adapter if more else None)
+    page = store.list_page(query.tenant, query.after, query.limit)
+    return AdapterList(adapters=[AdapterSummary(**_summary(info)) for info in page.adapters], next=page.next)
 
 
 def _detail(store: AdapterStore, reference: str) -> AdapterDetail:
     info = store.inspect(reference)
     return AdapterDetail(
-        **_summary(store, info),
+        **_summary(info),
         versions=list(info.versions),
         aliases=info.aliases,
         config=store.config(info.digest).model_dump(mode="json"),
     )
 
 
-def _summary(store: AdapterStore, info: AdapterInfo) -> dict[str, Any]:
-    config = store.config(info.digest)
+def _summary(info: StoredAdapter) -> dict[str, Any]:
     return {
         "adapter": info.adapter,
         "version": info.version,
@@ -140,10 +126,10 @@ def _summary(store: AdapterStore, info: AdapterInfo) -> dict[str, Any]:
         "task": info.task,
         "method": info.method,
         "base": info.base,
-        "labels": config.labels,
-        "ranks": sorted({spec.rank for spec in config.modules.values()}),
-        "splits": sorted({spec.split for spec in config.modules.values()}),
-        "modules": len(config.modules),
+        "labels": None if info.labels is None else list(info.labels),
+        "ranks": list(info.ranks),
+        "splits": list(info.splits),
+        "modules": info.modules,
         "parameters": info.parameters,
         "bytes": info.nbytes,
         "created_at": info.created_at,

@@ -11,9 +11,8 @@ from fastapi import Request
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 
-from adapters_store import AdapterBundle, BundleLimits, parse_adapter
+from adapters_store import AdapterBundle, BundleLimits, parse_adapter, writable_memory
 from adapters_store.errors import InvalidAdapterName
-from adapters_store.mmap_buffer import writable_memory
 from sera_serve.errors import InvalidRequest
 from sera_serve.server.strict import UnsupportedMediaType, media_type
 

@@ -1,0 +1,177 @@
+"""What a store records of each version, and what it reports to its callers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from adapters_store.format.config import AdapterConfig, BaseInfo, Method, Task
+
+
+class Record(BaseModel):
+    """A small JSON document of a store: strict types, no unknown field."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+class AdapterFacts(Record):
+    """The part of a configuration that requests and listings need.
+
+    Attributes:
+        base: Identity of the base model.
+        labels: Labels of a classifier, else None.
+        max_length: Tokens that an input of a classifier is cut to, or None.
+        ranks: The different ranks of the adapted layers, ascending.
+        splits: The different splits of the adapted layers, ascending.
+        modules: Number of adapted layers.
+    """
+
+    base: BaseInfo
+    labels: list[str] | None
+    max_length: int | None
+    ranks: list[int]
+    splits: list[int]
+    modules: int
+
+    @classmethod
+    def of(cls, config: AdapterConfig) -> AdapterFacts:
+        """Take the facts from a configuration."""
+        return cls(
+            base=config.base,
+            labels=config.labels,
+            max_length=config.max_length,
+            ranks=sorted({spec.rank for spec in config.modules.values()}),
+            splits=sorted({spec.split for spec in config.modules.values()}),
+            modules=len(config.modules),
+        )
+
+
+class VersionRecord(Record):
+    """One immutable version. Resolving and listing read this record and open no bundle.
+
+    `facts` is None in records of store version 1, and where the labels are too long for a record.
+    The facts are then read from the bundle.
+    """
+
+    version: Annotated[int, Field(ge=1)]
+    digest: Annotated[str, Field(pattern=r"\A[0-9a-f]{64}\z")]
+    created_at: str
+    nbytes: int
+    parameters: int
+    task: Task
+    method: Method
+    base: str
+    facts: AdapterFacts | None = None
+
+
+@dataclass(frozen=True)
+class Published:
+    """The version that `AdapterStore.publish` made, or found in the store."""
+
+    adapter: str
+    version: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class ResolvedAdapter:
+    """A reference turned into one immutable version, with what a request must know before anything is loaded.
+
+    Attributes:
+        adapter: `tenant/name`.
+        version: Version number.
+        digest: Content digest; the key of caches.
+        task: generate or classify.
+        labels: Labels of a classifier in the order of the head's rows, else None.
+        base: Identity of the base model.
+        max_length: Tokens that an input of a classifier is cut to, or None.
+    """
+
+    adapter: str
+    version: int
+    digest: str
+    task: Task
+    labels: tuple[str, ...] | None
+    base: BaseInfo
+    max_length: int | None
+
+
+@dataclass(frozen=True)
+class AdapterSummary:
+    """One version of an adapter.
+
+    Attributes:
+        adapter: `tenant/name`.
+        version: The version described.
+        digest: Its content digest.
+        created_at: When it was published, ISO 8601, UTC.
+        nbytes: Bytes of its tensors.
+        parameters: Numbers in its tensors, head included.
+        task: generate or classify.
+        method: As in its configuration.
+        base: Name of its base model.
+        labels: Labels of a classifier, else None.
+        ranks: The different ranks of its layers, ascending.
+        splits: The different splits of its layers, ascending.
+        modules: Number of adapted layers.
+    """
+
+    adapter: str
+    version: int
+    digest: str
+    created_at: str
+    nbytes: int
+    parameters: int
+    task: Task
+    method: Method
+    base: str
+    labels: tuple[str, ...] | None
+    ranks: tuple[int, ...]
+    splits: tuple[int, ...]
+    modules: int
+
+
+@dataclass(frozen=True)
+class AdapterInfo(AdapterSummary):
+    """One version of an adapter, and the adapter's versions and aliases.
+
+    Attributes:
+        versions: All versions, oldest first.
+        aliases: Version by alias.
+    """
+
+    versions: tuple[int, ...]
+    aliases: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Page:
+    """One page of a listing.
+
+    Attributes:
+        adapters: The latest version of each adapter, in order of id.
+        next: The `after` of the next page, or None on the last page.
+    """
+
+    adapters: tuple[AdapterSummary, ...]
+    next: str | None
+
+
+@dataclass(frozen=True)
+class Freed:
+    """Bundles that left a store, because no version refers to them any more.
+
+    Attributes:
+        digests: Their digests.
+        nbytes: Bytes that they took.
+    """
+
+    digests: tuple[str, ...] = ()
+    nbytes: int = 0
+
+    @property
+    def bundles(self) -> int:
+        """Number of bundles."""
+        return len(self.digests)

@@ -1,0 +1,469 @@
+"""The planner alone: random arrivals, cancels and ends on a small pool, without a model and without threads."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+
+from sera_serve.engine.fair_queue import OUTPUT_WEIGHT, PROMPT_WEIGHT, FairQueue
+from sera_serve.engine.loop.pages import PAGE_SIZE, PagePool
+from sera_serve.engine.loop.plan import StepPlan, StepPlanner
+from sera_serve.engine.request import FinishReason, GenerationRequest, Principal, RequestState
+
+Cell = tuple[str | None, int, int]
+"""Whose keys lie at a place of the pool: prefix key, rotary side, and a hash of the tokens up to and with this one."""
+Claim = tuple[float, tuple[int, int]]
+
+
+class Waiting:
+    """The waiting requests in the fair order, as the scheduler keeps them; an adapter may need some time to load."""
+
+    def __init__(self, still_loading: Callable[[GenerationRequest], bool] = lambda request: False) -> None:
+        self.queue: FairQueue[GenerationRequest] = FairQueue()
+        self.parked: list[GenerationRequest] = []
+        self.preempted: list[GenerationRequest] = []
+        self.charged: Counter[str] = Counter()
+        self.steps = 0
+        self._still_loading = still_loading
+
+    def add(self, request: GenerationRequest) -> None:
+        self.queue.push(request)
+
+    def first(self) -> GenerationRequest | None:
+        return self.queue.first()
+
+    def start(self, request: GenerationRequest) -> bool:
+        assert request is self.queue.first(), "only the first of the order may start"
+        if self._still_loading(request):
+            self.queue.park(request)
+            self.parked.append(request)
+            request.move(RequestState.LOADING)
+            return False
+        self.queue.remove(request)
+        request.move(RequestState.RUNNING)
+        if request.started_at is None:
+            request.started_at = float(self.steps)
+            self.queue.charge_prompt(request)
+            self.charged[request.id] += request.prompt_tokens
+        return True
+
+    def preempt(self, request: GenerationRequest) -> None:
+        assert request.pages == [] and request.computed == 0 and request.row < 0
+        request.move(RequestState.PREEMPTED)
+        self.queue.push(request)
+        self.preempted.append(request)
+
+    def priority_key(self, request: GenerationRequest) -> Claim:
+        return self.queue.priority_key(request)
+
+    def arrive(self) -> None:
+        """Every adapter that was loading is there."""
+        for request in self.parked:
+            if not request.is_finished:
+                request.move(RequestState.WAITING if request.started_at is None else RequestState.PREEMPTED)
+                self.queue.unpark(request)
+        self.parked.clear()
+
+
+@dataclass
+class World:
+    """A planner, what waits for it, and the contents of its pages as a model would have written them."""
+
+    planner: StepPlanner
+    waiting: Waiting
+    budget: int
+    side: Callable[[int], int] = lambda length: 0
+    content: dict[tuple[int, int], Cell] = field(default_factory=dict)
+    hashes: dict[str, list[int]] = field(default_factory=dict)
+    live: list[GenerationRequest] = field(default_factory=list)
+    finished: list[GenerationRequest] = field(default_factory=list)
+
+    def add(self, request: GenerationRequest) -> GenerationRequest:
+        self.waiting.add(request)
+        self.live.append(request)
+        return request
+
+    def cancel(self, request: GenerationRequest) -> None:
+        self.live.remove(request)
+        if request.state is RequestState.RUNNING:
+            self.planner.remove(request)
+        else:
+            self.waiting.queue.remove(request)
+        request.finish(FinishReason.CANCELLED)
+
+    def step(self, new_token: Callable[[], int] = lambda: 1) -> StepPlan | None:
+        """Plan, check, and do what a model would do."""
+        waiting, planner = self.waiting, self.planner
+        waiting.steps += 1
+        before = list(planner.running)
+        claims = {request.id: waiting.priority_key(request) for request in before}
+        crossed = [request for request in before if self.side(len(request.tokens)) != request.rotary_side]
+        waiting.preempted.clear()
+        plan = planner.plan()
+        planner.check_invariants()
+        self._check_preemptions(before, crossed, claims)
+        if plan is None:
+            assert not planner.running
+            return None
+        self._check_plan(plan, before, claims)
+        ran = [(request, 1) for request in plan.decodes] + plan.chunks
+        self._write(ran)
+        self._read(ran)
+        for request, count in ran:
+            planner.advance(request, count)
+        for request, _ in ran:
+            if request.computed == len(request.tokens):
+                request.tokens.append(new_token())
+                waiting.queue.charge_output(request.tenant, 1)
+                waiting.charged[request.id] += 1
+                if len(request.tokens) == request.limit:
+                    planner.remove(request)
+                    request.finish(FinishReason.LENGTH)
+                    self.live.remove(request)
+                    self.finished.append(request)
+        planner.check_invariants()
+        return plan
+
+    def _check_preemptions(
+        self, before: list[GenerationRequest], crossed: list[GenerationRequest], claims: dict[str, Claim]
+    ) -> None:
+        """A request that was put back has crossed the rotary threshold, or had the lowest claim of all that ran."""
+        assert all(request in self.waiting.preempted for request in crossed)
+        preempted = [r for r in self.waiting.preempted if r not in crossed]
+        left = [request for request in before if request not in crossed]
+        for request in preempted:
+            assert request is max(left, key=lambda one: claims[one.id]), "a request with a higher claim was preempted"
+            left.remove(request)
+        if left or preempted:
+            assert left, "the request with the highest claim was preempted"
+
+    def _check_plan(self, plan: StepPlan, before: list[GenerationRequest], claims: dict[str, Claim]) -> None:
+        waiting, running = self.waiting, self.planner.running
+        tokens = len(plan.decodes) + sum(count for _, count in plan.chunks)
+        assert 0 < tokens <= self.budget
+        assert all(count > 0 for _, count in plan.chunks)
+        assert len(set(map(id, plan.requests()))) == len(plan.requests()), "a request is planned twice"
+        assert all(request in running for request in plan.requests())
+        assert set(map(id, plan.entered)) == {id(r) for r in running if r not in before or r in waiting.preempted}
+        assert set(map(id, plan.grown)) <= set(map(id, plan.decodes))
+        for request in before:
+            if request.is_decoding and request not in waiting.preempted:
+                assert request in plan.decodes, "a decode does not run in this step"
+        assert all(request.state is RequestState.RUNNING for request in running)
+        assert all(request.row < 0 and not request.pages for request in waiting.queue.requests())
+        survivors = [request for request in before if request not in waiting.preempted]
+        # The highest claim gets on: as a decode always, in a prefill unless others before it use the tokens up.
+        if survivors and (first := min(survivors, key=lambda one: claims[one.id])).is_decoding:
+            assert first in plan.decodes
+        if survivors and tokens < self.budget:
+            assert all(request in plan.requests() for request in survivors)
+        assert all(len(request.pages) * PAGE_SIZE >= len(request.tokens) for request in plan.requests())
+
+    def _write(self, ran: list[tuple[GenerationRequest, int]]) -> None:
+        places: set[tuple[int, int]] = set()
+        for request, count in ran:
+            for position in range(request.computed, request.computed + count):
+                page, offset = request.pages[position // PAGE_SIZE], position % PAGE_SIZE
+                assert self.planner.pages.is_writable(page), "a shared or published page is written"
+                assert (page, offset) not in places, "two tokens at one place"
+                places.add((page, offset))
+                self.content[page, offset] = self._cell(request, position)
+
+    def _read(self, ran: list[tuple[GenerationRequest, int]]) -> None:
+        for request, count in ran:
+            for position in range(request.computed + count):
+                place = request.pages[position // PAGE_SIZE], position % PAGE_SIZE
+                assert self.content[place] == self._cell(request, position), "a request reads what is not its history"
+
+    def _cell(self, request: GenerationRequest, position: int) -> Cell:
+        hashes = self.hashes.setdefault(request.id, [])
+        while len(hashes) <= position:
+            hashes.append(hash((hashes[-1] if hashes else 0, request.tokens[len(hashes)])))
+        return request.prefix_key, request.rotary_side, hashes[position]
+
+
+def world(
+    pages: int,
+    *,
+    budget: int = 64,
+    rows: int = 8,
+    threshold: int | None = None,
+    still_loading: Callable[[GenerationRequest], bool] = lambda request: False,
+) -> World:
+    waiting = Waiting(still_loading)
+
+    def side(length: int) -> int:
+        return int(threshold is not None and length > threshold)
+
+    planner = StepPlanner(
+        PagePool(pages),
+        waiting,
+        max_batch_tokens=budget,
+        max_sequences=rows,
+        rotary_side=None if threshold is None else side,
+    )
+    return World(planner, waiting, budget, side)
+
+
+def ask(
+    name: str, tokens: list[int], new: int = 8, tenant: str = "a", prefix_key: str | None = None
+) -> GenerationRequest:
+    return GenerationRequest(
+        principal=Principal(tenant),
+        id=name,
+        tokens=list(tokens),
+        prompt_tokens=len(tokens),
+        limit=len(tokens) + new,
+        prefix_key=prefix_key,
+    )
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_random_arrivals_cancels_and_ends(seed: int) -> None:
+    dice = random.Random(seed)
+    pages = dice.randint(4, 16)
+    longest = pages * PAGE_SIZE
+    bench = world(
+        pages,
+        budget=dice.randint(2, 160),
+        rows=dice.randint(1, 12),
+        threshold=dice.choice([None, None, dice.randint(20, 90)]),
+        still_loading=lambda request: request.adapter is None and dice.random() < 0.1,
+    )
+    heads = [[dice.randrange(9) for _ in range(dice.randint(1, 100))] for _ in range(3)]
+    born: dict[str, int] = {}
+    for step in range(400):
+        while len(born) < 60 and dice.random() < 0.25:
+            tokens = dice.choice(heads)[: dice.randint(1, 100)] + [
+                dice.randrange(9) for _ in range(dice.randint(0, 40))
+            ]
+            tokens = tokens[: longest - 1]
+            request = ask(
+                f"r{len(born)}",
+                tokens,
+                min(dice.randint(1, 60), longest - len(tokens)),
+                tenant := dice.choice("abc"),
+                f"{tenant}/{dice.choice('xy')}" if dice.random() < 0.8 else None,
+            )
+            request.priority = dice.choice([0, 0, 1])
+            born[request.id] = step
+            bench.add(request)
+        if bench.live and dice.random() < 0.05:
+            bench.cancel(dice.choice(bench.live))
+        bench.step(lambda: dice.randrange(9))
+        bench.waiting.arrive()
+    # No starvation: what is left ends in a number of steps that its tokens bound, recomputation included.
+    patience = 40 * sum(request.limit for request in bench.live) + 200
+    while bench.live:
+        assert patience, f"{len(bench.live)} requests never end"
+        patience -= 1
+        bench.step(lambda: dice.randrange(9))
+        bench.waiting.arrive()
+    pool = bench.planner.pages
+    assert pool.available() == pool.count and not bench.planner.running and not len(bench.waiting.queue)
+    for request in bench.finished:
+        assert bench.waiting.charged[request.id] == len(request.tokens), "a token was charged twice, or not at all"
+
+
+def test_the_random_worlds_are_wild_enough() -> None:
+    """Preemption, prefix hits, chunks beside decodes: all of them happen in the world that the test above looks at."""
+    dice = random.Random(1)
+    bench = world(6, budget=40, rows=8)
+    preempted = hits = mixed = 0
+    head = list(range(70))
+    for number in range(30):
+        bench.add(ask(f"r{number}", head[: dice.randint(40, 70)], 50, "ab"[number % 2], f"{'ab'[number % 2]}/x"))
+    while bench.live:
+        plan = bench.step()
+        preempted += len(bench.waiting.preempted)
+        mixed += plan is not None and bool(plan.decodes) and bool(plan.chunks)
+    hits = sum(request.cached_tokens > 0 for request in bench.finished)
+    assert preempted > 3 and hits > 3 and mixed > 3
+
+
+def test_a_request_without_room_waits_and_those_that_run_go_on() -> None:
+    bench = world(4)
+    first = bench.add(ask("first", [1] * 33, 40))
+    bench.step()
+    second = bench.add(ask("second", [2] * 65, 10))
+    for _ in range(30):
+        bench.step()
+    assert second.state is RequestState.WAITING and len(first.tokens) == 33 + 31
+    while not first.is_finished:
+        bench.step()
+    bench.step()
+    assert second.state is RequestState.RUNNING
+
+
+@pytest.mark.parametrize(("running", "left", "enters"), [(3, 1, True), (4, 1, False), (4, 2, True), (8, 2, False)])
+def test_a_newcomer_leaves_a_page_for_every_fourth_that_runs(running: int, left: int, enters: bool) -> None:
+    bench = world(running + left, rows=16)
+    for number in range(running):
+        bench.add(ask(f"r{number}", [1], 20))
+        bench.step()
+    newcomer = bench.add(ask("new", [1], 5))
+    bench.step()
+    assert (newcomer.state is RequestState.RUNNING) == enters
+
+
+@pytest.mark.parametrize(("left", "enters"), [(4, True), (3, False)])
+def test_a_preempted_request_comes_back_where_a_page_is_left_for_each(left: int, enters: bool) -> None:
+    """It needs one page; three others run."""
+    bench = world(3 + left, rows=16)
+    preempted = ask("preempted", [1] * 5, 9)
+    preempted.started_at = 0.0
+    preempted.move(RequestState.RUNNING)
+    preempted.move(RequestState.PREEMPTED)
+    for number in range(3):
+        bench.add(ask(f"r{number}", [1], 20))
+    bench.step()
+    bench.add(preempted)
+    bench.step()
+    assert (preempted.state is RequestState.RUNNING) == enters
+    assert preempted.cached_tokens == 0, "hits are counted when a request first runs"
+    while bench.live:
+        bench.step()
+    assert bench.waiting.charged["preempted"] == 9, "its prompt is not charged again"
+
+
+def test_pages_are_taken_from_the_request_with_the_lowest_claim_and_its_stream_goes_on() -> None:
+    bench = world(4)
+    for tenant in "ab":
+        bench.add(ask(tenant, [1] * 20, 100, tenant))
+    bench.waiting.queue.charge_output("b", 500)
+    # Both have 64 tokens, in two pages each, and each needs a third.
+    while not bench.waiting.preempted:
+        bench.step()
+    (loser,) = bench.waiting.preempted
+    (winner,) = bench.planner.running
+    assert (loser.tenant, winner.tenant) == ("b", "a")
+    tokens = list(loser.tokens)
+    while bench.live:
+        bench.step()
+    assert loser.tokens[: len(tokens)] == tokens and len(loser.tokens) == loser.limit
+    assert bench.waiting.queue.counter("b") == 500 * OUTPUT_WEIGHT + 20 * PROMPT_WEIGHT + 100 * OUTPUT_WEIGHT
+
+
+def test_a_request_without_room_to_grow_gives_its_own_pages_up_if_its_claim_is_the_lowest() -> None:
+    bench = world(3)
+    old = bench.add(ask("old", [1] * 40, 20))
+    young = bench.add(ask("young", [1] * 30, 20))
+    while not bench.waiting.preempted:
+        bench.step()
+    assert bench.waiting.preempted == [young] and len(young.tokens) == 33
+    assert old in bench.planner.running
+    while bench.live:
+        bench.step()
+    assert [request.id for request in bench.finished] == ["old", "young"]
+
+
+def test_a_request_that_needs_the_whole_pool_runs_alone_to_its_end() -> None:
+    bench = world(3)
+    large = bench.add(ask("large", [1] * 60, 36))
+    for number in range(3):
+        bench.add(ask(f"small{number}", [2] * 30, 30, "b"))
+    steps = 0
+    while bench.live:
+        bench.step()
+        steps += 1
+    assert len(large.tokens) == 96 and steps < 300
+
+
+def test_prompts_within_the_token_budget_beside_every_decode() -> None:
+    bench = world(8, budget=16, rows=4)
+    decoding = bench.add(ask("decoding", [1], 30))
+    bench.step()
+    bench.add(ask("long", [2] * 40, 5))
+    plans = [bench.step() for _ in range(3)]
+    assert [[count for _, count in plan.chunks] for plan in plans if plan] == [[15], [15], [10]]
+    assert all(plan and plan.decodes == [decoding] for plan in plans)
+
+
+def test_a_prompts_last_token_alone_is_a_decode() -> None:
+    bench = world(8, budget=16)
+    request = bench.add(ask("r", [1] * 17, 5))
+    plans = [bench.step() for _ in range(2)]
+    assert plans[0] and plans[0].chunks == [(request, 16)]
+    assert plans[1] and plans[1].decodes == [request] and not plans[1].chunks
+
+
+def test_prefix_pages_are_found_and_released() -> None:
+    bench = world(8)
+    pool = bench.planner.pages
+    first = bench.add(ask("first", list(range(70)), 3, prefix_key="a/x"))
+    bench.step()
+    bench.step()
+    again = bench.add(ask("again", [*range(64), 99], 3, prefix_key="a/x"))
+    strangers = [bench.add(ask(f"no{key}", list(range(70)), 1, prefix_key=key)) for key in ("b/x", None)]
+    bench.step()
+    assert again.pages[:2] == first.pages[:2] and again.cached_tokens == 64
+    assert [request.cached_tokens for request in strangers] == [0, 0]
+    while bench.live:
+        bench.step()
+    assert pool.available() == pool.count
+    # Both pages of the prefix are idle now, and found once more; the last token is computed in any case.
+    exact = bench.add(ask("exact", list(range(64)), 1, prefix_key="a/x"))
+    plan = bench.step()
+    assert plan and plan.chunks == [(exact, 32)] and exact.cached_tokens == 32
+
+
+def test_pages_that_were_found_are_released_where_the_request_cannot_enter() -> None:
+    bench = world(5, still_loading=lambda request: request.id == "loading")
+    first = bench.add(ask("first", list(range(64)), 64, prefix_key="a/x"))
+    bench.step()
+    # Two of its pages are found, and three more are needed: two are left, one of them for the first request.
+    large = bench.add(ask("large", [*range(64), *[7] * 65], 2, prefix_key="a/x"))
+    bench.step()
+    assert large.state is RequestState.WAITING and not large.pages
+    bench.cancel(large)
+    loading = bench.add(ask("loading", list(range(66)), 2, prefix_key="a/x"))
+    bench.step()
+    assert loading.state is RequestState.LOADING and not loading.pages
+    bench.cancel(first)
+    assert bench.planner.pages.available() == 5
+
+
+def test_a_prompt_whose_log_probabilities_are_asked_for_is_computed_whole() -> None:
+    bench = world(8)
+    bench.add(ask("first", list(range(70)), 1, prefix_key="a/x"))
+    while bench.live:
+        bench.step()
+    asking = ask("asking", list(range(70)), 1, prefix_key="a/x")
+    asking.prompt_logprobs = 0
+    bench.add(asking)
+    plan = bench.step()
+    assert plan and plan.chunks == [(asking, 64)] and asking.cached_tokens == 0
+
+
+def test_crossing_the_rotary_threshold_computes_from_the_first_token_with_other_keys() -> None:
+    bench = world(8, threshold=70)
+    request = bench.add(ask("r", list(range(66)), 40, prefix_key="a/x"))
+    while len(request.tokens) < 71:
+        bench.step(lambda: 5)
+    short_keys = list(request.page_keys)
+    assert request.rotary_side == 0 and request.computed == 70 and len(short_keys) == 2
+    plan = bench.step(lambda: 5)
+    # The pages of the short side are idle and have the same tokens: they must not be found.
+    assert bench.waiting.preempted == [request]
+    assert plan and plan.entered == [request] and plan.chunks == [(request, 64)]
+    assert request.rotary_side == 1 and not set(request.page_keys) & set(short_keys)
+    while bench.live:
+        bench.step(lambda: 5)
+        assert not bench.waiting.preempted, "it crosses once"
+    assert len(request.tokens) == 106
+    # A long prompt is on the long side from the start, and finds the pages of that side.
+    long = bench.add(ask("long", [*range(66), *[5] * 20], 1, prefix_key="a/x"))
+    bench.step()
+    assert (long.rotary_side, long.cached_tokens) == (1, 64)
+
+
+def test_a_loading_adapter_does_not_hold_the_next_request_up() -> None:
+    bench = world(8, still_loading=lambda request: request.id == "loading")
+    bench.add(ask("loading", [1] * 5))
+    other = bench.add(ask("other", [1] * 5))
+    plan = bench.step()
+    assert plan and plan.entered == [other]
