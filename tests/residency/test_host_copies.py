@@ -55,7 +55,7 @@ def test_otherwise_a_loader_thread_sees_to_it(
     residency.check_invariants()
 
 
-def test_nobody_is_passed_on_the_way(build: Build, large: list[str]) -> None:
+def test_an_adapter_from_the_host_bypasses_none_that_waits(build: Build, large: list[str]) -> None:
     residency = in_host_memory(build, large)
     held = granted(residency.acquire(large[1]))
     first = residency.acquire(large[2])
