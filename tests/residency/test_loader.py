@@ -101,7 +101,7 @@ def test_slow_loads_delay_no_others(build: Build, large: list[str], small: list[
         granted(future).release()
 
 
-def test_closed_residency_refuses_who_waits_and_who_comes(build: Build, large: list[str], store: Store) -> None:
+def test_closed_residency_refuses_waiting_and_coming_requests(build: Build, large: list[str], store: Store) -> None:
     residency = build(room=1.1)
     held = granted(residency.acquire(large[0]))
     store.hold(large[1])

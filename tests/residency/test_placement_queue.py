@@ -81,15 +81,13 @@ def test_adapter_in_constant_use_makes_room_for_one_that_waits(
     granted(future).release()
 
 
-def test_no_more_adapters_retire_than_must_and_idle_ones_first(
-    build: Build, large: list[str], small: list[str]
-) -> None:
+def test_no_more_adapters_drain_than_must_and_idle_ones_first(build: Build, large: list[str], small: list[str]) -> None:
     residency = build(room=1.5, max_bypasses=0)
     leases = [granted(residency.acquire(digest)) for digest in small]
     leases[3].release()
     waiting = residency.acquire(large[0])
     wait_for_loads(residency)
-    # Three of the four must leave: the idle one, and of the others the two least recently used.
+    # Three of the four must leave: the idle one, and the two least recently used of the others.
     behind = [residency.acquire(small[i]) for i in (0, 1, 3)]
     assert not any(future.done() for future in behind)
     granted(residency.acquire(small[2])).release()
@@ -125,12 +123,12 @@ def test_a_cancelled_request_holds_up_no_others(build: Build, large: list[str], 
     first = large if asked == "new" else small
     held = granted(residency.acquire(first[0]))
     other = granted(residency.acquire(small[1])) if asked == "resident" else None
-    gives_up = residency.acquire(large[1])
+    cancelled = residency.acquire(large[1])
     wait_for_loads(residency)
     behind = residency.acquire(small[0])
     wait_for_loads(residency)
     assert not behind.done()
-    assert gives_up.cancel()
+    assert cancelled.cancel()
     granted(behind).release()
     held.release()
     if other is not None:
