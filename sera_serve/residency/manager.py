@@ -315,10 +315,16 @@ class AdapterResidency:
             # An adapter that a request asked for while it was only hinted is submitted twice.
             if entry.state is not READING or entry.read_started:
                 return
-            if not self._is_worth_reading_locked(entry):
+            is_worth_it = self._is_worth_reading_locked(entry)
+            if is_worth_it:
+                entry.read_started = True
+            else:
+                # It may have room already, which others wait for.
                 self._placement.free(entry)
-                return
-            entry.read_started = True
+                self._place_waiting_locked()
+        if not is_worth_it:
+            self._completions.settle()
+            return
         began = time.monotonic()
         try:
             packed = self._loader.read(entry.digest)

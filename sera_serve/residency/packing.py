@@ -15,7 +15,7 @@ from adapters_store import AdapterBundle, AdapterConfig, writable_memory
 # Elements; keeps every module's factors on a 16-byte boundary in the smallest dtype.
 ALIGNMENT = 8
 # Elements that are joined at a time where the dtype changes: what is joined stays in the processor's cache.
-_JOINED = 1 << 17
+_JOINED = 1 << 18
 
 
 @dataclass(frozen=True)

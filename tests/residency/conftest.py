@@ -1,4 +1,4 @@
-"""Residency over small adapters; its books are checked after every test."""
+"""Residency over small adapters; the invariants are checked after every test."""
 
 from __future__ import annotations
 

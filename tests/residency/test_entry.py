@@ -8,7 +8,7 @@ from itertools import pairwise, product
 from typing import Any
 
 import pytest
-from slow_store import Build, Store, granted, settle, until
+from slow_store import Build, Store, granted, until, wait_for_loads
 
 from sera_serve.residency import TRANSITIONS, AdapterEntry, AdapterState
 
@@ -73,7 +73,7 @@ def expected_where_the_device_is_taken(setting: Setting) -> str:
     residency = setting.build(room=1.1, host=4)
     held = granted(residency.acquire(setting.large[1]))
     hint = residency.prefetch(setting.large[0])
-    settle(residency)
+    wait_for_loads(residency)
     hint.release()
     held.release()
     return setting.large[0]
@@ -115,7 +115,7 @@ def deleted_and_drained_in_vain(setting: Setting) -> str:
     held = granted(residency.acquire(setting.large[0]))
     residency.mark_deleted(setting.large[0])
     other = residency.acquire(setting.large[1])
-    settle(residency)
+    wait_for_loads(residency)
     residency.check_invariants()
     assert other.cancel()
     residency.check_invariants()
@@ -127,10 +127,10 @@ def drained_in_vain_then_deleted_while_draining(setting: Setting) -> str:
     residency = setting.build(room=1.1, max_bypasses=0)
     held = granted(residency.acquire(setting.large[0]))
     other = residency.acquire(setting.large[1])
-    settle(residency)
+    wait_for_loads(residency)
     assert other.cancel()
     another = residency.acquire(setting.large[2])
-    settle(residency)
+    wait_for_loads(residency)
     residency.mark_deleted(setting.large[0])
     residency.check_invariants()
     held.release()
@@ -143,7 +143,7 @@ def deleted_while_draining_and_awaited(setting: Setting) -> str:
     leases = [granted(residency.acquire(digest)) for digest in setting.small]
     leases[3].release()
     overdue = residency.acquire(setting.large[0])
-    settle(residency)
+    wait_for_loads(residency)
     late = residency.acquire(setting.small[3])
     residency.mark_deleted(setting.small[3])
     residency.check_invariants()

@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from slow_store import Build, Store, granted, settle, until
+from slow_store import Build, Store, granted, until, wait_for_loads
 
 from adapters_store import AdapterBundle
 from sera_serve import SeraConfig
@@ -68,11 +68,11 @@ def test_adapters_that_wait_for_room_take_no_memory(
     residency = build(room=1.1)
     held = granted(residency.acquire(large[0]))
     waiting = [residency.acquire(digest) for digest in large[1:]]
-    settle(residency)
+    wait_for_loads(residency)
     assert residency.stats().waiting == 3
     assert_host_bytes(alive, 0)
     for future in waiting:
-        # Loads run side by side, so who is first in line is not known.
+        # Loads run side by side, so the order in the queue is not known.
         future.add_done_callback(lambda done: done.result().release())
     held.release()
     wait(waiting, timeout=10)
@@ -92,14 +92,14 @@ def test_deleted_adapter_gives_all_its_memory_back(
     if when == "reading":
         assert store.reading[digest].wait(10)
     else:
-        settle(residency)
+        wait_for_loads(residency)
     residency.mark_deleted(digest)
     store.let_go()
     if held is not None:
         del store.bundles[digest]
         held.release()
     granted(future).release()
-    settle(residency)
+    wait_for_loads(residency)
     assert digest not in residency.resident_digests()
     if held is not None:
         residency.mark_deleted(other)

@@ -11,7 +11,7 @@ from concurrent.futures import CancelledError, Future, wait
 
 import pytest
 import torch
-from slow_store import Build, Store, settle, until
+from slow_store import Build, Store, until, wait_for_loads
 
 from adapters_store import AdapterBundle
 from sera_serve import SeraConfig
@@ -55,7 +55,7 @@ class Traffic:
         self.digests = list(packed)
         self.asked: list[tuple[str, Future[Lease]]] = []
         self.leases: list[tuple[str, Lease]] = []
-        self.wishes: list[PrefetchHint] = []
+        self.hints: list[PrefetchHint] = []
         self.pins: list[Future[None]] = []
         self.refused = 0
         self.copying_fails = False
@@ -69,11 +69,11 @@ class Traffic:
         self.asked.append((digest, self.residency.acquire(digest)))
 
     def prefetch(self) -> None:
-        self.wishes.append(self.residency.prefetch(self.digest()))
+        self.hints.append(self.residency.prefetch(self.digest()))
 
-    def drop_wish(self) -> None:
-        if self.wishes:
-            self.wishes.pop(self.random.randrange(len(self.wishes))).release()
+    def drop_hint(self) -> None:
+        if self.hints:
+            self.hints.pop(self.random.randrange(len(self.hints))).release()
 
     def release(self) -> None:
         if self.leases:
@@ -85,7 +85,7 @@ class Traffic:
         if self.asked:
             self.random.choice(self.asked)[1].cancel()
 
-    def forget(self) -> None:
+    def mark_deleted(self) -> None:
         self.residency.mark_deleted(self.digest())
 
     def pin(self) -> None:
@@ -101,7 +101,7 @@ class Traffic:
         self.copying_fails = self.random.random() < 0.3
 
     def let_loads_end(self) -> None:
-        settle(self.residency)
+        wait_for_loads(self.residency)
 
     def take_answers(self) -> None:
         """Leases granted meanwhile are held; errors must be those that were provoked."""
@@ -161,9 +161,9 @@ def test_random_operations_keep_the_invariants(
         (traffic.acquire, 30),
         (traffic.release, 28),
         (traffic.prefetch, 10),
-        (traffic.drop_wish, 10),
+        (traffic.drop_hint, 10),
         (traffic.give_up, 4),
-        (traffic.forget, 3),
+        (traffic.mark_deleted, 3),
         (traffic.pin, 2),
         (traffic.unpin, 6),
         (traffic.break_store, 1),
@@ -181,7 +181,7 @@ def test_random_operations_keep_the_invariants(
 
 
 def drain(traffic: Traffic) -> None:
-    """Let everyone finish: nobody may be left waiting, and all memory comes back."""
+    """Let all requests finish: none may be left waiting, and all memory comes back."""
     residency = traffic.residency
     traffic.store.failing = {}
     traffic.copying_fails = False
@@ -200,15 +200,17 @@ def drain(traffic: Traffic) -> None:
             pin.result()
         except (OSError, SeraServeError, CancelledError):
             traffic.refused += 1
-    while traffic.wishes:
-        traffic.drop_wish()
-    settle(residency)
+    while traffic.hints:
+        traffic.drop_hint()
+    wait_for_loads(residency)
     stats = residency.stats()
     assert (stats.leases, stats.loading) == (0, 0)
     # That it all happened: otherwise the checks would have had nothing to find.
     assert min(stats.granted["device"], stats.granted["store"], stats.evictions, stats.failed_loads) > 20
     assert stats.host_limit < 10_000 or stats.granted["host"] > 20
-    assert stats.copies > sum(sum(times.counts) for times in stats.loads.values()), "nothing was ever in pieces"
+    assert stats.copies > sum(sum(times.counts) for times in stats.loads.values()), (
+        "no adapter was ever in several extents"
+    )
     assert traffic.refused > 0
     for digest in traffic.digests:
         residency.mark_deleted(digest)

@@ -1,4 +1,4 @@
-"""Loads, leases, eviction and the pool's books."""
+"""Loads, leases, eviction, and what the pool holds."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def test_cancelled_wait_holds_nothing(large: list[str], build: Build) -> None:
     assert residency.leases() == 0
 
 
-def test_random_traffic_keeps_the_books(bundles: dict[str, AdapterBundle], build: Build) -> None:
+def test_random_traffic_keeps_the_invariants(bundles: dict[str, AdapterBundle], build: Build) -> None:
     residency = build(room=2.5, host=3)
 
     async def user(seed: int) -> None:

@@ -88,7 +88,7 @@ def test_job_that_never_ends_does_not_keep_close(gate: threading.Event) -> None:
     assert not never.is_set()
 
 
-def test_slow_loads_hold_up_nobody_else(build: Build, large: list[str], small: list[str], store: Store) -> None:
+def test_slow_loads_delay_no_others(build: Build, large: list[str], small: list[str], store: Store) -> None:
     residency = build(room=8, threads=LoaderThreads(at_once=2, stall_s=0.01))
     for digest in large:
         store.hold(digest)
@@ -101,12 +101,12 @@ def test_slow_loads_hold_up_nobody_else(build: Build, large: list[str], small: l
         granted(future).release()
 
 
-def test_closed_residency_refuses_who_waits_and_who_comes(build: Build, large: list[str], store: Store) -> None:
+def test_closed_residency_refuses_waiting_and_coming_requests(build: Build, large: list[str], store: Store) -> None:
     residency = build(room=1.1)
     held = granted(residency.acquire(large[0]))
     store.hold(large[1])
     waiting = [residency.acquire(large[1]), residency.acquire(large[2])]
-    wish = residency.prefetch(large[3])
+    hint = residency.prefetch(large[3])
     assert store.reading[large[1]].wait(10)
     residency.close(timeout_s=0.01)
     for future in (*waiting, residency.acquire(large[0])):
@@ -115,7 +115,7 @@ def test_closed_residency_refuses_who_waits_and_who_comes(build: Build, large: l
     with pytest.raises(EngineUnavailable):
         residency.pin(large[0]).result(10)
     held.release()
-    wish.release()
+    hint.release()
     store.let_go()
     residency.close()
     assert residency.resident_digests() == [large[0]]
