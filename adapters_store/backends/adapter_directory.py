@@ -61,7 +61,7 @@ class AdapterDirectory:
 
     def record(self, version: int) -> VersionRecord | None:
         """The record of one version."""
-        path = self.version_file(version)
+        path = self._version_file(version)
         try:
             record = read_record(path, VersionRecord)
         except (FileNotFoundError, NotADirectoryError):
@@ -84,15 +84,11 @@ class AdapterDirectory:
                 found[version] = record.digest
         return found
 
-    def version_file(self, version: int) -> str:
-        """The path of one version's record."""
-        return f"{self._versions}/v{version}.json"
-
     def add(self, record: VersionRecord) -> None:
         """Claim a version number; `FileExistsError` if it is taken."""
         make_directory(self._versions)
         make_directory(self._aliases)
-        put_text(self.version_file(record.version), version_text(record), self._scratch, replace=False)
+        put_text(self._version_file(record.version), version_text(record), self._scratch, replace=False)
 
     def set_alias(self, alias: str, version: int) -> None:
         """Move an alias, atomically."""
@@ -107,7 +103,7 @@ class AdapterDirectory:
     def remove_version(self, version: int) -> None:
         """Delete one version that is not the only one; no alias must point to it any more."""
         self._retire(version)
-        os.unlink(self.version_file(version))
+        os.unlink(self._version_file(version))
         sync_directory(self._versions)
 
     def move_to_trash(self, trash: str) -> None:
@@ -132,6 +128,9 @@ class AdapterDirectory:
             return read_record(self._alias_file(alias), AliasRecord).version
         except (FileNotFoundError, NotADirectoryError):
             return None
+
+    def _version_file(self, version: int) -> str:
+        return f"{self._versions}/v{version}.json"
 
     def _alias_file(self, alias: str) -> str:
         return f"{self._aliases}/{alias}.json"
