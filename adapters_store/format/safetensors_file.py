@@ -166,7 +166,7 @@ def read_tensors(data: memoryview, header: Header) -> dict[str, Tensor]:
 
 def read_tensor(data: memoryview, entry: TensorEntry) -> Tensor:
     """One tensor, or a run of tensors; shares aligned memory, and copies the rest."""
-    # Through numpy: torch gives up the interpreter's lock for every view, and in a busy server waits for the lock again.
+    # Through numpy: torch gives up the interpreter's lock for every view, and in a busy server waits to get it back.
     array = np.frombuffer(data, _NUMPY_TYPES[entry.dtype], math.prod(entry.shape), entry.begin).reshape(entry.shape)
     tensor = torch.from_numpy(array if array.flags.aligned else array.copy())
     return tensor.view(torch.bfloat16) if entry.dtype == "BF16" else tensor

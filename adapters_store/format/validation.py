@@ -84,7 +84,7 @@ def check_values(tensors: Mapping[str, Tensor]) -> None:
 
 
 def sum_is_finite(tensor: Tensor) -> bool:
-    """Quick check: True means that every element is finite. False means that `check_values` must look at each element."""
+    """Quick check: True means that every element is finite. False means that each element must be looked at."""
     return math.isfinite(tensor.sum(dtype=torch.float32).item())
 
 
