@@ -24,11 +24,8 @@ class AdapterDirectory:
 
     def __init__(self, root: str, adapter: str) -> None:
         self.adapter = adapter
+        self._root = root
         self._folder = f"{root}/adapters/{adapter}"
-        self._versions = f"{self._folder}/versions"
-        self._aliases = f"{self._folder}/aliases"
-        self._retired = f"{root}/retired/{adapter}.json"
-        self._scratch = f"{root}/tmp"
 
     def manifest(self) -> Manifest:
         """The adapter's versions and aliases."""
@@ -88,12 +85,12 @@ class AdapterDirectory:
         """Claim a version number; `FileExistsError` if it is taken."""
         make_directory(self._versions)
         make_directory(self._aliases)
-        put_text(self._version_file(record.version), version_text(record), self._scratch, replace=False)
+        put_text(self._version_file(record.version), version_text(record), f"{self._root}/tmp", replace=False)
 
     def set_alias(self, alias: str, version: int) -> None:
         """Move an alias, atomically."""
         make_directory(self._aliases)
-        put_text(self._alias_file(alias), record_text(AliasRecord(version=version)), self._scratch)
+        put_text(self._alias_file(alias), record_text(AliasRecord(version=version)), f"{self._root}/tmp")
 
     def remove_alias(self, alias: str) -> None:
         """Remove an alias."""
@@ -112,10 +109,23 @@ class AdapterDirectory:
         os.rename(self._folder, trash)
         sync_directory(os.path.dirname(self._folder))
 
+    # Made when they are needed: every request makes two of these objects and reads one file with each.
+    @property
+    def _versions(self) -> str:
+        return f"{self._folder}/versions"
+
+    @property
+    def _aliases(self) -> str:
+        return f"{self._folder}/aliases"
+
+    @property
+    def _retired(self) -> str:
+        return f"{self._root}/retired/{self.adapter}.json"
+
     def _retire(self, version: int) -> None:
         highest = max(version, self._highest_retired())
         make_directory(os.path.dirname(self._retired))
-        put_text(self._retired, record_text(RetiredRecord(highest_version=highest)), self._scratch)
+        put_text(self._retired, record_text(RetiredRecord(highest_version=highest)), f"{self._root}/tmp")
 
     def _highest_retired(self) -> int:
         try:
