@@ -24,11 +24,8 @@ class AdapterDirectory:
 
     def __init__(self, root: str, adapter: str) -> None:
         self.adapter = adapter
+        self._root = root
         self._folder = f"{root}/adapters/{adapter}"
-        self._versions = f"{self._folder}/versions"
-        self._aliases = f"{self._folder}/aliases"
-        self._retired = f"{root}/retired/{adapter}.json"
-        self._scratch = f"{root}/tmp"
 
     def manifest(self) -> Manifest:
         """The adapter's versions and aliases."""
@@ -61,7 +58,7 @@ class AdapterDirectory:
 
     def record(self, version: int) -> VersionRecord | None:
         """The record of one version."""
-        path = self.version_file(version)
+        path = self._version_file(version)
         try:
             record = read_record(path, VersionRecord)
         except (FileNotFoundError, NotADirectoryError):
@@ -84,20 +81,16 @@ class AdapterDirectory:
                 found[version] = record.digest
         return found
 
-    def version_file(self, version: int) -> str:
-        """The path of one version's record."""
-        return f"{self._versions}/v{version}.json"
-
     def add(self, record: VersionRecord) -> None:
         """Claim a version number; `FileExistsError` if it is taken."""
         make_directory(self._versions)
         make_directory(self._aliases)
-        put_text(self.version_file(record.version), version_text(record), self._scratch, replace=False)
+        put_text(self._version_file(record.version), version_text(record), f"{self._root}/tmp", replace=False)
 
     def set_alias(self, alias: str, version: int) -> None:
         """Move an alias, atomically."""
         make_directory(self._aliases)
-        put_text(self._alias_file(alias), record_text(AliasRecord(version=version)), self._scratch)
+        put_text(self._alias_file(alias), record_text(AliasRecord(version=version)), f"{self._root}/tmp")
 
     def remove_alias(self, alias: str) -> None:
         """Remove an alias."""
@@ -107,7 +100,7 @@ class AdapterDirectory:
     def remove_version(self, version: int) -> None:
         """Delete one version that is not the only one; no alias must point to it any more."""
         self._retire(version)
-        os.unlink(self.version_file(version))
+        os.unlink(self._version_file(version))
         sync_directory(self._versions)
 
     def move_to_trash(self, trash: str) -> None:
@@ -116,10 +109,23 @@ class AdapterDirectory:
         os.rename(self._folder, trash)
         sync_directory(os.path.dirname(self._folder))
 
+    # Made when they are needed: every request makes two of these objects and reads one file with each.
+    @property
+    def _versions(self) -> str:
+        return f"{self._folder}/versions"
+
+    @property
+    def _aliases(self) -> str:
+        return f"{self._folder}/aliases"
+
+    @property
+    def _retired(self) -> str:
+        return f"{self._root}/retired/{self.adapter}.json"
+
     def _retire(self, version: int) -> None:
         highest = max(version, self._highest_retired())
         make_directory(os.path.dirname(self._retired))
-        put_text(self._retired, record_text(RetiredRecord(highest_version=highest)), self._scratch)
+        put_text(self._retired, record_text(RetiredRecord(highest_version=highest)), f"{self._root}/tmp")
 
     def _highest_retired(self) -> int:
         try:
@@ -132,6 +138,9 @@ class AdapterDirectory:
             return read_record(self._alias_file(alias), AliasRecord).version
         except (FileNotFoundError, NotADirectoryError):
             return None
+
+    def _version_file(self, version: int) -> str:
+        return f"{self._versions}/v{version}.json"
 
     def _alias_file(self, alias: str) -> str:
         return f"{self._aliases}/{alias}.json"

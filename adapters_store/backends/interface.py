@@ -134,8 +134,5 @@ class Backend(Protocol):
     def bundle_location(self, digest: str) -> str:
         """The name of a bundle's place, for people."""
 
-    def record_location(self, adapter: str, version: int) -> str:
-        """The name of a version record's place, for people."""
-
     def collect_garbage(self) -> Freed:
         """Go through the whole store: remove what no version refers to, and repair what a crash left."""

@@ -112,10 +112,6 @@ class LocalBackend:
         """The path of the bundle's file."""
         return self._bundles.path(digest)
 
-    def record_location(self, adapter: str, version: int) -> str:
-        """The path of the record's file."""
-        return self._directory(adapter).version_file(version)
-
     def collect_garbage(self) -> Freed:
         """See `Backend.collect_garbage`; waits for writes under way, and holds up others while it reads the store."""
         self._upgrade()

@@ -1,4 +1,4 @@
-"""An adapter as a PEFT LoRA checkpoint of the same update: lora_A = (A C)^T, lora_B = B^T, zeros and all.
+"""Export of an adapter as a PEFT LoRA checkpoint of the same update: lora_A = (A C)^T, lora_B = B^T, both dense.
 
 Layout: https://huggingface.co/docs/peft/developer_guides/checkpoint
 """
@@ -26,7 +26,7 @@ HEAD_FILE = "head.safetensors"
 
 
 class NothingToExport(InvalidBundle):
-    """The adapter has no adapted layer, so that no LoRA checkpoint stands for it."""
+    """The adapter has no adapted layer, and therefore no LoRA form."""
 
     code = "nothing_to_export"
 
@@ -34,16 +34,16 @@ class NothingToExport(InvalidBundle):
 def export_peft(bundle: AdapterBundle, directory: Path, base_path: str | None = None) -> bool:
     """Write a LoRA checkpoint that `peft.PeftModel.from_pretrained` loads.
 
-    The matrices are float32, products are taken in float64. Such a checkpoint has no place for a classifier's
+    The matrices are float32; products are computed in float64. The checkpoint has no place for a classifier's
     head; see `write_head`.
 
     Args:
         bundle: The adapter.
         directory: Made if missing; files of these names are replaced.
-        base_path: What PEFT's configuration names as the base; None takes the bundle's name for it.
+        base_path: The base model in PEFT's configuration; None means the base's name in the bundle.
 
     Returns:
-        Whether a head was written beside.
+        Whether a head was written too.
 
     Raises:
         NothingToExport: A head-only adapter.
@@ -79,7 +79,7 @@ def write_head(bundle: AdapterBundle, directory: Path) -> bool:
 
 
 def peft_config(config: AdapterConfig, base_path: str | None = None) -> dict[str, Any]:
-    """PEFT's `LoraConfig` as JSON: the commonest rank and alpha, and patterns for the layers that differ."""
+    """PEFT's `LoraConfig` as JSON: the most frequent rank and alpha, and patterns for the other layers."""
     ranks = {path: spec.rank for path, spec in config.modules.items()}
     alphas = {path: alpha_for(spec.scaling, spec.rank) for path, spec in config.modules.items()}
     rank = Counter(ranks.values()).most_common(1)[0][0]
@@ -103,7 +103,7 @@ def peft_config(config: AdapterConfig, base_path: str | None = None) -> dict[str
 
 
 def alpha_for(scaling: float, rank: int) -> float:
-    """The lora_alpha for which lora_alpha / rank is `scaling` again, to the last bit where one exists."""
+    """The lora_alpha whose quotient lora_alpha / rank is `scaling`, to the last bit if such a number exists."""
     alpha = scaling * rank
     candidates = (alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
     exact = next((candidate for candidate in candidates if candidate / rank == scaling), alpha)
@@ -112,5 +112,5 @@ def alpha_for(scaling: float, rank: int) -> float:
 
 
 def _exactly(path: str) -> str:
-    # PEFT takes a pattern's key for a regular expression that may follow any dotted prefix.
+    # PEFT reads a pattern's key as a regular expression that may follow any dotted prefix.
     return "^" + re.escape(path)

@@ -1,4 +1,4 @@
-"""A bundle: an adapter's configuration and tensors, the same whichever container they came in."""
+"""A bundle: an adapter's configuration and tensors, independent of their container."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ DEFAULT_LIMITS = BundleLimits()
 class AdapterBundle:
     """An adapter in memory.
 
-    Constructing one copies the tensors to CPU memory of its own: training may go on with the originals.
-    It checks nothing: `validate_bundle`, `AdapterStore.publish` and every way of reading do.
+    The constructor copies the tensors to CPU memory: training may go on with the originals.
+    The constructor checks nothing. `validate_bundle`, `AdapterStore.publish` and every reader check the bundle.
 
     Attributes:
         config: What the tensors mean.
@@ -86,7 +86,7 @@ class AdapterBundle:
     def from_bytes(cls, data: bytes | bytearray | memoryview, limits: BundleLimits = DEFAULT_LIMITS) -> AdapterBundle:
         """Read and check a bundle from the bytes of a .safetensors file or a .tar; raises as `load` does.
 
-        A writable buffer is shared, not copied: leave it alone afterwards.
+        The bundle shares a writable buffer, which must not change afterwards.
         """
         return cls._checked(read_bytes(memoryview(data), limits))
 
@@ -99,12 +99,12 @@ class AdapterBundle:
         if data.readonly:
             data = writable_memory(len(raw.data))
             data[:] = raw.data
-        # Fresh memory already: the constructor's copy would double it.
+        # The tensors are in memory of the bundle's own already. The constructor would copy them once more.
         bundle = object.__new__(cls)
         object.__setattr__(bundle, "config", config)
         object.__setattr__(bundle, "tensors", read_tensors(data, header))
         names = sorted(header.entries)
-        # Usually one run: a hundred small tensors took far longer to check and hash one by one.
+        # Usually there is one run. A hundred small tensors took far longer to check and hash one by one.
         runs = header.runs(names)
         if not all(sum_is_finite(read_tensor(data, run)) for run in runs):
             check_values(bundle.tensors)
@@ -124,10 +124,10 @@ def _digest(config: AdapterConfig, described: list[list[Any]], data: Iterable[me
 
 
 def validate_bundle(bundle: AdapterBundle) -> None:
-    """Check a bundle made in memory as reading one would.
+    """Check a bundle made in memory, with the checks of a reader.
 
     Raises:
-        InvalidConfig: The configuration would not be read back.
+        InvalidConfig: A reader would refuse the configuration.
         MissingTensor, UnexpectedTensor, WrongShape, WrongDtype, NotFinite: `param` is the tensor's name.
     """
     AdapterConfig.from_json(bundle.config.canonical_json())

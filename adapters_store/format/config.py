@@ -40,7 +40,7 @@ class _Strict(BaseModel):
 class BaseInfo(_Strict):
     """Identity of the base model that an adapter belongs to.
 
-    `name` is for people; the other four decide whether a base is the one the adapter was made for.
+    `name` is for people. The other four fields decide whether an adapter fits a base model.
     """
 
     name: Text
@@ -88,7 +88,7 @@ class ModuleSpec(_Strict):
 class AdapterConfig(_Strict):
     """Everything about an adapter but its weights. See FORMAT.md for each field.
 
-    Constructing one in Python raises `pydantic.ValidationError`; `from_json` turns that into `InvalidConfig`.
+    The constructor raises `pydantic.ValidationError`; `from_json` raises `InvalidConfig`.
     """
 
     format_version: Annotated[int, Field(ge=FORMAT_VERSION, le=FORMAT_VERSION)] = FORMAT_VERSION
@@ -140,7 +140,7 @@ class AdapterConfig(_Strict):
         return self
 
     def canonical_json(self) -> str:
-        """The one spelling that the digest is taken over: keys sorted, no white space, non-ASCII as it is."""
+        """The canonical JSON, input of the digest: keys sorted, no white space, non-ASCII characters as they are."""
         return canonical_json(self.model_dump(mode="json"))
 
     @classmethod

@@ -1,6 +1,6 @@
 """The three containers of a bundle: a directory, one safetensors file, a tar of the directory.
 
-Each is brought to two pieces of memory, the configuration's JSON and a safetensors file. Nothing is ever
+A reader turns each container into two buffers: the configuration's JSON and a safetensors file. Nothing is ever
 extracted to disk.
 """
 
@@ -37,7 +37,7 @@ class RawBundle:
     Attributes:
         config: JSON text of the configuration.
         header: Checked header of the safetensors file.
-        data: That file.
+        data: The bytes of the safetensors file.
     """
 
     config: str | bytes
@@ -121,7 +121,7 @@ def _read_tar(data: memoryview, limits: BundleLimits) -> RawBundle:
     files: dict[str, memoryview] = {}
     folders: set[PurePosixPath] = set()
     try:
-        # No copy is made of the data: members are slices of it.
+        # Members are slices of the data; no copy is made.
         with tarfile.open(fileobj=_ViewReader(data), mode="r:") as archive:
             for count in range(_MAX_MEMBERS + 1):
                 member = archive.next()

@@ -1,17 +1,17 @@
-"""Memory for whole bundles: taken from the system and given back to it, past malloc's heaps."""
+"""Buffers for whole bundles, mapped from the system and outside of malloc's heaps."""
 
 from __future__ import annotations
 
 import mmap
 
-# Bytes. Less stays in the heap, which such blocks fragment little: a process has some 65,000 mappings at most.
+# Bytes. Smaller buffers stay in the heap and fragment it little; a process has some 65,000 mappings at most.
 _FROM = 128 << 10
 
 
 def writable_memory(nbytes: int) -> memoryview:
-    """So many zero bytes; the system has them back when the last view of them is dropped.
+    """A writable buffer of `nbytes` zero bytes; the system gets the memory back when its last view is dropped.
 
-    malloc keeps a heap for each thread, and after bundles of many sizes each would stay as large as its worst moment.
+    malloc keeps a heap for each thread. After bundles of many sizes, each heap would stay as large as it ever was.
     """
     if nbytes < _FROM:
         return memoryview(bytearray(nbytes))

@@ -1,4 +1,4 @@
-"""Reading a hostile safetensors file: each claim of its header is checked before anything is allocated.
+"""Reader for untrusted safetensors files: each claim of the header is checked before anything is allocated.
 
 Format: https://github.com/huggingface/safetensors#format. The checks are stricter than the library's: three
 dtypes, no empty tensors, a small header.
@@ -34,7 +34,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _NUMPY_TYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.int16}
 _ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 _LENGTH_BYTES = 8
-# Nobody writes a header of 64 GiB: eight bytes that claim more are the beginning of some other kind of file.
+# No writer makes a header of 64 GiB. Eight bytes that claim more begin another kind of file.
 _ABSURD_HEADER = 1 << 36
 _MAX_DIMENSION = 1 << 40
 
@@ -76,7 +76,7 @@ class Header:
     entries: dict[str, TensorEntry]
 
     def runs(self, names: Iterable[str]) -> list[TensorEntry]:
-        """The tensors of these names in this order, neighbours of one dtype as one entry of shape (elements,)."""
+        """The tensors of these names, in this order; neighbours of one dtype are joined to one entry (elements,)."""
         runs: list[TensorEntry] = []
         for name in names:
             entry = self.entries[name]
@@ -160,13 +160,13 @@ def read_header(path: str, limits: BundleLimits) -> Header:
 
 
 def read_tensors(data: memoryview, header: Header) -> dict[str, Tensor]:
-    """The tensors of a file held in writable memory, on the CPU; they share it where their alignment allows."""
+    """The tensors of a file in writable memory, on the CPU; aligned tensors share that memory."""
     return {name: read_tensor(data, entry) for name, entry in header.entries.items()}
 
 
 def read_tensor(data: memoryview, entry: TensorEntry) -> Tensor:
-    """One tensor, or a run of them; shares the memory, or copies it where it is not aligned."""
-    # Through numpy: torch gives up the interpreter's lock for every view, and in a busy server waits to have it back.
+    """One tensor, or a run of tensors; shares aligned memory, and copies the rest."""
+    # Through numpy: torch gives up the interpreter's lock for every view, and in a busy server waits to get it back.
     array = np.frombuffer(data, _NUMPY_TYPES[entry.dtype], math.prod(entry.shape), entry.begin).reshape(entry.shape)
     tensor = torch.from_numpy(array if array.flags.aligned else array.copy())
     return tensor.view(torch.bfloat16) if entry.dtype == "BF16" else tensor

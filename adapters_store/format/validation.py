@@ -1,4 +1,4 @@
-"""Applied or refused: a bundle holds exactly the tensors that its configuration calls for, all finite."""
+"""Checks of a bundle: exactly the tensors that its configuration calls for, all finite, and made for the base model."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def check_values(tensors: Mapping[str, Tensor]) -> None:
 
 
 def sum_is_finite(tensor: Tensor) -> bool:
-    """Whether a tensor surely has no NaN or infinity: a quick look, after which `False` leaves it open."""
+    """Quick check: True means that every element is finite. False means that each element must be looked at."""
     return math.isfinite(tensor.sum(dtype=torch.float32).item())
 
 
@@ -104,7 +104,7 @@ def check_same_base(theirs: BaseInfo, ours: BaseInfo) -> None:
 
 
 def check_base(config: AdapterConfig, base: BaseInfo, module_shapes: Mapping[str, tuple[int, int]]) -> None:
-    """Refuse an adapter that was made for another base than `base`.
+    """Refuse an adapter that was made for another base model than `base`.
 
     Args:
         config: The adapter's configuration.

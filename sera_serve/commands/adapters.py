@@ -159,6 +159,19 @@ def delete(ref: RefArgument, store: StoreOption, as_json: JsonOption = False) ->
         )
 
 
+@adapters_app.command("collect-garbage")
+def collect_garbage(store: StoreOption, as_json: JsonOption = False) -> None:
+    """Remove what killed writers left behind, and repair the store's indexes; `delete` needs no collection."""
+    with _refusals():
+        freed = AdapterStore(store, create=False).collect_garbage()
+        _report(
+            as_json,
+            f"{freed.bundles} bundles removed; {freed.nbytes:,} bytes freed",
+            bundles_freed=freed.bundles,
+            bytes_freed=freed.nbytes,
+        )
+
+
 @adapters_app.command()
 def alias(
     ref: RefArgument,
