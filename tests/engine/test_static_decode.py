@@ -1,0 +1,282 @@
+"""The decode step on static buffers, recorded once for each key and replayed over other batches, as a graph is."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, Gemma2Config, GptOssConfig
+
+from adapters_store import AdapterStore
+from sera_serve import SeraConfig
+from sera_serve.base import FrozenBase, freeze_base
+from sera_serve.engine import GenerateParams, GenerationResult, ServingEngine
+from sera_serve.engine.loop.pages import PAGE_SIZE, SCRATCH
+from sera_serve.engine.loop.static_decode import StaticDecode, StaticKey
+from sera_serve.engine.request import GenerationRequest
+from sera_serve.layers import served
+from support.engine import Start, generate, settled
+from support.factories import byte_tokenizer, random_adapter
+from support.graph_recorder import Recording, static_add_updates
+
+MAX_RANK = 16
+SHAPES = [
+    SeraConfig(16, 16, 8.0, "all-linear"),
+    SeraConfig(8, 1, 8.0, ("q_proj", "v_proj"), use_mixer=False),
+    SeraConfig(12, 4, 8.0, ("k_proj", "o_proj", "down_proj")),
+]
+ADAPTERS = [f"acme/a{number}" for number in range(6)]
+ROWS = (4, 16)
+
+
+class Replayed:
+    """Decode steps of an engine: the first of each key is recorded, all later ones are its replay.
+
+    Attributes:
+        recordings: By key.
+        replays: How many steps were replays.
+        batches: The requests' names and rows, of each step.
+    """
+
+    def __init__(self, engine: ServingEngine) -> None:
+        assert engine._generation is not None
+        self.recordings: dict[StaticKey, Recording] = {}
+        self.replays = 0
+        self.batches: list[tuple[tuple[str, int], ...]] = []
+        self._steps: dict[StaticKey, StaticDecode] = {}
+        self.runner = engine._generation.runner
+        self._pages = -(-engine._context_tokens // PAGE_SIZE)
+        self.runner.static_step = self.run
+
+    def run(self, requests: list[GenerationRequest]) -> list[int]:
+        key = StaticKey(
+            rows=next(rows for rows in ROWS if rows >= len(requests)),
+            pages=self._pages,
+            adapters=any(request.adapter is not None for request in requests),
+            sampled=any(request.temperature > 0 for request in requests),
+            truncated=any(request.has_truncation for request in requests),
+        )
+        self.batches.append(tuple((request.id, request.row) for request in requests))
+        runner = self.runner
+        with torch.inference_mode(False), torch.no_grad():
+            if key in self.recordings:
+                self._steps[key].load(requests, runner.tables)
+                self.recordings[key].replay()
+                self.replays += 1
+            else:
+                step = StaticDecode(runner._model, runner._context, runner._pool, key, runner._rotary)
+                step.load(requests, runner.tables)
+                recording = Recording()
+                with recording.recording():
+                    step.run()
+                self._steps[key], self.recordings[key] = step, recording
+        tokens: list[int] = self._steps[key].next_tokens[: len(requests)].tolist()
+        return tokens
+
+    def check(self) -> None:
+        """What was recorded can be captured."""
+        for key, recording in self.recordings.items():
+            assert len(recording.operations) > 20, key
+            assert recording.data_dependent == [] and recording.host_reads == [], key
+
+
+def ask(number: int, **options: Any) -> GenerateParams:
+    """Prompts of 1 to 70 tokens."""
+    return GenerateParams(prompt=f"{number}" * (1 + number * 7 % 71), max_new_tokens=12 + number % 5, **options)
+
+
+def limits(number: int) -> dict[str, Any]:
+    choices: list[dict[str, Any]] = [
+        {},
+        {"temperature": 0.9},
+        {"temperature": 1.1, "top_k": 30},
+        {"temperature": 1.0, "top_p": 0.8, "top_k": 90},
+    ]
+    return choices[number % 4]
+
+
+BATCHES: dict[str, list[GenerateParams]] = {
+    "base": [ask(number) for number in range(7)],
+    "adapters": [ask(number, adapter=[*ADAPTERS, None][number % 7]) for number in range(14)],
+    "fewer rows": [ask(number, adapter=ADAPTERS[-number]) for number in range(3)],
+    "sampled": [ask(number, temperature=0.8, seed=number) for number in range(5)],
+    "limited": [ask(number, adapter=ADAPTERS[number % 3], seed=number, **limits(number)) for number in range(11)],
+    "adapters again": [ask(number, adapter=ADAPTERS[5 - number % 6]) for number in range(9)],
+}
+
+
+async def all_at_once(engine: ServingEngine, batch: list[GenerateParams]) -> list[GenerationResult]:
+    async def one(params: GenerateParams) -> GenerationResult:
+        return await (await generate(engine, params)).collect()
+
+    results = await asyncio.gather(*map(one, batch))
+    await settled(engine)
+    return results
+
+
+def run(engine: ServingEngine) -> dict[str, list[list[int]]]:
+    return {
+        name: [result.token_ids for result in asyncio.run(all_at_once(engine, batch))]
+        for name, batch in BATCHES.items()
+    }
+
+
+@pytest.fixture
+def adapters(decoder: FrozenBase, store: AdapterStore) -> AdapterStore:
+    for seed, name in enumerate(ADAPTERS):
+        store.publish(random_adapter(decoder, SHAPES[seed % 3], seed, strength=0.5), name)
+    return store
+
+
+@pytest.fixture
+def static_updates(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Have the serving layers compute adapters by torch operations: no mode sees what numba does."""
+    return lambda: monkeypatch.setattr(served, "add_updates", static_add_updates(MAX_RANK))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({}, id="room"),
+        # Two slots for six adapters, and pages for half of the requests: rows, slots and pages change hands.
+        pytest.param({"max_resident": 2, "host_cache_mib": 0, "kv_cache_tokens": 288}, id="evicted and preempted"),
+    ],
+)
+def test_replayed_steps_give_what_the_eager_loop_gives(
+    settings: dict[str, int],
+    decoder: FrozenBase,
+    adapters: AdapterStore,
+    start_engine: Start,
+    static_updates: Callable[[], None],
+) -> None:
+    want = run(start_engine(decoder, adapters))
+    static_updates()
+    engine = start_engine(decoder, adapters, max_sequences=16, **settings)
+    replayed = Replayed(engine)
+    assert run(engine) == want
+    replayed.check()
+    assert replayed.replays > 40
+    assert len({key for key in replayed.recordings if key.adapters}) >= 2
+    assert any(key.sampled and key.truncated for key in replayed.recordings)
+    assert len({row for batch in replayed.batches for _, row in batch}) > 6, "other rows than the recorded ones"
+    assert not settings or engine.loads()["generate"].preemptions > 0
+
+
+def test_a_pool_full_of_nan_changes_nothing(
+    decoder: FrozenBase, adapters: AdapterStore, start_engine: Start, static_updates: Callable[[], None]
+) -> None:
+    batch = BATCHES["adapters"]
+    want = [one.token_ids for one in asyncio.run(all_at_once(start_engine(decoder, adapters), batch))]
+    static_updates()
+    engine = start_engine(decoder, adapters, max_sequences=16, kv_cache_tokens=1024)
+    replayed = Replayed(engine)
+    for pages in replayed.runner._pool._stores.values():
+        pages.fill_(float("nan"))
+    for _ in range(2):
+        assert [one.token_ids for one in asyncio.run(all_at_once(engine, batch))] == want
+    assert replayed.replays > 15
+
+
+def test_log_probabilities_are_computed_by_eager_steps(
+    decoder: FrozenBase, adapters: AdapterStore, start_engine: Start
+) -> None:
+    engine = start_engine(decoder, adapters, max_sequences=16)
+    replayed = Replayed(engine)
+    (result,) = asyncio.run(all_at_once(engine, [ask(1, logprobs=1)]))
+    assert [one.token for one in result.logprobs] == result.token_ids
+    assert not replayed.batches
+
+
+def test_padding_rows_write_to_the_scratch_page_alone(
+    decoder: FrozenBase, adapters: AdapterStore, start_engine: Start, static_updates: Callable[[], None]
+) -> None:
+    static_updates()
+    engine = start_engine(decoder, adapters, max_sequences=16)
+    replayed = Replayed(engine)
+    pool, tables = replayed.runner._pool, replayed.runner.tables
+    written: list[set[tuple[int, int]]] = []
+    step = replayed.run
+
+    def watched(requests: list[GenerationRequest]) -> list[int]:
+        before = [store.clone() for store in pool._stores.values()]
+        tokens = step(requests)
+        changed: set[tuple[int, int]] = set()
+        for old, new in zip(before, pool._stores.values(), strict=True):
+            different: Tensor = (old != new).flatten(3).any(-1).any(0)
+            changed |= {(page, offset) for page, offset in different.nonzero().tolist()}
+        rows = [request.row for request in requests]
+        own = {(request.pages[request.computed // PAGE_SIZE], request.computed % PAGE_SIZE) for request in requests}
+        assert len(own) == len(requests) and list(tables.computed[rows]) == [one.computed for one in requests]
+        assert own <= changed <= own | {(SCRATCH, 0)}
+        written.append(changed)
+        return tokens
+
+    replayed.runner.static_step = watched
+    batch = BATCHES["fewer rows"]
+    asyncio.run(all_at_once(engine, batch))
+    assert any((SCRATCH, 0) in changed for changed in written), "three requests, four rows"
+
+
+@pytest.mark.parametrize("architecture", ["capped scores and windows", "sinks and experts"])
+def test_other_architectures_have_static_steps_too(
+    architecture: str, store: AdapterStore, start_engine: Start, static_updates: Callable[[], None]
+) -> None:
+    shape: dict[str, Any] = {
+        "vocab_size": 259,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "sliding_window": 16,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.3,
+        "tie_word_embeddings": False,
+        "bos_token_id": 256,
+        "eos_token_id": 257,
+        "pad_token_id": 258,
+    }
+    config = (
+        GptOssConfig(num_local_experts=2, num_experts_per_tok=1, **shape)
+        if architecture == "sinks and experts"
+        else Gemma2Config(attn_logit_softcapping=1.0, final_logit_softcapping=5.0, **shape)
+    )
+    base = freeze_base(AutoModelForCausalLM.from_config(config), byte_tokenizer(), "tiny")
+    store.publish(random_adapter(base, SeraConfig(4, 4, 4.0, "all-linear"), 1, strength=0.5), "acme/a")
+    batch = [ask(number, adapter=["acme/a", None][number % 2]) for number in range(5)]
+    want = [one.token_ids for one in asyncio.run(all_at_once(start_engine(base, store), batch))]
+    static_updates()
+    engine = start_engine(base, store, max_sequences=16)
+    replayed = Replayed(engine)
+    assert [one.token_ids for one in asyncio.run(all_at_once(engine, batch))] == want
+    assert replayed.replays > 5
+    for recording in replayed.recordings.values():
+        # torch computes grouped_mm by a loop over groups on a CPU, which no graph ever holds.
+        assert {name for name in recording.data_dependent if "grouped_mm" not in name} == set()
+
+
+def test_a_recorder_names_what_a_graph_cannot_hold() -> None:
+    recording = Recording()
+    values = torch.arange(4.0)
+    with recording.recording():
+        values[values > 1]
+        values.sum().item()
+        bool(values[0] == 0)
+        values.tolist()
+    assert {"aten.index.Tensor", "aten._local_scalar_dense.default"} <= set(recording.data_dependent)
+    assert {"item", "__bool__", "tolist"} <= set(recording.host_reads)
+
+
+def test_a_recording_runs_on_the_memory_of_its_buffers() -> None:
+    source, target = torch.arange(4.0), torch.zeros(2)
+    recording = Recording()
+    with recording.recording():
+        target.copy_(source.view(2, 2).sum(1) * 2)
+    source.fill_(1)
+    recording.replay()
+    assert target.tolist() == [4, 4]
