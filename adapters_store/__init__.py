@@ -14,9 +14,9 @@ from adapters_store.format.config import FORMAT_VERSION, AdapterConfig, BaseInfo
 from adapters_store.format.mmap_buffer import writable_memory
 from adapters_store.format.safetensors_file import BundleLimits
 from adapters_store.format.validation import check_base, check_same_base, expected_shapes
+from adapters_store.names import parse_adapter, parse_ref
+from adapters_store.records import AdapterInfo, AdapterSummary, Freed, Page, Published, ResolvedAdapter
 from adapters_store.store.adapter_store import AdapterStore
-from adapters_store.store.names import parse_adapter, parse_ref
-from adapters_store.store.records import AdapterInfo, AdapterSummary, Freed, Page, Published, ResolvedAdapter
 
 __all__ = [
     "FORMAT_VERSION",

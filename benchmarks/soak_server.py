@@ -25,7 +25,7 @@ def serve_soak(listener: socket.socket, base: str, store: Path, settings: dict[s
     app = build_app(engine, opened, chosen)
 
     def integrity() -> dict[str, Any]:
-        """Raises, and so answers 500, where the books do not balance."""
+        """Raises, and so answers 500, where an invariant is broken."""
         residency = engine.residency
         residency.check_invariants()
         return {

@@ -94,7 +94,7 @@ def served_system(setting: Setting) -> System:
 
 
 def generate_system(setting: Setting) -> System:
-    """transformers' `generate` on the bare base, and what it gives with one adapter merged."""
+    """transformers' `generate` on the base model, and what it gives with one adapter merged."""
     base = llama_base(setting.width, setting.layers)
     prompts = setting.prompts()
 

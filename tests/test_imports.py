@@ -61,6 +61,11 @@ def modules() -> list[tuple[str, Path]]:
 
 def imports(path: Path) -> set[str]:
     """Units of ours that a file imports."""
+    return {unit(name) for name in imported_names(path)}
+
+
+def imported_names(path: Path) -> set[str]:
+    """Dotted names of ours that a file imports."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -71,7 +76,7 @@ def imports(path: Path) -> set[str]:
             names.add(node.module)
             if node.module in ("sera_serve", "sera_serve.server"):
                 names |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return {unit(name) for name in names if name.partition(".")[0] in ROOTS}
+    return {name for name in names if name.partition(".")[0] in ROOTS}
 
 
 @pytest.mark.parametrize(("module", "path"), modules(), ids=lambda value: value if isinstance(value, str) else "")
@@ -85,6 +90,46 @@ def test_a_module_imports_only_what_its_package_may(module: str, path: Path) -> 
 def test_the_walk_sees_the_packages() -> None:
     seen = {unit(module) for module, _ in modules()}
     assert seen == set(ALLOWED) | TOP
+
+
+# Inside a package: each part imports only parts of lower floors, and its own.
+FLOORS: dict[str, list[set[str]]] = {
+    "sera_serve.engine": [
+        {"request", "sampling"},
+        {"admission", "fair_queue", "stream"},
+        {"scheduler", "loop"},
+        {"tasks"},
+        {"engine"},
+    ],
+    "adapters_store": [{"errors"}, {"names", "format"}, {"records"}, {"backends", "convert"}, {"store"}],
+    "sera_serve.residency": [
+        {"packing", "stats"},
+        {"pool", "host_cache"},
+        {"entry"},
+        {"placement"},
+        {"loader"},
+        {"manager"},
+    ],
+}
+
+
+@pytest.mark.parametrize("package", FLOORS)
+def test_the_parts_of_a_package_import_downwards(package: str) -> None:
+    floor = {part: height for height, parts in enumerate(FLOORS[package]) for part in parts}
+    wrong = []
+    for module, path in modules():
+        if not module.startswith(package + "."):
+            continue
+        own = module.removeprefix(package + ".").partition(".")[0]
+        for name in imported_names(path):
+            if name.startswith(package + "."):
+                part = name.removeprefix(package + ".").partition(".")[0]
+                if part in floor and part != own and floor[part] >= floor[own]:
+                    wrong.append(f"{module} imports {name}")
+    assert not wrong
+    assert {
+        m.removeprefix(package + ".").partition(".")[0] for m, _ in modules() if m.startswith(package + ".")
+    } == set(floor)
 
 
 def test_no_package_is_called_kernels() -> None:

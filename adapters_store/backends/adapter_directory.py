@@ -9,8 +9,8 @@ from adapters_store.backends.durable import make_directory, names_in, put_text, 
 from adapters_store.backends.interface import Manifest
 from adapters_store.backends.record_files import AliasRecord, RetiredRecord, read_record, record_text, version_text
 from adapters_store.errors import StoreCorrupted
-from adapters_store.store.names import LATEST
-from adapters_store.store.records import VersionRecord
+from adapters_store.names import LATEST
+from adapters_store.records import VersionRecord
 
 _VERSION_FILE = re.compile(r"v([1-9][0-9]*)\.json")
 

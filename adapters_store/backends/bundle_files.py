@@ -28,7 +28,7 @@ from adapters_store.format.bundle import AdapterBundle
 from adapters_store.format.containers import config_of
 from adapters_store.format.mmap_buffer import writable_memory
 from adapters_store.format.safetensors_file import BundleLimits, read_header
-from adapters_store.store.records import Freed
+from adapters_store.records import Freed
 
 
 class BundleFiles:

@@ -22,7 +22,7 @@ from typing import Protocol
 
 from adapters_store.format.bundle import AdapterBundle
 from adapters_store.format.safetensors_file import BundleLimits
-from adapters_store.store.records import Freed, VersionRecord
+from adapters_store.records import Freed, VersionRecord
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from adapters_store.backends.store_root import OLDEST_VERSION, STORE_VERSION, St
 from adapters_store.errors import StoreWriteFailed
 from adapters_store.format.bundle import AdapterBundle
 from adapters_store.format.safetensors_file import BundleLimits
-from adapters_store.store.records import Freed, VersionRecord
+from adapters_store.records import Freed, VersionRecord
 
 
 class LocalBackend:

@@ -9,7 +9,7 @@ from typing import Annotated, TypeVar
 from pydantic import Field, ValidationError
 
 from adapters_store.errors import StoreCorrupted
-from adapters_store.store.records import Record, VersionRecord
+from adapters_store.records import Record, VersionRecord
 
 # A reader's limit. The longest record without labels has some 2 KiB.
 MAX_RECORD_BYTES = 1 << 16

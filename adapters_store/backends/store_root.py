@@ -13,7 +13,7 @@ from adapters_store.backends.durable import file_lock, make_directory, names_in,
 from adapters_store.backends.name_index import FIRST_SEGMENT
 from adapters_store.backends.record_files import StoreRecord, read_record, record_text
 from adapters_store.errors import NotAStore, StoreCorrupted, StoreWriteFailed, UnsupportedStore
-from adapters_store.store.names import is_part
+from adapters_store.names import is_part
 
 STORE_FORMAT = "sera-adapter-store"
 STORE_VERSION = 2

@@ -26,7 +26,7 @@ from adapters_store.format.bundle import DEFAULT_LIMITS, AdapterBundle, validate
 from adapters_store.format.config import AdapterConfig
 from adapters_store.format.containers import config_of
 from adapters_store.format.safetensors_file import BundleLimits, header_length, parse_header
-from adapters_store.store.names import (
+from adapters_store.names import (
     LATEST,
     AdapterRef,
     check_alias,
@@ -35,7 +35,7 @@ from adapters_store.store.names import (
     parse_adapter,
     parse_ref,
 )
-from adapters_store.store.records import (
+from adapters_store.records import (
     AdapterFacts,
     AdapterInfo,
     AdapterSummary,

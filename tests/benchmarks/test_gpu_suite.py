@@ -72,7 +72,7 @@ def test_small_mode_runs_everything_without_a_gpu_or_the_command_line_s_packages
     assert result["figures"].startswith("not a GPU") and result["figures"] in people
     systems = {row["system"] for row in result["rows"] if row["section"] == "kernel time"}
     assert {"sera r=64 split=64", "lora r=64 bmm", "lora r=16 loop", "vllm"} <= systems
-    assert next(row["case"] for row in result["rows"] if row["section"] == "decode step") == "bare"
+    assert next(row["case"] for row in result["rows"] if row["section"] == "decode step") == "base_only"
     (kept,) = tmp_path.glob("gpu_suite-cpu-*.json")
     assert json.loads(kept.read_text()) == result
 

@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config
 from adapters_store import AdapterStore
 from sera_serve import SeraConfig
 from sera_serve.base import FrozenBase, freeze_base
-from sera_serve.config import ServeSettings
 from sera_serve.engine import ClassifyResult, GenerateParams, GenerationResult, ServingEngine
 from sera_serve.engine.tasks.classify import _Row
 from sera_serve.errors import PromptTooLong

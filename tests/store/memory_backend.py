@@ -9,8 +9,8 @@ from adapters_store import AdapterBundle, BundleLimits, Freed
 from adapters_store.backends.interface import Change, CommitResult, Manifest, Outcome
 from adapters_store.format.containers import config_of
 from adapters_store.format.safetensors_file import parse_header
-from adapters_store.store.names import LATEST
-from adapters_store.store.records import VersionRecord
+from adapters_store.names import LATEST
+from adapters_store.records import VersionRecord
 
 
 @dataclass

@@ -12,7 +12,7 @@ from memory_backend import MemoryBackend
 from adapters_store import AdapterBundle, AdapterStore, BundleLimits, InvalidBundle
 from adapters_store.backends.interface import Backend, Change, CommitResult, Outcome
 from adapters_store.backends.local import LocalBackend
-from adapters_store.store.records import VersionRecord
+from adapters_store.records import VersionRecord
 
 NAME, OTHER = "acme/support", "acme/other"
 LIMITS = BundleLimits()

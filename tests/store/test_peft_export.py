@@ -92,15 +92,15 @@ def test_real_peft_gives_what_merged_weights_give(tmp_path: Path) -> None:
     bundle = mixed_bundle(random_decoder())
     export_peft(bundle, tmp_path)
     tokens = torch.arange(40).view(2, 20)
-    bare, merged = random_decoder(), random_decoder()
+    base_only, merged = random_decoder(), random_decoder()
     merge_adapter(merged, bundle)
     with torch.no_grad():
-        plain = bare.model.double()(tokens).logits
+        plain = base_only.model.double()(tokens).logits
         expected = merged.model.double()(tokens).logits
-        adapted = PeftModel.from_pretrained(bare.model, str(tmp_path)).double()(tokens).logits
+        adapted = PeftModel.from_pretrained(base_only.model, str(tmp_path)).double()(tokens).logits
     assert (expected - plain).abs().max() > 0.1
     assert torch.allclose(adapted, expected, rtol=0, atol=1e-4)
-    loaded = sum(isinstance(module, nn.ModuleDict) and "default" in module for module in bare.model.modules())
+    loaded = sum(isinstance(module, nn.ModuleDict) and "default" in module for module in base_only.model.modules())
     assert loaded
 
 
