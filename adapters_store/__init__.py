@@ -16,7 +16,7 @@ from adapters_store.format.safetensors_file import BundleLimits
 from adapters_store.format.validation import check_base, check_same_base, expected_shapes
 from adapters_store.names import parse_adapter, parse_ref
 from adapters_store.records import AdapterInfo, AdapterSummary, Freed, Page, Published, ResolvedAdapter
-from adapters_store.store.adapter_store import AdapterStore
+from adapters_store.store import AdapterStore
 
 __all__ = [
     "FORMAT_VERSION",
