@@ -23,7 +23,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 serve: setup
-	$(BIN)/python -m sera_serve.demo --store $(STORE)
+	$(BIN)/python -m sera_serve.commands.demo --store $(STORE)
 	$(BIN)/sera-serve serve --base embedded --store $(STORE) --host $(HOST) --port $(PORT)
 
 test: setup

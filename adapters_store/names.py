@@ -44,7 +44,7 @@ def is_part(text: str) -> bool:
 
 
 def check_part(text: object, param: str) -> str:
-    """A tenant, a name or an alias: returned as it is, or refused with `InvalidAdapterName`."""
+    """Check a tenant, a name or an alias and return it; else `InvalidAdapterName`."""
     if not isinstance(text, str) or not is_part(text):
         raise InvalidAdapterName(f"{param} is {text!r}; it must be {_FORM}", param=param)
     return text
@@ -63,7 +63,7 @@ def parse_adapter(text: object) -> tuple[str, str]:
 
 
 def check_alias(text: object) -> str:
-    """An alias name that cannot be mistaken for a version or a digest, or `InvalidAdapterName`."""
+    """Check an alias: allowed form, and neither a version nor a digest; else `InvalidAdapterName`."""
     alias = check_part(text, "alias")
     if _LIKE_VERSION.fullmatch(alias) or _DIGEST_PREFIX.fullmatch(alias):
         raise InvalidAdapterName(
@@ -73,7 +73,7 @@ def check_alias(text: object) -> str:
 
 
 def check_digest(text: object) -> str:
-    """A whole digest: 64 lower-case hexadecimal digits, or `InvalidAdapterName`."""
+    """Check a whole digest, 64 lower-case hexadecimal digits, and return it; else `InvalidAdapterName`."""
     if not isinstance(text, str) or not _DIGEST.fullmatch(text):
         raise InvalidAdapterName(f"digest is {text!r}; it must be 64 hexadecimal digits", param="digest")
     return text

@@ -1,33 +1,59 @@
-"""The small JSON files of a store, and what the store reports of an adapter."""
+"""What a store records of each version, and what it reports to its callers."""
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from typing import Annotated, TypeVar
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from adapters_store.config import Method, Task
-from adapters_store.errors import StoreCorrupted
-
-# Twenty times the longest record that is written.
-_MAX_BYTES = 1 << 16
+from adapters_store.format.config import AdapterConfig, BaseInfo, Method, Task
 
 
-class _Record(BaseModel):
+class Record(BaseModel):
+    """A small JSON document of a store: strict types, no unknown field."""
+
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
 
-class StoreRecord(_Record):
-    """`store.json`: what kind of directory this is."""
+class AdapterFacts(Record):
+    """The part of a configuration that requests and listings need.
 
-    format: str
-    version: int
+    Attributes:
+        base: Identity of the base model.
+        labels: Labels of a classifier, else None.
+        max_length: Tokens that an input of a classifier is cut to, or None.
+        ranks: The different ranks of the adapted layers, ascending.
+        splits: The different splits of the adapted layers, ascending.
+        modules: Number of adapted layers.
+    """
+
+    base: BaseInfo
+    labels: list[str] | None
+    max_length: int | None
+    ranks: list[int]
+    splits: list[int]
+    modules: int
+
+    @classmethod
+    def of(cls, config: AdapterConfig) -> AdapterFacts:
+        """Take the facts from a configuration."""
+        return cls(
+            base=config.base,
+            labels=config.labels,
+            max_length=config.max_length,
+            ranks=sorted({spec.rank for spec in config.modules.values()}),
+            splits=sorted({spec.split for spec in config.modules.values()}),
+            modules=len(config.modules),
+        )
 
 
-class VersionRecord(_Record):
-    """`versions/v<n>.json`: one immutable version, with what a listing shows, so that it opens no bundle."""
+class VersionRecord(Record):
+    """One immutable version. Resolving and listing read this record and open no bundle.
+
+    `facts` is None in records of store version 1, and where the labels are too long for a record.
+    The facts are then read from the bundle.
+    """
 
     version: Annotated[int, Field(ge=1)]
     digest: Annotated[str, Field(pattern=r"\A[0-9a-f]{64}\z")]
@@ -37,60 +63,12 @@ class VersionRecord(_Record):
     task: Task
     method: Method
     base: str
-
-
-class AliasRecord(_Record):
-    """`aliases/<alias>.json`: a movable name for a version."""
-
-    version: Annotated[int, Field(ge=1)]
-
-
-class RetiredRecord(_Record):
-    """`retired/<tenant>/<name>.json`: the highest version ever deleted, so that no number is used twice."""
-
-    highest_version: Annotated[int, Field(ge=1)]
-
-
-R = TypeVar("R", bound=_Record)
-
-
-def read_record(path: str, kind: type[R]) -> R:
-    """Read one record.
-
-    Raises:
-        FileNotFoundError: No such file.
-        StoreCorrupted: The file does not hold such a record.
-    """
-    try:
-        return kind.model_validate_json(_read(path))
-    except (ValidationError, ValueError) as error:
-        raise StoreCorrupted(
-            f"{path} is damaged; restore it from a backup, or delete it to give up what it names",
-            param=path,
-        ) from error
-
-
-def _read(path: str) -> bytes:
-    # Three system calls where a file object makes nine: each gives up the interpreter's lock, and in a busy server
-    # every request's two records would wait as often to have it back.
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        data = os.read(descriptor, _MAX_BYTES + 1)
-    finally:
-        os.close(descriptor)
-    if len(data) > _MAX_BYTES:
-        raise ValueError("no record is as long")
-    return data
-
-
-def record_text(record: _Record) -> str:
-    """The text of a record's file."""
-    return record.model_dump_json() + "\n"
+    facts: AdapterFacts | None = None
 
 
 @dataclass(frozen=True)
 class Published:
-    """What `AdapterStore.publish` made, or found already there."""
+    """The version that `AdapterStore.publish` made, or found in the store."""
 
     adapter: str
     version: int
@@ -99,20 +77,30 @@ class Published:
 
 @dataclass(frozen=True)
 class ResolvedAdapter:
-    """A reference turned into one immutable version; `digest` is the key of caches."""
+    """A reference turned into one immutable version, with what a request must know before anything is loaded.
+
+    Attributes:
+        adapter: `tenant/name`.
+        version: Version number.
+        digest: Content digest; the key of caches.
+        task: generate or classify.
+        labels: Labels of a classifier in the order of the head's rows, else None.
+        base: Identity of the base model.
+        max_length: Tokens that an input of a classifier is cut to, or None.
+    """
 
     adapter: str
     version: int
     digest: str
-    task: str = ""
-    labels: tuple[str, ...] | None = None
-    base: object = None
-    max_length: int | None = None
+    task: Task
+    labels: tuple[str, ...] | None
+    base: BaseInfo
+    max_length: int | None
 
 
 @dataclass(frozen=True)
-class AdapterInfo:
-    """One version of an adapter, and the adapter's versions and aliases.
+class AdapterSummary:
+    """One version of an adapter.
 
     Attributes:
         adapter: `tenant/name`.
@@ -124,8 +112,10 @@ class AdapterInfo:
         task: generate or classify.
         method: As in its configuration.
         base: Name of its base model.
-        versions: All versions, oldest first.
-        aliases: Version by alias.
+        labels: Labels of a classifier, else None.
+        ranks: The different ranks of its layers, ascending.
+        splits: The different splits of its layers, ascending.
+        modules: Number of adapted layers.
     """
 
     adapter: str
@@ -137,18 +127,51 @@ class AdapterInfo:
     task: Task
     method: Method
     base: str
+    labels: tuple[str, ...] | None
+    ranks: tuple[int, ...]
+    splits: tuple[int, ...]
+    modules: int
+
+
+@dataclass(frozen=True)
+class AdapterInfo(AdapterSummary):
+    """One version of an adapter, and the adapter's versions and aliases.
+
+    Attributes:
+        versions: All versions, oldest first.
+        aliases: Version by alias.
+    """
+
     versions: tuple[int, ...]
     aliases: dict[str, int]
 
 
 @dataclass(frozen=True)
-class Collected:
-    """What `AdapterStore.collect_garbage` removed."""
+class Page:
+    """One page of a listing.
 
-    digests: tuple[str, ...]
-    nbytes: int
+    Attributes:
+        adapters: The latest version of each adapter, in order of id.
+        next: The `after` of the next page, or None on the last page.
+    """
+
+    adapters: tuple[AdapterSummary, ...]
+    next: str | None
+
+
+@dataclass(frozen=True)
+class Freed:
+    """Bundles that left a store, because no version refers to them any more.
+
+    Attributes:
+        digests: Their digests.
+        nbytes: Bytes that they took.
+    """
+
+    digests: tuple[str, ...] = ()
+    nbytes: int = 0
 
     @property
     def bundles(self) -> int:
-        """How many bundles were removed."""
+        """Number of bundles."""
         return len(self.digests)

@@ -1,49 +1,96 @@
-"""The store of adapters in a local directory: immutable versions, movable aliases, nothing half-written."""
+"""The store of adapters: immutable versions, movable aliases, nothing half-written."""
 
 from __future__ import annotations
 
 import os
-import shutil
-import uuid
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
-from adapters_store.bundle import DEFAULT_LIMITS, AdapterBundle, validate_bundle
-from adapters_store.bundle_files import BundleFiles
-from adapters_store.config import AdapterConfig
-from adapters_store.errors import AdapterNotFound, InvalidAdapterName, StoreCorrupted, VersionInUse
-from adapters_store.names import LATEST, check_alias, check_part, parse_adapter, parse_ref
-from adapters_store.records import AdapterInfo, Collected, Published, ResolvedAdapter, VersionRecord
-from adapters_store.safetensors_file import BundleLimits
-from adapters_store.shelf import AdapterShelf
-from adapters_store.store_root import StoreRoot
+from adapters_store.backends.interface import Backend, Change, Manifest, Outcome
+from adapters_store.backends.local import LocalBackend
+from adapters_store.errors import (
+    AdapterNotFound,
+    AmbiguousDigest,
+    BundleTooLarge,
+    InvalidAdapterName,
+    InvalidBundle,
+    StoreCorrupted,
+    VersionInUse,
+)
+from adapters_store.format.bundle import DEFAULT_LIMITS, AdapterBundle, validate_bundle
+from adapters_store.format.config import AdapterConfig
+from adapters_store.format.containers import config_of
+from adapters_store.format.safetensors_file import BundleLimits, header_length, parse_header
+from adapters_store.names import (
+    LATEST,
+    AdapterRef,
+    check_alias,
+    check_digest,
+    check_part,
+    parse_adapter,
+    parse_ref,
+)
+from adapters_store.records import (
+    AdapterFacts,
+    AdapterInfo,
+    AdapterSummary,
+    Freed,
+    Page,
+    Published,
+    ResolvedAdapter,
+    VersionRecord,
+)
 
-# `AdapterStore.list` hides the built-in inside the class.
-AdapterInfos = list[AdapterInfo]
+_RACES = 3
+# Ids read at once where a listing skips adapters that are gone, or goes through the whole store.
+_IDS_AT_ONCE = 256
+# The header of most bundles, configuration included, is shorter.
+_HEADER_BYTES = 64 << 10
+# Bytes, about, of facts that are read from bundles because their version's record has none.
+_FACTS_BYTES = 16 << 20
 
 
 class AdapterStore:
-    """Adapters by `tenant/name`, shared by any number of threads and processes on one machine.
+    """Adapters by `tenant/name`, shared by any number of threads and processes.
 
-    `publish`, `set_alias` and `delete` are atomic, and durable when they return: FORMAT.md has the directory
-    and the order of writes. Reading takes no lock. Errors are `StoreError`s.
+    `publish`, `set_alias` and `delete` are atomic, and durable when they return. Each reads the adapter's manifest,
+    and commits a change under the condition that the manifest is still the same; after a conflict it starts again.
+    Reading never waits for a writer. Errors are `StoreError`s. FORMAT.md has the local directory and its guarantees.
     """
 
     def __init__(self, root: Path | str, create: bool = True, limits: BundleLimits = DEFAULT_LIMITS) -> None:
-        """Open a store, or make one in a new or empty directory; what a killed writer left behind is removed.
+        """Open a store in a local directory, or make one in a new or empty directory.
+
+        What a killed writer left behind is removed. A store of an older version is upgraded.
 
         Raises:
             NotAStore: The directory is something else, or is absent and `create` is false.
-            UnsupportedStore: It was written by a newer release.
+            UnsupportedStore: The store was written by a newer release.
             StoreWriteFailed: It cannot be created.
         """
-        self._root = StoreRoot(os.path.abspath(root), create)
-        self._files = BundleFiles(self._root.bundles, self._root.scratch, limits)
+        self._use(LocalBackend(os.path.abspath(root), create), limits)
+
+    @classmethod
+    def over(cls, backend: Backend, limits: BundleLimits = DEFAULT_LIMITS) -> AdapterStore:
+        """A store over any backend."""
+        store = cls.__new__(cls)
+        store._use(backend, limits)
+        return store
+
+    def _use(self, backend: Backend, limits: BundleLimits) -> None:
+        self._backend = backend
+        self._limits = limits
+        self._facts = _FactsCache(_FACTS_BYTES)
 
     @property
     def root(self) -> Path:
         """The store's directory."""
-        return Path(self._root.path)
+        return Path(self._backend.location)
 
     def publish(self, bundle: AdapterBundle, name: str) -> Published:
         """Add a version and move `latest` to it; content that the adapter already has keeps its version.
@@ -53,32 +100,45 @@ class AdapterStore:
             StoreWriteFailed: The disk is full or not writable. The version may be there or not; publishing it
                 again is safe.
         """
-        shelf = self._shelf(name)
+        parse_adapter(name)
         validate_bundle(bundle)
-        with self._root.writing():
-            self._files.put(bundle)
-            with self._root.changing(name):
-                record = shelf.with_digest(bundle.digest)
-                if record is None:
-                    record = _describe(bundle, shelf.next_version())
-                    shelf.add(record)
-                shelf.point(LATEST, record.version)
-        return Published(name, record.version, bundle.digest)
+        self._put_bundle(bundle)
+        while True:
+            manifest = self._backend.manifest(name)
+            record = next((held for held in self._records(name, manifest) if held.digest == bundle.digest), None)
+            added = None
+            if record is None:
+                record = added = _describe(bundle, manifest.next_version)
+            change = Change(add=added, set_aliases={LATEST: record.version})
+            outcome = self._backend.commit(name, change, manifest.revision).outcome
+            if outcome is Outcome.COMMITTED:
+                return Published(name, record.version, bundle.digest)
+            if outcome is Outcome.BUNDLE_MISSING:
+                # The last version of this content was deleted meanwhile, and its bundle with it.
+                self._put_bundle(bundle)
 
     def resolve(self, ref: str) -> ResolvedAdapter:
-        """Turn a reference into one version.
+        """Turn a reference into one version, with its task, labels and base; no bundle is opened.
 
         Args:
             ref: `tenant/name` (its `latest`), `tenant/name@alias`, `tenant/name@v3`, or `tenant/name@` and
                 eight or more digits of a digest.
 
         Raises:
-            InvalidAdapterName, AdapterNotFound, AmbiguousDigest: It names no version.
+            InvalidAdapterName, AdapterNotFound, AmbiguousDigest: The reference names no version.
         """
         parsed = parse_ref(ref)
-        record = self._shelf(parsed.adapter).find(parsed)
-        c = self.config(record.digest)
-        return ResolvedAdapter(parsed.adapter, record.version, record.digest, c.task, None, c.base, c.max_length)
+        record = self._find(parsed)
+        facts = self._facts_of(record)
+        return ResolvedAdapter(
+            adapter=parsed.adapter,
+            version=record.version,
+            digest=record.digest,
+            task=record.task,
+            labels=None if facts.labels is None else tuple(facts.labels),
+            base=facts.base,
+            max_length=facts.max_length,
+        )
 
     def load(self, digest: str) -> AdapterBundle:
         """Read the bundle of a digest; every check of an upload is made again, and the digest taken anew.
@@ -87,43 +147,72 @@ class AdapterStore:
             AdapterNotFound: It was deleted.
             StoreCorrupted: The file is not what was published.
         """
-        return self._files.load(digest)
+        with self._damage_typed(digest):
+            bundle = AdapterBundle.from_bytes(self._read(digest, self._size(digest)), self._limits)
+        if bundle.digest != digest:
+            place = self._backend.bundle_location(digest)
+            raise StoreCorrupted(
+                f"{place} is damaged (its digest is {bundle.digest}); publish it again",
+                param=place,
+            )
+        return bundle
 
     def config(self, digest: str) -> AdapterConfig:
         """The configuration of a bundle, without reading its tensors; raises as `load` does."""
-        return self._files.config(digest)
+        with self._damage_typed(digest):
+            size = self._size(digest)
+            head = self._read(digest, min(size, _HEADER_BYTES))
+            # The length field of eight bytes, and the header.
+            needed = 8 + header_length(bytes(head[:16]), size, self._limits)
+            if needed > len(head):
+                head = self._read(digest, needed)
+            header = parse_header(head, size, self._limits)
+            return AdapterConfig.from_json(config_of(header, self._limits))
 
     def inspect(self, ref: str) -> AdapterInfo:
         """One version with its adapter's versions and aliases; raises as `resolve` does."""
         parsed = parse_ref(ref)
-        shelf = self._shelf(parsed.adapter)
-        record = shelf.find(parsed)
-        return AdapterInfo(
-            adapter=parsed.adapter,
-            version=record.version,
-            digest=record.digest,
-            created_at=record.created_at,
-            nbytes=record.nbytes,
-            parameters=record.parameters,
-            task=record.task,
-            method=record.method,
-            base=record.base,
-            versions=tuple(shelf.versions()),
-            aliases=shelf.aliases(),
-        )
+        record = self._find(parsed)
+        manifest = self._backend.manifest(parsed.adapter)
+        summary = self._summary(parsed.adapter, record)
+        return AdapterInfo(**summary, versions=manifest.versions, aliases=manifest.aliases)
 
-    def list(self, tenant: str | None = None) -> AdapterInfos:
-        """The latest version of every adapter, or of one tenant's, in order of id; no bundle is opened."""
-        if tenant is not None:
-            check_part(tenant, "tenant")
-        infos = []
-        for owner, name in self._root.adapter_ids(tenant):
+    def list_page(self, tenant: str | None = None, after: str | None = None, limit: int = 100) -> Page:
+        """One page of the adapters, each by its latest version, in order of id; only that page is read.
+
+        Args:
+            tenant: Only this tenant's adapters.
+            after: The page begins with the first id above this one, which need not exist.
+            limit: Adapters a page, at least 1.
+
+        Raises:
+            InvalidAdapterName: `tenant` is not of the allowed form.
+            ValueError: `limit` is below 1.
+        """
+        if limit < 1:
+            raise ValueError("limit must be at least 1")
+        found: list[AdapterSummary] = []
+        for adapter in self._ids(tenant, after or "", limit + 1):
+            if len(found) == limit:
+                return Page(tuple(found), next=found[-1].adapter)
             try:
-                infos.append(self.inspect(f"{owner}/{name}"))
+                found.append(AdapterSummary(**self._summary(adapter, self._find(AdapterRef(adapter, LATEST)))))
             except AdapterNotFound:
                 # Deleted meanwhile, or a kill came before its first version.
                 continue
-        return infos
+        return Page(tuple(found), next=None)
+
+    def iter_adapters(self, tenant: str | None = None) -> Iterator[AdapterInfo]:
+        """All adapters in order of id, each by its latest version; raises as `list_page` does."""
+        for adapter in self._ids(tenant, "", _IDS_AT_ONCE):
+            try:
+                yield self.inspect(adapter)
+            except AdapterNotFound:
+                continue
+
+    def count_adapters(self, tenant: str | None = None) -> int:
+        """The number of adapters, read from the names alone; a kill may have left a name too many."""
+        return sum(1 for _ in self._ids(tenant, "", _IDS_AT_ONCE))
 
     def aliases(self, name: str) -> dict[str, int]:
         """Version by alias of one adapter, or `AdapterNotFound`."""
@@ -137,13 +226,17 @@ class AdapterStore:
             InvalidAdapterName: The alias reads as a version or digest, or `ref` is another adapter's.
             AdapterNotFound: No such version.
         """
-        shelf = self._shelf(name)
+        parse_adapter(name)
         check_alias(alias)
         parsed = parse_ref(ref)
         if parsed.adapter != name:
             raise InvalidAdapterName(f"an alias of {name} cannot point to {ref}; name a version of {name}", param="ref")
-        with self._root.writing(), self._root.changing(name):
-            shelf.point(alias, shelf.find(parsed).version)
+        while True:
+            # The manifest first: if it is still the same when the change is committed, so is what was found.
+            manifest = self._backend.manifest(name)
+            change = Change(set_aliases={alias: self._find(parsed).version})
+            if self._backend.commit(name, change, manifest.revision).outcome is Outcome.COMMITTED:
+                return
 
     def remove_alias(self, name: str, alias: str) -> None:
         """Remove an alias other than `latest`.
@@ -152,81 +245,251 @@ class AdapterStore:
             InvalidAdapterName: The alias is `latest`.
             AdapterNotFound: No such alias.
         """
-        shelf = self._shelf(name)
+        parse_adapter(name)
         if check_alias(alias) == LATEST:
             raise InvalidAdapterName("alias 'latest' always exists; point it elsewhere instead", param="alias")
-        with self._root.writing(), self._root.changing(name):
-            shelf.unpoint(alias)
+        while True:
+            manifest = self._backend.manifest(name)
+            if alias not in manifest.aliases:
+                raise self._not_found(name, f"alias {alias!r}")
+            change = Change(remove_aliases=(alias,))
+            if self._backend.commit(name, change, manifest.revision).outcome is Outcome.COMMITTED:
+                return
 
-    def delete(self, ref: str) -> None:
+    def delete(self, ref: str) -> Freed:
         """Delete a whole adapter (`tenant/name`), or one version of it (any reference with `@`).
 
-        `latest` moves to the newest version that remains. Bundles stay until `collect_garbage`; version
-        numbers are never used again.
+        `latest` moves to the newest version that remains. Version numbers are never used again. A bundle goes with
+        the last version that refers to it, in whichever adapter.
+
+        Returns:
+            The bundles that went.
 
         Raises:
             AdapterNotFound: Nothing to delete.
             VersionInUse: An alias other than `latest` points to the version.
         """
         parsed = parse_ref(ref)
-        shelf = self._shelf(parsed.adapter)
-        with self._root.writing(), self._root.changing(parsed.adapter):
-            version = shelf.find(parsed).version
+        while True:
+            manifest = self._backend.manifest(parsed.adapter)
+            version = self._find(parsed).version
             if "@" not in ref:
-                self._bury(shelf)
-                return
-            aliases = shelf.aliases()
-            if holders := sorted(a for a, held in aliases.items() if held == version and a != LATEST):
-                raise VersionInUse(
-                    f"alias {holders[0]!r} points to v{version} of {parsed.adapter}; move that alias first",
-                    param="adapter",
-                )
-            rest = [other for other in shelf.versions() if other != version]
-            if not rest:
-                self._bury(shelf)
-                return
-            if aliases[LATEST] == version:
-                shelf.point(LATEST, rest[-1])
-            shelf.remove_version(version)
+                change = Change(remove_versions=manifest.versions)
+            else:
+                change = self._deletion(parsed.adapter, version, manifest)
+            result = self._backend.commit(parsed.adapter, change, manifest.revision)
+            if result.outcome is Outcome.COMMITTED:
+                return result.freed
 
-    def collect_garbage(self) -> Collected:
-        """Remove bundles that no version refers to, and leftovers; waits for writes under way."""
-        with self._root.alone():
-            shelves = [self._shelf(f"{owner}/{name}") for owner, name in self._root.adapter_ids()]
-            return self._files.keep_only({record.digest for shelf in shelves for record in shelf.records()})
+    def collect_garbage(self) -> Freed:
+        """Go through the whole store: remove bundles that no version refers to, and repair what a kill left.
+
+        `delete` removes bundles itself. This is for what kills have left, and for records that were added by hand.
+
+        Raises:
+            StoreCorrupted: A record is damaged: nobody knows which bundle it refers to.
+        """
+        return self._backend.collect_garbage()
 
     def check_integrity(self) -> None:
         """Read everything: every version's bundle has its digest, every alias points to a version.
 
         Raises:
-            StoreCorrupted: The first thing found wrong; the message names the file or the alias.
+            StoreCorrupted: The first fault; the message names the file or the alias.
         """
-        for owner, name in self._root.adapter_ids():
-            shelf = self._shelf(f"{owner}/{name}")
-            for record in shelf.records():
+        for adapter in self._ids(None, "", _IDS_AT_ONCE):
+            manifest = self._backend.manifest(adapter)
+            for record in self._records(adapter, manifest):
                 try:
-                    self._files.load(record.digest)
+                    self.load(record.digest)
                 except AdapterNotFound as error:
                     raise StoreCorrupted(
-                        f"the bundle of {shelf.adapter}@v{record.version} is missing; publish it again",
-                        param=shelf.adapter,
+                        f"the bundle of {adapter}@v{record.version} is missing; publish it again",
+                        param=adapter,
                     ) from error
-            versions = shelf.versions()
-            for alias, version in shelf.aliases().items():
-                if version not in versions:
+            for alias, version in manifest.aliases.items():
+                if version not in manifest.versions:
                     raise StoreCorrupted(
-                        f"alias {shelf.adapter}@{alias} points to v{version}, which is not there; point it again",
-                        param=shelf.adapter,
+                        f"alias {adapter}@{alias} points to v{version}, which is not there; point it again",
+                        param=adapter,
                     )
 
-    def _shelf(self, adapter: str) -> AdapterShelf:
-        return AdapterShelf(self._root.path, *parse_adapter(adapter))
+    def _put_bundle(self, bundle: AdapterBundle) -> None:
+        """Store a bundle; a stored one is checked, and replaced if it is damaged."""
+        try:
+            self.load(bundle.digest)
+        except (AdapterNotFound, StoreCorrupted):
+            self._backend.put_bundle(bundle, self._limits)
 
-    def _bury(self, shelf: AdapterShelf) -> None:
-        grave = f"{self._root.scratch}/{uuid.uuid4().hex}"
-        shelf.remove(grave)
-        # Out of sight already; what stays here after a kill goes when the store is next opened.
-        shutil.rmtree(grave)
+    def _find(self, ref: AdapterRef) -> VersionRecord:
+        if ref.by_digest:
+            return self._by_digest(ref.adapter, str(ref.selector))
+        if isinstance(ref.selector, int):
+            if (record := self._backend.version(ref.adapter, ref.selector)) is None:
+                raise self._not_found(ref.adapter, f"version v{ref.selector}")
+            return record
+        for _ in range(_RACES):
+            version = self._backend.alias(ref.adapter, ref.selector)
+            if version is None:
+                break
+            if (record := self._backend.version(ref.adapter, version)) is not None:
+                return record
+            # The version was deleted after the alias was read: where does the alias point now?
+        raise self._not_found(ref.adapter, None if ref.selector == LATEST else f"alias {ref.selector!r}")
+
+    def _by_digest(self, adapter: str, prefix: str) -> VersionRecord:
+        manifest = self._backend.manifest(adapter)
+        found = [record for record in self._records(adapter, manifest) if record.digest.startswith(prefix)]
+        if len(found) > 1:
+            raise AmbiguousDigest(
+                f"digest prefix {prefix} fits {len(found)} versions of {adapter}; give more digits",
+                param="adapter",
+            )
+        if not found:
+            raise self._not_found(adapter, f"version with digest {prefix}")
+        return found[0]
+
+    def _records(self, adapter: str, manifest: Manifest) -> Iterator[VersionRecord]:
+        """The records of all versions, oldest first, without those that were deleted meanwhile."""
+        for version in manifest.versions:
+            if (record := self._backend.version(adapter, version)) is not None:
+                yield record
+
+    def _deletion(self, adapter: str, version: int, manifest: Manifest) -> Change:
+        """The change that deletes one version."""
+        if holders := sorted(alias for alias, held in manifest.aliases.items() if held == version and alias != LATEST):
+            raise VersionInUse(
+                f"alias {holders[0]!r} points to v{version} of {adapter}; move that alias first",
+                param="adapter",
+            )
+        rest = [other for other in manifest.versions if other != version]
+        moved = {LATEST: rest[-1]} if rest and manifest.aliases.get(LATEST) == version else {}
+        return Change(set_aliases=moved, remove_versions=(version,))
+
+    def _info(self, adapter: str, record: VersionRecord, manifest: Manifest) -> AdapterInfo:
+        facts = self._facts_of(record)
+        return AdapterInfo(
+            adapter=adapter,
+            version=record.version,
+            digest=record.digest,
+            created_at=record.created_at,
+            nbytes=record.nbytes,
+            parameters=record.parameters,
+            task=record.task,
+            method=record.method,
+            base=record.base,
+            labels=None if facts.labels is None else tuple(facts.labels),
+            ranks=tuple(facts.ranks),
+            splits=tuple(facts.splits),
+            modules=facts.modules,
+            versions=manifest.versions,
+            aliases=manifest.aliases,
+        )
+
+    def _summary(self, adapter: str, record: VersionRecord) -> dict[str, Any]:
+        """The fields of an `AdapterSummary`."""
+        facts = self._facts_of(record)
+        return {
+            "adapter": adapter,
+            "version": record.version,
+            "digest": record.digest,
+            "created_at": record.created_at,
+            "nbytes": record.nbytes,
+            "parameters": record.parameters,
+            "task": record.task,
+            "method": record.method,
+            "base": record.base,
+            "labels": None if facts.labels is None else tuple(facts.labels),
+            "ranks": tuple(facts.ranks),
+            "splits": tuple(facts.splits),
+            "modules": facts.modules,
+        }
+
+    def _ids(self, tenant: str | None, after: str, at_once: int) -> Iterator[str]:
+        if tenant is not None:
+            check_part(tenant, "tenant")
+        while True:
+            ids = self._backend.list_page(tenant, after, at_once)
+            yield from ids
+            if len(ids) < at_once:
+                return
+            after = ids[-1]
+
+    def _facts_of(self, record: VersionRecord) -> AdapterFacts:
+        if record.facts is not None:
+            return record.facts
+        # A digest's content never changes.
+        facts = self._facts.get(record.digest)
+        if facts is None:
+            facts = AdapterFacts.of(self.config(record.digest))
+            self._facts.put(record.digest, facts)
+        return facts
+
+    def _size(self, digest: str) -> int:
+        size = self._backend.bundle_bytes(check_digest(digest))
+        if size is None:
+            raise self._no_bundle(digest)
+        if size > self._limits.max_bytes:
+            raise BundleTooLarge(f"it has {size} bytes; the limit is {self._limits.max_bytes}", param="bundle")
+        return size
+
+    def _read(self, digest: str, nbytes: int) -> memoryview:
+        data = self._backend.read_bundle(digest, nbytes)
+        if data is None:
+            raise self._no_bundle(digest)
+        return data
+
+    @contextmanager
+    def _damage_typed(self, digest: str) -> Iterator[None]:
+        try:
+            yield
+        except InvalidBundle as error:
+            place = self._backend.bundle_location(digest)
+            raise StoreCorrupted(f"{place} is damaged ({error}); publish it again", param=place) from error
+
+    def _no_bundle(self, digest: str) -> AdapterNotFound:
+        return AdapterNotFound(f"bundle {digest} is not in the store; publish it again", param="digest")
+
+    def _not_found(self, adapter: str, what: str | None) -> AdapterNotFound:
+        versions = self._backend.manifest(adapter).versions
+        if not versions:
+            return AdapterNotFound(
+                f"adapter {adapter!r} is not in the store; list what is there, or publish it",
+                param="adapter",
+            )
+        known = ", ".join(f"v{version}" for version in versions[-5:])
+        return AdapterNotFound(f"adapter {adapter!r} has no {what}; its newest are {known}", param="adapter")
+
+
+class _FactsCache:
+    """Facts by digest, least recently used first out, bounded by their size in memory: labels may be long."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._bytes = 0
+        self._facts: OrderedDict[str, AdapterFacts] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, digest: str) -> AdapterFacts | None:
+        with self._lock:
+            if (facts := self._facts.get(digest)) is not None:
+                self._facts.move_to_end(digest)
+            return facts
+
+    def put(self, digest: str, facts: AdapterFacts) -> None:
+        with self._lock:
+            if digest in self._facts:
+                return
+            self._facts[digest] = facts
+            self._bytes += _bytes_of(facts)
+            while self._bytes > self._max_bytes:
+                _, dropped = self._facts.popitem(last=False)
+                self._bytes -= _bytes_of(dropped)
+
+
+def _bytes_of(facts: AdapterFacts) -> int:
+    # Four bytes a character at most, some 60 for a string, some 2,000 for the models around them.
+    return 2000 + sum(60 + 4 * len(label) for label in facts.labels or ())
 
 
 def _describe(bundle: AdapterBundle, version: int) -> VersionRecord:
@@ -240,4 +503,5 @@ def _describe(bundle: AdapterBundle, version: int) -> VersionRecord:
         task=config.task,
         method=config.method,
         base=config.base.name,
+        facts=AdapterFacts.of(config),
     )

@@ -77,7 +77,7 @@ def _measure(setting: Setting, adapter: PackedAdapter) -> Row:
     count = 1
     while pool.reserve(adapter.layout) is not None:
         count += 1
-    pool.check_integrity()
+    pool.check_invariants()
     milliseconds = statistics.median(seconds) * 1e3
     return {
         "adapters_per_gib": count * (1 << 30) // nbytes,

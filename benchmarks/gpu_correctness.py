@@ -27,8 +27,8 @@ POPULARITY: dict[str, Popularity] = {
     "uniform": lambda tokens, slots: torch.randint(slots, (tokens,)),
     "zipf": lambda tokens, slots: torch.multinomial(1 / torch.arange(1.0, slots + 1), tokens, replacement=True),
     "skewed": lambda tokens, slots: (torch.rand(tokens).pow(3) * slots).long(),
-    "with bare": lambda tokens, slots: torch.randint(-1, slots, (tokens,)),
-    "bare": lambda tokens, slots: torch.full((tokens,), NO_ADAPTER),
+    "with base_only": lambda tokens, slots: torch.randint(-1, slots, (tokens,)),
+    "base_only": lambda tokens, slots: torch.full((tokens,), NO_ADAPTER),
 }
 RANKS = (1, 2, 3, 4, 8, 15, 16, 17, 32, 64, 128, 256)
 
@@ -80,7 +80,7 @@ def check_kernel(setting: Setting) -> list[Row]:
         for widths in (Widths(4096, (4096, 1024, 1024)), Widths(4096, (14336, 14336)), Widths(14336, (4096,))):
             operands = mixed_pool(widths.d_in, widths.d_outs, LARGE_MEMBERS, torch.bfloat16, setting.device, 8)
             for tokens in (64, 2048):
-                slots = POPULARITY["with bare"](tokens, len(LARGE_MEMBERS)).sort().values
+                slots = POPULARITY["with base_only"](tokens, len(LARGE_MEMBERS)).sort().values
                 rows.append(_case(setting, "llama", widths, slots.to(setting.device, torch.int32), *operands))
     return rows
 
@@ -144,7 +144,15 @@ def _replays(setting: Setting, widths: Widths, dtype: torch.dtype) -> list[Row]:
             setting.operation[1](x, ys, range(len(ys)), AdapterBatch(slots), pool, tables)
 
         replay = capture(step).replay if setting.on_gpu else step
-        for change in ("none", "identical", "with bare", "distinct", "adapter removed", "shapes swapped", "contents"):
+        for change in (
+            "none",
+            "identical",
+            "with base_only",
+            "distinct",
+            "adapter removed",
+            "shapes swapped",
+            "contents",
+        ):
             if change in POPULARITY:
                 slots.copy_(POPULARITY[change](tokens, len(members)))
             elif change == "adapter removed":

@@ -1,4 +1,4 @@
-"""Section 3: a whole decode step in a CUDA graph, bare and with an adapter for each token.
+"""Section 3: a whole decode step in a CUDA graph, on the base model and with an adapter for each token.
 
 The base has Llama-3-8B's shape and random weights, in transformers' own implementation with its static cache. Its many
 small kernels leave it slower than its weights' bytes demand, which flatters the ratio; so each row also has the ratio
@@ -85,7 +85,7 @@ class DecodeStep:
 
     @classmethod
     def make(cls, model: PreTrainedModel, sequences: int, cache_length: int) -> DecodeStep:
-        """A step of the bare model, over random keys and values."""
+        """A step of the base model, over random keys and values."""
         device = model.device
         cache = StaticCache(config=model.config, max_cache_len=cache_length)
         tokens = torch.randint(model.config.vocab_size, (sequences, 1), device=device)
@@ -144,19 +144,19 @@ def check_decode(setting: Setting) -> list[Row]:
     for dtype in (torch.float32, torch.bfloat16):
         model = random_llama(setting, 2, dtype)
         linears = adaptable_linears(model)
-        bare = DecodeStep.make(model, 4, 16)
+        base_only = DecodeStep.make(model, 4, 16)
         context = adapt(model, 3, dtype)
-        step = bare.over(context, torch.zeros_like(bare.slots))
+        step = base_only.over(context, torch.zeros_like(base_only.slots))
         run = step.ready(setting)
         got = []
         for slot in (0, 1, 2, NO_ADAPTER):
-            # Beside it another adapter and the bare base, so that a mixed batch is what is checked.
+            # Beside it another adapter and the base model, so that a mixed batch is what is checked.
             step.slots.copy_(torch.tensor([slot, 2, slot, NO_ADAPTER]))
             step.rewind()
             run()
             got.append(step.logits[::2].clone())
         for slot, mine in zip((0, 1, 2, NO_ADAPTER), got, strict=True):
-            want = _merged_logits(bare, linears, context, slot)
+            want = _merged_logits(base_only, linears, context, slot)
             error = ((mine - want).norm() / want.norm()).item()
             correct = error <= TOLERANCE[dtype]
             if dtype == torch.float32:
@@ -166,22 +166,22 @@ def check_decode(setting: Setting) -> list[Row]:
             correct &= slot == NO_ADAPTER or moved > 2 * TOLERANCE[dtype]
             case = {"case": "decode, merged weights", "dtype": str(dtype).removeprefix("torch."), "slot": slot}
             rows.append({**case, "correct": correct, "error": error, "moved_by_adapter": moved})
-        del model, context, bare, step, run
+        del model, context, base_only, step, run
     return rows
 
 
-def _merged_logits(bare: DecodeStep, linears: dict[str, nn.Module], context: AdapterContext, slot: int) -> Tensor:
+def _merged_logits(base_only: DecodeStep, linears: dict[str, nn.Module], context: AdapterContext, slot: int) -> Tensor:
     """Logits of every second sequence with one adapter in the weights themselves and no serving layer at work."""
     kept = [linear.weight.clone() for linear in linears.values()]
     if slot != NO_ADAPTER:
         for module, linear in enumerate(linears.values()):
             delta = _delta(context.pool, context.tables, module, slot, *linear_widths(linear))
             linear.weight.copy_((linear.weight.double() + delta.T).to(linear.weight.dtype))
-    bare.rewind()
-    bare.run()
+    base_only.rewind()
+    base_only.run()
     for linear, weight in zip(linears.values(), kept, strict=True):
         linear.weight.copy_(weight)
-    return bare.logits[::2].clone()
+    return base_only.logits[::2].clone()
 
 
 def _delta(pool: Tensor, tables: AdapterTables, module: int, slot: int, d_in: int, d_out: int) -> Tensor:
@@ -201,22 +201,22 @@ def time_decode(setting: Setting, bandwidth: float) -> list[Row]:
     # Embeddings are looked up, not read.
     weight_bytes = sum(p.nbytes for p in model.parameters()) - model.get_input_embeddings().weight.nbytes
     setting.say(f"decode: a base of {setting.layers} layers, {weight_bytes / 1e9:.2f} GB read a step")
-    bare = DecodeStep.make(model, sequences, length)
-    steps, runs = {"bare": bare}, {"bare": bare.ready(setting)}
-    # From here on the model has serving layers; the graph of the bare step is of the unmodified one.
+    base_only = DecodeStep.make(model, sequences, length)
+    steps, runs = {"base_only": base_only}, {"base_only": base_only.ready(setting)}
+    # From here on the model has serving layers; the graph of the base model's step is of the unmodified one.
     context = adapt(model, sequences, dtype)
     one = torch.arange(sequences, dtype=torch.int32, device=setting.device)
     mixes = {"no adapter": torch.full_like(one, NO_ADAPTER), "1 adapter": torch.zeros_like(one), "own adapters": one}
     for name, slots in mixes.items():
-        steps[name] = bare.over(context, slots)
+        steps[name] = base_only.over(context, slots)
         runs[name] = steps[name].ready(setting)
         setting.say(f"decode: {name} ready")
     times = _interleaved(setting, steps, runs)
     ideal = weight_bytes / bandwidth * 1e3
     rows = []
     for name, ms in times.items():
-        row = {"case": name, "tokens": sequences, "layers": setting.layers, "ms": ms, "ratio": ms / times["bare"]}
-        more = ms - times["bare"]
+        row = {"case": name, "tokens": sequences, "layers": setting.layers, "ms": ms, "ratio": ms / times["base_only"]}
+        more = ms - times["base_only"]
         rows.append(row | {"adapters_ms": more, "ratio_at_weights_bound": 1 + more / ideal})
     return rows
 

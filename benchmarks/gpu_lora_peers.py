@@ -73,7 +73,7 @@ def adapter_loop(activations: Activations, slots: Tensor, factors: LoraFactors) 
 def vllm_kernels(
     kernels: VllmKernels, activations: Activations, slots: Tensor, factors: LoraFactors
 ) -> Callable[[int], None]:
-    """vLLM's shrink and expand; its layers keep the outputs of layers that share an input side by side in one tensor, so this does too.
+    """vLLM's shrink and expand, over q, k and v side by side in one tensor, as its layers keep them.
 
     The grid has as many adapters as the batch, which is vLLM's own at its best (`specialize_active_lora`).
     """

@@ -143,7 +143,7 @@ def _place(row: Row) -> str:
 
 
 def _decode(rows: list[Row]) -> str:
-    head = ("case", "tokens", "layers", "ms", "ratio to bare", "ratio at weights' bound")
+    head = ("case", "tokens", "layers", "ms", "ratio to base model", "ratio at weights' bound")
     lines = [
         (
             row["case"],

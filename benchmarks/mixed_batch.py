@@ -1,9 +1,9 @@
-"""What adapters cost: many in one batch against the bare base, PEFT's ways, and transformers' own `generate`.
+"""What adapters cost: many in one batch against the base model, PEFT's ways, and transformers' own `generate`.
 
     python -m benchmarks.mixed_batch [--quick]
 
-Every case runs the same 16 prompts (64 for `sera_64`, against a bare batch of 64) on Llama-shaped random bases with all
-seven linear layers adapted, on the CPU in float32. Systems run in processes of their own, one case at a time,
+Every case runs the same 16 prompts (64 for `sera_64`, against 64 on the base model) on Llama-shaped random bases with
+all seven linear layers adapted, on the CPU in float32. Systems run in processes of their own, one case at a time,
 interleaved in rounds; the figure is the median. Outputs are checked first, and no speed is reported where one is wrong.
 The last line is one JSON object.
 """

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.fleet import Fleet
 from benchmarks.http_load import Answer
-from sera_serve.merging import merge_adapter
+from sera_serve.base import merge_adapter
 
 # Two tokens whose logits (about 10) differ less than this are equally likely to float32's rounding.
 TIE = 1e-3

@@ -6,7 +6,7 @@ More requests are under way than the batch has room for, over far more adapters 
 hold. Every slice of the time has a burst of tiny requests at once, and ends with clients that close their connections
 in mid-stream. All answers are counted, a sample of each slice is compared with the merged model, and the server's books
 are checked. The last line is one JSON object; the exit status is 1 if anything but an intended refusal happened, if
-memory grew by 2% or more, or if the books did not balance.
+memory grew by 2% or more, or if an invariant was broken.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from benchmarks.service_figures import rates
 from benchmarks.soak_server import serve_soak
 from benchmarks.soak_tenants import ChangingTenant, Ledger
 from benchmarks.workload import WorkloadSpec, make_trace
-from sera_serve.serving import bound_socket
+from sera_serve.commands.serve import bound_socket
 
 SETTINGS = {"max_resident": 60, "host_cache_mib": 24, "max_sequences": 32, "cpu_threads": 1}
 ADAPTERS, CLIENTS, CHANGING, CHECKED = 300, 64, 3, 6

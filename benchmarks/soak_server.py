@@ -11,10 +11,10 @@ import uvicorn
 
 from adapters_store import AdapterStore
 from sera_serve.base import load_base
+from sera_serve.commands.serve import http_config
 from sera_serve.config import ServeSettings
 from sera_serve.engine import ServingEngine
 from sera_serve.server import build_app
-from sera_serve.serving import http_config
 
 
 def serve_soak(listener: socket.socket, base: str, store: Path, settings: dict[str, Any]) -> None:
@@ -25,9 +25,9 @@ def serve_soak(listener: socket.socket, base: str, store: Path, settings: dict[s
     app = build_app(engine, opened, chosen)
 
     def integrity() -> dict[str, Any]:
-        """Raises, and so answers 500, where the books do not balance."""
+        """Raises, and so answers 500, where an invariant is broken."""
         residency = engine.residency
-        residency.check_integrity()
+        residency.check_invariants()
         return {
             "leases": residency.leases(),
             "in_flight": engine.in_flight(),

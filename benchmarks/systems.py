@@ -20,8 +20,7 @@ from torch import Tensor
 
 from benchmarks.batch_driver import BatchDriver, Run
 from benchmarks.llama_bases import VOCABULARY, llama_base, sera_adapter
-from sera_kernels import NO_ADAPTER
-from sera_serve.merging import merge_adapter
+from sera_serve.base import merge_adapter
 
 ADAPTERS = 64
 Case = Callable[[], Run]
@@ -72,8 +71,8 @@ def bare_system(setting: Setting) -> System:
     engine = BatchDriver(llama_base(setting.width, setting.layers), None, ADAPTERS)
     prompts = setting.prompts().tolist()
     cases = {
-        "base": lambda: engine.run(prompts[:16], [NO_ADAPTER] * 16, setting.new_tokens),
-        "base_64": lambda: engine.run(prompts, [NO_ADAPTER] * ADAPTERS, setting.new_tokens),
+        "base": lambda: engine.run(prompts[:16], [None] * 16, setting.new_tokens),
+        "base_64": lambda: engine.run(prompts, [None] * ADAPTERS, setting.new_tokens),
     }
     return System(cases, engine.close)
 
@@ -83,19 +82,19 @@ def served_system(setting: Setting) -> System:
     base = llama_base(setting.width, setting.layers)
     adapters = [sera_adapter(base, setting.rank, seed) for seed in range(ADAPTERS)]
     engine = BatchDriver(base, adapters, ADAPTERS)
-    prompts, slots, new = setting.prompts().tolist(), engine.slots, setting.new_tokens
+    prompts, every, new = setting.prompts().tolist(), list(range(ADAPTERS)), setting.new_tokens
     cases = {
-        "enabled_bare": lambda: engine.run(prompts[:16], [NO_ADAPTER] * 16, new),
-        "sera_1": lambda: engine.run(prompts[:16], slots[:1] * 16, new),
-        "sera_16": lambda: engine.run(prompts[:16], slots[:16], new),
-        "sera_1_of_64": lambda: engine.run(prompts, slots[:1] * ADAPTERS, new),
-        "sera_64": lambda: engine.run(prompts, slots, new),
+        "enabled_bare": lambda: engine.run(prompts[:16], [None] * 16, new),
+        "sera_1": lambda: engine.run(prompts[:16], every[:1] * 16, new),
+        "sera_16": lambda: engine.run(prompts[:16], every[:16], new),
+        "sera_1_of_64": lambda: engine.run(prompts, every[:1] * ADAPTERS, new),
+        "sera_64": lambda: engine.run(prompts, every, new),
     }
     return System(cases, engine.close)
 
 
 def generate_system(setting: Setting) -> System:
-    """transformers' `generate` on the bare base, and what it gives with one adapter merged."""
+    """transformers' `generate` on the base model, and what it gives with one adapter merged."""
     base = llama_base(setting.width, setting.layers)
     prompts = setting.prompts()
 

@@ -35,7 +35,7 @@ SOURCES = {
 
 @dataclass(frozen=True)
 class Sample:
-    """One generation; ``prompt`` is as typed, ``text`` what the model wrote after it."""
+    """One generation: ``prompt`` as typed, and the model's continuation ``text``."""
 
     prompt: str
     text: str
@@ -43,7 +43,7 @@ class Sample:
 
 @torch.no_grad()
 def generate_samples(directory: Path) -> list[Sample]:
-    """One sample per prompt, the seed set anew before each, nothing selected or edited."""
+    """Generate one sample per prompt, each from the same seed, without selection or editing."""
     tokenizer = AutoTokenizer.from_pretrained(str(directory))
     model = LlamaForCausalLM.from_pretrained(str(directory), dtype=torch.float32).eval()
     chat = tokenizer.apply_chat_template(

@@ -53,7 +53,7 @@ REQUESTS = ("Tell me a story about {}.", "Write a short story about {}.", "Pleas
 
 @dataclass(frozen=True)
 class Document:
-    """One piece of text; ``complete`` says that it ends where its author ended it."""
+    """One text. ``complete`` says that the text ends where its author ended it."""
 
     text: str
     complete: bool = True
@@ -108,7 +108,7 @@ def shingles(text: str) -> set[str]:
 
 
 def overlaps(text: str, known: set[str]) -> bool:
-    """Whether ``text`` is a copy, whole or in part, of the texts whose shingles are ``known``."""
+    """Whether ``text`` copies, in whole or in part, a text whose shingles are ``known``."""
     own = shingles(text)
     return len(own & known) > OVERLAP_LIMIT * len(own)
 

@@ -56,7 +56,7 @@ def windows_of(ids: list[int]) -> list[tuple[list[int], int]]:
 
 @torch.no_grad()
 def batch_bits(model: LlamaForCausalLM, batch: list[tuple[list[int], int]]) -> tuple[float, int]:
-    """Bits and number of the scored tokens of some windows (padded on the right: causal, so harmless)."""
+    """Bits and number of scored tokens of some windows. Padding on the right is harmless: the model is causal."""
     length = max(len(window) for window, _ in batch)
     ids = torch.zeros(len(batch), length, dtype=torch.long)
     targets = torch.full((len(batch), length), -100)

@@ -2,10 +2,10 @@
 
     python examples/tenants_experiment.py --data ../shared/data --work /tmp/tenants
 
-Every run trains with `sera_serve.trainer` on a part of a data set's training rows, keeps its best epoch by rows held
-out of them, and is scored once on the test rows. The learning rate of a method is the one of its grid with the best
-held-out score at seed 0; the test rows never choose anything. Finished runs are kept in WORK/runs.jsonl, so the same
-command goes on after a stop; adapters are published to WORK/store. At the end it writes a table and a plot.
+Every run trains with `sera_serve.trainer` on a part of a data set's training rows. Other training rows are held out and
+choose the best epoch. The test rows are scored once and choose nothing. A method's learning rate comes from a grid: the
+rate with the best held-out score at seed 0. Finished runs are kept in WORK/runs.jsonl, so the same command continues
+after a stop. Adapters are published to WORK/store. At the end the script writes a table and a plot.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import statistics
 from pathlib import Path
 
 from tenants_runs import Runs
-from tenants_setup import BARE, SEEDS, TENANTS, variants_of
+from tenants_setup import BASE_ONLY, SEEDS, TENANTS, variants_of
 
 
 def mean_and_spread(values: list[float], places: int) -> str:
@@ -29,7 +29,7 @@ def write_table(runs: Runs, tenants: list[str], path: Path) -> None:
             chosen = runs.chosen(name, variant)
             scores = [r["metrics"][f"test_{tenant.score}"] for r in chosen]
             losses = [r["metrics"]["test_loss"] for r in chosen]
-            rate = "" if variant == BARE else f"{chosen[0]['rate']:g}"
+            rate = "" if variant == BASE_ONLY else f"{chosen[0]['rate']:g}"
             lines.append(
                 f"| {name} ({tenant.score}) | {variant} | {chosen[0]['parameters']:,} | {rate} "
                 f"| {mean_and_spread(scores, places)} | {mean_and_spread(losses, 3)} "

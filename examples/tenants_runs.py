@@ -1,4 +1,4 @@
-"""The finished runs of tenants_experiment.py, and which runs are still to be made."""
+"""Keeps the finished runs of tenants_experiment.py, and lists the runs that are missing."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tenants_setup import BARE, SEEDS, TENANTS, VARIANTS, Job, score, variants_of
+from tenants_setup import BASE_ONLY, SEEDS, TENANTS, VARIANTS, Job, score, variants_of
 
 
 class Runs:
@@ -47,7 +47,7 @@ class Runs:
 def first_jobs(tenants: list[str]) -> Iterator[Job]:
     for name in tenants:
         for variant in variants_of(TENANTS[name]):
-            rates = (0.0,) if variant == BARE else VARIANTS[variant].rates
+            rates = (0.0,) if variant == BASE_ONLY else VARIANTS[variant].rates
             for rate in rates:
                 yield Job(name, variant, rate, 0)
 
@@ -55,6 +55,6 @@ def first_jobs(tenants: list[str]) -> Iterator[Job]:
 def further_jobs(tenants: list[str], runs: Runs) -> Iterator[Job]:
     for name in tenants:
         for variant in variants_of(TENANTS[name]):
-            if variant != BARE:
+            if variant != BASE_ONLY:
                 for seed in SEEDS[1:]:
                     yield Job(name, variant, runs.best_rate(name, variant), seed)

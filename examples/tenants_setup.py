@@ -65,13 +65,13 @@ VARIANTS = {
         Variant("LoRA r=8", {"method": "lora", "rank": 8}, (3e-3, 1e-2, 1e-3)),
     ]
 }
-BARE = "bare base"
+BASE_ONLY = "base model"
 SEEDS = (0, 1, 2)
 
 
 def variants_of(tenant: Tenant) -> list[str]:
     if tenant.task == "generate":
-        return [BARE, *[name for name in VARIANTS if name != "head-only"]]
+        return [BASE_ONLY, *[name for name in VARIANTS if name != "head-only"]]
     return list(VARIANTS)
 
 

@@ -9,16 +9,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tenants_setup import BARE, TENANTS, VARIANTS, Job, Tenant
+from tenants_setup import BASE_ONLY, TENANTS, VARIANTS, Job, Tenant
 
-# Head-only passes over stored states, so many epochs cost nothing; fewer would hold it back.
+# Head-only trains on stored states, so many epochs cost almost nothing. With fewer epochs its score is lower.
 HEAD_ONLY_EPOCHS = 30
 
 _worker: dict[str, Any] = {}
 
 
 def start_worker(base: str) -> None:
-    """Load the base once in each process; imports of torch are kept out of the parent."""
+    """Load the base once in each process. The parent process never imports torch."""
     os.environ["OMP_NUM_THREADS"] = "1"
     import torch
     from transformers.utils.logging import disable_progress_bar
@@ -56,8 +56,8 @@ def train(job: Job, base: str, data: Path, work: Path) -> dict[str, Any]:
         "seed": job.seed,
     }
     begun = time.monotonic()
-    if job.variant == BARE:
-        metrics, parameters, head = score_bare(TrainSettings(**common)), 0, 0
+    if job.variant == BASE_ONLY:
+        metrics, parameters, head = score_base_only(TrainSettings(**common)), 0, 0
     else:
         options = {"learning_rate": job.rate, **VARIANTS[job.variant].options}
         if job.variant == "head-only":
@@ -75,10 +75,10 @@ def train(job: Job, base: str, data: Path, work: Path) -> dict[str, Any]:
     }
 
 
-def score_bare(settings: Any) -> dict[str, float]:
+def score_base_only(settings: Any) -> dict[str, float]:
     """What the base does on the test rows without an adapter."""
-    from sera_serve.trainer.generate_data import load_generate_data
-    from sera_serve.trainer.generate_task import GenerateTask
+    from sera_serve.trainer.data import load_generate_data
+    from sera_serve.trainer.tasks import GenerateTask
 
     task = GenerateTask(_worker["base"], load_generate_data(settings), max_length=settings.max_length)
     held_out, test = task.evaluate(task.eval_rows), task.evaluate(task.test_rows)

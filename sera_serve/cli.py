@@ -1,4 +1,4 @@
-"""The command `sera-serve`."""
+"""The command line of `sera-serve`."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import typer
 from pydantic.fields import FieldInfo
 
 from adapters_store import StoreError
-from sera_serve.cli_adapters import adapters_app
+from sera_serve.commands.adapters import adapters_app
 from sera_serve.config import ServeSettings, load_settings
 from sera_serve.errors import InvalidConfiguration, SeraServeError
 
 
 def main() -> None:
-    """Console script."""
+    """Run the console script."""
     build_cli()()
 
 
 def build_cli() -> typer.Typer:
-    """The command-line application: `serve` and `adapters`."""
+    """Build the command-line application: `serve` and `adapters`."""
     app = typer.Typer(
         help="Serve thousands of small SeRA adapters on one frozen base model.",
         add_completion=False,
@@ -34,23 +34,23 @@ def build_cli() -> typer.Typer:
 
 
 def _serve_command() -> Any:
-    """The function behind `serve`, with one option for each field of `ServeSettings`."""
+    """Build the function behind `serve`, with one option for each field of `ServeSettings`."""
 
     def serve(config: Path | None, **flags: Any) -> None:
         try:
             settings = load_settings(config, flags)
         except InvalidConfiguration as error:
             _fail(error.message, 2)
-        # transformers takes seconds to import, and --help needs none of it.
-        from sera_serve.serving import run_server
+        # transformers takes seconds to import, and --help does not need it.
+        from sera_serve.commands.serve import run_server
 
         try:
             run_server(settings)
         except (SeraServeError, StoreError) as error:
             _fail(error.message, 1)
 
-    serve.__doc__ = "Serve a frozen base and the adapters of a store over HTTP."
-    config = typer.Option(help="YAML file of settings by name; flags and SERA_SERVE_* variables win over it.")
+    serve.__doc__ = "Serve a frozen base model and the adapters of a store over HTTP."
+    config = typer.Option(help="YAML file of settings by name; flags and SERA_SERVE_* variables win over the file.")
     parameters = [_keyword("config", Annotated[Path | None, config], None)]
     parameters += [_parameter(name, field) for name, field in ServeSettings.model_fields.items()]
     serve.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -59,11 +59,11 @@ def _serve_command() -> Any:
 
 
 def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
-    # Defaults live in ServeSettings, so that a flag that was given can be told from one that was not.
+    # The default is None here, which means that the flag was not given. ServeSettings has the real default.
     option = typer.Option(
         f"--{name.replace('_', '-')}", help=f"{field.description} [default: {field.default}]", show_default=False
     )
-    # A mapping is written "key=value,key=value" here.
+    # The command line writes a mapping as "key=value,key=value".
     kind: Any = str if get_origin(field.annotation) is dict else field.annotation
     return _keyword(name, Annotated[kind | None, option], None)
 

@@ -25,7 +25,7 @@ _ENV_PREFIX = "SERA_SERVE_"
 
 
 class ServeSettings(BaseSettings):
-    """Everything the server and its engine can be told; flags win over the environment, and that over defaults."""
+    """Every setting of the server and its engine. Flags win over the environment, the environment over defaults."""
 
     model_config = SettingsConfigDict(env_prefix=_ENV_PREFIX, extra="forbid", frozen=True)
 
@@ -36,33 +36,37 @@ class ServeSettings(BaseSettings):
     device: str = Field("cpu", description="torch device of the base, such as cpu or cuda")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
-        description="dtype of base and adapters; auto is float32 on a CPU, the checkpoint's own elsewhere",
+        description="dtype of base and adapters; auto means float32 on a CPU, the checkpoint's own elsewhere",
     )
-    cpu_threads: int = Field(0, ge=0, description="threads of a forward pass on a CPU; 0 is one a core")
+    cpu_threads: int = Field(0, ge=0, description="threads of a forward pass on a CPU; 0 means one a core")
     pool_mib: int = Field(256, ge=1, description="device memory for adapters, MiB")
-    max_resident: int = Field(1024, ge=1, description="the most adapters on the device at once")
+    max_resident: int = Field(1024, ge=1, description="most adapters on the device at once")
     host_cache_mib: int = Field(1024, ge=0, description="host memory for adapters, MiB")
-    kv_cache_tokens: int = Field(32768, ge=64, description="tokens in the cache of keys and values")
-    max_batch_tokens: int = Field(512, ge=1, description="tokens of one forward pass; longer prompts go in chunks")
-    max_sequences: int = Field(256, ge=1, description="sequences of one forward pass")
-    classify_max_batch: int = Field(32, ge=1, description="inputs of one classification pass")
-    classify_max_wait_ms: float = Field(
-        20, ge=0, description="time after which an input is not passed over for fuller passes, milliseconds"
+    kv_cache_tokens: int = Field(32768, ge=64, description="tokens in the KV cache")
+    max_batch_tokens: int = Field(
+        512, ge=1, description="most tokens of one forward pass; longer prompts are computed in chunks"
     )
-    max_queue: int = Field(1024, ge=1, description="requests waiting or running; more are answered 503")
+    max_sequences: int = Field(256, ge=1, description="most sequences of one forward pass")
+    classify_max_batch: int = Field(32, ge=1, description="most inputs of one classification pass")
+    classify_max_wait_ms: float = Field(
+        20,
+        ge=0,
+        description="wait after which an input takes precedence over fuller classification passes, milliseconds",
+    )
+    max_queue: int = Field(
+        1024, ge=1, description="most requests waiting or running; further requests are answered 503"
+    )
     max_queue_per_tenant: int = Field(
-        512, ge=1, description="requests of one tenant waiting or running; more are answered 429"
+        512, ge=1, description="most requests of one tenant waiting or running; further requests are answered 429"
     )
     tenant_weights: Annotated[dict[str, float], NoDecode] = Field(
         {},
-        description='shares by tenant, such as "acme=2,_base=0.5" or a mapping in YAML; every other tenant has 1',
+        description='shares by tenant, such as "acme=2,_base=0.5" or a mapping in YAML; all other tenants have 1',
     )
     max_upload_mib: int = Field(1024, ge=1, description="largest adapter bundle accepted, MiB")
     max_body_mib: int = Field(1, ge=1, description="largest JSON body accepted, MiB")
-    shutdown_grace_s: int = Field(
-        30, ge=0, description="time that requests under way have to finish after SIGTERM, seconds"
-    )
-    request_timeout_s: float = Field(60, gt=0, description="longest wait for a turn, seconds; then 503")
+    shutdown_grace_s: int = Field(30, ge=0, description="time for requests in flight to finish after SIGTERM, seconds")
+    request_timeout_s: float = Field(60, gt=0, description="longest wait until a request starts, seconds; then 503")
 
     @field_validator("tenant_weights", mode="before")
     @classmethod
@@ -86,7 +90,7 @@ class ServeSettings(BaseSettings):
 
 
 def load_settings(config: Path | None, flags: Mapping[str, Any]) -> ServeSettings:
-    """Settings from flags, then `SERA_SERVE_*` variables, then a YAML file, then defaults: the first that has a value.
+    """Read each setting from the first source that has it: flags, `SERA_SERVE_*` variables, a YAML file, defaults.
 
     Args:
         config: YAML file whose keys are the names of the settings, or None.

@@ -1,16 +1,16 @@
-"""Every refusal of the runtime: a typed error with an HTTP status, a stable code, the field and the remedy."""
+"""Typed errors of the runtime: each has an HTTP status, a stable code, the field at fault and the remedy."""
 
 from __future__ import annotations
 
 
 class SeraServeError(Exception):
-    """Base of the runtime's errors.
+    """Base class of the runtime's errors.
 
     Attributes:
-        message: What is wrong and what to do about it, for a person.
+        message: What is wrong and how to correct it, for a person.
         param: The request field or option at fault, or None.
         code: Stable snake_case identifier, for programs.
-        status: HTTP status that the server answers with.
+        status: HTTP status of the response.
     """
 
     code: str = "internal_error"
@@ -23,20 +23,20 @@ class SeraServeError(Exception):
 
 
 class InvalidRequest(SeraServeError):
-    """A field of a request has a value that cannot be served."""
+    """A field of the request has a value that the server cannot use."""
 
     code = "invalid_request"
     status = 422
 
 
 class PromptTooLong(InvalidRequest):
-    """Prompt and requested tokens together exceed the base model's context."""
+    """The prompt and the requested tokens together exceed the context length of the base model."""
 
     code = "context_length_exceeded"
 
 
 class UnsupportedTask(InvalidRequest):
-    """The adapter or the base model does not serve the task asked of it."""
+    """The adapter or the base model does not support the requested task."""
 
     code = "unsupported_task"
 
@@ -49,7 +49,7 @@ class InvalidConfiguration(SeraServeError):
 
 
 class BaseNotFound(InvalidConfiguration):
-    """The base model named could not be loaded."""
+    """The base model could not be loaded."""
 
     code = "base_not_found"
 
@@ -62,7 +62,7 @@ class AdapterTooLarge(SeraServeError):
 
 
 class Overloaded(SeraServeError):
-    """No room for the request now; it may be sent again after `retry_after` seconds."""
+    """The server is full. The client may send the request again after `retry_after` seconds."""
 
     code = "overloaded"
     status = 503
@@ -73,28 +73,28 @@ class Overloaded(SeraServeError):
 
 
 class TenantOverloaded(Overloaded):
-    """The request's tenant has more requests under way than its part; others may still be served."""
+    """The request's tenant has too many requests in flight. Other tenants may still be served."""
 
     code = "tenant_overloaded"
     status = 429
 
 
 class DeadlineExceeded(SeraServeError):
-    """The time that the client gave its request is over."""
+    """The request did not finish within the time that the client allowed."""
 
     code = "deadline_exceeded"
     status = 504
 
 
 class CannotPin(SeraServeError):
-    """The adapter cannot be pinned now: pins would take too much of the pool, or it is being deleted."""
+    """The adapter cannot be pinned now: pins would take too much of the pool, or the adapter is being deleted."""
 
     code = "cannot_pin"
     status = 409
 
 
 class EngineUnavailable(SeraServeError):
-    """The engine is not running; the server answers 503 until it is restarted."""
+    """The engine is not running. The server answers 503 until the server is restarted."""
 
     code = "engine_unavailable"
     status = 503

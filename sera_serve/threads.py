@@ -1,8 +1,8 @@
-"""Which threads of the process compute on all cores: the engine's, and no others.
+"""Thread pools: only the engine's threads compute on all cores.
 
-Every thread that computes in parallel has an OpenMP pool of its own, and GNU OpenMP's pools stop spinning between two
-parallel regions as soon as their threads, all pools together, outnumber the cores. A forward pass has dozens of regions
-a layer; woken from sleep for each, it took twice as long (docs/decisions.md).
+Every thread that computes in parallel has its own OpenMP pool. GNU OpenMP's threads spin between two parallel regions,
+unless the threads of all pools outnumber the cores; then they sleep. A forward pass has dozens of regions a layer. With
+threads that wake from sleep for each region, a forward pass took twice as long (docs/decisions.md).
 """
 
 from __future__ import annotations
@@ -17,11 +17,14 @@ T = TypeVar("T")
 
 
 def single_core_workers(count: int, name: str) -> ThreadPoolExecutor:
-    """Threads whose torch operations take one core each, for work beside the engine."""
+    """Make a pool for work beside the engine, in which each thread's torch operations use one core."""
     return ThreadPoolExecutor(count, name, initializer=torch.set_num_threads, initargs=(1,))
 
 
 def run_and_forget_pool(work: Callable[[], T]) -> T:
-    """Do work in a thread that ends, and its OpenMP pool with it; for what computes before the engine starts."""
+    """Run work that computes before the engine starts, in a thread of its own.
+
+    The thread ends with the work, and so does the thread's OpenMP pool.
+    """
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(work).result()

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 
 import adapters_store.errors
 import sera_serve.errors
@@ -13,7 +14,8 @@ from adapters_store import AdapterStore, StoreError
 from sera_serve.config import ServeSettings
 from sera_serve.engine import ServingEngine
 from sera_serve.errors import SeraServeError
-from sera_serve.server import build_app, errors, schemas, strict, uploads
+from sera_serve.server import build_app, errors, strict
+from sera_serve.server.native import schemas, uploads
 from support.factories import random_decoder
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -48,10 +50,10 @@ def test_every_route_has_a_section(tmp_path: Path) -> None:
         ("`GET /v1/adapters`", schemas.ListQuery),
         ("`GET /v1/adapters`", schemas.AdapterSummary),
         ("`POST /v1/adapters`", schemas.PublishedAdapter),
-        ("Errors", schemas.ErrorDetail),
+        ("Errors", errors.ErrorDetail),
     ],
 )
-def test_every_field_is_described(title: str, model: type[schemas.BaseModel]) -> None:
+def test_every_field_is_described(title: str, model: type[BaseModel]) -> None:
     text = section(title)
     for field in model.model_fields:
         assert f"`{field}`" in text or f'"{field}"' in text, field

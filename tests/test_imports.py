@@ -27,17 +27,26 @@ ALLOWED: dict[str, set[str]] = {
     "sera_serve.engine": SHARED
     | {"sera_serve.config", "sera_serve.base", "sera_serve.residency", "sera_serve.layers"}
     | {"adapters_store", "sera_kernels"},
+    # What all HTTP interfaces share.
     "sera_serve.server": SHARED | {"sera_serve.config", "sera_serve.engine", "adapters_store"},
+    "sera_serve.server.native": SHARED | {"sera_serve.server", "sera_serve.engine", "adapters_store"},
+    # The factory puts the interfaces together. Nothing below it imports the factory.
+    "sera_serve.server.app": SHARED
+    | {"sera_serve.server", "sera_serve.server.native", "sera_serve.config", "adapters_store"},
     "sera_serve.trainer": SHARED | {"sera_serve.base", "sera_serve.layers", "adapters_store"},
 }
 # The entry points: they put the packages together.
-TOP = {"sera_serve", "sera_serve.cli", "sera_serve.cli_adapters", "sera_serve.serving", "sera_serve.banner"}
-TOP |= {"sera_serve.demo", "sera_serve.merging"}
+TOP = {"sera_serve", "sera_serve.cli", "sera_serve.commands"}
 
 
 def unit(module: str) -> str:
     """The package, or the module directly in sera_serve, that a dotted name belongs to."""
     parts = module.split(".")
+    if module in ("sera_serve.server", "sera_serve.server.app"):
+        # The package's own module exports the factory, and has no other content.
+        return "sera_serve.server.app"
+    if parts[:3] == ["sera_serve", "server", "native"]:
+        return "sera_serve.server.native"
     return ".".join(parts[:2]) if parts[0] == "sera_serve" else parts[0]
 
 
@@ -52,6 +61,11 @@ def modules() -> list[tuple[str, Path]]:
 
 def imports(path: Path) -> set[str]:
     """Units of ours that a file imports."""
+    return {unit(name) for name in imported_names(path)}
+
+
+def imported_names(path: Path) -> set[str]:
+    """Dotted names of ours that a file imports."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -60,9 +74,9 @@ def imports(path: Path) -> set[str]:
             assert node.level == 0, f"{path}: relative import"
             assert node.module is not None
             names.add(node.module)
-            if node.module == "sera_serve":
-                names |= {f"sera_serve.{alias.name}" for alias in node.names}
-    return {unit(name) for name in names if name.partition(".")[0] in ROOTS}
+            if node.module in ("sera_serve", "sera_serve.server"):
+                names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name for name in names if name.partition(".")[0] in ROOTS}
 
 
 @pytest.mark.parametrize(("module", "path"), modules(), ids=lambda value: value if isinstance(value, str) else "")
@@ -76,6 +90,46 @@ def test_a_module_imports_only_what_its_package_may(module: str, path: Path) -> 
 def test_the_walk_sees_the_packages() -> None:
     seen = {unit(module) for module, _ in modules()}
     assert seen == set(ALLOWED) | TOP
+
+
+# Inside a package: each part imports only parts of lower floors, and its own.
+FLOORS: dict[str, list[set[str]]] = {
+    "sera_serve.engine": [
+        {"request", "sampling"},
+        {"admission", "fair_queue", "stream"},
+        {"scheduler", "loop"},
+        {"tasks"},
+        {"engine"},
+    ],
+    "adapters_store": [{"errors"}, {"names", "format"}, {"records"}, {"backends", "convert"}, {"store"}],
+    "sera_serve.residency": [
+        {"packing", "stats"},
+        {"pool", "host_cache"},
+        {"entry"},
+        {"placement"},
+        {"loader"},
+        {"manager"},
+    ],
+}
+
+
+@pytest.mark.parametrize("package", FLOORS)
+def test_the_parts_of_a_package_import_downwards(package: str) -> None:
+    floor = {part: height for height, parts in enumerate(FLOORS[package]) for part in parts}
+    wrong = []
+    for module, path in modules():
+        if not module.startswith(package + "."):
+            continue
+        own = module.removeprefix(package + ".").partition(".")[0]
+        for name in imported_names(path):
+            if name.startswith(package + "."):
+                part = name.removeprefix(package + ".").partition(".")[0]
+                if part in floor and part != own and floor[part] >= floor[own]:
+                    wrong.append(f"{module} imports {name}")
+    assert not wrong
+    assert {
+        m.removeprefix(package + ".").partition(".")[0] for m, _ in modules() if m.startswith(package + ".")
+    } == set(floor)
 
 
 def test_no_package_is_called_kernels() -> None:

@@ -1,4 +1,4 @@
-"""The grouped SeRA operation over a pool of adapters, and its plain reference."""
+"""The grouped SeRA operation over a pool of adapters, and its reference."""
 
 from sera_kernels.grouped import add_updates, grouped_sera, warm_up
 from sera_kernels.operands import ABSENT, NO_ADAPTER, AdapterBatch, AdapterTables, Entry

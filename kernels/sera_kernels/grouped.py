@@ -1,4 +1,4 @@
-"""The grouped operation: one call adds every token's own adapter to the base layers' outputs."""
+"""The grouped operation: one call adds the update of each token's adapter to the outputs of the base layers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sera_kernels.torch_path import grouped_sera_torch
 
 try:
     from sera_kernels.numba_path import grouped_sera_numba
-except ImportError:  # numba is optional: it has no build for the newest Python for a while after each release
+except ImportError:  # numba is optional: for some time after a Python release, numba has no build for it
     grouped_sera_numba = None  # type: ignore[assignment]
 
 
@@ -26,24 +26,24 @@ def grouped_sera(
     pool: Tensor,
     tables: AdapterTables,
 ) -> None:
-    """Add each token's adapter update to the outputs of layers that share the input `x`, in place.
+    """Add each token's adapter update, in place, to the outputs of layers that share the input `x`.
 
     Semantics, for token t with slot s = batch.token_slots[t], and each output y with its module m:
         y[t] += scaling[m, s] * ((x[t] A) C) B     if s >= 0 and offset[m, s] >= 0
         y[t] stays as it is, bit for bit           otherwise
-    with A and B block-diagonal in split[m, s] blocks (paper, section 3.2), C = identity without a mixer, and sums in
-    float32 whatever the dtype. There is no gradient: training uses the layers' autograd.
+    A and B are block-diagonal with split[m, s] blocks (paper, section 3.2). Without a mixer, C is the identity. All
+    sums are in float32. There is no gradient: training uses the layers' autograd.
 
     Args:
-        x: (tokens, d_in), contiguous; float32, bfloat16 or float16.
-        outputs: One contiguous (tokens, d_out) tensor for each layer, of x's dtype; changed in place.
+        x: (tokens, d_in), contiguous. float32, bfloat16 or float16.
+        outputs: One contiguous (tokens, d_out) tensor for each layer, of x's dtype. Changed in place.
         modules: The layers' rows in `tables`, in the order of `outputs`.
-        batch: Slot of each token; made once a step.
-        pool: (elements,), the factors of all resident adapters, of x's dtype.
-        tables: Place and shape of each adapter's factors.
+        batch: The slot of each token. Made once for each step.
+        pool: (elements,), contiguous. The factors of all resident adapters, of x's dtype.
+        tables: The offset and the shape of each adapter's factors.
 
     Raises:
-        ValueError: A shape, layout or dtype does not fit.
+        ValueError: A shape, a layout or a dtype does not fit.
     """
     if x.dim() != 2 or len(batch.token_slots) != len(x):
         raise ValueError(f"x must be (tokens, d_in) with {len(batch.token_slots)} tokens, not {tuple(x.shape)}")
@@ -67,9 +67,10 @@ def add_updates(
     pool: Tensor,
     tables: AdapterTables,
 ) -> None:
-    """`grouped_sera` for callers whose arguments fit by construction: nothing is checked, or computed in checking.
+    """Do the same as `grouped_sera` without its checks, for callers whose arguments fit by construction.
 
-    Layers call it dozens of times a step, where checks cost as much as updates. x and outputs may be (..., width).
+    Layers call this function dozens of times in a step, and there the checks would cost as much as the updates. x and
+    the outputs may have the shape (..., width).
     """
     if x.is_cpu and x.dtype == torch.float32 and grouped_sera_numba is not None:
         grouped_sera_numba(x, outputs, modules, batch, pool, tables)
@@ -79,8 +80,11 @@ def add_updates(
 
 
 def warm_up(device: torch.device, dtype: torch.dtype) -> None:
-    """Compile now what the first adapter would otherwise wait for: seconds after an installation, then kept on disk."""
-    # One row is computed by one thread, many by all of them: two functions.
+    """Compile the operation, so that the first request with an adapter does not wait for the compiler.
+
+    The first compilation after an installation takes seconds. Its result is kept on disk.
+    """
+    # There are two functions: one thread computes few rows, all threads compute many rows.
     for rows in (1, 1 << 15):
         x = torch.zeros(rows, 8, dtype=dtype, device=device)
         batch = AdapterBatch(torch.full((rows,), NO_ADAPTER, dtype=torch.int32, device=device))
@@ -89,10 +93,10 @@ def warm_up(device: torch.device, dtype: torch.dtype) -> None:
 
 @cache
 def path_for(device: torch.device) -> Callable[..., None]:
-    """The path for a device and any dtype: Triton's on a GPU, torch's elsewhere and where Triton is not installed."""
+    """Return the function for a device and any dtype: Triton on a GPU if it is installed, else torch."""
     if device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return grouped_sera_torch
-    # Not at the top: importing Triton takes as long as the rest of a small server's start.
+    # Imported here, because the import of Triton takes as long as the rest of a small server's start.
     from sera_kernels.triton_path import grouped_sera_triton
 
     return grouped_sera_triton

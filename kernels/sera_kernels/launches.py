@@ -1,4 +1,4 @@
-"""Launch parameters of the Triton kernel, by device and shape: measured ones where there are, else guesses."""
+"""Launch parameters of the Triton kernel, by device and shape. Parameters that nobody has measured are guesses."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ class Launch:
     """Parameters of one launch.
 
     Attributes:
-        block_m: Tokens of a tile, at least 16; or 1, which gives each token programs of its own.
-        columns: Columns of an output that a program updates.
-        elements: Factors that a single token's program reads at a time; at least 1024, and twice `columns`.
-        block_n: Of these, those that a tile's program holds at a time; at least 32.
-        block_r: Ranks that a tile's program reduces at a time; at least 16.
-        block_k: Inputs that a tile's program reads at a time; at least 16.
-        num_warps: Of a program.
-        num_stages: Loads that loops keep under way.
-        max_registers: Of a thread; with fewer, more programs fit on a multiprocessor.
+        block_m: Tokens of a tile, at least 16. With 1 there are no tiles, and each token has its own programs.
+        columns: Columns of an output that a program updates, at least 16.
+        elements: Factors that the program of a single token reads at a time, at least 1024 and 2 * `columns`.
+        block_n: Columns that the program of a tile holds at a time, at least 32.
+        block_r: Ranks that the program of a tile reduces at a time, at least 16.
+        block_k: Inputs that the program of a tile reads at a time, at least 16.
+        num_warps: Warps of a program.
+        num_stages: Loads in flight in a loop.
+        max_registers: Registers of a thread. With fewer registers, more programs fit on a multiprocessor.
 
     Raises:
-        ValueError: A value that the kernel cannot be compiled for.
+        ValueError: The kernel cannot be compiled for a value.
     """
 
     block_m: int
@@ -53,17 +53,17 @@ class Launch:
 
 @lru_cache(maxsize=1)
 def _table() -> dict[str, Any]:
-    """The shipped file; its `note` says how it is laid out."""
+    """Read the shipped file. Its `note` describes the layout."""
     table: dict[str, Any] = json.loads(resources.files("sera_kernels").joinpath("launches.json").read_text())
     return table
 
 
 @lru_cache(maxsize=4096)
 def choose_launch(tokens: int, d_in: int, d_out: int, dtype: torch.dtype, device: torch.device) -> Launch:
-    """What the table has for the device's name, else for its compute capability, else for any device.
+    """Choose the launch parameters for a device and a shape.
 
-    Of its rows for the dtype's size: those for the least number of tokens that is enough (else for the most), and of
-    these the one whose widths are nearest.
+    The table has a list of rows for each device. The list is looked up by the device's name, then by its compute
+    capability, then under "any". `pick_row` chooses the row.
     """
     devices = _table()["devices"]
     names = []
@@ -74,7 +74,12 @@ def choose_launch(tokens: int, d_in: int, d_out: int, dtype: torch.dtype, device
 
 
 def pick_row(rows: list[dict[str, Any]], tokens: int, d_in: int, d_out: int, element_bytes: int) -> Launch:
-    """The row of one device's list that fits best."""
+    """Pick the row of one device's list that fits best.
+
+    Rows for another element size are left out. A row fits `tokens` if it was made for at least as many tokens. Among
+    the rows that fit, the rows for the smallest number of tokens are taken. If no row fits, the rows for the largest
+    number of tokens are taken. Among these, the row with the nearest widths is picked.
+    """
 
     def misfit(row: dict[str, Any]) -> tuple[bool, int, float]:
         short = row["tokens"] < tokens

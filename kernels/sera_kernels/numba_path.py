@@ -1,4 +1,4 @@
-"""The grouped operation on a CPU, compiled by numba: each token reads its adapters in place, in their true size."""
+"""The grouped operation on a CPU, compiled by numba. Factors are read in place, without padding."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from torch import Tensor
 from sera_kernels.operands import ABSENT, AdapterBatch, AdapterTables
 from sera_kernels.torch_path import update_run
 
-# Multiply-adds below which one thread is done before a second one has started.
+# With fewer multiply-adds, one thread ends before a second thread has started.
 PARALLEL_FROM = 30_000
-# In a long run of one adapter's tokens, blocks of this rank and more are a matrix product that torch does better.
+# In a long run of one adapter's tokens, torch computes blocks of at least this rank faster, as a matrix product.
 MATMUL_FROM = 4
 
 
@@ -34,15 +34,15 @@ def grouped_sera_numba(
     pool: Tensor,
     tables: AdapterTables,
 ) -> None:
-    """`grouped_sera` for contiguous float32 tensors on a CPU."""
+    """Run `grouped_sera` on contiguous float32 tensors on a CPU."""
     d_in, tokens = x.size(-1), len(batch.host_slots)
     shapes, work = _output_shapes(tuple(modules), tuple([y.size(-1) for y in outputs]), d_in)
     update = _update
-    # numba has a number of threads of its own: unasked, it would use cores that torch was told to leave alone.
+    # numba has its own number of threads. By default it would use cores that torch was told not to use.
     if tokens * work > PARALLEL_FROM and (threads := torch.get_num_threads()) > 1:
         update = _update_parallel
         numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
-    # Addresses, because numba unpacks arrays slowly, and would compile anew for each number of outputs.
+    # The arguments are addresses: numba unpacks arrays slowly, and would compile again for each number of outputs.
     update(
         x.data_ptr(),
         tokens,
@@ -66,28 +66,29 @@ def grouped_sera_numba(
 
 @lru_cache(maxsize=4096)
 def _output_shapes(modules: tuple[int, ...], widths: tuple[int, ...], d_in: int) -> tuple[NDArray[Any], int]:
-    """(outputs, 2) module and width of each output, and an estimate of the multiply-adds of a token."""
-    # The ranks are not known here.
+    """Return (outputs, 2) modules and widths of the outputs, and an estimate of the multiply-adds of a token."""
+    # The estimate leaves out the ranks, which are unknown here.
     return np.array([modules, widths]).T.copy(), 2 * (d_in * len(widths) + sum(widths))
 
 
 def _share_openmp() -> None:
-    """Let numba compute in torch's OpenMP pool.
+    """Make numba use torch's OpenMP pool.
 
-    Each brings its own copy of GNU OpenMP, and the waiting threads of one pool would spin on the cores that the other
-    pool needs. Symbols of libraries that are loaded globally go before those of a library's own dependencies.
+    torch and numba each bring their own copy of GNU OpenMP. With two pools, waiting threads of one pool would spin on
+    cores that the other pool needs. This function loads torch's copy with global symbols. The loader prefers global
+    symbols to the symbols of a library's own dependencies.
     """
     for library in (Path(torch.__file__).parent / "lib").glob("libgomp*.so*"):
         ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
 
 
-# Before numba loads its threading layer, which is when the first parallel function is compiled.
+# Must run before numba loads its threading layer. numba loads it when it compiles the first parallel function.
 _share_openmp()
 
 
 @intrinsic
 def _pointer(typing: Any, address: Any) -> Any:
-    """An address as a pointer that `carray` takes."""
+    """Convert an address to a pointer for `carray`."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.inttoptr(arguments[0], cgutils.voidptr_t)
@@ -100,7 +101,7 @@ _options = {"nogil": True, "fastmath": {"contract", "reassoc", "nsz", "arcp"}, "
 
 @njit(**_options)
 def _token(x: Any, y: Any, in_run: bool, pool: Any, at: int, rank: int, split: int, mixer: int, scaling: float) -> None:
-    """Add one token's update by one adapter to its output row: x (d_in,), y (d_out,)."""
+    """Add one adapter's update of one token to the token's output row: x (d_in,), y (d_out,)."""
     segment_rank = rank // split
     if in_run and segment_rank >= MATMUL_FROM:
         return
@@ -108,8 +109,8 @@ def _token(x: Any, y: Any, in_run: bool, pool: Any, at: int, rank: int, split: i
     in_width, out_width = d_in // split, d_out // split
     a = pool[at : at + d_in * segment_rank]
     at += d_in * segment_rank
-    # Loops run from zero over slices: numba then knows that no index is negative, and uses vector instructions.
-    # u = x A, block by block.
+    # Loops run from zero over slices. numba then knows that no index is negative, and uses vector instructions.
+    # u = x A, one block at a time.
     u = np.zeros(rank, np.float32)
     for i in range(split):
         segment = x[i * in_width : (i + 1) * in_width]
@@ -129,7 +130,7 @@ def _token(x: Any, y: Any, in_run: bool, pool: Any, at: int, rank: int, split: i
     v = u
     if mixer:
         v = np.zeros(rank, np.float32)
-        # Four rows at a time: v is then read and written a quarter as often.
+        # Four rows at a time, so that v is read and written a quarter as often.
         for p in range(0, rank - 3, 4):
             row0, row1 = pool[at : at + rank], pool[at + rank : at + 2 * rank]
             row2, row3 = pool[at + 2 * rank : at + 3 * rank], pool[at + 3 * rank : at + 4 * rank]
@@ -170,11 +171,11 @@ def _update(
     slot_count: int,
     pool_at: int,
 ) -> None:
-    """All tokens and outputs; every argument that ends in _at is an address."""
+    """Update all outputs for all tokens. Arguments that end in _at are addresses."""
     slots = carray(_pointer(slots_at), tokens, np.int32)
     in_run = carray(_pointer(in_run_at), tokens, np.bool_)
     x = carray(_pointer(x_at), (tokens, d_in), np.float32)
-    # Only slices of it are read, so its true length does not matter.
+    # Only slices of the pool are read, so any length that is large enough will do.
     pool = carray(_pointer(pool_at), 1 << 62, np.float32)
     rows = shapes[:, 0].max() + 1
     offset = carray(_pointer(offset_at), (rows, slot_count), np.int64)

@@ -1,4 +1,4 @@
-"""What the grouped operation reads besides activations: where each adapter's factors lie, which token uses which."""
+"""Operands of the grouped operation: the tables of resident adapters, and the slot of each token of a batch."""
 
 from __future__ import annotations
 
@@ -13,28 +13,27 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 NO_ADAPTER = -1
-"""Slot of a token that uses no adapter."""
+"""The slot of a token that uses no adapter."""
 
 ABSENT = -1
-"""Offset of a module that a slot's adapter does not adapt."""
-
+"""The offset of a module that a slot's adapter does not adapt."""
 
 LONG_RUN = 32
-"""Tokens of one adapter from which a matrix product beats a loop over tokens."""
+"""With at least this many tokens of one adapter, a matrix product is faster than a loop over the tokens."""
 
 
 @dataclass(frozen=True)
 class AdapterTables:
-    """Place and shape of every resident adapter's factors, by (module, slot).
+    """Offset and shape of the factors of every resident adapter, by (module, slot).
 
-    A module's factors are contiguous in the pool: A (d_in, segment_rank), then C (rank, rank) if there is a mixer,
-    then B (segment_rank, d_out), each row-major, true sizes.
+    The factors of a module are contiguous in the pool: A (d_in, segment_rank), then C (rank, rank) if there is a mixer,
+    then B (segment_rank, d_out). Each factor is row-major and not padded.
 
     Attributes:
-        offset: int64 (modules, slots), first element in the pool, or `ABSENT`.
+        offset: int64 (modules, slots), the first element in the pool, or `ABSENT`.
         rank: int32 (modules, slots).
         split: int32 (modules, slots).
-        mixer: int32 (modules, slots), 1 where C exists.
+        mixer: int32 (modules, slots), 1 if C exists, else 0.
         scaling: float32 (modules, slots).
     """
 
@@ -46,7 +45,7 @@ class AdapterTables:
 
     @classmethod
     def empty(cls, modules: int, slots: int, device: torch.device | str = "cpu") -> AdapterTables:
-        """Tables in which no slot adapts anything."""
+        """Make tables in which no slot adapts a module."""
         shape = (modules, slots)
         return cls(
             offset=torch.full(shape, ABSENT, dtype=torch.int64, device=device),
@@ -58,20 +57,20 @@ class AdapterTables:
 
     @cached_property
     def host_arrays(self) -> tuple[NDArray[Any], ...]:
-        """The tables as arrays over their own memory, in the order of the attributes; CPU only."""
+        """The tables as arrays that share their memory, in the order of the attributes. CPU only."""
         return tuple(getattr(self, f.name).numpy() for f in fields(self))
 
     @cached_property
     def host_addresses(self) -> tuple[int, ...]:
-        """Addresses of the tables in the order of the attributes, then the number of slots; CPU only."""
+        """The addresses of the tables in the order of the attributes, then the number of slots. CPU only."""
         return (*(getattr(self, f.name).data_ptr() for f in fields(self)), self.offset.shape[1])
 
     def clear(self, slot: int) -> None:
-        """Make `slot` adapt nothing."""
+        """Remove the adapter of `slot`: the slot then adapts no module."""
         self.offset[:, slot] = ABSENT
 
     def entries(self, module: int, slots: list[int]) -> Iterator[Entry]:
-        """The rows of `module` for `slots`, on the host (waits for the device if there is one)."""
+        """Yield the cells of `module` for `slots`. Waits for the device if the tables are on one."""
         index = torch.tensor(slots, dtype=torch.int64, device=self.offset.device)
         columns = [getattr(self, f.name)[module, index].tolist() for f in fields(self)]
         for offset, rank, split, mixer, scaling in zip(*columns, strict=True):
@@ -90,15 +89,15 @@ class Entry:
 
     @property
     def segment_rank(self) -> int:
-        """rank / split."""
+        """Rank of one segment, rank / split."""
         return self.rank // self.split
 
     def elements(self, d_in: int, d_out: int) -> int:
-        """Number of stored elements of the module's factors."""
+        """Return the number of elements of the module's factors in the pool."""
         return (d_in + d_out) * self.segment_rank + (self.rank**2 if self.mixer else 0)
 
     def factors(self, pool: Tensor, d_in: int, d_out: int) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Views of A (d_in, segment_rank), C (rank, rank) or None, and B (segment_rank, d_out) in the pool."""
+        """Return views of A (d_in, segment_rank), C (rank, rank) or None, and B (segment_rank, d_out) in the pool."""
         sizes = [d_in * self.segment_rank, self.rank**2 if self.mixer else 0, self.segment_rank * d_out]
         a, c, b = pool[self.offset : self.offset + sum(sizes)].split(sizes)
         mixer = c.view(self.rank, self.rank) if self.mixer else None
@@ -107,13 +106,13 @@ class Entry:
 
 @dataclass(frozen=True)
 class AdapterBatch:
-    """Which adapter each token of one forward pass uses; made once a step, shared by every layer.
+    """The adapter slot of each token of one forward pass. Made once for each step, and shared by all layers.
 
     Attributes:
-        token_slots: int32 (tokens,), contiguous; a slot, or `NO_ADAPTER`.
+        token_slots: int32 (tokens,), contiguous. Each is a slot or `NO_ADAPTER`.
 
     Raises:
-        ValueError: `token_slots` has another dtype, shape or layout: compiled code reads its memory as it lies.
+        ValueError: `token_slots` has another dtype, shape or layout. Compiled code reads its memory directly.
     """
 
     token_slots: Tensor
@@ -125,12 +124,12 @@ class AdapterBatch:
 
     @cached_property
     def host_slots(self) -> NDArray[Any]:
-        """`token_slots` as an array; CPU only."""
+        """`token_slots` as an array. CPU only."""
         return self.token_slots.numpy()
 
     @cached_property
     def long_runs(self) -> list[int]:
-        """Slots with at least `LONG_RUN` tokens, as in a prefill; CPU only."""
+        """Slots with at least `LONG_RUN` tokens, as in a prefill. CPU only."""
         if len(self.host_slots) < LONG_RUN:
             return []
         slots, counts = np.unique(self.host_slots, return_counts=True)
@@ -138,17 +137,17 @@ class AdapterBatch:
 
     @cached_property
     def in_long_run(self) -> NDArray[Any]:
-        """Whether each token belongs to one of `long_runs`; CPU only."""
+        """For each token, whether its slot is in `long_runs`. CPU only."""
         return np.isin(self.host_slots, self.long_runs) if self.long_runs else np.zeros(len(self.host_slots), bool)
 
     @cached_property
     def host_addresses(self) -> tuple[int, int]:
-        """Addresses of `token_slots` and `in_long_run`; CPU only."""
+        """The addresses of `token_slots` and `in_long_run`. CPU only."""
         return self.token_slots.data_ptr(), self.in_long_run.ctypes.data
 
     @cached_property
     def sorted_slots(self) -> tuple[Tensor, Tensor]:
-        """`token_slots` in ascending order, and int64 the tokens in that order; made on the tokens' device."""
+        """`token_slots` in ascending order, and the tokens in the same order (int64). On the device of the tokens."""
         slots, order = torch.sort(self.token_slots, stable=True)
         return slots, order
 
@@ -157,14 +156,17 @@ class AdapterBatch:
         return {}
 
     def tiles(self, block: int) -> tuple[Tensor, Tensor]:
-        """The sorted tokens cut into tiles of at most `block` tokens of one slot; bare ones are in none.
+        """Cut the sorted tokens into tiles. A tile has at most `block` tokens, and all have the same slot.
 
-        Shapes follow from the number of tokens alone and nothing is read on the host: a CUDA graph can hold this, and
-        makes it anew in a replay. Made once a step for each `block`.
+        Tokens without an adapter are in no tile. Shapes follow from the number of tokens alone, and the host reads no
+        values. A CUDA graph can therefore hold this computation, and a replay repeats it. The result is computed once a
+        step for each `block`.
 
         Returns:
-            int64 (tokens,), first place in the sorted order of each tile; what follows the last tile is meaningless.
-            int64 (tokens,), how many tiles begin up to each place, so that the last is the number of tiles.
+            int64 (tokens,), for each tile the position of its first token in the sorted order. Values after the last
+                tile have no meaning.
+            int64 (tokens,), for each position the number of tiles that start up to and including this position. The
+                last value is the number of tiles.
         """
         if block not in self._tiles:
             slots, _ = self.sorted_slots
@@ -179,7 +181,7 @@ class AdapterBatch:
 
     @cached_property
     def tokens_by_slot(self) -> dict[int, Tensor]:
-        """int64 positions of each slot's tokens, bare ones left out, on the tokens' device (host work: once a step)."""
+        """int64 positions of each slot's tokens, on the tokens' device, without `NO_ADAPTER`. Made on the host."""
         slots, inverse = torch.unique(self.token_slots, return_inverse=True)
         order = torch.argsort(inverse, stable=True)
         counts = torch.bincount(inverse, minlength=len(slots)).tolist()

@@ -1,4 +1,4 @@
-"""The grouped operation as its definition reads: one adapter at a time, dense blocks, float64."""
+"""The reference of the grouped operation, close to its formula: one adapter at a time, dense blocks, float64."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def grouped_sera_reference(
     pool: Tensor,
     tables: AdapterTables,
 ) -> None:
-    """Same semantics and arguments as `grouped_sera`, slow and plain: what every fast path is tested against."""
+    """Compute the same as `grouped_sera`, slowly and plainly. Tests compare every fast path with this function."""
     d_in = x.shape[1]
     for y, module in zip(outputs, modules, strict=True):
         d_out = y.shape[1]

@@ -1,4 +1,4 @@
-"""The grouped operation in torch alone: adapters of one shape are computed together."""
+"""The grouped operation in torch alone. Adapters of the same shape are computed together."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def grouped_sera_torch(
     pool: Tensor,
     tables: AdapterTables,
 ) -> None:
-    """`grouped_sera` for any device. Reads shapes on the host, so it cannot be captured in a CUDA graph."""
+    """Run `grouped_sera` on any device. The host reads shapes, so a CUDA graph cannot capture this function."""
     groups = batch.tokens_by_slot
     slots = list(groups)
     for y, module in zip(outputs, modules, strict=True):
@@ -36,7 +36,7 @@ def grouped_sera_torch(
 
 
 def update_run(x: Tensor, y: Tensor, tokens: Tensor, entry: Entry, pool: Tensor) -> None:
-    """Add one adapter's update to many tokens: factors are read in place."""
+    """Add one adapter's update to many tokens. The factors are read in place."""
     split, segment_rank = entry.split, entry.segment_rank
     a, c, b = (factor if factor is None else factor.float() for factor in entry.factors(pool, x.shape[1], y.shape[1]))
     assert a is not None and b is not None
@@ -52,7 +52,7 @@ def update_run(x: Tensor, y: Tensor, tokens: Tensor, entry: Entry, pool: Tensor)
 
 
 def _update_singles(x: Tensor, y: Tensor, members: list[tuple[Entry, Tensor]], pool: Tensor) -> None:
-    """Add the updates of adapters of one shape that have one token each: factors are gathered, then batched."""
+    """Add the updates of adapters of one shape that have one token each. Their factors are gathered into a batch."""
     first = members[0][0]
     n, d_in, d_out = len(members), x.shape[1], y.shape[1]
     rank, split, segment_rank = first.rank, first.split, first.segment_rank

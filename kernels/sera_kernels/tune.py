@@ -26,11 +26,11 @@ SHAPES = {
     "llama-3-8b": [(4096, [4096, 1024, 1024]), (4096, [4096]), (4096, [14336, 14336]), (14336, [4096])],
     "llama-3-70b": [(8192, [8192, 1024, 1024]), (8192, [8192]), (8192, [28672, 28672]), (28672, [8192])],
 }
-"""Widths of the layers that share an input, by model: d_in, then each d_out."""
+"""Widths of the layers that share an input, by model: d_in, then every d_out."""
 
 TOKENS = [16, 64, 256, 1024, 4096]
 RANK = 64
-"""Rank and split of the adapters that are measured."""
+"""Rank and split of the measured adapters."""
 
 CHOICES: dict[str, list[int]] = {
     "block_m": [1, 16, 32, 64],
@@ -48,7 +48,10 @@ Operands = tuple[Tensor, list[Tensor], list[int], AdapterBatch, Tensor, AdapterT
 
 
 def search(seconds: Callable[[Launch], float], start: Launch) -> tuple[Launch, float]:
-    """The best launch that changing one parameter at a time leads to, and its time; inf is one that does not run."""
+    """Search for the best launch by changing one parameter at a time. Returns the launch and its time.
+
+    A time of inf stands for a launch that does not run.
+    """
     times = {start: seconds(start)}
     best = start
     while True:
@@ -63,7 +66,7 @@ def search(seconds: Callable[[Launch], float], start: Launch) -> tuple[Launch, f
 
 
 def _variants(launch: Launch, name: str, choices: list[int]) -> Iterator[Launch]:
-    # What only tiles use does not matter to single tokens.
+    # These parameters have an effect on tiles only.
     if launch.block_m == 1 and name in ("block_n", "block_r", "block_k", "num_stages"):
         return
     for value in choices:
@@ -73,7 +76,11 @@ def _variants(launch: Launch, name: str, choices: list[int]) -> Iterator[Launch]
 
 
 def operands(tokens: int, d_in: int, d_outs: list[int], dtype: torch.dtype, device: str = "cuda") -> Operands:
-    """Up to 256 tokens of as many adapters, as in decoding; beyond, 64 of them and long runs of 8 adapters."""
+    """Make the operands of a measurement.
+
+    Up to 256 tokens, each token has its own adapter, as in decoding. With more tokens, 64 tokens have their own adapter
+    and the others form long runs of 8 adapters.
+    """
     adapters = min(tokens, 256)
     tables = AdapterTables.empty(len(d_outs), adapters, device)
     end = 0
@@ -94,7 +101,7 @@ def operands(tokens: int, d_in: int, d_outs: list[int], dtype: torch.dtype, devi
 
 
 def is_right(launch: Launch, case: Operands) -> bool:
-    """Whether a launch gives what the reference gives."""
+    """Return whether the results of a launch equal the results of the reference."""
     x, outputs, modules, batch, pool, tables = case
     got, want = [y.clone() for y in outputs], [y.double() for y in outputs]
     launch_grouped(launch, x, got, modules, batch, pool, tables)
@@ -107,7 +114,7 @@ def is_right(launch: Launch, case: Operands) -> bool:
 
 
 def measure(launch: Launch, case: Operands) -> float:
-    """Milliseconds of a launch within a CUDA graph, or inf if the GPU has not the memory or registers for it."""
+    """Return the milliseconds of a launch in a CUDA graph, or inf if the GPU lacks memory or registers for it."""
     x, outputs, modules, batch, pool, tables = case
     try:
         time: float = triton.testing.do_bench_cudagraph(
@@ -119,10 +126,10 @@ def measure(launch: Launch, case: Operands) -> float:
 
 
 def tune(shapes: list[tuple[int, list[int]]], dtypes: list[torch.dtype], write: Callable[[str], object]) -> list[Any]:
-    """Rows of `launches.json` for this GPU.
+    """Measure the rows of `launches.json` for this GPU.
 
     Raises:
-        RuntimeError: The fastest launch computes something else than the reference.
+        RuntimeError: The fastest launch gives other results than the reference.
     """
     rows = []
     for dtype in dtypes:
@@ -142,14 +149,16 @@ def tune(shapes: list[tuple[int, list[int]]], dtypes: list[torch.dtype], write: 
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit status."""
+    """Run the command line. Returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m sera_kernels.tune", description=__doc__)
-    parser.add_argument("--shapes", choices=SHAPES, default="llama-3-8b", help="the model whose layers are measured")
+    parser.add_argument("--shapes", choices=SHAPES, default="llama-3-8b", help="measure the layers of this model")
     parser.add_argument("--dtypes", nargs="+", choices=["bfloat16", "float16", "float32"], default=["bfloat16"])
-    parser.add_argument("--output", type=Path, default=Path("launches.json"), help="written anew, other GPUs kept")
+    parser.add_argument(
+        "--output", type=Path, default=Path("launches.json"), help="file to write; rows of other GPUs are kept"
+    )
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
-        sys.stderr.write("sera_kernels.tune measures on a CUDA GPU, and torch finds none here; nothing was written\n")
+        sys.stderr.write("sera_kernels.tune needs a CUDA GPU, and torch finds none here; nothing was written\n")
         return 1
     shipped = resources.files("sera_kernels").joinpath("launches.json")
     table = json.loads(options.output.read_text() if options.output.exists() else shipped.read_text())

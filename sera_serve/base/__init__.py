@@ -2,7 +2,7 @@
 
 from sera_serve.base.fingerprint import fingerprint
 from sera_serve.base.loading import DTYPES, EMBEDDED, freeze_base, load_base
-from sera_serve.base.model import FrozenBase, Pooling, pool_states
+from sera_serve.base.model import FrozenBase, Pooling, merge_adapter, pool_states
 from sera_serve.base.preprocess import ModelInputs, Preprocessor
 from sera_serve.base.rotary import RotaryContext, RotaryScaling, rotary_scaling
 
@@ -18,6 +18,7 @@ __all__ = [
     "fingerprint",
     "freeze_base",
     "load_base",
+    "merge_adapter",
     "pool_states",
     "rotary_scaling",
 ]

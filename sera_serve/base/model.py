@@ -11,8 +11,9 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 
-from adapters_store import BaseInfo
+from adapters_store import AdapterBundle, BaseInfo, check_base, dense_factors
 from sera_serve.base.preprocess import ModelInputs, Preprocessor
 from sera_serve.base.rotary import (
     RotaryContext,
@@ -29,14 +30,14 @@ Pooling = Literal["last_token", "cls", "mean"]
 
 @dataclass(frozen=True)
 class FrozenBase:
-    """A base model that no longer trains, its tokenizer, and its identity.
+    """A base model with frozen weights, its tokenizer, and its identity.
 
     Attributes:
-        name: What it was loaded from: "embedded", a path's last part, or a hub id.
-        model: In evaluation mode, every parameter frozen.
-        tokenizer: Its tokenizer, with a padding token.
-        info: Fingerprint that adapters carry, taken before any change of dtype.
-        kind: A decoder generates, and classifies on its last token; an encoder classifies.
+        name: The source of the base: "embedded", the last part of a path, or a hub id.
+        model: The model, in evaluation mode, with every parameter frozen.
+        tokenizer: The base's tokenizer, with a padding token.
+        info: The fingerprint that adapters carry. It is computed before any change of dtype.
+        kind: A decoder generates, and classifies on the last token; an encoder classifies.
     """
 
     name: str
@@ -47,7 +48,7 @@ class FrozenBase:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return cast(torch.device, self.model.device)
 
     @property
@@ -57,17 +58,15 @@ class FrozenBase:
 
     @property
     def hidden_size(self) -> int:
-        """Width of the hidden states, and so of a classifier head's rows."""
+        """Width of the hidden states. A classifier head's rows have the same width."""
         return int(self.model.config.get_text_config().hidden_size)
 
     @property
     def max_length(self) -> int:
-        """Longest sequence in tokens that the base was made for."""
+        """Longest sequence in tokens that the base was made for. Dynamic rotary scaling begins beyond it."""
         limits = [getattr(self.model.config.get_text_config(), "max_position_embeddings", None)]
         # Tokenizers without a limit say 1e30.
         limits.append(self.tokenizer.model_max_length)
-        # Beyond this length, dynamic scaling would let one sequence change its neighbours.
-        limits.append(self.rotary.threshold if self.rotary.kind == "dynamic" else None)
         return int(min(limit for limit in limits if limit is not None))
 
     @cached_property
@@ -87,11 +86,11 @@ class FrozenBase:
 
     @property
     def default_pooling(self) -> Pooling:
-        """How a classifier on this base pools, unless its adapter says otherwise."""
+        """Pooling of a classifier whose adapter names none."""
         return "last_token" if self.kind == "decoder" else "cls"
 
     def module_shapes(self) -> dict[str, tuple[int, int]]:
-        """(d_in, d_out) of every linear layer an adapter may sit on, by dotted path."""
+        """Return (d_in, d_out) of every linear layer that an adapter may adapt, by dotted path."""
         return {path: linear_widths(module) for path, module in adaptable_linears(self.model).items()}
 
     def encode(self, texts: Sequence[str], max_length: int) -> tuple[Tensor, Tensor]:
@@ -165,3 +164,22 @@ def pool_states(states: Tensor, attention_mask: Tensor, pooling: Pooling) -> Ten
         return (states * mask).sum(1) / mask.sum(1)
     last = attention_mask.sum(1) - 1
     return states[torch.arange(len(states), device=states.device), last]
+
+
+def merge_adapter(base: FrozenBase, bundle: AdapterBundle) -> None:
+    """Merge an adapter into the weights: add scaling * A C B to each adapted layer, in place.
+
+    The sum is computed in float64 and rounded once, to the weight's dtype. A classifier's head is not merged.
+
+    Raises:
+        WrongBase, UnknownModule, WrongShape: The adapter was made for another base. No weight is changed.
+    """
+    check_base(bundle.config, base.info, base.module_shapes())
+    with torch.no_grad():
+        for path in bundle.config.modules:
+            layer = base.model.get_submodule(path)
+            weight = layer.get_parameter("weight")
+            delta = dense_factors(bundle, path).delta_weight().to(weight.device)
+            # nn.Linear stores (d_out, d_in), GPT-2's Conv1D (d_in, d_out).
+            merged = weight.double() + (delta if isinstance(layer, Conv1D) else delta.T)
+            weight.copy_(merged.to(weight.dtype))

@@ -85,8 +85,9 @@ class PerSequenceRotary(nn.Module):
     """Runs a longrope module for both sides, and selects by token.
 
     Semantics: result[t] = stock(positions)[t] as if every sequence in the batch were on the side of t's sequence.
-    The stock module runs twice. The short run sees position 0 in place of every long token, so that its largest
-    position is below the threshold. The long run sees one more position, the threshold, and its result is cut off.
+    The stock module runs twice. In the short run every position is limited to the last one below the threshold; only
+    long tokens and padding have larger positions. The long run sees one more position, the threshold, and its result is
+    cut off.
     No operation here reads the device. (PhiMoE's own module does.)
 
     Attributes:
@@ -99,26 +100,25 @@ class PerSequenceRotary(nn.Module):
         self.rotary = rotary
         self.context = context
 
-    def forward(self, x: Tensor, position_ids: Tensor, **options: Any) -> Any:
+    def forward(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> Any:
         """Return what the stock module returns: tensors (rows, length, ...), such as cos and sin.
 
         Args:
             x: Gives the dtype and device of the result.
             position_ids: int64 (rows, length), or (1, length) for positions that all rows share.
-            options: Further arguments of the stock module, such as `layer_type`.
+            layer_type: Passed on to a stock module that has one set of frequencies for each type of layer.
         """
+        options = {} if layer_type is None else {"layer_type": layer_type}
         kind = self.rotary.rope_type
-        if isinstance(kind, Mapping) and kind[options["layer_type"]] != "longrope":
+        if isinstance(kind, Mapping) and kind[layer_type] != "longrope":
             return self.rotary(x, position_ids, **options)
         threshold = self.context.threshold
         long = self.context.long_tokens
         if long is None:
             long = position_ids.amax(-1, keepdim=True) >= threshold
-        long = long.expand(torch.broadcast_shapes(long.shape, position_ids.shape))
-        positions = position_ids.expand(long.shape)
-        beyond = positions.new_full((*positions.shape[:-1], 1), threshold)
-        short_run = self.rotary(x, positions.masked_fill(long, 0), **options)
-        long_run = self.rotary(x, torch.cat([positions, beyond], -1), **options)
+        beyond = position_ids.new_full((*position_ids.shape[:-1], 1), threshold)
+        short_run = self.rotary(x, position_ids.clamp(max=threshold - 1), **options)
+        long_run = self.rotary(x, torch.cat([position_ids, beyond], -1), **options)
         if isinstance(short_run, Tensor):
             return _select(long, long_run, short_run)
         return tuple(_select(long, *results) for results in zip(long_run, short_run, strict=True))
@@ -226,9 +226,9 @@ def _rotary_modules(model: nn.Module) -> list[nn.Module]:
 
 
 def _select(long: Tensor, long_run: Tensor, short_run: Tensor) -> Tensor:
-    """Per token from the long run, whose last position is one too many, or from the short run."""
-    mask = long.view(*long.shape, *[1] * (short_run.ndim - long.ndim))
-    return torch.where(mask, long_run[:, : long.shape[-1]], short_run)
+    """Select by token between the long run, whose last position is one too many, and the short run."""
+    mask = long[(..., *[None] * (short_run.ndim - 2))]
+    return torch.where(mask, long_run[:, :-1], short_run)
 
 
 def _unsupported(name: str, problem: str) -> InvalidConfiguration:

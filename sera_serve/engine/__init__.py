@@ -8,6 +8,7 @@ from sera_serve.engine.request import (
     LabelScores,
     Principal,
     Priority,
+    Task,
     TokenLogprobs,
 )
 from sera_serve.engine.stream import GenerationResult, GenerationStream, TokenDelta
@@ -30,6 +31,7 @@ __all__ = [
     "ResidencyStats",
     "RunnerLoad",
     "ServingEngine",
+    "Task",
     "TokenDelta",
     "TokenLogprobs",
 ]

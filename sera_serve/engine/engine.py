@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from adapters_store import AdapterBundle, AdapterStore, ResolvedAdapter, check_base
+from adapters_store import AdapterBundle, AdapterStore, ResolvedAdapter, check_base, check_same_base
 from sera_kernels import warm_up
 from sera_serve.base import FrozenBase, ModelInputs
 from sera_serve.config import ServeSettings
@@ -299,6 +299,7 @@ class ServingEngine:
             raise UnsupportedTask(
                 f"adapter {adapter!r} is for {resolved.task}; send it to /v1/{resolved.task}", param="adapter"
             )
+        check_same_base(resolved.base, self.base.info)
         return resolved
 
     def _mailbox_here(self) -> Mailbox:

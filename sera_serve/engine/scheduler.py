@@ -197,8 +197,12 @@ class Scheduler(Generic[R]):
         """Finish a running request; no step may use its slot any more."""
         with self._lock:
             self._running.discard(request)
-            request.finish(reason, error)
+        # First, so that whoever sees that the request is finished finds nothing held for it. No other thread can finish
+        # a request that runs.
         self._give_back(request, reason)
+        with self._lock:
+            request.finish(reason, error)
+        request.notify()
 
     def check_invariants(self) -> None:
         """Raise RuntimeError where the queue, the leases and the states do not agree."""
@@ -281,11 +285,12 @@ class Scheduler(Generic[R]):
             self._leased.discard(request)
             request.finish(reason, error)
         self._give_back(request, reason)
+        request.notify()
         self.wake()
         return True
 
     def _give_back(self, request: R, reason: FinishReason) -> None:
-        """Release what a finished request held, and tell its reader."""
+        """Release what a request holds that is finished, or is about to be."""
         loading, request.loading = request.loading, None
         if loading is not None:
             loading.cancel()
@@ -296,7 +301,6 @@ class Scheduler(Generic[R]):
         if request.parent is None or reason is FinishReason.SHED:
             # A call whose part was shed fails as a whole.
             self._admission.release(request.parent or request, reason.is_served)
-        request.notify()
 
     @staticmethod
     def _drop_hint(request: R) -> None:

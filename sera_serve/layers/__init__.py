@@ -1,4 +1,4 @@
-"""The adapter layers: trainable ones, and the ones that serve many adapters at once."""
+"""The adapter layers: a trainable layer for one adapter, and a serving layer for many adapters in one batch."""
 
 from sera_serve.layers.attach import (
     adapter_tensors,
@@ -11,8 +11,7 @@ from sera_serve.layers.attach import (
 from sera_serve.layers.config import ALL_LINEAR, SeraConfig
 from sera_serve.layers.context import AdapterContext
 from sera_serve.layers.sera_linear import SeraLinear
-from sera_serve.layers.served import ServedLinear, attach_serving
-from sera_serve.layers.shared_inputs import find_shared_inputs
+from sera_serve.layers.served_linear import ServedLinear, SharedInputGroup, attach_serving, find_shared_inputs
 from sera_serve.layers.targets import adaptable_linears, linear_widths
 
 __all__ = [
@@ -21,6 +20,7 @@ __all__ = [
     "SeraConfig",
     "SeraLinear",
     "ServedLinear",
+    "SharedInputGroup",
     "adaptable_linears",
     "adapter_tensors",
     "attach_adapter",

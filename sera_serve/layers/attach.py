@@ -1,4 +1,4 @@
-"""Putting trainable adapters on a base model, taking them off, and counting them."""
+"""Attaches trainable adapters to a base model, detaches them, and counts their parameters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sera_serve.layers.targets import linear_widths, select_targets
 
 
 class ModuleShape(TypedDict):
-    """One adapted layer as the adapter format describes it."""
+    """One adapted layer, as the adapter format describes it."""
 
     d_in: int
     d_out: int
@@ -23,14 +23,14 @@ class ModuleShape(TypedDict):
 
 
 def attach_adapter(model: nn.Module, config: SeraConfig) -> dict[str, SeraLinear]:
-    """Wrap each target of `model` in a `SeraLinear`, in place, and freeze everything else.
+    """Replace each target of `model` by a `SeraLinear`, in place, and freeze all other parameters.
 
     Args:
-        model: The base model; nothing is changed when a target does not fit.
+        model: The base model. If a target does not fit, the model is not changed.
         config: The adapter's shape and targets.
 
     Returns:
-        The new layers by the dotted path of the layer they wrap.
+        The new layers, by the dotted path of the wrapped layer.
 
     Raises:
         InvalidConfiguration: See `select_targets`.
@@ -45,18 +45,18 @@ def attach_adapter(model: nn.Module, config: SeraConfig) -> dict[str, SeraLinear
 
 
 def detach_adapter(model: nn.Module) -> None:
-    """Put the wrapped base layers back; a no-op on a model without adapters."""
+    """Put the wrapped base layers back. A no-op on a model without adapters."""
     for path, layer in attached_layers(model).items():
         replace_module(model, path, layer.base)
 
 
 def attached_layers(model: nn.Module) -> dict[str, SeraLinear]:
-    """The `SeraLinear` layers of `model` by path."""
+    """Return the `SeraLinear` layers of `model` by path."""
     return {path: module for path, module in model.named_modules() if isinstance(module, SeraLinear)}
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The factors of every attached layer, detached, under the adapter format's names."""
+    """Return the factors of every attached layer without gradients, by their names in the adapter format."""
     tensors = {}
     for path, layer in attached_layers(model).items():
         tensors[f"{path}.sera_a"] = layer.sera_a.detach()
@@ -67,7 +67,7 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def module_specs(model: nn.Module) -> dict[str, ModuleShape]:
-    """The adapter format's description of every attached layer."""
+    """Return the description of every attached layer in the adapter format, by path."""
     return {
         path: ModuleShape(
             d_in=layer.d_in,
@@ -82,9 +82,9 @@ def module_specs(model: nn.Module) -> dict[str, ModuleShape]:
 
 
 def count_adapter_parameters(model: nn.Module, config: SeraConfig) -> int:
-    """How many parameters of the adapter would train on `model`, head excluded.
+    """Return the number of trainable parameters of the adapter on `model`, without a head.
 
-    Needs shapes only, so a model on the meta device will do; `model` is not changed.
+    Only shapes are read, so `model` may be on the meta device. `model` is not changed.
     """
     total = 0
     for module in select_targets(model, config).values():
@@ -99,6 +99,6 @@ def count_adapter_parameters(model: nn.Module, config: SeraConfig) -> int:
 
 
 def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Put `module` where `path` points in `model`."""
+    """Replace the module at `path` in `model` by `module`."""
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, module)

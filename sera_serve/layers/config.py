@@ -1,4 +1,4 @@
-"""What an adapter looks like on any base model: its rank, split, mixer, and where it goes."""
+"""The configuration of an adapter: rank, split, mixer, scaling and target modules."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ ALL_LINEAR = "all-linear"
 class SeraConfig:
     """One member of the family delta W = scaling * A C B (paper, section 3).
 
-    LoRA is `split=1, use_mixer=False`; LoRA-FA the same with `train_factors=("b",)`; MoSLoRA is `split=1` with the
-    mixer C; MELoRA is `split>1` without it; SeRA is `split>1` with it.
+    LoRA is `split=1, use_mixer=False`. LoRA-FA is LoRA with `train_factors=("b",)`. MoSLoRA is `split=1` with the
+    mixer C. MELoRA is `split>1` without the mixer. SeRA is `split>1` with the mixer.
 
     Attributes:
         rank: Width of the reduced vector (r in the paper).
-        split: Number of diagonal blocks of A and of B; divides the rank and both widths of each adapted layer.
+        split: Number of diagonal blocks of A and of B. It must divide the rank and both widths of each adapted layer.
         lora_alpha: Numerator of the constant scaling `lora_alpha / rank`.
-        target_modules: Suffixes of module names (`("q_proj", "v_proj")`) or `"all-linear"`, which is every linear
-            layer but the output embedding.
-        use_mixer: Whether the rank x rank matrix C exists; without it C is the identity.
-        dropout: Probability of zeroing an input element of the adapter while training.
-        train_factors: Factors that receive gradients; the others keep their initial values.
+        target_modules: Suffixes of module names (`("q_proj", "v_proj")`), or `"all-linear"` for every linear layer
+            except the output embedding.
+        use_mixer: Whether the matrix C (rank x rank) exists. Without it, C is the identity.
+        dropout: Probability that an input element of the adapter is set to zero in training.
+        train_factors: Factors that receive gradients. The other factors keep their initial values.
 
     Raises:
         InvalidConfiguration: A value is out of range, or rank and split do not fit each other.
@@ -76,7 +76,8 @@ class SeraConfig:
             )
         if self.train_factors == ("c",) and not self.use_mixer:
             raise InvalidConfiguration(
-                "only C would train, but use_mixer is False; nothing is left to train", param="train_factors"
+                "only C would train, but use_mixer is False: nothing would train; set use_mixer",
+                param="train_factors",
             )
 
     @property
@@ -90,7 +91,7 @@ class SeraConfig:
         return self.lora_alpha / self.rank
 
     def check_fits(self, path: str, d_in: int, d_out: int) -> None:
-        """Raise `InvalidConfiguration` unless `split` divides both widths, saying which splits would."""
+        """Raise `InvalidConfiguration` unless `split` divides both widths. The message lists splits that would."""
         if d_in % self.split == 0 and d_out % self.split == 0:
             return
         fitting = divisors(math.gcd(math.gcd(d_in, d_out), self.rank))
@@ -102,5 +103,5 @@ class SeraConfig:
 
 
 def divisors(number: int) -> list[int]:
-    """All positive divisors of `number`, ascending."""
+    """Return all positive divisors of `number`, ascending."""
     return [candidate for candidate in range(1, number + 1) if number % candidate == 0]

@@ -1,4 +1,4 @@
-"""The adapters of the forward pass under way: set once a step, read by every serving layer."""
+"""The adapter context: device pool, adapter tables, and the batch of the running forward pass."""
 
 from __future__ import annotations
 
@@ -11,41 +11,34 @@ from sera_kernels import AdapterBatch, AdapterTables
 
 
 class AdapterContext:
-    """Device pool, tables and the current batch, shared by the serving layers of one model.
+    """What the serving layers of one model read: pool, tables, and the batch of the running forward pass.
 
-    One model object runs one forward pass at a time; a second engine over the same weights has its own model object
-    and its own context.
+    One model object runs one forward pass at a time. A second engine on the same weights needs its own model object and
+    its own context.
 
     Attributes:
         pool: (elements,) factors of all resident adapters.
-        tables: Where each adapter's factors lie.
-        batch: The pass under way, or None between passes and for a batch of the bare base alone.
+        tables: Offset and shape of each adapter's factors.
+        batch: The slot of each token of the running pass. None between passes, and in a pass of the base model alone.
     """
 
     def __init__(self, pool: Tensor, tables: AdapterTables) -> None:
         self.pool = pool
         self.tables = tables
         self.batch: AdapterBatch | None = None
+        self._running = False
 
     @contextmanager
     def run(self, batch: AdapterBatch | None) -> Iterator[None]:
-        """Make `batch` the current one inside the block.
+        """Run one forward pass inside the block, with `batch` as its adapters. Blocks must not nest.
 
         Raises:
-            RuntimeError: Another batch is current: passes of one model must not overlap.
+            RuntimeError: A forward pass is running on this model.
         """
-        self.enter(batch)
+        if self._running:
+            raise RuntimeError("a forward pass is already running on this model; passes of one model must not overlap")
+        self._running, self.batch = True, batch
         try:
             yield
         finally:
-            self.exit()
-
-    def enter(self, batch: AdapterBatch | None) -> None:
-        """Begin a pass; for callers that see its two ends in different functions (forward hooks)."""
-        if self.batch is not None:
-            raise RuntimeError("a forward pass with adapters is already running on this model")
-        self.batch = batch
-
-    def exit(self) -> None:
-        """End the pass."""
-        self.batch = None
+            self._running, self.batch = False, None

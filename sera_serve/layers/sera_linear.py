@@ -15,14 +15,15 @@ from sera_serve.layers.targets import linear_widths
 class SeraLinear(nn.Module):
     """h = base(x) + scaling * ((x A) C) B, with A and B block-diagonal (paper, section 3.2).
 
-    Only the blocks' non-zeros are stored, in the layout of the adapter format:
+    Only the elements of the blocks are stored, in the layout of the adapter format:
 
-    * `sera_a` (d_in, segment_rank): rows `i * d_in / split ...` are block A_i;
-    * `sera_c` (rank, rank), or None where C is the identity;
-    * `sera_b` (segment_rank, d_out): columns `i * d_out / split ...` are block B_i.
+    * `sera_a` (d_in, segment_rank): the rows from `i * d_in / split` on are block A_i;
+    * `sera_c` (rank, rank), or None if C is the identity;
+    * `sera_b` (segment_rank, d_out): the columns from `i * d_out / split` on are block B_i.
 
-    A and C start from LoRA's Kaiming-uniform (fan-in of a block, a = sqrt 5), B at zero, so that the update is exactly
-    zero at first. Where only C trains, B starts as A does (section 4.6), or no gradient would ever reach C.
+    A and C start from LoRA's Kaiming-uniform distribution (fan-in of a block, a = sqrt 5). B starts at zero, so the
+    update is exactly zero at first. If only C trains, B starts as A does (section 4.6), because with B = 0 no gradient
+    would reach C.
     """
 
     def __init__(self, base: nn.Module, config: SeraConfig) -> None:
@@ -34,7 +35,7 @@ class SeraLinear(nn.Module):
         self.d_in, self.d_out = d_in, d_out
         weight = base.weight
         assert isinstance(weight, Tensor)
-        # Adapters train in float32 whatever the base's dtype is: bf16 would lose most optimiser updates.
+        # Adapters train in float32 on a base of any dtype: bf16 would lose most optimiser updates.
         empty = partial(torch.empty, device=weight.device, dtype=torch.float32)
         rank, segment_rank = config.rank, config.segment_rank
         self.sera_a = nn.Parameter(empty(d_in, segment_rank), "a" in config.train_factors)
@@ -46,7 +47,7 @@ class SeraLinear(nn.Module):
             self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw A and C, and zero B (or draw it, where only C trains)."""
+        """Draw A and C at random. Set B to zero, or draw B too if only C trains."""
         _kaiming_uniform(self.sera_a, fan_in=self.d_in // self.config.split)
         if self.sera_c is not None:
             _kaiming_uniform(self.sera_c, fan_in=self.config.rank)
@@ -68,7 +69,7 @@ class SeraLinear(nn.Module):
         return h + (self.config.scaling * update).to(h.dtype)
 
     def delta_weight(self) -> Tensor:
-        """The dense update scaling * A C B, (d_in, d_out), in the factors' dtype."""
+        """Return the dense update scaling * A C B, (d_in, d_out), in the factors' dtype."""
         split = self.config.split
         a = torch.block_diag(*self.sera_a.view(split, -1, self.config.segment_rank))
         b = torch.block_diag(*self.sera_b.view(self.config.segment_rank, split, -1).transpose(0, 1))
@@ -77,12 +78,12 @@ class SeraLinear(nn.Module):
         return delta
 
     def extra_repr(self) -> str:
-        """Shape summary for `print(model)`."""
+        """Return a summary of the shape for `print(model)`."""
         c = self.config
         return f"{self.d_in} -> {self.d_out}, rank={c.rank}, split={c.split}, use_mixer={c.use_mixer}"
 
 
 def _kaiming_uniform(parameter: Tensor, fan_in: int) -> None:
-    # nn.init.kaiming_uniform_ would read the fan-in off the stored shape, which is not the block's.
+    # nn.init.kaiming_uniform_ would take the fan-in from the stored shape, but the fan-in of a block is needed.
     bound = 1 / math.sqrt(fan_in)
     nn.init.uniform_(parameter, -bound, bound)

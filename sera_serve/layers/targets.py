@@ -1,4 +1,4 @@
-"""Finding the linear layers of a base model that an adapter can sit on."""
+"""Finds the linear layers of a base model that an adapter can adapt."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from sera_serve.layers.config import ALL_LINEAR, SeraConfig
 
 
 def is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether `module` maps (..., d_in) to (..., d_out) by one matrix: `nn.Linear`, or GPT-2's `Conv1D`."""
+    """Return whether `module` is a linear layer: `nn.Linear`, or GPT-2's `Conv1D`."""
     return isinstance(module, (nn.Linear, Conv1D))
 
 
 def linear_widths(module: nn.Module) -> tuple[int, int]:
-    """(d_in, d_out) of a linear layer, whichever way round it stores its weight."""
+    """Return (d_in, d_out) of a linear layer. `Conv1D` stores its weight transposed."""
     if isinstance(module, Conv1D):
         d_in, d_out = module.weight.shape
         return int(d_in), int(d_out)
@@ -27,9 +27,9 @@ def linear_widths(module: nn.Module) -> tuple[int, int]:
 
 
 def adaptable_linears(model: nn.Module) -> dict[str, nn.Module]:
-    """Every linear layer but the output embedding, by dotted path, in the model's own order.
+    """Return every linear layer except the output embedding, by dotted path, in the model's order.
 
-    The output embedding is left out as in PEFT's "all-linear": it is often tied to the input embedding.
+    The output embedding is left out, as in PEFT's "all-linear", because it is often tied to the input embedding.
     """
     get_output = getattr(model, "get_output_embeddings", None)
     output = get_output() if get_output is not None else None
@@ -37,10 +37,10 @@ def adaptable_linears(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def select_targets(model: nn.Module, config: SeraConfig) -> dict[str, nn.Module]:
-    """The layers of `model` that `config.target_modules` names, each checked to fit rank and split.
+    """Return the layers of `model` that `config.target_modules` names. Each layer is checked to fit rank and split.
 
     Raises:
-        InvalidConfiguration: A name matches no linear layer (the nearest are listed), or split does not divide a width.
+        InvalidConfiguration: A name matches no linear layer, or split does not divide a width of a layer.
     """
     linears = adaptable_linears(model)
     if config.target_modules == ALL_LINEAR:

@@ -1,8 +1,8 @@
-"""Which adapters are where: the device pool, the host cache, leases, pins and eviction."""
+"""Adapter residency: device pool, host cache, leases, pins, prefetch, loading and eviction."""
 
-from sera_serve.residency.handles import Lease, PrefetchHint
+from sera_serve.residency.entry import TRANSITIONS, AdapterEntry, AdapterState, Lease, PrefetchHint
 from sera_serve.residency.host_cache import HostCache
-from sera_serve.residency.loader_threads import LoaderThreads
+from sera_serve.residency.loader import LoaderThreads
 from sera_serve.residency.manager import AdapterResidency
 from sera_serve.residency.packing import AdapterLayout, PackedAdapter, PackedHead, PackedModule, pack
 from sera_serve.residency.pool import DevicePool, Placement
@@ -10,8 +10,11 @@ from sera_serve.residency.stats import LOAD_BUCKETS, LoadTimes, ResidencyStats, 
 
 __all__ = [
     "LOAD_BUCKETS",
+    "TRANSITIONS",
+    "AdapterEntry",
     "AdapterLayout",
     "AdapterResidency",
+    "AdapterState",
     "DevicePool",
     "HostCache",
     "Lease",

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Set
 
 from sera_serve.residency.packing import PackedAdapter
 
 
 class HostCache:
-    """Least-recently-used packed adapters, counted in bytes. Not thread-safe: the caller holds a lock."""
+    """A least-recently-used cache of packed adapters, counted in bytes. Not thread-safe: the caller holds a lock."""
 
     def __init__(self, nbytes: int) -> None:
         """Make an empty cache of at most `nbytes`."""
@@ -20,6 +20,13 @@ class HostCache:
     def __len__(self) -> int:
         return len(self._adapters)
 
+    def __contains__(self, digest: str) -> bool:
+        return digest in self._adapters
+
+    def digests(self) -> Set[str]:
+        """Digests of the adapters kept."""
+        return self._adapters.keys()
+
     def get(self, digest: str) -> PackedAdapter | None:
         """The adapter, now the most recently used, or None."""
         adapter = self._adapters.get(digest)
@@ -27,10 +34,14 @@ class HostCache:
             self._adapters.move_to_end(digest)
         return adapter
 
-    def put(self, adapter: PackedAdapter, is_wanted: Callable[[str], bool]) -> None:
-        """Keep an adapter, dropping the least recently used that are not wanted; without enough of those, do not."""
+    def put(self, adapter: PackedAdapter, is_wanted: Callable[[str], bool]) -> list[str]:
+        """Keep an adapter, and return the digests of those dropped for it.
+
+        The least recently used are dropped first, and wanted ones never. Where that does not give enough room, the
+        adapter is not kept and none is dropped.
+        """
         if adapter.digest in self._adapters:
-            return
+            return []
         missing = self.used + adapter.nbytes - self.limit
         dropped = []
         for digest, kept in self._adapters.items():
@@ -40,21 +51,29 @@ class HostCache:
                 dropped.append(digest)
                 missing -= kept.nbytes
         if missing > 0:
-            return
+            return []
         for digest in dropped:
             self.drop(digest)
         self._adapters[adapter.digest] = adapter
         self.used += adapter.nbytes
+        return dropped
 
     def has_room(self, is_wanted: Callable[[str], bool]) -> bool:
         """Whether one more adapter of the average size could be kept beside the wanted ones."""
         if not self._adapters:
             return self.limit > 0
-        wanted = sum(adapter.nbytes for digest, adapter in self._adapters.items() if is_wanted(digest))
-        return (self.limit - wanted) * len(self._adapters) >= self.used
+        average = self.used / len(self._adapters)
+        room = self.limit - self.used
+        for digest, adapter in self._adapters.items():
+            # Mostly the first one decides: every prefetch asks, and the cache may hold thousands.
+            if room >= average:
+                break
+            if not is_wanted(digest):
+                room += adapter.nbytes
+        return room >= average
 
     def drop(self, digest: str) -> None:
-        """Forget an adapter, if it is here."""
+        """Drop an adapter, if it is here."""
         adapter = self._adapters.pop(digest, None)
         if adapter is not None:
             self.used -= adapter.nbytes

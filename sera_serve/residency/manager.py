@@ -1,35 +1,84 @@
-"""Which adapters are where: leases on the device pool, loads beside decoding, least-recently-used eviction."""
+"""Adapter residency: leases on adapters in device memory, loads beside decoding, least-recently-used eviction.
+
+Lock discipline. There is one lock, `AdapterResidency._lock`, and only this file takes it.
+
+- It guards everything that changes: the entries, the host cache, the placement queue, the counts, and the pool's free
+  room. `AdapterTable`, `HostCache`, `PlacementQueue` and `DevicePool` have no lock of their own.
+- The public methods, the two jobs (`_read`, `_copy`) and the releases of handles take it. The caller must not hold it.
+- The methods whose names end in `_locked` need it held.
+- It is held neither while the store is read nor while an adapter is copied to the device: a thread that does so owns
+  the entry in state READING or COPYING, and only that thread moves the entry on.
+- No future is settled under it, because that runs callbacks of others: what was decided goes to the `CompletionQueue`,
+  and whoever held the lock settles what is there afterwards.
+- Under it only the lock inside `LoaderThreads` is taken, and the one inside a future.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Mapping
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
+from functools import partial
 
 from adapters_store import AdapterBundle
-from sera_serve.errors import EngineUnavailable
-from sera_serve.residency.answers import Answers
-from sera_serve.residency.handles import Lease, PrefetchHint
+from sera_serve.errors import AdapterTooLarge, EngineUnavailable
+from sera_serve.residency.entry import (
+    ABSENT,
+    COPYING,
+    ON_HOST,
+    READING,
+    AdapterEntry,
+    AdapterTable,
+    Lease,
+    PrefetchHint,
+)
 from sera_serve.residency.host_cache import HostCache
-from sera_serve.residency.loader_threads import LoaderThreads
-from sera_serve.residency.loads import Loads
+from sera_serve.residency.loader import AdapterLoader, LoaderThreads
+from sera_serve.residency.packing import PackedAdapter
+from sera_serve.residency.placement import Outcome, PlacementQueue
 from sera_serve.residency.pool import DevicePool
-from sera_serve.residency.reading import AdapterReader
-from sera_serve.residency.residents import Residents
-from sera_serve.residency.stats import ResidencyStats
+from sera_serve.residency.stats import LoadCounts, ResidencyStats, Tier
+
+# Priorities of jobs: adapters that have room on the device, then those that requests wait for, then hints.
+_HAS_ROOM, _AWAITED, _HINTED = range(3)
+
+
+class CompletionQueue:
+    """Futures with what they will be given: decided under the lock, settled without it."""
+
+    def __init__(self) -> None:
+        self._decided: deque[tuple[Future[Lease], Lease | Exception]] = deque()
+
+    def add(self, future: Future[Lease], outcome: Lease | Exception) -> None:
+        """Have a future settled by the next `settle`; it is running, so that it cannot be cancelled any more."""
+        self._decided.append((future, outcome))
+
+    def settle(self) -> None:
+        """Settle all futures added so far. This runs their callbacks: the calling thread holds no lock."""
+        while self._decided:
+            try:
+                future, outcome = self._decided.popleft()
+            except IndexError:  # another thread took the last one
+                return
+            if isinstance(outcome, Lease):
+                future.set_result(outcome)
+            else:
+                future.set_exception(outcome)
 
 
 class AdapterResidency:
-    """Moves adapters store -> host cache -> device pool on demand, and back out when others need the room.
+    """Moves adapters store -> host cache -> device pool on demand, and evicts them when others need the room.
 
-    Every public method but `close` may be called from any thread and returns at once: reading and copying are done by
-    loader threads, so a request waits for its own adapter only. (On a CPU the caller itself copies a small adapter from
-    the host cache, which is quicker than to wake a thread.) Adapters that find no room wait in a line. Others
-    may pass the first in line until `patience` leases have been granted over its head; then nobody passes it, and
-    resident adapters retire until it fits.
+    Every public method but `close` may be called from any thread and returns at once: loader threads read and copy, so
+    that a request waits for its own adapter only. (On a CPU the caller itself copies a small adapter from the host
+    cache, which is quicker than to wake a thread.) Adapters that find no room wait in a queue. Others may bypass the
+    first in the queue until `max_bypasses` leases have been granted since it came. Then nothing bypasses it, and
+    adapters on the device drain until it fits.
 
-    Host memory is the host cache, and what each loader thread at work is reading.
+    Host memory is the host cache, and what each loader thread is reading at the moment.
     """
 
     def __init__(
@@ -39,44 +88,40 @@ class AdapterResidency:
         host_cache: HostCache,
         module_index: Mapping[str, int],
         loader_threads: LoaderThreads | None = None,
-        patience: int = 64,
+        max_bypasses: int = 64,
         pin_share: float = 0.5,
     ) -> None:
         """Start with an empty pool.
 
         Args:
-            load: Reads a bundle by digest and raises a typed error where it cannot be had or does not fit the base.
+            load: Reads a bundle by digest; raises a typed error where it is missing or does not fit the base.
             pool: Device memory; owned by this object from now on.
-            host_cache: Host memory; likewise.
+            host_cache: Host memory; owned likewise.
             module_index: Row of each adaptable module in the pool's tables.
-            loader_threads: Likewise; two loads at once if None.
-            patience: Leases that may be granted while an adapter waits for room, before it goes first.
+            loader_threads: The threads to load with, owned likewise; two loads at once if None.
+            max_bypasses: Leases that may be granted while an adapter waits for room, before nothing bypasses it.
             pin_share: The part of the pool's bytes, and of its slots, that pinned adapters may take.
         """
         self.pool = pool
         self.host_cache = host_cache
-        self._threads = loader_threads or LoaderThreads(at_once=2)
         self._lock = threading.Lock()
-        self._residents = Residents(pool, pin_share)
-        self._answers = Answers()
-        self._loads = Loads(
-            self._lock,
-            AdapterReader(load, module_index, pool, host_cache, self._lock),
-            self._residents,
-            host_cache,
-            self._threads,
-            patience,
-            self._answers,
-            self._release_lease,
-        )
+        self._table = AdapterTable(host_cache)
+        self._counts = LoadCounts()
+        self._placement = PlacementQueue(pool, self._table, self._counts.granted, max_bypasses, pin_share)
+        self._completions = CompletionQueue()
+        self._loader = AdapterLoader(load, module_index, pool)
+        self._threads = loader_threads or LoaderThreads(at_once=2)
+        # Something has happened since the last idle check.
         self._unchecked = False
         self._closed = False
 
+    # What requests ask for.
+
     async def lease(self, digest: str) -> Lease:
-        """Wait until the adapter is on the device, and hold it there. Cancelling the wait leaves nothing held.
+        """Wait until the adapter is on the device, and lease it. Cancelling the wait leaves no lease held.
 
         Raises:
-            AdapterTooLarge: It is larger than the whole pool, or than what pinned adapters leave of it.
+            AdapterTooLarge: The adapter is larger than the whole pool, or than what pinned adapters leave of it.
             EngineUnavailable: Residency is closed.
             Exception: Whatever `load` raised.
         """
@@ -91,36 +136,56 @@ class AdapterResidency:
     def acquire(self, digest: str) -> Future[Lease]:
         """`lease` for threads without an event loop. Concurrent calls for one adapter share one load."""
         future: Future[Lease] = Future()
+        lease = packed = None
         with self._lock:
             self._unchecked = True
             if self._closed:
                 future.set_exception(_closed())
+                return future
+            if self._placement.must_drain():
+                self._place_waiting_locked()
+            entry = self._table.open(digest)
+            if entry.grantable:
+                lease = self._lease_locked(entry, "device")
             else:
-                self._loads.request(digest, future)
-        self._answers.deliver()
+                packed = self._request_locked(entry, future)
+        if lease is not None:
+            # Settled directly: nobody else has this future yet.
+            future.set_result(lease)
+        elif packed is not None:
+            self._copy(entry, packed, is_retried=True)
+        self._completions.settle()
         if not future.done():
             future.add_done_callback(self._after_cancel)
         return future
 
     def prefetch(self, digest: str) -> PrefetchHint:
-        """Begin to bring an adapter near for a request that is not admitted yet; failures are left to its `lease`.
+        """Begin to load an adapter for a request that is not admitted yet; a failure is left to the request's `lease`.
 
-        It goes to the host cache, and to the device if nobody waits for room there and nothing that is leased, pinned
-        or wanted by another request has to leave for it. Until the wish is released, no other load drops it from the
-        host cache, no other prefetch evicts it from the device, and other requests' adapters evict it last.
+        The adapter goes to the host cache. It goes to the device if no request waits for room there and nothing that
+        is leased, pinned or wanted by another request has to leave for it. While the hint is held, no other load
+        drops the adapter from the host cache, no other prefetch evicts it from the device, and the adapters of other
+        requests evict it last.
         """
         with self._lock:
             self._unchecked = True
-            wish = self._loads.wishes.add(digest)
-            if not self._closed:
-                self._loads.prefetch(digest)
-        return wish
+            entry = self._table.open(digest)
+            entry.hints += 1
+            if not self._closed and not entry.queued:
+                if entry.state is ABSENT:
+                    entry.move_to(READING)
+                    self._threads.submit(_HINTED, partial(self._read, entry))
+                elif entry.state is ON_HOST and self._reserve_hinted_locked(entry):
+                    self._threads.submit(_HAS_ROOM, partial(self._copy, entry))
+        return PrefetchHint(entry, self._release_hint)
+
+    # What operators ask for.
 
     def pin(self, digest: str) -> Future[None]:
-        """Bring an adapter to the device and keep it there until `unpin` or `mark_deleted`. Idempotent.
+        """Load an adapter to the device and keep it there until `unpin` or `mark_deleted`. Idempotent.
 
-        The future raises CannotPin where pins would take too much of the pool, and whatever `lease` raises. Cancelled
-        before it is done, it pins nothing.
+        The future raises CannotPin where pinned adapters would take too much of the pool, and whatever `lease` raises.
+        A future that is cancelled before it is done pins nothing.
         """
         result: Future[None] = Future()
 
@@ -132,10 +197,10 @@ class AdapterResidency:
                 lease = leased.result()
                 try:
                     with self._lock:
-                        self._residents.pin(digest)
+                        self._placement.pin(lease.entry)
                 finally:
                     lease.release()
-            except Exception as error:  # noqa: BLE001 - it is delivered to whoever asked for the pin
+            except Exception as error:  # noqa: BLE001 - it is delivered to the caller, who holds the future
                 result.set_exception(error)
             else:
                 result.set_result(None)
@@ -146,112 +211,322 @@ class AdapterResidency:
     def unpin(self, digest: str) -> None:
         """Let an adapter be evicted again. Idempotent."""
         with self._lock:
-            self._residents.unpin(digest)
-            self._loads.serve_line()
-        self._answers.deliver()
+            entry = self._table.entries.get(digest)
+            if entry is not None:
+                self._placement.unpin(entry)
+            self._place_waiting_locked()
+        self._completions.settle()
 
     def mark_deleted(self, digest: str) -> None:
-        """Give back the memory of an adapter that was deleted: the host's now, the device's after its last lease.
+        """Give back the memory of an adapter whose bundle was deleted: the host's now, the device's after its leases.
 
-        Requests that wait for it already are still served.
+        Requests that wait for the adapter already are still served.
         """
         with self._lock:
             self._unchecked = True
-            loading = self._loads.get(digest)
-            if loading is not None:
-                loading.doomed = True
-            else:
-                self.host_cache.drop(digest)
-            self._residents.doom(digest)
-            self._loads.serve_line()
-        self._answers.deliver()
+            entry = self._table.entries.get(digest)
+            if entry is not None:
+                if entry.on_device:
+                    self._placement.mark_deleted(entry)
+                else:
+                    entry.deleted = True
+                    if not entry.loading:
+                        self._table.settle(entry)
+            self._place_waiting_locked()
+        self._completions.settle()
 
     def resident_digests(self) -> list[str]:
         """Digests of the adapters on the device, least recently used first."""
         with self._lock:
-            return self._residents.digests()
+            return list(self._placement.on_device)
 
     def pinned_digests(self) -> list[str]:
         """Digests of the pinned adapters."""
         with self._lock:
-            return self._residents.pins()
+            return sorted(self._placement.pinned)
 
     def leases(self) -> int:
         """How many leases are held."""
         with self._lock:
-            return self._residents.leases()
+            return self._leases_locked()
 
     def stats(self) -> ResidencyStats:
         """Figures for metrics."""
         with self._lock:
             itemsize = self.pool.data.element_size()
-            counts = self._loads.counts
             return ResidencyStats(
-                resident=len(self._residents),
-                pinned=len(self._residents.pins()),
-                leases=self._residents.leases(),
-                loading=len(self._loads),
-                waiting=len(self._loads.line),
+                resident=len(self._placement.on_device),
+                pinned=len(self._placement.pinned),
+                leases=self._leases_locked(),
+                loading=self._loading_locked(),
+                waiting=len(self._placement),
                 device_bytes=self.pool.used * itemsize,
                 device_limit=self.pool.capacity * itemsize,
                 host_adapters=len(self.host_cache),
                 host_bytes=self.host_cache.used,
                 host_limit=self.host_cache.limit,
-                granted={tier: counts.granted[tier] for tier in ("device", "host", "store")},
-                loads=dict(counts.times),
-                failed_loads=counts.failed,
-                evictions=self._residents.evictions,
+                granted={tier: self._counts.granted[tier] for tier in ("device", "host", "store")},
+                loads=dict(self._counts.times),
+                failed_loads=self._counts.failed,
+                evictions=self._placement.evictions,
                 copies=self.pool.copies,
             )
 
     def idle_check(self) -> bool:
-        """Check the books if nothing is leased or loading and something has happened since the last time.
+        """Check the invariants if nothing is leased or loading and something has happened since the last check.
 
-        For engines to call when they have nothing to do. Returns whether it checked; raises as `check_invariants`.
+        Engines call it when they have nothing to do. Returns whether it checked; raises as `check_invariants`.
         """
         with self._lock:
-            if not self._unchecked or len(self._loads) or self._residents.leases():
+            if not self._unchecked or self._loading_locked() or self._leases_locked():
                 return False
             self._unchecked = False
         self.check_invariants()
         return True
 
     def check_invariants(self) -> None:
-        """Raise RuntimeError where the books do not balance: pool, tables, host cache, leases, pins, loads, line."""
+        """Raise RuntimeError where entries, host cache, queue, leases, pins, pool and tables do not agree."""
         with self._lock:
-            self._residents.check_invariants()
-            self.host_cache.check_invariants()
-            self._loads.check_invariants()
+            self._table.check_invariants()
+            self._placement.check_invariants()
 
     def close(self, timeout_s: float = 5.0) -> None:
-        """Refuse who waits and who comes with EngineUnavailable, and stop the loader threads.
+        """Refuse waiting and coming requests with EngineUnavailable, and stop the loader threads.
 
-        A load that takes longer than `timeout_s` is left to itself, and its result is dropped.
+        A load that takes longer than `timeout_s` goes on alone, and its result is dropped.
         """
         with self._lock:
             self._closed = True
-            self._loads.refuse_all(_closed())
-        self._answers.deliver()
+            for entry in list(self._table.entries.values()):
+                self._refuse_locked(entry, _closed())
+                # No thread has begun with this one, and none will.
+                if entry.state is READING and not entry.read_started:
+                    self._placement.free(entry)
+            for entry in self._placement.clear():
+                self._left_queue_locked(entry)
+        self._completions.settle()
         self._threads.close(timeout_s)
+
+    # The two jobs: loader threads run them, or the thread that asks for a small adapter.
+
+    def _read(self, entry: AdapterEntry) -> None:
+        """Read an adapter from the store, and copy it to the device if it finds room at once."""
+        with self._lock:
+            # An adapter that a request asked for while it was only hinted is submitted twice.
+            if entry.state is not READING or entry.read_started:
+                return
+            is_worth_it = self._is_worth_reading_locked(entry)
+            if is_worth_it:
+                entry.read_started = True
+            else:
+                # It may have room already, which others wait for.
+                self._placement.free(entry)
+                self._place_waiting_locked()
+        if not is_worth_it:
+            self._completions.settle()
+            return
+        began = time.monotonic()
+        try:
+            packed = self._loader.read(entry.digest)
+        except Exception as error:  # noqa: BLE001 - it is delivered to every request that waits for this load
+            self._fail(entry, error)
+            return
+        with self._lock:
+            entry.load_seconds += time.monotonic() - began
+            entry.found_in = entry.found_in or "store"
+            self._after_read_locked(entry, packed)
+            has_room = entry.state is COPYING
+        if has_room:
+            self._copy(entry, packed)
+        else:
+            self._completions.settle()
+
+    def _copy(self, entry: AdapterEntry, packed: PackedAdapter | None = None, is_retried: bool = False) -> None:
+        """Copy an adapter to the room reserved for it, and grant the leases on it.
+
+        Args:
+            entry: In state COPYING, owned by the calling thread.
+            packed: The adapter's data; None takes it from the host cache, which never drops a wanted adapter.
+            is_retried: Have a loader thread try again if this fails.
+        """
+        began = time.monotonic()
+        try:
+            if packed is None:
+                with self._lock:
+                    packed = self.host_cache.get(entry.digest)
+            if packed is None or entry.placement is None:
+                raise RuntimeError(f"adapter {entry.digest} is to be copied without data or without room")
+            self.pool.fill(entry.placement, packed.data)
+        except Exception as error:  # noqa: BLE001 - it is delivered to every request that waits for this load
+            if is_retried:
+                self._threads.submit(_HAS_ROOM, partial(self._copy, entry))
+            else:
+                self._fail(entry, error)
+            return
+        with self._lock:
+            tier: Tier = entry.found_in or "host"
+            self._counts.add_load(tier, entry.load_seconds + time.monotonic() - began)
+            self._placement.arrive(entry)
+            self._grant_locked(entry, tier)
+            if entry.deleted:
+                self._placement.mark_deleted(entry)
+            self._place_waiting_locked()
+        self._completions.settle()
+
+    def _fail(self, entry: AdapterEntry, error: Exception) -> None:
+        """End a load that failed, and tell every request that waits for it."""
+        with self._lock:
+            self._counts.failed += 1
+            self._refuse_locked(entry, error)
+            self._placement.free(entry)
+            self._place_waiting_locked()
+        self._completions.settle()
+
+    # What handles and futures call.
 
     def _release_lease(self, lease: Lease) -> None:
         with self._lock:
-            if lease.held:
-                lease.held = False
-                self._residents.release(lease.placement.adapter.digest)
-                self._loads.serve_line()
-        self._answers.deliver()
+            if not lease.held:
+                return
+            lease.held = False
+            self._placement.end_lease(lease.entry)
+            self._place_waiting_locked()
+        self._completions.settle()
+
+    def _release_hint(self, hint: PrefetchHint) -> None:
+        with self._lock:
+            if hint.held:
+                hint.held = False
+                hint.entry.hints -= 1
+                self._table.close_if_unused(hint.entry)
 
     def _after_cancel(self, future: Future[Lease]) -> None:
-        """One who gave up may have stood before others in the line."""
+        """Serve the others in the queue: a request that was cancelled may have stood before them."""
         if future.cancelled():
             with self._lock:
-                self._loads.serve_line()
-            self._answers.deliver()
+                self._place_waiting_locked()
+            self._completions.settle()
+
+    # The lock is held.
+
+    def _request_locked(self, entry: AdapterEntry, future: Future[Lease]) -> PackedAdapter | None:
+        """Have a future wait for a lease. Returns the data if the caller itself has to copy the adapter."""
+        is_hint_only = not entry.waiters
+        entry.waiters.append(future)
+        if entry.state is ABSENT and not entry.queued:
+            entry.move_to(READING)
+            self._threads.submit(_AWAITED, partial(self._read, entry))
+        elif entry.state is READING and not entry.read_started and is_hint_only:
+            self._threads.submit(_AWAITED, partial(self._read, entry))
+        elif entry.on_device:
+            # It drains: its room is promised to the first in the queue.
+            self._placement.join(entry)
+        elif entry.state is ON_HOST and not entry.queued:
+            packed = self.host_cache.get(entry.digest)
+            # Nobody is bypassed on the way.
+            is_at_once = packed is not None and not len(self._placement) and self.pool.fills_at_once(packed)
+            self._join_locked(entry, is_at_once)
+            if is_at_once and entry.state is COPYING:
+                return packed
+        return None
+
+    def _join_locked(self, entry: AdapterEntry, is_copied_here: bool) -> None:
+        """Have an adapter wait for room, unless it finds some at once; by choice the caller then copies it itself."""
+        self._placement.join(entry)
+        self._take_up_locked(self._placement.place_last(), entry if is_copied_here else None)
+
+    def _place_waiting_locked(self) -> None:
+        """Find room for adapters in the queue; called whenever there may be some."""
+        if len(self._placement):
+            self._take_up_locked(self._placement.place_waiting())
+
+    def _take_up_locked(self, placed: Iterable[tuple[AdapterEntry, Outcome]], own: AdapterEntry | None = None) -> None:
+        """Go on with adapters that left the queue. The caller itself copies `own`; loader threads load the others."""
+        for entry, outcome in placed:
+            if outcome is not Outcome.PLACED:
+                if outcome is Outcome.ON_DEVICE:
+                    self._grant_locked(entry, "device")
+                elif outcome is Outcome.NEVER_FITS:
+                    self._refuse_locked(entry, _never_fits())
+                self._left_queue_locked(entry)
+            elif entry.state is ABSENT:
+                entry.move_to(READING)
+                self._threads.submit(_HAS_ROOM, partial(self._read, entry))
+            else:
+                entry.move_to(COPYING)
+                if entry is not own:
+                    self._threads.submit(_HAS_ROOM, partial(self._copy, entry))
+
+    def _left_queue_locked(self, entry: AdapterEntry) -> None:
+        """End the wait of an adapter that got no room."""
+        if not entry.on_device:
+            self._table.settle(entry)
+            return
+        entry.take_waiters()
+        if entry.deleted:
+            self._placement.mark_deleted(entry)
+
+    def _after_read_locked(self, entry: AdapterEntry, packed: PackedAdapter) -> None:
+        """Bring an adapter that was read to COPYING, to the queue, or no further than the host cache."""
+        entry.layout = packed.layout
+        if entry.placement is not None:
+            # Its room was found before its data was read again.
+            entry.move_to(COPYING)
+            return
+        if not self._closed:
+            self._table.keep(packed)
+            if entry.is_awaited():
+                self._join_locked(entry, is_copied_here=True)
+            else:
+                self._reserve_hinted_locked(entry)
+        if entry.state is READING:
+            self._table.settle(entry)
+
+    def _reserve_hinted_locked(self, entry: AdapterEntry) -> bool:
+        """Reserve room for an adapter that only hints want, if there is room to spare; it is COPYING then."""
+        if not entry.hints or entry.deleted or len(self._placement):
+            return False
+        if not self._placement.reserve(entry, spare_wanted=True):
+            return False
+        entry.move_to(COPYING)
+        return True
+
+    def _is_worth_reading_locked(self, entry: AdapterEntry) -> bool:
+        """Whether a request waits for the adapter, or a hint wants it and it could be kept."""
+        if entry.is_awaited():
+            return True
+        if not entry.hints or entry.deleted:
+            return False
+        has_spare_room = not len(self._placement) and self._placement.has_spare_room()
+        return has_spare_room or self.host_cache.has_room(self._table.is_wanted)
+
+    def _grant_locked(self, entry: AdapterEntry, tier: Tier) -> None:
+        for future in entry.take_waiters():
+            self._completions.add(future, self._lease_locked(entry, tier))
+
+    def _lease_locked(self, entry: AdapterEntry, tier: Tier) -> Lease:
+        self._counts.granted[tier] += 1
+        return Lease(entry, self._placement.add_lease(entry), self._release_lease)
+
+    def _refuse_locked(self, entry: AdapterEntry, error: Exception) -> None:
+        for future in entry.take_waiters():
+            self._completions.add(future, error)
+
+    def _leases_locked(self) -> int:
+        return sum(entry.leases for entry in self._placement.on_device.values())
+
+    def _loading_locked(self) -> int:
+        return self._table.in_state[READING] + self._table.in_state[COPYING] + len(self._placement)
 
 
 def _closed() -> EngineUnavailable:
     return EngineUnavailable("the server is shutting down; send the request again when it is back")
+
+
+def _never_fits() -> AdapterTooLarge:
+    return AdapterTooLarge(
+        "the adapter does not fit beside the pinned ones; unpin some, or raise pool_mib", param="adapter"
+    )
 
 
 def _release_if_granted(future: Future[Lease]) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +13,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sera_kernels import ABSENT, AdapterTables
-from sera_serve.residency.copy_stream import CopyStream
-from sera_serve.residency.extents import Extent, FreeExtents
 from sera_serve.residency.packing import AdapterLayout, PackedAdapter
 
 # Bytes that are copied within host memory in about 0.1 ms.
@@ -21,11 +20,136 @@ _COPIED_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True)
+class Extent:
+    """A contiguous run of pool elements."""
+
+    start: int
+    length: int
+
+    @property
+    def end(self) -> int:
+        """First element after the run."""
+        return self.start + self.length
+
+
+class FreeExtents:
+    """The holes of a pool, first to last. Not thread-safe: the caller holds a lock."""
+
+    def __init__(self, elements: int) -> None:
+        """Begin with all `elements` of a pool free."""
+        self._holes = [Extent(0, elements)]
+
+    @property
+    def elements(self) -> int:
+        """How many elements are free."""
+        return sum(hole.length for hole in self._holes)
+
+    def holes(self) -> list[Extent]:
+        """The holes in ascending order, no two of them adjacent."""
+        return list(self._holes)
+
+    def take(self, chunks: Sequence[int]) -> tuple[Extent, ...] | None:
+        """Take room for `chunks` (see `place`), or return None."""
+        taken = place(self._holes, chunks)
+        if taken is None:
+            return None
+        lengths = {extent.start: extent.length for extent in taken}
+        # What is taken begins where its hole begins, so that one hole stays one hole.
+        rests = (
+            Extent(hole.start + lengths.get(hole.start, 0), hole.length - lengths.get(hole.start, 0))
+            for hole in self._holes
+        )
+        self._holes = [rest for rest in rests if rest.length]
+        return taken
+
+    def give(self, extents: Iterable[Extent]) -> None:
+        """Make `extents` free again."""
+        self._holes = _coalesce([*self._holes, *extents])
+
+    def would_take(self, chunks: Sequence[int], given: Iterable[Extent]) -> bool:
+        """Whether `take` would find room if `given` were free too."""
+        return place(_coalesce([*self._holes, *given]), chunks) is not None
+
+
+def place(holes: Sequence[Extent], chunks: Sequence[int]) -> tuple[Extent, ...] | None:
+    """Choose room for consecutive chunks: one extent if a hole is large enough, else a few of the largest holes.
+
+    Returns None only where the holes together have less than sum(chunks) + len(holes) * (max(chunks) - 1) elements:
+    the rest of each hole is smaller than the chunk that comes next.
+
+    Args:
+        holes: Extents, no two of them adjacent.
+        chunks: Elements of each chunk, above zero; a chunk is never split.
+    """
+    wanted = sum(chunks)
+    if not wanted:
+        return ()
+    enough = [hole for hole in holes if hole.length >= wanted]
+    if enough:
+        return (Extent(min(enough, key=lambda hole: hole.length).start, wanted),)
+    if sum(hole.length for hole in holes) < wanted:
+        return None
+    chosen = []
+    placed = 0
+    for hole in sorted(holes, key=lambda hole: hole.length, reverse=True):
+        length = 0
+        while placed < len(chunks) and length + chunks[placed] <= hole.length:
+            length += chunks[placed]
+            placed += 1
+        if not length:
+            return None
+        chosen.append(Extent(hole.start, length))
+        if placed == len(chunks):
+            return tuple(chosen)
+    return None
+
+
+def _coalesce(extents: Iterable[Extent]) -> list[Extent]:
+    merged: list[Extent] = []
+    for extent in sorted(extents, key=lambda extent: extent.start):
+        if merged and merged[-1].end == extent.start:
+            merged[-1] = Extent(merged[-1].start, merged[-1].length + extent.length)
+        else:
+            merged.append(extent)
+    return merged
+
+
+class CopyStream:
+    """One CUDA stream for everything that is written to the pool, so that writes keep their order; nothing on a CPU.
+
+    Work on this stream and forward passes do not wait for each other. So a pass may read only what was written inside
+    a `complete` block that has ended, and only memory that no pass reads may be written.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        """Make a stream that begins after the work that the current stream already has."""
+        self._stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)
+            self._stream.wait_stream(torch.cuda.current_stream(device))
+
+    def enqueue(self) -> AbstractContextManager[object]:
+        """Put the device work of the block on this stream; nothing waits for it."""
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+    @contextmanager
+    def complete(self) -> Iterator[None]:
+        """`enqueue`, and wait at the end of the block until the device has done the work; only this thread waits."""
+        with self.enqueue():
+            yield
+        if self._stream is not None:
+            # An event, because other threads may have put more work on the stream.
+            self._stream.record_event().synchronize()
+
+
+@dataclass(frozen=True)
 class Placement:
-    """An adapter in the pool: the slot that batches name it by, and the extents that hold it.
+    """An adapter's room in the pool: the slot that batches name it by, and the extents that hold its elements.
 
     Attributes:
-        extents: Consecutive stretches of the packed run; one, unless the pool's free room is in pieces.
+        slot: Column of the adapter in the device tables.
+        extents: Where consecutive parts of the packed run are; one extent, unless no hole was large enough.
+        adapter: What the packed run holds.
     """
 
     slot: int
@@ -33,7 +157,7 @@ class Placement:
     adapter: AdapterLayout
 
     def locate(self, offset: int) -> int:
-        """Element of the pool that holds element `offset` of the packed run."""
+        """The element of the pool that holds element `offset` of the packed run."""
         for extent in self.extents:
             if offset < extent.length:
                 return extent.start + offset
@@ -44,11 +168,11 @@ class Placement:
 class DevicePool:
     """Fixed device memory that adapters are copied into, counted in true elements.
 
-    An adapter is placed whole if a hole is large enough, and otherwise in as few stretches of whole modules as the
-    holes allow; so free memory is of no use only where it is less than one module a hole.
+    An adapter is placed whole if a hole is large enough, and otherwise in as few extents of whole modules as the
+    holes allow. So only free memory of less than one module a hole is of no use.
 
-    The caller holds one lock around everything but `fill` and `head`. Reading `data` and `tables` in a forward
-    pass needs no lock, because only slots and elements that no pass uses are ever written.
+    The caller holds the lock of `AdapterResidency` around everything but `fill` and `head`. A forward pass reads
+    `data` and `tables` without the lock, because only slots and elements that no pass uses are ever written.
     """
 
     def __init__(
@@ -87,14 +211,14 @@ class DevicePool:
         return self.capacity - self._free.elements
 
     def placements(self) -> list[Placement]:
-        """Every adapter placed, filled or not."""
+        """The room of every adapter, filled or not."""
         return list(self._placed.values())
 
     def reserve(self, adapter: AdapterLayout) -> Placement | None:
-        """Set a slot and extents aside for an adapter, or return None where there is no room."""
+        """Reserve a slot and extents for an adapter, or return None where there is no room."""
         if not self._free_slots:
             return None
-        extents = self._free.take(adapter.pieces)
+        extents = self._free.take(adapter.chunks)
         if extents is None:
             return None
         placement = Placement(self._free_slots.pop(), extents, adapter)
@@ -102,20 +226,20 @@ class DevicePool:
         return placement
 
     def would_fit(self, adapter: AdapterLayout, removed: Iterable[Placement]) -> bool:
-        """Whether `reserve` would find room after these were removed."""
+        """Whether `reserve` would find room if these were removed."""
         removed = list(removed)
         if not self._free_slots and not removed:
             return False
-        return self._free.would_take(adapter.pieces, [extent for p in removed for extent in p.extents])
+        return self._free.would_take(adapter.chunks, [extent for p in removed for extent in p.extents])
 
     def fills_at_once(self, adapter: PackedAdapter) -> bool:
-        """Whether filling takes less time than to wake a thread for it."""
+        """Whether it takes less time to copy the adapter than to wake a thread for it."""
         return not self.data.is_cuda and adapter.nbytes <= _COPIED_AT_ONCE
 
     def fill(self, placement: Placement, data: Tensor) -> None:
-        """Copy a reserved adapter in and point its slot at it; ends when the device has done so.
+        """Copy an adapter to its reserved room, and write its slot in the tables; returns when the device has done so.
 
-        Needs no lock, since nobody else knows the slot yet. It must not be removed meanwhile.
+        It needs no lock, because no other thread uses the slot yet. The placement must not be removed meanwhile.
 
         Args:
             placement: What `reserve` gave.
@@ -132,7 +256,7 @@ class DevicePool:
         self._written[placement.slot] = columns
 
     def remove(self, placement: Placement) -> None:
-        """Free an adapter's slot and extents; no running pass may use it."""
+        """Free an adapter's slot and extents; no running pass may use them."""
         del self._placed[placement.slot]
         self._written.pop(placement.slot, None)
         with self._copy_stream.enqueue():
@@ -151,11 +275,11 @@ class DevicePool:
         return self.data[weight : weight + shape[0] * shape[1]].view(shape), self.data[bias : bias + head.labels]
 
     def check_invariants(self) -> None:
-        """Raise RuntimeError unless extents tile the pool, slots are all accounted for, and tables match.
+        """Raise RuntimeError unless extents tile the pool, every slot is free or used once, and the tables match.
 
         On a GPU it waits for the device.
         """
-        # First: an adapter whose fill ends meanwhile, which takes no lock, is not looked for in the tables.
+        # A copy made first: `fill` takes no lock, and an adapter whose fill ends meanwhile is not looked for.
         written = dict(self._written)
         extents = sorted(
             [*self._free.holes(), *(extent for p in self._placed.values() for extent in p.extents)],
@@ -175,7 +299,7 @@ class DevicePool:
         if sorted(slots) != list(range(self.slots)):
             raise RuntimeError("a slot is lost or held twice")
         if not written.keys() <= self._placed.keys():
-            raise RuntimeError("a removed adapter is still in the books of the tables")
+            raise RuntimeError("a removed adapter still counts as written to the tables")
         with self._copy_stream.complete():
             free_offsets = self.tables.offset[:, self._free_slots].cpu()
             there = torch.stack([table[:, list(written)].double() for table in self._table_list()]).cpu()
@@ -185,13 +309,13 @@ class DevicePool:
             if not np.array_equal(there[:, :, column], columns):
                 raise RuntimeError(f"slot {slot} does not point at its adapter")
 
-    def _copy(self, extent: Extent, piece: Tensor) -> None:
+    def _copy(self, extent: Extent, part: Tensor) -> None:
         there = self.data[extent.start : extent.end]
         if there.is_cuda:
-            there.copy_(piece, non_blocking=True)
+            there.copy_(part, non_blocking=True)
         else:
-            # Not by torch, which would copy on several cores, with threads of its own for each thread that asks.
-            there.view(torch.uint8).numpy()[:] = piece.view(torch.uint8).numpy()
+            # Not by torch: it would copy on several cores, with a pool of threads for each thread that calls it.
+            there.view(torch.uint8).numpy()[:] = part.view(torch.uint8).numpy()
 
     def _write(self, slot: int, columns: NDArray[Any]) -> None:
         if self.data.is_cuda:
@@ -199,7 +323,7 @@ class DevicePool:
             for table, column in zip(self._table_list(), there, strict=True):
                 table[:, slot].copy_(column)
             return
-        # Through numpy: torch gives up the interpreter's lock for every copy, and then waits to have it back.
+        # Through numpy: torch gives up the interpreter's lock for every copy, and then waits to get it back.
         for array, values in zip(self.tables.host_arrays, columns, strict=True):
             array[:, slot] = values
 
@@ -208,9 +332,9 @@ class DevicePool:
         return [tables.offset, tables.rank, tables.split, tables.mixer, tables.scaling]
 
     def _columns(self, placement: Placement) -> NDArray[Any]:
-        """float64 (tables, modules): a slot's column of every table, as one array so that one small copy brings it.
+        """float64 (tables, modules): a slot's column of every table, as one array, so that one small copy is enough.
 
-        float64 holds each exactly: scalings are rounded to float32 first, and offsets are below 2**53.
+        float64 holds every value exactly: scalings are rounded to float32 first, and offsets are below 2**53.
         """
         columns = np.zeros((5, self.tables.offset.shape[0]))
         columns[0] = ABSENT

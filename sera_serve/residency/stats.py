@@ -10,7 +10,7 @@ from typing import Literal
 Tier = Literal["device", "host", "store"]
 
 LOAD_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
-"""Upper bounds of the histogram of load times, seconds; the last bucket beyond them has no bound."""
+"""Upper bounds of the histogram of load times, seconds; one more bucket has no bound."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class LoadTimes:
     seconds: float = 0.0
 
     def with_load(self, seconds: float) -> LoadTimes:
-        """These and one more."""
+        """A histogram of these loads and one more."""
         counts = list(self.counts)
         counts[bisect_left(LOAD_BUCKETS, seconds)] += 1
         return LoadTimes(tuple(counts), self.seconds + seconds)
@@ -39,7 +39,7 @@ class LoadCounts:
     Attributes:
         granted: Leases granted, by the tier that the adapter was found in.
         times: Times of the loads that reached the device.
-        failed: Loads that did not.
+        failed: Loads that failed.
     """
 
     granted: Counter[Tier] = field(default_factory=Counter)
@@ -47,30 +47,30 @@ class LoadCounts:
     failed: int = 0
 
     def add_load(self, tier: Tier, seconds: float) -> None:
-        """Count a load that reached the device."""
+        """Count a load that reached the device, and its time."""
         self.times[tier] = self.times[tier].with_load(seconds)
 
 
 @dataclass(frozen=True)
 class ResidencyStats:
-    """The state at one moment, and counts since the start.
+    """Figures of residency at one moment, and counts since the start.
 
     Attributes:
         resident: Adapters on the device.
-        pinned: Of these, the pinned ones.
+        pinned: Pinned adapters; all of them are resident.
         leases: Leases held.
-        loading: Adapters being brought in, those that wait for room included.
-        waiting: Of these, the ones that wait for room.
+        loading: Adapters on their way to the device, including those that wait for room.
+        waiting: Adapters that wait for room on the device.
         device_bytes: Bytes of the pool that adapters take.
         device_limit: Bytes of the pool.
         host_adapters: Adapters in the host cache.
-        host_bytes: Bytes that they take.
-        host_limit: The most that they may take.
+        host_bytes: Bytes that adapters in the host cache take.
+        host_limit: Bytes of the host cache.
         granted: Leases granted so far, by the tier that the adapter was found in.
         loads: Times of the loads from the host cache and from the store.
-        failed_loads: Loads that failed; each was told to every request that waited for it.
-        evictions: Adapters that left the device for others' sake.
-        copies: Copies of factors to the device; as many as loads, unless free room was in pieces.
+        failed_loads: Loads that failed; every request that waited for the load got the error.
+        evictions: Adapters that left the device to make room for others.
+        copies: Copies of factors to the device: one for each extent of each load.
     """
 
     resident: int

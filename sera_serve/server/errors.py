@@ -1,4 +1,4 @@
-"""One place where every way to fail becomes `{"error": {"message", "type", "param", "code"}}`."""
+"""Error responses: every failure becomes `{"error": {"message", "type", "param", "code"}}`."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any, cast
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from adapters_store.errors import StoreError, StoreWriteFailed
 from sera_serve.errors import SeraServeError
 from sera_serve.server.disconnect import ClientDisconnected
-from sera_serve.server.schemas import ErrorDetail, ErrorResponse
 
 logger = logging.getLogger("sera_serve.server")
 
@@ -36,15 +36,30 @@ _VALIDATION_CODES = {
 }
 
 
+class ErrorDetail(BaseModel):
+    """What went wrong, and what the client can do about it."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorResponse(BaseModel):
+    """Body of every response with a status of 400 or more."""
+
+    error: ErrorDetail
+
+
 class BodyTooLarge(SeraServeError):
-    """The body exceeds the limit of its route; it is not read to the end."""
+    """The body exceeds the limit of its route. The rest of the body is not read."""
 
     code = "body_too_large"
     status = 413
 
 
 def error_type(status: int) -> str:
-    """The error family, as OpenAI's clients know it, of a status."""
+    """Return the error type of a status, as clients of OpenAI's API expect it."""
     if status == 404:
         return "not_found_error"
     if status == 429:
@@ -55,7 +70,7 @@ def error_type(status: int) -> str:
 
 
 def error_content(status: int, message: str, code: str, param: str | None = None) -> dict[str, Any]:
-    """The JSON of an error; what a client sent is cut to a sane length before it is sent back."""
+    """Return the JSON of an error. Text that came from the client is cut to a limit."""
     detail = ErrorDetail(
         message=_printable(message, _MAX_MESSAGE),
         type=error_type(status),
@@ -66,14 +81,14 @@ def error_content(status: int, message: str, code: str, param: str | None = None
 
 
 def describe(error: Exception, request_id: str) -> tuple[int, dict[str, Any], int | None]:
-    """Status, JSON and seconds to wait before another try, of a failure met while answering a request.
+    """Return (status, JSON, seconds to wait before another try or None) of a failure.
 
-    What is the server's own fault is logged with its traceback, and told to the client only by its request id.
+    A fault of the server itself is logged with its traceback. The client learns only the request id of such a fault.
     """
     if isinstance(error, SeraServeError | StoreError):
         retry_after = getattr(error, "retry_after", 1 if error.status in (429, 503) else None)
         if isinstance(error, StoreWriteFailed):
-            # Told to the client, but it is the operator who can do something about a full disk.
+            # The client gets the message too, but only the operator can act on a full disk.
             logger.error("request %s could not be written to the store", request_id, exc_info=error)
         if error.status != 500:
             return error.status, error_content(error.status, error.message, error.code, error.param), retry_after
@@ -81,19 +96,19 @@ def describe(error: Exception, request_id: str) -> tuple[int, dict[str, Any], in
     else:
         code = "internal_error"
     logger.error("request %s failed", request_id, exc_info=error)
-    message = f"the server failed to answer; its log says why under request id {request_id}"
+    message = f"the server failed to answer; the server's log has the reason under request id {request_id}"
     return 500, error_content(500, message, code), None
 
 
-def answer(error: Exception, request_id: str) -> JSONResponse:
-    """The response for any failure."""
+def error_response(error: Exception, request_id: str) -> JSONResponse:
+    """Return the response for any failure."""
     status, content, retry_after = describe(error, request_id)
     headers = None if retry_after is None else {"Retry-After": str(retry_after)}
     return JSONResponse(content, status, headers)
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    """Answer every exception that a route raises; what is raised outside the routes is `RequestLifecycle`'s."""
+    """Handle every exception that a route raises. `RequestLifecycle` handles exceptions from outside the routes."""
     app.add_exception_handler(SeraServeError, _typed)
     app.add_exception_handler(StoreError, _typed)
     app.add_exception_handler(RequestValidationError, _invalid)
@@ -106,7 +121,7 @@ async def _typed(request: Request, error: Exception) -> Response:
     failure = cast(SeraServeError | StoreError, error)
     if failure.status in (429, 503, 504):
         request.app.state.metrics.count_refusal(failure.code)
-    return answer(error, request.state.request_id)
+    return error_response(error, request.state.request_id)
 
 
 async def _invalid(request: Request, error: Exception) -> Response:
@@ -120,7 +135,7 @@ async def _invalid(request: Request, error: Exception) -> Response:
 
 
 def _readable(error: dict[str, Any]) -> tuple[str, str | None]:
-    """(message, param) of one of pydantic's errors."""
+    """Return (message, param) of one of pydantic's errors."""
     context = error.get("ctx") or {}
     if "reason" in context:
         return str(context["reason"]), context.get("field")
@@ -133,7 +148,7 @@ def _readable(error: dict[str, Any]) -> tuple[str, str | None]:
         return f"{path} is missing; send it", path
     value = repr(error.get("input"))
     shown = value if len(value) <= 60 else value[:60] + "..."
-    # pydantic's "Input should be ..." then reads as "top_p is 3: it should be ..."
+    # pydantic's "Input should be ..." becomes "top_p is 3: it should be ..."
     return f"{path} is {shown}: {error['msg'].replace('Input', 'it', 1)}", path
 
 
@@ -149,14 +164,14 @@ async def _http(request: Request, error: Exception) -> Response:
     status = failure.status_code
     message = {
         404: "no such path; docs/http.md lists the paths",
-        405: f"{request.method[:16]} is not allowed here; the Allow header says what is",
+        405: f"{request.method[:16]} is not allowed here; the Allow header lists the allowed methods",
     }.get(status, failure.detail)
     code = _CODES.get(status, http.HTTPStatus(status).phrase.lower().replace(" ", "_"))
     return JSONResponse(error_content(status, message, code), status, failure.headers)
 
 
 async def _closed(request: Request, error: Exception) -> Response:
-    # Nobody reads it; the status is for the log and the metrics, as nginx has it.
+    # The client is gone. The log and the metrics show the status, and nginx uses the same one.
     return Response(status_code=CLIENT_CLOSED)
 
 

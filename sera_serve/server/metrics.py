@@ -1,45 +1,49 @@
-"""Prometheus metrics of one server, in a registry of its own."""
+"""Prometheus metrics of one server. Each server has its own registry."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
+from itertools import accumulate
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
 
-from sera_serve.engine import GenerationResult
+from sera_serve.engine import LOAD_BUCKETS, GenerationResult, ResidencyStats, RunnerLoad, Task
 
 _METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
 
 class Load(Protocol):
-    """What a scrape reads of the engine."""
+    """The engine's load, read at each scrape."""
 
     def in_flight(self) -> int:
-        """Requests under way, waiting or running."""
+        """Number of requests in flight, waiting or running."""
 
     def waiting(self) -> int:
-        """Sequences, and parts of classifications, that wait for their turn."""
+        """Number of waiting sequences and waiting parts of classifications."""
 
     def running(self) -> int:
-        """Sequences, and parts of classifications, in a batch."""
+        """Number of sequences and parts of classifications in a batch."""
 
 
 class ServerMetrics:
-    """Counts requests and tokens; labels come from fixed sets, never from a client's text."""
+    """Counts requests and tokens. Labels come from fixed sets, never from a client's text."""
 
     def __init__(self, load: Load) -> None:
-        """Register the metrics; `load` is read at each scrape."""
+        """Register the metrics. `load` is read at each scrape."""
         self.registry = CollectorRegistry()
         self._requests = Counter(
             "sera_http_requests",
-            "HTTP requests answered.",
+            "HTTP requests that got a response.",
             ["method", "route", "status"],
             registry=self.registry,
         )
         self._seconds = Histogram(
             "sera_http_request_seconds",
-            "Seconds from the first byte of a request to the last of its answer.",
+            "Seconds from the start of a request to the end of its response.",
             ["route"],
             buckets=_SECONDS,
             registry=self.registry,
@@ -48,13 +52,13 @@ class ServerMetrics:
         self._inputs = Counter("sera_classified_inputs", "Inputs classified.", registry=self.registry)
         self._refusals = Counter(
             "sera_refusals",
-            "Requests refused or ended for want of room, time or an engine, also in mid-stream.",
+            "Requests refused or ended because of overload, a deadline or a stopped engine, streams included.",
             ["code"],
             registry=self.registry,
         )
         self._waits = Histogram(
             "sera_wait_seconds",
-            "Seconds from a request's arrival until it, or its first part, entered a batch.",
+            "Seconds from a request's arrival until the request, or its first part, entered a batch.",
             buckets=_SECONDS,
             registry=self.registry,
         )
@@ -65,14 +69,14 @@ class ServerMetrics:
             registry=self.registry,
         )
         for name, text, read in (
-            ("sera_requests_in_flight", "Requests under way, waiting or running.", load.in_flight),
-            ("sera_waiting", "Sequences, and parts of classifications, that wait for their turn.", load.waiting),
-            ("sera_running", "Sequences, and parts of classifications, in a batch.", load.running),
+            ("sera_requests_in_flight", "Requests in flight, waiting or running.", load.in_flight),
+            ("sera_waiting", "Waiting sequences and waiting parts of classifications.", load.waiting),
+            ("sera_running", "Sequences and parts of classifications in a batch.", load.running),
         ):
             Gauge(name, text, registry=self.registry).set_function(read)
 
     def observe_request(self, method: str, route: str, status: int, seconds: float) -> None:
-        """Count one answered request; `route` is the template that matched, not the path."""
+        """Count one request. `route` is the matched template, not the path."""
         self._requests.labels(method if method in _METHODS else "other", route, str(status)).inc()
         self._seconds.labels(route).observe(seconds)
 
@@ -83,20 +87,89 @@ class ServerMetrics:
         self._tokens.labels("completion").inc(result.completion_tokens)
 
     def count_classified(self, inputs: int, waited_s: float) -> None:
-        """Count the inputs of one finished classification, and how long it waited."""
+        """Count the inputs of one finished classification, and record its waiting time."""
         self._inputs.inc(inputs)
         self._waits.observe(waited_s)
 
     def observe_waits(self, waited_s: float, first_token_s: float | None) -> None:
-        """Note how long a generation waited for its turn, and for its first token if it got one."""
+        """Record how long a generation waited for the batch, and for its first token if there was one."""
         self._waits.observe(waited_s)
         if first_token_s is not None:
             self._first_token.observe(first_token_s)
 
     def count_refusal(self, code: str) -> None:
-        """Count a request that was not served; `code` is one of ours, so there are few."""
+        """Count a request that was not served. `code` is an error code of the server, so there are few."""
         self._refusals.labels(code).inc()
 
     def exposition(self) -> bytes:
-        """All metrics in Prometheus' text format."""
+        """Return all metrics in Prometheus' text format."""
         return generate_latest(self.registry)
+
+
+class LoopMetrics(Collector):
+    """Metrics of the engine's loops, read at each scrape."""
+
+    def __init__(self, read: Callable[[], Mapping[Task, RunnerLoad]]) -> None:
+        self._read = read
+
+    def collect(self) -> Iterator[Metric]:
+        """The metrics at this moment."""
+        loads = self._read().values()
+        yield CounterMetricFamily(
+            "sera_preemptions",
+            "Generations that gave their cache pages up to another, and were computed again.",
+            value=sum(load.preemptions for load in loads),
+        )
+        pages = GaugeMetricFamily("sera_cache_pages", "Pages of keys and values.", labels=["state"])
+        for place, state in enumerate(("in_use", "total")):
+            pages.add_metric([state], sum(load.cache_pages[place] for load in loads))
+        yield pages
+
+
+class ResidencyMetrics(Collector):
+    """A collector of the metrics of adapter memory: it reads `ResidencyStats` at each scrape and keeps nothing."""
+
+    def __init__(self, read: Callable[[], ResidencyStats]) -> None:
+        """Read the figures with `read`."""
+        self._read = read
+
+    def collect(self) -> Iterator[Metric]:
+        """The metrics at this moment."""
+        stats = self._read()
+        hits = CounterMetricFamily(
+            "sera_adapter_hits",
+            "Leases granted to requests, by the tier that the adapter was found in.",
+            labels=["tier"],
+        )
+        for tier, count in stats.granted.items():
+            hits.add_metric([tier], count)
+        yield hits
+        loads = HistogramMetricFamily(
+            "sera_adapter_load_seconds",
+            "Seconds to read, pack and copy an adapter, without the wait for room, by the tier that it came from.",
+            labels=["tier"],
+        )
+        bounds = [*map(str, LOAD_BUCKETS), "+Inf"]
+        for tier, times in stats.loads.items():
+            counts = accumulate(times.counts)
+            loads.add_metric([tier], list(zip(bounds, counts, strict=True)), times.seconds)
+        yield loads
+        for name, text, value in (
+            ("sera_adapter_load_failures", "Loads of adapters that failed.", stats.failed_loads),
+            ("sera_adapter_evictions", "Adapters that left the device to make room for others.", stats.evictions),
+        ):
+            yield CounterMetricFamily(name, text, value=value)
+        for name, text, value in (
+            ("sera_adapters_resident", "Adapters on the device.", stats.resident),
+            ("sera_adapters_pinned", "Adapters pinned to the device.", stats.pinned),
+            (
+                "sera_adapters_loading",
+                "Adapters on their way to the device, including those that wait for room.",
+                stats.loading,
+            ),
+            ("sera_adapter_device_bytes", "Bytes of device memory that adapters take.", stats.device_bytes),
+            ("sera_adapter_device_limit_bytes", "Bytes of device memory for adapters.", stats.device_limit),
+            ("sera_adapter_host_bytes", "Bytes of host memory that adapters take.", stats.host_bytes),
+            ("sera_adapter_host_limit_bytes", "Bytes of host memory for adapters.", stats.host_limit),
+        ):
+            yield GaugeMetricFamily(name, text, value=value)

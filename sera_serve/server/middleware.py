@@ -1,4 +1,4 @@
-"""What surrounds every request: its id, its metrics, the limit of its body, and the last catch of unexpected errors."""
+"""ASGI middleware: the request id, the metrics of each request, the body limit, and the last error handler."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import time
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from sera_serve.server.errors import BodyTooLarge, answer
+from sera_serve.server.errors import BodyTooLarge, error_response
 from sera_serve.server.metrics import ServerMetrics
 
 UPLOAD_PATH = "/v1/adapters"
-# Multipart boundaries, part headers and the name field.
+# Bytes for multipart boundaries, part headers and the name field.
 _FORM_OVERHEAD = 64 << 10
 
 
 class RequestLifecycle:
-    """Gives each request an id, counts it, and answers what nothing else caught."""
+    """Gives each request an id, counts the request, and responds to errors that no other handler caught."""
 
     def __init__(self, app: ASGIApp, metrics: ServerMetrics) -> None:
         self.app = app
@@ -28,11 +28,11 @@ class RequestLifecycle:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        # A client's own X-Request-Id is not used: it could forge another request's lines in the log.
+        # A client's own X-Request-Id is not used: a client could forge the log lines of another request.
         request_id = f"req-{secrets.token_hex(8)}"
         scope.setdefault("state", {})["request_id"] = request_id
         status = 0
-        begun = time.perf_counter()
+        started = time.perf_counter()
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
@@ -46,16 +46,17 @@ class RequestLifecycle:
         except Exception as error:
             if status:
                 raise
-            await answer(error, request_id)(scope, receive, send_with_id)
+            await error_response(error, request_id)(scope, receive, send_with_id)
         finally:
             route = getattr(scope.get("route"), "path", "unmatched")
-            self.metrics.observe_request(scope["method"], route, status or 500, time.perf_counter() - begun)
+            self.metrics.observe_request(scope["method"], route, status or 500, time.perf_counter() - started)
 
 
 class BodyLimit:
-    """Stops reading a body at its route's limit, and refuses one that announces more before reading any of it.
+    """Refuses a body that is longer than the limit of its route.
 
-    Starlette's own middleware answers an announced excess in plain text.
+    A body whose announced length exceeds the limit is refused before any byte is read. Other bodies are refused when
+    the bytes read exceed the limit. Starlette's own middleware would refuse an announced length in plain text.
     """
 
     def __init__(self, app: ASGIApp, max_body: int, max_upload: int) -> None:
@@ -77,11 +78,11 @@ class BodyLimit:
             return
         upload = scope["method"] == "POST" and scope["path"] == UPLOAD_PATH
         limit = self.max_upload if upload else self.max_body
-        remedy = "raise max_upload_mib" if upload else "send less at once, or raise max_body_mib"
+        remedy = "raise max_upload_mib" if upload else "send less in one request, or raise max_body_mib"
         too_large = BodyTooLarge(f"the body exceeds {limit} bytes; {remedy}", param="bundle" if upload else None)
         announced = Headers(scope=scope).get("content-length", "")
         if announced.isdecimal() and int(announced[:20]) > limit:
-            response = answer(too_large, scope["state"]["request_id"])
+            response = error_response(too_large, scope["state"]["request_id"])
             await response(scope, receive, send)
             return
         received = 0

@@ -1,1 +1,1 @@
-"""The offline trainer: rows of text in, a published adapter out."""
+"""The offline trainer: reads rows of text, trains an adapter, and publishes it to a store."""

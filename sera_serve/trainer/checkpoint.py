@@ -1,19 +1,25 @@
-"""Checkpoints of a training run: small, complete or absent, and without pickle.
+"""Checkpoints of a training run, and the folder that holds them.
 
 A checkpoint is a folder `checkpoint-STEP` with `tensors.safetensors` (adapter, head, optimiser moments, generator
 states), `extra.json` (optimiser groups, schedule, Python's and numpy's generators) and transformers'
-`trainer_state.json`. It is written under another name, synced, and renamed, so a kill at any moment leaves whole
-checkpoints only; one that was damaged later is recognised and passed over.
+`trainer_state.json`. It has no pickle. It is written under another name, synced, and renamed, so a kill at any moment
+leaves complete checkpoints only. A checkpoint that was damaged later is recognised and skipped.
+
+The folder of a run is named by the settings, data and base that decide the result. One process at a time uses it, and
+it is deleted when the adapter is published.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import hashlib
 import json
 import os
 import random
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +29,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from sera_serve.errors import SeraServeError
+
 STATE_FILE = "trainer_state.json"
 _TENSORS, _EXTRA, _PARTIAL = "tensors.safetensors", "extra.json", "partial-checkpoint"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -31,7 +39,7 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 def save_checkpoint(
     run_dir: Path, step: int, stored: Mapping[str, Tensor], optimiser: Any, schedule: Any, state: Any
 ) -> Path:
-    """Write `checkpoint-STEP`; complete and durable when this returns.
+    """Write `checkpoint-STEP`. It is complete and durable when this returns.
 
     Args:
         run_dir: Folder of the run.
@@ -70,7 +78,7 @@ def save_checkpoint(
 
 
 def load_stored(checkpoint: Path) -> dict[str, Tensor]:
-    """The adapter's tensors of a checkpoint, on the CPU."""
+    """Load the adapter's tensors of a checkpoint, on the CPU."""
     tensors = load_file(checkpoint / _TENSORS)
     return {k.removeprefix("adapter."): v for k, v in tensors.items() if k.startswith("adapter.")}
 
@@ -88,7 +96,7 @@ def load_optimiser(checkpoint: Path, optimiser: Any, schedule: Any) -> None:
 
 
 def load_generators(checkpoint: Path) -> None:
-    """Restore the states of every random generator that training draws from."""
+    """Restore the state of every random generator that training uses."""
     extra, tensors = _read_json(checkpoint / _EXTRA), load_file(checkpoint / _TENSORS)
     version, internal, gauss = extra["python"]
     random.setstate((version, tuple(internal), gauss))
@@ -100,11 +108,11 @@ def load_generators(checkpoint: Path) -> None:
 
 
 def last_checkpoint(run_dir: Path, expected: Mapping[str, Tensor]) -> Path | None:
-    """The newest usable checkpoint, or None; partial and damaged ones are deleted.
+    """Find the newest usable checkpoint, or None. Partial and damaged checkpoints are deleted.
 
     Args:
-        run_dir: Folder of the run; may be absent.
-        expected: The adapter's tensors, for their names and shapes.
+        run_dir: Folder of the run. It may be absent.
+        expected: The adapter's tensors. A usable checkpoint has the same names and shapes.
     """
     shutil.rmtree(run_dir / _PARTIAL, ignore_errors=True)
     for checkpoint in reversed(_checkpoints(run_dir)):
@@ -136,7 +144,7 @@ def _usable(checkpoint: Path, expected: Mapping[str, Tensor]) -> bool:
     shapes = {k.removeprefix("adapter."): v.shape for k, v in tensors.items() if k.startswith("adapter.")}
     if shapes != {name: tensor.shape for name, tensor in expected.items()}:
         return False
-    # The best epoch so far must be there still, or the run would end with another adapter.
+    # Without the checkpoint of the best epoch so far, the run would end with another adapter.
     return best is None or Path(best) == checkpoint or _usable(Path(best), expected)
 
 
@@ -151,3 +159,54 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+_LOCK = "lock"
+
+
+class RunInProgress(SeraServeError):
+    """Another process is training the same adapter from the same data."""
+
+    code = "run_in_progress"
+    status = 409
+
+
+def run_digest(identity: Mapping[str, Any]) -> str:
+    """Compute the name of a run: 16 hexadecimal digits, equal for equal settings, data and base."""
+    text = json.dumps(identity, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def run_folder(adapter_dir: Path, digest: str, *, resume: bool) -> Iterator[Path]:
+    """Create and lock the run's folder. If the block ends without an error, delete it and its empty parents.
+
+    Args:
+        adapter_dir: Folder of all runs of one adapter.
+        digest: See `run_digest`.
+        resume: Whether to keep the checkpoints of a killed run.
+
+    Raises:
+        RunInProgress: Another process uses the folder.
+    """
+    folder = adapter_dir / digest
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / _LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RunInProgress(
+                f"another process is training this adapter in {folder}; wait for it, or give --work-dir"
+            ) from error
+        if not resume:
+            for path in folder.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path)
+        yield folder
+        shutil.rmtree(folder)
+    for parent in [adapter_dir, *adapter_dir.parents][:3]:
+        try:
+            parent.rmdir()
+        except OSError:
+            # The parent has other runs.
+            break

@@ -1,4 +1,4 @@
-"""The command `train_adapter`; its flags are the fields of `TrainSettings`."""
+"""The command line of `train_adapter`. Its flags are the fields of `TrainSettings`."""
 
 from __future__ import annotations
 
@@ -13,22 +13,21 @@ from rich.console import Console
 
 from adapters_store import StoreError
 from sera_serve.errors import InvalidConfiguration, SeraServeError
-from sera_serve.trainer.options import load_options
-from sera_serve.trainer.settings import RUN, WHAT, TrainSettings, flag
+from sera_serve.trainer.settings import RUN, WHAT, TrainSettings, flag, load_options
 
-# What a flag parses to where the field's own type is wider.
+# Types of flags whose fields have a wider type.
 _FLAG_TYPES: dict[str, Any] = {"target_modules": str, "train_factors": str}
 
 
 def main() -> None:
-    """Console script."""
+    """Run the console script."""
     app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
     app.command()(_command())
     app()
 
 
 def _command() -> Any:
-    """The command function, with one parameter for each field of `TrainSettings`."""
+    """Build the command function, with one parameter for each field of `TrainSettings`."""
 
     def command(**options: Any) -> None:
         config, as_json = options.pop("config"), options.pop("json")
@@ -43,7 +42,7 @@ def _command() -> Any:
     Example: `train_adapter --base embedded --store store --name acme/spam --task classify --train spam.csv
     --text-column text --label-column label`
 
-    The same command, run again after a kill, continues where it was.
+    After a kill, the same command continues from the last checkpoint.
     """
     parameters = [_parameter(name, field) for name, field in TrainSettings.model_fields.items()]
     parameters += [
@@ -51,7 +50,9 @@ def _command() -> Any:
             "config",
             Annotated[
                 Path | None,
-                typer.Option(help="YAML file with the same options (underscores); flags win.", rich_help_panel=WHAT),
+                typer.Option(
+                    help="YAML file with the same options (underscores); flags win over the file.", rich_help_panel=WHAT
+                ),
             ],
             None,
         ),
@@ -74,7 +75,7 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
     assert isinstance(extra, dict)
     kind: Any = _FLAG_TYPES.get(name, field.annotation)
     is_switch = kind is bool
-    # Defaults live in TrainSettings, so that a flag that was given can be told from one that was not.
+    # The default is None here, which means that the flag was not given. TrainSettings has the real default.
     if field.is_required():
         default = " **Required.**"
     else:
@@ -93,13 +94,13 @@ def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
 
 
 def run(settings: TrainSettings, *, as_json: bool) -> None:
-    """Train, and tell the outcome on stdout; progress goes to stderr."""
-    # Slow to import, and --help needs none of it.
+    """Train, and print the result on stdout. Progress goes to stderr."""
+    # These imports are slow, and --help does not need them.
     from transformers.utils.logging import disable_progress_bar
 
     from sera_serve.trainer.run import TrainResult, train_adapter
 
-    # The base of a small model loads in no time; its bar would only clutter.
+    # A small base loads at once, so a progress bar would only clutter the terminal.
     disable_progress_bar()
     progress = Console(stderr=True)
     try:
@@ -109,7 +110,7 @@ def run(settings: TrainSettings, *, as_json: bool) -> None:
     except OSError as error:
         _fail(f"{error.filename or settings.store}: {error.strerror}", 1)
     except KeyboardInterrupt:
-        _fail("stopped; the same command continues at the last checkpoint", 130)
+        _fail("stopped; the same command continues from the last checkpoint", 130)
     if as_json:
         typer.echo(json.dumps(result.as_json()))
     else:

@@ -1,12 +1,19 @@
-"""transformers' `Trainer`, taught to save adapters only, to resume exactly, and to evaluate as the task does."""
+"""The training loop: transformers' `Trainer` with checkpoints of the adapter only and an exact resume.
+
+Also here: the order of training rows, and the display of progress.
+"""
 
 from __future__ import annotations
 
+import random
 import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 from torch.utils.data import Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
@@ -18,13 +25,12 @@ from sera_serve.trainer.checkpoint import (
     load_stored,
     save_checkpoint,
 )
-from sera_serve.trainer.sampler import LengthGroupedOrder
 from sera_serve.trainer.settings import TrainSettings
-from sera_serve.trainer.task import TrainingTask
+from sera_serve.trainer.tasks import TrainingTask
 
 
 def training_arguments(settings: TrainSettings, run_dir: Path, *, evaluates: bool) -> TrainingArguments:
-    """transformers' arguments for `settings`; nothing is reported anywhere."""
+    """Translate `settings` into transformers' arguments, without reports to any service."""
     metric = settings.best_metric
     return TrainingArguments(
         output_dir=str(run_dir),
@@ -51,9 +57,9 @@ def training_arguments(settings: TrainSettings, run_dir: Path, *, evaluates: boo
 
 
 class AdapterTrainer(Trainer):  # type: ignore[misc]
-    """Trains a task's model; every tensor it saves is of the adapter, its head, or the optimiser."""
+    """Trains a task's model. Its checkpoints hold tensors of the adapter, the head and the optimiser only."""
 
-    # Set by Trainer, which is untyped here.
+    # Trainer, which is untyped here, sets these.
     optimizer: Any
     control: Any
 
@@ -71,12 +77,12 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
             eval_dataset=task.eval_rows or None,
             callbacks=[SaveByTheClock(settings.checkpoint_seconds), StopOnNonFiniteLoss(), *callbacks],
         )
-        # It writes to stdout, which belongs to the result.
+        # This callback writes to stdout, where only the result belongs.
         self.remove_callback(PrinterCallback)
         self.steps_per_epoch = -(-len(task.train_rows) // settings.batch_size)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        # The step count is restored with a checkpoint, so it names the epoch after a restart too.
+        # A checkpoint restores the step count, so the epoch is right after a restart too.
         return LengthGroupedOrder(
             self.task.lengths,
             self.settings.batch_size,
@@ -85,7 +91,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         )
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
-        """AdamW over what trains, the head in its own group when it has its own rate."""
+        """Create AdamW over the trained parameters, with a group for the adapter and a group for the head."""
         if self.optimizer is None:
             rate = self.settings.peak_learning_rate
             head_rate = self.settings.head_learning_rate or rate
@@ -101,7 +107,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """The task's own evaluation, its names prefixed."""
+        """Evaluate as the task does, and prefix the metrics' names."""
         rows = self.task.eval_rows if eval_dataset is None else eval_dataset
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.task.evaluate(rows).items()}
         self.log(metrics)
@@ -109,7 +115,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         return metrics
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """Equal scores are common on small evaluation sets: the lower loss decides then."""
+        """Let the lower loss decide between equal scores, which are common on small evaluation sets."""
         if super()._determine_best_metric(metrics, trial):
             return True
         if metrics[self.args.metric_for_best_model] != self.state.best_metric:
@@ -132,7 +138,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
             self.lr_scheduler,
             self.state,
         )
-        # Only now: what was there before is what a kill falls back on.
+        # Not earlier: after a kill, the run continues from the checkpoints that are there.
         delete_others(self.run_dir, {saved, Path(self.state.best_model_checkpoint or saved)})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -151,10 +157,10 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
 
 
 class SaveByTheClock(TrainerCallback):  # type: ignore[misc]
-    """Asks for a checkpoint within an epoch when the last one is `seconds` old.
+    """Asks for a checkpoint within an epoch when the last checkpoint is `seconds` old.
 
-    Saving draws no random numbers, so when it happens changes nothing in the result. The last step of an epoch is left
-    to the save after its evaluation: a checkpoint before that would skip the evaluation on resume.
+    Saving draws no random numbers, so the time of a save does not change the result. At the last step of an epoch the
+    loop saves after the evaluation. A checkpoint before the evaluation would skip this evaluation on resume.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -162,14 +168,14 @@ class SaveByTheClock(TrainerCallback):  # type: ignore[misc]
         self._last = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        """See the class."""
+        """Ask for a checkpoint if it is time."""
         steps_per_epoch = state.max_steps // args.num_train_epochs
         if state.global_step % steps_per_epoch and time.monotonic() - self._last >= self._seconds:
             control.should_save = True
         return control
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start the clock anew."""
+        """Restart the clock."""
         self._last = time.monotonic()
 
 
@@ -178,10 +184,98 @@ class DivergedTraining(ArithmeticError):
 
 
 class StopOnNonFiniteLoss(TrainerCallback):  # type: ignore[misc]
-    """Ends a run that diverged at once, rather than training NaN to the end."""
+    """Stops a run as soon as its loss is NaN or infinite."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
-        """See the class."""
+        """Raise `DivergedTraining` if the loss is NaN or infinite."""
         loss = logs.get("loss", logs.get("eval_loss", 0.0))
         if loss != loss or loss in (float("inf"), float("-inf")):
             raise DivergedTraining(f"the loss is {loss} at step {state.global_step}")
+
+
+_BATCHES_A_POOL = 50
+
+
+class LengthGroupedOrder(Sampler[int]):
+    """The order of training rows: random, with similar lengths in a batch, and the same after a restart.
+
+    The order depends on the seed and the epoch only. transformers' own length-grouped sampler draws from the global
+    generator when an epoch begins, so a run that resumes within an epoch would get different batches.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, epoch: Callable[[], int]) -> None:
+        self._lengths = lengths
+        self._batch_size = batch_size
+        self._seed = seed
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        shuffle = random.Random(f"order {self._seed} {self._epoch()}")
+        order = list(range(len(self._lengths)))
+        shuffle.shuffle(order)
+        pool = self._batch_size * _BATCHES_A_POOL
+        batches = []
+        for start in range(0, len(order), pool):
+            rows = sorted(order[start : start + pool], key=lambda i: self._lengths[i])
+            batches += [rows[i : i + self._batch_size] for i in range(0, len(rows), self._batch_size)]
+        # The short batch goes last; elsewhere it would shift the borders of later batches.
+        short = [batch for batch in batches if len(batch) < self._batch_size]
+        full = [batch for batch in batches if len(batch) == self._batch_size]
+        shuffle.shuffle(full)
+        for batch in full + short:
+            yield from batch
+
+
+class RichProgress(TrainerCallback):  # type: ignore[misc]
+    """Shows a progress bar with the running loss on a terminal, and prints one line for each evaluation."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bar: Progress | None = None
+        self._task: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Open the bar at the current step, which is not 0 in a resumed run."""
+        self._bar = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[loss]}"),
+            console=self._console,
+            transient=True,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=state.max_steps, completed=state.global_step, loss="")
+        self._bar.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Move the bar."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+        """Show the running loss."""
+        if self._bar is not None and "loss" in logs:
+            self._bar.update(self._task, loss=f"loss {logs['loss']:.3f}")
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
+        """Print the epoch's metrics."""
+        shown = "  ".join(
+            f"{name.removeprefix('eval_')} {value:.4f}" for name, value in metrics.items() if name.startswith("eval_")
+        )
+        line = f"epoch {round(state.epoch or 0)} of {args.num_train_epochs}: {shown}"
+        self._console.print(line, highlight=False, soft_wrap=True)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Close the bar."""
+        self.close()
+
+    def close(self) -> None:
+        """Close the bar. The caller calls this after a failure too."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None

@@ -1,4 +1,4 @@
-"""What `transformers.Trainer` trains: the frozen base with its adapter, a head where there is one, and the loss."""
+"""The modules that `transformers.Trainer` trains: a frozen base with an adapter, a head for a classifier, the loss."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sera_serve.base import FrozenBase, Pooling
+from sera_serve.base.rotary import row_lengths
 from sera_serve.errors import InvalidConfiguration
 from sera_serve.layers import adapter_tensors, attached_layers
 
@@ -19,20 +20,20 @@ _HEAD_STD = 0.02
 
 
 class Losses(TypedDict):
-    """A forward pass's outcome: the mean loss, and logits (rows, labels) or (rows, positions, vocabulary)."""
+    """Result of a forward pass: the mean loss, and logits (rows, labels)."""
 
     loss: Tensor
     logits: Tensor
 
 
 class AdapterModel(nn.Module):
-    """Base class: everything frozen but the adapter and the head, the base's own dropout never active.
+    """Base class: only the adapter and the head train, and the base's own dropout is never active.
 
     Attributes:
         head: Linear layer (num_labels, hidden_size), or None for a generator.
     """
 
-    # Trainer divides by accumulation steps itself; the losses here are means over the batch.
+    # The losses here are means over the batch; Trainer divides by accumulation steps itself.
     accepts_loss_kwargs = False
 
     def __init__(self, base: FrozenBase | None, head: nn.Linear | None) -> None:
@@ -41,7 +42,7 @@ class AdapterModel(nn.Module):
         self.head = head
 
     def train(self, mode: bool = True) -> AdapterModel:
-        """Switch the adapter's and the head's dropout; the frozen base stays in evaluation mode."""
+        """Switch the dropout of the adapter and the head. The frozen base stays in evaluation mode."""
         super().train(mode)
         if self.base_model is not None:
             self.base_model.eval()
@@ -50,7 +51,7 @@ class AdapterModel(nn.Module):
         return self
 
     def stored_tensors(self) -> dict[str, Tensor]:
-        """Every tensor of the adapter and its head under the adapter format's names; they share memory."""
+        """Return every tensor of the adapter and its head, by its name in the adapter format. They share memory."""
         tensors = adapter_tensors(self.base_model) if self.base_model is not None else {}
         if self.head is not None:
             tensors["head.weight"] = self.head.weight.detach()
@@ -58,16 +59,16 @@ class AdapterModel(nn.Module):
         return tensors
 
     def load_stored_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy tensors of the same names and shapes in; `ValueError` when they are not the same."""
+        """Copy the values of `tensors` into the adapter; raise ValueError if names or shapes differ."""
         own = self.stored_tensors()
         if {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in tensors.items()}:
-            raise ValueError("the tensors are those of another adapter")
+            raise ValueError("the tensors belong to another adapter")
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
 
 
 def new_head(base: FrozenBase, num_labels: int) -> nn.Linear:
-    """A float32 classifier head of `num_labels` rows, small normal weights, zero bias."""
+    """Create a float32 classifier head with `num_labels` rows, small normal weights and zero bias."""
     head = nn.Linear(base.hidden_size, num_labels, device=base.device, dtype=torch.float32)
     nn.init.normal_(head.weight, std=_HEAD_STD)
     nn.init.zeros_(head.bias)
@@ -75,7 +76,7 @@ def new_head(base: FrozenBase, num_labels: int) -> nn.Linear:
 
 
 class HeadOnlyModel(AdapterModel):
-    """A head on pooled states that were computed once: the base is frozen, so they never change."""
+    """A head on pooled states. They are computed once, because the frozen base never changes them."""
 
     def __init__(self, head: nn.Linear, dropout: float) -> None:
         super().__init__(None, head)
@@ -89,11 +90,11 @@ class HeadOnlyModel(AdapterModel):
 
 
 class ClassifierModel(AdapterModel):
-    """Adapted base -> pooled state -> dropout -> head."""
+    """A classifier: adapted base, pooled state, dropout, head."""
 
     def __init__(self, base: FrozenBase, head: nn.Linear, pooling: Pooling, dropout: float) -> None:
         super().__init__(base, head)
-        # Not a module, so nn.Module registers nothing twice.
+        # FrozenBase is no module, so nn.Module does not register the base twice.
         self.frozen = base
         self.pooling: Pooling = pooling
         self.dropout = nn.Dropout(dropout)
@@ -107,7 +108,7 @@ class ClassifierModel(AdapterModel):
 
 
 class GeneratorModel(AdapterModel):
-    """Adapted causal language model with the loss on labelled tokens only."""
+    """An adapted causal language model, with the loss on labelled tokens only."""
 
     def __init__(self, base: FrozenBase) -> None:
         if base.kind != "decoder":
@@ -116,26 +117,29 @@ class GeneratorModel(AdapterModel):
                 param="base",
             )
         super().__init__(base, None)
+        self._rotary = base.rotary_context
         self._keeps_logits = "logits_to_keep" in inspect.signature(base.model.forward).parameters
 
     def token_losses(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
-        """Negative log-likelihood in nats of each labelled token, float32 (rows, length - 1).
+        """Compute the negative log-likelihood in nats of each labelled token.
 
         Args:
             input_ids: int64 (rows, length), right-padded.
             attention_mask: (rows, length), 1 at real tokens.
-            labels: int64 (rows, length): the token itself where it is learned, `IGNORED` elsewhere.
+            labels: int64 (rows, length): the token itself if it is learned, else `IGNORED`.
 
         Returns:
-            0 where a token is not labelled; the leading columns in which no row has a label are cut.
+            float32 (rows, columns): 0 for tokens without a label. There is one column for each token after the first,
+            without the leading columns in which no row has a label.
         """
         assert self.base_model is not None
         targets = labels[:, 1:]
         first = int((targets != IGNORED).any(0).int().argmax())
         kept = targets.shape[1] - first
-        # The output embedding is the dearest matrix of a small base: skip it where nothing is learned.
+        # The output embedding is the most expensive matrix of a small base. Skip it where nothing is learned.
         options = {"logits_to_keep": kept + 1} if self._keeps_logits else {}
-        output = self.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **options)
+        with row_lengths(self._rotary, attention_mask):
+            output = self.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **options)
         logits = output.logits[:, -(kept + 1) : -1].float()
         targets = targets[:, first:]
         losses = functional.cross_entropy(
@@ -144,6 +148,6 @@ class GeneratorModel(AdapterModel):
         return losses.view(targets.shape)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """The mean loss over labelled tokens; arguments as in `token_losses`."""
+        """Compute the mean loss over labelled tokens; arguments as in `token_losses`."""
         losses = self.token_losses(input_ids, attention_mask, labels)
         return {"loss": losses.sum() / (labels[:, 1:] != IGNORED).sum().clamp(min=1)}

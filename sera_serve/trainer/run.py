@@ -1,4 +1,4 @@
-"""One training run from settings to a published version."""
+"""A whole training run: reads the data, trains, evaluates, and publishes the adapter to the store."""
 
 from __future__ import annotations
 
@@ -10,27 +10,22 @@ from typing import Any
 from rich.console import Console
 from transformers import set_seed
 
-from adapters_store import AdapterStore
-from sera_serve.base import FrozenBase, load_base
+from adapters_store import AdapterBundle, AdapterConfig, AdapterStore, ModuleSpec
+from sera_serve.base import FrozenBase, Pooling, load_base
 from sera_serve.errors import InvalidConfiguration, SeraServeError
-from sera_serve.layers import attach_adapter, attached_layers, detach_adapter
-from sera_serve.trainer.checkpoint import last_checkpoint
-from sera_serve.trainer.classify_data import ClassifyData, load_classify_data
-from sera_serve.trainer.classify_task import ClassifyTask
-from sera_serve.trainer.generate_data import GenerateData, load_generate_data
-from sera_serve.trainer.generate_task import GenerateTask
-from sera_serve.trainer.loop import AdapterTrainer, DivergedTraining
-from sera_serve.trainer.progress import RichProgress
-from sera_serve.trainer.publish import build_bundle
+from sera_serve.layers import attach_adapter, attached_layers, detach_adapter, module_specs
+from sera_serve.trainer.checkpoint import last_checkpoint, run_digest, run_folder
+from sera_serve.trainer.data import ClassifyData, GenerateData, load_classify_data, load_generate_data
+from sera_serve.trainer.loop import AdapterTrainer, DivergedTraining, RichProgress
+from sera_serve.trainer.model import AdapterModel
 from sera_serve.trainer.settings import TrainSettings
-from sera_serve.trainer.task import TrainingTask
-from sera_serve.trainer.workdir import run_digest, run_folder
+from sera_serve.trainer.tasks import ClassifyTask, GenerateTask, TrainingTask
 
 _DEFAULT_MAX_LENGTH = 512
 
 
 class TrainingFailed(SeraServeError):
-    """Training ran and could not give a usable adapter."""
+    """Training ended without a usable adapter."""
 
     code = "training_failed"
     status = 422
@@ -38,19 +33,19 @@ class TrainingFailed(SeraServeError):
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run made.
+    """The result of a training run.
 
     Attributes:
         adapter: tenant/name.
-        version: The version published.
-        digest: Of the bundle.
-        parameters: Trained parameters of the adapter, head excluded.
-        head_parameters: Of the head; 0 for a generator.
-        metrics: Of the chosen epoch on the evaluation rows; `test_...` on the test rows.
+        version: The published version.
+        digest: Digest of the bundle.
+        parameters: Number of trained parameters of the adapter, without the head.
+        head_parameters: Number of parameters of the head; 0 for a generator.
+        metrics: Scores of the chosen epoch on the evaluation rows; `test_...` on the test rows.
         train_seconds: Wall time of this process's training, evaluations included.
-        store: The store's folder.
-        resumed_from: The step that a killed run was continued at, or None.
-        notes: What was done to the data: rows cut, texts split.
+        store: Folder of the store.
+        resumed_from: The step from which a killed run continued, or None.
+        notes: Changes that were made to the data: rows truncated, texts split.
     """
 
     adapter: str
@@ -65,7 +60,7 @@ class TrainResult:
     notes: list[str]
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values for `--json`."""
+        """Return plain values for `--json`."""
         return asdict(self)
 
 
@@ -74,18 +69,18 @@ def train_adapter(
 ) -> TrainResult:
     """Train an adapter and publish it.
 
-    A run that was killed continues at its last checkpoint when started again with the same settings and data, and
-    gives the tensors that it would have given undisturbed.
+    A killed run continues from its last checkpoint when it is started again with the same settings and data. Its
+    tensors are those of an undisturbed run.
 
     Args:
-        settings: The run's options.
-        base: A base already loaded from `settings.base`; it is given back without the adapter.
-        console: Where progress is shown; None shows nothing.
+        settings: Options of the run.
+        base: A base that is already loaded from `settings.base`. Afterwards it has no adapter attached.
+        console: Shows the progress; with None nothing is shown.
 
     Raises:
-        InvalidData: The rows cannot be used.
-        InvalidConfiguration: Base and settings do not fit.
-        RunInProgress: The same run is going on elsewhere.
+        InvalidData: A file or some of its rows cannot be used.
+        InvalidConfiguration: The base and the settings do not fit each other.
+        RunInProgress: Another process is training the same run.
         TrainingFailed: The loss became NaN or infinite.
         StoreError: The version could not be published.
     """
@@ -112,7 +107,7 @@ def _train_on(
     store: AdapterStore,
     console: Console,
 ) -> TrainResult:
-    # Before the initial values of adapter and head are drawn.
+    # Before adapter and head draw their initial values.
     set_seed(settings.seed)
     shape = settings.adapter_config()
     if shape is not None:
@@ -137,7 +132,7 @@ def _train_on(
             max_length=max_length if settings.task == "classify" else None,
             record=_record(settings, task, data, metrics, best_step),
         )
-        # Inside the block: until the version is durable the checkpoints stay. Publishing it twice makes one version.
+        # Inside the block, so that the checkpoints stay until the version is durable. A second publishing adds nothing.
         published = store.publish(bundle, settings.name)
     return TrainResult(
         adapter=published.adapter,
@@ -171,7 +166,7 @@ def _task(
 
 
 def _fit(task: TrainingTask, settings: TrainSettings, folder: Path, console: Console) -> tuple[int | None, int]:
-    """Train to the end; returns (step resumed from, step of the tensors kept)."""
+    """Train to the end. Return (the step of the checkpoint resumed from or None, the step of the kept tensors)."""
     checkpoint = last_checkpoint(folder, task.model.stored_tensors())
     progress = RichProgress(console)
     trainer = AdapterTrainer(task, settings, folder, [progress])
@@ -209,7 +204,7 @@ def _record(
     metrics: dict[str, float],
     best_step: int,
 ) -> dict[str, Any]:
-    """How the version came about; the same for each run of equal settings, or its digest would change."""
+    """Describe how the version was trained. Equal settings give equal records, or the bundle's digest would change."""
     record = {
         "settings": {k: v for k, v in settings.identity().items() if k not in ("base", "name", "task", "method")},
         "learning_rate": settings.peak_learning_rate,
@@ -220,3 +215,38 @@ def _record(
         "notes": task.notes,
     }
     return record | ({"description": settings.description} if settings.description else {})
+
+
+def build_bundle(
+    settings: TrainSettings,
+    base: FrozenBase,
+    model: AdapterModel,
+    *,
+    labels: list[str] | None,
+    pooling: Pooling | None,
+    max_length: int | None,
+    record: dict[str, Any],
+) -> AdapterBundle:
+    """Build the bundle that the store keeps.
+
+    Args:
+        settings: Options of the run.
+        base: The base that the adapter was trained on.
+        model: The trained model.
+        labels: Labels of a classifier in the order of the head's rows, or None.
+        pooling: Pooling of a classifier, or None.
+        max_length: The length to which the server truncates a classifier's inputs, as training did; or None.
+        record: How the adapter was trained: JSON values, equal for equal settings, so without times and paths.
+    """
+    modules = {path: ModuleSpec(**shape) for path, shape in module_specs(base.model).items()}
+    config = AdapterConfig(
+        task=settings.task,
+        method=settings.method,
+        base=base.info,
+        modules=modules,
+        labels=labels,
+        pooling=pooling,
+        max_length=max_length,
+        training=record,
+    )
+    return AdapterBundle(config, model.stored_tensors())

@@ -1,4 +1,4 @@
-"""Reading rows from CSV, TSV, JSONL, Parquet and plain text, with every fault told by row and line."""
+"""Reads rows from CSV, TSV, JSONL, Parquet and plain text, and reports each fault by row and line."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SHOWN = 5
 
 
 class InvalidData(SeraServeError):
-    """The rows to train on cannot be used; the message names rows, lines and remedies."""
+    """The training data cannot be used. The message names rows, lines and remedies."""
 
     code = "invalid_training_data"
     status = 422
@@ -28,7 +28,7 @@ class InvalidData(SeraServeError):
 
 @dataclass(frozen=True)
 class Row:
-    """One row: its values by column, its 1-based number, and the 1-based line it ends on (None in Parquet)."""
+    """One row: values by column, 1-based number, and 1-based number of the last line (None in Parquet)."""
 
     values: dict[str, Any]
     number: int
@@ -42,10 +42,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """A file's rows.
+    """The rows of a file.
 
     Attributes:
-        path: Where it was read from.
+        path: Path of the file.
         columns: Column names, in the file's order.
         rows: In the file's order.
         digest: sha256 of the file's bytes, hexadecimal.
@@ -57,7 +57,7 @@ class Table:
     digest: str
 
     def require(self, column: str, option: str) -> None:
-        """Refuse a column that is not there, naming those that are and the closest one."""
+        """Refuse a missing column. The message names all columns and the closest one."""
         if column in self.columns:
             return
         near = difflib.get_close_matches(column.lower(), [c.lower() for c in self.columns], n=1, cutoff=0.5)
@@ -70,18 +70,18 @@ class Table:
 
 
 class Problems:
-    """Collects what is wrong with a file, so that one run shows several faults at once."""
+    """Collects the faults of a file, so that one run shows several of them."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.found: list[str] = []
 
     def add(self, row: Row, text: str) -> None:
-        """Note a fault of one row."""
+        """Add a fault of one row."""
         self.found.append(f"{row.where}: {text}")
 
     def raise_if_any(self) -> None:
-        """Raise `InvalidData` with the first few faults, if there are any."""
+        """Raise `InvalidData` with the first few faults if there is one."""
         if not self.found:
             return
         if len(self.found) == 1:
@@ -96,7 +96,7 @@ def read_table(path: Path) -> Table:
     """Read a file by its suffix.
 
     Raises:
-        InvalidData: No such file, an unknown suffix, bytes that are not UTF-8, or rows that do not parse.
+        InvalidData: The file is missing, has an unknown suffix, is not UTF-8, or has rows that do not parse.
     """
     suffix = path.suffix.lower()
     if suffix not in {".csv", ".tsv", ".jsonl", ".parquet", ".txt"}:
@@ -133,7 +133,7 @@ def _decode(path: Path, data: bytes) -> str:
 
 
 def _read_separated(path: Path, text: str, delimiter: str) -> tuple[list[str], list[Row]]:
-    # newline="" keeps line breaks inside quoted fields, as the csv module asks for.
+    # newline="" keeps line breaks inside quoted fields; the csv module requires it.
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     records = _records(path, reader)
     first = next(records, None)
@@ -168,7 +168,7 @@ def _read_jsonl(path: Path, text: str) -> tuple[list[str], list[Row]]:
     problems = Problems(path)
     rows: list[Row] = []
     columns: dict[str, None] = {}
-    # Not splitlines(): JSON strings may hold U+2028 and its like unescaped.
+    # splitlines() would also split at U+2028 and similar characters, which JSON strings may contain unescaped.
     for line, content in enumerate(text.split("\n"), 1):
         if not content.strip():
             continue

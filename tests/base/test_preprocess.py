@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import processors
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from factories import byte_tokenizer, random_decoder, random_encoder
 from sera_serve.base import FrozenBase, ModelInputs, freeze_base
 from sera_serve.errors import InvalidRequest
+from support.factories import byte_tokenizer, random_decoder, random_encoder
 
 
 def pair_tokenizer() -> PreTrainedTokenizerFast:
@@ -116,7 +116,9 @@ def test_an_input_without_tokens_is_refused_by_its_index() -> None:
 
 
 def test_a_decoder_gets_no_token_types() -> None:
-    base = random_decoder()
+    # GPT-2 accepts them, and adds the embeddings of the tokens with these numbers.
+    config = GPT2Config(n_embd=64, n_layer=1, n_head=4, n_positions=256, vocab_size=259)
+    base = freeze_base(GPT2LMHeadModel(config), pair_tokenizer(), "gpt2")
     (row,) = base.preprocessor.rows([("ab", "c")], 64)
     assert row == ModelInputs(base.tokenizer("ab", "c")["input_ids"])
 

@@ -24,7 +24,7 @@ from benchmarks.gpu_operands import Member
 from benchmarks.gpu_report import save, table
 from benchmarks.gpu_setting import Setting, find_operation
 from sera_kernels import ABSENT, NO_ADAPTER, grouped_sera
-from sera_serve.layers import served
+from sera_serve.layers import served_linear
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SECTIONS = ["correctness", "decode correctness", "decode step", "capacity", "kernel time"]
@@ -72,7 +72,7 @@ def test_small_mode_runs_everything_without_a_gpu_or_the_command_line_s_packages
     assert result["figures"].startswith("not a GPU") and result["figures"] in people
     systems = {row["system"] for row in result["rows"] if row["section"] == "kernel time"}
     assert {"sera r=64 split=64", "lora r=64 bmm", "lora r=16 loop", "vllm"} <= systems
-    assert next(row["case"] for row in result["rows"] if row["section"] == "decode step") == "bare"
+    assert next(row["case"] for row in result["rows"] if row["section"] == "decode step") == "base_only"
     (kept,) = tmp_path.glob("gpu_suite-cpu-*.json")
     assert json.loads(kept.read_text()) == result
 
@@ -169,12 +169,12 @@ def test_a_broken_kernel_ends_in_status_1_and_no_speed(
 
 
 def test_the_decode_check_sees_wrong_serving(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = served.add_updates
+    right = served_linear.add_updates
 
     def next_adapter(x: Tensor, outputs: list[Tensor], modules: Any, batch: Any, *rest: Any) -> None:
         right(x, outputs, modules, replace(batch, token_slots=(batch.token_slots + 1) % 3), *rest)
 
-    monkeypatch.setattr(served, "add_updates", next_adapter)
+    monkeypatch.setattr(served_linear, "add_updates", next_adapter)
     assert not any(row["correct"] for row in check_decode(setting))
 
 

@@ -106,6 +106,6 @@ def test_adapters_of_a_fleet_are_distinct_repeatable_and_of_mixed_shapes(fleet: 
 
 def test_a_published_fleet_is_found_by_its_names(tmp_path: Path, fleet: Fleet) -> None:
     store = fleet.publish(tmp_path / "store", 7)
-    assert [info.adapter for info in store.list()] == [f"t0000{index}/main" for index in range(7)]
+    assert [info.adapter for info in store.iter_adapters()] == [f"t0000{index}/main" for index in range(7)]
     assert store.resolve("t00003/main").digest == fleet.bundle(3).digest
     assert cold_name(3).startswith("cold/")

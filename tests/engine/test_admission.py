@@ -66,7 +66,7 @@ def test_a_full_server_sheds_one_of_the_tenant_with_the_most() -> None:
         waiting.setdefault(tenant, []).append(admit(controller, tenant, shed))
         assert controller.in_flight() == 6
     assert {tenant: len(requests) for tenant, requests in waiting.items()} == {"flood": 2, "b": 2, "c": 1, "d": 1}
-    # Nobody has two more than these: taking turns at being turned away would serve no one.
+    # Nobody has two more than these: if they shed each other in turn, no request would be served.
     for tenant in ("c", "flood"):
         with pytest.raises(Overloaded, match="6 requests are in flight"):
             admit(controller, tenant, shed)

@@ -1,4 +1,4 @@
-"""Real decoder architectures, tiny and random: the engine gives what `generate` gives, bare and with an adapter."""
+"""Real decoder architectures, tiny and random: the engine gives what `generate` gives, with and without an adapter."""
 
 from __future__ import annotations
 

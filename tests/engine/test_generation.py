@@ -169,6 +169,8 @@ def test_refusals_name_the_field_and_hold_nothing(
             run(collect(engine, **params))
         assert param in str(refusal.value.param), params  # type: ignore[attr-defined]
     assert engine.in_flight() == 0 and engine.residency.leases() == 0
+    stats = engine.stats()
+    assert stats.failed_loads == 0 and not any(stats.granted.values()), "nothing was loaded to be refused"
     encoder_engine = start_engine(encoder, store)
     with pytest.raises(UnsupportedTask):
         run(collect(encoder_engine, prompt="x"))
@@ -216,17 +218,17 @@ def test_a_dead_engine_says_so(decoder: FrozenBase, store: AdapterStore, start_e
 
 
 def test_detokenizer_holds_back_what_may_change(decoder: FrozenBase) -> None:
-    def pieces(text: str, stop: list[str]) -> tuple[list[str], Detokenizer]:
+    def chunks(text: str, stop: list[str]) -> tuple[list[str], Detokenizer]:
         prompt = decoder.tokenizer("p")["input_ids"]
         detokenizer = Detokenizer(decoder.tokenizer, prompt, stop)
         out = [detokenizer.push(token) for token in decoder.tokenizer(text)["input_ids"] if not detokenizer.stopped]
         return [*out, detokenizer.flush()], detokenizer
 
-    out, detokenizer = pieces("añb", [])
+    out, detokenizer = chunks("añb", [])
     assert out == ["a", "", "ñ", "b", ""]
-    out, detokenizer = pieces("one END", ["END", "EN!"])
+    out, detokenizer = chunks("one END", ["END", "EN!"])
     assert (detokenizer.text, detokenizer.stopped) == ("one ", True)
-    out, detokenizer = pieces("one ENT", ["END"])
+    out, detokenizer = chunks("one ENT", ["END"])
     assert (detokenizer.text, detokenizer.stopped, out[-1]) == ("one ENT", False, "")
-    out, detokenizer = pieces("one EN", ["END"])
+    out, detokenizer = chunks("one EN", ["END"])
     assert (detokenizer.text, out[-1]) == ("one EN", "EN")

@@ -1,4 +1,4 @@
-"""When nothing is under way the books of the adapters' memory are checked; an unsound engine serves no more."""
+"""An idle engine checks the invariants of the adapters' memory; an engine with a broken one serves no more."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from support.engine import generate
 from support.factories import random_adapter
 
 
-def test_an_engine_whose_books_do_not_balance_serves_no_more(
+def test_an_engine_with_a_broken_invariant_serves_no_more(
     decoder: FrozenBase, store: AdapterStore, start_engine: Callable[..., ServingEngine]
 ) -> None:
     store.publish(random_adapter(decoder, SeraConfig(4, 4, 8.0, "all-linear"), seed=1), "acme/a")

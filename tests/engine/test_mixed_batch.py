@@ -57,7 +57,7 @@ def publish_all(base: FrozenBase, store: AdapterStore, shapes: list[SeraConfig])
 
 
 def requests_over(names: list[str]) -> list[tuple[str | None, str]]:
-    """32 requests: two for each adapter, and one in nine for the bare base."""
+    """32 requests: two for each adapter, and one in nine for the base model."""
     adapters: list[str | None] = [*names, *names]
     for position in range(0, 32, 9):
         adapters[position] = None

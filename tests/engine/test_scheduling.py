@@ -51,10 +51,10 @@ def test_a_flood_does_not_hold_back_another_tenant(gated: GatedStore, decoder: F
     async def main() -> None:
         flood = [asyncio.ensure_future(ask("a/writer", "flood", priority="high")) for _ in range(40)]
         await until(lambda: engine.waiting() > 20)
-        await asyncio.gather(*flood, ask("b/writer", "b", priority="low"), ask(None, "bare"))
+        await asyncio.gather(*flood, ask("b/writer", "b", priority="low"), ask(None, "base_only"))
 
     asyncio.run(main())
-    assert max(order.index("b"), order.index("bare")) < 15
+    assert max(order.index("b"), order.index("base_only")) < 15
     assert len(order) == 42
 
 

@@ -1,4 +1,4 @@
-"""Servers over the real engine on a small random base."""
+"""Servers with the real engine on a small random base."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def serve(
     expected: dict[str | None, list[int]],
     tmp_path: Path,
 ) -> Iterator[Callable[..., Serving]]:
-    """Start servers; at the end of the test, one whose engine still runs must hold nothing."""
+    """Start servers. At the end of the test, a server whose engine still runs must hold nothing."""
     with ExitStack() as stack:
         started = []
 

@@ -1,4 +1,4 @@
-"""Many requests at once, one tenant that floods, and clients that leave: everyone is answered or told, and rightly."""
+"""Load: thousands of requests, a tenant that floods, and disconnects. Every request gets a right response."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CROWD = int(os.environ.get("SERA_TEST_CROWD", "2000"))
 
 
 def test_thousands_of_tiny_requests_at_once(serve: Serve) -> None:
-    """Each is answered rightly or refused with a time to come again; none is lost, and the server is well after it."""
+    """Each request gets a right result, or a refusal with Retry-After. No request is lost, and the server goes on."""
     serving = serve(max_queue=64)
     adapters = [None if i % (WRITERS + 1) == WRITERS else name(i % WRITERS) for i in range(CROWD)]
     limits = httpx.Limits(max_connections=None)
@@ -52,8 +52,8 @@ def test_thousands_of_tiny_requests_at_once(serve: Serve) -> None:
     serving.assert_right(name(0))
 
 
-def test_a_flood_does_not_delay_another_tenant_to_its_end(serve: Serve) -> None:
-    """With room for few in the batch, a request that comes after a flood is answered long before the flood is."""
+def test_a_flood_does_not_delay_another_tenant(serve: Serve) -> None:
+    """With a small batch, a request that arrives after a flood ends long before the flood ends."""
     serving = serve(max_sequences=4)
     flood, victims = 60, [name(1), name(2)]
     order: list[str] = []
@@ -80,7 +80,7 @@ def test_a_flood_does_not_delay_another_tenant_to_its_end(serve: Serve) -> None:
             assert answer.status_code in (429, 503)
 
 
-def test_clients_that_leave_in_mid_stream_do_not_disturb_the_others(serve: Serve) -> None:
+def test_disconnects_in_mid_stream_do_not_disturb_other_requests(serve: Serve) -> None:
     serving = serve(max_sequences=4)
     leaving, stay = [name(i % WRITERS) for i in range(12)], [name(i % WRITERS) for i in range(18)]
     passes = 0
@@ -108,5 +108,5 @@ def test_clients_that_leave_in_mid_stream_do_not_disturb_the_others(serve: Serve
         counting.remove()
     for adapter, answer in zip(stay, answers, strict=True):
         serving.assert_right(adapter, answer)
-    # To their ends they would have taken at least 12 * 230 / 4 = 690 passes.
+    # Without cancellation, the streams would need at least 12 * 230 / 4 = 690 passes.
     assert passes < 400

@@ -1,4 +1,4 @@
-"""The engine's thread dies of an error: everybody under way is told, the server says so, and nobody waits for ever."""
+"""The engine's thread dies of an error: every request in flight ends, and the server reports the error."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Serve = Callable[..., Serving]
 
 @contextmanager
 def failing_forward(armed: threading.Event) -> Iterator[None]:
-    """Once `armed`, every forward pass of a decoder raises."""
+    """Make every forward pass of a decoder raise after `armed` is set."""
 
     def hook(module: nn.Module, inputs: Any) -> None:
         if armed.is_set() and isinstance(module, LlamaForCausalLM):
@@ -36,7 +36,7 @@ def failing_forward(armed: threading.Event) -> Iterator[None]:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_everyone_is_told_when_the_engine_dies(serve: Serve) -> None:
+def test_every_request_ends_when_the_engine_dies(serve: Serve) -> None:
     serving = serve()
     armed = threading.Event()
     with failing_forward(armed), ThreadPoolExecutor(12) as clients:
@@ -60,11 +60,11 @@ def test_everyone_is_told_when_the_engine_dies(serve: Serve) -> None:
                 assert events(response.text)[-1]["error"]["code"] == "engine_unavailable"
             else:
                 refused(response, 503, "engine_unavailable")
-    # The process lives, says what is wrong, and refuses at once.
+    # The process lives, reports the error, and refuses new requests at once.
     assert serving.client.get("/healthz").status_code == 200
     refused(serving.client.get("/readyz"), 503, "engine_unavailable")
     for stream in (False, True):
         refused(serving.ask(name(0), stream=stream), 503, "engine_unavailable")
     assert serving.client.get("/v1/adapters").status_code == 200
     wait_until(lambda: serving.engine.in_flight() == 0 and serving.engine.residency.leases() == 0)
-    serving.engine.residency.check_integrity()
+    serving.engine.residency.check_invariants()

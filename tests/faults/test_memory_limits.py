@@ -1,4 +1,4 @@
-"""Less memory than the adapters take: each is still answered, from its own weights, and the limits hold."""
+"""Less memory than the adapters need: every result comes from the right weights, and the limits hold."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def test_all_adapters_are_served_from_little_memory(serve: Serve, cache_mib: int
     ended = threading.Event()
 
     def watch() -> None:
-        # Raises where more is held than may be.
+        # Raises if the memory in use exceeds a limit.
         while not ended.wait(0.002):
-            residency.check_integrity()
+            residency.check_invariants()
 
     with ThreadPoolExecutor(13) as clients:
         watching = clients.submit(watch)

@@ -1,4 +1,4 @@
-"""The store is slow, fails, or has a damaged file: whoever asked for that adapter is told, and nobody else notices."""
+"""A slow store, failing reads and damaged files: only requests for the affected adapter are refused or wait."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_only_requests_for_the_slow_adapter_wait_for_it(serve: Serve) -> None:
             serving.assert_right(SLOW, answer.result(30))
 
 
-def test_an_adapter_that_does_not_come_in_time_is_refused_and_comes_later(serve: Serve) -> None:
+def test_a_request_for_a_slow_adapter_times_out_and_the_adapter_is_served_later(serve: Serve) -> None:
     serving = serve(request_timeout_s=0.3)
     slow = serving.store.resolve(SLOW).digest
     gate = threading.Event()
@@ -62,14 +62,14 @@ def test_an_adapter_that_does_not_come_in_time_is_refused_and_comes_later(serve:
     def answered() -> bool:
         return serving.ask(SLOW).status_code == 200
 
-    # The first try after it may still find the loader busy.
+    # The loader may still be busy at the first try.
     wait_until(answered, 30)
     serving.assert_right(SLOW)
 
 
 @pytest.mark.parametrize("error", [OSError(5, "Input/output error", "/secret/path"), MemoryError("secret")])
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_failing_read_is_told_to_those_who_asked_and_tried_again(
+def test_a_failed_read_is_reported_to_its_requests_and_tried_again(
     serve: Serve, error: Exception, stream: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     serving = serve()
@@ -89,7 +89,7 @@ def test_a_failing_read_is_told_to_those_who_asked_and_tried_again(
             assert "secret" not in answer.result().text
         for adapter, answer in zip(OTHERS, fine, strict=True):
             serving.assert_right(adapter, answer.result(30))
-    # What was really wrong is in the log.
+    # The log has the original error.
     assert any(record.exc_info and record.exc_info[1] is error for record in caplog.records)
     del serving.store.before_load
     serving.assert_right(SLOW)
@@ -108,7 +108,7 @@ def _break_header(content: bytearray) -> None:
 
 
 @pytest.mark.parametrize("damage", [_flip, _truncate, _break_header])
-def test_a_damaged_bundle_is_never_served_and_heals_when_it_is_uploaded_again(
+def test_a_damaged_bundle_is_never_served_and_an_upload_repairs_it(
     serve: Serve, writers: dict[str, AdapterBundle], damage: Callable[[bytearray], None]
 ) -> None:
     serving = serve()
@@ -128,7 +128,7 @@ def test_a_damaged_bundle_is_never_served_and_heals_when_it_is_uploaded_again(
     serving.assert_right(SLOW)
 
 
-def test_a_bundle_damaged_after_it_was_loaded_is_still_served_from_memory(serve: Serve) -> None:
+def test_a_bundle_that_is_damaged_after_its_load_is_served_from_memory(serve: Serve) -> None:
     serving = serve()
     serving.assert_right(SLOW)
     serving.path_of(SLOW).write_bytes(b"nothing")

@@ -34,13 +34,13 @@ POPULARITY = {
     "identical": lambda tokens, slots: torch.full((tokens,), 3),
     "uniform": lambda tokens, slots: torch.randint(slots, (tokens,)),
     "skewed": lambda tokens, slots: (torch.rand(tokens).pow(3) * slots).long(),
-    "with bare": lambda tokens, slots: torch.randint(-1, slots, (tokens,)),
-    "bare": lambda tokens, slots: torch.full((tokens,), NO_ADAPTER),
+    "with no adapter": lambda tokens, slots: torch.randint(-1, slots, (tokens,)),
+    "no adapter": lambda tokens, slots: torch.full((tokens,), NO_ADAPTER),
 }
 
 
 def random_pool(d_in: int, d_outs: list[int], dtype: torch.dtype) -> tuple[Tensor, AdapterTables]:
-    """One adapter of each shape, some of them absent from the second module; NaN wherever nothing lies."""
+    """Make one adapter of each shape, some without the second module. All other memory of the pool is NaN."""
     tables = AdapterTables.empty(len(d_outs), len(SHAPES))
     chunks = [torch.full((5,), float("nan"))]
     for slot, (rank, split, mixer) in enumerate(SHAPES):
@@ -63,7 +63,7 @@ PATHS = {"torch": grouped_sera_torch, "numba": grouped_sera_numba}
 @pytest.mark.parametrize("tokens", [1, 7, 40, 300])
 @pytest.mark.parametrize("popularity", POPULARITY)
 def test_grouped_is_the_reference(popularity: str, tokens: int, dtype: torch.dtype, path: str) -> None:
-    # numba computes in float32 alone; other dtypes take the torch path.
+    # numba computes in float32 only. Other dtypes use the torch path.
     grouped = grouped_sera if path == "numba" and dtype != torch.float32 else PATHS[path]
     d_in, d_outs = 64, [128, 64, 192]
     pool, tables = random_pool(d_in, d_outs, dtype)
@@ -99,7 +99,7 @@ def test_reference_by_hand() -> None:
     assert y.tolist() == [[1251.0, 301.0]]
 
 
-def test_misfitting_arguments_are_refused() -> None:
+def test_arguments_that_do_not_fit_are_refused() -> None:
     pool, tables = random_pool(64, [64], torch.float32)
     batch = AdapterBatch(torch.zeros(4, dtype=torch.int32))
     x, y = torch.randn(4, 64), torch.randn(4, 64)
@@ -127,7 +127,7 @@ def test_no_more_threads_compute_than_torch_has(threads: int) -> None:
         grouped_sera(x, [y], [0], batch, pool, tables)
         return len(list(Path("/proc/self/task").iterdir())) - before
 
-    # OpenMP gives every thread that computes in parallel a pool of its own.
+    # OpenMP gives its own pool to every thread that starts parallel work.
     with ThreadPoolExecutor(1) as thread:
         started = thread.submit(new_threads).result()
     assert started == min(threads, numba.config.NUMBA_NUM_THREADS) - 1

@@ -1,4 +1,4 @@
-"""The Triton kernel against the float64 reference; by Triton's interpreter where there is no GPU."""
+"""The Triton kernel against the float64 reference. Without a GPU, Triton's interpreter runs the kernel."""
 
 from dataclasses import dataclass, replace
 
@@ -12,7 +12,7 @@ from sera_kernels.triton_path import grouped_sera_triton, launch_grouped
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NAN = float("nan")
-# Small blocks, so that small cases need several of each; the interpreter's time is by program.
+# Small blocks, so that small cases need several blocks of each kind. The interpreter's time grows with the programs.
 TOKEN = Launch(1, 128, 1024, 32, 16, 32, 4, 1, 128)
 TILE = Launch(16, 128, 1024, 32, 16, 64, 8, 2, 128)
 
@@ -22,14 +22,14 @@ POPULARITY = {
     "uniform": lambda tokens, slots: torch.randint(slots, (tokens,)),
     "zipf": lambda tokens, slots: torch.multinomial(1 / torch.arange(1.0, slots + 1), tokens, replacement=True),
     "skewed": lambda tokens, slots: (torch.rand(tokens).pow(3) * slots).long(),
-    "with bare": lambda tokens, slots: torch.randint(NO_ADAPTER, slots, (tokens,)),
+    "with no adapter": lambda tokens, slots: torch.randint(NO_ADAPTER, slots, (tokens,)),
     "runs": lambda tokens, slots: torch.arange(tokens) * slots // tokens - 1,
 }
 
 
 @dataclass(frozen=True)
 class Widths:
-    """A layer's widths and adapters that fit them: rank, split, mixer."""
+    """Widths of a layer, and the shapes of adapters that fit the widths: rank, split, mixer."""
 
     d_in: int
     d_outs: tuple[int, ...]
@@ -55,18 +55,18 @@ LARGE = Widths(
     256, (512,), ((256, 256, True), (256, 1, False), (128, 2, True), (256, 64, False), (192, 64, True), (256, 4, True))
 )
 
-# Ranges of columns that begin and end within segments, and need several chunks of ranks.
+# Ranges of columns that start and end inside segments, and need several chunks of ranks.
 TIMES_195 = Widths(195, (585,), ((195, 195, True), (195, 195, False)))
 
 
 @pytest.fixture(autouse=True)
 def _few_spare_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Some tiles then share a program; and the interpreter takes its time for idle ones too.
+    # Some programs then take several tiles. Also, idle programs cost time in the interpreter.
     monkeypatch.setattr("sera_kernels.triton_path.SPARE_ROWS", 1)
 
 
 def adapters(widths: Widths, dtype: torch.dtype, offset_step: int = 8) -> tuple[Tensor, AdapterTables]:
-    """One adapter of each shape, some absent from some modules, NaN wherever none lies."""
+    """Make one adapter of each shape, some without some modules. All other memory of the pool is NaN."""
     tables = AdapterTables.empty(len(widths.d_outs), len(widths.shapes))
     chunks, end = [], 0
 
@@ -95,7 +95,7 @@ def on_device(tables: AdapterTables) -> AdapterTables:
 
 
 def poisoned(rows: int, width: int, dtype: torch.dtype, margin: int) -> Tensor:
-    """A random (rows, width) view of a buffer that is NaN on all sides of it."""
+    """Make a random (rows, width) view of a buffer. The buffer is NaN on all sides of the view."""
     buffer = torch.full((rows + 2, margin + width + margin), NAN, dtype=dtype, device=DEVICE)
     view = buffer[1:-1, margin : margin + width]
     view.copy_(torch.randn(rows, width))
@@ -105,7 +105,7 @@ def poisoned(rows: int, width: int, dtype: torch.dtype, margin: int) -> Tensor:
 def check(
     launch: Launch | None, x: Tensor, got: list[Tensor], batch: AdapterBatch, pool: Tensor, tables: AdapterTables
 ) -> None:
-    """Run the kernel and hold its outputs to the reference."""
+    """Run the kernel and compare its outputs with the reference."""
     before = [y.clone() for y in got]
     want = [y.double() for y in got]
     modules = list(range(len(got)))
@@ -118,7 +118,7 @@ def check(
     for module, (mine, exact, old) in enumerate(zip(got, want, before, strict=True)):
         touched = (slots >= 0) & (tables.offset[module, slots.clamp(min=0)] >= 0)
         assert torch.equal(mine[~touched], old[~touched])
-        # One rounding of the result, rounding of the sums in float32, and on a GPU TF32's eleven bits of what is mixed.
+        # The result is rounded once and the sums are in float32. On a GPU, the mixer's input has eleven bits (TF32).
         unit, update = torch.finfo(x.dtype).eps, (exact - old.double()).abs().max().item()
         tf32 = 2**-10 if mine.is_cuda and x.dtype != torch.float32 else 0
         atol = (16 * 2**-23 + tf32) * (update + exact.abs().max().item())
@@ -131,28 +131,28 @@ def check(
 @pytest.mark.parametrize(
     ("widths", "popularity", "tokens", "dtype", "launch", "margin", "offset_step"),
     [
-        # A token of its own for each program.
+        # Each program updates one token.
         (EVEN, "distinct", 7, torch.float32, TOKEN, 8, 8),
         (EVEN, "distinct", 7, torch.bfloat16, TOKEN, 8, 8),
-        (EVEN, "with bare", 9, torch.float16, TOKEN, 8, 1),
+        (EVEN, "with no adapter", 9, torch.float16, TOKEN, 8, 1),
         (EVEN, "distinct", 7, torch.bfloat16, replace(TOKEN, columns=512, elements=2048), 3, 8),
         (EVEN, "distinct", 6, torch.float16, replace(TOKEN, columns=32), 8, 8),
         (TIMES_24, "distinct", 7, torch.bfloat16, TOKEN, 8, 8),
         (TIMES_24, "zipf", 9, torch.float16, TOKEN, 8, 3),
-        (TIMES_24, "with bare", 9, torch.float32, replace(TOKEN, columns=32), 5, 8),
+        (TIMES_24, "with no adapter", 9, torch.float32, replace(TOKEN, columns=32), 5, 8),
         (TIMES_65, "distinct", 7, torch.float32, TOKEN, 8, 8),
         (TIMES_65, "uniform", 7, torch.bfloat16, TOKEN, 1, 1),
         (LARGE, "distinct", 6, torch.bfloat16, replace(TOKEN, columns=512, elements=4096), 8, 8),
         (LARGE, "distinct", 6, torch.float32, replace(TOKEN, columns=512), 8, 8),
         (LARGE, "one", 1, torch.float16, replace(TOKEN, columns=512, elements=2048), 8, 8),
-        # Tiles, among them some of one token.
+        # Tiles. Some tiles have one token.
         (EVEN, "runs", 40, torch.float32, TILE, 8, 8),
         (EVEN, "runs", 70, torch.bfloat16, TILE, 8, 8),
         (EVEN, "skewed", 40, torch.float16, TILE, 8, 1),
         (EVEN, "one", 512, torch.bfloat16, replace(TILE, block_m=64, columns=256), 8, 8),
         (EVEN, "zipf", 200, torch.float16, replace(TILE, block_m=32), 8, 8),
         (TIMES_24, "runs", 90, torch.bfloat16, TILE, 8, 8),
-        (TIMES_24, "with bare", 65, torch.float32, TILE, 5, 3),
+        (TIMES_24, "with no adapter", 65, torch.float32, TILE, 5, 3),
         (TIMES_65, "runs", 80, torch.float32, TILE, 8, 8),
         (TIMES_65, "uniform", 24, torch.bfloat16, replace(TILE, columns=64), 1, 8),
         (TIMES_195, "distinct", 5, torch.float32, replace(TILE, columns=256), 8, 8),
@@ -172,8 +172,8 @@ def test_the_kernel_is_the_reference(
 
 
 @pytest.mark.parametrize("launch", [TOKEN, TILE], ids=["token", "tile"])
-def test_tables_and_factors_may_change_beneath_a_batch(launch: Launch) -> None:
-    # What a replay of a CUDA graph relies on: metadata holds tokens alone.
+def test_tables_and_factors_may_change_between_launches_of_a_batch(launch: Launch) -> None:
+    # A replay of a CUDA graph relies on this: the metadata of a batch depends on token slots alone.
     pool, tables = adapters(EVEN, torch.float32)
     batch = AdapterBatch(torch.tensor([1, 3, 3, 5, -1, 0, 4], dtype=torch.int32, device=DEVICE))
     x = poisoned(7, EVEN.d_in, torch.float32, 8)
@@ -186,12 +186,12 @@ def test_tables_and_factors_may_change_beneath_a_batch(launch: Launch) -> None:
     check(launch, x, got, batch, pool, tables)
 
 
-def test_more_outputs_than_a_launch_takes() -> None:
+def test_more_outputs_than_one_launch_takes() -> None:
     widths = Widths(32, (16, 48, 32, 16, 64), ((4, 4, True), (2, 1, False)))
     pool, tables = adapters(widths, torch.float32)
     batch = AdapterBatch(torch.tensor([1, NO_ADAPTER, 0], dtype=torch.int32, device=DEVICE))
     x = poisoned(3, 32, torch.float32, 8)
-    # The shipped launch parameters.
+    # None selects the shipped launch parameters.
     check(None, x, [poisoned(3, d_out, torch.float32, 8) for d_out in widths.d_outs], batch, pool, tables)
 
 
@@ -205,14 +205,14 @@ def test_no_tokens(launch: Launch) -> None:
 
 @pytest.mark.parametrize("block", [1, 16, 64])
 @pytest.mark.parametrize("popularity", POPULARITY)
-def test_tiles_hold_every_adapted_token_once(popularity: str, block: int) -> None:
+def test_every_token_with_an_adapter_is_in_one_tile(popularity: str, block: int) -> None:
     for tokens in (1, 5, 33, 200):
         batch = AdapterBatch(POPULARITY[popularity](tokens, 7).to(torch.int32))
         slots, order = batch.sorted_slots
         first, ordinal = batch.tiles(block)
         seen: list[int] = []
         for start in first[: ordinal[-1]].tolist():
-            # As the kernel reads it: the tile ends with its slot, or after `block` tokens.
+            # The kernel reads a tile in the same way: the tile ends with its slot, or after `block` tokens.
             tile = [place for place in range(start, min(start + block, tokens)) if slots[place] == slots[start]]
             assert slots[start] != NO_ADAPTER
             seen += order[tile].tolist()
@@ -220,6 +220,6 @@ def test_tiles_hold_every_adapted_token_once(popularity: str, block: int) -> Non
 
 
 def test_tiles_are_made_without_reading_values() -> None:
-    # A meta tensor has no values: what needs one, or has a shape that depends on one, raises.
+    # A meta tensor has no values. An operation that reads a value, or whose shape depends on a value, raises.
     batch = AdapterBatch(torch.empty(37, dtype=torch.int32, device="meta"))
     assert [part.shape for part in (*batch.sorted_slots, *batch.tiles(16))] == [(37,)] * 4

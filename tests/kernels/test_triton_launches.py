@@ -1,4 +1,4 @@
-"""Choice of launch parameters, their measurement, and that the compiler takes them without a GPU at hand."""
+"""Launch parameters: their choice, their measurement, and the compilation of the kernel without a GPU."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from sera_kernels.triton_path import grouped_sera_triton
 LAUNCH = Launch(1, 512, 2048, 64, 32, 64, 4, 2, 128)
 
 
-def test_a_gpu_gets_triton_and_a_cpu_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_uses_triton_and_a_cpu_uses_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert path_for(torch.device("cuda", 0)) is grouped_sera_triton
     assert path_for(torch.device("cpu")) is grouped_sera_torch
     path_for.cache_clear()
@@ -41,7 +41,7 @@ def test_every_shipped_row_is_a_launch_and_says_whether_it_was_measured() -> Non
     assert {row["element_bytes"] for row in table["devices"]["any"]["rows"]} == {2, 4}
 
 
-def test_the_row_with_enough_tokens_and_the_nearest_widths_is_picked() -> None:
+def test_pick_row_takes_enough_tokens_and_then_the_nearest_widths() -> None:
     def row(tokens: int, d_in: int, d_out: int, columns: int, element_bytes: int = 2) -> dict[str, object]:
         launch = asdict(replace(LAUNCH, columns=columns))
         return {"element_bytes": element_bytes, "tokens": tokens, "d_in": d_in, "d_out": d_out, "launch": launch}
@@ -54,7 +54,7 @@ def test_the_row_with_enough_tokens_and_the_nearest_widths_is_picked() -> None:
     assert pick_row(rows, 9999, 4096, 4096, 4).columns == 512
 
 
-def test_few_tokens_go_alone_and_many_in_tiles() -> None:
+def test_few_tokens_use_programs_of_their_own_and_many_tokens_use_tiles() -> None:
     cpu = torch.device("cpu")
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         assert choose_launch(16, 4096, 4096, dtype, cpu).block_m == 1
@@ -86,7 +86,7 @@ def test_search_finds_the_best_of_each_parameter() -> None:
     assert tune.search(seconds, LAUNCH) == (best, 1.0)
 
 
-def test_what_is_measured_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_result_of_a_measured_launch_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     case = tune.operands(3, 64, [128, 64], torch.float32, "cpu")
     launch = replace(LAUNCH, columns=128)
     assert tune.is_right(launch, case)
@@ -94,7 +94,7 @@ def test_what_is_measured_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not tune.is_right(launch, case)
 
 
-def test_many_tokens_are_measured_in_runs_beside_single_ones() -> None:
+def test_many_tokens_are_measured_as_runs_and_single_tokens() -> None:
     slots = tune.operands(1000, 64, [64], torch.float32, "cpu")[3].token_slots
     assert slots[:64].tolist() == list(range(64))
     assert slots[64:].unique().tolist() == list(range(8))
@@ -110,7 +110,7 @@ def test_tuning_without_a_gpu_says_so(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_the_kernel_compiles_for_gpus() -> None:
-    # One token's kernel and the tiles', each dtype, with and without 16-byte accesses, two generations of GPU.
+    # Programs of one token and of tiles, every dtype, with and without 16-byte accesses, two generations of GPUs.
     tile = replace(LAUNCH, block_m=16, num_warps=8)
     cases = [(90, "bf16", 8, asdict(LAUNCH)), (80, "fp32", 4, asdict(LAUNCH)), (80, "fp16", 1, asdict(tile))]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -122,5 +122,5 @@ def test_the_kernel_compiles_for_gpus() -> None:
     token, single, tiles = json.loads(done.stdout)
     assert token["wide_loads"] >= 16 and single["wide_loads"] >= 16 and tiles["wide_loads"] == 0
     assert token["products"] == single["products"] == 0 and tiles["products"] > 0
-    # What an SM of sm_80 has, for two programs of tiles and for four of single tokens.
+    # Two programs of tiles, or four programs of single tokens, fit the shared memory of a multiprocessor of sm_80.
     assert tiles["shared"] <= 163 * 1024 // 2 and token["shared"] <= 163 * 1024 // 4

@@ -1,4 +1,4 @@
-"""The paper's parameter counts, exactly, on models without weights."""
+"""Parameter counts equal the paper's counts exactly. The models have no weights."""
 
 from typing import Any
 
@@ -107,19 +107,19 @@ CASES = [
 
 
 @pytest.mark.parametrize(("base", "config", "count"), CASES, ids=lambda value: str(value)[:90])
-def test_count_is_the_papers(models: dict[str, nn.Module], base: str, config: SeraConfig, count: int) -> None:
+def test_count_equals_the_papers_count(models: dict[str, nn.Module], base: str, config: SeraConfig, count: int) -> None:
     assert count_adapter_parameters(models[base], config) == count
 
 
 def test_vera_sized_budget_is_matched_by_freezing(models: dict[str, nn.Module]) -> None:
-    # Table 5 sets SeRA r=16 with one factor frozen against VeRA r=256: 24 layers x 2 x (1024 + 256) = 61,440.
+    # Table 5 compares SeRA r=16 with one frozen factor to VeRA r=256: 24 layers x 2 x (1024 + 256) = 61,440.
     frozen = sera(16, QUERY_VALUE, train_factors=("c", "b"))
     assert count_adapter_parameters(models["roberta-large"], frozen) == 24 * 2 * (1024 + 256)
 
 
 @pytest.mark.parametrize("factors", [("a", "c", "b"), ("b",), ("c",), ("a", "c")])
 @pytest.mark.parametrize(("split", "use_mixer"), [(8, True), (1, True)])
-def test_count_is_what_an_attached_model_trains(factors: Any, split: int, use_mixer: bool) -> None:
+def test_count_equals_the_trainable_parameters_of_an_attached_model(factors: Any, split: int, use_mixer: bool) -> None:
     config = sera(8, "all-linear", split=split, use_mixer=use_mixer, train_factors=factors)
     model = AutoModelForCausalLM.from_config(
         LlamaConfig(

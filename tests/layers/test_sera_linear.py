@@ -1,4 +1,4 @@
-"""The trainable layer against the dense product x A C B, and how it is attached."""
+"""The trainable layer against the dense product x A C B, and attaching the layer to models."""
 
 import math
 
@@ -27,7 +27,7 @@ def tiny_llama() -> LlamaForCausalLM:
 
 
 def dense_blocks(layer: SeraLinear) -> tuple[Tensor, Tensor | None, Tensor]:
-    """A and B written out element by element from the format's definition, not by the layer's own code."""
+    """Return dense A, C and B. A and B are filled by the format's definition, without the layer's own code."""
     split, segment_rank = layer.config.split, layer.config.segment_rank
     a = torch.zeros(layer.d_in, layer.config.rank, dtype=torch.float64)
     b = torch.zeros(layer.config.rank, layer.d_out, dtype=torch.float64)
@@ -93,7 +93,7 @@ def test_initialisation_uses_the_fan_in_of_a_block() -> None:
     assert layer.sera_c is not None and layer.sera_c.abs().max().item() <= 1 / math.sqrt(16)
 
 
-def test_b_is_drawn_where_only_c_trains() -> None:
+def test_b_is_drawn_if_only_c_trains() -> None:
     layer = SeraLinear(nn.Linear(32, 32), SeraConfig(8, 8, 16.0, "all-linear", train_factors=("c",)))
     assert torch.count_nonzero(layer.sera_b) == layer.sera_b.numel()
     layer(torch.randn(3, 32)).sum().backward()
@@ -170,7 +170,7 @@ def test_impossible_configurations_are_refused(changes: dict[str, object], param
     assert refusal.value.param == param and remedy in refusal.value.message
 
 
-def test_refusals_on_a_model_name_the_remedy_and_change_nothing() -> None:
+def test_a_refusal_names_the_remedy_and_does_not_change_the_model() -> None:
     model = tiny_llama()
     modules = list(model.named_modules())
     with pytest.raises(InvalidConfiguration, match="it has q_proj"):

@@ -1,4 +1,4 @@
-"""Layers that share an input are found, computed together, and right also when called in another way."""
+"""Layers that share an input are found and computed together. Results are right for other orders of calls too."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sera_serve.layers import (
     adaptable_linears,
     attach_serving,
     find_shared_inputs,
-    served,
+    served_linear,
 )
 from support.factories import random_decoder, random_encoder
 
@@ -45,14 +45,14 @@ def served_decoder() -> tuple[FrozenBase, AdapterContext]:
     return base, context
 
 
-def test_bare_batches_are_bit_identical(served_decoder: tuple[FrozenBase, AdapterContext]) -> None:
+def test_batches_without_adapters_are_bit_identical(served_decoder: tuple[FrozenBase, AdapterContext]) -> None:
     base, context = served_decoder
     tokens = torch.randint(256, (2, 7))
     want = random_decoder().model(tokens).logits
     assert torch.equal(base.model(tokens).logits, want)
     with context.run(None):
         assert torch.equal(base.model(tokens).logits, want)
-    # All rows bare beside an adapter's machinery: still untouched.
+    # With a batch in which no token has an adapter, the outputs are not changed either.
     with context.run(AdapterBatch(torch.full((14,), -1, dtype=torch.int32))):
         assert torch.equal(base.model(tokens).logits, want)
 
@@ -62,19 +62,19 @@ def test_one_grouped_call_for_each_shared_input(
 ) -> None:
     base, context = served_decoder
     calls: list[int] = []
-    grouped = served.add_updates
+    grouped = served_linear.add_updates
 
     def counted(x: object, outputs: list[object], *rest: object) -> None:
         calls.append(len(outputs))
         grouped(x, outputs, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(served, "add_updates", counted)
+    monkeypatch.setattr(served_linear, "add_updates", counted)
     with context.run(AdapterBatch(torch.ones(7, dtype=torch.int32))):
         base.model(torch.randint(256, (1, 7)))
     assert calls == [3, 1, 2, 1] * 2
 
 
-def test_other_ways_of_calling_are_right(served_decoder: tuple[FrozenBase, AdapterContext]) -> None:
+def test_other_orders_of_calls_are_right(served_decoder: tuple[FrozenBase, AdapterContext]) -> None:
     base, context = served_decoder
     attention = base.model.get_submodule("model.layers.0.self_attn")
     q, k = attention.q_proj, attention.k_proj
@@ -82,31 +82,35 @@ def test_other_ways_of_calling_are_right(served_decoder: tuple[FrozenBase, Adapt
     first, second = torch.randn(5, 64), torch.randn(5, 64)
     with context.run(AdapterBatch(torch.ones(5, dtype=torch.int32))):
         alone = [layer(x.clone()) for x in (first, second) for layer in (q, k)]
-        # Interleaved inputs, a repeated call, and a part that nobody fetches.
+        # Interleaved inputs, a repeated call, and an output that is never fetched.
         assert torch.equal(q(first), alone[0])
         assert torch.equal(k(second), alone[3])
         assert torch.equal(k(first), alone[1])
         assert torch.equal(k(first), alone[1])
         assert torch.equal(q(second), alone[2])
-    bare = nn.functional.linear(first, q.base.weight)
-    assert not torch.allclose(alone[0], bare), "the adapter does nothing: the test would see no mix-up"
+    base_only = nn.functional.linear(first, q.base.weight)
+    assert not torch.allclose(alone[0], base_only), "the adapter does nothing: the test would see no mix-up"
 
 
 def test_passes_must_not_overlap(served_decoder: tuple[FrozenBase, AdapterContext]) -> None:
     _, context = served_decoder
     batch = AdapterBatch(torch.ones(1, dtype=torch.int32))
-    with context.run(batch), pytest.raises(RuntimeError, match="already running"):
-        context.enter(batch)
-    assert context.batch is None
+    # A pass of the base model alone counts too.
+    for outer in (batch, None):
+        with context.run(outer):
+            with pytest.raises(RuntimeError, match="already running"), context.run(batch):
+                pass
+            assert context.batch is outer
+        assert context.batch is None
 
 
-def test_what_one_batch_left_is_never_handed_to_another(served_decoder: tuple[FrozenBase, AdapterContext]) -> None:
+def test_an_output_of_one_batch_is_never_returned_to_another(served_decoder: tuple[FrozenBase, AdapterContext]) -> None:
     base, context = served_decoder
     attention = base.model.get_submodule("model.layers.0.self_attn")
     x = torch.randn(5, 64)
     with context.run(AdapterBatch(torch.zeros(5, dtype=torch.int32))):
         want = attention.k_proj(x.clone())
-    # The key's part of this pass is not fetched, and the next pass comes with the very same tensor.
+    # The output of k_proj in this pass is not fetched. The next pass uses the same tensor as input.
     with context.run(AdapterBatch(torch.ones(5, dtype=torch.int32))):
         other = attention.k_proj(x.clone())
         attention.q_proj(x)

@@ -1,4 +1,4 @@
-"""Residency over small adapters; its books are checked after every test."""
+"""Residency over small adapters; the invariants are checked after every test."""
 
 from __future__ import annotations
 
@@ -69,6 +69,6 @@ def build(store: Store, index: dict[str, int], bundles: dict[str, AdapterBundle]
 
     yield build
     for residency in made:
-        residency.check_integrity()
+        residency.check_invariants()
         residency.close()
-        residency.check_integrity()
+        residency.check_invariants()

@@ -15,7 +15,7 @@ Build = Callable[..., AdapterResidency]
 
 
 class Store:
-    """Bundles that can be made slow or unreadable, and who was asked for."""
+    """Bundles that can be made slow or unreadable, and a record of the reads."""
 
     def __init__(self, bundles: dict[str, AdapterBundle]) -> None:
         self.bundles = dict(bundles)
@@ -57,11 +57,11 @@ def until(reached: Callable[[], bool]) -> None:
         pause.wait(0.001)
 
 
-def settle(residency: AdapterResidency) -> None:
+def wait_for_loads(residency: AdapterResidency) -> None:
     """Wait until no load is under way, those that wait for room left out."""
 
-    def settled() -> bool:
+    def ended() -> bool:
         stats = residency.stats()
         return stats.loading == stats.waiting
 
-    until(settled)
+    until(ended)

@@ -30,7 +30,7 @@ def test_a_small_adapter_in_host_memory_is_there_when_asked_for(build: Build, la
 
 
 @pytest.mark.parametrize("hindrance", ["large", "no room", "copy fails"])
-def test_otherwise_a_loader_thread_sees_to_it(
+def test_otherwise_a_loader_thread_copies_it(
     build: Build, large: list[str], monkeypatch: pytest.MonkeyPatch, hindrance: str
 ) -> None:
     residency = in_host_memory(build, large)
@@ -52,10 +52,10 @@ def test_otherwise_a_loader_thread_sees_to_it(
         assert not lease.done()
         held.release()
     granted(lease).release()
-    residency.check_integrity()
+    residency.check_invariants()
 
 
-def test_nobody_is_passed_on_the_way(build: Build, large: list[str]) -> None:
+def test_an_adapter_from_the_host_bypasses_none_that_waits(build: Build, large: list[str]) -> None:
     residency = in_host_memory(build, large)
     held = granted(residency.acquire(large[1]))
     first = residency.acquire(large[2])

@@ -10,13 +10,13 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from slow_store import Build, Store, granted, settle, until
+from slow_store import Build, Store, granted, until, wait_for_loads
 
 from adapters_store import AdapterBundle
 from sera_serve import SeraConfig
 from sera_serve.base import FrozenBase
 from sera_serve.residency import AdapterResidency, HostCache, PackedAdapter, pack
-from sera_serve.residency import reading as reading_module
+from sera_serve.residency import loader as loader_module
 from support.factories import random_adapter
 
 
@@ -30,7 +30,7 @@ def alive(monkeypatch: pytest.MonkeyPatch) -> weakref.WeakSet[Any]:
         tensors.add(packed.data)
         return packed
 
-    monkeypatch.setattr(reading_module, "pack", watched)
+    monkeypatch.setattr(loader_module, "pack", watched)
     return tensors
 
 
@@ -68,11 +68,11 @@ def test_adapters_that_wait_for_room_take_no_memory(
     residency = build(room=1.1)
     held = granted(residency.acquire(large[0]))
     waiting = [residency.acquire(digest) for digest in large[1:]]
-    settle(residency)
+    wait_for_loads(residency)
     assert residency.stats().waiting == 3
     assert_host_bytes(alive, 0)
     for future in waiting:
-        # Loads run side by side, so who is first in line is not known.
+        # Loads run side by side, so the order in the queue is not known.
         future.add_done_callback(lambda done: done.result().release())
     held.release()
     wait(waiting, timeout=10)
@@ -92,17 +92,17 @@ def test_deleted_adapter_gives_all_its_memory_back(
     if when == "reading":
         assert store.reading[digest].wait(10)
     else:
-        settle(residency)
-    residency.forget(digest)
+        wait_for_loads(residency)
+    residency.mark_deleted(digest)
     store.let_go()
     if held is not None:
         del store.bundles[digest]
         held.release()
     granted(future).release()
-    settle(residency)
+    wait_for_loads(residency)
     assert digest not in residency.resident_digests()
     if held is not None:
-        residency.forget(other)
+        residency.mark_deleted(other)
     assert (residency.pool.used, residency.host_cache.used) == (0, 0)
     assert_host_bytes(alive, 0)
 
@@ -110,7 +110,7 @@ def test_deleted_adapter_gives_all_its_memory_back(
 def test_deleted_adapter_leaves_though_it_is_asked_for_meanwhile(build: Build, large: list[str]) -> None:
     residency = build(room=4, host=4)
     first = granted(residency.acquire(large[0]))
-    residency.forget(large[0])
+    residency.mark_deleted(large[0])
     second = granted(residency.acquire(large[0]))
     first.release()
     assert residency.resident_digests() == [large[0]]
@@ -136,7 +136,7 @@ def test_cache_keeps_the_wanted_ones(bundles: dict[str, AdapterBundle], index: d
     wanted = {packed[0].digest}
     for adapter in packed:
         cache.put(adapter, wanted.__contains__)
-        cache.check_integrity()
+        cache.check_invariants()
     assert [adapter.digest for adapter in packed if cache.get(adapter.digest)] == [packed[0].digest, packed[3].digest]
     wanted.add(packed[3].digest)
     assert not cache.has_room(wanted.__contains__)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from slow_store import Build, Store, granted, settle
+from slow_store import Build, Store, granted, wait_for_loads
 
 from sera_serve.errors import AdapterTooLarge, CannotPin
 
@@ -40,7 +40,7 @@ def test_adapter_that_pins_leave_no_room_for_is_refused_at_once(
     residency = build(room=1.1)
     held = granted(residency.acquire(small[0]))
     waiting = residency.acquire(large[0])
-    settle(residency)
+    wait_for_loads(residency)
     assert not waiting.done()
     residency.pin(small[0]).result(10)
     with pytest.raises(AdapterTooLarge, match="pinned"):
@@ -52,12 +52,12 @@ def test_adapter_that_pins_leave_no_room_for_is_refused_at_once(
     granted(residency.acquire(large[0])).release()
 
 
-def test_one_in_line_gets_the_room_of_an_unpinned_adapter(build: Build, large: list[str]) -> None:
+def test_one_in_the_queue_gets_the_room_of_an_unpinned_adapter(build: Build, large: list[str]) -> None:
     residency = build(room=2.2)
     residency.pin(large[0]).result(10)
     held = granted(residency.acquire(large[1]))
     waiting = residency.acquire(large[2])
-    settle(residency)
+    wait_for_loads(residency)
     assert not waiting.done()
     residency.unpin(large[0])
     granted(waiting).release()
@@ -68,7 +68,7 @@ def test_deleted_adapter_is_pinned_no_longer_and_cannot_be(build: Build, large: 
     residency = build(room=4)
     residency.pin(large[0]).result(10)
     held = granted(residency.acquire(large[0]))
-    residency.forget(large[0])
+    residency.mark_deleted(large[0])
     assert residency.pinned_digests() == []
     with pytest.raises(CannotPin, match="being deleted"):
         residency.pin(large[0]).result(10)
@@ -85,6 +85,6 @@ def test_pin_that_was_given_up_pins_nothing(build: Build, large: list[str], stor
     pin = residency.pin(large[0])
     assert pin.cancel()
     store.let_go()
-    settle(residency)
+    wait_for_loads(residency)
     assert residency.pinned_digests() == []
     assert residency.leases() == 0

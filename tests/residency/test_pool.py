@@ -1,4 +1,4 @@
-"""Adapters in pieces: what a forward pass reads is right wherever they lie."""
+"""Adapters in several extents: a forward pass reads the right elements wherever they are."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from support.factories import random_adapter
 
 @pytest.fixture(scope="module")
 def packed(base: FrozenBase, index: dict[str, int]) -> list[PackedAdapter]:
-    """Four classifiers of one size, about 20 pieces each."""
+    """Four classifiers of one size, about 20 chunks each."""
     config = SeraConfig(8, 4, 8.0, "all-linear")
     bundles = [random_adapter(base, config, seed, labels=["a", "b", "c"]) for seed in range(4)]
     return [pack(bundle, index, torch.float32) for bundle in bundles]
@@ -37,7 +37,7 @@ def read_back(pool: DevicePool, placement: Placement) -> torch.Tensor:
 
 
 @pytest.fixture
-def in_pieces(packed: list[PackedAdapter], index: dict[str, int]) -> tuple[DevicePool, Placement]:
+def scattered(packed: list[PackedAdapter], index: dict[str, int]) -> tuple[DevicePool, Placement]:
     """A pool in which the fourth adapter lies where the first and the third were."""
     size = packed[0].layout.elements
     pool = DevicePool(4 * int(2.4 * size), len(index), 4, torch.float32)
@@ -55,20 +55,20 @@ def _part(packed: PackedAdapter, share: float) -> PackedAdapter:
     return PackedAdapter(layout, packed.data[:elements])
 
 
-def test_adapter_that_fits_by_bytes_gets_in_in_pieces(
-    in_pieces: tuple[DevicePool, Placement], packed: list[PackedAdapter]
+def test_adapter_that_fits_by_bytes_gets_in_by_several_extents(
+    scattered: tuple[DevicePool, Placement], packed: list[PackedAdapter]
 ) -> None:
-    pool, placement = in_pieces
+    pool, placement = scattered
     assert len(placement.extents) == 2
     assert pool.copies == 3 + 2
     assert torch.equal(read_back(pool, placement), packed[3].data)
-    pool.check_integrity()
+    pool.check_invariants()
 
 
-def test_every_module_is_read_from_its_own_piece(
-    in_pieces: tuple[DevicePool, Placement], packed: list[PackedAdapter], base: FrozenBase
+def test_every_module_is_read_from_its_own_extent(
+    scattered: tuple[DevicePool, Placement], packed: list[PackedAdapter], base: FrozenBase
 ) -> None:
-    pool, placement = in_pieces
+    pool, placement = scattered
     whole = DevicePool(packed[3].layout.elements * 4, pool.tables.offset.shape[0], 1, torch.float32)
     whole_slot = fill(whole, packed[3]).slot
     slots = [torch.full((3,), slot, dtype=torch.int32) for slot in (placement.slot, whole_slot)]
@@ -81,8 +81,8 @@ def test_every_module_is_read_from_its_own_piece(
         torch.testing.assert_close(got, want)
 
 
-def test_head_is_read_from_its_own_piece(in_pieces: tuple[DevicePool, Placement], packed: list[PackedAdapter]) -> None:
-    pool, placement = in_pieces
+def test_head_is_read_from_its_own_extent(scattered: tuple[DevicePool, Placement], packed: list[PackedAdapter]) -> None:
+    pool, placement = scattered
     head = packed[3].layout.head
     assert head is not None
     weight, bias = pool.head(placement)
@@ -92,20 +92,20 @@ def test_head_is_read_from_its_own_piece(in_pieces: tuple[DevicePool, Placement]
     assert placement.locate(head.weight_offset) != placement.extents[0].start + head.weight_offset
 
 
-def test_wrong_table_is_noticed(in_pieces: tuple[DevicePool, Placement]) -> None:
-    pool, placement = in_pieces
+def test_wrong_table_is_noticed(scattered: tuple[DevicePool, Placement]) -> None:
+    pool, placement = scattered
     pool.tables.split[0, placement.slot] += 1
     with pytest.raises(RuntimeError, match=f"slot {placement.slot} does not point at its adapter"):
-        pool.check_integrity()
+        pool.check_invariants()
 
 
-def test_free_slot_that_adapts_something_is_noticed(in_pieces: tuple[DevicePool, Placement]) -> None:
-    pool, placement = in_pieces
+def test_free_slot_that_adapts_something_is_noticed(scattered: tuple[DevicePool, Placement]) -> None:
+    pool, placement = scattered
     pool.remove(placement)
-    pool.check_integrity()
+    pool.check_invariants()
     pool.tables.offset[0, placement.slot] = 8
     with pytest.raises(RuntimeError, match="free slot"):
-        pool.check_integrity()
+        pool.check_invariants()
 
 
 def test_lease_is_granted_only_when_the_device_has_the_adapter(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from slow_store import Build, Store, granted, settle
+from slow_store import Build, Store, granted, wait_for_loads
 
 from sera_serve.residency import LoaderThreads
 
@@ -12,23 +12,23 @@ def test_prefetched_adapter_is_on_the_device_when_its_request_comes(
     build: Build, large: list[str], store: Store
 ) -> None:
     residency = build(room=4)
-    wish = residency.prefetch(large[0])
-    settle(residency)
+    hint = residency.prefetch(large[0])
+    wait_for_loads(residency)
     assert residency.resident_digests() == [large[0]]
     granted(residency.acquire(large[0])).release()
-    wish.release()
-    wish.release()
+    hint.release()
+    hint.release()
     assert store.asked == [large[0]]
     assert residency.stats().granted == {"device": 1, "host": 0, "store": 0}
 
 
-def test_prefetch_evicts_what_nobody_wants(build: Build, large: list[str]) -> None:
+def test_prefetch_evicts_what_no_request_wants(build: Build, large: list[str]) -> None:
     residency = build(room=1.1)
     granted(residency.acquire(large[0])).release()
-    wish = residency.prefetch(large[1])
-    settle(residency)
+    hint = residency.prefetch(large[1])
+    wait_for_loads(residency)
     assert residency.resident_digests() == [large[1]]
-    wish.release()
+    hint.release()
 
 
 @pytest.mark.parametrize("taken", ["leased", "pinned", "wanted"])
@@ -42,25 +42,25 @@ def test_prefetch_goes_no_further_than_the_host_cache_where_the_device_is_taken(
         residency.pin(large[0]).result(10)
     else:
         held = residency.prefetch(large[0])
-        settle(residency)
-    wish = residency.prefetch(large[1])
-    settle(residency)
+        wait_for_loads(residency)
+    hint = residency.prefetch(large[1])
+    wait_for_loads(residency)
     assert residency.resident_digests() == [large[0]]
     residency.unpin(large[0])
     if taken != "pinned":
         held.release()
     granted(residency.acquire(large[1])).release()
-    wish.release()
+    hint.release()
     assert store.asked == large[:2]
     assert residency.stats().granted["host"] == 1
 
 
 def test_requests_evict_wanted_adapters_last_and_the_latest_of_them_first(build: Build, large: list[str]) -> None:
     residency = build(room=3.2)
-    wishes = []
+    hints = []
     for digest in large[:2]:
-        wishes.append(residency.prefetch(digest))
-        settle(residency)
+        hints.append(residency.prefetch(digest))
+        wait_for_loads(residency)
     granted(residency.acquire(large[2])).release()
     granted(residency.acquire(large[3])).release()
     assert set(residency.resident_digests()) == {large[0], large[1], large[3]}
@@ -68,8 +68,8 @@ def test_requests_evict_wanted_adapters_last_and_the_latest_of_them_first(build:
     granted(residency.acquire(large[2])).release()
     assert set(residency.resident_digests()) == {large[0], large[2], large[3]}
     held.release()
-    for wish in wishes:
-        wish.release()
+    for hint in hints:
+        hint.release()
 
 
 def test_loads_that_requests_wait_for_go_before_prefetches(build: Build, large: list[str], store: Store) -> None:
@@ -78,66 +78,66 @@ def test_loads_that_requests_wait_for_go_before_prefetches(build: Build, large: 
     store.hold(a)
     first = residency.acquire(a)
     assert store.reading[a].wait(10)
-    wishes = [residency.prefetch(digest) for digest in (b, c, d)]
-    # No longer wished for when its turn comes: not read at all.
-    wishes[2].release()
+    hints = [residency.prefetch(digest) for digest in (b, c, d)]
+    # Its hint is released before its turn comes, so it is not read at all.
+    hints[2].release()
     later = residency.acquire(c)
     store.let_go()
     for future in (first, later):
         granted(future).release()
-    settle(residency)
+    wait_for_loads(residency)
     assert store.asked == [a, c, b]
-    for wish in wishes:
-        wish.release()
+    for hint in hints:
+        hint.release()
 
 
 def test_nothing_is_read_that_cannot_be_kept(build: Build, large: list[str], store: Store) -> None:
     residency = build(room=1.1, host=1.1)
     held = granted(residency.acquire(large[0]))
     first = residency.prefetch(large[1])
-    settle(residency)
+    wait_for_loads(residency)
     second = residency.prefetch(large[2])
-    settle(residency)
+    wait_for_loads(residency)
     assert store.asked == large[:2]
     for handle in (held, first, second):
         handle.release()
 
 
-def test_prefetch_does_not_take_the_room_that_one_in_line_waits_for(
+def test_prefetch_does_not_take_the_room_that_one_in_the_queue_waits_for(
     build: Build, large: list[str], small: list[str], store: Store
 ) -> None:
     residency = build(room=1.5, host=4)
     held = granted(residency.acquire(large[0]))
     waiting = residency.acquire(large[1])
-    settle(residency)
-    wish = residency.prefetch(small[0])
-    settle(residency)
+    wait_for_loads(residency)
+    hint = residency.prefetch(small[0])
+    wait_for_loads(residency)
     assert residency.resident_digests() == [large[0]]
     assert small[0] in store.asked
     held.release()
     granted(waiting).release()
-    wish.release()
+    hint.release()
 
 
 def test_failed_prefetch_is_the_next_requests_affair(build: Build, large: list[str], store: Store) -> None:
     residency = build(room=4)
     store.failing[large[0]] = OSError("disk on fire")
-    wish = residency.prefetch(large[0])
-    settle(residency)
+    hint = residency.prefetch(large[0])
+    wait_for_loads(residency)
     with pytest.raises(OSError, match="disk on fire"):
         granted(residency.acquire(large[0]))
     store.failing.clear()
     granted(residency.acquire(large[0])).release()
-    wish.release()
+    hint.release()
 
 
 def test_adapter_deleted_while_it_is_prefetched_is_not_kept(build: Build, large: list[str], store: Store) -> None:
     residency = build(room=4, host=4)
     store.hold(large[0])
-    wish = residency.prefetch(large[0])
+    hint = residency.prefetch(large[0])
     assert store.reading[large[0]].wait(10)
-    residency.forget(large[0])
+    residency.mark_deleted(large[0])
     store.let_go()
-    settle(residency)
+    wait_for_loads(residency)
     assert (residency.pool.used, residency.host_cache.used) == (0, 0)
-    wish.release()
+    hint.release()

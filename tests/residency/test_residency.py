@@ -1,4 +1,4 @@
-"""Loads, leases, eviction and the pool's books."""
+"""Loads, leases, eviction, and what the pool holds."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_leased_adapters_stay_and_others_wait(large: list[str], build: Build) ->
     waiting = [residency.acquire(c), residency.acquire(d)]
     done, _ = wait(waiting, timeout=0.3)
     assert not done
-    residency.check_integrity()
+    residency.check_invariants()
     held[1].release()
     # The one that was loaded first gets the room; loads run side by side.
     (first,), (second,) = wait(waiting, timeout=10, return_when=FIRST_COMPLETED)
@@ -143,7 +143,7 @@ def test_deleted_adapter_gives_its_memory_back_after_the_last_lease(
     residency = build(room=8, host=8)
     digest = next(iter(bundles))
     lease = granted(residency.acquire(digest))
-    residency.forget(digest)
+    residency.mark_deleted(digest)
     assert residency.host_cache.used == 0
     assert residency.resident_digests() == [digest]
     lease.release()
@@ -167,7 +167,7 @@ def test_cancelled_wait_holds_nothing(large: list[str], build: Build) -> None:
     assert residency.leases() == 0
 
 
-def test_random_traffic_keeps_the_books(bundles: dict[str, AdapterBundle], build: Build) -> None:
+def test_random_traffic_keeps_the_invariants(bundles: dict[str, AdapterBundle], build: Build) -> None:
     residency = build(room=2.5, host=3)
 
     async def user(seed: int) -> None:
@@ -183,8 +183,8 @@ def test_random_traffic_keeps_the_books(bundles: dict[str, AdapterBundle], build
             await asyncio.sleep(choice.random() / 500)
             lease.release()
             if choice.random() < 0.1:
-                residency.forget(digest)
-            residency.check_integrity()
+                residency.mark_deleted(digest)
+            residency.check_invariants()
 
     async def main() -> None:
         await asyncio.gather(*(user(seed) for seed in range(12)))

@@ -65,7 +65,7 @@ def module_url(stub: StubEngine, store: AdapterStore) -> Iterator[str]:
 @pytest.fixture
 def url(module_url: str, engine: StubEngine) -> Iterator[str]:
     yield module_url
-    # After every test: nothing may be left in the engine.
+    # After every test, the engine must hold nothing.
     wait_until(lambda: engine.open_streams == 0)
 
 

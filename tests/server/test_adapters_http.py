@@ -17,9 +17,7 @@ def listed(store: AdapterStore, writer: AdapterBundle) -> list[str]:
     return [f"list/a{number}" for number in range(5)]
 
 
-def test_a_listing_says_what_each_adapter_is(
-    client: httpx.Client, writer: AdapterBundle, sorter: AdapterBundle
-) -> None:
+def test_a_list_describes_each_adapter(client: httpx.Client, writer: AdapterBundle, sorter: AdapterBundle) -> None:
     answer = client.get("/v1/adapters", params={"tenant": "demo"}).json()
     assert answer["next"] is None
     found = {adapter.pop("adapter"): adapter for adapter in answer["adapters"]}
@@ -51,7 +49,7 @@ def test_pages_follow_each_other(client: httpx.Client, listed: list[str]) -> Non
         query["after"] = page["next"]
     assert seen == listed
     assert page["next"] is None
-    # A page may begin after an adapter that is gone.
+    # A page may start after an adapter that does not exist any more.
     rest = client.get("/v1/adapters", params={"after": "list/a2x", "tenant": "list"}).json()
     assert [adapter["adapter"] for adapter in rest["adapters"]] == ["list/a3", "list/a4"]
 
@@ -66,7 +64,7 @@ def test_pages_follow_each_other(client: httpx.Client, listed: list[str]) -> Non
         ("tenant=..", "invalid_adapter_name", "tenant"),
     ],
 )
-def test_a_wrong_query_is_named(client: httpx.Client, query: str, code: str, param: str) -> None:
+def test_a_wrong_query_parameter_is_named(client: httpx.Client, query: str, code: str, param: str) -> None:
     assert refused(client.get(f"/v1/adapters?{query}"), 422, code)["param"] == param
 
 
@@ -97,13 +95,15 @@ def test_deleting_a_version_then_the_adapter(
     refused(client.delete("/v1/adapters/gone/soon"), 404, "adapter_not_found")
 
 
-def test_a_version_that_an_alias_needs_stays(client: httpx.Client, store: AdapterStore, writer: AdapterBundle) -> None:
+def test_a_version_with_an_alias_cannot_be_deleted(
+    client: httpx.Client, store: AdapterStore, writer: AdapterBundle
+) -> None:
     store.publish(writer, "kept/here")
     store.set_alias("kept/here", "stable", "kept/here@v1")
     refused(client.delete("/v1/adapters/kept/here@v1"), 409, "version_in_use")
 
 
-def test_a_pin_is_on_the_version_that_was_named(
+def test_a_pin_keeps_the_named_version(
     client: httpx.Client, engine: StubEngine, store: AdapterStore, writer: AdapterBundle, sorter: AdapterBundle
 ) -> None:
     store.publish(writer, "pinned/one")
@@ -140,7 +140,7 @@ def test_a_pin_is_on_the_version_that_was_named(
 def test_a_hostile_name_in_the_path(
     client: httpx.Client, store: AdapterStore, method: str, path: str, status: int, code: str
 ) -> None:
-    # A raw path, which the client library must not tidy up.
+    # A raw path, so that the client library does not normalise the path.
     request = client.build_request(method, "/")
     request.url = request.url.copy_with(raw_path=f"/v1/adapters/{path}".encode())
     refused(client.send(request), status, code)

@@ -1,4 +1,4 @@
-"""The demo tenants: what their data is, and that they are trained once."""
+"""The demo tenants: their data sets, and their training, which happens once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from adapters_store import AdapterStore
-from sera_serve import demo
+from sera_serve.commands import demo
 
 
 def tickets(name: str) -> list[dict[str, str]]:
@@ -37,12 +37,12 @@ def test_pirate_rows_are_held_out() -> None:
         lines = (demo.DATA / name).read_text(encoding="utf-8").splitlines()
         rows += [json.loads(line) for line in lines]
     assert len({row["prompt"] for row in rows}) == len(rows) > 120
-    # The joint of prompt and completion is where the tokenizer puts its space.
+    # The completion starts with the space, because the tokenizer joins the space to the word after it.
     assert all(row["completion"].startswith(" ") and len(row["completion"]) < 200 for row in rows)
     assert demo.EXAMPLES["demo/pirate"] not in {row["prompt"] for row in rows}
 
 
-def test_they_are_trained_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_demo_tenants_are_trained_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quick: dict[str, dict[str, Any]] = {
         name: options | {"epochs": 1, "train_limit": 16, "rank": 4} for name, options in demo.DEMOS.items()
     }
@@ -59,7 +59,7 @@ def test_they_are_trained_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     ]
     assert demo.train_demos(store.root, console=console) == []
     assert "the demo tenants are in" in said.getvalue()
-    # One that was deleted is trained again, the other is left as it is.
+    # A deleted demo tenant is trained again. The other demo tenant is not changed.
     store.delete("demo/pirate")
     assert demo.train_demos(store.root, console=console) == ["demo/pirate"]
     assert store.resolve("demo/tickets").version == 1

@@ -1,4 +1,4 @@
-"""A client that goes away gives back its place, whatever it was waiting for."""
+"""When a client disconnects, the engine releases what the request holds, in every phase of the request."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from support.stub_engine import HANGS, SLOW, StubEngine
         ("/v1/classify", {"adapter": "demo/sorter", "inputs": [HANGS]}),
     ],
 )
-def test_leaving_before_the_answer_cancels(
+def test_a_disconnect_before_the_response_cancels(
     client: httpx.Client, engine: StubEngine, path: str, body: dict[str, object]
 ) -> None:
     with pytest.raises(httpx.ReadTimeout):
@@ -35,7 +35,7 @@ def test_leaving_before_the_answer_cancels(
     assert 'status="499"' in client.get("/metrics").text
 
 
-def test_leaving_a_stream_cancels(client: httpx.Client, engine: StubEngine) -> None:
+def test_a_disconnect_from_a_stream_cancels(client: httpx.Client, engine: StubEngine) -> None:
     with client.stream("POST", "/v1/generate", json={"prompt": SLOW, "stream": True}) as response:
         lines = response.iter_lines()
         assert next(lines).startswith("data: {")
@@ -44,7 +44,7 @@ def test_leaving_a_stream_cancels(client: httpx.Client, engine: StubEngine) -> N
     assert engine.cancelled == 1
 
 
-def test_many_clients_leaving_at_once(url: str, engine: StubEngine) -> None:
+def test_many_disconnects_at_once(url: str, engine: StubEngine) -> None:
     clients = [httpx.Client(base_url=url, timeout=10) for _ in range(8)]
     streams = []
     for client in clients:
@@ -58,15 +58,15 @@ def test_many_clients_leaving_at_once(url: str, engine: StubEngine) -> None:
     assert engine.cancelled == 8
 
 
-def test_a_shutdown_ends_an_endless_request_after_the_grace(base: FrozenBase, store: AdapterStore) -> None:
+def test_a_shutdown_ends_an_endless_request_after_the_grace_period(base: FrozenBase, store: AdapterStore) -> None:
     engine = StubEngine(base)
     with live_server(build_app(engine, store, ServeSettings(store=store.root))) as url:
         client = httpx.Client(base_url=url, timeout=10)
         body = {"prompt": SLOW, "stream": True}
         response = client.send(client.build_request("POST", "/v1/generate", json=body), stream=True)
-        begun = time.monotonic()
-    # The grace of the test server is two seconds.
-    assert 1 < time.monotonic() - begun < 8
+        started = time.monotonic()
+    # The grace period of the test server is two seconds.
+    assert 1 < time.monotonic() - started < 8
     response.close()
     client.close()
     assert (engine.open_streams, engine.started) == (0, False)

@@ -1,4 +1,4 @@
-"""The whole server with the real engine over real sockets: what HTTP gives is what the engine and the base give."""
+"""The whole server with the real engine on real sockets: responses equal the results of the base model."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def whole(real_engine: ServingEngine) -> Iterator[httpx.Client]:
 def _nothing_left(real_engine: ServingEngine) -> Iterator[None]:
     yield
     wait_until(lambda: real_engine.in_flight() == 0 and real_engine.residency.leases() == 0)
-    real_engine.residency.check_integrity()
+    real_engine.residency.check_invariants()
 
 
 def ask(client: httpx.Client, **body: Any) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def ask(client: httpx.Client, **body: Any) -> dict[str, Any]:
     return answer
 
 
-def test_each_of_many_at_once_gets_what_its_merged_base_gives(
+def test_concurrent_requests_get_the_results_of_their_merged_base(
     whole: httpx.Client, stories: FrozenBase, writers: dict[str, AdapterBundle]
 ) -> None:
     adapters = [*writers, None] * 2
@@ -86,15 +86,15 @@ def test_each_of_many_at_once_gets_what_its_merged_base_gives(
         answers = list(pool.map(lambda adapter: ask(whole, adapter=adapter), adapters))
     tokens = stories.tokenizer(PROMPT)["input_ids"]
     expected = {name: greedy(merged(stories, bundle), tokens, 24) for name, bundle in writers.items()}
-    expected_bare = greedy(stories, tokens, 24)
+    expected_base = greedy(stories, tokens, 24)
     for adapter, answer in zip(adapters, answers, strict=True):
-        assert answer["token_ids"] == (expected[adapter] if adapter else expected_bare)
+        assert answer["token_ids"] == (expected[adapter] if adapter else expected_base)
         assert answer["adapter"] == adapter
         assert answer["version"] == (1 if adapter else None)
     assert len({json.dumps(answer["token_ids"]) for answer in answers}) > 2
 
 
-def test_a_stream_adds_up_to_the_whole_answer(whole: httpx.Client) -> None:
+def test_a_stream_adds_up_to_the_whole_response(whole: httpx.Client) -> None:
     body = {"adapter": "tale/w1", "prompt": PROMPT, "max_new_tokens": 24}
     plain = whole.post("/v1/generate", json=body).json()
     *parts, done = events(whole.post("/v1/generate", json=body | {"stream": True}).text)
@@ -105,7 +105,7 @@ def test_a_stream_adds_up_to_the_whole_answer(whole: httpx.Client) -> None:
     assert parts[-1]["finish_reason"] == plain["finish_reason"]
 
 
-def test_token_ids_are_taken_as_they_are(whole: httpx.Client, stories: FrozenBase) -> None:
+def test_token_ids_are_not_changed(whole: httpx.Client, stories: FrozenBase) -> None:
     body = {"token_ids": stories.tokenizer(PROMPT)["input_ids"], "max_new_tokens": 24}
     assert whole.post("/v1/generate", json=body).json()["token_ids"] == ask(whole)["token_ids"]
 
@@ -153,7 +153,7 @@ def test_refusals(whole: httpx.Client, path: str, body: dict[str, Any], status: 
     refused(whole.post(path, json=streamed), status, code)
 
 
-def test_an_uploaded_adapter_serves_at_once_and_a_deleted_one_no_more(
+def test_an_uploaded_adapter_serves_at_once_and_a_deleted_adapter_is_not_found(
     whole: httpx.Client, writers: dict[str, AdapterBundle]
 ) -> None:
     body = {"bundle": ("a.safetensors", writers["tale/w2"].to_bytes())}
@@ -163,7 +163,7 @@ def test_an_uploaded_adapter_serves_at_once_and_a_deleted_one_no_more(
     refused(whole.post("/v1/generate", json={"adapter": "new/one", "prompt": "a"}), 404, "adapter_not_found")
 
 
-def test_a_deleted_adapter_gives_its_memory_back(
+def test_the_memory_of_a_deleted_adapter_is_freed(
     whole: httpx.Client, real_engine: ServingEngine, stories: FrozenBase
 ) -> None:
     bundle = random_adapter(stories, SeraConfig(4, 4, 4, ("q_proj",)), 77)
@@ -182,7 +182,7 @@ def test_a_deleted_adapter_gives_its_memory_back(
     assert real_engine.residency.host_cache.used < used[1]
 
 
-def test_clients_that_leave_give_back_slots_and_leases(whole: httpx.Client, real_engine: ServingEngine) -> None:
+def test_a_disconnect_releases_slots_and_leases(whole: httpx.Client, real_engine: ServingEngine) -> None:
     for adapter in ("tale/w0", "tale/w1", None):
         body = {"adapter": adapter, "prompt": PROMPT, "max_new_tokens": 400, "stream": True}
         with whole.stream("POST", "/v1/generate", json=body) as response:

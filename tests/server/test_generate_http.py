@@ -17,8 +17,8 @@ from support.stub_engine import (
     LATE,
     LATE_LATER,
     OVERLOADED,
-    PIECES,
     SECRET,
+    TEXTS,
     TOO_LONG,
     StubEngine,
 )
@@ -27,7 +27,7 @@ ANSWER = {
     "id": "gen-1",
     "adapter": "demo/writer",
     "version": 3,
-    "text": "".join(PIECES),
+    "text": "".join(TEXTS),
     "token_ids": [0, 1, 2],
     "finish_reason": "stop",
     "usage": {"prompt_tokens": 5, "completion_tokens": 3},
@@ -38,7 +38,7 @@ def generate(client: httpx.Client, **body: Any) -> httpx.Response:
     return client.post("/v1/generate", json=body)
 
 
-def test_an_answer_has_exactly_the_documented_fields(client: httpx.Client) -> None:
+def test_a_response_has_exactly_the_documented_fields(client: httpx.Client) -> None:
     response = generate(client, adapter="demo/writer", prompt="hello")
     assert response.status_code == 200
     assert response.json() == ANSWER
@@ -61,7 +61,7 @@ def test_every_field_reaches_the_engine(client: httpx.Client, engine: StubEngine
     assert engine.asked == [GenerateParams(**fields)]
 
 
-def test_defaults_are_greedy_and_the_bare_base(client: httpx.Client, engine: StubEngine) -> None:
+def test_defaults_are_greedy_and_the_base_model(client: httpx.Client, engine: StubEngine) -> None:
     response = generate(client, prompt="hello")
     assert (response.json()["adapter"], response.json()["version"]) == (None, None)
     assert generate(client, prompt="hello", adapter=None).status_code == 200
@@ -119,7 +119,7 @@ def test_a_wrong_field_is_named(
     assert engine.asked == []
 
 
-def test_an_unknown_field_that_is_near_a_known_one_gets_a_hint(client: httpx.Client) -> None:
+def test_an_unknown_field_with_a_similar_name_gets_a_hint(client: httpx.Client) -> None:
     error = refused(generate(client, prompt="a", temprature=1), 422, "unknown_field")
     assert "did you mean 'temperature'?" in error["message"]
 
@@ -143,7 +143,7 @@ def test_an_unknown_field_that_is_near_a_known_one_gets_a_hint(client: httpx.Cli
         (b"", 422, "missing_field"),
     ],
 )
-def test_a_body_that_is_no_json_object_is_refused(client: httpx.Client, body: bytes, status: int, code: str) -> None:
+def test_a_body_other_than_a_json_object_is_refused(client: httpx.Client, body: bytes, status: int, code: str) -> None:
     response = client.post("/v1/generate", content=body, headers={"Content-Type": "application/json"})
     refused(response, status, code)
 
@@ -155,12 +155,12 @@ def test_another_content_type_is_refused(client: httpx.Client, kind: str | None)
     refused(response, 415, "unsupported_media_type")
 
 
-def test_a_charset_beside_the_content_type_is_fine(client: httpx.Client) -> None:
+def test_a_charset_in_the_content_type_is_accepted(client: httpx.Client) -> None:
     headers = {"Content-Type": "Application/JSON; charset=utf-8"}
     assert client.post("/v1/generate", content='{"prompt": "☠"}'.encode(), headers=headers).status_code == 200
 
 
-def test_query_parameters_are_not_ignored(client: httpx.Client) -> None:
+def test_query_parameters_are_refused(client: httpx.Client) -> None:
     error = refused(client.post("/v1/generate?stream=true", json={"prompt": "a"}), 422, "invalid_request")
     assert error["param"] == "stream"
 
@@ -176,7 +176,7 @@ def test_query_parameters_are_not_ignored(client: httpx.Client) -> None:
         (CRASHES, 500, "internal_error"),
     ],
 )
-def test_a_refusal_has_its_status_also_when_streaming(
+def test_a_refused_stream_has_the_status_of_the_refusal(
     client: httpx.Client, prompt: str, status: int, code: str, stream: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     error = refused(generate(client, prompt=prompt, stream=stream), status, code)
@@ -186,11 +186,11 @@ def test_a_refusal_has_its_status_also_when_streaming(
 
 
 @pytest.mark.parametrize(("prompt", "seconds"), [(OVERLOADED, "7"), (FLOODING, "9")])
-def test_a_refusal_for_want_of_room_says_when_to_come_again(client: httpx.Client, prompt: str, seconds: str) -> None:
+def test_an_overload_has_a_retry_after_header(client: httpx.Client, prompt: str, seconds: str) -> None:
     assert generate(client, prompt=prompt).headers["retry-after"] == seconds
 
 
-def test_an_unexpected_error_is_found_in_the_log_by_its_request_id(
+def test_an_unexpected_error_is_in_the_log_under_its_request_id(
     client: httpx.Client, caplog: pytest.LogCaptureFixture
 ) -> None:
     response = generate(client, prompt=CRASHES_LATER)
@@ -209,7 +209,7 @@ def test_a_stream_gives_deltas_then_the_usage_then_done(client: httpx.Client) ->
     *deltas, last, done = events(response.text)
     identity = {"id": "gen-1", "adapter": "demo/writer", "version": 3}
     assert deltas == [
-        identity | {"text": piece, "token_ids": [index], "finish_reason": None} for index, piece in enumerate(PIECES)
+        identity | {"text": text, "token_ids": [index], "finish_reason": None} for index, text in enumerate(TEXTS)
     ]
     usage = {"prompt_tokens": 5, "completion_tokens": 3}
     assert last == identity | {"text": "", "token_ids": [], "finish_reason": "stop", "usage": usage}
@@ -218,11 +218,11 @@ def test_a_stream_gives_deltas_then_the_usage_then_done(client: httpx.Client) ->
 
 def test_an_error_in_mid_stream_is_the_last_event(client: httpx.Client) -> None:
     *_, delta, error = events(generate(client, prompt=FAILS_LATER, stream=True).text)
-    assert delta["text"] == PIECES[0]
+    assert delta["text"] == TEXTS[0]
     assert error["error"]["code"] == "engine_unavailable"
 
 
-def test_a_deadline_in_mid_stream_is_told_by_its_code(client: httpx.Client) -> None:
+def test_a_deadline_in_mid_stream_has_its_code(client: httpx.Client) -> None:
     error = events(generate(client, prompt=LATE_LATER, stream=True).text)[-1]["error"]
     assert (error["code"], error["param"]) == ("deadline_exceeded", "timeout_s")
     refused(generate(client, prompt=LATE_LATER), 504, "deadline_exceeded")

@@ -1,4 +1,4 @@
-"""How the application is served."""
+"""The configuration of the HTTP server, and the calls of the framework."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from fastapi import FastAPI
 from fastapi.dependencies.models import Dependant
 from fastapi.routing import APIRoute
 
+from sera_serve.commands.serve import http_config
 from sera_serve.config import ServeSettings
-from sera_serve.server import adapters, classify, generate, health
-from sera_serve.serving import http_config
+from sera_serve.server import health, native
 
 
 def test_clients_close_idle_connections_before_the_server_does(tmp_path: Path) -> None:
@@ -29,6 +29,6 @@ def test_the_framework_calls_nothing_in_threads() -> None:
         for dependency in dependant.dependencies:
             yield from called(dependency)
 
-    routes = [route for part in (adapters, classify, generate, health) for route in part.router.routes]
+    routes = [route for router in (*native.ROUTERS, health.router) for route in router.routes]
     calls = [call for route in routes if isinstance(route, APIRoute) for call in called(route.dependant)]
     assert len(calls) > 15 and all(map(inspect.iscoroutinefunction, calls))

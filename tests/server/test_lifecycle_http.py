@@ -1,4 +1,4 @@
-"""Publishing, switching, deleting, pinning and uploading again under traffic: nothing answers from wrong weights."""
+"""Publish, switch, delete, pin and upload again under load: no response comes from wrong weights."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def contents(base: FrozenBase) -> list[AdapterBundle]:
 @pytest.fixture
 def engine(base: FrozenBase, tmp_path: Path) -> ServingEngine:  # type: ignore[override]
     store = AdapterStore(tmp_path / "store")
-    # Room for few: adapters are evicted and loaded again throughout.
+    # A small pool, so that adapters are evicted and loaded again throughout the test.
     return ServingEngine(base, store, ServeSettings(store=store.root, pool_mib=1, max_resident=3, kv_cache_tokens=4096))
 
 
@@ -45,7 +45,7 @@ def url(engine: ServingEngine) -> Iterator[str]:  # type: ignore[override]
     with live_server(build_app(engine, engine.store, engine.settings)) as address:
         yield address
         wait_until(lambda: engine.in_flight() == 0 and engine.residency.leases() == 0)
-        engine.residency.check_integrity()
+        engine.residency.check_invariants()
 
 
 def upload(client: httpx.Client, name: str, bundle: AdapterBundle) -> int:
@@ -58,12 +58,12 @@ def expected(base: FrozenBase, bundle: AdapterBundle, new_tokens: int = NEW_TOKE
     return greedy(merged(base, bundle), base.tokenizer(PROMPT)["input_ids"], new_tokens)
 
 
-def test_every_answer_is_of_the_version_that_it_names(
+def test_every_response_comes_from_the_version_that_it_names(
     url: str, client: httpx.Client, engine: ServingEngine, base: FrozenBase, contents: list[AdapterBundle]
 ) -> None:
     right = {bundle.digest: expected(base, bundle) for bundle in contents}
     assert len({tuple(tokens) for tokens in right.values()}) == CONTENTS
-    # What each version of each adapter holds; versions are never used twice.
+    # The digest of each version of each adapter. A version number is never used twice.
     held: dict[tuple[str, int], str] = {}
     over = threading.Event()
     seen: list[Answer] = []
@@ -120,7 +120,7 @@ def test_every_answer_is_of_the_version_that_it_names(
     assert len(refusals) < len(seen)
 
 
-def test_a_request_finishes_on_the_version_it_began_with_and_then_the_memory_comes_back(
+def test_a_running_request_keeps_its_version_and_the_memory_is_freed_after_it(
     client: httpx.Client, engine: ServingEngine, base: FrozenBase, contents: list[AdapterBundle]
 ) -> None:
     old, new = contents[:2]
@@ -132,7 +132,7 @@ def test_a_request_finishes_on_the_version_it_began_with_and_then_the_memory_com
         lines = (line for line in stream.iter_lines() if line)
         first = json.loads(next(lines).removeprefix("data: "))
         with standstill():
-            # The request is in the middle of its answer, and stays there until this block ends.
+            # The request has sent a part of its response, and makes no progress until this block ends.
             assert upload(client, "t/one", new) == 2
             client.delete("/v1/adapters/t/one@v1").raise_for_status()
             client.delete("/v1/adapters/t/one").raise_for_status()
@@ -153,7 +153,7 @@ def test_a_request_finishes_on_the_version_it_began_with_and_then_the_memory_com
     assert (stats.device_bytes, stats.host_bytes, stats.host_adapters) == (0, 0, 0)
 
 
-def test_what_is_uploaded_again_after_a_delete_is_served_again(
+def test_an_adapter_uploaded_again_after_a_delete_is_served(
     client: httpx.Client, engine: ServingEngine, base: FrozenBase, contents: list[AdapterBundle]
 ) -> None:
     body = {"adapter": "t/one", "prompt": PROMPT, "max_new_tokens": NEW_TOKENS}
@@ -167,7 +167,7 @@ def test_what_is_uploaded_again_after_a_delete_is_served_again(
         assert engine.residency.stats().device_bytes == 0
 
 
-def test_a_pinned_adapter_stays_through_a_crowd_of_others(
+def test_a_pinned_adapter_is_not_evicted_by_other_adapters(
     client: httpx.Client, engine: ServingEngine, contents: list[AdapterBundle]
 ) -> None:
     for number, bundle in enumerate(contents):

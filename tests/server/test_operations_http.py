@@ -12,7 +12,7 @@ from support.stub_engine import FLOODING, LATE, LATE_LATER, OVERLOADED, TOO_LONG
 
 
 def samples(client: httpx.Client) -> dict[str, float]:
-    """All metrics by name and labels."""
+    """Return all metrics by name and labels."""
     lines = client.get("/metrics").text.splitlines()
     pairs = [line.rsplit(" ", 1) for line in lines if not line.startswith("#")]
     return {name: float(value) for name, value in pairs}
@@ -51,7 +51,7 @@ def test_each_request_has_an_id_that_the_client_cannot_choose(client: httpx.Clie
     assert "mine" not in ids
 
 
-def test_metrics_tell_where_adapters_are(client: httpx.Client) -> None:
+def test_metrics_show_the_adapters_in_each_tier(client: httpx.Client) -> None:
     found = samples(client)
     assert found['sera_adapter_hits_total{tier="device"}'] == 7
     assert found['sera_adapter_load_seconds_bucket{le="0.0025",tier="host"}'] == 1
@@ -92,12 +92,14 @@ def test_metrics_count_requests_and_tokens_by_bounded_labels(client: httpx.Clien
     for code, count in refusals.items():
         assert grown[f'sera_refusals_total{{code="{code}"}}'] == count
     assert not any("context_length" in name for name in grown)
-    # Four requests of the stub got their turn: three generations and a classification.
+    # Four requests of the stub entered a batch: three generations and a classification.
     assert grown["sera_wait_seconds_count"] == 4
     assert grown["sera_wait_seconds_sum"] == pytest.approx(0.75)
     assert grown["sera_first_token_seconds_sum"] == pytest.approx(1.5)
     now = samples(client)
     assert (now["sera_requests_in_flight"], now["sera_waiting"], now["sera_running"]) == (0, 3, 2)
+    assert now["sera_preemptions_total"] == 3
+    assert (now['sera_cache_pages{state="in_use"}'], now['sera_cache_pages{state="total"}']) == (5, 8)
 
 
 def test_a_json_body_over_the_limit_is_refused(client: httpx.Client) -> None:
@@ -106,7 +108,7 @@ def test_a_json_body_over_the_limit_is_refused(client: httpx.Client) -> None:
     refused(response, 413, "body_too_large")
 
 
-def test_a_chunked_body_over_the_limit_is_refused_while_it_is_read(url: str) -> None:
+def test_a_chunked_body_over_the_limit_is_refused_during_reading(url: str) -> None:
     sent = 0
     with socket.create_connection(url.removeprefix("http://").split(":"), timeout=10) as connection:
         head = "POST /v1/generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
@@ -119,7 +121,7 @@ def test_a_chunked_body_over_the_limit_is_refused_while_it_is_read(url: str) -> 
     assert b"413" in answer.split(b"\r\n")[0]
 
 
-def test_a_large_announcement_is_refused_before_the_body_is_sent(url: str) -> None:
+def test_a_large_content_length_is_refused_before_the_body_is_sent(url: str) -> None:
     with socket.create_connection(url.removeprefix("http://").split(":"), timeout=10) as connection:
         head = "POST /v1/adapters HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=b\r\n"
         connection.sendall(f"{head}Content-Length: 1073741824\r\nExpect: 100-continue\r\n\r\n".encode())

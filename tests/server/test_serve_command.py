@@ -1,4 +1,4 @@
-"""The command `sera-serve serve`: its options, its refusals, and a whole life in a process of its own."""
+"""The command `sera-serve serve`: options, refusals, and a server process from start to SIGTERM."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def command(*arguments: str | Path) -> list[str]:
 
 @contextmanager
 def running(*arguments: str | Path) -> Iterator[tuple[subprocess.Popen[str], list[str]]]:
-    """A server process, and the lines it printed until it was ready."""
+    """Run a server process. Yields the process, and the lines that it printed until it was ready."""
     environment = os.environ | {"PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'kernels'}", "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         command("serve", *arguments), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
@@ -84,7 +84,7 @@ def test_every_setting_is_an_option() -> None:
         (["--device", "cuda:9", "--port", "0"], 1, "device"),
     ],
 )
-def test_a_wrong_option_is_told_in_one_line(tmp_path: Path, arguments: list[str], status: int, words: str) -> None:
+def test_a_wrong_option_is_reported_in_one_line(tmp_path: Path, arguments: list[str], status: int, words: str) -> None:
     result = CliRunner().invoke(build_cli(), ["serve", "--store", str(tmp_path / "store"), *arguments])
     assert result.exit_code == status
     assert words in result.stderr
@@ -92,7 +92,7 @@ def test_a_wrong_option_is_told_in_one_line(tmp_path: Path, arguments: list[str]
     assert len(result.stderr.splitlines()) == 1
 
 
-def test_a_port_in_use_is_noticed_before_the_base_is_loaded(tmp_path: Path) -> None:
+def test_a_port_in_use_is_refused_before_the_base_is_loaded(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = str(other.getsockname()[1])
         arguments = ["serve", "--store", str(tmp_path), "--base", "/nowhere", "--port", port]
@@ -107,7 +107,7 @@ def test_the_printed_lines_work_when_pasted_and_sigterm_ends_gracefully(folder: 
     store = AdapterStore(tmp_path / "store")
     store.publish(random_adapter(served, config, seed=1), "demo/writer")
     store.publish(random_adapter(served, config, seed=2, labels=["spam", "ham"]), "demo/sorter")
-    # First in the list, but no printed line offers it.
+    # This adapter is first in the list, but fits another base. No printed line names the adapter.
     store.publish(random_adapter(random_decoder(seed=5), config, seed=3), "aaa/foreign")
     arguments = ["--base", folder, "--store", store.root, "--port", "0", "--pool-mib", "4"]
     with running(*arguments, "--kv-cache-tokens", "1024") as (process, lines):
@@ -117,18 +117,18 @@ def test_the_printed_lines_work_when_pasted_and_sigterm_ends_gracefully(folder: 
         curls = [shlex.split(line) for line in lines if line.startswith("curl")]
         answers = [_as_curl(curl) for curl in curls]
         assert [answer.status_code for answer in answers] == [200] * 4
-        generated, classified, bare, listed = (answer.json() for answer in answers)
-        assert (generated["adapter"], bare["adapter"]) == ("demo/writer", None)
+        generated, classified, base_only, listed = (answer.json() for answer in answers)
+        assert (generated["adapter"], base_only["adapter"]) == ("demo/writer", None)
         assert classified["results"][0]["label"] in ("spam", "ham")
         assert [adapter["adapter"] for adapter in listed["adapters"]] == ["aaa/foreign", "demo/sorter", "demo/writer"]
         process.send_signal(signal.SIGTERM)
-        begun = time.monotonic()
+        started = time.monotonic()
         assert process.wait(timeout=20) in (0, -signal.SIGTERM)
-        assert time.monotonic() - begun < 15
+        assert time.monotonic() - started < 15
 
 
 def _as_curl(words: list[str]) -> httpx.Response:
-    """What curl does with these arguments."""
+    """Send the request that curl sends with these arguments."""
     assert words[:3] == ["curl", "-sw", "\\n"]
     url, *rest = words[3:]
     if not rest:

@@ -10,7 +10,7 @@ from sera_serve.config import ServeSettings, load_settings
 from sera_serve.errors import InvalidConfiguration
 
 
-def test_the_first_source_that_has_a_value_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_source_with_a_value_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "serve.yaml"
     file.write_text("port: 1\npool_mib: 1\nhost: a\n")
     monkeypatch.setenv("SERA_SERVE_PORT", "2")
@@ -46,7 +46,9 @@ def test_a_wrong_file_is_refused(tmp_path: Path, content: str, param: str, words
     assert caught.value.param == param
 
 
-def test_weights_are_a_mapping_in_a_file_and_pairs_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_are_a_mapping_in_a_file_and_pairs_in_other_sources(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "serve.yaml"
     file.write_text("tenant_weights: {acme: 2, _base: 0.5}\n")
     weights = {"acme": 2.0, "_base": 0.5}
@@ -69,7 +71,7 @@ def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
     )
 
 
-def test_an_unknown_variable_is_not_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_variable_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SERA_SERVE_POOL_MB", "2")
     with pytest.raises(InvalidConfiguration, match="did you mean 'pool_mib'"):
         load_settings(None, {})

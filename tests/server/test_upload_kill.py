@@ -1,4 +1,4 @@
-"""kill -9 of the server while clients upload: what was answered 201 is in the store, whole, and the store opens."""
+"""kill -9 of the server during uploads: every version with a response 201 is complete in the store."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ import uvicorn
 from adapters_store import AdapterBundle, AdapterStore
 from sera_serve import SeraConfig
 from sera_serve.base import FrozenBase
+from sera_serve.commands.serve import bound_socket
 from sera_serve.config import ServeSettings
 from sera_serve.server import build_app
-from sera_serve.serving import bound_socket
 from support.factories import random_adapter, random_decoder
 from support.stub_engine import StubEngine
 
 KILLS = int(os.environ.get("SERA_TEST_KILLS", "8"))
 CLIENTS = 3
-# Bundles made ahead, so that the time between kills is spent in uploads.
+# The bundles are made before the test, so that the time between kills goes into uploads.
 VARIETY = 24
 
 
 def serve(listener: socket.socket, root: Path) -> None:
-    """The server's process: the real app and store over an engine without weights."""
+    """Run the server process: the real app and the real store, with the stub engine."""
     settings = ServeSettings(store=root, max_upload_mib=4)
     app = build_app(StubEngine(random_decoder()), AdapterStore(root), settings)
     uvicorn.Server(uvicorn.Config(app, log_level="error", ws="none")).run(sockets=[listener])
 
 
 class Uploader(threading.Thread):
-    """Uploads versions of one adapter until told to stop, and keeps what was acknowledged."""
+    """Uploads versions of one adapter until `stop` is set, and records the acknowledged versions."""
 
     def __init__(self, url: str, name: str, bodies: list[bytes], stop: threading.Event) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ def test_acknowledged_uploads_survive_kills_at_random_moments(tmp_path: Path) ->
     root = tmp_path / "store"
     AdapterStore(root)
     bodies = [bundle.to_bytes() for bundle in bundles(random_decoder())]
-    # Imports once: each server is then a fork that starts in a fraction of a second.
+    # The fork server imports once. Each server is then a fork that starts in a fraction of a second.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "support.factories", "sera_serve.server"])
     kept: dict[tuple[str, int], str] = {}

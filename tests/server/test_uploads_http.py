@@ -1,4 +1,4 @@
-"""POST /v1/adapters: applied or refused, and the server unharmed either way."""
+"""POST /v1/adapters: an upload is applied or refused, and the server goes on in both cases."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def tar_of(directory: Path) -> bytes:
 
 
 def with_tensors(bundle: AdapterBundle, **changes: torch.Tensor | None) -> bytes:
-    """The bundle with the first adapted layer's factors changed, or removed where None."""
+    """Return the bundle with changed factors of the first adapted layer. None removes a factor."""
     path = next(iter(bundle.config.modules))
     tensors = dict(bundle.tensors)
     for factor, tensor in changes.items():
@@ -58,7 +58,7 @@ def with_tensors(bundle: AdapterBundle, **changes: torch.Tensor | None) -> bytes
 
 @pytest.fixture
 def hostile(writer: AdapterBundle, base: FrozenBase) -> dict[str, tuple[bytes, int, str]]:
-    """Bundles that must be refused: bytes, status, code."""
+    """Bundles that the server must refuse: bytes, status, code."""
     good = writer.to_bytes()
     a = writer.tensors[f"{next(iter(writer.config.modules))}.sera_a"]
     other = random_adapter(random_decoder(seed=5), SeraConfig(8, 4, 16, ("q_proj",)), seed=1)
@@ -87,14 +87,14 @@ def torch_saved() -> bytes:
     return buffer.getvalue()
 
 
-def test_an_upload_is_in_the_store_when_it_is_acknowledged(
+def test_an_acknowledged_upload_is_in_the_store(
     client: httpx.Client, store: AdapterStore, writer: AdapterBundle, tmp_path: Path
 ) -> None:
     response = upload(client, writer.to_bytes(), "acme/fresh")
     assert response.status_code == 201
     assert response.json() == {"adapter": "acme/fresh", "version": 1, "digest": writer.digest}
     assert store.load(store.resolve("acme/fresh").digest).digest == writer.digest
-    # A tar of the same content is the same version.
+    # A tar with the same content gives the same version.
     writer.save(tmp_path / "bundle")
     again = upload(client, tar_of(tmp_path / "bundle"), "acme/fresh")
     assert (again.status_code, again.json()) == (201, response.json())
@@ -103,17 +103,19 @@ def test_an_upload_is_in_the_store_when_it_is_acknowledged(
 def test_every_hostile_bundle_is_refused_and_the_server_goes_on(
     client: httpx.Client, store: AdapterStore, hostile: dict[str, tuple[bytes, int, str]]
 ) -> None:
-    before = store.list()
+    before = list(store.iter_adapters())
     for kind, (data, status, code) in hostile.items():
         error = refused(upload(client, data), status, code)
         assert error["message"], kind
         assert str(store.root) not in error["message"]
-    assert store.list() == before
+    assert list(store.iter_adapters()) == before
     assert client.get("/readyz").status_code == 200
     assert client.post("/v1/generate", json={"prompt": "hello"}).status_code == 200
 
 
-def test_another_base_is_named(client: httpx.Client, hostile: dict[str, tuple[bytes, int, str]]) -> None:
+def test_a_refusal_of_another_base_names_the_field(
+    client: httpx.Client, hostile: dict[str, tuple[bytes, int, str]]
+) -> None:
     error = refused(upload(client, hostile["other base"][0]), 422, "wrong_base")
     assert error["param"] == "adapter_config.base.weights_digest"
 
@@ -180,7 +182,7 @@ def test_a_form_with_other_fields_is_refused(
         ),
     ],
 )
-def test_a_body_that_is_no_form_is_refused(
+def test_a_body_other_than_a_form_is_refused(
     client: httpx.Client, kind: str | None, body: bytes, status: int, code: str
 ) -> None:
     headers = {} if kind is None else {"Content-Type": kind}
@@ -188,15 +190,15 @@ def test_a_body_that_is_no_form_is_refused(
 
 
 def test_a_bundle_over_the_limit_is_refused(client: httpx.Client) -> None:
-    # The whole body is within what the form may add; the bundle alone is not.
+    # The body is within the limit of the form. The bundle alone exceeds its limit.
     refused(upload(client, bytes((1 << 20) + 1)), 413, "bundle_too_large")
     refused(upload(client, bytes(2 << 20)), 413, "body_too_large")
 
 
-def test_an_upload_that_breaks_off_leaves_nothing(
+def test_an_interrupted_upload_leaves_nothing(
     client: httpx.Client, url: str, store: AdapterStore, writer: AdapterBundle
 ) -> None:
-    before = store.list()
+    before = list(store.iter_adapters())
     request = client.build_request(
         "POST", "/v1/adapters", files={"bundle": ("a", writer.to_bytes())}, data={"name": "acme/half"}
     )
@@ -208,13 +210,13 @@ def test_an_upload_that_breaks_off_leaves_nothing(
             connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode())
             connection.sendall(body[: int(part * len(body))])
     assert client.get("/healthz").status_code == 200
-    assert store.list() == before
+    assert list(store.iter_adapters()) == before
 
 
-def test_a_store_that_cannot_be_written_is_told_and_logged_without_its_place(
+def test_a_failed_write_is_reported_and_logged_but_the_client_sees_no_path(
     client: httpx.Client, store: AdapterStore, writer: AdapterBundle, caplog: pytest.LogCaptureFixture
 ) -> None:
-    before, scratch = store.list(), store.root / "tmp"
+    before, scratch = list(store.iter_adapters()), store.root / "tmp"
     scratch.rmdir()
     try:
         answer = upload(client, writer.to_bytes(), "acme/nowhere")
@@ -224,11 +226,11 @@ def test_a_store_that_cannot_be_written_is_told_and_logged_without_its_place(
     assert (answer.status_code, error["code"], error["param"]) == (507, "store_write_failed", "store")
     assert "No such file or directory (tmp/" in error["message"]
     assert str(store.root) not in answer.text and str(store.root) in caplog.text
-    assert store.list() == before
+    assert list(store.iter_adapters()) == before
     assert upload(client, writer.to_bytes(), "acme/nowhere").status_code == 201
 
 
-def test_uploads_at_once_get_versions_of_their_own_in_one_thread(
+def test_concurrent_uploads_get_their_own_versions_and_one_thread(
     url: str, base: FrozenBase, store: AdapterStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish, threads = store.publish, []

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from bundle_factory import make_bundle
+from bundle_factory import bundle_path, make_bundle
 from store_jobs import NAME, JobServer
 
 from adapters_store import AdapterStore
@@ -28,7 +28,11 @@ def two_versions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     store.publish(make_bundle(2), NAME)
     store.set_alias(NAME, "stable", f"{NAME}@v1")
     store.publish(make_bundle(5), "acme/gone")
+    unneeded = bundle_path(store, make_bundle(5).digest)
+    data = unneeded.read_bytes()
     store.delete("acme/gone")
+    # As a kill leaves it: deleting removes the bundle itself.
+    unneeded.write_bytes(data)
     return root
 
 

@@ -71,7 +71,7 @@ def crash_at(store: str, action: str, call: int, after: bool, out: TextIO) -> No
         os._exit(CRASHED)
 
     with faults(call, die, after):
-        ACTIONS[action](Path(store))
+        (ACTIONS | OPENING)[action](Path(store))
     out.write("finished\n")
 
 
@@ -90,6 +90,8 @@ ACTIONS: dict[str, Callable[[Path], object]] = {
     "delete an adapter": lambda root: AdapterStore(root).delete(NAME),
     "collect garbage": lambda root: AdapterStore(root).collect_garbage(),
 }
+
+OPENING: dict[str, Callable[[Path], object]] = {"open": lambda root: AdapterStore(root)}
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from wrong_files import CONFIG, GOOD, GOOD_CONFIG, GOOD_MODEL, MODEL
 from adapters_store import AdapterBundle, InvalidBundle, validate_bundle
 
 TAR = tar_bytes((CONFIG, GOOD_CONFIG), (MODEL, GOOD_MODEL))
-PIECES = st.binary(min_size=1, max_size=12) | st.sampled_from(
+CHUNKS = st.binary(min_size=1, max_size=12) | st.sampled_from(
     [b"{", b"}", b"[", b'"', b"0", b"-1", b"1e9", b"null", b"\xff" * 8, b"ustar", b"\x80\x00\x00\x01", b"9" * 12]
 )
 
@@ -22,7 +22,7 @@ PIECES = st.binary(min_size=1, max_size=12) | st.sampled_from(
 @settings(deadline=None, max_examples=400)
 @given(
     st.sampled_from([GOOD, TAR, tar_bytes((CONFIG, GOOD_CONFIG), (MODEL, GOOD_MODEL), format=tarfile.GNU_FORMAT)]),
-    st.lists(st.tuples(st.floats(0, 1, exclude_max=True), PIECES, st.booleans()), min_size=1, max_size=4),
+    st.lists(st.tuples(st.floats(0, 1, exclude_max=True), CHUNKS, st.booleans()), min_size=1, max_size=4),
     st.floats(0, 1),
 )
 def test_any_damage_is_refused_by_type(data: bytes, edits: list[tuple[float, bytes, bool]], kept: float) -> None:
@@ -45,7 +45,7 @@ def test_any_bytes_are_refused_by_type(data: bytes) -> None:
 
 
 @settings(deadline=None, max_examples=300)
-@given(st.sampled_from(range(512)), PIECES, st.sampled_from([0, 1024 + len(GOOD_CONFIG) // 512 * 512]))
+@given(st.sampled_from(range(512)), CHUNKS, st.sampled_from([0, 1024 + len(GOOD_CONFIG) // 512 * 512]))
 def test_damaged_tar_header_with_a_right_checksum_is_refused_by_type(at: int, piece: bytes, start: int) -> None:
     data = bytearray(TAR)
     piece = piece[: 512 - at]

@@ -21,9 +21,9 @@ from adapters_store import (
     BundleLimits,
     InvalidBundle,
     check_base,
-    containers,
     validate_bundle,
 )
+from adapters_store.format import containers
 
 INSIDE = {name: (with_config(text), code, param) for name, (text, code, param) in CONFIGS.items()}
 CASES = {

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from bundle_factory import Q, make_bundle, make_classifier
+from bundle_factory import Q, bundle_path, make_bundle, make_classifier
 from click.testing import Result
 from peft import PeftModel
 from raw_files import tar_bytes, two_files
@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from adapters_store import AdapterBundle, AdapterStore
 from sera_serve import SeraConfig
 from sera_serve.base import load_base
-from sera_serve.cli_adapters import adapters_app
+from sera_serve.commands.adapters import adapters_app
 from support.factories import random_adapter, random_decoder
 
 NAME = "acme/support"
@@ -160,7 +160,16 @@ def test_delete_and_alias(run: Run, store: AdapterStore) -> None:
     assert fields(run("delete", f"{NAME}@v2", "--json"))["bundles_freed"] == 1
     assert store.inspect(NAME).versions == (1, 3)
     assert run("delete", NAME).stdout.startswith(f"deleted {NAME}; ")
-    assert store.list() == []
+    assert list(store.iter_adapters()) == []
+
+
+def test_collect_garbage(run: Run, store: AdapterStore) -> None:
+    store.publish(make_bundle(1), NAME)
+    data = make_bundle(2).to_bytes()
+    bundle_path(store, make_bundle(2).digest).write_bytes(data)
+    assert fields(run("collect-garbage", "--json")) == {"bundles_freed": 1, "bytes_freed": len(data)}
+    assert run("collect-garbage").stdout == "0 bundles removed; 0 bytes freed\n"
+    store.check_integrity()
 
 
 def assert_refused(result: Result, text: str) -> None:

@@ -29,7 +29,7 @@ def test_the_store_interns_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert store.resolve("acme/support@stable").digest == store.load(first.digest).digest
     assert store.inspect("acme/support").aliases == {"latest": 2, "stable": 1}
     assert store.config(first.digest) == bundle.config
-    assert len(store.list()) == len(store.list("acme")) == 1
+    assert len(store.list_page().adapters) == len(list(store.iter_adapters("acme"))) == 1
     with pytest.raises(AdapterNotFound):
         store.resolve("nobody/nothing@nowhere")
     store.remove_alias("acme/support", "stable")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import psutil
 import pytest
 
-from adapters_store.mmap_buffer import writable_memory
+from adapters_store import writable_memory
 
 
 @pytest.mark.parametrize("nbytes", [0, 1, (128 << 10) - 1, 128 << 10, 5_000_001])

@@ -17,10 +17,9 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from adapters_store import AdapterBundle, AdapterConfig, InvalidBundle, ModuleSpec
-from adapters_store.dense import dense_factors
-from adapters_store.peft_export import alpha_for, export_peft, peft_config
-from sera_serve.base import FrozenBase, freeze_base
-from sera_serve.merging import merge_adapter
+from adapters_store.convert.dense import dense_factors
+from adapters_store.convert.peft_export import alpha_for, export_peft, peft_config
+from sera_serve.base import FrozenBase, freeze_base, merge_adapter
 from support.factories import random_decoder
 
 ATTENTION, MLP = "model.layers.{}.self_attn.{}", "model.layers.{}.mlp.{}"
@@ -93,15 +92,15 @@ def test_real_peft_gives_what_merged_weights_give(tmp_path: Path) -> None:
     bundle = mixed_bundle(random_decoder())
     export_peft(bundle, tmp_path)
     tokens = torch.arange(40).view(2, 20)
-    bare, merged = random_decoder(), random_decoder()
+    base_only, merged = random_decoder(), random_decoder()
     merge_adapter(merged, bundle)
     with torch.no_grad():
-        plain = bare.model.double()(tokens).logits
+        plain = base_only.model.double()(tokens).logits
         expected = merged.model.double()(tokens).logits
-        adapted = PeftModel.from_pretrained(bare.model, str(tmp_path)).double()(tokens).logits
+        adapted = PeftModel.from_pretrained(base_only.model, str(tmp_path)).double()(tokens).logits
     assert (expected - plain).abs().max() > 0.1
     assert torch.allclose(adapted, expected, rtol=0, atol=1e-4)
-    loaded = sum(isinstance(module, nn.ModuleDict) and "default" in module for module in bare.model.modules())
+    loaded = sum(isinstance(module, nn.ModuleDict) and "default" in module for module in base_only.model.modules())
     assert loaded
 
 

@@ -67,12 +67,12 @@ def test_reading_while_another_process_publishes_and_deletes(jobs: JobServer, tm
             found += 1
         except AdapterNotFound:
             missed += 1
-        assert OTHER in [info.adapter for info in store.list()]
+        assert OTHER in [info.adapter for info in store.iter_adapters()]
     assert jobs.wait(writer) == jobs.wait(collector) == 0
     assert found
     assert missed
     store.collect_garbage()
-    assert [info.adapter for info in store.list()] == [OTHER]
+    assert [info.adapter for info in store.iter_adapters()] == [OTHER]
     assert len(list((root / "bundles").iterdir())) == 1
 
 

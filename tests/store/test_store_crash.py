@@ -68,7 +68,7 @@ def test_kill_during_publish(jobs: JobServer, tmp_path: Path) -> None:
     store = AdapterStore(root)
     store.check_integrity()
     known = {(adapter, version) for adapter, version, _ in checked}
-    found = {(info.adapter, version) for info in store.list() for version in info.versions}
+    found = {(info.adapter, version) for info in store.iter_adapters() for version in info.versions}
     # A kill between a version and its acknowledgement leaves one more at most.
     assert known <= found
     assert len(found - known) <= KILLS
@@ -76,7 +76,7 @@ def test_kill_during_publish(jobs: JobServer, tmp_path: Path) -> None:
 
 
 def state(store: AdapterStore) -> tuple[tuple[int, ...], dict[str, int]] | None:
-    info = next((info for info in store.list() if info.adapter == NAME), None)
+    info = next((info for info in store.iter_adapters() if info.adapter == NAME), None)
     return None if info is None else (info.versions, info.aliases)
 
 

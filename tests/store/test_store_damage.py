@@ -11,8 +11,8 @@ import pytest
 from bundle_factory import bundle_path, make_bundle
 
 from adapters_store import AdapterNotFound, AdapterStore, StoreError
+from adapters_store.backends.adapter_directory import AdapterDirectory
 from adapters_store.errors import NotAStore, StoreCorrupted, UnsupportedStore
-from adapters_store.shelf import AdapterShelf
 
 NAME = "acme/support"
 
@@ -77,17 +77,17 @@ def test_damaged_record_is_named(store: AdapterStore, file: str, text: str) -> N
     assert str(path) in refusal.value.message
 
 
-def test_absent_adapter_has_an_empty_shelf(store: AdapterStore) -> None:
-    shelf = AdapterShelf(store.root, "acme", "support")
-    assert shelf.versions() == []
-    assert shelf.aliases() == {}
-    assert shelf.next_version() == 1
+def test_absent_adapter_has_an_empty_directory(store: AdapterStore) -> None:
+    directory = AdapterDirectory(str(store.root), "acme/support")
+    assert directory.versions() == []
+    assert directory.aliases() == {}
+    assert directory.manifest().next_version == 1
 
 
 @pytest.mark.parametrize(
     ("mark", "error"),
     [
-        ('{"format": "sera-adapter-store", "version": 2}', UnsupportedStore),
+        ('{"format": "sera-adapter-store", "version": 3}', UnsupportedStore),
         ('{"format": "something else", "version": 1}', NotAStore),
         ("not JSON", NotAStore),
         ('{"format": "sera-adapter-store"}', NotAStore),
@@ -116,7 +116,7 @@ def test_new_volume_and_unfinished_creation_are_accepted(tmp_path: Path) -> None
     for name in ("lost+found", "bundles", "tmp"):
         (tmp_path / name).mkdir()
     AdapterStore(tmp_path).publish(make_bundle(), NAME)
-    assert json.loads((tmp_path / "store.json").read_text()) == {"format": "sera-adapter-store", "version": 1}
+    assert json.loads((tmp_path / "store.json").read_text()) == {"format": "sera-adapter-store", "version": 2}
 
 
 def test_store_copied_without_empty_folders_works(store: AdapterStore) -> None:
@@ -128,9 +128,9 @@ def test_store_copied_without_empty_folders_works(store: AdapterStore) -> None:
 
 def test_opening_clears_leftovers_only_when_nobody_writes(store: AdapterStore) -> None:
     leftover = store.root / "tmp" / "unfinished"
-    (store.root / "tmp" / "grave" / "versions").mkdir(parents=True)
+    (store.root / "tmp" / "trash" / "versions").mkdir(parents=True)
     leftover.write_bytes(b"half a bundle")
-    with store._root.writing():
+    with store._backend._root.writing():
         AdapterStore(store.root)
         assert leftover.exists()
     AdapterStore(store.root)

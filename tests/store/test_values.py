@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from adapters_store.errors import NotFinite
-from adapters_store.validation import check_values
+from adapters_store.format.validation import check_values
 
 LARGEST = torch.finfo(torch.float32).max
 

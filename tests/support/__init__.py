@@ -1,1 +1,1 @@
-"""What tests of several folders use: factories of adapters, servers, stub engines, and checks of answers."""
+"""Helpers of the tests: factories of adapters, test servers, a stub engine, and checks of responses."""

@@ -1,4 +1,4 @@
-"""Reading what a server answered."""
+"""Reads and checks the responses of a server."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FAMILIES = {
 
 
 def refused(response: httpx.Response, status: int, code: str) -> dict[str, Any]:
-    """The error of a refusal, whose shape is checked here for every test."""
+    """Return the error of a refusal, and check the shape of the error."""
     assert response.status_code == status, response.text
     assert response.headers["content-type"] == "application/json"
     assert set(response.json()) == {"error"}
@@ -30,7 +30,7 @@ def refused(response: httpx.Response, status: int, code: str) -> dict[str, Any]:
 
 
 def events(text: str) -> list[Any]:
-    """The data of server-sent events: parsed JSON, or the text `[DONE]`."""
+    """Return the data of server-sent events: parsed JSON, or the text `[DONE]`."""
     assert text.endswith("\n\n")
     found = []
     for block in text[:-2].split("\n\n"):

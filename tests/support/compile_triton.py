@@ -1,5 +1,7 @@
-"""Compiles the kernel for GPUs that need not be there, and prints what it takes; a process of its own, as a test sets
-TRITON_INTERPRET for all of pytest's."""
+"""Compiles the kernel for GPUs that this machine may lack, and prints figures of the machine code.
+
+The test runs this script in its own process, because TRITON_INTERPRET is set for the whole process of pytest.
+"""
 
 import json
 import sys

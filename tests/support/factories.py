@@ -1,4 +1,4 @@
-"""Adapters with random weights, and what a request would give with the adapter merged into the base."""
+"""Bases and adapters with random weights, and the expected results from merged weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sera_serve.layers import adapter_tensors, linear_widths, module_specs
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, then <bos>, <eos> and <pad>: 259 tokens, no files."""
+    """Make a tokenizer with one token for each byte, then <bos>, <eos> and <pad>: 259 tokens, no files."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {symbol: index for index, symbol in enumerate(alphabet)}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -33,7 +33,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def random_decoder(seed: int = 0) -> FrozenBase:
-    """A Llama with random weights, strong enough that its greedy text is not one token repeated."""
+    """Make a Llama with random weights. The weights are large enough that greedy text does not repeat one token."""
     torch.manual_seed(seed)
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -54,7 +54,7 @@ def random_decoder(seed: int = 0) -> FrozenBase:
 
 
 def random_encoder(seed: int = 0) -> FrozenBase:
-    """A BERT with random weights."""
+    """Make a BERT with random weights."""
     torch.manual_seed(seed)
     config = BertConfig(
         hidden_size=64,
@@ -76,7 +76,7 @@ def random_adapter(
     strength: float = 1.0,
     **fields: Any,
 ) -> AdapterBundle:
-    """An adapter whose update is about `strength` of each layer's own output; with labels, a classifier."""
+    """Make an adapter with an update of about `strength` times each layer's output. With labels, a classifier."""
     generator = torch.Generator().manual_seed(seed)
     shared = base.share_weights()
     layers = attach_adapter(shared.model, config)
@@ -103,7 +103,7 @@ def random_adapter(
 
 
 def merged(base: FrozenBase, bundle: AdapterBundle) -> FrozenBase:
-    """A base whose weights have the adapter added, computed densely in float64."""
+    """Return a base with the adapter merged into its weights. The update is computed densely in float64."""
     result = FrozenBase(base.name, copy.deepcopy(base.model), base.tokenizer, base.info, base.kind)
     for path, spec in bundle.config.modules.items():
         linear = result.model.get_submodule(path)
@@ -120,7 +120,7 @@ def merged(base: FrozenBase, bundle: AdapterBundle) -> FrozenBase:
 
 
 def greedy(base: FrozenBase, tokens: list[int], max_new_tokens: int) -> list[int]:
-    """What transformers' own `generate` gives for one prompt."""
+    """Return the tokens that transformers' own `generate` gives for one prompt."""
     output = base.model.generate(
         torch.tensor([tokens]),
         attention_mask=torch.ones(1, len(tokens), dtype=torch.int64),

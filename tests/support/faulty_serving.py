@@ -1,4 +1,4 @@
-"""A server over the real engine, with a store whose reads can be made slow or fail."""
+"""A server with the real engine, and a store whose reads can be slow or fail."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class FaultyStore(AdapterStore):
 
 @dataclass
 class Serving:
-    """A running server, and what each of its adapters must answer."""
+    """A running server, and the expected tokens of each of its adapters."""
 
     url: str
     client: httpx.Client
@@ -41,23 +41,23 @@ class Serving:
     expected: dict[str | None, list[int]]
 
     def ask(self, adapter: str | None, **fields: Any) -> httpx.Response:
-        """One request of its own connection, so that it may be sent from any thread."""
+        """Send one request on its own connection, so that any thread may call this method."""
         return httpx.post(f"{self.url}/v1/generate", json=body(adapter, **fields), timeout=60)
 
     def assert_right(self, adapter: str | None, response: httpx.Response | None = None) -> None:
-        """The adapter answers, and from its own weights."""
+        """Check that the response comes from the adapter's own weights."""
         response = response or self.ask(adapter)
         assert response.status_code == 200, response.text
         assert response.json()["token_ids"] == self.expected[adapter]
 
     def path_of(self, adapter: str) -> Path:
-        """The file of an adapter's bundle."""
+        """Return the file of an adapter's bundle."""
         return self.store.root / "bundles" / f"{self.store.resolve(adapter).digest}.safetensors"
 
     def settle(self) -> None:
-        """Wait until nothing is under way, and check that nothing is held."""
+        """Wait until no request is in flight, and check that the engine holds nothing."""
         wait_until(lambda: self.engine.in_flight() == 0 and self.engine.residency.leases() == 0, 30)
-        self.engine.residency.check_integrity()
+        self.engine.residency.check_invariants()
 
 
 def body(adapter: str | None, **fields: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A real server on a real socket, on a thread of the test process."""
+"""A real server on a real socket, in a thread of the test process."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from contextlib import contextmanager
 import uvicorn
 from fastapi import FastAPI
 
-from sera_serve.serving import bound_socket
+from sera_serve.commands.serve import bound_socket
 
 
 @contextmanager
 def live_server(app: FastAPI) -> Iterator[str]:
-    """Serve `app`; gives the URL, and returns after a graceful shutdown."""
+    """Serve `app`. Yields the URL, and shuts the server down gracefully at the end."""
     config = uvicorn.Config(app, log_level="warning", ws="none", timeout_graceful_shutdown=2)
     server = uvicorn.Server(config)
     with bound_socket("127.0.0.1", 0) as listener:
@@ -32,9 +32,9 @@ def live_server(app: FastAPI) -> Iterator[str]:
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 10) -> None:
-    """Wait for something that another thread does."""
+    """Wait until `condition` holds. Raises TimeoutError after `seconds`."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
-            raise TimeoutError("it did not happen")
+            raise TimeoutError(f"the condition did not hold within {seconds:g} s")
         time.sleep(0.005)

@@ -1,4 +1,4 @@
-"""Holding an engine still, so that a test can look at what waits."""
+"""Stops an engine for a while, so that a test can look at waiting requests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 @contextmanager
 def standstill() -> Iterator[None]:
-    """No forward pass gets on, on any thread but the test's own."""
+    """Block every forward pass on other threads than the test's own until the block ends."""
     proceed = threading.Event()
     test = threading.current_thread()
 

@@ -1,9 +1,9 @@
-"""An engine without a model: scripted answers, and a record of what it was asked and what was given back."""
+"""An engine without a model: it gives scripted results, and records its calls and what was released."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 from sera_serve.base import FrozenBase
 from sera_serve.engine import (
@@ -12,8 +12,11 @@ from sera_serve.engine import (
     GenerationResult,
     LabelScores,
     LoadTimes,
+    Principal,
     Priority,
     ResidencyStats,
+    RunnerLoad,
+    Task,
     TokenDelta,
 )
 from sera_serve.errors import (
@@ -25,7 +28,7 @@ from sera_serve.errors import (
     UnsupportedTask,
 )
 
-# The prompt chooses what happens.
+# Prompts that select a behaviour.
 SLOW, FAILS_LATER, CRASHES_LATER, TOO_LONG, OVERLOADED, CRASHES, HANGS, FLOODING, LATE, LATE_LATER = (
     "slow",
     "fails later",
@@ -39,11 +42,11 @@ SLOW, FAILS_LATER, CRASHES_LATER, TOO_LONG, OVERLOADED, CRASHES, HANGS, FLOODING
     "late later",
 )
 SECRET = "the password is swordfish"
-PIECES = ["Ahoy", ", \u2028mate\n\n", "ys ☠"]
+TEXTS = ["Ahoy", ", \u2028mate\n\n", "ys ☠"]
 
 
 class StubStream:
-    """Emits PIECES, one token each."""
+    """Emits TEXTS, one token each."""
 
     def __init__(self, engine: StubEngine, params: GenerateParams) -> None:
         self.id = "gen-1"
@@ -74,9 +77,9 @@ class StubStream:
         while self._prompt == SLOW:
             await asyncio.sleep(0.01)
             yield TokenDelta("x", [1])
-        for index, piece in enumerate(PIECES):
+        for index, text in enumerate(TEXTS):
             tokens.append(index)
-            yield TokenDelta(piece, [index])
+            yield TokenDelta(text, [index])
             if self._prompt == FAILS_LATER:
                 raise EngineUnavailable("generation failed; the request may be sent again")
             if self._prompt == LATE_LATER:
@@ -84,12 +87,12 @@ class StubStream:
             if self._prompt == CRASHES_LATER:
                 raise RuntimeError(SECRET)
         self.result = GenerationResult(
-            self.id, self.adapter, self.version, "".join(PIECES), tokens, "stop", 5, len(tokens), 2
+            self.id, self.adapter, self.version, "".join(TEXTS), tokens, "stop", 5, len(tokens), 2
         )
 
 
 class StubEngine:
-    """The interface of the serving engine over nothing."""
+    """Has the serving engine's interface, and no model."""
 
     def __init__(self, base: FrozenBase) -> None:
         self.base = base
@@ -97,11 +100,12 @@ class StubEngine:
         self.begin_record()
 
     def begin_record(self) -> None:
-        """Forget what was asked so far."""
-        self.forgotten: list[str] = []
+        """Clear the record."""
+        self.deleted: list[str] = []
         self.pinned: list[str] = []
         self.classified: list[tuple[Priority, float | None]] = []
         self.asked: list[GenerateParams] = []
+        self.principals: list[Principal] = []
         self.open_streams = 0
         self.cancelled = 0
 
@@ -111,8 +115,8 @@ class StubEngine:
     def stop(self) -> None:
         self.started = False
 
-    def forget(self, digest: str) -> None:
-        self.forgotten.append(digest)
+    def mark_deleted(self, digest: str) -> None:
+        self.deleted.append(digest)
 
     def health(self) -> None:
         if not self.started:
@@ -123,6 +127,9 @@ class StubEngine:
 
     def in_flight(self) -> int:
         return self.open_streams
+
+    def loads(self) -> dict[Task, RunnerLoad]:
+        return {"classify": RunnerLoad(1, 0), "generate": RunnerLoad(2, 2, preemptions=3, cache_pages=(5, 8))}
 
     def stats(self) -> ResidencyStats:
         return ResidencyStats(
@@ -155,19 +162,28 @@ class StubEngine:
     def unpin(self, digest: str) -> None:
         self.pinned.remove(digest)
 
-    async def generate(self, params: GenerateParams) -> StubStream:
+    async def generate(self, params: GenerateParams, principal: Principal) -> StubStream:
         self.asked.append(params)
+        self.principals.append(principal)
         await self._misbehave(params.prompt)
         return StubStream(self, params)
 
     async def classify(
-        self, adapter: str, inputs: list[str], priority: Priority = "normal", timeout_s: float | None = None
+        self,
+        adapter: str,
+        inputs: Sequence[str | tuple[str, str]],
+        principal: Principal,
+        priority: Priority = "normal",
+        timeout_s: float | None = None,
     ) -> ClassifyResult:
         self.classified.append((priority, timeout_s))
-        await self._misbehave(inputs[0])
+        self.principals.append(principal)
+        texts = [text for text in inputs if isinstance(text, str)]
+        assert len(texts) == len(inputs), "HTTP sends no pairs"
+        await self._misbehave(texts[0])
         if adapter == "demo/writer":
             raise UnsupportedTask("adapter 'demo/writer' is for generate", param="adapter")
-        scores = [LabelScores(text, {text: 0.75, "other": 0.25}) for text in inputs]
+        scores = [LabelScores(text, {text: 0.75, "other": 0.25}) for text in texts]
         return ClassifyResult(adapter, 2, scores)
 
     async def _misbehave(self, text: str | None) -> None:

@@ -57,7 +57,7 @@ def wait(process: int, seconds: float) -> int | None:
 def check(store: Path, acknowledged: dict[str, str]) -> None:
     """The store opens, and each acknowledged version is there with its content."""
     opened = AdapterStore(store)
-    opened.list()
+    list(opened.iter_adapters())
     for ref, digest in acknowledged.items():
         assert opened.resolve(ref).digest == digest
         assert opened.load(digest).digest == digest

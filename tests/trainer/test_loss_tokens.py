@@ -8,11 +8,11 @@ import torch
 
 from sera_serve.base import FrozenBase, load_base
 from sera_serve.errors import InvalidConfiguration
-from sera_serve.trainer.generate_data import GenerateData, Passage
-from sera_serve.trainer.generate_task import GenerateTask
+from sera_serve.trainer.data import GenerateData, Passage
 from sera_serve.trainer.model import IGNORED
-from sera_serve.trainer.passages import PassageTokeniser
+from sera_serve.trainer.rows import PassageTokenizer
 from sera_serve.trainer.table import Row
+from sera_serve.trainer.tasks import GenerateTask
 
 ROW = Row({}, 1, 1)
 TEMPLATE = (
@@ -28,7 +28,7 @@ def base(tiny_base: Path) -> FrozenBase:
 
 def tokens(base: FrozenBase, passage: Passage, max_length: int = 64) -> tuple[list[str], list[str], int]:
     """Tokens of the one row, the learned ones with the others as "-", and the bytes of the learned text."""
-    (row,) = PassageTokeniser(base, max_length).rows_of(passage)
+    (row,) = PassageTokenizer(base, max_length).rows_of(passage)
     labels: Any = row["labels"]
     names = base.tokenizer.convert_ids_to_tokens(row["input_ids"])
     assert all(label in (IGNORED, token) for label, token in zip(labels, row["input_ids"], strict=True))
@@ -45,7 +45,7 @@ def test_only_the_completion_and_the_end_are_learned(base: FrozenBase) -> None:
 
 
 def test_a_long_prompt_loses_its_beginning(base: FrozenBase) -> None:
-    tokeniser = PassageTokeniser(base, 10)
+    tokeniser = PassageTokenizer(base, 10)
     (row,) = tokeniser.rows_of(Passage(ROW, "xyz", "abcdefgh"))
     assert base.tokenizer.convert_ids_to_tokens(row["input_ids"]) == ["<s>", *"defgh", *"xyz", "</s>"]
     assert row["labels"][:6] == [IGNORED] * 6  # type: ignore[index]
@@ -60,18 +60,18 @@ def test_a_long_completion_is_cut_and_does_not_learn_to_end(base: FrozenBase) ->
 
 
 def test_plain_text_is_learned_whole_in_windows(base: FrozenBase) -> None:
-    tokeniser = PassageTokeniser(base, 8)
+    tokeniser = PassageTokenizer(base, 8)
     rows = tokeniser.rows_of(Passage(ROW, "abcdefghijklmnop"))
     names = [base.tokenizer.convert_ids_to_tokens(row["input_ids"]) for row in rows]
     assert names == [["<s>", *"abcdefg"], ["<s>", *"hijklmn"], ["<s>", "o", "p", "</s>"]]
     assert all(row["labels"] == [IGNORED, *row["input_ids"][1:]] for row in rows)
     assert sum(row["text_bytes"] for row in rows) == 16
-    assert tokeniser.notes() == ["1 long texts were split into 3 pieces of up to 8 tokens"]
+    assert tokeniser.notes() == ["1 long texts were split into 3 chunks of up to 8 tokens"]
 
 
 def test_without_a_start_token_the_first_token_is_not_learned(base: FrozenBase) -> None:
     base.tokenizer.backend_tokenizer.post_processor = None
-    rows = PassageTokeniser(base, 4).rows_of(Passage(ROW, "abcdef"))
+    rows = PassageTokenizer(base, 4).rows_of(Passage(ROW, "abcdef"))
     names = [base.tokenizer.convert_ids_to_tokens(row["input_ids"]) for row in rows]
     assert names == [list("abcd"), ["e", "f", "</s>"]]
     assert [row["labels"][0] for row in rows] == [IGNORED, IGNORED]  # type: ignore[index]

@@ -4,8 +4,7 @@ from typing import Any
 import pytest
 
 from sera_serve.errors import InvalidConfiguration
-from sera_serve.trainer.options import load_options
-from sera_serve.trainer.settings import TrainSettings
+from sera_serve.trainer.settings import TrainSettings, load_options
 
 REQUIRED: dict[str, Any] = {
     "base": "embedded",

@@ -9,9 +9,7 @@ import pyarrow.parquet
 import pytest
 from trainer_samples import ending_rule, settings_for, write_csv, write_jsonl
 
-from sera_serve.trainer.classify_data import load_classify_data
-from sera_serve.trainer.generate_data import load_generate_data
-from sera_serve.trainer.holdout import draw, hold_out
+from sera_serve.trainer.data import draw, hold_out, load_classify_data, load_generate_data
 from sera_serve.trainer.table import InvalidData
 
 GOOD = [["a text", "x"], ["b text", "y"], ["c text", "x"], ["d text", "y"]]

@@ -12,11 +12,10 @@ from trainer_samples import ending_rule, settings_for, write_csv, write_jsonl
 from adapters_store import AdapterStore
 from sera_serve.base import FrozenBase, load_base
 from sera_serve.trainer import loop
-from sera_serve.trainer.checkpoint import last_checkpoint
+from sera_serve.trainer.checkpoint import RunInProgress, last_checkpoint, run_folder
+from sera_serve.trainer.loop import LengthGroupedOrder
 from sera_serve.trainer.run import TrainResult, train_adapter
-from sera_serve.trainer.sampler import LengthGroupedOrder
 from sera_serve.trainer.settings import TrainSettings
-from sera_serve.trainer.workdir import RunInProgress, run_folder
 
 
 class Stopped(RuntimeError):

@@ -11,9 +11,9 @@ from adapters_store import AdapterStore
 from sera_serve.base import FrozenBase, load_base
 from sera_serve.errors import InvalidConfiguration
 from sera_serve.layers import attached_layers, count_adapter_parameters
-from sera_serve.trainer.classify_data import load_classify_data
-from sera_serve.trainer.classify_task import ClassifyTask
+from sera_serve.trainer.data import load_classify_data
 from sera_serve.trainer.run import TrainingFailed, train_adapter
+from sera_serve.trainer.tasks import ClassifyTask
 
 
 @pytest.fixture
@@ -197,4 +197,4 @@ def test_a_run_that_diverges_says_so(base: FrozenBase, rows: Path, tmp_path: Pat
     base.model.model.norm.weight.data.fill_(float("inf"))
     with pytest.raises(TrainingFailed, match=r"the loss is nan at step \d+; lower --learning-rate"):
         train_adapter(settings_for(Path("tiny"), tmp_path, rows), base=base)
-    assert AdapterStore(tmp_path / "store").list() == []
+    assert list(AdapterStore(tmp_path / "store").iter_adapters()) == []

@@ -163,12 +163,8 @@ class StepRunner:
         if self._rotary is not None:
             # Left from a failed step, of another number of tokens.
             self._rotary.long_tokens = None
-        packed: list[NDArray[Any]] = [
-            np.zeros(1, np.int64),
-            np.zeros(1, np.int64),
-            np.full(1, NO_ADAPTER, np.int32),
-            np.zeros(1, np.int64),
-        ]
+        zero = np.zeros(1, np.int64)
+        packed: list[NDArray[Any]] = [zero, zero, np.full(1, NO_ADAPTER, np.int32), zero]
         self._forward(packed, [Part(1, np.array([1]))], None).argmax(-1).tolist()
 
     def _enter(self, plan: StepPlan) -> None:
@@ -184,12 +180,12 @@ class StepRunner:
 
     def _forward(self, packed: list[NDArray[Any]], parts: list[Part], keep: list[int] | None) -> Tensor:
         device = self._model.device
-        bare = bool((packed[2] == NO_ADAPTER).all())
+        base_only = bool((packed[2] == NO_ADAPTER).all())
         ids, positions, slots, places = (torch.from_numpy(array).to(device) for array in packed)
         # An empty list would make an index of another dtype.
         kept: Tensor | int = 0 if keep is None else torch.tensor(keep, dtype=torch.int64, device=device)
         step = StepContext(self._pool, places, parts)
-        with self._context.run(None if bare else AdapterBatch(slots)):
+        with self._context.run(None if base_only else AdapterBatch(slots)):
             return self._model.logits(ids[None], positions[None], step, kept)
 
     def _sample(self, logits: Tensor, requests: list[GenerationRequest]) -> list[int]:

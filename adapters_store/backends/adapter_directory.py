@@ -1,0 +1,146 @@
+"""One adapter's records in a local store: its versions and aliases. `LocalBackend` takes the locks."""
+
+from __future__ import annotations
+
+import os
+import re
+
+from adapters_store.backends.durable import make_directory, names_in, put_text, sync_directory
+from adapters_store.backends.interface import Manifest
+from adapters_store.backends.record_files import AliasRecord, RetiredRecord, read_record, record_text, version_text
+from adapters_store.errors import StoreCorrupted
+from adapters_store.names import LATEST
+from adapters_store.records import VersionRecord
+
+_VERSION_FILE = re.compile(r"v([1-9][0-9]*)\.json")
+
+
+class AdapterDirectory:
+    """The directory `adapters/<tenant>/<name>` of a store.
+
+    Methods that read take no lock: files are replaced atomically, and a file that vanishes is "not found".
+    Methods that write need the adapter's lock and the shared lock of writers.
+    """
+
+    def __init__(self, root: str, adapter: str) -> None:
+        self.adapter = adapter
+        self._root = root
+        self._folder = f"{root}/adapters/{adapter}"
+
+    def manifest(self) -> Manifest:
+        """The adapter's versions and aliases."""
+        versions = tuple(self.versions())
+        aliases = self.aliases() if versions else {}
+        if versions:
+            # A kill may have come between the first version and its alias.
+            aliases.setdefault(LATEST, versions[-1])
+        highest = self._highest_retired()
+        return Manifest(versions, aliases, highest, f"{versions} {sorted(aliases.items())} {highest}")
+
+    def versions(self) -> list[int]:
+        """Version numbers, oldest first; empty for an adapter that does not exist."""
+        return sorted(int(match[1]) for match in map(_VERSION_FILE.fullmatch, names_in(self._versions)) if match)
+
+    def aliases(self) -> dict[str, int]:
+        """Version by alias, as on the disk."""
+        found = {}
+        for file in names_in(self._aliases):
+            if (version := self._alias(file.removesuffix(".json"))) is not None:
+                found[file.removesuffix(".json")] = version
+        return found
+
+    def alias(self, alias: str) -> int | None:
+        """The version that one alias points to."""
+        version = self._alias(alias)
+        if version is None and alias == LATEST:
+            return max(self.versions(), default=None)
+        return version
+
+    def record(self, version: int) -> VersionRecord | None:
+        """The record of one version."""
+        path = self._version_file(version)
+        try:
+            record = read_record(path, VersionRecord)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        if record.version != version:
+            raise StoreCorrupted(f"{path} describes version v{record.version}", param=path)
+        return record
+
+    def digests(self, skip_damaged: bool) -> dict[int, str]:
+        """Digest by version; a damaged record is left out, or else raises `StoreCorrupted`."""
+        found = {}
+        for version in self.versions():
+            try:
+                record = self.record(version)
+            except StoreCorrupted:
+                if not skip_damaged:
+                    raise
+                continue
+            if record is not None:
+                found[version] = record.digest
+        return found
+
+    def add(self, record: VersionRecord) -> None:
+        """Claim a version number; `FileExistsError` if it is taken."""
+        make_directory(self._versions)
+        make_directory(self._aliases)
+        put_text(self._version_file(record.version), version_text(record), f"{self._root}/tmp", replace=False)
+
+    def set_alias(self, alias: str, version: int) -> None:
+        """Move an alias, atomically."""
+        make_directory(self._aliases)
+        put_text(self._alias_file(alias), record_text(AliasRecord(version=version)), f"{self._root}/tmp")
+
+    def remove_alias(self, alias: str) -> None:
+        """Remove an alias."""
+        os.unlink(self._alias_file(alias))
+        sync_directory(self._aliases)
+
+    def remove_version(self, version: int) -> None:
+        """Delete one version that is not the only one; no alias must point to it any more."""
+        self._retire(version)
+        os.unlink(self._version_file(version))
+        sync_directory(self._versions)
+
+    def move_to_trash(self, trash: str) -> None:
+        """Take the whole adapter out of sight in one step: its directory moves to `trash`."""
+        self._retire(max(self.versions()))
+        os.rename(self._folder, trash)
+        sync_directory(os.path.dirname(self._folder))
+
+    # Made when they are needed: every request makes two of these objects and reads one file with each.
+    @property
+    def _versions(self) -> str:
+        return f"{self._folder}/versions"
+
+    @property
+    def _aliases(self) -> str:
+        return f"{self._folder}/aliases"
+
+    @property
+    def _retired(self) -> str:
+        return f"{self._root}/retired/{self.adapter}.json"
+
+    def _retire(self, version: int) -> None:
+        highest = max(version, self._highest_retired())
+        make_directory(os.path.dirname(self._retired))
+        put_text(self._retired, record_text(RetiredRecord(highest_version=highest)), f"{self._root}/tmp")
+
+    def _highest_retired(self) -> int:
+        try:
+            return read_record(self._retired, RetiredRecord).highest_version
+        except FileNotFoundError:
+            return 0
+
+    def _alias(self, alias: str) -> int | None:
+        try:
+            return read_record(self._alias_file(alias), AliasRecord).version
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def _version_file(self, version: int) -> str:
+        return f"{self._versions}/v{version}.json"
+
+    def _alias_file(self, alias: str) -> str:
+        return f"{self._aliases}/{alias}.json"

@@ -1,0 +1,138 @@
+"""Files that survive a kill and a power cut, and locks that the kernel frees when their owner dies.
+
+Paths are plain strings wherever a client chooses a part of them. `pathlib` interns every part of every path, and
+CPython 3.12 never gives interned strings back, so that requests for ever new names would fill its memory.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import uuid
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
+
+_MANY = 64
+
+
+def sync_file(path: str) -> None:
+    """Flush a file's content to the disk."""
+    _sync(path, os.O_RDONLY)
+
+
+def sync_directory(path: str) -> None:
+    """Flush a directory's entries to the disk: without the flush a rename may not survive a power cut."""
+    _sync(path, os.O_RDONLY | os.O_DIRECTORY)
+
+
+def sync_directories(paths: Collection[str]) -> None:
+    """Flush the entries of directories; of very many by one flush of everything, which takes seconds, not minutes."""
+    if len(paths) > _MANY:
+        os.sync()
+        return
+    for path in paths:
+        sync_directory(path)
+
+
+def _sync(path: str, flags: int) -> None:
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_directory(path: str) -> None:
+    """Make a directory and its missing parents durably; a no-op where it exists."""
+    if os.path.isdir(path):
+        return
+    parent = os.path.dirname(path)
+    make_directory(parent)
+    with suppress(FileExistsError):
+        os.mkdir(path)
+    sync_directory(parent)
+
+
+def make_empty_file(path: str) -> None:
+    """Make an empty file, a no-op where it exists; durable once its directory is flushed."""
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644))
+
+
+def names_in(folder: str) -> list[str]:
+    """Names in a directory, sorted; none where there is no such directory."""
+    try:
+        return sorted(os.listdir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def put_file(target: str, write: Callable[[str], None], scratch: str, *, replace: bool = True) -> None:
+    """Make `target` appear whole or not at all, durable when this returns.
+
+    Args:
+        target: Path to create.
+        write: Writes the content to the path in its argument.
+        scratch: Directory on the same file system, for the unfinished file.
+        replace: Whether a file under that path is replaced; else `FileExistsError`.
+    """
+    unfinished = f"{scratch}/{uuid.uuid4().hex}"
+    try:
+        write(unfinished)
+        sync_file(unfinished)
+        if replace:
+            os.replace(unfinished, target)
+        else:
+            os.link(unfinished, target)
+        sync_directory(os.path.dirname(target))
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(unfinished)
+
+
+def put_text(target: str, text: str, scratch: str, *, replace: bool = True) -> None:
+    """`put_file` for a small text."""
+
+    def write(path: str) -> None:
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(text)
+
+    put_file(target, write, scratch, replace=replace)
+
+
+@contextmanager
+def file_lock(path: str, *, shared: bool = False) -> Iterator[None]:
+    """Hold `flock` on `path` across threads and processes; the kernel releases it when its owner dies."""
+    with _opened(path) as descriptor:
+        fcntl.flock(descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            # Explicit: a child that was forked meanwhile shares the open file and would keep the lock.
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+
+
+@contextmanager
+def try_file_lock(path: str) -> Iterator[bool]:
+    """Like an exclusive `file_lock`, but yields False at once where another owner holds the lock."""
+    with _opened(path) as descriptor:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[int]:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)

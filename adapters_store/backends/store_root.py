@@ -1,0 +1,194 @@
+"""The root directory of a local store: making and opening it, its locks, and clearing what killed writers left."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from adapters_store.backends.durable import file_lock, make_directory, names_in, put_text, try_file_lock
+from adapters_store.backends.name_index import FIRST_SEGMENT
+from adapters_store.backends.record_files import StoreRecord, read_record, record_text
+from adapters_store.errors import NotAStore, StoreCorrupted, StoreWriteFailed, UnsupportedStore
+from adapters_store.names import is_part
+
+STORE_FORMAT = "sera-adapter-store"
+STORE_VERSION = 2
+# Version 1 has no `references` and no `names`.
+OLDEST_VERSION = 1
+_MARK = "store.json"
+_FOLDERS = ("bundles", "adapters", "retired", "tmp", "locks")
+_INDEXES = ("references", f"names/{FIRST_SEGMENT}")
+# An ext4 volume mounted as the store's root has this directory from the start.
+_FOREIGN_BUT_HARMLESS = {"lost+found"}
+# Locks by hash of the adapter's id: their number is bounded, and deleting an adapter deletes no lock.
+_LOCK_STRIPES = 256
+_READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+class StoreRoot:
+    """Directory and locks of a store.
+
+    Locks, in the order in which a writer takes them:
+
+    1. `locks/writers`, shared, for every write;
+    2. the stripe of the adapter, for a change to an adapter;
+    3. the stripe of a digest, or the lock of the name index; one at a time.
+
+    The owner of `locks/writers` alone (`exclusive`) therefore knows that no process writes, and that `tmp` holds
+    nothing but what killed writers left.
+    """
+
+    def __init__(self, path: str, create: bool) -> None:
+        self.path = path
+        self.adapters = f"{path}/adapters"
+        self.names = f"{path}/names"
+        self.scratch = f"{path}/tmp"
+        self._locks = f"{path}/locks"
+        if self.version() is None:
+            if not create:
+                raise NotAStore(f"{path} is not an adapter store; check the path", param="store")
+            self._create()
+        self._sweep()
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Hold the writers' lock shared; turns the system's refusals into `StoreWriteFailed`."""
+        with self._refusals_typed(), file_lock(f"{self._locks}/writers", shared=True):
+            yield
+
+    @contextmanager
+    def changing(self, adapter: str) -> Iterator[None]:
+        """Hold one adapter's lock; only inside `writing`."""
+        stripe = int.from_bytes(hashlib.sha256(adapter.encode()).digest()[:4], "big") % _LOCK_STRIPES
+        with file_lock(f"{self._locks}/adapters-{stripe:02x}"):
+            yield
+
+    @contextmanager
+    def referring(self, digest: str) -> Iterator[None]:
+        """Hold the lock of a digest's references; only inside `writing` or `exclusive`."""
+        with file_lock(f"{self._locks}/bundles-{digest[:2]}"):
+            yield
+
+    @contextmanager
+    def indexing(self) -> Iterator[None]:
+        """Hold the lock of the name index; only inside `writing` or `exclusive`."""
+        with file_lock(f"{self._locks}/names"):
+            yield
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Hold the writers' lock alone, after removing leftovers."""
+        with self._refusals_typed(), file_lock(f"{self._locks}/writers"):
+            self._empty_scratch()
+            yield
+
+    def adapter_ids(self) -> list[tuple[str, str]]:
+        """(tenant, name) of every adapter directory, in order of id; reads the whole store."""
+        tenants = filter(is_part, names_in(self.adapters))
+        pairs = [(owner, name) for owner in tenants for name in filter(is_part, names_in(f"{self.adapters}/{owner}"))]
+        return sorted(pairs, key=lambda pair: f"{pair[0]}/{pair[1]}")
+
+    def version(self) -> int | None:
+        """The version of the store in this directory; None if there is no store.
+
+        Raises:
+            NotAStore: The directory is something else.
+            UnsupportedStore: The store was written by a newer release.
+        """
+        mark = f"{self.path}/{_MARK}"
+        try:
+            record = read_record(mark, StoreRecord)
+        except FileNotFoundError:
+            return None
+        except StoreCorrupted as error:
+            raise NotAStore(f"{mark} does not describe an adapter store; check the path", param="store") from error
+        except OSError as error:
+            raise NotAStore(f"{self.path} cannot be opened as a store: {error.strerror}", param="store") from error
+        if record.format != STORE_FORMAT:
+            raise NotAStore(f"{self.path} is a {record.format!r}, not an adapter store", param="store")
+        if not OLDEST_VERSION <= record.version <= STORE_VERSION:
+            raise UnsupportedStore(
+                f"{self.path} has store version {record.version}, this release reads {STORE_VERSION}; "
+                "upgrade sera-serve",
+                param="store",
+            )
+        return record.version
+
+    def has_indexes(self) -> bool:
+        """Whether the directories of references and names are there."""
+        return all(os.path.isdir(f"{self.path}/{folder}") for folder in _INDEXES)
+
+    def make_indexes(self) -> None:
+        """Make the directories of references and names, empty; a no-op where they exist."""
+        for folder in _INDEXES:
+            make_directory(f"{self.path}/{folder}")
+
+    def write_mark(self, version: int) -> None:
+        """Record that this directory is a store of this version; only under a lock of writers."""
+        mark = StoreRecord(format=STORE_FORMAT, version=version)
+        put_text(f"{self.path}/{_MARK}", record_text(mark), self.scratch)
+
+    def _create(self) -> None:
+        with self._refusals_typed():
+            make_directory(self.path)
+            # The mark comes last, so a kill in between leaves only these folders.
+            foreign = set(names_in(self.path)) - {*_FOLDERS, "references", "names", _MARK} - _FOREIGN_BUT_HARMLESS
+            if foreign:
+                raise NotAStore(
+                    f"{self.path} is no adapter store (it holds {min(foreign)!r}); name an empty directory",
+                    param="store",
+                )
+            self._make_folders()
+            with file_lock(f"{self._locks}/writers", shared=True):
+                self.make_indexes()
+                self.write_mark(STORE_VERSION)
+
+    def _make_folders(self) -> None:
+        for folder in _FOLDERS:
+            make_directory(f"{self.path}/{folder}")
+
+    def _sweep(self) -> None:
+        try:
+            # A backup may have left out folders that were empty.
+            self._make_folders()
+            with try_file_lock(f"{self._locks}/writers") as exclusive:
+                if exclusive:
+                    self._empty_scratch()
+        except OSError as error:
+            # A store on a read-only mount can still be read.
+            if error.errno not in _READ_ONLY:
+                raise StoreWriteFailed(
+                    f"{self.path} could not be opened: {error.strerror} ({error.filename})", param="store"
+                ) from error
+
+    def _empty_scratch(self) -> None:
+        for name in os.listdir(self.scratch):
+            leftover = f"{self.scratch}/{name}"
+            if os.path.isdir(leftover):
+                shutil.rmtree(leftover)
+            else:
+                os.unlink(leftover)
+
+    @contextmanager
+    def _refusals_typed(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            # A server's clients are told this too, and need not know where its store is.
+            inside = f"{self.path}/"
+            named = isinstance(error.filename, str) and error.filename.startswith(inside)
+            where = f" ({error.filename.removeprefix(inside)})" if named else ""
+            raise StoreWriteFailed(
+                f"the store could not be written: {error.strerror or error}{where}; "
+                "check free space and permissions, then try again",
+                param="store",
+            ) from error
+
+
+def is_read_only(error: StoreWriteFailed) -> bool:
+    """Whether a write failed because the store must not be written."""
+    return isinstance(error.__cause__, OSError) and error.__cause__.errno in _READ_ONLY

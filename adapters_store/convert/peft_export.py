@@ -1,0 +1,116 @@
+"""Export of an adapter as a PEFT LoRA checkpoint of the same update: lora_A = (A C)^T, lora_B = B^T, both dense.
+
+Layout: https://huggingface.co/docs/peft/developer_guides/checkpoint
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from adapters_store.convert.dense import dense_factors
+from adapters_store.errors import InvalidBundle
+from adapters_store.format.bundle import AdapterBundle
+from adapters_store.format.config import AdapterConfig
+
+PEFT_CONFIG_FILE = "adapter_config.json"
+PEFT_MODEL_FILE = "adapter_model.safetensors"
+HEAD_FILE = "head.safetensors"
+
+
+class NothingToExport(InvalidBundle):
+    """The adapter has no adapted layer, and therefore no LoRA form."""
+
+    code = "nothing_to_export"
+
+
+def export_peft(bundle: AdapterBundle, directory: Path, base_path: str | None = None) -> bool:
+    """Write a LoRA checkpoint that `peft.PeftModel.from_pretrained` loads.
+
+    The matrices are float32; products are computed in float64. The checkpoint has no place for a classifier's
+    head; see `write_head`.
+
+    Args:
+        bundle: The adapter.
+        directory: Made if missing; files of these names are replaced.
+        base_path: The base model in PEFT's configuration; None means the base's name in the bundle.
+
+    Returns:
+        Whether a head was written too.
+
+    Raises:
+        NothingToExport: A head-only adapter.
+    """
+    if not bundle.config.modules:
+        raise NothingToExport("a head-only adapter has no LoRA form; use format 'sera'", param="format")
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    for path in bundle.config.modules:
+        dense = dense_factors(bundle, path)
+        prefix = f"base_model.model.{path}"
+        tensors[f"{prefix}.lora_A.weight"] = (dense.a @ dense.c).T.to(torch.float32).contiguous()
+        tensors[f"{prefix}.lora_B.weight"] = dense.b.T.to(torch.float32).contiguous()
+    safetensors.torch.save_file(tensors, directory / PEFT_MODEL_FILE, metadata={"format": "pt"})
+    text = json.dumps(peft_config(bundle.config, base_path), indent=2, sort_keys=True, ensure_ascii=False)
+    (directory / PEFT_CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+    return write_head(bundle, directory)
+
+
+def write_head(bundle: AdapterBundle, directory: Path) -> bool:
+    """Write a classifier's head beside an exported model, into `head.safetensors`; False for a generator.
+
+    Tensors `weight` (labels, hidden) and `bias` (labels,); metadata `labels`, a JSON list, and `pooling`.
+    """
+    config = bundle.config
+    if config.task != "classify":
+        return False
+    head = {part: bundle.tensors[f"head.{part}"] for part in ("weight", "bias")}
+    labels = json.dumps(config.labels, ensure_ascii=False)
+    metadata = {"format": "pt", "labels": labels, "pooling": str(config.pooling)}
+    safetensors.torch.save_file(head, directory / HEAD_FILE, metadata=metadata)
+    return True
+
+
+def peft_config(config: AdapterConfig, base_path: str | None = None) -> dict[str, Any]:
+    """PEFT's `LoraConfig` as JSON: the most frequent rank and alpha, and patterns for the other layers."""
+    ranks = {path: spec.rank for path, spec in config.modules.items()}
+    alphas = {path: alpha_for(spec.scaling, spec.rank) for path, spec in config.modules.items()}
+    rank = Counter(ranks.values()).most_common(1)[0][0]
+    alpha = Counter(alphas.values()).most_common(1)[0][0]
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM" if config.task == "generate" else None,
+        "base_model_name_or_path": base_path or config.base.name,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": alpha,
+        "target_modules": list(config.modules),
+        "rank_pattern": {_exactly(path): r for path, r in ranks.items() if r != rank},
+        "alpha_pattern": {_exactly(path): a for path, a in alphas.items() if a != alpha},
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "use_dora": False,
+    }
+
+
+def alpha_for(scaling: float, rank: int) -> float:
+    """The lora_alpha whose quotient lora_alpha / rank is `scaling`, to the last bit if such a number exists."""
+    alpha = scaling * rank
+    candidates = (alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
+    exact = next((candidate for candidate in candidates if candidate / rank == scaling), alpha)
+    # A whole number is written as an integer, as PEFT's own files have it.
+    return int(exact) if exact.is_integer() else exact
+
+
+def _exactly(path: str) -> str:
+    # PEFT reads a pattern's key as a regular expression that may follow any dotted prefix.
+    return "^" + re.escape(path)

@@ -1,0 +1,1 @@
+"""The adapter format: configuration, tensors, containers and their validation. See FORMAT.md."""

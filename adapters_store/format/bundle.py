@@ -1,0 +1,135 @@
+"""A bundle: an adapter's configuration and tensors, independent of their container."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from adapters_store.format.config import AdapterConfig, canonical_json
+from adapters_store.format.containers import CONFIG_FILE, METADATA_KEY, MODEL_FILE, RawBundle, read_bytes, read_path
+from adapters_store.format.mmap_buffer import writable_memory
+from adapters_store.format.safetensors_file import DTYPE_NAMES, BundleLimits, read_tensor, read_tensors
+from adapters_store.format.validation import check_names_and_shapes, check_values, sum_is_finite
+
+DEFAULT_LIMITS = BundleLimits()
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterBundle:
+    """An adapter in memory.
+
+    The constructor copies the tensors to CPU memory: training may go on with the originals.
+    The constructor checks nothing. `validate_bundle`, `AdapterStore.publish` and every reader check the bundle.
+
+    Attributes:
+        config: What the tensors mean.
+        tensors: CPU tensors under the names of `expected_shapes(config)`. Not to be written to.
+    """
+
+    config: AdapterConfig
+    tensors: dict[str, Tensor]
+
+    def __post_init__(self) -> None:
+        copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.tensors.items()}
+        object.__setattr__(self, "tensors", {name: copy.contiguous() for name, copy in copies.items()})
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256, in hexadecimal, of the canonical bundle: the same for any container. See FORMAT.md."""
+        tensors = sorted(self.tensors.items())
+        described = [[name, DTYPE_NAMES[tensor.dtype], list(tensor.shape)] for name, tensor in tensors]
+        return _digest(self.config, described, (t.reshape(-1).view(torch.uint8).numpy().data for _, t in tensors))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def save(self, directory: Path | str) -> None:
+        """Write the directory form; the directory is made, existing files of the two names are replaced."""
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CONFIG_FILE).write_text(self.config.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        safetensors.torch.save_file(self.tensors, folder / MODEL_FILE, metadata={"format": "pt"})
+
+    def save_file(self, path: Path | str) -> None:
+        """Write the single-file form: one .safetensors with the configuration in its metadata."""
+        safetensors.torch.save_file(self.tensors, path, metadata=self._metadata())
+
+    def to_bytes(self) -> bytes:
+        """The single-file form in memory."""
+        data: bytes = safetensors.torch.save(self.tensors, metadata=self._metadata())
+        return data
+
+    def _metadata(self) -> dict[str, str]:
+        return {METADATA_KEY: self.config.canonical_json()}
+
+    @classmethod
+    def load(cls, path: Path | str, limits: BundleLimits = DEFAULT_LIMITS) -> AdapterBundle:
+        """Read and check a bundle from a directory, a .safetensors file or a .tar; its bytes are held once.
+
+        Raises:
+            InvalidBundle: One of the subclasses that FORMAT.md lists.
+        """
+        return cls._checked(read_path(os.fspath(path), limits))
+
+    @classmethod
+    def from_bytes(cls, data: bytes | bytearray | memoryview, limits: BundleLimits = DEFAULT_LIMITS) -> AdapterBundle:
+        """Read and check a bundle from the bytes of a .safetensors file or a .tar; raises as `load` does.
+
+        The bundle shares a writable buffer, which must not change afterwards.
+        """
+        return cls._checked(read_bytes(memoryview(data), limits))
+
+    @classmethod
+    def _checked(cls, raw: RawBundle) -> AdapterBundle:
+        config = AdapterConfig.from_json(raw.config)
+        header = raw.header
+        check_names_and_shapes(config, {name: entry.shape for name, entry in header.entries.items()})
+        data = raw.data
+        if data.readonly:
+            data = writable_memory(len(raw.data))
+            data[:] = raw.data
+        # The tensors are in memory of the bundle's own already. The constructor would copy them once more.
+        bundle = object.__new__(cls)
+        object.__setattr__(bundle, "config", config)
+        object.__setattr__(bundle, "tensors", read_tensors(data, header))
+        names = sorted(header.entries)
+        # Usually there is one run. A hundred small tensors took far longer to check and hash one by one.
+        runs = header.runs(names)
+        if not all(sum_is_finite(read_tensor(data, run)) for run in runs):
+            check_values(bundle.tensors)
+        described = [[name, header.entries[name].dtype, list(header.entries[name].shape)] for name in names]
+        object.__setattr__(bundle, "digest", _digest(config, described, (data[run.begin : run.end] for run in runs)))
+        return bundle
+
+
+def _digest(config: AdapterConfig, described: list[list[Any]], data: Iterable[memoryview]) -> str:
+    """The digest of a configuration, of [name, dtype, shape] of its tensors, and of their bytes, in order of name."""
+    manifest = canonical_json({"config": config.model_dump(mode="json"), "tensors": described}).encode()
+    digest = hashlib.sha256(len(manifest).to_bytes(8, "little"))
+    digest.update(manifest)
+    for part in data:
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def validate_bundle(bundle: AdapterBundle) -> None:
+    """Check a bundle made in memory, with the checks of a reader.
+
+    Raises:
+        InvalidConfig: A reader would refuse the configuration.
+        MissingTensor, UnexpectedTensor, WrongShape, WrongDtype, NotFinite: `param` is the tensor's name.
+    """
+    AdapterConfig.from_json(bundle.config.canonical_json())
+    check_names_and_shapes(bundle.config, {name: tuple(tensor.shape) for name, tensor in bundle.tensors.items()})
+    check_values(bundle.tensors)

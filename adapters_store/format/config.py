@@ -1,0 +1,231 @@
+"""The adapter configuration: what a bundle's tensors mean, their base model, and how they were trained."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal, NoReturn
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from adapters_store.errors import InvalidConfig, UnsupportedFormat
+
+FORMAT_VERSION = 1
+PARAM = "adapter_config"
+_MAX_WIDTH = 1 << 20
+_MAX_DEPTH = 8
+
+Task = Literal["generate", "classify"]
+Method = Literal["sera", "lora", "melora", "moslora", "lora-fa", "head-only"]
+Pooling = Literal["last_token", "cls", "mean"]
+Width = Annotated[int, Field(ge=1, le=_MAX_WIDTH)]
+ModulePath = Annotated[str, Field(max_length=256, pattern=r"\A[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*\z")]
+Text = Annotated[str, Field(min_length=1, max_length=512)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class BaseInfo(_Strict):
+    """Identity of the base model that an adapter belongs to.
+
+    `name` is for people. The other four fields decide whether an adapter fits a base model.
+    """
+
+    name: Text
+    architecture: Text
+    config_digest: Text
+    weights_digest: Text
+    hidden_size: Width
+
+
+class ModuleSpec(_Strict):
+    """One adapted linear layer: y += scaling * ((x A) C) B, with A and B block-diagonal in `split` blocks."""
+
+    d_in: Width
+    d_out: Width
+    rank: Width
+    split: Width
+    use_mixer: bool
+    scaling: float
+
+    @property
+    def segment_rank(self) -> int:
+        """Rank of one block."""
+        return self.rank // self.split
+
+    @property
+    def parameters(self) -> int:
+        """Numbers that the layer's factors hold: (d_in + d_out) * segment_rank, and rank^2 with the mixer."""
+        return (self.d_in + self.d_out) * self.segment_rank + self.use_mixer * self.rank**2
+
+    @model_validator(mode="after")
+    def _split_divides(self) -> ModuleSpec:
+        sizes = {"rank": self.rank, "d_in": self.d_in, "d_out": self.d_out}
+        for field, size in sizes.items():
+            if size % self.split:
+                fitting = math.gcd(*sizes.values())
+                divisors = [d for d in range(1, min(fitting, 4096) + 1) if fitting % d == 0][-8:]
+                raise _refusal(
+                    f"split {self.split} does not divide {field} {size}; a split of "
+                    f"{', '.join(map(str, divisors))} would fit",
+                    "split",
+                )
+        return self
+
+
+class AdapterConfig(_Strict):
+    """Everything about an adapter but its weights. See FORMAT.md for each field.
+
+    The constructor raises `pydantic.ValidationError`; `from_json` raises `InvalidConfig`.
+    """
+
+    format_version: Annotated[int, Field(ge=FORMAT_VERSION, le=FORMAT_VERSION)] = FORMAT_VERSION
+    task: Task
+    method: Method
+    base: BaseInfo
+    modules: dict[ModulePath, ModuleSpec]
+    labels: list[Text] | None = None
+    pooling: Pooling | None = None
+    max_length: Width | None = None
+    training: dict[str, JsonValue] = Field(default_factory=dict)
+
+    @property
+    def num_labels(self) -> int:
+        """Rows of the head; 0 for a generator."""
+        return len(self.labels) if self.labels else 0
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in the bundle, head included."""
+        return sum(spec.parameters for spec in self.modules.values()) + self.num_labels * (self.base.hidden_size + 1)
+
+    @field_validator("modules", "training", mode="before")
+    @classmethod
+    def _plain_dict(cls, value: Any) -> Any:
+        return dict(value) if isinstance(value, Mapping) else value
+
+    @field_validator("training")
+    @classmethod
+    def _training_is_json(cls, value: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        _check_json(value, "training", 1)
+        return value
+
+    @model_validator(mode="after")
+    def _head_and_task_agree(self) -> AdapterConfig:
+        if self.task == "generate":
+            for field in ("labels", "pooling", "max_length"):
+                if getattr(self, field) is not None:
+                    raise _refusal(f"{field} is only for task 'classify'; leave it null", field)
+        else:
+            if self.labels is None or len(self.labels) < 2 or len(set(self.labels)) != len(self.labels):
+                raise _refusal("task 'classify' needs at least two labels, all different", "labels")
+            if self.pooling is None:
+                raise _refusal("task 'classify' needs pooling: last_token, cls or mean", "pooling")
+        if (not self.modules) != (self.method == "head-only"):
+            raise _refusal("modules is empty exactly when method is 'head-only'", "modules")
+        if not self.modules and self.task == "generate":
+            raise _refusal("method 'head-only' is only for task 'classify'", "method")
+        return self
+
+    def canonical_json(self) -> str:
+        """The canonical JSON, input of the digest: keys sorted, no white space, non-ASCII characters as they are."""
+        return canonical_json(self.model_dump(mode="json"))
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> AdapterConfig:
+        """Parse and check a configuration.
+
+        Raises:
+            InvalidConfig: Not UTF-8 JSON, a key twice, NaN, or a field (`param` names it) unknown, missing or
+                impossible.
+            UnsupportedFormat: Another format version.
+        """
+        value = parse_json_object(text)
+        version = value.get("format_version")
+        if type(version) is int and version != FORMAT_VERSION:
+            raise UnsupportedFormat(
+                f"adapter_config.format_version is {version}; this release reads {FORMAT_VERSION}",
+                param=f"{PARAM}.format_version",
+            )
+        if "format_version" not in value:
+            raise InvalidConfig(
+                f"adapter_config.format_version is missing; write {FORMAT_VERSION}",
+                param=f"{PARAM}.format_version",
+            )
+        try:
+            return cls.model_validate(value)
+        except ValidationError as error:
+            raise _as_invalid_config(error) from error
+
+
+def canonical_json(value: Any) -> str:
+    """JSON with sorted keys and no white space; NaN is refused by `ValueError`."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def parse_json_object(text: str | bytes) -> dict[str, Any]:
+    """Parse strict JSON: UTF-8, one object, no key twice, no NaN or Infinity; else `InvalidConfig`."""
+    try:
+        decoded = text.decode("utf-8") if isinstance(text, bytes) else text
+        value = json.loads(decoded, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+        # A lone surrogate is legal in JSON's escapes and cannot be written back.
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except (ValueError, RecursionError) as error:
+        raise InvalidConfig(f"adapter_config is not valid JSON: {error}", param=PARAM) from error
+    if not isinstance(value, dict):
+        raise InvalidConfig("adapter_config must be a JSON object", param=PARAM)
+    return value
+
+
+def _unique_keys(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise ValueError(f"key {key!r} appears twice")
+        result[key] = value
+    return result
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _check_json(value: JsonValue, where: str, depth: int) -> None:
+    if depth > _MAX_DEPTH:
+        raise _refusal(f"{where} is nested deeper than {_MAX_DEPTH} levels", "training")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise _refusal(f"{where} is {value}; write null for a figure that does not exist", "training")
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _check_json(item, f"{where}.{key}", depth + 1)
+    elif isinstance(value, list):
+        for item in value:
+            _check_json(item, f"{where}[]", depth + 1)
+
+
+def _refusal(message: str, field: str) -> PydanticCustomError:
+    # The braces of a message must not be read as a template.
+    return PydanticCustomError("refused", "{reason}", {"reason": message, "field": field})
+
+
+def _as_invalid_config(error: ValidationError) -> InvalidConfig:
+    first = error.errors(include_url=False)[0]
+    context = first.get("ctx", {})
+    location = [str(part) for part in first["loc"]]
+    if "field" in context and context["field"] not in location:
+        location.append(str(context["field"]))
+    param = ".".join([PARAM, *location])
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    return InvalidConfig(f"{param}: {first['msg']}{more}", param=param)

@@ -1,0 +1,214 @@
+"""The three containers of a bundle: a directory, one safetensors file, a tar of the directory.
+
+A reader turns each container into two buffers: the configuration's JSON and a safetensors file. Nothing is ever
+extracted to disk.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+from adapters_store.errors import (
+    BundleTooLarge,
+    InvalidArchive,
+    InvalidHeader,
+    MissingFile,
+    Truncated,
+    UnexpectedFile,
+)
+from adapters_store.format.mmap_buffer import writable_memory
+from adapters_store.format.safetensors_file import BundleLimits, Header, looks_like_safetensors, parse_header
+
+CONFIG_FILE = "adapter_config.json"
+MODEL_FILE = "adapter_model.safetensors"
+METADATA_KEY = "adapter_config"
+_PEEK = 512
+_MAX_MEMBERS = 16
+
+
+@dataclass(frozen=True)
+class RawBundle:
+    """A bundle whose header is checked and whose configuration is not parsed yet.
+
+    Attributes:
+        config: JSON text of the configuration.
+        header: Checked header of the safetensors file.
+        data: The bytes of the safetensors file.
+    """
+
+    config: str | bytes
+    header: Header
+    data: memoryview
+
+
+def read_path(path: str, limits: BundleLimits) -> RawBundle:
+    """Read a bundle from a directory, a .safetensors file or a .tar.
+
+    Raises:
+        InvalidBundle: One of the subclasses that FORMAT.md lists.
+    """
+    if os.path.isdir(path):
+        return _read_directory(path, limits)
+    return read_bytes(_read_file(path, limits.max_bytes), limits)
+
+
+def read_bytes(data: memoryview, limits: BundleLimits) -> RawBundle:
+    """Read a bundle from the bytes of a .safetensors file or a .tar; raises as `read_path` does."""
+    peek = bytes(data[:_PEEK])
+    if not looks_like_safetensors(peek) and peek[257:262] == b"ustar":
+        return _read_tar(data, limits)
+    header = parse_header(data, len(data), limits)
+    return RawBundle(config_of(header, limits), header, data)
+
+
+def config_of(header: Header, limits: BundleLimits) -> str:
+    """The configuration in the metadata of a single-file bundle, as JSON text.
+
+    Raises:
+        MissingFile, InvalidHeader, BundleTooLarge: It is absent, not alone, or too long.
+    """
+    if METADATA_KEY not in header.metadata:
+        raise MissingFile(
+            f"__metadata__ has no {METADATA_KEY!r}; a single-file bundle carries its configuration there, "
+            f"a directory or .tar has {CONFIG_FILE}",
+            param=CONFIG_FILE,
+        )
+    _check_metadata(header, {METADATA_KEY, "format"})
+    text = header.metadata[METADATA_KEY]
+    # A character takes at least one byte.
+    if len(text) > limits.max_config_bytes:
+        raise BundleTooLarge(f"adapter_config exceeds {limits.max_config_bytes} bytes", param=CONFIG_FILE)
+    return text
+
+
+def _check_metadata(header: Header, known: set[str]) -> None:
+    if unknown := sorted(set(header.metadata) - known):
+        raise InvalidHeader(
+            f"__metadata__ has {unknown[0]!r}, which nothing reads; put it under training in adapter_config",
+            param="__metadata__",
+        )
+
+
+def _read_directory(path: str, limits: BundleLimits) -> RawBundle:
+    _check_names(set(os.listdir(path)))
+    config = bytes(_read_file(f"{path}/{CONFIG_FILE}", limits.max_config_bytes))
+    return _with_config(config, _read_file(f"{path}/{MODEL_FILE}", limits.max_bytes), limits)
+
+
+def _read_file(path: str, max_bytes: int) -> memoryview:
+    name = os.path.basename(path)
+    if not os.path.isfile(path):
+        raise MissingFile(f"{path} is not a regular file", param=name)
+    size = os.stat(path).st_size
+    if size > max_bytes:
+        raise BundleTooLarge(f"{name} has {size} bytes; the limit is {max_bytes}", param=name)
+    # Writable memory, so that tensors can share it and a bundle is held once.
+    data = writable_memory(size)
+    with open(path, "rb") as file:
+        count = file.readinto(data)
+    if count != size:
+        raise Truncated(f"{name} shrank from {size} to {count} bytes while it was read", param=name)
+    return data
+
+
+def _read_tar(data: memoryview, limits: BundleLimits) -> RawBundle:
+    if len(data) > limits.max_bytes:
+        raise BundleTooLarge(f"the archive has {len(data)} bytes; the limit is {limits.max_bytes}", param="bundle")
+    files: dict[str, memoryview] = {}
+    folders: set[PurePosixPath] = set()
+    try:
+        # Members are slices of the data; no copy is made.
+        with tarfile.open(fileobj=_ViewReader(data), mode="r:") as archive:
+            for count in range(_MAX_MEMBERS + 1):
+                member = archive.next()
+                if member is None:
+                    break
+                if count == _MAX_MEMBERS:
+                    raise InvalidArchive(f"the archive has more than {_MAX_MEMBERS} members", param="bundle")
+                path = _member_path(member)
+                if member.isdir():
+                    continue
+                if path.name in files:
+                    raise InvalidArchive(f"{path.name} is in the archive twice", param=path.name)
+                folders.add(path.parent)
+                files[path.name] = _member_data(data, member, limits)
+    except (tarfile.TarError, ValueError, OverflowError, EOFError, RecursionError) as error:
+        raise InvalidArchive(f"the archive cannot be read: {error}", param="bundle") from error
+    _check_names(set(files))
+    if len(folders) > 1:
+        raise InvalidArchive("the two files are not in one directory of the archive", param="bundle")
+    return _with_config(bytes(files[CONFIG_FILE]), files[MODEL_FILE], limits)
+
+
+def _member_path(member: tarfile.TarInfo) -> PurePosixPath:
+    path = PurePosixPath(member.name)
+    if path.is_absolute() or ".." in path.parts or len(path.parts) > 2 or "\\" in member.name or "\0" in member.name:
+        raise InvalidArchive(
+            f"member {member.name!r}: a bundle has {CONFIG_FILE} and {MODEL_FILE}, in one directory",
+            param=member.name,
+        )
+    if not (member.isdir() or (member.isreg() and not member.issparse())):
+        raise InvalidArchive(f"member {member.name!r} is a link or a special file", param=member.name)
+    return path
+
+
+def _member_data(data: memoryview, member: tarfile.TarInfo, limits: BundleLimits) -> memoryview:
+    name = PurePosixPath(member.name).name
+    if name not in (CONFIG_FILE, MODEL_FILE):
+        raise UnexpectedFile(f"nothing reads {member.name!r} in a bundle; leave it out", param=name)
+    cap = limits.max_config_bytes if name == CONFIG_FILE else limits.max_bytes
+    if not 0 <= member.size <= cap:
+        raise BundleTooLarge(f"member {name} claims {member.size} bytes; the limit is {cap}", param=name)
+    content = data[member.offset_data : member.offset_data + member.size]
+    if len(content) != member.size:
+        raise Truncated(f"the archive ends inside {name}; upload it again, whole", param=name)
+    return content
+
+
+def _check_names(names: set[str]) -> None:
+    for name in (CONFIG_FILE, MODEL_FILE):
+        if name not in names:
+            raise MissingFile(f"the bundle has no {name}", param=name)
+    if unexpected := sorted(names - {CONFIG_FILE, MODEL_FILE}):
+        raise UnexpectedFile(f"nothing reads {unexpected[0]!r} in a bundle; leave it out", param=unexpected[0])
+
+
+def _with_config(config: bytes, data: memoryview, limits: BundleLimits) -> RawBundle:
+    header = parse_header(data, len(data), limits)
+    # A second configuration in the metadata could contradict the first.
+    _check_metadata(header, {"format"})
+    return RawBundle(config, header, data)
+
+
+class _ViewReader(io.RawIOBase):
+    """A seekable file over a memoryview; `io.BytesIO` would copy it."""
+
+    def __init__(self, data: memoryview) -> None:
+        self._data = data
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        base = (0, self._position, len(self._data))[whence]
+        if base + offset < 0:
+            raise ValueError("negative seek")
+        self._position = base + offset
+        return self._position
+
+    def read(self, size: int = -1) -> bytes:
+        end = len(self._data) if size is None or size < 0 else self._position + size
+        chunk = bytes(self._data[self._position : end])
+        self._position += len(chunk)
+        return chunk

@@ -1,0 +1,126 @@
+"""Checks of a bundle: exactly the tensors that its configuration calls for, all finite, and made for the base model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from adapters_store.errors import (
+    MissingTensor,
+    NotFinite,
+    UnexpectedTensor,
+    UnknownModule,
+    WrongBase,
+    WrongDtype,
+    WrongShape,
+)
+from adapters_store.format.config import AdapterConfig, BaseInfo
+from adapters_store.format.safetensors_file import DTYPE_NAMES
+
+Shape = tuple[int, ...]
+
+
+def expected_shapes(config: AdapterConfig) -> dict[str, Shape]:
+    """The name and shape of every tensor of an adapter.
+
+    `P.sera_a` (d_in, segment_rank), `P.sera_c` (rank, rank) with the mixer, `P.sera_b` (segment_rank, d_out)
+    for each adapted layer P; `head.weight` (labels, hidden) and `head.bias` (labels,) for a classifier.
+    """
+    shapes: dict[str, Shape] = {}
+    for path, spec in config.modules.items():
+        shapes[f"{path}.sera_a"] = (spec.d_in, spec.segment_rank)
+        if spec.use_mixer:
+            shapes[f"{path}.sera_c"] = (spec.rank, spec.rank)
+        shapes[f"{path}.sera_b"] = (spec.segment_rank, spec.d_out)
+    if config.task == "classify":
+        shapes["head.weight"] = (config.num_labels, config.base.hidden_size)
+        shapes["head.bias"] = (config.num_labels,)
+    return shapes
+
+
+def check_names_and_shapes(config: AdapterConfig, shapes: Mapping[str, Shape]) -> None:
+    """Compare what is there with what the configuration calls for.
+
+    Raises:
+        MissingTensor, UnexpectedTensor, WrongShape: `param` is the tensor's name.
+    """
+    expected = expected_shapes(config)
+    for name in expected:
+        if name not in shapes:
+            raise MissingTensor(f"tensor {name!r} {expected[name]} is missing", param=name)
+    for name, shape in shapes.items():
+        if name not in expected:
+            raise UnexpectedTensor(
+                f"tensor {name!r} is not called for by adapter_config; remove it or describe it in modules",
+                param=name,
+            )
+        if shape != expected[name]:
+            raise WrongShape(
+                f"tensor {name!r} has shape {shape}; adapter_config calls for {expected[name]}", param=name
+            )
+
+
+def check_values(tensors: Mapping[str, Tensor]) -> None:
+    """Every tensor is float32, float16 or bfloat16, and finite in every element.
+
+    Raises:
+        WrongDtype, NotFinite: `param` is the tensor's name.
+    """
+    for name, tensor in tensors.items():
+        if tensor.dtype not in DTYPE_NAMES:
+            raise WrongDtype(f"tensor {name!r} has dtype {tensor.dtype}; use F32, F16 or BF16", param=name)
+        if not sum_is_finite(tensor):
+            bad = int((~torch.isfinite(tensor)).sum())
+            if not bad:
+                continue
+            raise NotFinite(
+                f"tensor {name!r} holds NaN or infinity in {bad} of {tensor.numel()} elements; "
+                "train again with a lower learning rate",
+                param=name,
+            )
+
+
+def sum_is_finite(tensor: Tensor) -> bool:
+    """Quick check: True means that every element is finite. False means that each element must be looked at."""
+    return math.isfinite(tensor.sum(dtype=torch.float32).item())
+
+
+def check_same_base(theirs: BaseInfo, ours: BaseInfo) -> None:
+    """Refuse an adapter of the base `theirs` on the base `ours`; their names are not compared.
+
+    Raises:
+        WrongBase: `param` is the field of adapter_config at fault.
+    """
+    for field in ("architecture", "hidden_size", "config_digest", "weights_digest"):
+        if getattr(theirs, field) != getattr(ours, field):
+            raise WrongBase(
+                f"the adapter was made for base {theirs.name!r} ({field} {getattr(theirs, field)}), the base here is "
+                f"{ours.name!r} ({getattr(ours, field)}); train it again on this base",
+                param=f"adapter_config.base.{field}",
+            )
+
+
+def check_base(config: AdapterConfig, base: BaseInfo, module_shapes: Mapping[str, tuple[int, int]]) -> None:
+    """Refuse an adapter that was made for another base model than `base`.
+
+    Args:
+        config: The adapter's configuration.
+        base: Identity of the base that would serve it; its `name` is not compared.
+        module_shapes: (d_in, d_out) of every linear layer of that base, by path.
+
+    Raises:
+        WrongBase, UnknownModule, WrongShape: `param` is the field of adapter_config at fault.
+    """
+    check_same_base(config.base, base)
+    for path, spec in config.modules.items():
+        param = f"adapter_config.modules.{path}"
+        if path not in module_shapes:
+            raise UnknownModule(f"the base has no linear layer {path!r}", param=param)
+        if (spec.d_in, spec.d_out) != tuple(module_shapes[path]):
+            raise WrongShape(
+                f"layer {path!r} is {tuple(module_shapes[path])} in the base, {(spec.d_in, spec.d_out)} in the adapter",
+                param=param,
+            )

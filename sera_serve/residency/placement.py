@@ -1,0 +1,350 @@
+"""Room on the device: which adapters wait for it, who is evicted for them, and who drains."""
+
+from __future__ import annotations
+
+import enum
+from collections import Counter, OrderedDict
+from collections.abc import Iterator
+from itertools import chain
+
+from sera_serve.errors import CannotPin
+from sera_serve.residency.entry import DELETED, DRAINING, RESIDENT, AdapterEntry, AdapterTable
+from sera_serve.residency.packing import AdapterLayout
+from sera_serve.residency.pool import DevicePool, Placement
+from sera_serve.residency.stats import Tier
+
+# How many adapters that find no room are tried before the rest of the queue is left for later.
+_WINDOW = 16
+
+
+class Outcome(enum.Enum):
+    """Why an adapter leaves the queue for room."""
+
+    PLACED = enum.auto()
+    """Room is reserved for it."""
+    ON_DEVICE = enum.auto()
+    """It is on the device and leases on it may be granted: it was draining, and drains no more."""
+    CANCELLED = enum.auto()
+    """All requests for it were cancelled."""
+    NEVER_FITS = enum.auto()
+    """It does not fit beside the pinned adapters."""
+
+
+class PlacementQueue:
+    """The adapters on the device, and in order of arrival those that wait for room. The caller holds the lock.
+
+    Others may bypass the first in the queue until `max_bypasses` leases have been granted since it came. Then the
+    first is bypassed no more: adapters on the device drain until it fits.
+
+    A leased or pinned adapter is never evicted.
+
+    Attributes:
+        on_device: The adapters on the device by digest, least recently used first.
+        pinned: Of these, the pinned ones.
+        evictions: Adapters that left the device for others so far.
+    """
+
+    def __init__(
+        self, pool: DevicePool, table: AdapterTable, granted: Counter[Tier], max_bypasses: int, pin_share: float
+    ) -> None:
+        """Begin empty.
+
+        Args:
+            pool: Device memory.
+            table: The entries, of which evicted ones are settled.
+            granted: Leases granted so far; others count them.
+            max_bypasses: Leases that may be granted while the first in the queue waits.
+            pin_share: The part of the pool's bytes, and of its slots, that pinned adapters may take.
+        """
+        self.on_device: OrderedDict[str, AdapterEntry] = OrderedDict()
+        self.pinned: dict[str, AdapterEntry] = {}
+        self.evictions = 0
+        self._pool = pool
+        self._table = table
+        self._granted = granted
+        self._max_bypasses = max_bypasses
+        self._pin_share = pin_share
+        self._queue: dict[str, AdapterEntry] = {}
+        self._draining: dict[str, AdapterEntry] = {}
+        # Elements of the evictable adapters: counted, because every load asks for them.
+        self._evictable_elements = 0
+
+    def __len__(self) -> int:
+        return len(self._queue)
+
+    def join(self, entry: AdapterEntry) -> None:
+        """Go to the end of the queue; an adapter in the queue stays where it is."""
+        if not entry.queued:
+            entry.queued_at = self._granted.total()
+            self._queue[entry.digest] = entry
+
+    def clear(self) -> list[AdapterEntry]:
+        """Empty the queue, and return the adapters that left it; nothing drains any more."""
+        self._end_draining()
+        entries = list(self._queue.values())
+        for entry in entries:
+            self._leave(entry)
+        return entries
+
+    def must_drain(self) -> bool:
+        """Whether the first in the queue was bypassed as often as it may be, and no adapter drains for it yet."""
+        return bool(self._queue) and not self._draining and self._is_overdue(next(iter(self._queue.values())))
+
+    def place_waiting(self) -> Iterator[tuple[AdapterEntry, Outcome]]:
+        """Find room for adapters in the queue, and give each that need not wait any more; those have left the queue.
+
+        Call it whenever there may be room. Where there is none for the first in the queue, and the first may not be
+        bypassed any more, adapters drain for it and all others stay in the queue.
+        """
+        drained = self._end_draining()
+        blocked = 0
+        for entry in list(self._queue.values()):
+            outcome = self._place(entry)
+            if outcome is not None:
+                yield entry, outcome
+                continue
+            blocked += 1
+            if blocked == 1 and self._is_overdue(entry):
+                self._drain_for(_layout(entry))
+                break
+            if blocked == _WINDOW:
+                break
+        for entry in drained:
+            # It need not leave any more, wherever in the queue the requests for it stand.
+            if entry.queued and entry.grantable and (outcome := self._place(entry)) is not None:
+                yield entry, outcome
+
+    def place_last(self) -> Iterator[tuple[AdapterEntry, Outcome]]:
+        """`place_waiting` for an adapter that has just joined: since the others were tried, no room came free."""
+        if len(self._queue) == 1:
+            yield from self.place_waiting()
+        elif len(self._queue) <= _WINDOW and not self._is_overdue(next(iter(self._queue.values()))):
+            entry = next(reversed(self._queue.values()))
+            outcome = self._place(entry)
+            if outcome is not None:
+                yield entry, outcome
+
+    def reserve(self, entry: AdapterEntry, spare_wanted: bool = False) -> bool:
+        """Reserve room for an adapter, evicting others where that gives enough; else none is evicted.
+
+        Adapters that no request wants are evicted first, the least recently used before others. Then follow those
+        that some request will want, the latest of them first; none of these with `spare_wanted`.
+        """
+        layout = _layout(entry)
+        entry.placement = self._pool.reserve(layout)
+        if entry.placement is None:
+            for victim in self._victims(layout, spare_wanted):
+                self.remove(victim)
+                self.evictions += 1
+                entry.placement = self._pool.reserve(layout)
+                if entry.placement is not None:
+                    break
+        return entry.placement is not None
+
+    def has_spare_room(self) -> bool:
+        """Whether an adapter of the average size may find room without evicting a leased, pinned or wanted one."""
+        if any(entry.evictable and not entry.wanted for entry in self.on_device.values()):
+            return True
+        placed = len(self._pool.placements())
+        free = self._pool.capacity - self._pool.used
+        return placed < self._pool.slots and free * max(1, placed) >= self._pool.used
+
+    def arrive(self, entry: AdapterEntry) -> None:
+        """Take in an adapter whose copy is complete, as the most recently used."""
+        entry.move_to(DELETED if entry.deleted else RESIDENT)
+        entry.found_in, entry.load_seconds = None, 0.0
+        self.on_device[entry.digest] = entry
+        self._evictable_elements += _layout(entry).elements
+
+    def remove(self, entry: AdapterEntry) -> None:
+        """Take an adapter without leases off the device."""
+        del self.on_device[entry.digest]
+        self._draining.pop(entry.digest, None)
+        if entry.evictable:
+            self._evictable_elements -= _layout(entry).elements
+        self.free(entry)
+
+    def free(self, entry: AdapterEntry) -> None:
+        """Give back an adapter's room, and settle its entry."""
+        if entry.placement is not None:
+            self._pool.remove(entry.placement)
+            entry.placement = None
+        self._table.settle(entry)
+
+    def add_lease(self, entry: AdapterEntry) -> Placement:
+        """Count a lease on an adapter on the device, now the most recently used."""
+        if entry.placement is None or not entry.grantable:
+            raise RuntimeError(f"a lease on adapter {entry.digest}, which is {entry.state.value}")
+        if not entry.leases and not entry.pinned:
+            self._evictable_elements -= entry.placement.adapter.elements
+        entry.leases += 1
+        self.on_device.move_to_end(entry.digest)
+        return entry.placement
+
+    def end_lease(self, entry: AdapterEntry) -> None:
+        """Count a lease less. With its last lease, a deleted adapter leaves the device."""
+        entry.leases -= 1
+        if not entry.leases:
+            if not entry.pinned:
+                self._evictable_elements += _layout(entry).elements
+            if entry.deleted:
+                self.remove(entry)
+
+    def mark_deleted(self, entry: AdapterEntry) -> None:
+        """Have an adapter on the device leave it as soon as no lease is held; it is not pinned any more."""
+        self.unpin(entry)
+        entry.deleted = True
+        if not entry.queued:
+            self._table.host_cache.drop(entry.digest)
+        if not entry.leases:
+            self.remove(entry)
+        elif entry.state is RESIDENT:
+            entry.move_to(DELETED)
+
+    def pin(self, entry: AdapterEntry) -> None:
+        """Never evict an adapter on the device until it is unpinned. Idempotent.
+
+        Raises:
+            CannotPin: Pinned adapters would take too much of the pool, or the adapter is deleted.
+        """
+        if entry.pinned:
+            return
+        if entry.deleted:
+            raise CannotPin("the adapter is being deleted; if it was published anew, pin it again", param="adapter")
+        if (
+            self._pinned_elements() + _layout(entry).elements > self._pin_share * self._pool.capacity
+            or len(self.pinned) + 1 > self._pin_share * self._pool.slots
+        ):
+            raise CannotPin(
+                f"pinned adapters may take {self._pin_share:.0%} of the pool and {len(self.pinned)} are pinned; "
+                "unpin one, or raise pool_mib and max_resident",
+                param="adapter",
+            )
+        if not entry.leases:
+            self._evictable_elements -= _layout(entry).elements
+        entry.pinned = True
+        self.pinned[entry.digest] = entry
+
+    def unpin(self, entry: AdapterEntry) -> None:
+        """Let an adapter be evicted again. Idempotent."""
+        if self.pinned.pop(entry.digest, None) is not None:
+            entry.pinned = False
+            if not entry.leases:
+                self._evictable_elements += _layout(entry).elements
+
+    def check_invariants(self) -> None:
+        """Raise RuntimeError where entries, queue, draining, pins and the pool do not agree."""
+        self._pool.check_invariants()
+        entries = self._table.entries
+        indexes = {
+            "on the device": (self.on_device, {d: e for d, e in entries.items() if e.on_device}),
+            "waiting for room": (self._queue, {d: e for d, e in entries.items() if e.queued}),
+            "draining": (self._draining, {d: e for d, e in entries.items() if e.state is DRAINING}),
+            "pinned": (self.pinned, {d: e for d, e in entries.items() if e.pinned}),
+        }
+        for what, (index, found) in indexes.items():
+            # `dict.__eq__` of an OrderedDict and a dict does not compare the order; entries compare by identity.
+            if index != found:
+                raise RuntimeError(f"the adapters {what} are not those whose entries say so")
+        placements = [entry.placement for entry in entries.values() if entry.placement is not None]
+        if {id(placement) for placement in placements} != {id(placement) for placement in self._pool.placements()}:
+            raise RuntimeError("an adapter has room in the pool and is neither on the device nor on its way there")
+        evictable = sum(_layout(entry).elements for entry in self.on_device.values() if entry.evictable)
+        if evictable != self._evictable_elements:
+            raise RuntimeError("the count of evictable elements is wrong")
+        if self._pinned_elements() > self._pin_share * self._pool.capacity:
+            raise RuntimeError("pinned adapters take more of the pool than they may")
+        if self._draining and not self._queue:
+            raise RuntimeError("adapters drain and none waits for room")
+        in_use = len(placements) > len(self.on_device) or any(entry.leases for entry in self.on_device.values())
+        if not in_use and any(entry.is_awaited() for entry in self._queue.values()):
+            raise RuntimeError("an adapter waits for room although nothing is in use")
+
+    def _place(self, entry: AdapterEntry) -> Outcome | None:
+        """Take an adapter out of the queue if it need not wait any more."""
+        if not entry.is_awaited():
+            outcome = Outcome.CANCELLED
+        elif entry.grantable:
+            outcome = Outcome.ON_DEVICE
+        elif self.reserve(entry):
+            outcome = Outcome.PLACED
+        elif not self._could_fit(_layout(entry)):
+            outcome = Outcome.NEVER_FITS
+        else:
+            return None
+        self._leave(entry)
+        return outcome
+
+    def _leave(self, entry: AdapterEntry) -> None:
+        entry.queued_at = None
+        del self._queue[entry.digest]
+
+    def _is_overdue(self, entry: AdapterEntry) -> bool:
+        return entry.queued_at is not None and self._granted.total() - entry.queued_at >= self._max_bypasses
+
+    def _could_fit(self, layout: AdapterLayout) -> bool:
+        """Whether there would be room if every adapter that is not pinned left."""
+        if not self.pinned:
+            return layout.elements <= self._pool.capacity
+        others = [placed for placed in self._pool.placements() if placed.adapter.digest not in self.pinned]
+        return self._pool.would_fit(layout, others)
+
+    def _drain_for(self, layout: AdapterLayout) -> None:
+        """Drain adapters whose leaving makes room for `layout`: idle ones first, then the least recently used."""
+        candidates = [entry for entry in self.on_device.values() if not entry.pinned]
+        # Stable: within each group the least recently used come first.
+        candidates.sort(key=lambda entry: entry.leases > 0)
+        leaving: list[Placement] = []
+        missing = layout.elements - (self._pool.capacity - self._pool.used)
+        for entry in candidates:
+            entry.move_to(DRAINING)
+            self._draining[entry.digest] = entry
+            leaving.append(_placement(entry))
+            missing -= leaving[-1].adapter.elements
+            if missing <= 0 and self._pool.would_fit(layout, leaving):
+                return
+
+    def _end_draining(self) -> list[AdapterEntry]:
+        drained = list(self._draining.values())
+        for entry in drained:
+            entry.move_to(DELETED if entry.deleted else RESIDENT)
+        self._draining.clear()
+        return drained
+
+    def _victims(self, layout: AdapterLayout, spare_wanted: bool) -> list[AdapterEntry]:
+        """Whom to evict, in this order, until there is room for `layout`; none if that would not give enough."""
+        missing = layout.elements - (self._pool.capacity - self._pool.used)
+        if missing > self._evictable_elements:
+            return []
+        entries = self.on_device.values()
+        unwanted = (entry for entry in entries if entry.evictable and not entry.wanted)
+        latest = () if spare_wanted else reversed(entries)
+        wanted = (entry for entry in latest if entry.evictable and entry.wanted)
+        victims: list[AdapterEntry] = []
+        leaving: list[Placement] = []
+        # Whether they are enough is asked again each time they have doubled: holes are costly to go through.
+        ask_at = 1
+        for entry in chain(unwanted, wanted):
+            victims.append(entry)
+            leaving.append(_placement(entry))
+            missing -= leaving[-1].adapter.elements
+            if missing <= 0 and len(victims) >= ask_at:
+                if self._pool.would_fit(layout, leaving):
+                    return victims
+                ask_at = 2 * len(victims)
+        return victims if self._pool.would_fit(layout, leaving) else []
+
+    def _pinned_elements(self) -> int:
+        return sum(_layout(entry).elements for entry in self.pinned.values())
+
+
+def _layout(entry: AdapterEntry) -> AdapterLayout:
+    if entry.layout is None:
+        raise RuntimeError(f"adapter {entry.digest} was not read yet")
+    return entry.layout
+
+
+def _placement(entry: AdapterEntry) -> Placement:
+    if entry.placement is None:
+        raise RuntimeError(f"adapter {entry.digest} has no room on the device")
+    return entry.placement

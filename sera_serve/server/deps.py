@@ -1,0 +1,155 @@
+"""What routes depend on: the engine's protocol, and FastAPI dependencies for engine, store, settings and metrics.
+
+`sera_serve.engine.ServingEngine` implements the protocol. So does the stub engine of the tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Annotated, Protocol, cast
+
+from fastapi import Depends, Request
+
+from adapters_store import AdapterStore, BaseInfo
+from sera_serve.config import ServeSettings
+from sera_serve.engine import (
+    ClassifyResult,
+    GenerateParams,
+    GenerationResult,
+    Principal,
+    Priority,
+    ResidencyStats,
+    RunnerLoad,
+    Task,
+    TokenDelta,
+)
+from sera_serve.server.metrics import ServerMetrics
+
+
+class ServedBase(Protocol):
+    """The base model, as the check of an uploaded adapter sees it."""
+
+    @property
+    def info(self) -> BaseInfo:
+        """The base model's fingerprint."""
+
+    def module_shapes(self) -> dict[str, tuple[int, int]]:
+        """(d_in, d_out) of every linear layer that an adapter can adapt, by path."""
+
+
+class TokenStream(Protocol):
+    """The deltas of one generation. `result` is set when the deltas are exhausted."""
+
+    @property
+    def id(self) -> str:
+        """Name of the request."""
+
+    @property
+    def adapter(self) -> str | None:
+        """Name of the adapter; None is the base model."""
+
+    @property
+    def version(self) -> int | None:
+        """Version of the adapter; None is the base model."""
+
+    @property
+    def result(self) -> GenerationResult | None:
+        """The outcome, once there is one."""
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds from the request's arrival until the request entered the batch."""
+
+    @property
+    def first_token_s(self) -> float | None:
+        """Seconds from the request's arrival to its first token, or None before the first token."""
+
+    def __aiter__(self) -> AsyncIterator[TokenDelta]:
+        """Return the stream itself."""
+
+    async def __anext__(self) -> TokenDelta:
+        """Return the next delta. Raises SeraServeError if the engine ends the request with an error."""
+
+    async def aclose(self) -> None:
+        """Cancel the rest of the generation and release what the request holds. A no-op on a finished stream."""
+
+
+class Engine(Protocol):
+    """Serves requests. Every refusal is a SeraServeError or a StoreError."""
+
+    @property
+    def base(self) -> ServedBase:
+        """The base model that the engine serves."""
+
+    def start(self) -> None:
+        """Start to accept requests."""
+
+    def stop(self) -> None:
+        """Stop. Blocks until the engine's threads have ended."""
+
+    def mark_deleted(self, digest: str) -> None:
+        """Free the memory of a deleted bundle when no request uses the bundle."""
+
+    def health(self) -> None:
+        """Return if the engine can serve. Raises EngineUnavailable with the reason if it cannot."""
+
+    def ready(self) -> None:
+        """Run `health`. On an idle engine, also check the engine's invariants."""
+
+    def in_flight(self) -> int:
+        """Number of requests in flight, waiting or running."""
+
+    def waiting(self) -> int:
+        """Number of waiting sequences and waiting parts of classifications."""
+
+    def running(self) -> int:
+        """Number of sequences and parts of classifications in a batch."""
+
+    def loads(self) -> Mapping[Task, RunnerLoad]:
+        """What the runner of each task has to do."""
+
+    async def pin(self, digest: str) -> None:
+        """Load an adapter onto the device and keep it there."""
+
+    def unpin(self, digest: str) -> None:
+        """Allow the eviction of a pinned adapter. Idempotent."""
+
+    def stats(self) -> ResidencyStats:
+        """Figures of the adapters' memory."""
+
+    async def generate(self, params: GenerateParams, principal: Principal) -> TokenStream:
+        """Admit a generation for `principal`. Every refusal is raised before the first delta."""
+
+    async def classify(
+        self,
+        adapter: str,
+        inputs: Sequence[str | tuple[str, str]],
+        principal: Principal,
+        priority: Priority = "normal",
+        timeout_s: float | None = None,
+    ) -> ClassifyResult:
+        """Classify each input with the adapter's head, for `principal`. A pair is two sentences of one input."""
+
+
+# The dependencies are coroutines. FastAPI would call plain functions in a thread, and each such call costs several
+# hand-overs of the interpreter's lock.
+async def _engine(request: Request) -> Engine:
+    return cast(Engine, request.app.state.engine)
+
+
+async def _store(request: Request) -> AdapterStore:
+    return cast(AdapterStore, request.app.state.store)
+
+
+async def _settings(request: Request) -> ServeSettings:
+    return cast(ServeSettings, request.app.state.settings)
+
+
+async def _metrics(request: Request) -> ServerMetrics:
+    return cast(ServerMetrics, request.app.state.metrics)
+
+
+EngineOf = Annotated[Engine, Depends(_engine)]
+StoreOf = Annotated[AdapterStore, Depends(_store)]
+SettingsOf = Annotated[ServeSettings, Depends(_settings)]
+MetricsOf = Annotated[ServerMetrics, Depends(_metrics)]

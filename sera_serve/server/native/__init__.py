@@ -1,0 +1,7 @@
+"""The project's own HTTP interface: /v1/generate, /v1/classify and /v1/adapters."""
+
+from sera_serve.server.native import adapters, inference
+
+ROUTERS = (inference.router, adapters.router)
+
+__all__ = ["ROUTERS"]

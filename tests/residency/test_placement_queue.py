@@ -1,0 +1,149 @@
+"""Adapters that wait for room: which may bypass which, and how often."""
+
+from __future__ import annotations
+
+import pytest
+from slow_store import Build, Store, granted, wait_for_loads
+
+from sera_serve import SeraConfig
+from sera_serve.base import FrozenBase
+from sera_serve.residency import LoaderThreads
+from support.factories import random_adapter
+
+
+def test_adapter_that_fits_by_bytes_gets_in_between_leased_ones(
+    build: Build, large: list[str], store: Store, base: FrozenBase
+) -> None:
+    huge = random_adapter(base, SeraConfig(16, 16, 8.0, "all-linear"), seed=9)
+    store.bundles[huge.digest] = huge
+    residency = build(room=3)
+    leases = [granted(residency.acquire(digest)) for digest in large[:3]]
+    leases[0].release()
+    leases[2].release()
+    lease = granted(residency.acquire(huge.digest))
+    assert len(lease.placement.extents) == 2
+    assert residency.resident_digests() == [large[1], huge.digest]
+    stats = residency.stats()
+    assert (stats.evictions, stats.copies) == (2, 5)
+    lease.release()
+    leases[1].release()
+
+
+def test_no_adapter_is_evicted_in_vain(build: Build, large: list[str], small: list[str]) -> None:
+    residency = build(room=1.2, host=4)
+    held = granted(residency.acquire(small[0]))
+    granted(residency.acquire(small[1])).release()
+    hint = residency.prefetch(large[0])
+    wait_for_loads(residency)
+    assert residency.resident_digests() == [small[0], small[1]]
+    hint.release()
+    waiting = residency.acquire(large[0])
+    wait_for_loads(residency)
+    other = granted(residency.acquire(small[2]))
+    assert residency.resident_digests() == [small[0], small[1], small[2]]
+    other.release()
+    held.release()
+    granted(waiting).release()
+
+
+def test_the_first_in_the_queue_is_bypassed_only_so_often(build: Build, large: list[str], small: list[str]) -> None:
+    residency = build(room=1.5, max_bypasses=3)
+    held = granted(residency.acquire(large[0]))
+    waiting = residency.acquire(large[1])
+    wait_for_loads(residency)
+    # A small one that fits beside the one held, and is evicted and asked for again and again.
+    for i in range(3):
+        granted(residency.acquire(small[i % 2])).release()
+    late = residency.acquire(small[2])
+    wait_for_loads(residency)
+    assert not waiting.done() and not late.done()
+    held.release()
+    lease = granted(waiting)
+    granted(late).release()
+    lease.release()
+
+
+def test_adapter_in_constant_use_makes_room_for_one_that_waits(
+    build: Build, large: list[str], small: list[str]
+) -> None:
+    residency = build(room=1.1, max_bypasses=5)
+    leases = [granted(residency.acquire(small[0]))]
+    waiting = residency.acquire(large[0])
+    wait_for_loads(residency)
+    while (future := residency.acquire(small[0])).done():
+        leases.append(granted(future))
+        assert len(leases) <= 6, "it starves"
+    assert len(leases) == 6
+    assert not waiting.done()
+    for lease in leases:
+        lease.release()
+    granted(waiting).release()
+    granted(future).release()
+
+
+def test_no_more_adapters_drain_than_must_and_idle_ones_first(build: Build, large: list[str], small: list[str]) -> None:
+    residency = build(room=1.5, max_bypasses=0)
+    leases = [granted(residency.acquire(digest)) for digest in small]
+    leases[3].release()
+    waiting = residency.acquire(large[0])
+    wait_for_loads(residency)
+    # Three of the four must leave: the idle one, and the two least recently used of the others.
+    behind = [residency.acquire(small[i]) for i in (0, 1, 3)]
+    assert not any(future.done() for future in behind)
+    granted(residency.acquire(small[2])).release()
+    leases[0].release()
+    leases[1].release()
+    lease = granted(waiting)
+    assert set(residency.resident_digests()) >= {large[0], small[2]}
+    lease.release()
+    for future in behind:
+        granted(future).release()
+    leases[2].release()
+
+
+def test_room_of_a_load_that_was_cancelled_goes_to_the_next(build: Build, large: list[str], store: Store) -> None:
+    residency = build(room=1.1, threads=LoaderThreads(at_once=1, stall_s=1000))
+    held = granted(residency.acquire(large[0]))
+    cancelled, following = residency.acquire(large[1]), residency.acquire(large[2])
+    wait_for_loads(residency)
+    store.hold(large[3])
+    last = residency.acquire(large[3])
+    assert store.reading[large[3]].wait(10)
+    # The first in the queue has room now, and is to be read again after the one that the only thread is reading.
+    held.release()
+    assert cancelled.cancel()
+    store.let_go()
+    granted(following).release()
+    granted(last).release()
+
+
+@pytest.mark.parametrize("asked", ["resident", "new"])
+def test_a_cancelled_request_holds_up_no_others(build: Build, large: list[str], small: list[str], asked: str) -> None:
+    residency = build(room=1.5, max_bypasses=0)
+    first = large if asked == "new" else small
+    held = granted(residency.acquire(first[0]))
+    other = granted(residency.acquire(small[1])) if asked == "resident" else None
+    cancelled = residency.acquire(large[1])
+    wait_for_loads(residency)
+    behind = residency.acquire(small[0])
+    wait_for_loads(residency)
+    assert not behind.done()
+    assert cancelled.cancel()
+    granted(behind).release()
+    held.release()
+    if other is not None:
+        other.release()
+
+
+def test_loads_that_find_no_room_are_all_served_in_the_end(build: Build, large: list[str], small: list[str]) -> None:
+    residency = build(room=1.1, slots=1)
+    held = granted(residency.acquire(large[0]))
+    futures = [residency.acquire(digest) for digest in [*large[1:], *small]]
+    wait_for_loads(residency)
+    assert residency.stats().waiting == 7
+    held.release()
+    for future in futures:
+        future.add_done_callback(lambda done: done.result().release())
+    for future in futures:
+        granted(future)
+    assert residency.leases() == 0
