@@ -118,7 +118,8 @@ class StepRunner:
         order = np.argsort(tables.computed[rows], kind="stable")
         rows = rows[order]
         at = tables.computed[rows]
-        pages = tables.pages[rows]
+        # Only the pages of the longest: a table is as wide as the context is long.
+        pages = tables.pages[rows, : int(at[-1]) // PAGE_SIZE + 1 if len(at) else 0]
         ids: list[NDArray[Any]] = [tables.next_token[rows]]
         positions: list[NDArray[Any]] = [at]
         slots: list[NDArray[Any]] = [tables.slot[rows]]

@@ -60,7 +60,8 @@ class GenerationRunner(TaskRunner[GenerationRequest]):
             max_sequences=max_sequences,
             rotary_side=base.rotary.side if base.rotary_context is not None else None,
         )
-        self.runner = StepRunner(paged, context, pool, self.planner.num_rows, pages, base.rotary_context)
+        max_pages = min(pages, -(-base.max_length // PAGE_SIZE))
+        self.runner = StepRunner(paged, context, pool, self.planner.num_rows, max_pages, base.rotary_context)
         self.steps = 0
         # A base that cannot be served is refused now, not in its first step.
         with torch.inference_mode():
