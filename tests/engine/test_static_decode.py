@@ -17,7 +17,7 @@ from sera_serve.base import FrozenBase, freeze_base
 from sera_serve.engine import GenerateParams, GenerationResult, ServingEngine
 from sera_serve.engine.loop.pages import PAGE_SIZE, SCRATCH
 from sera_serve.engine.request import GenerationRequest
-from sera_serve.layers import served
+from sera_serve.layers import served_linear
 from support.engine import Start, generate, settled
 from support.factories import byte_tokenizer, random_adapter
 from support.graph_recorder import Recording, Replayed, static_add_updates
@@ -82,7 +82,7 @@ def adapters(decoder: FrozenBase, store: AdapterStore) -> AdapterStore:
 @pytest.fixture
 def static_updates(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Have the serving layers compute adapters by torch operations: no mode sees what numba does."""
-    return lambda: monkeypatch.setattr(served, "add_updates", static_add_updates(MAX_RANK))
+    return lambda: monkeypatch.setattr(served_linear, "add_updates", static_add_updates(MAX_RANK))
 
 
 @pytest.mark.parametrize(
