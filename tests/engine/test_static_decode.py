@@ -33,7 +33,7 @@ ADAPTERS = [f"acme/a{number}" for number in range(6)]
 
 def ask(number: int, **options: Any) -> GenerateParams:
     """Prompts of 1 to 70 tokens."""
-    return GenerateParams(prompt=f"{number}" * (1 + number * 7 % 71), max_new_tokens=12 + number % 5, **options)
+    return GenerateParams(prompt=f"{number}" * (1 + number * 7 % 71), max_new_tokens=9 + number % 5, **options)
 
 
 def limits(number: int) -> dict[str, Any]:
@@ -106,7 +106,7 @@ def test_replayed_steps_give_what_the_eager_loop_gives(
     replayed = Replayed(engine)
     assert run(engine) == want
     replayed.check()
-    assert replayed.replays > 40
+    assert replayed.replays > 30
     assert len({key for key in replayed.recordings if key.adapters}) >= 2
     assert any(key.sampled and key.truncated for key in replayed.recordings)
     assert len({row for batch in replayed.batches for _, row in batch}) > 4, "other rows than the recorded ones"
@@ -125,7 +125,7 @@ def test_a_pool_full_of_nan_changes_nothing(
         pages.fill_(float("nan"))
     for _ in range(2):
         assert [one.token_ids for one in asyncio.run(all_at_once(engine, batch))] == want
-    assert replayed.replays > 15
+    assert replayed.replays > 10
 
 
 def test_log_probabilities_are_computed_by_eager_steps(
