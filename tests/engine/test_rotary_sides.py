@@ -67,6 +67,8 @@ def tenants(phi3: FrozenBase, store: AdapterStore) -> AdapterStore:
         labeler = random_adapter(
             phi3, SeraConfig(8, 8, 8.0, "all-linear"), seed + 5, ["no", "yes"], strength=0.5, max_length=200
         )
+        # Else every probability is 0 or 1, whatever the frequencies.
+        labeler.tensors["head.weight"] *= 0.1
         store.publish(labeler, f"{tenant}/labels")
     return store
 
