@@ -31,9 +31,10 @@ SHAPES = [
 ADAPTERS = [f"acme/a{number}" for number in range(6)]
 
 
-def ask(number: int, **options: Any) -> GenerateParams:
-    """Prompts of 1 to 70 tokens."""
-    return GenerateParams(prompt=f"{number}" * (1 + number * 7 % 71), max_new_tokens=9 + number % 5, **options)
+def ask(number: int, new_tokens: int = 9, **options: Any) -> GenerateParams:
+    """Prompts of 1 to 94 tokens."""
+    prompt = "".join(chr(97 + (number + place * place) % 26) for place in range(1 + number * 7 % 94))
+    return GenerateParams(prompt=prompt, max_new_tokens=new_tokens + number % 5, **options)
 
 
 def limits(number: int) -> dict[str, Any]:
@@ -48,7 +49,7 @@ def limits(number: int) -> dict[str, Any]:
 
 BATCHES: dict[str, list[GenerateParams]] = {
     "base": [ask(number) for number in range(7)],
-    "adapters": [ask(number, adapter=[*ADAPTERS, None][number % 7]) for number in range(14)],
+    "adapters": [ask(number, 30, adapter=[*ADAPTERS, None][number % 7]) for number in range(14)],
     "fewer rows": [ask(number, adapter=ADAPTERS[-number]) for number in range(3)],
     "sampled": [ask(number, temperature=0.8, seed=number) for number in range(5)],
     "limited": [ask(number, adapter=ADAPTERS[number % 3], seed=number, **limits(number)) for number in range(11)],
