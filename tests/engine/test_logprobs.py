@@ -172,5 +172,6 @@ def test_deltas_have_those_of_their_tokens(decoder: FrozenBase, store: AdapterSt
         printable = next(character for character in whole.text[5:] if character.isascii())
         cut = await stream_of(engine, [printable])
         assert cut.finish_reason == "stop" and 0 < len(cut.logprobs) < 30
+        await settled(engine)
 
     asyncio.run(main())

@@ -17,7 +17,7 @@ from sera_serve.base import FrozenBase, freeze_base
 from sera_serve.engine import GenerateParams, GenerationResult, ServingEngine
 from sera_serve.engine.loop.pages import PAGE_SIZE, SCRATCH
 from sera_serve.engine.request import GenerationRequest
-from sera_serve.layers import served
+from sera_serve.layers import served_linear
 from support.engine import Start, generate, settled
 from support.factories import byte_tokenizer, random_adapter
 from support.graph_recorder import Recording, Replayed, static_add_updates
@@ -31,9 +31,10 @@ SHAPES = [
 ADAPTERS = [f"acme/a{number}" for number in range(6)]
 
 
-def ask(number: int, **options: Any) -> GenerateParams:
-    """Prompts of 1 to 70 tokens."""
-    return GenerateParams(prompt=f"{number}" * (1 + number * 7 % 71), max_new_tokens=12 + number % 5, **options)
+def ask(number: int, new_tokens: int = 9, **options: Any) -> GenerateParams:
+    """Prompts of 1 to 94 tokens."""
+    prompt = "".join(chr(97 + (number + place * place) % 26) for place in range(1 + number * 7 % 94))
+    return GenerateParams(prompt=prompt, max_new_tokens=new_tokens + number % 5, **options)
 
 
 def limits(number: int) -> dict[str, Any]:
@@ -48,7 +49,7 @@ def limits(number: int) -> dict[str, Any]:
 
 BATCHES: dict[str, list[GenerateParams]] = {
     "base": [ask(number) for number in range(7)],
-    "adapters": [ask(number, adapter=[*ADAPTERS, None][number % 7]) for number in range(14)],
+    "adapters": [ask(number, 30, adapter=[*ADAPTERS, None][number % 7]) for number in range(14)],
     "fewer rows": [ask(number, adapter=ADAPTERS[-number]) for number in range(3)],
     "sampled": [ask(number, temperature=0.8, seed=number) for number in range(5)],
     "limited": [ask(number, adapter=ADAPTERS[number % 3], seed=number, **limits(number)) for number in range(11)],
@@ -82,7 +83,7 @@ def adapters(decoder: FrozenBase, store: AdapterStore) -> AdapterStore:
 @pytest.fixture
 def static_updates(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Have the serving layers compute adapters by torch operations: no mode sees what numba does."""
-    return lambda: monkeypatch.setattr(served, "add_updates", static_add_updates(MAX_RANK))
+    return lambda: monkeypatch.setattr(served_linear, "add_updates", static_add_updates(MAX_RANK))
 
 
 @pytest.mark.parametrize(
@@ -106,7 +107,7 @@ def test_replayed_steps_give_what_the_eager_loop_gives(
     replayed = Replayed(engine)
     assert run(engine) == want
     replayed.check()
-    assert replayed.replays > 40
+    assert replayed.replays > 30
     assert len({key for key in replayed.recordings if key.adapters}) >= 2
     assert any(key.sampled and key.truncated for key in replayed.recordings)
     assert len({row for batch in replayed.batches for _, row in batch}) > 4, "other rows than the recorded ones"
@@ -125,7 +126,7 @@ def test_a_pool_full_of_nan_changes_nothing(
         pages.fill_(float("nan"))
     for _ in range(2):
         assert [one.token_ids for one in asyncio.run(all_at_once(engine, batch))] == want
-    assert replayed.replays > 15
+    assert replayed.replays > 10
 
 
 def test_log_probabilities_are_computed_by_eager_steps(
@@ -163,9 +164,10 @@ def test_padding_rows_write_to_the_scratch_page_alone(
         return tokens
 
     replayed.runner.static_step = watched
-    batch = BATCHES["fewer rows"]
-    asyncio.run(all_at_once(engine, batch))
-    assert any((SCRATCH, 0) in changed for changed in written), "three requests, four rows"
+    # Four requests that end one after the other: a row that has had a request becomes padding.
+    asyncio.run(all_at_once(engine, [ask(number, adapter=ADAPTERS[-number]) for number in range(4)]))
+    assert any((SCRATCH, 0) in changed for changed in written)
+    assert any((SCRATCH, 0) not in changed for changed in written)
 
 
 @pytest.mark.parametrize("architecture", ["capped scores and windows", "sinks and experts"])
