@@ -74,7 +74,9 @@ def test_engine_gives_what_generate_gives(
     architecture: str, store: AdapterStore, start_engine: Callable[..., ServingEngine]
 ) -> None:
     torch.manual_seed(0)
-    base = freeze_base(AutoModelForCausalLM.from_config(CONFIGS[architecture]()), byte_tokenizer(), "tiny")
+    base = freeze_base(
+        AutoModelForCausalLM.from_config(CONFIGS[architecture](), attn_implementation="eager"), byte_tokenizer(), "tiny"
+    )
     bundle = random_adapter(base, SeraConfig(4, 4, 4.0, "all-linear"), seed=1, strength=0.5)
     store.publish(bundle, "acme/a")
     # Chunked prefills: windows and masks of later chunks are used too.
