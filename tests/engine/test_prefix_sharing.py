@@ -25,18 +25,19 @@ QUESTIONS = ["Where is the moon?", "Who are you?"]
 
 def test_keys_are_alike_for_one_chain_only() -> None:
     tokens = list(range(PAGE_SIZE))
-    root = root_key("acme/a", 0, b"secret")
+    root = root_key("acme/a", b"secret")
     key = chain_key(root, tokens, b"secret")
-    assert key == chain_key(root_key("acme/a", 0, b"secret"), tokens, b"secret")
+    assert key == chain_key(root_key("acme/a", b"secret"), tokens, b"secret")
     others = [
-        chain_key(root_key("acme/b", 0, b"secret"), tokens, b"secret"),
-        chain_key(root_key("acme/a", 1, b"secret"), tokens, b"secret"),
-        chain_key(root_key("acme/a", 0, b"other"), tokens, b"secret"),
+        chain_key(root_key("acme/b", b"secret"), tokens, b"secret"),
+        chain_key(root_key("acme/a", b"secret", side=1), tokens, b"secret"),
+        chain_key(root_key("acme/a", b"other"), tokens, b"secret"),
+        chain_key(root_key("acme/a", b"secret", adapter_from=1), tokens, b"secret"),
         chain_key(root, tokens, b"other"),
         chain_key(root, [*tokens[:-1], 99], b"secret"),
         chain_key(key, tokens, b"secret"),
     ]
-    assert len({key, *others}) == 7
+    assert len({key, *others}) == 8
     assert all(len(k) == 16 for k in (key, *others))
 
 

@@ -96,9 +96,13 @@ class PagePool:
             raise RuntimeError("a page has a key that does not find it")
 
 
-def root_key(prefix_key: str, side: int, secret: bytes) -> bytes:
-    """Where the chain of one tenant and adapter begins; the other side of a rotary threshold has other keys."""
-    return hashlib.blake2b(f"{side} {prefix_key}".encode(), digest_size=16, key=secret, person=b"root").digest()
+def root_key(prefix_key: str, secret: bytes, side: int = 0, adapter_from: int = 0) -> bytes:
+    """Where the chain of one tenant and adapter begins.
+
+    Keys and values differ on the other side of a rotary threshold, and where the adapter acts from another position on.
+    """
+    start = f"{side} {adapter_from} {prefix_key}".encode()
+    return hashlib.blake2b(start, digest_size=16, key=secret, person=b"root").digest()
 
 
 def chain_key(parent: bytes, tokens: list[int], secret: bytes) -> bytes:

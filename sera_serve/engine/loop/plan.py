@@ -213,10 +213,13 @@ class StepPlanner:
         request.computed = 0
         self._candidates.preempt(request)
 
+    def _root_key(self, request: GenerationRequest) -> bytes:
+        return root_key(request.prefix_key or "", self._secret, request.rotary_side, request.adapter_from)
+
     def _key(self, request: GenerationRequest, page: int) -> bytes:
         keys = request.page_keys
         while len(keys) <= page:
             start = len(keys) * PAGE_SIZE
-            parent = keys[-1] if keys else root_key(request.prefix_key or "", request.rotary_side, self._secret)
+            parent = keys[-1] if keys else self._root_key(request)
             keys.append(chain_key(parent, request.tokens[start : start + PAGE_SIZE], self._secret))
         return keys[page]

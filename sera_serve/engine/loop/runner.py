@@ -46,6 +46,7 @@ class RowTables:
         self.next_token = np.zeros(rows, np.int64)
         self.computed = np.zeros(rows, np.int64)
         self.slot = np.full(rows, NO_ADAPTER, np.int32)
+        self.adapter_from = np.zeros(rows, np.int64)
         self.temperature = np.zeros(rows, np.float32)
         self.top_k = np.zeros(rows, np.int32)
         self.top_p = np.ones(rows, np.float32)
@@ -59,7 +60,7 @@ class RowTables:
         # Padding repeats the request's own first page: what lies in another's might be NaN.
         self.pages[row] = pages[0]
         self.pages[row, : len(pages)] = pages
-        self.slot[row] = request.adapter_slot
+        self.slot[row], self.adapter_from[row] = request.adapter_slot, request.adapter_from
         self.temperature[row], self.top_k[row], self.top_p[row] = request.temperature, request.top_k, request.top_p
         self.seed[row], self.truncates[row] = request.seed, request.has_truncation
         self.is_long[row] = request.rotary_side > 0
@@ -67,6 +68,10 @@ class RowTables:
     def grow(self, request: GenerationRequest) -> None:
         """Note the last page of a request."""
         self.pages[request.row, len(request.pages) - 1] = request.pages[-1]
+
+    def decode_slots(self, rows: NDArray[np.int64]) -> NDArray[np.int32]:
+        """int32, the adapter slot of the token that runs next in each row."""
+        return np.where(self.computed[rows] >= self.adapter_from[rows], self.slot[rows], np.int32(NO_ADAPTER))
 
     def advance(self, request: GenerationRequest) -> None:
         """Note how far a request is, and the token that runs next."""
@@ -122,7 +127,7 @@ class StepRunner:
         pages = tables.pages[rows, : int(at[-1]) // PAGE_SIZE + 1 if len(at) else 0]
         ids: list[NDArray[Any]] = [tables.next_token[rows]]
         positions: list[NDArray[Any]] = [at]
-        slots: list[NDArray[Any]] = [tables.slot[rows]]
+        slots: list[NDArray[Any]] = [tables.decode_slots(rows)]
         places = [np.take_along_axis(pages, (at // PAGE_SIZE)[:, None], 1)[:, 0] * PAGE_SIZE + at % PAGE_SIZE]
         parts = decode_parts(at + 1, pages, self._compiled)
         sampled = [plan.decodes[i] for i in order.tolist()]

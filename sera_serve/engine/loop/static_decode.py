@@ -79,7 +79,7 @@ class StaticDecode:
         values = {
             "ids": tables.next_token[rows],
             "positions": tables.computed[rows],
-            "slots": tables.slot[rows],
+            "slots": tables.decode_slots(rows),
             "pages": tables.pages[rows, : self.key.pages],
             "temperature": tables.temperature[rows],
             "top_k": tables.top_k[rows],

@@ -120,6 +120,7 @@ class GenerationRunner(TaskRunner[GenerationRequest]):
     def _fail(self, plan: StepPlan, error: Exception) -> None:
         """End the requests of a failed step, and nothing else; raise where the model itself has failed."""
         logger.error("a step of %d requests failed", len(plan.requests()), exc_info=error)
+        # Before the leases end: the probe waits for the device, which may still use their slots.
+        self.runner.probe()
         for request in plan.requests():
             self.end(request, FinishReason.FAILED, EngineUnavailable(str(error)))
-        self.runner.probe()
