@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +14,7 @@ from sera_kernels import NO_ADAPTER, AdapterBatch
 from sera_serve.base import RotaryContext
 from sera_serve.engine.loop.attention import KeyValuePool, Part, StepContext, decode_parts
 from sera_serve.engine.loop.hugging_face import PagedModel
-from sera_serve.engine.loop.pages import PAGE_SIZE
+from sera_serve.engine.loop.pages import PAGE_SIZE, SCRATCH
 from sera_serve.engine.loop.plan import StepPlan
 from sera_serve.engine.request import GenerationRequest, TokenLogprobs
 from sera_serve.engine.sampling import perturbed_scores, sampling_keys
@@ -79,6 +78,94 @@ class RowTables:
         self.next_token[request.row] = request.tokens[request.computed]
 
 
+class PackedStep:
+    """The tokens of a step, sequence after sequence: decodes first, then chunks of prompts.
+
+    Attributes:
+        ids, positions, places: int64 arrays, to be joined: each token, its place in its sequence, and in the pool.
+        slots: int32 arrays, likewise: each token's adapter.
+        sides: bool arrays, likewise: whether a token's sequence is beyond the rotary threshold.
+        parts: What attention does, in the order of the tokens.
+        keep: Tokens whose logits are wanted.
+        sampled: Requests that get a new token, in the order of these logits.
+        prompts: Requests that want log-probabilities of their prompt, with the first of their logits and how many.
+    """
+
+    def __init__(self, tables: RowTables, compiled: bool) -> None:
+        self._tables, self._compiled = tables, compiled
+        self.ids: list[NDArray[np.int64]] = []
+        self.positions: list[NDArray[np.int64]] = []
+        self.places: list[NDArray[np.int64]] = []
+        self.slots: list[NDArray[np.int32]] = []
+        self.sides: list[NDArray[np.bool_]] = []
+        self.parts: list[Part] = []
+        self.keep: list[int] = []
+        self.sampled: list[GenerationRequest] = []
+        self.prompts: list[tuple[GenerationRequest, int, int]] = []
+        self._total = 0
+
+    def add_decodes(self, requests: list[GenerationRequest]) -> None:
+        """Add one token of each request, by ascending length; before any chunk."""
+        if not requests:
+            return
+        tables = self._tables
+        rows = np.array([request.row for request in requests], np.int64)
+        order = np.argsort(tables.computed[rows], kind="stable")
+        rows = rows[order]
+        at = tables.computed[rows]
+        # Only the pages of the longest: a table is as wide as the context is long.
+        pages = tables.pages[rows, : int(at[-1]) // PAGE_SIZE + 1]
+        page = np.take_along_axis(pages, (at // PAGE_SIZE)[:, None], 1)[:, 0]
+        self._add(tables.next_token[rows], at, tables.decode_slots(rows), page, tables.is_long[rows])
+        self.parts += decode_parts(at + 1, pages, self._compiled)
+        self.sampled += [requests[place] for place in order.tolist()]
+        self.keep += range(len(requests))
+
+    def add_chunk(self, request: GenerationRequest, count: int) -> None:
+        """Add the next tokens of a request; chunks of one length that begin a prompt come one after the other."""
+        start, end, first = request.computed, request.computed + count, self._total
+        at, pages = np.arange(start, end), self._tables.pages[request.row]
+        slots = np.where(at >= request.adapter_from, np.int32(request.adapter_slot), np.int32(NO_ADAPTER))
+        side = np.full(count, request.rotary_side > 0)
+        self._add(np.array(request.tokens[start:end], np.int64), at, slots, pages[at // PAGE_SIZE], side)
+        last = self.parts[-1] if self.parts else None
+        if start:
+            self.parts.append(Part(count, np.array([end]), pages[None, : -(-end // PAGE_SIZE)]))
+        elif last is not None and last.table is None and last.new == count:
+            last.lengths = np.append(last.lengths, count)
+        else:
+            self.parts.append(Part(count, np.array([count])))
+        is_last = end == len(request.tokens)
+        if _wants_prompt_logprobs(request):
+            self.prompts.append((request, len(self.keep), count))
+            self.keep += range(first, first + count)
+        elif is_last:
+            self.keep.append(first + count - 1)
+        if is_last:
+            self.sampled.append(request)
+
+    def add_padding(self) -> None:
+        """Add one token of no request: it uses no adapter and writes to the scratch page."""
+        zero = np.zeros(1, np.int64)
+        self._add(zero, zero, np.full(1, NO_ADAPTER, np.int32), np.full(1, SCRATCH), np.zeros(1, bool))
+        self.parts.append(Part(1, np.array([1])))
+
+    def _add(
+        self,
+        ids: NDArray[np.int64],
+        at: NDArray[np.int64],
+        slots: NDArray[np.int32],
+        pages: NDArray[np.int64],
+        sides: NDArray[np.bool_],
+    ) -> None:
+        self.ids.append(ids)
+        self.positions.append(at)
+        self.slots.append(slots)
+        self.places.append(pages * PAGE_SIZE + at % PAGE_SIZE)
+        self.sides.append(sides)
+        self._total += len(ids)
+
+
 class StepRunner:
     """Runs steps on one model and one pool; the loop's thread alone uses it."""
 
@@ -118,60 +205,26 @@ class StepRunner:
             and all(request.logprobs is None for request in plan.decodes)
         ):
             return StepOutcome(plan.decodes, self.static_step(plan.decodes))
-        tables = self.tables
-        rows = np.array([request.row for request in plan.decodes], np.int64)
-        order = np.argsort(tables.computed[rows], kind="stable")
-        rows = rows[order]
-        at = tables.computed[rows]
-        # Only the pages of the longest: a table is as wide as the context is long.
-        pages = tables.pages[rows, : int(at[-1]) // PAGE_SIZE + 1 if len(at) else 0]
-        ids: list[NDArray[Any]] = [tables.next_token[rows]]
-        positions: list[NDArray[Any]] = [at]
-        slots: list[NDArray[Any]] = [tables.decode_slots(rows)]
-        places = [np.take_along_axis(pages, (at // PAGE_SIZE)[:, None], 1)[:, 0] * PAGE_SIZE + at % PAGE_SIZE]
-        parts = decode_parts(at + 1, pages, self._compiled)
-        sampled = [plan.decodes[i] for i in order.tolist()]
-        keep = list(range(len(sampled)))
-        total = len(sampled)
+        packed = PackedStep(self.tables, self._compiled)
+        packed.add_decodes(plan.decodes)
         # Prompts of one length that begin here are attended in one call.
-        chunks = sorted(plan.chunks, key=lambda chunk: (chunk[0].computed > 0, chunk[1]))
-        with_prompt: list[tuple[GenerationRequest, int, int]] = []
-        for request, count in chunks:
-            start, end = request.computed, request.computed + count
-            position, own = np.arange(start, end), tables.pages[request.row]
-            ids.append(np.array(request.tokens[start:end], np.int64))
-            positions.append(position)
-            slots.append(_chunk_slots(request, position))
-            places.append(own[position // PAGE_SIZE] * PAGE_SIZE + position % PAGE_SIZE)
-            _add_chunk(parts, start, count, own)
-            if _wants_prompt_logprobs(request):
-                with_prompt.append((request, len(keep), count))
-                keep += range(total, total + count)
-                if end == len(request.tokens):
-                    sampled.append(request)
-            elif end == len(request.tokens):
-                sampled.append(request)
-                keep.append(total + count - 1)
-            total += count
+        for request, count in sorted(plan.chunks, key=lambda chunk: (chunk[0].computed > 0, chunk[1])):
+            packed.add_chunk(request, count)
         if self._rotary is not None:
-            self._rotary.long_tokens = self._long_tokens(rows, chunks)
-        logits = self._forward(
-            [np.concatenate(ids), np.concatenate(positions), np.concatenate(slots), np.concatenate(places)],
-            parts,
-            keep if plan.chunks else None,
-        )
-        if with_prompt:
-            logits = _take_prompt_logprobs(logits, with_prompt)
-        return StepOutcome(sampled, self._sample(logits, sampled))
+            self._rotary.long_tokens = torch.from_numpy(np.concatenate(packed.sides)).to(self._model.device)
+        logits = self._forward(packed, packed.keep if plan.chunks else None)
+        if packed.prompts:
+            logits = _take_prompt_logprobs(logits, packed.prompts)
+        return StepOutcome(packed.sampled, self._sample(logits, packed.sampled))
 
     def probe(self) -> None:
         """Run one token of the base model on the scratch page; raises what the forward pass raises."""
         if self._rotary is not None:
             # Left from a failed step, of another number of tokens.
             self._rotary.long_tokens = None
-        zero = np.zeros(1, np.int64)
-        packed: list[NDArray[Any]] = [zero, zero, np.full(1, NO_ADAPTER, np.int32), zero]
-        self._forward(packed, [Part(1, np.array([1]))], None).argmax(-1).tolist()
+        packed = PackedStep(self.tables, self._compiled)
+        packed.add_padding()
+        self._forward(packed, None).argmax(-1).tolist()
 
     def _enter(self, plan: StepPlan) -> None:
         for request in plan.entered:
@@ -184,13 +237,17 @@ class StepRunner:
         if partial:
             self._pool.clear(partial)
 
-    def _forward(self, packed: list[NDArray[Any]], parts: list[Part], keep: list[int] | None) -> Tensor:
+    def _forward(self, packed: PackedStep, keep: list[int] | None) -> Tensor:
+        """float32 logits (kept tokens, vocabulary); with `keep` None, of all tokens."""
         device = self._model.device
-        base_only = bool((packed[2] == NO_ADAPTER).all())
-        ids, positions, slots, places = (torch.from_numpy(array).to(device) for array in packed)
+        base_only = all((slots == NO_ADAPTER).all() for slots in packed.slots)
+        ids, positions, slots, places = (
+            torch.from_numpy(np.concatenate(arrays)).to(device)
+            for arrays in (packed.ids, packed.positions, packed.slots, packed.places)
+        )
         # An empty list would make an index of another dtype.
         kept: Tensor | int = 0 if keep is None else torch.tensor(keep, dtype=torch.int64, device=device)
-        step = StepContext(self._pool, places, parts)
+        step = StepContext(self._pool, places, packed.parts)
         with self._context.run(None if base_only else AdapterBatch(slots)):
             return self._model.logits(ids[None], positions[None], step, kept)
 
@@ -215,28 +272,6 @@ class StepRunner:
             if request.logprobs is not None:
                 request.token_logprobs.append(_logprobs(logits[index], tokens[index], request.logprobs))
         return tokens
-
-    def _long_tokens(self, rows: NDArray[np.int64], chunks: list[tuple[GenerationRequest, int]]) -> Tensor:
-        """bool (tokens,), which tokens of the step belong to requests beyond the rotary threshold."""
-        sides = [self.tables.is_long[rows], *(np.full(count, request.rotary_side > 0) for request, count in chunks)]
-        long = np.concatenate(sides)
-        return torch.from_numpy(long).to(self._model.device)
-
-
-def _add_chunk(parts: list[Part], start: int, count: int, pages: NDArray[np.int64]) -> None:
-    if start:
-        end = start + count
-        parts.append(Part(count, np.array([end]), pages[None, : -(-end // PAGE_SIZE)]))
-    elif parts and parts[-1].table is None and parts[-1].new == count:
-        parts[-1].lengths = np.append(parts[-1].lengths, count)
-    else:
-        parts.append(Part(count, np.array([count])))
-
-
-def _chunk_slots(request: GenerationRequest, position: NDArray[np.int64]) -> NDArray[np.int32]:
-    slots = np.full(len(position), request.adapter_slot, np.int32)
-    slots[position < request.adapter_from] = NO_ADAPTER
-    return slots
 
 
 def _wants_prompt_logprobs(request: GenerationRequest) -> bool:
