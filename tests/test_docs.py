@@ -13,7 +13,9 @@ import sera_serve.errors
 from adapters_store import AdapterStore, StoreError
 from sera_serve.config import ServeSettings
 from sera_serve.engine import ServingEngine
+from sera_serve.engine.request import TRANSITIONS as REQUEST_TRANSITIONS
 from sera_serve.errors import SeraServeError
+from sera_serve.residency import TRANSITIONS as ADAPTER_TRANSITIONS
 from sera_serve.server import build_app, errors, strict
 from sera_serve.server.native import schemas, uploads
 from support.factories import random_decoder
@@ -93,3 +95,12 @@ def test_the_readme_names_targets_that_the_makefile_has() -> None:
     targets = set(re.findall(r"^([a-z]+):", makefile, re.MULTILINE))
     named = set(re.findall(r"`?\bmake ([a-z]+)", (REPOSITORY / "README.md").read_text(encoding="utf-8")))
     assert {"serve", "test"} <= named <= targets
+
+
+def test_the_drawn_states_are_those_of_the_code() -> None:
+    text = (REPOSITORY / "docs" / "architecture.md").read_text(encoding="utf-8")
+    drawings = re.findall(r"```mermaid\nstateDiagram-v2\n(.*?)```", text, re.DOTALL)
+    assert len(drawings) == 2
+    for drawing, transitions in zip(drawings, (REQUEST_TRANSITIONS, ADAPTER_TRANSITIONS), strict=True):
+        drawn = set(re.findall(r"^ *([A-Z_]+) --> ([A-Z_]+):", drawing, re.MULTILINE))
+        assert drawn == {(state.name, then.name) for state, follow in transitions.items() for then in follow}
