@@ -32,7 +32,7 @@ from sera_serve.engine.request import (
 from sera_serve.engine.scheduler import Scheduler
 from sera_serve.engine.stream import Detokenizer, EventReader, GenerationStream, Mailbox, deadline_exceeded
 from sera_serve.engine.tasks import ClassificationRunner, GenerationRunner, RunnerLoad, TaskRunner
-from sera_serve.engine.tasks.classify import ClassifyResult
+from sera_serve.engine.tasks.classify import ClassifyResult, split_call
 from sera_serve.errors import EngineUnavailable, PromptTooLong, UnsupportedTask
 from sera_serve.layers import AdapterContext, attach_serving, find_shared_inputs
 from sera_serve.residency import AdapterResidency, DevicePool, HostCache, ResidencyStats
@@ -73,26 +73,25 @@ class ServingEngine:
         self._cpu_threads = settings.cpu_threads or torch.get_num_threads()
         # After the first call, which turns truncation off for good, calls of several threads leave the tokenizer alone.
         base.tokenizer("")
-        self._classification = self._make_classification()
-        self._generation = self._make_generation() if base.kind == "decoder" else None
-        self._runners: list[TaskRunner[GenerationRequest] | TaskRunner[ClassificationRequest]] = [self._classification]
-        if self._generation is not None:
-            self._runners.append(self._generation)
+        # By task; a base without a runner for a task does not serve it.
+        self.runners: dict[Task, TaskRunner[Any]] = {"classify": self._make_classification()}
+        if base.kind == "decoder":
+            self.runners["generate"] = self._make_generation()
 
     def start(self) -> None:
         """Start the runners' threads."""
-        for runner in self._runners:
+        for runner in self.runners.values():
             runner.start()
 
     def stop(self) -> None:
         """Stop at once: the requests in flight are told so."""
-        for runner in self._runners:
+        for runner in self.runners.values():
             runner.stop()
         self.residency.close()
 
     def failure(self) -> str | None:
         """Why the engine cannot serve, or None while it can."""
-        return self._unsound or next(filter(None, (runner.failure() for runner in self._runners)), None)
+        return self._unsound or next(filter(None, (runner.failure() for runner in self.runners.values())), None)
 
     def health(self) -> None:
         """Raise EngineUnavailable with the reason when the engine cannot serve."""
@@ -130,15 +129,15 @@ class ServingEngine:
 
     def waiting(self) -> int:
         """How many requests, and parts of classifications, wait for their turn."""
-        return sum(runner.load().waiting for runner in self._runners)
+        return sum(runner.load().waiting for runner in self.runners.values())
 
     def running(self) -> int:
         """How many requests, and parts of classifications, are in a batch."""
-        return sum(runner.load().running for runner in self._runners)
+        return sum(runner.load().running for runner in self.runners.values())
 
     def loads(self) -> dict[Task, RunnerLoad]:
         """What each runner has to do."""
-        return {runner.task: runner.load() for runner in self._runners}
+        return {task: runner.load() for task, runner in self.runners.items()}
 
     def stats(self) -> ResidencyStats:
         """Figures of the adapters' memory."""
@@ -159,10 +158,7 @@ class ServingEngine:
             EngineUnavailable: The engine is not running.
             StoreError: The adapter does not exist, or does not fit the base.
         """
-        self.health()
-        runner = self._generation
-        if runner is None:
-            raise UnsupportedTask("this base is an encoder; it serves classify, not generate", param="adapter")
+        runner = self._runner("generate")
         deadline = _deadline_after(params.timeout_s)
         request = GenerationRequest(
             principal=principal,
@@ -179,7 +175,7 @@ class ServingEngine:
         with self._admitted(request):
             tokens = await self._prompt(params)
             if params.adapter is not None:
-                request.adapter = await asyncio.to_thread(self._resolve, params.adapter, runner.task)
+                request.adapter = await asyncio.to_thread(self._resolve, params.adapter, "generate")
                 # Two tenants may have published one bundle: they share its weights, and not what was asked of it.
                 request.prefix_key = f"{principal.tenant}/{request.adapter.digest}"
             request.tokens, request.prompt_tokens = tokens, len(tokens)
@@ -217,8 +213,7 @@ class ServingEngine:
             InvalidRequest: An input has no tokens.
             TenantOverloaded, Overloaded, DeadlineExceeded, EngineUnavailable, StoreError: As in `generate`.
         """
-        self.health()
-        runner = self._classification
+        runner = self._runner("classify")
         deadline = _deadline_after(timeout_s)
         reader = EventReader(self._mailbox_here())
         call = ClassificationRequest(
@@ -227,7 +222,7 @@ class ServingEngine:
         with self._admitted(call):
             resolved, call.rows = await asyncio.to_thread(self._rows, adapter, inputs)
             call.adapter = resolved
-            parts = runner.split(call)
+            parts = split_call(call, self.settings.classify_max_batch, self.settings.max_batch_tokens)
             runner.submit(parts)
             try:
                 await self._started(parts[0], reader, deadline)
@@ -243,6 +238,14 @@ class ServingEngine:
         results = [score for _, score in sorted(scores.items()) if score is not None]
         return ClassifyResult(resolved.adapter, resolved.version, results, parts[0].waited_s)
 
+    def _runner(self, task: Task) -> TaskRunner[Any]:
+        """The runner of a task; raises EngineUnavailable where the engine cannot serve, UnsupportedTask without one."""
+        self.health()
+        if task not in self.runners:
+            served = ", ".join(self.runners)
+            raise UnsupportedTask(f"base {self.base.name!r} serves {served}, not {task}", param="adapter")
+        return self.runners[task]
+
     @contextmanager
     def _admitted(self, request: Request) -> Iterator[None]:
         """Count a call; an error inside the block counts it no more."""
@@ -255,7 +258,7 @@ class ServingEngine:
 
     def _shed(self, tenant: str) -> bool:
         error = self._admission.refusal(tenant)
-        return any(runner.shed(tenant, error) for runner in self._runners)
+        return any(runner.shed(tenant, error) for runner in self.runners.values())
 
     async def _started(self, request: Request, reader: EventReader, deadline: float | None) -> None:
         """Wait until a request runs; raises why it does not."""
@@ -289,7 +292,7 @@ class ServingEngine:
         return tokens
 
     def _rows(self, adapter: str, inputs: Sequence[str | tuple[str, str]]) -> tuple[ResolvedAdapter, list[ModelInputs]]:
-        resolved = self._resolve(adapter, self._classification.task)
+        resolved = self._resolve(adapter, "classify")
         return resolved, self.base.preprocessor.rows(inputs, resolved.max_length or self.base.max_length)
 
     def _resolve(self, adapter: str, task: Task) -> ResolvedAdapter:

@@ -21,8 +21,7 @@ def test_an_adapter_acts_from_its_position_on(decoder: FrozenBase, store: Adapte
     bundle = random_adapter(decoder, SHAPE, 1)
     store.publish(bundle, "acme/a")
     engine = start_engine(decoder, store, max_batch_tokens=16)
-    runner = engine._generation
-    assert runner is not None
+    runner = engine.runners["generate"]
     resolved = store.resolve("acme/a")
     positions = [0, 20, len(PROMPT), 1000]
     requests = [

@@ -108,7 +108,7 @@ def test_a_failing_batch_fails_its_rows_only(
         raise RuntimeError("no memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine._classification, "_classify", broken)
+        patch.setattr(engine.runners["classify"], "_classify", broken)
         with pytest.raises(EngineUnavailable, match="no memory"):
             asyncio.run(classify(engine, "acme/c0", TEXTS))
     assert len(asyncio.run(classify(engine, "acme/c0", TEXTS)).results) == len(TEXTS)
@@ -120,14 +120,14 @@ def test_cancelled_request_keeps_its_adapter_until_its_rows_are_done(
     publish(decoder, store)
     engine = start_engine(decoder, store, classify_max_batch=1)
     running, proceed = threading.Event(), threading.Event()
-    run = engine._classification._classify
+    run = engine.runners["classify"]._classify
 
     def slow(rows: object) -> object:
         running.set()
         proceed.wait(10)
         return run(rows)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(engine._classification, "_classify", slow)
+    monkeypatch.setattr(engine.runners["classify"], "_classify", slow)
 
     async def main() -> None:
         request = asyncio.create_task(classify(engine, "acme/c0", TEXTS))

@@ -254,8 +254,7 @@ def test_what_lies_in_pages_of_others_does_not_matter(
 
     want = run(start_engine(decoder, store))
     engine = ServingEngine(decoder, store, ServeSettings(pool_mib=8, kv_cache_tokens=1024, max_batch_tokens=50))
-    assert engine._generation is not None
-    runner = engine._generation.runner
+    runner = engine.runners["generate"].runner
     runner._compiled = runner._compiled and compiled
     for pages in runner._pool._stores.values():
         pages.fill_(float("nan"))

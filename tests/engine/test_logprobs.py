@@ -148,7 +148,7 @@ def test_they_go_on_across_a_preemption(
         return results
 
     results = asyncio.run(main())
-    assert engine._generation is not None and engine._generation.load().preemptions > 0
+    assert engine.runners["generate"] is not None and engine.runners["generate"].load().preemptions > 0
     for prompt, result in zip(prompts, results, strict=True):
         check_result(writer, prompt, result, 2, 1)
 

@@ -112,7 +112,7 @@ def test_streams_are_what_each_gives_alone(
         return outcomes
 
     outcomes = asyncio.run(together())
-    assert engine._generation is not None and engine._generation.load().preemptions > 0
+    assert engine.runners["generate"] is not None and engine.runners["generate"].load().preemptions > 0
     for (deltas, result), want, params in zip(outcomes, alone, requests(), strict=True):
         check_same(result, want)
         assert result.completion_tokens == len(result.token_ids)
@@ -162,9 +162,9 @@ def test_the_counter_of_the_only_tenant_is_what_it_was_served(
         return await asyncio.gather(*(collect(engine, prompt=p, max_new_tokens=NEW_TOKENS) for p in prompts))
 
     results = asyncio.run(main())
-    assert engine._generation is not None and engine._generation.load().preemptions > 0
+    assert engine.runners["generate"] is not None and engine.runners["generate"].load().preemptions > 0
     served = sum(r.prompt_tokens * PROMPT_WEIGHT + r.completion_tokens * OUTPUT_WEIGHT for r in results)
-    assert engine._generation.scheduler.counter("_base") == served
+    assert engine.runners["generate"].scheduler.counter("_base") == served
 
 
 @pytest.mark.parametrize("seed", range(2))

@@ -165,8 +165,7 @@ def test_a_failed_step_of_long_and_short_tokens_fails_nothing_else(
     phi3: FrozenBase, tenants: AdapterStore, start_engine: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = start_engine(phi3, tenants)
-    assert engine._generation is not None
-    runner = engine._generation.runner
+    runner = engine.runners["generate"].runner
 
     async def main() -> None:
         with monkeypatch.context() as patch:
@@ -186,13 +185,13 @@ def test_short_and_long_rows_of_two_tenants_are_classified_in_one_pass(
 ) -> None:
     engine = start_engine(phi3, tenants, classify_max_batch=8)
     passes: list[set[tuple[str, int]]] = []
-    classify_rows: Callable[..., Any] = engine._classification._classify
+    classify_rows: Callable[..., Any] = engine.runners["classify"]._classify
 
     def noted(rows: list[_Row]) -> Any:
         passes.append({(row.request.tenant, len(row.inputs)) for row in rows})
         return classify_rows(rows)
 
-    monkeypatch.setattr(engine._classification, "_classify", noted)
+    monkeypatch.setattr(engine.runners["classify"], "_classify", noted)
     # Lengths on both sides of the threshold that one pass takes, and the threshold itself.
     # Of varied tokens: where all values are alike, frequencies change nothing.
     inputs = {"acme": [LONG_PROMPT[:20], LONG_PROMPT[5:37]], "rival": [LONG_PROMPT[3:36], LONG_PROMPT[7:47]]}

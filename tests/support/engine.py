@@ -77,9 +77,9 @@ async def settled(engine: ServingEngine) -> None:
 def check_invariants(engine: ServingEngine) -> None:
     """Check residency, and the scheduler and the pages of every runner; nothing may be in flight."""
     engine.residency.check_invariants()
-    for runner in engine._runners:
+    for runner in engine.runners.values():
         runner.scheduler.check_invariants()
-    if engine._generation is not None:
-        planner = engine._generation.planner
+    if "generate" in engine.runners:
+        planner = engine.runners["generate"].planner
         planner.check_invariants()
         assert not planner.running and planner.pages.available() == planner.pages.count

@@ -112,12 +112,11 @@ class Replayed:
     """
 
     def __init__(self, engine: ServingEngine) -> None:
-        assert engine._generation is not None
         self.recordings: dict[StaticKey, Recording] = {}
         self.replays = 0
         self.batches: list[tuple[tuple[str, int], ...]] = []
         self._steps: dict[StaticKey, StaticDecode] = {}
-        self.runner = engine._generation.runner
+        self.runner = engine.runners["generate"].runner
         self._pages = -(-engine._context_tokens // PAGE_SIZE)
         self.runner.static_step = self.run
 

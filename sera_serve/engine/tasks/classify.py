@@ -101,28 +101,6 @@ class ClassificationRunner(TaskRunner[ClassificationRequest]):
         self._rows: list[_Row] = []
         self._requests: list[ClassificationRequest] = []
 
-    def split(self, call: ClassificationRequest) -> list[ClassificationRequest]:
-        """The parts of a call, by ascending length of their rows; others may run between two parts."""
-        parts = []
-        for positions in _passes(call.rows, self._max_rows, self._max_tokens):
-            rows = [call.rows[position] for position in positions]
-            parts.append(
-                ClassificationRequest(
-                    principal=call.principal,
-                    id=call.id,
-                    priority=call.priority,
-                    prompt_tokens=sum(map(len, rows)),
-                    num_rows=len(rows),
-                    adapter=call.adapter,
-                    parent=call,
-                    reader=call.reader,
-                    arrived=call.arrived,
-                    rows=rows,
-                    positions=positions,
-                )
-            )
-        return parts
-
     def in_batch(self) -> list[ClassificationRequest]:
         """The requests in the batch."""
         return list(self._requests)
@@ -195,6 +173,29 @@ class ClassificationRunner(TaskRunner[ClassificationRequest]):
                 by_label = dict(zip(config.labels or [], row_probabilities, strict=True))
                 scores[index] = LabelScores(max(by_label, key=by_label.__getitem__), by_label)
         return [scores[index] for index in range(len(rows))]
+
+
+def split_call(call: ClassificationRequest, max_rows: int, max_tokens: int) -> list[ClassificationRequest]:
+    """The parts of a call, each of what one pass may take, by ascending length; others may run between two parts."""
+    parts = []
+    for positions in _passes(call.rows, max_rows, max_tokens):
+        rows = [call.rows[position] for position in positions]
+        parts.append(
+            ClassificationRequest(
+                principal=call.principal,
+                id=call.id,
+                priority=call.priority,
+                prompt_tokens=sum(map(len, rows)),
+                num_rows=len(rows),
+                adapter=call.adapter,
+                parent=call,
+                reader=call.reader,
+                arrived=call.arrived,
+                rows=rows,
+                positions=positions,
+            )
+        )
+    return parts
 
 
 def _passes(rows: Sequence[ModelInputs], max_rows: int, max_tokens: int) -> Iterator[list[int]]:
