@@ -31,7 +31,7 @@ class FairQueue(Generic[R]):
     where pages run out, hence M.
 
     A tenant that had nothing waiting is lifted to the lowest counter of the tenants that have: an idle tenant saves up
-    no claim. Parked requests, such as those whose adapter is loading, hold nobody up and keep their place.
+    no claim. A parked request, such as one whose adapter is loading, delays no other request and keeps its place.
     Not thread-safe: the caller holds a lock.
     """
 

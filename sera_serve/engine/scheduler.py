@@ -197,8 +197,8 @@ class Scheduler(Generic[R]):
         """Finish a running request; no step may use its slot any more."""
         with self._lock:
             self._running.discard(request)
-        # First, so that whoever sees that the request is finished finds nothing held for it. No other thread can finish
-        # a request that runs.
+        # First: a reader that sees the request finished then finds nothing held for it. No other thread can finish a
+        # request that runs.
         self._give_back(request, reason)
         with self._lock:
             request.finish(reason, error)

@@ -141,7 +141,7 @@ class StepPlanner:
             for request in decodes:
                 self._plan_decode(plan, request)
             return False
-        # In the order of the claims: whoever is preempted comes after all that are planned.
+        # In the order of the claims: a preempted request comes after all requests that are planned.
         order = sorted(self.running, key=self._candidates.priority_key)
         at = 0
         while at < len(order):
