@@ -131,7 +131,7 @@ class Soak:
     async def _integrity(self) -> dict[str, Any]:
         async with httpx.AsyncClient(base_url=self._url, timeout=60) as client:
             answer = await client.get("/integrity")
-        self.ledger.expect("books balance", answer.status_code == 200, answer.text)
+        self.ledger.expect("invariants hold", answer.status_code == 200, answer.text)
         held: dict[str, Any] = answer.json()
         return held
 
