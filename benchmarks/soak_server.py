@@ -1,4 +1,4 @@
-"""The server of the soak: the product's, in a process of its own, which also answers whether its invariants hold."""
+"""The server of the soak: the product's, in a process of its own, which also says whether its invariants hold."""
 
 from __future__ import annotations
 
