@@ -13,6 +13,7 @@ from adapters_store.format.bundle import AdapterBundle, validate_bundle
 from adapters_store.format.config import FORMAT_VERSION, AdapterConfig, BaseInfo, ModuleSpec
 from adapters_store.format.mmap_buffer import writable_memory
 from adapters_store.format.safetensors_file import BundleLimits
+from adapters_store.format.strict_json import parse_json
 from adapters_store.format.validation import check_base, check_same_base, expected_shapes
 from adapters_store.names import parse_adapter, parse_ref
 from adapters_store.records import AdapterInfo, AdapterSummary, Freed, Page, Published, ResolvedAdapter
@@ -44,6 +45,7 @@ __all__ = [
     "expected_shapes",
     "export_peft",
     "parse_adapter",
+    "parse_json",
     "parse_ref",
     "validate_bundle",
     "writable_memory",

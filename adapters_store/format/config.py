@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal, NoReturn
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -19,6 +19,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from adapters_store.errors import InvalidConfig, UnsupportedFormat
+from adapters_store.format.strict_json import parse_json
 
 FORMAT_VERSION = 1
 PARAM = "adapter_config"
@@ -178,28 +179,12 @@ def canonical_json(value: Any) -> str:
 def parse_json_object(text: str | bytes) -> dict[str, Any]:
     """Parse strict JSON: UTF-8, one object, no key twice, no NaN or Infinity; else `InvalidConfig`."""
     try:
-        decoded = text.decode("utf-8") if isinstance(text, bytes) else text
-        value = json.loads(decoded, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
-        # A lone surrogate is legal in JSON's escapes and cannot be written back.
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except (ValueError, RecursionError) as error:
+        value = parse_json(text)
+    except json.JSONDecodeError as error:
         raise InvalidConfig(f"adapter_config is not valid JSON: {error}", param=PARAM) from error
     if not isinstance(value, dict):
         raise InvalidConfig("adapter_config must be a JSON object", param=PARAM)
     return value
-
-
-def _unique_keys(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in result:
-            raise ValueError(f"key {key!r} appears twice")
-        result[key] = value
-    return result
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a JSON number")
 
 
 def _check_json(value: JsonValue, where: str, depth: int) -> None:

@@ -26,6 +26,7 @@ from adapters_store.errors import (
     WrongDtype,
     WrongShape,
 )
+from adapters_store.format.strict_json import parse_json
 
 FILE_PARAM = "adapter_model.safetensors"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -187,21 +188,12 @@ def _other_kind(prefix: bytes) -> str | None:
 
 def _parse_json(raw: bytes) -> dict[str, Any]:
     try:
-        value = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_keys)
-    except (ValueError, RecursionError) as error:
+        value = parse_json(raw)
+    except json.JSONDecodeError as error:
         raise InvalidHeader(f"the header is not valid JSON: {error}", param=FILE_PARAM) from error
     if not isinstance(value, dict):
         raise InvalidHeader("the header must be a JSON object", param=FILE_PARAM)
     return value
-
-
-def _unique_keys(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in result:
-            raise ValueError(f"key {key!r} appears twice")
-        result[key] = value
-    return result
 
 
 def _entry(name: str, field: Any, start: int) -> TensorEntry:

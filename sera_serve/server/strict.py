@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Callable, Coroutine
-from typing import Any, NoReturn
+from typing import Any
 
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, model_validator
 from pydantic_core import PydanticCustomError
 
+from adapters_store import parse_json
 from sera_serve.errors import InvalidRequest, SeraServeError
 
 
@@ -54,30 +54,6 @@ def media_type(request: Request) -> str:
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
-def parse_json(data: bytes) -> Any:
-    """Parse JSON that has one meaning: UTF-8, no repeated key, no NaN, no lone surrogate.
-
-    Raises:
-        json.JSONDecodeError: The message says what is wrong.
-    """
-    try:
-        text = data.decode("utf-8")
-        value = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
-        # JSON's escapes allow a lone surrogate. A lone surrogate is not text, and could not be sent back.
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except json.JSONDecodeError:
-        raise
-    except UnicodeDecodeError as error:
-        raise json.JSONDecodeError("not UTF-8", "", error.start) from error
-    except UnicodeEncodeError as error:
-        raise json.JSONDecodeError("a string holds half of a surrogate pair", "", 0) from error
-    except RecursionError as error:
-        raise json.JSONDecodeError("nested too deeply", "", 0) from error
-    except ValueError as error:
-        raise json.JSONDecodeError(str(error), "", 0) from error
-    return value
-
-
 class StrictRequest(Request):
     """A request whose `json` method uses `parse_json`."""
 
@@ -110,16 +86,3 @@ class StrictRoute(APIRoute):
             return await handle(strict)
 
         return checked
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in result:
-            raise ValueError(f"key {key[:64]!r} appears twice")
-        result[key] = value
-    return result
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a JSON number")
