@@ -47,7 +47,7 @@ def load_base(spec: str, device: str = "cpu", dtype: str = "auto") -> FrozenBase
         kind: Literal["decoder", "encoder"] = "decoder" if _is_decoder(config) else "encoder"
         loader = AutoModelForCausalLM if kind == "decoder" else AutoModel
         # The checkpoint's own dtype first: the fingerprint must not depend on the dtype served.
-        model = loader.from_pretrained(source, dtype="auto")
+        model, report = loader.from_pretrained(source, dtype="auto", output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise BaseNotFound(
@@ -55,8 +55,28 @@ def load_base(spec: str, device: str = "cpu", dtype: str = "auto") -> FrozenBase
             'name "embedded", a folder with config.json and weights, or a hub id',
             param="base",
         ) from error
+    _settle_missing(model, sorted(report["missing_keys"]), spec)
     name = spec if spec == EMBEDDED or not Path(spec).exists() else Path(spec).resolve().name
     return freeze_base(model, tokenizer, name, kind, device=device, dtype=dtype)
+
+
+def _settle_missing(model: PreTrainedModel, missing: list[str], spec: str) -> None:
+    """Zero a pooler that the checkpoint lacks, and refuse a checkpoint that lacks other weights.
+
+    transformers draws missing weights at random: the base would have another fingerprint at every load. The pooler of
+    an encoder is not used, and checkpoints of masked language models, such as RoBERTa's, do not have it.
+    """
+    needed = [path for path in missing if "pooler" not in path.split(".")]
+    if needed:
+        raise BaseNotFound(
+            f"base {spec!r} lacks weights, such as {needed[0]!r} ({len(needed)} in all); save the whole model",
+            param="base",
+        )
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for path in missing:
+            if path in parameters:
+                parameters[path].zero_()
 
 
 def freeze_base(
