@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import processors
-from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from sera_serve.base import FrozenBase, ModelInputs, freeze_base
 from sera_serve.errors import InvalidRequest
@@ -29,17 +29,7 @@ def pair_tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="module")
 def bert() -> FrozenBase:
-    torch.manual_seed(0)
-    config = BertConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        vocab_size=259,
-        max_position_embeddings=256,
-        initializer_range=0.3,
-    )
-    return freeze_base(BertModel(config, add_pooling_layer=False), pair_tokenizer(), "bert", "encoder")
+    return random_encoder(tokenizer=pair_tokenizer())
 
 
 def refusal(call: Any, *arguments: Any) -> InvalidRequest:

@@ -53,7 +53,7 @@ def random_decoder(seed: int = 0) -> FrozenBase:
     return freeze_base(model, byte_tokenizer(), "random-llama")
 
 
-def random_encoder(seed: int = 0) -> FrozenBase:
+def random_encoder(seed: int = 0, tokenizer: PreTrainedTokenizerFast | None = None) -> FrozenBase:
     """Make a BERT with random weights."""
     torch.manual_seed(seed)
     config = BertConfig(
@@ -65,7 +65,9 @@ def random_encoder(seed: int = 0) -> FrozenBase:
         max_position_embeddings=256,
         initializer_range=0.3,
     )
-    return freeze_base(BertModel(config, add_pooling_layer=False), byte_tokenizer(), "random-bert", "encoder")
+    return freeze_base(
+        BertModel(config, add_pooling_layer=False), tokenizer or byte_tokenizer(), "random-bert", "encoder"
+    )
 
 
 def random_adapter(
