@@ -65,8 +65,42 @@ class ServeSettings(BaseSettings):
     )
     max_upload_mib: int = Field(1024, ge=1, description="largest adapter bundle accepted, MiB")
     max_body_mib: int = Field(1, ge=1, description="largest JSON body accepted, MiB")
+    max_uploads: int = Field(8, ge=1, description="most uploads under way at once; further uploads are answered 503")
+    max_connections: int = Field(1000, ge=1, description="most open connections; further ones are answered 503")
+    max_connections_per_address: int = Field(
+        500, ge=1, description="most open connections of one client address; raise it behind a proxy"
+    )
+    max_header_kib: int = Field(32, ge=1, description="most bytes of a request's line and headers, KiB")
+    header_timeout_s: float = Field(
+        10, gt=0, description="longest time for a request's line and headers to arrive, seconds; then 408"
+    )
+    body_timeout_s: float = Field(
+        10, gt=0, description="time for a body to arrive, seconds, on top of the time at the least rate; then 408"
+    )
+    min_body_kib_s: float = Field(16, gt=0, description="least rate at which a body must arrive, KiB a second")
+    upload_timeout_s: float = Field(900, gt=0, description="longest time for an upload to arrive, seconds; then 408")
+    write_timeout_s: float = Field(
+        60, gt=0, description="longest time that a client may leave its response unread, seconds; then disconnected"
+    )
+    allowed_origins: Annotated[list[str], NoDecode] = Field(
+        [],
+        description='web origins whose pages may change the store, such as "https://console.example.com", or "*"',
+    )
+    allowed_hosts: Annotated[list[str], NoDecode] = Field(
+        [],
+        description='names that clients may use for this server in the Host header, or "*"; by default a server that '
+        "listens on a loopback address answers to loopback names and IP addresses alone, any other to every name",
+    )
+    metrics_address: str | None = Field(
+        None, description='address of its own for /metrics, such as "127.0.0.1:9100"; by default the server\'s own'
+    )
     shutdown_grace_s: int = Field(30, ge=0, description="time for requests in flight to finish after SIGTERM, seconds")
     request_timeout_s: float = Field(60, gt=0, description="longest wait until a request starts, seconds; then 503")
+
+    @field_validator("allowed_origins", "allowed_hosts", mode="before")
+    @classmethod
+    def _read_list(cls, value: Any) -> Any:
+        return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
     @field_validator("tenant_weights", mode="before")
     @classmethod

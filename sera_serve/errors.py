@@ -54,6 +54,13 @@ class BaseNotFound(InvalidConfiguration):
     code = "base_not_found"
 
 
+class AdapterOverflow(SeraServeError):
+    """The adapter's values overflow: what it computes is infinite or not a number."""
+
+    code = "adapter_overflow"
+    status = 422
+
+
 class AdapterTooLarge(SeraServeError):
     """The adapter is larger than the whole device pool."""
 
@@ -98,3 +105,9 @@ class EngineUnavailable(SeraServeError):
 
     code = "engine_unavailable"
     status = 503
+
+
+class BaseOverflow(EngineUnavailable):
+    """The base model alone gives logits that are infinite or not a number for this input."""
+
+    code = "base_overflow"

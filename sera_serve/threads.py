@@ -1,24 +1,28 @@
-"""Thread pools: only the engine's threads compute on all cores.
+"""Threads for work beside the engine's own: each kind of work has few threads, and a bound on what waits for them.
 
-Every thread that computes in parallel has its own OpenMP pool. GNU OpenMP's threads spin between two parallel regions,
-unless the threads of all pools outnumber the cores; then they sleep. A forward pass has dozens of regions a layer. With
-threads that wake from sleep for each region, a forward pass took twice as long (docs/decisions.md).
+Only the engine's threads compute on all cores. Every thread that computes in parallel has its own OpenMP pool. GNU
+OpenMP's threads spin between two parallel regions, unless the threads of all pools outnumber the cores; then they
+sleep. A forward pass has dozens of regions a layer. With threads that wake from sleep for each region, a forward pass
+took twice as long (docs/decisions.md).
 """
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+from queue import SimpleQueue
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 
+from sera_serve.errors import EngineUnavailable, Overloaded
+
+P = ParamSpec("P")
 T = TypeVar("T")
-
-
-def single_core_workers(count: int, name: str) -> ThreadPoolExecutor:
-    """Make a pool for work beside the engine, in which each thread's torch operations use one core."""
-    return ThreadPoolExecutor(count, name, initializer=torch.set_num_threads, initargs=(1,))
 
 
 def run_and_forget_pool(work: Callable[[], T]) -> T:
@@ -28,3 +32,156 @@ def run_and_forget_pool(work: Callable[[], T]) -> T:
     """
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(work).result()
+
+
+class _Call(NamedTuple):
+    """Work, and the future of its result."""
+
+    future: Future[Any]
+    work: Callable[[], Any]
+
+
+class BoundedExecutor:
+    """Threads for one kind of blocking work, with a bound on the calls that wait for a thread.
+
+    Each kind of work has an executor of its own, so that no kind can take the threads that another one needs.
+    A call whose caller is cancelled while it waits is not begun, and takes no memory.
+
+    concurrent.futures.ThreadPoolExecutor has no bound, keeps cancelled calls until a thread comes to them, and lets
+    work that never ends keep the process from ending.
+
+    Locking: `_lock` guards all fields. No future is settled under it.
+    """
+
+    def __init__(self, name: str, threads: int, max_waiting: int) -> None:
+        """Start no thread yet.
+
+        Args:
+            name: What the work is, for messages and thread names, such as "listing".
+            threads: Calls that run at once.
+            max_waiting: Calls that may wait for a thread; further calls are refused.
+        """
+        self.name = name
+        self._max_threads = threads
+        self._max_waiting = max_waiting
+        self._lock = threading.Lock()
+        self._threads = self._busy = 0
+        # Calls for idle threads; None ends a thread. At most one entry for each thread.
+        self._handed: SimpleQueue[_Call | None] = SimpleQueue()
+        # In the order of arrival; a dictionary, because a cancelled call leaves from the middle.
+        self._waiting: dict[Future[Any], _Call] = {}
+        # Calls that have a thread.
+        self._running: set[Future[Any]] = set()
+        self._closed = False
+
+    async def run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run `work` on a thread, and return its result.
+
+        A caller that is cancelled leaves at once. Work that has begun goes on alone.
+
+        Raises:
+            Overloaded: Too many calls wait already.
+            EngineUnavailable: The executor is closed.
+            Exception: Whatever `work` raised.
+        """
+        return await asyncio.wrap_future(self._submit(partial(work, *args, **kwargs)))
+
+    async def run_to_end(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """`run`, for work that uses what the caller releases when it leaves, such as a temporary file.
+
+        A caller that is cancelled leaves when the work that has begun is done; work that has not begun never begins.
+        Only a second cancellation, with which an event loop ends, or `close` lets the caller leave earlier.
+        """
+        future = self._submit(partial(work, *args, **kwargs))
+        try:
+            return await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            if not future.cancel():
+                with suppress(Exception):
+                    await asyncio.wrap_future(future)
+            raise
+
+    def calls(self) -> int:
+        """Number of calls that run or wait for a thread."""
+        with self._lock:
+            return len(self._waiting) + self._busy
+
+    def close(self) -> None:
+        """Begin no more work, and tell every caller so. Work that runs goes on, and nobody waits for it. Idempotent."""
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                for _ in range(self._threads - self._busy):
+                    self._handed.put(None)
+            callers = [*self._running, *self._waiting]
+            self._waiting.clear()
+        for future in callers:
+            # It may be settled, or its caller gone, since.
+            with suppress(InvalidStateError):
+                future.set_exception(_closed())
+
+    def _submit(self, work: Callable[[], T]) -> Future[T]:
+        future: Future[T] = Future()
+        call = _Call(future, work)
+        with self._lock:
+            if self._closed:
+                raise _closed()
+            if self._busy == self._max_threads:
+                if len(self._waiting) >= self._max_waiting:
+                    raise Overloaded(f"too many requests wait for {self.name}; send the request again later")
+                self._waiting[future] = call
+            else:
+                self._running.add(future)
+                self._busy += 1
+                if self._busy > self._threads:
+                    self._threads += 1
+                    # A daemon: a disk that never answers must not keep the process from ending.
+                    threading.Thread(target=self._serve, args=(call,), name=self.name, daemon=True).start()
+                else:
+                    self._handed.put(call)
+        future.add_done_callback(self._forget)
+        return future
+
+    def _forget(self, future: Future[Any]) -> None:
+        with self._lock:
+            self._waiting.pop(future, None)
+
+    def _serve(self, call: _Call | None) -> None:
+        torch.set_num_threads(1)
+        while call is not None:
+            self._run(call)
+            # What the call holds must not outlive the call while this thread is idle.
+            del call
+            call = self._next() or self._handed.get()
+
+    def _run(self, call: _Call) -> None:
+        future, work = call
+        with self._lock:
+            # A cancelled caller is gone, and `close` has told its own.
+            begins = not self._closed and future.set_running_or_notify_cancel()
+        if begins:
+            settle: Callable[[], None]
+            try:
+                settle = partial(future.set_result, work())
+            except BaseException as error:  # noqa: BLE001 - it is told to the caller
+                settle = partial(future.set_exception, error)
+            with suppress(InvalidStateError):
+                settle()
+        with self._lock:
+            self._running.discard(future)
+
+    def _next(self) -> _Call | None:
+        """The call that has waited longest. Without one, this thread is idle from now on, or ends."""
+        with self._lock:
+            if self._waiting:
+                future = next(iter(self._waiting))
+                self._running.add(future)
+                return self._waiting.pop(future)
+            self._busy -= 1
+            if self._closed:
+                self._handed.put(None)
+            return None
+
+
+def _closed() -> EngineUnavailable:
+    return EngineUnavailable("the server is stopping; send the request again when it is back")

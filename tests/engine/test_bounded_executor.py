@@ -1,0 +1,154 @@
+"""Executors with few threads and a bound: who runs, who waits, who is refused, and what a caller that leaves frees."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+import weakref
+from collections.abc import Iterator
+
+import pytest
+
+from sera_serve.errors import EngineUnavailable, Overloaded
+from sera_serve.threads import BoundedExecutor
+from support.engine import until
+
+MAX_WAITING = 3
+
+
+@pytest.fixture
+def executor() -> Iterator[BoundedExecutor]:
+    executor = BoundedExecutor("listing", threads=2, max_waiting=MAX_WAITING)
+    yield executor
+    executor.close()
+
+
+class Gate:
+    """Work that waits for the test, and counts how often it was begun."""
+
+    def __init__(self) -> None:
+        self.opened = threading.Event()
+        self.begun: list[int] = []
+
+    def pass_through(self, number: int) -> int:
+        self.begun.append(number)
+        assert self.opened.wait(20)
+        return number
+
+
+async def _tasks(executor: BoundedExecutor, gate: Gate, count: int) -> list[asyncio.Task[int]]:
+    """Begin `count` calls, one after another."""
+    tasks = []
+    for number in range(count):
+        tasks.append(asyncio.ensure_future(executor.run(gate.pass_through, number)))
+        await until(lambda: executor.calls() == len(tasks))
+    return tasks
+
+
+def test_so_many_run_so_many_wait_and_the_next_is_refused(executor: BoundedExecutor) -> None:
+    async def main() -> None:
+        gate = Gate()
+        tasks = await _tasks(executor, gate, 5)
+        await until(lambda: len(gate.begun) == 2)
+        with pytest.raises(Overloaded, match="listing") as refusal:
+            await executor.run(gate.pass_through, 9)
+        assert (refusal.value.status, refusal.value.retry_after) == (503, 1)
+        gate.opened.set()
+        assert await asyncio.gather(*tasks) == [0, 1, 2, 3, 4]
+        assert gate.begun[2:] == [2, 3, 4]
+        await until(lambda: executor.calls() == 0)
+        assert await executor.run(divmod, 7, 2) == (3, 1)
+        with pytest.raises(ZeroDivisionError):
+            await executor.run(divmod, 7, 0)
+
+    asyncio.run(main())
+
+
+def test_a_cancelled_call_is_not_begun_and_keeps_nothing(executor: BoundedExecutor) -> None:
+    async def main() -> None:
+        gate = Gate()
+        tasks = await _tasks(executor, gate, 5)
+        payload = Gate()
+        held = weakref.ref(payload)
+        for task in tasks[2:]:
+            task.cancel()
+        assert all(isinstance(end, asyncio.CancelledError) for end in await _ends(tasks[2:]))
+        assert executor.calls() == 2
+        # The threads are still busy, and others may wait in its place.
+        for _ in range(20):
+            task = asyncio.ensure_future(executor.run(payload.pass_through, 7))
+            await until(lambda: executor.calls() == 3)
+            task.cancel()
+            await _ends([task])
+        del task, payload
+        await asyncio.sleep(0)
+        gc.collect()
+        assert held() is None
+        gate.opened.set()
+        await asyncio.gather(*tasks[:2])
+        assert gate.begun == [0, 1]
+
+    asyncio.run(main())
+
+
+def test_only_work_that_has_begun_keeps_a_cancelled_caller(executor: BoundedExecutor) -> None:
+    async def main() -> None:
+        gate = Gate()
+        begun = [asyncio.ensure_future(executor.run_to_end(gate.pass_through, number)) for number in range(2)]
+        await until(lambda: len(gate.begun) == 2)
+        waiting = asyncio.ensure_future(executor.run_to_end(gate.pass_through, 2))
+        await until(lambda: executor.calls() == 3)
+        for task in (*begun, waiting):
+            task.cancel()
+        assert isinstance((await _ends([waiting]))[0], asyncio.CancelledError)
+        await asyncio.sleep(0.05)
+        assert not any(task.done() for task in begun)
+        # An event loop that ends cancels again.
+        begun[0].cancel()
+        await _ends(begun[:1])
+        assert not begun[1].done()
+        gate.opened.set()
+        assert isinstance((await _ends(begun[1:]))[0], asyncio.CancelledError)
+        assert gate.begun == [0, 1]
+
+    asyncio.run(main())
+
+
+def test_closing_tells_those_who_wait_and_those_whose_work_runs(executor: BoundedExecutor) -> None:
+    async def main() -> None:
+        gate = Gate()
+        tasks = await _tasks(executor, gate, 4)
+        await until(lambda: len(gate.begun) == 2)
+        executor.close()
+        executor.close()
+        assert [type(end) for end in await _ends(tasks)] == [EngineUnavailable] * 4
+        with pytest.raises(EngineUnavailable):
+            await executor.run(gate.pass_through, 9)
+        gate.opened.set()
+        await until(lambda: executor.calls() == 0)
+        assert gate.begun == [0, 1]
+
+    asyncio.run(main())
+
+
+def test_a_closed_executor_ends_its_threads() -> None:
+    executor = BoundedExecutor("ending", threads=2, max_waiting=0)
+
+    async def main() -> None:
+        gate = Gate()
+        tasks = await _tasks(executor, gate, 2)
+        gate.opened.set()
+        await asyncio.gather(*tasks)
+
+    asyncio.run(main())
+    threads = [thread for thread in threading.enumerate() if thread.name == "ending"]
+    assert len(threads) == 2 and all(thread.daemon for thread in threads)
+    executor.close()
+    for thread in threads:
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+async def _ends(tasks: list[asyncio.Task[int]]) -> list[int | BaseException]:
+    return await asyncio.gather(*tasks, return_exceptions=True)
