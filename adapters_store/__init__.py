@@ -7,6 +7,7 @@ from adapters_store.errors import (
     InvalidAdapterName,
     InvalidBundle,
     StoreError,
+    StoreUnavailable,
     VersionInUse,
 )
 from adapters_store.format.bundle import AdapterBundle, validate_bundle
@@ -16,7 +17,7 @@ from adapters_store.format.safetensors_file import BundleLimits
 from adapters_store.format.strict_json import parse_json
 from adapters_store.format.validation import check_base, check_same_base, expected_shapes
 from adapters_store.names import parse_adapter, parse_ref
-from adapters_store.records import AdapterInfo, AdapterSummary, Freed, Page, Published, ResolvedAdapter
+from adapters_store.records import AdapterInfo, AdapterSummary, Freed, Page, Published, ResolvedAdapter, StoreState
 from adapters_store.store import AdapterStore
 
 __all__ = [
@@ -38,6 +39,8 @@ __all__ = [
     "Published",
     "ResolvedAdapter",
     "StoreError",
+    "StoreState",
+    "StoreUnavailable",
     "VersionInUse",
     "check_base",
     "check_same_base",

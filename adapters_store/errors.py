@@ -160,6 +160,13 @@ class VersionInUse(StoreError):
     status = 409
 
 
+class StoreUnavailable(StoreError):
+    """The store cannot be reached: its directory was removed or unmounted while it was in use."""
+
+    code = "store_unavailable"
+    status = 503
+
+
 class NotAStore(StoreError):
     """The directory is no adapter store, or there is none."""
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from adapters_store.format.config import AdapterConfig, BaseInfo, Method, Task
+
+# Whether a store takes new versions. All three states serve.
+StoreState = Literal["writable", "full", "read_only"]
 
 
 class Record(BaseModel):

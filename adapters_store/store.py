@@ -6,7 +6,7 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from adapters_store.errors import (
     InvalidAdapterName,
     InvalidBundle,
     StoreCorrupted,
+    StoreError,
     VersionInUse,
 )
 from adapters_store.format.bundle import DEFAULT_LIMITS, AdapterBundle, validate_bundle
@@ -43,6 +44,7 @@ from adapters_store.records import (
     Page,
     Published,
     ResolvedAdapter,
+    StoreState,
     VersionRecord,
 )
 
@@ -60,7 +62,8 @@ class AdapterStore:
 
     `publish`, `set_alias` and `delete` are atomic, and durable when they return. Each reads the adapter's manifest,
     and commits a change under the condition that the manifest is still the same; after a conflict it starts again.
-    Reading never waits for a writer. Errors are `StoreError`s. FORMAT.md has the local directory and its guarantees.
+    Reading never waits for a writer. Errors are `StoreError`s. Every method raises `StoreUnavailable` where the store
+    was removed or unmounted. FORMAT.md has the local directory and its guarantees.
     """
 
     def __init__(self, root: Path | str, create: bool = True, limits: BundleLimits = DEFAULT_LIMITS) -> None:
@@ -98,24 +101,33 @@ class AdapterStore:
         Raises:
             InvalidAdapterName, InvalidBundle: Refused; the store is unchanged.
             StoreWriteFailed: The disk is full or not writable. The version may be there or not; publishing it
-                again is safe.
+                again is safe. A bundle without a version is not left behind.
         """
         parse_adapter(name)
         validate_bundle(bundle)
-        self._put_bundle(bundle)
-        while True:
-            manifest = self._backend.manifest(name)
-            record = next((held for held in self._records(name, manifest) if held.digest == bundle.digest), None)
-            added = None
-            if record is None:
-                record = added = _describe(bundle, manifest.next_version)
-            change = Change(add=added, set_aliases={LATEST: record.version})
-            outcome = self._backend.commit(name, change, manifest.revision).outcome
-            if outcome is Outcome.COMMITTED:
-                return Published(name, record.version, bundle.digest)
-            if outcome is Outcome.BUNDLE_MISSING:
-                # The last version of this content was deleted meanwhile, and its bundle with it.
-                self._put_bundle(bundle)
+        written = False
+        outcome = Outcome.BUNDLE_MISSING
+        try:
+            while True:
+                # Also where the last version of this content was deleted meanwhile, and its bundle with it.
+                if outcome is Outcome.BUNDLE_MISSING and not self._is_stored(bundle.digest):
+                    written = True
+                    self._backend.put_bundle(bundle, self._limits)
+                manifest = self._backend.manifest(name)
+                record = next((held for held in self._records(name, manifest) if held.digest == bundle.digest), None)
+                added = None
+                if record is None:
+                    record = added = _describe(bundle, manifest.next_version)
+                change = Change(add=added, set_aliases={LATEST: record.version})
+                outcome = self._backend.commit(name, change, manifest.revision).outcome
+                if outcome is Outcome.COMMITTED:
+                    return Published(name, record.version, bundle.digest)
+        except Exception:
+            if written:
+                # A refused version leaves nothing that takes space.
+                with suppress(StoreError, OSError):
+                    self._backend.discard_bundle(bundle.digest)
+            raise
 
     def resolve(self, ref: str) -> ResolvedAdapter:
         """Turn a reference into one version, with its task, labels and base; no bundle is opened.
@@ -291,6 +303,17 @@ class AdapterStore:
         """
         return self._backend.collect_garbage()
 
+    def check(self) -> StoreState:
+        """Whether the store takes new versions. Cheap, and writes nothing; blocks as long as the disk does.
+
+        `full` means that less than 1 MiB, or no file, is free. A store that is full or read-only still serves, and a
+        full store still deletes.
+
+        Raises:
+            StoreUnavailable: The store was removed or unmounted.
+        """
+        return self._backend.check()
+
     def check_integrity(self) -> None:
         """Read everything: every version's bundle has its digest, every alias points to a version.
 
@@ -314,12 +337,17 @@ class AdapterStore:
                         param=adapter,
                     )
 
-    def _put_bundle(self, bundle: AdapterBundle) -> None:
-        """Store a bundle; a stored one is checked, and replaced if it is damaged."""
+    def has(self, digest: str) -> bool:
+        """Whether a bundle is in the store."""
+        return self._backend.bundle_bytes(check_digest(digest)) is not None
+
+    def _is_stored(self, digest: str) -> bool:
+        """Whether the bundle of a digest is there, and is not damaged."""
         try:
-            self.load(bundle.digest)
+            self.load(digest)
         except (AdapterNotFound, StoreCorrupted):
-            self._backend.put_bundle(bundle, self._limits)
+            return False
+        return True
 
     def _find(self, ref: AdapterRef) -> VersionRecord:
         if ref.by_digest:

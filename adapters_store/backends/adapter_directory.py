@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from contextlib import suppress
 
 from adapters_store.backends.durable import make_directory, names_in, put_text, sync_directory
 from adapters_store.backends.interface import Manifest
@@ -83,13 +84,19 @@ class AdapterDirectory:
 
     def add(self, record: VersionRecord) -> None:
         """Claim a version number; `FileExistsError` if it is taken."""
-        make_directory(self._versions)
-        make_directory(self._aliases)
+        make_directory(self._versions, self._root)
+        make_directory(self._aliases, self._root)
         put_text(self._version_file(record.version), version_text(record), f"{self._root}/tmp", replace=False)
+
+    def remove_if_empty(self) -> None:
+        """Remove the directory of an adapter without versions and aliases; a no-op where there is one."""
+        for folder in (self._versions, self._aliases, self._folder):
+            with suppress(OSError):
+                os.rmdir(folder)
 
     def set_alias(self, alias: str, version: int) -> None:
         """Move an alias, atomically."""
-        make_directory(self._aliases)
+        make_directory(self._aliases, self._root)
         put_text(self._alias_file(alias), record_text(AliasRecord(version=version)), f"{self._root}/tmp")
 
     def remove_alias(self, alias: str) -> None:
@@ -124,7 +131,7 @@ class AdapterDirectory:
 
     def _retire(self, version: int) -> None:
         highest = max(version, self._highest_retired())
-        make_directory(os.path.dirname(self._retired))
+        make_directory(os.path.dirname(self._retired), self._root)
         put_text(self._retired, record_text(RetiredRecord(highest_version=highest)), f"{self._root}/tmp")
 
     def _highest_retired(self) -> int:

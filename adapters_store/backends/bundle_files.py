@@ -15,6 +15,8 @@ import os
 from collections.abc import Callable, Mapping, Set
 from contextlib import AbstractContextManager, suppress
 
+from safetensors import SafetensorError
+
 from adapters_store.backends.durable import (
     make_directory,
     make_empty_file,
@@ -57,9 +59,16 @@ class BundleFiles:
 
     def put(self, bundle: AdapterBundle, limits: BundleLimits) -> None:
         """Write a bundle durably, if a reader with these limits accepts it."""
+        # The lock's file must exist before a full disk would refuse it: `discard` needs it then.
+        with self._lock(bundle.digest):
+            pass
 
         def write(path: str) -> None:
-            bundle.save_file(path)
+            try:
+                bundle.save_file(path)
+            except SafetensorError as error:
+                # The library has the system's refusal as text alone.
+                raise OSError(errno.EIO, str(error), path) from error
             config_of(read_header(path, limits), limits)
 
         put_file(self.path(bundle.digest), write, self._scratch)
@@ -89,7 +98,7 @@ class BundleFiles:
                 return False
             folder = self._folder(digest)
             shard = os.path.dirname(folder)
-            make_directory(shard)
+            make_directory(shard, self._references)
             with suppress(FileExistsError):
                 os.mkdir(folder)
             make_empty_file(f"{folder}/{entry_name(adapter)}")
@@ -97,6 +106,17 @@ class BundleFiles:
             sync_directory(folder)
             sync_directory(shard)
             return True
+
+    def discard(self, digest: str) -> None:
+        """Remove a bundle that no adapter refers to; a no-op where one does."""
+        folder = self._folder(digest)
+        with self._lock(digest):
+            if names_in(folder):
+                return
+            with suppress(FileNotFoundError):
+                os.unlink(self.path(digest))
+            with suppress(FileNotFoundError):
+                os.rmdir(folder)
 
     def release(self, digests: Set[str], adapter: str) -> Freed:
         """Remove an adapter's references, and the bundles that nothing refers to any more.

@@ -43,12 +43,19 @@ def _sync(path: str, flags: int) -> None:
         os.close(descriptor)
 
 
-def make_directory(path: str) -> None:
-    """Make a directory and its missing parents durably; a no-op where it exists."""
+def make_directory(path: str, within: str | None = None) -> None:
+    """Make a directory and its missing parents durably; a no-op where it exists.
+
+    Args:
+        path: The directory.
+        within: A directory above it that is never made: without it, `FileNotFoundError`.
+    """
     if os.path.isdir(path):
         return
+    if path == within:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
     parent = os.path.dirname(path)
-    make_directory(parent)
+    make_directory(parent, within)
     with suppress(FileExistsError):
         os.mkdir(path)
     sync_directory(parent)

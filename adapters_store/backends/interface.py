@@ -22,7 +22,7 @@ from typing import Protocol
 
 from adapters_store.format.bundle import AdapterBundle
 from adapters_store.format.safetensors_file import BundleLimits
-from adapters_store.records import Freed, VersionRecord
+from adapters_store.records import Freed, StoreState, VersionRecord
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,11 @@ class Change:
     remove_aliases: tuple[str, ...] = ()
     remove_versions: tuple[int, ...] = ()
 
+    @property
+    def only_removes(self) -> bool:
+        """Whether the change makes an adapter smaller; the aliases that it may set stand for versions that go."""
+        return self.add is None and bool(self.remove_aliases or self.remove_versions)
+
 
 class Outcome(Enum):
     """What became of a commit."""
@@ -89,6 +94,7 @@ class Backend(Protocol):
     Raises:
         StoreWriteFailed: A write was refused by the system.
         StoreCorrupted: A record does not hold what was written.
+        StoreUnavailable: The place is gone. Nothing is reported absent because the place is.
     """
 
     @property
@@ -125,6 +131,9 @@ class Backend(Protocol):
             InvalidBundle: The bundle exceeds the limits that a reader applies; nothing was stored.
         """
 
+    def discard_bundle(self, digest: str) -> None:
+        """Remove a bundle that no version refers to; a no-op where one does, or where nobody knows."""
+
     def bundle_bytes(self, digest: str) -> int | None:
         """The size of a stored bundle, or None."""
 
@@ -133,6 +142,9 @@ class Backend(Protocol):
 
     def bundle_location(self, digest: str) -> str:
         """The name of a bundle's place, for people."""
+
+    def check(self) -> StoreState:
+        """Whether the place can be reached, and takes writes; cheap, and writes nothing."""
 
     def collect_garbage(self) -> Freed:
         """Go through the whole store: remove what no version refers to, and repair what a crash left."""

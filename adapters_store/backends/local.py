@@ -4,16 +4,41 @@ from __future__ import annotations
 
 import shutil
 import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from functools import wraps
+from typing import Concatenate, ParamSpec, TypeVar
 
 from adapters_store.backends.adapter_directory import AdapterDirectory
 from adapters_store.backends.bundle_files import BundleFiles
 from adapters_store.backends.interface import Change, CommitResult, Manifest, Outcome
 from adapters_store.backends.name_index import SEGMENT_LIMIT, NameIndex
-from adapters_store.backends.store_root import OLDEST_VERSION, STORE_VERSION, StoreRoot, is_read_only
-from adapters_store.errors import StoreWriteFailed
+from adapters_store.backends.store_root import OLDEST_VERSION, STORE_VERSION, StoreRoot, is_full, is_read_only
+from adapters_store.errors import StoreCorrupted, StoreWriteFailed
 from adapters_store.format.bundle import AdapterBundle
 from adapters_store.format.safetensors_file import BundleLimits
-from adapters_store.records import Freed, VersionRecord
+from adapters_store.records import Freed, StoreState, VersionRecord
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _reads(read: Callable[Concatenate[LocalBackend, P], T]) -> Callable[Concatenate[LocalBackend, P], T]:
+    """Make a method that reads raise `StoreUnavailable` where it finds nothing because the store is gone."""
+
+    @wraps(read)
+    def checked(backend: LocalBackend, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            found = read(backend, *args, **kwargs)
+        except (OSError, StoreCorrupted):
+            backend._root.ensure_reachable()
+            raise
+        # What was found was there: only the absence of a thing can be the absence of everything.
+        if not found or (isinstance(found, Manifest) and not found.versions):
+            backend._root.ensure_reachable()
+        return found
+
+    return checked
 
 
 class LocalBackend:
@@ -53,14 +78,17 @@ class LocalBackend:
         """The directory's path."""
         return self._root.path
 
+    @_reads
     def manifest(self, adapter: str) -> Manifest:
         """See `Backend.manifest`."""
         return self._directory(adapter).manifest()
 
+    @_reads
     def alias(self, adapter: str, alias: str) -> int | None:
         """See `Backend.alias`."""
         return self._directory(adapter).alias(alias)
 
+    @_reads
     def version(self, adapter: str, version: int) -> VersionRecord | None:
         """See `Backend.version`."""
         return self._directory(adapter).record(version)
@@ -69,23 +97,20 @@ class LocalBackend:
         """See `Backend.commit`."""
         self._upgrade()
         directory = self._directory(adapter)
-        with self._root.writing(), self._root.changing(adapter):
-            manifest = directory.manifest()
-            if manifest.revision != revision:
-                return CommitResult(Outcome.CONFLICT)
-            if change.add is not None:
-                if not self._bundles.hold(change.add.digest, adapter):
-                    return CommitResult(Outcome.BUNDLE_MISSING)
-                if not manifest.versions:
-                    self._names.add([adapter])
-                directory.add(change.add)
-            for alias, version in change.set_aliases.items():
-                directory.set_alias(alias, version)
-            for alias in change.remove_aliases:
-                directory.remove_alias(alias)
-            freed = self._remove(directory, change.remove_versions) if change.remove_versions else Freed()
-            return CommitResult(Outcome.COMMITTED, freed)
+        try:
+            with self._root.writing(), self._root.changing(adapter):
+                return self._apply(directory, change, revision)
+        except StoreWriteFailed as error:
+            if not (change.only_removes and is_full(error)):
+                raise
+            with self._root.exclusive_on_reserve(), self._root.changing(adapter):
+                versions, aliases = set(directory.versions()), set(directory.aliases())
+                if not (versions.issuperset(change.remove_versions) and aliases.issuperset(change.remove_aliases)):
+                    # The failed attempt came as far as that, or another deletion came first.
+                    raise
+                return self._apply(directory, change, revision)
 
+    @_reads
     def list_page(self, tenant: str | None, after: str, limit: int) -> list[str]:
         """See `Backend.list_page`."""
         if self._is_current():
@@ -100,10 +125,23 @@ class LocalBackend:
         with self._root.writing():
             self._bundles.put(bundle, limits)
 
+    def discard_bundle(self, digest: str) -> None:
+        """See `Backend.discard_bundle`."""
+        # A store that is not upgraded yet lacks references: its bundles look unneeded, and are not.
+        if self._is_current():
+            with self._root.writing():
+                self._bundles.discard(digest)
+
+    def check(self) -> StoreState:
+        """See `Backend.check`."""
+        return self._root.state()
+
+    @_reads
     def bundle_bytes(self, digest: str) -> int | None:
         """See `Backend.bundle_bytes`."""
         return self._bundles.size(digest)
 
+    @_reads
     def read_bundle(self, digest: str, nbytes: int) -> memoryview | None:
         """See `Backend.read_bundle`."""
         return self._bundles.read(digest, nbytes)
@@ -115,10 +153,57 @@ class LocalBackend:
     def collect_garbage(self) -> Freed:
         """See `Backend.collect_garbage`; waits for writes under way, and holds up others while it reads the store."""
         self._upgrade()
-        with self._root.exclusive():
-            needed, adapters = self._read_everything(skip_damaged=False)
-            self._names.repair(adapters)
-            return self._bundles.repair(needed)
+        try:
+            with self._root.exclusive():
+                return self._collect()
+        except StoreWriteFailed as error:
+            if not is_full(error):
+                raise
+            with self._root.exclusive_on_reserve():
+                return self._collect()
+
+    def _collect(self) -> Freed:
+        needed, adapters = self._read_everything(skip_damaged=False)
+        self._names.repair(adapters)
+        return self._bundles.repair(needed)
+
+    def _apply(self, directory: AdapterDirectory, change: Change, revision: str) -> CommitResult:
+        manifest = directory.manifest()
+        if manifest.revision != revision:
+            return CommitResult(Outcome.CONFLICT)
+        if change.add is not None and not self._add(directory, change.add):
+            return CommitResult(Outcome.BUNDLE_MISSING)
+        for alias, version in change.set_aliases.items():
+            directory.set_alias(alias, version)
+        for alias in change.remove_aliases:
+            directory.remove_alias(alias)
+        freed = self._remove(directory, change.remove_versions) if change.remove_versions else Freed()
+        return CommitResult(Outcome.COMMITTED, freed)
+
+    def _add(self, directory: AdapterDirectory, record: VersionRecord) -> bool:
+        """Add a version; False if its bundle is not there."""
+        try:
+            if not self._bundles.hold(record.digest, directory.adapter):
+                return False
+            if not directory.versions():
+                self._names.add([directory.adapter])
+            directory.add(record)
+        except OSError:
+            with suppress(OSError, StoreCorrupted):
+                self._forget(directory, record.digest)
+            raise
+        return True
+
+    def _forget(self, directory: AdapterDirectory, digest: str) -> None:
+        """Take back the reference and the name of a version that could not be written."""
+        versions, digests = directory.versions(), directory.digests(skip_damaged=True)
+        if len(digests) < len(versions) or digest in digests.values():
+            # The version is there, or nobody knows.
+            return
+        self._bundles.release({digest}, directory.adapter)
+        if not versions:
+            directory.remove_if_empty()
+            self._names.remove([directory.adapter])
 
     def _remove(self, directory: AdapterDirectory, versions: tuple[int, ...]) -> Freed:
         digests = directory.digests(skip_damaged=True)
@@ -128,6 +213,7 @@ class LocalBackend:
         if any(version not in digests for version in remaining):
             # A damaged record may name any of them.
             released = set()
+        self._root.make_lock_files(released)
         trash = None
         if remaining:
             for version in versions:

@@ -6,14 +6,16 @@ import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 
 from adapters_store.backends.durable import file_lock, make_directory, names_in, put_text, try_file_lock
 from adapters_store.backends.name_index import FIRST_SEGMENT
 from adapters_store.backends.record_files import StoreRecord, read_record, record_text
-from adapters_store.errors import NotAStore, StoreCorrupted, StoreWriteFailed, UnsupportedStore
+from adapters_store.backends.reserve import Reserve
+from adapters_store.errors import NotAStore, StoreCorrupted, StoreUnavailable, StoreWriteFailed, UnsupportedStore
 from adapters_store.names import is_part
+from adapters_store.records import StoreState
 
 STORE_FORMAT = "sera-adapter-store"
 STORE_VERSION = 2
@@ -27,6 +29,9 @@ _FOREIGN_BUT_HARMLESS = {"lost+found"}
 # Locks by hash of the adapter's id: their number is bounded, and deleting an adapter deletes no lock.
 _LOCK_STRIPES = 256
 _READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+# With less, no version fits any more.
+_FULL_BYTES = 1 << 20
 
 
 class StoreRoot:
@@ -48,6 +53,7 @@ class StoreRoot:
         self.names = f"{path}/names"
         self.scratch = f"{path}/tmp"
         self._locks = f"{path}/locks"
+        self._reserve = Reserve(path)
         if self.version() is None:
             if not create:
                 raise NotAStore(f"{path} is not an adapter store; check the path", param="store")
@@ -58,6 +64,7 @@ class StoreRoot:
     def writing(self) -> Iterator[None]:
         """Hold the writers' lock shared; turns the system's refusals into `StoreWriteFailed`."""
         with self._refusals_typed(), file_lock(f"{self._locks}/writers", shared=True):
+            self.ensure_reachable()
             yield
 
     @contextmanager
@@ -73,6 +80,15 @@ class StoreRoot:
         with file_lock(f"{self._locks}/bundles-{digest[:2]}"):
             yield
 
+    def make_lock_files(self, digests: Iterable[str]) -> None:
+        """Make the files of the locks that a deletion takes last; only inside `writing` or `exclusive`.
+
+        A full disk refuses them then before the deletion is seen, not between its steps.
+        """
+        for lock in (self.indexing(), *map(self.referring, digests)):
+            with lock:
+                pass
+
     @contextmanager
     def indexing(self) -> Iterator[None]:
         """Hold the lock of the name index; only inside `writing` or `exclusive`."""
@@ -83,8 +99,40 @@ class StoreRoot:
     def exclusive(self) -> Iterator[None]:
         """Hold the writers' lock alone, after removing leftovers."""
         with self._refusals_typed(), file_lock(f"{self._locks}/writers"):
+            self.ensure_reachable()
             self._empty_scratch()
             yield
+
+    @contextmanager
+    def exclusive_on_reserve(self) -> Iterator[None]:
+        """As `exclusive`, for what frees space: the reserve is free meanwhile, and no other writer can take it."""
+        with self.exclusive():
+            self._reserve.spend()
+            try:
+                yield
+            finally:
+                self._fill_reserve()
+
+    def ensure_reachable(self) -> None:
+        """Raise `StoreUnavailable` if the store was removed or unmounted."""
+        try:
+            os.stat(f"{self.path}/{_MARK}")
+        except OSError as error:
+            # A server's clients are told this too, and need not know where its store is.
+            raise StoreUnavailable(
+                f"the store cannot be reached: {_MARK}: {error.strerror}; mount or restore the store's directory",
+                param="store",
+            ) from error
+
+    def state(self) -> StoreState:
+        """Whether the store takes new versions; raises `StoreUnavailable` if it is gone."""
+        self.ensure_reachable()
+        space = os.statvfs(self.path)
+        if space.f_flag & os.ST_RDONLY or not os.access(self.scratch, os.W_OK):
+            return "read_only"
+        # A file system without a fixed number of files reports 0 of 0.
+        no_file = space.f_files > 0 and space.f_favail == 0
+        return "full" if no_file or space.f_bavail * space.f_frsize < _FULL_BYTES else "writable"
 
     def adapter_ids(self) -> list[tuple[str, str]]:
         """(tenant, name) of every adapter directory, in order of id; reads the whole store."""
@@ -133,10 +181,11 @@ class StoreRoot:
         put_text(f"{self.path}/{_MARK}", record_text(mark), self.scratch)
 
     def _create(self) -> None:
-        with self._refusals_typed():
+        with self._refusals_typed(is_store=False):
             make_directory(self.path)
             # The mark comes last, so a kill in between leaves only these folders.
-            foreign = set(names_in(self.path)) - {*_FOLDERS, "references", "names", _MARK} - _FOREIGN_BUT_HARMLESS
+            own = {*_FOLDERS, "reserve", "references", "names", _MARK}
+            foreign = set(names_in(self.path)) - own - _FOREIGN_BUT_HARMLESS
             if foreign:
                 raise NotAStore(
                     f"{self.path} is no adapter store (it holds {min(foreign)!r}); name an empty directory",
@@ -158,12 +207,19 @@ class StoreRoot:
             with try_file_lock(f"{self._locks}/writers") as exclusive:
                 if exclusive:
                     self._empty_scratch()
+                    # Not while another process deletes with the reserve.
+                    self._fill_reserve()
         except OSError as error:
             # A store on a read-only mount can still be read.
             if error.errno not in _READ_ONLY:
                 raise StoreWriteFailed(
                     f"{self.path} could not be opened: {error.strerror} ({error.filename})", param="store"
                 ) from error
+
+    def _fill_reserve(self) -> None:
+        # A store that is full already has no reserve until something was deleted.
+        with suppress(OSError):
+            self._reserve.fill()
 
     def _empty_scratch(self) -> None:
         for name in os.listdir(self.scratch):
@@ -174,10 +230,12 @@ class StoreRoot:
                 os.unlink(leftover)
 
     @contextmanager
-    def _refusals_typed(self) -> Iterator[None]:
+    def _refusals_typed(self, is_store: bool = True) -> Iterator[None]:
         try:
             yield
         except OSError as error:
+            if is_store:
+                self.ensure_reachable()
             # A server's clients are told this too, and need not know where its store is.
             inside = f"{self.path}/"
             named = isinstance(error.filename, str) and error.filename.startswith(inside)
@@ -187,6 +245,11 @@ class StoreRoot:
                 "check free space and permissions, then try again",
                 param="store",
             ) from error
+
+
+def is_full(error: StoreWriteFailed) -> bool:
+    """Whether a write failed because the disk or a quota is full."""
+    return isinstance(error.__cause__, OSError) and error.__cause__.errno in _FULL
 
 
 def is_read_only(error: StoreWriteFailed) -> bool:

@@ -6,11 +6,8 @@ extracted to disk.
 
 from __future__ import annotations
 
-import io
 import os
-import tarfile
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 
 from adapters_store.errors import (
     BundleTooLarge,
@@ -22,12 +19,12 @@ from adapters_store.errors import (
 )
 from adapters_store.format.mmap_buffer import writable_memory
 from adapters_store.format.safetensors_file import BundleLimits, Header, looks_like_safetensors, parse_header
+from adapters_store.format.tar_file import TarMember, looks_like_tar, tar_members
 
 CONFIG_FILE = "adapter_config.json"
 MODEL_FILE = "adapter_model.safetensors"
 METADATA_KEY = "adapter_config"
 _PEEK = 512
-_MAX_MEMBERS = 16
 
 
 @dataclass(frozen=True)
@@ -59,7 +56,7 @@ def read_path(path: str, limits: BundleLimits) -> RawBundle:
 def read_bytes(data: memoryview, limits: BundleLimits) -> RawBundle:
     """Read a bundle from the bytes of a .safetensors file or a .tar; raises as `read_path` does."""
     peek = bytes(data[:_PEEK])
-    if not looks_like_safetensors(peek) and peek[257:262] == b"ustar":
+    if not looks_like_safetensors(peek) and looks_like_tar(peek):
         return _read_tar(data, limits)
     header = parse_header(data, len(data), limits)
     return RawBundle(config_of(header, limits), header, data)
@@ -119,54 +116,42 @@ def _read_tar(data: memoryview, limits: BundleLimits) -> RawBundle:
     if len(data) > limits.max_bytes:
         raise BundleTooLarge(f"the archive has {len(data)} bytes; the limit is {limits.max_bytes}", param="bundle")
     files: dict[str, memoryview] = {}
-    folders: set[PurePosixPath] = set()
-    try:
-        # Members are slices of the data; no copy is made.
-        with tarfile.open(fileobj=_ViewReader(data), mode="r:") as archive:
-            for count in range(_MAX_MEMBERS + 1):
-                member = archive.next()
-                if member is None:
-                    break
-                if count == _MAX_MEMBERS:
-                    raise InvalidArchive(f"the archive has more than {_MAX_MEMBERS} members", param="bundle")
-                path = _member_path(member)
-                if member.isdir():
-                    continue
-                if path.name in files:
-                    raise InvalidArchive(f"{path.name} is in the archive twice", param=path.name)
-                folders.add(path.parent)
-                files[path.name] = _member_data(data, member, limits)
-    except (tarfile.TarError, ValueError, OverflowError, EOFError, RecursionError) as error:
-        raise InvalidArchive(f"the archive cannot be read: {error}", param="bundle") from error
+    folders: set[str] = set()
+    # Members are slices of the data; no copy is made.
+    for member in tar_members(data):
+        folder, name = _member_path(member)
+        if member.is_directory:
+            continue
+        if name in files:
+            raise InvalidArchive(f"{name} is in the archive twice", param=name)
+        folders.add(folder)
+        files[name] = _member_data(member, name, limits)
     _check_names(set(files))
     if len(folders) > 1:
         raise InvalidArchive("the two files are not in one directory of the archive", param="bundle")
     return _with_config(bytes(files[CONFIG_FILE]), files[MODEL_FILE], limits)
 
 
-def _member_path(member: tarfile.TarInfo) -> PurePosixPath:
-    path = PurePosixPath(member.name)
-    if path.is_absolute() or ".." in path.parts or len(path.parts) > 2 or "\\" in member.name or "\0" in member.name:
+def _member_path(member: TarMember) -> tuple[str, str]:
+    """(directory, name) of a member. No pathlib: it would intern the names that clients choose."""
+    parts = [part for part in member.name.split("/") if part not in ("", ".")]
+    if member.name.startswith("/") or ".." in parts or len(parts) > 2 or "\\" in member.name:
         raise InvalidArchive(
             f"member {member.name!r}: a bundle has {CONFIG_FILE} and {MODEL_FILE}, in one directory",
             param=member.name,
         )
-    if not (member.isdir() or (member.isreg() and not member.issparse())):
-        raise InvalidArchive(f"member {member.name!r} is a link or a special file", param=member.name)
-    return path
+    return "/".join(parts[:-1]), "".join(parts[-1:])
 
 
-def _member_data(data: memoryview, member: tarfile.TarInfo, limits: BundleLimits) -> memoryview:
-    name = PurePosixPath(member.name).name
+def _member_data(member: TarMember, name: str, limits: BundleLimits) -> memoryview:
     if name not in (CONFIG_FILE, MODEL_FILE):
         raise UnexpectedFile(f"nothing reads {member.name!r} in a bundle; leave it out", param=name)
     cap = limits.max_config_bytes if name == CONFIG_FILE else limits.max_bytes
-    if not 0 <= member.size <= cap:
+    if member.size > cap:
         raise BundleTooLarge(f"member {name} claims {member.size} bytes; the limit is {cap}", param=name)
-    content = data[member.offset_data : member.offset_data + member.size]
-    if len(content) != member.size:
+    if len(member.data) != member.size:
         raise Truncated(f"the archive ends inside {name}; upload it again, whole", param=name)
-    return content
+    return member.data
 
 
 def _check_names(names: set[str]) -> None:
@@ -182,33 +167,3 @@ def _with_config(config: bytes, data: memoryview, limits: BundleLimits) -> RawBu
     # A second configuration in the metadata could contradict the first.
     _check_metadata(header, {"format"})
     return RawBundle(config, header, data)
-
-
-class _ViewReader(io.RawIOBase):
-    """A seekable file over a memoryview; `io.BytesIO` would copy it."""
-
-    def __init__(self, data: memoryview) -> None:
-        self._data = data
-        self._position = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        base = (0, self._position, len(self._data))[whence]
-        if base + offset < 0:
-            raise ValueError("negative seek")
-        self._position = base + offset
-        return self._position
-
-    def read(self, size: int = -1) -> bytes:
-        end = len(self._data) if size is None or size < 0 else self._position + size
-        chunk = bytes(self._data[self._position : end])
-        self._position += len(chunk)
-        return chunk

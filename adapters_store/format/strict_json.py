@@ -1,41 +1,78 @@
-"""JSON with one meaning, for headers, configurations and request bodies alike."""
+"""JSON with one meaning and bounded nesting, for headers, configurations and request bodies alike."""
 
 from __future__ import annotations
 
 import json
+import re
 from typing import Any, NoReturn
 
+from pydantic_core import PydanticSerializationError, to_json
 
-def parse_json(data: str | bytes) -> Any:
-    """Parse JSON that has one meaning: UTF-8, no repeated key, no NaN, no lone surrogate.
+MAX_DEPTH = 32
+_SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
+_NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+
+
+def parse_json(data: str | bytes, max_members: int = 250_000) -> Any:
+    """Parse JSON that has one meaning: UTF-8, no repeated key, no NaN, no lone surrogate, at most `MAX_DEPTH` levels.
+
+    The standard library's parser holds the interpreter's lock for the whole time. So the time must be short: it is
+    linear in the length, some tens of milliseconds for a MiB of any content (docs/decisions.md).
+
+    Args:
+        data: The text.
+        max_members: The most lists, objects and keys. They cost most, because the garbage collector visits new
+            containers again and again.
 
     Raises:
         json.JSONDecodeError: The data is anything else. Its message names the fault.
     """
     try:
         text = data.decode("utf-8") if isinstance(data, bytes) else data
+        if isinstance(data, str):
+            data.encode("utf-8")
+        _check_structure(text, max_members)
         value = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
-        # A lone surrogate is legal in JSON's escapes. No text contains one, and it cannot be written back.
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
+        if _SURROGATE_ESCAPE.search(text):
+            # A lone surrogate is legal in JSON's escapes. No text contains one, and it cannot be written back.
+            to_json(value)
     except json.JSONDecodeError:
         raise
     except UnicodeDecodeError as error:
         raise json.JSONDecodeError("not UTF-8", "", error.start) from error
-    except UnicodeEncodeError as error:
+    except (UnicodeEncodeError, PydanticSerializationError) as error:
         raise json.JSONDecodeError("a string holds half of a surrogate pair", "", 0) from error
-    except RecursionError as error:
-        raise json.JSONDecodeError("nested too deeply", "", 0) from error
     except ValueError as error:
         raise json.JSONDecodeError(str(error), "", 0) from error
     return value
 
 
+def _check_structure(text: str, max_members: int) -> None:
+    """Bound what the parser would build, by counts that take next to no time; raises ValueError."""
+    opened = text.count("[") + text.count("{")
+    if opened <= MAX_DEPTH and opened + text.count(":") <= max_members:
+        return
+    # Brackets and colons within strings do not count. Without escapes, every other quote begins a string.
+    pieces = text.replace("\\\\", "").replace('\\"', "").split('"')
+    outside = "".join(pieces[::2]).encode("utf-8", "replace")
+    if outside.count(b"[") + outside.count(b"{") + outside.count(b":") > max_members:
+        raise ValueError(f"more than {max_members} lists, objects and keys")
+    nested = outside.translate(None, _NO_BRACKETS)
+    for _ in range(MAX_DEPTH):
+        # Each round removes the innermost level.
+        nested = nested.replace(b"[]", b"").replace(b"{}", b"")
+    if nested:
+        raise ValueError(f"more than {MAX_DEPTH} levels of nesting, or a bracket without its counterpart")
+
+
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in result:
-            raise ValueError(f"key {key[:64]!r} appears twice")
-        result[key] = value
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        seen = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise ValueError(f"key {key[:64]!r} appears twice")
+            seen.add(key)
     return result
 
 

@@ -2,21 +2,62 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Literal
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 
+from adapters_store import AdapterStore, StoreState, StoreUnavailable
 from sera_serve.server.deps import EngineOf, MetricsOf
+from sera_serve.server.strict import StrictRoute
+from sera_serve.threads import BoundedExecutor
 
-router = APIRouter(tags=["operations"])
+router = APIRouter(route_class=StrictRoute, tags=["operations"])
+
+_STORE_TIMEOUT_S = 2.0
 
 
 class Health(BaseModel):
-    """Response body of `GET /healthz` and `GET /readyz`."""
+    """Response body of `GET /healthz`."""
 
-    status: Literal["alive", "ready"]
+    status: Literal["alive"]
+
+
+class Readiness(BaseModel):
+    """Response body of `GET /readyz`. `store` says whether uploads can be stored; adapters are served in each case."""
+
+    status: Literal["ready"]
+    store: StoreState
+
+
+class StoreProbe:
+    """Checks the store on a thread of its own, as a disk may hang. Probes at one time share one check."""
+
+    def __init__(self, store: AdapterStore) -> None:
+        """Start no thread yet."""
+        self._store = store
+        self._thread = BoundedExecutor("a check of the store", 1, 0)
+        self._check: asyncio.Task[StoreState] | None = None
+
+    async def state(self, timeout_s: float) -> StoreState:
+        """Return the store's state.
+
+        Raises:
+            StoreUnavailable: The store is gone, or has not answered within `timeout_s` seconds.
+        """
+        if self._check is None or self._check.done():
+            self._check = asyncio.create_task(self._thread.run(self._store.check))
+            # A check that fails after its probes have given up is nobody's error.
+            self._check.add_done_callback(lambda check: check.cancelled() or check.exception())
+        try:
+            # A probe that gives up leaves the check to the others.
+            return await asyncio.wait_for(asyncio.shield(self._check), timeout_s)
+        except TimeoutError:
+            raise StoreUnavailable(
+                f"the store has not answered for {timeout_s:g} s; check the disk that holds it", param="store"
+            ) from None
 
 
 @router.get("/healthz")
@@ -26,13 +67,22 @@ async def healthz() -> Health:
 
 
 @router.get("/readyz")
-async def readyz(engine: EngineOf) -> Health:
-    """Report whether the engine accepts requests. The status is 503 with the reason if it does not."""
+async def readyz(request: Request, engine: EngineOf) -> Readiness:
+    """Report whether engine and store can serve requests. The status is 503 with the reason if they cannot."""
     engine.ready()
-    return Health(status="ready")
+    return Readiness(status="ready", store=await _probe(request).state(_STORE_TIMEOUT_S))
 
 
 @router.get("/metrics", response_class=Response)
 async def metrics(metrics: MetricsOf) -> Response:
     """Return all metrics in Prometheus' text format."""
     return Response(metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
+
+
+def _probe(request: Request) -> StoreProbe:
+    """The probe of this app, made by the first request."""
+    state = request.app.state
+    if not hasattr(state, "store_probe"):
+        state.store_probe = StoreProbe(state.store)
+    probe: StoreProbe = state.store_probe
+    return probe

@@ -8,8 +8,11 @@ import pickle
 import socket
 import struct
 import tarfile
+import tempfile
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +23,19 @@ import torch
 from adapters_store import AdapterBundle, AdapterStore, Published
 from sera_serve import SeraConfig
 from sera_serve.base import FrozenBase
+from sera_serve.config import ServeSettings
+from sera_serve.server import build_app
+from sera_serve.server.native import upload_form
+from sera_serve.server.native.uploads import UploadSlots
 from support.answers import refused
 from support.factories import random_adapter, random_decoder
+from support.live_server import live_server, wait_until
+from support.small_disk import fill_bytes, small_disk
+from support.stub_engine import StubEngine
 
 Files = list[tuple[str, tuple[str | None, bytes]]]
 NAME = ("name", (None, b"acme/new"))
+NAME_PART = b'--b\r\nContent-Disposition: form-data; name="name"\r\n\r\nacme/new\r\n'
 
 
 def bundle_part(data: bytes) -> tuple[str, tuple[str, bytes]]:
@@ -174,6 +185,11 @@ def test_a_form_with_other_fields_is_refused(
         ("multipart/form-data", b"x", 400, "invalid_multipart"),
         ("multipart/form-data; boundary=b", b"no such boundary", 400, "invalid_multipart"),
         ("multipart/form-data; boundary=b", b"", 422, "missing_field"),
+        *(
+            (f"multipart/form-data; boundary=b; charset={name}", b"--b--\r\n", 400, "invalid_multipart")
+            for name in ("undefined", "punycode", "utf-16", "idna", "no-such")
+        ),
+        ("multipart/form-data; boundary=b", NAME_PART + b"--b--\r\nand more", 400, "invalid_multipart"),
         (
             "multipart/form-data; boundary=b",
             b"--b\r\nContent-Disposition: form-data\r\n\r\nx\r\n--b--\r\n",
@@ -206,7 +222,7 @@ def test_an_interrupted_upload_leaves_nothing(
     host, port = url.removeprefix("http://").split(":")
     for part in (0.0, 0.3, 0.9):
         with socket.create_connection((host, int(port)), timeout=10) as connection:
-            head = f"POST /v1/adapters HTTP/1.1\r\nHost: x\r\nContent-Type: {request.headers['content-type']}\r\n"
+            head = f"POST /v1/adapters HTTP/1.1\r\nHost: {host}\r\nContent-Type: {request.headers['content-type']}\r\n"
             connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode())
             connection.sendall(body[: int(part * len(body))])
     assert client.get("/healthz").status_code == 200
@@ -228,6 +244,87 @@ def test_a_failed_write_is_reported_and_logged_but_the_client_sees_no_path(
     assert str(store.root) not in answer.text and str(store.root) in caplog.text
     assert list(store.iter_adapters()) == before
     assert upload(client, writer.to_bytes(), "acme/nowhere").status_code == 201
+
+
+@contextmanager
+def begun_upload(url: str, sent: bytes = b"") -> Iterator[socket.socket]:
+    """The headers of an upload of 1,000 bytes, and its first bytes."""
+    host, port = url.removeprefix("http://").split(":")
+    head = "POST /v1/adapters HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=b\r\n"
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall(f"{head}Content-Length: 1000\r\n\r\n".encode() + sent)
+        yield connection
+
+
+@pytest.mark.parametrize("sent", [b"", NAME_PART])
+def test_uploads_over_the_limit_are_answered_503_until_one_ends(
+    base: FrozenBase, store: AdapterStore, writer: AdapterBundle, sent: bytes
+) -> None:
+    app = build_app(StubEngine(base), store, ServeSettings(store=store.root, max_uploads=2))
+
+    def under_way() -> int:
+        slots: UploadSlots | None = getattr(app.state, "upload_slots", None)
+        return slots.count() if slots else 0
+
+    with live_server(app) as url, httpx.Client(base_url=url, timeout=10) as client:
+        with begun_upload(url, sent), begun_upload(url, sent):
+            wait_until(lambda: under_way() == 2)
+            answer = upload(client, writer.to_bytes(), "acme/third")
+            refused(answer, 503, "too_many_uploads")
+            assert int(answer.headers["retry-after"]) > 0
+            assert under_way() == 2
+            assert client.get("/readyz").status_code == 200
+        wait_until(lambda: under_way() == 0)
+        assert upload(client, writer.to_bytes(), "acme/third").status_code == 201
+        # A refused form ends its upload too.
+        assert client.post("/v1/adapters", files=[NAME]).status_code == 422
+        wait_until(lambda: under_way() == 0)
+
+
+def files_in(folder: Path) -> list[str]:
+    """Names of what is open in a folder by this process: temporary files have no name of their own."""
+    found = []
+    for descriptor in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):
+            found.append(str(descriptor.readlink()))
+    return [path for path in found if path.startswith(f"{folder}/")]
+
+
+@pytest.mark.parametrize("end", ["refused", "cut", "read"])
+def test_the_temporary_file_of_an_upload_goes_with_it(
+    url: str, client: httpx.Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(upload_form, "_MEMORY_BYTES", 1 << 10)
+    data = bytes(200 << 10)
+    if end == "cut":
+        part = NAME_PART + b'--b\r\nContent-Disposition: form-data; name="bundle"; filename="a"\r\n\r\n'
+        host, port = url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=10) as connection:
+            head = "POST /v1/adapters HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=b\r\n"
+            connection.sendall(f"{head}Content-Length: 500000\r\n\r\n".encode() + part + data)
+            wait_until(lambda: len(files_in(tmp_path)) == 1)
+    else:
+        # No bundle is read where the name is refused; the zeros are refused where it is accepted.
+        name, code = ("acme/new", "not_safetensors") if end == "read" else ("acme", "invalid_adapter_name")
+        refused(upload(client, data, name), 422, code)
+    wait_until(lambda: not files_in(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_temporary_directory_is_reported_and_leaves_nothing(
+    client: httpx.Client, writer: AdapterBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upload_form, "_MEMORY_BYTES", 1 << 10)
+    with small_disk(tmp_path / "disk") as disk:
+        monkeypatch.setattr(tempfile, "tempdir", str(disk))
+        fill_bytes(disk)
+        error = refused(upload(client, writer.to_bytes()), 507, "upload_not_written")
+        assert "TMPDIR" in error["message"] and str(disk) not in error["message"]
+        assert [path.name for path in disk.iterdir()] == ["filler"]
+        wait_until(lambda: not files_in(disk))
+        (disk / "filler").unlink()
+        assert upload(client, writer.to_bytes()).status_code == 201
 
 
 def test_concurrent_uploads_get_their_own_versions_and_one_thread(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass, field
 
-from adapters_store import AdapterBundle, BundleLimits, Freed
+from adapters_store import AdapterBundle, BundleLimits, Freed, StoreState
 from adapters_store.backends.interface import Change, CommitResult, Manifest, Outcome
 from adapters_store.format.containers import config_of
 from adapters_store.format.safetensors_file import parse_header
@@ -79,6 +79,11 @@ class MemoryBackend:
         with self._lock:
             self._bundles[bundle.digest] = data
 
+    def discard_bundle(self, digest: str) -> None:
+        with self._lock:
+            if digest in self._bundles and digest not in self._needed():
+                del self._bundles[digest]
+
     def bundle_bytes(self, digest: str) -> int | None:
         with self._lock:
             return len(self._bundles[digest]) if digest in self._bundles else None
@@ -90,6 +95,9 @@ class MemoryBackend:
 
     def bundle_location(self, digest: str) -> str:
         return f"memory:{digest}"
+
+    def check(self) -> StoreState:
+        return "writable"
 
     def collect_garbage(self) -> Freed:
         with self._lock:

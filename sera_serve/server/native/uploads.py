@@ -1,30 +1,29 @@
-"""Reads an uploaded bundle from a multipart form with exactly the fields `name` and `bundle`."""
+"""Receives an uploaded bundle: a multipart form with exactly the fields `name` and `bundle`."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import logging
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import BinaryIO
 
+import anyio
 from fastapi import Request
-from starlette.datastructures import FormData, UploadFile
-from starlette.exceptions import HTTPException
+from starlette.concurrency import run_in_threadpool
 
 from adapters_store import AdapterBundle, BundleLimits, parse_adapter, writable_memory
 from adapters_store.errors import InvalidAdapterName
-from sera_serve.errors import InvalidRequest
+from sera_serve.errors import InvalidRequest, Overloaded
+from sera_serve.server.native.upload_form import FormReader, UploadNotWritten, boundary_of
 from sera_serve.server.strict import UnsupportedMediaType, media_type
 
+logger = logging.getLogger("sera_serve.server")
+
 _FIELDS = ("bundle", "name")
-_MAX_FIELD_BYTES = 1024
-
-
-class InvalidForm(InvalidRequest):
-    """The multipart body cannot be parsed."""
-
-    code = "invalid_multipart"
-    status = 400
+# Bytes that are parsed at once, on a thread.
+_CHUNK_BYTES = 64 << 10
+_RETRY_AFTER_S = 5
 
 
 class MissingField(InvalidRequest):
@@ -37,6 +36,43 @@ class UnknownField(InvalidRequest):
     """The form has an unknown field, or the same field twice."""
 
     code = "unknown_field"
+
+
+class TooManyUploads(Overloaded):
+    """As many uploads are under way as the server allows."""
+
+    code = "too_many_uploads"
+
+
+class UploadSlots:
+    """Counts the uploads under way; used on the event loop alone."""
+
+    def __init__(self, limit: int) -> None:
+        """Set up.
+
+        Args:
+            limit: Uploads under way at once.
+        """
+        self._limit = limit
+        self._taken = 0
+
+    def count(self) -> int:
+        """Number of uploads under way."""
+        return self._taken
+
+    @contextmanager
+    def take(self) -> Iterator[None]:
+        """Count one upload. Raises TooManyUploads if no more may begin."""
+        if self._taken >= self._limit:
+            raise TooManyUploads(
+                f"{self._taken} uploads are under way, the most that this server takes; send the upload again later",
+                retry_after=_RETRY_AFTER_S,
+            )
+        self._taken += 1
+        try:
+            yield
+        finally:
+            self._taken -= 1
 
 
 @dataclass(frozen=True)
@@ -66,27 +102,56 @@ class Upload:
 async def receive_upload(request: Request) -> AsyncIterator[Upload]:
     """Receive the form of an upload. The temporary file is deleted when the context ends.
 
+    The upload counts as under way from before its first byte is read until its temporary file is deleted.
+
     Raises:
         UnsupportedMediaType, InvalidForm, MissingField, UnknownField, InvalidAdapterName: The form is refused.
         BodyTooLarge: The body exceeds the limit of its route.
+        TooManyUploads: As many uploads as the setting `max_uploads` are under way.
+        UploadNotWritten: The temporary file could not be written.
     """
     if media_type(request) != "multipart/form-data":
         raise UnsupportedMediaType(
             "the body must be multipart/form-data with the fields bundle and name (curl -F name=... -F bundle=@...)",
             param="Content-Type",
         )
-    try:
-        form = await request.form(max_files=4, max_fields=4, max_part_size=_MAX_FIELD_BYTES)
-    except HTTPException as error:
-        raise InvalidForm(f"{error.detail} Send the fields bundle (a file) and name (text).") from error
-    try:
-        yield _checked(form)
-    finally:
-        await form.close()
+    reader = FormReader(boundary_of(request.headers["content-type"]))
+    with _slots(request).take():
+        try:
+            await _receive(request, reader)
+            yield _checked(reader)
+        except UploadNotWritten as error:
+            # Only the operator can act on a full disk.
+            logger.error("request %s could not be received", request.state.request_id, exc_info=error)
+            raise
+        finally:
+            # Deleting a large file takes time. A request that is cancelled must delete its file too.
+            with anyio.CancelScope(shield=True):
+                await run_in_threadpool(reader.close)
 
 
-def _checked(form: FormData) -> Upload:
-    given = [name for name, _ in form.multi_items()]
+def _slots(request: Request) -> UploadSlots:
+    """The counter of this app, made by its first upload."""
+    state = request.app.state
+    if not hasattr(state, "upload_slots"):
+        state.upload_slots = UploadSlots(state.settings.max_uploads)
+    slots: UploadSlots = state.upload_slots
+    return slots
+
+
+async def _receive(request: Request, reader: FormReader) -> None:
+    # A hand-over to a thread for each packet would cost more than the parsing.
+    waiting = bytearray()
+    async for chunk in request.stream():
+        waiting += chunk
+        if len(waiting) >= _CHUNK_BYTES:
+            await run_in_threadpool(reader.feed, bytes(waiting))
+            waiting.clear()
+    await run_in_threadpool(reader.finish, bytes(waiting))
+
+
+def _checked(form: FormReader) -> Upload:
+    given = [part.name for part in form.parts]
     for field in _FIELDS:
         if field not in given:
             raise MissingField(f"form field {field} is missing; send bundle (a file) and name (text)", param=field)
@@ -95,13 +160,13 @@ def _checked(form: FormData) -> Upload:
             raise UnknownField(f"form field {field!r} is unknown; leave it out", param=field)
         if given.count(field) > 1:
             raise UnknownField(f"form field {field} appears twice; send it once", param=field)
-    name, file = form["name"], form["bundle"]
-    if not isinstance(name, str):
+    name, bundle = (form.parts[given.index(field)] for field in ("name", "bundle"))
+    if name.is_file:
         raise InvalidRequest("form field name is a file; send it as text", param="name")
-    if not isinstance(file, UploadFile):
+    if bundle.file is None:
         raise InvalidRequest("form field bundle is text; send it as a file (curl -F bundle=@...)", param="bundle")
     try:
-        parse_adapter(name)
+        parse_adapter(name.text)
     except InvalidAdapterName as error:
         raise InvalidAdapterName(error.message, param="name") from None
-    return Upload(name, file.file, file.size or 0)
+    return Upload(name.text, bundle.file, bundle.nbytes)

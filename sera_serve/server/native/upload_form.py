@@ -1,0 +1,272 @@
+"""Reader of an untrusted multipart form, with bounds on everything but the bundle itself.
+
+python-multipart finds the parts, and bounds their headers. This module bounds the rest: the number of parts, all bytes
+that belong to no part, and lines that look like a boundary, which the library goes through byte by byte.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from tempfile import SpooledTemporaryFile
+from typing import BinaryIO, cast
+
+from python_multipart import MultipartParser
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import parse_options_header
+
+from sera_serve.errors import InvalidRequest, SeraServeError
+
+_MAX_PARTS = 8
+_MAX_TEXT_BYTES = 1024
+_MAX_PART_HEADERS = 8
+_MAX_PART_HEADER_BYTES = 4096
+# Boundaries, headers of parts, and the padding that a boundary may have.
+_MAX_OVERHEAD_BYTES = 64 << 10
+# The bounds are checked after each so many bytes.
+_CHUNK_BYTES = 64 << 10
+# One before each part, one at the end. A client chooses a boundary that is not in its data.
+_MAX_BOUNDARIES = _MAX_PARTS + 2
+# RFC 2046, 5.1.1.
+_MAX_BOUNDARY_BYTES = 70
+_MEMORY_BYTES = 1 << 20
+_CHARSETS = (b"utf-8", b"utf8", b"us-ascii", b"ascii")
+_PLAIN_ENCODINGS = (b"7bit", b"8bit", b"binary")
+_REMEDY = "send multipart/form-data with the fields bundle (a file) and name (text): curl -F name=... -F bundle=@..."
+
+
+class InvalidForm(InvalidRequest):
+    """The multipart body cannot be parsed."""
+
+    code = "invalid_multipart"
+    status = 400
+
+
+class UploadNotWritten(SeraServeError):
+    """The temporary file of an upload could not be written: the temporary directory is full or not writable."""
+
+    code = "upload_not_written"
+    status = 507
+
+
+@dataclass
+class FormPart:
+    """One field of the form.
+
+    Attributes:
+        name: The field's name.
+        is_file: Whether the part has a file name.
+        text: The value of a field that is no file.
+        file: The content of the field `bundle`, if it is a file. The content of other files is not kept.
+        nbytes: Bytes of the value.
+    """
+
+    name: str
+    is_file: bool
+    text: str = ""
+    file: BinaryIO | None = None
+    nbytes: int = 0
+
+
+@dataclass
+class _Headers:
+    """The headers of the part that is being read."""
+
+    values: dict[bytes, bytes] = field(default_factory=dict)
+    name: bytearray = field(default_factory=bytearray)
+    value: bytearray = field(default_factory=bytearray)
+
+
+def boundary_of(content_type: str) -> bytes:
+    """The boundary in the Content-Type of a form.
+
+    Raises:
+        InvalidForm: There is none, it is not of the allowed length, or the form has another charset than UTF-8.
+    """
+    # HTTP headers are bytes; Starlette has decoded them as latin-1.
+    _, options = parse_options_header(content_type)
+    _check_charset(options, "Content-Type", "Content-Type")
+    boundary = options.get(b"boundary", b"")
+    if not 1 <= len(boundary) <= _MAX_BOUNDARY_BYTES:
+        raise InvalidForm(
+            f"Content-Type needs a boundary of 1 to {_MAX_BOUNDARY_BYTES} bytes; {_REMEDY}", param="Content-Type"
+        )
+    return boundary
+
+
+class FormReader:
+    """Reads one form. Its methods block on the disk; one thread at a time calls them."""
+
+    def __init__(self, boundary: bytes) -> None:
+        """Set up; no file is made before a part needs it.
+
+        Args:
+            boundary: What separates the parts.
+        """
+        self.parts: list[FormPart] = []
+        self._delimiter = b"\r\n--" + boundary
+        self._files: list[BinaryIO] = []
+        self._headers = _Headers()
+        self._text = bytearray()
+        self._tail = b""
+        self._last = b""
+        self._received = 0
+        self._in_parts = 0
+        self._boundaries = 0
+        self._ended = False
+        self._parser = MultipartParser(
+            boundary,
+            {
+                "on_part_begin": self._on_part_begin,
+                "on_header_field": self._on_header_field,
+                "on_header_value": self._on_header_value,
+                "on_header_end": self._on_header_end,
+                "on_headers_finished": self._on_headers_finished,
+                "on_part_data": self._on_part_data,
+                "on_part_end": self._on_part_end,
+                "on_end": self._on_end,
+            },
+            max_header_count=_MAX_PART_HEADERS,
+            max_header_size=_MAX_PART_HEADER_BYTES,
+        )
+
+    def feed(self, data: bytes) -> None:
+        """Read the next bytes of the body.
+
+        Raises:
+            InvalidForm: They cannot belong to an acceptable form.
+            UploadNotWritten: The temporary file could not be written.
+        """
+        for start in range(0, len(data), _CHUNK_BYTES):
+            self._read(data[start : start + _CHUNK_BYTES])
+
+    def finish(self, data: bytes) -> None:
+        """Read the last bytes of the body; raises as `feed` does, and where the form has not ended."""
+        if data:
+            self.feed(data)
+        if not self._received:
+            return
+        if not self._ended:
+            raise InvalidForm(f"the body ends before its last boundary; {_REMEDY}")
+        if not self._last.removesuffix(b"\r\n").endswith(self._delimiter[2:] + b"--"):
+            raise InvalidForm(f"bytes follow the last boundary of the body; {_REMEDY}")
+        try:
+            for file in self._files:
+                file.flush()
+        except OSError as error:
+            raise _not_written(error) from error
+
+    def close(self) -> None:
+        """Delete the temporary file."""
+        for file in self._files:
+            try:
+                file.close()
+            except OSError:
+                # The last bytes of a refused upload did not fit on the disk. The file is closed all the same.
+                continue
+
+    def _read(self, data: bytes) -> None:
+        if not self._received and not data.lstrip(b"\r\n").startswith(self._delimiter[2:]):
+            raise InvalidForm(f"the body does not begin with its boundary; {_REMEDY}")
+        seen = self._tail + data
+        # The first boundary has no line before it.
+        self._boundaries += seen.count(self._delimiter)
+        if self._boundaries > _MAX_BOUNDARIES:
+            raise InvalidForm(f"the body has more than {_MAX_BOUNDARIES} boundaries; {_REMEDY}")
+        # Too short to hold the delimiter, so that none is counted twice.
+        self._tail = seen[-len(self._delimiter) + 1 :]
+        # The last boundary, its two hyphens, and a line end.
+        self._last = (self._last + data)[-len(self._delimiter) - 4 :]
+        self._received += len(data)
+        try:
+            self._parser.write(data)
+        except FormParserError as error:
+            raise InvalidForm(f"the form cannot be read: {error}; {_REMEDY}") from error
+        if self._received - self._in_parts > _MAX_OVERHEAD_BYTES:
+            raise InvalidForm(f"more than {_MAX_OVERHEAD_BYTES} bytes of the body belong to no field; {_REMEDY}")
+
+    def _on_part_begin(self) -> None:
+        if len(self.parts) == _MAX_PARTS:
+            raise InvalidForm(f"the form has more than {_MAX_PARTS} fields; {_REMEDY}")
+        self._headers = _Headers()
+        self._text.clear()
+
+    def _on_header_field(self, data: bytes, start: int, end: int) -> None:
+        self._headers.name += data[start:end]
+
+    def _on_header_value(self, data: bytes, start: int, end: int) -> None:
+        self._headers.value += data[start:end]
+
+    def _on_header_end(self) -> None:
+        headers = self._headers
+        name = bytes(headers.name).lower()
+        if name in headers.values:
+            raise InvalidForm(f"a field of the form has the header {name.decode('ascii')} twice; {_REMEDY}")
+        headers.values[name] = bytes(headers.value)
+        headers.name.clear()
+        headers.value.clear()
+
+    def _on_headers_finished(self) -> None:
+        values = self._headers.values
+        kind, options = parse_options_header(values.get(b"content-disposition"))
+        if kind != b"form-data" or b"name" not in options:
+            raise InvalidForm(f"a field of the form has no name in its Content-Disposition; {_REMEDY}")
+        part = FormPart(_utf8(options[b"name"], "the name of a field"), b"filename" in options)
+        encoding = values.get(b"content-transfer-encoding", b"binary").strip().lower()
+        if encoding not in _PLAIN_ENCODINGS:
+            raise InvalidForm(f"form field {part.name!r} has a transfer encoding; send its bytes as they are")
+        if not part.is_file:
+            _check_charset(parse_options_header(values.get(b"content-type"))[1], f"form field {part.name!r}", part.name)
+        elif part.name == "bundle" and not self._files:
+            try:
+                part.file = cast(BinaryIO, SpooledTemporaryFile(max_size=_MEMORY_BYTES))  # noqa: SIM115
+            except OSError as error:
+                raise _not_written(error) from error
+            self._files.append(part.file)
+        self.parts.append(part)
+
+    def _on_part_data(self, data: bytes, start: int, end: int) -> None:
+        part = self.parts[-1]
+        part.nbytes += end - start
+        self._in_parts += end - start
+        if part.file is not None:
+            try:
+                part.file.write(memoryview(data)[start:end])
+            except OSError as error:
+                raise _not_written(error) from error
+        elif not part.is_file:
+            if part.nbytes > _MAX_TEXT_BYTES:
+                raise InvalidForm(
+                    f"form field {part.name!r} has more than {_MAX_TEXT_BYTES} bytes; send a file as a file "
+                    "(curl -F bundle=@...)"
+                )
+            self._text += data[start:end]
+
+    def _on_part_end(self) -> None:
+        part = self.parts[-1]
+        if not part.is_file:
+            part.text = _utf8(bytes(self._text), f"form field {part.name!r}")
+
+    def _on_end(self) -> None:
+        self._ended = True
+
+
+def _check_charset(options: dict[bytes, bytes], where: str, param: str) -> None:
+    charset = options.get(b"charset", b"utf-8")
+    if charset.lower() not in _CHARSETS:
+        raise InvalidForm(
+            f"{where} has the charset {charset.decode('latin-1')!r}; send UTF-8, or leave the charset out", param=param
+        )
+
+
+def _utf8(value: bytes, what: str) -> str:
+    try:
+        return value.decode("utf-8")
+    except UnicodeDecodeError:
+        raise InvalidForm(f"{what} is not UTF-8; {_REMEDY}") from None
+
+
+def _not_written(error: OSError) -> UploadNotWritten:
+    return UploadNotWritten(
+        f"the upload could not be written to the server's temporary directory: {error.strerror or error}; free space "
+        "there, or start the server with TMPDIR naming a directory that has room for max_uploads bundles"
+    )

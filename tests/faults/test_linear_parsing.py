@@ -1,0 +1,161 @@
+"""No text of a client makes an expression, ours or a library's, take more than linear time.
+
+A quadratic step over the sizes below takes from tens of seconds to hours; what is linear takes milliseconds.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import json
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from fastapi import FastAPI, Request
+
+from adapters_store import AdapterConfig, InvalidAdapterName, InvalidBundle, parse_adapter, parse_json, parse_ref
+from adapters_store.names import check_alias, check_digest
+from sera_serve.config import ServeSettings
+from sera_serve.errors import SeraServeError
+from sera_serve.server import health, native
+from sera_serve.server.browsers import BrowserRules
+from sera_serve.server.native.upload_form import boundary_of
+from sera_serve.server.strict import media_type
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+LINEAR_S = 2.0
+# The largest body of JSON, which holds the names of adapters; the same for a bundle's configuration.
+BODY = 1 << 20
+# Twice the largest request line and headers.
+HEADER = 64 << 10
+
+# Every expression in the packages: the test of the texts that reach it, or why no client's text does.
+EXPRESSIONS = {
+    "adapters_store/names.py: [a-z0-9][a-z0-9._-]{0,63}": "names",
+    "adapters_store/names.py: v([1-9][0-9]{0,8})": "names",
+    "adapters_store/names.py: v[0-9]+": "names",
+    "adapters_store/names.py: f'[0-9a-f]{{{MIN_DIGEST_PREFIX},64}}'": "names",
+    "adapters_store/names.py: [0-9a-f]{64}": "names",
+    r"adapters_store/format/config.py: \A[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*\z": "paths of layers",
+    r"adapters_store/records.py: \A[0-9a-f]{64}\z": "a record of the store, written by the store, 64 KiB at most",
+    r"adapters_store/backends/adapter_directory.py: v([1-9][0-9]*)\.json": "names of files, 255 bytes at most",
+    "adapters_store/backends/name_index.py: [a-z0-9][a-z0-9._-]*@[a-z0-9][a-z0-9._-]*": "names of files, 255 bytes",
+    r"adapters_store/format/strict_json.py: \\u[dD][89a-fA-F]": "JSON",
+    r"sera_serve/engine/overflow.py: \d+": "paths of layers of the base, which the operator chooses",
+    "sera_serve/server/browsers.py: _HOST": "headers",
+    "sera_serve/server/browsers.py: f'(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://{_HOST}/?'": "headers",
+    r"sera_serve/trainer/checkpoint.py: checkpoint-(\d+)": "names of files of the trainer, 255 bytes at most",
+}
+
+
+def expressions(path: Path) -> list[str]:
+    """The regular expressions in a file: arguments of `re`'s functions, and `pattern=` anywhere."""
+    found: list[ast.expr] = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.Call):
+            continue
+        called = node.func
+        named = isinstance(called, ast.Attribute) and isinstance(called.value, ast.Name) and called.value.id == "re"
+        if named and called.attr != "escape":
+            found.append(node.args[0])
+        found += [keyword.value for keyword in node.keywords if keyword.arg in ("pattern", "regex")]
+    return [text.value if isinstance(text, ast.Constant) else ast.unparse(text) for text in found]
+
+
+def test_every_expression_is_in_the_table() -> None:
+    found = set()
+    for package in ("adapters_store", "sera_serve", "kernels"):
+        for path in sorted((REPOSITORY / package).rglob("*.py")):
+            found |= {f"{path.relative_to(REPOSITORY)}: {text}" for text in expressions(path)}
+    assert found == set(EXPRESSIONS)
+
+
+def request_with(header: str, value: str) -> Request:
+    return Request({"type": "http", "headers": [(header.encode(), value.encode("latin-1"))], "query_string": b""})
+
+
+APP = FastAPI()
+for router in (*native.ROUTERS, health.router):
+    APP.include_router(router)
+
+
+def route(path: str) -> None:
+    for candidate in APP.routes:
+        candidate.matches({"type": "http", "path": path, "method": "GET", "headers": []})
+
+
+def query(text: str) -> None:
+    dict(Request({"type": "http", "query_string": text.encode(), "headers": []}).query_params)
+
+
+def configuration(path: str) -> None:
+    fields = {"format_version": 1, "task": "generate", "method": "sera", "modules": {path: {}}, "base": {}}
+    AdapterConfig.from_json(json.dumps(fields))
+
+
+USES: dict[str, Callable[[str], object]] = {
+    "a reference": parse_ref,
+    "a reference's selector": lambda text: parse_ref(f"a/b@{text}"),
+    "an adapter's name": parse_adapter,
+    "an adapter's second part": lambda text: parse_adapter(f"a/{text}"),
+    "an alias": check_alias,
+    "a digest": check_digest,
+    "a layer's path": configuration,
+    "JSON": parse_json,
+    "JSON in a list": lambda text: parse_json(f"[{text}"),
+    "a JSON string": lambda text: parse_json(f'"{text}'),
+}
+TEXTS = ["a", "a.", "a/", "/", "@", "v", "1", "0", "..", "-", "a@", " ", "é", "[", "1,", "a_."]
+TEXTS += ["\\\\", "\\\\u0030", "\\ud8"]
+RULES = BrowserRules(ServeSettings(allowed_hosts=["a.example"], allowed_origins=["https://a.example"]))
+HEADER_USES: dict[str, Callable[[str], object]] = {
+    "a path": lambda text: route(f"/v1/adapters/{text}"),
+    "a path with a name": lambda text: route(f"/v1/adapters/a/{text}"),
+    "a query": query,
+    "a query's value": lambda text: query(f"tenant={text}"),
+    "a media type": lambda text: media_type(request_with("content-type", text)),
+    "a form's type": lambda text: boundary_of(f"multipart/form-data;{text}"),
+    "a form's boundary": lambda text: boundary_of(f'multipart/form-data; boundary="{text}'),
+    "a form's charset": lambda text: boundary_of(f"multipart/form-data; boundary=b; charset={text}"),
+    "a host": RULES.check_host,
+    "a host's port": lambda text: RULES.check_host(f"a:{text}"),
+    "a host's address": lambda text: RULES.check_host(f"[{text}"),
+    "an origin": lambda text: RULES.check_origin([text], None, "a"),
+    "an origin's host": lambda text: RULES.check_origin([f"http://{text}"], None, text),
+    "a query's escapes": lambda text: query(f"%{text}"),
+}
+HEADER_TEXTS = [*'a;=" /&%+*\t:.1[', '";', '\\"', '\\";', ";=", 'a="', "a=;", "; ", "//", "%41"]
+
+
+def assert_linear(use: Callable[[str], object], text: str) -> None:
+    began = time.perf_counter()
+    with contextlib.suppress(InvalidAdapterName, InvalidBundle, SeraServeError, ValueError):
+        use(text)
+        # Once more with an end that fits nothing, so that whatever began to fit is taken back.
+    with contextlib.suppress(InvalidAdapterName, InvalidBundle, SeraServeError, ValueError):
+        use(text + "\x00!")
+    assert time.perf_counter() - began < LINEAR_S
+
+
+@pytest.mark.parametrize("name", USES)
+def test_names_and_bodies_take_linear_time(name: str) -> None:
+    for piece in TEXTS:
+        assert_linear(USES[name], piece * (BODY // len(piece)))
+
+
+@pytest.mark.parametrize("name", HEADER_USES)
+def test_headers_and_paths_take_linear_time(name: str) -> None:
+    for piece in HEADER_TEXTS:
+        assert_linear(HEADER_USES[name], piece * (HEADER // len(piece)))
+
+
+def test_a_quadratic_expression_would_be_seen() -> None:
+    """The limit is far below what a quadratic expression takes, at an eighth of the size of a header."""
+    began = time.perf_counter()
+    # As Python's tarfile reads the records of a pax header.
+    list(re.finditer(r"(\d+) ([^=]+)=", "1" * (HEADER // 8)))
+    eighth = time.perf_counter() - began
+    assert eighth * 64 > LINEAR_S
