@@ -3,6 +3,8 @@
 A token is drawn by the Gumbel-max rule: argmax of scores / temperature + noise, which is a draw from the softmax. The
 noise is a hash of (seed, position, token id), so a seeded request gives the same tokens in any batch, and no random
 state is shared between tenants. All shapes are static.
+
+Scores that are infinite or not a number choose no token: `next_tokens` gives `NO_TOKEN` for their row.
 """
 
 from __future__ import annotations
@@ -11,6 +13,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+NO_TOKEN = -1
+"""In place of the token of a row whose scores are not finite."""
+
+# A temperature below it would make finite logits infinite. At this temperature two logits that differ by 2e-5 are drawn
+# in their order already.
+_GREEDY_BELOW = 1e-6
 
 
 def sampling_keys(seeds: NDArray[np.uint64], positions: NDArray[np.uint64]) -> NDArray[np.int32]:
@@ -68,14 +77,26 @@ def perturbed_scores(
 
     Args:
         scores: float32 (rows, vocabulary), the model's logits.
-        temperature: float32 (rows,).
+        temperature: float32 (rows,); below 1e-6 it is 0.
         top_k: int32 (rows,); see `top_k_top_p_filter`.
         top_p: float32 (rows,); see `top_k_top_p_filter`.
         keys: int32 (rows,), from `sampling_keys`.
         truncate: Whether any row limits its tokens; without, the sort is spared.
     """
-    greedy = (temperature == 0).unsqueeze(1)
+    greedy = (temperature < _GREEDY_BELOW).unsqueeze(1)
     scaled = scores / torch.where(greedy, 1.0, temperature.unsqueeze(1))
     kept = top_k_top_p_filter(scaled, top_k, top_p) if truncate else scaled
     noise = gumbel_noise(keys, scores.shape[1])
     return torch.where(greedy, scores, kept + noise)
+
+
+def next_tokens(scores: Tensor) -> Tensor:
+    """int64 (rows,): the token of the highest score, or `NO_TOKEN` where that score is not finite.
+
+    Where any score is not a number, so is the highest. The device is not read.
+
+    Args:
+        scores: float32 (rows, vocabulary), logits or perturbed scores.
+    """
+    highest, tokens = scores.max(1)
+    return torch.where(highest.abs() < torch.inf, tokens, NO_TOKEN)

@@ -12,7 +12,7 @@ from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
 
 from sera_serve.engine.request import FinishReason, GenerationRequest, TokenLogprobs
-from sera_serve.errors import DeadlineExceeded, EngineUnavailable
+from sera_serve.errors import AdapterOverflow, BaseOverflow, DeadlineExceeded, EngineUnavailable
 
 
 class Mailbox:
@@ -225,6 +225,7 @@ class GenerationStream(EventReader, AsyncIterator[TokenDelta]):
         """The next delta.
 
         Raises:
+            AdapterOverflow, BaseOverflow: The logits are infinite or not a number.
             EngineUnavailable: The engine failed this request.
             DeadlineExceeded: Its time is over; the deltas before had the tokens that it got.
         """
@@ -239,6 +240,9 @@ class GenerationStream(EventReader, AsyncIterator[TokenDelta]):
         end = len(request.tokens)
         if request.error is not None:
             self._close()
+            if isinstance(request.error, (AdapterOverflow, BaseOverflow)):
+                # To send the request again would not help.
+                raise request.error
             raise EngineUnavailable(f"generation failed: {request.error}; the request may be sent again")
         if end == seen and self._expired:
             self._close()

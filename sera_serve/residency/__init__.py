@@ -1,5 +1,6 @@
 """Adapter residency: device pool, host cache, leases, pins, prefetch, loading and eviction."""
 
+from sera_serve.residency.bundle_check import check_servable
 from sera_serve.residency.entry import TRANSITIONS, AdapterEntry, AdapterState, Lease, PrefetchHint
 from sera_serve.residency.host_cache import HostCache
 from sera_serve.residency.loader import LoaderThreads
@@ -27,5 +28,6 @@ __all__ = [
     "PrefetchHint",
     "ResidencyStats",
     "Tier",
+    "check_servable",
     "pack",
 ]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from adapters_store import AdapterBundle
-from sera_serve.errors import AdapterTooLarge
+from sera_serve.residency.bundle_check import check_fits
 from sera_serve.residency.packing import PackedAdapter, pack
 from sera_serve.residency.pool import DevicePool
 
@@ -40,13 +40,7 @@ class AdapterLoader:
         """
         data = self._pool.data
         packed = pack(self._load(digest), self._module_index, data.dtype, data.is_cuda)
-        if packed.layout.elements > self._pool.capacity:
-            itemsize = data.element_size()
-            raise AdapterTooLarge(
-                f"the adapter takes {packed.layout.elements * itemsize} bytes, the device pool has "
-                f"{self._pool.capacity * itemsize}; raise pool_mib",
-                param="adapter",
-            )
+        check_fits(packed.layout, self._pool)
         return packed
 
 

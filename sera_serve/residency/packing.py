@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -54,6 +55,7 @@ class AdapterLayout:
         config: The bundle's configuration.
         modules: In the order of their offsets.
         elements: Length of the run.
+        gain: For a classifier, the most by which the update of a layer can be longer than the layer's input.
     """
 
     digest: str
@@ -61,6 +63,7 @@ class AdapterLayout:
     modules: tuple[PackedModule, ...]
     head: PackedHead | None
     elements: int
+    gain: float = math.inf
 
     @cached_property
     def chunks(self) -> tuple[int, ...]:
@@ -106,6 +109,21 @@ def pack(
         dtype: The pool's dtype.
         pin_memory: Put the run in page-locked memory, for asynchronous copies to a GPU.
     """
+    return join(*lay_out(bundle, module_index), dtype, pin_memory)
+
+
+def join(layout: AdapterLayout, parts: Sequence[Tensor], dtype: torch.dtype, pin_memory: bool = False) -> PackedAdapter:
+    """Copy what `lay_out` gave into one run; arguments as of `pack`."""
+    if pin_memory:
+        data = torch.empty(layout.elements, dtype=dtype, pin_memory=True)
+    else:
+        data = torch.frombuffer(writable_memory(layout.elements * dtype.itemsize), dtype=dtype)
+    _join(parts, data)
+    return PackedAdapter(layout, data)
+
+
+def lay_out(bundle: AdapterBundle, module_index: Mapping[str, int]) -> tuple[AdapterLayout, list[Tensor]]:
+    """The layout of a bundle's packed run, and the tensors that the run joins; nothing is copied."""
     parts: list[Tensor] = []
     end = 0
 
@@ -121,19 +139,30 @@ def pack(
 
     modules = []
     for path, spec in bundle.config.modules.items():
-        names = ["sera_a", "sera_c", "sera_b"] if spec.use_mixer else ["sera_a", "sera_b"]
-        offset = place(*(bundle.tensors[f"{path}.{name}"] for name in names))
+        offset = place(*(bundle.tensors[f"{path}.{name}"] for name in _factor_names(spec.use_mixer)))
         modules.append(PackedModule(module_index[path], offset, spec.rank, spec.split, spec.use_mixer, spec.scaling))
-    head = None
+    head, gain = None, math.inf
     if bundle.config.task == "classify":
+        gain = _gain(bundle)
         weight, bias = bundle.tensors["head.weight"], bundle.tensors["head.bias"]
         head = PackedHead(place(weight), place(bias), *weight.shape)
-    if pin_memory:
-        data = torch.empty(end, dtype=dtype, pin_memory=True)
-    else:
-        data = torch.frombuffer(writable_memory(end * dtype.itemsize), dtype=dtype)
-    _join(parts, data)
-    return PackedAdapter(AdapterLayout(bundle.digest, bundle.config, tuple(modules), head, end), data)
+    return AdapterLayout(bundle.digest, bundle.config, tuple(modules), head, end, gain), parts
+
+
+def _gain(bundle: AdapterBundle) -> float:
+    """The greatest product of scaling and norms of factors: no update is longer, relative to its input."""
+    gain = 0.0
+    for path, spec in bundle.config.modules.items():
+        # A block-diagonal factor lengthens nothing by more than the norm of its blocks' elements.
+        factors = [bundle.tensors[f"{path}.{name}"] for name in _factor_names(spec.use_mixer)]
+        norms = [float(torch.linalg.vector_norm(factor, dtype=torch.float32)) for factor in factors]
+        gain = max(gain, abs(spec.scaling) * math.prod(norms))
+    # The norms of huge factors are infinite, and with a factor of zeros their product is not a number.
+    return gain if gain == gain else math.inf
+
+
+def _factor_names(use_mixer: bool) -> list[str]:
+    return ["sera_a", "sera_c", "sera_b"] if use_mixer else ["sera_a", "sera_b"]
 
 
 def _join(parts: Sequence[Tensor], out: Tensor) -> None:

@@ -344,5 +344,7 @@ class DevicePool:
         if modules:
             values = [(placement.locate(m.offset), m.rank, m.split, m.use_mixer, m.scaling) for m in modules]
             columns[:, [m.index for m in modules]] = np.array(values).T
-        columns[4] = columns[4].astype(np.float32)
+        # A scaling beyond float32 becomes infinite here: the engine ends the requests of such an adapter.
+        with np.errstate(over="ignore"):
+            columns[4] = columns[4].astype(np.float32)
         return columns

@@ -265,6 +265,11 @@ def _attend_part(
             scale=scale,
             enable_gqa=rows.shape[1] != kv_heads,
         )
+    if not query.is_cuda:
+        # torch's attention on a CPU gives finite numbers for some scores that are not finite, such as NaN where there
+        # are few keys. Where these sums of squares are finite, so is every score.
+        for squared in (rows, keys):
+            out += 0 * torch.linalg.vector_norm(squared, dim=(1, 2, 3), keepdim=True, dtype=torch.float32).to(out.dtype)
     return out.reshape(count, heads, -1) if new == 1 else out.transpose(1, 2).flatten(0, 1)
 
 
@@ -304,7 +309,8 @@ def explicit_attention(
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     scores = (q @ k.transpose(2, 3) * scale).float()
     if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
+        # The last summand is NaN where the score is not finite, which its hyperbolic tangent would not show.
+        scores = softcap * torch.tanh(scores / softcap) + 0 * scores
     scores = scores + mask
     if sinks is not None:
         # One logit for each query head. Decodes have the heads of one key-value head in q's third axis.

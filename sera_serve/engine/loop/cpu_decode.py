@@ -37,6 +37,8 @@ def _attend_row(q: Any, k: Any, v: Any, out: Any, pages: Any, length: int, windo
         kv_head = head // groups
         row, target = q[head], out[head]
         top = np.float32(-np.inf)
+        # NaN once a score is not finite: -inf alone would pass for a key of no weight.
+        overflow = np.float32(0)
         for t in range(first, length):
             key = k[pages[t // page_size], t % page_size, kv_head]
             total = np.float32(0)
@@ -44,6 +46,7 @@ def _attend_row(q: Any, k: Any, v: Any, out: Any, pages: Any, length: int, windo
                 total += row[d] * key[d]
             total *= scale
             scores[t] = total
+            overflow += total * np.float32(0)
             top = max(top, total)
         norm = np.float32(0)
         for t in range(first, length):
@@ -51,7 +54,7 @@ def _attend_row(q: Any, k: Any, v: Any, out: Any, pages: Any, length: int, windo
             scores[t] = weight
             norm += weight
         for d in range(value_width):
-            target[d] = 0
+            target[d] = overflow
         for t in range(first, length):
             weight = scores[t] / norm
             value = v[pages[t // page_size], t % page_size, kv_head]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -46,6 +46,11 @@ class StepPlan:
     def requests(self) -> list[GenerationRequest]:
         """All requests of the step."""
         return [*self.decodes, *(request for request, _ in self.chunks)]
+
+    def remove(self, requests: Sequence[GenerationRequest]) -> None:
+        """Take requests that the step has ended out of it."""
+        self.decodes = [request for request in self.decodes if request not in requests]
+        self.chunks = [(request, count) for request, count in self.chunks if request not in requests]
 
 
 class StepPlanner:

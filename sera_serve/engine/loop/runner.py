@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ from sera_serve.engine.loop.hugging_face import PagedModel
 from sera_serve.engine.loop.pages import PAGE_SIZE, SCRATCH
 from sera_serve.engine.loop.plan import StepPlan
 from sera_serve.engine.request import GenerationRequest, TokenLogprobs
-from sera_serve.engine.sampling import perturbed_scores, sampling_keys
+from sera_serve.engine.sampling import NO_TOKEN, next_tokens, perturbed_scores, sampling_keys
 from sera_serve.layers import AdapterContext
 
 StaticStep = Callable[[list[GenerationRequest]], list[int]]
@@ -30,10 +31,12 @@ class StepOutcome:
     Attributes:
         requests: Those with a new token.
         tokens: The new token of each.
+        overflowed: Those whose logits are infinite or not a number. They get no token, and their pages are not sound.
     """
 
     requests: list[GenerationRequest]
     tokens: list[int]
+    overflowed: list[GenerationRequest]
 
 
 class RowTables:
@@ -87,7 +90,9 @@ class PackedStep:
         sides: bool arrays, likewise: whether a token's sequence is beyond the rotary threshold.
         parts: What attention does, in the order of the tokens.
         keep: Tokens whose logits are wanted.
-        sampled: Requests that get a new token, in the order of these logits.
+        ends: All requests, in the order of the logits of each one's last token of the step. The logits after a chunk
+            that does not end its prompt are looked at too: they are finite only if its keys and values are.
+        unfinished: Those whose prompt goes on in a later step; they get no token.
         prompts: Requests that want log-probabilities of their prompt, with the first of their logits and how many.
     """
 
@@ -100,7 +105,8 @@ class PackedStep:
         self.sides: list[NDArray[np.bool_]] = []
         self.parts: list[Part] = []
         self.keep: list[int] = []
-        self.sampled: list[GenerationRequest] = []
+        self.ends: list[GenerationRequest] = []
+        self.unfinished: set[GenerationRequest] = set()
         self.prompts: list[tuple[GenerationRequest, int, int]] = []
         self._total = 0
 
@@ -118,7 +124,7 @@ class PackedStep:
         page = np.take_along_axis(pages, (at // PAGE_SIZE)[:, None], 1)[:, 0]
         self._add(tables.next_token[rows], at, tables.decode_slots(rows), page, tables.is_long[rows])
         self.parts += decode_parts(at + 1, pages, self._compiled)
-        self.sampled += [requests[place] for place in order.tolist()]
+        self.ends += [requests[place] for place in order.tolist()]
         self.keep += range(len(requests))
 
     def add_chunk(self, request: GenerationRequest, count: int) -> None:
@@ -135,14 +141,14 @@ class PackedStep:
             last.lengths = np.append(last.lengths, count)
         else:
             self.parts.append(Part(count, np.array([count])))
-        is_last = end == len(request.tokens)
         if _wants_prompt_logprobs(request):
             self.prompts.append((request, len(self.keep), count))
             self.keep += range(first, first + count)
-        elif is_last:
+        else:
             self.keep.append(first + count - 1)
-        if is_last:
-            self.sampled.append(request)
+        self.ends.append(request)
+        if end < len(request.tokens):
+            self.unfinished.add(request)
 
     def add_padding(self) -> None:
         """Add one token of no request: it uses no adapter and writes to the scratch page."""
@@ -204,7 +210,7 @@ class StepRunner:
             and not plan.chunks
             and all(request.logprobs is None for request in plan.decodes)
         ):
-            return StepOutcome(plan.decodes, self.static_step(plan.decodes))
+            return _outcome(plan.decodes, self.static_step(plan.decodes), set(), set())
         packed = PackedStep(self.tables, self._compiled)
         packed.add_decodes(plan.decodes)
         # Prompts of one length that begin here are attended in one call.
@@ -213,18 +219,27 @@ class StepRunner:
         if self._rotary is not None:
             self._rotary.long_tokens = torch.from_numpy(np.concatenate(packed.sides)).to(self._model.device)
         logits = self._forward(packed, packed.keep if plan.chunks else None)
+        overflowed: set[GenerationRequest] = set()
         if packed.prompts:
-            logits = _take_prompt_logprobs(logits, packed.prompts)
-        return StepOutcome(packed.sampled, self._sample(logits, packed.sampled))
+            logits = _take_prompt_logprobs(logits, packed.prompts, overflowed)
+        return _outcome(packed.ends, self._sample(logits, packed), packed.unfinished, overflowed)
 
-    def probe(self) -> None:
-        """Run one token of the base model on the scratch page; raises what the forward pass raises."""
+    def probe(self) -> Tensor:
+        """Run one token of the base model on the scratch page, and wait for the device.
+
+        Returns:
+            float32 (1, vocabulary), the logits; raises what the forward pass raises.
+        """
         if self._rotary is not None:
             # Left from a failed step, of another number of tokens.
             self._rotary.long_tokens = None
         packed = PackedStep(self.tables, self._compiled)
         packed.add_padding()
-        self._forward(packed, None).argmax(-1).tolist()
+        logits = self._forward(packed, None)
+        # What a page holds must be finite: see `KeyValuePool.clear`.
+        self._pool.clear([SCRATCH])
+        logits.argmax(-1).tolist()
+        return logits
 
     def _enter(self, plan: StepPlan) -> None:
         for request in plan.entered:
@@ -251,8 +266,9 @@ class StepRunner:
         with self._context.run(None if base_only else AdapterBatch(slots)):
             return self._model.logits(ids[None], positions[None], step, kept)
 
-    def _sample(self, logits: Tensor, requests: list[GenerationRequest]) -> list[int]:
-        """A token for each request, from float32 (requests, vocabulary) logits."""
+    def _sample(self, logits: Tensor, packed: PackedStep) -> list[int]:
+        """A token, or `NO_TOKEN`, for each of the step's `ends`, from float32 (requests, vocabulary) logits."""
+        requests = packed.ends
         rows = np.array([request.row for request in requests], np.int64)
         tables, scores = self.tables, logits
         if tables.temperature[rows].any():
@@ -267,23 +283,46 @@ class StepRunner:
                 torch.from_numpy(keys).to(device),
                 truncate=bool(tables.truncates[rows].any()),
             )
-        tokens: list[int] = scores.argmax(-1).tolist()
+        tokens: list[int] = next_tokens(scores).tolist()
         for index, request in enumerate(requests):
-            if request.logprobs is not None:
-                request.token_logprobs.append(_logprobs(logits[index], tokens[index], request.logprobs))
+            if request.logprobs is not None and tokens[index] != NO_TOKEN and request not in packed.unfinished:
+                logprobs = _logprobs(logits[index], tokens[index], request.logprobs)
+                if logprobs is None:
+                    tokens[index] = NO_TOKEN
+                else:
+                    request.token_logprobs.append(logprobs)
         return tokens
+
+
+def _outcome(
+    ends: list[GenerationRequest],
+    tokens: list[int],
+    unfinished: set[GenerationRequest],
+    overflowed: set[GenerationRequest],
+) -> StepOutcome:
+    """Sort requests into those with a token, those without a sound one, and those whose prompt goes on."""
+    if NO_TOKEN in tokens:
+        overflowed.update(request for request, token in zip(ends, tokens, strict=True) if token == NO_TOKEN)
+    if not overflowed and not unfinished:
+        return StepOutcome(ends, tokens, [])
+    without = overflowed | unfinished
+    given = [(request, token) for request, token in zip(ends, tokens, strict=True) if request not in without]
+    return StepOutcome([request for request, _ in given], [token for _, token in given], list(overflowed))
 
 
 def _wants_prompt_logprobs(request: GenerationRequest) -> bool:
     return request.prompt_logprobs is not None and len(request.prompt_token_logprobs) < request.prompt_tokens
 
 
-def _take_prompt_logprobs(logits: Tensor, chunks: list[tuple[GenerationRequest, int, int]]) -> Tensor:
+def _take_prompt_logprobs(
+    logits: Tensor, chunks: list[tuple[GenerationRequest, int, int]], overflowed: set[GenerationRequest]
+) -> Tensor:
     """Note the log-probabilities of prompts; returns the logits without the rows that were for them alone.
 
     Args:
         logits: float32 (kept tokens, vocabulary).
         chunks: Requests, with the first row and the number of rows of each.
+        overflowed: Gets the requests with a log-probability that is not finite.
     """
     wanted = torch.ones(len(logits), dtype=torch.bool)
     for request, first, count in chunks:
@@ -294,14 +333,21 @@ def _take_prompt_logprobs(logits: Tensor, chunks: list[tuple[GenerationRequest, 
             # The logits at a position are for the token after it.
             position = request.computed + offset + 1
             if len(have) <= position < request.prompt_tokens:
-                have.append(_logprobs(logits[first + offset], request.tokens[position], top))
-        ends = request.computed + count == len(request.tokens)
-        wanted[first : first + count - ends] = False
+                logprobs = _logprobs(logits[first + offset], request.tokens[position], top)
+                if logprobs is None:
+                    overflowed.add(request)
+                    break
+                have.append(logprobs)
+        wanted[first : first + count - 1] = False
     return logits[wanted.to(logits.device)]
 
 
-def _logprobs(logits: Tensor, token: int, top: int) -> TokenLogprobs:
+def _logprobs(logits: Tensor, token: int, top: int) -> TokenLogprobs | None:
+    """None where a log-probability is not finite."""
     logprobs = logits.log_softmax(0)
     values, indices = logprobs.topk(min(top, len(logprobs)))
     likeliest = tuple(zip(indices.tolist(), values.tolist(), strict=True))
-    return TokenLogprobs(token, logprobs[token].item(), likeliest)
+    logprob = logprobs[token].item()
+    if not all(map(math.isfinite, (logprob, *(value for _, value in likeliest)))):
+        return None
+    return TokenLogprobs(token, logprob, likeliest)

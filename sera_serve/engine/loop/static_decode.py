@@ -20,7 +20,7 @@ from sera_serve.engine.loop.hugging_face import PagedModel
 from sera_serve.engine.loop.pages import PAGE_SIZE, SCRATCH
 from sera_serve.engine.loop.runner import RowTables
 from sera_serve.engine.request import GenerationRequest
-from sera_serve.engine.sampling import perturbed_scores, sampling_keys
+from sera_serve.engine.sampling import next_tokens, perturbed_scores, sampling_keys
 from sera_serve.layers import AdapterContext
 
 
@@ -92,7 +92,7 @@ class StaticDecode:
 
     @torch.no_grad()
     def run(self) -> None:
-        """Write each row's keys and values to the pool, and the token that follows to `next_tokens`."""
+        """Write each row's keys and values to the pool, and the token that follows, or `NO_TOKEN`, to `next_tokens`."""
         ids, at, slots, pages, temperature, top_k, top_p, noise = (buffer for buffer, _ in self._padding.values())
         places = pages.gather(1, (at // PAGE_SIZE)[:, None])[:, 0] * PAGE_SIZE + at % PAGE_SIZE
         step = StepContext(self._pool, places, table=pages, lengths=at + 1)
@@ -102,4 +102,4 @@ class StaticDecode:
             scores = self._model.logits(ids[None], at[None], step, 0)
         if self.key.sampled:
             scores = perturbed_scores(scores, temperature, top_k, top_p, noise, truncate=self.key.truncated)
-        self.next_tokens.copy_(scores.argmax(-1))
+        self.next_tokens.copy_(next_tokens(scores))

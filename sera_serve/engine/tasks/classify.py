@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ import torch
 from sera_kernels import NO_ADAPTER, AdapterBatch
 from sera_serve.base import FrozenBase, ModelInputs, pool_states
 from sera_serve.engine.admission import BatchBudget
+from sera_serve.engine.overflow import OverflowReporter, RowGauge
 from sera_serve.engine.request import ClassificationRequest, FinishReason, LabelScores
 from sera_serve.engine.scheduler import Scheduler
 from sera_serve.engine.tasks.runner import TaskRunner, logger
@@ -96,6 +98,8 @@ class ClassificationRunner(TaskRunner[ClassificationRequest]):
         self._max_rows = max_rows
         self._max_tokens = max_tokens
         self._max_wait_s = max_wait_s
+        self._gauge = RowGauge(base.model)
+        self._overflows = OverflowReporter()
         self._budget = BatchBudget(_PASSES * max_rows)
         # In the order in which they entered the batch.
         self._rows: list[_Row] = []
@@ -126,10 +130,13 @@ class ClassificationRunner(TaskRunner[ClassificationRequest]):
             for request in requests:
                 self.end(request, FinishReason.FAILED, EngineUnavailable(f"classification failed: {error}"))
             return True
+        overflowed = dict.fromkeys(row.request for row, result in zip(rows, scores, strict=True) if result is None)
         for row, result in zip(rows, scores, strict=True):
             row.request.scores[row.index] = result
         for request in requests:
-            if None not in request.scores:
+            if request in overflowed:
+                self.end(request, FinishReason.FAILED, self._overflows.error(request))
+            elif None not in request.scores:
                 self.end(request, FinishReason.COMPLETED)
         return True
 
@@ -150,13 +157,16 @@ class ClassificationRunner(TaskRunner[ClassificationRequest]):
             del self._rows[position]
         return taken
 
-    def _classify(self, rows: list[_Row]) -> list[LabelScores]:
+    def _classify(self, rows: list[_Row]) -> list[LabelScores | None]:
+        """The scores of each row; None where its adapter overflows."""
         batch = self._base.pad([row.inputs for row in rows])
         mask = batch["attention_mask"]
         row_slots = [row.request.lease.slot if row.request.lease else NO_ADAPTER for row in rows]
         slots = torch.tensor(row_slots, dtype=torch.int32, device=mask.device)
         token_slots = torch.where(mask.bool(), slots.unsqueeze(1), NO_ADAPTER).flatten().to(torch.int32)
-        with self._context.run(AdapterBatch(token_slots)):
+        gains = [row.request.lease.placement.adapter.gain for row in rows if row.request.lease]
+        watching = self._gauge.watching(len(rows), mask.device) if self._gauge.must_watch(gains) else nullcontext()
+        with watching as norms, self._context.run(AdapterBatch(token_slots)):
             states = self._base.hidden_states(**batch)
         scores: dict[int, LabelScores] = {}
         by_slot: dict[int, list[int]] = {}
@@ -168,11 +178,18 @@ class ClassificationRunner(TaskRunner[ClassificationRequest]):
             config = lease.placement.adapter.config
             pooled = pool_states(states[indices], mask[indices], config.pooling or self._base.default_pooling)
             weight, bias = self._pool.head(lease.placement)
-            probabilities = torch.nn.functional.linear(pooled, weight, bias).float().softmax(dim=1)
-            for index, row_probabilities in zip(indices, probabilities.tolist(), strict=True):
+            logits = torch.nn.functional.linear(pooled, weight, bias).float()
+            sound = logits.isfinite().all(1)
+            if norms is not None:
+                sound &= norms[indices].isfinite()
+            # One transfer for both.
+            outcome = torch.cat([sound[:, None], logits.softmax(dim=1)], dim=1).tolist()
+            for index, (is_sound, *row_probabilities) in zip(indices, outcome, strict=True):
+                if not is_sound:
+                    continue
                 by_label = dict(zip(config.labels or [], row_probabilities, strict=True))
                 scores[index] = LabelScores(max(by_label, key=by_label.__getitem__), by_label)
-        return [scores[index] for index in range(len(rows))]
+        return [scores.get(index) for index in range(len(rows))]
 
 
 def split_call(call: ClassificationRequest, max_rows: int, max_tokens: int) -> list[ClassificationRequest]:

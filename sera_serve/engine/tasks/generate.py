@@ -12,6 +12,7 @@ from sera_serve.engine.loop.hugging_face import PagedModel
 from sera_serve.engine.loop.pages import PAGE_SIZE, PagePool
 from sera_serve.engine.loop.plan import StepPlan, StepPlanner
 from sera_serve.engine.loop.runner import StepRunner
+from sera_serve.engine.overflow import OverflowReporter, expose_overflows
 from sera_serve.engine.request import FinishReason, GenerationRequest
 from sera_serve.engine.scheduler import Scheduler
 from sera_serve.engine.tasks.runner import RunnerLoad, TaskRunner, logger
@@ -63,8 +64,10 @@ class GenerationRunner(TaskRunner[GenerationRequest]):
         max_pages = min(pages, -(-base.max_length // PAGE_SIZE))
         self.runner = StepRunner(paged, context, pool, self.planner.num_rows, max_pages, base.rotary_context)
         self.steps = 0
+        self._overflows = OverflowReporter()
         # A base that cannot be served is refused now, not in its first step.
         with torch.inference_mode():
+            expose_overflows(base.model, self.runner.probe)
             self.runner.probe()
 
     def load(self) -> RunnerLoad:
@@ -93,6 +96,11 @@ class GenerationRunner(TaskRunner[GenerationRequest]):
         except Exception as error:  # noqa: BLE001 - it is told to every request of the step
             self._fail(plan, error)
             return True
+        if outcome.overflowed:
+            # Before their pages are published: these hold keys and values that are not finite.
+            for request in outcome.overflowed:
+                self.end(request, FinishReason.FAILED, self._overflows.error(request))
+            plan.remove(outcome.overflowed)
         for request in plan.decodes:
             self.planner.advance(request, 1)
         for request, count in plan.chunks:

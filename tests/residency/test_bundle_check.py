@@ -1,0 +1,130 @@
+"""Bundles that cannot be served are refused before they are published."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from adapters_store import AdapterBundle
+from sera_serve import SeraConfig
+from sera_serve.base import FrozenBase
+from sera_serve.errors import AdapterOverflow, AdapterTooLarge
+from sera_serve.residency import DevicePool, check_servable, pack
+from support.factories import random_adapter
+
+ALL = SeraConfig(8, 8, 8.0, "all-linear")
+SHAPES = [ALL, SeraConfig(8, 1, 8.0, "all-linear"), SeraConfig(4, 4, 4.0, ("q_proj", "down_proj"), use_mixer=False)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+PATH = "model.layers.1.mlp.down_proj"
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As in the thread that publishes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def pool_of(base: FrozenBase, dtype: torch.dtype = torch.float32, nbytes: int = 1 << 20) -> DevicePool:
+    return DevicePool(nbytes, len(base.module_shapes()), 2, dtype)
+
+
+def with_scaling(bundle: AdapterBundle, scaling: float) -> AdapterBundle:
+    modules = dict(bundle.config.modules)
+    modules[PATH] = modules[PATH].model_copy(update={"scaling": scaling})
+    return AdapterBundle(bundle.config.model_copy(update={"modules": modules}), dict(bundle.tensors))
+
+
+def with_factor(bundle: AdapterBundle, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> AdapterBundle:
+    return AdapterBundle(bundle.config, bundle.tensors | {name: change(bundle.tensors[name])})
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("labels", [None, ["no", "yes"]])
+def test_an_ordinary_adapter_passes_and_nothing_is_written(
+    dtype: torch.dtype, shape: SeraConfig, labels: list[str] | None, base: FrozenBase, index: dict[str, int]
+) -> None:
+    pool = pool_of(base, dtype)
+    check_servable(random_adapter(base, shape, 1, labels), index, pool)
+    check_servable(random_adapter(base, shape, 2, labels, strength=0.0), index, pool)
+    assert not pool.data.any() and not pool.placements()
+    pool.check_invariants()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_exactly_the_pool_fits(dtype: torch.dtype, base: FrozenBase, index: dict[str, int]) -> None:
+    bundle = random_adapter(base, ALL, 1)
+    packed = pack(bundle, index, dtype)
+    nbytes = packed.layout.elements * dtype.itemsize
+    check_servable(bundle, index, pool_of(base, dtype, nbytes))
+    with pytest.raises(AdapterTooLarge, match=f"takes {nbytes} bytes, .* {nbytes - 4}; raise pool_mib") as refusal:
+        check_servable(bundle, index, pool_of(base, dtype, nbytes - 4))
+    assert (refusal.value.status, refusal.value.param) == (422, "adapter")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[1]])
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("sera_a", lambda t: torch.full_like(t, 1e30)),
+        ("sera_b", lambda t: torch.full_like(t, 1e30)),
+        # One element in thousands.
+        ("sera_b", lambda t: t.index_put((torch.tensor(0), torch.tensor(3)), torch.tensor(3e38))),
+        ("sera_c", lambda t: torch.full_like(t, -3e38)),
+    ],
+    ids=["a", "b", "one element", "c"],
+)
+def test_values_that_overflow_are_refused(
+    dtype: torch.dtype,
+    shape: SeraConfig,
+    name: str,
+    change: Callable[[torch.Tensor], torch.Tensor],
+    base: FrozenBase,
+    index: dict[str, int],
+) -> None:
+    bundle = with_factor(random_adapter(base, shape, 1), f"{PATH}.{name}", change)
+    with pytest.raises(AdapterOverflow, match="smaller scaling") as refusal:
+        check_servable(bundle, index, pool_of(base, dtype))
+    assert (refusal.value.status, refusal.value.code, refusal.value.param) == (422, "adapter_overflow", PATH)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_sum_of_squares_counts(shape: SeraConfig, base: FrozenBase, index: dict[str, int]) -> None:
+    """A finite update whose squares overflow: the next normalization would make zeros of it."""
+    bundle = with_factor(random_adapter(base, shape, 1), f"{PATH}.sera_b", lambda t: t / t.abs().max() * 1e19)
+    with pytest.raises(AdapterOverflow) as refusal:
+        check_servable(bundle, index, pool_of(base))
+    assert refusal.value.param == PATH
+
+
+@pytest.mark.parametrize(
+    ("scaling", "dtype"),
+    [(1e308, torch.float32), (-1e39, torch.bfloat16), (1e5, torch.float16), (1e308, torch.float16)],
+)
+def test_a_scaling_beyond_the_dtype_is_refused(
+    scaling: float, dtype: torch.dtype, base: FrozenBase, index: dict[str, int]
+) -> None:
+    # Its update is zero: what would be computed is 0 times infinity.
+    bundle = with_scaling(random_adapter(base, ALL, 1, strength=0.0), scaling)
+    with pytest.raises(AdapterOverflow, match="scaling") as refusal:
+        check_servable(bundle, index, pool_of(base, dtype))
+    assert refusal.value.param == PATH
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*(("head.weight", dtype) for dtype in DTYPES), ("head.bias", torch.float16)]
+)
+def test_a_head_that_overflows_is_refused(
+    name: str, dtype: torch.dtype, base: FrozenBase, index: dict[str, int]
+) -> None:
+    bundle = random_adapter(base, ALL, 1, labels=["no", "yes"])
+    bundle = with_factor(bundle, name, lambda t: torch.full_like(t, 3e38))
+    with pytest.raises(AdapterOverflow) as refusal:
+        check_servable(bundle, index, pool_of(base, dtype))
+    assert refusal.value.param == "head"
