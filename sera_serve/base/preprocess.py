@@ -15,6 +15,14 @@ from sera_serve.errors import InvalidRequest
 
 # Tokenizing a longer text takes milliseconds, in which an event loop would do nothing else.
 _LONG_CHARACTERS = 4000
+# Tokens beyond `max_length` after which more text changes no token of the row. Where a text is cut, the tokens of its
+# last word change: at most 100 of WordPiece, which looks at words of up to 100 characters, and the last few of a longer
+# word of others.
+_MARGIN = 128
+# A text of natural language has about so many characters a token.
+_CHARACTERS_A_TOKEN = 4
+# Characters that go to the tokenizer in one call: its result has some 150 bytes a token.
+_CHARACTERS_AT_ONCE = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -37,7 +45,10 @@ class Preprocessor:
     """Tokenizes inputs for one base and checks them. Every method is thread-safe.
 
     Truncation is a state of the tokenizer, and one thread must not change this state while another thread tokenizes.
-    So `rows`, which truncates, has a copy of the tokenizer and a lock; `prompt` never truncates.
+    So rows that must be truncated have a copy of the tokenizer and a lock. `prompt` never truncates, and never waits.
+
+    Attributes:
+        longest_token: Characters of the longest token in the vocabulary.
     """
 
     def __init__(
@@ -45,7 +56,10 @@ class Preprocessor:
     ) -> None:
         """Prepare for the model and tokenizer of a base; nothing else may truncate with `tokenizer`."""
         self._tokenizer = tokenizer
+        # The first call turns truncation off for good. After it, calls of several threads leave the tokenizer alone.
+        tokenizer("")
         self._truncating = copy.deepcopy(tokenizer)
+        self.longest_token = max(map(len, tokenizer.get_vocab()), default=1)
         self._lock = threading.Lock()
         self._vocab_size = int(model.config.get_text_config().vocab_size)
         self._end_tokens = _end_tokens(model, tokenizer)
@@ -90,19 +104,36 @@ class Preprocessor:
         Raises:
             InvalidRequest: An input has no tokens.
         """
-        texts = [(index, value) for index, value in enumerate(inputs) if isinstance(value, str)]
-        pairs = [(index, value) for index, value in enumerate(inputs) if not isinstance(value, str)]
         rows: dict[int, ModelInputs] = {}
-        if texts:
-            encoded = self._encode([text for _, text in texts], None, max_length)
-            rows.update(zip((index for index, _ in texts), encoded, strict=True))
+        pairs: list[tuple[int, tuple[str, str]]] = []
+        group: list[tuple[int, str]] = []
+        characters = 0
+        for index, value in enumerate(inputs):
+            if not isinstance(value, str):
+                pairs.append((index, value))
+                continue
+            if group and characters + len(value) > _CHARACTERS_AT_ONCE:
+                rows.update(self._texts(group, max_length))
+                group, characters = [], 0
+            group.append((index, value))
+            characters += len(value)
+        rows.update(self._texts(group, max_length))
         if pairs:
-            encoded = self._encode([pair[0] for _, pair in pairs], [pair[1] for _, pair in pairs], max_length)
+            # Whole: which text of a pair is cut depends on the lengths of both. HTTP clients send no pairs.
+            encoded = self._truncated([pair[0] for _, pair in pairs], [pair[1] for _, pair in pairs], max_length)
             rows.update(zip((index for index, _ in pairs), encoded, strict=True))
         for index, row in rows.items():
             if not row.input_ids:
                 raise InvalidRequest(f"input {index} has no tokens; send some text", param=f"inputs[{index}]")
         return [rows[index] for index in range(len(inputs))]
+
+    def max_characters(self, tokens: int) -> int:
+        """Return how many characters `tokens` tokens can stand for at most, each of them as long as the longest one.
+
+        A tokenizer that drops characters, such as repeated spaces, or that makes one unknown token of a long word,
+        makes fewer tokens of some longer texts.
+        """
+        return self.longest_token * tokens
 
     def end_tokens(self) -> frozenset[int]:
         """Return the tokens that end a text: the generation config's, or else the tokenizer's. There may be none."""
@@ -112,11 +143,48 @@ class Preprocessor:
         """Tell whether `prompt` takes so long that an event loop should call it on a worker thread."""
         return max(len(text or ""), len(token_ids or ())) > _LONG_CHARACTERS
 
-    def _encode(self, texts: list[str], seconds: list[str] | None, max_length: int) -> list[ModelInputs]:
+    def are_long(self, inputs: Sequence[str | tuple[str, str]]) -> bool:
+        """Tell whether `rows` takes so long that it should not run where short inputs are awaited."""
+        lengths = (len(value) if isinstance(value, str) else sum(map(len, value)) for value in inputs)
+        return sum(lengths) > _LONG_CHARACTERS
+
+    def _texts(self, group: Sequence[tuple[int, str]], max_length: int) -> dict[int, ModelInputs]:
+        """The rows of texts by index. Of a long text only a part is tokenized: as much as decides its row."""
+        rows: dict[int, ModelInputs] = {}
+        too_long: list[tuple[int, str]] = []
+        characters = _CHARACTERS_A_TOKEN * (max_length + _MARGIN)
+        while group:
+            parts = [(index, text, self._kept_part(text, characters)) for index, text in group]
+            whole = self._encode(self._tokenizer, [part for _, _, part in parts], None)
+            group = []
+            for (index, text, part), row in zip(parts, whole, strict=True):
+                if len(part) < len(text) and len(row) < max_length + _MARGIN:
+                    group.append((index, text))
+                elif len(row) > max_length:
+                    too_long.append((index, part))
+                else:
+                    rows[index] = row
+            characters *= 2
+        if too_long:
+            cut = self._truncated([part for _, part in too_long], None, max_length)
+            rows.update(zip((index for index, _ in too_long), cut, strict=True))
+        return rows
+
+    def _kept_part(self, text: str, characters: int) -> str:
+        """The beginning of a text; all of it where the tokenizer keeps the end of a text.
+
+        The tokens at the end of a long run of one character depend on where the run begins.
+        """
+        return text if self._tokenizer.truncation_side == "left" else text[:characters]
+
+    def _truncated(self, texts: list[str], seconds: list[str] | None, max_length: int) -> list[ModelInputs]:
         with self._lock:
-            encoded: Any = self._truncating(
-                texts, seconds, truncation=True, max_length=max_length, return_token_type_ids=self._has_token_types
-            )
+            return self._encode(self._truncating, texts, seconds, truncation=True, max_length=max_length)
+
+    def _encode(
+        self, tokenizer: PreTrainedTokenizerBase, texts: list[str], seconds: list[str] | None, **options: Any
+    ) -> list[ModelInputs]:
+        encoded: Any = tokenizer(texts, seconds, return_token_type_ids=self._has_token_types, **options)
         types = encoded["token_type_ids"] if self._has_token_types else [None] * len(texts)
         return [
             ModelInputs(ids, row_types if row_types and any(row_types) else None)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -33,12 +34,19 @@ from sera_serve.engine.scheduler import Scheduler
 from sera_serve.engine.stream import Detokenizer, EventReader, GenerationStream, Mailbox, deadline_exceeded
 from sera_serve.engine.tasks import ClassificationRunner, GenerationRunner, RunnerLoad, TaskRunner
 from sera_serve.engine.tasks.classify import ClassifyResult, split_call
-from sera_serve.errors import EngineUnavailable, PromptTooLong, UnsupportedTask
+from sera_serve.errors import EngineUnavailable, InvalidRequest, PromptTooLong, UnsupportedTask
 from sera_serve.layers import AdapterContext, attach_serving, find_shared_inputs
 from sera_serve.residency import AdapterResidency, DevicePool, HostCache, ResidencyStats
+from sera_serve.residency.bundle_check import check_servable
+from sera_serve.threads import BoundedExecutor
 
 MEBIBYTE = 1 << 20
 _MAX_WAITING_LEASES = 32
+_RESOLVING_THREADS = 8
+# Probabilities in one answer. A few times more would keep the event loop for half a second.
+_MAX_PROBABILITIES = 1 << 18
+# Few, because a long text's tokens take some 150 bytes each while they are made.
+_TOKENIZING_THREADS = 2
 
 
 class ServingEngine:
@@ -60,9 +68,9 @@ class ServingEngine:
         self._pool = DevicePool(
             settings.pool_mib * MEBIBYTE, len(self._shapes), settings.max_resident, base.dtype, base.device
         )
-        index = {path: row for row, path in enumerate(self._shapes)}
+        self._module_index = {path: row for row, path in enumerate(self._shapes)}
         self.residency = AdapterResidency(
-            self._load_bundle, self._pool, HostCache(settings.host_cache_mib * MEBIBYTE), index
+            self._load_bundle, self._pool, HostCache(settings.host_cache_mib * MEBIBYTE), self._module_index
         )
         self._admission = AdmissionController(settings.max_queue, settings.max_queue_per_tenant)
         self._context_tokens = min(base.max_length, settings.kv_cache_tokens)
@@ -71,8 +79,10 @@ class ServingEngine:
         warm_up(base.device, base.dtype)
         self._groups = find_shared_inputs(base.model)
         self._cpu_threads = settings.cpu_threads or torch.get_num_threads()
-        # After the first call, which turns truncation off for good, calls of several threads leave the tokenizer alone.
-        base.tokenizer("")
+        self._preprocessor = base.preprocessor
+        # Every request that was admitted may wait: admission alone refuses them.
+        self._resolving = BoundedExecutor("resolving", _RESOLVING_THREADS, settings.max_queue)
+        self._tokenizing = BoundedExecutor("tokenizing", _TOKENIZING_THREADS, settings.max_queue)
         # By task; a base without a runner for a task does not serve it.
         self.runners: dict[Task, TaskRunner[Any]] = {"classify": self._make_classification()}
         if base.kind == "decoder":
@@ -84,7 +94,13 @@ class ServingEngine:
             runner.start()
 
     def stop(self) -> None:
-        """Stop at once: the requests in flight are told so."""
+        """Stop at once, on any thread. Every request in flight ends with EngineUnavailable. Idempotent. Blocks."""
+        # First everyone is told who waits, then the threads are waited for: a step or a read may take long.
+        self._resolving.close()
+        self._tokenizing.close()
+        for runner in self.runners.values():
+            runner.scheduler.close()
+        self.residency.close(timeout_s=0)
         for runner in self.runners.values():
             runner.stop()
         self.residency.close()
@@ -111,17 +127,35 @@ class ServingEngine:
             self._unsound = f"the adapters' memory is not sound: {error}; restart the server"
             self.health()
 
+    def check_bundle(self, bundle: AdapterBundle) -> None:
+        """Check that a bundle can be served: made for this base, not larger than the pool, no overflow. Blocks.
+
+        Raises:
+            WrongBase, UnknownModule, WrongShape: The bundle was made for another base.
+            AdapterTooLarge, AdapterOverflow: It can never be served.
+        """
+        check_base(bundle.config, self.base.info, self._shapes)
+        check_servable(bundle, self._module_index, self._pool)
+
     def mark_deleted(self, digest: str) -> None:
         """Give back the memory of a bundle that was deleted, once no request uses it."""
         self.residency.mark_deleted(digest)
 
     async def pin(self, digest: str) -> None:
         """Bring an adapter to the device and keep it there; raises CannotPin, or why it cannot be loaded."""
+        # Pins of deleted adapters must not take the share of the pool that pins may have.
+        await self._resolving.run(self.drop_deleted_pins)
         await asyncio.wrap_future(self.residency.pin(digest))
 
     def unpin(self, digest: str) -> None:
         """Let an adapter leave the device again. Idempotent."""
         self.residency.unpin(digest)
+
+    def drop_deleted_pins(self) -> None:
+        """Unpin the adapters whose bundle is not in the store any more: another server deleted it. Blocks."""
+        for digest in self.residency.pinned_digests():
+            if not self.store.has(digest):
+                self.residency.mark_deleted(digest)
 
     def in_flight(self) -> int:
         """How many calls were admitted and are not finished."""
@@ -143,10 +177,17 @@ class ServingEngine:
         """Figures of the adapters' memory."""
         return self.residency.stats()
 
-    async def generate(self, params: GenerateParams, principal: Principal) -> GenerationStream:
+    async def generate(
+        self, params: GenerateParams, principal: Principal, received_at: float | None = None
+    ) -> GenerationStream:
         """Let a request wait for its turn and for its adapter, and return when it runs.
 
         Every refusal is raised here, before the first delta.
+
+        Args:
+            params: What to generate.
+            principal: Who asks.
+            received_at: When the request's first byte came (`time.monotonic`); None is now. Time limits count from it.
 
         Raises:
             UnsupportedTask: An encoder base, or a classifier adapter.
@@ -159,7 +200,7 @@ class ServingEngine:
             StoreError: The adapter does not exist, or does not fit the base.
         """
         runner = self._runner("generate")
-        deadline = _deadline_after(params.timeout_s)
+        limits = self._time_limits(received_at, params.timeout_s)
         request = GenerationRequest(
             principal=principal,
             id=f"gen-{secrets.token_hex(8)}",
@@ -170,30 +211,30 @@ class ServingEngine:
             seed=secrets.randbits(31) if params.seed is None else params.seed,
             logprobs=params.logprobs,
             prompt_logprobs=params.prompt_logprobs,
-            end_tokens=self.base.preprocessor.end_tokens(),
+            end_tokens=self._preprocessor.end_tokens(),
         )
         with self._admitted(request):
-            tokens = await self._prompt(params)
-            if params.adapter is not None:
-                request.adapter = await asyncio.to_thread(self._resolve, params.adapter, "generate")
-                # Two tenants may have published one bundle: they share its weights, and not what was asked of it.
-                request.prefix_key = f"{principal.tenant}/{request.adapter.digest}"
-            request.tokens, request.prompt_tokens = tokens, len(tokens)
-            request.limit = len(tokens) + params.max_new_tokens
-            stream = GenerationStream(
-                request,
-                Detokenizer(self.base.tokenizer, tokens, params.stop),
-                self._mailbox_here(),
-                partial(runner.cancel, request),
-            )
-            runner.submit([request])
-            try:
-                await self._started(request, stream, deadline)
-            except BaseException:
-                runner.cancel(request, FinishReason.CANCELLED)
-                raise
-        if deadline is not None:
-            stream.end_at(deadline)
+            async with self._time_to_start(limits):
+                tokens = await self._prompt(params)
+                if params.adapter is not None:
+                    request.adapter = await self._resolving.run(self._resolve, params.adapter, "generate")
+                request.prefix_key = _prefix_key(request, params.cache_salt)
+                request.tokens, request.prompt_tokens = tokens, len(tokens)
+                request.limit = len(tokens) + params.max_new_tokens
+                stream = GenerationStream(
+                    request,
+                    Detokenizer(self.base.tokenizer, tokens, params.stop),
+                    self._mailbox_here(),
+                    partial(runner.cancel, request),
+                )
+                runner.submit([request])
+                try:
+                    await _started(request, stream)
+                except BaseException:
+                    runner.cancel(request, FinishReason.CANCELLED)
+                    raise
+        if limits.deadline is not None:
+            stream.end_at(limits.deadline)
         return stream
 
     async def classify(
@@ -203,30 +244,33 @@ class ServingEngine:
         principal: Principal,
         priority: Priority = "normal",
         timeout_s: float | None = None,
+        received_at: float | None = None,
     ) -> ClassifyResult:
         """Classify each input, a text or a sentence pair, with the adapter's head.
 
-        Priority and timeout are those of `GenerateParams`.
+        Priority and time limits are those of `generate`.
 
         Raises:
             UnsupportedTask: The adapter has no head.
-            InvalidRequest: An input has no tokens.
+            InvalidRequest: An input has no tokens, or inputs times labels are too many.
             TenantOverloaded, Overloaded, DeadlineExceeded, EngineUnavailable, StoreError: As in `generate`.
         """
         runner = self._runner("classify")
-        deadline = _deadline_after(timeout_s)
+        limits = self._time_limits(received_at, timeout_s)
         reader = EventReader(self._mailbox_here())
         call = ClassificationRequest(
             principal=principal, id=f"cls-{secrets.token_hex(8)}", priority=PRIORITIES.index(priority), reader=reader
         )
+        parts: list[ClassificationRequest] = []
         with self._admitted(call):
-            resolved, call.rows = await asyncio.to_thread(self._rows, adapter, inputs)
-            call.adapter = resolved
-            parts = split_call(call, self.settings.classify_max_batch, self.settings.max_batch_tokens)
-            runner.submit(parts)
             try:
-                await self._started(parts[0], reader, deadline)
-                await _finished(parts, reader, deadline)
+                async with self._time_to_start(limits):
+                    resolved, call.rows = await self._rows(adapter, inputs)
+                    call.adapter = resolved
+                    parts = split_call(call, self.settings.classify_max_batch, self.settings.max_batch_tokens)
+                    runner.submit(parts)
+                    await _started(parts[0], reader)
+                await _finished(parts, reader, limits.deadline)
             except BaseException:
                 for part in parts:
                     runner.cancel(part, FinishReason.CANCELLED)
@@ -260,40 +304,87 @@ class ServingEngine:
         error = self._admission.refusal(tenant)
         return any(runner.shed(tenant, error) for runner in self.runners.values())
 
-    async def _started(self, request: Request, reader: EventReader, deadline: float | None) -> None:
-        """Wait until a request runs; raises why it does not."""
-        allowed = self.settings.request_timeout_s
-        latest = asyncio.get_running_loop().time() + allowed
+    def _time_limits(self, received_at: float | None, timeout_s: float | None) -> _TimeLimits:
+        # The clock of asyncio's event loops, and of uvloop's, is time.monotonic.
+        arrived = asyncio.get_running_loop().time() if received_at is None else received_at
+        return _TimeLimits(
+            latest_start=arrived + self.settings.request_timeout_s,
+            deadline=None if timeout_s is None else arrived + timeout_s,
+        )
+
+    @asynccontextmanager
+    async def _time_to_start(self, limits: _TimeLimits) -> AsyncIterator[None]:
+        """End whatever the block waits for where a request is not started in time; raises why."""
+        scope = asyncio.timeout_at(limits.first)
         try:
-            async with asyncio.timeout_at(latest if deadline is None else min(latest, deadline)):
-                while request.state in (RequestState.WAITING, RequestState.LOADING) and request.started_at is None:
-                    await reader.wait()
+            async with scope:
+                yield
         except TimeoutError:
-            if deadline is not None and deadline <= latest:
+            # A disk's own time limit is another matter.
+            if not scope.expired():
+                raise
+            if limits.deadline == limits.first:
                 raise deadline_exceeded() from None
+            allowed = self.settings.request_timeout_s
             raise self._admission.overloaded(f"the request was not started within {allowed:g} s") from None
-        if request.started_at is None and request.error is not None:
-            raise request.error
 
     async def _prompt(self, params: GenerateParams) -> list[int]:
         """The prompt's tokens; raises where they do not fit the vocabulary or the context."""
-        preprocessor, arguments = self.base.preprocessor, (params.prompt, params.token_ids)
+        preprocessor, context = self._preprocessor, self._context_tokens
+        if params.token_ids is not None:
+            self._check_context(len(params.token_ids), params)
+        elif params.prompt is not None and len(params.prompt) > (most := preprocessor.max_characters(context)):
+            # Before the text is tokenized, which takes a second and some hundred bytes a character.
+            raise PromptTooLong(
+                f"the prompt has {len(params.prompt)} characters; the context of {context} tokens holds at most "
+                f"{most}, if each is the longest token of {preprocessor.longest_token} characters; shorten the prompt",
+                param="prompt",
+            )
+        arguments = params.prompt, params.token_ids
         if preprocessor.is_long(*arguments):
-            tokens = await asyncio.to_thread(preprocessor.prompt, *arguments)
+            tokens = await self._tokenizing.run(preprocessor.prompt, *arguments)
         else:
             tokens = preprocessor.prompt(*arguments)
-        if len(tokens) + params.max_new_tokens > self._context_tokens:
-            raise PromptTooLong(
-                f"{len(tokens)} prompt tokens and max_new_tokens {params.max_new_tokens} exceed the context of "
-                f"{self._context_tokens}; shorten the prompt or ask for at most "
-                f"{max(0, self._context_tokens - len(tokens))}",
-                param="prompt" if params.token_ids is None else "token_ids",
-            )
+        self._check_context(len(tokens), params)
         return tokens
 
-    def _rows(self, adapter: str, inputs: Sequence[str | tuple[str, str]]) -> tuple[ResolvedAdapter, list[ModelInputs]]:
+    def _check_context(self, tokens: int, params: GenerateParams) -> None:
+        if tokens + params.max_new_tokens > self._context_tokens:
+            raise PromptTooLong(
+                f"{tokens} prompt tokens and max_new_tokens {params.max_new_tokens} exceed the context of "
+                f"{self._context_tokens}; shorten the prompt or ask for at most "
+                f"{max(0, self._context_tokens - tokens)}",
+                param="prompt" if params.token_ids is None else "token_ids",
+            )
+
+    async def _rows(
+        self, adapter: str, inputs: Sequence[str | tuple[str, str]]
+    ) -> tuple[ResolvedAdapter, list[ModelInputs]]:
+        """The adapter of a classification, and the rows of its inputs. A short call changes threads only once."""
+        if not self._preprocessor.are_long(inputs):
+            return await self._resolving.run(self._resolve_and_tokenize, adapter, inputs)
+        resolved = await self._resolving.run(self._resolve_classifier, adapter, len(inputs))
+        return resolved, await self._tokenizing.run(self._tokenize, resolved, inputs)
+
+    def _resolve_and_tokenize(
+        self, adapter: str, inputs: Sequence[str | tuple[str, str]]
+    ) -> tuple[ResolvedAdapter, list[ModelInputs]]:
+        resolved = self._resolve_classifier(adapter, len(inputs))
+        return resolved, self._tokenize(resolved, inputs)
+
+    def _resolve_classifier(self, adapter: str, count: int) -> ResolvedAdapter:
         resolved = self._resolve(adapter, "classify")
-        return resolved, self.base.preprocessor.rows(inputs, resolved.max_length or self.base.max_length)
+        labels = len(resolved.labels or ())
+        if count * labels > _MAX_PROBABILITIES:
+            raise InvalidRequest(
+                f"{count} inputs with {labels} labels each make more than {_MAX_PROBABILITIES} probabilities; send at "
+                f"most {_MAX_PROBABILITIES // labels} inputs in one request",
+                param="inputs",
+            )
+        return resolved
+
+    def _tokenize(self, resolved: ResolvedAdapter, inputs: Sequence[str | tuple[str, str]]) -> list[ModelInputs]:
+        return self._preprocessor.rows(inputs, resolved.max_length or self.base.max_length)
 
     def _resolve(self, adapter: str, task: Task) -> ResolvedAdapter:
         """Find the version of an adapter, and refuse one for another task or base before anything is loaded."""
@@ -357,9 +448,40 @@ class ServingEngine:
         return bundle
 
 
-def _deadline_after(timeout_s: float | None) -> float | None:
-    """The time of the running event loop in so many seconds; None is never."""
-    return None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s
+@dataclass(frozen=True)
+class _TimeLimits:
+    """Times of the running event loop.
+
+    Attributes:
+        latest_start: The request must have been started.
+        deadline: The request must be finished; None is never.
+    """
+
+    latest_start: float
+    deadline: float | None
+
+    @property
+    def first(self) -> float:
+        """When a request that is not started ends."""
+        return self.latest_start if self.deadline is None else min(self.latest_start, self.deadline)
+
+
+def _prefix_key(request: GenerationRequest, cache_salt: str | None) -> str | None:
+    """Which requests share cached pages of prompts with this one; None shares with no other."""
+    if request.adapter is None and cache_salt is None:
+        return None
+    # Two tenants may have published one bundle: they share its weights, and not what was asked of it. Neither a tenant
+    # nor a digest contains "/".
+    key = f"{request.tenant}/{request.digest or ''}"
+    return key if cache_salt is None else f"{key}/{cache_salt}"
+
+
+async def _started(request: Request, reader: EventReader) -> None:
+    """Wait until a request runs; raises why it does not."""
+    while request.state in (RequestState.WAITING, RequestState.LOADING) and request.started_at is None:
+        await reader.wait()
+    if request.started_at is None and request.error is not None:
+        raise request.error
 
 
 async def _finished(parts: Sequence[Request], reader: EventReader, deadline: float | None) -> None:

@@ -70,6 +70,8 @@ class GenerateParams:
         stop: Strings that end the text; the text does not contain them.
         priority: Order among the waiting requests of one tenant; other tenants are unaffected.
         timeout_s: Seconds from the request's arrival to its end; None is without limit.
+        cache_salt: Requests under different salts share no cached pages of prompts; requests of one salt and adapter
+            do, and of one salt to the base model.
         logprobs: Return the log-probability of each generated token and of this many likeliest ones; None is none.
         prompt_logprobs: The same for the tokens of the prompt.
     """
@@ -85,6 +87,7 @@ class GenerateParams:
     stop: list[str] = field(default_factory=list)
     priority: Priority = "normal"
     timeout_s: float | None = None
+    cache_salt: str | None = None
     logprobs: int | None = None
     prompt_logprobs: int | None = None
 

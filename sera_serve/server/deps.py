@@ -1,4 +1,4 @@
-"""What routes depend on: the engine's protocol, and FastAPI dependencies for engine, store, settings and metrics.
+"""What routes depend on: the engine's protocol, the threads of the routes' work, and FastAPI dependencies.
 
 `sera_serve.engine.ServingEngine` implements the protocol. So does the stub engine of the tests.
 """
@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Protocol, cast
 
 from fastapi import Depends, Request
 
-from adapters_store import AdapterStore, BaseInfo
+from adapters_store import AdapterBundle, AdapterStore
 from sera_serve.config import ServeSettings
 from sera_serve.engine import (
     ClassifyResult,
@@ -24,17 +25,10 @@ from sera_serve.engine import (
     TokenDelta,
 )
 from sera_serve.server.metrics import ServerMetrics
+from sera_serve.threads import BoundedExecutor
 
-
-class ServedBase(Protocol):
-    """The base model, as the check of an uploaded adapter sees it."""
-
-    @property
-    def info(self) -> BaseInfo:
-        """The base model's fingerprint."""
-
-    def module_shapes(self) -> dict[str, tuple[int, int]]:
-        """(d_in, d_out) of every linear layer that an adapter can adapt, by path."""
+_LISTING_THREADS, _CHANGING_THREADS = 2, 4
+_MAX_WAITING = 64
 
 
 class TokenStream(Protocol):
@@ -77,15 +71,18 @@ class TokenStream(Protocol):
 class Engine(Protocol):
     """Serves requests. Every refusal is a SeraServeError or a StoreError."""
 
-    @property
-    def base(self) -> ServedBase:
-        """The base model that the engine serves."""
-
     def start(self) -> None:
         """Start to accept requests."""
 
     def stop(self) -> None:
         """Stop. Blocks until the engine's threads have ended."""
+
+    def check_bundle(self, bundle: AdapterBundle) -> None:
+        """Check that a bundle can be served: made for this base, not larger than the pool, no overflow. Blocks.
+
+        Raises:
+            InvalidBundle, AdapterTooLarge, AdapterOverflow: The bundle is refused.
+        """
 
     def mark_deleted(self, digest: str) -> None:
         """Free the memory of a deleted bundle when no request uses the bundle."""
@@ -114,11 +111,19 @@ class Engine(Protocol):
     def unpin(self, digest: str) -> None:
         """Allow the eviction of a pinned adapter. Idempotent."""
 
+    def drop_deleted_pins(self) -> None:
+        """Unpin the adapters whose bundle is not in the store any more: another server deleted it. Blocks."""
+
     def stats(self) -> ResidencyStats:
         """Figures of the adapters' memory."""
 
-    async def generate(self, params: GenerateParams, principal: Principal) -> TokenStream:
-        """Admit a generation for `principal`. Every refusal is raised before the first delta."""
+    async def generate(
+        self, params: GenerateParams, principal: Principal, received_at: float | None = None
+    ) -> TokenStream:
+        """Admit a generation for `principal`. Every refusal is raised before the first delta.
+
+        `received_at` is the time (`time.monotonic`) of the request's first byte; time limits count from it.
+        """
 
     async def classify(
         self,
@@ -127,8 +132,39 @@ class Engine(Protocol):
         principal: Principal,
         priority: Priority = "normal",
         timeout_s: float | None = None,
+        received_at: float | None = None,
     ) -> ClassifyResult:
         """Classify each input with the adapter's head, for `principal`. A pair is two sentences of one input."""
+
+
+@dataclass(frozen=True)
+class Executors:
+    """The threads of the routes' own work, by kind: no kind can take the threads of another one, or the engine's.
+
+    Attributes:
+        listing: Pages of adapters. A page of a large store is read for a second.
+        publishing: Reads, checks and publishes uploads. It has one thread, so one bundle at a time is in memory. malloc
+            keeps a heap for each thread: with several threads, each heap would grow to the size of the largest bundles.
+        changing: Single adapters: inspecting, deleting, pinning.
+    """
+
+    listing: BoundedExecutor
+    publishing: BoundedExecutor
+    changing: BoundedExecutor
+
+    @classmethod
+    def of(cls, settings: ServeSettings) -> Executors:
+        """Make the executors of one app. No thread is started yet."""
+        return cls(
+            listing=BoundedExecutor("listing", _LISTING_THREADS, _MAX_WAITING),
+            publishing=BoundedExecutor("publishing", 1, settings.max_uploads),
+            changing=BoundedExecutor("changing", _CHANGING_THREADS, _MAX_WAITING),
+        )
+
+    def close(self) -> None:
+        """Begin no more work, and tell every caller so."""
+        for executor in (self.listing, self.publishing, self.changing):
+            executor.close()
 
 
 # The dependencies are coroutines. FastAPI would call plain functions in a thread, and each such call costs several
@@ -145,6 +181,14 @@ async def _settings(request: Request) -> ServeSettings:
     return cast(ServeSettings, request.app.state.settings)
 
 
+async def _executors(request: Request) -> Executors:
+    return cast(Executors, request.app.state.executors)
+
+
+async def _received_at(request: Request) -> float | None:
+    return cast(float | None, getattr(request.state, "received_at", None))
+
+
 async def _metrics(request: Request) -> ServerMetrics:
     return cast(ServerMetrics, request.app.state.metrics)
 
@@ -153,3 +197,6 @@ EngineOf = Annotated[Engine, Depends(_engine)]
 StoreOf = Annotated[AdapterStore, Depends(_store)]
 SettingsOf = Annotated[ServeSettings, Depends(_settings)]
 MetricsOf = Annotated[ServerMetrics, Depends(_metrics)]
+ExecutorsOf = Annotated[Executors, Depends(_executors)]
+# When the request's first byte came (`time.monotonic`). Time limits count from it.
+ReceivedAt = Annotated[float | None, Depends(_received_at)]

@@ -1,4 +1,4 @@
-"""Prompts that begin alike share their cache within one tenant's adapter, and with no other."""
+"""Prompts that begin alike share their cache within one tenant's adapter and salt, and with no other."""
 
 from __future__ import annotations
 
@@ -42,18 +42,28 @@ def test_keys_are_alike_for_one_chain_only() -> None:
 
 
 @pytest.mark.parametrize(
-    ("first", "second", "shared"),
+    ("first", "second", "salts", "shared"),
     [
-        ("acme/a", "acme/a", True),
-        ("acme/a", "acme/b", False),
-        ("acme/a", "acme/copy", True),
-        ("acme/a", "rival/copy", False),
-        ("acme/a", None, False),
-        (None, None, False),
+        ("acme/a", "acme/a", (None, None), True),
+        ("acme/a", "acme/b", (None, None), False),
+        ("acme/a", "acme/copy", (None, None), True),
+        ("acme/a", "rival/copy", (None, None), False),
+        ("acme/a", None, (None, None), False),
+        (None, None, (None, None), False),
+        ("acme/a", "acme/a", ("ann", "ann"), True),
+        ("acme/a", "acme/a", ("ann", "bob"), False),
+        ("acme/a", "acme/a", (None, "ann"), False),
+        (None, None, ("ann", "ann"), True),
+        (None, None, ("ann", "bob"), False),
     ],
 )
-def test_only_prompts_of_one_tenant_and_adapter_share(
-    first: str | None, second: str | None, shared: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_only_prompts_of_one_tenant_adapter_and_salt_share(
+    first: str | None,
+    second: str | None,
+    salts: tuple[str | None, str | None],
+    shared: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     base = random_decoder()
     store = AdapterStore(tmp_path / "store")
@@ -69,11 +79,12 @@ def test_only_prompts_of_one_tenant_and_adapter_share(
 
     monkeypatch.setattr(PagedModel, "logits", counted)
 
-    def run(requests: list[tuple[str | None, str]]) -> list[GenerationResult]:
+    def run(requests: list[tuple[str | None, str, str | None]]) -> list[GenerationResult]:
         async def all_of_them() -> list[GenerationResult]:
             results = []
-            for adapter, prompt in requests:
-                stream = await generate(engine, GenerateParams(adapter=adapter, prompt=prompt, max_new_tokens=8))
+            for adapter, prompt, salt in requests:
+                params = GenerateParams(adapter=adapter, prompt=prompt, max_new_tokens=8, cache_salt=salt)
+                stream = await generate(engine, params)
                 results.append(await stream.collect())
             return results
 
@@ -85,7 +96,7 @@ def test_only_prompts_of_one_tenant_and_adapter_share(
         finally:
             engine.stop()
 
-    requests = [(first, SYSTEM + QUESTIONS[0]), (second, SYSTEM + QUESTIONS[1])]
+    requests = [(first, SYSTEM + QUESTIONS[0], salts[0]), (second, SYSTEM + QUESTIONS[1], salts[1])]
     together = run(requests)
     prefills = [tokens for tokens in passes if tokens > 1]
     assert len(prefills) == 2

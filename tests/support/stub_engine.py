@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 
+from adapters_store import AdapterBundle, check_base
 from sera_serve.base import FrozenBase
 from sera_serve.engine import (
     ClassifyResult,
@@ -102,6 +103,9 @@ class StubEngine:
     def begin_record(self) -> None:
         """Clear the record."""
         self.deleted: list[str] = []
+        self.checked: list[str] = []
+        self.dropped = 0
+        self.received: list[float | None] = []
         self.pinned: list[str] = []
         self.classified: list[tuple[Priority, float | None]] = []
         self.asked: list[GenerateParams] = []
@@ -114,6 +118,13 @@ class StubEngine:
 
     def stop(self) -> None:
         self.started = False
+
+    def check_bundle(self, bundle: AdapterBundle) -> None:
+        check_base(bundle.config, self.base.info, self.base.module_shapes())
+        self.checked.append(bundle.digest)
+
+    def drop_deleted_pins(self) -> None:
+        self.dropped += 1
 
     def mark_deleted(self, digest: str) -> None:
         self.deleted.append(digest)
@@ -162,7 +173,10 @@ class StubEngine:
     def unpin(self, digest: str) -> None:
         self.pinned.remove(digest)
 
-    async def generate(self, params: GenerateParams, principal: Principal) -> StubStream:
+    async def generate(
+        self, params: GenerateParams, principal: Principal, received_at: float | None = None
+    ) -> StubStream:
+        self.received.append(received_at)
         self.asked.append(params)
         self.principals.append(principal)
         await self._misbehave(params.prompt)
@@ -175,7 +189,9 @@ class StubEngine:
         principal: Principal,
         priority: Priority = "normal",
         timeout_s: float | None = None,
+        received_at: float | None = None,
     ) -> ClassifyResult:
+        self.received.append(received_at)
         self.classified.append((priority, timeout_s))
         self.principals.append(principal)
         texts = [text for text in inputs if isinstance(text, str)]

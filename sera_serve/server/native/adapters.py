@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
+import json
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Query, Request, Response
 
-from adapters_store import AdapterStore, Published, check_base
+from adapters_store import AdapterStore, Published, ResolvedAdapter
 from adapters_store import AdapterSummary as StoredAdapter
-from sera_serve.server.deps import Engine, EngineOf, SettingsOf, StoreOf
+from adapters_store.errors import AdapterNotFound
+from sera_serve.server.deps import Engine, EngineOf, Executors, ExecutorsOf, SettingsOf, StoreOf
 from sera_serve.server.disconnect import cancel_on_disconnect
 from sera_serve.server.native.schemas import (
     AdapterDetail,
@@ -44,57 +45,72 @@ _UPLOAD_FORM = {
 }
 
 
+# Each route waits under `cancel_on_disconnect`: work whose client has left before the work began is not begun.
+
+
 @router.post("/v1/adapters", status_code=201, openapi_extra=_UPLOAD_FORM)
-async def upload(request: Request, engine: EngineOf, store: StoreOf, settings: SettingsOf) -> PublishedAdapter:
+async def upload(
+    request: Request, engine: EngineOf, store: StoreOf, settings: SettingsOf, executors: ExecutorsOf
+) -> PublishedAdapter:
     """Publish a bundle as the next version of an adapter; the bundle is checked and on disk when this answers 201."""
     max_bytes = settings.max_upload_mib << 20
-    publisher = request.app.state.publisher
     async with receive_upload(request) as received:
-        # Until the publisher is free, the upload lies on disk.
-        published = await asyncio.get_running_loop().run_in_executor(
-            publisher, _publish, received, engine, store, max_bytes
-        )
+        # Until the publisher is free, the upload lies on disk. When this block ends, the file is closed: a publication
+        # that has begun is waited for, even if the client has left.
+        work = executors.publishing.run_to_end(_publish, received, engine, store, max_bytes)
+        published = await cancel_on_disconnect(request.receive, work)
     return PublishedAdapter(adapter=published.adapter, version=published.version, digest=published.digest)
 
 
-@router.get("/v1/adapters")
-async def list_adapters(query: Annotated[ListQuery, Query()], store: StoreOf) -> AdapterList:
+@router.get("/v1/adapters", response_model=AdapterList)
+async def list_adapters(
+    query: Annotated[ListQuery, Query()], request: Request, store: StoreOf, executors: ExecutorsOf
+) -> Response:
     """The adapters in order of their ids, a page at a time."""
-    return await asyncio.to_thread(_page, store, query)
+    content = await cancel_on_disconnect(request.receive, executors.listing.run(_page, store, query))
+    return Response(content, media_type="application/json")
 
 
 @router.get("/v1/adapters/{tenant}/{name}")
-async def inspect(tenant: str, name: str, store: StoreOf) -> AdapterDetail:
+async def inspect(tenant: str, name: str, request: Request, store: StoreOf, executors: ExecutorsOf) -> AdapterDetail:
     """One version of an adapter; `name` may carry @alias, @v3 or @digest."""
-    return await asyncio.to_thread(_detail, store, f"{tenant}/{name}")
+    work = executors.changing.run(_detail, store, f"{tenant}/{name}")
+    return await cancel_on_disconnect(request.receive, work)
 
 
 @router.delete("/v1/adapters/{tenant}/{name}")
-async def delete(tenant: str, name: str, engine: EngineOf, store: StoreOf) -> DeletedAdapter:
+async def delete(
+    tenant: str, name: str, request: Request, engine: EngineOf, store: StoreOf, executors: ExecutorsOf
+) -> DeletedAdapter:
     """Delete an adapter, or with @ one version of it; requests under way keep the version they began with."""
-    await asyncio.to_thread(_delete, f"{tenant}/{name}", engine, store)
+    work = executors.changing.run(_delete, f"{tenant}/{name}", engine, store)
+    await cancel_on_disconnect(request.receive, work)
     return DeletedAdapter(adapter=f"{tenant}/{name}")
 
 
 @router.put("/v1/adapters/{tenant}/{name}/pin")
-async def pin(tenant: str, name: str, request: Request, engine: EngineOf, store: StoreOf) -> PinnedAdapter:
+async def pin(
+    tenant: str, name: str, request: Request, engine: EngineOf, store: StoreOf, executors: ExecutorsOf
+) -> PinnedAdapter:
     """Keep one version of an adapter on the device until the version is unpinned or deleted, or the server ends."""
-    resolved = await asyncio.to_thread(store.resolve, f"{tenant}/{name}")
-    await cancel_on_disconnect(request.receive, engine.pin(resolved.digest))
+    work = _pin(f"{tenant}/{name}", engine, store, executors)
+    resolved = await cancel_on_disconnect(request.receive, work)
     return PinnedAdapter(adapter=resolved.adapter, version=resolved.version, pinned=True)
 
 
 @router.delete("/v1/adapters/{tenant}/{name}/pin")
-async def unpin(tenant: str, name: str, engine: EngineOf, store: StoreOf) -> PinnedAdapter:
+async def unpin(
+    tenant: str, name: str, request: Request, engine: EngineOf, store: StoreOf, executors: ExecutorsOf
+) -> PinnedAdapter:
     """Let one version of an adapter leave the device again."""
-    resolved = await asyncio.to_thread(store.resolve, f"{tenant}/{name}")
-    engine.unpin(resolved.digest)
+    work = executors.changing.run(_unpin, f"{tenant}/{name}", engine, store)
+    resolved = await cancel_on_disconnect(request.receive, work)
     return PinnedAdapter(adapter=resolved.adapter, version=resolved.version, pinned=False)
 
 
 def _publish(received: Upload, engine: Engine, store: AdapterStore, max_bytes: int) -> Published:
     bundle = received.read_bundle(max_bytes)
-    check_base(bundle.config, engine.base.info, engine.base.module_shapes())
+    engine.check_bundle(bundle)
     return store.publish(bundle, name=received.name)
 
 
@@ -103,9 +119,28 @@ def _delete(reference: str, engine: Engine, store: AdapterStore) -> None:
         engine.mark_deleted(digest)
 
 
-def _page(store: AdapterStore, query: ListQuery) -> AdapterList:
+async def _pin(reference: str, engine: Engine, store: AdapterStore, executors: Executors) -> ResolvedAdapter:
+    resolved = await executors.changing.run(store.resolve, reference)
+    await engine.pin(resolved.digest)
+    return resolved
+
+
+def _unpin(reference: str, engine: Engine, store: AdapterStore) -> ResolvedAdapter:
+    try:
+        resolved = store.resolve(reference)
+    except AdapterNotFound:
+        # Another server may have deleted what is pinned here. The reference tells its digest no more.
+        engine.drop_deleted_pins()
+        raise
+    engine.unpin(resolved.digest)
+    return resolved
+
+
+def _page(store: AdapterStore, query: ListQuery) -> bytes:
+    """The JSON of an `AdapterList`. One call for the whole page would hold the interpreter's lock for too long."""
     page = store.list_page(query.tenant, query.after, query.limit)
-    return AdapterList(adapters=[AdapterSummary(**_summary(info)) for info in page.adapters], next=page.next)
+    adapters = ",".join(AdapterSummary(**_summary(info)).model_dump_json() for info in page.adapters)
+    return f'{{"adapters":[{adapters}],"next":{json.dumps(page.next)}}}'.encode()
 
 
 def _detail(store: AdapterStore, reference: str) -> AdapterDetail:
