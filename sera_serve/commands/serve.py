@@ -8,7 +8,8 @@ import logging
 import os
 import shlex
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import uvicorn
@@ -24,6 +25,10 @@ from sera_serve.config import ServeSettings
 from sera_serve.engine import ServingEngine
 from sera_serve.errors import InvalidConfiguration
 from sera_serve.server import build_app
+from sera_serve.server.connections import ConnectionLimits, within_descriptors
+from sera_serve.server.graceful import ENDING_S, GracefulServer
+from sera_serve.server.metrics_address import MetricsAddress, parse_address
+from sera_serve.server.protocol import bounded_protocol
 from sera_serve.threads import run_and_forget_pool
 
 # The start-up message shows one adapter for each task, found among this many.
@@ -43,29 +48,57 @@ def run_server(settings: ServeSettings) -> None:
     disable_progress_bar()
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     console = Console()
+    settings = within_descriptors(settings)
     # Before the base is loaded, so that a port in use is noticed at once. Clients cannot connect until it listens.
-    with bound_socket(settings.host, settings.port) as listener:
+    with bound_sockets(settings) as listeners:
         store = AdapterStore(settings.store, limits=BundleLimits(max_bytes=settings.max_upload_mib << 20))
         with console.status(f"loading base {settings.base}"):
             base = run_and_forget_pool(lambda: load_base(settings.base, settings.device, settings.dtype))
             engine = run_and_forget_pool(lambda: ServingEngine(base, store, settings))
-        config = http_config(build_app(engine, store, settings), settings)
-        port = listener.getsockname()[1]
-        server = _AnnouncingServer(config, lambda: describe_server(console, settings, base, store, port))
+        app = build_app(engine, store, settings)
+        ports = [listener.getsockname()[1] for listener in listeners]
+        server = GracefulServer(
+            http_config(app, settings, app.state.metrics.count_refusal, *ports[1:]),
+            settings.shutdown_grace_s,
+            engine.stop,
+            lambda: describe_server(console, settings, base, store, *ports),
+        )
         # Modules and models are never freed. A collection that visited them would stop every thread for about 0.1 s.
         gc.collect()
         gc.freeze()
         try:
-            server.run(sockets=[listener])
-        except KeyboardInterrupt:
-            console.print("stopped")
+            server.run(sockets=listeners)
+        finally:
+            # The interpreter's last collection is to visit them: Triton reports everything that is left as leaked.
+            gc.unfreeze()
+    if server.force_exit:
+        console.print("stopped at once; requests in flight were cut off")
+        raise SystemExit(1)
+    console.print("stopped")
 
 
-def http_config(app: FastAPI, settings: ServeSettings) -> uvicorn.Config:
-    """Configure uvicorn for the application."""
+def http_config(
+    app: FastAPI,
+    settings: ServeSettings,
+    count_refusal: Callable[[str], None],
+    metrics_port: int | None = None,
+    log_level: str | None = None,
+) -> uvicorn.Config:
+    """Configure uvicorn for the application.
+
+    Args:
+        app: The application.
+        settings: The limits of connections and requests.
+        count_refusal: Called with the code of each refusal that no route sees.
+        metrics_port: The port of `metrics_address`, or None without one.
+        log_level: Level of uvicorn's logs; None is uvicorn's own.
+    """
     return uvicorn.Config(
-        app,
-        timeout_graceful_shutdown=settings.shutdown_grace_s,
+        app if metrics_port is None else MetricsAddress(app, metrics_port),
+        http=bounded_protocol(ConnectionLimits.from_settings(settings), count_refusal, metrics_port),
+        log_level=log_level,
+        # GracefulServer ends everything before.
+        timeout_graceful_shutdown=settings.shutdown_grace_s + ENDING_S,
         # Longer than clients and proxies keep an idle connection (httpx 5 s, aiohttp 15 s, load balancers 60 s).
         # A request that is sent while the server closes the connection fails, and the client cannot tell whether
         # the server carried it out.
@@ -75,8 +108,34 @@ def http_config(app: FastAPI, settings: ServeSettings) -> uvicorn.Config:
     )
 
 
-def bound_socket(host: str, port: int) -> socket.socket:
+@contextmanager
+def bound_sockets(settings: ServeSettings) -> Iterator[list[socket.socket]]:
+    """Bind the server's socket, and the one of `metrics_address` if there is one, without listening yet.
+
+    Raises:
+        InvalidConfiguration: An address is wrong or cannot be bound.
+    """
+    with ExitStack() as stack:
+        listeners = [stack.enter_context(bound_socket(settings.host, settings.port))]
+        if settings.metrics_address is not None:
+            host, port = parse_address(settings.metrics_address)
+            if port and port == listeners[0].getsockname()[1]:
+                raise InvalidConfiguration(
+                    f"metrics_address is {settings.metrics_address!r}: the server itself has port {port}; "
+                    "choose another port",
+                    param="metrics_address",
+                )
+            listeners.append(stack.enter_context(bound_socket(host, port, "metrics_address")))
+        yield listeners
+
+
+def bound_socket(host: str, port: int, setting: str | None = None) -> socket.socket:
     """Bind a socket to an address, without listening yet.
+
+    Args:
+        host: Name or address of an interface.
+        port: Port; 0 picks a free one.
+        setting: The setting that has both, for messages; None is `host` and `port`.
 
     Raises:
         InvalidConfiguration: The address cannot be bound; the message has the operating system's reason.
@@ -87,7 +146,9 @@ def bound_socket(host: str, port: int) -> socket.socket:
         )[0]
         listener = socket.socket(family, kind, protocol)
     except OSError as error:
-        raise InvalidConfiguration(f"host {host!r}: {error.strerror or error}", param="host") from error
+        raise InvalidConfiguration(
+            f"{setting or 'host'} {host!r}: {error.strerror or error}", param=setting or "host"
+        ) from error
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind(address)
@@ -95,26 +156,19 @@ def bound_socket(host: str, port: int) -> socket.socket:
         listener.close()
         reason = os.strerror(error.errno) if error.errno else str(error)
         raise InvalidConfiguration(
-            f"cannot listen on {host} port {port}: {reason}; choose another --port", param="port"
+            f"cannot listen on {host} port {port}: {reason}; choose another --{(setting or 'port').replace('_', '-')}",
+            param=setting or "port",
         ) from error
     return listener
 
 
-class _AnnouncingServer(uvicorn.Server):
-    """Calls `announce` once the server accepts connections, so that printed commands work at once."""
-
-    def __init__(self, config: uvicorn.Config, announce: Callable[[], None]) -> None:
-        super().__init__(config)
-        self._announce = announce
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        if self.started:
-            self._announce()
-
-
 def describe_server(
-    console: Console, settings: ServeSettings, base: FrozenBase, store: AdapterStore, port: int
+    console: Console,
+    settings: ServeSettings,
+    base: FrozenBase,
+    store: AdapterStore,
+    port: int,
+    metrics_port: int | None = None,
 ) -> None:
     """Print the base, the address, and one example request for each task that the store has an adapter for."""
     host = "localhost" if settings.host in ("127.0.0.1", "::1", "0.0.0.0", "::") else settings.host
@@ -126,6 +180,8 @@ def describe_server(
     facts.add_row("adapter memory", f"{settings.pool_mib} MiB on the device, {settings.host_cache_mib} MiB cached")
     facts.add_row("store", f"{settings.store.resolve()}, {store.count_adapters():,} adapters")
     facts.add_row("address", url)
+    if settings.metrics_address is not None:
+        facts.add_row("metrics", f"http://{settings.metrics_address.rpartition(':')[0]}:{metrics_port}/metrics")
     console.print("\n[bold]sera-serve is ready[/bold]")
     console.print(facts)
     for title, path, body in _examples(base, store):

@@ -81,6 +81,8 @@ def test_every_setting_is_an_option() -> None:
         (["--config", "/nowhere.yaml"], 2, "cannot be read"),
         (["--base", "/nowhere", "--port", "0"], 1, "could not be loaded"),
         (["--host", "256.0.0.1"], 1, "host"),
+        (["--port", "0", "--metrics-address", "9100"], 1, "metrics_address"),
+        (["--port", "0", "--metrics-address", "256.0.0.1:9100"], 1, "metrics_address"),
         (["--device", "cuda:9", "--port", "0"], 1, "device"),
     ],
 )
@@ -123,8 +125,35 @@ def test_the_printed_lines_work_when_pasted_and_sigterm_ends_gracefully(folder: 
         assert [adapter["adapter"] for adapter in listed["adapters"]] == ["aaa/foreign", "demo/sorter", "demo/writer"]
         process.send_signal(signal.SIGTERM)
         started = time.monotonic()
-        assert process.wait(timeout=20) in (0, -signal.SIGTERM)
+        assert process.wait(timeout=20) == 0
         assert time.monotonic() - started < 15
+        assert process.stdout is not None
+        assert process.stdout.read().endswith("stopped\n")
+
+
+def test_a_second_interrupt_does_not_wait(folder: Path, tmp_path: Path) -> None:
+    arguments = ["--base", folder, "--store", tmp_path / "store", "--port", "0", "--pool-mib", "4"]
+    more = ["--kv-cache-tokens", "1024", "--metrics-address", "127.0.0.1:0"]
+    with running(*arguments, *more) as (process, lines):
+        addresses = [line.split()[-1] for line in lines if line.strip().startswith(("address", "metrics"))]
+        assert httpx.get(f"{addresses[0]}/readyz").status_code == httpx.get(addresses[1]).status_code == 200
+        port = int(addresses[0].rpartition(":")[2])
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            client.sendall(b"POST /v1/generate HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n")
+            time.sleep(0.2)
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.3)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(timeout=20) == 1
+        assert process.stdout is not None
+        assert "requests in flight were cut off" in process.stdout.read()
+
+
+def test_an_interrupt_ends_gracefully(folder: Path, tmp_path: Path) -> None:
+    arguments = ["--base", folder, "--store", tmp_path / "store", "--port", "0", "--pool-mib", "4"]
+    with running(*arguments, "--kv-cache-tokens", "1024") as (process, _):
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=20) == 0
 
 
 def _as_curl(words: list[str]) -> httpx.Response:

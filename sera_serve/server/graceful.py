@@ -1,0 +1,99 @@
+"""The server process's end: requests finish within the grace time, and get their documented error after it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import uvicorn
+from uvicorn.server import HANDLED_SIGNALS
+
+from sera_serve.server.protocol import BoundedHttpProtocol
+
+logger = logging.getLogger("sera_serve.server")
+
+# After the grace time: for the engine to end its requests, for their responses to leave, and for connections to close.
+_ENGINE_S, _RESPONSES_S, _CLOSING_S = 4.0, 2.0, 2.0
+# uvicorn cancels whatever is left after this. A cancelled request would get a response in plain text.
+ENDING_S = int(_ENGINE_S + _RESPONSES_S + _CLOSING_S)
+
+
+class GracefulServer(uvicorn.Server):
+    """Stops on SIGTERM or SIGINT without an error: every request gets its response first, or a documented refusal.
+
+    uvicorn ends the application after its requests. The engine would therefore end no request: each would be cancelled.
+    """
+
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        grace_s: float,
+        stop_engine: Callable[[], None],
+        announce: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Make a server.
+
+        Args:
+            config: Its `timeout_graceful_shutdown` must be at least `grace_s + ENDING_S`.
+            grace_s: Seconds for requests in flight to finish.
+            stop_engine: Ends the engine's requests with their errors. May block. The application may call it again.
+            announce: Called once the server accepts connections.
+        """
+        super().__init__(config)
+        self._grace_s = grace_s
+        self._stop_engine = stop_engine
+        self._announce = announce
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start to accept connections."""
+        await super().startup(sockets)
+        if self.started:
+            self._announce()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Refuse connections, and return when every request is answered."""
+        ending = asyncio.create_task(self._end_requests())
+        try:
+            await super().shutdown(sockets)
+        finally:
+            ending.cancel()
+            await asyncio.gather(ending, return_exceptions=True)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Stop on a signal. uvicorn's own would raise the signal again at the end, and the exit status would be -15."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self.handle_exit) for number in HANDLED_SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    async def _end_requests(self) -> None:
+        """Answer everything that is not answered when the grace time is over."""
+        await asyncio.sleep(self._grace_s)
+        logger.warning(
+            "the grace time of %g s is over; %d requests end unfinished", self._grace_s, len(self.server_state.tasks)
+        )
+        # A thread of its own: all others may be at work for the requests that are to end.
+        thread = ThreadPoolExecutor(1, "stop-engine")
+        stopping = asyncio.wrap_future(thread.submit(self._stop_engine))
+        stopped, _ = await asyncio.wait([stopping], timeout=_ENGINE_S)
+        thread.shutdown(wait=False)
+        if stopped and stopping.exception() is not None:
+            logger.error("the engine did not stop", exc_info=stopping.exception())
+        if self.server_state.tasks:
+            await asyncio.wait(self.server_state.tasks, timeout=_RESPONSES_S)
+        # What is left waits for something else than the engine, such as the store.
+        for connection in list(self.server_state.connections):
+            if isinstance(connection, BoundedHttpProtocol):
+                connection.end()
