@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
+import pkgutil
 import re
 from pathlib import Path
 
 import pytest
 from pydantic import BaseModel
 
-import adapters_store.errors
-import sera_serve.errors
+import sera_serve.server
 from adapters_store import AdapterStore, StoreError
 from sera_serve.config import ServeSettings
 from sera_serve.engine import ServingEngine
 from sera_serve.engine.request import TRANSITIONS as REQUEST_TRANSITIONS
 from sera_serve.errors import SeraServeError
 from sera_serve.residency import TRANSITIONS as ADAPTER_TRANSITIONS
-from sera_serve.server import build_app, errors, strict
-from sera_serve.server.native import schemas, uploads
+from sera_serve.server import build_app, errors
+from sera_serve.server.native import schemas
+from support.answers import openapi_document
 from support.factories import random_decoder
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 HTTP = (REPOSITORY / "docs" / "http.md").read_text(encoding="utf-8")
+SERVED = ("sera_serve.", "adapters_store.")
+# Their errors never meet a client.
+COMMAND_LINE = ("sera_serve.cli", "sera_serve.commands", "sera_serve.trainer", "adapters_store.convert")
 DOCUMENTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 
 
@@ -67,20 +73,61 @@ def test_every_setting_is_described_with_its_default() -> None:
     assert rows == [(name, str(field.default), field.description) for name, field in fields.items()]
 
 
-def test_every_error_code_is_in_the_row_of_its_status() -> None:
-    classes = {
-        kind
-        for module in (sera_serve.errors, adapters_store.errors, errors, strict, uploads)
-        for kind in vars(module).values()
-        if isinstance(kind, type) and issubclass(kind, SeraServeError | StoreError)
-    }
+def documented_codes() -> dict[int, set[str]]:
+    """Error codes by status, as the table has them."""
     documented: dict[int, set[str]] = {}
     for status, kind, codes in re.findall(r"^\| (\d+).*? \| `(\w+)` \| (.*) \|$", section("Errors"), re.MULTILINE):
         assert errors.error_type(int(status)) == kind
         documented.setdefault(int(status), set()).update(re.findall(r"`(\w+)`", codes))
-    for kind in classes:
-        # An OSError's twin may have a status of its own on the command line alone.
+    return documented
+
+
+def typed_errors() -> set[type[SeraServeError | StoreError]]:
+    """Every typed error of what the server imports."""
+    for module in pkgutil.walk_packages(sera_serve.server.__path__, "sera_serve.server."):
+        importlib.import_module(module.name)
+    found: set[type[SeraServeError | StoreError]] = set()
+    waiting: list[type[SeraServeError | StoreError]] = [SeraServeError, StoreError]
+    while waiting:
+        kind = waiting.pop()
+        waiting += kind.__subclasses__()
+        if kind.__module__.startswith(SERVED) and not kind.__module__.startswith(COMMAND_LINE):
+            found.add(kind)
+    return found
+
+
+def test_every_error_code_is_in_the_row_of_its_status() -> None:
+    documented = documented_codes()
+    kinds = typed_errors()
+    assert {kind.code for kind in kinds} >= {"host_not_allowed", "unexpected_body", "adapter_overflow", "overloaded"}
+    for kind in kinds:
         assert kind.code in documented[kind.status], kind
+    # What the framework refuses.
+    for status, code in errors.CODES.items():
+        assert code in documented[status]
+    for code in errors.VALIDATION_CODES.values():
+        assert code in documented[400 if code == "invalid_json" else 422]
+
+
+def test_every_refusal_of_a_connection_is_in_the_row_of_its_status() -> None:
+    # Connections are refused without a typed error, by `Refusal(status, code, message)`.
+    documented = documented_codes()
+    for path in (REPOSITORY / "sera_serve" / "server").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Refusal":
+                status, code = (ast.literal_eval(argument) for argument in node.args[:2])
+                assert code in documented[status], f"{path.name}: {code}"
+
+
+def test_every_documented_status_is_in_the_openapi_document() -> None:
+    declared = {
+        int(status)
+        for operations in openapi_document()["paths"].values()
+        for operation in operations.values()
+        for status in operation["responses"]
+    }
+    # 405 is the answer to methods that the document does not have.
+    assert {status for status in declared if status >= 400} == set(documented_codes()) - {405}
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

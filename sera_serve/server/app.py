@@ -7,18 +7,18 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
 
 from adapters_store import AdapterStore
 from sera_serve.config import ServeSettings
-from sera_serve.server import health, native
-from sera_serve.server.deps import Engine
+from sera_serve.server import health, native, openapi
+from sera_serve.server.browsers import BrowserGuard, BrowserRules
+from sera_serve.server.deps import Engine, Executors
 from sera_serve.server.errors import add_error_handlers
+from sera_serve.server.loop_watch import LoopWatch
+from sera_serve.server.methods import HeadAndOptions
 from sera_serve.server.metrics import LoopMetrics, ResidencyMetrics, ServerMetrics
 from sera_serve.server.middleware import BodyLimit, RequestLifecycle
-from sera_serve.threads import single_core_workers
-
-# Threads for work that would block the event loop: reading the store, tokenizing.
-_WORKERS = 16
 
 
 def build_app(engine: Engine, store: AdapterStore, settings: ServeSettings) -> FastAPI:
@@ -27,24 +27,24 @@ def build_app(engine: Engine, store: AdapterStore, settings: ServeSettings) -> F
     Args:
         engine: Serves the requests. The engine must not be started yet.
         store: Uploads go to this store, and lists come from it. The engine must read the same store.
-        settings: The limits of request bodies. The engine has read its own settings already.
+        settings: The limits of request bodies, and what browsers may do. The engine has read its own settings already.
+
+    Raises:
+        InvalidConfiguration: An entry of `allowed_hosts` or `allowed_origins` is not of its form.
     """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        with single_core_workers(_WORKERS, "worker") as workers, single_core_workers(1, "publisher") as publisher:
-            asyncio.get_running_loop().set_default_executor(workers)
-            # One thread publishes all uploads, so one bundle at a time is in memory. malloc keeps a heap for each
-            # thread: with several threads, each heap would grow to the size of the largest bundles.
-            app.state.publisher = publisher
-            engine.start()
-            try:
+        executors = app.state.executors = Executors.of(settings)
+        engine.start()
+        try:
+            async with app.state.loop_watch.running():
                 yield
-            finally:
-                await asyncio.to_thread(engine.stop)
+        finally:
+            executors.close()
+            await asyncio.to_thread(engine.stop)
 
-    # FastAPI's interactive pages are off: the pages load scripts from another host.
-    app = FastAPI(title="sera-serve", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app = openapi.DocumentedApp(lifespan)
     metrics = ServerMetrics(engine)
     metrics.registry.register(ResidencyMetrics(engine.stats))
     metrics.registry.register(LoopMetrics(engine.loads))
@@ -52,10 +52,25 @@ def build_app(engine: Engine, store: AdapterStore, settings: ServeSettings) -> F
     app.state.store = store
     app.state.settings = settings
     app.state.metrics = metrics
-    for router in (*native.ROUTERS, health.router):
+    app.state.loop_watch = LoopWatch(metrics.registry)
+    routers = (*native.ROUTERS, health.router, openapi.router)
+    for router in routers:
         app.include_router(router)
+    app.state.routes = [route for router in routers for route in router.routes]
     add_error_handlers(app)
     # The middleware added last is the outermost.
     app.add_middleware(BodyLimit, max_body=settings.max_body_mib << 20, max_upload=settings.max_upload_mib << 20)
-    app.add_middleware(RequestLifecycle, metrics=metrics)
+    app.add_middleware(HeadAndOptions, routes=app.state.routes)
+    rules = BrowserRules(settings)
+    if origins := rules.cors_origins():
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=origins,
+            allow_methods=["GET", "HEAD", "POST", "PUT", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=["X-Request-Id", "Retry-After"],
+            allow_private_network=True,
+        )
+    app.add_middleware(BrowserGuard, rules=rules)
+    app.add_middleware(RequestLifecycle, metrics=metrics, watch=app.state.loop_watch)
     return app

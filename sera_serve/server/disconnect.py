@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 
 from starlette.types import Receive
 
+from sera_serve.server.loop_watch import measured_with_request
+
 T = TypeVar("T")
 
 
@@ -27,7 +29,7 @@ async def cancel_on_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -
     Raises:
         ClientDisconnected: The client disconnected. `work` has ended.
     """
-    task = asyncio.ensure_future(work)
+    task = asyncio.ensure_future(measured_with_request(work))
     watcher = asyncio.ensure_future(_disconnected(receive))
     try:
         await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)

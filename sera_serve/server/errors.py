@@ -16,20 +16,29 @@ from starlette.requests import ClientDisconnect
 from adapters_store.errors import StoreError, StoreWriteFailed
 from sera_serve.errors import SeraServeError
 from sera_serve.server.disconnect import ClientDisconnected
+from sera_serve.server.methods import allow_header, routes_of_path
 
 logger = logging.getLogger("sera_serve.server")
 
 CLIENT_CLOSED = 499
 _MAX_MESSAGE = 600
 _MAX_PARAM = 200
-_CODES = {
+_MAX_SHOWN = 60
+CODES = {
     400: "bad_request",
     404: "not_found",
     405: "method_not_allowed",
     413: "body_too_large",
     415: "unsupported_media_type",
 }
-_VALIDATION_CODES = {
+_TYPES = {
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    429: "rate_limit_error",
+    503: "service_unavailable_error",
+}
+VALIDATION_CODES = {
     "extra_forbidden": "unknown_field",
     "missing": "missing_field",
     "json_invalid": "invalid_json",
@@ -60,13 +69,7 @@ class BodyTooLarge(SeraServeError):
 
 def error_type(status: int) -> str:
     """Return the error type of a status, as clients of OpenAI's API expect it."""
-    if status == 404:
-        return "not_found_error"
-    if status == 429:
-        return "rate_limit_error"
-    if status == 503:
-        return "service_unavailable_error"
-    return "invalid_request_error" if status < 500 else "server_error"
+    return _TYPES.get(status) or ("invalid_request_error" if status < 500 else "server_error")
 
 
 def error_content(status: int, message: str, code: str, param: str | None = None) -> dict[str, Any]:
@@ -130,7 +133,7 @@ async def _invalid(request: Request, error: Exception) -> Response:
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     kind = errors[0]["type"]
     status = 400 if kind == "json_invalid" else 422
-    code = _VALIDATION_CODES.get(kind, "invalid_value")
+    code = VALIDATION_CODES.get(kind, "invalid_value")
     return JSONResponse(error_content(status, message + more, code, param), status)
 
 
@@ -146,10 +149,18 @@ def _readable(error: dict[str, Any]) -> tuple[str, str | None]:
         return "the body must be a JSON object with the fields of this request", None
     if error["type"] == "missing":
         return f"{path} is missing; send it", path
-    value = repr(error.get("input"))
-    shown = value if len(value) <= 60 else value[:60] + "..."
     # pydantic's "Input should be ..." becomes "top_p is 3: it should be ..."
-    return f"{path} is {shown}: {error['msg'].replace('Input', 'it', 1)}", path
+    return f"{path} is {_shown(error.get('input'))}: {error['msg'].replace('Input', 'it', 1)}", path
+
+
+def _shown(value: Any) -> str:
+    """Return a JSON value for a message. Only the start of a value is looked at: a client chooses its size."""
+    if isinstance(value, dict):
+        return "an object"
+    if isinstance(value, list):
+        return f"a list of {len(value)} items"
+    text = repr(value[:_MAX_SHOWN] if isinstance(value, str) else value)
+    return text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + "..."
 
 
 def _path(location: tuple[int | str, ...]) -> str:
@@ -166,8 +177,11 @@ async def _http(request: Request, error: Exception) -> Response:
         404: "no such path; docs/http.md lists the paths",
         405: f"{request.method[:16]} is not allowed here; the Allow header lists the allowed methods",
     }.get(status, failure.detail)
-    code = _CODES.get(status, http.HTTPStatus(status).phrase.lower().replace(" ", "_"))
-    return JSONResponse(error_content(status, message, code), status, failure.headers)
+    code = CODES.get(status, http.HTTPStatus(status).phrase.lower().replace(" ", "_"))
+    headers = failure.headers
+    if status == 405:
+        headers = {"Allow": allow_header(routes_of_path(request.app.state.routes, request.scope))}
+    return JSONResponse(error_content(status, message, code), status, headers)
 
 
 async def _closed(request: Request, error: Exception) -> Response:
@@ -176,5 +190,5 @@ async def _closed(request: Request, error: Exception) -> Response:
 
 
 def _printable(text: str, limit: int) -> str:
-    text = text.encode("utf-8", "replace").decode("utf-8")
-    return text if len(text) <= limit else text[: limit - 3] + "..."
+    cut = text if len(text) <= limit else text[: limit - 3] + "..."
+    return cut.encode("utf-8", "replace").decode("utf-8")

@@ -8,29 +8,42 @@ import time
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from sera_serve.errors import Overloaded
 from sera_serve.server.errors import BodyTooLarge, error_response
+from sera_serve.server.loop_watch import LoopWatch, route_of
 from sera_serve.server.metrics import ServerMetrics
 
 UPLOAD_PATH = "/v1/adapters"
 # Bytes for multipart boundaries, part headers and the name field.
 _FORM_OVERHEAD = 64 << 10
+# All JSON bodies of the requests in progress together hold at most so many bytes, or so many of the longest bodies.
+_MAX_HELD = 64 << 20
+_MAX_HELD_BODIES = 16
+_SHORT_BODY = 64 << 10
 
 
 class RequestLifecycle:
     """Gives each request an id, counts the request, and responds to errors that no other handler caught."""
 
-    def __init__(self, app: ASGIApp, metrics: ServerMetrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: ServerMetrics, watch: LoopWatch) -> None:
         self.app = app
         self.metrics = metrics
+        self.watch = watch
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run one request."""
-        if scope["type"] != "http":
+        if scope["type"] == "http":
+            await self.watch.request(scope, self._run(scope, receive, send))
+        else:
             await self.app(scope, receive, send)
-            return
+
+    async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
         # A client's own X-Request-Id is not used: a client could forge the log lines of another request.
         request_id = f"req-{secrets.token_hex(8)}"
-        scope.setdefault("state", {})["request_id"] = request_id
+        state = scope.setdefault("state", {})
+        state["request_id"] = request_id
+        # The protocol class knows when the first byte came. Other ASGI servers do not say it.
+        state.setdefault("received_at", time.monotonic())
         status = 0
         started = time.perf_counter()
 
@@ -48,15 +61,17 @@ class RequestLifecycle:
                 raise
             await error_response(error, request_id)(scope, receive, send_with_id)
         finally:
-            route = getattr(scope.get("route"), "path", "unmatched")
-            self.metrics.observe_request(scope["method"], route, status or 500, time.perf_counter() - started)
+            seconds = time.perf_counter() - started
+            self.metrics.observe_request(scope["method"], route_of(scope), status or 500, seconds)
 
 
 class BodyLimit:
-    """Refuses a body that is longer than the limit of its route.
+    """Refuses a body that is longer than the limit of its route, or for which all bodies leave no memory.
 
     A body whose announced length exceeds the limit is refused before any byte is read. Other bodies are refused when
     the bytes read exceed the limit. Starlette's own middleware would refuse an announced length in plain text.
+    Many clients can send their bodies slowly at the same time, so the bytes of all bodies together have a limit too. A
+    short body is never refused for it.
     """
 
     def __init__(self, app: ASGIApp, max_body: int, max_upload: int) -> None:
@@ -70,6 +85,8 @@ class BodyLimit:
         self.app = app
         self.max_body = max_body
         self.max_upload = max_upload + _FORM_OVERHEAD
+        self._max_held = max(_MAX_HELD, _MAX_HELD_BODIES * max_body)
+        self._held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run one request."""
@@ -90,9 +107,16 @@ class BodyLimit:
         async def limited() -> Message:
             nonlocal received
             message = await receive()
-            received += len(message.get("body", b""))
+            count = len(message.get("body", b""))
+            received += count
+            self._held += 0 if upload else count
             if received > limit:
                 raise too_large
+            if not upload and self._held > self._max_held and received > _SHORT_BODY:
+                raise Overloaded("the bodies of too many requests are under way; send the request again later")
             return message
 
-        await self.app(scope, limited, send)
+        try:
+            await self.app(scope, limited, send)
+        finally:
+            self._held -= 0 if upload else received

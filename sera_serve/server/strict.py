@@ -1,4 +1,4 @@
-"""Strict requests: JSON with one meaning, no unread field, no unread query parameter, no other media type."""
+"""Strict requests: JSON with one meaning; every field, query parameter and body is either read or refused."""
 
 from __future__ import annotations
 
@@ -10,16 +10,31 @@ from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, model_validator
 from pydantic_core import PydanticCustomError
+from starlette.types import Scope
 
 from adapters_store import parse_json
 from sera_serve.errors import InvalidRequest, SeraServeError
 
+# Longer ones are refused before they are parsed. A boundary of a form has at most 70 characters.
+_MAX_CONTENT_TYPE = 256
+_MAX_QUERY = 16
+# Lists, objects and keys of a body; no request has a use for more.
+_MAX_MEMBERS = 20_000
+_JSON_PARAMETERS = {"", "charset=utf-8", 'charset="utf-8"'}
+
 
 class UnsupportedMediaType(SeraServeError):
-    """The route does not accept the media type of the body."""
+    """The route does not accept the media type, the charset or the encoding of the body."""
 
     code = "unsupported_media_type"
     status = 415
+
+
+class UnexpectedBody(SeraServeError):
+    """The request has a body, and its method takes none."""
+
+    code = "unexpected_body"
+    status = 400
 
 
 class RequestModel(BaseModel):
@@ -59,25 +74,32 @@ class StrictRequest(Request):
 
     async def json(self) -> Any:
         """Return the body's JSON value. FastAPI turns a json.JSONDecodeError into a validation error."""
-        return parse_json(await self.body())
+        return parse_json(await self.body(), _MAX_MEMBERS)
 
 
 class StrictRoute(APIRoute):
-    """A route that refuses query parameters that it does not read, and bodies that are not JSON."""
+    """A route that refuses what it would not read: query parameters, bodies, encodings, other media types.
+
+    A route reads a body if it has a body parameter, or if its `openapi_extra` describes a request body.
+    """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """Return the handler with the checks before it."""
         handle = super().get_route_handler()
         reads_json = self.body_field is not None
+        reads_body = reads_json or "requestBody" in (self.openapi_extra or {})
         reads_query = bool(self.dependant.query_params)
 
         async def checked(request: Request) -> Response:
-            if request.query_params and not reads_query:
-                name = next(iter(request.query_params))[:64]
-                raise InvalidRequest(f"this route does not read query parameter {name!r}; leave it out", param=name)
-            if reads_json and media_type(request) != "application/json":
+            content_type = _check_headers(request)
+            if not reads_body:
+                refuse_body(request.scope)
+            if request.scope["query_string"]:
+                _check_query(request, reads_query)
+            if reads_json and not _is_json(content_type):
                 raise UnsupportedMediaType(
-                    "the body must be JSON; send the header Content-Type: application/json", param="Content-Type"
+                    "the body must be JSON in UTF-8; send the header Content-Type: application/json",
+                    param="Content-Type",
                 )
             strict = StrictRequest(request.scope, request.receive)
             if reads_json:
@@ -86,3 +108,54 @@ class StrictRoute(APIRoute):
             return await handle(strict)
 
         return checked
+
+
+def refuse_body(scope: Scope) -> None:
+    """Check that a request has no body, by its headers alone.
+
+    Raises:
+        UnexpectedBody: The request announces a body.
+    """
+    for name, value in scope["headers"]:
+        if name == b"transfer-encoding" or (name == b"content-length" and value.strip(b"0")):
+            raise UnexpectedBody(f"{scope['method'][:16]} takes no body here; send the request without a body")
+
+
+def _check_headers(request: Request) -> str:
+    """Return the Content-Type. Raises UnsupportedMediaType if it is ambiguous, or if the body is encoded."""
+    content_type: str | None = None
+    name: bytes
+    value: bytes
+    for name, value in request.scope["headers"]:
+        if name == b"content-type":
+            if content_type is not None:
+                raise UnsupportedMediaType("the header Content-Type appears twice; send it once", param="Content-Type")
+            content_type = value.decode("latin-1")
+        elif name == b"content-encoding" and value.strip().lower() not in (b"", b"identity"):
+            raise UnsupportedMediaType(
+                "the body has a Content-Encoding; send the body as it is, without the header", param="Content-Encoding"
+            )
+    if content_type is None:
+        return ""
+    if len(content_type) > _MAX_CONTENT_TYPE:
+        # Parsers of its parameters take quadratic time.
+        raise UnsupportedMediaType(f"the header Content-Type exceeds {_MAX_CONTENT_TYPE} bytes", param="Content-Type")
+    return content_type
+
+
+def _check_query(request: Request, reads_query: bool) -> None:
+    """Raise InvalidRequest if a query parameter is not read, or appears twice."""
+    names = [name for name, _ in request.query_params.multi_items()]
+    if not reads_query:
+        name = names[0][:64] if names else None
+        raise InvalidRequest(f"this route reads no query parameters; leave {name or 'the query'!r} out", param=name)
+    if len(names) > _MAX_QUERY:
+        raise InvalidRequest(f"the query has {len(names)} parameters; send at most {_MAX_QUERY}")
+    for name in names:
+        if names.count(name) > 1:
+            raise InvalidRequest(f"query parameter {name[:64]!r} appears twice; send it once", param=name[:64])
+
+
+def _is_json(content_type: str) -> bool:
+    kind, *parameters = (part.strip() for part in content_type.lower().split(";"))
+    return kind == "application/json" and set(parameters) <= _JSON_PARAMETERS

@@ -31,7 +31,7 @@ def test_thousands_of_tiny_requests_at_once(serve: Serve) -> None:
 
     async def crowd() -> list[httpx.Response]:
         transport = httpx.ASGITransport(serving.app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://test", limits=limits) as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost", limits=limits) as client:
             asked = [client.post("/v1/generate", json=body(adapter, max_new_tokens=2)) for adapter in adapters]
             return await asyncio.gather(*asked)
 

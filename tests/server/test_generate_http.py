@@ -56,6 +56,7 @@ def test_every_field_reaches_the_engine(client: httpx.Client, engine: StubEngine
         "stop": ["\n", "END"],
         "priority": "high",
         "timeout_s": 30,
+        "cache_salt": "s" * 64,
     }
     assert generate(client, **fields).status_code == 200
     assert engine.asked == [GenerateParams(**fields)]
@@ -104,6 +105,9 @@ def test_defaults_are_greedy_and_the_base_model(client: httpx.Client, engine: St
         ({"prompt": "a", "timeout_s": 0}, "invalid_value", "timeout_s"),
         ({"prompt": "a", "timeout_s": 86401}, "invalid_value", "timeout_s"),
         ({"prompt": "a", "timeout_s": "5"}, "invalid_value", "timeout_s"),
+        ({"prompt": "a", "cache_salt": ""}, "invalid_value", "cache_salt"),
+        ({"prompt": "a", "cache_salt": "s" * 65}, "invalid_value", "cache_salt"),
+        ({"prompt": "a", "cache_salt": 7}, "invalid_value", "cache_salt"),
         ({"prompt": "a", "stream": "yes"}, "invalid_value", "stream"),
         ({"prompt": "a", "logprobs": 5}, "unknown_field", "logprobs"),
         ({"prompt": "a", "temprature": 1}, "unknown_field", "temprature"),
@@ -148,7 +152,21 @@ def test_a_body_other_than_a_json_object_is_refused(client: httpx.Client, body: 
     refused(response, status, code)
 
 
-@pytest.mark.parametrize("kind", [None, "text/plain", "application/x-www-form-urlencoded", "multipart/form-data"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        None,
+        "text/plain",
+        "application/x-www-form-urlencoded",
+        "multipart/form-data",
+        "application/json; charset=latin-1",
+        "application/json; charset=utf-8; charset=utf-16",
+        "application/json; version=2",
+        "application/json, text/plain",
+        "application/json;" + '";' * 10_000,
+    ],
+    ids=lambda kind: str(kind)[:40],
+)
 def test_another_content_type_is_refused(client: httpx.Client, kind: str | None) -> None:
     headers = {} if kind is None else {"Content-Type": kind}
     response = client.post("/v1/generate", content=b'{"prompt": "a"}', headers=headers)
@@ -156,8 +174,9 @@ def test_another_content_type_is_refused(client: httpx.Client, kind: str | None)
 
 
 def test_a_charset_in_the_content_type_is_accepted(client: httpx.Client) -> None:
-    headers = {"Content-Type": "Application/JSON; charset=utf-8"}
-    assert client.post("/v1/generate", content='{"prompt": "☠"}'.encode(), headers=headers).status_code == 200
+    for kind in ("Application/JSON; charset=utf-8", 'application/json;charset="UTF-8"', "application/json;"):
+        headers = {"Content-Type": kind}
+        assert client.post("/v1/generate", content='{"prompt": "☠"}'.encode(), headers=headers).status_code == 200
 
 
 def test_query_parameters_are_refused(client: httpx.Client) -> None:

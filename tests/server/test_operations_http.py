@@ -20,7 +20,7 @@ def samples(client: httpx.Client) -> dict[str, float]:
 
 def test_alive_and_ready(client: httpx.Client) -> None:
     assert client.get("/healthz").json() == {"status": "alive"}
-    assert client.get("/readyz").json() == {"status": "ready"}
+    assert client.get("/readyz").json() == {"status": "ready", "store": "writable"}
 
 
 def test_a_dead_engine_is_not_ready_but_the_process_is_alive(client: httpx.Client, engine: StubEngine) -> None:
@@ -34,15 +34,6 @@ def test_a_dead_engine_is_not_ready_but_the_process_is_alive(client: httpx.Clien
 @pytest.mark.parametrize("path", ["/", "/v1", "/v1/", "/v1/generate/", "/docs", "/v1/adapters/a", "/%00", "/☠"])
 def test_unknown_paths(client: httpx.Client, path: str) -> None:
     refused(client.get(path), 404, "not_found")
-
-
-@pytest.mark.parametrize(
-    ("method", "path"), [("GET", "/v1/generate"), ("DELETE", "/v1/adapters"), ("POST", "/healthz")]
-)
-def test_wrong_methods(client: httpx.Client, method: str, path: str) -> None:
-    response = client.request(method, path)
-    refused(response, 405, "method_not_allowed")
-    assert response.headers["allow"]
 
 
 def test_each_request_has_an_id_that_the_client_cannot_choose(client: httpx.Client) -> None:
@@ -111,7 +102,7 @@ def test_a_json_body_over_the_limit_is_refused(client: httpx.Client) -> None:
 def test_a_chunked_body_over_the_limit_is_refused_during_reading(url: str) -> None:
     sent = 0
     with socket.create_connection(url.removeprefix("http://").split(":"), timeout=10) as connection:
-        head = "POST /v1/generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        head = "POST /v1/generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         connection.sendall(f"{head}Transfer-Encoding: chunked\r\n\r\n".encode())
         chunk = b"10000\r\n" + b" " * 0x10000 + b"\r\n"
         while sent < 17:
@@ -123,22 +114,8 @@ def test_a_chunked_body_over_the_limit_is_refused_during_reading(url: str) -> No
 
 def test_a_large_content_length_is_refused_before_the_body_is_sent(url: str) -> None:
     with socket.create_connection(url.removeprefix("http://").split(":"), timeout=10) as connection:
-        head = "POST /v1/adapters HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=b\r\n"
+        head = "POST /v1/adapters HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=b\r\n"
         connection.sendall(f"{head}Content-Length: 1073741824\r\nExpect: 100-continue\r\n\r\n".encode())
         answer = connection.recv(4096)
     assert b"413" in answer.split(b"\r\n")[0]
     assert b'"code":"body_too_large"' in answer
-
-
-def test_openapi_describes_every_route(client: httpx.Client) -> None:
-    paths = client.get("/openapi.json").json()["paths"]
-    assert {path: set(methods) for path, methods in paths.items()} == {
-        "/v1/generate": {"post"},
-        "/v1/classify": {"post"},
-        "/v1/adapters": {"get", "post"},
-        "/v1/adapters/{tenant}/{name}": {"get", "delete"},
-        "/v1/adapters/{tenant}/{name}/pin": {"put", "delete"},
-        "/healthz": {"get"},
-        "/readyz": {"get"},
-        "/metrics": {"get"},
-    }

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from typing import Any
+import re
+from typing import Any, cast
 
 import httpx
 
+from adapters_store import AdapterStore
+from sera_serve.base import FrozenBase
+from sera_serve.config import ServeSettings
+from sera_serve.server import build_app
+from support.stub_engine import StubEngine
+
 FAMILIES = {
+    403: "permission_error",
     404: "not_found_error",
+    408: "timeout_error",
     429: "rate_limit_error",
     503: "service_unavailable_error",
 }
 
 
 def refused(response: httpx.Response, status: int, code: str) -> dict[str, Any]:
-    """Return the error of a refusal, and check the shape of the error."""
+    """Return the error of a refusal. Its shape is checked, and that the OpenAPI document has its status."""
     assert response.status_code == status, response.text
     assert response.headers["content-type"] == "application/json"
     assert set(response.json()) == {"error"}
@@ -26,7 +36,27 @@ def refused(response: httpx.Response, status: int, code: str) -> dict[str, Any]:
     assert 10 < len(error["message"]) <= 600
     assert ("retry-after" in response.headers) == (status in (429, 503))
     assert response.headers["x-request-id"].startswith("req-")
+    check_declared(response)
     return error
+
+
+@functools.cache
+def openapi_document() -> dict[str, Any]:
+    """Return the OpenAPI document of the server."""
+    app = build_app(StubEngine(cast(FrozenBase, None)), cast(AdapterStore, None), ServeSettings())
+    return app.openapi()
+
+
+def check_declared(response: httpx.Response) -> None:
+    """Check that the OpenAPI document has the status of a response for its path and method."""
+    method = response.request.method.lower().replace("head", "get")
+    for template, operations in openapi_document()["paths"].items():
+        if re.fullmatch(re.sub(r"{\w+}", "[^/]+", template), response.request.url.path):
+            if method in operations:
+                declared = operations[method]["responses"]
+                assert str(response.status_code) in declared, f"{method} {template}: {response.status_code}"
+            else:
+                assert response.status_code in (204, 400, 403, 405, 413), f"{method} {template}"
 
 
 def events(text: str) -> list[Any]:

@@ -1,0 +1,53 @@
+"""HTTP methods beyond those of the routes: HEAD, OPTIONS, and the Allow header."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fastapi import Response
+from starlette.routing import BaseRoute, Match, Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from sera_serve.server.strict import refuse_body
+
+
+def routes_of_path(routes: Sequence[BaseRoute], scope: Scope) -> list[Route]:
+    """Return the routes that serve the path of a request, for any method."""
+    return [route for route in routes if isinstance(route, Route) and route.matches(scope)[0] is not Match.NONE]
+
+
+def allow_header(routes: Sequence[Route]) -> str:
+    """Return the value of the Allow header for a path with these routes. A router names one route's methods alone."""
+    methods = {method for route in routes for method in route.methods or ()}
+    if "GET" in methods:
+        methods.add("HEAD")
+    return ", ".join(sorted(methods | {"OPTIONS"}))
+
+
+class HeadAndOptions:
+    """Answers HEAD as GET, and OPTIONS with the methods of the path.
+
+    The HTTP server sends no body in response to HEAD. OPTIONS of an unknown path is left to the app, which answers 404.
+    """
+
+    def __init__(self, app: ASGIApp, routes: Sequence[BaseRoute]) -> None:
+        """Wrap an app that has `routes`."""
+        self.app = app
+        self.routes = routes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run one request."""
+        method = scope.get("method")
+        if method == "HEAD":
+            # A copy: the HTTP server still has to see HEAD. The outer middleware reads the route.
+            as_get = {**scope, "method": "GET"}
+            try:
+                await self.app(as_get, receive, send)
+            finally:
+                scope["route"] = as_get.get("route")
+        elif method == "OPTIONS" and (matched := routes_of_path(self.routes, scope)):
+            scope["route"] = matched[0]
+            refuse_body(scope)
+            await Response(status_code=204, headers={"Allow": allow_header(matched)})(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)

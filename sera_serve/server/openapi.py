@@ -1,0 +1,110 @@
+"""The OpenAPI document: every status that a route answers, in the server's own error shape."""
+
+from __future__ import annotations
+
+import copy
+import http
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from typing import Any
+
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+
+from sera_serve.server.errors import ErrorResponse
+from sera_serve.server.strict import StrictRoute
+
+router = APIRouter(route_class=StrictRoute)
+
+_SCHEMAS = "#/components/schemas/{model}"
+_DESCRIPTION = """Every response has the header `X-Request-Id`. Every error has the body `ErrorResponse`.
+
+Each path that answers GET answers HEAD too. Each path answers OPTIONS with 204 and the header `Allow`. Another method
+is answered 405 with `Allow`, and an unknown path 404."""
+# Refused before the route, or by what all routes share.
+_ANY_ROUTE = (400, 403, 408, 413, 414, 415, 422, 431, 500, 503)
+_BY_ROUTE: dict[tuple[str, str], tuple[int, ...]] = {
+    ("post", "/v1/generate"): (404, 429, 504),
+    ("post", "/v1/classify"): (404, 429, 504),
+    ("get", "/v1/adapters"): (),
+    ("post", "/v1/adapters"): (507,),
+    ("get", "/v1/adapters/{tenant}/{name}"): (404,),
+    ("delete", "/v1/adapters/{tenant}/{name}"): (404, 409, 507),
+    ("put", "/v1/adapters/{tenant}/{name}/pin"): (404, 409),
+    ("delete", "/v1/adapters/{tenant}/{name}/pin"): (404,),
+    ("get", "/healthz"): (),
+    ("get", "/readyz"): (),
+    ("get", "/metrics"): (),
+}
+_WITH_RETRY_AFTER = (429, 503)
+
+
+class DocumentedApp(FastAPI):
+    """FastAPI with this server's own OpenAPI document.
+
+    FastAPI declares its own error shape for 422, and no other error.
+    """
+
+    def __init__(self, lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]]) -> None:
+        # The interactive pages are off: they load scripts from another host. The document has a route of its own below,
+        # with the checks of the other routes.
+        super().__init__(
+            title="sera-serve",
+            description=_DESCRIPTION,
+            lifespan=lifespan,
+            openapi_url=None,
+            docs_url=None,
+            redoc_url=None,
+            redirect_slashes=False,
+        )
+        self._document: dict[str, Any] | None = None
+
+    def openapi(self) -> dict[str, Any]:
+        """Return the document. Routes must not be added afterwards."""
+        if self._document is None:
+            self._document = _with_errors(super().openapi())
+        return self._document
+
+
+@router.get("/openapi.json", include_in_schema=False)
+async def openapi_document(request: Request) -> JSONResponse:
+    """Describe the interface for programs."""
+    return JSONResponse(request.app.openapi())
+
+
+def schema_of(model: type[BaseModel]) -> dict[str, Any]:
+    """Return the schema of a model that FastAPI does not see. Models within it must be part of another response."""
+    schema = model.model_json_schema(ref_template=_SCHEMAS)
+    schema.pop("$defs", None)
+    return schema
+
+
+def _with_errors(framework: dict[str, Any]) -> dict[str, Any]:
+    document = copy.deepcopy(framework)
+    components = document.setdefault("components", {})
+    schemas = components.setdefault("schemas", {})
+    for name in ("HTTPValidationError", "ValidationError"):
+        schemas.pop(name, None)
+    own = ErrorResponse.model_json_schema(ref_template=_SCHEMAS)
+    schemas.update(own.pop("$defs"))
+    schemas["ErrorResponse"] = own
+    used = set()
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            for status in sorted((*_ANY_ROUTE, *_BY_ROUTE[method, path])):
+                used.add(status)
+                operation["responses"][str(status)] = {"$ref": f"#/components/responses/Error{status}"}
+    components["responses"] = {f"Error{status}": _error(status) for status in sorted(used)}
+    return document
+
+
+def _error(status: int) -> dict[str, Any]:
+    headers = {"X-Request-Id": {"schema": {"type": "string"}, "description": "the request's id in the server's log"}}
+    if status in _WITH_RETRY_AFTER:
+        headers["Retry-After"] = {"schema": {"type": "integer"}, "description": "seconds until another try"}
+    return {
+        "description": http.HTTPStatus(status).phrase,
+        "headers": headers,
+        "content": {"application/json": {"schema": {"$ref": _SCHEMAS.format(model="ErrorResponse")}}},
+    }

@@ -1,0 +1,75 @@
+"""The OpenAPI document is valid, complete, and says what the server does."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import httpx
+from openapi_spec_validator import OpenAPIV31SpecValidator
+
+from support.answers import openapi_document
+
+PATHS = {
+    "/v1/generate": {"post"},
+    "/v1/classify": {"post"},
+    "/v1/adapters": {"get", "post"},
+    "/v1/adapters/{tenant}/{name}": {"get", "delete"},
+    "/v1/adapters/{tenant}/{name}/pin": {"put", "delete"},
+    "/healthz": {"get"},
+    "/readyz": {"get"},
+    "/metrics": {"get"},
+}
+
+
+def references(value: Any) -> set[str]:
+    """Every `$ref` within a JSON value."""
+    if isinstance(value, list):
+        return set().union(*map(references, value))
+    if not isinstance(value, dict):
+        return set()
+    own = {value["$ref"]} if "$ref" in value else set()
+    return own.union(*map(references, value.values()))
+
+
+def test_the_server_gives_the_document(client: httpx.Client) -> None:
+    assert client.get("/openapi.json").json() == openapi_document()
+    assert {path: set(methods) for path, methods in openapi_document()["paths"].items()} == PATHS
+
+
+def test_the_document_is_valid() -> None:
+    OpenAPIV31SpecValidator(openapi_document()).validate()
+
+
+def test_every_reference_leads_somewhere() -> None:
+    # The validator follows a reference only where it validates, and "#/$defs/..." within a schema is not followed.
+    found = references(openapi_document())
+    assert "#/components/schemas/Usage" in found
+    for reference in found:
+        place = openapi_document()
+        assert reference.startswith("#/components/"), reference
+        for part in reference.removeprefix("#/").split("/"):
+            place = place[part]
+
+
+def test_every_error_has_the_servers_own_shape() -> None:
+    document = openapi_document()
+    assert "ValidationError" not in str(document)
+    for operations in document["paths"].values():
+        for operation in operations.values():
+            errors = {int(status): answer for status, answer in operation["responses"].items() if int(status) >= 400}
+            assert {400, 403, 408, 413, 414, 415, 422, 431, 500, 503} <= set(errors)
+            for status, answer in errors.items():
+                assert answer == {"$ref": f"#/components/responses/Error{status}"}
+    for name, answer in document["components"]["responses"].items():
+        schema = answer["content"]["application/json"]["schema"]
+        assert schema == {"$ref": "#/components/schemas/ErrorResponse"}
+        assert ("Retry-After" in answer["headers"]) == (name in ("Error429", "Error503"))
+    detail = document["components"]["schemas"]["ErrorDetail"]
+    assert set(detail["required"]) == {"message", "type", "param", "code"}
+
+
+def test_a_stream_has_the_schema_of_its_events() -> None:
+    answer = openapi_document()["paths"]["/v1/generate"]["post"]["responses"]["200"]
+    schema = answer["content"]["text/event-stream"]["schema"]
+    assert re.search(r"usage", str(schema)) and "$defs" not in schema
