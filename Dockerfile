@@ -1,32 +1,48 @@
 # A GPU image: docker build -t sera-serve . && docker run --gpus all -p 8000:8000 -v adapters:/store sera-serve
-# torch brings the CUDA libraries it was built with; Ubuntu 24.04 has Python 3.12.
-FROM nvidia/cuda:13.0.2-runtime-ubuntu24.04
+# torch brings the CUDA libraries that it was built with. Ubuntu 24.04 has Python 3.12. The digest is that of the index
+# of all platforms; find the digest of another tag with: docker buildx imagetools inspect nvidia/cuda:TAG
+FROM nvidia/cuda:13.0.2-runtime-ubuntu24.04@sha256:6a0e31b59e70890446f2c17356d6efc0d54260090a8c63d6ca7c2ad049db95d2 AS build
 
-# gcc and the headers: triton compiles a launcher for each kernel.
 RUN apt-get update \
- && apt-get install -y --no-install-recommends python3 python3-venv python3-dev gcc libc6-dev \
- && rm -rf /var/lib/apt/lists/* \
- && useradd --create-home --uid 10001 sera \
- && install -d -o sera -g sera /store
+ && apt-get install -y --no-install-recommends python3 python3-venv \
+ && rm -rf /var/lib/apt/lists/*
 
-ENV PATH=/opt/sera/bin:$PATH PIP_NO_CACHE_DIR=1 PYTHONUNBUFFERED=1
+# pip has an environment of its own, so that the final stage gets none.
+RUN python3 -m venv /opt/pip && python3 -m venv --without-pip /opt/sera
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /src
-# Dependencies in layers of their own: a change of the code does not download torch again.
-COPY constraints.txt ./
-RUN python3 -m venv /opt/sera && pip install -c constraints.txt torch==2.13.0
+# Dependencies in a layer of their own: a change of the code does not download torch again.
+COPY requirements.lock ./
+RUN /opt/pip/bin/pip --python /opt/sera/bin/python install --require-hashes --only-binary :all: -r requirements.lock
 COPY pyproject.toml README.md ./
 COPY adapters_store adapters_store
 COPY kernels kernels
 COPY sera_serve sera_serve
-RUN pip install -c constraints.txt .
+# Nothing is downloaded: the lock has the build's setuptools too. Then pip itself checks that nothing is missing.
+RUN /opt/pip/bin/pip --python /opt/sera/bin/python install --no-index --no-deps --no-build-isolation . \
+ && /opt/pip/bin/pip --python /opt/sera/bin/python check
 
-USER sera
+
+FROM nvidia/cuda:13.0.2-runtime-ubuntu24.04@sha256:6a0e31b59e70890446f2c17356d6efc0d54260090a8c63d6ca7c2ad049db95d2
+
+# At its first launch Triton compiles one C file, which includes Python.h: so the C compiler and these headers are needed
+# where the server runs. C++, make and the rest of build-essential are not.
+RUN apt-get update \
+ && apt-get install -y --no-install-recommends python3 gcc libc6-dev libpython3.12-dev \
+ && rm -rf /var/lib/apt/lists/* \
+ && useradd --create-home --uid 10001 sera \
+ && install -d -o sera -g sera /store
+
+COPY --from=build /opt/sera /opt/sera
+
+USER 10001
 WORKDIR /home/sera
-ENV SERA_SERVE_STORE=/store SERA_SERVE_HOST=0.0.0.0 SERA_SERVE_PORT=8000 SERA_SERVE_DEVICE=cuda
+ENV PATH=/opt/sera/bin:$PATH PYTHONUNBUFFERED=1 \
+    SERA_SERVE_STORE=/store SERA_SERVE_HOST=0.0.0.0 SERA_SERVE_PORT=8000 SERA_SERVE_DEVICE=cuda
 VOLUME /store
 EXPOSE 8000
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=5s --start-period=120s --retries=3 \
-  CMD python -c "import os, urllib.request as u; u.urlopen('http://127.0.0.1:' + os.environ['SERA_SERVE_PORT'] + '/readyz', timeout=4)"
+  CMD ["python", "-c", "import os, urllib.request as u; u.urlopen('http://127.0.0.1:' + os.environ['SERA_SERVE_PORT'] + '/readyz', timeout=4)"]
 ENTRYPOINT ["sera-serve"]
 CMD ["serve"]

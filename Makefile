@@ -1,4 +1,4 @@
-# make setup | serve | test | lint | bench | bench-gpu. Everything lives in .venv; running a target again does only what
+# make setup | serve | test | lint | lock | bench | bench-gpu. Everything lives in .venv; running a target again does only what
 # is missing.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PORT ?= 8000
@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 # Made last, so that an interrupted setup is taken up again.
 STAMP := $(VENV)/.installed
 
-.PHONY: setup serve test lint bench bench-gpu clean
+.PHONY: setup serve test lint lock bench bench-gpu clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -33,6 +33,14 @@ lint: setup
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
+
+# The image's dependencies, with the hashes of their wheels for every platform: run it after a change of pyproject.toml
+# or constraints.txt.
+lock: setup
+	$(BIN)/python -m pip install uv==0.13.9
+	$(BIN)/uv pip compile pyproject.toml -c constraints.txt -o requirements.lock --generate-hashes --no-annotate \
+		--python-version 3.12 --python-platform linux --default-index https://pypi.org/simple \
+		--custom-compile-command 'make lock'
 
 bench: setup
 	$(BIN)/python -m benchmarks.mixed_batch --quick
