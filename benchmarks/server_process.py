@@ -7,31 +7,56 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import httpx
+import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TIERS = ("device", "host", "store")
 
 
+@dataclass(frozen=True)
+class Surroundings:
+    """What a server process is started in.
+
+    Attributes:
+        checkout: The repository whose code it runs.
+        variables: Environment variables beside those of this process.
+        descriptors: Most files that it may have open; None is this process's own limit.
+    """
+
+    checkout: Path = REPOSITORY
+    variables: Mapping[str, str] = field(default_factory=dict)
+    descriptors: int | None = None
+
+
 class ServerProcess:
     """`sera-serve serve` on a free port, from its start to its graceful end; a context manager."""
 
-    def __init__(self, base: Path, store: Path, log: Path, **settings: int | float) -> None:
+    def __init__(
+        self, base: Path, store: Path, log: Path, surroundings: Surroundings | None = None, **settings: int | float
+    ) -> None:
         """Start it without waiting; `settings` are fields of `ServeSettings`."""
         self.host, self.port = "127.0.0.1", _free_port()
         self.log = log
+        around = surroundings or Surroundings()
         options = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
-        command = [sys.executable, "-c", "from sera_serve.cli import main; main()", "serve", f"--base={base}"]
+        # -P: the current folder may be another checkout.
+        command = [sys.executable, "-P", "-c", "from sera_serve.cli import main; main()", "serve", f"--base={base}"]
         command += [f"--store={store}", f"--port={self.port}", *options]
-        paths = [str(REPOSITORY), str(REPOSITORY / "kernels")]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+        paths = [str(around.checkout), str(around.checkout / "kernels")]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | dict(around.variables)
         with log.open("wb") as output:
             self._process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+        if around.descriptors is not None:
+            limit = (around.descriptors, around.descriptors)
+            psutil.Process(self.pid).rlimit(psutil.RLIMIT_NOFILE, limit)
 
     @property
     def pid(self) -> int:
@@ -59,6 +84,22 @@ class ServerProcess:
             time.sleep(0.1)
         raise RuntimeError(f"the server did not become ready: {self.log.read_text()[-2000:]}")
 
+    def wait(self, seconds: float) -> int | None:
+        """Exit status of the process, negative for a signal; None where it still runs after so many seconds."""
+        try:
+            return self._process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def stop(self, seconds: float = 30) -> int:
+        """End the process with SIGTERM, or with SIGKILL after so many seconds, and return its exit status."""
+        self._process.terminate()
+        status = self.wait(seconds)
+        if status is None:
+            self._process.kill()
+            status = self._process.wait()
+        return status
+
     def metrics(self) -> dict[str, float]:
         """Value of every metric, by name and labels as they are written."""
         text = httpx.get(f"{self.url}/metrics", timeout=30).text
@@ -75,12 +116,7 @@ class ServerProcess:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._process.terminate()
-        try:
-            self._process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait(timeout=30)
+        self.stop()
 
 
 def adapter_figures(before: dict[str, float], after: dict[str, float]) -> dict[str, float | None]:
