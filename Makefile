@@ -1,5 +1,5 @@
-# make setup | serve | test | lint | lock | bench | bench-gpu. Everything lives in .venv; running a target again does only what
-# is missing.
+# make setup | serve | test | lint | lock | bench | bench-gpu. Everything lives in .venv; running a target again does
+# only what is missing.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PORT ?= 8000
 HOST ?= 127.0.0.1
