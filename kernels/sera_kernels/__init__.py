@@ -3,6 +3,7 @@
 from sera_kernels.grouped import add_updates, grouped_sera, warm_up
 from sera_kernels.operands import ABSENT, NO_ADAPTER, AdapterBatch, AdapterTables, Entry
 from sera_kernels.reference import grouped_sera_reference
+from sera_kernels.shape_classes import ShapeClasses
 
 __all__ = [
     "ABSENT",
@@ -10,6 +11,7 @@ __all__ = [
     "AdapterBatch",
     "AdapterTables",
     "Entry",
+    "ShapeClasses",
     "add_updates",
     "grouped_sera",
     "grouped_sera_reference",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sera_kernels.operands import NO_ADAPTER, AdapterBatch, AdapterTables
+from sera_kernels.shape_classes import ShapeClasses
 from sera_kernels.torch_path import grouped_sera_torch
 
 try:
@@ -88,7 +89,9 @@ def warm_up(device: torch.device, dtype: torch.dtype) -> None:
     for rows in (1, 1 << 15):
         x = torch.zeros(rows, 8, dtype=dtype, device=device)
         batch = AdapterBatch(torch.full((rows,), NO_ADAPTER, dtype=torch.int32, device=device))
-        add_updates(x, [x.clone()], [0], batch, x.new_zeros(1), AdapterTables.empty(1, 1, device))
+        tables = AdapterTables.empty(1, 1, device)
+        tables.set_classes(ShapeClasses(single=64))
+        add_updates(x, [x.clone()], [0], batch, x.new_zeros(1), tables)
 
 
 @cache

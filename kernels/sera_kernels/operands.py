@@ -12,6 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sera_kernels.shape_classes import ShapeClasses
+
 NO_ADAPTER = -1
 """The slot of a token that uses no adapter."""
 
@@ -35,6 +37,9 @@ class AdapterTables:
         split: int32 (modules, slots).
         mixer: int32 (modules, slots), 1 if C exists, else 0.
         scaling: float32 (modules, slots).
+
+    Who changes the tables on the device tells the host's summary, `classes`, with `set_classes`. Else the summary is
+    read from the device, once, when it is first asked for.
     """
 
     offset: Tensor
@@ -42,6 +47,17 @@ class AdapterTables:
     split: Tensor
     mixer: Tensor
     scaling: Tensor
+
+    @cached_property
+    def classes(self) -> ShapeClasses:
+        """The kinds of shapes that may occur. Without `set_classes`, the first call waits for the device."""
+        present = self.offset != ABSENT
+        return ShapeClasses.of(zip(self.rank[present].tolist(), self.split[present].tolist(), strict=True))
+
+    def set_classes(self, classes: ShapeClasses) -> None:
+        """Set the kinds of shapes that may occur from now on. Kinds of slots that are in use must be among them."""
+        # Where `cached_property` keeps its value. One assignment: a running step sees the old value or the new one.
+        self.__dict__["classes"] = classes
 
     @classmethod
     def empty(cls, modules: int, slots: int, device: torch.device | str = "cpu") -> AdapterTables:
@@ -110,12 +126,14 @@ class AdapterBatch:
 
     Attributes:
         token_slots: int32 (tokens,), contiguous. Each is a slot or `NO_ADAPTER`.
+        classes: The kinds of shapes that the adapters of these slots may have. None: those of all resident adapters.
 
     Raises:
         ValueError: `token_slots` has another dtype, shape or layout. Compiled code reads its memory directly.
     """
 
     token_slots: Tensor
+    classes: ShapeClasses | None = None
 
     def __post_init__(self) -> None:
         slots = self.token_slots

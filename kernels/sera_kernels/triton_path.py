@@ -1,47 +1,118 @@
-"""The grouped operation on a GPU: one Triton launch updates all layers that share an input.
+"""The grouped operation on a GPU, in two phases of Triton kernels.
 
-The launch handles any mix of adapters. A program updates a range of columns of one layer's output, for one token or
-for a tile of tokens of one adapter. Each program reduces, mixes and expands: u = x A, v = u C, y += scaling v B. The
-reduced vector is small, so each program computes the vector again instead of reading it from another program. No two
-programs write the same element of an output, so no operation is atomic.
+`reduce_updates` computes v = (x A) C for every token and layer, into a workspace. `expand_updates` adds scaling * v B
+to the outputs. The first phase needs x alone, so a caller may run it on another stream, beside the base layers.
 
-The grid follows from shapes alone and the host reads no values. A CUDA graph that holds the launch can therefore be
-replayed with other slots, tables and factors. There is no gradient: training uses the layers' autograd.
+Up to `PREFILL_TOKENS`, each token has its own programs (`decode_kernels`). With more tokens, tiles of tokens of one
+adapter are multiplied by the matrix unit (`prefill_kernels`). Every sum is in float32 and has a fixed order: nothing is
+atomic, and no two programs write the same element.
 
-Triton 3.4 or newer is required. Without a GPU, the kernel runs if TRITON_INTERPRET=1 was set before this module is
+Launches follow from shapes alone, and from the kinds of resident adapters (`ShapeClasses`). The host reads no values of
+the device. A CUDA graph that holds the launches can therefore be replayed with other slots, tables and factors, as
+long as the kinds are among those of its capture. There is no gradient: training uses the layers' autograd.
+
+Triton 3.4 or newer is required. Without a GPU, the kernels run if TRITON_INTERPRET=1 was set before this module is
 imported.
-
-Words of this file:
-
-* Segment: one block of the block-diagonal A and B, with segment_rank ranks.
-* Chunk: the ranks that a program handles at a time. A segment that is wider than a chunk is cut into chunks, and no
-  chunk crosses the segment's end. Narrower segments are put together into a chunk. A chunk reads no inputs but those of
-  its segments.
-* VEC: the number of elements of a 16-byte access if every address allows such accesses, else 1. `x // VEC * VEC` equals
-  x, and tells the compiler that x is a multiple of VEC.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
+from sera_kernels.decode_kernels import expand, expand_silu_mul, mix_parts, reduce_mix, reduce_parts
 from sera_kernels.launches import Launch, choose_launch
 from sera_kernels.operands import AdapterBatch, AdapterTables
+from sera_kernels.prefill_kernels import expand_tiles, reduce_tiles
+from sera_kernels.shape_classes import ShapeClasses
 
 OUTPUTS_PER_LAUNCH = 4
-"""Number of layers of one launch. Further layers that share the input take another launch."""
+"""Number of layers of one launch. Further layers that share the input take further launches."""
+
+PREFILL_TOKENS = 256
+"""With more tokens, tiles of tokens are computed."""
+
+PART_ELEMENTS = 1 << 14
+"""Elements of A that one program reads, if A is read in parts."""
+
+MOST_PARTS = 16
+"""Parts of A at most."""
 
 SPARE_ROWS = 64
 """Rows of programs in addition to the rows that full tiles need. With still more tiles, programs take several tiles."""
 
-# Arguments whose values may change without a new compilation.
-_NUMBERS = ["x_stride", "d_in", "tokens", "slot_count"]
-_NUMBERS += [f"{name}{i}" for name in ("module", "width", "stride") for i in range(OUTPUTS_PER_LAUNCH)]
+TILE_TOKENS = 32
+"""Tokens of a tile."""
+
+TILE_WIDTH = 64
+"""Inputs and ranks that a tile's program multiplies at a time, and half of its columns. In float32, half of each."""
+
+INTERPRETED = not isinstance(expand, triton.JITFunction)
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """The first phase's results for a group of layers, and what they were computed from.
+
+    Attributes:
+        v: float32 (layers, tokens, rank bucket). Only the ranks of a token's own adapter have a meaning.
+        d_in: Width of the layers' input.
+        modules: The layers' rows in `tables`.
+        batch: The slot of each token.
+        pool: (elements,), the factors.
+        tables: The offset and the shape of each adapter's factors.
+        classes: The kinds of shapes that the first phase was launched for.
+        consecutive: Both phases are launched one after the other on one stream.
+    """
+
+    v: Tensor
+    d_in: int
+    modules: tuple[int, ...]
+    batch: AdapterBatch
+    pool: Tensor
+    tables: AdapterTables
+    classes: ShapeClasses
+    consecutive: bool = True
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Options of every launch. OVERLAP: programmatic dependent launch, if the device has it."""
+        overlap = self.consecutive and _can_overlap(self.v.device)
+        # Fusion is the default so far. Triton 3.9 warns that the default will change.
+        return {"OVERLAP": overlap, "enable_fp_fusion": True} | ({"launch_pdl": True} if overlap else {})
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """`d_in`, the number of tokens, and `modules` padded to `OUTPUTS_PER_LAUNCH`, as kernels take them."""
+        unused = OUTPUTS_PER_LAUNCH - len(self.modules)
+        return (self.d_in, self.v.shape[1], *self.modules, *[0] * unused)
+
+    @property
+    def shapes(self) -> tuple[Tensor, ...]:
+        """The pool, and the tables of the factors' places and shapes, as kernels take them."""
+        tables = self.tables
+        return (self.pool, tables.offset, tables.rank, tables.split, tables.mixer)
+
+    @property
+    def slots(self) -> int:
+        """Number of slots of the tables."""
+        return self.tables.offset.shape[1]
+
+    @property
+    def tiles(self) -> tuple[Tensor, ...]:
+        """The tiles of the batch, as kernels take them."""
+        return (*self.batch.sorted_slots, *self.batch.tiles(TILE_TOKENS))
+
+    @property
+    def tile_rows(self) -> int:
+        """Rows of programs for all tiles."""
+        return -(-self.v.shape[1] // TILE_TOKENS) + SPARE_ROWS
 
 
 def grouped_sera_triton(
@@ -51,468 +122,232 @@ def grouped_sera_triton(
     batch: AdapterBatch,
     pool: Tensor,
     tables: AdapterTables,
+    launch: Launch | None = None,
 ) -> None:
-    """Run `grouped_sera` on CUDA tensors. The row stride of x and of each output may exceed the row's width."""
+    """Run `grouped_sera` on CUDA tensors. The row stride of x and of each output may exceed the row's width.
+
+    `launch` replaces the launch parameters of decoding from `launches.json`.
+    """
     for i in range(0, len(outputs), OUTPUTS_PER_LAUNCH):
         some = slice(i, i + OUTPUTS_PER_LAUNCH)
-        widths = [y.shape[1] for y in outputs[some]]
-        launch = choose_launch(len(x), x.shape[1], max(widths), x.dtype, x.device)
-        launch_grouped(launch, x, outputs[some], modules[some], batch, pool, tables)
+        workspace = reduce_updates(x, modules[some], batch, pool, tables, launch=launch)
+        if workspace is not None:
+            expand_updates(workspace, outputs[some], launch)
 
 
-def launch_grouped(
-    launch: Launch,
+def reduce_updates(
     x: Tensor,
-    outputs: Sequence[Tensor],
     modules: Sequence[int],
     batch: AdapterBatch,
     pool: Tensor,
     tables: AdapterTables,
-) -> None:
-    """Launch the kernel once with the given parameters, for at most `OUTPUTS_PER_LAUNCH` outputs."""
-    tokens = len(x)
-    if tokens == 0:
-        return
-    widths = [y.shape[1] for y in outputs]
-    strides = [y.stride(0) for y in outputs]
-    columns = sum(triton.cdiv(width, launch.columns) for width in widths)
-    if launch.block_m == 1:
-        rows, slots = tokens, batch.token_slots
-        order = tile_first = tile_ordinal = slots
-    else:
-        rows = triton.cdiv(tokens, launch.block_m) + SPARE_ROWS
-        slots, order = batch.sorted_slots
-        tile_first, tile_ordinal = batch.tiles(launch.block_m)
-    unused = OUTPUTS_PER_LAUNCH - len(outputs)
+    *,
+    consecutive: bool = True,
+    launch: Launch | None = None,
+) -> Workspace | None:
+    """Run the first phase for up to `OUTPUTS_PER_LAUNCH` layers, and return what the second phase needs.
+
+    The workspace's memory belongs to the current stream.
+
+    Args:
+        x: (tokens, d_in). Rows may be farther apart than their width.
+        modules: The layers' rows in `tables`.
+        batch: The slot of each token.
+        pool: (elements,), of x's dtype.
+        tables: The offset and the shape of each adapter's factors.
+        consecutive: The second phase is the next launch on this stream. False if it runs on another stream, after an
+            event, or if other kernels are launched in between.
+        launch: Launch parameters of decoding, instead of those from `launches.json`.
+
+    Returns:
+        None if there is nothing to add: no tokens, or no resident adapter.
+    """
+    classes = tables.classes if batch.classes is None else batch.classes
+    tokens, d_in = x.shape
+    if tokens == 0 or classes.width == 0 or not modules:
+        return None
+    v = _buffer(x.device, len(modules), tokens, classes.width)
+    workspace = Workspace(v, d_in, tuple(modules), batch, pool, tables, classes, consecutive)
     with torch.cuda.device_of(x):
-        grouped_kernel[(rows * columns,)](
-            x, x.stride(0), x.shape[1], tokens,
-            *outputs, *[outputs[0]] * unused,
-            *modules, *[0] * unused,
-            *widths, *[0] * unused,
-            *strides, *[0] * unused,
-            slots, order, tile_first, tile_ordinal,
-            pool, tables.offset, tables.rank, tables.split, tables.mixer, tables.scaling, tables.offset.shape[1],
-            COLUMNS=launch.columns,
-            ELEMENTS=launch.elements,
-            BLOCK_M=launch.block_m,
-            BLOCK_N=launch.block_n,
-            BLOCK_R=launch.block_r,
-            BLOCK_K=launch.block_k,
-            VEC=_vector(x, outputs, pool),
-            # The interpreter's tl.dot reads bfloat16 as integers.
-            WIDEN=x.dtype == torch.bfloat16 and not isinstance(grouped_kernel, triton.JITFunction),
-            # TF32 holds factors of 16 bits exactly, and keeps more bits of a reduced vector than float16 or bfloat16.
-            PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
-            num_warps=launch.num_warps,
-            num_stages=launch.num_stages,
-            maxnreg=launch.max_registers,
-            # The default so far. Triton 3.9 warns that the default will change.
-            enable_fp_fusion=True,
+        if tokens > PREFILL_TOKENS:
+            _reduce_tiles(x, workspace)
+        else:
+            launch = launch or choose_launch(x.dtype, x.device)
+            if classes.single:
+                _reduce_mix(x, workspace, launch)
+            if classes.segmented or classes.whole:
+                _reduce_in_parts(x, workspace, launch)
+    return workspace
+
+
+def expand_updates(workspace: Workspace, outputs: Sequence[Tensor], launch: Launch | None = None) -> None:
+    """Run the second phase: add the updates of all tokens, in place, to the outputs of the workspace's layers.
+
+    Args:
+        workspace: The result of `reduce_updates`.
+        outputs: One (tokens, d_out) tensor for each layer. Rows may be farther apart than their width.
+        launch: Launch parameters of decoding, instead of those from `launches.json`.
+    """
+    tokens, pool, classes = workspace.v.shape[1], workspace.pool, workspace.classes
+    single = not (classes.segmented or classes.whole)
+    unused = OUTPUTS_PER_LAUNCH - len(outputs)
+    widths = [y.shape[1] for y in outputs]
+    rows = (*outputs, *[outputs[0]] * unused, *widths, *[0] * unused, *(y.stride(0) for y in outputs), *[0] * unused)
+    cells = (*workspace.shapes, workspace.tables.scaling, workspace.slots, workspace.v, workspace.v.shape[2])
+    vector = _vector(pool, *outputs)
+    with torch.cuda.device_of(pool):
+        if tokens <= PREFILL_TOKENS:
+            launch = launch or choose_launch(pool.dtype, pool.device)
+            expand[(tokens, sum(-(-width // launch.expand_columns) for width in widths))](
+                *rows, *workspace.layers, workspace.batch.token_slots, *cells,
+                COLUMNS=launch.expand_columns, SINGLE=single, VEC=vector,
+                num_warps=launch.expand_warps, **workspace.options,
+            )  # fmt: skip
+            return
+        columns = 4 * TILE_WIDTH // pool.element_size()
+        # Few ranks meet a range of columns if all segments have rank 1.
+        ranks = 16 if single or classes.width == 16 or pool.dtype == torch.float32 else 32
+        expand_tiles[(workspace.tile_rows, sum(-(-width // columns) for width in widths))](
+            *rows, *workspace.layers, *workspace.tiles, *cells,
+            M=TILE_TOKENS, COLUMNS=columns, Q=ranks, VEC=vector, PRECISION=_precision(pool.dtype),
+            num_warps=8, num_stages=2, **workspace.options,
         )  # fmt: skip
 
 
-def _vector(x: Tensor, outputs: Sequence[Tensor], pool: Tensor) -> int:
-    """Return VEC as far as x, the outputs and the pool allow it. The kernel checks each adapter itself."""
-    elements = 16 // x.element_size()
-    rows = all(
-        t.data_ptr() % 16 == 0 and t.stride(0) % elements == 0 and t.shape[1] % elements == 0 for t in (x, *outputs)
-    )
-    return elements if rows and pool.data_ptr() % 16 == 0 else 1
+def expand_silu_mul_updates(workspace: Workspace, gate: Tensor, up: Tensor, launch: Launch | None = None) -> Tensor:
+    """Run the second phase for the two first layers of an MLP, and apply its activation: silu(gate) * up.
 
+    Semantics: as `expand_updates(workspace, [gate, up])`, then `silu(gate) * up`, with the same roundings.
 
-@triton.jit(do_not_specialize=_NUMBERS)
-def grouped_kernel(
-    x, x_stride, d_in, tokens,
-    y0, y1, y2, y3, module0, module1, module2, module3,
-    width0, width1, width2, width3, stride0, stride1, stride2, stride3,
-    slots, order, tile_first, tile_ordinal,
-    pool, offset, rank, split, mixer, scaling, slot_count,
-    COLUMNS: tl.constexpr, ELEMENTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, VEC: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Update one range of columns, for one token if BLOCK_M is 1, else for tiles of tokens.
+    Args:
+        workspace: The result of `reduce_updates` for the two layers, for up to `PREFILL_TOKENS` tokens.
+        gate: (tokens, d_ff). Rows may be farther apart than their width.
+        up: (tokens, d_ff), with the same distance between rows.
+        launch: Launch parameters, instead of those from `launches.json`.
 
-    A program is (row, range of columns). If BLOCK_M is 1, the program updates the token `row`, and `slots` is in the
-    order of tokens. Else the program updates the tiles row, row + rows, row + 2 rows and so on. slots and order are
-    then `AdapterBatch.sorted_slots`, and tile_first and tile_ordinal are `AdapterBatch.tiles`.
+    Returns:
+        (tokens, d_ff), contiguous.
     """
-    # An unused output has width 0.
-    end0 = tl.cdiv(width0, COLUMNS)
-    end1 = end0 + tl.cdiv(width1, COLUMNS)
-    end2 = end1 + tl.cdiv(width2, COLUMNS)
-    columns = end2 + tl.cdiv(width3, COLUMNS)
-    column, row = tl.program_id(0) % columns, tl.program_id(0) // columns
-    y = select_item(column, end0, end1, end2, y0, y1, y2, y3)
-    module = select_item(column, end0, end1, end2, module0, module1, module2, module3)
-    d_out = select_item(column, end0, end1, end2, width0, width1, width2, width3)
-    y_stride = select_item(column, end0, end1, end2, stride0, stride1, stride2, stride3) // VEC * VEC
-    n0 = (column - select_item(column, end0, end1, end2, 0, end0, end1, end2)) * COLUMNS
-    x_stride = x_stride // VEC * VEC
-    if BLOCK_M == 1:
-        slot = tl.load(slots + row)
-        cell = module * slot_count + slot
-        # These loads do not wait for each other.
-        at = tl.load(offset + cell, mask=slot >= 0, other=-1)
-        adapter_rank, adapter_split = tl.load(rank + cell, mask=slot >= 0), tl.load(split + cell, mask=slot >= 0)
-        has_mixer, factor = tl.load(mixer + cell, mask=slot >= 0), tl.load(scaling + cell, mask=slot >= 0)
-        if at >= 0:
-            update_token_by_size(
-                x + row.to(tl.int64) * x_stride, y + row.to(tl.int64) * y_stride, pool, n0, d_in, d_out,
-                at, adapter_rank, adapter_split, has_mixer, factor, COLUMNS, ELEMENTS, VEC,
-            )  # fmt: skip
-    else:
-        tiles = tl.load(tile_ordinal + tokens - 1).to(tl.int32)
-        for tile in range(row, tiles, tl.num_programs(0) // columns):
-            start = tl.load(tile_first + tile).to(tl.int32)
-            slot = tl.load(slots + start)
-            cell = module * slot_count + slot
-            at, adapter_rank, adapter_split = tl.load(offset + cell), tl.load(rank + cell), tl.load(split + cell)
-            has_mixer, factor = tl.load(mixer + cell), tl.load(scaling + cell)
-            if at >= 0:
-                m = start + tl.arange(0, BLOCK_M)
-                is_row = tl.load(slots + m, mask=m < tokens, other=-1) == slot
-                token = tl.load(order + m, mask=is_row, other=0).to(tl.int64)
-                if tl.sum(is_row.to(tl.int32)) == 1:
-                    only = tl.sum(token)
-                    update_token_by_size(
-                        x + only * x_stride, y + only * y_stride, pool, n0, d_in, d_out,
-                        at, adapter_rank, adapter_split, has_mixer, factor, COLUMNS, ELEMENTS, VEC,
-                    )  # fmt: skip
-                else:
-                    update_tile_by_size(
-                        x + token * x_stride, y + token * y_stride, is_row, pool, n0, d_in, d_out,
-                        at, adapter_rank, adapter_split, has_mixer, factor,
-                        COLUMNS, BLOCK_M, BLOCK_N, BLOCK_R, BLOCK_K, VEC, WIDEN, PRECISION,
-                    )  # fmt: skip
-
-
-@triton.jit
-def select_item(column, end0, end1, end2, item0, item1, item2, item3):
-    """Return the item of the output that contains the range `column`."""
-    first, second = tl.where(column >= end0, item1, item0), tl.where(column >= end2, item3, item2)
-    return tl.where(column >= end1, second, first)
-
-
-@triton.jit
-def fits_vector(d_in, at, rank, split, mixer, VEC: tl.constexpr):
-    """Return whether A, C and B, and each segment of x, start at multiples of VEC elements."""
-    segments = (rank == split) | (rank // split % VEC == 0)
-    return (at % VEC == 0) & (d_in // split % VEC == 0) & segments & ((mixer == 0) | (rank % VEC == 0))
-
-
-@triton.jit
-def ranks_in_range(n0, d_out, rank, split, COLUMNS: tl.constexpr):
-    """Return the number of ranks of all segments in the range of columns from n0."""
-    out_width = d_out // split
-    return ((tl.minimum(n0 + COLUMNS, d_out) - 1) // out_width - n0 // out_width + 1) * (rank // split)
-
-
-@triton.jit
-def update_token_by_size(
-    x, y, pool, n0, d_in, d_out, at, rank, split, mixer, scaling,
-    COLUMNS: tl.constexpr, ELEMENTS: tl.constexpr, VEC: tl.constexpr,
-):  # fmt: skip
-    """Run `update_token` with block sizes that fit the adapter: an adapter of few ranks needs no large blocks."""
-    if fits_vector(d_in, at, rank, split, mixer, VEC):
-        if tl.where(mixer != 0, rank, ranks_in_range(n0, d_out, rank, split, COLUMNS)) <= 16:
-            update_token(x, y, pool, n0, d_in, d_out, at, rank, split, mixer, scaling, COLUMNS, ELEMENTS, 16, 16, VEC)
-        else:
-            update_token(x, y, pool, n0, d_in, d_out, at, rank, split, mixer, scaling, COLUMNS, ELEMENTS, 32, 64, VEC)
-    else:
-        update_token(x, y, pool, n0, d_in, d_out, at, rank, split, mixer, scaling, COLUMNS, ELEMENTS // 2, 16, 64, 1)
-
-
-@triton.jit
-def reduce_token(
-    x, a, start, end, in_width, segment_rank, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, VEC: tl.constexpr
-):
-    """Return u[start:end] = (x A)[start:end] in float32. Shapes: x (d_in,), A (d_in, segment_rank)."""
-    r = start + tl.arange(0, BLOCK_R)
-    in_width = in_width // VEC * VEC
-    if segment_rank == 1:
-        # Inputs are along the fast axis, as in the memory of x and A.
-        sums = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
-        for k0 in range(0, in_width, BLOCK_K):
-            k = k0 + tl.arange(0, BLOCK_K)
-            at = r[:, None] * in_width + k[None, :]
-            inside = (r < end)[:, None] & (k < in_width)[None, :]
-            values = tl.load(x + at, mask=inside, other=0).to(tl.float32)
-            sums += values * tl.load(a + at, mask=inside, other=0).to(tl.float32)
-        u = tl.sum(sums, 1)
-    else:
-        # All of these are multiples of VEC, as rank and segment_rank are.
-        r, end = start // VEC * VEC + tl.arange(0, BLOCK_R), end // VEC * VEC
-        stride = segment_rank // VEC * VEC
-        products = tl.zeros((BLOCK_K, BLOCK_R), tl.float32)
-        if segment_rank >= BLOCK_R:
-            segment = start // segment_rank
-            j = r - segment * stride
-            for k0 in range(0, in_width, BLOCK_K):
-                k = k0 + tl.arange(0, BLOCK_K)
-                at = segment * in_width + k
-                inside = (k < in_width)[:, None] & (r < end)[None, :]
-                values = tl.load(x + at, mask=k < in_width, other=0).to(tl.float32)
-                factors = tl.load(a + at[:, None] * stride + j[None, :], mask=inside, other=0)
-                products += values[:, None] * factors.to(tl.float32)
-        else:
-            segments = tl.max_constancy(r // stride, VEC)
-            j = tl.max_contiguous(tl.multiple_of(r % stride, VEC), VEC)
-            for k0 in range(0, in_width, BLOCK_K):
-                k = k0 + tl.arange(0, BLOCK_K)
-                at = k[:, None] + segments[None, :] * in_width
-                inside = (k < in_width)[:, None] & (r < end)[None, :]
-                values = tl.load(x + at, mask=inside, other=0).to(tl.float32)
-                factors = tl.load(a + at * stride + j[None, :], mask=inside, other=0)
-                products += values * factors.to(tl.float32)
-        u = tl.sum(products, 0)
-    return u
-
-
-@triton.jit
-def expand_token(v, b, b_row, start, end, n, n_segment, d_out, segment_rank, BLOCK_Q: tl.constexpr, ROWS: tl.constexpr):
-    """Return v[start:end] B for the columns n. `b_row` is the first row of B in these columns."""
-    if segment_rank < BLOCK_Q:
-        update = tl.zeros(n.shape, tl.float32)
-        row = b_row
-        for j in range(0, segment_rank):
-            at = n_segment * segment_rank + j - start
-            inside = (at >= 0) & (at < end - start)
-            factor = tl.gather(v, tl.where(inside, at, 0), 0)
-            update += tl.where(inside, factor, 0.0) * row.to(tl.float32)
-            row = tl.load(b + (j + 1) * d_out + n, mask=n < tl.where(j + 1 < segment_rank, d_out, 0), other=0)
-    else:
-        segment = start // segment_rank
-        products = tl.zeros((ROWS, n.shape[0]), tl.float32)
-        for i0 in range(0, end - start, ROWS):
-            i = i0 + tl.arange(0, ROWS)
-            inside = (i < end - start)[:, None] & (n < d_out)[None, :]
-            at = (start - segment * segment_rank + i)[:, None] * d_out + n[None, :]
-            rows = tl.load(b + at, mask=inside, other=0).to(tl.float32)
-            products += tl.gather(v, i, 0)[:, None] * rows
-        update = tl.where(n_segment == segment, tl.sum(products, 0), 0.0)
-    return update
-
-
-@triton.jit
-def update_token(
-    x, y, pool, n0, d_in, d_out, at, rank, split, mixer, scaling,
-    COLUMNS: tl.constexpr, ELEMENTS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_Q: tl.constexpr, VEC: tl.constexpr,
-):  # fmt: skip
-    """Add one token's update to the columns from n0. x (d_in,), y (d_out,); the factors start at element `at`."""
-    segment_rank, in_width, out_width = rank // split, d_in // split, d_out // split
-    d_in, d_out = d_in // VEC * VEC, d_out // VEC * VEC
-    a = pool + at // VEC * VEC
-    c = a + d_in * segment_rank
-    b = c + tl.where(mixer != 0, rank // VEC * VEC * rank, 0)
-    n = n0 + tl.arange(0, COLUMNS)
-    n_segment = n // out_width
-    lo = n0 // out_width * segment_rank
-    hi = (tl.minimum(n0 + COLUMNS, d_out) - 1) // out_width * segment_rank + segment_rank
-    # These loads are issued first, so they run during the reduction.
-    before = tl.load(y + n, mask=n < d_out, other=0).to(tl.float32)
-    b_row = tl.load(b + n, mask=n < d_out, other=0)
-    update = tl.zeros((COLUMNS,), tl.float32)
-    for index in range(0, chunk_count(lo, hi, segment_rank, BLOCK_Q)):
-        start, end = chunk_bounds(index, lo, hi, segment_rank, BLOCK_Q)
-        q = start + tl.arange(0, BLOCK_Q)
-        mixed = tl.zeros((BLOCK_R, BLOCK_Q), tl.float32)
-        # Without a mixer, v equals u.
-        p_lo, p_hi = tl.where(mixer != 0, 0, start), tl.where(mixer != 0, rank, end)
-        for p_index in range(0, chunk_count(p_lo, p_hi, segment_rank, BLOCK_R)):
-            p_start, p_end = chunk_bounds(p_index, p_lo, p_hi, segment_rank, BLOCK_R)
-            mix = mixer_tile(c, p_start + tl.arange(0, BLOCK_R), p_end, q, end, rank, mixer, VEC)
-            u = reduce_token(x, a, p_start, p_end, in_width, segment_rank, BLOCK_R, ELEMENTS // BLOCK_R, VEC)
-            mixed += u[:, None] * mix
-        v = tl.sum(mixed, 0)
-        # At most the length of v in the smallest blocks, 16.
-        ROWS: tl.constexpr = ELEMENTS // COLUMNS if ELEMENTS // COLUMNS < 16 else 16
-        update += expand_token(v, b, b_row, start, end, n, n_segment, d_out, segment_rank, BLOCK_Q, ROWS)
-    tl.store(y + n, (before + scaling * update).to(y.dtype.element_ty), mask=n < d_out)
-
-
-@triton.jit
-def update_tile_by_size(
-    x_rows, y_rows, is_row, pool, n0, d_in, d_out, at, rank, split, mixer, scaling,
-    COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
-    VEC: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Run `update_tile` with block sizes that fit the adapter. y is written, and rounded, once for every MANY ranks."""
-    NARROW: tl.constexpr = BLOCK_N // 2
-    # Without a matrix unit, wide blocks need too many registers. More roundings cost float32 little accuracy.
-    MANY: tl.constexpr = 64 if PRECISION == "ieee" else 256
-    if fits_vector(d_in, at, rank, split, mixer, VEC):
-        if ranks_in_range(n0, d_out, rank, split, COLUMNS) <= 64:
-            update_tile(
-                x_rows, y_rows, is_row, pool, n0, d_in, d_out, at, rank, split, mixer, scaling,
-                COLUMNS, BLOCK_M, BLOCK_N, BLOCK_R, 64, BLOCK_K, VEC, WIDEN, PRECISION,
-            )  # fmt: skip
-        else:
-            update_tile(
-                x_rows, y_rows, is_row, pool, n0, d_in, d_out, at, rank, split, mixer, scaling,
-                COLUMNS, BLOCK_M, NARROW, BLOCK_R, MANY, BLOCK_K, VEC, WIDEN, PRECISION,
-            )  # fmt: skip
-    else:
-        update_tile(
-            x_rows, y_rows, is_row, pool, n0, d_in, d_out, at, rank, split, mixer, scaling,
-            COLUMNS, BLOCK_M, NARROW, BLOCK_R, MANY, BLOCK_K, 1, WIDEN, PRECISION,
+    pool, classes = workspace.pool, workspace.classes
+    tokens, width = gate.shape
+    launch = launch or choose_launch(pool.dtype, pool.device)
+    columns = launch.expand_columns
+    hidden = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    with torch.cuda.device_of(pool):
+        expand_silu_mul[(tokens, -(-width // columns))](
+            gate, up, hidden, gate.stride(0), width, *workspace.layers[:4],
+            workspace.batch.token_slots, *workspace.shapes, workspace.tables.scaling, workspace.slots,
+            workspace.v, workspace.v.shape[2],
+            COLUMNS=columns, SINGLE=not (classes.segmented or classes.whole), VEC=_vector(pool, gate, up, hidden),
+            num_warps=launch.expand_warps, **workspace.options,
         )  # fmt: skip
+    return hidden
 
 
-@triton.jit
-def reduce_tile_rank_one(
-    x_rows, is_row, a, start, end, in_width,
-    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, VEC: tl.constexpr,
-):  # fmt: skip
-    """Return u[:, start:end] in float32 for a tile, if segment_rank is 1. As a matrix, A would be nearly all zeros."""
-    BLOCK_K: tl.constexpr = 8192 // (BLOCK_M * BLOCK_R)
-    in_width = in_width // VEC * VEC
-    r = start + tl.arange(0, BLOCK_R)
-    sums = tl.zeros((BLOCK_M, BLOCK_R, BLOCK_K), tl.float32)
-    for k0 in range(0, in_width, BLOCK_K):
-        k = k0 + tl.arange(0, BLOCK_K)
-        at = r[:, None] * in_width + k[None, :]
-        inside = (r < end)[:, None] & (k < in_width)[None, :]
-        factors = tl.load(a + at, mask=inside, other=0).to(tl.float32)
-        inside = is_row[:, None, None] & inside[None, :, :]
-        values = tl.load(x_rows[:, None, None] + at[None, :, :], mask=inside, other=0).to(tl.float32)
-        sums += values * factors[None, :, :]
-    return tl.sum(sums, 2)
+def silu_mul_updates(workspace: Workspace | None, gate: Tensor, up: Tensor) -> Tensor:
+    """Return silu(gate) * up after the updates of all tokens. gate and up are outputs of an MLP's two first layers.
 
+    Args:
+        workspace: The result of `reduce_updates` for the two layers.
+        gate: (tokens, d_ff). Its contents are lost. Rows may be farther apart than their width.
+        up: (tokens, d_ff), likewise, with the same distance between rows.
 
-@triton.jit
-def reduce_tile(
-    x_rows, is_row, a, start, end, d_in, in_width, segment_rank,
-    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, VEC: tl.constexpr,
-    WIDEN: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Return u[:, start:end] in float32 for a tile, if segment_rank exceeds 1. tl.dot gets A with its zeros."""
-    r, end = start // VEC * VEC + tl.arange(0, BLOCK_R), end // VEC * VEC
-    stride = segment_rank // VEC * VEC
-    segment = tl.max_constancy(r // stride, VEC)
-    j = tl.max_contiguous(tl.multiple_of(r % stride, VEC), VEC)
-    u = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-    # Start at a multiple of 16, so that x is read in whole vectors. Inputs before the chunk's own meet zeros of A.
-    first = start // segment_rank * in_width // 16 * 16
-    for d0 in range(first, (end - 1) // segment_rank * in_width + in_width, BLOCK_K):
-        d = d0 + tl.arange(0, BLOCK_K)
-        values = tl.load(x_rows[:, None] + d[None, :], mask=is_row[:, None] & (d < d_in)[None, :], other=0)
-        own = ((d // in_width)[:, None] == segment[None, :]) & (r < end)[None, :] & (d < d_in)[:, None]
-        factors = tl.load(a + d[:, None] * stride + j[None, :], mask=own, other=0)
-        if WIDEN:
-            values, factors = values.to(tl.float32), factors.to(tl.float32)
-        u = tl.dot(values, factors, u, input_precision=PRECISION)
-    return u
-
-
-@triton.jit
-def expand_tile(
-    v, b, start, end, n, n_segment, d_out, segment_rank,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Return v[:, start:end] B for the columns n."""
-    if segment_rank == 1:
-        at = n_segment - start
-        mine = (at >= 0) & (at < end - start)
-        index = tl.broadcast_to(tl.where(mine, at, 0)[None, :], (BLOCK_M, BLOCK_N))
-        row = tl.load(b + n, mask=n < d_out, other=0).to(tl.float32)
-        update = tl.gather(v, index, 1) * tl.where(mine, row, 0.0)[None, :]
-    else:
-        # The blocks of B, with zeros around them.
-        q = start + tl.arange(0, BLOCK_Q)
-        own = ((q // segment_rank)[:, None] == n_segment[None, :]) & (q < end)[:, None]
-        inside = (q < end)[:, None] & (n < d_out)[None, :]
-        rows = tl.load(b + (q % segment_rank)[:, None] * d_out + n[None, :], mask=inside, other=0)
-        update = tl.dot(v, tl.where(own, rows.to(tl.float32), 0.0), input_precision=PRECISION)
-    return update
-
-
-@triton.jit
-def update_tile(
-    x_rows, y_rows, is_row, pool, n0, d_in, d_out, at, rank, split, mixer, scaling,
-    COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, VEC: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Add the updates of a tile of tokens, as `update_token` does for one.
-
-    x_rows and y_rows (BLOCK_M,) point to the rows' starts. `is_row` (BLOCK_M,) says which rows exist.
+    Returns:
+        (tokens, d_ff), of the dtype of `gate`.
     """
-    segment_rank, in_width, out_width = rank // split, d_in // split, d_out // split
-    d_in, d_out = d_in // VEC * VEC, d_out // VEC * VEC
-    a = pool + at // VEC * VEC
-    c = a + d_in * segment_rank
-    b = c + tl.where(mixer != 0, rank // VEC * VEC * rank, 0)
-    n_end = tl.minimum(n0 + COLUMNS, d_out)
-    lo = n0 // out_width * segment_rank
-    hi = (n_end - 1) // out_width * segment_rank + segment_rank
-    for index in range(0, chunk_count(lo, hi, segment_rank, BLOCK_Q)):
-        start, end = chunk_bounds(index, lo, hi, segment_rank, BLOCK_Q)
-        q = start + tl.arange(0, BLOCK_Q)
-        v = tl.zeros((BLOCK_M, BLOCK_Q), tl.float32)
-        # Without a mixer, v equals u.
-        p_lo, p_hi = tl.where(mixer != 0, 0, start), tl.where(mixer != 0, rank, end)
-        if segment_rank == 1:
-            for p_start in range(p_lo, p_hi, 16):
-                p = p_start + tl.arange(0, 16)
-                sums = reduce_tile_rank_one(x_rows, is_row, a, p_start, p_hi, in_width, BLOCK_M, 16, VEC)
-                v = tl.dot(sums, mixer_tile(c, p, p_hi, q, end, rank, mixer, VEC), v, input_precision=PRECISION)
-        else:
-            for p_index in range(0, chunk_count(p_lo, p_hi, segment_rank, BLOCK_R)):
-                p_start, p_end = chunk_bounds(p_index, p_lo, p_hi, segment_rank, BLOCK_R)
-                u = reduce_tile(
-                    x_rows, is_row, a, p_start, p_end, d_in, in_width, segment_rank,
-                    BLOCK_M, BLOCK_R, BLOCK_K, VEC, WIDEN, PRECISION,
-                )  # fmt: skip
-                mix = mixer_tile(c, p_start + tl.arange(0, BLOCK_R), p_end, q, end, rank, mixer, VEC)
-                v = tl.dot(u, mix, v, input_precision=PRECISION)
-        # The columns of the chunk's segments.
-        first = tl.maximum(n0, n0 + (start // segment_rank * out_width - n0) // BLOCK_N * BLOCK_N)
-        last = tl.minimum(n_end, (end - 1) // segment_rank * out_width + out_width)
-        for s0 in range(first, last, BLOCK_N):
-            n = s0 // VEC * VEC + tl.arange(0, BLOCK_N)
-            update = expand_tile(
-                v, b, start, end, n, n // out_width, d_out, segment_rank, BLOCK_M, BLOCK_N, BLOCK_Q, PRECISION
-            )
-            inside = is_row[:, None] & (n < n_end)[None, :]
-            y = y_rows[:, None] + n[None, :]
-            before = tl.load(y, mask=inside, other=0).to(tl.float32)
-            tl.store(y, (before + scaling * update).to(y.dtype.element_ty), mask=inside)
-        # The next chunk may add to the same columns.
-        tl.debug_barrier()
+    if workspace is not None and len(gate) <= PREFILL_TOKENS:
+        return expand_silu_mul_updates(workspace, gate, up)
+    if workspace is not None:
+        expand_updates(workspace, [gate, up])
+    return torch.nn.functional.silu(gate) * up
 
 
-@triton.jit
-def chunk_count(lo, hi, segment_rank, BLOCK_R: tl.constexpr):
-    """Return the number of chunks of at most BLOCK_R ranks in [lo, hi): whole segments, or a part of one segment."""
-    if segment_rank >= BLOCK_R:
-        unit = tl.minimum(segment_rank, hi - lo)
-        count = (hi - lo) // unit * tl.cdiv(unit, BLOCK_R)
-    else:
-        count = tl.cdiv(hi - lo, BLOCK_R // segment_rank * segment_rank)
-    return count
+def _reduce_mix(x: Tensor, workspace: Workspace, launch: Launch) -> None:
+    """Compute v for segments of rank 1."""
+    v, bucket, vector = workspace.v, workspace.classes.single, _vector(workspace.pool, x)
+    # All inputs of a segment at once if they are few enough.
+    inputs = max(min(launch.reduce_elements // bucket, _power_of_two(-(-workspace.d_in // bucket))), vector)
+    held = max(inputs * bucket, min(bucket * bucket, 4096))
+    reduce_mix[(v.shape[1], v.shape[0])](
+        x, x.stride(0), *workspace.layers, workspace.batch.token_slots, *workspace.shapes, workspace.slots,
+        v, v.shape[2], R=bucket, K=inputs, VEC=vector, num_warps=_warps(held, launch), **workspace.options,
+    )  # fmt: skip
 
 
-@triton.jit
-def chunk_bounds(index, lo, hi, segment_rank, BLOCK_R: tl.constexpr):
-    """Return the first rank of chunk `index`, and the rank after its last."""
-    if segment_rank >= BLOCK_R:
-        unit = tl.minimum(segment_rank, hi - lo)
-        chunks = tl.cdiv(unit, BLOCK_R)
-        start = lo + index // chunks * unit + index % chunks * BLOCK_R
-        end = tl.minimum(start + BLOCK_R, lo + index // chunks * unit + unit)
-    else:
-        start = lo + index * (BLOCK_R // segment_rank * segment_rank)
-        end = tl.minimum(start + BLOCK_R // segment_rank * segment_rank, hi)
-    return start, end
+def _reduce_in_parts(x: Tensor, workspace: Workspace, launch: Launch) -> None:
+    """Compute v for segments of ranks above 1."""
+    v, classes = workspace.v, workspace.classes
+    largest = max(classes.segmented, classes.whole)
+    # A segment of a segmented A has few ranks, as a rule.
+    elements = workspace.d_in * largest // (1 if classes.whole else 4)
+    parts = min(_power_of_two(elements // PART_ELEMENTS), MOST_PARTS)
+    sums = _buffer(x.device, parts, *v.shape)
+    for whole, bucket in ((False, classes.segmented), (True, classes.whole)):
+        if bucket:
+            inputs = max(1, launch.reduce_elements // 2 // bucket)
+            reduce_parts[(v.shape[1], v.shape[0], parts)](
+                x, x.stride(0), *workspace.layers, workspace.batch.token_slots, *workspace.shapes, workspace.slots,
+                sums, v.shape[2], WHOLE=whole, R=bucket, K=inputs, VEC=_vector(workspace.pool),
+                num_warps=_warps(inputs * bucket, launch), **workspace.options,
+            )  # fmt: skip
+    _mix_parts(workspace, sums, largest, single=False)
 
 
-@triton.jit
-def mixer_tile(c, p, p_end, q, q_end, rank, mixer, VEC: tl.constexpr):
-    """Return C[p, q] in float32: the identity if there is no mixer, and zero outside the chunks."""
-    inside = (p < p_end)[:, None] & (q < q_end)[None, :]
-    if mixer != 0:
-        at = p[:, None] * (rank // VEC * VEC) + q[None, :]
-        tile = tl.load(c + at, mask=inside, other=0).to(tl.float32)
-    else:
-        tile = ((p[:, None] == q[None, :]) & inside).to(tl.float32)
-    return tile
+def _reduce_tiles(x: Tensor, workspace: Workspace) -> None:
+    """Compute v for tiles of tokens."""
+    v, classes, d_in = workspace.v, workspace.classes, workspace.d_in
+    width = 2 * TILE_WIDTH // x.element_size()
+    ranks = min(v.shape[2], width)
+    sums = _buffer(x.device, min(_power_of_two(d_in // 1024), MOST_PARTS), *v.shape)
+    chunks = v.shape[2] // ranks
+    reduce_tiles[(workspace.tile_rows, v.shape[0] * chunks, len(sums))](
+        x, x.stride(0), *workspace.layers, *workspace.tiles, *workspace.shapes, workspace.slots, sums, v.shape[2],
+        CHUNKS=chunks, SINGLE=not (classes.segmented or classes.whole), M=TILE_TOKENS, R=ranks, K=width,
+        X_VEC=_vector(x, x), VEC=_vector(workspace.pool),
+        # The interpreter's tl.dot reads bfloat16 as integers.
+        WIDEN=INTERPRETED and x.dtype == torch.bfloat16,
+        PRECISION=_precision(x.dtype), num_warps=8, num_stages=3, **workspace.options,
+    )  # fmt: skip
+    _mix_parts(workspace, sums, v.shape[2], single=True)
+
+
+def _mix_parts(workspace: Workspace, sums: Tensor, bucket: int, *, single: bool) -> None:
+    """Compute v from parts of sums (parts, layers, tokens, rank bucket). single: also for segments of rank 1."""
+    v = workspace.v
+    mix_parts[(v.shape[1], v.shape[0])](
+        *workspace.layers, workspace.batch.token_slots, *workspace.shapes, workspace.slots, sums, v, v.shape[2],
+        PARTS=len(sums), SINGLE=single, R=bucket, VEC=_vector(workspace.pool), num_warps=8, **workspace.options,
+    )  # fmt: skip
+
+
+@cache
+def _can_overlap(device: torch.device) -> bool:
+    """Return whether the device has programmatic dependent launch: CUDA from compute capability 9.0."""
+    return device.type == "cuda" and torch.version.cuda is not None and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def _vector(pool: Tensor, *rows: Tensor) -> int:
+    """Return VEC as far as the pool and rows of activations allow it. The kernels check each adapter themselves."""
+    elements = 16 // pool.element_size()
+    fits = all(t.data_ptr() % 16 == 0 and t.stride(0) % elements == 0 and t.shape[1] % elements == 0 for t in rows)
+    return elements if fits and pool.data_ptr() % 16 == 0 else 1
+
+
+def _buffer(device: torch.device, *size: int) -> Tensor:
+    """Return float32 memory without contents. In a CUDA graph, it comes from the graph's own memory."""
+    return torch.empty(size, dtype=torch.float32, device=device)
+
+
+def _power_of_two(least: int) -> int:
+    """Return the smallest power of two of at least `least`."""
+    return 1 << max(least - 1, 0).bit_length()
+
+
+def _warps(elements: int, launch: Launch) -> int:
+    """Return the warps of a program of the first phase that holds so many factors."""
+    return min(max(elements // launch.reduce_thread // 32, 2), 16)
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """Return the precision of products. TF32 holds factors of 16 bits exactly."""
+    return "ieee" if dtype == torch.float32 else "tf32"

@@ -1,60 +1,125 @@
-"""Compiles the kernel for GPUs that this machine may lack, and prints figures of the machine code.
+"""Compiles the Triton kernels for GPUs that this machine may lack, and writes figures of the machine code.
 
-The test runs this script in its own process, because TRITON_INTERPRET is set for the whole process of pytest.
+The host's code runs on CPU tensors without contents. Each launch is compiled as the GPU's driver would compile it, and
+nothing runs. The test runs this script in its own process, because TRITON_INTERPRET is set for the whole process of
+pytest. Input: a JSON list of pairs (compute capability, index of a scenario). Output: one line of JSON for each
+compiled kernel.
 """
 
+import collections
 import json
+import re
+import subprocess
 import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime.driver import driver
 
-from sera_kernels.launches import Launch
-from sera_kernels.triton_path import grouped_kernel
+from sera_kernels import AdapterBatch, AdapterTables, ShapeClasses, triton_path
 
-POINTERS = {"x": "", "pool": "", "y0": "", "y1": "", "y2": "", "y3": "", "slots": "i32", "order": "i64"}
-POINTERS |= {"tile_first": "i64", "tile_ordinal": "i64", "offset": "i64", "rank": "i32", "split": "i32", "mixer": "i32"}
-POINTERS |= {"scaling": "fp32"}
+INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\d+\s+)?([A-Z0-9_.]+)")
+EVERY = ShapeClasses(single=64, segmented=64, whole=64)
+# Tokens, kinds of shapes, dtype, d_in, d_outs.
+SCENARIOS = [
+    # These have all kernels.
+    (64, EVERY, torch.bfloat16, 4096, [4096, 1024, 1024]),
+    (64, ShapeClasses(single=64), torch.bfloat16, 4096, [14336, 14336]),
+    (2048, ShapeClasses(single=64), torch.bfloat16, 4096, [14336, 14336]),
+    # Other ranks, widths, dtypes and alignments.
+    (64, ShapeClasses(single=64), torch.bfloat16, 14336, [4096]),
+    (64, ShapeClasses(single=16, segmented=16, whole=16), torch.float16, 4096, [14336, 14336]),
+    (64, ShapeClasses(single=256), torch.bfloat16, 4096, [4096]),
+    (64, EVERY, torch.float32, 4096, [4096, 1024, 1024]),
+    (64, ShapeClasses(single=64), torch.bfloat16, 765, [765]),
+    (2048, EVERY, torch.bfloat16, 4096, [4096, 1024, 1024]),
+    (2048, EVERY, torch.float32, 4096, [4096]),
+]
 
 
-def compiled(capability: int, dtype: str, vector: int, launch: Launch) -> dict[str, object]:
-    constants = {
-        "COLUMNS": launch.columns,
-        "ELEMENTS": launch.elements,
-        "BLOCK_M": launch.block_m,
-        "BLOCK_N": launch.block_n,
-        "BLOCK_R": launch.block_r,
-        "BLOCK_K": launch.block_k,
-        "VEC": vector,
-        "WIDEN": False,
-        "PRECISION": "ieee" if dtype == "fp32" else "tf32",
-    }
-    names = grouped_kernel.arg_names
-    types = {name: f"*{POINTERS[name] or dtype}" if name in POINTERS else "i32" for name in names}
-    types |= dict.fromkeys(constants, "constexpr")
-    aligned = {(index,): [["tt.divisibility", 16]] for index, name in enumerate(names) if name in POINTERS}
-    kernel = triton.compile(
-        ASTSource(grouped_kernel, types, constants, aligned),
-        target=GPUTarget("cuda", capability, 32),
-        options={
-            "num_warps": launch.num_warps,
-            "num_stages": launch.num_stages,
-            "maxnreg": launch.max_registers,
-            "enable_fp_fusion": True,
-        },
-    )
-    ptx = kernel.asm["ptx"]
+class Device:
+    """What Triton asks of a driver before it launches."""
+
+    def __init__(self, capability: int) -> None:
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+
+def compiled(case: tuple[int, int]) -> list[dict[str, Any]]:
+    """Compile every launch of a scenario for a capability."""
+    capability, scenario = case
+    tokens, classes, dtype, d_in, d_outs = SCENARIOS[scenario]
+    driver.set_active(Device(capability))
+    figures: list[dict[str, Any]] = []
+
+    def compile_only(kernel: triton.JITFunction, grid: tuple[int, ...]) -> Any:
+        def launch(*arguments: Any, **options: Any) -> None:
+            made = kernel.warmup(*arguments, grid=grid, **options)
+            constants = {name: value for name, value in options.items() if name.isupper()}
+            figures.append({"kernel": kernel.__name__, "constants": constants, "dtype": str(dtype)} | inspect(made))
+
+        return launch
+
+    triton.JITFunction.__getitem__ = compile_only
+    triton_path._can_overlap = lambda device: capability >= 90  # type: ignore[assignment]
+    tables = AdapterTables.empty(len(d_outs), 1)
+    tables.set_classes(classes)
+    batch = AdapterBatch(torch.zeros(tokens, dtype=torch.int32))
+    outputs = [torch.empty(tokens, d_out, dtype=dtype) for d_out in d_outs]
+    x, modules = torch.empty(tokens, d_in, dtype=dtype), range(len(d_outs))
+    triton_path.grouped_sera_triton(x, outputs, modules, batch, torch.empty(64, dtype=dtype), tables)
+    if tokens <= triton_path.PREFILL_TOKENS and len(outputs) == 2:
+        workspace = triton_path.reduce_updates(x, modules, batch, outputs[0].view(-1), tables)
+        if workspace is not None:
+            triton_path.expand_silu_mul_updates(workspace, *outputs)
+    return figures
+
+
+def inspect(made: Any) -> dict[str, int]:
+    """Return figures of a compiled kernel."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernel.cubin")
+        cubin.write_bytes(made.asm["cubin"])
+        usage = re.search(r"REG:(\d+) STACK:(\d+)", dump("-res-usage", cubin))
+        lines = dump("-sass", cubin).splitlines()
+    code = collections.Counter(found[1] for line in lines if (found := INSTRUCTION.match(line)))
+    if usage is None:
+        raise RuntimeError("cuobjdump shows no registers")
+
+    def count(pattern: str) -> int:
+        return sum(n for instruction, n in code.items() if re.match(pattern, instruction))
+
     return {
-        "shared": kernel.metadata.shared,
-        "cubin": len(kernel.asm["cubin"]),
-        "wide_loads": sum("ld.global" in line and ".v4.b32" in line for line in ptx.splitlines()),
-        "products": ptx.count("mma.sync") + ptx.count("wgmma.mma_async"),
+        "registers": int(usage[1]),
+        "stack": int(usage[2]),
+        "shared": made.metadata.shared,
+        "instructions": sum(code.values()) - count("NOP"),
+        "wide_loads": count(r"LDG.*\.128"),
+        "spills": count("LDL|STL"),
+        "products": count(r"HMMA|HGMMA|UTCHMMA|UTCQMMA"),
+        "waits": count("ACQBULK"),
     }
+
+
+def dump(flag: str, cubin: Path) -> str:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return subprocess.run([tool, flag, cubin], capture_output=True, text=True, check=True).stdout
 
 
 if __name__ == "__main__":
-    cases = [
-        (capability, dtype, vector, Launch(**launch)) for capability, dtype, vector, launch in json.load(sys.stdin)
-    ]
-    json.dump([compiled(*case) for case in cases], sys.stdout)
+    with ProcessPoolExecutor() as processes:
+        for figures in processes.map(compiled, json.load(sys.stdin)):
+            sys.stdout.writelines(json.dumps(figure) + "\n" for figure in figures)

@@ -1,0 +1,50 @@
+"""Which kinds of adapter shapes are resident, as far as launches depend on them. Known on the host."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+
+RANK_BUCKETS = (16, 64, 256, 1024, 4096)
+"""Lengths of a reduced vector that kernels are compiled for."""
+
+
+def rank_bucket(rank: int) -> int:
+    """Return the smallest length in `RANK_BUCKETS` that holds `rank`, or for greater ranks a power of two."""
+    return next((bucket for bucket in RANK_BUCKETS if rank <= bucket), 1 << (rank - 1).bit_length())
+
+
+@dataclass(frozen=True)
+class ShapeClasses:
+    """The kinds of shapes that occur, and the rank bucket of each kind. 0 stands for a kind that does not occur.
+
+    Kernels are compiled and launched for the kinds that occur, so these numbers are a part of a CUDA graph's key. A
+    larger bucket, or a kind more than what occurs, costs time and is right.
+
+    Attributes:
+        single: Segments of rank 1 (rank = split).
+        segmented: Several segments of a higher rank.
+        whole: One segment of a rank above 1, as in LoRA.
+    """
+
+    single: int = 0
+    segmented: int = 0
+    whole: int = 0
+
+    @classmethod
+    def of(cls, shapes: Iterable[tuple[int, int]]) -> ShapeClasses:
+        """Classify shapes, each of them (rank, split)."""
+        found = {"single": 0, "segmented": 0, "whole": 0}
+        for rank, split in set(shapes):
+            kind = "single" if rank == split else "whole" if split == 1 else "segmented"
+            found[kind] = max(found[kind], rank_bucket(rank))
+        return cls(**found)
+
+    def __or__(self, other: ShapeClasses) -> ShapeClasses:
+        """Return the kinds of both."""
+        return ShapeClasses(*(max(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)))
+
+    @property
+    def width(self) -> int:
+        """The greatest bucket: the length of a reduced vector's row in a workspace. 0 without any adapter."""
+        return max(self.single, self.segmented, self.whole)

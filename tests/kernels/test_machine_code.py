@@ -1,0 +1,50 @@
+"""The machine code of the Triton kernels for three generations of GPUs, compiled without a GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# The most registers of a kernel.
+REGISTERS = {
+    "reduce_mix": 104,
+    "reduce_parts": 128,
+    "mix_parts": 64,
+    "expand": 64,
+    "expand, any rank": 150,
+    "expand_silu_mul": 96,
+    "expand_silu_mul, any rank": 168,
+    "reduce_tiles": 200,
+    "expand_tiles": 200,
+}
+
+
+# Three scenarios have all kernels. The others have further variants, which one generation of GPUs stands for.
+@pytest.mark.parametrize(("capability", "scenarios"), [(80, 3), (90, 9), (100, 3)])
+def test_no_launch_spills_and_loads_are_wide(capability: int, scenarios: int) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    script = Path(__file__).parents[1] / "support" / "compile_triton.py"
+    done = subprocess.run(
+        [sys.executable, script], input=json.dumps([(capability, scenario) for scenario in range(scenarios)]),
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    figures = [json.loads(line) for line in done.stdout.splitlines()]
+    kernels = {figure["kernel"] for figure in figures}
+    assert kernels == {name for name in REGISTERS if "," not in name}
+    for figure in figures:
+        kernel, constants = figure["kernel"], figure["constants"]
+        name = (
+            kernel if constants.get("SINGLE", True) or f"{kernel}, any rank" not in REGISTERS else f"{kernel}, any rank"
+        )
+        assert figure["spills"] == 0, figure
+        assert figure["registers"] <= REGISTERS[name], figure
+        # The mixer of a small bucket is too small for a vector in each thread.
+        assert figure["wide_loads"] > 0 or constants["VEC"] == 1 or constants["R"] == 16, figure
+        assert (figure["products"] > 0) == (kernel.endswith("tiles") and constants["PRECISION"] == "tf32"), figure
+        assert (figure["waits"] > 0) == (capability >= 90), figure
+        # Two programs of a kernel fit the shared memory of a multiprocessor of sm_80.
+        assert figure["shared"] <= 163 * 1024 // 2, figure
