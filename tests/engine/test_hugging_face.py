@@ -31,6 +31,7 @@ from sera_serve.config import ServeSettings
 from sera_serve.engine import GenerationResult, ServingEngine
 from sera_serve.engine.loop import hugging_face
 from sera_serve.engine.loop.attention import KeyValuePool, Part, StepContext
+from sera_serve.engine.loop.current_step import running
 from sera_serve.engine.loop.hugging_face import PagedModel
 from sera_serve.errors import InvalidConfiguration
 from support.engine import SHAPE, Start, collect
@@ -157,7 +158,7 @@ def test_steps_are_not_nested_and_the_model_runs_within_a_step_alone() -> None:
     served, step = paged(llama())
     with pytest.raises(RuntimeError, match="outside a step"):
         served.model(input_ids=ONE)
-    with hugging_face._running(step), pytest.raises(RuntimeError, match="already running"):
+    with running(step), pytest.raises(RuntimeError, match="already running"):
         served.logits(ONE, ONE, step, 0)
     assert served.logits(ONE, ONE, step, 0).shape == (1, 259), "a step that failed leaves nothing behind"
 

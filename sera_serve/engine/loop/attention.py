@@ -6,15 +6,18 @@ Shapes: tokens of a step are packed, sequence after sequence; a pool tensor is (
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
+from sera_serve.engine.loop.attention_backend import AttentionBackend, AttentionOptions, choose_backend
 from sera_serve.engine.loop.pages import PAGE_SIZE
+
+if TYPE_CHECKING:
+    from sera_serve.engine.loop.cuda_attention import PackedIndices
 
 try:
     from sera_serve.engine.loop import cpu_decode
@@ -37,8 +40,16 @@ class LayerShape:
 class KeyValuePool:
     """The keys and values of every layer, in pages; page 0 is `SCRATCH`."""
 
-    def __init__(self, shapes: list[LayerShape], pages: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Allocate `pages` pages and the scratch page."""
+    def __init__(
+        self,
+        shapes: list[LayerShape],
+        pages: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        backend: AttentionBackend | None = None,
+    ) -> None:
+        """Allocate `pages` pages and the scratch page; `backend` attends to them, by default the device's own."""
+        self.backend = choose_backend("auto", device) if backend is None else backend
         # Tensors of one shape are parts of one, so that new pages are cleared in one call.
         wanted = [(s.kv_heads, width) for s in shapes for width in (s.key_width, s.value_width)]
         self._stores = {
@@ -51,12 +62,17 @@ class KeyValuePool:
             tensors.append(self._stores[shape][used[shape]])
             used[shape] += 1
         self.keys, self.values = tensors[0::2], tensors[1::2]
-        self._flat = [(k.flatten(0, 1), v.flatten(0, 1)) for k, v in zip(self.keys, self.values, strict=True)]
+        self.flat = [(k.flatten(0, 1), v.flatten(0, 1)) for k, v in zip(self.keys, self.values, strict=True)]
         # Views for the compiled loop, which reads a pool in place; None where there is no such loop.
         self.arrays: list[tuple[NDArray[Any], NDArray[Any]]] | None = None
         if cpu_decode is not None and device.type == "cpu" and dtype == torch.float32:
             cpu_decode.warm_up()
             self.arrays = [(k.numpy(), v.numpy()) for k, v in zip(self.keys, self.values, strict=True)]
+
+    @property
+    def has_paged_decode(self) -> bool:
+        """Whether decodes of any lengths are one part, which a kernel or a compiled loop attends in place."""
+        return self.arrays is not None or self.backend.has_paged_decode
 
     @property
     def nbytes(self) -> int:
@@ -70,9 +86,7 @@ class KeyValuePool:
 
     def write(self, layer: int, places: Tensor, keys: Tensor, values: Tensor) -> None:
         """Put the step's keys and values of a layer, (tokens, kv_heads, width), at int64 (tokens,) `places`."""
-        flat_keys, flat_values = self._flat[layer]
-        flat_keys.index_copy_(0, places, keys)
-        flat_values.index_copy_(0, places, values)
+        self.backend.write(self, layer, places, keys, values)
 
 
 @dataclass
@@ -83,7 +97,7 @@ class Part:
         new: Tokens of each sequence in this step.
         lengths: int64 (sequences,), keys of each sequence, this step's included.
         table: int64 (sequences, pages), pages of each sequence; None where all keys are this step's own.
-        compiled: Whether a compiled loop attends, which needs no padding and no mask.
+        compiled: Whether a kernel or a compiled loop attends, which needs no padding and no mask.
     """
 
     new: int
@@ -134,6 +148,7 @@ class StepContext:
         parts: In the order of the tokens; none in a static step.
         table: int64 (rows, pages) on the device, in a static step: one token a row.
         lengths: int64 (rows,) on the device, in a static step: keys of each row, this step's included.
+        indices: The parts as tensors on the device, where the backend makes them: once for all layers.
     """
 
     pool: KeyValuePool
@@ -141,6 +156,7 @@ class StepContext:
     parts: list[Part] = field(default_factory=list)
     table: Tensor | None = None
     lengths: Tensor | None = None
+    indices: PackedIndices | None = None
     _static_masks: dict[int | None, Tensor] = field(default_factory=dict)
 
     def static_mask(self, window: int | None, width: int, dtype: torch.dtype) -> Tensor:
@@ -162,7 +178,7 @@ def decode_parts(lengths: NDArray[np.int64], table: NDArray[np.int64], compiled:
     Args:
         lengths: int64 (sequences,), ascending; this step's token included.
         table: int64 (sequences, pages of the longest table); a row is padded with the sequence's own first page.
-        compiled: Whether a compiled loop attends: one part then, of any lengths.
+        compiled: Whether a kernel or a compiled loop attends: one part then, of any lengths.
     """
     if compiled and len(lengths):
         pages = -(-int(lengths[-1]) // PAGE_SIZE)
@@ -210,110 +226,8 @@ def attend(
     Returns:
         (tokens, heads, value width).
     """
+    options = AttentionOptions(scale, window, softcap, sinks)
     if step.table is not None:
-        return _attend_static(step, layer, query, scale, window, softcap, sinks)
-    is_plain = softcap is None and sinks is None
-    outputs = []
-    token = 0
-    for part in step.parts:
-        end = token + len(part.lengths) * part.new
-        if part.compiled and is_plain and step.pool.arrays is not None and part.table is not None:
-            keys, values = step.pool.arrays[layer]
-            rows = query[token:end].contiguous()
-            outputs.append(cpu_decode.paged_decode(rows, keys, values, part.table, part.lengths, window or 0, scale))
-        else:
-            own = (key[token:end], value[token:end])
-            outputs.append(_attend_part(step, layer, part, query[token:end], own, scale, window, softcap, sinks))
-        token = end
-    return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
-
-
-def _attend_part(
-    step: StepContext,
-    layer: int,
-    part: Part,
-    query: Tensor,
-    own: tuple[Tensor, Tensor],
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
-    count, new, longest = len(part.lengths), part.new, part.longest
-    heads, kv_heads = query.shape[1], own[0].shape[1]
-    rows = query.unflatten(0, (count, new))
-    # In a decode, the query heads of one key-value head become its rows: no key is copied for them.
-    rows = rows.reshape(count, kv_heads, heads // kv_heads, -1) if new == 1 else rows.transpose(1, 2)
-    if part.table is None:
-        keys, values = (x.unflatten(0, (count, new)) for x in own)
-    else:
-        index = part.pages(query.device)
-        pools = (step.pool.keys[layer], step.pool.values[layer])
-        keys, values = (x.index_select(0, index).view(count, -1, *x.shape[2:])[:, :longest] for x in pools)
-    keys, values = keys.transpose(1, 2), values.transpose(1, 2)
-    if softcap is not None or sinks is not None:
-        mask = part.mask(window, query.dtype, query.device)
-        out = explicit_attention(rows, keys, values, mask, scale, softcap, sinks)
-    else:
-        causal = part.is_causal(window)
-        out = scaled_dot_product_attention(
-            rows,
-            keys,
-            values,
-            attn_mask=None if causal else part.mask(window, query.dtype, query.device),
-            is_causal=causal and new > 1,
-            scale=scale,
-            enable_gqa=rows.shape[1] != kv_heads,
-        )
-    if not query.is_cuda:
-        # torch's attention on a CPU gives finite numbers for some scores that are not finite, such as NaN where there
-        # are few keys. Where these sums of squares are finite, so is every score.
-        for squared in (rows, keys):
-            out += 0 * torch.linalg.vector_norm(squared, dim=(1, 2, 3), keepdim=True, dtype=torch.float32).to(out.dtype)
-    return out.reshape(count, heads, -1) if new == 1 else out.transpose(1, 2).flatten(0, 1)
-
-
-def _attend_static(
-    step: StepContext,
-    layer: int,
-    query: Tensor,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
-    """One token a row; each shape follows from the shapes of the buffers, so that a graph can hold the operations."""
-    assert step.table is not None
-    rows, width = len(step.table), step.table.shape[1] * PAGE_SIZE
-    index = step.table.flatten()
-    pools = (step.pool.keys[layer], step.pool.values[layer])
-    keys, values = (x.index_select(0, index).view(rows, width, *x.shape[2:]).transpose(1, 2) for x in pools)
-    mask = step.static_mask(window, width, query.dtype)
-    grouped = query.reshape(rows, keys.shape[1], query.shape[1] // keys.shape[1], -1)
-    if softcap is not None or sinks is not None:
-        out = explicit_attention(grouped, keys, values, mask, scale, softcap, sinks)
-    else:
-        out = scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale)
-    return out.reshape(rows, query.shape[1], -1)
-
-
-def explicit_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float | None, sinks: Tensor | None
-) -> Tensor:
-    """What `scaled_dot_product_attention` has no argument for, step by step, with the softmax in float32.
-
-    q is (sequences, heads, new, width), or (sequences, kv_heads, heads of each, width) for decodes; k and v are
-    (sequences, kv_heads, keys, width).
-    """
-    groups = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    scores = (q @ k.transpose(2, 3) * scale).float()
-    if softcap is not None:
-        # The last summand is NaN where the score is not finite, which its hyperbolic tangent would not show.
-        scores = softcap * torch.tanh(scores / softcap) + 0 * scores
-    scores = scores + mask
-    if sinks is not None:
-        # One logit for each query head. Decodes have the heads of one key-value head in q's third axis.
-        logits = sinks.float().view(1, q.shape[1], -1, 1).expand(*scores.shape[:3], 1)
-        scores = torch.cat([scores, logits], dim=3)
-    return scores.softmax(3)[..., : k.shape[2]].to(q.dtype) @ v
+        assert step.lengths is not None
+        return step.pool.backend.decode(step, layer, query, step.table, step.lengths, options)
+    return step.pool.backend.packed(step, layer, query, key, value, options)

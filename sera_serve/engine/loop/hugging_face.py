@@ -7,9 +7,6 @@ with `update`, and the arguments for the cache, `position_ids` and `logits_to_ke
 from __future__ import annotations
 
 import inspect
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedModel
 
 from sera_serve.engine.loop.attention import LayerShape, StepContext, attend
+from sera_serve.engine.loop.current_step import running, step_under_way
 from sera_serve.errors import InvalidConfiguration
 
 _NAME = "sera_paged"
@@ -36,26 +34,6 @@ _WITHOUT_EFFECT |= {
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
-class _CurrentStep(threading.local):
-    """The step that this thread runs: attention functions are found by name, and know no object of ours."""
-
-    context: StepContext | None = None
-
-
-_current = _CurrentStep()
-
-
-@contextmanager
-def _running(context: StepContext) -> Iterator[None]:
-    if _current.context is not None:
-        raise RuntimeError("a step is already running on this thread")
-    _current.context = context
-    try:
-        yield
-    finally:
-        _current.context = None
-
-
 class _PagedCache(Cache):  # type: ignore[misc]
     """Hands a step's keys and values to the pool as the layers compute them."""
 
@@ -64,7 +42,7 @@ class _PagedCache(Cache):  # type: ignore[misc]
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         """Take (1, kv_heads, tokens, width) and return it as it is: attention finds the rest in the pool."""
-        step = _step_under_way()
+        step = step_under_way()
         step.pool.write(layer_idx, step.places, key_states[0].transpose(0, 1), value_states[0].transpose(0, 1))
         return key_states, value_states
 
@@ -114,6 +92,12 @@ class PagedModel:
         dtype: torch.dtype = self.model.dtype
         return dtype
 
+    @property
+    def bytes_per_token(self) -> int:
+        """Keys and values of one token in all layers."""
+        elements = sum(shape.kv_heads * (shape.key_width + shape.value_width) for shape in self.shapes)
+        return elements * self.dtype.itemsize
+
     def logits(self, ids: Tensor, positions: Tensor, step: StepContext, keep: Tensor | int) -> Tensor:
         """Run the step's packed tokens.
 
@@ -124,9 +108,9 @@ class PagedModel:
             keep: int64 index of the tokens whose logits are wanted, or 0 for all.
 
         Returns:
-            float32 (kept tokens, vocabulary).
+            (kept tokens, vocabulary) in the model's dtype.
         """
-        with _running(step):
+        with running(step):
             output = self.model(
                 input_ids=ids,
                 position_ids=positions,
@@ -135,7 +119,7 @@ class PagedModel:
                 **self._cache,
             )
         logits: Tensor = output.logits
-        return logits[0].float()
+        return logits[0]
 
 
 def _paged_attention(
@@ -161,7 +145,7 @@ def _paged_attention(
             param="base",
         )
     out = attend(
-        _step_under_way(),
+        step_under_way(),
         module.layer_idx,  # type: ignore[arg-type]
         *(states[0].transpose(0, 1) for states in (query, key, value)),
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
@@ -170,12 +154,6 @@ def _paged_attention(
         sinks=s_aux,
     )
     return out[None], None
-
-
-def _step_under_way() -> StepContext:
-    if _current.context is None:
-        raise RuntimeError("the model runs outside a step")
-    return _current.context
 
 
 def _refuse_other_masks(model: PreTrainedModel) -> None:

@@ -1,0 +1,170 @@
+"""Attention layers of the common form, with rotation and the write to the cache as one kernel on a GPU.
+
+The form: q, k and v are products of the same states; q and k may be normalized by head; they are rotated; the output is
+a product of what attention gives. Whether a layer has it is not read off its class, of which there are hundreds. Each
+layer is computed both ways on a real pass, and keeps its own way unless the results agree.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sera_serve.engine.loop.attention import KeyValuePool, Part, StepContext
+from sera_serve.engine.loop.attention_backend import AttentionBackend, AttentionOptions
+from sera_serve.engine.loop.current_step import running, step_under_way
+from sera_serve.engine.loop.hugging_face import PagedModel
+
+logger = logging.getLogger("sera_serve.engine")
+
+_PARTS = ("q_proj", "k_proj", "v_proj", "o_proj", "layer_idx")
+_PROBED_TOKENS = 5
+# Of the norm of a layer's output. Half precision rounds at other places.
+_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+
+Rotate = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""`sera_kernels.rotary.rotate_and_write`."""
+
+
+class FusedAttention:
+    """The forward function of one attention layer, in place of its own."""
+
+    def __init__(self, layer: nn.Module, key_width: int, value_width: int, options: AttentionOptions, rotate: Rotate):
+        """Take the place of `layer.forward`, whose attention has these options."""
+        self._q, self._k, self._v, self._o = layer.q_proj, layer.k_proj, layer.v_proj, layer.o_proj
+        self._norms = (getattr(layer, "q_norm", None), getattr(layer, "k_norm", None))
+        self._index: int = layer.layer_idx  # type: ignore[assignment]
+        self._widths = (key_width, value_width)
+        self._options = options
+        self._rotate = rotate
+
+    def __call__(
+        self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor] | None = None, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        """Map (1, tokens, hidden) to the same; the other arguments have no effect in a step."""
+        assert position_embeddings is not None
+        step = step_under_way()
+        key_width, value_width = self._widths
+        q, k, v = (
+            project(hidden_states)[0].unflatten(-1, (-1, width))  # type: ignore[operator]
+            for project, width in ((self._q, key_width), (self._k, key_width), (self._v, value_width))
+        )
+        q, k = (states if norm is None else norm(states) for norm, states in zip(self._norms, (q, k), strict=True))
+        pool = step.pool
+        cos, sin = (table.reshape(-1, table.shape[-1]) for table in position_embeddings)
+        q, k = self._rotate(q, k, v, cos, sin, pool.keys[self._index], pool.values[self._index], step.places)
+        if step.table is not None:
+            assert step.lengths is not None
+            out = pool.backend.decode(step, self._index, q, step.table, step.lengths, self._options)
+        else:
+            out = pool.backend.packed(step, self._index, q, k, v, self._options)
+        return self._o(out.flatten(1)[None]), None  # type: ignore[operator]
+
+
+@dataclass
+class _Call:
+    """What an attention layer was given in the probe, and gave."""
+
+    hidden_states: Tensor
+    position_embeddings: tuple[Tensor, Tensor]
+    output: Tensor
+
+
+class _NotingBackend:
+    """Notes how each layer attends."""
+
+    def __init__(self, backend: AttentionBackend) -> None:
+        self._backend = backend
+        self.has_paged_decode, self.reads_padding = backend.has_paged_decode, backend.reads_padding
+        self.options: dict[int, AttentionOptions] = {}
+
+    def write(self, pool: KeyValuePool, layer: int, places: Tensor, keys: Tensor, values: Tensor) -> None:
+        self._backend.write(pool, layer, places, keys, values)
+
+    def decode(
+        self, step: StepContext, layer: int, query: Tensor, table: Tensor, lengths: Tensor, options: AttentionOptions
+    ) -> Tensor:
+        return self._backend.decode(step, layer, query, table, lengths, options)
+
+    def packed(
+        self, step: StepContext, layer: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions
+    ) -> Tensor:
+        self.options[layer] = options
+        return self._backend.packed(step, layer, query, key, value, options)
+
+
+@torch.inference_mode()
+def fuse_attention(paged: PagedModel, backend: AttentionBackend, rotate: Rotate) -> int:
+    """Give the attention layers of the common form a `FusedAttention`; returns how many have it.
+
+    Args:
+        paged: A model that one loop alone runs, with serving layers attached.
+        backend: What attends.
+        rotate: Rotates and writes.
+    """
+    layers = [layer for layer in paged.model.modules() if all(hasattr(layer, name) for name in _PARTS)]
+    layers = [layer for layer in layers if "position_embeddings" in inspect.signature(layer.forward).parameters]
+    noting = _NotingBackend(backend)
+    pool = KeyValuePool(paged.shapes, 1, paged.dtype, paged.device, noting)
+    step = _probe_step(pool)
+    ids = torch.arange(_PROBED_TOKENS, device=paged.device)
+    calls: dict[nn.Module, _Call] = {}
+    with _noting(layers, calls):
+        paged.logits(ids[None], ids[None], step, 0)
+    fused = 0
+    for layer, call in calls.items():
+        index: int = layer.layer_idx  # type: ignore[assignment]
+        shape = paged.shapes[index]
+        mine = FusedAttention(layer, shape.key_width, shape.value_width, noting.options[index], rotate)
+        if _agree(mine, call, pool, index, paged):
+            layer.forward = mine
+            fused += 1
+    logger.info("%d of %d attention layers rotate and write in one kernel", fused, len(paged.shapes))
+    return fused
+
+
+def _probe_step(pool: KeyValuePool) -> StepContext:
+    """A prompt of a few tokens, on the scratch page."""
+    places = torch.arange(_PROBED_TOKENS, device=pool.keys[0].device)
+    return StepContext(pool, places, [Part(_PROBED_TOKENS, np.array([_PROBED_TOKENS]))])
+
+
+@contextmanager
+def _noting(layers: list[nn.Module], calls: dict[nn.Module, _Call]) -> Iterator[None]:
+    def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        given = inspect.signature(layer.forward).bind(*args, **kwargs).arguments
+        calls[layer] = _Call(given["hidden_states"], given["position_embeddings"], output[0].clone())
+
+    handles = [layer.register_forward_hook(hook, with_kwargs=True) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _agree(mine: FusedAttention, call: _Call, pool: KeyValuePool, index: int, paged: PagedModel) -> bool:
+    """Whether both ways give the same output, keys and values."""
+    want = [call.output, pool.keys[index].clone(), pool.values[index].clone()]
+    pool.keys[index].zero_()
+    pool.values[index].zero_()
+    try:
+        with running(_probe_step(pool)):
+            output, _ = mine(call.hidden_states, call.position_embeddings)
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+        logger.debug("attention layer %d keeps its own form: %s", index, error)
+        return False
+    got = [output, pool.keys[index], pool.values[index]]
+    tolerance = _TOLERANCE[paged.dtype]
+    return all(
+        mine.shape == right.shape and bool((mine - right).norm() <= tolerance * right.norm())
+        for mine, right in zip(got, want, strict=True)
+    )
