@@ -5,9 +5,16 @@ noise is a hash of (seed, position, token id), so a seeded request gives the sam
 state is shared between tenants. All shapes are static.
 
 Scores that are infinite or not a number choose no token: `next_tokens` gives `NO_TOKEN` for their row.
+
+`choose_tokens` does all of it. On a CUDA device with Triton it launches the kernels of `sera_kernels.sampling`.
+Elsewhere it calls the other functions of this file, which define the semantics.
 """
 
 from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -17,9 +24,127 @@ from torch import Tensor
 NO_TOKEN = -1
 """In place of the token of a row whose scores are not finite."""
 
+IN_PROMPT = 1 << 30
+"""Added to the count of a token that is in the prompt; see `Penalties`."""
+
 # A temperature below it would make finite logits infinite. At this temperature two logits that differ by 2e-5 are drawn
 # in their order already.
 _GREEDY_BELOW = 1e-6
+
+
+@dataclass(frozen=True)
+class SamplingRows:
+    """How each row's token is drawn.
+
+    Attributes:
+        temperature: float32 (rows,); below 1e-6 the row is greedy.
+        top_k: int32 (rows,), how many tokens to keep; 0 keeps all.
+        top_p: float32 (rows,), keep the fewest tokens whose probability reaches it; 1 keeps all.
+        keys: int32 (rows,), from `sampling_keys`.
+        min_p: float32 (rows,), keep tokens with at least this part of the highest probability; 0 keeps all.
+        truncate: Whether any row may limit its tokens. Without, top_k, top_p and min_p are not read.
+    """
+
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    keys: Tensor
+    min_p: Tensor | None = None
+    truncate: bool = True
+
+
+@dataclass(frozen=True)
+class Penalties:
+    """What makes tokens less likely that were there before; as in OpenAI's API and in vLLM.
+
+    Attributes:
+        counts: int32 (rows, vocabulary), how often the token was put out, plus `IN_PROMPT` if the prompt has it.
+        repetition: float32 (rows,), divides positive scores of tokens of the prompt or the output, and multiplies
+            negative ones; 1 changes nothing.
+        frequency: float32 (rows,), subtracted for each time that the token was put out.
+        presence: float32 (rows,), subtracted once if the token was put out.
+    """
+
+    counts: Tensor
+    repetition: Tensor
+    frequency: Tensor
+    presence: Tensor
+
+
+def choose_tokens(
+    logits: Tensor,
+    rows: SamplingRows | None = None,
+    penalties: Penalties | None = None,
+    bias: Tensor | None = None,
+    logprobs: Tensor | None = None,
+) -> Tensor:
+    """Choose the next token of each row; the device is not read, and shapes alone decide what runs.
+
+    Args:
+        logits: (rows, vocabulary), float32, bfloat16 or float16, contiguous in the last dimension.
+        rows: How tokens are drawn. None if all rows are greedy.
+        penalties: Applied before the temperature, to greedy rows too.
+        bias: float32 (rows, vocabulary), added before the penalties; -inf bars a token.
+        logprobs: float32 (rows,). If given, it receives the token's log-probability by `logits` alone, before bias,
+            penalties, temperature and noise. It is not a number where there is no token.
+
+    Returns:
+        int64 (rows,), the token, or `NO_TOKEN` where the scores are not finite.
+    """
+    if logits.is_cuda and _has_triton():
+        # Triton is imported where it runs.
+        from sera_kernels.sampling import choose_tokens_triton
+
+        return choose_tokens_triton(
+            logits,
+            None if rows is None else (rows.temperature, rows.top_k, rows.top_p, rows.min_p, rows.keys),
+            rows is not None and rows.truncate,
+            None
+            if penalties is None
+            else (penalties.counts, penalties.repetition, penalties.frequency, penalties.presence),
+            bias,
+            logprobs,
+        )
+    return choose_tokens_torch(logits, rows, penalties, bias, logprobs)
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def choose_tokens_torch(
+    logits: Tensor,
+    rows: SamplingRows | None = None,
+    penalties: Penalties | None = None,
+    bias: Tensor | None = None,
+    logprobs: Tensor | None = None,
+) -> Tensor:
+    """Do the same as `choose_tokens` with torch's operations, on any device."""
+    scores = adjusted_scores(logits.float(), penalties, bias)
+    if rows is not None:
+        scores = perturbed_scores(
+            scores, rows.temperature, rows.top_k, rows.top_p, rows.keys, truncate=rows.truncate, min_p=rows.min_p
+        )
+    tokens = next_tokens(scores)
+    if logprobs is not None:
+        own = logits.float().log_softmax(1).gather(1, tokens.clamp(min=0).unsqueeze(1)).squeeze(1)
+        logprobs.copy_(torch.where(tokens == NO_TOKEN, torch.nan, own))
+    return tokens
+
+
+def adjusted_scores(scores: Tensor, penalties: Penalties | None, bias: Tensor | None) -> Tensor:
+    """float32 (rows, vocabulary): the scores with bias, then with the penalties for repetition, frequency, presence."""
+    if bias is not None:
+        scores = scores + bias
+    if penalties is None:
+        return scores
+    repetition = penalties.repetition.unsqueeze(1)
+    repeated = torch.where(scores > 0, scores / repetition, scores * repetition)
+    scores = torch.where(penalties.counts != 0, repeated, scores)
+    output = penalties.counts & (IN_PROMPT - 1)
+    scores = scores - penalties.frequency.unsqueeze(1) * output
+    return torch.where(output > 0, scores - penalties.presence.unsqueeze(1), scores)
 
 
 def sampling_keys(seeds: NDArray[np.uint64], positions: NDArray[np.uint64]) -> NDArray[np.int32]:
@@ -46,13 +171,16 @@ def gumbel_noise(keys: Tensor, vocabulary: int) -> Tensor:
     return -torch.log(-torch.log(uniform))
 
 
-def top_k_top_p_filter(scores: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+def top_k_top_p_filter(scores: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor | None = None) -> Tensor:
     """Set all but the likeliest tokens to -inf.
+
+    top_p applies to the tokens that top_k keeps, and min_p to all of them. Tokens equal to the last kept one are kept.
 
     Args:
         scores: float32 (rows, vocabulary), already divided by the temperature.
         top_k: int32 (rows,), how many tokens to keep; 0 keeps all.
         top_p: float32 (rows,), keep the fewest tokens whose probability reaches it; 1 keeps all.
+        min_p: float32 (rows,), keep tokens with at least this part of the highest probability; 0 keeps all.
 
     Returns:
         (rows, vocabulary); at least the likeliest token of each row is kept.
@@ -64,14 +192,24 @@ def top_k_top_p_filter(scores: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     ordered = ordered.masked_fill(ranks >= limit.unsqueeze(1), -torch.inf)
     probabilities = ordered.softmax(dim=1)
     before = probabilities.cumsum(dim=1) - probabilities
-    kept = (before < top_p.unsqueeze(1)) & (ordered > -torch.inf)
+    # At 1 the rounding of the sum does not matter.
+    kept = ((before < top_p.unsqueeze(1)) | (top_p >= 1).unsqueeze(1)) & (ordered > -torch.inf)
     kept[:, 0] = True
     threshold = ordered.gather(1, kept.sum(dim=1, keepdim=True) - 1)
+    if min_p is not None:
+        highest = ordered[:, :1]
+        threshold = torch.maximum(threshold, torch.minimum(highest, highest + min_p.unsqueeze(1).log()))
     return scores.masked_fill(scores < threshold, -torch.inf)
 
 
 def perturbed_scores(
-    scores: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, keys: Tensor, truncate: bool = True
+    scores: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    keys: Tensor,
+    truncate: bool = True,
+    min_p: Tensor | None = None,
 ) -> Tensor:
     """Scores whose argmax is each row's next token: greedy where the temperature is 0, a draw elsewhere.
 
@@ -82,10 +220,11 @@ def perturbed_scores(
         top_p: float32 (rows,); see `top_k_top_p_filter`.
         keys: int32 (rows,), from `sampling_keys`.
         truncate: Whether any row limits its tokens; without, the sort is spared.
+        min_p: float32 (rows,); see `top_k_top_p_filter`.
     """
     greedy = (temperature < _GREEDY_BELOW).unsqueeze(1)
     scaled = scores / torch.where(greedy, 1.0, temperature.unsqueeze(1))
-    kept = top_k_top_p_filter(scaled, top_k, top_p) if truncate else scaled
+    kept = top_k_top_p_filter(scaled, top_k, top_p, min_p) if truncate else scaled
     noise = gumbel_noise(keys, scores.shape[1])
     return torch.where(greedy, scores, kept + noise)
 
