@@ -11,7 +11,13 @@ from sera_serve.layers.attach import (
 from sera_serve.layers.config import ALL_LINEAR, SeraConfig
 from sera_serve.layers.context import AdapterContext
 from sera_serve.layers.sera_linear import SeraLinear
-from sera_serve.layers.served_linear import ServedLinear, SharedInputGroup, attach_serving, find_shared_inputs
+from sera_serve.layers.served_linear import (
+    ServedLinear,
+    SharedInputGroup,
+    SideStream,
+    attach_serving,
+    find_shared_inputs,
+)
 from sera_serve.layers.targets import adaptable_linears, linear_widths
 
 __all__ = [
@@ -21,6 +27,7 @@ __all__ = [
     "SeraLinear",
     "ServedLinear",
     "SharedInputGroup",
+    "SideStream",
     "adaptable_linears",
     "adapter_tensors",
     "attach_adapter",

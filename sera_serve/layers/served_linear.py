@@ -6,8 +6,9 @@ outputs of all layers of a group.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,12 @@ from transformers import PreTrainedModel
 from sera_kernels import AdapterBatch, add_updates
 from sera_serve.layers.attach import replace_module
 from sera_serve.layers.context import AdapterContext
+from sera_serve.layers.gpu_layers import JoinedProducts, fuse_norms, join_products
+from sera_serve.layers.served_mlp import find_silu_mlp, fuse_silu_mlp
 from sera_serve.layers.targets import adaptable_linears
+
+if TYPE_CHECKING:
+    from sera_kernels.triton_path import Workspace
 
 
 class ServedLinear(nn.Module):
@@ -33,7 +39,7 @@ class ServedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., d_in) to (..., d_out)."""
         group, context, index = self._shared
-        if context.batch is None:
+        if context.batch is None and group.joined is None:
             y: Tensor = self._forward(x)
             return y
         return group.output(index, x)
@@ -47,16 +53,20 @@ class SharedInputGroup:
     correctly, but slower.
     """
 
-    def __init__(self, context: AdapterContext, modules: list[int]) -> None:
+    def __init__(self, context: AdapterContext, modules: list[int], side_stream: SideStream | None = None) -> None:
         """Make a group without layers.
 
         Args:
             context: Pool, tables and batch.
             modules: The row of each layer in the adapter tables. The layers must join in the same order.
+            side_stream: Where the first phase of updates runs, beside the base layers, in captured CUDA graphs.
         """
         self.context = context
+        self._side_stream = side_stream
         self.modules = tuple(modules)
         self._bases: list[Callable[[Tensor], Tensor]] = []
+        self.joined: JoinedProducts | None = None
+        """One product for all layers, where there is one: also in a pass of the base model alone."""
         self._input: Tensor | None = None
         self._batch: AdapterBatch | None = None
         self._outputs: list[Tensor | None] = []
@@ -66,8 +76,29 @@ class SharedInputGroup:
         self._bases.append(base)
         return len(self._bases) - 1
 
+    def phases(self, x: Tensor) -> tuple[list[Tensor], Workspace | None]:
+        """Compute the outputs of all base layers for `x` on a GPU, and the first phase of their updates.
+
+        Returns:
+            The outputs without updates: new tensors, which may be changed in place. Then what the second phase of
+            `sera_kernels.triton_path` needs, or None if there are no updates.
+        """
+        # Imported here, because the import of Triton takes as long as the rest of a small server's start.
+        from sera_kernels.triton_path import reduce_updates
+
+        batch = self._current_batch()
+        rows, context, side = x.reshape(-1, x.shape[-1]).contiguous(), self.context, self._side_stream
+        if side is None or not side.can_fork():
+            outputs = self._products(x)
+            return outputs, reduce_updates(rows, self.modules, batch, context.pool, context.tables)
+        with side.fork():
+            workspace = reduce_updates(rows, self.modules, batch, context.pool, context.tables, consecutive=False)
+        outputs = self._products(x)
+        side.join()
+        return outputs, workspace
+
     def output(self, index: int, x: Tensor) -> Tensor:
-        """Return the output of layer `index` for `x`, with the updates of the current batch's adapters."""
+        """Return the output of layer `index` for `x`, with the updates of the current batch's adapters, if any."""
         y = self._outputs[index] if x is self._input and self.context.batch is self._batch else None
         if y is None:
             y = self._compute(index, x)
@@ -78,15 +109,58 @@ class SharedInputGroup:
         return y
 
     def _compute(self, index: int, x: Tensor) -> Tensor:
-        context = self.context
-        if context.batch is None:
-            raise RuntimeError("no forward pass with adapters is running")
-        # Each base layer returns a new tensor, so its output may be changed in place.
-        outputs = [base(x) for base in self._bases]
-        add_updates(x.contiguous(), outputs, self.modules, context.batch, context.pool, context.tables)
-        self._input, self._batch = x, context.batch
+        context, batch = self.context, self.context.batch
+        if batch is None:
+            outputs = self._products(x)
+        elif self._side_stream is not None and self._side_stream.can_fork():
+            from sera_kernels.triton_path import expand_updates
+
+            outputs, workspace = self.phases(x)
+            if workspace is not None:
+                expand_updates(workspace, [y.view(-1, y.shape[-1]) for y in outputs])
+        else:
+            outputs = self._products(x)
+            add_updates(x.contiguous(), outputs, self.modules, batch, context.pool, context.tables)
+        self._input, self._batch = x, batch
         self._outputs = list(outputs)
         return outputs[index]
+
+    def _products(self, x: Tensor) -> list[Tensor]:
+        """The outputs of the base layers: new tensors, which may be changed in place."""
+        return [base(x) for base in self._bases] if self.joined is None else self.joined(x)
+
+    def _current_batch(self) -> AdapterBatch:
+        if self.context.batch is None:
+            raise RuntimeError("no forward pass with adapters is running")
+        return self.context.batch
+
+
+class SideStream:
+    """A CUDA stream beside the current one, for work that a CUDA graph runs in parallel.
+
+    Outside of a capture, the events of a fork would cost the host more time than the GPU wins.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)
+
+    def can_fork(self) -> bool:
+        """Return whether a CUDA graph is being captured."""
+        return torch.cuda.is_current_stream_capturing()
+
+    @contextmanager
+    def fork(self) -> Iterator[None]:
+        """Run what the block launches on this stream, after what the current stream holds already.
+
+        Memory allocated in the block is used again only by a later block, and so after the current stream's work.
+        """
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def join(self) -> None:
+        """Let the current stream wait for the last block."""
+        torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
 
 
 @torch.no_grad()
@@ -122,18 +196,30 @@ def find_shared_inputs(model: PreTrainedModel) -> list[list[str]]:
     return list(groups.values())
 
 
-def attach_serving(model: nn.Module, context: AdapterContext, groups: list[list[str]]) -> None:
+def attach_serving(
+    model: nn.Module, context: AdapterContext, groups: list[list[str]], side_stream: SideStream | None = None
+) -> None:
     """Replace every adaptable linear layer of `model` by a `ServedLinear`, in place.
 
-    Row m of the adapter tables belongs to the m-th adaptable layer.
+    Row m of the adapter tables belongs to the m-th adaptable layer. On a GPU, MLPs of the form of `served_mlp` get a
+    forward function that adds updates and applies the activation in one pass.
 
     Args:
         model: A base model that one engine uses alone.
         context: Pool, tables and batch that the layers read.
         groups: The result of `find_shared_inputs` for the same architecture.
+        side_stream: Where the first phase of updates runs, beside the base layers, in captured CUDA graphs.
     """
     rows = {path: row for row, path in enumerate(adaptable_linears(model))}
     for paths in groups:
-        group = SharedInputGroup(context, [rows[path] for path in paths])
+        group = SharedInputGroup(context, [rows[path] for path in paths], side_stream if len(paths) <= 4 else None)
+        # Decided before the layers are replaced: the module is compared with its own forward function.
+        mlp = find_silu_mlp(model, paths)
+        layers = [model.get_submodule(path) for path in paths]
         for path in paths:
             replace_module(model, path, ServedLinear(model.get_submodule(path), group))
+        group.joined = join_products(layers)
+        if mlp is not None:
+            fuse_silu_mlp(mlp, group)
+    if isinstance(model, PreTrainedModel) and model.device.type == "cuda":
+        fuse_norms(model)

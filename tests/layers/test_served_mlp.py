@@ -1,0 +1,142 @@
+"""MLPs that are computed with updates and activation in one pass, here by Triton's interpreter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sera_kernels import AdapterBatch, AdapterTables, triton_path
+from sera_serve.base import FrozenBase
+from sera_serve.layers import AdapterContext, adaptable_linears, attach_serving, find_shared_inputs, served_mlp
+from sera_serve.layers.served_linear import SideStream
+from sera_serve.layers.served_mlp import find_silu_mlp
+from support.factories import random_decoder
+
+PATHS = ["mlp.gate_proj", "mlp.up_proj"]
+
+
+@pytest.fixture
+def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(served_mlp, "_can_fuse", lambda mlp: True)
+
+
+def served(side_stream: SideStream | None = None) -> tuple[FrozenBase, AdapterContext]:
+    base = random_decoder()
+    rows = len(adaptable_linears(base.model))
+    tables = AdapterTables.empty(rows, 3)
+    torch.manual_seed(1)
+    pool = torch.randn(8192) / 8
+    for slot, (rank, split) in enumerate([(8, 8), (4, 1), (4, 4)]):
+        tables.offset[:, slot], tables.rank[:, slot], tables.split[:, slot] = 64 * slot, rank, split
+        tables.scaling[:, slot] = 1.0
+    context = AdapterContext(pool, tables)
+    attach_serving(base.model, context, find_shared_inputs(base.model), side_stream)
+    return base, context
+
+
+def logits(base: FrozenBase, context: AdapterContext, slots: list[int] | None) -> Tensor:
+    tokens = torch.arange(6).view(2, 3)
+    batch = None if slots is None else AdapterBatch(torch.tensor(slots, dtype=torch.int32))
+    with context.run(batch), torch.no_grad():
+        result: Tensor = base.model(tokens).logits
+    return result
+
+
+@pytest.mark.usefixtures("_as_on_a_gpu")
+def test_one_pass_computes_what_the_layers_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    fused = served()
+    mlp = fused[0].model.get_submodule("model.layers.1.mlp")
+    assert "forward" in mlp.__dict__
+    monkeypatch.setattr(served_mlp, "_can_fuse", lambda mlp: False)
+    plain = served()
+    assert "forward" not in plain[0].model.get_submodule("model.layers.1.mlp").__dict__
+    for slots in ([0, 1, 2, -1, 1, 0], [-1] * 6, [2] * 6):
+        torch.testing.assert_close(logits(*fused, slots), logits(*plain, slots), rtol=1e-4, atol=1e-4)
+    assert torch.equal(logits(*fused, None), logits(*plain, None))
+    # The updates of gate and up matter: without them the comparison above would say nothing.
+    rows = [
+        row
+        for row, path in enumerate(adaptable_linears(random_decoder().model))
+        if path.endswith(("gate_proj", "up_proj"))
+    ]
+    before = logits(*fused, [2] * 6)
+    fused[1].tables.offset[rows] = -1
+    assert (logits(*fused, [2] * 6) - before).abs().max() > 1e-2
+
+
+class SideByName(SideStream):
+    """Writes down what would run on which stream."""
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+
+    def can_fork(self) -> bool:
+        return True
+
+    @contextmanager
+    def fork(self) -> Iterator[None]:
+        self.log.append("fork")
+        yield
+        self.log.append("back")
+
+    def join(self) -> None:
+        self.log.append("join")
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_first_phase_runs_beside_the_base_layers(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(served_mlp, "_can_fuse", lambda mlp: fused)
+    side = SideByName()
+    log = side.log
+
+    def logged(name: str, own: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            log.append(name)
+            return own(*arguments, **options)
+
+        return call
+
+    monkeypatch.setattr(nn.Linear, "forward", logged("base", nn.Linear.forward))
+    forked, plain = served(side), served()
+    monkeypatch.setattr(triton_path, "reduce_updates", logged("reduce", triton_path.reduce_updates))
+    for name in ("expand_updates", "expand_silu_mul_updates"):
+        monkeypatch.setattr(triton_path, name, logged("expand", getattr(triton_path, name)))
+    log.clear()
+    slots = [0, 1, 2, -1, 1, 0]
+    result = logits(*forked, slots)
+    want = [["fork", "reduce", "back", *["base"] * layers, "join", "expand"] for layers in (3, 1, 2, 1)] * 2
+    # The last base layer is the output embedding.
+    assert log == [*chain.from_iterable(want), "base"]
+    torch.testing.assert_close(result, logits(*plain, slots), rtol=1e-4, atol=1e-4)
+
+
+class Mlp(nn.Module):
+    def __init__(self, activation: nn.Module, sign: float = 1.0) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = nn.Linear(8, 16), nn.Linear(8, 16), nn.Linear(16, 8)
+        self.act_fn, self.sign = activation, sign
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.down_proj(self.act_fn(self.sign * self.gate_proj(x)) * self.up_proj(x))
+        return result
+
+
+@pytest.mark.usefixtures("_as_on_a_gpu")
+def test_only_mlps_of_the_form_are_found() -> None:
+    found = nn.ModuleDict({"mlp": Mlp(nn.SiLU())})
+    assert find_silu_mlp(found, PATHS) is found["mlp"]
+    assert find_silu_mlp(found, PATHS[::-1]) is None
+    assert find_silu_mlp(found, ["mlp.down_proj"]) is None
+    assert find_silu_mlp(nn.ModuleDict({"mlp": Mlp(nn.GELU())}), PATHS) is None
+    # The parts are those of the form, and the function is not.
+    assert find_silu_mlp(nn.ModuleDict({"mlp": Mlp(nn.SiLU(), -1.0)}), PATHS) is None
+
+
+def test_on_a_cpu_no_mlp_is_found() -> None:
+    assert find_silu_mlp(nn.ModuleDict({"mlp": Mlp(nn.SiLU())}), PATHS) is None
