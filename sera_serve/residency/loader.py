@@ -38,8 +38,7 @@ class AdapterLoader:
             AdapterTooLarge: The adapter is larger than the whole pool.
             Exception: Whatever `load` raised.
         """
-        data = self._pool.data
-        packed = pack(self._load(digest), self._module_index, data.dtype, data.is_cuda)
+        packed = pack(self._load(digest), self._module_index, self._pool.data.dtype)
         check_fits(packed.layout, self._pool)
         return packed
 

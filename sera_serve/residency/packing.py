@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from adapters_store import AdapterBundle, AdapterConfig, writable_memory
+from sera_kernels import ShapeClasses
 
 # Elements; keeps every module's factors on a 16-byte boundary in the smallest dtype.
 ALIGNMENT = 8
@@ -66,6 +67,11 @@ class AdapterLayout:
     gain: float = math.inf
 
     @cached_property
+    def classes(self) -> ShapeClasses:
+        """The kinds of shapes of its modules."""
+        return ShapeClasses.of((module.rank, module.split) for module in self.modules)
+
+    @cached_property
     def chunks(self) -> tuple[int, ...]:
         """Elements of each chunk, which must stay whole: a module, the head's weight, the head's bias."""
         starts = [module.offset for module in self.modules]
@@ -93,31 +99,24 @@ class PackedAdapter:
 
     @cached_property
     def nbytes(self) -> int:
-        """Host memory of the adapter in bytes. Page-locked memory is allocated in powers of two."""
-        nbytes = self.data.numel() * self.data.element_size()
-        return 1 << (nbytes - 1).bit_length() if self.data.is_pinned() else nbytes
+        """Host memory of the adapter in bytes."""
+        return self.data.numel() * self.data.element_size()
 
 
-def pack(
-    bundle: AdapterBundle, module_index: Mapping[str, int], dtype: torch.dtype, pin_memory: bool = False
-) -> PackedAdapter:
+def pack(bundle: AdapterBundle, module_index: Mapping[str, int], dtype: torch.dtype) -> PackedAdapter:
     """Lay out a bundle as the grouped operation reads it: per module A, then C, then B, row-major.
 
     Args:
         bundle: A validated bundle that fits the base.
         module_index: Row of each adaptable module in the device tables.
         dtype: The pool's dtype.
-        pin_memory: Put the run in page-locked memory, for asynchronous copies to a GPU.
     """
-    return join(*lay_out(bundle, module_index), dtype, pin_memory)
+    return join(*lay_out(bundle, module_index), dtype)
 
 
-def join(layout: AdapterLayout, parts: Sequence[Tensor], dtype: torch.dtype, pin_memory: bool = False) -> PackedAdapter:
+def join(layout: AdapterLayout, parts: Sequence[Tensor], dtype: torch.dtype) -> PackedAdapter:
     """Copy what `lay_out` gave into one run; arguments as of `pack`."""
-    if pin_memory:
-        data = torch.empty(layout.elements, dtype=dtype, pin_memory=True)
-    else:
-        data = torch.frombuffer(writable_memory(layout.elements * dtype.itemsize), dtype=dtype)
+    data = torch.frombuffer(writable_memory(layout.elements * dtype.itemsize), dtype=dtype)
     _join(parts, data)
     return PackedAdapter(layout, data)
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import reduce
+from operator import or_
 from typing import Any
 
 import numpy as np
@@ -12,8 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sera_kernels import ABSENT, AdapterTables
+from sera_kernels import ABSENT, AdapterTables, ShapeClasses
 from sera_serve.residency.packing import AdapterLayout, PackedAdapter
+from sera_serve.residency.staging import StagingRing
 
 # Bytes that are copied within host memory in about 0.1 ms.
 _COPIED_AT_ONCE = 1 << 20
@@ -194,9 +198,13 @@ class DevicePool:
         self.copies = 0
         """Copies of factors made so far: one for each extent of each adapter filled."""
         self._copy_stream = CopyStream(self.data.device)
+        self._staging = StagingRing(self.data.device) if self.data.is_cuda else None
         self._free = FreeExtents(elements)
         self._free_slots = list(range(slots - 1, -1, -1))
         self._placed: dict[int, Placement] = {}
+        # How many placed adapters have each set of kinds.
+        self._classes: Counter[ShapeClasses] = Counter()
+        self.tables.set_classes(ShapeClasses())
         # What was written to the tables, by slot, for adapters whose fill is complete.
         self._written: dict[int, NDArray[Any]] = {}
 
@@ -223,6 +231,7 @@ class DevicePool:
             return None
         placement = Placement(self._free_slots.pop(), extents, adapter)
         self._placed[placement.slot] = placement
+        self._count_classes(adapter, 1)
         return placement
 
     def would_fit(self, adapter: AdapterLayout, removed: Iterable[Placement]) -> bool:
@@ -243,7 +252,7 @@ class DevicePool:
 
         Args:
             placement: What `reserve` gave.
-            data: (elements,), the adapter's packed run; page-locked for copies beside a GPU's other work.
+            data: (elements,), the adapter's packed run.
         """
         columns = self._columns(placement)
         with self._copy_stream.complete():
@@ -258,6 +267,7 @@ class DevicePool:
     def remove(self, placement: Placement) -> None:
         """Free an adapter's slot and extents; no running pass may use them."""
         del self._placed[placement.slot]
+        self._count_classes(placement.adapter, -1)
         self._written.pop(placement.slot, None)
         with self._copy_stream.enqueue():
             self.tables.clear(placement.slot)
@@ -298,6 +308,9 @@ class DevicePool:
         slots = [*self._free_slots, *self._placed]
         if sorted(slots) != list(range(self.slots)):
             raise RuntimeError("a slot is lost or held twice")
+        shapes = {(m.rank, m.split) for p in self._placed.values() for m in p.adapter.modules}
+        if self.tables.classes != ShapeClasses.of(shapes):
+            raise RuntimeError("the tables' summary of shapes is not that of the placed adapters")
         if not written.keys() <= self._placed.keys():
             raise RuntimeError("a removed adapter still counts as written to the tables")
         with self._copy_stream.complete():
@@ -309,17 +322,25 @@ class DevicePool:
             if not np.array_equal(there[:, :, column], columns):
                 raise RuntimeError(f"slot {slot} does not point at its adapter")
 
+    def _count_classes(self, adapter: AdapterLayout, change: int) -> None:
+        """Count an adapter's kinds of shapes in or out. Kinds are counted from `reserve` on, before their use."""
+        self._classes[adapter.classes] += change
+        if not self._classes[adapter.classes]:
+            del self._classes[adapter.classes]
+        self.tables.set_classes(reduce(or_, self._classes, ShapeClasses()))
+
     def _copy(self, extent: Extent, part: Tensor) -> None:
         there = self.data[extent.start : extent.end]
-        if there.is_cuda:
-            there.copy_(part, non_blocking=True)
+        if self._staging is not None:
+            self._staging.copy(there, part)
         else:
             # Not by torch: it would copy on several cores, with a pool of threads for each thread that calls it.
             there.view(torch.uint8).numpy()[:] = part.view(torch.uint8).numpy()
 
     def _write(self, slot: int, columns: NDArray[Any]) -> None:
-        if self.data.is_cuda:
-            there = torch.from_numpy(columns).pin_memory().to(self.data.device, non_blocking=True)
+        if self._staging is not None:
+            there = torch.empty(columns.shape, dtype=torch.float64, device=self.data.device)
+            self._staging.copy(there, torch.from_numpy(columns))
             for table, column in zip(self._table_list(), there, strict=True):
                 table[:, slot].copy_(column)
             return
