@@ -18,7 +18,7 @@ from adapters_store.format.config import AdapterConfig, canonical_json
 from adapters_store.format.containers import CONFIG_FILE, METADATA_KEY, MODEL_FILE, RawBundle, read_bytes, read_path
 from adapters_store.format.mmap_buffer import writable_memory
 from adapters_store.format.safetensors_file import DTYPE_NAMES, BundleLimits, read_tensor, read_tensors
-from adapters_store.format.validation import check_names_and_shapes, check_values, sum_is_finite
+from adapters_store.format.validation import check_names_and_shapes, check_values, is_surely_finite
 
 DEFAULT_LIMITS = BundleLimits()
 
@@ -106,7 +106,7 @@ class AdapterBundle:
         names = sorted(header.entries)
         # Usually there is one run. A hundred small tensors took far longer to check and hash one by one.
         runs = header.runs(names)
-        if not all(sum_is_finite(read_tensor(data, run)) for run in runs):
+        if not all(is_surely_finite(read_tensor(data, run)) for run in runs):
             check_values(bundle.tensors)
         described = [[name, header.entries[name].dtype, list(header.entries[name].shape)] for name in names]
         object.__setattr__(bundle, "digest", _digest(config, described, (data[run.begin : run.end] for run in runs)))

