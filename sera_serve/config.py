@@ -39,14 +39,33 @@ class ServeSettings(BaseSettings):
         description="dtype of base and adapters; auto means float32 on a CPU, the checkpoint's own elsewhere",
     )
     cpu_threads: int = Field(0, ge=0, description="threads of a forward pass on a CPU; 0 means one a core")
-    pool_mib: int = Field(256, ge=1, description="device memory for adapters, MiB")
+    gpu_memory_fraction: float = Field(
+        0.9, gt=0, le=1, description="share of a GPU's memory that the server may use in all; no effect on a CPU"
+    )
+    pool_mib: int | None = Field(
+        None,
+        ge=1,
+        description="device memory for adapters, MiB; by default 256 on a CPU, and a fifth of what the weights leave "
+        "on a GPU",
+    )
     max_resident: int = Field(1024, ge=1, description="most adapters on the device at once")
     host_cache_mib: int = Field(1024, ge=0, description="host memory for adapters, MiB")
-    kv_cache_tokens: int = Field(32768, ge=64, description="tokens in the KV cache")
+    attention: Literal["auto", "triton", "torch", "flash-attn", "flashinfer"] = Field(
+        "auto",
+        description="what computes attention; auto means triton on CUDA, torch elsewhere; flash-attn and flashinfer "
+        "compute prompts, with triton for the rest",
+    )
+    kv_cache_tokens: int | None = Field(
+        None, ge=64, description="tokens in the KV cache; by default 32768 on a CPU, and all that fit on a GPU"
+    )
     max_batch_tokens: int = Field(
         512, ge=1, description="most tokens of one forward pass; longer prompts are computed in chunks"
     )
     max_sequences: int = Field(256, ge=1, description="most sequences of one forward pass")
+    cuda_graphs: bool = Field(
+        True,
+        description="on a GPU, capture decode steps as CUDA graphs at start; false starts sooner and decodes slower",
+    )
     classify_max_batch: int = Field(32, ge=1, description="most inputs of one classification pass")
     classify_max_wait_ms: float = Field(
         20,

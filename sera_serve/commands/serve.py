@@ -61,7 +61,7 @@ def run_server(settings: ServeSettings) -> None:
             http_config(app, settings, app.state.metrics.count_refusal, *ports[1:]),
             settings.shutdown_grace_s,
             engine.stop,
-            lambda: describe_server(console, settings, base, store, *ports),
+            lambda: describe_server(console, settings, engine, *ports),
         )
         # Modules and models are never freed. A collection that visited them would stop every thread for about 0.1 s.
         gc.collect()
@@ -165,19 +165,22 @@ def bound_socket(host: str, port: int, setting: str | None = None) -> socket.soc
 def describe_server(
     console: Console,
     settings: ServeSettings,
-    base: FrozenBase,
-    store: AdapterStore,
+    engine: ServingEngine,
     port: int,
     metrics_port: int | None = None,
 ) -> None:
     """Print the base, the address, and one example request for each task that the store has an adapter for."""
+    base, store = engine.base, engine.store
     host = "localhost" if settings.host in ("127.0.0.1", "::1", "0.0.0.0", "::") else settings.host
     url = f"http://{host}:{port}"
     parameters = sum(parameter.numel() for parameter in base.model.parameters())
     facts = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     facts.add_row("base", f"{base.name}, {base.kind} of {parameters:,} parameters, context {base.max_length}")
     facts.add_row("device", f"{base.device}, {str(base.dtype).removeprefix('torch.')}")
-    facts.add_row("adapter memory", f"{settings.pool_mib} MiB on the device, {settings.host_cache_mib} MiB cached")
+    memory = {name: f"{_mebibytes(size)} on the device" for name, size in engine.memory().items()}
+    facts.add_row("adapter memory", f"{memory.pop('adapters')}, {settings.host_cache_mib} MiB cached")
+    for name, size in memory.items():
+        facts.add_row(name, f"{size}, at most {engine.context_tokens} tokens for a request")
     facts.add_row("store", f"{settings.store.resolve()}, {store.count_adapters():,} adapters")
     facts.add_row("address", url)
     if settings.metrics_address is not None:
@@ -189,6 +192,10 @@ def describe_server(
         # A wrapped command could not be pasted.
         console.print(curl_line(f"{url}{path}", body), markup=False, highlight=False, soft_wrap=True)
     console.print(f"\n[dim]# adapters in the store[/dim]\n{CURL} {url}/v1/adapters\n", highlight=False)
+
+
+def _mebibytes(size: int) -> str:
+    return f"{size / (1 << 20):.0f} MiB"
 
 
 def curl_line(url: str, body: dict[str, Any]) -> str:

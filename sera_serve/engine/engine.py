@@ -17,6 +17,7 @@ from sera_kernels import warm_up
 from sera_serve.base import FrozenBase, ModelInputs
 from sera_serve.config import ServeSettings
 from sera_serve.engine.admission import AdmissionController
+from sera_serve.engine.memory import MEBIBYTE, DeviceMemory, memory_of
 from sera_serve.engine.request import (
     PRIORITIES,
     ClassificationRequest,
@@ -35,12 +36,11 @@ from sera_serve.engine.stream import Detokenizer, EventReader, GenerationStream,
 from sera_serve.engine.tasks import ClassificationRunner, GenerationRunner, RunnerLoad, TaskRunner
 from sera_serve.engine.tasks.classify import ClassifyResult, split_call
 from sera_serve.errors import EngineUnavailable, InvalidRequest, PromptTooLong, UnsupportedTask
-from sera_serve.layers import AdapterContext, attach_serving, find_shared_inputs
+from sera_serve.layers import AdapterContext, SideStream, attach_serving, find_shared_inputs
 from sera_serve.residency import AdapterResidency, DevicePool, HostCache, ResidencyStats
 from sera_serve.residency.bundle_check import check_servable
 from sera_serve.threads import BoundedExecutor
 
-MEBIBYTE = 1 << 20
 _MAX_WAITING_LEASES = 32
 _RESOLVING_THREADS = 8
 # Probabilities in one answer. A few times more would keep the event loop for half a second.
@@ -65,15 +65,16 @@ class ServingEngine:
         self.store = store
         self.settings = settings
         self._shapes = base.module_shapes()
-        self._pool = DevicePool(
-            settings.pool_mib * MEBIBYTE, len(self._shapes), settings.max_resident, base.dtype, base.device
-        )
+        self._memory = DeviceMemory(settings, base.device)
+        with memory_of("the adapters' pool", "pool_mib"):
+            self._pool = DevicePool(
+                self._memory.pool_bytes(), len(self._shapes), settings.max_resident, base.dtype, base.device
+            )
         self._module_index = {path: row for row, path in enumerate(self._shapes)}
         self.residency = AdapterResidency(
             self._load_bundle, self._pool, HostCache(settings.host_cache_mib * MEBIBYTE), self._module_index
         )
         self._admission = AdmissionController(settings.max_queue, settings.max_queue_per_tenant)
-        self._context_tokens = min(base.max_length, settings.kv_cache_tokens)
         self._unsound: str | None = None
         self._mailbox: Mailbox | None = None
         warm_up(base.device, base.dtype)
@@ -85,8 +86,10 @@ class ServingEngine:
         self._tokenizing = BoundedExecutor("tokenizing", _TOKENIZING_THREADS, settings.max_queue)
         # By task; a base without a runner for a task does not serve it.
         self.runners: dict[Task, TaskRunner[Any]] = {"classify": self._make_classification()}
+        self._context_tokens = base.max_length
         if base.kind == "decoder":
-            self.runners["generate"] = self._make_generation()
+            self.runners["generate"] = generation = self._make_generation()
+            self._context_tokens = min(base.max_length, generation.cache_tokens)
 
     def start(self) -> None:
         """Start the runners' threads."""
@@ -172,6 +175,18 @@ class ServingEngine:
     def loads(self) -> dict[Task, RunnerLoad]:
         """What each runner has to do."""
         return {task: runner.load() for task, runner in self.runners.items()}
+
+    @property
+    def context_tokens(self) -> int:
+        """The most tokens of one request, prompt and answer together."""
+        return self._context_tokens
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of the device's memory by what they are for."""
+        sizes = {"adapters": self._pool.capacity * self.base.dtype.itemsize}
+        for runner in self.runners.values():
+            sizes |= runner.device_bytes()
+        return sizes
 
     def stats(self) -> ResidencyStats:
         """Figures of the adapters' memory."""
@@ -424,17 +439,20 @@ class ServingEngine:
             base,
             context,
             self._scheduler(),
-            kv_cache_tokens=settings.kv_cache_tokens,
+            self._memory,
             max_batch_tokens=settings.max_batch_tokens,
             max_sequences=settings.max_sequences,
             cpu_threads=self._cpu_threads,
+            cuda_graphs=settings.cuda_graphs,
+            attention=settings.attention,
         )
 
     def _serving_copy(self) -> tuple[FrozenBase, AdapterContext]:
         """A model object over the base's weights with serving layers, for one runner: passes of two runners overlap."""
         base = self.base.share_weights()
         context = AdapterContext(self._pool.data, self._pool.tables)
-        attach_serving(base.model, context, self._groups)
+        side_stream = SideStream(base.device) if base.device.type == "cuda" else None
+        attach_serving(base.model, context, self._groups, side_stream)
         return base, context
 
     def _scheduler(self) -> Scheduler[Any]:

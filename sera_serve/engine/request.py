@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from adapters_store import ResolvedAdapter
-from sera_kernels import NO_ADAPTER
+from sera_kernels import NO_ADAPTER, ShapeClasses
 from sera_serve.base import ModelInputs
 from sera_serve.residency import Lease, PrefetchHint
 
@@ -325,6 +325,11 @@ class GenerationRequest(Request):
     def has_truncation(self) -> bool:
         """Whether sampling leaves out any token."""
         return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1)
+
+    @property
+    def shape_classes(self) -> ShapeClasses:
+        """The kinds of shapes of its adapter, while it runs."""
+        return ShapeClasses() if self.lease is None else self.lease.placement.adapter.classes
 
     @property
     def adapter_slot(self) -> int:

@@ -147,24 +147,24 @@ def test_static_steps_find_overflows_without_reading_the_device(
     monkeypatch.setattr(served_linear, "add_updates", static_add_updates(16))
     engine = start_engine(decoder, adapters, max_sequences=16)
     replayed = Replayed(engine)
-    step, poisoned = replayed.run, [0]
+    launch, poisoned = replayed.launch, [0]
 
-    def run(requests: list[Any]) -> list[int]:
+    def poisoning(requests: list[Any], ahead: int) -> Callable[[], list[int]]:
         for request in requests:
-            if request.adapter.adapter == "bad/values" and len(request.tokens) > request.prompt_tokens + 2:
+            if request.adapter.adapter == "bad/values" and len(request.tokens) + ahead > request.prompt_tokens + 2:
                 # As if its keys overflowed from here on.
                 poisoned[0] += 1
                 page = request.pages[0]
                 for store in replayed.runner._pool._stores.values():
                     store[:, page] = NAN
-        return step(requests)
+        return launch(requests, ahead)
 
-    replayed.runner.static_step = run
+    replayed.launch = poisoning  # type: ignore[method-assign]
     # It overflows in its third decode.
     adapters.publish(random_adapter(decoder, SHAPE, 3, strength=0.5), "bad/values")
     mixed = [*batch, asked(1, adapter="bad/values@v2")]
     results = asyncio.run(all_at_once(engine, mixed))
-    assert poisoned[0] == 1 and isinstance(results[-1], AdapterOverflow) and "@v2" in results[-1].message
+    assert poisoned[0] and isinstance(results[-1], AdapterOverflow) and "@v2" in results[-1].message
     assert [r.token_ids for r in results[:-1]] == [r.token_ids for r in want]  # type: ignore[union-attr]
     assert replayed.replays > 0
     replayed.check()

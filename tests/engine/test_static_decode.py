@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from sera_serve.base import FrozenBase, freeze_base
 from sera_serve.engine import GenerateParams, GenerationResult, ServingEngine
 from sera_serve.engine.loop.pages import PAGE_SIZE, SCRATCH
 from sera_serve.engine.request import GenerationRequest
+from sera_serve.errors import EngineUnavailable
 from sera_serve.layers import served_linear
 from support.engine import Start, generate, settled
 from support.factories import byte_tokenizer, random_adapter
@@ -108,10 +110,101 @@ def test_replayed_steps_give_what_the_eager_loop_gives(
     assert run(engine) == want
     replayed.check()
     assert replayed.replays > 30
-    assert len({key for key in replayed.recordings if key.adapters}) >= 2
+    assert len({key for key in replayed.recordings if key.classes.width}) >= 2
     assert any(key.sampled and key.truncated for key in replayed.recordings)
     assert len({row for batch in replayed.batches for _, row in batch}) > 4, "other rows than the recorded ones"
     assert not settings or engine.loads()["generate"].preemptions > 0
+
+
+SMALL: dict[str, Any] = {"max_resident": 2, "host_cache_mib": 0, "kv_cache_tokens": 288}
+
+
+@pytest.mark.parametrize("settings", [pytest.param({}, id="room"), pytest.param(SMALL, id="evicted and preempted")])
+def test_steps_launched_ahead_of_a_late_device_give_the_same(
+    settings: dict[str, int],
+    decoder: FrozenBase,
+    adapters: AdapterStore,
+    start_engine: Start,
+    static_updates: Callable[[], None],
+) -> None:
+    want = run(start_engine(decoder, adapters))
+    static_updates()
+    engine = start_engine(decoder, adapters, max_sequences=16, **settings)
+    late = Replayed(engine, late=True)
+    for _ in range(2):
+        assert run(engine) == want
+    assert late.ahead > 20
+
+
+def test_what_ends_under_a_step_launched_ahead_is_given_back_after_it(
+    decoder: FrozenBase, adapters: AdapterStore, start_engine: Start, static_updates: Callable[[], None]
+) -> None:
+    # Two slots: a lease that ends too early lets the next adapter overwrite what the device has yet to read.
+    settings = {"max_sequences": 4, "max_resident": 2, "host_cache_mib": 0}
+    stopping = [ask(number, 40, adapter=ADAPTERS[number % 6]) for number in range(18)]
+    plain = [one.token_ids for one in asyncio.run(all_at_once(start_engine(decoder, adapters, **settings), stopping))]
+    # Each ends by a stop string that it meets on its way, which no plan can foresee.
+    stopping = [
+        replace(params, stop=[decoder.tokenizer.decode(tokens[len(tokens) // 2 :][:3])])
+        for params, tokens in zip(stopping, plain, strict=True)
+    ]
+    want = asyncio.run(all_at_once(start_engine(decoder, adapters, **settings), stopping))
+    assert sum(one.finish_reason == "stop" for one in want) > 9
+    static_updates()
+    engine = start_engine(decoder, adapters, **settings)
+    late = Replayed(engine, late=True)
+
+    async def cancelled(params: GenerateParams, deltas: int) -> None:
+        stream = await generate(engine, params)
+        async for _ in stream:
+            deltas -= 1
+            if not deltas:
+                break
+        await stream.aclose()
+
+    async def beside_cancelled() -> list[GenerationResult]:
+        strangers = [cancelled(ask(number, 60, adapter=ADAPTERS[number % 6]), 1 + number % 7) for number in range(9)]
+        results, _ = await asyncio.gather(all_at_once(engine, stopping), asyncio.gather(*strangers))
+        await settled(engine)
+        return results
+
+    for _ in range(2):
+        assert [one.text for one in asyncio.run(beside_cancelled())] == [one.text for one in want]
+    assert late.ahead > 20
+
+
+def test_a_failing_step_ends_the_step_launched_ahead_too(
+    decoder: FrozenBase, adapters: AdapterStore, start_engine: Start, static_updates: Callable[[], None]
+) -> None:
+    batch = BATCHES["adapters"]
+    want = [one.token_ids for one in asyncio.run(all_at_once(start_engine(decoder, adapters), batch))]
+    static_updates()
+    engine = start_engine(decoder, adapters, max_sequences=16)
+    late = Replayed(engine, late=True)
+    launch = late.launch
+
+    def failing(requests: list[GenerationRequest], ahead: int) -> Callable[[], list[int]]:
+        wait = launch(requests, ahead)
+
+        def failed() -> list[int]:
+            late.launch = launch  # type: ignore[method-assign]
+            raise RuntimeError("an illegal memory access was encountered")
+
+        return failed if late.ahead == 3 else wait
+
+    late.launch = failing  # type: ignore[method-assign]
+
+    async def ended() -> list[GenerationResult | BaseException]:
+        async def one(params: GenerateParams) -> GenerationResult:
+            return await (await generate(engine, params)).collect()
+
+        results = await asyncio.gather(*map(one, batch), return_exceptions=True)
+        await settled(engine)
+        return results
+
+    failures = [result for result in asyncio.run(ended()) if isinstance(result, BaseException)]
+    assert failures and all(isinstance(failure, EngineUnavailable) for failure in failures)
+    assert [one.token_ids for one in asyncio.run(all_at_once(engine, batch))] == want
 
 
 def test_a_pool_full_of_nan_changes_nothing(
@@ -147,23 +240,24 @@ def test_padding_rows_write_to_the_scratch_page_alone(
     replayed = Replayed(engine)
     pool, tables = replayed.runner._pool, replayed.runner.tables
     written: list[set[tuple[int, int]]] = []
-    step = replayed.run
+    launch = replayed.launch
 
-    def watched(requests: list[GenerationRequest]) -> list[int]:
+    def watched(requests: list[GenerationRequest], ahead: int) -> Callable[[], list[int]]:
         before = [store.clone() for store in pool._stores.values()]
-        tokens = step(requests)
+        wait = launch(requests, ahead)
         changed: set[tuple[int, int]] = set()
         for old, new in zip(before, pool._stores.values(), strict=True):
             different: Tensor = (old != new).flatten(3).any(-1).any(0)
             changed |= {(page, offset) for page, offset in different.nonzero().tolist()}
         rows = [request.row for request in requests]
-        own = {(request.pages[request.computed // PAGE_SIZE], request.computed % PAGE_SIZE) for request in requests}
+        places = [(request, request.computed + ahead) for request in requests]
+        own = {(request.pages[at // PAGE_SIZE], at % PAGE_SIZE) for request, at in places}
         assert len(own) == len(requests) and list(tables.computed[rows]) == [one.computed for one in requests]
         assert own <= changed <= own | {(SCRATCH, 0)}
         written.append(changed)
-        return tokens
+        return wait
 
-    replayed.runner.static_step = watched
+    replayed.launch = watched  # type: ignore[method-assign]
     # Four requests that end one after the other: a row that has had a request becomes padding.
     asyncio.run(all_at_once(engine, [ask(number, adapter=ADAPTERS[-number]) for number in range(4)]))
     assert any((SCRATCH, 0) in changed for changed in written)

@@ -7,8 +7,11 @@ what a capture would refuse: operations that read the device or have a shape tha
 
 from __future__ import annotations
 
+import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -19,8 +22,9 @@ from torch.utils._pytree import tree_leaves
 
 from sera_kernels import AdapterBatch, AdapterTables
 from sera_serve.engine import ServingEngine
+from sera_serve.engine.loop.attention import KeyValuePool
 from sera_serve.engine.loop.pages import PAGE_SIZE
-from sera_serve.engine.loop.static_decode import StaticDecode, StaticKey
+from sera_serve.engine.loop.static_decode import StaticDecode, StaticKey, classes_of
 from sera_serve.engine.request import GenerationRequest
 
 # Sizes of a recorded step: a batch runs in the smallest that holds it.
@@ -95,8 +99,12 @@ class Recording(TorchDispatchMode):
         return results
 
     def _noted(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        recording = threading.get_ident()
+
         def read(*args: Any, **kwargs: Any) -> Any:
-            self.host_reads.append(name)
+            # Threads that load adapters read host memory meanwhile.
+            if threading.get_ident() == recording:
+                self.host_reads.append(name)
             return method(*args, **kwargs)
 
         return read
@@ -105,51 +113,94 @@ class Recording(TorchDispatchMode):
 class Replayed:
     """Decode steps of an engine: the first of each key is recorded, all later ones are its replay.
 
+    With `late`, the device does nothing until the host waits for it, and then no more than it must. What the host
+    changes too early, because it believes that a step has run, changes the step's outcome.
+
     Attributes:
         recordings: By key.
         replays: How many steps were replays.
+        ahead: How many steps were launched before the step before them had been waited for.
         batches: The requests' names and rows, of each step.
     """
 
-    def __init__(self, engine: ServingEngine) -> None:
+    def __init__(self, engine: ServingEngine, late: bool = False) -> None:
         self.recordings: dict[StaticKey, Recording] = {}
-        self.replays = 0
+        self.replays = self.ahead = 0
         self.batches: list[tuple[tuple[str, int], ...]] = []
         self._steps: dict[StaticKey, StaticDecode] = {}
+        self._late = late
+        self._queue: deque[Callable[[], None]] = deque()
         self.runner = engine.runners["generate"].runner
         self._pages = -(-engine._context_tokens // PAGE_SIZE)
-        self.runner.static_step = self.run
+        self._row_tokens = torch.zeros(len(self.runner.tables.pages) + 1, dtype=torch.int64)
+        self.runner.static = self
+        if late:
+            self._keep_in_order(self.runner._pool)
 
-    def run(self, requests: list[GenerationRequest]) -> list[int]:
+    def launch(self, requests: list[GenerationRequest], ahead: int) -> Callable[[], list[int]]:
         key = StaticKey(
             rows=next(rows for rows in _ROWS if rows >= len(requests)),
             pages=self._pages,
-            adapters=any(request.adapter is not None for request in requests),
+            classes=classes_of(requests),
             sampled=any(request.temperature > 0 for request in requests),
             truncated=any(request.has_truncation for request in requests),
         )
         self.batches.append(tuple((request.id, request.row) for request in requests))
+        self.ahead += ahead
         runner = self.runner
-        with torch.inference_mode(False), torch.no_grad():
-            if key in self.recordings:
-                self._steps[key].load(requests, runner.tables)
-                self.recordings[key].replay()
-                self.replays += 1
-            else:
-                step = StaticDecode(runner._model, runner._context, runner._pool, key, runner._rotary)
-                step.load(requests, runner.tables)
-                recording = Recording()
-                with recording.recording():
-                    step.run()
-                self._steps[key], self.recordings[key] = step, recording
-        tokens: list[int] = self._steps[key].next_tokens[: len(requests)].tolist()
-        return tokens
+        if key not in self._steps:
+            with torch.inference_mode(False):
+                self._steps[key] = StaticDecode(
+                    runner._model, runner._context, runner._pool, key, self._row_tokens, runner._rotary
+                )
+        step = self._steps[key]
+        turn = step.stage(requests, runner.tables, ahead)
+        for work in (partial(step.upload, turn), partial(self._run, key), partial(step.download, turn)):
+            self._enqueue(work)
+        done = [False]
+        self._enqueue(lambda: done.__setitem__(0, True))
+
+        def wait() -> list[int]:
+            while not done[0]:
+                self._queue.popleft()()
+            return step.tokens(turn, len(requests))
+
+        return wait
 
     def check(self) -> None:
         """What was recorded can be captured."""
         for key, recording in self.recordings.items():
             assert len(recording.operations) > 20, key
             assert recording.data_dependent == [] and recording.host_reads == [], key
+
+    def _enqueue(self, work: Callable[[], None]) -> None:
+        if self._late:
+            self._queue.append(work)
+        else:
+            work()
+
+    def _run(self, key: StaticKey) -> None:
+        with torch.inference_mode(False), torch.no_grad():
+            if key in self.recordings:
+                self.recordings[key].replay()
+                self.replays += 1
+            else:
+                recording = Recording()
+                with recording.recording():
+                    self._steps[key].run()
+                self.recordings[key] = recording
+
+    def _keep_in_order(self, pool: KeyValuePool) -> None:
+        """Have the rest of the loop's work on the device come after what was launched before it."""
+        clear, run_packed = pool.clear, self.runner._run_packed
+
+        def run_in_order(*args: Any) -> Any:
+            while self._queue:
+                self._queue.popleft()()
+            return run_packed(*args)
+
+        pool.clear = lambda pages: self._enqueue(partial(clear, pages))  # type: ignore[method-assign]
+        self.runner._run_packed = run_in_order  # type: ignore[method-assign]
 
 
 def _tensors(tree: Any) -> list[Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -113,6 +113,30 @@ class StepPlanner:
                 budget -= self._plan_chunk(plan, newcomer, budget)
         return plan if plan.decodes or plan.chunks else None
 
+    def plan_ahead(self, plan: StepPlan, leaving: Collection[GenerationRequest]) -> StepPlan | None:
+        """The step after `plan`, which has decodes alone and whose tokens are not known yet; None if it has to wait.
+
+        It has the same requests, each with one token more, but those that will be finished then. It waits where a
+        newcomer may enter, a page is missing, or a request reaches the rotary threshold.
+
+        Args:
+            plan: The step under way.
+            leaving: Requests of the step that end after it.
+        """
+        if self._rows and self._candidates.first() is not None:
+            return None
+        decodes = [r for r in plan.decodes if len(r.tokens) + 1 < r.limit and r not in leaving]
+        grown = [r for r in decodes if self._needs_page(r, ahead=1)]
+        if not decodes or len(grown) > self.pages.available():
+            return None
+        if self._rotary_side is not None and any(
+            self._rotary_side(len(r.tokens) + 1) != r.rotary_side for r in decodes
+        ):
+            return None
+        for request in grown:
+            request.pages += self.pages.take(1)
+        return StepPlan(decodes=decodes, grown=grown)
+
     def advance(self, request: GenerationRequest, tokens: int) -> None:
         """Note that so many more tokens are in the pool, and let others find the pages that are full now."""
         before, request.computed = request.computed, request.computed + tokens
@@ -167,8 +191,8 @@ class StepPlanner:
         plan.decodes.append(request)
 
     @staticmethod
-    def _needs_page(request: GenerationRequest) -> bool:
-        return request.computed == len(request.pages) * PAGE_SIZE
+    def _needs_page(request: GenerationRequest, ahead: int = 0) -> bool:
+        return request.computed + ahead == len(request.pages) * PAGE_SIZE
 
     @staticmethod
     def _plan_chunk(plan: StepPlan, request: GenerationRequest, budget: int) -> int:

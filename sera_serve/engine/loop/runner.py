@@ -17,11 +17,11 @@ from sera_serve.engine.loop.attention import KeyValuePool, Part, StepContext, de
 from sera_serve.engine.loop.hugging_face import PagedModel
 from sera_serve.engine.loop.pages import PAGE_SIZE, SCRATCH
 from sera_serve.engine.loop.plan import StepPlan
+from sera_serve.engine.loop.row_tables import RowTables
+from sera_serve.engine.loop.static_decode import StaticSteps, classes_of
 from sera_serve.engine.request import GenerationRequest, TokenLogprobs
-from sera_serve.engine.sampling import NO_TOKEN, next_tokens, perturbed_scores, sampling_keys
+from sera_serve.engine.sampling import NO_TOKEN, SamplingRows, choose_tokens, sampling_keys
 from sera_serve.layers import AdapterContext
-
-StaticStep = Callable[[list[GenerationRequest]], list[int]]
 
 
 @dataclass(frozen=True)
@@ -37,48 +37,6 @@ class StepOutcome:
     requests: list[GenerationRequest]
     tokens: list[int]
     overflowed: list[GenerationRequest]
-
-
-class RowTables:
-    """What the loop knows of each running request, by row, as arrays: a decode then costs no work for each request."""
-
-    def __init__(self, rows: int, pages: int) -> None:
-        """For so many requests of at most so many pages."""
-        self.pages = np.zeros((rows, pages), np.int64)
-        self.next_token = np.zeros(rows, np.int64)
-        self.computed = np.zeros(rows, np.int64)
-        self.slot = np.full(rows, NO_ADAPTER, np.int32)
-        self.adapter_from = np.zeros(rows, np.int64)
-        self.temperature = np.zeros(rows, np.float32)
-        self.top_k = np.zeros(rows, np.int32)
-        self.top_p = np.ones(rows, np.float32)
-        self.seed = np.zeros(rows, np.uint64)
-        self.truncates = np.zeros(rows, bool)
-        self.is_long = np.zeros(rows, bool)
-
-    def enter(self, request: GenerationRequest) -> None:
-        """Fill the row of a request that has just got it."""
-        row, pages = request.row, request.pages
-        # Padding repeats the request's own first page: what lies in another's might be NaN.
-        self.pages[row] = pages[0]
-        self.pages[row, : len(pages)] = pages
-        self.slot[row], self.adapter_from[row] = request.adapter_slot, request.adapter_from
-        self.temperature[row], self.top_k[row], self.top_p[row] = request.temperature, request.top_k, request.top_p
-        self.seed[row], self.truncates[row] = request.seed, request.has_truncation
-        self.is_long[row] = request.rotary_side > 0
-
-    def grow(self, request: GenerationRequest) -> None:
-        """Note the last page of a request."""
-        self.pages[request.row, len(request.pages) - 1] = request.pages[-1]
-
-    def decode_slots(self, rows: NDArray[np.int64]) -> NDArray[np.int32]:
-        """int32, the adapter slot of the token that runs next in each row."""
-        return np.where(self.computed[rows] >= self.adapter_from[rows], self.slot[rows], np.int32(NO_ADAPTER))
-
-    def advance(self, request: GenerationRequest) -> None:
-        """Note how far a request is, and the token that runs next."""
-        self.computed[request.row] = request.computed
-        self.next_token[request.row] = request.tokens[request.computed]
 
 
 class PackedStep:
@@ -195,24 +153,45 @@ class StepRunner:
             rotary: Where a base with a rotary threshold reads which tokens of a step are beyond it.
         """
         self.tables = RowTables(rows, max_pages)
-        self.static_step: StaticStep | None = None
-        """Runs a step of decodes alone where it is set: on static buffers, as a graph would."""
+        self.static: StaticSteps | None = None
+        """Runs decodes where it is set: on static buffers, as a graph does."""
         self._model, self._context, self._pool = model, context, pool
         self._rotary = rotary
-        self._compiled = pool.arrays is not None
+        self._compiled = pool.has_paged_decode
 
-    def run(self, plan: StepPlan) -> StepOutcome:
-        """Run a step; nothing of the requests is changed but their log-probabilities."""
+    def launch(self, plan: StepPlan, ahead: int = 0) -> Callable[[], StepOutcome]:
+        """Start a step, and return what waits for it. Nothing of the requests is changed but their log-probabilities.
+
+        Without static steps, the step has ended when this returns.
+
+        Args:
+            plan: The step.
+            ahead: 1 if the tokens that run are those of the step before, which has not been waited for; else 0. Only
+                for plans of which `runs_on_device` is true.
+        """
         self._enter(plan)
-        # A static step hands on no logits.
-        if (
-            self.static_step is not None
-            and not plan.chunks
-            and all(request.logprobs is None for request in plan.decodes)
-        ):
-            return _outcome(plan.decodes, self.static_step(plan.decodes), set(), set())
+        by_graph, others = self._split_decodes(plan)
+        # First: the device runs it while the host is busy with the rest.
+        wait = self.static.launch(by_graph, ahead) if self.static is not None and by_graph else list
+        rest = self._run_packed(plan, others) if others or plan.chunks else StepOutcome([], [], [])
+        if not by_graph:
+            return lambda: rest
+        return lambda: _joined(_outcome(by_graph, wait(), set(), set()), rest)
+
+    def runs_on_device(self, plan: StepPlan) -> bool:
+        """Whether the step needs nothing of the host once it is launched, so that the next one can be launched too."""
+        return not plan.chunks and not self._split_decodes(plan)[1]
+
+    def _split_decodes(self, plan: StepPlan) -> tuple[list[GenerationRequest], list[GenerationRequest]]:
+        """The decodes that static steps run, and the others: a static step hands on no logits."""
+        if self.static is None:
+            return [], plan.decodes
+        others = [request for request in plan.decodes if request.logprobs is not None]
+        return ([r for r in plan.decodes if r.logprobs is None], others) if others else (plan.decodes, [])
+
+    def _run_packed(self, plan: StepPlan, decodes: list[GenerationRequest]) -> StepOutcome:
         packed = PackedStep(self.tables, self._compiled)
-        packed.add_decodes(plan.decodes)
+        packed.add_decodes(decodes)
         # Prompts of one length that begin here are attended in one call.
         for request, count in sorted(plan.chunks, key=lambda chunk: (chunk[0].computed > 0, chunk[1])):
             packed.add_chunk(request, count)
@@ -228,7 +207,7 @@ class StepRunner:
         """Run one token of the base model on the scratch page, and wait for the device.
 
         Returns:
-            float32 (1, vocabulary), the logits; raises what the forward pass raises.
+            (1, vocabulary), the logits; raises what the forward pass raises.
         """
         if self._rotary is not None:
             # Left from a failed step, of another number of tokens.
@@ -246,6 +225,8 @@ class StepRunner:
             self.tables.enter(request)
         for request in plan.grown:
             self.tables.grow(request)
+        if not self._pool.backend.reads_padding:
+            return
         # Of a request's pages only the last is read beyond the request's end.
         partial = [request.pages[-1] for request in plan.grown]
         partial += [request.pages[-1] for request in plan.entered if len(request.tokens) % PAGE_SIZE]
@@ -253,7 +234,7 @@ class StepRunner:
             self._pool.clear(partial)
 
     def _forward(self, packed: PackedStep, keep: list[int] | None) -> Tensor:
-        """float32 logits (kept tokens, vocabulary); with `keep` None, of all tokens."""
+        """Logits (kept tokens, vocabulary) in the model's dtype; with `keep` None, of all tokens."""
         device = self._model.device
         base_only = all((slots == NO_ADAPTER).all() for slots in packed.slots)
         ids, positions, slots, places = (
@@ -263,27 +244,24 @@ class StepRunner:
         # An empty list would make an index of another dtype.
         kept: Tensor | int = 0 if keep is None else torch.tensor(keep, dtype=torch.int64, device=device)
         step = StepContext(self._pool, places, packed.parts)
-        with self._context.run(None if base_only else AdapterBatch(slots)):
+        with self._context.run(None if base_only else AdapterBatch(slots, classes_of(packed.ends))):
             return self._model.logits(ids[None], positions[None], step, kept)
 
     def _sample(self, logits: Tensor, packed: PackedStep) -> list[int]:
-        """A token, or `NO_TOKEN`, for each of the step's `ends`, from float32 (requests, vocabulary) logits."""
+        """A token, or `NO_TOKEN`, for each of the step's `ends`, from logits (requests, vocabulary)."""
         requests = packed.ends
         rows = np.array([request.row for request in requests], np.int64)
-        tables, scores = self.tables, logits
+        tables, drawn = self.tables, None
         if tables.temperature[rows].any():
-            device = logits.device
             lengths = np.array([len(request.tokens) for request in requests], np.uint64)
             keys = sampling_keys(tables.seed[rows], lengths)
-            scores = perturbed_scores(
-                logits,
-                torch.from_numpy(tables.temperature[rows]).to(device),
-                torch.from_numpy(tables.top_k[rows]).to(device),
-                torch.from_numpy(tables.top_p[rows]).to(device),
-                torch.from_numpy(keys).to(device),
-                truncate=bool(tables.truncates[rows].any()),
+            temperature, top_k, top_p, noise = (
+                torch.from_numpy(column).to(logits.device)
+                for column in (tables.temperature[rows], tables.top_k[rows], tables.top_p[rows], keys)
             )
-        tokens: list[int] = next_tokens(scores).tolist()
+            truncate = bool(tables.truncates[rows].any())
+            drawn = SamplingRows(temperature, top_k, top_p, noise, truncate=truncate)
+        tokens: list[int] = choose_tokens(logits, drawn).tolist()
         for index, request in enumerate(requests):
             if request.logprobs is not None and tokens[index] != NO_TOKEN and request not in packed.unfinished:
                 logprobs = _logprobs(logits[index], tokens[index], request.logprobs)
@@ -310,6 +288,12 @@ def _outcome(
     return StepOutcome([request for request, _ in given], [token for _, token in given], list(overflowed))
 
 
+def _joined(first: StepOutcome, second: StepOutcome) -> StepOutcome:
+    return StepOutcome(
+        first.requests + second.requests, first.tokens + second.tokens, first.overflowed + second.overflowed
+    )
+
+
 def _wants_prompt_logprobs(request: GenerationRequest) -> bool:
     return request.prompt_logprobs is not None and len(request.prompt_token_logprobs) < request.prompt_tokens
 
@@ -320,7 +304,7 @@ def _take_prompt_logprobs(
     """Note the log-probabilities of prompts; returns the logits without the rows that were for them alone.
 
     Args:
-        logits: float32 (kept tokens, vocabulary).
+        logits: (kept tokens, vocabulary).
         chunks: Requests, with the first row and the number of rows of each.
         overflowed: Gets the requests with a log-probability that is not finite.
     """
@@ -344,7 +328,7 @@ def _take_prompt_logprobs(
 
 def _logprobs(logits: Tensor, token: int, top: int) -> TokenLogprobs | None:
     """None where a log-probability is not finite."""
-    logprobs = logits.log_softmax(0)
+    logprobs = logits.float().log_softmax(0)
     values, indices = logprobs.topk(min(top, len(logprobs)))
     likeliest = tuple(zip(indices.tolist(), values.tolist(), strict=True))
     logprob = logprobs[token].item()

@@ -15,8 +15,7 @@ from sera_serve.engine.admission import BatchBudget
 from sera_serve.engine.overflow import OverflowReporter, RowGauge
 from sera_serve.engine.request import ClassificationRequest, FinishReason, LabelScores
 from sera_serve.engine.scheduler import Scheduler
-from sera_serve.engine.tasks.runner import TaskRunner, logger
-from sera_serve.errors import EngineUnavailable
+from sera_serve.engine.tasks.runner import TaskRunner, logger, step_failed
 from sera_serve.layers import AdapterContext
 from sera_serve.residency import DevicePool
 
@@ -91,7 +90,7 @@ class ClassificationRunner(TaskRunner[ClassificationRequest]):
             max_wait_s: Seconds after which a row is not passed over any more.
             cpu_threads: Threads of a forward pass on a CPU.
         """
-        super().__init__(scheduler, cpu_threads)
+        super().__init__(scheduler, base.device, cpu_threads)
         self._base = base
         self._context = context
         self._pool = device_pool
@@ -128,7 +127,7 @@ class ClassificationRunner(TaskRunner[ClassificationRequest]):
         except Exception as error:  # noqa: BLE001 - it is told to every request of this pass
             logger.error("a pass of %d rows failed", len(rows), exc_info=error)
             for request in requests:
-                self.end(request, FinishReason.FAILED, EngineUnavailable(f"classification failed: {error}"))
+                self.end(request, FinishReason.FAILED, step_failed(error))
             return True
         overflowed = dict.fromkeys(row.request for row, result in zip(rows, scores, strict=True) if result is None)
         for row, result in zip(rows, scores, strict=True):

@@ -3,21 +3,45 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
 
 import torch
 
 from sera_serve.base import FrozenBase
 from sera_serve.engine.loop.attention import KeyValuePool
+from sera_serve.engine.loop.attention_backend import BackendName, choose_backend
+from sera_serve.engine.loop.fused_attention import fuse_attention
+from sera_serve.engine.loop.graphs import DecodeGraphs
 from sera_serve.engine.loop.hugging_face import PagedModel
 from sera_serve.engine.loop.pages import PAGE_SIZE, PagePool
 from sera_serve.engine.loop.plan import StepPlan, StepPlanner
-from sera_serve.engine.loop.runner import StepRunner
+from sera_serve.engine.loop.runner import StepOutcome, StepRunner
+from sera_serve.engine.memory import DeviceMemory, memory_of
 from sera_serve.engine.overflow import OverflowReporter, expose_overflows
 from sera_serve.engine.request import FinishReason, GenerationRequest
 from sera_serve.engine.scheduler import Scheduler
-from sera_serve.engine.tasks.runner import RunnerLoad, TaskRunner, logger
-from sera_serve.errors import EngineUnavailable
+from sera_serve.engine.tasks.runner import RunnerLoad, TaskRunner, logger, step_failed
 from sera_serve.layers import AdapterContext
+
+
+@dataclass(eq=False)
+class _LaunchedStep:
+    """A step that the device runs, or has run.
+
+    Attributes:
+        plan: What it runs.
+        wait: Waits for it.
+        leaving: Its requests that end once it has run: no lease, row or page that it uses is given back before.
+    """
+
+    plan: StepPlan
+    wait: Callable[[], StepOutcome]
+    leaving: dict[GenerationRequest, tuple[FinishReason, Exception | None]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.requests = frozenset(self.plan.requests())
 
 
 class GenerationRunner(TaskRunner[GenerationRequest]):
@@ -30,11 +54,13 @@ class GenerationRunner(TaskRunner[GenerationRequest]):
         base: FrozenBase,
         context: AdapterContext,
         scheduler: Scheduler[GenerationRequest],
+        memory: DeviceMemory,
         *,
-        kv_cache_tokens: int,
         max_batch_tokens: int,
         max_sequences: int,
         cpu_threads: int,
+        cuda_graphs: bool = True,
+        attention: BackendName = "auto",
     ) -> None:
         """Allocate the cache, without starting.
 
@@ -42,18 +68,26 @@ class GenerationRunner(TaskRunner[GenerationRequest]):
             base: A decoder with serving layers attached, for this object's use alone.
             context: The serving layers' context.
             scheduler: This runner's own from now on.
-            kv_cache_tokens: Size of the paged cache.
+            memory: Says how large the paged cache may be.
             max_batch_tokens: The most tokens of one forward pass; longer prompts are prefilled in chunks.
             max_sequences: The most requests of one forward pass.
             cpu_threads: Threads of a forward pass on a CPU.
+            cuda_graphs: Whether decode steps on a GPU are captured as graphs.
+            attention: What computes attention.
 
         Raises:
-            InvalidConfiguration: The base's architecture cannot be served.
+            InvalidConfiguration: The base's architecture cannot be served, or there is no such attention.
         """
-        super().__init__(scheduler, cpu_threads)
-        pages = max(1, -(-kv_cache_tokens // PAGE_SIZE))
+        super().__init__(scheduler, base.device, cpu_threads)
         paged = PagedModel(base.model)
-        pool = KeyValuePool(paged.shapes, pages, paged.dtype, paged.device)
+        backend = choose_backend(attention, paged.device)
+        widest = max((max(shape) for shape in base.module_shapes().values()), default=base.hidden_size)
+        vocabulary = base.model.config.get_text_config().vocab_size
+        self.cache_tokens = memory.cache_tokens(paged.bytes_per_token, widest, vocabulary)
+        pages = max(1, -(-self.cache_tokens // PAGE_SIZE))
+        with memory_of("the KV cache", "kv_cache_tokens"):
+            pool = KeyValuePool(paged.shapes, pages, paged.dtype, paged.device, backend)
+        self._cache_bytes = pool.nbytes
         self.planner = StepPlanner(
             PagePool(pages),
             scheduler,
@@ -64,17 +98,34 @@ class GenerationRunner(TaskRunner[GenerationRequest]):
         max_pages = min(pages, -(-base.max_length // PAGE_SIZE))
         self.runner = StepRunner(paged, context, pool, self.planner.num_rows, max_pages, base.rotary_context)
         self.steps = 0
+        self._next: _LaunchedStep | None = None
         self._overflows = OverflowReporter()
-        # A base that cannot be served is refused now, not in its first step.
-        with torch.inference_mode():
+        # What was allocated so far was cleared on another stream.
+        if base.device.type == "cuda":
+            torch.cuda.synchronize(base.device)
+        with torch.inference_mode(), self.on_stream():
+            if backend.has_paged_decode:
+                # Imported here, because a CPU needs no Triton.
+                from sera_kernels.rotary import rotate_and_write
+
+                fuse_attention(paged, backend, rotate_and_write)
+            # A base that cannot be served is refused now, not in its first step.
             expose_overflows(base.model, self.runner.probe)
             self.runner.probe()
+            if base.device.type == "cuda" and cuda_graphs:
+                graphs = DecodeGraphs(paged, context, pool, self.runner.tables, base.rotary_context)
+                graphs.capture_all()
+                self.runner.static = graphs
 
     def load(self) -> RunnerLoad:
         """What there is to do, and the pages in use."""
         pages, scheduler = self.planner.pages, self.scheduler
         in_use = pages.count - pages.available()
         return RunnerLoad(scheduler.waiting(), scheduler.running(), scheduler.preemptions, (in_use, pages.count))
+
+    def device_bytes(self) -> dict[str, int]:
+        """The paged cache."""
+        return {"KV cache": self._cache_bytes}
 
     def in_batch(self) -> list[GenerationRequest]:
         """The requests in the batch."""
@@ -85,32 +136,85 @@ class GenerationRunner(TaskRunner[GenerationRequest]):
         self.planner.remove(request)
 
     def step(self) -> bool:
-        """Plan a step, run it, hand on what it gave."""
-        plan = self.planner.plan()
-        self.scheduler.hint_new()
+        """Launch a step and hand on what it gave; launch the next one meanwhile, where the device runs alone."""
+        step, self._next = self._next, None
+        if step is None:
+            plan = self.planner.plan()
+            self.scheduler.hint_new()
+            if plan is None:
+                return False
+            self.steps += 1
+            try:
+                step = _LaunchedStep(plan, self.runner.launch(plan))
+            except Exception as error:  # noqa: BLE001 - it is told to every request of the step
+                self._fail(plan, error)
+                return True
+        self._launch_ahead(step)
+        self._finish(step)
+        return True
+
+    def end(self, request: GenerationRequest, reason: FinishReason, error: Exception | None = None) -> None:
+        """Finish a running request: now, or after the step under way, which reads its adapter and writes its pages."""
+        if self._next is not None and request in self._next.requests:
+            self._next.leaving.setdefault(request, (reason, error))
+        else:
+            super().end(request, reason, error)
+
+    def settle(self) -> None:
+        """Wait for the step under way, and end the requests that were to end after it."""
+        step, self._next = self._next, None
+        if step is not None:
+            # Its error, if any, is that of the device, which the next step or the probe meets too.
+            with suppress(Exception):
+                step.wait()
+            for request, (reason, error) in step.leaving.items():
+                self.end(request, reason, error)
+
+    def _launch_ahead(self, step: _LaunchedStep) -> None:
+        """Launch the step after `step` before its tokens are known, if nothing has to come between the two."""
+        if self._stopping or self._cancelled or not self.runner.runs_on_device(step.plan):
+            return
+        plan = self.planner.plan_ahead(step.plan, step.leaving)
         if plan is None:
-            return False
-        self.steps += 1
+            return
         try:
-            outcome = self.runner.run(plan)
+            self._next = _LaunchedStep(plan, self.runner.launch(plan, ahead=1))
+            self.steps += 1
+        except Exception:  # noqa: BLE001 - it is met again, and told to the requests, when the step's turn comes
+            logger.exception("a step could not be launched ahead; it is tried again after the step under way")
+
+    def _finish(self, step: _LaunchedStep) -> None:
+        """Wait for a step, and hand on what it gave."""
+        plan = step.plan
+        try:
+            outcome = step.wait()
         except Exception as error:  # noqa: BLE001 - it is told to every request of the step
+            self.settle()
             self._fail(plan, error)
-            return True
+            return
+        for request, (reason, cause) in step.leaving.items():
+            self.end(request, reason, cause)
         if outcome.overflowed:
             # Before their pages are published: these hold keys and values that are not finite.
             for request in outcome.overflowed:
-                self.end(request, FinishReason.FAILED, self._overflows.error(request))
-            plan.remove(outcome.overflowed)
+                if request not in step.leaving:
+                    self.end(request, FinishReason.FAILED, self._overflows.error(request))
+        if outcome.overflowed or step.leaving:
+            plan.remove([*outcome.overflowed, *step.leaving])
         for request in plan.decodes:
             self.planner.advance(request, 1)
         for request, count in plan.chunks:
             self.planner.advance(request, count)
             if request.computed < len(request.tokens):
                 self.runner.tables.advance(request)
-        self.scheduler.charge(outcome.requests)
-        for request, token in zip(outcome.requests, outcome.tokens, strict=True):
+        given = [
+            (request, token)
+            for request, token in zip(outcome.requests, outcome.tokens, strict=True)
+            if request not in step.leaving
+        ]
+        self.scheduler.charge([request for request, _ in given])
+        for request, token in given:
             self._hand_on(request, token)
-        return True
 
     def _hand_on(self, request: GenerationRequest, token: int) -> None:
         request.tokens.append(token)
@@ -131,4 +235,5 @@ class GenerationRunner(TaskRunner[GenerationRequest]):
         # Before the leases end: the probe waits for the device, which may still use their slots.
         self.runner.probe()
         for request in plan.requests():
-            self.end(request, FinishReason.FAILED, EngineUnavailable(str(error)))
+            if not request.is_finished:
+                self.end(request, FinishReason.FAILED, step_failed(error))

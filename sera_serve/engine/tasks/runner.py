@@ -7,6 +7,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -48,15 +49,17 @@ class TaskRunner(ABC, Generic[R]):
 
     task: Task
 
-    def __init__(self, scheduler: Scheduler[R], cpu_threads: int) -> None:
+    def __init__(self, scheduler: Scheduler[R], device: torch.device, cpu_threads: int) -> None:
         """Set up without starting.
 
         Args:
             scheduler: This runner's own from now on.
+            device: Where its steps run.
             cpu_threads: Threads of a forward pass on a CPU.
         """
         self.scheduler = scheduler
         self._cpu_threads = cpu_threads
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         # A deque needs no lock for one end each.
         self._cancelled: deque[tuple[R, FinishReason, Exception | None]] = deque()
         self._wake = threading.Event()
@@ -76,6 +79,13 @@ class TaskRunner(ABC, Generic[R]):
     @abstractmethod
     def remove(self, request: R) -> None:
         """Take a running request out of the batch; between two steps."""
+
+    def device_bytes(self) -> dict[str, int]:
+        """Device memory that this runner keeps, by what it is for."""
+        return {}
+
+    def settle(self) -> None:
+        """Wait until no step runs on the device. A runner whose steps have ended when they return has nothing to do."""
 
     def start(self) -> None:
         """Start the thread."""
@@ -122,11 +132,20 @@ class TaskRunner(ABC, Generic[R]):
         self.remove(request)
         self.scheduler.finish(request, reason, error)
 
+    def on_stream(self) -> AbstractContextManager[object]:
+        """Within the block, this thread's work on a GPU is in the order of the runner's own stream.
+
+        The runners' streams and the one that copies adapters are not ordered among each other: adapters are leased only
+        once the host has seen that they are on the device, and leases end only once the host has seen that the steps
+        with them have ended. Nothing else is shared and written.
+        """
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
     def _run(self) -> None:
         # torch keeps the number by thread.
         torch.set_num_threads(self._cpu_threads)
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), self.on_stream():
                 while not self._stopping:
                     self._wake.clear()
                     self._take_news()
@@ -140,6 +159,7 @@ class TaskRunner(ABC, Generic[R]):
             logger.exception("the %s loop stopped", self.task)
         finally:
             self.scheduler.close()
+            self.settle()
             for request in self.in_batch():
                 self.end(request, FinishReason.FAILED, EngineUnavailable(self._failure or "the engine is stopping"))
 
@@ -149,3 +169,15 @@ class TaskRunner(ABC, Generic[R]):
             # It may have ended, or been preempted, since.
             if not self.scheduler.cancel(request, reason, error):
                 self.end(request, reason, error)
+
+
+def step_failed(error: Exception) -> EngineUnavailable:
+    """What the clients of a failed step are told."""
+    if isinstance(error, torch.OutOfMemoryError):
+        # What torch holds in pieces may be of use as a whole.
+        torch.cuda.empty_cache()
+        return EngineUnavailable(
+            f"the device's memory was too small for this step: {str(error).splitlines()[0]}; send the request "
+            "again, or serve with a smaller max_batch_tokens, max_sequences or gpu_memory_fraction"
+        )
+    return EngineUnavailable(f"the step failed: {error}")

@@ -1,0 +1,133 @@
+"""Decode steps as CUDA graphs: captured once for each key, replayed with other contents of the buffers.
+
+Everything is in the order of one stream: the thread's current one, on which eager steps run too. A launch copies the
+staged inputs, replays the graph, copies the tokens back and records an event. The host waits for the event alone, so it
+can stage and launch the next step meanwhile.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from sera_kernels import ShapeClasses
+from sera_serve.base import RotaryContext
+from sera_serve.engine.loop.attention import KeyValuePool
+from sera_serve.engine.loop.hugging_face import PagedModel
+from sera_serve.engine.loop.row_tables import RowTables
+from sera_serve.engine.loop.static_decode import StaticDecode, StaticKey, classes_of
+from sera_serve.engine.request import GenerationRequest
+from sera_serve.layers import AdapterContext
+
+logger = logging.getLogger("sera_serve.engine")
+
+# Steps before a capture, in which libraries start, kernels are compiled, and torch's allocator settles.
+_WARM_UP_RUNS = 2
+# SeRA with segments of rank 1, up to rank 64: captured at start.
+_FIRST_CLASSES = ShapeClasses(single=64)
+
+
+def row_buckets(most: int) -> list[int]:
+    """Sizes of captured steps, ascending: the padding of a batch is below a third, and below 32 rows."""
+    sizes = [1, 2, 4, 8, *range(16, 65, 8), *range(96, most, 32)]
+    return [size for size in sizes if size < most] + [most]
+
+
+class DecodeGraphs:
+    """The graphs of one model; `sera_serve.engine.loop.static_decode.StaticSteps` on a GPU."""
+
+    def __init__(
+        self,
+        model: PagedModel,
+        context: AdapterContext,
+        pool: KeyValuePool,
+        tables: RowTables,
+        rotary: RotaryContext | None = None,
+    ) -> None:
+        """Set up without capturing.
+
+        Args:
+            model: The decoder, on a CUDA device.
+            context: The context of its serving layers.
+            pool: Keys and values.
+            tables: Of the running requests.
+            rotary: See `StaticDecode`.
+        """
+        self._make = partial(StaticDecode, model, context, pool, rotary=rotary)
+        self._tables = tables
+        rows, self._pages = tables.pages.shape
+        self._row_tokens = torch.zeros(rows + 1, dtype=torch.int64, device=model.device)
+        self._buckets = row_buckets(rows)
+        # Further kinds are captured when the first step has them.
+        self._captured = [_FIRST_CLASSES, ShapeClasses()]
+        self._graphs: dict[StaticKey, tuple[StaticDecode, torch.cuda.CUDAGraph]] = {}
+        # One pool of memory for all graphs: they never run at the same time.
+        self._memory = torch.cuda.graph_pool_handle()
+
+    def capture_all(self) -> None:
+        """Capture what requests will need, the largest first, so that the smaller ones fit its memory."""
+        started = time.monotonic()
+        for rows in reversed(self._buckets):
+            for classes in self._captured:
+                for sampled, truncated in ((True, True), (True, False), (False, False)):
+                    self._graph(StaticKey(rows, self._pages, classes, sampled, truncated))
+        took = time.monotonic() - started
+        logger.info("captured %d decode graphs in %.1f s", len(self._graphs), took)
+
+    def launch(self, requests: list[GenerationRequest], ahead: int) -> Callable[[], list[int]]:
+        """Start a step; see `StaticSteps.launch`."""
+        step, graph = self._graph(self._key(requests))
+        turn = step.stage(requests, self._tables, ahead)
+        step.upload(turn)
+        graph.replay()
+        step.download(turn)
+        done = torch.cuda.Event()
+        done.record()
+
+        def wait() -> list[int]:
+            done.synchronize()
+            return step.tokens(turn, len(requests))
+
+        return wait
+
+    def _key(self, requests: list[GenerationRequest]) -> StaticKey:
+        return StaticKey(
+            rows=next(size for size in self._buckets if size >= len(requests)),
+            pages=self._pages,
+            classes=self._covering(classes_of(requests)),
+            sampled=any(request.temperature > 0 for request in requests),
+            truncated=any(request.has_truncation for request in requests),
+        )
+
+    def _covering(self, wanted: ShapeClasses) -> ShapeClasses:
+        """The least of the captured kinds of shapes that covers the wanted ones; these themselves if there is none."""
+        if not wanted.width:
+            return wanted
+        covering = [classes for classes in self._captured if classes | wanted == classes]
+        if not covering:
+            self._captured.append(wanted)
+            return wanted
+        return min(covering, key=lambda classes: (classes.whole, classes.segmented, classes.single))
+
+    def _graph(self, key: StaticKey) -> tuple[StaticDecode, torch.cuda.CUDAGraph]:
+        if key not in self._graphs:
+            step = self._make(key=key, row_tokens=self._row_tokens)
+            # Padding alone, so that nothing but the scratch page is written.
+            step.upload(step.stage([], self._tables))
+            for _ in range(_WARM_UP_RUNS):
+                step.run()
+            torch.cuda.current_stream().synchronize()
+            graph = torch.cuda.CUDAGraph()
+            # Not by `torch.cuda.graph`, which collects garbage each time: that takes longer than the capture. Other
+            # threads may allocate memory and wait for the device meanwhile.
+            graph.capture_begin(self._memory, capture_error_mode="thread_local")
+            try:
+                step.run()
+            finally:
+                graph.capture_end()
+            self._graphs[key] = step, graph
+        return self._graphs[key]

@@ -1,0 +1,106 @@
+"""How a device's memory is divided: the base's weights, the adapters' pool, the KV cache, and room for the steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from sera_serve.config import ServeSettings
+from sera_serve.errors import InvalidConfiguration
+
+MEBIBYTE = 1 << 20
+GIBIBYTE = 1 << 30
+
+# On a CPU, where the machine's memory is not the server's alone, sizes are fixed.
+_CPU_POOL_MIB = 256
+_CPU_CACHE_TOKENS = 32768
+# Of what the weights leave. Adapters are small beside keys and values: a fifth of 80 GB holds 2,000 of Llama-3-8B's.
+_POOL_SHARE = 0.2
+# For the libraries' work space, the graphs, and fragments.
+_STEP_BYTES = GIBIBYTE
+# Tensors of a step's largest width, and of its logits, that are there at the same time.
+_WIDE_TENSORS = 4
+_LOGITS_TENSORS = 4
+
+
+class DeviceMemory:
+    """Sizes of the parts of one device's memory, in the order in which they are allocated.
+
+    What a setting fixes is as it says. The rest is divided by `gpu_memory_fraction` on a GPU, and fixed on a CPU.
+    """
+
+    def __init__(self, settings: ServeSettings, device: torch.device) -> None:
+        """Plan for a device on which the base's weights are already."""
+        self._settings = settings
+        self._device = device
+
+    def pool_bytes(self) -> int:
+        """Size of the adapters' pool, before the KV cache is allocated.
+
+        Raises:
+            InvalidConfiguration: The weights leave no memory.
+        """
+        if self._settings.pool_mib is not None:
+            return self._settings.pool_mib * MEBIBYTE
+        if self._device.type != "cuda":
+            return _CPU_POOL_MIB * MEBIBYTE
+        return max(MEBIBYTE, int(self._left("the adapters' pool") * _POOL_SHARE))
+
+    def cache_tokens(self, bytes_per_token: int, widest: int, vocabulary: int) -> int:
+        """Tokens of the KV cache, after the pool is allocated.
+
+        Args:
+            bytes_per_token: Keys and values of one token in all layers.
+            widest: The largest width of a layer's output, elements.
+            vocabulary: The number of tokens that there are.
+
+        Raises:
+            InvalidConfiguration: The weights and the pool leave no memory.
+        """
+        settings = self._settings
+        if settings.kv_cache_tokens is not None:
+            return settings.kv_cache_tokens
+        if self._device.type != "cuda":
+            return _CPU_CACHE_TOKENS
+        steps = _STEP_BYTES + settings.max_batch_tokens * widest * 4 * _WIDE_TENSORS
+        steps += settings.max_sequences * vocabulary * 4 * _LOGITS_TENSORS
+        tokens = (self._left("the KV cache") - steps) // bytes_per_token
+        if tokens < settings.max_batch_tokens:
+            raise self._too_little("the KV cache")
+        return int(tokens)
+
+    def _left(self, wanted: str) -> int:
+        """Bytes of the fraction that are not in use, by this process or by others."""
+        free, total = torch.cuda.mem_get_info(self._device)
+        # Blocks that torch holds without using them are free for what comes.
+        free += torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
+        left = int(free - total * (1 - self._settings.gpu_memory_fraction))
+        if left <= 0:
+            raise self._too_little(wanted)
+        return left
+
+    def _too_little(self, wanted: str) -> InvalidConfiguration:
+        free, total = torch.cuda.mem_get_info(self._device)
+        return InvalidConfiguration(
+            f"no memory of {self._device} is left for {wanted}: {(total - free) / GIBIBYTE:.1f} of "
+            f"{total / GIBIBYTE:.1f} GiB are in use, and gpu_memory_fraction is {self._settings.gpu_memory_fraction}; "
+            "raise it, lower pool_mib, or serve a smaller base",
+            param="gpu_memory_fraction",
+        )
+
+
+@contextmanager
+def memory_of(what: str, param: str) -> Iterator[None]:
+    """Say what did not fit, and which setting makes it smaller, where an allocation in the block fails.
+
+    Raises:
+        InvalidConfiguration: The device has too little memory.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise InvalidConfiguration(
+            f"{what} does not fit on the device: {str(error).splitlines()[0]}; lower {param}", param=param
+        ) from error

@@ -1,0 +1,90 @@
+"""How a device's memory is divided, with a GPU's figures made up."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sera_serve.config import ServeSettings
+from sera_serve.engine.memory import GIBIBYTE, MEBIBYTE, DeviceMemory, memory_of
+from sera_serve.engine.tasks.runner import step_failed
+from sera_serve.errors import InvalidConfiguration
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+# A token of Llama-3-8B in bfloat16, its largest width, its vocabulary.
+LLAMA = (128 * 1024, 14336, 128256)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """Sizes in GiB, which the test may change."""
+    sizes = {"free": 64.0, "total": 80.0, "reserved": 16.0, "allocated": 16.0}
+    monkeypatch.setattr(
+        torch.cuda, "mem_get_info", lambda device: (int(sizes["free"] * GIBIBYTE), int(sizes["total"] * GIBIBYTE))
+    )
+    for name in ("reserved", "allocated"):
+        monkeypatch.setattr(torch.cuda, f"memory_{name}", lambda device, name=name: int(sizes[name] * GIBIBYTE))
+    return sizes
+
+
+def test_a_cpu_has_fixed_sizes() -> None:
+    memory = DeviceMemory(ServeSettings(), CPU)
+    assert memory.pool_bytes() == 256 * MEBIBYTE
+    assert memory.cache_tokens(*LLAMA) == 32768
+
+
+def test_settings_win(gpu: dict[str, float]) -> None:
+    for device in (CPU, GPU):
+        memory = DeviceMemory(ServeSettings(pool_mib=7, kv_cache_tokens=640), device)
+        assert (memory.pool_bytes(), memory.cache_tokens(*LLAMA)) == (7 * MEBIBYTE, 640)
+
+
+def test_a_gpu_is_used_up_to_the_fraction(gpu: dict[str, float]) -> None:
+    memory = DeviceMemory(ServeSettings(gpu_memory_fraction=0.9), GPU)
+    pool = memory.pool_bytes()
+    # Of 80 GiB the server may use 72, and the weights take 16.
+    assert pool == int(0.2 * 56 * GIBIBYTE)
+    gpu["free"] -= pool / GIBIBYTE
+    tokens = memory.cache_tokens(*LLAMA)
+    left = 72 - 16 - pool / GIBIBYTE - tokens * LLAMA[0] / GIBIBYTE
+    assert 1 < left < 2, "room for the steps is left"
+    gpu["free"] -= 30
+    assert memory.cache_tokens(*LLAMA) < tokens - 200_000, "what others use is not there"
+
+
+def test_memory_that_torch_holds_unused_is_free(gpu: dict[str, float]) -> None:
+    before = DeviceMemory(ServeSettings(), GPU).pool_bytes()
+    gpu["free"] -= 10
+    gpu["reserved"] += 10
+    assert DeviceMemory(ServeSettings(), GPU).pool_bytes() == before
+
+
+@pytest.mark.parametrize(("free", "fraction"), [(0.5, 0.9), (8.0, 0.9), (40.0, 0.4)])
+def test_too_little_memory_is_refused_by_name(gpu: dict[str, float], free: float, fraction: float) -> None:
+    gpu["free"] = free
+    memory = DeviceMemory(ServeSettings(gpu_memory_fraction=fraction), GPU)
+    with pytest.raises(InvalidConfiguration, match="raise it, lower pool_mib, or serve a smaller base") as refusal:
+        memory.pool_bytes()
+    assert refusal.value.param == "gpu_memory_fraction" and f"{80 - free:.1f} of 80.0 GiB" in refusal.value.message
+
+
+def test_a_cache_smaller_than_a_step_is_refused(gpu: dict[str, float]) -> None:
+    gpu["free"] = 9.2
+    with pytest.raises(InvalidConfiguration, match="for the KV cache"):
+        DeviceMemory(ServeSettings(), GPU).cache_tokens(*LLAMA)
+
+
+def test_an_allocation_that_fails_names_its_setting() -> None:
+    with (
+        pytest.raises(InvalidConfiguration, match=r"the KV cache does not fit .* 9 GiB; lower kv_cache_tokens"),
+        memory_of("the KV cache", "kv_cache_tokens"),
+    ):
+        raise torch.OutOfMemoryError("Tried to allocate 9 GiB\nand much more text")
+
+
+def test_a_step_without_memory_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    emptied = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(True))
+    assert "smaller max_batch_tokens" in step_failed(torch.OutOfMemoryError("Tried to allocate")).message
+    assert emptied
+    assert step_failed(RuntimeError("odd")).message == "the step failed: odd"
