@@ -9,8 +9,8 @@ import pytest
 
 pytest.importorskip("triton")
 
-from benchmarks.gpu_setting import SectionSkipped
-from benchmarks.gpu_vllm import FILES, FOLDER, load_vllm_kernels
+from benchmarks.gpu.setting import SectionSkipped
+from benchmarks.gpu.vllm import FILES, FOLDER, load_vllm_kernels
 
 
 def vllm_tree(folder: Path, shrink: str) -> Path:

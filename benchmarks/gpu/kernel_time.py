@@ -1,4 +1,4 @@
-"""Section 2: one launch at Llama-3-8B shapes, beside its byte bound and beside LoRA computed by others.
+"""One launch at Llama-3-8B shapes, beside its byte bound and beside LoRA computed by others.
 
 Operands rotate from launch to launch over three times the second-level cache where memory allows, so that activations
 and factors come from memory, as the bound counts them; a row whose operands stay in the cache says so.
@@ -6,14 +6,14 @@ and factors come from memory, as the bound counts them; a row whose operands sta
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_lora_peers import LoraFactors, adapter_loop, gathered_bmm, peers_disagree, vllm_kernels
-from benchmarks.gpu_operands import (
+from benchmarks.gpu.lora_peers import LoraFactors, adapter_loop, gathered_bmm, peers_disagree, vllm_kernels
+from benchmarks.gpu.operands import (
     Activations,
     Member,
     activation_bytes,
@@ -22,9 +22,9 @@ from benchmarks.gpu_operands import (
     spread,
     uniform_pool,
 )
-from benchmarks.gpu_setting import Row, SectionSkipped, Setting
-from benchmarks.gpu_timing import Timed, interleaved
-from benchmarks.gpu_vllm import VllmKernels, load_vllm_kernels
+from benchmarks.gpu.setting import Row, SectionSkipped, Setting
+from benchmarks.gpu.timing import Timed, interleaved
+from benchmarks.gpu.vllm import VllmKernels, load_vllm_kernels
 from sera_kernels import AdapterBatch, AdapterTables
 
 DTYPE = torch.bfloat16
@@ -67,6 +67,24 @@ class Point:
         return moved + factor_bytes(member, self.adapters, self.d_in, self.d_outs, DTYPE.itemsize)
 
 
+@dataclass(frozen=True)
+class Peers:
+    """The ways of others to compute LoRA; vLLM's kernels where there are any."""
+
+    vllm: VllmKernels | None
+
+    def launches(self, activations: Activations, slots: Tensor, factors: LoraFactors, count: int) -> dict[str, Timed]:
+        """What is timed, by name; graphs of up to `count` launches."""
+        found = {}
+        if self.vllm is not None:
+            found["vllm"] = Timed(vllm_kernels(self.vllm, activations, slots, factors), count)
+        a, b = factors.of(0)[0]
+        if len(slots) * (a[0].numel() + b[0].numel()) * a.element_size() <= GATHER_LIMIT:
+            found["bmm"] = Timed(gathered_bmm(activations, slots, factors), min(count, 16))
+        found["loop"] = Timed(adapter_loop(activations, slots, factors), min(count, 4))
+        return found
+
+
 def load_peer(setting: Setting) -> tuple[VllmKernels | None, str | None]:
     """vLLM's kernels, or why there are none."""
     if setting.peer_kernels is None:
@@ -84,26 +102,33 @@ def load_peer(setting: Setting) -> tuple[VllmKernels | None, str | None]:
     return (None, f"its kernels answer differently: {wrong}") if wrong else (kernels, None)
 
 
-def time_kernels(setting: Setting, bandwidth: float, empty_us: float) -> Iterator[Row]:
-    """Rows of every system at every point; points that time did not allow are rows too, without a figure."""
+def time_kernel(setting: Setting) -> Iterator[Row]:
+    """Rows of this project's kernel at every point."""
+    return _time(setting, MEMBERS, None)
+
+
+def time_peers(setting: Setting) -> Iterator[Row]:
+    """Rows of LoRA as others compute it, beside SeRA r=64 at the same points."""
     kernels, why_not = load_peer(setting)
     if why_not:
-        setting.say(f"vLLM's kernels: {why_not}")
         yield {"system": "vllm", "status": "skipped", "reason": why_not}
-    points = _points(setting)
-    for i, point in enumerate(points):
+    yield from _time(setting, MEMBERS[:1], Peers(kernels))
+
+
+def _time(setting: Setting, members: Sequence[Member], peers: Peers | None) -> Iterator[Row]:
+    """Rows by system and point; points that time did not allow are rows too, without a figure."""
+    figures = setting.figure("memory_bytes_per_s"), setting.figure("empty_launch_us")
+    for point in _points(setting):
         if setting.out_of_time():
-            yield {**point.row, "status": "not reached"}
+            yield {**point.row, "missing": "not reached"}
             continue
         try:
-            yield from _point_rows(setting, point, kernels, bandwidth, empty_us)
+            yield from _point_rows(setting, point, members, peers, *figures)
         except torch.OutOfMemoryError as error:
-            yield {**point.row, "status": "failed", "reason": str(error).splitlines()[0]}
+            yield {**point.row, "missing": str(error).splitlines()[0]}
         if setting.on_gpu:
             # The graphs' own memory, which the next point cannot use otherwise.
             torch.cuda.empty_cache()
-        if i % 10 == 0:
-            setting.say(f"kernel time: {i + 1} of {len(points)} points")
 
 
 def _points(setting: Setting) -> list[Point]:
@@ -113,9 +138,14 @@ def _points(setting: Setting) -> list[Point]:
 
 
 def _point_rows(
-    setting: Setting, point: Point, kernels: VllmKernels | None, bandwidth: float, empty_us: float
+    setting: Setting,
+    point: Point,
+    chosen: Sequence[Member],
+    peers: Peers | None,
+    bandwidth: float,
+    empty_us: float,
 ) -> list[Row]:
-    cases, members = _cases(setting, point, kernels)
+    cases, members = _cases(setting, point, chosen, peers)
     times = interleaved(setting, cases)
     rows = []
     for name, us in times.items():
@@ -128,37 +158,34 @@ def _point_rows(
     return rows
 
 
-def _cases(setting: Setting, point: Point, kernels: VllmKernels | None) -> tuple[dict[str, Timed], dict[str, Member]]:
+def _cases(
+    setting: Setting, point: Point, chosen: Sequence[Member], peers: Peers | None
+) -> tuple[dict[str, Timed], dict[str, Member]]:
     """What is timed at a point, and the member of the family that each computes."""
     cases: dict[str, Timed] = {}
     members: dict[str, Member] = {}
     slots = spread(point.tokens, point.adapters, setting.device)
     batch = AdapterBatch(slots)
-    most = max(_sets(setting, point, member) for member in MEMBERS)
+    loras = [Member(rank, 1, False) for rank in LORA_RANKS] if peers else []
+    most = max(_sets(setting, point, member) for member in (*chosen, *loras))
     activations = Activations.make(most, point.tokens, point.d_in, point.d_outs, DTYPE, setting.device)
     least_launches = 2 if setting.small else 4 if point.tokens > 256 else 16
-    for member in MEMBERS:
+    for member in chosen:
         sets = _sets(setting, point, member)
         shapes = [(point.d_in, d_out) for d_out in point.d_outs] * sets
         pool, tables = uniform_pool(shapes, point.adapters, member, DTYPE, setting.device)
         launch = sera_launch(setting.operation[1], activations, batch, pool, tables)
         cases[member.name], members[member.name] = Timed(launch, max(sets, least_launches)), member
-        if member == MEMBERS[0] and (point.d_in, point.d_outs) == SHAPES[0]:
+        if member == MEMBERS[0] and peers is None and (point.d_in, point.d_outs) == SHAPES[0]:
             name = f"{member.name} + batch"
             cases[name], members[name] = Timed(_with_batch(setting, activations, slots, pool, tables), sets), member
-    for rank in LORA_RANKS:
-        member = Member(rank, 1, False)
-        sets = _sets(setting, point, member)
-        factors = LoraFactors.make(sets, point.adapters, rank, point.d_in, point.d_outs, activations.x)
-        launches = max(sets, least_launches)
-        if kernels is not None:
-            launch = vllm_kernels(kernels, activations, slots, factors)
-            cases[f"lora r={rank} vllm"] = Timed(launch, launches)
-        gathered = point.tokens * (point.d_in + max(point.d_outs)) * rank * DTYPE.itemsize
-        if gathered <= GATHER_LIMIT:
-            cases[f"lora r={rank} bmm"] = Timed(gathered_bmm(activations, slots, factors), min(launches, 16))
-        cases[f"lora r={rank} loop"] = Timed(adapter_loop(activations, slots, factors), min(launches, 4))
-        members |= {name: member for name in cases if name.startswith(f"lora r={rank} ")}
+    if peers is not None:
+        for member in loras:
+            sets = _sets(setting, point, member)
+            factors = LoraFactors.make(sets, point.adapters, member.rank, point.d_in, point.d_outs, activations.x)
+            made = peers.launches(activations, slots, factors, max(sets, least_launches))
+            cases |= {f"lora r={member.rank} {name}": timed for name, timed in made.items()}
+            members |= {f"lora r={member.rank} {name}": member for name in made}
     return cases, members
 
 

@@ -6,11 +6,11 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import torch
 
-from benchmarks.gpu_setting import Setting
+from benchmarks.gpu.setting import Setting
 
 ROUNDS = 7
 Launch = Callable[[int], object]
@@ -29,7 +29,19 @@ class Timed:
     launches: int
 
 
-def capture(step: Callable[[], None]) -> torch.cuda.CUDAGraph:
+@dataclass(frozen=True)
+class Captured:
+    """A CUDA graph, and what was captured: a graph itself does not keep the tensors that it reads and writes."""
+
+    graph: torch.cuda.CUDAGraph
+    step: Callable[[], None]
+
+    def replay(self) -> None:
+        """Run the step again, with other contents of its tensors."""
+        self.graph.replay()
+
+
+def capture(step: Callable[[], None]) -> Captured:
     """Record `step` in a CUDA graph, after two runs in which Triton compiles and libraries start.
 
     `torch.cuda.graph` would collect garbage each time, which takes longer than most of what is measured here.
@@ -46,7 +58,7 @@ def capture(step: Callable[[], None]) -> torch.cuda.CUDAGraph:
         finally:
             graph.capture_end()
     torch.cuda.synchronize()
-    return graph
+    return Captured(graph, step)
 
 
 @cache
@@ -68,16 +80,12 @@ def interleaved(setting: Setting, cases: Mapping[str, Timed], rounds: int = ROUN
                 case.launch(i)
             times[name].append((time.perf_counter() - start) * 1e6 / case.launches)
         return {name: values[0] for name, values in times.items()}
-    graphs = {name: capture(lambda case=case: _all(case)) for name, case in cases.items()}
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    graphs = {name: capture(partial(_all, case)) for name, case in cases.items()}
     for turn in range(rounds + 1):
         for name, graph in graphs.items():
-            begin.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
+            us = gpu_milliseconds(graph.replay, 1) * 1e3 / cases[name].launches
             if turn:
-                times[name].append(begin.elapsed_time(end) * 1e3 / cases[name].launches)
+                times[name].append(us)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -86,16 +94,19 @@ def _all(case: Timed) -> None:
         case.launch(i)
 
 
-def copy_bandwidth(setting: Setting) -> float:
-    """Bytes a second of a large copy on the device, read and written counted."""
-    elements = (1 << 29) if setting.on_gpu else (1 << 18)
-    source = torch.randn(elements // 4, device=setting.device).repeat(2).to(torch.bfloat16)
-    target = torch.empty_like(source)
-    us = interleaved(setting, {"copy": Timed(lambda _: target.copy_(source), 4)})["copy"]
-    return 2 * source.nbytes / us * 1e6
+def gpu_milliseconds(run: Callable[[], object], times: int) -> float:
+    """Milliseconds of one of so many runs, by the GPU's clock."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(times):
+        run()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / times
 
 
-def empty_launch(setting: Setting) -> float:
-    """Microseconds of a launch that does next to nothing, as one of many in a graph."""
-    one = torch.zeros(1, device=setting.device)
-    return interleaved(setting, {"empty": Timed(lambda _: one.add_(1), 256)})["empty"]
+def cpu_milliseconds(run: Callable[[], object]) -> float:
+    """Milliseconds of one run by the host's clock."""
+    start = time.perf_counter()
+    run()
+    return (time.perf_counter() - start) * 1e3

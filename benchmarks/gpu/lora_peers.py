@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_operands import Activations
-from benchmarks.gpu_vllm import VllmKernels
+from benchmarks.gpu.operands import Activations
+from benchmarks.gpu.vllm import VllmKernels
 
 SCALING = 0.01
 

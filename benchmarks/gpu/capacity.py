@@ -1,4 +1,4 @@
-"""Section 4: adapters per GiB by the device pool's own accounting, and how long one takes from host to device."""
+"""Adapters per GiB by the device pool's own accounting, and how long one takes from host to device."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import time
 import torch
 
 from adapters_store import AdapterBundle, AdapterConfig, BaseInfo, ModuleSpec
-from benchmarks.gpu_operands import Member
-from benchmarks.gpu_setting import Row, Setting
+from benchmarks.gpu.operands import Member
+from benchmarks.gpu.setting import Row, Setting
 from sera_serve.residency import DevicePool, PackedAdapter, pack
 
 LOADS = 15
@@ -58,7 +58,7 @@ def packed_adapter(setting: Setting, member: Member) -> PackedAdapter:
     )
     bundle = AdapterBundle(AdapterConfig(task="generate", method="sera", base=base, modules=modules), tensors)
     index = {path: row for row, path in enumerate(modules)}
-    return pack(bundle, index, torch.bfloat16, pin_memory=setting.on_gpu)
+    return pack(bundle, index, torch.bfloat16)
 
 
 def _measure(setting: Setting, adapter: PackedAdapter) -> Row:

@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from benchmarks.gpu_setting import SectionSkipped
+from benchmarks.gpu.setting import SectionSkipped
 
 PACKAGE = "vllm.lora.ops.triton_ops"
 FOLDER = Path("vllm", "lora", "ops", "triton_ops")

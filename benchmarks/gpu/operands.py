@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_setting import Grouped
+from benchmarks.gpu.setting import Grouped
 from sera_kernels import AdapterBatch, AdapterTables
 
 

@@ -1,16 +1,16 @@
-"""Section 1: the kernel against the float64 reference, and a CUDA graph replayed over what changes beneath it."""
+"""The kernel against the float64 reference, and a CUDA graph replayed over what changes beneath it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_operands import Member, mixed_pool
-from benchmarks.gpu_setting import Row, Setting
-from benchmarks.gpu_timing import capture
+from benchmarks.gpu.operands import Member, mixed_pool
+from benchmarks.gpu.setting import Grouped, Row, Setting, find_operation
+from benchmarks.gpu.timing import capture
 from sera_kernels import ABSENT, NO_ADAPTER, AdapterBatch, AdapterTables, grouped_sera_reference
 
 # Largest norm of the error over that of the update or the output, whichever is more: of the update alone, rounding an
@@ -54,45 +54,62 @@ class Widths:
 LARGE_MEMBERS = [Member(64, 64), Member(16, 16), Member(16, 1, False), Member(64, 16), Member(64, 1, False)]
 
 
-def check_kernel(setting: Setting) -> list[Row]:
-    """One row for each case, with `correct` and the largest error."""
+def check_kernel(setting: Setting, part: str) -> Iterator[Row]:
+    """One row for each case of a part, a dtype or "llama", with `correct` and the largest error."""
     torch.manual_seed(0)
-    dtypes = [torch.float32, torch.bfloat16] if setting.small else [torch.float32, torch.bfloat16, torch.float16]
+    yield from _llama_cases(setting) if part == "llama" else _cases(setting, getattr(torch, part))
+
+
+def _cases(setting: Setting, dtype: torch.dtype) -> Iterator[Row]:
     even = Widths(64, (64, 32, 128)) if setting.small else Widths(768, (768, 256, 2304))
     # Odd widths, and factors that begin at odd addresses.
     odd = Widths(45, (45, 90), 3) if setting.small else Widths(765, (765, 255, 1530), 3)
-    rows = []
-    for dtype in dtypes:
-        for widths in (even, odd):
-            members = widths.members((1, 4, 15, 16) if setting.small else RANKS)
-            operands = mixed_pool(widths.d_in, widths.d_outs, members, dtype, setting.device, widths.gap)
-            for tokens in (6,) if setting.small else (1, 7, 64, 300, 512):
-                for name, draw in POPULARITY.items():
-                    slots = draw(tokens, len(members)).to(setting.device, torch.int32)
-                    rows.append(_case(setting, name, widths, slots, *operands))
-        rows += _replays(setting, even, dtype)
-        setting.say(f"correctness: {dtype} done, {sum(not row['correct'] for row in rows)} of {len(rows)} wrong so far")
-        if setting.small and dtype == torch.float32:
-            # Enough for tiles of tokens; in float32 alone, since Triton's interpreter cannot multiply bfloat16.
-            slots = POPULARITY["uniform"](260, len(members)).to(setting.device, torch.int32)
-            rows.append(_case(setting, "uniform", widths, slots, *operands))
-    if not setting.small:
-        for widths in (Widths(4096, (4096, 1024, 1024)), Widths(4096, (14336, 14336)), Widths(14336, (4096,))):
-            operands = mixed_pool(widths.d_in, widths.d_outs, LARGE_MEMBERS, torch.bfloat16, setting.device, 8)
-            for tokens in (64, 2048):
-                slots = POPULARITY["with base_only"](tokens, len(LARGE_MEMBERS)).sort().values
-                rows.append(_case(setting, "llama", widths, slots.to(setting.device, torch.int32), *operands))
-    return rows
+    for widths in (even, odd):
+        members = widths.members((1, 4, 15, 16) if setting.small else RANKS)
+        operands = mixed_pool(widths.d_in, widths.d_outs, members, dtype, setting.device, widths.gap)
+        for tokens in (6,) if setting.small else (1, 7, 64, 300, 512):
+            for name, draw in POPULARITY.items():
+                slots = draw(tokens, len(members)).to(setting.device, torch.int32)
+                yield _case(setting.operation[1], name, widths, slots, *operands)
+        setting.say(f"kernel, {dtype}, {widths.d_in} wide: done")
+    yield from _replays(setting, even, dtype)
+    if setting.small and dtype == torch.float32:
+        # Enough for tiles of tokens; in float32 alone, since Triton's interpreter cannot multiply bfloat16.
+        slots = POPULARITY["uniform"](260, len(members)).to(setting.device, torch.int32)
+        yield _case(setting.operation[1], "uniform", widths, slots, *operands)
 
 
-def _case(setting: Setting, popularity: str, widths: Widths, slots: Tensor, pool: Tensor, tables: AdapterTables) -> Row:
+def _llama_cases(setting: Setting) -> Iterator[Row]:
+    """The layers of Llama-3-8B in bfloat16, decoding and prefilling; on a CPU in Triton's interpreter."""
+    if not setting.on_gpu:
+        setting = replace(setting, operation=find_operation(setting.device, interpreted=True))
+    large = (Widths(4096, (4096, 1024, 1024)), Widths(4096, (14336, 14336)), Widths(14336, (4096,)))
+    for widths in (Widths(64, (64, 64)),) if setting.small else large:
+        operands = mixed_pool(widths.d_in, widths.d_outs, LARGE_MEMBERS, torch.bfloat16, setting.device, 8)
+        for tokens in (8,) if setting.small else (64, 2048):
+            slots = POPULARITY["with base_only"](tokens, len(LARGE_MEMBERS)).sort().values
+            yield _case(setting.operation[1], "llama", widths, slots.to(setting.device, torch.int32), *operands)
+
+
+def check_case(
+    operation: Grouped, widths: Widths, members: list[Member], dtype: torch.dtype, tokens: int, device: torch.device
+) -> Row:
+    """One case with a random adapter for each token."""
+    pool, tables = mixed_pool(widths.d_in, widths.d_outs, members, dtype, device, widths.gap)
+    slots = POPULARITY["uniform"](tokens, len(members)).to(device, torch.int32)
+    return _case(operation, "uniform", widths, slots, pool, tables)
+
+
+def _case(
+    operation: Grouped, popularity: str, widths: Widths, slots: Tensor, pool: Tensor, tables: AdapterTables
+) -> Row:
     x = torch.randn(len(slots), widths.d_in, device=pool.device).to(pool.dtype)
     guarded = [
         torch.randn(len(slots) + GUARD_ROWS, d_out, device=pool.device).to(pool.dtype) for d_out in widths.d_outs
     ]
     before = [y.clone() for y in guarded]
     ys = [y[: len(slots)] for y in guarded]
-    setting.operation[1](x, ys, range(len(ys)), AdapterBatch(slots), pool, tables)
+    operation(x, ys, range(len(ys)), AdapterBatch(slots), pool, tables)
     row = compared(x, guarded, before, slots, pool, tables)
     return _described(popularity, widths, pool.dtype, len(slots)) | row
 
@@ -128,11 +145,10 @@ def compared(
     return {"correct": correct, "error": worst, "largest_error": largest, "untouched_rows_equal": untouched_equal}
 
 
-def _replays(setting: Setting, widths: Widths, dtype: torch.dtype) -> list[Row]:
+def _replays(setting: Setting, widths: Widths, dtype: torch.dtype) -> Iterator[Row]:
     """One graph, captured over one state, replayed over others: slots, table entries and pool contents change."""
     members = widths.members((1, 4, 16) if setting.small else (1, 16, 64, 256))
     pool, tables = mixed_pool(widths.d_in, widths.d_outs, members, dtype, setting.device, 8)
-    rows = []
     for tokens in (3,) if setting.small else (64, 512):
         slots = POPULARITY["uniform"](tokens, len(members)).to(setting.device, torch.int32)
         x = torch.randn(tokens, widths.d_in, device=setting.device).to(dtype)
@@ -166,5 +182,4 @@ def _replays(setting: Setting, widths: Widths, dtype: torch.dtype) -> list[Row]:
                 y.copy_(old)
             replay()
             row = _described(f"replay, {change}", widths, dtype, tokens) | compared(x, ys, before, slots, pool, tables)
-            rows.append(row | {"graph": setting.on_gpu})
-    return rows
+            yield row | {"graph": setting.on_gpu}

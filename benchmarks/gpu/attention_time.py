@@ -1,0 +1,45 @@
+"""Attention of decodes at Llama-3-8B's shape: microseconds of a layer, and bytes of keys and values a second."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from benchmarks.gpu.setting import Row, Setting
+from benchmarks.gpu.timing import Timed, interleaved
+from sera_kernels import paged_attention
+from sera_serve.engine.loop.pages import PAGE_SIZE
+
+HEADS, KV_HEADS, WIDTH = 32, 8, 128
+# Rows, keys of each, and pages of the table where it is wider than the keys, as the engine's is.
+POINTS = ((64, 256, None), (64, 512, None), (64, 512, 256), (64, 2048, None), (8, 512, None), (1, 8192, None))
+
+
+def time_attention(setting: Setting) -> Iterator[Row]:
+    """A graph of several layers, each with keys of its own, so that the cache does not hold them."""
+    dtype = torch.bfloat16 if setting.on_gpu else torch.float32
+    for rows, keys, wide in ((2, 40, None),) if setting.small else POINTS:
+        moved = rows * keys * KV_HEADS * WIDTH * dtype.itemsize * 2
+        layers = 2 if setting.small else max(4, min(16, int(1.5e9 / moved)))
+        pages = -(-keys // PAGE_SIZE)
+        count = rows * pages + 1
+        stored = torch.randn(2, layers, count, PAGE_SIZE, KV_HEADS, WIDTH, dtype=dtype, device=setting.device)
+        table = torch.zeros(rows, wide or pages, dtype=torch.int64, device=setting.device)
+        table[:, :pages] = (torch.randperm(count - 1, device=setting.device) + 1).view(rows, pages)
+        lengths = torch.full((rows,), keys, device=setting.device)
+        q = torch.randn(rows, HEADS, WIDTH, dtype=dtype, device=setting.device)
+        new = torch.randn(rows, KV_HEADS, WIDTH, dtype=dtype, device=setting.device)
+        places = table[:, pages - 1] * PAGE_SIZE + PAGE_SIZE - 1
+
+        def decode(i: int, stored=stored, table=table, lengths=lengths, q=q, layers=layers) -> None:  # type: ignore[no-untyped-def]
+            k, v = stored[:, i % layers]
+            paged_attention.paged_decode(q, k, v, table, lengths, scale=WIDTH**-0.5)
+
+        def write(i: int, stored=stored, places=places, new=new, layers=layers) -> None:  # type: ignore[no-untyped-def]
+            k, v = stored[:, i % layers]
+            paged_attention.write_kv(k, v, places, new, new)
+
+        times = interleaved(setting, {"decode": Timed(decode, layers), "write": Timed(write, layers)})
+        row = {"rows": rows, "keys": keys, "table_pages": table.shape[1], "decode_us": times["decode"]}
+        yield row | {"tb_per_s": moved / times["decode"] / 1e6, "write_us": times["write"]}
