@@ -1,8 +1,13 @@
 # A GPU image: docker build -t sera-serve . && docker run --gpus all -p 8000:8000 -v adapters:/store sera-serve
 # torch brings the CUDA libraries that it was built with. Ubuntu 24.04 has Python 3.12. The digest is that of the index
 # of all platforms; find the digest of another tag with: docker buildx imagetools inspect nvidia/cuda:TAG
+# With a base from the hub:
+#   docker run --gpus all -p 8000:8000 -v adapters:/store -v models:/home/sera/.cache/huggingface \
+#     sera-serve serve --base HUB_ID --dtype bfloat16
 FROM nvidia/cuda:13.0.2-runtime-ubuntu24.04@sha256:6a0e31b59e70890446f2c17356d6efc0d54260090a8c63d6ca7c2ad049db95d2 AS build
 
+# Ubuntu keeps the newest version of a package alone: a pinned one could soon not be installed.
+# hadolint ignore=DL3008
 RUN apt-get update \
  && apt-get install -y --no-install-recommends python3 python3-venv \
  && rm -rf /var/lib/apt/lists/*
@@ -27,11 +32,12 @@ FROM nvidia/cuda:13.0.2-runtime-ubuntu24.04@sha256:6a0e31b59e70890446f2c17356d6e
 
 # At its first launch Triton compiles one C file, which includes Python.h: so the C compiler and these headers are needed
 # where the server runs. C++, make and the rest of build-essential are not.
+# hadolint ignore=DL3008
 RUN apt-get update \
  && apt-get install -y --no-install-recommends python3 gcc libc6-dev libpython3.12-dev \
  && rm -rf /var/lib/apt/lists/* \
  && useradd --create-home --uid 10001 sera \
- && install -d -o sera -g sera /store
+ && install -d -o sera -g sera /store /home/sera/.cache/huggingface
 
 COPY --from=build /opt/sera /opt/sera
 

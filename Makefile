@@ -33,6 +33,7 @@ lint: setup
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
+	if [ -x $(BIN)/hadolint ]; then $(BIN)/hadolint Dockerfile; fi
 
 # The image's dependencies, with the hashes of their wheels for every platform: run it after a change of pyproject.toml
 # or constraints.txt.

@@ -57,6 +57,11 @@ def test_every_base_image_has_a_digest() -> None:
         assert re.fullmatch(r"\S+:\S+@sha256:[0-9a-f]{64}", stage[1]), stage
 
 
+def test_the_image_has_the_cuda_that_torch_was_built_with() -> None:
+    (image,) = {match[1] for match in re.finditer(r"(?m)^FROM nvidia/cuda:(\d+\.\d+)\.", DOCKERFILE)}
+    assert locked()["nvidia-cuda-runtime"].startswith(f"{image}.")
+
+
 def test_everything_is_installed_by_hash_or_without_a_network() -> None:
     installs = [
         command
