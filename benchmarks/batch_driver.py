@@ -12,7 +12,9 @@ import torch
 from adapters_store import AdapterBundle, ResolvedAdapter
 from sera_kernels import AdapterTables
 from sera_serve.base import FrozenBase
+from sera_serve.config import ServeSettings
 from sera_serve.engine.admission import AdmissionController
+from sera_serve.engine.memory import DeviceMemory
 from sera_serve.engine.request import BASE_PRINCIPAL, FinishReason, GenerationRequest
 from sera_serve.engine.scheduler import Scheduler
 from sera_serve.engine.tasks import GenerationRunner
@@ -85,7 +87,7 @@ class BatchDriver:
             served,
             context,
             Scheduler(AdmissionController(1 << 20, 1 << 20), self._residency, 32),
-            kv_cache_tokens=kv_cache_tokens or max_sequences * 512,
+            DeviceMemory(ServeSettings(kv_cache_tokens=kv_cache_tokens or max_sequences * 512), base.device),
             max_batch_tokens=max_batch_tokens,
             max_sequences=max_sequences,
             cpu_threads=torch.get_num_threads(),
