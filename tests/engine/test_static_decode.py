@@ -88,14 +88,14 @@ def static_updates(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     return lambda: monkeypatch.setattr(served_linear, "add_updates", static_add_updates(MAX_RANK))
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        pytest.param({}, id="room"),
-        # Two slots for six adapters, and pages for half of the requests: rows, slots and pages change hands.
-        pytest.param({"max_resident": 2, "host_cache_mib": 0, "kv_cache_tokens": 288}, id="evicted and preempted"),
-    ],
+# Two slots for six adapters, and pages for half of the requests: rows, slots and pages change hands.
+SMALL: dict[str, Any] = {"max_resident": 2, "host_cache_mib": 0, "kv_cache_tokens": 288}
+with_room_and_without = pytest.mark.parametrize(
+    "settings", [pytest.param({}, id="room"), pytest.param(SMALL, id="evicted and preempted")]
 )
+
+
+@with_room_and_without
 def test_replayed_steps_give_what_the_eager_loop_gives(
     settings: dict[str, int],
     decoder: FrozenBase,
@@ -116,10 +116,7 @@ def test_replayed_steps_give_what_the_eager_loop_gives(
     assert not settings or engine.loads()["generate"].preemptions > 0
 
 
-SMALL: dict[str, Any] = {"max_resident": 2, "host_cache_mib": 0, "kv_cache_tokens": 288}
-
-
-@pytest.mark.parametrize("settings", [pytest.param({}, id="room"), pytest.param(SMALL, id="evicted and preempted")])
+@with_room_and_without
 def test_steps_launched_ahead_of_a_late_device_give_the_same(
     settings: dict[str, int],
     decoder: FrozenBase,
