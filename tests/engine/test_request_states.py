@@ -17,7 +17,7 @@ from sera_serve.engine.request import (
     RequestState,
 )
 
-EDGES = [(source, target) for source, targets in TRANSITIONS.items() for target in targets]
+EDGES = [pair for pair in product(RequestState, RequestState) if pair[1] in TRANSITIONS[pair[0]]]
 PAIRS = list(product(RequestState, RequestState))
 
 
