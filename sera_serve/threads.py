@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from contextlib import suppress
@@ -53,15 +54,20 @@ class BoundedExecutor:
     Locking: `_lock` guards all fields. No future is settled under it.
     """
 
-    def __init__(self, name: str, threads: int, max_waiting: int) -> None:
+    def __init__(self, name: str, threads: int, max_waiting: int, rest: float = 0) -> None:
         """Start no thread yet.
 
         Args:
             name: What the work is, for messages and thread names, such as "listing".
             threads: Calls that run at once.
             max_waiting: Calls that may wait for a thread; further calls are refused.
+            rest: After a call, its thread begins no other one for so many times the call's duration. A thread that
+                runs Python code takes the interpreter's lock from the engine's threads; so it takes at most
+                1 / (1 + rest) of the time.
         """
         self.name = name
+        self._rest = rest
+        self._closing = threading.Event()
         self._max_threads = threads
         self._max_waiting = max_waiting
         self._lock = threading.Lock()
@@ -111,6 +117,7 @@ class BoundedExecutor:
         with self._lock:
             if not self._closed:
                 self._closed = True
+                self._closing.set()
                 for _ in range(self._threads - self._busy):
                     self._handed.put(None)
             callers = [*self._running, *self._waiting]
@@ -149,9 +156,12 @@ class BoundedExecutor:
     def _serve(self, call: _Call | None) -> None:
         torch.set_num_threads(1)
         while call is not None:
+            started = time.monotonic()
             self._run(call)
             # What the call holds must not outlive the call while this thread is idle.
             del call
+            if self._rest:
+                self._closing.wait(self._rest * (time.monotonic() - started))
             call = self._next() or self._handed.get()
 
     def _run(self, call: _Call) -> None:

@@ -27,7 +27,10 @@ from sera_serve.engine import (
 from sera_serve.server.metrics import ServerMetrics
 from sera_serve.threads import BoundedExecutor
 
-_LISTING_THREADS, _CHANGING_THREADS = 2, 4
+_CHANGING_THREADS = 4
+# Of one core, pages of a long list take a quarter at most: clients that asked for page after page made generations take
+# four times as long.
+_LISTING_REST = 3
 _MAX_WAITING = 64
 
 
@@ -142,7 +145,7 @@ class Executors:
     """The threads of the routes' own work, by kind: no kind can take the threads of another one, or the engine's.
 
     Attributes:
-        listing: Pages of adapters. A page of a large store is read for a second.
+        listing: Pages of adapters. A page of a large store is read for a second. The thread then rests.
         publishing: Reads, checks and publishes uploads. It has one thread, so one bundle at a time is in memory. malloc
             keeps a heap for each thread: with several threads, each heap would grow to the size of the largest bundles.
         changing: Single adapters: inspecting, deleting, pinning.
@@ -156,7 +159,7 @@ class Executors:
     def of(cls, settings: ServeSettings) -> Executors:
         """Make the executors of one app. No thread is started yet."""
         return cls(
-            listing=BoundedExecutor("listing", _LISTING_THREADS, _MAX_WAITING),
+            listing=BoundedExecutor("listing", 1, _MAX_WAITING, _LISTING_REST),
             publishing=BoundedExecutor("publishing", 1, settings.max_uploads),
             changing=BoundedExecutor("changing", _CHANGING_THREADS, _MAX_WAITING),
         )

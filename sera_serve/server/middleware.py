@@ -10,6 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sera_serve.errors import Overloaded
 from sera_serve.server.errors import BodyTooLarge, error_response
+from sera_serve.server.freed_memory import FreedMemory
 from sera_serve.server.loop_watch import LoopWatch, route_of
 from sera_serve.server.metrics import ServerMetrics
 
@@ -86,7 +87,7 @@ class BodyLimit:
         self.max_body = max_body
         self.max_upload = max_upload + _FORM_OVERHEAD
         self._max_held = max(_MAX_HELD, _MAX_HELD_BODIES * max_body)
-        self._held = 0
+        self._bodies = FreedMemory()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run one request."""
@@ -109,14 +110,14 @@ class BodyLimit:
             message = await receive()
             count = len(message.get("body", b""))
             received += count
-            self._held += 0 if upload else count
+            self._bodies.hold(0 if upload else count)
             if received > limit:
                 raise too_large
-            if not upload and self._held > self._max_held and received > _SHORT_BODY:
+            if not upload and self._bodies.held > self._max_held and received > _SHORT_BODY:
                 raise Overloaded("the bodies of too many requests are under way; send the request again later")
             return message
 
         try:
             await self.app(scope, limited, send)
         finally:
-            self._held -= 0 if upload else received
+            self._bodies.release(0 if upload else received)

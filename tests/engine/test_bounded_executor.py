@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
+import time
 import weakref
 from collections.abc import Iterator
 
@@ -152,3 +153,24 @@ def test_a_closed_executor_ends_its_threads() -> None:
 
 async def _ends(tasks: list[asyncio.Task[int]]) -> list[int | BaseException]:
     return await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def test_a_thread_rests_after_a_call_in_proportion_to_its_work() -> None:
+    executor = BoundedExecutor("listing", threads=1, max_waiting=1, rest=3)
+
+    async def main() -> None:
+        begun: list[float] = []
+
+        def work() -> None:
+            begun.append(time.monotonic())
+            time.sleep(0.1)
+
+        await asyncio.gather(executor.run(work), executor.run(work))
+        # 0.1 s of work and three times that of rest.
+        assert begun[1] - begun[0] >= 0.4
+        started = time.monotonic()
+        executor.close()
+        await until(lambda: executor.calls() == 0)
+        assert time.monotonic() - started < 0.3
+
+    asyncio.run(main())
