@@ -4,6 +4,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PORT ?= 8000
 HOST ?= 127.0.0.1
 STORE ?= demo-store
+# Processes that share the tests. Each of them computes with one thread, so that two suit two cores.
+TEST_WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 # Made last, so that an interrupted setup is taken up again.
@@ -27,7 +29,7 @@ serve: setup
 	$(BIN)/sera-serve serve --base embedded --store $(STORE) --host $(HOST) --port $(PORT)
 
 test: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
 
 lint: setup
 	$(BIN)/ruff format --check
