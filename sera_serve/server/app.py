@@ -11,7 +11,7 @@ from fastapi.middleware.cors import CORSMiddleware
 
 from adapters_store import AdapterStore
 from sera_serve.config import ServeSettings
-from sera_serve.server import health, native, openapi
+from sera_serve.server import docs_page, health, native, openapi
 from sera_serve.server.browsers import BrowserGuard, BrowserRules
 from sera_serve.server.deps import Engine, Executors
 from sera_serve.server.errors import add_error_handlers
@@ -53,7 +53,7 @@ def build_app(engine: Engine, store: AdapterStore, settings: ServeSettings) -> F
     app.state.settings = settings
     app.state.metrics = metrics
     app.state.loop_watch = LoopWatch(metrics.registry)
-    routers = (*native.ROUTERS, health.router, openapi.router)
+    routers = (*native.ROUTERS, health.router, openapi.router, docs_page.router)
     for router in routers:
         app.include_router(router)
     app.state.routes = [route for router in routers for route in router.routes]

@@ -47,8 +47,8 @@ class DocumentedApp(FastAPI):
     """
 
     def __init__(self, lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]]) -> None:
-        # The interactive pages are off: they load scripts from another host. The document has a route of its own below,
-        # with the checks of the other routes.
+        # FastAPI's interactive pages are off: they load scripts from another host. The document has a route of its own
+        # below, with the checks of the other routes, and so has the page (`docs_page`).
         super().__init__(
             title="sera-serve",
             description=_DESCRIPTION,
