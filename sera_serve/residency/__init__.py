@@ -5,7 +5,15 @@ from sera_serve.residency.entry import TRANSITIONS, AdapterEntry, AdapterState, 
 from sera_serve.residency.host_cache import HostCache
 from sera_serve.residency.loader import LoaderThreads
 from sera_serve.residency.manager import AdapterResidency
-from sera_serve.residency.packing import AdapterLayout, PackedAdapter, PackedHead, PackedModule, pack
+from sera_serve.residency.packing import (
+    AdapterLayout,
+    PackedAdapter,
+    PackedHead,
+    PackedLinear,
+    PackedModule,
+    head_logits,
+    pack,
+)
 from sera_serve.residency.pool import DevicePool, Placement
 from sera_serve.residency.stats import LOAD_BUCKETS, LoadTimes, ResidencyStats, Tier
 
@@ -23,11 +31,13 @@ __all__ = [
     "LoaderThreads",
     "PackedAdapter",
     "PackedHead",
+    "PackedLinear",
     "PackedModule",
     "Placement",
     "PrefetchHint",
     "ResidencyStats",
     "Tier",
     "check_servable",
+    "head_logits",
     "pack",
 ]

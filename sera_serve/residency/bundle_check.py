@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from adapters_store import AdapterBundle
-from sera_kernels import AdapterBatch, AdapterTables, grouped_sera
+from sera_kernels import ABSENT, AdapterBatch, AdapterTables, grouped_sera
 from sera_serve.errors import AdapterOverflow, AdapterTooLarge
-from sera_serve.residency.packing import AdapterLayout, PackedAdapter, join, lay_out
+from sera_serve.residency.packing import AdapterLayout, PackedAdapter, head_logits, join, lay_out
 from sera_serve.residency.pool import DevicePool
 
 # Rows of random inputs. Most layers read a normalized state, whose elements are about 1. The last row stands for the
@@ -32,8 +32,9 @@ def check_servable(bundle: AdapterBundle, module_index: Mapping[str, int], pool:
 
     Raises:
         AdapterTooLarge: It is larger than the whole pool.
-        AdapterOverflow: A scaling, the update of a module or a logit of the head is infinite or not a number, or the
-            sum of squares of an update is, which the next normalization computes; `param` names the module.
+        AdapterOverflow: A scaling, the update of a module (its gain and offset applied) or a logit of the head is
+            infinite or not a number, or the sum of squares of an update is, which the next normalization computes;
+            `param` names the module.
     """
     layout, parts = lay_out(bundle, module_index)
     check_fits(layout, pool)
@@ -61,7 +62,7 @@ def check_fits(layout: AdapterLayout, pool: DevicePool) -> None:
 def _probe(packed: PackedAdapter, module_index: Mapping[str, int]) -> None:
     """Compute updates and logits of random inputs by the served operation, from the packed run itself, on the CPU."""
     config, data = packed.layout.config, packed.data
-    tables = _tables(packed.layout, len(module_index))
+    tables = slot_tables(packed.layout, len(module_index))
     batch = AdapterBatch(torch.zeros(_ROWS, dtype=torch.int32))
     generator = torch.Generator().manual_seed(0)
     inputs: dict[int, Tensor] = {}
@@ -84,16 +85,21 @@ def _probe(packed: PackedAdapter, module_index: Mapping[str, int]) -> None:
             )
     head = packed.layout.head
     if head is not None:
-        weight = data[head.weight_offset :][: head.labels * head.hidden_size].view(head.labels, head.hidden_size)
-        bias = data[head.bias_offset :][: head.labels]
-        if not torch.nn.functional.linear(random_inputs(head.hidden_size), weight, bias).isfinite().all():
+        layers = [
+            (
+                data[layer.weight_offset :][: layer.d_out * layer.d_in].view(layer.d_out, layer.d_in),
+                data[layer.bias_offset :][: layer.d_out],
+            )
+            for layer in head.layers
+        ]
+        if not head_logits(random_inputs(head.layers[0].d_in), layers, head.activation).isfinite().all():
             raise AdapterOverflow(
                 f"the head overflows: for ordinary inputs its logits are infinite or not a number; {_REMEDY}",
                 param="head",
             )
 
 
-def _tables(layout: AdapterLayout, modules: int) -> AdapterTables:
+def slot_tables(layout: AdapterLayout, modules: int) -> AdapterTables:
     """Tables of one slot, for a pool that holds the packed run alone."""
     tables = AdapterTables.empty(modules, 1)
     index = [module.index for module in layout.modules]
@@ -103,6 +109,7 @@ def _tables(layout: AdapterLayout, modules: int) -> AdapterTables:
         (tables.split, [module.split for module in layout.modules]),
         (tables.mixer, [int(module.use_mixer) for module in layout.modules]),
         (tables.scaling, [module.scaling for module in layout.modules]),
+        (tables.vectors, [ABSENT if module.vectors is None else module.vectors for module in layout.modules]),
     ]
     for table, values in columns:
         table[index, 0] = torch.tensor(values, dtype=table.dtype)

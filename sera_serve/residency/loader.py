@@ -38,7 +38,7 @@ class AdapterLoader:
             AdapterTooLarge: The adapter is larger than the whole pool.
             Exception: Whatever `load` raised.
         """
-        packed = pack(self._load(digest), self._module_index, self._pool.data.dtype)
+        packed = pack(self._load(digest), self._module_index, self._pool.data.dtype, digest)
         check_fits(packed.layout, self._pool)
         return packed
 

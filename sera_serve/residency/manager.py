@@ -235,6 +235,11 @@ class AdapterResidency:
             self._place_waiting_locked()
         self._completions.settle()
 
+    def digests(self) -> list[str]:
+        """Digests of the adapters that are anywhere in memory, or on their way there."""
+        with self._lock:
+            return list(self._table.entries)
+
     def resident_digests(self) -> list[str]:
         """Digests of the adapters on the device, least recently used first."""
         with self._lock:

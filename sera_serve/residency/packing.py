@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -11,13 +11,22 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from adapters_store import AdapterBundle, AdapterConfig, writable_memory
+from adapters_store import Activation, AdapterBundle, AdapterConfig, writable_memory
 from sera_kernels import ShapeClasses
 
 # Elements; keeps every module's factors on a 16-byte boundary in the smallest dtype.
 ALIGNMENT = 8
 # Elements that are joined at a time where the dtype changes: what is joined stays in the processor's cache.
 _JOINED = 1 << 18
+# The largest factor of a base layer's outputs that cannot make them overflow. Gains of trained adapters are about 1.
+# Three layers in a row with this one make outputs 4,096 times as large, where some thousands is the most that trained
+# transformers have, and float32's squares overflow at 1e19.
+_SMALL_GAIN = 16.0
+_ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    "tanh": torch.tanh,
+    "relu": torch.relu,
+    "gelu": torch.nn.functional.gelu,
+}
 
 
 @dataclass(frozen=True)
@@ -27,6 +36,8 @@ class PackedModule:
     Attributes:
         index: Row of the module in the device tables.
         offset: First element, relative to the start of the run.
+        vectors: First element of the gain and the offset, likewise, or None. Where the bundle has one of the two, the
+            packed run has both: a gain of 1 or an offset of 0 takes little room, and kernels read one place.
     """
 
     index: int
@@ -35,16 +46,25 @@ class PackedModule:
     split: int
     use_mixer: bool
     scaling: float
+    vectors: int | None = None
+
+
+@dataclass(frozen=True)
+class PackedLinear:
+    """Where a linear layer's weight (d_out, d_in) and bias (d_out,) lie in the packed run."""
+
+    weight_offset: int
+    bias_offset: int
+    d_out: int
+    d_in: int
 
 
 @dataclass(frozen=True)
 class PackedHead:
-    """Where a classifier's weight (labels, hidden) and bias (labels,) lie in the packed run."""
+    """A classifier's head: its layers, first to last, and the activation after the first of two."""
 
-    weight_offset: int
-    bias_offset: int
-    labels: int
-    hidden_size: int
+    layers: tuple[PackedLinear, ...]
+    activation: Activation | None = None
 
 
 @dataclass(frozen=True)
@@ -52,11 +72,11 @@ class AdapterLayout:
     """What a packed run holds and where. It is kept for every adapter that is on the device or waits for room there.
 
     Attributes:
-        digest: Content digest of the bundle it came from.
+        digest: Content digest of the bundle it came from, or of the combination.
         config: The bundle's configuration.
         modules: In the order of their offsets.
         elements: Length of the run.
-        gain: For a classifier, the most by which the update of a layer can be longer than the layer's input.
+        stretch: For a classifier, the most by which the update of a layer can be longer than the layer's input.
     """
 
     digest: str
@@ -64,19 +84,22 @@ class AdapterLayout:
     modules: tuple[PackedModule, ...]
     head: PackedHead | None
     elements: int
-    gain: float = math.inf
+    stretch: float = math.inf
 
     @cached_property
     def classes(self) -> ShapeClasses:
         """The kinds of shapes of its modules."""
-        return ShapeClasses.of((module.rank, module.split) for module in self.modules)
+        has_vectors = any(module.vectors is not None for module in self.modules)
+        return ShapeClasses.of(((module.rank, module.split) for module in self.modules), has_vectors)
 
     @cached_property
     def chunks(self) -> tuple[int, ...]:
-        """Elements of each chunk, which must stay whole: a module, the head's weight, the head's bias."""
-        starts = [module.offset for module in self.modules]
-        if self.head is not None:
-            starts += [self.head.weight_offset, self.head.bias_offset]
+        """Elements of each chunk, which must stay whole: a module's factors, its vectors, a head's weight or bias."""
+        starts = []
+        for module in self.modules:
+            starts += [module.offset] if module.vectors is None else [module.offset, module.vectors]
+        for layer in self.head.layers if self.head is not None else ():
+            starts += [layer.weight_offset, layer.bias_offset]
         return tuple(end - start for start, end in pairwise([*starts, self.elements]))
 
 
@@ -86,7 +109,7 @@ class PackedAdapter:
 
     Attributes:
         layout: What `data` holds.
-        data: (elements,), the factors and the head, in the order of the layout's modules, then the head.
+        data: (elements,), the factors and vectors in the order of the layout's modules, then the head.
     """
 
     layout: AdapterLayout
@@ -103,15 +126,18 @@ class PackedAdapter:
         return self.data.numel() * self.data.element_size()
 
 
-def pack(bundle: AdapterBundle, module_index: Mapping[str, int], dtype: torch.dtype) -> PackedAdapter:
-    """Lay out a bundle as the grouped operation reads it: per module A, then C, then B, row-major.
+def pack(
+    bundle: AdapterBundle, module_index: Mapping[str, int], dtype: torch.dtype, digest: str | None = None
+) -> PackedAdapter:
+    """Lay out a bundle as the grouped operation reads it: per module A, then C, then B, row-major, then its vectors.
 
     Args:
         bundle: A validated bundle that fits the base.
         module_index: Row of each adaptable module in the device tables.
         dtype: The pool's dtype.
+        digest: The adapter's name in caches, where it is not the bundle's own digest.
     """
-    return join(*lay_out(bundle, module_index), dtype)
+    return join(*lay_out(bundle, module_index, digest), dtype)
 
 
 def join(layout: AdapterLayout, parts: Sequence[Tensor], dtype: torch.dtype) -> PackedAdapter:
@@ -121,8 +147,10 @@ def join(layout: AdapterLayout, parts: Sequence[Tensor], dtype: torch.dtype) -> 
     return PackedAdapter(layout, data)
 
 
-def lay_out(bundle: AdapterBundle, module_index: Mapping[str, int]) -> tuple[AdapterLayout, list[Tensor]]:
-    """The layout of a bundle's packed run, and the tensors that the run joins; nothing is copied."""
+def lay_out(
+    bundle: AdapterBundle, module_index: Mapping[str, int], digest: str | None = None
+) -> tuple[AdapterLayout, list[Tensor]]:
+    """The layout of a bundle's packed run, and the tensors that the run joins; nothing is copied. As of `pack`."""
     parts: list[Tensor] = []
     end = 0
 
@@ -139,25 +167,68 @@ def lay_out(bundle: AdapterBundle, module_index: Mapping[str, int]) -> tuple[Ada
     modules = []
     for path, spec in bundle.config.modules.items():
         offset = place(*(bundle.tensors[f"{path}.{name}"] for name in _factor_names(spec.use_mixer)))
-        modules.append(PackedModule(module_index[path], offset, spec.rank, spec.split, spec.use_mixer, spec.scaling))
-    head, gain = None, math.inf
+        vectors = place(*_vectors(bundle, path)) if spec.has_gain or spec.has_offset else None
+        shape = spec.rank, spec.split, spec.use_mixer, spec.scaling
+        modules.append(PackedModule(module_index[path], offset, *shape, vectors))
+    head, stretch = None, math.inf
     if bundle.config.task == "classify":
-        gain = _gain(bundle)
-        weight, bias = bundle.tensors["head.weight"], bundle.tensors["head.bias"]
-        head = PackedHead(place(weight), place(bias), *weight.shape)
-    return AdapterLayout(bundle.digest, bundle.config, tuple(modules), head, end, gain), parts
+        stretch = _stretch(bundle)
+        names = ["head"] if bundle.config.head is None else ["head.dense", "head"]
+        layers = []
+        for name in names:
+            weight, bias = bundle.tensors[f"{name}.weight"], bundle.tensors[f"{name}.bias"]
+            layers.append(PackedLinear(place(weight), place(bias), *weight.shape))
+        hidden = bundle.config.head
+        head = PackedHead(tuple(layers), None if hidden is None else hidden.activation)
+    return AdapterLayout(digest or bundle.digest, bundle.config, tuple(modules), head, end, stretch), parts
 
 
-def _gain(bundle: AdapterBundle) -> float:
-    """The greatest product of scaling and norms of factors: no update is longer, relative to its input."""
-    gain = 0.0
+def _vectors(bundle: AdapterBundle, path: str) -> tuple[Tensor, Tensor]:
+    """The gain and the offset (d_out,) of a module; 1 and 0 where the bundle has none."""
+    gain, offset = bundle.tensors.get(f"{path}.gain"), bundle.tensors.get(f"{path}.offset")
+    if gain is None:
+        assert offset is not None
+        return torch.ones_like(offset), offset
+    return gain, torch.zeros_like(gain) if offset is None else offset
+
+
+def _stretch(bundle: AdapterBundle) -> float:
+    """The greatest product of scaling and norms of factors: no update is longer, relative to its input.
+
+    Small gains multiply it, and the offset's norm is added. It is infinite with a gain above `_SMALL_GAIN`, which also
+    multiplies the base's output.
+    """
+    stretch = 0.0
     for path, spec in bundle.config.modules.items():
         # A block-diagonal factor lengthens nothing by more than the norm of its blocks' elements.
         factors = [bundle.tensors[f"{path}.{name}"] for name in _factor_names(spec.use_mixer)]
         norms = [float(torch.linalg.vector_norm(factor, dtype=torch.float32)) for factor in factors]
-        gain = max(gain, abs(spec.scaling) * math.prod(norms))
-    # The norms of huge factors are infinite, and with a factor of zeros their product is not a number.
-    return gain if gain == gain else math.inf
+        most = abs(spec.scaling) * math.prod(norms)
+        if spec.has_gain:
+            gain = float(bundle.tensors[f"{path}.gain"].abs().max())
+            most = most * max(gain, 1.0) if gain <= _SMALL_GAIN else math.inf
+        if spec.has_offset:
+            most += float(torch.linalg.vector_norm(bundle.tensors[f"{path}.offset"], dtype=torch.float32))
+        # The norms of huge factors are infinite, and with a factor of zeros their product is not a number.
+        stretch = max(stretch, most if most == most else math.inf)
+    return stretch
+
+
+def head_logits(states: Tensor, layers: Sequence[tuple[Tensor, Tensor]], activation: Activation | None) -> Tensor:
+    """The scores of a classifier's head.
+
+    Args:
+        states: (rows, hidden), pooled.
+        layers: Weight (d_out, d_in) and bias (d_out,) of each layer, first to last.
+        activation: What comes after the first of two layers.
+
+    Returns:
+        (rows, labels), in the dtype of `states`.
+    """
+    linear = torch.nn.functional.linear
+    if activation is not None:
+        states = _ACTIVATIONS[activation](linear(states, *layers[0]))
+    return linear(states, *layers[-1])
 
 
 def _factor_names(use_mixer: bool) -> list[str]:

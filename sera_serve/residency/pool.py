@@ -274,15 +274,17 @@ class DevicePool:
         self._free_slots.append(placement.slot)
         self._free.give(placement.extents)
 
-    def head(self, placement: Placement) -> tuple[Tensor, Tensor]:
-        """Views of a classifier's weight (labels, hidden) and bias (labels,)."""
+    def head(self, placement: Placement) -> list[tuple[Tensor, Tensor]]:
+        """Views of the weight (d_out, d_in) and bias (d_out,) of each layer of a classifier's head, first to last."""
         head = placement.adapter.head
         if head is None:
             raise ValueError("this adapter has no head")
-        weight = placement.locate(head.weight_offset)
-        bias = placement.locate(head.bias_offset)
-        shape = (head.labels, head.hidden_size)
-        return self.data[weight : weight + shape[0] * shape[1]].view(shape), self.data[bias : bias + head.labels]
+        layers = []
+        for layer in head.layers:
+            weight, bias = placement.locate(layer.weight_offset), placement.locate(layer.bias_offset)
+            matrix = self.data[weight : weight + layer.d_out * layer.d_in].view(layer.d_out, layer.d_in)
+            layers.append((matrix, self.data[bias : bias + layer.d_out]))
+        return layers
 
     def check_invariants(self) -> None:
         """Raise RuntimeError unless extents tile the pool, every slot is free or used once, and the tables match.
@@ -308,8 +310,7 @@ class DevicePool:
         slots = [*self._free_slots, *self._placed]
         if sorted(slots) != list(range(self.slots)):
             raise RuntimeError("a slot is lost or held twice")
-        shapes = {(m.rank, m.split) for p in self._placed.values() for m in p.adapter.modules}
-        if self.tables.classes != ShapeClasses.of(shapes):
+        if self.tables.classes != reduce(or_, (p.adapter.classes for p in self._placed.values()), ShapeClasses()):
             raise RuntimeError("the tables' summary of shapes is not that of the placed adapters")
         if not written.keys() <= self._placed.keys():
             raise RuntimeError("a removed adapter still counts as written to the tables")
@@ -350,20 +351,30 @@ class DevicePool:
 
     def _table_list(self) -> list[Tensor]:
         tables = self.tables
-        return [tables.offset, tables.rank, tables.split, tables.mixer, tables.scaling]
+        return [tables.offset, tables.rank, tables.split, tables.mixer, tables.scaling, tables.vectors]
 
     def _columns(self, placement: Placement) -> NDArray[Any]:
         """float64 (tables, modules): a slot's column of every table, as one array, so that one small copy is enough.
 
         float64 holds every value exactly: scalings are rounded to float32 first, and offsets are below 2**53.
         """
-        columns = np.zeros((5, self.tables.offset.shape[0]))
-        columns[0] = ABSENT
+        columns = np.zeros((6, self.tables.offset.shape[0]))
+        columns[0] = columns[5] = ABSENT
         # As in empty tables: a module that is absent has one segment of rank 0.
         columns[2] = 1
         modules = placement.adapter.modules
         if modules:
-            values = [(placement.locate(m.offset), m.rank, m.split, m.use_mixer, m.scaling) for m in modules]
+            values = [
+                (
+                    placement.locate(m.offset),
+                    m.rank,
+                    m.split,
+                    m.use_mixer,
+                    m.scaling,
+                    ABSENT if m.vectors is None else placement.locate(m.vectors),
+                )
+                for m in modules
+            ]
             columns[:, [m.index for m in modules]] = np.array(values).T
         # A scaling beyond float32 becomes infinite here: the engine ends the requests of such an adapter.
         with np.errstate(over="ignore"):

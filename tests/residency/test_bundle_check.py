@@ -12,7 +12,7 @@ from sera_serve import SeraConfig
 from sera_serve.base import FrozenBase
 from sera_serve.errors import AdapterOverflow, AdapterTooLarge
 from sera_serve.residency import DevicePool, check_servable, pack
-from support.factories import random_adapter
+from support.factories import random_adapter, with_hidden_layer, with_vectors
 
 ALL = SeraConfig(8, 8, 8.0, "all-linear")
 SHAPES = [ALL, SeraConfig(8, 1, 8.0, "all-linear"), SeraConfig(4, 4, 4.0, ("q_proj", "down_proj"), use_mixer=False)]
@@ -115,6 +115,25 @@ def test_a_scaling_beyond_the_dtype_is_refused(
     with pytest.raises(AdapterOverflow, match="scaling") as refusal:
         check_servable(bundle, index, pool_of(base, dtype))
     assert refusal.value.param == PATH
+
+
+@pytest.mark.parametrize("vector", ["gain", "offset"])
+def test_vectors_that_overflow_are_refused(vector: str, base: FrozenBase, index: dict[str, int]) -> None:
+    bundle = with_vectors(random_adapter(base, ALL, 1), gain=("down_proj",), offset=("down_proj",))
+    check_servable(bundle, index, pool_of(base))
+    bundle = with_factor(bundle, f"{PATH}.{vector}", lambda t: torch.full_like(t, 1e20))
+    with pytest.raises(AdapterOverflow) as refusal:
+        check_servable(bundle, index, pool_of(base))
+    assert refusal.value.param == PATH
+
+
+def test_a_hidden_layer_that_overflows_is_refused(base: FrozenBase, index: dict[str, int]) -> None:
+    bundle = with_hidden_layer(random_adapter(base, ALL, 1, labels=["no", "yes"]), "relu", 8)
+    check_servable(bundle, index, pool_of(base))
+    bundle = with_factor(bundle, "head.dense.weight", lambda t: torch.full_like(t, 3e38))
+    with pytest.raises(AdapterOverflow) as refusal:
+        check_servable(bundle, index, pool_of(base))
+    assert refusal.value.param == "head"
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ from sera_kernels import AdapterBatch, grouped_sera, grouped_sera_reference
 from sera_serve import SeraConfig
 from sera_serve.base import FrozenBase
 from sera_serve.residency import AdapterLayout, DevicePool, PackedAdapter, Placement, pack
-from support.factories import random_adapter
+from sera_serve.residency.pool import Extent, FreeExtents
+from support.factories import random_adapter, with_hidden_layer, with_vectors
 
 
 @pytest.fixture(scope="module")
@@ -85,11 +86,54 @@ def test_head_is_read_from_its_own_extent(scattered: tuple[DevicePool, Placement
     pool, placement = scattered
     head = packed[3].layout.head
     assert head is not None
-    weight, bias = pool.head(placement)
-    begin = head.weight_offset
+    ((weight, bias),) = pool.head(placement)
+    (layer,) = head.layers
+    begin = layer.weight_offset
     assert torch.equal(weight.flatten(), packed[3].data[begin : begin + weight.numel()])
-    assert torch.equal(bias, packed[3].data[head.bias_offset : head.bias_offset + head.labels])
-    assert placement.locate(head.weight_offset) != placement.extents[0].start + head.weight_offset
+    assert torch.equal(bias, packed[3].data[layer.bias_offset : layer.bias_offset + layer.d_out])
+    assert placement.locate(layer.weight_offset) != placement.extents[0].start + layer.weight_offset
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_vectors_and_hidden_layers_are_read_from_their_own_extents(
+    dtype: torch.dtype, base: FrozenBase, index: dict[str, int]
+) -> None:
+    bundle = random_adapter(base, SeraConfig(8, 4, 8.0, "all-linear"), 7, labels=["a", "b", "c"])
+    # Some modules have one of the two vectors alone.
+    bundle = with_vectors(bundle, gain=("q_proj", "up_proj"), offset=("q_proj", "down_proj"))
+    bundle = with_hidden_layer(bundle, "gelu", 10)
+    packed = pack(bundle, index, dtype)
+    pool = DevicePool(4 * packed.layout.elements * dtype.itemsize, len(index), 3, dtype)
+    chunks = packed.layout.chunks
+    cut = next(cut for cut in range(len(chunks)) if 2 * sum(chunks[:cut]) > sum(chunks))
+    sizes = [sum(chunks[:cut]), sum(chunks[cut:])]
+    held = [Extent(sizes[0], 64), Extent(sizes[0] + 64 + sizes[1], pool.capacity - sum(sizes) - 64)]
+    # Two holes that the adapter fits in together: the rest is taken.
+    pool._free = FreeExtents(pool.capacity)
+    pool._free._holes = [Extent(0, sizes[0]), Extent(held[0].end, sizes[1])]
+    placement = fill(pool, packed)
+    assert len(placement.extents) == 2
+    tensors = bundle.tensors
+    seen = set()
+    for path, spec in bundle.config.modules.items():
+        (entry,) = pool.tables.entries(index[path], [placement.slot])
+        vectors = entry.gain_and_offset(pool.data, spec.d_out)
+        if vectors is None:
+            assert not (spec.has_gain or spec.has_offset)
+            continue
+        seen.add((spec.has_gain, spec.has_offset))
+        gain = tensors.get(f"{path}.gain", torch.ones(spec.d_out))
+        assert torch.equal(vectors[0], gain.to(dtype))
+        assert torch.equal(vectors[1], tensors.get(f"{path}.offset", torch.zeros(spec.d_out)).to(dtype))
+    assert seen == {(True, True), (True, False), (False, True)}
+    names = ["head.dense.weight", "head.dense.bias", "head.weight", "head.bias"]
+    parts = [part for layer in pool.head(placement) for part in layer]
+    assert all(torch.equal(part, tensors[name].to(dtype)) for part, name in zip(parts, names, strict=True))
+    pool._free.give(held)
+    pool.check_invariants()
+    pool.tables.vectors[index["model.layers.0.self_attn.q_proj"], placement.slot] += 1
+    with pytest.raises(RuntimeError, match="does not point at its adapter"):
+        pool.check_invariants()
 
 
 def test_wrong_table_is_noticed(scattered: tuple[DevicePool, Placement]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import random
 from concurrent.futures import CancelledError, Future, wait
+from itertools import accumulate
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from sera_serve import SeraConfig
 from sera_serve.base import FrozenBase
 from sera_serve.errors import SeraServeError
 from sera_serve.residency import AdapterResidency, Lease, PackedAdapter, Placement, PrefetchHint, pack
-from support.factories import random_adapter
+from support.factories import random_adapter, with_hidden_layer, with_vectors
 
 SHAPES = [
     SeraConfig(8, 8, 8.0, "all-linear"),
@@ -35,11 +36,15 @@ SEEDS = int(os.environ.get("RESIDENCY_SEEDS", "4"))
 
 @pytest.fixture(scope="module")
 def packed(base: FrozenBase, index: dict[str, int]) -> dict[str, tuple[AdapterBundle, PackedAdapter]]:
-    """Twenty adapters of five shapes, a third of them with heads of different sizes."""
+    """Twenty adapters of five shapes, some with heads of different sizes, hidden layers, gains and offsets."""
     made = {}
     for i in range(20):
         labels = [str(label) for label in range(2 + i)] if i % 3 == 0 else None
         bundle = random_adapter(base, SHAPES[i % 5], seed=i, labels=labels)
+        if labels and i % 2:
+            bundle = with_hidden_layer(bundle, "tanh", 3 + i, seed=i)
+        if i % 4 == 1:
+            bundle = with_vectors(bundle, gain=("q_proj", "down_proj"), offset=("v_proj", "down_proj"), seed=i)
         made[bundle.digest] = bundle, pack(bundle, index, torch.float32)
     return made
 
@@ -132,9 +137,15 @@ def assert_holds(residency: AdapterResidency, placement: Placement, packed: Pack
     assert torch.equal(held, packed.data)
     offsets = pool.tables.offset[:, placement.slot]
     assert (offsets >= 0).sum() == len(packed.layout.modules)
-    for module, size in zip(packed.layout.modules, packed.layout.chunks, strict=False):
-        at = int(offsets[module.index])
-        assert torch.equal(pool.data[at : at + size], packed.data[module.offset : module.offset + size])
+    chunks = packed.layout.chunks
+    sizes = dict(zip(accumulate((0, *chunks[:-1])), chunks, strict=True))
+    for module in packed.layout.modules:
+        places = [(int(offsets[module.index]), module.offset)]
+        if module.vectors is not None:
+            places.append((int(pool.tables.vectors[module.index, placement.slot]), module.vectors))
+        for at, start in places:
+            size = sizes[start]
+            assert torch.equal(pool.data[at : at + size], packed.data[start : start + size])
 
 
 @pytest.mark.parametrize("seed", range(SEEDS))
