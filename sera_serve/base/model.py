@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from adapters_store import AdapterBundle, BaseInfo, check_base, dense_factors
+from adapters_store import AdapterBundle, BaseInfo, NotMergeable, check_base, dense_factors
 from sera_serve.base.preprocess import ModelInputs, Preprocessor
 from sera_serve.base.rotary import (
     RotaryContext,
@@ -167,19 +167,40 @@ def pool_states(states: Tensor, attention_mask: Tensor, pooling: Pooling) -> Ten
 
 
 def merge_adapter(base: FrozenBase, bundle: AdapterBundle) -> None:
-    """Merge an adapter into the weights: add scaling * A C B to each adapted layer, in place.
+    """Merge an adapter into the weights and biases of its layers, in place: W' = diag(gain) (W + scaling * A C B).
 
-    The sum is computed in float64 and rounded once, to the weight's dtype. A classifier's head is not merged.
+    b' = gain * b + offset. Both are computed in float64 and rounded once, to the parameter's dtype. A classifier's head
+    is not merged.
 
     Raises:
         WrongBase, UnknownModule, WrongShape: The adapter was made for another base. No weight is changed.
+        NotMergeable: The adapter has an offset for a layer without a bias. No weight is changed.
     """
     check_base(bundle.config, base.info, base.module_shapes())
+    layers = {path: base.model.get_submodule(path) for path in bundle.config.modules}
+    for path, layer in layers.items():
+        offset = bundle.tensors.get(f"{path}.offset")
+        if offset is not None and offset.any() and getattr(layer, "bias", None) is None:
+            raise NotMergeable(
+                f"layer {path!r} of the base has no bias that the adapter's offset could be merged into; a model of "
+                "the same architecture cannot hold it: serve the adapter instead",
+                param=f"{path}.offset",
+            )
     with torch.no_grad():
-        for path in bundle.config.modules:
-            layer = base.model.get_submodule(path)
+        for path, layer in layers.items():
             weight = layer.get_parameter("weight")
             delta = dense_factors(bundle, path).delta_weight().to(weight.device)
             # nn.Linear stores (d_out, d_in), GPT-2's Conv1D (d_in, d_out).
-            merged = weight.double() + (delta if isinstance(layer, Conv1D) else delta.T)
+            is_transposed = isinstance(layer, Conv1D)
+            merged = weight.double() + (delta if is_transposed else delta.T)
+            gain, offset = (bundle.tensors.get(f"{path}.{name}") for name in ("gain", "offset"))
+            if gain is not None:
+                gain = gain.to(weight.device).double()
+                merged *= gain if is_transposed else gain[:, None]
             weight.copy_(merged.to(weight.dtype))
+            if getattr(layer, "bias", None) is not None:
+                bias = layer.get_parameter("bias")
+                shifted = bias.double() if gain is None else gain * bias.double()
+                if offset is not None:
+                    shifted = shifted + offset.to(bias.device).double()
+                bias.copy_(shifted.to(bias.dtype))

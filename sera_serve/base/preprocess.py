@@ -13,8 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sera_serve.errors import InvalidRequest
 
-# Tokenizing a longer text takes milliseconds, in which an event loop would do nothing else.
-_LONG_CHARACTERS = 4000
+LONG_CHARACTERS = 4000
+"""Tokenizing a longer text takes milliseconds, in which an event loop would do nothing else."""
+
 # Tokens beyond `max_length` after which more text changes no token of the row. Where a text is cut, the tokens of its
 # last word change: at most 100 of WordPiece, which looks at words of up to 100 characters, and the last few of a longer
 # word of others.
@@ -70,12 +71,13 @@ class Preprocessor:
             and "token_type_ids" in inspect.signature(model.forward).parameters
         )
 
-    def prompt(self, text: str | None, token_ids: list[int] | None) -> list[int]:
+    def prompt(self, text: str | None, token_ids: list[int] | None, add_special_tokens: bool = True) -> list[int]:
         """Return the tokens of a prompt; the caller compares their number with the context length.
 
         Args:
             text: Text to tokenize, or None.
             token_ids: Tokens to take as they are, or None. Exactly one of the two arguments is set.
+            add_special_tokens: Whether the tokenizer adds its special tokens to the text.
 
         Raises:
             InvalidRequest: There are no tokens, a token is outside the vocabulary, or not exactly one argument is set.
@@ -87,19 +89,22 @@ class Preprocessor:
             if any(not 0 <= token < self._vocab_size for token in tokens):
                 raise InvalidRequest(f"token_ids must lie in 0 to {self._vocab_size - 1}", param="token_ids")
         elif text is not None:
-            tokens, field = list(self._tokenizer(text)["input_ids"]), "prompt"
+            tokens, field = list(self._tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]), "prompt"
         else:
             raise InvalidRequest("prompt is missing; send prompt or token_ids", param="prompt")
         if not tokens:
             raise InvalidRequest(f"{field} has no tokens; send at least one", param=field)
         return tokens
 
-    def rows(self, inputs: Sequence[str | tuple[str, str]], max_length: int) -> list[ModelInputs]:
+    def rows(
+        self, inputs: Sequence[str | tuple[str, str]], max_length: int, field: str = "inputs"
+    ) -> list[ModelInputs]:
         """Return one row for each input, truncated to `max_length` tokens as in training.
 
         Args:
             inputs: Texts, and sentence pairs. A pair goes to the tokenizer as a pair.
             max_length: The most tokens of a row, special tokens included.
+            field: What the request calls the inputs.
 
         Raises:
             InvalidRequest: An input has no tokens.
@@ -124,7 +129,7 @@ class Preprocessor:
             rows.update(zip((index for index, _ in pairs), encoded, strict=True))
         for index, row in rows.items():
             if not row.input_ids:
-                raise InvalidRequest(f"input {index} has no tokens; send some text", param=f"inputs[{index}]")
+                raise InvalidRequest(f"input {index} has no tokens; send some text", param=f"{field}[{index}]")
         return [rows[index] for index in range(len(inputs))]
 
     def max_characters(self, tokens: int) -> int:
@@ -141,12 +146,12 @@ class Preprocessor:
 
     def is_long(self, text: str | None, token_ids: list[int] | None) -> bool:
         """Tell whether `prompt` takes so long that an event loop should call it on a worker thread."""
-        return max(len(text or ""), len(token_ids or ())) > _LONG_CHARACTERS
+        return max(len(text or ""), len(token_ids or ())) > LONG_CHARACTERS
 
     def are_long(self, inputs: Sequence[str | tuple[str, str]]) -> bool:
         """Tell whether `rows` takes so long that it should not run where short inputs are awaited."""
         lengths = (len(value) if isinstance(value, str) else sum(map(len, value)) for value in inputs)
-        return sum(lengths) > _LONG_CHARACTERS
+        return sum(lengths) > LONG_CHARACTERS
 
     def _texts(self, group: Sequence[tuple[int, str]], max_length: int) -> dict[int, ModelInputs]:
         """The rows of texts by index. Of a long text only a part is tokenized: as much as decides its row."""

@@ -1,4 +1,4 @@
-"""Trains two demo tenants from `demo_data/`: `python -m sera_serve.commands.demo --store DIR`."""
+"""Trains three demo tenants from `demo_data/`: `python -m sera_serve.commands.demo --store DIR`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ DEMOS: dict[str, dict[str, Any]] = {
         "pooling": "mean",
         "rank": 16,
         "dropout": 0.2,
-        "epochs": 10,
+        "epochs": 4,
+        "batch_size": 8,
         "learning_rate": 1e-2,
         "description": "Which desk a support ticket goes to.",
     },
@@ -39,9 +40,24 @@ DEMOS: dict[str, dict[str, Any]] = {
         "completion_column": "completion",
         "rank": 64,
         "dropout": 0.1,
-        "epochs": 10,
+        "epochs": 5,
+        "batch_size": 8,
         "learning_rate": 1e-2,
         "description": "Goes on with a story as a pirate would.",
+    },
+    "demo/chat": {
+        "task": "generate",
+        "train": DATA / "chat_train.jsonl",
+        "eval": DATA / "chat_eval.jsonl",
+        "prompt_column": "prompt",
+        "completion_column": "completion",
+        "chat_template": DATA / "chat_template.jinja",
+        "rank": 64,
+        "dropout": 0.1,
+        "epochs": 5,
+        "batch_size": 8,
+        "learning_rate": 1e-2,
+        "description": "A kind friend that answers a child.",
     },
 }
 
@@ -49,6 +65,7 @@ DEMOS: dict[str, dict[str, Any]] = {
 EXAMPLES = {
     "demo/tickets": "My parcel is late and the tracking number does not work.",
     "demo/pirate": "The little cat found a map.",
+    "demo/chat": "I lost my red ball.",
 }
 
 
@@ -102,7 +119,7 @@ def _command(
     store: Annotated[Path, typer.Option(help="Folder of the adapter store; created if absent.")],
     base: Annotated[str, typer.Option(help='"embedded", a folder, or a hub id.')] = "embedded",
 ) -> None:
-    """Train the two demo tenants unless the store has them."""
+    """Train the three demo tenants unless the store has them."""
     # Small matrices gain nothing from a second thread, and lose much on a busy machine.
     torch.set_num_threads(1)
     try:
