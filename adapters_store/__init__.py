@@ -1,7 +1,14 @@
 """The adapter format, its validation, and a store of immutable versions. See FORMAT.md."""
 
-from adapters_store.convert.dense import dense_factors
+from adapters_store.combinations import combination_digest, load_combination, parts_of
+from adapters_store.convert.combine import MAX_PARTS, Combination, combine
+from adapters_store.convert.compress import CompressedBundle, compress_bundle
+from adapters_store.convert.dense import NotMergeable, dense_factors
+from adapters_store.convert.import_base import ImportBase
 from adapters_store.convert.peft_export import HEAD_FILE, export_peft, write_head
+from adapters_store.convert.peft_files import PeftFiles, peft_from_bytes, peft_from_path
+from adapters_store.convert.peft_import import PeftImport, import_peft, with_record
+from adapters_store.convert.peft_layers import PeftLayer
 from adapters_store.errors import (
     AdapterNotFound,
     InvalidAdapterName,
@@ -11,7 +18,15 @@ from adapters_store.errors import (
     VersionInUse,
 )
 from adapters_store.format.bundle import AdapterBundle, validate_bundle
-from adapters_store.format.config import FORMAT_VERSION, AdapterConfig, BaseInfo, ModuleSpec
+from adapters_store.format.config import (
+    FORMAT_VERSION,
+    MAX_CHAT_TEMPLATE_BYTES,
+    Activation,
+    AdapterConfig,
+    BaseInfo,
+    HeadSpec,
+    ModuleSpec,
+)
 from adapters_store.format.mmap_buffer import writable_memory
 from adapters_store.format.safetensors_file import BundleLimits
 from adapters_store.format.strict_json import parse_json
@@ -23,6 +38,9 @@ from adapters_store.store import AdapterStore
 __all__ = [
     "FORMAT_VERSION",
     "HEAD_FILE",
+    "MAX_CHAT_TEMPLATE_BYTES",
+    "MAX_PARTS",
+    "Activation",
     "AdapterBundle",
     "AdapterConfig",
     "AdapterInfo",
@@ -31,11 +49,19 @@ __all__ = [
     "AdapterSummary",
     "BaseInfo",
     "BundleLimits",
+    "Combination",
+    "CompressedBundle",
     "Freed",
+    "HeadSpec",
+    "ImportBase",
     "InvalidAdapterName",
     "InvalidBundle",
     "ModuleSpec",
+    "NotMergeable",
     "Page",
+    "PeftFiles",
+    "PeftImport",
+    "PeftLayer",
     "Published",
     "ResolvedAdapter",
     "StoreError",
@@ -44,13 +70,22 @@ __all__ = [
     "VersionInUse",
     "check_base",
     "check_same_base",
+    "combination_digest",
+    "combine",
+    "compress_bundle",
     "dense_factors",
     "expected_shapes",
     "export_peft",
+    "import_peft",
+    "load_combination",
     "parse_adapter",
     "parse_json",
     "parse_ref",
+    "parts_of",
+    "peft_from_bytes",
+    "peft_from_path",
     "validate_bundle",
+    "with_record",
     "writable_memory",
     "write_head",
 ]

@@ -132,6 +132,13 @@ class UnknownModule(InvalidBundle):
     code = "unknown_module"
 
 
+class CannotCombine(StoreError):
+    """Adapters have no exact weighted sum: their tasks, heads or poolings differ, or a part has more than an update."""
+
+    code = "cannot_combine"
+    status = 422
+
+
 class InvalidAdapterName(StoreError):
     """An adapter id, alias or reference is not of the allowed form."""
 

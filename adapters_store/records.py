@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
 from adapters_store.format.config import AdapterConfig, BaseInfo, Method, Task
 
@@ -29,6 +29,8 @@ class AdapterFacts(Record):
         ranks: The different ranks of the adapted layers, ascending.
         splits: The different splits of the adapted layers, ascending.
         modules: Number of adapted layers.
+        has_chat_template: Whether the bundle has a chat template. Written only where it has one: an older release,
+            which reads no such bundle, reads the records of all others.
     """
 
     base: BaseInfo
@@ -37,6 +39,7 @@ class AdapterFacts(Record):
     ranks: list[int]
     splits: list[int]
     modules: int
+    has_chat_template: bool = False
 
     @classmethod
     def of(cls, config: AdapterConfig) -> AdapterFacts:
@@ -48,7 +51,15 @@ class AdapterFacts(Record):
             ranks=sorted({spec.rank for spec in config.modules.values()}),
             splits=sorted({spec.split for spec in config.modules.values()}),
             modules=len(config.modules),
+            has_chat_template=config.chat_template is not None,
         )
+
+    @model_serializer(mode="wrap")
+    def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = handler(self)
+        if not self.has_chat_template:
+            del fields["has_chat_template"]
+        return fields
 
 
 class VersionRecord(Record):
@@ -83,13 +94,14 @@ class ResolvedAdapter:
     """A reference turned into one immutable version, with what a request must know before anything is loaded.
 
     Attributes:
-        adapter: `tenant/name`.
-        version: Version number.
-        digest: Content digest; the key of caches.
+        adapter: `tenant/name`; of a combination, its parts with their versions and weights.
+        version: Version number; 0 for a combination, which no version number names.
+        digest: Content digest, or `combination_digest`; the key of caches.
         task: generate or classify.
         labels: Labels of a classifier in the order of the head's rows, else None.
         base: Identity of the base model.
         max_length: Tokens that an input of a classifier is cut to, or None.
+        has_chat_template: Whether its configuration has a chat template; see `AdapterStore.config`.
     """
 
     adapter: str
@@ -99,6 +111,7 @@ class ResolvedAdapter:
     labels: tuple[str, ...] | None
     base: BaseInfo
     max_length: int | None
+    has_chat_template: bool = False
 
 
 @dataclass(frozen=True)
@@ -119,6 +132,7 @@ class AdapterSummary:
         ranks: The different ranks of its layers, ascending.
         splits: The different splits of its layers, ascending.
         modules: Number of adapted layers.
+        has_chat_template: Whether its configuration has a chat template.
     """
 
     adapter: str
@@ -134,6 +148,7 @@ class AdapterSummary:
     ranks: tuple[int, ...]
     splits: tuple[int, ...]
     modules: int
+    has_chat_template: bool
 
 
 @dataclass(frozen=True)

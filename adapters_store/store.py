@@ -150,6 +150,7 @@ class AdapterStore:
             labels=None if facts.labels is None else tuple(facts.labels),
             base=facts.base,
             max_length=facts.max_length,
+            has_chat_template=facts.has_chat_template,
         )
 
     def load(self, digest: str) -> AdapterBundle:
@@ -410,6 +411,7 @@ class AdapterStore:
             ranks=tuple(facts.ranks),
             splits=tuple(facts.splits),
             modules=facts.modules,
+            has_chat_template=facts.has_chat_template,
             versions=manifest.versions,
             aliases=manifest.aliases,
         )
@@ -431,6 +433,7 @@ class AdapterStore:
             "ranks": tuple(facts.ranks),
             "splits": tuple(facts.splits),
             "modules": facts.modules,
+            "has_chat_template": facts.has_chat_template,
         }
 
     def _ids(self, tenant: str | None, after: str, at_once: int) -> Iterator[str]:

@@ -7,7 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from adapters_store.errors import InvalidBundle
 from adapters_store.format.bundle import AdapterBundle
+
+
+class NotMergeable(InvalidBundle):
+    """The adapter has an offset for a layer of the base that has no bias; `param` is the tensor."""
+
+    code = "not_mergeable"
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """Export of an adapter as a PEFT LoRA checkpoint of the same update: lora_A = (A C)^T, lora_B = B^T, both dense.
 
+An offset becomes the bias of lora_B (`lora_bias`). A gain is refused: DoRA's magnitude depends on the base's weights.
+
 Layout: https://huggingface.co/docs/peft/developer_guides/checkpoint
 """
 
@@ -25,6 +27,12 @@ PEFT_MODEL_FILE = "adapter_model.safetensors"
 HEAD_FILE = "head.safetensors"
 
 
+class NoPeftForm(InvalidBundle):
+    """The adapter has a gain, or an offset without an update, which a LoRA cannot hold; `param` is the tensor."""
+
+    code = "no_peft_form"
+
+
 class NothingToExport(InvalidBundle):
     """The adapter has no adapted layer, and therefore no LoRA form."""
 
@@ -47,16 +55,31 @@ def export_peft(bundle: AdapterBundle, directory: Path, base_path: str | None = 
 
     Raises:
         NothingToExport: A head-only adapter.
+        NoPeftForm: An adapter with a gain, or with an offset and a scaling of 0.
     """
     if not bundle.config.modules:
         raise NothingToExport("a head-only adapter has no LoRA form; use format 'sera'", param="format")
+    for path, spec in bundle.config.modules.items():
+        if spec.has_gain or (spec.has_offset and not spec.scaling):
+            vector = "gain" if spec.has_gain else "offset"
+            raise NoPeftForm(
+                f"layer {path!r} has a vector of {vector}s, which a LoRA cannot hold; use format 'sera' or 'merged'",
+                param=f"{path}.{vector}",
+            )
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {}
+    # PEFT has one switch for all layers.
+    has_bias = any(spec.has_offset for spec in bundle.config.modules.values())
     for path in bundle.config.modules:
         dense = dense_factors(bundle, path)
         prefix = f"base_model.model.{path}"
         tensors[f"{prefix}.lora_A.weight"] = (dense.a @ dense.c).T.to(torch.float32).contiguous()
         tensors[f"{prefix}.lora_B.weight"] = dense.b.T.to(torch.float32).contiguous()
+        if has_bias:
+            offset = bundle.tensors.get(f"{path}.offset", torch.zeros(len(dense.b.T)))
+            # PEFT scales this bias with the update. The scaling is 1 or so, and the quotient is rounded once.
+            scaling = dense.scaling if offset.any() else 1.0
+            tensors[f"{prefix}.lora_B.bias"] = (offset.double() / scaling).to(torch.float32)
     safetensors.torch.save_file(tensors, directory / PEFT_MODEL_FILE, metadata={"format": "pt"})
     text = json.dumps(peft_config(bundle.config, base_path), indent=2, sort_keys=True, ensure_ascii=False)
     (directory / PEFT_CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
@@ -66,14 +89,18 @@ def export_peft(bundle: AdapterBundle, directory: Path, base_path: str | None = 
 def write_head(bundle: AdapterBundle, directory: Path) -> bool:
     """Write a classifier's head beside an exported model, into `head.safetensors`; False for a generator.
 
-    Tensors `weight` (labels, hidden) and `bias` (labels,); metadata `labels`, a JSON list, and `pooling`.
+    Tensors `weight` (labels, hidden) and `bias` (labels,); metadata `labels`, a JSON list, and `pooling`. With a hidden
+    layer also `dense.weight` (width, hidden), `dense.bias` (width,), and metadata `activation`: see FORMAT.md.
     """
     config = bundle.config
     if config.task != "classify":
         return False
-    head = {part: bundle.tensors[f"head.{part}"] for part in ("weight", "bias")}
+    parts = ("weight", "bias") if config.head is None else ("weight", "bias", "dense.weight", "dense.bias")
+    head = {part: bundle.tensors[f"head.{part}"] for part in parts}
     labels = json.dumps(config.labels, ensure_ascii=False)
     metadata = {"format": "pt", "labels": labels, "pooling": str(config.pooling)}
+    if config.head is not None:
+        metadata["activation"] = config.head.activation
     safetensors.torch.save_file(head, directory / HEAD_FILE, metadata=metadata)
     return True
 
@@ -99,6 +126,7 @@ def peft_config(config: AdapterConfig, base_path: str | None = None) -> dict[str
         "fan_in_fan_out": False,
         "use_rslora": False,
         "use_dora": False,
+        "lora_bias": any(spec.has_offset for spec in config.modules.values()),
     }
 
 

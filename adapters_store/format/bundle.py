@@ -74,13 +74,18 @@ class AdapterBundle:
         return {METADATA_KEY: self.config.canonical_json()}
 
     @classmethod
-    def load(cls, path: Path | str, limits: BundleLimits = DEFAULT_LIMITS) -> AdapterBundle:
+    def load(cls, path: Path | str, limits: BundleLimits = DEFAULT_LIMITS, within: Path | None = None) -> AdapterBundle:
         """Read and check a bundle from a directory, a .safetensors file or a .tar; its bytes are held once.
+
+        Args:
+            path: What to read.
+            limits: Caps.
+            within: No file outside this directory is read, wherever a symbolic link leads; None reads any file.
 
         Raises:
             InvalidBundle: One of the subclasses that FORMAT.md lists.
         """
-        return cls._checked(read_path(os.fspath(path), limits))
+        return cls._checked(read_path(os.fspath(path), limits, within))
 
     @classmethod
     def from_bytes(cls, data: bytes | bytearray | memoryview, limits: BundleLimits = DEFAULT_LIMITS) -> AdapterBundle:

@@ -12,8 +12,10 @@ from pydantic import (
     ConfigDict,
     Field,
     JsonValue,
+    SerializerFunctionWrapHandler,
     ValidationError,
     field_validator,
+    model_serializer,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
@@ -21,14 +23,21 @@ from pydantic_core import PydanticCustomError
 from adapters_store.errors import InvalidConfig, UnsupportedFormat
 from adapters_store.format.strict_json import parse_json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""The newest format version that is read. A bundle is written in the oldest version that has its fields."""
 PARAM = "adapter_config"
+MAX_CHAT_TEMPLATE_BYTES = 64 << 10
 _MAX_WIDTH = 1 << 20
 _MAX_DEPTH = 8
+# Fields of version 2 and their values where they are not used. They are written and hashed only where they are used:
+# so bundles of version 1 keep their digests.
+_LATER: dict[str, Any] = {"chat_template": None, "head": None}
+_LATER_OF_MODULES: dict[str, Any] = {"has_gain": False, "has_offset": False}
 
 Task = Literal["generate", "classify"]
 Method = Literal["sera", "lora", "melora", "moslora", "lora-fa", "head-only"]
 Pooling = Literal["last_token", "cls", "mean"]
+Activation = Literal["tanh", "relu", "gelu"]
 Width = Annotated[int, Field(ge=1, le=_MAX_WIDTH)]
 ModulePath = Annotated[str, Field(max_length=256, pattern=r"\A[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*\z")]
 Text = Annotated[str, Field(min_length=1, max_length=512)]
@@ -51,8 +60,24 @@ class BaseInfo(_Strict):
     hidden_size: Width
 
 
+class HeadSpec(_Strict):
+    """The hidden layer of a classifier's head: h' = activation(head.dense.weight h + head.dense.bias).
+
+    Attributes:
+        activation: tanh, relu, or gelu: the exact one, x * Phi(x).
+        width: Outputs of the hidden layer, and inputs of the projection to the labels.
+    """
+
+    activation: Activation
+    width: Width
+
+
 class ModuleSpec(_Strict):
-    """One adapted linear layer: y += scaling * ((x A) C) B, with A and B block-diagonal in `split` blocks."""
+    """One adapted linear layer: y = gain * (W x + b + scaling * ((x A) C) B) + offset, element by element.
+
+    A and B are block-diagonal in `split` blocks. `has_gain` and `has_offset` tell whether the layer has the vectors
+    gain and offset, (d_out,); the gain is 1 and the offset 0 where it has none.
+    """
 
     d_in: Width
     d_out: Width
@@ -60,6 +85,8 @@ class ModuleSpec(_Strict):
     split: Width
     use_mixer: bool
     scaling: float
+    has_gain: bool = False
+    has_offset: bool = False
 
     @property
     def segment_rank(self) -> int:
@@ -68,8 +95,16 @@ class ModuleSpec(_Strict):
 
     @property
     def parameters(self) -> int:
-        """Numbers that the layer's factors hold: (d_in + d_out) * segment_rank, and rank^2 with the mixer."""
-        return (self.d_in + self.d_out) * self.segment_rank + self.use_mixer * self.rank**2
+        """Numbers that the layer's tensors hold.
+
+        (d_in + d_out) * segment_rank, rank^2 with the mixer, and d_out each for a gain and an offset.
+        """
+        factors = (self.d_in + self.d_out) * self.segment_rank + self.use_mixer * self.rank**2
+        return factors + (self.has_gain + self.has_offset) * self.d_out
+
+    @model_serializer(mode="wrap")
+    def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return _without_defaults(handler(self), _LATER_OF_MODULES)
 
     @model_validator(mode="after")
     def _split_divides(self) -> ModuleSpec:
@@ -89,10 +124,10 @@ class ModuleSpec(_Strict):
 class AdapterConfig(_Strict):
     """Everything about an adapter but its weights. See FORMAT.md for each field.
 
-    The constructor raises `pydantic.ValidationError`; `from_json` raises `InvalidConfig`.
+    The constructor raises `pydantic.ValidationError`; `from_json` raises `InvalidConfig`. The constructor finds
+    `format_version` by itself: 2 exactly where a field of version 2 is used.
     """
 
-    format_version: Annotated[int, Field(ge=FORMAT_VERSION, le=FORMAT_VERSION)] = FORMAT_VERSION
     task: Task
     method: Method
     base: BaseInfo
@@ -101,6 +136,12 @@ class AdapterConfig(_Strict):
     pooling: Pooling | None = None
     max_length: Width | None = None
     training: dict[str, JsonValue] = Field(default_factory=dict)
+    chat_template: Annotated[str, Field(min_length=1)] | None = None
+    head: HeadSpec | None = None
+    # The last field, because its default depends on the others.
+    format_version: Annotated[int, Field(ge=1, le=FORMAT_VERSION)] = Field(
+        default_factory=lambda fields: _version(fields)
+    )
 
     @property
     def num_labels(self) -> int:
@@ -110,7 +151,14 @@ class AdapterConfig(_Strict):
     @property
     def parameters(self) -> int:
         """Numbers in the bundle, head included."""
-        return sum(spec.parameters for spec in self.modules.values()) + self.num_labels * (self.base.hidden_size + 1)
+        return sum(spec.parameters for spec in self.modules.values()) + self.head_parameters
+
+    @property
+    def head_parameters(self) -> int:
+        """Numbers in a classifier's head; 0 for a generator."""
+        if self.head is None:
+            return self.num_labels * (self.base.hidden_size + 1)
+        return self.head.width * (self.base.hidden_size + 1) + self.num_labels * (self.head.width + 1)
 
     @field_validator("modules", "training", mode="before")
     @classmethod
@@ -123,13 +171,38 @@ class AdapterConfig(_Strict):
         _check_json(value, "training", 1)
         return value
 
+    @field_validator("chat_template")
+    @classmethod
+    def _chat_template_is_short(cls, value: str | None) -> str | None:
+        if value is not None and (size := len(value.encode("utf-8", "surrogatepass"))) > MAX_CHAT_TEMPLATE_BYTES:
+            raise _refusal(
+                f"chat_template has {size} bytes; the limit is {MAX_CHAT_TEMPLATE_BYTES}: shorten it", "chat_template"
+            )
+        return value
+
+    @model_serializer(mode="wrap")
+    def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields = handler(self)
+        return {"format_version": fields.pop("format_version"), **_without_defaults(fields, _LATER)}
+
+    @model_validator(mode="after")
+    def _version_is_the_oldest(self) -> AdapterConfig:
+        needed = _version(dict(self))
+        if self.format_version < needed:
+            raise _refusal("a field of format version 2 is used; write 2", "format_version")
+        if self.format_version > needed:
+            raise _refusal("no field of format version 2 is used; write 1", "format_version")
+        return self
+
     @model_validator(mode="after")
     def _head_and_task_agree(self) -> AdapterConfig:
         if self.task == "generate":
-            for field in ("labels", "pooling", "max_length"):
+            for field in ("labels", "pooling", "max_length", "head"):
                 if getattr(self, field) is not None:
                     raise _refusal(f"{field} is only for task 'classify'; leave it null", field)
         else:
+            if self.chat_template is not None:
+                raise _refusal("chat_template is only for task 'generate'; leave it null", "chat_template")
             if self.labels is None or len(self.labels) < 2 or len(set(self.labels)) != len(self.labels):
                 raise _refusal("task 'classify' needs at least two labels, all different", "labels")
             if self.pooling is None:
@@ -155,20 +228,50 @@ class AdapterConfig(_Strict):
         """
         value = parse_json_object(text)
         version = value.get("format_version")
-        if type(version) is int and version != FORMAT_VERSION:
+        if type(version) is int and not 1 <= version <= FORMAT_VERSION:
             raise UnsupportedFormat(
-                f"adapter_config.format_version is {version}; this release reads {FORMAT_VERSION}",
+                f"adapter_config.format_version is {version}; this release reads 1 to {FORMAT_VERSION}",
                 param=f"{PARAM}.format_version",
             )
         if "format_version" not in value:
             raise InvalidConfig(
-                f"adapter_config.format_version is missing; write {FORMAT_VERSION}",
+                "adapter_config.format_version is missing; write 1, or 2 where a field of version 2 is used",
                 param=f"{PARAM}.format_version",
+            )
+        if version == 1 and (field := _first_later_field(value)) is not None:
+            raise InvalidConfig(
+                f"{PARAM}.{field} is a field of format version 2; remove it, or write format_version 2",
+                param=f"{PARAM}.{field}",
             )
         try:
             return cls.model_validate(value)
         except ValidationError as error:
             raise _as_invalid_config(error) from error
+
+
+def _version(fields: Mapping[str, Any]) -> int:
+    """The oldest format version that has every field in use."""
+    modules: Mapping[str, ModuleSpec] = fields["modules"]
+    later = any(fields[name] is not None for name in _LATER) or any(
+        spec.has_gain or spec.has_offset for spec in modules.values()
+    )
+    return 2 if later else 1
+
+
+def _first_later_field(value: Mapping[str, Any]) -> str | None:
+    """The dotted path of the first field of version 2 in a configuration that was only parsed, or None."""
+    if (name := next((name for name in _LATER if name in value), None)) is not None:
+        return name
+    modules = value.get("modules")
+    for path, spec in modules.items() if isinstance(modules, dict) else ():
+        if isinstance(spec, dict) and (name := next((name for name in _LATER_OF_MODULES if name in spec), None)):
+            return f"modules.{path}.{name}"
+    return None
+
+
+def _without_defaults(fields: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out those of `defaults` that have their default value."""
+    return {name: value for name, value in fields.items() if name not in defaults or value != defaults[name]}
 
 
 def canonical_json(value: Any) -> str:

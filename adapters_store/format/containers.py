@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 from adapters_store.errors import (
     BundleTooLarge,
@@ -42,15 +43,20 @@ class RawBundle:
     data: memoryview
 
 
-def read_path(path: str, limits: BundleLimits) -> RawBundle:
+def read_path(path: str, limits: BundleLimits, within: Path | None = None) -> RawBundle:
     """Read a bundle from a directory, a .safetensors file or a .tar.
+
+    Args:
+        path: What to read.
+        limits: Caps.
+        within: No file outside this directory is read, wherever a symbolic link leads; None reads any file.
 
     Raises:
         InvalidBundle: One of the subclasses that FORMAT.md lists.
     """
     if os.path.isdir(path):
-        return _read_directory(path, limits)
-    return read_bytes(_read_file(path, limits.max_bytes), limits)
+        return _read_directory(path, limits, within)
+    return read_bytes(read_file(path, limits.max_bytes, within), limits)
 
 
 def read_bytes(data: memoryview, limits: BundleLimits) -> RawBundle:
@@ -90,26 +96,41 @@ def _check_metadata(header: Header, known: set[str]) -> None:
         )
 
 
-def _read_directory(path: str, limits: BundleLimits) -> RawBundle:
+def _read_directory(path: str, limits: BundleLimits, within: Path | None) -> RawBundle:
     _check_names(set(os.listdir(path)))
-    config = bytes(_read_file(f"{path}/{CONFIG_FILE}", limits.max_config_bytes))
-    return _with_config(config, _read_file(f"{path}/{MODEL_FILE}", limits.max_bytes), limits)
+    config = bytes(read_file(f"{path}/{CONFIG_FILE}", limits.max_config_bytes, within))
+    return _with_config(config, read_file(f"{path}/{MODEL_FILE}", limits.max_bytes, within), limits)
 
 
-def _read_file(path: str, max_bytes: int) -> memoryview:
+def read_file(path: str, max_bytes: int, within: Path | None = None) -> memoryview:
+    """Read one regular file into writable memory.
+
+    Raises:
+        MissingFile: It is no regular file, or lies outside `within`.
+        BundleTooLarge, Truncated: It is too large, or shrinks meanwhile.
+        OSError: It cannot be opened.
+    """
     name = os.path.basename(path)
     if not os.path.isfile(path):
         raise MissingFile(f"{path} is not a regular file", param=name)
-    size = os.stat(path).st_size
-    if size > max_bytes:
-        raise BundleTooLarge(f"{name} has {size} bytes; the limit is {max_bytes}", param=name)
     # Writable memory, so that tensors can share it and a bundle is held once.
-    data = writable_memory(size)
     with open(path, "rb") as file:
+        if within is not None and not _opened_path(file.fileno(), path).is_relative_to(within.resolve()):
+            raise MissingFile(f"{name} lies outside the allowed directory; copy it there", param=name)
+        size = os.fstat(file.fileno()).st_size
+        if size > max_bytes:
+            raise BundleTooLarge(f"{name} has {size} bytes; the limit is {max_bytes}", param=name)
+        data = writable_memory(size)
         count = file.readinto(data)
     if count != size:
         raise Truncated(f"{name} shrank from {size} to {count} bytes while it was read", param=name)
     return data
+
+
+def _opened_path(descriptor: int, path: str) -> Path:
+    """Where an open file lies. Linux tells it of the descriptor, so that no link can be changed in between."""
+    link = f"/proc/self/fd/{descriptor}"
+    return Path(os.readlink(link)) if os.path.exists(link) else Path(path).resolve()
 
 
 def _read_tar(data: memoryview, limits: BundleLimits) -> RawBundle:

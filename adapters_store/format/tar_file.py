@@ -65,11 +65,12 @@ def looks_like_tar(prefix: bytes) -> bool:
     return prefix[257:262] == b"ustar"
 
 
-def tar_members(data: memoryview) -> Iterator[TarMember]:
+def tar_members(data: memoryview, max_members: int = MAX_MEMBERS) -> Iterator[TarMember]:
     """Yield the members of an archive in order. Nothing is copied but headers.
 
     Args:
         data: The whole archive.
+        max_members: The most files and directories.
 
     Raises:
         InvalidArchive: The archive is damaged, or has something else than files and directories.
@@ -88,8 +89,8 @@ def tar_members(data: memoryview) -> Iterator[TarMember]:
             attributes = _pax_records(data[begin : begin + size], size)
         else:
             count += 1
-            if count > MAX_MEMBERS:
-                raise _invalid(f"it has more than {MAX_MEMBERS} members")
+            if count > max_members:
+                raise _invalid(f"it has more than {max_members} members")
             yield _member(header, size, data[begin : begin + size], attributes or {})
             attributes = None
         if position <= len(data) and any(data[begin + size : position]):

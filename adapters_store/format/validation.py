@@ -27,8 +27,10 @@ Shape = tuple[int, ...]
 def expected_shapes(config: AdapterConfig) -> dict[str, Shape]:
     """The name and shape of every tensor of an adapter.
 
-    `P.sera_a` (d_in, segment_rank), `P.sera_c` (rank, rank) with the mixer, `P.sera_b` (segment_rank, d_out)
-    for each adapted layer P; `head.weight` (labels, hidden) and `head.bias` (labels,) for a classifier.
+    For each adapted layer P: `P.sera_a` (d_in, segment_rank), `P.sera_c` (rank, rank) with the mixer, `P.sera_b`
+    (segment_rank, d_out), `P.gain` (d_out,) with a gain, `P.offset` (d_out,) with an offset. For a classifier
+    `head.weight` (labels, hidden) and `head.bias` (labels,). With a hidden layer in the head `head.dense.weight`
+    (width, hidden), `head.dense.bias` (width,), and then `head.weight` is (labels, width).
     """
     shapes: dict[str, Shape] = {}
     for path, spec in config.modules.items():
@@ -36,8 +38,17 @@ def expected_shapes(config: AdapterConfig) -> dict[str, Shape]:
         if spec.use_mixer:
             shapes[f"{path}.sera_c"] = (spec.rank, spec.rank)
         shapes[f"{path}.sera_b"] = (spec.segment_rank, spec.d_out)
+        if spec.has_gain:
+            shapes[f"{path}.gain"] = (spec.d_out,)
+        if spec.has_offset:
+            shapes[f"{path}.offset"] = (spec.d_out,)
     if config.task == "classify":
-        shapes["head.weight"] = (config.num_labels, config.base.hidden_size)
+        width = config.base.hidden_size
+        if config.head is not None:
+            shapes["head.dense.weight"] = (config.head.width, width)
+            shapes["head.dense.bias"] = (config.head.width,)
+            width = config.head.width
+        shapes["head.weight"] = (config.num_labels, width)
         shapes["head.bias"] = (config.num_labels,)
     return shapes
 

@@ -11,13 +11,26 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from pydantic import JsonValue
 from rich.console import Console
 from rich.table import Table
 
-from adapters_store import HEAD_FILE, AdapterBundle, AdapterStore, StoreError, export_peft, write_head
+from adapters_store import (
+    HEAD_FILE,
+    AdapterBundle,
+    AdapterStore,
+    StoreError,
+    export_peft,
+    load_combination,
+    parse_adapter,
+    write_head,
+)
+from sera_serve.commands.imports import MAX_ERROR, compress_and_show, parse_compress, read_adapter
 from sera_serve.errors import InvalidConfiguration, SeraServeError
 
-adapters_app = typer.Typer(help="List, inspect, import, export, delete and alias adapters.", no_args_is_help=True)
+adapters_app = typer.Typer(
+    help="List, inspect, import, combine, export, delete and alias adapters.", no_args_is_help=True
+)
 
 StoreOption = Annotated[Path, typer.Option("--store", help="Directory of the adapter store.", show_default=False)]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
@@ -81,26 +94,83 @@ def inspect(ref: RefArgument, store: StoreOption, as_json: JsonOption = False) -
         for key in ("pooling", "max_length", "training"):
             if value := getattr(config, key):
                 facts.add_row(key, _one_line(value))
-        layers = Table("layer", "d_in", "d_out", "rank", "split", "mixer", "scaling", "parameters")
+        if config.head is not None:
+            facts.add_row("head", _one_line(config.head.model_dump()))
+        layers = Table("layer", "d_in", "d_out", "rank", "split", "mixer", "scaling", "vectors", "parameters")
         for path, spec in config.modules.items():
             sizes = (spec.d_in, spec.d_out, spec.rank, spec.split)
             mixer = "yes" if spec.use_mixer else "no"
-            layers.add_row(path, *map(str, sizes), mixer, f"{spec.scaling:g}", f"{spec.parameters:,}")
+            vectors = ", ".join(["gain"] * spec.has_gain + ["offset"] * spec.has_offset) or "none"
+            layers.add_row(path, *map(str, sizes), mixer, f"{spec.scaling:g}", vectors, f"{spec.parameters:,}")
         _console().print(facts, layers)
 
 
 @adapters_app.command("import")
-def import_bundle(
-    path: Annotated[Path, typer.Argument(help="A bundle: directory, .safetensors or .tar.", show_default=False)],
+def import_adapter(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="A bundle or a PEFT checkpoint: directory, .safetensors, .tar or .zip; or a hub id, where no path of "
+            "that name exists.",
+            show_default=False,
+        ),
+    ],
     name: Annotated[str, typer.Option(help="tenant/name to publish it under.", show_default=False)],
+    store: StoreOption,
+    base: Annotated[
+        str | None, typer.Option(help='The base it was trained on; a PEFT checkpoint needs it. As "serve --base".')
+    ] = None,
+    compress: Annotated[
+        str | None,
+        typer.Option(help="split=K or split=K,rank=R: publish the nearest SeRA instead.", show_default=False),
+    ] = None,
+    max_error: Annotated[
+        float, typer.Option(help="With --compress: largest relative error of a layer's update that is accepted.")
+    ] = MAX_ERROR,
+    as_json: JsonOption = False,
+) -> None:
+    """Check a bundle or a PEFT checkpoint, and publish it as a new version."""
+    with _refusals():
+        parse_adapter(name)
+        shape = None if compress is None else parse_compress(compress)
+        bundle, warnings = read_adapter(source, base)
+        for warning in warnings:
+            typer.echo(f"sera-serve: {warning}", err=True)
+        if shape is not None:
+            bundle = compress_and_show(bundle, *shape, max_error, Console(stderr=True))
+        published = AdapterStore(store).publish(bundle, name)
+        fields = {**dataclasses.asdict(published), "warnings": list(warnings)}
+        _report(as_json, f"published {name} v{published.version}", **fields)
+
+
+@adapters_app.command()
+def combine(
+    parts: Annotated[
+        list[str],
+        typer.Argument(
+            help="tenant/name=weight of each part; the reference may carry @alias, @v3.", show_default=False
+        ),
+    ],
+    name: Annotated[str, typer.Option(help="tenant/name to publish the sum under.", show_default=False)],
     store: StoreOption,
     as_json: JsonOption = False,
 ) -> None:
-    """Check a bundle and publish it as a new version."""
+    """Publish the exact weighted sum of adapters as an adapter of its own."""
     with _refusals():
-        bundle = AdapterBundle.load(path)
-        published = AdapterStore(store).publish(bundle, name)
-        _report(as_json, f"published {name} v{published.version}", **dataclasses.asdict(published))
+        opened = AdapterStore(store, create=False)
+        weighted = [_weighted(part) for part in parts]
+        resolved = [opened.resolve(reference) for reference, _ in weighted]
+        weights = [weight for _, weight in weighted]
+        names = [f"{part.adapter}@v{part.version}" for part in resolved]
+        record: list[JsonValue] = [
+            {"adapter": named, "digest": part.digest, "weight": weight}
+            for named, part, weight in zip(names, resolved, weights, strict=True)
+        ]
+        digests = [part.digest for part in resolved]
+        bundle = load_combination(opened, list(zip(digests, weights, strict=True)), names, {"combination": record})
+        published = opened.publish(bundle, name)
+        text = f"published {name} v{published.version}, the sum of {len(parts)} adapters"
+        _report(as_json, text, **dataclasses.asdict(published))
 
 
 @adapters_app.command()
@@ -211,6 +281,17 @@ def _write(bundle: AdapterBundle, output: Path, format: ExportFormat, base: str 
     else:
         bundle.save(output)
     return False
+
+
+def _weighted(part: str) -> tuple[str, float]:
+    """The reference and the weight of `tenant/name=weight`."""
+    reference, equals, weight = part.rpartition("=")
+    try:
+        return reference, float(weight if equals else "")
+    except ValueError:
+        raise InvalidConfiguration(
+            f"{part!r} is not a part of a sum; write tenant/name=weight, such as acme/support=0.5", param="parts"
+        ) from None
 
 
 @contextmanager

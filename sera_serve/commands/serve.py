@@ -35,6 +35,7 @@ from sera_serve.threads import run_and_forget_pool
 _LOOKED_AT = 50
 # Responses end without a line break; without this one, the shell's prompt would follow on the same line.
 CURL = "curl -sw '\\n'"
+CHAT_PATH = "/v1/chat/completions"
 
 
 def run_server(settings: ServeSettings) -> None:
@@ -191,6 +192,9 @@ def describe_server(
         console.print(f"\n[dim]# {title}[/dim]", highlight=False)
         # A wrapped command could not be pasted.
         console.print(curl_line(f"{url}{path}", body), markup=False, highlight=False, soft_wrap=True)
+        if path == CHAT_PATH:
+            console.print("\n[dim]# the same with OpenAI's client for Python[/dim]", highlight=False)
+            console.print(client_lines(f"{url}/v1", body), markup=False, highlight=False, soft_wrap=True)
     console.print(f"\n[dim]# adapters in the store[/dim]\n{CURL} {url}/v1/adapters\n", highlight=False)
 
 
@@ -204,20 +208,35 @@ def curl_line(url: str, body: dict[str, Any]) -> str:
     return f"{CURL} {url} -H 'Content-Type: application/json' -d {data}"
 
 
+def client_lines(url: str, body: dict[str, Any]) -> str:
+    """Write lines of Python that send a chat by OpenAI's client and print the answer."""
+    arguments = ", ".join(f"{name}={value!r}" for name, value in body.items())
+    return (
+        "from openai import OpenAI\n"
+        f"client = OpenAI(base_url={url!r}, api_key='none')\n"
+        f"answer = client.chat.completions.create({arguments})\n"
+        "print(answer.choices[0].message.content)"
+    )
+
+
 def _examples(base: FrozenBase, store: AdapterStore) -> list[tuple[str, str, dict[str, Any]]]:
-    """Choose requests that this server can serve, as (title, path, body)."""
+    """Choose requests that this server can serve, as (title, path, body): one for each kind of adapter."""
     found: dict[str, str] = {}
     shapes = base.module_shapes()
     for info in store.list_page(limit=_LOOKED_AT).adapters:
-        if info.task in found or (info.task == "generate" and base.kind == "encoder"):
+        kind = "chat" if info.has_chat_template else info.task
+        if kind in found or (info.task == "generate" and base.kind == "encoder"):
             continue
         try:
             check_base(store.config(info.digest), base.info, shapes)
         except StoreError:
             # The adapter was made for another base, so a request for it would be refused.
             continue
-        found[info.task] = info.adapter
+        found[kind] = info.adapter
     examples: list[tuple[str, str, dict[str, Any]]] = []
+    if adapter := found.get("chat"):
+        messages = [{"role": "user", "content": EXAMPLES.get(adapter, "Hello!")}]
+        examples.append((f"chat with {adapter}", CHAT_PATH, {"model": adapter, "messages": messages, "max_tokens": 40}))
     if adapter := found.get("generate"):
         body = {"adapter": adapter, "prompt": EXAMPLES.get(adapter, "Once upon a time"), "max_new_tokens": 40}
         examples.append((f"generate with {adapter}", "/v1/generate", body))

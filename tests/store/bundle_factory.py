@@ -41,6 +41,11 @@ def classifier_fields(**changes: Any) -> dict[str, Any]:
     )
 
 
+TEMPLATE = "{% for message in messages %}{{ message.content }}\n{% endfor %}"
+GAINS = {**MODULE, "has_gain": True, "has_offset": True}
+HEAD = {"activation": "tanh", "width": 5}
+
+
 def make_bundle(seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> AdapterBundle:
     """A valid bundle whose content depends on `seed`."""
     config = AdapterConfig.from_json(json.dumps(config_fields(**changes)))

@@ -16,11 +16,12 @@ from raw_files import tar_bytes, two_files
 from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
-from adapters_store import AdapterBundle, AdapterStore
+from adapters_store import AdapterBundle, AdapterStore, combine
 from sera_serve import SeraConfig
 from sera_serve.base import load_base
 from sera_serve.commands.adapters import adapters_app
 from support.factories import random_adapter, random_decoder
+from support.peft_checkpoints import save_checkpoint
 
 NAME = "acme/support"
 Run = Callable[..., Result]
@@ -53,6 +54,7 @@ def test_import_list_inspect(run: Run, store: AdapterStore, tmp_path: Path) -> N
         "adapter": NAME,
         "version": 1,
         "digest": bundle.digest,
+        "warnings": [],
     }
     assert run("import", tmp_path / "bundle", "--name", NAME).stdout == f"published {NAME} v1\n"
     listed = fields(run("list", "--json"))["adapters"]
@@ -190,7 +192,7 @@ def test_refusals_are_one_line_and_exit_1(run: Run, store: AdapterStore, tmp_pat
     assert_refused(run("list", at=tmp_path / "absent"), "is not an adapter store")
     assert_refused(run("import", tmp_path / "junk", "--name", NAME), "zip archive")
     assert_refused(run("import", tmp_path / "nothing", "--name", NAME), "not a regular file")
-    assert_refused(run("import", tmp_path / "junk", "--name", "x"), "zip archive")
+    assert_refused(run("import", tmp_path / "junk", "--name", "x"), "write tenant/name")
     assert_refused(run("export", NAME, "--output", tmp_path / "junk"), "exists")
     assert_refused(run("export", NAME, "--output", tmp_path / "junk" / "deeper"), "junk")
     merged = run("export", NAME, "--format", "merged", "--base", tmp_path / "no", "--output", tmp_path / "out")
@@ -211,3 +213,75 @@ def test_refusals_are_one_line_and_exit_1(run: Run, store: AdapterStore, tmp_pat
 )
 def test_wrong_usage_exits_2(run: Run, arguments: tuple[str, ...]) -> None:
     assert run(*arguments).exit_code == 2
+
+
+def test_combine_publishes_the_sum_and_says_of_what(run: Run, store: AdapterStore) -> None:
+    digests = [store.publish(make_bundle(seed), f"acme/a{seed}").digest for seed in (1, 2)]
+    result = fields(run("combine", "acme/a1=0.5", "acme/a2@v1=-2", "--name", "acme/both", "--json"))
+    assert (result["adapter"], result["version"]) == ("acme/both", 1)
+    total = store.load(result["digest"])
+    want = combine([make_bundle(1), make_bundle(2)], [0.5, -2.0])
+    assert all(torch.equal(total.tensors[name], tensor) for name, tensor in want.tensors.items())
+    assert total.config.training == {
+        "combination": [
+            {"adapter": "acme/a1@v1", "digest": digests[0], "weight": 0.5},
+            {"adapter": "acme/a2@v1", "digest": digests[1], "weight": -2.0},
+        ]
+    }
+
+
+@pytest.mark.parametrize(
+    ("parts", "reason"),
+    [
+        (["acme/a1"], "write tenant/name=weight"),
+        (["acme/a1=x"], "write tenant/name=weight"),
+        (["acme/a1=nan"], "finite"),
+        (["acme/a1=1", "acme/none=1"], "acme/none"),
+        (["acme/a1=1", "acme/sorter=1"], "task of acme/sorter@v1"),
+    ],
+)
+def test_combine_refuses(run: Run, store: AdapterStore, parts: list[str], reason: str) -> None:
+    store.publish(make_bundle(1), "acme/a1")
+    store.publish(make_classifier(), "acme/sorter")
+    result = run("combine", *parts, "--name", "acme/both")
+    assert result.exit_code == 1
+    assert reason in result.stderr
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(base, PEFT checkpoint) on disk."""
+    folder = tmp_path_factory.mktemp("peft")
+    base = random_decoder()
+    base.model.save_pretrained(folder / "base")
+    base.tokenizer.save_pretrained(folder / "base")
+    return folder / "base", save_checkpoint(base.model, folder / "adapter")
+
+
+def test_a_peft_checkpoint_is_imported(run: Run, store: AdapterStore, checkpoint: tuple[Path, Path]) -> None:
+    base, adapter = checkpoint
+    assert_refused(run("import", adapter, "--name", NAME), "give --base")
+    result = run("import", adapter, "--name", NAME, "--base", base, "--json")
+    assert fields(result)["version"] == 1
+    config = store.config(store.resolve(NAME).digest)
+    assert (config.method, config.base.name) == ("lora", "base")
+
+
+def test_a_checkpoint_is_compressed(run: Run, store: AdapterStore, checkpoint: tuple[Path, Path]) -> None:
+    base, adapter = checkpoint
+    importing = ("import", adapter, "--name", NAME, "--base", base)
+    assert_refused(run(*importing, "--compress", "split=4"), "raise --max-error")
+    assert_refused(run(*importing, "--compress", "rank=4"), "write split=4")
+    result = run(*importing, "--compress", "split=4,rank=16")
+    assert result.exit_code == 0, result.output
+    assert "relative error" in result.stderr
+    assert "q_proj" in result.stderr
+    spec = next(iter(store.config(store.resolve(NAME).digest).modules.values()))
+    assert (spec.split, spec.rank, spec.use_mixer) == (4, 16, True)
+    assert run(*importing, "--compress", "split=4", "--max-error", "1").exit_code == 0
+
+
+def test_a_hub_id_without_a_network(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert_refused(run("import", "someone/no-such-adapter", "--name", NAME), "hf download someone/no-such-adapter")

@@ -21,6 +21,7 @@ from adapters_store.convert.dense import dense_factors
 from adapters_store.convert.peft_export import alpha_for, export_peft, peft_config
 from sera_serve.base import FrozenBase, freeze_base, merge_adapter
 from support.factories import random_decoder
+from support.peft_checkpoints import quiet
 
 ATTENTION, MLP = "model.layers.{}.self_attn.{}", "model.layers.{}.mlp.{}"
 SPECS = {
@@ -174,3 +175,33 @@ def test_merging_into_another_base_changes_nothing(base: FrozenBase) -> None:
         merge_adapter(base, make_bundle())
     assert refusal.value.code == "wrong_base"
     assert all(torch.equal(weights[name], tensor) for name, tensor in base.model.state_dict().items())
+
+
+@PEFT_ON_TRANSFORMERS_5
+def test_offsets_become_the_bias_of_lora_b(tmp_path: Path) -> None:
+    base = random_decoder()
+    path = ATTENTION.format(0, "q_proj")
+    modules = {name: ModuleSpec.model_validate(spec) for name, spec in SPECS.items()}
+    modules[path] = modules[path].model_copy(update={"has_offset": True})
+    bundle = fill(AdapterConfig(task="generate", method="sera", base=base.info, modules=modules), seed=3)
+    export_peft(bundle, tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["lora_bias"] is True
+    layer = base.model.get_submodule(path)
+    x = torch.randn(3, 64, dtype=torch.float64)
+    expected = layer.double()(x) + x @ by_definition(bundle, path) + bundle.tensors[f"{path}.offset"].double()
+    # PEFT warns that a layer without a bias cannot be merged.
+    with quiet():
+        loaded = PeftModel.from_pretrained(random_decoder().model, str(tmp_path)).double()
+    found = loaded.get_submodule(f"base_model.model.{path}")(x)
+    assert torch.allclose(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_gains_have_no_peft_form(base: FrozenBase, tmp_path: Path) -> None:
+    bundle = mixed_bundle(base)
+    path = ATTENTION.format(0, "q_proj")
+    modules = bundle.config.modules | {path: bundle.config.modules[path].model_copy(update={"has_gain": True})}
+    with pytest.raises(InvalidBundle) as refusal:
+        export_peft(
+            fill(AdapterConfig(task="generate", method="sera", base=base.info, modules=modules)), tmp_path / "x"
+        )
+    assert (refusal.value.code, refusal.value.param) == ("no_peft_form", f"{path}.gain")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from bundle_factory import MODULE, Q, classifier_fields, config_fields
+from bundle_factory import GAINS, HEAD, MODULE, TEMPLATE, Q, classifier_fields, config_fields
 
 P = "adapter_config"
 M = f"{P}.modules.{Q}"
@@ -14,6 +14,57 @@ M = f"{P}.modules.{Q}"
 def module(**changes: Any) -> dict[str, Any]:
     return config_fields(modules={Q: {**MODULE, **changes}})
 
+
+def second(**changes: Any) -> dict[str, Any]:
+    return config_fields(**{"format_version": 2, **changes})
+
+
+def second_module(**changes: Any) -> dict[str, Any]:
+    return second(modules={Q: {**GAINS, **changes}})
+
+
+def second_head(**changes: Any) -> dict[str, Any]:
+    return classifier_fields(format_version=2, head={**HEAD, **changes})
+
+
+# Refusals of what version 2 added.
+SECOND: dict[str, tuple[str | dict[str, Any], str, str]] = {
+    "template in version 1": (config_fields(chat_template=TEMPLATE), "invalid_config", f"{P}.chat_template"),
+    "template null in version 1": (config_fields(chat_template=None), "invalid_config", f"{P}.chat_template"),
+    "head in version 1": (classifier_fields(head=HEAD), "invalid_config", f"{P}.head"),
+    "gain in version 1": (module(has_gain=True), "invalid_config", f"{M}.has_gain"),
+    "offset in version 1": (module(has_offset=True), "invalid_config", f"{M}.has_offset"),
+    "no gain in version 1": (module(has_gain=False), "invalid_config", f"{M}.has_gain"),
+    "version 2 without use": (second(), "invalid_config", f"{P}.format_version"),
+    "version 2 of defaults": (
+        second(chat_template=None, head=None, modules={Q: {**MODULE, "has_gain": False, "has_offset": False}}),
+        "invalid_config",
+        f"{P}.format_version",
+    ),
+    "gain a number": (second_module(has_gain=1), "invalid_config", f"{M}.has_gain"),
+    "offset a vector": (second_module(has_offset=[0.0]), "invalid_config", f"{M}.has_offset"),
+    "template empty": (second(chat_template=""), "invalid_config", f"{P}.chat_template"),
+    "template a list": (second(chat_template=[TEMPLATE]), "invalid_config", f"{P}.chat_template"),
+    # Longer in bytes than in characters.
+    "template too long": (second(chat_template="é" * (33 << 10)), "invalid_config", f"{P}.chat_template"),
+    "template of a classifier": (
+        classifier_fields(format_version=2, chat_template=TEMPLATE),
+        "invalid_config",
+        f"{P}.chat_template",
+    ),
+    "head of a generator": (second(head=HEAD), "invalid_config", f"{P}.head"),
+    "head a list": (classifier_fields(format_version=2, head=[5]), "invalid_config", f"{P}.head"),
+    "head without width": (
+        classifier_fields(format_version=2, head={"activation": "tanh"}),
+        "invalid_config",
+        f"{P}.head.width",
+    ),
+    "head of no width": (second_head(width=0), "invalid_config", f"{P}.head.width"),
+    "head of astronomic width": (second_head(width=1 << 40), "invalid_config", f"{P}.head.width"),
+    "head of a float width": (second_head(width=5.0), "invalid_config", f"{P}.head.width"),
+    "head of another activation": (second_head(activation="selu"), "invalid_config", f"{P}.head.activation"),
+    "head of a further field": (second_head(dropout=0.1), "invalid_config", f"{P}.head.dropout"),
+}
 
 CONFIGS: dict[str, tuple[str | dict[str, Any], str, str]] = {
     "not JSON": ("{", "invalid_config", P),
@@ -26,7 +77,9 @@ CONFIGS: dict[str, tuple[str | dict[str, Any], str, str]] = {
     "scaling astronomic": (json.dumps(module()).replace("0.5", "9" * 400), "invalid_config", f"{M}.scaling"),
     "digits without end": (json.dumps(module()).replace("0.5", "9" * 9000), "invalid_config", P),
     "lone surrogate": (json.dumps(config_fields(training={"a": "\ud800"})), "invalid_config", P),
-    "other version": (config_fields(format_version=2), "unsupported_format", f"{P}.format_version"),
+    **SECOND,
+    "version 0": (config_fields(format_version=0), "unsupported_format", f"{P}.format_version"),
+    "version 3": (second(format_version=3), "unsupported_format", f"{P}.format_version"),
     "version true": (config_fields(format_version=True), "invalid_config", f"{P}.format_version"),
     "version 1.0": (config_fields(format_version=1.0), "invalid_config", f"{P}.format_version"),
     "no version": (

@@ -1,0 +1,280 @@
+"""First stage of an import: finds the files of a PEFT checkpoint in a directory, an archive or one file.
+
+A checkpoint is told from a bundle by its configuration: PEFT's has `peft_type`. A name from an archive is compared and
+shown, and never used as a path.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from adapters_store.convert.peft_errors import PickledCheckpoint, UnsupportedAdapter
+from adapters_store.convert.zip_file import MAX_MEMBERS, looks_like_zip, zip_members
+from adapters_store.errors import (
+    BundleTooLarge,
+    InvalidArchive,
+    InvalidConfig,
+    MissingFile,
+    Truncated,
+    UnexpectedFile,
+)
+from adapters_store.format.containers import CONFIG_FILE, METADATA_KEY, MODEL_FILE, read_file
+from adapters_store.format.safetensors_file import BundleLimits, Header, looks_like_safetensors, parse_header
+from adapters_store.format.strict_json import parse_json
+from adapters_store.format.tar_file import looks_like_tar, tar_members
+
+PICKLE_FILE = "adapter_model.bin"
+# Small files beside the two that an import reads too.
+ADDED_TOKENS_FILE, MODEL_CONFIG_FILE = "added_tokens.json", "config.json"
+TEMPLATE_FILE, TOKENIZER_CONFIG_FILE = "chat_template.jinja", "tokenizer_config.json"
+_READ_BESIDE = (ADDED_TOKENS_FILE, MODEL_CONFIG_FILE, TEMPLATE_FILE, TOKENIZER_CONFIG_FILE)
+# Files that training leaves and that say nothing of what an adapter computes. Others are named in a warning.
+_HARMLESS = frozenset(
+    {
+        *("README.md", "LICENSE", "LICENSE.txt", "NOTICE", ".gitattributes", ".gitignore"),
+        *("tokenizer.json", "tokenizer.model", "special_tokens_map.json", "vocab.json", "vocab.txt", "merges.txt"),
+        *("spiece.model", "sentencepiece.bpe.model", "generation_config.json", "trainer_state.json"),
+        *("training_args.bin", "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state.pth", "latest"),
+    }
+)
+_MAX_BESIDE_BYTES = 1 << 20
+# Files in one directory. A training run leaves some twenty.
+_MAX_FILES = 256
+_CONVERSION = (
+    "it is a pickle, which is never read; convert it where it was made: "
+    'python -c "import torch; from safetensors.torch import save_file; save_file({k: v.contiguous() for k, v in '
+    "torch.load('adapter_model.bin', weights_only=True).items()}, 'adapter_model.safetensors')\""
+)
+
+Fetch = Callable[[int], memoryview]
+
+
+@dataclass(frozen=True)
+class PeftFiles:
+    """A PEFT checkpoint whose configuration is JSON, and whose safetensors header is checked.
+
+    Attributes:
+        config: The fields of `adapter_config.json`.
+        header: Checked header of the weights.
+        data: The bytes of the weights' file.
+        beside: Contents of small files that lay beside and that an import reads, by name.
+        ignored: Names of files that lay beside, that nothing reads, and that training does not usually leave.
+        nbytes: Bytes of the weights' file.
+    """
+
+    config: dict[str, Any]
+    header: Header
+    data: memoryview
+    beside: dict[str, bytes]
+    ignored: tuple[str, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights' file."""
+        return len(self.data)
+
+
+def peft_from_path(path: str, limits: BundleLimits, within: Path | None = None) -> PeftFiles | None:
+    """Read a PEFT checkpoint from a directory, an archive or a `.safetensors` with its configuration beside it.
+
+    Args:
+        path: What to read. A directory may have the checkpoint one level down.
+        limits: Caps, as for bundles.
+        within: No file outside this directory is read, wherever a symbolic link leads; None reads any file.
+
+    Returns:
+        The checkpoint; None where `path` is no PEFT checkpoint, and may be a bundle.
+
+    Raises:
+        InvalidBundle: It is a PEFT checkpoint that cannot be read. FORMAT.md lists the subclasses.
+        OSError: A file cannot be opened.
+    """
+    if os.path.isdir(path):
+        return _from_directory(path, limits, within)
+    if not os.path.isfile(path):
+        return None
+    if os.path.basename(path) == PICKLE_FILE:
+        raise _pickled()
+    config_path = os.path.join(os.path.dirname(path), CONFIG_FILE)
+    config = None
+    if path.endswith(".safetensors") and os.path.isfile(config_path):
+        config = bytes(read_file(config_path, limits.max_config_bytes, within))
+    if config is not None and not is_peft_config(config):
+        config = None
+    return peft_from_bytes(read_file(path, limits.max_bytes, within), limits, config)
+
+
+def peft_from_bytes(data: memoryview, limits: BundleLimits, config: bytes | None = None) -> PeftFiles | None:
+    """Read a PEFT checkpoint from the bytes of a tar, a zip or a safetensors file.
+
+    Args:
+        data: The whole file.
+        limits: Caps, as for bundles.
+        config: `adapter_config.json`, where it was sent beside a single safetensors file. Without it, the configuration
+            must be the metadata's `adapter_config`.
+
+    Returns:
+        The checkpoint; None where `data` is no PEFT checkpoint, and may be a bundle.
+
+    Raises:
+        InvalidBundle: It is a PEFT checkpoint that cannot be read.
+    """
+    prefix = bytes(data[:512])
+    members: Iterator[tuple[str, Fetch]] | None = None
+    if looks_like_zip(prefix):
+        members = ((member.name, member.read) for member in zip_members(data))
+    elif not looks_like_safetensors(prefix) and looks_like_tar(prefix):
+        members = _tar_files(data)
+    if members is not None:
+        if config is not None:
+            raise InvalidArchive("the archive has its own configuration; send no second one", param="config")
+        return _from_archive(members, limits)
+    return _from_single(data, limits, config)
+
+
+def is_peft_config(text: bytes | str) -> bool:
+    """Whether the JSON of a configuration is PEFT's: an object with `peft_type`."""
+    try:
+        value = parse_json(text)
+    except json.JSONDecodeError:
+        return False
+    return isinstance(value, dict) and "peft_type" in value
+
+
+def _from_directory(path: str, limits: BundleLimits, within: Path | None) -> PeftFiles | None:
+    entries = sorted(entry.name for entry in os.scandir(path))
+    if CONFIG_FILE not in entries and PICKLE_FILE not in entries:
+        inner = [name for name in entries if os.path.isfile(os.path.join(path, name, CONFIG_FILE))]
+        if not inner:
+            return None
+        if len(inner) > 1:
+            raise _several(inner)
+        return _from_directory(os.path.join(path, inner[0]), limits, within)
+    if CONFIG_FILE not in entries:
+        raise _pickled()
+    config = bytes(read_file(os.path.join(path, CONFIG_FILE), limits.max_config_bytes, within))
+    if not is_peft_config(config):
+        return None
+    files = [name for name in entries if os.path.isfile(os.path.join(path, name))]
+    if len(files) > _MAX_FILES:
+        raise UnexpectedFile(f"the directory has {len(files)} files; the limit is {_MAX_FILES}", param="bundle")
+
+    def fetch(name: str) -> Fetch:
+        return lambda max_bytes: read_file(os.path.join(path, name), max_bytes, within)
+
+    return _assemble({name: fetch(name) for name in files}, limits)
+
+
+def _tar_files(data: memoryview) -> Iterator[tuple[str, Fetch]]:
+    for member in tar_members(data, MAX_MEMBERS):
+        if member.is_directory:
+            continue
+        name, size, content = member.name, member.size, member.data
+
+        def fetch(max_bytes: int, name: str = name, size: int = size, content: memoryview = content) -> memoryview:
+            if size > max_bytes:
+                raise BundleTooLarge(f"member {name} claims {size} bytes; the limit is {max_bytes}", param=name)
+            if len(content) != size:
+                raise Truncated(f"the archive ends inside {name}; send it again, whole", param=name)
+            return content
+
+        yield name, fetch
+
+
+def _from_archive(members: Iterator[tuple[str, Fetch]], limits: BundleLimits) -> PeftFiles | None:
+    folders: dict[str, dict[str, Fetch]] = {}
+    for path, fetch in members:
+        parts = [part for part in path.split("/") if part not in ("", ".")]
+        if not parts or path.startswith("/") or ".." in parts or "\\" in path:
+            raise InvalidArchive(f"member {path!r} is no path below the archive's top", param=path)
+        folder = folders.setdefault("/".join(parts[:-1]), {})
+        if parts[-1] in folder:
+            raise InvalidArchive(f"{path} is in the archive twice", param=path)
+        folder[parts[-1]] = fetch
+    found = [folder for folder, files in folders.items() if CONFIG_FILE in files or PICKLE_FILE in files]
+    # The archive of a folder that has the checkpoint one level down.
+    if not found or min(folder.count("/") for folder in found) > 1:
+        return None
+    if len(found) > 1:
+        # A checkpoint at the top, with those of a training run below.
+        tops = [folder for folder in found if all(other == folder or other.startswith(folder) for other in found)]
+        if len(tops) != 1:
+            raise _several(found)
+        found = tops
+    files = folders[found[0]]
+    if CONFIG_FILE not in files:
+        raise _pickled()
+    if not is_peft_config(bytes(files[CONFIG_FILE](limits.max_config_bytes))):
+        return None
+    outside = tuple(f"{folder}/{name}" for folder, held in folders.items() if folder != found[0] for name in held)
+    return _assemble(files, limits, outside)
+
+
+def _from_single(data: memoryview, limits: BundleLimits, config: bytes | None) -> PeftFiles | None:
+    if not looks_like_safetensors(bytes(data[:16])):
+        return None
+    header = parse_header(data, len(data), limits)
+    text: str | bytes | None = config
+    if text is None:
+        text = header.metadata.get(METADATA_KEY)
+        if text is None and any(".lora_A" in name for name in header.entries):
+            raise MissingFile(
+                f"the tensors are those of a LoRA, and their configuration is missing: send {CONFIG_FILE} with them; "
+                'at the least it has {"peft_type": "LORA", "r": ..., "lora_alpha": ...}',
+                param=CONFIG_FILE,
+            )
+        if text is None or not is_peft_config(text):
+            return None
+    if len(text) > limits.max_config_bytes:
+        raise BundleTooLarge(f"{CONFIG_FILE} exceeds {limits.max_config_bytes} bytes", param=CONFIG_FILE)
+    return PeftFiles(_parse(text), header, data, {}, ())
+
+
+def _assemble(files: dict[str, Fetch], limits: BundleLimits, outside: tuple[str, ...] = ()) -> PeftFiles:
+    config = _parse(bytes(files[CONFIG_FILE](limits.max_config_bytes)))
+    if MODEL_FILE not in files:
+        if PICKLE_FILE in files:
+            raise _pickled()
+        raise MissingFile(f"the checkpoint has no {MODEL_FILE}", param=MODEL_FILE)
+    known = {CONFIG_FILE, MODEL_FILE}
+    for name in sorted(files):
+        if name.endswith(".safetensors") and name not in known:
+            raise UnexpectedFile(
+                f"{name} lies beside {MODEL_FILE}, and nothing says which tensors of it belong to the adapter; remove "
+                "it, or put its tensors into the checkpoint",
+                param=name,
+            )
+    beside = {name: bytes(files[name](_MAX_BESIDE_BYTES)) for name in _READ_BESIDE if name in files}
+    data = files[MODEL_FILE](limits.max_bytes)
+    ignored = tuple(sorted(set(files) - known - set(beside) - _HARMLESS)) + outside
+    return PeftFiles(config, parse_header(data, len(data), limits), data, beside, ignored)
+
+
+def _parse(text: bytes | str) -> dict[str, Any]:
+    try:
+        value = parse_json(text)
+    except json.JSONDecodeError as error:
+        raise InvalidConfig(f"{CONFIG_FILE} is not valid JSON: {error}", param=CONFIG_FILE) from error
+    if not isinstance(value, dict):
+        raise InvalidConfig(f"{CONFIG_FILE} must be a JSON object", param=CONFIG_FILE)
+    if "peft_type" not in value:
+        raise InvalidConfig(
+            f"{CONFIG_FILE} has neither peft_type (a PEFT checkpoint) nor format_version (a bundle); add one of them",
+            param=CONFIG_FILE,
+        )
+    return value
+
+
+def _pickled() -> PickledCheckpoint:
+    return PickledCheckpoint(f"the weights are in {PICKLE_FILE}: {_CONVERSION}", param=PICKLE_FILE)
+
+
+def _several(folders: list[str]) -> UnsupportedAdapter:
+    return UnsupportedAdapter(
+        f"there are several adapters: {', '.join(sorted(folders)[:8])}; import each one by itself", param="bundle"
+    )

@@ -1,0 +1,216 @@
+"""A PEFT checkpoint is the same in a directory, a tar, a zip and one file; hostile archives are refused, bounded."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import struct
+import tarfile
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from bundle_factory import make_bundle
+
+from adapters_store import AdapterBundle, BundleLimits, InvalidBundle, peft_from_bytes, peft_from_path
+from adapters_store.convert.peft_files import PeftFiles
+
+LIMITS = BundleLimits(max_bytes=1 << 20)
+CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
+TENSORS = {"base_model.model.a.lora_A.weight": torch.ones(2, 4), "base_model.model.a.lora_B.weight": torch.ones(3, 2)}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("peft") / "my-adapter"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps(CONFIG))
+    (folder / "README.md").write_text("# hello")
+    (folder / "odd.txt").write_text("?")
+    safetensors.torch.save_file(TENSORS, folder / "adapter_model.safetensors")
+    return folder
+
+
+def tar_of(folder: Path, name: str = "") -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        archive.add(folder, name or folder.name)
+    return buffer.getvalue()
+
+
+def zip_of(folder: Path, name: str = "", method: int = zipfile.ZIP_DEFLATED) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", method) as archive:
+        for path in sorted(folder.rglob("*")):
+            archive.write(path, "/".join(filter(None, [name, str(path.relative_to(folder))])))
+    return buffer.getvalue()
+
+
+def single_with_metadata(folder: Path) -> bytes:
+    return safetensors.torch.save(TENSORS, metadata={"format": "pt", "adapter_config": json.dumps(CONFIG)})
+
+
+CONTAINERS: dict[str, Callable[[Path], bytes]] = {
+    "tar of the folder": tar_of,
+    "tar of a folder in a folder": lambda folder: tar_of(folder, f"outer/{folder.name}"),
+    "zip, deflated": zip_of,
+    "zip, stored": lambda folder: zip_of(folder, method=zipfile.ZIP_STORED),
+    "zip of a folder in a folder": lambda folder: zip_of(folder, f"outer/{folder.name}"),
+    "one file with the configuration in its metadata": single_with_metadata,
+}
+
+
+def check(files: PeftFiles | None) -> PeftFiles:
+    assert files is not None
+    assert files.config == CONFIG
+    assert set(files.header.entries) == set(TENSORS)
+    assert safetensors.torch.load(bytes(files.data))["base_model.model.a.lora_A.weight"].tolist() == [[1.0] * 4] * 2
+    return files
+
+
+@pytest.mark.parametrize("kind", CONTAINERS)
+def test_the_content_is_the_same(kind: str, folder: Path) -> None:
+    files = check(peft_from_bytes(memoryview(CONTAINERS[kind](folder)), LIMITS))
+    assert files.ignored == (() if "metadata" in kind else ("odd.txt",))
+
+
+def test_from_paths(folder: Path, tmp_path: Path) -> None:
+    check(peft_from_path(str(folder), LIMITS))
+    check(peft_from_path(str(folder.parent), LIMITS))
+    check(peft_from_path(str(folder / "adapter_model.safetensors"), LIMITS))
+    (tmp_path / "a.zip").write_bytes(zip_of(folder))
+    check(peft_from_path(str(tmp_path / "a.zip"), LIMITS))
+
+
+def test_one_file_with_its_configuration(folder: Path) -> None:
+    data = memoryview((folder / "adapter_model.safetensors").read_bytes())
+    check(peft_from_bytes(data, LIMITS, json.dumps(CONFIG).encode()))
+    with pytest.raises(InvalidBundle) as refusal:
+        peft_from_bytes(data, LIMITS)
+    assert refusal.value.code == "missing_file"
+    assert '"peft_type": "LORA"' in refusal.value.message
+    with pytest.raises(InvalidBundle, match="neither peft_type"):
+        peft_from_bytes(data, LIMITS, b"{}")
+
+
+def test_a_bundle_is_no_peft_checkpoint(tmp_path: Path) -> None:
+    bundle = make_bundle()
+    bundle.save(tmp_path / "bundle")
+    for found in (
+        peft_from_path(str(tmp_path / "bundle"), LIMITS),
+        peft_from_path(str(tmp_path / "bundle" / "adapter_model.safetensors"), LIMITS),
+        peft_from_bytes(memoryview(bundle.to_bytes()), LIMITS),
+        peft_from_bytes(memoryview(tar_of(tmp_path / "bundle")), LIMITS),
+    ):
+        assert found is None
+    assert AdapterBundle.load(tmp_path / "bundle").digest == bundle.digest
+
+
+def forged(data: bytes, offset: int, layout: str, *values: Any) -> bytes:
+    """The archive with other fields in its only directory entry."""
+    at = data.rindex(b"PK\x01\x02") + offset
+    return data[:at] + struct.pack(layout, *values) + data[at + struct.calcsize(layout) :]
+
+
+def zip_with(name: str = "adapter_config.json", content: bytes = b'{"peft_type": "LORA"}', times: int = 1) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for index in range(times):
+            archive.writestr(name.format(index), content)
+    return buffer.getvalue()
+
+
+def link_zip() -> bytes:
+    buffer = io.BytesIO()
+    entry = zipfile.ZipInfo("adapter_config.json")
+    entry.create_system, entry.external_attr = 3, 0o120777 << 16
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr(entry, "/etc/passwd")
+    return buffer.getvalue()
+
+
+HOSTILE: dict[str, tuple[bytes, str]] = {
+    "a bomb": (zip_with(content=bytes(1 << 21)), "bundle_too_large"),
+    "a bomb that lies about its size": (forged(zip_with(content=bytes(1 << 21)), 24, "<I", 100), "invalid_archive"),
+    "shorter than it says": (forged(zip_with(), 24, "<I", 100), "invalid_archive"),
+    "another checksum": (forged(zip_with(), 16, "<I", 7), "invalid_archive"),
+    "encrypted": (forged(zip_with(), 8, "<H", 1), "invalid_archive"),
+    "another method": (forged(zip_with(), 10, "<H", 12), "invalid_archive"),
+    "zip64": (forged(zip_with(), 20, "<I", 0xFFFFFFFF), "invalid_archive"),
+    "an offset beyond the end": (forged(zip_with(), 42, "<I", 1 << 30), "invalid_archive"),
+    "a symbolic link": (link_zip(), "invalid_archive"),
+    "many members": (zip_with("{}/x", times=1000), "invalid_archive"),
+    "no directory": (zip_with()[:-30], "truncated"),
+    "dot dot": (zip_with("../adapter_config.json"), "invalid_archive"),
+    "absolute": (zip_with("/adapter_config.json"), "invalid_archive"),
+    "a backslash": (zip_with("a\\adapter_config.json"), "invalid_archive"),
+    "no weights": (zip_with(), "missing_file"),
+    "pickled weights": (zip_with("adapter_model.bin", b"\x80\x04"), "pickled_checkpoint"),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_hostile_zips(kind: str) -> None:
+    data, code = HOSTILE[kind]
+    began = time.monotonic()
+    with pytest.raises(InvalidBundle) as refusal:
+        peft_from_bytes(memoryview(data), BundleLimits(max_bytes=1 << 20, max_config_bytes=1 << 20))
+    assert refusal.value.code == code
+    assert time.monotonic() - began < 1
+
+
+def test_every_truncation_and_every_flipped_byte_is_refused_or_harmless(folder: Path) -> None:
+    whole = zip_of(folder)
+    for end in range(0, len(whole), 7):
+        with pytest.raises(InvalidBundle):
+            found = peft_from_bytes(memoryview(whole[:end]), LIMITS)
+            # The first bytes may begin anything.
+            assert found is None
+            AdapterBundle.from_bytes(whole[:end], LIMITS)
+    for at in range(0, len(whole), 3):
+        damaged = bytearray(whole)
+        damaged[at] ^= 0x41
+        try:
+            found = peft_from_bytes(memoryview(bytes(damaged)), LIMITS)
+        except InvalidBundle:
+            continue
+        assert found is None or found.config == CONFIG
+
+
+def test_twice_in_an_archive_and_two_adapters(folder: Path, tmp_path: Path) -> None:
+    buffer = io.BytesIO(tar_of(folder))
+    with tarfile.open(fileobj=buffer, mode="a") as archive:
+        archive.add(folder / "adapter_config.json", f"{folder.name}/adapter_config.json")
+    with pytest.raises(InvalidBundle, match="twice"):
+        peft_from_bytes(memoryview(buffer.getvalue()), LIMITS)
+    shutil.copytree(folder, tmp_path / "both" / "one")
+    shutil.copytree(folder, tmp_path / "both" / "two")
+    with pytest.raises(InvalidBundle, match="several adapters"):
+        peft_from_bytes(memoryview(zip_of(tmp_path / "both")), LIMITS)
+
+
+def test_nothing_outside_the_allowed_directory_is_read(folder: Path, tmp_path: Path) -> None:
+    inside = tmp_path / "allowed"
+    (inside / "linked").mkdir(parents=True)
+    (inside / "linked" / "adapter_config.json").symlink_to(folder / "adapter_config.json")
+    shutil.copy(folder / "adapter_model.safetensors", inside / "linked")
+    assert peft_from_path(str(inside / "linked"), LIMITS) is not None
+    with pytest.raises(InvalidBundle, match="outside") as refusal:
+        peft_from_path(str(inside / "linked"), LIMITS, inside)
+    assert refusal.value.code == "missing_file"
+    (inside / "linked" / "adapter_config.json").unlink()
+    # A link that stays inside, as in a hub's cache.
+    shutil.copy(folder / "adapter_config.json", inside / "blob")
+    (inside / "linked" / "adapter_config.json").symlink_to(inside / "blob")
+    assert peft_from_path(str(inside / "linked"), LIMITS, inside) is not None
+    bundle = make_bundle()
+    bundle.save(tmp_path / "bundle")
+    (inside / "bundle").symlink_to(tmp_path / "bundle")
+    with pytest.raises(InvalidBundle, match="outside"):
+        AdapterBundle.load(inside / "bundle", LIMITS, inside)

@@ -1,0 +1,245 @@
+"""PEFT checkpoints that cannot be carried over are refused by name. The ids name the variants."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import IA3Config, VeraConfig, get_peft_model
+from torch import Tensor
+
+from adapters_store import BundleLimits, InvalidBundle, peft_from_path
+from sera_serve.base import FrozenBase, load_base
+from support.peft_checkpoints import (
+    CONFIG,
+    WEIGHTS,
+    edit_config,
+    edit_tensors,
+    imported,
+    peft_model,
+    quiet,
+    save_checkpoint,
+)
+
+Q = "base_model.model.model.layers.0.self_attn.q_proj"
+
+
+@pytest.fixture(scope="module")
+def base(shared_data: Path) -> FrozenBase:
+    return load_base(str(shared_data / "weights" / "stories260K"))
+
+
+@pytest.fixture(scope="module")
+def plain(base: FrozenBase, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_checkpoint(base.model, tmp_path_factory.mktemp("peft") / "plain")
+
+
+@pytest.fixture
+def folder(plain: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(plain, tmp_path / "adapter"))
+
+
+def refusal(folder: Path, base: FrozenBase) -> InvalidBundle:
+    with pytest.raises(InvalidBundle) as caught:
+        imported(folder, base)
+    assert caught.value.param
+    return caught.value
+
+
+FIELDS: dict[str, dict[str, Any]] = {
+    "pissa": {"init_lora_weights": "pissa"},
+    "pissa_niter": {"init_lora_weights": "pissa_niter_16"},
+    "olora": {"init_lora_weights": "olora"},
+    "corda": {"init_lora_weights": "corda"},
+    "loftq": {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}},
+    "lora_ga": {"init_lora_weights": "lora_ga"},
+    "bias all": {"bias": "all"},
+    "bias lora_only": {"bias": "lora_only"},
+    "trainable_token_indices": {"trainable_token_indices": [1, 2]},
+    "target_parameters": {"target_parameters": ["experts.gate_up_proj"]},
+    "use_qalora": {"use_qalora": True},
+    "alora_invocation_tokens": {"alora_invocation_tokens": [1]},
+    "arrow_config": {"arrow_config": {"top_k": 3}},
+    "layer_replication": {"layer_replication": [[0, 2], [1, 3]]},
+    "kasa_config": {"kasa_config": {"beta": 1e-4}},
+    "velora_config": {"velora_config": {"rank": 1}},
+    "monteclora_config": {"monteclora_config": {"samples": 2}},
+    "peft_type VERA": {"peft_type": "VERA"},
+    "peft_type IA3": {"peft_type": "IA3"},
+    "peft_type LOHA": {"peft_type": "LOHA"},
+    "peft_type BOFT": {"peft_type": "BOFT"},
+    "peft_type PREFIX_TUNING": {"peft_type": "PREFIX_TUNING"},
+    "an unknown field in use": {"flux_capacitor": {"gigawatts": 1.21}},
+    "task_type TOKEN_CLS": {"task_type": "TOKEN_CLS"},
+}
+
+
+@pytest.mark.parametrize("row", FIELDS)
+def test_refused_by_its_field(row: str, folder: Path, base: FrozenBase) -> None:
+    edit_config(folder, **FIELDS[row])
+    error = refusal(folder, base)
+    field = next(iter(FIELDS[row]))
+    assert error.code == "unsupported_adapter"
+    assert error.param == f"adapter_config.{field}"
+    assert field in error.message
+    value = FIELDS[row][field]
+    assert not isinstance(value, str) or value in error.message
+    if value in ("VERA", "LOHA"):
+        assert "save_as_lora" in error.message
+
+
+@pytest.mark.parametrize("value", [None, False, [], {}, ""], ids=repr)
+def test_unknown_fields_that_are_not_used(value: Any, folder: Path, base: FrozenBase) -> None:
+    edit_config(folder, flux_capacitor=value)
+    assert imported(folder, base).bundle.config.modules
+
+
+def with_tensor(name: str, *shape: int) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+    return lambda tensors: tensors | {name: torch.ones(shape)}
+
+
+TENSORS = {
+    "embedding LoRA": "base_model.model.model.embed_tokens.lora_embedding_A",
+    "trainable tokens": "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta",
+    "modules_to_save embed_tokens": "base_model.model.model.embed_tokens.weight",
+    "modules_to_save lm_head": "base_model.model.lm_head.weight",
+    "LoRA on lm_head": "base_model.model.lm_head.lora_A.weight",
+    "modules_to_save of a norm": "base_model.model.model.norm.weight",
+    "bias of the base": "base_model.model.model.layers.0.self_attn.q_proj.bias",
+    "AdaLoRA": f"{Q}.lora_E",
+    "a second adapter": f"{Q}.lora_A.second.weight",
+    "a magnitude without use_dora": f"{Q}.lora_magnitude_vector",
+    "a bias without lora_bias": f"{Q}.lora_B.bias",
+    "experts": "base_model.model.model.layers.0.mlp.experts.lora_A.weight",
+}
+
+
+@pytest.mark.parametrize("row", TENSORS)
+def test_refused_by_its_tensor(row: str, folder: Path, base: FrozenBase) -> None:
+    edit_tensors(folder, with_tensor(TENSORS[row], 64))
+    error = refusal(folder, base)
+    assert error.code in ("unsupported_adapter", "unknown_module")
+    assert TENSORS[row] in error.message or error.param == TENSORS[row] or "experts" in error.message
+
+
+def test_peft_itself_writes_what_is_refused(base: FrozenBase, tmp_path: Path) -> None:
+    embedding = save_checkpoint(base.model, tmp_path / "embedding", target_modules=["embed_tokens"])
+    assert "embedding" in refusal(embedding, base).message
+    tokens = save_checkpoint(base.model, tmp_path / "tokens", trainable_token_indices=[1, 2])
+    assert "trainable_token_indices" in refusal(tokens, base).message
+    saved = save_checkpoint(base.model, tmp_path / "saved", modules_to_save=["embed_tokens"])
+    assert "embed_tokens" in refusal(saved, base).message
+    for name, config in {
+        "VERA": VeraConfig(r=4, target_modules=["q_proj"]),
+        "IA3": IA3Config(target_modules=["k_proj"], feedforward_modules=[]),
+    }.items():
+        with quiet():
+            get_peft_model(load_base_copy(base), config).save_pretrained(str(tmp_path / name))
+        assert name in refusal(tmp_path / name, base).message
+
+
+def load_base_copy(base: FrozenBase) -> Any:
+    return peft_model(base.model).unload()
+
+
+def test_another_base_is_named_with_both_sides(folder: Path, base: FrozenBase) -> None:
+    edit_tensors(folder, lambda t: {n.replace("self_attn.q_proj", "attention.wq"): x for n, x in t.items()})
+    error = refusal(folder, base)
+    assert error.code == "unknown_module"
+    assert "only 5 of the checkpoint's 10 layers" in error.message
+    assert "layers.0.attention.wq" in error.message
+    assert "model.layers.0" in error.message
+    edit_tensors(folder, lambda t: {n.replace("layers", "blocks"): x for n, x in t.items()})
+    assert "none of the checkpoint's 10 layers" in refusal(folder, base).message
+
+
+DAMAGE = {
+    "half a pair": (lambda t: {n: x for n, x in t.items() if n != f"{Q}.lora_B.weight"}, "missing_tensor"),
+    "another width": (lambda t: t | {f"{Q}.lora_A.weight": torch.ones(4, 65)}, "wrong_shape"),
+    "another rank of B": (lambda t: t | {f"{Q}.lora_B.weight": torch.ones(64, 5)}, "wrong_shape"),
+    "a convolution": (lambda t: t | {f"{Q}.lora_A.weight": torch.ones(4, 64, 1, 1)}, "wrong_shape"),
+    "not a number": (lambda t: t | {f"{Q}.lora_A.weight": torch.full((4, 64), torch.nan)}, "not_finite"),
+    "no tensors of a LoRA": (lambda _: {"base_model.model.score.bias": torch.ones(2)}, "missing_tensor"),
+}
+
+
+@pytest.mark.parametrize("row", DAMAGE)
+def test_damaged_tensors(row: str, folder: Path, base: FrozenBase) -> None:
+    change, code = DAMAGE[row]
+    edit_tensors(folder, change)
+    assert refusal(folder, base).code == code
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"lora_alpha": "16"}, "lora_alpha"),
+        ({"lora_alpha": True}, "lora_alpha"),
+        ({"lora_alpha": 1e300}, "lora_alpha"),
+        ({"r": 0}, "r"),
+        ({"use_rslora": "yes"}, "use_rslora"),
+        ({"alpha_pattern": [1]}, "alpha_pattern"),
+        ({"alpha_pattern": {"(": 1}}, "alpha_pattern"),
+        ({"alpha_pattern": {"x" * 600: 1}}, "alpha_pattern"),
+        ({"rank_pattern": {"q_proj": "8"}}, "rank_pattern"),
+        ({"peft_type": 7}, "peft_type"),
+        ({"id2label": {"1": "a"}}, "id2label"),
+        ({"use_bdlora": {"nblocks": 0}, "peft_version": None}, "use_bdlora.nblocks"),
+        ({"base_model_name_or_path": 3}, "base_model_name_or_path"),
+        ({"modules_to_save": "score"}, "modules_to_save"),
+    ],
+    ids=lambda value: json.dumps(value)[:60] if isinstance(value, dict) else None,
+)
+def test_impossible_values(fields: dict[str, Any], param: str, folder: Path, base: FrozenBase) -> None:
+    edit_config(folder, **fields)
+    error = refusal(folder, base)
+    assert (error.code, error.param) == ("invalid_config", f"adapter_config.{param}")
+
+
+def test_a_pattern_that_takes_exponential_time(folder: Path, base: FrozenBase, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("adapters_store.convert.peft_config._PATTERN_SECONDS", 0.2)
+    edit_config(folder, alpha_pattern={r"(\w|\.|_|[a-z])+(?<=Z)": 1})
+    error = refusal(folder, base)
+    assert error.param == "adapter_config.alpha_pattern"
+    assert "name layers in full" in error.message
+
+
+def test_dora_and_bias_need_each_layer_s_vector(folder: Path, base: FrozenBase) -> None:
+    edit_config(folder, use_dora=True)
+    assert refusal(folder, base).code == "missing_tensor"
+    edit_config(folder, use_dora=False, lora_bias=True)
+    assert refusal(folder, base).code == "missing_tensor"
+
+
+def test_new_tokens_of_a_resized_vocabulary(folder: Path, base: FrozenBase) -> None:
+    (folder / "added_tokens.json").write_text(json.dumps({"<a>": 511, "<b>": 512}))
+    error = refusal(folder, base)
+    assert (error.code, error.param) == ("unsupported_adapter", "added_tokens.json")
+    assert "<b>" in error.message
+
+
+def test_pickled_weights(folder: Path, base: FrozenBase) -> None:
+    (folder / WEIGHTS).rename(folder / "adapter_model.bin")
+    error = refusal(folder, base)
+    assert (error.code, error.param) == ("pickled_checkpoint", "adapter_model.bin")
+    assert "save_file" in error.message
+    (folder / CONFIG).unlink()
+    with pytest.raises(InvalidBundle) as alone:
+        peft_from_path(str(folder), BundleLimits())
+    assert alone.value.code == "pickled_checkpoint"
+
+
+def test_no_weights_two_weights_and_two_adapters(folder: Path, base: FrozenBase) -> None:
+    shutil.copy(folder / WEIGHTS, folder / "other.safetensors")
+    error = refusal(folder, base)
+    assert (error.code, error.param) == ("unexpected_file", "other.safetensors")
+    (folder / "other.safetensors").unlink()
+    shutil.copytree(folder, folder.parent / "second")
+    assert "several adapters: adapter, second" in refusal(folder.parent, base).message
+    (folder / WEIGHTS).unlink()
+    assert refusal(folder, base).code == "missing_file"
