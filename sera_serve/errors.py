@@ -41,6 +41,12 @@ class UnsupportedTask(InvalidRequest):
     code = "unsupported_task"
 
 
+class ConstraintUnsatisfiable(InvalidRequest):
+    """The request's constraint allows no token where a token has to come."""
+
+    code = "constraint_unsatisfiable"
+
+
 class InvalidConfiguration(SeraServeError):
     """A setting, adapter configuration or command-line option cannot work."""
 

@@ -61,7 +61,7 @@ def mixed_pool(
 def moved(tables: AdapterTables, device: torch.device) -> AdapterTables:
     """The tables on another device."""
     return AdapterTables(
-        *(getattr(tables, name).to(device) for name in ("offset", "rank", "split", "mixer", "scaling"))
+        *(getattr(tables, name).to(device) for name in ("offset", "rank", "split", "mixer", "scaling", "vectors"))
     )
 
 

@@ -1,29 +1,45 @@
 """Continuous batching for generation and batched forwards for classification, over one pool of adapters."""
 
+from sera_serve.engine.constraint import ConstraintCompiler, ConstraintSpec, TokenConstraint
 from sera_serve.engine.engine import ServingEngine
 from sera_serve.engine.request import (
     BASE_PRINCIPAL,
     BASE_TENANT,
+    MAX_CHOICES,
+    MAX_LOGIT_BIAS,
+    MIN_REPETITION_PENALTY,
+    AdapterChoice,
     GenerateParams,
     LabelScores,
     Principal,
     Priority,
     Task,
     TokenLogprobs,
+    WeightedAdapter,
 )
 from sera_serve.engine.stream import GenerationResult, GenerationStream, TokenDelta
 from sera_serve.engine.tasks import RunnerLoad
-from sera_serve.engine.tasks.classify import ClassifyResult
+from sera_serve.engine.tasks.classify import ClassifyResult, EmbedResult
 from sera_serve.residency import LOAD_BUCKETS, LoadTimes, ResidencyStats
+from sera_serve.residency.import_probe import ImportedAdapter, ImportMismatch
 
 __all__ = [
     "BASE_PRINCIPAL",
     "BASE_TENANT",
     "LOAD_BUCKETS",
+    "MAX_CHOICES",
+    "MAX_LOGIT_BIAS",
+    "MIN_REPETITION_PENALTY",
+    "AdapterChoice",
     "ClassifyResult",
+    "ConstraintCompiler",
+    "ConstraintSpec",
+    "EmbedResult",
     "GenerateParams",
     "GenerationResult",
     "GenerationStream",
+    "ImportMismatch",
+    "ImportedAdapter",
     "LabelScores",
     "LoadTimes",
     "Principal",
@@ -32,6 +48,8 @@ __all__ = [
     "RunnerLoad",
     "ServingEngine",
     "Task",
+    "TokenConstraint",
     "TokenDelta",
     "TokenLogprobs",
+    "WeightedAdapter",
 ]

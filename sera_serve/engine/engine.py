@@ -3,53 +3,55 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 
-from adapters_store import AdapterBundle, AdapterStore, ResolvedAdapter, check_base, check_same_base
+from adapters_store import AdapterBundle, AdapterStore, PeftFiles, ResolvedAdapter, check_base, parts_of
 from sera_kernels import warm_up
-from sera_serve.base import FrozenBase, ModelInputs
+from sera_serve.base import FrozenBase, import_base
 from sera_serve.config import ServeSettings
 from sera_serve.engine.admission import AdmissionController
+from sera_serve.engine.choices import ChoiceGroup, check_logprobs, check_options, choice_requests
+from sera_serve.engine.constraint import ConstraintCompiler, ConstraintSpec, TokenConstraint
+from sera_serve.engine.loop.pages import PAGE_SIZE
 from sera_serve.engine.memory import MEBIBYTE, DeviceMemory, memory_of
+from sera_serve.engine.references import AdapterReferences
 from sera_serve.engine.request import (
-    PRIORITIES,
-    ClassificationRequest,
+    AdapterChoice,
     FinishReason,
     GenerateParams,
     GenerationRequest,
-    LabelScores,
     Principal,
-    Priority,
     Request,
     RequestState,
     Task,
+    TokenLogprobs,
 )
+from sera_serve.engine.row_calls import RowCalls, TimeLimits
+from sera_serve.engine.rows import RowMaker
 from sera_serve.engine.scheduler import Scheduler
 from sera_serve.engine.stream import Detokenizer, EventReader, GenerationStream, Mailbox, deadline_exceeded
+from sera_serve.engine.structured import StructuredOutput
 from sera_serve.engine.tasks import ClassificationRunner, GenerationRunner, RunnerLoad, TaskRunner
-from sera_serve.engine.tasks.classify import ClassifyResult, split_call
 from sera_serve.errors import EngineUnavailable, InvalidRequest, PromptTooLong, UnsupportedTask
 from sera_serve.layers import AdapterContext, SideStream, attach_serving, find_shared_inputs
 from sera_serve.residency import AdapterResidency, DevicePool, HostCache, ResidencyStats
 from sera_serve.residency.bundle_check import check_servable
+from sera_serve.residency.import_probe import ImportedAdapter, import_checkpoint
 from sera_serve.threads import BoundedExecutor
 
 _MAX_WAITING_LEASES = 32
 _RESOLVING_THREADS = 8
-# Probabilities in one answer. A few times more would keep the event loop for half a second.
-_MAX_PROBABILITIES = 1 << 18
 # Few, because a long text's tokens take some 150 bytes each while they are made.
 _TOKENIZING_THREADS = 2
+_COMPILING_THREADS = 2
 
 
-class ServingEngine:
+class ServingEngine(RowCalls):
     """One base, one device pool, many adapters, and a runner for each task that the base serves.
 
     Its coroutines may be awaited on any event loop, several at once.
@@ -70,9 +72,11 @@ class ServingEngine:
             self._pool = DevicePool(
                 self._memory.pool_bytes(), len(self._shapes), settings.max_resident, base.dtype, base.device
             )
+        self._references = AdapterReferences(store, base.info, self._shapes, self._pool.capacity)
+        self._row_maker = RowMaker(base, self._references)
         self._module_index = {path: row for row, path in enumerate(self._shapes)}
         self.residency = AdapterResidency(
-            self._load_bundle, self._pool, HostCache(settings.host_cache_mib * MEBIBYTE), self._module_index
+            self._references.load, self._pool, HostCache(settings.host_cache_mib * MEBIBYTE), self._module_index
         )
         self._admission = AdmissionController(settings.max_queue, settings.max_queue_per_tenant)
         self._unsound: str | None = None
@@ -84,12 +88,16 @@ class ServingEngine:
         # Every request that was admitted may wait: admission alone refuses them.
         self._resolving = BoundedExecutor("resolving", _RESOLVING_THREADS, settings.max_queue)
         self._tokenizing = BoundedExecutor("tokenizing", _TOKENIZING_THREADS, settings.max_queue)
+        self._compiling = BoundedExecutor("compiling", _COMPILING_THREADS, settings.max_queue)
         # By task; a base without a runner for a task does not serve it.
         self.runners: dict[Task, TaskRunner[Any]] = {"classify": self._make_classification()}
         self._context_tokens = base.max_length
+        self._vocabulary = int(base.model.config.get_text_config().vocab_size)
+        self.constraints: ConstraintCompiler | None = None
         if base.kind == "decoder":
             self.runners["generate"] = generation = self._make_generation()
             self._context_tokens = min(base.max_length, generation.cache_tokens)
+            self.constraints = StructuredOutput(base.tokenizer, self._vocabulary, self._preprocessor.end_tokens())
 
     def start(self) -> None:
         """Start the runners' threads."""
@@ -101,6 +109,7 @@ class ServingEngine:
         # First everyone is told who waits, then the threads are waited for: a step or a read may take long.
         self._resolving.close()
         self._tokenizing.close()
+        self._compiling.close()
         for runner in self.runners.values():
             runner.scheduler.close()
         self.residency.close(timeout_s=0)
@@ -140,8 +149,22 @@ class ServingEngine:
         check_base(bundle.config, self.base.info, self._shapes)
         check_servable(bundle, self._module_index, self._pool)
 
+    def import_checkpoint(self, files: PeftFiles) -> ImportedAdapter:
+        """Make a bundle of a PEFT checkpoint, and check it as `check_bundle` does. Blocks.
+
+        Raises:
+            InvalidBundle: The checkpoint is refused, or was made for another base.
+            AdapterTooLarge, AdapterOverflow, ImportMismatch: It can never be served.
+        """
+        imported = import_checkpoint(files, import_base(self.base), self.base.dtype)
+        self.check_bundle(imported.bundle)
+        return imported
+
     def mark_deleted(self, digest: str) -> None:
-        """Give back the memory of a bundle that was deleted, once no request uses it."""
+        """Give back the memory of a bundle that was deleted, and of its combinations, once no request uses them."""
+        for known in self.residency.digests():
+            if any(part == digest for part, _ in parts_of(known)):
+                self.residency.mark_deleted(known)
         self.residency.mark_deleted(digest)
 
     async def pin(self, digest: str) -> None:
@@ -207,95 +230,60 @@ class ServingEngine:
         Raises:
             UnsupportedTask: An encoder base, or a classifier adapter.
             PromptTooLong: Prompt and new tokens exceed the context.
-            InvalidRequest: An empty prompt, or a token id outside the vocabulary.
+            InvalidRequest: An empty prompt, a token id outside the vocabulary, or fields that contradict each other.
             TenantOverloaded: The tenant has too many requests in flight.
             Overloaded: All tenants together have, or the request was not started in time.
             DeadlineExceeded: `params.timeout_s` was over before it was started.
             EngineUnavailable: The engine is not running.
             StoreError: The adapter does not exist, or does not fit the base.
         """
-        runner = self._runner("generate")
-        limits = self._time_limits(received_at, params.timeout_s)
-        request = GenerationRequest(
-            principal=principal,
-            id=f"gen-{secrets.token_hex(8)}",
-            priority=PRIORITIES.index(params.priority),
-            temperature=params.temperature,
-            top_k=params.top_k,
-            top_p=params.top_p,
-            seed=secrets.randbits(31) if params.seed is None else params.seed,
-            logprobs=params.logprobs,
-            prompt_logprobs=params.prompt_logprobs,
-            end_tokens=self._preprocessor.end_tokens(),
-        )
-        with self._admitted(request):
-            async with self._time_to_start(limits):
-                tokens = await self._prompt(params)
-                if params.adapter is not None:
-                    request.adapter = await self._resolving.run(self._resolve, params.adapter, "generate")
-                request.prefix_key = _prefix_key(request, params.cache_salt)
-                request.tokens, request.prompt_tokens = tokens, len(tokens)
-                request.limit = len(tokens) + params.max_new_tokens
-                stream = GenerationStream(
-                    request,
-                    Detokenizer(self.base.tokenizer, tokens, params.stop),
-                    self._mailbox_here(),
-                    partial(runner.cancel, request),
-                )
-                runner.submit([request])
-                try:
-                    await _started(request, stream)
-                except BaseException:
-                    runner.cancel(request, FinishReason.CANCELLED)
-                    raise
-        if limits.deadline is not None:
-            stream.end_at(limits.deadline)
+        if params.n != 1:
+            raise InvalidRequest(f"n is {params.n}, and this call gives one answer; send n 1", param="n")
+        (stream,) = await self.generate_choices(params, principal, received_at)
         return stream
 
-    async def classify(
-        self,
-        adapter: str,
-        inputs: Sequence[str | tuple[str, str]],
-        principal: Principal,
-        priority: Priority = "normal",
-        timeout_s: float | None = None,
-        received_at: float | None = None,
-    ) -> ClassifyResult:
-        """Classify each input, a text or a sentence pair, with the adapter's head.
+    async def generate_choices(
+        self, params: GenerateParams, principal: Principal, received_at: float | None = None
+    ) -> list[GenerationStream]:
+        """Let `params.n` answers to one prompt wait for their turn, and return when all of them run; see `generate`.
 
-        Priority and time limits are those of `generate`.
-
-        Raises:
-            UnsupportedTask: The adapter has no head.
-            InvalidRequest: An input has no tokens, or inputs times labels are too many.
-            TenantOverloaded, Overloaded, DeadlineExceeded, EngineUnavailable, StoreError: As in `generate`.
+        All are admitted, or none. Each stream is read and closed on its own. Each answer counts as a request in flight,
+        and takes a row of the batch. The prompt is computed once, but for its last page: the others find its pages in
+        the prefix cache. Where requests like this one share pages with no other, the answers share with each other
+        alone.
         """
-        runner = self._runner("classify")
-        limits = self._time_limits(received_at, timeout_s)
-        reader = EventReader(self._mailbox_here())
-        call = ClassificationRequest(
-            principal=principal, id=f"cls-{secrets.token_hex(8)}", priority=PRIORITIES.index(priority), reader=reader
-        )
-        parts: list[ClassificationRequest] = []
-        with self._admitted(call):
-            try:
-                async with self._time_to_start(limits):
-                    resolved, call.rows = await self._rows(adapter, inputs)
-                    call.adapter = resolved
-                    parts = split_call(call, self.settings.classify_max_batch, self.settings.max_batch_tokens)
-                    runner.submit(parts)
-                    await _started(parts[0], reader)
-                await _finished(parts, reader, limits.deadline)
-            except BaseException:
-                for part in parts:
-                    runner.cancel(part, FinishReason.CANCELLED)
-                raise
-            self._admission.release(call, served=True)
-        scores: dict[int, LabelScores | None] = {}
-        for part in parts:
-            scores.update(zip(part.positions, part.scores, strict=True))
-        results = [score for _, score in sorted(scores.items()) if score is not None]
-        return ClassifyResult(resolved.adapter, resolved.version, results, parts[0].waited_s)
+        runner = self._runner("generate")
+        check_options(params, self._vocabulary, min(self.settings.max_queue_per_tenant, self.settings.max_queue))
+        limits = self._time_limits(received_at, params.timeout_s)
+        requests = choice_requests(params, principal, self._preprocessor.end_tokens())
+        with ExitStack() as admitted:
+            for request in requests:
+                admitted.enter_context(self._admitted(request))
+            async with self._time_to_start(limits):
+                await self._prepare(requests, params)
+                streams = [
+                    GenerationStream(
+                        request,
+                        Detokenizer(self.base.tokenizer, request.tokens, params.stop, params.min_tokens),
+                        self._mailbox_here(),
+                        partial(runner.cancel, request),
+                    )
+                    for request in requests
+                ]
+                # A prompt below a page has nothing to share. Its log-probabilities are computed by one request alone.
+                shares = len(requests[0].tokens) > PAGE_SIZE or params.prompt_logprobs is not None
+                try:
+                    ChoiceGroup(streams, runner.submit, shares)
+                    for request, stream in zip(requests, streams, strict=True):
+                        await _started(request, stream)
+                except BaseException:
+                    for request in requests:
+                        runner.cancel(request, FinishReason.CANCELLED)
+                    raise
+        if limits.deadline is not None:
+            for stream in streams:
+                stream.end_at(limits.deadline)
+        return streams
 
     def _runner(self, task: Task) -> TaskRunner[Any]:
         """The runner of a task; raises EngineUnavailable where the engine cannot serve, UnsupportedTask without one."""
@@ -319,16 +307,16 @@ class ServingEngine:
         error = self._admission.refusal(tenant)
         return any(runner.shed(tenant, error) for runner in self.runners.values())
 
-    def _time_limits(self, received_at: float | None, timeout_s: float | None) -> _TimeLimits:
+    def _time_limits(self, received_at: float | None, timeout_s: float | None) -> TimeLimits:
         # The clock of asyncio's event loops, and of uvloop's, is time.monotonic.
         arrived = asyncio.get_running_loop().time() if received_at is None else received_at
-        return _TimeLimits(
+        return TimeLimits(
             latest_start=arrived + self.settings.request_timeout_s,
             deadline=None if timeout_s is None else arrived + timeout_s,
         )
 
     @asynccontextmanager
-    async def _time_to_start(self, limits: _TimeLimits) -> AsyncIterator[None]:
+    async def _time_to_start(self, limits: TimeLimits) -> AsyncIterator[None]:
         """End whatever the block waits for where a request is not started in time; raises why."""
         scope = asyncio.timeout_at(limits.first)
         try:
@@ -343,6 +331,32 @@ class ServingEngine:
             allowed = self.settings.request_timeout_s
             raise self._admission.overloaded(f"the request was not started within {allowed:g} s") from None
 
+    async def _prepare(self, requests: Sequence[GenerationRequest], params: GenerateParams) -> None:
+        """Give the requests of one call their prompt, their adapter, and what constrains them."""
+        tokens = await self._prompt(params)
+        adapter = None
+        if params.adapter is not None:
+            adapter = await self._resolving.run(self._resolve, params.adapter, "generate")
+        constraints: list[TokenConstraint | None] = [None] * len(requests)
+        if params.constraint is not None:
+            constraints = list(await self._compiling.run(self._compile, params.constraint, requests))
+        limit = self._context_tokens if params.max_new_tokens is None else len(tokens) + params.max_new_tokens
+        check_logprobs(params, len(tokens), limit)
+        prompt_logprobs: list[TokenLogprobs] = []
+        for request, constraint in zip(requests, constraints, strict=True):
+            request.adapter, request.constraint = adapter, constraint
+            request.prefix_key = _prefix_key(request, params.cache_salt)
+            if request.prefix_key is None and len(requests) > 1:
+                # No tenant begins with "_", and nobody else has this name.
+                request.prefix_key = f"_choices/{requests[0].id}"
+            request.tokens, request.prompt_tokens, request.limit = list(tokens), len(tokens), limit
+            request.prompt_token_logprobs = prompt_logprobs
+
+    def _compile(self, spec: ConstraintSpec, requests: Sequence[GenerationRequest]) -> list[TokenConstraint]:
+        if self.constraints is None:
+            raise InvalidRequest("this server enforces no schema, regex or grammar; leave the constraint out")
+        return [self.constraints.compile(spec, request.tenant) for request in requests]
+
     async def _prompt(self, params: GenerateParams) -> list[int]:
         """The prompt's tokens; raises where they do not fit the vocabulary or the context."""
         preprocessor, context = self._preprocessor, self._context_tokens
@@ -355,8 +369,8 @@ class ServingEngine:
                 f"{most}, if each is the longest token of {preprocessor.longest_token} characters; shorten the prompt",
                 param="prompt",
             )
-        arguments = params.prompt, params.token_ids
-        if preprocessor.is_long(*arguments):
+        arguments = params.prompt, params.token_ids, params.add_special_tokens
+        if preprocessor.is_long(*arguments[:2]):
             tokens = await self._tokenizing.run(preprocessor.prompt, *arguments)
         else:
             tokens = preprocessor.prompt(*arguments)
@@ -364,52 +378,24 @@ class ServingEngine:
         return tokens
 
     def _check_context(self, tokens: int, params: GenerateParams) -> None:
-        if tokens + params.max_new_tokens > self._context_tokens:
+        room = max(0, self._context_tokens - tokens)
+        param = "prompt" if params.token_ids is None else "token_ids"
+        if params.max_new_tokens is not None and params.max_new_tokens > room:
             raise PromptTooLong(
                 f"{tokens} prompt tokens and max_new_tokens {params.max_new_tokens} exceed the context of "
-                f"{self._context_tokens}; shorten the prompt or ask for at most "
-                f"{max(0, self._context_tokens - tokens)}",
-                param="prompt" if params.token_ids is None else "token_ids",
+                f"{self._context_tokens}; shorten the prompt or ask for at most {room}",
+                param=param,
+            )
+        if max(1, params.min_tokens) > room:
+            raise PromptTooLong(
+                f"{tokens} prompt tokens leave room for {room} more in the context of {self._context_tokens}, and at "
+                f"least {max(1, params.min_tokens)} are to be generated; shorten the prompt or lower min_tokens",
+                param=param,
             )
 
-    async def _rows(
-        self, adapter: str, inputs: Sequence[str | tuple[str, str]]
-    ) -> tuple[ResolvedAdapter, list[ModelInputs]]:
-        """The adapter of a classification, and the rows of its inputs. A short call changes threads only once."""
-        if not self._preprocessor.are_long(inputs):
-            return await self._resolving.run(self._resolve_and_tokenize, adapter, inputs)
-        resolved = await self._resolving.run(self._resolve_classifier, adapter, len(inputs))
-        return resolved, await self._tokenizing.run(self._tokenize, resolved, inputs)
-
-    def _resolve_and_tokenize(
-        self, adapter: str, inputs: Sequence[str | tuple[str, str]]
-    ) -> tuple[ResolvedAdapter, list[ModelInputs]]:
-        resolved = self._resolve_classifier(adapter, len(inputs))
-        return resolved, self._tokenize(resolved, inputs)
-
-    def _resolve_classifier(self, adapter: str, count: int) -> ResolvedAdapter:
-        resolved = self._resolve(adapter, "classify")
-        labels = len(resolved.labels or ())
-        if count * labels > _MAX_PROBABILITIES:
-            raise InvalidRequest(
-                f"{count} inputs with {labels} labels each make more than {_MAX_PROBABILITIES} probabilities; send at "
-                f"most {_MAX_PROBABILITIES // labels} inputs in one request",
-                param="inputs",
-            )
-        return resolved
-
-    def _tokenize(self, resolved: ResolvedAdapter, inputs: Sequence[str | tuple[str, str]]) -> list[ModelInputs]:
-        return self._preprocessor.rows(inputs, resolved.max_length or self.base.max_length)
-
-    def _resolve(self, adapter: str, task: Task) -> ResolvedAdapter:
+    def _resolve(self, adapter: AdapterChoice, task: Task) -> ResolvedAdapter:
         """Find the version of an adapter, and refuse one for another task or base before anything is loaded."""
-        resolved = self.store.resolve(adapter)
-        if resolved.task != task:
-            raise UnsupportedTask(
-                f"adapter {adapter!r} is for {resolved.task}; send it to /v1/{resolved.task}", param="adapter"
-            )
-        check_same_base(resolved.base, self.base.info)
-        return resolved
+        return self._references.resolve(adapter, task)
 
     def _mailbox_here(self) -> Mailbox:
         loop = asyncio.get_running_loop()
@@ -460,29 +446,6 @@ class ServingEngine:
         leases = min(_MAX_WAITING_LEASES, max(1, self.settings.max_resident // 4))
         return Scheduler(self._admission, self.residency, leases, self.settings.tenant_weights)
 
-    def _load_bundle(self, digest: str) -> AdapterBundle:
-        bundle = self.store.load(digest)
-        check_base(bundle.config, self.base.info, self._shapes)
-        return bundle
-
-
-@dataclass(frozen=True)
-class _TimeLimits:
-    """Times of the running event loop.
-
-    Attributes:
-        latest_start: The request must have been started.
-        deadline: The request must be finished; None is never.
-    """
-
-    latest_start: float
-    deadline: float | None
-
-    @property
-    def first(self) -> float:
-        """When a request that is not started ends."""
-        return self.latest_start if self.deadline is None else min(self.latest_start, self.deadline)
-
 
 def _prefix_key(request: GenerationRequest, cache_salt: str | None) -> str | None:
     """Which requests share cached pages of prompts with this one; None shares with no other."""
@@ -500,16 +463,3 @@ async def _started(request: Request, reader: EventReader) -> None:
         await reader.wait()
     if request.started_at is None and request.error is not None:
         raise request.error
-
-
-async def _finished(parts: Sequence[Request], reader: EventReader, deadline: float | None) -> None:
-    """Wait until every part is served; raises the first error, or DeadlineExceeded."""
-    try:
-        async with asyncio.timeout_at(deadline):
-            for part in parts:
-                while not part.is_finished:
-                    await reader.wait()
-                if part.error is not None:
-                    raise part.error
-    except TimeoutError:
-        raise deadline_exceeded() from None

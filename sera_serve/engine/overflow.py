@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adapters_store import ResolvedAdapter
 from sera_serve.engine.request import Request
 from sera_serve.errors import AdapterOverflow, BaseOverflow
 from sera_serve.layers import ServedLinear
@@ -29,7 +30,7 @@ _INJECTED = 4e19
 # An adapter whose updates are at most so many times as long as their inputs cannot overflow in float32 or bfloat16: a
 # normalized state has a norm of some hundreds, and between two normalizations at most two updates are multiplied with
 # each other and one follows, so that nothing there comes near 1e19, whose square is infinite.
-_SAFE_GAIN = 1e4
+_SAFE_STRETCH = 1e4
 # Seconds between two warnings about one adapter, and the most adapters whose last warning is remembered.
 _WARN_EVERY_S = 60.0
 _REMEMBERED = 1024
@@ -57,17 +58,21 @@ class OverflowReporter:
             if len(self._warned) > _REMEMBERED:
                 del self._warned[next(iter(self._warned))]
             logger.warning(
-                "adapter %s version %d (%s) overflows: its logits are infinite or not a number",
-                adapter.adapter,
-                adapter.version,
+                "adapter %s (%s) overflows: its logits are infinite or not a number",
+                _named(adapter),
                 adapter.digest,
             )
         return AdapterOverflow(
-            f"adapter '{adapter.adapter}@v{adapter.version}' overflows on this input: its logits are infinite or not a "
+            f"adapter '{_named(adapter)}' overflows on this input: its logits are infinite or not a "
             "number; publish it with a smaller scaling or smaller values, such as from a training with a lower "
             "learning rate",
             param="adapter",
         )
+
+
+def _named(adapter: ResolvedAdapter) -> str:
+    # The name of a combination has the versions of its parts.
+    return f"{adapter.adapter}@v{adapter.version}" if adapter.version else adapter.adapter
 
 
 class RowGauge:
@@ -86,9 +91,9 @@ class RowGauge:
         # Half precision overflows at 65,504, which no bound on an adapter rules out.
         self._is_half = getattr(model, "dtype", None) is torch.float16
 
-    def must_watch(self, gains: Iterable[float]) -> bool:
-        """Whether a pass of adapters with these gains (`AdapterLayout.gain`) could overflow."""
-        return self._is_half or any(gain > _SAFE_GAIN for gain in gains)
+    def must_watch(self, stretches: Iterable[float]) -> bool:
+        """Whether a pass of adapters with these values (`AdapterLayout.stretch`) could overflow."""
+        return self._is_half or any(stretch > _SAFE_STRETCH for stretch in stretches)
 
     @contextmanager
     def watching(self, rows: int, device: torch.device) -> Iterator[Tensor]:

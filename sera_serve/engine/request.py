@@ -16,15 +16,29 @@ from __future__ import annotations
 
 import enum
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from functools import cached_property
+from typing import Literal, Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
 
 from adapters_store import ResolvedAdapter
 from sera_kernels import NO_ADAPTER, ShapeClasses
-from sera_serve.base import ModelInputs
+from sera_serve.base import ModelInputs, Pooling
+from sera_serve.engine.constraint import ConstraintSpec, TokenConstraint
 from sera_serve.residency import Lease, PrefetchHint
+
+MAX_LOGIT_BIAS = 1024
+"""The most tokens that a request may give a bias."""
+
+MIN_REPETITION_PENALTY = 0.01
+"""The least repetition penalty: the quotient of a logit and it stays finite."""
+
+MAX_CHOICES = 128
+"""The most answers to one prompt."""
 
 # The tenant of requests without an adapter; no adapter's tenant can begin with "_".
 BASE_TENANT = "_base"
@@ -55,19 +69,45 @@ BASE_PRINCIPAL = Principal(BASE_TENANT)
 
 
 @dataclass(frozen=True)
+class WeightedAdapter:
+    """One part of a combination: an adapter's reference, and the factor of its update."""
+
+    adapter: str
+    weight: float
+
+
+AdapterChoice: TypeAlias = str | Sequence[WeightedAdapter]
+"""One adapter by its reference, or the weighted sum of several."""
+
+
+@dataclass(frozen=True)
 class GenerateParams:
     """What a client asks of a generation; the caller has checked the ranges.
 
     Attributes:
-        adapter: Reference such as `tenant/name` or `tenant/name@v3`; None is the base model.
+        adapter: Reference such as `tenant/name` or `tenant/name@v3`, or several with weights; None is the base model.
         prompt: Text to continue; exactly one of `prompt` and `token_ids` is set.
         token_ids: Tokens to continue, taken as they are.
-        max_new_tokens: The most tokens to generate.
+        add_special_tokens: Whether the tokenizer adds its special tokens to `prompt`; a chat template has written its
+            own.
+        max_new_tokens: The most tokens to generate; None is as many as the context has room for.
         temperature: 0 is greedy.
         top_p: Sample among the likeliest tokens whose probabilities reach it; 1 is all.
         top_k: Sample among this many likeliest tokens; 0 is all.
+        min_p: Sample among the tokens with at least this part of the highest probability; 0 is all.
+        presence_penalty: Subtracted once from the logit of each token that was generated before; -2 to 2.
+        frequency_penalty: Subtracted for each time that the token was generated before; -2 to 2.
+        repetition_penalty: Divides the positive logits of tokens of the prompt or the output, and multiplies negative
+            ones; above 0, and 1 changes nothing.
+        logit_bias: By token id, added to the logit before the penalties; at most `MAX_LOGIT_BIAS` entries of -100 to
+            100.
         seed: Makes a sampled request repeatable; None draws one.
         stop: Strings that end the text; the text does not contain them.
+        stop_token_ids: Tokens that end the text, beside the model's own end tokens; the tokens contain them.
+        ignore_eos: Whether the model's end tokens do not end the text.
+        min_tokens: As many tokens are generated before an end token or a stop may end the text.
+        n: Independent answers to one prompt; see `ServingEngine.generate_choices`.
+        constraint: What the text must conform to, or None.
         priority: Order among the waiting requests of one tenant; other tenants are unaffected.
         timeout_s: Seconds from the request's arrival to its end; None is without limit.
         cache_salt: Requests under different salts share no cached pages of prompts; requests of one salt and adapter
@@ -76,15 +116,26 @@ class GenerateParams:
         prompt_logprobs: The same for the tokens of the prompt.
     """
 
-    adapter: str | None = None
+    adapter: AdapterChoice | None = None
     prompt: str | None = None
     token_ids: list[int] | None = None
-    max_new_tokens: int = 64
+    add_special_tokens: bool = True
+    max_new_tokens: int | None = 64
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
     seed: int | None = None
     stop: list[str] = field(default_factory=list)
+    stop_token_ids: list[int] = field(default_factory=list)
+    ignore_eos: bool = False
+    min_tokens: int = 0
+    n: int = 1
+    constraint: ConstraintSpec | None = None
     priority: Priority = "normal"
     timeout_s: float | None = None
     cache_salt: str | None = None
@@ -115,6 +166,23 @@ class LabelScores:
     probabilities: dict[str, float]
 
 
+@dataclass(frozen=True)
+class EmbeddingSpec:
+    """How a row's hidden states become one vector.
+
+    Attributes:
+        pooling: None is the adapter's own pooling, and without one the base's.
+        normalize: Whether the vector is scaled to length 1.
+    """
+
+    pooling: Pooling | None = None
+    normalize: bool = True
+
+
+RowResult: TypeAlias = LabelScores | NDArray[np.float32]
+"""Of one row: the scores of its labels, or its vector (hidden,)."""
+
+
 class RequestState(enum.Enum):
     """Where a request is; the file's docstring has the diagram."""
 
@@ -142,7 +210,7 @@ class FinishReason(enum.Enum):
     LENGTH = "length"
     """It has as many tokens as it asked for."""
     COMPLETED = "completed"
-    """Each of its rows is classified."""
+    """Each of its rows has its result."""
     CANCELLED = "cancelled"
     """Its client no longer waits for it."""
     EXPIRED = "expired"
@@ -277,8 +345,11 @@ class GenerationRequest(Request):
     Attributes:
         tokens: The prompt, then what was generated.
         limit: Length of `tokens` at which it ends.
-        end_tokens: Tokens that end it.
-        temperature, top_k, top_p, seed: Sampling, as in `GenerateParams`.
+        end_tokens: Tokens that end it: the model's own, unless they are ignored, and the client's.
+        stop_tokens: Those of the end tokens that the client named.
+        temperature, top_k, top_p, min_p, seed: Sampling, as in `GenerateParams`.
+        presence_penalty, frequency_penalty, repetition_penalty, logit_bias, min_tokens: As in `GenerateParams`.
+        constraint: Which tokens may come next, or None; it has accepted the generated tokens.
         logprobs, prompt_logprobs: As in `GenerateParams`.
         prefix_key: Requests of one key share the cached pages of prompts that begin alike; with None it shares with
             no other, because its waiting time would tell what others have asked.
@@ -297,10 +368,18 @@ class GenerationRequest(Request):
     tokens: list[int] = field(default_factory=list)
     limit: int = 0
     end_tokens: frozenset[int] = frozenset()
+    stop_tokens: frozenset[int] = frozenset()
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
     seed: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    min_tokens: int = 0
+    constraint: TokenConstraint | None = None
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     prefix_key: str | None = None
@@ -324,7 +403,41 @@ class GenerationRequest(Request):
     @property
     def has_truncation(self) -> bool:
         """Whether sampling leaves out any token."""
-        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1)
+        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
+
+    @property
+    def generated(self) -> int:
+        """How many tokens were generated."""
+        return len(self.tokens) - self.prompt_tokens
+
+    @property
+    def bars_end(self) -> bool:
+        """Whether the next token must not be an end token."""
+        return self.min_tokens > 0 and self.generated < self.min_tokens
+
+    @cached_property
+    def has_penalties(self) -> bool:
+        """Whether tokens that were there before are less likely."""
+        return bool(self.presence_penalty or self.frequency_penalty) or self.repetition_penalty != 1
+
+    @property
+    def has_bias_now(self) -> bool:
+        """Whether something is added to the scores of the next token."""
+        return self._has_bias or self.bars_end
+
+    @property
+    def adjusts_now(self) -> bool:
+        """Whether the scores of the next token are others than the model's."""
+        return self.has_penalties or self._has_bias or self.bars_end
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether its next step has to hand on logits, beside a token."""
+        return self.logprobs is not None or self.adjusts_now
+
+    @cached_property
+    def _has_bias(self) -> bool:
+        return bool(self.logit_bias) or self.constraint is not None
 
     @property
     def shape_classes(self) -> ShapeClasses:
@@ -344,12 +457,14 @@ class ClassificationRequest(Request):
     Attributes:
         rows: The inputs.
         positions: Place of each row in the call.
-        scores: Of each row; None until it is classified.
+        embedding: How the rows become vectors; None gives scores of labels.
+        results: Of each row; None until it has run.
     """
 
     rows: list[ModelInputs] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
-    scores: list[LabelScores | None] = field(default_factory=list, init=False)
+    embedding: EmbeddingSpec | None = None
+    results: list[RowResult | None] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
-        self.scores = [None] * len(self.rows)
+        self.results = [None] * len(self.rows)

@@ -83,7 +83,7 @@ class Scheduler(Generic[R]):
             return self._queue.counter(tenant)
 
     def submit(self, requests: Sequence[R]) -> None:
-        """Let requests wait for their turn.
+        """Let requests wait for their turn; those that are finished already are passed over.
 
         Raises:
             EngineUnavailable: The engine is stopping; the requests are finished.
@@ -92,6 +92,8 @@ class Scheduler(Generic[R]):
         with self._lock:
             if not self._closed:
                 for request in requests:
+                    if request.is_finished:
+                        continue
                     self._queue.push(request)
                     if self.in_step:
                         self._hint_locked(request)

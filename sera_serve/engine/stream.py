@@ -12,7 +12,12 @@ from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
 
 from sera_serve.engine.request import FinishReason, GenerationRequest, TokenLogprobs
-from sera_serve.errors import AdapterOverflow, BaseOverflow, DeadlineExceeded, EngineUnavailable
+from sera_serve.errors import AdapterOverflow, BaseOverflow, DeadlineExceeded, EngineUnavailable, InvalidRequest
+
+# Tokens of one delta. Text and log-probabilities of many more would keep the event loop.
+_MAX_DELTA = 1024
+# Tokens of a prompt that are decoded with the first new one. All tokens of a long prompt would keep the event loop.
+_DECODED_PROMPT = 1024
 
 
 class Mailbox:
@@ -71,25 +76,43 @@ class Detokenizer:
 
     Attributes:
         text: The text emitted so far.
-        stopped: Whether a stop string was found; the text ends before it.
+        found: The stop string that was found, or None; the text ends before it.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: list[int], stop: list[str]) -> None:
-        # The prompt's tokens decide whether the first new one begins with a space.
-        self._stream = DecodeStream(ids=prompt, skip_special_tokens=True)
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, prompt: list[int], stop: list[str], min_tokens: int = 0
+    ) -> None:
+        """Begin after a prompt.
+
+        Args:
+            tokenizer: The base's.
+            prompt: Its tokens decide whether the first new one begins with a space.
+            stop: Strings that end the text.
+            min_tokens: In the text of so many tokens no stop string is looked for.
+        """
+        self._stream = DecodeStream(ids=prompt[-_DECODED_PROMPT:], skip_special_tokens=True)
         self._backend = tokenizer.backend_tokenizer
         self._stop = stop
+        self._exempt = min_tokens
         self._held = ""
         self.text = ""
-        self.stopped = False
+        self.found: str | None = None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string was found."""
+        return self.found is not None
 
     def push(self, token: int) -> str:
         """Take one token; returns the text that can no longer change, maybe empty."""
         self._held += self._stream.step(self._backend, token) or ""
-        cuts = [at for at in (self._held.find(word) for word in self._stop) if at >= 0]
+        if self._exempt:
+            self._exempt -= 1
+            return self.flush()
+        cuts = [(at, word) for at, word in ((self._held.find(word), word) for word in self._stop) if at >= 0]
         if cuts:
-            self.stopped = True
-            self._held = self._held[: min(cuts)]
+            at, self.found = min(cuts)
+            self._held = self._held[:at]
             return self.flush()
         certain = len(self._held) - self._possible_stop()
         return self._emit(certain)
@@ -134,6 +157,7 @@ class GenerationResult:
     Attributes:
         cached_tokens: Prompt tokens whose keys and values were in the prefix cache.
         logprobs: For each of `token_ids`, if asked for.
+        stop_reason: The stop string, or the id among `stop_token_ids`, that ended it; None where it ended otherwise.
         prompt_logprobs: For each token of the prompt, if asked for.
     """
 
@@ -148,6 +172,7 @@ class GenerationResult:
     cached_tokens: int
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    stop_reason: str | int | None = None
 
 
 def deadline_exceeded() -> DeadlineExceeded:
@@ -159,11 +184,13 @@ class GenerationStream(EventReader, AsyncIterator[TokenDelta]):
     """The deltas of one request, in order; `result` is there once they are exhausted.
 
     Whoever holds a stream exhausts it or calls `aclose`, at any stage: only then are its place in the batch and its
-    adapter given back. A slow reader holds nothing but the tokens: the next delta has all tokens that came meanwhile.
+    adapter given back. A slow reader holds nothing but the tokens: the next delta has the tokens that came meanwhile,
+    up to 1,024 of them.
 
     Attributes:
         request: The request; the engine's threads change it.
         result: The outcome, once there is one.
+        on_news: Called on the event loop whenever the request has changed, whether or not anybody reads.
     """
 
     def __init__(
@@ -184,6 +211,7 @@ class GenerationStream(EventReader, AsyncIterator[TokenDelta]):
         super().__init__(mailbox)
         self.request = request
         self.result: GenerationResult | None = None
+        self.on_news: Callable[[], None] | None = None
         self._detokenizer = detokenizer
         self._cancel = cancel
         self._deadline: asyncio.TimerHandle | None = None
@@ -204,8 +232,8 @@ class GenerationStream(EventReader, AsyncIterator[TokenDelta]):
 
     @property
     def version(self) -> int | None:
-        """The adapter's version; None is the base model."""
-        return self.request.adapter.version if self.request.adapter else None
+        """The adapter's version; None is the base model, or a combination."""
+        return self.request.adapter.version or None if self.request.adapter else None
 
     @property
     def waited_s(self) -> float:
@@ -217,6 +245,12 @@ class GenerationStream(EventReader, AsyncIterator[TokenDelta]):
         """Seconds from the request's arrival to its first token, or None before that."""
         return self.request.first_token_s
 
+    def wake(self) -> None:
+        """On the event loop: there is news."""
+        super().wake()
+        if self.on_news is not None:
+            self.on_news()
+
     def end_at(self, deadline: float) -> None:
         """Cancel the request at a time of the running event loop, whether or not anybody reads by then."""
         self._deadline = asyncio.get_running_loop().call_at(deadline, self._expire)
@@ -226,6 +260,7 @@ class GenerationStream(EventReader, AsyncIterator[TokenDelta]):
 
         Raises:
             AdapterOverflow, BaseOverflow: The logits are infinite or not a number.
+            InvalidRequest: The constraint allows no token.
             EngineUnavailable: The engine failed this request.
             DeadlineExceeded: Its time is over; the deltas before had the tokens that it got.
         """
@@ -237,10 +272,10 @@ class GenerationStream(EventReader, AsyncIterator[TokenDelta]):
             await self.wait()
         # The state before the tokens: a request that is finished gets no more of them.
         finished = request.is_finished
-        end = len(request.tokens)
+        end = min(len(request.tokens), seen + _MAX_DELTA)
         if request.error is not None:
             self._close()
-            if isinstance(request.error, (AdapterOverflow, BaseOverflow)):
+            if isinstance(request.error, (AdapterOverflow, BaseOverflow, InvalidRequest)):
                 # To send the request again would not help.
                 raise request.error
             raise EngineUnavailable(f"generation failed: {request.error}; the request may be sent again")
@@ -250,7 +285,7 @@ class GenerationStream(EventReader, AsyncIterator[TokenDelta]):
         if finished and not self._expired and request.finish_reason is FinishReason.CANCELLED:
             self._close()
             raise StopAsyncIteration
-        return self._advance(seen, end, finished and not self._expired)
+        return self._advance(seen, end, finished and not self._expired and end == len(request.tokens))
 
     async def aclose(self) -> None:
         """Cancel what is left; a no-op on a finished stream."""
@@ -287,7 +322,10 @@ class GenerationStream(EventReader, AsyncIterator[TokenDelta]):
             if not request.is_finished:
                 self._cancel(FinishReason.STOP)
             text += self._detokenizer.flush()
-            self._finish("stop" if at_end_token or self._detokenizer.stopped else "length")
+            # A constraint may end it at any token.
+            has_stopped = at_end_token or self._detokenizer.stopped or request.finish_reason is FinishReason.STOP
+            stop_token = new[-1] if at_end_token and new[-1] in request.stop_tokens else None
+            self._finish("stop" if has_stopped else "length", self._detokenizer.found or stop_token)
         return TokenDelta(text, new, tuple(request.token_logprobs[first : first + taken]))
 
     def _expire(self) -> None:
@@ -301,7 +339,7 @@ class GenerationStream(EventReader, AsyncIterator[TokenDelta]):
         if self._deadline is not None:
             self._deadline.cancel()
 
-    def _finish(self, reason: Literal["stop", "length"]) -> None:
+    def _finish(self, reason: Literal["stop", "length"], stop_reason: str | int | None) -> None:
         request, count = self.request, len(self._token_ids)
         self.result = GenerationResult(
             id=request.id,
@@ -315,5 +353,6 @@ class GenerationStream(EventReader, AsyncIterator[TokenDelta]):
             cached_tokens=request.cached_tokens,
             logprobs=tuple(request.token_logprobs[:count]),
             prompt_logprobs=tuple(request.prompt_token_logprobs),
+            stop_reason=stop_reason,
         )
         self._close()

@@ -88,9 +88,9 @@ def test_prompts_that_cannot_fit_are_never_tokenized(
     tokenized: list[int] = []
     prompt = Preprocessor.prompt
 
-    def counted(self: Preprocessor, text: str | None, token_ids: list[int] | None) -> list[int]:
+    def counted(self: Preprocessor, text: str | None, token_ids: list[int] | None, special: bool = True) -> list[int]:
         tokenized.append(len(text or token_ids or ()))
-        return prompt(self, text, token_ids)
+        return prompt(self, text, token_ids, special)
 
     monkeypatch.setattr(Preprocessor, "prompt", counted)
 

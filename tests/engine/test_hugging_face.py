@@ -268,7 +268,7 @@ def test_what_lies_in_pages_of_others_does_not_matter(
 
 
 def test_one_file_of_the_engine_imports_models() -> None:
-    """The loop's file for models; `stream` names a tokenizer's type and no more."""
+    """The loop's file for models; `stream` and `structured` name a tokenizer's type and no more."""
     folder = Path(sera_serve.engine.__file__).parent
     found: dict[str, set[str]] = {}
     for path in sorted(folder.rglob("*.py")):
@@ -278,8 +278,8 @@ def test_one_file_of_the_engine_imports_models() -> None:
             if any(name.split(".")[0] == "transformers" for name in names):
                 assert isinstance(node, ast.ImportFrom) and node.module == "transformers", "public names alone"
                 found.setdefault(str(path.relative_to(folder)), set()).update(alias.name for alias in node.names)
-    assert set(found) == {"loop/hugging_face.py", "stream.py"}
-    assert found["stream.py"] == {"PreTrainedTokenizerBase"}
+    assert set(found) == {"loop/hugging_face.py", "stream.py", "structured.py"}
+    assert found["stream.py"] == found["structured.py"] == {"PreTrainedTokenizerBase"}
 
 
 def test_a_base_with_such_experts_is_served_without_reading_the_device() -> None:

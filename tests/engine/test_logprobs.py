@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 from typing import Any
 
 import pytest
@@ -25,8 +26,9 @@ SAMPLED = {"temperature": 1.3, "top_k": 40, "top_p": 0.9, "seed": 4}
 
 @torch.no_grad()
 def reference(base: FrozenBase, tokens: list[int]) -> Tensor:
-    """Log-probabilities after each token, float32 (tokens, vocabulary), by one plain forward pass."""
-    logprobs: Tensor = base.model(torch.tensor([tokens])).logits[0].float().log_softmax(-1)
+    """Log-probabilities after each token, float64 (tokens, vocabulary), by one plain forward pass in float64."""
+    model = copy.deepcopy(base.model).double()
+    logprobs: Tensor = model(torch.tensor([tokens])).logits[0].double().log_softmax(-1)
     return logprobs
 
 

@@ -341,7 +341,7 @@ def test_the_log_names_the_adapter_once_a_minute(
             asyncio.run(collect(engine, prompt="hello", adapter="bad/values"))
         return [record.getMessage() for record in caplog.records if "overflows" in record.getMessage()]
 
-    assert [f"bad/values version 1 ({digest})" in line for line in warnings()] == [True]
+    assert [f"bad/values@v1 ({digest})" in line for line in warnings()] == [True]
     assert len(warnings()) == 1
     monkeypatch.setattr("sera_serve.engine.overflow._WARN_EVERY_S", 0.0)
     assert len(warnings()) == 2

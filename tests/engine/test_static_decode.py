@@ -21,7 +21,7 @@ from sera_serve.engine.request import GenerationRequest
 from sera_serve.errors import EngineUnavailable
 from sera_serve.layers import served_linear
 from support.engine import Start, generate, settled
-from support.factories import byte_tokenizer, random_adapter
+from support.factories import byte_tokenizer, random_adapter, with_vectors
 from support.graph_recorder import Recording, Replayed, static_add_updates
 
 MAX_RANK = 16
@@ -78,7 +78,10 @@ def run(engine: ServingEngine) -> dict[str, list[list[int]]]:
 @pytest.fixture
 def adapters(decoder: FrozenBase, store: AdapterStore) -> AdapterStore:
     for seed, name in enumerate(ADAPTERS):
-        store.publish(random_adapter(decoder, SHAPES[seed % 3], seed, strength=0.5), name)
+        bundle = random_adapter(decoder, SHAPES[seed % 3], seed, strength=0.5)
+        # Two of them with vectors: in batches with others, without them, and in none.
+        names = {1: ("q_proj", "v_proj"), 5: ("k_proj", "down_proj")}.get(seed, ())
+        store.publish(with_vectors(bundle, gain=names, offset=names[:1], seed=seed), name)
     return store
 
 
@@ -112,6 +115,7 @@ def test_replayed_steps_give_what_the_eager_loop_gives(
     assert replayed.replays > 30
     assert len({key for key in replayed.recordings if key.classes.width}) >= 2
     assert any(key.sampled and key.truncated for key in replayed.recordings)
+    assert {key.classes.vectors for key in replayed.recordings if key.classes.width} == {False, True}
     assert len({row for batch in replayed.batches for _, row in batch}) > 4, "other rows than the recorded ones"
     assert not settings or engine.loads()["generate"].preemptions > 0
 

@@ -24,7 +24,7 @@ from triton.runtime.driver import driver
 from sera_kernels import AdapterBatch, AdapterTables, ShapeClasses, triton_path
 
 INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\d+\s+)?([A-Z0-9_.]+)")
-EVERY = ShapeClasses(single=64, segmented=64, whole=64)
+EVERY = ShapeClasses(single=64, segmented=64, whole=64, vectors=True)
 # Tokens, kinds of shapes, dtype, d_in, d_outs.
 SCENARIOS = [
     # These have all kernels.

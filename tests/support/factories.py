@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from adapters_store import AdapterBundle, AdapterConfig, ModuleSpec
+from adapters_store import Activation, AdapterBundle, AdapterConfig, HeadSpec, ModuleSpec
 from sera_serve import SeraConfig, attach_adapter
 from sera_serve.base import FrozenBase, freeze_base
 from sera_serve.layers import adapter_tensors, linear_widths, module_specs
@@ -104,6 +105,34 @@ def random_adapter(
     return AdapterBundle(adapter_config, tensors)
 
 
+def with_vectors(
+    bundle: AdapterBundle, gain: Collection[str] = (), offset: Collection[str] = (), seed: int = 0
+) -> AdapterBundle:
+    """The adapter with random gains and offsets in the modules whose names end so."""
+    generator = torch.Generator().manual_seed(seed)
+    modules, tensors = {}, dict(bundle.tensors)
+    for path, spec in bundle.config.modules.items():
+        has_gain, has_offset = (path.rpartition(".")[2] in names for names in (gain, offset))
+        modules[path] = ModuleSpec(**{**dict(spec), "has_gain": has_gain, "has_offset": has_offset})
+        if has_gain:
+            tensors[f"{path}.gain"] = 1 + torch.randn(spec.d_out, generator=generator) / 3
+        if has_offset:
+            tensors[f"{path}.offset"] = torch.randn(spec.d_out, generator=generator)
+    fields = {name: value for name, value in dict(bundle.config).items() if name != "format_version"}
+    return AdapterBundle(AdapterConfig(**{**fields, "modules": modules}), tensors)
+
+
+def with_hidden_layer(bundle: AdapterBundle, activation: Activation, width: int, seed: int = 0) -> AdapterBundle:
+    """The classifier with a head of two layers."""
+    generator = torch.Generator().manual_seed(seed)
+    config, tensors = bundle.config, dict(bundle.tensors)
+    tensors["head.dense.weight"] = torch.randn(width, config.base.hidden_size, generator=generator) / 4
+    tensors["head.dense.bias"] = torch.randn(width, generator=generator)
+    tensors["head.weight"] = torch.randn(config.num_labels, width, generator=generator)
+    fields = {name: value for name, value in dict(config).items() if name != "format_version"}
+    return AdapterBundle(AdapterConfig(**{**fields, "head": HeadSpec(activation=activation, width=width)}), tensors)
+
+
 def merged(base: FrozenBase, bundle: AdapterBundle) -> FrozenBase:
     """Return a base with the adapter merged into its weights. The update is computed densely in float64."""
     result = FrozenBase(base.name, copy.deepcopy(base.model), base.tokenizer, base.info, base.kind)
@@ -117,7 +146,18 @@ def merged(base: FrozenBase, bundle: AdapterBundle) -> FrozenBase:
         delta = spec.scaling * (mixed @ b)
         weight = linear.weight
         assert isinstance(weight, torch.Tensor)
-        weight.data += (delta.T if isinstance(linear, nn.Linear) else delta).to(weight.dtype)
+        gain, offset = (bundle.tensors.get(f"{path}.{name}") for name in ("gain", "offset"))
+        gain = torch.ones(spec.d_out) if gain is None else gain
+        full = (weight.double() + (delta.T if isinstance(linear, nn.Linear) else delta)) * (
+            gain.double()[:, None] if isinstance(linear, nn.Linear) else gain.double()
+        )
+        weight.data = full.to(weight.dtype)
+        old = linear.bias
+        if old is not None or offset is not None:
+            bias = torch.zeros(spec.d_out) if old is None else old
+            assert isinstance(bias, torch.Tensor)
+            # A layer of the reference may have a bias that the architecture does not have.
+            linear.bias = nn.Parameter(gain * bias + (0 if offset is None else offset), requires_grad=False)
     return result
 
 

@@ -220,7 +220,8 @@ def _is_data_dependent(function: Any, args: tuple[Any, ...]) -> bool:
 def static_add_updates(max_rank: int) -> Callable[..., None]:
     """Make a stand-in for the Triton kernels: the grouped operation as torch operations whose shapes are static.
 
-    Semantics: y[t] += scaling * ((x[t] A) C) B of the adapter in slot s of token t, for s >= 0.
+    Semantics: y[t] += scaling * ((x[t] A) C) B of the adapter in slot s of token t, for s >= 0. In batches that may
+    have vectors, then y[t] = gain * y[t] + offset.
 
     Args:
         max_rank: The largest rank of any adapter; smaller ones are masked.
@@ -244,6 +245,11 @@ def static_add_updates(max_rank: int) -> Callable[..., None]:
             update = _update(rows, target.shape[1], offset, shape, tables.mixer[module, slot].bool(), pool, max_rank)
             update = update * tables.scaling[module, slot].to(x.dtype)[:, None]
             target.add_(torch.where(used[:, None], update, torch.zeros_like(update)))
+            if batch.classes_in(tables).vectors:
+                place = tables.vectors[module, slot]
+                at = place.clamp(0, len(pool) - 2 * target.shape[1])[:, None] + torch.arange(target.shape[1])
+                scaled = pool[at] * target + pool[at + target.shape[1]]
+                target.copy_(torch.where((used & (place >= 0))[:, None], scaled, target))
 
     return add_updates
 

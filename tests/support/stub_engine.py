@@ -5,12 +5,17 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 
-from adapters_store import AdapterBundle, check_base
-from sera_serve.base import FrozenBase
+import numpy as np
+
+from adapters_store import AdapterBundle, PeftFiles, check_base
+from sera_serve.base import FrozenBase, Pooling, import_base
 from sera_serve.engine import (
+    AdapterChoice,
     ClassifyResult,
+    EmbedResult,
     GenerateParams,
     GenerationResult,
+    ImportedAdapter,
     LabelScores,
     LoadTimes,
     Principal,
@@ -19,6 +24,7 @@ from sera_serve.engine import (
     RunnerLoad,
     Task,
     TokenDelta,
+    TokenLogprobs,
 )
 from sera_serve.errors import (
     DeadlineExceeded,
@@ -28,6 +34,7 @@ from sera_serve.errors import (
     TenantOverloaded,
     UnsupportedTask,
 )
+from sera_serve.residency.import_probe import import_checkpoint
 
 # Prompts that select a behaviour.
 SLOW, FAILS_LATER, CRASHES_LATER, TOO_LONG, OVERLOADED, CRASHES, HANGS, FLOODING, LATE, LATE_LATER = (
@@ -58,6 +65,7 @@ class StubStream:
         self.first_token_s: float | None = 0.5
         self._engine = engine
         self._prompt = params.prompt
+        self._params = params
         self._deltas = self._run()
         engine.open_streams += 1
 
@@ -80,7 +88,7 @@ class StubStream:
             yield TokenDelta("x", [1])
         for index, text in enumerate(TEXTS):
             tokens.append(index)
-            yield TokenDelta(text, [index])
+            yield TokenDelta(text, [index], self._logprobs(index))
             if self._prompt == FAILS_LATER:
                 raise EngineUnavailable("generation failed; the request may be sent again")
             if self._prompt == LATE_LATER:
@@ -88,8 +96,23 @@ class StubStream:
             if self._prompt == CRASHES_LATER:
                 raise RuntimeError(SECRET)
         self.result = GenerationResult(
-            self.id, self.adapter, self.version, "".join(TEXTS), tokens, "stop", 5, len(tokens), 2
+            self.id,
+            self.adapter,
+            self.version,
+            "".join(TEXTS),
+            tokens,
+            "stop",
+            5,
+            len(tokens),
+            2,
+            tuple(one for token in tokens for one in self._logprobs(token)),
+            () if self._params.prompt_logprobs is None else (TokenLogprobs(9, None), TokenLogprobs(8, -1.5)),
+            self._params.stop_token_ids[0] if self._params.stop_token_ids else None,
         )
+
+    def _logprobs(self, token: int) -> tuple[TokenLogprobs, ...]:
+        top = self._params.logprobs
+        return () if top is None else (TokenLogprobs(token, -0.5, ((7, -0.25), (token, -0.5))[:top]),)
 
 
 class StubEngine:
@@ -98,6 +121,7 @@ class StubEngine:
     def __init__(self, base: FrozenBase) -> None:
         self.base = base
         self.started = False
+        self.context_tokens = 256
         self.begin_record()
 
     def begin_record(self) -> None:
@@ -122,6 +146,11 @@ class StubEngine:
     def check_bundle(self, bundle: AdapterBundle) -> None:
         check_base(bundle.config, self.base.info, self.base.module_shapes())
         self.checked.append(bundle.digest)
+
+    def import_checkpoint(self, files: PeftFiles) -> ImportedAdapter:
+        imported = import_checkpoint(files, import_base(self.base), self.base.dtype)
+        self.check_bundle(imported.bundle)
+        return imported
 
     def drop_deleted_pins(self) -> None:
         self.dropped += 1
@@ -182,9 +211,14 @@ class StubEngine:
         await self._misbehave(params.prompt)
         return StubStream(self, params)
 
+    async def generate_choices(
+        self, params: GenerateParams, principal: Principal, received_at: float | None = None
+    ) -> list[StubStream]:
+        return [await self.generate(params, principal, received_at) for _ in range(params.n)]
+
     async def classify(
         self,
-        adapter: str,
+        adapter: AdapterChoice,
         inputs: Sequence[str | tuple[str, str]],
         principal: Principal,
         priority: Priority = "normal",
@@ -200,7 +234,41 @@ class StubEngine:
         if adapter == "demo/writer":
             raise UnsupportedTask("adapter 'demo/writer' is for generate", param="adapter")
         scores = [LabelScores(text, {text: 0.75, "other": 0.25}) for text in texts]
+        if not isinstance(adapter, str):
+            return ClassifyResult(" + ".join(f"{part.weight:g}*{part.adapter}" for part in adapter), None, scores)
         return ClassifyResult(adapter, 2, scores)
+
+    async def classify_each(
+        self,
+        adapters: Sequence[str],
+        inputs: Sequence[str | tuple[str, str]],
+        principal: Principal,
+        priority: Priority = "normal",
+        timeout_s: float | None = None,
+        received_at: float | None = None,
+    ) -> list[ClassifyResult]:
+        return [
+            await self.classify(adapter, inputs, principal, priority, timeout_s, received_at) for adapter in adapters
+        ]
+
+    async def embed(
+        self,
+        adapter: AdapterChoice | None,
+        inputs: Sequence[str | list[int]],
+        principal: Principal,
+        *,
+        pooling: Pooling | None = None,
+        normalize: bool = True,
+        priority: Priority = "normal",
+        timeout_s: float | None = None,
+        received_at: float | None = None,
+    ) -> EmbedResult:
+        self.received.append(received_at)
+        self.principals.append(principal)
+        await self._misbehave(inputs[0] if isinstance(inputs[0], str) else None)
+        vectors = [np.array([len(value), 0.5], np.float32) for value in inputs]
+        name = adapter if isinstance(adapter, str) else None
+        return EmbedResult(name, 2, vectors, [len(value) for value in inputs])
 
     async def _misbehave(self, text: str | None) -> None:
         if text == TOO_LONG:

@@ -37,6 +37,18 @@ def row_buckets(most: int) -> list[int]:
     return [size for size in sizes if size < most] + [most]
 
 
+def least_covering(captured: list[ShapeClasses], wanted: ShapeClasses) -> ShapeClasses | None:
+    """The least of the captured kinds of shapes that covers the wanted ones, or None.
+
+    It has vectors exactly where they are wanted: else adapters without them would pay for their launches. Without any
+    adapter it has no kinds at all.
+    """
+    if not wanted.width:
+        return wanted
+    covering = [kinds for kinds in captured if kinds | wanted == kinds and kinds.vectors == wanted.vectors]
+    return min(covering, key=lambda kinds: (kinds.whole, kinds.segmented, kinds.single), default=None)
+
+
 class DecodeGraphs:
     """The graphs of one model; `sera_serve.engine.loop.static_decode.StaticSteps` on a GPU."""
 
@@ -105,13 +117,11 @@ class DecodeGraphs:
 
     def _covering(self, wanted: ShapeClasses) -> ShapeClasses:
         """The least of the captured kinds of shapes that covers the wanted ones; these themselves if there is none."""
-        if not wanted.width:
-            return wanted
-        covering = [classes for classes in self._captured if classes | wanted == classes]
-        if not covering:
+        found = least_covering(self._captured, wanted)
+        if found is None:
             self._captured.append(wanted)
             return wanted
-        return min(covering, key=lambda classes: (classes.whole, classes.segmented, classes.single))
+        return found
 
     def _graph(self, key: StaticKey) -> tuple[StaticDecode, torch.cuda.CUDAGraph]:
         if key not in self._graphs:

@@ -22,6 +22,7 @@ class RowTables:
         self.temperature = np.zeros(rows, np.float32)
         self.top_k = np.zeros(rows, np.int32)
         self.top_p = np.ones(rows, np.float32)
+        self.min_p = np.zeros(rows, np.float32)
         self.seed = np.zeros(rows, np.uint64)
         self.truncates = np.zeros(rows, bool)
         self.is_long = np.zeros(rows, bool)
@@ -34,6 +35,7 @@ class RowTables:
         self.pages[row, : len(pages)] = pages
         self.slot[row], self.adapter_from[row] = request.adapter_slot, request.adapter_from
         self.temperature[row], self.top_k[row], self.top_p[row] = request.temperature, request.top_k, request.top_p
+        self.min_p[row] = request.min_p
         self.seed[row], self.truncates[row] = request.seed, request.has_truncation
         self.is_long[row] = request.rotary_side > 0
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -14,13 +13,14 @@ from torch import Tensor
 from sera_kernels import NO_ADAPTER, AdapterBatch
 from sera_serve.base import RotaryContext
 from sera_serve.engine.loop.attention import KeyValuePool, Part, StepContext, decode_parts
+from sera_serve.engine.loop.choice import ChosenTokens, TokenChooser, take_prompt_logprobs
 from sera_serve.engine.loop.hugging_face import PagedModel
 from sera_serve.engine.loop.pages import PAGE_SIZE, SCRATCH
 from sera_serve.engine.loop.plan import StepPlan
 from sera_serve.engine.loop.row_tables import RowTables
 from sera_serve.engine.loop.static_decode import StaticSteps, classes_of
-from sera_serve.engine.request import GenerationRequest, TokenLogprobs
-from sera_serve.engine.sampling import NO_TOKEN, SamplingRows, choose_tokens, sampling_keys
+from sera_serve.engine.request import GenerationRequest
+from sera_serve.engine.sampling import NO_TOKEN
 from sera_serve.layers import AdapterContext
 
 
@@ -32,11 +32,13 @@ class StepOutcome:
         requests: Those with a new token.
         tokens: The new token of each.
         overflowed: Those whose logits are infinite or not a number. They get no token, and their pages are not sound.
+        failures: Those that get no token for a reason of their own, with what their clients are told.
     """
 
     requests: list[GenerationRequest]
     tokens: list[int]
     overflowed: list[GenerationRequest]
+    failures: dict[GenerationRequest, Exception] = field(default_factory=dict)
 
 
 class PackedStep:
@@ -157,6 +159,7 @@ class StepRunner:
         """Runs decodes where it is set: on static buffers, as a graph does."""
         self._model, self._context, self._pool = model, context, pool
         self._rotary = rotary
+        self._chooser = TokenChooser(self.tables)
         self._compiled = pool.has_paged_decode
 
     def launch(self, plan: StepPlan, ahead: int = 0) -> Callable[[], StepOutcome]:
@@ -176,7 +179,7 @@ class StepRunner:
         rest = self._run_packed(plan, others) if others or plan.chunks else StepOutcome([], [], [])
         if not by_graph:
             return lambda: rest
-        return lambda: _joined(_outcome(by_graph, wait(), set(), set()), rest)
+        return lambda: _joined(_outcome(by_graph, ChosenTokens(wait()), set(), set()), rest)
 
     def runs_on_device(self, plan: StepPlan) -> bool:
         """Whether the step needs nothing of the host once it is launched, so that the next one can be launched too."""
@@ -186,8 +189,8 @@ class StepRunner:
         """The decodes that static steps run, and the others: a static step hands on no logits."""
         if self.static is None:
             return [], plan.decodes
-        others = [request for request in plan.decodes if request.logprobs is not None]
-        return ([r for r in plan.decodes if r.logprobs is None], others) if others else (plan.decodes, [])
+        others = [request for request in plan.decodes if request.needs_logits]
+        return ([r for r in plan.decodes if not r.needs_logits], others) if others else (plan.decodes, [])
 
     def _run_packed(self, plan: StepPlan, decodes: list[GenerationRequest]) -> StepOutcome:
         packed = PackedStep(self.tables, self._compiled)
@@ -200,7 +203,7 @@ class StepRunner:
         logits = self._forward(packed, packed.keep if plan.chunks else None)
         overflowed: set[GenerationRequest] = set()
         if packed.prompts:
-            logits = _take_prompt_logprobs(logits, packed.prompts, overflowed)
+            logits = take_prompt_logprobs(logits, packed.prompts, overflowed)
         return _outcome(packed.ends, self._sample(logits, packed), packed.unfinished, overflowed)
 
     def probe(self) -> Tensor:
@@ -247,91 +250,37 @@ class StepRunner:
         with self._context.run(None if base_only else AdapterBatch(slots, classes_of(packed.ends))):
             return self._model.logits(ids[None], positions[None], step, kept)
 
-    def _sample(self, logits: Tensor, packed: PackedStep) -> list[int]:
-        """A token, or `NO_TOKEN`, for each of the step's `ends`, from logits (requests, vocabulary)."""
-        requests = packed.ends
-        rows = np.array([request.row for request in requests], np.int64)
-        tables, drawn = self.tables, None
-        if tables.temperature[rows].any():
-            lengths = np.array([len(request.tokens) for request in requests], np.uint64)
-            keys = sampling_keys(tables.seed[rows], lengths)
-            temperature, top_k, top_p, noise = (
-                torch.from_numpy(column).to(logits.device)
-                for column in (tables.temperature[rows], tables.top_k[rows], tables.top_p[rows], keys)
-            )
-            truncate = bool(tables.truncates[rows].any())
-            drawn = SamplingRows(temperature, top_k, top_p, noise, truncate=truncate)
-        tokens: list[int] = choose_tokens(logits, drawn).tolist()
-        for index, request in enumerate(requests):
-            if request.logprobs is not None and tokens[index] != NO_TOKEN and request not in packed.unfinished:
-                logprobs = _logprobs(logits[index], tokens[index], request.logprobs)
-                if logprobs is None:
-                    tokens[index] = NO_TOKEN
-                else:
-                    request.token_logprobs.append(logprobs)
-        return tokens
+    def _sample(self, logits: Tensor, packed: PackedStep) -> ChosenTokens:
+        """Choose a token for each of the step's `ends`, from logits (requests, vocabulary)."""
+        return self._chooser.choose(logits, packed.ends, packed.unfinished)
 
 
 def _outcome(
     ends: list[GenerationRequest],
-    tokens: list[int],
+    chosen: ChosenTokens,
     unfinished: set[GenerationRequest],
     overflowed: set[GenerationRequest],
 ) -> StepOutcome:
     """Sort requests into those with a token, those without a sound one, and those whose prompt goes on."""
+    tokens, failures = chosen.tokens, chosen.failures
     if NO_TOKEN in tokens:
         overflowed.update(request for request, token in zip(ends, tokens, strict=True) if token == NO_TOKEN)
-    if not overflowed and not unfinished:
+        overflowed.difference_update(failures)
+    if not overflowed and not unfinished and not failures:
         return StepOutcome(ends, tokens, [])
-    without = overflowed | unfinished
+    without = overflowed | unfinished | failures.keys()
     given = [(request, token) for request, token in zip(ends, tokens, strict=True) if request not in without]
-    return StepOutcome([request for request, _ in given], [token for _, token in given], list(overflowed))
+    return StepOutcome([request for request, _ in given], [token for _, token in given], list(overflowed), failures)
 
 
 def _joined(first: StepOutcome, second: StepOutcome) -> StepOutcome:
     return StepOutcome(
-        first.requests + second.requests, first.tokens + second.tokens, first.overflowed + second.overflowed
+        first.requests + second.requests,
+        first.tokens + second.tokens,
+        first.overflowed + second.overflowed,
+        first.failures | second.failures,
     )
 
 
 def _wants_prompt_logprobs(request: GenerationRequest) -> bool:
     return request.prompt_logprobs is not None and len(request.prompt_token_logprobs) < request.prompt_tokens
-
-
-def _take_prompt_logprobs(
-    logits: Tensor, chunks: list[tuple[GenerationRequest, int, int]], overflowed: set[GenerationRequest]
-) -> Tensor:
-    """Note the log-probabilities of prompts; returns the logits without the rows that were for them alone.
-
-    Args:
-        logits: (kept tokens, vocabulary).
-        chunks: Requests, with the first row and the number of rows of each.
-        overflowed: Gets the requests with a log-probability that is not finite.
-    """
-    wanted = torch.ones(len(logits), dtype=torch.bool)
-    for request, first, count in chunks:
-        have, top = request.prompt_token_logprobs, request.prompt_logprobs or 0
-        if not request.computed and not have:
-            have.append(TokenLogprobs(request.tokens[0], None))
-        for offset in range(count):
-            # The logits at a position are for the token after it.
-            position = request.computed + offset + 1
-            if len(have) <= position < request.prompt_tokens:
-                logprobs = _logprobs(logits[first + offset], request.tokens[position], top)
-                if logprobs is None:
-                    overflowed.add(request)
-                    break
-                have.append(logprobs)
-        wanted[first : first + count - 1] = False
-    return logits[wanted.to(logits.device)]
-
-
-def _logprobs(logits: Tensor, token: int, top: int) -> TokenLogprobs | None:
-    """None where a log-probability is not finite."""
-    logprobs = logits.float().log_softmax(0)
-    values, indices = logprobs.topk(min(top, len(logprobs)))
-    likeliest = tuple(zip(indices.tolist(), values.tolist(), strict=True))
-    logprob = logprobs[token].item()
-    if not all(map(math.isfinite, (logprob, *(value for _, value in likeliest)))):
-        return None
-    return TokenLogprobs(token, logprob, likeliest)

@@ -45,9 +45,10 @@ _COLUMNS: dict[str, float] = {
     "temperature": 0,
     "top_k": 0,
     "top_p": 1,
+    "min_p": 0,
     "noise": 0,
 }
-_FLOATS = ("temperature", "top_p")
+_FLOATS = ("temperature", "top_p", "min_p")
 
 
 class StaticSteps(Protocol):
@@ -151,6 +152,7 @@ class StaticDecode:
             "temperature": tables.temperature[rows],
             "top_k": tables.top_k[rows],
             "top_p": tables.top_p[rows],
+            "min_p": tables.min_p[rows],
             "noise": sampling_keys(tables.seed[rows], lengths),
         }
         for at, (name, padding) in enumerate(_COLUMNS.items()):
@@ -192,7 +194,12 @@ class StaticDecode:
         with self._context.run(batch):
             logits = self._model.logits(ids[None], at[None], step, 0)
         drawn = SamplingRows(
-            columns["temperature"], columns["top_k"], columns["top_p"], columns["noise"], truncate=self.key.truncated
+            columns["temperature"],
+            columns["top_k"],
+            columns["top_p"],
+            columns["noise"],
+            columns["min_p"],
+            truncate=self.key.truncated,
         )
         self.next_tokens.copy_(choose_tokens(logits, drawn if self.key.sampled else None))
         self._row_tokens.index_copy_(0, rows, self.next_tokens)

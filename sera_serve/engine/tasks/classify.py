@@ -1,23 +1,27 @@
-"""Classification: rows of different adapters in one forward pass, each row under its own adapter's head."""
+"""Classification and embeddings: rows of different adapters in one pass, each under its own head, or pooled."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
+from adapters_store import ResolvedAdapter
 from sera_kernels import NO_ADAPTER, AdapterBatch
 from sera_serve.base import FrozenBase, ModelInputs, pool_states
 from sera_serve.engine.admission import BatchBudget
 from sera_serve.engine.overflow import OverflowReporter, RowGauge
-from sera_serve.engine.request import ClassificationRequest, FinishReason, LabelScores
+from sera_serve.engine.request import ClassificationRequest, EmbeddingSpec, FinishReason, LabelScores, RowResult
 from sera_serve.engine.scheduler import Scheduler
 from sera_serve.engine.tasks.runner import TaskRunner, logger, step_failed
 from sera_serve.layers import AdapterContext
-from sera_serve.residency import DevicePool
+from sera_serve.residency import DevicePool, head_logits
 
 # Passes' worth of rows in the batch: enough to find rows of like length among, few enough to let others in soon.
 _PASSES = 4
@@ -31,13 +35,41 @@ class ClassifyResult:
     """The outcome of one call, in the order of its inputs.
 
     Attributes:
+        version: Of the adapter; None for a combination.
         waited_s: Seconds from the call's arrival until its first rows ran.
     """
 
     adapter: str
-    version: int
+    version: int | None
     results: list[LabelScores]
     waited_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class EmbedResult:
+    """The vectors of one call, in the order of its inputs.
+
+    Attributes:
+        adapter: None is the base model.
+        version: Of the adapter; None for a combination and the base model.
+        vectors: Of each input, float32 (hidden,).
+        prompt_tokens: Tokens of each input.
+        waited_s: As in `ClassifyResult`.
+    """
+
+    adapter: str | None
+    version: int | None
+    vectors: list[NDArray[np.float32]]
+    prompt_tokens: list[int]
+    waited_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """The rows of one call under one adapter; None is the base model."""
+
+    adapter: ResolvedAdapter | None
+    rows: list[ModelInputs]
 
 
 @dataclass(eq=False)
@@ -54,7 +86,7 @@ class _Row:
 
 
 class ClassificationRunner(TaskRunner[ClassificationRequest]):
-    """Runs rows of all requests through the base together.
+    """Runs rows of all requests through the base together, those to classify and those to embed.
 
     A pass takes rows of like length, whatever their adapters and label sets. A pass never waits for more rows: while
     the device is busy rows gather, and the next pass takes the fullest bucket. A row that has waited `max_wait_s` goes
@@ -115,7 +147,7 @@ class ClassificationRunner(TaskRunner[ClassificationRequest]):
         self._budget.give_back(request.num_rows)
 
     def step(self) -> bool:
-        """Let requests in, run the rows of one pass, and finish the requests whose rows are all classified."""
+        """Let requests in, run the rows of one pass, and finish the requests whose rows all have their results."""
         self._admit()
         self.scheduler.hint_new()
         if not self._rows:
@@ -123,19 +155,19 @@ class ClassificationRunner(TaskRunner[ClassificationRequest]):
         rows = self._take_rows()
         requests = dict.fromkeys(row.request for row in rows)
         try:
-            scores = self._classify(rows)
+            results = self._classify(rows)
         except Exception as error:  # noqa: BLE001 - it is told to every request of this pass
             logger.error("a pass of %d rows failed", len(rows), exc_info=error)
             for request in requests:
                 self.end(request, FinishReason.FAILED, step_failed(error))
             return True
-        overflowed = dict.fromkeys(row.request for row, result in zip(rows, scores, strict=True) if result is None)
-        for row, result in zip(rows, scores, strict=True):
-            row.request.scores[row.index] = result
+        overflowed = dict.fromkeys(row.request for row, result in zip(rows, results, strict=True) if result is None)
+        for row, result in zip(rows, results, strict=True):
+            row.request.results[row.index] = result
         for request in requests:
             if request in overflowed:
                 self.end(request, FinishReason.FAILED, self._overflows.error(request))
-            elif None not in request.scores:
+            elif all(result is not None for result in request.results):
                 self.end(request, FinishReason.COMPLETED)
         return True
 
@@ -156,28 +188,41 @@ class ClassificationRunner(TaskRunner[ClassificationRequest]):
             del self._rows[position]
         return taken
 
-    def _classify(self, rows: list[_Row]) -> list[LabelScores | None]:
-        """The scores of each row; None where its adapter overflows."""
+    def _classify(self, rows: list[_Row]) -> list[RowResult | None]:
+        """The result of each row; None where its adapter overflows."""
         batch = self._base.pad([row.inputs for row in rows])
         mask = batch["attention_mask"]
         row_slots = [row.request.lease.slot if row.request.lease else NO_ADAPTER for row in rows]
         slots = torch.tensor(row_slots, dtype=torch.int32, device=mask.device)
         token_slots = torch.where(mask.bool(), slots.unsqueeze(1), NO_ADAPTER).flatten().to(torch.int32)
-        gains = [row.request.lease.placement.adapter.gain for row in rows if row.request.lease]
-        watching = self._gauge.watching(len(rows), mask.device) if self._gauge.must_watch(gains) else nullcontext()
-        with watching as norms, self._context.run(AdapterBatch(token_slots)):
+        adapters = [row.request.lease.placement.adapter for row in rows if row.request.lease]
+        must_watch = self._gauge.must_watch(adapter.stretch for adapter in adapters)
+        watching = self._gauge.watching(len(rows), mask.device) if must_watch else nullcontext()
+        # Ranks of all residents: kernels for each combination of a pass would be compiled while others wait.
+        has_vectors = any(adapter.classes.vectors for adapter in adapters)
+        classes = replace(self._pool.tables.classes, vectors=has_vectors)
+        with watching as norms, self._context.run(AdapterBatch(token_slots, classes)):
             states = self._base.hidden_states(**batch)
-        scores: dict[int, LabelScores] = {}
-        by_slot: dict[int, list[int]] = {}
-        for index, slot in enumerate(row_slots):
-            by_slot.setdefault(slot, []).append(index)
-        for indices in by_slot.values():
+        results: dict[int, RowResult] = {}
+        groups: dict[tuple[int, EmbeddingSpec | None], list[int]] = {}
+        for index, (row, slot) in enumerate(zip(rows, row_slots, strict=True)):
+            groups.setdefault((slot, row.request.embedding), []).append(index)
+        for (_, embedding), indices in groups.items():
             lease = rows[indices[0]].request.lease
+            if embedding is not None:
+                pooling = embedding.pooling or (lease.placement.adapter.config.pooling if lease else None)
+                pooled = pool_states(states[indices], mask[indices], pooling or self._base.default_pooling)
+                vectors = _vectors(pooled, embedding.normalize, None if norms is None else norms[indices])
+                results.update(
+                    (index, vector) for index, vector in zip(indices, vectors, strict=True) if vector is not None
+                )
+                continue
             assert lease is not None
             config = lease.placement.adapter.config
             pooled = pool_states(states[indices], mask[indices], config.pooling or self._base.default_pooling)
-            weight, bias = self._pool.head(lease.placement)
-            logits = torch.nn.functional.linear(pooled, weight, bias).float()
+            head = lease.placement.adapter.head
+            assert head is not None
+            logits = head_logits(pooled, self._pool.head(lease.placement), head.activation).float()
             sound = logits.isfinite().all(1)
             if norms is not None:
                 sound &= norms[indices].isfinite()
@@ -187,30 +232,56 @@ class ClassificationRunner(TaskRunner[ClassificationRequest]):
                 if not is_sound:
                     continue
                 by_label = dict(zip(config.labels or [], row_probabilities, strict=True))
-                scores[index] = LabelScores(max(by_label, key=by_label.__getitem__), by_label)
-        return [scores.get(index) for index in range(len(rows))]
+                results[index] = LabelScores(max(by_label, key=by_label.__getitem__), by_label)
+        return [results.get(index) for index in range(len(rows))]
 
 
-def split_call(call: ClassificationRequest, max_rows: int, max_tokens: int) -> list[ClassificationRequest]:
-    """The parts of a call, each of what one pass may take, by ascending length; others may run between two parts."""
+def _vectors(pooled: Tensor, normalize: bool, norms: Tensor | None) -> list[NDArray[np.float32] | None]:
+    """The vector of each row of pooled states (rows, hidden); None where it overflows.
+
+    `norms` are those of the watched pass, or None.
+
+    A vector of zeros has no direction, and stays as it is.
+    """
+    vectors = pooled.float()
+    length = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
+    sound = length[:, 0].isfinite()
+    if norms is not None:
+        sound &= norms.isfinite()
+    if normalize:
+        vectors = torch.where(length > 0, vectors / length, vectors)
+    return [row if ok else None for row, ok in zip(vectors.cpu().numpy(), sound.tolist(), strict=True)]
+
+
+def split_call(
+    call: ClassificationRequest, groups: Sequence[RowGroup], max_rows: int, max_tokens: int
+) -> list[ClassificationRequest]:
+    """The parts of a call: each has one adapter and what one pass may take; others may run between two parts.
+
+    Within an adapter the parts go by ascending length. The rows' places in the call count through all groups.
+    """
     parts = []
-    for positions in _passes(call.rows, max_rows, max_tokens):
-        rows = [call.rows[position] for position in positions]
-        parts.append(
-            ClassificationRequest(
-                principal=call.principal,
-                id=call.id,
-                priority=call.priority,
-                prompt_tokens=sum(map(len, rows)),
-                num_rows=len(rows),
-                adapter=call.adapter,
-                parent=call,
-                reader=call.reader,
-                arrived=call.arrived,
-                rows=rows,
-                positions=positions,
+    first = 0
+    for group in groups:
+        for positions in _passes(group.rows, max_rows, max_tokens):
+            rows = [group.rows[position] for position in positions]
+            parts.append(
+                ClassificationRequest(
+                    principal=call.principal,
+                    id=call.id,
+                    priority=call.priority,
+                    prompt_tokens=sum(map(len, rows)),
+                    num_rows=len(rows),
+                    adapter=group.adapter,
+                    parent=call,
+                    reader=call.reader,
+                    arrived=call.arrived,
+                    rows=rows,
+                    positions=[first + position for position in positions],
+                    embedding=call.embedding,
+                )
             )
-        )
+        first += len(group.rows)
     return parts
 
 

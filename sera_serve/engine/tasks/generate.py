@@ -12,6 +12,7 @@ import torch
 from sera_serve.base import FrozenBase
 from sera_serve.engine.loop.attention import KeyValuePool
 from sera_serve.engine.loop.attention_backend import BackendName, choose_backend
+from sera_serve.engine.loop.choice import constraint_failed
 from sera_serve.engine.loop.fused_attention import fuse_attention
 from sera_serve.engine.loop.graphs import DecodeGraphs
 from sera_serve.engine.loop.hugging_face import PagedModel
@@ -199,8 +200,10 @@ class GenerationRunner(TaskRunner[GenerationRequest]):
             for request in outcome.overflowed:
                 if request not in step.leaving:
                     self.end(request, FinishReason.FAILED, self._overflows.error(request))
-        if outcome.overflowed or step.leaving:
-            plan.remove([*outcome.overflowed, *step.leaving])
+        for request, cause in outcome.failures.items():
+            self.end(request, FinishReason.FAILED, cause)
+        if outcome.overflowed or outcome.failures or step.leaving:
+            plan.remove([*outcome.overflowed, *outcome.failures, *step.leaving])
         for request in plan.decodes:
             self.planner.advance(request, 1)
         for request, count in plan.chunks:
@@ -220,7 +223,12 @@ class GenerationRunner(TaskRunner[GenerationRequest]):
         request.tokens.append(token)
         if request.first_token_s is None:
             request.first_token_s = time.monotonic() - request.arrived
-        if token in request.end_tokens:
+        try:
+            ended = token in request.end_tokens or _completes_constraint(request, token)
+        except Exception as error:  # noqa: BLE001 - it is told to the one request whose constraint failed
+            self.end(request, FinishReason.FAILED, constraint_failed(request, error))
+            return
+        if ended:
             self.end(request, FinishReason.STOP)
         elif len(request.tokens) == request.limit:
             self.end(request, FinishReason.LENGTH)
@@ -237,3 +245,11 @@ class GenerationRunner(TaskRunner[GenerationRequest]):
         for request in plan.requests():
             if not request.is_finished:
                 self.end(request, FinishReason.FAILED, step_failed(error))
+
+
+def _completes_constraint(request: GenerationRequest, token: int) -> bool:
+    """Note a generated token with the request's constraint; whether nothing but an end may follow."""
+    if request.constraint is None:
+        return False
+    request.constraint.accept(token)
+    return request.constraint.is_ended()

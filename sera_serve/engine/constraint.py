@@ -1,0 +1,63 @@
+"""Constraints: which tokens may come next, so that a generated text conforms to a schema, a regex or a grammar."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+ConstraintKind = Literal["json_object", "json_schema", "regex", "grammar"]
+
+MAX_SCHEMA_CHARACTERS = 1 << 16
+"""Characters of a schema's canonical JSON."""
+MAX_REGEX_CHARACTERS = 4096
+MAX_GRAMMAR_CHARACTERS = 1 << 14
+
+
+@dataclass(frozen=True)
+class ConstraintSpec:
+    """What a client asked for.
+
+    Attributes:
+        kind: What the text must be.
+        text: The canonical JSON of the schema, the regex, or the grammar; empty for `json_object`.
+    """
+
+    kind: ConstraintKind
+    text: str = ""
+
+
+class TokenConstraint(Protocol):
+    """The state of one request's constraint. The loop's thread alone calls it once the request is submitted."""
+
+    def fill(self, allowed: NDArray[np.uint32]) -> None:
+        """Write which tokens may come next.
+
+        Args:
+            allowed: uint32 (ceil(vocabulary / 32),), written whole. Bit i of word w is token 32 w + i; 1 is allowed. An
+                end token is allowed where the text may end.
+        """
+
+    def accept(self, token: int) -> None:
+        """Note the token that came next; it was allowed."""
+
+    def is_ended(self) -> bool:
+        """Whether only an end token may follow."""
+
+
+class ConstraintCompiler(Protocol):
+    """Makes constraints; any thread."""
+
+    def compile(self, spec: ConstraintSpec, share_key: str | None = None) -> TokenConstraint:
+        """The constraint at its beginning; each call gives a state of its own. Blocks.
+
+        Args:
+            spec: What the text must conform to.
+            share_key: Calls of one key share what was compiled. The time of a call tells what was compiled before, so
+                a key should name a tenant.
+
+        Raises:
+            InvalidRequest: The text is not a schema, regex or grammar that can be enforced.
+        """

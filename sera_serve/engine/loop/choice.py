@@ -1,0 +1,352 @@
+"""The choice of each request's next token from a step's logits: adjustments, sampling, and log-probabilities.
+
+Most requests adjust nothing: their rows are sampled in one call, and cost nothing more. Rows with penalties, a bias, a
+constraint or barred end tokens are taken out and sampled by their kind, so that tables of the vocabulary's size are
+made for them alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sera_serve.engine.loop.row_tables import RowTables
+from sera_serve.engine.request import GenerationRequest, TokenLogprobs
+from sera_serve.engine.sampling import IN_PROMPT, NO_TOKEN, Penalties, SamplingRows, choose_tokens, sampling_keys
+from sera_serve.errors import ConstraintUnsatisfiable, EngineUnavailable, InvalidRequest
+
+logger = logging.getLogger("sera_serve.engine")
+
+# Rows whose bias, penalties or log-probabilities are computed at once: each takes a few tensors of the vocabulary's
+# size.
+_ROWS_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class ChosenTokens:
+    """What a step's logits gave.
+
+    Attributes:
+        tokens: A token for each request, or `NO_TOKEN`.
+        failures: Requests that get no token for a reason of their own, with what their clients are told. Their logits
+            may be sound.
+    """
+
+    tokens: list[int]
+    failures: dict[GenerationRequest, Exception] = field(default_factory=dict)
+
+
+class TokenChooser:
+    """Chooses tokens for one loop, whose thread alone uses it."""
+
+    def __init__(self, tables: RowTables) -> None:
+        """Set up for the requests of these tables."""
+        self._tables = tables
+        self._counts = CountTable()
+
+    def choose(
+        self, logits: Tensor, requests: Sequence[GenerationRequest], unfinished: set[GenerationRequest]
+    ) -> ChosenTokens:
+        """Choose the next token of each request, and note its log-probabilities where they are asked for.
+
+        Args:
+            logits: (requests, vocabulary).
+            requests: In the order of the logits.
+            unfinished: Those whose prompt goes on in a later step. Their token is not looked at, but for whether it is
+                `NO_TOKEN`.
+        """
+        self._counts.prune()
+        failures: dict[GenerationRequest, Exception] = {}
+        if any(request.adjusts_now for request in requests):
+            tokens = self._choose_by_kind(logits, requests, unfinished, failures)
+        else:
+            tokens = choose_tokens(logits, self._sampling(requests, logits.device)).tolist()
+        wanted = [
+            (index, request)
+            for index, request in enumerate(requests)
+            if request.logprobs is not None and tokens[index] != NO_TOKEN and request not in unfinished
+        ]
+        for first in range(0, len(wanted), _ROWS_AT_ONCE):
+            block = wanted[first : first + _ROWS_AT_ONCE]
+            indices = [index for index, _ in block]
+            found = token_logprobs(
+                _rows_of(logits, indices),
+                [tokens[index] for index in indices],
+                max(request.logprobs or 0 for _, request in block),
+            )
+            for (index, request), one in zip(block, found, strict=True):
+                if one is None:
+                    tokens[index] = NO_TOKEN
+                else:
+                    top = one.top[: request.logprobs]
+                    request.token_logprobs.append(TokenLogprobs(one.token, one.logprob, top))
+        return ChosenTokens(tokens, failures)
+
+    def _choose_by_kind(
+        self,
+        logits: Tensor,
+        requests: Sequence[GenerationRequest],
+        unfinished: set[GenerationRequest],
+        failures: dict[GenerationRequest, Exception],
+    ) -> list[int]:
+        """The tokens of requests of which some adjust their scores."""
+        tokens = [NO_TOKEN] * len(requests)
+        kinds: dict[tuple[bool, bool], list[int]] = {}
+        masks: dict[GenerationRequest, NDArray[np.uint32]] = {}
+        for index, request in enumerate(requests):
+            kind = (False, False)
+            if request not in unfinished:
+                try:
+                    if request.constraint is not None:
+                        masks[request] = allowed_tokens(request, logits.shape[1])
+                except Exception as error:  # noqa: BLE001 - it is told to the one request whose constraint failed
+                    failures[request] = constraint_failed(request, error)
+                    continue
+                kind = (request.has_penalties, request.has_bias_now)
+            kinds.setdefault(kind, []).append(index)
+        for (has_penalties, has_bias), indices in kinds.items():
+            at_once = _ROWS_AT_ONCE if has_penalties or has_bias else len(indices)
+            for first in range(0, len(indices), at_once):
+                block = indices[first : first + at_once]
+                rows = [requests[index] for index in block]
+                scores = _rows_of(logits, block)
+                chosen = choose_tokens(
+                    scores,
+                    self._sampling(rows, logits.device),
+                    self._penalties(rows, scores) if has_penalties else None,
+                    bias_of(rows, masks, scores) if has_bias else None,
+                )
+                for index, token in zip(block, chosen.tolist(), strict=True):
+                    tokens[index] = token
+        return tokens
+
+    def _sampling(self, requests: Sequence[GenerationRequest], device: torch.device) -> SamplingRows | None:
+        tables = self._tables
+        rows = np.array([request.row for request in requests], np.int64)
+        if not tables.temperature[rows].any():
+            return None
+        lengths = np.array([len(request.tokens) for request in requests], np.uint64)
+        columns = [tables.temperature, tables.top_k, tables.top_p, tables.min_p]
+        temperature, top_k, top_p, min_p = (torch.from_numpy(column[rows]).to(device) for column in columns)
+        keys = torch.from_numpy(sampling_keys(tables.seed[rows], lengths)).to(device)
+        has_min_p = bool(tables.min_p[rows].any())
+        return SamplingRows(
+            temperature,
+            top_k,
+            top_p,
+            keys,
+            min_p if has_min_p else None,
+            truncate=bool(tables.truncates[rows].any()),
+        )
+
+    def _penalties(self, requests: Sequence[GenerationRequest], scores: Tensor) -> Penalties:
+        names = ("repetition_penalty", "frequency_penalty", "presence_penalty")
+        repetition, frequency, presence = (
+            torch.tensor([getattr(request, name) for request in requests], dtype=torch.float32, device=scores.device)
+            for name in names
+        )
+        counts = self._counts.rows(requests, scores.shape[1], scores.device)
+        return Penalties(counts, repetition, frequency, presence)
+
+
+class CountTable:
+    """How often each token of the vocabulary is in a request, for requests with penalties alone.
+
+    The counts follow from the tokens of the request and are brought up to date where they are read. So chunks of the
+    prompt, hits of the prefix cache and preemptions, which change no token, change no count.
+    """
+
+    def __init__(self) -> None:
+        """Empty: the table is made for the first request, and dropped after the last."""
+        self._table: Tensor | None = None
+        self._places: dict[GenerationRequest, int] = {}
+        self._counted: dict[GenerationRequest, int] = {}
+
+    def prune(self) -> None:
+        """Drop the requests that do not run any more."""
+        for request in [request for request in self._places if request.row < 0]:
+            del self._places[request], self._counted[request]
+        if not self._places:
+            self._table = None
+
+    def rows(self, requests: Sequence[GenerationRequest], vocabulary: int, device: torch.device) -> Tensor:
+        """int32 (requests, vocabulary), the counts as `Penalties` defines them; running requests."""
+        table = self._room(requests, vocabulary, device)
+        added: list[tuple[int, int]] = []
+        for request in requests:
+            place = self._places[request]
+            counted = self._counted.get(request, 0)
+            if not counted:
+                table[place] = torch.from_numpy(counts_of(request, vocabulary)).to(device)
+            else:
+                added += [(place, token) for token in request.tokens[counted:]]
+            self._counted[request] = len(request.tokens)
+        if added:
+            places, tokens = torch.tensor(added, dtype=torch.int64).to(device).T
+            ones = torch.ones(len(added), dtype=torch.int32, device=device)
+            table.index_put_((places, tokens), ones, accumulate=True)
+        return table[torch.tensor([self._places[request] for request in requests], device=device)]
+
+    def _room(self, requests: Sequence[GenerationRequest], vocabulary: int, device: torch.device) -> Tensor:
+        """The table, with a place for each request."""
+        new = [request for request in requests if request not in self._places]
+        table, wanted = self._table, len(self._places) + len(new)
+        if table is None or wanted > len(table):
+            size = max(wanted, 2 * len(table) if table is not None else 1)
+            larger = torch.zeros(size, vocabulary, dtype=torch.int32, device=device)
+            if table is not None:
+                larger[: len(table)] = table
+            self._table = table = larger
+        taken = set(self._places.values())
+        free = (place for place in range(len(table)) if place not in taken)
+        for request in new:
+            self._places[request] = next(free)
+        return table
+
+
+def counts_of(request: GenerationRequest, vocabulary: int) -> NDArray[np.int32]:
+    """int32 (vocabulary,): how often each token was generated, plus `IN_PROMPT` for tokens of the prompt."""
+    tokens = np.array(request.tokens, np.int64)
+    counts = np.bincount(tokens[request.prompt_tokens :], minlength=vocabulary).astype(np.int32)
+    counts[np.unique(tokens[: request.prompt_tokens])] += IN_PROMPT
+    return counts
+
+
+def allowed_tokens(request: GenerationRequest, vocabulary: int) -> NDArray[np.uint32]:
+    """uint32 (ceil(vocabulary / 32),): the tokens that a request's constraint allows next, as bits.
+
+    Raises:
+        ConstraintUnsatisfiable: There are none, or only end tokens before `min_tokens` tokens.
+    """
+    assert request.constraint is not None
+    allowed = np.zeros(-(-vocabulary // 32), np.uint32)
+    request.constraint.fill(allowed)
+    if vocabulary % 32:
+        allowed[-1] &= np.uint32((1 << vocabulary % 32) - 1)
+    may_end = bool(allowed.any())
+    if request.bars_end:
+        for token in request.end_tokens:
+            allowed[token // 32] &= ~np.uint32(1 << token % 32)
+    if not allowed.any():
+        raise ConstraintUnsatisfiable(
+            f"the constraint lets the text only end after {request.generated} tokens, and min_tokens is "
+            f"{request.min_tokens}; lower min_tokens"
+            if may_end
+            else f"the constraint allows no token of the vocabulary after {request.generated} tokens; "
+            "loosen the schema, regex or grammar"
+        )
+    return allowed
+
+
+def bias_of(
+    requests: Sequence[GenerationRequest], masks: dict[GenerationRequest, NDArray[np.uint32]], scores: Tensor
+) -> Tensor:
+    """float32 (requests, vocabulary): what is added to the scores; -inf bars a token.
+
+    Args:
+        requests: In the order of the scores.
+        masks: From `allowed_tokens`, for requests with a constraint.
+        scores: (requests, vocabulary).
+    """
+    vocabulary, device = scores.shape[1], scores.device
+    bias = torch.zeros(scores.shape, dtype=torch.float32, device=device)
+    masked = [(index, masks[request]) for index, request in enumerate(requests) if request in masks]
+    if masked:
+        # As bits to the device, which is a thirty-second of what the bias takes.
+        words = torch.from_numpy(np.stack([mask for _, mask in masked]).view(np.int32)).to(device)
+        bits = (words.unsqueeze(2) >> torch.arange(32, dtype=torch.int32, device=device)) & 1
+        barred = bits.flatten(1)[:, :vocabulary] == 0
+        rows = torch.tensor([index for index, _ in masked], device=device)
+        bias[rows] = torch.where(barred, -torch.inf, 0.0)
+    entries = [
+        (index, token, value) for index, request in enumerate(requests) for token, value in request.logit_bias.items()
+    ]
+    entries += [
+        (index, token, -math.inf)
+        for index, request in enumerate(requests)
+        if request.bars_end
+        for token in request.end_tokens
+    ]
+    if entries:
+        at = torch.tensor([(row, token) for row, token, _ in entries], dtype=torch.int64).to(device).T
+        values = torch.tensor([value for _, _, value in entries], dtype=torch.float32).to(device)
+        bias.index_put_((at[0], at[1]), values, accumulate=True)
+    return bias
+
+
+def token_logprobs(logits: Tensor, tokens: Sequence[int], top: int) -> list[TokenLogprobs | None]:
+    """Log-probabilities of tokens, each with the `top` likeliest of its row; None where one is not finite.
+
+    Args:
+        logits: (rows, vocabulary), of the model alone.
+        tokens: One for each row.
+        top: How many of the likeliest tokens.
+    """
+    logprobs = logits.float().log_softmax(1)
+    own = logprobs.gather(1, torch.tensor(tokens, device=logits.device).unsqueeze(1))
+    values, indices = logprobs.topk(min(top, logits.shape[1]), dim=1)
+    # One list from the device in place of three for each row.
+    figures = torch.cat((own, values), 1).tolist()
+    found: list[TokenLogprobs | None] = []
+    for token, (logprob, *likeliest), ids in zip(tokens, figures, indices.tolist(), strict=True):
+        is_finite = all(map(math.isfinite, (logprob, *likeliest)))
+        pairs = tuple(zip(ids, likeliest, strict=True))
+        found.append(TokenLogprobs(token, logprob, pairs) if is_finite else None)
+    return found
+
+
+def take_prompt_logprobs(
+    logits: Tensor, chunks: list[tuple[GenerationRequest, int, int]], overflowed: set[GenerationRequest]
+) -> Tensor:
+    """Note the log-probabilities of prompts; returns the logits without the rows that were for them alone.
+
+    Args:
+        logits: (kept tokens, vocabulary).
+        chunks: Requests, with the first row and the number of rows of each.
+        overflowed: Gets the requests with a log-probability that is not finite.
+    """
+    wanted = torch.ones(len(logits), dtype=torch.bool)
+    for request, first, count in chunks:
+        _note_prompt(logits[first : first + count], request, overflowed)
+        wanted[first : first + count - 1] = False
+    return logits[wanted.to(logits.device)]
+
+
+def _note_prompt(logits: Tensor, request: GenerationRequest, overflowed: set[GenerationRequest]) -> None:
+    """Note those of the chunk that begins at `request.computed`; logits (tokens of the chunk, vocabulary)."""
+    have, tokens = request.prompt_token_logprobs, request.tokens
+    if not request.computed and not have:
+        have.append(TokenLogprobs(tokens[0], None))
+    # The logits at a position are for the token after it. After a preemption the first of them are known already.
+    start = max(request.computed + 1, len(have))
+    end = min(request.computed + len(logits) + 1, request.prompt_tokens)
+    for position in range(start, end, _ROWS_AT_ONCE):
+        block = tokens[position : min(position + _ROWS_AT_ONCE, end)]
+        row = position - request.computed - 1
+        for one in token_logprobs(logits[row : row + len(block)], block, request.prompt_logprobs or 0):
+            if one is None:
+                overflowed.add(request)
+                return
+            have.append(one)
+
+
+def _rows_of(logits: Tensor, indices: Sequence[int]) -> Tensor:
+    """These rows of the logits; the logits themselves if they are all of them, which are in order."""
+    if len(indices) == len(logits):
+        return logits
+    return logits[torch.tensor(indices, device=logits.device)]
+
+
+def constraint_failed(request: GenerationRequest, error: Exception) -> Exception:
+    """What the client of a request is told whose constraint raised an error."""
+    if isinstance(error, InvalidRequest):
+        return error
+    logger.error("the constraint of request %s failed", request.id, exc_info=error)
+    return EngineUnavailable(f"the constraint failed: {error}")

@@ -1,0 +1,257 @@
+"""The engine's calls whose rows go into shared passes: classifications and embeddings."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sera_serve.base import LONG_CHARACTERS, Pooling, Preprocessor
+from sera_serve.config import ServeSettings
+from sera_serve.engine.admission import AdmissionController
+from sera_serve.engine.request import (
+    PRIORITIES,
+    AdapterChoice,
+    ClassificationRequest,
+    EmbeddingSpec,
+    FinishReason,
+    LabelScores,
+    Principal,
+    Priority,
+    Request,
+    RowResult,
+    Task,
+)
+from sera_serve.engine.rows import EmbeddingInputs, Inputs, RowMaker
+from sera_serve.engine.stream import EventReader, Mailbox, deadline_exceeded
+from sera_serve.engine.tasks import TaskRunner
+from sera_serve.engine.tasks.classify import ClassifyResult, EmbedResult, RowGroup, split_call
+from sera_serve.threads import BoundedExecutor
+
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class TimeLimits:
+    """Times of the running event loop.
+
+    Attributes:
+        latest_start: The request must have been started.
+        deadline: The request must be finished; None is never.
+    """
+
+    latest_start: float
+    deadline: float | None
+
+    @property
+    def first(self) -> float:
+        """When a request that is not started ends."""
+        return self.latest_start if self.deadline is None else min(self.latest_start, self.deadline)
+
+
+class RowCalls(ABC):
+    """The part of `ServingEngine` for calls of several rows. The engine has what every call needs.
+
+    A call is admitted once. Its parts are queued, each of what one pass may take under one adapter.
+    """
+
+    settings: ServeSettings
+    _preprocessor: Preprocessor
+    _row_maker: RowMaker
+    _admission: AdmissionController
+    _resolving: BoundedExecutor
+    _tokenizing: BoundedExecutor
+
+    async def classify(
+        self,
+        adapter: AdapterChoice,
+        inputs: Inputs,
+        principal: Principal,
+        priority: Priority = "normal",
+        timeout_s: float | None = None,
+        received_at: float | None = None,
+    ) -> ClassifyResult:
+        """Classify each input, a text or a sentence pair, with the adapter's head.
+
+        Priority and time limits are those of `generate`.
+
+        Raises:
+            UnsupportedTask: The adapter has no head.
+            InvalidRequest: An input has no tokens, or inputs times labels are too many.
+            TenantOverloaded, Overloaded, DeadlineExceeded, EngineUnavailable, StoreError: As in `generate`.
+        """
+        call = self._row_call("cls", principal, priority)
+        resolve = partial(self._row_maker.classifier, adapter, len(inputs))
+        tokenize = partial(self._row_maker.classification, inputs=inputs)
+        is_long = self._preprocessor.are_long(inputs)
+        results, (group,), waited_s = await self._run_rows(call, resolve, tokenize, is_long, timeout_s, received_at)
+        return _scores(group, results, waited_s)
+
+    async def classify_each(
+        self,
+        adapters: Sequence[str],
+        inputs: Inputs,
+        principal: Principal,
+        priority: Priority = "normal",
+        timeout_s: float | None = None,
+        received_at: float | None = None,
+    ) -> list[ClassifyResult]:
+        """Classify each input with each of several adapters: one result an adapter, in their order.
+
+        Each input is tokenized once. The call is counted once by admission, as one with one adapter is: it has no more
+        rows than that may have. Its tenant is charged for the tokens of every row.
+
+        Raises:
+            UnsupportedTask, InvalidRequest, StoreError: As in `classify`; `param` names the adapter.
+            TenantOverloaded, Overloaded, DeadlineExceeded, EngineUnavailable: As in `classify`.
+        """
+        call = self._row_call("cls", principal, priority)
+        resolve = partial(self._row_maker.classifiers, adapters, len(inputs))
+        tokenize = partial(self._row_maker.classification, inputs=inputs)
+        is_long = self._preprocessor.are_long(inputs)
+        results, groups, waited_s = await self._run_rows(call, resolve, tokenize, is_long, timeout_s, received_at)
+        count = len(inputs)
+        return [
+            _scores(group, results[first * count : (first + 1) * count], waited_s) for first, group in enumerate(groups)
+        ]
+
+    async def embed(
+        self,
+        adapter: AdapterChoice | None,
+        inputs: EmbeddingInputs,
+        principal: Principal,
+        *,
+        pooling: Pooling | None = None,
+        normalize: bool = True,
+        priority: Priority = "normal",
+        timeout_s: float | None = None,
+        received_at: float | None = None,
+    ) -> EmbedResult:
+        """Make one vector of each input: the pooled last hidden states of the base with an adapter of any task.
+
+        Args:
+            adapter: None is the base model alone.
+            inputs: All texts, or all lists of tokens, which are taken as they are. None is cut.
+            principal: Who asks.
+            pooling: None is that of a classifier's adapter, and else the base's own.
+            normalize: Scale each vector to length 1.
+            priority: As in `generate`, like the time limits.
+            timeout_s: Likewise.
+            received_at: Likewise.
+
+        Raises:
+            PromptTooLong: An input is longer than the base's context; `param` names it.
+            InvalidRequest: An input has no tokens, a token is outside the vocabulary, or the inputs are too many.
+            AdapterOverflow, BaseOverflow: A vector is infinite or not a number.
+            TenantOverloaded, Overloaded, DeadlineExceeded, EngineUnavailable, StoreError: As in `generate`.
+        """
+        call = self._row_call("emb", principal, priority)
+        call.embedding = EmbeddingSpec(pooling, normalize)
+        resolve = partial(self._row_maker.embedder, adapter, len(inputs))
+        tokenize = partial(self._row_maker.embedding, inputs=inputs)
+        is_long = sum(map(len, inputs)) > LONG_CHARACTERS
+        results, (group,), waited_s = await self._run_rows(call, resolve, tokenize, is_long, timeout_s, received_at)
+        vectors = cast(list[NDArray[np.float32]], results)
+        prompt_tokens = [len(row) for row in group.rows]
+        if group.adapter is None:
+            return EmbedResult(None, None, vectors, prompt_tokens, waited_s)
+        return EmbedResult(group.adapter.adapter, group.adapter.version or None, vectors, prompt_tokens, waited_s)
+
+    def _row_call(self, kind: str, principal: Principal, priority: Priority) -> ClassificationRequest:
+        """What admission counts for a call whose parts are queued."""
+        return ClassificationRequest(
+            principal=principal,
+            id=f"{kind}-{secrets.token_hex(8)}",
+            priority=PRIORITIES.index(priority),
+            reader=EventReader(self._mailbox_here()),
+        )
+
+    async def _run_rows(
+        self,
+        call: ClassificationRequest,
+        resolve: Callable[[], R],
+        tokenize: Callable[[R], list[RowGroup]],
+        is_long: bool,
+        timeout_s: float | None,
+        received_at: float | None,
+    ) -> tuple[list[RowResult], list[RowGroup], float]:
+        """Run the rows of a call: their results in order, their groups, and how long the first of them waited."""
+        runner = self._runner("classify")
+        limits = self._time_limits(received_at, timeout_s)
+        reader = cast(EventReader, call.reader)
+        parts: list[ClassificationRequest] = []
+        with self._admitted(call):
+            try:
+                async with self._time_to_start(limits):
+                    if is_long:
+                        resolved = await self._resolving.run(resolve)
+                        groups = await self._tokenizing.run(tokenize, resolved)
+                    else:
+                        # A short call changes threads only once.
+                        groups = await self._resolving.run(lambda: tokenize(resolve()))
+                    parts = split_call(call, groups, self.settings.classify_max_batch, self.settings.max_batch_tokens)
+                    runner.submit(parts)
+                    await _any_started(parts, reader)
+                await _finished(parts, reader, limits.deadline)
+            except BaseException:
+                for part in parts:
+                    runner.cancel(part, FinishReason.CANCELLED)
+                raise
+            self._admission.release(call, served=True)
+        results: dict[int, RowResult | None] = {}
+        for part in parts:
+            results.update(zip(part.positions, part.results, strict=True))
+        waited_s = min(part.waited_s for part in parts)
+        return [result for _, result in sorted(results.items()) if result is not None], groups, waited_s
+
+    @abstractmethod
+    def _runner(self, task: Task) -> TaskRunner[Any]: ...
+
+    @abstractmethod
+    def _admitted(self, request: Request) -> AbstractContextManager[None]: ...
+
+    @abstractmethod
+    def _time_limits(self, received_at: float | None, timeout_s: float | None) -> TimeLimits: ...
+
+    @abstractmethod
+    def _time_to_start(self, limits: TimeLimits) -> AbstractAsyncContextManager[None]: ...
+
+    @abstractmethod
+    def _mailbox_here(self) -> Mailbox: ...
+
+
+def _scores(group: RowGroup, results: Sequence[RowResult], waited_s: float) -> ClassifyResult:
+    assert group.adapter is not None
+    return ClassifyResult(
+        group.adapter.adapter, group.adapter.version or None, cast(list[LabelScores], list(results)), waited_s
+    )
+
+
+async def _any_started(parts: Sequence[Request], reader: EventReader) -> None:
+    """Wait until a part of a call runs; raises why one does not."""
+    while not any(part.started_at is not None for part in parts):
+        for part in parts:
+            if part.error is not None:
+                raise part.error
+        await reader.wait()
+
+
+async def _finished(parts: Sequence[Request], reader: EventReader, deadline: float | None) -> None:
+    """Wait until every part is served; raises the first error, or DeadlineExceeded."""
+    try:
+        async with asyncio.timeout_at(deadline):
+            for part in parts:
+                while not part.is_finished:
+                    await reader.wait()
+                if part.error is not None:
+                    raise part.error
+    except TimeoutError:
+        raise deadline_exceeded() from None

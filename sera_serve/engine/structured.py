@@ -1,0 +1,359 @@
+"""Structured output: compiles what a client asks for (JSON, a regex, a grammar) into masks over the vocabulary.
+
+The library is llguidance: https://github.com/guidance-ai/llguidance. It computes each mask from the bytes of the tokens
+by a lazy automaton and an Earley parser, without Python's lock. docs/decisions.md has the comparison with others.
+
+Compiling is bounded by the sizes that are checked first, and by the library's own limits. A text whose parser becomes
+too large or too slow later ends its own request with an error.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+import numpy as np
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
+from llguidance.hf import from_tokenizer
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase
+
+from sera_serve.engine.constraint import (
+    MAX_GRAMMAR_CHARACTERS,
+    MAX_REGEX_CHARACTERS,
+    MAX_SCHEMA_CHARACTERS,
+    ConstraintKind,
+    ConstraintSpec,
+)
+from sera_serve.engine.schema_bounds import SchemaRefused, check_schema
+from sera_serve.errors import InvalidRequest
+
+FIELDS: dict[ConstraintKind, str] = {
+    "json_object": "response_format",
+    "json_schema": "response_format.json_schema.schema",
+    "regex": "regex",
+    "grammar": "grammar",
+}
+"""The request field that each kind of constraint comes from."""
+
+T = TypeVar("T")
+
+# Definitions may refer to each other in a chain, and the library follows it by recursion.
+_MAX_DEFINITIONS = 256
+_STACK_BYTES = 64 << 20
+# `threading.stack_size` is of the process: a thread that starts meanwhile has the large stack too.
+_STACK_LOCK = threading.Lock()
+_CACHED = 64
+# A line break and its indent, or one space: without a bound, a model may write white space until its limit ends it.
+_WHITESPACE = r"( |\n( {0,20}|\t{0,5}))"
+# The library would put several bytes that are certain into a mask at once. It looks for them without a bound:
+# /a{1000000}/ took two seconds in one step.
+_OPTIONS = '%llguidance {"no_forcing": true}'
+
+
+# 50,000 units of fuel are some 4 ms of a step, and 20,000 items 1 ms. A state of the lexer has 1 to 2 KB.
+def _limits(step_items: int, row_items: int) -> LLParserLimits:
+    return LLParserLimits(
+        max_grammar_size=50_000,
+        initial_lexer_fuel=200_000,
+        step_lexer_fuel=50_000,
+        max_lexer_states=20_000,
+        step_max_items=step_items,
+        max_items_in_row=row_items,
+        verbose_errors=False,
+    )
+
+
+_SCHEMA_LIMITS = _limits(20_000, 2000)
+# A client's own rules may be ambiguous: the parser's work for a token then grows with the square of the text.
+_GRAMMAR_LIMITS = _limits(4000, 500)
+# The library's schema errors begin with the place in the grammar around the schema.
+_PLACE = re.compile(r"^at \d+\(\d+\): failed to compile JSON schema: ")
+# Processor time that a request's masks may take: so much at first, and so much for each token.
+_FREE_S = 0.25
+_TOKEN_S = 0.003
+
+
+class StructuredOutput:
+    """A `ConstraintCompiler` for one base's tokenizer, with a bounded cache of what was compiled. Any thread.
+
+    Locking: `_lock` guards the cache and the tokenizer. Nothing is compiled under it.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int, end_tokens: Iterable[int]) -> None:
+        """Read nothing yet: the first call of `compile` reads the tokenizer, which takes up to a second.
+
+        Args:
+            tokenizer: The base's tokenizer.
+            vocabulary: Number of the model's logits.
+            end_tokens: Tokens that end a text. Without any, a text that may go on ends by its limit alone.
+        """
+        self._hugging_face = tokenizer
+        self._vocabulary = vocabulary
+        self._end_tokens = sorted(end_tokens)
+        self._lock = threading.Lock()
+        self._tokenizer: LLTokenizer | None = None
+        # By who shares and what was asked for; the least recently used one first. None of them is ever advanced.
+        self._compiled: OrderedDict[tuple[str | None, ConstraintSpec], LLMatcher] = OrderedDict()
+
+    def compile(self, spec: ConstraintSpec, share_key: str | None = None) -> TextConstraint:
+        """The constraint at its beginning; each call gives a state of its own. Blocks.
+
+        Args:
+            spec: What the text must conform to.
+            share_key: Calls of one key share what was compiled. The time of a call tells what was compiled before, so
+                a key should name a tenant.
+
+        Raises:
+            InvalidRequest: The text is not a schema, regex or grammar that can be enforced, or is too large.
+        """
+        key = share_key, spec
+        with self._lock:
+            matcher = self._compiled.get(key)
+            if matcher is not None:
+                self._compiled.move_to_end(key)
+                # Under the lock: another thread may copy it too.
+                matcher = matcher.deep_copy()
+        tokenizer = self._read_tokenizer(FIELDS[spec.kind])
+        words = -(-tokenizer.vocab_size // 32)
+        if matcher is None:
+            original = _with_deep_stack(lambda: _compile(tokenizer, spec))
+            matcher = original.deep_copy()
+            with self._lock:
+                self._compiled[key] = original
+                self._compiled.move_to_end(key)
+                if len(self._compiled) > _CACHED:
+                    self._compiled.popitem(last=False)
+        return TextConstraint(matcher, spec.kind, self._vocabulary, self._end_tokens, words)
+
+    def _read_tokenizer(self, field: str) -> LLTokenizer:
+        with self._lock:
+            if self._tokenizer is None:
+                try:
+                    self._tokenizer = self._read()
+                except Exception as error:
+                    raise InvalidRequest(
+                        f"{field} is not supported with this base: its tokenizer cannot be read by llguidance "
+                        f"({_one_line(error)}); leave the field out",
+                        param=field,
+                    ) from error
+            return self._tokenizer
+
+    def _read(self) -> LLTokenizer:
+        if self._end_tokens:
+            size = max(self._vocabulary, len(self._hugging_face))
+            return from_tokenizer(self._hugging_face, n_vocab=size, eos_token=self._end_tokens)
+        # The library needs an end token: one beyond the vocabulary, which is in no mask that the model sees.
+        tokenizer = Tokenizer.from_str(self._hugging_face.backend_tokenizer.to_str())
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        while tokenizer.get_vocab_size() <= self._vocabulary:
+            tokenizer.add_special_tokens([f"<|end {tokenizer.get_vocab_size()}|>"])
+        return LLTokenizer(tokenizer.to_str(), eos_token=tokenizer.get_vocab_size() - 1)
+
+
+class TextConstraint:
+    """One request's constraint: a `TokenConstraint`. One thread at a time."""
+
+    def __init__(
+        self, matcher: LLMatcher, kind: ConstraintKind, vocabulary: int, end_tokens: list[int], mask_words: int
+    ) -> None:
+        """Take over a matcher of the library that has accepted no token; its masks have `mask_words` words."""
+        self._matcher = matcher
+        self._kind = kind
+        words = -(-vocabulary // 32)
+        self._mask = np.zeros(mask_words, np.uint32)
+        self._only_end = np.zeros(words, np.uint32)
+        for token in end_tokens:
+            if token < vocabulary:
+                self._only_end[token // 32] |= np.uint32(1 << token % 32)
+        # Bits of the last word that stand for tokens.
+        self._last = np.uint32((1 << (vocabulary - 32 * (words - 1))) - 1)
+        self._left_s = _FREE_S
+
+    def fill(self, allowed: NDArray[np.uint32]) -> None:
+        """Write which tokens may come next; see `TokenConstraint`.
+
+        Raises:
+            InvalidRequest: The parser has become too large or too slow for this text.
+        """
+        if self._matcher.is_stopped() and not self._matcher.is_error():
+            allowed[:] = self._only_end
+            return
+        started = time.thread_time()
+        self._matcher.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)
+        self._spend(started)
+        allowed[:] = self._mask[: len(self._only_end)]
+        allowed[-1] &= self._last
+        if not allowed.any():
+            raise self._failure("no token of this base continues the text")
+
+    def accept(self, token: int) -> None:
+        """Note the token that came next; it was allowed.
+
+        Raises:
+            InvalidRequest: The parser has become too large or too slow for this text.
+        """
+        if self._matcher.is_stopped():
+            return
+        started = time.thread_time()
+        self._matcher.consume_token(token)
+        self._left_s += _TOKEN_S
+        self._spend(started)
+
+    def is_ended(self) -> bool:
+        """Whether only an end token may follow."""
+        return self._matcher.is_stopped()
+
+    def _spend(self, started: float) -> None:
+        self._left_s = min(self._left_s - (time.thread_time() - started), _FREE_S)
+        if self._matcher.is_error() or self._left_s < 0:
+            raise self._failure(_reason(self._matcher.get_error()) or "the text takes too long to check")
+
+    def _failure(self, reason: str) -> InvalidRequest:
+        field = FIELDS[self._kind]
+        return InvalidRequest(f"{field} cannot be enforced on the text so far: {reason}; simplify it", param=field)
+
+
+def _compile(tokenizer: LLTokenizer, spec: ConstraintSpec) -> LLMatcher:
+    """A matcher of the library at its beginning; raises InvalidRequest."""
+    field = FIELDS[spec.kind]
+    try:
+        grammar = _GRAMMARS[spec.kind](spec.text)
+    except SchemaRefused as error:
+        raise InvalidRequest(f"{field} cannot be enforced: {error}", param=field) from None
+    limits = _GRAMMAR_LIMITS if spec.kind in ("grammar", "regex") else _SCHEMA_LIMITS
+    matcher = LLMatcher(tokenizer, LLMatcher.grammar_from_lark(grammar), log_level=0, limits=limits)
+    # The first mask shows whether any text conforms.
+    mask = np.zeros(-(-tokenizer.vocab_size // 32), np.uint32)
+    if not matcher.is_error():
+        matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+    reasons = [matcher.get_error()] if matcher.is_error() else matcher.get_grammar_warnings()
+    if not reasons and not mask.any():
+        reasons = ["no text conforms"]
+    if reasons:
+        raise InvalidRequest(f"{field} cannot be enforced: {_reason(reasons[0])}", param=field)
+    return matcher
+
+
+def _schema_grammar(text: str) -> str:
+    if len(text) > MAX_SCHEMA_CHARACTERS:
+        raise SchemaRefused(f"it has {len(text)} characters; the most is {MAX_SCHEMA_CHARACTERS}")
+    try:
+        schema: Any = json.loads(text)
+    except (ValueError, RecursionError):
+        raise SchemaRefused("it is not valid JSON") from None
+    check_schema(schema)
+    return _json_grammar(schema)
+
+
+def _json_grammar(schema: dict[str, Any]) -> str:
+    options = {"whitespace_pattern": _WHITESPACE}
+    return f"start: %json {json.dumps({'x-guidance': options, **schema})}\n{_OPTIONS}"
+
+
+def _object_grammar(text: str) -> str:
+    return _json_grammar({"type": "object"})
+
+
+def _regex_grammar(text: str) -> str:
+    if not text or len(text) > MAX_REGEX_CHARACTERS:
+        raise SchemaRefused(f"it must have 1 to {MAX_REGEX_CHARACTERS} characters")
+    # As in a schema's pattern, \d and \w stand for ASCII characters.
+    return f"start: /{regex_to_lark(text, use_ascii='dw')}/\n{_OPTIONS}"
+
+
+# A grammar's strings, regular expressions and comments, in which the rest of `_FORBIDDEN` means nothing. A string
+# without an end, which the library refuses, goes to the end of its line: a scan that came back to its second character
+# would take quadratic time.
+_OPAQUE = r'"(?:\\.|[^"\\\n])*+"?|/(?![/*])(?:\\.|[^/\\\n])*+/?|//[^\n]*|#[^\n]*'
+_FORBIDDEN = (
+    ("%json", r"%\s*json\b", "send a schema as response_format"),
+    ("%regex", r"%\s*regex\b", "write the expression between slashes"),
+    ("%llguidance", r"%\s*llguidance\b", "the server chooses the options of the compiler"),
+    ("%if", r"%\s*if\b", "rules with parameters are not supported"),
+    ("::", r"::", "rules with parameters are not supported"),
+    ("&", r"&", "the intersection of expressions may take too long"),
+    ("~", r"~(?!\s*\d)", "the complement of an expression may take too long"),
+    ("@", r"@", "there are no other grammars to refer to"),
+    ("special token", r"<", "write the text of the answer only"),
+    ("stop", r"\bstop(?:_capture)?\s*=", "use suffix or lazy"),
+    ("temperature", r"\btemperature\s*=", "send temperature as a field of the request"),
+    ("max_tokens", r"\bmax_tokens\s*=", "send the limit as a field of the request"),
+    ("capture", r"[\[,]\s*capture\b", "there are no captures in the answer"),
+)
+_SCAN = re.compile(
+    "|".join(
+        [_OPAQUE, *(f"(?P<f{index}>{pattern})" for index, (_, pattern, _) in enumerate(_FORBIDDEN)), "(?P<colon>:)"]
+    )
+)
+
+
+def checked_grammar(text: str) -> str:
+    """Return a grammar with the options. Raises SchemaRefused where the grammar asks for what is not done."""
+    if not text or len(text) > MAX_GRAMMAR_CHARACTERS:
+        raise SchemaRefused(f"it must have 1 to {MAX_GRAMMAR_CHARACTERS} characters")
+    definitions = 0
+    for match in _SCAN.finditer(text):
+        if match.lastgroup == "colon":
+            definitions += 1
+        elif match.lastgroup is not None:
+            name, _, hint = _FORBIDDEN[int(match.lastgroup[1:])]
+            line = text.count("\n", 0, match.start()) + 1
+            raise SchemaRefused(f"{name!r} in line {line} is not supported; {hint}")
+    if definitions > _MAX_DEFINITIONS:
+        raise SchemaRefused(f"it has {definitions} definitions; the most is {_MAX_DEFINITIONS}")
+    return f"{text}\n{_OPTIONS}"
+
+
+_GRAMMARS: dict[ConstraintKind, Callable[[str], str]] = {
+    "json_object": _object_grammar,
+    "json_schema": _schema_grammar,
+    "regex": _regex_grammar,
+    "grammar": checked_grammar,
+}
+
+
+def _with_deep_stack(work: Callable[[], T]) -> T:
+    """Run work on a thread with a large stack, and return its result: the library's recursion would end the process.
+
+    On macOS and musl, threads have far less than the 8 MiB of glibc.
+    """
+    outcome: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(work())
+        except BaseException as error:  # noqa: BLE001 - it is told to the caller
+            outcome.set_exception(error)
+
+    thread = threading.Thread(target=run, name="compiling", daemon=True)
+    with _STACK_LOCK:
+        before = threading.stack_size(_STACK_BYTES)
+        try:
+            thread.start()
+        finally:
+            threading.stack_size(before)
+    return outcome.result()
+
+
+def _reason(message: str) -> str:
+    """What the library says of the client's text, in a line and without the excerpts of it."""
+    if "NoExtensionBias" in message:
+        return "no text conforms"
+    if "oneOf constraints are not supported" in message:
+        return "the schemas of oneOf cannot be told apart; make them exclude each other, or use anyOf"
+    if "regex parse error" in message:
+        return f"invalid regular expression: {_one_line(message.rpartition('error: ')[2].splitlines()[0])}"
+    return _one_line(_PLACE.sub("", message.split("\n<")[0].split("\n   ")[0]))
+
+
+def _one_line(value: object) -> str:
+    return " ".join(str(value).split())[:300]

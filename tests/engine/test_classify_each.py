@@ -1,0 +1,122 @@
+"""Each input through each of several adapters gives what one call for each adapter gives."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+
+from adapters_store import AdapterStore
+from adapters_store.errors import AdapterNotFound
+from sera_serve import SeraConfig
+from sera_serve.base import FrozenBase, ModelInputs
+from sera_serve.engine import Principal, ServingEngine
+from sera_serve.errors import InvalidRequest, TenantOverloaded, UnsupportedTask
+from support.engine import classify, settled
+from support.factories import random_adapter
+
+Start = Callable[..., ServingEngine]
+ACME = Principal("acme")
+TEXTS = ["short", "a longer text, of some words", "the quick brown fox jumps over the lazy dog " * 3]
+# Lengths at which an adapter cuts its inputs: the longest text is cut by all, the middle one by the last.
+LENGTHS = (100, 40, 100, 16)
+
+
+@pytest.fixture
+def guards(decoder: FrozenBase, store: AdapterStore) -> list[str]:
+    names = []
+    for seed, length in enumerate(LENGTHS):
+        labels = [f"l{place}" for place in range(2 + seed)]
+        pooling = ("mean", "last_token")[seed % 2]
+        shape = SeraConfig(8, 4, 8.0, ("q_proj", "v_proj"))
+        bundle = random_adapter(decoder, shape, seed, labels, 0.5, pooling=pooling, max_length=length)
+        store.publish(bundle, f"acme/g{seed}")
+        names.append(f"acme/g{seed}")
+    return names
+
+
+@pytest.mark.parametrize("max_resident", [64, 2])
+def test_one_call_gives_what_a_call_for_each_gives(
+    decoder: FrozenBase, store: AdapterStore, guards: list[str], start_engine: Start, max_resident: int
+) -> None:
+    engine = start_engine(decoder, store, max_resident=max_resident)
+
+    async def main() -> None:
+        each = await engine.classify_each(guards, TEXTS, ACME)
+        for name, result in zip(guards, each, strict=True):
+            alone = await classify(engine, name, TEXTS)
+            assert (result.adapter, result.version) == (name, 1)
+            for got, want in zip(result.results, alone.results, strict=True):
+                assert got.label == want.label
+                assert got.probabilities == pytest.approx(want.probabilities, rel=1e-4, abs=1e-6)
+
+    asyncio.run(main())
+
+
+def test_an_input_is_tokenized_once_and_again_only_where_it_is_cut_shorter(
+    decoder: FrozenBase, store: AdapterStore, guards: list[str], start_engine: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = start_engine(decoder, store)
+    asked: list[tuple[int, int]] = []
+    rows = decoder.preprocessor.rows
+
+    def counted(inputs: Sequence[Any], max_length: int, field: str = "inputs") -> list[ModelInputs]:
+        asked.append((len(inputs), max_length))
+        return rows(inputs, max_length, field)
+
+    monkeypatch.setattr(engine.base.preprocessor, "rows", counted)
+    asyncio.run(engine.classify_each(guards, TEXTS, ACME))
+    assert sorted(asked, reverse=True) == [(3, 100), (2, 16), (1, 40)]
+
+
+def test_the_call_counts_once_and_its_tenant_pays_for_every_row(
+    decoder: FrozenBase, store: AdapterStore, guards: list[str], start_engine: Start
+) -> None:
+    engine = start_engine(decoder, store, max_queue_per_tenant=1)
+
+    async def main() -> None:
+        await engine.classify_each(guards, TEXTS[:2], ACME)
+        tokens = sum(min(len(text), length) for text in TEXTS[:2] for length in LENGTHS)
+        assert engine.runners["classify"].scheduler.counter("acme") == tokens
+        results = await asyncio.gather(
+            *(engine.classify_each(guards, TEXTS, ACME) for _ in range(3)), return_exceptions=True
+        )
+        assert sorted(isinstance(result, TenantOverloaded) for result in results) == [False, True, True]
+        await settled(engine)
+
+    asyncio.run(main())
+
+
+def test_a_refusal_names_the_adapters_place(
+    decoder: FrozenBase, store: AdapterStore, guards: list[str], start_engine: Start
+) -> None:
+    store.publish(random_adapter(decoder, SeraConfig(8, 4, 8.0, ("q_proj",)), 9), "acme/writer")
+    engine = start_engine(decoder, store)
+    for adapters, inputs, error, param in [
+        ([*guards, "acme/none"], TEXTS, AdapterNotFound, "adapters[4]"),
+        (["acme/writer", *guards], TEXTS, UnsupportedTask, "adapters[0]"),
+        (guards, ["x"] * 257, InvalidRequest, "inputs"),
+        (guards, ["x", ""], InvalidRequest, "inputs[1]"),
+    ]:
+        with pytest.raises(error) as refusal:
+            asyncio.run(engine.classify_each(adapters, inputs, ACME))
+        assert refusal.value.param == param  # type: ignore[attr-defined]
+
+
+def test_a_call_that_is_cancelled_leaves_nothing(
+    decoder: FrozenBase, store: AdapterStore, guards: list[str], start_engine: Start
+) -> None:
+    engine = start_engine(decoder, store, max_resident=2, classify_max_batch=1)
+
+    async def main() -> None:
+        for pause in (0.0, 0.002, 0.01):
+            call = asyncio.ensure_future(engine.classify_each(guards * 8, TEXTS, ACME))
+            await asyncio.sleep(pause)
+            call.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await call
+            await settled(engine)
+
+    asyncio.run(main())
