@@ -114,6 +114,14 @@ class ServeSettings(BaseSettings):
         None, description='address of its own for /metrics, such as "127.0.0.1:9100"; by default the server\'s own'
     )
     shutdown_grace_s: int = Field(30, ge=0, description="time for requests in flight to finish after SIGTERM, seconds")
+    watch: Path | None = Field(
+        None,
+        description="directory of adapters: what appears there as tenant/name is published, what vanishes is withdrawn",
+    )
+    lora_path_root: Path | None = Field(
+        None,
+        description="directory below which /v1/load_lora_adapter may load paths; by default that route is off",
+    )
     request_timeout_s: float = Field(60, gt=0, description="longest wait until a request starts, seconds; then 503")
 
     @field_validator("allowed_origins", "allowed_hosts", mode="before")

@@ -9,9 +9,9 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
-from adapters_store import AdapterStore
+from adapters_store import AdapterStore, BundleLimits
 from sera_serve.config import ServeSettings
-from sera_serve.server import docs_page, health, native, openapi
+from sera_serve.server import docs_page, health, native, openai, openapi
 from sera_serve.server.browsers import BrowserGuard, BrowserRules
 from sera_serve.server.deps import Engine, Executors
 from sera_serve.server.errors import add_error_handlers
@@ -19,6 +19,8 @@ from sera_serve.server.loop_watch import LoopWatch
 from sera_serve.server.methods import HeadAndOptions
 from sera_serve.server.metrics import LoopMetrics, ResidencyMetrics, ServerMetrics
 from sera_serve.server.middleware import BodyLimit, RequestLifecycle
+from sera_serve.server.openai.texts import Texts
+from sera_serve.server.watcher import watching
 
 
 def build_app(engine: Engine, store: AdapterStore, settings: ServeSettings) -> FastAPI:
@@ -33,15 +35,19 @@ def build_app(engine: Engine, store: AdapterStore, settings: ServeSettings) -> F
         InvalidConfiguration: An entry of `allowed_hosts` or `allowed_origins` is not of its form.
     """
 
+    limits = BundleLimits(max_bytes=settings.max_upload_mib << 20)
+
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         executors = app.state.executors = Executors.of(settings)
+        texts = app.state.texts = Texts(engine, store)
         engine.start()
         try:
-            async with app.state.loop_watch.running():
+            async with app.state.loop_watch.running(), watching(settings.watch, engine, store, executors, limits):
                 yield
         finally:
             executors.close()
+            texts.close()
             await asyncio.to_thread(engine.stop)
 
     app = openapi.DocumentedApp(lifespan)
@@ -53,7 +59,7 @@ def build_app(engine: Engine, store: AdapterStore, settings: ServeSettings) -> F
     app.state.settings = settings
     app.state.metrics = metrics
     app.state.loop_watch = LoopWatch(metrics.registry)
-    routers = (*native.ROUTERS, health.router, openapi.router, docs_page.router)
+    routers = (*native.ROUTERS, *openai.ROUTERS, health.router, openapi.router, docs_page.router)
     for router in routers:
         app.include_router(router)
     app.state.routes = [route for router in routers for route in router.routes]

@@ -11,12 +11,16 @@ from typing import Annotated, Protocol, cast
 
 from fastapi import Depends, Request
 
-from adapters_store import AdapterBundle, AdapterStore
+from adapters_store import AdapterBundle, AdapterStore, PeftFiles
+from sera_serve.base import FrozenBase, Pooling
 from sera_serve.config import ServeSettings
 from sera_serve.engine import (
+    AdapterChoice,
     ClassifyResult,
+    EmbedResult,
     GenerateParams,
     GenerationResult,
+    ImportedAdapter,
     Principal,
     Priority,
     ResidencyStats,
@@ -74,6 +78,14 @@ class TokenStream(Protocol):
 class Engine(Protocol):
     """Serves requests. Every refusal is a SeraServeError or a StoreError."""
 
+    @property
+    def base(self) -> FrozenBase:
+        """The base model, of which routes use the name, the tokenizer and the kind."""
+
+    @property
+    def context_tokens(self) -> int:
+        """The most tokens of one request, prompt and answer together."""
+
     def start(self) -> None:
         """Start to accept requests."""
 
@@ -85,6 +97,13 @@ class Engine(Protocol):
 
         Raises:
             InvalidBundle, AdapterTooLarge, AdapterOverflow: The bundle is refused.
+        """
+
+    def import_checkpoint(self, files: PeftFiles) -> ImportedAdapter:
+        """Make a bundle of a PEFT checkpoint, and check it as `check_bundle` does. Blocks.
+
+        Raises:
+            InvalidBundle, AdapterTooLarge, AdapterOverflow, ImportMismatch: The checkpoint is refused.
         """
 
     def mark_deleted(self, digest: str) -> None:
@@ -128,9 +147,14 @@ class Engine(Protocol):
         `received_at` is the time (`time.monotonic`) of the request's first byte; time limits count from it.
         """
 
+    async def generate_choices(
+        self, params: GenerateParams, principal: Principal, received_at: float | None = None
+    ) -> Sequence[TokenStream]:
+        """Admit `params.n` answers to one prompt, all or none. Each is read and closed on its own."""
+
     async def classify(
         self,
-        adapter: str,
+        adapter: AdapterChoice,
         inputs: Sequence[str | tuple[str, str]],
         principal: Principal,
         priority: Priority = "normal",
@@ -138,6 +162,34 @@ class Engine(Protocol):
         received_at: float | None = None,
     ) -> ClassifyResult:
         """Classify each input with the adapter's head, for `principal`. A pair is two sentences of one input."""
+
+    async def classify_each(
+        self,
+        adapters: Sequence[str],
+        inputs: Sequence[str | tuple[str, str]],
+        principal: Principal,
+        priority: Priority = "normal",
+        timeout_s: float | None = None,
+        received_at: float | None = None,
+    ) -> list[ClassifyResult]:
+        """Classify each input with each of several adapters: one result an adapter, in their order."""
+
+    async def embed(
+        self,
+        adapter: AdapterChoice | None,
+        inputs: Sequence[str | list[int]],
+        principal: Principal,
+        *,
+        pooling: Pooling | None = None,
+        normalize: bool = True,
+        priority: Priority = "normal",
+        timeout_s: float | None = None,
+        received_at: float | None = None,
+    ) -> EmbedResult:
+        """Make one vector of each input, all texts or all lists of tokens, for `principal`. No input is cut.
+
+        `pooling` None is that of a classifier's adapter, and else the base's own.
+        """
 
 
 @dataclass(frozen=True)

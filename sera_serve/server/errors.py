@@ -128,20 +128,24 @@ async def _typed(request: Request, error: Exception) -> Response:
 
 
 async def _invalid(request: Request, error: Exception) -> Response:
-    errors = cast(RequestValidationError, error).errors()
+    message, code, param = validation_problem(cast(RequestValidationError, error))
+    status = 400 if code == "invalid_json" else 422
+    return JSONResponse(error_content(status, message, code, param), status)
+
+
+def validation_problem(error: RequestValidationError) -> tuple[str, str, str | None]:
+    """Return (message, code, param) of a request that is not of its form."""
+    errors = error.errors()
     message, param = _readable(errors[0])
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-    kind = errors[0]["type"]
-    status = 400 if kind == "json_invalid" else 422
-    code = VALIDATION_CODES.get(kind, "invalid_value")
-    return JSONResponse(error_content(status, message + more, code, param), status)
+    return message + more, VALIDATION_CODES.get(errors[0]["type"], "invalid_value"), param
 
 
 def _readable(error: dict[str, Any]) -> tuple[str, str | None]:
     """Return (message, param) of one of pydantic's errors."""
     context = error.get("ctx") or {}
     if "reason" in context:
-        return str(context["reason"]), context.get("field")
+        return str(context["reason"]), context.get("field") or _path(error["loc"]) or None
     if error["type"] == "json_invalid":
         return f"the body is not valid JSON: {context.get('error')}", None
     path = _path(error["loc"])

@@ -50,6 +50,7 @@ class ServerMetrics:
         )
         self._tokens = Counter("sera_tokens", "Tokens of finished generations.", ["kind"], registry=self.registry)
         self._inputs = Counter("sera_classified_inputs", "Inputs classified.", registry=self.registry)
+        self._embedded = Counter("sera_embedded_inputs", "Inputs made into vectors.", registry=self.registry)
         self._refusals = Counter(
             "sera_refusals",
             "Requests refused or ended because of overload, a deadline or a stopped engine, streams included.",
@@ -89,6 +90,11 @@ class ServerMetrics:
     def count_classified(self, inputs: int, waited_s: float) -> None:
         """Count the inputs of one finished classification, and record its waiting time."""
         self._inputs.inc(inputs)
+        self._waits.observe(waited_s)
+
+    def count_embedded(self, inputs: int, waited_s: float) -> None:
+        """Count the inputs of one finished embedding, and record its waiting time."""
+        self._embedded.inc(inputs)
         self._waits.observe(waited_s)
 
     def observe_waits(self, waited_s: float, first_token_s: float | None) -> None:

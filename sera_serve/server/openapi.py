@@ -33,10 +33,21 @@ _BY_ROUTE: dict[tuple[str, str], tuple[int, ...]] = {
     ("delete", "/v1/adapters/{tenant}/{name}"): (404, 409, 507),
     ("put", "/v1/adapters/{tenant}/{name}/pin"): (404, 409),
     ("delete", "/v1/adapters/{tenant}/{name}/pin"): (404,),
+    ("post", "/v1/load_lora_adapter"): (507,),
+    ("post", "/v1/unload_lora_adapter"): (404, 409, 507),
+    ("post", "/v1/completions"): (404, 429, 504),
+    ("post", "/v1/chat/completions"): (404, 429, 504),
+    ("post", "/v1/embeddings"): (404, 429, 504),
+    ("get", "/v1/models"): (),
+    ("get", "/v1/models/{model}"): (404,),
+    ("post", "/tokenize"): (404,),
+    ("post", "/detokenize"): (404,),
     ("get", "/healthz"): (),
     ("get", "/readyz"): (),
     ("get", "/metrics"): (),
 }
+# The tag of routes that answer 400 where others answer 422.
+_OPENAI = "openai"
 _WITH_RETRY_AFTER = (429, 503)
 
 
@@ -92,7 +103,11 @@ def _with_errors(framework: dict[str, Any]) -> dict[str, Any]:
     used = set()
     for path, operations in document["paths"].items():
         for method, operation in operations.items():
-            for status in sorted((*_ANY_ROUTE, *_BY_ROUTE[method, path])):
+            statuses = {*_ANY_ROUTE, *_BY_ROUTE[method, path]}
+            if _OPENAI in operation.get("tags", ()):
+                statuses.remove(422)
+                operation["responses"].pop("422", None)
+            for status in sorted(statuses):
                 used.add(status)
                 operation["responses"][str(status)] = {"$ref": f"#/components/responses/Error{status}"}
     components["responses"] = {f"Error{status}": _error(status) for status in sorted(used)}

@@ -1,10 +1,12 @@
-"""Server-sent events: the response that streams the deltas of a generation."""
+"""Server-sent events: the response that streams the deltas of one generation, or of several at once."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 from fastapi import Response
@@ -15,52 +17,103 @@ from sera_serve.errors import EngineUnavailable
 from sera_serve.server.deps import TokenStream
 from sera_serve.server.disconnect import ClientDisconnected, cancel_on_disconnect
 from sera_serve.server.errors import describe
+from sera_serve.server.loop_watch import measured_with_request
 from sera_serve.server.metrics import ServerMetrics
 
 logger = logging.getLogger("sera_serve.server")
 DONE = b"data: [DONE]\n\n"
 
+Admit = Callable[[], Awaitable[Sequence[TokenStream]]]
+"""Sends a request to the engine, and returns its streams. Called once."""
 
-def encode_event(content: dict[str, Any]) -> bytes:
-    """Encode one event. The JSON has no line breaks, so the event is one `data:` line."""
-    return b"data: " + json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8") + b"\n\n"
+
+def encode_event(content: dict[str, Any], name: str | None = None) -> bytes:
+    """Encode one event. The JSON has no line breaks, so the event is one `data:` line, after `event:` if it has a name.
+
+    Args:
+        content: The JSON of the event.
+        name: The event's name; letters, dots and underscores.
+    """
+    data = b"data: " + json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8") + b"\n\n"
+    return data if name is None else b"event: " + name.encode() + b"\n" + data
+
+
+class EventWriter:
+    """Writes the events of one response. Each method returns encoded events, maybe none.
+
+    The streams of a response have an index each. The calls are `begin`, then `delta` and at last `final` for each
+    stream, then `end`. After a failure `failed` is the last call.
+    """
+
+    def begin(self, streams: Sequence[TokenStream]) -> bytes:
+        """The events before the first delta."""
+        return b""
+
+    def delta(self, index: int, stream: TokenStream, delta: TokenDelta) -> bytes:
+        """The events that add text or tokens."""
+        raise NotImplementedError
+
+    def final(self, index: int, stream: TokenStream, result: GenerationResult) -> bytes:
+        """The events at the end of one stream."""
+        raise NotImplementedError
+
+    def end(self, streams: Sequence[TokenStream]) -> bytes:
+        """The events after the last stream has ended."""
+        return DONE
+
+    def failed(self, content: dict[str, Any]) -> bytes:
+        """The event of a failure. `content` is the JSON of an error response."""
+        return encode_event(content)
+
+
+class JsonEvents(EventWriter):
+    """Writes one event for each delta, and one for the end of each stream."""
+
+    def __init__(
+        self,
+        delta_event: Callable[[TokenStream, TokenDelta], dict[str, Any]],
+        final_event: Callable[[TokenStream, GenerationResult], dict[str, Any]],
+    ) -> None:
+        """Take the functions that return the JSON of the events."""
+        self._delta_event = delta_event
+        self._final_event = final_event
+
+    def delta(self, index: int, stream: TokenStream, delta: TokenDelta) -> bytes:
+        """The event that adds text or tokens."""
+        return encode_event(self._delta_event(stream, delta))
+
+    def final(self, index: int, stream: TokenStream, result: GenerationResult) -> bytes:
+        """The event at the end of one stream."""
+        return encode_event(self._final_event(stream, result))
 
 
 class EventStream(Response):
-    """Streams one generation as server-sent events, `data: [DONE]` last.
+    """Streams generations as server-sent events, by default `data: [DONE]` last.
 
     The response admits the request when the response is sent. A refusal is therefore an ordinary error with its own
-    status. A later failure is the event `{"error": ...}`, and this event is the last. A disconnect of the client
-    cancels the request.
+    status. A later failure of one generation is the event `{"error": ...}`, and this event is the last. A disconnect of
+    the client cancels the request.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(
-        self,
-        admit: Callable[[], Awaitable[TokenStream]],
-        delta_event: Callable[[TokenStream, TokenDelta], dict[str, Any]],
-        final_event: Callable[[TokenStream, GenerationResult], dict[str, Any]],
-        metrics: ServerMetrics,
-    ) -> None:
+    def __init__(self, admit: Admit, writer: EventWriter, metrics: ServerMetrics) -> None:
         """Prepare the response.
 
         Args:
             admit: Sends the request to the engine. Called once.
-            delta_event: Returns the JSON of an event that adds text or tokens.
-            final_event: Returns the JSON of the last event before `[DONE]`.
+            writer: Writes the events.
             metrics: Counts the tokens at the end.
         """
         super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._admit = admit
-        self._delta_event = delta_event
-        self._final_event = final_event
+        self._writer = writer
         self._metrics = metrics
         self._started = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the events until the generation ends or the client disconnects."""
+        """Send the events until the generations end or the client disconnects."""
         request_id = scope["state"]["request_id"]
         try:
             await cancel_on_disconnect(receive, self._send_events(send, request_id))
@@ -69,29 +122,120 @@ class EventStream(Response):
                 raise
 
     async def _send_events(self, send: Send, request_id: str) -> None:
-        stream = await self._admit()
-        try:
+        async with admitted(self._admit, self._metrics) as streams:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             self._started = True
-            async for event in self._events(stream, request_id):
-                await send({"type": "http.response.body", "body": event, "more_body": True})
+            async with aclosing(self._events(streams, request_id)) as events:
+                async for event in events:
+                    await send({"type": "http.response.body", "body": event, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
-        finally:
-            self._metrics.observe_waits(stream.waited_s, stream.first_token_s)
-            await stream.aclose()
 
-    async def _events(self, stream: TokenStream, request_id: str) -> AsyncIterator[bytes]:
+    async def _events(self, streams: Sequence[TokenStream], request_id: str) -> AsyncGenerator[bytes]:
+        writer = self._writer
         try:
-            async for delta in stream:
-                if delta.text or delta.token_ids:
-                    yield encode_event(self._delta_event(stream, delta))
-            if stream.result is None:
-                raise EngineUnavailable("the generation was closed before it finished; send the request again")
+            if first := writer.begin(streams):
+                yield first
+            async with aclosing(merged(streams)) as deltas:
+                async for index, delta in deltas:
+                    stream = streams[index]
+                    if delta is None:
+                        result = result_of(stream)
+                        self._metrics.count_generation(result)
+                        event = writer.final(index, stream, result)
+                    else:
+                        event = writer.delta(index, stream, delta) if delta.text or delta.token_ids else b""
+                    if event:
+                        yield event
+            last = writer.end(streams)
         except Exception as error:  # noqa: BLE001 - the status 200 is sent already: the error becomes an event and a log line
             content = describe(error, request_id)[1]
             self._metrics.count_refusal(content["error"]["code"])
-            yield encode_event(content)
-            return
-        self._metrics.count_generation(stream.result)
-        yield encode_event(self._final_event(stream, stream.result))
-        yield DONE
+            last = writer.failed(content)
+        if last:
+            yield last
+
+
+@asynccontextmanager
+async def admitted(admit: Admit, metrics: ServerMetrics) -> AsyncIterator[Sequence[TokenStream]]:
+    """Admit a request, and close its streams at the end of the block. Waiting times are counted."""
+    streams = await admit()
+    try:
+        yield streams
+    finally:
+        for stream in streams:
+            metrics.observe_waits(stream.waited_s, stream.first_token_s)
+        # To its end: a client that leaves once it has the last event cancels this block.
+        await asyncio.shield(asyncio.ensure_future(measured_with_request(_close_all(streams))))
+
+
+async def admit_all(calls: Sequence[Admit]) -> list[TokenStream]:
+    """Admit several requests at once, all or none.
+
+    Returns:
+        Their streams, in the order of `calls`.
+    """
+    if len(calls) == 1:
+        return list(await calls[0]())
+    tasks = [asyncio.ensure_future(measured_with_request(_awaited(call))) for call in calls]
+    try:
+        return [stream for streams in await asyncio.gather(*tasks) for stream in streams]
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        for outcome in await asyncio.gather(*tasks, return_exceptions=True):
+            if not isinstance(outcome, BaseException):
+                for stream in outcome:
+                    await stream.aclose()
+        raise
+
+
+async def merged(streams: Sequence[TokenStream]) -> AsyncGenerator[tuple[int, TokenDelta | None]]:
+    """Yield the deltas of several streams as they come, each with its stream's index. None is the end of a stream.
+
+    Raises what a stream raises. The other streams stay open.
+    """
+    if len(streams) == 1:
+        async for only in streams[0]:
+            yield 0, only
+        yield 0, None
+        return
+    # A slow reader holds each stream at its next delta.
+    queue: asyncio.Queue[tuple[int, TokenDelta | None, Exception | None]] = asyncio.Queue(len(streams))
+
+    async def pump(index: int) -> None:
+        try:
+            async for delta in streams[index]:
+                await queue.put((index, delta, None))
+            await queue.put((index, None, None))
+        except Exception as error:  # noqa: BLE001 - it is raised where the deltas are read
+            await queue.put((index, None, error))
+
+    tasks = [asyncio.ensure_future(measured_with_request(pump(index))) for index in range(len(streams))]
+    try:
+        left = len(tasks)
+        while left:
+            index, delta, error = await queue.get()
+            if error is not None:
+                raise error
+            left -= delta is None
+            yield index, delta
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def result_of(stream: TokenStream) -> GenerationResult:
+    """Return the result of an exhausted stream. Raises EngineUnavailable if the stream was closed before its end."""
+    if stream.result is None:
+        raise EngineUnavailable("the generation was closed before it finished; send the request again")
+    return stream.result
+
+
+async def _awaited(call: Admit) -> Sequence[TokenStream]:
+    return await call()
+
+
+async def _close_all(streams: Sequence[TokenStream]) -> None:
+    for stream in streams:
+        await stream.aclose()

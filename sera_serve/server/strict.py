@@ -45,7 +45,7 @@ class RequestModel(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _no_unknown_field(cls, value: Any) -> Any:
-        known = list(cls.model_fields)
+        known = [field.alias or name for name, field in cls.model_fields.items()]
         for name in value if isinstance(value, dict) else ():
             if name not in known:
                 near = difflib.get_close_matches(name[:64], known, n=1)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from adapters_store import MAX_CHAT_TEMPLATE_BYTES
 from sera_serve.trainer.settings import TrainSettings
 from sera_serve.trainer.table import InvalidData, Problems, Row, Table, read_table
 
@@ -158,15 +160,32 @@ class Passage:
             return repr(self.messages[:-1])
         return self.completion if self.prompt is None else self.prompt
 
+    def as_chat(self) -> Passage:
+        """The row as messages: the prompt as the user's, the completion as the assistant's."""
+        if self.messages:
+            return self
+        assert self.prompt is not None
+        turns = {"role": "user", "content": self.prompt}, {"role": "assistant", "content": self.completion}
+        return Passage(self.row, messages=turns)
+
 
 @dataclass(frozen=True)
 class GenerateData:
-    """Checked rows of task generate, by use; `digests` has the sha256 of each file, by use."""
+    """Checked rows of task generate, by use.
+
+    Attributes:
+        train: What is learned.
+        eval: What chooses the epoch.
+        test: What is scored at the end.
+        digests: The sha256 of each file, by use.
+        chat_template: The template of the rows, all of which are chats then, or None.
+    """
 
     train: list[Passage]
     eval: list[Passage]
     test: list[Passage]
     digests: dict[str, str]
+    chat_template: str | None = None
 
 
 def load_generate_data(settings: TrainSettings) -> GenerateData:
@@ -185,6 +204,11 @@ def load_generate_data(settings: TrainSettings) -> GenerateData:
             table = read_table(path)
             rows[use] = _checked_passages(table, settings)
             digests[use] = table.digest
+    template = None
+    if settings.chat_template is not None:
+        template = _read_template(settings.chat_template)
+        digests["chat_template"] = hashlib.sha256(template.encode()).hexdigest()
+        rows = {use: [passage.as_chat() for passage in passages] for use, passages in rows.items()}
     train = draw(rows["train"], settings.train_limit, settings.seed)
     if settings.eval is None and settings.eval_fraction:
         if len(train) == 1 and not train[0].messages and train[0].prompt is None:
@@ -193,7 +217,24 @@ def load_generate_data(settings: TrainSettings) -> GenerateData:
             train, rows["eval"] = hold_out(
                 train, settings.eval_fraction, settings.seed, key=lambda r: r.group, stratum=lambda r: ""
             )
-    return GenerateData(train, rows["eval"], rows["test"], digests)
+    return GenerateData(train, rows["eval"], rows["test"], digests, template)
+
+
+def _read_template(path: Path) -> str:
+    """Read a chat template: UTF-8, not empty, and as long as a bundle may have it."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_CHAT_TEMPLATE_BYTES + 1)
+        text = data.decode("utf-8")
+    except OSError as error:
+        raise InvalidData(f"{path} cannot be read: {error.strerror}; check the path", param="chat_template") from error
+    except UnicodeDecodeError as error:
+        raise InvalidData(f"{path} is not UTF-8; save the chat template as UTF-8", param="chat_template") from error
+    if not text.strip() or len(data) > MAX_CHAT_TEMPLATE_BYTES:
+        raise InvalidData(
+            f"{path} must have a chat template of 1 to {MAX_CHAT_TEMPLATE_BYTES} bytes", param="chat_template"
+        )
+    return text
 
 
 def _cut_text(passage: Passage, fraction: float) -> tuple[list[Passage], list[Passage]]:

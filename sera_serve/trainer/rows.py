@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
 from sera_serve.base import FrozenBase
+from sera_serve.base.chat import ChatRenderer, ChatTemplate, ChatTemplateFailed, ChatTemplateMissing
 from sera_serve.errors import InvalidConfiguration
 from sera_serve.trainer.data import Passage
 from sera_serve.trainer.model import IGNORED
@@ -37,10 +39,20 @@ class PassageTokenizer:
 
     A prompt is tokenised as on the server, by `tokenizer(prompt)`. A completion is tokenised on its own, without
     special tokens, so that training and serving see the same prefix. The end-of-text token closes each completion.
+    Chats are rendered as on the server, and have what their template writes alone. `close` ends what renders them.
     """
 
-    def __init__(self, base: FrozenBase, max_length: int) -> None:
+    def __init__(self, base: FrozenBase, max_length: int, chat_template: str | None = None) -> None:
+        """Prepare.
+
+        Args:
+            base: The base model.
+            max_length: The longest row in tokens.
+            chat_template: The template of chats, in place of the base's own.
+        """
         self.tokenizer: Any = base.tokenizer
+        self._renderer = ChatRenderer(base.tokenizer)
+        self._own_template = chat_template
         self.base_name = base.name
         self.max_length = max_length
         self.end: list[int] = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
@@ -58,6 +70,10 @@ class PassageTokenizer:
                 f"{self._windowed} long texts were split into {self._windows} chunks of up to {self.max_length} tokens"
             )
         return found
+
+    def close(self) -> None:
+        """End the process that renders chats, if one was started."""
+        self._renderer.close()
 
     def rows_of(self, passage: Passage) -> list[TokenRow]:
         """Tokenise one passage: into one row, or into several chunks of a long plain text."""
@@ -111,12 +127,6 @@ class PassageTokenizer:
         return rows
 
     def _chat(self, passage: Passage) -> TokenRow:
-        if not self.tokenizer.chat_template:
-            raise InvalidConfiguration(
-                f"base {self.base_name} has no chat template, so --messages-column cannot be used; give "
-                "--prompt-column and --completion-column, or a base whose tokenizer has a template",
-                param="messages_column",
-            )
         ids: list[int] = []
         labels: list[int] = []
         text_bytes, done = 0, ""
@@ -127,7 +137,7 @@ class PassageTokenizer:
             whole = self._render(passage, i + 1, prompt=False)
             if not (prompt.startswith(done) and whole.startswith(prompt)):
                 raise InvalidData(
-                    f"{passage.row.where}: the chat template of base {self.base_name} rewrites earlier turns; "
+                    f"{passage.row.where}: the chat template rewrites earlier turns; "
                     "split the conversation into one row for each turn of the assistant"
                 )
             before, _ = self._encode(prompt[len(done) :])
@@ -146,10 +156,24 @@ class PassageTokenizer:
         return {"input_ids": ids, "labels": labels, "text_bytes": max(text_bytes, 1)}
 
     def _render(self, passage: Passage, turns: int, *, prompt: bool) -> str:
-        text: str = self.tokenizer.apply_chat_template(
-            list(passage.messages[:turns]), tokenize=False, add_generation_prompt=prompt
-        )
-        return text
+        messages = passage.messages[:turns]
+        try:
+            return self._renderer.render(self._template, messages, add_generation_prompt=prompt)
+        except ChatTemplateFailed as error:
+            raise InvalidData(f"{passage.row.where}: {error.message}", param="chat_template") from error
+
+    @cached_property
+    def _template(self) -> ChatTemplate:
+        try:
+            return self._renderer.template(self._own_template, tools=False)
+        except ChatTemplateMissing as error:
+            raise InvalidConfiguration(
+                f"base {self.base_name} has no chat template, so --messages-column cannot be used; give "
+                "--chat-template, or --prompt-column and --completion-column, or a base whose tokenizer has a template",
+                param="messages_column",
+            ) from error
+        except ChatTemplateFailed as error:
+            raise InvalidConfiguration(error.message, param="chat_template") from error
 
     def _encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)

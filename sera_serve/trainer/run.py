@@ -130,6 +130,7 @@ def _train_on(
             labels=data.labels if isinstance(data, ClassifyData) else None,
             pooling=task.pooling if isinstance(task, ClassifyTask) else None,
             max_length=max_length if settings.task == "classify" else None,
+            chat_template=data.chat_template if isinstance(data, GenerateData) else None,
             record=_record(settings, task, data, metrics, best_step),
         )
         # Inside the block, so that the checkpoints stay until the version is durable. A second publishing adds nothing.
@@ -226,6 +227,7 @@ def build_bundle(
     pooling: Pooling | None,
     max_length: int | None,
     record: dict[str, Any],
+    chat_template: str | None = None,
 ) -> AdapterBundle:
     """Build the bundle that the store keeps.
 
@@ -237,6 +239,7 @@ def build_bundle(
         pooling: Pooling of a classifier, or None.
         max_length: The length to which the server truncates a classifier's inputs, as training did; or None.
         record: How the adapter was trained: JSON values, equal for equal settings, so without times and paths.
+        chat_template: The template of the chats that a generator was trained on, or None.
     """
     modules = {path: ModuleSpec(**shape) for path, shape in module_specs(base.model).items()}
     config = AdapterConfig(
@@ -248,5 +251,6 @@ def build_bundle(
         pooling=pooling,
         max_length=max_length,
         training=record,
+        chat_template=chat_template,
     )
     return AdapterBundle(config, model.stored_tensors())

@@ -76,11 +76,15 @@ SelectBy = Literal["loss", "accuracy", "macro_f1", "matthews"]
 
 _ONLY_FOR_TASK: dict[Task, tuple[str, ...]] = {
     "classify": ("text_column", "text_pair_column", "label_column", "pooling", "head_learning_rate"),
-    "generate": ("prompt_column", "completion_column", "messages_column"),
+    "generate": ("prompt_column", "completion_column", "messages_column", "chat_template"),
 }
 _ADAPTER_SHAPE = ("rank", "split", "lora_alpha", "target_modules", "train_factors")
 # These settings change where a run is stored or how it is shown. They do not change the resulting adapter.
-_NOT_IDENTITY = {"store", "train", "eval", "test", "work_dir", "resume", "checkpoint_seconds", "description"}
+# Of files, the contents count.
+_NOT_IDENTITY = {
+    *("store", "train", "eval", "test", "chat_template"),
+    *("work_dir", "resume", "checkpoint_seconds", "description"),
+}
 
 
 def _option(default: Any, help_text: str, group: str, **limits: Any) -> Any:
@@ -123,6 +127,12 @@ class TrainSettings(BaseModel):
     )
     messages_column: str | None = _option(
         None, "generate: column with chat turns [{role, content}]; the assistant's turns are learned.", DATA
+    )
+    chat_template: Path | None = _option(
+        None,
+        "generate: file with a Jinja template. Rows become chats (prompt: user, completion: assistant); the adapter "
+        "keeps the template and answers chats.",
+        DATA,
     )
     eval_fraction: float = _option(
         0.1,
@@ -207,6 +217,8 @@ class TrainSettings(BaseModel):
                 raise ValueError("--messages-column excludes --prompt-column and --completion-column; give one kind")
             if self.prompt_column and not self.completion_column:
                 raise ValueError("--prompt-column needs --completion-column: the text to learn to write")
+            if self.chat_template and self.columns == (None, self.completion_column) and not self.messages_column:
+                raise ValueError("--chat-template needs a question for each answer; give --prompt-column too")
             if self.select_by not in (None, "loss"):
                 raise ValueError(f"--select-by {self.select_by} is for task classify; generate has only loss")
         self._check_method()

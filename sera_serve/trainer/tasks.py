@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import closing
 from typing import Any, Protocol, TypedDict
 
 import numpy as np
@@ -169,14 +170,15 @@ class GenerateTask:
         self.model: AdapterModel = self.generator
         self.notes: list[str] = []
         self.max_length = max_length
+        self.chat_template = data.chat_template
         self.train_rows: Sequence[Any] = self._tokenise(data.train, "training")
         self.eval_rows: Sequence[Any] = self._tokenise(data.eval, "evaluation")
         self.test_rows: Sequence[Any] = self._tokenise(data.test, "test")
         self.lengths: Sequence[int] = [len(row["input_ids"]) for row in self.train_rows]
 
     def _tokenise(self, passages: list[Passage], name: str) -> list[TokenRow]:
-        tokeniser = PassageTokenizer(self.base, self.max_length)
-        rows = [row for passage in passages for row in tokeniser.rows_of(passage)]
+        with closing(PassageTokenizer(self.base, self.max_length, self.chat_template)) as tokeniser:
+            rows = [row for passage in passages for row in tokeniser.rows_of(passage)]
         self.notes.extend(f"{note} ({name} rows)" for note in tokeniser.notes())
         return rows
 

@@ -156,8 +156,8 @@ def test_the_engine_check_sees_other_tokens_than_the_cpu_s(setting: Setting, mon
     made: list[Any] = []
     monkeypatch.setattr(engine_check, "tiny_base", other_weights)
     # The store's adapters are of the first base; the second is not what they were made for.
-    monkeypatch.setattr("sera_serve.engine.engine.check_same_base", lambda *infos: None)
-    monkeypatch.setattr("sera_serve.engine.engine.check_base", lambda *infos: None)
+    monkeypatch.setattr("sera_serve.engine.references.check_same_base", lambda *infos: None)
+    monkeypatch.setattr("sera_serve.engine.references.check_base", lambda *infos: None)
     rows = list(engine_check.check_engine(setting, "float32 graphs"))
     assert {row["batch"] for row in rows if not row["correct"]} == {"base", "adapters", "sampled", "limited"}
 

@@ -17,12 +17,21 @@ import pytest
 from fastapi import FastAPI, Request
 
 from adapters_store import AdapterConfig, InvalidAdapterName, InvalidBundle, parse_adapter, parse_json, parse_ref
+from adapters_store.convert.peft_keys import sort_keys
 from adapters_store.names import check_alias, check_digest
+from sera_serve.base import chat
+from sera_serve.base.chat import MAX_TEMPLATE_CHARACTERS
 from sera_serve.config import ServeSettings
+from sera_serve.engine import structured
+from sera_serve.engine.constraint import MAX_GRAMMAR_CHARACTERS
 from sera_serve.errors import SeraServeError
-from sera_serve.server import health, native
+from sera_serve.server import health, native, openai
 from sera_serve.server.browsers import BrowserRules
+from sera_serve.server.native.schemas import GenerateRequest
 from sera_serve.server.native.upload_form import boundary_of
+from sera_serve.server.openai.chat_schemas import ChatRequest
+from sera_serve.server.openai.completion_schemas import CompletionRequest
+from sera_serve.server.openai.tool_calls import ToolCallParser
 from sera_serve.server.strict import media_type
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -48,6 +57,22 @@ EXPRESSIONS = {
     "sera_serve/server/browsers.py: _HOST": "headers",
     "sera_serve/server/browsers.py: f'(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://{_HOST}/?'": "headers",
     r"sera_serve/trainer/checkpoint.py: checkpoint-(\d+)": "names of files of the trainer, 255 bytes at most",
+    r"adapters_store/convert/peft_keys.py: (?P<path>[^\s]+)\.(?P<kind>lora_A|lora_B|lora_magnitude_vector)"
+    r"(?:\.(?P<rest>[A-Za-z0-9_.-]+))?": "names of tensors",
+    r"sera_serve/base/chat.py: {%(-?)\s*(end)?generation\s*(-?)%}": "chat templates",
+    r"sera_serve/commands/imports.py: [A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}": "the command line",
+    r"sera_serve/commands/imports.py: split=([1-9]\d{0,6})(?:,rank=([1-9]\d{0,6}))?": "the command line",
+    "sera_serve/engine/structured.py: '|'.join([_OPAQUE, *(f'(?P<f{index}>{pattern})' for index, (_, pattern, _) in "
+    "enumerate(_FORBIDDEN)), '(?P<colon>:)'])": "grammars",
+    r"sera_serve/engine/structured.py: ^at \d+\(\d+\): failed to compile JSON schema: ": "a library's messages",
+    "sera_serve/server/native/sampling.py: 0|[1-9][0-9]{0,9}": "token ids as keys",
+    "sera_serve/server/openai/fields.py: [0-9]{1,10}": "token ids as keys",
+    "sera_serve/server/openai/chat_schemas.py: ^[A-Za-z0-9_.-]{1,64}$": "names of tools",
+    "sera_serve/server/openai/chat_schemas.py: [A-Za-z0-9_.-]{1,64}": "names of tools",
+    "sera_serve/server/openai/chat_schemas.py: [A-Za-z_][A-Za-z0-9_]{0,63}": "names of tools",
+    "sera_serve/server/response_format.py: ^[a-zA-Z0-9_-]{1,64}$": "names of tools",
+    "sera_serve/server/openai/token_texts.py: <0x([0-9A-Fa-f]{2})>": "tokens of the base, which the operator chooses",
+    r"sera_serve/server/openai/tool_calls.py: [\s;,]*": "tool calls",
 }
 
 
@@ -78,7 +103,7 @@ def request_with(header: str, value: str) -> Request:
 
 
 APP = FastAPI()
-for router in (*native.ROUTERS, health.router):
+for router in (*native.ROUTERS, *openai.ROUTERS, health.router):
     APP.include_router(router)
 
 
@@ -96,7 +121,26 @@ def configuration(path: str) -> None:
     AdapterConfig.from_json(json.dumps(fields))
 
 
+def tool_request(name: str) -> object:
+    tool = {"type": "function", "function": {"name": name}}
+    return ChatRequest.model_validate({"model": "a/b", "messages": [{"role": "user", "content": "a"}], "tools": [tool]})
+
+
+def calls_in(text: str) -> None:
+    parser = ToolCallParser("json", ["look"])
+    parser.push(text)
+    parser.end()
+
+
 USES: dict[str, Callable[[str], object]] = {
+    "a tensor's name": lambda text: sort_keys([text]),
+    "a factor's name": lambda text: sort_keys([f"x{text}.lora_A.default.weight{text}"]),
+    "a token's id": lambda text: GenerateRequest.model_validate({"prompt": "a", "logit_bias": {text: 1}}),
+    "a token's id in a completion": lambda text: CompletionRequest.model_validate(
+        {"model": "a/b", "prompt": "a", "logit_bias": {text: 1}}
+    ),
+    "a tool's name": tool_request,
+    "a tool call": calls_in,
     "a reference": parse_ref,
     "a reference's selector": lambda text: parse_ref(f"a/b@{text}"),
     "an adapter's name": parse_adapter,
@@ -114,6 +158,7 @@ RULES = BrowserRules(ServeSettings(allowed_hosts=["a.example"], allowed_origins=
 HEADER_USES: dict[str, Callable[[str], object]] = {
     "a path": lambda text: route(f"/v1/adapters/{text}"),
     "a path with a name": lambda text: route(f"/v1/adapters/a/{text}"),
+    "a model's path": lambda text: route(f"/v1/models/{text}"),
     "a query": query,
     "a query's value": lambda text: query(f"tenant={text}"),
     "a media type": lambda text: media_type(request_with("content-type", text)),
@@ -150,6 +195,30 @@ def test_names_and_bodies_take_linear_time(name: str) -> None:
 def test_headers_and_paths_take_linear_time(name: str) -> None:
     for piece in HEADER_TEXTS:
         assert_linear(HEADER_USES[name], piece * (HEADER // len(piece)))
+
+
+# A grammar and a template have at most as many characters as these tests send. The limits leave a quadratic scan less
+# than the two seconds above, so these have their own.
+GRAMMAR_TEXTS = ['"', '\\"', "/", "/a", "\\/", "<", "< ", "%", "% ", "~ ", "[", "[ ", ",", "//", "#", "stop ", ":"]
+TEMPLATE_TEXTS = ["{%", "{% ", "{%- ", "{%end", " ", "{%-", "{% generation"]
+SHORT_TEXT_S = 0.25
+
+
+@pytest.mark.parametrize("before", ["", '"', "/"])
+def test_grammars_are_checked_in_linear_time(before: str) -> None:
+    for piece in GRAMMAR_TEXTS:
+        began = time.perf_counter()
+        with contextlib.suppress(ValueError):
+            structured.checked_grammar((before + piece * MAX_GRAMMAR_CHARACTERS)[:MAX_GRAMMAR_CHARACTERS])
+        assert time.perf_counter() - began < SHORT_TEXT_S, piece
+
+
+@pytest.mark.parametrize("before", ["", "{%"])
+def test_marks_of_templates_are_removed_in_linear_time(before: str) -> None:
+    for piece in TEMPLATE_TEXTS:
+        began = time.perf_counter()
+        chat.without_marks((before + piece * MAX_TEMPLATE_CHARACTERS)[:MAX_TEMPLATE_CHARACTERS])
+        assert time.perf_counter() - began < SHORT_TEXT_S, piece
 
 
 def test_a_quadratic_expression_would_be_seen() -> None:

@@ -12,6 +12,7 @@ from sera_kernels import (
     NO_ADAPTER,
     AdapterBatch,
     AdapterTables,
+    ShapeClasses,
     grouped_sera,
     grouped_sera_reference,
     numba_path,
@@ -39,8 +40,13 @@ POPULARITY = {
 }
 
 
-def random_pool(d_in: int, d_outs: list[int], dtype: torch.dtype) -> tuple[Tensor, AdapterTables]:
-    """Make one adapter of each shape, some without the second module. All other memory of the pool is NaN."""
+def random_pool(
+    d_in: int, d_outs: list[int], dtype: torch.dtype, vectors: bool = False
+) -> tuple[Tensor, AdapterTables]:
+    """Make one adapter of each shape, some without the second module. All other memory of the pool is NaN.
+
+    With `vectors`, every second adapter has gains and offsets, some of them not in all modules.
+    """
     tables = AdapterTables.empty(len(d_outs), len(SHAPES))
     chunks = [torch.full((5,), float("nan"))]
     for slot, (rank, split, mixer) in enumerate(SHAPES):
@@ -52,6 +58,9 @@ def random_pool(d_in: int, d_outs: list[int], dtype: torch.dtype) -> tuple[Tenso
             tables.rank[module, slot], tables.split[module, slot] = rank, split
             tables.mixer[module, slot], tables.scaling[module, slot] = int(mixer), 0.5 + slot
             chunks += [torch.randn(size) / 8, torch.full((3,), float("nan"))]
+            if vectors and slot % 2 == 0 and slot + module != 2:
+                tables.vectors[module, slot] = sum(map(len, chunks))
+                chunks += [1 + torch.randn(d_out) / 4, torch.randn(d_out), torch.full((2,), float("nan"))]
     return torch.cat(chunks).to(dtype), tables
 
 
@@ -62,11 +71,13 @@ PATHS = {"torch": grouped_sera_torch, "numba": grouped_sera_numba}
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("tokens", [1, 7, 40, 300])
 @pytest.mark.parametrize("popularity", POPULARITY)
-def test_grouped_is_the_reference(popularity: str, tokens: int, dtype: torch.dtype, path: str) -> None:
+@pytest.mark.parametrize("vectors", [False, True])
+def test_grouped_is_the_reference(vectors: bool, popularity: str, tokens: int, dtype: torch.dtype, path: str) -> None:
     # numba computes in float32 only. Other dtypes use the torch path.
     grouped = grouped_sera if path == "numba" and dtype != torch.float32 else PATHS[path]
     d_in, d_outs = 64, [128, 64, 192]
-    pool, tables = random_pool(d_in, d_outs, dtype)
+    pool, tables = random_pool(d_in, d_outs, dtype, vectors)
+    assert tables.classes.vectors == vectors
     batch = AdapterBatch(POPULARITY[popularity](tokens, len(SHAPES)).to(torch.int32))
     x = torch.randn(tokens, d_in).to(dtype)
     got = [torch.randn(tokens, d_out).to(dtype) for d_out in d_outs]
@@ -97,6 +108,30 @@ def test_reference_by_hand() -> None:
     # x A = [1 + 4, 9 + 16] = [5, 25]; mixed = [25, 5]; times B = [125, 30].
     grouped_sera_reference(torch.tensor([[1.0, 2, 3, 4]]), [y], [0], batch, pool, tables)
     assert y.tolist() == [[1251.0, 301.0]]
+
+
+def test_gain_and_offset_by_hand() -> None:
+    # One adapter whose update is x: A = B = [[1]]. Its gain is 3, its offset 0.5.
+    pool = torch.tensor([1.0, 1, 3, 0.5])
+    tables = AdapterTables.empty(1, 2)
+    tables.offset[0, 0], tables.rank[0, 0], tables.scaling[0, 0], tables.vectors[0, 0] = 0, 1, 1.0, 2
+    # A slot that was given back keeps its other values.
+    tables.vectors[0, 1] = 2
+    batch = AdapterBatch(torch.tensor([0, 1, NO_ADAPTER], dtype=torch.int32))
+    for grouped in (grouped_sera_reference, grouped_sera_torch, grouped_sera_numba):
+        y = torch.full((3, 1), 10.0)
+        grouped(torch.full((3, 1), 2.0), [y], [0], batch, pool, tables)
+        assert y.flatten().tolist() == [36.5, 10.0, 10.0]
+
+
+def test_vectors_are_looked_for_only_where_the_batch_may_have_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool, tables = random_pool(64, [64], torch.float32, vectors=True)
+    x, slots = torch.randn(5, 64), torch.tensor([0, 1, 4, -1, 3], dtype=torch.int32)
+    monkeypatch.setattr(numba_path, "_apply_vectors", lambda *arguments: pytest.fail("they were looked for"))
+    batch = AdapterBatch(slots, ShapeClasses.of([(4, 1)]))
+    grouped_sera_numba(x, [torch.zeros(5, 64)], [0], batch, pool, tables)
+    with pytest.raises(pytest.fail.Exception):
+        grouped_sera_numba(x, [torch.zeros(5, 64)], [0], AdapterBatch(slots), pool, tables)
 
 
 def test_arguments_that_do_not_fit_are_refused() -> None:
@@ -136,11 +171,17 @@ def test_no_more_threads_compute_than_torch_has(threads: int) -> None:
 def test_warm_up_leaves_nothing_to_compile() -> None:
     torch.set_num_threads(max(2, torch.get_num_threads()))
     warm_up(torch.device("cpu"), torch.float32)
-    compiled = [len(f.signatures) for f in (numba_path._update, numba_path._update_parallel)]
+    functions = (
+        numba_path._update,
+        numba_path._update_parallel,
+        numba_path._apply_vectors,
+        numba_path._apply_vectors_parallel,
+    )
+    compiled = [len(f.signatures) for f in functions]
     assert min(compiled) == 1
-    pool, tables = random_pool(64, [64, 128], torch.float32)
+    pool, tables = random_pool(64, [64, 128], torch.float32, vectors=True)
     for tokens in (1, 500):
         batch = AdapterBatch(torch.zeros(tokens, dtype=torch.int32))
         x = torch.randn(tokens, 64)
         grouped_sera(x, [torch.randn(tokens, 64), torch.randn(tokens, 128)], [0, 1], batch, pool, tables)
-    assert [len(f.signatures) for f in (numba_path._update, numba_path._update_parallel)] == compiled
+    assert [len(f.signatures) for f in functions] == compiled

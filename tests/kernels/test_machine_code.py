@@ -19,6 +19,7 @@ REGISTERS = {
     "expand_silu_mul, any rank": 168,
     "reduce_tiles": 200,
     "expand_tiles": 200,
+    "scale_and_shift": 64,
 }
 
 

@@ -1,6 +1,6 @@
 """The Triton kernels against the float64 reference. Without a GPU, Triton's interpreter runs the kernels."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -16,7 +16,13 @@ from sera_kernels import (
     triton_path,
 )
 from sera_kernels.launches import Launch
-from sera_kernels.triton_path import expand_silu_mul_updates, expand_updates, grouped_sera_triton, reduce_updates
+from sera_kernels.triton_path import (
+    expand_silu_mul_updates,
+    expand_updates,
+    grouped_sera_triton,
+    reduce_updates,
+    silu_mul_updates,
+)
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NAN = float("nan")
@@ -87,8 +93,13 @@ def _tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_path, "PREFILL_TOKENS", 0)
 
 
-def adapters(widths: Widths, dtype: torch.dtype, offset_step: int = 8) -> tuple[Tensor, AdapterTables]:
-    """Make one adapter of each shape, some without some modules. All other memory of the pool is NaN."""
+def adapters(
+    widths: Widths, dtype: torch.dtype, offset_step: int = 8, vectors: bool = False
+) -> tuple[Tensor, AdapterTables]:
+    """Make one adapter of each shape, some without some modules. All other memory of the pool is NaN.
+
+    With `vectors`, about half of the modules have a gain and an offset.
+    """
     tables = AdapterTables.empty(len(widths.d_outs), len(widths.shapes))
     chunks, end = [], 0
 
@@ -108,6 +119,10 @@ def adapters(widths: Widths, dtype: torch.dtype, offset_step: int = 8) -> tuple[
             size = (widths.d_in + d_out) * (rank // split) + (rank**2 if mixer else 0)
             chunks.append(torch.randn(size) / 8)
             end += size
+            if vectors and (slot + module) % 2 == 0:
+                tables.vectors[module, slot] = skip(-end % offset_step + offset_step)
+                chunks += [1 + torch.randn(d_out) / 4, torch.randn(d_out)]
+                end += 2 * d_out
     skip(offset_step)
     return torch.cat(chunks).to(dtype).to(DEVICE), on_device(tables)
 
@@ -208,6 +223,63 @@ def test_tiles_are_the_reference(
     widths: Widths, popularity: str, tokens: int, dtype: torch.dtype, margin: int, offset_step: int
 ) -> None:
     run_case(widths, popularity, tokens, dtype, SMALL, margin, offset_step)
+
+
+@pytest.mark.parametrize("prefill", [False, True])
+@pytest.mark.parametrize(
+    ("widths", "dtype", "margin", "offset_step"),
+    [
+        (EVEN, torch.float32, 8, 8),
+        (EVEN, torch.bfloat16, 8, 8),
+        (EVEN, torch.float16, 3, 8),
+        (TIMES_24, torch.bfloat16, 8, 3),
+        (TIMES_65, torch.float32, 1, 1),
+        # More columns than a program takes, and an uneven rest.
+        (Widths(32, (1200, 1040), ((4, 4, True), (4, 1, False), (2, 2, True), (1, 1, True))), torch.float16, 8, 8),
+    ],
+)
+def test_gains_and_offsets_are_the_reference(
+    widths: Widths, dtype: torch.dtype, margin: int, offset_step: int, prefill: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if prefill:
+        monkeypatch.setattr(triton_path, "PREFILL_TOKENS", 0)
+    pool, tables = adapters(widths, dtype, offset_step, vectors=True)
+    slots = torch.arange(7, dtype=torch.int32, device=DEVICE) % len(widths.shapes)
+    slots[5] = NO_ADAPTER
+    x = poisoned(7, widths.d_in, dtype, margin)
+    got = [poisoned(7, d_out, dtype, margin) for d_out in widths.d_outs]
+    before = [y.clone() for y in got]
+    updated, want = [y.clone() for y in got], [y.double() for y in got]
+    modules = list(range(len(got)))
+    grouped_sera_reference(x, want, modules, AdapterBatch(slots), pool, tables)
+    grouped_sera_triton(
+        x, updated, modules, AdapterBatch(slots, replace(tables.classes, vectors=False)), pool, tables, SMALL
+    )
+    grouped_sera_triton(x, got, modules, AdapterBatch(slots), pool, tables, SMALL)
+    for module, (mine, exact, plain) in enumerate(zip(got, want, updated, strict=True)):
+        cells = slots.long().clamp(min=0)
+        has = (slots >= 0) & (tables.offset[module, cells] >= 0) & (tables.vectors[module, cells] >= 0)
+        assert torch.equal(mine[~has], plain[~has])
+        assert has.any() and not torch.equal(mine[has], plain[has])
+        # The output is rounded before the gain, which may be 2, and after it; the interpreter cuts bfloat16 off.
+        unit = torch.finfo(dtype).eps
+        torch.testing.assert_close(mine.double(), exact, rtol=4 * unit, atol=8 * unit * exact.abs().max().item())
+        assert torch.equal(mine[5], before[module][5])
+        outside = mine._base
+        assert outside is not None
+        assert torch.isnan(outside).sum() == outside.numel() - mine.numel()
+
+
+def test_gains_and_offsets_come_before_the_activation() -> None:
+    widths = Widths(64, (96, 96), ((8, 8, True), (4, 4, False), (4, 1, True)))
+    pool, tables = adapters(widths, torch.float32, vectors=True)
+    batch = AdapterBatch(torch.tensor([1, NO_ADAPTER, 0, 2, 0], dtype=torch.int32, device=DEVICE))
+    x = poisoned(5, 64, torch.float32, 8)
+    gate, up = (poisoned(5, 96, torch.float32, 8) for _ in range(2))
+    want = [gate.double(), up.double()]
+    grouped_sera_reference(x, want, [0, 1], batch, pool, tables)
+    result = silu_mul_updates(reduce_updates(x, [0, 1], batch, pool, tables), gate, up)
+    torch.testing.assert_close(result.double(), torch.nn.functional.silu(want[0]) * want[1], rtol=1e-5, atol=1e-4)
 
 
 def test_more_than_256_tokens_are_computed_in_tiles() -> None:

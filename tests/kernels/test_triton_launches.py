@@ -1,7 +1,7 @@
 """Launch parameters of the Triton kernels: their choice and their measurement. Kinds of shapes."""
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from importlib import resources
 from pathlib import Path
 
@@ -114,8 +114,13 @@ def test_shapes_are_classified_by_segments_and_rank() -> None:
     assert classes.width == 1024
     assert ShapeClasses.of([]).width == 0
     assert ShapeClasses(16, 0, 64) | ShapeClasses(64, 16, 0) == ShapeClasses(64, 16, 64)
+    assert ShapeClasses(16, 0, 64) | ShapeClasses(vectors=True) == ShapeClasses(16, 0, 64, True)
     assert ShapeClasses.of([(5000, 1)]).whole == 8192
     assert len({classes, ShapeClasses.of([(64, 64), (20, 4), (1000, 1)])}) == 1
+
+
+def vars_of(tables: AdapterTables) -> dict[str, torch.Tensor]:
+    return {field.name: getattr(tables, field.name) for field in fields(tables)}
 
 
 def test_tables_find_their_classes_or_are_told() -> None:
@@ -124,5 +129,9 @@ def test_tables_find_their_classes_or_are_told() -> None:
     # A slot without an adapter does not count.
     tables.rank[0, 0] = 4096
     assert tables.classes == ShapeClasses(segmented=64)
+    tables.vectors[0, 0] = 0
+    assert AdapterTables(**vars_of(tables)).classes == ShapeClasses(segmented=64)
+    tables.vectors[1, 2] = 0
+    assert AdapterTables(**vars_of(tables)).classes == ShapeClasses(segmented=64, vectors=True)
     tables.set_classes(ShapeClasses(single=16))
     assert tables.classes == ShapeClasses(single=16)

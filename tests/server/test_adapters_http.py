@@ -33,6 +33,7 @@ def test_a_list_describes_each_adapter(client: httpx.Client, writer: AdapterBund
         "ranks": [8],
         "splits": [4],
         "modules": 2,
+        "has_chat_template": False,
         "parameters": sorter.config.parameters,
         "bytes": sorter.nbytes,
     }

@@ -17,7 +17,7 @@ import pytest
 from fastapi import FastAPI
 from starlette.requests import Request
 
-from adapters_store import AdapterBundle, AdapterStore, Page, Published
+from adapters_store import AdapterBundle, AdapterStore, Page, PeftFiles, Published
 from sera_serve.base import FrozenBase
 from sera_serve.config import ServeSettings
 from sera_serve.server import build_app, middleware
@@ -42,6 +42,9 @@ HOSTILE = {
     "wrong stops": ("/v1/generate", filled(b'{"prompt":"a","stop":[', b'"",', b"]}", 1), 422, "invalid_value"),
     "wrong inputs": ("/v1/classify", filled(b'{"adapter":"a/b","inputs":[', b'"",', b"]}", 1), 422, "invalid_value"),
     "many inputs": ("/v1/classify", filled(b'{"adapter":"a/b","inputs":[', b'"a",', b"]}", 1), 422, "invalid_value"),
+    "wrong prompt": ("/v1/completions", filled(b'{"model":"a/b","prompt":[', b"-1,", b"]}", 1), 400, "invalid_value"),
+    "wrong end": ("/v1/completions", filled(b'{"model":"a/b","prompt":[', b"1,", b',"a"]}', 1), 400, "invalid_value"),
+    "many prompts": ("/v1/completions", filled(b'{"model":"a/b","prompt":[', b'"a",', b"]}"), 400, "invalid_value"),
     "nested lists": (
         "/v1/generate",
         filled(b'{"token_ids":[', b"[" * 900 + b"]" * 900 + b",", b"]}"),
@@ -169,13 +172,13 @@ def test_an_upload_that_is_given_up_is_published_whole_or_not_at_all(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     files: list[Any] = []
-    read = Upload.read_bundle
+    read = Upload.read
 
-    def noted(self: Upload, max_bytes: int) -> AdapterBundle:
+    def noted(self: Upload, max_bytes: int) -> AdapterBundle | PeftFiles:
         files.append(self.file)
         return read(self, max_bytes)
 
-    monkeypatch.setattr(Upload, "read_bundle", noted)
+    monkeypatch.setattr(Upload, "read", noted)
     data = writer.to_bytes()
     begun = send(held_url, upload_request(held_url, data, "acme/begun"))
     wait_until(lambda: held.publishing == 1)

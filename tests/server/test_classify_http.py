@@ -21,6 +21,24 @@ def test_results_come_in_the_order_of_the_inputs(client: httpx.Client) -> None:
     }
 
 
+def test_several_adapters_give_an_answer_each(client: httpx.Client, engine: StubEngine) -> None:
+    body = {"adapters": ["demo/sorter", "demo/other"], "inputs": ["b", "a"], "priority": "low"}
+    response = client.post("/v1/classify", json=body)
+    assert response.status_code == 200
+    results = [{"label": text, "probabilities": {text: 0.75, "other": 0.25}} for text in ("b", "a")]
+    assert response.json() == {
+        "adapters": [{"adapter": name, "version": 2, "results": results} for name in ("demo/sorter", "demo/other")]
+    }
+    assert engine.classified == [("low", None)] * 2
+    assert {principal.tenant for principal in engine.principals} == {"demo"}
+
+
+def test_a_weighted_sum_has_no_version(client: httpx.Client) -> None:
+    parts = [{"adapter": "demo/a", "weight": 1}, {"adapter": "demo/b@v2", "weight": -0.5}]
+    answer = client.post("/v1/classify", json={"adapter": parts, "inputs": ["b"]}).json()
+    assert (answer["adapter"], answer["version"]) == ("1*demo/a + -0.5*demo/b@v2", None)
+
+
 def test_priority_and_timeout_reach_the_engine(client: httpx.Client, engine: StubEngine) -> None:
     body = {"adapter": "demo/sorter", "inputs": ["a"]}
     assert client.post("/v1/classify", json=body).status_code == 200
@@ -37,6 +55,29 @@ def test_priority_and_timeout_reach_the_engine(client: httpx.Client, engine: Stu
         ({"adapter": "a/b"}, "missing_field", "inputs"),
         ({"adapter": None, "inputs": ["a"]}, "invalid_value", "adapter"),
         ({"adapter": "a/b", "inputs": "a"}, "invalid_value", "inputs"),
+        ({"adapter": "", "inputs": ["a"]}, "invalid_value", "adapter"),
+        ({"adapter": "a" * 257, "inputs": ["a"]}, "invalid_value", "adapter"),
+        ({"adapter": 5, "inputs": ["a"]}, "invalid_value", "adapter"),
+        ({"adapter": [], "inputs": ["a"]}, "invalid_value", "adapter"),
+        ({"adapter": [{"adapter": "a/b", "weight": 1}] * 9, "inputs": ["a"]}, "invalid_value", "adapter"),
+        ({"adapter": ["a/b"], "inputs": ["a"]}, "invalid_value", "adapter[0]"),
+        ({"adapter": [{"adapter": "a/b"}], "inputs": ["a"]}, "invalid_value", "adapter[0]"),
+        ({"adapter": [{"adapter": "a/b", "weight": "1"}], "inputs": ["a"]}, "invalid_value", "adapter[0].weight"),
+        ({"adapter": [{"adapter": "a/b", "weight": True}], "inputs": ["a"]}, "invalid_value", "adapter[0].weight"),
+        ({"adapter": [{"adapter": "a/b", "weight": 1e7}], "inputs": ["a"]}, "invalid_value", "adapter[0].weight"),
+        ({"adapter": [{"adapter": 5, "weight": 1}], "inputs": ["a"]}, "invalid_value", "adapter[0].adapter"),
+        ({"adapter": [{"adapter": "a/b", "weight": 1, "x": 1}], "inputs": ["a"]}, "invalid_value", "adapter[0]"),
+        ({"adapter": "a/b", "adapters": ["a/b"], "inputs": ["a"]}, "invalid_value", "adapters"),
+        ({"adapters": [], "inputs": ["a"]}, "invalid_value", "adapters"),
+        ({"adapters": ["a/b"] * 129, "inputs": ["a"]}, "invalid_value", "adapters"),
+        ({"adapters": ["a/b", ""], "inputs": ["a"]}, "invalid_value", "adapters[1]"),
+        ({"adapters": ["a/b", "c/b"], "inputs": ["a"]}, "invalid_request", "adapters[1]"),
+        ({"adapters": ["a/b", "x"], "inputs": ["a"]}, "invalid_adapter_name", "adapters[1]"),
+        (
+            {"adapter": [{"adapter": "a/b", "weight": 1}, {"adapter": "c/b", "weight": 1}], "inputs": ["a"]},
+            "invalid_request",
+            "adapter[1].adapter",
+        ),
         ({"adapter": "a/b", "inputs": []}, "invalid_value", "inputs"),
         ({"adapter": "a/b", "inputs": ["a", ""]}, "invalid_value", "inputs[1]"),
         ({"adapter": "a/b", "inputs": ["a", 5]}, "invalid_value", "inputs[1]"),

@@ -42,6 +42,16 @@ def test_pirate_rows_are_held_out() -> None:
     assert demo.EXAMPLES["demo/pirate"] not in {row["prompt"] for row in rows}
 
 
+def test_chat_rows_are_held_out() -> None:
+    rows = []
+    for name in ("chat_train.jsonl", "chat_eval.jsonl"):
+        lines = (demo.DATA / name).read_text(encoding="utf-8").splitlines()
+        rows += [json.loads(line) for line in lines]
+    assert len({row["prompt"] for row in rows}) == len(rows) > 120
+    assert all(row["completion"].strip() == row["completion"] and len(row["completion"]) < 200 for row in rows)
+    assert demo.EXAMPLES["demo/chat"] not in {row["prompt"] for row in rows}
+
+
 def test_demo_tenants_are_trained_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quick: dict[str, dict[str, Any]] = {
         name: options | {"epochs": 1, "train_limit": 16, "rank": 4} for name, options in demo.DEMOS.items()
@@ -50,7 +60,9 @@ def test_demo_tenants_are_trained_once(tmp_path: Path, monkeypatch: pytest.Monke
     said = StringIO()
     console = Console(file=said, width=200)
     store = AdapterStore(tmp_path / "store")
-    assert demo.train_demos(store.root, console=console) == ["demo/tickets", "demo/pirate"]
+    assert demo.train_demos(store.root, console=console) == ["demo/tickets", "demo/pirate", "demo/chat"]
+    template = store.config(store.resolve("demo/chat").digest).chat_template
+    assert template == (demo.DATA / "chat_template.jinja").read_text(encoding="utf-8")
     assert store.config(store.resolve("demo/tickets").digest).labels == [
         "account",
         "billing",

@@ -9,6 +9,7 @@ import pytest
 
 from sera_serve.engine import GenerateParams
 from support.answers import events, refused
+from support.live_server import wait_until
 from support.stub_engine import (
     CRASHES,
     CRASHES_LATER,
@@ -57,9 +58,22 @@ def test_every_field_reaches_the_engine(client: httpx.Client, engine: StubEngine
         "priority": "high",
         "timeout_s": 30,
         "cache_salt": "s" * 64,
+        "min_p": 0.25,
+        "presence_penalty": -2,
+        "frequency_penalty": 0.5,
+        "repetition_penalty": 1.5,
+        "stop_token_ids": [4, 9],
+        "ignore_eos": True,
+        "min_tokens": 3,
+        "n": 2,
+        "logprobs": 0,
+        "prompt_logprobs": 20,
     }
-    assert generate(client, **fields).status_code == 200
-    assert engine.asked == [GenerateParams(**fields)]
+    assert generate(client, **fields, logit_bias={"7": -100, "0": 2.5}).status_code == 200
+    assert engine.asked[0] == GenerateParams(**fields, logit_bias={7: -100.0, 0: 2.5})  # type: ignore[arg-type]
+    engine.begin_record()
+    assert generate(client, prompt="hello", max_new_tokens=None).status_code == 200
+    assert engine.asked == [GenerateParams(prompt="hello", max_new_tokens=None)]
 
 
 def test_defaults_are_greedy_and_the_base_model(client: httpx.Client, engine: StubEngine) -> None:
@@ -88,7 +102,6 @@ def test_defaults_are_greedy_and_the_base_model(client: httpx.Client, engine: St
         ({"prompt": "a", "max_new_tokens": 0}, "invalid_value", "max_new_tokens"),
         ({"prompt": "a", "max_new_tokens": 2**40}, "invalid_value", "max_new_tokens"),
         ({"prompt": "a", "max_new_tokens": "5"}, "invalid_value", "max_new_tokens"),
-        ({"prompt": "a", "max_new_tokens": None}, "invalid_value", "max_new_tokens"),
         ({"prompt": "a", "temperature": -0.1}, "invalid_value", "temperature"),
         ({"prompt": "a", "temperature": 2.1}, "invalid_value", "temperature"),
         ({"prompt": "a", "temperature": True}, "invalid_value", "temperature"),
@@ -109,7 +122,7 @@ def test_defaults_are_greedy_and_the_base_model(client: httpx.Client, engine: St
         ({"prompt": "a", "cache_salt": "s" * 65}, "invalid_value", "cache_salt"),
         ({"prompt": "a", "cache_salt": 7}, "invalid_value", "cache_salt"),
         ({"prompt": "a", "stream": "yes"}, "invalid_value", "stream"),
-        ({"prompt": "a", "logprobs": 5}, "unknown_field", "logprobs"),
+        ({"prompt": "a", "best_of": 5}, "unknown_field", "best_of"),
         ({"prompt": "a", "temprature": 1}, "unknown_field", "temprature"),
         ({"prompt": "a", "{brace}" * 9999: 1}, "unknown_field", ("{brace}" * 10)[:64]),
     ],
@@ -253,3 +266,85 @@ def test_a_crash_in_mid_stream_leaks_nothing(client: httpx.Client, caplog: pytes
     assert (error["code"], error["type"]) == ("internal_error", "server_error")
     assert SECRET not in response.text
     assert SECRET in caplog.text
+
+
+LOGPROBS = [
+    {
+        "token_id": token,
+        "logprob": -0.5,
+        "top": [{"token_id": 7, "logprob": -0.25}, {"token_id": token, "logprob": -0.5}],
+    }
+    for token in range(3)
+]
+
+
+def test_log_probabilities_and_the_reason_are_there_where_they_were_asked_for(client: httpx.Client) -> None:
+    options = {"logprobs": 2, "prompt_logprobs": 0, "stop_token_ids": [2]}
+    assert generate(client, adapter="demo/writer", prompt="hello", **options).json() == ANSWER | {
+        "logprobs": LOGPROBS,
+        "prompt_logprobs": [
+            {"token_id": 9, "logprob": None, "top": []},
+            {"token_id": 8, "logprob": -1.5, "top": []},
+        ],
+        "stop_reason": 2,
+    }
+
+
+def test_several_answers(client: httpx.Client, engine: StubEngine) -> None:
+    one = {name: ANSWER[name] for name in ("text", "token_ids", "finish_reason")}
+    assert generate(client, adapter="demo/writer", prompt="hello", n=3, logprobs=2).json() == {
+        "id": "gen-1",
+        "adapter": "demo/writer",
+        "version": 3,
+        "choices": [{"index": index, **one, "logprobs": LOGPROBS} for index in range(3)],
+        "usage": {"prompt_tokens": 5, "completion_tokens": 9},
+    }
+    wait_until(lambda: engine.open_streams == 0)
+
+
+def test_a_stream_of_several_answers_names_each(client: httpx.Client, engine: StubEngine) -> None:
+    options = {"n": 3, "stream": True, "logprobs": 2, "stop_token_ids": [2]}
+    *found, done = events(generate(client, prompt="hello", **options).text)
+    assert done == "[DONE]"
+    for index in range(3):
+        own = [event for event in found if event["index"] == index]
+        assert "".join(event["text"] for event in own) == "".join(TEXTS)
+        assert [one for event in own[:-1] for one in event["logprobs"]] == LOGPROBS
+        assert own[-1]["finish_reason"] == "stop" and own[-1]["stop_reason"] == 2
+        assert own[-1]["usage"] == {"prompt_tokens": 5, "completion_tokens": 3}
+    assert len(found) == 12
+    wait_until(lambda: engine.open_streams == 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "param"),
+    [
+        ({"logit_bias": [1]}, "logit_bias"),
+        ({"logit_bias": {"x": 1}}, "logit_bias"),
+        ({"logit_bias": {"01": 1}}, "logit_bias"),
+        ({"logit_bias": {"-1": 1}}, "logit_bias"),
+        ({"logit_bias": {"9999999999": 1}}, "logit_bias"),
+        ({"logit_bias": {"1": 100.5}}, "logit_bias"),
+        ({"logit_bias": {"1": True}}, "logit_bias"),
+        ({"logit_bias": {str(token): 1 for token in range(1025)}}, "logit_bias"),
+        ({"min_p": 1.1}, "min_p"),
+        ({"presence_penalty": 2.1}, "presence_penalty"),
+        ({"frequency_penalty": -2.1}, "frequency_penalty"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids[0]"),
+        ({"stop_token_ids": [1] * 65}, "stop_token_ids"),
+        ({"min_tokens": -1}, "min_tokens"),
+        ({"n": 0}, "n"),
+        ({"n": 129}, "n"),
+        ({"logprobs": 21}, "logprobs"),
+        ({"logprobs": True}, "logprobs"),
+        ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
+        ({"ignore_eos": 1}, "ignore_eos"),
+    ],
+)
+def test_what_adjusts_the_tokens_is_checked(
+    options: dict[str, Any], param: str, client: httpx.Client, engine: StubEngine
+) -> None:
+    error = refused(generate(client, prompt="hello", **options), 422, "invalid_value")
+    assert error["param"] == param
+    assert engine.asked == []

@@ -31,7 +31,7 @@ def test_a_dead_engine_is_not_ready_but_the_process_is_alive(client: httpx.Clien
     assert client.get("/readyz").status_code == 200
 
 
-@pytest.mark.parametrize("path", ["/", "/v1", "/v1/", "/v1/generate/", "/docs", "/v1/adapters/a", "/%00", "/☠"])
+@pytest.mark.parametrize("path", ["/", "/v1", "/v1/", "/v1/generate/", "/docs/", "/v1/adapters/a", "/%00", "/☠"])
 def test_unknown_paths(client: httpx.Client, path: str) -> None:
     refused(client.get(path), 404, "not_found")
 

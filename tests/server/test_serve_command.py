@@ -11,7 +11,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import IO
 
@@ -108,21 +109,35 @@ def test_the_printed_lines_work_when_pasted_and_sigterm_ends_gracefully(folder: 
     config = SeraConfig(4, 2, 8, ("q_proj",))
     store = AdapterStore(tmp_path / "store")
     store.publish(random_adapter(served, config, seed=1), "demo/writer")
+    template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    store.publish(random_adapter(served, config, seed=4, chat_template=template), "demo/chat")
     store.publish(random_adapter(served, config, seed=2, labels=["spam", "ham"]), "demo/sorter")
     # This adapter is first in the list, but fits another base. No printed line names the adapter.
     store.publish(random_adapter(random_decoder(seed=5), config, seed=3), "aaa/foreign")
     arguments = ["--base", folder, "--store", store.root, "--port", "0", "--pool-mib", "4"]
     with running(*arguments, "--kv-cache-tokens", "1024") as (process, lines):
         text = "\n".join(lines)
-        assert "3 adapters" in text
+        assert "4 adapters" in text
         assert "aaa/foreign" not in text
         curls = [shlex.split(line) for line in lines if line.startswith("curl")]
         answers = [_as_curl(curl) for curl in curls]
-        assert [answer.status_code for answer in answers] == [200] * 4
-        generated, classified, base_only, listed = (answer.json() for answer in answers)
+        assert [answer.status_code for answer in answers] == [200] * 5
+        chat, generated, classified, base_only, listed = (answer.json() for answer in answers)
+        assert chat["model"] == "demo/chat"
+        # The lines of the client ask for the same.
+        begin = lines.index("from openai import OpenAI")
+        said = StringIO()
+        with redirect_stdout(said):
+            exec("\n".join(lines[begin : begin + 4]), {})
+        assert "demo/chat" in lines[begin + 2] and said.getvalue().endswith("\n")
         assert (generated["adapter"], base_only["adapter"]) == ("demo/writer", None)
         assert classified["results"][0]["label"] in ("spam", "ham")
-        assert [adapter["adapter"] for adapter in listed["adapters"]] == ["aaa/foreign", "demo/sorter", "demo/writer"]
+        assert [adapter["adapter"] for adapter in listed["adapters"]] == [
+            "aaa/foreign",
+            "demo/chat",
+            "demo/sorter",
+            "demo/writer",
+        ]
         process.send_signal(signal.SIGTERM)
         started = time.monotonic()
         assert process.wait(timeout=20) == 0

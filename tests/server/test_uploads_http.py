@@ -103,7 +103,7 @@ def test_an_acknowledged_upload_is_in_the_store(
 ) -> None:
     response = upload(client, writer.to_bytes(), "acme/fresh")
     assert response.status_code == 201
-    assert response.json() == {"adapter": "acme/fresh", "version": 1, "digest": writer.digest}
+    assert response.json() == {"adapter": "acme/fresh", "version": 1, "digest": writer.digest, "warnings": []}
     assert store.load(store.resolve("acme/fresh").digest).digest == writer.digest
     # A tar with the same content gives the same version.
     writer.save(tmp_path / "bundle")

@@ -1,5 +1,6 @@
 """Which tokens carry loss, token by token, and that prompts are tokenised as the server does it."""
 
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ def base(tiny_base: Path) -> FrozenBase:
 
 def tokens(base: FrozenBase, passage: Passage, max_length: int = 64) -> tuple[list[str], list[str], int]:
     """Tokens of the one row, the learned ones with the others as "-", and the bytes of the learned text."""
-    (row,) = PassageTokenizer(base, max_length).rows_of(passage)
+    with closing(PassageTokenizer(base, max_length)) as tokenizer:
+        (row,) = tokenizer.rows_of(passage)
     labels: Any = row["labels"]
     names = base.tokenizer.convert_ids_to_tokens(row["input_ids"])
     assert all(label in (IGNORED, token) for label, token in zip(labels, row["input_ids"], strict=True))

@@ -67,6 +67,11 @@ def test_targets_and_factors_from_one_flag() -> None:
             {"task": "generate", "messages_column": "m", "completion_column": "c"},
             "excludes --prompt-column and --completion-column",
         ),
+        ({"chat_template": "t.jinja"}, "--chat-template is for task generate"),
+        (
+            {"task": "generate", "chat_template": "t.jinja", "completion_column": "c"},
+            "--chat-template needs a question for each answer; give --prompt-column too",
+        ),
         ({"task": "generate", "select_by": "accuracy"}, "generate has only loss"),
         ({"name": "acme"}, "--name 'acme': adapter id is 'acme'; write tenant/name"),
         ({"name": "../evil"}, "--name"),

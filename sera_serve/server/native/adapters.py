@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
 
-from adapters_store import AdapterStore, Published, ResolvedAdapter
+from adapters_store import AdapterStore, ResolvedAdapter
 from adapters_store import AdapterSummary as StoredAdapter
 from adapters_store.errors import AdapterNotFound
 from sera_serve.server.deps import Engine, EngineOf, Executors, ExecutorsOf, SettingsOf, StoreOf
@@ -22,6 +22,7 @@ from sera_serve.server.native.schemas import (
     PublishedAdapter,
 )
 from sera_serve.server.native.uploads import Upload, receive_upload
+from sera_serve.server.publishing import publish
 from sera_serve.server.strict import StrictRoute
 
 router = APIRouter(route_class=StrictRoute, tags=["adapters"])
@@ -37,6 +38,11 @@ _UPLOAD_FORM = {
                     "properties": {
                         "bundle": {"type": "string", "format": "binary"},
                         "name": {"type": "string", "description": "tenant/name"},
+                        "config": {
+                            "type": "string",
+                            "format": "binary",
+                            "description": "adapter_config.json of a PEFT checkpoint that is one safetensors file",
+                        },
                     },
                 }
             }
@@ -52,14 +58,17 @@ _UPLOAD_FORM = {
 async def upload(
     request: Request, engine: EngineOf, store: StoreOf, settings: SettingsOf, executors: ExecutorsOf
 ) -> PublishedAdapter:
-    """Publish a bundle as the next version of an adapter; the bundle is checked and on disk when this answers 201."""
+    """Publish a bundle, or a PEFT checkpoint, as the next version of an adapter.
+
+    It is checked and on disk when this answers 201.
+    """
     max_bytes = settings.max_upload_mib << 20
     async with receive_upload(request) as received:
         # Until the publisher is free, the upload lies on disk. When this block ends, the file is closed: a publication
         # that has begun is waited for, even if the client has left.
         work = executors.publishing.run_to_end(_publish, received, engine, store, max_bytes)
         published = await cancel_on_disconnect(request.receive, work)
-    return PublishedAdapter(adapter=published.adapter, version=published.version, digest=published.digest)
+    return published
 
 
 @router.get("/v1/adapters", response_model=AdapterList)
@@ -108,10 +117,12 @@ async def unpin(
     return PinnedAdapter(adapter=resolved.adapter, version=resolved.version, pinned=False)
 
 
-def _publish(received: Upload, engine: Engine, store: AdapterStore, max_bytes: int) -> Published:
-    bundle = received.read_bundle(max_bytes)
-    engine.check_bundle(bundle)
-    return store.publish(bundle, name=received.name)
+def _publish(received: Upload, engine: Engine, store: AdapterStore, max_bytes: int) -> PublishedAdapter:
+    made = publish(received.read(max_bytes), received.name, engine, store)
+    version = made.version
+    return PublishedAdapter(
+        adapter=version.adapter, version=version.version, digest=version.digest, warnings=list(made.warnings)
+    )
 
 
 def _delete(reference: str, engine: Engine, store: AdapterStore) -> None:
@@ -165,6 +176,7 @@ def _summary(info: StoredAdapter) -> dict[str, Any]:
         "ranks": list(info.ranks),
         "splits": list(info.splits),
         "modules": info.modules,
+        "has_chat_template": info.has_chat_template,
         "parameters": info.parameters,
         "bytes": info.nbytes,
         "created_at": info.created_at,

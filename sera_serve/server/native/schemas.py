@@ -2,18 +2,56 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    PlainValidator,
+    PrivateAttr,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
-from sera_serve.engine import ClassifyResult, GenerateParams, GenerationResult, Priority, TokenDelta
+from adapters_store import MAX_PARTS
+from sera_serve.engine import (
+    AdapterChoice,
+    ClassifyResult,
+    ConstraintSpec,
+    GenerateParams,
+    GenerationResult,
+    Priority,
+    TokenDelta,
+    WeightedAdapter,
+)
 from sera_serve.server.deps import TokenStream
+from sera_serve.server.native.sampling import MAX_TOKEN_ID as MAX_TOKEN_ID
+from sera_serve.server.native.sampling import (
+    SamplingFields,
+    ScoredToken,
+    encode_logprobs,
+    logprobs_content,
+)
+from sera_serve.server.native.sampling import TokenId as TokenId
+from sera_serve.server.response_format import (
+    GRAMMAR_HELP,
+    REGEX_HELP,
+    RESPONSE_FORMAT_HELP,
+    Grammar,
+    Regex,
+    ResponseFormat,
+    to_constraint,
+)
+from sera_serve.server.sse import EventWriter, encode_event
 from sera_serve.server.strict import RequestModel, refusal
 
 MAX_NEW_TOKENS = 1 << 20
 MAX_TOKEN_IDS = 1 << 20
-MAX_TOKEN_ID = (1 << 31) - 1
 MAX_INPUTS = 1024
 MAX_TIMEOUT_S = 86_400
 MAX_CACHE_SALT = 64
@@ -24,20 +62,75 @@ MAX_CACHE_SALT = 64
 # before it is parsed.
 MAX_REFERENCE = 256
 
+MAX_CLASSIFIERS = 128
+# Larger weights are of no use, and would only overflow.
+MAX_WEIGHT = 1e6
+
 AdapterReference = Annotated[str, Field(min_length=1, max_length=MAX_REFERENCE)]
-TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
 Input = Annotated[str, Field(min_length=1)]
+
+
+def _parts(value: Any) -> AdapterChoice | None:
+    """One reference, or a list of parts with weights. Reading stops at the first wrong element."""
+    if value is None or (isinstance(value, str) and 1 <= len(value) <= MAX_REFERENCE):
+        return value
+    if isinstance(value, str):
+        raise refusal(f"adapter must have 1 to {MAX_REFERENCE} characters, such as tenant/name", "adapter")
+    if not isinstance(value, list) or not 1 <= len(value) <= MAX_PARTS:
+        raise refusal(
+            f"adapter must be a string such as tenant/name, or a list of 1 to {MAX_PARTS} adapters with weights",
+            "adapter",
+        )
+    return [_part(part, f"adapter[{index}]") for index, part in enumerate(value)]
+
+
+def _part(value: Any, place: str) -> WeightedAdapter:
+    if not isinstance(value, dict) or value.keys() != {"adapter", "weight"}:
+        raise refusal(f"{place} must be an object with the fields adapter and weight, and no other", place)
+    adapter, weight = value["adapter"], value["weight"]
+    if not isinstance(adapter, str) or not 1 <= len(adapter) <= MAX_REFERENCE:
+        raise refusal(f"{place}.adapter must be a string such as tenant/name", f"{place}.adapter")
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not abs(weight) <= MAX_WEIGHT:
+        raise refusal(f"{place}.weight must be a number of -{MAX_WEIGHT:g} to {MAX_WEIGHT:g}", f"{place}.weight")
+    return WeightedAdapter(adapter, float(weight))
+
+
+_ADAPTER_SCHEMA = {
+    "anyOf": [
+        {"type": "string", "minLength": 1, "maxLength": MAX_REFERENCE},
+        {
+            "type": "array",
+            "minItems": 1,
+            "maxItems": MAX_PARTS,
+            "items": {
+                "type": "object",
+                "required": ["adapter", "weight"],
+                "additionalProperties": False,
+                "properties": {
+                    "adapter": {"type": "string", "minLength": 1, "maxLength": MAX_REFERENCE},
+                    "weight": {"type": "number", "minimum": -MAX_WEIGHT, "maximum": MAX_WEIGHT},
+                },
+            },
+        },
+        {"type": "null"},
+    ]
+}
+AdapterField = Annotated[AdapterChoice | None, PlainValidator(_parts), WithJsonSchema(_ADAPTER_SCHEMA)]
 
 _PRIORITY = "low, normal or high: the order among waiting requests of one tenant; other tenants are unaffected"
 _TIMEOUT = "seconds until the request must be finished; a later request is ended with 504; null is no limit"
 
 
-class GenerateRequest(RequestModel):
+class GenerateRequest(SamplingFields):
     """Body of `POST /v1/generate`."""
 
-    adapter: AdapterReference | None = Field(
-        None, description="tenant/name, optionally with @alias, @v3 or @digest; null is the base model"
+    _constraint: ConstraintSpec | None = PrivateAttr(None)
+
+    adapter: AdapterField = Field(
+        None,
+        description="tenant/name, optionally with @alias, @v3 or @digest; or a weighted sum of several; null is the "
+        "base model",
     )
     prompt: str | None = Field(None, min_length=1, description="text to continue")
     token_ids: list[TokenId] | None = Field(
@@ -47,7 +140,9 @@ class GenerateRequest(RequestModel):
         fail_fast=True,
         description="token ids to continue, in place of prompt; no token is added",
     )
-    max_new_tokens: int = Field(64, ge=1, le=MAX_NEW_TOKENS, description="maximum number of tokens to generate")
+    max_new_tokens: int | None = Field(
+        64, ge=1, le=MAX_NEW_TOKENS, description="maximum number of tokens to generate; null is until the context ends"
+    )
     temperature: float = Field(0.0, ge=0, le=2, description="sampling temperature; 0 takes the most likely token")
     top_p: float = Field(
         1.0, gt=0, le=1, description="sample among the most likely tokens that together have this probability"
@@ -68,6 +163,9 @@ class GenerateRequest(RequestModel):
         max_length=MAX_CACHE_SALT,
         description="requests under different salts share nothing in the prefix cache",
     )
+    response_format: ResponseFormat | None = Field(None, description=RESPONSE_FORMAT_HELP)
+    regex: Regex | None = Field(None, description=REGEX_HELP)
+    grammar: Grammar | None = Field(None, description=GRAMMAR_HELP)
     stream: bool = Field(False, description="respond with server-sent events")
 
     @model_validator(mode="after")
@@ -76,14 +174,22 @@ class GenerateRequest(RequestModel):
             raise refusal("prompt is missing; send prompt (text) or token_ids (integers)", "prompt")
         if self.prompt is not None and self.token_ids is not None:
             raise refusal("token_ids and prompt are both given; send one of them", "token_ids")
+        if self.stream and self.prompt_logprobs is not None:
+            raise refusal("prompt_logprobs is not part of a stream; send stream false", "prompt_logprobs")
+        return self
+
+    @model_validator(mode="after")
+    def _one_form(self) -> GenerateRequest:
+        self._constraint = to_constraint(self.response_format, self.regex, self.grammar)
         return self
 
     def to_params(self) -> GenerateParams:
         """Return the request as the engine takes it."""
         # `model_dump` would copy the token ids one by one.
         fields = dict(self)
-        del fields["stream"]
-        return GenerateParams(**fields)
+        for name in ("stream", "response_format", "regex", "grammar"):
+            del fields[name]
+        return GenerateParams(**fields, constraint=self._constraint)
 
 
 class Usage(BaseModel):
@@ -94,7 +200,11 @@ class Usage(BaseModel):
 
 
 class GenerateResponse(BaseModel):
-    """Response body of `POST /v1/generate` without streaming."""
+    """Response body of `POST /v1/generate` without streaming, for one answer.
+
+    `stop_reason` is absent where no stop string and no token of `stop_token_ids` ended the text. `logprobs` and
+    `prompt_logprobs` are absent where they were not asked for.
+    """
 
     id: str
     adapter: str | None
@@ -103,23 +213,72 @@ class GenerateResponse(BaseModel):
     token_ids: list[int]
     finish_reason: Literal["stop", "length"]
     usage: Usage
+    stop_reason: str | int | None = None
+    logprobs: list[ScoredToken] | None = None
+    prompt_logprobs: list[ScoredToken] | None = None
 
-    @classmethod
-    def of(cls, result: GenerationResult) -> GenerateResponse:
-        """Return the body for a finished generation."""
-        return cls(
-            id=result.id,
-            adapter=result.adapter,
-            version=result.version,
-            text=result.text,
-            token_ids=result.token_ids,
-            finish_reason=result.finish_reason,
-            usage=_usage(result),
-        )
+
+class Choice(BaseModel):
+    """One of several answers. `stop_reason` and `logprobs` are absent as in `GenerateResponse`."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: Literal["stop", "length"]
+    stop_reason: str | int | None = None
+    logprobs: list[ScoredToken] | None = None
+
+
+class ChoicesResponse(BaseModel):
+    """Response body of `POST /v1/generate` without streaming, for `n` over 1. The usage has the tokens of all."""
+
+    id: str
+    adapter: str | None
+    version: int | None
+    choices: list[Choice]
+    usage: Usage
+    prompt_logprobs: list[ScoredToken] | None = None
+
+
+async def encode_response(results: Sequence[GenerationResult], params: GenerateParams) -> bytes:
+    """Return the JSON of a `GenerateResponse`, or of a `ChoicesResponse` for several results."""
+    first = results[0]
+    whole: dict[str, Any] = {"id": first.id, "adapter": first.adapter, "version": first.version}
+    answers = [await _encode_answer(result, params) for result in results]
+    completion = sum(result.completion_tokens for result in results)
+    usage = json.dumps({"prompt_tokens": first.prompt_tokens, "completion_tokens": completion})
+    parts = [json.dumps(whole, ensure_ascii=False)[1:-1]]
+    if len(results) == 1:
+        parts.append(answers[0])
+    else:
+        choices = (f'{{"index": {index}, {answer}}}' for index, answer in enumerate(answers))
+        parts.append(f'"choices": [{", ".join(choices)}]')
+    parts.append(f'"usage": {usage}')
+    if params.prompt_logprobs is not None:
+        parts.append(f'"prompt_logprobs": {await encode_logprobs(first.prompt_logprobs)}')
+    return f"{{{', '.join(parts)}}}".encode()
+
+
+async def _encode_answer(result: GenerationResult, params: GenerateParams) -> str:
+    """Return the members of an answer, without braces."""
+    answer: dict[str, Any] = {
+        "text": result.text,
+        "token_ids": result.token_ids,
+        "finish_reason": result.finish_reason,
+    }
+    if result.stop_reason is not None:
+        answer["stop_reason"] = result.stop_reason
+    members = json.dumps(answer, ensure_ascii=False)[1:-1]
+    if params.logprobs is None:
+        return members
+    return f'{members}, "logprobs": {await encode_logprobs(result.logprobs)}'
 
 
 class GenerateEvent(BaseModel):
-    """One event of a stream: the added text and tokens. The last event before `[DONE]` adds none and has the usage."""
+    """One event of a stream: the added text and tokens. The last event of an answer adds none and has the usage.
+
+    `index` is absent where `n` is 1. `stop_reason` and `logprobs` are absent as in `GenerateResponse`.
+    """
 
     id: str
     adapter: str | None
@@ -128,34 +287,38 @@ class GenerateEvent(BaseModel):
     token_ids: list[int]
     finish_reason: Literal["stop", "length"] | None = None
     usage: Usage | None = None
+    index: int | None = None
+    stop_reason: str | int | None = None
+    logprobs: list[ScoredToken] | None = None
 
 
-def delta_event(stream: TokenStream, delta: TokenDelta) -> dict[str, Any]:
-    """Return the JSON of a `GenerateEvent` that adds a delta. The JSON has no usage."""
-    return _event(stream, text=delta.text, token_ids=delta.token_ids).model_dump(exclude={"usage"})
+class GenerateEvents(EventWriter):
+    """Writes the events of a stream."""
 
+    def __init__(self, params: GenerateParams) -> None:
+        """Write for a request with these parameters."""
+        self._params = params
 
-def final_event(stream: TokenStream, result: GenerationResult) -> dict[str, Any]:
-    """Return the JSON of the last `GenerateEvent`, with the finish reason and the usage."""
-    return _event(stream, finish_reason=result.finish_reason, usage=_usage(result)).model_dump()
+    def delta(self, index: int, stream: TokenStream, delta: TokenDelta) -> bytes:
+        """The event that adds text or tokens."""
+        content: dict[str, Any] = {"text": delta.text, "token_ids": delta.token_ids, "finish_reason": None}
+        if self._params.logprobs is not None:
+            content["logprobs"] = logprobs_content(delta.logprobs)
+        return self._event(index, stream, content)
 
+    def final(self, index: int, stream: TokenStream, result: GenerationResult) -> bytes:
+        """The event at the end of one answer."""
+        usage = _usage(result).model_dump()
+        content: dict[str, Any] = {"text": "", "token_ids": [], "finish_reason": result.finish_reason, "usage": usage}
+        if result.stop_reason is not None:
+            content["stop_reason"] = result.stop_reason
+        return self._event(index, stream, content)
 
-def _event(
-    stream: TokenStream,
-    text: str = "",
-    token_ids: Sequence[int] = (),
-    finish_reason: Literal["stop", "length"] | None = None,
-    usage: Usage | None = None,
-) -> GenerateEvent:
-    return GenerateEvent(
-        id=stream.id,
-        adapter=stream.adapter,
-        version=stream.version,
-        text=text,
-        token_ids=list(token_ids),
-        finish_reason=finish_reason,
-        usage=usage,
-    )
+    def _event(self, index: int, stream: TokenStream, content: dict[str, Any]) -> bytes:
+        event: dict[str, Any] = {"id": stream.id, "adapter": stream.adapter, "version": stream.version}
+        if self._params.n > 1:
+            event["index"] = index
+        return encode_event(event | content)
 
 
 def _usage(result: GenerationResult) -> Usage:
@@ -165,10 +328,31 @@ def _usage(result: GenerationResult) -> Usage:
 class ClassifyRequest(RequestModel):
     """Body of `POST /v1/classify`."""
 
-    adapter: AdapterReference = Field(description="tenant/name, optionally with @alias, @v3 or @digest")
+    adapter: AdapterField = Field(
+        None, description="tenant/name, optionally with @alias, @v3 or @digest; or a weighted sum of several"
+    )
+    adapters: list[AdapterReference] | None = Field(
+        None,
+        min_length=1,
+        max_length=MAX_CLASSIFIERS,
+        fail_fast=True,
+        description="in place of adapter: every input goes through each of these, of one tenant",
+    )
     inputs: list[Input] = Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True, description="texts to classify")
     priority: Priority = Field("normal", description=_PRIORITY)
     timeout_s: float | None = Field(None, gt=0, le=MAX_TIMEOUT_S, description=_TIMEOUT)
+
+    @model_validator(mode="after")
+    def _adapter_or_adapters(self) -> ClassifyRequest:
+        if self.adapters is not None:
+            if self.adapter is not None:
+                raise refusal("adapters and adapter are both given; send one of them", "adapters")
+        elif self.adapter is None:
+            reason = "adapter is missing; send adapter, or adapters for several"
+            # A classification needs a head, which the base model has not.
+            kind = "refused" if "adapter" in self.model_fields_set else "missing"
+            raise PydanticCustomError(kind, "{reason}", {"reason": reason, "field": "adapter"})
+        return self
 
 
 class Classification(BaseModel):
@@ -182,7 +366,7 @@ class ClassifyResponse(BaseModel):
     """Response body of `POST /v1/classify`. The results are in the order of the inputs."""
 
     adapter: str
-    version: int
+    version: int | None = Field(description="null for a weighted sum")
     results: list[Classification]
 
     @classmethod
@@ -192,12 +376,43 @@ class ClassifyResponse(BaseModel):
         return cls(adapter=result.adapter, version=result.version, results=rows)
 
 
+class ClassifyEachResponse(BaseModel):
+    """Response body of `POST /v1/classify` with `adapters`. The answers are in the order of the adapters."""
+
+    adapters: list[ClassifyResponse]
+
+    @classmethod
+    def of(cls, results: Sequence[ClassifyResult]) -> ClassifyEachResponse:
+        """Return the body for a finished classification by several adapters."""
+        return cls(adapters=[ClassifyResponse.of(result) for result in results])
+
+
+class LoadLoraRequest(RequestModel):
+    """Body of `POST /v1/load_lora_adapter`, with vLLM's names."""
+
+    lora_name: AdapterReference = Field(description="tenant/name to publish the adapter under")
+    lora_path: str = Field(
+        min_length=1,
+        max_length=4096,
+        description="path below the server's lora_path_root, absolute or relative to it",
+    )
+    load_inplace: bool = Field(False, description="whether an adapter of this name may get a new version")
+
+
+class UnloadLoraRequest(RequestModel):
+    """Body of `POST /v1/unload_lora_adapter`, with vLLM's names."""
+
+    lora_name: AdapterReference = Field(description="tenant/name of the adapter to delete")
+    lora_int_id: None = Field(None, description="vLLM's own number of an adapter; only null is accepted")
+
+
 class PublishedAdapter(BaseModel):
     """Response body of `POST /v1/adapters`."""
 
     adapter: str
     version: int
     digest: str
+    warnings: list[str] = []
 
 
 class AdapterSummary(BaseModel):
@@ -213,6 +428,7 @@ class AdapterSummary(BaseModel):
     ranks: list[int] = Field(description="distinct ranks of the adapted layers, ascending")
     splits: list[int] = Field(description="distinct splits of the adapted layers, ascending")
     modules: int = Field(description="number of adapted layers")
+    has_chat_template: bool = Field(description="whether the adapter brings a chat template")
     parameters: int
     bytes: int
     created_at: str

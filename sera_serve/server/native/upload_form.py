@@ -29,6 +29,8 @@ _MAX_BOUNDARIES = _MAX_PARTS + 2
 # RFC 2046, 5.1.1.
 _MAX_BOUNDARY_BYTES = 70
 _MEMORY_BYTES = 1 << 20
+# Fields whose files are kept, and the most bytes of each; the body has a limit of its own.
+_KEPT_FILES: dict[str, int | None] = {"bundle": None, "config": 1 << 20}
 _CHARSETS = (b"utf-8", b"utf8", b"us-ascii", b"ascii")
 _PLAIN_ENCODINGS = (b"7bit", b"8bit", b"binary")
 _REMEDY = "send multipart/form-data with the fields bundle (a file) and name (text): curl -F name=... -F bundle=@..."
@@ -56,7 +58,7 @@ class FormPart:
         name: The field's name.
         is_file: Whether the part has a file name.
         text: The value of a field that is no file.
-        file: The content of the field `bundle`, if it is a file. The content of other files is not kept.
+        file: The content of the fields `bundle` and `config`, if they are files. Other files are not kept.
         nbytes: Bytes of the value.
     """
 
@@ -216,7 +218,7 @@ class FormReader:
             raise InvalidForm(f"form field {part.name!r} has a transfer encoding; send its bytes as they are")
         if not part.is_file:
             _check_charset(parse_options_header(values.get(b"content-type"))[1], f"form field {part.name!r}", part.name)
-        elif part.name == "bundle" and not self._files:
+        elif part.name in _KEPT_FILES and all(part.name != other.name for other in self.parts):
             try:
                 part.file = cast(BinaryIO, SpooledTemporaryFile(max_size=_MEMORY_BYTES))  # noqa: SIM115
             except OSError as error:
@@ -229,6 +231,9 @@ class FormReader:
         part.nbytes += end - start
         self._in_parts += end - start
         if part.file is not None:
+            most = _KEPT_FILES[part.name]
+            if most is not None and part.nbytes > most:
+                raise InvalidForm(f"form field {part.name!r} has more than {most} bytes; send a shorter file")
             try:
                 part.file.write(memoryview(data)[start:end])
             except OSError as error:

@@ -1,4 +1,4 @@
-"""Receives an uploaded bundle: a multipart form with exactly the fields `name` and `bundle`."""
+"""Receives an uploaded adapter: a multipart form with the fields `name` and `bundle`, and perhaps `config`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import anyio
 from fastapi import Request
 from starlette.concurrency import run_in_threadpool
 
-from adapters_store import AdapterBundle, BundleLimits, parse_adapter, writable_memory
+from adapters_store import AdapterBundle, BundleLimits, PeftFiles, parse_adapter, peft_from_bytes, writable_memory
 from adapters_store.errors import InvalidAdapterName
 from sera_serve.errors import InvalidRequest, Overloaded
 from sera_serve.server.native.upload_form import FormReader, UploadNotWritten, boundary_of
@@ -21,6 +21,7 @@ from sera_serve.server.strict import UnsupportedMediaType, media_type
 logger = logging.getLogger("sera_serve.server")
 
 _FIELDS = ("bundle", "name")
+_OPTIONAL = ("config",)
 # Bytes that are parsed at once, on a thread.
 _CHUNK_BYTES = 64 << 10
 _RETRY_AFTER_S = 5
@@ -77,14 +78,22 @@ class UploadSlots:
 
 @dataclass(frozen=True)
 class Upload:
-    """A received form. A small bundle is in memory, a larger one in a temporary file."""
+    """A received form. A small bundle is in memory, a larger one in a temporary file.
+
+    Attributes:
+        name: `tenant/name`.
+        file: The bundle, or the PEFT checkpoint.
+        nbytes: Bytes of `file`.
+        config: PEFT's `adapter_config.json`, for a checkpoint that is a single safetensors file; else None.
+    """
 
     name: str
     file: BinaryIO
     nbytes: int
+    config: BinaryIO | None = None
 
-    def read_bundle(self, max_bytes: int) -> AdapterBundle:
-        """Read and validate the bundle. Blocks.
+    def read(self, max_bytes: int) -> AdapterBundle | PeftFiles:
+        """Read the file and tell by its content what it is; a bundle is validated. Blocks.
 
         Raises:
             InvalidBundle: FORMAT.md lists the subclasses.
@@ -95,7 +104,18 @@ class Upload:
         view = data
         while view and (count := self.file.readinto(view)):  # type: ignore[attr-defined]
             view = view[count:]
-        return AdapterBundle.from_bytes(data, BundleLimits(max_bytes=max_bytes))
+        limits = BundleLimits(max_bytes=max_bytes)
+        config = None
+        if self.config is not None:
+            self.config.seek(0)
+            config = self.config.read()
+        # The tensors may share the memory of the whole file, and keep all of it.
+        found = peft_from_bytes(data, limits, config)
+        if found is None and config is not None:
+            raise InvalidRequest(
+                "form field config goes with one safetensors file of a PEFT checkpoint; leave it out", param="config"
+            )
+        return AdapterBundle.from_bytes(data, limits) if found is None else found
 
 
 @asynccontextmanager
@@ -156,7 +176,7 @@ def _checked(form: FormReader) -> Upload:
         if field not in given:
             raise MissingField(f"form field {field} is missing; send bundle (a file) and name (text)", param=field)
     for field in given:
-        if field not in _FIELDS:
+        if field not in (*_FIELDS, *_OPTIONAL):
             raise UnknownField(f"form field {field!r} is unknown; leave it out", param=field)
         if given.count(field) > 1:
             raise UnknownField(f"form field {field} appears twice; send it once", param=field)
@@ -169,4 +189,9 @@ def _checked(form: FormReader) -> Upload:
         parse_adapter(name.text)
     except InvalidAdapterName as error:
         raise InvalidAdapterName(error.message, param="name") from None
-    return Upload(name.text, bundle.file, bundle.nbytes)
+    config = form.parts[given.index("config")] if "config" in given else None
+    if config is not None and config.file is None:
+        raise InvalidRequest(
+            "form field config is text; send it as a file (curl -F config=@adapter_config.json)", param="config"
+        )
+    return Upload(name.text, bundle.file, bundle.nbytes, None if config is None else config.file)

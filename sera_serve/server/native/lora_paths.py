@@ -1,0 +1,131 @@
+"""`/v1/load_lora_adapter` and `/v1/unload_lora_adapter`: adapters by path, with vLLM's bodies, for its controllers.
+
+Body fields: https://docs.vllm.ai/en/latest/features/lora.html (dynamically serving LoRA adapters).
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from fastapi import APIRouter, Request
+
+from adapters_store import AdapterBundle, AdapterStore, BundleLimits, parse_adapter
+from adapters_store.errors import AdapterNotFound, InvalidAdapterName
+from sera_serve.errors import InvalidRequest, SeraServeError
+from sera_serve.server.deps import Engine, EngineOf, ExecutorsOf, SettingsOf, StoreOf
+from sera_serve.server.disconnect import cancel_on_disconnect
+from sera_serve.server.native.schemas import DeletedAdapter, LoadLoraRequest, PublishedAdapter, UnloadLoraRequest
+from sera_serve.server.publishing import checked, read_source
+from sera_serve.server.strict import StrictRoute
+
+router = APIRouter(route_class=StrictRoute, tags=["adapters"])
+
+
+class LoadingByPathDisabled(SeraServeError):
+    """The operator has not allowed any directory for loading by path."""
+
+    code = "loading_by_path_disabled"
+    status = 403
+
+
+class PathNotAllowed(SeraServeError):
+    """The path leads out of the directory that the operator allowed."""
+
+    code = "path_not_allowed"
+    status = 403
+
+
+class AdapterExists(InvalidRequest):
+    """An adapter of this name has another content, and `load_inplace` is not true."""
+
+    code = "adapter_exists"
+    status = 400
+
+
+@router.post("/v1/load_lora_adapter")
+async def load_lora_adapter(
+    body: LoadLoraRequest,
+    request: Request,
+    engine: EngineOf,
+    store: StoreOf,
+    settings: SettingsOf,
+    executors: ExecutorsOf,
+) -> PublishedAdapter:
+    """Publish the adapter at a path below `lora_path_root`: a PEFT checkpoint, or a bundle."""
+    root = _root(settings.lora_path_root)
+    _check_name(body.lora_name)
+    limits = BundleLimits(max_bytes=settings.max_upload_mib << 20)
+    work = executors.publishing.run(_load, body, root, limits, engine, store)
+    return await cancel_on_disconnect(request.receive, work)
+
+
+@router.post("/v1/unload_lora_adapter")
+async def unload_lora_adapter(
+    body: UnloadLoraRequest,
+    request: Request,
+    engine: EngineOf,
+    store: StoreOf,
+    settings: SettingsOf,
+    executors: ExecutorsOf,
+) -> DeletedAdapter:
+    """Delete an adapter with all of its versions; requests under way keep the version they began with."""
+    _root(settings.lora_path_root)
+    _check_name(body.lora_name)
+    await cancel_on_disconnect(request.receive, executors.changing.run(_unload, body.lora_name, engine, store))
+    return DeletedAdapter(adapter=body.lora_name)
+
+
+def _root(root: Path | None) -> Path:
+    if root is None:
+        raise LoadingByPathDisabled(
+            "this server loads no adapters by path; upload them to /v1/adapters, or start the server with "
+            "--lora-path-root DIRECTORY"
+        )
+    return root
+
+
+def _check_name(name: str) -> None:
+    try:
+        parse_adapter(name)
+    except InvalidAdapterName as error:
+        raise InvalidAdapterName(error.message, param="lora_name") from None
+
+
+def _load(
+    body: LoadLoraRequest, root: Path, limits: BundleLimits, engine: Engine, store: AdapterStore
+) -> PublishedAdapter:
+    # No pathlib for the client's text: it would intern the names that clients choose.
+    allowed = os.path.realpath(root)
+    if "\0" in body.lora_path:
+        raise InvalidRequest("lora_path has a zero byte; send a path", param="lora_path")
+    absolute = body.lora_path.startswith(os.sep)
+    path = os.path.realpath(body.lora_path if absolute else f"{allowed}/{body.lora_path}")
+    if path != allowed and not path.startswith(allowed.rstrip(os.sep) + os.sep):
+        raise PathNotAllowed("lora_path leads out of the server's lora_path_root", param="lora_path")
+    bundle, warnings = checked(read_source(path, limits, Path(allowed)), engine)
+    _check_new(body, bundle, store)
+    published = store.publish(bundle, name=body.lora_name)
+    return PublishedAdapter(
+        adapter=published.adapter, version=published.version, digest=published.digest, warnings=list(warnings)
+    )
+
+
+def _check_new(body: LoadLoraRequest, bundle: AdapterBundle, store: AdapterStore) -> None:
+    """Refuse other content under a known name, unless the client asks for it."""
+    if body.load_inplace:
+        return
+    try:
+        known = store.resolve(body.lora_name)
+    except AdapterNotFound:
+        return
+    if known.digest != bundle.digest:
+        raise AdapterExists(
+            f"adapter {body.lora_name!r} is loaded with another content; send load_inplace true for a new version",
+            param="lora_name",
+        )
+
+
+def _unload(name: str, engine: Engine, store: AdapterStore) -> None:
+    for digest in store.delete(name).digests:
+        engine.mark_deleted(digest)

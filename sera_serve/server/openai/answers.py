@@ -1,0 +1,207 @@
+"""What the answers of completions and chat have in common: names, usage, and log-probabilities as JSON.
+
+Log-probabilities are encoded as the tokens come. An answer of many tokens with twenty alternatives each would otherwise
+keep the event loop for seconds.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+
+from sera_serve.engine import BASE_TENANT, GenerationResult, Principal, TokenDelta, TokenLogprobs
+from sera_serve.server.deps import TokenStream
+from sera_serve.server.metrics import ServerMetrics
+from sera_serve.server.openai.errors import translated_errors
+from sera_serve.server.openai.token_texts import TokenTexts
+from sera_serve.server.sse import Admit, admitted, merged, result_of
+
+# JSON has no infinity. OpenAI's API gives this number to tokens that are as good as impossible.
+_LEAST_LOGPROB = -9999.0
+
+
+@dataclass(frozen=True)
+class Head:
+    """The fields that every object of one answer has.
+
+    Attributes:
+        id: Name of the answer.
+        model: What the request named.
+        base: Name of the base.
+        created: Seconds since 1970.
+    """
+
+    id: str
+    model: str
+    base: str
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @classmethod
+    def of(cls, prefix: str, model: str, base: str) -> Head:
+        """Make the head of a new answer."""
+        return cls(f"{prefix}-{secrets.token_hex(12)}", model, base)
+
+    def fields(self, kind: str, stream: TokenStream) -> dict[str, Any]:
+        """Return the fields of an object. The fingerprint names the version of the adapter that answers."""
+        version = self.base if stream.adapter is None else f"{stream.adapter}@v{stream.version}"
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": version,
+        }
+
+
+def to_json(value: Any) -> str:
+    """Return compact JSON."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def with_member(json_object: str, name: str, value: str) -> str:
+    """Add a member, whose value is JSON already, to a JSON object that has members."""
+    return f'{json_object[:-1]},"{name}":{value}}}'
+
+
+def usage(results: Sequence[GenerationResult], choices: int, principal: Principal) -> dict[str, Any]:
+    """Return the usage of an answer. A prompt counts once, however many choices it has.
+
+    Cached tokens tell what was asked before. Prompts of an adapter share the cache with those of the same tenant and
+    adapter alone. Prompts of the base share it with everyone who knows the salt, so their number is not told.
+
+    Args:
+        results: `choices` results for each prompt, in order.
+        choices: Choices of a prompt.
+        principal: Who asks.
+    """
+    prompts = [results[first : first + choices] for first in range(0, len(results), choices)]
+    prompt_tokens = sum(group[0].prompt_tokens for group in prompts)
+    completion_tokens = sum(result.completion_tokens for result in results)
+    content: dict[str, Any] = {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+    }
+    if principal.tenant != BASE_TENANT:
+        # Choices share the prompt's pages with one another. The least number is what was there before all of them.
+        cached = sum(min(result.cached_tokens for result in group) for group in prompts)
+        content["prompt_tokens_details"] = {"cached_tokens": cached}
+    return content
+
+
+def translated(admit: Admit, prompt: str) -> Admit:
+    """Return `admit` with the refusals of this interface. The field `prompt` holds the prompt."""
+
+    async def call() -> Sequence[TokenStream]:
+        with translated_errors(prompt):
+            return await admit()
+
+    return call
+
+
+async def collect(
+    admit: Admit, metrics: ServerMetrics, take: Callable[[int, TokenDelta], None]
+) -> tuple[Sequence[TokenStream], list[GenerationResult]]:
+    """Admit a request, read all of its streams to their ends, and count their tokens.
+
+    Args:
+        admit: Sends the request to the engine.
+        metrics: Counts.
+        take: Called with each delta and the index of its stream.
+    """
+    async with admitted(admit, metrics) as streams, aclosing(merged(streams)) as deltas:
+        with translated_errors():
+            async for index, delta in deltas:
+                if delta is not None:
+                    take(index, delta)
+    results = [result_of(stream) for stream in streams]
+    for result in results:
+        metrics.count_generation(result)
+    return streams, results
+
+
+class CompletionLogprobLists:
+    """The four lists of log-probabilities of one text, as JSON."""
+
+    def __init__(self, texts: TokenTexts) -> None:
+        """Begin a text."""
+        self._texts = texts
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._offset = 0
+        self._tokens: list[str] = []
+        self._logprobs: list[str] = []
+        self._top: list[str] = []
+        self._offsets: list[str] = []
+
+    def add(self, rows: Sequence[TokenLogprobs], prompt: str | None = None) -> None:
+        """Add tokens. `prompt` is the text that they are from, if they are a prompt's."""
+        texts = self._texts
+        for row in rows:
+            self._tokens.append(json.dumps(texts.name_of(row.token)))
+            self._offsets.append(str(self._offset))
+            data = texts.bytes_of(row.token)
+            # Special tokens are not in the text, unless a prompt has them as text.
+            hidden = texts.is_special(row.token) and not (
+                prompt is not None and prompt.startswith(data.decode("utf-8", "replace"), self._offset)
+            )
+            if not hidden:
+                self._offset += len(self._decoder.decode(data))
+            if row.logprob is None:
+                self._logprobs.append("null")
+                self._top.append("null")
+                continue
+            self._logprobs.append(str(_finite(row.logprob)))
+            top = {texts.name_of(token): _finite(logprob) for token, logprob in row.top}
+            top.setdefault(texts.name_of(row.token), _finite(row.logprob))
+            self._top.append(to_json(top))
+
+    def take(self) -> str:
+        """Return the JSON of what was added since the last call. Offsets go on."""
+        content = (
+            f'{{"tokens":[{",".join(self._tokens)}],"token_logprobs":[{",".join(self._logprobs)}],'
+            f'"top_logprobs":[{",".join(self._top)}],"text_offset":[{",".join(self._offsets)}]}}'
+        )
+        for part in (self._tokens, self._logprobs, self._top, self._offsets):
+            part.clear()
+        return content
+
+    def start_after(self, characters: int) -> None:
+        """Begin the offsets after so many characters that have no tokens here."""
+        self._offset = characters
+
+
+class ChatLogprobList:
+    """The log-probabilities of one message, as JSON."""
+
+    def __init__(self, texts: TokenTexts) -> None:
+        """Begin a message."""
+        self._texts = texts
+        self._rows: list[str] = []
+
+    def add(self, rows: Sequence[TokenLogprobs]) -> None:
+        """Add tokens."""
+        for row in rows:
+            top = [self._row(token, logprob) for token, logprob in row.top]
+            content = self._row(row.token, row.logprob or 0.0)
+            content["top_logprobs"] = top
+            self._rows.append(to_json(content))
+
+    def take(self) -> str:
+        """Return the JSON of what was added since the last call."""
+        content = f'{{"content":[{",".join(self._rows)}],"refusal":null}}'
+        self._rows.clear()
+        return content
+
+    def _row(self, token: int, logprob: float) -> dict[str, Any]:
+        data = self._texts.bytes_of(token)
+        return {"token": self._texts.name_of(token), "logprob": _finite(logprob), "bytes": list(data)}
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, _LEAST_LOGPROB)

@@ -1,0 +1,216 @@
+"""`POST /v1/chat/completions`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from sera_serve.engine import GenerationResult, Principal, TokenDelta
+from sera_serve.server.auth import principal_of
+from sera_serve.server.deps import EngineOf, MetricsOf, ReceivedAt, TokenStream
+from sera_serve.server.disconnect import cancel_on_disconnect
+from sera_serve.server.metrics import ServerMetrics
+from sera_serve.server.openai.answers import (
+    ChatLogprobList,
+    Head,
+    collect,
+    to_json,
+    translated,
+    usage,
+    with_member,
+)
+from sera_serve.server.openai.chat_schemas import ChatCompletion, ChatRequest
+from sera_serve.server.openai.errors import OpenAIRoute
+from sera_serve.server.openai.texts import ChatPrompt, Conversation, Texts, TextsOf, adapter_of, base_name
+from sera_serve.server.openai.tool_calls import Call, ToolCallParser, forced_calls
+from sera_serve.server.sse import Admit, EventStream, EventWriter, encode_event
+
+router = APIRouter(route_class=OpenAIRoute, tags=["openai"])
+
+_KIND, _CHUNK = "chat.completion", "chat.completion.chunk"
+
+
+@router.post(
+    "/v1/chat/completions",
+    response_model=ChatCompletion,
+    responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
+)
+async def chat_completions(
+    body: ChatRequest,
+    request: Request,
+    engine: EngineOf,
+    metrics: MetricsOf,
+    texts: TextsOf,
+    received_at: ReceivedAt,
+) -> Response:
+    """Answer a conversation, in the form of OpenAI's API."""
+    adapter = adapter_of(body.model, engine)
+    principal = principal_of(adapter)
+    conversation = Conversation(
+        messages=body.messages,
+        tools=(body.tools or ()) if body.has_tools else (),
+        add_generation_prompt=body.add_generation_prompt is not False,
+        continue_final_message=bool(body.continue_final_message),
+        variables=body.chat_template_kwargs,
+    )
+    prompt = await cancel_on_disconnect(request.receive, texts.run(texts.chat_prompt, conversation, adapter))
+    parallel = body.parallel_tool_calls is not False
+    params = body.params(
+        prompt.adapter,
+        prompt=prompt.text,
+        # The template has written them.
+        add_special_tokens=False,
+        max_new_tokens=body.most_tokens,
+        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        constraint=forced_calls(body.tools or [], body.forced_function, parallel) if body.is_forced else None,
+    )
+    admit = translated(partial(engine.generate_choices, params, principal, received_at), "messages")
+    head = Head.of("chatcmpl", body.model, base_name(engine))
+    answer = ChatAnswer(body, head, principal, prompt, texts)
+    if body.stream:
+        return EventStream(admit, ChatEvents(answer), metrics)
+    return await cancel_on_disconnect(request.receive, _complete(answer, admit, metrics))
+
+
+class ChatAnswer:
+    """What a stream and a whole answer have in common: the request, and the calls in each choice's text."""
+
+    def __init__(self, body: ChatRequest, head: Head, principal: Principal, prompt: ChatPrompt, texts: Texts) -> None:
+        """Answer a request."""
+        self.body = body
+        self.head = head
+        self._principal = principal
+        names = [tool.function.name for tool in body.tools or ()]
+        most_calls = 1 if body.parallel_tool_calls is False else None
+        self._parsers = (
+            # Forced calls are JSON alone, whatever the template writes.
+            [
+                ToolCallParser("json" if body.is_forced else prompt.template.call_format, names, most_calls)
+                for _ in range(body.choices)
+            ]
+            if body.has_tools
+            else None
+        )
+        self._logprobs = [ChatLogprobList(texts.tokens) for _ in range(body.choices)] if body.logprobs else None
+
+    def pieces(self, index: int, text: str) -> list[str | Call]:
+        """The content and the calls that a piece of a choice's text adds."""
+        if self._parsers is None:
+            return [text] if text else []
+        return self._parsers[index].push(text)
+
+    def rest(self, index: int) -> list[str | Call]:
+        """The content and the calls at the end of a choice's text."""
+        return [] if self._parsers is None else self._parsers[index].end()
+
+    def add_logprobs(self, index: int, delta: TokenDelta) -> None:
+        """Take the log-probabilities of a choice's tokens."""
+        if self._logprobs is not None:
+            self._logprobs[index].add(delta.logprobs)
+
+    def logprobs(self, index: int) -> str | None:
+        """The JSON of the log-probabilities since the last call, or None if they were not asked for."""
+        return None if self._logprobs is None else self._logprobs[index].take()
+
+    def finish_reason(self, index: int, result: GenerationResult) -> str:
+        """Why a choice has ended."""
+        called = self._parsers is not None and bool(self._parsers[index].calls)
+        return "tool_calls" if called and result.finish_reason == "stop" else result.finish_reason
+
+    def usage(self, results: Sequence[GenerationResult]) -> dict[str, Any]:
+        """The usage of the whole answer."""
+        return usage(results, self.body.choices, self._principal)
+
+
+class ChatEvents(EventWriter):
+    """Writes a stream of chat completions. Each event has a part of one choice. A call comes as a whole."""
+
+    def __init__(self, answer: ChatAnswer) -> None:
+        """Write for an answer."""
+        self._answer = answer
+        self._called: dict[int, int] = {}
+
+    def begin(self, streams: Sequence[TokenStream]) -> bytes:
+        """The role of each choice."""
+        delta = {"role": "assistant", "content": ""}
+        return b"".join(self._event(stream, index, delta) for index, stream in enumerate(streams))
+
+    def delta(self, index: int, stream: TokenStream, delta: TokenDelta) -> bytes:
+        """What a piece of text adds."""
+        self._answer.add_logprobs(index, delta)
+        deltas = self._deltas(index, self._answer.pieces(index, delta.text))
+        logprobs = self._answer.logprobs(index)
+        if logprobs is not None and not deltas:
+            # The text is held back. Its tokens are known already.
+            deltas = [{"content": ""}]
+        events = b""
+        for each in deltas:
+            events += self._event(stream, index, each, logprobs)
+            logprobs = None
+        return events
+
+    def final(self, index: int, stream: TokenStream, result: GenerationResult) -> bytes:
+        """What was held back, and why the choice has ended."""
+        events = [self._event(stream, index, delta) for delta in self._deltas(index, self._answer.rest(index))]
+        events.append(self._event(stream, index, {}, None, self._answer.finish_reason(index, result)))
+        return b"".join(events)
+
+    def end(self, streams: Sequence[TokenStream]) -> bytes:
+        """The usage, if it was asked for, and the end."""
+        last = super().end(streams)
+        if not self._answer.body.sends_usage:
+            return last
+        results = [stream.result for stream in streams if stream.result is not None]
+        content = self._answer.head.fields(_CHUNK, streams[0])
+        return encode_event(content | {"choices": [], "usage": self._answer.usage(results)}) + last
+
+    def _deltas(self, index: int, pieces: Sequence[str | Call]) -> list[dict[str, Any]]:
+        deltas: list[dict[str, Any]] = []
+        for piece in pieces:
+            if isinstance(piece, str):
+                deltas.append({"content": piece})
+                continue
+            place = self._called.get(index, 0)
+            self._called[index] = place + 1
+            deltas.append({"tool_calls": [{"index": place, **_call(piece)}]})
+        return deltas
+
+    def _event(
+        self,
+        stream: TokenStream,
+        index: int,
+        delta: dict[str, Any],
+        logprobs: str | None = None,
+        finish_reason: str | None = None,
+    ) -> bytes:
+        content = self._answer.head.fields(_CHUNK, stream)
+        if self._answer.body.sends_usage:
+            content["usage"] = None
+        choice = to_json({"index": index, "delta": delta, "finish_reason": finish_reason})
+        choice = with_member(choice, "logprobs", logprobs or "null")
+        return f"data: {with_member(to_json(content), 'choices', f'[{choice}]')}\n\n".encode()
+
+
+async def _complete(answer: ChatAnswer, admit: Admit, metrics: ServerMetrics) -> Response:
+    streams, results = await collect(translated(admit, "messages"), metrics, answer.add_logprobs)
+    choices = []
+    for index, result in enumerate(results):
+        pieces = answer.pieces(index, result.text) + answer.rest(index)
+        content = "".join(piece for piece in pieces if isinstance(piece, str))
+        calls = [_call(piece) for piece in pieces if isinstance(piece, Call)]
+        message: dict[str, Any] = {"role": "assistant", "content": content or (None if calls else "")}
+        message["refusal"] = None
+        if calls:
+            message["tool_calls"] = calls
+        choice = {"index": index, "message": message, "finish_reason": answer.finish_reason(index, result)}
+        choices.append(with_member(to_json(choice), "logprobs", answer.logprobs(index) or "null"))
+    content = with_member(to_json(answer.head.fields(_KIND, streams[0])), "choices", f"[{','.join(choices)}]")
+    content = with_member(content, "usage", to_json(answer.usage(results)))
+    return Response(content, media_type="application/json")
+
+
+def _call(call: Call) -> dict[str, Any]:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}

@@ -1,0 +1,346 @@
+"""Bodies of `POST /v1/chat/completions`."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, BeforeValidator, Field, JsonValue, WithJsonSchema, model_validator
+
+from adapters_store import parse_json
+from sera_serve.server.native.schemas import MAX_NEW_TOKENS
+from sera_serve.server.openai.completion_schemas import TokenUsage
+from sera_serve.server.openai.fields import GenerationFields
+from sera_serve.server.strict import RequestModel, refusal
+
+MAX_MESSAGES = 2048
+MAX_TOOLS = 128
+MAX_TOP_LOGPROBS = 20
+_MAX_TEMPLATE_VARIABLES = 16
+_MAX_ARGUMENT_MEMBERS = 1000
+_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
+# What the server itself gives to a template.
+_OWN_VARIABLES = {"messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token"}
+_NOT_TEXT = "the models read text alone; leave it out"
+
+
+def _content(value: Any) -> Any:
+    """Parts of type text become one text, joined by line breaks."""
+    if not isinstance(value, list):
+        return value
+    texts = []
+    for part in value:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "text":
+            shown = kind[:64] if isinstance(kind, str) else None
+            raise refusal(f"a content part has the type {shown!r}; the models read parts of type 'text' alone", None)
+        if set(part) != {"type", "text"} or not isinstance(part["text"], str):
+            raise refusal('a content part must be {"type": "text", "text": "..."}', None)
+        texts.append(part["text"])
+    return "\n".join(texts)
+
+
+Content = Annotated[
+    str,
+    BeforeValidator(_content),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}]}),
+]
+FunctionName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+
+
+class CalledFunction(RequestModel):
+    """The function of a call that the assistant made before."""
+
+    name: FunctionName
+    arguments: str = Field(description="the JSON of an object")
+
+    @model_validator(mode="after")
+    def _arguments_are_an_object(self) -> CalledFunction:
+        if not isinstance(self.parsed(), dict):
+            raise refusal("the arguments of a call must be the JSON of an object", None)
+        return self
+
+    def parsed(self) -> Any:
+        """Return the arguments, or None if they are no JSON."""
+        try:
+            return parse_json(self.arguments, _MAX_ARGUMENT_MEMBERS)
+        except json.JSONDecodeError:
+            return None
+
+
+class PastToolCall(RequestModel):
+    """A call that the assistant made before."""
+
+    id: str = Field(max_length=256)
+    type: Literal["function"] = "function"
+    function: CalledFunction
+    # Pieces of a stream carry it, and clients send them back.
+    index: int | None = None
+
+
+class Message(RequestModel):
+    """One message of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Content | None = None
+    name: str | None = Field(None, max_length=256)
+    tool_calls: Annotated[list[PastToolCall], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    tool_call_id: str | None = Field(None, max_length=256)
+    reasoning_content: str | None = None
+    # Fields of an assistant's message that clients send back as they got it.
+    refusal: None = None
+    audio: None = None
+    function_call: None = None
+    annotations: Annotated[list[JsonValue], Field(max_length=0)] | None = None
+
+    @model_validator(mode="after")
+    def _fields_of_the_role(self) -> Message:
+        if self.content is None and not (self.role == "assistant" and self.tool_calls):
+            raise refusal(f"a message of role {self.role!r} has no content; send a text", None)
+        if self.role != "assistant" and (self.tool_calls is not None or self.reasoning_content is not None):
+            raise refusal("only a message of role 'assistant' has tool_calls or reasoning_content", None)
+        if self.role != "tool" and self.tool_call_id is not None:
+            raise refusal("only a message of role 'tool' has tool_call_id", None)
+        return self
+
+    def for_template(self) -> dict[str, Any]:
+        """Return the message as chat templates read it. Arguments of calls become objects."""
+        # The newer name of the same role; no template knows it.
+        message: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role}
+        message["content"] = self.content or ""
+        if self.name is not None:
+            message["name"] = self.name
+        if self.tool_call_id is not None:
+            message["tool_call_id"] = self.tool_call_id
+        if self.reasoning_content is not None:
+            message["reasoning_content"] = self.reasoning_content
+        if self.tool_calls:
+            message["tool_calls"] = [
+                {
+                    "id": call.id,
+                    "type": "function",
+                    "function": {"name": call.function.name, "arguments": call.function.parsed()},
+                }
+                for call in self.tool_calls
+            ]
+        return message
+
+
+class Function(RequestModel):
+    """A function that the model may call."""
+
+    name: FunctionName
+    description: str | None = None
+    parameters: dict[str, JsonValue] | None = None
+    strict: bool | None = Field(None, description="only with tool_choice required or a named function")
+
+
+class Tool(RequestModel):
+    """Something that the model may call."""
+
+    type: Literal["function"]
+    function: Function
+
+    def for_template(self) -> dict[str, Any]:
+        """Return the tool as chat templates read it."""
+        function: dict[str, Any] = {"name": self.function.name}
+        if self.function.description is not None:
+            function["description"] = self.function.description
+        function["parameters"] = self.function.parameters or {"type": "object", "properties": {}}
+        return {"type": "function", "function": function}
+
+
+def _tool_choice(value: Any) -> Any:
+    if value in ("none", "auto", "required"):
+        return value
+    function = value.get("function") if isinstance(value, dict) and value.get("type") == "function" else None
+    name = function.get("name") if isinstance(function, dict) and set(function) == {"name"} else None
+    if set(value if isinstance(value, dict) else ()) != {"type", "function"} or not isinstance(name, str):
+        raise refusal(
+            'tool_choice must be "none", "auto", "required" or {"type": "function", "function": {"name": ...}}',
+            "tool_choice",
+        )
+    return name
+
+
+def _template_variables(value: Any) -> Any:
+    if isinstance(value, dict):
+        if len(value) > _MAX_TEMPLATE_VARIABLES:
+            raise refusal(
+                f"chat_template_kwargs has {len(value)} variables; send at most {_MAX_TEMPLATE_VARIABLES}",
+                "chat_template_kwargs",
+            )
+        for name in value:
+            if _VARIABLE.fullmatch(name) is None or name in _OWN_VARIABLES:
+                raise refusal(
+                    f"chat_template_kwargs cannot set {name[:64]!r}; it sets variables of the template's own",
+                    "chat_template_kwargs",
+                )
+    return value
+
+
+class ChatRequest(GenerationFields):
+    """Body of `POST /v1/chat/completions`."""
+
+    unsupported: ClassVar[Mapping[str, tuple[tuple[Any, ...], str]]] = {
+        "audio": ((), _NOT_TEXT),
+        "modalities": ((["text"],), _NOT_TEXT),
+        "functions": (([],), "send tools instead"),
+        "function_call": (("none",), "send tool_choice instead"),
+        "prediction": ((), "leave it out"),
+        "reasoning_effort": (("none",), "leave it out; chat_template_kwargs reach the chat template"),
+        "verbosity": (("medium",), "leave it out"),
+        "service_tier": (("auto", "default"), "use priority"),
+        "store": ((False,), "no answer is kept; leave it out"),
+        "web_search_options": ((), "leave it out"),
+        "moderation": ((), "leave it out"),
+        "prompt_cache_key": ((), "use cache_salt, under which prompts share nothing with others"),
+        "prompt_cache_options": ((), "use cache_salt"),
+        "prompt_cache_retention": (("in_memory",), "leave it out"),
+        "chat_template": ((), "publish an adapter with its chat_template"),
+    }
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+    max_completion_tokens: int | None = Field(
+        None, ge=1, le=MAX_NEW_TOKENS, description="the newer name of max_tokens; send one of them"
+    )
+    logprobs: bool | None = Field(None, description="log-probabilities of each token")
+    top_logprobs: int | None = Field(
+        None, ge=0, le=MAX_TOP_LOGPROBS, description="and of this many likeliest tokens; needs logprobs"
+    )
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    tool_choice: (
+        Annotated[
+            str,
+            BeforeValidator(_tool_choice),
+            WithJsonSchema({"anyOf": [{"enum": ["none", "auto", "required"]}, {"type": "object"}]}),
+        ]
+        | None
+    ) = None
+    parallel_tool_calls: bool | None = Field(None, description="false: at most one call is answered")
+    add_generation_prompt: bool | None = Field(None, description="true by default: begin the assistant's message")
+    continue_final_message: bool | None = Field(None, description="continue the last message, an assistant's")
+    chat_template_kwargs: Annotated[dict[str, JsonValue], BeforeValidator(_template_variables)] | None = None
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> ChatRequest:
+        if self.max_tokens is not None and self.max_completion_tokens is not None:
+            raise refusal("max_tokens and max_completion_tokens are both given; send one of them", "max_tokens")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise refusal("top_logprobs is given without logprobs; send logprobs: true", "top_logprobs")
+        if self.continue_final_message and self.add_generation_prompt:
+            raise refusal(
+                "continue_final_message and add_generation_prompt are both true; send one of them",
+                "continue_final_message",
+            )
+        if self.continue_final_message and self.messages[-1].role != "assistant":
+            raise refusal(
+                "continue_final_message is true, and the last message is not an assistant's", "continue_final_message"
+            )
+        names = [tool.function.name for tool in self.tools or ()]
+        if len(set(names)) < len(names):
+            raise refusal("tools has two functions of one name; give each its own", "tools")
+        if self.tool_choice not in (None, "none") and not names:
+            raise refusal("tool_choice is given without tools; send tools, or leave it out", "tool_choice")
+        if self.forced_function is not None and self.forced_function not in names:
+            raise refusal("tool_choice names a function that tools does not have", "tool_choice")
+        if self.form is not None and self.has_tools:
+            raise refusal(
+                "response_format, regex or grammar is given with tools, and a call would not conform to it; send "
+                'tool_choice: "none", or leave one of them out',
+                "tools",
+            )
+        if not self.is_forced and any(tool.function.strict for tool in self.tools or ()):
+            raise refusal(
+                "strict is enforced only with tool_choice required or a named function; leave strict out", "tools"
+            )
+        return self
+
+    @property
+    def forced_function(self) -> str | None:
+        """The function that `tool_choice` names."""
+        return self.tool_choice if self.tool_choice not in (None, "none", "auto", "required") else None
+
+    @property
+    def has_tools(self) -> bool:
+        """Whether the model may call a tool."""
+        return bool(self.tools) and self.tool_choice != "none"
+
+    @property
+    def is_forced(self) -> bool:
+        """Whether the model must call a tool."""
+        return self.tool_choice == "required" or self.forced_function is not None
+
+    @property
+    def most_tokens(self) -> int | None:
+        """How many tokens an answer has at most; None is until the context ends."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+
+class ChatTopLogprob(BaseModel):
+    """A token, its bytes and its log-probability."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChatTokenLogprob(ChatTopLogprob):
+    """The same of a generated token, and of the likeliest tokens at its place."""
+
+    top_logprobs: list[ChatTopLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    """Log-probabilities of the tokens of one answer."""
+
+    content: list[ChatTokenLogprob]
+    refusal: None
+
+
+class FunctionCall(BaseModel):
+    """A function's name, and the JSON of its arguments."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(BaseModel):
+    """A call that the model makes. `index` is there in streams alone."""
+
+    id: str
+    type: Literal["function"]
+    function: FunctionCall
+    index: int | None = None
+
+
+class AnswerMessage(BaseModel):
+    """The assistant's message, or in a stream what is added to it."""
+
+    role: Literal["assistant"]
+    content: str | None
+    tool_calls: list[ToolCall] | None = None
+
+
+class ChatChoice(BaseModel):
+    """One answer. A stream has `delta` in place of `message`."""
+
+    index: int
+    message: AnswerMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: Literal["stop", "length", "tool_calls"] | None
+
+
+class ChatCompletion(BaseModel):
+    """Response body of `POST /v1/chat/completions`."""
+
+    id: str
+    object: Literal["chat.completion", "chat.completion.chunk"]
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[ChatChoice]
+    usage: TokenUsage | None = None

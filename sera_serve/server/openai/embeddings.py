@@ -1,0 +1,168 @@
+"""`POST /v1/embeddings`: pooled hidden states of the base with an adapter."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from fastapi import APIRouter, Request, Response
+from numpy.typing import NDArray
+from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema
+
+from sera_serve.base import Pooling
+from sera_serve.engine import Priority
+from sera_serve.server.auth import principal_of
+from sera_serve.server.deps import EngineOf, MetricsOf, ReceivedAt
+from sera_serve.server.disconnect import cancel_on_disconnect
+from sera_serve.server.native.schemas import MAX_REFERENCE, MAX_TIMEOUT_S, MAX_TOKEN_ID
+from sera_serve.server.openai.answers import to_json, with_member
+from sera_serve.server.openai.errors import InvalidOpenAIRequest, OpenAIRoute, translated_errors
+from sera_serve.server.openai.fields import User
+from sera_serve.server.openai.texts import adapter_of
+from sera_serve.server.strict import RequestModel, refusal
+
+router = APIRouter(route_class=OpenAIRoute, tags=["openai"])
+
+MAX_INPUTS = 2048
+# Of all inputs that are lists of tokens: each token is looked at before the request waits for anything.
+MAX_TOKENS = 300_000
+# Numbers that are written to JSON between two turns of the event loop: some 10 ms.
+_AT_ONCE = 1 << 14
+
+Encoding = Literal["float", "base64"]
+
+
+def _inputs(value: Any) -> list[str] | list[list[int]]:
+    """One input, or a list of them, all texts or all lists of tokens. Reading stops at the first wrong element."""
+    if isinstance(value, str):
+        value = [value]
+    if not isinstance(value, list) or not value:
+        raise refusal("input must be a text, a list of texts, a list of tokens, or a list of such lists", "input")
+    if not isinstance(value[0], str | list):
+        value = [value]
+    if len(value) > MAX_INPUTS:
+        raise refusal(f"input has {len(value)} inputs; send at most {MAX_INPUTS} in one request", "input")
+    kind = type(value[0])
+    tokens = 0
+    for index, item in enumerate(value):
+        place = f"input[{index}]" if len(value) > 1 else "input"
+        if type(item) is not kind or not item:
+            raise refusal(f"{place} must be a text or a list of tokens, as the first input is, and not empty", place)
+        if isinstance(item, list):
+            tokens += len(item)
+            if tokens > MAX_TOKENS:
+                raise refusal(f"the inputs have more than {MAX_TOKENS} tokens; send fewer in one request", "input")
+            if not all(type(token) is int and 0 <= token <= MAX_TOKEN_ID for token in item):
+                raise refusal(f"{place} must have integers of 0 to {MAX_TOKEN_ID}, the ids of tokens", place)
+    inputs: list[str] | list[list[int]] = value
+    return inputs
+
+
+_INPUT_SCHEMA = {
+    "anyOf": [
+        {"type": "string"},
+        {"type": "array", "items": {"type": "string"}},
+        {"type": "array", "items": {"type": "integer"}},
+        {"type": "array", "items": {"type": "array", "items": {"type": "integer"}}},
+    ]
+}
+
+
+class EmbeddingRequest(RequestModel):
+    """Body of `POST /v1/embeddings`."""
+
+    model: str = Field(
+        min_length=1, max_length=MAX_REFERENCE, description="an adapter's reference, or the name of the base"
+    )
+    input: Annotated[list[str] | list[list[int]], BeforeValidator(_inputs), WithJsonSchema(_INPUT_SCHEMA)] = Field(
+        description="a text, tokens, or a list of up to 2,048 texts or lists of tokens; none is cut"
+    )
+    encoding_format: Encoding | None = Field(
+        None, description="float (the default), or base64 of the numbers as little-endian float32"
+    )
+    dimensions: int | None = Field(None, ge=1, description="only the base's hidden size: the vectors are not cut")
+    user: User | None = Field(None, description="accepted for clients that send it; kept nowhere")
+    pooling: Pooling | None = Field(
+        None, description="last_token, cls or mean; null is that of a classifier's adapter, and else the base's own"
+    )
+    normalize: bool | None = Field(None, description="scale each vector to length 1; null is true")
+    priority: Priority | None = None
+    timeout_s: float | None = Field(None, gt=0, le=MAX_TIMEOUT_S)
+
+
+class Embedding(BaseModel):
+    """The vector of one input."""
+
+    object: Literal["embedding"] = "embedding"
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingUsage(BaseModel):
+    """Tokens of all inputs."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingResponse(BaseModel):
+    """Response body of `POST /v1/embeddings`, in the order of the inputs."""
+
+    object: Literal["list"] = "list"
+    model: str
+    data: list[Embedding]
+    usage: EmbeddingUsage
+
+
+@router.post("/v1/embeddings", response_model=EmbeddingResponse)
+async def embeddings(
+    body: EmbeddingRequest, request: Request, engine: EngineOf, metrics: MetricsOf, received_at: ReceivedAt
+) -> Response:
+    """One vector of each input: the pooled last hidden states of the base with the adapter."""
+    hidden_size = engine.base.hidden_size
+    if body.dimensions not in (None, hidden_size):
+        raise InvalidOpenAIRequest(
+            f"dimensions is {body.dimensions}; the vectors of this base have {hidden_size} numbers, and a part of them "
+            "is no embedding: leave dimensions out",
+            param="dimensions",
+        )
+    adapter = adapter_of(body.model, engine)
+    with translated_errors("input"):
+        work = engine.embed(
+            adapter,
+            body.input,
+            principal_of(adapter),
+            pooling=body.pooling,
+            normalize=body.normalize is not False,
+            priority=body.priority or "normal",
+            timeout_s=body.timeout_s,
+            received_at=received_at,
+        )
+        result = await cancel_on_disconnect(request.receive, work)
+    metrics.count_embedded(len(result.vectors), result.waited_s)
+    tokens = sum(result.prompt_tokens)
+    content = to_json({"object": "list", "model": body.model})
+    content = with_member(content, "data", await _data(result.vectors, body.encoding_format or "float"))
+    content = with_member(content, "usage", to_json({"prompt_tokens": tokens, "total_tokens": tokens}))
+    return Response(content, media_type="application/json")
+
+
+async def _data(vectors: Sequence[NDArray[np.float32]], encoding: Encoding) -> str:
+    """The JSON of the vectors. Other requests have their turns between two parts of it."""
+    parts: list[str] = []
+    written = 0
+    for index, vector in enumerate(vectors):
+        value: str | list[float]
+        if encoding == "base64":
+            value = base64.b64encode(vector.astype("<f4", copy=False).tobytes()).decode()
+        else:
+            value = vector.tolist()
+        parts.append(to_json({"object": "embedding", "index": index, "embedding": value}))
+        written += len(vector)
+        if written >= _AT_ONCE:
+            written = 0
+            await asyncio.sleep(0)
+    return f"[{','.join(parts)}]"

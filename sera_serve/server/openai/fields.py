@@ -1,0 +1,215 @@
+"""The fields that completions and chat completions share: sampling, limits, streaming, and what is refused by name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
+
+from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
+
+from sera_serve.engine import MAX_LOGIT_BIAS, ConstraintSpec, GenerateParams, Priority
+from sera_serve.server.native.schemas import (
+    MAX_CACHE_SALT,
+    MAX_NEW_TOKENS,
+    MAX_REFERENCE,
+    MAX_TIMEOUT_S,
+    MAX_TOKEN_ID,
+    StopString,
+    TokenId,
+)
+from sera_serve.server.response_format import (
+    GRAMMAR_HELP,
+    REGEX_HELP,
+    RESPONSE_FORMAT_HELP,
+    Grammar,
+    Regex,
+    ResponseFormat,
+    to_constraint,
+)
+from sera_serve.server.strict import RequestModel, refusal
+
+MAX_CHOICES = 128
+MAX_STOP = 16
+MAX_USER = 512
+_MAX_METADATA, _MAX_METADATA_KEY, _MAX_METADATA_VALUE = 16, 64, 512
+_TOKEN_ID = re.compile(r"[0-9]{1,10}")
+
+
+def _stop(value: Any) -> Any:
+    """One string stands for a list of one."""
+    return [value] if isinstance(value, str) else value
+
+
+def _logit_bias(value: Any) -> Any:
+    """Token ids are keys of a JSON object, and so are strings."""
+    if not isinstance(value, dict):
+        return value
+    if len(value) > MAX_LOGIT_BIAS:
+        raise refusal(f"logit_bias has {len(value)} tokens; send at most {MAX_LOGIT_BIAS}", "logit_bias")
+    for key, bias in value.items():
+        if _TOKEN_ID.fullmatch(key) is None or int(key) > MAX_TOKEN_ID:
+            raise refusal(f"logit_bias has the key {key[:64]!r}; a key must be a token id", "logit_bias")
+        if isinstance(bias, bool) or not isinstance(bias, int | float) or not -100 <= bias <= 100:
+            raise refusal(f"logit_bias of token {key} must be a number of -100 to 100", "logit_bias")
+    if len({int(key) for key in value}) < len(value):
+        raise refusal('logit_bias has a token twice, such as "7" and "07"; send each once', "logit_bias")
+    return {int(key): float(bias) for key, bias in value.items()}
+
+
+def _metadata(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    if len(value) > _MAX_METADATA:
+        raise refusal(f"metadata has {len(value)} keys; send at most {_MAX_METADATA}", "metadata")
+    for key, text in value.items():
+        if len(key) > _MAX_METADATA_KEY or not isinstance(text, str) or len(text) > _MAX_METADATA_VALUE:
+            raise refusal(
+                f"metadata must have keys of at most {_MAX_METADATA_KEY} characters, and strings of at most "
+                f"{_MAX_METADATA_VALUE}",
+                "metadata",
+            )
+    return value
+
+
+LogitBias = Annotated[dict[int, float], BeforeValidator(_logit_bias)]
+Metadata = Annotated[dict[str, str], BeforeValidator(_metadata)]
+StopStrings = Annotated[list[StopString], Field(max_length=MAX_STOP, fail_fast=True), BeforeValidator(_stop)]
+User = Annotated[str, Field(max_length=MAX_USER)]
+
+
+class StreamOptions(RequestModel):
+    """What a stream has beside its text."""
+
+    include_usage: bool | None = Field(None, description="send the usage as one more event before [DONE]")
+    include_obfuscation: bool | None = Field(None, description="only false: this server adds no padding to events")
+
+    @model_validator(mode="after")
+    def _no_obfuscation(self) -> StreamOptions:
+        if self.include_obfuscation:
+            raise refusal("include_obfuscation is not supported; leave it out", "stream_options.include_obfuscation")
+        return self
+
+
+class GenerationFields(RequestModel):
+    """The fields of completions and of chat completions. Null is the same as absence."""
+
+    _form: ConstraintSpec | None = PrivateAttr(None)
+    # By name: the values that ask for nothing, and why other values are refused.
+    unsupported: ClassVar[Mapping[str, tuple[tuple[Any, ...], str]]] = {}
+
+    model: str = Field(
+        min_length=1, max_length=MAX_REFERENCE, description="an adapter's reference, or the name of the base"
+    )
+    max_tokens: int | None = Field(
+        None, ge=1, le=MAX_NEW_TOKENS, description="most tokens to generate; absent: until the context ends"
+    )
+    temperature: float | None = Field(None, ge=0, le=2, description="1 by default; 0 takes the likeliest token")
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=-1, le=MAX_TOKEN_ID, description="0 and -1 are all")
+    min_p: float | None = Field(None, ge=0, le=1)
+    seed: int | None = Field(None, ge=0, le=MAX_TOKEN_ID)
+    stop: StopStrings | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP, fail_fast=True)] | None = None
+    n: int | None = Field(None, ge=1, le=MAX_CHOICES, description="answers to each prompt")
+    logit_bias: LogitBias | None = None
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(None, gt=0, le=2)
+    ignore_eos: bool | None = None
+    min_tokens: int | None = Field(None, ge=0, le=MAX_NEW_TOKENS)
+    response_format: ResponseFormat | None = Field(None, description=RESPONSE_FORMAT_HELP)
+    regex: Regex | None = Field(None, description=REGEX_HELP)
+    grammar: Grammar | None = Field(None, description=GRAMMAR_HELP)
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: User | None = Field(None, description="accepted for clients that send it; kept nowhere")
+    safety_identifier: User | None = Field(None, description="accepted for clients that send it; kept nowhere")
+    metadata: Metadata | None = Field(None, description="accepted for clients that send it; kept nowhere")
+    priority: Priority | None = None
+    timeout_s: float | None = Field(None, gt=0, le=MAX_TIMEOUT_S)
+    cache_salt: str | None = Field(None, min_length=1, max_length=MAX_CACHE_SALT)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_by_name(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        kept = dict(value)
+        for name, (neutral, reason) in cls.unsupported.items():
+            if name in kept:
+                given = kept.pop(name)
+                # `True == 1`: the types must agree too.
+                if given is not None and not any(given == none and type(given) is type(none) for none in neutral):
+                    raise refusal(f"{name} is not supported: {reason}", name)
+        return kept
+
+    @model_validator(mode="after")
+    def _one_form(self) -> GenerationFields:
+        self._form = to_constraint(self.response_format, self.regex, self.grammar)
+        return self
+
+    @model_validator(mode="after")
+    def _stream_options_of_a_stream(self) -> GenerationFields:
+        if self.stream_options is not None and not self.stream:
+            raise refusal(
+                "stream_options is given without stream; send stream: true, or leave it out", "stream_options"
+            )
+        return self
+
+    @property
+    def form(self) -> ConstraintSpec | None:
+        """What response_format, regex or grammar ask the text to conform to."""
+        return self._form
+
+    @property
+    def choices(self) -> int:
+        """How many answers each prompt gets."""
+        return self.n or 1
+
+    @property
+    def sends_usage(self) -> bool:
+        """Whether a stream has an event for the usage."""
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    def params(
+        self,
+        adapter: str | None,
+        *,
+        prompt: str | None = None,
+        token_ids: list[int] | None = None,
+        max_new_tokens: int | None = None,
+        logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
+        constraint: ConstraintSpec | None = None,
+        add_special_tokens: bool = True,
+    ) -> GenerateParams:
+        """Return the request as the engine takes it, for one prompt."""
+        top_k = self.top_k or 0
+        return GenerateParams(
+            adapter=adapter,
+            prompt=prompt,
+            token_ids=token_ids,
+            add_special_tokens=add_special_tokens,
+            max_new_tokens=max_new_tokens,
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_p=1.0 if self.top_p is None else self.top_p,
+            top_k=max(0, top_k),
+            min_p=self.min_p or 0.0,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
+            logit_bias=self.logit_bias or {},
+            seed=self.seed,
+            stop=self.stop or [],
+            stop_token_ids=self.stop_token_ids or [],
+            ignore_eos=bool(self.ignore_eos),
+            min_tokens=self.min_tokens or 0,
+            n=self.choices,
+            constraint=constraint or self.form,
+            priority=self.priority or "normal",
+            timeout_s=self.timeout_s,
+            cache_salt=self.cache_salt,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+        )

@@ -1,0 +1,109 @@
+"""`GET /v1/models` and `GET /v1/models/{model}`."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Query, Request, Response
+from pydantic import BaseModel, ConfigDict, Field
+
+from adapters_store import AdapterStore, AdapterSummary, parse_ref
+from sera_serve.server.deps import Engine, EngineOf, ExecutorsOf, StoreOf
+from sera_serve.server.disconnect import cancel_on_disconnect
+from sera_serve.server.native.schemas import MAX_REFERENCE
+from sera_serve.server.openai.errors import ModelNotFound, OpenAIRoute
+from sera_serve.server.openai.texts import base_name
+
+router = APIRouter(route_class=OpenAIRoute, tags=["openai"])
+
+
+class Model(BaseModel):
+    """The base, or an adapter."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int = Field(description="seconds since 1970; 0 for the base")
+    owned_by: str = Field(description="the adapter's tenant")
+    root: str = Field(description="the version that the id stands for now; of the base, its own name")
+    parent: str | None = Field(description="the base that the adapter was made for")
+    task: Literal["generate", "classify"]
+
+
+class ModelList(BaseModel):
+    """Response body of `GET /v1/models`. `last_id` is the `after` of the next page where `has_more` is true."""
+
+    object: Literal["list"] = "list"
+    data: list[Model]
+    has_more: bool
+    last_id: str | None
+
+
+class ModelQuery(BaseModel):
+    """Query parameters of `GET /v1/models`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    limit: int = Field(100, ge=1, le=1000, description="maximum number of adapters on a page")
+    after: str | None = Field(None, max_length=MAX_REFERENCE, description="the last model of the previous page")
+
+
+@router.get("/v1/models", response_model=ModelList)
+async def list_models(
+    query: Annotated[ModelQuery, Query()],
+    request: Request,
+    engine: EngineOf,
+    store: StoreOf,
+    executors: ExecutorsOf,
+) -> Response:
+    """The base first, then the adapters in order of their ids, a page at a time."""
+    content = await cancel_on_disconnect(request.receive, executors.listing.run(_page, engine, store, query))
+    return Response(content, media_type="application/json")
+
+
+@router.get("/v1/models/{model:path}")
+async def retrieve_model(
+    model: str, request: Request, engine: EngineOf, store: StoreOf, executors: ExecutorsOf
+) -> Model:
+    """The base by its name, or an adapter by its reference, which may carry @alias, @v3 or @digest."""
+    if len(model) > MAX_REFERENCE:
+        raise ModelNotFound(f"the name of a model has at most {MAX_REFERENCE} characters", param="model")
+    return await cancel_on_disconnect(request.receive, executors.changing.run(_one, engine, store, model))
+
+
+def _one(engine: Engine, store: AdapterStore, model: str) -> Model:
+    if model == base_name(engine):
+        return _base(engine)
+    info = store.inspect(model)
+    # An id keeps its selector: the model of another version is another model.
+    return _adapter(info, model if "@" in model else parse_ref(model).adapter)
+
+
+def _page(engine: Engine, store: AdapterStore, query: ModelQuery) -> bytes:
+    """The JSON of a `ModelList`. One call for the whole page would hold the interpreter's lock for too long."""
+    base = base_name(engine)
+    # After the base come all adapters, whatever its name is.
+    after = None if query.after == base else query.after
+    page = store.list_page(None, after, query.limit)
+    models = [] if query.after is not None else [_base(engine)]
+    models += [_adapter(info, info.adapter) for info in page.adapters]
+    data = ",".join(model.model_dump_json() for model in models)
+    last = ModelList(data=[], has_more=page.next is not None, last_id=models[-1].id if models else None)
+    return last.model_dump_json().replace('"data":[]', f'"data":[{data}]', 1).encode()
+
+
+def _base(engine: Engine) -> Model:
+    name = base_name(engine)
+    task: Literal["generate", "classify"] = "generate" if engine.base.kind == "decoder" else "classify"
+    return Model(id=name, created=0, owned_by="sera-serve", root=name, parent=None, task=task)
+
+
+def _adapter(info: AdapterSummary, name: str) -> Model:
+    return Model(
+        id=name,
+        created=int(datetime.fromisoformat(info.created_at).timestamp()),
+        owned_by=info.adapter.partition("/")[0],
+        root=f"{info.adapter}@v{info.version}",
+        parent=info.base,
+        task=info.task,
+    )

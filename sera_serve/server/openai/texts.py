@@ -1,0 +1,179 @@
+"""What the routes share for texts: chat templates, tokens of texts, names of tokens. The work runs on threads."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Annotated, Any, ParamSpec, TypeVar, cast
+
+from fastapi import Depends, Request
+
+from adapters_store import AdapterStore
+from sera_serve.base.chat import ChatRenderer, ChatTemplate
+from sera_serve.errors import InvalidRequest
+from sera_serve.server.deps import Engine
+from sera_serve.server.openai.chat_schemas import Message, Tool
+from sera_serve.server.openai.token_texts import TokenTexts
+from sera_serve.threads import BoundedExecutor
+
+P = ParamSpec("P")
+T = TypeVar("T")
+# Rendering and tokenizing leave the interpreter's lock to others for most of their time.
+_THREADS, _MAX_WAITING = 2, 256
+_MAX_TEMPLATES = 1024
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """What a chat template renders.
+
+    Attributes:
+        messages: At least one.
+        tools: What the model may call; empty is none.
+        add_generation_prompt: Begin the assistant's message.
+        continue_final_message: End within the last message. No message is begun.
+        variables: Further variables of the template.
+    """
+
+    messages: Sequence[Message]
+    tools: Sequence[Tool] = ()
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    variables: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class ChatPrompt:
+    """A conversation as the engine takes it.
+
+    Attributes:
+        text: The prompt, with every special token that the template writes.
+        adapter: The adapter's reference, to the version that has the template; None is the base model.
+        template: The template.
+    """
+
+    text: str
+    adapter: str | None
+    template: ChatTemplate
+
+
+class Texts:
+    """Renders, tokenizes and names tokens for one app."""
+
+    def __init__(self, engine: Engine, store: AdapterStore) -> None:
+        """Start no thread and no process yet."""
+        self._engine = engine
+        self._store = store
+        self._executor = BoundedExecutor("rendering", _THREADS, _MAX_WAITING)
+        self._lock = threading.Lock()
+        self._templates: OrderedDict[str, str | None] = OrderedDict()
+        self._renderer: ChatRenderer | None = None
+
+    @property
+    def renderer(self) -> ChatRenderer:
+        """Renders chat templates."""
+        with self._lock:
+            if self._renderer is None:
+                self._renderer = ChatRenderer(self._engine.base.tokenizer)
+            return self._renderer
+
+    @cached_property
+    def tokens(self) -> TokenTexts:
+        """Names tokens."""
+        return TokenTexts(self._engine.base.tokenizer)
+
+    async def run(self, work: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
+        """Run a function on a thread of texts. Raises Overloaded if too many wait."""
+        return cast(T, await self._executor.run(work, *arguments, **named))
+
+    def chat_prompt(self, conversation: Conversation, adapter: str | None) -> ChatPrompt:
+        """Render a conversation with the adapter's template, or the base's. Blocks.
+
+        Raises:
+            AdapterNotFound: There is no such adapter.
+            ChatTemplateMissing, ChatTemplateFailed: There is no template, or it cannot be rendered.
+            InvalidRequest: There are tools, and the template does not read them.
+        """
+        own: str | None = None
+        if adapter is not None:
+            resolved = self._store.resolve(adapter)
+            if resolved.has_chat_template:
+                own = self._own_template(resolved.digest)
+                # `latest` may move before the engine reads it: template and weights must be of one version.
+                adapter = f"{resolved.adapter}@{resolved.digest}"
+        tools = [tool.for_template() for tool in conversation.tools] or None
+        template = self.renderer.template(own, tools is not None)
+        if tools is not None and not template.uses_tools:
+            raise InvalidRequest(
+                "the model's chat template has no place for tools; leave tools out, or name another model",
+                param="tools",
+            )
+        text = self.renderer.render(
+            template,
+            [message.for_template() for message in conversation.messages],
+            tools,
+            add_generation_prompt=conversation.add_generation_prompt and not conversation.continue_final_message,
+            continue_final_message=conversation.continue_final_message,
+            variables=conversation.variables,
+        )
+        return ChatPrompt(text, adapter, template)
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        """Return the tokens of a text. Blocks."""
+        tokens: list[int] = self._engine.base.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
+        return tokens
+
+    def decode(self, tokens: list[int]) -> str:
+        """Return the text of tokens, special ones included. Blocks.
+
+        Raises:
+            InvalidRequest: A token is outside the vocabulary.
+        """
+        tokenizer = self._engine.base.tokenizer
+        size = len(tokenizer)
+        if any(token >= size for token in tokens):
+            raise InvalidRequest(f"tokens must lie in 0 to {size - 1}", param="tokens")
+        return str(tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def check_exists(self, adapter: str) -> None:
+        """Raise AdapterNotFound if there is no such adapter. Blocks."""
+        self._store.resolve(adapter)
+
+    def close(self) -> None:
+        """Begin no more work, and end the processes."""
+        self._executor.close()
+        if self._renderer is not None:
+            self._renderer.close()
+
+    def _own_template(self, digest: str) -> str | None:
+        """The chat template of a bundle, or None."""
+        with self._lock:
+            if digest in self._templates:
+                self._templates.move_to_end(digest)
+                return self._templates[digest]
+        own = self._store.config(digest).chat_template
+        with self._lock:
+            self._templates[digest] = own
+            while len(self._templates) > _MAX_TEMPLATES:
+                self._templates.popitem(last=False)
+        return own
+
+
+async def _texts(request: Request) -> Texts:
+    return cast(Texts, request.app.state.texts)
+
+
+TextsOf = Annotated[Texts, Depends(_texts)]
+
+
+def base_name(engine: Engine) -> str:
+    """Return the name that the base has as a model."""
+    return engine.base.name
+
+
+def adapter_of(model: str, engine: Engine) -> str | None:
+    """Return the adapter that `model` names, or None for the base."""
+    return None if model == base_name(engine) else model

@@ -1,0 +1,115 @@
+"""`POST /tokenize` and `POST /detokenize`, with the bodies of vLLM."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Request, Response
+from pydantic import BaseModel, Field, model_validator
+
+from sera_serve.errors import PromptTooLong
+from sera_serve.server.auth import principal_of
+from sera_serve.server.deps import Engine, EngineOf
+from sera_serve.server.disconnect import cancel_on_disconnect
+from sera_serve.server.native.schemas import MAX_REFERENCE, MAX_TOKEN_IDS, TokenId
+from sera_serve.server.openai.answers import to_json, with_member
+from sera_serve.server.openai.chat_schemas import Message, Tool
+from sera_serve.server.openai.errors import OpenAIRoute, translated_errors
+from sera_serve.server.openai.texts import Conversation, Texts, TextsOf, adapter_of
+from sera_serve.server.strict import RequestModel, refusal
+
+router = APIRouter(route_class=OpenAIRoute, tags=["openai"])
+
+Model = Annotated[str, Field(min_length=1, max_length=MAX_REFERENCE)]
+
+
+class TokenizeRequest(RequestModel):
+    """Body of `POST /tokenize`: a text, or a conversation."""
+
+    model: Model | None = Field(None, description="whose chat template renders messages; null is the base")
+    prompt: str | None = Field(None, min_length=1)
+    messages: Annotated[list[Message], Field(min_length=1, max_length=2048, fail_fast=True)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=128, fail_fast=True)] | None = None
+    add_generation_prompt: bool | None = None
+    add_special_tokens: bool | None = Field(None, description="by default true for a prompt, false for messages")
+    return_token_strs: bool | None = Field(None, description="name the tokens too")
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> TokenizeRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise refusal("send either prompt or messages", "prompt")
+        if self.messages is None and (self.tools is not None or self.add_generation_prompt is not None):
+            raise refusal("tools and add_generation_prompt belong to messages; leave them out", "tools")
+        return self
+
+
+class TokenizeResponse(BaseModel):
+    """Response body of `POST /tokenize`."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None = None
+
+
+class DetokenizeRequest(RequestModel):
+    """Body of `POST /detokenize`."""
+
+    model: Model | None = Field(None, description="all models have the base's tokens")
+    tokens: Annotated[list[TokenId], Field(max_length=MAX_TOKEN_IDS, fail_fast=True)]
+
+
+class DetokenizeResponse(BaseModel):
+    """Response body of `POST /detokenize`."""
+
+    prompt: str
+
+
+@router.post("/tokenize", response_model=TokenizeResponse)
+async def tokenize(body: TokenizeRequest, request: Request, engine: EngineOf, texts: TextsOf) -> Response:
+    """The tokens of a text, or of a conversation as the model's chat template writes it."""
+    adapter = _checked(body.model, engine)
+    with translated_errors("prompt" if body.messages is None else "messages"):
+        work = texts.run(_tokenize, body, adapter, engine, texts)
+        content = await cancel_on_disconnect(request.receive, work)
+    return Response(content, media_type="application/json")
+
+
+@router.post("/detokenize")
+async def detokenize(body: DetokenizeRequest, request: Request, engine: EngineOf, texts: TextsOf) -> DetokenizeResponse:
+    """The text of tokens. Special tokens are part of the text."""
+    _checked(body.model, engine)
+    text = await cancel_on_disconnect(request.receive, texts.run(texts.decode, body.tokens))
+    return DetokenizeResponse(prompt=text)
+
+
+def _checked(model: str | None, engine: Engine) -> str | None:
+    """The adapter that a request names."""
+    adapter = None if model is None else adapter_of(model, engine)
+    principal_of(adapter)
+    return adapter
+
+
+def _tokenize(body: TokenizeRequest, adapter: str | None, engine: Engine, texts: Texts) -> bytes:
+    special = body.add_special_tokens
+    if body.messages is None:
+        text = body.prompt or ""
+        if adapter is not None:
+            texts.check_exists(adapter)
+    else:
+        conversation = Conversation(
+            body.messages, body.tools or (), add_generation_prompt=body.add_generation_prompt is not False
+        )
+        prompt = texts.chat_prompt(conversation, adapter)
+        text, special = prompt.text, bool(special)
+    most = engine.base.preprocessor.max_characters(engine.context_tokens)
+    if len(text) > most:
+        raise PromptTooLong(
+            f"the text has {len(text)} characters; the context holds at most {most}; shorten it", param="prompt"
+        )
+    tokens = texts.encode(text, special is not False)
+    content = to_json({"count": len(tokens), "max_model_len": engine.context_tokens, "tokens": tokens})
+    if body.return_token_strs:
+        names = to_json([texts.tokens.name_of(token) for token in tokens])
+        content = with_member(content, "token_strs", names)
+    return content.encode()

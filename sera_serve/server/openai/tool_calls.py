@@ -1,0 +1,237 @@
+"""Finds the calls of tools in what a model writes, whole or piece by piece."""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sera_serve.base.chat import CallFormat
+from sera_serve.engine import ConstraintSpec
+from sera_serve.errors import InvalidRequest
+from sera_serve.server.openai.chat_schemas import Tool
+
+_OPEN, _CLOSE = "<tool_call>", "</tool_call>"
+_MARKERS = ("[TOOL_CALLS]", "<|python_tag|>")
+_KEYS = ('"name"', '"type"', '"function"', '"arguments"', '"parameters"', '"id"')
+_BETWEEN = re.compile(r"[\s;,]*")
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a tool.
+
+    Attributes:
+        id: Nine letters and digits. Templates of Mistral's models accept no other form.
+        name: The function.
+        arguments: The JSON of an object.
+    """
+
+    id: str
+    name: str
+    arguments: str
+
+
+class ToolCallParser:
+    """Splits a text into its content and its calls. Pieces of the text give what the whole text gives.
+
+    Text that looks like a call and is none is content. Space between content and a call belongs to neither.
+    """
+
+    def __init__(self, call_format: CallFormat, names: Sequence[str], most_calls: int | None = None) -> None:
+        """Begin a text.
+
+        Args:
+            call_format: How the model writes calls.
+            names: The functions that there are. JSON alone is a call only if it names one of them.
+            most_calls: Further calls are left out. None is no limit.
+        """
+        self._hermes = call_format == "hermes"
+        self._names = frozenset(names)
+        self._most = most_calls
+        self._held = ""
+        self._space = ""
+        self._decided = False
+        self.calls: list[Call] = []
+
+    def push(self, text: str) -> list[str | Call]:
+        """Take a piece of the text. Returns the content and the calls that are certain now."""
+        self._held += text
+        return self._push_hermes() if self._hermes else self._push_json()
+
+    def end(self) -> list[str | Call]:
+        """Return the rest at the end of the text."""
+        held, self._held = self._held, ""
+        if self._hermes:
+            inside = held.startswith(_OPEN)
+            call = _one_call(held.removeprefix(_OPEN)) if inside else None
+            found = self._content(held) if call is None else self._call(call)
+        else:
+            calls = None if self._decided else _all_calls(held, self._names)
+            found = self._content(held) if calls is None else [each for call in calls for each in self._call(call)]
+        if self._space and not self.calls:
+            found.append(self._space)
+        return found
+
+    def _push_hermes(self) -> list[str | Call]:
+        found: list[str | Call] = []
+        while True:
+            at = self._held.find(_OPEN)
+            if at < 0:
+                certain = len(self._held) - _possible_start(self._held, _OPEN)
+                found += self._content(self._held[:certain])
+                self._held = self._held[certain:]
+                return found
+            found += self._content(self._held[:at])
+            self._held = self._held[at:]
+            end = self._held.find(_CLOSE)
+            if end < 0:
+                return found
+            whole, self._held = self._held[: end + len(_CLOSE)], self._held[end + len(_CLOSE) :]
+            call = _one_call(whole[len(_OPEN) : end])
+            found += self._content(whole) if call is None else self._call(call)
+
+    def _push_json(self) -> list[str | Call]:
+        if not self._decided:
+            if _may_be_calls(self._held):
+                return []
+            self._decided = True
+        held, self._held = self._held, ""
+        return self._content(held)
+
+    def _content(self, text: str) -> list[str | Call]:
+        kept = text.rstrip()
+        if not kept:
+            self._space += text
+            return []
+        content = self._space + kept
+        self._space = text[len(kept) :]
+        return [content]
+
+    def _call(self, call: Call) -> list[str | Call]:
+        self._space = ""
+        if self._most is not None and len(self.calls) >= self._most:
+            return []
+        self.calls.append(call)
+        return [call]
+
+
+def forced_calls(tools: Sequence[Tool], name: str | None, parallel: bool) -> ConstraintSpec:
+    """Return the constraint of an answer that is nothing but calls: a JSON list of `name` and `arguments`.
+
+    Args:
+        tools: The functions that may be called.
+        name: The one function that must be called, or None for any.
+        parallel: Whether the answer may have several calls.
+
+    Raises:
+        InvalidRequest: Two functions define different schemas under one name.
+    """
+    definitions: dict[str, Any] = {}
+    items: list[dict[str, Any]] = []
+    for tool in tools:
+        if name is not None and tool.function.name != name:
+            continue
+        parameters: dict[str, Any] = dict(tool.function.parameters or {"type": "object"})
+        # References lead from the root of the whole schema.
+        for key in ("$defs", "definitions"):
+            own = parameters.pop(key, None) or {}
+            if not isinstance(own, dict):
+                raise InvalidRequest(f"{key} of function {tool.function.name!r} must be an object", param="tools")
+            for label, schema in own.items():
+                if definitions.setdefault(key, {}).setdefault(label, schema) != schema:
+                    raise InvalidRequest(
+                        f"two functions define {label[:64]!r} differently in {key}; give them different names",
+                        param="tools",
+                    )
+        items.append(
+            {
+                "type": "object",
+                # In this order: the name first.
+                "properties": {"name": {"const": tool.function.name}, "arguments": parameters},
+                "required": ["name", "arguments"],
+                "additionalProperties": False,
+            }
+        )
+    whole: dict[str, Any] = {
+        "type": "array",
+        "minItems": 1,
+        "items": items[0] if len(items) == 1 else {"anyOf": items},
+        **definitions,
+    }
+    if name is not None or not parallel:
+        whole["maxItems"] = 1
+    return ConstraintSpec("json_schema", json.dumps(whole, ensure_ascii=False, separators=(",", ":")))
+
+
+def _possible_start(text: str, tag: str) -> int:
+    """Length of the longest end of `text` that begins `tag`."""
+    for length in range(min(len(tag) - 1, len(text)), 0, -1):
+        if text.endswith(tag[:length]):
+            return length
+    return 0
+
+
+def _may_be_calls(text: str) -> bool:
+    """Whether a text that begins so may be calls alone."""
+    start = text.lstrip()
+    for marker in _MARKERS:
+        if start.startswith(marker):
+            return True
+        if marker.startswith(start):
+            return True
+    if start[0] not in "[{":
+        return False
+    inner = start.lstrip("[{ \t\r\n")
+    return any(key.startswith(inner[: len(key)]) for key in _KEYS)
+
+
+def _all_calls(text: str, names: frozenset[str]) -> list[Call] | None:
+    """The calls that a text consists of, or None if the text is anything else."""
+    rest = text.strip()
+    marked = False
+    for marker in _MARKERS:
+        if rest.startswith(marker):
+            rest, marked = rest.removeprefix(marker), True
+    calls: list[Call] = []
+    decoder = json.JSONDecoder()
+    at = _BETWEEN.match(rest).end()  # type: ignore[union-attr]
+    while at < len(rest):
+        try:
+            value, at = decoder.raw_decode(rest, at)
+        except (ValueError, RecursionError):
+            return None
+        for each in value if isinstance(value, list) else [value]:
+            call = _call_of(each)
+            if call is None or (not marked and call.name not in names):
+                return None
+            calls.append(call)
+        at = _BETWEEN.match(rest, at).end()  # type: ignore[union-attr]
+    return calls or None
+
+
+def _one_call(text: str) -> Call | None:
+    try:
+        return _call_of(json.loads(text))
+    except (ValueError, RecursionError):
+        return None
+
+
+def _call_of(value: Any) -> Call | None:
+    if not isinstance(value, dict):
+        return None
+    if isinstance(value.get("function"), dict):
+        value = value["function"]
+    name = value.get("name")
+    arguments = value.get("arguments", value.get("parameters", {}))
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except (ValueError, RecursionError):
+            return None
+    if not isinstance(name, str) or not name or not isinstance(arguments, dict):
+        return None
+    return Call(secrets.token_hex(5)[:9], name, json.dumps(arguments, ensure_ascii=False))

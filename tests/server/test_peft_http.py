@@ -1,0 +1,219 @@
+"""PEFT checkpoints over HTTP: uploads, loading by path, and a watched directory."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import logging
+import shutil
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from adapters_store import AdapterBundle, AdapterStore
+from sera_serve.base import FrozenBase
+from sera_serve.config import ServeSettings
+from sera_serve.server import build_app, watcher
+from support.answers import refused
+from support.live_server import live_server, wait_until
+from support.peft_checkpoints import CONFIG, WEIGHTS, edit_config, save_checkpoint
+from support.stub_engine import StubEngine
+
+
+@pytest.fixture(scope="module")
+def checkpoint(base: FrozenBase, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_checkpoint(base.model, tmp_path_factory.mktemp("peft") / "adapter")
+
+
+def zipped(folder: Path) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for path in folder.iterdir():
+            archive.write(path, path.name)
+    return buffer.getvalue()
+
+
+def test_an_upload_is_imported(client: httpx.Client, store: AdapterStore, checkpoint: Path) -> None:
+    answer = client.post("/v1/adapters", files={"bundle": zipped(checkpoint)}, data={"name": "acme/zipped"})
+    assert answer.status_code == 201, answer.text
+    assert answer.json()["warnings"] == []
+    bundle = store.load(answer.json()["digest"])
+    assert bundle.config.method == "lora"
+    files = {"bundle": (checkpoint / WEIGHTS).read_bytes(), "config": (checkpoint / CONFIG).read_bytes()}
+    again = client.post("/v1/adapters", files=files, data={"name": "acme/zipped"})
+    assert again.json() == answer.json()
+
+
+def test_uploads_that_are_refused(
+    client: httpx.Client, checkpoint: Path, writer: AdapterBundle, tmp_path: Path
+) -> None:
+    def upload(files: dict[str, bytes], data: dict[str, str] | None = None) -> httpx.Response:
+        return client.post("/v1/adapters", files=files, data={"name": "acme/bad"} | (data or {}))
+
+    weights = (checkpoint / WEIGHTS).read_bytes()
+    assert refused(upload({"bundle": weights}), 422, "missing_file")["param"] == CONFIG
+    assert refused(upload({"bundle": weights, "config": b"{"}), 422, "invalid_config")["param"] == CONFIG
+    assert refused(
+        upload({"bundle": writer.to_bytes(), "config": b'{"peft_type": "LORA"}'}), 422, "unsupported_adapter"
+    )
+    assert refused(upload({"bundle": weights}, {"config": "{}"}), 422, "invalid_request")["param"] == "config"
+    refused(upload({"bundle": weights, "config": bytes((1 << 20) + 1)}), 400, "invalid_multipart")
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "dora"))
+    edit_config(folder, use_qalora=True)
+    error = refused(upload({"bundle": zipped(folder)}), 422, "unsupported_adapter")
+    assert error["param"] == "adapter_config.use_qalora"
+
+
+def test_loading_by_path_is_off_by_default(client: httpx.Client) -> None:
+    body = {"lora_name": "acme/by-path", "lora_path": "/etc"}
+    error = refused(client.post("/v1/load_lora_adapter", json=body), 403, "loading_by_path_disabled")
+    assert "--lora-path-root" in error["message"]
+    refused(client.post("/v1/unload_lora_adapter", json={"lora_name": "demo/writer"}), 403, "loading_by_path_disabled")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, writer: AdapterBundle) -> Path:
+    root = tmp_path_factory.mktemp("allowed")
+    shutil.copytree(checkpoint, root / "team" / "adapter")
+    writer.save(root / "bundle")
+    (root / "out").symlink_to(checkpoint)
+    return root
+
+
+@pytest.fixture(scope="module")
+def loading(base: FrozenBase, root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    store = AdapterStore(tmp_path_factory.mktemp("loading") / "store")
+    app = build_app(StubEngine(base), store, ServeSettings(store=store.root, lora_path_root=root))
+    with live_server(app) as url, httpx.Client(base_url=url, timeout=10) as client:
+        yield client
+
+
+def test_load_and_unload(loading: httpx.Client, root: Path) -> None:
+    def load(name: str, path: object, **fields: object) -> httpx.Response:
+        return loading.post("/v1/load_lora_adapter", json={"lora_name": name, "lora_path": str(path), **fields})
+
+    assert load("acme/one", "team/adapter").status_code == 200
+    # The same again is no other adapter; another content needs load_inplace.
+    assert load("acme/one", root / "team" / "adapter").json()["version"] == 1
+    assert refused(load("acme/one", "bundle"), 400, "adapter_exists")["param"] == "lora_name"
+    assert load("acme/one", "bundle", load_inplace=True).json()["version"] == 2
+    assert loading.get("/v1/adapters/acme/one").json()["version"] == 2
+    assert loading.post("/v1/unload_lora_adapter", json={"lora_name": "acme/one"}).status_code == 200
+    refused(loading.post("/v1/unload_lora_adapter", json={"lora_name": "acme/one"}), 404, "adapter_not_found")
+    refused(
+        loading.post("/v1/unload_lora_adapter", json={"lora_name": "acme/one", "lora_int_id": 3}), 422, "invalid_value"
+    )
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "code"),
+    [
+        ("..", 403, "path_not_allowed"),
+        ("team/../../x", 403, "path_not_allowed"),
+        ("/etc", 403, "path_not_allowed"),
+        ("out", 403, "path_not_allowed"),
+        ("out/adapter_model.safetensors", 403, "path_not_allowed"),
+        ("a\0b", 422, "invalid_request"),
+        ("nothing-here", 422, "missing_file"),
+    ],
+)
+def test_no_path_leaves_the_directory(path: str, status: int, code: str, loading: httpx.Client) -> None:
+    answer = loading.post("/v1/load_lora_adapter", json={"lora_name": "acme/two", "lora_path": path})
+    refused(answer, status, code)
+
+
+def test_a_name_without_a_tenant(loading: httpx.Client) -> None:
+    answer = loading.post("/v1/load_lora_adapter", json={"lora_name": "sql-lora", "lora_path": "team/adapter"})
+    assert refused(answer, 422, "invalid_adapter_name")["param"] == "lora_name"
+
+
+@pytest.fixture
+def fast_polls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watcher, "POLL_S", 0.05)
+
+
+@pytest.mark.usefixtures("fast_polls")
+def test_a_watched_directory(
+    base: FrozenBase, checkpoint: Path, writer: AdapterBundle, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    watched = tmp_path / "watched"
+    (watched / "acme").mkdir(parents=True)
+    shutil.copytree(checkpoint, watched / "acme" / "early")
+    store = AdapterStore(tmp_path / "store")
+    store.publish(writer, "acme/by-hand")
+    engine = StubEngine(base)
+
+    def names() -> set[str]:
+        return {info.adapter for info in store.iter_adapters()}
+
+    def errors() -> list[str]:
+        return [record.message for record in caplog.records if record.levelno >= logging.ERROR]
+
+    with caplog.at_level(logging.INFO, "sera_serve.watch"):
+        with live_server(build_app(engine, store, ServeSettings(store=store.root, watch=watched))):
+            wait_until(lambda: "acme/early" in names())
+            # Half of a copy is refused once, and published when it is whole.
+            half = watched / "acme" / "late"
+            half.mkdir()
+            shutil.copy(checkpoint / CONFIG, half)
+            wait_until(lambda: len(errors()) == 1)
+            assert "adapter_model.safetensors" in errors()[0]
+            shutil.copy(checkpoint / WEIGHTS, half)
+            wait_until(lambda: "acme/late" in names())
+            (watched / "acme" / "packed.safetensors").write_bytes(writer.to_bytes())
+            wait_until(lambda: "acme/packed" in names())
+            # Another content makes another version.
+            edit_config(half, lora_alpha=99)
+            wait_until(lambda: store.inspect("acme/late").versions == (1, 2))
+            shutil.rmtree(half)
+            (watched / "acme" / "packed.safetensors").unlink()
+            wait_until(lambda: names() == {"acme/early", "acme/by-hand"})
+            # Other adapters have the content of all but one version.
+            wait_until(lambda: len(engine.deleted) == 1)
+            # A directory that was unmounted is no reason to withdraw anything.
+            shutil.move(watched, tmp_path / "away")
+            wait_until(lambda: any("cannot be read" in message for message in errors()))
+            assert names() == {"acme/early", "acme/by-hand"}
+        assert len(errors()) == 2
+
+
+def test_what_changes_waits_until_it_is_quiet(checkpoint: Path, tmp_path: Path) -> None:
+    directory = watcher.WatchedDirectory(tmp_path)
+    target = tmp_path / "acme" / "growing"
+    target.mkdir(parents=True)
+    for size in range(5):
+        (target / WEIGHTS).write_bytes(bytes(size))
+        assert directory.poll() == ([], [])
+    assert directory.poll() == ([], [])
+    assert directory.poll() == (["acme/growing"], [])
+    directory.mark_handled("acme/growing", published=True)
+    assert directory.poll() == ([], [])
+    shutil.rmtree(target)
+    assert directory.poll() == ([], ["acme/growing"])
+    directory.forget("acme/growing")
+    assert directory.poll() == ([], [])
+
+
+def test_what_is_no_adapter_is_named_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "acme").mkdir()
+    for name in ("Bad Name.tar", "notes.txt", ".hidden.tar", "one.tar", "one.zip"):
+        (tmp_path / "acme" / name).write_bytes(b"x")
+    directory = watcher.WatchedDirectory(tmp_path)
+    for _ in range(4):
+        directory.poll()
+    messages = sorted(record.message for record in caplog.records)
+    assert len(messages) == 3
+    assert "Bad Name.tar" in messages[0]
+    assert "notes.txt" in messages[1]
+    assert "one.zip" in messages[2]
+
+
+def test_nothing_is_watched_by_default() -> None:
+    async def enter() -> None:
+        async with watcher.watching(None, None, None, None, None):  # type: ignore[arg-type]
+            assert len(asyncio.all_tasks()) == 1
+
+    asyncio.run(enter())

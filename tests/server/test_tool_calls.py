@@ -1,0 +1,128 @@
+"""Calls of tools in what models write: whole, and cut into pieces anywhere."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sera_serve.base.chat import CallFormat
+from sera_serve.errors import InvalidRequest
+from sera_serve.server.openai.chat_schemas import Tool
+from sera_serve.server.openai.tool_calls import Call, ToolCallParser, forced_calls
+
+NAMES = ["weather", "time"]
+WEATHER = '{"name": "weather", "arguments": {"city": "Zürich", "n": [1, {"a": "</x>"}]}}'
+TIME = '{"name": "time", "parameters": {}}'
+FOUND = [("weather", {"city": "Zürich", "n": [1, {"a": "</x>"}]}), ("time", {})]
+TEXTS: list[tuple[CallFormat, str, str, list[tuple[str, dict[str, object]]]]] = [
+    ("hermes", "Hello, world. \n", "Hello, world. \n", []),
+    ("hermes", f"<tool_call>\n{WEATHER}\n</tool_call>", "", FOUND[:1]),
+    (
+        "hermes",
+        f"Let me see.\n\n<tool_call>{WEATHER}</tool_call>\n<tool_call>\n{TIME}</tool_call>\n",
+        "Let me see.",
+        FOUND,
+    ),
+    ("hermes", f"<tool_call>{WEATHER}", "", FOUND[:1]),
+    ("hermes", "<tool_call>not JSON</tool_call> so", "<tool_call>not JSON</tool_call> so", []),
+    ("hermes", "<tool_call>{", "<tool_call>{", []),
+    ("hermes", "a < b <tool", "a < b <tool", []),
+    ("hermes", '<tool_call>{"name": "t", "arguments": "{\\"a\\": 1}"}</tool_call>', "", [("t", {"a": 1})]),
+    ("json", WEATHER, "", FOUND[:1]),
+    ("json", f"\n[{WEATHER}, {TIME}]\n", "", FOUND),
+    ("json", f"{WEATHER}; {TIME}", "", FOUND),
+    ("json", f"[TOOL_CALLS][{WEATHER}]", "", FOUND[:1]),
+    ("json", f"<|python_tag|>{TIME}", "", FOUND[1:]),
+    ("json", '{"type": "function", "function": ' + TIME + "}", "", FOUND[1:]),
+    ("json", '{"name": "unknown", "arguments": {}}', '{"name": "unknown", "arguments": {}}', []),
+    ("json", '{"answer": 42}', '{"answer": 42}', []),
+    ("json", '{"name": "weather", "arguments"', '{"name": "weather", "arguments"', []),
+    ("json", "[1, 2]", "[1, 2]", []),
+    ("json", "It is warm. ", "It is warm. ", []),
+    ("json", "  \n", "  \n", []),
+    ("json", "", "", []),
+    ("json", "[" * 50_000, "[" * 50_000, []),
+]
+
+
+def parse(form: CallFormat, pieces: list[str], most: int | None = None) -> tuple[str, list[tuple[str, object]]]:
+    parser = ToolCallParser(form, NAMES, most)
+    found = [part for piece in pieces for part in parser.push(piece)] + parser.end()
+    calls = [part for part in found if isinstance(part, Call)]
+    assert calls == parser.calls
+    assert all(len(call.id) == 9 and call.id.isalnum() for call in calls)
+    content = "".join(part for part in found if isinstance(part, str))
+    return content, [(call.name, json.loads(call.arguments)) for call in calls]
+
+
+@pytest.mark.parametrize(("form", "text", "content", "calls"), TEXTS)
+def test_content_and_calls_of_a_whole_text(
+    form: CallFormat, text: str, content: str, calls: list[tuple[str, dict[str, object]]]
+) -> None:
+    assert parse(form, [text]) == (content, calls)
+    if len(text) < 1000:
+        assert parse(form, list(text)) == (content, calls)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(st.data())
+def test_pieces_give_what_the_whole_gives(data: st.DataObject) -> None:
+    form: CallFormat = data.draw(st.sampled_from(["hermes", "json"]))
+    parts = [
+        "<tool_call>",
+        "</tool_call>",
+        WEATHER,
+        TIME,
+        "<",
+        "tool_call>",
+        "[TOOL_CALLS]",
+        "[",
+        "{",
+        " \n",
+        "text",
+        ";",
+    ]
+    text = "".join(data.draw(st.lists(st.sampled_from(parts), max_size=8)))
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=6)))
+    pieces = [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+    assert parse(form, pieces) == parse(form, [text])
+
+
+def test_content_is_given_as_soon_as_it_cannot_be_a_call() -> None:
+    hermes = ToolCallParser("hermes", NAMES)
+    assert hermes.push("Hello <to") == ["Hello"]
+    assert hermes.push("p>") == [" <top>"]
+    plain = ToolCallParser("json", NAMES)
+    assert plain.push("  ") == []
+    assert plain.push("[no") == ["  [no"]
+    assert plain.push("w]") == ["w]"]
+
+
+def test_further_calls_are_left_out() -> None:
+    assert parse("json", [f"[{WEATHER}, {TIME}]"], most=1) == ("", FOUND[:1])
+
+
+def tool(name: str, **parameters: object) -> Tool:
+    return Tool.model_validate({"type": "function", "function": {"name": name, "parameters": parameters}})
+
+
+def test_forced_calls_are_a_schema_of_the_functions() -> None:
+    city = {"type": "string"}
+    tools = [
+        tool("a", type="object", properties={"x": {"$ref": "#/$defs/City"}}, **{"$defs": {"City": city}}),
+        tool("b"),
+    ]
+    both = json.loads(forced_calls(tools, None, True).text)
+    assert both["$defs"] == {"City": city} and "maxItems" not in both
+    assert [item["properties"]["name"]["const"] for item in both["items"]["anyOf"]] == ["a", "b"]
+    assert "$defs" not in str(both["items"]["anyOf"][0]["properties"]["arguments"].get("$defs", ""))
+    assert list(both["items"]["anyOf"][0]["properties"]) == ["name", "arguments"]
+    named = json.loads(forced_calls(tools, "b", True).text)
+    assert (named["maxItems"], named["items"]["properties"]["name"]["const"]) == (1, "b")
+    assert json.loads(forced_calls(tools, None, False).text)["maxItems"] == 1
+    other = tool("c", **{"$defs": {"City": {"type": "integer"}}})
+    with pytest.raises(InvalidRequest, match="City"):
+        forced_calls([*tools, other], None, True)
