@@ -31,9 +31,12 @@ def grouped_sera(
 
     Semantics, for token t with slot s = batch.token_slots[t], and each output y with its module m:
         y[t] += scaling[m, s] * ((x[t] A) C) B     if s >= 0 and offset[m, s] >= 0
+        y[t] = gain * y[t] + offset                then, if vectors[m, s] >= 0, element by element
         y[t] stays as it is, bit for bit           otherwise
+    The outputs must be complete before, with the layers' biases: a gain is a factor of the whole.
     A and B are block-diagonal with split[m, s] blocks (paper, section 3.2). Without a mixer, C is the identity. All
-    sums are in float32. There is no gradient: training uses the layers' autograd.
+    sums are in float32. The vectors take a pass of their own, only where the batch may have any, by
+    `ShapeClasses.vectors`. There is no gradient: training uses the layers' autograd.
 
     Args:
         x: (tokens, d_in), contiguous. float32, bfloat16 or float16.
@@ -90,7 +93,7 @@ def warm_up(device: torch.device, dtype: torch.dtype) -> None:
         x = torch.zeros(rows, 8, dtype=dtype, device=device)
         batch = AdapterBatch(torch.full((rows,), NO_ADAPTER, dtype=torch.int32, device=device))
         tables = AdapterTables.empty(1, 1, device)
-        tables.set_classes(ShapeClasses(single=64))
+        tables.set_classes(ShapeClasses(single=64, vectors=True))
         add_updates(x, [x.clone()], [0], batch, x.new_zeros(1), tables)
 
 

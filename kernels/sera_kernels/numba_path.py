@@ -43,25 +43,41 @@ def grouped_sera_numba(
         update = _update_parallel
         numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
     # The arguments are addresses: numba unpacks arrays slowly, and would compile again for each number of outputs.
+    outputs_at = np.array([y.data_ptr() for y in outputs])
     update(
         x.data_ptr(),
         tokens,
         d_in,
-        np.array([y.data_ptr() for y in outputs]),
+        outputs_at,
         shapes,
         *batch.host_addresses,
         *tables.host_addresses,
         pool.data_ptr(),
     )
-    if not batch.long_runs:
-        return
+    if batch.long_runs:
+        _update_long_runs(x.view(-1, d_in), outputs, modules, batch, pool, tables)
+    if batch.classes_in(tables).vectors:
+        apply = _apply_vectors if update is _update else _apply_vectors_parallel
+        offset_at, *_, slot_count = tables.host_addresses
+        slots_at, vectors_at = batch.host_addresses[0], tables.vectors.data_ptr()
+        apply(tokens, outputs_at, shapes, slots_at, offset_at, vectors_at, slot_count, pool.data_ptr())
+
+
+def _update_long_runs(
+    x: Tensor,
+    outputs: Sequence[Tensor],
+    modules: Sequence[int],
+    batch: AdapterBatch,
+    pool: Tensor,
+    tables: AdapterTables,
+) -> None:
+    """Add the updates that `_token` left to torch. x (tokens, d_in)."""
     offset, rank, split, *_ = tables.host_arrays
     for y, module in zip(outputs, modules, strict=True):
         for slot in batch.long_runs:
             if offset[module, slot] != ABSENT and rank[module, slot] >= MATMUL_FROM * split[module, slot]:
                 (entry,) = tables.entries(module, [slot])
-                rows = x.view(-1, d_in), y.view(-1, y.size(-1))
-                update_run(*rows, batch.tokens_by_slot[slot], entry, pool)
+                update_run(x, y.view(-1, y.size(-1)), batch.tokens_by_slot[slot], entry, pool)
 
 
 @lru_cache(maxsize=4096)
@@ -237,3 +253,49 @@ def _update_parallel(
             slot_count,
             pool_at,
         )
+
+
+@njit(**_options)
+def _apply_vectors(
+    tokens: int,
+    ys_at: Any,
+    shapes: Any,
+    slots_at: int,
+    offset_at: int,
+    vectors_at: int,
+    slot_count: int,
+    pool_at: int,
+) -> None:
+    """Apply gains and offsets to all outputs of all tokens. Arguments that end in _at are addresses."""
+    slots = carray(_pointer(slots_at), tokens, np.int32)
+    pool = carray(_pointer(pool_at), 1 << 62, np.float32)
+    rows = shapes[:, 0].max() + 1
+    offset = carray(_pointer(offset_at), (rows, slot_count), np.int64)
+    vectors = carray(_pointer(vectors_at), (rows, slot_count), np.int64)
+    for t in range(tokens):
+        s = slots[t]
+        if s >= 0:
+            for i in range(len(shapes)):
+                m, d_out = shapes[i, 0], shapes[i, 1]
+                at = vectors[m, s]
+                if offset[m, s] >= 0 and at >= 0:
+                    y = carray(_pointer(ys_at[i]), (tokens, d_out), np.float32)
+                    target, gain, addend = y[t], pool[at : at + d_out], pool[at + d_out : at + 2 * d_out]
+                    for n in range(d_out):
+                        target[n] = gain[n] * target[n] + addend[n]
+
+
+@njit(parallel=True, **_options)
+def _apply_vectors_parallel(
+    tokens: int,
+    ys_at: Any,
+    shapes: Any,
+    slots_at: int,
+    offset_at: int,
+    vectors_at: int,
+    slot_count: int,
+    pool_at: int,
+) -> None:
+    for t in prange(tokens):
+        ys = ys_at + 4 * t * shapes[:, 1]
+        _apply_vectors(1, ys, shapes, slots_at + 4 * t, offset_at, vectors_at, slot_count, pool_at)

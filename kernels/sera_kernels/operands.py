@@ -29,7 +29,8 @@ class AdapterTables:
     """Offset and shape of the factors of every resident adapter, by (module, slot).
 
     The factors of a module are contiguous in the pool: A (d_in, segment_rank), then C (rank, rank) if there is a mixer,
-    then B (segment_rank, d_out). Each factor is row-major and not padded.
+    then B (segment_rank, d_out). Each factor is row-major and not padded. The vectors of a module are contiguous too,
+    at a place of their own: the gain (d_out,), then the offset (d_out,). A module has both or neither.
 
     Attributes:
         offset: int64 (modules, slots), the first element in the pool, or `ABSENT`.
@@ -37,6 +38,8 @@ class AdapterTables:
         split: int32 (modules, slots).
         mixer: int32 (modules, slots), 1 if C exists, else 0.
         scaling: float32 (modules, slots).
+        vectors: int64 (modules, slots), the first element of the module's vectors in the pool, or `ABSENT`. The other
+            tables' values, and these, have no meaning where `offset` is `ABSENT`.
 
     Who changes the tables on the device tells the host's summary, `classes`, with `set_classes`. Else the summary is
     read from the device, once, when it is first asked for.
@@ -47,12 +50,14 @@ class AdapterTables:
     split: Tensor
     mixer: Tensor
     scaling: Tensor
+    vectors: Tensor
 
     @cached_property
     def classes(self) -> ShapeClasses:
         """The kinds of shapes that may occur. Without `set_classes`, the first call waits for the device."""
         present = self.offset != ABSENT
-        return ShapeClasses.of(zip(self.rank[present].tolist(), self.split[present].tolist(), strict=True))
+        shapes = zip(self.rank[present].tolist(), self.split[present].tolist(), strict=True)
+        return ShapeClasses.of(shapes, bool((self.vectors[present] != ABSENT).any()))
 
     def set_classes(self, classes: ShapeClasses) -> None:
         """Set the kinds of shapes that may occur from now on. Kinds of slots that are in use must be among them."""
@@ -69,6 +74,7 @@ class AdapterTables:
             split=torch.ones(shape, dtype=torch.int32, device=device),
             mixer=torch.zeros(shape, dtype=torch.int32, device=device),
             scaling=torch.zeros(shape, dtype=torch.float32, device=device),
+            vectors=torch.full(shape, ABSENT, dtype=torch.int64, device=device),
         )
 
     @cached_property
@@ -78,8 +84,9 @@ class AdapterTables:
 
     @cached_property
     def host_addresses(self) -> tuple[int, ...]:
-        """The addresses of the tables in the order of the attributes, then the number of slots. CPU only."""
-        return (*(getattr(self, f.name).data_ptr() for f in fields(self)), self.offset.shape[1])
+        """The addresses of the tables of factors in the order of the attributes, then the number of slots. CPU only."""
+        tables = (self.offset, self.rank, self.split, self.mixer, self.scaling)
+        return (*(table.data_ptr() for table in tables), self.offset.shape[1])
 
     def clear(self, slot: int) -> None:
         """Remove the adapter of `slot`: the slot then adapts no module."""
@@ -89,8 +96,8 @@ class AdapterTables:
         """Yield the cells of `module` for `slots`. Waits for the device if the tables are on one."""
         index = torch.tensor(slots, dtype=torch.int64, device=self.offset.device)
         columns = [getattr(self, f.name)[module, index].tolist() for f in fields(self)]
-        for offset, rank, split, mixer, scaling in zip(*columns, strict=True):
-            yield Entry(offset, rank, split, bool(mixer), scaling)
+        for offset, rank, split, mixer, scaling, vectors in zip(*columns, strict=True):
+            yield Entry(offset, rank, split, bool(mixer), scaling, vectors)
 
 
 @dataclass(frozen=True)
@@ -102,6 +109,7 @@ class Entry:
     split: int
     mixer: bool
     scaling: float
+    vectors: int = ABSENT
 
     @property
     def segment_rank(self) -> int:
@@ -119,6 +127,12 @@ class Entry:
         mixer = c.view(self.rank, self.rank) if self.mixer else None
         return a.view(d_in, self.segment_rank), mixer, b.view(self.segment_rank, d_out)
 
+    def gain_and_offset(self, pool: Tensor, d_out: int) -> Tensor | None:
+        """Return a view (2, d_out) of the gain and the offset in the pool, or None."""
+        if ABSENT in (self.offset, self.vectors):
+            return None
+        return pool[self.vectors : self.vectors + 2 * d_out].view(2, d_out)
+
 
 @dataclass(frozen=True)
 class AdapterBatch:
@@ -134,6 +148,10 @@ class AdapterBatch:
 
     token_slots: Tensor
     classes: ShapeClasses | None = None
+
+    def classes_in(self, tables: AdapterTables) -> ShapeClasses:
+        """The kinds of shapes that may occur, with these tables."""
+        return tables.classes if self.classes is None else self.classes
 
     def __post_init__(self) -> None:
         slots = self.token_slots

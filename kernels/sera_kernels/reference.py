@@ -31,4 +31,7 @@ def grouped_sera_reference(
             blocks_b = torch.block_diag(*b.view(entry.segment_rank, entry.split, -1).transpose(0, 1))
             reduced = x[tokens].double() @ blocks_a
             mixed = reduced if c is None else reduced @ c
-            y[tokens] = (y[tokens].double() + entry.scaling * (mixed @ blocks_b)).to(y.dtype)
+            result = y[tokens].double() + entry.scaling * (mixed @ blocks_b)
+            if (vectors := entry.gain_and_offset(pool.double(), d_out)) is not None:
+                result = vectors[0] * result + vectors[1]
+            y[tokens] = result.to(y.dtype)

@@ -25,20 +25,22 @@ class ShapeClasses:
         single: Segments of rank 1 (rank = split).
         segmented: Several segments of a higher rank.
         whole: One segment of a rank above 1, as in LoRA.
+        vectors: Whether a layer has a gain and an offset: these take a launch of their own.
     """
 
     single: int = 0
     segmented: int = 0
     whole: int = 0
+    vectors: bool = False
 
     @classmethod
-    def of(cls, shapes: Iterable[tuple[int, int]]) -> ShapeClasses:
-        """Classify shapes, each of them (rank, split)."""
+    def of(cls, shapes: Iterable[tuple[int, int]], vectors: bool = False) -> ShapeClasses:
+        """Classify shapes, each of them (rank, split); `vectors` as in the attribute."""
         found = {"single": 0, "segmented": 0, "whole": 0}
         for rank, split in set(shapes):
             kind = "single" if rank == split else "whole" if split == 1 else "segmented"
             found[kind] = max(found[kind], rank_bucket(rank))
-        return cls(**found)
+        return cls(**found, vectors=vectors)
 
     def __or__(self, other: ShapeClasses) -> ShapeClasses:
         """Return the kinds of both."""

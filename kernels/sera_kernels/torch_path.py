@@ -21,9 +21,11 @@ def grouped_sera_torch(
     """Run `grouped_sera` on any device. The host reads shapes, so a CUDA graph cannot capture this function."""
     groups = batch.tokens_by_slot
     slots = list(groups)
+    has_vectors = batch.classes_in(tables).vectors
     for y, module in zip(outputs, modules, strict=True):
         alike: dict[tuple[int, int, bool], list[tuple[Entry, Tensor]]] = {}
-        for slot, entry in zip(slots, tables.entries(module, slots), strict=True):
+        entries = list(tables.entries(module, slots))
+        for slot, entry in zip(slots, entries, strict=True):
             if entry.offset == ABSENT:
                 continue
             tokens = groups[slot]
@@ -33,6 +35,9 @@ def grouped_sera_torch(
                 alike.setdefault((entry.rank, entry.split, entry.mixer), []).append((entry, tokens))
         for members in alike.values():
             _update_singles(x, y, members, pool)
+        if has_vectors:
+            for slot, entry in zip(slots, entries, strict=True):
+                _apply_vectors(y, groups[slot], entry, pool)
 
 
 def update_run(x: Tensor, y: Tensor, tokens: Tensor, entry: Entry, pool: Tensor) -> None:
@@ -68,3 +73,10 @@ def _update_singles(x: Tensor, y: Tensor, members: list[tuple[Entry, Tensor]], p
     update = (u.view(n, split, 1, segment_rank) @ blocks).view(n, d_out)
     scaling = torch.tensor([e.scaling for e, _ in members], device=x.device)
     y.index_add_(0, tokens, (update * scaling[:, None]).to(y.dtype))
+
+
+def _apply_vectors(y: Tensor, tokens: Tensor, entry: Entry, pool: Tensor) -> None:
+    """Apply one adapter's gain and offset, if it has them, to the complete outputs of its tokens."""
+    if (vectors := entry.gain_and_offset(pool, y.shape[1])) is not None:
+        gain, offset = vectors.float()
+        y[tokens] = torch.addcmul(offset, y[tokens].float(), gain).to(y.dtype)

@@ -1,7 +1,8 @@
 """The grouped operation on a GPU, in two phases of Triton kernels.
 
 `reduce_updates` computes v = (x A) C for every token and layer, into a workspace. `expand_updates` adds scaling * v B
-to the outputs. The first phase needs x alone, so a caller may run it on another stream, beside the base layers.
+to the outputs. For batches that may have a gain and an offset, it then applies these in a further launch. The first
+phase needs x alone, so a caller may run it on another stream, beside the base layers.
 
 Up to `PREFILL_TOKENS`, each token has its own programs (`decode_kernels`). With more tokens, tiles of tokens of one
 adapter are multiplied by the matrix unit (`prefill_kernels`). Every sum is in float32 and has a fixed order: nothing is
@@ -31,6 +32,7 @@ from sera_kernels.launches import Launch, choose_launch
 from sera_kernels.operands import AdapterBatch, AdapterTables
 from sera_kernels.prefill_kernels import expand_tiles, reduce_tiles
 from sera_kernels.shape_classes import ShapeClasses
+from sera_kernels.vector_kernels import scale_and_shift
 
 OUTPUTS_PER_LAUNCH = 4
 """Number of layers of one launch. Further layers that share the input take further launches."""
@@ -52,6 +54,9 @@ TILE_TOKENS = 32
 
 TILE_WIDTH = 64
 """Inputs and ranks that a tile's program multiplies at a time, and half of its columns. In float32, half of each."""
+
+SCALED_COLUMNS = 1024
+"""Columns of an output that a program applies a gain and an offset to."""
 
 INTERPRETED = not isinstance(expand, triton.JITFunction)
 
@@ -162,7 +167,7 @@ def reduce_updates(
     Returns:
         None if there is nothing to add: no tokens, or no resident adapter.
     """
-    classes = tables.classes if batch.classes is None else batch.classes
+    classes = batch.classes_in(tables)
     tokens, d_in = x.shape
     if tokens == 0 or classes.width == 0 or not modules:
         return None
@@ -183,16 +188,23 @@ def reduce_updates(
 def expand_updates(workspace: Workspace, outputs: Sequence[Tensor], launch: Launch | None = None) -> None:
     """Run the second phase: add the updates of all tokens, in place, to the outputs of the workspace's layers.
 
+    Gains and offsets are applied too.
+
     Args:
         workspace: The result of `reduce_updates`.
         outputs: One (tokens, d_out) tensor for each layer. Rows may be farther apart than their width.
         launch: Launch parameters of decoding, instead of those from `launches.json`.
     """
+    _expand(workspace, outputs, launch)
+    if workspace.classes.vectors:
+        _scale_and_shift(workspace, outputs)
+
+
+def _expand(workspace: Workspace, outputs: Sequence[Tensor], launch: Launch | None) -> None:
+    """Add the updates of all tokens to the outputs."""
     tokens, pool, classes = workspace.v.shape[1], workspace.pool, workspace.classes
     single = not (classes.segmented or classes.whole)
-    unused = OUTPUTS_PER_LAUNCH - len(outputs)
-    widths = [y.shape[1] for y in outputs]
-    rows = (*outputs, *[outputs[0]] * unused, *widths, *[0] * unused, *(y.stride(0) for y in outputs), *[0] * unused)
+    widths, rows = _rows(outputs)
     cells = (*workspace.shapes, workspace.tables.scaling, workspace.slots, workspace.v, workspace.v.shape[2])
     vector = _vector(pool, *outputs)
     with torch.cuda.device_of(pool):
@@ -214,13 +226,34 @@ def expand_updates(workspace: Workspace, outputs: Sequence[Tensor], launch: Laun
         )  # fmt: skip
 
 
+def _scale_and_shift(workspace: Workspace, outputs: Sequence[Tensor]) -> None:
+    """Apply the gains and offsets of all tokens to the complete outputs. The launch before this one expanded them."""
+    widths, rows = _rows(outputs)
+    pool, tables = workspace.pool, workspace.tables
+    columns = min(SCALED_COLUMNS, _power_of_two(max(widths)))
+    with torch.cuda.device_of(pool):
+        scale_and_shift[(workspace.v.shape[1], sum(-(-width // columns) for width in widths))](
+            *rows, *workspace.layers[2:], workspace.batch.token_slots, pool, tables.offset, tables.vectors,
+            workspace.slots, COLUMNS=columns, VEC=_vector(pool, *outputs), num_warps=4, **workspace.options,
+        )  # fmt: skip
+
+
+def _rows(outputs: Sequence[Tensor]) -> tuple[list[int], tuple[Any, ...]]:
+    """Widths of the outputs; and outputs, widths and strides, padded to `OUTPUTS_PER_LAUNCH`, as kernels take them."""
+    unused = OUTPUTS_PER_LAUNCH - len(outputs)
+    widths = [y.shape[1] for y in outputs]
+    padded = (*outputs, *[outputs[0]] * unused, *widths, *[0] * unused, *(y.stride(0) for y in outputs), *[0] * unused)
+    return widths, padded
+
+
 def expand_silu_mul_updates(workspace: Workspace, gate: Tensor, up: Tensor, launch: Launch | None = None) -> Tensor:
     """Run the second phase for the two first layers of an MLP, and apply its activation: silu(gate) * up.
 
     Semantics: as `expand_updates(workspace, [gate, up])`, then `silu(gate) * up`, with the same roundings.
 
     Args:
-        workspace: The result of `reduce_updates` for the two layers, for up to `PREFILL_TOKENS` tokens.
+        workspace: The result of `reduce_updates` for the two layers, for up to `PREFILL_TOKENS` tokens, none of which
+            has a gain or an offset: these come between the updates and the activation.
         gate: (tokens, d_ff). Rows may be farther apart than their width.
         up: (tokens, d_ff), with the same distance between rows.
         launch: Launch parameters, instead of those from `launches.json`.
@@ -255,7 +288,7 @@ def silu_mul_updates(workspace: Workspace | None, gate: Tensor, up: Tensor) -> T
     Returns:
         (tokens, d_ff), of the dtype of `gate`.
     """
-    if workspace is not None and len(gate) <= PREFILL_TOKENS:
+    if workspace is not None and len(gate) <= PREFILL_TOKENS and not workspace.classes.vectors:
         return expand_silu_mul_updates(workspace, gate, up)
     if workspace is not None:
         expand_updates(workspace, [gate, up])
