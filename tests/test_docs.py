@@ -20,7 +20,15 @@ from sera_serve.errors import SeraServeError
 from sera_serve.residency import TRANSITIONS as ADAPTER_TRANSITIONS
 from sera_serve.server import build_app, errors
 from sera_serve.server.native import schemas
-from sera_serve.server.openai import chat_schemas, completion_schemas, embeddings, models, tokens
+from sera_serve.server.openai import (
+    chat_schemas,
+    completion_schemas,
+    embeddings,
+    fields,
+    models,
+    response_schemas,
+    tokens,
+)
 from support.answers import openapi_document
 from support.factories import random_decoder
 
@@ -33,8 +41,9 @@ COMMAND_LINE = (
     *(f"adapters_store.convert.{module}" for module in ("compress", "dense", "peft_export")),
 )
 OPENAI = "`POST /v1/completions`, `POST /v1/chat/completions`"
+RESPONSES = "`POST /v1/responses`"
 # Fields without a meaning, which clients send back as they got them.
-SENT_BACK = {"refusal", "audio", "function_call", "annotations"}
+SENT_BACK = {"refusal", "audio", "function_call", "annotations", "phase", "caller", "namespace"}
 DOCUMENTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 
 
@@ -73,6 +82,11 @@ def test_every_route_has_a_section(tmp_path: Path) -> None:
         (OPENAI, completion_schemas.CompletionRequest),
         (OPENAI, chat_schemas.ChatRequest),
         (OPENAI, chat_schemas.Message),
+        (RESPONSES, response_schemas.InputItem),
+        (RESPONSES, response_schemas.ResponseTool),
+        (RESPONSES, response_schemas.TextFormat),
+        (RESPONSES, response_schemas.ResponseObject),
+        (RESPONSES, response_schemas.ResponseUsage),
         ("`GET /v1/models`, `GET /v1/models/{model}`", models.ModelQuery),
         ("`GET /v1/models`, `GET /v1/models/{model}`", models.Model),
         ("`POST /tokenize`, `POST /detokenize`", tokens.TokenizeRequest),
@@ -82,10 +96,17 @@ def test_every_route_has_a_section(tmp_path: Path) -> None:
 )
 def test_every_field_is_described(title: str, model: type[BaseModel]) -> None:
     text = section(title)
-    for field in model.model_fields:
+    for name, known in model.model_fields.items():
+        field = known.alias or name
         if field in SENT_BACK:
             continue
         assert f"`{field}`" in text or f'"{field}"' in text, field
+
+
+def test_every_field_of_responses_is_described_there_or_with_those_of_chats() -> None:
+    own, shared = section(RESPONSES), section(OPENAI)
+    for field in response_schemas.ResponseRequest.model_fields:
+        assert f"`{field}`" in own or (field in fields.SamplingFields.model_fields and f"`{field}`" in shared), field
 
 
 def test_every_setting_is_described_with_its_default() -> None:

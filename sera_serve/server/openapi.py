@@ -37,6 +37,7 @@ _BY_ROUTE: dict[tuple[str, str], tuple[int, ...]] = {
     ("post", "/v1/unload_lora_adapter"): (404, 409, 507),
     ("post", "/v1/completions"): (404, 429, 504),
     ("post", "/v1/chat/completions"): (404, 429, 504),
+    ("post", "/v1/responses"): (404, 429, 504),
     ("post", "/v1/embeddings"): (404, 429, 504),
     ("get", "/v1/models"): (),
     ("get", "/v1/models/{model}"): (404,),

@@ -52,15 +52,27 @@ GRAMMAR_HELP = "grammar in Lark's syntax that the text conforms to"
 
 
 def to_constraint(
-    response_format: ResponseFormat | None = None, regex: str | None = None, grammar: str | None = None
+    response_format: ResponseFormat | None = None,
+    regex: str | None = None,
+    grammar: str | None = None,
+    *,
+    field: str = "response_format",
+    schema_field: str = "response_format.json_schema.schema",
 ) -> ConstraintSpec | None:
     """Return what the engine enforces; None is any text. The engine checks the schema, regex or grammar itself.
+
+    Args:
+        response_format: What is asked for.
+        regex: The same.
+        grammar: The same.
+        field: What the request calls `response_format`.
+        schema_field: What the request calls its schema.
 
     Raises:
         PydanticCustomError: More than one form is given, or the schema is too long. Call it in a validator.
     """
     form = None if response_format is None or response_format.type == "text" else response_format
-    given = {"response_format": form, "regex": regex, "grammar": grammar}
+    given = {field: form, "regex": regex, "grammar": grammar}
     names = [name for name, value in given.items() if value is not None]
     if len(names) > 1:
         raise refusal(f"{' and '.join(names)} are given; send one of them", names[-1])
@@ -77,6 +89,6 @@ def to_constraint(
     if len(text) > MAX_SCHEMA_CHARACTERS:
         raise refusal(
             f"the schema has {len(text)} characters; send at most {MAX_SCHEMA_CHARACTERS}",
-            "response_format.json_schema.schema",
+            schema_field,
         )
     return ConstraintSpec("json_schema", text)

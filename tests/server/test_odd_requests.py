@@ -25,18 +25,9 @@ ALLOWED = {
     "/v1/adapters": "GET, HEAD, OPTIONS, POST",
     "/v1/adapters/absent/one@v9": "DELETE, GET, HEAD, OPTIONS",
     "/v1/adapters/absent/one@v9/pin": "DELETE, OPTIONS, PUT",
-    **dict.fromkeys(
-        [
-            "/v1/completions",
-            "/v1/chat/completions",
-            "/v1/embeddings",
-            "/v1/load_lora_adapter",
-            "/v1/unload_lora_adapter",
-            "/tokenize",
-            "/detokenize",
-        ],
-        "OPTIONS, POST",
-    ),
+    **dict.fromkeys(["/v1/completions", "/v1/chat/completions", "/v1/responses"], "OPTIONS, POST"),
+    **dict.fromkeys(["/v1/embeddings", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"], "OPTIONS, POST"),
+    **dict.fromkeys(["/tokenize", "/detokenize"], "OPTIONS, POST"),
     **dict.fromkeys(["/v1/models", "/v1/models/absent/one@v9"], "GET, HEAD, OPTIONS"),
     **dict.fromkeys(["/healthz", "/readyz", "/metrics", "/openapi.json"], "GET, HEAD, OPTIONS"),
 }

@@ -297,3 +297,81 @@ def test_choices_differ_and_a_seed_repeats_them(client: openai.OpenAI) -> None:
     texts = [choice.text for choice in first.choices]
     assert texts == [choice.text for choice in second.choices]
     assert len(set(texts)) > 1
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_response_is_what_generate_gives(
+    client: openai.OpenAI, address: str, embedded: FrozenBase, model: str
+) -> None:
+    tokens = embedded.tokenizer.apply_chat_template(CHAT, add_generation_prompt=True, return_dict=False)
+    expected = native(address, model, token_ids=tokens, max_new_tokens=12, logprobs=2)
+    fields = {"model": model, "instructions": CHAT[0]["content"], "input": CHAT[1]["content"]}
+    fields |= {"max_output_tokens": 12, "temperature": 0, "include": ["message.output_text.logprobs"]}
+    answer = client.responses.create(**fields, top_logprobs=2)
+    assert answer.output_text == expected["text"]
+    status = {"stop": "completed", "length": "incomplete"}[str(expected["finish_reason"])]
+    assert (answer.status, answer.output[0].status) == (status, status)
+    assert answer.usage is not None
+    assert (answer.usage.input_tokens, answer.usage.output_tokens) == (len(tokens), len(expected["token_ids"]))
+    rows = answer.output[0].content[0].logprobs
+    assert [row.logprob for row in rows] == [row["logprob"] for row in expected["logprobs"]]
+    events = list(client.responses.create(**fields, top_logprobs=2, stream=True))
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == answer.output_text
+    assert events[-1].type == f"response.{status}"
+    assert events[-1].response.output[0].content == answer.output[0].content
+    # The same conversation as items, and then one more turn with the answer as it came.
+    items = client.responses.create(**fields | {"instructions": None, "input": CHAT})
+    assert items.output_text == expected["text"]
+    turns = [*CHAT, *(item.to_dict() for item in answer.output), {"role": "user", "content": "Why?"}]
+    chat = [*CHAT, {"role": "assistant", "content": answer.output_text}, {"role": "user", "content": "Why?"}]
+    longer = client.responses.create(model=model, input=turns, max_output_tokens=8, temperature=0)
+    same = client.chat.completions.create(model=model, messages=chat, max_tokens=8, temperature=0)
+    assert longer.output_text == same.choices[0].message.content
+
+
+def test_the_async_client_streams_a_response(address: str, client: openai.OpenAI) -> None:
+    fields = {"model": "tale/one", "input": "Name a colour.", "max_output_tokens": 300, "temperature": 0}
+
+    async def ask() -> tuple[str, str]:
+        async with (
+            openai.AsyncOpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as other,
+            other.responses.stream(**fields, text_format=Colour) as stream,
+        ):
+            text = "".join([event.delta async for event in stream if event.type == "response.output_text.delta"])
+            final = await stream.get_final_response()
+            assert isinstance(final.output_parsed, Colour)
+            return text, final.output_text
+
+    text, final = asyncio.run(ask())
+    parsed = client.responses.parse(**fields, text_format=Colour)
+    assert text == final == parsed.output_text and isinstance(parsed.output_parsed, Colour)
+
+
+def test_a_response_is_a_forced_call(client: openai.OpenAI) -> None:
+    fields = {"model": "tale/tools", "input": "Name a colour.", "max_output_tokens": 250, "temperature": 0}
+    fields |= {"tools": [{"type": "function"} | TOOL["function"]], "parallel_tool_calls": False}
+    answer = client.responses.create(**fields, tool_choice="required")
+    (call,) = answer.output
+    assert (answer.status, call.type, call.name) == ("completed", "function_call", "paint")
+    assert json.loads(call.arguments)["colour"] in ("red", "blue")
+    output = {"type": "function_call_output", "call_id": call.call_id, "output": "done"}
+    turn = [{"role": "user", "content": "Name a colour."}, call.to_dict(), output]
+    assert client.responses.create(**fields | {"input": turn}, tool_choice="none").output[0].type == "message"
+    with pytest.raises(openai.BadRequestError, match="no place for tools") as tools:
+        client.responses.create(**fields | {"model": "embedded"})
+    assert tools.value.param == "tools"
+
+
+def test_a_response_has_a_schema_that_can_be_enforced(client: openai.OpenAI) -> None:
+    schema = {"type": "json_schema", "name": "a", "schema": {"not": {"type": "string"}}}
+    for stream in (False, True):
+        with pytest.raises(openai.BadRequestError) as wrong:
+            client.responses.create(model="embedded", input="hi", text={"format": schema}, stream=stream)
+        assert wrong.value.param == "text.format.schema"
+    with pytest.raises(openai.NotFoundError) as missing:
+        client.responses.create(model="tale/none", input="hi")
+    assert (missing.value.code, missing.value.param) == ("model_not_found", "model")
+    with pytest.raises(openai.BadRequestError) as too_long:
+        client.responses.create(model="embedded", input="hi", max_output_tokens=100_000)
+    assert (too_long.value.code, too_long.value.param) == ("context_length_exceeded", "input")

@@ -194,9 +194,13 @@ class ChatLogprobList:
 
     def take(self) -> str:
         """Return the JSON of what was added since the last call."""
-        content = f'{{"content":[{",".join(self._rows)}],"refusal":null}}'
+        return f'{{"content":[{self.take_rows()}],"refusal":null}}'
+
+    def take_rows(self) -> str:
+        """Return the rows alone, with commas between them."""
+        rows = ",".join(self._rows)
         self._rows.clear()
-        return content
+        return rows
 
     def _row(self, token: int, logprob: float) -> dict[str, Any]:
         data = self._texts.bytes_of(token)

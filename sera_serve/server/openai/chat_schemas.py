@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, JsonValue, WithJsonSchema, model_validator
@@ -182,7 +182,61 @@ def _template_variables(value: Any) -> Any:
     return value
 
 
-class ChatRequest(GenerationFields):
+TemplateVariables = Annotated[dict[str, JsonValue], BeforeValidator(_template_variables)]
+
+
+class ToolUse:
+    """The part of a request that says which tools the model may call, or must."""
+
+    # One of "none", "auto" and "required", or the name of a function.
+    tool_choice: str | None
+
+    @property
+    def functions(self) -> Sequence[Function]:
+        """What the model may call."""
+        raise NotImplementedError
+
+    @property
+    def forced_function(self) -> str | None:
+        """The function that `tool_choice` names."""
+        return self.tool_choice if self.tool_choice not in (None, "none", "auto", "required") else None
+
+    @property
+    def has_tools(self) -> bool:
+        """Whether the model may call a tool."""
+        return bool(self.functions) and self.tool_choice != "none"
+
+    @property
+    def is_forced(self) -> bool:
+        """Whether the model must call a tool."""
+        return self.tool_choice == "required" or self.forced_function is not None
+
+    def check_tools(self, has_form: bool) -> None:
+        """Refuse fields that contradict each other. Call it in a validator.
+
+        Args:
+            has_form: Whether the text must conform to a form.
+        """
+        names = [function.name for function in self.functions]
+        if len(set(names)) < len(names):
+            raise refusal("tools has two functions of one name; give each its own", "tools")
+        if self.tool_choice not in (None, "none") and not names:
+            raise refusal("tool_choice is given without tools; send tools, or leave it out", "tool_choice")
+        if self.forced_function is not None and self.forced_function not in names:
+            raise refusal("tool_choice names a function that tools does not have", "tool_choice")
+        if has_form and self.has_tools:
+            raise refusal(
+                "response_format, text.format, regex or grammar is given with tools, and a call would not conform to "
+                'it; send tool_choice: "none", or leave one of them out',
+                "tools",
+            )
+        if not self.is_forced and any(function.strict for function in self.functions):
+            raise refusal(
+                "strict is enforced only with tool_choice required or a named function; leave strict out", "tools"
+            )
+
+
+class ChatRequest(GenerationFields, ToolUse):
     """Body of `POST /v1/chat/completions`."""
 
     unsupported: ClassVar[Mapping[str, tuple[tuple[Any, ...], str]]] = {
@@ -223,7 +277,7 @@ class ChatRequest(GenerationFields):
     parallel_tool_calls: bool | None = Field(None, description="false: at most one call is answered")
     add_generation_prompt: bool | None = Field(None, description="true by default: begin the assistant's message")
     continue_final_message: bool | None = Field(None, description="continue the last message, an assistant's")
-    chat_template_kwargs: Annotated[dict[str, JsonValue], BeforeValidator(_template_variables)] | None = None
+    chat_template_kwargs: TemplateVariables | None = None
 
     @model_validator(mode="after")
     def _fields_agree(self) -> ChatRequest:
@@ -240,39 +294,13 @@ class ChatRequest(GenerationFields):
             raise refusal(
                 "continue_final_message is true, and the last message is not an assistant's", "continue_final_message"
             )
-        names = [tool.function.name for tool in self.tools or ()]
-        if len(set(names)) < len(names):
-            raise refusal("tools has two functions of one name; give each its own", "tools")
-        if self.tool_choice not in (None, "none") and not names:
-            raise refusal("tool_choice is given without tools; send tools, or leave it out", "tool_choice")
-        if self.forced_function is not None and self.forced_function not in names:
-            raise refusal("tool_choice names a function that tools does not have", "tool_choice")
-        if self.form is not None and self.has_tools:
-            raise refusal(
-                "response_format, regex or grammar is given with tools, and a call would not conform to it; send "
-                'tool_choice: "none", or leave one of them out',
-                "tools",
-            )
-        if not self.is_forced and any(tool.function.strict for tool in self.tools or ()):
-            raise refusal(
-                "strict is enforced only with tool_choice required or a named function; leave strict out", "tools"
-            )
+        self.check_tools(self.form is not None)
         return self
 
     @property
-    def forced_function(self) -> str | None:
-        """The function that `tool_choice` names."""
-        return self.tool_choice if self.tool_choice not in (None, "none", "auto", "required") else None
-
-    @property
-    def has_tools(self) -> bool:
-        """Whether the model may call a tool."""
-        return bool(self.tools) and self.tool_choice != "none"
-
-    @property
-    def is_forced(self) -> bool:
-        """Whether the model must call a tool."""
-        return self.tool_choice == "required" or self.forced_function is not None
+    def functions(self) -> Sequence[Function]:
+        """What the model may call."""
+        return [tool.function for tool in self.tools or ()]
 
     @property
     def most_tokens(self) -> int | None:

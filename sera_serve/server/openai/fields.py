@@ -1,4 +1,4 @@
-"""The fields that completions and chat completions share: sampling, limits, streaming, and what is refused by name."""
+"""The fields that routes which generate share: sampling, limits, streaming, and what is refused by name."""
 
 from __future__ import annotations
 
@@ -78,21 +78,26 @@ StopStrings = Annotated[list[StopString], Field(max_length=MAX_STOP, fail_fast=T
 User = Annotated[str, Field(max_length=MAX_USER)]
 
 
-class StreamOptions(RequestModel):
-    """What a stream has beside its text."""
+class Obfuscation(RequestModel):
+    """Options of a stream whose last event has the usage."""
 
-    include_usage: bool | None = Field(None, description="send the usage as one more event before [DONE]")
     include_obfuscation: bool | None = Field(None, description="only false: this server adds no padding to events")
 
     @model_validator(mode="after")
-    def _no_obfuscation(self) -> StreamOptions:
+    def _no_obfuscation(self) -> Obfuscation:
         if self.include_obfuscation:
             raise refusal("include_obfuscation is not supported; leave it out", "stream_options.include_obfuscation")
         return self
 
 
-class GenerationFields(RequestModel):
-    """The fields of completions and of chat completions. Null is the same as absence."""
+class StreamOptions(Obfuscation):
+    """What a stream has beside its text."""
+
+    include_usage: bool | None = Field(None, description="send the usage as one more event before [DONE]")
+
+
+class SamplingFields(RequestModel):
+    """The fields of every route that generates. Null is the same as absence."""
 
     _form: ConstraintSpec | None = PrivateAttr(None)
     # By name: the values that ask for nothing, and why other values are refused.
@@ -101,9 +106,6 @@ class GenerationFields(RequestModel):
     model: str = Field(
         min_length=1, max_length=MAX_REFERENCE, description="an adapter's reference, or the name of the base"
     )
-    max_tokens: int | None = Field(
-        None, ge=1, le=MAX_NEW_TOKENS, description="most tokens to generate; absent: until the context ends"
-    )
     temperature: float | None = Field(None, ge=0, le=2, description="1 by default; 0 takes the likeliest token")
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=-1, le=MAX_TOKEN_ID, description="0 and -1 are all")
@@ -111,18 +113,15 @@ class GenerationFields(RequestModel):
     seed: int | None = Field(None, ge=0, le=MAX_TOKEN_ID)
     stop: StopStrings | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP, fail_fast=True)] | None = None
-    n: int | None = Field(None, ge=1, le=MAX_CHOICES, description="answers to each prompt")
     logit_bias: LogitBias | None = None
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     repetition_penalty: float | None = Field(None, gt=0, le=2)
     ignore_eos: bool | None = None
     min_tokens: int | None = Field(None, ge=0, le=MAX_NEW_TOKENS)
-    response_format: ResponseFormat | None = Field(None, description=RESPONSE_FORMAT_HELP)
     regex: Regex | None = Field(None, description=REGEX_HELP)
     grammar: Grammar | None = Field(None, description=GRAMMAR_HELP)
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
     user: User | None = Field(None, description="accepted for clients that send it; kept nowhere")
     safety_identifier: User | None = Field(None, description="accepted for clients that send it; kept nowhere")
     metadata: Metadata | None = Field(None, description="accepted for clients that send it; kept nowhere")
@@ -144,33 +143,22 @@ class GenerationFields(RequestModel):
                     raise refusal(f"{name} is not supported: {reason}", name)
         return kept
 
-    @model_validator(mode="after")
-    def _one_form(self) -> GenerationFields:
-        self._form = to_constraint(self.response_format, self.regex, self.grammar)
-        return self
-
-    @model_validator(mode="after")
-    def _stream_options_of_a_stream(self) -> GenerationFields:
-        if self.stream_options is not None and not self.stream:
+    def check_stream_options(self, options: Obfuscation | None) -> None:
+        """Refuse options of a stream where no stream is asked for. Call it in a validator."""
+        if options is not None and not self.stream:
             raise refusal(
                 "stream_options is given without stream; send stream: true, or leave it out", "stream_options"
             )
-        return self
 
     @property
     def form(self) -> ConstraintSpec | None:
-        """What response_format, regex or grammar ask the text to conform to."""
+        """What the text must conform to, or None for any text."""
         return self._form
 
     @property
     def choices(self) -> int:
         """How many answers each prompt gets."""
-        return self.n or 1
-
-    @property
-    def sends_usage(self) -> bool:
-        """Whether a stream has an event for the usage."""
-        return self.stream_options is not None and bool(self.stream_options.include_usage)
+        return 1
 
     def params(
         self,
@@ -213,3 +201,34 @@ class GenerationFields(RequestModel):
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
         )
+
+
+class GenerationFields(SamplingFields):
+    """The fields that completions and chat completions have beside those of sampling."""
+
+    max_tokens: int | None = Field(
+        None, ge=1, le=MAX_NEW_TOKENS, description="most tokens to generate; absent: until the context ends"
+    )
+    n: int | None = Field(None, ge=1, le=MAX_CHOICES, description="answers to each prompt")
+    response_format: ResponseFormat | None = Field(None, description=RESPONSE_FORMAT_HELP)
+    stream_options: StreamOptions | None = None
+
+    @model_validator(mode="after")
+    def _one_form(self) -> GenerationFields:
+        self._form = to_constraint(self.response_format, self.regex, self.grammar)
+        return self
+
+    @model_validator(mode="after")
+    def _stream_options_of_a_stream(self) -> GenerationFields:
+        self.check_stream_options(self.stream_options)
+        return self
+
+    @property
+    def choices(self) -> int:
+        """How many answers each prompt gets."""
+        return self.n or 1
+
+    @property
+    def sends_usage(self) -> bool:
+        """Whether a stream has an event for the usage."""
+        return self.stream_options is not None and bool(self.stream_options.include_usage)

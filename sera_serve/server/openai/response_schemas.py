@@ -1,0 +1,374 @@
+"""Bodies of `POST /v1/responses`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, BeforeValidator, Field, JsonValue, WithJsonSchema, model_validator
+
+from sera_serve.server.native.schemas import MAX_NEW_TOKENS
+from sera_serve.server.openai.chat_schemas import (
+    MAX_MESSAGES,
+    MAX_TOOLS,
+    MAX_TOP_LOGPROBS,
+    CalledFunction,
+    ChatTokenLogprob,
+    Function,
+    FunctionName,
+    Message,
+    PastToolCall,
+    TemplateVariables,
+    Tool,
+    ToolUse,
+)
+from sera_serve.server.openai.fields import Obfuscation, SamplingFields
+from sera_serve.server.response_format import JsonSchema, ResponseFormat, to_constraint
+from sera_serve.server.strict import RequestModel, refusal
+
+_MAX_ID = 256
+_LOGPROBS = "message.output_text.logprobs"
+_STATELESS = "the server keeps no answer; send the whole conversation as input"
+_KINDS = ("message", "function_call", "function_call_output")
+# Members of an output_text part that clients send back as they got them.
+_SENT_BACK = {"annotations", "logprobs"}
+
+
+def _parts(value: Any) -> Any:
+    """Parts of text become one text, joined by line breaks."""
+    if not isinstance(value, list):
+        return value
+    texts = []
+    for part in value:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind not in ("input_text", "output_text"):
+            shown = kind[:64] if isinstance(kind, str) else None
+            raise refusal(
+                f"a content part has the type {shown!r}; the models read input_text and output_text alone", None
+            )
+        extra = set(part) - {"type", "text"} - (_SENT_BACK if kind == "output_text" else set())
+        if extra or not isinstance(part.get("text"), str):
+            raise refusal(f'a content part must be {{"type": "{kind}", "text": "..."}}', None)
+        if part.get("annotations"):
+            raise refusal("annotations of a content part are not read; leave them out", None)
+        texts.append(part["text"])
+    return "\n".join(texts)
+
+
+def _input(value: Any) -> Any:
+    """A text stands for one message of the user."""
+    return [{"role": "user", "content": value}] if isinstance(value, str) else value
+
+
+def _include(value: Any) -> Any:
+    for name in value if isinstance(value, list) else ():
+        if name != _LOGPROBS:
+            shown = name[:64] if isinstance(name, str) else name
+            raise refusal(f"include has {shown!r}; the server can include {_LOGPROBS} alone", "include")
+    return value
+
+
+def _tool_choice(value: Any) -> Any:
+    if value in ("none", "auto", "required"):
+        return value
+    name = value.get("name") if isinstance(value, dict) and value.get("type") == "function" else None
+    if not isinstance(name, str) or set(value) != {"type", "name"}:
+        raise refusal(
+            'tool_choice must be "none", "auto", "required" or {"type": "function", "name": ...}', "tool_choice"
+        )
+    return name
+
+
+ItemText = Annotated[
+    str,
+    BeforeValidator(_parts),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}]}),
+]
+
+
+class InputItem(RequestModel):
+    """One item of a conversation: a message, a call that the model made, or what the call gave."""
+
+    type: Literal["message", "function_call", "function_call_output"] | None = None
+    role: Literal["system", "developer", "user", "assistant"] | None = None
+    content: ItemText | None = None
+    call_id: str | None = Field(None, min_length=1, max_length=_MAX_ID)
+    name: FunctionName | None = None
+    arguments: str | None = Field(None, description="the JSON of an object")
+    output: ItemText | None = None
+    # Fields of the server's own items that clients send back as they got them.
+    id: str | None = Field(None, max_length=_MAX_ID)
+    status: Literal["in_progress", "completed", "incomplete"] | None = None
+    phase: None = None
+    caller: None = None
+    namespace: None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_kind(cls, value: Any) -> Any:
+        kind = value.get("type") if isinstance(value, dict) else None
+        if kind is not None and kind not in _KINDS:
+            shown = kind[:64] if isinstance(kind, str) else kind
+            raise refusal(f"an item has the type {shown!r}; the types are {', '.join(_KINDS)}", None)
+        return value
+
+    @model_validator(mode="after")
+    def _fields_of_the_kind(self) -> InputItem:
+        kind = self.type or "message"
+        needed = {
+            "message": {"role", "content"},
+            "function_call": {"call_id", "name", "arguments"},
+            "function_call_output": {"call_id", "output"},
+        }[kind]
+        for name in ("role", "content", "call_id", "name", "arguments", "output"):
+            given = getattr(self, name) is not None
+            # Clients may name the function of an output again.
+            if given and name not in needed and (kind, name) != ("function_call_output", "name"):
+                raise refusal(f"an item of type {kind!r} has {name}, which is not read; leave it out", None)
+            if not given and name in needed:
+                raise refusal(f"an item of type {kind!r} has no {name}; send it", None)
+        if self.arguments is not None and not isinstance(self.call().parsed(), dict):
+            raise refusal("the arguments of a call must be the JSON of an object", None)
+        return self
+
+    def call(self) -> CalledFunction:
+        """Return the function of a call."""
+        return CalledFunction.model_construct(name=self.name or "", arguments=self.arguments or "")
+
+
+class ResponseTool(Function):
+    """A function that the model may call."""
+
+    type: Literal["function"]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_kind(cls, value: Any) -> Any:
+        kind = value.get("type", "function") if isinstance(value, dict) else "function"
+        if kind != "function":
+            shown = kind[:64] if isinstance(kind, str) else kind
+            raise refusal(f"a tool has the type {shown!r}; the models call tools of type 'function' alone", "tools")
+        return value
+
+    def as_tool(self) -> Tool:
+        """Return the tool as the chat routes have it."""
+        return Tool.model_construct(type="function", function=self)
+
+
+class TextFormat(RequestModel):
+    """What a generated text must be."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    name: str | None = Field(None, pattern=r"^[a-zA-Z0-9_-]{1,64}$", description="name of the schema")
+    description: str | None = Field(None, description="for people; the model does not see it")
+    schema_: dict[str, Any] | None = Field(None, alias="schema", description="the JSON schema, with type json_schema")
+    strict: bool | None = Field(None, description="the schema is enforced with either value")
+
+    @model_validator(mode="after")
+    def _fields_of_the_type(self) -> TextFormat:
+        for name, value in (("name", self.name), ("schema", self.schema_)):
+            if self.type == "json_schema" and value is None:
+                raise refusal(f"text.format.{name} is missing; send it", f"text.format.{name}")
+        for name, value in (("name", self.name), ("schema", self.schema_), ("description", self.description)):
+            if self.type != "json_schema" and value is not None:
+                place = f"text.format.{name}"
+                raise refusal(f"{place} is not read with type {self.type}; send type json_schema", place)
+        if self.type != "json_schema" and self.strict is not None:
+            raise refusal(f"text.format.strict is not read with type {self.type}; leave it out", "text.format.strict")
+        return self
+
+    def as_response_format(self) -> ResponseFormat:
+        """Return the format as the other routes have it."""
+        schema = None if self.schema_ is None else JsonSchema.model_construct(name=self.name, schema_=self.schema_)
+        return ResponseFormat.model_construct(type=self.type, json_schema=schema)
+
+
+class TextOptions(RequestModel):
+    """What the text of an answer must be."""
+
+    format: TextFormat | None = None
+    verbosity: Literal["medium"] | None = Field(None, description="only medium, which changes nothing")
+
+
+class ResponseRequest(SamplingFields, ToolUse):
+    """Body of `POST /v1/responses`."""
+
+    unsupported: ClassVar[Mapping[str, tuple[tuple[Any, ...], str]]] = {
+        "store": ((False,), "the server keeps no answer; leave it out, or send false"),
+        "previous_response_id": ((), _STATELESS),
+        "conversation": ((), _STATELESS),
+        "background": ((False,), "the answer comes with the request; leave it out"),
+        "truncation": (("disabled",), "an input that is too long is refused; send less of it"),
+        "reasoning": (({}, {"effort": "none"}), "leave it out; chat_template_kwargs reach the chat template"),
+        "prompt": ((), "the server keeps no prompts; send input"),
+        "max_tool_calls": ((), "the server has no tools of its own; leave it out"),
+        "service_tier": (("auto", "default"), "use priority"),
+        "prompt_cache_key": ((), "use cache_salt, under which prompts share nothing with others"),
+        "prompt_cache_options": ((), "use cache_salt"),
+        "prompt_cache_retention": (("in_memory",), "leave it out"),
+        "context_management": (([],), "leave it out"),
+        "moderation": ((), "leave it out"),
+        "n": ((1,), "send a request for each answer"),
+        "messages": ((), "send input"),
+        "max_tokens": ((), "send max_output_tokens"),
+        "response_format": ((), "send text.format"),
+    }
+
+    input: Annotated[
+        list[InputItem],
+        Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True),
+        BeforeValidator(_input, json_schema_input_type=str | list[InputItem]),
+    ] = Field(description="a text, or the items of a conversation")
+    instructions: str | None = Field(None, description="a first message of role system")
+    max_output_tokens: int | None = Field(
+        None, ge=1, le=MAX_NEW_TOKENS, description="most tokens to generate; absent: until the context ends"
+    )
+    include: (
+        Annotated[list[Literal["message.output_text.logprobs"]], Field(max_length=16), BeforeValidator(_include)] | None
+    ) = None
+    top_logprobs: int | None = Field(
+        None, ge=0, le=MAX_TOP_LOGPROBS, description="likeliest tokens at each place; needs include"
+    )
+    text: TextOptions | None = None
+    tools: Annotated[list[ResponseTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    tool_choice: (
+        Annotated[
+            str,
+            BeforeValidator(_tool_choice),
+            WithJsonSchema({"anyOf": [{"enum": ["none", "auto", "required"]}, {"type": "object"}]}),
+        ]
+        | None
+    ) = None
+    parallel_tool_calls: bool | None = Field(None, description="false: at most one call is answered")
+    stream_options: Obfuscation | None = None
+    chat_template_kwargs: TemplateVariables | None = None
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> ResponseRequest:
+        text_format = None if self.text is None or self.text.format is None else self.text.format.as_response_format()
+        self._form = to_constraint(
+            text_format, self.regex, self.grammar, field="text.format", schema_field="text.format.schema"
+        )
+        self.check_stream_options(self.stream_options)
+        self.check_tools(self.form is not None)
+        if self.top_logprobs and not self.has_logprobs:
+            raise refusal(f'top_logprobs is given without include; send include: ["{_LOGPROBS}"]', "top_logprobs")
+        if self.has_logprobs and self.has_tools:
+            raise refusal(
+                f"include has {_LOGPROBS} beside tools, and the tokens of a call are no text; send tool_choice: "
+                '"none", or leave one of them out',
+                "include",
+            )
+        known = set()
+        for index, item in enumerate(self.input):
+            if item.type == "function_call":
+                known.add(item.call_id)
+            elif item.type == "function_call_output" and item.call_id not in known:
+                place = f"input[{index}].call_id"
+                raise refusal(f"{place} is not that of a function_call before it; send the call too", place)
+        return self
+
+    @property
+    def functions(self) -> Sequence[Function]:
+        """What the model may call."""
+        return self.tools or ()
+
+    @property
+    def has_logprobs(self) -> bool:
+        """Whether log-probabilities are asked for."""
+        return bool(self.include)
+
+    def messages(self) -> list[Message]:
+        """Return the conversation as chat templates have it. Calls belong to the assistant's message before them."""
+        messages: list[Message] = []
+        if self.instructions is not None:
+            messages.append(Message.model_construct(role="system", content=self.instructions))
+        for item in self.input:
+            if item.type == "function_call":
+                if not messages or messages[-1].role != "assistant":
+                    messages.append(Message.model_construct(role="assistant"))
+                call = PastToolCall.model_construct(id=item.call_id or "", function=item.call())
+                calls = messages[-1].tool_calls or []
+                calls.append(call)
+                messages[-1].tool_calls = calls
+            elif item.type == "function_call_output":
+                messages.append(
+                    Message.model_construct(role="tool", content=item.output, tool_call_id=item.call_id, name=item.name)
+                )
+            else:
+                messages.append(Message.model_construct(role=item.role, content=item.content))
+        return messages
+
+
+class OutputText(BaseModel):
+    """A part of a message. `logprobs` is empty where they were not asked for."""
+
+    type: Literal["output_text"]
+    text: str
+    annotations: list[JsonValue]
+    logprobs: list[ChatTokenLogprob]
+
+
+class OutputItem(BaseModel):
+    """A message (`content` and `role`), or a call of a function (`call_id`, `name` and `arguments`)."""
+
+    id: str
+    type: Literal["message", "function_call"]
+    status: Literal["in_progress", "completed", "incomplete"]
+    role: Literal["assistant"] | None = None
+    content: list[OutputText] | None = None
+    call_id: str | None = None
+    name: str | None = None
+    arguments: str | None = None
+
+
+class InputTokensDetails(BaseModel):
+    """Details of the input's tokens. `cached_tokens` is 0 in every request to the base model."""
+
+    cached_tokens: int
+
+
+class OutputTokensDetails(BaseModel):
+    """Details of the output's tokens."""
+
+    reasoning_tokens: int
+
+
+class ResponseUsage(BaseModel):
+    """Number of tokens of the input, of the output, and of both."""
+
+    input_tokens: int
+    input_tokens_details: InputTokensDetails
+    output_tokens: int
+    output_tokens_details: OutputTokensDetails
+    total_tokens: int
+
+
+class ResponseFailure(BaseModel):
+    """Why a stream has failed."""
+
+    code: str
+    message: str
+
+
+class IncompleteDetails(BaseModel):
+    """Why an answer is incomplete."""
+
+    reason: Literal["max_output_tokens"]
+
+
+class ResponseObject(BaseModel):
+    """Response body of `POST /v1/responses`, which also repeats fields of the request."""
+
+    id: str
+    object: Literal["response"]
+    created_at: int
+    completed_at: int | None
+    status: Literal["in_progress", "completed", "incomplete", "failed"]
+    model: str
+    system_fingerprint: str
+    output: list[OutputItem]
+    usage: ResponseUsage | None
+    error: ResponseFailure | None
+    incomplete_details: IncompleteDetails | None
+    metadata: dict[str, str]

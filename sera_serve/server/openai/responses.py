@@ -1,0 +1,355 @@
+"""`POST /v1/responses`, without state: the conversation comes with the request, and no answer is kept."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from sera_serve.engine import GenerationResult, Principal, TokenDelta
+from sera_serve.errors import SeraServeError
+from sera_serve.server.auth import principal_of
+from sera_serve.server.deps import EngineOf, MetricsOf, ReceivedAt, TokenStream
+from sera_serve.server.disconnect import cancel_on_disconnect
+from sera_serve.server.metrics import ServerMetrics
+from sera_serve.server.openai.answers import ChatLogprobList, collect, to_json, translated, usage, with_member
+from sera_serve.server.openai.errors import OpenAIRoute
+from sera_serve.server.openai.response_schemas import ResponseObject, ResponseRequest
+from sera_serve.server.openai.texts import ChatPrompt, Conversation, Texts, TextsOf, adapter_of, base_name
+from sera_serve.server.openai.tool_calls import Call, ToolCallParser, forced_calls
+from sera_serve.server.sse import Admit, EventStream, EventWriter
+
+router = APIRouter(route_class=OpenAIRoute, tags=["openai"])
+
+# Fields of the shared code by their names in this route.
+_NAMES = {
+    "prompt": "input",
+    "messages": "input",
+    "max_tokens": "max_output_tokens",
+    "logprobs": "top_logprobs",
+    "response_format": "text.format",
+    "response_format.json_schema.schema": "text.format.schema",
+}
+_EMPTY_PART = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
+
+Event = tuple[str, str]
+"""An event's type, and the JSON of an object with its other members."""
+
+
+@router.post(
+    "/v1/responses",
+    response_model=ResponseObject,
+    responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
+)
+async def responses(
+    body: ResponseRequest,
+    request: Request,
+    engine: EngineOf,
+    metrics: MetricsOf,
+    texts: TextsOf,
+    received_at: ReceivedAt,
+) -> Response:
+    """Answer a conversation, in the form of OpenAI's newer API."""
+    adapter = adapter_of(body.model, engine)
+    principal = principal_of(adapter)
+    tools = [tool.as_tool() for tool in body.tools or ()]
+    conversation = Conversation(
+        messages=body.messages(), tools=tools if body.has_tools else (), variables=body.chat_template_kwargs
+    )
+    with _own_names():
+        prompt = await cancel_on_disconnect(request.receive, texts.run(texts.chat_prompt, conversation, adapter))
+        parallel = body.parallel_tool_calls is not False
+        constraint = forced_calls(tools, body.forced_function, parallel) if body.is_forced else None
+    params = body.params(
+        prompt.adapter,
+        prompt=prompt.text,
+        # The template has written them.
+        add_special_tokens=False,
+        max_new_tokens=body.max_output_tokens,
+        logprobs=(body.top_logprobs or 0) if body.has_logprobs else None,
+        constraint=constraint,
+    )
+    admit = translated(partial(engine.generate_choices, params, principal, received_at), "input")
+    answer = ResponseAnswer(body, principal, prompt, texts, base_name(engine))
+    if body.stream:
+        return EventStream(_with_own_names(admit), ResponseEvents(answer), metrics)
+    with _own_names():
+        return await cancel_on_disconnect(request.receive, _complete(answer, admit, metrics))
+
+
+class Output:
+    """The items of one answer, and the events that tell of them: messages and calls, in the order of the text."""
+
+    def __init__(self) -> None:
+        """Begin an answer."""
+        self._items: list[str] = []
+        self._message: str | None = None
+        self._text: list[str] = []
+        self._rows: list[str] = []
+
+    @property
+    def items(self) -> str:
+        """The JSON of the finished items."""
+        return f"[{','.join(self._items)}]"
+
+    def add(self, pieces: Sequence[str | Call], rows: str = "") -> Iterator[Event]:
+        """Add content and calls.
+
+        Args:
+            pieces: What is added.
+            rows: JSON of the log-probabilities of what is added, with commas between them. There are then no calls.
+        """
+        if rows and not pieces:
+            # The text is held back. Its tokens are known already.
+            pieces = [""]
+        for piece in pieces:
+            if isinstance(piece, Call):
+                yield from self._close("completed")
+                yield from self._call(piece)
+                continue
+            if self._message is None:
+                yield from self._open()
+            self._text.append(piece)
+            if rows:
+                self._rows.append(rows)
+            content = with_member(to_json(self._place() | {"delta": piece}), "logprobs", f"[{rows}]")
+            yield "response.output_text.delta", content
+            rows = ""
+
+    def end(self, is_complete: bool) -> Iterator[Event]:
+        """End the answer. An answer without any text is an empty message."""
+        if self._message is None and not self._items:
+            yield from self._open()
+        yield from self._close("completed" if is_complete else "incomplete")
+
+    def _place(self) -> dict[str, Any]:
+        return {"item_id": self._message, "output_index": len(self._items), "content_index": 0}
+
+    def _open(self) -> Iterator[Event]:
+        self._message = f"msg_{secrets.token_hex(24)}"
+        item = {"id": self._message, "type": "message", "status": "in_progress", "role": "assistant", "content": []}
+        yield "response.output_item.added", to_json({"output_index": len(self._items), "item": item})
+        yield "response.content_part.added", to_json(self._place() | {"part": _EMPTY_PART})
+
+    def _close(self, status: str) -> Iterator[Event]:
+        if self._message is None:
+            return
+        text, place = "".join(self._text), self._place()
+        item = to_json({"id": self._message, "type": "message", "status": status, "role": "assistant"})
+        part = to_json({"type": "output_text", "text": text, "annotations": []})
+        # Log-probabilities are large. They come with the deltas and with the whole answer, and not between.
+        bare = with_member(part, "logprobs", "[]")
+        yield "response.output_text.done", to_json(place | {"text": text, "logprobs": []})
+        yield "response.content_part.done", with_member(to_json(place), "part", bare)
+        index = to_json({"output_index": len(self._items)})
+        yield "response.output_item.done", with_member(index, "item", with_member(item, "content", f"[{bare}]"))
+        whole = with_member(part, "logprobs", f"[{','.join(self._rows)}]")
+        self._items.append(with_member(item, "content", f"[{whole}]"))
+        self._message = None
+        self._text.clear()
+        self._rows.clear()
+
+    def _call(self, call: Call) -> Iterator[Event]:
+        index = len(self._items)
+        item = {"id": f"fc_{secrets.token_hex(24)}", "type": "function_call", "status": "in_progress"}
+        item |= {"call_id": call.id, "name": call.name, "arguments": ""}
+        yield "response.output_item.added", to_json({"output_index": index, "item": item})
+        place = {"item_id": item["id"], "output_index": index}
+        yield "response.function_call_arguments.delta", to_json(place | {"delta": call.arguments})
+        done = place | {"name": call.name, "arguments": call.arguments}
+        yield "response.function_call_arguments.done", to_json(done)
+        item |= {"status": "completed", "arguments": call.arguments}
+        yield "response.output_item.done", to_json({"output_index": index, "item": item})
+        self._items.append(to_json(item))
+
+
+class ResponseAnswer:
+    """What a stream and a whole answer have in common: the request, and the items of the answer."""
+
+    def __init__(
+        self, body: ResponseRequest, principal: Principal, prompt: ChatPrompt, texts: Texts, base: str
+    ) -> None:
+        """Answer a request."""
+        self.output = Output()
+        self._id = f"resp_{secrets.token_hex(24)}"
+        self._created = int(time.time())
+        self._body = body
+        self._base = base
+        self._principal = principal
+        self._repeated = to_json(_repeated(body))
+        self._logprobs = ChatLogprobList(texts.tokens) if body.has_logprobs else None
+        self._parser: ToolCallParser | None = None
+        if body.has_tools:
+            self._parser = ToolCallParser(
+                # Forced calls are JSON alone, whatever the template writes.
+                "json" if body.is_forced else prompt.template.call_format,
+                [function.name for function in body.functions],
+                1 if body.parallel_tool_calls is False else None,
+            )
+
+    def add_logprobs(self, index: int, delta: TokenDelta) -> None:
+        """Take the log-probabilities of the answer's tokens."""
+        if self._logprobs is not None:
+            self._logprobs.add(delta.logprobs)
+
+    def add(self, text: str) -> Iterator[Event]:
+        """Add a piece of the text, and the log-probabilities that were taken."""
+        rows = "" if self._logprobs is None else self._logprobs.take_rows()
+        pieces = ([text] if text else []) if self._parser is None else self._parser.push(text)
+        return self.output.add(pieces, rows)
+
+    def end(self, result: GenerationResult) -> Iterator[Event]:
+        """End the text."""
+        if self._parser is not None:
+            yield from self.output.add(self._parser.end())
+        yield from self.output.end(result.finish_reason != "length")
+
+    def response(
+        self,
+        stream: TokenStream | None,
+        result: GenerationResult | None = None,
+        failure: dict[str, Any] | None = None,
+    ) -> tuple[str, str]:
+        """Return (status, JSON) of the whole answer: as it ended, as it failed, or else as it begins.
+
+        Args:
+            stream: The stream of its text, if there is one.
+            result: How it ended.
+            failure: `code` and `message` of its failure.
+        """
+        status, reason, tokens = "in_progress", None, None
+        if failure is not None:
+            status = "failed"
+        elif result is not None:
+            status, tokens = "completed", self._usage(result)
+            if result.finish_reason == "length":
+                status, reason = "incomplete", {"reason": "max_output_tokens"}
+        adapter = None if stream is None else stream.adapter
+        content = {
+            "id": self._id,
+            "object": "response",
+            "created_at": self._created,
+            "completed_at": int(time.time()) if status == "completed" else None,
+            "status": status,
+            "model": self._body.model,
+            "system_fingerprint": self._base if stream is None or adapter is None else f"{adapter}@v{stream.version}",
+            "error": failure,
+            "incomplete_details": reason,
+            "usage": tokens,
+        }
+        whole = with_member(to_json(content), "output", self.output.items)
+        return status, f"{whole[:-1]},{self._repeated[1:]}"
+
+    def _usage(self, result: GenerationResult) -> dict[str, Any]:
+        tokens = usage([result], 1, self._principal)
+        return {
+            "input_tokens": tokens["prompt_tokens"],
+            # Clients expect the number. It is 0 where it would tell one client about another.
+            "input_tokens_details": tokens.get("prompt_tokens_details", {"cached_tokens": 0}),
+            "output_tokens": tokens["completion_tokens"],
+            "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": tokens["total_tokens"],
+        }
+
+
+class ResponseEvents(EventWriter):
+    """Writes a stream of named events. Each has the next `sequence_number`. A call comes as a whole."""
+
+    def __init__(self, answer: ResponseAnswer) -> None:
+        """Write for an answer."""
+        self._answer = answer
+        self._stream: TokenStream | None = None
+        self._sent = 0
+
+    def begin(self, streams: Sequence[TokenStream]) -> bytes:
+        """The answer as it begins."""
+        (self._stream,) = streams
+        response = f'{{"response":{self._answer.response(self._stream)[1]}}}'
+        return self._events([("response.created", response), ("response.in_progress", response)])
+
+    def delta(self, index: int, stream: TokenStream, delta: TokenDelta) -> bytes:
+        """What a piece of text adds."""
+        self._answer.add_logprobs(index, delta)
+        return self._events(self._answer.add(delta.text))
+
+    def final(self, index: int, stream: TokenStream, result: GenerationResult) -> bytes:
+        """What was held back, and the whole answer."""
+        events = self._events(self._answer.end(result))
+        status, response = self._answer.response(stream, result)
+        return events + self._events([(f"response.{status}", f'{{"response":{response}}}')])
+
+    def end(self, streams: Sequence[TokenStream]) -> bytes:
+        """Nothing: the whole answer was the last event."""
+        return b""
+
+    def failed(self, content: dict[str, Any]) -> bytes:
+        """The answer as it failed."""
+        failure = {"code": content["error"]["code"], "message": content["error"]["message"]}
+        status, response = self._answer.response(self._stream, failure=failure)
+        return self._events([(f"response.{status}", f'{{"response":{response}}}')])
+
+    def _events(self, events: Iterator[Event] | Sequence[Event]) -> bytes:
+        written = []
+        for name, content in events:
+            head = f'"type":"{name}","sequence_number":{self._sent}'
+            written.append(f"event: {name}\ndata: {{{head},{content[1:]}\n\n")
+            self._sent += 1
+        return "".join(written).encode()
+
+
+async def _complete(answer: ResponseAnswer, admit: Admit, metrics: ServerMetrics) -> Response:
+    (stream,), (result,) = await collect(admit, metrics, answer.add_logprobs)
+    for _ in answer.add(result.text):
+        pass
+    for _ in answer.end(result):
+        pass
+    return Response(answer.response(stream, result)[1], media_type="application/json")
+
+
+def _repeated(body: ResponseRequest) -> dict[str, Any]:
+    """The fields of the request that an answer repeats, and those that have one value alone."""
+    choice = body.tool_choice or "auto"
+    text_format: dict[str, Any] = {"type": "text"}
+    if body.text is not None and body.text.format is not None:
+        text_format = body.text.format.model_dump(by_alias=True, exclude_none=True)
+    return {
+        "instructions": body.instructions,
+        "max_output_tokens": body.max_output_tokens,
+        "temperature": 1.0 if body.temperature is None else body.temperature,
+        "top_p": 1.0 if body.top_p is None else body.top_p,
+        "top_logprobs": body.top_logprobs or 0,
+        "text": {"format": text_format},
+        "tools": [tool.model_dump() for tool in body.tools or ()],
+        "tool_choice": choice if body.forced_function is None else {"type": "function", "name": choice},
+        "parallel_tool_calls": body.parallel_tool_calls is not False,
+        "metadata": body.metadata or {},
+        "user": body.user,
+        "store": False,
+        "background": False,
+        "truncation": "disabled",
+        "previous_response_id": None,
+        "reasoning": None,
+    }
+
+
+@contextmanager
+def _own_names() -> Iterator[None]:
+    """Name the fields of refusals as this route does."""
+    try:
+        yield
+    except SeraServeError as error:
+        error.param = None if error.param is None else _NAMES.get(error.param, error.param)
+        raise
+
+
+def _with_own_names(admit: Admit) -> Admit:
+    async def call() -> Sequence[TokenStream]:
+        with _own_names():
+            return await admit()
+
+    return call
