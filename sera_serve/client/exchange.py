@@ -1,0 +1,161 @@
+"""Retries, without any input or output: which request is sent again, and when."""
+
+from __future__ import annotations
+
+import random
+import re
+import time
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+import httpx
+
+from sera_serve.client.calls import Call
+from sera_serve.client.errors import (
+    RateLimitError,
+    SeraAPIError,
+    SeraConnectionError,
+    SeraError,
+    SeraTimeoutError,
+    UnavailableError,
+    api_error,
+)
+
+DEFAULT_TIMEOUT_S = 600.0
+CONNECT_TIMEOUT_S = 10.0
+# Nothing of the request has reached a server.
+_NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
+# The codes of 503 that the server gives before it begins anything. Others may come while the work is done.
+_NOT_BEGUN = frozenset({"overloaded", "too_many_uploads", "too_many_connections", "too_many_pipelined"})
+# The same input has the same fate.
+_IN_VAIN = frozenset({"base_overflow"})
+_SECONDS = re.compile(r"[0-9]{1,9}", re.ASCII)
+
+
+@dataclass(frozen=True)
+class RetryPolicy:
+    """When a request is sent again. A random part of each delay keeps many clients from coming back at once.
+
+    Attributes:
+        max_retries: How often one call is sent again at most; 0 is never.
+        max_total_s: No retry begins later than so many seconds after the call did.
+        first_delay_s: Longest delay of the first retry where the server names none. It doubles with each retry.
+        max_delay_s: Longest such delay. Where the server names a time (`Retry-After`), that time comes first.
+    """
+
+    max_retries: int = 4
+    max_total_s: float = 120.0
+    first_delay_s: float = 0.5
+    max_delay_s: float = 8.0
+
+    def delay_s(self, retries: int, retry_after: float | None) -> float:
+        """Seconds to wait before the next try, after so many retries."""
+        longest = min(self.max_delay_s, self.first_delay_s * 2.0 ** min(retries, 64))
+        if retry_after is None:
+            return longest * random.uniform(0.5, 1)
+        return retry_after + longest * random.uniform(0, 1)
+
+
+@dataclass(frozen=True)
+class Send:
+    """Send the call's request, and give back the answer or httpx's error."""
+
+    call: Call[Any]
+
+
+@dataclass(frozen=True)
+class Wait:
+    """Wait so many seconds."""
+
+    seconds: float
+
+
+Outcome = httpx.Response | httpx.HTTPError | None
+"""What a step gave: an answer or an error of `Send`, None of `Wait`."""
+
+
+def exchange(call: Call[Any], policy: RetryPolicy) -> Generator[Send | Wait, Outcome, httpx.Response]:
+    """The steps of one call, up to a successful answer. A client performs each step, and sends its outcome back.
+
+    Raises:
+        SeraAPIError: The last answer was a refusal.
+        SeraConnectionError: There was no answer.
+    """
+    began = time.monotonic()
+    retries = 0
+    while True:
+        outcome = yield Send(call)
+        assert outcome is not None
+        if isinstance(outcome, httpx.Response):
+            if outcome.is_success:
+                return outcome
+            error: SeraError = api_error(
+                outcome.status_code, outcome.content, outcome.headers.get("x-request-id"), _retry_after(outcome)
+            )
+        else:
+            error = connection_error(outcome, call)
+        if retries >= policy.max_retries or not _may_retry(error, call):
+            raise error
+        delay = policy.delay_s(retries, error.retry_after if isinstance(error, SeraAPIError) else None)
+        if time.monotonic() - began + delay > policy.max_total_s:
+            raise error
+        retries += 1
+        yield Wait(delay)
+
+
+def connection_error(error: httpx.HTTPError, call: Call[Any]) -> SeraConnectionError:
+    """Return the typed error of a call without a whole answer."""
+    sent = not isinstance(error, _NOT_SENT)
+    reason = str(error) or type(error).__name__
+    if not sent:
+        message = f"the server cannot be reached: {reason}"
+    elif call.changes:
+        message = (
+            f"the answer to {call.method} {call.path} was lost ({reason}); the server may have done it: look at the "
+            "adapter before you send it again"
+        )
+    else:
+        message = f"the answer to {call.method} {call.path} was lost: {reason}"
+    kind = SeraTimeoutError if isinstance(error, httpx.TimeoutException) else SeraConnectionError
+    failure = kind(message, sent=sent)
+    failure.__cause__ = error
+    return failure
+
+
+@contextmanager
+def lost_connections(call: Call[Any]) -> Iterator[None]:
+    """Turn httpx's errors, while an answer is read, into the clients' own."""
+    try:
+        yield
+    except httpx.HTTPError as error:
+        raise connection_error(error, call) from error
+
+
+def _may_retry(error: SeraError, call: Call[Any]) -> bool:
+    if call.probes:
+        return False
+    if isinstance(error, SeraConnectionError):
+        return not error.sent
+    if isinstance(error, RateLimitError):
+        return True
+    if not isinstance(error, UnavailableError):
+        return False
+    return error.code in _NOT_BEGUN if call.changes else error.code not in _IN_VAIN
+
+
+def _retry_after(response: httpx.Response) -> float | None:
+    """The seconds of `Retry-After`, which has a number or a date (RFC 9110, 10.2.3); None where it has neither."""
+    value = response.headers.get("retry-after", "").strip()
+    if _SECONDS.fullmatch(value):
+        return float(value)
+    try:
+        date = parsedate_to_datetime(value)
+    except ValueError:
+        return None
+    if date.tzinfo is None:
+        date = date.replace(tzinfo=UTC)
+    return max(0.0, (date - datetime.now(UTC)).total_seconds())
