@@ -213,7 +213,7 @@ def ready() -> Call[answers.Readiness]:
 
 def _prompt(prompt: Prompt, adapter: Adapter | None, options: GenerateOptions) -> dict[str, Any]:
     fields = _known(options, GenerateOptions)
-    form = fields.get("response_format")
+    form: ResponseFormat | None = fields.get("response_format")
     if isinstance(form, type):
         schema = {"name": _SCHEMA_NAME.sub("_", form.__name__)[:64], "schema": form.model_json_schema()}
         fields["response_format"] = {"type": "json_schema", "json_schema": schema}
