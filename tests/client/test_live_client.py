@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fastapi import FastAPI
 from pydantic import BaseModel
 
 from adapters_store import AdapterBundle, AdapterStore
@@ -34,6 +35,7 @@ from sera_serve.client import (
 from sera_serve.config import ServeSettings
 from sera_serve.engine import ServingEngine
 from sera_serve.server import build_app
+from sera_serve.server.native.uploads import UploadSlots
 from support.factories import random_adapter, random_decoder
 from support.live_server import live_server, wait_until
 from support.peft_checkpoints import CONFIG, WEIGHTS, save_checkpoint
@@ -64,8 +66,13 @@ def engine(base: FrozenBase, writer: AdapterBundle, tmp_path_factory: pytest.Tem
 
 
 @pytest.fixture(scope="module")
-def address(engine: ServingEngine) -> Iterator[str]:
-    with live_server(build_app(engine, engine.store, engine.settings)) as url:
+def app(engine: ServingEngine) -> FastAPI:
+    return build_app(engine, engine.store, engine.settings)
+
+
+@pytest.fixture(scope="module")
+def address(app: FastAPI) -> Iterator[str]:
+    with live_server(app) as url:
         yield url
 
 
@@ -333,6 +340,29 @@ def test_uploads_that_are_refused(drive: Driver, writer: AdapterBundle, tmp_path
     with pytest.raises(OSError, match="became shorter"):
         drive(lambda client: client.adapters.upload(f"{drive.tenant}/two", path, progress=shrink))
     assert [one.adapter for one in drive(lambda client: client.adapters.iterate(tenant=drive.tenant))] == []
+
+
+def test_an_upload_waits_for_its_turn(
+    drive: Driver, engine: ServingEngine, app: FastAPI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The server answers while the body is on its way, and closes the connection.
+    monkeypatch.setattr("sera_serve.server.native.uploads._RETRY_AFTER_S", 0)
+    slots = UploadSlots(1)
+    monkeypatch.setattr(app.state, "upload_slots", slots, raising=False)
+    taken = slots.take()
+    taken.__enter__()
+    begun: list[int] = []
+
+    def progress(sent: int, whole: int) -> None:
+        if sent == min(whole, 64 << 10):
+            begun.append(whole)
+        if len(begun) == 2:
+            taken.__exit__(None, None, None)
+            begun.append(0)
+
+    with pytest.raises(InvalidAdapterError):
+        drive(lambda client: client.adapters.upload(f"{drive.tenant}/big", bytes(8 << 20), progress=progress))
+    assert len(begun) >= 3
 
 
 def test_refusals(drive: Driver) -> None:

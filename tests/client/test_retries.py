@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import socket
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from typing import Any
@@ -234,6 +237,48 @@ def test_a_refusal_of_another_form_has_no_code(run: Run, body: bytes) -> None:
 def test_an_answer_of_another_form_is_an_error(run: Run, body: bytes) -> None:
     with pytest.raises(InvalidAnswerError, match="/v1/generate"):
         run("generate", Script(httpx.Response(200, content=body)), QUICK)
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+@pytest.mark.parametrize("begin", [b"", b"HTTP/1.1 201 Created\r\nContent-Length: 90\r\n\r\n{"])
+def test_an_upload_that_a_real_server_swallowed_is_not_sent_again(kind: str, begin: bytes) -> None:
+    received: list[int] = []
+
+    def serve(listener: socket.socket) -> None:
+        with suppress(OSError):
+            while True:
+                connection, _ = listener.accept()
+                with connection:
+                    count = 0
+                    while count < 1 << 20:
+                        count += len(connection.recv(1 << 16))
+                    # What is left of the body.
+                    connection.settimeout(0.05)
+                    with suppress(TimeoutError):
+                        while connection.recv(1 << 16):
+                            pass
+                    connection.sendall(begin)
+                    received.append(count)
+
+    async def upload(address: str) -> None:
+        async with AsyncSeraClient(address, retries=QUICK) as client:
+            await client.adapters.upload("acme/one", bytes(1 << 20))
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve, args=(listener,))
+        thread.start()
+        address = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        try:
+            with pytest.raises(SeraConnectionError, match="may have done it"):
+                if kind == "async":
+                    asyncio.run(upload(address))
+                else:
+                    with SeraClient(address, retries=QUICK) as client:
+                        client.adapters.upload("acme/one", bytes(1 << 20))
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
+            thread.join(10)
+    assert len(received) == 1 and not thread.is_alive()
 
 
 def waits(policy: RetryPolicy, retry_after: str | None) -> Iterator[float]:
