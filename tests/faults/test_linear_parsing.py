@@ -71,6 +71,9 @@ EXPRESSIONS = {
     "sera_serve/server/openai/chat_schemas.py: [A-Za-z0-9_.-]{1,64}": "names of tools",
     "sera_serve/server/openai/chat_schemas.py: [A-Za-z_][A-Za-z0-9_]{0,63}": "names of tools",
     "sera_serve/server/response_format.py: ^[a-zA-Z0-9_-]{1,64}$": "names of tools",
+    "sera_serve/server/openai/response_schemas.py: ^[a-zA-Z0-9_-]{1,64}$": "names of tools",
+    "sera_serve/client/calls.py: [^a-zA-Z0-9_-]": "a program of the client, about its own schema",
+    "sera_serve/client/exchange.py: [0-9]{1,9}": "a header of the server, nine digits at most",
     "sera_serve/server/openai/token_texts.py: <0x([0-9A-Fa-f]{2})>": "tokens of the base, which the operator chooses",
     r"sera_serve/server/openai/tool_calls.py: [\s;,]*": "tool calls",
 }

@@ -24,7 +24,6 @@ PATHS = {
     "/v1/models": {"get"},
     "/v1/models/{model}": {"get"},
     "/v1/responses": {"post"},
-    "/v1/embeddings": {"post"},
     "/tokenize": {"post"},
     "/detokenize": {"post"},
     "/healthz": {"get"},
