@@ -9,6 +9,7 @@ from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
+from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
@@ -82,7 +83,8 @@ class DocumentedApp(FastAPI):
 @router.get("/openapi.json", include_in_schema=False)
 async def openapi_document(request: Request) -> JSONResponse:
     """Describe the interface for programs."""
-    return JSONResponse(request.app.openapi())
+    # Made once, in half a second, for which the event loop must not stand still.
+    return JSONResponse(await run_in_threadpool(request.app.openapi))
 
 
 def schema_of(model: type[BaseModel]) -> dict[str, Any]:
