@@ -39,6 +39,7 @@ from sera_serve.server.native.uploads import UploadSlots
 from support.factories import random_adapter, random_decoder
 from support.live_server import live_server, wait_until
 from support.peft_checkpoints import CONFIG, WEIGHTS, save_checkpoint
+from support.stub_engine import SLOW, StubEngine
 
 PROMPT = "Once upon a time"
 TEXTS = ["short", "a longer text, of some words", "☠"]
@@ -89,6 +90,7 @@ class Driver:
         self.tenant = type(client).__name__.lower()
         self._client = client
         self._runner = runner
+        self._kept: Iterator[GenerateEvent] | None = None
 
     def __call__(self, call: Callable[[Any], Any]) -> Any:
         made = call(self._client)
@@ -114,6 +116,8 @@ class Driver:
             return self._runner.run(awaited())
         found: list[GenerateEvent] = []
         with call(self._client) as events:
+            # The iterator's own end would close the stream too.
+            self._kept = events
             for event in events:
                 found.append(event)
                 if len(found) == most:
@@ -195,14 +199,22 @@ def test_a_stream_adds_up_to_the_answer(drive: Driver) -> None:
     assert [row for event in events for row in event.logprobs or []] == whole.logprobs
 
 
-def test_a_stream_left_early_frees_its_request(drive: Driver, engine: ServingEngine) -> None:
-    # The autouse fixture waits until nothing is left; a whole generation would take 200 steps.
-    options = {"max_new_tokens": 200, "ignore_eos": True}
-    for _ in range(3):
-        events = drive.stream(lambda client: client.stream(PROMPT, adapter="acme/writer", **options), most=2)
-        assert events[-1].finish_reason is None
-        wait_until(lambda: engine.in_flight() == 0, seconds=5)
-    assert drive(lambda client: client.generate(PROMPT, max_new_tokens=1)).usage.completion_tokens == 1
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_a_stream_left_early_frees_its_request(kind: str, base: FrozenBase, engine: ServingEngine) -> None:
+    # This engine's text never ends by itself.
+    stub = StubEngine(base)
+    with live_server(build_app(stub, engine.store, engine.settings)) as url, asyncio.Runner() as runner:
+        client = SeraClient(url) if kind == "sync" else AsyncSeraClient(url)
+        drive = Driver(client, runner)
+        for count in range(1, 4):
+            events = drive.stream(lambda client: client.stream(SLOW), most=2)
+            assert len(events) == 2 and events[-1].finish_reason is None
+            # The client stays open, so that only the stream's own end can free the request.
+            wait_until(lambda count=count: (stub.open_streams, stub.cancelled) == (0, count), seconds=3)
+        if isinstance(client, SeraClient):
+            client.close()
+        else:
+            runner.run(client.aclose())
 
 
 def test_classify(drive: Driver) -> None:
