@@ -9,6 +9,7 @@ from adapters_store.convert.peft_export import HEAD_FILE, export_peft, write_hea
 from adapters_store.convert.peft_files import PeftFiles, peft_from_bytes, peft_from_path
 from adapters_store.convert.peft_import import PeftImport, import_peft, with_record
 from adapters_store.convert.peft_layers import PeftLayer
+from adapters_store.counting import Held
 from adapters_store.errors import (
     AdapterNotFound,
     InvalidAdapterName,
@@ -31,7 +32,7 @@ from adapters_store.format.mmap_buffer import writable_memory
 from adapters_store.format.safetensors_file import BundleLimits
 from adapters_store.format.strict_json import parse_json
 from adapters_store.format.validation import check_base, check_same_base, expected_shapes
-from adapters_store.names import parse_adapter, parse_ref
+from adapters_store.names import check_part, parse_adapter, parse_ref
 from adapters_store.records import AdapterInfo, AdapterSummary, Freed, Page, Published, ResolvedAdapter, StoreState
 from adapters_store.store import AdapterStore
 
@@ -53,6 +54,7 @@ __all__ = [
     "CompressedBundle",
     "Freed",
     "HeadSpec",
+    "Held",
     "ImportBase",
     "InvalidAdapterName",
     "InvalidBundle",
@@ -69,6 +71,7 @@ __all__ = [
     "StoreUnavailable",
     "VersionInUse",
     "check_base",
+    "check_part",
     "check_same_base",
     "combination_digest",
     "combine",

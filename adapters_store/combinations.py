@@ -37,6 +37,7 @@ def load_combination(
     names: Sequence[str] | None = None,
     training: Mapping[str, JsonValue] | None = None,
     max_parameters: int | None = None,
+    max_growth: int | None = None,
 ) -> AdapterBundle:
     """Read the weighted sum of stored bundles as one adapter; one of them at a time is in memory beside the sum.
 
@@ -46,6 +47,7 @@ def load_combination(
         names: What messages call the parts; their places if None.
         training: The training record of the sum.
         max_parameters: The most numbers that the sum may have; None is without limit.
+        max_growth: The same, as a multiple of the numbers of all parts together.
 
     Raises:
         CannotCombine, WrongBase: As `Combination` says; or the sum has too many numbers.
@@ -53,11 +55,18 @@ def load_combination(
     """
     configs = [store.config(digest) for digest, _ in parts]
     combination = Combination(configs, [weight for _, weight in parts], names, training)
-    if max_parameters is not None and combination.config.parameters > max_parameters:
+    numbers, of_parts = combination.config.parameters, sum(config.parameters for config in configs)
+    if max_parameters is not None and numbers > max_parameters:
         raise CannotCombine(
-            f"the combination has {combination.config.parameters} numbers, its parts together "
-            f"{sum(config.parameters for config in configs)}, and {max_parameters} fit; combine adapters whose splits "
-            "have a greater common divisor, or raise pool_mib",
+            f"the combination has {numbers} numbers, its parts together {of_parts}, and {max_parameters} fit; combine "
+            "adapters whose splits have a greater common divisor, or raise pool_mib",
+            param="adapter",
+        )
+    if max_growth is not None and numbers > max_growth * of_parts:
+        raise CannotCombine(
+            f"the combination has {numbers} numbers, more than {max_growth} times those of its parts together "
+            f"({of_parts}); combine adapters whose splits have a greater common divisor, or publish the sum as an "
+            "adapter of its own",
             param="adapter",
         )
     for digest, _ in parts:

@@ -23,7 +23,7 @@ class StoreError(Exception):
 
 
 class InvalidBundle(StoreError):
-    """A bundle is refused; each way to be wrong is a subclass. FORMAT.md lists them."""
+    """A bundle is refused; each way to be wrong is a subclass. FORMAT.md lists those of bundles."""
 
     code = "invalid_bundle"
     status = 422

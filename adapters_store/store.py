@@ -13,6 +13,7 @@ from typing import Any
 
 from adapters_store.backends.interface import Backend, Change, Manifest, Outcome
 from adapters_store.backends.local import LocalBackend
+from adapters_store.counting import Held, HeldCounter
 from adapters_store.errors import (
     AdapterNotFound,
     AmbiguousDigest,
@@ -89,6 +90,7 @@ class AdapterStore:
         self._backend = backend
         self._limits = limits
         self._facts = _FactsCache(_FACTS_BYTES)
+        self._held = HeldCounter(backend)
 
     @property
     def root(self) -> Path:
@@ -190,6 +192,11 @@ class AdapterStore:
         summary = self._summary(parsed.adapter, record)
         return AdapterInfo(**summary, versions=manifest.versions, aliases=manifest.aliases)
 
+    def summary(self, ref: str) -> AdapterSummary:
+        """One version, without its adapter's other versions; raises as `resolve` does."""
+        parsed = parse_ref(ref)
+        return AdapterSummary(**self._summary(parsed.adapter, self._find(parsed)))
+
     def list_page(self, tenant: str | None = None, after: str | None = None, limit: int = 100) -> Page:
         """One page of the adapters, each by its latest version, in order of id; only that page is read.
 
@@ -226,6 +233,24 @@ class AdapterStore:
     def count_adapters(self, tenant: str | None = None) -> int:
         """The number of adapters, read from the names alone; a kill may have left a name too many."""
         return sum(1 for _ in self._ids(tenant, "", _IDS_AT_ONCE))
+
+    def held(self, tenant: str) -> Held:
+        """How many adapters a tenant has, and their bytes. Reads again only what has changed since the last call.
+
+        Raises:
+            InvalidAdapterName: `tenant` is not of the allowed form.
+            StoreCorrupted: A record is damaged.
+        """
+        check_part(tenant, "tenant")
+        return self._held.count(tenant)
+
+    def has_content(self, name: str, digest: str) -> bool | None:
+        """Whether a version of an adapter has this content; None where there is no such adapter."""
+        parse_adapter(name)
+        manifest = self._backend.manifest(name)
+        if not manifest.versions:
+            return None
+        return any(record.digest == digest for record in self._records(name, manifest))
 
     def aliases(self, name: str) -> dict[str, int]:
         """Version by alias of one adapter, or `AdapterNotFound`."""

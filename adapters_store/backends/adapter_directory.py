@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from contextlib import suppress
 
 from adapters_store.backends.durable import make_directory, names_in, put_text, sync_directory
@@ -13,6 +14,8 @@ from adapters_store.errors import StoreCorrupted
 from adapters_store.names import LATEST
 from adapters_store.records import VersionRecord
 
+# Changes of a directory within one tick of the file system's clock, 10 ms at most, leave the same time.
+_TICK_NS = 100_000_000
 _VERSION_FILE = re.compile(r"v([1-9][0-9]*)\.json")
 
 
@@ -151,3 +154,16 @@ class AdapterDirectory:
 
     def _alias_file(self, alias: str) -> str:
         return f"{self._aliases}/{alias}.json"
+
+
+def version_stamps(root: str, tenant: str) -> dict[str, str]:
+    """See `Backend.stamps`: the time of the last change of each adapter's directory of versions, and its inode."""
+    now = time.time_ns()
+    stamps: dict[str, str] = {}
+    with suppress(FileNotFoundError, NotADirectoryError), os.scandir(f"{root}/adapters/{tenant}") as entries:
+        for entry in entries:
+            with suppress(FileNotFoundError, NotADirectoryError):
+                state = os.stat(f"{entry.path}/versions")
+                settled = abs(now - state.st_mtime_ns) > _TICK_NS
+                stamps[f"{tenant}/{entry.name}"] = f"{state.st_mtime_ns}.{state.st_ino}" if settled else ""
+    return stamps

@@ -124,6 +124,12 @@ class Backend(Protocol):
         Fewer than `limit` ids mean that there are no more.
         """
 
+    def stamps(self, tenant: str) -> dict[str, str]:
+        """A text for each adapter of a tenant, which changes whenever the adapter's versions do.
+
+        An empty text says nothing: the versions may have changed. An adapter without versions may be among them.
+        """
+
     def put_bundle(self, bundle: AdapterBundle, limits: BundleLimits) -> None:
         """Store a bundle in its single-file form, in place of whatever is there under its digest.
 

@@ -9,7 +9,7 @@ from contextlib import suppress
 from functools import wraps
 from typing import Concatenate, ParamSpec, TypeVar
 
-from adapters_store.backends.adapter_directory import AdapterDirectory
+from adapters_store.backends.adapter_directory import AdapterDirectory, version_stamps
 from adapters_store.backends.bundle_files import BundleFiles
 from adapters_store.backends.interface import Change, CommitResult, Manifest, Outcome
 from adapters_store.backends.name_index import SEGMENT_LIMIT, NameIndex
@@ -119,6 +119,11 @@ class LocalBackend:
         pairs = self._root.adapter_ids()
         ids = [f"{owner}/{name}" for owner, name in pairs if tenant is None or owner == tenant]
         return [adapter for adapter in ids if adapter > after][:limit]
+
+    @_reads
+    def stamps(self, tenant: str) -> dict[str, str]:
+        """See `Backend.stamps`."""
+        return version_stamps(self._root.path, tenant)
 
     def put_bundle(self, bundle: AdapterBundle, limits: BundleLimits) -> None:
         """See `Backend.put_bundle`."""

@@ -7,7 +7,8 @@ configuration is read for scalings and for refusals.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from time import monotonic
 from typing import Any, cast
@@ -19,7 +20,10 @@ from adapters_store.errors import InvalidConfig
 
 _PARAM = "adapter_config"
 _MAX_PATTERN = 512
-# Seconds for all patterns of a checkpoint together. A pattern can be made to take exponential time.
+# Patterns of one field. PEFT's EVA may name each layer, and a large model has several hundred.
+_MAX_PATTERNS = 1024
+# Seconds for all patterns of a checkpoint together, compiled and matched. A pattern can be made to take exponential
+# time.
 _PATTERN_SECONDS = 2.0
 
 # Methods that PEFT's `save_as_lora` converts.
@@ -139,21 +143,60 @@ class PeftConfig:
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
 
+class PatternTime:
+    """The time that all patterns of a checkpoint may take together, whichever field they are in."""
+
+    def __init__(self) -> None:
+        """Begin with all of it."""
+        self.left = _PATTERN_SECONDS
+
+    @contextmanager
+    def spend(self, field: str) -> Iterator[float]:
+        """Count the time inside, and give what is left, in seconds.
+
+        Raises:
+            InvalidConfig: Nothing is left, before or after; or the inside raised TimeoutError.
+        """
+        began = monotonic()
+        try:
+            if self.left > 0:
+                yield self.left
+                self.left -= monotonic() - began
+            if self.left <= 0:
+                raise TimeoutError
+        except TimeoutError:
+            raise _invalid(
+                field, f"the patterns take more than {_PATTERN_SECONDS:g} s to compile and match; name layers in full"
+            ) from None
+
+
 class PatternMatcher:
     """Finds the pattern for a layer as PEFT does: `(.*\\.)?(pattern)$`, the first that matches."""
 
-    def __init__(self, patterns: Iterable[str], field: str) -> None:
-        """Compile the patterns of a field; raises InvalidConfig where one is no regular expression."""
+    def __init__(self, patterns: Collection[str], field: str, time: PatternTime) -> None:
+        """Compile the patterns of a field.
+
+        Args:
+            patterns: Regular expressions, in the order in which they are tried.
+            field: The field's name in the configuration.
+            time: What all fields of a checkpoint share.
+
+        Raises:
+            InvalidConfig: They are too many or too long, one is no regular expression, or they take too long.
+        """
         self._field = field
+        self._time = time
         self._patterns: list[tuple[str, Any]] = []
+        if len(patterns) > _MAX_PATTERNS:
+            raise _invalid(field, f"it has {len(patterns)} patterns; the limit is {_MAX_PATTERNS}")
         for pattern in patterns:
             if len(pattern) > _MAX_PATTERN:
                 raise _invalid(field, f"a pattern has {len(pattern)} characters; the limit is {_MAX_PATTERN}")
-            try:
-                self._patterns.append((pattern, regex.compile(rf"(.*\.)?({pattern})$")))
-            except regex.error as error:
-                raise _invalid(field, f"{pattern!r} is no regular expression ({error})") from error
-        self._seconds = _PATTERN_SECONDS
+            with time.spend(field):
+                try:
+                    self._patterns.append((pattern, regex.compile(rf"(.*\.)?({pattern})$")))
+                except regex.error as error:
+                    raise _invalid(field, f"{pattern!r} is no regular expression ({error})") from error
 
     def find(self, path: str) -> str | None:
         """The first pattern that matches the path of a layer; None without one.
@@ -161,21 +204,16 @@ class PatternMatcher:
         Raises:
             InvalidConfig: The patterns take too long.
         """
-        began = monotonic()
-        for pattern, compiled in self._patterns:
-            left = self._seconds - (monotonic() - began)
-            try:
+        if not self._patterns:
+            return None
+        with self._time.spend(self._field) as seconds:
+            end = monotonic() + seconds
+            for pattern, compiled in self._patterns:
                 # A timeout of zero or less would be no timeout.
-                if left <= 0:
+                if (left := end - monotonic()) <= 0:
                     raise TimeoutError
                 if compiled.match(path, timeout=left):
-                    self._seconds = left
                     return pattern
-            except TimeoutError:
-                raise _invalid(
-                    self._field, f"the patterns take more than {_PATTERN_SECONDS:g} s to match; name layers in full"
-                ) from None
-        self._seconds -= monotonic() - began
         return None
 
 
@@ -203,6 +241,8 @@ def read_peft_config(fields: Mapping[str, Any]) -> PeftConfig:
             "bias", f"bias is {_shown(bias)}: the adapter changes biases of the base; train it with bias='none'"
         )
     task = fields.get("task_type")
+    if task is not None and not isinstance(task, str):
+        raise _invalid("task_type", f"it is {_shown(task)}; it must be a name, such as CAUSAL_LM, or null")
     if task is not None and task not in _TASKS:
         raise _unsupported(
             "task_type", f"task_type is {_shown(task)}; the tasks served are CAUSAL_LM and SEQ_CLS, of text"
@@ -251,8 +291,8 @@ def _check_method(fields: Mapping[str, Any]) -> None:
 
 
 def _check_initialisation(value: Any) -> None:
-    name = str(value).lower()
-    if name in _GOOD_INITIALISATIONS:
+    # Null is the default, which leaves the base as it is.
+    if value is None or str(value).lower() in _GOOD_INITIALISATIONS:
         return
     raise _unsupported(
         "init_lora_weights",

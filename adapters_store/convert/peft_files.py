@@ -64,6 +64,7 @@ class PeftFiles:
         data: The bytes of the weights' file.
         beside: Contents of small files that lay beside and that an import reads, by name.
         ignored: Names of files that lay beside, that nothing reads, and that training does not usually leave.
+        max_bytes: Most bytes of a bundle made of it.
         nbytes: Bytes of the weights' file.
     """
 
@@ -72,6 +73,7 @@ class PeftFiles:
     data: memoryview
     beside: dict[str, bytes]
     ignored: tuple[str, ...]
+    max_bytes: int
 
     @property
     def nbytes(self) -> int:
@@ -91,7 +93,8 @@ def peft_from_path(path: str, limits: BundleLimits, within: Path | None = None) 
         The checkpoint; None where `path` is no PEFT checkpoint, and may be a bundle.
 
     Raises:
-        InvalidBundle: It is a PEFT checkpoint that cannot be read. FORMAT.md lists the subclasses.
+        InvalidBundle: It is a PEFT checkpoint that cannot be read: PickledCheckpoint, UnsupportedAdapter, or one of
+            the subclasses that FORMAT.md lists for bundles.
         OSError: A file cannot be opened.
     """
     if os.path.isdir(path):
@@ -202,7 +205,7 @@ def _from_archive(members: Iterator[tuple[str, Fetch]], limits: BundleLimits) ->
         return None
     if len(found) > 1:
         # A checkpoint at the top, with those of a training run below.
-        tops = [folder for folder in found if all(other == folder or other.startswith(folder) for other in found)]
+        tops = [folder for folder in found if all(_is_below(other, folder) for other in found)]
         if len(tops) != 1:
             raise _several(found)
         found = tops
@@ -213,6 +216,11 @@ def _from_archive(members: Iterator[tuple[str, Fetch]], limits: BundleLimits) ->
         return None
     outside = tuple(f"{folder}/{name}" for folder, held in folders.items() if folder != found[0] for name in held)
     return _assemble(files, limits, outside)
+
+
+def _is_below(folder: str, top: str) -> bool:
+    """Whether a folder of an archive is `top`, or lies in it; the archive's own top is ""."""
+    return not top or folder == top or folder.startswith(f"{top}/")
 
 
 def _from_single(data: memoryview, limits: BundleLimits, config: bytes | None) -> PeftFiles | None:
@@ -232,7 +240,7 @@ def _from_single(data: memoryview, limits: BundleLimits, config: bytes | None) -
             return None
     if len(text) > limits.max_config_bytes:
         raise BundleTooLarge(f"{CONFIG_FILE} exceeds {limits.max_config_bytes} bytes", param=CONFIG_FILE)
-    return PeftFiles(_parse(text), header, data, {}, ())
+    return PeftFiles(_parse(text), header, data, {}, (), limits.max_bytes)
 
 
 def _assemble(files: dict[str, Fetch], limits: BundleLimits, outside: tuple[str, ...] = ()) -> PeftFiles:
@@ -252,7 +260,7 @@ def _assemble(files: dict[str, Fetch], limits: BundleLimits, outside: tuple[str,
     beside = {name: bytes(files[name](_MAX_BESIDE_BYTES)) for name in _READ_BESIDE if name in files}
     data = files[MODEL_FILE](limits.max_bytes)
     ignored = tuple(sorted(set(files) - known - set(beside) - _HARMLESS)) + outside
-    return PeftFiles(config, parse_header(data, len(data), limits), data, beside, ignored)
+    return PeftFiles(config, parse_header(data, len(data), limits), data, beside, ignored, limits.max_bytes)
 
 
 def _parse(text: bytes | str) -> dict[str, Any]:

@@ -35,6 +35,7 @@ _REFUSED = {
     "lm_head": "it changes the base's output embedding",
     "embed_out": "it changes the base's output embedding",
 }
+_REFUSED_PARTS = tuple(_REFUSED)
 HEAD_ROOTS = ("score", "classifier", "pre_classifier", "pooler")
 _SHOWN = 3
 
@@ -74,13 +75,15 @@ def sort_keys(names: Iterable[str]) -> SortedKeys:
     for name in names:
         if len(name) > _MAX_NAME:
             raise _unknown_tensor(f"{name[:_MAX_NAME]}...")
-        for part, reason in _REFUSED.items():
-            if any(segment.startswith(part) for segment in name.split(".")):
-                raise UnsupportedAdapter(
-                    f"tensor {name!r} cannot be carried over: {reason}; train the adapter without it, or merge it into "
-                    "the base and serve that",
-                    param=name,
-                )
+        # One look at each segment for all refused parts: a checkpoint may have very many segments.
+        refused = next((segment for segment in name.split(".") if segment.startswith(_REFUSED_PARTS)), None)
+        if refused is not None:
+            reason = next(reason for part, reason in _REFUSED.items() if refused.startswith(part))
+            raise UnsupportedAdapter(
+                f"tensor {name!r} cannot be carried over: {reason}; train the adapter without it, or merge it into "
+                "the base and serve that",
+                param=name,
+            )
         match = _PART.fullmatch(name)
         if match is None:
             _take_head(found, name)

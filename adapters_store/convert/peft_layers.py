@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from adapters_store.convert.import_base import ImportBase
-from adapters_store.convert.peft_config import PatternMatcher, PeftConfig
+from adapters_store.convert.peft_config import PatternMatcher, PatternTime, PeftConfig
 from adapters_store.convert.peft_errors import UnsupportedAdapter
 from adapters_store.convert.peft_files import PeftFiles
 from adapters_store.convert.peft_keys import LayerKeys
-from adapters_store.errors import MissingTensor, NotFinite, WrongShape
+from adapters_store.errors import BundleTooLarge, MissingTensor, NotFinite, WrongShape
 from adapters_store.format.mmap_buffer import writable_memory
-from adapters_store.format.safetensors_file import read_tensor
+from adapters_store.format.safetensors_file import DTYPES, read_tensor
 from adapters_store.format.validation import check_values
 
 # Elements of a weight that are looked at in float64 at once.
@@ -85,10 +85,15 @@ class PeftLayer:
 
 
 class TensorReader:
-    """Reads the tensors of a checkpoint by name; each one is finite."""
+    """Reads the tensors of a checkpoint by name; each one is finite.
+
+    Attributes:
+        max_bytes: Most bytes of a bundle made of them.
+    """
 
     def __init__(self, files: PeftFiles) -> None:
         """Hold the files; a read-only buffer is copied once."""
+        self.max_bytes = files.max_bytes
         self._entries = files.header.entries
         self._data = files.data
         if self._data.readonly:
@@ -100,6 +105,14 @@ class TensorReader:
         tensor = read_tensor(self._data, self._entries[name])
         check_values({name: tensor})
         return tensor
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of the tensor of that name, which must exist; nothing is read."""
+        return self._entries[name].shape
+
+    def itemsize(self, name: str) -> int:
+        """Bytes of an element of the tensor of that name, which must exist."""
+        return DTYPES[self._entries[name].dtype].itemsize
 
     def names(self) -> Iterator[str]:
         """The names of all tensors."""
@@ -115,25 +128,38 @@ def read_layers(
         The layers by path in the base, and warnings.
 
     Raises:
+        BundleTooLarge: The factors exceed the limit once the zeros of block-diagonal ones are written out.
         MissingTensor, WrongShape, NotFinite, UnsupportedAdapter: A layer cannot be carried over; `param` is its tensor.
-        InvalidConfig: A pattern is no regular expression, or takes too long.
+        InvalidConfig: A pattern is no regular expression, or there are too many, or they take too long.
     """
-    alphas = PatternMatcher(config.alpha_patterns, "alpha_pattern")
-    ranks = PatternMatcher(config.rank_patterns, "rank_pattern")
+    time = PatternTime()
+    alphas = PatternMatcher(config.alpha_patterns, "alpha_pattern", time)
+    ranks = PatternMatcher(config.rank_patterns, "rank_pattern", time)
     layers: dict[str, PeftLayer] = {}
     other_ranks: list[str] = []
+    nbytes = 0
     for path, keys in matched.items():
         _check_parts(path, keys, config)
         assert keys.lora_a is not None and keys.lora_b is not None
         d_in, d_out = base.shapes[path]
-        a = _dense(reader.read(keys.lora_a), keys.lora_a, d_in, config.blocks)
-        b = _dense(reader.read(keys.lora_b), keys.lora_b, len(a), config.blocks)
-        if b.shape != (d_out, len(a)):
+        rank, _ = _dense_shape(reader.shape(keys.lora_a), keys.lora_a, d_in, config.blocks)
+        shape_b = _dense_shape(reader.shape(keys.lora_b), keys.lora_b, rank, config.blocks)
+        if shape_b != (d_out, rank):
             raise WrongShape(
-                f"tensor {keys.lora_b!r} has shape {tuple(b.shape)}; layer {path} of the base takes "
-                f"({d_out}, {len(a)})",
+                f"tensor {keys.lora_b!r} has shape {reader.shape(keys.lora_b)}; layer {path} of the base takes "
+                f"({d_out}, {rank})",
                 param=keys.lora_b,
             )
+        # Written out, a block-diagonal factor has as many times the file's bytes as it has blocks.
+        nbytes += rank * (d_in * reader.itemsize(keys.lora_a) + d_out * reader.itemsize(keys.lora_b))
+        if nbytes > reader.max_bytes:
+            raise BundleTooLarge(
+                f"the factors have {nbytes} bytes or more with the zeros of {config.blocks} blocks written out; the "
+                f"limit is {reader.max_bytes}: train with fewer blocks or a smaller rank",
+                param=keys.lora_a,
+            )
+        a = _dense(reader.read(keys.lora_a), d_in, config.blocks)
+        b = _dense(reader.read(keys.lora_b), rank, config.blocks)
         key = alphas.find(path)
         alpha = config.alpha if key is None else config.alpha_patterns[key]
         key = ranks.find(path)
@@ -178,22 +204,29 @@ def _check_parts(path: str, keys: LayerKeys, config: PeftConfig) -> None:
         )
 
 
-def _dense(tensor: Tensor, name: str, width: int, blocks: int) -> Tensor:
-    """A factor (rows, width), with the zeros of a block-diagonal one written out.
+def _dense_shape(shape: tuple[int, ...], name: str, width: int, blocks: int) -> tuple[int, int]:
+    """The shape (rows, width) of a factor with the zeros of a block-diagonal one written out; raises WrongShape."""
+    if len(shape) == 2 and shape[1] == width:
+        return shape[0], width
+    if len(shape) == 2 and blocks > 1 and shape[1] * blocks == width and shape[0] % blocks == 0:
+        return shape[0], width
+    raise WrongShape(
+        f"tensor {name!r} has shape {shape}; its layer in the base takes {width} columns: name the base that the "
+        "adapter was trained on",
+        param=name,
+    )
+
+
+def _dense(tensor: Tensor, width: int, blocks: int) -> Tensor:
+    """A factor (rows, width), whose shape is checked, with the zeros of a block-diagonal one written out.
 
     BD-LoRA makes one factor of a layer block-diagonal and leaves the other one dense. A bundle has both factors
     block-diagonal or both dense, so it holds the zeros.
     """
-    if tensor.dim() == 2 and tensor.shape[1] == width:
+    if tensor.shape[1] == width:
         return tensor
-    if tensor.dim() == 2 and blocks > 1 and tensor.shape[1] * blocks == width and len(tensor) % blocks == 0:
-        written_out: Tensor = torch.block_diag(*tensor.chunk(blocks))
-        return written_out
-    raise WrongShape(
-        f"tensor {name!r} has shape {tuple(tensor.shape)}; its layer in the base takes {width} columns: name the base "
-        "that the adapter was trained on",
-        param=name,
-    )
+    written_out: Tensor = torch.block_diag(*tensor.chunk(blocks))
+    return written_out
 
 
 def _vector(reader: TensorReader, name: str | None, width: int) -> Tensor | None:

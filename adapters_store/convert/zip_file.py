@@ -62,21 +62,26 @@ class ZipMember:
 
     def _inflated(self) -> memoryview:
         data = writable_memory(self.size)
-        stream, position, waiting = zlib.decompressobj(-zlib.MAX_WBITS), 0, self._stored
+        stream, position, fed = zlib.decompressobj(-zlib.MAX_WBITS), 0, 0
+        waiting = memoryview(b"")
         try:
             while not stream.eof:
+                if not waiting:
+                    # What is not expanded yet is copied at each step, so little is given at once.
+                    waiting = self._stored[fed : fed + _CHUNK]
+                    fed += len(waiting)
                 # One byte more than there is room for tells a file that is longer than announced.
                 part = stream.decompress(waiting, min(_CHUNK, self.size - position + 1))
                 if position + len(part) > self.size:
                     raise _invalid(f"{self.name!r} is longer than its entry says", self.name)
                 data[position : position + len(part)] = part
                 position += len(part)
-                if not part and not stream.eof and not stream.unconsumed_tail:
-                    raise _invalid(f"{self.name!r} ends too soon", self.name)
                 waiting = memoryview(stream.unconsumed_tail)
+                if not part and not stream.eof and not waiting and fed == len(self._stored):
+                    raise _invalid(f"{self.name!r} ends too soon", self.name)
         except zlib.error as error:
             raise _invalid(f"{self.name!r} cannot be expanded ({error})", self.name) from None
-        if position != self.size or stream.unused_data:
+        if position != self.size or stream.unused_data or fed != len(self._stored):
             raise _invalid(f"{self.name!r} has another length than its entry says", self.name)
         return data
 

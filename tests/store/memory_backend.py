@@ -73,6 +73,14 @@ class MemoryBackend:
             ids = sorted(adapter for adapter, held in self._adapters.items() if held.records and adapter > after)
         return [adapter for adapter in ids if tenant is None or adapter.split("/")[0] == tenant][:limit]
 
+    def stamps(self, tenant: str) -> dict[str, str]:
+        with self._lock:
+            return {
+                adapter: str(held.commits)
+                for adapter, held in self._adapters.items()
+                if adapter.split("/")[0] == tenant
+            }
+
     def put_bundle(self, bundle: AdapterBundle, limits: BundleLimits) -> None:
         data = bundle.to_bytes()
         config_of(parse_header(memoryview(data), len(data), limits), limits)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from typer.testing import CliRunner
 from adapters_store import AdapterBundle, AdapterStore, combine
 from sera_serve import SeraConfig
 from sera_serve.base import load_base
+from sera_serve.commands import imports
 from sera_serve.commands.adapters import adapters_app
 from support.factories import random_adapter, random_decoder
 from support.peft_checkpoints import save_checkpoint
@@ -285,3 +287,24 @@ def test_a_hub_id_without_a_network(run: Run, monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     assert_refused(run("import", "someone/no-such-adapter", "--name", NAME), "hf download someone/no-such-adapter")
+
+
+@pytest.mark.parametrize(("inside", "downloads"), [("", 1), ("adapter", 2)])
+def test_folders_of_a_hub_s_repository_are_fetched_only_without_an_adapter_at_the_top(
+    inside: str, downloads: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[list[str]] = []
+
+    def download(hub_id: str, allow_patterns: list[str]) -> str:
+        asked.append(allow_patterns)
+        for name in (f"{inside}/adapter_config.json".lstrip("/"), "checkpoint-1/adapter_config.json"):
+            if any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns):
+                (tmp_path / name).parent.mkdir(exist_ok=True)
+                (tmp_path / name).write_text("{}")
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert imports._downloaded("someone/adapter") == str(tmp_path)
+    assert len(asked) == downloads
+    assert not any("*" in pattern for pattern in asked[0])
+    assert (tmp_path / "checkpoint-1").exists() == (downloads == 2)

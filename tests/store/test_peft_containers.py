@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import struct
 import tarfile
@@ -19,7 +20,9 @@ import torch
 from bundle_factory import make_bundle
 
 from adapters_store import AdapterBundle, BundleLimits, InvalidBundle, peft_from_bytes, peft_from_path
+from adapters_store.convert import zip_file
 from adapters_store.convert.peft_files import PeftFiles
+from adapters_store.convert.zip_file import zip_members
 
 LIMITS = BundleLimits(max_bytes=1 << 20)
 CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
@@ -165,6 +168,19 @@ def test_hostile_zips(kind: str) -> None:
     assert time.monotonic() - began < 1
 
 
+def test_a_member_is_expanded_in_linear_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Small steps make many of them: copying the rest of the file at each one would take over half a minute.
+    monkeypatch.setattr(zip_file, "_CHUNK", 1 << 12)
+    content = os.urandom(1 << 20) * 32
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=0) as archive:
+        archive.writestr("x", content)
+    (member,) = zip_members(memoryview(buffer.getvalue()))
+    began = time.monotonic()
+    assert member.read(1 << 26) == content
+    assert time.monotonic() - began < 4
+
+
 def test_every_truncation_and_every_flipped_byte_is_refused_or_harmless(folder: Path) -> None:
     whole = zip_of(folder)
     for end in range(0, len(whole), 7):
@@ -193,6 +209,17 @@ def test_twice_in_an_archive_and_two_adapters(folder: Path, tmp_path: Path) -> N
     shutil.copytree(folder, tmp_path / "both" / "two")
     with pytest.raises(InvalidBundle, match="several adapters"):
         peft_from_bytes(memoryview(zip_of(tmp_path / "both")), LIMITS)
+
+
+def test_a_name_that_begins_like_another_is_not_below_it(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "run")
+    shutil.copytree(folder, tmp_path / "run" / "checkpoint-1")
+    for archive in (zip_of(tmp_path), zip_of(tmp_path / "run")):
+        assert len(check(peft_from_bytes(memoryview(archive), LIMITS)).ignored) == 5
+    shutil.rmtree(tmp_path / "run" / "checkpoint-1")
+    shutil.copytree(folder, tmp_path / "run2")
+    with pytest.raises(InvalidBundle, match="several adapters: run, run2"):
+        peft_from_bytes(memoryview(zip_of(tmp_path)), LIMITS)
 
 
 def test_nothing_outside_the_allowed_directory_is_read(folder: Path, tmp_path: Path) -> None:

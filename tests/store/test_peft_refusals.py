@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import regex
 import torch
 from peft import IA3Config, VeraConfig, get_peft_model
 from torch import Tensor
 
-from adapters_store import BundleLimits, InvalidBundle, peft_from_path
-from sera_serve.base import FrozenBase, load_base
+from adapters_store import BundleLimits, InvalidBundle, import_peft, peft_from_path
+from adapters_store.convert import peft_config
+from adapters_store.convert.peft_keys import _REFUSED, sort_keys
+from sera_serve.base import FrozenBase, import_base, load_base
 from support.peft_checkpoints import (
     CONFIG,
     WEIGHTS,
@@ -127,6 +131,22 @@ def test_refused_by_its_tensor(row: str, folder: Path, base: FrozenBase) -> None
     assert TENSORS[row] in error.message or error.param == TENSORS[row] or "experts" in error.message
 
 
+def test_each_name_is_split_once() -> None:
+    splits = 0
+
+    class Counted(str):
+        def split(self, *arguments: Any, **options: Any) -> list[str]:
+            nonlocal splits
+            splits += 1
+            return super().split(*arguments, **options)
+
+    assert len(sort_keys([Counted(f"{Q}.lora_A.weight"), Counted(f"{Q}.lora_B.weight")]).layers) == 1
+    assert splits == 2
+    for part, reason in _REFUSED.items():
+        with pytest.raises(InvalidBundle, match=re.escape(reason)):
+            sort_keys([f"{Q}.{part}x.weight"])
+
+
 def test_peft_itself_writes_what_is_refused(base: FrozenBase, tmp_path: Path) -> None:
     embedding = save_checkpoint(base.model, tmp_path / "embedding", target_modules=["embed_tokens"])
     assert "embedding" in refusal(embedding, base).message
@@ -188,6 +208,7 @@ def test_damaged_tensors(row: str, folder: Path, base: FrozenBase) -> None:
         ({"alpha_pattern": {"x" * 600: 1}}, "alpha_pattern"),
         ({"rank_pattern": {"q_proj": "8"}}, "rank_pattern"),
         ({"peft_type": 7}, "peft_type"),
+        ({"task_type": ["X"]}, "task_type"),
         ({"id2label": {"1": "a"}}, "id2label"),
         ({"use_bdlora": {"nblocks": 0}, "peft_version": None}, "use_bdlora.nblocks"),
         ({"base_model_name_or_path": 3}, "base_model_name_or_path"),
@@ -207,6 +228,56 @@ def test_a_pattern_that_takes_exponential_time(folder: Path, base: FrozenBase, m
     error = refusal(folder, base)
     assert error.param == "adapter_config.alpha_pattern"
     assert "name layers in full" in error.message
+
+
+@pytest.mark.parametrize("field", ["alpha_pattern", "rank_pattern"])
+def test_too_many_patterns(field: str, folder: Path, base: FrozenBase) -> None:
+    edit_config(folder, **{field: {f"layer{index}": 1 for index in range(1025)}})
+    error = refusal(folder, base)
+    assert error.param == f"adapter_config.{field}"
+    assert "1025 patterns; the limit is 1024" in error.message
+
+
+def test_patterns_of_both_fields_share_the_time_and_compiling_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(peft_config, "monotonic", lambda: now[0])
+
+    def compile_slowly(text: str) -> re.Pattern[str]:
+        now[0] += 0.9
+        return re.compile(text)
+
+    monkeypatch.setattr(regex, "compile", compile_slowly)
+    shared = peft_config.PatternTime()
+    peft_config.PatternMatcher(["a", "b"], "alpha_pattern", shared)
+    with pytest.raises(InvalidBundle, match="compile and match") as caught:
+        peft_config.PatternMatcher(["c"], "rank_pattern", shared)
+    assert caught.value.param == "adapter_config.rank_pattern"
+
+
+def blocked(rows_of_b: int) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+    """One layer (64, 64) whose A has 64 blocks and rank 4,096: 16 KiB in the file, 1 MiB written out."""
+    return lambda _: {f"{Q}.lora_A.weight": torch.ones(4096, 1), f"{Q}.lora_B.weight": torch.ones(rows_of_b, 4096)}
+
+
+def test_the_zeros_of_blocks_are_bounded_before_they_are_written(
+    folder: Path, base: FrozenBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edit_config(folder, use_bdlora={"nblocks": 64})
+    edit_tensors(folder, blocked(64))
+    with monkeypatch.context() as never:
+        never.setattr(torch, "block_diag", lambda *_: pytest.fail("written out"))
+        files = peft_from_path(str(folder), BundleLimits(max_bytes=(2 << 20) - 1))
+        assert files is not None
+        with pytest.raises(InvalidBundle, match="64 blocks written out") as caught:
+            import_peft(files, import_base(base))
+        assert caught.value.code == "bundle_too_large"
+        # B's shape is looked at first.
+        edit_tensors(folder, blocked(63))
+        assert refusal(folder, base).code == "wrong_shape"
+    edit_tensors(folder, blocked(64))
+    files = peft_from_path(str(folder), BundleLimits(max_bytes=2 << 20))
+    assert files is not None
+    assert import_peft(files, import_base(base)).bundle.config.modules
 
 
 def test_dora_and_bias_need_each_layer_s_vector(folder: Path, base: FrozenBase) -> None:

@@ -52,11 +52,12 @@ def test_valid_json_is_what_the_standard_library_reads(ensure_ascii: bool) -> No
         (b"[" + b"[]," * 100 + b"[]]", "more than 100 lists"),
         (b"{" + b",".join(b'"%d":1' % number for number in range(101)) + b"}", "more than 100 lists"),
         (b'"' + b'\\"' * 1000 + b"[" * 100, "Unterminated"),
+        (b"[" + b"1e9," * 6001 + b"1]", "more than 6000 items"),
     ],
 )
 def test_other_json_is_refused(data: str | bytes, said: str) -> None:
     with pytest.raises(json.JSONDecodeError, match=said):
-        parse_json(data, max_members=100)
+        parse_json(data, max_members=100, max_items=6000)
 
 
 @pytest.mark.parametrize(
@@ -66,8 +67,9 @@ def test_other_json_is_refused(data: str | bytes, said: str) -> None:
         b"[" * MAX_DEPTH + b"]" * MAX_DEPTH,
         b"[" + b'"[[[[{{{{::::", ' * 500 + b'"\\"[\\\\"]',
         b"[" + b"[]," * 97 + b'{"a":1}]',
-        b"[" + b"1," * 5000 + b"1]",
+        b"[" + b"1," * 6000 + b"1]",
+        b"[" + b'"\\",,,,,,,,,,,,,,,,", ' * 600 + b"1]",
     ],
 )
 def test_strings_and_numbers_do_not_count(data: bytes) -> None:
-    assert parse_json(data, max_members=100) == json.loads(data)
+    assert parse_json(data, max_members=100, max_items=6000) == json.loads(data)
