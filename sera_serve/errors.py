@@ -92,6 +92,12 @@ class TenantOverloaded(Overloaded):
     status = 429
 
 
+class TooManyInFlight(TenantOverloaded):
+    """The request's tenant has as many requests in flight as its own limit allows."""
+
+    code = "quota_exceeded"
+
+
 class DeadlineExceeded(SeraServeError):
     """The request did not finish within the time that the client allowed."""
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -36,10 +36,11 @@ def run_and_forget_pool(work: Callable[[], T]) -> T:
 
 
 class _Call(NamedTuple):
-    """Work, and the future of its result."""
+    """Work, the future of its result, and whose turn it is: calls of one turn run one at a time."""
 
     future: Future[Any]
     work: Callable[[], Any]
+    turn: Hashable
 
 
 class BoundedExecutor:
@@ -61,9 +62,9 @@ class BoundedExecutor:
             name: What the work is, for messages and thread names, such as "listing".
             threads: Calls that run at once.
             max_waiting: Calls that may wait for a thread; further calls are refused.
-            rest: After a call, its thread begins no other one for so many times the call's duration. A thread that
-                runs Python code takes the interpreter's lock from the engine's threads; so it takes at most
-                1 / (1 + rest) of the time.
+            rest: After a call, its thread begins no other one for so many times the processor's time of the call. A
+                thread that runs Python code takes the interpreter's lock from the engine's threads; so it takes at
+                most 1 / (1 + rest) of the time. A call that waits for a disk takes no lock, and is not rested after.
         """
         self.name = name
         self._rest = rest
@@ -74,8 +75,12 @@ class BoundedExecutor:
         self._threads = self._busy = 0
         # Calls for idle threads; None ends a thread. At most one entry for each thread.
         self._handed: SimpleQueue[_Call | None] = SimpleQueue()
-        # In the order of arrival; a dictionary, because a cancelled call leaves from the middle.
-        self._waiting: dict[Future[Any], _Call] = {}
+        # By turn, the one that has waited longest first, and in each in the order of arrival. Dictionaries, because a
+        # cancelled call leaves from the middle.
+        self._waiting: dict[Hashable, dict[Future[Any], _Call]] = {}
+        self._num_waiting = 0
+        # Turns of calls that have a thread.
+        self._turns: set[Hashable] = set()
         # Calls that have a thread.
         self._running: set[Future[Any]] = set()
         self._closed = False
@@ -91,6 +96,10 @@ class BoundedExecutor:
             Exception: Whatever `work` raised.
         """
         return await asyncio.wrap_future(self._submit(partial(work, *args, **kwargs)))
+
+    async def run_in_turn(self, owner: Hashable, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """`run`, but one call of an owner at a time, and the owners take turns: none waits for all calls of another."""
+        return await asyncio.wrap_future(self._submit(partial(work, *args, **kwargs), owner))
 
     async def run_to_end(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """`run`, for work that uses what the caller releases when it leaves, such as a temporary file.
@@ -110,7 +119,7 @@ class BoundedExecutor:
     def calls(self) -> int:
         """Number of calls that run or wait for a thread."""
         with self._lock:
-            return len(self._waiting) + self._busy
+            return self._num_waiting + self._busy
 
     def close(self) -> None:
         """Begin no more work, and tell every caller so. Work that runs goes on, and nobody waits for it. Idempotent."""
@@ -120,25 +129,29 @@ class BoundedExecutor:
                 self._closing.set()
                 for _ in range(self._threads - self._busy):
                     self._handed.put(None)
-            callers = [*self._running, *self._waiting]
+            callers = [*self._running, *(future for calls in self._waiting.values() for future in calls)]
             self._waiting.clear()
+            self._num_waiting = 0
         for future in callers:
             # It may be settled, or its caller gone, since.
             with suppress(InvalidStateError):
                 future.set_exception(_closed())
 
-    def _submit(self, work: Callable[[], T]) -> Future[T]:
+    def _submit(self, work: Callable[[], T], owner: Hashable = None) -> Future[T]:
         future: Future[T] = Future()
-        call = _Call(future, work)
+        # A call without an owner waits for no other.
+        call = _Call(future, work, object() if owner is None else owner)
         with self._lock:
             if self._closed:
                 raise _closed()
-            if self._busy == self._max_threads:
-                if len(self._waiting) >= self._max_waiting:
+            if self._busy == self._max_threads or call.turn in self._turns:
+                if self._num_waiting >= self._max_waiting:
                     raise Overloaded(f"too many requests wait for {self.name}; send the request again later")
-                self._waiting[future] = call
+                self._waiting.setdefault(call.turn, {})[future] = call
+                self._num_waiting += 1
             else:
                 self._running.add(future)
+                self._turns.add(call.turn)
                 self._busy += 1
                 if self._busy > self._threads:
                     self._threads += 1
@@ -146,26 +159,30 @@ class BoundedExecutor:
                     threading.Thread(target=self._serve, args=(call,), name=self.name, daemon=True).start()
                 else:
                     self._handed.put(call)
-        future.add_done_callback(self._forget)
+        future.add_done_callback(partial(self._forget, call.turn))
         return future
 
-    def _forget(self, future: Future[Any]) -> None:
+    def _forget(self, turn: Hashable, future: Future[Any]) -> None:
         with self._lock:
-            self._waiting.pop(future, None)
+            calls = self._waiting.get(turn, {})
+            if calls.pop(future, None) is not None:
+                self._num_waiting -= 1
+                if not calls:
+                    del self._waiting[turn]
 
     def _serve(self, call: _Call | None) -> None:
         torch.set_num_threads(1)
         while call is not None:
-            started = time.monotonic()
+            started, turn = time.thread_time(), call.turn
             self._run(call)
             # What the call holds must not outlive the call while this thread is idle.
             del call
             if self._rest:
-                self._closing.wait(self._rest * (time.monotonic() - started))
-            call = self._next() or self._handed.get()
+                self._closing.wait(self._rest * (time.thread_time() - started))
+            call = self._next(turn) or self._handed.get()
 
     def _run(self, call: _Call) -> None:
-        future, work = call
+        future, work, _ = call
         with self._lock:
             # A cancelled caller is gone, and `close` has told its own.
             begins = not self._closed and future.set_running_or_notify_cancel()
@@ -180,13 +197,25 @@ class BoundedExecutor:
         with self._lock:
             self._running.discard(future)
 
-    def _next(self) -> _Call | None:
-        """The call that has waited longest. Without one, this thread is idle from now on, or ends."""
+    def _next(self, done: Hashable) -> _Call | None:
+        """The call to run after one of the turn `done`. Without one, this thread is idle from now on, or ends."""
         with self._lock:
-            if self._waiting:
-                future = next(iter(self._waiting))
+            self._turns.discard(done)
+            if done in self._waiting:
+                # It has had its turn: the others go before it.
+                self._waiting[done] = self._waiting.pop(done)
+            # At most as many turns are passed over as there are threads.
+            turn = next((turn for turn in self._waiting if turn not in self._turns), None)
+            if turn is not None:
+                calls = self._waiting[turn]
+                future = next(iter(calls))
+                call = calls.pop(future)
+                self._num_waiting -= 1
+                if not calls:
+                    del self._waiting[turn]
                 self._running.add(future)
-                return self._waiting.pop(future)
+                self._turns.add(turn)
+                return call
             self._busy -= 1
             if self._closed:
                 self._handed.put(None)

@@ -1,6 +1,6 @@
 """The grouped SeRA operation over a pool of adapters, and its reference."""
 
-from sera_kernels.grouped import add_updates, grouped_sera, warm_up
+from sera_kernels.grouped import add_updates, grouped_sera, path_name, warm_up
 from sera_kernels.operands import ABSENT, NO_ADAPTER, AdapterBatch, AdapterTables, Entry
 from sera_kernels.reference import grouped_sera_reference
 from sera_kernels.shape_classes import ShapeClasses
@@ -15,5 +15,6 @@ __all__ = [
     "add_updates",
     "grouped_sera",
     "grouped_sera_reference",
+    "path_name",
     "warm_up",
 ]

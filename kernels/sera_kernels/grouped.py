@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Sequence
 from functools import cache
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -81,6 +82,13 @@ def add_updates(
     else:
         rows = [y.view(-1, y.shape[-1]) for y in outputs]
         path_for(x.device)(x.view(-1, x.shape[-1]), rows, modules, batch, pool, tables)
+
+
+def path_name(device: torch.device, dtype: torch.dtype) -> Literal["numba", "triton", "torch"]:
+    """Say which path `add_updates` takes for tensors of a device and a dtype."""
+    if device.type == "cpu" and dtype == torch.float32 and grouped_sera_numba is not None:
+        return "numba"
+    return "torch" if path_for(device) is grouped_sera_torch else "triton"
 
 
 def warm_up(device: torch.device, dtype: torch.dtype) -> None:

@@ -230,7 +230,8 @@ def _scale_and_shift(workspace: Workspace, outputs: Sequence[Tensor]) -> None:
     """Apply the gains and offsets of all tokens to the complete outputs. The launch before this one expanded them."""
     widths, rows = _rows(outputs)
     pool, tables = workspace.pool, workspace.tables
-    columns = min(SCALED_COLUMNS, _power_of_two(max(widths)))
+    # The same for all widths: each number of columns is another kernel, and `warm_up` compiles one.
+    columns = SCALED_COLUMNS
     with torch.cuda.device_of(pool):
         scale_and_shift[(workspace.v.shape[1], sum(-(-width // columns) for width in widths))](
             *rows, *workspace.layers[2:], workspace.batch.token_slots, pool, tables.offset, tables.vectors,

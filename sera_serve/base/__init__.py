@@ -2,7 +2,7 @@
 
 from sera_serve.base.fingerprint import fingerprint
 from sera_serve.base.import_base import import_base
-from sera_serve.base.loading import DTYPES, EMBEDDED, freeze_base, load_base
+from sera_serve.base.loading import DTYPES, EMBEDDED, base_outline, freeze_base, load_base
 from sera_serve.base.model import FrozenBase, Pooling, merge_adapter, pool_states
 from sera_serve.base.preprocess import LONG_CHARACTERS, ModelInputs, Preprocessor
 from sera_serve.base.rotary import RotaryContext, RotaryScaling, rotary_scaling
@@ -17,6 +17,7 @@ __all__ = [
     "Preprocessor",
     "RotaryContext",
     "RotaryScaling",
+    "base_outline",
     "fingerprint",
     "freeze_base",
     "import_base",

@@ -8,6 +8,7 @@ and processor time. When a render exceeds a limit, that process ends, and nothin
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -34,7 +35,8 @@ _WORKER = Path(__file__).with_name("template_worker.py")
 _WALL_S = 20.0
 # An idle worker ends by itself when its input is closed. A busy one is then killed.
 _LAST_WORDS_S = 0.5
-# A template that ended its process is not rendered again for so long.
+# A template with messages that ended its process is not rendered again with the same messages for so long. The cost may
+# lie in the messages of one caller, so that other callers of the same template are not refused.
 _BARRED_S = 60.0
 _MAX_BARRED = 1024
 _MAX_KNOWN = 256
@@ -83,7 +85,7 @@ class ChatRenderer:
         self._idle: list[_Worker] = []
         self._closed = False
         self._known: OrderedDict[str, ChatTemplate] = OrderedDict()
-        self._barred: OrderedDict[str, tuple[float, str]] = OrderedDict()
+        self._barred: OrderedDict[bytes, tuple[float, str]] = OrderedDict()
 
     def template(self, own: str | None, tools: bool) -> ChatTemplate:
         """Return the template of a request.
@@ -173,17 +175,19 @@ class ChatRenderer:
 
     def _ask(self, source: str, context: Mapping[str, Any] | None) -> dict[str, Any]:
         """Send one request to a worker; raises where the answer is no text."""
-        self._check_barred(source)
         plain = without_marks(source)
         message = {"source": plain} if context is None else {"source": plain, "context": context}
+        body = json.dumps(message).encode()
+        digest = hashlib.sha256(body).digest()
+        self._check_barred(digest)
         worker = self._take()
         try:
-            answer = worker.ask(json.dumps(message).encode())
+            answer = worker.ask(body)
         except _WorkerEnded as error:
             if worker.end() == -signal.SIGKILL and not error.is_late:
                 # Somebody else ended it, such as the system where memory ran out: the template may be innocent.
                 raise EngineUnavailable("a chat template's process was ended; send the request again") from None
-            self._bar(source, str(error))
+            self._bar(digest, str(error))
             raise _costly(str(error)) from None
         except BaseException:
             worker.end()
@@ -213,16 +217,16 @@ class ChatRenderer:
                 return
         worker.end()
 
-    def _check_barred(self, source: str) -> None:
+    def _check_barred(self, digest: bytes) -> None:
         with self._lock:
-            until, reason = self._barred.get(source, (0.0, ""))
+            until, reason = self._barred.get(digest, (0.0, ""))
         if time.monotonic() < until:
             raise _costly(reason)
 
-    def _bar(self, source: str, reason: str) -> None:
+    def _bar(self, digest: bytes, reason: str) -> None:
         with self._lock:
-            self._barred[source] = (time.monotonic() + _BARRED_S, reason)
-            self._barred.move_to_end(source)
+            self._barred[digest] = (time.monotonic() + _BARRED_S, reason)
+            self._barred.move_to_end(digest)
             while len(self._barred) > _MAX_BARRED:
                 self._barred.popitem(last=False)
 
@@ -298,7 +302,9 @@ class _Worker:
 
 def _costly(reason: str) -> ChatTemplateFailed:
     return ChatTemplateFailed(
-        f"the chat template cannot be rendered: {reason}; publish the adapter with a simpler one", param="model"
+        f"the chat template cannot be rendered: {reason}; send fewer messages, or publish the adapter with a simpler "
+        "template",
+        param="model",
     )
 
 

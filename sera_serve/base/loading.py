@@ -60,6 +60,24 @@ def load_base(spec: str, device: str = "cpu", dtype: str = "auto") -> FrozenBase
     return freeze_base(model, tokenizer, name, kind, device=device, dtype=dtype)
 
 
+def base_outline(spec: str, device: str = "cpu", dtype: str = "auto") -> PreTrainedModel:
+    """Make a base model without its weights, on the device "meta", in the dtype that `load_base` would give it.
+
+    Only the configuration is read, so this takes no memory, however large the base is.
+
+    Raises:
+        BaseNotFound: `spec` names nothing that has a configuration.
+    """
+    try:
+        config = AutoConfig.from_pretrained(str(_EMBEDDED_FOLDER) if spec == EMBEDDED else spec)
+        loader = AutoModelForCausalLM if _is_decoder(config) else AutoModel
+        automatic = torch.float32 if device == "cpu" else config.get_text_config().dtype or torch.float32
+        with torch.device("meta"):
+            return loader.from_config(config, dtype=DTYPES.get(dtype, automatic)).eval()
+    except (OSError, ValueError) as error:
+        raise BaseNotFound(f"base {spec!r} has no configuration: {str(error).splitlines()[0]}", param="base") from error
+
+
 def _settle_missing(model: PreTrainedModel, missing: list[str], spec: str) -> None:
     """Zero a pooler that the checkpoint lacks, and refuse a checkpoint that lacks other weights.
 

@@ -141,7 +141,10 @@ class Preprocessor:
         return self.longest_token * tokens
 
     def end_tokens(self) -> frozenset[int]:
-        """Return the tokens that end a text: the generation config's, or else the tokenizer's. There may be none."""
+        """Return the tokens that end a text: the generation config's, or else the tokenizer's. There may be none.
+
+        All are in the vocabulary.
+        """
         return self._end_tokens
 
     def is_long(self, text: str | None, token_ids: list[int] | None) -> bool:
@@ -202,4 +205,7 @@ def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> f
     end = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     if end is None:
         end = tokenizer.eos_token_id
-    return frozenset() if end is None else frozenset([end] if isinstance(end, int) else end)
+    tokens = [] if end is None else [end] if isinstance(end, int) else end
+    # Some configurations name tokens that the model does not have, such as -1 for none.
+    vocabulary = range(model.config.get_text_config().vocab_size)
+    return frozenset(token for token in tokens if token in vocabulary)

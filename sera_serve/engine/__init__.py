@@ -2,6 +2,8 @@
 
 from sera_serve.engine.constraint import ConstraintCompiler, ConstraintSpec, TokenConstraint
 from sera_serve.engine.engine import ServingEngine
+from sera_serve.engine.loop.pages import PAGE_SIZE
+from sera_serve.engine.named_adapters import AdapterActivity
 from sera_serve.engine.request import (
     BASE_PRINCIPAL,
     BASE_TENANT,
@@ -20,7 +22,7 @@ from sera_serve.engine.request import (
 from sera_serve.engine.stream import GenerationResult, GenerationStream, TokenDelta
 from sera_serve.engine.tasks import RunnerLoad
 from sera_serve.engine.tasks.classify import ClassifyResult, EmbedResult
-from sera_serve.residency import LOAD_BUCKETS, LoadTimes, ResidencyStats
+from sera_serve.residency import LOAD_BUCKETS, LoadTimes, Presence, ResidencyStats, Tier
 from sera_serve.residency.import_probe import ImportedAdapter, ImportMismatch
 
 __all__ = [
@@ -30,6 +32,8 @@ __all__ = [
     "MAX_CHOICES",
     "MAX_LOGIT_BIAS",
     "MIN_REPETITION_PENALTY",
+    "PAGE_SIZE",
+    "AdapterActivity",
     "AdapterChoice",
     "ClassifyResult",
     "ConstraintCompiler",
@@ -42,12 +46,14 @@ __all__ = [
     "ImportedAdapter",
     "LabelScores",
     "LoadTimes",
+    "Presence",
     "Principal",
     "Priority",
     "ResidencyStats",
     "RunnerLoad",
     "ServingEngine",
     "Task",
+    "Tier",
     "TokenConstraint",
     "TokenDelta",
     "TokenLogprobs",

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 
 from sera_serve.engine.request import Request
-from sera_serve.errors import Overloaded, TenantOverloaded
+from sera_serve.errors import Overloaded, TenantOverloaded, TooManyInFlight
 
 _RATE_SECONDS = 20.0
 _LONGEST_RETRY_S = 60
@@ -28,7 +28,7 @@ class AdmissionController:
 
         Args:
             limit: The most requests in flight, waiting or running.
-            tenant_limit: The same for one tenant.
+            tenant_limit: The same for one tenant; a request's principal may lower it.
             clock: Seconds.
         """
         self._limit = limit
@@ -39,9 +39,9 @@ class AdmissionController:
         self._total = 0
         self._rate = ServiceRate(clock())
 
-    def in_flight(self) -> int:
-        """Requests that were admitted and are not finished."""
-        return self._total
+    def in_flight(self, tenant: str | None = None) -> int:
+        """Requests that were admitted and are not finished; those of one tenant if given."""
+        return self._total if tenant is None else self._by_tenant.get(tenant, 0)
 
     def admit(self, request: Request, shed: Callable[[str], bool]) -> None:
         """Count a request until `release`.
@@ -51,6 +51,7 @@ class AdmissionController:
             shed: Finishes one waiting request of the tenant that it is given (`release` included), or returns False.
 
         Raises:
+            TooManyInFlight: The tenant has as many requests in flight as its principal allows.
             TenantOverloaded: The tenant has as many requests in flight as it may.
             Overloaded: The server has, and no tenant has many more than this one.
         """
@@ -58,6 +59,13 @@ class AdmissionController:
         while True:
             with self._lock:
                 own = self._by_tenant.get(tenant, 0)
+                own_limit = request.principal.max_in_flight
+                if own_limit is not None and own >= own_limit:
+                    raise TooManyInFlight(
+                        f"tenant {tenant!r} has {own} requests in flight, and may have {own_limit}; send it again "
+                        "later",
+                        retry_after=self._seconds_for(own * len(self._by_tenant)),
+                    )
                 if own >= self._tenant_limit:
                     raise self.refusal(tenant)
                 if self._total < self._limit:

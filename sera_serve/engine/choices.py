@@ -116,6 +116,7 @@ def choice_requests(
             prompt_logprobs=params.prompt_logprobs,
             end_tokens=ends,
             stop_tokens=stop_tokens,
+            base_end_tokens=end_tokens,
         )
         for index in range(params.n)
     ]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 
-from adapters_store import AdapterBundle, AdapterStore, PeftFiles, ResolvedAdapter, check_base, parts_of
+from adapters_store import AdapterBundle, AdapterStore, PeftFiles, check_base, parts_of
 from sera_kernels import warm_up
 from sera_serve.base import FrozenBase, import_base
 from sera_serve.config import ServeSettings
@@ -19,9 +19,9 @@ from sera_serve.engine.choices import ChoiceGroup, check_logprobs, check_options
 from sera_serve.engine.constraint import ConstraintCompiler, ConstraintSpec, TokenConstraint
 from sera_serve.engine.loop.pages import PAGE_SIZE
 from sera_serve.engine.memory import MEBIBYTE, DeviceMemory, memory_of
+from sera_serve.engine.named_adapters import AdapterActivity, AdapterNames
 from sera_serve.engine.references import AdapterReferences
 from sera_serve.engine.request import (
-    AdapterChoice,
     FinishReason,
     GenerateParams,
     GenerationRequest,
@@ -39,7 +39,7 @@ from sera_serve.engine.structured import StructuredOutput
 from sera_serve.engine.tasks import ClassificationRunner, GenerationRunner, RunnerLoad, TaskRunner
 from sera_serve.errors import EngineUnavailable, InvalidRequest, PromptTooLong, UnsupportedTask
 from sera_serve.layers import AdapterContext, SideStream, attach_serving, find_shared_inputs
-from sera_serve.residency import AdapterResidency, DevicePool, HostCache, ResidencyStats
+from sera_serve.residency import AdapterResidency, DevicePool, HostCache, Presence, ResidencyStats
 from sera_serve.residency.bundle_check import check_servable
 from sera_serve.residency.import_probe import ImportedAdapter, import_checkpoint
 from sera_serve.threads import BoundedExecutor
@@ -72,7 +72,8 @@ class ServingEngine(RowCalls):
             self._pool = DevicePool(
                 self._memory.pool_bytes(), len(self._shapes), settings.max_resident, base.dtype, base.device
             )
-        self._references = AdapterReferences(store, base.info, self._shapes, self._pool.capacity)
+        self._names = AdapterNames(settings.max_resident)
+        self._references = AdapterReferences(store, base.info, self._shapes, self._pool.capacity, self._names)
         self._row_maker = RowMaker(base, self._references)
         self._module_index = {path: row for row, path in enumerate(self._shapes)}
         self.residency = AdapterResidency(
@@ -93,11 +94,12 @@ class ServingEngine(RowCalls):
         self.runners: dict[Task, TaskRunner[Any]] = {"classify": self._make_classification()}
         self._context_tokens = base.max_length
         self._vocabulary = int(base.model.config.get_text_config().vocab_size)
-        self.constraints: ConstraintCompiler | None = None
+        # It reads nothing before it is used, and only generation uses it.
+        end_tokens = self._preprocessor.end_tokens()
+        self.constraints: ConstraintCompiler = StructuredOutput(base.tokenizer, self._vocabulary, end_tokens)
         if base.kind == "decoder":
             self.runners["generate"] = generation = self._make_generation()
             self._context_tokens = min(base.max_length, generation.cache_tokens)
-            self.constraints = StructuredOutput(base.tokenizer, self._vocabulary, self._preprocessor.end_tokens())
 
     def start(self) -> None:
         """Start the runners' threads."""
@@ -167,8 +169,13 @@ class ServingEngine(RowCalls):
                 self.residency.mark_deleted(known)
         self.residency.mark_deleted(digest)
 
-    async def pin(self, digest: str) -> None:
-        """Bring an adapter to the device and keep it there; raises CannotPin, or why it cannot be loaded."""
+    async def pin(self, digest: str, reference: str | None = None) -> None:
+        """Bring an adapter to the device and keep it there; raises CannotPin, or why it cannot be loaded.
+
+        `reference` is what requests will name it by, where that is known.
+        """
+        if reference is not None:
+            self._names.add(reference, digest)
         # Pins of deleted adapters must not take the share of the pool that pins may have.
         await self._resolving.run(self.drop_deleted_pins)
         await asyncio.wrap_future(self.residency.pin(digest))
@@ -181,11 +188,16 @@ class ServingEngine(RowCalls):
         """Unpin the adapters whose bundle is not in the store any more: another server deleted it. Blocks."""
         for digest in self.residency.pinned_digests():
             if not self.store.has(digest):
-                self.residency.mark_deleted(digest)
+                self.mark_deleted(digest)
 
-    def in_flight(self) -> int:
-        """How many calls were admitted and are not finished."""
-        return self._admission.in_flight()
+    def set_tenant_weights(self, weights: Mapping[str, float]) -> None:
+        """Share batches by other weights from now on; a tenant without one has 1. Any thread."""
+        for runner in self.runners.values():
+            runner.scheduler.set_weights(weights)
+
+    def in_flight(self, tenant: str | None = None) -> int:
+        """How many calls were admitted and are not finished; those of one tenant if given."""
+        return self._admission.in_flight(tenant)
 
     def waiting(self) -> int:
         """How many requests, and parts of classifications, wait for their turn."""
@@ -214,6 +226,14 @@ class ServingEngine(RowCalls):
     def stats(self) -> ResidencyStats:
         """Figures of the adapters' memory."""
         return self.residency.stats()
+
+    def adapter_activity(self) -> AdapterActivity:
+        """Which adapters serve and which are waited for, by the references that requests name them by."""
+        return self._names.activity(*self.residency.ready_and_wanted())
+
+    def presence(self, digests: Sequence[str]) -> list[Presence]:
+        """Where each of these adapters is now: on the device, in the host cache, or in the store."""
+        return self.residency.presence(digests)
 
     async def generate(
         self, params: GenerateParams, principal: Principal, received_at: float | None = None
@@ -253,14 +273,18 @@ class ServingEngine(RowCalls):
         alone.
         """
         runner = self._runner("generate")
-        check_options(params, self._vocabulary, min(self.settings.max_queue_per_tenant, self.settings.max_queue))
+        most = min(self.settings.max_queue_per_tenant, self.settings.max_queue)
+        if principal.max_in_flight is not None:
+            # Without any, admission refuses it.
+            most = max(1, min(most, principal.max_in_flight))
+        check_options(params, self._vocabulary, most)
         limits = self._time_limits(received_at, params.timeout_s)
         requests = choice_requests(params, principal, self._preprocessor.end_tokens())
         with ExitStack() as admitted:
             for request in requests:
                 admitted.enter_context(self._admitted(request))
             async with self._time_to_start(limits):
-                await self._prepare(requests, params)
+                await self._prepare(requests, params, principal)
                 streams = [
                     GenerationStream(
                         request,
@@ -331,31 +355,43 @@ class ServingEngine(RowCalls):
             allowed = self.settings.request_timeout_s
             raise self._admission.overloaded(f"the request was not started within {allowed:g} s") from None
 
-    async def _prepare(self, requests: Sequence[GenerationRequest], params: GenerateParams) -> None:
+    async def _prepare(
+        self, requests: Sequence[GenerationRequest], params: GenerateParams, principal: Principal
+    ) -> None:
         """Give the requests of one call their prompt, their adapter, and what constrains them."""
         tokens = await self._prompt(params)
         adapter = None
         if params.adapter is not None:
-            adapter = await self._resolving.run(self._resolve, params.adapter, "generate")
+            adapter = await self._resolving.run(self._references.resolve, params.adapter, "generate")
         constraints: list[TokenConstraint | None] = [None] * len(requests)
         if params.constraint is not None:
-            constraints = list(await self._compiling.run(self._compile, params.constraint, requests))
+            constraints = await self._constraints(params.constraint, requests)
         limit = self._context_tokens if params.max_new_tokens is None else len(tokens) + params.max_new_tokens
         check_logprobs(params, len(tokens), limit)
         prompt_logprobs: list[TokenLogprobs] = []
         for request, constraint in zip(requests, constraints, strict=True):
             request.adapter, request.constraint = adapter, constraint
-            request.prefix_key = _prefix_key(request, params.cache_salt)
+            request.prefix_key = _prefix_key(request, params.cache_salt, principal)
             if request.prefix_key is None and len(requests) > 1:
                 # No tenant begins with "_", and nobody else has this name.
                 request.prefix_key = f"_choices/{requests[0].id}"
             request.tokens, request.prompt_tokens, request.limit = list(tokens), len(tokens), limit
             request.prompt_token_logprobs = prompt_logprobs
 
-    def _compile(self, spec: ConstraintSpec, requests: Sequence[GenerationRequest]) -> list[TokenConstraint]:
-        if self.constraints is None:
-            raise InvalidRequest("this server enforces no schema, regex or grammar; leave the constraint out")
-        return [self.constraints.compile(spec, request.tenant) for request in requests]
+    async def _constraints(
+        self, spec: ConstraintSpec, requests: Sequence[GenerationRequest]
+    ) -> list[TokenConstraint | None]:
+        """A constraint for each request of one call; raises InvalidRequest."""
+        tenant, found = requests[0].tenant, list[TokenConstraint | None]()
+        while len(found) < len(requests):
+            # What is compiled already waits for nobody's compiling.
+            constraint = self.constraints.compiled(spec, tenant)
+            if constraint is None:
+                constraint = await self._compiling.run_in_turn(tenant, self.constraints.compile, spec, tenant)
+            found.append(constraint)
+            # Each copy takes up to a millisecond, and there may be many.
+            await asyncio.sleep(0)
+        return found
 
     async def _prompt(self, params: GenerateParams) -> list[int]:
         """The prompt's tokens; raises where they do not fit the vocabulary or the context."""
@@ -392,10 +428,6 @@ class ServingEngine(RowCalls):
                 f"least {max(1, params.min_tokens)} are to be generated; shorten the prompt or lower min_tokens",
                 param=param,
             )
-
-    def _resolve(self, adapter: AdapterChoice, task: Task) -> ResolvedAdapter:
-        """Find the version of an adapter, and refuse one for another task or base before anything is loaded."""
-        return self._references.resolve(adapter, task)
 
     def _mailbox_here(self) -> Mailbox:
         loop = asyncio.get_running_loop()
@@ -447,9 +479,10 @@ class ServingEngine(RowCalls):
         return Scheduler(self._admission, self.residency, leases, self.settings.tenant_weights)
 
 
-def _prefix_key(request: GenerationRequest, cache_salt: str | None) -> str | None:
+def _prefix_key(request: GenerationRequest, cache_salt: str | None, principal: Principal) -> str | None:
     """Which requests share cached pages of prompts with this one; None shares with no other."""
-    if request.adapter is None and cache_salt is None:
+    if request.adapter is None and cache_salt is None and principal.key_id is None:
+        # Anybody may have sent it.
         return None
     # Two tenants may have published one bundle: they share its weights, and not what was asked of it. Neither a tenant
     # nor a digest contains "/".

@@ -48,6 +48,10 @@ class FairQueue(Generic[R]):
         self._orders = itertools.count()
         self._prune_at = _COUNTERS_KEPT
 
+    def set_weights(self, weights: Mapping[str, float]) -> None:
+        """Charge by other weights from now on. What was charged stays: a tenant's past is not weighed again."""
+        self._weights = dict(weights)
+
     def __len__(self) -> int:
         """How many requests wait, parked ones included."""
         return sum(map(len, self._waiting.values()))

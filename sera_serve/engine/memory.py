@@ -23,6 +23,8 @@ _STEP_BYTES = GIBIBYTE
 # Tensors of a step's largest width, and of its logits, that are there at the same time.
 _WIDE_TENSORS = 4
 _LOGITS_TENSORS = 4
+# The tokens of each sequence, counted for penalties: of the size of a step's logits.
+_COUNT_TABLES = 1
 
 
 class DeviceMemory:
@@ -31,10 +33,21 @@ class DeviceMemory:
     What a setting fixes is as it says. The rest is divided by `gpu_memory_fraction` on a GPU, and fixed on a CPU.
     """
 
-    def __init__(self, settings: ServeSettings, device: torch.device) -> None:
-        """Plan for a device on which the base's weights are already."""
+    def __init__(self, settings: ServeSettings, device: torch.device, pending: int = 0) -> None:
+        """Plan for a device.
+
+        Args:
+            settings: What is fixed.
+            device: Has the base's weights already, but for `pending`.
+            pending: Bytes that will be allocated before what is asked for. Of use to those who only plan; see `hold`.
+        """
         self._settings = settings
         self._device = device
+        self._pending = pending
+
+    def hold(self, size: int) -> None:
+        """Plan as if so many more bytes were allocated."""
+        self._pending += size
 
     def pool_bytes(self) -> int:
         """Size of the adapters' pool, before the KV cache is allocated.
@@ -65,7 +78,7 @@ class DeviceMemory:
         if self._device.type != "cuda":
             return _CPU_CACHE_TOKENS
         steps = _STEP_BYTES + settings.max_batch_tokens * widest * 4 * _WIDE_TENSORS
-        steps += settings.max_sequences * vocabulary * 4 * _LOGITS_TENSORS
+        steps += settings.max_sequences * vocabulary * 4 * (_LOGITS_TENSORS + _COUNT_TABLES)
         tokens = (self._left("the KV cache") - steps) // bytes_per_token
         if tokens < settings.max_batch_tokens:
             raise self._too_little("the KV cache")
@@ -76,7 +89,7 @@ class DeviceMemory:
         free, total = torch.cuda.mem_get_info(self._device)
         # Blocks that torch holds without using them are free for what comes.
         free += torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
-        left = int(free - total * (1 - self._settings.gpu_memory_fraction))
+        left = int(free - self._pending - total * (1 - self._settings.gpu_memory_fraction))
         if left <= 0:
             raise self._too_little(wanted)
         return left

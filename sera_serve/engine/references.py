@@ -20,9 +20,13 @@ from adapters_store import (
     load_combination,
     parts_of,
 )
+from sera_serve.engine.named_adapters import AdapterNames
 from sera_serve.engine.request import AdapterChoice, Task, WeightedAdapter
 from sera_serve.errors import InvalidRequest, SeraServeError, UnsupportedTask
 
+# The numbers of a sum, as a multiple of those of its parts. With unlike splits it may have hundreds of times as many,
+# and each weight makes another sum: one tenant's small adapters would take the whole pool.
+_MAX_GROWTH = 16
 # What the errors of a reference call its parts.
 _PARTS_OF_REFERENCES = ("adapter", "tenant", "name", "alias")
 
@@ -35,7 +39,12 @@ class AdapterReferences:
     """
 
     def __init__(
-        self, store: AdapterStore, base: BaseInfo, module_shapes: Mapping[str, tuple[int, int]], max_parameters: int
+        self,
+        store: AdapterStore,
+        base: BaseInfo,
+        module_shapes: Mapping[str, tuple[int, int]],
+        max_parameters: int,
+        names: AdapterNames | None = None,
     ) -> None:
         """Prepare.
 
@@ -44,7 +53,9 @@ class AdapterReferences:
             base: The base that they must be made for.
             module_shapes: (d_in, d_out) of the base's adaptable layers.
             max_parameters: The most numbers of a combination: what fits the device pool.
+            names: Told of each single reference that was resolved.
         """
+        self._names = names
         self._store = store
         self._base = base
         self._module_shapes = module_shapes
@@ -63,9 +74,12 @@ class AdapterReferences:
                 labels or lengths. (Other differences show when the combination is loaded: CannotCombine.)
             StoreError: An adapter does not exist, or was made for another base.
         """
-        if isinstance(adapter, str):
-            return self._one(adapter, task)
-        return self._sum(adapter, task)
+        if not isinstance(adapter, str):
+            return self._sum(adapter, task)
+        resolved = self._one(adapter, task)
+        if self._names is not None:
+            self._names.add(adapter, resolved.digest)
+        return resolved
 
     def load(self, digest: str) -> AdapterBundle:
         """Read an adapter, or make a combination from its parts.
@@ -75,7 +89,7 @@ class AdapterReferences:
         """
         parts = parts_of(digest)
         if parts:
-            bundle = load_combination(self._store, parts, max_parameters=self._max_parameters)
+            bundle = load_combination(self._store, parts, max_parameters=self._max_parameters, max_growth=_MAX_GROWTH)
         else:
             bundle = self._store.load(digest)
         check_base(bundle.config, self._base, self._module_shapes)

@@ -57,11 +57,13 @@ class Principal:
         tenant: Who is charged, limited and counted.
         key_id: The key that the request was sent with, or None where the server asks for no key.
         scopes: What the request may do.
+        max_in_flight: The most requests of the tenant in flight, or None: the engine's own limit alone.
     """
 
     tenant: str
     key_id: str | None = None
     scopes: frozenset[str] = frozenset({"infer", "publish", "train"})
+    max_in_flight: int | None = None
 
 
 BASE_PRINCIPAL = Principal(BASE_TENANT)
@@ -263,6 +265,8 @@ class Request:
         lease: The right to use its adapter; held while it runs, and at times while it waits.
         hint: Keeps its adapter near while it waits.
         loading: The lease that it waits for.
+        load_began: When it first waited for a lease that was not granted at once; None before.
+        load_s: Seconds of that wait: for room on the device, and for the load.
     """
 
     principal: Principal
@@ -284,6 +288,8 @@ class Request:
     lease: Lease | None = field(default=None, init=False)
     hint: PrefetchHint | None = field(default=None, init=False)
     loading: Future[Lease] | None = field(default=None, init=False)
+    load_began: float | None = field(default=None, init=False)
+    load_s: float = field(default=0.0, init=False)
 
     @property
     def tenant(self) -> str:
@@ -347,6 +353,7 @@ class GenerationRequest(Request):
         limit: Length of `tokens` at which it ends.
         end_tokens: Tokens that end it: the model's own, unless they are ignored, and the client's.
         stop_tokens: Those of the end tokens that the client named.
+        base_end_tokens: The model's own, whether or not they are ignored: they end what a constraint allows.
         temperature, top_k, top_p, min_p, seed: Sampling, as in `GenerateParams`.
         presence_penalty, frequency_penalty, repetition_penalty, logit_bias, min_tokens: As in `GenerateParams`.
         constraint: Which tokens may come next, or None; it has accepted the generated tokens.
@@ -369,6 +376,7 @@ class GenerationRequest(Request):
     limit: int = 0
     end_tokens: frozenset[int] = frozenset()
     stop_tokens: frozenset[int] = frozenset()
+    base_end_tokens: frozenset[int] = frozenset()
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
@@ -438,6 +446,12 @@ class GenerationRequest(Request):
     @cached_property
     def _has_bias(self) -> bool:
         return bool(self.logit_bias) or self.constraint is not None
+
+    @cached_property
+    def bias_entries(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """The tokens of `logit_bias` and their values."""
+        bias, count = self.logit_bias, len(self.logit_bias)
+        return np.fromiter(bias.keys(), np.int64, count), np.fromiter(bias.values(), np.float32, count)
 
     @property
     def shape_classes(self) -> ShapeClasses:

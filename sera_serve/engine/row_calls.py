@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,6 +57,20 @@ class TimeLimits:
         return self.latest_start if self.deadline is None else min(self.latest_start, self.deadline)
 
 
+class RowTimes(NamedTuple):
+    """What a call of rows waited for.
+
+    Attributes:
+        waited_s: Seconds from the call's arrival until its first rows ran.
+        load_began: When an adapter first began to load for it (`time.monotonic`); None if none had to.
+        load_s: Seconds that this took.
+    """
+
+    waited_s: float
+    load_began: float | None
+    load_s: float
+
+
 class RowCalls(ABC):
     """The part of `ServingEngine` for calls of several rows. The engine has what every call needs.
 
@@ -92,8 +106,8 @@ class RowCalls(ABC):
         resolve = partial(self._row_maker.classifier, adapter, len(inputs))
         tokenize = partial(self._row_maker.classification, inputs=inputs)
         is_long = self._preprocessor.are_long(inputs)
-        results, (group,), waited_s = await self._run_rows(call, resolve, tokenize, is_long, timeout_s, received_at)
-        return _scores(group, results, waited_s)
+        results, (group,), times = await self._run_rows(call, resolve, tokenize, is_long, timeout_s, received_at)
+        return _scores(group, results, times)
 
     async def classify_each(
         self,
@@ -117,10 +131,10 @@ class RowCalls(ABC):
         resolve = partial(self._row_maker.classifiers, adapters, len(inputs))
         tokenize = partial(self._row_maker.classification, inputs=inputs)
         is_long = self._preprocessor.are_long(inputs)
-        results, groups, waited_s = await self._run_rows(call, resolve, tokenize, is_long, timeout_s, received_at)
+        results, groups, times = await self._run_rows(call, resolve, tokenize, is_long, timeout_s, received_at)
         count = len(inputs)
         return [
-            _scores(group, results[first * count : (first + 1) * count], waited_s) for first, group in enumerate(groups)
+            _scores(group, results[first * count : (first + 1) * count], times) for first, group in enumerate(groups)
         ]
 
     async def embed(
@@ -158,12 +172,12 @@ class RowCalls(ABC):
         resolve = partial(self._row_maker.embedder, adapter, len(inputs))
         tokenize = partial(self._row_maker.embedding, inputs=inputs)
         is_long = sum(map(len, inputs)) > LONG_CHARACTERS
-        results, (group,), waited_s = await self._run_rows(call, resolve, tokenize, is_long, timeout_s, received_at)
+        results, (group,), times = await self._run_rows(call, resolve, tokenize, is_long, timeout_s, received_at)
         vectors = cast(list[NDArray[np.float32]], results)
         prompt_tokens = [len(row) for row in group.rows]
         if group.adapter is None:
-            return EmbedResult(None, None, vectors, prompt_tokens, waited_s)
-        return EmbedResult(group.adapter.adapter, group.adapter.version or None, vectors, prompt_tokens, waited_s)
+            return EmbedResult(None, None, vectors, prompt_tokens, *times)
+        return EmbedResult(group.adapter.adapter, group.adapter.version or None, vectors, prompt_tokens, *times)
 
     def _row_call(self, kind: str, principal: Principal, priority: Priority) -> ClassificationRequest:
         """What admission counts for a call whose parts are queued."""
@@ -182,8 +196,8 @@ class RowCalls(ABC):
         is_long: bool,
         timeout_s: float | None,
         received_at: float | None,
-    ) -> tuple[list[RowResult], list[RowGroup], float]:
-        """Run the rows of a call: their results in order, their groups, and how long the first of them waited."""
+    ) -> tuple[list[RowResult], list[RowGroup], RowTimes]:
+        """Run the rows of a call: their results in order, their groups, and what the first of them waited for."""
         runner = self._runner("classify")
         limits = self._time_limits(received_at, timeout_s)
         reader = cast(EventReader, call.reader)
@@ -209,8 +223,11 @@ class RowCalls(ABC):
         results: dict[int, RowResult | None] = {}
         for part in parts:
             results.update(zip(part.positions, part.results, strict=True))
-        waited_s = min(part.waited_s for part in parts)
-        return [result for _, result in sorted(results.items()) if result is not None], groups, waited_s
+        began, load_s = min(
+            ((part.load_began, part.load_s) for part in parts if part.load_began is not None), default=(None, 0.0)
+        )
+        times = RowTimes(min(part.waited_s for part in parts), began, load_s)
+        return [result for _, result in sorted(results.items()) if result is not None], groups, times
 
     @abstractmethod
     def _runner(self, task: Task) -> TaskRunner[Any]: ...
@@ -228,10 +245,14 @@ class RowCalls(ABC):
     def _mailbox_here(self) -> Mailbox: ...
 
 
-def _scores(group: RowGroup, results: Sequence[RowResult], waited_s: float) -> ClassifyResult:
+def _scores(group: RowGroup, results: Sequence[RowResult], times: RowTimes) -> ClassifyResult:
     assert group.adapter is not None
     return ClassifyResult(
-        group.adapter.adapter, group.adapter.version or None, cast(list[LabelScores], list(results)), waited_s
+        adapter=group.adapter.adapter,
+        version=group.adapter.version or None,
+        results=cast(list[LabelScores], list(results)),
+        prompt_tokens=sum(map(len, group.rows)),
+        **times._asdict(),
     )
 
 

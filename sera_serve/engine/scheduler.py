@@ -77,6 +77,11 @@ class Scheduler(Generic[R]):
         """How many requests are in the batch."""
         return len(self._running)
 
+    def set_weights(self, weights: Mapping[str, float]) -> None:
+        """Share the batch by other weights from now on; a tenant without one has 1."""
+        with self._lock:
+            self._queue.set_weights(weights)
+
     def counter(self, tenant: str) -> float:
         """Tokens that a tenant was charged, over its weight."""
         with self._lock:
@@ -234,6 +239,8 @@ class Scheduler(Generic[R]):
                 self._queue.park(request)
                 request.move(RequestState.LOADING)
                 request.loading = future
+                if request.load_began is None:
+                    request.load_began = time.monotonic()
         if gone:
             future.cancel()
         future.add_done_callback(partial(self._loaded, request))
@@ -249,6 +256,8 @@ class Scheduler(Generic[R]):
             return
         with self._lock:
             request.loading = None
+            if request.load_began is not None and not request.load_s:
+                request.load_s = time.monotonic() - request.load_began
             if request.is_finished:
                 surplus: Lease | None = future.result()
             else:

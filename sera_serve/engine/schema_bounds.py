@@ -6,6 +6,7 @@ The schema is the client's. The compiler's time is not linear in it: the interse
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from decimal import Decimal, InvalidOperation
 from typing import Any
@@ -184,8 +185,9 @@ def _multiples(node: dict[str, Any], path: str) -> int:
     value = node.get("multipleOf")
     if value is None:
         return 0
-    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-        raise SchemaRefused(f"multipleOf at {path or '/'} must be a number above 0")
+    # Python reads 1e999 as infinite.
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise SchemaRefused(f"multipleOf at {path or '/'} must be a number above 0, and finite")
     try:
         number = Decimal(repr(value)).normalize()
     except InvalidOperation:

@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from sera_serve.engine.request import FinishReason, GenerationRequest, TokenLogprobs
 from sera_serve.errors import AdapterOverflow, BaseOverflow, DeadlineExceeded, EngineUnavailable, InvalidRequest
 
-# Tokens of one delta. Text and log-probabilities of many more would keep the event loop.
+# Tokens of one delta, each with its log-probabilities counted as so many more. Many more would keep the event loop. A
+# server holds one event of each slow reader: that of 1,024 tokens with 20 log-probabilities each has a megabyte.
 _MAX_DELTA = 1024
 # Tokens of a prompt that are decoded with the first new one. All tokens of a long prompt would keep the event loop.
 _DECODED_PROMPT = 1024
@@ -185,7 +186,7 @@ class GenerationStream(EventReader, AsyncIterator[TokenDelta]):
 
     Whoever holds a stream exhausts it or calls `aclose`, at any stage: only then are its place in the batch and its
     adapter given back. A slow reader holds nothing but the tokens: the next delta has the tokens that came meanwhile,
-    up to 1,024 of them.
+    up to 1,024 of them. Log-probabilities count as tokens.
 
     Attributes:
         request: The request; the engine's threads change it.
@@ -245,6 +246,22 @@ class GenerationStream(EventReader, AsyncIterator[TokenDelta]):
         """Seconds from the request's arrival to its first token, or None before that."""
         return self.request.first_token_s
 
+    @property
+    def computed_tokens(self) -> int:
+        """Tokens of the prompt and of the answer so far, without those that the prefix cache had; 0 before it runs."""
+        request = self.request
+        return 0 if request.started_at is None else max(0, len(request.tokens) - request.cached_tokens)
+
+    @property
+    def load_began(self) -> float | None:
+        """When the request's adapter began to load for it (`time.monotonic`); None if it was on the device."""
+        return self.request.load_began
+
+    @property
+    def load_s(self) -> float:
+        """Seconds that the load took."""
+        return self.request.load_s
+
     def wake(self) -> None:
         """On the event loop: there is news."""
         super().wake()
@@ -272,7 +289,8 @@ class GenerationStream(EventReader, AsyncIterator[TokenDelta]):
             await self.wait()
         # The state before the tokens: a request that is finished gets no more of them.
         finished = request.is_finished
-        end = min(len(request.tokens), seen + _MAX_DELTA)
+        most = _MAX_DELTA if request.logprobs is None else _MAX_DELTA // (2 + request.logprobs)
+        end = min(len(request.tokens), seen + most)
         if request.error is not None:
             self._close()
             if isinstance(request.error, (AdapterOverflow, BaseOverflow, InvalidRequest)):

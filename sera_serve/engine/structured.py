@@ -84,7 +84,7 @@ _TOKEN_S = 0.003
 class StructuredOutput:
     """A `ConstraintCompiler` for one base's tokenizer, with a bounded cache of what was compiled. Any thread.
 
-    Locking: `_lock` guards the cache and the tokenizer. Nothing is compiled under it.
+    Locking: `_lock` guards the cache: nothing is compiled or read under it. `_reading` guards the tokenizer.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int, end_tokens: Iterable[int]) -> None:
@@ -93,13 +93,17 @@ class StructuredOutput:
         Args:
             tokenizer: The base's tokenizer.
             vocabulary: Number of the model's logits.
-            end_tokens: Tokens that end a text. Without any, a text that may go on ends by its limit alone.
+            end_tokens: Tokens of the vocabulary that end a text. Without any, a text that may go on ends by its limit
+                alone.
         """
         self._hugging_face = tokenizer
         self._vocabulary = vocabulary
         self._end_tokens = sorted(end_tokens)
         self._lock = threading.Lock()
+        self._reading = threading.Lock()
         self._tokenizer: LLTokenizer | None = None
+        # Why it cannot be read.
+        self._unreadable: str | None = None
         # By who shares and what was asked for; the least recently used one first. None of them is ever advanced.
         self._compiled: OrderedDict[tuple[str | None, ConstraintSpec], LLMatcher] = OrderedDict()
 
@@ -114,37 +118,51 @@ class StructuredOutput:
         Raises:
             InvalidRequest: The text is not a schema, regex or grammar that can be enforced, or is too large.
         """
+        found = self.compiled(spec, share_key)
+        if found is not None:
+            return found
+        tokenizer = self._read_tokenizer(FIELDS[spec.kind])
+        original = _with_deep_stack(lambda: _compile(tokenizer, spec))
+        matcher = original.deep_copy()
+        with self._lock:
+            self._compiled[share_key, spec] = original
+            self._compiled.move_to_end((share_key, spec))
+            if len(self._compiled) > _CACHED:
+                self._compiled.popitem(last=False)
+        return self._constraint(matcher, spec, tokenizer)
+
+    def compiled(self, spec: ConstraintSpec, share_key: str | None = None) -> TextConstraint | None:
+        """What `compile` would return, if it need not be compiled, or None. Takes a millisecond or two."""
         key = share_key, spec
         with self._lock:
-            matcher = self._compiled.get(key)
-            if matcher is not None:
-                self._compiled.move_to_end(key)
-                # Under the lock: another thread may copy it too.
-                matcher = matcher.deep_copy()
-        tokenizer = self._read_tokenizer(FIELDS[spec.kind])
-        words = -(-tokenizer.vocab_size // 32)
-        if matcher is None:
-            original = _with_deep_stack(lambda: _compile(tokenizer, spec))
+            original = self._compiled.get(key)
+            if original is None:
+                return None
+            self._compiled.move_to_end(key)
+            # Under the lock: another thread may copy it too.
             matcher = original.deep_copy()
-            with self._lock:
-                self._compiled[key] = original
-                self._compiled.move_to_end(key)
-                if len(self._compiled) > _CACHED:
-                    self._compiled.popitem(last=False)
+        # Whatever was compiled was compiled with it.
+        assert self._tokenizer is not None
+        return self._constraint(matcher, spec, self._tokenizer)
+
+    def _constraint(self, matcher: LLMatcher, spec: ConstraintSpec, tokenizer: LLTokenizer) -> TextConstraint:
+        words = -(-tokenizer.vocab_size // 32)
         return TextConstraint(matcher, spec.kind, self._vocabulary, self._end_tokens, words)
 
     def _read_tokenizer(self, field: str) -> LLTokenizer:
-        with self._lock:
-            if self._tokenizer is None:
+        with self._reading:
+            if self._tokenizer is None and self._unreadable is None:
                 try:
                     self._tokenizer = self._read()
-                except Exception as error:
-                    raise InvalidRequest(
-                        f"{field} is not supported with this base: its tokenizer cannot be read by llguidance "
-                        f"({_one_line(error)}); leave the field out",
-                        param=field,
-                    ) from error
-            return self._tokenizer
+                except Exception as error:  # noqa: BLE001 - it is told to each request: a second reading would fail too
+                    self._unreadable = _one_line(error)
+            if self._tokenizer is not None:
+                return self._tokenizer
+        raise InvalidRequest(
+            f"{field} is not supported with this base: its tokenizer cannot be read by llguidance "
+            f"({self._unreadable}); leave the field out",
+            param=field,
+        )
 
     def _read(self) -> LLTokenizer:
         if self._end_tokens:
@@ -154,8 +172,8 @@ class StructuredOutput:
         tokenizer = Tokenizer.from_str(self._hugging_face.backend_tokenizer.to_str())
         tokenizer.no_padding()
         tokenizer.no_truncation()
-        while tokenizer.get_vocab_size() <= self._vocabulary:
-            tokenizer.add_special_tokens([f"<|end {tokenizer.get_vocab_size()}|>"])
+        size = tokenizer.get_vocab_size()
+        tokenizer.add_special_tokens([f"<|end {token}|>" for token in range(size, self._vocabulary + 1)])
         return LLTokenizer(tokenizer.to_str(), eos_token=tokenizer.get_vocab_size() - 1)
 
 
@@ -172,8 +190,7 @@ class TextConstraint:
         self._mask = np.zeros(mask_words, np.uint32)
         self._only_end = np.zeros(words, np.uint32)
         for token in end_tokens:
-            if token < vocabulary:
-                self._only_end[token // 32] |= np.uint32(1 << token % 32)
+            self._only_end[token // 32] |= np.uint32(1 << token % 32)
         # Bits of the last word that stand for tokens.
         self._last = np.uint32((1 << (vocabulary - 32 * (words - 1))) - 1)
         self._left_s = _FREE_S

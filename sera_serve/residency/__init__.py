@@ -15,7 +15,7 @@ from sera_serve.residency.packing import (
     pack,
 )
 from sera_serve.residency.pool import DevicePool, Placement
-from sera_serve.residency.stats import LOAD_BUCKETS, LoadTimes, ResidencyStats, Tier
+from sera_serve.residency.stats import LOAD_BUCKETS, LoadTimes, Presence, ResidencyStats, Tier
 
 __all__ = [
     "LOAD_BUCKETS",
@@ -35,6 +35,7 @@ __all__ = [
     "PackedModule",
     "Placement",
     "PrefetchHint",
+    "Presence",
     "ResidencyStats",
     "Tier",
     "check_servable",

@@ -19,7 +19,7 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
 
@@ -40,7 +40,7 @@ from sera_serve.residency.loader import AdapterLoader, LoaderThreads
 from sera_serve.residency.packing import PackedAdapter
 from sera_serve.residency.placement import Outcome, PlacementQueue
 from sera_serve.residency.pool import DevicePool
-from sera_serve.residency.stats import LoadCounts, ResidencyStats, Tier
+from sera_serve.residency.stats import LoadCounts, Presence, ResidencyStats, Tier
 
 # Priorities of jobs: adapters that have room on the device, then those that requests wait for, then hints.
 _HAS_ROOM, _AWAITED, _HINTED = range(3)
@@ -245,10 +245,28 @@ class AdapterResidency:
         with self._lock:
             return list(self._placement.on_device)
 
+    def ready_and_wanted(self) -> tuple[list[str], list[str]]:
+        """Digests of adapters whose leases are granted at once, those used last first, and of those waited for."""
+        with self._lock:
+            ready = [digest for digest, entry in self._placement.on_device.items() if entry.grantable]
+            wanted = [entry.digest for entry in self._table.entries.values() if entry.wanted and not entry.grantable]
+        return ready[::-1], wanted
+
     def pinned_digests(self) -> list[str]:
         """Digests of the pinned adapters."""
         with self._lock:
             return sorted(self._placement.pinned)
+
+    def presence(self, digests: Sequence[str]) -> list[Presence]:
+        """Where each of these adapters is now. What is not in memory is taken to be in the store."""
+        with self._lock:
+            on_device, pinned, on_host = self._placement.on_device, self._placement.pinned, self.host_cache
+            return [
+                Presence(
+                    "device" if digest in on_device else "host" if digest in on_host else "store", digest in pinned
+                )
+                for digest in digests
+            ]
 
     def leases(self) -> int:
         """How many leases are held."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 Tier = Literal["device", "host", "store"]
 
@@ -49,6 +49,13 @@ class LoadCounts:
     def add_load(self, tier: Tier, seconds: float) -> None:
         """Count a load that reached the device, and its time."""
         self.times[tier] = self.times[tier].with_load(seconds)
+
+
+class Presence(NamedTuple):
+    """Where an adapter is: the nearest tier that has it, and whether it is pinned there."""
+
+    tier: Tier
+    is_pinned: bool
 
 
 @dataclass(frozen=True)

@@ -142,6 +142,15 @@ def test_a_template_that_ended_its_process_is_not_run_again_at_once(renderer: Ch
     assert time.monotonic() - started < 0.2
 
 
+def test_costly_messages_of_one_caller_bar_no_other(renderer: ChatRenderer) -> None:
+    source = "{% if messages[0].content == 'costly' %}" + HOSTILE["printed tree"] + "{% endif %}fine"
+    costly = [{"role": "user", "content": "costly"}]
+    for _ in range(2):
+        with pytest.raises(ChatTemplateFailed, match="memory or time"):
+            renderer.render(renderer.template(source, False), costly)
+        assert renderer.render(renderer.template(source, False), TALK) == "fine"
+
+
 def test_a_process_that_somebody_else_ended_is_replaced(renderer: ChatRenderer) -> None:
     template = renderer.template(CHATML, False)
     renderer.render(template, TALK)

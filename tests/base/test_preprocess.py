@@ -74,6 +74,9 @@ def test_end_tokens_come_from_the_generation_config_or_else_the_tokenizer() -> N
     base = random_decoder()
     base.model.generation_config.eos_token_id = [7, 9]
     assert base.preprocessor.end_tokens() == {7, 9}
+    beyond = random_decoder()
+    beyond.model.generation_config.eos_token_id = [7, -1, beyond.model.config.vocab_size]
+    assert beyond.preprocessor.end_tokens() == {7}
     other = random_decoder()
     other.model.generation_config.eos_token_id = None
     assert other.preprocessor.end_tokens() == {other.tokenizer.eos_token_id}

@@ -151,20 +151,61 @@ def test_a_closed_executor_ends_its_threads() -> None:
         assert not thread.is_alive()
 
 
+def test_owners_take_turns_and_each_runs_one_call_at_a_time(executor: BoundedExecutor) -> None:
+    async def main() -> None:
+        opened, order = threading.Event(), list[str]()
+
+        def work(owner: str) -> None:
+            order.append(owner)
+            assert opened.wait(20)
+
+        tasks = []
+        for owner in ("a", "a", "a", "b", "c"):
+            tasks.append(asyncio.ensure_future(executor.run_in_turn(owner, work, owner)))
+            await until(lambda: executor.calls() == len(tasks))
+        # A second thread is free until "b" comes.
+        await until(lambda: order == ["a", "b"])
+        with pytest.raises(Overloaded):
+            await executor.run_in_turn("d", work, "d")
+        opened.set()
+        await asyncio.gather(*tasks)
+        # The third of "a" comes after all others that wait.
+        assert sorted(order[2:4]) == ["a", "c"] and order[4] == "a"
+        await until(lambda: executor.calls() == 0)
+        assert not executor._turns and not executor._waiting and not executor._num_waiting
+        cancelled = [asyncio.ensure_future(executor.run_in_turn("a", time.sleep, 0.05)) for _ in range(3)]
+        await until(lambda: executor.calls() == 3)
+        cancelled[1].cancel()
+        assert [type(end) for end in await _ends(cancelled)] == [type(None), asyncio.CancelledError, type(None)]
+        assert not executor._waiting and not executor._num_waiting
+
+    asyncio.run(main())
+
+
 async def _ends(tasks: list[asyncio.Task[int]]) -> list[int | BaseException]:
     return await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def test_a_thread_rests_after_a_call_in_proportion_to_its_work() -> None:
-    executor = BoundedExecutor("listing", threads=1, max_waiting=1, rest=3)
+    executor = BoundedExecutor("listing", threads=1, max_waiting=2, rest=3)
 
     async def main() -> None:
         begun: list[float] = []
 
         def work() -> None:
             begun.append(time.monotonic())
-            time.sleep(0.1)
+            until_then = time.thread_time() + 0.1
+            while time.thread_time() < until_then:
+                pass
 
+        def wait() -> None:
+            begun.append(time.monotonic())
+            time.sleep(0.3)
+
+        # Waiting is no work.
+        await asyncio.gather(executor.run(wait), executor.run(wait))
+        assert begun[1] - begun[0] < 0.9
+        begun.clear()
         await asyncio.gather(executor.run(work), executor.run(work))
         # 0.1 s of work and three times that of rest.
         assert begun[1] - begun[0] >= 0.4

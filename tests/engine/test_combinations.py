@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
-from adapters_store import AdapterBundle, AdapterStore, combination_digest, combine, dense_factors
+from adapters_store import AdapterBundle, AdapterStore, combination_digest, combine, dense_factors, load_combination
 from adapters_store.errors import AdapterNotFound, CannotCombine
 from sera_serve import SeraConfig
 from sera_serve.base import FrozenBase
@@ -141,12 +141,14 @@ def test_a_stored_combination_answers_as_the_list_does(
 
 def test_one_part_of_weight_one_is_the_adapter(decoder: FrozenBase, store: AdapterStore, start_engine: Start) -> None:
     published(decoder, store, "generate")
-    resolved = start_engine(decoder, store)._resolve(choice([("acme/wide", 0.25), ("acme/wide@v1", 0.75)]), "generate")
+    resolved = start_engine(decoder, store)._references.resolve(
+        choice([("acme/wide", 0.25), ("acme/wide@v1", 0.75)]), "generate"
+    )
     assert resolved == store.resolve("acme/wide")
 
 
 def test_refusals_name_the_part(decoder: FrozenBase, store: AdapterStore, start_engine: Start) -> None:
-    bundles = published(decoder, store, "generate")
+    published(decoder, store, "generate")
     for name, changes in {
         "acme/a": {},
         "acme/other": {},
@@ -157,7 +159,6 @@ def test_refusals_name_the_part(decoder: FrozenBase, store: AdapterStore, start_
         fields = {"labels": LABELS, "seed": len(name), **changes}
         store.publish(random_adapter(decoder, SHAPES["acme/wide"], **fields), name)
     engine = start_engine(decoder, store)
-    assert bundles
 
     async def ask(parts: list[tuple[str, float]], task: str = "classify") -> None:
         adapter, tenant = choice(parts), acting_for("acme/x")
@@ -195,6 +196,31 @@ def test_a_sum_that_is_larger_than_the_pool_is_refused_before_it_is_made(
     params = GenerateParams(adapter=choice([("acme/lora", 1), ("acme/wide8", 1), ("acme/wide9", 1)]), prompt="x")
     with pytest.raises(CannotCombine, match="greater common divisor"):
         asyncio.run(engine.generate(params, acting_for("acme/x")))
+
+
+def test_a_sum_that_is_many_times_as_large_as_its_parts_is_refused(
+    decoder: FrozenBase, store: AdapterStore, start_engine: Start
+) -> None:
+    engine = start_engine(decoder, store, pool_mib=64)
+    narrow = SeraConfig(32, 32, 8.0, "all-linear", use_mixer=False)
+    shapes = {"one": SeraConfig(1, 1, 8.0, "all-linear", use_mixer=False), "narrow": narrow, "like": narrow}
+    for seed, (name, shape) in enumerate(shapes.items()):
+        store.publish(random_adapter(decoder, shape, seed, strength=0.3), f"acme/{name}")
+
+    async def ask(*names: str) -> None:
+        adapter = choice([(f"acme/{name}", 0.5) for name in names])
+        stream = await engine.generate(
+            GenerateParams(adapter=adapter, prompt="x", max_new_tokens=2), acting_for("acme/x")
+        )
+        await stream.collect()
+
+    # In split 1, 33 ranks in place of 2.
+    with pytest.raises(CannotCombine, match="more than 16 times those of its parts together"):
+        asyncio.run(ask("one", "narrow"))
+    # The pool has room for it.
+    digests = [(store.resolve(f"acme/{name}").digest, 0.5) for name in ("one", "narrow")]
+    assert load_combination(store, digests).config.parameters < engine._pool.capacity
+    asyncio.run(ask("narrow", "like"))
 
 
 def test_a_part_that_is_deleted_ends_the_combination_after_the_requests_under_way(

@@ -10,7 +10,7 @@ import pytest
 
 from sera_serve.base import FrozenBase
 from sera_serve.engine import BASE_PRINCIPAL, GenerateParams, GenerationStream
-from sera_serve.engine.request import FinishReason, GenerationRequest, RequestState
+from sera_serve.engine.request import FinishReason, GenerationRequest, RequestState, TokenLogprobs
 from sera_serve.engine.stream import Detokenizer, Mailbox
 from sera_serve.errors import DeadlineExceeded, Overloaded
 from support.engine import GatedStore, Start, classify, collect, generate, settled, until
@@ -142,6 +142,25 @@ def test_a_slow_reader_holds_the_tokens_and_nothing_else(decoder: FrozenBase) ->
         assert [delta.token_ids for delta in deltas] == [tokens[1:]]
         assert stream.result is not None and stream.result.token_ids == tokens
         assert not cancelled
+
+    asyncio.run(main())
+
+
+def test_a_delta_for_a_slow_reader_is_bounded_with_its_log_probabilities(decoder: FrozenBase) -> None:
+    async def main() -> None:
+        request = GenerationRequest(principal=BASE_PRINCIPAL, tokens=[1], prompt_tokens=1, logprobs=20)
+        detokenizer = Detokenizer(decoder.tokenizer, [1], [])
+        stream = GenerationStream(request, detokenizer, Mailbox(asyncio.get_running_loop()), lambda reason: None)
+        request.move(RequestState.RUNNING)
+        tokens = [5 + number % 90 for number in range(300)]
+        request.tokens += tokens
+        request.token_logprobs += [TokenLogprobs(token, -1.0, ((token, -1.0),) * 20) for token in tokens]
+        request.finish(FinishReason.LENGTH)
+        deltas = [delta async for delta in stream]
+        assert max(len(delta.token_ids) for delta in deltas) <= 48
+        assert [token for delta in deltas for token in delta.token_ids] == tokens
+        assert [one.token for delta in deltas for one in delta.logprobs] == tokens
+        assert stream.result is not None and stream.result.token_ids == tokens
 
     asyncio.run(main())
 

@@ -15,10 +15,10 @@ from peft.tuners.lora.config import BdLoraConfig
 
 from adapters_store import AdapterStore, compress_bundle
 from sera_serve.base import FrozenBase
-from sera_serve.engine import GenerationResult, ServingEngine
+from sera_serve.engine import GenerationResult, Principal, ServingEngine
 from sera_serve.errors import AdapterTooLarge
 from support.engine import collect
-from support.peft_checkpoints import quiet, read, save_checkpoint
+from support.peft_checkpoints import peft_states, quiet, read, save_checkpoint
 
 Start = Callable[..., ServingEngine]
 ROWS: dict[str, dict[str, Any]] = {
@@ -81,3 +81,23 @@ def test_a_checkpoint_that_does_not_fit_the_pool_is_refused(
     folder = save_checkpoint(decoder.model, tmp_path, r=512, target_modules="all-linear")
     with pytest.raises(AdapterTooLarge):
         engine.import_checkpoint(read(folder))
+
+
+def test_an_embedding_adapter_of_an_encoder_gives_the_states_of_peft(
+    encoder: FrozenBase, store: AdapterStore, start_engine: Start, tmp_path: Path
+) -> None:
+    engine = start_engine(encoder, store)
+    folder = save_checkpoint(
+        encoder.model, tmp_path / "vectors", target_modules=["query", "value"], task_type="FEATURE_EXTRACTION"
+    )
+    store.publish(engine.import_checkpoint(read(folder)).bundle, "acme/vectors")
+
+    def mean(model: torch.nn.Module) -> torch.Tensor:
+        tokens = torch.tensor([encoder.tokenizer(PROMPT)["input_ids"]])
+        return model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).last_hidden_state.mean(1)[0]
+
+    expected = peft_states(encoder.model, folder, mean)
+    result = asyncio.run(engine.embed("acme/vectors", [PROMPT], Principal("acme"), pooling="mean", normalize=False))
+    assert torch.allclose(torch.from_numpy(result.vectors[0]).double(), expected, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        assert not torch.allclose(mean(encoder.model).double(), expected, rtol=1e-2)

@@ -12,7 +12,7 @@ from torch import Tensor
 from adapters_store import AdapterStore
 from sera_serve import SeraConfig
 from sera_serve.config import ServeSettings
-from sera_serve.engine import GenerateParams, GenerationResult, ServingEngine
+from sera_serve.engine import GenerateParams, GenerationResult, Principal, ServingEngine
 from sera_serve.engine.loop.hugging_face import PagedModel
 from sera_serve.engine.loop.pages import PAGE_SIZE, chain_key, root_key
 from support.engine import generate
@@ -39,6 +39,41 @@ def test_keys_are_alike_for_one_chain_only() -> None:
     ]
     assert len({key, *others}) == 8
     assert all(len(k) == 16 for k in (key, *others))
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "adapters", "shared"),
+    [
+        ("acme", "acme", (None, None), True),
+        ("acme", "rival", (None, None), False),
+        ("acme", "acme", ("acme/a", None), False),
+        ("acme", "acme", ("acme/a", "acme/a"), True),
+        # Shared by its tenant: each tenant that uses it has a cache of its own.
+        ("acme", "rival", ("acme/a", "acme/a"), False),
+    ],
+)
+def test_requests_with_keys_share_within_the_keys_tenant(
+    first: str, second: str, adapters: tuple[str | None, str | None], shared: bool, tmp_path: Path
+) -> None:
+    base = random_decoder()
+    store = AdapterStore(tmp_path / "store")
+    store.publish(random_adapter(base, SeraConfig(8, 8, 16.0, "all-linear"), seed=0), "acme/a")
+    settings = ServeSettings(store=store.root, pool_mib=4, kv_cache_tokens=2048, max_batch_tokens=512)
+    engine = ServingEngine(base, store, settings)
+    engine.start()
+
+    async def cached() -> list[int]:
+        found = []
+        for tenant, adapter, question in zip((first, second), adapters, QUESTIONS, strict=True):
+            params = GenerateParams(adapter=adapter, prompt=SYSTEM + question, max_new_tokens=2)
+            stream = await engine.generate(params, Principal(tenant, f"key-of-{tenant}"))
+            found.append((await stream.collect()).cached_tokens)
+        return found
+
+    try:
+        assert asyncio.run(cached()) == [0, len(SYSTEM) // 32 * 32 if shared else 0]
+    finally:
+        engine.stop()
 
 
 @pytest.mark.parametrize(

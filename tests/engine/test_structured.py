@@ -171,10 +171,19 @@ def test_logits_beyond_the_tokenizer_are_never_allowed(tokenizer: PreTrainedToke
     assert allowed.max() < VOCABULARY
 
 
-def test_a_tokenizer_that_the_library_cannot_read_is_refused_by_name(tokenizer: PreTrainedTokenizerBase) -> None:
-    with pytest.raises(InvalidRequest, match="not supported with this base") as refusal:
-        StructuredOutput(object(), 8, ()).compile(ConstraintSpec("regex", "a"))  # type: ignore[arg-type]
-    assert refusal.value.param == "regex"
+def test_a_tokenizer_that_the_library_cannot_read_is_refused_by_name_and_read_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    reads: list[StructuredOutput] = []
+    read = StructuredOutput._read
+    monkeypatch.setattr(StructuredOutput, "_read", lambda self: reads.append(self) or read(self))
+    unreadable = StructuredOutput(object(), 8, ())  # type: ignore[arg-type]
+    kinds: tuple[ConstraintKind, ...] = ("regex", "grammar")
+    for kind in kinds:
+        with pytest.raises(InvalidRequest, match=r"not supported with this base: .* no attribute") as refusal:
+            unreadable.compile(ConstraintSpec(kind, "a"))
+        assert refusal.value.param == kind
+    assert len(reads) == 1
 
 
 REFUSED: list[tuple[ConstraintKind, str, str]] = [
@@ -189,6 +198,8 @@ REFUSED: list[tuple[ConstraintKind, str, str]] = [
     ("json_schema", '{"$ref":"#"}', "no text conforms"),
     ("json_schema", '{"type":"string","minLength":2,"maxLength":1}', "minLength"),
     ("json_schema", '{"type":"string","pattern":"(a"}', "invalid regular expression: unclosed group"),
+    ("json_schema", '{"type":"number","multipleOf":1e999}', "multipleOf at / must be a number above 0, and finite"),
+    ("json_schema", '{"type":"number","multipleOf":NaN}', "multipleOf at / must be a number above 0, and finite"),
     ("regex", "(?=a)b", "look-around"),
     ("regex", r"a[^\s\S]", "no text conforms"),
     ("regex", "a" * 5000, "4096 characters"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import threading
 from typing import Any
 
 import jsonschema
@@ -13,10 +14,10 @@ import pytest
 from adapters_store import AdapterStore
 from sera_serve.base import FrozenBase
 from sera_serve.config import ServeSettings
-from sera_serve.engine import ConstraintSpec, GenerateParams, GenerationResult, ServingEngine
+from sera_serve.engine import ConstraintSpec, GenerateParams, GenerationResult, ServingEngine, structured
 from sera_serve.engine.request import GenerationRequest
-from sera_serve.errors import InvalidRequest
-from support.engine import SHAPE, Start, acting_for, collect, generate, settled
+from sera_serve.errors import ConstraintUnsatisfiable, InvalidRequest
+from support.engine import SHAPE, Start, acting_for, collect, generate, settled, until
 from support.factories import random_adapter
 
 ADAPTERS = ["a/one", None, "b/one"]
@@ -162,6 +163,67 @@ def test_the_end_of_a_value_ends_the_text_without_an_end_token(
         spec = ConstraintSpec("json_schema", '{"const":{"a":[1,2]}}')
         result = await collect(engine, prompt="x", constraint=spec, ignore_eos=True, max_new_tokens=100)
         assert (json.loads(result.text), result.finish_reason) == ({"a": [1, 2]}, "stop")
+
+    asyncio.run(scenario())
+
+
+def test_the_compiling_of_one_tenant_holds_up_no_other(
+    decoder: FrozenBase, adapters: AdapterStore, start_engine: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, begun, make = threading.Event(), list[str](), structured._compile
+
+    def gated(tokenizer: Any, spec: ConstraintSpec) -> Any:
+        if spec.text.startswith("slow"):
+            begun.append(spec.text)
+            assert opened.wait(20)
+        return make(tokenizer, spec)
+
+    monkeypatch.setattr(structured, "_compile", gated)
+
+    async def scenario() -> None:
+        engine = start_engine(decoder, adapters, max_queue_per_tenant=8)
+
+        async def ask(adapter: str, text: str) -> str:
+            spec = ConstraintSpec("regex", text)
+            return (await collect(engine, adapter=adapter, prompt="x", constraint=spec, max_new_tokens=20)).text
+
+        assert await ask("b/one", "known") == "known"
+        slow = [asyncio.ensure_future(ask("a/one", f"slow{number}")) for number in range(4)]
+        await until(lambda: bool(begun))
+        # Neither what is compiled already nor a new text waits.
+        async with asyncio.timeout(10):
+            assert await ask("b/one", "known") == "known"
+            assert await ask("b/one", "new") == "new"
+        assert len(begun) == 1
+        opened.set()
+        assert await asyncio.gather(*slow) == [f"slow{number}" for number in range(4)]
+        await settled(engine)
+
+    asyncio.run(scenario())
+
+
+def test_a_constraint_does_not_end_a_text_before_its_least_tokens(
+    decoder: FrozenBase, adapters: AdapterStore, start_engine: Start
+) -> None:
+    async def scenario() -> None:
+        engine = start_engine(decoder, adapters)
+        too_short = ConstraintSpec("regex", "ab")
+        for ignore_eos in (False, True):
+            with pytest.raises(ConstraintUnsatisfiable, match=r"only end after \d tokens, and min_tokens is 10"):
+                await collect(engine, prompt="x", constraint=too_short, min_tokens=10, ignore_eos=ignore_eos)
+            ends = decoder.preprocessor.end_tokens()
+            result = await collect(
+                engine,
+                prompt="x",
+                constraint=ConstraintSpec("regex", "a{1,40}"),
+                min_tokens=10,
+                ignore_eos=ignore_eos,
+                logit_bias=dict.fromkeys(ends, 100.0),
+            )
+            # The end token comes as soon as it may.
+            assert (result.finish_reason, len(result.token_ids)) == ("stop", 11)
+            assert ends.isdisjoint(result.token_ids[:10])
+        await settled(engine)
 
     asyncio.run(scenario())
 

@@ -9,7 +9,7 @@ from sera_serve.errors import AdapterTooLarge, CannotPin
 
 
 def test_pinned_adapter_stays_until_it_is_unpinned(build: Build, large: list[str]) -> None:
-    residency = build(room=2.2)
+    residency = build(room=2.2, host=8)
     residency.pin(large[0]).result(10)
     residency.pin(large[0]).result(10)
     for digest in large[1:]:
@@ -17,6 +17,8 @@ def test_pinned_adapter_stays_until_it_is_unpinned(build: Build, large: list[str
     assert set(residency.resident_digests()) == {large[0], large[3]}
     assert residency.pinned_digests() == [large[0]]
     assert residency.stats().pinned == 1
+    places = residency.presence([large[0], large[3], large[1], "never loaded"])
+    assert places == [("device", True), ("device", False), ("host", False), ("store", False)]
     residency.unpin(large[0])
     residency.unpin(large[0])
     granted(residency.acquire(large[1])).release()

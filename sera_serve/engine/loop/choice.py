@@ -49,7 +49,11 @@ class TokenChooser:
     def __init__(self, tables: RowTables) -> None:
         """Set up for the requests of these tables."""
         self._tables = tables
-        self._counts = CountTable()
+        self._counts = CountTable(len(tables.seed))
+
+    def forget_left(self) -> None:
+        """Drop what is held for requests that do not run any more."""
+        self._counts.prune()
 
     def choose(
         self, logits: Tensor, requests: Sequence[GenerationRequest], unfinished: set[GenerationRequest]
@@ -62,6 +66,7 @@ class TokenChooser:
             unfinished: Those whose prompt goes on in a later step. Their token is not looked at, but for whether it is
                 `NO_TOKEN`.
         """
+        # A preempted request has left without a word.
         self._counts.prune()
         failures: dict[GenerationRequest, Exception] = {}
         if any(request.adjusts_now for request in requests):
@@ -163,8 +168,9 @@ class CountTable:
     prompt, hits of the prefix cache and preemptions, which change no token, change no count.
     """
 
-    def __init__(self) -> None:
-        """Empty: the table is made for the first request, and dropped after the last."""
+    def __init__(self, num_rows: int) -> None:
+        """Empty, for so many requests at most: the table is made for the first one, and dropped after the last."""
+        self._num_rows = num_rows
         self._table: Tensor | None = None
         self._places: dict[GenerationRequest, int] = {}
         self._counted: dict[GenerationRequest, int] = {}
@@ -199,7 +205,7 @@ class CountTable:
         new = [request for request in requests if request not in self._places]
         table, wanted = self._table, len(self._places) + len(new)
         if table is None or wanted > len(table):
-            size = max(wanted, 2 * len(table) if table is not None else 1)
+            size = max(wanted, min(2 * len(table), self._num_rows) if table is not None else 1)
             larger = torch.zeros(size, vocabulary, dtype=torch.int32, device=device)
             if table is not None:
                 larger[: len(table)] = table
@@ -232,17 +238,24 @@ def allowed_tokens(request: GenerationRequest, vocabulary: int) -> NDArray[np.ui
         allowed[-1] &= np.uint32((1 << vocabulary % 32) - 1)
     may_end = bool(allowed.any())
     if request.bars_end:
-        for token in request.end_tokens:
+        for token in request.end_tokens | request.base_end_tokens:
             allowed[token // 32] &= ~np.uint32(1 << token % 32)
     if not allowed.any():
+        if may_end:
+            raise ends_too_early(request)
         raise ConstraintUnsatisfiable(
-            f"the constraint lets the text only end after {request.generated} tokens, and min_tokens is "
-            f"{request.min_tokens}; lower min_tokens"
-            if may_end
-            else f"the constraint allows no token of the vocabulary after {request.generated} tokens; "
+            f"the constraint allows no token of the vocabulary after {request.generated} tokens; "
             "loosen the schema, regex or grammar"
         )
     return allowed
+
+
+def ends_too_early(request: GenerationRequest) -> ConstraintUnsatisfiable:
+    """What the client is told whose constraint ends the text before `min_tokens` tokens."""
+    return ConstraintUnsatisfiable(
+        f"the constraint lets the text only end after {request.generated} tokens, and min_tokens is "
+        f"{request.min_tokens}; lower min_tokens"
+    )
 
 
 def bias_of(
@@ -265,18 +278,17 @@ def bias_of(
         barred = bits.flatten(1)[:, :vocabulary] == 0
         rows = torch.tensor([index for index, _ in masked], device=device)
         bias[rows] = torch.where(barred, -torch.inf, 0.0)
-    entries = [
-        (index, token, value) for index, request in enumerate(requests) for token, value in request.logit_bias.items()
-    ]
+    # A bias may have a thousand entries: each request makes its arrays once.
+    entries = [(index, *request.bias_entries) for index, request in enumerate(requests) if request.logit_bias]
     entries += [
-        (index, token, -math.inf)
+        (index, tokens, np.full(len(tokens), -np.inf, np.float32))
         for index, request in enumerate(requests)
-        if request.bars_end
-        for token in request.end_tokens
+        if request.bars_end and (tokens := np.array(list(request.end_tokens), np.int64)).size
     ]
     if entries:
-        at = torch.tensor([(row, token) for row, token, _ in entries], dtype=torch.int64).to(device).T
-        values = torch.tensor([value for _, _, value in entries], dtype=torch.float32).to(device)
+        at_rows = np.concatenate([np.full(len(tokens), index) for index, tokens, _ in entries])
+        at = torch.from_numpy(np.stack([at_rows, np.concatenate([tokens for _, tokens, _ in entries])])).to(device)
+        values = torch.from_numpy(np.concatenate([values for _, _, values in entries])).to(device)
         bias.index_put_((at[0], at[1]), values, accumulate=True)
     return bias
 

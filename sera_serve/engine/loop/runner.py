@@ -162,6 +162,10 @@ class StepRunner:
         self._chooser = TokenChooser(self.tables)
         self._compiled = pool.has_paged_decode
 
+    def forget_left(self) -> None:
+        """Drop what is held for requests that do not run any more."""
+        self._chooser.forget_left()
+
     def launch(self, plan: StepPlan, ahead: int = 0) -> Callable[[], StepOutcome]:
         """Start a step, and return what waits for it. Nothing of the requests is changed but their log-probabilities.
 

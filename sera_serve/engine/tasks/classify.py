@@ -37,12 +37,18 @@ class ClassifyResult:
     Attributes:
         version: Of the adapter; None for a combination.
         waited_s: Seconds from the call's arrival until its first rows ran.
+        prompt_tokens: Tokens of all inputs.
+        load_began: When an adapter of the call began to load for it (`time.monotonic`); None if none had to.
+        load_s: Seconds that this took.
     """
 
     adapter: str
     version: int | None
     results: list[LabelScores]
     waited_s: float = 0.0
+    prompt_tokens: int = 0
+    load_began: float | None = None
+    load_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,7 @@ class EmbedResult:
         vectors: Of each input, float32 (hidden,).
         prompt_tokens: Tokens of each input.
         waited_s: As in `ClassifyResult`.
+        load_began, load_s: Likewise.
     """
 
     adapter: str | None
@@ -62,6 +69,8 @@ class EmbedResult:
     vectors: list[NDArray[np.float32]]
     prompt_tokens: list[int]
     waited_s: float = 0.0
+    load_began: float | None = None
+    load_s: float = 0.0
 
 
 @dataclass(frozen=True)

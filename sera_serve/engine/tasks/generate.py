@@ -12,7 +12,7 @@ import torch
 from sera_serve.base import FrozenBase
 from sera_serve.engine.loop.attention import KeyValuePool
 from sera_serve.engine.loop.attention_backend import BackendName, choose_backend
-from sera_serve.engine.loop.choice import constraint_failed
+from sera_serve.engine.loop.choice import constraint_failed, ends_too_early
 from sera_serve.engine.loop.fused_attention import fuse_attention
 from sera_serve.engine.loop.graphs import DecodeGraphs
 from sera_serve.engine.loop.hugging_face import PagedModel
@@ -135,6 +135,7 @@ class GenerationRunner(TaskRunner[GenerationRequest]):
     def remove(self, request: GenerationRequest) -> None:
         """Take a running request out of the batch, and give its row and pages back."""
         self.planner.remove(request)
+        self.runner.forget_left()
 
     def step(self) -> bool:
         """Launch a step and hand on what it gave; launch the next one meanwhile, where the device runs alone."""
@@ -201,7 +202,8 @@ class GenerationRunner(TaskRunner[GenerationRequest]):
                 if request not in step.leaving:
                     self.end(request, FinishReason.FAILED, self._overflows.error(request))
         for request, cause in outcome.failures.items():
-            self.end(request, FinishReason.FAILED, cause)
+            if request not in step.leaving:
+                self.end(request, FinishReason.FAILED, cause)
         if outcome.overflowed or outcome.failures or step.leaving:
             plan.remove([*outcome.overflowed, *outcome.failures, *step.leaving])
         for request in plan.decodes:
@@ -248,8 +250,16 @@ class GenerationRunner(TaskRunner[GenerationRequest]):
 
 
 def _completes_constraint(request: GenerationRequest, token: int) -> bool:
-    """Note a generated token with the request's constraint; whether nothing but an end may follow."""
+    """Note a generated token with the request's constraint; whether nothing but an end may follow.
+
+    Raises:
+        ConstraintUnsatisfiable: Nothing else may follow, and `min_tokens` asks for more.
+    """
     if request.constraint is None:
         return False
     request.constraint.accept(token)
-    return request.constraint.is_ended()
+    if not request.constraint.is_ended():
+        return False
+    if request.bars_end:
+        raise ends_too_early(request)
+    return True
