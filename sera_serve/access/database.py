@@ -1,0 +1,238 @@
+"""The database of a store's platform: keys, shares, quotas and jobs, in one SQLite file."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from sera_serve.errors import SeraServeError
+
+_FOLDER, _FILE = "access", "access.sqlite3"
+_BUSY_SECONDS = 5.0
+# One script for each version. A script that was released is never changed: a new one is added.
+MIGRATIONS = (
+    """
+    CREATE TABLE keys (
+        id TEXT PRIMARY KEY,
+        tenant TEXT NOT NULL,
+        scopes TEXT NOT NULL,
+        secret_sha256 TEXT NOT NULL,
+        name TEXT NOT NULL,
+        created_at REAL NOT NULL,
+        expires_at REAL,
+        revoked_at REAL
+    ) STRICT;
+    CREATE INDEX keys_of_tenant ON keys (tenant, created_at);
+    CREATE TABLE shares (
+        adapter TEXT NOT NULL,
+        tenant TEXT NOT NULL,
+        created_at REAL NOT NULL,
+        PRIMARY KEY (adapter, tenant)
+    ) STRICT, WITHOUT ROWID;
+    CREATE TABLE quotas (
+        tenant TEXT NOT NULL,
+        field TEXT NOT NULL,
+        value TEXT NOT NULL,
+        PRIMARY KEY (tenant, field)
+    ) STRICT, WITHOUT ROWID;
+    """,
+    """
+    CREATE TABLE files (
+        number INTEGER PRIMARY KEY AUTOINCREMENT,
+        id TEXT NOT NULL UNIQUE,
+        tenant TEXT NOT NULL,
+        filename TEXT NOT NULL,
+        purpose TEXT NOT NULL,
+        bytes INTEGER NOT NULL,
+        sha256 TEXT NOT NULL,
+        kind TEXT NOT NULL,
+        rows INTEGER NOT NULL,
+        created_at REAL NOT NULL
+    ) STRICT;
+    CREATE INDEX files_of_tenant ON files (tenant, number);
+    CREATE TABLE jobs (
+        number INTEGER PRIMARY KEY AUTOINCREMENT,
+        id TEXT NOT NULL UNIQUE,
+        tenant TEXT NOT NULL,
+        status TEXT NOT NULL,
+        spec TEXT NOT NULL,
+        metadata TEXT NOT NULL,
+        training_file TEXT NOT NULL,
+        validation_file TEXT,
+        key_id TEXT,
+        created_at REAL NOT NULL,
+        started_at REAL,
+        finished_at REAL,
+        estimated_finish REAL,
+        kills INTEGER NOT NULL DEFAULT 0,
+        progress_read INTEGER NOT NULL DEFAULT 0,
+        is_cleared INTEGER NOT NULL DEFAULT 0,
+        trained_tokens INTEGER,
+        fine_tuned_model TEXT,
+        error TEXT
+    ) STRICT;
+    CREATE INDEX jobs_of_tenant ON jobs (tenant, number);
+    CREATE INDEX jobs_by_status ON jobs (status, number);
+    CREATE TABLE job_events (
+        job TEXT NOT NULL,
+        seq INTEGER NOT NULL,
+        created_at REAL NOT NULL,
+        level TEXT NOT NULL,
+        type TEXT NOT NULL,
+        message TEXT NOT NULL,
+        data TEXT NOT NULL,
+        PRIMARY KEY (job, seq)
+    ) STRICT, WITHOUT ROWID;
+    CREATE TABLE job_checkpoints (
+        job TEXT NOT NULL,
+        step INTEGER NOT NULL,
+        created_at REAL NOT NULL,
+        model TEXT,
+        metrics TEXT NOT NULL,
+        PRIMARY KEY (job, step)
+    ) STRICT, WITHOUT ROWID;
+    """,
+)
+
+
+class AccessDatabaseError(SeraServeError):
+    """The database cannot be read or written."""
+
+    code = "access_database_error"
+    status = 503
+
+
+class AccessDatabase:
+    """The SQLite file `access/access.sqlite3` in the directory of a store.
+
+    Any number of threads and processes use it at once. It is made by the first write: a store without keys, shares,
+    quotas and jobs has none, and a server on a read-only store only reads. It has a rollback journal, not a write-ahead
+    log, which cannot be read on a read-only disk.
+
+    Locking: `_lock` guards the connection, and is held for each transaction. Every method blocks.
+    """
+
+    def __init__(self, store: Path) -> None:
+        """Name the database of a store. Opens nothing yet."""
+        self.path = store / _FOLDER / _FILE
+        self._lock = threading.Lock()
+        self._connection: sqlite3.Connection | None = None
+        self._writes = 0
+
+    @contextmanager
+    def reading(self) -> Iterator[sqlite3.Connection | None]:
+        """A connection to read from, or None where there is no database yet. Several reads see one moment.
+
+        Raises:
+            AccessDatabaseError: The file is damaged, locked, or of a newer release.
+        """
+        with self._lock, self._typed():
+            connection = self._open(create=False)
+            if connection is None:
+                yield None
+                return
+            connection.execute("BEGIN")
+            try:
+                yield connection
+            finally:
+                connection.rollback()
+
+    @contextmanager
+    def writing(self) -> Iterator[sqlite3.Connection]:
+        """A connection in a write transaction, which is durable when the block ends without an error.
+
+        Raises:
+            AccessDatabaseError: The disk is full or not writable, or as `reading`.
+        """
+        with self._lock, self._typed():
+            connection = self._open(create=True)
+            assert connection is not None
+            connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield connection
+            except BaseException:
+                connection.rollback()
+                raise
+            connection.commit()
+            self._writes += 1
+
+    def version(self) -> tuple[int, int]:
+        """A value that changes with each write, of this process or another one; cheap. Raises as `reading`."""
+        with self._lock, self._typed():
+            connection = self._open(create=False)
+            if connection is None:
+                return 0, self._writes
+            (changes,) = connection.execute("PRAGMA data_version").fetchone()
+            return int(changes), self._writes
+
+    def close(self) -> None:
+        """Close the file. The next use opens it again."""
+        with self._lock:
+            if self._connection is not None:
+                self._connection.close()
+                self._connection = None
+
+    def _open(self, create: bool) -> sqlite3.Connection | None:
+        if self._connection is not None:
+            return self._connection
+        # A full disk may have taken the file and none of its content.
+        if not (self.path.exists() and self.path.stat().st_size):
+            if not create:
+                return None
+            # Hashes of secrets are nobody else's business.
+            self.path.parent.mkdir(mode=0o700, exist_ok=True)
+            os.close(os.open(self.path, os.O_CREAT | os.O_WRONLY, 0o600))
+        mode = "rw" if os.access(self.path, os.W_OK) else "ro"
+        connection = sqlite3.connect(
+            f"{self.path.absolute().as_uri()}?mode={mode}",
+            uri=True,
+            timeout=_BUSY_SECONDS,
+            isolation_level=None,
+            check_same_thread=False,
+        )
+        try:
+            connection.execute("PRAGMA foreign_keys = ON")
+            connection.execute("PRAGMA synchronous = FULL")
+            self._migrate(connection)
+        except BaseException:
+            connection.close()
+            raise
+        self._connection = connection
+        return connection
+
+    def _migrate(self, connection: sqlite3.Connection) -> None:
+        if _schema_version(connection) == len(MIGRATIONS):
+            return
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            known = _schema_version(connection)
+            if known > len(MIGRATIONS):
+                raise AccessDatabaseError(
+                    f"{self.path} was written by a newer release of sera-serve; use that release", param="store"
+                )
+            for script in MIGRATIONS[known:]:
+                for statement in script.split(";"):
+                    connection.execute(statement)
+            connection.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
+        except BaseException:
+            connection.rollback()
+            raise
+        connection.commit()
+
+    @contextmanager
+    def _typed(self) -> Iterator[None]:
+        try:
+            yield
+        except (sqlite3.Error, OSError) as error:
+            raise AccessDatabaseError(
+                f"{self.path} cannot be used ({error}); check the disk, and the file's permissions", param="store"
+            ) from error
+
+
+def _schema_version(connection: sqlite3.Connection) -> int:
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    return int(version)

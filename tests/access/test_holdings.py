@@ -1,0 +1,158 @@
+"""Adapters and bytes of tenants are counted from the store, and limited at publishing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from adapters_store import AdapterBundle, AdapterStore, Held
+from adapters_store.counting import HeldCounter
+from sera_serve import SeraConfig
+from sera_serve.access import AccessDatabase, Holdings, QuotaExceeded, Quotas
+from sera_serve.base import FrozenBase
+from support.factories import random_adapter, random_decoder
+from support.live_server import wait_until
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture(scope="module")
+def base() -> FrozenBase:
+    return random_decoder()
+
+
+@pytest.fixture(scope="module")
+def bundles(base: FrozenBase) -> list[AdapterBundle]:
+    return [random_adapter(base, SeraConfig(2, 1, 4, ("q_proj",)), seed) for seed in range(4)]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> AdapterStore:
+    return AdapterStore(tmp_path / "store")
+
+
+def limited(store: AdapterStore, clock: Clock | None = None, **limits: int) -> Holdings:
+    quotas = Quotas(AccessDatabase(store.root), {"acme": limits})
+    return Holdings(store, quotas, clock or Clock())
+
+
+def publish(holdings: Holdings, store: AdapterStore, bundle: AdapterBundle, name: str) -> None:
+    added = holdings.check_publish(name, bundle.digest, bundle.nbytes)
+    store.publish(bundle, name)
+    holdings.note_published(name, added)
+
+
+def test_the_store_counts_every_version(store: AdapterStore, bundles: list[AdapterBundle]) -> None:
+    assert store.held("acme") == Held()
+    size = bundles[0].nbytes
+    store.publish(bundles[0], "acme/a")
+    store.publish(bundles[1], "acme/a")
+    store.publish(bundles[0], "acme/b")
+    store.publish(bundles[2], "acme2/a")
+    assert store.held("acme") == Held(2, 3 * size)
+    # Content that the adapter already has is no new version.
+    store.publish(bundles[0], "acme/a")
+    assert store.held("acme") == Held(2, 3 * size)
+    # Another process deletes.
+    AdapterStore(store.root).delete("acme/a@v1")
+    assert store.held("acme") == Held(2, 2 * size)
+    AdapterStore(store.root).delete("acme/b")
+    assert store.held("acme") == AdapterStore(store.root).held("acme") == Held(1, size)
+
+
+def test_only_what_has_changed_is_read_again(
+    store: AdapterStore, bundles: list[AdapterBundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in "abc":
+        store.publish(bundles[0], f"acme/{name}")
+    read: list[str] = []
+    count = HeldCounter._bytes
+    monkeypatch.setattr(HeldCounter, "_bytes", lambda self, adapter: read.append(adapter) or count(self, adapter))
+    # Changes within a tick of the file system's clock cannot be told apart: settled is what is older.
+    monkeypatch.setattr("adapters_store.backends.adapter_directory._TICK_NS", 0)
+    assert store.held("acme").adapters == 3
+    read.clear()
+    assert store.held("acme").adapters == 3
+    assert read == []
+    store.publish(bundles[1], "acme/b")
+    assert store.held("acme") == Held(3, 4 * bundles[0].nbytes)
+    assert read == ["acme/b"]
+
+
+def test_an_adapter_too_many_is_refused(store: AdapterStore, bundles: list[AdapterBundle]) -> None:
+    holdings = limited(store, adapters=2)
+    publish(holdings, store, bundles[0], "acme/a")
+    publish(holdings, store, bundles[0], "acme/b")
+    with pytest.raises(QuotaExceeded, match="has 2 adapters, and may have 2") as refused:
+        publish(holdings, store, bundles[0], "acme/c")
+    assert (refused.value.status, refused.value.code, refused.value.param) == (403, "quota_exceeded", "name")
+    # New versions, and other tenants, are another matter.
+    publish(holdings, store, bundles[1], "acme/a")
+    publish(holdings, store, bundles[0], "zoo/c")
+
+
+def test_bytes_too_many_are_refused_and_known_content_adds_none(
+    store: AdapterStore, bundles: list[AdapterBundle]
+) -> None:
+    size = bundles[0].nbytes
+    holdings = limited(store, bytes=2 * size + 1)
+    publish(holdings, store, bundles[0], "acme/a")
+    publish(holdings, store, bundles[1], "acme/a")
+    with pytest.raises(QuotaExceeded, match=f"has {2 * size} bytes") as refused:
+        publish(holdings, store, bundles[2], "acme/a")
+    assert refused.value.param == "bundle"
+    publish(holdings, store, bundles[0], "acme/a")
+    assert store.held("acme") == Held(1, 2 * size)
+
+
+def test_a_restart_forgets_nothing(store: AdapterStore, bundles: list[AdapterBundle]) -> None:
+    publish(limited(store, adapters=1), store, bundles[0], "acme/a")
+    with pytest.raises(QuotaExceeded):
+        publish(limited(AdapterStore(store.root), adapters=1), store, bundles[0], "acme/b")
+
+
+def test_what_was_deleted_makes_room_at_once(store: AdapterStore, bundles: list[AdapterBundle]) -> None:
+    holdings = limited(store, adapters=1)
+    publish(holdings, store, bundles[0], "acme/a")
+    with pytest.raises(QuotaExceeded):
+        publish(holdings, store, bundles[0], "acme/b")
+    store.delete("acme/a")
+    holdings.note_deleted("acme/a")
+    publish(holdings, store, bundles[0], "acme/b")
+
+
+def test_a_refusal_sees_what_commands_deleted_a_second_ago(store: AdapterStore, bundles: list[AdapterBundle]) -> None:
+    clock = Clock()
+    holdings = limited(store, clock, adapters=1)
+    publish(holdings, store, bundles[0], "acme/a")
+    AdapterStore(store.root).delete("acme/a")
+    clock.now += 1.1
+    publish(holdings, store, bundles[0], "acme/b")
+
+
+def test_an_old_count_is_renewed_beside_the_publication(store: AdapterStore, bundles: list[AdapterBundle]) -> None:
+    clock = Clock()
+    holdings = limited(store, clock, adapters=4)
+    publish(holdings, store, bundles[0], "acme/a")
+    other = AdapterStore(store.root)
+    for name in "bcd":
+        other.publish(bundles[0], f"acme/{name}")
+    clock.now += 10
+    # The count of before allows this one, and another one begins.
+    holdings.check_publish("acme/e", bundles[0].digest, bundles[0].nbytes)
+
+    def is_refused() -> bool:
+        try:
+            holdings.check_publish("acme/e", bundles[0].digest, bundles[0].nbytes)
+        except QuotaExceeded:
+            return True
+        return False
+
+    wait_until(is_refused)

@@ -1,0 +1,205 @@
+"""The database of keys and shares: what it keeps, who may read it, and what it refuses."""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from adapters_store.errors import InvalidAdapterName
+from sera_serve.access import (
+    EVERYONE,
+    SCOPES,
+    AccessControl,
+    AccessDatabase,
+    AccessDatabaseError,
+    KeyNotFound,
+    Keys,
+    Shares,
+)
+from sera_serve.access.keys import is_secret_of, key_id_of
+from sera_serve.errors import InvalidRequest
+from support.live_server import wait_until
+from support.small_disk import fill_bytes, mounted, small_disk
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Iterator[AccessDatabase]:
+    database = AccessDatabase(tmp_path)
+    yield database
+    database.close()
+
+
+def test_the_secret_is_nowhere_in_the_files(database: AccessDatabase) -> None:
+    keys = Keys(database)
+    made = [keys.create("acme", ["infer"], name="one") for _ in range(20)]
+    assert len({one.secret for one in made}) == len({one.key.id for one in made}) == 20
+    content = b"".join(path.read_bytes() for path in database.path.parent.iterdir())
+    for one in made:
+        assert one.key.id.encode() in content
+        random = one.secret.removeprefix(f"sk-sera-{one.key.id}-")
+        assert len(random) >= 43 and random.encode() not in content
+        assert key_id_of(one.secret) == one.key.id
+        assert is_secret_of(one.secret, one.key) and not is_secret_of(one.secret + "x", one.key)
+        assert not is_secret_of(one.secret, None)
+    assert database.path.stat().st_mode & 0o777 == 0o600
+    assert database.path.parent.stat().st_mode & 0o777 == 0o700
+
+
+def test_keys_are_listed_revoked_and_expire(database: AccessDatabase) -> None:
+    keys = Keys(database)
+    assert keys.all() == []
+    first = keys.create("acme", ["infer", "publish"]).key
+    second = keys.create("zoo", ["admin"], lifetime_s=0.05).key
+    assert [key.id for key in keys.all()] == [first.id, second.id]
+    assert keys.all("acme") == [first] and keys.all("nobody") == []
+    assert first.status == "active" and first.may("infer") and not first.may("train")
+    assert all(second.may(scope) for scope in SCOPES)
+    time.sleep(0.06)
+    assert second.status == "expired"
+    revoked = keys.revoke(first.id)
+    assert revoked.status == "revoked" and keys.revoke(first.id) == revoked
+    with pytest.raises(KeyNotFound):
+        keys.revoke("none")
+    with pytest.raises(KeyNotFound):
+        keys.revoke(second.id, "acme")
+    assert keys.all("zoo")[0].revoked_at is None
+
+
+@pytest.mark.parametrize("tenant", ["", "a/b", "..", "Acme", "_base", "*", "a" * 65])
+def test_a_tenant_of_another_form_is_refused(database: AccessDatabase, tenant: str) -> None:
+    with pytest.raises(InvalidAdapterName):
+        Keys(database).create(tenant, ["infer"])
+    assert not database.path.exists()
+
+
+@pytest.mark.parametrize(("scopes", "word"), [([], "at least one"), (["root"], "'root'"), (["infer", ""], "''")])
+def test_scopes_are_those_that_exist(database: AccessDatabase, scopes: list[str], word: str) -> None:
+    with pytest.raises(InvalidRequest, match=word) as caught:
+        Keys(database).create("acme", scopes)
+    assert caught.value.param == "scopes" and "infer, publish, train, admin" in caught.value.message
+
+
+def test_shares_are_kept_by_adapter(database: AccessDatabase) -> None:
+    shares = Shares(database)
+    shares.add("acme/x", "zoo")
+    shares.add("acme/x", "zoo")
+    shares.add("acme/x", EVERYONE)
+    shares.add("acme/y", "zoo")
+    assert shares.of("acme/x") == ["*", "zoo"]
+    assert shares.all() == {"acme/x": {"*", "zoo"}, "acme/y": {"zoo"}}
+    assert shares.remove("acme/x", "zoo") and not shares.remove("acme/x", "zoo")
+    shares.remove_all("acme/x")
+    assert shares.of("acme/x") == [] and shares.of("acme/y") == ["zoo"]
+    for adapter, tenant in (("acme/x", "acme"), ("acme/x", "A"), ("acme", "zoo"), ("acme/x@v1", "zoo")):
+        with pytest.raises((InvalidRequest, InvalidAdapterName)):
+            shares.add(adapter, tenant)
+
+
+def test_changes_of_another_process_are_seen_in_time(tmp_path: Path) -> None:
+    control = AccessControl(AccessDatabase(tmp_path))
+    heard: list[float] = []
+    control.on_change(lambda: heard.append(time.monotonic()))
+    control.start()
+    other = AccessDatabase(tmp_path)
+    try:
+        assert not control.needs_keys and control.key_of("sk-sera-x") is None
+        made = Keys(other).create("acme", ["infer"])
+        began = time.monotonic()
+        wait_until(lambda: control.needs_keys, 2)
+        assert time.monotonic() - began < 0.75
+        found = control.key_of(made.secret)
+        assert found is not None and found.status == "active"
+        Keys(other).revoke(made.key.id)
+        wait_until(lambda: (key := control.key_of(made.secret)) is not None and key.status == "revoked", 2)
+        Shares(other).add("acme/x", "zoo")
+        Shares(other).add("other/y", EVERYONE)
+        wait_until(lambda: control.may_use("zoo", "other/y"), 2)
+        assert control.shared_with("zoo") == ["acme/x", "other/y"]
+        assert control.shared_with("zoo", after="acme/x") == ["other/y"]
+        assert control.shared_with("other") == [] and control.shared_with("third") == ["other/y"]
+        assert control.may_use("acme", "acme/none") and not control.may_use("third", "acme/x")
+        assert len(heard) >= 3
+        # Nothing is read again where nothing has changed.
+        count = len(heard)
+        time.sleep(0.6)
+        assert len(heard) == count
+    finally:
+        control.stop()
+        other.close()
+
+
+def test_a_damaged_file_is_refused_by_name(database: AccessDatabase) -> None:
+    Keys(database).create("acme", ["infer"])
+    database.close()
+    database.path.write_bytes(b"SQLite format 3\0" + b"x" * 5000)
+    with pytest.raises(AccessDatabaseError, match=r"access\.sqlite3") as caught:
+        AccessControl(database)
+    assert caught.value.param == "store" and caught.value.status == 503
+
+
+def test_a_file_of_a_newer_release_is_refused(database: AccessDatabase) -> None:
+    Keys(database).create("acme", ["infer"])
+    database.close()
+    with sqlite3.connect(database.path) as connection:
+        connection.execute("PRAGMA user_version = 99")
+    connection.close()
+    with pytest.raises(AccessDatabaseError, match="newer release"):
+        AccessControl(database)
+
+
+def test_an_empty_file_holds_no_keys(database: AccessDatabase) -> None:
+    """A full disk may have taken the file and nothing of its content."""
+    database.path.parent.mkdir()
+    database.path.touch()
+    control = AccessControl(database)
+    assert not control.needs_keys
+    control.keys.create("acme", ["infer"])
+    control.refresh()
+    assert control.needs_keys
+
+
+def test_a_full_disk_refuses_a_key_and_serves_the_others(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk") as disk:
+        control = AccessControl(AccessDatabase(disk))
+        fill_bytes(disk)
+        with pytest.raises(AccessDatabaseError, match="check the disk"):
+            control.keys.create("acme", ["infer"])
+        control.refresh()
+        assert not control.needs_keys
+        (disk / "filler").unlink()
+        made = control.keys.create("acme", ["infer"])
+        control.refresh()
+        fill_bytes(disk)
+        with pytest.raises(AccessDatabaseError):
+            for _ in range(1000):
+                control.keys.create("acme", ["infer"], name="x" * 100)
+        control.refresh()
+        assert control.key_of(made.secret) == made.key
+        control.stop()
+
+
+def test_a_read_only_store_is_read(tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    with small_disk(tmp_path / "disk") as disk:
+        database = AccessDatabase(disk)
+        with mounted(tmp_path / "store", "--bind", str(disk)) as store:
+            control = AccessControl(AccessDatabase(store))
+            assert not control.needs_keys
+            made = Keys(database).create("acme", ["infer"])
+            Keys(database).create("acme", ["infer"])
+            database.close()
+            with mounted(tmp_path / "store", "-o", "remount,ro,bind"):
+                control.refresh()
+                assert control.needs_keys and control.key_of(made.secret) == made.key
+                with pytest.raises(AccessDatabaseError):
+                    control.keys.create("acme", ["infer"])
+                control.refresh()
+                assert control.key_of(made.secret) == made.key
+                empty = AccessDatabase(store / "none")
+                with pytest.raises(AccessDatabaseError):
+                    Keys(empty).create("acme", ["infer"])
+                control.stop()
