@@ -3,6 +3,7 @@
 from sera_serve.layers.attach import (
     adapter_tensors,
     attach_adapter,
+    attach_layers,
     attached_layers,
     count_adapter_parameters,
     detach_adapter,
@@ -31,6 +32,7 @@ __all__ = [
     "adaptable_linears",
     "adapter_tensors",
     "attach_adapter",
+    "attach_layers",
     "attach_serving",
     "attached_layers",
     "count_adapter_parameters",

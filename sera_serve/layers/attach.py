@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TypedDict
 
 from torch import Tensor, nn
 
+from sera_serve.errors import InvalidConfiguration
 from sera_serve.layers.config import SeraConfig
 from sera_serve.layers.sera_linear import SeraLinear
-from sera_serve.layers.targets import linear_widths, select_targets
+from sera_serve.layers.targets import adaptable_linears, linear_widths, select_targets
 
 
 class ModuleShape(TypedDict):
@@ -35,10 +37,31 @@ def attach_adapter(model: nn.Module, config: SeraConfig) -> dict[str, SeraLinear
     Raises:
         InvalidConfiguration: See `select_targets`.
     """
-    targets = select_targets(model, config)
+    return _replace(model, {path: (module, config) for path, module in select_targets(model, config).items()})
+
+
+def attach_layers(model: nn.Module, configs: Mapping[str, SeraConfig]) -> dict[str, SeraLinear]:
+    """`attach_adapter`, with a shape of its own for each layer.
+
+    Args:
+        model: The base model. If a layer does not fit, the model is not changed.
+        configs: The shape of each layer, by its dotted path.
+
+    Raises:
+        InvalidConfiguration: A path names no linear layer, or a shape does not fit its layer.
+    """
+    linears = adaptable_linears(model)
+    for path, config in configs.items():
+        if path not in linears:
+            raise InvalidConfiguration(f"the base has no linear layer {path!r}", param="target_modules")
+        config.check_fits(path, *linear_widths(linears[path]))
+    return _replace(model, {path: (linears[path], config) for path, config in configs.items()})
+
+
+def _replace(model: nn.Module, targets: Mapping[str, tuple[nn.Module, SeraConfig]]) -> dict[str, SeraLinear]:
     model.requires_grad_(False)
     layers = {}
-    for path, module in targets.items():
+    for path, (module, config) in targets.items():
         layers[path] = SeraLinear(module, config)
         replace_module(model, path, layers[path])
     return layers

@@ -45,16 +45,24 @@ class ClassifyData:
     digests: dict[str, str]
 
 
-def load_classify_data(settings: TrainSettings) -> ClassifyData:
+def load_classify_data(settings: TrainSettings, labels: list[str] | None = None) -> ClassifyData:
     """Read and check the files of `settings`.
+
+    Args:
+        settings: Options of the run.
+        labels: The labels of the adapter that the run goes on from, which it keeps; None takes those of the rows.
 
     Raises:
         InvalidData: A file or some of its rows cannot be used.
     """
     table = read_table(settings.train)
     rows = _checked_texts(table, settings)
-    labels = sorted({row.label for row in rows})
-    _check_labels(settings.train, rows, labels)
+    if labels is None:
+        labels = sorted({row.label for row in rows})
+        _check_labels(settings.train, rows, labels)
+    else:
+        _check_count(settings.train, rows)
+        _check_known(settings.train, rows, labels, f"a label of {settings.init_from}")
     digests = {"train": table.digest}
     others: dict[str, list[LabelledText]] = {"eval": [], "test": []}
     for use, path in (("eval", settings.eval), ("test", settings.test)):
@@ -79,14 +87,15 @@ def _checked_texts(table: Table, settings: TrainSettings) -> list[LabelledText]:
         table.require(pair, "--text-pair-column")
     problems, checked = Problems(table.path), []
     for row in table.rows:
-        texts = [_text(row, column, problems) for column in (settings.text_column, pair) if column is not None]
-        label = _label(row, settings.label_column, problems)
+        texts = [text_of(row, column, problems) for column in (settings.text_column, pair) if column is not None]
+        label = label_of(row, settings.label_column, problems)
         checked.append(LabelledText("\n".join(texts), label, row))
     problems.raise_if_any()
     return checked
 
 
-def _text(row: Row, column: str, problems: Problems) -> str:
+def text_of(row: Row, column: str, problems: Problems) -> str:
+    """Return the text of a column. A text that is missing, no string or blank is added to `problems`."""
     value = row.values.get(column)
     if not isinstance(value, str):
         kind = "missing" if value is None else f"{type(value).__name__} {value!r}, not text"
@@ -97,7 +106,8 @@ def _text(row: Row, column: str, problems: Problems) -> str:
     return value
 
 
-def _label(row: Row, column: str, problems: Problems) -> str:
+def label_of(row: Row, column: str, problems: Problems) -> str:
+    """Return the label of a column as text. A value that is no label is added to `problems`."""
     value = row.values.get(column)
     if isinstance(value, bool):
         return "true" if value else "false"
@@ -115,9 +125,13 @@ def _label(row: Row, column: str, problems: Problems) -> str:
     return label
 
 
-def _check_labels(path: Path, rows: list[LabelledText], labels: list[str]) -> None:
+def _check_count(path: Path, rows: list[LabelledText]) -> None:
     if len(rows) < _LEAST_ROWS:
         raise InvalidData(f"{path} has {len(rows)} rows; at least {_LEAST_ROWS} are needed", param="train")
+
+
+def _check_labels(path: Path, rows: list[LabelledText], labels: list[str]) -> None:
+    _check_count(path, rows)
     if len(labels) == 1:
         raise InvalidData(
             f"{path}: every row has the label {labels[0]!r}; add rows of another label, or check --label-column",
@@ -131,16 +145,17 @@ def _check_labels(path: Path, rows: list[LabelledText], labels: list[str]) -> No
         )
 
 
-def _check_known(path: Path, rows: list[LabelledText], labels: list[str]) -> None:
+def _check_known(path: Path, rows: list[LabelledText], labels: list[str], kept: str | None = None) -> None:
     problems, known = Problems(path), set(labels)
     shown = ", ".join(labels[:10]) + (", ..." if len(labels) > 10 else "")
     for item in rows:
         if item.label not in known:
-            problems.add(
-                item.row,
-                f"label {item.label!r} is not in the training data, which has {shown}; "
-                "correct it, delete the row, or add training rows of that label",
-            )
+            if kept is not None:
+                fault = f"is not {kept}, which has {shown}; correct it, delete the row, or train a new adapter"
+            else:
+                fault = f"is not in the training data, which has {shown}; "
+                fault += "correct it, delete the row, or add training rows of that label"
+            problems.add(item.row, f"label {item.label!r} {fault}")
     problems.raise_if_any()
 
 
@@ -188,8 +203,12 @@ class GenerateData:
     chat_template: str | None = None
 
 
-def load_generate_data(settings: TrainSettings) -> GenerateData:
+def load_generate_data(settings: TrainSettings, template: str | None = None) -> GenerateData:
     """Read and check the files of `settings`.
+
+    Args:
+        settings: Options of the run.
+        template: The chat template of the adapter that the run goes on from, which it keeps, or None.
 
     A single long text (a `.txt` file) has no rows to split. The last `eval_fraction` of its characters is held out.
 
@@ -204,9 +223,10 @@ def load_generate_data(settings: TrainSettings) -> GenerateData:
             table = read_table(path)
             rows[use] = _checked_passages(table, settings)
             digests[use] = table.digest
-    template = None
-    if settings.chat_template is not None:
+    if template is None and settings.chat_template is not None:
         template = _read_template(settings.chat_template)
+    if template is not None:
+        _check_chats(rows["train"], settings)
         digests["chat_template"] = hashlib.sha256(template.encode()).hexdigest()
         rows = {use: [passage.as_chat() for passage in passages] for use, passages in rows.items()}
     train = draw(rows["train"], settings.train_limit, settings.seed)
@@ -218,6 +238,15 @@ def load_generate_data(settings: TrainSettings) -> GenerateData:
                 train, settings.eval_fraction, settings.seed, key=lambda r: r.group, stratum=lambda r: ""
             )
     return GenerateData(train, rows["eval"], rows["test"], digests, template)
+
+
+def _check_chats(passages: list[Passage], settings: TrainSettings) -> None:
+    if any(not passage.messages and passage.prompt is None for passage in passages):
+        raise InvalidData(
+            f"{settings.train} has texts without a prompt, and {settings.init_from} answers chats; give rows with "
+            "messages, or a prompt and a completion",
+            param="train",
+        )
 
 
 def _read_template(path: Path) -> str:
@@ -251,7 +280,7 @@ def _checked_passages(table: Table, settings: TrainSettings) -> list[Passage]:
     if settings.messages_column is not None:
         table.require(settings.messages_column, "--messages-column")
         for row in table.rows:
-            messages = _messages(row, settings.messages_column, problems)
+            messages = messages_of(row, settings.messages_column, problems)
             checked.append(Passage(row, messages=messages))
     else:
         prompt, completion = settings.columns
@@ -260,8 +289,8 @@ def _checked_passages(table: Table, settings: TrainSettings) -> list[Passage]:
             table.require(prompt, "--prompt-column")
         table.require(completion, "--completion-column")
         for row in table.rows:
-            before = _string(row, prompt, problems) if prompt is not None else None
-            text = _string(row, completion, problems)
+            before = string_of(row, prompt, problems) if prompt is not None else None
+            text = string_of(row, completion, problems)
             if text is not None and not text.strip():
                 problems.add(row, f"{completion} is empty: there is nothing to learn; fill it in or delete the row")
             checked.append(Passage(row, text or "", before))
@@ -269,7 +298,8 @@ def _checked_passages(table: Table, settings: TrainSettings) -> list[Passage]:
     return checked
 
 
-def _string(row: Row, column: str, problems: Problems) -> str | None:
+def string_of(row: Row, column: str, problems: Problems) -> str | None:
+    """Return the string of a column, which may be empty. Anything else is added to `problems`."""
     value = row.values.get(column)
     if isinstance(value, str):
         return value
@@ -278,7 +308,8 @@ def _string(row: Row, column: str, problems: Problems) -> str | None:
     return None
 
 
-def _messages(row: Row, column: str, problems: Problems) -> tuple[dict[str, str], ...]:
+def messages_of(row: Row, column: str, problems: Problems) -> tuple[dict[str, str], ...]:
+    """Return the turns of a column. A chat that cannot be learned from is added to `problems`."""
     value = row.values.get(column)
     if not isinstance(value, list) or not value:
         problems.add(row, f'{column} must be a list such as [{{"role": "user", "content": "..."}}, ...]')

@@ -46,7 +46,7 @@ def training_arguments(settings: TrainSettings, run_dir: Path, *, evaluates: boo
         load_best_model_at_end=evaluates,
         metric_for_best_model=f"eval_{metric}" if evaluates else None,
         greater_is_better=(metric != "loss") if evaluates else None,
-        logging_steps=10,
+        logging_steps=settings.log_steps,
         logging_nan_inf_filter=False,
         report_to="none",
         disable_tqdm=True,

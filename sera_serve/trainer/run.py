@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from transformers import set_seed
+from transformers import TrainerCallback, set_seed
 
-from adapters_store import AdapterBundle, AdapterConfig, AdapterStore, ModuleSpec
+from adapters_store import AdapterBundle, AdapterConfig, AdapterStore, ModuleSpec, Published
 from sera_serve.base import FrozenBase, Pooling, load_base
 from sera_serve.errors import InvalidConfiguration, SeraServeError
 from sera_serve.layers import attach_adapter, attached_layers, detach_adapter, module_specs
 from sera_serve.trainer.checkpoint import last_checkpoint, run_digest, run_folder
 from sera_serve.trainer.data import ClassifyData, GenerateData, load_classify_data, load_generate_data
+from sera_serve.trainer.initial import InitialAdapter, load_initial
 from sera_serve.trainer.loop import AdapterTrainer, DivergedTraining, RichProgress
 from sera_serve.trainer.model import AdapterModel
-from sera_serve.trainer.settings import TrainSettings
+from sera_serve.trainer.settings import KEPT_BY_INIT, TrainSettings
 from sera_serve.trainer.tasks import ClassifyTask, GenerateTask, TrainingTask
 
 _DEFAULT_MAX_LENGTH = 512
@@ -45,6 +47,7 @@ class TrainResult:
         train_seconds: Wall time of this process's training, evaluations included.
         store: Folder of the store.
         resumed_from: The step from which a killed run continued, or None.
+        trained_tokens: Tokens of the training rows, times the epochs.
         notes: Changes that were made to the data: rows truncated, texts split.
     """
 
@@ -57,6 +60,7 @@ class TrainResult:
     train_seconds: float
     store: str
     resumed_from: int | None
+    trained_tokens: int
     notes: list[str]
 
     def as_json(self) -> dict[str, Any]:
@@ -64,8 +68,17 @@ class TrainResult:
         return asdict(self)
 
 
+Publish = Callable[[AdapterBundle, str], Published]
+"""Publishes a bundle as the next version of an adapter `tenant/name`."""
+
+
 def train_adapter(
-    settings: TrainSettings, *, base: FrozenBase | None = None, console: Console | None = None
+    settings: TrainSettings,
+    *,
+    base: FrozenBase | None = None,
+    console: Console | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    publish: Publish | None = None,
 ) -> TrainResult:
     """Train an adapter and publish it.
 
@@ -76,8 +89,11 @@ def train_adapter(
         settings: Options of the run.
         base: A base that is already loaded from `settings.base`. Afterwards it has no adapter attached.
         console: Shows the progress; with None nothing is shown.
+        callbacks: Told of each step, loss and evaluation, as transformers does it.
+        publish: Publishes the result, in place of the store's own method. What it raises is raised.
 
     Raises:
+        AdapterNotFound: `settings.init_from` names no adapter of the store.
         InvalidData: A file or some of its rows cannot be used.
         InvalidConfiguration: The base and the settings do not fit each other.
         RunInProgress: Another process is training the same run.
@@ -85,8 +101,15 @@ def train_adapter(
         StoreError: The version could not be published.
     """
     quiet = console or Console(quiet=True)
-    data = load_classify_data(settings) if settings.task == "classify" else load_generate_data(settings)
     store = AdapterStore(settings.store, create=True)
+    initial = load_initial(settings, store)
+    if initial is not None:
+        settings = initial.settings(settings)
+    data: ClassifyData | GenerateData
+    if settings.task == "classify":
+        data = load_classify_data(settings, initial.labels if initial is not None else None)
+    else:
+        data = load_generate_data(settings, initial.chat_template if initial is not None else None)
     if base is None:
         quiet.print(f"loading base {settings.base}", highlight=False)
         base = load_base(settings.base, device=settings.device, dtype=settings.dtype)
@@ -94,31 +117,41 @@ def train_adapter(
         raise InvalidConfiguration("the base has an adapter attached; detach it first", param="base")
     max_length = _max_length(settings, base)
     try:
-        return _train_on(settings, base, data, max_length, store, quiet)
+        run = _Run(settings, base, data, max_length, initial, quiet, callbacks)
+        return _train_on(run, publish or store.publish)
     finally:
         detach_adapter(base.model)
 
 
-def _train_on(
-    settings: TrainSettings,
-    base: FrozenBase,
-    data: ClassifyData | GenerateData,
-    max_length: int,
-    store: AdapterStore,
-    console: Console,
-) -> TrainResult:
+@dataclass(frozen=True)
+class _Run:
+    """What a run works with."""
+
+    settings: TrainSettings
+    base: FrozenBase
+    data: ClassifyData | GenerateData
+    max_length: int
+    initial: InitialAdapter | None
+    console: Console
+    callbacks: Sequence[TrainerCallback]
+
+
+def _train_on(run: _Run, publish: Publish) -> TrainResult:
+    settings, base, data, console = run.settings, run.base, run.data, run.console
     # Before adapter and head draw their initial values.
     set_seed(settings.seed)
-    shape = settings.adapter_config()
-    if shape is not None:
-        attach_adapter(base.model, shape)
-    task = _task(settings, base, data, max_length)
+    _attach(run)
+    task = _task(settings, base, data, run.max_length)
+    if run.initial is not None:
+        task.model.load_stored_tensors(run.initial.bundle.tensors)
     for note in task.notes:
         console.print(f"note: {note}", highlight=False, soft_wrap=True)
-    identity = {"settings": settings.identity(), "data": data.digests, "base": base.info.model_dump()}
+    identity: dict[str, Any] = {"settings": settings.identity(), "data": data.digests, "base": base.info.model_dump()}
+    if run.initial is not None:
+        identity["init_from"] = run.initial.digest
     begun = time.monotonic()
     with run_folder(settings.default_work_dir(), run_digest(identity), resume=settings.resume) as folder:
-        resumed_from, best_step = _fit(task, settings, folder, console)
+        resumed_from, best_step = _fit(task, run, folder)
         metrics = task.evaluate(task.eval_rows) if task.eval_rows else {}
         if task.test_rows:
             metrics |= {f"test_{name}": value for name, value in task.evaluate(task.test_rows).items()}
@@ -129,12 +162,12 @@ def _train_on(
             task.model,
             labels=data.labels if isinstance(data, ClassifyData) else None,
             pooling=task.pooling if isinstance(task, ClassifyTask) else None,
-            max_length=max_length if settings.task == "classify" else None,
+            max_length=run.max_length if settings.task == "classify" else None,
             chat_template=data.chat_template if isinstance(data, GenerateData) else None,
-            record=_record(settings, task, data, metrics, best_step),
+            record=_record(run, task, metrics, best_step),
         )
         # Inside the block, so that the checkpoints stay until the version is durable. A second publishing adds nothing.
-        published = store.publish(bundle, settings.name)
+        published = publish(bundle, settings.name)
     return TrainResult(
         adapter=published.adapter,
         version=published.version,
@@ -147,8 +180,16 @@ def _train_on(
         train_seconds=round(seconds, 3),
         store=str(settings.store),
         resumed_from=resumed_from,
+        trained_tokens=settings.epochs * task.train_tokens,
         notes=task.notes,
     )
+
+
+def _attach(run: _Run) -> None:
+    if run.initial is not None:
+        run.initial.attach(run.base, run.settings.dropout)
+    elif (shape := run.settings.adapter_config()) is not None:
+        attach_adapter(run.base.model, shape)
 
 
 def _task(
@@ -166,11 +207,12 @@ def _task(
     )
 
 
-def _fit(task: TrainingTask, settings: TrainSettings, folder: Path, console: Console) -> tuple[int | None, int]:
+def _fit(task: TrainingTask, run: _Run, folder: Path) -> tuple[int | None, int]:
     """Train to the end. Return (the step of the checkpoint resumed from or None, the step of the kept tensors)."""
+    settings, console = run.settings, run.console
     checkpoint = last_checkpoint(folder, task.model.stored_tensors())
     progress = RichProgress(console)
-    trainer = AdapterTrainer(task, settings, folder, [progress])
+    trainer = AdapterTrainer(task, settings, folder, [progress, *run.callbacks])
     if checkpoint is not None:
         console.print(f"continuing from {checkpoint.name} in {folder}", highlight=False, soft_wrap=True)
     try:
@@ -198,23 +240,22 @@ def _max_length(settings: TrainSettings, base: FrozenBase) -> int:
     return settings.max_length
 
 
-def _record(
-    settings: TrainSettings,
-    task: TrainingTask,
-    data: ClassifyData | GenerateData,
-    metrics: dict[str, float],
-    best_step: int,
-) -> dict[str, Any]:
+def _record(run: _Run, task: TrainingTask, metrics: dict[str, float], best_step: int) -> dict[str, Any]:
     """Describe how the version was trained. Equal settings give equal records, or the bundle's digest would change."""
+    settings = run.settings
+    told = ("base", "name", "task", "method", *(KEPT_BY_INIT if run.initial is not None else ()))
     record = {
-        "settings": {k: v for k, v in settings.identity().items() if k not in ("base", "name", "task", "method")},
+        "settings": {k: v for k, v in settings.identity().items() if k not in told},
         "learning_rate": settings.peak_learning_rate,
         "rows": {"train": len(task.train_rows), "eval": len(task.eval_rows), "test": len(task.test_rows)},
-        "data_sha256": data.digests,
+        "data_sha256": run.data.digests,
         "metrics": metrics,
         "chosen_step": best_step,
+        "trained_tokens": settings.epochs * task.train_tokens,
         "notes": task.notes,
     }
+    if run.initial is not None:
+        record["init_from"] = {"adapter": run.initial.reference, "digest": run.initial.digest}
     return record | ({"description": settings.description} if settings.description else {})
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, cast
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from adapters_store import parse_adapter
+from adapters_store import parse_adapter, parse_ref
 from adapters_store.errors import InvalidAdapterName
 from sera_serve.base import Pooling
 from sera_serve.errors import InvalidConfiguration
@@ -79,11 +79,13 @@ _ONLY_FOR_TASK: dict[Task, tuple[str, ...]] = {
     "generate": ("prompt_column", "completion_column", "messages_column", "chat_template"),
 }
 _ADAPTER_SHAPE = ("rank", "split", "lora_alpha", "target_modules", "train_factors")
+# What a run keeps of the adapter that it goes on from.
+KEPT_BY_INIT = ("method", *_ADAPTER_SHAPE, "pooling")
 # These settings change where a run is stored or how it is shown. They do not change the resulting adapter.
 # Of files, the contents count.
 _NOT_IDENTITY = {
     *("store", "train", "eval", "test", "chat_template"),
-    *("work_dir", "resume", "checkpoint_seconds", "description"),
+    *("work_dir", "resume", "checkpoint_seconds", "description", "log_steps", "init_from"),
 }
 
 
@@ -104,6 +106,12 @@ class TrainSettings(BaseModel):
     name: str = _option(..., "Adapter id, tenant/name; each run publishes its next version.", WHAT)
     task: Task = _option(..., "classify: predict a label for each text. generate: continue a prompt.", WHAT)
     description: str | None = _option(None, "A note kept with the version.", WHAT, max_length=500)
+    init_from: str | None = _option(
+        None,
+        "Adapter of the store to go on from, such as acme/spam or acme/spam@v3; its method, shape, labels and template "
+        "are kept.",
+        WHAT,
+    )
 
     train: Path = _option(..., "Training rows: .csv, .tsv, .jsonl, .parquet, or .txt (plain text).", DATA)
     eval: Path | None = _option(
@@ -187,12 +195,23 @@ class TrainSettings(BaseModel):
     checkpoint_seconds: float = _option(
         15.0, "Least time between checkpoints within an epoch; there is also one after each epoch.", RUN, ge=0
     )
+    log_steps: int = _option(10, "Steps between two figures of the loss.", RUN, ge=1)
 
     @field_validator("name")
     @classmethod
     def _name_is_an_id(cls, value: str) -> str:
         try:
             parse_adapter(value)
+        except InvalidAdapterName as error:
+            raise ValueError(error.message) from error
+        return value
+
+    @field_validator("init_from")
+    @classmethod
+    def _init_is_a_reference(cls, value: str | None) -> str | None:
+        try:
+            if value is not None:
+                parse_ref(value)
         except InvalidAdapterName as error:
             raise ValueError(error.message) from error
         return value
@@ -221,7 +240,10 @@ class TrainSettings(BaseModel):
                 raise ValueError("--chat-template needs a question for each answer; give --prompt-column too")
             if self.select_by not in (None, "loss"):
                 raise ValueError(f"--select-by {self.select_by} is for task classify; generate has only loss")
-        self._check_method()
+        if self.init_from is None:
+            self._check_method()
+        elif given := [field for field in KEPT_BY_INIT if field in self.model_fields_set]:
+            raise ValueError(f"--init-from keeps what {flag(given[0])} says; leave {flag(given[0])} out")
         return self
 
     def _check_method(self) -> None:

@@ -28,7 +28,8 @@ class TrainingTask(Protocol):
     Attributes:
         model: The module to train.
         train_rows: The training rows, each a mapping.
-        lengths: Length of each training row in tokens.
+        lengths: Length of each training row in tokens; 1 for a row of head-only training.
+        train_tokens: Tokens of all training rows.
         eval_rows: The rows that choose the best epoch; may be empty.
         test_rows: The rows that are scored once at the end; may be empty.
         notes: Changes to the data that the user should know (rows truncated, texts split).
@@ -37,6 +38,7 @@ class TrainingTask(Protocol):
     model: AdapterModel
     train_rows: Sequence[Any]
     lengths: Sequence[int]
+    train_tokens: int
     eval_rows: Sequence[Any]
     test_rows: Sequence[Any]
     notes: list[str]
@@ -78,6 +80,7 @@ class ClassifyTask:
         self._index = {label: i for i, label in enumerate(data.labels)}
         head = new_head(base, len(data.labels))
         rows = [self._tokenise(part, name) for name, part in _parts(data)]
+        self.train_tokens = sum(len(row["input_ids"]) for row in rows[0])
         self.model: AdapterModel
         self.train_rows: Sequence[Any]
         self.eval_rows: Sequence[Any]
@@ -175,6 +178,7 @@ class GenerateTask:
         self.eval_rows: Sequence[Any] = self._tokenise(data.eval, "evaluation")
         self.test_rows: Sequence[Any] = self._tokenise(data.test, "test")
         self.lengths: Sequence[int] = [len(row["input_ids"]) for row in self.train_rows]
+        self.train_tokens = sum(self.lengths)
 
     def _tokenise(self, passages: list[Passage], name: str) -> list[TokenRow]:
         with closing(PassageTokenizer(self.base, self.max_length, self.chat_template)) as tokeniser:

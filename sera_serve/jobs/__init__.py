@@ -1,0 +1,41 @@
+"""Training jobs of tenants: their files, the queue, and the processes that train.
+
+`sera_serve.jobs.worker` is the program of such a process. Nothing else imports it: it needs the trainer.
+"""
+
+from sera_serve.jobs.files import (
+    FileInUse,
+    TooManyFiles,
+    TrainingFile,
+    TrainingFileNotFound,
+    TrainingFileNotStored,
+    TrainingFiles,
+)
+from sera_serve.jobs.places import Places
+from sera_serve.jobs.process import JobProcesses
+from sera_serve.jobs.records import Checkpoint, Job, JobEnded, JobEvent, JobNotFound, Jobs, TooManyJobs
+from sera_serve.jobs.rows import InvalidTrainingFile, RowKind
+from sera_serve.jobs.spec import JobSpec
+from sera_serve.jobs.supervisor import Supervisor
+
+__all__ = [
+    "Checkpoint",
+    "FileInUse",
+    "InvalidTrainingFile",
+    "Job",
+    "JobEnded",
+    "JobEvent",
+    "JobNotFound",
+    "JobProcesses",
+    "JobSpec",
+    "Jobs",
+    "Places",
+    "RowKind",
+    "Supervisor",
+    "TooManyFiles",
+    "TooManyJobs",
+    "TrainingFile",
+    "TrainingFileNotFound",
+    "TrainingFileNotStored",
+    "TrainingFiles",
+]

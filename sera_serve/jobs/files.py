@@ -1,0 +1,278 @@
+"""Training files that tenants have uploaded: bytes below `jobs/files/`, everything else in the database."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+import sqlite3
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Literal, cast
+
+from sera_serve.access import AccessDatabase
+from sera_serve.errors import SeraServeError
+from sera_serve.jobs.places import Places
+from sera_serve.jobs.rows import CheckedRows, RowKind, check_rows
+
+MAX_FILES = 1000
+"""Files of one tenant."""
+_UNFINISHED = "('validating_files', 'queued', 'running')"
+_COLUMNS = "id, tenant, filename, purpose, bytes, sha256, kind, rows, created_at, number"
+_PART = ".part"
+_BLOCK_BYTES = 1 << 20
+
+
+class TrainingFileNotFound(SeraServeError):
+    """There is no file of this id, or it is another tenant's."""
+
+    code = "file_not_found"
+    status = 404
+
+
+class FileInUse(SeraServeError):
+    """A job that has not finished needs the file."""
+
+    code = "file_in_use"
+    status = 409
+
+
+class TooManyFiles(SeraServeError):
+    """The files of the tenant take as much space as the server gives to one tenant."""
+
+    code = "too_many_files"
+    status = 422
+
+
+class TrainingFileNotStored(SeraServeError):
+    """The file cannot be written to the store, or read from it."""
+
+    code = "file_not_stored"
+    status = 507
+
+
+@dataclass(frozen=True)
+class TrainingFile:
+    """One uploaded file.
+
+    Attributes:
+        id: `file-` and random digits.
+        tenant: Whose it is.
+        filename: What the client called it. It names nothing here.
+        purpose: `fine-tune`.
+        nbytes: Size.
+        sha256: Of the bytes, hexadecimal.
+        kind: What each row has.
+        rows: Number of rows.
+        created_at: Seconds since 1970.
+        number: Files in the order in which they came.
+    """
+
+    id: str
+    tenant: str
+    filename: str
+    purpose: str
+    nbytes: int
+    sha256: str
+    kind: RowKind
+    rows: int
+    created_at: float
+    number: int
+
+
+class TrainingFiles:
+    """The files of all tenants. Every method blocks, and raises AccessDatabaseError.
+
+    A file is written under another name, synced, renamed, and then recorded. Whoever writes holds a lock of the file,
+    so `sweep` deletes only what a killed server has left.
+    """
+
+    def __init__(self, database: AccessDatabase, places: Places, max_tenant_bytes: int) -> None:
+        """Use a database and directories.
+
+        Args:
+            database: Of the store.
+            places: Of the store.
+            max_tenant_bytes: Bytes that all files of one tenant may have.
+        """
+        self._database = database
+        self._places = places
+        self._max_tenant_bytes = max_tenant_bytes
+
+    def add(self, tenant: str, filename: str, source: BinaryIO) -> TrainingFile:
+        """Check the rows of a file, and keep it.
+
+        Raises:
+            InvalidTrainingFile: A row cannot be used.
+            TooManyFiles: The tenant has no space left.
+            TrainingFileNotStored: The disk is full or not writable.
+        """
+        checked = check_rows(source)
+        self._check_space(tenant, checked.nbytes)
+        file_id = f"file-{secrets.token_hex(12)}"
+        try:
+            self._places.make()
+            with self._places.file(file_id + _PART).open("xb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                part = Path(file.name)
+                try:
+                    _copy(source, file)
+                    part.rename(self._places.file(file_id))
+                    _sync(self._places.files)
+                    return self._record(file_id, tenant, filename, checked)
+                except BaseException:
+                    for path in (part, self._places.file(file_id)):
+                        path.unlink(missing_ok=True)
+                    raise
+        except OSError as error:
+            raise TrainingFileNotStored(
+                f"the file could not be written to the store ({error.strerror or error}); free space on its disk",
+                param="file",
+            ) from error
+
+    def get(self, file_id: str, tenant: str | None) -> TrainingFile:
+        """Return a file. `tenant` None sees the files of all tenants.
+
+        Raises:
+            TrainingFileNotFound: There is none, or it is another tenant's.
+        """
+        with self._database.reading() as connection:
+            row = None
+            if connection is not None:
+                row = connection.execute(f"SELECT {_COLUMNS} FROM files WHERE id = ?", (file_id,)).fetchone()
+        if row is None or tenant not in (None, row[1]):
+            raise no_file(file_id)
+        return _file(row)
+
+    def page(
+        self, tenant: str | None, after: str | None, limit: int, order: Literal["asc", "desc"] = "desc"
+    ) -> tuple[list[TrainingFile], bool]:
+        """Return (files, whether there are more), the newest first by default.
+
+        Raises:
+            TrainingFileNotFound: `after` names no file of the tenant.
+        """
+        comes_after, direction = ("<", "DESC") if order == "desc" else (">", "ASC")
+        where, values = ["1"], []
+        if tenant is not None:
+            where.append("tenant = ?")
+            values.append(tenant)
+        if after is not None:
+            where.append(f"number {comes_after} ?")
+            values.append(str(self.get(after, tenant).number))
+        query = (
+            f"SELECT {_COLUMNS} FROM files WHERE {' AND '.join(where)} ORDER BY number {direction} LIMIT {limit + 1}"
+        )
+        with self._database.reading() as connection:
+            rows = [] if connection is None else connection.execute(query, values).fetchall()
+        return [_file(row) for row in rows[:limit]], len(rows) > limit
+
+    def path(self, file: TrainingFile) -> Path:
+        """Where the bytes of a file lie."""
+        return self._places.file(file.id)
+
+    def delete(self, file_id: str, tenant: str | None) -> TrainingFile:
+        """Delete a file, and return what it was.
+
+        Raises:
+            TrainingFileNotFound: As `get`.
+            FileInUse: A job that has not finished needs it.
+        """
+        file = self.get(file_id, tenant)
+        with self._database.writing() as connection:
+            used = connection.execute(
+                f"SELECT id FROM jobs WHERE status IN {_UNFINISHED} AND ? IN (training_file, validation_file)",
+                (file_id,),
+            ).fetchone()
+            if used is not None:
+                raise FileInUse(
+                    f"job {used[0]} needs file {file_id}; cancel the job, or wait for its end", param="file_id"
+                )
+            if connection.execute("DELETE FROM files WHERE id = ?", (file_id,)).rowcount == 0:
+                raise no_file(file_id)
+        # A kill before this line leaves bytes without a record, which `sweep` deletes.
+        with suppress(OSError):
+            self.path(file).unlink(missing_ok=True)
+        return file
+
+    def sweep(self) -> int:
+        """Delete bytes that no record names and nobody writes. Returns their number; raises OSError."""
+        if not self._places.files.is_dir():
+            return 0
+        swept = 0
+        for path in self._places.files.iterdir():
+            if self._is_recorded(path.name):
+                continue
+            with suppress(FileNotFoundError), path.open("rb") as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    # Another server receives it.
+                    continue
+                if not self._is_recorded(path.name):
+                    path.unlink()
+                    swept += 1
+        return swept
+
+    def _is_recorded(self, file_id: str) -> bool:
+        try:
+            self.get(file_id, None)
+        except TrainingFileNotFound:
+            return False
+        return True
+
+    def _check_space(self, tenant: str, nbytes: int, connection: sqlite3.Connection | None = None) -> None:
+        query = "SELECT count(*), coalesce(sum(bytes), 0) FROM files WHERE tenant = ?"
+        if connection is None:
+            with self._database.reading() as reading:
+                if reading is not None:
+                    self._check_space(tenant, nbytes, reading)
+            return
+        count, used = connection.execute(query, (tenant,)).fetchone()
+        if count >= MAX_FILES or used + nbytes > self._max_tenant_bytes:
+            raise TooManyFiles(
+                f"tenant {tenant} has {count} files of {used} bytes; the limits are {MAX_FILES} files and "
+                f"{self._max_tenant_bytes} bytes: delete some",
+                param="file",
+            )
+
+    def _record(self, file_id: str, tenant: str, filename: str, checked: CheckedRows) -> TrainingFile:
+        values = (file_id, tenant, filename, "fine-tune", checked.nbytes, checked.sha256, checked.kind, checked.rows)
+        now = time.time()
+        with self._database.writing() as connection:
+            # Again: other uploads of the tenant may have come between.
+            self._check_space(tenant, checked.nbytes, connection)
+            done = connection.execute(
+                "INSERT INTO files (id, tenant, filename, purpose, bytes, sha256, kind, rows, created_at) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (*values, now),
+            )
+            number = cast(int, done.lastrowid)
+        return TrainingFile(*values, now, number)
+
+
+def no_file(file_id: str, param: str = "file_id") -> TrainingFileNotFound:
+    """The refusal of a file that is not there, or that the caller may not know of."""
+    return TrainingFileNotFound(f"file {file_id[:64]!r} does not exist; GET /v1/files lists the files", param=param)
+
+
+def _copy(source: BinaryIO, target: BinaryIO) -> None:
+    source.seek(0)
+    while block := source.read(_BLOCK_BYTES):
+        target.write(block)
+    target.flush()
+    os.fsync(target.fileno())
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _file(row: tuple[object, ...]) -> TrainingFile:
+    return TrainingFile(*row)  # type: ignore[arg-type]

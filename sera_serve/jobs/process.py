@@ -1,0 +1,245 @@
+"""The process that trains one job: how it is started, what it reports, and how it is ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from sera_serve.access import DEFAULT
+from sera_serve.base.loading import EMBEDDED
+from sera_serve.jobs.places import Places
+from sera_serve.jobs.records import Checkpoint, Job, NewEvent
+from sera_serve.jobs.spec import TRAINING_NAME, VALIDATION_NAME
+
+ORDERS, PROGRESS, RESULT, PUBLISHING, LOG = (
+    *("orders.json", "progress.jsonl", "result.json"),
+    *("publishing.json", "log"),
+)
+"""Files of a job's directory."""
+_MOST_READ = 256 << 10
+_LOG_TAIL = 2000
+# The child watches for the server's end before it imports anything: its imports take seconds. The server writes nothing
+# to the pipe, so a read returns when the server has ended, however it ended.
+_PROGRAM = """
+import os, signal, sys, threading
+def end_with_server():
+    while os.read(0, 1):
+        pass
+    os.killpg(0, signal.SIGKILL)
+threading.Thread(target=end_with_server, daemon=True).start()
+from pathlib import Path
+from sera_serve.jobs.worker import main
+sys.exit(main(Path(sys.argv[1])))
+"""
+
+
+@dataclass(frozen=True)
+class JobProcesses:
+    """How the processes of jobs are started.
+
+    Attributes:
+        base: What the server has loaded as its base.
+        store: Directory of the store.
+        device: Torch device.
+        dtype: dtype of the base.
+        threads: Threads of one process.
+        gpu_memory_fraction: Share of a GPU's memory that one process may use.
+        max_bundle_bytes: Largest bundle of the store.
+        quotas: Limits of the settings file, by tenant.
+    """
+
+    base: str
+    store: Path
+    device: str
+    dtype: str
+    threads: int
+    gpu_memory_fraction: float
+    max_bundle_bytes: int
+    quotas: Mapping[str, Mapping[str, int | str]] = field(default_factory=dict)
+
+    def start(self, job: Job, places: Places) -> JobProcess:
+        """Start the process of a job. Its directory may be that of an earlier process, which it goes on from.
+
+        Raises:
+            OSError: The disk is full, or no process can be made.
+        """
+        places.make()
+        run = places.run(job.id)
+        run.mkdir(mode=0o700, exist_ok=True)
+        settings = job.spec.train_settings(
+            # The process has another working directory.
+            str(Path(self.base).resolve()) if self.base != EMBEDDED and Path(self.base).is_dir() else self.base,
+            self.store.absolute(),
+            run,
+            device=self.device,
+            dtype=self.dtype,
+        )
+        _link(places.file(job.training_file), run / TRAINING_NAME)
+        if job.validation_file is not None:
+            _link(places.file(job.validation_file), run / VALIDATION_NAME)
+            settings["eval"] = VALIDATION_NAME
+        orders = {
+            "job": job.id,
+            "settings": settings,
+            "threads": self.threads,
+            "gpu_memory_fraction": self.gpu_memory_fraction,
+            "max_bundle_bytes": self.max_bundle_bytes,
+            "quotas": {tenant: limits for tenant, limits in self.quotas.items() if tenant in (job.tenant, DEFAULT)},
+        }
+        (run / ORDERS).write_text(json.dumps(orders))
+        # The child finds the modules that this process has found.
+        modules = os.pathsep.join(entry for entry in sys.path if entry)
+        environment = {
+            **os.environ,
+            "PYTHONPATH": modules,
+            "OMP_NUM_THREADS": str(self.threads),
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+        with (run / LOG).open("wb") as log:
+            # Its end of the pipe closes when this process ends, however it ends; then the child ends too.
+            child = subprocess.Popen(
+                [sys.executable, "-P", "-c", _PROGRAM, str(run)],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                env=environment,
+                start_new_session=True,
+            )
+        return JobProcess(job, run, child)
+
+
+@dataclass(frozen=True)
+class LastSteps:
+    """The last steps whose loss, and whose evaluation, are recorded."""
+
+    trained: int = 0
+    evaluated: int = 0
+
+
+@dataclass
+class Reported:
+    """What a process has reported since it was last asked.
+
+    Attributes:
+        read: Bytes of its progress, from the beginning.
+        last: The last steps in it.
+        events: Of the job.
+        checkpoints: Ends of epochs.
+        estimated_finish: Seconds since 1970, or None.
+    """
+
+    read: int
+    last: LastSteps
+    events: list[NewEvent]
+    checkpoints: list[Checkpoint]
+    estimated_finish: float | None = None
+
+
+class JobProcess:
+    """A running process of a job."""
+
+    def __init__(self, job: Job, run: Path, child: subprocess.Popen[bytes]) -> None:
+        """Take a started process."""
+        self.job = job
+        self.run = run
+        self.recorded_at = 0.0
+        self._child = child
+
+    @property
+    def status(self) -> int | None:
+        """The exit status, negative for a signal; None while it runs."""
+        return self._child.poll()
+
+    def kill(self) -> None:
+        """End the process and its own children at once."""
+        with suppress(ProcessLookupError):
+            os.killpg(self._child.pid, signal.SIGKILL)
+        self._child.wait()
+        if self._child.stdin is not None:
+            self._child.stdin.close()
+
+    def log_tail(self) -> str:
+        """The end of what the process has written, for the server's log."""
+        with suppress(OSError), (self.run / LOG).open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _LOG_TAIL))
+            return file.read().decode("utf-8", "replace")
+        return ""
+
+
+def read_result(run: Path) -> dict[str, Any] | None:
+    """The result that a process left in its directory, or None."""
+    return _read_json(run / RESULT)
+
+
+def read_publishing(run: Path) -> dict[str, Any] | None:
+    """The version that a process was about to publish, or None: `name` and `digest`."""
+    return _read_json(run / PUBLISHING)
+
+
+def read_progress(run: Path, begin: int, last: LastSteps) -> Reported:
+    """Read the progress of a process from byte `begin` on, a bounded part of it.
+
+    A process that goes on from a checkpoint reports steps again; those up to `last` are left out.
+    """
+    found = Reported(begin, last, [], [])
+    try:
+        with (run / PROGRESS).open("rb") as file:
+            file.seek(begin)
+            data = file.read(_MOST_READ)
+    except OSError:
+        return found
+    whole = data.rfind(b"\n") + 1
+    found.read += whole
+    for line in data[:whole].splitlines():
+        # A process that was killed may leave a part of a line.
+        with suppress(ValueError, KeyError, TypeError):
+            _take(json.loads(line), found)
+    return found
+
+
+def _take(entry: dict[str, Any], found: Reported) -> None:
+    kind = entry.pop("type")
+    if kind == "message":
+        found.events.append(NewEvent(str(entry["message"])))
+        return
+    step, total = int(entry["step"]), int(entry["total_steps"])
+    if seconds := entry.pop("seconds_left", None):
+        found.estimated_finish = time.time() + float(seconds)
+    if kind == "checkpoint":
+        metrics = {name: value for name, value in entry.items() if isinstance(value, int | float)}
+        metrics.pop("total_steps", None)
+        found.checkpoints.append(Checkpoint(step, time.time(), None, metrics))
+    elif kind == "metrics" and step > (found.last.evaluated if "eval_loss" in entry else found.last.trained):
+        found.last = replace(found.last, **{"evaluated" if "eval_loss" in entry else "trained": step})
+        shown = ", ".join(
+            f"{name.replace('_', ' ')}={entry[name]:.4f}" for name in ("train_loss", "eval_loss") if name in entry
+        )
+        found.events.append(NewEvent(f"Step {step}/{total}: {shown}", type="metrics", data=entry))
+
+
+def clear(run: Path) -> None:
+    """Delete a job's directory."""
+    shutil.rmtree(run, ignore_errors=True)
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _link(target: Path, link: Path) -> None:
+    link.unlink(missing_ok=True)
+    link.symlink_to(target)

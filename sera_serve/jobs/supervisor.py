@@ -1,0 +1,263 @@
+"""Runs the queued jobs: in threads and processes of its own, a number at a time, each to its end exactly once."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import IO
+
+from adapters_store import AdapterStore, Published
+from adapters_store.errors import AdapterNotFound, StoreError
+from sera_serve.access import AccessDatabaseError
+from sera_serve.jobs.files import TrainingFileNotFound, TrainingFiles
+from sera_serve.jobs.places import Places
+from sera_serve.jobs.process import (
+    JobProcess,
+    JobProcesses,
+    LastSteps,
+    clear,
+    read_progress,
+    read_publishing,
+    read_result,
+)
+from sera_serve.jobs.records import Job, Jobs, NewEvent
+from sera_serve.jobs.rows import sha256_of
+
+logger = logging.getLogger("sera_serve.jobs")
+
+_TICK_S, _IDLE_S, _RECORD_S = 0.25, 2.0, 1.0
+# A process that the system ends is started again so often.
+_MAX_KILLS = 1
+
+
+class Supervisor:
+    """Runs jobs while this server is the one of its store that does: it holds a lock of `jobs/lock`.
+
+    A thread does everything. It starts the processes too: the system ends a child whose starting thread has ended.
+    """
+
+    def __init__(
+        self,
+        jobs: Jobs,
+        files: TrainingFiles,
+        places: Places,
+        store: AdapterStore,
+        processes: JobProcesses,
+        max_jobs: int,
+        on_finish: Callable[[Job, Published | None], None] = lambda job, published: None,
+    ) -> None:
+        """Prepare. Nothing runs before `start`.
+
+        Args:
+            jobs: The jobs.
+            files: Their files.
+            places: Their directories.
+            store: Where adapters are published.
+            processes: How to start a job's process.
+            max_jobs: Processes at once; with 0, jobs wait.
+            on_finish: Called with each job that has succeeded or failed, and what it has published, on the supervisor's
+                thread.
+        """
+        self._jobs = jobs
+        self._files = files
+        self._places = places
+        self._store = store
+        self._processes = processes
+        self._max_jobs = max_jobs
+        self._on_finish = on_finish
+        self._running: dict[str, JobProcess] = {}
+        self._last_steps: dict[str, LastSteps] = {}
+        self._wake = threading.Event()
+        self._closing = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._lock: IO[bytes] | None = None
+
+    def start(self) -> None:
+        """Begin to run jobs; those of a server that was killed go on."""
+        self._thread = threading.Thread(target=self._serve, name="jobs", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End all processes, and return when they have ended. Their jobs go on when a supervisor starts again."""
+        self._closing.set()
+        self._wake.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def wake(self) -> None:
+        """Look at the jobs now: one was made or cancelled."""
+        self._wake.set()
+
+    def _serve(self) -> None:
+        try:
+            while not self._closing.is_set():
+                try:
+                    if self._take_lock():
+                        self._tick()
+                except (AccessDatabaseError, StoreError, OSError) as error:
+                    logger.error("training jobs stand still: %s", error)
+                except Exception:
+                    # A defect must not end all jobs of the server; the next round tries again.
+                    logger.exception("training jobs stand still")
+                self._wake.wait(_TICK_S if self._running else _IDLE_S)
+                self._wake.clear()
+        finally:
+            for process in self._running.values():
+                process.kill()
+            if self._lock is not None:
+                self._lock.close()
+
+    def _take_lock(self) -> bool:
+        """Become the supervisor of the store, if none is."""
+        if self._lock is not None:
+            return True
+        # Without a job there is nothing to run, and maybe no right to write.
+        if not self._places.root.is_dir():
+            return False
+        lock = self._places.lock.open("ab")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            return False
+        self._lock = lock
+        self._files.sweep()
+        return True
+
+    def _tick(self) -> None:
+        for job in self._jobs.of_status("validating_files"):
+            self._check_files(job)
+        running = {job.id: job for job in self._jobs.of_status("running")}
+        followed = dict(self._running)
+        for process in followed.values():
+            self._follow(process, running.get(process.job.id))
+        for job in running.values():
+            # Of a server that was killed.
+            if job.id not in followed and len(self._running) < self._max_jobs:
+                self._go_on(job)
+        while len(self._running) < self._max_jobs and not self._closing.is_set():
+            next_job = self._jobs.next_queued([process.job.tenant for process in self._running.values()])
+            if next_job is None:
+                break
+            if self._jobs.advance(next_job.id, "running", NewEvent("The job runs")):
+                self._begin(next_job)
+        for job in self._jobs.uncleared():
+            self._clear(job)
+
+    def _check_files(self, job: Job) -> None:
+        for param, file_id in (("training_file", job.training_file), ("validation_file", job.validation_file)):
+            if file_id is None:
+                continue
+            try:
+                file = self._files.get(file_id, None)
+                is_whole = sha256_of(self._files.path(file)) == file.sha256
+            except (TrainingFileNotFound, OSError):
+                is_whole = False
+            if not is_whole:
+                self._fail(job, "file_damaged", f"file {file_id} is not what was uploaded; upload it again", param)
+                return
+        self._jobs.advance(job.id, "queued", NewEvent("The files are valid; the job waits for its turn"))
+
+    def _begin(self, job: Job) -> None:
+        try:
+            self._running[job.id] = self._processes.start(job, self._places)
+        except OSError as error:
+            self._fail(job, "process_not_started", f"the training process could not be started: {error}", None)
+
+    def _go_on(self, job: Job) -> None:
+        """Go on with a job of which there is no process: finish it, if its process had come to an end."""
+        self._record_progress(job)
+        if self._finish_by_result(job):
+            return
+        if self._jobs.advance(job.id, "running", NewEvent("The job goes on from its last checkpoint")):
+            self._begin(job)
+
+    def _follow(self, process: JobProcess, job: Job | None) -> None:
+        """Take what a process has reported, and act on its end. `job` None: it was cancelled."""
+        if job is None:
+            process.kill()
+            del self._running[process.job.id]
+            return
+        status = process.status
+        # Each write lets all servers of the store read the keys again.
+        if status is not None or time.monotonic() - process.recorded_at > _RECORD_S:
+            process.recorded_at = time.monotonic()
+            self._record_progress(job)
+        if status is None:
+            return
+        process.kill()
+        del self._running[job.id]
+        if self._finish_by_result(job):
+            return
+        if status < 0 and job.kills < _MAX_KILLS:
+            words = f"The training process was ended by the system (signal {-status}), maybe for want of memory"
+            self._jobs.count_kill(job.id, NewEvent(f"{words}; it goes on from its last checkpoint", "warn"))
+            self._begin(job)
+        elif status < 0:
+            words = f"the training process was ended by the system twice (signal {-status})"
+            remedy = "maybe for want of memory: send a smaller batch_size, rank, or shorter rows"
+            self._fail(job, "process_killed", f"{words}, {remedy}", None)
+        else:
+            logger.error("the process of job %s ended with status %d: %s", job.id, status, process.log_tail())
+            words = f"the training process ended with status {status}; the server's log has the reason"
+            self._fail(job, "training_process_failed", words, None)
+
+    def _record_progress(self, job: Job) -> None:
+        while True:
+            if job.id not in self._last_steps:
+                self._last_steps[job.id] = self._recorded_steps(job)
+            found = read_progress(self._places.run(job.id), job.progress_read, self._last_steps[job.id])
+            if found.read == job.progress_read:
+                return
+            self._jobs.record_progress(job.id, found.read, found.events, found.checkpoints, found.estimated_finish)
+            # Not earlier: what is not recorded is read again.
+            self._last_steps[job.id] = found.last
+            job = self._jobs.get(job.id, None)
+            if job.is_finished:
+                return
+
+    def _recorded_steps(self, job: Job) -> LastSteps:
+        events, _ = self._jobs.events(job.id, None, None, 100)
+        points = [event.data for event in events if event.type == "metrics"]
+        trained = max((point["step"] for point in points if "eval_loss" not in point), default=0)
+        return LastSteps(trained, max((point["step"] for point in points if "eval_loss" in point), default=0))
+
+    def _finish_by_result(self, job: Job) -> bool:
+        """Finish a job whose process has left its result. Returns whether it had."""
+        result = read_result(self._places.run(job.id))
+        if result is None:
+            return False
+        if result["status"] == "succeeded":
+            if self._jobs.succeed(
+                job.id, job.spec.adapter, result["version"], result["chosen_step"], result["trained_tokens"]
+            ):
+                self._finished(job, Published(job.spec.adapter, result["version"], result["digest"]))
+        else:
+            self._fail(job, result["code"], result["message"], result["param"])
+        return True
+
+    def _fail(self, job: Job, code: str, message: str, param: str | None) -> None:
+        if self._jobs.fail(job.id, code, message, param):
+            self._finished(job)
+
+    def _finished(self, job: Job, published: Published | None = None) -> None:
+        self._last_steps.pop(job.id, None)
+        self._on_finish(self._jobs.get(job.id, None), published)
+
+    def _clear(self, job: Job) -> None:
+        """Delete what is left of a finished job; of a cancelled one, also what was published of it."""
+        if job.id in self._running:
+            return
+        run = self._places.run(job.id)
+        if job.status != "succeeded" and (publishing := read_publishing(run)) is not None:
+            # Its process may have published between the cancellation and its end.
+            with suppress(AdapterNotFound):
+                if self._store.resolve(job.spec.adapter).digest == publishing["digest"]:
+                    self._store.delete(job.spec.adapter)
+        self._last_steps.pop(job.id, None)
+        clear(run)
+        self._jobs.mark_cleared(job.id)

@@ -1,0 +1,241 @@
+"""The program of a job's process; `process` starts it.
+
+It reads its orders from the directory, trains, publishes, and leaves its result there. It ends with the server: the
+server holds the other end of its stdin.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+from transformers.utils.logging import disable_progress_bar
+
+from adapters_store import AdapterBundle, AdapterStore, BundleLimits, Published
+from adapters_store.errors import AdapterNotFound, StoreError
+from sera_serve.access import AccessDatabase, Holdings, Quotas
+from sera_serve.base import load_base
+from sera_serve.errors import SeraServeError
+from sera_serve.jobs.process import ORDERS, PROGRESS, PUBLISHING, RESULT, read_publishing
+from sera_serve.jobs.spec import in_words
+from sera_serve.trainer.run import train_adapter
+from sera_serve.trainer.settings import load_options
+
+CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
+"""The template of chats that are trained on a base without one. The adapter keeps it."""
+_NICENESS = 10
+# The system ends this process before the server, when memory is short.
+_OOM_SCORE = 500
+_PR_SET_PDEATHSIG = 1
+# Fields of a job's body by the trainer's names of its options.
+_PARAMS = {
+    "train": "training_file",
+    "eval": "validation_file",
+    "label_column": "training_file",
+    "chat_template": "training_file",
+    "messages_column": "training_file",
+    "learning_rate": "learning_rate_multiplier",
+    "init_from": "model",
+    "adapter": "model",
+    "suffix": "suffix",
+    **{field: f"adapter.{field}" for field in ("rank", "split", "target_modules", "method")},
+}
+
+
+class NameTaken(SeraServeError):
+    """The name of the job's adapter was taken by another one while the job ran."""
+
+    code = "name_taken"
+    status = 409
+
+
+class Progress(TrainerCallback):  # type: ignore[misc]
+    """Appends a line of JSON for each loss, evaluation and message."""
+
+    def __init__(self, path: Path) -> None:
+        """Append to a file. A process that was killed may have left a part of a line."""
+        self._file = path.open("a", encoding="utf-8")
+        self._file.write("\n")
+        self._begun: tuple[float, int] | None = None
+
+    def say(self, message: str) -> None:
+        """Append a message."""
+        self._write({"type": "message", "message": message})
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note when the first step of this process begins."""
+        self._begun = time.monotonic(), state.global_step
+        self.say(f"Training of {state.max_steps} steps begins at step {state.global_step}")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+        """Append the loss of the last steps."""
+        if "loss" in logs:
+            values = {"train_loss": logs["loss"], "learning_rate": logs.get("learning_rate")}
+            self._write({"type": "metrics", **self._place(state), **values})
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
+        """Append the metrics of an epoch."""
+        place = self._place(state)
+        self._write({"type": "metrics", **place, **self._train_loss(state), **metrics})
+        self._write({"type": "checkpoint", **place, **self._train_loss(state), **metrics})
+
+    def _place(self, state: Any) -> dict[str, Any]:
+        assert self._begun is not None
+        begun, first = self._begun
+        done = state.global_step - first
+        left = (time.monotonic() - begun) / done * (state.max_steps - state.global_step) if done else None
+        epoch = None if state.epoch is None else round(state.epoch, 3)
+        return {"step": state.global_step, "total_steps": state.max_steps, "epoch": epoch, "seconds_left": left}
+
+    def _train_loss(self, state: Any) -> dict[str, float]:
+        losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+        return {"train_loss": losses[-1]} if losses else {}
+
+    def _write(self, entry: dict[str, Any]) -> None:
+        # JSON has no NaN, which a run that diverges logs before it is stopped.
+        known = {k: v for k, v in entry.items() if v is not None and (not isinstance(v, float) or v - v == 0)}
+        self._file.write(json.dumps(known) + "\n")
+        self._file.flush()
+
+
+class Publisher:
+    """Publishes the bundle of a run under a name that no one else has."""
+
+    def __init__(self, run: Path, store: AdapterStore, holdings: Holdings) -> None:
+        """Note in a directory what is published to a store, within the tenant's quotas."""
+        self._run = run
+        self._store = store
+        self._holdings = holdings
+
+    def publish(self, bundle: AdapterBundle, name: str) -> Published:
+        """Publish a bundle.
+
+        Raises:
+            NameTaken: There is an adapter of this name.
+            QuotaExceeded: The tenant may not have another adapter, or so many bytes.
+        """
+        if self.published(name) is None:
+            self._check_free(name)
+            self._holdings.check_publish(name, bundle.digest, bundle.nbytes)
+        # A process that is killed after this, and before it leaves its result, knows by this what it has published.
+        write_json(self._run / PUBLISHING, {"name": name, "digest": bundle.digest})
+        return self._store.publish(bundle, name)
+
+    def published(self, name: str) -> dict[str, Any] | None:
+        """The result of a process of this job that was killed after it had published, or None."""
+        noted = read_publishing(self._run)
+        if noted is None:
+            return None
+        try:
+            found = self._store.resolve(name)
+        except AdapterNotFound:
+            return None
+        if found.digest != noted["digest"]:
+            return None
+        return result_of(found.version, found.digest, self._store)
+
+    def _check_free(self, name: str) -> None:
+        try:
+            self._store.resolve(name)
+        except AdapterNotFound:
+            return
+        raise NameTaken(f"an adapter {name} was published while the job ran; create the job again", param="suffix")
+
+
+def result_of(version: int, digest: str, store: AdapterStore) -> dict[str, Any]:
+    """The result of a job that has succeeded, from its version and the record of its training."""
+    training: dict[str, Any] = store.config(digest).training
+    return {
+        "status": "succeeded",
+        "version": version,
+        "digest": digest,
+        "chosen_step": training["chosen_step"],
+        "trained_tokens": training["trained_tokens"],
+    }
+
+
+def train(run: Path) -> dict[str, Any]:
+    """Carry out the orders in a directory. Returns the result of success; raises what the trainer raises."""
+    orders = json.loads((run / ORDERS).read_text(encoding="utf-8"))
+    options = orders["settings"]
+    torch.set_num_threads(orders["threads"])
+    if options["device"].startswith("cuda"):
+        torch.cuda.set_per_process_memory_fraction(orders["gpu_memory_fraction"])
+    store = AdapterStore(options["store"], limits=BundleLimits(max_bytes=orders["max_bundle_bytes"]))
+    quotas = Quotas(AccessDatabase(store.root), orders["quotas"])
+    publisher = Publisher(run, store, Holdings(store, quotas))
+    if (done := publisher.published(options["name"])) is not None:
+        return done
+    base = load_base(options["base"], device=options["device"], dtype=options["dtype"])
+    if "messages_column" in options and base.tokenizer.chat_template is None:
+        options["chat_template"] = str(CHAT_TEMPLATE)
+    progress = Progress(run / PROGRESS)
+    result = train_adapter(load_options(None, options), base=base, callbacks=[progress], publish=publisher.publish)
+    for note in result.notes:
+        progress.say(note)
+    return result_of(result.version, result.digest, store)
+
+
+def failure(error: Exception) -> dict[str, Any] | None:
+    """The result of a job that has failed, or None for a defect."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        remedy = "send a smaller batch_size or rank, or shorter rows"
+        return _failed("out_of_memory", f"the memory that a training job may use is too small; {remedy}")
+    if isinstance(error, SeraServeError | StoreError):
+        return _failed(error.code, in_words(error.message), _PARAMS.get(error.param or ""))
+    if isinstance(error, OSError):
+        return _failed("disk_error", f"the job's files cannot be written or read: {error.strerror or error}")
+    return None
+
+
+def _failed(code: str, message: str, param: str | None = None) -> dict[str, Any]:
+    return {"status": "failed", "code": code, "message": message, "param": param}
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write a file that is there whole, or not at all, and durable when this returns."""
+    part = path.with_name(path.name + ".part")
+    with part.open("w", encoding="utf-8") as file:
+        json.dump(value, file)
+        file.flush()
+        os.fsync(file.fileno())
+    part.rename(path)
+
+
+def be_modest() -> None:
+    """Let the server go first: for processors, and when memory is short."""
+    os.nice(_NICENESS)
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text(str(_OOM_SCORE))
+
+
+def end_with_parent() -> None:
+    """Let the kernel end this process with the server's thread that started it. `process` watches the pipe too."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def main(run: Path) -> int:
+    """Run the job of a directory. Returns the exit status."""
+    end_with_parent()
+    be_modest()
+    disable_progress_bar()
+    # Paths in messages are relative: those of the server are nobody's business.
+    os.chdir(run)
+    try:
+        result = train(run)
+    except Exception as error:
+        found = failure(error)
+        if found is None:
+            raise
+        result = found
+    write_json(run / RESULT, result)
+    return 0

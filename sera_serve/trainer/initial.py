@@ -1,0 +1,99 @@
+"""The adapter that a run goes on from: its shape, labels, head and template are kept, and its values are the first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from adapters_store import AdapterBundle, AdapterStore, check_base
+from sera_serve.base import FrozenBase
+from sera_serve.errors import InvalidConfiguration
+from sera_serve.layers import SeraConfig, attach_layers
+from sera_serve.trainer.settings import METHODS, TrainSettings
+
+
+@dataclass(frozen=True)
+class InitialAdapter:
+    """A version of an adapter.
+
+    Attributes:
+        reference: As the settings name it.
+        digest: Its digest.
+        bundle: Its configuration and tensors.
+    """
+
+    reference: str
+    digest: str
+    bundle: AdapterBundle
+
+    @property
+    def labels(self) -> list[str] | None:
+        """The labels of a classifier, in the order of its head."""
+        return self.bundle.config.labels
+
+    @property
+    def chat_template(self) -> str | None:
+        """The template of a generator that answers chats."""
+        return self.bundle.config.chat_template
+
+    def settings(self, settings: TrainSettings) -> TrainSettings:
+        """The settings of a run that goes on from this adapter: its method, pooling and length."""
+        config = self.bundle.config
+        kept: dict[str, object] = {"method": config.method, "pooling": config.pooling}
+        if settings.max_length is None and config.max_length is not None:
+            kept["max_length"] = config.max_length
+        return settings.model_copy(update=kept)
+
+    def attach(self, base: FrozenBase, dropout: float) -> None:
+        """Attach layers of the adapter's shape to a base. Their values are not the adapter's yet.
+
+        Raises:
+            InvalidBundle: The adapter was made for another base.
+            InvalidConfiguration: A layer has a scale that no training gives.
+        """
+        config = self.bundle.config
+        check_base(config, base.info, base.module_shapes())
+        factors = METHODS[config.method].train_factors
+        shapes = {
+            path: SeraConfig(
+                rank=spec.rank,
+                split=spec.split,
+                lora_alpha=spec.scaling * spec.rank,
+                target_modules=(path,),
+                use_mixer=spec.use_mixer,
+                dropout=dropout,
+                train_factors=factors,
+            )
+            for path, spec in config.modules.items()
+        }
+        attach_layers(base.model, shapes)
+
+
+def load_initial(settings: TrainSettings, store: AdapterStore) -> InitialAdapter | None:
+    """Load the adapter that `settings.init_from` names, or None if it names none.
+
+    Raises:
+        AdapterNotFound: There is none.
+        InvalidConfiguration: It is of another task, or has parts that the trainer does not train.
+    """
+    if settings.init_from is None:
+        return None
+    found = store.resolve(settings.init_from)
+    bundle = store.load(found.digest)
+    config = bundle.config
+    if config.task != settings.task:
+        raise InvalidConfiguration(
+            f"adapter {settings.init_from} is for task {config.task}, and this run is for {settings.task}; "
+            f"take --task {config.task} with rows for it, or another adapter",
+            param="init_from",
+        )
+    what = None
+    if config.head is not None:
+        what = "a hidden layer in its head"
+    elif any(spec.has_gain or spec.has_offset for spec in config.modules.values()):
+        what = "gains or offsets"
+    if what is not None:
+        raise InvalidConfiguration(
+            f"adapter {settings.init_from} has {what}, which cannot be trained further; take another adapter",
+            param="init_from",
+        )
+    return InitialAdapter(settings.init_from, found.digest, bundle)

@@ -1,0 +1,207 @@
+"""The supervisor with processes that do nothing: turns of tenants, results that are found, ends that happen once."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adapters_store import AdapterStore, Published
+from sera_serve.access import AccessDatabase
+from sera_serve.jobs import Job, JobEnded, JobNotFound, JobProcesses, Jobs, JobSpec, Places, Supervisor, TrainingFiles
+from sera_serve.jobs.files import FileInUse
+from sera_serve.jobs.process import JobProcess
+from sera_serve.jobs.records import NewEvent, new_job_id
+from support.live_server import wait_until
+from support.training import SORTED, jsonl
+
+Create = Callable[[str], Job]
+
+
+STARTED: list[str] = []
+CHILDREN: list[subprocess.Popen[bytes]] = []
+
+
+class IdleProcesses(JobProcesses):
+    """Starts processes that wait for their end. They write down what was started."""
+
+    def start(self, job: Job, places: Places) -> JobProcess:
+        """Start a process that sleeps."""
+        run = places.run(job.id)
+        run.mkdir(exist_ok=True)
+        child = subprocess.Popen(
+            [sys.executable, "-S", "-c", "import time; time.sleep(600)"],
+            stdin=subprocess.PIPE,
+            start_new_session=True,
+        )
+        CHILDREN.append(child)
+        STARTED.append(job.id)
+        return JobProcess(job, run, child)
+
+
+class Platform:
+    """A database, files, jobs and a supervisor over a new store."""
+
+    def __init__(self, root: Path) -> None:
+        self.store = AdapterStore(root / "store")
+        self.places = Places(self.store.root)
+        self.database = AccessDatabase(self.store.root)
+        self.files = TrainingFiles(self.database, self.places, 1 << 20)
+        self.jobs = Jobs(self.database)
+        self.processes = IdleProcesses("base", self.store.root, "cpu", "auto", 1, 0.1, 1 << 20)
+        STARTED.clear()
+        CHILDREN.clear()
+        self.ended: list[Job] = []
+        (root / "rows.jsonl").write_bytes(jsonl(SORTED))
+        self.rows = root / "rows.jsonl"
+        self.supervisor = self.new_supervisor()
+
+    def new_supervisor(self, most: int = 1) -> Supervisor:
+        def note(job: Job, published: Published | None) -> None:
+            self.ended.append(job)
+
+        return Supervisor(self.jobs, self.files, self.places, self.store, self.processes, most, note)
+
+    def create(self, tenant: str) -> Job:
+        with self.rows.open("rb") as source:
+            file = self.files.add(tenant, "rows.jsonl", source)
+        job_id = new_job_id()
+        spec = JobSpec("base", f"{tenant}/a-{job_id[-8:]}", "text", "classify", 1, 4, 1.0, 0, 12)
+        return self.jobs.create(job_id, tenant, spec, {}, file.id, None, None)
+
+    def leave(self, job: Job, **result: Any) -> None:
+        """Leave a result, as a job's process does at its end."""
+        run = self.places.run(job.id)
+        run.mkdir(exist_ok=True)
+        (run / "result.json").write_text(json.dumps(result))
+
+    def status(self, job: Job) -> str:
+        return self.jobs.get(job.id, None).status
+
+
+@pytest.fixture
+def platform(tmp_path: Path) -> Iterator[Platform]:
+    made = Platform(tmp_path)
+    yield made
+    made.supervisor.stop()
+    made.database.close()
+
+
+SUCCESS = {"status": "succeeded", "version": 1, "digest": "d", "chosen_step": 3, "trained_tokens": 42}
+
+
+def test_tenants_take_turns(platform: Platform) -> None:
+    many = [platform.create("greedy") for _ in range(3)]
+    few = [platform.create("modest") for _ in range(2)]
+    for job in (*many, *few):
+        platform.jobs.advance(job.id, "queued", NewEvent("waits"))
+    order = []
+    while (job := platform.jobs.next_queued()) is not None:
+        order.append(job.id)
+        platform.jobs.advance(job.id, "running", NewEvent("runs"))
+        platform.jobs.fail(job.id, "test", "it ends", None)
+        time.sleep(0.002)
+    assert order == [many[0].id, few[0].id, many[1].id, few[1].id, many[2].id]
+
+
+def test_a_tenant_with_fewer_running_jobs_is_next(platform: Platform) -> None:
+    first, second = platform.create("a"), platform.create("b")
+    for job in (first, second):
+        platform.jobs.advance(job.id, "queued", NewEvent("waits"))
+    assert platform.jobs.next_queued(["a"]).id == second.id  # type: ignore[union-attr]
+    assert platform.jobs.next_queued(["a", "b", "b"]).id == first.id  # type: ignore[union-attr]
+
+
+def test_a_job_runs_and_a_cancelled_one_leaves_nothing(platform: Platform) -> None:
+    job, waiting = platform.create("acme"), platform.create("acme")
+    platform.supervisor.start()
+    wait_until(lambda: platform.status(job) == "running" and platform.status(waiting) == "queued")
+    platform.jobs.cancel(job.id, "acme")
+    platform.supervisor.wake()
+    wait_until(lambda: platform.status(waiting) == "running")
+    wait_until(lambda: not platform.places.run(job.id).exists())
+    assert [job.id, waiting.id] == STARTED
+    assert platform.jobs.unfinished("acme") == 1
+
+
+def test_a_stopped_supervisor_ends_its_processes_and_the_next_goes_on(platform: Platform) -> None:
+    job = platform.create("acme")
+    platform.supervisor.start()
+    wait_until(lambda: bool(STARTED))
+    platform.supervisor.stop()
+    assert platform.status(job) == "running"
+    platform.supervisor = platform.new_supervisor()
+    platform.supervisor.start()
+    wait_until(lambda: [job.id] * 2 == STARTED)
+
+
+def test_a_result_that_a_dead_server_has_not_read_ends_the_job_once(platform: Platform) -> None:
+    job = platform.create("acme")
+    platform.jobs.advance(job.id, "running", NewEvent("runs"))
+    platform.leave(job, **SUCCESS)
+    platform.supervisor.start()
+    wait_until(lambda: platform.status(job) == "succeeded")
+    wait_until(lambda: not platform.places.run(job.id).exists())
+    assert STARTED == []
+    assert [ended.id for ended in platform.ended] == [job.id]
+    ended = platform.jobs.get(job.id, "acme")
+    assert (ended.fine_tuned_model, ended.trained_tokens) == (job.spec.adapter, 42)
+    with pytest.raises(JobEnded):
+        platform.jobs.cancel(job.id, "acme")
+    assert not platform.jobs.succeed(job.id, "acme/other", 2, 3, 1)
+
+
+def test_a_process_that_the_system_ends_is_started_again_once(platform: Platform) -> None:
+    job = platform.create("acme")
+    platform.supervisor.start()
+    for starts in (1, 2):
+        wait_until(lambda count=starts: len(STARTED) >= count)  # type: ignore[misc]
+        CHILDREN[-1].kill()
+    wait_until(lambda: platform.status(job) == "failed")
+    error = platform.jobs.get(job.id, None).error
+    assert error is not None and error["code"] == "process_killed" and "signal 9" in error["message"]
+    wait_until(lambda: not platform.places.run(job.id).exists())
+    assert len(STARTED) == 2
+
+
+def test_one_supervisor_of_a_store_runs_jobs(platform: Platform) -> None:
+    platform.create("acme")
+    platform.supervisor.start()
+    wait_until(lambda: len(STARTED) == 1)
+    other = platform.new_supervisor(most=5)
+    platform.create("acme")
+    other.start()
+    time.sleep(0.5)
+    other.stop()
+    assert len(STARTED) == 1
+
+
+def test_damaged_bytes_fail_the_job(platform: Platform) -> None:
+    job = platform.create("acme")
+    platform.places.file(job.training_file).write_bytes(b"other")
+    platform.supervisor.start()
+    wait_until(lambda: platform.status(job) == "failed")
+    error = platform.jobs.get(job.id, None).error
+    assert error is not None and (error["code"], error["param"]) == ("file_damaged", "training_file")
+
+
+def test_a_tenant_sees_only_its_own(platform: Platform) -> None:
+    job = platform.create("acme")
+    with pytest.raises(JobNotFound) as other:
+        platform.jobs.get(job.id, "evil")
+    with pytest.raises(JobNotFound) as absent:
+        platform.jobs.get("ftjob-none", "evil")
+    assert other.value.message.replace(job.id, "X") == absent.value.message.replace("ftjob-none", "X")
+    for call in (platform.jobs.cancel, platform.jobs.get):
+        with pytest.raises(JobNotFound):
+            call(job.id, "evil")
+    assert platform.jobs.page("evil", None, 10) == ([], False)
+    assert platform.files.page("evil", None, 10) == ([], False)
+    with pytest.raises(FileInUse):
+        platform.files.delete(job.training_file, "acme")
