@@ -1,0 +1,96 @@
+// Values that several components share, and hooks for work that takes time.
+
+import { useCallback, useEffect, useRef, useState } from "./html.js";
+
+/** A value that can be watched. */
+export class Store {
+  #value;
+  #watchers = new Set();
+
+  constructor(value) {
+    this.#value = value;
+  }
+
+  get value() {
+    return this.#value;
+  }
+
+  set(value) {
+    this.#value = value;
+    for (const watcher of [...this.#watchers]) watcher(value);
+  }
+
+  /** Call `watcher` after each change. Returns the function that ends this. */
+  watch(watcher) {
+    this.#watchers.add(watcher);
+    return () => this.#watchers.delete(watcher);
+  }
+}
+
+/** The value of a store. The component is drawn again when the value changes. */
+export function useStore(store) {
+  const [value, setValue] = useState(store.value);
+  useEffect(() => {
+    setValue(store.value);
+    return store.watch(setValue);
+  }, [store]);
+  return value;
+}
+
+/** Grows each time that the connection comes back. What was loaded before may be old then. */
+export const connectionEpoch = new Store(0);
+
+/**
+ * Load something now, and again when `inputs` change or the connection comes back.
+ *
+ * `load(signal)` returns a promise. The result is `{data, error, loading, reload}`; `data` stays while it loads again.
+ */
+export function useLoad(load, inputs) {
+  const epoch = useStore(connectionEpoch);
+  const [round, setRound] = useState(0);
+  const [state, setState] = useState({ data: null, error: null, loading: true });
+  const shown = useRef(null);
+  useEffect(() => {
+    const controller = new AbortController();
+    const key = JSON.stringify(inputs);
+    const isOther = shown.current !== key;
+    shown.current = key;
+    setState((old) => ({ data: isOther ? null : old.data, error: isOther ? null : old.error, loading: true }));
+    load(controller.signal).then(
+      (data) => !controller.signal.aborted && setState({ data, error: null, loading: false }),
+      (error) => !controller.signal.aborted && setState((old) => ({ data: old.data, error, loading: false })),
+    );
+    return () => controller.abort();
+  }, [...inputs, epoch, round]);
+  const reload = useCallback(() => setRound((number) => number + 1), []);
+  return { ...state, reload };
+}
+
+/**
+ * One action at a time, such as a form that is sent.
+ *
+ * The result is `{run, busy, error, clear}`. `run` returns whether the action succeeded.
+ */
+export function useAction(action) {
+  const [state, setState] = useState({ busy: false, error: null });
+  const current = useRef(action);
+  const isMounted = useRef(true);
+  current.current = action;
+  useEffect(() => {
+    isMounted.current = true;
+    return () => (isMounted.current = false);
+  }, []);
+  const run = useCallback(async (...given) => {
+    setState({ busy: true, error: null });
+    try {
+      await current.current(...given);
+      if (isMounted.current) setState({ busy: false, error: null });
+      return true;
+    } catch (error) {
+      if (isMounted.current) setState({ busy: false, error });
+      return false;
+    }
+  }, []);
+  const clear = useCallback(() => setState({ busy: false, error: null }), []);
+  return { ...state, run, clear };
+}

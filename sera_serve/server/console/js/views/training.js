@@ -1,0 +1,131 @@
+// Training on the server: files of rows, jobs, one job, and the form of a new one.
+
+import { html, useRef, useState } from "../html.js";
+import { get, path, send, upload } from "../api.js";
+import { DropZone, Progress } from "../files.js";
+import { ago, bytes, full } from "../format.js";
+import { Status } from "../jobs.js";
+import { href, route } from "../router.js";
+import { useAction, useLoad, useStore } from "../store.js";
+import { Button, Confirm, Empty, ErrorNote, Heading, Loading, notify } from "../ui.js";
+import { Job } from "./job.js";
+import { NewJob } from "./new_job.js";
+
+const PAGE = 50;
+
+export default function Training({ me }) {
+  const { parts } = useStore(route);
+  if (parts[1] === "new") return html`<${NewJob} me=${me} />`;
+  if (parts[1] !== undefined && parts[1] !== "files") return html`<${Job} key=${parts[1]} id=${parts[1]} />`;
+  const isFiles = parts[1] === "files";
+  return html`
+    <${Heading} title="Training" lead="Your rows in, an adapter out. It serves as soon as it is trained.">
+      <a class="button primary" href=${href(["training", "new"])}>New job</a>
+    <//>
+    <nav class="tabs" aria-label="Training">
+      <a href=${href(["training"])} aria-current=${isFiles ? undefined : "page"}>Jobs</a>
+      <a href=${href(["training", "files"])} aria-current=${isFiles ? "page" : undefined}>Files</a>
+    </nav>
+    ${isFiles ? html`<${Files} />` : html`<${Jobs} />`}`;
+}
+
+function Jobs() {
+  const { data, error, loading, reload } = useLoad((signal) => get("/v1/fine_tuning/jobs", { limit: PAGE }, signal), []);
+  const jobs = data?.data ?? [];
+  return html`
+    <${ErrorNote} error=${error} retry=${reload} />
+    ${!data && loading && html`<${Loading} />`}
+    ${data && jobs.length === 0 && html`<${Empty} title="No job yet">
+      <p>Upload a file of rows, then make a job of it.</p>
+      <p class="actions"><a class="button plain" href=${href(["training", "files"])}>Files</a>
+        <a class="button primary" href=${href(["training", "new"])}>New job</a></p><//>`}
+    ${jobs.length > 0 && html`<div class="table-box"><table class="stacked">
+      <thead><tr><th scope="col">Job</th><th scope="col">State</th><th scope="col">Task</th><th scope="col">From</th><th scope="col">Rows</th>
+        <th scope="col">Result</th><th scope="col">Made</th></tr></thead>
+      <tbody>${jobs.map((job) => html`<tr key=${job.id}>
+        <th scope="row"><a href=${href(["training", job.id])}>${job.adapter.name}</a></th>
+        <td data-label="State"><${Status} status=${job.status} /></td>
+        <td data-label="Task">${job.adapter.task}</td>
+        <td data-label="From">${job.model}</td>
+        <td data-label="Rows"><code>${job.training_file}</code></td>
+        <td data-label="Result">${job.fine_tuned_model ? html`<${ModelLink} model=${job.fine_tuned_model} />` : "-"}</td>
+        <td data-label="Made"><time title=${full(job.created_at)}>${ago(job.created_at)}</time></td>
+      </tr>`)}</tbody>
+    </table></div>
+    ${data.has_more && html`<p class="help">Only the newest ${PAGE} are shown.</p>`}
+    <p><${Button} kind="quiet" busy=${loading} onClick=${reload}>Refresh<//></p>`}`;
+}
+
+function ModelLink({ model }) {
+  const adapter = model.split("@")[0];
+  return html`<a href=${href(["adapters", ...adapter.split("/")])}>${model}</a>`;
+}
+
+function Files() {
+  const files = useLoad((signal) => get("/v1/files", { limit: PAGE }, signal), []);
+  const [chosen, setChosen] = useState([]);
+  const [progress, setProgress] = useState(null);
+  const [doomed, setDoomed] = useState(null);
+  const stopper = useRef(null);
+  const adding = useAction(async () => {
+    const form = new FormData();
+    form.append("purpose", "fine-tune");
+    form.append("file", chosen[0]);
+    stopper.current = new AbortController();
+    setProgress({ sent: 0, total: chosen[0].size });
+    try {
+      const onProgress = (sent, total) => setProgress({ sent, total });
+      const file = await upload("/v1/files", form, { onProgress, signal: stopper.current.signal });
+      notify(`${file.filename} is ${file.id}.`);
+      setChosen([]);
+      files.reload();
+    } finally {
+      setProgress(null);
+    }
+  });
+  const submit = (event) => {
+    event.preventDefault();
+    if (chosen.length) adding.run();
+  };
+  const rows = files.data?.data ?? [];
+  return html`
+    <form class="card form" onSubmit=${submit}>
+      <${DropZone} label="Drop a JSONL file here, or choose one" accept=".jsonl,.json,application/jsonl" files=${chosen}
+        disabled=${adding.busy} onFiles=${(some) => { adding.clear(); setChosen(some); }}
+        help=${html`One JSON object a line: <code>messages</code>, or <code>prompt</code> and <code>completion</code>, or
+          <code>text</code> and <code>label</code>.`} />
+      ${progress && html`<${Progress} ...${progress} what="Upload" />`}
+      <div class="form-foot">
+        <${Button} kind="primary" icon="upload" type="submit" busy=${adding.busy} disabled=${chosen.length === 0}>Upload<//>
+        ${adding.busy && html`<${Button} onClick=${() => stopper.current.abort()}>Stop<//>`}
+      </div>
+      <${ErrorNote} error=${adding.error} />
+    </form>
+    <${ErrorNote} error=${files.error} retry=${files.reload} />
+    ${!files.data && files.loading && html`<${Loading} />`}
+    ${files.data && rows.length === 0 && html`<${Empty} title="No file yet"><p>The server checks each row when it gets the file.</p><//>`}
+    ${rows.length > 0 && html`<div class="table-box"><table class="stacked">
+      <thead><tr><th scope="col">File</th><th scope="col">Id</th><th scope="col" class="number">Size</th>
+        <th scope="col">Uploaded</th><th scope="col"><span class="sr-only">Actions</span></th></tr></thead>
+      <tbody>${rows.map((file) => html`<tr key=${file.id}>
+        <th scope="row">${file.filename}</th>
+        <td data-label="Id"><code>${file.id}</code></td>
+        <td data-label="Size" class="number">${bytes(file.bytes)}</td>
+        <td data-label="Uploaded"><time title=${full(file.created_at)}>${ago(file.created_at)}</time></td>
+        <td class="row-actions">
+          <a class="button quiet" href=${href(["training", "new"], { file: file.id })}>Train on it</a>
+          <${Button} kind="quiet danger-text" icon="trash" label=${`Delete ${file.filename}`} onClick=${() => setDoomed(file)} /></td>
+      </tr>`)}</tbody>
+    </table></div>`}
+    ${doomed && html`<${DeleteFile} file=${doomed} onClose=${() => setDoomed(null)} onDone=${() => {
+      setDoomed(null);
+      files.reload();
+    }} />`}`;
+}
+
+function DeleteFile({ file, onClose, onDone }) {
+  const action = useAction(() => send("DELETE", path`/v1/files/${file.id}`));
+  return html`<${Confirm} title=${`Delete ${file.filename}?`} verb="Delete" action=${action} onClose=${onClose} onDone=${onDone}>
+    <p>Jobs that are finished keep their adapters. Nobody can bring the file back.</p>
+  <//>`;
+}

@@ -1,0 +1,77 @@
+// Publishing an adapter: a file, a name, and what the server says of it.
+
+import { html, useRef, useState } from "../html.js";
+import { upload } from "../api.js";
+import { DropZone, Progress } from "../files.js";
+import { Icon } from "../icons.js";
+import { href } from "../router.js";
+import { useAction } from "../store.js";
+import { Button, ErrorNote, Heading, TextField } from "../ui.js";
+
+const TYPES = ".safetensors,.tar,.zip,.json";
+
+export default function Upload({ me }) {
+  const [name, setName] = useState(me.tenant && !me.scopes.includes("admin") ? `${me.tenant}/` : "");
+  const [files, setFiles] = useState([]);
+  const [progress, setProgress] = useState(null);
+  const [published, setPublished] = useState(null);
+  const stopper = useRef(null);
+  const bundle = files.find((file) => !file.name.endsWith(".json"));
+  const config = files.find((file) => file.name.endsWith(".json"));
+  const action = useAction(async () => {
+    const form = new FormData();
+    form.append("name", name.trim());
+    form.append("bundle", bundle);
+    if (config) form.append("config", config);
+    stopper.current = new AbortController();
+    setPublished(null);
+    setProgress({ sent: 0, total: bundle.size });
+    try {
+      const onProgress = (sent, total) => setProgress({ sent, total });
+      setPublished(await upload("/v1/adapters", form, { onProgress, signal: stopper.current.signal }));
+    } finally {
+      setProgress(null);
+    }
+  });
+  const choose = (chosen) => {
+    action.clear();
+    setPublished(null);
+    setFiles(chosen);
+    const stem = chosen.find((file) => !file.name.endsWith(".json"))?.name.replace(/\.(safetensors|tar|zip)$/, "");
+    // The name of a checkpoint's file tells nothing.
+    if (stem && stem !== "adapter_model" && (name === "" || name.endsWith("/"))) setName(name + stem.toLowerCase());
+  };
+  const submit = (event) => {
+    event.preventDefault();
+    if (bundle && name.trim()) action.run();
+  };
+  return html`
+    <${Heading} title="Upload" lead="Publish a trained adapter as the next version of its name. It serves at once." />
+    <form class="card form" onSubmit=${submit}>
+      <${DropZone} label="Drop an adapter here, or choose a file" accept=${TYPES} multiple files=${files} onFiles=${choose}
+        disabled=${action.busy} help="A bundle (.safetensors or .tar), or a PEFT checkpoint: its directory as .tar or .zip,
+          or adapter_model.safetensors together with adapter_config.json." />
+      <${TextField} label="Name" value=${name} onValue=${setName} placeholder="tenant/name" disabled=${action.busy}
+        help="tenant/name, in small letters. A name that exists gets a new version." wide />
+      ${progress && html`<${Progress} ...${progress} what="Upload" />`}
+      <div class="form-foot">
+        <${Button} kind="primary" icon="upload" type="submit" busy=${action.busy} disabled=${!bundle || !name.trim()}>Publish<//>
+        ${action.busy && html`<${Button} onClick=${() => stopper.current.abort()}>Stop<//>`}
+        ${!bundle && config && html`<span class="help">adapter_config.json needs the file of weights beside it.</span>`}
+      </div>
+      <${ErrorNote} error=${action.error} />
+      ${published && html`<${Published} ...${published} />`}
+    </form>`;
+}
+
+function Published({ adapter, version, warnings }) {
+  const [tenant, name] = adapter.split("/");
+  return html`<div class="note good" role="status">
+    <${Icon} name="check" />
+    <div>
+      <strong>${adapter} version ${version} is published</strong>
+      ${warnings.length > 0 && html`<ul>${warnings.map((warning) => html`<li>${warning}</li>`)}</ul>`}
+      <p><a href=${href(["adapters", tenant, name])}>See its versions</a></p>
+    </div>
+  </div>`;
+}
