@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, get_origin
 
@@ -11,6 +13,9 @@ from pydantic.fields import FieldInfo
 
 from adapters_store import StoreError
 from sera_serve.commands.adapters import adapters_app
+from sera_serve.commands.doctor import doctor_command
+from sera_serve.commands.keys import keys_app
+from sera_serve.commands.quotas import quotas_app
 from sera_serve.config import ServeSettings, load_settings
 from sera_serve.errors import InvalidConfiguration, SeraServeError
 
@@ -21,41 +26,59 @@ def main() -> None:
 
 
 def build_cli() -> typer.Typer:
-    """Build the command-line application: `serve` and `adapters`."""
+    """Build the command-line application."""
     app = typer.Typer(
         help="Serve thousands of small SeRA adapters on one frozen base model.",
         add_completion=False,
         no_args_is_help=True,
         pretty_exceptions_enable=False,
     )
-    app.command("serve")(_serve_command())
+    app.command("serve")(_with_settings(_serve, "Serve a frozen base model and the adapters of a store over HTTP."))
+    app.command("check-config")(
+        _with_settings(_check_config, "Check the settings as `serve` does, and print each with its source.")
+    )
+    app.command("doctor")(doctor_command)
     app.add_typer(adapters_app, name="adapters")
+    app.add_typer(keys_app, name="keys")
+    app.add_typer(quotas_app, name="quotas")
     return app
 
 
-def _serve_command() -> Any:
-    """Build the function behind `serve`, with one option for each field of `ServeSettings`."""
+def _with_settings(run: Callable[[Path | None, dict[str, Any]], None], text: str) -> Any:
+    """Build the function behind a command, with one option for each field of `ServeSettings`, and `--config`."""
 
-    def serve(config: Path | None, **flags: Any) -> None:
+    def command(config: Path | None, **flags: Any) -> None:
         try:
-            settings = load_settings(config, flags)
+            run(config, flags)
         except InvalidConfiguration as error:
             _fail(error.message, 2)
-        # transformers takes seconds to import, and --help does not need it.
-        from sera_serve.commands.serve import run_server
 
-        try:
-            run_server(settings)
-        except (SeraServeError, StoreError) as error:
-            _fail(error.message, 1)
-
-    serve.__doc__ = "Serve a frozen base model and the adapters of a store over HTTP."
+    command.__doc__ = text
     config = typer.Option(help="YAML file of settings by name; flags and SERA_SERVE_* variables win over the file.")
     parameters = [_keyword("config", Annotated[Path | None, config], None)]
     parameters += [_parameter(name, field) for name, field in ServeSettings.model_fields.items()]
-    serve.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    serve.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    return serve
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return command
+
+
+def _serve(config: Path | None, flags: dict[str, Any]) -> None:
+    settings = load_settings(config, flags)
+    # transformers takes seconds to import, and --help does not need it.
+    from sera_serve.commands.serve import run_server
+
+    try:
+        run_server(settings, partial(load_settings, config, flags))
+    except (SeraServeError, StoreError) as error:
+        _fail(error.message, 1)
+
+
+def _check_config(config: Path | None, flags: dict[str, Any]) -> None:
+    load_settings(config, flags)
+    from sera_serve.commands.check_config import check_config
+
+    for line in check_config(config, flags):
+        typer.echo(line)
 
 
 def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:

@@ -13,15 +13,19 @@ import yaml
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import (
     BaseSettings,
+    InitSettingsSource,
     NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
-    YamlConfigSettingsSource,
 )
 
+from sera_serve.access import checked_quotas
 from sera_serve.errors import InvalidConfiguration
 
 _ENV_PREFIX = "SERA_SERVE_"
+
+RELOADED = frozenset({"quotas", "tenant_weights"})
+"""The settings that a running server reads again on SIGHUP."""
 
 
 class ServeSettings(BaseSettings):
@@ -82,6 +86,11 @@ class ServeSettings(BaseSettings):
         {},
         description='shares by tenant, such as "acme=2,_base=0.5" or a mapping in YAML; all other tenants have 1',
     )
+    quotas: Annotated[dict[str, dict[str, Any]], NoDecode] = Field(
+        {},
+        description='limits by tenant, in the settings file, such as "acme: {requests_per_minute: 600}"; the tenant '
+        '"*" is every other one; `sera-serve quotas` sets limits that come first',
+    )
     max_upload_mib: int = Field(1024, ge=1, description="largest adapter bundle accepted, MiB")
     max_body_mib: int = Field(1, ge=1, description="largest JSON body accepted, MiB")
     max_uploads: int = Field(8, ge=1, description="most uploads under way at once; further uploads are answered 503")
@@ -110,8 +119,33 @@ class ServeSettings(BaseSettings):
         description='names that clients may use for this server in the Host header, or "*"; by default a server that '
         "listens on a loopback address answers to loopback names and IP addresses alone, any other to every name",
     )
+    auth: Literal["auto", "keys", "off"] = Field(
+        "auto",
+        description="who needs a key: auto means everyone, except on a loopback address as long as no key was made; "
+        "keys means everyone; off means nobody",
+    )
+    insecure: bool = Field(False, description="allow auth off on an address that others can reach")
+    audit_max_mib: int = Field(64, ge=1, description="size at which a new file of the audit log begins, MiB")
+    audit_keep: int = Field(8, ge=1, le=100, description="older files of the audit log that are kept")
     metrics_address: str | None = Field(
         None, description='address of its own for /metrics, such as "127.0.0.1:9100"; by default the server\'s own'
+    )
+    metrics_label_limit: int = Field(
+        200, ge=1, description="most tenants, and most adapters, with a label of their own in the metrics"
+    )
+    log_format: Literal["text", "json"] = Field("text", description="lines of the log: for people, or one JSON each")
+    access_log: bool = Field(True, description="log a line for each request")
+    slow_request_s: float | None = Field(
+        None, ge=0, description="log a warning for each request that takes longer, seconds; by default for none"
+    )
+    otel_endpoint: str | None = Field(
+        None,
+        pattern=r"^https?://[^\s/]",
+        description='where traces go by OTLP over HTTP, such as "http://localhost:4318"; by default where '
+        "OTEL_EXPORTER_OTLP_ENDPOINT says, and nowhere without it",
+    )
+    log_prompts: int = Field(
+        0, ge=0, le=65536, description="most bytes of a request's body that its line in the log has; 0 logs no prompt"
     )
     shutdown_grace_s: int = Field(30, ge=0, description="time for requests in flight to finish after SIGTERM, seconds")
     watch: Path | None = Field(
@@ -122,12 +156,39 @@ class ServeSettings(BaseSettings):
         None,
         description="directory below which /v1/load_lora_adapter may load paths; by default that route is off",
     )
+    drain_s: float = Field(
+        0,
+        ge=0,
+        description="after SIGTERM, time in which /readyz answers 503 and connections are still accepted, seconds; "
+        "as long as a load balancer takes to notice",
+    )
+    max_training_jobs: int = Field(1, ge=0, le=64, description="most training jobs that run at once; with 0 they wait")
+    max_training_file_mib: int = Field(64, ge=1, description="largest training file accepted, MiB")
+    max_training_files_mib: int = Field(1024, ge=1, description="most bytes of all training files of a tenant, MiB")
+    training_threads: int = Field(1, ge=1, description="threads of one training job")
+    training_gpu_memory_fraction: float = Field(
+        0.1,
+        gt=0,
+        le=1,
+        description="share of a GPU's memory that one training job may use; with gpu_memory_fraction at most 1 in all",
+    )
     request_timeout_s: float = Field(60, gt=0, description="longest wait until a request starts, seconds; then 503")
 
     @field_validator("allowed_origins", "allowed_hosts", mode="before")
     @classmethod
     def _read_list(cls, value: Any) -> Any:
         return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+    @field_validator("quotas", mode="before")
+    @classmethod
+    def _read_quotas(cls, value: Any) -> Any:
+        try:
+            read = yaml.safe_load(value) if isinstance(value, str) else value
+            return checked_quotas(read)
+        except yaml.YAMLError as error:
+            raise ValueError(f"it is not YAML: {error}") from error
+        except InvalidConfiguration as error:
+            raise ValueError(error.message) from error
 
     @field_validator("tenant_weights", mode="before")
     @classmethod
@@ -161,6 +222,7 @@ def load_settings(config: Path | None, flags: Mapping[str, Any]) -> ServeSetting
         InvalidConfiguration: The file cannot be read, or a setting is unknown or has an impossible value.
     """
     known = list(ServeSettings.model_fields)
+    content = _read_file(config, known)
     for variable in sorted(os.environ):
         name = variable.removeprefix(_ENV_PREFIX)
         if name != variable and name.lower() not in known:
@@ -168,8 +230,9 @@ def load_settings(config: Path | None, flags: Mapping[str, Any]) -> ServeSetting
                 f"environment variable {variable}: {_unknown(name.lower(), known)}", param=variable
             )
     given = {name: value for name, value in flags.items() if value is not None}
-    if config is None:
+    if content is None:
         return _validated(ServeSettings, given)
+    in_file = content
 
     class FromFile(ServeSettings):
         @classmethod
@@ -181,8 +244,35 @@ def load_settings(config: Path | None, flags: Mapping[str, Any]) -> ServeSetting
             dotenv_settings: PydanticBaseSettingsSource,
             file_secret_settings: PydanticBaseSettingsSource,
         ) -> tuple[PydanticBaseSettingsSource, ...]:
-            return init_settings, env_settings, YamlConfigSettingsSource(settings_cls, config)
+            return init_settings, env_settings, InitSettingsSource(settings_cls, in_file)
 
+    return _validated(FromFile, given)
+
+
+def setting_sources(config: Path | None, flags: Mapping[str, Any]) -> dict[str, str]:
+    """Say where `load_settings` takes each setting from: a flag, a variable, the file, or its default.
+
+    Raises:
+        InvalidConfiguration: The file cannot be read.
+    """
+    content = _read_file(config, list(ServeSettings.model_fields)) or {}
+    variables = {variable.removeprefix(_ENV_PREFIX).lower(): variable for variable in os.environ}
+    sources = {}
+    for name in ServeSettings.model_fields:
+        variable = variables.get(name, "")
+        if flags.get(name) is not None:
+            sources[name] = f"flag --{name.replace('_', '-')}"
+        elif variable.upper().startswith(_ENV_PREFIX):
+            sources[name] = f"variable {variable}"
+        else:
+            sources[name] = f"file {config}" if name in content else "default"
+    return sources
+
+
+def _read_file(config: Path | None, known: list[str]) -> dict[str, Any] | None:
+    """Return the settings in a file; None without a file."""
+    if config is None:
+        return None
     try:
         content = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -192,7 +282,7 @@ def load_settings(config: Path | None, flags: Mapping[str, Any]) -> ServeSetting
     for name in content:
         if name not in known:
             raise InvalidConfiguration(f"--config {config}: {_unknown(str(name), known)}", param=str(name))
-    return _validated(FromFile, given)
+    return content
 
 
 def _validated(kind: type[ServeSettings], given: dict[str, Any]) -> ServeSettings:

@@ -26,6 +26,7 @@ from sera_serve.client.async_client import AsyncSeraClient
 from sera_serve.client.calls import ClassifyOptions, EmbedOptions, GenerateOptions
 from sera_serve.client.errors import (
     AdapterNotFoundError,
+    AuthenticationError,
     ConflictError,
     ContextLengthError,
     InvalidAdapterError,
@@ -51,6 +52,7 @@ __all__ = [
     "AdapterPage",
     "AdapterSummary",
     "AsyncSeraClient",
+    "AuthenticationError",
     "Choice",
     "Classification",
     "Classified",

@@ -222,6 +222,8 @@ class AdapterSummary(Answer):
     parameters: int
     bytes: int
     created_at: str
+    tier: Literal["device", "host", "store"]
+    pinned: bool
 
 
 class AdapterDetail(AdapterSummary):

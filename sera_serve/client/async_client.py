@@ -23,6 +23,7 @@ from sera_serve.client.exchange import (
     Wait,
     exchange,
     lost_connections,
+    with_key,
 )
 from sera_serve.client.uploads import Progress
 
@@ -44,6 +45,7 @@ class AsyncSeraClient:
         self,
         base_url: str = "http://localhost:8000",
         *,
+        api_key: str | None = None,
         timeout: float = DEFAULT_TIMEOUT_S,
         retries: RetryPolicy = RetryPolicy(),  # noqa: B008 - it is frozen
         headers: Mapping[str, str] | None = None,
@@ -51,7 +53,9 @@ class AsyncSeraClient:
     ) -> None:
         """Set up; nothing is sent. Arguments are as in `SeraClient`."""
         limits = httpx.Timeout(timeout, connect=min(timeout, CONNECT_TIMEOUT_S))
-        self._http = httpx.AsyncClient(base_url=base_url, timeout=limits, headers=headers, transport=transport)
+        self._http = httpx.AsyncClient(
+            base_url=base_url, timeout=limits, headers=with_key(headers, api_key), transport=transport
+        )
         self._retries = retries
         self.adapters = AsyncAdapters(self._call)
         self.models = AsyncModels(self._call)

@@ -90,8 +90,12 @@ class InvalidAdapterError(InvalidRequestError):
     """An uploaded adapter was refused; `param` names the tensor or the field."""
 
 
+class AuthenticationError(SeraAPIError):
+    """The server needs a key, or does not accept this one."""
+
+
 class PermissionDeniedError(SeraAPIError):
-    """The server does not do this for this client."""
+    """The server does not do this for this client or this key."""
 
 
 class NotFoundError(SeraAPIError):
@@ -136,6 +140,7 @@ _BY_CODE: dict[str, type[SeraAPIError]] = {
     **dict.fromkeys(_INVALID_ADAPTER, InvalidAdapterError),
 }
 _BY_STATUS: dict[int, type[SeraAPIError]] = {
+    401: AuthenticationError,
     403: PermissionDeniedError,
     404: NotFoundError,
     408: RequestTimeoutError,
@@ -147,6 +152,7 @@ _BY_STATUS: dict[int, type[SeraAPIError]] = {
 # An error in a stream has no status of its own.
 _BY_TYPE: dict[str, type[SeraAPIError]] = {
     "invalid_request_error": InvalidRequestError,
+    "authentication_error": AuthenticationError,
     "permission_error": PermissionDeniedError,
     "not_found_error": NotFoundError,
     "timeout_error": RequestTimeoutError,

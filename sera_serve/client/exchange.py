@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -27,6 +28,7 @@ from sera_serve.client.errors import (
 
 DEFAULT_TIMEOUT_S = 600.0
 CONNECT_TIMEOUT_S = 10.0
+KEY_VARIABLE = "SERA_API_KEY"
 # Nothing of the request has reached a server.
 _NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
 # The codes of 503 that the server gives before it begins anything. Others may come while the work is done.
@@ -133,6 +135,30 @@ def lost_connections(call: Call[Any]) -> Iterator[None]:
         yield
     except httpx.HTTPError as error:
         raise connection_error(error, call) from error
+
+
+def with_key(headers: Mapping[str, str] | None, api_key: str | None) -> dict[str, str]:
+    """Return the headers of every request: those given, and the key's.
+
+    Args:
+        headers: Of the caller. An `Authorization` among them takes the place of the environment's key.
+        api_key: The key, or None for that of `SERA_API_KEY`.
+
+    Raises:
+        ValueError: The key is no key, or there are two. The text does not have the key.
+    """
+    given = dict(headers or {})
+    has_own = any(name.lower() == "authorization" for name in given)
+    if api_key is None:
+        api_key = None if has_own else os.environ.get(KEY_VARIABLE)
+    elif has_own:
+        raise ValueError("api_key and headers both have a key; give one of them")
+    key = (api_key or "").strip()
+    if not key:
+        return given
+    if not key.isascii() or not key.isprintable() or " " in key:
+        raise ValueError(f"api_key, or {KEY_VARIABLE}, is no key; `sera-serve keys create` prints one")
+    return {**given, "Authorization": f"Bearer {key}"}
 
 
 def _may_retry(error: SeraError, call: Call[Any]) -> bool:

@@ -23,6 +23,7 @@ from sera_serve.client.exchange import (
     Wait,
     exchange,
     lost_connections,
+    with_key,
 )
 from sera_serve.client.uploads import Progress
 
@@ -48,6 +49,7 @@ class SeraClient:
         self,
         base_url: str = "http://localhost:8000",
         *,
+        api_key: str | None = None,
         timeout: float = DEFAULT_TIMEOUT_S,
         retries: RetryPolicy = RetryPolicy(),  # noqa: B008 - it is frozen
         headers: Mapping[str, str] | None = None,
@@ -57,14 +59,20 @@ class SeraClient:
 
         Args:
             base_url: Address of the server, without `/v1`.
+            api_key: The key of a tenant; None is that of the environment variable SERA_API_KEY, if there is one.
             timeout: Longest time for one read or write of a connection, seconds. An answer that is no stream comes in
                 one piece at its end, so the whole generation must fit. `timeout_s` of a call limits the server.
             retries: When refused requests are sent again.
             headers: Headers of every request, such as those of a proxy that authenticates.
             transport: A transport of httpx, in place of the network.
+
+        Raises:
+            ValueError: The key is no key, or `headers` has another one.
         """
         limits = httpx.Timeout(timeout, connect=min(timeout, CONNECT_TIMEOUT_S))
-        self._http = httpx.Client(base_url=base_url, timeout=limits, headers=headers, transport=transport)
+        self._http = httpx.Client(
+            base_url=base_url, timeout=limits, headers=with_key(headers, api_key), transport=transport
+        )
         self._retries = retries
         self.adapters = Adapters(self._call)
         self.models = Models(self._call)

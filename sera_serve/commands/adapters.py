@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from pydantic import JsonValue
@@ -19,21 +16,21 @@ from adapters_store import (
     HEAD_FILE,
     AdapterBundle,
     AdapterStore,
-    StoreError,
+    Published,
     export_peft,
     load_combination,
     parse_adapter,
     write_head,
 )
+from sera_serve.access import AccessDatabase, Action, Shares
 from sera_serve.commands.imports import MAX_ERROR, compress_and_show, parse_compress, read_adapter
-from sera_serve.errors import InvalidConfiguration, SeraServeError
+from sera_serve.commands.output import JsonOption, StoreOption, console, one_line, print_json, record, refusals, report
+from sera_serve.errors import InvalidConfiguration
 
 adapters_app = typer.Typer(
-    help="List, inspect, import, combine, export, delete and alias adapters.", no_args_is_help=True
+    help="List, inspect, import, combine, export, delete, alias and share adapters.", no_args_is_help=True
 )
 
-StoreOption = Annotated[Path, typer.Option("--store", help="Directory of the adapter store.", show_default=False)]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 RefArgument = Annotated[
     str,
     typer.Argument(help="tenant/name, or tenant/name@alias, @v3, @<digest>.", show_default=False),
@@ -55,10 +52,10 @@ def list_adapters(
     as_json: JsonOption = False,
 ) -> None:
     """Show the latest version of every adapter."""
-    with _refusals():
+    with refusals():
         infos = list(AdapterStore(store, create=False).iter_adapters(tenant))
         if as_json:
-            _print_json({"adapters": [dataclasses.asdict(info) for info in infos]})
+            print_json({"adapters": [dataclasses.asdict(info) for info in infos]})
             return
         table = Table("adapter", "version", "task", "method", "base", "parameters", "bytes", "published", "aliases")
         for info in infos:
@@ -73,36 +70,38 @@ def list_adapters(
                 info.created_at,
                 ", ".join(f"{alias}=v{version}" for alias, version in info.aliases.items()),
             )
-        _console().print(table if infos else f"{store} holds no adapters; import one, or train one")
+        console().print(table if infos else f"{store} holds no adapters; import one, or train one")
 
 
 @adapters_app.command()
 def inspect(ref: RefArgument, store: StoreOption, as_json: JsonOption = False) -> None:
-    """Show one version in full: identity, base, layers and training record."""
-    with _refusals():
+    """Show one version in full: identity, base, layers, training record, and the tenants that share the adapter."""
+    with refusals():
         opened = AdapterStore(store, create=False)
         info = opened.inspect(ref)
         config = opened.config(info.digest)
+        shared = Shares(AccessDatabase(opened.root)).of(info.adapter)
         if as_json:
-            _print_json({**dataclasses.asdict(info), "config": config.model_dump(mode="json")})
+            print_json({**dataclasses.asdict(info), "shared_with": shared, "config": config.model_dump(mode="json")})
             return
         facts = Table(show_header=False, box=None)
         for key, value in dataclasses.asdict(info).items():
-            facts.add_row(key, _one_line(value))
+            facts.add_row(key, one_line(value))
+        facts.add_row("shared_with", ", ".join(shared) or "nobody")
         facts.add_row("base.architecture", config.base.architecture)
         facts.add_row("base.weights_digest", config.base.weights_digest)
         for key in ("pooling", "max_length", "training"):
             if value := getattr(config, key):
-                facts.add_row(key, _one_line(value))
+                facts.add_row(key, one_line(value))
         if config.head is not None:
-            facts.add_row("head", _one_line(config.head.model_dump()))
+            facts.add_row("head", one_line(config.head.model_dump()))
         layers = Table("layer", "d_in", "d_out", "rank", "split", "mixer", "scaling", "vectors", "parameters")
         for path, spec in config.modules.items():
             sizes = (spec.d_in, spec.d_out, spec.rank, spec.split)
             mixer = "yes" if spec.use_mixer else "no"
             vectors = ", ".join(["gain"] * spec.has_gain + ["offset"] * spec.has_offset) or "none"
             layers.add_row(path, *map(str, sizes), mixer, f"{spec.scaling:g}", vectors, f"{spec.parameters:,}")
-        _console().print(facts, layers)
+        console().print(facts, layers)
 
 
 @adapters_app.command("import")
@@ -130,7 +129,7 @@ def import_adapter(
     as_json: JsonOption = False,
 ) -> None:
     """Check a bundle or a PEFT checkpoint, and publish it as a new version."""
-    with _refusals():
+    with refusals():
         parse_adapter(name)
         shape = None if compress is None else parse_compress(compress)
         bundle, warnings = read_adapter(source, base)
@@ -138,9 +137,9 @@ def import_adapter(
             typer.echo(f"sera-serve: {warning}", err=True)
         if shape is not None:
             bundle = compress_and_show(bundle, *shape, max_error, Console(stderr=True))
-        published = AdapterStore(store).publish(bundle, name)
+        published = _publish(AdapterStore(store), bundle, name)
         fields = {**dataclasses.asdict(published), "warnings": list(warnings)}
-        _report(as_json, f"published {name} v{published.version}", **fields)
+        report(as_json, f"published {name} v{published.version}", **fields)
 
 
 @adapters_app.command()
@@ -156,7 +155,7 @@ def combine(
     as_json: JsonOption = False,
 ) -> None:
     """Publish the exact weighted sum of adapters as an adapter of its own."""
-    with _refusals():
+    with refusals():
         opened = AdapterStore(store, create=False)
         weighted = [_weighted(part) for part in parts]
         resolved = [opened.resolve(reference) for reference, _ in weighted]
@@ -168,9 +167,9 @@ def combine(
         ]
         digests = [part.digest for part in resolved]
         bundle = load_combination(opened, list(zip(digests, weights, strict=True)), names, {"combination": record})
-        published = opened.publish(bundle, name)
+        published = _publish(opened, bundle, name)
         text = f"published {name} v{published.version}, the sum of {len(parts)} adapters"
-        _report(as_json, text, **dataclasses.asdict(published))
+        report(as_json, text, **dataclasses.asdict(published))
 
 
 @adapters_app.command()
@@ -191,7 +190,7 @@ def export(
     """Write one version outside the store."""
     if (format is ExportFormat.merged) != (base is not None):
         raise typer.BadParameter("--format merged needs --base, and no other format takes it", param_hint="--base")
-    with _refusals():
+    with refusals():
         opened = AdapterStore(store, create=False)
         if output.exists():
             raise InvalidConfiguration(f"{output} exists; name a path that does not", param="output")
@@ -203,7 +202,7 @@ def export(
                 f"sera-serve: this format has no place for the classifier's head; it is in {output}/{HEAD_FILE}",
                 err=True,
             )
-        _report(
+        report(
             as_json,
             f"wrote {resolved.adapter} v{resolved.version} as {format} to {output}",
             adapter=resolved.adapter,
@@ -217,10 +216,13 @@ def export(
 @adapters_app.command()
 def delete(ref: RefArgument, store: StoreOption, as_json: JsonOption = False) -> None:
     """Delete an adapter (tenant/name), or one version of it (tenant/name@v3)."""
-    with _refusals():
+    with refusals():
         opened = AdapterStore(store, create=False)
         freed = opened.delete(ref)
-        _report(
+        if "@" not in ref:
+            Shares(AccessDatabase(opened.root)).remove_all(ref)
+        _audit(opened, "adapter.delete", ref)
+        report(
             as_json,
             f"deleted {ref}; {freed.nbytes:,} bytes freed",
             deleted=ref,
@@ -232,9 +234,9 @@ def delete(ref: RefArgument, store: StoreOption, as_json: JsonOption = False) ->
 @adapters_app.command("collect-garbage")
 def collect_garbage(store: StoreOption, as_json: JsonOption = False) -> None:
     """Remove what killed writers left behind, and repair the store's indexes; `delete` needs no collection."""
-    with _refusals():
+    with refusals():
         freed = AdapterStore(store, create=False).collect_garbage()
-        _report(
+        report(
             as_json,
             f"{freed.bundles} bundles removed; {freed.nbytes:,} bytes freed",
             bundles_freed=freed.bundles,
@@ -251,16 +253,50 @@ def alias(
     as_json: JsonOption = False,
 ) -> None:
     """Point an alias to a version; requests that name the alias follow at once."""
-    with _refusals():
+    with refusals():
         opened = AdapterStore(store, create=False)
         name = ref.partition("@")[0]
         if remove:
             opened.remove_alias(ref, alias)
+            _audit(opened, "alias.remove", name, alias=alias)
         else:
             opened.set_alias(name, alias, ref)
+            _audit(opened, "alias.set", name, alias=alias, version=opened.resolve(f"{name}@{alias}").version)
         aliases = opened.aliases(name)
         shown = ", ".join(f"{held}=v{version}" for held, version in aliases.items())
-        _report(as_json, f"{name}: {shown}", adapter=name, aliases=aliases)
+        report(as_json, f"{name}: {shown}", adapter=name, aliases=aliases)
+
+
+@adapters_app.command()
+def share(
+    adapter: Annotated[str, typer.Argument(help="tenant/name; all of its versions.", show_default=False)],
+    store: StoreOption,
+    tenant: Annotated[str, typer.Option("--with", help="A tenant, or * for every tenant.", show_default=False)],
+    remove: Annotated[bool, typer.Option("--remove", help="End the share instead.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Let another tenant use an adapter; it can list and call the adapter, and change nothing."""
+    with refusals():
+        opened = AdapterStore(store, create=False)
+        opened.aliases(adapter)
+        shares = Shares(AccessDatabase(opened.root))
+        if not remove:
+            shares.add(adapter, tenant)
+        elif not shares.remove(adapter, tenant):
+            raise InvalidConfiguration(f"{adapter} is not shared with {tenant}; see adapters inspect", param="with")
+        _audit(opened, "share.remove" if remove else "share.add", adapter, **{"with": tenant})
+        shared = shares.of(adapter)
+        report(as_json, f"{adapter}: {', '.join(shared) or 'shared with nobody'}", adapter=adapter, shared_with=shared)
+
+
+def _publish(store: AdapterStore, bundle: AdapterBundle, name: str) -> Published:
+    published = store.publish(bundle, name)
+    _audit(store, "adapter.publish", name, version=published.version, digest=published.digest)
+    return published
+
+
+def _audit(store: AdapterStore, action: Action, target: str, **details: str | int) -> None:
+    record(store.root, action, tenant=target.partition("/")[0], target=target, **details)
 
 
 def _write(bundle: AdapterBundle, output: Path, format: ExportFormat, base: str | None) -> bool:
@@ -292,36 +328,3 @@ def _weighted(part: str) -> tuple[str, float]:
         raise InvalidConfiguration(
             f"{part!r} is not a part of a sum; write tenant/name=weight, such as acme/support=0.5", param="parts"
         ) from None
-
-
-@contextmanager
-def _refusals() -> Iterator[None]:
-    try:
-        yield
-    except (StoreError, SeraServeError) as error:
-        typer.echo(f"sera-serve: {error.message}", err=True)
-        raise typer.Exit(1) from error
-    except OSError as error:
-        typer.echo(f"sera-serve: {error.strerror or error} ({error.filename})", err=True)
-        raise typer.Exit(1) from error
-
-
-def _report(as_json: bool, text: str, **fields: Any) -> None:
-    if as_json:
-        _print_json(fields)
-    else:
-        typer.echo(text)
-
-
-def _print_json(value: dict[str, Any]) -> None:
-    typer.echo(json.dumps(value, ensure_ascii=False))
-
-
-def _one_line(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def _console() -> Console:
-    console = Console()
-    # A pipe has no width to fold to; cut ids would be of no use to the next program.
-    return console if console.is_terminal else Console(width=200)

@@ -121,9 +121,11 @@ def _downloaded(hub_id: str) -> str:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     names = (*_HUB_FILES, *_HUB_TEMPLATES)
-    patterns = [*names, *(f"*/{name}" for name in names)]
     try:
-        folder: str = snapshot_download(hub_id, allow_patterns=patterns)
+        folder: str = snapshot_download(hub_id, allow_patterns=list(names))
+        # A pattern matches at any depth: the folders of a training run may hold many checkpoints that nothing reads.
+        if not (Path(folder) / _HUB_FILES[0]).is_file():
+            folder = snapshot_download(hub_id, allow_patterns=[f"*/{name}" for name in names])
     except RepositoryNotFoundError as error:
         raise InvalidConfiguration(
             f"{hub_id} is neither a path nor a repository of the hub that you may read", param="source"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import logging
 import os
 import shlex
 import socket
@@ -19,12 +18,15 @@ from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
 from adapters_store import AdapterStore, BundleLimits, StoreError, check_base
+from sera_serve.access import AccessControl
 from sera_serve.base import FrozenBase, load_base
 from sera_serve.commands.demo import EXAMPLES
+from sera_serve.commands.logs import logging_to_stderr
+from sera_serve.commands.reload import SettingsReloader
 from sera_serve.config import ServeSettings
 from sera_serve.engine import ServingEngine
 from sera_serve.errors import InvalidConfiguration
-from sera_serve.server import build_app
+from sera_serve.server import build_app, check_settings
 from sera_serve.server.connections import ConnectionLimits, within_descriptors
 from sera_serve.server.graceful import ENDING_S, GracefulServer
 from sera_serve.server.metrics_address import MetricsAddress, parse_address
@@ -35,20 +37,32 @@ from sera_serve.threads import run_and_forget_pool
 _LOOKED_AT = 50
 # Responses end without a line break; without this one, the shell's prompt would follow on the same line.
 CURL = "curl -sw '\\n'"
+# The shell's variable that the printed commands take a key from.
+KEY_VARIABLE = "SERA_KEY"
 CHAT_PATH = "/v1/chat/completions"
 
 
-def run_server(settings: ServeSettings) -> None:
+def run_server(settings: ServeSettings, read: Callable[[], ServeSettings] | None = None) -> None:
     """Serve until SIGTERM or SIGINT; then refuse new connections, and let requests in flight finish.
+
+    Args:
+        settings: All of them.
+        read: Reads the settings again, at SIGHUP; None leaves the signal alone.
 
     Raises:
         InvalidConfiguration: The server cannot listen on the address, or the settings do not fit each other.
         BaseNotFound: The base cannot be loaded.
+        AccessDatabaseError: The keys of the store cannot be read.
         StoreError: The store cannot be opened.
     """
     disable_progress_bar()
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    with logging_to_stderr(settings.log_format, settings.access_log):
+        _serve(settings, read)
+
+
+def _serve(settings: ServeSettings, read: Callable[[], ServeSettings] | None) -> None:
     console = Console()
+    check_settings(settings)
     settings = within_descriptors(settings)
     # Before the base is loaded, so that a port in use is noticed at once. Clients cannot connect until it listens.
     with bound_sockets(settings) as listeners:
@@ -58,11 +72,18 @@ def run_server(settings: ServeSettings) -> None:
             engine = run_and_forget_pool(lambda: ServingEngine(base, store, settings))
         app = build_app(engine, store, settings)
         ports = [listener.getsockname()[1] for listener in listeners]
+        reload = None
+        if read is not None:
+            taken = {"tenant_weights": engine.set_tenant_weights, "quotas": app.state.quotas.reload}
+            reload = SettingsReloader(settings, read, taken).request
         server = GracefulServer(
             http_config(app, settings, app.state.metrics.count_refusal, *ports[1:]),
             settings.shutdown_grace_s,
             engine.stop,
-            lambda: describe_server(console, settings, engine, *ports),
+            lambda: describe_server(console, settings, engine, app.state.access, *ports),
+            drain_s=settings.drain_s,
+            begin_drain=lambda: setattr(app.state, "draining", True),
+            reload=reload,
         )
         # Modules and models are never freed. A collection that visited them would stop every thread for about 0.1 s.
         gc.collect()
@@ -98,6 +119,9 @@ def http_config(
         app if metrics_port is None else MetricsAddress(app, metrics_port),
         http=bounded_protocol(ConnectionLimits.from_settings(settings), count_refusal, metrics_port),
         log_level=log_level,
+        # The process has its own log, and a line for each request in it (`server.request_log`).
+        log_config=None,
+        access_log=False,
         # GracefulServer ends everything before.
         timeout_graceful_shutdown=settings.shutdown_grace_s + ENDING_S,
         # Longer than clients and proxies keep an idle connection (httpx 5 s, aiohttp 15 s, load balancers 60 s).
@@ -167,10 +191,11 @@ def describe_server(
     console: Console,
     settings: ServeSettings,
     engine: ServingEngine,
+    access: AccessControl,
     port: int,
     metrics_port: int | None = None,
 ) -> None:
-    """Print the base, the address, and one example request for each task that the store has an adapter for."""
+    """Print the base, the address, who needs a key, and one example for each task that the store has an adapter for."""
     base, store = engine.base, engine.store
     host = "localhost" if settings.host in ("127.0.0.1", "::1", "0.0.0.0", "::") else settings.host
     url = f"http://{host}:{port}"
@@ -184,36 +209,60 @@ def describe_server(
         facts.add_row(name, f"{size}, at most {engine.context_tokens} tokens for a request")
     facts.add_row("store", f"{settings.store.resolve()}, {store.count_adapters():,} adapters")
     facts.add_row("address", url)
+    facts.add_row("keys", _keys_line(settings, access))
     if settings.metrics_address is not None:
         facts.add_row("metrics", f"http://{settings.metrics_address.rpartition(':')[0]}:{metrics_port}/metrics")
     console.print("\n[bold]sera-serve is ready[/bold]")
     console.print(facts)
+    needs_keys = access.needs_keys
+    if needs_keys and not access.active_keys():
+        console.print("\n[dim]# make the first key, on this machine; the server sees it at once[/dim]", highlight=False)
+        command = f"sera-serve keys create --store {shlex.quote(str(settings.store.resolve()))} --tenant acme"
+        console.print(f"{command} --scopes infer,publish", markup=False, highlight=False, soft_wrap=True)
+    if needs_keys:
+        console.print(f"\n[dim]# in the commands below, {KEY_VARIABLE} is a key[/dim]", highlight=False)
     for title, path, body in _examples(base, store):
         console.print(f"\n[dim]# {title}[/dim]", highlight=False)
         # A wrapped command could not be pasted.
-        console.print(curl_line(f"{url}{path}", body), markup=False, highlight=False, soft_wrap=True)
+        console.print(curl_line(f"{url}{path}", body, needs_keys), markup=False, highlight=False, soft_wrap=True)
         if path == CHAT_PATH:
             console.print("\n[dim]# the same with OpenAI's client for Python[/dim]", highlight=False)
-            console.print(client_lines(f"{url}/v1", body), markup=False, highlight=False, soft_wrap=True)
-    console.print(f"\n[dim]# adapters in the store[/dim]\n{CURL} {url}/v1/adapters\n", highlight=False)
+            console.print(client_lines(f"{url}/v1", body, needs_keys), markup=False, highlight=False, soft_wrap=True)
+    listing = f"{_curl(needs_keys)} {url}/v1/adapters"
+    console.print(f"\n[dim]# adapters in the store[/dim]\n{listing}\n", highlight=False, soft_wrap=True)
+
+
+def _keys_line(settings: ServeSettings, access: AccessControl) -> str:
+    """Who needs a key."""
+    if settings.auth == "off":
+        return "auth is off: whoever reaches this address may do everything"
+    if not access.needs_keys:
+        return "none needed on this address, until the first one is made (sera-serve keys create)"
+    count = access.active_keys()
+    return f"needed by every request; {count} active" if count else "needed by every request, and there is none yet"
 
 
 def _mebibytes(size: int) -> str:
     return f"{size / (1 << 20):.0f} MiB"
 
 
-def curl_line(url: str, body: dict[str, Any]) -> str:
-    """Write a shell command that posts JSON."""
+def _curl(needs_keys: bool) -> str:
+    return f'{CURL} -H "Authorization: Bearer ${KEY_VARIABLE}"' if needs_keys else CURL
+
+
+def curl_line(url: str, body: dict[str, Any], needs_keys: bool = False) -> str:
+    """Write a shell command that posts JSON, with the key of the shell's SERA_KEY where the server needs one."""
     data = shlex.quote(json.dumps(body, ensure_ascii=False))
-    return f"{CURL} {url} -H 'Content-Type: application/json' -d {data}"
+    return f"{_curl(needs_keys)} {url} -H 'Content-Type: application/json' -d {data}"
 
 
-def client_lines(url: str, body: dict[str, Any]) -> str:
+def client_lines(url: str, body: dict[str, Any], needs_keys: bool = False) -> str:
     """Write lines of Python that send a chat by OpenAI's client and print the answer."""
     arguments = ", ".join(f"{name}={value!r}" for name, value in body.items())
+    imports, key = ("import os\n", f'os.environ["{KEY_VARIABLE}"]') if needs_keys else ("", "'none'")
     return (
-        "from openai import OpenAI\n"
-        f"client = OpenAI(base_url={url!r}, api_key='none')\n"
+        f"{imports}from openai import OpenAI\n"
+        f"client = OpenAI(base_url={url!r}, api_key={key})\n"
         f"answer = client.chat.completions.create({arguments})\n"
         "print(answer.choices[0].message.content)"
     )

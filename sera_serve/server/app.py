@@ -10,62 +10,108 @@ from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
 from adapters_store import AdapterStore, BundleLimits
+from sera_serve.access import RATE_HEADERS, AccessControl, AccessDatabase, AuditLog, Holdings, Quotas
 from sera_serve.config import ServeSettings
-from sera_serve.server import docs_page, health, native, openai, openapi
-from sera_serve.server.browsers import BrowserGuard, BrowserRules
+from sera_serve.errors import InvalidConfiguration
+from sera_serve.server import console, docs_page, health, native, openai, openapi, stats
+from sera_serve.server.accounting import Accounting
+from sera_serve.server.browsers import BrowserGuard, BrowserRules, is_loopback
 from sera_serve.server.deps import Engine, Executors
+from sera_serve.server.door import KeyDoor
 from sera_serve.server.errors import add_error_handlers
+from sera_serve.server.freed_memory import MemoryTrimmer
 from sera_serve.server.loop_watch import LoopWatch
 from sera_serve.server.methods import HeadAndOptions
 from sera_serve.server.metrics import LoopMetrics, ResidencyMetrics, ServerMetrics
+from sera_serve.server.metrics_address import parse_address
 from sera_serve.server.middleware import BodyLimit, RequestLifecycle
 from sera_serve.server.openai.texts import Texts
+from sera_serve.server.request_log import RequestLog
+from sera_serve.server.router_metrics import RouterMetrics
+from sera_serve.server.tracing import Tracing, telemetry_config, tracing_of
+from sera_serve.server.training import Training
 from sera_serve.server.watcher import watching
 
 
-def build_app(engine: Engine, store: AdapterStore, settings: ServeSettings) -> FastAPI:
+def build_app(engine: Engine, store: AdapterStore, settings: ServeSettings, tracing: Tracing | None = None) -> FastAPI:
     """Build the HTTP app. The engine starts and stops with the app.
 
     Args:
         engine: Serves the requests. The engine must not be started yet.
         store: Uploads go to this store, and lists come from it. The engine must read the same store.
         settings: The limits of request bodies, and what browsers may do. The engine has read its own settings already.
+        tracing: Makes spans of requests. By default the settings decide; see `tracing_of`.
 
     Raises:
-        InvalidConfiguration: An entry of `allowed_hosts` or `allowed_origins` is not of its form.
+        InvalidConfiguration: An entry of `allowed_hosts` or `allowed_origins` is not of its form, or `auth` is off on
+            an address that others can reach.
+        AccessDatabaseError: The keys cannot be read.
     """
 
     limits = BundleLimits(max_bytes=settings.max_upload_mib << 20)
+    access = AccessControl(AccessDatabase(store.root), settings.auth, is_loopback=is_loopback(settings.host))
+    check_open(settings)
+    quotas = Quotas(access.database, settings.quotas)
+    access.on_change(quotas.refresh)
+    holdings = Holdings(store, quotas)
+    audit = AuditLog(store.root, settings.audit_max_mib, settings.audit_keep)
+    training = Training.of(settings, store, access.database, quotas, holdings, audit)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         executors = app.state.executors = Executors.of(settings)
         texts = app.state.texts = Texts(engine, store)
         engine.start()
+        access.start()
+        training.supervisor.start()
         try:
-            async with app.state.loop_watch.running(), watching(settings.watch, engine, store, executors, limits):
+            watcher = watching(settings.watch, engine, store, executors, limits, access, holdings, audit)
+            async with app.state.loop_watch.running(), MemoryTrimmer().running(), watcher:
                 yield
         finally:
             executors.close()
             texts.close()
+            await asyncio.to_thread(training.close)
             await asyncio.to_thread(engine.stop)
+            await asyncio.to_thread(access.stop)
+            if tracing is not None:
+                await asyncio.to_thread(tracing.close)
+            audit.close()
 
-    app = openapi.DocumentedApp(lifespan)
-    metrics = ServerMetrics(engine)
+    tracing = tracing or tracing_of(settings)
+    app = openapi.DocumentedApp(lifespan, telemetry_config(tracing))
+    metrics = ServerMetrics(engine, settings.metrics_label_limit)
     metrics.registry.register(ResidencyMetrics(engine.stats))
     metrics.registry.register(LoopMetrics(engine.loads))
+    metrics.registry.register(RouterMetrics(engine, lambda: engine.base.name))
     app.state.engine = engine
+    # Set when the server has been told to stop.
+    app.state.draining = False
     app.state.store = store
     app.state.settings = settings
+    app.state.access = access
+    app.state.audit = audit
+    app.state.training = training
+    app.state.quotas = quotas
+    app.state.holdings = holdings
+    app.state.unfinished_jobs = training.jobs.unfinished
     app.state.metrics = metrics
+    app.state.accounting = Accounting(metrics, quotas)
     app.state.loop_watch = LoopWatch(metrics.registry)
-    routers = (*native.ROUTERS, *openai.ROUTERS, health.router, openapi.router, docs_page.router)
+    operators = (stats.router, health.router, openapi.router, docs_page.router, console.router)
+    routers = (*native.ROUTERS, *openai.ROUTERS, *operators)
     for router in routers:
         app.include_router(router)
     app.state.routes = [route for router in routers for route in router.routes]
     add_error_handlers(app)
     # The middleware added last is the outermost.
-    app.add_middleware(BodyLimit, max_body=settings.max_body_mib << 20, max_upload=settings.max_upload_mib << 20)
+    app.add_middleware(
+        BodyLimit,
+        max_body=settings.max_body_mib << 20,
+        max_upload=settings.max_upload_mib << 20,
+        max_file=settings.max_training_file_mib << 20,
+    )
+    app.add_middleware(KeyDoor, access=access)
     app.add_middleware(HeadAndOptions, routes=app.state.routes)
     rules = BrowserRules(settings)
     if origins := rules.cors_origins():
@@ -74,9 +120,36 @@ def build_app(engine: Engine, store: AdapterStore, settings: ServeSettings) -> F
             allow_origins=origins,
             allow_methods=["GET", "HEAD", "POST", "PUT", "DELETE"],
             allow_headers=["*"],
-            expose_headers=["X-Request-Id", "Retry-After"],
+            expose_headers=["X-Request-Id", "Retry-After", *RATE_HEADERS],
             allow_private_network=True,
         )
     app.add_middleware(BrowserGuard, rules=rules)
-    app.add_middleware(RequestLifecycle, metrics=metrics, watch=app.state.loop_watch)
+    watch, log = app.state.loop_watch, RequestLog(settings)
+    app.add_middleware(RequestLifecycle, metrics=metrics, watch=watch, log=log, tracing=tracing)
     return app
+
+
+def check_settings(settings: ServeSettings) -> None:
+    """Check what the values of single settings cannot show, without starting anything.
+
+    Raises:
+        InvalidConfiguration: As in `build_app`, or `metrics_address` is no address.
+    """
+    check_open(settings)
+    BrowserRules(settings)
+    if settings.metrics_address is not None:
+        parse_address(settings.metrics_address)
+
+
+def check_open(settings: ServeSettings) -> None:
+    """Refuse a server without keys that others can reach.
+
+    Raises:
+        InvalidConfiguration: `auth` is off, `host` is not a loopback address, and `insecure` does not allow it.
+    """
+    if settings.auth == "off" and not settings.insecure and not is_loopback(settings.host):
+        raise InvalidConfiguration(
+            f"auth is off and host is {settings.host}: anyone who reaches this address could use and delete every "
+            "adapter; make keys (`sera-serve keys create`) and leave auth out, or add --insecure",
+            param="auth",
+        )

@@ -1,62 +1,213 @@
-"""Authentication: decides the `Principal` of a request before the engine sees the request."""
-
-# This file is short because the server has no keys yet. Keys and scopes will be checked here, and nowhere else.
+"""Authentication: decides at the door who sent a request, and which adapters the sender may name."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, cast
 
-from adapters_store import parse_ref
-from adapters_store.errors import InvalidAdapterName
+from fastapi import Depends, Request
+
+from adapters_store import parse_adapter, parse_ref
+from adapters_store.errors import AdapterNotFound, InvalidAdapterName
+from sera_serve.access import AccessControl, Actor, Key
+from sera_serve.access import Scope as KeyScope
 from sera_serve.engine import BASE_PRINCIPAL, AdapterChoice, Principal
-from sera_serve.errors import InvalidRequest
+from sera_serve.errors import InvalidRequest, SeraServeError
+
+KEY_REMEDY = "send the header Authorization: Bearer KEY; `sera-serve keys create` makes a key"
 
 
-def principal_of(adapter: AdapterChoice | None) -> Principal:
-    """Return the principal of a request that names `adapter`.
+class InvalidKey(SeraServeError):
+    """The request has no key, or one that is not accepted."""
 
-    The server asks for no key. The tenant of the adapter reference is therefore the tenant of the request, and
-    requests to the base model share `BASE_PRINCIPAL`. The engine reads the principal alone and parses no names.
+    code = "invalid_api_key"
+    status = 401
 
-    Args:
-        adapter: The adapter reference of the request, or its weighted parts, or None for the base model.
 
-    Raises:
-        InvalidAdapterName: A reference cannot be parsed.
-        InvalidRequest: The parts are of several tenants.
+class ScopeMissing(SeraServeError):
+    """The key may not do this."""
+
+    code = "insufficient_scope"
+    status = 403
+
+
+class NotYourTenant(SeraServeError):
+    """The request would change what is not the key's tenant's."""
+
+    code = "not_your_tenant"
+    status = 403
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who sent a request.
+
+    Attributes:
+        access: Keys and shares.
+        key: The request's key; None where the server asks for none. Such a caller may do everything, as every tenant.
+        address: Where the request came from.
+        request_id: Of the request.
+        is_guest: Whether the server asks for keys and this request, to an open path, has none.
     """
-    if adapter is None:
-        return BASE_PRINCIPAL
-    if not isinstance(adapter, str):
-        return principal_of_all([part.adapter for part in adapter], "adapter", ".adapter")
-    tenant, _ = parse_ref(adapter).parts
-    return Principal(tenant)
 
+    access: AccessControl
+    key: Key | None
+    address: str
+    request_id: str = ""
+    is_guest: bool = False
 
-def principal_of_all(adapters: Sequence[str], field: str, member: str = "") -> Principal:
-    """Return the principal of a request that names several adapters, which must be of one tenant.
+    @property
+    def tenant(self) -> str | None:
+        """The tenant that the caller acts for, or None for all of them: the server asks for no key."""
+        return None if self.key is None else self.key.tenant
 
-    Args:
-        adapters: The references, at least one.
-        field: What the request calls the list.
-        member: What follows an element of the list to its reference, such as ".adapter".
+    @property
+    def sees_all(self) -> bool:
+        """Whether the caller sees the adapters of every tenant: an admin, or anyone where no key is needed."""
+        return self.key is None or self.key.may("admin")
 
-    Raises:
-        InvalidAdapterName: A reference cannot be parsed; `param` names it.
-        InvalidRequest: The adapters are of several tenants; `param` names the first that differs.
-    """
-    principals = []
-    for index, adapter in enumerate(adapters):
-        place = f"{field}[{index}]{member}"
-        try:
-            principals.append(principal_of(adapter))
-        except InvalidAdapterName as error:
-            error.param = place
-            raise
-        if (tenant := principals[-1].tenant) != principals[0].tenant:
-            raise InvalidRequest(
-                f"{place} is of tenant {tenant!r}, the first of {principals[0].tenant!r}; a request acts for one "
-                "tenant: name adapters of one",
-                param=place,
+    @property
+    def actor(self) -> Actor:
+        """The caller as the audit log names it."""
+        return Actor("http", None if self.key is None else self.key.id, self.address, self.request_id)
+
+    def may(self, scope: KeyScope) -> bool:
+        """Whether the caller may do what a scope stands for."""
+        return self.key is None or self.key.may(scope)
+
+    def principal(self, adapter: AdapterChoice | None) -> Principal:
+        """Return the principal of a request that names `adapter`. The engine reads it alone, and parses no names.
+
+        Where the server asks for no key, the tenant of the adapter reference is the tenant of the request, and
+        requests to the base model share `BASE_PRINCIPAL`.
+
+        Args:
+            adapter: The adapter reference of the request, or its weighted parts, or None for the base model.
+
+        Raises:
+            InvalidAdapterName: A reference cannot be parsed.
+            AdapterNotFound: The caller may not use an adapter, whether it exists or not.
+            InvalidRequest: Without keys: the parts are of several tenants.
+        """
+        if adapter is None:
+            return self._principal(None)
+        if not isinstance(adapter, str):
+            return self.principal_of_all([part.adapter for part in adapter], "adapter", ".adapter")
+        self.check_use(adapter)
+        tenant, _ = parse_ref(adapter).parts
+        return self._principal(tenant)
+
+    def principal_of_all(self, adapters: Sequence[str], field: str, member: str = "") -> Principal:
+        """Return the principal of a request that names several adapters.
+
+        Args:
+            adapters: The references, at least one.
+            field: What the request calls the list.
+            member: What follows an element of the list to its reference, such as ".adapter".
+
+        Raises:
+            InvalidAdapterName, AdapterNotFound: As `principal`; `param` names the reference.
+            InvalidRequest: As `principal`; `param` names the first adapter that differs.
+        """
+        principals = []
+        for index, adapter in enumerate(adapters):
+            place = f"{field}[{index}]{member}"
+            try:
+                principals.append(self.principal(adapter))
+            except (InvalidAdapterName, AdapterNotFound) as error:
+                error.param = place
+                raise
+            if (tenant := principals[-1].tenant) != principals[0].tenant:
+                raise InvalidRequest(
+                    f"{place} is of tenant {tenant!r}, the first of {principals[0].tenant!r}; a request acts for one "
+                    "tenant: name adapters of one",
+                    param=place,
+                )
+        return principals[0]
+
+    def check_use(self, reference: str) -> None:
+        """Refuse an adapter that the caller may not use, as if it did not exist. The store is not asked.
+
+        Raises:
+            InvalidAdapterName: The reference cannot be parsed.
+            AdapterNotFound: The adapter is neither the caller's nor shared with the caller.
+        """
+        adapter = parse_ref(reference).adapter
+        if self.key is not None and not self.sees_all and not self.access.may_use(self.key.tenant, adapter):
+            raise unknown_adapter(adapter)
+
+    def check_change(self, reference: str) -> None:
+        """Refuse to change another tenant's adapter.
+
+        Raises:
+            InvalidAdapterName: The reference cannot be parsed.
+            AdapterNotFound: The caller may not even use the adapter, whether it exists or not.
+            NotYourTenant: The adapter is shared with the caller.
+        """
+        self.check_use(reference)
+        self.check_publish(parse_ref(reference).adapter)
+
+    def check_publish(self, adapter: str) -> None:
+        """Refuse to publish under another tenant's name. Nothing is looked up.
+
+        Raises:
+            InvalidAdapterName: `adapter` is not of the form tenant/name.
+            NotYourTenant: It is another tenant's.
+        """
+        tenant, _ = parse_adapter(adapter)
+        if self.key is not None and not self.sees_all and tenant != self.key.tenant:
+            raise NotYourTenant(
+                f"the key acts for tenant {self.key.tenant!r}, and {adapter!r} is not its own; use a name that begins "
+                f"with {self.key.tenant}/",
+                param="adapter",
             )
-    return principals[0]
+
+    def _principal(self, named: str | None) -> Principal:
+        if self.key is None:
+            return BASE_PRINCIPAL if named is None else Principal(named)
+        return Principal(self.key.tenant, self.key.id, frozenset(self.key.scopes))
+
+
+def unknown_adapter(adapter: str) -> AdapterNotFound:
+    """The refusal of an adapter that is not there, or that the caller may not know of: the store's own words."""
+    return AdapterNotFound(
+        f"adapter {adapter!r} is not in the store; list what is there, or publish it", param="adapter"
+    )
+
+
+def check_scope(caller: Caller, needed: str) -> None:
+    """Refuse a caller who may not call a route.
+
+    Args:
+        caller: Who sent the request.
+        needed: What the route needs; see `scopes`.
+
+    Raises:
+        InvalidKey: There is no key.
+        ScopeMissing: The key does not have the scope.
+    """
+    if needed == "nothing":
+        return
+    if caller.is_guest:
+        raise InvalidKey(f"this needs a key; {KEY_REMEDY}", param="Authorization")
+    if caller.key is None or needed == "key":
+        return
+    if not caller.key.may(cast(KeyScope, needed)):
+        raise ScopeMissing(
+            f"the key {caller.key.id} has the scopes {', '.join(sorted(caller.key.scopes))}; this needs {needed}: use "
+            "another key",
+            param="Authorization",
+        )
+
+
+def caller_of(request: Request) -> Caller:
+    """Return who sent a request. The app must have a `KeyDoor`."""
+    return cast(Caller, request.state.caller)
+
+
+async def _caller(request: Request) -> Caller:
+    return caller_of(request)
+
+
+CallerOf = Annotated[Caller, Depends(_caller)]

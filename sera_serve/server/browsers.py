@@ -73,7 +73,7 @@ class BrowserRules:
         own = _name_setting(settings.host, "host")
         names = {_name_setting(text, "allowed_hosts") for text in settings.allowed_hosts if text != "*"}
         # By default, only a server on a loopback address knows its names.
-        self._any_host = "*" in settings.allowed_hosts or not (names or _is_loopback(own))
+        self._any_host = "*" in settings.allowed_hosts or not (names or is_loopback(own))
         self._local_names = not names
         self._names = names or {own}
 
@@ -215,7 +215,8 @@ def _is_local_name(name: str) -> bool:
     return name == "localhost" or name.endswith(".localhost")
 
 
-def _is_loopback(name: str) -> bool:
+def is_loopback(name: str) -> bool:
+    """Whether a host name or an address is this machine's own alone."""
     address = _address(name)
     return _is_local_name(name) if address is None else address.is_loopback
 

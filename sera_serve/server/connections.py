@@ -13,7 +13,7 @@ from sera_serve.config import ServeSettings
 logger = logging.getLogger("sera_serve.server")
 
 # Descriptors for everything that is no client's connection: the store, temporary files, libraries, refused clients.
-_RESERVED_DESCRIPTORS = 256
+RESERVED_DESCRIPTORS = 256
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def within_descriptors(settings: ServeSettings) -> ServeSettings:
     Returns:
         The settings; with a smaller `max_connections` where the hard limit is too low.
     """
-    needed = settings.max_connections + _RESERVED_DESCRIPTORS
+    needed = settings.max_connections + RESERVED_DESCRIPTORS
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= needed:
         return settings
@@ -115,7 +115,7 @@ def within_descriptors(settings: ServeSettings) -> ServeSettings:
         resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
     if allowed == needed:
         return settings
-    connections = max(1, allowed - _RESERVED_DESCRIPTORS)
+    connections = max(1, allowed - RESERVED_DESCRIPTORS)
     logger.warning(
         "max_connections is %d, but the process may open only %d files: at most %d connections are accepted; "
         "raise the limit of open files (ulimit -Hn), or lower max_connections",

@@ -12,15 +12,18 @@ from typing import Annotated, Protocol, cast
 from fastapi import Depends, Request
 
 from adapters_store import AdapterBundle, AdapterStore, PeftFiles
+from sera_serve.access import AuditLog, Holdings, Quotas
 from sera_serve.base import FrozenBase, Pooling
 from sera_serve.config import ServeSettings
 from sera_serve.engine import (
+    AdapterActivity,
     AdapterChoice,
     ClassifyResult,
     EmbedResult,
     GenerateParams,
     GenerationResult,
     ImportedAdapter,
+    Presence,
     Principal,
     Priority,
     ResidencyStats,
@@ -64,6 +67,18 @@ class TokenStream(Protocol):
     @property
     def first_token_s(self) -> float | None:
         """Seconds from the request's arrival to its first token, or None before the first token."""
+
+    @property
+    def computed_tokens(self) -> int:
+        """Tokens of the prompt and of the answer so far, without those that the prefix cache had."""
+
+    @property
+    def load_began(self) -> float | None:
+        """When the adapter began to load for the request (`time.monotonic`), or None if it was on the device."""
+
+    @property
+    def load_s(self) -> float:
+        """Seconds that the load took."""
 
     def __aiter__(self) -> AsyncIterator[TokenDelta]:
         """Return the stream itself."""
@@ -115,8 +130,8 @@ class Engine(Protocol):
     def ready(self) -> None:
         """Run `health`. On an idle engine, also check the engine's invariants."""
 
-    def in_flight(self) -> int:
-        """Number of requests in flight, waiting or running."""
+    def in_flight(self, tenant: str | None = None) -> int:
+        """Number of requests in flight, waiting or running; those of one tenant if given."""
 
     def waiting(self) -> int:
         """Number of waiting sequences and waiting parts of classifications."""
@@ -127,8 +142,8 @@ class Engine(Protocol):
     def loads(self) -> Mapping[Task, RunnerLoad]:
         """What the runner of each task has to do."""
 
-    async def pin(self, digest: str) -> None:
-        """Load an adapter onto the device and keep it there."""
+    async def pin(self, digest: str, reference: str | None = None) -> None:
+        """Load an adapter onto the device and keep it there. `reference` is what requests will name it by."""
 
     def unpin(self, digest: str) -> None:
         """Allow the eviction of a pinned adapter. Idempotent."""
@@ -136,8 +151,14 @@ class Engine(Protocol):
     def drop_deleted_pins(self) -> None:
         """Unpin the adapters whose bundle is not in the store any more: another server deleted it. Blocks."""
 
+    def presence(self, digests: Sequence[str]) -> Sequence[Presence]:
+        """Where each of these adapters is now."""
+
     def stats(self) -> ResidencyStats:
         """Figures of the adapters' memory."""
+
+    def adapter_activity(self) -> AdapterActivity:
+        """Which adapters serve and which are waited for, by the references that requests name them by."""
 
     async def generate(
         self, params: GenerateParams, principal: Principal, received_at: float | None = None
@@ -244,6 +265,18 @@ async def _received_at(request: Request) -> float | None:
     return cast(float | None, getattr(request.state, "received_at", None))
 
 
+async def _holdings(request: Request) -> Holdings:
+    return cast(Holdings, request.app.state.holdings)
+
+
+async def _quotas(request: Request) -> Quotas:
+    return cast(Quotas, request.app.state.quotas)
+
+
+async def _audit(request: Request) -> AuditLog:
+    return cast(AuditLog, request.app.state.audit)
+
+
 async def _metrics(request: Request) -> ServerMetrics:
     return cast(ServerMetrics, request.app.state.metrics)
 
@@ -252,6 +285,9 @@ EngineOf = Annotated[Engine, Depends(_engine)]
 StoreOf = Annotated[AdapterStore, Depends(_store)]
 SettingsOf = Annotated[ServeSettings, Depends(_settings)]
 MetricsOf = Annotated[ServerMetrics, Depends(_metrics)]
+HoldingsOf = Annotated[Holdings, Depends(_holdings)]
+QuotasOf = Annotated[Quotas, Depends(_quotas)]
+AuditOf = Annotated[AuditLog, Depends(_audit)]
 ExecutorsOf = Annotated[Executors, Depends(_executors)]
 # When the request's first byte came (`time.monotonic`). Time limits count from it.
 ReceivedAt = Annotated[float | None, Depends(_received_at)]

@@ -32,6 +32,7 @@ CODES = {
     415: "unsupported_media_type",
 }
 _TYPES = {
+    401: "authentication_error",
     403: "permission_error",
     404: "not_found_error",
     408: "timeout_error",
@@ -106,7 +107,9 @@ def describe(error: Exception, request_id: str) -> tuple[int, dict[str, Any], in
 def error_response(error: Exception, request_id: str) -> JSONResponse:
     """Return the response for any failure."""
     status, content, retry_after = describe(error, request_id)
-    headers = None if retry_after is None else {"Retry-After": str(retry_after)}
+    headers = {} if retry_after is None else {"Retry-After": str(retry_after)}
+    if status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
     return JSONResponse(content, status, headers)
 
 

@@ -1,4 +1,4 @@
-"""Gives the memory of finished bodies back to the system.
+"""Gives memory that requests have freed back to the system.
 
 glibc's malloc keeps freed pieces of up to some hundred KiB for later. 60 bodies of 1 MiB, received at the same time,
 left the server 50 MiB larger for good.
@@ -8,46 +8,63 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
-from collections.abc import Callable
+import os
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 
-# A trim visits all of the heap's free pages: some milliseconds, for which few bytes are not worth it.
+# A trim visits all free pages of all heaps: some milliseconds, for which few bytes are not worth it.
 _WORTH_A_TRIM = 8 << 20
-# The frames that call `release` still refer to the last body. A burst of bodies is worth one trim.
-_DELAY_S = 1.0
+_EVERY_S = 15.0
+_STATM = Path("/proc/self/statm")
 
 
-class FreedMemory:
-    """Counts the bytes that bodies hold, and trims the heap when many were held and few are left."""
+class MemoryTrimmer:
+    """Trims the heaps from time to time, when the process has grown since the last trim.
 
-    def __init__(self, trim: Callable[[], object] | None = None) -> None:
-        """Hold nothing yet.
+    What stays after a trim is in use, and is the measure for the next one. So a server that needs more memory is
+    trimmed once for each step of its growth, and an idle one never.
+    """
+
+    def __init__(self, trim: Callable[[], object] | None = None, resident: Callable[[], int] | None = None) -> None:
+        """Set up.
 
         Args:
-            trim: Gives free memory back, on a worker thread. None is malloc's own function, if malloc has one.
+            trim: Gives free memory back. None is malloc's own function, if malloc has one.
+            resident: Bytes of the process in memory. None reads them from the system, if it tells.
         """
-        self.held = 0
-        self._most = 0
         self._trim = trim or _malloc_trim()
-        self._under_way: asyncio.Task[None] | None = None
+        self._resident = resident or (_resident_bytes if _STATM.exists() else None)
 
-    def hold(self, count: int) -> None:
-        """Count `count` more bytes."""
-        self.held += count
-        self._most = max(self._most, self.held)
-
-    def release(self, count: int) -> None:
-        """Count `count` bytes less. Call it on the event loop, when the bytes are free or about to be."""
-        self.held -= count
-        if self._trim is None or self._most < _WORTH_A_TRIM or self.held > self._most // 8:
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Trim while the block runs."""
+        if self._trim is None or self._resident is None:
+            yield
             return
-        self._most = self.held
-        if self._under_way is None or self._under_way.done():
-            self._under_way = asyncio.ensure_future(self._trim_soon(self._trim))
+        task = asyncio.ensure_future(self._watch(self._trim, self._resident))
+        try:
+            yield
+        finally:
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
 
-    @staticmethod
-    async def _trim_soon(trim: Callable[[], object]) -> None:
-        await asyncio.sleep(_DELAY_S)
-        await asyncio.to_thread(trim)
+    async def _watch(self, trim: Callable[[], object], resident: Callable[[], int]) -> None:
+        least = resident()
+        while True:
+            await asyncio.sleep(_EVERY_S)
+            now = resident()
+            if now - least > _WORTH_A_TRIM:
+                await asyncio.to_thread(trim)
+                now = resident()
+                least = now
+            # What was given back without a trim must not hide the next growth.
+            least = min(least, now)
+
+
+def _resident_bytes() -> int:
+    return int(_STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _malloc_trim() -> Callable[[], object] | None:

@@ -8,6 +8,7 @@ import logging
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -36,6 +37,10 @@ class GracefulServer(uvicorn.Server):
         grace_s: float,
         stop_engine: Callable[[], None],
         announce: Callable[[], None] = lambda: None,
+        *,
+        drain_s: float = 0,
+        begin_drain: Callable[[], None] = lambda: None,
+        reload: Callable[[], None] | None = None,
     ) -> None:
         """Make a server.
 
@@ -44,17 +49,39 @@ class GracefulServer(uvicorn.Server):
             grace_s: Seconds for requests in flight to finish.
             stop_engine: Ends the engine's requests with their errors. May block. The application may call it again.
             announce: Called once the server accepts connections.
+            drain_s: Seconds after the signal for which connections are still accepted and requests served.
+            begin_drain: Called at the signal: from then on the server is not ready.
+            reload: Called at SIGHUP, between two steps of any thread's work: it must return at once. None leaves the
+                signal as it is.
         """
         super().__init__(config)
         self._grace_s = grace_s
         self._stop_engine = stop_engine
         self._announce = announce
+        self._drain_s = drain_s
+        self._begin_drain = begin_drain
+        self._reload = reload
+        self._drained_at: float | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start to accept connections."""
         await super().startup(sockets)
         if self.started:
             self._announce()
+
+    async def on_tick(self, counter: int) -> bool:
+        """Whether to shut down now: some time after the signal, so that a load balancer sees the server unready first.
+
+        uvicorn calls it ten times a second. A second interrupt ends the wait.
+        """
+        if not await super().on_tick(counter):
+            return False
+        if self._drained_at is None:
+            self._drained_at = time.monotonic() + self._drain_s
+            self._begin_drain()
+            if self._drain_s:
+                logger.info("no longer ready; connections are accepted for another %g s", self._drain_s)
+        return self.force_exit or time.monotonic() >= self._drained_at
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Refuse connections, and return when every request is answered."""
@@ -72,6 +99,9 @@ class GracefulServer(uvicorn.Server):
             yield
             return
         before = {number: signal.signal(number, self.handle_exit) for number in HANDLED_SIGNALS}
+        if self._reload is not None:
+            reload = self._reload
+            before[signal.SIGHUP] = signal.signal(signal.SIGHUP, lambda number, frame: reload())
         try:
             yield
         finally:

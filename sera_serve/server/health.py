@@ -6,10 +6,12 @@ import asyncio
 from typing import Literal
 
 from fastapi import APIRouter, Request, Response
+from fastapi.concurrency import run_in_threadpool
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 
 from adapters_store import AdapterStore, StoreState, StoreUnavailable
+from sera_serve.errors import SeraServeError
 from sera_serve.server.deps import EngineOf, MetricsOf
 from sera_serve.server.strict import StrictRoute
 from sera_serve.threads import BoundedExecutor
@@ -30,6 +32,13 @@ class Readiness(BaseModel):
 
     status: Literal["ready"]
     store: StoreState
+
+
+class Draining(SeraServeError):
+    """The server is about to stop. It still serves what comes, and is to get no more."""
+
+    code = "draining"
+    status = 503
 
 
 class StoreProbe:
@@ -68,7 +77,9 @@ async def healthz() -> Health:
 
 @router.get("/readyz")
 async def readyz(request: Request, engine: EngineOf) -> Readiness:
-    """Report whether engine and store can serve requests. The status is 503 with the reason if they cannot."""
+    """Report whether requests should come: engine and store serve, and the server is not stopping; else 503."""
+    if request.app.state.draining:
+        raise Draining("the server is stopping; send requests to another one")
     engine.ready()
     return Readiness(status="ready", store=await _probe(request).state(_STORE_TIMEOUT_S))
 
@@ -76,7 +87,8 @@ async def readyz(request: Request, engine: EngineOf) -> Readiness:
 @router.get("/metrics", response_class=Response)
 async def metrics(metrics: MetricsOf) -> Response:
     """Return all metrics in Prometheus' text format."""
-    return Response(metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
+    # On another thread: with many tenants it takes a tenth of a second.
+    return Response(await run_in_threadpool(metrics.exposition), media_type=CONTENT_TYPE_LATEST)
 
 
 def _probe(request: Request) -> StoreProbe:

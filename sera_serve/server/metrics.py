@@ -11,6 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from sera_serve.engine import LOAD_BUCKETS, GenerationResult, ResidencyStats, RunnerLoad, Task
+from sera_serve.server.usage_metrics import UsageMetrics
 
 _METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -30,11 +31,22 @@ class Load(Protocol):
 
 
 class ServerMetrics:
-    """Counts requests and tokens. Labels come from fixed sets, never from a client's text."""
+    """Counts requests and tokens. Labels come from fixed sets; those of `usage` have a bound.
 
-    def __init__(self, load: Load) -> None:
-        """Register the metrics. `load` is read at each scrape."""
+    Attributes:
+        usage: What each tenant has used, and each adapter was used for.
+    """
+
+    def __init__(self, load: Load, label_limit: int = 200) -> None:
+        """Register the metrics.
+
+        Args:
+            load: Read at each scrape.
+            label_limit: The most tenants, and the most adapters, with a label of their own.
+        """
         self.registry = CollectorRegistry()
+        self.usage = UsageMetrics(label_limit)
+        self.registry.register(self.usage)
         self._requests = Counter(
             "sera_http_requests",
             "HTTP requests that got a response.",
@@ -107,8 +119,18 @@ class ServerMetrics:
         """Count a request that was not served. `code` is an error code of the server, so there are few."""
         self._refusals.labels(code).inc()
 
+    def totals(self) -> dict[str, float]:
+        """Return the counts of tokens, inputs and times so far, by sample: name and label value."""
+        return {
+            sample.name + "".join(f" {value}" for value in sample.labels.values()): sample.value
+            for metric in (self._tokens, self._inputs, self._embedded, self._waits, self._first_token)
+            for family in metric.collect()
+            for sample in family.samples
+            if not sample.name.endswith(("_bucket", "_created"))
+        }
+
     def exposition(self) -> bytes:
-        """Return all metrics in Prometheus' text format."""
+        """Return all metrics in Prometheus' text format. Blocks: there may be thousands of lines."""
         return generate_latest(self.registry)
 
 

@@ -27,7 +27,9 @@ class MetricsAddress:
         """Run one request."""
         if scope["type"] == "http":
             path = scope["path"]
-            served = path in _OPERATORS_PATHS if scope["server"][1] == self.port else path != METRICS_PATH
+            is_operator = scope["server"][1] == self.port
+            scope.setdefault("state", {})["is_operator"] = is_operator
+            served = path in _OPERATORS_PATHS if is_operator else path != METRICS_PATH
             if not served:
                 answer = error_content(404, "no such path; docs/http.md lists the paths", "not_found")
                 response = JSONResponse(answer, 404, {"X-Request-Id": new_request_id()})

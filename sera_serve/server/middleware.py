@@ -9,12 +9,17 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sera_serve.errors import Overloaded
+from sera_serve.server.accounting import Meter, RequestRecord
 from sera_serve.server.errors import BodyTooLarge, error_response
-from sera_serve.server.freed_memory import FreedMemory
 from sera_serve.server.loop_watch import LoopWatch, route_of
 from sera_serve.server.metrics import ServerMetrics
+from sera_serve.server.request_log import RequestLog
+from sera_serve.server.tracing import Tracing
 
 UPLOAD_PATH = "/v1/adapters"
+FILES_PATH = "/v1/files"
+UPLOAD_PATHS = (UPLOAD_PATH, FILES_PATH)
+"""Paths whose POST takes a form with a file. The body goes to a disk, and has a limit of its own."""
 # Bytes for multipart boundaries, part headers and the name field.
 _FORM_OVERHEAD = 64 << 10
 # All JSON bodies of the requests in progress together hold at most so many bytes, or so many of the longest bodies.
@@ -24,12 +29,16 @@ _SHORT_BODY = 64 << 10
 
 
 class RequestLifecycle:
-    """Gives each request an id, counts the request, and responds to errors that no other handler caught."""
+    """Gives each request an id, counts and logs the request, and responds to errors that no other handler caught."""
 
-    def __init__(self, app: ASGIApp, metrics: ServerMetrics, watch: LoopWatch) -> None:
+    def __init__(
+        self, app: ASGIApp, metrics: ServerMetrics, watch: LoopWatch, log: RequestLog, tracing: Tracing | None = None
+    ) -> None:
         self.app = app
         self.metrics = metrics
         self.watch = watch
+        self.log = log
+        self.tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run one request."""
@@ -43,6 +52,12 @@ class RequestLifecycle:
         request_id = f"req-{secrets.token_hex(8)}"
         state = scope.setdefault("state", {})
         state["request_id"] = request_id
+        record = state["record"] = RequestRecord()
+        body = bytearray()
+        spans = None
+        if self.tracing is not None:
+            spans = self.tracing.begin(request_id)
+            state["trace_id"] = spans.trace_id
         # The protocol class knows when the first byte came. Other ASGI servers do not say it.
         state.setdefault("received_at", time.monotonic())
         status = 0
@@ -53,10 +68,16 @@ class RequestLifecycle:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 MutableHeaders(scope=message)["X-Request-Id"] = request_id
+                meter: Meter | None = state.get("meter")
+                if meter is not None and (headers := meter.headers()):
+                    message["headers"] = [*message["headers"], *headers]
+            elif spans is not None and not message.get("more_body", False):
+                # The request's span ends with the last part of the response.
+                spans.describe(record)
             await send(message)
 
         try:
-            await self.app(scope, receive, send_with_id)
+            await self.app(scope, self.log.listen(receive, body), send_with_id)
         except Exception as error:
             if status:
                 raise
@@ -64,6 +85,9 @@ class RequestLifecycle:
         finally:
             seconds = time.perf_counter() - started
             self.metrics.observe_request(scope["method"], route_of(scope), status or 500, seconds)
+            if spans is not None:
+                spans.end(record)
+            self.log.write(scope, record, status or 500, seconds, body)
 
 
 class BodyLimit:
@@ -75,29 +99,37 @@ class BodyLimit:
     short body is never refused for it.
     """
 
-    def __init__(self, app: ASGIApp, max_body: int, max_upload: int) -> None:
+    def __init__(self, app: ASGIApp, max_body: int, max_upload: int, max_file: int) -> None:
         """Wrap an app.
 
         Args:
             app: The app.
             max_body: Bytes of a JSON body.
             max_upload: Bytes of an uploaded bundle.
+            max_file: Bytes of an uploaded training file.
         """
         self.app = app
         self.max_body = max_body
-        self.max_upload = max_upload + _FORM_OVERHEAD
+        # By path: the limit, the setting that has it, and the field that holds the file.
+        self.uploads = {
+            UPLOAD_PATH: (max_upload + _FORM_OVERHEAD, "max_upload_mib", "bundle"),
+            FILES_PATH: (max_file + _FORM_OVERHEAD, "max_training_file_mib", "file"),
+        }
         self._max_held = max(_MAX_HELD, _MAX_HELD_BODIES * max_body)
-        self._bodies = FreedMemory()
+        self._held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run one request."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        upload = scope["method"] == "POST" and scope["path"] == UPLOAD_PATH
-        limit = self.max_upload if upload else self.max_body
-        remedy = "raise max_upload_mib" if upload else "send less in one request, or raise max_body_mib"
-        too_large = BodyTooLarge(f"the body exceeds {limit} bytes; {remedy}", param="bundle" if upload else None)
+        upload = self.uploads.get(scope["path"]) if scope["method"] == "POST" else None
+        if upload is None:
+            limit, param, remedy = self.max_body, None, "send less in one request, or raise max_body_mib"
+        else:
+            limit, setting, param = upload
+            remedy = f"raise {setting}"
+        too_large = BodyTooLarge(f"the body exceeds {limit} bytes; {remedy}", param=param)
         announced = Headers(scope=scope).get("content-length", "")
         if announced.isdecimal() and int(announced[:20]) > limit:
             response = error_response(too_large, scope["state"]["request_id"])
@@ -110,14 +142,14 @@ class BodyLimit:
             message = await receive()
             count = len(message.get("body", b""))
             received += count
-            self._bodies.hold(0 if upload else count)
+            self._held += 0 if upload else count
             if received > limit:
                 raise too_large
-            if not upload and self._bodies.held > self._max_held and received > _SHORT_BODY:
+            if not upload and self._held > self._max_held and received > _SHORT_BODY:
                 raise Overloaded("the bodies of too many requests are under way; send the request again later")
             return message
 
         try:
             await self.app(scope, limited, send)
         finally:
-            self._bodies.release(0 if upload else received)
+            self._held -= 0 if upload else received

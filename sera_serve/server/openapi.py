@@ -11,6 +11,7 @@ from typing import Any
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
+from fastapi.telemetry import TelemetryConfig
 from pydantic import BaseModel
 
 from sera_serve.server.errors import ErrorResponse
@@ -24,7 +25,7 @@ _DESCRIPTION = """Every response has the header `X-Request-Id`. Every error has 
 Each path that answers GET answers HEAD too. Each path answers OPTIONS with 204 and the header `Allow`. Another method
 is answered 405 with `Allow`, and an unknown path 404."""
 # Refused before the route, or by what all routes share.
-_ANY_ROUTE = (400, 403, 408, 413, 414, 415, 422, 431, 500, 503)
+_ANY_ROUTE = (400, 401, 403, 408, 413, 414, 415, 422, 431, 500, 503)
 _BY_ROUTE: dict[tuple[str, str], tuple[int, ...]] = {
     ("post", "/v1/generate"): (404, 429, 504),
     ("post", "/v1/classify"): (404, 429, 504),
@@ -34,6 +35,20 @@ _BY_ROUTE: dict[tuple[str, str], tuple[int, ...]] = {
     ("delete", "/v1/adapters/{tenant}/{name}"): (404, 409, 507),
     ("put", "/v1/adapters/{tenant}/{name}/pin"): (404, 409),
     ("delete", "/v1/adapters/{tenant}/{name}/pin"): (404,),
+    ("get", "/v1/adapters/{tenant}/{name}/versions"): (404,),
+    ("put", "/v1/adapters/{tenant}/{name}/aliases/{alias}"): (404, 507),
+    ("delete", "/v1/adapters/{tenant}/{name}/aliases/{alias}"): (404, 507),
+    ("get", "/v1/adapters/{tenant}/{name}/shares"): (404,),
+    ("put", "/v1/adapters/{tenant}/{name}/shares/{with}"): (404,),
+    ("delete", "/v1/adapters/{tenant}/{name}/shares/{with}"): (404,),
+    ("get", "/v1/me"): (),
+    ("get", "/v1/keys"): (),
+    ("post", "/v1/keys"): (),
+    ("delete", "/v1/keys/{id}"): (404,),
+    ("get", "/v1/quotas"): (),
+    ("get", "/v1/quotas/{tenant}"): (),
+    ("put", "/v1/quotas/{tenant}"): (),
+    ("delete", "/v1/quotas/{tenant}"): (),
     ("post", "/v1/load_lora_adapter"): (507,),
     ("post", "/v1/unload_lora_adapter"): (404, 409, 507),
     ("post", "/v1/completions"): (404, 429, 504),
@@ -42,8 +57,20 @@ _BY_ROUTE: dict[tuple[str, str], tuple[int, ...]] = {
     ("post", "/v1/embeddings"): (404, 429, 504),
     ("get", "/v1/models"): (),
     ("get", "/v1/models/{model}"): (404,),
-    ("post", "/tokenize"): (404,),
-    ("post", "/detokenize"): (404,),
+    ("post", "/v1/files"): (507,),
+    ("get", "/v1/files"): (404,),
+    ("get", "/v1/files/{file_id}"): (404,),
+    ("delete", "/v1/files/{file_id}"): (404, 409),
+    ("get", "/v1/files/{file_id}/content"): (404, 507),
+    ("post", "/v1/fine_tuning/jobs"): (404, 429),
+    ("get", "/v1/fine_tuning/jobs"): (404,),
+    ("get", "/v1/fine_tuning/jobs/{job_id}"): (404,),
+    ("post", "/v1/fine_tuning/jobs/{job_id}/cancel"): (404, 409),
+    ("get", "/v1/fine_tuning/jobs/{job_id}/events"): (404,),
+    ("get", "/v1/fine_tuning/jobs/{job_id}/checkpoints"): (404,),
+    ("post", "/tokenize"): (404, 429),
+    ("post", "/detokenize"): (404, 429),
+    ("get", "/v1/stats"): (),
     ("get", "/healthz"): (),
     ("get", "/readyz"): (),
     ("get", "/metrics"): (),
@@ -59,7 +86,11 @@ class DocumentedApp(FastAPI):
     FastAPI declares its own error shape for 422, and no other error.
     """
 
-    def __init__(self, lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]]) -> None:
+    def __init__(
+        self,
+        lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]],
+        telemetry: TelemetryConfig | None = None,
+    ) -> None:
         # FastAPI's interactive pages are off: they load scripts from another host. The document has a route of its own
         # below, with the checks of the other routes, and so has the page (`docs_page`).
         super().__init__(
@@ -70,6 +101,7 @@ class DocumentedApp(FastAPI):
             docs_url=None,
             redoc_url=None,
             redirect_slashes=False,
+            telemetry=telemetry,
         )
         self._document: dict[str, Any] | None = None
 

@@ -19,7 +19,7 @@ from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from sera_serve.server.connections import ConnectionCounts, ConnectionLimits
-from sera_serve.server.middleware import UPLOAD_PATH
+from sera_serve.server.middleware import UPLOAD_PATHS
 from sera_serve.server.refusals import (
     Refusal,
     RefusalLog,
@@ -519,7 +519,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         elif self.flow.read_paused:
             return now + limits.body_timeout_s
         allowed = limits.body_timeout_s + self._received / limits.min_body_rate
-        if cycle.scope["path"] == UPLOAD_PATH:
+        if cycle.scope["path"] in UPLOAD_PATHS:
             allowed = min(allowed, limits.upload_timeout_s)
         return self._began + self._flow.paused_s - self._paused_before + allowed
 

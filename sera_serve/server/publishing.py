@@ -1,4 +1,4 @@
-"""Publishes an adapter from what was read of it: a bundle, or a PEFT checkpoint."""
+"""Publishes an adapter from what was read of it, a bundle or a PEFT checkpoint, and deletes adapters."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adapters_store import AdapterBundle, AdapterStore, BundleLimits, PeftFiles, Published, peft_from_path
-from adapters_store.errors import InvalidBundle, MissingFile
+from adapters_store.errors import AdapterNotFound, InvalidBundle, MissingFile
+from sera_serve.access import AccessControl, Actor, AuditLog, Holdings
 from sera_serve.server.deps import Engine
 
 
@@ -23,15 +24,26 @@ class PublishedSource:
     warnings: tuple[str, ...]
 
 
-def publish(source: AdapterBundle | PeftFiles, name: str, engine: Engine, store: AdapterStore) -> PublishedSource:
+def publish(
+    source: AdapterBundle | PeftFiles, name: str, engine: Engine, store: AdapterStore, holdings: Holdings
+) -> PublishedSource:
     """Check what was read, and publish it as the next version of `name`. Blocks.
 
     Raises:
         InvalidBundle, AdapterTooLarge, AdapterOverflow, ImportMismatch: It is refused; the store is unchanged.
+        QuotaExceeded: The tenant may not have so much.
         StoreError: It cannot be written.
     """
     bundle, warnings = checked(source, engine)
-    return PublishedSource(store.publish(bundle, name=name), warnings)
+    return PublishedSource(publish_within(bundle, name, store, holdings), warnings)
+
+
+def publish_within(bundle: AdapterBundle, name: str, store: AdapterStore, holdings: Holdings) -> Published:
+    """Publish a bundle within the quotas of its tenant; raises as `publish` does. Blocks."""
+    added = holdings.check_publish(name, bundle.digest, bundle.nbytes)
+    published = store.publish(bundle, name=name)
+    holdings.note_published(name, added)
+    return published
 
 
 def checked(source: AdapterBundle | PeftFiles, engine: Engine) -> tuple[AdapterBundle, tuple[str, ...]]:
@@ -41,6 +53,48 @@ def checked(source: AdapterBundle | PeftFiles, engine: Engine) -> tuple[AdapterB
         return imported.bundle, imported.warnings
     engine.check_bundle(source)
     return source, ()
+
+
+def remove(
+    reference: str,
+    engine: Engine,
+    store: AdapterStore,
+    access: AccessControl,
+    holdings: Holdings,
+    audit: AuditLog,
+    actor: Actor,
+) -> None:
+    """Delete an adapter with its shares, or one version of it, and record it. Blocks.
+
+    Raises:
+        AdapterNotFound, VersionInUse: As `AdapterStore.delete`.
+        AccessDatabaseError: The adapter is deleted, and its shares are not; deleting it again ends them.
+    """
+    try:
+        for digest in store.delete(reference).digests:
+            engine.mark_deleted(digest)
+        holdings.note_deleted(reference)
+        audit.record("adapter.delete", actor, tenant=reference.partition("/")[0], target=reference)
+    except AdapterNotFound:
+        # A command may have deleted it, and been killed before the end of its shares.
+        _end_shares(reference, access)
+        raise
+    _end_shares(reference, access)
+
+
+def record_publication(version: Published, audit: AuditLog, actor: Actor) -> None:
+    """Record that a version was published. Blocks."""
+    tenant = version.adapter.partition("/")[0]
+    audit.record(
+        "adapter.publish", actor, tenant=tenant, target=version.adapter, version=version.version, digest=version.digest
+    )
+
+
+def _end_shares(reference: str, access: AccessControl) -> None:
+    # Another adapter of its name must begin without shares.
+    if "@" not in reference:
+        access.shares.remove_all(reference)
+        access.refresh()
 
 
 def read_source(path: str, limits: BundleLimits, within: Path | None = None) -> AdapterBundle | PeftFiles:

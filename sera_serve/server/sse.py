@@ -14,11 +14,11 @@ from starlette.types import Receive, Scope, Send
 
 from sera_serve.engine import GenerationResult, TokenDelta
 from sera_serve.errors import EngineUnavailable
+from sera_serve.server.accounting import Account
 from sera_serve.server.deps import TokenStream
 from sera_serve.server.disconnect import ClientDisconnected, cancel_on_disconnect
 from sera_serve.server.errors import describe
 from sera_serve.server.loop_watch import measured_with_request
-from sera_serve.server.metrics import ServerMetrics
 
 logger = logging.getLogger("sera_serve.server")
 DONE = b"data: [DONE]\n\n"
@@ -66,27 +66,6 @@ class EventWriter:
         return encode_event(content)
 
 
-class JsonEvents(EventWriter):
-    """Writes one event for each delta, and one for the end of each stream."""
-
-    def __init__(
-        self,
-        delta_event: Callable[[TokenStream, TokenDelta], dict[str, Any]],
-        final_event: Callable[[TokenStream, GenerationResult], dict[str, Any]],
-    ) -> None:
-        """Take the functions that return the JSON of the events."""
-        self._delta_event = delta_event
-        self._final_event = final_event
-
-    def delta(self, index: int, stream: TokenStream, delta: TokenDelta) -> bytes:
-        """The event that adds text or tokens."""
-        return encode_event(self._delta_event(stream, delta))
-
-    def final(self, index: int, stream: TokenStream, result: GenerationResult) -> bytes:
-        """The event at the end of one stream."""
-        return encode_event(self._final_event(stream, result))
-
-
 class EventStream(Response):
     """Streams generations as server-sent events, by default `data: [DONE]` last.
 
@@ -97,19 +76,19 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, admit: Admit, writer: EventWriter, metrics: ServerMetrics) -> None:
+    def __init__(self, admit: Admit, writer: EventWriter, account: Account) -> None:
         """Prepare the response.
 
         Args:
             admit: Sends the request to the engine. Called once.
             writer: Writes the events.
-            metrics: Counts the tokens at the end.
+            account: Counts the tokens at the end.
         """
         super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._admit = admit
         self._writer = writer
-        self._metrics = metrics
+        self._account = account
         self._started = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -122,7 +101,7 @@ class EventStream(Response):
                 raise
 
     async def _send_events(self, send: Send, request_id: str) -> None:
-        async with admitted(self._admit, self._metrics) as streams:
+        async with admitted(self._admit, self._account) as streams:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             self._started = True
             async with aclosing(self._events(streams, request_id)) as events:
@@ -140,7 +119,7 @@ class EventStream(Response):
                     stream = streams[index]
                     if delta is None:
                         result = result_of(stream)
-                        self._metrics.count_generation(result)
+                        self._account.count_generation(result)
                         event = writer.final(index, stream, result)
                     else:
                         event = writer.delta(index, stream, delta) if delta.text or delta.token_ids else b""
@@ -149,21 +128,23 @@ class EventStream(Response):
             last = writer.end(streams)
         except Exception as error:  # noqa: BLE001 - the status 200 is sent already: the error becomes an event and a log line
             content = describe(error, request_id)[1]
-            self._metrics.count_refusal(content["error"]["code"])
+            self._account.count_refusal(content["error"]["code"])
             last = writer.failed(content)
         if last:
             yield last
 
 
 @asynccontextmanager
-async def admitted(admit: Admit, metrics: ServerMetrics) -> AsyncIterator[Sequence[TokenStream]]:
-    """Admit a request, and close its streams at the end of the block. Waiting times are counted."""
+async def admitted(admit: Admit, account: Account) -> AsyncIterator[Sequence[TokenStream]]:
+    """Admit a request, and close its streams at the end of the block. Waiting times are counted, and tokens charged."""
     streams = await admit()
     try:
-        yield streams
+        with account.computing(streams):
+            yield streams
     finally:
         for stream in streams:
-            metrics.observe_waits(stream.waited_s, stream.first_token_s)
+            account.observe_waits(stream.waited_s, stream.first_token_s)
+            account.observe_load(stream.load_began, stream.load_s)
         # To its end: a client that leaves once it has the last event cancels this block.
         await asyncio.shield(asyncio.ensure_future(measured_with_request(_close_all(streams))))
 

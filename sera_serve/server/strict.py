@@ -14,12 +14,17 @@ from starlette.types import Scope
 
 from adapters_store import parse_json
 from sera_serve.errors import InvalidRequest, SeraServeError
+from sera_serve.server.accounting import accounting_of
+from sera_serve.server.auth import caller_of, check_scope
+from sera_serve.server.scopes import needed_scope
 
 # Longer ones are refused before they are parsed. A boundary of a form has at most 70 characters.
 _MAX_CONTENT_TYPE = 256
 _MAX_QUERY = 16
 # Lists, objects and keys of a body; no request has a use for more.
 _MAX_MEMBERS = 20_000
+# Items of all lists; a prompt of 131,072 token ids is one of the longest.
+_MAX_ITEMS = 160_000
 _JSON_PARAMETERS = {"", "charset=utf-8", 'charset="utf-8"'}
 
 
@@ -74,7 +79,7 @@ class StrictRequest(Request):
 
     async def json(self) -> Any:
         """Return the body's JSON value. FastAPI turns a json.JSONDecodeError into a validation error."""
-        return parse_json(await self.body(), _MAX_MEMBERS)
+        return parse_json(await self.body(), _MAX_MEMBERS, _MAX_ITEMS)
 
 
 class StrictRoute(APIRoute):
@@ -89,8 +94,14 @@ class StrictRoute(APIRoute):
         reads_json = self.body_field is not None
         reads_body = reads_json or "requestBody" in (self.openapi_extra or {})
         reads_query = bool(self.dependant.query_params)
+        (needed,) = {needed_scope(method, self.path) for method in self.methods or ()}
 
         async def checked(request: Request) -> Response:
+            caller = caller_of(request)
+            check_scope(caller, needed)
+            if needed == "infer" and caller.tenant is not None:
+                # Before the body is read. Without keys, the body tells the tenant.
+                accounting_of(request).enter(request.state, caller.tenant)
             content_type = _check_headers(request)
             if not reads_body:
                 refuse_body(request.scope)

@@ -16,21 +16,23 @@ from pathlib import Path
 
 from adapters_store import AdapterStore, BundleLimits, StoreError, parse_adapter
 from adapters_store.errors import AdapterNotFound, InvalidAdapterName
+from sera_serve.access import AccessControl, AccessDatabaseError, Actor, AuditLog, Holdings
 from sera_serve.errors import EngineUnavailable, Overloaded, SeraServeError
 from sera_serve.server.deps import Engine, Executors
-from sera_serve.server.publishing import publish, read_source
+from sera_serve.server.publishing import publish, read_source, record_publication, remove
 from sera_serve.threads import BoundedExecutor
 
 logger = logging.getLogger("sera_serve.watch")
 
 POLL_S = 1.0
-# Polls in which nothing of an adapter changes before it is read.
+# Polls in which nothing of an adapter changes before it is read, and polls without it before it is withdrawn.
 _QUIET_POLLS = 2
 # Where a poll takes long, the time between two polls is so many times as long.
 _IDLE_SHARE = 4
 # Files of one adapter that are looked at.
 _MAX_FILES = 256
 _SUFFIXES = (".safetensors", ".tar", ".zip")
+_ACTOR = Actor("watch")
 
 # (path, bytes, time of change, inode) of each file of one adapter.
 Signature = tuple[tuple[str, int, int, int], ...]
@@ -42,13 +44,13 @@ class _Entry:
 
     Attributes:
         path: Where it lies.
-        signature: What it looked like in the last poll.
+        signature: What it looked like in the last poll; None if a file vanished while it was looked at.
         quiet: Polls since it last changed.
         handled: Whether this state of it was published or refused.
     """
 
     path: str
-    signature: Signature
+    signature: Signature | None
     quiet: int = 0
     handled: bool = False
 
@@ -61,24 +63,29 @@ class WatchedDirectory:
         self.root = root
         self._entries: dict[str, _Entry] = {}
         self._published: set[str] = set()
+        # Polls in a row in which a published adapter was absent.
+        self._absent: dict[str, int] = {}
         self._complaints: set[str] = set()
 
     def poll(self) -> tuple[list[str], list[str]]:
         """Look at the directory.
 
         Returns:
-            Names of adapters that are new or changed and quiet since, and names of published ones that are gone.
+            Names of adapters that are new or changed and quiet since, and names of published ones that are gone. One
+            is gone only after several polls without it: network file systems show absences that are none.
 
         Raises:
             OSError: The directory cannot be read: it was removed or unmounted. Nothing counts as gone then.
         """
-        found = self._scan()
-        gone = [name for name in sorted(self._published) if name not in found]
-        self._entries = {name: entry for name, entry in self._entries.items() if name in found}
+        found, present = self._scan()
+        missing = self._published - present
+        self._absent = {name: self._absent.get(name, 0) + 1 for name in missing}
+        gone = sorted(name for name, polls in self._absent.items() if polls >= _QUIET_POLLS)
+        self._entries = {name: entry for name, entry in self._entries.items() if name in present}
         ready = []
         for name, (path, signature) in found.items():
             entry = self._entries.get(name)
-            if entry is None or (entry.path, entry.signature) != (path, signature):
+            if entry is None or signature is None or (entry.path, entry.signature) != (path, signature):
                 self._entries[name] = _Entry(path, signature)
                 continue
             entry.quiet += 1
@@ -105,32 +112,48 @@ class WatchedDirectory:
         """An adapter was withdrawn."""
         self._published.discard(name)
 
-    def _scan(self) -> dict[str, tuple[str, Signature]]:
-        found: dict[str, tuple[str, Signature]] = {}
+    def _scan(self) -> tuple[dict[str, tuple[str, Signature | None]], set[str]]:
+        """What the adapters look like, and the names of all that are there, unreadable ones included."""
+        found: dict[str, tuple[str, Signature | None]] = {}
+        present: set[str] = set()
         seen: set[str] = set()
         with os.scandir(self.root) as tenants:
-            folders = sorted(entry.name for entry in tenants if not entry.name.startswith(".") and entry.is_dir())
-        for tenant in folders:
-            # A tenant's folder may vanish between two calls.
-            with suppress(FileNotFoundError, NotADirectoryError):
-                for entry in sorted(os.scandir(self.root / tenant), key=lambda entry: entry.name):
-                    self._look_at(tenant, entry, found, seen)
+            folders = sorted(tenants, key=lambda entry: entry.name)
+        for folder in folders:
+            if folder.name.startswith("."):
+                continue
+            try:
+                entries = sorted(os.scandir(folder.path), key=lambda entry: entry.name) if folder.is_dir() else []
+            except (FileNotFoundError, NotADirectoryError):
+                # It vanished between two calls.
+                continue
+            except OSError as error:
+                self._complain(seen, f"{folder.path} cannot be read; what it held stays as it is: {error}")
+                present.update(name for name in self._published if name.startswith(f"{folder.name}/"))
+                continue
+            for entry in entries:
+                try:
+                    self._look_at(folder.name, entry, found, seen)
+                except OSError as error:
+                    self._complain(seen, f"{entry.path} cannot be read; its adapter stays as it is: {error}")
+                    # What is no directory any more may have been one.
+                    present.update(f"{folder.name}/{stem}" for stem in (entry.name, _stem(entry.name)))
         # A complaint whose reason is gone may come again.
         self._complaints &= seen
-        return found
+        return found, present | found.keys()
 
     def _look_at(
-        self, tenant: str, entry: os.DirEntry[str], found: dict[str, tuple[str, Signature]], seen: set[str]
+        self, tenant: str, entry: os.DirEntry[str], found: dict[str, tuple[str, Signature | None]], seen: set[str]
     ) -> None:
+        """Add an entry to `found`; raises OSError where it cannot be read."""
         if entry.name.startswith("."):
             return
         stem = entry.name
         if not entry.is_dir():
-            suffix = next((suffix for suffix in _SUFFIXES if stem.endswith(suffix)), None)
-            if suffix is None:
+            stem = _stem(entry.name)
+            if stem == entry.name:
                 self._complain(seen, f"{entry.path} is neither a directory nor {', '.join(_SUFFIXES)}")
                 return
-            stem = stem.removesuffix(suffix)
         name = f"{tenant}/{stem}"
         try:
             parse_adapter(name)
@@ -140,9 +163,7 @@ class WatchedDirectory:
         if name in found:
             self._complain(seen, f"{entry.path} is left out: {found[name][0]} has the same name")
             return
-        signature = _signature(entry.path)
-        if signature is not None:
-            found[name] = (entry.path, signature)
+        found[name] = (entry.path, _signature(entry.path))
 
     def _complain(self, seen: set[str], message: str) -> None:
         seen.add(message)
@@ -153,7 +174,14 @@ class WatchedDirectory:
 
 @asynccontextmanager
 async def watching(
-    root: Path | None, engine: Engine, store: AdapterStore, executors: Executors, limits: BundleLimits
+    root: Path | None,
+    engine: Engine,
+    store: AdapterStore,
+    executors: Executors,
+    limits: BundleLimits,
+    access: AccessControl,
+    holdings: Holdings,
+    audit: AuditLog,
 ) -> AsyncIterator[None]:
     """Keep the store in step with a directory while the block runs; None watches nothing."""
     if root is None:
@@ -161,7 +189,8 @@ async def watching(
         return
     # Of its own: a disk that never answers must keep no other work waiting, and must not delay the end.
     looking = BoundedExecutor("watching", 1, 1)
-    task = asyncio.create_task(_watch(WatchedDirectory(root), engine, store, executors, limits, looking))
+    watched = WatchedDirectory(root)
+    task = asyncio.create_task(_watch(watched, engine, store, executors, limits, looking, access, holdings, audit))
     try:
         yield
     finally:
@@ -178,6 +207,9 @@ async def _watch(
     executors: Executors,
     limits: BundleLimits,
     looking: BoundedExecutor,
+    access: AccessControl,
+    holdings: Holdings,
+    audit: AuditLog,
 ) -> None:
     unreadable = ""
     loop = asyncio.get_running_loop()
@@ -189,9 +221,9 @@ async def _watch(
             took = loop.time() - began
             unreadable = ""
             for name in gone:
-                await executors.changing.run(_withdraw, directory, name, engine, store)
+                await executors.changing.run(_withdraw, directory, name, engine, store, access, holdings, audit)
             for name in ready:
-                await executors.publishing.run(_publish, directory, name, engine, store, limits)
+                await executors.publishing.run(_publish, directory, name, engine, store, limits, holdings, audit)
         except OSError as error:
             # Once, until it is back.
             if str(error) != unreadable:
@@ -205,43 +237,75 @@ async def _watch(
         await asyncio.sleep(max(POLL_S, _IDLE_SHARE * took))
 
 
-def _publish(directory: WatchedDirectory, name: str, engine: Engine, store: AdapterStore, limits: BundleLimits) -> None:
+def _publish(
+    directory: WatchedDirectory,
+    name: str,
+    engine: Engine,
+    store: AdapterStore,
+    limits: BundleLimits,
+    holdings: Holdings,
+    audit: AuditLog,
+) -> None:
     path = directory.path(name)
     try:
-        source = read_source(path, limits)
+        # A link must not lead into what another tenant has, or out of the directory.
+        source = read_source(path, limits, within=directory.root / parse_adapter(name)[0])
         if not directory.is_unchanged(name):
             # It is being written again. The next polls see the change.
             return
-        made = publish(source, name, engine, store)
+        made = publish(source, name, engine, store, holdings)
     except (SeraServeError, StoreError) as error:
         directory.mark_handled(name, published=False)
         logger.error("%s is not published, until it changes: %s", path, error.message)
         return
+    except Exception:
+        # One adapter must not end the watch of the others.
+        directory.mark_handled(name, published=False)
+        logger.exception("%s is not published, until it changes, because of an unexpected error", path)
+        return
+    record_publication(made.version, audit, _ACTOR)
     directory.mark_handled(name, published=True)
     logger.info("%s is published as %s@v%d", path, name, made.version.version)
     for warning in made.warnings:
         logger.warning("%s: %s", path, warning)
 
 
-def _withdraw(directory: WatchedDirectory, name: str, engine: Engine, store: AdapterStore) -> None:
+def _withdraw(
+    directory: WatchedDirectory,
+    name: str,
+    engine: Engine,
+    store: AdapterStore,
+    access: AccessControl,
+    holdings: Holdings,
+    audit: AuditLog,
+) -> None:
     try:
-        for digest in store.delete(name).digests:
-            engine.mark_deleted(digest)
+        remove(name, engine, store, access, holdings, audit, _ACTOR)
         logger.info("%s is withdrawn: it vanished from %s", name, directory.root)
     except AdapterNotFound:
         # Somebody else deleted it.
         pass
-    except StoreError as error:
+    except (StoreError, AccessDatabaseError) as error:
         logger.error("%s vanished and cannot be withdrawn: %s", name, error.message)
         return
+    except EngineUnavailable:
+        raise
+    except Exception:
+        logger.exception("%s vanished and stays published because of an unexpected error; delete it by hand", name)
     directory.forget(name)
 
 
+def _stem(name: str) -> str:
+    """The name of a file without the suffix of an adapter; the same name if it has none."""
+    suffix = next((suffix for suffix in _SUFFIXES if name.endswith(suffix)), "")
+    return name.removesuffix(suffix)
+
+
 def _signature(path: str) -> Signature | None:
-    """What the files of an adapter look like; None where it vanishes meanwhile or has too many files."""
+    """What the files of an adapter look like; None where a file vanishes meanwhile. Raises OSError otherwise."""
     try:
         return tuple(sorted(_files(path)))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
 
 
@@ -253,15 +317,16 @@ def _files(path: str) -> Iterator[tuple[str, int, int, int]]:
     folders = [path]
     count = 0
     for folder in folders:
-        for entry in os.scandir(folder):
-            count += 1
-            if count > _MAX_FILES:
-                return
-            if entry.is_dir():
-                if folder == path:
-                    folders.append(entry.path)
-                continue
-            yield _state(entry.path)
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                count += 1
+                if count > _MAX_FILES:
+                    return
+                if entry.is_dir():
+                    if folder == path:
+                        folders.append(entry.path)
+                    continue
+                yield _state(entry.path)
 
 
 def _state(path: str) -> tuple[str, int, int, int]:

@@ -36,6 +36,8 @@ def test_a_list_describes_each_adapter(client: httpx.Client, writer: AdapterBund
         "has_chat_template": False,
         "parameters": sorter.config.parameters,
         "bytes": sorter.nbytes,
+        "tier": "store",
+        "pinned": False,
     }
     assert found["demo/writer"]["labels"] is None
     assert found["demo/writer"]["digest"] == writer.digest

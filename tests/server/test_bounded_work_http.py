@@ -31,20 +31,40 @@ BODY_MIB = 4
 MAX_LAG_S = 0.25
 
 
-def filled(beginning: bytes, unit: bytes, end: bytes, mib: int = BODY_MIB) -> bytes:
-    """A body of so many MiB, of one repeated unit."""
-    count = ((mib << 20) - len(beginning) - len(end)) // len(unit)
+# A body of it has at most 160,000 items, of two bytes and a comma.
+MOST = 440 << 10
+
+
+def filled(beginning: bytes, unit: bytes, end: bytes, size: int = BODY_MIB << 20) -> bytes:
+    """A body of so many bytes, of one repeated unit."""
+    count = (size - len(beginning) - len(end)) // len(unit)
     return beginning + (unit * count).rstrip(b",") + end
 
 
 HOSTILE = {
-    "wrong tokens": ("/v1/generate", filled(b'{"token_ids":[', b"-1,", b"]}", 1), 422, "invalid_value"),
-    "wrong stops": ("/v1/generate", filled(b'{"prompt":"a","stop":[', b'"",', b"]}", 1), 422, "invalid_value"),
-    "wrong inputs": ("/v1/classify", filled(b'{"adapter":"a/b","inputs":[', b'"",', b"]}", 1), 422, "invalid_value"),
-    "many inputs": ("/v1/classify", filled(b'{"adapter":"a/b","inputs":[', b'"a",', b"]}", 1), 422, "invalid_value"),
-    "wrong prompt": ("/v1/completions", filled(b'{"model":"a/b","prompt":[', b"-1,", b"]}", 1), 400, "invalid_value"),
-    "wrong end": ("/v1/completions", filled(b'{"model":"a/b","prompt":[', b"1,", b',"a"]}', 1), 400, "invalid_value"),
-    "many prompts": ("/v1/completions", filled(b'{"model":"a/b","prompt":[', b'"a",', b"]}"), 400, "invalid_value"),
+    "wrong tokens": ("/v1/generate", filled(b'{"token_ids":[', b"-1,", b"]}", MOST), 422, "invalid_value"),
+    "wrong stops": ("/v1/generate", filled(b'{"prompt":"a","stop":[', b'"",', b"]}", MOST), 422, "invalid_value"),
+    "wrong inputs": ("/v1/classify", filled(b'{"adapter":"a/b","inputs":[', b'"",', b"]}", MOST), 422, "invalid_value"),
+    "many inputs": ("/v1/classify", filled(b'{"adapter":"a/b","inputs":[', b'"a",', b"]}", MOST), 422, "invalid_value"),
+    "wrong prompt": (
+        "/v1/completions",
+        filled(b'{"model":"a/b","prompt":[', b"-1,", b"]}", MOST),
+        400,
+        "invalid_value",
+    ),
+    "wrong end": (
+        "/v1/completions",
+        filled(b'{"model":"a/b","prompt":[', b"1,", b',"a"]}', 300 << 10),
+        400,
+        "invalid_value",
+    ),
+    "many prompts": (
+        "/v1/completions",
+        filled(b'{"model":"a/b","prompt":[', b'"a",', b"]}", MOST),
+        400,
+        "invalid_value",
+    ),
+    "too many tokens": ("/v1/generate", filled(b'{"token_ids":[', b"1e9,", b"]}"), 400, "invalid_json"),
     "nested lists": (
         "/v1/generate",
         filled(b'{"token_ids":[', b"[" * 900 + b"]" * 900 + b",", b"]}"),

@@ -1,4 +1,4 @@
-"""When the heap is trimmed: after many bytes were held, and only then."""
+"""When the heaps are trimmed: after the process has grown, and only then."""
 
 from __future__ import annotations
 
@@ -7,46 +7,70 @@ import asyncio
 import pytest
 
 from sera_serve.server import freed_memory
-from sera_serve.server.freed_memory import FreedMemory
+from sera_serve.server.freed_memory import MemoryTrimmer
 from support.engine import until
 
 MEBIBYTE = 1 << 20
 
 
 @pytest.fixture(autouse=True)
-def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(freed_memory, "_DELAY_S", 0.0)
+def _often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(freed_memory, "_EVERY_S", 0.005)
 
 
-def test_many_bytes_that_are_released_are_trimmed_once() -> None:
+class Process:
+    """A process whose size the test sets; a trim gives back what is free."""
+
+    def __init__(self) -> None:
+        self.used, self.free, self.looks, self.trims = 100 * MEBIBYTE, 0, 0, 0
+
+    def resident(self) -> int:
+        self.looks += 1
+        return self.used + self.free
+
+    def trim(self) -> None:
+        self.trims += 1
+        self.free = 0
+
+    async def several_looks(self) -> None:
+        before = self.looks
+        await until(lambda: self.looks > before + 4)
+
+
+def test_the_heaps_are_trimmed_once_for_each_growth() -> None:
     async def main() -> None:
-        trims: list[int] = []
-        memory = FreedMemory(lambda: trims.append(memory.held))
-        for _ in range(60):
-            memory.hold(MEBIBYTE)
-        assert memory.held == 60 * MEBIBYTE
-        for _ in range(60):
-            memory.release(MEBIBYTE)
-        await until(lambda: bool(trims))
-        await asyncio.sleep(0.05)
-        assert trims == [0]
-        # The next burst is worth a trim of its own.
-        memory.hold(20 * MEBIBYTE)
-        memory.release(20 * MEBIBYTE)
-        await until(lambda: len(trims) == 2)
+        process = Process()
+        async with MemoryTrimmer(process.trim, process.resident).running():
+            await process.several_looks()
+            assert process.trims == 0
+            process.free = 60 * MEBIBYTE
+            await until(lambda: process.trims == 1)
+            await process.several_looks()
+            process.free = 4 * MEBIBYTE
+            await process.several_looks()
+            assert process.trims == 1, "4 MiB are not worth a trim"
+            # What is in use stays, and is no reason for another trim.
+            process.used += 50 * MEBIBYTE
+            await until(lambda: process.trims == 2)
+            await process.several_looks()
+            assert process.trims == 2
+            # It goes, and what comes next is a growth again.
+            process.used -= 50 * MEBIBYTE
+            await process.several_looks()
+            process.free = 9 * MEBIBYTE
+            await until(lambda: process.trims == 3)
 
     asyncio.run(main())
 
 
-def test_few_bytes_are_not_worth_a_trim() -> None:
+def test_nothing_is_looked_at_after_the_end() -> None:
     async def main() -> None:
-        trims: list[None] = []
-        memory = FreedMemory(lambda: trims.append(None))
-        for _ in range(100):
-            memory.hold(MEBIBYTE)
-            memory.release(MEBIBYTE)
+        process = Process()
+        async with MemoryTrimmer(process.trim, process.resident).running():
+            await process.several_looks()
+        seen = process.looks
         await asyncio.sleep(0.05)
-        assert not trims and memory.held == 0
+        assert process.looks == seen
 
     asyncio.run(main())
 
@@ -55,3 +79,4 @@ def test_the_heap_of_this_process_can_be_trimmed() -> None:
     trim = freed_memory._malloc_trim()
     if trim is not None:  # glibc
         assert trim() in (0, 1)
+        assert freed_memory._resident_bytes() > MEBIBYTE

@@ -13,10 +13,12 @@ from httpx import ASGITransport, AsyncClient
 from prometheus_client import CollectorRegistry
 from uvloop import new_event_loop
 
+from sera_serve.config import ServeSettings
 from sera_serve.server.disconnect import cancel_on_disconnect
 from sera_serve.server.loop_watch import LoopWatch, measured_with_request
 from sera_serve.server.metrics import ServerMetrics
 from sera_serve.server.middleware import RequestLifecycle
+from sera_serve.server.request_log import RequestLog
 from support.stub_engine import StubEngine
 
 
@@ -164,7 +166,8 @@ def test_one_line_a_second_is_logged(clock: Clock, watch: LoopWatch, caplog: pyt
 def test_a_route_and_its_child_tasks_are_named(clock: Clock) -> None:
     metrics = ServerMetrics(StubEngine(None))  # type: ignore[arg-type]
     app = FastAPI()
-    app.add_middleware(RequestLifecycle, metrics=metrics, watch=LoopWatch(metrics.registry, clock))
+    watch, log = LoopWatch(metrics.registry, clock), RequestLog(ServeSettings())
+    app.add_middleware(RequestLifecycle, metrics=metrics, watch=watch, log=log)
 
     @app.get("/slow/{name}")
     async def slow(name: str, request: Request) -> float:

@@ -362,6 +362,27 @@ def test_calls_of_tools_whole_and_in_a_stream(
     assert json.loads(streamed.function.arguments) == {"at": "世界"}
 
 
+@pytest.mark.parametrize("value", [r'"\ud800"', "NaN", "1e999"])
+def test_a_call_that_no_json_can_hold_is_content(
+    client: httpx.Client, monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    text = f'{{"name": "look", "arguments": {{"at": {value}}}}}'
+    monkeypatch.setattr("support.stub_engine.TEXTS", [*text])
+    answer = chat(client, tools=[TOOL])
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["choices"][0]["message"]["content"] == text
+
+
+def test_no_more_tokens_are_decoded_than_the_context_holds(client: httpx.Client, engine: StubEngine) -> None:
+    most = engine.context_tokens
+    assert client.post("/detokenize", json={"tokens": [1] * most}).status_code == 200
+    answer = client.post("/detokenize", json={"tokens": [1] * (most + 1)})
+    assert refused(answer, 400, "context_length_exceeded")["param"] == "tokens"
+    answer = complete(client, prompt=[[1], [1] * (most + 1)], echo=True)
+    assert refused(answer, 400, "context_length_exceeded")["param"] == "prompt"
+    assert engine.asked == []
+
+
 def test_a_forced_call_is_a_constraint(client: httpx.Client, engine: StubEngine) -> None:
     assert chat(client, tools=[TOOL], tool_choice="required").status_code == 200
     named = {"type": "function", "function": {"name": "look"}}

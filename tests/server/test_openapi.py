@@ -15,17 +15,35 @@ PATHS = {
     "/v1/classify": {"post"},
     "/v1/adapters": {"get", "post"},
     "/v1/adapters/{tenant}/{name}": {"get", "delete"},
+    "/v1/adapters/{tenant}/{name}/versions": {"get"},
+    "/v1/adapters/{tenant}/{name}/aliases/{alias}": {"put", "delete"},
+    "/v1/adapters/{tenant}/{name}/shares": {"get"},
+    "/v1/me": {"get"},
+    "/v1/keys": {"get", "post"},
+    "/v1/keys/{id}": {"delete"},
+    "/v1/quotas": {"get"},
+    "/v1/quotas/{tenant}": {"get", "put", "delete"},
     "/v1/load_lora_adapter": {"post"},
     "/v1/unload_lora_adapter": {"post"},
     "/v1/adapters/{tenant}/{name}/pin": {"put", "delete"},
+    "/v1/adapters/{tenant}/{name}/shares/{with}": {"put", "delete"},
     "/v1/completions": {"post"},
     "/v1/chat/completions": {"post"},
     "/v1/embeddings": {"post"},
+    "/v1/files": {"get", "post"},
+    "/v1/files/{file_id}": {"get", "delete"},
+    "/v1/files/{file_id}/content": {"get"},
+    "/v1/fine_tuning/jobs": {"get", "post"},
+    "/v1/fine_tuning/jobs/{job_id}": {"get"},
+    "/v1/fine_tuning/jobs/{job_id}/cancel": {"post"},
+    "/v1/fine_tuning/jobs/{job_id}/events": {"get"},
+    "/v1/fine_tuning/jobs/{job_id}/checkpoints": {"get"},
     "/v1/models": {"get"},
     "/v1/models/{model}": {"get"},
     "/v1/responses": {"post"},
     "/tokenize": {"post"},
     "/detokenize": {"post"},
+    "/v1/stats": {"get"},
     "/healthz": {"get"},
     "/readyz": {"get"},
     "/metrics": {"get"},
@@ -68,7 +86,7 @@ def test_every_error_has_the_servers_own_shape() -> None:
     for operations in document["paths"].values():
         for operation in operations.values():
             errors = {int(status): answer for status, answer in operation["responses"].items() if int(status) >= 400}
-            assert {400, 403, 408, 413, 414, 415, 431, 500, 503} <= set(errors)
+            assert {400, 401, 403, 408, 413, 414, 415, 431, 500, 503} <= set(errors)
             assert (422 in errors) == ("openai" not in operation.get("tags", ()))
             for status, answer in errors.items():
                 assert answer == {"$ref": f"#/components/responses/Error{status}"}

@@ -191,10 +191,93 @@ def test_what_changes_waits_until_it_is_quiet(checkpoint: Path, tmp_path: Path) 
     assert directory.poll() == (["acme/growing"], [])
     directory.mark_handled("acme/growing", published=True)
     assert directory.poll() == ([], [])
+    # Gone from one poll is not gone.
+    target.rename(tmp_path / "aside")
+    assert directory.poll() == ([], [])
+    (tmp_path / "aside").rename(target)
+    for _ in range(2):
+        assert directory.poll() == ([], [])
+    assert directory.poll() == (["acme/growing"], [])
+    directory.mark_handled("acme/growing", published=True)
     shutil.rmtree(target)
+    assert directory.poll() == ([], [])
     assert directory.poll() == ([], ["acme/growing"])
     directory.forget("acme/growing")
     assert directory.poll() == ([], [])
+
+
+def test_a_file_that_vanishes_within_an_adapter_is_a_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = watcher.WatchedDirectory(tmp_path)
+    target = tmp_path / "acme" / "one"
+    target.mkdir(parents=True)
+    (target / WEIGHTS).write_bytes(b"x")
+    for _ in range(3):
+        directory.poll()
+    directory.mark_handled("acme/one", published=True)
+
+    def vanished(path: str) -> tuple[str, int, int, int]:
+        raise FileNotFoundError(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(watcher, "_state", vanished)
+        for _ in range(5):
+            assert directory.poll() == ([], [])
+    assert [directory.poll() for _ in range(3)] == [([], []), ([], []), (["acme/one"], [])]
+
+
+def test_an_entry_that_cannot_be_read_stops_no_other(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    directory = watcher.WatchedDirectory(tmp_path)
+    for name in ("bad", "good"):
+        (tmp_path / "acme" / name).mkdir(parents=True)
+        (tmp_path / "acme" / name / WEIGHTS).write_bytes(b"x")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for _ in range(3):
+        ready, _ = directory.poll()
+    for name in ready:
+        directory.mark_handled(name, published=True)
+    assert ready == ["acme/bad", "acme/good"]
+    shutil.rmtree(tmp_path / "acme" / "bad")
+    (tmp_path / "acme" / "bad").symlink_to(tmp_path / "acme" / "bad")
+    (tmp_path / "acme" / "good" / "more").write_bytes(b"y")
+    assert [directory.poll() for _ in range(3)] == [([], []), ([], []), (["acme/good"], [])]
+    messages = [record.message for record in caplog.records]
+    assert len(messages) == 2
+    assert "loop" in messages[0] and "acme/bad" in messages[1]
+
+
+@pytest.mark.usefixtures("fast_polls")
+def test_neither_a_link_nor_an_unexpected_error_ends_the_watch(
+    base: FrozenBase, writer: AdapterBundle, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    watched = tmp_path / "watched"
+    for tenant in ("acme", "other"):
+        (watched / tenant).mkdir(parents=True)
+    store = AdapterStore(tmp_path / "store")
+    engine = StubEngine(base)
+    (watched / "other" / "own.safetensors").write_bytes(writer.to_bytes())
+
+    def names() -> set[str]:
+        return {info.adapter for info in store.iter_adapters()}
+
+    def logged(part: str) -> bool:
+        return any(part in record.message for record in caplog.records)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("a fault")
+
+    with live_server(build_app(engine, store, ServeSettings(store=store.root, watch=watched))):
+        wait_until(lambda: names() == {"other/own"})
+        (watched / "acme" / "taken.safetensors").symlink_to(watched / "other" / "own.safetensors")
+        wait_until(lambda: logged("outside the allowed directory"))
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(watcher, "publish", fail)
+            patched.setattr(watcher, "remove", fail)
+            (watched / "acme" / "faulty.safetensors").write_bytes(writer.to_bytes())
+            wait_until(lambda: logged("faulty.safetensors is not published"))
+            (watched / "other" / "own.safetensors").unlink()
+            wait_until(lambda: logged("other/own vanished and stays published"))
+        (watched / "acme" / "next.safetensors").write_bytes(writer.to_bytes())
+        wait_until(lambda: names() == {"other/own", "acme/next"})
 
 
 def test_what_is_no_adapter_is_named_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -213,7 +296,7 @@ def test_what_is_no_adapter_is_named_once(tmp_path: Path, caplog: pytest.LogCapt
 
 def test_nothing_is_watched_by_default() -> None:
     async def enter() -> None:
-        async with watcher.watching(None, None, None, None, None):  # type: ignore[arg-type]
+        async with watcher.watching(None, None, None, None, None, None, None, None):  # type: ignore[arg-type]
             assert len(asyncio.all_tasks()) == 1
 
     asyncio.run(enter())

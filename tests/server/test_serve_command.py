@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -24,6 +25,7 @@ from adapters_store import AdapterStore
 from sera_serve import SeraConfig
 from sera_serve.base import FrozenBase, load_base
 from sera_serve.cli import build_cli
+from sera_serve.commands.serve import client_lines
 from sera_serve.config import ServeSettings
 from support.factories import random_adapter, random_decoder
 
@@ -85,6 +87,7 @@ def test_every_setting_is_an_option() -> None:
         (["--port", "0", "--metrics-address", "9100"], 1, "metrics_address"),
         (["--port", "0", "--metrics-address", "256.0.0.1:9100"], 1, "metrics_address"),
         (["--device", "cuda:9", "--port", "0"], 1, "device"),
+        (["--base", "/nowhere", "--host", "0.0.0.0", "--auth", "off", "--port", "0"], 1, "--insecure"),
     ],
 )
 def test_a_wrong_option_is_reported_in_one_line(tmp_path: Path, arguments: list[str], status: int, words: str) -> None:
@@ -144,6 +147,32 @@ def test_the_printed_lines_work_when_pasted_and_sigterm_ends_gracefully(folder: 
         assert time.monotonic() - started < 15
         assert process.stdout is not None
         assert process.stdout.read().endswith("stopped\n")
+
+
+def test_a_server_that_needs_keys_says_how_to_make_the_first_one(folder: Path, tmp_path: Path) -> None:
+    arguments = ["--base", folder, "--store", tmp_path / "store", "--port", "0", "--pool-mib", "4"]
+    with running(*arguments, "--kv-cache-tokens", "1024", "--host", "0.0.0.0") as (_, lines):
+        text = "\n".join(lines)
+        assert "needed by every request, and there is none yet" in text
+        (create,) = (shlex.split(line) for line in lines if line.startswith("sera-serve keys create"))
+        curls = [shlex.split(line) for line in lines if line.startswith("curl")]
+        assert all(curl[3:5] == ["-H", "Authorization: Bearer $SERA_KEY"] for curl in curls)
+        assert len(curls) == 2
+        url = curls[-1][5]
+        assert httpx.get(url).status_code == 401
+        made = CliRunner().invoke(build_cli(), [*create[1:], "--json"])
+        assert made.exit_code == 0, made.output
+        headers = {"Authorization": f"Bearer {json.loads(made.stdout)['secret']}"}
+        deadline = time.monotonic() + 5
+        while httpx.get(url, headers=headers).status_code != 200:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
+def test_the_printed_lines_of_a_client_read_the_key() -> None:
+    lines = client_lines("http://localhost:8000/v1", {"model": "a/b"}, needs_keys=True).splitlines()
+    assert lines[0] == "import os" and 'api_key=os.environ["SERA_KEY"]' in lines[2]
+    compile("\n".join(lines), "lines", "exec")
 
 
 def test_a_second_interrupt_does_not_wait(folder: Path, tmp_path: Path) -> None:

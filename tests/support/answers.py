@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import httpx
@@ -16,6 +19,7 @@ from sera_serve.server import build_app
 from support.stub_engine import StubEngine
 
 FAMILIES = {
+    401: "authentication_error",
     403: "permission_error",
     404: "not_found_error",
     408: "timeout_error",
@@ -43,7 +47,9 @@ def refused(response: httpx.Response, status: int, code: str) -> dict[str, Any]:
 @functools.cache
 def openapi_document() -> dict[str, Any]:
     """Return the OpenAPI document of the server."""
-    app = build_app(StubEngine(cast(FrozenBase, None)), cast(AdapterStore, None), ServeSettings())
+    app = build_app(
+        StubEngine(cast(FrozenBase, None)), cast(AdapterStore, SimpleNamespace(root=Path(os.devnull))), ServeSettings()
+    )
     return app.openapi()
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from adapters_store import AdapterBundle, PeftFiles, check_base
 from sera_serve.base import FrozenBase, Pooling, import_base
 from sera_serve.engine import (
+    AdapterActivity,
     AdapterChoice,
     ClassifyResult,
     EmbedResult,
@@ -18,6 +19,7 @@ from sera_serve.engine import (
     ImportedAdapter,
     LabelScores,
     LoadTimes,
+    Presence,
     Principal,
     Priority,
     ResidencyStats,
@@ -37,8 +39,9 @@ from sera_serve.errors import (
 from sera_serve.residency.import_probe import import_checkpoint
 
 # Prompts that select a behaviour.
-SLOW, FAILS_LATER, CRASHES_LATER, TOO_LONG, OVERLOADED, CRASHES, HANGS, FLOODING, LATE, LATE_LATER = (
+SLOW, LONG, FAILS_LATER, CRASHES_LATER, TOO_LONG, OVERLOADED, CRASHES, HANGS, FLOODING, LATE, LATE_LATER = (
     "slow",
+    "long",
     "fails later",
     "crashes later",
     "too long",
@@ -51,6 +54,8 @@ SLOW, FAILS_LATER, CRASHES_LATER, TOO_LONG, OVERLOADED, CRASHES, HANGS, FLOODING
 )
 SECRET = "the password is swordfish"
 TEXTS = ["Ahoy", ", \u2028mate\n\n", "ys ☠"]
+# What the prompt LONG adds before TEXTS: tokens as fast as they can be sent.
+LONG_TEXTS = [f"word {number}{chr(10) if number % 40 == 0 else ' '}" for number in range(12_000)]
 
 
 class StubStream:
@@ -63,6 +68,9 @@ class StubStream:
         self.result: GenerationResult | None = None
         self.waited_s = 0.25
         self.first_token_s: float | None = 0.5
+        self.load_began: float | None = None
+        self.load_s = 0.0
+        self.computed_tokens = 5
         self._engine = engine
         self._prompt = params.prompt
         self._params = params
@@ -86,8 +94,12 @@ class StubStream:
         while self._prompt == SLOW:
             await asyncio.sleep(0.01)
             yield TokenDelta("x", [1])
+        for text in LONG_TEXTS if self._prompt == LONG else ():
+            await asyncio.sleep(0)
+            yield TokenDelta(text, [1])
         for index, text in enumerate(TEXTS):
             tokens.append(index)
+            self.computed_tokens += 1
             yield TokenDelta(text, [index], self._logprobs(index))
             if self._prompt == FAILS_LATER:
                 raise EngineUnavailable("generation failed; the request may be sent again")
@@ -165,11 +177,14 @@ class StubEngine:
     def ready(self) -> None:
         self.health()
 
-    def in_flight(self) -> int:
+    def in_flight(self, tenant: str | None = None) -> int:
         return self.open_streams
 
     def loads(self) -> dict[Task, RunnerLoad]:
         return {"classify": RunnerLoad(1, 0), "generate": RunnerLoad(2, 2, preemptions=3, cache_pages=(5, 8))}
+
+    def presence(self, digests: Sequence[str]) -> list[Presence]:
+        return [Presence("device" if digest in self.pinned else "store", digest in self.pinned) for digest in digests]
 
     def stats(self) -> ResidencyStats:
         return ResidencyStats(
@@ -196,7 +211,10 @@ class StubEngine:
     def running(self) -> int:
         return 2
 
-    async def pin(self, digest: str) -> None:
+    def adapter_activity(self) -> AdapterActivity:
+        return AdapterActivity(("demo/writer", "demo/sorter"), ("demo/late@v2",), 8)
+
+    async def pin(self, digest: str, reference: str | None = None) -> None:
         self.pinned.append(digest)
 
     def unpin(self, digest: str) -> None:
@@ -234,9 +252,11 @@ class StubEngine:
         if adapter == "demo/writer":
             raise UnsupportedTask("adapter 'demo/writer' is for generate", param="adapter")
         scores = [LabelScores(text, {text: 0.75, "other": 0.25}) for text in texts]
+        tokens = sum(map(len, texts))
         if not isinstance(adapter, str):
-            return ClassifyResult(" + ".join(f"{part.weight:g}*{part.adapter}" for part in adapter), None, scores)
-        return ClassifyResult(adapter, 2, scores)
+            named = " + ".join(f"{part.weight:g}*{part.adapter}" for part in adapter)
+            return ClassifyResult(named, None, scores, prompt_tokens=tokens)
+        return ClassifyResult(adapter, 2, scores, prompt_tokens=tokens)
 
     async def classify_each(
         self,

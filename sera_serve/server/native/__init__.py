@@ -1,7 +1,15 @@
-"""The project's own HTTP interface: /v1/generate, /v1/classify and /v1/adapters."""
+"""The project's own HTTP interface: /v1/generate, /v1/classify, /v1/adapters, /v1/keys and /v1/quotas."""
 
-from sera_serve.server.native import adapters, inference, lora_paths
+from sera_serve.server.native import adapters, inference, keys, lora_paths, quotas, shares, versions
 
-ROUTERS = (inference.router, adapters.router, lora_paths.router)
+ROUTERS = (
+    inference.router,
+    adapters.router,
+    versions.router,
+    shares.router,
+    lora_paths.router,
+    keys.router,
+    quotas.router,
+)
 
 __all__ = ["ROUTERS"]

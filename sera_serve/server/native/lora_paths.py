@@ -12,11 +12,13 @@ from fastapi import APIRouter, Request
 
 from adapters_store import AdapterBundle, AdapterStore, BundleLimits, parse_adapter
 from adapters_store.errors import AdapterNotFound, InvalidAdapterName
+from sera_serve.access import Actor, AuditLog, Holdings
 from sera_serve.errors import InvalidRequest, SeraServeError
-from sera_serve.server.deps import Engine, EngineOf, ExecutorsOf, SettingsOf, StoreOf
+from sera_serve.server.auth import CallerOf
+from sera_serve.server.deps import AuditOf, Engine, EngineOf, ExecutorsOf, HoldingsOf, SettingsOf, StoreOf
 from sera_serve.server.disconnect import cancel_on_disconnect
 from sera_serve.server.native.schemas import DeletedAdapter, LoadLoraRequest, PublishedAdapter, UnloadLoraRequest
-from sera_serve.server.publishing import checked, read_source
+from sera_serve.server.publishing import checked, publish_within, read_source, record_publication, remove
 from sera_serve.server.strict import StrictRoute
 
 router = APIRouter(route_class=StrictRoute, tags=["adapters"])
@@ -47,16 +49,20 @@ class AdapterExists(InvalidRequest):
 async def load_lora_adapter(
     body: LoadLoraRequest,
     request: Request,
+    caller: CallerOf,
     engine: EngineOf,
     store: StoreOf,
     settings: SettingsOf,
     executors: ExecutorsOf,
+    holdings: HoldingsOf,
+    audit: AuditOf,
 ) -> PublishedAdapter:
     """Publish the adapter at a path below `lora_path_root`: a PEFT checkpoint, or a bundle."""
     root = _root(settings.lora_path_root)
     _check_name(body.lora_name)
+    caller.check_publish(body.lora_name)
     limits = BundleLimits(max_bytes=settings.max_upload_mib << 20)
-    work = executors.publishing.run(_load, body, root, limits, engine, store)
+    work = executors.publishing.run(_load, body, root, limits, engine, store, holdings, audit, caller.actor)
     return await cancel_on_disconnect(request.receive, work)
 
 
@@ -64,15 +70,20 @@ async def load_lora_adapter(
 async def unload_lora_adapter(
     body: UnloadLoraRequest,
     request: Request,
+    caller: CallerOf,
     engine: EngineOf,
     store: StoreOf,
     settings: SettingsOf,
     executors: ExecutorsOf,
+    holdings: HoldingsOf,
+    audit: AuditOf,
 ) -> DeletedAdapter:
     """Delete an adapter with all of its versions; requests under way keep the version they began with."""
     _root(settings.lora_path_root)
     _check_name(body.lora_name)
-    await cancel_on_disconnect(request.receive, executors.changing.run(_unload, body.lora_name, engine, store))
+    caller.check_change(body.lora_name)
+    work = executors.changing.run(remove, body.lora_name, engine, store, caller.access, holdings, audit, caller.actor)
+    await cancel_on_disconnect(request.receive, work)
     return DeletedAdapter(adapter=body.lora_name)
 
 
@@ -93,7 +104,14 @@ def _check_name(name: str) -> None:
 
 
 def _load(
-    body: LoadLoraRequest, root: Path, limits: BundleLimits, engine: Engine, store: AdapterStore
+    body: LoadLoraRequest,
+    root: Path,
+    limits: BundleLimits,
+    engine: Engine,
+    store: AdapterStore,
+    holdings: Holdings,
+    audit: AuditLog,
+    actor: Actor,
 ) -> PublishedAdapter:
     # No pathlib for the client's text: it would intern the names that clients choose.
     allowed = os.path.realpath(root)
@@ -105,7 +123,8 @@ def _load(
         raise PathNotAllowed("lora_path leads out of the server's lora_path_root", param="lora_path")
     bundle, warnings = checked(read_source(path, limits, Path(allowed)), engine)
     _check_new(body, bundle, store)
-    published = store.publish(bundle, name=body.lora_name)
+    published = publish_within(bundle, body.lora_name, store, holdings)
+    record_publication(published, audit, actor)
     return PublishedAdapter(
         adapter=published.adapter, version=published.version, digest=published.digest, warnings=list(warnings)
     )
@@ -124,8 +143,3 @@ def _check_new(body: LoadLoraRequest, bundle: AdapterBundle, store: AdapterStore
             f"adapter {body.lora_name!r} is loaded with another content; send load_inplace true for a new version",
             param="lora_name",
         )
-
-
-def _unload(name: str, engine: Engine, store: AdapterStore) -> None:
-    for digest in store.delete(name).digests:
-        engine.mark_deleted(digest)

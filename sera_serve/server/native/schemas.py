@@ -26,6 +26,7 @@ from sera_serve.engine import (
     GenerateParams,
     GenerationResult,
     Priority,
+    Tier,
     TokenDelta,
     WeightedAdapter,
 )
@@ -432,6 +433,8 @@ class AdapterSummary(BaseModel):
     parameters: int
     bytes: int
     created_at: str
+    tier: Tier = Field(description="where this version is now: on the device, in the host cache, or in the store")
+    pinned: bool = Field(description="whether this version is kept on the device")
 
 
 class AdapterList(BaseModel):

@@ -6,6 +6,7 @@ that belong to no part, and lines that look like a boundary, which the library g
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from tempfile import SpooledTemporaryFile
 from typing import BinaryIO, cast
@@ -57,13 +58,15 @@ class FormPart:
     Attributes:
         name: The field's name.
         is_file: Whether the part has a file name.
+        filename: The file name that the client gave; empty for a part that is no file. It is data, never a path.
         text: The value of a field that is no file.
-        file: The content of the fields `bundle` and `config`, if they are files. Other files are not kept.
+        file: The content of a file in a field whose files are kept; None for others.
         nbytes: Bytes of the value.
     """
 
     name: str
     is_file: bool
+    filename: str = ""
     text: str = ""
     file: BinaryIO | None = None
     nbytes: int = 0
@@ -98,13 +101,17 @@ def boundary_of(content_type: str) -> bytes:
 class FormReader:
     """Reads one form. Its methods block on the disk; one thread at a time calls them."""
 
-    def __init__(self, boundary: bytes) -> None:
+    def __init__(self, boundary: bytes, kept: Mapping[str, int | None] = _KEPT_FILES, remedy: str = _REMEDY) -> None:
         """Set up; no file is made before a part needs it.
 
         Args:
             boundary: What separates the parts.
+            kept: Fields whose files are kept, and the most bytes of each; None is the limit of the body.
+            remedy: What a form of this route looks like, for messages.
         """
         self.parts: list[FormPart] = []
+        self._kept = kept
+        self._remedy = remedy
         self._delimiter = b"\r\n--" + boundary
         self._files: list[BinaryIO] = []
         self._headers = _Headers()
@@ -148,9 +155,9 @@ class FormReader:
         if not self._received:
             return
         if not self._ended:
-            raise InvalidForm(f"the body ends before its last boundary; {_REMEDY}")
+            raise InvalidForm(f"the body ends before its last boundary; {self._remedy}")
         if not self._last.removesuffix(b"\r\n").endswith(self._delimiter[2:] + b"--"):
-            raise InvalidForm(f"bytes follow the last boundary of the body; {_REMEDY}")
+            raise InvalidForm(f"bytes follow the last boundary of the body; {self._remedy}")
         try:
             for file in self._files:
                 file.flush()
@@ -168,12 +175,12 @@ class FormReader:
 
     def _read(self, data: bytes) -> None:
         if not self._received and not data.lstrip(b"\r\n").startswith(self._delimiter[2:]):
-            raise InvalidForm(f"the body does not begin with its boundary; {_REMEDY}")
+            raise InvalidForm(f"the body does not begin with its boundary; {self._remedy}")
         seen = self._tail + data
         # The first boundary has no line before it.
         self._boundaries += seen.count(self._delimiter)
         if self._boundaries > _MAX_BOUNDARIES:
-            raise InvalidForm(f"the body has more than {_MAX_BOUNDARIES} boundaries; {_REMEDY}")
+            raise InvalidForm(f"the body has more than {_MAX_BOUNDARIES} boundaries; {self._remedy}")
         # Too short to hold the delimiter, so that none is counted twice.
         self._tail = seen[-len(self._delimiter) + 1 :]
         # The last boundary, its two hyphens, and a line end.
@@ -182,13 +189,13 @@ class FormReader:
         try:
             self._parser.write(data)
         except FormParserError as error:
-            raise InvalidForm(f"the form cannot be read: {error}; {_REMEDY}") from error
+            raise InvalidForm(f"the form cannot be read: {error}; {self._remedy}") from error
         if self._received - self._in_parts > _MAX_OVERHEAD_BYTES:
-            raise InvalidForm(f"more than {_MAX_OVERHEAD_BYTES} bytes of the body belong to no field; {_REMEDY}")
+            raise InvalidForm(f"more than {_MAX_OVERHEAD_BYTES} bytes of the body belong to no field; {self._remedy}")
 
     def _on_part_begin(self) -> None:
         if len(self.parts) == _MAX_PARTS:
-            raise InvalidForm(f"the form has more than {_MAX_PARTS} fields; {_REMEDY}")
+            raise InvalidForm(f"the form has more than {_MAX_PARTS} fields; {self._remedy}")
         self._headers = _Headers()
         self._text.clear()
 
@@ -202,7 +209,7 @@ class FormReader:
         headers = self._headers
         name = bytes(headers.name).lower()
         if name in headers.values:
-            raise InvalidForm(f"a field of the form has the header {name.decode('ascii')} twice; {_REMEDY}")
+            raise InvalidForm(f"a field of the form has the header {name.decode('ascii')} twice; {self._remedy}")
         headers.values[name] = bytes(headers.value)
         headers.name.clear()
         headers.value.clear()
@@ -211,14 +218,16 @@ class FormReader:
         values = self._headers.values
         kind, options = parse_options_header(values.get(b"content-disposition"))
         if kind != b"form-data" or b"name" not in options:
-            raise InvalidForm(f"a field of the form has no name in its Content-Disposition; {_REMEDY}")
-        part = FormPart(_utf8(options[b"name"], "the name of a field"), b"filename" in options)
+            raise InvalidForm(f"a field of the form has no name in its Content-Disposition; {self._remedy}")
+        # It names nothing here, so any bytes will do.
+        filename = options.get(b"filename", b"").decode("utf-8", "replace")
+        part = FormPart(_utf8(options[b"name"], "the name of a field"), b"filename" in options, filename)
         encoding = values.get(b"content-transfer-encoding", b"binary").strip().lower()
         if encoding not in _PLAIN_ENCODINGS:
             raise InvalidForm(f"form field {part.name!r} has a transfer encoding; send its bytes as they are")
         if not part.is_file:
             _check_charset(parse_options_header(values.get(b"content-type"))[1], f"form field {part.name!r}", part.name)
-        elif part.name in _KEPT_FILES and all(part.name != other.name for other in self.parts):
+        elif part.name in self._kept and all(part.name != other.name for other in self.parts):
             try:
                 part.file = cast(BinaryIO, SpooledTemporaryFile(max_size=_MEMORY_BYTES))  # noqa: SIM115
             except OSError as error:
@@ -231,7 +240,7 @@ class FormReader:
         part.nbytes += end - start
         self._in_parts += end - start
         if part.file is not None:
-            most = _KEPT_FILES[part.name]
+            most = self._kept[part.name]
             if most is not None and part.nbytes > most:
                 raise InvalidForm(f"form field {part.name!r} has more than {most} bytes; send a shorter file")
             try:
@@ -241,8 +250,8 @@ class FormReader:
         elif not part.is_file:
             if part.nbytes > _MAX_TEXT_BYTES:
                 raise InvalidForm(
-                    f"form field {part.name!r} has more than {_MAX_TEXT_BYTES} bytes; send a file as a file "
-                    "(curl -F bundle=@...)"
+                    f"form field {part.name!r} has more than {_MAX_TEXT_BYTES} bytes; send a file as a file; "
+                    f"{self._remedy}"
                 )
             self._text += data[start:end]
 

@@ -96,7 +96,9 @@ class Upload:
         """Read the file and tell by its content what it is; a bundle is validated. Blocks.
 
         Raises:
-            InvalidBundle: FORMAT.md lists the subclasses.
+            InvalidBundle: One of the subclasses that FORMAT.md lists for bundles; of a PEFT checkpoint also
+                PickledCheckpoint or UnsupportedAdapter.
+            InvalidRequest: A bundle came with a second configuration.
         """
         # The tensors share this memory, so the memory must be writable.
         data = writable_memory(self.nbytes)
@@ -135,11 +137,24 @@ async def receive_upload(request: Request) -> AsyncIterator[Upload]:
             "the body must be multipart/form-data with the fields bundle and name (curl -F name=... -F bundle=@...)",
             param="Content-Type",
         )
-    reader = FormReader(boundary_of(request.headers["content-type"]))
+    async with receive_form(request, FormReader(boundary_of(request.headers["content-type"]))) as form:
+        yield _checked(form)
+
+
+@asynccontextmanager
+async def receive_form(request: Request, reader: FormReader) -> AsyncIterator[FormReader]:
+    """Receive a form. Its temporary files are deleted when the context ends.
+
+    The upload counts as under way from before its first byte is read until its temporary files are deleted.
+
+    Raises:
+        InvalidForm: The form cannot be read.
+        BodyTooLarge, TooManyUploads, UploadNotWritten: As `receive_upload`.
+    """
     with _slots(request).take():
         try:
             await _receive(request, reader)
-            yield _checked(reader)
+            yield reader
         except UploadNotWritten as error:
             # Only the operator can act on a full disk.
             logger.error("request %s could not be received", request.state.request_id, exc_info=error)

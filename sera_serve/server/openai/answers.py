@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sera_serve.engine import BASE_TENANT, GenerationResult, Principal, TokenDelta, TokenLogprobs
+from sera_serve.server.accounting import Account
 from sera_serve.server.deps import TokenStream
-from sera_serve.server.metrics import ServerMetrics
 from sera_serve.server.openai.errors import translated_errors
 from sera_serve.server.openai.token_texts import TokenTexts
 from sera_serve.server.sse import Admit, admitted, merged, result_of
@@ -106,23 +106,23 @@ def translated(admit: Admit, prompt: str) -> Admit:
 
 
 async def collect(
-    admit: Admit, metrics: ServerMetrics, take: Callable[[int, TokenDelta], None]
+    admit: Admit, account: Account, take: Callable[[int, TokenDelta], None]
 ) -> tuple[Sequence[TokenStream], list[GenerationResult]]:
     """Admit a request, read all of its streams to their ends, and count their tokens.
 
     Args:
         admit: Sends the request to the engine.
-        metrics: Counts.
+        account: Counts.
         take: Called with each delta and the index of its stream.
     """
-    async with admitted(admit, metrics) as streams, aclosing(merged(streams)) as deltas:
+    async with admitted(admit, account) as streams, aclosing(merged(streams)) as deltas:
         with translated_errors():
             async for index, delta in deltas:
                 if delta is not None:
                     take(index, delta)
     results = [result_of(stream) for stream in streams]
     for result in results:
-        metrics.count_generation(result)
+        account.count_generation(result)
     return streams, results
 
 
@@ -142,6 +142,7 @@ class CompletionLogprobLists:
     def add(self, rows: Sequence[TokenLogprobs], prompt: str | None = None) -> None:
         """Add tokens. `prompt` is the text that they are from, if they are a prompt's."""
         texts = self._texts
+        drop_space = prompt is not None and self._adds_space(rows, prompt)
         for row in rows:
             self._tokens.append(json.dumps(texts.name_of(row.token)))
             self._offsets.append(str(self._offset))
@@ -151,7 +152,10 @@ class CompletionLogprobLists:
                 prompt is not None and prompt.startswith(data.decode("utf-8", "replace"), self._offset)
             )
             if not hidden:
-                self._offset += len(self._decoder.decode(data))
+                text = self._decoder.decode(data)
+                if drop_space and text.startswith(" "):
+                    text, drop_space = text[1:], False
+                self._offset += len(text)
             if row.logprob is None:
                 self._logprobs.append("null")
                 self._top.append("null")
@@ -160,6 +164,20 @@ class CompletionLogprobLists:
             top = {texts.name_of(token): _finite(logprob) for token, logprob in row.top}
             top.setdefault(texts.name_of(row.token), _finite(row.logprob))
             self._top.append(to_json(top))
+
+    def _adds_space(self, rows: Sequence[TokenLogprobs], prompt: str) -> bool:
+        """Whether the tokens of a prompt begin with one space more than the prompt, as SentencePiece's do."""
+        spaces = 0
+        for row in rows:
+            text = self._texts.bytes_of(row.token).decode("utf-8", "replace")
+            if self._texts.is_special(row.token):
+                if prompt.startswith(text):
+                    return False
+                continue
+            spaces += len(text) - len(text.lstrip(" "))
+            if text.strip(" "):
+                break
+        return spaces == len(prompt) - len(prompt.lstrip(" ")) + 1
 
     def take(self) -> str:
         """Return the JSON of what was added since the last call. Offsets go on."""

@@ -9,10 +9,10 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from sera_serve.engine import GenerationResult, Principal, TokenDelta
-from sera_serve.server.auth import principal_of
-from sera_serve.server.deps import EngineOf, MetricsOf, ReceivedAt, TokenStream
+from sera_serve.server.accounting import Account, AccountingOf
+from sera_serve.server.auth import CallerOf
+from sera_serve.server.deps import EngineOf, ReceivedAt, TokenStream
 from sera_serve.server.disconnect import cancel_on_disconnect
-from sera_serve.server.metrics import ServerMetrics
 from sera_serve.server.openai.answers import (
     ChatLogprobList,
     Head,
@@ -41,14 +41,16 @@ _KIND, _CHUNK = "chat.completion", "chat.completion.chunk"
 async def chat_completions(
     body: ChatRequest,
     request: Request,
+    caller: CallerOf,
     engine: EngineOf,
-    metrics: MetricsOf,
+    accounting: AccountingOf,
     texts: TextsOf,
     received_at: ReceivedAt,
 ) -> Response:
     """Answer a conversation, in the form of OpenAI's API."""
     adapter = adapter_of(body.model, engine)
-    principal = principal_of(adapter)
+    account = accounting.open(request, caller.principal(adapter), body.priority)
+    principal = account.principal
     conversation = Conversation(
         messages=body.messages,
         tools=(body.tools or ()) if body.has_tools else (),
@@ -67,12 +69,12 @@ async def chat_completions(
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         constraint=forced_calls(body.tools or [], body.forced_function, parallel) if body.is_forced else None,
     )
-    admit = translated(partial(engine.generate_choices, params, principal, received_at), "messages")
+    admit = translated(partial(engine.generate_choices, account.params(params), principal, received_at), "messages")
     head = Head.of("chatcmpl", body.model, base_name(engine))
     answer = ChatAnswer(body, head, principal, prompt, texts)
     if body.stream:
-        return EventStream(admit, ChatEvents(answer), metrics)
-    return await cancel_on_disconnect(request.receive, _complete(answer, admit, metrics))
+        return EventStream(admit, ChatEvents(answer), account)
+    return await cancel_on_disconnect(request.receive, _complete(answer, admit, account))
 
 
 class ChatAnswer:
@@ -194,8 +196,8 @@ class ChatEvents(EventWriter):
         return f"data: {with_member(to_json(content), 'choices', f'[{choice}]')}\n\n".encode()
 
 
-async def _complete(answer: ChatAnswer, admit: Admit, metrics: ServerMetrics) -> Response:
-    streams, results = await collect(translated(admit, "messages"), metrics, answer.add_logprobs)
+async def _complete(answer: ChatAnswer, admit: Admit, account: Account) -> Response:
+    streams, results = await collect(admit, account, answer.add_logprobs)
     choices = []
     for index, result in enumerate(results):
         pieces = answer.pieces(index, result.text) + answer.rest(index)

@@ -9,10 +9,10 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from sera_serve.engine import GenerationResult, Principal, TokenDelta
-from sera_serve.server.auth import principal_of
-from sera_serve.server.deps import EngineOf, MetricsOf, ReceivedAt, TokenStream
+from sera_serve.server.accounting import Account, AccountingOf
+from sera_serve.server.auth import CallerOf
+from sera_serve.server.deps import EngineOf, ReceivedAt, TokenStream
 from sera_serve.server.disconnect import cancel_on_disconnect
-from sera_serve.server.metrics import ServerMetrics
 from sera_serve.server.openai.answers import (
     CompletionLogprobLists,
     Head,
@@ -24,7 +24,7 @@ from sera_serve.server.openai.answers import (
 )
 from sera_serve.server.openai.completion_schemas import Completion, CompletionRequest, Prompt
 from sera_serve.server.openai.errors import OpenAIRoute
-from sera_serve.server.openai.texts import Texts, TextsOf, adapter_of, base_name
+from sera_serve.server.openai.texts import Texts, TextsOf, adapter_of, base_name, check_token_count
 from sera_serve.server.openapi import schema_of
 from sera_serve.server.sse import Admit, EventStream, EventWriter, admit_all, encode_event
 
@@ -41,14 +41,16 @@ _KIND = "text_completion"
 async def completions(
     body: CompletionRequest,
     request: Request,
+    caller: CallerOf,
     engine: EngineOf,
-    metrics: MetricsOf,
+    accounting: AccountingOf,
     texts: TextsOf,
     received_at: ReceivedAt,
 ) -> Response:
     """Continue one or several prompts, in the form of OpenAI's API."""
     adapter = adapter_of(body.model, engine)
-    principal = principal_of(adapter)
+    account = accounting.open(request, caller.principal(adapter), body.priority)
+    principal = account.principal
     echo = bool(body.echo)
     admits: list[Admit] = []
     for prompt in body.prompt:
@@ -61,13 +63,18 @@ async def completions(
             logprobs=body.logprobs,
             prompt_logprobs=body.logprobs if echo else None,
         )
-        admits.append(partial(engine.generate_choices, params, principal, received_at))
+        admits.append(partial(engine.generate_choices, account.params(params), principal, received_at))
     admit = translated(partial(admit_all, admits), "prompt")
     head = Head.of("cmpl", body.model, base_name(engine))
-    prompts = await texts.run(_prompt_texts, texts, body.prompt) if echo else []
+    prompts: list[str] = []
+    if echo:
+        for prompt in body.prompt:
+            if not isinstance(prompt, str):
+                check_token_count(prompt, engine, "prompt")
+        prompts = await cancel_on_disconnect(request.receive, texts.run(_prompt_texts, texts, body.prompt))
     if body.stream:
-        return EventStream(admit, CompletionEvents(body, head, principal, prompts, texts), metrics)
-    work = _complete(body, admit, metrics, head, principal, prompts, texts)
+        return EventStream(admit, CompletionEvents(body, head, principal, prompts, texts), account)
+    work = _complete(body, admit, account, head, principal, prompts, texts)
     return await cancel_on_disconnect(request.receive, work)
 
 
@@ -139,7 +146,7 @@ class CompletionEvents(EventWriter):
 async def _complete(
     body: CompletionRequest,
     admit: Admit,
-    metrics: ServerMetrics,
+    account: Account,
     head: Head,
     principal: Principal,
     prompts: Sequence[str],
@@ -159,7 +166,7 @@ async def _complete(
             lists[index] = CompletionLogprobLists(texts.tokens)
         lists[index].add(delta.logprobs)
 
-    streams, results = await collect(admit, metrics, take)
+    streams, results = await collect(admit, account, take)
     if prompts and body.logprobs is not None:
         for index, result in enumerate(results):
             prompt = prompts[index // body.choices]

@@ -14,8 +14,9 @@ from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema
 
 from sera_serve.base import Pooling
 from sera_serve.engine import Priority
-from sera_serve.server.auth import principal_of
-from sera_serve.server.deps import EngineOf, MetricsOf, ReceivedAt
+from sera_serve.server.accounting import AccountingOf
+from sera_serve.server.auth import CallerOf
+from sera_serve.server.deps import EngineOf, ReceivedAt
 from sera_serve.server.disconnect import cancel_on_disconnect
 from sera_serve.server.native.schemas import MAX_REFERENCE, MAX_TIMEOUT_S, MAX_TOKEN_ID
 from sera_serve.server.openai.answers import to_json, with_member
@@ -28,7 +29,7 @@ router = APIRouter(route_class=OpenAIRoute, tags=["openai"])
 
 MAX_INPUTS = 2048
 # Of all inputs that are lists of tokens: each token is looked at before the request waits for anything.
-MAX_TOKENS = 300_000
+MAX_TOKENS = 150_000
 # Numbers that are written to JSON between two turns of the event loop: some 10 ms.
 _AT_ONCE = 1 << 14
 
@@ -119,7 +120,12 @@ class EmbeddingResponse(BaseModel):
 
 @router.post("/v1/embeddings", response_model=EmbeddingResponse)
 async def embeddings(
-    body: EmbeddingRequest, request: Request, engine: EngineOf, metrics: MetricsOf, received_at: ReceivedAt
+    body: EmbeddingRequest,
+    request: Request,
+    caller: CallerOf,
+    engine: EngineOf,
+    accounting: AccountingOf,
+    received_at: ReceivedAt,
 ) -> Response:
     """One vector of each input: the pooled last hidden states of the base with the adapter."""
     hidden_size = engine.base.hidden_size
@@ -131,18 +137,19 @@ async def embeddings(
         )
     adapter = adapter_of(body.model, engine)
     with translated_errors("input"):
+        account = accounting.open(request, caller.principal(adapter), body.priority)
         work = engine.embed(
             adapter,
             body.input,
-            principal_of(adapter),
+            account.principal,
             pooling=body.pooling,
             normalize=body.normalize is not False,
-            priority=body.priority or "normal",
+            priority=account.priority,
             timeout_s=body.timeout_s,
             received_at=received_at,
         )
         result = await cancel_on_disconnect(request.receive, work)
-    metrics.count_embedded(len(result.vectors), result.waited_s)
+    account.count_embedded(result)
     tokens = sum(result.prompt_tokens)
     content = to_json({"object": "list", "model": body.model})
     content = with_member(content, "data", await _data(result.vectors, body.encoding_format or "float"))

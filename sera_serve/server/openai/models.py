@@ -9,11 +9,13 @@ from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from adapters_store import AdapterStore, AdapterSummary, parse_ref
+from sera_serve.server.auth import Caller, CallerOf
 from sera_serve.server.deps import Engine, EngineOf, ExecutorsOf, StoreOf
 from sera_serve.server.disconnect import cancel_on_disconnect
 from sera_serve.server.native.schemas import MAX_REFERENCE
 from sera_serve.server.openai.errors import ModelNotFound, OpenAIRoute
 from sera_serve.server.openai.texts import base_name
+from sera_serve.server.visible import visible_page
 
 router = APIRouter(route_class=OpenAIRoute, tags=["openai"])
 
@@ -52,39 +54,41 @@ class ModelQuery(BaseModel):
 async def list_models(
     query: Annotated[ModelQuery, Query()],
     request: Request,
+    caller: CallerOf,
     engine: EngineOf,
     store: StoreOf,
     executors: ExecutorsOf,
 ) -> Response:
     """The base first, then the adapters in order of their ids, a page at a time."""
-    content = await cancel_on_disconnect(request.receive, executors.listing.run(_page, engine, store, query))
+    content = await cancel_on_disconnect(request.receive, executors.listing.run(_page, caller, engine, store, query))
     return Response(content, media_type="application/json")
 
 
 @router.get("/v1/models/{model:path}")
 async def retrieve_model(
-    model: str, request: Request, engine: EngineOf, store: StoreOf, executors: ExecutorsOf
+    model: str, request: Request, caller: CallerOf, engine: EngineOf, store: StoreOf, executors: ExecutorsOf
 ) -> Model:
     """The base by its name, or an adapter by its reference, which may carry @alias, @v3 or @digest."""
     if len(model) > MAX_REFERENCE:
         raise ModelNotFound(f"the name of a model has at most {MAX_REFERENCE} characters", param="model")
-    return await cancel_on_disconnect(request.receive, executors.changing.run(_one, engine, store, model))
+    return await cancel_on_disconnect(request.receive, executors.changing.run(_one, caller, engine, store, model))
 
 
-def _one(engine: Engine, store: AdapterStore, model: str) -> Model:
+def _one(caller: Caller, engine: Engine, store: AdapterStore, model: str) -> Model:
     if model == base_name(engine):
         return _base(engine)
+    caller.check_use(model)
     info = store.inspect(model)
     # An id keeps its selector: the model of another version is another model.
     return _adapter(info, model if "@" in model else parse_ref(model).adapter)
 
 
-def _page(engine: Engine, store: AdapterStore, query: ModelQuery) -> bytes:
+def _page(caller: Caller, engine: Engine, store: AdapterStore, query: ModelQuery) -> bytes:
     """The JSON of a `ModelList`. One call for the whole page would hold the interpreter's lock for too long."""
     base = base_name(engine)
     # After the base come all adapters, whatever its name is.
     after = None if query.after == base else query.after
-    page = store.list_page(None, after, query.limit)
+    page = visible_page(caller, store, after, query.limit)
     models = [] if query.after is not None else [_base(engine)]
     models += [_adapter(info, info.adapter) for info in page.adapters]
     data = ",".join(model.model_dump_json() for model in models)

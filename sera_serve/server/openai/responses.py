@@ -13,10 +13,10 @@ from fastapi import APIRouter, Request, Response
 
 from sera_serve.engine import GenerationResult, Principal, TokenDelta
 from sera_serve.errors import SeraServeError
-from sera_serve.server.auth import principal_of
-from sera_serve.server.deps import EngineOf, MetricsOf, ReceivedAt, TokenStream
+from sera_serve.server.accounting import Account, AccountingOf
+from sera_serve.server.auth import CallerOf
+from sera_serve.server.deps import EngineOf, ReceivedAt, TokenStream
 from sera_serve.server.disconnect import cancel_on_disconnect
-from sera_serve.server.metrics import ServerMetrics
 from sera_serve.server.openai.answers import ChatLogprobList, collect, to_json, translated, usage, with_member
 from sera_serve.server.openai.errors import OpenAIRoute
 from sera_serve.server.openai.response_schemas import ResponseObject, ResponseRequest
@@ -49,14 +49,16 @@ Event = tuple[str, str]
 async def responses(
     body: ResponseRequest,
     request: Request,
+    caller: CallerOf,
     engine: EngineOf,
-    metrics: MetricsOf,
+    accounting: AccountingOf,
     texts: TextsOf,
     received_at: ReceivedAt,
 ) -> Response:
     """Answer a conversation, in the form of OpenAI's newer API."""
     adapter = adapter_of(body.model, engine)
-    principal = principal_of(adapter)
+    account = accounting.open(request, caller.principal(adapter), body.priority)
+    principal = account.principal
     tools = [tool.as_tool() for tool in body.tools or ()]
     conversation = Conversation(
         messages=body.messages(), tools=tools if body.has_tools else (), variables=body.chat_template_kwargs
@@ -74,12 +76,12 @@ async def responses(
         logprobs=(body.top_logprobs or 0) if body.has_logprobs else None,
         constraint=constraint,
     )
-    admit = translated(partial(engine.generate_choices, params, principal, received_at), "input")
+    admit = translated(partial(engine.generate_choices, account.params(params), principal, received_at), "input")
     answer = ResponseAnswer(body, principal, prompt, texts, base_name(engine))
     if body.stream:
-        return EventStream(_with_own_names(admit), ResponseEvents(answer), metrics)
+        return EventStream(_with_own_names(admit), ResponseEvents(answer), account)
     with _own_names():
-        return await cancel_on_disconnect(request.receive, _complete(answer, admit, metrics))
+        return await cancel_on_disconnect(request.receive, _complete(answer, admit, account))
 
 
 class Output:
@@ -302,8 +304,8 @@ class ResponseEvents(EventWriter):
         return "".join(written).encode()
 
 
-async def _complete(answer: ResponseAnswer, admit: Admit, metrics: ServerMetrics) -> Response:
-    (stream,), (result,) = await collect(admit, metrics, answer.add_logprobs)
+async def _complete(answer: ResponseAnswer, admit: Admit, account: Account) -> Response:
+    (stream,), (result,) = await collect(admit, account, answer.add_logprobs)
     for _ in answer.add(result.text):
         pass
     for _ in answer.end(result):

@@ -13,7 +13,7 @@ from fastapi import Depends, Request
 
 from adapters_store import AdapterStore
 from sera_serve.base.chat import ChatRenderer, ChatTemplate
-from sera_serve.errors import InvalidRequest
+from sera_serve.errors import InvalidRequest, PromptTooLong
 from sera_serve.server.deps import Engine
 from sera_serve.server.openai.chat_schemas import Message, Tool
 from sera_serve.server.openai.token_texts import TokenTexts
@@ -177,3 +177,11 @@ def base_name(engine: Engine) -> str:
 def adapter_of(model: str, engine: Engine) -> str | None:
     """Return the adapter that `model` names, or None for the base."""
     return None if model == base_name(engine) else model
+
+
+def check_token_count(tokens: Sequence[int], engine: Engine, param: str) -> None:
+    """Raise PromptTooLong if the context cannot hold so many tokens; `param` names the field."""
+    if len(tokens) > engine.context_tokens:
+        raise PromptTooLong(
+            f"{len(tokens)} tokens were sent; the context holds {engine.context_tokens}; send fewer", param=param
+        )

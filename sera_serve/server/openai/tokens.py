@@ -8,14 +8,15 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field, model_validator
 
 from sera_serve.errors import PromptTooLong
-from sera_serve.server.auth import principal_of
+from sera_serve.server.accounting import Accounting, AccountingOf
+from sera_serve.server.auth import Caller, CallerOf
 from sera_serve.server.deps import Engine, EngineOf
 from sera_serve.server.disconnect import cancel_on_disconnect
 from sera_serve.server.native.schemas import MAX_REFERENCE, MAX_TOKEN_IDS, TokenId
 from sera_serve.server.openai.answers import to_json, with_member
 from sera_serve.server.openai.chat_schemas import Message, Tool
 from sera_serve.server.openai.errors import OpenAIRoute, translated_errors
-from sera_serve.server.openai.texts import Conversation, Texts, TextsOf, adapter_of
+from sera_serve.server.openai.texts import Conversation, Texts, TextsOf, adapter_of, check_token_count
 from sera_serve.server.strict import RequestModel, refusal
 
 router = APIRouter(route_class=OpenAIRoute, tags=["openai"])
@@ -66,9 +67,16 @@ class DetokenizeResponse(BaseModel):
 
 
 @router.post("/tokenize", response_model=TokenizeResponse)
-async def tokenize(body: TokenizeRequest, request: Request, engine: EngineOf, texts: TextsOf) -> Response:
+async def tokenize(
+    body: TokenizeRequest,
+    request: Request,
+    caller: CallerOf,
+    engine: EngineOf,
+    accounting: AccountingOf,
+    texts: TextsOf,
+) -> Response:
     """The tokens of a text, or of a conversation as the model's chat template writes it."""
-    adapter = _checked(body.model, engine)
+    adapter = _entered(body.model, request, caller, engine, accounting)
     with translated_errors("prompt" if body.messages is None else "messages"):
         work = texts.run(_tokenize, body, adapter, engine, texts)
         content = await cancel_on_disconnect(request.receive, work)
@@ -76,17 +84,25 @@ async def tokenize(body: TokenizeRequest, request: Request, engine: EngineOf, te
 
 
 @router.post("/detokenize")
-async def detokenize(body: DetokenizeRequest, request: Request, engine: EngineOf, texts: TextsOf) -> DetokenizeResponse:
+async def detokenize(
+    body: DetokenizeRequest,
+    request: Request,
+    caller: CallerOf,
+    engine: EngineOf,
+    accounting: AccountingOf,
+    texts: TextsOf,
+) -> DetokenizeResponse:
     """The text of tokens. Special tokens are part of the text."""
-    _checked(body.model, engine)
+    _entered(body.model, request, caller, engine, accounting)
+    check_token_count(body.tokens, engine, "tokens")
     text = await cancel_on_disconnect(request.receive, texts.run(texts.decode, body.tokens))
     return DetokenizeResponse(prompt=text)
 
 
-def _checked(model: str | None, engine: Engine) -> str | None:
-    """The adapter that a request names."""
+def _entered(model: str | None, request: Request, caller: Caller, engine: Engine, accounting: Accounting) -> str | None:
+    """Charge a request, and return the adapter that it names."""
     adapter = None if model is None else adapter_of(model, engine)
-    principal_of(adapter)
+    accounting.enter(request.state, caller.principal(adapter).tenant)
     return adapter
 
 

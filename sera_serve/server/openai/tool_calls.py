@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from adapters_store import parse_json
 from sera_serve.base.chat import CallFormat
 from sera_serve.engine import ConstraintSpec
 from sera_serve.errors import InvalidRequest
@@ -200,8 +201,11 @@ def _all_calls(text: str, names: frozenset[str]) -> list[Call] | None:
     decoder = json.JSONDecoder()
     at = _BETWEEN.match(rest).end()  # type: ignore[union-attr]
     while at < len(rest):
+        begin = at
         try:
-            value, at = decoder.raw_decode(rest, at)
+            # Where the value ends. What it is must have one meaning, and must be able to be written back.
+            _, at = decoder.raw_decode(rest, begin)
+            value = parse_json(rest[begin:at])
         except (ValueError, RecursionError):
             return None
         for each in value if isinstance(value, list) else [value]:
@@ -215,7 +219,7 @@ def _all_calls(text: str, names: frozenset[str]) -> list[Call] | None:
 
 def _one_call(text: str) -> Call | None:
     try:
-        return _call_of(json.loads(text))
+        return _call_of(parse_json(text))
     except (ValueError, RecursionError):
         return None
 
@@ -229,9 +233,14 @@ def _call_of(value: Any) -> Call | None:
     arguments = value.get("arguments", value.get("parameters", {}))
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments)
+            arguments = parse_json(arguments)
         except (ValueError, RecursionError):
             return None
     if not isinstance(name, str) or not name or not isinstance(arguments, dict):
         return None
-    return Call(secrets.token_hex(5)[:9], name, json.dumps(arguments, ensure_ascii=False))
+    try:
+        # A number such as 1e999 is infinite, and JSON has no form of it.
+        written = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        return None
+    return Call(secrets.token_hex(5)[:9], name, written)

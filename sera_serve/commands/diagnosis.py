@@ -1,0 +1,252 @@
+"""What `sera-serve doctor` looks at: this machine, a base's memory, and a store. Nothing is changed or kept."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import resource
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import psutil
+import torch
+
+from adapters_store import AdapterStore, StoreError
+from sera_kernels import path_name
+from sera_serve.base import DTYPES, base_outline
+from sera_serve.config import ServeSettings
+from sera_serve.engine.loop.attention_backend import choose_backend
+from sera_serve.engine.loop.hugging_face import PagedModel
+from sera_serve.engine.memory import MEBIBYTE, DeviceMemory
+from sera_serve.errors import SeraServeError
+from sera_serve.layers.targets import adaptable_linears, linear_widths
+from sera_serve.server.connections import RESERVED_DESCRIPTORS
+
+Status = Literal["ok", "warning", "problem"]
+# Of the disk that holds the store.
+_FEW_FREE = 1 << 30
+# Kernels of `sera_kernels` are made for tensor cores of this generation on.
+_LEAST_CAPABILITY = (8, 0)
+_INTEGRITY_VERSIONS = 200
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the diagnosis.
+
+    Attributes:
+        name: What was looked at.
+        status: `problem`: a server would not start, or would fail. `warning`: it would serve worse than it could.
+        detail: What was found.
+        remedy: What to do; empty where nothing is to be done.
+    """
+
+    name: str
+    status: Status
+    detail: str
+    remedy: str = ""
+
+
+def diagnose(settings: ServeSettings, full: bool = False) -> Iterator[Finding]:
+    """Look at everything, quickest first.
+
+    Args:
+        settings: What a server would be started with: its base, store, device, dtype, and memory.
+        full: Read every bundle of the store, however many there are.
+    """
+    looks: list[Callable[[], Iterator[Finding]]] = [
+        _python,
+        lambda: _device(settings),
+        lambda: _kernels(settings),
+        lambda: _attention(settings),
+        lambda: _files(settings),
+        lambda: _memory(settings),
+        lambda: _store(settings.store, full),
+    ]
+    for look in looks:
+        yield from look()
+
+
+def _python() -> Iterator[Finding]:
+    yield Finding("python", "ok", f"{platform.python_version()} at {sys.executable}, {platform.platform()}")
+    names = ("torch", "transformers", "fastapi", "uvicorn")
+    yield Finding("libraries", "ok", ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names))
+
+
+def _device(settings: ServeSettings) -> Iterator[Finding]:
+    has_gpu = torch.cuda.is_available()
+    if settings.device == "cpu":
+        cores, threads = os.cpu_count() or 1, settings.cpu_threads or torch.get_num_threads()
+        memory = psutil.virtual_memory()
+        detail = (
+            f"cpu, {cores} cores, {threads} threads a pass, {_size(memory.available)} of {_size(memory.total)} free"
+        )
+        if has_gpu:
+            remedy = "serve on it with --device cuda"
+            yield Finding("device", "warning", f"{detail}; {torch.cuda.get_device_name(0)} is idle", remedy)
+        elif threads > cores:
+            yield Finding("device", "warning", detail, "lower cpu_threads: more threads than cores wait for each other")
+        else:
+            yield Finding("device", "ok", detail)
+        return
+    if not has_gpu:
+        remedy = "install a CUDA build of torch and a driver, or use --device cpu"
+        yield Finding("device", "problem", f"{settings.device}: torch sees no GPU", remedy)
+        return
+    try:
+        device = torch.device(settings.device)
+        properties = torch.cuda.get_device_properties(device)
+        free, total = torch.cuda.mem_get_info(device)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        remedy = f"choose one of {torch.cuda.device_count()} GPUs, such as cuda:0"
+        yield Finding("device", "problem", f"{settings.device}: {str(error).splitlines()[0]}", remedy)
+        return
+    capability = (properties.major, properties.minor)
+    detail = f"{settings.device}, {properties.name}, capability {capability[0]}.{capability[1]}"
+    detail += f", {_size(free)} of {_size(total)} free"
+    if capability < _LEAST_CAPABILITY:
+        yield Finding("device", "warning", detail, "the kernels were measured from capability 8.0 on")
+    elif free < total * settings.gpu_memory_fraction:
+        remedy = "another process has a part of what gpu_memory_fraction grants; end it, or lower the setting"
+        yield Finding("device", "warning", detail, remedy)
+    else:
+        yield Finding("device", "ok", detail)
+
+
+def _kernels(settings: ServeSettings) -> Iterator[Finding]:
+    device = torch.device("cpu" if settings.device == "cpu" else "cuda")
+    path = path_name(device, DTYPES.get(settings.dtype, torch.float32))
+    remedy = ""
+    if path != "torch":
+        why = "float32 on a CPU" if path == "numba" else "the device is a GPU"
+    elif device.type == "cuda":
+        why, remedy = "Triton is not installed", "pip install triton"
+    elif settings.dtype not in ("auto", "float32"):
+        why, remedy = f"the path of numba computes float32, not {settings.dtype}", "leave dtype out on a CPU"
+    else:
+        why, remedy = "numba is not installed", "pip install 'sera-serve[cpu]'"
+    version = importlib.metadata.version(path)
+    yield Finding("kernels", "warning" if remedy else "ok", f"{path} {version}: {why}", remedy)
+
+
+def _attention(settings: ServeSettings) -> Iterator[Finding]:
+    try:
+        backend = choose_backend(settings.attention, torch.device(settings.device))
+    except (SeraServeError, RuntimeError) as error:
+        message, _, remedy = str(error).partition("; ")
+        yield Finding("attention", "problem", message, remedy or "choose attention auto")
+    else:
+        yield Finding("attention", "ok", f"{type(backend).__name__}, from attention {settings.attention}")
+
+
+def _files(settings: ServeSettings) -> Iterator[Finding]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = settings.max_connections + RESERVED_DESCRIPTORS
+    detail = f"{_limit(soft)} (at most {_limit(hard)}); {needed} are needed for {settings.max_connections} connections"
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        remedy = "raise the hard limit (ulimit -Hn, LimitNOFILE), or lower max_connections"
+        yield Finding("open files", "warning", detail, remedy)
+    else:
+        yield Finding("open files", "ok", detail)
+
+
+def _memory(settings: ServeSettings) -> Iterator[Finding]:
+    try:
+        model = base_outline(settings.base, settings.device, settings.dtype)
+    except SeraServeError as error:
+        yield Finding("base", "problem", error.message, "name embedded, a folder in Hugging Face format, or a hub id")
+        return
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    count = sum(parameter.numel() for parameter in model.parameters())
+    kind = type(model).__name__
+    yield Finding("base", "ok", f"{settings.base}: {kind}, {count:,} parameters, {_size(weights)} as {model.dtype}")
+    if settings.device != "cpu" and not torch.cuda.is_available():
+        return
+    try:
+        memory = DeviceMemory(settings, torch.device(settings.device), pending=weights)
+        pool = memory.pool_bytes()
+        memory.hold(pool)
+        parts = {"weights": weights, "adapters": pool}
+        tokens = 0
+        if hasattr(model, "get_output_embeddings") and model.get_output_embeddings() is not None:
+            paged = PagedModel(model)
+            widths = [max(linear_widths(module)) for module in adaptable_linears(model).values()]
+            text = model.config.get_text_config()
+            tokens = memory.cache_tokens(paged.bytes_per_token, max(widths, default=text.hidden_size), text.vocab_size)
+            parts["KV cache"] = tokens * paged.bytes_per_token
+    except SeraServeError as error:
+        message, _, remedy = error.message.partition("; ")
+        yield Finding("memory", "problem", message, remedy)
+        return
+    detail = ", ".join(f"{name} {_size(size)}" for name, size in parts.items())
+    if tokens:
+        detail += f" ({tokens:,} tokens)"
+    if settings.device == "cpu":
+        needed = sum(parts.values()) + settings.host_cache_mib * MEBIBYTE
+        free = psutil.virtual_memory().available
+        detail += f", host cache {settings.host_cache_mib} MiB; {_size(free)} are free"
+        if needed > free:
+            yield Finding("memory", "warning", detail, "lower pool_mib, kv_cache_tokens or host_cache_mib")
+            return
+    yield Finding("memory", "ok", detail)
+
+
+def _store(folder: Path, full: bool) -> Iterator[Finding]:
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    usage = shutil.disk_usage(existing)
+    space = f"{_size(usage.free)} of {_size(usage.total)} free at {existing}"
+    if usage.free < _FEW_FREE:
+        yield Finding("disk", "warning", space, "delete adapters, or give the store another disk: uploads will fail")
+    else:
+        yield Finding("disk", "ok", space)
+    if not folder.exists():
+        if os.access(existing, os.W_OK):
+            yield Finding("store", "ok", f"{folder} is not there yet; serve makes it")
+        else:
+            yield Finding("store", "problem", f"{folder} is not there, and cannot be made", f"allow writing {existing}")
+        return
+    try:
+        store = AdapterStore(folder, create=False)
+        state = store.check()
+        adapters = store.count_adapters()
+    except StoreError as error:
+        yield Finding("store", "problem", error.message, "check the folder, and the user that the server runs as")
+        return
+    detail = f"{folder}, {adapters:,} adapters, {state.replace('_', ' ')}"
+    if state == "writable":
+        yield Finding("store", "ok", detail)
+    else:
+        yield Finding(
+            "store", "warning", detail, "adapters are served, and uploads refused; free space, or allow writing"
+        )
+    yield _integrity(store, full)
+
+
+def _integrity(store: AdapterStore, full: bool) -> Finding:
+    try:
+        if full:
+            store.check_integrity()
+            return Finding("bundles", "ok", "every bundle has its digest, and every alias its version")
+        checked = 0
+        for info in store.iter_adapters():
+            store.load(info.digest)
+            checked += 1
+            if checked == _INTEGRITY_VERSIONS:
+                break
+    except StoreError as error:
+        return Finding("bundles", "problem", error.message, "publish it again, or delete it")
+    return Finding("bundles", "ok", f"the latest versions of {checked} adapters were read; --full reads everything")
+
+
+def _size(size: float) -> str:
+    return f"{size / (1 << 30):.1f} GiB" if size >= 1 << 30 else f"{size / (1 << 20):.0f} MiB"
+
+
+def _limit(value: int) -> str:
+    return "any number" if value == resource.RLIM_INFINITY else f"{value:,}"

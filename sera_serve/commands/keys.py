@@ -1,0 +1,134 @@
+"""`sera-serve keys`: keys of tenants."""
+
+from __future__ import annotations
+
+import re
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from adapters_store import AdapterStore
+from sera_serve.access import SCOPES, AccessDatabase, Key, Keys
+from sera_serve.commands.output import JsonOption, StoreOption, console, print_json, record, refusals
+from sera_serve.errors import InvalidConfiguration
+
+keys_app = typer.Typer(
+    help="""Create, list and revoke the keys that requests carry.
+
+A key acts for one tenant. A server on a loopback address asks for keys as soon as one was made. Any other server
+always does. Scopes: infer (send requests), publish (change the tenant's adapters), train (files and jobs), admin
+(operate the server: every tenant's adapters, keys, quotas, metrics).""",
+    no_args_is_help=True,
+)
+
+_LIFETIME = re.compile(r"([1-9][0-9]{0,8})([mhd])", re.ASCII)
+_SECONDS = {"m": 60, "h": 3600, "d": 86400}
+
+
+@keys_app.command()
+def create(
+    store: StoreOption,
+    tenant: Annotated[str, typer.Option(help="Tenant that the key acts for.", show_default=False)],
+    scopes: Annotated[str, typer.Option(help=f"Some of {', '.join(SCOPES)}; commas between them.")] = "infer",
+    expires: Annotated[
+        str | None, typer.Option(help="Lifetime, such as 30m, 12h or 90d; by default the key does not expire.")
+    ] = None,
+    name: Annotated[str, typer.Option(help="A name for people.")] = "",
+    as_json: JsonOption = False,
+) -> None:
+    """Make a key, and show its secret: once, for the store keeps only a hash.
+
+    Example: sera-serve keys create --store store --tenant acme --scopes infer,publish --expires 90d
+    """
+    with refusals():
+        lifetime_s = None if expires is None else _lifetime(expires)
+        asked = [scope.strip() for scope in scopes.split(",") if scope.strip()]
+        # Keys may be the first thing that a new store gets.
+        created = _keys(store, create=True).create(tenant, asked, name=name, lifetime_s=lifetime_s)
+        record(store, "key.create", tenant=tenant, target=created.key.id, scopes=",".join(sorted(created.key.scopes)))
+        if as_json:
+            print_json({**_fields(created.key), "secret": created.secret})
+            return
+        shown = console()
+        shown.print(f"key {created.key.id} of tenant {tenant}: {', '.join(sorted(created.key.scopes))}")
+        shown.print("Its secret is shown this once. Requests carry it in the header Authorization:", style="dim")
+        # A wrapped secret could not be pasted.
+        shown.print(created.secret, markup=False, highlight=False, soft_wrap=True)
+
+
+@keys_app.command("list")
+def list_keys(
+    store: StoreOption,
+    tenant: Annotated[str | None, typer.Option(help="Only this tenant's.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show the keys, oldest first, revoked and expired ones too; never a secret."""
+    with refusals():
+        found = _keys(store).all(tenant)
+        if as_json:
+            print_json({"keys": [_fields(key) for key in found]})
+            return
+        table = Table("id", "tenant", "scopes", "name", "created", "expires", "status")
+        for key in found:
+            fields = _fields(key)
+            table.add_row(
+                key.id,
+                key.tenant,
+                ", ".join(fields["scopes"]),
+                escape(key.name),
+                fields["created_at"],
+                fields["expires_at"] or "never",
+                key.status,
+            )
+        console().print(table if found else f"{store} has no keys; make one with sera-serve keys create")
+
+
+@keys_app.command()
+def revoke(
+    key: Annotated[str, typer.Argument(help="The key's id, as keys list shows it.", show_default=False)],
+    store: StoreOption,
+    tenant: Annotated[str | None, typer.Option(help="Refuse to revoke another tenant's key.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Refuse a key from now on; running servers follow within a second."""
+    with refusals():
+        revoked = _keys(store).revoke(key, tenant)
+        record(store, "key.revoke", tenant=revoked.tenant, target=revoked.id)
+        if as_json:
+            print_json(_fields(revoked))
+        else:
+            typer.echo(f"revoked {revoked.id} of tenant {revoked.tenant}")
+
+
+def _keys(store: Path, create: bool = False) -> Keys:
+    """The keys of a store; raises NotAStore for a directory that is something else."""
+    return Keys(AccessDatabase(AdapterStore(store, create=create).root))
+
+
+def _lifetime(text: str) -> int:
+    match = _LIFETIME.fullmatch(text)
+    if match is None:
+        raise InvalidConfiguration(
+            f"--expires is {text[:64]!r}; write a lifetime such as 30m, 12h or 90d", param="expires"
+        )
+    return int(match[1]) * _SECONDS[match[2]]
+
+
+def _fields(key: Key) -> dict[str, Any]:
+    return {
+        "id": key.id,
+        "tenant": key.tenant,
+        "scopes": [scope for scope in SCOPES if scope in key.scopes],
+        "name": key.name,
+        "created_at": _time(key.created_at),
+        "expires_at": None if key.expires_at is None else _time(key.expires_at),
+        "status": key.status,
+    }
+
+
+def _time(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -1,0 +1,65 @@
+"""What commands share: options, refusals, and how results are printed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from adapters_store import StoreError
+from sera_serve.access import COMMAND, Action, AuditLog
+from sera_serve.errors import SeraServeError
+
+StoreOption = Annotated[Path, typer.Option("--store", help="Directory of the adapter store.", show_default=False)]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """Print an error of the block on stderr, and exit with status 1."""
+    try:
+        yield
+    except (StoreError, SeraServeError) as error:
+        typer.echo(f"sera-serve: {error.message}", err=True)
+        raise typer.Exit(1) from error
+    except OSError as error:
+        typer.echo(f"sera-serve: {error.strerror or error} ({error.filename})", err=True)
+        raise typer.Exit(1) from error
+
+
+def record(store: Path, action: Action, *, tenant: str, target: str, **details: str | int | None) -> None:
+    """Append a line to the audit log of a store: what a command has done."""
+    # The server alone begins new files: commands do not know its settings.
+    log = AuditLog(store, max_mib=0)
+    log.record(action, COMMAND, tenant=tenant, target=target, **details)
+    log.close()
+
+
+def report(as_json: bool, text: str, **fields: Any) -> None:
+    """Print a result: as one JSON object, or as a text."""
+    if as_json:
+        print_json(fields)
+    else:
+        typer.echo(text)
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """Print one JSON object."""
+    typer.echo(json.dumps(value, ensure_ascii=False))
+
+
+def one_line(value: Any) -> str:
+    """A value as JSON; text as it is."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def console() -> Console:
+    """A console that folds to the terminal's width."""
+    shown = Console()
+    # A pipe has no width to fold to; cut ids would be of no use to the next program.
+    return shown if shown.is_terminal else Console(width=200)

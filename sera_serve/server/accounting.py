@@ -1,0 +1,303 @@
+"""Accounts: what each request may use and has used, for the metrics, the log, and the quotas of its tenant."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Annotated, Protocol, cast
+
+from fastapi import Depends, Request
+from starlette.datastructures import State
+
+from sera_serve.access import Quota, Quotas, Rates, rate_headers
+from sera_serve.engine import ClassifyResult, EmbedResult, GenerateParams, GenerationResult, Principal, Priority
+from sera_serve.server.metrics import ServerMetrics
+from sera_serve.server.usage_metrics import Usage
+
+
+class Computing(Protocol):
+    """A generation under way."""
+
+    @property
+    def computed_tokens(self) -> int:
+        """Tokens of the prompt and of the answer so far, without those that the prefix cache had."""
+
+
+@dataclass(slots=True, eq=False)
+class RequestRecord:
+    """What one HTTP request did, for its line in the log. Filled while the request is served.
+
+    Attributes:
+        tenant: Who it acted for; None where it never came to that.
+        adapter: The adapter that served it; None is the base model, or nothing was served.
+        version: Of the adapter.
+        prompt_tokens: Tokens of all its prompts.
+        completion_tokens: Tokens generated.
+        inputs: Inputs classified or made into vectors.
+        generations: Generations that entered a batch.
+        waited_s: The longest wait for a batch.
+        first_token_s: The longest wait for a first token, from the request's arrival; None without a token.
+        opened_at: When the waits begin (`time.monotonic`): the account was opened.
+        load_began: When the first adapter of the request began to load (`time.monotonic`); None if none had to.
+        load_s: How long that took.
+    """
+
+    tenant: str | None = None
+    adapter: str | None = None
+    version: int | None = None
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    inputs: int = 0
+    generations: int = 0
+    waited_s: float | None = None
+    first_token_s: float | None = None
+    opened_at: float | None = None
+    load_began: float | None = None
+    load_s: float = 0.0
+
+
+class Meter:
+    """What a tenant may use in a minute, for one request. Used on the event loop alone."""
+
+    def __init__(self, rates: Rates, tenant: str, quota: Quota) -> None:
+        """Meter a request of a tenant."""
+        self.quota = quota
+        self._rates = rates
+        self._tenant = tenant
+
+    def admit(self) -> None:
+        """Charge the request itself.
+
+        Raises:
+            RateLimitExceeded: The tenant has used its requests or tokens of this minute.
+        """
+        self._rates.admit(self._tenant, self.quota)
+
+    def charge(self, tokens: int) -> None:
+        """Charge tokens that were computed."""
+        self._rates.charge_tokens(self._tenant, self.quota, tokens)
+
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """The headers of a response that tell what the tenant may still use."""
+        if self.quota.requests_per_minute is None and self.quota.tokens_per_minute is None:
+            return []
+        return rate_headers(self._rates.state(self._tenant, self.quota))
+
+
+class Account:
+    """Counts the work of one request. Used on the event loop alone.
+
+    Attributes:
+        principal: Who the request acts for, with the tenant's limit of requests in flight.
+        priority: The request's priority.
+    """
+
+    def __init__(
+        self,
+        metrics: ServerMetrics,
+        meter: Meter,
+        principal: Principal,
+        priority: Priority,
+        record: RequestRecord,
+        generating: dict[str, set[Account]],
+    ) -> None:
+        """Count for a principal.
+
+        Args:
+            metrics: Count everything.
+            meter: Charges the tenant.
+            principal: Who the request acts for.
+            priority: The request's priority.
+            record: Filled for the log.
+            generating: The accounts of generations under way, by tenant.
+        """
+        self._metrics = metrics
+        self._meter = meter
+        self._record = record
+        record.tenant = principal.tenant
+        record.opened_at = time.monotonic()
+        most = meter.quota.requests_in_flight
+        self.principal = principal if most is None else replace(principal, max_in_flight=most)
+        self.priority = priority
+        # A request of several generations is one request.
+        self._adapters_counted: set[str | None] = set()
+        self._generating = generating
+        self._computing: Sequence[Computing] = ()
+        self._charged = 0
+
+    def params(self, params: GenerateParams) -> GenerateParams:
+        """Return the parameters of a generation, with the request's priority."""
+        return params if params.priority == self.priority else replace(params, priority=self.priority)
+
+    @contextmanager
+    def computing(self, generations: Sequence[Computing]) -> Iterator[None]:
+        """Charge the tokens of generations: at the end of the block, and whenever the tenant's next request comes."""
+        tenant = self.principal.tenant
+        self._computing, self._charged = generations, 0
+        self._generating.setdefault(tenant, set()).add(self)
+        try:
+            yield
+        finally:
+            self.settle()
+            accounts = self._generating[tenant]
+            accounts.discard(self)
+            if not accounts:
+                del self._generating[tenant]
+
+    def settle(self) -> None:
+        """Charge what the generations have computed since the last call."""
+        computed = sum(generation.computed_tokens for generation in self._computing)
+        # Less than before is possible: a generation that was interrupted finds its tokens in the prefix cache.
+        if computed > self._charged:
+            self._meter.charge(computed - self._charged)
+            self._charged = computed
+
+    def observe_load(self, began: float | None, seconds: float) -> None:
+        """Record when an adapter began to load for the request, and how long that took; None if it was there."""
+        record = self._record
+        if began is not None and (record.load_began is None or began < record.load_began):
+            record.load_began, record.load_s = began, seconds
+
+    def observe_waits(self, waited_s: float, first_token_s: float | None) -> None:
+        """Record how long a generation waited for the batch, and for its first token if there was one."""
+        self._metrics.observe_waits(waited_s, first_token_s)
+        usage = self._metrics.usage.tenant(self.principal.tenant)
+        usage.waits.add(waited_s)
+        record = self._record
+        if not record.generations:
+            usage.requests += 1
+        record.generations += 1
+        record.waited_s = max(waited_s, record.waited_s or 0.0)
+        if first_token_s is not None:
+            usage.first_tokens.add(first_token_s)
+            record.first_token_s = max(first_token_s, record.first_token_s or 0.0)
+
+    def count_generation(self, result: GenerationResult) -> None:
+        """Count the tokens of one finished generation."""
+        self._metrics.count_generation(result)
+        tokens = result.prompt_tokens, result.cached_tokens, result.completion_tokens
+        self._metrics.usage.tenant(self.principal.tenant).add_tokens(*tokens)
+        adapter = self._served(result.adapter, result.version)
+        adapter.add_tokens(*tokens)
+        self._record.prompt_tokens += result.prompt_tokens
+        self._record.completion_tokens += result.completion_tokens
+
+    def count_classified(self, results: Sequence[ClassifyResult]) -> None:
+        """Count one finished classification: its results by adapter."""
+        waited_s = results[0].waited_s
+        inputs = 0
+        tokens = 0
+        for result in results:
+            adapter = self._served(result.adapter, result.version)
+            adapter.classified += len(result.results)
+            adapter.add_tokens(result.prompt_tokens, 0, 0)
+            inputs += len(result.results)
+            tokens += result.prompt_tokens
+            self.observe_load(result.load_began, result.load_s)
+        self._metrics.count_classified(inputs, waited_s)
+        tenant = self._count_rows(inputs, waited_s)
+        tenant.classified += inputs
+        tenant.add_tokens(tokens, 0, 0)
+        self._record.prompt_tokens += tokens
+        self._meter.charge(tokens)
+
+    def count_embedded(self, result: EmbedResult) -> None:
+        """Count one finished embedding."""
+        inputs, tokens = len(result.vectors), sum(result.prompt_tokens)
+        self._metrics.count_embedded(inputs, result.waited_s)
+        for usage in (
+            self._served(result.adapter, result.version),
+            self._count_rows(inputs, result.waited_s),
+        ):
+            usage.embedded += inputs
+            usage.add_tokens(tokens, 0, 0)
+        self._record.prompt_tokens += tokens
+        self.observe_load(result.load_began, result.load_s)
+        self._meter.charge(tokens)
+
+    def count_refusal(self, code: str) -> None:
+        """Count a generation that failed after its stream had begun. `code` is an error code of the server."""
+        self._metrics.count_refusal(code)
+
+    def _count_rows(self, inputs: int, waited_s: float) -> Usage:
+        """Count a call of rows for its tenant, and return the tenant's usage."""
+        usage = self._metrics.usage.tenant(self.principal.tenant)
+        usage.requests += 1
+        usage.waits.add(waited_s)
+        self._record.inputs += inputs
+        self._record.waited_s = waited_s
+        return usage
+
+    def _served(self, adapter: str | None, version: int | None) -> Usage:
+        """Note that an adapter served the request, and return the adapter's usage. Its requests count it once."""
+        usage = self._metrics.usage.adapter(adapter, version)
+        if adapter not in self._adapters_counted:
+            self._adapters_counted.add(adapter)
+            usage.requests += 1
+            if self._record.adapter is None:
+                self._record.adapter, self._record.version = adapter, version
+        return usage
+
+
+class Accounting:
+    """Opens the account of each request for inference. Used on the event loop alone."""
+
+    def __init__(self, metrics: ServerMetrics, quotas: Quotas, rates: Rates | None = None) -> None:
+        """Count in `metrics`, and hold tenants to `quotas`."""
+        self.rates = rates or Rates()
+        self._metrics = metrics
+        self._quotas = quotas
+        self._generating: dict[str, set[Account]] = {}
+
+    def enter(self, state: State, tenant: str) -> Meter:
+        """Charge a request to its tenant, once. Its response then tells what is left, whatever it will be.
+
+        Args:
+            state: Of the request.
+            tenant: Who the request acts for.
+
+        Raises:
+            RateLimitExceeded: The tenant has used its requests or tokens of this minute.
+        """
+        known: Meter | None = getattr(state, "meter", None)
+        if known is not None:
+            return known
+        quota = self._quotas.of(tenant)
+        meter = Meter(self.rates, tenant, quota)
+        # `RequestLifecycle` asks it for headers.
+        state.meter = meter
+        if quota.tokens_per_minute is not None:
+            for account in self._generating.get(tenant, ()):
+                account.settle()
+        meter.admit()
+        return meter
+
+    def open(self, request: Request, principal: Principal, asked: Priority | None) -> Account:
+        """Open the account of a request, and charge the request itself if that was not done yet.
+
+        Args:
+            request: The request.
+            principal: Who it acts for.
+            asked: The priority that the request names, or None.
+
+        Raises:
+            RateLimitExceeded: As `enter`.
+            PriorityNotAllowed: The request asks for a higher priority than the tenant may.
+        """
+        meter = self.enter(request.state, principal.tenant)
+        priority = self._quotas.priority(principal.tenant, asked)
+        return Account(self._metrics, meter, principal, priority, request.state.record, self._generating)
+
+
+async def _accounting(request: Request) -> Accounting:
+    return accounting_of(request)
+
+
+def accounting_of(request: Request) -> Accounting:
+    """Return what opens the accounts of an app's requests."""
+    return cast(Accounting, request.app.state.accounting)
+
+
+AccountingOf = Annotated[Accounting, Depends(_accounting)]

@@ -1,0 +1,62 @@
+"""The door: finds out who sent each request, before anything else of the request is read."""
+
+from __future__ import annotations
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from sera_serve.access import AccessControl, Key
+from sera_serve.server.auth import KEY_REMEDY, Caller, InvalidKey
+from sera_serve.server.errors import error_response
+from sera_serve.server.scopes import is_open
+
+
+class KeyDoor:
+    """Finds out who sent each request, before its body is read. `Caller` is then in the request's state."""
+
+    def __init__(self, app: ASGIApp, access: AccessControl) -> None:
+        """Wrap an app."""
+        self.app = app
+        self.access = access
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run one request, or answer 401."""
+        if scope["type"] == "http":
+            state = scope.setdefault("state", {})
+            try:
+                state["caller"] = self._caller(scope)
+            except InvalidKey as error:
+                await error_response(error, state.get("request_id", ""))(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+    def _caller(self, scope: Scope) -> Caller:
+        # `MetricsAddress` says that the request came to the operators' own address, which serves no tenant's data.
+        if not self.access.needs_keys or scope["state"].get("is_operator", False):
+            return Caller(self.access, None, *_origin(scope))
+        if scope["method"] == "GET" and is_open(scope["path"]):
+            return Caller(self.access, None, *_origin(scope), is_guest=True)
+        return Caller(self.access, self._key(scope), *_origin(scope))
+
+    def _key(self, scope: Scope) -> Key:
+        """The key of a request."""
+        given = [value for name, value in scope["headers"] if name == b"authorization"]
+        if len(given) != 1:
+            fault = "the header Authorization appears twice" if given else "this server needs a key"
+            raise InvalidKey(f"{fault}; {KEY_REMEDY}", param="Authorization")
+        scheme, _, secret = given[0].decode("latin-1").strip().partition(" ")
+        if scheme.lower() != "bearer":
+            raise InvalidKey(f"the scheme of Authorization is not Bearer; {KEY_REMEDY}", param="Authorization")
+        if not secret.strip():
+            raise InvalidKey(f"Authorization has no key after Bearer; {KEY_REMEDY}", param="Authorization")
+        key = self.access.key_of(secret.strip())
+        if key is None:
+            raise InvalidKey(f"the key is unknown; {KEY_REMEDY}", param="Authorization")
+        if key.status != "active":
+            raise InvalidKey(f"the key {key.id} is {key.status}; {KEY_REMEDY}", param="Authorization")
+        return key
+
+
+def _origin(scope: Scope) -> tuple[str, str]:
+    """The client's address, and the request's id."""
+    client = scope.get("client")
+    return "" if client is None else str(client[0]), scope["state"].get("request_id", "")

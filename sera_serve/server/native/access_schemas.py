@@ -1,0 +1,165 @@
+"""Request and response bodies of keys, aliases, versions and shares. docs/http.md describes them."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from sera_serve.access import SCOPES, CreatedKey, Key, Scope
+from sera_serve.server.native.schemas import MAX_REFERENCE
+from sera_serve.server.strict import RequestModel
+
+# A hundred years.
+_MAX_LIFETIME_S = 3_153_600_000
+_MAX_VERSION = 999_999_999
+
+TenantName = Annotated[str, Field(min_length=1, max_length=MAX_REFERENCE)]
+
+
+class CallersBase(BaseModel):
+    """The base model of the server."""
+
+    name: str
+    kind: Literal["decoder", "encoder"]
+
+
+class CallerDetail(BaseModel):
+    """Response body of `GET /v1/me`."""
+
+    tenant: str | None = Field(description="the tenant that the key acts for; null where the server needs no key")
+    key_id: str | None
+    scopes: list[Scope] = Field(description="what the caller may do: an admin, everything")
+    needs_keys: bool = Field(description="whether the server needs a key now")
+    base: CallersBase
+
+
+class KeyDetail(BaseModel):
+    """A key, without its secret. Times are ISO 8601, UTC."""
+
+    id: str
+    tenant: str
+    scopes: list[Scope]
+    name: str
+    created_at: str
+    expires_at: str | None
+    status: Literal["active", "expired", "revoked"]
+
+    @classmethod
+    def of(cls, key: Key) -> KeyDetail:
+        """Describe a key."""
+        return cls(**_fields(key))  # type: ignore[arg-type]
+
+
+class KeyList(BaseModel):
+    """Response body of `GET /v1/keys`, oldest first."""
+
+    keys: list[KeyDetail]
+
+
+class NewKey(KeyDetail):
+    """Response body of `POST /v1/keys`. The secret is shown this once."""
+
+    secret: str
+
+    @classmethod
+    def with_secret(cls, made: CreatedKey) -> NewKey:
+        """Describe a new key."""
+        return cls(**_fields(made.key), secret=made.secret)  # type: ignore[arg-type]
+
+
+class KeyQuery(BaseModel):
+    """Query parameters of `GET /v1/keys`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    tenant: str | None = Field(None, max_length=MAX_REFERENCE, description="list only keys of this tenant")
+
+
+class KeyRequest(RequestModel):
+    """Body of `POST /v1/keys`."""
+
+    tenant: TenantName = Field(description="the tenant that the key acts for; it need not have an adapter yet")
+    scopes: list[Scope] = Field(min_length=1, max_length=16, description="infer, publish, train, admin")
+    name: str = Field("", max_length=100, description="what people call the key")
+    expires_in_s: float | None = Field(
+        None, gt=0, le=_MAX_LIFETIME_S, description="seconds until the key is refused; null is never"
+    )
+
+
+class AliasRequest(RequestModel):
+    """Body of `PUT /v1/adapters/{tenant}/{name}/aliases/{alias}`."""
+
+    version: int = Field(ge=1, le=_MAX_VERSION, description="the version that the alias is to stand for")
+
+
+class AliasDetail(BaseModel):
+    """Response body of `PUT` and `DELETE /v1/adapters/{tenant}/{name}/aliases/{alias}`."""
+
+    adapter: str
+    alias: str
+    version: int = Field(description="the version that the alias stands for; after DELETE, the one it stood for")
+
+
+class VersionQuery(BaseModel):
+    """Query parameters of `GET /v1/adapters/{tenant}/{name}/versions`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    limit: int = Field(100, ge=1, le=200, description="maximum number of versions on a page")
+    before: int | None = Field(
+        None, ge=1, le=_MAX_VERSION, description="only versions below this one: the `next` of the previous page"
+    )
+
+
+class VersionDetail(BaseModel):
+    """One version of an adapter."""
+
+    version: int
+    digest: str
+    created_at: str
+    task: Literal["generate", "classify"]
+    method: str
+    ranks: list[int]
+    splits: list[int]
+    parameters: int
+    bytes: int
+    metrics: dict[str, float] | None = Field(description="scores that its training recorded")
+    description: str | None = Field(description="what its training record says of it")
+
+
+class VersionList(BaseModel):
+    """Response body of `GET /v1/adapters/{tenant}/{name}/versions`, newest first.
+
+    `next` is the `before` of the next page, and null on the last page.
+    """
+
+    adapter: str
+    aliases: dict[str, int]
+    versions: list[VersionDetail]
+    next: int | None
+
+
+class ShareList(BaseModel):
+    """Response body of the routes of shares. `shared_with` has tenants, and `*` for all of them."""
+
+    adapter: str
+    shared_with: list[str]
+
+
+def iso_time(seconds: float) -> str:
+    """Return a time of seconds since 1970 as ISO 8601, UTC."""
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+def _fields(key: Key) -> dict[str, object]:
+    return {
+        "id": key.id,
+        "tenant": key.tenant,
+        "scopes": [scope for scope in SCOPES if scope in key.scopes],
+        "name": key.name,
+        "created_at": iso_time(key.created_at),
+        "expires_at": None if key.expires_at is None else iso_time(key.expires_at),
+        "status": key.status,
+    }

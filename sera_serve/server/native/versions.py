@@ -1,0 +1,146 @@
+"""`/v1/adapters/{tenant}/{name}/versions` and `.../aliases/{alias}`: versions, and which of them serves."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Request
+from pydantic import JsonValue
+
+from adapters_store import AdapterStore, parse_adapter
+from adapters_store.errors import AdapterNotFound
+from sera_serve.access import Actor, AuditLog
+from sera_serve.server.auth import CallerOf
+from sera_serve.server.deps import AuditOf, ExecutorsOf, StoreOf
+from sera_serve.server.disconnect import cancel_on_disconnect
+from sera_serve.server.native.access_schemas import AliasDetail, AliasRequest, VersionDetail, VersionList, VersionQuery
+from sera_serve.server.strict import StrictRoute
+
+router = APIRouter(route_class=StrictRoute, tags=["adapters"])
+
+_MAX_METRICS = 50
+_MAX_DESCRIPTION = 2000
+
+
+@router.get("/v1/adapters/{tenant}/{name}/versions")
+async def versions(
+    tenant: str,
+    name: str,
+    query: Annotated[VersionQuery, Query()],
+    request: Request,
+    caller: CallerOf,
+    store: StoreOf,
+    executors: ExecutorsOf,
+) -> VersionList:
+    """The versions of an adapter, newest first, a page at a time, with what their training recorded."""
+    adapter = _adapter(tenant, name)
+    caller.check_use(adapter)
+    work = executors.listing.run(_versions, store, adapter, query)
+    return await cancel_on_disconnect(request.receive, work)
+
+
+@router.put("/v1/adapters/{tenant}/{name}/aliases/{alias}")
+async def set_alias(
+    tenant: str,
+    name: str,
+    alias: str,
+    body: AliasRequest,
+    request: Request,
+    caller: CallerOf,
+    store: StoreOf,
+    executors: ExecutorsOf,
+    audit: AuditOf,
+) -> AliasDetail:
+    """Point an alias to a version; requests that name the alias follow at once. `latest` is one of them."""
+    adapter = _adapter(tenant, name)
+    caller.check_change(adapter)
+    work = executors.changing.run(_set_alias, store, adapter, alias, body.version, audit, caller.actor)
+    return await cancel_on_disconnect(request.receive, work)
+
+
+@router.delete("/v1/adapters/{tenant}/{name}/aliases/{alias}")
+async def remove_alias(
+    tenant: str,
+    name: str,
+    alias: str,
+    request: Request,
+    caller: CallerOf,
+    store: StoreOf,
+    executors: ExecutorsOf,
+    audit: AuditOf,
+) -> AliasDetail:
+    """Remove an alias other than `latest`."""
+    adapter = _adapter(tenant, name)
+    caller.check_change(adapter)
+    work = executors.changing.run(_remove_alias, store, adapter, alias, audit, caller.actor)
+    return await cancel_on_disconnect(request.receive, work)
+
+
+def _adapter(tenant: str, name: str) -> str:
+    adapter = f"{tenant}/{name}"
+    parse_adapter(adapter)
+    return adapter
+
+
+def _versions(store: AdapterStore, adapter: str, query: VersionQuery) -> VersionList:
+    info = store.inspect(adapter)
+    known = [version for version in reversed(info.versions) if query.before is None or version < query.before]
+    page = known[: query.limit]
+    found = [detail for version in page if (detail := _version(store, f"{adapter}@v{version}")) is not None]
+    return VersionList(
+        adapter=adapter,
+        aliases=info.aliases,
+        versions=found,
+        next=page[-1] if len(known) > len(page) else None,
+    )
+
+
+def _version(store: AdapterStore, reference: str) -> VersionDetail | None:
+    """One version, or None where it was deleted meanwhile."""
+    try:
+        info = store.summary(reference)
+        training = store.config(info.digest).training
+    except AdapterNotFound:
+        return None
+    description = training.get("description")
+    return VersionDetail(
+        version=info.version,
+        digest=info.digest,
+        created_at=info.created_at,
+        task=info.task,
+        method=info.method,
+        ranks=list(info.ranks),
+        splits=list(info.splits),
+        parameters=info.parameters,
+        bytes=info.nbytes,
+        metrics=_metrics(training.get("metrics")),
+        description=description[:_MAX_DESCRIPTION] if isinstance(description, str) else None,
+    )
+
+
+def _metrics(value: JsonValue) -> dict[str, float] | None:
+    """The numbers of a training record's metrics. Whoever made the adapter wrote the record: it may hold anything."""
+    if not isinstance(value, dict):
+        return None
+    numbers = {
+        name: float(number)
+        for name, number in value.items()
+        if isinstance(number, int | float) and not isinstance(number, bool) and abs(number) < math.inf
+    }
+    return dict(list(numbers.items())[:_MAX_METRICS])
+
+
+def _set_alias(
+    store: AdapterStore, adapter: str, alias: str, version: int, audit: AuditLog, actor: Actor
+) -> AliasDetail:
+    store.set_alias(adapter, alias, f"{adapter}@v{version}")
+    audit.record("alias.set", actor, tenant=adapter.partition("/")[0], target=adapter, alias=alias, version=version)
+    return AliasDetail(adapter=adapter, alias=alias, version=version)
+
+
+def _remove_alias(store: AdapterStore, adapter: str, alias: str, audit: AuditLog, actor: Actor) -> AliasDetail:
+    held = store.aliases(adapter).get(alias, 0)
+    store.remove_alias(adapter, alias)
+    audit.record("alias.remove", actor, tenant=adapter.partition("/")[0], target=adapter, alias=alias, version=held)
+    return AliasDetail(adapter=adapter, alias=alias, version=held)

@@ -1,0 +1,236 @@
+"""`/v1/files`: files of training rows, checked as they come."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Annotated, Any, BinaryIO, Literal
+
+from fastapi import APIRouter, Query, Request, Response
+from fastapi.responses import StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.concurrency import run_in_threadpool
+
+from sera_serve.access import AuditLog
+from sera_serve.errors import InvalidRequest
+from sera_serve.jobs import TrainingFile, TrainingFileNotStored
+from sera_serve.server.auth import Caller, CallerOf
+from sera_serve.server.deps import AuditOf, ExecutorsOf
+from sera_serve.server.disconnect import cancel_on_disconnect
+from sera_serve.server.native.upload_form import FormReader, boundary_of
+from sera_serve.server.native.uploads import MissingField, UnknownField, receive_form
+from sera_serve.server.openai.errors import OpenAIRoute
+from sera_serve.server.strict import UnsupportedMediaType, media_type
+from sera_serve.server.training import DEFAULT_TENANT, Training, TrainingOf
+
+router = APIRouter(route_class=OpenAIRoute, tags=["openai"])
+
+PURPOSE = "fine-tune"
+MAX_ID = 64
+_MAX_FILENAME = 255
+_FIELDS = ("file", "purpose")
+_REMEDY = "send multipart/form-data with the fields file (a file) and purpose (fine-tune)"
+_BLOCK_BYTES = 256 << 10
+_UPLOAD_FORM = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["file", "purpose"],
+                    "properties": {
+                        "file": {"type": "string", "format": "binary", "description": "JSONL: one row a line"},
+                        "purpose": {"type": "string", "enum": [PURPOSE]},
+                    },
+                }
+            }
+        },
+    }
+}
+_CONTENT: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}
+}
+
+
+class FileObject(BaseModel):
+    """A file, as OpenAI's clients read it."""
+
+    id: str
+    object: Literal["file"] = "file"
+    bytes: int
+    created_at: int = Field(description="seconds since 1970")
+    expires_at: int | None = Field(default=None, description="always null: a file stays until it is deleted")
+    filename: str
+    purpose: Literal["fine-tune"] = "fine-tune"
+    status: Literal["processed"] = Field(
+        default="processed", description="every row was checked before the upload's answer"
+    )
+    status_details: str | None = Field(default=None, description="always null")
+
+
+class FileList(BaseModel):
+    """Response body of `GET /v1/files`."""
+
+    object: Literal["list"] = "list"
+    data: list[FileObject]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class FileQuery(BaseModel):
+    """Query parameters of `GET /v1/files`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    after: str | None = Field(None, max_length=MAX_ID, description="the last file of the previous page")
+    limit: int = Field(1000, ge=1, le=10_000, description="most files on a page")
+    order: Literal["asc", "desc"] = Field("desc", description="by time: oldest first, or newest first")
+    purpose: str | None = Field(None, max_length=MAX_ID, description="only files of this purpose")
+
+
+class DeletedFile(BaseModel):
+    """Response body of `DELETE /v1/files/{file_id}`."""
+
+    id: str
+    object: Literal["file"] = "file"
+    deleted: bool
+
+
+def scope_of(caller: Caller) -> str | None:
+    """The tenant whose files and jobs a caller sees, or None for all of them."""
+    return None if caller.sees_all else caller.tenant
+
+
+@router.post("/v1/files", openapi_extra=_UPLOAD_FORM)
+async def create_file(request: Request, caller: CallerOf, training: TrainingOf, audit: AuditOf) -> FileObject:
+    """Keep a file of training rows. Each row has been checked when this answers."""
+    if media_type(request) != "multipart/form-data":
+        raise UnsupportedMediaType(f"the body must be a form; {_REMEDY}", param="Content-Type")
+    boundary = boundary_of(request.headers["content-type"])
+    async with receive_form(request, FormReader(boundary, {"file": None}, _REMEDY)) as form:
+        source, filename = _checked(form)
+        tenant = caller.tenant or DEFAULT_TENANT
+        # To its end: the check reads the temporary file.
+        work = training.checking.run_to_end(_add, training, audit, caller, tenant, filename, source)
+        return await cancel_on_disconnect(request.receive, work)
+
+
+@router.get("/v1/files", response_model=FileList)
+async def list_files(
+    query: Annotated[FileQuery, Query()],
+    request: Request,
+    caller: CallerOf,
+    training: TrainingOf,
+    executors: ExecutorsOf,
+) -> Response:
+    """The files, a page at a time."""
+    # Many files are written as JSON on the thread, too.
+    page = await cancel_on_disconnect(request.receive, executors.listing.run(_page, training, caller, query))
+    return Response(page, media_type="application/json")
+
+
+@router.get("/v1/files/{file_id}")
+async def retrieve_file(
+    file_id: str, request: Request, caller: CallerOf, training: TrainingOf, executors: ExecutorsOf
+) -> FileObject:
+    """One file, without its content."""
+    work = executors.changing.run(training.files.get, file_id, scope_of(caller))
+    return _object(await cancel_on_disconnect(request.receive, work))
+
+
+@router.delete("/v1/files/{file_id}")
+async def delete_file(
+    file_id: str, request: Request, caller: CallerOf, training: TrainingOf, audit: AuditOf, executors: ExecutorsOf
+) -> DeletedFile:
+    """Delete a file that no unfinished job needs."""
+    work = executors.changing.run(_delete, training, audit, caller, file_id)
+    await cancel_on_disconnect(request.receive, work)
+    return DeletedFile(id=file_id, deleted=True)
+
+
+@router.get("/v1/files/{file_id}/content", response_class=Response, responses=_CONTENT)
+async def retrieve_content(
+    file_id: str, request: Request, caller: CallerOf, training: TrainingOf, executors: ExecutorsOf
+) -> Response:
+    """The bytes of a file, as they were uploaded."""
+    work = executors.changing.run(_open, training, caller, file_id)
+    # A client that leaves meanwhile leaves nothing open: a file that nobody holds is closed.
+    found, source = await cancel_on_disconnect(request.receive, work)
+    headers = {"Content-Length": str(found.nbytes), "X-Content-Type-Options": "nosniff"}
+    return StreamingResponse(_blocks(source), media_type="application/octet-stream", headers=headers)
+
+
+def _checked(form: FormReader) -> tuple[BinaryIO, str]:
+    """The file of a form, and its name."""
+    given = [part.name for part in form.parts]
+    for name in given:
+        if name not in _FIELDS:
+            raise UnknownField(f"form field {name[:64]!r} is unknown; {_REMEDY} alone", param=name[:64])
+        if given.count(name) > 1:
+            raise UnknownField(f"form field {name} appears twice; send it once", param=name)
+    for name in _FIELDS:
+        if name not in given:
+            raise MissingField(f"form field {name} is missing; {_REMEDY}", param=name)
+    file, purpose = (form.parts[given.index(name)] for name in _FIELDS)
+    if purpose.text != PURPOSE:
+        raise InvalidRequest(
+            f"purpose is {purpose.text[:64]!r}; this server keeps files for fine-tune alone", param="purpose"
+        )
+    if file.file is None:
+        raise InvalidRequest(f"form field file is text; {_REMEDY}", param="file")
+    if len(file.filename) > _MAX_FILENAME or not file.filename.isprintable():
+        raise InvalidRequest(
+            f"the name of the file must have at most {_MAX_FILENAME} characters, all printable; rename it", param="file"
+        )
+    return file.file, file.filename
+
+
+def _add(
+    training: Training, audit: AuditLog, caller: Caller, tenant: str, filename: str, source: BinaryIO
+) -> FileObject:
+    file = training.files.add(tenant, filename, source)
+    audit.record("file.create", caller.actor, tenant=tenant, target=file.id, bytes=file.nbytes, rows=file.rows)
+    return _object(file)
+
+
+def _delete(training: Training, audit: AuditLog, caller: Caller, file_id: str) -> None:
+    file = training.files.delete(file_id, scope_of(caller))
+    audit.record("file.delete", caller.actor, tenant=file.tenant, target=file.id)
+
+
+def _page(training: Training, caller: Caller, query: FileQuery) -> str:
+    if query.purpose not in (None, PURPOSE):
+        return FileList(data=[], first_id=None, last_id=None, has_more=False).model_dump_json()
+    files, has_more = training.files.page(scope_of(caller), query.after, query.limit, query.order)
+    data = [_object(file) for file in files]
+    return FileList(
+        data=data,
+        first_id=data[0].id if data else None,
+        last_id=data[-1].id if data else None,
+        has_more=has_more,
+    ).model_dump_json()
+
+
+def _open(training: Training, caller: Caller, file_id: str) -> tuple[TrainingFile, BinaryIO]:
+    file = training.files.get(file_id, scope_of(caller))
+    path: Path = training.files.path(file)
+    try:
+        return file, path.open("rb")
+    except OSError as error:
+        raise TrainingFileNotStored(
+            f"file {file_id} cannot be read ({error.strerror}); delete it, and upload it again", param="file_id"
+        ) from error
+
+
+async def _blocks(source: BinaryIO) -> AsyncIterator[bytes]:
+    try:
+        while block := await run_in_threadpool(source.read, _BLOCK_BYTES):
+            yield block
+    finally:
+        source.close()
+
+
+def _object(file: TrainingFile) -> FileObject:
+    return FileObject(id=file.id, bytes=file.nbytes, created_at=int(file.created_at), filename=file.filename)

@@ -1,0 +1,340 @@
+"""`/v1/fine_tuning/jobs`: training jobs, in OpenAI's form."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Query, Request, Response
+
+from adapters_store import AdapterStore, check_part, parse_ref
+from adapters_store.errors import InvalidAdapterName
+from sera_serve.access import AuditLog
+from sera_serve.errors import InvalidRequest
+from sera_serve.jobs import Job, JobSpec, TrainingFile, TrainingFileNotFound
+from sera_serve.jobs.records import new_job_id
+from sera_serve.jobs.spec import auto_batch_size, auto_epochs, check_spec
+from sera_serve.server.auth import Caller, CallerOf, NotYourTenant
+from sera_serve.server.deps import AuditOf, Engine, EngineOf, ExecutorsOf, StoreOf
+from sera_serve.server.disconnect import cancel_on_disconnect
+from sera_serve.server.openai.errors import InvalidOpenAIRequest, OpenAIRoute
+from sera_serve.server.openai.files import scope_of
+from sera_serve.server.openai.fine_tuning_schemas import (
+    AdapterRequest,
+    CheckpointList,
+    CheckpointObject,
+    CreateJobRequest,
+    EventQuery,
+    Hyperparameters,
+    JobAdapter,
+    JobEventList,
+    JobFailure,
+    JobList,
+    JobMethod,
+    JobObject,
+    JobQuery,
+    SupervisedMethod,
+)
+from sera_serve.server.openai.job_events import JobEventStream, event_object, event_seq
+from sera_serve.server.openai.texts import adapter_of
+from sera_serve.server.training import DEFAULT_TENANT, Training, TrainingOf
+
+router = APIRouter(route_class=OpenAIRoute, tags=["openai"])
+
+_SUFFIX = re.compile(r"[a-z0-9._-]{1,40}")
+_ODD = re.compile(r"[^a-z0-9]+")
+_BASE_CHARACTERS, _ID_CHARACTERS = 10, 10
+_STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+
+
+@router.post("/v1/fine_tuning/jobs")
+async def create_job(
+    body: CreateJobRequest,
+    request: Request,
+    caller: CallerOf,
+    engine: EngineOf,
+    store: StoreOf,
+    training: TrainingOf,
+    audit: AuditOf,
+    executors: ExecutorsOf,
+) -> JobObject:
+    """Make a job that trains an adapter on a file, and publishes it."""
+    init_from = adapter_of(body.model, engine)
+    if init_from is not None:
+        caller.check_use(init_from)
+    work = executors.changing.run(_create, body, init_from, caller, engine, store, training, audit)
+    job = await cancel_on_disconnect(request.receive, work)
+    training.supervisor.wake()
+    return job_object(job)
+
+
+@router.get("/v1/fine_tuning/jobs")
+async def list_jobs(
+    query: Annotated[JobQuery, Query()],
+    request: Request,
+    caller: CallerOf,
+    training: TrainingOf,
+    executors: ExecutorsOf,
+) -> JobList:
+    """The jobs, the newest first, a page at a time."""
+    work = executors.listing.run(training.jobs.page, scope_of(caller), query.after, query.limit)
+    jobs, has_more = await cancel_on_disconnect(request.receive, work)
+    return JobList(data=[job_object(job) for job in jobs], has_more=has_more)
+
+
+@router.get("/v1/fine_tuning/jobs/{job_id}")
+async def retrieve_job(
+    job_id: str, request: Request, caller: CallerOf, training: TrainingOf, executors: ExecutorsOf
+) -> JobObject:
+    """One job."""
+    work = executors.changing.run(training.jobs.get, job_id, scope_of(caller))
+    return job_object(await cancel_on_disconnect(request.receive, work))
+
+
+@router.post("/v1/fine_tuning/jobs/{job_id}/cancel")
+async def cancel_job(
+    job_id: str, request: Request, caller: CallerOf, training: TrainingOf, audit: AuditOf, executors: ExecutorsOf
+) -> JobObject:
+    """Cancel a job that has not finished. Its process ends within seconds, and leaves nothing."""
+    work = executors.changing.run(_cancel, training, audit, caller, job_id)
+    job = await cancel_on_disconnect(request.receive, work)
+    training.supervisor.wake()
+    return job_object(job)
+
+
+@router.get("/v1/fine_tuning/jobs/{job_id}/events", response_model=JobEventList, responses=_STREAM)
+async def list_events(
+    job_id: str,
+    query: Annotated[EventQuery, Query()],
+    request: Request,
+    caller: CallerOf,
+    training: TrainingOf,
+    executors: ExecutorsOf,
+) -> JobEventList | Response:
+    """The events of a job, the newest first; or as they come, the oldest first."""
+    after, tenant = event_seq(query.after), scope_of(caller)
+    if query.stream:
+        if "limit" in query.model_fields_set:
+            raise InvalidRequest("a stream has all events; leave limit out", param="limit")
+        return JobEventStream(job_id, tenant, after, training, executors.changing)
+    work = executors.changing.run(training.jobs.events, job_id, tenant, after, query.limit)
+    events, has_more = await cancel_on_disconnect(request.receive, work)
+    return JobEventList(data=[event_object(event) for event in events], has_more=has_more)
+
+
+@router.get("/v1/fine_tuning/jobs/{job_id}/checkpoints")
+async def list_checkpoints(
+    job_id: str,
+    query: Annotated[JobQuery, Query()],
+    request: Request,
+    caller: CallerOf,
+    training: TrainingOf,
+    executors: ExecutorsOf,
+) -> CheckpointList:
+    """The ends of a job's epochs with their metrics, the newest first."""
+    after = _number(query.after, "ftckpt")
+    work = executors.changing.run(training.jobs.checkpoints, job_id, scope_of(caller), after, query.limit)
+    found, has_more = await cancel_on_disconnect(request.receive, work)
+    data = [
+        CheckpointObject(
+            id=f"ftckpt-{held.step}",
+            created_at=int(held.created_at),
+            fine_tuned_model_checkpoint=held.model,
+            fine_tuning_job_id=job_id,
+            metrics=held.metrics,
+            step_number=held.step,
+        )
+        for held in found
+    ]
+    first, last = (data[0].id, data[-1].id) if data else (None, None)
+    return CheckpointList(data=data, first_id=first, last_id=last, has_more=has_more)
+
+
+def job_object(job: Job) -> JobObject:
+    """A job as clients read it."""
+    spec = job.spec
+    resolved = Hyperparameters(
+        n_epochs=spec.epochs, batch_size=spec.batch_size, learning_rate_multiplier=spec.learning_rate_multiplier
+    )
+    return JobObject(
+        id=job.id,
+        created_at=int(job.created_at),
+        finished_at=_second(job.finished_at),
+        estimated_finish=_second(job.estimated_finish),
+        model=spec.model,
+        fine_tuned_model=job.fine_tuned_model,
+        organization_id=job.tenant,
+        status=job.status,
+        error=None if job.error is None else JobFailure(**job.error),
+        hyperparameters=resolved,
+        method=JobMethod(supervised=SupervisedMethod(hyperparameters=resolved)),
+        seed=spec.seed,
+        suffix=spec.suffix,
+        training_file=job.training_file,
+        validation_file=job.validation_file,
+        result_files=[],
+        trained_tokens=job.trained_tokens,
+        integrations=[],
+        metadata=job.metadata,
+        adapter=JobAdapter(
+            name=spec.adapter,
+            task=spec.task,
+            init_from=spec.init_from,
+            method=spec.method,
+            rank=spec.rank,
+            split=spec.split,
+            target_modules=spec.target_modules,
+        ),
+    )
+
+
+def _create(
+    body: CreateJobRequest,
+    init_from: str | None,
+    caller: Caller,
+    engine: Engine,
+    store: AdapterStore,
+    training: Training,
+    audit: AuditLog,
+) -> Job:
+    shape = body.adapter or AdapterRequest()
+    tenant = _tenant(shape, caller)
+    train = _file(training, caller, body.training_file, "training_file")
+    if body.validation_file is not None:
+        validation = _file(training, caller, body.validation_file, "validation_file")
+        if validation.kind != train.kind:
+            raise InvalidOpenAIRequest(
+                "the rows of validation_file are of another kind than those of training_file; send rows of one kind",
+                param="validation_file",
+            )
+    job_id = new_job_id()
+    spec = _spec(body, shape, init_from, train, engine, store, f"{tenant}/{_name(body, init_from, engine, job_id)}")
+    check_spec(spec, engine.base.module_shapes())
+    # The bundle's size is not known yet. A job must not train for hours what is then refused.
+    training.holdings.check_publish(spec.adapter, "", 0)
+    key_id = None if caller.key is None else caller.key.id
+    job = training.jobs.create(
+        job_id,
+        tenant,
+        spec,
+        body.metadata or {},
+        body.training_file,
+        body.validation_file,
+        key_id,
+        lambda unfinished: training.quotas.check_training_jobs(tenant, unfinished),
+    )
+    audit.record("job.create", caller.actor, tenant=tenant, target=job.id, model=spec.model, adapter=spec.adapter)
+    return job
+
+
+def _tenant(shape: AdapterRequest, caller: Caller) -> str:
+    named = shape.tenant
+    if named is None:
+        return caller.tenant or DEFAULT_TENANT
+    try:
+        check_part(named, "adapter.tenant")
+    except InvalidAdapterName as error:
+        raise InvalidOpenAIRequest(error.message, param="adapter.tenant") from None
+    if not caller.sees_all and named != caller.tenant:
+        raise NotYourTenant(
+            f"the key acts for tenant {caller.tenant!r}; leave adapter.tenant out", param="adapter.tenant"
+        )
+    return named
+
+
+def _file(training: Training, caller: Caller, file_id: str, param: str) -> TrainingFile:
+    try:
+        return training.files.get(file_id, scope_of(caller))
+    except TrainingFileNotFound as error:
+        error.param = param
+        raise
+
+
+def _name(body: CreateJobRequest, init_from: str | None, engine: Engine, job_id: str) -> str:
+    """The second part of the adapter's name: the base's, the suffix, and digits of the job's id, which no other has."""
+    known = engine.base.name if init_from is None else parse_ref(init_from).parts[1]
+    parts = [_ODD.sub("-", known.lower())[:_BASE_CHARACTERS].strip("-") or "ft"]
+    if body.suffix is not None:
+        if _SUFFIX.fullmatch(body.suffix) is None or ".." in body.suffix:
+            raise InvalidOpenAIRequest(
+                "suffix may have 1 to 40 of a-z, 0-9, '.', '_' and '-', without '..'", param="suffix"
+            )
+        parts.append(body.suffix)
+    return "-".join([*parts, job_id.rpartition("-")[2][:_ID_CHARACTERS]])
+
+
+def _spec(
+    body: CreateJobRequest,
+    shape: AdapterRequest,
+    init_from: str | None,
+    train: TrainingFile,
+    engine: Engine,
+    store: AdapterStore,
+    adapter: str,
+) -> JobSpec:
+    task: Literal["classify", "generate"] = "classify" if train.kind == "text" else "generate"
+    if shape.task not in (None, task):
+        raise InvalidOpenAIRequest(
+            f"the rows of training_file are for task {task}; send other rows, or leave adapter.task out",
+            param="adapter.task",
+        )
+    if task == "generate" and engine.base.kind == "encoder":
+        raise InvalidOpenAIRequest(
+            "the base is an encoder, which cannot generate; send rows with text and label", param="training_file"
+        )
+    exact = None
+    if init_from is not None:
+        for field in ("method", "rank", "split", "target_modules"):
+            if getattr(shape, field) is not None:
+                raise InvalidOpenAIRequest(
+                    f"a job that goes on from an adapter keeps its {field}; leave adapter.{field} out",
+                    param=f"adapter.{field}",
+                )
+        found = store.resolve(init_from)
+        if found.task != task:
+            raise InvalidOpenAIRequest(
+                f"{init_from} is for task {found.task}, and the rows are for {task}; send other rows, or another model",
+                param="model",
+            )
+        # Its aliases may move, and a job that goes on after a kill must begin where it began.
+        exact = f"{found.adapter}@v{found.version}"
+    asked = body.chosen
+    rows = train.rows
+    multiplier = asked.learning_rate_multiplier
+    return JobSpec(
+        model=body.model,
+        adapter=adapter,
+        kind=train.kind,
+        task=task,
+        epochs=auto_epochs(rows) if asked.n_epochs == "auto" else asked.n_epochs,
+        batch_size=auto_batch_size(rows) if asked.batch_size == "auto" else asked.batch_size,
+        learning_rate_multiplier=1.0 if multiplier == "auto" else multiplier,
+        seed=secrets.randbelow(2**31) if body.seed is None else body.seed,
+        rows=rows,
+        suffix=body.suffix,
+        init_from=exact,
+        method=shape.method,
+        rank=shape.rank,
+        split=shape.split,
+        target_modules=shape.target_modules,
+    )
+
+
+def _cancel(training: Training, audit: AuditLog, caller: Caller, job_id: str) -> Job:
+    job = training.jobs.cancel(job_id, scope_of(caller))
+    audit.record("job.cancel", caller.actor, tenant=job.tenant, target=job.id)
+    return job
+
+
+def _number(after: str | None, prefix: str) -> int | None:
+    if after is None:
+        return None
+    digits = after.removeprefix(f"{prefix}-")
+    if digits == after or not digits.isdecimal() or len(digits) > 9:
+        raise InvalidRequest(f"after is {after!r}; send the id of the last item of the page", param="after")
+    return int(digits)
+
+
+def _second(at: float | None) -> int | None:
+    return None if at is None else int(at)

@@ -1,0 +1,237 @@
+"""Bodies of `/v1/fine_tuning/jobs`, in OpenAI's shapes, with an `adapter` object of this server."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from sera_serve.server.native.schemas import MAX_REFERENCE
+from sera_serve.server.openai.files import MAX_ID
+from sera_serve.server.strict import RequestModel, refusal
+
+MAX_RANK = 256
+_MAX_TARGETS, _MAX_TARGET = 64, 128
+_MAX_METADATA, _MAX_METADATA_KEY, _MAX_METADATA_VALUE = 16, 64, 512
+
+Auto = Literal["auto"]
+Target = Annotated[str, Field(min_length=1, max_length=_MAX_TARGET)]
+FileId = Annotated[str, Field(min_length=1, max_length=MAX_ID)]
+
+
+def _metadata(value: Any) -> Any:
+    if value is None:
+        return value
+    if not isinstance(value, dict) or len(value) > _MAX_METADATA:
+        raise refusal(f"metadata must be an object of at most {_MAX_METADATA} pairs", "metadata")
+    for key, text in value.items():
+        if len(key) > _MAX_METADATA_KEY or not isinstance(text, str) or len(text) > _MAX_METADATA_VALUE:
+            raise refusal(
+                f"metadata has keys of at most {_MAX_METADATA_KEY} characters, and texts of at most "
+                f"{_MAX_METADATA_VALUE}",
+                "metadata",
+            )
+    return value
+
+
+class HyperparametersRequest(RequestModel):
+    """How to train; `auto` chooses by the number of rows."""
+
+    n_epochs: Auto | Annotated[int, Field(ge=1, le=50)] = Field(default="auto", description="passes over the rows")
+    batch_size: Auto | Annotated[int, Field(ge=1, le=256)] = Field(default="auto", description="rows a step")
+    learning_rate_multiplier: Auto | Annotated[float, Field(gt=0, le=100)] = Field(
+        default="auto", description="factor of the method's own learning rate; auto is 1"
+    )
+
+
+class SupervisedRequest(RequestModel):
+    """The one method of training."""
+
+    hyperparameters: HyperparametersRequest | None = None
+
+
+class MethodRequest(RequestModel):
+    """How to train: supervised alone. OpenAI's dpo and reinforcement are refused."""
+
+    type: Literal["supervised"]
+    supervised: SupervisedRequest | None = None
+
+
+class AdapterRequest(RequestModel):
+    """What adapter to train; no part of OpenAI's interface."""
+
+    tenant: str | None = Field(
+        default=None, min_length=1, max_length=64, description="whose the job and the adapter are"
+    )
+    task: Literal["generate", "classify"] | None = Field(default=None, description="by default what the rows are for")
+    method: Literal["sera", "lora", "melora", "moslora", "lora-fa", "head-only"] | None = None
+    rank: int | None = Field(default=None, ge=1, le=MAX_RANK)
+    split: int | None = Field(default=None, ge=1, le=MAX_RANK)
+    target_modules: (
+        Literal["all-linear"] | Annotated[list[Target], Field(min_length=1, max_length=_MAX_TARGETS)] | None
+    ) = None
+
+
+class CreateJobRequest(RequestModel):
+    """Request body of `POST /v1/fine_tuning/jobs`."""
+
+    model: str = Field(min_length=1, max_length=MAX_REFERENCE, description="the base, or an adapter to go on from")
+    training_file: FileId
+    validation_file: FileId | None = None
+    suffix: Annotated[str, Field(min_length=1, max_length=40)] | None = Field(
+        None, description="part of the adapter's name: a-z, 0-9, '.', '_' and '-'"
+    )
+    seed: int | None = Field(None, ge=0, lt=2**31)
+    method: MethodRequest | None = None
+    hyperparameters: HyperparametersRequest | None = Field(None, description="the older place of hyperparameters")
+    metadata: Annotated[dict[str, str] | None, BeforeValidator(_metadata)] = None
+    adapter: AdapterRequest | None = None
+
+    @model_validator(mode="after")
+    def _one_place(self) -> CreateJobRequest:
+        if self.hyperparameters is not None and self.method is not None:
+            raise refusal("send the hyperparameters in method.supervised alone", "hyperparameters")
+        return self
+
+    @property
+    def chosen(self) -> HyperparametersRequest:
+        """The hyperparameters, from whichever place."""
+        supervised = None if self.method is None else self.method.supervised
+        given = self.hyperparameters if supervised is None else supervised.hyperparameters
+        return given or HyperparametersRequest()
+
+
+class Hyperparameters(BaseModel):
+    """The hyperparameters of a job; no value is `auto` any more."""
+
+    n_epochs: int
+    batch_size: int
+    learning_rate_multiplier: float
+
+
+class SupervisedMethod(BaseModel):
+    """The hyperparameters of the one method."""
+
+    hyperparameters: Hyperparameters
+
+
+class JobMethod(BaseModel):
+    """The method of a job."""
+
+    type: Literal["supervised"] = "supervised"
+    supervised: SupervisedMethod
+
+
+class JobFailure(BaseModel):
+    """Why a job failed."""
+
+    code: str
+    message: str
+    param: str | None
+
+
+class JobAdapter(BaseModel):
+    """The adapter of a job. A null is the trainer's own choice, or that of the adapter that the job goes on from."""
+
+    name: str
+    task: Literal["generate", "classify"]
+    init_from: str | None = Field(description="the version that the job goes on from")
+    method: str | None
+    rank: int | None
+    split: int | None
+    target_modules: str | list[str] | None
+
+
+class JobObject(BaseModel):
+    """A job, as OpenAI's clients read it."""
+
+    id: str
+    object: Literal["fine_tuning.job"] = "fine_tuning.job"
+    created_at: int = Field(description="seconds since 1970, as all times here")
+    finished_at: int | None
+    estimated_finish: int | None
+    model: str
+    fine_tuned_model: str | None
+    organization_id: str = Field(description="the tenant")
+    status: Literal["validating_files", "queued", "running", "succeeded", "failed", "cancelled"]
+    error: JobFailure | None
+    hyperparameters: Hyperparameters
+    method: JobMethod
+    seed: int
+    suffix: str | None
+    training_file: str
+    validation_file: str | None
+    result_files: list[str] = Field(description="always empty: events and checkpoints have the metrics")
+    trained_tokens: int | None
+    integrations: list[str] = Field(description="always empty")
+    metadata: dict[str, str]
+    adapter: JobAdapter
+
+
+class JobList(BaseModel):
+    """Response body of `GET /v1/fine_tuning/jobs`."""
+
+    object: Literal["list"] = "list"
+    data: list[JobObject]
+    has_more: bool
+
+
+class JobEventObject(BaseModel):
+    """Something that happened to a job. `data` of type metrics has the figures of a step."""
+
+    id: str
+    object: Literal["fine_tuning.job.event"] = "fine_tuning.job.event"
+    created_at: int
+    level: Literal["info", "warn", "error"]
+    message: str
+    type: Literal["message", "metrics"]
+    data: dict[str, Any]
+
+
+class JobEventList(BaseModel):
+    """Response body of `GET /v1/fine_tuning/jobs/{job_id}/events`."""
+
+    object: Literal["list"] = "list"
+    data: list[JobEventObject]
+    has_more: bool
+
+
+class CheckpointObject(BaseModel):
+    """The end of an epoch, with its metrics."""
+
+    id: str
+    object: Literal["fine_tuning.job.checkpoint"] = "fine_tuning.job.checkpoint"
+    created_at: int
+    fine_tuned_model_checkpoint: str | None = Field(
+        description="the version that was published of this epoch: the best one; null for the others"
+    )
+    fine_tuning_job_id: str
+    metrics: dict[str, float]
+    step_number: int
+
+
+class CheckpointList(BaseModel):
+    """Response body of `GET /v1/fine_tuning/jobs/{job_id}/checkpoints`."""
+
+    object: Literal["list"] = "list"
+    data: list[CheckpointObject]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class JobQuery(BaseModel):
+    """Query parameters of lists of jobs and checkpoints."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    after: str | None = Field(None, max_length=MAX_ID, description="the last item of the previous page")
+    limit: int = Field(20, ge=1, le=100, description="most items on a page")
+
+
+class EventQuery(JobQuery):
+    """Query parameters of `GET /v1/fine_tuning/jobs/{job_id}/events`."""
+
+    stream: bool = Field(
+        False, description="send the events as they come, the oldest first, until the job has finished"
+    )

@@ -1,0 +1,128 @@
+"""The training jobs of one app: files, jobs, and what runs them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Annotated, cast
+
+from fastapi import Depends, Request
+
+from adapters_store import AdapterStore, Published
+from sera_serve.access import AccessDatabase, Actor, AuditLog, Holdings, Quotas
+from sera_serve.config import ServeSettings
+from sera_serve.errors import Overloaded
+from sera_serve.jobs import Job, JobProcesses, Jobs, Places, Supervisor, TrainingFiles
+from sera_serve.server.publishing import record_publication
+from sera_serve.threads import BoundedExecutor
+
+DEFAULT_TENANT = "default"
+"""Whose the files and jobs of a server without keys are, where the request names no tenant."""
+_STREAMS, _TENANT_STREAMS = 64, 16
+
+
+class StreamSlots:
+    """Counts the streams of events, each of which looks at the database; used on the event loop alone."""
+
+    def __init__(self) -> None:
+        """Count none."""
+        self._taken: Counter[str | None] = Counter()
+
+    @contextmanager
+    def take(self, tenant: str | None) -> Iterator[None]:
+        """Count one stream of a tenant's key, or of a caller who sees all.
+
+        Raises:
+            Overloaded: As many as allowed are open.
+        """
+        if self._taken[tenant] >= _TENANT_STREAMS or self._taken.total() >= _STREAMS:
+            raise Overloaded("too many streams of events are open; read the events of a job without stream")
+        self._taken[tenant] += 1
+        try:
+            yield
+        finally:
+            self._taken[tenant] -= 1
+
+
+@dataclass(frozen=True)
+class Training:
+    """Files and jobs of an app.
+
+    Attributes:
+        files: The files.
+        jobs: The jobs.
+        supervisor: Runs them.
+        quotas: How many jobs each tenant may have.
+        holdings: How many adapters each tenant may have.
+        checking: The thread that checks uploaded files, one at a time.
+        streams: Counts the streams of events.
+    """
+
+    files: TrainingFiles
+    jobs: Jobs
+    supervisor: Supervisor
+    quotas: Quotas
+    holdings: Holdings
+    checking: BoundedExecutor
+    streams: StreamSlots
+
+    @classmethod
+    def of(
+        cls,
+        settings: ServeSettings,
+        store: AdapterStore,
+        database: AccessDatabase,
+        quotas: Quotas,
+        holdings: Holdings,
+        audit: AuditLog,
+    ) -> Training:
+        """Make what an app needs. Nothing runs yet, and nothing is read."""
+        places = Places(store.root)
+        files = TrainingFiles(database, places, settings.max_training_files_mib << 20)
+        jobs = Jobs(database)
+        processes = JobProcesses(
+            base=settings.base,
+            store=store.root,
+            device=settings.device,
+            dtype=settings.dtype,
+            threads=settings.training_threads,
+            gpu_memory_fraction=settings.training_gpu_memory_fraction,
+            max_bundle_bytes=settings.max_upload_mib << 20,
+            quotas=settings.quotas,
+        )
+
+        def record(job: Job, published: Published | None) -> None:
+            """Tell the audit log of a job's end."""
+            actor = Actor("job", job.key_id)
+            if published is not None:
+                record_publication(published, audit, actor)
+            code = None if job.error is None else job.error["code"]
+            model = job.fine_tuned_model
+            audit.record(
+                "job.finish", actor, tenant=job.tenant, target=job.id, status=job.status, model=model, code=code
+            )
+
+        supervisor = Supervisor(jobs, files, places, store, processes, settings.max_training_jobs, record)
+        return cls(
+            files=files,
+            jobs=jobs,
+            supervisor=supervisor,
+            quotas=quotas,
+            holdings=holdings,
+            checking=BoundedExecutor("training-files", 1, settings.max_uploads),
+            streams=StreamSlots(),
+        )
+
+    def close(self) -> None:
+        """Stop all jobs, which go on when a server of the store starts again. Blocks."""
+        self.checking.close()
+        self.supervisor.stop()
+
+
+async def _training(request: Request) -> Training:
+    return cast(Training, request.app.state.training)
+
+
+TrainingOf = Annotated[Training, Depends(_training)]

@@ -1,0 +1,148 @@
+"""Metrics by tenant and by adapter, with a bound on how many of each have their own label."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator
+from itertools import accumulate
+from typing import Literal
+
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+OTHER = "other"
+"""The label of all tenants, or adapters, beyond the limit."""
+BASE = "base"
+"""The adapter label of requests to the base model. The names of adapters have a slash."""
+COMBINED = "combined"
+"""The adapter label of weighted sums: clients choose how many there are."""
+
+TokenKind = Literal["prompt", "cached_prompt", "completion"]
+_KINDS: tuple[TokenKind, ...] = ("prompt", "cached_prompt", "completion")
+# Few: each is a line for each tenant.
+SECONDS = (0.05, 0.25, 1.0, 5.0, 30.0)
+_BOUNDS = [*map(str, SECONDS), "+Inf"]
+
+
+class SecondsCounts:
+    """A histogram of seconds with the bounds `SECONDS`."""
+
+    __slots__ = ("counts", "total")
+
+    def __init__(self) -> None:
+        self.counts = [0] * (len(SECONDS) + 1)
+        self.total = 0.0
+
+    def add(self, seconds: float) -> None:
+        """Count one value."""
+        self.counts[bisect_left(SECONDS, seconds)] += 1
+        self.total += seconds
+
+
+class Usage:
+    """What one tenant has used, or what one adapter was used for.
+
+    Attributes:
+        requests: Requests that entered a batch.
+        tokens: By kind. `cached_prompt` is a part of `prompt`.
+        classified: Inputs classified.
+        embedded: Inputs made into vectors.
+        waits: Seconds until a request entered a batch.
+        first_tokens: Seconds until a generation had its first token.
+    """
+
+    __slots__ = ("classified", "embedded", "first_tokens", "requests", "tokens", "waits")
+
+    def __init__(self) -> None:
+        self.requests = 0
+        self.tokens: dict[TokenKind, int] = dict.fromkeys(_KINDS, 0)
+        self.classified = 0
+        self.embedded = 0
+        self.waits = SecondsCounts()
+        self.first_tokens = SecondsCounts()
+
+    def add_tokens(self, prompt: int, cached_prompt: int, completion: int) -> None:
+        """Count tokens."""
+        tokens = self.tokens
+        tokens["prompt"] += prompt
+        tokens["cached_prompt"] += cached_prompt
+        tokens["completion"] += completion
+
+
+class UsageMetrics(Collector):
+    """Usage by tenant and by adapter. Changed on the event loop alone; a scrape may read on another thread.
+
+    The first `limit` tenants, and the first `limit` adapters, have a label of their own until the server ends. The
+    others share the label `other`: a counter whose label were given to another tenant would tell wrong rates. What is
+    counted was served, so that nobody can use the labels up by names that do not exist.
+    """
+
+    def __init__(self, limit: int) -> None:
+        """Begin with nothing. `limit` is the most labels of each kind, `other` aside."""
+        self._limit = limit
+        self._tenants: dict[str, Usage] = {}
+        self._adapters: dict[str, Usage] = {}
+
+    def tenant(self, name: str) -> Usage:
+        """The usage of a tenant, or of all others."""
+        return self._of(self._tenants, name)
+
+    def adapter(self, name: str | None, version: int | None) -> Usage:
+        """The usage of an adapter, or of all others; None is the base model, and a sum of adapters has no version."""
+        return self._of(self._adapters, BASE if name is None else COMBINED if version is None else name)
+
+    def by_tenant(self) -> dict[str, Usage]:
+        """What is known, by label."""
+        return dict(self._tenants)
+
+    def by_adapter(self) -> dict[str, Usage]:
+        """What is known, by label."""
+        return dict(self._adapters)
+
+    def collect(self) -> Iterator[Metric]:
+        """The metrics at this moment."""
+        # Copies: the event loop may add labels meanwhile.
+        for label, known in (("tenant", dict(self._tenants)), ("adapter", dict(self._adapters))):
+            requests = CounterMetricFamily(
+                f"sera_{label}_requests", f"Requests that entered a batch, by {label}.", labels=[label]
+            )
+            tokens = CounterMetricFamily(
+                f"sera_{label}_tokens",
+                f"Tokens of finished generations and embeddings, by {label}; cached ones are prompt tokens too.",
+                labels=[label, "kind"],
+            )
+            classified = CounterMetricFamily(
+                f"sera_{label}_classified_inputs", f"Inputs classified, by {label}.", labels=[label]
+            )
+            embedded = CounterMetricFamily(
+                f"sera_{label}_embedded_inputs", f"Inputs made into vectors, by {label}.", labels=[label]
+            )
+            for name, usage in known.items():
+                requests.add_metric([name], usage.requests)
+                for kind in _KINDS:
+                    tokens.add_metric([name, kind], usage.tokens[kind])
+                classified.add_metric([name], usage.classified)
+                embedded.add_metric([name], usage.embedded)
+            yield from (requests, tokens, classified, embedded)
+        waits = HistogramMetricFamily(
+            "sera_tenant_wait_seconds",
+            "Seconds from a request's arrival until it entered a batch, by tenant.",
+            labels=["tenant"],
+        )
+        first_tokens = HistogramMetricFamily(
+            "sera_tenant_first_token_seconds",
+            "Seconds from a generation's arrival to its first token, by tenant.",
+            labels=["tenant"],
+        )
+        for name, usage in dict(self._tenants).items():
+            for family, seconds in ((waits, usage.waits), (first_tokens, usage.first_tokens)):
+                family.add_metric([name], list(zip(_BOUNDS, accumulate(seconds.counts), strict=True)), seconds.total)
+        yield from (waits, first_tokens)
+
+    def _of(self, known: dict[str, Usage], name: str) -> Usage:
+        usage = known.get(name)
+        if usage is None:
+            if len(known) - (OTHER in known) >= self._limit:
+                name = OTHER
+            usage = known.setdefault(name, Usage())
+        return usage

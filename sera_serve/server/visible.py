@@ -1,0 +1,45 @@
+"""Lists of the adapters that a caller may use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import suppress
+from heapq import merge
+from itertools import islice
+
+from adapters_store import AdapterStore, AdapterSummary, Page
+from adapters_store.errors import AdapterNotFound
+from sera_serve.server.auth import Caller
+
+
+def visible_page(caller: Caller, store: AdapterStore, after: str | None, limit: int, tenant: str | None = None) -> Page:
+    """One page of the adapters that a caller may use, in order of their ids: its own, and those shared with it. Blocks.
+
+    Args:
+        caller: Whose page it is.
+        store: Has the adapters.
+        after: The page begins with the first id above this one.
+        limit: Adapters a page, at least 1.
+        tenant: Only adapters of this tenant.
+
+    Raises:
+        InvalidAdapterName: `tenant` is not of the allowed form.
+    """
+    if caller.key is None or caller.sees_all:
+        return store.list_page(tenant, after, limit)
+    own = caller.key.tenant
+    mine = store.list_page(own, after, limit + 1).adapters if tenant in (None, own) else ()
+    found = list(islice(merge(mine, _shared(caller, store, own, after or "", tenant), key=_id), limit + 1))
+    return Page(tuple(found[:limit]), found[limit - 1].adapter if len(found) > limit else None)
+
+
+def _shared(caller: Caller, store: AdapterStore, own: str, after: str, tenant: str | None) -> Iterator[AdapterSummary]:
+    for adapter in caller.access.shared_with(own, after):
+        if tenant is None or adapter.startswith(f"{tenant}/"):
+            # Deleted by a command, maybe, which may come before the end of its shares.
+            with suppress(AdapterNotFound):
+                yield store.summary(adapter)
+
+
+def _id(summary: AdapterSummary) -> str:
+    return summary.adapter

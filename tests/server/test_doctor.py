@@ -1,0 +1,153 @@
+"""`sera-serve doctor` and `sera-serve check-config`."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import resource
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from adapters_store import AdapterStore
+from sera_kernels import grouped
+from sera_serve.base import FrozenBase
+from sera_serve.cli import build_cli
+from sera_serve.commands import diagnosis
+from sera_serve.config import ServeSettings
+from sera_serve.engine import ServingEngine
+from sera_serve.engine.memory import DeviceMemory
+
+
+def findings(*arguments: str | Path) -> tuple[int, dict[str, dict[str, str]]]:
+    """The exit status of the doctor, and what it found by name."""
+    result = CliRunner().invoke(build_cli(), ["doctor", "--json", *map(str, arguments)])
+    content = json.loads(result.output)
+    assert content["status"] in ("ok", "warning", "problem")
+    assert (result.exit_code == 1) == (content["status"] == "problem")
+    found = {finding["name"]: finding for finding in content["findings"]}
+    assert all(finding["remedy"] for finding in found.values() if finding["status"] != "ok")
+    return result.exit_code, found
+
+
+def test_a_sound_machine_and_store(store: AdapterStore, base: FrozenBase) -> None:
+    status, found = findings("--store", store.root)
+    assert status == 0
+    assert set(found) >= {"python", "device", "kernels", "attention", "base", "memory", "store", "bundles", "disk"}
+    assert "2 adapters, writable" in found["store"]["detail"]
+    assert "2 adapters were read" in found["bundles"]["detail"]
+    assert findings("--store", store.root, "--full")[1]["bundles"]["status"] == "ok"
+
+
+def test_the_plan_is_what_an_engine_takes(base: FrozenBase, store: AdapterStore, tmp_path: Path) -> None:
+    base.model.save_pretrained(tmp_path / "base")
+    config = tmp_path / "serve.yaml"
+    config.write_text("pool_mib: 8\nkv_cache_tokens: 8192\n")
+    _, found = findings("--store", store.root, "--config", config, "--base", tmp_path / "base")
+    engine = ServingEngine(base, store, ServeSettings(store=store.root, pool_mib=8, kv_cache_tokens=8192))
+    engine.stop()
+    memory = engine.memory()
+    detail = found["memory"]["detail"]
+    assert f"adapters {memory['adapters'] >> 20} MiB" in detail
+    assert f"KV cache {round(memory['KV cache'] / (1 << 20))} MiB (8,192 tokens)" in detail
+    parameters = sum(parameter.numel() for parameter in base.model.parameters())
+    assert f"{parameters:,} parameters" in found["base"]["detail"]
+
+
+def test_bytes_that_are_only_planned_are_not_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (80 << 30, 80 << 30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
+    device = torch.device("cuda")
+    settings = ServeSettings(gpu_memory_fraction=1)
+    whole = DeviceMemory(settings, device).pool_bytes()
+    memory = DeviceMemory(settings, device, pending=40 << 30)
+    assert memory.pool_bytes() == whole / 2
+    memory.hold(20 << 30)
+    assert memory.pool_bytes() == whole / 4
+
+
+def test_what_is_missing_is_a_problem_with_its_remedy(tmp_path: Path) -> None:
+    status, found = findings("--store", tmp_path / "absent", "--base", tmp_path / "nowhere", "--device", "cuda:9")
+    assert status == 1
+    assert (found["device"]["status"], found["base"]["status"]) == ("problem", "problem")
+    assert "serve makes it" in found["store"]["detail"]
+    assert not (tmp_path / "absent").exists()
+
+
+def test_a_damaged_bundle_is_named(store: AdapterStore, tmp_path: Path) -> None:
+    copy = AdapterStore(tmp_path / "copy")
+    version = copy.publish(store.load(store.resolve("demo/writer").digest), "demo/writer")
+    (bundle,) = copy.root.rglob("*.safetensors")
+    content = bytearray(bundle.read_bytes())
+    content[-1] ^= 1
+    bundle.chmod(0o644)
+    bundle.write_bytes(content)
+    status, found = findings("--store", copy.root)
+    assert status == 1
+    assert version.digest[:8] in found["bundles"]["detail"] or "writer" in found["bundles"]["detail"]
+
+
+def test_slower_ways_are_warnings(store: AdapterStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grouped, "grouped_sera_numba", None)
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(diagnosis.shutil, "disk_usage", lambda path: usage(1 << 30, 1 << 30, 1 << 20))
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (64, 64))
+    status, found = findings("--store", store.root)
+    assert status == 0
+    assert found["kernels"]["remedy"] == "pip install 'sera-serve[cpu]'"
+    assert (found["disk"]["status"], found["open files"]["status"]) == ("warning", "warning")
+
+
+def test_without_triton_a_gpu_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    def find_spec(name: str, package: str | None = None) -> Any:
+        return None if name == "triton" else object()
+
+    monkeypatch.setattr(importlib.util, "find_spec", find_spec)
+    grouped.path_for.cache_clear()
+    (found,) = diagnosis._kernels(ServeSettings(device="cuda"))
+    grouped.path_for.cache_clear()
+    assert (found.status, found.remedy) == ("warning", "pip install triton")
+
+
+def test_text_has_a_line_for_each_finding(store: AdapterStore) -> None:
+    result = CliRunner().invoke(build_cli(), ["doctor", "--store", str(store.root)])
+    assert result.exit_code == 0
+    assert all(line.startswith(("ok ", "warning ", "problem ")) for line in result.output.splitlines())
+    assert CliRunner().invoke(build_cli(), ["doctor", "--config", "/nowhere.yaml"]).exit_code == 2
+
+
+def test_check_config_shows_each_value_and_its_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text("max_queue: 7\nport: 1\ntenant_weights: {acme: 2}\n")
+    monkeypatch.setenv("SERA_SERVE_PORT", "2")
+    monkeypatch.setenv("SERA_SERVE_POOL_MIB", "3")
+    result = CliRunner().invoke(build_cli(), ["check-config", "--config", str(file), "--pool-mib", "4"])
+    assert result.exit_code == 0
+    lines = {line.split()[0]: line for line in result.output.splitlines()}
+    assert set(lines) == set(ServeSettings.model_fields)
+    assert lines["port"].split(maxsplit=2)[1:] == ["2", "variable SERA_SERVE_PORT"]
+    assert lines["pool_mib"].split(maxsplit=2)[1:] == ["4", "flag --pool-mib"]
+    assert lines["max_queue"].split(maxsplit=2)[1:] == ["7", f"file {file}"]
+    assert '{"acme": 2.0}' in lines["tenant_weights"]
+    assert lines["device"].split() == ["device", '"cpu"', "default"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--port", "99999"], "port (flag --port) is 99999"),
+        (["--config", "/nowhere.yaml"], "cannot be read"),
+        (["--auth", "off", "--host", "0.0.0.0"], "auth is off"),
+        (["--metrics-address", "9100"], "metrics_address"),
+        (["--allowed-origins", "example.com"], "allowed_origins"),
+    ],
+)
+def test_check_config_refuses_what_serve_refuses(arguments: list[str], words: str) -> None:
+    result = CliRunner().invoke(build_cli(), ["check-config", *arguments])
+    assert result.exit_code == 2
+    assert words in result.output

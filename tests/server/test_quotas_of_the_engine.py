@@ -1,0 +1,76 @@
+"""Quotas with the real engine: tokens that were computed, and requests in flight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from adapters_store import AdapterStore
+from sera_serve import SeraConfig
+from sera_serve.base import FrozenBase
+from sera_serve.config import ServeSettings
+from sera_serve.engine import ServingEngine
+from sera_serve.server import build_app
+from support.answers import refused
+from support.factories import random_adapter
+from support.live_server import live_server, wait_until
+
+MOST = 100
+
+
+@pytest.fixture(scope="module")
+def served(base: FrozenBase, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[ServingEngine, str]]:
+    store = AdapterStore(tmp_path_factory.mktemp("engine") / "store")
+    writer = random_adapter(base, SeraConfig(4, 2, 8, ("q_proj",)), 1)
+    sorter = random_adapter(base, SeraConfig(4, 2, 8, ("q_proj",)), 2, labels=["spam", "ham"])
+    for tenant in ("whole", "left", "one", "two", "free"):
+        store.publish(writer, f"{tenant}/writer")
+        store.publish(sorter, f"{tenant}/sorter")
+    quotas = {"one": {"requests_in_flight": 1}, "two": {"requests_in_flight": 2}}
+    settings = ServeSettings(store=store.root, pool_mib=4, kv_cache_tokens=2048, quotas=quotas)
+    engine = ServingEngine(base, store, settings)
+    with live_server(build_app(engine, store, settings)) as address:
+        yield engine, address
+
+
+def tokens(client: httpx.Client, tenant: str) -> int:
+    return int(client.get(f"/v1/quotas/{tenant}").json()["usage"]["tokens_this_minute"])
+
+
+def test_a_whole_answer_is_charged_by_its_tokens(served: tuple[ServingEngine, str]) -> None:
+    with httpx.Client(base_url=served[1], timeout=30) as client:
+        body = {"model": "whole/writer", "prompt": "Once upon a time", "max_tokens": 10, "ignore_eos": True}
+        used = client.post("/v1/completions", json=body).json()["usage"]["total_tokens"]
+        # Without a limit, the use of the last minute fades slowly.
+        assert used - 1 <= tokens(client, "whole") <= used
+        client.post("/v1/classify", json={"adapter": "whole/sorter", "inputs": ["abcd", "efgh"]})
+        assert tokens(client, "whole") >= used - 1 + 8
+
+
+def test_a_stream_whose_client_leaves_is_charged_for_what_was_computed(served: tuple[ServingEngine, str]) -> None:
+    engine, address = served
+    body: dict[str, Any] = {"adapter": "left/writer", "prompt": "a" * 40, "max_new_tokens": MOST, "stream": True}
+    with httpx.Client(base_url=address, timeout=30) as client:
+        with client.stream("POST", "/v1/generate", json=body | {"ignore_eos": True}) as answer:
+            next(answer.iter_lines())
+        wait_until(lambda: engine.in_flight("left") == 0)
+        wait_until(lambda: tokens(client, "left") > 0)
+        assert 40 < tokens(client, "left") < 42 + MOST
+
+
+def test_requests_in_flight_are_limited_by_tenant(served: tuple[ServingEngine, str]) -> None:
+    with httpx.Client(base_url=served[1], timeout=30) as client:
+        body = {"prompt": ["a", "b"], "max_tokens": 4}
+        answer = client.post("/v1/completions", json=body | {"model": "one/writer"})
+        error = refused(answer, 429, "quota_exceeded")
+        assert "may have 1" in error["message"]
+        assert int(answer.headers["retry-after"]) >= 1
+        for tenant in ("two", "free"):
+            assert client.post("/v1/completions", json=body | {"model": f"{tenant}/writer"}).status_code == 200
+        # The choices of one request are several in flight.
+        choices = client.post("/v1/completions", json={"model": "one/writer", "prompt": "a", "n": 2})
+        assert choices.json()["error"]["param"] == "n"
+        assert client.post("/v1/completions", json={"model": "one/writer", "prompt": "a"}).status_code == 200

@@ -1,0 +1,198 @@
+"""The log of requests: what a line has, what it never has, and how it is written."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import queue
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, redirect_stderr
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from adapters_store import AdapterStore
+from sera_serve.access import AccessDatabase, Keys
+from sera_serve.base import FrozenBase
+from sera_serve.commands.logs import BoundedQueueHandler, JsonFormatter, TextFormatter, logging_to_stderr
+from sera_serve.config import ServeSettings
+from sera_serve.server import build_app
+from support.live_server import live_server, wait_until
+from support.stub_engine import SECRET, StubEngine
+
+PROMPT = "a prompt that nobody may read"
+Start = Callable[..., httpx.Client]
+
+
+class Lines(logging.Handler):
+    """Keeps the records of requests."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+    def fields(self, count: int) -> list[dict[str, Any]]:
+        """Wait for so many lines: a line follows its response."""
+        wait_until(lambda: len(self.records) == count)
+        return [record.fields for record in self.records]  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def lines() -> Iterator[Lines]:
+    handler, logger = Lines(), logging.getLogger("sera_serve.requests")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    yield handler
+    logger.removeHandler(handler)
+    logger.setLevel(logging.NOTSET)
+
+
+@pytest.fixture
+def start(base: FrozenBase, store: AdapterStore) -> Iterator[Start]:
+    """Start servers with settings, and return a client of each."""
+    with ExitStack() as stack:
+
+        def begin(other: AdapterStore | None = None, **settings: Any) -> httpx.Client:
+            served = other or store
+            app = build_app(StubEngine(base), served, ServeSettings(store=served.root, **settings))
+            url = stack.enter_context(live_server(app))
+            return stack.enter_context(httpx.Client(base_url=url))
+
+        yield begin
+
+
+def test_a_line_says_who_asked_for_what_and_never_the_prompt(start: Start, lines: Lines) -> None:
+    client = start()
+    answer = client.post("/v1/generate", json={"prompt": PROMPT, "adapter": "demo/writer"})
+    client.post("/v1/classify", json={"adapter": "demo/sorter", "inputs": [PROMPT, "b"]})
+    client.get("/v1/adapters/demo/absent")
+    client.get("/nothing?" + PROMPT.replace(" ", "+"))
+    first, second, third, fourth = lines.fields(4)
+    assert first.pop("seconds") > 0
+    assert first == {
+        "request_id": answer.headers["x-request-id"],
+        "method": "POST",
+        "route": "/v1/generate",
+        "status": 200,
+        "address": "127.0.0.1",
+        "tenant": "demo",
+        "adapter": "demo/writer",
+        "version": 3,
+        "prompt_tokens": 5,
+        "completion_tokens": 3,
+        "waited_s": 0.25,
+        "first_token_s": 0.5,
+    }
+    assert (second["adapter"], second["inputs"], second["tenant"]) == ("demo/sorter", 2, "demo")
+    assert (third["status"], third["route"]) == (404, "/v1/adapters/{tenant}/{name}")
+    assert "tenant" not in third
+    assert fourth["route"] == "unmatched"
+    assert "nobody" not in str(lines.fields(4))
+
+
+def test_a_line_has_the_key_and_the_tenant_of_the_key(start: Start, lines: Lines, tmp_path: Path) -> None:
+    store = AdapterStore(tmp_path / "store")
+    created = Keys(AccessDatabase(store.root)).create("demo", ["infer"])
+    key, secret = created.key, created.secret
+    client = start(store)
+    client.post("/v1/generate", json={"prompt": "x"}, headers={"Authorization": f"Bearer {secret}"})
+    client.get("/v1/adapters", headers={"Authorization": f"Bearer {secret}"})
+    client.get("/v1/adapters", headers={"Authorization": "Bearer wrong"})
+    assert [line.get("key_id") for line in lines.fields(3)] == [key.id, key.id, None]
+    assert [line.get("tenant") for line in lines.fields(3)] == ["demo", "demo", None]
+    assert secret not in str(lines.fields(3))
+    assert lines.fields(3)[2]["status"] == 401
+
+
+def test_a_prompt_is_logged_where_the_setting_says_so_and_bounded(start: Start, lines: Lines) -> None:
+    client = start(log_prompts=24)
+    client.post("/v1/generate", json={"prompt": PROMPT})
+    client.post("/v1/load_lora_adapter", json={"lora_name": "a/b", "lora_path": "secret"})
+    first, second = lines.fields(2)
+    assert first["body"] == '{"prompt":"' + PROMPT[:13]
+    assert "body" not in second
+
+
+def test_a_slow_request_has_a_warning(start: Start, lines: Lines) -> None:
+    client = start(slow_request_s=0)
+    logging.getLogger("sera_serve.requests").setLevel(logging.WARNING)
+    client.get("/healthz")
+    lines.fields(1)
+    (record,) = lines.records
+    assert (record.levelname, record.getMessage()) == ("WARNING", "slow request")
+    assert record.fields["route"] == "/healthz"  # type: ignore[attr-defined]
+
+
+def written(log_format: Any, log: Callable[[], object], count: int, access_log: bool = True) -> list[str]:
+    """The lines of a process's log. Waits for so many: a line follows its response."""
+    stream = io.StringIO()
+    with redirect_stderr(stream), logging_to_stderr(log_format, access_log):
+        log()
+        wait_until(lambda: stream.getvalue().count("\n") >= count)
+    return stream.getvalue().splitlines()
+
+
+def test_json_lines_are_json_with_their_fields(start: Start) -> None:
+    client = start()
+
+    def log() -> None:
+        client.post("/v1/generate", json={"prompt": PROMPT})
+        logging.getLogger("sera_serve.engine").warning("adapter %s\nfails", "a/b")
+        try:
+            raise RuntimeError(SECRET)
+        except RuntimeError:
+            logging.getLogger("sera_serve.engine").exception("it broke")
+
+    found = sorted(map(json.loads, written("json", log, 3)), key=lambda line: line["level"])
+    error, request, warning = found
+    assert (request["message"], request["logger"], request["status"]) == ("request", "sera_serve.requests", 200)
+    assert request["time"].endswith("Z") and len(request["time"]) == 24
+    assert (warning["message"], warning["level"]) == ("adapter a/b\nfails", "WARNING")
+    assert error["error"].startswith("Traceback")
+
+
+def test_text_lines_have_the_fields_too(start: Start) -> None:
+    client = start()
+    (line,) = written("text", lambda: client.get("/v1/adapters"), 1)
+    assert " INFO sera_serve.requests: request request_id=req-" in line
+    assert " method=GET route=/v1/adapters status=200 seconds=0." in line
+    record = logging.makeLogRecord({"msg": "request", "fields": {"a": 'b "c"\n', "d": 1}})
+    assert TextFormatter().format(record).endswith('request a="b \\"c\\"\\n" d=1')
+    assert "\n" not in JsonFormatter().format(record)
+
+
+def test_no_line_for_each_request_where_the_setting_says_so(start: Start, lines: Lines) -> None:
+    client = start()
+
+    def log() -> None:
+        client.get("/healthz")
+        # The line of a request that came before would be there.
+        client.get("/healthz")
+
+    # A busy machine may let the event loop stand still, which has a line of its own.
+    assert [line for line in written("text", log, 0, access_log=False) if "stood still" not in line] == []
+    assert lines.records == []
+
+
+def test_lines_that_find_no_room_are_counted_and_nobody_waits() -> None:
+    handler = BoundedQueueHandler(queue.Queue(2))
+    for _ in range(5):
+        handler.handle(logging.makeLogRecord({"msg": "x"}))
+    assert handler.dropped == 3
+
+
+def test_the_log_says_how_many_lines_were_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    def log() -> None:
+        (handler,) = (one for one in logging.getLogger().handlers if isinstance(one, BoundedQueueHandler))
+        handler.dropped = 7
+        logging.getLogger("sera_serve.engine").warning("after")
+
+    dropped, after = written("text", log, 2)
+    assert "7 lines of the log were dropped" in dropped
+    assert after.endswith("after")

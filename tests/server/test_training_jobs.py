@@ -1,0 +1,273 @@
+"""Files and training jobs by the official client, with the real trainer on the embedded base."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from adapters_store import AdapterStore
+from sera_serve.base import load_base
+from sera_serve.config import ServeSettings
+from sera_serve.engine import ServingEngine
+from sera_serve.server import build_app
+from support.answers import refused
+from support.live_server import live_server, wait_until
+from support.training import CHATS, PATIENCE_S, SORTED, STORIES, finished, jsonl, upload
+
+QUICK: dict[str, Any] = {
+    "method": {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 1, "batch_size": 4}}},
+    "seed": 7,
+}
+SMALL = {"rank": 2, "target_modules": ["q_proj"]}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> AdapterStore:
+    return AdapterStore(tmp_path_factory.mktemp("training") / "store")
+
+
+@pytest.fixture(scope="module")
+def url(store: AdapterStore) -> Iterator[str]:
+    settings = ServeSettings(
+        store=store.root, pool_mib=16, kv_cache_tokens=4096, max_training_jobs=3, max_training_file_mib=1
+    )
+    engine = ServingEngine(load_base("embedded"), store, settings)
+    with live_server(build_app(engine, store, settings)) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def client(url: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=30) as client:
+        yield client
+
+
+def adapter(**fields: Any) -> dict[str, Any]:
+    """The `extra_body` of a job with an adapter object."""
+    return {"adapter": SMALL | fields}
+
+
+@pytest.fixture(scope="module")
+def started(client: openai.OpenAI) -> dict[str, Any]:
+    """Three jobs that run beside each other."""
+    create = client.fine_tuning.jobs.create
+    rows, wrong = upload(client, SORTED), upload(client, [*SORTED[:2], {"text": "stone", "label": "rock"}])
+    sort = create(
+        model="embedded",
+        training_file=rows,
+        validation_file=upload(client, SORTED[:4]),
+        suffix="goods",
+        metadata={"who": "me"},
+        **QUICK,
+        extra_body=adapter(tenant="acme", method="lora"),
+    )
+    chat = create(model="embedded", training_file=upload(client, CHATS), **QUICK, extra_body=adapter(split=2, rank=4))
+    fail = create(model="embedded", training_file=rows, validation_file=wrong, **QUICK, extra_body=adapter())
+    return {"sort": sort, "chat": chat, "fail": fail}
+
+
+def test_a_file_is_kept_listed_read_and_deleted(client: openai.OpenAI, store: AdapterStore) -> None:
+    content = jsonl(STORIES)
+    first = client.files.create(file=("../../etc/passwd", content), purpose="fine-tune")
+    second = client.files.create(file=("b.jsonl", jsonl(SORTED)), purpose="fine-tune")
+    assert (first.filename, first.bytes, first.status) == ("../../etc/passwd", len(content), "processed")
+    assert [held.id for held in client.files.list(limit=2)][:2] == [second.id, first.id]
+    assert [held.id for held in client.files.list(after=second.id, limit=1).data] == [first.id]
+    assert client.files.list(order="asc").data[-1].id == second.id
+    assert client.files.list(purpose="assistants").data == []
+    assert client.files.content(first.id).read() == content
+    assert (store.root / "jobs").stat().st_mode & 0o777 == 0o700
+    assert client.files.delete(first.id).deleted
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.files.retrieve(first.id)
+    assert caught.value.code == "file_not_found"
+    assert [path.name for path in (store.root / "jobs" / "files").iterdir()] == [second.id]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (jsonl(STORIES) + b'{"prompt": "x"}\n', "row 6 (line 6): completion is missing"),
+        (jsonl(SORTED[:2]) + b"\n" + jsonl(CHATS[:1]), "row 3 (line 4): it has messages, and rows before it have text"),
+        (jsonl([{"text": "a", "label": 1.5}]), "row 1 (line 1): label is float 1.5"),
+        (jsonl([{"text": "a", "label": "b", "weight": 1}]), "row 1 (line 1): 'weight' is not used"),
+        (jsonl([{"messages": [{"role": "robot", "content": "x"}]}]), "messages[0] has the role 'robot'"),
+        (b"[" * 100_000, "row 1 (line 1): not JSON"),
+        (b'{"text": "\xff"}', "row 1 (line 1): it is not UTF-8"),
+        (b"\n\n", "the file has no rows"),
+    ],
+)
+def test_a_file_with_a_row_that_cannot_be_used_is_refused(client: openai.OpenAI, content: bytes, words: str) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.files.create(file=("rows.jsonl", content), purpose="fine-tune")
+    assert (caught.value.code, caught.value.param) == ("invalid_training_file", "file")
+    assert words in caught.value.message
+
+
+def test_forms_that_are_not_of_their_form_are_refused_by_name(url: str) -> None:
+    with httpx.Client(base_url=url) as raw:
+
+        def post(files: Any, data: dict[str, str]) -> httpx.Response:
+            return raw.post("/v1/files", files=files, data=data)
+
+        rows = {"file": ("a.jsonl", jsonl(STORIES))}
+        error = refused(post(rows, {"purpose": "assistants"}), 400, "invalid_request")
+        assert error["param"] == "purpose" and "'assistants'" in error["message"]
+        assert refused(post(rows, {}), 400, "missing_field")["param"] == "purpose"
+        assert refused(post(None, {"purpose": "fine-tune"}), 415, "unsupported_media_type")
+        expiring = {"purpose": "fine-tune", "expires_after[anchor]": "created_at"}
+        assert refused(post(rows, expiring), 400, "unknown_field")["param"] == "expires_after[anchor]"
+        long = {"file": ("a.jsonl", b"x" * (2 << 20))}
+        assert refused(post(long, {"purpose": "fine-tune"}), 413, "body_too_large")["param"] == "file"
+        refused(raw.get("/v1/files?after=file-0"), 404, "file_not_found")
+
+
+def test_a_classifier_is_trained_and_serves_at_once(
+    client: openai.OpenAI, url: str, store: AdapterStore, started: dict[str, Any]
+) -> None:
+    made = started["sort"]
+    assert made.status in ("validating_files", "queued", "running") and made.fine_tuned_model is None
+    # The file of an unfinished job stays.
+    with pytest.raises(openai.ConflictError) as caught:
+        client.files.delete(made.training_file)
+    assert caught.value.code == "file_in_use"
+    with httpx.stream("GET", f"{url}/v1/fine_tuning/jobs/{made.id}/events?stream=true", timeout=PATIENCE_S) as response:
+        data = [line.removeprefix("data: ") for line in response.iter_lines() if line.startswith("data: ")]
+    assert data[-1] == "[DONE]"
+    events = [json.loads(line) for line in data[:-1]]
+    assert [event["id"] for event in events] == [f"ftevent-{number}" for number in range(1, len(events) + 1)]
+    points = [event["data"] for event in events if event["type"] == "metrics"]
+    assert [point["step"] for point in points if "eval_loss" not in point] == [1, 2, 3]
+    assert all(point["total_steps"] == 3 and point["train_loss"] > 0 for point in points)
+    assert {"eval_loss", "eval_accuracy"} <= set(points[-1])
+
+    job = finished(client, made.id)
+    assert (job.status, job.error, job.seed, job.metadata) == ("succeeded", None, 7, {"who": "me"})
+    assert job.hyperparameters.n_epochs == 1 and job.method.supervised.hyperparameters.batch_size == 4
+    assert job.trained_tokens > 12 and job.fine_tuned_model.startswith("acme/embedded-goods-")
+    answer = httpx.post(f"{url}/v1/classify", json={"adapter": job.fine_tuned_model, "inputs": ["apple"]})
+    assert answer.json()["results"][0]["label"] in ("fruit", "tool")
+    (checkpoint,) = client.fine_tuning.jobs.checkpoints.list(made.id).data
+    assert checkpoint.fine_tuned_model_checkpoint == f"{job.fine_tuned_model}@v1"
+    assert checkpoint.step_number == 3
+    newest = client.fine_tuning.jobs.list_events(made.id, limit=2)
+    assert newest.has_more and newest.data[0].message == "The job has successfully completed"
+    assert client.fine_tuning.jobs.list_events(made.id, after=newest.data[1].id).data[0].id == events[-3]["id"]
+    page = client.fine_tuning.jobs.list(limit=2)
+    assert [held.id for held in page.data] == [started["fail"].id, started["chat"].id] and page.has_more
+    assert client.fine_tuning.jobs.list(after=page.data[-1].id).data[0].id == made.id
+    # Nothing of the run is left.
+    wait_until(lambda: not (store.root / "jobs" / "runs" / made.id).exists())
+    assert client.files.delete(made.validation_file).deleted
+    lines = (store.root / "access" / "audit.jsonl").read_text().splitlines()
+    actions = [json.loads(line)["action"] for line in lines if made.id in line or job.fine_tuned_model in line]
+    assert actions == ["job.create", "adapter.publish", "job.finish"]
+
+
+def test_a_chat_is_trained_and_goes_on_from_the_first_job(
+    client: openai.OpenAI, store: AdapterStore, started: dict[str, Any]
+) -> None:
+    first = finished(client, started["chat"].id)
+    assert first.status == "succeeded", first.error
+    file = first.training_file
+    # The base has no template, so the adapter carries one.
+    assert first.fine_tuned_model.startswith("default/embedded-")
+    answer = client.chat.completions.create(
+        model=first.fine_tuned_model, messages=[{"role": "user", "content": "Say red."}], max_tokens=4
+    )
+    assert answer.choices[0].message.role == "assistant"
+    made = client.fine_tuning.jobs.create(
+        model=first.fine_tuned_model, training_file=file, hyperparameters={"n_epochs": 2}, suffix="more"
+    )
+    second = finished(client, made.id)
+    assert second.status == "succeeded", second.error
+    before, after = (store.config(store.resolve(job.fine_tuned_model).digest) for job in (first, second))
+    assert after.modules == before.modules and after.chat_template == before.chat_template
+    assert after.training["init_from"]["adapter"] == f"{first.fine_tuned_model}@v1"
+    with pytest.raises(openai.BadRequestError, match=r"keeps its rank; leave adapter\.rank out"):
+        client.fine_tuning.jobs.create(model=first.fine_tuned_model, training_file=file, extra_body=adapter())
+
+
+def test_a_job_whose_data_do_not_fit_fails_in_words(client: openai.OpenAI, started: dict[str, Any]) -> None:
+    job = finished(client, started["fail"].id)
+    assert (job.status, job.fine_tuned_model, job.error.code) == ("failed", None, "invalid_training_data")
+    assert job.error.message.startswith("validation_file.jsonl, row 3 (line 3): label 'rock' is not in the training")
+    with pytest.raises(openai.ConflictError) as caught:
+        client.fine_tuning.jobs.cancel(job.id)
+    assert caught.value.code == "job_ended"
+
+
+def test_a_cancelled_job_stops_and_leaves_nothing(client: openai.OpenAI, store: AdapterStore) -> None:
+    file = upload(client, SORTED)
+    made = client.fine_tuning.jobs.create(
+        model="embedded", training_file=file, hyperparameters={"n_epochs": 50}, extra_body=adapter()
+    )
+    run = store.root / "jobs" / "runs" / made.id
+    wait_until(lambda: (run / "orders.json").exists(), 30)
+    assert client.fine_tuning.jobs.cancel(made.id).status == "cancelled"
+    wait_until(lambda: not run.exists(), 3)
+    job = client.fine_tuning.jobs.cancel(made.id)
+    assert (job.status, job.fine_tuned_model) == ("cancelled", None)
+    assert not any(made.id.removeprefix("ftjob-")[:10] in info.adapter for info in store.iter_adapters())
+    assert client.files.delete(file).deleted
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "words"),
+    [
+        ({"integrations": []}, "integrations", "is not a field"),
+        ({"method": {"type": "dpo"}}, "method.type", "supervised"),
+        ({"model": "acme/none"}, "model", "is not in the store"),
+        ({"training_file": "file-none"}, "training_file", "does not exist"),
+        ({"suffix": "My Model"}, "suffix", "a-z"),
+        ({"adapter": {"task": "classify"}}, "adapter.task", "task generate"),
+        ({"adapter": {"rank": 4, "split": 3}}, "adapter", "split 3 does not divide"),
+        ({"adapter": {"target_modules": ["nothing"]}}, "adapter.target_modules", "no linear layer"),
+        ({"adapter": {"tenant": "A/B"}}, "adapter.tenant", "lower"),
+        ({"hyperparameters": {"n_epochs": 0}}, "hyperparameters.n_epochs", ""),
+        ({"hyperparameters": {}, "method": {"type": "supervised"}}, "hyperparameters", "method.supervised alone"),
+        ({"metadata": {"a": 1}}, "metadata", "texts"),
+    ],
+)
+def test_a_job_that_cannot_run_is_refused_by_the_field(
+    client: openai.OpenAI, url: str, body: dict[str, Any], param: str, words: str
+) -> None:
+    sent = {"model": "embedded", "training_file": upload(client, STORIES)} | body
+    answer = httpx.post(f"{url}/v1/fine_tuning/jobs", json=sent)
+    assert answer.status_code in (400, 404), answer.text
+    error = answer.json()["error"]
+    assert param in (error["param"] or ""), error
+    assert words in error["message"] or words == "lower", error
+
+
+def test_the_example(url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["fine_tune.py", "--url", url, "--epochs", "1"])
+    runpy.run_path(str(Path(__file__).resolve().parents[2] / "examples" / "fine_tune.py"), run_name="__main__")
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("Step 1/") for line in lines)
+    assert lines[-1].startswith("default/embedded-colours-")
+
+
+def test_bytes_that_no_record_names_are_swept(tmp_path: Path) -> None:
+    import fcntl
+
+    from sera_serve.access import AccessDatabase
+    from sera_serve.jobs import Places, TrainingFiles
+
+    places = Places(tmp_path)
+    places.make()
+    files = TrainingFiles(AccessDatabase(tmp_path), places, 1 << 20)
+    places.file("file-dead").write_bytes(b"x")
+    with places.file("file-live.part").open("wb") as live:
+        fcntl.flock(live, fcntl.LOCK_EX)
+        assert files.sweep() == 1
+        assert [path.name for path in places.files.iterdir()] == ["file-live.part"]
+    assert files.sweep() == 1

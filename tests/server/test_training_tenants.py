@@ -1,0 +1,124 @@
+"""Files and jobs of two tenants on a server with keys: each sees its own alone, and an admin sees all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from adapters_store import AdapterBundle, AdapterStore
+from sera_serve.access import AccessDatabase, Shares
+from sera_serve.base import FrozenBase
+from sera_serve.config import ServeSettings
+from sera_serve.server import build_app
+from support.answers import refused
+from support.live_server import live_server
+from support.stub_engine import StubEngine
+from support.tenants import clients, make_key
+from support.training import SORTED, STORIES, jsonl
+
+FILES, JOBS = "/v1/files", "/v1/fine_tuning/jobs"
+
+
+@pytest.fixture(scope="module")
+def users(
+    base: FrozenBase, writer: AdapterBundle, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, httpx.Client]]:
+    store = AdapterStore(tmp_path_factory.mktemp("tenants") / "store")
+    for name in ("acme/own", "acme/shared"):
+        store.publish(writer, name)
+    secrets = {name: make_key(store.root, name).secret for name in ("acme", "evil")}
+    secrets["admin"] = make_key(store.root, "operators", "admin").secret
+    secrets["reader"] = make_key(store.root, "acme", "infer").secret
+    database = AccessDatabase(store.root)
+    Shares(database).add("acme/shared", "evil")
+    database.close()
+    # The jobs wait: no process is started.
+    settings = ServeSettings(
+        store=store.root, max_training_jobs=0, quotas={"evil": {"training_jobs": 1}}, max_training_files_mib=1
+    )
+    with live_server(build_app(StubEngine(base), store, settings)) as url, clients(url, secrets) as made:
+        yield made
+
+
+def send(client: httpx.Client, rows: list[Any]) -> str:
+    answer = client.post(FILES, files={"file": ("a.jsonl", jsonl(rows))}, data={"purpose": "fine-tune"})
+    assert answer.status_code == 200, answer.text
+    return str(answer.json()["id"])
+
+
+def create(client: httpx.Client, file: str, model: str, **body: Any) -> httpx.Response:
+    return client.post(JOBS, json={"model": model, "training_file": file, **body})
+
+
+@pytest.fixture(scope="module")
+def own(users: dict[str, httpx.Client], base: FrozenBase) -> tuple[str, str]:
+    """A file and a job of acme."""
+    file = send(users["acme"], STORIES)
+    return file, str(create(users["acme"], file, base.name).json()["id"])
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", FILES + "/{file}"),
+        ("DELETE", FILES + "/{file}"),
+        ("GET", FILES + "/{file}/content"),
+        ("GET", FILES + "?after={file}"),
+        ("GET", JOBS + "/{job}"),
+        ("POST", JOBS + "/{job}/cancel"),
+        ("GET", JOBS + "/{job}/events"),
+        ("GET", JOBS + "/{job}/events?stream=true"),
+        ("GET", JOBS + "/{job}/checkpoints"),
+        ("GET", JOBS + "?after={job}"),
+    ],
+)
+def test_what_is_another_tenants_answers_as_if_it_were_not_there(
+    users: dict[str, httpx.Client], own: tuple[str, str], method: str, path: str
+) -> None:
+    def ask(file: str, job: str) -> tuple[int, str, list[str]]:
+        answer = users["evil"].request(method, path.format(file=file, job=job))
+        names = [name for name in answer.headers if name != "date"]
+        return answer.status_code, answer.text.replace(file, "F").replace(job, "J"), names
+
+    found, absent = ask(*own), ask("file-" + "0" * 24, "ftjob-" + "0" * 24)
+    assert found == absent and found[0] == 404
+
+
+def test_lists_have_ones_own_alone(users: dict[str, httpx.Client], own: tuple[str, str]) -> None:
+    for path, mine in ((FILES, own[0]), (JOBS, own[1])):
+        ids = {
+            name: [held["id"] for held in users[name].get(path).json()["data"]] for name in ("acme", "evil", "admin")
+        }
+        assert mine in ids["acme"] and mine in ids["admin"] and mine not in ids["evil"]
+        refused(users["reader"].get(path), 403, "insufficient_scope")
+
+
+def test_a_job_names_only_what_its_tenant_may_use(
+    users: dict[str, httpx.Client], own: tuple[str, str], base: FrozenBase
+) -> None:
+    evil = users["evil"]
+    mine = send(evil, STORIES)
+    refused(create(evil, own[0], base.name), 404, "file_not_found")
+    error = refused(create(evil, mine, base.name, validation_file=own[0]), 404, "file_not_found")
+    assert error["param"] == "validation_file"
+    secret = refused(create(evil, mine, "acme/own"), 404, "model_not_found")["message"]
+    assert secret.replace("own", "non") == refused(create(evil, mine, "acme/non"), 404, "model_not_found")["message"]
+    refused(create(evil, mine, base.name, adapter={"tenant": "acme"}), 403, "not_your_tenant")
+    job = create(evil, mine, "acme/shared").json()
+    # What comes of a shared adapter is one's own.
+    assert job["adapter"]["init_from"] == "acme/shared@v1" and job["adapter"]["name"].startswith("evil/shared-")
+    assert refused(create(evil, mine, base.name), 429, "quota_exceeded")["param"] == "training_jobs"
+    assert users["evil"].get("/v1/quotas/evil").json()["usage"]["training_jobs"] == 1
+    assert evil.post(f"{JOBS}/{job['id']}/cancel").json()["status"] == "cancelled"
+    assert create(users["admin"], mine, base.name, adapter={"tenant": "evil"}).json()["organization_id"] == "evil"
+
+
+def test_a_tenants_files_have_a_limit_together(users: dict[str, httpx.Client]) -> None:
+    rows = [{"text": "x" * 1000, "label": str(number % 2)} for number in range(600)]
+    send(users["evil"], rows)
+    answer = users["evil"].post(FILES, files={"file": ("b", jsonl(rows))}, data={"purpose": "fine-tune"})
+    assert "1048576 bytes" in refused(answer, 400, "too_many_files")["message"]
+    send(users["acme"], SORTED)
