@@ -13,13 +13,14 @@ from pydantic import BaseModel
 
 import sera_serve.server
 from adapters_store import AdapterStore, StoreError
+from sera_serve.commands.settings_table import settings_document
 from sera_serve.config import ServeSettings
 from sera_serve.engine import ServingEngine
 from sera_serve.engine.request import TRANSITIONS as REQUEST_TRANSITIONS
 from sera_serve.errors import SeraServeError
 from sera_serve.residency import TRANSITIONS as ADAPTER_TRANSITIONS
-from sera_serve.server import build_app, errors
-from sera_serve.server.native import schemas
+from sera_serve.server import build_app, errors, stats
+from sera_serve.server.native import access_schemas, quota_schemas, schemas
 from sera_serve.server.openai import (
     chat_schemas,
     completion_schemas,
@@ -41,6 +42,10 @@ COMMAND_LINE = (
     *(f"adapters_store.convert.{module}" for module in ("compress", "dense", "peft_export")),
 )
 OPENAI = "`POST /v1/completions`, `POST /v1/chat/completions`"
+QUOTAS = "`GET /v1/quotas`, `GET /v1/quotas/{tenant}`, `PUT /v1/quotas/{tenant}`, `DELETE /v1/quotas/{tenant}`"
+KEYS = "`GET /v1/keys`, `POST /v1/keys`, `DELETE /v1/keys/{id}`"
+ADAPTER = "/v1/adapters/{tenant}/{name}"
+OPERATORS = "`GET /healthz`, `GET /readyz`, `GET /metrics`, `GET /v1/stats`"
 RESPONSES = "`POST /v1/responses`"
 # Fields without a meaning, which clients send back as they got them.
 SENT_BACK = {"refusal", "audio", "function_call", "annotations", "phase", "caller", "namespace"}
@@ -79,6 +84,21 @@ def test_every_route_has_a_section(tmp_path: Path) -> None:
         ("`GET /v1/adapters`", schemas.ListQuery),
         ("`GET /v1/adapters`", schemas.AdapterSummary),
         ("`POST /v1/adapters`", schemas.PublishedAdapter),
+        ("`GET /v1/me`", access_schemas.CallerDetail),
+        (QUOTAS, quota_schemas.QuotaList),
+        (QUOTAS, quota_schemas.QuotaDetail),
+        (QUOTAS, quota_schemas.QuotaLimits),
+        (QUOTAS, quota_schemas.QuotaUsage),
+        (QUOTAS, quota_schemas.QuotaRequest),
+        (KEYS, access_schemas.KeyQuery),
+        (KEYS, access_schemas.KeyRequest),
+        (KEYS, access_schemas.KeyDetail),
+        (KEYS, access_schemas.NewKey),
+        (f"`GET {ADAPTER}/versions`", access_schemas.VersionQuery),
+        (f"`GET {ADAPTER}/versions`", access_schemas.VersionDetail),
+        (f"`GET {ADAPTER}/versions`", access_schemas.VersionList),
+        (f"`PUT {ADAPTER}/aliases/{{alias}}`, `DELETE {ADAPTER}/aliases/{{alias}}`", access_schemas.AliasRequest),
+        (f"`PUT {ADAPTER}/aliases/{{alias}}`, `DELETE {ADAPTER}/aliases/{{alias}}`", access_schemas.AliasDetail),
         (OPENAI, completion_schemas.CompletionRequest),
         (OPENAI, chat_schemas.ChatRequest),
         (OPENAI, chat_schemas.Message),
@@ -91,6 +111,8 @@ def test_every_route_has_a_section(tmp_path: Path) -> None:
         ("`GET /v1/models`, `GET /v1/models/{model}`", models.Model),
         ("`POST /tokenize`, `POST /detokenize`", tokens.TokenizeRequest),
         ("`POST /tokenize`, `POST /detokenize`", tokens.TokenizeResponse),
+        (OPERATORS, stats.Stats),
+        (OPERATORS, stats.AdapterMemory),
         ("Errors", errors.ErrorDetail),
     ],
 )
@@ -109,10 +131,12 @@ def test_every_field_of_responses_is_described_there_or_with_those_of_chats() ->
         assert f"`{field}`" in own or (field in fields.SamplingFields.model_fields and f"`{field}`" in shared), field
 
 
-def test_every_setting_is_described_with_its_default() -> None:
-    rows = re.findall(r"^\| `(\w+)` \| (.*?) \| (.*?) \|$", section("Settings"), re.MULTILINE)
-    fields = ServeSettings.model_fields
-    assert rows == [(name, str(field.default), field.description) for name, field in fields.items()]
+def test_the_table_of_settings_is_the_one_that_the_code_makes() -> None:
+    written = (REPOSITORY / "docs" / "settings.md").read_text(encoding="utf-8")
+    assert written == settings_document(), "run `make settings`"
+    names = re.findall(r"^\| `(\w+)`", written, re.MULTILINE)
+    assert names == list(ServeSettings.model_fields)
+    assert all(field.description for field in ServeSettings.model_fields.values())
 
 
 def documented_codes() -> dict[int, set[str]]:

@@ -20,7 +20,7 @@ ALLOWED: dict[str, set[str]] = {
     "sera_kernels": set(),
     "sera_serve.errors": set(),
     "sera_serve.threads": {"sera_serve.errors"},
-    "sera_serve.config": SHARED,
+    "sera_serve.config": SHARED | {"sera_serve.access"},
     # Its users need nothing that a server needs.
     "sera_serve.client": set(),
     "sera_serve.layers": SHARED | {"sera_kernels"},
@@ -29,15 +29,24 @@ ALLOWED: dict[str, set[str]] = {
     "sera_serve.engine": SHARED
     | {"sera_serve.config", "sera_serve.base", "sera_serve.residency", "sera_serve.layers"}
     | {"adapters_store", "sera_kernels"},
+    # Keys, shares and quotas.
+    "sera_serve.access": SHARED | {"adapters_store"},
+    # Training jobs: they check rows as the trainer does, and their processes run it.
+    "sera_serve.jobs": SHARED
+    | {"sera_serve.access", "sera_serve.base", "sera_serve.layers", "sera_serve.trainer", "adapters_store"},
     # What all HTTP interfaces share.
-    "sera_serve.server": SHARED | {"sera_serve.config", "sera_serve.base", "sera_serve.engine", "adapters_store"},
-    "sera_serve.server.native": SHARED | {"sera_serve.server", "sera_serve.engine", "adapters_store"},
+    "sera_serve.server": SHARED
+    | {"sera_serve.config", "sera_serve.access", "sera_serve.base", "sera_serve.engine", "sera_serve.jobs"}
+    | {"adapters_store"},
+    "sera_serve.server.native": SHARED
+    | {"sera_serve.access", "sera_serve.server", "sera_serve.engine", "adapters_store"},
     "sera_serve.server.openai": SHARED
-    | {"sera_serve.server", "sera_serve.server.native", "sera_serve.base", "sera_serve.engine", "adapters_store"},
+    | {"sera_serve.access", "sera_serve.server", "sera_serve.server.native", "sera_serve.base", "sera_serve.engine"}
+    | {"sera_serve.jobs", "adapters_store"},
     # The factory puts the interfaces together. Nothing below it imports the factory.
     "sera_serve.server.app": SHARED
     | {"sera_serve.server", "sera_serve.server.native", "sera_serve.server.openai"}
-    | {"sera_serve.config", "adapters_store"},
+    | {"sera_serve.access", "sera_serve.config", "adapters_store"},
     "sera_serve.trainer": SHARED | {"sera_serve.base", "sera_serve.layers", "adapters_store"},
 }
 # The entry points: they put the packages together.
@@ -100,7 +109,7 @@ def test_the_walk_sees_the_packages() -> None:
 # Inside a package: each part imports only parts of lower floors, and its own.
 FLOORS: dict[str, list[set[str]]] = {
     "sera_serve.engine": [
-        {"constraint", "memory", "sampling", "schema_bounds"},
+        {"constraint", "memory", "named_adapters", "sampling", "schema_bounds"},
         {"request", "structured"},
         {"admission", "fair_queue", "overflow", "references", "stream"},
         {"choices", "scheduler", "loop"},
@@ -120,6 +129,7 @@ FLOORS: dict[str, list[set[str]]] = {
         {"names", "format"},
         {"records"},
         {"backends", "convert"},
+        {"counting"},
         {"store"},
         {"combinations"},
     ],
