@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import httpx
-import torch
 import typer
 import uvicorn
 
-from adapters_store import AdapterBundle, AdapterConfig, AdapterStore, ModuleSpec, expected_shapes
-from sera_serve.base import FrozenBase, load_base
+from adapters_store import AdapterStore
+from benchmarks.random_classifiers import random_classifier
+from sera_serve.base import load_base
 from sera_serve.commands.serve import bound_socket, http_config
 from sera_serve.config import ServeSettings
 from sera_serve.engine import ServingEngine
@@ -33,27 +33,6 @@ from sera_serve.server import build_app
 GUARDS = 64
 CLIENTS = 8
 LABELS = ["safe", "unsafe"]
-
-
-def guard(base: FrozenBase, seed: int) -> AdapterBundle:
-    """A classifier of random factors on the attention's projections."""
-    generator = torch.Generator().manual_seed(seed)
-    modules = {
-        path: ModuleSpec(d_in=d_in, d_out=d_out, rank=16, split=16, use_mixer=True, scaling=1.0)
-        for path, (d_in, d_out) in base.module_shapes().items()
-        if path.endswith(("q_proj", "v_proj"))
-    }
-    config = AdapterConfig(
-        task="classify",
-        method="sera",
-        base=base.info,
-        modules=modules,
-        labels=LABELS,
-        pooling="last_token",
-        max_length=128,
-    )
-    shapes = expected_shapes(config).items()
-    return AdapterBundle(config, {name: torch.randn(size, generator=generator) / 16 for name, size in shapes})
 
 
 async def in_one_call(client: httpx.AsyncClient, names: list[str], text: str) -> list[Any]:
@@ -106,7 +85,7 @@ def main(rounds: Annotated[int, typer.Option(help="Texts of each way.")] = 21) -
         store = AdapterStore(Path(folder) / "store")
         names = [f"acme/guard{seed}" for seed in range(GUARDS)]
         for seed, name in enumerate(names):
-            store.publish(guard(base, seed), name)
+            store.publish(random_classifier(base, seed, LABELS, ("q_proj", "v_proj"), "last_token"), name)
         settings = ServeSettings(store=store.root, pool_mib=64, kv_cache_tokens=1024)
         app = build_app(ServingEngine(base, store, settings), store, settings)
         server = uvicorn.Server(http_config(app, settings, lambda code: None, log_level="warning"))

@@ -36,7 +36,8 @@ import uvicorn
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from adapters_store import AdapterBundle, AdapterConfig, AdapterStore, ModuleSpec, expected_shapes
+from adapters_store import AdapterStore
+from benchmarks.random_classifiers import random_classifier
 from sera_serve.base import FrozenBase, freeze_base
 from sera_serve.commands.serve import bound_socket, http_config
 from sera_serve.config import ServeSettings
@@ -66,27 +67,6 @@ def encoder(width: int, layers: int) -> FrozenBase:
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="w0", model_max_length=512)
     return freeze_base(BertModel(config, add_pooling_layer=False), tokenizer, "encoder", "encoder")
-
-
-def classifier(base: FrozenBase) -> AdapterBundle:
-    """A SeRA classifier of rank 16 on queries and values."""
-    generator = torch.Generator().manual_seed(1)
-    modules = {
-        path: ModuleSpec(d_in=d_in, d_out=d_out, rank=16, split=16, use_mixer=True, scaling=1.0)
-        for path, (d_in, d_out) in base.module_shapes().items()
-        if path.endswith(("query", "value"))
-    }
-    config = AdapterConfig(
-        task="classify",
-        method="sera",
-        base=base.info,
-        modules=modules,
-        labels=LABELS,
-        pooling="cls",
-        max_length=128,
-    )
-    shapes = expected_shapes(config).items()
-    return AdapterBundle(config, {name: torch.randn(size, generator=generator) / 16 for name, size in shapes})
 
 
 def texts() -> list[str]:
@@ -172,7 +152,7 @@ def running(width: int, layers: int, folder: Path) -> Iterator[Running]:
     """Run a server over a new base and store."""
     base = encoder(width, layers)
     store = AdapterStore(folder / "store")
-    store.publish(classifier(base), NAME)
+    store.publish(random_classifier(base, 1, LABELS, ("query", "value"), "cls"), NAME)
     settings = ServeSettings(store=store.root, pool_mib=64)
     engine = ServingEngine(base, store, settings)
     app = build_app(engine, store, settings)

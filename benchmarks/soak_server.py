@@ -37,7 +37,7 @@ def serve_soak(listener: socket.socket, base: str, store: Path, settings: dict[s
         }
 
     app.add_api_route("/integrity", integrity)
-    server = uvicorn.Server(http_config(app, chosen))
+    server = uvicorn.Server(http_config(app, chosen, app.state.metrics.count_refusal))
     # A line for every request would be most of what the soak prints.
     logging.getLogger("uvicorn.access").setLevel(logging.WARNING)
     server.run(sockets=[listener])

@@ -7,6 +7,7 @@ the question is what the server lets attackers do, not who gets the cores.
 from __future__ import annotations
 
 import asyncio
+import re
 import shutil
 import time
 from collections import Counter
@@ -34,6 +35,8 @@ ADDRESSES = 4
 MAX_RATIO, MAX_KEPT = 2.0, 0.05
 DESCRIPTORS = 1024
 NICENESS = 19
+# The server's log has a line for a standstill of its event loop, one a second at most.
+_PAUSED = re.compile(r"stood still for [0-9.]+ s; route (\S+)")
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,7 @@ def run_mixed(ground: Ground, minutes: float) -> dict[str, Any]:
             gauge.close()
             status = server.stop()
             samples = {name: watcher.stop() for name, watcher in watchers.items()}
+            pauses = Counter(_PAUSED.findall((place / "log").read_text(errors="replace")))
     health = samples.pop("healthz")
     row: dict[str, Any] = {"case": "mixed", "seconds": round(ended - begun), "clients": {}}
     for name, seen in samples.items():
@@ -133,7 +137,7 @@ def run_mixed(ground: Ground, minutes: float) -> dict[str, Any]:
     row["healthz_pause_s"] = longest_pause([sample for sample in health if sample.begun < ended], begun)
     row |= {"rss_start_mib": start.rss_mib, "rss_most_mib": gauge.most.rss_mib, "rss_after_mib": after.rss_mib}
     row |= {"files": gauge.most.files, "temp_mib": gauge.most.temp_mib, "over_cap": gauge.over_cap}
-    row |= {"attackers": outcome.figures, "exit_status": status}
+    row |= {"logged_pauses": dict(pauses), "attackers": outcome.figures, "exit_status": status}
     return row | {"wrong": sum(client["siege"]["wrong"] for client in row["clients"].values()), "held": held(row)}
 
 
