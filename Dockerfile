@@ -1,4 +1,6 @@
 # A GPU image: docker build -t sera-serve . && docker run --gpus all -p 8000:8000 -v adapters:/store sera-serve
+# It listens on 0.0.0.0, so every request needs a key. The first one, before or while the server runs:
+#   docker run --rm -v adapters:/store sera-serve keys create --store /store --tenant acme --scopes infer,publish
 # torch brings the CUDA libraries that it was built with. Ubuntu 24.04 has Python 3.12. The digest is that of the index
 # of all platforms; find the digest of another tag with: docker buildx imagetools inspect nvidia/cuda:TAG
 # With a base from the hub:

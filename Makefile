@@ -1,4 +1,4 @@
-# make setup | serve | test | lint | lock | bench | bench-gpu. Everything lives in .venv; running a target again does
+# make setup | serve | test | lint | lock | settings | bench | bench-gpu. Everything lives in .venv; running a target again does
 # only what is missing.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PORT ?= 8000
@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 # Made last, so that an interrupted setup is taken up again.
 STAMP := $(VENV)/.installed
 
-.PHONY: setup serve test lint lock bench bench-gpu clean
+.PHONY: setup serve test lint lock settings bench bench-gpu clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -44,6 +44,10 @@ lock: setup
 	$(BIN)/uv pip compile pyproject.toml -c constraints.txt -o requirements.lock --generate-hashes --no-annotate \
 		--python-version 3.12 --python-platform linux --default-index https://pypi.org/simple \
 		--custom-compile-command 'make lock'
+
+# docs/settings.md, from the code.
+settings: setup
+	$(BIN)/python -m sera_serve.commands.settings_table
 
 bench: setup
 	$(BIN)/python -m benchmarks.mixed_batch --quick
