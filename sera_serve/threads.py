@@ -62,9 +62,9 @@ class BoundedExecutor:
             name: What the work is, for messages and thread names, such as "listing".
             threads: Calls that run at once.
             max_waiting: Calls that may wait for a thread; further calls are refused.
-            rest: After a call, its thread begins no other one for so many times the processor's time of the call. A
-                thread that runs Python code takes the interpreter's lock from the engine's threads; so it takes at
-                most 1 / (1 + rest) of the time. A call that waits for a disk takes no lock, and is not rested after.
+            rest: After a call, its thread begins no other one for so many times the call's duration. A thread that
+                runs Python code takes the interpreter's lock from the engine's threads; so it takes at most
+                1 / (1 + rest) of the time.
         """
         self.name = name
         self._rest = rest
@@ -173,12 +173,12 @@ class BoundedExecutor:
     def _serve(self, call: _Call | None) -> None:
         torch.set_num_threads(1)
         while call is not None:
-            started, turn = time.thread_time(), call.turn
+            started, turn = time.monotonic(), call.turn
             self._run(call)
             # What the call holds must not outlive the call while this thread is idle.
             del call
             if self._rest:
-                self._closing.wait(self._rest * (time.thread_time() - started))
+                self._closing.wait(self._rest * (time.monotonic() - started))
             call = self._next(turn) or self._handed.get()
 
     def _run(self, call: _Call) -> None:

@@ -187,25 +187,15 @@ async def _ends(tasks: list[asyncio.Task[int]]) -> list[int | BaseException]:
 
 
 def test_a_thread_rests_after_a_call_in_proportion_to_its_work() -> None:
-    executor = BoundedExecutor("listing", threads=1, max_waiting=2, rest=3)
+    executor = BoundedExecutor("listing", threads=1, max_waiting=1, rest=3)
 
     async def main() -> None:
         begun: list[float] = []
 
         def work() -> None:
             begun.append(time.monotonic())
-            until_then = time.thread_time() + 0.1
-            while time.thread_time() < until_then:
-                pass
+            time.sleep(0.1)
 
-        def wait() -> None:
-            begun.append(time.monotonic())
-            time.sleep(0.3)
-
-        # Waiting is no work.
-        await asyncio.gather(executor.run(wait), executor.run(wait))
-        assert begun[1] - begun[0] < 0.9
-        begun.clear()
         await asyncio.gather(executor.run(work), executor.run(work))
         # 0.1 s of work and three times that of rest.
         assert begun[1] - begun[0] >= 0.4
