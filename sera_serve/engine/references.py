@@ -78,7 +78,9 @@ class AdapterReferences:
             return self._sum(adapter, task)
         resolved = self._one(adapter, task)
         if self._names is not None:
-            self._names.add(adapter, resolved.digest)
+            # A chat names the version whose template it has read by the whole digest. Routers know the name before "@".
+            whole = adapter == f"{resolved.adapter}@{resolved.digest}"
+            self._names.add(resolved.adapter if whole else adapter, resolved.digest)
         return resolved
 
     def load(self, digest: str) -> AdapterBundle:

@@ -52,6 +52,15 @@ def test_names_are_those_that_requests_used(
     assert len(engine.adapter_activity().running) == 1
 
 
+def test_a_version_by_its_whole_digest_has_the_name_of_the_adapter(
+    decoder: FrozenBase, store: AdapterStore, start_engine: Callable[..., ServingEngine]
+) -> None:
+    published = store.publish(random_adapter(decoder, SHAPE, seed=1), "acme/a")
+    engine = start_engine(decoder, store)
+    asyncio.run(ask(engine, f"acme/a@{published.digest}"))
+    assert engine.adapter_activity().running == ("acme/a",)
+
+
 def test_an_alias_names_what_it_last_resolved_to(
     decoder: FrozenBase, store: AdapterStore, start_engine: Callable[..., ServingEngine]
 ) -> None:
