@@ -17,6 +17,7 @@ from adapters_store.errors import (
     StoreError,
     StoreUnavailable,
     VersionInUse,
+    WrongTask,
 )
 from adapters_store.format.bundle import AdapterBundle, validate_bundle
 from adapters_store.format.config import (
@@ -26,7 +27,9 @@ from adapters_store.format.config import (
     AdapterConfig,
     BaseInfo,
     HeadSpec,
+    ImageSpec,
     ModuleSpec,
+    Task,
 )
 from adapters_store.format.mmap_buffer import writable_memory
 from adapters_store.format.safetensors_file import BundleLimits
@@ -55,6 +58,7 @@ __all__ = [
     "Freed",
     "HeadSpec",
     "Held",
+    "ImageSpec",
     "ImportBase",
     "InvalidAdapterName",
     "InvalidBundle",
@@ -69,7 +73,9 @@ __all__ = [
     "StoreError",
     "StoreState",
     "StoreUnavailable",
+    "Task",
     "VersionInUse",
+    "WrongTask",
     "check_base",
     "check_part",
     "check_same_base",

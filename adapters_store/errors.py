@@ -126,6 +126,12 @@ class WrongBase(InvalidBundle):
     code = "wrong_base"
 
 
+class WrongTask(InvalidBundle):
+    """The base model does not serve the bundle's task, or reads images of another size."""
+
+    code = "wrong_task"
+
+
 class UnknownModule(InvalidBundle):
     """The bundle adapts a layer that the base model does not have."""
 

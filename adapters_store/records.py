@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
-from adapters_store.format.config import AdapterConfig, BaseInfo, Method, Task
+from adapters_store.format.config import AdapterConfig, BaseInfo, ImageSpec, Method, Task
 
 # Whether a store takes new versions. All three states serve.
 StoreState = Literal["writable", "full", "read_only"]
@@ -17,6 +17,10 @@ class Record(BaseModel):
     """A small JSON document of a store: strict types, no unknown field."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+# Facts that came later. They are written only where they are used.
+_LATER = ("has_chat_template", "multi_label", "image")
 
 
 class AdapterFacts(Record):
@@ -31,6 +35,8 @@ class AdapterFacts(Record):
         modules: Number of adapted layers.
         has_chat_template: Whether the bundle has a chat template. Written only where it has one: an older release,
             which reads no such bundle, reads the records of all others.
+        multi_label: Whether the labels exclude each other no more. Written only where it is true, likewise.
+        image: What an image goes through, or None. Written only where it is used, likewise.
     """
 
     base: BaseInfo
@@ -40,6 +46,8 @@ class AdapterFacts(Record):
     splits: list[int]
     modules: int
     has_chat_template: bool = False
+    multi_label: bool = False
+    image: ImageSpec | None = None
 
     @classmethod
     def of(cls, config: AdapterConfig) -> AdapterFacts:
@@ -52,14 +60,14 @@ class AdapterFacts(Record):
             splits=sorted({spec.split for spec in config.modules.values()}),
             modules=len(config.modules),
             has_chat_template=config.chat_template is not None,
+            multi_label=config.multi_label,
+            image=config.image,
         )
 
     @model_serializer(mode="wrap")
     def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         fields: dict[str, Any] = handler(self)
-        if not self.has_chat_template:
-            del fields["has_chat_template"]
-        return fields
+        return {name: value for name, value in fields.items() if name not in _LATER or value not in (False, None)}
 
 
 class VersionRecord(Record):
@@ -97,11 +105,13 @@ class ResolvedAdapter:
         adapter: `tenant/name`; of a combination, its parts with their versions and weights.
         version: Version number; 0 for a combination, which no version number names.
         digest: Content digest, or `combination_digest`; the key of caches.
-        task: generate or classify.
+        task: As in its configuration.
         labels: Labels of a classifier in the order of the head's rows, else None.
         base: Identity of the base model.
         max_length: Tokens that an input of a classifier is cut to, or None.
         has_chat_template: Whether its configuration has a chat template; see `AdapterStore.config`.
+        multi_label: Whether an input may have several of its labels, or none.
+        image: What an image goes through before the base, or None for an adapter of texts.
     """
 
     adapter: str
@@ -112,6 +122,8 @@ class ResolvedAdapter:
     base: BaseInfo
     max_length: int | None
     has_chat_template: bool = False
+    multi_label: bool = False
+    image: ImageSpec | None = None
 
 
 @dataclass(frozen=True)
@@ -125,7 +137,7 @@ class AdapterSummary:
         created_at: When it was published, ISO 8601, UTC.
         nbytes: Bytes of its tensors.
         parameters: Numbers in its tensors, head included.
-        task: generate or classify.
+        task: As in its configuration.
         method: As in its configuration.
         base: Name of its base model.
         labels: Labels of a classifier, else None.

@@ -153,6 +153,8 @@ class AdapterStore:
             base=facts.base,
             max_length=facts.max_length,
             has_chat_template=facts.has_chat_template,
+            multi_label=facts.multi_label,
+            image=facts.image,
         )
 
     def load(self, digest: str) -> AdapterBundle:

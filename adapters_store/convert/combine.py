@@ -67,8 +67,8 @@ class Combination:
 
         Raises:
             CannotCombine: There are no parts or too many, a weight is not finite, or what is no update differs: the
-                task, pooling, labels, `max_length`, the head's shape, the chat template. Or a part has a gain or an
-                offset, or a scaling times its weight is larger than float32 can hold.
+                task, pooling, labels, `max_length`, the head's shape, `multi_label`, the images, the chat template.
+                Or a part has a gain or an offset, or a scaling times its weight is larger than float32 can hold.
             WrongBase: The parts were made for different bases.
         """
         self._names = list(names) if names is not None else [f"part {index + 1}" for index in range(len(configs))]
@@ -124,7 +124,7 @@ class Combination:
         first = self._configs[0]
         for name, config in zip(self._names, self._configs, strict=True):
             check_same_base(config.base, first.base)
-            for field in ("task", "labels", "pooling", "max_length", "head"):
+            for field in ("task", "labels", "pooling", "max_length", "head", "multi_label", "image"):
                 ours, theirs = getattr(first, field), getattr(config, field)
                 if ours != theirs:
                     raise CannotCombine(
@@ -240,6 +240,8 @@ def _config(
         training=dict(training),
         chat_template=next(iter(_templates(configs)), None),
         head=first.head,
+        multi_label=first.multi_label,
+        image=first.image,
     )
 
 

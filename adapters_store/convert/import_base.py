@@ -17,17 +17,17 @@ class ImportBase:
 
     Attributes:
         info: The identity that the imported bundle carries.
-        kind: A decoder generates, and classifies on the last token; an encoder classifies.
+        kind: A decoder generates, and classifies on the last token; an encoder classifies; vision and dual take images.
         shapes: (d_in, d_out) of every linear layer that an adapter may adapt, by dotted path.
         prefix: The name of this model within a model for a task, such as `roberta`; may be empty.
-        vocab_size: Rows of the input embedding.
+        vocab_size: Rows of the input embedding; 0 for a base that reads no text.
         chat_template: The chat template of the base's tokenizer, or None.
         weight: The weight (d_out, d_in) of the layer at a path of `shapes`, on its own device.
         bias: The bias (d_out,) of that layer, or None where it has none.
     """
 
     info: BaseInfo
-    kind: Literal["decoder", "encoder"]
+    kind: Literal["decoder", "encoder", "vision", "dual"]
     shapes: Mapping[str, tuple[int, int]]
     prefix: str
     vocab_size: int

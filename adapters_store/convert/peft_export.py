@@ -28,7 +28,10 @@ HEAD_FILE = "head.safetensors"
 
 
 class NoPeftForm(InvalidBundle):
-    """The adapter has a gain, or an offset without an update, which a LoRA cannot hold; `param` is the tensor."""
+    """A checkpoint of a LoRA cannot hold the adapter: a gain, an offset without an update, or images.
+
+    `param` is the tensor, or the field of the configuration.
+    """
 
     code = "no_peft_form"
 
@@ -55,10 +58,16 @@ def export_peft(bundle: AdapterBundle, directory: Path, base_path: str | None = 
 
     Raises:
         NothingToExport: A head-only adapter.
-        NoPeftForm: An adapter with a gain, or with an offset and a scaling of 0.
+        NoPeftForm: An adapter with a gain, with an offset and a scaling of 0, or of images.
     """
     if not bundle.config.modules:
         raise NothingToExport("a head-only adapter has no LoRA form; use format 'sera'", param="format")
+    if bundle.config.image is not None:
+        raise NoPeftForm(
+            f"a PEFT checkpoint has no place for the image preprocessing of task {bundle.config.task!r}; use format "
+            "'sera'",
+            param="adapter_config.image",
+        )
     for path, spec in bundle.config.modules.items():
         if spec.has_gain or (spec.has_offset and not spec.scaling):
             vector = "gain" if spec.has_gain else "offset"
@@ -87,18 +96,26 @@ def export_peft(bundle: AdapterBundle, directory: Path, base_path: str | None = 
 
 
 def write_head(bundle: AdapterBundle, directory: Path) -> bool:
-    """Write a classifier's head beside an exported model, into `head.safetensors`; False for a generator.
+    """Write an adapter's head beside an exported model, into `head.safetensors`; False for an adapter without a head.
 
-    Tensors `weight` (labels, hidden) and `bias` (labels,); metadata `labels`, a JSON list, and `pooling`. With a hidden
-    layer also `dense.weight` (width, hidden), `dense.bias` (width,), and metadata `activation`: see FORMAT.md.
+    Tensors `weight` (rows, hidden) and `bias` (rows,); metadata `task`, and where the adapter has them `labels`, a JSON
+    list, `pooling`, `multi_label` (`true`) and `image`, a JSON object. With a hidden layer also `dense.weight`
+    (width, hidden), `dense.bias` (width,), and metadata `activation`: see FORMAT.md.
     """
     config = bundle.config
-    if config.task != "classify":
+    if not config.has_head:
         return False
     parts = ("weight", "bias") if config.head is None else ("weight", "bias", "dense.weight", "dense.bias")
     head = {part: bundle.tensors[f"head.{part}"] for part in parts}
-    labels = json.dumps(config.labels, ensure_ascii=False)
-    metadata = {"format": "pt", "labels": labels, "pooling": str(config.pooling)}
+    metadata = {"format": "pt", "task": config.task}
+    if config.labels is not None:
+        metadata["labels"] = json.dumps(config.labels, ensure_ascii=False)
+    if config.pooling is not None:
+        metadata["pooling"] = config.pooling
+    if config.multi_label:
+        metadata["multi_label"] = "true"
+    if config.image is not None:
+        metadata["image"] = config.image.model_dump_json()
     if config.head is not None:
         metadata["activation"] = config.head.activation
     safetensors.torch.save_file(head, directory / HEAD_FILE, metadata=metadata)

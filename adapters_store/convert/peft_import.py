@@ -71,6 +71,12 @@ def import_peft(files: PeftFiles, base: ImportBase) -> PeftImport:
         UnknownModule, WrongShape: It was made for another base.
         MissingTensor, NotFinite, InvalidConfig: It is damaged or contradicts itself.
     """
+    if base.kind in ("vision", "dual"):
+        raise UnsupportedAdapter(
+            f"base {base.info.name!r} takes images, and a PEFT checkpoint does not say how an image is preprocessed; "
+            "train with train_adapter, which writes it into the bundle",
+            param="adapter_config",
+        )
     config = read_peft_config(files.config)
     warnings = _base_warnings(config, base) + _file_warnings(files, base)
     reader = TensorReader(files)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     BaseModel,
@@ -23,18 +24,24 @@ from pydantic_core import PydanticCustomError
 from adapters_store.errors import InvalidConfig, UnsupportedFormat
 from adapters_store.format.strict_json import parse_json
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """The newest format version that is read. A bundle is written in the oldest version that has its fields."""
 PARAM = "adapter_config"
 MAX_CHAT_TEMPLATE_BYTES = 64 << 10
 _MAX_WIDTH = 1 << 20
 _MAX_DEPTH = 8
-# Fields of version 2 and their values where they are not used. They are written and hashed only where they are used:
-# so bundles of version 1 keep their digests.
-_LATER: dict[str, Any] = {"chat_template": None, "head": None}
+_MAX_SIDE = 4096
+# Fields of later versions and their values where they are not used. They are written and hashed only where they are
+# used: so bundles of older versions keep their digests.
+_LATER: dict[int, dict[str, Any]] = {
+    2: {"chat_template": None, "head": None},
+    3: {"multi_label": False, "image": None},
+}
+_ALL_LATER = {name: default for fields in _LATER.values() for name, default in fields.items()}
 _LATER_OF_MODULES: dict[str, Any] = {"has_gain": False, "has_offset": False}
 
-Task = Literal["generate", "classify"]
+Task = Literal["generate", "classify", "regress", "token-classify", "image-classify", "retrieve"]
+_TASKS_OF_VERSION_1 = ("generate", "classify")
 Method = Literal["sera", "lora", "melora", "moslora", "lora-fa", "head-only"]
 Pooling = Literal["last_token", "cls", "mean"]
 Activation = Literal["tanh", "relu", "gelu"]
@@ -70,6 +77,30 @@ class HeadSpec(_Strict):
 
     activation: Activation
     width: Width
+
+
+class ImageSpec(_Strict):
+    """How an image becomes the base's input, in training and on the server.
+
+    Pixels are scaled by 1/255, resized, center-cropped to (height, width) where `resize` is `shortest_edge`, and then
+    normalised: (value - mean) / std for each of the channels red, green, blue.
+
+    Attributes:
+        height: Pixels of the base's input.
+        width: Likewise.
+        resize: `exact`: both sides become the input's. `shortest_edge`: the shape stays, and the image just covers
+            the input.
+        resample: The filter of the resizing.
+        mean: Of each channel.
+        std: Of each channel; positive.
+    """
+
+    height: Annotated[int, Field(ge=1, le=_MAX_SIDE)]
+    width: Annotated[int, Field(ge=1, le=_MAX_SIDE)]
+    resize: Literal["exact", "shortest_edge"]
+    resample: Literal["nearest", "bilinear", "bicubic", "lanczos"]
+    mean: Annotated[list[float], Field(min_length=3, max_length=3)]
+    std: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=3, max_length=3)]
 
 
 class ModuleSpec(_Strict):
@@ -121,11 +152,46 @@ class ModuleSpec(_Strict):
         return self
 
 
+@dataclass(frozen=True)
+class TaskRule:
+    """What the configuration of a task has.
+
+    Attributes:
+        must: Fields that it needs.
+        may: Further fields that it may have.
+        has_head: Whether the bundle has the tensors of a head.
+    """
+
+    must: frozenset[str]
+    may: frozenset[str]
+    has_head: bool
+
+
+RULES: dict[Task, TaskRule] = {
+    "generate": TaskRule(frozenset(), frozenset({"chat_template"}), has_head=False),
+    "classify": TaskRule(
+        frozenset({"labels", "pooling"}), frozenset({"max_length", "head", "multi_label"}), has_head=True
+    ),
+    "regress": TaskRule(frozenset({"pooling"}), frozenset({"max_length", "head"}), has_head=True),
+    "token-classify": TaskRule(frozenset({"labels"}), frozenset({"max_length", "head"}), has_head=True),
+    "image-classify": TaskRule(
+        frozenset({"labels", "pooling", "image"}), frozenset({"head", "multi_label"}), has_head=True
+    ),
+    "retrieve": TaskRule(frozenset({"image"}), frozenset({"max_length"}), has_head=False),
+}
+# What a message says of a field that is missing.
+_VALUES = {
+    "pooling": ": last_token, cls or mean",
+    "image": ": how training made the base's input of an image",
+    "labels": ": one for each row of the head",
+}
+
+
 class AdapterConfig(_Strict):
     """Everything about an adapter but its weights. See FORMAT.md for each field.
 
     The constructor raises `pydantic.ValidationError`; `from_json` raises `InvalidConfig`. The constructor finds
-    `format_version` by itself: 2 exactly where a field of version 2 is used.
+    `format_version` by itself: the oldest that has the task and every field in use.
     """
 
     task: Task
@@ -138,14 +204,23 @@ class AdapterConfig(_Strict):
     training: dict[str, JsonValue] = Field(default_factory=dict)
     chat_template: Annotated[str, Field(min_length=1)] | None = None
     head: HeadSpec | None = None
+    multi_label: bool = False
+    image: ImageSpec | None = None
     # The last field, because its default depends on the others.
     format_version: Annotated[int, Field(ge=1, le=FORMAT_VERSION)] = Field(
         default_factory=lambda fields: _version(fields)
     )
 
     @property
+    def has_head(self) -> bool:
+        """Whether the adapter has a head: every task but generate and retrieve."""
+        return RULES[self.task].has_head
+
+    @property
     def num_labels(self) -> int:
-        """Rows of the head; 0 for a generator."""
+        """Rows of the head: its labels, 1 for a regression, 0 without a head."""
+        if self.task == "regress":
+            return 1
         return len(self.labels) if self.labels else 0
 
     @property
@@ -155,7 +230,7 @@ class AdapterConfig(_Strict):
 
     @property
     def head_parameters(self) -> int:
-        """Numbers in a classifier's head; 0 for a generator."""
+        """Numbers in the head; 0 without one."""
         if self.head is None:
             return self.num_labels * (self.base.hidden_size + 1)
         return self.head.width * (self.base.hidden_size + 1) + self.num_labels * (self.head.width + 1)
@@ -183,35 +258,52 @@ class AdapterConfig(_Strict):
     @model_serializer(mode="wrap")
     def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         fields = handler(self)
-        return {"format_version": fields.pop("format_version"), **_without_defaults(fields, _LATER)}
+        return {"format_version": fields.pop("format_version"), **_without_defaults(fields, _ALL_LATER)}
 
     @model_validator(mode="after")
     def _version_is_the_oldest(self) -> AdapterConfig:
         needed = _version(dict(self))
-        if self.format_version < needed:
-            raise _refusal("a field of format version 2 is used; write 2", "format_version")
-        if self.format_version > needed:
-            raise _refusal("no field of format version 2 is used; write 1", "format_version")
+        if self.format_version != needed:
+            raise _refusal(
+                f"format_version {needed} is the oldest that has the task and the fields in use; write {needed}",
+                "format_version",
+            )
         return self
 
     @model_validator(mode="after")
-    def _head_and_task_agree(self) -> AdapterConfig:
-        if self.task == "generate":
-            for field in ("labels", "pooling", "max_length", "head"):
-                if getattr(self, field) is not None:
-                    raise _refusal(f"{field} is only for task 'classify'; leave it null", field)
-        else:
-            if self.chat_template is not None:
-                raise _refusal("chat_template is only for task 'generate'; leave it null", "chat_template")
-            if self.labels is None or len(self.labels) < 2 or len(set(self.labels)) != len(self.labels):
-                raise _refusal("task 'classify' needs at least two labels, all different", "labels")
-            if self.pooling is None:
-                raise _refusal("task 'classify' needs pooling: last_token, cls or mean", "pooling")
+    def _fields_fit_task(self) -> AdapterConfig:
+        rule = RULES[self.task]
+        for field in ("labels", "pooling", "max_length", "chat_template", "head", "multi_label", "image"):
+            used = getattr(self, field) not in (None, False)
+            if used and field not in rule.may | rule.must:
+                takers = " and ".join(f"'{task}'" for task, other in RULES.items() if field in other.may | other.must)
+                absent = "leave it false" if field == "multi_label" else "leave it null"
+                raise _refusal(f"{field} is only for task {takers}; {absent}", field)
+            if not used and field in rule.must:
+                raise _refusal(f"task '{self.task}' needs {field}{_VALUES.get(field, '')}", field)
+        if self.labels is not None:
+            self._check_labels(self.labels)
+        if self.task == "image-classify" and self.pooling == "last_token":
+            raise _refusal("task 'image-classify' needs pooling: cls or mean", "pooling")
         if (not self.modules) != (self.method == "head-only"):
             raise _refusal("modules is empty exactly when method is 'head-only'", "modules")
-        if not self.modules and self.task == "generate":
-            raise _refusal("method 'head-only' is only for task 'classify'", "method")
+        if not self.modules and not rule.has_head:
+            raise _refusal(f"method 'head-only' is for tasks with a head; '{self.task}' has none", "method")
         return self
+
+    def _check_labels(self, labels: list[str]) -> None:
+        fewest = 1 if self.multi_label else 2
+        if len(labels) < fewest or len(set(labels)) != len(labels):
+            least = "one label" if fewest == 1 else "two labels"
+            raise _refusal(f"task '{self.task}' needs at least {least}, all different", "labels")
+        if self.task == "token-classify":
+            kinds = {label[2:] for label in labels[1:]}
+            if labels[0] != "O" or "" in kinds or {f"{x}-{kind}" for kind in kinds for x in "BI"} != set(labels[1:]):
+                raise _refusal(
+                    "task 'token-classify' needs the tags of the BIO form: 'O' first, then 'B-name' and 'I-name' for "
+                    "each kind of span",
+                    "labels",
+                )
 
     def canonical_json(self) -> str:
         """The canonical JSON, input of the digest: keys sorted, no white space, non-ASCII characters as they are."""
@@ -235,12 +327,14 @@ class AdapterConfig(_Strict):
             )
         if "format_version" not in value:
             raise InvalidConfig(
-                "adapter_config.format_version is missing; write 1, or 2 where a field of version 2 is used",
+                "adapter_config.format_version is missing; write the oldest version that has the task and the fields",
                 param=f"{PARAM}.format_version",
             )
-        if version == 1 and (field := _first_later_field(value)) is not None:
+        if type(version) is int and (later := _first_later_field(value, version)) is not None:
+            field, needed = later
+            what = f"the task {value['task']!r}" if field == "task" else f"{PARAM}.{field}"
             raise InvalidConfig(
-                f"{PARAM}.{field} is a field of format version 2; remove it, or write format_version 2",
+                f"{what} is of format version {needed}; remove it, or write format_version {needed}",
                 param=f"{PARAM}.{field}",
             )
         try:
@@ -250,22 +344,29 @@ class AdapterConfig(_Strict):
 
 
 def _version(fields: Mapping[str, Any]) -> int:
-    """The oldest format version that has every field in use."""
+    """The oldest format version that has the task and every field in use."""
     modules: Mapping[str, ModuleSpec] = fields["modules"]
-    later = any(fields[name] is not None for name in _LATER) or any(
-        spec.has_gain or spec.has_offset for spec in modules.values()
-    )
-    return 2 if later else 1
+    version = 1 if fields["task"] in _TASKS_OF_VERSION_1 else 3
+    if any(spec.has_gain or spec.has_offset for spec in modules.values()):
+        version = max(version, 2)
+    for later, defaults in _LATER.items():
+        if any(fields[name] != default for name, default in defaults.items()):
+            version = max(version, later)
+    return version
 
 
-def _first_later_field(value: Mapping[str, Any]) -> str | None:
-    """The dotted path of the first field of version 2 in a configuration that was only parsed, or None."""
-    if (name := next((name for name in _LATER if name in value), None)) is not None:
-        return name
+def _first_later_field(value: Mapping[str, Any], version: int) -> tuple[str, int] | None:
+    """What a parsed configuration may not have in `version`: its dotted path, and the version that has it; or None."""
+    for later, defaults in _LATER.items():
+        if later > version and (name := next((name for name in defaults if name in value), None)) is not None:
+            return name, later
+    task = value.get("task")
+    if version < 3 and isinstance(task, str) and task in set(get_args(Task)) - set(_TASKS_OF_VERSION_1):
+        return "task", 3
     modules = value.get("modules")
-    for path, spec in modules.items() if isinstance(modules, dict) else ():
+    for path, spec in modules.items() if version < 2 and isinstance(modules, dict) else ():
         if isinstance(spec, dict) and (name := next((name for name in _LATER_OF_MODULES if name in spec), None)):
-            return f"modules.{path}.{name}"
+            return f"modules.{path}.{name}", 2
     return None
 
 

@@ -28,9 +28,10 @@ def expected_shapes(config: AdapterConfig) -> dict[str, Shape]:
     """The name and shape of every tensor of an adapter.
 
     For each adapted layer P: `P.sera_a` (d_in, segment_rank), `P.sera_c` (rank, rank) with the mixer, `P.sera_b`
-    (segment_rank, d_out), `P.gain` (d_out,) with a gain, `P.offset` (d_out,) with an offset. For a classifier
-    `head.weight` (labels, hidden) and `head.bias` (labels,). With a hidden layer in the head `head.dense.weight`
-    (width, hidden), `head.dense.bias` (width,), and then `head.weight` is (labels, width).
+    (segment_rank, d_out), `P.gain` (d_out,) with a gain, `P.offset` (d_out,) with an offset. For a task with a head
+    `head.weight` (rows, hidden) and `head.bias` (rows,): a row for each label, one for a regression. With a hidden
+    layer in the head `head.dense.weight` (width, hidden), `head.dense.bias` (width,), and then `head.weight` is
+    (rows, width).
     """
     shapes: dict[str, Shape] = {}
     for path, spec in config.modules.items():
@@ -42,7 +43,7 @@ def expected_shapes(config: AdapterConfig) -> dict[str, Shape]:
             shapes[f"{path}.gain"] = (spec.d_out,)
         if spec.has_offset:
             shapes[f"{path}.offset"] = (spec.d_out,)
-    if config.task == "classify":
+    if config.has_head:
         width = config.base.hidden_size
         if config.head is not None:
             shapes["head.dense.weight"] = (config.head.width, width)

@@ -44,6 +44,15 @@ def classifier_fields(**changes: Any) -> dict[str, Any]:
 TEMPLATE = "{% for message in messages %}{{ message.content }}\n{% endfor %}"
 GAINS = {**MODULE, "has_gain": True, "has_offset": True}
 HEAD = {"activation": "tanh", "width": 5}
+TAGS = ["O", "B-place", "I-place"]
+IMAGE = {
+    "height": 8,
+    "width": 6,
+    "resize": "shortest_edge",
+    "resample": "bicubic",
+    "mean": [0.5, 0.4, 0.3],
+    "std": [0.25, 0.5, 1.0],
+}
 
 
 def make_bundle(seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> AdapterBundle:

@@ -157,7 +157,7 @@ def test_every_documented_code_is_tested_and_every_code_documented() -> None:
     text = (Path(adapters_store.__file__).parent / "FORMAT.md").read_text()
     bundle_part, store_part = text.split("# Store directory")
     documented = set(re.findall(r"^\| `([a-z_]+)` \| ", bundle_part.split("## Refusals")[1], re.MULTILINE))
-    assert documented == {case[1] for case in CASES.values()} | {"wrong_base", "unknown_module"}
+    assert documented == {case[1] for case in CASES.values()} | {"wrong_base", "wrong_task", "unknown_module"}
     in_store = set(re.findall(r"^\| `([a-z_]+)` \| \d", store_part, re.MULTILINE))
     codes = {error.code for error in vars(adapters_store.errors).values() if isinstance(error, type)}
     assert documented | in_store == codes - {"store_error", "invalid_bundle"}

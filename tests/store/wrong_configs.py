@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from bundle_factory import GAINS, HEAD, MODULE, TEMPLATE, Q, classifier_fields, config_fields
+from bundle_factory import GAINS, HEAD, IMAGE, MODULE, TAGS, TEMPLATE, Q, classifier_fields, config_fields
 
 P = "adapter_config"
 M = f"{P}.modules.{Q}"
@@ -25,6 +25,18 @@ def second_module(**changes: Any) -> dict[str, Any]:
 
 def second_head(**changes: Any) -> dict[str, Any]:
     return classifier_fields(format_version=2, head={**HEAD, **changes})
+
+
+def third(**changes: Any) -> dict[str, Any]:
+    return config_fields(**{"format_version": 3, **changes})
+
+
+def third_classifier(**changes: Any) -> dict[str, Any]:
+    return classifier_fields(**{"format_version": 3, "multi_label": True, **changes})
+
+
+def images(**changes: Any) -> dict[str, Any]:
+    return third(**{"task": "image-classify", "labels": ["a", "b"], "pooling": "cls", "image": IMAGE, **changes})
 
 
 # Refusals of what version 2 added.
@@ -66,6 +78,48 @@ SECOND: dict[str, tuple[str | dict[str, Any], str, str]] = {
     "head of a further field": (second_head(dropout=0.1), "invalid_config", f"{P}.head.dropout"),
 }
 
+# Refusals of what version 3 added.
+THIRD: dict[str, tuple[str | dict[str, Any], str, str]] = {
+    "regress in version 1": (classifier_fields(task="regress", labels=None), "invalid_config", f"{P}.task"),
+    "retrieve in version 2": (second(task="retrieve"), "invalid_config", f"{P}.task"),
+    "multi-label in version 1": (classifier_fields(multi_label=False), "invalid_config", f"{P}.multi_label"),
+    "image in version 2": (second(image=None), "invalid_config", f"{P}.image"),
+    "version 3 without use": (third(task="generate"), "invalid_config", f"{P}.format_version"),
+    "version 3 of version 2": (third(task="generate", chat_template=TEMPLATE), "invalid_config", f"{P}.format_version"),
+    "multi-label a number": (third_classifier(multi_label=1), "invalid_config", f"{P}.multi_label"),
+    "multi-label of a generator": (third(task="generate", multi_label=True), "invalid_config", f"{P}.multi_label"),
+    "multi-label of no labels": (third_classifier(labels=[]), "invalid_config", f"{P}.labels"),
+    "regress with labels": (third(task="regress", pooling="cls", labels=["a", "b"]), "invalid_config", f"{P}.labels"),
+    "regress without pooling": (third(task="regress"), "invalid_config", f"{P}.pooling"),
+    "regress of chats": (
+        third(task="regress", pooling="cls", chat_template=TEMPLATE),
+        "invalid_config",
+        f"{P}.chat_template",
+    ),
+    "tags without O": (third(task="token-classify", labels=["B-a", "I-a"]), "invalid_config", f"{P}.labels"),
+    "tags without I": (third(task="token-classify", labels=["O", "B-a"]), "invalid_config", f"{P}.labels"),
+    "tags of no kind": (third(task="token-classify", labels=["O", "B-", "I-"]), "invalid_config", f"{P}.labels"),
+    "tags twice": (third(task="token-classify", labels=["O", "B-a", "I-a", "B-a"]), "invalid_config", f"{P}.labels"),
+    "tags pooled": (third(task="token-classify", labels=TAGS, pooling="cls"), "invalid_config", f"{P}.pooling"),
+    "image of a classifier": (third_classifier(image=IMAGE), "invalid_config", f"{P}.image"),
+    "image-classify without image": (images(image=None), "invalid_config", f"{P}.image"),
+    "image-classify with max_length": (images(max_length=9), "invalid_config", f"{P}.max_length"),
+    "image-classify of the last token": (images(pooling="last_token"), "invalid_config", f"{P}.pooling"),
+    "image of no width": (images(image={**IMAGE, "width": 0}), "invalid_config", f"{P}.image.width"),
+    "image astronomic": (images(image={**IMAGE, "height": 1 << 40}), "invalid_config", f"{P}.image.height"),
+    "image of two channels": (images(image={**IMAGE, "mean": [0.5, 0.5]}), "invalid_config", f"{P}.image.mean"),
+    "image divided by 0": (images(image={**IMAGE, "std": [1.0, 0, 1.0]}), "invalid_config", f"{P}.image.std.1"),
+    "image stretched": (images(image={**IMAGE, "resize": "crop"}), "invalid_config", f"{P}.image.resize"),
+    "image of a further field": (images(image={**IMAGE, "pad": 1}), "invalid_config", f"{P}.image.pad"),
+    "retrieve with labels": (third(task="retrieve", image=IMAGE, labels=["a", "b"]), "invalid_config", f"{P}.labels"),
+    "retrieve with a head": (third(task="retrieve", image=IMAGE, head=HEAD), "invalid_config", f"{P}.head"),
+    "head-only of retrieve": (
+        third(task="retrieve", image=IMAGE, method="head-only", modules={}),
+        "invalid_config",
+        f"{P}.method",
+    ),
+}
+
 CONFIGS: dict[str, tuple[str | dict[str, Any], str, str]] = {
     "not JSON": ("{", "invalid_config", P),
     "no object": ("[1]", "invalid_config", P),
@@ -78,8 +132,9 @@ CONFIGS: dict[str, tuple[str | dict[str, Any], str, str]] = {
     "digits without end": (json.dumps(module()).replace("0.5", "9" * 9000), "invalid_config", P),
     "lone surrogate": (json.dumps(config_fields(training={"a": "\ud800"})), "invalid_config", P),
     **SECOND,
+    **THIRD,
     "version 0": (config_fields(format_version=0), "unsupported_format", f"{P}.format_version"),
-    "version 3": (second(format_version=3), "unsupported_format", f"{P}.format_version"),
+    "version 4": (second(format_version=4), "unsupported_format", f"{P}.format_version"),
     "version true": (config_fields(format_version=True), "invalid_config", f"{P}.format_version"),
     "version 1.0": (config_fields(format_version=1.0), "invalid_config", f"{P}.format_version"),
     "no version": (

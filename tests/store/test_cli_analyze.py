@@ -1,0 +1,112 @@
+"""The command line `sera-serve analyze`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bundle_factory import BASE, GAINS, MODULE, classifier_fields, fill, make_bundle
+from click.testing import Result
+from PIL import Image
+from typer.testing import CliRunner
+
+from adapters_store import AdapterConfig, AdapterStore
+from adapters_store.convert.spectrum import layer_spectra, subspace_similarity
+from sera_serve.cli import build_cli
+
+Q, V = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(build_cli(), ["analyze", *map(str, arguments)])
+
+
+def fields(result: Result) -> dict[str, Any]:
+    assert result.exit_code == 0, result.output
+    value: dict[str, Any] = json.loads(result.stdout)
+    return value
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> AdapterStore:
+    store = AdapterStore(tmp_path / "store")
+    for seed, name in enumerate(("acme/first", "acme/second")):
+        store.publish(make_bundle(seed, modules={Q: MODULE, V: MODULE}), name)
+    return store
+
+
+def test_one_adapter_of_a_store(store: AdapterStore) -> None:
+    found = fields(run("acme/first", "--store", store.root, "--json"))
+    (adapter,) = found["adapters"]
+    assert (adapter["adapter"], adapter["digest"]) == ("acme/first@v1", store.resolve("acme/first").digest)
+    assert found["similarity"] == []
+    assert [layer["group"] for layer in adapter["layers"]] == ["query", "value"]
+    expected = layer_spectra(store.load(adapter["digest"]))
+    for layer, spectrum in zip(adapter["layers"], expected, strict=True):
+        assert layer["singular_values"] == pytest.approx(spectrum.values.tolist(), rel=1e-5)
+        assert set(layer["factor_norms"]) == {"a", "c", "b"}
+        assert layer["rank_for"]["0.99"] == spectrum.rank_for(0.99)
+    assert adapter["suggested"]["0.9"]["rank"] in (2, 4)
+
+
+def test_two_adapters_with_pictures(store: AdapterStore, tmp_path: Path) -> None:
+    folder = tmp_path / "made" / "here"
+    result = run("acme/first", "acme/second@v1", "--store", store.root, "--output", folder)
+    assert result.exit_code == 0, result.output
+    for text in ("acme/first@v1", "acme/second@v1", "query", "value", "phi(1, 1)", "to train: --rank"):
+        assert text in result.stdout
+    names = {"analysis.json", "singular_values.png", "norms.png", "norms_2.png", "similarity.png"}
+    assert {path.name for path in folder.iterdir()} == names
+    for path in folder.glob("*.png"):
+        with Image.open(path) as image:
+            image.load()
+            # More than one colour: something was drawn.
+            assert min(image.size) > 200 and len(image.convert("RGB").getcolors(1 << 24) or ()) > 20
+    written = json.loads((folder / "analysis.json").read_text())
+    assert [(each["group"], each["layers"]) for each in written["similarity"]] == [("query", 1), ("value", 1)]
+    one, two = (layer_spectra(store.load(adapter["digest"]))[0] for adapter in written["adapters"])
+    phi = written["similarity"][0]["phi"]
+    assert phi[1] == pytest.approx(subspace_similarity(one, two)[1].tolist(), rel=1e-5)
+
+
+def test_a_file_is_read_without_a_store(tmp_path: Path) -> None:
+    bundle = make_bundle(format_version=2, modules={Q: GAINS})
+    bundle.save_file(tmp_path / "one.safetensors")
+    result = run(tmp_path / "one.safetensors")
+    assert "1 layers have a gain: the figures are without its change of the frozen weight" in result.stdout
+    assert fields(run(tmp_path / "one.safetensors", "--json"))["adapters"][0]["digest"] == bundle.digest
+
+
+def test_an_adapter_without_an_update(tmp_path: Path) -> None:
+    bundle = make_bundle(modules={Q: {**MODULE, "scaling": 0.0}})
+    bundle.save(tmp_path / "zero")
+    result = run(tmp_path / "zero", "--output", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert "every update is 0" in result.stdout
+    assert fields(run(tmp_path / "zero", "--json"))["adapters"][0]["suggested"] == {"0.9": None, "0.99": None}
+
+
+def test_refusals(store: AdapterStore, tmp_path: Path) -> None:
+    def message(*arguments: object) -> str:
+        result = run(*arguments)
+        assert result.exit_code == 1, result.output
+        assert result.stdout == ""
+        return str(result.stderr)
+
+    assert "give --store" in message("acme/first")
+    assert "acme/none" in message("acme/none", "--store", store.root)
+    (tmp_path / "text").write_text("hello")
+    assert "sera-serve: " in message(tmp_path / "text")
+    head = fill(AdapterConfig.model_validate(classifier_fields(method="head-only", modules={})))
+    head.save(tmp_path / "head")
+    assert "head-only adapter has no updates" in message(tmp_path / "head")
+    make_bundle(base={**BASE, "weights_digest": "e" * 64}).save(tmp_path / "other")
+    assert "was made for base 'tiny' (weights_digest" in message(
+        "acme/first", tmp_path / "other", "--store", store.root
+    )
+    make_bundle(modules={"model.layers.7.mlp.up_proj": MODULE}).save(tmp_path / "apart")
+    assert "no layer in common" in message("acme/first", tmp_path / "apart", "--store", store.root)
+    (tmp_path / "taken").write_text("a file")
+    assert "taken" in message("acme/first", "--store", store.root, "--output", tmp_path / "taken")
