@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -10,6 +11,10 @@ if TYPE_CHECKING:
 
 __all__ = ["SeraConfig", "attach_adapter", "count_adapter_parameters"]
 __version__ = "0.1.0"
+
+# Where torchao is installed, transformers imports it. Without a GPU, torchao then warns of each of its own kernels.
+for _name in ("torchao", "torch.utils._pytree"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
 
 
 def __getattr__(name: str) -> Any:

@@ -41,6 +41,18 @@ class UnsupportedTask(InvalidRequest):
     code = "unsupported_task"
 
 
+class InvalidImage(InvalidRequest):
+    """An image of the request cannot be decoded, or is not of a kind that is read."""
+
+    code = "invalid_image"
+
+
+class ImageTooLarge(InvalidRequest):
+    """An image has more bytes or pixels than the server reads, or the request has too many images."""
+
+    code = "image_too_large"
+
+
 class ConstraintUnsatisfiable(InvalidRequest):
     """The request's constraint allows no token where a token has to come."""
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from adapters_store import BaseInfo
+from sera_serve.base.image_tower import hidden_size_of
 
 _SAMPLES_PER_TENSOR = 64
 # Keys of a config that say how it was saved or is run. They do not describe the model.
@@ -30,7 +31,7 @@ def fingerprint(model: PreTrainedModel, name: str) -> BaseInfo:
         architecture=type(model).__name__,
         config_digest=hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest(),
         weights_digest=weights.hexdigest(),
-        hidden_size=int(model.config.get_text_config().hidden_size),
+        hidden_size=hidden_size_of(model.config),
     )
 
 

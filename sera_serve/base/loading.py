@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import (
@@ -15,40 +15,46 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from adapters_store import ImageSpec
 from sera_serve.base.fingerprint import fingerprint
+from sera_serve.base.image_tower import DUAL_FAMILIES, VISION_FAMILIES, BaseKind, image_tower
+from sera_serve.base.images import base_image_spec, check_pillow, family_image_spec
 from sera_serve.base.model import FrozenBase
+from sera_serve.base.quantize import Quantize, quantize_base
 from sera_serve.base.rotary import install_per_sequence_rotary, rotary_scaling
 from sera_serve.errors import BaseNotFound, InvalidConfiguration
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 EMBEDDED = "embedded"
-_EMBEDDED_FOLDER = Path(__file__).parents[1] / "embedded_base"
+EMBEDDED_FOLDER = Path(__file__).parents[1] / "embedded_base"
 
 
-def load_base(spec: str, device: str = "cpu", dtype: str = "auto") -> FrozenBase:
+def load_base(spec: str, device: str = "cpu", dtype: str = "auto", quantize: Quantize = "none") -> FrozenBase:
     """Load a base model for serving or training.
 
     Args:
         spec: `"embedded"`, a folder in Hugging Face format, or a hub id. Only a hub id may use the network.
         device: Torch device, such as `"cpu"` or `"cuda"`.
         dtype: `"auto"` (float32 on CPU, the checkpoint's own elsewhere) or one of float32, bfloat16, float16.
+        quantize: What the linear layers are kept in; see `quantize_base`. The fingerprint does not depend on it.
 
     Raises:
         BaseNotFound: `spec` names nothing that can be loaded.
-        InvalidConfiguration: The dtype is unknown, the device is missing, or the base's rotary scaling is unsupported.
+        InvalidConfiguration: The dtype is unknown, the device is missing, the base's rotary scaling is unsupported, or
+            the base cannot be quantized here, or the base takes images and Pillow is not installed.
     """
     if dtype != "auto" and dtype not in DTYPES:
         raise InvalidConfiguration(f"dtype is {dtype!r}; choose auto, {', '.join(DTYPES)}", param="dtype")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise InvalidConfiguration("device is cuda, but torch sees no GPU; use --device cpu", param="device")
-    source = str(_EMBEDDED_FOLDER) if spec == EMBEDDED else spec
+    source = str(EMBEDDED_FOLDER) if spec == EMBEDDED else spec
     try:
         config = AutoConfig.from_pretrained(source)
-        kind: Literal["decoder", "encoder"] = "decoder" if _is_decoder(config) else "encoder"
+        kind = _kind(config)
         loader = AutoModelForCausalLM if kind == "decoder" else AutoModel
         # The checkpoint's own dtype first: the fingerprint must not depend on the dtype served.
-        model, report = loader.from_pretrained(source, dtype="auto", output_loading_info=True)
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        model, report = loader.from_pretrained(source, dtype="auto", output_loading_info=True, **_options(kind))
+        tokenizer = None if kind == "vision" else AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise BaseNotFound(
             f"base {spec!r} could not be loaded ({str(error).splitlines()[0]}); "
@@ -57,7 +63,14 @@ def load_base(spec: str, device: str = "cpu", dtype: str = "auto") -> FrozenBase
         ) from error
     _settle_missing(model, sorted(report["missing_keys"]), spec)
     name = spec if spec == EMBEDDED or not Path(spec).exists() else Path(spec).resolve().name
-    return freeze_base(model, tokenizer, name, kind, device=device, dtype=dtype)
+    tower = image_tower(config) if kind in ("vision", "dual") else None
+    if tower is not None:
+        check_pillow()
+    spec_of_images = None if tower is None else base_image_spec(source, config.model_type, tower)
+    base = freeze_base(model, tokenizer, name, kind, device=device, dtype=dtype, image_spec=spec_of_images)
+    if quantize != "none":
+        quantize_base(base, quantize)
+    return base
 
 
 def base_outline(spec: str, device: str = "cpu", dtype: str = "auto") -> PreTrainedModel:
@@ -69,11 +82,12 @@ def base_outline(spec: str, device: str = "cpu", dtype: str = "auto") -> PreTrai
         BaseNotFound: `spec` names nothing that has a configuration.
     """
     try:
-        config = AutoConfig.from_pretrained(str(_EMBEDDED_FOLDER) if spec == EMBEDDED else spec)
-        loader = AutoModelForCausalLM if _is_decoder(config) else AutoModel
+        config = AutoConfig.from_pretrained(str(EMBEDDED_FOLDER) if spec == EMBEDDED else spec)
+        kind = _kind(config)
+        loader = AutoModelForCausalLM if kind == "decoder" else AutoModel
         automatic = torch.float32 if device == "cpu" else config.get_text_config().dtype or torch.float32
         with torch.device("meta"):
-            return loader.from_config(config, dtype=DTYPES.get(dtype, automatic)).eval()
+            return loader.from_config(config, dtype=DTYPES.get(dtype, automatic), **_options(kind)).eval()
     except (OSError, ValueError) as error:
         raise BaseNotFound(f"base {spec!r} has no configuration: {str(error).splitlines()[0]}", param="base") from error
 
@@ -99,12 +113,13 @@ def _settle_missing(model: PreTrainedModel, missing: list[str], spec: str) -> No
 
 def freeze_base(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     name: str,
-    kind: Literal["decoder", "encoder"] = "decoder",
+    kind: BaseKind = "decoder",
     *,
     device: str = "cpu",
     dtype: str = "auto",
+    image_spec: ImageSpec | None = None,
 ) -> FrozenBase:
     """Freeze a model that is already in memory, in place.
 
@@ -112,11 +127,12 @@ def freeze_base(
 
     Args:
         model: The model to freeze and to move.
-        tokenizer: Its tokenizer. A tokenizer without a padding token gets one.
+        tokenizer: Its tokenizer. A tokenizer without a padding token gets one. None for a vision base.
         name: What messages and the fingerprint call the base.
-        kind: Whether the model is a decoder or an encoder.
+        kind: See `FrozenBase`.
         device: As in `load_base`.
         dtype: As in `load_base`.
+        image_spec: The preprocessing of images. None is the family's own, where the base takes images.
 
     Raises:
         InvalidConfiguration: The base's rotary scaling is unsupported.
@@ -126,9 +142,25 @@ def freeze_base(
         install_per_sequence_rotary(model)
     automatic = torch.float32 if device == "cpu" else model.dtype
     model = model.to(device=device, dtype=DTYPES.get(dtype, automatic)).eval().requires_grad_(False)
-    if tokenizer.pad_token is None:
+    if tokenizer is not None and tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-    return FrozenBase(name, model, tokenizer, info, kind)
+    tower = image_tower(model.config) if kind in ("vision", "dual") else None
+    if tower is not None and image_spec is None:
+        image_spec = family_image_spec(model.config.model_type, tower)
+    return FrozenBase(name, model, tokenizer, info, kind, image_spec)
+
+
+def _kind(config: Any) -> BaseKind:
+    if config.model_type in VISION_FAMILIES:
+        return "vision"
+    if config.model_type in DUAL_FAMILIES:
+        return "dual"
+    return "decoder" if _is_decoder(config) else "encoder"
+
+
+def _options(kind: BaseKind) -> dict[str, Any]:
+    # Nothing reads the pooler of an image tower, and an adapter on it would change nothing.
+    return {"add_pooling_layer": False} if kind == "vision" else {}
 
 
 def _is_decoder(config: Any) -> bool:

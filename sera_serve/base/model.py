@@ -1,19 +1,30 @@
-"""A frozen base model with its tokenizer, its identity, and its hidden states for classification."""
+"""A frozen base model with its tokenizer, its identity, and its hidden states of texts and images."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from adapters_store import AdapterBundle, BaseInfo, NotMergeable, check_base, dense_factors
+from adapters_store import (
+    AdapterBundle,
+    AdapterConfig,
+    BaseInfo,
+    ImageSpec,
+    NotMergeable,
+    WrongTask,
+    check_base,
+    dense_factors,
+)
+from sera_serve.base.image_tower import BaseKind, ImageTower, hidden_size_of, image_tower
 from sera_serve.base.preprocess import ModelInputs, Preprocessor
 from sera_serve.base.rotary import (
     RotaryContext,
@@ -23,7 +34,9 @@ from sera_serve.base.rotary import (
     row_lengths,
     shared_tensors,
 )
+from sera_serve.errors import UnsupportedTask
 from sera_serve.layers import adaptable_linears, linear_widths
+from sera_serve.layers.quantized_linear import QuantizationKind, QuantizedLinear
 
 Pooling = Literal["last_token", "cls", "mean"]
 
@@ -35,16 +48,43 @@ class FrozenBase:
     Attributes:
         name: The source of the base: "embedded", the last part of a path, or a hub id.
         model: The model, in evaluation mode, with every parameter frozen.
-        tokenizer: The base's tokenizer, with a padding token.
+        text_tokenizer: The base's tokenizer, with a padding token; None for a vision base, which reads no text.
         info: The fingerprint that adapters carry. It is computed before any change of dtype.
-        kind: A decoder generates, and classifies on the last token; an encoder classifies.
+        kind: A decoder generates, and classifies on the last token; an encoder classifies; a vision base, such as ViT,
+            classifies images; a dual base, such as CLIP, embeds images and texts into one space.
+        image_spec: The base's own preprocessing of images; None for a base that takes none.
     """
 
     name: str
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    text_tokenizer: PreTrainedTokenizerBase | None
     info: BaseInfo
-    kind: Literal["decoder", "encoder"]
+    kind: BaseKind
+    image_spec: ImageSpec | None = None
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer.
+
+        Raises:
+            UnsupportedTask: The base reads no text.
+        """
+        if self.text_tokenizer is None:
+            raise UnsupportedTask(
+                f"base {self.name!r} takes images and no text; send images, or serve a base that reads text",
+                param="model",
+            )
+        return self.text_tokenizer
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the base takes texts."""
+        return self.text_tokenizer is not None
+
+    @cached_property
+    def image_tower(self) -> ImageTower | None:
+        """The shape of the tower for images; None for a base that takes none."""
+        return image_tower(self.model.config) if self.kind in ("vision", "dual") else None
 
     @property
     def device(self) -> torch.device:
@@ -58,12 +98,22 @@ class FrozenBase:
 
     @property
     def hidden_size(self) -> int:
-        """Width of the hidden states. A classifier head's rows have the same width."""
-        return int(self.model.config.get_text_config().hidden_size)
+        """Width of the hidden states. A classifier head's rows have the same width: that of a dual base's images."""
+        return hidden_size_of(self.model.config)
+
+    @property
+    def embedding_size(self) -> int:
+        """Width of an embedding: of a dual base, that of the space that both towers embed into."""
+        return int(self.model.config.projection_dim) if self.kind == "dual" else self.hidden_size
 
     @property
     def max_length(self) -> int:
-        """Longest sequence in tokens that the base was made for. Dynamic rotary scaling begins beyond it."""
+        """Longest sequence in tokens that the base was made for. Dynamic rotary scaling begins beyond it.
+
+        Of a vision base, the tokens of one image. Of a dual base, the longest text.
+        """
+        if self.text_tokenizer is None:
+            return self._tower().tokens
         limits = [getattr(self.model.config.get_text_config(), "max_position_embeddings", None)]
         # Tokenizers without a limit say 1e30.
         limits.append(self.tokenizer.model_max_length)
@@ -71,7 +121,7 @@ class FrozenBase:
 
     @cached_property
     def preprocessor(self) -> Preprocessor:
-        """Turns the inputs of requests into tokens."""
+        """Turns the texts of requests into tokens; raises UnsupportedTask for a base that reads no text."""
         return Preprocessor(self.model, self.tokenizer, self.kind)
 
     @cached_property
@@ -88,6 +138,12 @@ class FrozenBase:
     def default_pooling(self) -> Pooling:
         """Pooling of a classifier whose adapter names none."""
         return "last_token" if self.kind == "decoder" else "cls"
+
+    @property
+    def quantization(self) -> QuantizationKind | None:
+        """How the weights of the linear layers are kept, or None if they are not quantized."""
+        found = (layer.kind for layer in self.model.modules() if isinstance(layer, QuantizedLinear))
+        return next(found, None)
 
     def module_shapes(self) -> dict[str, tuple[int, int]]:
         """Return (d_in, d_out) of every linear layer that an adapter may adapt, by dotted path."""
@@ -120,6 +176,11 @@ class FrozenBase:
             columns["token_type_ids"] = [row + [0] * (longest - len(row)) for row in types]
         return {name: torch.tensor(column, device=self.device) for name, column in columns.items()}
 
+    def pad_images(self, rows: Sequence[ModelInputs]) -> Tensor:
+        """Put the pixels of image rows into one batch (rows, 3, height, width), on the base's device, in its dtype."""
+        pixels = np.stack([row.pixels for row in rows if row.pixels is not None])
+        return torch.from_numpy(pixels).to(self.device, self.dtype)
+
     def pooled_states(
         self, input_ids: Tensor, attention_mask: Tensor, pooling: Pooling, token_type_ids: Tensor | None = None
     ) -> Tensor:
@@ -141,7 +202,10 @@ class FrozenBase:
 
         Each row gets the rotary frequencies of its own length, not those of the longest row.
         """
-        backbone = self.model.base_model if self.kind == "decoder" else self.model
+        if self.kind == "dual":
+            backbone = self.model.get_submodule("text_model")
+        else:
+            backbone = self.model.base_model if self.kind == "decoder" else self.model
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
         if token_type_ids is not None:
             inputs["token_type_ids"] = token_type_ids
@@ -149,10 +213,86 @@ class FrozenBase:
             states: Tensor = backbone(**inputs).last_hidden_state
         return states
 
+    def image_states(self, pixel_values: Tensor) -> Tensor:
+        """Compute the last states of an image tower, after its last layer normalisation.
+
+        transformers' CLIP normalises the state of the class token alone. Here every token is normalised, so that the
+        mean over the patches is of the same scale as the class token.
+
+        Args:
+            pixel_values: (rows, 3, height, width), normalised as the adapter's or the base's `ImageSpec` says.
+
+        Returns:
+            (rows, tokens, hidden_size). The class token is the first; DeiT's token of distillation the second.
+
+        Raises:
+            UnsupportedTask: The base takes no images.
+        """
+        self._tower()
+        if self.kind == "vision":
+            states: Tensor = self.model(pixel_values=pixel_values.to(self.dtype)).last_hidden_state
+            return states
+        tower = self.model.get_submodule("vision_model")
+        last = tower(pixel_values=pixel_values.to(self.dtype)).last_hidden_state
+        return cast(Tensor, tower.get_submodule("post_layernorm")(last))
+
+    def image_embeddings(self, pixel_values: Tensor) -> Tensor:
+        """Embed images: of a dual base the projected class token, as `get_image_features`; of a vision base its state.
+
+        Returns:
+            (rows, embedding_size), not normalised to length 1.
+
+        Raises:
+            UnsupportedTask: The base takes no images.
+        """
+        return self.project_image(self.image_states(pixel_values)[:, 0])
+
+    def text_embeddings(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Embed texts with a dual base: the projected state of the end token, as `get_text_features`.
+
+        Args:
+            input_ids: int64 (rows, length), right-padded.
+            attention_mask: (rows, length), 1 at real tokens.
+
+        Returns:
+            (rows, embedding_size), not normalised to length 1.
+
+        Raises:
+            UnsupportedTask: The base has not two towers.
+        """
+        return self.project_text(self.text_pooled(input_ids, attention_mask))
+
+    def text_pooled(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """The state of each text's end token in a dual base (rows, text width); see `text_embeddings`."""
+        if self.kind != "dual":
+            raise UnsupportedTask(
+                f"base {self.name!r} embeds texts and images not into one space; serve a CLIP base", param="model"
+            )
+        tower = self.model.get_submodule("text_model")
+        return cast(Tensor, tower(input_ids=input_ids, attention_mask=attention_mask).pooler_output)
+
+    def project_text(self, pooled: Tensor) -> Tensor:
+        """Project pooled states of texts into the shared space of a dual base."""
+        return cast(Tensor, self.model.get_submodule("text_projection")(pooled))
+
+    def project_image(self, pooled: Tensor) -> Tensor:
+        """Project pooled states of images into the shared space of a dual base. A vision base has none."""
+        if self.kind != "dual":
+            return pooled
+        return cast(Tensor, self.model.get_submodule("visual_projection")(pooled))
+
     def share_weights(self) -> FrozenBase:
         """Make a second model object over the same weights, so that each can be wrapped and configured on its own."""
         memo = {id(tensor): tensor for tensor in shared_tensors(self.model)}
-        return FrozenBase(self.name, copy.deepcopy(self.model, memo), self.tokenizer, self.info, self.kind)
+        return replace(self, model=copy.deepcopy(self.model, memo))
+
+    def _tower(self) -> ImageTower:
+        if self.image_tower is None:
+            raise UnsupportedTask(
+                f"base {self.name!r} takes text and no images; send text, or serve a ViT, DeiT or CLIP base",
+                param="model",
+            )
+        return self.image_tower
 
 
 def pool_states(states: Tensor, attention_mask: Tensor, pooling: Pooling) -> Tensor:
@@ -166,6 +306,32 @@ def pool_states(states: Tensor, attention_mask: Tensor, pooling: Pooling) -> Ten
     return states[torch.arange(len(states), device=states.device), last]
 
 
+def check_task(config: AdapterConfig, base: FrozenBase) -> None:
+    """Check that a base serves an adapter's task: images on a vision base, images and retrieval on a dual one.
+
+    Raises:
+        WrongTask: It does not, or the adapter's images are of another size than the base's.
+    """
+    tower = base.image_tower
+    served = {"vision": ("image-classify",), "dual": ("image-classify", "retrieve")}.get(base.kind)
+    if served is None and config.task not in ("image-classify", "retrieve"):
+        return
+    if served is None or config.task not in served:
+        takes = " and ".join(served or ("tasks of text",))
+        raise WrongTask(
+            f"the adapter is for {config.task}, and base {base.name!r}, of kind {base.kind}, serves {takes}; publish "
+            "it on a server of its own base",
+            param="task",
+        )
+    spec = config.image
+    if spec is not None and tower is not None and (spec.height, spec.width) != (tower.height, tower.width):
+        raise WrongTask(
+            f"image has {spec.height} x {spec.width} pixels, and the base reads {tower.height} x {tower.width}; train "
+            "the adapter with the base's own size",
+            param="image",
+        )
+
+
 def merge_adapter(base: FrozenBase, bundle: AdapterBundle) -> None:
     """Merge an adapter into the weights and biases of its layers, in place: W' = diag(gain) (W + scaling * A C B).
 
@@ -174,8 +340,15 @@ def merge_adapter(base: FrozenBase, bundle: AdapterBundle) -> None:
 
     Raises:
         WrongBase, UnknownModule, WrongShape: The adapter was made for another base. No weight is changed.
-        NotMergeable: The adapter has an offset for a layer without a bias. No weight is changed.
+        NotMergeable: The adapter has an offset for a layer without a bias, or the base is quantized. No weight is
+            changed.
     """
+    if base.quantization is not None:
+        raise NotMergeable(
+            f"the base is quantized to {base.quantization}, and rounding would change the adapter; load the base "
+            "without --quantize to merge",
+            param="quantize",
+        )
     check_base(bundle.config, base.info, base.module_shapes())
     layers = {path: base.model.get_submodule(path) for path in bundle.config.modules}
     for path, layer in layers.items():

@@ -6,11 +6,14 @@ import copy
 import inspect
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from sera_serve.base.image_tower import BaseKind
 from sera_serve.errors import InvalidRequest
 
 LONG_CHARACTERS = 4000
@@ -31,15 +34,31 @@ class ModelInputs:
     """One row of a classification batch, before padding.
 
     Attributes:
-        input_ids: Its tokens.
+        input_ids: Its tokens; empty for an image.
         token_type_ids: The segment of each token. None means segment 0 throughout, the model's own default.
+        offsets: The characters of the input that each token stands for, (first, after the last); None where nobody
+            asked for them.
+        text: The part of the input that holds all of these characters; told where there are offsets.
+        is_cut: Whether the input has more tokens than these; told where there are offsets.
+        pixels: Of an image, float32 (3, height, width); None for a text.
+        image_tokens: Tokens that the image tower makes of the image.
     """
 
     input_ids: list[int]
     token_type_ids: list[int] | None = None
+    offsets: list[tuple[int, int]] | None = None
+    text: str | None = None
+    is_cut: bool = False
+    pixels: NDArray[np.float32] | None = field(default=None, compare=False)
+    image_tokens: int = 0
+
+    @property
+    def is_image(self) -> bool:
+        """Whether the row is an image."""
+        return self.pixels is not None
 
     def __len__(self) -> int:
-        return len(self.input_ids)
+        return len(self.input_ids) if self.pixels is None else self.image_tokens
 
 
 class Preprocessor:
@@ -50,11 +69,10 @@ class Preprocessor:
 
     Attributes:
         longest_token: Characters of the longest token in the vocabulary.
+        has_offsets: Whether the tokenizer tells which characters a token stands for: only fast tokenizers do.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, kind: Literal["decoder", "encoder"]
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, kind: BaseKind) -> None:
         """Prepare for the model and tokenizer of a base; nothing else may truncate with `tokenizer`."""
         self._tokenizer = tokenizer
         # The first call turns truncation off for good. After it, calls of several threads leave the tokenizer alone.
@@ -62,9 +80,12 @@ class Preprocessor:
         self._truncating = copy.deepcopy(tokenizer)
         self.longest_token = max(map(len, tokenizer.get_vocab()), default=1)
         self._lock = threading.Lock()
+        # Tokenizers that put nothing between two texts, as those of many decoders, would lose where the second begins.
+        self._separates_pairs = tokenizer.num_special_tokens_to_add(pair=True) > tokenizer.num_special_tokens_to_add()
         self._vocab_size = int(model.config.get_text_config().vocab_size)
         self._end_tokens = _end_tokens(model, tokenizer)
         # A decoder that accepts token types, such as GPT-2, gives them another meaning.
+        self.has_offsets = bool(tokenizer.is_fast)
         self._has_token_types = (
             kind == "encoder"
             and "token_type_ids" in tokenizer.model_input_names
@@ -97,14 +118,16 @@ class Preprocessor:
         return tokens
 
     def rows(
-        self, inputs: Sequence[str | tuple[str, str]], max_length: int, field: str = "inputs"
+        self, inputs: Sequence[str | tuple[str, str]], max_length: int, field: str = "inputs", offsets: bool = False
     ) -> list[ModelInputs]:
         """Return one row for each input, truncated to `max_length` tokens as in training.
 
         Args:
-            inputs: Texts, and sentence pairs. A pair goes to the tokenizer as a pair.
+            inputs: Texts, and sentence pairs. A pair goes to the tokenizer as a pair; where the tokenizer puts no
+                special token between its two texts, they are joined by a line break.
             max_length: The most tokens of a row, special tokens included.
             field: What the request calls the inputs.
+            offsets: Whether the rows of texts have the offsets of their tokens; needs `has_offsets`.
 
         Raises:
             InvalidRequest: An input has no tokens.
@@ -115,17 +138,20 @@ class Preprocessor:
         characters = 0
         for index, value in enumerate(inputs):
             if not isinstance(value, str):
-                pairs.append((index, value))
-                continue
+                if self._separates_pairs:
+                    pairs.append((index, value))
+                    continue
+                value = "\n".join(value)
             if group and characters + len(value) > _CHARACTERS_AT_ONCE:
-                rows.update(self._texts(group, max_length))
+                rows.update(self._texts(group, max_length, offsets))
                 group, characters = [], 0
             group.append((index, value))
             characters += len(value)
-        rows.update(self._texts(group, max_length))
+        rows.update(self._texts(group, max_length, offsets))
         if pairs:
-            # Whole: which text of a pair is cut depends on the lengths of both. HTTP clients send no pairs.
-            encoded = self._truncated([pair[0] for _, pair in pairs], [pair[1] for _, pair in pairs], max_length)
+            # Which text of a pair is cut depends on the lengths of both, up to the length of a row.
+            firsts, seconds = ([self._decisive_part(text, max_length) for text in texts] for texts in _columns(pairs))
+            encoded = self._truncated(firsts, seconds, max_length)
             rows.update(zip((index for index, _ in pairs), encoded, strict=True))
         for index, row in rows.items():
             if not row.input_ids:
@@ -156,14 +182,14 @@ class Preprocessor:
         lengths = (len(value) if isinstance(value, str) else sum(map(len, value)) for value in inputs)
         return sum(lengths) > LONG_CHARACTERS
 
-    def _texts(self, group: Sequence[tuple[int, str]], max_length: int) -> dict[int, ModelInputs]:
+    def _texts(self, group: Sequence[tuple[int, str]], max_length: int, offsets: bool) -> dict[int, ModelInputs]:
         """The rows of texts by index. Of a long text only a part is tokenized: as much as decides its row."""
         rows: dict[int, ModelInputs] = {}
         too_long: list[tuple[int, str]] = []
         characters = _CHARACTERS_A_TOKEN * (max_length + _MARGIN)
         while group:
             parts = [(index, text, self._kept_part(text, characters)) for index, text in group]
-            whole = self._encode(self._tokenizer, [part for _, _, part in parts], None)
+            whole = self._encode(self._tokenizer, [part for _, _, part in parts], None, return_offsets_mapping=offsets)
             group = []
             for (index, text, part), row in zip(parts, whole, strict=True):
                 if len(part) < len(text) and len(row) < max_length + _MARGIN:
@@ -174,7 +200,9 @@ class Preprocessor:
                     rows[index] = row
             characters *= 2
         if too_long:
-            cut = self._truncated([part for _, part in too_long], None, max_length)
+            cut = self._truncated([part for _, part in too_long], None, max_length, return_offsets_mapping=offsets)
+            if offsets:
+                cut = [replace(row, is_cut=True) for row in cut]
             rows.update(zip((index for index, _ in too_long), cut, strict=True))
         return rows
 
@@ -185,19 +213,40 @@ class Preprocessor:
         """
         return text if self._tokenizer.truncation_side == "left" else text[:characters]
 
-    def _truncated(self, texts: list[str], seconds: list[str] | None, max_length: int) -> list[ModelInputs]:
+    def _decisive_part(self, text: str, max_length: int) -> str:
+        """The beginning of a text of a pair: as much as has more tokens than a row."""
+        characters = _CHARACTERS_A_TOKEN * (max_length + _MARGIN)
+        while len(part := self._kept_part(text, characters)) < len(text):
+            if len(self._tokenizer(part)["input_ids"]) >= max_length + _MARGIN:
+                break
+            characters *= 2
+        return part
+
+    def _truncated(
+        self, texts: list[str], seconds: list[str] | None, max_length: int, **options: Any
+    ) -> list[ModelInputs]:
         with self._lock:
-            return self._encode(self._truncating, texts, seconds, truncation=True, max_length=max_length)
+            return self._encode(self._truncating, texts, seconds, truncation=True, max_length=max_length, **options)
 
     def _encode(
         self, tokenizer: PreTrainedTokenizerBase, texts: list[str], seconds: list[str] | None, **options: Any
     ) -> list[ModelInputs]:
         encoded: Any = tokenizer(texts, seconds, return_token_type_ids=self._has_token_types, **options)
         types = encoded["token_type_ids"] if self._has_token_types else [None] * len(texts)
-        return [
+        rows = [
             ModelInputs(ids, row_types if row_types and any(row_types) else None)
             for ids, row_types in zip(encoded["input_ids"], types, strict=True)
         ]
+        if not options.get("return_offsets_mapping"):
+            return rows
+        return [
+            replace(row, offsets=offsets, text=text)
+            for row, offsets, text in zip(rows, encoded["offset_mapping"], texts, strict=True)
+        ]
+
+
+def _columns(pairs: Sequence[tuple[int, tuple[str, str]]]) -> tuple[list[str], list[str]]:
+    return [pair[0] for _, pair in pairs], [pair[1] for _, pair in pairs]
 
 
 def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -1,0 +1,228 @@
+"""Images: from the bytes of a file to the pixels that a vision model reads. Training and serving use the same code."""
+
+from __future__ import annotations
+
+import binascii
+import io
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import ImageProcessingMixin
+
+from adapters_store import ImageSpec
+from sera_serve.base.image_tower import ImageTower
+from sera_serve.errors import ImageTooLarge, InvalidConfiguration, InvalidImage
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+FORMATS = ("JPEG", "PNG", "WEBP")
+"""File formats that are read. Other decoders of Pillow are never called."""
+MAX_PIXELS = 89_000_000
+"""The most pixels that any limit may allow: Pillow's own limit against decompression bombs begins above it."""
+
+# Of images up to so many times longer than their crop, the whole is resized and then cropped, as transformers does it.
+_MAX_ASPECT = 16
+_RESAMPLING = ("nearest", "lanczos", "bilinear", "bicubic")
+_MEAN_OF_CLIP = [0.48145466, 0.4578275, 0.40821073]
+_STD_OF_CLIP = [0.26862954, 0.26130258, 0.27577711]
+
+
+@dataclass(frozen=True)
+class ImageInput:
+    """One image of a request, not decoded.
+
+    Attributes:
+        data: The file's bytes, or their base64 text.
+        place: What the request calls it, such as `inputs[0].image`.
+    """
+
+    data: bytes | str = field(repr=False)
+    place: str = "image"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the file; of base64 text with padding, up to 2 more."""
+        return len(self.data) if isinstance(self.data, bytes) else len(self.data) // 4 * 3
+
+    def file(self) -> bytes:
+        """The file's bytes. Blocks: 10 MiB of base64 take some 15 ms.
+
+        Raises:
+            InvalidImage: The text is no base64.
+        """
+        if isinstance(self.data, bytes):
+            return self.data
+        try:
+            return binascii.a2b_base64(self.data, strict_mode=True)
+        except ValueError as error:
+            raise InvalidImage(
+                "the image is no base64; send the file's bytes in the standard alphabet, padded, without line breaks"
+            ) from error
+
+
+def check_pillow() -> None:
+    """Check that Pillow is installed.
+
+    Raises:
+        InvalidConfiguration: It is not.
+    """
+    try:
+        import PIL.Image  # noqa: F401
+    except ImportError as error:
+        raise InvalidConfiguration(
+            "this base takes images, and Pillow is not installed; pip install 'sera-serve[images]'", param="base"
+        ) from error
+
+
+def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode one image file to RGB, 8 bits a channel. Blocks: some 10 ms a megapixel.
+
+    The size is read from the file's header, and checked before any pixel is decoded. An EXIF orientation is applied.
+    Alpha is dropped, as Pillow's `convert("RGB")` does. Grey of 16 bits is scaled to 8 bits. Of a JPEG file with
+    several images, as some cameras write them, the first is taken.
+
+    Args:
+        data: A JPEG, PNG or WebP file.
+        max_pixels: The most pixels, width times height.
+
+    Raises:
+        InvalidImage: The file is empty, of another format, truncated, damaged, or animated.
+        ImageTooLarge: It has more pixels than `max_pixels`.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    if not data:
+        raise InvalidImage("the image is empty; send a JPEG, PNG or WebP file")
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
+            _check_size(opened.size, max_pixels)
+            if opened.format != "MPO" and getattr(opened, "is_animated", False):
+                raise InvalidImage("the image is animated; send one frame as a JPEG, PNG or WebP file")
+            opened.load()
+            return _to_rgb(ImageOps.exif_transpose(opened))
+    except (InvalidImage, ImageTooLarge):
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise _too_large(f"more than {MAX_PIXELS}", max_pixels) from error
+    except UnidentifiedImageError as error:
+        raise InvalidImage("the file is no JPEG, PNG or WebP image; convert it to one of these formats") from error
+    except MemoryError:
+        raise
+    except Exception as error:
+        # Pillow's decoders meet damaged bytes with errors of many types: struct.error, ValueError, SyntaxError, ...
+        reason = (str(error).splitlines() or [""])[0][:200] or type(error).__name__
+        raise InvalidImage(f"the image cannot be decoded: {reason}; send the whole file, undamaged") from error
+
+
+def to_pixels(image: Image.Image, spec: ImageSpec) -> NDArray[np.float32]:
+    """Resize an RGB image and normalise it: (x / 255 - mean) / std for each channel.
+
+    With `resize` "exact" the image is resized to (height, width), whatever its shape. With "shortest_edge" it is
+    resized so that it just covers (height, width), and cropped at the center. The image is resized in 8 bits, as Pillow
+    and transformers' image processors do it.
+
+    Args:
+        image: RGB, from `decode_image`.
+        spec: The size, the filter, and the mean and deviation of each channel.
+
+    Returns:
+        float32 (3, height, width).
+    """
+    from PIL import Image
+
+    resample = Image.Resampling[spec.resample.upper()]
+    if spec.resize == "exact":
+        resized = image.resize((spec.width, spec.height), resample)
+    else:
+        resized = _cover(image, spec.height, spec.width, resample)
+    scaled = np.asarray(resized, dtype=np.float32) * np.float32(1 / 255)
+    normal = (scaled - np.asarray(spec.mean, np.float32)) / np.asarray(spec.std, np.float32)
+    return np.ascontiguousarray(normal.transpose(2, 0, 1))
+
+
+def base_image_spec(source: str, model_type: str, tower: ImageTower) -> ImageSpec:
+    """The base's own preprocessing: that of its `preprocessor_config.json`, or else its family's, at the tower's size.
+
+    transformers' processors may resize to one size and crop to a smaller one, as DeiT's does (256, then 224). An
+    `ImageSpec` has one size: such a base's own preprocessing becomes "shortest_edge" at the tower's size.
+
+    Args:
+        source: A folder or a hub id.
+        model_type: As transformers calls the family: vit, deit or clip.
+        tower: The image tower.
+    """
+    try:
+        found = cast(dict[str, Any], ImageProcessingMixin.get_image_processor_dict(source)[0])
+    except OSError:
+        found = {}
+    return _spec(found, model_type, tower)
+
+
+def family_image_spec(model_type: str, tower: ImageTower) -> ImageSpec:
+    """The preprocessing of a family's models, at the tower's size; arguments as in `base_image_spec`."""
+    return _spec({}, model_type, tower)
+
+
+def _spec(found: dict[str, Any], model_type: str, tower: ImageTower) -> ImageSpec:
+    is_clip = model_type == "clip"
+    size = found.get("size")
+    crops = found.get("do_center_crop", is_clip or model_type == "deit")
+    by_edge = (isinstance(size, dict) and "shortest_edge" in size) or bool(crops)
+    resample = found.get("resample", 2 if model_type == "vit" else 3)
+    return ImageSpec(
+        height=tower.height,
+        width=tower.width,
+        resize="shortest_edge" if by_edge else "exact",
+        # Pillow's numbers; 2 is bilinear, 3 bicubic.
+        resample=cast(Any, _RESAMPLING[resample] if resample in range(len(_RESAMPLING)) else "bilinear"),
+        mean=[float(value) for value in found.get("image_mean") or (_MEAN_OF_CLIP if is_clip else [0.5] * 3)],
+        std=[float(value) for value in found.get("image_std") or (_STD_OF_CLIP if is_clip else [0.5] * 3)],
+    )
+
+
+def _check_size(size: tuple[int, int], max_pixels: int) -> None:
+    width, height = size
+    if width < 1 or height < 1:
+        raise InvalidImage(f"the image has {width} x {height} pixels; send at least one")
+    if width * height > max_pixels:
+        raise _too_large(f"{width} x {height}", max_pixels)
+
+
+def _too_large(pixels: str, max_pixels: int) -> ImageTooLarge:
+    return ImageTooLarge(f"the image has {pixels} pixels; the limit is {max_pixels} in all: send a smaller one")
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    from PIL import Image
+
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I"):
+        # Pillow's own conversion of 16 bits to 8 cuts every value at 255.
+        grey = np.asarray(image).astype(np.int64)
+        narrow = np.clip((grey + 128) // 257, 0, 255).astype(np.uint8)
+        return Image.fromarray(narrow).convert("RGB")
+    if image.mode in ("P", "PA"):
+        # Pillow warns of a palette with transparency that is not converted in two steps.
+        return image.convert("RGBA").convert("RGB")
+    return image.convert("RGB")
+
+
+def _cover(image: Image.Image, height: int, width: int, resample: Any) -> Image.Image:
+    """Resize so that the image just covers (height, width), and crop at the center."""
+    if image.height * width <= image.width * height:
+        # The height decides. The other side is cut to a whole number, as transformers does it.
+        full_height, full_width = height, max(width, int(height * image.width / image.height))
+    else:
+        full_height, full_width = max(height, int(width * image.height / image.width)), width
+    left, top = (full_width - width) // 2, (full_height - height) // 2
+    if full_height * full_width <= _MAX_ASPECT * height * width:
+        return image.resize((full_width, full_height), resample).crop((left, top, left + width, top + height))
+    # The whole of a very long image would be larger than any limit: only the part that remains is resized. A few values
+    # differ by 1 of 255 from those of the whole.
+    across, down = image.width / full_width, image.height / full_height
+    right, bottom = min((left + width) * across, image.width), min((top + height) * down, image.height)
+    return image.resize((width, height), resample, box=(left * across, top * down, right, bottom))

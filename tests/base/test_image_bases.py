@@ -1,0 +1,125 @@
+"""Bases that take images: what is loaded of a folder, states and embeddings against transformers' own, identity."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import CLIPImageProcessorPil, CLIPModel, DeiTModel, ViTImageProcessorPil, ViTModel
+
+from sera_serve.base import FrozenBase, base_outline, load_base, pool_image_states
+from sera_serve.errors import InvalidRequest, UnsupportedTask
+from sera_serve.layers import adaptable_linears
+from support.factories import random_encoder
+from support.vision import IMAGE_SIZE, random_clip, random_deit, random_vit
+
+
+def saved(base: FrozenBase, folder: Path) -> str:
+    base.model.save_pretrained(folder)
+    if base.reads_text:
+        base.tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def some_pixels(rows: int = 3) -> torch.Tensor:
+    return torch.randn(rows, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "tokens", "prefix"),
+    [(random_vit, "vision", 17, 1), (random_deit, "vision", 18, 2), (random_clip, "dual", 17, 1)],
+)
+def test_a_folder_is_loaded_as_the_base_that_was_saved(
+    make: Callable[[], FrozenBase], kind: str, tokens: int, prefix: int, tmp_path: Path
+) -> None:
+    base = make()
+    loaded = load_base(saved(base, tmp_path / "base"))
+    again = load_base(str(tmp_path / "base"))
+    assert loaded.kind == kind
+    assert loaded.reads_text == (kind == "dual")
+    assert loaded.info == again.info
+    assert loaded.info.weights_digest == base.info.weights_digest
+    assert loaded.info.hidden_size == loaded.hidden_size == 64
+    tower = loaded.image_tower
+    assert tower is not None
+    assert (tower.tokens, tower.prefix_tokens, tower.height, tower.width) == (tokens, prefix, IMAGE_SIZE, IMAGE_SIZE)
+    torch.testing.assert_close(loaded.image_states(some_pixels()), base.image_states(some_pixels()))
+    assert loaded.image_states(some_pixels()).shape == (3, tokens, 64)
+    assert loaded.image_spec == base.image_spec
+    outline = base_outline(str(tmp_path / "base"))
+    assert set(adaptable_linears(outline)) == set(loaded.module_shapes())
+
+
+@pytest.mark.parametrize(("make", "own"), [(random_vit, ViTModel), (random_deit, DeiTModel)])
+def test_states_are_the_models_own_after_its_last_norm(
+    make: Callable[[], FrozenBase], own: type[torch.nn.Module]
+) -> None:
+    base = make()
+    assert type(base.model) is own
+    states = base.image_states(some_pixels())
+    torch.testing.assert_close(states, base.model(pixel_values=some_pixels()).last_hidden_state)
+    torch.testing.assert_close(base.image_embeddings(some_pixels()), states[:, 0])
+
+
+def test_clips_embeddings_are_transformers_own(tmp_path: Path) -> None:
+    base = random_clip()
+    own = CLIPModel.from_pretrained(saved(base, tmp_path / "base")).eval()
+    images = own.get_image_features(pixel_values=some_pixels()).pooler_output
+    torch.testing.assert_close(base.image_embeddings(some_pixels()), images)
+    padded = base.tokenizer(["a cat", "a longer text of a dog"], padding=True, return_tensors="pt")
+    ids, mask = padded["input_ids"], padded["attention_mask"]
+    texts = own.get_text_features(input_ids=ids, attention_mask=mask).pooler_output
+    torch.testing.assert_close(base.text_embeddings(ids, mask), texts)
+    assert base.embedding_size == 32
+    # The class token of the states is what transformers calls the pooled output.
+    pooled = own.vision_model(pixel_values=some_pixels()).pooler_output
+    torch.testing.assert_close(base.image_states(some_pixels())[:, 0], pooled)
+
+
+def test_both_towers_and_projections_can_be_adapted_and_no_pooler() -> None:
+    paths = set(random_clip().module_shapes())
+    assert {"text_projection", "visual_projection"} <= paths
+    assert {path.split(".")[0] for path in paths} - {"text_projection", "visual_projection"} == {
+        "text_model",
+        "vision_model",
+    }
+    assert not any("pooler" in path for path in random_vit().module_shapes())
+
+
+def test_the_mean_is_over_patches_alone() -> None:
+    states = torch.arange(2 * 5 * 1, dtype=torch.float32).reshape(2, 5, 1)
+    assert pool_image_states(states, "mean", 2).tolist() == [[3.0], [8.0]]
+    assert pool_image_states(states, "cls", 2).tolist() == [[0.0], [5.0]]
+    with pytest.raises(InvalidRequest, match="cls or mean"):
+        pool_image_states(states, "last_token", 2)
+
+
+def test_the_folders_preprocessing_is_read(tmp_path: Path) -> None:
+    folder = saved(random_vit(), tmp_path / "vit")
+    spec = load_base(folder).image_spec
+    assert spec is not None
+    assert (spec.resize, spec.resample, spec.mean) == ("exact", "bilinear", [0.5] * 3)
+    ViTImageProcessorPil(image_mean=[0.1, 0.2, 0.3], image_std=[0.4] * 3, resample=3).save_pretrained(folder)
+    spec = load_base(folder).image_spec
+    assert spec is not None
+    # The size is the tower's: the processor's own of 224 would not fit it.
+    assert (spec.height, spec.width) == (IMAGE_SIZE, IMAGE_SIZE)
+    assert (spec.resize, spec.resample, spec.mean, spec.std) == ("exact", "bicubic", [0.1, 0.2, 0.3], [0.4] * 3)
+    folder = saved(random_clip(), tmp_path / "clip")
+    family = load_base(folder).image_spec
+    CLIPImageProcessorPil().save_pretrained(folder)
+    assert load_base(folder).image_spec == family
+    assert family is not None
+    assert family.resize == "shortest_edge"
+
+
+def test_a_base_says_what_it_does_not_take() -> None:
+    vision = random_vit()
+    with pytest.raises(UnsupportedTask, match="images and no text"):
+        vision.encode(["some text"], 8)
+    with pytest.raises(UnsupportedTask, match="CLIP"):
+        vision.text_embeddings(torch.zeros(1, 2, dtype=torch.int64), torch.ones(1, 2))
+    with pytest.raises(UnsupportedTask, match="text and no images"):
+        random_encoder().image_states(some_pixels())
