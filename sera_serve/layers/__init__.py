@@ -19,7 +19,7 @@ from sera_serve.layers.served_linear import (
     attach_serving,
     find_shared_inputs,
 )
-from sera_serve.layers.targets import adaptable_linears, linear_widths
+from sera_serve.layers.targets import adaptable_linears, find_targets, linear_widths, near_names, pattern_matches
 
 __all__ = [
     "ALL_LINEAR",
@@ -38,6 +38,9 @@ __all__ = [
     "count_adapter_parameters",
     "detach_adapter",
     "find_shared_inputs",
+    "find_targets",
     "linear_widths",
     "module_specs",
+    "near_names",
+    "pattern_matches",
 ]

@@ -23,8 +23,8 @@ class SeraConfig:
         rank: Width of the reduced vector (r in the paper).
         split: Number of diagonal blocks of A and of B. It must divide the rank and both widths of each adapted layer.
         lora_alpha: Numerator of the constant scaling `lora_alpha / rank`.
-        target_modules: Suffixes of module names (`("q_proj", "v_proj")`), or `"all-linear"` for every linear layer
-            except the output embedding.
+        target_modules: Suffixes of module names (`("q_proj", "v_proj")`), with wildcards (`"layers.0.*.v_proj"`), or
+            `"all-linear"` for every linear layer except the output embedding.
         use_mixer: Whether the matrix C (rank x rank) exists. Without it, C is the identity.
         dropout: Probability that an input element of the adapter is set to zero in training.
         train_factors: Factors that receive gradients. The other factors keep their initial values.

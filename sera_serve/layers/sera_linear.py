@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from sera_serve.layers.block_update import add_update
 from sera_serve.layers.config import SeraConfig
 from sera_serve.layers.targets import linear_widths
 
@@ -22,8 +23,8 @@ class SeraLinear(nn.Module):
     * `sera_b` (segment_rank, d_out): the columns from `i * d_out / split` on are block B_i.
 
     A and C start from LoRA's Kaiming-uniform distribution (fan-in of a block, a = sqrt 5). B starts at zero, so the
-    update is exactly zero at first. If only C trains, B starts as A does (section 4.6), because with B = 0 no gradient
-    would reach C.
+    update is exactly zero at first. If B does not train, B starts as A does (section 4.6), because with B = 0 the
+    update would stay zero for ever. The update is not zero at first then.
     """
 
     def __init__(self, base: nn.Module, config: SeraConfig) -> None:
@@ -47,26 +48,19 @@ class SeraLinear(nn.Module):
             self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw A and C at random. Set B to zero, or draw B too if only C trains."""
+        """Draw A and C at random. Set B to zero, or draw B too if it does not train."""
         _kaiming_uniform(self.sera_a, fan_in=self.d_in // self.config.split)
         if self.sera_c is not None:
             _kaiming_uniform(self.sera_c, fan_in=self.config.rank)
-        if {"a", "b"}.isdisjoint(self.config.train_factors):
+        if "b" not in self.config.train_factors:
             _kaiming_uniform(self.sera_b, fan_in=self.config.segment_rank)
         else:
             nn.init.zeros_(self.sera_b)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., d_in) to (..., d_out)."""
-        h: Tensor = self.base(x)
-        split, segment_rank = self.config.split, self.config.segment_rank
-        u = self.dropout(x).to(self.sera_a.dtype).unflatten(-1, (split, -1))
-        u = torch.einsum("...si,sir->...sr", u, self.sera_a.view(split, -1, segment_rank)).flatten(-2)
-        if self.sera_c is not None:
-            u = u @ self.sera_c
-        blocks = self.sera_b.view(segment_rank, split, -1)
-        update = torch.einsum("...sr,rso->...so", u.unflatten(-1, (split, segment_rank)), blocks).flatten(-2)
-        return h + (self.config.scaling * update).to(h.dtype)
+        factors = self.sera_a, self.sera_c, self.sera_b
+        return add_update(self.base(x), self.dropout(x), *factors, self.config.split, self.config.scaling)
 
     def delta_weight(self) -> Tensor:
         """Return the dense update scaling * A C B, (d_in, d_out), in the factors' dtype."""

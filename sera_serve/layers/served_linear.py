@@ -110,7 +110,9 @@ class SharedInputGroup:
 
     def _compute(self, index: int, x: Tensor) -> Tensor:
         context, batch = self.context, self.context.batch
-        if batch is None:
+        # A layer may read other rows than the batch's tokens: an encoder's pooler reads the first token of each text.
+        # No state that is served goes through it, so it gets no update, which would be written beyond its outputs.
+        if batch is None or x.numel() != batch.token_slots.numel() * x.shape[-1]:
             outputs = self._products(x)
         elif self._side_stream is not None and self._side_stream.can_fork():
             from sera_kernels.triton_path import expand_updates
@@ -184,7 +186,7 @@ def find_shared_inputs(model: PreTrainedModel) -> list[list[str]]:
     for path, linear in linears.items():
         handles.append(linear.register_forward_pre_hook(watch(path)))
     try:
-        model(**{name: value.to(model.device) for name, value in model.dummy_inputs.items()})
+        model(**{name: value.to(model.device) for name, value in _dummy_inputs(model).items()})
     finally:
         for handle in handles:
             handle.remove()
@@ -194,6 +196,17 @@ def find_shared_inputs(model: PreTrainedModel) -> list[list[str]]:
         key = (parent, id(inputs[path])) if path in inputs else path
         groups.setdefault(key, []).append(path)
     return list(groups.values())
+
+
+def _dummy_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Inputs of a forward pass; transformers' own are tokens, whatever a model reads."""
+    vision = getattr(model.config, "vision_config", model.config if model.main_input_name == "pixel_values" else None)
+    tokens: dict[str, Tensor] = model.dummy_inputs
+    if vision is None:
+        return tokens
+    size = [vision.image_size] * 2 if isinstance(vision.image_size, int) else list(vision.image_size)
+    inputs = {"pixel_values": torch.zeros(1, vision.num_channels, *size, dtype=model.dtype)}
+    return inputs if vision is model.config else inputs | tokens
 
 
 def attach_serving(

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from sera_serve.layers.quantized_linear import QuantizedLinear
+
 if TYPE_CHECKING:
     from sera_serve.layers.served_linear import SharedInputGroup
 
@@ -53,9 +55,15 @@ def fuse_silu_mlp(mlp: nn.Module, group: SharedInputGroup) -> None:
 
 
 def _can_fuse(mlp: nn.Module) -> bool:
-    """Return whether the module is on a GPU that Triton compiles for."""
+    """Return whether the module is on a GPU that Triton compiles for, with weights that are not quantized."""
     weights = list(mlp.parameters())
-    return bool(weights) and all(w.is_cuda for w in weights) and importlib.util.find_spec("triton") is not None
+    quantized = any(isinstance(module, QuantizedLinear) for module in mlp.modules())
+    return (
+        not quantized
+        and bool(weights)
+        and all(w.is_cuda for w in weights)
+        and importlib.util.find_spec("triton") is not None
+    )
 
 
 @torch.no_grad()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from typing import TypeGuard, cast
 
 from torch import nn
@@ -10,11 +12,14 @@ from transformers.pytorch_utils import Conv1D
 
 from sera_serve.errors import InvalidConfiguration
 from sera_serve.layers.config import ALL_LINEAR, SeraConfig
+from sera_serve.layers.quantized_linear import QuantizedLinear
+
+_MOST_NAMES = 12
 
 
 def is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Return whether `module` is a linear layer: `nn.Linear`, or GPT-2's `Conv1D`."""
-    return isinstance(module, (nn.Linear, Conv1D))
+    """Return whether `module` is a linear layer: `nn.Linear`, GPT-2's `Conv1D`, or one with a quantized weight."""
+    return isinstance(module, (nn.Linear, Conv1D, QuantizedLinear))
 
 
 def linear_widths(module: nn.Module) -> tuple[int, int]:
@@ -36,29 +41,53 @@ def adaptable_linears(model: nn.Module) -> dict[str, nn.Module]:
     return {path: module for path, module in model.named_modules() if is_linear(module) and module is not output}
 
 
+def pattern_matches(pattern: str, path: str) -> bool:
+    """Return whether `pattern` names the module at the dotted path `path`.
+
+    A pattern is a path or the last names of a path (`q_proj`, `layers.0.self_attn.q_proj`). `*` stands for any
+    characters, dots included, `?` for one character, and `[...]` for one of a set, as in `fnmatch`.
+    """
+    return fnmatchcase(path, pattern) or fnmatchcase(path, "*." + pattern)
+
+
+def find_targets(model: nn.Module, config: SeraConfig) -> dict[str, nn.Module]:
+    """Return the layers of `model` that `config.target_modules` names, without a look at rank and split.
+
+    Raises:
+        InvalidConfiguration: A name matches no linear layer.
+    """
+    linears = adaptable_linears(model)
+    if config.target_modules == ALL_LINEAR:
+        return linears
+    for pattern in config.target_modules:
+        if not any(pattern_matches(pattern, path) for path in linears):
+            near = near_names(pattern, linears)
+            raise InvalidConfiguration(
+                f"target module {pattern!r} matches no linear layer of this base; it has {near}",
+                param="target_modules",
+            )
+    return {
+        path: module
+        for path, module in linears.items()
+        if any(pattern_matches(pattern, path) for pattern in config.target_modules)
+    }
+
+
 def select_targets(model: nn.Module, config: SeraConfig) -> dict[str, nn.Module]:
     """Return the layers of `model` that `config.target_modules` names. Each layer is checked to fit rank and split.
 
     Raises:
         InvalidConfiguration: A name matches no linear layer, or split does not divide a width of a layer.
     """
-    linears = adaptable_linears(model)
-    if config.target_modules == ALL_LINEAR:
-        chosen = linears
-    else:
-        chosen = {}
-        for path, module in linears.items():
-            if any(path == suffix or path.endswith("." + suffix) for suffix in config.target_modules):
-                chosen[path] = module
-        for suffix in config.target_modules:
-            if not any(path == suffix or path.endswith("." + suffix) for path in chosen):
-                raise InvalidConfiguration(_no_such_module(suffix, linears), param="target_modules")
+    chosen = find_targets(model, config)
     for path, module in chosen.items():
         config.check_fits(path, *linear_widths(module))
     return chosen
 
 
-def _no_such_module(suffix: str, linears: dict[str, nn.Module]) -> str:
-    names = sorted({path.rpartition(".")[2] for path in linears})
-    near = difflib.get_close_matches(suffix, names, n=3) or names
-    return f"target module {suffix!r} matches no linear layer of this base; it has {', '.join(near)}"
+def near_names(pattern: str, paths: Iterable[str]) -> str:
+    """List those of `paths` that are close to `pattern`, or some of them if none is close."""
+    known = list(paths)
+    # A pattern of one name is near other names; a longer one is near whole paths.
+    names = sorted({path.rpartition(".")[2] for path in known}) if "." not in pattern else known
+    return ", ".join(difflib.get_close_matches(pattern, names, n=3) or names[:_MOST_NAMES])

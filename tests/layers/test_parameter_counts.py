@@ -13,6 +13,7 @@ from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
     RobertaConfig,
+    ViTConfig,
 )
 
 from sera_serve import SeraConfig, attach_adapter, count_adapter_parameters
@@ -45,6 +46,9 @@ CONFIGS = {
         num_hidden_layers=24,
         num_attention_heads=16,
         vocab_size=50265,
+    ),
+    "vit-large": lambda: ViTConfig(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, patch_size=16
     ),
     "clip-b32": lambda: clip((12, 12), 512, 768, 32),
     "clip-l14": lambda: clip((12, 24), 768, 1024, 14),
@@ -94,6 +98,18 @@ CASES = [
     *(
         ("roberta-large", sera(rank, QUERY_VALUE, train_factors=("c",)), count)
         for rank, count in [(8, 3_072), (16, 12_288), (64, 196_608), (128, 786_432)]
+    ),
+    # Experiment 1: 3 classes, 8 classes, and the four shapes for 27 classes.
+    *(
+        ("vit-large", sera(rank, CLIP_QUERY_VALUE, split=split), count)
+        for split, rank, count in [
+            (16, 16, 110_592),
+            (64, 64, 294_912),
+            (8, 8, 101_376),
+            (128, 128, 884_736),
+            (32, 256, 3_932_160),
+            (8, 256, 6_291_456),
+        ]
     ),
     ("clip-b32", sera(8, CLIP_QUERY_VALUE), 64_512),
     ("clip-l14", sera(8, CLIP_QUERY_VALUE), 139_776),
