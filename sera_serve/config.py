@@ -42,6 +42,11 @@ class ServeSettings(BaseSettings):
         "auto",
         description="dtype of base and adapters; auto means float32 on a CPU, the checkpoint's own elsewhere",
     )
+    quantize: Literal["none", "nf4", "int8", "int4"] = Field(
+        "none",
+        description="what the base's linear layers are kept in: nf4 (bitsandbytes), int8 or int4 (torchao); none means "
+        "in dtype. Adapters of the base run on the quantized base too",
+    )
     cpu_threads: int = Field(0, ge=0, description="threads of a forward pass on a CPU; 0 means one a core")
     gpu_memory_fraction: float = Field(
         0.9, gt=0, le=1, description="share of a GPU's memory that the server may use in all; no effect on a CPU"
@@ -93,6 +98,11 @@ class ServeSettings(BaseSettings):
     )
     max_upload_mib: int = Field(1024, ge=1, description="largest adapter bundle accepted, MiB")
     max_body_mib: int = Field(1, ge=1, description="largest JSON body accepted, MiB")
+    max_image_bytes: int = Field(10 << 20, ge=1, description="largest image file accepted, bytes")
+    max_image_pixels: int = Field(
+        1 << 24, ge=1, le=89_000_000, description="most pixels of an image, width times height"
+    )
+    max_images: int = Field(64, ge=1, le=1024, description="most images of one request")
     max_uploads: int = Field(8, ge=1, description="most uploads under way at once; further uploads are answered 503")
     max_connections: int = Field(1000, ge=1, description="most open connections; further ones are answered 503")
     max_connections_per_address: int = Field(

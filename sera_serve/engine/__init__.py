@@ -1,5 +1,6 @@
 """Continuous batching for generation and batched forwards for classification, over one pool of adapters."""
 
+from sera_serve.base import ImageInput
 from sera_serve.engine.constraint import ConstraintCompiler, ConstraintSpec, TokenConstraint
 from sera_serve.engine.engine import ServingEngine
 from sera_serve.engine.loop.pages import PAGE_SIZE
@@ -12,9 +13,13 @@ from sera_serve.engine.request import (
     MIN_REPETITION_PENALTY,
     AdapterChoice,
     GenerateParams,
+    HeadResult,
     LabelScores,
+    LabelSet,
     Principal,
     Priority,
+    Score,
+    Spans,
     Task,
     TokenLogprobs,
     WeightedAdapter,
@@ -42,16 +47,21 @@ __all__ = [
     "GenerateParams",
     "GenerationResult",
     "GenerationStream",
+    "HeadResult",
+    "ImageInput",
     "ImportMismatch",
     "ImportedAdapter",
     "LabelScores",
+    "LabelSet",
     "LoadTimes",
     "Presence",
     "Principal",
     "Priority",
     "ResidencyStats",
     "RunnerLoad",
+    "Score",
     "ServingEngine",
+    "Spans",
     "Task",
     "Tier",
     "TokenConstraint",

@@ -12,11 +12,12 @@ import torch
 
 from adapters_store import AdapterBundle, AdapterStore, PeftFiles, check_base, parts_of
 from sera_kernels import warm_up
-from sera_serve.base import FrozenBase, import_base
+from sera_serve.base import FrozenBase, check_task, import_base
 from sera_serve.config import ServeSettings
 from sera_serve.engine.admission import AdmissionController
 from sera_serve.engine.choices import ChoiceGroup, check_logprobs, check_options, choice_requests
 from sera_serve.engine.constraint import ConstraintCompiler, ConstraintSpec, TokenConstraint
+from sera_serve.engine.image_rows import ImageLimits, ImageRows
 from sera_serve.engine.loop.pages import PAGE_SIZE
 from sera_serve.engine.memory import MEBIBYTE, DeviceMemory, memory_of
 from sera_serve.engine.named_adapters import AdapterActivity, AdapterNames
@@ -85,19 +86,23 @@ class ServingEngine(RowCalls):
         warm_up(base.device, base.dtype)
         self._groups = find_shared_inputs(base.model)
         self._cpu_threads = settings.cpu_threads or torch.get_num_threads()
-        self._preprocessor = base.preprocessor
         # Every request that was admitted may wait: admission alone refuses them.
         self._resolving = BoundedExecutor("resolving", _RESOLVING_THREADS, settings.max_queue)
         self._tokenizing = BoundedExecutor("tokenizing", _TOKENIZING_THREADS, settings.max_queue)
         self._compiling = BoundedExecutor("compiling", _COMPILING_THREADS, settings.max_queue)
+        limits = ImageLimits(settings.max_image_bytes, settings.max_image_pixels, settings.max_images)
+        self._images = ImageRows(base, limits, settings.max_queue)
         # By task; a base without a runner for a task does not serve it.
         self.runners: dict[Task, TaskRunner[Any]] = {"classify": self._make_classification()}
         self._context_tokens = base.max_length
-        self._vocabulary = int(base.model.config.get_text_config().vocab_size)
-        # It reads nothing before it is used, and only generation uses it.
-        end_tokens = self._preprocessor.end_tokens()
-        self.constraints: ConstraintCompiler = StructuredOutput(base.tokenizer, self._vocabulary, end_tokens)
+        if base.reads_text:
+            # Made here: the first request would wait for a copy of the tokenizer.
+            self._preprocessor = base.preprocessor
         if base.kind == "decoder":
+            self._vocabulary = int(base.model.config.get_text_config().vocab_size)
+            # It reads nothing before it is used.
+            end_tokens = self._preprocessor.end_tokens()
+            self.constraints: ConstraintCompiler = StructuredOutput(base.tokenizer, self._vocabulary, end_tokens)
             self.runners["generate"] = generation = self._make_generation()
             self._context_tokens = min(base.max_length, generation.cache_tokens)
 
@@ -112,6 +117,7 @@ class ServingEngine(RowCalls):
         self._resolving.close()
         self._tokenizing.close()
         self._compiling.close()
+        self._images.close()
         for runner in self.runners.values():
             runner.scheduler.close()
         self.residency.close(timeout_s=0)
@@ -146,9 +152,11 @@ class ServingEngine(RowCalls):
 
         Raises:
             WrongBase, UnknownModule, WrongShape: The bundle was made for another base.
+            WrongTask: The base does not serve the bundle's task, or reads images of another size.
             AdapterTooLarge, AdapterOverflow: It can never be served.
         """
         check_base(bundle.config, self.base.info, self._shapes)
+        check_task(bundle.config, self.base)
         check_servable(bundle, self._module_index, self._pool)
 
     def import_checkpoint(self, files: PeftFiles) -> ImportedAdapter:
@@ -314,7 +322,12 @@ class ServingEngine(RowCalls):
         self.health()
         if task not in self.runners:
             served = ", ".join(self.runners)
-            raise UnsupportedTask(f"base {self.base.name!r} serves {served}, not {task}", param="adapter")
+            remedy = "send images to /v1/classify or /v1/embeddings" if self.base.image_tower else "use another route"
+            raise UnsupportedTask(
+                f"base {self.base.name!r}, of kind {self.base.kind}, serves {served}, not {task}; {remedy}, or ask a "
+                "server of a decoder base",
+                param="adapter",
+            )
         return self.runners[task]
 
     @contextmanager

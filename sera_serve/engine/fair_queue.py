@@ -28,7 +28,7 @@ class FairQueue(Generic[R]):
     tokens, each over its weight, differ by at most 2 * max(PROMPT_WEIGHT * L, OUTPUT_WEIGHT * M). L is the longest
     prompt, and M the most output that the running batch may hold. The bound does not depend on what the other tenants
     send, nor on the length of that time. The order interrupts a running request only
-    where pages run out, hence M.
+    where pages run out, or where another tenant has less than its share of the rows; hence M.
 
     A tenant that had nothing waiting is lifted to the lowest counter of the tenants that have: an idle tenant saves up
     no claim. A parked request, such as one whose adapter is loading, delays no other request and keeps its place.
@@ -51,6 +51,10 @@ class FairQueue(Generic[R]):
     def set_weights(self, weights: Mapping[str, float]) -> None:
         """Charge by other weights from now on. What was charged stays: a tenant's past is not weighed again."""
         self._weights = dict(weights)
+
+    def weight(self, tenant: str) -> float:
+        """The tenant's weight."""
+        return self._weights.get(tenant, 1.0)
 
     def __len__(self) -> int:
         """How many requests wait, parked ones included."""
@@ -135,7 +139,7 @@ class FairQueue(Generic[R]):
     def _charge(self, tenant: str, cost: float) -> None:
         if tenant not in self._counters:
             self._counters[tenant] = self._floor()
-        self._counters[tenant] += cost / self._weights.get(tenant, 1.0)
+        self._counters[tenant] += cost / self.weight(tenant)
 
     def _floor(self) -> float:
         """The counter that a newly waiting tenant is lifted to."""

@@ -21,7 +21,7 @@ from adapters_store import (
     parts_of,
 )
 from sera_serve.engine.named_adapters import AdapterNames
-from sera_serve.engine.request import AdapterChoice, Task, WeightedAdapter
+from sera_serve.engine.request import SERVED_AS, AdapterChoice, Task, WeightedAdapter
 from sera_serve.errors import InvalidRequest, SeraServeError, UnsupportedTask
 
 # The numbers of a sum, as a multiple of those of its parts. With unlike splits it may have hundreds of times as many,
@@ -99,9 +99,10 @@ class AdapterReferences:
 
     def _one(self, reference: str, task: Task | None) -> ResolvedAdapter:
         resolved = self._store.resolve(reference)
-        if task is not None and resolved.task != task:
+        if task is not None and SERVED_AS[resolved.task] != task:
+            route = SERVED_AS[resolved.task] or "embeddings"
             raise UnsupportedTask(
-                f"adapter {reference!r} is for {resolved.task}; send it to /v1/{resolved.task}", param="adapter"
+                f"adapter {reference!r} is for {resolved.task}; send it to /v1/{route}", param="adapter"
             )
         check_same_base(resolved.base, self._base)
         return resolved

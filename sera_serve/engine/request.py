@@ -26,8 +26,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adapters_store import ResolvedAdapter
+from adapters_store import Task as AdapterTask
 from sera_kernels import NO_ADAPTER, ShapeClasses
-from sera_serve.base import ModelInputs, Pooling
+from sera_serve.base import ModelInputs, Pooling, Span
 from sera_serve.engine.constraint import ConstraintSpec, TokenConstraint
 from sera_serve.residency import Lease, PrefetchHint
 
@@ -44,6 +45,16 @@ MAX_CHOICES = 128
 BASE_TENANT = "_base"
 
 Task = Literal["generate", "classify"]
+"""What a runner of the engine does."""
+SERVED_AS: dict[AdapterTask, Task | None] = {
+    "generate": "generate",
+    "classify": "classify",
+    "regress": "classify",
+    "token-classify": "classify",
+    "image-classify": "classify",
+    "retrieve": None,
+}
+"""The runner that an adapter's head or text is for, by its task; None has embeddings alone, which any adapter has."""
 Priority = Literal["low", "normal", "high"]
 # A later one goes first.
 PRIORITIES: tuple[Priority, ...] = ("low", "normal", "high")
@@ -169,6 +180,34 @@ class LabelScores:
 
 
 @dataclass(frozen=True)
+class LabelSet:
+    """The labels of one input whose probability is at least 0.5, and the probability of each label on its own."""
+
+    labels: list[str]
+    probabilities: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Score:
+    """The number of one input."""
+
+    score: float
+
+
+@dataclass(frozen=True)
+class Spans:
+    """The spans of one input, in the order of their places.
+
+    Attributes:
+        spans: Their places count characters of the input.
+        truncated: Whether the input was longer than the adapter reads; nothing was looked for in its rest.
+    """
+
+    spans: list[Span]
+    truncated: bool
+
+
+@dataclass(frozen=True)
 class EmbeddingSpec:
     """How a row's hidden states become one vector.
 
@@ -181,8 +220,10 @@ class EmbeddingSpec:
     normalize: bool = True
 
 
-RowResult: TypeAlias = LabelScores | NDArray[np.float32]
-"""Of one row: the scores of its labels, or its vector (hidden,)."""
+HeadResult: TypeAlias = LabelScores | LabelSet | Score | Spans
+"""Of one row, by the task of its adapter."""
+RowResult: TypeAlias = HeadResult | NDArray[np.float32]
+"""Of one row: what its adapter's head says, or its vector (hidden,)."""
 
 
 class RequestState(enum.Enum):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -14,26 +14,29 @@ from typing import Any, NamedTuple, TypeVar, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from sera_serve.base import LONG_CHARACTERS, Pooling, Preprocessor
+from adapters_store import ResolvedAdapter
+from sera_serve.base import LONG_CHARACTERS, ImageInput, ModelInputs, Pooling
 from sera_serve.config import ServeSettings
 from sera_serve.engine.admission import AdmissionController
+from sera_serve.engine.image_rows import ImageRows
 from sera_serve.engine.request import (
     PRIORITIES,
     AdapterChoice,
     ClassificationRequest,
     EmbeddingSpec,
     FinishReason,
-    LabelScores,
+    HeadResult,
     Principal,
     Priority,
     Request,
     RowResult,
     Task,
 )
-from sera_serve.engine.rows import EmbeddingInputs, Inputs, RowMaker
+from sera_serve.engine.rows import EmbeddingInputs, Inputs, RowMaker, TextsOrTokens
 from sera_serve.engine.stream import EventReader, Mailbox, deadline_exceeded
 from sera_serve.engine.tasks import TaskRunner
 from sera_serve.engine.tasks.classify import ClassifyResult, EmbedResult, RowGroup, split_call
+from sera_serve.errors import InvalidRequest
 from sera_serve.threads import BoundedExecutor
 
 R = TypeVar("R")
@@ -78,7 +81,7 @@ class RowCalls(ABC):
     """
 
     settings: ServeSettings
-    _preprocessor: Preprocessor
+    _images: ImageRows
     _row_maker: RowMaker
     _admission: AdmissionController
     _resolving: BoundedExecutor
@@ -93,20 +96,22 @@ class RowCalls(ABC):
         timeout_s: float | None = None,
         received_at: float | None = None,
     ) -> ClassifyResult:
-        """Classify each input, a text or a sentence pair, with the adapter's head.
+        """Put each input, a text, a sentence pair or an image, through the adapter's head.
+
+        Each result is of the adapter's task.
 
         Priority and time limits are those of `generate`.
 
         Raises:
-            UnsupportedTask: The adapter has no head.
-            InvalidRequest: An input has no tokens, or inputs times labels are too many.
+            UnsupportedTask: The adapter has no head, or takes other inputs.
+            InvalidRequest: An input has no tokens, inputs times labels or tokens to tag are too many, or an adapter
+                that finds spans gets a sentence pair or has no offsets from the tokenizer.
+            InvalidImage, ImageTooLarge: An image cannot be decoded, or is too large; `param` names it.
             TenantOverloaded, Overloaded, DeadlineExceeded, EngineUnavailable, StoreError: As in `generate`.
         """
         call = self._row_call("cls", principal, priority)
         resolve = partial(self._row_maker.classifier, adapter, len(inputs))
-        tokenize = partial(self._row_maker.classification, inputs=inputs)
-        is_long = self._preprocessor.are_long(inputs)
-        results, (group,), times = await self._run_rows(call, resolve, tokenize, is_long, timeout_s, received_at)
+        results, (group,), times = await self._run_classification(call, resolve, inputs, timeout_s, received_at)
         return _scores(group, results, times)
 
     async def classify_each(
@@ -129,9 +134,7 @@ class RowCalls(ABC):
         """
         call = self._row_call("cls", principal, priority)
         resolve = partial(self._row_maker.classifiers, adapters, len(inputs))
-        tokenize = partial(self._row_maker.classification, inputs=inputs)
-        is_long = self._preprocessor.are_long(inputs)
-        results, groups, times = await self._run_rows(call, resolve, tokenize, is_long, timeout_s, received_at)
+        results, groups, times = await self._run_classification(call, resolve, inputs, timeout_s, received_at)
         count = len(inputs)
         return [
             _scores(group, results[first * count : (first + 1) * count], times) for first, group in enumerate(groups)
@@ -153,7 +156,8 @@ class RowCalls(ABC):
 
         Args:
             adapter: None is the base model alone.
-            inputs: All texts, or all lists of tokens, which are taken as they are. None is cut.
+            inputs: Texts and images, or all lists of tokens, which are taken as they are. None is cut, but texts for
+                an adapter of retrieval, as in its training.
             principal: Who asks.
             pooling: None is that of a classifier's adapter, and else the base's own.
             normalize: Scale each vector to length 1.
@@ -169,10 +173,20 @@ class RowCalls(ABC):
         """
         call = self._row_call("emb", principal, priority)
         call.embedding = EmbeddingSpec(pooling, normalize)
-        resolve = partial(self._row_maker.embedder, adapter, len(inputs))
-        tokenize = partial(self._row_maker.embedding, inputs=inputs)
-        is_long = sum(map(len, inputs)) > LONG_CHARACTERS
-        results, (group,), times = await self._run_rows(call, resolve, tokenize, is_long, timeout_s, received_at)
+        resolve = partial(self._row_maker.embedder, adapter, len(inputs), pooling)
+        num_images = self._images.check(inputs)
+        texts = [value for value in inputs if not isinstance(value, ImageInput)]
+
+        async def groups() -> list[RowGroup]:
+            if not num_images:
+                is_long = sum(map(len, texts)) > LONG_CHARACTERS
+                return await self._resolved_and_tokenized(
+                    resolve, partial(self._row_maker.embedding, inputs=texts), is_long
+                )
+            resolved = await self._resolving.run(resolve)
+            return [RowGroup(resolved, await self._mixed_rows(resolved, inputs, texts, call.tenant))]
+
+        results, (group,), times = await self._run_rows(call, groups, num_images, timeout_s, received_at)
         vectors = cast(list[NDArray[np.float32]], results)
         prompt_tokens = [len(row) for row in group.rows]
         if group.adapter is None:
@@ -188,12 +202,61 @@ class RowCalls(ABC):
             reader=EventReader(self._mailbox_here()),
         )
 
+    async def _run_classification(
+        self,
+        call: ClassificationRequest,
+        resolve: Callable[[], list[ResolvedAdapter]],
+        inputs: Inputs,
+        timeout_s: float | None,
+        received_at: float | None,
+    ) -> tuple[list[RowResult], list[RowGroup], RowTimes]:
+        """`_run_rows` for a classification of texts, or of images."""
+        num_images = self._images.check(inputs)
+        images = [value for value in inputs if isinstance(value, ImageInput)]
+        texts = [value for value in inputs if not isinstance(value, ImageInput)]
+        if images and texts:
+            raise InvalidRequest(
+                f"inputs has {len(images)} images and {len(texts)} texts; send one kind in one request", param="inputs"
+            )
+
+        async def groups() -> list[RowGroup]:
+            if not images:
+                are_long = sum(len(text) if isinstance(text, str) else sum(map(len, text)) for text in texts)
+                tokenize = partial(self._row_maker.classification, inputs=texts)
+                return await self._resolved_and_tokenized(resolve, tokenize, are_long > LONG_CHARACTERS)
+            adapters = await self._resolving.run(resolve)
+            rows = await self._images.rows(images, self._row_maker.image_specs(adapters), call.tenant)
+            return [RowGroup(adapter, found) for adapter, found in zip(adapters, rows, strict=True)]
+
+        return await self._run_rows(call, groups, num_images, timeout_s, received_at)
+
+    async def _resolved_and_tokenized(
+        self, resolve: Callable[[], R], tokenize: Callable[[R], list[RowGroup]], is_long: bool
+    ) -> list[RowGroup]:
+        if is_long:
+            resolved = await self._resolving.run(resolve)
+            return await self._tokenizing.run(tokenize, resolved)
+        # A short call changes threads only once.
+        return await self._resolving.run(lambda: tokenize(resolve()))
+
+    async def _mixed_rows(
+        self, adapter: ResolvedAdapter | None, inputs: EmbeddingInputs, texts: TextsOrTokens, tenant: str
+    ) -> list[ModelInputs]:
+        """The rows of an embedding of images and texts, in the order of the inputs."""
+        images = [value for value in inputs if isinstance(value, ImageInput)]
+        (image_rows,) = await self._images.rows(images, [self._row_maker.embedding_spec(adapter)], tenant)
+        text_rows: list[ModelInputs] = []
+        if texts:
+            (group,) = await self._tokenizing.run(self._row_maker.embedding, adapter, texts)
+            text_rows = group.rows
+        of_images, of_texts = iter(image_rows), iter(text_rows)
+        return [next(of_images) if isinstance(value, ImageInput) else next(of_texts) for value in inputs]
+
     async def _run_rows(
         self,
         call: ClassificationRequest,
-        resolve: Callable[[], R],
-        tokenize: Callable[[R], list[RowGroup]],
-        is_long: bool,
+        make_groups: Callable[[], Awaitable[list[RowGroup]]],
+        num_images: int,
         timeout_s: float | None,
         received_at: float | None,
     ) -> tuple[list[RowResult], list[RowGroup], RowTimes]:
@@ -202,15 +265,10 @@ class RowCalls(ABC):
         limits = self._time_limits(received_at, timeout_s)
         reader = cast(EventReader, call.reader)
         parts: list[ClassificationRequest] = []
-        with self._admitted(call):
+        with self._admitted(call), self._images.holding(num_images):
             try:
                 async with self._time_to_start(limits):
-                    if is_long:
-                        resolved = await self._resolving.run(resolve)
-                        groups = await self._tokenizing.run(tokenize, resolved)
-                    else:
-                        # A short call changes threads only once.
-                        groups = await self._resolving.run(lambda: tokenize(resolve()))
+                    groups = await make_groups()
                     parts = split_call(call, groups, self.settings.classify_max_batch, self.settings.max_batch_tokens)
                     runner.submit(parts)
                     await _any_started(parts, reader)
@@ -250,7 +308,7 @@ def _scores(group: RowGroup, results: Sequence[RowResult], times: RowTimes) -> C
     return ClassifyResult(
         adapter=group.adapter.adapter,
         version=group.adapter.version or None,
-        results=cast(list[LabelScores], list(results)),
+        results=cast(list[HeadResult], list(results)),
         prompt_tokens=sum(map(len, group.rows)),
         **times._asdict(),
     )

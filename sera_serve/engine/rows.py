@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TypeAlias
 
-from adapters_store import ResolvedAdapter
-from sera_serve.base import FrozenBase, ModelInputs
+from adapters_store import ImageSpec, ResolvedAdapter
+from sera_serve.base import FrozenBase, ImageInput, ModelInputs, Pooling
+from sera_serve.engine.image_rows import check_spec
 from sera_serve.engine.references import AdapterReferences, naming
 from sera_serve.engine.request import AdapterChoice
 from sera_serve.engine.tasks.classify import RowGroup
-from sera_serve.errors import InvalidRequest, PromptTooLong
+from sera_serve.errors import InvalidRequest, PromptTooLong, UnsupportedTask
 
 # Probabilities in one answer. A few times more would keep the event loop for half a second.
 _MAX_PROBABILITIES = 1 << 18
 # Inputs times adapters: as many rows as a call with one adapter may have.
 _MAX_PAIRS = 1024
+# Tokens in which spans are looked for. Each may be a span of its own in the answer.
+_MAX_TAGGED = 1 << 15
 # Numbers in one answer: 16 MiB of float32 in JSON take a second of encoding, in pieces.
 _MAX_VECTOR_NUMBERS = 1 << 21
 
-Inputs: TypeAlias = Sequence[str | tuple[str, str]]
-EmbeddingInputs: TypeAlias = Sequence[str | list[int]]
+Inputs: TypeAlias = Sequence[str | tuple[str, str] | ImageInput]
+Texts: TypeAlias = Sequence[str | tuple[str, str]]
+EmbeddingInputs: TypeAlias = Sequence[str | list[int] | ImageInput]
+TextsOrTokens: TypeAlias = Sequence[str | list[int]]
 
 
 class RowMaker:
@@ -51,36 +57,124 @@ class RowMaker:
         _check_answer(resolved, count)
         return resolved
 
-    def classification(self, adapters: Sequence[ResolvedAdapter], inputs: Inputs) -> list[RowGroup]:
-        """The rows of each adapter. An input is tokenized once, and again only for adapters that cut it shorter."""
+    def image_specs(self, adapters: Sequence[ResolvedAdapter]) -> list[ImageSpec]:
+        """The preprocessing of each adapter of a classification of images.
+
+        Raises:
+            UnsupportedTask: An adapter classifies texts.
+            InvalidRequest: An adapter's images do not fit the base.
+        """
+        specs = []
+        for adapter in adapters:
+            if adapter.image is None:
+                raise UnsupportedTask(
+                    f"adapter {adapter.adapter!r} is for {adapter.task}, and takes texts; send texts, or name an "
+                    "adapter for image-classify",
+                    param="inputs",
+                )
+            check_spec(adapter.image, self._base, "adapter")
+            specs.append(adapter.image)
+        return specs
+
+    def classification(self, adapters: Sequence[ResolvedAdapter], inputs: Texts) -> list[RowGroup]:
+        """The rows of each adapter. An input is tokenized once, and again only for adapters that cut it shorter.
+
+        Raises:
+            UnsupportedTask: An adapter classifies images, or the base classifies no texts.
+            InvalidRequest: An input has no tokens.
+        """
+        for adapter in adapters:
+            if adapter.image is not None or self._base.image_tower is not None:
+                raise UnsupportedTask(
+                    f"adapter {adapter.adapter!r} is for {adapter.task} on a base for images, and takes no texts; send "
+                    'objects {"image": "<base64>"}',
+                    param="inputs",
+                )
         limits = [adapter.max_length or self._base.max_length for adapter in adapters]
         longest = max(limits)
-        by_limit = {longest: self._base.preprocessor.rows(inputs, longest)}
+        finders = [adapter for adapter in adapters if adapter.task == "token-classify"]
+        if finders:
+            self._check_spans(finders[0], inputs)
+        # Offsets are no part of what other adapters read, and do them no harm.
+        tokenize = partial(self._base.preprocessor.rows, offsets=bool(finders))
+        by_limit = {longest: tokenize(inputs, longest)}
         for limit in set(limits) - {longest}:
             rows = list(by_limit[longest])
             too_long = [index for index, row in enumerate(rows) if len(row) > limit]
-            cut = self._base.preprocessor.rows([inputs[index] for index in too_long], limit)
+            cut = tokenize([inputs[index] for index in too_long], limit)
             for index, row in zip(too_long, cut, strict=True):
                 rows[index] = row
             by_limit[limit] = rows
-        return [RowGroup(adapter, by_limit[limit]) for adapter, limit in zip(adapters, limits, strict=True)]
-
-    def embedder(self, adapter: AdapterChoice | None, count: int) -> ResolvedAdapter | None:
-        """The adapter of an embedding of `count` inputs, of any task; raises as `AdapterReferences.resolve`."""
-        if count * self._base.hidden_size > _MAX_VECTOR_NUMBERS:
+        groups = [RowGroup(adapter, by_limit[limit]) for adapter, limit in zip(adapters, limits, strict=True)]
+        tagged = sum(len(row) for group in groups if group.adapter in finders for row in group.rows)
+        if tagged > _MAX_TAGGED:
             raise InvalidRequest(
-                f"{count} vectors of {self._base.hidden_size} numbers are more than {_MAX_VECTOR_NUMBERS} numbers; "
-                f"send at most {_MAX_VECTOR_NUMBERS // self._base.hidden_size} inputs in one request",
+                f"the inputs have {tagged} tokens to look for spans in; send inputs of at most {_MAX_TAGGED} tokens in "
+                "one request",
+                param="inputs",
+            )
+        return groups
+
+    def _check_spans(self, adapter: ResolvedAdapter, inputs: Inputs) -> None:
+        """Refuse what has no characters to count."""
+        if not self._base.preprocessor.has_offsets:
+            raise UnsupportedTask(
+                f"adapter {adapter.adapter!r} is for token-classify, and the tokenizer of base {self._base.name!r} "
+                "does not tell which characters a token stands for; serve a base with a fast tokenizer",
+                param="adapter",
+            )
+        pair = next((index for index, value in enumerate(inputs) if not isinstance(value, str)), None)
+        if pair is not None:
+            raise InvalidRequest(
+                f"input {pair} is a sentence pair, and adapter {adapter.adapter!r} finds spans in one text; send the "
+                "texts as two inputs",
+                param=f"inputs[{pair}]",
+            )
+
+    def embedder(
+        self, adapter: AdapterChoice | None, count: int, pooling: Pooling | None = None
+    ) -> ResolvedAdapter | None:
+        """The adapter of an embedding of `count` inputs, of any task; raises as `AdapterReferences.resolve`.
+
+        Raises:
+            InvalidRequest: The vectors are too many, or the base does not pool so.
+        """
+        width = self._base.embedding_size
+        if count * width > _MAX_VECTOR_NUMBERS:
+            raise InvalidRequest(
+                f"{count} vectors of {width} numbers are more than {_MAX_VECTOR_NUMBERS} numbers; "
+                f"send at most {_MAX_VECTOR_NUMBERS // width} inputs in one request",
                 param="input",
             )
+        if pooling is not None and self._base.kind == "dual":
+            raise InvalidRequest(
+                f"pooling is {pooling}, and base {self._base.name!r} has its own, which both towers were trained with; "
+                "leave pooling out",
+                param="pooling",
+            )
+        if pooling == "last_token" and self._base.kind == "vision":
+            raise InvalidRequest("pooling last_token is not for images; use cls or mean", param="pooling")
         return None if adapter is None else self._references.resolve(adapter, None)
 
-    def embedding(self, adapter: ResolvedAdapter | None, inputs: EmbeddingInputs) -> list[RowGroup]:
-        """The rows of an embedding: no input is cut.
+    def embedding_spec(self, adapter: ResolvedAdapter | None) -> ImageSpec:
+        """The preprocessing of an embedding of images: the adapter's, or the base's own without one.
+
+        Raises:
+            InvalidRequest: The adapter's images do not fit the base.
+        """
+        if adapter is not None and adapter.image is not None:
+            check_spec(adapter.image, self._base, "model")
+            return adapter.image
+        assert self._base.image_spec is not None
+        return self._base.image_spec
+
+    def embedding(self, adapter: ResolvedAdapter | None, inputs: TextsOrTokens) -> list[RowGroup]:
+        """The rows of an embedding. No input is cut, but texts for an adapter of retrieval, as in its training.
 
         Raises:
             PromptTooLong: An input has more tokens than the base's context.
             InvalidRequest: An input has no tokens, or a token outside the vocabulary.
+            UnsupportedTask: The base reads no text.
         """
         context, preprocessor = self._base.max_length, self._base.preprocessor
         # Before anything is tokenized.
@@ -100,7 +194,9 @@ class RowMaker:
                 if len(value) > context:
                     raise _too_long(index, str(len(value)), context)
                 token_lists.append(value)
-        if texts:
+        if texts and adapter is not None and adapter.task == "retrieve":
+            rows = preprocessor.rows(texts, min(adapter.max_length or context, context), field="input")
+        elif texts:
             # One token beyond the context tells that the input is too long.
             rows = preprocessor.rows(texts, context + 1, field="input")
         else:
@@ -112,6 +208,12 @@ class RowMaker:
 
     def _tokens(self, index: int, tokens: list[int]) -> ModelInputs:
         place = f"input[{index}]"
+        if self._base.kind == "dual" and not self._base.preprocessor.end_tokens() & set(tokens):
+            raise InvalidRequest(
+                f"{place} has no end token, whose state is the vector of a text; send texts, or end the tokens with "
+                f"{', '.join(map(str, sorted(self._base.preprocessor.end_tokens())))}",
+                param=place,
+            )
         try:
             return ModelInputs(self._base.preprocessor.prompt(None, tokens))
         except InvalidRequest as error:

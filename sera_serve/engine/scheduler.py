@@ -200,6 +200,11 @@ class Scheduler(Generic[R]):
         with self._lock:
             return self._queue.priority_key(request)
 
+    def weight(self, tenant: str) -> float:
+        """The tenant's part of the batch, in relation to others'."""
+        with self._lock:
+            return self._queue.weight(tenant)
+
     def finish(self, request: R, reason: FinishReason, error: Exception | None = None) -> None:
         """Finish a running request; no step may use its slot any more."""
         with self._lock:

@@ -61,7 +61,7 @@ class PackedLinear:
 
 @dataclass(frozen=True)
 class PackedHead:
-    """A classifier's head: its layers, first to last, and the activation after the first of two."""
+    """An adapter's head: its layers, first to last, and the activation after the first of two."""
 
     layers: tuple[PackedLinear, ...]
     activation: Activation | None = None
@@ -76,7 +76,7 @@ class AdapterLayout:
         config: The bundle's configuration.
         modules: In the order of their offsets.
         elements: Length of the run.
-        stretch: For a classifier, the most by which the update of a layer can be longer than the layer's input.
+        stretch: With a head, the most by which the update of a layer can be longer than the layer's input.
     """
 
     digest: str
@@ -171,7 +171,7 @@ def lay_out(
         shape = spec.rank, spec.split, spec.use_mixer, spec.scaling
         modules.append(PackedModule(module_index[path], offset, *shape, vectors))
     head, stretch = None, math.inf
-    if bundle.config.task == "classify":
+    if bundle.config.has_head:
         stretch = _stretch(bundle)
         names = ["head"] if bundle.config.head is None else ["head.dense", "head"]
         layers = []
@@ -218,12 +218,12 @@ def head_logits(states: Tensor, layers: Sequence[tuple[Tensor, Tensor]], activat
     """The scores of a classifier's head.
 
     Args:
-        states: (rows, hidden), pooled.
+        states: (rows, hidden), pooled; or the states of tokens.
         layers: Weight (d_out, d_in) and bias (d_out,) of each layer, first to last.
         activation: What comes after the first of two layers.
 
     Returns:
-        (rows, labels), in the dtype of `states`.
+        (rows, rows of the head), in the dtype of `states`.
     """
     linear = torch.nn.functional.linear
     if activation is not None:

@@ -145,9 +145,9 @@ def test_long_texts_take_two_threads_and_delay_nobody(
 
 
 def _where_long(function: Callable[..., Any], held: Held, text: str = LONG) -> Callable[..., Any]:
-    def wrapped(self: Preprocessor, first: Any, *others: Any) -> Any:
+    def wrapped(self: Preprocessor, first: Any, *others: Any, **options: Any) -> Any:
         is_long = first is not None and text in (first, first[0])
-        return held(self, first, *others) if is_long else function(self, first, *others)
+        return held(self, first, *others, **options) if is_long else function(self, first, *others, **options)
 
     return wrapped
 
@@ -159,9 +159,9 @@ def test_a_short_classification_changes_threads_once(
     threads: list[str] = []
     rows = Preprocessor.rows
 
-    def noted(self: Preprocessor, *arguments: Any) -> Any:
+    def noted(self: Preprocessor, *arguments: Any, **options: Any) -> Any:
         threads.append(threading.current_thread().name)
-        return rows(self, *arguments)
+        return rows(self, *arguments, **options)
 
     monkeypatch.setattr(Preprocessor, "rows", noted)
 

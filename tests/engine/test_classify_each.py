@@ -62,9 +62,11 @@ def test_an_input_is_tokenized_once_and_again_only_where_it_is_cut_shorter(
     asked: list[tuple[int, int]] = []
     rows = decoder.preprocessor.rows
 
-    def counted(inputs: Sequence[Any], max_length: int, field: str = "inputs") -> list[ModelInputs]:
+    def counted(
+        inputs: Sequence[Any], max_length: int, field: str = "inputs", *, offsets: bool = False
+    ) -> list[ModelInputs]:
         asked.append((len(inputs), max_length))
-        return rows(inputs, max_length, field)
+        return rows(inputs, max_length, field, offsets=offsets)
 
     monkeypatch.setattr(engine.base.preprocessor, "rows", counted)
     asyncio.run(engine.classify_each(guards, TEXTS, ACME))

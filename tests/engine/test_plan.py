@@ -27,6 +27,7 @@ class Waiting:
         self.parked: list[GenerationRequest] = []
         self.preempted: list[GenerationRequest] = []
         self.charged: Counter[str] = Counter()
+        self.yielded = 0
         self.steps = 0
         self._still_loading = still_loading
 
@@ -59,6 +60,9 @@ class Waiting:
 
     def priority_key(self, request: GenerationRequest) -> Claim:
         return self.queue.priority_key(request)
+
+    def weight(self, tenant: str) -> float:
+        return self.queue.weight(tenant)
 
     def arrive(self) -> None:
         """Every adapter that was loading is there."""
@@ -103,8 +107,11 @@ class World:
         claims = {request.id: waiting.priority_key(request) for request in before}
         crossed = [request for request in before if self.side(len(request.tokens)) != request.rotary_side]
         waiting.preempted.clear()
+        first = waiting.first()
         plan = planner.plan()
         planner.check_invariants()
+        if not crossed and len(before) == planner.num_rows and first is not None:
+            before = self._check_yielded_row(before, first, claims)
         self._check_preemptions(before, crossed, claims)
         if plan is None:
             assert not planner.running
@@ -127,6 +134,23 @@ class World:
                     self.finished.append(request)
         planner.check_invariants()
         return plan
+
+    def _check_yielded_row(
+        self, before: list[GenerationRequest], first: GenerationRequest, claims: dict[str, Claim]
+    ) -> list[GenerationRequest]:
+        """A full batch: a tenant below its share gets a row of one above it. Returns the requests that go on."""
+        held = Counter(request.tenant for request in before)
+        tenants = {*held, first.tenant}
+        unit = self.planner.num_rows / sum(map(self.waiting.weight, tenants))
+        share = {tenant: unit * self.waiting.weight(tenant) for tenant in tenants}
+        above = [request for request in before if held[request.tenant] > share[request.tenant]]
+        if held[first.tenant] + 1 > share[first.tenant] or not above:
+            return before
+        last = max(above, key=lambda one: claims[one.id])
+        assert self.waiting.preempted[0] is last, "a row that is due was not given up"
+        self.waiting.yielded += 1
+        del self.waiting.preempted[0]
+        return [request for request in before if request is not last]
 
     def _check_preemptions(
         self, before: list[GenerationRequest], crossed: list[GenerationRequest], claims: dict[str, Claim]
@@ -283,6 +307,58 @@ def test_the_random_worlds_are_wild_enough() -> None:
         mixed += plan is not None and bool(plan.decodes) and bool(plan.chunks)
     hits = sum(request.cached_tokens > 0 for request in bench.finished)
     assert preempted > 3 and hits > 3 and mixed > 3
+
+
+def test_rows_change_hands_in_random_worlds() -> None:
+    dice = random.Random(2)
+    bench = world(40, rows=6)
+    for number in range(40):
+        bench.add(ask(f"r{number}", [dice.randrange(9)] * dice.randint(1, 30), dice.randint(1, 40), "a"))
+        if number % 3 == 0:
+            bench.add(ask(f"s{number}", [dice.randrange(9)] * dice.randint(1, 30), dice.randint(1, 10), "b"))
+        bench.step(lambda: dice.randrange(9))
+    while bench.live:
+        bench.step(lambda: dice.randrange(9))
+    assert bench.waiting.yielded > 3
+
+
+def test_a_tenant_below_its_share_gets_a_row_of_a_full_batch() -> None:
+    bench = world(64, rows=8)
+    many = [bench.add(ask(f"many{number}", [number], 100)) for number in range(20)]
+    bench.step()
+    other = bench.add(ask("other", [50], 5, tenant="b"))
+    bench.step()
+    assert other.state is RequestState.RUNNING and len(other.tokens) == 2
+    assert sum(request.state is RequestState.RUNNING for request in many) == 7
+    assert many[7].state is RequestState.PREEMPTED, "the last of the order yields"
+    for number in range(6):
+        bench.add(ask(f"more{number}", [60 + number], 100, tenant="b"))
+    for _ in range(20):
+        bench.step()
+    assert sum(request.tenant == "b" for request in bench.planner.running) == 4, "no more than an equal share"
+    assert bench.waiting.yielded == 4
+
+
+def test_rows_are_shared_by_weight() -> None:
+    bench = world(64, rows=8)
+    bench.waiting.queue.set_weights({"a": 3.0})
+    for number in range(20):
+        bench.add(ask(f"many{number}", [number], 100))
+    bench.step()
+    for number in range(6):
+        bench.add(ask(f"other{number}", [60 + number], 100, tenant="b"))
+    for _ in range(8):
+        bench.step()
+    assert Counter(request.tenant for request in bench.planner.running) == {"a": 6, "b": 2}
+
+
+def test_one_tenant_alone_keeps_its_rows() -> None:
+    bench = world(64, rows=4)
+    for number in range(20):
+        bench.add(ask(f"r{number}", [number], 30))
+    for _ in range(20):
+        bench.step()
+        assert not bench.waiting.preempted
 
 
 def test_a_request_without_room_waits_and_those_that_run_go_on() -> None:

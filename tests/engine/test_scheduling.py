@@ -197,7 +197,7 @@ def test_a_request_that_asks_for_the_whole_context_keeps_no_other_out(
         )
         for stream in streams:
             await anext(stream)
-        most = engine.running()
+            most = max(most, engine.running())
         for stream in streams:
             await stream.aclose()
         await settled(engine)

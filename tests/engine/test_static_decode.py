@@ -98,6 +98,7 @@ with_room_and_without = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.slow
 @with_room_and_without
 def test_replayed_steps_give_what_the_eager_loop_gives(
     settings: dict[str, int],
@@ -120,6 +121,7 @@ def test_replayed_steps_give_what_the_eager_loop_gives(
     assert not settings or engine.loads()["generate"].preemptions > 0
 
 
+@pytest.mark.slow
 @with_room_and_without
 def test_steps_launched_ahead_of_a_late_device_give_the_same(
     settings: dict[str, int],
@@ -136,6 +138,7 @@ def test_steps_launched_ahead_of_a_late_device_give_the_same(
     assert late.ahead > 20
 
 
+@pytest.mark.slow
 def test_what_ends_under_a_step_launched_ahead_is_given_back_after_it(
     decoder: FrozenBase, adapters: AdapterStore, start_engine: Start, static_updates: Callable[[], None]
 ) -> None:
@@ -206,6 +209,7 @@ def test_a_failing_step_ends_the_step_launched_ahead_too(
     assert [one.token_ids for one in asyncio.run(all_at_once(engine, batch))] == want
 
 
+@pytest.mark.slow
 def test_a_pool_full_of_nan_changes_nothing(
     decoder: FrozenBase, adapters: AdapterStore, start_engine: Start, static_updates: Callable[[], None]
 ) -> None:

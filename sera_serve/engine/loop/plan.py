@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -25,6 +26,9 @@ class Candidates(Protocol):
 
     def priority_key(self, request: GenerationRequest) -> tuple[float, tuple[int, int]]:
         """Its claim; the lowest goes first."""
+
+    def weight(self, tenant: str) -> float:
+        """The tenant's part of the batch, in relation to others'."""
 
 
 @dataclass
@@ -61,6 +65,8 @@ class StepPlanner:
     * Every decode runs in every step, because fewer requests run than a step has tokens.
     * A request that needs a page and finds none takes the pages of the request with the lowest claim. The request with
       the highest claim always goes on, and no request enters that could not run alone: so there is always progress.
+    * Where every row is taken, a waiting request of a tenant that has less than its share of the rows takes the row of
+      the lowest claim among the tenants that have more: one row a step. Rows of one tenant alone are never taken.
     * A newcomer leaves a page for every fourth running request, which will soon need one. A preempted request leaves a
       page for each: it would else be preempted again before it has paid for its recomputation.
     """
@@ -100,6 +106,8 @@ class StepPlanner:
             for request in [r for r in self.running if self._rotary_side(len(r.tokens)) != r.rotary_side]:
                 # Its keys were computed with the other frequencies.
                 self._preempt(request)
+        if not self._rows and (victim := self._yields_row()) is not None:
+            self._preempt(victim)
         short_of_pages = self._plan_decodes(plan)
         budget = self._budget - len(plan.decodes)
         for request in self.running:
@@ -123,7 +131,8 @@ class StepPlanner:
             plan: The step under way.
             leaving: Requests of the step that end after it.
         """
-        if self._rows and self._candidates.first() is not None:
+        waits = self._candidates.first() is not None
+        if waits and (self._rows or self._yields_row() is not None):
             return None
         decodes = [r for r in plan.decodes if len(r.tokens) + 1 < r.limit and r not in leaving]
         grown = [r for r in decodes if self._needs_page(r, ahead=1)]
@@ -161,6 +170,22 @@ class StepPlanner:
         for request in self.running:
             if len(request.pages) * PAGE_SIZE < len(request.tokens) - 1 or request.computed >= len(request.tokens):
                 raise RuntimeError(f"request {request.id!r} lacks pages, or has nothing to run")
+
+    def _yields_row(self) -> GenerationRequest | None:
+        """The running request that yields its row to the first waiting one, or None if that has to wait for an end.
+
+        Otherwise a tenant's many long answers, which began together, would hold every row until they end together.
+        """
+        newcomer = self._candidates.first()
+        if newcomer is None:
+            return None
+        rows = Counter(request.tenant for request in self.running)
+        weights = {tenant: self._candidates.weight(tenant) for tenant in {*rows, newcomer.tenant}}
+        unit = self.num_rows / sum(weights.values())
+        if rows[newcomer.tenant] + 1 > unit * weights[newcomer.tenant]:
+            return None
+        yielding = [request for request in self.running if rows[request.tenant] > unit * weights[request.tenant]]
+        return max(yielding, key=self._candidates.priority_key, default=None)
 
     def _plan_decodes(self, plan: StepPlan) -> bool:
         """Plan every decode; whether a request had to be preempted for it."""

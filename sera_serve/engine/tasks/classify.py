@@ -13,12 +13,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from adapters_store import ResolvedAdapter
-from sera_kernels import NO_ADAPTER, AdapterBatch
-from sera_serve.base import FrozenBase, ModelInputs, pool_states
+from sera_kernels import NO_ADAPTER
+from sera_serve.base import FrozenBase, ModelInputs
 from sera_serve.engine.admission import BatchBudget
 from sera_serve.engine.overflow import OverflowReporter, RowGauge
-from sera_serve.engine.request import ClassificationRequest, EmbeddingSpec, FinishReason, LabelScores, RowResult
+from sera_serve.engine.request import ClassificationRequest, EmbeddingSpec, FinishReason, HeadResult, RowResult
 from sera_serve.engine.scheduler import Scheduler
+from sera_serve.engine.tasks.passes import run_pass
+from sera_serve.engine.tasks.results import head_results
 from sera_serve.engine.tasks.runner import TaskRunner, logger, step_failed
 from sera_serve.layers import AdapterContext
 from sera_serve.residency import DevicePool, head_logits
@@ -44,7 +46,7 @@ class ClassifyResult:
 
     adapter: str
     version: int | None
-    results: list[LabelScores]
+    results: list[HeadResult]
     waited_s: float = 0.0
     prompt_tokens: int = 0
     load_began: float | None = None
@@ -97,9 +99,10 @@ class _Row:
 class ClassificationRunner(TaskRunner[ClassificationRequest]):
     """Runs rows of all requests through the base together, those to classify and those to embed.
 
-    A pass takes rows of like length, whatever their adapters and label sets. A pass never waits for more rows: while
-    the device is busy rows gather, and the next pass takes the fullest bucket. A row that has waited `max_wait_s` goes
-    first, with rows of its length. So a row is passed over for `max_wait_s` at most, and then by older rows alone.
+    A pass takes rows of like length, all texts or all images, whatever their adapters and label sets. A pass never
+    waits for more rows: while the device is busy rows gather, and the next pass takes the fullest bucket. A row that
+    has waited `max_wait_s` goes first, with rows of its length. So a row is passed over for `max_wait_s` at most, and
+    then by older rows alone.
 
     Beside generation on the same base, the operating system or the driver shares the device between the two threads.
     A pass has no more tokens than a step of generation, so that neither delays the other for long.
@@ -190,28 +193,38 @@ class ClassificationRunner(TaskRunner[ClassificationRequest]):
 
     def _take_rows(self) -> list[_Row]:
         late = time.monotonic() - self._rows[0].entered >= self._max_wait_s
-        lengths = [len(row.inputs) for row in self._rows]
-        chosen = choose_rows(lengths, self._max_rows, self._max_tokens, must=0 if late else None)
-        taken = [self._rows[position] for position in chosen]
-        for position in reversed(chosen):
+        # By kind, in the order of arrival.
+        kinds: dict[bool, list[int]] = {}
+        for position, row in enumerate(self._rows):
+            kinds.setdefault(row.inputs.is_image, []).append(position)
+        best: list[int] = []
+        for positions in kinds.values():
+            lengths = [len(self._rows[position].inputs) for position in positions]
+            must = 0 if late and positions[0] == 0 else None
+            found = [positions[row] for row in choose_rows(lengths, self._max_rows, self._max_tokens, must)]
+            if must is not None:
+                best = found
+                break
+            if (-len(found), found[0]) < (-len(best), min(best, default=0)):
+                best = found
+        taken = [self._rows[position] for position in best]
+        for position in reversed(best):
             del self._rows[position]
         return taken
 
     def _classify(self, rows: list[_Row]) -> list[RowResult | None]:
         """The result of each row; None where its adapter overflows."""
-        batch = self._base.pad([row.inputs for row in rows])
-        mask = batch["attention_mask"]
         row_slots = [row.request.lease.slot if row.request.lease else NO_ADAPTER for row in rows]
-        slots = torch.tensor(row_slots, dtype=torch.int32, device=mask.device)
-        token_slots = torch.where(mask.bool(), slots.unsqueeze(1), NO_ADAPTER).flatten().to(torch.int32)
         adapters = [row.request.lease.placement.adapter for row in rows if row.request.lease]
         must_watch = self._gauge.must_watch(adapter.stretch for adapter in adapters)
-        watching = self._gauge.watching(len(rows), mask.device) if must_watch else nullcontext()
+        watching = self._gauge.watching(len(rows), self._base.device) if must_watch else nullcontext()
         # Ranks of all residents: kernels for each combination of a pass would be compiled while others wait.
         has_vectors = any(adapter.classes.vectors for adapter in adapters)
         classes = replace(self._pool.tables.classes, vectors=has_vectors)
-        with watching as norms, self._context.run(AdapterBatch(token_slots, classes)):
-            states = self._base.hidden_states(**batch)
+        inputs = [row.inputs for row in rows]
+        embeds = any(row.request.embedding is not None for row in rows)
+        with watching as norms:
+            outcome = run_pass(self._base, self._context, inputs, row_slots, classes, embeds)
         results: dict[int, RowResult] = {}
         groups: dict[tuple[int, EmbeddingSpec | None], list[int]] = {}
         for index, (row, slot) in enumerate(zip(rows, row_slots, strict=True)):
@@ -220,7 +233,7 @@ class ClassificationRunner(TaskRunner[ClassificationRequest]):
             lease = rows[indices[0]].request.lease
             if embedding is not None:
                 pooling = embedding.pooling or (lease.placement.adapter.config.pooling if lease else None)
-                pooled = pool_states(states[indices], mask[indices], pooling or self._base.default_pooling)
+                pooled = outcome.embedded(indices, pooling or self._base.default_pooling)
                 vectors = _vectors(pooled, embedding.normalize, None if norms is None else norms[indices])
                 results.update(
                     (index, vector) for index, vector in zip(indices, vectors, strict=True) if vector is not None
@@ -228,20 +241,13 @@ class ClassificationRunner(TaskRunner[ClassificationRequest]):
                 continue
             assert lease is not None
             config = lease.placement.adapter.config
-            pooled = pool_states(states[indices], mask[indices], config.pooling or self._base.default_pooling)
+            head_states = outcome.for_head(indices, config, self._base.default_pooling)
             head = lease.placement.adapter.head
             assert head is not None
-            logits = head_logits(pooled, self._pool.head(lease.placement), head.activation).float()
-            sound = logits.isfinite().all(1)
-            if norms is not None:
-                sound &= norms[indices].isfinite()
-            # One transfer for both.
-            outcome = torch.cat([sound[:, None], logits.softmax(dim=1)], dim=1).tolist()
-            for index, (is_sound, *row_probabilities) in zip(indices, outcome, strict=True):
-                if not is_sound:
-                    continue
-                by_label = dict(zip(config.labels or [], row_probabilities, strict=True))
-                results[index] = LabelScores(max(by_label, key=by_label.__getitem__), by_label)
+            logits = head_logits(head_states, self._pool.head(lease.placement), head.activation).float()
+            sound_norms = None if norms is None else norms[indices]
+            found = head_results(config, logits, outcome.mask[indices], sound_norms, [rows[i].inputs for i in indices])
+            results.update((index, result) for index, result in zip(indices, found, strict=True) if result is not None)
         return [results.get(index) for index in range(len(rows))]
 
 
@@ -295,10 +301,14 @@ def split_call(
 
 
 def _passes(rows: Sequence[ModelInputs], max_rows: int, max_tokens: int) -> Iterator[list[int]]:
-    """Positions of rows by ascending length, in groups of what one forward pass may take; a longer row goes alone."""
+    """Positions of rows by ascending length, in groups of what one forward pass may take; a longer row goes alone.
+
+    Texts come before images, and no group has both.
+    """
     group: list[int] = []
-    for position in sorted(range(len(rows)), key=lambda row: len(rows[row])):
-        if group and (len(group) == max_rows or (len(group) + 1) * len(rows[position]) > max_tokens):
+    for position in sorted(range(len(rows)), key=lambda row: (rows[row].is_image, len(rows[row]))):
+        is_full = len(group) == max_rows or (len(group) + 1) * len(rows[position]) > max_tokens
+        if group and (is_full or rows[group[0]].is_image != rows[position].is_image):
             yield group
             group = []
         group.append(position)

@@ -1,0 +1,95 @@
+"""One forward pass over rows of one kind: texts or images, each row with the adapter of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adapters_store import AdapterConfig
+from sera_kernels import NO_ADAPTER, AdapterBatch, ShapeClasses
+from sera_serve.base import FrozenBase, ModelInputs, Pooling, pool_image_states, pool_states
+from sera_serve.engine.tasks.results import head_inputs
+from sera_serve.layers import AdapterContext
+
+
+@dataclass(frozen=True)
+class PassStates:
+    """What a pass gives.
+
+    Attributes:
+        states: The last states (rows, tokens, hidden). Of texts on a dual base there are none, and it has no rows.
+        mask: int64 (rows, tokens), 1 at real tokens; an image has no others.
+        prefix_tokens: Of images, the tokens before those of the patches; None for texts.
+        projected: Of a dual base, the vector of each row in the space of both towers (rows, embedding size).
+    """
+
+    states: Tensor
+    mask: Tensor
+    prefix_tokens: int | None
+    projected: Tensor | None
+
+    def for_head(self, rows: Sequence[int], config: AdapterConfig, default_pooling: Pooling) -> Tensor:
+        """What an adapter's head reads of these rows: pooled states (rows, hidden), or as `head_inputs` says."""
+        indices = list(rows)
+        if self.prefix_tokens is None:
+            return head_inputs(config, self.states[indices], self.mask[indices], default_pooling)
+        return pool_image_states(self.states[indices], config.pooling or default_pooling, self.prefix_tokens)
+
+    def embedded(self, rows: Sequence[int], pooling: Pooling) -> Tensor:
+        """The vector of each of these rows (rows, embedding size); a dual base has its own pooling."""
+        indices = list(rows)
+        if self.projected is not None:
+            return self.projected[indices]
+        if self.prefix_tokens is None:
+            return pool_states(self.states[indices], self.mask[indices], pooling)
+        return pool_image_states(self.states[indices], pooling, self.prefix_tokens)
+
+
+def run_pass(
+    base: FrozenBase,
+    context: AdapterContext,
+    rows: Sequence[ModelInputs],
+    slots: Sequence[int],
+    classes: ShapeClasses,
+    embeds: bool,
+) -> PassStates:
+    """Run rows of one kind through the base with serving layers.
+
+    Args:
+        base: With serving layers attached.
+        context: The serving layers' context.
+        rows: All texts, or all images.
+        slots: The slot of each row's adapter, or `NO_ADAPTER`.
+        classes: The kinds of shapes of the adapters.
+        embeds: Whether any row is to become a vector: a dual base projects only then.
+    """
+    row_slots = torch.tensor(slots, dtype=torch.int32, device=base.device)
+    if rows[0].pixels is not None:
+        tower = base.image_tower
+        assert tower is not None
+        pixels = base.pad_images(rows)
+        batch = AdapterBatch(row_slots.repeat_interleave(tower.tokens), classes)
+        with context.run(batch):
+            states = base.image_states(pixels)
+        mask = torch.ones(states.shape[:2], dtype=torch.int64, device=base.device)
+        projected = None
+        if base.kind == "dual" and embeds:
+            # The projection reads one token a row.
+            with context.run(AdapterBatch(row_slots, classes)):
+                projected = base.project_image(states[:, 0])
+        return PassStates(states, mask, tower.prefix_tokens, projected)
+    padded = base.pad(rows)
+    mask = padded["attention_mask"]
+    token_slots = torch.where(mask.bool(), row_slots.unsqueeze(1), NO_ADAPTER).flatten().to(torch.int32)
+    if base.kind == "dual":
+        with context.run(AdapterBatch(token_slots, classes)):
+            end_states = base.text_pooled(padded["input_ids"], mask)
+        with context.run(AdapterBatch(row_slots, classes)):
+            projected = base.project_text(end_states)
+        return PassStates(end_states.new_empty(0, 0, 0), mask, None, projected)
+    with context.run(AdapterBatch(token_slots, classes)):
+        states = base.hidden_states(**padded)
+    return PassStates(states, mask, None, None)
