@@ -9,6 +9,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, JsonValue, model_validator
 
+Task = Literal["generate", "classify", "regress", "token-classify", "image-classify", "retrieve"]
+"""What an adapter is for."""
+
 
 class Answer(BaseModel):
     """Base class of answers."""
@@ -144,12 +147,46 @@ class Classification(Answer):
     probabilities: dict[str, float]
 
 
+class LabelSet(Answer):
+    """The labels of one input that may have several or none, and the probability of each label on its own."""
+
+    labels: list[str]
+    probabilities: dict[str, float]
+
+
+class Score(Answer):
+    """The number of one input."""
+
+    score: float
+
+
+class Span(Answer):
+    """A part of one input: its first character, the one after its last, its label, how sure it is, and its text."""
+
+    start: int
+    end: int
+    label: str
+    score: float
+    text: str
+
+
+class Spans(Answer):
+    """The spans of one input. `truncated`: the input is longer than the adapter reads; its rest has no spans."""
+
+    spans: list[Span]
+    truncated: bool
+
+
 class Classified(Answer):
-    """Inputs classified by one adapter, in their order. `version` is None of a weighted sum."""
+    """What one adapter says of inputs, in their order. `version` is None of a weighted sum.
+
+    `results` are of the adapter's task: `Classification` or `LabelSet` (classify and image-classify, one or several
+    labels an input), `Score` (regress), `Spans` (token-classify).
+    """
 
     adapter: str
     version: int | None
-    results: list[Classification]
+    results: list[Classification] | list[LabelSet] | list[Score] | list[Spans]
 
 
 class ClassifiedEach(Answer):
@@ -211,7 +248,7 @@ class AdapterSummary(Answer):
     adapter: str
     version: int
     digest: str
-    task: Literal["generate", "classify"]
+    task: Task
     method: str
     base: str
     labels: list[str] | None
@@ -264,7 +301,7 @@ class Model(Answer):
     owned_by: str
     root: str
     parent: str | None
-    task: Literal["generate", "classify"]
+    task: Task
 
 
 class ModelPage(Answer):

@@ -12,7 +12,16 @@ import anyio
 import httpx
 
 from sera_serve.client import answers, calls
-from sera_serve.client.calls import Adapter, Call, ClassifyOptions, EmbedOptions, GenerateOptions, Prompt
+from sera_serve.client.calls import (
+    Adapter,
+    Call,
+    ClassifyInput,
+    ClassifyOptions,
+    EmbedInput,
+    EmbedOptions,
+    GenerateOptions,
+    Prompt,
+)
 from sera_serve.client.events import EventReader
 from sera_serve.client.exchange import (
     CONNECT_TIMEOUT_S,
@@ -102,20 +111,31 @@ class AsyncSeraClient:
                 await response.aclose()
 
     async def classify(
-        self, inputs: str | Sequence[str], *, adapter: Adapter, **options: Unpack[ClassifyOptions]
+        self,
+        inputs: str | bytes | Path | Sequence[ClassifyInput],
+        *,
+        adapter: Adapter,
+        **options: Unpack[ClassifyOptions],
     ) -> answers.Classified:
-        """Classify texts by an adapter with a head, or by a weighted sum of such adapters."""
+        """Classify texts, sentence pairs or images by an adapter with a head, or by a weighted sum of such adapters.
+
+        An image is the bytes of its file, or a `Path`: a `str` is a text. A pair is a tuple in a list of inputs.
+        """
         return await self._call(calls.classify(inputs, adapter, options))
 
     async def classify_each(
-        self, inputs: str | Sequence[str], *, adapters: Sequence[str], **options: Unpack[ClassifyOptions]
+        self,
+        inputs: str | bytes | Path | Sequence[ClassifyInput],
+        *,
+        adapters: Sequence[str],
+        **options: Unpack[ClassifyOptions],
     ) -> Sequence[answers.Classified]:
-        """Classify texts by each of several adapters of one tenant; one answer for each adapter."""
+        """Classify inputs, as in `classify`, by each of several adapters of one tenant; one answer for each adapter."""
         return await self._call(calls.classify_each(inputs, adapters, options))
 
     async def embed(
         self,
-        inputs: str | Sequence[str] | Sequence[Sequence[int]],
+        inputs: str | bytes | Path | Sequence[EmbedInput],
         *,
         model: str,
         **options: Unpack[EmbedOptions],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,10 @@ Adapter = str | Mapping[str, float]
 """One adapter's reference, such as `acme/support@v2`, or a weighted sum: the weight of each reference."""
 Prompt = str | Sequence[int]
 """A text, or the ids of its tokens."""
+ClassifyInput = str | tuple[str, str] | bytes | Path
+"""A text, a sentence pair, or an image: the bytes of a JPEG, PNG or WebP file, or its path."""
+EmbedInput = str | Sequence[int] | bytes | Path
+"""A text, the ids of its tokens, or an image as in `ClassifyInput`."""
 ResponseFormat = Mapping[str, Any] | type[BaseModel]
 """The server's `response_format`, or a model of pydantic whose JSON schema the text is to have."""
 Priority = Literal["low", "normal", "high"]
@@ -131,14 +136,16 @@ def stream(prompt: Prompt, adapter: Adapter | None, options: GenerateOptions) ->
     return Call("POST", "/v1/generate", lambda body: None, json=body, streams=True)
 
 
-def classify(inputs: str | Sequence[str], adapter: Adapter, options: ClassifyOptions) -> Call[answers.Classified]:
+def classify(
+    inputs: str | bytes | Path | Sequence[ClassifyInput], adapter: Adapter, options: ClassifyOptions
+) -> Call[answers.Classified]:
     """`POST /v1/classify` with one adapter, or a weighted sum."""
     body = {"adapter": _adapter(adapter), "inputs": _inputs(inputs)} | _known(options, ClassifyOptions)
     return Call("POST", "/v1/classify", answers.Classified.model_validate_json, json=body)
 
 
 def classify_each(
-    inputs: str | Sequence[str], adapters: Sequence[str], options: ClassifyOptions
+    inputs: str | bytes | Path | Sequence[ClassifyInput], adapters: Sequence[str], options: ClassifyOptions
 ) -> Call[list[answers.Classified]]:
     """`POST /v1/classify` with several adapters."""
     body = {"adapters": list(adapters), "inputs": _inputs(inputs)} | _known(options, ClassifyOptions)
@@ -148,7 +155,7 @@ def classify_each(
 
 
 def embed(
-    inputs: str | Sequence[str] | Sequence[Sequence[int]], model: str, options: EmbedOptions
+    inputs: str | bytes | Path | Sequence[EmbedInput], model: str, options: EmbedOptions
 ) -> Call[answers.Embeddings]:
     """`POST /v1/embeddings`. The vectors travel as base64, a fifth of their text."""
     body = {"model": model, "input": _inputs(inputs), "encoding_format": "base64"} | _known(options, EmbedOptions)
@@ -227,8 +234,21 @@ def _adapter(adapter: Adapter) -> str | list[dict[str, str | float]]:
     return [{"adapter": reference, "weight": weight} for reference, weight in adapter.items()]
 
 
-def _inputs(inputs: str | Sequence[str] | Sequence[Sequence[int]]) -> list[Any]:
-    return [inputs] if isinstance(inputs, str) else list(inputs)
+def _inputs(inputs: Any) -> list[Any]:
+    """The inputs of a body. Raises OSError if the file of an image cannot be read."""
+    if isinstance(inputs, str | bytes | Path):
+        inputs = [inputs]
+    return [_input(value) for value in inputs]
+
+
+def _input(value: Any) -> Any:
+    if isinstance(value, bytes | Path):
+        data = value if isinstance(value, bytes) else value.read_bytes()
+        return {"image": base64.b64encode(data).decode()}
+    if isinstance(value, tuple) and all(isinstance(part, str) for part in value):
+        text, text_pair = value
+        return {"text": text, "text_pair": text_pair}
+    return value
 
 
 def _known(options: Any, kind: type) -> dict[str, Any]:

@@ -13,7 +13,16 @@ from sera_serve.jobs.files import (
 )
 from sera_serve.jobs.places import Places
 from sera_serve.jobs.process import JobProcesses
-from sera_serve.jobs.records import Checkpoint, Job, JobEnded, JobEvent, JobNotFound, Jobs, TooManyJobs
+from sera_serve.jobs.records import (
+    Checkpoint,
+    Job,
+    JobEnded,
+    JobEvent,
+    JobNotFound,
+    Jobs,
+    JobStatus,
+    TooManyJobs,
+)
 from sera_serve.jobs.rows import InvalidTrainingFile, RowKind
 from sera_serve.jobs.spec import JobSpec
 from sera_serve.jobs.supervisor import Supervisor
@@ -28,6 +37,7 @@ __all__ = [
     "JobNotFound",
     "JobProcesses",
     "JobSpec",
+    "JobStatus",
     "Jobs",
     "Places",
     "RowKind",

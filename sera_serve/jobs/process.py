@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sera_serve.access import DEFAULT
+from sera_serve.base import Quantize
 from sera_serve.base.loading import EMBEDDED
 from sera_serve.jobs.places import Places
 from sera_serve.jobs.records import Checkpoint, Job, NewEvent
@@ -52,6 +53,7 @@ class JobProcesses:
         store: Directory of the store.
         device: Torch device.
         dtype: dtype of the base.
+        quantize: What the base's linear layers are kept in.
         threads: Threads of one process.
         gpu_memory_fraction: Share of a GPU's memory that one process may use.
         max_bundle_bytes: Largest bundle of the store.
@@ -66,6 +68,7 @@ class JobProcesses:
     gpu_memory_fraction: float
     max_bundle_bytes: int
     quotas: Mapping[str, Mapping[str, int | str]] = field(default_factory=dict)
+    quantize: Quantize = "none"
 
     def start(self, job: Job, places: Places) -> JobProcess:
         """Start the process of a job. Its directory may be that of an earlier process, which it goes on from.
@@ -83,6 +86,7 @@ class JobProcesses:
             run,
             device=self.device,
             dtype=self.dtype,
+            quantize=self.quantize,
         )
         _link(places.file(job.training_file), run / TRAINING_NAME)
         if job.validation_file is not None:

@@ -301,6 +301,13 @@ class Jobs:
         found = [Checkpoint(step, at, model, json.loads(metrics)) for step, at, model, metrics in rows]
         return found[:limit], len(found) > limit
 
+    def counts(self) -> dict[JobStatus, int]:
+        """How many jobs of each status are remembered, of all tenants."""
+        with self._database.reading() as connection:
+            query = "SELECT status, count(*) FROM jobs GROUP BY status"
+            found = {} if connection is None else dict(connection.execute(query).fetchall())
+        return {status: found.get(status, 0) for status in STATUSES}
+
     def of_status(self, status: JobStatus) -> list[Job]:
         """The jobs of a status, the oldest first."""
         query = f"SELECT {_COLUMNS} FROM jobs WHERE status = ? ORDER BY number"

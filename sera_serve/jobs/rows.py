@@ -10,22 +10,27 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 
 from sera_serve.errors import SeraServeError
-from sera_serve.trainer.data import label_of, messages_of, string_of, text_of
-from sera_serve.trainer.table import InvalidData, Problems, Row
+from sera_serve.trainer.data.labelled import label_of, messages_of, string_of, text_of
+from sera_serve.trainer.tables.table import InvalidData, Problems, Row
 
-RowKind = Literal["messages", "prompt", "text"]
-"""What each row of a file has: `messages`; `prompt` and `completion`; or `text` and `label`."""
+RowKind = Literal["messages", "prompt", "text", "pair"]
+"""What each row of a file has: `messages`; `prompt` and `completion`; `text` and `label`; or `text_pair` too."""
 
 KINDS: dict[RowKind, tuple[str, ...]] = {
     "messages": ("messages",),
     "prompt": ("prompt", "completion"),
+    # Before `text`, which a row of this kind has too.
+    "pair": ("text_pair", "text", "label"),
     "text": ("text", "label"),
 }
 MAX_ROWS = 200_000
 MAX_LINE_BYTES = 1 << 20
 # Faults are shown for so many rows at most. The rest of the file is then not read.
 _MAX_FAULTS = 20
-_SHAPES = '{"messages": [...]}, or {"prompt": ..., "completion": ...}, or {"text": ..., "label": ...}'
+_SHAPES = (
+    '{"messages": [...]}, or {"prompt": ..., "completion": ...}, or {"text": ..., "label": ...}, the last perhaps with '
+    '"text_pair"'
+)
 # Python code holds the interpreter's lock, which the engine needs: the check rests for as long as it works.
 _WORK_S = 0.005
 _BLOCK_BYTES = 1 << 20
@@ -145,8 +150,10 @@ def _kind_of(row: Row, problems: Problems) -> RowKind | None:
 def _check(row: Row, kind: RowKind, problems: Problems) -> None:
     if kind == "messages":
         messages_of(row, "messages", problems)
-    elif kind == "text":
+    elif kind in ("text", "pair"):
         text_of(row, "text", problems)
+        if kind == "pair":
+            text_of(row, "text_pair", problems)
         label_of(row, "label", problems)
     else:
         string_of(row, "prompt", problems)

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from sera_serve.base import Quantize
 from sera_serve.errors import InvalidConfiguration
 from sera_serve.jobs.rows import RowKind
 from sera_serve.layers import ALL_LINEAR
@@ -85,7 +86,9 @@ class JobSpec:
         """Read what `as_json` wrote."""
         return cls(**json.loads(text))
 
-    def train_settings(self, base: str, store: Path, run: Path, *, device: str, dtype: str) -> dict[str, Any]:
+    def train_settings(
+        self, base: str, store: Path, run: Path, *, device: str, dtype: str, quantize: Quantize = "none"
+    ) -> dict[str, Any]:
         """Return the fields of `TrainSettings`, as JSON values.
 
         Args:
@@ -94,6 +97,7 @@ class JobSpec:
             run: Directory of the job. It is the process's working directory.
             device: Torch device.
             dtype: dtype of the base.
+            quantize: What the base's linear layers are kept in.
         """
         chosen = {
             "method": self.method,
@@ -104,6 +108,8 @@ class JobSpec:
         }
         if self.kind == "messages":
             chosen["messages_column"] = "messages"
+        elif self.kind == "pair":
+            chosen["text_pair_column"] = "text_pair"
         return {
             "base": base,
             "store": str(store),
@@ -115,6 +121,7 @@ class JobSpec:
             "seed": self.seed,
             "device": device,
             "dtype": dtype,
+            "quantize": quantize,
             "work_dir": str(run / "work"),
             "checkpoint_seconds": _CHECKPOINT_S,
             "log_steps": max(1, -(-self.steps // _MOST_POINTS)),

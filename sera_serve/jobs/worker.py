@@ -174,7 +174,9 @@ def train(run: Path) -> dict[str, Any]:
     publisher = Publisher(run, store, Holdings(store, quotas))
     if (done := publisher.published(options["name"])) is not None:
         return done
-    base = load_base(options["base"], device=options["device"], dtype=options["dtype"])
+    base = load_base(
+        options["base"], device=options["device"], dtype=options["dtype"], quantize=options.get("quantize", "none")
+    )
     if "messages_column" in options and base.tokenizer.chat_template is None:
         options["chat_template"] = str(CHAT_TEMPLATE)
     progress = Progress(run / PROGRESS)

@@ -22,7 +22,7 @@ from sera_serve.server.errors import add_error_handlers
 from sera_serve.server.freed_memory import MemoryTrimmer
 from sera_serve.server.loop_watch import LoopWatch
 from sera_serve.server.methods import HeadAndOptions
-from sera_serve.server.metrics import LoopMetrics, ResidencyMetrics, ServerMetrics
+from sera_serve.server.metrics import JobMetrics, LoopMetrics, ResidencyMetrics, ServerMetrics
 from sera_serve.server.metrics_address import parse_address
 from sera_serve.server.middleware import BodyLimit, RequestLifecycle
 from sera_serve.server.openai.texts import Texts
@@ -83,6 +83,7 @@ def build_app(engine: Engine, store: AdapterStore, settings: ServeSettings, trac
     metrics = ServerMetrics(engine, settings.metrics_label_limit)
     metrics.registry.register(ResidencyMetrics(engine.stats))
     metrics.registry.register(LoopMetrics(engine.loads))
+    metrics.registry.register(JobMetrics(training.jobs.counts))
     metrics.registry.register(RouterMetrics(engine, lambda: engine.base.name))
     app.state.engine = engine
     # Set when the server has been told to stop.
@@ -110,6 +111,7 @@ def build_app(engine: Engine, store: AdapterStore, settings: ServeSettings, trac
         max_body=settings.max_body_mib << 20,
         max_upload=settings.max_upload_mib << 20,
         max_file=settings.max_training_file_mib << 20,
+        max_image=None if engine.base.image_tower is None else settings.max_image_bytes,
     )
     app.add_middleware(KeyDoor, access=access)
     app.add_middleware(HeadAndOptions, routes=app.state.routes)

@@ -13,7 +13,7 @@ from fastapi import Depends, Request
 
 from adapters_store import AdapterBundle, AdapterStore, PeftFiles
 from sera_serve.access import AuditLog, Holdings, Quotas
-from sera_serve.base import FrozenBase, Pooling
+from sera_serve.base import FrozenBase, ImageInput, Pooling
 from sera_serve.config import ServeSettings
 from sera_serve.engine import (
     AdapterActivity,
@@ -176,7 +176,7 @@ class Engine(Protocol):
     async def classify(
         self,
         adapter: AdapterChoice,
-        inputs: Sequence[str | tuple[str, str]],
+        inputs: Sequence[str | tuple[str, str] | ImageInput],
         principal: Principal,
         priority: Priority = "normal",
         timeout_s: float | None = None,
@@ -187,7 +187,7 @@ class Engine(Protocol):
     async def classify_each(
         self,
         adapters: Sequence[str],
-        inputs: Sequence[str | tuple[str, str]],
+        inputs: Sequence[str | tuple[str, str] | ImageInput],
         principal: Principal,
         priority: Priority = "normal",
         timeout_s: float | None = None,
@@ -198,7 +198,7 @@ class Engine(Protocol):
     async def embed(
         self,
         adapter: AdapterChoice | None,
-        inputs: Sequence[str | list[int]],
+        inputs: Sequence[str | list[int] | ImageInput],
         principal: Principal,
         *,
         pooling: Pooling | None = None,
@@ -207,7 +207,7 @@ class Engine(Protocol):
         timeout_s: float | None = None,
         received_at: float | None = None,
     ) -> EmbedResult:
-        """Make one vector of each input, all texts or all lists of tokens, for `principal`. No input is cut.
+        """Make one vector of each input, texts and images or all lists of tokens, for `principal`. No input is cut.
 
         `pooling` None is that of a classifier's adapter, and else the base's own.
         """
@@ -222,11 +222,13 @@ class Executors:
         publishing: Reads, checks and publishes uploads. It has one thread, so one bundle at a time is in memory. malloc
             keeps a heap for each thread: with several threads, each heap would grow to the size of the largest bundles.
         changing: Single adapters: inspecting, deleting, pinning.
+        forms: Forms of images, which are in memory whole.
     """
 
     listing: BoundedExecutor
     publishing: BoundedExecutor
     changing: BoundedExecutor
+    forms: BoundedExecutor
 
     @classmethod
     def of(cls, settings: ServeSettings) -> Executors:
@@ -235,11 +237,12 @@ class Executors:
             listing=BoundedExecutor("listing", 1, _MAX_WAITING, _LISTING_REST),
             publishing=BoundedExecutor("publishing", 1, settings.max_uploads),
             changing=BoundedExecutor("changing", _CHANGING_THREADS, _MAX_WAITING),
+            forms=BoundedExecutor("reading forms", 1, _MAX_WAITING),
         )
 
     def close(self) -> None:
         """Begin no more work, and tell every caller so."""
-        for executor in (self.listing, self.publishing, self.changing):
+        for executor in (self.listing, self.publishing, self.changing, self.forms):
             executor.close()
 
 

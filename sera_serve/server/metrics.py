@@ -11,6 +11,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from sera_serve.engine import LOAD_BUCKETS, GenerationResult, ResidencyStats, RunnerLoad, Task
+from sera_serve.errors import SeraServeError
+from sera_serve.jobs import JobStatus
 from sera_serve.server.usage_metrics import UsageMetrics
 
 _METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
@@ -152,6 +154,30 @@ class LoopMetrics(Collector):
         for place, state in enumerate(("in_use", "total")):
             pages.add_metric([state], sum(load.cache_pages[place] for load in loads))
         yield pages
+
+
+class JobMetrics(Collector):
+    """Counts training jobs at each scrape."""
+
+    def __init__(self, read: Callable[[], Mapping[JobStatus, int]]) -> None:
+        """Read the number of jobs by status with `read`."""
+        self._read = read
+
+    def collect(self) -> Iterator[Metric]:
+        """The metrics at this moment."""
+        try:
+            counts = self._read()
+        except SeraServeError:
+            # The other metrics are needed most when a database fails.
+            return
+        jobs = GaugeMetricFamily(
+            "sera_training_jobs",
+            "Training jobs of all tenants by status; of finished ones those that are remembered.",
+            labels=["status"],
+        )
+        for status, count in counts.items():
+            jobs.add_metric([status], count)
+        yield jobs
 
 
 class ResidencyMetrics(Collector):

@@ -18,6 +18,7 @@ from sera_serve.server.tracing import Tracing
 
 UPLOAD_PATH = "/v1/adapters"
 FILES_PATH = "/v1/files"
+IMAGE_PATHS = ("/v1/classify", "/v1/embeddings")
 UPLOAD_PATHS = (UPLOAD_PATH, FILES_PATH)
 """Paths whose POST takes a form with a file. The body goes to a disk, and has a limit of its own."""
 # Bytes for multipart boundaries, part headers and the name field.
@@ -90,6 +91,11 @@ class RequestLifecycle:
             self.log.write(scope, record, status or 500, seconds, body)
 
 
+def image_body(max_image: int) -> int:
+    """Bytes of a body with one image of so many bytes: of its base64, and of what stands around it."""
+    return -(-max_image // 3) * 4 + _FORM_OVERHEAD
+
+
 class BodyLimit:
     """Refuses a body that is longer than the limit of its route, or for which all bodies leave no memory.
 
@@ -99,7 +105,9 @@ class BodyLimit:
     short body is never refused for it.
     """
 
-    def __init__(self, app: ASGIApp, max_body: int, max_upload: int, max_file: int) -> None:
+    def __init__(
+        self, app: ASGIApp, max_body: int, max_upload: int, max_file: int, max_image: int | None = None
+    ) -> None:
         """Wrap an app.
 
         Args:
@@ -107,15 +115,17 @@ class BodyLimit:
             max_body: Bytes of a JSON body.
             max_upload: Bytes of an uploaded bundle.
             max_file: Bytes of an uploaded training file.
+            max_image: Bytes of an image file, of a base that takes images; its base64 has a third more.
         """
         self.app = app
         self.max_body = max_body
+        self.max_image_body = max_body if max_image is None else max(max_body, image_body(max_image))
         # By path: the limit, the setting that has it, and the field that holds the file.
         self.uploads = {
             UPLOAD_PATH: (max_upload + _FORM_OVERHEAD, "max_upload_mib", "bundle"),
             FILES_PATH: (max_file + _FORM_OVERHEAD, "max_training_file_mib", "file"),
         }
-        self._max_held = max(_MAX_HELD, _MAX_HELD_BODIES * max_body)
+        self._max_held = max(_MAX_HELD, _MAX_HELD_BODIES * self.max_image_body)
         self._held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -124,7 +134,10 @@ class BodyLimit:
             await self.app(scope, receive, send)
             return
         upload = self.uploads.get(scope["path"]) if scope["method"] == "POST" else None
-        if upload is None:
+        if upload is None and scope["path"] in IMAGE_PATHS and self.max_image_body > self.max_body:
+            limit, param = self.max_image_body, None
+            remedy = "send fewer or smaller images in one request, or raise max_image_bytes or max_body_mib"
+        elif upload is None:
             limit, param, remedy = self.max_body, None, "send less in one request, or raise max_body_mib"
         else:
             limit, setting, param = upload

@@ -87,6 +87,7 @@ class Training:
             store=store.root,
             device=settings.device,
             dtype=settings.dtype,
+            quantize=settings.quantize,
             threads=settings.training_threads,
             gpu_memory_fraction=settings.training_gpu_memory_fraction,
             max_bundle_bytes=settings.max_upload_mib << 20,

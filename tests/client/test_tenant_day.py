@@ -17,6 +17,8 @@ from sera_serve.engine import ServingEngine
 from sera_serve.server import build_app
 from support.live_server import live_server
 
+pytestmark = pytest.mark.slow
+
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "tenant_day.py"
 
 

@@ -57,9 +57,14 @@ EXPRESSIONS = {
     "sera_serve/server/browsers.py: _HOST": "headers",
     "sera_serve/server/browsers.py: f'(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://{_HOST}/?'": "headers",
     r"sera_serve/trainer/checkpoint.py: checkpoint-(\d+)": "names of files of the trainer, 255 bytes at most",
+    r"sera_serve/trainer/tables/fields.py: -?[0-9]{1,20}(\.0{1,20})?": "a label, 512 characters at most",
+    r"sera_serve/trainer/tables/hub.py: hub:(?P<id>[\w.-]+/[\w.-]+)(?:/(?P<config>[\w.-]+))?"
+    r"(?:@(?P<revision>[\w./-]+))?(?:#(?P<split>[\w.-]+))?": "the command line",
     r"adapters_store/convert/peft_keys.py: (?P<path>[^\s]+)\.(?P<kind>lora_A|lora_B|lora_magnitude_vector)"
     r"(?:\.(?P<rest>[A-Za-z0-9_.-]+))?": "names of tensors",
     r"sera_serve/base/chat.py: {%(-?)\s*(end)?generation\s*(-?)%}": "chat templates",
+    r"sera_serve/commands/model_card.py: [A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}": "the name of a base",
+    r"sera_serve/commands/model_card.py: [\w./-]+": "the name of a base",
     r"sera_serve/commands/imports.py: [A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}": "the command line",
     r"sera_serve/commands/imports.py: split=([1-9]\d{0,6})(?:,rank=([1-9]\d{0,6}))?": "the command line",
     "sera_serve/engine/structured.py: '|'.join([_OPAQUE, *(f'(?P<f{index}>{pattern})' for index, (_, pattern, _) in "

@@ -118,6 +118,15 @@ def test_a_tenant_with_fewer_running_jobs_is_next(platform: Platform) -> None:
     assert platform.jobs.next_queued(["a", "b", "b"]).id == first.id  # type: ignore[union-attr]
 
 
+def test_jobs_are_counted_by_status(platform: Platform) -> None:
+    first, second = platform.create("a"), platform.create("b")
+    platform.jobs.advance(first.id, "queued", NewEvent("waits"))
+    platform.jobs.cancel(second.id, "b")
+    counts = platform.jobs.counts()
+    assert {status: count for status, count in counts.items() if count} == {"queued": 1, "cancelled": 1}
+    assert "succeeded" in counts
+
+
 def test_a_job_runs_and_a_cancelled_one_leaves_nothing(platform: Platform) -> None:
     job, waiting = platform.create("acme"), platform.create("acme")
     platform.supervisor.start()

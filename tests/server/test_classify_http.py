@@ -21,6 +21,66 @@ def test_results_come_in_the_order_of_the_inputs(client: httpx.Client) -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("adapter", "results"),
+    [
+        ("demo/number", [{"score": 0.5}, {"score": 5.5}]),
+        (
+            "demo/labels",
+            [{"labels": [text], "probabilities": {text: 0.75, "other": 0.125}} for text in ("b", "a long text")],
+        ),
+        (
+            "demo/spans",
+            [
+                {"spans": [{"start": 0, "end": 1, "label": "first", "score": 0.5, "text": "b"}], "truncated": False},
+                {"spans": [], "truncated": True},
+            ],
+        ),
+    ],
+)
+def test_results_have_the_form_of_the_adapters_task(
+    client: httpx.Client, adapter: str, results: list[dict[str, Any]]
+) -> None:
+    body = {"adapter": adapter, "inputs": ["b", "a long text"]}
+    assert client.post("/v1/classify", json=body).json() == {"adapter": adapter, "version": 2, "results": results}
+
+
+def test_adapters_of_different_tasks_answer_one_call(client: httpx.Client) -> None:
+    names = ["demo/number", "demo/sorter", "demo/spans"]
+    answers = client.post("/v1/classify", json={"adapters": names, "inputs": ["b"]}).json()["adapters"]
+    assert [set(answer["results"][0]) for answer in answers] == [
+        {"score"},
+        {"label", "probabilities"},
+        {"spans", "truncated"},
+    ]
+
+
+def test_a_pair_reaches_the_engine_as_a_pair(client: httpx.Client) -> None:
+    inputs = ["a", {"text": "b", "text_pair": "c"}, {"text_pair": "e", "text": "d"}]
+    response = client.post("/v1/classify", json={"adapter": "demo/sorter", "inputs": inputs})
+    assert [row["label"] for row in response.json()["results"]] == ["a", "b | c", "d | e"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "field", "words"),
+    [
+        ("", "", "a text that is not empty"),
+        (None, "", "a text that is not empty"),
+        (["a", "b"], "", "a text that is not empty"),
+        ({}, "", '{"text", "text_pair"} for a sentence pair'),
+        ({"text": "a"}, "", '{"text", "text_pair"} for a sentence pair'),
+        ({"text": "a", "text_pair": "b", "more": "c"}, "", '{"text", "text_pair"} for a sentence pair'),
+        ({"text": "a", "text_pair": ""}, ".text_pair", "must be a text, and not empty"),
+        ({"text": 5, "text_pair": "b"}, ".text", "must be a text, and not empty"),
+    ],
+)
+def test_another_input_is_refused_by_its_place(client: httpx.Client, wrong: Any, field: str, words: str) -> None:
+    response = client.post("/v1/classify", json={"adapter": "demo/sorter", "inputs": ["a", wrong]})
+    error = refused(response, 422, "invalid_value")
+    assert error["param"] == f"inputs[1]{field}"
+    assert words in error["message"]
+
+
 def test_several_adapters_give_an_answer_each(client: httpx.Client, engine: StubEngine) -> None:
     body = {"adapters": ["demo/sorter", "demo/other"], "inputs": ["b", "a"], "priority": "low"}
     response = client.post("/v1/classify", json=body)

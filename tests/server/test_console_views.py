@@ -22,6 +22,8 @@ from support.console_api import JOB, KEY, events, stats
 from support.factories import random_adapter
 from support.stub_engine import FAILS_LATER, LONG, LONG_TEXTS, OVERLOADED, SLOW, TEXTS, StubEngine
 
+pytestmark = pytest.mark.slow
+
 VIEWS = ["adapters", "adapters/demo/writer", "playground", "classify", "upload", "training", "training/files"]
 VIEWS += ["training/new", f"training/{JOB['id']}", "live", "keys", "quotas"]
 ANSWER = "".join(TEXTS)
@@ -60,7 +62,7 @@ def story(store: AdapterStore, base: FrozenBase) -> None:
     """An adapter with two versions, whose training recorded a loss."""
     for version, loss in ((1, 1.25), (2, 0.625)):
         config = SeraConfig(8, 4, 16, ("q_proj",))
-        training = {"metrics": {"eval_loss": loss}, "description": "Tells a story."}
+        training = {"metrics": {"eval_loss": loss}, "description": "Tells a story.", "rows": {"train": 40}}
         store.publish(random_adapter(base, config, seed=version, training=training), "demo/story")
 
 
@@ -101,6 +103,10 @@ def test_versions_are_rolled_back_after_a_question(tab: Tab, store: AdapterStore
     cards = page.get_by_role("listitem").filter(has=page.get_by_role("heading", level=3))
     expect(cards).to_have_count(2)
     expect(cards.nth(1)).to_contain_text("eval loss1.250")
+    told = cards.nth(1).get_by_text("rows40 train")
+    expect(told).to_be_hidden()
+    cards.nth(1).get_by_text("How it was trained").click()
+    expect(told).to_be_visible()
     back = cards.nth(1).get_by_role("button", name="Roll back to this")
     back.click()
     dialog = page.get_by_role("dialog", name="Serve version 1?")
@@ -251,6 +257,20 @@ def test_a_text_goes_through_several_classifiers(tab: Tab) -> None:
     page.get_by_label("Text").fill("ham")
     expect(card.get_by_role("listitem").first).to_have_text("ham75%")
     tab.check(refusals=True)
+
+
+def test_each_kind_of_result_is_shown(tab: Tab) -> None:
+    page = tab.open("classify?adapter=demo/number&adapter=demo/labels&adapter=demo/spans")
+    page.get_by_label("Text").fill("🙂a")
+    page.get_by_role("button", name="Classify").click()
+    expect(lane(page, "demo/number")).to_contain_text("1")
+    expect(lane(page, "demo/labels").get_by_role("listitem")).to_have_text(["🙂a75%", "other12.5%"])
+    expect(lane(page, "demo/spans")).to_contain_text("No spans found.")
+    page.get_by_label("Text").fill("xylophones")
+    page.get_by_role("button", name="Classify").click()
+    expect(lane(page, "demo/spans").locator("mark")).to_have_text("xfirst")
+    expect(lane(page, "demo/spans").locator(".marked")).to_have_text("xfirstylophones")
+    tab.check()
 
 
 def test_an_upload_is_published_or_refused_in_words(tab: Tab, tmp_path: Path, writer: AdapterBundle) -> None:

@@ -8,10 +8,13 @@ from pathlib import Path
 
 import openai
 import psutil
+import pytest
 
 from adapters_store import AdapterStore
 from support.live_server import wait_until
 from support.training import PATIENCE_S, SORTED, finished, served_process, upload
+
+pytestmark = pytest.mark.slow
 
 
 def workers(run: Path) -> list[int]:

@@ -15,6 +15,8 @@ from support.factories import random_decoder
 from support.live_server import live_server
 from support.stub_engine import FLOODING, TEXTS, StubEngine
 
+pytestmark = pytest.mark.slow
+
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}]
 TEXT = "".join(TEXTS)
 

@@ -90,6 +90,7 @@ def test_metrics_count_requests_and_tokens_by_bounded_labels(client: httpx.Clien
     now = samples(client)
     assert (now["sera_requests_in_flight"], now["sera_waiting"], now["sera_running"]) == (0, 3, 2)
     assert now["sera_preemptions_total"] == 3
+    assert now['sera_training_jobs{status="running"}'] == 0
     assert (now['sera_cache_pages{state="in_use"}'], now['sera_cache_pages{state="total"}']) == (5, 8)
 
 

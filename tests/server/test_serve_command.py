@@ -175,6 +175,7 @@ def test_the_printed_lines_of_a_client_read_the_key() -> None:
     compile("\n".join(lines), "lines", "exec")
 
 
+@pytest.mark.slow
 def test_a_second_interrupt_does_not_wait(folder: Path, tmp_path: Path) -> None:
     arguments = ["--base", folder, "--store", tmp_path / "store", "--port", "0", "--pool-mib", "4"]
     more = ["--kv-cache-tokens", "1024", "--metrics-address", "127.0.0.1:0"]
@@ -193,6 +194,7 @@ def test_a_second_interrupt_does_not_wait(folder: Path, tmp_path: Path) -> None:
         assert "requests in flight were cut off" in process.stdout.read()
 
 
+@pytest.mark.slow
 def test_an_interrupt_ends_gracefully(folder: Path, tmp_path: Path) -> None:
     arguments = ["--base", folder, "--store", tmp_path / "store", "--port", "0", "--pool-mib", "4"]
     with running(*arguments, "--kv-cache-tokens", "1024") as (process, _):

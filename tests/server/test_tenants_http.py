@@ -313,6 +313,7 @@ def test_versions_are_listed_newest_first_and_by_pages(people: Clients, root: Pa
     assert [version["version"] for version in whole["versions"]] == [5, 4, 3, 2, 1]
     newest = whole["versions"][0]
     assert newest["metrics"] == {"accuracy": 1.0} and newest["description"] == "try 4"
+    assert newest["card"] == {"description": "try 4", "metrics": "accuracy 1, note no number, yes true"}
     assert (newest["ranks"], newest["splits"], newest["task"]) == ([8], [4], "generate")
     for limit in range(1, 7):
         seen, before = [], {}

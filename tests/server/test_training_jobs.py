@@ -99,6 +99,11 @@ def test_a_file_is_kept_listed_read_and_deleted(client: openai.OpenAI, store: Ad
         (jsonl(SORTED[:2]) + b"\n" + jsonl(CHATS[:1]), "row 3 (line 4): it has messages, and rows before it have text"),
         (jsonl([{"text": "a", "label": 1.5}]), "row 1 (line 1): label is float 1.5"),
         (jsonl([{"text": "a", "label": "b", "weight": 1}]), "row 1 (line 1): 'weight' is not used"),
+        (jsonl([{"text": "a", "text_pair": " ", "label": "b"}]), "row 1 (line 1): text_pair is empty"),
+        (
+            jsonl([{"text": "a", "text_pair": "b", "label": "c"}, {"text": "a", "label": "b"}]),
+            "row 2 (line 2): it has text and label, and rows before it have text_pair and text and label",
+        ),
         (jsonl([{"messages": [{"role": "robot", "content": "x"}]}]), "messages[0] has the role 'robot'"),
         (b"[" * 100_000, "row 1 (line 1): not JSON"),
         (b'{"text": "\xff"}', "row 1 (line 1): it is not UTF-8"),
@@ -172,6 +177,7 @@ def test_a_classifier_is_trained_and_serves_at_once(
     assert actions == ["job.create", "adapter.publish", "job.finish"]
 
 
+@pytest.mark.slow
 def test_a_chat_is_trained_and_goes_on_from_the_first_job(
     client: openai.OpenAI, store: AdapterStore, started: dict[str, Any]
 ) -> None:
@@ -248,6 +254,7 @@ def test_a_job_that_cannot_run_is_refused_by_the_field(
     assert words in error["message"] or words == "lower", error
 
 
+@pytest.mark.slow
 def test_the_example(url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["fine_tune.py", "--url", url, "--epochs", "1"])
     runpy.run_path(str(Path(__file__).resolve().parents[2] / "examples" / "fine_tune.py"), run_name="__main__")

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import httpx
+import pytest
 import uvicorn
 
 from adapters_store import AdapterBundle, AdapterStore
@@ -22,6 +23,8 @@ from sera_serve.config import ServeSettings
 from sera_serve.server import build_app
 from support.factories import random_adapter, random_decoder
 from support.stub_engine import StubEngine
+
+pytestmark = pytest.mark.slow
 
 KILLS = int(os.environ.get("SERA_TEST_KILLS", "8"))
 CLIENTS = 3

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from adapters_store import Task
 from sera_serve.access import SCOPES, CreatedKey, Key, Scope
 from sera_serve.server.native.schemas import MAX_REFERENCE
 from sera_serve.server.strict import RequestModel
@@ -22,7 +23,7 @@ class CallersBase(BaseModel):
     """The base model of the server."""
 
     name: str
-    kind: Literal["decoder", "encoder"]
+    kind: Literal["decoder", "encoder", "vision", "dual"]
 
 
 class CallerDetail(BaseModel):
@@ -119,7 +120,7 @@ class VersionDetail(BaseModel):
     version: int
     digest: str
     created_at: str
-    task: Literal["generate", "classify"]
+    task: Task
     method: str
     ranks: list[int]
     splits: list[int]
@@ -127,6 +128,7 @@ class VersionDetail(BaseModel):
     bytes: int
     metrics: dict[str, float] | None = Field(description="scores that its training recorded")
     description: str | None = Field(description="what its training record says of it")
+    card: dict[str, str] = Field(description="its training record in short texts: data, settings, metrics by epoch")
 
 
 class VersionList(BaseModel):

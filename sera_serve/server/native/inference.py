@@ -12,6 +12,7 @@ from sera_serve.server.accounting import Account, AccountingOf
 from sera_serve.server.auth import CallerOf
 from sera_serve.server.deps import EngineOf, ReceivedAt
 from sera_serve.server.disconnect import cancel_on_disconnect
+from sera_serve.server.native.image_form import FORM_SCHEMA
 from sera_serve.server.native.schemas import (
     ChoicesResponse,
     ClassifyEachResponse,
@@ -64,7 +65,11 @@ async def _complete(admit: Admit, params: GenerateParams, account: Account) -> b
     return await encode_response(results, params)
 
 
-@router.post("/v1/classify", response_model=ClassifyResponse | ClassifyEachResponse)
+@router.post(
+    "/v1/classify",
+    response_model=ClassifyResponse | ClassifyEachResponse,
+    openapi_extra={"requestBody": {"content": FORM_SCHEMA}},
+)
 async def classify(
     body: ClassifyRequest,
     request: Request,

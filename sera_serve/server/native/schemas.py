@@ -18,19 +18,25 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from adapters_store import MAX_PARTS
+from adapters_store import MAX_PARTS, Task
 from sera_serve.engine import (
     AdapterChoice,
     ClassifyResult,
     ConstraintSpec,
     GenerateParams,
     GenerationResult,
+    HeadResult,
+    LabelScores,
+    LabelSet,
     Priority,
+    Score,
     Tier,
     TokenDelta,
     WeightedAdapter,
 )
 from sera_serve.server.deps import TokenStream
+from sera_serve.server.native.inputs import MAX_INPUTS as MAX_INPUTS
+from sera_serve.server.native.inputs import ClassifyInputs
 from sera_serve.server.native.sampling import MAX_TOKEN_ID as MAX_TOKEN_ID
 from sera_serve.server.native.sampling import (
     SamplingFields,
@@ -53,7 +59,6 @@ from sera_serve.server.strict import RequestModel, refusal
 
 MAX_NEW_TOKENS = 1 << 20
 MAX_TOKEN_IDS = 1 << 20
-MAX_INPUTS = 1024
 MAX_TIMEOUT_S = 86_400
 MAX_CACHE_SALT = 64
 # Validation of a list stops at its first wrong element, and at the first element too many. An error object for each of
@@ -69,7 +74,6 @@ MAX_WEIGHT = 1e6
 
 AdapterReference = Annotated[str, Field(min_length=1, max_length=MAX_REFERENCE)]
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
-Input = Annotated[str, Field(min_length=1)]
 
 
 def _parts(value: Any) -> AdapterChoice | None:
@@ -339,7 +343,7 @@ class ClassifyRequest(RequestModel):
         fail_fast=True,
         description="in place of adapter: every input goes through each of these, of one tenant",
     )
-    inputs: list[Input] = Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True, description="texts to classify")
+    inputs: ClassifyInputs = Field(description="texts, sentence pairs or images to classify")
     priority: Priority = Field("normal", description=_PRIORITY)
     timeout_s: float | None = Field(None, gt=0, le=MAX_TIMEOUT_S, description=_TIMEOUT)
 
@@ -363,18 +367,65 @@ class Classification(BaseModel):
     probabilities: dict[str, float]
 
 
+class LabelSetResult(BaseModel):
+    """The labels of one input that may have several or none: those of a probability of at least 0.5."""
+
+    labels: list[str]
+    probabilities: dict[str, float] = Field(description="of each label on its own; they do not add up to 1")
+
+
+class ScoreResult(BaseModel):
+    """The number of one input."""
+
+    score: float
+
+
+class FoundSpan(BaseModel):
+    """A span of one input."""
+
+    start: int = Field(description="its first character, counted from 0 in Unicode code points")
+    end: int = Field(description="the character after its last one")
+    label: str
+    score: float = Field(description="mean probability of the tags of its tokens")
+    text: str
+
+
+class SpansResult(BaseModel):
+    """The spans of one input, in the order of their places."""
+
+    spans: list[FoundSpan]
+    truncated: bool = Field(description="whether the input is longer than the adapter reads; its rest has no spans")
+
+
 class ClassifyResponse(BaseModel):
-    """Response body of `POST /v1/classify`. The results are in the order of the inputs."""
+    """Response body of `POST /v1/classify`. The results are in the order of the inputs.
+
+    Their form is that of the adapter's task: `classify` and `image-classify` (a label, or with several labels an input
+    a list of them), `regress` (a number), `token-classify` (spans).
+    """
 
     adapter: str
     version: int | None = Field(description="null for a weighted sum")
-    results: list[Classification]
+    results: list[Classification] | list[LabelSetResult] | list[ScoreResult] | list[SpansResult]
 
     @classmethod
     def of(cls, result: ClassifyResult) -> ClassifyResponse:
         """Return the body for a finished classification."""
-        rows = [Classification(label=row.label, probabilities=row.probabilities) for row in result.results]
-        return cls(adapter=result.adapter, version=result.version, results=rows)
+        # Nothing is to be checked, and the answer may have a hundred thousand numbers.
+        return cls.model_construct(
+            adapter=result.adapter, version=result.version, results=[_row_result(row) for row in result.results]
+        )
+
+
+def _row_result(row: HeadResult) -> Classification | LabelSetResult | ScoreResult | SpansResult:
+    if isinstance(row, LabelScores):
+        return Classification.model_construct(label=row.label, probabilities=row.probabilities)
+    if isinstance(row, LabelSet):
+        return LabelSetResult.model_construct(labels=row.labels, probabilities=row.probabilities)
+    if isinstance(row, Score):
+        return ScoreResult.model_construct(score=row.score)
+    spans = [FoundSpan.model_construct(**vars(span)) for span in row.spans]
+    return SpansResult.model_construct(spans=spans, truncated=row.truncated)
 
 
 class ClassifyEachResponse(BaseModel):
@@ -422,7 +473,7 @@ class AdapterSummary(BaseModel):
     adapter: str
     version: int
     digest: str
-    task: Literal["generate", "classify"]
+    task: Task
     method: str
     base: str
     labels: list[str] | None

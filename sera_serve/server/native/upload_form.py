@@ -23,10 +23,9 @@ _MAX_PART_HEADERS = 8
 _MAX_PART_HEADER_BYTES = 4096
 # Boundaries, headers of parts, and the padding that a boundary may have.
 _MAX_OVERHEAD_BYTES = 64 << 10
+_OVERHEAD_OF_PART = 1 << 10
 # The bounds are checked after each so many bytes.
 _CHUNK_BYTES = 64 << 10
-# One before each part, one at the end. A client chooses a boundary that is not in its data.
-_MAX_BOUNDARIES = _MAX_PARTS + 2
 # RFC 2046, 5.1.1.
 _MAX_BOUNDARY_BYTES = 70
 _MEMORY_BYTES = 1 << 20
@@ -101,17 +100,35 @@ def boundary_of(content_type: str) -> bytes:
 class FormReader:
     """Reads one form. Its methods block on the disk; one thread at a time calls them."""
 
-    def __init__(self, boundary: bytes, kept: Mapping[str, int | None] = _KEPT_FILES, remedy: str = _REMEDY) -> None:
+    def __init__(
+        self,
+        boundary: bytes,
+        kept: Mapping[str, int | None] = _KEPT_FILES,
+        remedy: str = _REMEDY,
+        *,
+        max_parts: int = _MAX_PARTS,
+        in_memory: int | None = None,
+        repeats: bool = False,
+    ) -> None:
         """Set up; no file is made before a part needs it.
 
         Args:
             boundary: What separates the parts.
             kept: Fields whose files are kept, and the most bytes of each; None is the limit of the body.
             remedy: What a form of this route looks like, for messages.
+            max_parts: The most fields.
+            in_memory: Bytes of a file from which on it goes to the disk; None is as for uploads.
+            repeats: Keep every file of a field, and not the first alone.
         """
         self.parts: list[FormPart] = []
         self._kept = kept
         self._remedy = remedy
+        self._max_parts = max_parts
+        # One before each part, one at the end. A client chooses a boundary that is not in its data.
+        self._max_boundaries = max_parts + 2
+        self._max_overhead = max(_MAX_OVERHEAD_BYTES, max_parts * _OVERHEAD_OF_PART)
+        self._in_memory = _MEMORY_BYTES if in_memory is None else in_memory
+        self._repeats = repeats
         self._delimiter = b"\r\n--" + boundary
         self._files: list[BinaryIO] = []
         self._headers = _Headers()
@@ -179,8 +196,8 @@ class FormReader:
         seen = self._tail + data
         # The first boundary has no line before it.
         self._boundaries += seen.count(self._delimiter)
-        if self._boundaries > _MAX_BOUNDARIES:
-            raise InvalidForm(f"the body has more than {_MAX_BOUNDARIES} boundaries; {self._remedy}")
+        if self._boundaries > self._max_boundaries:
+            raise InvalidForm(f"the body has more than {self._max_boundaries} boundaries; {self._remedy}")
         # Too short to hold the delimiter, so that none is counted twice.
         self._tail = seen[-len(self._delimiter) + 1 :]
         # The last boundary, its two hyphens, and a line end.
@@ -190,12 +207,12 @@ class FormReader:
             self._parser.write(data)
         except FormParserError as error:
             raise InvalidForm(f"the form cannot be read: {error}; {self._remedy}") from error
-        if self._received - self._in_parts > _MAX_OVERHEAD_BYTES:
-            raise InvalidForm(f"more than {_MAX_OVERHEAD_BYTES} bytes of the body belong to no field; {self._remedy}")
+        if self._received - self._in_parts > self._max_overhead:
+            raise InvalidForm(f"more than {self._max_overhead} bytes of the body belong to no field; {self._remedy}")
 
     def _on_part_begin(self) -> None:
-        if len(self.parts) == _MAX_PARTS:
-            raise InvalidForm(f"the form has more than {_MAX_PARTS} fields; {self._remedy}")
+        if len(self.parts) == self._max_parts:
+            raise InvalidForm(f"the form has more than {self._max_parts} fields; {self._remedy}")
         self._headers = _Headers()
         self._text.clear()
 
@@ -227,9 +244,9 @@ class FormReader:
             raise InvalidForm(f"form field {part.name!r} has a transfer encoding; send its bytes as they are")
         if not part.is_file:
             _check_charset(parse_options_header(values.get(b"content-type"))[1], f"form field {part.name!r}", part.name)
-        elif part.name in self._kept and all(part.name != other.name for other in self.parts):
+        elif part.name in self._kept and (self._repeats or all(part.name != other.name for other in self.parts)):
             try:
-                part.file = cast(BinaryIO, SpooledTemporaryFile(max_size=_MEMORY_BYTES))  # noqa: SIM115
+                part.file = cast(BinaryIO, SpooledTemporaryFile(max_size=self._in_memory))  # noqa: SIM115
             except OSError as error:
                 raise _not_written(error) from error
             self._files.append(part.file)

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Query, Request
 from pydantic import JsonValue
 
 from adapters_store import AdapterStore, parse_adapter
+from adapters_store.card import run_card
 from adapters_store.errors import AdapterNotFound
 from sera_serve.access import Actor, AuditLog
 from sera_serve.server.auth import CallerOf
@@ -21,6 +22,8 @@ router = APIRouter(route_class=StrictRoute, tags=["adapters"])
 
 _MAX_METRICS = 50
 _MAX_DESCRIPTION = 2000
+_MAX_CARD_LINES = 16
+_MAX_CARD_TEXT = 400
 
 
 @router.get("/v1/adapters/{tenant}/{name}/versions")
@@ -100,9 +103,10 @@ def _version(store: AdapterStore, reference: str) -> VersionDetail | None:
     """One version, or None where it was deleted meanwhile."""
     try:
         info = store.summary(reference)
-        training = store.config(info.digest).training
+        config = store.config(info.digest)
     except AdapterNotFound:
         return None
+    training = config.training
     description = training.get("description")
     return VersionDetail(
         version=info.version,
@@ -116,6 +120,7 @@ def _version(store: AdapterStore, reference: str) -> VersionDetail | None:
         bytes=info.nbytes,
         metrics=_metrics(training.get("metrics")),
         description=description[:_MAX_DESCRIPTION] if isinstance(description, str) else None,
+        card=run_card(config, _MAX_CARD_LINES, _MAX_CARD_TEXT),
     )
 
 

@@ -10,14 +10,15 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from fastapi import APIRouter, Request, Response
 from numpy.typing import NDArray
-from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema
+from pydantic import BaseModel, Field, PlainValidator, WithJsonSchema
 
-from sera_serve.base import Pooling
+from sera_serve.base import ImageInput, Pooling
 from sera_serve.engine import Priority
 from sera_serve.server.accounting import AccountingOf
 from sera_serve.server.auth import CallerOf
 from sera_serve.server.deps import EngineOf, ReceivedAt
 from sera_serve.server.disconnect import cancel_on_disconnect
+from sera_serve.server.native.inputs import IMAGE_SCHEMA, image_of
 from sera_serve.server.native.schemas import MAX_REFERENCE, MAX_TIMEOUT_S, MAX_TOKEN_ID
 from sera_serve.server.openai.answers import to_json, with_member
 from sera_serve.server.openai.errors import InvalidOpenAIRequest, OpenAIRoute, translated_errors
@@ -36,16 +37,22 @@ _AT_ONCE = 1 << 14
 Encoding = Literal["float", "base64"]
 
 
-def _inputs(value: Any) -> list[str] | list[list[int]]:
-    """One input, or a list of them, all texts or all lists of tokens. Reading stops at the first wrong element."""
-    if isinstance(value, str):
+def _inputs(value: Any) -> list[str | ImageInput] | list[list[int]]:
+    """One input, or a list of them: texts and images, or all lists of tokens. Reading stops at the first wrong one."""
+    if isinstance(value, str | dict):
         value = [value]
     if not isinstance(value, list) or not value:
-        raise refusal("input must be a text, a list of texts, a list of tokens, or a list of such lists", "input")
-    if not isinstance(value[0], str | list):
+        raise refusal(
+            "input must be a text, an image, tokens, or a list of texts and images or of such tokens", "input"
+        )
+    if not isinstance(value[0], str | list | dict):
         value = [value]
     if len(value) > MAX_INPUTS:
         raise refusal(f"input has {len(value)} inputs; send at most {MAX_INPUTS} in one request", "input")
+    if not isinstance(value[0], list):
+        return [
+            _text_or_image(item, f"input[{index}]" if len(value) > 1 else "input") for index, item in enumerate(value)
+        ]
     kind = type(value[0])
     tokens = 0
     for index, item in enumerate(value):
@@ -58,14 +65,23 @@ def _inputs(value: Any) -> list[str] | list[list[int]]:
                 raise refusal(f"the inputs have more than {MAX_TOKENS} tokens; send fewer in one request", "input")
             if not all(type(token) is int and 0 <= token <= MAX_TOKEN_ID for token in item):
                 raise refusal(f"{place} must have integers of 0 to {MAX_TOKEN_ID}, the ids of tokens", place)
-    inputs: list[str] | list[list[int]] = value
+    inputs: list[list[int]] = value
     return inputs
+
+
+def _text_or_image(item: Any, place: str) -> str | ImageInput:
+    if isinstance(item, str) and item:
+        return item
+    if isinstance(item, dict):
+        return image_of(item, place)
+    raise refusal(f'{place} must be a text that is not empty, or {{"image": "<base64>"}}, as the first input is', place)
 
 
 _INPUT_SCHEMA = {
     "anyOf": [
         {"type": "string"},
-        {"type": "array", "items": {"type": "string"}},
+        IMAGE_SCHEMA,
+        {"type": "array", "items": {"anyOf": [{"type": "string"}, IMAGE_SCHEMA]}},
         {"type": "array", "items": {"type": "integer"}},
         {"type": "array", "items": {"type": "array", "items": {"type": "integer"}}},
     ]
@@ -78,13 +94,13 @@ class EmbeddingRequest(RequestModel):
     model: str = Field(
         min_length=1, max_length=MAX_REFERENCE, description="an adapter's reference, or the name of the base"
     )
-    input: Annotated[list[str] | list[list[int]], BeforeValidator(_inputs), WithJsonSchema(_INPUT_SCHEMA)] = Field(
-        description="a text, tokens, or a list of up to 2,048 texts or lists of tokens; none is cut"
-    )
+    input: Annotated[
+        list[str | ImageInput] | list[list[int]], PlainValidator(_inputs), WithJsonSchema(_INPUT_SCHEMA)
+    ] = Field(description="a text, an image, tokens, or a list of up to 2,048 texts and images or lists of tokens")
     encoding_format: Encoding | None = Field(
         None, description="float (the default), or base64 of the numbers as little-endian float32"
     )
-    dimensions: int | None = Field(None, ge=1, description="only the base's hidden size: the vectors are not cut")
+    dimensions: int | None = Field(None, ge=1, description="only the width of the base's vectors: they are not cut")
     user: User | None = Field(None, description="accepted for clients that send it; kept nowhere")
     pooling: Pooling | None = Field(
         None, description="last_token, cls or mean; null is that of a classifier's adapter, and else the base's own"
@@ -128,10 +144,10 @@ async def embeddings(
     received_at: ReceivedAt,
 ) -> Response:
     """One vector of each input: the pooled last hidden states of the base with the adapter."""
-    hidden_size = engine.base.hidden_size
-    if body.dimensions not in (None, hidden_size):
+    width = engine.base.embedding_size
+    if body.dimensions not in (None, width):
         raise InvalidOpenAIRequest(
-            f"dimensions is {body.dimensions}; the vectors of this base have {hidden_size} numbers, and a part of them "
+            f"dimensions is {body.dimensions}; the vectors of this base have {width} numbers, and a part of them "
             "is no embedding: leave dimensions out",
             param="dimensions",
         )

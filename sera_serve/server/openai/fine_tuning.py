@@ -273,11 +273,16 @@ def _spec(
     store: AdapterStore,
     adapter: str,
 ) -> JobSpec:
-    task: Literal["classify", "generate"] = "classify" if train.kind == "text" else "generate"
+    task: Literal["classify", "generate"] = "classify" if train.kind in ("text", "pair") else "generate"
     if shape.task not in (None, task):
         raise InvalidOpenAIRequest(
             f"the rows of training_file are for task {task}; send other rows, or leave adapter.task out",
             param="adapter.task",
+        )
+    if engine.base.image_tower is not None:
+        raise InvalidOpenAIRequest(
+            "the base takes images, and training files have texts; train with `train_adapter`, and publish the bundle",
+            param="training_file",
         )
     if task == "generate" and engine.base.kind == "encoder":
         raise InvalidOpenAIRequest(

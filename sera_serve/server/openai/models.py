@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from adapters_store import AdapterStore, AdapterSummary, parse_ref
+from adapters_store import AdapterStore, AdapterSummary, Task, parse_ref
+from sera_serve.base import BaseKind
 from sera_serve.server.auth import Caller, CallerOf
 from sera_serve.server.deps import Engine, EngineOf, ExecutorsOf, StoreOf
 from sera_serve.server.disconnect import cancel_on_disconnect
@@ -20,6 +21,15 @@ from sera_serve.server.visible import visible_page
 router = APIRouter(route_class=OpenAIRoute, tags=["openai"])
 
 
+# What most adapters of a base are for.
+_TASKS: dict[BaseKind, Task] = {
+    "decoder": "generate",
+    "encoder": "classify",
+    "vision": "image-classify",
+    "dual": "retrieve",
+}
+
+
 class Model(BaseModel):
     """The base, or an adapter."""
 
@@ -29,7 +39,7 @@ class Model(BaseModel):
     owned_by: str = Field(description="the adapter's tenant")
     root: str = Field(description="the version that the id stands for now; of the base, its own name")
     parent: str | None = Field(description="the base that the adapter was made for")
-    task: Literal["generate", "classify"]
+    task: Task
 
 
 class ModelList(BaseModel):
@@ -98,7 +108,7 @@ def _page(caller: Caller, engine: Engine, store: AdapterStore, query: ModelQuery
 
 def _base(engine: Engine) -> Model:
     name = base_name(engine)
-    task: Literal["generate", "classify"] = "generate" if engine.base.kind == "decoder" else "classify"
+    task = _TASKS[engine.base.kind]
     return Model(id=name, created=0, owned_by="sera-serve", root=name, parent=None, task=task)
 
 

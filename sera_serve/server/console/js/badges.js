@@ -5,9 +5,19 @@ import { Badge } from "./ui.js";
 
 const TIERS = { device: "on the device: it answers at once", host: "in the host's memory", store: "on disk" };
 
+const VIEWS = { generate: "playground", classify: "classify", regress: "classify", "token-classify": "classify" };
+
+/** Tasks of adapters that the view Classify takes, with commas between them. */
+export const TEXT_HEADS = Object.keys(VIEWS).filter((task) => VIEWS[task] === "classify").join(",");
+
+/** The view in which an adapter of a task can be tried, or null. */
+export function viewOf(task) {
+  return VIEWS[task] ?? null;
+}
+
 /** What an adapter is for. */
 export function TaskBadge({ task }) {
-  return html`<${Badge} tone=${task === "classify" ? "violet" : "accent"}>${task}<//>`;
+  return html`<${Badge} tone=${task === "generate" ? "accent" : "violet"}>${task}<//>`;
 }
 
 /** Where an adapter is now. */

@@ -21,12 +21,12 @@ export const SIZES = [
   ["xl", "Over 10 MiB", 10 << 20, Infinity],
 ];
 
-/** Whether an adapter matches the filters. */
+/** Whether an adapter matches the filters; `task` may be several, with commas between them. */
 export function matches(adapter, filters) {
   const [, , least, most] = SIZES.find(([value]) => value === filters.size) ?? SIZES[0];
   return (
     adapter.adapter.includes(filters.text.trim().toLowerCase()) &&
-    (!filters.task || adapter.task === filters.task) &&
+    (!filters.task || filters.task.split(",").includes(adapter.task)) &&
     (!filters.method || adapter.method === filters.method) &&
     (!filters.rank || adapter.ranks.includes(Number(filters.rank))) &&
     (!filters.split || adapter.splits.includes(Number(filters.split))) &&

@@ -2,7 +2,7 @@
 
 import { html, useState } from "../html.js";
 import { get, path, send } from "../api.js";
-import { TaskBadge, Tier } from "../badges.js";
+import { TaskBadge, Tier, viewOf } from "../badges.js";
 import { ago, bytes, count, figure, full, short } from "../format.js";
 import { go, href } from "../router.js";
 import { may, mayChange } from "../session.js";
@@ -34,12 +34,12 @@ export function Adapter({ me, tenant, name }) {
     const pinned = await send(isPinned ? "PUT" : "DELETE", `${url}/pin`);
     changed(isPinned ? `Version ${pinned.version} stays on the device.` : `Version ${pinned.version} may leave the device.`);
   });
-  const tryIt = info && (info.task === "classify" ? "classify" : "playground");
+  const tryIt = info && viewOf(info.task);
   return html`
     <${Heading} title=${html`<span class="tenant">${tenant}/</span>${name}`} back=${{ href: href(["adapters"]), title: "Adapters" }}
       beside=${html`<${CopyButton} text=${id} what="Copy the name" />`}>
       ${info && html`
-        <a class="button primary" href=${href([tryIt], { adapter: id })}>${tryIt === "classify" ? "Classify with it" : "Try it"}</a>
+        ${tryIt && html`<a class="button primary" href=${href([tryIt], { adapter: id })}>${tryIt === "classify" ? "Classify with it" : "Try it"}</a>`}
         ${canChange && html`
           <${Button} icon="pin" busy=${pin.busy} onClick=${() => pin.run(!info.pinned)}
             title=${info.pinned ? "Let it leave the device" : "Keep it on the device: it always answers at once"}>
@@ -114,8 +114,9 @@ function Versions({ history, canChange, id, task, onDialog }) {
             ${" "}${count(version.parameters)} parameters, ${bytes(version.bytes)},
             ${" "}<code title=${version.digest}>${version.digest.slice(0, 8)}</code></p>
           <${Metrics} metrics=${version.metrics} />
+          <${RunCard} card=${version.card} />
           <div class="actions">
-            ${task && html`<a class="button quiet" href=${href([task === "classify" ? "classify" : "playground"], { adapter: `${id}@v${version.version}` })}>Try this version</a>`}
+            ${task && viewOf(task) && html`<a class="button quiet" href=${href([viewOf(task)], { adapter: `${id}@v${version.version}` })}>Try this version</a>`}
             ${canChange && version.version !== served && html`<${Button} kind="plain"
               onClick=${() => onDialog({ kind: "alias", version: version.version, alias: "latest" })}>
               ${version.version < served ? "Roll back to this" : "Serve this"}<//>`}
@@ -134,6 +135,15 @@ function Metrics({ metrics }) {
   if (entries.length === 0) return null;
   return html`<dl class="metrics">${entries.map(([name, value]) => html`<div key=${name}>
     <dt>${name.replaceAll("_", " ")}</dt><dd>${figure(value)}</dd></div>`)}</dl>`;
+}
+
+// What the version's training recorded. Whoever made the adapter wrote it.
+function RunCard({ card }) {
+  const entries = Object.entries(card ?? {}).filter(([name]) => name !== "description" && name !== "metrics");
+  if (entries.length === 0) return null;
+  return html`<details class="options-box run-card"><summary>How it was trained</summary>
+    <dl class="run-card-facts">${entries.map(([name, text]) => html`<div key=${name}><dt>${name}</dt><dd>${text}</dd></div>`)}</dl>
+  </details>`;
 }
 
 function AliasDialog({ url, id, version, alias: given, aliases, onClose, onDone }) {

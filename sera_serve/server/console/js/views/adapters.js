@@ -11,7 +11,15 @@ import { Button, Empty, ErrorNote, Heading, Loading, SelectField, TextField } fr
 import { Adapter } from "./adapter.js";
 
 const PAGE = 50;
-const TASKS = [["", "Any task"], ["generate", "Generate"], ["classify", "Classify"]];
+const TASKS = [
+  ["", "Any task"],
+  ["generate", "Generate"],
+  ["classify", "Classify"],
+  ["regress", "Regress"],
+  ["token-classify", "Find spans"],
+  ["image-classify", "Classify images"],
+  ["retrieve", "Retrieve"],
+];
 
 export default function Adapters({ me }) {
   const { parts } = useStore(route);

@@ -1,7 +1,8 @@
-// A text through several classifiers: the probability of each label as a bar.
+// A text through several adapters with heads: labels as bars, numbers, or the text with its spans marked.
 
 import { html, useEffect, useRef, useState } from "../html.js";
 import { isAbort, send } from "../api.js";
+import { TEXT_HEADS } from "../badges.js";
 import { percent } from "../format.js";
 import { AdapterPicker } from "../picker.js";
 import { replace, route } from "../router.js";
@@ -50,12 +51,12 @@ export default function Classify() {
   };
   const answered = adapters.filter((adapter) => answers[adapter]);
   return html`<div onKeyDown=${onKey}>
-    <${Heading} title="Classify" lead="One text, several classifiers, and how sure each one is." />
+    <${Heading} title="Classify" lead="One text through several adapters: its label, its number, or the names in it." />
     <div class="card form">
       <${Field} label="Text" wide>
         ${(id) => html`<textarea id=${id} rows="2" value=${text} onInput=${(event) => setText(event.currentTarget.value)}></textarea>`}
       <//>
-      <${AdapterPicker} label="Classifiers" task="classify" chosen=${adapters} onChosen=${setAdapters} most=${MOST} />
+      <${AdapterPicker} label="Classifiers" task=${TEXT_HEADS} chosen=${adapters} onChosen=${setAdapters} most=${MOST} />
       <div class="form-foot">
         <${Button} kind="primary" icon="play" busy=${busy && !isLive} disabled=${!canRun} onClick=${run}>Classify<//>
         <${Check} checked=${isLive} onValue=${setLive}>While I type<//>
@@ -70,31 +71,65 @@ export default function Classify() {
 async function classified(adapter, text, signal) {
   try {
     const answer = await send("POST", "/v1/classify", { adapter, inputs: [text] }, signal);
-    return { result: answer.results[0], version: answer.version, error: null };
+    return { result: answer.results[0], text, version: answer.version, error: null };
   } catch (error) {
-    return { result: null, version: null, error: isAbort(error) ? null : error };
+    return { result: null, text, version: null, error: isAbort(error) ? null : error };
   }
 }
 
 function spoken(adapter, { result }) {
-  return result ? `${adapter}: ${result.label}, ${percent(result.probabilities[result.label])}.` : "";
+  if (!result) return "";
+  if ("score" in result) return `${adapter}: ${number(result.score)}.`;
+  if (result.spans) return `${adapter}: ${result.spans.map((span) => `${span.text}, ${span.label}`).join("; ") || "no spans"}.`;
+  if (result.labels) return `${adapter}: ${result.labels.join(", ") || "no label"}.`;
+  return `${adapter}: ${result.label}, ${percent(result.probabilities[result.label])}.`;
 }
 
-function Answer({ adapter, result, version, error }) {
-  const [showsAll, setShowsAll] = useState(false);
-  const rows = Object.entries(result?.probabilities ?? {}).sort(([, one], [, other]) => other - one);
-  const shown = showsAll ? rows : rows.slice(0, LABELS_SHOWN);
+function Answer({ adapter, result, text, version, error }) {
   return html`<section class="card answer" aria-label=${adapter}>
     <h2>${adapter}${version && html` <small>v${version}</small>`}</h2>
     <${ErrorNote} error=${error} />
-    ${result && html`<ul class="bars">${shown.map(([label, share], index) => html`<li key=${label} class=${index === 0 ? "is-first" : ""}>
+    ${result && html`<${Result} result=${result} text=${text} />`}
+  </section>`;
+}
+
+function Result({ result, text }) {
+  if ("score" in result) return html`<p class="score">${number(result.score)}</p>`;
+  if (result.spans) return html`<${Marked} text=${text} ...${result} />`;
+  return html`<${Bars} probabilities=${result.probabilities} labels=${result.labels ?? [result.label]} />`;
+}
+
+function Bars({ probabilities, labels }) {
+  const [showsAll, setShowsAll] = useState(false);
+  const rows = Object.entries(probabilities).sort(([, one], [, other]) => other - one);
+  const shown = showsAll ? rows : rows.slice(0, LABELS_SHOWN);
+  const isOne = (label) => labels.includes(label);
+  return html`<ul class="bars">${shown.map(([label, share]) => html`<li key=${label} class=${isOne(label) ? "is-first" : ""}>
       <span class="bar-label">${label}</span>
-      <${Meter} share=${share} tone=${index === 0 ? "accent" : "soft"} label=${percent(share)} />
+      <${Meter} share=${share} tone=${isOne(label) ? "accent" : "soft"} label=${percent(share)} />
       <span class="bar-value">${percent(share)}</span>
     </li>`)}</ul>
     ${rows.length > LABELS_SHOWN && html`<${Button} kind="quiet" onClick=${() => setShowsAll(!showsAll)}>
-      ${showsAll ? "Show fewer" : `Show all ${rows.length} labels`}<//>`}`}
-  </section>`;
+      ${showsAll ? "Show fewer" : `Show all ${rows.length} labels`}<//>`}`;
+}
+
+function Marked({ text, spans, truncated }) {
+  // The server counts code points, a string of JavaScript counts parts of them.
+  const characters = Array.from(text);
+  const part = (start, end) => characters.slice(start, end).join("");
+  let done = 0;
+  const parts = spans.map((span) => {
+    const before = part(done, span.start);
+    done = span.end;
+    return html`${before}<mark key=${span.start} title=${percent(span.score)}>${span.text}<small>${span.label}</small></mark>`;
+  });
+  return html`<p class="marked">${parts}${part(done)}</p>
+    ${spans.length === 0 && html`<p class="muted">No spans found.</p>`}
+    ${truncated && html`<p class="muted">The text is longer than the adapter reads: nothing was looked for in its rest.</p>`}`;
+}
+
+function number(value) {
+  return Number(value.toPrecision(5)).toString();
 }
 
 function named() {

@@ -1,0 +1,113 @@
+"""`POST /v1/classify` as a form: an adapter and image files, as `curl -F adapter=... -F image=@photo.jpg` sends it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from starlette.routing import Match
+from starlette.types import Scope
+
+from sera_serve.engine import ImageInput
+from sera_serve.errors import InvalidRequest
+from sera_serve.server.accounting import AccountingOf
+from sera_serve.server.auth import CallerOf
+from sera_serve.server.deps import EngineOf, ExecutorsOf, ReceivedAt, SettingsOf
+from sera_serve.server.disconnect import cancel_on_disconnect
+from sera_serve.server.native.schemas import MAX_REFERENCE, ClassifyResponse
+from sera_serve.server.native.upload_form import FormReader, boundary_of
+from sera_serve.server.strict import StrictRoute
+
+FORM_TYPE = "multipart/form-data"
+_REMEDY = (
+    "send multipart/form-data with the fields adapter (text) and image (one file or more): "
+    "curl -F adapter=tenant/name -F image=@photo.jpg"
+)
+FORM_SCHEMA: dict[str, Any] = {
+    FORM_TYPE: {
+        "schema": {
+            "type": "object",
+            "required": ["adapter", "image"],
+            "properties": {
+                "adapter": {"type": "string", "minLength": 1, "maxLength": MAX_REFERENCE},
+                "image": {"type": "array", "items": {"type": "string", "format": "binary"}, "minItems": 1},
+            },
+        }
+    }
+}
+
+
+class FormRoute(StrictRoute):
+    """A route for bodies that are forms. Another route of the same path reads JSON."""
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        """Match by path and method, where the body is a form."""
+        match, child = super().matches(scope)
+        if match is Match.FULL and not _is_form(scope):
+            return Match.NONE, {}
+        return match, child
+
+
+router = APIRouter(route_class=FormRoute, tags=["inference"])
+
+
+@router.post("/v1/classify", include_in_schema=False, openapi_extra={"requestBody": {"content": FORM_SCHEMA}})
+async def classify_form(
+    request: Request,
+    caller: CallerOf,
+    engine: EngineOf,
+    accounting: AccountingOf,
+    executors: ExecutorsOf,
+    settings: SettingsOf,
+    received_at: ReceivedAt,
+) -> Response:
+    """Classify each image file with the head of an adapter."""
+    boundary = boundary_of(request.headers["content-type"])
+    body = await request.body()
+    reading = executors.forms.run(_read, body, boundary, settings.max_images)
+    adapter, images = await cancel_on_disconnect(request.receive, reading)
+    account = accounting.open(request, caller.principal(adapter), None)
+    work = engine.classify(adapter, images, account.principal, account.priority, None, received_at)
+    result = await cancel_on_disconnect(request.receive, work)
+    account.count_classified([result])
+    return Response(ClassifyResponse.of(result).model_dump_json(), media_type="application/json")
+
+
+def _read(body: bytes, boundary: bytes, max_images: int) -> tuple[str, list[ImageInput]]:
+    """The adapter and the files of a form. Blocks.
+
+    Raises:
+        InvalidForm: The form cannot be read.
+        InvalidRequest: A field is missing, unknown, of the wrong kind, or there twice.
+    """
+    # One field and one file more tell what is wrong.
+    reader = FormReader(boundary, {"image": None}, _REMEDY, max_parts=max_images + 2, in_memory=len(body), repeats=True)
+    try:
+        reader.finish(body)
+        adapter: str | None = None
+        images: list[ImageInput] = []
+        for part in reader.parts:
+            if part.name == "image" and part.file is not None:
+                part.file.seek(0)
+                images.append(ImageInput(part.file.read(), f"image[{len(images)}]"))
+            elif part.name == "adapter" and not part.is_file:
+                if adapter is not None:
+                    raise InvalidRequest(f"form field 'adapter' appears twice; {_REMEDY}", param="adapter")
+                adapter = part.text
+            else:
+                kind = "a file" if part.is_file else "a text"
+                raise InvalidRequest(
+                    f"form field {part.name[:64]!r} with {kind} is not read here; {_REMEDY}", param=part.name[:64]
+                )
+    finally:
+        reader.close()
+    if adapter is None or not 1 <= len(adapter) <= MAX_REFERENCE:
+        raise InvalidRequest(f"form field 'adapter' is missing, empty or too long; {_REMEDY}", param="adapter")
+    if not images:
+        raise InvalidRequest(f"form field 'image' is missing; {_REMEDY}", param="image")
+    return adapter, images
+
+
+def _is_form(scope: Scope) -> bool:
+    kinds = [value for name, value in scope["headers"] if name == b"content-type"]
+    return any(value.partition(b";")[0].strip().lower() == FORM_TYPE.encode() for value in kinds)

@@ -1,0 +1,352 @@
+"""Images over HTTP on real servers: many adapters against transformers' own merged model, and what is refused."""
+
+from __future__ import annotations
+
+import base64
+import json
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from adapters_store import AdapterBundle, AdapterStore
+from sera_serve import SeraConfig
+from sera_serve.base import FrozenBase
+from sera_serve.client import Classified, InvalidRequestError, SeraClient
+from sera_serve.config import ServeSettings
+from sera_serve.engine import ServingEngine
+from sera_serve.server import build_app
+from support.answers import refused
+from support.factories import merged, random_adapter, random_encoder
+from support.live_server import live_server, wait_until
+from support.vision import (
+    image_classifier,
+    image_file,
+    picture,
+    pixels_of,
+    random_clip,
+    random_vit,
+    retriever,
+    spec_of,
+)
+
+SHAPES = [SeraConfig(16, 16, 8.0, "all-linear"), SeraConfig(4, 1, 8.0, "all-linear")]
+FILES = [image_file(seed, file_format) for seed, file_format in enumerate(["PNG", "JPEG", "WEBP"])]
+# Short limits, so that the tests send little.
+LIMITS = {"max_image_bytes": 1_600_000, "max_image_pixels": 250_000, "max_images": 8}
+
+
+@dataclass(frozen=True)
+class Live:
+    """A server of one base, and its adapters."""
+
+    url: str
+    engine: ServingEngine
+    bundles: dict[str, AdapterBundle]
+
+    @property
+    def base(self) -> FrozenBase:
+        return self.engine.base
+
+
+def serve(
+    base: FrozenBase, make: Callable[[FrozenBase, int], AdapterBundle], folder: Any, **settings: Any
+) -> Iterator[Live]:
+    store = AdapterStore(folder / "store")
+    bundles = {}
+    for seed in range(4):
+        bundles[f"acme/a{seed}"] = make(base, seed)
+        store.publish(bundles[f"acme/a{seed}"], f"acme/a{seed}")
+    engine = ServingEngine(base, store, ServeSettings(store=store.root, pool_mib=4, **{**LIMITS, **settings}))
+    with live_server(build_app(engine, store, engine.settings)) as url:
+        yield Live(url, engine, bundles)
+
+
+def classifier(base: FrozenBase, seed: int) -> AdapterBundle:
+    pooling = ["cls", "mean"][seed // 2]
+    return image_classifier(base, SHAPES[seed % 2], seed, ["crack", "road", "sky"][: 2 + seed % 2], pooling)
+
+
+@pytest.fixture(scope="module")
+def vision(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    yield from serve(random_vit(), classifier, tmp_path_factory.mktemp("vision"))
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    def make(base: FrozenBase, seed: int) -> AdapterBundle:
+        return retriever(base, SHAPES[seed % 2], seed) if seed % 2 == 0 else classifier(base, seed)
+
+    yield from serve(random_clip(), make, tmp_path_factory.mktemp("clip"))
+
+
+def encoded(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def image(data: bytes) -> dict[str, str]:
+    return {"image": encoded(data)}
+
+
+def post(live: Live, body: Any, path: str = "/v1/classify") -> httpx.Response:
+    return httpx.post(live.url + path, json=body, timeout=30)
+
+
+def expected(live: Live, name: str, files: list[bytes]) -> torch.Tensor:
+    bundle = live.bundles[name]
+    assert bundle.config.image is not None
+    pixels = torch.cat([pixels_of(data, bundle.config.image) for data in files])
+    model: Any = merged(live.base, bundle).model
+    if live.base.kind == "dual":
+        states = model.vision_model.post_layernorm(model.vision_model(pixel_values=pixels).last_hidden_state)
+    else:
+        states = model(pixel_values=pixels).last_hidden_state
+    pooled = states[:, 0] if bundle.config.pooling == "cls" else states[:, 1:].mean(1)
+    logits: torch.Tensor = pooled @ bundle.tensors["head.weight"].T + bundle.tensors["head.bias"]
+    return logits.softmax(1)
+
+
+def scores(answer: dict[str, Any]) -> torch.Tensor:
+    return torch.tensor([list(result["probabilities"].values()) for result in answer["results"]])
+
+
+def test_many_adapters_at_once_are_transformers_own_merged_model(vision: Live) -> None:
+    names = [*vision.bundles] * 3
+    bodies = [{"adapter": name, "inputs": [image(data) for data in FILES]} for name in names]
+    with ThreadPoolExecutor(len(bodies)) as pool:
+        answers = list(pool.map(lambda body: post(vision, body), bodies))
+    wanted = {name: expected(vision, name, FILES) for name in vision.bundles}
+    for name, answer in zip(names, answers, strict=True):
+        assert answer.status_code == 200, answer.text
+        torch.testing.assert_close(scores(answer.json()), wanted[name], rtol=1e-4, atol=1e-5)
+
+
+def test_the_ways_to_send_an_image_are_one(vision: Live) -> None:
+    name = "acme/a1"
+    types = ["image/png", "image/jpeg", "image/webp"]
+    as_urls = [f"data:{kind};base64,{encoded(data)}" for kind, data in zip(types, FILES, strict=True)]
+    by_json = post(vision, {"adapter": name, "inputs": [image(data) for data in FILES]}).json()
+    by_url = post(vision, {"adapter": name, "inputs": [{"image": url} for url in as_urls]}).json()
+    files = [("image", (f"{index}.bin", data)) for index, data in enumerate(FILES)]
+    by_form = httpx.post(f"{vision.url}/v1/classify", data={"adapter": name}, files=files)
+    assert by_form.status_code == 200, by_form.text
+    several = post(vision, {"adapters": ["acme/a0", name], "inputs": [image(data) for data in FILES]}).json()
+    assert by_json == by_url == by_form.json() == several["adapters"][1]
+    assert [result["label"] in ("crack", "road", "sky") for result in by_json["results"]] == [True] * 3
+
+
+def test_both_towers_of_clip_are_transformers_own(clip: Live) -> None:
+    inputs: list[Any] = ["a cat", image(FILES[0]), "a dog", image(FILES[1])]
+    for model in ("random-clip", "acme/a0", "acme/a2"):
+        answer = post(clip, {"model": model, "input": inputs}, "/v1/embeddings")
+        assert answer.status_code == 200, answer.text
+        own: Any = (clip.base if model == "random-clip" else merged(clip.base, clip.bundles[model])).model
+        rows = []
+        for text, data in (("a cat", FILES[0]), ("a dog", FILES[1])):
+            ids = clip.base.tokenizer(text, return_tensors="pt")
+            mask = ids["attention_mask"]
+            rows.append(own.get_text_features(input_ids=ids["input_ids"], attention_mask=mask).pooler_output)
+            rows.append(own.get_image_features(pixel_values=pixels_of(data, spec_of(clip.base))).pooler_output)
+        want = torch.nn.functional.normalize(torch.cat(rows), dim=-1)
+        got = torch.tensor([item["embedding"] for item in answer.json()["data"]])
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+        # <bos>, five bytes, <eos>; and the 17 tokens of an image.
+        assert answer.json()["usage"]["prompt_tokens"] == 7 + 17 + 7 + 17
+    wrong = post(clip, {"model": "random-clip", "input": inputs, "dimensions": 64}, "/v1/embeddings")
+    assert "have 32 numbers" in refused(wrong, 400, "invalid_request")["message"]
+
+
+def test_a_classifier_of_clips_image_tower(clip: Live) -> None:
+    answer = post(clip, {"adapter": "acme/a1", "inputs": [image(data) for data in FILES]})
+    torch.testing.assert_close(scores(answer.json()), expected(clip, "acme/a1", FILES), rtol=1e-4, atol=1e-5)
+    no_head = post(clip, {"adapter": "acme/a0", "inputs": [image(FILES[0])]})
+    assert "/v1/embeddings" in refused(no_head, 422, "unsupported_task")["message"]
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+HEADER = chunk(b"IHDR", struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0))
+BOMB = b"\x89PNG\r\n\x1a\n" + HEADER + chunk(b"IDAT", zlib.compress(b"\0" * 100_000)) + chunk(b"IEND", b"")
+HOSTILE = {
+    "a bomb": (image(BOMB), "image_too_large", "inputs[0].image"),
+    "too many pixels": (image(image_file(picture(0, 600, 500))), "image_too_large", "inputs[0].image"),
+    "too many bytes": ({"image": "A" * 2_140_000}, "image_too_large", "inputs[0].image"),
+    "truncated": (image(FILES[1][:200]), "invalid_image", "inputs[0].image"),
+    "a GIF": (image(image_file(0, "GIF")), "invalid_image", "inputs[0].image"),
+    "animated": (
+        image(image_file(picture(0), "WEBP", save_all=True, append_images=[picture(1)])),
+        "invalid_image",
+        "inputs[0].image",
+    ),
+    "no image": (image(b"hello, world"), "invalid_image", "inputs[0].image"),
+    "no base64": ({"image": "%%%"}, "invalid_image", "inputs[0].image"),
+    "line breaks": ({"image": "aGVs\nbG8="}, "invalid_image", "inputs[0].image"),
+    "cut base64": ({"image": encoded(FILES[0])[:-3]}, "invalid_image", "inputs[0].image"),
+    "a URL": ({"image": "https://example.com/cat.png"}, "invalid_value", "inputs[0].image"),
+    "a file URL": ({"image": "file:///etc/passwd"}, "invalid_value", "inputs[0].image"),
+    "a data URL of text": ({"image": "data:text/html;base64,aGVsbG8="}, "invalid_value", "inputs[0].image"),
+    "a data URL without base64": ({"image": "data:image/png,abc"}, "invalid_value", "inputs[0].image"),
+    "an empty data URL": ({"image": "data:image/png;base64,"}, "invalid_image", "inputs[0].image"),
+    "empty": ({"image": ""}, "invalid_value", "inputs[0].image"),
+    "no text": ({"image": 5}, "invalid_value", "inputs[0].image"),
+    "another field": ({"image": "aGVsbG8=", "detail": "low"}, "invalid_value", "inputs[0]"),
+    "an empty object": ({}, "invalid_value", "inputs[0]"),
+    "half a pair": ({"text": "a"}, "invalid_value", "inputs[0]"),
+    "a text": ("a text", "unsupported_task", "inputs"),
+    "a pair": ({"text": "a", "text_pair": "b"}, "unsupported_task", "inputs"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_images_get_typed_errors(name: str, vision: Live) -> None:
+    item, code, param = HOSTILE[name]
+    error = refused(post(vision, {"adapter": "acme/a0", "inputs": [item]}), 422, code)
+    assert error["param"] == param
+    wait_until(lambda: vision.engine.in_flight() == 0)
+
+
+def test_one_wrong_image_is_named(vision: Live) -> None:
+    inputs = [image(FILES[0]), image(FILES[1][:100]), image(FILES[2])]
+    error = refused(post(vision, {"adapter": "acme/a0", "inputs": inputs}), 422, "invalid_image")
+    assert error["param"] == "inputs[1].image"
+    many = [image(FILES[0])] * 9
+    error = refused(post(vision, {"adapter": "acme/a0", "inputs": many}), 422, "image_too_large")
+    assert (error["param"], "at most 8" in error["message"]) == ("inputs", True)
+    files = [("image", ("a.png", FILES[0])), ("image", ("b.png", b"nothing"))]
+    form = httpx.post(f"{vision.url}/v1/classify", data={"adapter": "acme/a0"}, files=files)
+    assert refused(form, 422, "invalid_image")["param"] == "image[1]"
+
+
+@pytest.mark.parametrize(
+    ("data", "files", "code", "param"),
+    [
+        ({}, [("image", ("a", FILES[0]))], "invalid_request", "adapter"),
+        ({"adapter": "acme/a0"}, [], "unsupported_media_type", None),
+        ({"adapter": "acme/a0"}, [("picture", ("a", FILES[0]))], "invalid_request", "picture"),
+        ({"adapter": "acme/a0", "priority": "high"}, [("image", ("a", FILES[0]))], "invalid_request", "priority"),
+        ({"adapter": "acme/a0"}, [("adapter", ("a", b"x"))], "invalid_request", "adapter"),
+        ({"adapter": ["acme/a0", "acme/a1"]}, [("image", ("a", FILES[0]))], "invalid_request", "adapter"),
+        ({"adapter": "acme/a0"}, [("image", ("a", FILES[0]))] * 12, "invalid_multipart", None),
+        ({"adapter": "acme/a0", "image": "text"}, [("image", ("a", FILES[0]))], "invalid_request", "image"),
+        ({"adapter": "nobody"}, [("image", ("a", FILES[0]))], "invalid_adapter_name", None),
+    ],
+)
+def test_wrong_forms(vision: Live, data: Any, files: Any, code: str, param: str | None) -> None:
+    response = httpx.post(f"{vision.url}/v1/classify", data=data, files=files)
+    status = {"invalid_multipart": 400, "unsupported_media_type": 415}.get(code, 422)
+    error = refused(response, status, code)
+    assert param is None or error["param"] == param
+
+
+def test_a_vision_base_refuses_texts_and_says_what_it_takes(vision: Live) -> None:
+    assert httpx.get(f"{vision.url}/readyz").status_code == 200
+    models = httpx.get(f"{vision.url}/v1/models").json()["data"]
+    assert models[0]["task"] == "image-classify"
+    me = httpx.get(f"{vision.url}/v1/me").json()
+    assert me["base"] == {"name": "random-vit", "kind": "vision"}
+    error = refused(post(vision, {"prompt": "hello"}, "/v1/generate"), 422, "unsupported_task")
+    assert "send images to /v1/classify" in error["message"]
+    for path, body in (
+        ("/v1/completions", {"prompt": "hello"}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hello"}]}),
+        ("/v1/embeddings", {"input": "hello"}),
+        ("/tokenize", {"prompt": "hello"}),
+        ("/detokenize", {"tokens": [1]}),
+    ):
+        answer = post(vision, {"model": "random-vit"} | body, path)
+        assert answer.status_code in (400, 422), path
+        assert answer.json()["error"]["code"] in ("unsupported_task", "chat_template_missing"), (path, answer.text)
+    vectors = post(vision, {"model": "random-vit", "input": image(FILES[0])}, "/v1/embeddings")
+    assert len(vectors.json()["data"][0]["embedding"]) == 64
+
+
+def test_images_to_a_base_of_text_are_refused(tmp_path: Any) -> None:
+    base = random_encoder()
+
+    def make(base: FrozenBase, seed: int) -> AdapterBundle:
+        return random_adapter(base, SHAPES[1], seed, labels=["a", "b"])
+
+    for live in serve(base, make, tmp_path):
+        response = post(live, {"adapter": "acme/a0", "inputs": [image(FILES[0])]})
+        assert refused(response, 422, "unsupported_task")["param"] == "inputs[0].image"
+        pairs = post(live, {"adapter": "acme/a0", "inputs": [{"text": "a", "text_pair": "b"}]})
+        assert pairs.status_code == 200
+        # The limit of texts holds: no image is to come.
+        long = httpx.post(f"{live.url}/v1/classify", content=b" " * 1_200_000)
+        assert long.status_code == 413
+
+
+def test_a_large_image_passes_and_a_long_body_of_anything_else_does_not(vision: Live) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (480, 500, 3), dtype=np.uint8)
+    data = image_file(Image.fromarray(noise), "PNG", compress_level=0)
+    assert len(data) * 4 / 3 < 1_600_000
+    large = json.dumps({"adapter": "acme/a0", "inputs": [image(data)] * 2}).replace("/", "\\/")
+    assert len(large) > 1 << 20
+    answer = httpx.post(
+        f"{vision.url}/v1/classify", content=large, headers={"content-type": "application/json"}, timeout=30
+    )
+    assert answer.status_code == 200, answer.text
+    for filler in ('"a",', '"\\u0041\\u0042",', '"é",'):
+        body = f'{{"adapter":"acme/a0","inputs":[{filler * (1_400_000 // len(filler.encode()))}"a"]}}'
+        response = httpx.post(
+            f"{vision.url}/v1/classify", content=body.encode(), headers={"content-type": "application/json"}
+        )
+        error = refused(response, 400, "invalid_json")
+        assert "may only have images" in error["message"]
+    over = httpx.post(f"{vision.url}/v1/classify", content=b" " * 2_300_000)
+    assert "max_image_bytes" in refused(over, 413, "body_too_large")["message"]
+
+
+def test_accounts_charge_the_tokens_of_images(vision: Live) -> None:
+    def tokens() -> float:
+        text = httpx.get(f"{vision.url}/metrics").text
+        wanted = 'sera_tenant_tokens_total{kind="prompt",tenant="acme"}'
+        (line,) = [line for line in text.splitlines() if line.startswith(wanted)]
+        return float(line.rpartition(" ")[2])
+
+    post(vision, {"adapter": "acme/a0", "inputs": [image(FILES[0])]})
+    before = tokens()
+    post(vision, {"adapter": "acme/a0", "inputs": [image(data) for data in FILES]})
+    assert tokens() - before == 3 * 17
+
+
+def test_the_clients_send_images_from_bytes_and_paths(vision: Live, clip: Live, tmp_path: Path) -> None:
+    path = tmp_path / "photo.jpg"
+    path.write_bytes(FILES[1])
+    want = scores(post(vision, {"adapter": "acme/a0", "inputs": [image(FILES[0]), image(FILES[1])]}).json())
+
+    def of(found: Classified) -> torch.Tensor:
+        return scores(found.model_dump())
+
+    with SeraClient(vision.url) as client:
+        torch.testing.assert_close(of(client.classify([FILES[0], path], adapter="acme/a0")), want)
+        torch.testing.assert_close(of(client.classify(path, adapter="acme/a0")), want[1:])
+        (each,) = client.classify_each([FILES[0]], adapters=["acme/a0"])
+        torch.testing.assert_close(of(each), want[:1])
+        with pytest.raises(InvalidRequestError, match="no JPEG, PNG or WebP"):
+            client.classify(b"nothing", adapter="acme/a0")
+    with SeraClient(clip.url) as client:
+        vectors = client.embed(["a cat", path, FILES[0]], model="acme/a0").vectors
+        assert [len(vector) for vector in vectors] == [32] * 3
+
+
+def test_several_labels_an_image(vision: Live) -> None:
+    bundle = image_classifier(vision.base, SHAPES[1], 9, ["crack", "wet", "leaves"])
+    several = AdapterBundle(bundle.config.model_copy(update={"multi_label": True}), bundle.tensors)
+    vision.engine.check_bundle(several)
+    vision.engine.store.publish(several, "acme/several")
+    answer = post(vision, {"adapter": "acme/several", "inputs": [image(data) for data in FILES]}).json()
+    for result in answer["results"]:
+        chosen = [label for label, probability in result["probabilities"].items() if probability >= 0.5]
+        assert result["labels"] == chosen
