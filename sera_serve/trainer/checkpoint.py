@@ -1,9 +1,9 @@
 """Checkpoints of a training run, and the folder that holds them.
 
-A checkpoint is a folder `checkpoint-STEP` with `tensors.safetensors` (adapter, head, optimiser moments, generator
-states), `extra.json` (optimiser groups, schedule, Python's and numpy's generators) and transformers'
-`trainer_state.json`. It has no pickle. It is written under another name, synced, and renamed, so a kill at any moment
-leaves complete checkpoints only. A checkpoint that was damaged later is recognised and skipped.
+A checkpoint is a folder `checkpoint-STEP` with `tensors.safetensors` (adapter, head, optimiser moments, rank
+allocation, generator states), `extra.json` (optimiser groups, schedule, Python's and numpy's generators) and
+transformers' `trainer_state.json`. It has no pickle. It is written under another name, synced, and renamed, so a kill
+at any moment leaves complete checkpoints only. A checkpoint that was damaged later is recognised and skipped.
 
 The folder of a run is named by the settings, data and base that decide the result. One process at a time uses it, and
 it is deleted when the adapter is published.
@@ -28,16 +28,24 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import TrainerState
 
 from sera_serve.errors import SeraServeError
 
 STATE_FILE = "trainer_state.json"
 _TENSORS, _EXTRA, _PARTIAL = "tensors.safetensors", "extra.json", "partial-checkpoint"
+_NESTED = "/"
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
 def save_checkpoint(
-    run_dir: Path, step: int, stored: Mapping[str, Tensor], optimiser: Any, schedule: Any, state: Any
+    run_dir: Path,
+    step: int,
+    stored: Mapping[str, Tensor],
+    optimiser: Any,
+    schedule: Any,
+    state: Any,
+    allocation: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write `checkpoint-STEP`. It is complete and durable when this returns.
 
@@ -48,6 +56,7 @@ def save_checkpoint(
         optimiser: Torch optimiser.
         schedule: Torch learning-rate scheduler.
         state: transformers' `TrainerState`.
+        allocation: The state of a rank allocation.
     """
     partial, final = run_dir / _PARTIAL, run_dir / f"checkpoint-{step}"
     for folder in (partial, final):
@@ -56,7 +65,8 @@ def save_checkpoint(
     optimiser_state = optimiser.state_dict()
     tensors = {f"adapter.{name}": tensor for name, tensor in stored.items()}
     for index, moments in optimiser_state["state"].items():
-        tensors.update({f"optimiser.{index}.{key}": tensor for key, tensor in moments.items()})
+        tensors.update({f"optimiser.{index}.{key}": tensor for key, tensor in _flat(moments)})
+    tensors.update({f"allocation.{name}": tensor for name, tensor in (allocation or {}).items()})
     tensors["generator.cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["generator.cuda"] = torch.cuda.get_rng_state()
@@ -77,19 +87,46 @@ def save_checkpoint(
     return final
 
 
+def _flat(state: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The values of an optimiser's state. bitsandbytes has numbers and a mapping among the tensors."""
+    for key, value in state.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}{_NESTED}")
+        else:
+            yield prefix + key, torch.as_tensor(value)
+
+
 def load_stored(checkpoint: Path) -> dict[str, Tensor]:
     """Load the adapter's tensors of a checkpoint, on the CPU."""
+    return _load_part(checkpoint, "adapter.")
+
+
+def load_allocation(checkpoint: Path) -> dict[str, Tensor]:
+    """Load the state of the rank allocation of a checkpoint, on the CPU; empty if there is none."""
+    return _load_part(checkpoint, "allocation.")
+
+
+def _load_part(checkpoint: Path, prefix: str) -> dict[str, Tensor]:
     tensors = load_file(checkpoint / _TENSORS)
-    return {k.removeprefix("adapter."): v for k, v in tensors.items() if k.startswith("adapter.")}
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def read_state(checkpoint: Path) -> TrainerState:
+    """Read the trainer's state of a checkpoint: its step, its best step, and the history of losses and metrics."""
+    return TrainerState.load_from_json(str(checkpoint / STATE_FILE))
 
 
 def load_optimiser(checkpoint: Path, optimiser: Any, schedule: Any) -> None:
     """Restore the optimiser's moments and the schedule."""
-    state: dict[int, dict[str, Tensor]] = {}
+    state: dict[int, dict[str, Any]] = {}
     for name, tensor in load_file(checkpoint / _TENSORS).items():
         if name.startswith("optimiser."):
             _, index, key = name.split(".", 2)
-            state.setdefault(int(index), {})[key] = tensor
+            *outer, last = key.split(_NESTED)
+            inner = state.setdefault(int(index), {})
+            for part in outer:
+                inner = inner.setdefault(part, {})
+            inner[last] = tensor if tensor.dtype != torch.int64 else int(tensor)
     extra = _read_json(checkpoint / _EXTRA)
     optimiser.load_state_dict({"state": state, "param_groups": extra["groups"]})
     schedule.load_state_dict(extra["schedule"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
 
 import typer
 from pydantic.fields import FieldInfo
@@ -13,36 +13,56 @@ from rich.console import Console
 
 from adapters_store import StoreError
 from sera_serve.errors import InvalidConfiguration, SeraServeError
+from sera_serve.trainer.compare.command import compare_command
+from sera_serve.trainer.init_file import settings_yaml, write_settings
+from sera_serve.trainer.patterns import PATTERN_OPTIONS
 from sera_serve.trainer.settings import RUN, WHAT, TrainSettings, flag, load_options
+from sera_serve.trainer.task_options import Task
 
 # Types of flags whose fields have a wider type.
-_FLAG_TYPES: dict[str, Any] = {"target_modules": str, "train_factors": str}
+_FLAG_TYPES: dict[str, Any] = dict.fromkeys(("target_modules", "train_factors", *PATTERN_OPTIONS), str)
+_WIDEST_CHOICE = 20
 
 
 def main() -> None:
     """Run the console script."""
     app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
-    app.command()(_command())
+    app.callback(invoke_without_command=True)(_command())
+    app.command("compare")(compare_command)
+    app.command("init")(_init_command())
     app()
 
 
 def _command() -> Any:
     """Build the command function, with one parameter for each field of `TrainSettings`."""
 
-    def command(**options: Any) -> None:
-        config, as_json = options.pop("config"), options.pop("json")
+    def command(ctx: typer.Context, **options: Any) -> None:
+        if ctx.invoked_subcommand is not None:
+            if given := [name for name, value in options.items() if value not in (None, False)]:
+                _fail(
+                    f"{flag(given[0])} belongs to a training run; put the options of {ctx.invoked_subcommand} after it",
+                    2,
+                )
+            return
+        config, jobs, as_json = options.pop("config"), options.pop("jobs"), options.pop("json")
+        dry = options.pop("dry_run")
+        if jobs is not None:
+            if dry:
+                _fail("--dry-run looks at one run; give the options of one job in place of --jobs", 2)
+            _run_jobs(jobs, config, options, as_json=as_json)
+            return
         try:
             settings = load_options(config, options)
         except InvalidConfiguration as error:
             _fail(error.message, 2)
-        run(settings, as_json=as_json)
+        run(settings, as_json=as_json, dry=dry)
 
     command.__doc__ = """Train a SeRA adapter on a frozen base and publish it to a store.
 
     Example: `train_adapter --base embedded --store store --name acme/spam --task classify --train spam.csv
     --text-column text --label-column label`
 
-    After a kill, the same command continues from the last checkpoint.
+    `--dry-run` tells first what the run will need. After a kill, the same command continues from the last checkpoint.
     """
     parameters = [_parameter(name, field) for name, field in TrainSettings.model_fields.items()]
     parameters += [
@@ -57,6 +77,18 @@ def _command() -> Any:
             None,
         ),
         _keyword(
+            "jobs",
+            Annotated[
+                Path | None,
+                typer.Option(
+                    help="YAML plan of several adapters to train at once over one base: `defaults`, and a list "
+                    "`jobs` of options; flags win over the file.",
+                    rich_help_panel=WHAT,
+                ),
+            ],
+            None,
+        ),
+        _keyword(
             "json",
             Annotated[
                 bool,
@@ -65,9 +97,45 @@ def _command() -> Any:
             False,
         ),
     ]
+    dry_help = "Read and check the rows, and tell parameters, memory and time; train and publish nothing."
+    parameters.append(
+        _keyword("dry_run", Annotated[bool, typer.Option("--dry-run", help=dry_help, rich_help_panel=RUN)], False)
+    )
+    context = inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
+    parameters.insert(0, context)
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return command
+
+
+def _init_command() -> Any:
+    """Build the function of `init`, with one optional flag for each field of `TrainSettings`."""
+
+    def init(file: Path, task: Task, **options: Any) -> None:
+        try:
+            text = settings_yaml(task, options)
+            if str(file) == "-":
+                typer.echo(text, nl=False)
+                return
+            write_settings(file, text)
+        except InvalidConfiguration as error:
+            _fail(error.message, 2)
+        typer.echo(f"wrote {file}; edit it, and train with: train_adapter --config {file}")
+
+    init.__doc__ = """Write a YAML file with every option of a task, its help and its default.
+
+    Example: `train_adapter init spam.yaml --task classify`. Flags that are given become lines of the file.
+    """
+    where = typer.Argument(help="The file to write, which must not exist; - writes to stdout.", show_default=False)
+    which = typer.Option("--task", help="The task to write the options of.", show_default=False, rich_help_panel=WHAT)
+    parameters = [
+        inspect.Parameter("file", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=Annotated[Path, where]),
+        inspect.Parameter("task", inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[Task, which]),
+        *(_parameter(name, field) for name, field in TrainSettings.model_fields.items() if name != "task"),
+    ]
+    init.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    init.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return init
 
 
 def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
@@ -80,41 +148,93 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
         default = " **Required.**"
     else:
         default = "" if field.default is None or is_switch else f" Default: {field.default}."
+    values = _long_choice(kind)
     option = typer.Option(
         f"{flag(name)}/{flag('no-' + name)}" if is_switch else flag(name),
-        help=f"{field.description}{default}",
+        help=f"{field.description}{f' One of {values}.' if values else ''}{default}",
+        metavar="<choice>" if values else None,
         rich_help_panel=str(extra["group"]),
         show_default=False,
     )
     return _keyword(name, Annotated[kind | None, option], None)
 
 
+def _long_choice(kind: Any) -> str:
+    """The values of a choice too long for the column of types, which would leave no room for names and help."""
+    members = [kind, *get_args(kind)]
+    values = next((get_args(member) for member in members if get_origin(member) is Literal), ())
+    text = ", ".join(map(str, values))
+    return text if len(text) > _WIDEST_CHOICE else ""
+
+
 def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
-def run(settings: TrainSettings, *, as_json: bool) -> None:
-    """Train, and print the result on stdout. Progress goes to stderr."""
+def run(settings: TrainSettings, *, as_json: bool, dry: bool = False) -> None:
+    """Train, or with `dry` tell what training would need, and print the result on stdout. Progress goes to stderr."""
     # These imports are slow, and --help does not need them.
     from transformers.utils.logging import disable_progress_bar
 
+    from sera_serve.trainer.dry_run import DryRun, dry_run
+    from sera_serve.trainer.dry_run_report import show_dry_run
+    from sera_serve.trainer.parallel import join_processes
     from sera_serve.trainer.run import TrainResult, train_adapter
 
     # A small base loads at once, so a progress bar would only clutter the terminal.
     disable_progress_bar()
     progress = Console(stderr=True)
     try:
-        result: TrainResult = train_adapter(settings, console=progress)
+        result: TrainResult | DryRun = (dry_run if dry else train_adapter)(settings, console=progress)
     except (SeraServeError, StoreError) as error:
         _fail(error.message, 1)
     except OSError as error:
         _fail(f"{error.filename or settings.store}: {error.strerror}", 1)
     except KeyboardInterrupt:
         _fail("stopped; the same command continues from the last checkpoint", 130)
+    if not join_processes(settings.device).is_main:
+        return
     if as_json:
         typer.echo(json.dumps(result.as_json()))
+    elif isinstance(result, DryRun):
+        show_dry_run(result, Console(highlight=False))
     else:
         _summarise(settings, result)
+
+
+def _run_jobs(path: Path, config: Path | None, flags: dict[str, Any], *, as_json: bool) -> None:
+    """Train the jobs of a plan, and print one line for each on stdout; the exit status is 1 if one failed."""
+    from transformers.utils.logging import disable_progress_bar
+
+    from sera_serve.trainer.together.jobs import train_jobs
+    from sera_serve.trainer.together.plan import load_plan
+
+    if config is not None:
+        _fail("--jobs excludes --config; put the options of all jobs under `defaults` of the plan", 2)
+    try:
+        plan = load_plan(path, flags)
+    except InvalidConfiguration as error:
+        _fail(error.message, 2)
+    disable_progress_bar()
+    try:
+        results = train_jobs(plan, console=Console(stderr=True))
+    except (SeraServeError, StoreError) as error:
+        _fail(error.message, 1)
+    except OSError as error:
+        _fail(f"{error.filename or plan.jobs[0].store}: {error.strerror}", 1)
+    except KeyboardInterrupt:
+        _fail("stopped; the same command continues from the last checkpoints", 130)
+    failed = [result for result in results if result.result is None]
+    if as_json:
+        typer.echo(json.dumps({"jobs": [result.as_json() for result in results], "failed": len(failed)}))
+    else:
+        for result in results:
+            found = result.result or {}
+            scores = "  ".join(f"{name} {value:.4f}" for name, value in found.get("metrics", {}).items())
+            typer.echo(f"{result.name}  {result.status}  " + (f"version {found['version']}  {scores}" if found else ""))
+    if failed:
+        reasons = "; ".join(f"{result.name}: {(result.error or {}).get('message')}" for result in failed)
+        _fail(f"{len(failed)} of {len(results)} jobs failed: {reasons}", 1)
 
 
 def _summarise(settings: TrainSettings, result: Any) -> None:
@@ -129,11 +249,20 @@ def _summarise(settings: TrainSettings, result: Any) -> None:
     for name, text in lines.items():
         typer.echo(f"  {name:<15}{text}")
     typer.echo("Serve it:")
-    path = "classify" if settings.task == "classify" else "generate"
-    body: dict[str, Any] = {"adapter": result.adapter}
-    body |= {"inputs": ["some text"]} if settings.task == "classify" else {"prompt": "some text"}
     typer.echo(f"  sera-serve serve --base {settings.base} --store {settings.store}")
-    typer.echo(f"  curl http://localhost:8000/v1/{path} -H 'Content-Type: application/json' -d '{json.dumps(body)}'")
+    typer.echo(f"  curl http://localhost:8000/v1/{_request(settings, result.adapter)}")
+
+
+def _request(settings: TrainSettings, adapter: str) -> str:
+    """The rest of a curl command that asks the adapter."""
+    if settings.task == "image-classify":
+        return f"classify -F adapter={adapter} -F image=@photo.jpg"
+    example: Any = {"text": "some text", "text_pair": "another"} if settings.text_pair_column else "some text"
+    path, body = {
+        "generate": ("generate", {"adapter": adapter, "prompt": "some text"}),
+        "retrieve": ("embeddings", {"model": adapter, "input": ["some text"]}),
+    }.get(settings.task, ("classify", {"adapter": adapter, "inputs": [example]}))
+    return f"{path} -H 'Content-Type: application/json' -d '{json.dumps(body)}'"
 
 
 def _fail(message: str, status: int) -> NoReturn:

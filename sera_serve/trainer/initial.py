@@ -8,7 +8,7 @@ from adapters_store import AdapterBundle, AdapterStore, check_base
 from sera_serve.base import FrozenBase
 from sera_serve.errors import InvalidConfiguration
 from sera_serve.layers import SeraConfig, attach_layers
-from sera_serve.trainer.settings import METHODS, TrainSettings
+from sera_serve.trainer.settings import METHODS, Method, TrainSettings
 
 
 @dataclass(frozen=True)
@@ -25,23 +25,20 @@ class InitialAdapter:
     digest: str
     bundle: AdapterBundle
 
-    @property
-    def labels(self) -> list[str] | None:
-        """The labels of a classifier, in the order of its head."""
-        return self.bundle.config.labels
-
-    @property
-    def chat_template(self) -> str | None:
-        """The template of a generator that answers chats."""
-        return self.bundle.config.chat_template
-
     def settings(self, settings: TrainSettings) -> TrainSettings:
         """The settings of a run that goes on from this adapter: its method, pooling and length."""
         config = self.bundle.config
-        kept: dict[str, object] = {"method": config.method, "pooling": config.pooling}
+        kept: dict[str, object] = {"method": self.method, "pooling": config.pooling}
         if settings.max_length is None and config.max_length is not None:
             kept["max_length"] = config.max_length
         return settings.model_copy(update=kept)
+
+    @property
+    def method(self) -> Method:
+        """The method that the adapter was trained with. The record may name a variant of the stored method."""
+        config = self.bundle.config
+        variants = [name for name, preset in METHODS.items() if preset.stored == config.method]
+        return next((name for name in variants if name == config.training.get("method")), config.method)
 
     def attach(self, base: FrozenBase, dropout: float) -> None:
         """Attach layers of the adapter's shape to a base. Their values are not the adapter's yet.
@@ -52,7 +49,7 @@ class InitialAdapter:
         """
         config = self.bundle.config
         check_base(config, base.info, base.module_shapes())
-        factors = METHODS[config.method].train_factors
+        factors = METHODS[self.method].train_factors
         shapes = {
             path: SeraConfig(
                 rank=spec.rank,
@@ -73,7 +70,8 @@ def load_initial(settings: TrainSettings, store: AdapterStore) -> InitialAdapter
 
     Raises:
         AdapterNotFound: There is none.
-        InvalidConfiguration: It is of another task, or has parts that the trainer does not train.
+        InvalidConfiguration: It is of another task, has labels of the other kind (one or several a text), or has parts
+            that the trainer does not train.
     """
     if settings.init_from is None:
         return None
@@ -85,6 +83,13 @@ def load_initial(settings: TrainSettings, store: AdapterStore) -> InitialAdapter
             f"adapter {settings.init_from} is for task {config.task}, and this run is for {settings.task}; "
             f"take --task {config.task} with rows for it, or another adapter",
             param="init_from",
+        )
+    if config.multi_label != settings.multi_label:
+        told = "give --multi-label too" if config.multi_label else "leave --multi-label out"
+        raise InvalidConfiguration(
+            f"a text has {'several labels' if config.multi_label else 'one label'} under adapter {settings.init_from}; "
+            f"{told}, or take another adapter",
+            param="multi_label",
         )
     what = None
     if config.head is not None:

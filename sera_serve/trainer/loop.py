@@ -8,44 +8,56 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from sera_serve.errors import InvalidConfiguration
+from sera_serve.layers import attached_layers
+from sera_serve.trainer.allocation import AllocateRanks, RankAllocator
 from sera_serve.trainer.checkpoint import (
     delete_others,
+    load_allocation,
     load_generators,
     load_optimiser,
     load_stored,
     save_checkpoint,
 )
+from sera_serve.trainer.parallel import CountedRows, Processes, SeedEachStep, ShareOfBatches, counted_batch
 from sera_serve.trainer.settings import TrainSettings
+from sera_serve.trainer.task_options import LOWER_IS_BETTER
 from sera_serve.trainer.tasks import TrainingTask
 
+ALONE = Processes()
 
-def training_arguments(settings: TrainSettings, run_dir: Path, *, evaluates: bool) -> TrainingArguments:
+
+def training_arguments(
+    settings: TrainSettings, run_dir: Path, *, evaluates: bool, processes: Processes = ALONE
+) -> TrainingArguments:
     """Translate `settings` into transformers' arguments, without reports to any service."""
     metric = settings.best_metric
     return TrainingArguments(
         output_dir=str(run_dir),
         use_cpu=settings.device == "cpu",
         num_train_epochs=settings.epochs,
-        per_device_train_batch_size=settings.batch_size,
+        per_device_train_batch_size=max(1, settings.batch_size // processes.count),
         learning_rate=settings.peak_learning_rate,
         weight_decay=settings.weight_decay,
-        warmup_steps=settings.warmup_ratio,
+        **_warmup(settings),
         seed=settings.seed,
         eval_strategy="epoch" if evaluates else "no",
         save_strategy="epoch",
         load_best_model_at_end=evaluates,
         metric_for_best_model=f"eval_{metric}" if evaluates else None,
-        greater_is_better=(metric != "loss") if evaluates else None,
+        greater_is_better=(metric not in LOWER_IS_BETTER) if evaluates else None,
         logging_steps=settings.log_steps,
         logging_nan_inf_filter=False,
         report_to="none",
@@ -56,6 +68,35 @@ def training_arguments(settings: TrainSettings, run_dir: Path, *, evaluates: boo
     )
 
 
+def optimiser_class(settings: TrainSettings) -> Any:
+    """The class of the optimiser.
+
+    Raises:
+        InvalidConfiguration: It is paged, and there is no CUDA device, or bitsandbytes is not installed.
+    """
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW
+    if not settings.device.startswith("cuda"):
+        raise InvalidConfiguration(
+            f"optimizer paged-adamw pages to and from a GPU, and device is {settings.device}; take adamw",
+            param="optimizer",
+        )
+    try:
+        from bitsandbytes.optim import PagedAdamW32bit
+    except ImportError as error:
+        raise InvalidConfiguration(
+            f'optimizer paged-adamw needs bitsandbytes, which cannot be imported ({error}): pip install "sera-serve'
+            '[quant]"',
+            param="optimizer",
+        ) from error
+    return PagedAdamW32bit
+
+
+def _warmup(settings: TrainSettings) -> dict[str, float]:
+    # transformers 4 takes the ratio under another name. Baselines of the library `adapters` run on it.
+    return {"warmup_ratio" if transformers.__version__.startswith("4.") else "warmup_steps": settings.warmup_ratio}
+
+
 class AdapterTrainer(Trainer):  # type: ignore[misc]
     """Trains a task's model. Its checkpoints hold tensors of the adapter, the head and the optimiser only."""
 
@@ -64,18 +105,30 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
     control: Any
 
     def __init__(
-        self, task: TrainingTask, settings: TrainSettings, run_dir: Path, callbacks: list[TrainerCallback]
+        self,
+        task: TrainingTask,
+        settings: TrainSettings,
+        run_dir: Path,
+        callbacks: list[TrainerCallback],
+        processes: Processes = ALONE,
     ) -> None:
+        self.processes = processes
         self.task = task
         self.settings = settings
         self.run_dir = run_dir
+        self.allocation = _allocation(task, settings)
+        own = [SaveByTheClock(settings.checkpoint_seconds), StopOnNonFiniteLoss()]
+        if self.allocation is not None:
+            own.append(self.allocation)
+        if processes.count > 1:
+            own.append(SeedEachStep(settings.seed, processes))
         super().__init__(
             model=task.model,
-            args=training_arguments(settings, run_dir, evaluates=bool(task.eval_rows)),
+            args=training_arguments(settings, run_dir, evaluates=bool(task.eval_rows), processes=processes),
             data_collator=task.collate,
             train_dataset=task.train_rows,
             eval_dataset=task.eval_rows or None,
-            callbacks=[SaveByTheClock(settings.checkpoint_seconds), StopOnNonFiniteLoss(), *callbacks],
+            callbacks=[*own, *callbacks],
         )
         # This callback writes to stdout, where only the result belongs.
         self.remove_callback(PrinterCallback)
@@ -90,18 +143,31 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
             lambda: int(self.state.global_step) // self.steps_per_epoch,
         )
 
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Return the batches, or this process's share of each batch."""
+        if self.processes.count == 1:
+            alone: DataLoader[Any] = super().get_train_dataloader()
+            return alone
+        # Not prepared by accelerate, which would fill up a short last batch with rows of the first.
+        return DataLoader(
+            CountedRows(self.task.train_rows),
+            batch_sampler=ShareOfBatches(self._get_train_sampler(), self.settings.batch_size, self.processes),
+            collate_fn=partial(counted_batch, self.task.collate, self.settings.task),
+        )
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Compute the loss. With several processes, the mean of their results is the loss of the whole batch."""
+        items = inputs.pop("loss_items", None)
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        if items is None:
+            return loss
+        return loss * (items * self.processes.count / self.processes.total(items).clamp(min=1))
+
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
-        """Create AdamW over the trained parameters, with a group for the adapter and a group for the head."""
+        """Create AdamW over the trained parameters, in the groups of `parameter_groups`."""
         if self.optimizer is None:
-            rate = self.settings.peak_learning_rate
-            head_rate = self.settings.head_learning_rate or rate
-            named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
-            adapter = [p for name, p in named if not name.startswith("head.")]
-            head = [p for name, p in named if name.startswith("head.")]
-            groups = [{"params": adapter, "lr": rate}, {"params": head, "lr": head_rate}]
-            self.optimizer = torch.optim.AdamW(
-                [group for group in groups if group["params"]], weight_decay=self.settings.weight_decay
-            )
+            groups = parameter_groups(self.model, self.settings)
+            self.optimizer = optimiser_class(self.settings)(groups, weight_decay=self.settings.weight_decay)
         return self.optimizer
 
     def evaluate(
@@ -109,13 +175,19 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
     ) -> dict[str, float]:
         """Evaluate as the task does, and prefix the metrics' names."""
         rows = self.task.eval_rows if eval_dataset is None else eval_dataset
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.task.evaluate(rows).items()}
+        found = self.processes.from_main(lambda: self.task.evaluate(rows))
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """Let the lower loss decide between equal scores, which are common on small evaluation sets."""
+        """Let the lower loss decide between equal scores, which are common on small evaluation sets.
+
+        An epoch whose ranks are above the budget is not the best.
+        """
+        if self.allocation is not None and self.state.global_step < self.allocation.settled_step:
+            return False
         if super()._determine_best_metric(metrics, trial):
             return True
         if metrics[self.args.metric_for_best_model] != self.state.best_metric:
@@ -130,6 +202,8 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         best_step = self.state.best_global_step
         if best_step:
             self.state.best_model_checkpoint = str(self.run_dir / f"checkpoint-{best_step}")
+        if not self.processes.is_main:
+            return
         saved = save_checkpoint(
             self.run_dir,
             self.state.global_step,
@@ -137,6 +211,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
             self.optimizer,
             self.lr_scheduler,
             self.state,
+            self.allocation.allocator.state() if self.allocation is not None else None,
         )
         # Not earlier: after a kill, the run continues from the checkpoints that are there.
         delete_others(self.run_dir, {saved, Path(self.state.best_model_checkpoint or saved)})
@@ -145,15 +220,47 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         self.task.model.load_stored_tensors(load_stored(Path(resume_from_checkpoint)))
 
     def _load_best_model(self) -> None:
+        # The main process has written it by then.
+        self.processes.from_main(lambda: None)
         self.task.model.load_stored_tensors(load_stored(Path(self.state.best_model_checkpoint)))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             load_optimiser(Path(checkpoint), self.optimizer, self.lr_scheduler)
+            if self.allocation is not None:
+                self.allocation.allocator.load_state(load_allocation(Path(checkpoint)))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             load_generators(Path(checkpoint))
+
+
+def _allocation(task: TrainingTask, settings: TrainSettings) -> AllocateRanks | None:
+    if settings.budget is None:
+        return None
+    allocator = RankAllocator(attached_layers(task.base.model), settings.budget)
+    return AllocateRanks(allocator, settings.budget_warmup, settings.budget_final)
+
+
+def parameter_groups(model: nn.Module, settings: TrainSettings) -> list[dict[str, Any]]:
+    """Return the optimiser's groups: the adapter, its B with `lora_plus_ratio`, and the head, each with its rate.
+
+    LoRA+ (Hayou et al., 2024, https://arxiv.org/abs/2402.12354) trains B at a multiple of A's rate, because the step
+    of A that keeps the output's change bounded shrinks with the width, and that of B does not. C is rank x rank, so
+    no width acts on it: it keeps the rate of A.
+    """
+    rate = settings.peak_learning_rate
+    rates = {
+        "adapter": rate,
+        "b": rate * (settings.lora_plus_ratio or 1.0),
+        "head": settings.head_learning_rate or rate,
+    }
+    members: dict[str, list[nn.Parameter]] = {group: [] for group in rates}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            fast = settings.lora_plus_ratio is not None and name.endswith(".sera_b")
+            members["head" if name.startswith("head.") else "b" if fast else "adapter"].append(parameter)
+    return [{"params": members[group], "lr": rates[group]} for group in rates if members[group]]
 
 
 class SaveByTheClock(TrainerCallback):  # type: ignore[misc]

@@ -14,6 +14,7 @@ from sera_serve.base import FrozenBase, Pooling
 from sera_serve.base.rotary import row_lengths
 from sera_serve.errors import InvalidConfiguration
 from sera_serve.layers import adapter_tensors, attached_layers
+from sera_serve.trainer.activations import mark_training
 
 IGNORED = -100
 _HEAD_STD = 0.02
@@ -46,6 +47,7 @@ class AdapterModel(nn.Module):
         super().train(mode)
         if self.base_model is not None:
             self.base_model.eval()
+            mark_training(self.base_model, mode)
             for layer in attached_layers(self.base_model).values():
                 layer.dropout.train(mode)
         return self
@@ -99,10 +101,12 @@ class ClassifierModel(AdapterModel):
         self.pooling: Pooling = pooling
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Losses:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, token_type_ids: Tensor | None = None
+    ) -> Losses:
         """Token tensors int64 (rows, length), right-padded; `labels` int64 (rows,)."""
         assert self.head is not None
-        pooled = self.frozen.pooled_states(input_ids, attention_mask, self.pooling)
+        pooled = self.frozen.pooled_states(input_ids, attention_mask, self.pooling, token_type_ids)
         logits = self.head(self.dropout(pooled.float()))
         return {"loss": functional.cross_entropy(logits, labels), "logits": logits}
 
@@ -142,12 +146,49 @@ class GeneratorModel(AdapterModel):
             output = self.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **options)
         logits = output.logits[:, -(kept + 1) : -1].float()
         targets = targets[:, first:]
-        losses = functional.cross_entropy(
-            logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
-        )
-        return losses.view(targets.shape)
+        return _token_losses(logits, targets)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Compute the mean loss over labelled tokens; arguments as in `token_losses`."""
-        losses = self.token_losses(input_ids, attention_mask, labels)
+    def packed_losses(self, input_ids: Tensor, position_ids: Tensor, labels: Tensor) -> Tensor:
+        """Compute the negative log-likelihood in nats of each labelled token of packed rows.
+
+        A row begins where the positions begin anew; transformers then lets no token attend to another row
+        (`find_packed_sequence_indices` in its `masking_utils`).
+
+        Args:
+            input_ids: int64 (sequences, length), several rows one after the other in each sequence.
+            position_ids: int64 (sequences, length): the position of each token in its own row.
+            labels: int64 (sequences, length): the token itself if it is learned, else `IGNORED`. The first token of
+                each row is not learned.
+
+        Returns:
+            float32 (sequences, length - 1): 0 for tokens without a label.
+        """
+        assert self.base_model is not None
+        targets = labels[:, 1:]
+        # Columns in which no sequence learns a token need no output embedding.
+        kept = (targets != IGNORED).any(0).nonzero().flatten()
+        options = {"logits_to_keep": kept} if self._keeps_logits else {}
+        output = self.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **options)
+        logits = output.logits if self._keeps_logits else output.logits[:, kept]
+        losses = targets.new_zeros(targets.shape, dtype=torch.float32)
+        return losses.index_copy(1, kept, _token_losses(logits.float(), targets[:, kept]))
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Compute the mean loss over labelled tokens; arguments as in `token_losses`, or as in `packed_losses`."""
+        if position_ids is not None:
+            losses = self.packed_losses(input_ids, position_ids, labels)
+        else:
+            assert attention_mask is not None
+            losses = self.token_losses(input_ids, attention_mask, labels)
         return {"loss": losses.sum() / (labels[:, 1:] != IGNORED).sum().clamp(min=1)}
+
+
+def _token_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    losses = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
+    return losses.view(targets.shape)

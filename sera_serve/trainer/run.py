@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
-from transformers import TrainerCallback, set_seed
+from transformers import TrainerCallback, TrainerState, set_seed
 
 from adapters_store import AdapterBundle, AdapterConfig, AdapterStore, ModuleSpec, Published
-from sera_serve.base import FrozenBase, Pooling, load_base
+from sera_serve.base import FrozenBase, load_base
 from sera_serve.errors import InvalidConfiguration, SeraServeError
-from sera_serve.layers import attach_adapter, attached_layers, detach_adapter, module_specs
-from sera_serve.trainer.checkpoint import last_checkpoint, run_digest, run_folder
-from sera_serve.trainer.data import ClassifyData, GenerateData, load_classify_data, load_generate_data
+from sera_serve.layers import attach_layers, attached_layers, detach_adapter, module_specs
+from sera_serve.trainer.activations import checkpointed_activations
+from sera_serve.trainer.checkpoint import last_checkpoint, load_stored, read_state, run_digest, run_folder
+from sera_serve.trainer.curves import evaluations, plot_curves, tensorboard_callback
 from sera_serve.trainer.initial import InitialAdapter, load_initial
 from sera_serve.trainer.loop import AdapterTrainer, DivergedTraining, RichProgress
-from sera_serve.trainer.model import AdapterModel
+from sera_serve.trainer.parallel import Processes, join_processes
+from sera_serve.trainer.patterns import adapter_shapes
 from sera_serve.trainer.settings import KEPT_BY_INIT, TrainSettings
-from sera_serve.trainer.tasks import ClassifyTask, GenerateTask, TrainingTask
+from sera_serve.trainer.stopping import StopWithoutGain, evaluations_since_best
+from sera_serve.trainer.tasks import TASKS, TaskData, TrainingTask
 
 _DEFAULT_MAX_LENGTH = 512
 
@@ -68,8 +72,13 @@ class TrainResult:
         return asdict(self)
 
 
+Result = TypeVar("Result")
 Publish = Callable[[AdapterBundle, str], Published]
 """Publishes a bundle as the next version of an adapter `tenant/name`."""
+Prepare = Callable[[TrainingTask, TrainSettings], Sequence[TrainerCallback]]
+"""Changes a task that was built, before it trains. It returns callbacks for the loop."""
+MakeTrainer = Callable[[TrainingTask, TrainSettings, Path, list[TrainerCallback], Processes], AdapterTrainer]
+"""Makes the training loop of a run; `AdapterTrainer` itself is one."""
 
 
 def train_adapter(
@@ -79,6 +88,9 @@ def train_adapter(
     console: Console | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     publish: Publish | None = None,
+    prepare: Prepare | None = None,
+    baseline: bool = False,
+    make_trainer: MakeTrainer = AdapterTrainer,
 ) -> TrainResult:
     """Train an adapter and publish it.
 
@@ -91,6 +103,10 @@ def train_adapter(
         console: Shows the progress; with None nothing is shown.
         callbacks: Told of each step, loss and evaluation, as transformers does it.
         publish: Publishes the result, in place of the store's own method. What it raises is raised.
+        prepare: Called with the task and the settings before training; see `Prepare`.
+        baseline: Attach no adapter and publish nothing: `prepare` gives the task a model of another library. The
+            result has version 0 and no digest.
+        make_trainer: Makes the training loop.
 
     Raises:
         AdapterNotFound: `settings.init_from` names no adapter of the store.
@@ -100,74 +116,121 @@ def train_adapter(
         TrainingFailed: The loss became NaN or infinite.
         StoreError: The version could not be published.
     """
-    quiet = console or Console(quiet=True)
+    processes = join_processes(settings.device)
+    if processes.count > 1:
+        # The main process makes the store, and the others then find it.
+        processes.from_main(lambda: AdapterStore(settings.store, create=True).root)
     store = AdapterStore(settings.store, create=True)
-    initial = load_initial(settings, store)
+    return with_run(
+        settings,
+        lambda run: _train_on(replace(run, prepare=prepare, baseline=baseline), publish or store.publish),
+        base=base,
+        console=console,
+        callbacks=callbacks,
+        make_trainer=make_trainer,
+    )
+
+
+def with_run(
+    settings: TrainSettings,
+    use: Callable[[TrainingRun], Result],
+    *,
+    base: FrozenBase | None = None,
+    console: Console | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    make_trainer: MakeTrainer = AdapterTrainer,
+) -> Result:
+    """Read the data and load the base, call `use` with them, and detach what it attached. Nothing is written.
+
+    Raises:
+        AdapterNotFound, InvalidData, InvalidConfiguration: See `train_adapter`.
+    """
+    processes = join_processes(settings.device)
+    quiet = console if console is not None and processes.is_main else Console(quiet=True)
+    initial = None
+    if settings.init_from is not None:
+        initial = load_initial(settings, AdapterStore(settings.store, create=False))
     if initial is not None:
         settings = initial.settings(settings)
-    data: ClassifyData | GenerateData
-    if settings.task == "classify":
-        data = load_classify_data(settings, initial.labels if initial is not None else None)
-    else:
-        data = load_generate_data(settings, initial.chat_template if initial is not None else None)
+    data = TASKS[settings.task].load(settings, initial.bundle.config if initial is not None else None)
     if base is None:
         quiet.print(f"loading base {settings.base}", highlight=False)
-        base = load_base(settings.base, device=settings.device, dtype=settings.dtype)
+        base = load_base(settings.base, device=settings.device, dtype=settings.dtype, quantize=settings.quantize)
+    if (base.quantization or "none") != settings.quantize:
+        raise InvalidConfiguration(
+            f"quantize is {settings.quantize}, and the loaded base is quantized to {base.quantization or 'none'}; load "
+            "it with the same",
+            param="quantize",
+        )
     if attached_layers(base.model):
         raise InvalidConfiguration("the base has an adapter attached; detach it first", param="base")
     max_length = _max_length(settings, base)
     try:
-        run = _Run(settings, base, data, max_length, initial, quiet, callbacks)
-        return _train_on(run, publish or store.publish)
+        run = TrainingRun(settings, base, data, max_length, initial, quiet, callbacks, make_trainer, processes)
+        with checkpointed_activations(base, settings.checkpoint_activations):
+            return use(run)
     finally:
         detach_adapter(base.model)
 
 
 @dataclass(frozen=True)
-class _Run:
+class TrainingRun:
     """What a run works with."""
 
     settings: TrainSettings
     base: FrozenBase
-    data: ClassifyData | GenerateData
+    data: TaskData
     max_length: int
     initial: InitialAdapter | None
     console: Console
     callbacks: Sequence[TrainerCallback]
+    make_trainer: MakeTrainer
+    processes: Processes
+    prepare: Prepare | None = None
+    baseline: bool = False
 
 
-def _train_on(run: _Run, publish: Publish) -> TrainResult:
-    settings, base, data, console = run.settings, run.base, run.data, run.console
+def build_task(run: TrainingRun) -> TrainingTask:
+    """Attach the adapter to the base, and make the task with its model and its rows."""
     # Before adapter and head draw their initial values.
-    set_seed(settings.seed)
-    _attach(run)
-    task = _task(settings, base, data, run.max_length)
+    set_seed(run.settings.seed)
+    if not run.baseline:
+        _attach(run)
+    task = TASKS[run.settings.task].build(run.settings, run.base, run.data, run.max_length)
     if run.initial is not None:
         task.model.load_stored_tensors(run.initial.bundle.tensors)
+    return task
+
+
+def _train_on(run: TrainingRun, publish: Publish) -> TrainResult:
+    settings, base, data, console = run.settings, run.base, run.data, run.console
+    task = build_task(run)
+    if run.prepare is not None:
+        run = replace(run, callbacks=[*run.callbacks, *run.prepare(task, settings)])
     for note in task.notes:
         console.print(f"note: {note}", highlight=False, soft_wrap=True)
     identity: dict[str, Any] = {"settings": settings.identity(), "data": data.digests, "base": base.info.model_dump()}
     if run.initial is not None:
         identity["init_from"] = run.initial.digest
     begun = time.monotonic()
-    with run_folder(settings.default_work_dir(), run_digest(identity), resume=settings.resume) as folder:
-        resumed_from, best_step = _fit(task, run, folder)
-        metrics = task.evaluate(task.eval_rows) if task.eval_rows else {}
-        if task.test_rows:
-            metrics |= {f"test_{name}": value for name, value in task.evaluate(task.test_rows).items()}
+    with _folder(run, run_digest(identity)) as folder:
+        fitted = _fit(task, run, folder)
+        metrics = run.processes.from_main(lambda: _scores(task))
         seconds = time.monotonic() - begun
-        bundle = build_bundle(
-            settings,
-            base,
-            task.model,
-            labels=data.labels if isinstance(data, ClassifyData) else None,
-            pooling=task.pooling if isinstance(task, ClassifyTask) else None,
-            max_length=run.max_length if settings.task == "classify" else None,
-            chat_template=data.chat_template if isinstance(data, GenerateData) else None,
-            record=_record(run, task, metrics, best_step),
+        published = Published(settings.name, 0, "")
+        if not run.baseline:
+            bundle = build_bundle(settings, task, _record(run, task, metrics, fitted))
+            # Inside the block, so that the checkpoints stay until the version is durable. A second publishing adds
+            # nothing.
+            published = run.processes.from_main(lambda: publish(bundle, settings.name))
+    if settings.plot is not None and run.processes.is_main:
+        plot_curves(
+            fitted.history,
+            settings.plot,
+            title=f"{settings.name} version {published.version}",
+            metric=settings.best_metric,
+            chosen_epoch=fitted.chosen_epoch,
         )
-        # Inside the block, so that the checkpoints stay until the version is durable. A second publishing adds nothing.
-        published = publish(bundle, settings.name)
     return TrainResult(
         adapter=published.adapter,
         version=published.version,
@@ -179,42 +242,88 @@ def _train_on(run: _Run, publish: Publish) -> TrainResult:
         metrics=metrics,
         train_seconds=round(seconds, 3),
         store=str(settings.store),
-        resumed_from=resumed_from,
-        trained_tokens=settings.epochs * task.train_tokens,
+        resumed_from=fitted.resumed_from,
+        trained_tokens=fitted.epochs * task.train_tokens,
         notes=task.notes,
     )
 
 
-def _attach(run: _Run) -> None:
+def _folder(run: TrainingRun, digest: str) -> contextlib.AbstractContextManager[Path]:
+    work_dir = run.settings.default_work_dir()
+    if not run.processes.is_main:
+        # The main process holds the lock, and deletes the folder.
+        return contextlib.nullcontext(work_dir / digest)
+    return run_folder(work_dir, digest, resume=run.settings.resume)
+
+
+def _scores(task: TrainingTask) -> dict[str, float]:
+    metrics = task.evaluate(task.eval_rows) if task.eval_rows else {}
+    if task.test_rows:
+        metrics |= {f"test_{name}": value for name, value in task.evaluate(task.test_rows).items()}
+    return metrics
+
+
+def _attach(run: TrainingRun) -> None:
     if run.initial is not None:
         run.initial.attach(run.base, run.settings.dropout)
-    elif (shape := run.settings.adapter_config()) is not None:
-        attach_adapter(run.base.model, shape)
+    else:
+        attach_layers(run.base.model, adapter_shapes(run.settings, run.base.model))
 
 
-def _task(
-    settings: TrainSettings, base: FrozenBase, data: ClassifyData | GenerateData, max_length: int
-) -> TrainingTask:
-    if isinstance(data, GenerateData):
-        return GenerateTask(base, data, max_length=max_length)
-    return ClassifyTask(
-        base,
-        data,
-        pooling=settings.pooling or base.default_pooling,
-        max_length=max_length,
-        dropout=settings.dropout,
-        adapted=settings.adapter_config() is not None,
+@dataclass(frozen=True)
+class _Fitted:
+    """What training gave, beside the tensors of the task's model.
+
+    Attributes:
+        resumed_from: The step of the checkpoint that a killed run went on from, or None.
+        best_step: The step of the kept tensors.
+        chosen_epoch: The epoch of the kept tensors.
+        epochs: Epochs that were trained.
+        history: transformers' `log_history`.
+    """
+
+    resumed_from: int | None
+    best_step: int
+    chosen_epoch: int
+    epochs: int
+    history: list[dict[str, Any]]
+
+
+def _fit(task: TrainingTask, run: TrainingRun, folder: Path) -> _Fitted:
+    """Train to the end, and leave the tensors of the best epoch in the task's model."""
+    settings, console = run.settings, run.console
+    checkpoint = run.processes.from_main(lambda: last_checkpoint(folder, task.model.stored_tensors()))
+    resumed_from = int(checkpoint.name.rpartition("-")[2]) if checkpoint is not None else None
+    progress = RichProgress(console)
+    callbacks = [progress, *run.callbacks]
+    if settings.patience is not None:
+        callbacks.append(StopWithoutGain(settings.patience))
+    if settings.tensorboard is not None and run.processes.is_main:
+        callbacks.append(tensorboard_callback(settings.tensorboard / settings.name / folder.name, resumed_from))
+    trainer = run.make_trainer(task, settings, folder, callbacks, run.processes)
+    if checkpoint is not None:
+        console.print(f"continuing from {checkpoint.name} in {folder}", highlight=False, soft_wrap=True)
+    if checkpoint is not None and _is_stopped(settings, state := read_state(checkpoint)):
+        # The process ended between the save of the last epoch and the end of the run. A further step would be wrong.
+        trainer.state = state
+        task.model.load_stored_tensors(load_stored(Path(state.best_model_checkpoint)))
+    else:
+        _train(trainer, settings, checkpoint, progress)
+    steps = int(trainer.state.best_global_step or trainer.state.global_step)
+    return _Fitted(
+        resumed_from=resumed_from,
+        best_step=steps,
+        chosen_epoch=-(-steps // trainer.steps_per_epoch),
+        epochs=-(-int(trainer.state.global_step) // trainer.steps_per_epoch),
+        history=trainer.state.log_history,
     )
 
 
-def _fit(task: TrainingTask, run: _Run, folder: Path) -> tuple[int | None, int]:
-    """Train to the end. Return (the step of the checkpoint resumed from or None, the step of the kept tensors)."""
-    settings, console = run.settings, run.console
-    checkpoint = last_checkpoint(folder, task.model.stored_tensors())
-    progress = RichProgress(console)
-    trainer = AdapterTrainer(task, settings, folder, [progress, *run.callbacks])
-    if checkpoint is not None:
-        console.print(f"continuing from {checkpoint.name} in {folder}", highlight=False, soft_wrap=True)
+def _is_stopped(settings: TrainSettings, state: TrainerState) -> bool:
+    return settings.patience is not None and evaluations_since_best(state) >= settings.patience
+
+
+def _train(trainer: AdapterTrainer, settings: TrainSettings, checkpoint: Path | None, progress: RichProgress) -> None:
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
     except DivergedTraining as error:
@@ -224,8 +333,9 @@ def _fit(task: TrainingTask, run: _Run, folder: Path) -> tuple[int | None, int]:
         ) from error
     finally:
         progress.close()
-    resumed_from = int(checkpoint.name.rpartition("-")[2]) if checkpoint is not None else None
-    return resumed_from, int(trainer.state.best_global_step or trainer.state.global_step)
+    if trainer.allocation is not None:
+        # The layers get their last shapes here, so that the metrics are those of what is published.
+        trainer.allocation.allocator.compress(trainer.task.base.model)
 
 
 def _max_length(settings: TrainSettings, base: FrozenBase) -> int:
@@ -240,58 +350,45 @@ def _max_length(settings: TrainSettings, base: FrozenBase) -> int:
     return settings.max_length
 
 
-def _record(run: _Run, task: TrainingTask, metrics: dict[str, float], best_step: int) -> dict[str, Any]:
+def _record(run: TrainingRun, task: TrainingTask, metrics: dict[str, float], fitted: _Fitted) -> dict[str, Any]:
     """Describe how the version was trained. Equal settings give equal records, or the bundle's digest would change."""
     settings = run.settings
     told = ("base", "name", "task", "method", *(KEPT_BY_INIT if run.initial is not None else ()))
-    record = {
+    record: dict[str, Any] = {
         "settings": {k: v for k, v in settings.identity().items() if k not in told},
         "learning_rate": settings.peak_learning_rate,
         "rows": {"train": len(task.train_rows), "eval": len(task.eval_rows), "test": len(task.test_rows)},
         "data_sha256": run.data.digests,
         "metrics": metrics,
-        "chosen_step": best_step,
-        "trained_tokens": settings.epochs * task.train_tokens,
+        "chosen_step": fitted.best_step,
+        "chosen_epoch": fitted.chosen_epoch,
+        "epochs": fitted.epochs,
+        "evaluations": evaluations(fitted.history),
+        "trained_tokens": fitted.epochs * task.train_tokens,
         "notes": task.notes,
     }
+    if settings.method != settings.stored_method:
+        record["method"] = settings.method
     if run.initial is not None:
         record["init_from"] = {"adapter": run.initial.reference, "digest": run.initial.digest}
     return record | ({"description": settings.description} if settings.description else {})
 
 
-def build_bundle(
-    settings: TrainSettings,
-    base: FrozenBase,
-    model: AdapterModel,
-    *,
-    labels: list[str] | None,
-    pooling: Pooling | None,
-    max_length: int | None,
-    record: dict[str, Any],
-    chat_template: str | None = None,
-) -> AdapterBundle:
+def build_bundle(settings: TrainSettings, task: TrainingTask, record: dict[str, Any]) -> AdapterBundle:
     """Build the bundle that the store keeps.
 
     Args:
         settings: Options of the run.
-        base: The base that the adapter was trained on.
-        model: The trained model.
-        labels: Labels of a classifier in the order of the head's rows, or None.
-        pooling: Pooling of a classifier, or None.
-        max_length: The length to which the server truncates a classifier's inputs, as training did; or None.
+        task: The trained task.
         record: How the adapter was trained: JSON values, equal for equal settings, so without times and paths.
-        chat_template: The template of the chats that a generator was trained on, or None.
     """
-    modules = {path: ModuleSpec(**shape) for path, shape in module_specs(base.model).items()}
+    modules = {path: ModuleSpec(**shape) for path, shape in module_specs(task.base.model).items()}
     config = AdapterConfig(
         task=settings.task,
-        method=settings.method,
-        base=base.info,
+        method=settings.stored_method,
+        base=task.base.info,
         modules=modules,
-        labels=labels,
-        pooling=pooling,
-        max_length=max_length,
         training=record,
-        chat_template=chat_template,
+        **task.bundle_fields(),
     )
-    return AdapterBundle(config, model.stored_tensors())
+    return AdapterBundle(config, task.model.stored_tensors())

@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
-import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from adapters_store import parse_adapter, parse_ref
 from adapters_store.errors import InvalidAdapterName
-from sera_serve.base import Pooling
+from sera_serve.base import Pooling, Quantize
 from sera_serve.errors import InvalidConfiguration
 from sera_serve.layers import ALL_LINEAR, SeraConfig
 from sera_serve.layers.config import Factor
+from sera_serve.trainer.option_text import flag as flag
+from sera_serve.trainer.option_text import param_of, read_yaml, readable
+from sera_serve.trainer.patterns import PATTERN_OPTIONS, parse_pattern
+from sera_serve.trainer.task_options import (
+    CHAT_COLUMNS,
+    FORMAT_COLUMNS,
+    MULTI_LABEL_METRICS,
+    RETRIEVE_TARGETS,
+    TASK_HELP,
+    TASK_METRICS,
+    TASK_OPTIONS,
+    RowFormat,
+    SelectBy,
+    Task,
+)
 
-Method = Literal["sera", "lora", "melora", "moslora", "lora-fa", "head-only"]
+# The methods of the adapter format. The trainer's other methods are published as one of them.
+StoredMethod = Literal["sera", "lora", "melora", "moslora", "lora-fa", "head-only"]
+Method = Literal[StoredMethod, "sera-freeze-a", "sera-freeze-b", "sera-c-only"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +47,7 @@ class MethodPreset:
         train_factors: Factors that train by default.
         adapts: Whether the method trains an adapter; False for head-only.
         learning_rate: The default, from short trials on the embedded base.
+        stored: The method that the bundle names, or None if it is this one.
     """
 
     splits: bool = False
@@ -38,6 +55,7 @@ class MethodPreset:
     train_factors: tuple[Factor, ...] = ("a", "b")
     adapts: bool = True
     learning_rate: float = 3e-3
+    stored: StoredMethod | None = None
 
     def check(self, rank: int, split: int, train_factors: tuple[Factor, ...] | None) -> None:
         """Refuse a split or trained factors that belong to another method.
@@ -67,25 +85,28 @@ METHODS: dict[Method, MethodPreset] = {
     "melora": MethodPreset(splits=True, learning_rate=1e-2),
     "moslora": MethodPreset(use_mixer=True, train_factors=("a", "c", "b")),
     "lora-fa": MethodPreset(train_factors=("b",)),
+    # The ablations of SeRA (paper, section 4.6, Tables 5 and 6).
+    "sera-freeze-a": MethodPreset(
+        splits=True, use_mixer=True, train_factors=("c", "b"), learning_rate=1e-2, stored="sera"
+    ),
+    "sera-freeze-b": MethodPreset(
+        splits=True, use_mixer=True, train_factors=("a", "c"), learning_rate=1e-2, stored="sera"
+    ),
+    "sera-c-only": MethodPreset(splits=True, use_mixer=True, train_factors=("c",), learning_rate=1e-2, stored="sera"),
     "head-only": MethodPreset(train_factors=(), adapts=False, learning_rate=1e-2),
 }
 
 
-Task = Literal["classify", "generate"]
-SelectBy = Literal["loss", "accuracy", "macro_f1", "matthews"]
-
-_ONLY_FOR_TASK: dict[Task, tuple[str, ...]] = {
-    "classify": ("text_column", "text_pair_column", "label_column", "pooling", "head_learning_rate"),
-    "generate": ("prompt_column", "completion_column", "messages_column", "chat_template"),
-}
-_ADAPTER_SHAPE = ("rank", "split", "lora_alpha", "target_modules", "train_factors")
+_ADAPTER_SHAPE = ("rank", "split", "lora_alpha", "target_modules", "train_factors", *PATTERN_OPTIONS)
+_ALLOCATION = ("budget", "budget_warmup", "budget_final")
 # What a run keeps of the adapter that it goes on from.
 KEPT_BY_INIT = ("method", *_ADAPTER_SHAPE, "pooling")
 # These settings change where a run is stored or how it is shown. They do not change the resulting adapter.
 # Of files, the contents count.
 _NOT_IDENTITY = {
-    *("store", "train", "eval", "test", "chat_template"),
+    *("store", "train", "eval", "test", "chat_template", "images"),
     *("work_dir", "resume", "checkpoint_seconds", "description", "log_steps", "init_from"),
+    *("plot", "tensorboard"),
 }
 
 
@@ -104,7 +125,7 @@ class TrainSettings(BaseModel):
     base: str = _option(..., 'Frozen base model: "embedded", a folder, or a hub id.', WHAT, min_length=1)
     store: Path = _option(..., "Folder of the adapter store; created if absent.", WHAT)
     name: str = _option(..., "Adapter id, tenant/name; each run publishes its next version.", WHAT)
-    task: Task = _option(..., "classify: predict a label for each text. generate: continue a prompt.", WHAT)
+    task: Task = _option(..., TASK_HELP, WHAT)
     description: str | None = _option(None, "A note kept with the version.", WHAT, max_length=500)
     init_from: str | None = _option(
         None,
@@ -113,7 +134,12 @@ class TrainSettings(BaseModel):
         WHAT,
     )
 
-    train: Path = _option(..., "Training rows: .csv, .tsv, .jsonl, .parquet, or .txt (plain text).", DATA)
+    train: Path = _option(
+        ...,
+        "Training rows: .csv, .tsv, .jsonl, .json, .parquet or .txt (plain text), perhaps with .gz, .bz2, .xz or .zst; "
+        "a folder that datasets saved; or hub:owner/name.",
+        DATA,
+    )
     eval: Path | None = _option(
         None, "Rows that choose the best epoch; without them a part of --train is held out.", DATA
     )
@@ -121,10 +147,27 @@ class TrainSettings(BaseModel):
     text_column: str = _option("text", "classify: column with the text.", DATA)
     text_pair_column: str | None = _option(
         None,
-        "classify: column with a second text, joined to the first by a line break (join them for the server too).",
+        "classify, regress: column with a second text; the tokenizer makes a pair of the two, here and on the server.",
         DATA,
     )
-    label_column: str = _option("label", "classify: column with the label.", DATA)
+    label_column: str = _option(
+        "label", "classify, image-classify: column with the label. regress: with the number.", DATA
+    )
+    multi_label: bool = _option(
+        False,
+        "classify: a text may have several labels, or none: a list in each cell, or text with --label-separator.",
+        DATA,
+    )
+    label_separator: str = _option(
+        "|", "classify --multi-label: what separates the labels in a cell of text.", DATA, min_length=1, max_length=8
+    )
+    spans_column: str | None = _option(
+        None, 'token-classify: column with the spans [{start, end, label}] of the text ("spans").', DATA
+    )
+    tokens_column: str | None = _option(
+        None, 'token-classify: column with the words of a text, in place of a text and its spans ("tokens").', DATA
+    )
+    tags_column: str | None = _option(None, 'token-classify: column with the BIO tag of each word ("tags").', DATA)
     prompt_column: str | None = _option(
         None, 'generate: column with the prompt ("prompt" unless --completion-column is given alone).', DATA
     )
@@ -141,6 +184,35 @@ class TrainSettings(BaseModel):
         "generate: file with a Jinja template. Rows become chats (prompt: user, completion: assistant); the adapter "
         "keeps the template and answers chats.",
         DATA,
+    )
+    image_column: str = _option(
+        "image", "image-classify, retrieve: column with the image: a path, or the bytes of a file.", DATA
+    )
+    images: Path | None = _option(
+        None,
+        "image-classify, retrieve: folder or .zip that the paths of images start from (the folder of the file).",
+        DATA,
+    )
+    caption_column: str = _option("caption", "retrieve: column with a caption, or a list of captions.", DATA)
+    augment: bool = _option(
+        False,
+        "image-classify, retrieve: random resized crops and horizontal flips of the training images.",
+        DATA,
+    )
+    format: RowFormat | None = _option(
+        None,
+        "generate: what the rows are like. alpaca: instruction, input, output. chatml: messages [{role, content}]. "
+        "sharegpt: conversations [{from, value}]. prompt-completion. text: all of it is learned.",
+        DATA,
+    )
+    delimiter: str | None = _option(
+        None, "Character between two fields of a .csv or .tsv (by the suffix and the header).", DATA
+    )
+    encoding: str | None = _option(
+        None, "Encoding of text files, such as utf-16 or cp1252 (by the byte order mark, or UTF-8).", DATA
+    )
+    packing: bool = _option(
+        False, "generate: put several short rows of a step into one sequence; no row sees another one.", DATA
     )
     eval_fraction: float = _option(
         0.1,
@@ -159,12 +231,38 @@ class TrainSettings(BaseModel):
     )
     lora_alpha: float | None = _option(None, "Update scale is lora_alpha / rank (2 * rank).", ADAPTER, gt=0)
     target_modules: str | tuple[str, ...] = _option(
-        ALL_LINEAR, 'Linear layers to adapt: names such as "q_proj,v_proj", or all-linear.', ADAPTER
+        ALL_LINEAR,
+        'Linear layers to adapt: names or patterns such as "q_proj,layers.0.*.v_proj", or all-linear. '
+        "For retrieve: q_proj,v_proj.",
+        ADAPTER,
+    )
+    rank_pattern: tuple[tuple[str, int], ...] | None = _option(
+        None, "Rank by module, such as q_proj=8,layers.0.*.v_proj=4; the last match wins.", ADAPTER
+    )
+    split_pattern: tuple[tuple[str, int], ...] | None = _option(
+        None, "Split by module, in the form of --rank-pattern.", ADAPTER
+    )
+    alpha_pattern: tuple[tuple[str, float], ...] | None = _option(
+        None, "lora_alpha by module, in the form of --rank-pattern.", ADAPTER
     )
     train_factors: tuple[Factor, ...] | None = _option(
         None, "Factors that train, out of a,c,b; the default depends on the method.", ADAPTER
     )
-    pooling: Pooling | None = _option(None, "classify: last_token (decoders), cls (encoders) or mean.", ADAPTER)
+    budget: float | None = _option(
+        None,
+        "Mean rank of a layer at the end: training starts with --rank, and the ranks go to the layers that need them. "
+        "Units have the rank of --split (its default: the greatest divisor of rank and budget).",
+        ADAPTER,
+        gt=0,
+        le=4096,
+    )
+    budget_warmup: float = _option(0.1, "Part of the steps before the ranks fall.", ADAPTER, ge=0, lt=1)
+    budget_final: float = _option(0.5, "Part of the steps after the ranks have fallen.", ADAPTER, gt=0, lt=1)
+    pooling: Pooling | None = _option(
+        None,
+        "classify, regress: last_token (decoders), cls (encoders) or mean. image-classify: cls or mean.",
+        ADAPTER,
+    )
     dropout: float = _option(0.0, "Dropout on the inputs of adapter and head.", ADAPTER, ge=0, lt=1)
 
     epochs: int = _option(3, "Passes over the training rows.", OPTIMISER, ge=1, le=1000)
@@ -176,13 +274,35 @@ class TrainSettings(BaseModel):
         le=10,
     )
     head_learning_rate: float | None = _option(
-        None, "classify: learning rate of the head (that of the adapter).", OPTIMISER, gt=0, le=10
+        None, "Learning rate of the head (that of the adapter).", OPTIMISER, gt=0, le=10
+    )
+    lora_plus_ratio: float | None = _option(
+        None,
+        "LoRA+: the learning rate of B is this many times that of A and C (16 is a usual choice).",
+        OPTIMISER,
+        gt=0,
+        le=1000,
     )
     batch_size: int = _option(16, "Rows a step.", OPTIMISER, ge=1, le=4096)
     warmup_ratio: float = _option(0.06, "Part of the steps in which the learning rate rises.", OPTIMISER, ge=0, lt=1)
     weight_decay: float = _option(0.0, "AdamW weight decay.", OPTIMISER, ge=0, le=1)
+    optimizer: Literal["adamw", "paged-adamw"] = _option(
+        "adamw", "adamw, or bitsandbytes' paged AdamW, whose moments may leave a full GPU (CUDA).", OPTIMISER
+    )
     select_by: SelectBy | None = _option(
-        None, "Metric that chooses the best epoch: accuracy (classify) or loss (generate).", OPTIMISER
+        None,
+        "Metric that chooses the best epoch: accuracy (classify, image-classify; micro_f1 with --multi-label), pearson "
+        "(regress), f1 (token-classify), rsum (retrieve) or loss (generate).",
+        OPTIMISER,
+    )
+    margin: float = _option(
+        0.2, "retrieve: how much more similar a caption must be to its image than to any other.", OPTIMISER, gt=0, le=2
+    )
+    patience: int | None = _option(
+        None,
+        "Stop after this many evaluations in a row without a new best epoch, which is kept.",
+        OPTIMISER,
+        ge=1,
     )
     seed: int = _option(0, "Seed of initial values, row order and dropout.", OPTIMISER, ge=0, lt=2**32)
 
@@ -190,12 +310,30 @@ class TrainSettings(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
         "auto", "dtype of the frozen base; the adapter trains in float32.", RUN
     )
+    quantize: Quantize = _option(
+        "none", "What the frozen base's linear layers are kept in: nf4, int8 or int4 (extra quant).", RUN
+    )
+    checkpoint_activations: bool = _option(
+        False, "Keep the input of each block alone, and compute the rest again in the backward pass.", RUN
+    )
     work_dir: Path | None = _option(None, "Folder for checkpoints (a folder beside the store).", RUN)
     resume: bool = _option(True, "Continue a killed run of the same settings and data, or start again.", RUN)
     checkpoint_seconds: float = _option(
         15.0, "Least time between checkpoints within an epoch; there is also one after each epoch.", RUN, ge=0
     )
     log_steps: int = _option(10, "Steps between two figures of the loss.", RUN, ge=1)
+    plot: Path | None = _option(None, "PNG file for the curves of loss and metrics, drawn at the end.", RUN)
+    tensorboard: Path | None = _option(
+        None, "Folder for TensorBoard's events; each adapter and each set of options gets a folder in it.", RUN
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _retrieve_adapts_query_and_value(cls, values: Any) -> Any:
+        # A value of its own, so that the default and "all-linear" are different runs.
+        if isinstance(values, dict) and values.get("task") == "retrieve" and not values.get("init_from"):
+            return {"target_modules": RETRIEVE_TARGETS} | values
+        return values
 
     @field_validator("name")
     @classmethod
@@ -225,46 +363,142 @@ class TrainSettings(BaseModel):
             return tuple(part.strip() if isinstance(part, str) else part for part in value)
         return value
 
+    @field_validator("plot")
+    @classmethod
+    def _plot_is_a_png(cls, value: Path | None) -> Path | None:
+        if value is not None and value.suffix.lower() != ".png":
+            raise ValueError("curves are drawn as PNG; name a file that ends in .png")
+        return value
+
+    @field_validator("delimiter")
+    @classmethod
+    def _delimiter_is_a_character(cls, value: str | None) -> str | None:
+        if value in ("\\t", "tab"):
+            return "\t"
+        if value is not None and (len(value) != 1 or value in '"\r\n' or not value.isascii()):
+            raise ValueError('it must be one ASCII character other than a quote or a line end, such as ";" or "\\t"')
+        return value
+
+    @field_validator("encoding")
+    @classmethod
+    def _encoding_is_known(cls, value: str | None) -> str | None:
+        try:
+            # An encoding of bytes, such as hex, is refused too.
+            "\n".encode(value or "utf-8")
+        except LookupError as error:
+            raise ValueError(
+                "it is no encoding of text that Python knows; take one such as utf-8, utf-16, cp1252 or latin1"
+            ) from error
+        return value
+
+    @field_validator(*PATTERN_OPTIONS, mode="before")
+    @classmethod
+    def _pattern(cls, value: Any, info: ValidationInfo) -> Any:
+        return parse_pattern(str(info.field_name), value)
+
     @model_validator(mode="after")
     def _options_agree(self) -> TrainSettings:
-        for task, fields in _ONLY_FOR_TASK.items():
-            for field in fields:
-                if task != self.task and getattr(self, field) != type(self).model_fields[field].default:
-                    raise ValueError(f"{flag(field)} is for task {task}; leave it out for {self.task}")
+        self._check_task_options()
+        if self.patience is not None and self.eval is None and self.eval_fraction == 0:
+            raise ValueError("--patience needs evaluations; give --eval or an --eval-fraction above 0")
+        if self.patience is not None and self.budget is not None:
+            raise ValueError("--patience cannot end a run early whose ranks fall to --budget; leave one of the two out")
         if self.task == "generate":
+            self._check_format()
             if self.messages_column and (self.prompt_column or self.completion_column):
                 raise ValueError("--messages-column excludes --prompt-column and --completion-column; give one kind")
             if self.prompt_column and not self.completion_column:
                 raise ValueError("--prompt-column needs --completion-column: the text to learn to write")
-            if self.chat_template and self.columns == (None, self.completion_column) and not self.messages_column:
+            if self.chat_template and self.columns[0] is None and self.columns[1] == self.completion_column is not None:
                 raise ValueError("--chat-template needs a question for each answer; give --prompt-column too")
-            if self.select_by not in (None, "loss"):
-                raise ValueError(f"--select-by {self.select_by} is for task classify; generate has only loss")
+        if self.task == "retrieve" and self.batch_size < 2:
+            raise ValueError("--batch-size 1 leaves an image no other caption to be told from; take at least 2")
+        if self.augment and self.method == "head-only":
+            raise ValueError(
+                "--augment is not for method head-only, which reads each image once; leave it out, or train an adapter"
+            )
+        if self.spans_column is not None and self.has_words:
+            raise ValueError("--spans-column excludes --tokens-column and --tags-column; give one kind")
+        if self.label_separator != "|" and not self.multi_label:
+            raise ValueError("--label-separator is for --multi-label; give it too, or leave the separator out")
         if self.init_from is None:
             self._check_method()
         elif given := [field for field in KEPT_BY_INIT if field in self.model_fields_set]:
             raise ValueError(f"--init-from keeps what {flag(given[0])} says; leave {flag(given[0])} out")
         return self
 
+    def _check_format(self) -> None:
+        if self.format is None:
+            return
+        given = [name for name in ("prompt_column", "completion_column", "messages_column") if getattr(self, name)]
+        for name in given:
+            if name not in FORMAT_COLUMNS[self.format]:
+                raise ValueError(f"{flag(name)} is not for --format {self.format}; leave one of them out")
+        if self.format == "prompt-completion" and len(given) == 1:
+            raise ValueError("--format prompt-completion needs both --prompt-column and --completion-column, or none")
+        if self.format == "text" and self.chat_template:
+            raise ValueError("--chat-template needs a question for each answer, which --format text has not")
+
+    def _check_task_options(self) -> None:
+        own = TASK_OPTIONS[self.task]
+        for field in dict.fromkeys(field for fields in TASK_OPTIONS.values() for field in fields):
+            if field not in own and getattr(self, field) != type(self).model_fields[field].default:
+                tasks = [task for task, fields in TASK_OPTIONS.items() if field in fields]
+                word = "task" if len(tasks) == 1 else "tasks"
+                raise ValueError(f"{flag(field)} is for {word} {', '.join(tasks)}; leave it out for {self.task}")
+        metrics = self.metrics
+        if self.select_by not in (None, *metrics):
+            raise ValueError(
+                f"--select-by {self.select_by} is no metric of task {self.task}; take {', '.join(metrics)}"
+            )
+
     def _check_method(self) -> None:
         method = METHODS[self.method]
         if not method.adapts:
-            if self.task == "generate":
-                raise ValueError("method head-only has no head to train for task generate; choose sera or lora")
-            given = [field for field in _ADAPTER_SHAPE if field in self.model_fields_set]
+            if self.task in ("generate", "retrieve"):
+                raise ValueError(f"method head-only has no head to train for task {self.task}; choose sera or lora")
+            given = [
+                field for field in (*_ADAPTER_SHAPE, *_ALLOCATION, "lora_plus_ratio") if field in self.model_fields_set
+            ]
             if given:
                 raise ValueError(f"{flag(given[0])} has no meaning for method head-only; leave it out")
             return
+        if self.budget is None and (given := [field for field in _ALLOCATION if field in self.model_fields_set]):
+            raise ValueError(f"{flag(given[0])} belongs to --budget; give --budget too, or leave it out")
+        if self.budget_warmup + self.budget_final >= 1:
+            raise ValueError("--budget-warmup and --budget-final leave no step between them; their sum must be below 1")
         try:
-            method.check(self.rank, self.effective_split, self.train_factors)
-            self.adapter_config()
+            self.check_shape(self.rank, self.effective_split)
+            config = self.adapter_config()
         except InvalidConfiguration as error:
             raise ValueError(error.message) from error
+        if self.lora_plus_ratio is not None and config is not None and "b" not in config.train_factors:
+            raise ValueError("--lora-plus-ratio sets the learning rate of B, and B does not train; leave it out")
+
+    def check_shape(self, rank: int, split: int) -> None:
+        """Refuse a rank and a split that belong to another method.
+
+        Raises:
+            InvalidConfiguration: The message names the method that the values describe.
+        """
+        METHODS[self.method].check(rank, split, self.train_factors)
+
+    def split_of(self, rank: int) -> int:
+        """`split`, or the method's default for a layer of this rank."""
+        if self.split or not METHODS[self.method].splits:
+            return self.split or 1
+        # Units of rank allocation have the rank of the split. Equal shares of the budget are then whole units.
+        return rank if self.budget is None else math.gcd(rank, math.floor(self.budget))
 
     @property
     def effective_split(self) -> int:
         """`split`, or the method's default for this rank."""
-        return self.split or (self.rank if METHODS[self.method].splits else 1)
+        return self.split_of(self.rank)
+
+    @property
+    def stored_method(self) -> StoredMethod:
+        """The method that the bundle names."""
+        return METHODS[self.method].stored or cast(StoredMethod, self.method)
 
     @property
     def peak_learning_rate(self) -> float:
@@ -273,17 +507,36 @@ class TrainSettings(BaseModel):
 
     @property
     def columns(self) -> tuple[str | None, str | None]:
-        """(prompt, completion) columns of task generate, with defaults; (None, None) for chat rows."""
-        if self.messages_column:
+        """(prompt, completion) columns of task generate, with defaults; (None, None) for chat rows and for alpaca."""
+        if self.chat_column or self.format == "alpaca":
             return None, None
+        if self.format == "text":
+            return None, self.completion_column or "text"
         if self.completion_column is None:
             return "prompt", "completion"
         return self.prompt_column, self.completion_column
 
     @property
+    def has_words(self) -> bool:
+        """Whether the rows of token-classify are words and their tags, not a text and its spans."""
+        return self.tokens_column is not None or self.tags_column is not None
+
+    @property
+    def metrics(self) -> tuple[SelectBy, ...]:
+        """The metrics of the task; the first is the default of `select_by`."""
+        return MULTI_LABEL_METRICS if self.multi_label else TASK_METRICS[self.task]
+
+    @property
+    def chat_column(self) -> str | None:
+        """The column with the turns of a chat, or None for other rows."""
+        if self.format in CHAT_COLUMNS:
+            return self.messages_column or CHAT_COLUMNS[self.format]
+        return self.messages_column
+
+    @property
     def best_metric(self) -> SelectBy:
         """The metric that chooses the best epoch."""
-        return self.select_by or ("accuracy" if self.task == "classify" else "loss")
+        return self.select_by or self.metrics[0]
 
     def adapter_config(self) -> SeraConfig | None:
         """Return the adapter's shape, or None for head-only.
@@ -306,16 +559,13 @@ class TrainSettings(BaseModel):
 
     def identity(self) -> dict[str, Any]:
         """Return the settings that decide the result, as JSON values. Equal identities and data give equal adapters."""
-        return self.model_dump(mode="json", exclude=_NOT_IDENTITY)
+        own = TASK_OPTIONS[self.task]
+        others = {field for fields in TASK_OPTIONS.values() for field in fields if field not in own}
+        return self.model_dump(mode="json", exclude=_NOT_IDENTITY | others)
 
     def default_work_dir(self) -> Path:
         """Return the folder for checkpoints of this adapter: by default beside the store, never inside it."""
         return self.work_dir or self.store.with_name(self.store.name + ".training") / self.name
-
-
-def flag(field: str) -> str:
-    """Return the command line's spelling of a field."""
-    return "--" + field.replace("_", "-")
 
 
 def load_options(config: Path | None, flags: Mapping[str, Any]) -> TrainSettings:
@@ -328,48 +578,9 @@ def load_options(config: Path | None, flags: Mapping[str, Any]) -> TrainSettings
     Raises:
         InvalidConfiguration: The file cannot be read, or an option is unknown, missing or has an impossible value.
     """
-    options = _read_yaml(config) if config is not None else {}
+    options = read_yaml(config, TrainSettings.model_fields) if config is not None else {}
     options.update({name: value for name, value in flags.items() if value is not None})
     try:
         return TrainSettings.model_validate(options)
     except ValidationError as error:
-        raise InvalidConfiguration(_readable(error), param=_param(error)) from error
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidConfiguration(f"--config {path} cannot be read: {error}", param="config") from error
-    except yaml.YAMLError as error:
-        where = " ".join(str(error).split())
-        raise InvalidConfiguration(f"--config {path} is not valid YAML: {where}", param="config") from error
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise InvalidConfiguration(f"--config {path} must hold `option: value` lines", param="config")
-    known = TrainSettings.model_fields
-    for key in value:
-        if key not in known:
-            near = difflib.get_close_matches(str(key).replace("-", "_"), known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; the options are {', '.join(known)}"
-            raise InvalidConfiguration(f"--config {path}: unknown option {key!r}{hint}", param=str(key))
-    return value
-
-
-def _param(error: ValidationError) -> str | None:
-    location = error.errors(include_url=False)[0]["loc"]
-    return str(location[0]) if location else None
-
-
-def _readable(error: ValidationError) -> str:
-    missing = [flag(str(e["loc"][0])) for e in error.errors() if e["type"] == "missing"]
-    parts = [f"missing {', '.join(missing)}; give it as a flag or in --config"] if missing else []
-    for item in error.errors(include_url=False):
-        if item["type"] == "missing":
-            continue
-        text = item["msg"].removeprefix("Value error, ")
-        text = text[0].lower() + text[1:] if text.startswith("Input") else text
-        where = f"{flag(str(item['loc'][0]))} {item['input']!r}: " if item["loc"] else ""
-        parts.append(where + text)
-    return "; ".join(dict.fromkeys(parts))
+        raise InvalidConfiguration(readable(error), param=param_of(error)) from error

@@ -16,7 +16,7 @@ from sera_serve.base import FrozenBase, load_base
 from sera_serve.errors import InvalidConfiguration
 from sera_serve.trainer.run import train_adapter
 from sera_serve.trainer.settings import TrainSettings, load_options
-from sera_serve.trainer.table import InvalidData
+from sera_serve.trainer.tables.table import InvalidData
 from support.factories import random_adapter
 from support.training import CHATS, SORTED, jsonl
 

@@ -9,10 +9,10 @@ import torch
 
 from sera_serve.base import FrozenBase, load_base
 from sera_serve.errors import InvalidConfiguration
-from sera_serve.trainer.data import GenerateData, Passage
+from sera_serve.trainer.data.labelled import GenerateData, Passage
+from sera_serve.trainer.data.token_rows import PassageTokenizer
 from sera_serve.trainer.model import IGNORED
-from sera_serve.trainer.rows import PassageTokenizer
-from sera_serve.trainer.table import Row
+from sera_serve.trainer.tables.table import Row
 from sera_serve.trainer.tasks import GenerateTask
 
 ROW = Row({}, 1, 1)

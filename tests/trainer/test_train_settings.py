@@ -61,7 +61,7 @@ def test_targets_and_factors_from_one_flag() -> None:
         ({"method": "head-only", "rank": 8}, "--rank has no meaning for method head-only"),
         ({"method": "head-only", "task": "generate"}, "no head to train for task generate"),
         ({"prompt_column": "p", "completion_column": "c"}, "--prompt-column is for task generate"),
-        ({"task": "generate", "label_column": "x"}, "--label-column is for task classify"),
+        ({"task": "generate", "label_column": "x"}, "--label-column is for tasks classify, regress"),
         ({"task": "generate", "prompt_column": "p"}, "--prompt-column needs --completion-column"),
         (
             {"task": "generate", "messages_column": "m", "completion_column": "c"},
@@ -72,7 +72,7 @@ def test_targets_and_factors_from_one_flag() -> None:
             {"task": "generate", "chat_template": "t.jinja", "completion_column": "c"},
             "--chat-template needs a question for each answer; give --prompt-column too",
         ),
-        ({"task": "generate", "select_by": "accuracy"}, "generate has only loss"),
+        ({"task": "generate", "select_by": "accuracy"}, "no metric of task generate; take loss"),
         ({"name": "acme"}, "--name 'acme': adapter id is 'acme'; write tenant/name"),
         ({"name": "../evil"}, "--name"),
         ({"epochs": 0}, "--epochs 0: input should be greater than or equal to 1"),

@@ -9,8 +9,8 @@ import pyarrow.parquet
 import pytest
 from trainer_samples import ending_rule, settings_for, write_csv, write_jsonl
 
-from sera_serve.trainer.data import draw, hold_out, load_classify_data, load_generate_data
-from sera_serve.trainer.table import InvalidData
+from sera_serve.trainer.data.labelled import draw, hold_out, load_classify_data, load_generate_data
+from sera_serve.trainer.tables.table import InvalidData
 
 GOOD = [["a text", "x"], ["b text", "y"], ["c text", "x"], ["d text", "y"]]
 
@@ -104,7 +104,10 @@ def test_a_line_that_is_not_json(tmp_path: Path) -> None:
     ("name", "message"),
     [
         ("absent.csv", "cannot be read: No such file or directory; check the path"),
-        ("rows.xlsx", "the suffix '.xlsx' is not one of .csv, .tsv, .jsonl, .parquet, .txt"),
+        (
+            "rows.xlsx",
+            "the suffix '.xlsx' is not one of .csv, .tsv, .jsonl, .ndjson, .json, .parquet, .txt; save the",
+        ),
     ],
 )
 def test_files_that_cannot_be_read(tmp_path: Path, name: str, message: str) -> None:
@@ -135,10 +138,10 @@ def test_a_label_of_the_evaluation_rows_must_be_known(tmp_path: Path) -> None:
     )
 
 
-def test_a_pair_is_joined_by_a_line_break(tmp_path: Path) -> None:
+def test_a_pair_keeps_both_texts(tmp_path: Path) -> None:
     rows = [["a", "b", "x"], ["c", "d", "y"]] * 2
     path = write_csv(tmp_path / "rows.csv", rows, ("text", "second", "label"))
-    assert classify(path, text_pair_column="second").train[0].text == "a\nb"
+    assert classify(path, text_pair_column="second").train[0].text == ("a", "b")
     assert "has no column 'secnd'; it has text, second, label; did you mean --text-pair-column second?" in refusal(
         classify, path, text_pair_column="secnd"
     )
@@ -156,9 +159,9 @@ CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hel
         ({"messages": "hi"}, {"messages_column": "messages"}, "messages must be a list such as"),
         ({"messages": CHAT[:1]}, {"messages_column": "messages"}, "messages has no turn of the assistant"),
         (
-            {"messages": [{"role": "bot", "content": "a"}]},
+            {"messages": [{"role": "robot", "content": "a"}]},
             {"messages_column": "messages"},
-            "has the role 'bot'; use one",
+            "has the role 'robot'; use one",
         ),
         ({"messages": [{"role": "user"}]}, {"messages_column": "messages"}, "messages[0] must have exactly the keys"),
         ({"messages": [{"role": "user", "content": ""}]}, {"messages_column": "messages"}, "messages[0] has no text"),

@@ -85,7 +85,18 @@ def test_a_stopped_run_ends_as_an_undisturbed_one(
     assert not (tmp_path / "store.training").exists()
 
 
-@pytest.mark.parametrize("options", [{"method": "head-only"}, {"head_learning_rate": 1e-3, "eval_fraction": 0}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "head-only"},
+        {"head_learning_rate": 1e-3, "eval_fraction": 0},
+        {"lora_plus_ratio": 4.0},
+        {"rank_pattern": "q_proj=8", "alpha_pattern": "q_proj=3"},
+        {"method": "sera-c-only"},
+        # Step 12 of 21 is where the ranks still fall.
+        {"rank": 8, "budget": 4.0, "budget_final": 0.3},
+    ],
+)
 def test_every_kind_of_run_resumes(base: FrozenBase, tmp_path: Path, options: dict[str, Any]) -> None:
     undisturbed = train_adapter(settings(tmp_path, **options), base=base)
     AdapterStore(tmp_path / "store").delete("acme/tiny")

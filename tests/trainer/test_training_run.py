@@ -11,7 +11,7 @@ from adapters_store import AdapterStore
 from sera_serve.base import FrozenBase, load_base
 from sera_serve.errors import InvalidConfiguration
 from sera_serve.layers import attached_layers, count_adapter_parameters
-from sera_serve.trainer.data import load_classify_data
+from sera_serve.trainer.data.labelled import load_classify_data
 from sera_serve.trainer.run import TrainingFailed, train_adapter
 from sera_serve.trainer.tasks import ClassifyTask
 
@@ -66,6 +66,7 @@ def test_factors_that_do_not_train_keep_their_values(base: FrozenBase, rows: Pat
         assert same == name.endswith("sera_a"), name
 
 
+@pytest.mark.slow
 def test_sera_learns_where_a_head_alone_cannot(stories: Path, tmp_path: Path) -> None:
     rows = write_csv(tmp_path / "rows.csv", beginning_rule(300))
     test = write_csv(tmp_path / "test.csv", beginning_rule(200, seed=1))

@@ -1,0 +1,250 @@
+"""Methods of other libraries, to compare ours with: PEFT's, AdapterHub's bottleneck adapters, and full fine-tuning.
+
+A baseline takes the place of the adapter in a task's model. Loop, rows, order, schedule, head and evaluation stay
+those of our own methods. A baseline is not served, so nothing is published.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from sera_serve.errors import InvalidConfiguration
+from sera_serve.layers import SeraConfig
+from sera_serve.layers.targets import select_targets
+from sera_serve.trainer.model import AdapterModel
+from sera_serve.trainer.settings import TrainSettings
+from sera_serve.trainer.tasks import TrainingTask
+
+Baseline = Literal["peft-lora", "vera", "adalora", "dora", "bd-lora", "houlsby", "pfeiffer", "full"]
+BASELINES: tuple[Baseline, ...] = get_args(Baseline)
+# These run on an older transformers than ours, in an environment of their own.
+NEED_ADAPTERS: tuple[Baseline, ...] = ("houlsby", "pfeiffer")
+_ADAPTER = "baseline"
+
+
+class MissingLibrary(InvalidConfiguration):
+    """A baseline's library is not installed, or does not run on this transformers."""
+
+
+@dataclass(frozen=True)
+class BaselineShape:
+    """What a baseline needs beside the settings of the run.
+
+    Attributes:
+        method: The baseline.
+        rank: Rank of the methods of PEFT; the target of AdaLoRA, which starts at one and a half times of it.
+        blocks: Diagonal blocks of BD-LoRA.
+        reduction_factor: Width of the base divided by the width of a bottleneck.
+    """
+
+    method: Baseline
+    rank: int = 8
+    blocks: int = 4
+    reduction_factor: int = 16
+
+
+def install_baseline(task: TrainingTask, settings: TrainSettings, shape: BaselineShape) -> list[TrainerCallback]:
+    """Give `task` a model in which the baseline trains. The base has no adapter attached.
+
+    Args:
+        task: The task, with the frozen base and a new head.
+        settings: Targets, `lora_alpha`, dropout, epochs and seed.
+        shape: The baseline and its size.
+
+    Returns:
+        Callbacks that the baseline needs in the loop.
+
+    Raises:
+        InvalidConfiguration: The library cannot adapt this base.
+        MissingLibrary: The library is absent.
+    """
+    if shape.method == "full":
+        task.model = _fully_trained(task.model)
+        return []
+    if shape.method in NEED_ADAPTERS:
+        task.model = _with_bottlenecks(task, shape)
+        return []
+    # PeftModel would call the task's model itself, past the term that AdaLoRA's tuner adds to the loss.
+    tuner = _with_peft(task, settings, shape).base_model
+    task.model = BaselineModel(task.model, tuner)
+    return [_AllocatesRanks(tuner)] if shape.method == "adalora" else []
+
+
+class BaselineModel(AdapterModel):
+    """A task's model whose trained parameters belong to another library.
+
+    The tensors that it stores, for the checkpoint of the best epoch, are the trained parameters by their own names.
+    """
+
+    def __init__(self, inner: AdapterModel, wrapped: nn.Module | None = None) -> None:
+        # The head comes first, so that its parameters keep the names by which the loop knows them.
+        super().__init__(None, inner.head)
+        self.inner = inner
+        self.wrapped = wrapped
+        if inner.head is not None:
+            inner.head.requires_grad_(True)
+
+    def train(self, mode: bool = True) -> BaselineModel:
+        """Switch the dropout of head and adapter. The base itself stays in evaluation mode, as with our methods."""
+        super().train(mode)
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Dropout) and "lora_dropout" in name:
+                module.train(mode)
+        return self
+
+    def forward(self, **batch: Tensor) -> dict[str, Tensor]:
+        """Compute the task's loss, with the term that the baseline adds to it, if any."""
+        outputs: Mapping[str, Tensor] = self.inner(**batch) if self.wrapped is None else self.wrapped(**batch)
+        return dict(outputs)
+
+    def stored_tensors(self) -> dict[str, Tensor]:
+        """Return every trained parameter. They share memory."""
+        return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
+
+
+class _Outputs(dict[str, Tensor]):
+    """A task's result with the attribute to which AdaLoRA adds its term."""
+
+    @property
+    def loss(self) -> Tensor:
+        return self["loss"]
+
+    @loss.setter
+    def loss(self, value: Tensor) -> None:
+        self["loss"] = value
+
+
+class _WithOutput(nn.Module):
+    """The task's model with the kind of result that PEFT looks for the loss in."""
+
+    def __init__(self, inner: AdapterModel) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, **batch: Tensor) -> _Outputs:
+        return _Outputs(self.inner(**batch))
+
+
+def _targets(task: TrainingTask, settings: TrainSettings) -> list[str]:
+    shape = SeraConfig(rank=1, split=1, lora_alpha=1.0, target_modules=settings.target_modules)  # type: ignore[arg-type]
+    return list(select_targets(task.base.model, shape))
+
+
+def _with_peft(task: TrainingTask, settings: TrainSettings, shape: BaselineShape) -> Any:
+    peft = _library("peft", "pip install peft")
+    targets = _targets(task, settings)
+    config = _PEFT_CONFIGS[shape.method](peft, task, settings, shape, targets)
+    try:
+        return peft.get_peft_model(_WithOutput(task.model), config, adapter_name=_ADAPTER)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise InvalidConfiguration(
+            f"PEFT cannot add {shape.method} of rank {shape.rank} to base {task.base.name}: {error}", param="method"
+        ) from error
+
+
+def _lora(peft: Any, settings: TrainSettings, shape: BaselineShape, targets: list[str], **options: Any) -> Any:
+    return peft.LoraConfig(
+        r=shape.rank,
+        lora_alpha=settings.lora_alpha or 2 * shape.rank,
+        lora_dropout=settings.dropout,
+        target_modules=targets,
+        **options,
+    )
+
+
+def _bd_lora(peft: Any, task: Any, settings: TrainSettings, shape: BaselineShape, targets: list[str]) -> Any:
+    blocks = peft.BdLoraConfig(target_modules_bd_b=targets, nblocks=shape.blocks)
+    return _lora(peft, settings, shape, targets, use_bdlora=blocks)
+
+
+def _vera(peft: Any, task: Any, settings: TrainSettings, shape: BaselineShape, targets: list[str]) -> Any:
+    return peft.VeraConfig(
+        r=shape.rank,
+        target_modules=targets,
+        vera_dropout=settings.dropout,
+        projection_prng_key=settings.seed,
+    )
+
+
+def _adalora(peft: Any, task: TrainingTask, settings: TrainSettings, shape: BaselineShape, targets: list[str]) -> Any:
+    steps = settings.epochs * -(-len(task.train_rows) // settings.batch_size)
+    return peft.AdaLoraConfig(
+        init_r=max(shape.rank + 1, shape.rank * 3 // 2),
+        target_r=shape.rank,
+        lora_alpha=settings.lora_alpha or 2 * shape.rank,
+        lora_dropout=settings.dropout,
+        target_modules=targets,
+        total_step=steps,
+        # The budget falls between a tenth and seven tenths of the steps, at up to fifty of them.
+        tinit=steps // 10,
+        tfinal=steps * 3 // 10,
+        deltaT=max(1, steps // 50),
+    )
+
+
+_PEFT_CONFIGS: dict[str, Callable[..., Any]] = {
+    "peft-lora": lambda peft, task, settings, shape, targets: _lora(peft, settings, shape, targets),
+    "dora": lambda peft, task, settings, shape, targets: _lora(peft, settings, shape, targets, use_dora=True),
+    "bd-lora": _bd_lora,
+    "vera": _vera,
+    "adalora": _adalora,
+}
+
+
+class _AllocatesRanks(TrainerCallback):  # type: ignore[misc]
+    """Lets AdaLoRA move its budget: after the optimiser's step, while the gradients are there."""
+
+    def __init__(self, tuner: Any) -> None:
+        self._tuner = tuner
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._tuner.update_and_allocate(state.global_step)
+
+
+def _with_bottlenecks(task: TrainingTask, shape: BaselineShape) -> BaselineModel:
+    adapters = _library("adapters", "give --adapters-python, the Python of an environment that has it")
+    kind = adapters.DoubleSeqBnConfig if shape.method == "houlsby" else adapters.SeqBnConfig
+    base = task.base.model
+    try:
+        adapters.init(base)
+        base.add_adapter(_ADAPTER, config=kind(reduction_factor=shape.reduction_factor))
+    except (ValueError, TypeError, AttributeError, NotImplementedError) as error:
+        raise InvalidConfiguration(
+            f"adapters cannot add {shape.method} to base {task.base.name}: {error}", param="method"
+        ) from error
+    base.train_adapter(_ADAPTER)
+    return BaselineModel(task.model)
+
+
+def _fully_trained(model: AdapterModel) -> BaselineModel:
+    assert model.base_model is not None
+    for name, parameter in model.base_model.named_parameters():
+        # The pooler of an encoder has no part in the result.
+        parameter.requires_grad_("pooler" not in name.split("."))
+    if model.head is not None and (outputs := model.base_model.get_output_embeddings()) is not None:
+        # A classifier does not use the output embedding, unless it is the input embedding too.
+        outputs.requires_grad_(outputs.weight is model.base_model.get_input_embeddings().weight)
+    return BaselineModel(model)
+
+
+def _library(name: str, remedy: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except (ImportError, RuntimeError) as error:
+        raise MissingLibrary(f"this baseline needs the library {name} ({error}); {remedy}", param="method") from error
+
+
+def same_head(model: AdapterModel, seed: int) -> None:
+    """Draw the head's values anew from `seed`, so that all methods of a comparison start from the same head."""
+    if model.head is not None:
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            values = torch.empty(model.head.weight.shape).normal_(std=0.02, generator=generator)
+            model.head.weight.copy_(values)

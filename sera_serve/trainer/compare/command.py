@@ -1,0 +1,124 @@
+"""The command `train_adapter compare`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+
+from sera_serve.errors import InvalidConfiguration, SeraServeError
+
+
+def compare_command(
+    plan: Annotated[Path, typer.Argument(help="YAML file: bases, data, methods, seeds, settings, learning_rates.")],
+    results: Annotated[
+        Path | None,
+        typer.Option(help="File of finished runs, one JSON object a line. Default: the plan's, or PLAN.results.jsonl."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for the table (CSV, Markdown) and the plot. Default: beside --results.")
+    ] = None,
+    base: Annotated[
+        list[str] | None, typer.Option(help="NAME=FOLDER: another place of one of the plan's bases; may be repeated.")
+    ] = None,
+    adapters_python: Annotated[
+        str | None,
+        typer.Option(help="Python of an environment with the library adapters; houlsby and pfeiffer run in it."),
+    ] = None,
+    hold: Annotated[
+        str | None,
+        typer.Option(
+            help="Command that must answer before each run, and is ended after it, such as 'flock machine.lock cat'."
+        ),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=0, help="Make at most this many runs; 0 only shows.")] = None,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Make runs again that failed.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Last line of stdout: the table as one JSON object.")] = False,
+) -> None:
+    """Compare methods: every method in every size, on every data set, over every base, with every seed.
+
+    Runs that are finished are kept; the same command goes on with the others. A kill loses the run under way only. A
+    run that fails is shown in the table. The last thing is the table, also as CSV and Markdown, and a plot of score
+    over parameters.
+
+    Example: `train_adapter compare examples/compare/small.yaml`
+    """
+    from sera_serve.trainer.compare.plan import read_plan
+    from sera_serve.trainer.compare.results import ResultsFile
+    from sera_serve.trainer.compare.runner import CompareRunner
+
+    console = Console(stderr=True)
+    try:
+        places = dict(_pair(text) for text in base or ())
+        compared = read_plan(plan, places)
+        path = results or compared.results or plan.with_name(f"{plan.stem}.results.jsonl")
+        runner = CompareRunner(
+            compared,
+            ResultsFile(path),
+            console,
+            adapters_python=adapters_python,
+            hold=hold,
+            retry_failed=retry_failed,
+        )
+    except SeraServeError as error:
+        _fail(error.message, 2)
+    except OSError as error:
+        _fail(f"{error.filename}: {error.strerror}", 2)
+    stopped = False
+    try:
+        if limit != 0:
+            runner.run(limit)
+    except SeraServeError as error:
+        _fail(error.message, 1)
+    except OSError as error:
+        _fail(f"{error.filename}: {error.strerror}", 1)
+    except KeyboardInterrupt:
+        stopped = True
+    _show(runner, path, output, as_json)
+    if stopped:
+        _fail("stopped; the same command goes on with the runs that are left", 130)
+
+
+def _show(runner: Any, path: Path, output: Path | None, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from sera_serve.trainer.compare.plot import plot_scores
+    from sera_serve.trainer.compare.report import as_csv, as_markdown, as_table, errors_of, summarise
+
+    cells = summarise(runner)
+    left = len(runner.pending())
+    folder = output or path.parent
+    name = path.name.removesuffix(".jsonl").removesuffix(".results")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.csv").write_text(as_csv(cells))
+        (folder / f"{name}.md").write_text(as_markdown(cells))
+        plotted = plot_scores(folder / f"{name}.png", cells)
+    except OSError as error:
+        _fail(f"{error.filename}: {error.strerror}", 1)
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        # A pipe has no width, and a table cut to 80 columns is of no use.
+        console = Console(highlight=False, width=250)
+    console.print(as_table(cells))
+    for line in errors_of(cells):
+        typer.echo(line)
+    files = f"{folder / name}.csv, .md" + (" and .png" if plotted else "")
+    typer.echo(f"{left} of {len(runner.plan.ordered())} runs are left; written: {files}")
+    if as_json:
+        typer.echo(json.dumps({"left": left, "results": str(path), "cells": [asdict(cell) for cell in cells]}))
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, equals, place = text.partition("=")
+    if not equals or not name or not place:
+        raise InvalidConfiguration(f"--base {text!r}: write NAME=FOLDER", param="base")
+    return name, place
+
+
+def _fail(message: str, status: int) -> NoReturn:
+    typer.echo(f"train_adapter compare: {message}", err=True)
+    raise typer.Exit(status)

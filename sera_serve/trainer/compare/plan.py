@@ -1,0 +1,448 @@
+"""The plan of a comparison: bases, data sets, methods with sizes, seeds, and the rule for learning rates."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from sera_serve.errors import InvalidConfiguration
+from sera_serve.trainer.baselines import BASELINES, BaselineShape
+from sera_serve.trainer.settings import ADAPTER, METHODS, TrainSettings
+from sera_serve.trainer.task_options import LOWER_IS_BETTER as LOSSES
+from sera_serve.trainer.task_options import TASK_METRICS
+
+_STRICT = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+_OPEN = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
+# The comparison sets these itself.
+_OWN = ("store", "name", "work_dir", "resume", "seed", "method", "description", "init_from")
+_PACKAGE = "package:"
+# Of every metric that a task computes, those of task_options and those that choose no epoch.
+LOWER_IS_BETTER = frozenset({*LOSSES, "perplexity", "bits_per_byte"})
+Purpose = Literal["rate", "score"]
+Loop = Literal["seed", "base", "data", "method"]
+
+
+class ComparedBase(BaseModel):
+    """A base of the plan. Further keys are options of the training runs on it, such as `target_modules`.
+
+    Attributes:
+        base: As `--base`; or `package:NAME/FOLDER`, a folder inside an installed Python package.
+    """
+
+    model_config = _OPEN
+
+    base: str = Field(min_length=1)
+
+
+class ComparedData(BaseModel):
+    """A data set of the plan. Further keys are options of its training runs, such as `train` and `text_column`.
+
+    Attributes:
+        score: The metric in the table; the first of the task's metrics unless given. It is that of the test rows where
+            there are any, and of the evaluation rows elsewhere.
+        test_rows: Score at most this many test rows, the same for all runs.
+    """
+
+    model_config = _OPEN
+
+    score: str | None = None
+    test_rows: int | None = Field(None, ge=1)
+
+
+class ComparedMethod(BaseModel):
+    """A method of the plan, in one or several sizes. Further keys are options of its training runs.
+
+    Attributes:
+        method: One of `train_adapter --method`, or a baseline.
+        name: Its name in the table; made of method and size unless given.
+        rank: One rank or several.
+        blocks: Diagonal blocks of BD-LoRA.
+        reduction_factor: houlsby, pfeiffer: width of the base by the width of a bottleneck; one or several.
+        learning_rate: Fixed; without it the plan's rule chooses.
+        data: Names of the data sets that the method runs on; all of them unless given.
+    """
+
+    model_config = _OPEN
+
+    method: str
+    name: str | None = None
+    rank: int | list[int] | None = None
+    blocks: int = Field(4, ge=1)
+    reduction_factor: int | list[int] = 16
+    learning_rate: float | None = Field(None, gt=0, le=10)
+    data: list[str] | None = None
+
+    @field_validator("method")
+    @classmethod
+    def _is_known(cls, value: str) -> str:
+        known = (*METHODS, *BASELINES)
+        if value not in known:
+            raise ValueError(f"method {value!r} is unknown; choose one of {', '.join(known)}")
+        return value
+
+
+class LearningRateRule(BaseModel):
+    """How learning rates are chosen: on held-out rows of the training file, with a seed of its own.
+
+    All rates of `start` are tried. While the best one is the lowest or the highest tried, the next of `ladder` on that
+    side is tried too. The highest score on the held-out rows wins; of equal scores, the lower loss; of equal losses,
+    the lower rate. Test rows are not read.
+
+    Attributes:
+        ladder: All rates that may be tried, ascending.
+        start: Those that are tried first.
+        seed: The seed of these runs; none of the plan's own.
+        data: With names of data sets, a method has one rate for all, by its mean score on these. Without, each data
+            set has a rate of its own.
+    """
+
+    model_config = _STRICT
+
+    ladder: list[float]
+    start: list[float] = Field(min_length=1)
+    seed: int = Field(100, ge=0, lt=2**32)
+    data: list[str] | None = Field(None, min_length=1)
+
+    @model_validator(mode="after")
+    def _is_a_ladder(self) -> LearningRateRule:
+        if sorted(set(self.ladder)) != self.ladder or not all(0 < rate <= 10 for rate in self.ladder):
+            raise ValueError("ladder must be ascending rates above 0, at most 10")
+        places = [self.ladder.index(rate) if rate in self.ladder else -1 for rate in self.start]
+        if -1 in places or places != list(range(places[0], places[0] + len(places))):
+            raise ValueError("start must be neighbouring rates of ladder, ascending")
+        return self
+
+    def next_rate(self, tried: Mapping[float, tuple[float, float]]) -> float | None:
+        """Return the next rate to try, or None if the choice is made.
+
+        Args:
+            tried: (score, minus loss) by rate; minus infinity for a run that failed.
+        """
+        for rate in self.start:
+            if rate not in tried:
+                return rate
+        best = self.ladder.index(self.best(tried))
+        places = sorted(self.ladder.index(rate) for rate in tried)
+        if not any(score > -math.inf for score, _ in tried.values()):
+            # Nothing worked so far: a lower rate is what may.
+            best = places[0]
+        if best == places[0] and best > 0:
+            return self.ladder[best - 1]
+        if best == places[-1] and best + 1 < len(self.ladder):
+            return self.ladder[best + 1]
+        return None
+
+    def best(self, tried: Mapping[float, tuple[float, float]]) -> float:
+        """Return the best rate of those tried."""
+        return max(tried, key=lambda rate: (tried[rate], -rate))
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One method in one size.
+
+    Attributes:
+        label: Its name in the table.
+        family: The label without the size. The plot joins the sizes of a family.
+        options: Options of its training runs.
+        baseline: The shape of a baseline, or None for our own methods.
+        learning_rate: Fixed, or None.
+        data: Names of its data sets, or None for all.
+    """
+
+    label: str
+    family: str
+    options: dict[str, Any]
+    baseline: BaselineShape | None
+    learning_rate: float | None
+    data: list[str] | None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One place of the table: a method on a data set over a base."""
+
+    base: str
+    data: str
+    variant: Variant
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """One training run, as the process that trains it gets it.
+
+    Attributes:
+        settings: Options of the run, as JSON values, without store and folders.
+        baseline: The shape of a baseline, or None.
+        test_rows: See `ComparedData`.
+        digest: Equal for equal runs over equal data. Names the run in the file of results.
+        purpose: `rate`: tried for the choice of a learning rate. `score`: counts in the table.
+    """
+
+    settings: dict[str, Any]
+    baseline: dict[str, Any] | None
+    test_rows: int | None
+    digest: str
+    purpose: Purpose
+
+
+class ComparePlan(BaseModel):
+    """A comparison: every method in every size, on every data set, over every base, with every seed."""
+
+    model_config = _STRICT
+
+    bases: dict[str, ComparedBase] = Field(min_length=1)
+    data: dict[str, ComparedData] = Field(min_length=1)
+    methods: list[ComparedMethod] = Field(min_length=1)
+    seeds: list[int] = Field(min_length=1)
+    settings: dict[str, Any] = Field(default_factory=dict)
+    learning_rates: LearningRateRule | None = None
+    order: list[Loop] = Field(default_factory=lambda: list(get_args(Loop)))
+    results: Path | None = None
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> ComparePlan:
+        if sorted(self.order) != sorted(get_args(Loop)):
+            raise ValueError(f"order must name each of {', '.join(get_args(Loop))} once, the outermost loop first")
+        if len(set(self.seeds)) != len(self.seeds):
+            raise ValueError("seeds has a seed twice")
+        rule = self.learning_rates
+        if rule is not None and rule.seed in self.seeds:
+            raise ValueError(f"learning_rates.seed {rule.seed} is one of seeds; the choice needs a seed of its own")
+        for where, names in [
+            *((f"methods[{i}].data", method.data) for i, method in enumerate(self.methods)),
+            ("learning_rates.data", rule.data if rule is not None else None),
+        ]:
+            for name in names or ():
+                if name not in self.data:
+                    raise ValueError(f"{where}: data set {name!r} is not in the plan; it has {', '.join(self.data)}")
+        labels = [variant.label for variant in self.variants()]
+        if twice := {label for label in labels if labels.count(label) > 1}:
+            raise ValueError(f"two methods have the name {min(twice)!r}; give one another name")
+        for where, options in self._option_groups():
+            _check_options(where, options)
+        return self
+
+    def _option_groups(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        yield "settings", self.settings
+        for name, base in self.bases.items():
+            yield f"bases.{name}", base.model_extra or {}
+        for name, data in self.data.items():
+            yield f"data.{name}", data.model_extra or {}
+        for i, method in enumerate(self.methods):
+            yield f"methods[{i}]", method.model_extra or {}
+
+    def variants(self) -> list[Variant]:
+        """Return every method in every size, in the plan's order."""
+        return [variant for method in self.methods for variant in _sizes_of(method)]
+
+    def cells(self) -> list[Cell]:
+        """Return every place of the table."""
+        return [
+            Cell(base, data, variant)
+            for base in self.bases
+            for data in self.data
+            for variant in self.variants()
+            if variant.data is None or data in variant.data
+        ]
+
+    def ordered(self) -> list[tuple[Cell, int]]:
+        """Return every run that counts, (cell, seed), in the order in which they are made."""
+        places: dict[Loop, list[Any]] = {
+            "base": list(self.bases),
+            "data": list(self.data),
+            "method": [variant.label for variant in self.variants()],
+            "seed": self.seeds,
+        }
+
+        def key(run: tuple[Cell, int]) -> list[int]:
+            cell, seed = run
+            values: dict[Loop, Any] = {"base": cell.base, "data": cell.data, "method": cell.variant.label, "seed": seed}
+            return [places[loop].index(values[loop]) for loop in self.order]
+
+        return sorted(((cell, seed) for cell in self.cells() for seed in self.seeds), key=key)
+
+    def score_of(self, data: str) -> str:
+        """Return the metric of a data set."""
+        return self.data[data].score or TASK_METRICS[self._options(data)["task"]][0]
+
+    def _options(self, data: str) -> dict[str, Any]:
+        return {"task": "classify", **self.settings, **(self.data[data].model_extra or {})}
+
+    def spec(self, cell: Cell, seed: int, learning_rate: float | None, purpose: Purpose) -> RunSpec:
+        """Describe one run.
+
+        Args:
+            cell: What runs.
+            seed: Its seed.
+            learning_rate: Its rate, or None for the method's default.
+            purpose: A run for the choice of a rate reads no test rows.
+
+        Raises:
+            InvalidConfiguration: The options do not fit each other. The message names the places of the plan.
+        """
+        base = self.bases[cell.base]
+        options: dict[str, Any] = self._options(cell.data) | (base.model_extra or {})
+        if not METHODS[cell.variant.options["method"]].adapts:
+            # The plan's targets are for the other methods.
+            options = {name: value for name, value in options.items() if not _shapes_adapter(name)}
+        options |= cell.variant.options
+        score = self.score_of(cell.data)
+        if score in TASK_METRICS.get(options["task"], ()):
+            options.setdefault("select_by", score)
+        if learning_rate is not None:
+            options["learning_rate"] = learning_rate
+        if purpose == "rate":
+            options.pop("test", None)
+        options |= {"base": _base_spec(base.base), "seed": seed, "store": "-", "name": "compare/run"}
+        try:
+            # Without defaults: an option that a method does not know must stay unset, and a new option of the trainer
+            # must not give finished runs other names.
+            settings = TrainSettings.model_validate(options).model_dump(
+                mode="json", exclude={"store", "name"}, exclude_unset=True
+            )
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            where = ".".join(map(str, first["loc"])) or "options"
+            raise InvalidConfiguration(
+                f"{cell.variant.label} on {cell.data} over {cell.base}: {where}: "
+                f"{first['msg'].removeprefix('Value error, ')}; correct it in methods, data, bases or settings",
+                param=where,
+            ) from error
+        shape = asdict(cell.variant.baseline) if cell.variant.baseline is not None else None
+        test_rows = self.data[cell.data].test_rows if purpose == "score" else None
+        named = settings | {"base": cell.base}
+        for use in ("train", "eval", "test", "chat_template"):
+            if named.get(use) is not None:
+                named[use] = _contents(str(named[use]))
+        identity = json.dumps([named, shape, test_rows, purpose], sort_keys=True)
+        return RunSpec(settings, shape, test_rows, hashlib.sha256(identity.encode()).hexdigest()[:16], purpose)
+
+
+def _check_options(where: str, options: Mapping[str, Any]) -> None:
+    for name in options:
+        if name in _OWN:
+            raise ValueError(f"{where}: {name} is set by the comparison; take it out")
+        if name not in TrainSettings.model_fields:
+            raise ValueError(f"{where}: unknown option {name!r}; see train_adapter --help for the options of a run")
+
+
+def _shapes_adapter(name: str) -> bool:
+    extra = TrainSettings.model_fields[name].json_schema_extra
+    return isinstance(extra, dict) and extra["group"] == ADAPTER and name not in ("pooling", "dropout")
+
+
+def _sizes_of(entry: ComparedMethod) -> Iterator[Variant]:
+    options = dict(entry.model_extra or {})
+    family = entry.name or _family(entry.method, options)
+    if entry.method in ("houlsby", "pfeiffer"):
+        factors = entry.reduction_factor if isinstance(entry.reduction_factor, list) else [entry.reduction_factor]
+        for factor in factors:
+            shape = BaselineShape(entry.method, reduction_factor=factor)  # type: ignore[arg-type]
+            yield _variant(entry, family, f"1/{factor}", len(factors), {"method": "lora"} | options, shape)
+    elif entry.method in ("full", "head-only"):
+        method = "lora" if entry.method == "full" else "head-only"
+        shape_or_none = BaselineShape("full") if entry.method == "full" else None
+        yield _variant(entry, family, "", 1, {"method": method} | options, shape_or_none)
+    else:
+        ranks = entry.rank if isinstance(entry.rank, list) else [entry.rank or 8]
+        for rank in ranks:
+            if entry.method in BASELINES:
+                shape = BaselineShape(entry.method, rank=rank, blocks=entry.blocks)
+                yield _variant(entry, family, f"r={rank}", len(ranks), {"method": "lora"} | options, shape)
+            else:
+                own = {"method": entry.method, "rank": rank} | options
+                split = f" split={options['split']}" if options.get("split") is not None else ""
+                yield _variant(entry, family, f"r={rank}{split}", len(ranks), own, None)
+
+
+def _family(method: str, options: Mapping[str, Any]) -> str:
+    factors = options.get("train_factors")
+    if factors is None:
+        return method
+    trained = factors if isinstance(factors, str) else ",".join(factors)
+    return f"{method} trains {trained}"
+
+
+def _variant(
+    entry: ComparedMethod, family: str, size: str, sizes: int, options: dict[str, Any], shape: BaselineShape | None
+) -> Variant:
+    # A name that was given needs the size only where there are several.
+    label = family if entry.name and sizes == 1 else f"{family} {size}".strip()
+    return Variant(label, family, options, shape, entry.learning_rate, entry.data)
+
+
+def _base_spec(base: str) -> str:
+    """Replace `package:NAME/FOLDER` by the folder."""
+    if not base.startswith(_PACKAGE):
+        return base
+    name, _, folder = base.removeprefix(_PACKAGE).partition("/")
+    found = find_spec(name) if name.isidentifier() else None
+    places = list(found.submodule_search_locations or ()) if found is not None else []
+    if not places:
+        raise InvalidConfiguration(
+            f"base {base!r}: the Python package {name!r} is not installed; install it, or give --base NAME=FOLDER",
+            param="bases",
+        )
+    return str(Path(places[0]) / folder)
+
+
+@cache
+def _contents(path: str) -> str:
+    """Name a file by its contents, a folder by the names and sizes of its files, anything else by itself."""
+    place = Path(path)
+    if place.is_file():
+        with place.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    if place.is_dir():
+        files = sorted((str(p.relative_to(place)), p.stat().st_size) for p in place.rglob("*") if p.is_file())
+        return hashlib.sha256(json.dumps(files).encode()).hexdigest()
+    return path
+
+
+def read_plan(path: Path, bases: Mapping[str, str] | None = None) -> ComparePlan:
+    """Read and check a plan.
+
+    Args:
+        path: YAML file.
+        bases: Other places of the plan's bases, by name.
+
+    Raises:
+        InvalidConfiguration: The file cannot be read, or a value is impossible. The message names the place.
+    """
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidConfiguration(f"plan {path} cannot be read: {error}", param="plan") from error
+    except yaml.YAMLError as error:
+        raise InvalidConfiguration(
+            f"plan {path} is not valid YAML: {' '.join(str(error).split())}", param="plan"
+        ) from error
+    try:
+        plan = ComparePlan.model_validate(value)
+    except ValidationError as error:
+        faults = []
+        for item in error.errors(include_url=False):
+            where = ".".join(map(str, item["loc"]))
+            faults.append(f"{where}: " * bool(where) + item["msg"].removeprefix("Value error, "))
+        raise InvalidConfiguration(f"plan {path}: {'; '.join(faults)}", param="plan") from error
+    for name, place in (bases or {}).items():
+        if name not in plan.bases:
+            raise InvalidConfiguration(
+                f"--base {name}={place}: the plan has no base {name!r}; it has {', '.join(plan.bases)}", param="base"
+            )
+        moved = plan.bases[name].model_copy(update={"base": place})
+        plan = plan.model_copy(update={"bases": {**plan.bases, name: moved}})
+    for cell, seed in plan.ordered():
+        plan.spec(cell, seed, cell.variant.learning_rate, "score")
+    return plan

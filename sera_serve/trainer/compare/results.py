@@ -1,0 +1,67 @@
+"""The file of a comparison's results: one JSON object a line, appended and synced as runs finish."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sera_serve.errors import InvalidConfiguration
+from sera_serve.trainer.checkpoint import RunInProgress
+
+
+class ResultsFile:
+    """Finished runs by digest. A line that a kill cut off is dropped.
+
+    Attributes:
+        path: The file.
+        records: Each finished run by its digest; of several lines with one digest, the last.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.records: dict[str, dict[str, Any]] = {}
+        if not path.exists():
+            return
+        data = path.read_bytes()
+        whole, _, _ = data.rpartition(b"\n")
+        for number, line in enumerate(whole.splitlines(), start=1):
+            try:
+                record = json.loads(line)
+                self.records[record["run"]] = record
+            except (ValueError, KeyError, TypeError) as error:
+                raise InvalidConfiguration(
+                    f"{path} line {number} is not a result of a comparison; give another --results", param="results"
+                ) from error
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Hold the file alone, and cut off a torn last line.
+
+        Raises:
+            RunInProgress: Another comparison writes to this file.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("ab+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise RunInProgress(
+                    f"another comparison writes to {self.path}; wait for it, or give --results"
+                ) from error
+            file.seek(0)
+            whole, newline, _ = file.read().rpartition(b"\n")
+            file.truncate(len(whole) + len(newline))
+            yield
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Append a record. It is durable when this returns."""
+        with self.path.open("ab") as file:
+            file.write(json.dumps(record).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.records[record["run"]] = record

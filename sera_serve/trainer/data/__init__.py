@@ -1,0 +1,1 @@
+"""Rows of the tasks: checked, split for evaluation, and made into batches."""

@@ -1,0 +1,301 @@
+"""Training data of image tasks: labelled images and captioned images, every image read and checked before training."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from adapters_store import AdapterConfig, ImageSpec
+from sera_serve.trainer.data.labelled import Use, check_count, check_known, check_labels, label_notes
+from sera_serve.trainer.data.splits import draw, hold_out
+from sera_serve.trainer.settings import TrainSettings
+from sera_serve.trainer.tables.faults import InvalidData, Problems, Row
+from sera_serve.trainer.tables.fields import label_of
+from sera_serve.trainer.tables.image_files import (
+    FolderSource,
+    ImageSource,
+    ImageStore,
+    TableSource,
+    UnusableImage,
+    cell_image,
+    open_images,
+)
+from sera_serve.trainer.tables.image_folder import read_image_folder
+from sera_serve.trainer.tables.table import Table, read_table
+
+# The names that `datasets` gives the table of an image folder, and its column of paths.
+_METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+_METADATA_COLUMN = "file_name"
+_USES: tuple[Use, ...] = ("train", "eval", "test")
+
+
+@dataclass(frozen=True)
+class LabelledImage:
+    """One checked row of task image-classify; `image` is the digest of an image of the store."""
+
+    image: str
+    label: str
+    row: Row
+
+
+@dataclass(frozen=True)
+class CaptionedImage:
+    """One checked row of task retrieve; an image with several captions has several rows."""
+
+    image: str
+    caption: str
+    row: Row
+
+
+@dataclass(frozen=True)
+class ImageClassifyData:
+    """Checked rows of task image-classify, by use.
+
+    Attributes:
+        images: Every image.
+        labels: The labels of the training rows, sorted.
+        digests: sha256 of each file and of its images, by use.
+        notes: What was left out.
+        spec: The preprocessing of the adapter that the run goes on from, or None for the base's own.
+    """
+
+    images: ImageStore
+    labels: list[str]
+    train: list[LabelledImage]
+    eval: list[LabelledImage]
+    test: list[LabelledImage]
+    digests: dict[str, str]
+    notes: list[str]
+    spec: ImageSpec | None = None
+
+
+@dataclass(frozen=True)
+class RetrieveData:
+    """Checked rows of task retrieve, by use; attributes as in `ImageClassifyData`."""
+
+    images: ImageStore
+    train: list[CaptionedImage]
+    eval: list[CaptionedImage]
+    test: list[CaptionedImage]
+    digests: dict[str, str]
+    notes: list[str]
+    spec: ImageSpec | None = None
+
+
+@dataclass(frozen=True)
+class _FileRow(Row):
+    """A row of an image folder; its number is its place in the order of names."""
+
+    @property
+    def where(self) -> str:
+        return str(self.values["image"])
+
+
+def load_image_classify_data(settings: TrainSettings, initial: AdapterConfig | None = None) -> ImageClassifyData:
+    """Read and check the images and labels of `settings`.
+
+    `--train` is a table with a column of images, or an image folder or its zip file. The splits of an image folder are
+    used by their names where `--eval` and `--test` are not given.
+
+    Args:
+        settings: Options of the run.
+        initial: The adapter that the run goes on from: its labels and preprocessing are kept. None takes the labels of
+            the rows.
+
+    Raises:
+        InvalidData: A file, an image or some of the rows cannot be used.
+    """
+    reader = _Reader(settings)
+    rows = {use: reader.labelled(use) for use in _USES}
+    labels = initial.labels if initial is not None else None
+    if labels is None:
+        labels = sorted({row.label for row in rows["train"]})
+        check_labels(settings.train, rows["train"], labels)
+        reader.notes += label_notes(row.label for row in rows["train"])
+    else:
+        check_count(settings.train, rows["train"])
+        check_known(settings.train, rows["train"], labels, f"a label of {settings.init_from}")
+    for use in _USES[1:]:
+        check_known(getattr(settings, use) or settings.train, rows[use], labels)
+    train = draw(rows["train"], settings.train_limit, settings.seed)
+    if not rows["eval"] and settings.eval_fraction:
+        # Equal images stay on one side.
+        train, rows["eval"] = hold_out(
+            train, settings.eval_fraction, settings.seed, key=lambda r: r.image, stratum=lambda r: r.label
+        )
+    parts = train, rows["eval"], rows["test"]
+    return ImageClassifyData(reader.images, labels, *parts, reader.digests, reader.notes, _spec_of(initial))
+
+
+def load_retrieve_data(settings: TrainSettings, initial: AdapterConfig | None = None) -> RetrieveData:
+    """Read and check the images and captions of `settings`; arguments as in `load_image_classify_data`.
+
+    Raises:
+        InvalidData: A file, an image or some of the rows cannot be used.
+    """
+    reader = _Reader(settings)
+    rows = {use: reader.captioned(use) for use in _USES}
+    for use in _USES:
+        if rows[use] and len({row.image for row in rows[use]}) < 2:
+            raise InvalidData(
+                f"{getattr(settings, use)} has one image, which has no other to be told from; add images", param=use
+            )
+    train = draw(rows["train"], settings.train_limit, settings.seed)
+    if settings.eval is None and settings.eval_fraction:
+        train, rows["eval"] = hold_out(
+            train, settings.eval_fraction, settings.seed, key=lambda r: r.image, stratum=lambda r: ""
+        )
+        for part in (train, rows["eval"]):
+            if len({row.image for row in part}) < 2:
+                raise InvalidData(
+                    f"{settings.train} has too few images to hold some out; add images, give --eval, or "
+                    "--eval-fraction 0",
+                    param="train",
+                )
+    parts = train, rows["eval"], rows["test"]
+    return RetrieveData(reader.images, *parts, reader.digests, reader.notes, _spec_of(initial))
+
+
+def _spec_of(initial: AdapterConfig | None) -> ImageSpec | None:
+    return initial.image if initial is not None else None
+
+
+class _Reader:
+    """Reads the files of one run into one store of images."""
+
+    def __init__(self, settings: TrainSettings) -> None:
+        self._settings = settings
+        self.images = ImageStore()
+        self.digests: dict[str, str] = {}
+        self.notes: list[str] = []
+
+    def labelled(self, use: Use) -> list[LabelledImage]:
+        """Read the rows for a use: train, eval or test; none if there is no file for it."""
+        path: Path | None = getattr(self._settings, use)
+        if _is_image_folder(path or self._settings.train):
+            return self._labelled_files(use, path)
+        if path is None:
+            return []
+        table, column = self._table(path, use)
+        table.require(self._settings.label_column, "--label-column")
+        problems = Problems(path)
+        rows = [
+            LabelledImage(image, label_of(row, self._settings.label_column, problems), row.place())
+            for row, image in self._table_images(table, column, problems, use)
+        ]
+        problems.raise_if_any()
+        return rows
+
+    def _labelled_files(self, use: Use, given: Path | None) -> list[LabelledImage]:
+        path = given or self._settings.train
+        source = open_images(path)
+        folder = read_image_folder(source, path)
+        self.notes += [note for note in folder.notes if note not in self.notes]
+        if given is None:
+            # Without splits, --train has nothing but training rows.
+            if use not in folder.splits:
+                return []
+            files = folder.splits[use]
+        else:
+            files = folder.choose(use, path)
+        problems = Problems(path)
+        rows = [_FileRow({"image": name, "label": label}, i, None) for i, (name, label) in enumerate(files, 1)]
+        images = [self._checked(source, row.values["image"], row, problems) for row in rows]
+        problems.raise_if_any()
+        self.digests[use] = _digest([f"{row.values['image']} {image}" for row, image in zip(rows, images, strict=True)])
+        return [
+            LabelledImage(image, label_of(row, "label", problems), row) for row, image in zip(rows, images, strict=True)
+        ]
+
+    def captioned(self, use: Use) -> list[CaptionedImage]:
+        """Read the rows for a use, as `labelled` does. A cell may hold one caption or a list of them."""
+        path: Path | None = getattr(self._settings, use)
+        if path is None:
+            return []
+        if _is_image_folder(path):
+            raise InvalidData(
+                f"{path} has images without captions; give a table with the columns image and caption, and name the "
+                "folder of the images with --images",
+                param=use,
+            )
+        table, column = self._table(path, use)
+        table.require(self._settings.caption_column, "--caption-column")
+        problems = Problems(path)
+        rows = [
+            CaptionedImage(image, caption, row.place())
+            for row, image in self._table_images(table, column, problems, use)
+            for caption in _captions(row, self._settings.caption_column, problems)
+        ]
+        problems.raise_if_any()
+        return rows
+
+    def _table(self, path: Path, use: Use) -> tuple[Table, str]:
+        """Read a table, and find its column of images."""
+        if path.is_dir() and (inside := _metadata_of(path)) is not None:
+            path = inside
+        table = read_table(path, delimiter=self._settings.delimiter, encoding=self._settings.encoding, split=use)
+        self.notes += table.notes
+        column = self._settings.image_column
+        if column == "image" and column not in table.columns and _METADATA_COLUMN in table.columns:
+            column = _METADATA_COLUMN
+        table.require(column, "--image-column")
+        return table, column
+
+    def _table_images(self, table: Table, column: str, problems: Problems, use: Use) -> Iterator[tuple[Row, str]]:
+        """Yield each row with the digest of its image. A row whose image cannot be used, is added to `problems`."""
+        files = FolderSource(table.path.parent) if self._settings.images is None else open_images(self._settings.images)
+        cells = TableSource(table.rows, column)
+        # Rows with several captions name one image several times; it is read once.
+        known: dict[str, str] = {}
+        images = []
+        for place, row in enumerate(table.rows):
+            digest = ""
+            try:
+                found = cell_image(row.values.get(column))
+                if isinstance(found, bytes):
+                    digest = self.images.add(cells, str(place), found)
+                else:
+                    digest = known[found] = known.get(found) or self.images.add(files, found)
+            except UnusableImage as error:
+                problems.add(row, f"{column}: {error.message}")
+            images.append(digest)
+            yield row, digest
+        self.digests[use] = table.digest
+        self.digests[f"{use}_images"] = _digest(images)
+
+    def _checked(self, source: ImageSource, name: str, row: Row, problems: Problems) -> str:
+        try:
+            return self.images.add(source, name)
+        except UnusableImage as error:
+            problems.add(row, error.message)
+            return ""
+
+
+def _is_image_folder(path: Path) -> bool:
+    """Whether a path is a folder or zip file of images, without a table that describes them."""
+    if path.is_dir():
+        # What `save_to_disk` of `datasets` wrote is a table.
+        return _metadata_of(path) is None and not any(
+            (path / name).is_file() for name in ("state.json", "dataset_dict.json")
+        )
+    return path.suffix.lower() == ".zip"
+
+
+def _metadata_of(folder: Path) -> Path | None:
+    return next((folder / name for name in _METADATA if (folder / name).is_file()), None)
+
+
+def _captions(row: Row, column: str, problems: Problems) -> list[str]:
+    value = row.values.get(column)
+    captions: list[Any] = value if isinstance(value, list) else [value]
+    if not captions or any(not isinstance(caption, str) or not caption.strip() for caption in captions):
+        problems.add(row, f"{column} has no text, or a text that is empty; fill it in or delete the row")
+        return []
+    return captions
+
+
+def _digest(parts: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()

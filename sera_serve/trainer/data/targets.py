@@ -1,0 +1,230 @@
+"""Rows of a text, or a sentence pair, and what to learn of it: a number, or several labels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from sera_serve.trainer.data.labelled import Text, Use, require_texts, table_for, text_at
+from sera_serve.trainer.data.splits import draw, hold_out
+from sera_serve.trainer.settings import TrainSettings
+from sera_serve.trainer.tables.table import InvalidData, Problems, Row, Table
+
+_LEAST_ROWS = 4
+_LONGEST_LABEL = 512
+# float32, in which heads are trained and served, holds products of larger numbers no more.
+_LARGEST_NUMBER = 1e15
+
+_USES: tuple[Use, ...] = ("train", "eval", "test")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Example(Generic[T]):
+    """One checked row: a text and what to learn of it."""
+
+    text: Text
+    target: T
+    row: Row
+
+
+@dataclass(frozen=True)
+class Examples(Generic[T]):
+    """Checked rows by use.
+
+    Attributes:
+        digests: sha256 of each file, by use.
+        notes: What the user should know about the rows.
+    """
+
+    train: list[Example[T]]
+    eval: list[Example[T]]
+    test: list[Example[T]]
+    digests: dict[str, str]
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class LabelledExamples(Examples[frozenset[str]]):
+    """Rows with sets of labels.
+
+    Attributes:
+        labels: Every label, in the order of the head's rows.
+    """
+
+    labels: list[str] = field(default_factory=list)
+
+
+def load_examples(
+    settings: TrainSettings,
+    read: Callable[[Table, TrainSettings], list[Example[T]]],
+    stratum: Callable[[T], str],
+) -> Examples[T]:
+    """Read and check the files of `settings`.
+
+    Args:
+        settings: Options of the run.
+        read: Checks the rows of one file.
+        stratum: About the same part of each stratum is held out.
+
+    Raises:
+        InvalidData: A file or some of its rows cannot be used.
+    """
+    rows: dict[Use, list[Example[T]]] = {use: [] for use in _USES}
+    digests: dict[str, str] = {}
+    notes: list[str] = []
+    for use in _USES:
+        if (table := table_for(settings, use)) is not None:
+            rows[use] = read(table, settings)
+            digests[use] = table.digest
+            notes += table.notes
+    if len(rows["train"]) < _LEAST_ROWS:
+        raise InvalidData(
+            f"{settings.train} has {len(rows['train'])} rows; at least {_LEAST_ROWS} are needed", param="train"
+        )
+    train = draw(rows["train"], settings.train_limit, settings.seed)
+    if settings.eval is None and settings.eval_fraction:
+        train, rows["eval"] = hold_out(
+            train,
+            settings.eval_fraction,
+            settings.seed,
+            key=lambda item: repr(item.text),
+            stratum=lambda item: stratum(item.target),
+        )
+    return Examples(train, rows["eval"], rows["test"], digests, notes)
+
+
+def load_numbers(settings: TrainSettings) -> Examples[float]:
+    """The rows of task regress; raises as `load_examples`, and where all training rows have one number."""
+    found = load_examples(settings, _numbers, stratum=lambda target: "")
+    if len({item.target for item in found.train}) < 2:
+        raise InvalidData(
+            f"{settings.train}: every training row has the number {found.train[0].target:g}; add rows with another "
+            "number, or check --label-column",
+            param="label_column",
+        )
+    return found
+
+
+def load_label_sets(settings: TrainSettings, labels: list[str] | None = None) -> LabelledExamples:
+    """The rows of task classify with several labels each; raises as `load_examples`.
+
+    Args:
+        settings: Options of the run.
+        labels: Those of the adapter that the run goes on from, which it keeps; None takes those of the training rows.
+    """
+    found = load_examples(settings, _label_sets, stratum=lambda target: ",".join(sorted(target)))
+    kept = f"a label of {settings.init_from}" if labels is not None else "in the training data"
+    if labels is None:
+        held_out = found.eval if settings.eval is None else []
+        labels = sorted({label for item in found.train + held_out for label in item.target})
+        if not labels:
+            raise InvalidData(f"{settings.train}: no row has a label; check --label-column", param="label_column")
+        _check_many(settings.train, found.train, labels)
+    for path, items in ((settings.train, found.train), (settings.eval, found.eval), (settings.test, found.test)):
+        if path is not None:
+            _check_known(path, items, labels, kept)
+    return LabelledExamples(found.train, found.eval, found.test, found.digests, found.notes, labels)
+
+
+def number_of(row: Row, column: str, problems: Problems) -> float:
+    """The number of a column: a JSON number, or text such as 3.8. What is none is added to `problems`."""
+    value = row.values.get(column)
+    number = math.nan
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+    elif isinstance(value, str):
+        try:
+            # float() also takes underscores between digits, and digits of other scripts.
+            number = float(value) if value.isascii() and "_" not in value else math.nan
+        except ValueError:
+            number = math.nan
+    if math.isnan(number):
+        kind = "missing" if value is None else "empty" if value == "" else f"{value!r}, not a number"
+        problems.add(row, f"{column} is {kind}; write a number such as 3.8, or delete the row")
+        return 0.0
+    if abs(number) > _LARGEST_NUMBER:
+        problems.add(row, f"{column} is {number:g}; give numbers of at most {_LARGEST_NUMBER:g}, in a greater unit")
+        return 0.0
+    return number
+
+
+def labels_of(row: Row, column: str, separator: str, problems: Problems) -> frozenset[str]:
+    """The labels of a column: a list, or text with a separator; an empty one has no labels.
+
+    What is no label is added to `problems`.
+    """
+    value = row.values.get(column)
+    if isinstance(value, str):
+        parts: list[Any] = [part.strip() for part in value.split(separator)] if value.strip() else []
+    elif isinstance(value, list):
+        parts = value
+    else:
+        kind = "missing" if value is None else f"{type(value).__name__} {value!r}"
+        problems.add(
+            row, f'{column} is {kind}; write a list of labels such as ["a", "b"], or text such as a{separator}b'
+        )
+        return frozenset()
+    found: list[str] = []
+    for part in parts:
+        if isinstance(part, bool) or not isinstance(part, (str, int)):
+            problems.add(row, f"{column} has {part!r}; a label is a name or a whole number")
+            continue
+        label = str(part).strip()
+        if not label:
+            problems.add(row, f"{column} has an empty label; name it or remove it")
+        elif len(label) > _LONGEST_LABEL:
+            problems.add(row, f"{column} has a label of {len(label)} characters; at most {_LONGEST_LABEL} are allowed")
+        found.append(label)
+    if len(set(found)) != len(found):
+        problems.add(row, f"{column} has a label twice; remove one")
+    return frozenset(found)
+
+
+def _numbers(table: Table, settings: TrainSettings) -> list[Example[float]]:
+    require_texts(table, settings)
+    table.require(settings.label_column, "--label-column")
+    problems = Problems(table.path)
+    found = [
+        Example(text_at(row, settings, problems), number_of(row, settings.label_column, problems), row.place())
+        for row in table.rows
+    ]
+    problems.raise_if_any()
+    return found
+
+
+def _label_sets(table: Table, settings: TrainSettings) -> list[Example[frozenset[str]]]:
+    require_texts(table, settings)
+    table.require(settings.label_column, "--label-column")
+    problems = Problems(table.path)
+    found = []
+    for row in table.rows:
+        labels = labels_of(row, settings.label_column, settings.label_separator, problems)
+        found.append(Example(text_at(row, settings, problems), labels, row.place()))
+    problems.raise_if_any()
+    return found
+
+
+def _check_many(path: Path, rows: list[Example[frozenset[str]]], labels: list[str]) -> None:
+    if len(labels) > len(rows):
+        raise InvalidData(
+            f"{path} has {len(labels)} different labels in {len(rows)} rows; labels must repeat: check --label-column "
+            "and --label-separator",
+            param="label_column",
+        )
+
+
+def _check_known(path: Path, rows: list[Example[frozenset[str]]], labels: list[str], kept: str) -> None:
+    problems, known = Problems(path), set(labels)
+    shown = ", ".join(labels[:10]) + (", ..." if len(labels) > 10 else "")
+    for item in rows:
+        for label in sorted(item.target - known):
+            problems.add(item.row, f"label {label!r} is not {kept}, which has {shown}; correct it or delete the row")
+    problems.raise_if_any()

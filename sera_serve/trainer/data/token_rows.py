@@ -1,0 +1,259 @@
+"""Token rows: tokenizing texts and passages, padding, and batches of similar lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import Any, NotRequired, TypedDict
+
+import torch
+from torch import Tensor
+
+from sera_serve.base import FrozenBase
+from sera_serve.base.chat import ChatRenderer, ChatTemplate, ChatTemplateFailed, ChatTemplateMissing
+from sera_serve.errors import InvalidConfiguration
+from sera_serve.trainer.data.labelled import Text
+from sera_serve.trainer.data.passages import Passage
+from sera_serve.trainer.model import IGNORED
+from sera_serve.trainer.tables.table import InvalidData
+
+# Truncation keeps at least this many tokens of a prompt.
+_LEAST_PROMPT = 4
+
+
+class TokenRow(TypedDict):
+    """One tokenised row.
+
+    Attributes:
+        input_ids: Its tokens.
+        labels: The class index, or a list with one entry a token (`IGNORED`: not learned).
+        text_bytes: UTF-8 length of the text of the labelled tokens, for bits per byte; 0 for a class.
+        token_type_ids: The segment of each token of a sentence pair, for bases that have segments.
+    """
+
+    input_ids: list[int]
+    labels: int | list[int]
+    text_bytes: int
+    token_type_ids: NotRequired[list[int]]
+
+
+class TextTokens(TypedDict):
+    """The tokens of a text or a sentence pair, and the segment of each token where the base has segments."""
+
+    input_ids: list[int]
+    token_type_ids: NotRequired[list[int]]
+
+
+def encode_texts(base: FrozenBase, texts: Sequence[Text], max_length: int) -> tuple[list[TextTokens], int]:
+    """Tokenize texts and sentence pairs with the server's own preprocessor, so that served equals trained.
+
+    Args:
+        base: The base model.
+        texts: Each a text, or a pair of texts.
+        max_length: The longest row in tokens; longer ones are truncated.
+
+    Returns:
+        The tokens of each text, and the number of texts that were truncated.
+    """
+    rows = base.preprocessor.rows(texts, max_length + 1)
+    too_long = [i for i, row in enumerate(rows) if len(row) > max_length]
+    for i, row in zip(too_long, base.preprocessor.rows([texts[i] for i in too_long], max_length), strict=True):
+        rows[i] = row
+    tokens: list[TextTokens] = []
+    for row in rows:
+        tokens.append({"input_ids": row.input_ids})
+        if row.token_type_ids is not None:
+            tokens[-1]["token_type_ids"] = row.token_type_ids
+    return tokens, len(too_long)
+
+
+class PassageTokenizer:
+    """Tokenises passages, and counts truncated and split texts.
+
+    A prompt is tokenised as on the server, by `tokenizer(prompt)`. A completion is tokenised on its own, without
+    special tokens, so that training and serving see the same prefix. The end-of-text token closes each completion.
+    Chats are rendered as on the server, and have what their template writes alone. `close` ends what renders them.
+    """
+
+    def __init__(self, base: FrozenBase, max_length: int, chat_template: str | None = None) -> None:
+        """Prepare.
+
+        Args:
+            base: The base model.
+            max_length: The longest row in tokens.
+            chat_template: The template of chats, in place of the base's own.
+        """
+        self.tokenizer: Any = base.tokenizer
+        self._renderer = ChatRenderer(base.tokenizer)
+        self._own_template = chat_template
+        self.base_name = base.name
+        self.max_length = max_length
+        self.end: list[int] = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
+        self._cut_prompts = self._cut_completions = self._windowed = self._windows = 0
+
+    def notes(self) -> list[str]:
+        """Describe truncated and split texts for the user."""
+        found = []
+        if self._cut_prompts:
+            found.append(f"{self._cut_prompts} prompts were cut at their beginning to fit {self.max_length} tokens")
+        if self._cut_completions:
+            found.append(f"{self._cut_completions} completions were cut at their end to fit {self.max_length} tokens")
+        if self._windowed:
+            found.append(
+                f"{self._windowed} long texts were split into {self._windows} chunks of up to {self.max_length} tokens"
+            )
+        return found
+
+    def close(self) -> None:
+        """End the process that renders chats, if one was started."""
+        self._renderer.close()
+
+    def rows_of(self, passage: Passage) -> list[TokenRow]:
+        """Tokenise one passage: into one row, or into several chunks of a long plain text."""
+        if passage.messages:
+            return [self._chat(passage)]
+        if passage.prompt is None:
+            return self._plain(passage)
+        return [self._completion(passage.prompt, passage.completion)]
+
+    def _completion(self, prompt: str, completion: str) -> TokenRow:
+        before: list[int] = self.tokenizer(prompt)["input_ids"]
+        ids, spans = self._encode(completion)
+        room = self.max_length - min(len(before), _LEAST_PROMPT) - len(self.end)
+        end = self.end
+        if len(ids) > room:
+            # A truncated completion must not teach the adapter to stop there.
+            ids, spans, end = ids[:room], spans[:room], []
+            self._cut_completions += 1
+        kept = self.max_length - len(ids) - len(end)
+        if len(before) > kept:
+            start = before[:1] if before[0] == self.tokenizer.bos_token_id else []
+            before = start + before[len(before) - kept + len(start) :]
+            self._cut_prompts += 1
+        labels = [IGNORED] * len(before) + ids + end
+        if not before:
+            labels[0] = IGNORED
+        return {"input_ids": before + ids + end, "labels": labels, "text_bytes": _bytes(completion, spans)}
+
+    def _plain(self, passage: Passage) -> list[TokenRow]:
+        text = passage.completion
+        # The tokens that the tokenizer puts before a text, such as a beginning-of-text token, go before each chunk.
+        start: list[int] = self.tokenizer("")["input_ids"]
+        if start and start[-1:] == self.end:
+            start = start[:-1]
+        ids, spans = self._encode(text)
+        size = self.max_length - len(start)
+        tokens = ids + self.end
+        rows: list[TokenRow] = []
+        for first in range(0, len(tokens), size):
+            row = start + tokens[first : first + size]
+            # Without a start token, the first token of a row has no predecessor to predict it.
+            first_learned = max(len(start), 1)
+            if len(row) == first_learned:
+                continue
+            labels = [IGNORED] * first_learned + row[first_learned:]
+            covered = spans[first + first_learned - len(start) : first + size]
+            rows.append({"input_ids": row, "labels": labels, "text_bytes": _bytes(text, covered)})
+        if len(rows) > 1:
+            self._windowed += 1
+            self._windows += len(rows)
+        return rows
+
+    def _chat(self, passage: Passage) -> TokenRow:
+        ids: list[int] = []
+        labels: list[int] = []
+        text_bytes, done = 0, ""
+        for i, message in enumerate(passage.messages):
+            if message["role"] != "assistant":
+                continue
+            prompt = self._render(passage, i, prompt=True)
+            whole = self._render(passage, i + 1, prompt=False)
+            if not (prompt.startswith(done) and whole.startswith(prompt)):
+                raise InvalidData(
+                    f"{passage.row.where}: the chat template rewrites earlier turns; "
+                    "split the conversation into one row for each turn of the assistant"
+                )
+            before, _ = self._encode(prompt[len(done) :])
+            answer, spans = self._encode(whole[len(prompt) :])
+            ids += before + answer
+            labels += [IGNORED] * len(before) + answer
+            text_bytes += _bytes(whole[len(prompt) :], spans)
+            done = whole
+        if len(ids) > self.max_length:
+            excess = len(ids) - self.max_length
+            ids, labels = ids[excess:], labels[excess:]
+            self._cut_prompts += 1
+            kept = [token for token in labels if token != IGNORED]
+            text_bytes = len(self.tokenizer.decode(kept, skip_special_tokens=True).encode())
+        labels[0] = IGNORED
+        return {"input_ids": ids, "labels": labels, "text_bytes": max(text_bytes, 1)}
+
+    def _render(self, passage: Passage, turns: int, *, prompt: bool) -> str:
+        messages = passage.messages[:turns]
+        try:
+            return self._renderer.render(self._template, messages, add_generation_prompt=prompt)
+        except ChatTemplateFailed as error:
+            raise InvalidData(f"{passage.row.where}: {error.message}", param="chat_template") from error
+
+    @cached_property
+    def _template(self) -> ChatTemplate:
+        try:
+            return self._renderer.template(self._own_template, tools=False)
+        except ChatTemplateMissing as error:
+            raise InvalidConfiguration(
+                f"base {self.base_name} has no chat template, so --messages-column cannot be used; give "
+                "--chat-template, or --prompt-column and --completion-column, or a base whose tokenizer has a template",
+                param="messages_column",
+            ) from error
+        except ChatTemplateFailed as error:
+            raise InvalidConfiguration(error.message, param="chat_template") from error
+
+    def _encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        return encoded["input_ids"], encoded["offset_mapping"]
+
+
+def _bytes(text: str, spans: list[tuple[int, int]]) -> int:
+    """Compute the UTF-8 length of the characters that `spans` cover."""
+    return len(text[spans[0][0] : spans[-1][1]].encode()) if spans else 0
+
+
+def pad_tokens(rows: Sequence[TokenRow] | Sequence[TextTokens], pad_id: int) -> dict[str, Tensor]:
+    """Pad rows on the right.
+
+    Returns:
+        `input_ids` and `attention_mask`, and `token_type_ids` if a row has them: int64 (rows, longest row).
+    """
+    longest = max(len(row["input_ids"]) for row in rows)
+    input_ids = torch.full((len(rows), longest), pad_id)
+    attention_mask = torch.zeros((len(rows), longest), dtype=torch.int64)
+    tensors = {"input_ids": input_ids, "attention_mask": attention_mask}
+    if any("token_type_ids" in row for row in rows):
+        tensors["token_type_ids"] = torch.zeros_like(input_ids)
+    for i, row in enumerate(rows):
+        length = len(row["input_ids"])
+        input_ids[i, :length] = torch.tensor(row["input_ids"])
+        attention_mask[i, :length] = 1
+        if "token_type_ids" in row:
+            tensors["token_type_ids"][i, :length] = torch.tensor(row["token_type_ids"])
+    return tensors
+
+
+def pad_labels(rows: Sequence[TokenRow], length: int) -> Tensor:
+    """Pad token labels to int64 (rows, length), with `IGNORED` at padding."""
+    labels = torch.full((len(rows), length), IGNORED)
+    for i, row in enumerate(rows):
+        values = row["labels"]
+        assert isinstance(values, list)
+        labels[i, : len(values)] = torch.tensor(values)
+    return labels
+
+
+def by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    """Yield row numbers in batches of similar lengths, which need little padding.
+
+    The longest batch comes first: if memory is too small, it runs out at once.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]

@@ -1,0 +1,1 @@
+"""Training files: reading tables and images, and the faults of their rows."""

@@ -1,0 +1,138 @@
+"""Tables of training rows: files, folders that `datasets` saved, and data sets of the hub."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sera_serve.trainer.tables.faults import InvalidData, Lines, Problems, Row
+from sera_serve.trainer.tables.files import FORMATS, DataFile, find_file
+from sera_serve.trainer.tables.strict import (
+    CsvShape,
+    check_csv,
+    first_line_is_row,
+    is_json_array,
+    json_lines,
+    mark_within,
+    read_csv,
+)
+from sera_serve.trainer.tables.strict import read_json as read_json_strictly
+
+__all__ = ["FORMATS", "TEXT_COLUMN", "InvalidData", "Problems", "Row", "Table", "read_table"]
+
+TEXT_COLUMN = "text"
+HUB = "hub:"
+
+
+@dataclass(frozen=True)
+class Table:
+    """The rows of a file.
+
+    Attributes:
+        path: Path of the file or folder; `hub:...` for a data set of the hub.
+        columns: Column names, in the file's order.
+        rows: In the file's order. Where `datasets` reads the file, each access makes the row anew.
+        digest: sha256 of the file's bytes, hexadecimal; of a folder's or a data set's rows.
+        label_names: The names of classes that the file's own schema has, by column. The rows have these names as
+            their values.
+        notes: What the user should know about the reading.
+    """
+
+    path: Path
+    columns: list[str]
+    rows: Sequence[Row]
+    digest: str
+    label_names: dict[str, list[str]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def require(self, column: str, option: str) -> None:
+        """Refuse a missing column. The message names all columns and the closest one."""
+        if column in self.columns:
+            return
+        near = difflib.get_close_matches(column.lower(), [c.lower() for c in self.columns], n=1, cutoff=0.5)
+        closest = next((c for c in self.columns if near and c.lower() == near[0]), None)
+        hint = f"; did you mean {option} {closest}?" if closest else f"; name one with {option}"
+        if (mark := mark_within(self.columns)) is not None:
+            hint = f"; if {mark!r} stands between two columns, give --delimiter {mark!r}"
+        raise InvalidData(
+            f"{self.path} has no column {column!r}; it has {', '.join(self.columns) or 'none'}{hint}",
+            param=option,
+        )
+
+
+def read_table(path: Path, *, delimiter: str | None = None, encoding: str | None = None, split: str = "train") -> Table:
+    """Read a file, a folder that `datasets` saved, or a data set of the hub.
+
+    Args:
+        path: A file with one of the suffixes in `FORMATS`, perhaps compressed (.gz, .bz2, .xz, .zst); a folder that
+            `save_to_disk` wrote; or `hub:owner/name`, perhaps with `/config`, `@revision` and `#split`.
+        delimiter: The character between two fields of a CSV or TSV file. None takes that of the suffix, or another
+            one where the header has only another one.
+        encoding: The encoding of a text file. None takes that of the byte order mark, or UTF-8.
+        split: The split of a folder or data set that has several.
+
+    Raises:
+        InvalidData: There is no such file, it cannot be read, or it has rows that do not parse.
+    """
+    if str(path).startswith(HUB):
+        from sera_serve.trainer.tables.hub import read_hub
+
+        table = read_hub(path, split)
+    elif path.is_dir():
+        from sera_serve.trainer.tables.hub import read_saved
+
+        table = read_saved(path, split)
+    else:
+        table = _read_file(find_file(path, encoding), delimiter)
+    if not table.rows:
+        raise InvalidData(f"{path} has no rows; give a file with at least a few")
+    return table
+
+
+def _read_file(file: DataFile, delimiter: str | None) -> Table:
+    if delimiter is not None and file.kind != "csv":
+        raise InvalidData(f"{file.path} has no delimiter; --delimiter is for .csv and .tsv", param="delimiter")
+    if file.kind == "csv":
+        return _read_csv(file, check_csv(file, delimiter))
+    if file.kind == "json":
+        return _read_json(file)
+    from sera_serve.trainer.tables.reading import DatasetRows, load_file
+
+    dataset = load_file(file)
+    if file.kind == "text":
+        return Table(file.path, [TEXT_COLUMN], DatasetRows(dataset, file.path, 1), file.digest())
+    rows = DatasetRows(dataset, file.path, None)
+    return Table(file.path, rows.columns, rows, file.digest(), rows.label_names)
+
+
+def _read_csv(file: DataFile, shape: CsvShape) -> Table:
+    from sera_serve.trainer.tables.reading import DatasetRows, NotReadAlike, load_csv
+
+    rows: Sequence[Row]
+    if not shape.lines:
+        rows = []
+    else:
+        try:
+            rows = DatasetRows(load_csv(file, shape), file.path, Lines(lambda: shape.lines))
+        except NotReadAlike:
+            rows = read_csv(file, shape)
+    notes = [shape.note] if shape.note else []
+    return Table(file.path, shape.columns, rows, file.digest(), notes=notes)
+
+
+def _read_json(file: DataFile) -> Table:
+    from sera_serve.trainer.tables.reading import DatasetRows, NotReadAlike, load_json
+
+    rows: Sequence[Row]
+    columns: list[str]
+    try:
+        # pandas, to which datasets turns for other files, takes some of them apart in its own way.
+        if file.encoding not in ("utf-8", "utf-8-sig") or not (is_json_array(file) or first_line_is_row(file)):
+            raise NotReadAlike
+        rows = found = DatasetRows(load_json(file), file.path, Lines(lambda: json_lines(file)))
+        columns = found.columns
+    except NotReadAlike:
+        columns, rows = read_json_strictly(file)
+    return Table(file.path, columns, rows, file.digest())

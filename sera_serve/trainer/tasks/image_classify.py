@@ -1,0 +1,185 @@
+"""The task image-classify: a pooled state of an image tower, a linear head, cross-entropy over the labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from adapters_store import AdapterConfig
+from sera_serve.base import FrozenBase, Pooling, pool_image_states
+from sera_serve.errors import InvalidConfiguration
+from sera_serve.layers import attached_layers
+from sera_serve.layers.attach import replace_module
+from sera_serve.trainer.data.image_batches import ImageRows
+from sera_serve.trainer.data.images import ImageClassifyData, LabelledImage, load_image_classify_data
+from sera_serve.trainer.model import AdapterModel, HeadOnlyModel, Losses, new_head
+from sera_serve.trainer.settings import TrainSettings
+from sera_serve.trainer.tasks.classify import label_metrics
+from sera_serve.trainer.tasks.protocol import TaskKind
+
+# Path of a dual base's image tower.
+_DUAL_TOWER = "vision_model."
+# Images of one evaluation batch.
+_EVAL_BATCH = 64
+
+
+class ImageClassifierModel(AdapterModel):
+    """A classifier of images: adapted image tower, pooled state, dropout, head."""
+
+    def __init__(self, base: FrozenBase, head: torch.nn.Linear, pooling: Pooling, dropout: float) -> None:
+        super().__init__(base, head)
+        self.frozen = base
+        self.pooling: Pooling = pooling
+        self.dropout = torch.nn.Dropout(dropout)
+
+    def forward(self, pixel_values: Tensor, labels: Tensor) -> Losses:
+        """`pixel_values` float32 (rows, 3, height, width), `labels` int64 (rows,)."""
+        assert self.head is not None
+        logits = self.head(self.dropout(pooled_images(self.frozen, pixel_values, self.pooling)))
+        return {"loss": functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def pooled_images(base: FrozenBase, pixel_values: Tensor, pooling: Pooling) -> Tensor:
+    """Compute one vector an image: float32 (rows, hidden_size)."""
+    assert base.image_tower is not None
+    return pool_image_states(base.image_states(pixel_values), pooling, base.image_tower.prefix_tokens).float()
+
+
+class ImageClassifyTask:
+    """Task image-classify. Without an adapter, the states of the frozen tower are computed once."""
+
+    def __init__(
+        self,
+        base: FrozenBase,
+        data: ImageClassifyData,
+        *,
+        pooling: Pooling,
+        dropout: float,
+        adapted: bool,
+        augment_seed: int | None,
+    ) -> None:
+        """Make the task.
+
+        Args:
+            base: A vision or dual base, with the adapter attached.
+            data: The rows.
+            pooling: "cls" or "mean".
+            dropout: Of the head's input.
+            adapted: Whether the base has an adapter.
+            augment_seed: Seed of crops and flips of the training rows; None for none.
+
+        Raises:
+            InvalidConfiguration: The base takes no images, or the pooling is for text.
+        """
+        tower, spec = base.image_tower, data.spec or base.image_spec
+        if tower is None or spec is None:
+            raise InvalidConfiguration(
+                f"base {base.name} takes no images; take a ViT, DeiT or CLIP base, or --task classify for text",
+                param="base",
+            )
+        if pooling not in ("cls", "mean"):
+            raise InvalidConfiguration(f"--pooling {pooling} is not for images; take cls or mean", param="pooling")
+        self.base = base
+        self.labels = data.labels
+        self.pooling: Pooling = pooling
+        self.image_spec = spec
+        self.notes: list[str] = list(data.notes)
+        if adapted:
+            self._keep_the_tower()
+        head = new_head(base, len(data.labels))
+        index = {label: i for i, label in enumerate(data.labels)}
+
+        def rows_of(part: list[LabelledImage], seed: int | None = None) -> ImageRows:
+            fields = [{"labels": index[row.label]} for row in part]
+            return ImageRows(data.images, [row.image for row in part], fields, spec, seed)
+
+        rows = rows_of(data.train, augment_seed), rows_of(data.eval), rows_of(data.test)
+        self.model: AdapterModel
+        self.train_rows: Sequence[Any]
+        self.eval_rows: Sequence[Any]
+        self.test_rows: Sequence[Any]
+        if adapted:
+            self.model = ImageClassifierModel(base, head, pooling, dropout)
+            self.train_rows, self.eval_rows, self.test_rows = rows
+        else:
+            self.model = HeadOnlyModel(head, dropout)
+            self.train_rows, self.eval_rows, self.test_rows = map(self._features, rows)
+        self.lengths: Sequence[int] = [1] * len(data.train)
+        self.train_tokens = tower.tokens * len(data.train)
+
+    def _keep_the_tower(self) -> None:
+        """Take the adapter from layers that no image passes on its way to the head: a dual base's text tower."""
+        layers = attached_layers(self.base.model)
+        idle = [path for path in layers if self.base.kind == "dual" and not path.startswith(_DUAL_TOWER)]
+        if len(idle) == len(layers):
+            raise InvalidConfiguration(
+                f"--target-modules names no layer of the image tower of base {self.base.name}, such as {idle[0]}; take "
+                "names that begin with vision_model",
+                param="target_modules",
+            )
+        for path in idle:
+            replace_module(self.base.model, path, layers[path].base)
+        if idle:
+            self.notes.append(f"{len(idle)} layers that no image passes are not adapted, such as {idle[0]}")
+
+    @torch.no_grad()
+    def _features(self, rows: ImageRows) -> list[dict[str, Any]]:
+        features: list[dict[str, Any]] = []
+        for batch in _batches(len(rows)):
+            states = pooled_images(self.base, rows.pixels(batch).to(self.base.device), self.pooling).cpu()
+            features += [{"features": state, **rows.fields[i]} for i, state in zip(batch, states, strict=True)]
+        return features
+
+    def collate(self, rows: Sequence[Any]) -> dict[str, Tensor]:
+        """Build the tensors of one batch: the keyword arguments of the model."""
+        field = "features" if "features" in rows[0] else "pixel_values"
+        return {
+            field: torch.stack([row[field] for row in rows]),
+            "labels": torch.tensor([row["labels"] for row in rows]),
+        }
+
+    @torch.no_grad()
+    def logits(self, rows: Sequence[Any]) -> tuple[Tensor, Tensor]:
+        """Compute logits, float32 (rows, labels), and the true classes, int64 (rows,)."""
+        self.model.eval()
+        logits, truth = [], []
+        for batch in _batches(len(rows)):
+            inputs = self.collate([rows[i] for i in batch])
+            truth.append(inputs["labels"])
+            found = self.model(**{name: tensor.to(self.base.device) for name, tensor in inputs.items()})
+            logits.append(found["logits"].cpu())
+        return torch.cat(logits), torch.cat(truth)
+
+    def evaluate(self, rows: Sequence[Any]) -> dict[str, float]:
+        """Compute mean loss in nats, accuracy, macro F1 over the labels that occur, and Matthews correlation."""
+        return label_metrics(*self.logits(rows))
+
+    def bundle_fields(self) -> dict[str, Any]:
+        """Labels, pooling, and the preprocessing of images, as training used them."""
+        return {"labels": self.labels, "pooling": self.pooling, "image": self.image_spec}
+
+
+def _batches(count: int) -> list[range]:
+    return [range(start, min(start + _EVAL_BATCH, count)) for start in range(0, count, _EVAL_BATCH)]
+
+
+def _load(settings: TrainSettings, initial: AdapterConfig | None) -> ImageClassifyData:
+    return load_image_classify_data(settings, initial)
+
+
+def _build(settings: TrainSettings, base: FrozenBase, data: ImageClassifyData, max_length: int) -> ImageClassifyTask:
+    return ImageClassifyTask(
+        base,
+        data,
+        pooling=settings.pooling or "cls",
+        dropout=settings.dropout,
+        adapted=settings.adapter_config() is not None,
+        augment_seed=settings.seed if settings.augment else None,
+    )
+
+
+IMAGE_CLASSIFY = TaskKind(load=_load, build=_build)

@@ -1,0 +1,129 @@
+"""The task token-classify: the state of every token, a linear head, cross-entropy over BIO tags, spans."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from sklearn.metrics import accuracy_score
+from torch import Tensor
+from torch.nn import functional
+
+from adapters_store import AdapterConfig
+from sera_serve.base import FrozenBase
+from sera_serve.base.spans import Span, bio_tags, decode_tags, encode_tags, kinds_of, token_ranges
+from sera_serve.errors import InvalidConfiguration
+from sera_serve.trainer.data.spans import Marked, SpanExamples, load_spans
+from sera_serve.trainer.heads import TextHeadModel
+from sera_serve.trainer.model import IGNORED, new_head
+from sera_serve.trainer.settings import TrainSettings
+from sera_serve.trainer.tasks.protocol import TaskKind
+from sera_serve.trainer.tasks.text_head import TextHeadTask, TextRow
+
+
+class TokenClassifyTask(TextHeadTask[Marked]):
+    """Task token-classify: a tag for each token that has characters of its own."""
+
+    needs_offsets = True
+
+    def __init__(self, base: FrozenBase, data: SpanExamples, *, max_length: int, dropout: float, adapted: bool) -> None:
+        if not base.preprocessor.has_offsets:
+            raise InvalidConfiguration(
+                f"the tokenizer of base {base.name} does not tell which characters a token stands for, which "
+                "token-classify needs; take a base with a fast tokenizer (a tokenizer.json)",
+                param="base",
+            )
+        self.tags = bio_tags(data.kinds)
+        head = new_head(base, len(self.tags))
+        super().__init__(base, data, pooling=None, max_length=max_length, adapted=adapted)
+        # Padding and tokens without characters are ignored.
+        loss = _mean_loss
+        self.model = TextHeadModel(base, head, loss, None, dropout)
+
+    def targets(self, rows: Sequence[TextRow[Marked]], length: int) -> Tensor:
+        """The tag of each token, int64 (rows, length), `IGNORED` where a token has none."""
+        targets = torch.full((len(rows), length), IGNORED)
+        for i, row in enumerate(rows):
+            found = encode_tags(_ranges(row), row.example.target, self.tags, IGNORED)
+            targets[i, : len(found)] = torch.tensor(found)
+        return targets
+
+    def evaluate(self, rows: Sequence[Any]) -> dict[str, float]:
+        """Compute the mean loss of a token, precision, recall and F1 of whole spans, and the accuracy of tags.
+
+        A span is right where its first and last character and its label are. Spans of which a cut text has lost
+        characters count as missed.
+        """
+        logits = self.logits(rows)
+        expected_spans: list[Sequence[Span]] = []
+        predicted_spans: list[Sequence[Span]] = []
+        losses, tokens = 0.0, 0
+        truth: list[int] = []
+        found: list[int] = []
+        for row, scores in zip(rows, logits, strict=True):
+            targets = self.targets([row], len(row.inputs))[0]
+            losses += float(functional.cross_entropy(scores.double(), targets, ignore_index=IGNORED, reduction="sum"))
+            best = scores.softmax(1).max(1)
+            predicted = best.indices.tolist()
+            is_tagged = (targets != IGNORED).tolist()
+            truth += [tag for tag, keeps in zip(targets.tolist(), is_tagged, strict=True) if keeps]
+            found += [tag for tag, keeps in zip(predicted, is_tagged, strict=True) if keeps]
+            tokens += sum(is_tagged)
+            text = row.example.text
+            predicted_spans.append(decode_tags(text, _ranges(row), predicted, best.values.tolist(), self.tags))
+            expected_spans.append(row.example.target)
+        return {
+            "loss": losses / max(tokens, 1),
+            **span_metrics(expected_spans, predicted_spans),
+            "token_accuracy": float(accuracy_score(truth, found)) if truth else 0.0,
+        }
+
+    def bundle_fields(self) -> dict[str, Any]:
+        """Tags, and the length to which the server truncates, as training did."""
+        return {"labels": self.tags, "max_length": self.max_length}
+
+
+def span_metrics(expected: Sequence[Sequence[Span]], predicted: Sequence[Sequence[Span]]) -> dict[str, float]:
+    """Precision, recall and F1 of whole spans: one is right where start, end and label are. 0 where there are none."""
+
+    def places(found: Sequence[Sequence[Span]]) -> Counter[tuple[int, int, int, str]]:
+        return Counter((row, span.start, span.end, span.label) for row, spans in enumerate(found) for span in spans)
+
+    truth, found = places(expected), places(predicted)
+    right = (truth & found).total()
+    return {
+        "precision": right / found.total() if found else 0.0,
+        "recall": right / truth.total() if truth else 0.0,
+        "f1": 2 * right / (truth.total() + found.total()) if truth or found else 0.0,
+    }
+
+
+def _mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    # A batch in which no token has a tag has a mean of nothing, which is NaN.
+    total = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+    return total / (labels != IGNORED).sum().clamp(min=1)
+
+
+def _ranges(row: TextRow[Marked]) -> list[tuple[int, int] | None]:
+    text = row.example.text
+    assert isinstance(text, str) and row.inputs.offsets is not None
+    return token_ranges(text, row.inputs.offsets)
+
+
+def _load(settings: TrainSettings, initial: AdapterConfig | None) -> SpanExamples:
+    return load_spans(settings, kinds_of(initial.labels or []) if initial is not None else None)
+
+
+def _build(settings: TrainSettings, base: FrozenBase, data: SpanExamples, max_length: int) -> TokenClassifyTask:
+    return TokenClassifyTask(
+        base,
+        data,
+        max_length=max_length,
+        dropout=settings.dropout,
+        adapted=settings.adapter_config() is not None,
+    )
+
+
+TOKEN_CLASSIFY = TaskKind(load=_load, build=_build)

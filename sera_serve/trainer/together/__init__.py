@@ -1,0 +1,1 @@
+"""Training several adapters at once over one copy of the frozen base: `train_adapter --jobs plan.yaml`."""

@@ -1,0 +1,170 @@
+"""Methods of other libraries in our loop: what trains, what stays frozen, and one head for all."""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from trainer_samples import ending_rule, settings_for, write_csv
+
+from sera_serve.base import FrozenBase, load_base
+from sera_serve.errors import InvalidConfiguration
+from sera_serve.trainer.baselines import (
+    BASELINES,
+    NEED_ADAPTERS,
+    Baseline,
+    BaselineShape,
+    MissingLibrary,
+    install_baseline,
+    same_head,
+)
+from sera_serve.trainer.compare.worker import train_one
+from sera_serve.trainer.settings import TrainSettings
+from sera_serve.trainer.tasks import TASKS, TrainingTask
+
+HERE = tuple(name for name in BASELINES if name not in NEED_ADAPTERS)
+HIDDEN, LAYERS, ADAPTED = 32, 2, 4
+
+
+@pytest.fixture
+def settings(tiny_encoder: Path, tmp_path: Path) -> TrainSettings:
+    train = write_csv(tmp_path / "train.csv", ending_rule(48))
+    return settings_for(
+        tiny_encoder, tmp_path, train, method="lora", rank=4, epochs=2, target_modules="query,value", batch_size=8
+    )
+
+
+def task_of(settings: TrainSettings) -> tuple[FrozenBase, TrainingTask]:
+    """A task over a fresh base."""
+    base = load_base(settings.base)
+    return base, TASKS["classify"].build(settings, base, TASKS["classify"].load(settings, None), 64)
+
+
+def expected_parameters(method: Baseline, base: FrozenBase) -> int:
+    """Count by hand: two layers with a query and a value of 32 x 32 each."""
+    return {
+        "peft-lora": ADAPTED * 4 * 2 * HIDDEN,
+        "dora": ADAPTED * (4 * 2 * HIDDEN + HIDDEN),
+        # B has two blocks: half of its parameters.
+        "bd-lora": ADAPTED * 4 * (HIDDEN + HIDDEN // 2),
+        "vera": ADAPTED * (4 + HIDDEN),
+        # It starts with one and a half times the rank, and has a singular value for each.
+        "adalora": ADAPTED * 6 * (2 * HIDDEN + 1),
+        "full": sum(p.numel() for n, p in base.model.named_parameters() if not n.startswith("pooler.")),
+    }[method]
+
+
+@pytest.mark.parametrize("method", HERE)
+def test_a_baseline_trains_its_own_parameters_and_the_head(settings: TrainSettings, method: Baseline) -> None:
+    base, task = task_of(settings)
+    callbacks = install_baseline(task, settings, BaselineShape(method, rank=4, blocks=2))
+    trained = {name: p for name, p in task.model.named_parameters() if p.requires_grad}
+    own = sum(p.numel() for name, p in trained.items() if not name.startswith("head."))
+    assert own == expected_parameters(method, base)
+    assert {"head.weight", "head.bias"} <= set(trained)
+    assert set(task.model.stored_tensors()) == set(trained)
+    assert [type(callback).__name__ for callback in callbacks] == ["_AllocatesRanks"] * (method == "adalora")
+
+
+@pytest.mark.parametrize("method", HERE)
+def test_a_baseline_learns_in_our_loop_and_leaves_the_base(settings: TrainSettings, method: Baseline) -> None:
+    rate = 3e-3 if method == "full" else 3e-2
+    options = settings.model_copy(update={"learning_rate": rate, "epochs": 6}).model_dump(
+        mode="json", exclude_unset=True, exclude={"store", "name"}
+    )
+    options |= {"pooling": "mean"}
+    result = train_one({"settings": options, "baseline": {"method": method, "rank": 4, "blocks": 2}, "test_rows": None})
+    assert "error" not in result, result
+    assert result["metrics"]["loss"] < math.log(2) - 0.05
+    assert result["steps"] == 6 * 6
+    assert result["step_ms"] > 0
+    assert result["peak_memory_mb"] > 10
+
+
+@pytest.mark.parametrize("method", HERE)
+def test_a_step_changes_nothing_but_what_trains(settings: TrainSettings, method: Baseline) -> None:
+    base, task = task_of(settings)
+    install_baseline(task, settings, BaselineShape(method, rank=4, blocks=2))
+    before = {name: (p.requires_grad, p.detach().clone()) for name, p in task.model.named_parameters()}
+    model = task.model.train()
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    # The second step reaches what the first could not, behind factors that begin at zero.
+    for _ in range(2):
+        model(**task.collate(task.train_rows[:8]))["loss"].backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    for name, after in model.named_parameters():
+        trains, value = before[name]
+        assert torch.equal(after, value) != trains, name
+    assert not base.model.training
+
+
+def test_adalora_adds_its_term_and_moves_its_budget(settings: TrainSettings) -> None:
+    _, task = task_of(settings)
+    plain = task.model(**task.collate(task.train_rows[:8]))["loss"]
+    (callback,) = install_baseline(task, settings, BaselineShape("adalora", rank=4))
+    assert task.model(**task.collate(task.train_rows[:8]))["loss"] > plain
+    model = task.model
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+
+    @dataclasses.dataclass
+    class State:
+        global_step: int
+
+    for step in range(1, 13):
+        model(**task.collate(task.train_rows[:8]))["loss"].backward()
+        optimiser.step()
+        callback.on_optimizer_step(None, State(step), None)
+        optimiser.zero_grad()
+    values = [p for name, p in model.named_parameters() if "lora_E" in name]
+    # Four layers began with six singular values each; the target is four a layer.
+    assert sum(int((p != 0).sum()) for p in values) == 4 * ADAPTED
+
+
+@pytest.mark.parametrize("method", ["sera", "lora", *HERE])
+def test_every_method_starts_from_the_same_head(settings: TrainSettings, method: Any) -> None:
+    heads = []
+    for _ in range(2):
+        _, task = task_of(settings)
+        if method in get_args(Baseline):
+            install_baseline(task, settings, BaselineShape(method, rank=4, blocks=2))
+        torch.rand(len(heads) + 1)
+        same_head(task.model, 5)
+        assert task.model.head is not None
+        heads.append(task.model.head.weight.detach().clone())
+    expected = torch.empty(2, HIDDEN).normal_(std=0.02, generator=torch.Generator().manual_seed(5))
+    assert torch.equal(heads[0], heads[1])
+    assert torch.equal(heads[0], expected)
+
+
+def test_a_shape_that_the_library_refuses_is_a_typed_error(settings: TrainSettings) -> None:
+    _, task = task_of(settings)
+    with pytest.raises(InvalidConfiguration, match="PEFT cannot add bd-lora of rank 4"):
+        install_baseline(task, settings, BaselineShape("bd-lora", rank=4, blocks=3))
+
+
+def test_bottleneck_adapters_name_the_environment_that_they_need(settings: TrainSettings) -> None:
+    _, task = task_of(settings)
+    with pytest.raises(MissingLibrary, match=r"needs the library adapters .*--adapters-python"):
+        install_baseline(task, settings, BaselineShape("houlsby"))
+
+
+def test_a_failed_run_gives_its_message(settings: TrainSettings) -> None:
+    options = settings.model_dump(mode="json", exclude_unset=True, exclude={"store", "name"}) | {"train": "no.csv"}
+    result = train_one({"settings": options, "baseline": None, "test_rows": None})
+    assert set(result) == {"error"}
+    assert "no.csv" in result["error"]
+
+
+def test_the_test_rows_are_the_same_for_all_runs(settings: TrainSettings) -> None:
+    options = settings.model_dump(mode="json", exclude_unset=True, exclude={"store", "name"})
+    options |= {"test": options["train"], "epochs": 1, "method": "head-only"}
+    for name in ("rank", "target_modules"):
+        options.pop(name)
+    scores = [
+        train_one({"settings": options | {"seed": 0}, "baseline": None, "test_rows": count})["metrics"]["test_loss"]
+        for count in (8, 8, None)
+    ]
+    assert scores[0] == scores[1] != scores[2]

@@ -1,0 +1,170 @@
+"""The plan of a comparison: sizes, order, the rule for learning rates, the names of runs, and refusals."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from trainer_samples import ending_rule, write_csv
+
+from sera_serve.errors import InvalidConfiguration
+from sera_serve.trainer.compare.plan import Cell, ComparePlan, LearningRateRule, read_plan
+from sera_serve.trainer.compare.runner import judge
+
+PLANS = Path(__file__).parents[2] / "examples" / "paper"
+RULE = LearningRateRule(ladder=[1e-4, 3e-4, 1e-3, 3e-3, 1e-2], start=[3e-4, 1e-3], seed=9)
+
+
+def plan_of(**changes: Any) -> dict[str, Any]:
+    """A small plan as YAML would give it."""
+    return {
+        "bases": {"tiny": {"base": "embedded", "target_modules": "q_proj,v_proj"}},
+        "data": {"one": {"train": "one.csv", "test": "one.csv"}, "two": {"train": "two.csv", "score": "matthews"}},
+        "methods": [{"method": "sera", "rank": [8, 16]}, {"method": "vera", "rank": 64}, {"method": "head-only"}],
+        "seeds": [0, 1],
+        "settings": {"epochs": 1},
+        **changes,
+    }
+
+
+def test_every_size_runs_on_every_data_set_with_every_seed() -> None:
+    plan = ComparePlan.model_validate(plan_of())
+    runs = [(cell.data, cell.variant.label, seed) for cell, seed in plan.ordered()]
+    labels = ["sera r=8", "sera r=16", "vera r=64", "head-only"]
+    assert runs == [(data, label, seed) for seed in (0, 1) for data in ("one", "two") for label in labels]
+
+
+def test_the_order_of_the_loops_can_be_chosen() -> None:
+    plan = ComparePlan.model_validate(plan_of(order=["method", "data", "base", "seed"]))
+    first = [(cell.variant.label, cell.data, seed) for cell, seed in plan.ordered()][:3]
+    assert first == [("sera r=8", "one", 0), ("sera r=8", "one", 1), ("sera r=8", "two", 0)]
+
+
+def test_a_spec_has_the_options_of_base_data_method_and_plan() -> None:
+    plan = ComparePlan.model_validate(plan_of())
+    cell = plan.cells()[4]
+    spec = plan.spec(cell, 1, 0.02, "score")
+    assert (cell.data, cell.variant.label) == ("two", "sera r=8")
+    assert spec.baseline is None
+    assert spec.settings == {
+        "base": "embedded",
+        "task": "classify",
+        "train": "two.csv",
+        "method": "sera",
+        "rank": 8,
+        "target_modules": ["q_proj", "v_proj"],
+        "epochs": 1,
+        "learning_rate": 0.02,
+        "select_by": "matthews",
+        "seed": 1,
+    }
+
+
+def test_a_run_for_a_rate_reads_no_test_rows() -> None:
+    plan = ComparePlan.model_validate(plan_of())
+    cell = plan.cells()[0]
+    assert plan.spec(cell, 0, 0.1, "score").settings["test"] == "one.csv"
+    assert "test" not in plan.spec(cell, 0, 0.1, "rate").settings
+
+
+def test_head_only_has_no_targets() -> None:
+    plan = ComparePlan.model_validate(plan_of())
+    assert "target_modules" not in plan.spec(plan.cells()[3], 0, None, "score").settings
+
+
+def test_the_name_of_a_run_depends_on_the_contents_of_its_files(tmp_path: Path) -> None:
+    def digest(folder: str, seed: int) -> str:
+        train = write_csv(tmp_path / folder / "one.csv", ending_rule(8, seed))
+        plan = ComparePlan.model_validate(plan_of(data={"one": {"train": str(train)}}))
+        return plan.spec(plan.cells()[0], 0, None, "score").digest
+
+    for folder in "abc":
+        (tmp_path / folder).mkdir()
+    assert digest("a", 1) == digest("b", 1) != digest("c", 2)
+
+
+@pytest.mark.parametrize(
+    ("scores", "expected"),
+    [
+        ({}, 3e-4),
+        ({3e-4: 0.5}, 1e-3),
+        ({3e-4: 0.5, 1e-3: 0.6}, 3e-3),
+        ({3e-4: 0.6, 1e-3: 0.5}, 1e-4),
+        ({3e-4: 0.5, 1e-3: 0.6, 3e-3: 0.5}, None),
+        ({3e-4: 0.5, 1e-3: 0.6, 3e-3: 0.7}, 1e-2),
+        ({1e-4: 0.7, 3e-4: 0.6, 1e-3: 0.5}, None),
+        ({3e-4: -math.inf, 1e-3: -math.inf}, 1e-4),
+    ],
+)
+def test_rates_are_tried_until_the_best_has_neighbours(scores: dict[float, float], expected: float | None) -> None:
+    assert RULE.next_rate({rate: (score, -1.0) for rate, score in scores.items()}) == expected
+
+
+def test_of_equal_scores_the_lower_loss_and_then_the_lower_rate_wins() -> None:
+    assert RULE.best({3e-4: (0.5, -0.7), 1e-3: (0.5, -0.6), 3e-3: (0.4, -0.1)}) == 1e-3
+    assert RULE.best({3e-4: (0.5, -0.7), 1e-3: (0.5, -0.7)}) == 3e-4
+
+
+def test_a_loss_is_better_when_it_is_lower() -> None:
+    records = [{"score": 2.0, "metrics": {"loss": 2.0}}, {"score": 0.5, "metrics": {"loss": 1.0}}]
+    assert judge(records, ["loss", "accuracy"]) == (-0.75, -1.5)
+    assert judge([*records, {"error": "no"}], ["loss"] * 3) == (-math.inf, -math.inf)
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"methods": [{"method": "loar"}]}, "method 'loar' is unknown; choose one of sera"),
+        ({"methods": [{"method": "sera", "rnak": 8}]}, "unknown option 'rnak'"),
+        ({"methods": [{"method": "lora", "rank": [8, 8]}]}, "two methods have the name 'lora r=8'"),
+        ({"methods": [{"method": "lora", "data": ["three"]}]}, "'three' is not in the plan; it has one, two"),
+        ({"methods": [{"method": "sera", "rank": 8, "split": 3}]}, "sera r=8 split=3 on one over tiny: "),
+        ({"settings": {"seed": 3}}, "settings: seed is set by the comparison"),
+        ({"settings": {"epochs": "many"}}, "sera r=8 on one over tiny: epochs: "),
+        ({"seeds": [0, 0]}, "seeds has a seed twice"),
+        ({"seeds": []}, "seeds: "),
+        ({"order": ["seed", "base"]}, "order must name each of seed, base, data, method once"),
+        ({"learning_rates": {"ladder": [1e-3, 1e-2], "start": [1e-3], "seed": 1}}, "learning_rates.seed 1 is one of"),
+        ({"learning_rates": {"ladder": [1e-2, 1e-3], "start": [1e-3]}}, "ladder must be ascending"),
+        ({"learning_rates": {"ladder": [1e-3, 1e-2], "start": [1e-4]}}, "start must be neighbouring rates"),
+        ({"learning_rates": {"ladder": [1e-3], "start": [1e-3], "data": ["x"]}}, "learning_rates.data: data set 'x'"),
+        ({"bases": {"tiny": {"base": "package:no_such_package/model"}}}, "'no_such_package' is not installed"),
+        ({"sedes": [1]}, "sedes: "),
+    ],
+)
+def test_an_impossible_plan_is_refused_by_the_place_of_its_fault(
+    tmp_path: Path, changes: dict[str, Any], fault: str
+) -> None:
+    path = tmp_path / "plan.yaml"
+    path.write_text(yaml.safe_dump(plan_of(**changes)))
+    with pytest.raises(InvalidConfiguration) as caught:
+        read_plan(path)
+    assert fault in caught.value.message
+
+
+@pytest.mark.parametrize("text", ["- a", "", "bases: [", "\x00"])
+def test_a_file_that_is_no_plan_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "plan.yaml"
+    path.write_text(text)
+    with pytest.raises(InvalidConfiguration, match="plan "):
+        read_plan(path)
+
+
+def test_a_base_can_be_taken_from_another_place(tmp_path: Path) -> None:
+    path = tmp_path / "plan.yaml"
+    path.write_text(yaml.safe_dump(plan_of()))
+    plan, moved = read_plan(path), read_plan(path, {"tiny": "/elsewhere"})
+    runs = [p.spec(Cell("tiny", "one", p.variants()[0]), 0, None, "score") for p in (plan, moved)]
+    assert runs[1].settings["base"] == "/elsewhere"
+    assert runs[0].digest == runs[1].digest
+    with pytest.raises(InvalidConfiguration, match="the plan has no base 'big'; it has tiny"):
+        read_plan(path, {"big": "/elsewhere"})
+
+
+@pytest.mark.parametrize("path", sorted(PLANS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_plans_of_the_paper_are_valid(path: Path) -> None:
+    plan = yaml.safe_load(path.read_text())
+    # A package need not be installed to check a plan.
+    places = {name: "embedded" for name, base in plan["bases"].items() if base["base"].startswith("package:")}
+    assert read_plan(path, places).ordered()

@@ -1,0 +1,66 @@
+"""The curves of a run: the picture, TensorBoard's events, and that neither changes the adapter."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from trainer_samples import ending_rule, settings_for, write_csv
+
+from sera_serve.base import load_base
+from sera_serve.errors import InvalidConfiguration
+from sera_serve.trainer.curves import evaluations, plot_curves
+from sera_serve.trainer.run import train_adapter
+from sera_serve.trainer.settings import load_options
+
+HISTORY: list[dict[str, Any]] = [
+    {"epoch": 0.5, "step": 5, "loss": 2.0, "learning_rate": 0.1},
+    {"epoch": 1.0, "step": 10, "eval_loss": 1.5, "eval_accuracy": 0.5},
+    {"epoch": 1.5, "step": 15, "loss": 1.0},
+    {"epoch": 2.0, "step": 20, "eval_loss": 1.0, "eval_accuracy": float("nan")},
+    {"epoch": 2.0, "step": 20, "train_runtime": 3.0, "train_loss": 1.5},
+]
+
+
+def test_evaluations_of_a_history() -> None:
+    assert evaluations(HISTORY) == [
+        {"epoch": 1, "loss": 1.5, "accuracy": 0.5},
+        {"epoch": 2, "loss": 1.0, "accuracy": None},
+    ]
+    many = [{"epoch": float(i), "eval_loss": 1.0} for i in range(1, 1001)]
+    assert [entry["epoch"] for entry in evaluations(many)] == list(range(1, 1001, 10))
+    assert evaluations([]) == []
+
+
+def test_a_run_draws_its_curves_and_writes_events(tiny_base: Path, tmp_path: Path) -> None:
+    rows = write_csv(tmp_path / "rows.csv", ending_rule(40))
+    base = load_base(str(tiny_base))
+    plain = train_adapter(settings_for(tiny_base, tmp_path, rows, log_steps=1), base=base)
+    picture, events = tmp_path / "made" / "curves.png", tmp_path / "events"
+    options = settings_for(tiny_base, tmp_path, rows, log_steps=1, plot=picture, tensorboard=events)
+    assert train_adapter(options, base=base).digest == plain.digest
+    with Image.open(picture) as image:
+        pixels = np.asarray(image.convert("RGB"))
+    # Training, evaluation, the chosen epoch.
+    for colour in ((0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00), (0x00, 0x9E, 0x73)):
+        assert (pixels == colour).all(-1).sum() > 50
+    (folder,) = (events / "acme" / "tiny").iterdir()
+    read = EventAccumulator(str(folder))
+    read.Reload()
+    assert {"train/loss", "eval/loss", "eval/accuracy"} <= set(read.Tags()["scalars"])
+    assert [event.step for event in read.Scalars("train/loss")] == list(range(1, 11))
+    assert [event.step for event in read.Scalars("eval/loss")] == [5, 10]
+    assert read.Scalars("eval/loss")[-1].value == pytest.approx(plain.metrics["loss"], rel=1e-5)
+
+
+def test_a_run_without_evaluations_has_a_curve(tmp_path: Path) -> None:
+    plot_curves(HISTORY[:1], tmp_path / "curves.png", title="t", metric="loss", chosen_epoch=1)
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
+def test_a_picture_is_a_png() -> None:
+    options = {"base": "embedded", "store": "s", "name": "acme/a", "task": "classify", "train": "t.csv"}
+    with pytest.raises(InvalidConfiguration, match=r"--plot .*name a file that ends in \.png"):
+        load_options(None, {**options, "plot": Path("curves.pdf")})

@@ -1,0 +1,218 @@
+"""Files as people's tools write them: what each one gives, compressed, in other encodings, and saved by `datasets`."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import json
+import lzma
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+from trainer_samples import settings_for, write_jsonl
+
+from sera_serve.trainer.data.labelled import ClassifyData, GenerateData, load_classify_data, load_generate_data
+from sera_serve.trainer.tables.table import InvalidData, read_table
+
+COMPRESS: dict[str, Callable[[bytes], bytes]] = {
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": zstandard.ZstdCompressor().compress,
+}
+CSV = b'text,label\n"a, b",NA\nnull,x\n"c\nd",x\ne,NA\n'
+JSONL = b'{"text": "a", "label": 1}\n\n{"text": "b", "label": "x"}\n{"text": "c"}\n{"text": "d", "label": "x"}\n'
+
+
+def classify(path: Path, folder: Path, **options: Any) -> ClassifyData:
+    options = {"eval_fraction": 0, **options}
+    return load_classify_data(settings_for(Path("base"), folder, path, **options))
+
+
+def generate(path: Path, folder: Path, **options: Any) -> GenerateData:
+    options = {"eval_fraction": 0, "task": "generate", **options}
+    return load_generate_data(settings_for(Path("base"), folder, path, **options))
+
+
+def refusal(load: Callable[[], Any]) -> str:
+    with pytest.raises(InvalidData) as caught:
+        load()
+    return caught.value.message
+
+
+@pytest.fixture
+def cases(shared_data: Path) -> Path:
+    return shared_data.parent / "cases" / "trainer"
+
+
+@pytest.mark.parametrize("name", ["classlabel.parquet", "array.json", "semicolon.csv", "utf16.csv"])
+def test_what_other_tools_write_gives_the_same_rows(cases: Path, tmp_path: Path, name: str) -> None:
+    data = classify(cases / name, tmp_path)
+    assert data.labels == ["neg", "pos"]
+    assert len(data.train) == 40
+    assert (data.train[0].text, data.train[0].label) == ("slow and unfriendly 0", "neg")
+    assert (data.train[1].text, data.train[1].label) == ("best purchase this year 1", "pos")
+    assert data.notes == ([f"{cases / name} was read with the delimiter ';', which its header has"] * (name[0] == "s"))
+
+
+def test_labels_that_differ_in_case_are_told_with_their_counts(cases: Path, tmp_path: Path) -> None:
+    data = classify(cases / "case_labels.csv", tmp_path)
+    counts = {label: sum(row.label == label for row in data.train) for label in ("NEG", "neg", "POS", "pos")}
+    assert len(data.notes) == 2
+    for note, (large, small) in zip(data.notes, (("NEG", "neg"), ("POS", "pos")), strict=True):
+        assert f"the labels {large!r} ({counts[large]} rows) and {small!r} ({counts[small]} rows)" in note
+
+
+def test_alpaca_rows_have_instruction_and_input_in_their_prompt(cases: Path, tmp_path: Path) -> None:
+    data = generate(cases / "alpaca.jsonl", tmp_path, format="alpaca", test=cases / "alpaca.jsonl")
+    assert len(data.train) == len(data.test) == 40
+    for word in ("### Instruction:\nsay the mood\n\n", "### Input:\nslow and unfriendly 0\n\n### Response:"):
+        assert word in str(data.train[0].prompt)
+    assert data.train[0].completion == "neg"
+    chat = data.train[0].as_chat().messages
+    assert chat[0] == {"role": "user", "content": "say the mood\n\nslow and unfriendly 0"}
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+@pytest.mark.parametrize(("name", "content"), [("rows.csv", CSV), ("rows.jsonl", JSONL)])
+def test_compressed_files_are_read(tmp_path: Path, suffix: str, name: str, content: bytes) -> None:
+    plain, packed = tmp_path / name, tmp_path / (name + suffix)
+    plain.write_bytes(content)
+    packed.write_bytes(COMPRESS[suffix](content))
+    rows = [(row.values, row.number, row.line) for row in read_table(packed).rows]
+    assert rows == [(row.values, row.number, row.line) for row in read_table(plain).rows]
+    assert len(rows) == 4
+    packed.write_bytes(packed.read_bytes()[:-12])
+    assert "cannot be decompressed" in refusal(lambda: read_table(packed))
+
+
+def test_texts_such_as_na_and_null_stay_texts(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_bytes(CSV)
+    rows = read_table(path).rows
+    assert [row.values for row in rows] == [
+        {"text": "a, b", "label": "NA"},
+        {"text": "null", "label": "x"},
+        {"text": "c\nd", "label": "x"},
+        {"text": "e", "label": "NA"},
+    ]
+    assert [row.line for row in rows] == [2, 3, 5, 6]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "utf-8-sig"])
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".txt"])
+def test_a_byte_order_mark_tells_the_encoding(tmp_path: Path, encoding: str, suffix: str) -> None:
+    texts = {".csv": "text\ndéjà\n", ".jsonl": '{"text": "déjà"}\n', ".txt": "déjà"}
+    path = tmp_path / f"rows{suffix}"
+    path.write_bytes(texts[suffix].encode(encoding))
+    table = read_table(path)
+    assert (table.columns, [row.values for row in table.rows]) == (["text"], [{"text": "déjà"}])
+
+
+def test_an_encoding_and_a_delimiter_can_be_named(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_bytes("text#label\ndéjà, vu#x\n".encode("cp1252"))
+    assert "line 2: byte 0xe9 is not UTF-8" in refusal(lambda: read_table(path))
+    rows = read_table(path, encoding="cp1252", delimiter="#").rows
+    assert rows[0].values == {"text": "déjà, vu", "label": "x"}
+    path.write_bytes("text,label\nä,x\n".encode("utf-16-le"))
+    assert "give --encoding utf-16-le" in refusal(lambda: read_table(path))
+    assert read_table(path, encoding="utf-16-le").rows[0].values["text"] == "ä"
+
+
+def test_json_values_are_not_changed(tmp_path: Path) -> None:
+    # Dates alone in a column, blank lines, and several types in one column: datasets reads them in another way.
+    rows: list[Any] = [{"text": "2020-01-01", "label": True}, {"text": "2021-01-01", "label": 10**20}]
+    assert [row.values for row in read_table(write_jsonl(tmp_path / "a.jsonl", rows)).rows] == rows
+    chats = [{"m": [{"role": "user", "content": "a"}]}, {"m": [{"role": "user", "content": "b", "name": "c"}]}]
+    assert [row.values for row in read_table(write_jsonl(tmp_path / "b.jsonl", chats)).rows] == chats
+
+
+def test_rows_of_an_array_know_their_lines(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text('[{"text": "a"},\n {"text":\n  "b"}\n]\n')
+    assert [(row.values["text"], row.line) for row in read_table(path).rows] == [("a", 1), ("b", 3)]
+    path.write_text("\n " + json.dumps([{"text": "[1"}, {"text": "]"}], indent=1))
+    assert [(row.values["text"], row.line) for row in read_table(path).rows] == [("[1", 5), ("]", 8)]
+
+
+def test_whole_numbers_that_pandas_wrote_are_labels(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("text,label\na,1.0\nb,0.0\nc,1.0\nd,0\n")
+    assert classify(path, tmp_path).labels == ["0", "1"]
+    rows = [{"text": f"t{i}", "label": float(i % 2)} for i in range(4)]
+    assert classify(write_jsonl(tmp_path / "rows.jsonl", rows), tmp_path).labels == ["0", "1"]
+    path.write_text("text,label\na,1.0\nb,v0\nc,1.0\nd,v0\n")
+    assert classify(path, tmp_path).labels == ["1.0", "v0"]
+
+
+def test_a_class_with_a_single_row_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("text,label\n" + "".join(f"t{i},{'xy'[i % 2]}\n" for i in range(20)) + "u,z\n")
+    data = classify(path, tmp_path, eval_fraction=0.2)
+    assert data.notes == ["label 'z': a single row each, so that no row of it can be held out; add rows, or delete it"]
+    assert "z" in {row.label for row in data.train}
+    assert "z" not in {row.label for row in data.eval}
+
+
+def labelled(names: list[str]) -> datasets.Dataset:
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names)})
+    return datasets.Dataset.from_dict({"text": list("abcd"), "label": [0, 1, 0, 1]}, features=features)
+
+
+def test_folders_that_datasets_saved_are_read(tmp_path: Path) -> None:
+    labelled(["neg", "pos"]).save_to_disk(tmp_path / "one")
+    both = datasets.DatasetDict(train=labelled(["neg", "pos"]), validation=labelled(["neg", "pos"]))
+    both.save_to_disk(tmp_path / "both")
+    data = classify(tmp_path / "one", tmp_path, eval=tmp_path / "both")
+    assert data.labels == ["neg", "pos"]
+    assert [row.label for row in data.train] == [row.label for row in data.eval] == ["neg", "pos"] * 2
+    assert read_table(tmp_path / "both").label_names == {"label": ["neg", "pos"]}
+    assert read_table(tmp_path / "both").digest == read_table(tmp_path / "one").digest
+    assert "has no split for test; it has train, validation" in refusal(
+        lambda: classify(tmp_path / "one", tmp_path, test=tmp_path / "both")
+    )
+    (tmp_path / "empty").mkdir()
+    assert "is a folder that datasets did not save" in refusal(lambda: read_table(tmp_path / "empty"))
+
+
+def test_a_data_set_of_the_hub_is_read_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def load(name: str, config: str | None, *, revision: str | None, split: str) -> datasets.Dataset:
+        asked.append((name, config, revision, split))
+        return labelled(["neg", "pos"])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    data = classify(Path("hub:acme/moods"), tmp_path, eval=Path("hub:acme/moods/small@v2"), test="hub:acme/moods#extra")
+    assert data.labels == ["neg", "pos"]
+    assert asked == [
+        ("acme/moods", None, None, "train"),
+        ("acme/moods", "small", "v2", "validation"),
+        ("acme/moods", None, None, "extra"),
+    ]
+    assert "names no data set; write hub:owner/name" in refusal(lambda: read_table(Path("hub:moods")))
+
+
+def test_without_a_network_the_hub_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    message = refusal(lambda: read_table(Path("hub:acme/moods")))
+    assert message.startswith("hub:acme/moods cannot be had from the hub (")
+    assert "hf download --repo-type dataset acme/moods" in message
+
+
+def test_a_class_number_outside_the_schema_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    labelled(["neg", "pos"]).to_parquet(path)
+    table = pyarrow.parquet.read_table(path)
+    wrong = table.set_column(1, table.schema.field("label"), pyarrow.array([0, 5, 0, -1], pyarrow.int64()))
+    pyarrow.parquet.write_table(wrong, path)
+    assert "row 2: label is the class number 5, and the file's schema has 2 names" in refusal(
+        lambda: classify(path, tmp_path)
+    )
