@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 
 from adapters_store import StoreError
 from sera_serve.commands.adapters import adapters_app
+from sera_serve.commands.analyze import analyze_command
 from sera_serve.commands.doctor import doctor_command
 from sera_serve.commands.keys import keys_app
 from sera_serve.commands.quotas import quotas_app
@@ -38,6 +39,7 @@ def build_cli() -> typer.Typer:
         _with_settings(_check_config, "Check the settings as `serve` does, and print each with its source.")
     )
     app.command("doctor")(doctor_command)
+    app.command("analyze")(analyze_command)
     app.add_typer(adapters_app, name="adapters")
     app.add_typer(keys_app, name="keys")
     app.add_typer(quotas_app, name="quotas")

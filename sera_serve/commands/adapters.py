@@ -11,6 +11,7 @@ import typer
 from pydantic import JsonValue
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from adapters_store import (
     HEAD_FILE,
@@ -22,6 +23,7 @@ from adapters_store import (
     parse_adapter,
     write_head,
 )
+from adapters_store.card import run_card
 from sera_serve.access import AccessDatabase, Action, Shares
 from sera_serve.commands.imports import MAX_ERROR, compress_and_show, parse_compress, read_adapter
 from sera_serve.commands.output import JsonOption, StoreOption, console, one_line, print_json, record, refusals, report
@@ -90,11 +92,15 @@ def inspect(ref: RefArgument, store: StoreOption, as_json: JsonOption = False) -
         facts.add_row("shared_with", ", ".join(shared) or "nobody")
         facts.add_row("base.architecture", config.base.architecture)
         facts.add_row("base.weights_digest", config.base.weights_digest)
-        for key in ("pooling", "max_length", "training"):
+        for key in ("pooling", "max_length", "multi_label"):
             if value := getattr(config, key):
                 facts.add_row(key, one_line(value))
+        for title, text in run_card(config).items():
+            facts.add_row(f"training: {title}", Text(text))
         if config.head is not None:
             facts.add_row("head", one_line(config.head.model_dump()))
+        if config.image is not None:
+            facts.add_row("image", one_line(config.image.model_dump()))
         layers = Table("layer", "d_in", "d_out", "rank", "split", "mixer", "scaling", "vectors", "parameters")
         for path, spec in config.modules.items():
             sizes = (spec.d_in, spec.d_out, spec.rank, spec.split)
@@ -185,6 +191,10 @@ def export(
         ),
     ] = ExportFormat.sera,
     base: Annotated[str | None, typer.Option(help="Base model, for --format merged.")] = None,
+    card: Annotated[
+        Path | None,
+        typer.Option(help="Also write a model card in Hugging Face's form; outside a bundle.", show_default=False),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Write one version outside the store."""
@@ -194,6 +204,8 @@ def export(
         opened = AdapterStore(store, create=False)
         if output.exists():
             raise InvalidConfiguration(f"{output} exists; name a path that does not", param="output")
+        if card is not None:
+            _check_card(card, output, format)
         resolved = opened.resolve(ref)
         bundle = opened.load(resolved.digest)
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -202,6 +214,12 @@ def export(
                 f"sera-serve: this format has no place for the classifier's head; it is in {output}/{HEAD_FILE}",
                 err=True,
             )
+        if card is not None:
+            # huggingface_hub takes a while to import, and only a card needs it.
+            from sera_serve.commands.model_card import model_card
+
+            card.parent.mkdir(parents=True, exist_ok=True)
+            model_card(resolved.adapter, resolved.version, resolved.digest, bundle.config).save(card)
         report(
             as_json,
             f"wrote {resolved.adapter} v{resolved.version} as {format} to {output}",
@@ -210,6 +228,7 @@ def export(
             digest=resolved.digest,
             format=str(format),
             output=str(output),
+            **({} if card is None else {"card": str(card)}),
         )
 
 
@@ -289,6 +308,15 @@ def share(
         report(as_json, f"{adapter}: {', '.join(shared) or 'shared with nobody'}", adapter=adapter, shared_with=shared)
 
 
+def _check_card(card: Path, output: Path, format: ExportFormat) -> None:
+    if card.exists():
+        raise InvalidConfiguration(f"{card} exists; name a path that does not", param="card")
+    if format is ExportFormat.sera and card.absolute().is_relative_to(output.absolute()):
+        raise InvalidConfiguration(
+            f"{card} is inside the bundle, where an import allows no other file; write it beside {output}", param="card"
+        )
+
+
 def _publish(store: AdapterStore, bundle: AdapterBundle, name: str) -> Published:
     published = store.publish(bundle, name)
     _audit(store, "adapter.publish", name, version=published.version, digest=published.digest)
@@ -308,7 +336,8 @@ def _write(bundle: AdapterBundle, output: Path, format: ExportFormat, base: str 
         loaded = load_base(base)
         merge_adapter(loaded, bundle)
         loaded.model.save_pretrained(output)
-        loaded.tokenizer.save_pretrained(output)
+        if loaded.reads_text:
+            loaded.tokenizer.save_pretrained(output)
         return write_head(bundle, output)
     if format is ExportFormat.peft:
         return export_peft(bundle, output)

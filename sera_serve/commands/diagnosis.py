@@ -19,7 +19,7 @@ import torch
 
 from adapters_store import AdapterStore, StoreError
 from sera_kernels import path_name
-from sera_serve.base import DTYPES, base_outline
+from sera_serve.base import DTYPES, base_outline, planned_bytes
 from sera_serve.config import ServeSettings
 from sera_serve.engine.loop.attention_backend import choose_backend
 from sera_serve.engine.loop.hugging_face import PagedModel
@@ -162,10 +162,11 @@ def _memory(settings: ServeSettings) -> Iterator[Finding]:
     except SeraServeError as error:
         yield Finding("base", "problem", error.message, "name embedded, a folder in Hugging Face format, or a hub id")
         return
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    weights = planned_bytes(model, settings.quantize)
     count = sum(parameter.numel() for parameter in model.parameters())
     kind = type(model).__name__
-    yield Finding("base", "ok", f"{settings.base}: {kind}, {count:,} parameters, {_size(weights)} as {model.dtype}")
+    kept = str(model.dtype) if settings.quantize == "none" else f"{model.dtype}, linear layers as {settings.quantize}"
+    yield Finding("base", "ok", f"{settings.base}: {kind}, {count:,} parameters, {_size(weights)} as {kept}")
     if settings.device != "cpu" and not torch.cuda.is_available():
         return
     try:

@@ -68,7 +68,9 @@ def _serve(settings: ServeSettings, read: Callable[[], ServeSettings] | None) ->
     with bound_sockets(settings) as listeners:
         store = AdapterStore(settings.store, limits=BundleLimits(max_bytes=settings.max_upload_mib << 20))
         with console.status(f"loading base {settings.base}"):
-            base = run_and_forget_pool(lambda: load_base(settings.base, settings.device, settings.dtype))
+            base = run_and_forget_pool(
+                lambda: load_base(settings.base, settings.device, settings.dtype, settings.quantize)
+            )
             engine = run_and_forget_pool(lambda: ServingEngine(base, store, settings))
         app = build_app(engine, store, settings)
         ports = [listener.getsockname()[1] for listener in listeners]
@@ -201,7 +203,10 @@ def describe_server(
     url = f"http://{host}:{port}"
     parameters = sum(parameter.numel() for parameter in base.model.parameters())
     facts = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    facts.add_row("base", f"{base.name}, {base.kind} of {parameters:,} parameters, context {base.max_length}")
+    tower = base.image_tower
+    takes = [f"context {base.max_length}"] if base.reads_text else []
+    takes += [f"images of {tower.height} x {tower.width}, {tower.tokens} tokens each"] if tower is not None else []
+    facts.add_row("base", f"{base.name}, {base.kind} of {parameters:,} parameters, {', '.join(takes)}")
     facts.add_row("device", f"{base.device}, {str(base.dtype).removeprefix('torch.')}")
     memory = {name: f"{_mebibytes(size)} on the device" for name, size in engine.memory().items()}
     facts.add_row("adapter memory", f"{memory.pop('adapters')}, {settings.host_cache_mib} MiB cached")
@@ -228,6 +233,10 @@ def describe_server(
         if path == CHAT_PATH:
             console.print("\n[dim]# the same with OpenAI's client for Python[/dim]", highlight=False)
             console.print(client_lines(f"{url}/v1", body, needs_keys), markup=False, highlight=False, soft_wrap=True)
+    if (adapter := _image_classifier(base, store)) is not None:
+        console.print(f"\n[dim]# classify an image with {adapter}[/dim]", highlight=False)
+        line = f"{_curl(needs_keys)} {url}/v1/classify -F adapter={shlex.quote(adapter)} -F image=@photo.jpg"
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     listing = f"{_curl(needs_keys)} {url}/v1/adapters"
     console.print(f"\n[dim]# adapters in the store[/dim]\n{listing}\n", highlight=False, soft_wrap=True)
 
@@ -268,13 +277,27 @@ def client_lines(url: str, body: dict[str, Any], needs_keys: bool = False) -> st
     )
 
 
+def _image_classifier(base: FrozenBase, store: AdapterStore) -> str | None:
+    """An adapter that classifies images with this base, or None."""
+    for info in store.list_page(limit=_LOOKED_AT).adapters if base.image_tower is not None else ():
+        if info.task != "image-classify":
+            continue
+        try:
+            check_base(store.config(info.digest), base.info, base.module_shapes())
+        except StoreError:
+            # The adapter was made for another base.
+            continue
+        return info.adapter
+    return None
+
+
 def _examples(base: FrozenBase, store: AdapterStore) -> list[tuple[str, str, dict[str, Any]]]:
     """Choose requests that this server can serve, as (title, path, body): one for each kind of adapter."""
     found: dict[str, str] = {}
     shapes = base.module_shapes()
     for info in store.list_page(limit=_LOOKED_AT).adapters:
         kind = "chat" if info.has_chat_template else info.task
-        if kind in found or (info.task == "generate" and base.kind == "encoder"):
+        if kind in found or (info.task == "generate" and base.kind != "decoder"):
             continue
         try:
             check_base(store.config(info.digest), base.info, shapes)

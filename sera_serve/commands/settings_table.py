@@ -1,6 +1,7 @@
-"""Writes docs/settings.md: `python -m sera_serve.commands.settings_table`. A test holds the file and the code together.
+"""Writes docs/settings.md and docs/training/options.md: `python -m sera_serve.commands.settings_table`.
 
-The table is made of `ServeSettings` alone: a description is written once, and shown by `sera-serve serve --help` too.
+Tests hold the files and the code together. The tables are made of `ServeSettings` and `TrainSettings` alone: a
+description is written once, and shown by `sera-serve serve --help` and `train_adapter --help` too.
 """
 
 from __future__ import annotations
@@ -13,8 +14,11 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 
 from sera_serve.config import RELOADED, ServeSettings
+from sera_serve.trainer.settings import TrainSettings
+from sera_serve.trainer.task_options import TASK_OPTIONS
 
 _PATH = Path("docs") / "settings.md"
+_OPTIONS_PATH = Path("docs") / "training" / "options.md"
 _NAMES: dict[Any, str] = {
     bool: "true or false",
     int: "integer",
@@ -23,6 +27,7 @@ _NAMES: dict[Any, str] = {
     Path: "path",
     dict: "mapping",
     list: "list",
+    tuple: "names, comma-separated",
 }
 _SIGNS = {Ge: ("ge", "≥"), Gt: ("gt", ">"), Le: ("le", "≤"), Lt: ("lt", "<")}
 _INTRODUCTION = """# Settings
@@ -40,6 +45,32 @@ A running server reads the settings marked ↻ again when it gets SIGHUP; see [o
 | --- | --- | --- | --- |
 """
 
+_OPTIONS_INTRODUCTION = """# Options of train_adapter
+
+`make settings` writes this file; change `sera_serve/trainer/settings.py` instead.
+
+Each option is a flag (`--batch-size 32`) or a line of the YAML file given with `--config` (`batch_size: 32`). A flag
+wins over the file. A name that is not here is refused. `train_adapter init FILE --task TASK` writes a YAML file with
+the options of one task. `tasks` names the tasks that an option belongs to, where it does not belong to all.
+"""
+_OPTIONS_HEAD = "| option | default | values | tasks | meaning |\n| --- | --- | --- | --- | --- |\n"
+
+
+def options_document() -> str:
+    """Return the text of docs/training/options.md."""
+    groups: dict[str, list[str]] = {}
+    own = {name for names in TASK_OPTIONS.values() for name in names}
+    for name, field in TrainSettings.model_fields.items():
+        extra = field.json_schema_extra
+        assert isinstance(extra, dict)
+        tasks = ", ".join(task for task, names in TASK_OPTIONS.items() if name in names) if name in own else "all"
+        default = "required" if field.is_required() else _default(field)
+        meaning = (field.description or "").replace("|", "\\|")
+        row = f"| `{name}` | {default} | {_values(field)} | {tasks} | {meaning} |"
+        groups.setdefault(str(extra["group"]), []).append(row)
+    tables = [f"\n## {group}\n\n{_OPTIONS_HEAD}" + "\n".join(rows) + "\n" for group, rows in groups.items()]
+    return _OPTIONS_INTRODUCTION + "".join(tables)
+
 
 def settings_document() -> str:
     """Return the text of docs/settings.md."""
@@ -51,10 +82,14 @@ def settings_document() -> str:
 
 
 def main() -> None:
-    """Write the file, below the current directory or at the path given."""
-    parser = argparse.ArgumentParser(description="Write the table of settings.")
+    """Write the files, below the current directory or at the paths given."""
+    parser = argparse.ArgumentParser(description="Write the tables of settings and of training options.")
     parser.add_argument("--output", type=Path, default=_PATH)
-    parser.parse_args().output.write_text(settings_document(), encoding="utf-8")
+    parser.add_argument("--options-output", type=Path, default=_OPTIONS_PATH)
+    paths = parser.parse_args()
+    paths.output.write_text(settings_document(), encoding="utf-8")
+    paths.options_output.parent.mkdir(parents=True, exist_ok=True)
+    paths.options_output.write_text(options_document(), encoding="utf-8")
 
 
 def _default(field: FieldInfo) -> str:
@@ -66,7 +101,9 @@ def _default(field: FieldInfo) -> str:
 
 def _values(field: FieldInfo) -> str:
     """The kind of the values, and their bounds."""
-    kind = next(kind for kind in _members(field.annotation) if kind is not type(None))
+    # `str | tuple[...]` is a name, or several.
+    kinds = [kind for kind in _members(field.annotation) if kind is not type(None)]
+    kind = next((kind for kind in kinds if get_origin(kind) is tuple), kinds[0])
     if get_origin(kind) is Literal:
         return ", ".join(f"`{value}`" for value in get_args(kind))
     # `metadata` also has the markers of pydantic-settings.

@@ -1,0 +1,157 @@
+"""The pictures of `sera-serve analyze`: singular values, subspace similarity, norms by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from adapters_store.convert.spectrum import GroupSimilarity, LayerSpectrum
+from sera_serve.errors import InvalidConfiguration
+
+try:
+    from matplotlib.figure import Figure
+except ImportError as error:
+    raise InvalidConfiguration(
+        "pictures need matplotlib; install it with: pip install 'sera-serve[train]'", param="output"
+    ) from error
+
+# viridis grows evenly in lightness, so that it reads in grey and by every kind of sight.
+_COLOURS = "viridis"
+# Okabe and Ito's colours, with a line style each.
+_LINES = (("#0072b2", "-"), ("#d55e00", "--"))
+_DPI = 130
+_MAX_PANELS = 8
+
+
+def plot_spectra(adapters: Sequence[tuple[str, Mapping[str, Sequence[LayerSpectrum]]]], path: Path) -> Path:
+    """Draw singular values in descending order, one panel for each group of layers.
+
+    Args:
+        adapters: One or two adapters: name, and layers by group.
+        path: The PNG file.
+
+    Returns:
+        `path`.
+    """
+    groups = _most_told(list(dict.fromkeys(group for _, by_group in adapters for group in by_group)))
+    figure, panels = _panels(len(groups), "Singular values of the updates")
+    for panel, group in zip(panels, groups, strict=True):
+        for (name, by_group), (colour, style) in zip(adapters, _LINES, strict=False):
+            # A logarithm has no zero.
+            curves = [_positive(layer) for layer in by_group.get(group, ())]
+            curves = [curve for curve in curves if len(curve)]
+            for curve in curves:
+                panel.semilogy(_places(curve), curve, color=colour, linestyle=style, alpha=0.25, linewidth=0.8)
+            if curves:
+                length = min(len(curve) for curve in curves)
+                mean = np.mean([curve[:length] for curve in curves], axis=0)
+                panel.semilogy(_places(mean), mean, color=colour, linestyle=style, linewidth=2.2, label=f"{name}, mean")
+        panel.set_title(
+            f"{group} ({max(len(by_group.get(group, ())) for _, by_group in adapters)} layers)", fontsize=10
+        )
+        panel.set_xlabel("index")
+        panel.set_ylabel("singular value")
+        panel.grid(True, which="major", alpha=0.3)
+        panel.xaxis.get_major_locator().set_params(integer=True)
+    handles, labels = panels[0].get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(handles), frameon=False)
+    return _save(figure, path)
+
+
+def plot_similarity(names: tuple[str, str], similarity: Sequence[GroupSimilarity], path: Path) -> Path:
+    """Draw phi(i, j) as heat maps on one scale from 0 to 1, one for each group of layers; query and value come first.
+
+    Returns:
+        `path`.
+    """
+    by_group = {each.group: each for each in similarity}
+    groups = _most_told(list(by_group))
+    figure, panels = _panels(len(groups), "Similarity of subspaces, phi(i, j)")
+    image: Any = None
+    for panel, group in zip(panels, groups, strict=True):
+        phi = by_group[group].phi.numpy()
+        rows, columns = phi.shape
+        image = panel.imshow(
+            phi,
+            cmap=_COLOURS,
+            vmin=0,
+            vmax=1,
+            origin="lower",
+            aspect="auto",
+            interpolation="nearest",
+            extent=(0.5, columns + 0.5, 0.5, rows + 0.5),
+        )
+        panel.set_title(f"{group} (mean of {by_group[group].layers} layers)", fontsize=10)
+        panel.set_xlabel(f"j, {_short(names[1])}")
+        panel.set_ylabel(f"i, {_short(names[0])}")
+        for axis in (panel.xaxis, panel.yaxis):
+            axis.get_major_locator().set_params(integer=True)
+    figure.colorbar(image, ax=list(panels), label="0: separate, 1: one holds the other", shrink=0.9)
+    return _save(figure, path)
+
+
+def plot_norms(name: str, groups: Mapping[str, Sequence[LayerSpectrum]], path: Path) -> Path:
+    """Draw the Frobenius norms of the updates and of their factors: a row for each group, a column for each layer.
+
+    Returns:
+        `path`.
+    """
+    depth = max(len(layers) for layers in groups.values())
+    kinds = [
+        "update",
+        *(f"|{f.upper()}|" for f in ("a", "c", "b") if any(f in x.norms for y in groups.values() for x in y)),
+    ]
+    figure = Figure(figsize=(2.5 + max(4.0, 0.34 * depth), 0.9 + len(kinds) * (0.7 + 0.32 * len(groups))), dpi=_DPI)
+    figure.set_layout_engine("constrained")
+    figure.suptitle(f"Norms by layer, {_short(name)}")
+    for panel, kind in zip(figure.subplots(len(kinds), 1, sharex=True, squeeze=False)[:, 0], kinds, strict=True):
+        table = np.full((len(groups), depth), np.nan)
+        for row, layers in enumerate(groups.values()):
+            for column, layer in enumerate(layers):
+                table[row, column] = layer.norm if kind == "update" else layer.norms.get(kind[1:-1].lower(), np.nan)
+        image = panel.imshow(table, cmap=_COLOURS, vmin=0, aspect="auto", interpolation="nearest")
+        panel.set_title("scaling * A C B" if kind == "update" else kind, fontsize=10)
+        panel.set_yticks(range(len(groups)), list(groups))
+        panel.xaxis.get_major_locator().set_params(integer=True)
+        figure.colorbar(image, ax=panel, pad=0.01)
+    panel.set_xlabel("layer of the group, by number")
+    return _save(figure, path)
+
+
+def _most_told(groups: list[str]) -> list[str]:
+    """Query and value first, as in the paper, and at most as many as a page holds."""
+    first = [group for group in ("query", "value") if group in groups]
+    return [*first, *(group for group in groups if group not in first)][:_MAX_PANELS]
+
+
+def _panels(count: int, title: str) -> tuple[Figure, Sequence[Any]]:
+    columns = min(count, 4 if count > 3 else count)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(max(5.5, 3.6 * columns), 0.8 + 3.0 * rows), dpi=_DPI)
+    figure.set_layout_engine("constrained")
+    figure.suptitle(title)
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    for unused in grid[count:]:
+        unused.set_axis_off()
+    return figure, list(grid[:count])
+
+
+def _positive(layer: LayerSpectrum) -> Any:
+    return layer.values[: layer.numerical_rank].numpy()
+
+
+def _places(curve: Any) -> Any:
+    return np.arange(1, len(curve) + 1)
+
+
+def _short(name: str, width: int = 32) -> str:
+    return name if len(name) <= width else "…" + name[1 - width :]
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    figure.savefig(path, format="png")
+    return path
