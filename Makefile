@@ -6,6 +6,8 @@ HOST ?= 127.0.0.1
 STORE ?= demo-store
 # Processes that share the tests. Each of them computes with one thread, so that two suit two cores.
 TEST_WORKERS ?= 2
+# Slow tests: none, part (a fifth of them, another fifth at the next commit), or all.
+SLOW ?= part
 VENV := .venv
 BIN := $(VENV)/bin
 # Made last, so that an interrupted setup is taken up again.
@@ -29,7 +31,7 @@ serve: setup
 	$(BIN)/sera-serve serve --base embedded --store $(STORE) --host $(HOST) --port $(PORT)
 
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --slow $(SLOW)
 
 lint: setup
 	$(BIN)/ruff format --check
@@ -41,11 +43,11 @@ lint: setup
 # or constraints.txt.
 lock: setup
 	$(BIN)/python -m pip install uv==0.13.9
-	$(BIN)/uv pip compile pyproject.toml -c constraints.txt -o requirements.lock --generate-hashes --no-annotate \
+	$(BIN)/uv pip compile pyproject.toml --extra images -c constraints.txt -o requirements.lock --generate-hashes --no-annotate \
 		--python-version 3.12 --python-platform linux --default-index https://pypi.org/simple \
 		--custom-compile-command 'make lock'
 
-# docs/settings.md, from the code.
+# docs/settings.md and docs/training/options.md, from the code.
 settings: setup
 	$(BIN)/python -m sera_serve.commands.settings_table
 

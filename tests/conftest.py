@@ -1,6 +1,8 @@
 """Fixtures shared by every test."""
 
 import os
+import subprocess
+import zlib
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,44 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+# A run takes one of so many parts of the slow tests.
+_SLOW_PARTS = 5
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--slow",
+        choices=("none", "part", "all"),
+        default="part",
+        help="slow tests: none; part: a fifth of them, another fifth at the next commit; all (default: part)",
+    )
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    choice = config.getoption("--slow")
+    # Tests that were named one by one, or by their file, always run.
+    named = [argument.partition("::")[0] for argument in config.args if ".py" in argument]
+    if choice == "all" or named:
+        return
+    part = None if choice == "none" else _commit_number() % _SLOW_PARTS
+    left_out = [item for item in items if item.get_closest_marker("slow") and _part_of(item) != part]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        chosen = set(items) - set(left_out)
+        items[:] = [item for item in items if item in chosen]
+
+
+def _part_of(item: pytest.Item) -> int:
+    return zlib.crc32(item.nodeid.encode()) % _SLOW_PARTS
+
+
+def _commit_number() -> int:
+    """A number that changes with each commit, and is the same for every process of a run; 0 without git."""
+    found = subprocess.run(
+        ["git", "rev-list", "--count", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
+    return int(found.stdout) if found.returncode == 0 else 0
 
 
 @pytest.fixture(scope="session")

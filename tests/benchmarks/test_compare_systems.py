@@ -77,6 +77,7 @@ def test_a_wrong_output_is_reported_without_speeds(case: str, monkeypatch: pytes
     assert (status, report) == (1, {"benchmark": "mixed_batch", "correct": False, "rows": []})
 
 
+@pytest.mark.slow
 def test_a_system_runs_in_a_process_of_its_own() -> None:
     process = SystemProcess(generate_system, Setting(64, 4, 1, 8, 3))
     try:

@@ -55,6 +55,7 @@ def small_runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str
     return folder, runs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
 def test_small_mode_runs_every_section_without_a_gpu(
     name: str, small_runs: tuple[Path, dict[str, tuple[int, str, dict[str, Any]]]]

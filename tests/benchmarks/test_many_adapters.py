@@ -37,6 +37,7 @@ def fleet(base: FrozenBase) -> Fleet:
 
 
 # peft's import and its models warn of things that are transformers' own.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_a_small_run_has_every_figure(tmp_path: Path) -> None:
     console = Console(file=io.StringIO(), width=200)

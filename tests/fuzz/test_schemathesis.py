@@ -16,6 +16,8 @@ from sera_serve.base import FrozenBase
 from support.factories import random_decoder
 from support.two_tenants import TENANTS, TwoTenants, twin_of, two_tenants
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def base() -> FrozenBase:

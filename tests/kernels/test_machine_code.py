@@ -24,6 +24,7 @@ REGISTERS = {
 
 
 # Three scenarios have all kernels. The others have further variants, which one generation of GPUs stands for.
+@pytest.mark.slow
 @pytest.mark.parametrize(("capability", "scenarios"), [(80, 3), (90, 9), (100, 3)])
 def test_no_launch_spills_and_loads_are_wide(capability: int, scenarios: int) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

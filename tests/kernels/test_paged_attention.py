@@ -258,6 +258,7 @@ def test_overflows_of_packed_sequences_spread_within_a_sequence_and_a_head() -> 
         assert torch.equal(out.isnan().all(2), bad) and torch.equal(out[~bad], before[~bad])
 
 
+@pytest.mark.slow
 def test_machine_code_has_wide_loads_and_no_spills() -> None:
     cases = [
         {"capability": capability, "dtype": dtype, "width": width, "splits": splits, "extras": extras}

@@ -239,6 +239,7 @@ def test_no_rows() -> None:
     assert run(torch.empty(0, 5)) == []
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_tiles")
 def test_draws_follow_the_softmax() -> None:
     logits = torch.tensor([2.0, 1.0, 1.5, 0.0, -1.0, 0.5])

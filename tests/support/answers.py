@@ -48,7 +48,9 @@ def refused(response: httpx.Response, status: int, code: str) -> dict[str, Any]:
 def openapi_document() -> dict[str, Any]:
     """Return the OpenAPI document of the server."""
     app = build_app(
-        StubEngine(cast(FrozenBase, None)), cast(AdapterStore, SimpleNamespace(root=Path(os.devnull))), ServeSettings()
+        StubEngine(cast(FrozenBase, SimpleNamespace(image_tower=None))),
+        cast(AdapterStore, SimpleNamespace(root=Path(os.devnull))),
+        ServeSettings(),
     )
     return app.openapi()
 

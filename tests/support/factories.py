@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -135,7 +136,7 @@ def with_hidden_layer(bundle: AdapterBundle, activation: Activation, width: int,
 
 def merged(base: FrozenBase, bundle: AdapterBundle) -> FrozenBase:
     """Return a base with the adapter merged into its weights. The update is computed densely in float64."""
-    result = FrozenBase(base.name, copy.deepcopy(base.model), base.tokenizer, base.info, base.kind)
+    result = replace(base, model=copy.deepcopy(base.model))
     for path, spec in bundle.config.modules.items():
         linear = result.model.get_submodule(path)
         assert linear_widths(linear) == (spec.d_in, spec.d_out)

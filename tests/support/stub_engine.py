@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Sequence
 import numpy as np
 
 from adapters_store import AdapterBundle, PeftFiles, check_base
-from sera_serve.base import FrozenBase, Pooling, import_base
+from sera_serve.base import FrozenBase, Pooling, Span, import_base
 from sera_serve.engine import (
     AdapterActivity,
     AdapterChoice,
@@ -16,14 +16,18 @@ from sera_serve.engine import (
     EmbedResult,
     GenerateParams,
     GenerationResult,
+    HeadResult,
     ImportedAdapter,
     LabelScores,
+    LabelSet,
     LoadTimes,
     Presence,
     Principal,
     Priority,
     ResidencyStats,
     RunnerLoad,
+    Score,
+    Spans,
     Task,
     TokenDelta,
     TokenLogprobs,
@@ -125,6 +129,17 @@ class StubStream:
     def _logprobs(self, token: int) -> tuple[TokenLogprobs, ...]:
         top = self._params.logprobs
         return () if top is None else (TokenLogprobs(token, -0.5, ((7, -0.25), (token, -0.5))[:top]),)
+
+
+def stub_result(adapter: AdapterChoice, text: str) -> HeadResult:
+    """What an adapter of the stub says of a text, by its name."""
+    if adapter == "demo/number":
+        return Score(len(text) / 2)
+    if adapter == "demo/labels":
+        return LabelSet([text], {text: 0.75, "other": 0.625 - 0.5})
+    if adapter == "demo/spans":
+        return Spans([Span(0, 1, "first", 0.5, text[:1])] if text.isalpha() else [], len(text) > 10)
+    return LabelScores(text, {text: 0.75, "other": 0.25})
 
 
 class StubEngine:
@@ -246,12 +261,11 @@ class StubEngine:
         self.received.append(received_at)
         self.classified.append((priority, timeout_s))
         self.principals.append(principal)
-        texts = [text for text in inputs if isinstance(text, str)]
-        assert len(texts) == len(inputs), "HTTP sends no pairs"
+        texts = [value if isinstance(value, str) else " | ".join(value) for value in inputs]
         await self._misbehave(texts[0])
         if adapter == "demo/writer":
             raise UnsupportedTask("adapter 'demo/writer' is for generate", param="adapter")
-        scores = [LabelScores(text, {text: 0.75, "other": 0.25}) for text in texts]
+        scores = [stub_result(adapter, text) for text in texts]
         tokens = sum(map(len, texts))
         if not isinstance(adapter, str):
             named = " + ".join(f"{part.weight:g}*{part.adapter}" for part in adapter)
