@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 
-from sera_serve.client import SeraClient
+from sera_serve.client import Classification, SeraClient
 
 
 def main() -> None:
@@ -24,7 +24,8 @@ def main() -> None:
             raise SystemExit(f"tenant {options.tenant} has no classifiers")
         for verdict in client.classify_each(options.text, adapters=classifiers[:128]):
             (row,) = verdict.results
-            print(f"{verdict.adapter}: {row.label} ({row.probabilities[row.label]:.2f})")
+            if isinstance(row, Classification):
+                print(f"{verdict.adapter}: {row.label} ({row.probabilities[row.label]:.2f})")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 
-from sera_serve.client import AdapterNotFoundError, AsyncSeraClient, SeraClient
+from sera_serve.client import AdapterNotFoundError, AsyncSeraClient, Classification, SeraClient
 
 PROMPT = "The little cat found a map."
 
@@ -31,7 +31,7 @@ def main() -> None:
                 print(event.text, end="", flush=True)
 
         tickets = client.classify(["My parcel is late.", "I was charged twice."], adapter="demo/tickets")
-        print("\n\ntickets:", *(row.label for row in tickets.results))
+        print("\n\ntickets:", *(row.label for row in tickets.results if isinstance(row, Classification)))
 
         half = client.generate(PROMPT, adapter={"demo/pirate": 0.5}, max_new_tokens=40)
         print(f"\nhalf a pirate ({half.adapter}): {half.text}")
