@@ -34,7 +34,7 @@ from transformers import ViTConfig, ViTModel
 from sera_serve.base import load_base
 from sera_serve.layers import SeraConfig, attach_adapter, attached_layers
 
-TARGETS = {"encoder": ("query", "value"), "decoder": ("q_proj", "v_proj"), "vit": ("query", "value")}
+TARGETS = {"encoder": ("query", "value"), "decoder": ("q_proj", "v_proj"), "vit": ("q_proj", "v_proj")}
 SYSTEMS = ("peft_lora", "lora", "sera")
 _MEMORY_STEPS = 3
 # Every tensor is mapped alone, so the resident set follows the live tensors.
