@@ -126,6 +126,22 @@ def schema_of(model: type[BaseModel]) -> dict[str, Any]:
     return schema
 
 
+def stream_of(model: type[BaseModel] | None = None) -> dict[str, Any]:
+    """Return the content of a response that streams server-sent events.
+
+    OpenAPI before 3.2 has one schema for a stream. Tools read it as that of one event, which is an object of `data` and
+    `event`.
+
+    Args:
+        model: What the data of an event are as JSON, or None for several kinds. Models within it as in `schema_of`.
+    """
+    data: dict[str, Any] = {"type": "string", "description": "JSON, or [DONE] at the end"}
+    if model is not None:
+        data["x-json-schema"] = schema_of(model)
+    event = {"type": "object", "required": ["data"], "properties": {"data": data, "event": {"type": "string"}}}
+    return {"text/event-stream": {"schema": event}}
+
+
 def _with_errors(framework: dict[str, Any]) -> dict[str, Any]:
     document = copy.deepcopy(framework)
     components = document.setdefault("components", {})

@@ -6,6 +6,8 @@ import re
 from typing import Any
 
 import httpx
+import jsonschema
+import pytest
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
 from support.answers import openapi_document
@@ -102,3 +104,19 @@ def test_a_stream_has_the_schema_of_its_events() -> None:
     answer = openapi_document()["paths"]["/v1/generate"]["post"]["responses"]["200"]
     schema = answer["content"]["text/event-stream"]["schema"]
     assert re.search(r"usage", str(schema)) and "$defs" not in schema
+
+
+def test_an_event_of_every_stream_is_an_object_with_data() -> None:
+    """Tools read the schema of a stream as that of one event."""
+    document = openapi_document()
+    found = 0
+    for operations in document["paths"].values():
+        for operation in operations.values():
+            for answer in operation["responses"].values():
+                if "text/event-stream" in answer.get("content", {}):
+                    schema = answer["content"]["text/event-stream"]["schema"]
+                    jsonschema.validate({"data": "[DONE]", "event": "message"}, schema)
+                    with pytest.raises(jsonschema.ValidationError):
+                        jsonschema.validate("data: [DONE]", schema)
+                    found += 1
+    assert found >= 5

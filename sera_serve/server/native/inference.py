@@ -24,7 +24,7 @@ from sera_serve.server.native.schemas import (
     GenerateResponse,
     encode_response,
 )
-from sera_serve.server.openapi import schema_of
+from sera_serve.server.openapi import stream_of
 from sera_serve.server.sse import Admit, EventStream, admitted, merged, result_of
 from sera_serve.server.strict import StrictRoute
 
@@ -34,7 +34,7 @@ router = APIRouter(route_class=StrictRoute, tags=["inference"])
 @router.post(
     "/v1/generate",
     response_model=GenerateResponse | ChoicesResponse,
-    responses={200: {"content": {"text/event-stream": {"schema": schema_of(GenerateEvent)}}}},
+    responses={200: {"content": stream_of(GenerateEvent)}},
 )
 async def generate(
     body: GenerateRequest,

@@ -26,6 +26,7 @@ from sera_serve.server.openai.chat_schemas import ChatCompletion, ChatRequest
 from sera_serve.server.openai.errors import OpenAIRoute
 from sera_serve.server.openai.texts import ChatPrompt, Conversation, Texts, TextsOf, adapter_of, base_name
 from sera_serve.server.openai.tool_calls import Call, ToolCallParser, forced_calls
+from sera_serve.server.openapi import stream_of
 from sera_serve.server.sse import Admit, EventStream, EventWriter, encode_event
 
 router = APIRouter(route_class=OpenAIRoute, tags=["openai"])
@@ -36,7 +37,7 @@ _KIND, _CHUNK = "chat.completion", "chat.completion.chunk"
 @router.post(
     "/v1/chat/completions",
     response_model=ChatCompletion,
-    responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
+    responses={200: {"content": stream_of()}},
 )
 async def chat_completions(
     body: ChatRequest,

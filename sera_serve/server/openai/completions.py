@@ -25,7 +25,7 @@ from sera_serve.server.openai.answers import (
 from sera_serve.server.openai.completion_schemas import Completion, CompletionRequest, Prompt
 from sera_serve.server.openai.errors import OpenAIRoute
 from sera_serve.server.openai.texts import Texts, TextsOf, adapter_of, base_name, check_token_count
-from sera_serve.server.openapi import schema_of
+from sera_serve.server.openapi import stream_of
 from sera_serve.server.sse import Admit, EventStream, EventWriter, admit_all, encode_event
 
 router = APIRouter(route_class=OpenAIRoute, tags=["openai"])
@@ -36,7 +36,7 @@ _KIND = "text_completion"
 @router.post(
     "/v1/completions",
     response_model=Completion,
-    responses={200: {"content": {"text/event-stream": {"schema": schema_of(Completion)}}}},
+    responses={200: {"content": stream_of(Completion)}},
 )
 async def completions(
     body: CompletionRequest,

@@ -38,6 +38,7 @@ from sera_serve.server.openai.fine_tuning_schemas import (
 )
 from sera_serve.server.openai.job_events import JobEventStream, event_object, event_seq
 from sera_serve.server.openai.texts import adapter_of
+from sera_serve.server.openapi import stream_of
 from sera_serve.server.training import DEFAULT_TENANT, Training, TrainingOf
 
 router = APIRouter(route_class=OpenAIRoute, tags=["openai"])
@@ -45,7 +46,7 @@ router = APIRouter(route_class=OpenAIRoute, tags=["openai"])
 _SUFFIX = re.compile(r"[a-z0-9._-]{1,40}")
 _ODD = re.compile(r"[^a-z0-9]+")
 _BASE_CHARACTERS, _ID_CHARACTERS = 10, 10
-_STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+_STREAM: dict[int | str, dict[str, Any]] = {200: {"content": stream_of()}}
 
 
 @router.post("/v1/fine_tuning/jobs")

@@ -22,6 +22,7 @@ from sera_serve.server.openai.errors import OpenAIRoute
 from sera_serve.server.openai.response_schemas import ResponseObject, ResponseRequest
 from sera_serve.server.openai.texts import ChatPrompt, Conversation, Texts, TextsOf, adapter_of, base_name
 from sera_serve.server.openai.tool_calls import Call, ToolCallParser, forced_calls
+from sera_serve.server.openapi import stream_of
 from sera_serve.server.sse import Admit, EventStream, EventWriter
 
 router = APIRouter(route_class=OpenAIRoute, tags=["openai"])
@@ -44,7 +45,7 @@ Event = tuple[str, str]
 @router.post(
     "/v1/responses",
     response_model=ResponseObject,
-    responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
+    responses={200: {"content": stream_of()}},
 )
 async def responses(
     body: ResponseRequest,
