@@ -249,7 +249,8 @@ def _summarise(settings: TrainSettings, result: Any) -> None:
     for name, text in lines.items():
         typer.echo(f"  {name:<15}{text}")
     typer.echo("Serve it:")
-    typer.echo(f"  sera-serve serve --base {settings.base} --store {settings.store}")
+    quantized = "" if settings.quantize == "none" else f" --quantize {settings.quantize}"
+    typer.echo(f"  sera-serve serve --base {settings.base}{quantized} --store {settings.store}")
     typer.echo(f"  curl http://localhost:8000/v1/{_request(settings, result.adapter)}")
 
 
