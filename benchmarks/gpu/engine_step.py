@@ -14,6 +14,7 @@ from sera_kernels import AdapterBatch
 from sera_serve.engine.loop.attention import KeyValuePool, StepContext
 from sera_serve.engine.loop.attention_backend import choose_backend
 from sera_serve.engine.loop.fused_attention import fuse_attention
+from sera_serve.engine.loop.fused_layer import fuse_layers
 from sera_serve.engine.loop.hugging_face import PagedModel
 from sera_serve.engine.loop.pages import PAGE_SIZE
 from sera_serve.layers import AdapterContext
@@ -29,9 +30,11 @@ class EngineStep:
         self._paged = PagedModel(model)
         backend = choose_backend("auto", device)
         if backend.has_paged_decode:
+            from sera_kernels.norm import add_norm
             from sera_kernels.rotary import rotate_and_write
 
             fuse_attention(self._paged, backend, rotate_and_write)
+            fuse_layers(self._paged, backend, add_norm)
         pages = -(-(length + 1) // PAGE_SIZE)
         self._pool = KeyValuePool(self._paged.shapes, sequences * pages, self._paged.dtype, device, backend)
         for store in (*self._pool.keys, *self._pool.values):

@@ -7,7 +7,6 @@ float32 to a workspace. The second adds scaling * v B to wide ranges of columns 
     reduce_parts     parts of the sums u = x A, for segments of higher ranks: A is large, so many programs share it
     mix_parts        v = (the sum of the parts) C
     expand           y += scaling * v B
-    expand_silu_mul  the same for the two first layers of an MLP, then silu(gate) * up
 
 Words of this file:
 
@@ -258,9 +257,12 @@ def expanded(row, b, v, first, n, d_out, out_width, segment_rank, SINGLE: tl.con
 @triton.jit
 def expand_columns(
     y, b, v, n0, d_out, out_width, segment_rank, scaling,
-    COLUMNS: tl.constexpr, SINGLE: tl.constexpr, VEC: tl.constexpr, OVERLAP: tl.constexpr,
+    COLUMNS: tl.constexpr, SINGLE: tl.constexpr, ADD: tl.constexpr, VEC: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Add scaling * v B to the columns from n0 of one token. y (d_out,). out_width columns belong to a segment."""
+    """Write scaling * v B, after ADD plus y, to the columns from n0 of one token. y (d_out,).
+
+    out_width columns belong to a segment.
+    """
     d_out = d_out // VEC * VEC
     first = n0 + tl.arange(0, COLUMNS // VEC) * VEC
     n = first[:, None] + tl.arange(0, VEC)[None, :]
@@ -268,9 +270,12 @@ def expand_columns(
     row = tl.load(b + n, mask=inside, other=0)
     if OVERLAP:
         cuda.gdc_wait()
-    before = tl.load(y + n, mask=inside, other=0).to(tl.float32)
-    update = expanded(row, b, v, first, n, d_out, out_width, segment_rank, SINGLE)
-    tl.store(y + n, (before + scaling * update).to(y.dtype.element_ty), mask=inside)
+    if ADD:
+        before = tl.load(y + n, mask=inside, other=0).to(tl.float32)
+    update = scaling * expanded(row, b, v, first, n, d_out, out_width, segment_rank, SINGLE)
+    if ADD:
+        update += before
+    tl.store(y + n, update.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit(
@@ -281,10 +286,11 @@ def expand(
     y0, y1, y2, y3, width0, width1, width2, width3, stride0, stride1, stride2, stride3,
     d_in, tokens, module0, module1, module2, module3,
     slots, pool, offset, rank, split, mixer, scaling, slot_count, v, v_width,
-    COLUMNS: tl.constexpr, SINGLE: tl.constexpr, VEC: tl.constexpr, OVERLAP: tl.constexpr,
+    COLUMNS: tl.constexpr, SINGLE: tl.constexpr, ADD: tl.constexpr, VEC: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Add the updates of all tokens to up to four outputs. A program is (token, range of COLUMNS of an output).
+    """Write the updates of all tokens to up to four outputs. A program is (token, range of COLUMNS of an output).
 
+    ADD: y += update, and tokens without an update keep their y. Else y = update, which is 0 for such tokens.
     y (tokens, width) with a stride of rows. An unused output has width 0. SINGLE: all segments have rank 1.
     """
     end0 = tl.cdiv(width0, COLUMNS)
@@ -298,9 +304,9 @@ def expand(
     cell = select_item(i, module0, module1, module2, module3) * slot_count + slot
     at, own_rank, own_split, has_mixer = read_cell(cell, slot >= 0, offset, rank, split, mixer)
     factor = tl.load(scaling + cell, mask=slot >= 0, other=0)
+    y = select_item(i, y0, y1, y2, y3)
+    y += row.to(tl.int64) * (select_item(i, stride0, stride1, stride2, stride3) // VEC * VEC)
     if at >= 0:
-        y = select_item(i, y0, y1, y2, y3)
-        y += row.to(tl.int64) * (select_item(i, stride0, stride1, stride2, stride3) // VEC * VEC)
         out_width = d_out // own_split
         segment_rank = 1 if SINGLE else own_rank // own_split
         b = b_offset(at, d_in, segment_rank, own_rank, has_mixer)
@@ -308,79 +314,16 @@ def expand(
         if (b % VEC == 0) & (out_width % VEC == 0):
             expand_columns(
                 y, pool + b // VEC * VEC, own_v, n0, d_out, out_width, segment_rank, factor,
-                COLUMNS, SINGLE, VEC, OVERLAP,
+                COLUMNS, SINGLE, ADD, VEC, OVERLAP,
             )  # fmt: skip
         else:
-            expand_columns(y, pool + b, own_v, n0, d_out, out_width, segment_rank, factor, COLUMNS, SINGLE, 1, OVERLAP)
-    elif OVERLAP:
-        cuda.gdc_wait()
-
-
-@triton.jit
-def silu_mul_columns(
-    gate, up, hidden, b0, b1, v0, v1, n0, d_out, reach0, reach1, width0, width1, segment_rank0, segment_rank1,
-    scaling0, scaling1,
-    COLUMNS: tl.constexpr, SINGLE: tl.constexpr, VEC: tl.constexpr, OVERLAP: tl.constexpr,
-):  # fmt: skip
-    """Write silu(gate + scaling v B) * (up + scaling v B) to hidden, for the columns from n0 of one token.
-
-    reach is d_out, or 0 for a layer without an update. width columns belong to a segment.
-    """
-    d_out, reach0, reach1 = d_out // VEC * VEC, reach0 // VEC * VEC, reach1 // VEC * VEC
-    first = n0 + tl.arange(0, COLUMNS // VEC) * VEC
-    n = first[:, None] + tl.arange(0, VEC)[None, :]
-    inside = (first < d_out)[:, None]
-    row0 = tl.load(b0 + n, mask=(first < reach0)[:, None], other=0)
-    row1 = tl.load(b1 + n, mask=(first < reach1)[:, None], other=0)
-    if OVERLAP:
-        cuda.gdc_wait()
-    g = tl.load(gate + n, mask=inside, other=0).to(tl.float32)
-    u = tl.load(up + n, mask=inside, other=0).to(tl.float32)
-    g += scaling0 * expanded(row0, b0, v0, first, n, reach0, width0, segment_rank0, SINGLE)
-    u += scaling1 * expanded(row1, b1, v1, first, n, reach1, width1, segment_rank1, SINGLE)
-    # Rounded where the layers and the activation, one after the other, would round.
-    dtype = gate.dtype.element_ty
-    g, u = g.to(dtype).to(tl.float32), u.to(dtype).to(tl.float32)
-    silu = (g / (1.0 + tl.exp(-g))).to(dtype).to(tl.float32)
-    tl.store(hidden + n, (silu * u).to(dtype), mask=inside)
-
-
-@triton.jit(do_not_specialize=[*_NUMBERS, "d_out", "stride"], do_not_specialize_on_alignment=["slots"])
-def expand_silu_mul(
-    gate, up, hidden, stride, d_out, d_in, tokens, module0, module1,
-    slots, pool, offset, rank, split, mixer, scaling, slot_count, v, v_width,
-    COLUMNS: tl.constexpr, SINGLE: tl.constexpr, VEC: tl.constexpr, OVERLAP: tl.constexpr,
-):  # fmt: skip
-    """Add the updates of all tokens to gate and up, and write silu(gate) * up to hidden.
-
-    A program is (token, range of COLUMNS). gate and up (tokens, d_out) with a stride of rows; hidden (tokens, d_out),
-    contiguous. Tokens without an adapter get the activation alone.
-    """
-    row, n0 = tl.program_id(0), tl.program_id(1) * COLUMNS
-    slot = tl.load(slots + row)
-    cell0, cell1 = module0 * slot_count + slot, module1 * slot_count + slot
-    at0, rank0, split0, mixer0 = read_cell(cell0, slot >= 0, offset, rank, split, mixer)
-    at1, rank1, split1, mixer1 = read_cell(cell1, slot >= 0, offset, rank, split, mixer)
-    there0, there1 = at0 >= 0, at1 >= 0
-    scaling0 = tl.load(scaling + cell0, mask=there0, other=0)
-    scaling1 = tl.load(scaling + cell1, mask=there1, other=0)
-    # Other values of an absent layer may be anything: they must not divide by zero.
-    split0, split1 = tl.where(there0, split0, 1), tl.where(there1, split1, 1)
-    segment_rank0, segment_rank1 = (1, 1) if SINGLE else (rank0 // split0, rank1 // split1)
-    width0, width1 = d_out // split0, d_out // split1
-    b0 = tl.where(there0, b_offset(at0, d_in, segment_rank0, rank0, mixer0), 0)
-    b1 = tl.where(there1, b_offset(at1, d_in, segment_rank1, rank1, mixer1), 0)
-    reach0, reach1 = tl.where(there0, d_out, 0), tl.where(there1, d_out, 0)
-    line = row.to(tl.int64) * (stride // VEC * VEC)
-    gate, up, hidden = gate + line, up + line, hidden + row.to(tl.int64) * (d_out // VEC * VEC)
-    v0, v1 = v + row.to(tl.int64) * v_width, v + (tokens + row).to(tl.int64) * v_width
-    if (b0 % VEC == 0) & (b1 % VEC == 0) & (width0 % VEC == 0) & (width1 % VEC == 0):
-        silu_mul_columns(
-            gate, up, hidden, pool + b0 // VEC * VEC, pool + b1 // VEC * VEC, v0, v1, n0, d_out, reach0, reach1,
-            width0, width1, segment_rank0, segment_rank1, scaling0, scaling1, COLUMNS, SINGLE, VEC, OVERLAP,
-        )  # fmt: skip
+            expand_columns(
+                y, pool + b, own_v, n0, d_out, out_width, segment_rank, factor, COLUMNS, SINGLE, ADD, 1, OVERLAP
+            )
     else:
-        silu_mul_columns(
-            gate, up, hidden, pool + b0, pool + b1, v0, v1, n0, d_out, reach0, reach1,
-            width0, width1, segment_rank0, segment_rank1, scaling0, scaling1, COLUMNS, SINGLE, 1, OVERLAP,
-        )  # fmt: skip
+        if OVERLAP:
+            cuda.gdc_wait()
+        if not ADD:
+            n = n0 + tl.arange(0, COLUMNS)
+            width = d_out // VEC * VEC
+            tl.store(y + n, tl.zeros((COLUMNS,), y.dtype.element_ty), mask=n < width)

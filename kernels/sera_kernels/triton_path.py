@@ -27,7 +27,7 @@ import torch
 import triton
 from torch import Tensor
 
-from sera_kernels.decode_kernels import expand, expand_silu_mul, mix_parts, reduce_mix, reduce_parts
+from sera_kernels.decode_kernels import expand, mix_parts, reduce_mix, reduce_parts
 from sera_kernels.launches import Launch, choose_launch
 from sera_kernels.operands import AdapterBatch, AdapterTables
 from sera_kernels.prefill_kernels import expand_tiles, reduce_tiles
@@ -195,13 +195,47 @@ def expand_updates(workspace: Workspace, outputs: Sequence[Tensor], launch: Laun
         outputs: One (tokens, d_out) tensor for each layer. Rows may be farther apart than their width.
         launch: Launch parameters of decoding, instead of those from `launches.json`.
     """
-    _expand(workspace, outputs, launch)
+    _expand(workspace, outputs, launch, add=True)
     if workspace.classes.vectors:
         _scale_and_shift(workspace, outputs)
 
 
-def _expand(workspace: Workspace, outputs: Sequence[Tensor], launch: Launch | None) -> None:
-    """Add the updates of all tokens to the outputs."""
+def updates_of(
+    x: Tensor,
+    widths: Sequence[int],
+    modules: Sequence[int],
+    batch: AdapterBatch,
+    pool: Tensor,
+    tables: AdapterTables,
+    launch: Launch | None = None,
+) -> list[Tensor] | None:
+    """Run both phases for up to `OUTPUTS_PER_LAUNCH` layers, and return the updates instead of adding them.
+
+    A caller may run this on another stream, beside the base layers.
+
+    Args:
+        x: (tokens, d_in), at most `PREFILL_TOKENS`. Rows may be farther apart than their width.
+        widths: d_out of each layer.
+        modules: The layers' rows in `tables`.
+        batch: The slot of each token. No adapter in it has a gain or an offset, which apply to complete outputs.
+        pool: (elements,), of x's dtype.
+        tables: The offset and the shape of each adapter's factors.
+        launch: Launch parameters, instead of those from `launches.json`.
+
+    Returns:
+        One (tokens, d_out) tensor for each layer, of x's dtype: views of one tensor, 0 where a token has no update.
+        None if there is nothing to add: no tokens, or no resident adapter.
+    """
+    workspace = reduce_updates(x, modules, batch, pool, tables, consecutive=False, launch=launch)
+    if workspace is None:
+        return None
+    updates = list(x.new_empty(len(x), sum(widths)).split(list(widths), dim=1))
+    _expand(workspace, updates, launch, add=False)
+    return updates
+
+
+def _expand(workspace: Workspace, outputs: Sequence[Tensor], launch: Launch | None, *, add: bool) -> None:
+    """Add the updates of all tokens to the outputs, or write them."""
     tokens, pool, classes = workspace.v.shape[1], workspace.pool, workspace.classes
     single = not (classes.segmented or classes.whole)
     widths, rows = _rows(outputs)
@@ -212,7 +246,7 @@ def _expand(workspace: Workspace, outputs: Sequence[Tensor], launch: Launch | No
             launch = launch or choose_launch(pool.dtype, pool.device)
             expand[(tokens, sum(-(-width // launch.expand_columns) for width in widths))](
                 *rows, *workspace.layers, workspace.batch.token_slots, *cells,
-                COLUMNS=launch.expand_columns, SINGLE=single, VEC=vector,
+                COLUMNS=launch.expand_columns, SINGLE=single, ADD=add, VEC=vector,
                 num_warps=launch.expand_warps, **workspace.options,
             )  # fmt: skip
             return
@@ -245,55 +279,6 @@ def _rows(outputs: Sequence[Tensor]) -> tuple[list[int], tuple[Any, ...]]:
     widths = [y.shape[1] for y in outputs]
     padded = (*outputs, *[outputs[0]] * unused, *widths, *[0] * unused, *(y.stride(0) for y in outputs), *[0] * unused)
     return widths, padded
-
-
-def expand_silu_mul_updates(workspace: Workspace, gate: Tensor, up: Tensor, launch: Launch | None = None) -> Tensor:
-    """Run the second phase for the two first layers of an MLP, and apply its activation: silu(gate) * up.
-
-    Semantics: as `expand_updates(workspace, [gate, up])`, then `silu(gate) * up`, with the same roundings.
-
-    Args:
-        workspace: The result of `reduce_updates` for the two layers, for up to `PREFILL_TOKENS` tokens, none of which
-            has a gain or an offset: these come between the updates and the activation.
-        gate: (tokens, d_ff). Rows may be farther apart than their width.
-        up: (tokens, d_ff), with the same distance between rows.
-        launch: Launch parameters, instead of those from `launches.json`.
-
-    Returns:
-        (tokens, d_ff), contiguous.
-    """
-    pool, classes = workspace.pool, workspace.classes
-    tokens, width = gate.shape
-    launch = launch or choose_launch(pool.dtype, pool.device)
-    columns = launch.expand_columns
-    hidden = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    with torch.cuda.device_of(pool):
-        expand_silu_mul[(tokens, -(-width // columns))](
-            gate, up, hidden, gate.stride(0), width, *workspace.layers[:4],
-            workspace.batch.token_slots, *workspace.shapes, workspace.tables.scaling, workspace.slots,
-            workspace.v, workspace.v.shape[2],
-            COLUMNS=columns, SINGLE=not (classes.segmented or classes.whole), VEC=_vector(pool, gate, up, hidden),
-            num_warps=launch.expand_warps, **workspace.options,
-        )  # fmt: skip
-    return hidden
-
-
-def silu_mul_updates(workspace: Workspace | None, gate: Tensor, up: Tensor) -> Tensor:
-    """Return silu(gate) * up after the updates of all tokens. gate and up are outputs of an MLP's two first layers.
-
-    Args:
-        workspace: The result of `reduce_updates` for the two layers.
-        gate: (tokens, d_ff). Its contents are lost. Rows may be farther apart than their width.
-        up: (tokens, d_ff), likewise, with the same distance between rows.
-
-    Returns:
-        (tokens, d_ff), of the dtype of `gate`.
-    """
-    if workspace is not None and len(gate) <= PREFILL_TOKENS and not workspace.classes.vectors:
-        return expand_silu_mul_updates(workspace, gate, up)
-    if workspace is not None:
-        expand_updates(workspace, [gate, up])
-    return torch.nn.functional.silu(gate) * up
 
 
 def _reduce_mix(x: Tensor, workspace: Workspace, launch: Launch) -> None:

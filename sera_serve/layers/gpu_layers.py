@@ -76,9 +76,17 @@ class OneKernelNorm(nn.RMSNorm):
         super().__init__([weight.numel()], eps, device="meta")
         self.weight = weight
         self._kernel = _norm_kernel(weight.numel()) if weight.is_cuda else None
+        self._known: tuple[Tensor, Tensor] | None = None
+
+    def offer(self, x: Tensor, normed: Tensor) -> None:
+        """Take `normed` as the result for `x`, which is the very next input if the model is as it was found."""
+        self._known = x, normed
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., width) to the same."""
+        known, self._known = self._known, None
+        if known is not None and known[0] is x:
+            return known[1]
         if self._kernel is not None and x.is_contiguous() and x.dtype == self.weight.dtype:
             assert self.eps is not None
             return self._kernel(x, self.weight, self.eps)

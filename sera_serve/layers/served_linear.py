@@ -6,9 +6,9 @@ outputs of all layers of a group.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +19,7 @@ from sera_serve.layers.attach import replace_module
 from sera_serve.layers.context import AdapterContext
 from sera_serve.layers.gpu_layers import JoinedProducts, fuse_norms, join_products
 from sera_serve.layers.served_mlp import find_silu_mlp, fuse_silu_mlp
-from sera_serve.layers.targets import adaptable_linears
-
-if TYPE_CHECKING:
-    from sera_kernels.triton_path import Workspace
+from sera_serve.layers.targets import adaptable_linears, linear_widths
 
 
 class ServedLinear(nn.Module):
@@ -34,7 +31,12 @@ class ServedLinear(nn.Module):
         # Plain attributes are found faster than submodules. The tuple hides the group from torch, which would else
         # register the group's layers as children of this layer.
         self._forward = base.forward
-        self._shared = (group, group.context, group.join(base.forward))
+        self._shared = (group, group.context, group.join(base.forward, linear_widths(base)[1]))
+
+    @property
+    def group(self) -> SharedInputGroup:
+        """The layers that share this layer's input."""
+        return self._shared[0]
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., d_in) to (..., d_out)."""
@@ -65,37 +67,54 @@ class SharedInputGroup:
         self._side_stream = side_stream
         self.modules = tuple(modules)
         self._bases: list[Callable[[Tensor], Tensor]] = []
+        self._widths: list[int] = []
         self.joined: JoinedProducts | None = None
         """One product for all layers, where there is one: also in a pass of the base model alone."""
         self._input: Tensor | None = None
         self._batch: AdapterBatch | None = None
         self._outputs: list[Tensor | None] = []
 
-    def join(self, base: Callable[[Tensor], Tensor]) -> int:
-        """Add the forward function of the next layer, and return the layer's index for `output`."""
+    def join(self, base: Callable[[Tensor], Tensor], width: int) -> int:
+        """Add the forward function of the next layer, and its d_out. Returns the layer's index for `output`."""
         self._bases.append(base)
+        self._widths.append(width)
         return len(self._bases) - 1
 
-    def phases(self, x: Tensor) -> tuple[list[Tensor], Workspace | None]:
-        """Compute the outputs of all base layers for `x` on a GPU, and the first phase of their updates.
+    def holds(self, layers: Sequence[nn.Module]) -> bool:
+        """Return whether these are the layers of this group, all of them and in order."""
+        same = len(layers) == len(self._bases) and all(isinstance(layer, ServedLinear) for layer in layers)
+        return same and all(layer._shared[0::2] == (self, i) for i, layer in enumerate(layers))  # type: ignore[index]
+
+    def computed(self, x: Tensor) -> tuple[list[Tensor], list[Tensor] | None]:
+        """Compute the outputs of all layers of the group for `x`.
 
         Returns:
-            The outputs without updates: new tensors, which may be changed in place. Then what the second phase of
-            `sera_kernels.triton_path` needs, or None if there are no updates.
+            One (..., d_out) tensor for each layer: a new tensor, which may be changed in place. Then what is still to
+            be added to each, (tokens, d_out); or None if the outputs are complete. A caller with a kernel that reads
+            the outputs anyway adds it there.
         """
-        # Imported here, because the import of Triton takes as long as the rest of a small server's start.
-        from sera_kernels.triton_path import reduce_updates
-
-        batch = self._current_batch()
-        rows, context, side = x.reshape(-1, x.shape[-1]).contiguous(), self.context, self._side_stream
-        if side is None or not side.can_fork():
+        context, batch, side = self.context, self.context.batch, self._side_stream
+        if batch is None or not _reads(batch, x):
+            return self._products(x), None
+        if side is None or not side.can_fork() or not self._can_return_updates(batch):
             outputs = self._products(x)
-            return outputs, reduce_updates(rows, self.modules, batch, context.pool, context.tables)
+            add_updates(x.contiguous(), outputs, self.modules, batch, context.pool, context.tables)
+            return outputs, None
+        # Imported here, because the import of Triton takes as long as the rest of a small server's start.
+        from sera_kernels.triton_path import updates_of
+
+        rows = x.reshape(-1, x.shape[-1])
         with side.fork():
-            workspace = reduce_updates(rows, self.modules, batch, context.pool, context.tables, consecutive=False)
+            updates = updates_of(rows, self._widths, self.modules, batch, context.pool, context.tables)
         outputs = self._products(x)
         side.join()
-        return outputs, workspace
+        return outputs, updates
+
+    def _can_return_updates(self, batch: AdapterBatch) -> bool:
+        """Return whether updates are sums, of few tokens."""
+        from sera_kernels.triton_path import PREFILL_TOKENS
+
+        return not batch.classes_in(self.context.tables).vectors and batch.token_slots.numel() <= PREFILL_TOKENS
 
     def output(self, index: int, x: Tensor) -> Tensor:
         """Return the output of layer `index` for `x`, with the updates of the current batch's adapters, if any."""
@@ -109,21 +128,11 @@ class SharedInputGroup:
         return y
 
     def _compute(self, index: int, x: Tensor) -> Tensor:
-        context, batch = self.context, self.context.batch
-        # A layer may read other rows than the batch's tokens: an encoder's pooler reads the first token of each text.
-        # No state that is served goes through it, so it gets no update, which would be written beyond its outputs.
-        if batch is None or x.numel() != batch.token_slots.numel() * x.shape[-1]:
-            outputs = self._products(x)
-        elif self._side_stream is not None and self._side_stream.can_fork():
-            from sera_kernels.triton_path import expand_updates
-
-            outputs, workspace = self.phases(x)
-            if workspace is not None:
-                expand_updates(workspace, [y.view(-1, y.shape[-1]) for y in outputs])
-        else:
-            outputs = self._products(x)
-            add_updates(x.contiguous(), outputs, self.modules, batch, context.pool, context.tables)
-        self._input, self._batch = x, batch
+        outputs, updates = self.computed(x)
+        if updates is not None:
+            for y, update in zip(outputs, updates, strict=True):
+                y += update.view(y.shape)
+        self._input, self._batch = x, self.context.batch
         self._outputs = list(outputs)
         return outputs[index]
 
@@ -131,10 +140,14 @@ class SharedInputGroup:
         """The outputs of the base layers: new tensors, which may be changed in place."""
         return [base(x) for base in self._bases] if self.joined is None else self.joined(x)
 
-    def _current_batch(self) -> AdapterBatch:
-        if self.context.batch is None:
-            raise RuntimeError("no forward pass with adapters is running")
-        return self.context.batch
+
+def _reads(batch: AdapterBatch, x: Tensor) -> bool:
+    """Return whether the rows of `x` are the batch's tokens.
+
+    A layer may read other rows: an encoder's pooler reads the first token of each text. No state that is served goes
+    through it, so it gets no update, which would be written beyond its outputs.
+    """
+    return x.numel() == batch.token_slots.numel() * x.shape[-1]
 
 
 class SideStream:
@@ -224,15 +237,16 @@ def attach_serving(
         side_stream: Where the first phase of updates runs, beside the base layers, in captured CUDA graphs.
     """
     rows = {path: row for row, path in enumerate(adaptable_linears(model))}
+    # Decided before the layers are replaced: a module is compared with its own forward function.
+    found = [find_silu_mlp(model, paths) for paths in groups]
     for paths in groups:
         group = SharedInputGroup(context, [rows[path] for path in paths], side_stream if len(paths) <= 4 else None)
-        # Decided before the layers are replaced: the module is compared with its own forward function.
-        mlp = find_silu_mlp(model, paths)
         layers = [model.get_submodule(path) for path in paths]
         for path in paths:
             replace_module(model, path, ServedLinear(model.get_submodule(path), group))
         group.joined = join_products(layers)
+    for mlp in found:
         if mlp is not None:
-            fuse_silu_mlp(mlp, group)
+            fuse_silu_mlp(mlp)
     if isinstance(model, PreTrainedModel) and model.device.type == "cuda":
         fuse_norms(model)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,27 +30,36 @@ def find_silu_mlp(model: nn.Module, paths: list[str]) -> nn.Module | None:
     return mlp if _can_fuse(mlp) and _has_form(mlp) else None
 
 
-def fuse_silu_mlp(mlp: nn.Module, group: SharedInputGroup) -> None:
-    """Replace the forward function of an MLP that `find_silu_mlp` found.
+class FusedSiluMLP:
+    """The forward function of an MLP that `find_silu_mlp` found, in place of its own."""
 
-    Args:
-        mlp: The module. Its layers are served already.
-        group: The group of its two first layers.
-    """
-    # Imported here, because the import of Triton takes as long as the rest of a small server's start.
-    from sera_kernels.triton_path import silu_mul_updates
+    def __init__(self, first: SharedInputGroup, last: SharedInputGroup) -> None:
+        """Make a forward function from the group of gate and up, and the group of down."""
+        # Imported here, because the import of Triton takes as long as the rest of a small server's start.
+        from sera_kernels.activation import silu_mul
 
-    own: Callable[[Tensor], Tensor] = mlp.forward
+        self._first, self._last = first, last
+        self._silu_mul = silu_mul
 
-    def forward(x: Tensor) -> Tensor:
-        if group.context.batch is None:
-            return own(x)
-        (gate, up), workspace = group.phases(x)
-        hidden = silu_mul_updates(workspace, gate.view(-1, gate.shape[-1]), up.view(-1, up.shape[-1]))
-        result: Tensor = mlp.get_submodule("down_proj")(hidden.view(*x.shape[:-1], -1))
-        return result
+    def __call__(self, x: Tensor) -> Tensor:
+        """Map (..., width) to the same."""
+        y, update = self.computed(x)
+        return y if update is None else y + update.view(y.shape)
 
-    mlp.forward = forward
+    def computed(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the output, and what is still to be added to it, (tokens, width); or None if it is complete."""
+        (gate, up), updates = self._first.computed(x)
+        hidden = self._silu_mul(gate.view(-1, gate.shape[-1]), up.view(-1, up.shape[-1]), updates)
+        (y,), updates = self._last.computed(hidden.view(*x.shape[:-1], -1))
+        return y, None if updates is None else updates[0]
+
+
+def fuse_silu_mlp(mlp: nn.Module) -> None:
+    """Replace the forward function of an MLP that `find_silu_mlp` found, if its layers are served in two groups."""
+    gate, up, down = (mlp.get_submodule(name) for name in (*_LAYERS, "down_proj"))
+    first, last = getattr(gate, "group", None), getattr(down, "group", None)
+    if first is not None and last is not None and first.holds([gate, up]) and last.holds([down]):
+        mlp.forward = FusedSiluMLP(first, last)
 
 
 def _can_fuse(mlp: nn.Module) -> bool:

@@ -73,3 +73,19 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="must be contiguous"):
         rotate_and_write(q.transpose(0, 1), k, k, cos, cos, pool, pool, places)
     assert rotate_and_write(q[:0], k[:0], k[:0], cos[:0], cos[:0], pool, pool, places[:0])[0].shape == (0, 4, 8)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "width", "rotated"), [(4, 2, 64, 64), (3, 1, 80, 24), (9, 9, 128, 128)])
+def test_updates_are_added_first(heads: int, kv_heads: int, width: int, rotated: int) -> None:
+    tokens = 3
+    q, k, v = (strided(tokens, count, width, torch.float32) for count in (heads, kv_heads, kv_heads))
+    sizes = [count * width for count in (heads, kv_heads, kv_heads)]
+    updates = torch.randn(tokens, sum(sizes)).split(sizes, 1)
+    cos, sin = angles(tokens, rotated, torch.float32)
+    places = torch.tensor([9, 4, 2])
+    pools = [[torch.zeros(3, 4, kv_heads, width) for _ in range(2)] for _ in range(2)]
+    complete = [x + update.view(x.shape) for x, update in zip((q, k, v), updates, strict=True)]
+    want = rotate_and_write(*complete, cos, sin, *pools[0], places)
+    got = rotate_and_write(q, k, v, cos, sin, *pools[1], places, updates)
+    for mine, right in zip((*got, *pools[1], v), (*want, *pools[0], complete[2]), strict=True):
+        assert torch.equal(mine, right)

@@ -16,13 +16,7 @@ from sera_kernels import (
     triton_path,
 )
 from sera_kernels.launches import Launch
-from sera_kernels.triton_path import (
-    expand_silu_mul_updates,
-    expand_updates,
-    grouped_sera_triton,
-    reduce_updates,
-    silu_mul_updates,
-)
+from sera_kernels.triton_path import expand_updates, grouped_sera_triton, reduce_updates, updates_of
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NAN = float("nan")
@@ -270,18 +264,6 @@ def test_gains_and_offsets_are_the_reference(
         assert torch.isnan(outside).sum() == outside.numel() - mine.numel()
 
 
-def test_gains_and_offsets_come_before_the_activation() -> None:
-    widths = Widths(64, (96, 96), ((8, 8, True), (4, 4, False), (4, 1, True)))
-    pool, tables = adapters(widths, torch.float32, vectors=True)
-    batch = AdapterBatch(torch.tensor([1, NO_ADAPTER, 0, 2, 0], dtype=torch.int32, device=DEVICE))
-    x = poisoned(5, 64, torch.float32, 8)
-    gate, up = (poisoned(5, 96, torch.float32, 8) for _ in range(2))
-    want = [gate.double(), up.double()]
-    grouped_sera_reference(x, want, [0, 1], batch, pool, tables)
-    result = silu_mul_updates(reduce_updates(x, [0, 1], batch, pool, tables), gate, up)
-    torch.testing.assert_close(result.double(), torch.nn.functional.silu(want[0]) * want[1], rtol=1e-5, atol=1e-4)
-
-
 def test_more_than_256_tokens_are_computed_in_tiles() -> None:
     run_case(Widths(32, (48,), ((4, 4, True), (4, 1, False))), "runs", 300, torch.bfloat16, SMALL, 8, 8)
 
@@ -350,27 +332,21 @@ def test_phases_may_run_apart() -> None:
         (Widths(45, (75, 75), ((15, 15, True), (5, 5, False), (6, 3, True), (4, 1, True))), torch.float16, 3, NARROW),
     ],
 )
-def test_expansion_and_activation_in_one_pass(
+def test_updates_may_be_written_instead_of_added(
     widths: Widths, dtype: torch.dtype, offset_step: int, launch: Launch
 ) -> None:
     pool, tables = adapters(widths, dtype, offset_step)
     batch = AdapterBatch(torch.tensor([3, 1, -1, 0, 2, 0], dtype=torch.int32, device=DEVICE))
     x = poisoned(6, widths.d_in, dtype, 8)
-    # Parts of one product: their rows are not adjacent.
-    gate, up = torch.randn(6, sum(widths.d_outs), device=DEVICE).to(dtype).split(list(widths.d_outs), 1)
-    want = [gate.double().contiguous(), up.double().contiguous()]
+    want = [torch.zeros(6, width, dtype=torch.float64, device=DEVICE) for width in widths.d_outs]
     grouped_sera_reference(x, want, [0, 1], batch, pool, tables)
-    exact = want[0] * torch.sigmoid(want[0]) * want[1]
-    plain = torch.nn.functional.silu(gate[2]) * up[2]
-    workspace = reduce_updates(x, [0, 1], batch, pool, tables, launch=launch)
-    assert workspace is not None
-    result = expand_silu_mul_updates(workspace, gate, up, launch)
-    assert result.is_contiguous()
-    # Three roundings: of both factors and of the product, each relative to its own value.
+    got = updates_of(x, widths.d_outs, [0, 1], batch, pool, tables, launch)
+    assert got is not None
     unit = torch.finfo(dtype).eps
-    torch.testing.assert_close(result.double(), exact, rtol=8 * unit, atol=8 * unit * exact.abs().max().item())
-    # The interpreter cuts bfloat16 off where a GPU rounds.
-    torch.testing.assert_close(result[2], plain, rtol=2 * unit, atol=1e-6)
+    for mine, exact in zip(got, want, strict=True):
+        assert mine.dtype == dtype and not mine[2].any() and exact[0].any()
+        torch.testing.assert_close(mine.double(), exact, rtol=2 * unit, atol=2 * unit * exact.abs().max().item())
+    assert updates_of(x, widths.d_outs, [0, 1], batch, pool, on_device(AdapterTables.empty(2, 4))) is None
 
 
 def test_results_are_the_same_bits_each_time() -> None:

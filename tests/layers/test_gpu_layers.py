@@ -117,6 +117,17 @@ def test_a_norm_uses_its_kernel_where_the_layout_allows_it(monkeypatch: pytest.M
     torch.testing.assert_close(norm(x.transpose(0, 1)), want.transpose(0, 1))
 
 
+def test_a_norm_takes_an_offered_result_for_the_very_tensor_and_once() -> None:
+    norm = OneKernelNorm(nn.Parameter(torch.randn(8)), 1e-5)
+    x, offered = torch.randn(2, 8), torch.zeros(2, 8)
+    norm.offer(x, offered)
+    assert norm(x) is offered
+    assert torch.equal(norm(x), nn.functional.rms_norm(x, (8,), norm.weight, 1e-5))
+    norm.offer(x, offered)
+    assert norm(x.clone()).any(), "an equal tensor is another input"
+    assert norm(x).any(), "what was not asked for is forgotten"
+
+
 class ScaledRMSNorm(LlamaRMSNorm):
     """Differs where eps counts alone."""
 

@@ -21,7 +21,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from sera_kernels import AdapterBatch, AdapterTables, ShapeClasses, triton_path
+from sera_kernels import AdapterBatch, AdapterTables, ShapeClasses, prefetch, triton_path
+from sera_kernels.activation import silu_mul
+from sera_kernels.norm import add_norm
+from sera_kernels.rotary import rotate_and_write
 
 INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\d+\s+)?([A-Z0-9_.]+)")
 EVERY = ShapeClasses(single=64, segmented=64, whole=64, vectors=True)
@@ -81,10 +84,17 @@ def compiled(case: tuple[int, int]) -> list[dict[str, Any]]:
     outputs = [torch.empty(tokens, d_out, dtype=dtype) for d_out in d_outs]
     x, modules = torch.empty(tokens, d_in, dtype=dtype), range(len(d_outs))
     triton_path.grouped_sera_triton(x, outputs, modules, batch, torch.empty(64, dtype=dtype), tables)
-    if tokens <= triton_path.PREFILL_TOKENS and len(outputs) == 2:
-        workspace = triton_path.reduce_updates(x, modules, batch, outputs[0].view(-1), tables)
-        if workspace is not None:
-            triton_path.expand_silu_mul_updates(workspace, *outputs)
+    prefetch.can_prefetch = lambda device: capability >= 90  # type: ignore[assignment]
+    update = triton_path.reduce_updates(x, modules, batch, outputs[0].view(-1), tables)
+    if len(outputs) == 1 and d_outs[0] == d_in:
+        add_norm(x, outputs[0], x[0].clone(), 1e-5, update, outputs[0])
+    elif len(outputs) == 2:
+        silu_mul(*outputs, update, outputs[0])
+    elif len(outputs) == 3:
+        heads = [y.view(tokens, -1, 128) for y in outputs]
+        places, pages = torch.zeros(tokens, dtype=torch.int64), torch.empty(tokens, 1, *heads[1].shape[1:], dtype=dtype)
+        angles = torch.empty(tokens, 128, dtype=dtype)
+        rotate_and_write(*heads, angles, angles, pages, pages, places, update, outputs[0])
     return figures
 
 

@@ -1,4 +1,4 @@
-"""Attention layers of the common form, with rotation and the write to the cache as one kernel on a GPU.
+"""Attention layers of the common form, with updates, rotation and the write to the cache as one kernel on a GPU.
 
 The form: q, k and v are products of the same states; q and k may be normalized by head; they are rotated; the output is
 a product of what attention gives. Whether a layer has it is not read off its class, of which there are hundreds. Each
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,15 +22,16 @@ from sera_serve.engine.loop.attention import KeyValuePool, Part, StepContext
 from sera_serve.engine.loop.attention_backend import AttentionBackend, AttentionOptions
 from sera_serve.engine.loop.current_step import running, step_under_way
 from sera_serve.engine.loop.hugging_face import PagedModel
+from sera_serve.layers.served_linear import ServedLinear, SharedInputGroup
 
 logger = logging.getLogger("sera_serve.engine")
 
 _PARTS = ("q_proj", "k_proj", "v_proj", "o_proj", "layer_idx")
-_PROBED_TOKENS = 5
+PROBED_TOKENS = 5
 # Of the norm of a layer's output. Half precision rounds at other places.
-_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
-Rotate = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+Rotate = Callable[..., tuple[Tensor, Tensor]]
 """`sera_kernels.rotary.rotate_and_write`."""
 
 
@@ -39,10 +40,12 @@ class FusedAttention:
 
     def __init__(self, layer: nn.Module, key_width: int, value_width: int, options: AttentionOptions, rotate: Rotate):
         """Take the place of `layer.forward`, whose attention has these options."""
-        self._q, self._k, self._v, self._o = layer.q_proj, layer.k_proj, layer.v_proj, layer.o_proj
+        self._project = [layer.get_submodule(name) for name in ("q_proj", "k_proj", "v_proj")]
+        self._output = layer.get_submodule("o_proj")
+        self._first, self._last = _group_of(self._project), _group_of([self._output])
         self._norms = (getattr(layer, "q_norm", None), getattr(layer, "k_norm", None))
         self._index: int = layer.layer_idx  # type: ignore[assignment]
-        self._widths = (key_width, value_width)
+        self._widths = (key_width, key_width, value_width)
         self._options = options
         self._rotate = rotate
 
@@ -51,22 +54,43 @@ class FusedAttention:
     ) -> tuple[Tensor, None]:
         """Map (1, tokens, hidden) to the same; the other arguments have no effect in a step."""
         assert position_embeddings is not None
+        y, update = self.computed(hidden_states, position_embeddings)
+        return y if update is None else y + update, None
+
+    def computed(
+        self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the output, and what is still to be added to it, (tokens, hidden); or None if it is complete."""
         step = step_under_way()
-        key_width, value_width = self._widths
-        q, k, v = (
-            project(hidden_states)[0].unflatten(-1, (-1, width))  # type: ignore[operator]
-            for project, width in ((self._q, key_width), (self._k, key_width), (self._v, value_width))
-        )
-        q, k = (states if norm is None else norm(states) for norm, states in zip(self._norms, (q, k), strict=True))
+        states, updates = _computed(self._project, self._first, hidden_states)
+        if updates is not None and any(norm is not None for norm in self._norms):
+            states, updates = [y + update for y, update in zip(states, updates, strict=True)], None
+        q, k, v = (each[0].unflatten(-1, (-1, width)) for each, width in zip(states, self._widths, strict=True))
+        q, k = (each if norm is None else norm(each) for norm, each in zip(self._norms, (q, k), strict=True))
         pool = step.pool
         cos, sin = (table.reshape(-1, table.shape[-1]) for table in position_embeddings)
-        q, k = self._rotate(q, k, v, cos, sin, pool.keys[self._index], pool.values[self._index], step.places)
+        keys, values = pool.keys[self._index], pool.values[self._index]
+        q, k = self._rotate(q, k, v, cos, sin, keys, values, step.places, updates)
         if step.table is not None:
             assert step.lengths is not None
             out = pool.backend.decode(step, self._index, q, step.table, step.lengths, self._options)
         else:
             out = pool.backend.packed(step, self._index, q, k, v, self._options)
-        return self._o(out.flatten(1)[None]), None  # type: ignore[operator]
+        (y,), updates = _computed([self._output], self._last, out.flatten(1)[None])
+        return y, None if updates is None else updates[0]
+
+
+def _group_of(layers: Sequence[nn.Module]) -> SharedInputGroup | None:
+    """Return the group whose layers these are, all of them and in order; or None."""
+    group = layers[0].group if isinstance(layers[0], ServedLinear) else None
+    return group if group is not None and group.holds(layers) else None
+
+
+def _computed(
+    layers: Sequence[nn.Module], group: SharedInputGroup | None, x: Tensor
+) -> tuple[list[Tensor], list[Tensor] | None]:
+    """As `SharedInputGroup.computed`, also for layers that are not one group."""
+    return ([layer(x) for layer in layers], None) if group is None else group.computed(x)
 
 
 @dataclass
@@ -114,8 +138,8 @@ def fuse_attention(paged: PagedModel, backend: AttentionBackend, rotate: Rotate)
     layers = [layer for layer in layers if "position_embeddings" in inspect.signature(layer.forward).parameters]
     noting = _NotingBackend(backend)
     pool = KeyValuePool(paged.shapes, 1, paged.dtype, paged.device, noting)
-    step = _probe_step(pool)
-    ids = torch.arange(_PROBED_TOKENS, device=paged.device)
+    step = probe_step(pool)
+    ids = torch.arange(PROBED_TOKENS, device=paged.device)
     calls: dict[nn.Module, _Call] = {}
     with _noting(layers, calls):
         paged.logits(ids[None], ids[None], step, 0)
@@ -131,10 +155,10 @@ def fuse_attention(paged: PagedModel, backend: AttentionBackend, rotate: Rotate)
     return fused
 
 
-def _probe_step(pool: KeyValuePool) -> StepContext:
+def probe_step(pool: KeyValuePool) -> StepContext:
     """A prompt of a few tokens, on the scratch page."""
-    places = torch.arange(_PROBED_TOKENS, device=pool.keys[0].device)
-    return StepContext(pool, places, [Part(_PROBED_TOKENS, np.array([_PROBED_TOKENS]))])
+    places = torch.arange(PROBED_TOKENS, device=pool.keys[0].device)
+    return StepContext(pool, places, [Part(PROBED_TOKENS, np.array([PROBED_TOKENS]))])
 
 
 @contextmanager
@@ -157,13 +181,13 @@ def _agree(mine: FusedAttention, call: _Call, pool: KeyValuePool, index: int, pa
     pool.keys[index].zero_()
     pool.values[index].zero_()
     try:
-        with running(_probe_step(pool)):
+        with running(probe_step(pool)):
             output, _ = mine(call.hidden_states, call.position_embeddings)
     except (AttributeError, RuntimeError, TypeError, ValueError) as error:
         logger.debug("attention layer %d keeps its own form: %s", index, error)
         return False
     got = [output, pool.keys[index], pool.values[index]]
-    tolerance = _TOLERANCE[paged.dtype]
+    tolerance = TOLERANCE[paged.dtype]
     return all(
         mine.shape == right.shape and bool((mine - right).norm() <= tolerance * right.norm())
         for mine, right in zip(got, want, strict=True)

@@ -14,6 +14,7 @@ from sera_serve.engine.loop.attention import KeyValuePool
 from sera_serve.engine.loop.attention_backend import BackendName, choose_backend
 from sera_serve.engine.loop.choice import constraint_failed, ends_too_early
 from sera_serve.engine.loop.fused_attention import fuse_attention
+from sera_serve.engine.loop.fused_layer import fuse_layers
 from sera_serve.engine.loop.graphs import DecodeGraphs
 from sera_serve.engine.loop.hugging_face import PagedModel
 from sera_serve.engine.loop.pages import PAGE_SIZE, PagePool
@@ -107,9 +108,11 @@ class GenerationRunner(TaskRunner[GenerationRequest]):
         with torch.inference_mode(), self.on_stream():
             if backend.has_paged_decode:
                 # Imported here, because a CPU needs no Triton.
+                from sera_kernels.norm import add_norm
                 from sera_kernels.rotary import rotate_and_write
 
                 fuse_attention(paged, backend, rotate_and_write)
+                fuse_layers(paged, backend, add_norm)
             # A base that cannot be served is refused now, not in its first step.
             expose_overflows(base.model, self.runner.probe)
             self.runner.probe()
