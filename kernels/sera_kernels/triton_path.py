@@ -4,9 +4,10 @@
 to the outputs. For batches that may have a gain and an offset, it then applies these in a further launch. The first
 phase needs x alone, so a caller may run it on another stream, beside the base layers.
 
-Up to `PREFILL_TOKENS`, each token has its own programs (`decode_kernels`). With more tokens, tiles of tokens of one
-adapter are multiplied by the matrix unit (`prefill_kernels`). Every sum is in float32 and has a fixed order: nothing is
-atomic, and no two programs write the same element.
+Up to `PREFILL_TOKENS`, each token has its own programs (`decode_kernels`). With more tokens, blocks of neighbours share
+programs if all segments have rank 1 (`run_kernels`). Tokens of other adapters are sorted into tiles of one adapter, for
+the matrix unit (`prefill_kernels`). Every sum is in float32 and has a fixed order: nothing is atomic, and no two
+programs write the same element.
 
 Launches follow from shapes alone, and from the kinds of resident adapters (`ShapeClasses`). The host reads no values of
 the device. A CUDA graph that holds the launches can therefore be replayed with other slots, tables and factors, as
@@ -31,6 +32,7 @@ from sera_kernels.decode_kernels import expand, expand_silu_mul, mix_parts, redu
 from sera_kernels.launches import Launch, choose_launch
 from sera_kernels.operands import AdapterBatch, AdapterTables
 from sera_kernels.prefill_kernels import expand_tiles, reduce_tiles
+from sera_kernels.run_kernels import expand_runs, expand_silu_mul_runs, reduce_runs
 from sera_kernels.shape_classes import ShapeClasses
 from sera_kernels.vector_kernels import scale_and_shift
 
@@ -38,7 +40,22 @@ OUTPUTS_PER_LAUNCH = 4
 """Number of layers of one launch. Further layers that share the input take further launches."""
 
 PREFILL_TOKENS = 256
-"""With more tokens, tiles of tokens are computed."""
+"""With more tokens, blocks and tiles of tokens are computed."""
+
+RUN_BUCKET = 256
+"""The largest rank bucket of segments of rank 1 that blocks of neighbours are computed for. Others take tiles."""
+
+RUN_TOKENS = 16
+"""Tokens of a block of the first phase."""
+
+RUN_INPUTS = 32
+"""Inputs of each of 16 segments that such a block's program multiplies at a time."""
+
+EXPAND_BYTES = 16384
+"""Bytes of an output that a block's program of the second phase updates."""
+
+EXPAND_WIDTH = 2048
+"""Bytes of a row among them."""
 
 PART_ELEMENTS = 1 << 14
 """Elements of A that one program reads, if A is read in parts."""
@@ -110,6 +127,17 @@ class Workspace:
         return self.tables.offset.shape[1]
 
     @property
+    def runs(self) -> bool:
+        """Whether adapters with segments of rank 1 are computed in blocks of neighbours."""
+        return self.v.shape[1] > PREFILL_TOKENS and 0 < self.classes.single <= RUN_BUCKET
+
+    @property
+    def has_tiles(self) -> bool:
+        """Whether adapters are computed in tiles: those that blocks of neighbours leave."""
+        others = self.classes.segmented or self.classes.whole
+        return self.v.shape[1] > PREFILL_TOKENS and (others > 0 or not self.runs)
+
+    @property
     def tiles(self) -> tuple[Tensor, ...]:
         """The tiles of the batch, as kernels take them."""
         return (*self.batch.sorted_slots, *self.batch.tiles(TILE_TOKENS))
@@ -174,9 +202,11 @@ def reduce_updates(
     v = _buffer(x.device, len(modules), tokens, classes.width)
     workspace = Workspace(v, d_in, tuple(modules), batch, pool, tables, classes, consecutive)
     with torch.cuda.device_of(x):
-        if tokens > PREFILL_TOKENS:
+        if workspace.runs:
+            _reduce_runs(x, workspace)
+        if workspace.has_tiles:
             _reduce_tiles(x, workspace)
-        else:
+        if tokens <= PREFILL_TOKENS:
             launch = launch or choose_launch(x.dtype, x.device)
             if classes.single:
                 _reduce_mix(x, workspace, launch)
@@ -216,14 +246,21 @@ def _expand(workspace: Workspace, outputs: Sequence[Tensor], launch: Launch | No
                 num_warps=launch.expand_warps, **workspace.options,
             )  # fmt: skip
             return
-        columns = 4 * TILE_WIDTH // pool.element_size()
-        # Few ranks meet a range of columns if all segments have rank 1.
-        ranks = 16 if single or classes.width == 16 or pool.dtype == torch.float32 else 32
-        expand_tiles[(workspace.tile_rows, sum(-(-width // columns) for width in widths))](
-            *rows, *workspace.layers, *workspace.tiles, *cells,
-            M=TILE_TOKENS, COLUMNS=columns, Q=ranks, VEC=vector, PRECISION=_precision(pool.dtype),
-            num_warps=8, num_stages=2, **workspace.options,
-        )  # fmt: skip
+        if workspace.runs:
+            columns = EXPAND_WIDTH // pool.element_size()
+            block = EXPAND_BYTES // EXPAND_WIDTH
+            expand_runs[(-(-tokens // block), sum(-(-width // columns) for width in widths))](
+                *rows, *workspace.layers, workspace.batch.token_slots, *cells,
+                M=block, COLUMNS=columns, VEC=vector, num_warps=4, **workspace.options,
+            )  # fmt: skip
+        if workspace.has_tiles:
+            columns = 4 * TILE_WIDTH // pool.element_size()
+            ranks = 16 if classes.width == 16 or pool.dtype == torch.float32 else 32
+            expand_tiles[(workspace.tile_rows, sum(-(-width // columns) for width in widths))](
+                *rows, *workspace.layers, *workspace.tiles, *cells, SINGLE=not workspace.runs,
+                M=TILE_TOKENS, COLUMNS=columns, Q=ranks, VEC=vector, PRECISION=_precision(pool.dtype),
+                num_warps=8, num_stages=2, **workspace.options,
+            )  # fmt: skip
 
 
 def _scale_and_shift(workspace: Workspace, outputs: Sequence[Tensor]) -> None:
@@ -253,8 +290,8 @@ def expand_silu_mul_updates(workspace: Workspace, gate: Tensor, up: Tensor, laun
     Semantics: as `expand_updates(workspace, [gate, up])`, then `silu(gate) * up`, with the same roundings.
 
     Args:
-        workspace: The result of `reduce_updates` for the two layers, for up to `PREFILL_TOKENS` tokens, none of which
-            has a gain or an offset: these come between the updates and the activation.
+        workspace: The result of `reduce_updates` for the two layers, and no tiles are among it. No token has a gain or
+            an offset: these come between the updates and the activation.
         gate: (tokens, d_ff). Rows may be farther apart than their width.
         up: (tokens, d_ff), with the same distance between rows.
         launch: Launch parameters, instead of those from `launches.json`.
@@ -268,6 +305,17 @@ def expand_silu_mul_updates(workspace: Workspace, gate: Tensor, up: Tensor, laun
     columns = launch.expand_columns
     hidden = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     with torch.cuda.device_of(pool):
+        if workspace.runs:
+            columns = EXPAND_WIDTH // pool.element_size()
+            # As many bytes of both layers together.
+            block = EXPAND_BYTES // EXPAND_WIDTH // 2
+            expand_silu_mul_runs[(-(-tokens // block), -(-width // columns))](
+                gate, up, hidden, gate.stride(0), width, *workspace.layers[:4],
+                workspace.batch.token_slots, *workspace.shapes, workspace.tables.scaling, workspace.slots,
+                workspace.v, workspace.v.shape[2],
+                M=block, COLUMNS=columns, VEC=_vector(pool, gate, up, hidden), num_warps=4, **workspace.options,
+            )  # fmt: skip
+            return hidden
         expand_silu_mul[(tokens, -(-width // columns))](
             gate, up, hidden, gate.stride(0), width, *workspace.layers[:4],
             workspace.batch.token_slots, *workspace.shapes, workspace.tables.scaling, workspace.slots,
@@ -289,7 +337,7 @@ def silu_mul_updates(workspace: Workspace | None, gate: Tensor, up: Tensor) -> T
     Returns:
         (tokens, d_ff), of the dtype of `gate`.
     """
-    if workspace is not None and len(gate) <= PREFILL_TOKENS and not workspace.classes.vectors:
+    if workspace is not None and not workspace.has_tiles and not workspace.classes.vectors:
         return expand_silu_mul_updates(workspace, gate, up)
     if workspace is not None:
         expand_updates(workspace, [gate, up])
@@ -327,22 +375,35 @@ def _reduce_in_parts(x: Tensor, workspace: Workspace, launch: Launch) -> None:
     _mix_parts(workspace, sums, largest, single=False)
 
 
+def _reduce_runs(x: Tensor, workspace: Workspace) -> None:
+    """Compute v for blocks of neighbours, if segments have rank 1."""
+    v, bucket = workspace.v, workspace.classes.single
+    # Rounds of a large mixer hold fewer inputs.
+    inputs = RUN_INPUTS * 2 // x.element_size() // (2 if bucket > 64 else 1)
+    reduce_runs[(v.shape[0], -(-v.shape[1] // RUN_TOKENS), 4)](
+        x, x.stride(0), *workspace.layers, workspace.batch.token_slots, *workspace.shapes, workspace.slots,
+        v, v.shape[2], M=RUN_TOKENS, R=bucket, S=16, K=inputs, STAGES=3 if bucket > 64 else 4,
+        VEC=_vector(workspace.pool, x), PRECISION="ieee" if x.dtype == torch.float32 else "tf32x3",
+        num_warps=8, **workspace.options,
+    )  # fmt: skip
+
+
 def _reduce_tiles(x: Tensor, workspace: Workspace) -> None:
     """Compute v for tiles of tokens."""
-    v, classes, d_in = workspace.v, workspace.classes, workspace.d_in
+    v, d_in = workspace.v, workspace.d_in
     width = 2 * TILE_WIDTH // x.element_size()
     ranks = min(v.shape[2], width)
     sums = _buffer(x.device, min(_power_of_two(d_in // 1024), MOST_PARTS), *v.shape)
     chunks = v.shape[2] // ranks
     reduce_tiles[(workspace.tile_rows, v.shape[0] * chunks, len(sums))](
         x, x.stride(0), *workspace.layers, *workspace.tiles, *workspace.shapes, workspace.slots, sums, v.shape[2],
-        CHUNKS=chunks, SINGLE=not (classes.segmented or classes.whole), M=TILE_TOKENS, R=ranks, K=width,
+        CHUNKS=chunks, SINGLE=not workspace.runs, M=TILE_TOKENS, R=ranks, K=width,
         X_VEC=_vector(x, x), VEC=_vector(workspace.pool),
         # The interpreter's tl.dot reads bfloat16 as integers.
         WIDEN=INTERPRETED and x.dtype == torch.bfloat16,
         PRECISION=_precision(x.dtype), num_warps=8, num_stages=3, **workspace.options,
     )  # fmt: skip
-    _mix_parts(workspace, sums, v.shape[2], single=True)
+    _mix_parts(workspace, sums, v.shape[2], single=not workspace.runs)
 
 
 def _mix_parts(workspace: Workspace, sums: Tensor, bucket: int, *, single: bool) -> None:

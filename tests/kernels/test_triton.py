@@ -75,6 +75,13 @@ WHOLE = Widths(96, (64, 40), ((16, 1, False), (64, 1, True), (3, 1, False), (4, 
 # Ranges of columns that start and end inside segments, and need several chunks of ranks.
 TIMES_195 = Widths(195, (585,), ((195, 195, True), (195, 195, False)))
 
+# Segments of fewer inputs than a round takes. Some take the 16-byte accesses and some do not.
+NARROW_SEGMENTS = Widths(
+    64, (128, 64), ((16, 16, True), (64, 64, False), (32, 32, True), (2, 2, True), (8, 8, False), (64, 64, True))
+)
+# More segments than blocks of neighbours are computed for.
+MANY_SEGMENTS = Widths(520, (520,), ((260, 260, True), (4, 4, True), (2, 1, True)))
+
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,6 +90,8 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_path, "PART_ELEMENTS", 1 << 10)
     monkeypatch.setattr(triton_path, "MOST_PARTS", 2)
     monkeypatch.setattr(triton_path, "TILE_TOKENS", 16)
+    monkeypatch.setattr(triton_path, "EXPAND_WIDTH", 256)
+    monkeypatch.setattr(triton_path, "EXPAND_BYTES", 2048)
     # What a kernel reads before it was written shows.
     monkeypatch.setattr(triton_path, "_buffer", lambda device, *size: torch.full(size, NAN, device=device))
 
@@ -209,6 +218,9 @@ def test_decoding_is_the_reference(
         (EVEN, "skewed", 30, torch.float16, 8, 1),
         (SINGLE, "runs", 40, torch.bfloat16, 8, 8),
         (SINGLE, "one", 100, torch.float16, 3, 8),
+        (SINGLE, "distinct", 20, torch.float32, 8, 1),
+        (MANY_SEGMENTS, "runs", 20, torch.float32, 8, 8),
+        (NARROW_SEGMENTS, "uniform", 18, torch.bfloat16, 8, 8),
         (WHOLE, "runs", 40, torch.bfloat16, 8, 8),
         (TIMES_24, "runs", 50, torch.bfloat16, 8, 8),
         (TIMES_24, "with no adapter", 35, torch.float32, 5, 3),
@@ -342,18 +354,22 @@ def test_phases_may_run_apart() -> None:
         torch.testing.assert_close(mine.double(), exact, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("prefill", [False, True])
 @pytest.mark.parametrize(
     ("widths", "dtype", "offset_step", "launch"),
     [
+        (Widths(64, (96, 96), ((8, 8, True), (4, 4, False), (32, 32, True), (1, 1, True))), torch.float32, 1, NARROW),
         (Widths(64, (96, 96), ((8, 8, True), (4, 4, False), (32, 32, True), (1, 1, True))), torch.bfloat16, 8, NARROW),
         (Widths(64, (96, 96), ((8, 8, True), (4, 4, False), (8, 2, True), (4, 1, True))), torch.float32, 8, SMALL),
         (Widths(45, (75, 75), ((15, 15, True), (5, 5, False), (6, 3, True), (4, 1, True))), torch.float16, 3, NARROW),
     ],
 )
 def test_expansion_and_activation_in_one_pass(
-    widths: Widths, dtype: torch.dtype, offset_step: int, launch: Launch
+    widths: Widths, dtype: torch.dtype, offset_step: int, launch: Launch, prefill: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pool, tables = adapters(widths, dtype, offset_step)
+    if prefill:
+        monkeypatch.setattr(triton_path, "PREFILL_TOKENS", 0)
     batch = AdapterBatch(torch.tensor([3, 1, -1, 0, 2, 0], dtype=torch.int32, device=DEVICE))
     x = poisoned(6, widths.d_in, dtype, 8)
     # Parts of one product: their rows are not adjacent.
@@ -364,13 +380,32 @@ def test_expansion_and_activation_in_one_pass(
     plain = torch.nn.functional.silu(gate[2]) * up[2]
     workspace = reduce_updates(x, [0, 1], batch, pool, tables, launch=launch)
     assert workspace is not None
-    result = expand_silu_mul_updates(workspace, gate, up, launch)
+    # In tiles, the activation is an operation of its own.
+    apart = prefill and (tables.classes.segmented or tables.classes.whole)
+    result = silu_mul_updates(workspace, gate, up) if apart else expand_silu_mul_updates(workspace, gate, up, launch)
     assert result.is_contiguous()
     # Three roundings: of both factors and of the product, each relative to its own value.
     unit = torch.finfo(dtype).eps
     torch.testing.assert_close(result.double(), exact, rtol=8 * unit, atol=8 * unit * exact.abs().max().item())
     # The interpreter cuts bfloat16 off where a GPU rounds.
     torch.testing.assert_close(result[2], plain, rtol=2 * unit, atol=1e-6)
+
+
+@pytest.mark.usefixtures("_tiles")
+def test_a_token_has_the_same_bits_whatever_its_neighbours_and_their_factors() -> None:
+    pool, tables = adapters(SINGLE, torch.float32)
+    x, y = poisoned(20, SINGLE.d_in, torch.float32, 8), poisoned(20, 192, torch.float32, 8)
+    alone, beside = y.clone(), y.clone()
+    slots = torch.zeros(20, dtype=torch.int32, device=DEVICE)
+    grouped_sera_triton(x, [alone], [0], AdapterBatch(slots), pool, tables)
+    slots[::3], slots[1] = 2, NO_ADAPTER
+    # Another tenant's factors, and inputs, that are not numbers.
+    first, last = tables.offset[0, 2], tables.offset[0, 2] + SINGLE.d_in + 192
+    pool[first:last], x[slots != 0] = NAN, NAN
+    grouped_sera_triton(x, [beside], [0], AdapterBatch(slots), pool, tables)
+    assert torch.equal(beside[slots == 0], alone[slots == 0])
+    assert torch.equal(beside[1], y[1])
+    assert torch.isnan(beside[slots == 2]).all()
 
 
 def test_results_are_the_same_bits_each_time() -> None:

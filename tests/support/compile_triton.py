@@ -31,13 +31,17 @@ SCENARIOS = [
     (64, EVERY, torch.bfloat16, 4096, [4096, 1024, 1024]),
     (64, ShapeClasses(single=64), torch.bfloat16, 4096, [14336, 14336]),
     (2048, ShapeClasses(single=64), torch.bfloat16, 4096, [14336, 14336]),
+    (2048, EVERY, torch.bfloat16, 4096, [4096, 1024, 1024]),
     # Other ranks, widths, dtypes and alignments.
     (64, ShapeClasses(single=64), torch.bfloat16, 14336, [4096]),
     (64, ShapeClasses(single=16, segmented=16, whole=16), torch.float16, 4096, [14336, 14336]),
     (64, ShapeClasses(single=256), torch.bfloat16, 4096, [4096]),
     (64, EVERY, torch.float32, 4096, [4096, 1024, 1024]),
     (64, ShapeClasses(single=64), torch.bfloat16, 765, [765]),
-    (2048, EVERY, torch.bfloat16, 4096, [4096, 1024, 1024]),
+    (2048, ShapeClasses(single=256), torch.float32, 4096, [4096]),
+    (2048, ShapeClasses(single=16), torch.float16, 14336, [4096]),
+    (2048, ShapeClasses(single=256), torch.bfloat16, 765, [765, 765]),
+    (2048, ShapeClasses(whole=16), torch.bfloat16, 4096, [4096, 1024, 1024]),
     (2048, EVERY, torch.float32, 4096, [4096]),
 ]
 
@@ -81,9 +85,9 @@ def compiled(case: tuple[int, int]) -> list[dict[str, Any]]:
     outputs = [torch.empty(tokens, d_out, dtype=dtype) for d_out in d_outs]
     x, modules = torch.empty(tokens, d_in, dtype=dtype), range(len(d_outs))
     triton_path.grouped_sera_triton(x, outputs, modules, batch, torch.empty(64, dtype=dtype), tables)
-    if tokens <= triton_path.PREFILL_TOKENS and len(outputs) == 2:
+    if len(outputs) == 2:
         workspace = triton_path.reduce_updates(x, modules, batch, outputs[0].view(-1), tables)
-        if workspace is not None:
+        if workspace is not None and not workspace.has_tiles:
             triton_path.expand_silu_mul_updates(workspace, *outputs)
     return figures
 
