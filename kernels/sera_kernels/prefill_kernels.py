@@ -32,7 +32,7 @@ def read_tile(tile, tokens, slots, order, tile_first, M: tl.constexpr):
 @triton.jit
 def reduce_tile(
     x_rows, is_row, a, d_in, d_begin, d_end, r0, rank, width, segment_rank, out_rows,
-    M: tl.constexpr, R: tl.constexpr, K: tl.constexpr, VEC: tl.constexpr,
+    M: tl.constexpr, R: tl.constexpr, K: tl.constexpr, STAGES: tl.constexpr, VEC: tl.constexpr,
     WIDEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write the sums u[:, r0 : r0 + R] over the inputs [d_begin, d_end) of a tile.
@@ -41,11 +41,11 @@ def reduce_tile(
     neighbours in a row of A belong to one segment.
     """
     r = r0 + tl.arange(0, R)
-    segment_rank = segment_rank // VEC * VEC
+    segment_rank, rank = segment_rank // VEC * VEC, rank // VEC * VEC
     segment = tl.max_constancy(r // segment_rank, VEC)
     j = tl.max_contiguous(tl.multiple_of(r % segment_rank, VEC), VEC)
     u = tl.zeros((M, R), tl.float32)
-    for d0 in range(d_begin, d_end, K):
+    for d0 in tl.range(d_begin, d_end, K, num_stages=STAGES):
         d = d0 + tl.arange(0, K)
         values = tl.load(x_rows[:, None] + d[None, :], mask=is_row[:, None] & (d < d_in)[None, :], other=0)
         own = (d // width)[:, None] == segment[None, :]
@@ -63,7 +63,7 @@ def reduce_tiles(
     x, x_stride, d_in, tokens, module0, module1, module2, module3,
     slots, order, tile_first, tile_ordinal, pool, offset, rank, split, mixer, slot_count, sums, v_width,
     CHUNKS: tl.constexpr, SINGLE: tl.constexpr,
-    M: tl.constexpr, R: tl.constexpr, K: tl.constexpr, X_VEC: tl.constexpr, VEC: tl.constexpr,
+    M: tl.constexpr, R: tl.constexpr, K: tl.constexpr, STAGES: tl.constexpr, X_VEC: tl.constexpr, VEC: tl.constexpr,
     WIDEN: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Write parts of the sums u = x A. A program is (tiles, layer and chunk of R ranks, part of the inputs).
@@ -96,12 +96,12 @@ def reduce_tiles(
             if (at % VEC == 0) & (segment_rank % VEC == 0):
                 reduce_tile(
                     x_rows, is_row, pool + at // VEC * VEC, d_x, begin, end, r0, own_rank, width, segment_rank,
-                    out_rows, M, R, K, VEC, WIDEN, PRECISION,
+                    out_rows, M, R, K, STAGES, VEC, WIDEN, PRECISION,
                 )  # fmt: skip
             else:
                 reduce_tile(
                     x_rows, is_row, pool + at, d_x, begin, end, r0, own_rank, width, segment_rank, out_rows,
-                    M, R, K, 1, WIDEN, PRECISION,
+                    M, R, 16, 1, 1, WIDEN, PRECISION,
                 )  # fmt: skip
 
 
@@ -115,6 +115,10 @@ def expand_tile(
     n = n0 + tl.arange(0, COLUMNS)
     begin = n0 // out_width * segment_rank
     end = ((tl.minimum(n0 + COLUMNS, d_out) - 1) // out_width + 1) * segment_rank
+    y = y_rows[:, None] + n[None, :]
+    inside_y = is_row[:, None] & (n < d_out)[None, :]
+    # Read at once, so that this load runs beside those of v and B.
+    before = tl.load(y, mask=inside_y, other=0)
     update = tl.zeros((M, COLUMNS), tl.float32)
     for q0 in range(begin, end, Q):
         q = q0 + tl.arange(0, Q)
@@ -123,10 +127,7 @@ def expand_tile(
         factors = tl.load(b + (q % segment_rank)[:, None] * d_out + n[None, :], mask=inside, other=0)
         own = (q // segment_rank)[:, None] == (n // out_width)[None, :]
         update = tl.dot(values, tl.where(own, factors.to(tl.float32), 0.0), update, input_precision=PRECISION)
-    y = y_rows[:, None] + n[None, :]
-    inside = is_row[:, None] & (n < d_out)[None, :]
-    before = tl.load(y, mask=inside, other=0).to(tl.float32)
-    tl.store(y, (before + scaling * update).to(y.dtype.element_ty), mask=inside)
+    tl.store(y, (before.to(tl.float32) + scaling * update).to(y.dtype.element_ty), mask=inside_y)
 
 
 @triton.jit(
@@ -172,7 +173,9 @@ def expand_tiles(
                     M, COLUMNS, Q, VEC, PRECISION,
                 )  # fmt: skip
             else:
-                expand_tile(
-                    y_rows, is_row, pool + b, v_rows, n0, d_out, out_width, segment_rank, factor,
-                    M, COLUMNS, Q, 1, PRECISION,
-                )  # fmt: skip
+                # Few columns at a time: loads of single elements need many registers.
+                for part in range(n0, n0 + COLUMNS, COLUMNS // 4):
+                    expand_tile(
+                        y_rows, is_row, pool + b, v_rows, part, d_out, out_width, segment_rank, factor,
+                        M, COLUMNS // 4, Q, 1, PRECISION,
+                    )  # fmt: skip

@@ -66,8 +66,8 @@ MOST_PARTS = 16
 SPARE_ROWS = 64
 """Rows of programs in addition to the rows that full tiles need. With still more tiles, programs take several tiles."""
 
-TILE_TOKENS = 32
-"""Tokens of a tile."""
+TILE_TOKENS = 64
+"""Tokens of a tile. From 64, the matrix unit of sm_90 multiplies at its full rate."""
 
 TILE_WIDTH = 64
 """Inputs and ranks that a tile's program multiplies at a time, and half of its columns. In float32, half of each."""
@@ -259,7 +259,7 @@ def _expand(workspace: Workspace, outputs: Sequence[Tensor], launch: Launch | No
             expand_tiles[(workspace.tile_rows, sum(-(-width // columns) for width in widths))](
                 *rows, *workspace.layers, *workspace.tiles, *cells, SINGLE=not workspace.runs,
                 M=TILE_TOKENS, COLUMNS=columns, Q=ranks, VEC=vector, PRECISION=_precision(pool.dtype),
-                num_warps=8, num_stages=2, **workspace.options,
+                num_warps=8, num_stages=2, **_two_programs(pool), **workspace.options,
             )  # fmt: skip
 
 
@@ -370,7 +370,8 @@ def _reduce_in_parts(x: Tensor, workspace: Workspace, launch: Launch) -> None:
             reduce_parts[(v.shape[1], v.shape[0], parts)](
                 x, x.stride(0), *workspace.layers, workspace.batch.token_slots, *workspace.shapes, workspace.slots,
                 sums, v.shape[2], WHOLE=whole, R=bucket, K=inputs, VEC=_vector(workspace.pool),
-                num_warps=_warps(inputs * bucket, launch), **workspace.options,
+                # Twice as many factors of 16 bits in a thread as in `_reduce_mix`: loads do not wait for one another.
+                num_warps=_warps(inputs * bucket * x.element_size() // 4, launch), **workspace.options,
             )  # fmt: skip
     _mix_parts(workspace, sums, largest, single=False)
 
@@ -384,7 +385,7 @@ def _reduce_runs(x: Tensor, workspace: Workspace) -> None:
         x, x.stride(0), *workspace.layers, workspace.batch.token_slots, *workspace.shapes, workspace.slots,
         v, v.shape[2], M=RUN_TOKENS, R=bucket, S=16, K=inputs, STAGES=3 if bucket > 64 else 4,
         VEC=_vector(workspace.pool, x), PRECISION="ieee" if x.dtype == torch.float32 else "tf32x3",
-        num_warps=8, **workspace.options,
+        num_warps=16 if bucket > 64 else 8, **workspace.options,
     )  # fmt: skip
 
 
@@ -401,7 +402,7 @@ def _reduce_tiles(x: Tensor, workspace: Workspace) -> None:
         X_VEC=_vector(x, x), VEC=_vector(workspace.pool),
         # The interpreter's tl.dot reads bfloat16 as integers.
         WIDEN=INTERPRETED and x.dtype == torch.bfloat16,
-        PRECISION=_precision(x.dtype), num_warps=8, num_stages=3, **workspace.options,
+        PRECISION=_precision(x.dtype), STAGES=3, num_warps=8, **_two_programs(x), **workspace.options,
     )  # fmt: skip
     _mix_parts(workspace, sums, v.shape[2], single=not workspace.runs)
 
@@ -446,3 +447,9 @@ def _warps(elements: int, launch: Launch) -> int:
 def _precision(dtype: torch.dtype) -> str:
     """Return the precision of products. TF32 holds factors of 16 bits exactly."""
     return "ieee" if dtype == torch.float32 else "tf32"
+
+
+def _two_programs(factors: Tensor) -> dict[str, int]:
+    """Return the option that lets a multiprocessor hold two programs of 8 warps. Loads of one run beside the other."""
+    # Other matrix units than those since sm_90, and sums of float32, need more registers.
+    return {"maxnreg": 128} if factors.element_size() == 2 and _can_overlap(factors.device) else {}

@@ -20,8 +20,8 @@ REGISTERS = {
     "reduce_runs": 184,
     "expand_runs": 128,
     "expand_silu_mul_runs": 112,
-    "reduce_tiles": 200,
-    "expand_tiles": 200,
+    "reduce_tiles": 224,
+    "expand_tiles": 255,
     "scale_and_shift": 64,
 }
 
