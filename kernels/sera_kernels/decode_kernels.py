@@ -138,6 +138,8 @@ def reduce_part(
     """
     G: tl.constexpr = R // LANES
     segment_rank = segment_rank // LANES * LANES
+    # Single elements cannot be copied asynchronously.
+    STAGES: tl.constexpr = 4 if LANES > 1 else 1
     # Threads side by side read A side by side: along a row if there is one segment, else from row to row.
     if WHOLE:
         g, k_range = tl.arange(0, G)[None, :], tl.arange(0, K)[:, None]
@@ -149,13 +151,18 @@ def reduce_part(
     segment = first_rank // segment_rank
     j = first_rank - segment * segment_rank
     lane = tl.arange(0, LANES)[None, None, :]
-    for k0 in range(k_begin, k_end, K):
+    there = first_rank < rank
+    at = segment * width + k_begin + k_range
+    values = tl.load(x + at, mask=there & (k_begin + k_range < k_end), other=0)
+    # Factors of several rounds are on their way at a time, and inputs of two.
+    for k0 in tl.range(k_begin, k_end, K, num_stages=STAGES):
         k = k0 + k_range
-        inside = (k < k_end) & (first_rank < rank)
         at = segment * width + k
-        values = tl.load(x + at, mask=inside, other=0).to(tl.float32)
+        inside = (k < k_end) & there
         factors = tl.load(a + (at * segment_rank + j)[:, :, None] + lane, mask=inside[:, :, None], other=0)
-        products += values[:, :, None] * factors.to(tl.float32)
+        following = tl.load(x + at + K, mask=(k + K < k_end) & there, other=0)
+        products += values.to(tl.float32)[:, :, None] * factors.to(tl.float32)
+        values = following
     u = tl.reshape(tl.sum(products, 0 if WHOLE else 1), (R,))
     r = tl.arange(0, R)
     tl.store(out + r, u, mask=r < rank)
@@ -193,7 +200,9 @@ def reduce_parts(
             a = pool + at // FEW * FEW
             reduce_part(x_row, a, begin, end, width, own_rank, segment_rank, out, WHOLE, R, K, FEW)
         else:
-            reduce_part(x_row, pool + at, begin, end, width, own_rank, segment_rank, out, WHOLE, R, K, 1)
+            # Few inputs at a time: loads of single elements need many registers.
+            INPUTS: tl.constexpr = K // 4 if K >= 4 else K
+            reduce_part(x_row, pool + at, begin, end, width, own_rank, segment_rank, out, WHOLE, R, INPUTS, 1)
 
 
 @triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=["slots"])

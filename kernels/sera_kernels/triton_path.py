@@ -4,9 +4,10 @@
 to the outputs. For batches that may have a gain and an offset, it then applies these in a further launch. The first
 phase needs x alone, so a caller may run it on another stream, beside the base layers.
 
-Up to `PREFILL_TOKENS`, each token has its own programs (`decode_kernels`). With more tokens, tiles of tokens of one
-adapter are multiplied by the matrix unit (`prefill_kernels`). Every sum is in float32 and has a fixed order: nothing is
-atomic, and no two programs write the same element.
+Up to `PREFILL_TOKENS`, each token has its own programs (`decode_kernels`). With more tokens, blocks of neighbours share
+programs if all segments have rank 1 (`run_kernels`). Tokens of other adapters are sorted into tiles of one adapter, for
+the matrix unit (`prefill_kernels`). Every sum is in float32 and has a fixed order: nothing is atomic, and no two
+programs write the same element.
 
 Launches follow from shapes alone, and from the kinds of resident adapters (`ShapeClasses`). The host reads no values of
 the device. A CUDA graph that holds the launches can therefore be replayed with other slots, tables and factors, as
@@ -31,6 +32,7 @@ from sera_kernels.decode_kernels import expand, mix_parts, reduce_mix, reduce_pa
 from sera_kernels.launches import Launch, choose_launch
 from sera_kernels.operands import AdapterBatch, AdapterTables
 from sera_kernels.prefill_kernels import expand_tiles, reduce_tiles
+from sera_kernels.run_kernels import expand_runs, reduce_runs
 from sera_kernels.shape_classes import ShapeClasses
 from sera_kernels.vector_kernels import scale_and_shift
 
@@ -38,7 +40,22 @@ OUTPUTS_PER_LAUNCH = 4
 """Number of layers of one launch. Further layers that share the input take further launches."""
 
 PREFILL_TOKENS = 256
-"""With more tokens, tiles of tokens are computed."""
+"""With more tokens, blocks and tiles of tokens are computed."""
+
+RUN_BUCKET = 256
+"""The largest rank bucket of segments of rank 1 that blocks of neighbours are computed for. Others take tiles."""
+
+RUN_TOKENS = 16
+"""Tokens of a block of the first phase."""
+
+RUN_INPUTS = 32
+"""Inputs of each of 16 segments that such a block's program multiplies at a time."""
+
+EXPAND_BYTES = 16384
+"""Bytes of an output that a block's program of the second phase updates."""
+
+EXPAND_WIDTH = 2048
+"""Bytes of a row among them."""
 
 PART_ELEMENTS = 1 << 14
 """Elements of A that one program reads, if A is read in parts."""
@@ -49,8 +66,8 @@ MOST_PARTS = 16
 SPARE_ROWS = 64
 """Rows of programs in addition to the rows that full tiles need. With still more tiles, programs take several tiles."""
 
-TILE_TOKENS = 32
-"""Tokens of a tile."""
+TILE_TOKENS = 64
+"""Tokens of a tile. From 64, the matrix unit of sm_90 multiplies at its full rate."""
 
 TILE_WIDTH = 64
 """Inputs and ranks that a tile's program multiplies at a time, and half of its columns. In float32, half of each."""
@@ -108,6 +125,17 @@ class Workspace:
     def slots(self) -> int:
         """Number of slots of the tables."""
         return self.tables.offset.shape[1]
+
+    @property
+    def runs(self) -> bool:
+        """Whether adapters with segments of rank 1 are computed in blocks of neighbours."""
+        return self.v.shape[1] > PREFILL_TOKENS and 0 < self.classes.single <= RUN_BUCKET
+
+    @property
+    def has_tiles(self) -> bool:
+        """Whether adapters are computed in tiles: those that blocks of neighbours leave."""
+        others = self.classes.segmented or self.classes.whole
+        return self.v.shape[1] > PREFILL_TOKENS and (others > 0 or not self.runs)
 
     @property
     def tiles(self) -> tuple[Tensor, ...]:
@@ -174,9 +202,11 @@ def reduce_updates(
     v = _buffer(x.device, len(modules), tokens, classes.width)
     workspace = Workspace(v, d_in, tuple(modules), batch, pool, tables, classes, consecutive)
     with torch.cuda.device_of(x):
-        if tokens > PREFILL_TOKENS:
+        if workspace.runs:
+            _reduce_runs(x, workspace)
+        if workspace.has_tiles:
             _reduce_tiles(x, workspace)
-        else:
+        if tokens <= PREFILL_TOKENS:
             launch = launch or choose_launch(x.dtype, x.device)
             if classes.single:
                 _reduce_mix(x, workspace, launch)
@@ -250,14 +280,21 @@ def _expand(workspace: Workspace, outputs: Sequence[Tensor], launch: Launch | No
                 num_warps=launch.expand_warps, **workspace.options,
             )  # fmt: skip
             return
-        columns = 4 * TILE_WIDTH // pool.element_size()
-        # Few ranks meet a range of columns if all segments have rank 1.
-        ranks = 16 if single or classes.width == 16 or pool.dtype == torch.float32 else 32
-        expand_tiles[(workspace.tile_rows, sum(-(-width // columns) for width in widths))](
-            *rows, *workspace.layers, *workspace.tiles, *cells,
-            M=TILE_TOKENS, COLUMNS=columns, Q=ranks, VEC=vector, PRECISION=_precision(pool.dtype),
-            num_warps=8, num_stages=2, **workspace.options,
-        )  # fmt: skip
+        if workspace.runs:
+            columns = EXPAND_WIDTH // pool.element_size()
+            block = EXPAND_BYTES // EXPAND_WIDTH
+            expand_runs[(-(-tokens // block), sum(-(-width // columns) for width in widths))](
+                *rows, *workspace.layers, workspace.batch.token_slots, *cells,
+                M=block, COLUMNS=columns, VEC=vector, num_warps=4, **workspace.options,
+            )  # fmt: skip
+        if workspace.has_tiles:
+            columns = 4 * TILE_WIDTH // pool.element_size()
+            ranks = 16 if classes.width == 16 or pool.dtype == torch.float32 else 32
+            expand_tiles[(workspace.tile_rows, sum(-(-width // columns) for width in widths))](
+                *rows, *workspace.layers, *workspace.tiles, *cells, SINGLE=not workspace.runs,
+                M=TILE_TOKENS, COLUMNS=columns, Q=ranks, VEC=vector, PRECISION=_precision(pool.dtype),
+                num_warps=8, num_stages=2, **_two_programs(pool), **workspace.options,
+            )  # fmt: skip
 
 
 def _scale_and_shift(workspace: Workspace, outputs: Sequence[Tensor]) -> None:
@@ -307,27 +344,41 @@ def _reduce_in_parts(x: Tensor, workspace: Workspace, launch: Launch) -> None:
             reduce_parts[(v.shape[1], v.shape[0], parts)](
                 x, x.stride(0), *workspace.layers, workspace.batch.token_slots, *workspace.shapes, workspace.slots,
                 sums, v.shape[2], WHOLE=whole, R=bucket, K=inputs, VEC=_vector(workspace.pool),
-                num_warps=_warps(inputs * bucket, launch), **workspace.options,
+                # Twice as many factors of 16 bits in a thread as in `_reduce_mix`: loads do not wait for one another.
+                num_warps=_warps(inputs * bucket * x.element_size() // 4, launch), **workspace.options,
             )  # fmt: skip
     _mix_parts(workspace, sums, largest, single=False)
 
 
+def _reduce_runs(x: Tensor, workspace: Workspace) -> None:
+    """Compute v for blocks of neighbours, if segments have rank 1."""
+    v, bucket = workspace.v, workspace.classes.single
+    # Rounds of a large mixer hold fewer inputs.
+    inputs = RUN_INPUTS * 2 // x.element_size() // (2 if bucket > 64 else 1)
+    reduce_runs[(v.shape[0], -(-v.shape[1] // RUN_TOKENS), 4)](
+        x, x.stride(0), *workspace.layers, workspace.batch.token_slots, *workspace.shapes, workspace.slots,
+        v, v.shape[2], M=RUN_TOKENS, R=bucket, S=16, K=inputs, STAGES=3 if bucket > 64 else 4,
+        VEC=_vector(workspace.pool, x), PRECISION="ieee" if x.dtype == torch.float32 else "tf32x3",
+        num_warps=16 if bucket > 64 else 8, **workspace.options,
+    )  # fmt: skip
+
+
 def _reduce_tiles(x: Tensor, workspace: Workspace) -> None:
     """Compute v for tiles of tokens."""
-    v, classes, d_in = workspace.v, workspace.classes, workspace.d_in
+    v, d_in = workspace.v, workspace.d_in
     width = 2 * TILE_WIDTH // x.element_size()
     ranks = min(v.shape[2], width)
     sums = _buffer(x.device, min(_power_of_two(d_in // 1024), MOST_PARTS), *v.shape)
     chunks = v.shape[2] // ranks
     reduce_tiles[(workspace.tile_rows, v.shape[0] * chunks, len(sums))](
         x, x.stride(0), *workspace.layers, *workspace.tiles, *workspace.shapes, workspace.slots, sums, v.shape[2],
-        CHUNKS=chunks, SINGLE=not (classes.segmented or classes.whole), M=TILE_TOKENS, R=ranks, K=width,
+        CHUNKS=chunks, SINGLE=not workspace.runs, M=TILE_TOKENS, R=ranks, K=width,
         X_VEC=_vector(x, x), VEC=_vector(workspace.pool),
         # The interpreter's tl.dot reads bfloat16 as integers.
         WIDEN=INTERPRETED and x.dtype == torch.bfloat16,
-        PRECISION=_precision(x.dtype), num_warps=8, num_stages=3, **workspace.options,
+        PRECISION=_precision(x.dtype), STAGES=3, num_warps=8, **_two_programs(x), **workspace.options,
     )  # fmt: skip
-    _mix_parts(workspace, sums, v.shape[2], single=True)
+    _mix_parts(workspace, sums, v.shape[2], single=not workspace.runs)
 
 
 def _mix_parts(workspace: Workspace, sums: Tensor, bucket: int, *, single: bool) -> None:
@@ -370,3 +421,9 @@ def _warps(elements: int, launch: Launch) -> int:
 def _precision(dtype: torch.dtype) -> str:
     """Return the precision of products. TF32 holds factors of 16 bits exactly."""
     return "ieee" if dtype == torch.float32 else "tf32"
+
+
+def _two_programs(factors: Tensor) -> dict[str, int]:
+    """Return the option that lets a multiprocessor hold two programs of 8 warps. Loads of one run beside the other."""
+    # Other matrix units than those since sm_90, and sums of float32, need more registers.
+    return {"maxnreg": 128} if factors.element_size() == 2 and _can_overlap(factors.device) else {}

@@ -69,6 +69,13 @@ WHOLE = Widths(96, (64, 40), ((16, 1, False), (64, 1, True), (3, 1, False), (4, 
 # Ranges of columns that start and end inside segments, and need several chunks of ranks.
 TIMES_195 = Widths(195, (585,), ((195, 195, True), (195, 195, False)))
 
+# Segments of fewer inputs than a round takes. Some take the 16-byte accesses and some do not.
+NARROW_SEGMENTS = Widths(
+    64, (128, 64), ((16, 16, True), (64, 64, False), (32, 32, True), (2, 2, True), (8, 8, False), (64, 64, True))
+)
+# More segments than blocks of neighbours are computed for.
+MANY_SEGMENTS = Widths(520, (520,), ((260, 260, True), (4, 4, True), (2, 1, True)))
+
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,6 +84,8 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_path, "PART_ELEMENTS", 1 << 10)
     monkeypatch.setattr(triton_path, "MOST_PARTS", 2)
     monkeypatch.setattr(triton_path, "TILE_TOKENS", 16)
+    monkeypatch.setattr(triton_path, "EXPAND_WIDTH", 256)
+    monkeypatch.setattr(triton_path, "EXPAND_BYTES", 2048)
     # What a kernel reads before it was written shows.
     monkeypatch.setattr(triton_path, "_buffer", lambda device, *size: torch.full(size, NAN, device=device))
 
@@ -203,6 +212,9 @@ def test_decoding_is_the_reference(
         (EVEN, "skewed", 30, torch.float16, 8, 1),
         (SINGLE, "runs", 40, torch.bfloat16, 8, 8),
         (SINGLE, "one", 100, torch.float16, 3, 8),
+        (SINGLE, "distinct", 20, torch.float32, 8, 1),
+        (MANY_SEGMENTS, "runs", 20, torch.float32, 8, 8),
+        (NARROW_SEGMENTS, "uniform", 18, torch.bfloat16, 8, 8),
         (WHOLE, "runs", 40, torch.bfloat16, 8, 8),
         (TIMES_24, "runs", 50, torch.bfloat16, 8, 8),
         (TIMES_24, "with no adapter", 35, torch.float32, 5, 3),
@@ -327,6 +339,7 @@ def test_phases_may_run_apart() -> None:
 @pytest.mark.parametrize(
     ("widths", "dtype", "offset_step", "launch"),
     [
+        (Widths(64, (96, 96), ((8, 8, True), (4, 4, False), (32, 32, True), (1, 1, True))), torch.float32, 1, NARROW),
         (Widths(64, (96, 96), ((8, 8, True), (4, 4, False), (32, 32, True), (1, 1, True))), torch.bfloat16, 8, NARROW),
         (Widths(64, (96, 96), ((8, 8, True), (4, 4, False), (8, 2, True), (4, 1, True))), torch.float32, 8, SMALL),
         (Widths(45, (75, 75), ((15, 15, True), (5, 5, False), (6, 3, True), (4, 1, True))), torch.float16, 3, NARROW),
@@ -347,6 +360,23 @@ def test_updates_may_be_written_instead_of_added(
         assert mine.dtype == dtype and not mine[2].any() and exact[0].any()
         torch.testing.assert_close(mine.double(), exact, rtol=2 * unit, atol=2 * unit * exact.abs().max().item())
     assert updates_of(x, widths.d_outs, [0, 1], batch, pool, on_device(AdapterTables.empty(2, 4))) is None
+
+
+@pytest.mark.usefixtures("_tiles")
+def test_a_token_has_the_same_bits_whatever_its_neighbours_and_their_factors() -> None:
+    pool, tables = adapters(SINGLE, torch.float32)
+    x, y = poisoned(20, SINGLE.d_in, torch.float32, 8), poisoned(20, 192, torch.float32, 8)
+    alone, beside = y.clone(), y.clone()
+    slots = torch.zeros(20, dtype=torch.int32, device=DEVICE)
+    grouped_sera_triton(x, [alone], [0], AdapterBatch(slots), pool, tables)
+    slots[::3], slots[1] = 2, NO_ADAPTER
+    # Another tenant's factors, and inputs, that are not numbers.
+    first, last = tables.offset[0, 2], tables.offset[0, 2] + SINGLE.d_in + 192
+    pool[first:last], x[slots != 0] = NAN, NAN
+    grouped_sera_triton(x, [beside], [0], AdapterBatch(slots), pool, tables)
+    assert torch.equal(beside[slots == 0], alone[slots == 0])
+    assert torch.equal(beside[1], y[1])
+    assert torch.isnan(beside[slots == 2]).all()
 
 
 def test_results_are_the_same_bits_each_time() -> None:

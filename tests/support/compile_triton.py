@@ -21,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from sera_kernels import AdapterBatch, AdapterTables, ShapeClasses, prefetch, triton_path
+from sera_kernels import AdapterBatch, AdapterTables, ShapeClasses, triton_path
 from sera_kernels.activation import silu_mul
 from sera_kernels.norm import add_norm
 from sera_kernels.rotary import rotate_and_write
@@ -34,13 +34,17 @@ SCENARIOS = [
     (64, EVERY, torch.bfloat16, 4096, [4096, 1024, 1024]),
     (64, ShapeClasses(single=64), torch.bfloat16, 4096, [14336, 14336]),
     (2048, ShapeClasses(single=64), torch.bfloat16, 4096, [14336, 14336]),
+    (2048, EVERY, torch.bfloat16, 4096, [4096, 1024, 1024]),
     # Other ranks, widths, dtypes and alignments.
     (64, ShapeClasses(single=64), torch.bfloat16, 14336, [4096]),
     (64, ShapeClasses(single=16, segmented=16, whole=16), torch.float16, 4096, [14336, 14336]),
     (64, ShapeClasses(single=256), torch.bfloat16, 4096, [4096]),
     (64, EVERY, torch.float32, 4096, [4096, 1024, 1024]),
     (64, ShapeClasses(single=64), torch.bfloat16, 765, [765]),
-    (2048, EVERY, torch.bfloat16, 4096, [4096, 1024, 1024]),
+    (2048, ShapeClasses(single=256), torch.float32, 4096, [4096]),
+    (2048, ShapeClasses(single=16), torch.float16, 14336, [4096]),
+    (2048, ShapeClasses(single=256), torch.bfloat16, 765, [765, 765]),
+    (2048, ShapeClasses(whole=16), torch.bfloat16, 4096, [4096, 1024, 1024]),
     (2048, EVERY, torch.float32, 4096, [4096]),
 ]
 
@@ -84,17 +88,18 @@ def compiled(case: tuple[int, int]) -> list[dict[str, Any]]:
     outputs = [torch.empty(tokens, d_out, dtype=dtype) for d_out in d_outs]
     x, modules = torch.empty(tokens, d_in, dtype=dtype), range(len(d_outs))
     triton_path.grouped_sera_triton(x, outputs, modules, batch, torch.empty(64, dtype=dtype), tables)
-    prefetch.can_prefetch = lambda device: capability >= 90  # type: ignore[assignment]
-    update = triton_path.reduce_updates(x, modules, batch, outputs[0].view(-1), tables)
+    if tokens > triton_path.PREFILL_TOKENS:
+        return figures
+    updates = triton_path.updates_of(x, d_outs, modules, batch, torch.empty(64, dtype=dtype), tables)
     if len(outputs) == 1 and d_outs[0] == d_in:
-        add_norm(x, outputs[0], x[0].clone(), 1e-5, update, outputs[0])
+        add_norm(x, outputs[0], x[0].clone(), 1e-5, None if updates is None else updates[0])
     elif len(outputs) == 2:
-        silu_mul(*outputs, update, outputs[0])
+        silu_mul(outputs[0], outputs[1], updates)
     elif len(outputs) == 3:
         heads = [y.view(tokens, -1, 128) for y in outputs]
         places, pages = torch.zeros(tokens, dtype=torch.int64), torch.empty(tokens, 1, *heads[1].shape[1:], dtype=dtype)
         angles = torch.empty(tokens, 128, dtype=dtype)
-        rotate_and_write(*heads, angles, angles, pages, pages, places, update, outputs[0])
+        rotate_and_write(heads[0], heads[1], heads[2], angles, angles, pages, pages, places, updates)
     return figures
 
 
