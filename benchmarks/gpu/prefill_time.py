@@ -1,4 +1,4 @@
-"""The linear layers of a prefill: the base's products, and the same layers with adapters."""
+"""The linear layers of a prefill and the activation between them: the base's, and the same with adapters."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ from sera_serve.layers import AdapterContext
 LAYERS = 4
 TOKENS = (512, 2048)
 ADAPTERS = (1, 8, 64)
-# In the order in which a pass runs them.
-_LINEARS = tuple(f"self_attn.{name}_proj" for name in "qkvo") + tuple(
-    f"mlp.{name}_proj" for name in ("gate", "up", "down")
-)
+# In the order in which a pass runs them: with the activation, which adapters of the MLP may be computed with.
+_MODULES = (*(f"self_attn.{name}_proj" for name in "qkvo"), "mlp")
 
 
 def time_prefill(setting: Setting) -> Iterator[Row]:
-    """Microseconds of all linear layers of one decoder layer, by tokens and adapters in the pass."""
+    """Microseconds of all linear layers of one decoder layer, by tokens and adapters in the pass.
+
+    `over_products` is what adapters add, relative to the matrix products alone.
+    """
     layers = 1 if setting.small else LAYERS
     model = random_llama(setting, layers, torch.bfloat16 if setting.on_gpu else torch.float32)
     most = 2 if setting.small else max(ADAPTERS)
@@ -36,31 +37,49 @@ def time_prefill(setting: Setting) -> Iterator[Row]:
             width: torch.randn(tokens, width, device=setting.device, dtype=model.dtype)
             for width in (model.config.hidden_size, model.config.intermediate_size)
         }
-        cases = {"0": Timed(_pass(model, context, inputs, None), 1)}
+        cases = {
+            "products": Timed(_products(model, inputs), 1),
+            "0": Timed(_pass(model, context, inputs, None), 1),
+        }
         for adapters in (1, 2) if setting.small else ADAPTERS:
             slots = spread(tokens, adapters, setting.device)
             cases[str(adapters)] = Timed(_pass(model, context, inputs, slots), 1)
         times = interleaved(setting, cases)
         for name, us in times.items():
             row = {"tokens": tokens, "adapters": name, "us_per_layer": us / layers}
-            yield row | {"ratio": us / times["0"]}
+            yield row | {"ratio": us / times["0"], "over_products": (us - times["0"]) / times["products"]}
+
+
+def _products(model: nn.Module, inputs: dict[int, Tensor]) -> Callable[[int], None]:
+    """The matrix products alone, those of one input joined."""
+    joined = []
+    for layer in model.get_submodule("model.layers").children():
+        for names in ("qkv", "o", ("gate", "up"), ("down",)):
+            prefix = "mlp" if isinstance(names, tuple) else "self_attn"
+            linears = [layer.get_submodule(f"{prefix}.{name}_proj").base for name in names]
+            joined.append(torch.cat([linear.get_parameter("weight") for linear in linears]))  # type: ignore[union-attr]
+
+    def run(_: int) -> None:
+        for weight in joined:
+            nn.functional.linear(inputs[weight.shape[1]], weight)
+
+    return run
 
 
 def _pass(
     model: nn.Module, context: AdapterContext, inputs: dict[int, Tensor], slots: Tensor | None
 ) -> Callable[[int], None]:
-    """All linear layers of the decoder layers, in the order in which a pass runs them."""
+    """All linear layers of the decoder layers with the activation, in the order in which a pass runs them."""
 
     layers = [
-        [(layer.get_submodule(path), path) for path in _LINEARS]
-        for layer in model.get_submodule("model.layers").children()
+        [layer.get_submodule(path) for path in _MODULES] for layer in model.get_submodule("model.layers").children()
     ]
-    narrow, wide = inputs.values()
+    x = inputs[model.config.hidden_size]  # type: ignore[index, union-attr]
 
     def run(_: int) -> None:
         with nullcontext() if slots is None else context.run(AdapterBatch(slots)):
-            for linears in layers:
-                for linear, path in linears:
-                    linear(wide if path == "mlp.down_proj" else narrow)
+            for modules in layers:
+                for module in modules:
+                    module(x)
 
     return run

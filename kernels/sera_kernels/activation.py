@@ -17,6 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from sera_kernels.access import vector_elements
+from sera_kernels.operands import AdapterBatch, AdapterTables
+from sera_kernels.run_kernels import expand_silu_mul_runs
+from sera_kernels.triton_path import EXPAND_BYTES, EXPAND_WIDTH, Workspace, expand_updates, reduce_updates
 
 # Columns of a program.
 _COLUMNS = 1024
@@ -44,6 +47,60 @@ def silu_mul(gate: Tensor, up: Tensor, updates: Sequence[Tensor] | None = None) 
         _silu_mul_kernel[(tokens, triton.cdiv(width, _COLUMNS))](
             gate, up, *more, hidden, gate.stride(0), up.stride(0), more[0].stride(0), width,
             COLUMNS=_COLUMNS, VEC=vector_elements(gate, up, *more), HAS_UPDATES=updates is not None, num_warps=4,
+        )  # fmt: skip
+    return hidden
+
+
+def updated_silu_mul(
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    modules: Sequence[int],
+    batch: AdapterBatch,
+    pool: Tensor,
+    tables: AdapterTables,
+) -> Tensor:
+    """Return silu(gate) * up, after the updates of both, which are computed here.
+
+    Semantics: as `grouped_sera` on gate and up, then `silu_mul`, with the same roundings.
+
+    Args:
+        x: (tokens, d_in), the input of both layers.
+        gate: (tokens, d_ff), of x's dtype. Its contents are lost. Rows may be farther apart than their width.
+        up: (tokens, d_ff), likewise, with the same distance between rows.
+        modules: The rows of both layers in `tables`.
+        batch: The slot of each token.
+        pool: (elements,), of x's dtype.
+        tables: The offset and the shape of each adapter's factors.
+
+    Returns:
+        (tokens, d_ff), contiguous.
+    """
+    workspace = reduce_updates(x, modules, batch, pool, tables)
+    if workspace is None:
+        return silu_mul(gate, up)
+    if workspace.runs and not workspace.has_tiles and not workspace.classes.vectors:
+        return _silu_mul_runs(workspace, gate, up)
+    expand_updates(workspace, [gate, up])
+    return silu_mul(gate, up)
+
+
+def _silu_mul_runs(workspace: Workspace, gate: Tensor, up: Tensor) -> Tensor:
+    """The second phase and the activation in one launch, for blocks of neighbours."""
+    tokens, width = gate.shape
+    hidden = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    pool = workspace.pool
+    columns = EXPAND_WIDTH // pool.element_size()
+    # As many bytes of both layers together as of one in `expand_runs`.
+    block = EXPAND_BYTES // EXPAND_WIDTH // 2
+    is_wide = pool.data_ptr() % 16 == 0
+    with torch.cuda.device_of(gate):
+        expand_silu_mul_runs[(triton.cdiv(tokens, block), triton.cdiv(width, columns))](
+            gate, up, hidden, gate.stride(0), width, *workspace.layers[:4],
+            workspace.batch.token_slots, *workspace.shapes, workspace.tables.scaling, workspace.slots,
+            workspace.v, workspace.v.shape[2],
+            M=block, COLUMNS=columns, VEC=vector_elements(gate, up, hidden) if is_wide else 1, num_warps=4,
+            **workspace.options,
         )  # fmt: skip
     return hidden
 

@@ -95,26 +95,33 @@ class SharedInputGroup:
         """
         context, batch, side = self.context, self.context.batch, self._side_stream
         if batch is None or not _reads(batch, x):
-            return self._products(x), None
-        if side is None or not side.can_fork() or not self._can_return_updates(batch):
-            outputs = self._products(x)
+            return self.products(x), None
+        if side is None or self.is_updated_in_place(x):
+            outputs = self.products(x)
             add_updates(x.contiguous(), outputs, self.modules, batch, context.pool, context.tables)
             return outputs, None
         # Imported here, because the import of Triton takes as long as the rest of a small server's start.
         from sera_kernels.triton_path import updates_of
 
         rows = x.reshape(-1, x.shape[-1])
-        with side.fork():
+        ready = side.mark()
+        # The products are captured first: they get the multiprocessors that they want, and updates get the others.
+        outputs = self.products(x)
+        with side.fork(ready):
             updates = updates_of(rows, self._widths, self.modules, batch, context.pool, context.tables)
-        outputs = self._products(x)
         side.join()
         return outputs, updates
 
-    def _can_return_updates(self, batch: AdapterBatch) -> bool:
-        """Return whether updates are sums, of few tokens."""
+    def is_updated_in_place(self, x: Tensor) -> bool:
+        """Return whether `computed` adds updates to complete outputs for `x`: not beside the products."""
+        batch, side = self.context.batch, self._side_stream
+        if batch is None or not _reads(batch, x):
+            return False
+        if side is None or not side.can_fork():
+            return True
         from sera_kernels.triton_path import PREFILL_TOKENS
 
-        return not batch.classes_in(self.context.tables).vectors and batch.token_slots.numel() <= PREFILL_TOKENS
+        return batch.classes_in(self.context.tables).vectors or batch.token_slots.numel() > PREFILL_TOKENS
 
     def output(self, index: int, x: Tensor) -> Tensor:
         """Return the output of layer `index` for `x`, with the updates of the current batch's adapters, if any."""
@@ -136,7 +143,7 @@ class SharedInputGroup:
         self._outputs = list(outputs)
         return outputs[index]
 
-    def _products(self, x: Tensor) -> list[Tensor]:
+    def products(self, x: Tensor) -> list[Tensor]:
         """The outputs of the base layers: new tensors, which may be changed in place."""
         return [base(x) for base in self._bases] if self.joined is None else self.joined(x)
 
@@ -163,13 +170,18 @@ class SideStream:
         """Return whether a CUDA graph is being captured."""
         return torch.cuda.is_current_stream_capturing()
 
+    def mark(self) -> torch.cuda.Event:
+        """Return an event after what the current stream holds already."""
+        event: torch.cuda.Event = torch.cuda.current_stream(self._stream.device).record_event()
+        return event
+
     @contextmanager
-    def fork(self) -> Iterator[None]:
-        """Run what the block launches on this stream, after what the current stream holds already.
+    def fork(self, ready: torch.cuda.Event) -> Iterator[None]:
+        """Run what the block launches on this stream, after an event.
 
         Memory allocated in the block is used again only by a later block, and so after the current stream's work.
         """
-        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        self._stream.wait_event(ready)
         with torch.cuda.stream(self._stream):
             yield
 

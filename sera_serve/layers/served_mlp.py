@@ -36,10 +36,10 @@ class FusedSiluMLP:
     def __init__(self, first: SharedInputGroup, last: SharedInputGroup) -> None:
         """Make a forward function from the group of gate and up, and the group of down."""
         # Imported here, because the import of Triton takes as long as the rest of a small server's start.
-        from sera_kernels.activation import silu_mul
+        from sera_kernels.activation import silu_mul, updated_silu_mul
 
         self._first, self._last = first, last
-        self._silu_mul = silu_mul
+        self._silu_mul, self._updated_silu_mul = silu_mul, updated_silu_mul
 
     def __call__(self, x: Tensor) -> Tensor:
         """Map (..., width) to the same."""
@@ -48,8 +48,15 @@ class FusedSiluMLP:
 
     def computed(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the output, and what is still to be added to it, (tokens, width); or None if it is complete."""
-        (gate, up), updates = self._first.computed(x)
-        hidden = self._silu_mul(gate.view(-1, gate.shape[-1]), up.view(-1, up.shape[-1]), updates)
+        first, context = self._first, self._first.context
+        if context.batch is not None and first.is_updated_in_place(x):
+            gate, up = (y.view(-1, y.shape[-1]) for y in first.products(x))
+            rows = x.reshape(-1, x.shape[-1])
+            hidden = self._updated_silu_mul(rows, gate, up, first.modules, context.batch, context.pool, context.tables)
+        else:
+            outputs, updates = first.computed(x)
+            gate, up = (y.view(-1, y.shape[-1]) for y in outputs)
+            hidden = self._silu_mul(gate, up, updates)
         (y,), updates = self._last.computed(hidden.view(*x.shape[:-1], -1))
         return y, None if updates is None else updates[0]
 

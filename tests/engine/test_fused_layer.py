@@ -51,8 +51,11 @@ class InPlaceSide(SideStream):
     def can_fork(self) -> bool:
         return True
 
+    def mark(self) -> Any:
+        return None
+
     @contextmanager
-    def fork(self) -> Iterator[None]:
+    def fork(self, ready: Any) -> Iterator[None]:
         yield
 
     def join(self) -> None:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from sera_kernels.activation import silu_mul
+from sera_kernels import AdapterBatch, AdapterTables, grouped_sera_reference, triton_path
+from sera_kernels.activation import silu_mul, updated_silu_mul
 
 # The interpreter cuts bfloat16 off where a GPU rounds, up to three times here.
 RTOL = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 3 * 2**-7}
@@ -31,3 +32,32 @@ def test_it_gives_what_torch_gives(tokens: int, width: int, dtype: torch.dtype) 
         atol = 1e-7 if updates is None or dtype == torch.float32 else 0.05
         torch.testing.assert_close(result, silu(g) * u, rtol=RTOL[dtype], atol=atol)
     assert width < 64 or not tokens or (silu_mul(gate, up, more) - silu_mul(gate, up)).abs().max() > 0.2
+
+
+@pytest.mark.parametrize("prefill", [False, True])
+@pytest.mark.parametrize(
+    ("shapes", "vectors"), [([(8, 8), (4, 4), (1, 1)], False), ([(8, 8), (4, 1), (8, 2)], False), ([(8, 8)] * 3, True)]
+)
+def test_updates_and_activation(
+    shapes: list[tuple[int, int]], vectors: bool, prefill: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if prefill:
+        monkeypatch.setattr(triton_path, "PREFILL_TOKENS", 0)
+    tables = AdapterTables.empty(2, 3)
+    for slot, (rank, split) in enumerate(shapes):
+        # The second adapter's factors are not on a boundary of 16 bytes.
+        tables.offset[:, slot], tables.rank[:, slot], tables.split[:, slot] = 8 * slot + 3 * (slot == 1), rank, split
+    tables.offset[1] += 2048
+    tables.scaling.fill_(0.5)
+    tables.mixer[:, 0] = 1
+    if vectors:
+        tables.vectors[:, 1] = 4096
+    pool, x = torch.randn(8192) / 2, torch.randn(9, 64)
+    batch = AdapterBatch(torch.tensor([0, 0, 0, 0, 0, 2, -1, 1, 1], dtype=torch.int32))
+    gate, up = joined(9, 96, torch.float32)
+    want = [gate.double().contiguous(), up.double().contiguous()]
+    grouped_sera_reference(x, want, [0, 1], batch, pool, tables)
+    result = updated_silu_mul(x, gate.clone(), up.clone(), [0, 1], batch, pool, tables)
+    exact = silu(want[0]) * want[1]
+    torch.testing.assert_close(result.double(), exact, rtol=1e-5, atol=1e-5 * exact.abs().max().item())
+    assert (result - silu(gate) * up)[:6].abs().max() > 0.1

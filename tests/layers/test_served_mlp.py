@@ -80,8 +80,13 @@ class SideByName(SideStream):
     def can_fork(self) -> bool:
         return True
 
+    def mark(self) -> Any:
+        self.log.append("mark")
+        return "marked"
+
     @contextmanager
-    def fork(self) -> Iterator[None]:
+    def fork(self, ready: Any) -> Iterator[None]:
+        assert ready == "marked"
         self.log.append("fork")
         yield
         self.log.append("back")
@@ -109,7 +114,7 @@ def test_updates_are_computed_beside_the_base_layers(fused: bool, monkeypatch: p
     log.clear()
     slots = [0, 1, 2, -1, 1, 0]
     result = logits(*forked, slots)
-    want = [["fork", "updates", "back", *["base"] * layers, "join"] for layers in (3, 1, 2, 1)] * 2
+    want = [["mark", *["base"] * layers, "fork", "updates", "back", "join"] for layers in (3, 1, 2, 1)] * 2
     # The last base layer is the output embedding.
     assert log == [*chain.from_iterable(want), "base"]
     torch.testing.assert_close(result, logits(*plain, slots), rtol=1e-4, atol=1e-4)
