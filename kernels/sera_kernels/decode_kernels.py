@@ -73,18 +73,6 @@ def mix(u, c, rank, out, R: tl.constexpr, VEC: tl.constexpr):
 
 
 @triton.jit
-def write_mixed(u, pool, c, rank, mixer, out, R: tl.constexpr, VEC: tl.constexpr):
-    """Write u C to out, or u where there is no mixer. c is where C starts in the pool."""
-    if mixer == 0:
-        r = tl.arange(0, R)
-        tl.store(out + r, u, mask=r < rank)
-    elif (c % VEC == 0) & (rank % VEC == 0):
-        mix(u, pool + c // VEC * VEC, rank, out, R, VEC)
-    else:
-        mix(u, pool + c, rank, out, R, 1)
-
-
-@triton.jit
 def reduce_mix_token(x, a, d_in, rank, mixer, out, R: tl.constexpr, K: tl.constexpr, VEC: tl.constexpr):
     """Write v of one token, if segment_rank is 1. x (d_in,). a points to A, C follows A."""
     SMALL: tl.constexpr = R * R <= MIXER_ELEMENTS
@@ -141,10 +129,10 @@ def reduce_mix(
 
 @triton.jit
 def reduce_part(
-    x, a, k_begin, k_end, width, rank, segment_rank,
+    x, a, k_begin, k_end, width, rank, segment_rank, out,
     WHOLE: tl.constexpr, R: tl.constexpr, K: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Return the sums u (R,) over the inputs [k_begin, k_end) of every segment. `width` inputs belong to a segment.
+    """Write the sums u over the inputs [k_begin, k_end) of every segment. `width` inputs belong to a segment.
 
     LANES neighbours in a row of A are read at once. They belong to one segment, and share its inputs.
     """
@@ -175,20 +163,21 @@ def reduce_part(
         following = tl.load(x + at + K, mask=(k + K < k_end) & there, other=0)
         products += values.to(tl.float32)[:, :, None] * factors.to(tl.float32)
         values = following
-    return tl.reshape(tl.sum(products, 0 if WHOLE else 1), (R,))
+    u = tl.reshape(tl.sum(products, 0 if WHOLE else 1), (R,))
+    r = tl.arange(0, R)
+    tl.store(out + r, u, mask=r < rank)
 
 
 @triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=["slots"])
 def reduce_parts(
     x, x_stride, d_in, tokens, module0, module1, module2, module3,
     slots, pool, offset, rank, split, mixer, slot_count, sums, v_width,
-    WHOLE: tl.constexpr, MIX: tl.constexpr, R: tl.constexpr, K: tl.constexpr,
+    WHOLE: tl.constexpr, R: tl.constexpr, K: tl.constexpr,
     VEC: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Write a part of the sums u = x A, for segments of a rank above 1: one segment if WHOLE, else several.
 
     A program is (token, layer, part of the inputs of each segment). sums (parts, layers, tokens, v_width) float32.
-    MIX: there is one part, and v = u C is written in its place.
     """
     if OVERLAP:
         cuda.gdc_wait()
@@ -196,29 +185,24 @@ def reduce_parts(
     row, i, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     slot = tl.load(slots + row)
     cell = select_item(i, module0, module1, module2, module3) * slot_count + slot
-    at, own_rank, own_split, has_mixer = read_cell(cell, slot >= 0, offset, rank, split, mixer)
+    at, own_rank, own_split, _ = read_cell(cell, slot >= 0, offset, rank, split, mixer)
     if (at >= 0) & (own_rank > own_split) & ((own_split == 1) == WHOLE):
         segment_rank, width = own_rank // own_split, d_in // own_split
         step = tl.cdiv(width, tl.num_programs(2))
         begin, end = part * step, tl.minimum(part * step + step, width)
         x_row = x + row.to(tl.int64) * x_stride
+        out = sums + ((part * tl.num_programs(1) + i) * tokens + row).to(tl.int64) * v_width
         FEW: tl.constexpr = 4 if VEC == 8 else 2 if VEC == 4 else 1
         if (at % VEC == 0) & (segment_rank % VEC == 0):
             a = pool + at // VEC * VEC
-            u = reduce_part(x_row, a, begin, end, width, own_rank, segment_rank, WHOLE, R, K, VEC)
+            reduce_part(x_row, a, begin, end, width, own_rank, segment_rank, out, WHOLE, R, K, VEC)
         elif (at % FEW == 0) & (segment_rank % FEW == 0):
             a = pool + at // FEW * FEW
-            u = reduce_part(x_row, a, begin, end, width, own_rank, segment_rank, WHOLE, R, K, FEW)
+            reduce_part(x_row, a, begin, end, width, own_rank, segment_rank, out, WHOLE, R, K, FEW)
         else:
             # Few inputs at a time: loads of single elements need many registers.
             INPUTS: tl.constexpr = K // 4 if K >= 4 else K
-            u = reduce_part(x_row, pool + at, begin, end, width, own_rank, segment_rank, WHOLE, R, INPUTS, 1)
-        out = sums + ((part * tl.num_programs(1) + i) * tokens + row).to(tl.int64) * v_width
-        if MIX:
-            write_mixed(u, pool, at + d_in * segment_rank, own_rank, has_mixer, out, R, VEC)
-        else:
-            r = tl.arange(0, R)
-            tl.store(out + r, u, mask=r < own_rank)
+            reduce_part(x_row, pool + at, begin, end, width, own_rank, segment_rank, out, WHOLE, R, INPUTS, 1)
 
 
 @triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=["slots"])
@@ -243,8 +227,14 @@ def mix_parts(
         line = (i * tokens + row).to(tl.int64)
         lines = line + tl.arange(0, PARTS).to(tl.int64) * tl.num_programs(1) * tokens
         u = tl.sum(tl.load(sums + lines[:, None] * v_width + r[None, :], mask=(r < own_rank)[None, :], other=0), 0)
+        out = v + line * v_width
         c = at + d_in * (own_rank // own_split)
-        write_mixed(u, pool, c, own_rank, has_mixer, v + line * v_width, R, VEC)
+        if has_mixer == 0:
+            tl.store(out + r, u, mask=r < own_rank)
+        elif (c % VEC == 0) & (own_rank % VEC == 0):
+            mix(u, pool + c // VEC * VEC, own_rank, out, R, VEC)
+        else:
+            mix(u, pool + c, own_rank, out, R, 1)
 
 
 @triton.jit

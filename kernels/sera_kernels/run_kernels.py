@@ -26,54 +26,43 @@ from sera_kernels.decode_kernels import _NUMBERS, fits_vector, read_cell, select
 # Parts of a range of columns that a program takes one after the other where rows do not allow 16-byte accesses.
 PARTS = tl.constexpr(8)
 
-# Rows of C that are multiplied at a time.
-MIXED = tl.constexpr(16)
-
 
 @triton.jit
 def reduce_run(
     x_rows, rows, a, d_in, rank, mixer, out_rows,
-    M: tl.constexpr, R: tl.constexpr, K: tl.constexpr, STAGES: tl.constexpr, VEC: tl.constexpr, PRECISION: tl.constexpr,
+    M: tl.constexpr, R: tl.constexpr, S: tl.constexpr, K: tl.constexpr, STAGES: tl.constexpr,
+    VEC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write v of the rows (M,) of a block. x_rows (M,) and out_rows (M,) point to rows, a to A, and C follows A.
 
-    A round takes K inputs of every segment. So sums over threads and products with C come once, after all rounds.
+    A round takes K inputs of each of S segments. v is linear in u, so each round's sums are mixed at once.
     """
     width = d_in // rank // VEC * VEC
+    stride = rank // VEC * VEC
+    c = a + d_in // VEC * VEC
     r = tl.arange(0, R)
-    products = tl.zeros((M, R, K), tl.float32)
-    for k0 in tl.range(0, width, K, num_stages=STAGES):
-        k = k0 + tl.arange(0, K)
-        at = r[:, None] * width + k[None, :]
-        inside = (r < rank)[:, None] & (k < width)[None, :]
+    chunks = tl.cdiv(width, K)
+    v = tl.zeros((M, R), tl.float32)
+    for chunk in tl.range(0, tl.cdiv(rank, S) * chunks, num_stages=STAGES):
+        s = chunk // chunks * S + tl.arange(0, S)
+        k = chunk % chunks * K + tl.arange(0, K)
+        at = s[:, None] * width + k[None, :]
+        inside = (s < rank)[:, None] & (k < width)[None, :]
         values = tl.load(x_rows[:, None, None] + at[None, :, :], mask=rows[:, None, None] & inside[None, :, :], other=0)
         factors = tl.load(a + at, mask=inside, other=0)
-        products += values.to(tl.float32) * factors.to(tl.float32)[None, :, :]
-    out = out_rows[:, None] + r[None, :]
-    there = rows[:, None] & (r < rank)[None, :]
-    tl.store(out, tl.sum(products, 2), mask=there)
-    if mixer != 0:
-        # u is read again in parts: another thread may have written them.
-        tl.debug_barrier()
-        stride = rank // VEC * VEC
-        c = a + d_in // VEC * VEC
-        v = tl.zeros((M, R), tl.float32)
-        for s0 in range(0, rank, MIXED):
-            s = s0 + tl.arange(0, MIXED)
-            u = tl.load(out_rows[:, None] + s[None, :], mask=rows[:, None] & (s < rank)[None, :], other=0)
-            tile = tl.load(
-                c + s[:, None] * stride + r[None, :], mask=(s < rank)[:, None] & (r < stride)[None, :], other=0
-            )
-            v = tl.dot(u, tile.to(tl.float32), v, input_precision=PRECISION)
-        tl.debug_barrier()
-        tl.store(out, v, mask=there)
+        mixed = (s < tl.where(mixer != 0, rank, 0))[:, None] & (r < stride)[None, :]
+        tile = tl.load(c + s[:, None] * stride + r[None, :], mask=mixed, other=0).to(tl.float32)
+        u = tl.sum(values.to(tl.float32) * factors.to(tl.float32)[None, :, :], 2)
+        same = (s[:, None] == r[None, :]).to(tl.float32)
+        v = tl.dot(u, tl.where(mixer != 0, tile, same), v, input_precision=PRECISION)
+    tl.store(out_rows[:, None] + r[None, :], v, mask=rows[:, None] & (r < rank)[None, :])
 
 
 @triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=["slots"])
 def reduce_runs(
     x, x_stride, d_in, tokens, module0, module1, module2, module3,
     slots, pool, offset, rank, split, mixer, slot_count, v, v_width,
-    M: tl.constexpr, R: tl.constexpr, K: tl.constexpr, STAGES: tl.constexpr,
+    M: tl.constexpr, R: tl.constexpr, S: tl.constexpr, K: tl.constexpr, STAGES: tl.constexpr,
     VEC: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Write v of every token and layer whose adapter has segments of rank 1. A program is (layer, block, share).
@@ -103,12 +92,13 @@ def reduce_runs(
             if (VEC > 1) & fits_vector(at, d_in, own_rank, own_split, has_mixer, VEC):
                 reduce_run(
                     x_rows, rows, pool + at // VEC * VEC, d_in, own_rank, has_mixer, out_rows,
-                    M, R, K, STAGES, VEC, PRECISION,
+                    M, R, S, K, STAGES, VEC, PRECISION,
                 )  # fmt: skip
             else:
                 # Few inputs at a time: loads of single elements need many registers.
-                FEW: tl.constexpr = K // 4 if K >= 4 else K
-                reduce_run(x_rows, rows, pool + at, d_in, own_rank, has_mixer, out_rows, M, R, FEW, 1, 1, PRECISION)
+                reduce_run(
+                    x_rows, rows, pool + at, d_in, own_rank, has_mixer, out_rows, M, R, S, K // 4, 1, 1, PRECISION
+                )
         left = left & (own_slots != slot)
         slot = tl.max(tl.where(left, own_slots, -1), 0)
 

@@ -48,8 +48,8 @@ RUN_BUCKET = 256
 RUN_TOKENS = 16
 """Tokens of a block of the first phase."""
 
-RUN_BYTES = 2048
-"""Bytes of a row that such a block's program multiplies at a time."""
+RUN_INPUTS = 32
+"""Inputs of each of 16 segments that such a block's program multiplies at a time."""
 
 EXPAND_BYTES = 16384
 """Bytes of an output that a block's program of the second phase updates."""
@@ -58,13 +58,7 @@ EXPAND_WIDTH = 2048
 """Bytes of a row among them."""
 
 PART_ELEMENTS = 1 << 14
-"""The fewest elements of A that one program reads, if A is read in parts."""
-
-MOST_PART_ELEMENTS = 1 << 18
-"""The most elements of A that one program reads, as long as there are not `MOST_PARTS`."""
-
-FEWEST_PROGRAMS = 64
-"""With fewer programs, A is read in parts. The sum of parts takes a launch of its own."""
+"""Elements of A that one program reads, if A is read in parts."""
 
 MOST_PARTS = 16
 """Parts of A at most."""
@@ -342,31 +336,30 @@ def _reduce_in_parts(x: Tensor, workspace: Workspace, launch: Launch) -> None:
     largest = max(classes.segmented, classes.whole)
     # A segment of a segmented A has few ranks, as a rule.
     elements = workspace.d_in * largest // (1 if classes.whole else 4)
-    wanted = max(elements // MOST_PART_ELEMENTS, FEWEST_PROGRAMS // (v.shape[0] * v.shape[1]))
-    parts = min(_power_of_two(wanted), _power_of_two(elements // PART_ELEMENTS), MOST_PARTS)
-    sums = v[None] if parts == 1 else _buffer(x.device, parts, *v.shape)
+    parts = min(_power_of_two(elements // PART_ELEMENTS), MOST_PARTS)
+    sums = _buffer(x.device, parts, *v.shape)
     for whole, bucket in ((False, classes.segmented), (True, classes.whole)):
         if bucket:
             inputs = max(1, launch.reduce_elements // 2 // bucket)
             reduce_parts[(v.shape[1], v.shape[0], parts)](
                 x, x.stride(0), *workspace.layers, workspace.batch.token_slots, *workspace.shapes, workspace.slots,
-                sums, v.shape[2], WHOLE=whole, MIX=parts == 1, R=bucket, K=inputs, VEC=_vector(workspace.pool),
+                sums, v.shape[2], WHOLE=whole, R=bucket, K=inputs, VEC=_vector(workspace.pool),
                 # Twice as many factors of 16 bits in a thread as in `_reduce_mix`: loads do not wait for one another.
                 num_warps=_warps(inputs * bucket * x.element_size() // 4, launch), **workspace.options,
             )  # fmt: skip
-    if parts > 1:
-        _mix_parts(workspace, sums, largest, single=False)
+    _mix_parts(workspace, sums, largest, single=False)
 
 
 def _reduce_runs(x: Tensor, workspace: Workspace) -> None:
     """Compute v for blocks of neighbours, if segments have rank 1."""
     v, bucket = workspace.v, workspace.classes.single
-    inputs = RUN_BYTES // bucket // x.element_size()
+    # Rounds of a large mixer hold fewer inputs.
+    inputs = RUN_INPUTS * 2 // x.element_size() // (2 if bucket > 64 else 1)
     reduce_runs[(v.shape[0], -(-v.shape[1] // RUN_TOKENS), 4)](
         x, x.stride(0), *workspace.layers, workspace.batch.token_slots, *workspace.shapes, workspace.slots,
-        v, v.shape[2], M=RUN_TOKENS, R=bucket, K=inputs, STAGES=3,
+        v, v.shape[2], M=RUN_TOKENS, R=bucket, S=16, K=inputs, STAGES=3 if bucket > 64 else 4,
         VEC=_vector(workspace.pool, x), PRECISION="ieee" if x.dtype == torch.float32 else "tf32x3",
-        num_warps=16, **workspace.options,
+        num_warps=16 if bucket > 64 else 8, **workspace.options,
     )  # fmt: skip
 
 

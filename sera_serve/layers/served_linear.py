@@ -105,10 +105,15 @@ class SharedInputGroup:
 
         rows = x.reshape(-1, x.shape[-1])
         ready = side.mark()
-        # The products are captured first: they get the multiprocessors that they want, and updates get the others.
-        outputs = self.products(x)
+        # Whoever is captured first gets the multiprocessors that it wants. The large products of several layers leave
+        # enough of them to small updates; beside the others, and for updates of many factors, it is the other way.
+        classes = batch.classes_in(context.tables)
+        products_first = len(self.modules) > 1 and not (classes.segmented or classes.whole)
+        outputs = self.products(x) if products_first else []
         with side.fork(ready):
             updates = updates_of(rows, self._widths, self.modules, batch, context.pool, context.tables)
+        if not products_first:
+            outputs = self.products(x)
         side.join()
         return outputs, updates
 

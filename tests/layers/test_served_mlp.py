@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sera_kernels import AdapterBatch, AdapterTables, triton_path
+from sera_kernels import AdapterBatch, AdapterTables, ShapeClasses, triton_path
 from sera_serve.base import FrozenBase
 from sera_serve.layers import AdapterContext, adaptable_linears, attach_serving, find_shared_inputs, served_mlp
 from sera_serve.layers.served_linear import SideStream
@@ -114,9 +114,19 @@ def test_updates_are_computed_beside_the_base_layers(fused: bool, monkeypatch: p
     log.clear()
     slots = [0, 1, 2, -1, 1, 0]
     result = logits(*forked, slots)
-    want = [["mark", *["base"] * layers, "fork", "updates", "back", "join"] for layers in (3, 1, 2, 1)] * 2
+    beside = ["fork", "updates", "back"]
     # The last base layer is the output embedding.
-    assert log == [*chain.from_iterable(want), "base"]
+    updates_first = [["mark", *beside, *["base"] * layers, "join"] for layers in (3, 1, 2, 1)] * 2
+    assert log == [*chain.from_iterable(updates_first), "base"]
+    log.clear()
+    # The second adapter has one segment of rank 4.
+    forked[1].tables.set_classes(ShapeClasses(single=16))
+    logits(*forked, [0, 0, 2, -1, 2, 0])
+    products_first = [
+        ["mark", *["base"] * layers, *beside, "join"] if layers > 1 else ["mark", *beside, "base", "join"]
+        for layers in (3, 1, 2, 1)
+    ] * 2
+    assert log == [*chain.from_iterable(products_first), "base"]
     torch.testing.assert_close(result, logits(*plain, slots), rtol=1e-4, atol=1e-4)
 
 
