@@ -136,7 +136,8 @@ def besieged(ground: Ground, clients: Iterable[str]) -> Iterator[Besieged]:
         shutil.copytree(ground.folder / "large", store)
         around = Surroundings(ground.checkout, {"TMPDIR": str(temp)}, DESCRIPTORS)
         with ServerProcess(Path("embedded"), store, place / "log", around) as server:
-            server.wait_until_ready()
+            # On a busy machine a start takes minutes.
+            server.wait_until_ready(300)
             address = (server.host, server.port)
             gauge = Gauge(server.pid, temp)
             watchers = {"healthz": Watcher(address, HEALTH_SOURCE, HEALTH)}
