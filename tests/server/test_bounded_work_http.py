@@ -7,7 +7,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -104,10 +104,16 @@ class HeldStore(AdapterStore):
         self.opened = threading.Event()
         self.listed = self.publishing = 0
 
-    def list_page(self, tenant: str | None = None, after: str | None = None, limit: int = 100) -> Page:
+    def list_page(
+        self,
+        tenant: str | None = None,
+        after: str | None = None,
+        limit: int = 100,
+        between: Callable[[], None] | None = None,
+    ) -> Page:
         self.listed += 1
         assert self.opened.wait(20)
-        return super().list_page(tenant, after, limit)
+        return super().list_page(tenant, after, limit, between)
 
     def publish(self, bundle: AdapterBundle, name: str) -> Published:
         self.publishing += 1
