@@ -1,5 +1,6 @@
 """Fixtures shared by every test."""
 
+import gc
 import os
 import subprocess
 from pathlib import Path
@@ -39,6 +40,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if left_out:
         config.hook.pytest_deselected(items=[item for item in slow if item in left_out])
         items[:] = [item for item in items if item not in left_out]
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Leave the modules out of garbage collections.
+
+    A run imports every library that the project works with. A full collection over all of their objects takes as long
+    as a small training, and each training asks for one.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Let the end of the process collect everything; some libraries report what is left of theirs."""
+    gc.unfreeze()
 
 
 def _commit_number() -> int:

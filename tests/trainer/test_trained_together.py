@@ -101,7 +101,6 @@ def test_a_job_that_fails_ends_alone(base: FrozenBase, tmp_path: Path) -> None:
     assert (again[0].result or {})["digest"] == (results[1].result or {})["digest"]
 
 
-@pytest.mark.slow
 def test_a_killed_plan_of_one_job_ends_with_the_very_tensors(base: FrozenBase, tmp_path: Path) -> None:
     """With dropout, whose random numbers are the job's own."""
     job = mixed_jobs(tmp_path, seconds=0)[0]

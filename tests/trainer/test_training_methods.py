@@ -67,7 +67,6 @@ def test_every_method_is_tested() -> None:
     assert {case[0] for case in mark.args[1]} == set(METHODS)
 
 
-@pytest.mark.slow
 def test_frozen_factors_keep_their_first_values(base: FrozenBase, tmp_path: Path) -> None:
     for method, still in (("sera-freeze-a", {"a"}), ("sera-freeze-b", {"b"}), ("sera-c-only", {"a", "b"})):
         folder = tmp_path / method

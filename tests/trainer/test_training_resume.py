@@ -89,10 +89,10 @@ def test_a_stopped_run_ends_as_an_undisturbed_one(
     "options",
     [
         {"method": "head-only"},
-        pytest.param({"head_learning_rate": 1e-3, "eval_fraction": 0}, marks=pytest.mark.slow),
+        {"head_learning_rate": 1e-3, "eval_fraction": 0},
         {"lora_plus_ratio": 4.0},
-        pytest.param({"rank_pattern": "q_proj=8", "alpha_pattern": "q_proj=3"}, marks=pytest.mark.slow),
-        pytest.param({"method": "sera-c-only"}, marks=pytest.mark.slow),
+        {"rank_pattern": "q_proj=8", "alpha_pattern": "q_proj=3"},
+        {"method": "sera-c-only"},
         # Step 12 of 21 is where the ranks still fall.
         {"rank": 8, "budget": 4.0, "budget_final": 0.3},
     ],
@@ -125,11 +125,7 @@ def _truncate(path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "damage"),
-    [
-        ("tensors.safetensors", _truncate),
-        pytest.param("extra.json", _truncate, marks=pytest.mark.slow),
-        ("trainer_state.json", Path.unlink),
-    ],
+    [("tensors.safetensors", _truncate), ("extra.json", _truncate), ("trainer_state.json", Path.unlink)],
 )
 def test_a_damaged_checkpoint_is_passed_over(
     base: FrozenBase, undisturbed: TrainResult, tmp_path: Path, name: str, damage: Callable[[Path], None]
