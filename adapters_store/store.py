@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -199,13 +199,20 @@ class AdapterStore:
         parsed = parse_ref(ref)
         return AdapterSummary(**self._summary(parsed.adapter, self._find(parsed)))
 
-    def list_page(self, tenant: str | None = None, after: str | None = None, limit: int = 100) -> Page:
+    def list_page(
+        self,
+        tenant: str | None = None,
+        after: str | None = None,
+        limit: int = 100,
+        between: Callable[[], None] | None = None,
+    ) -> Page:
         """One page of the adapters, each by its latest version, in order of id; only that page is read.
 
         Args:
             tenant: Only this tenant's adapters.
             after: The page begins with the first id above this one, which need not exist.
             limit: Adapters a page, at least 1.
+            between: Called before each adapter is read, by a thread that must not work at a stretch.
 
         Raises:
             InvalidAdapterName: `tenant` is not of the allowed form.
@@ -217,6 +224,8 @@ class AdapterStore:
         for adapter in self._ids(tenant, after or "", limit + 1):
             if len(found) == limit:
                 return Page(tuple(found), next=found[-1].adapter)
+            if between is not None:
+                between()
             try:
                 found.append(AdapterSummary(**self._summary(adapter, self._find(AdapterRef(adapter, LATEST)))))
             except AdapterNotFound:

@@ -22,6 +22,9 @@ import torch
 
 from sera_serve.errors import EngineUnavailable, Overloaded
 
+# Of a thread that rests: what it may work at a stretch, and before it rests at all.
+_SLICE_S = 0.002
+_BURST_S = 0.1
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -33,6 +36,57 @@ def run_and_forget_pool(work: Callable[[], T]) -> T:
     """
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(work).result()
+
+
+class _Pace:
+    """How long one thread works and rests: `rest` times as long as it works, by the clock.
+
+    The first `_BURST_S` of work after a long rest are free, so that a page that is asked for alone comes at once. Work
+    beyond is done in slices: a thread that worked for a second and then rested for three would hold up every request
+    of that second.
+    """
+
+    def __init__(self, rest: float, closing: threading.Event) -> None:
+        self._rest = rest
+        self._closing = closing
+        # Seconds of work that no rest has paid for yet, and until when that is counted.
+        self._owed = 0.0
+        self._at = time.monotonic()
+
+    def begin(self) -> None:
+        """Count the time since the last call of this thread as rest."""
+        now = time.monotonic()
+        self._owed = max(0.0, self._owed - (now - self._at) / self._rest)
+        self._at = now
+
+    def pause(self, slice_s: float = 0.0) -> None:
+        """Rest for what is owed, if it is more than a burst, and the last rest ended at least `slice_s` ago."""
+        now = time.monotonic()
+        if now - self._at < slice_s:
+            return
+        self._owed += now - self._at
+        self._at = now
+        if self._owed > _BURST_S:
+            self._closing.wait((self._owed - _BURST_S) * self._rest)
+            self.begin()
+
+
+class _Own(threading.local):
+    """What a thread of an executor has of its own."""
+
+    pace: _Pace | None = None
+
+
+_own = _Own()
+
+
+def pause() -> None:
+    """Rest for a while where the work under way has lasted for long on a thread that must rest; else do nothing.
+
+    Work that is Python code for many milliseconds calls this between its items.
+    """
+    if _own.pace is not None:
+        _own.pace.pause(_SLICE_S)
 
 
 class _Call(NamedTuple):
@@ -62,9 +116,9 @@ class BoundedExecutor:
             name: What the work is, for messages and thread names, such as "listing".
             threads: Calls that run at once.
             max_waiting: Calls that may wait for a thread; further calls are refused.
-            rest: After a call, its thread begins no other one for so many times the call's duration. A thread that
-                runs Python code takes the interpreter's lock from the engine's threads; so it takes at most
-                1 / (1 + rest) of the time.
+            rest: Of its time, a thread works at most 1 / (1 + rest), beyond a first burst. It rests between two calls,
+                and in a call that calls `pause`. A thread that runs Python code takes the interpreter's lock from the
+                engine's threads.
         """
         self.name = name
         self._rest = rest
@@ -172,13 +226,16 @@ class BoundedExecutor:
 
     def _serve(self, call: _Call | None) -> None:
         torch.set_num_threads(1)
+        pace = _own.pace = _Pace(self._rest, self._closing) if self._rest else None
         while call is not None:
-            started, turn = time.monotonic(), call.turn
+            turn = call.turn
+            if pace is not None:
+                pace.begin()
             self._run(call)
             # What the call holds must not outlive the call while this thread is idle.
             del call
-            if self._rest:
-                self._closing.wait(self._rest * (time.monotonic() - started))
+            if pace is not None:
+                pace.pause()
             call = self._next(turn) or self._handed.get()
 
     def _run(self, call: _Call) -> None:

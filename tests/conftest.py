@@ -1,8 +1,8 @@
 """Fixtures shared by every test."""
 
+import gc
 import os
 import subprocess
-import zlib
 from pathlib import Path
 
 import pytest
@@ -33,16 +33,28 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     named = [argument.partition("::")[0] for argument in config.args if ".py" in argument]
     if choice == "all" or named:
         return
-    part = None if choice == "none" else _commit_number() % _SLOW_PARTS
-    left_out = [item for item in items if item.get_closest_marker("slow") and _part_of(item) != part]
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    # Neighbours are often cases of one test. Dealt out in turn, they make parts that take about equally long.
+    chosen_part = [] if choice == "none" else slow[_commit_number() % _SLOW_PARTS :: _SLOW_PARTS]
+    left_out = set(slow) - set(chosen_part)
     if left_out:
-        config.hook.pytest_deselected(items=left_out)
-        chosen = set(items) - set(left_out)
-        items[:] = [item for item in items if item in chosen]
+        config.hook.pytest_deselected(items=[item for item in slow if item in left_out])
+        items[:] = [item for item in items if item not in left_out]
 
 
-def _part_of(item: pytest.Item) -> int:
-    return zlib.crc32(item.nodeid.encode()) % _SLOW_PARTS
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Leave the modules out of garbage collections.
+
+    A run imports every library that the project works with. A full collection over all of their objects takes as long
+    as a small training, and each training asks for one.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Let the end of the process collect everything; some libraries report what is left of theirs."""
+    gc.unfreeze()
 
 
 def _commit_number() -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import httpx
+import pytest
 
 from adapters_store import AdapterStore
 from benchmarks.served_tasks import CASES, are_equal, ask, differences, prepare
@@ -19,6 +20,7 @@ ROWS = 32
 TEST_ROWS = 24
 
 
+@pytest.mark.slow
 def test_the_servers_answers_score_what_the_trainer_measured(shared_data: Path, tmp_path: Path) -> None:
     base = load_base("embedded")
     store = AdapterStore(tmp_path / "store")

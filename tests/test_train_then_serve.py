@@ -23,7 +23,7 @@ TENANTS = {
     "acme/spam": ("tenants/sms_spam", {"method": "sera", "rank": 16}),
     "acme/news": ("tenants/ag_news", {"method": "lora", "rank": 2, "target_modules": ("q_proj", "v_proj")}),
 }
-ROWS = 160
+ROWS = 64
 
 
 def sample(source: Path, target: Path) -> Path:

@@ -1,12 +1,16 @@
 """Attacks on a real server, one after another, and what the server's other clients notice of each.
 
-    python -m benchmarks.siege [--quick] [--case NAME ...] [--mixed MINUTES] [--checkout PATH] [--output FILE]
+    python -m benchmarks.siege [--quick] [--case NAME ...] [--mixed MINUTES | --each SECONDS] [--only ATTACK ...]
+        [--client NAME ...] [--checkout PATH] [--output FILE]
 
 Each case starts a server with the embedded base in a process of its own. Two healthy clients ask all the time, from
 loopback addresses of their own: one the health, one a generation with an adapter. The attacker is a third process; with
 `--mixed` it has the lowest priority. With `--checkout` the server runs the code of another checkout, and this one
-attacks it. A server that passes 4 GiB is killed, so that the machine survives. The last line is one JSON object; the
-exit status is 1 if a healthy client had a wrong answer, or if the server did not hold a mixed siege.
+attacks it. `--each` runs the attacks of `--mixed` one after another, to see which of them costs what; `--only` leaves
+the others out of either.
+
+A server that passes 4 GiB is killed, so that the machine survives. The last line is one JSON object; the exit status is
+1 if a healthy client had a wrong answer, or if the server did not hold a mixed siege.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,7 +31,8 @@ from rich.table import Table
 
 from benchmarks.server_process import REPOSITORY
 from benchmarks.siege.cases import CASES, Ground, run_case
-from benchmarks.siege.mixed import report, run_mixed
+from benchmarks.siege.each import report_each, run_each
+from benchmarks.siege.mixed import CLIENTS, NAMES, report, run_mixed
 
 ADAPTERS = 5_000
 FOLDER = Path(tempfile.gettempdir()) / "sera-siege"
@@ -88,26 +94,42 @@ def print_rows(console: Console, rows: list[dict[str, Any]]) -> None:
     console.print(table, markup=False)
 
 
+def _check(given: list[str] | None, known: Collection[str], what: str) -> None:
+    if unknown := sorted(set(given or ()) - set(known)):
+        raise typer.BadParameter(f"there is no {what} {unknown[0]!r}; they are {', '.join(known)}")
+
+
 def main(
     quick: Annotated[bool, typer.Option(help="Smaller attacks.")] = False,
     case: Annotated[list[str] | None, typer.Option(help="Only this case; may be given again.")] = None,
     mixed: Annotated[float, typer.Option(help="Minutes of all attacks at once, in place of the cases.", min=0)] = 0,
+    each: Annotated[float, typer.Option(help="Seconds of each attack of the mix, alone.", min=0)] = 0,
+    only: Annotated[list[str] | None, typer.Option(help="Of the mix, only this attack; may be given again.")] = None,
+    client: Annotated[list[str] | None, typer.Option(help="With --each, only this client; may be given again.")] = None,
     checkout: Annotated[Path, typer.Option(help="Repository whose server is attacked.")] = REPOSITORY,
     folder: Annotated[Path, typer.Option(help="Keeps the stores for the next run.")] = FOLDER,
     output: Annotated[Path | None, typer.Option(help="Also write the JSON here, after each case.")] = None,
 ) -> None:
     """Attack, print a table, then one JSON line."""
     console = Console(stderr=True, width=200)
-    names = [known.name for known in CASES]
-    if unknown := sorted(set(case or ()) - set(names)):
-        raise typer.BadParameter(f"there is no case {unknown[0]!r}; they are {', '.join(names)}")
+    if mixed and each:
+        raise typer.BadParameter("--mixed and --each are two ways to run the attacks; give one")
+    if (only and not (mixed or each)) or (client and not each):
+        raise typer.BadParameter("--only needs --mixed or --each, and --client needs --each")
+    _check(case, [known.name for known in CASES], "case")
+    _check(only, NAMES, "attack")
+    _check(client, CLIENTS, "client")
     ground = Ground(checkout.resolve(), make_stores(checkout.resolve(), folder.resolve()), quick)
     rows: list[dict[str, Any]] = []
     result: dict[str, Any] = {"benchmark": "siege", "correct": True, "rows": rows}
     if mixed:
-        rows.append(run_mixed(ground, mixed))
+        rows.append(run_mixed(ground, mixed, only or NAMES))
         result["correct"] = rows[0]["held"]
         console.print(report(rows[0]))
+    elif each:
+        rows += run_each(ground, each, only or NAMES, client or CLIENTS)
+        result["correct"] = not any(row["wrong"] for row in rows)
+        console.print(report_each(rows))
     else:
         for chosen in CASES:
             if case and chosen.name not in case:

@@ -11,7 +11,10 @@ import re
 import shutil
 import time
 from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -71,8 +74,11 @@ PARTS = (
 )
 
 
-async def all_at_once(target: Target, size: int, outcome: Outcome) -> None:
-    """Run all parts, again and again, until a little before the target's time is over."""
+NAMES = tuple(part.attack.__name__ for part in PARTS)
+
+
+async def some_at_once(names: frozenset[str], target: Target, size: int, outcome: Outcome) -> None:
+    """Run the named parts, again and again, until a little before the target's time is over."""
     loop = asyncio.get_running_loop()
     end = loop.time() + target.seconds - 1
 
@@ -93,12 +99,36 @@ async def all_at_once(target: Target, size: int, outcome: Outcome) -> None:
 
     async with asyncio.TaskGroup() as group:
         for index, part in enumerate(PARTS):
-            group.create_task(run(index, part))
+            if part.attack.__name__ in names:
+                group.create_task(run(index, part))
 
 
-def run_mixed(ground: Ground, minutes: float) -> dict[str, Any]:
-    """A minute of quiet, the siege, and a minute after it; a quick run has a quarter of a minute of each."""
-    rest = 15.0 if ground.quick else 60.0
+@dataclass(frozen=True)
+class Besieged:
+    """A server that is to be attacked, the gauge of its process, and the clients that ask it all the time."""
+
+    server: ServerProcess
+    gauge: Gauge
+    watchers: dict[str, Watcher]
+    target: Target
+    log: Path
+
+    def attack(self, names: Iterable[str], seconds: float) -> tuple[Outcome, float, float]:
+        """Run the named attacks at once for so long; returns what they got, and when they began and ended."""
+        begun = time.monotonic()
+        target = replace(self.target, seconds=seconds)
+        outcome = run_attack(partial(some_at_once, frozenset(names)), target, 0, NICENESS)
+        return outcome, begun, time.monotonic()
+
+    def wait(self, since: float, seconds: float) -> None:
+        """Wait until every client has an answer to a request that it began after a moment, but no longer than that."""
+        wait_for_answers(list(self.watchers.values()), since, seconds)
+
+
+@contextmanager
+def besieged(ground: Ground, clients: Iterable[str]) -> Iterator[Besieged]:
+    """Start a server over the large store, and the named clients beside one that asks the health."""
+    chosen = set(clients)
     with TemporaryDirectory(dir=ground.folder, ignore_cleanup_errors=True) as folder:
         place = Path(folder)
         temp, store = place / "temp", place / "store"
@@ -106,28 +136,38 @@ def run_mixed(ground: Ground, minutes: float) -> dict[str, Any]:
         shutil.copytree(ground.folder / "large", store)
         around = Surroundings(ground.checkout, {"TMPDIR": str(temp)}, DESCRIPTORS)
         with ServerProcess(Path("embedded"), store, place / "log", around) as server:
-            server.wait_until_ready()
+            # On a busy machine a start takes minutes.
+            server.wait_until_ready(300)
             address = (server.host, server.port)
             gauge = Gauge(server.pid, temp)
             watchers = {"healthz": Watcher(address, HEALTH_SOURCE, HEALTH)}
             for number, (name, question) in enumerate(CLIENTS.items()):
-                watchers[name] = Watcher(address, f"127.0.0.{3 + number}", question, PAUSE_S)
+                if name in chosen:
+                    watchers[name] = Watcher(address, f"127.0.0.{3 + number}", question, PAUSE_S)
+            target = Target(*address, server.pid, store, ground.folder / "bundles", (), 0)
             wait_for_answers(list(watchers.values()), time.monotonic(), 30)
-            quiet = time.monotonic()
-            time.sleep(rest)
-            start = gauge.begin()
-            begun = time.monotonic()
-            target = Target(*address, server.pid, store, ground.folder / "bundles", (), 60 * minutes)
-            outcome = run_attack(all_at_once, target, 0, NICENESS)
-            ended = time.monotonic()
-            wait_for_answers(list(watchers.values()), ended, rest)
-            # A minute after the end, whatever became of the attackers' last requests.
-            time.sleep(max(0.0, ended + rest - time.monotonic()))
-            after = gauge.now()
-            gauge.close()
-            status = server.stop()
-            samples = {name: watcher.stop() for name, watcher in watchers.items()}
-            pauses = Counter(_PAUSED.findall((place / "log").read_text(errors="replace")))
+            try:
+                yield Besieged(server, gauge, watchers, target, place / "log")
+            finally:
+                gauge.close()
+
+
+def run_mixed(ground: Ground, minutes: float, names: Iterable[str] = NAMES) -> dict[str, Any]:
+    """A minute of quiet, the siege, and a minute after it; a quick run has a quarter of a minute of each."""
+    rest = 15.0 if ground.quick else 60.0
+    with besieged(ground, CLIENTS) as here:
+        quiet = time.monotonic()
+        time.sleep(rest)
+        start = here.gauge.begin()
+        outcome, begun, ended = here.attack(names, 60 * minutes)
+        here.wait(ended, rest)
+        # A minute after the end, whatever became of the attackers' last requests.
+        time.sleep(max(0.0, ended + rest - time.monotonic()))
+        after, gauge = here.gauge.now(), here.gauge
+        gauge.close()
+        status = here.server.stop()
+        samples = {name: watcher.stop() for name, watcher in here.watchers.items()}
+        pauses = Counter(_PAUSED.findall(here.log.read_text(errors="replace")))
     health = samples.pop("healthz")
     row: dict[str, Any] = {"case": "mixed", "seconds": round(ended - begun), "clients": {}}
     for name, seen in samples.items():

@@ -75,6 +75,11 @@ class Gauge(threading.Thread):
         except (psutil.NoSuchProcess, FileNotFoundError):
             return Reading()
 
+    def processor_s(self) -> float:
+        """Seconds of processor time that the process has had so far."""
+        times = self._process.cpu_times()
+        return float(times.user + times.system)
+
     def settled(self, seconds: float) -> Reading:
         """Wait so long, then read once."""
         time.sleep(seconds)

@@ -35,9 +35,9 @@ from sera_serve.server.metrics import ServerMetrics
 from sera_serve.threads import BoundedExecutor
 
 _CHANGING_THREADS = 4
-# Of one core, pages of a long list take a quarter at most: clients that asked for page after page made generations take
-# four times as long.
-_LISTING_REST = 3
+# Of one core, pages of a long list take an eighth at most, beyond a first burst: clients that asked for page after page
+# made generations take four times as long.
+_LISTING_REST = 7
 _MAX_WAITING = 64
 
 

@@ -8,41 +8,38 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
-import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
-from pathlib import Path
 
 # A trim visits all free pages of all heaps: some milliseconds, for which few bytes are not worth it.
 _WORTH_A_TRIM = 8 << 20
 _EVERY_S = 15.0
-_STATM = Path("/proc/self/statm")
 
 
 class MemoryTrimmer:
-    """Trims the heaps from time to time, when the process has grown since the last trim.
+    """Trims the heaps from time to time, when malloc has come to hold more free memory than after the last trim.
 
-    What stays after a trim is in use, and is the measure for the next one. So a server that needs more memory is
-    trimmed once for each step of its growth, and an idle one never.
+    The size of the process does not tell: what is freed stays a part of it. A trim while many bodies were under way
+    found them in use, and by its size the process had not grown when they were freed later.
     """
 
-    def __init__(self, trim: Callable[[], object] | None = None, resident: Callable[[], int] | None = None) -> None:
+    def __init__(self, trim: Callable[[], object] | None = None, free: Callable[[], int] | None = None) -> None:
         """Set up.
 
         Args:
             trim: Gives free memory back. None is malloc's own function, if malloc has one.
-            resident: Bytes of the process in memory. None reads them from the system, if it tells.
+            free: Bytes that malloc holds free, given back or not. None asks malloc, if it tells.
         """
         self._trim = trim or _malloc_trim()
-        self._resident = resident or (_resident_bytes if _STATM.exists() else None)
+        self._free = free or _free_bytes()
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Trim while the block runs."""
-        if self._trim is None or self._resident is None:
+        if self._trim is None or self._free is None:
             yield
             return
-        task = asyncio.ensure_future(self._watch(self._trim, self._resident))
+        task = asyncio.ensure_future(self._watch(self._trim, self._free))
         try:
             yield
         finally:
@@ -50,24 +47,38 @@ class MemoryTrimmer:
             with suppress(asyncio.CancelledError):
                 await task
 
-    async def _watch(self, trim: Callable[[], object], resident: Callable[[], int]) -> None:
-        least = resident()
+    async def _watch(self, trim: Callable[[], object], free: Callable[[], int]) -> None:
+        # Pages that a trim gave back count as free still; so the least since then is the measure.
+        least = await asyncio.to_thread(free)
         while True:
             await asyncio.sleep(_EVERY_S)
-            now = resident()
+            now = await asyncio.to_thread(free)
             if now - least > _WORTH_A_TRIM:
                 await asyncio.to_thread(trim)
-                now = resident()
-                least = now
-            # What was given back without a trim must not hide the next growth.
+                now = least = await asyncio.to_thread(free)
+            # What was used again without a trim must not hide the next pieces that are freed.
             least = min(least, now)
-
-
-def _resident_bytes() -> int:
-    return int(_STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _malloc_trim() -> Callable[[], object] | None:
     """glibc's `malloc_trim`; it does not hold the interpreter's lock. None with another C library."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     return None if trim is None else lambda: trim(ctypes.c_size_t(0))
+
+
+def _free_bytes() -> Callable[[], int] | None:
+    """Bytes free in all heaps, by glibc's `mallinfo2`, or by `mallinfo` before glibc 2.33. None with another library.
+
+    It visits the free pieces of all heaps. It does not hold the interpreter's lock.
+    """
+    library = ctypes.CDLL(None)
+    info = getattr(library, "mallinfo2", None)
+    number: type[ctypes.c_size_t] | type[ctypes.c_uint] = ctypes.c_size_t
+    if info is None:
+        # Its fields are C's int, and wrap beyond 4 GiB.
+        info, number = getattr(library, "mallinfo", None), ctypes.c_uint
+    if info is None:
+        return None
+    names = ["arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"]
+    info.restype = type("_MallocInfo", (ctypes.Structure,), {"_fields_": [(name, number) for name in names]})
+    return lambda: int(info().fordblks)

@@ -10,10 +10,13 @@ from itertools import islice
 from adapters_store import AdapterStore, AdapterSummary, Page
 from adapters_store.errors import AdapterNotFound
 from sera_serve.server.auth import Caller
+from sera_serve.threads import pause
 
 
 def visible_page(caller: Caller, store: AdapterStore, after: str | None, limit: int, tenant: str | None = None) -> Page:
-    """One page of the adapters that a caller may use, in order of their ids: its own, and those shared with it. Blocks.
+    """One page of the adapters that a caller may use, in order of their ids: its own, and those shared with it.
+
+    Blocks, and pauses between the adapters (`threads.pause`).
 
     Args:
         caller: Whose page it is.
@@ -26,15 +29,16 @@ def visible_page(caller: Caller, store: AdapterStore, after: str | None, limit: 
         InvalidAdapterName: `tenant` is not of the allowed form.
     """
     if caller.key is None or caller.sees_all:
-        return store.list_page(tenant, after, limit)
+        return store.list_page(tenant, after, limit, pause)
     own = caller.key.tenant
-    mine = store.list_page(own, after, limit + 1).adapters if tenant in (None, own) else ()
+    mine = store.list_page(own, after, limit + 1, pause).adapters if tenant in (None, own) else ()
     found = list(islice(merge(mine, _shared(caller, store, own, after or "", tenant), key=_id), limit + 1))
     return Page(tuple(found[:limit]), found[limit - 1].adapter if len(found) > limit else None)
 
 
 def _shared(caller: Caller, store: AdapterStore, own: str, after: str, tenant: str | None) -> Iterator[AdapterSummary]:
     for adapter in caller.access.shared_with(own, after):
+        pause()
         if tenant is None or adapter.startswith(f"{tenant}/"):
             # Deleted by a command, maybe, which may come before the end of its shares.
             with suppress(AdapterNotFound):

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
+from rich.console import Console
+from typer.testing import CliRunner
 
+from benchmarks.siege.__main__ import main
 from benchmarks.siege.cases import CASES
-from benchmarks.siege.mixed import held
+from benchmarks.siege.each import report_each
+from benchmarks.siege.mixed import NAMES, PARTS, held
 from benchmarks.siege.probe import CLASSIFY, GENERATE, STREAM, Sample, figures, longest_pause, read_answer, same
 from benchmarks.siege.server import Reading
 from benchmarks.siege.shutdowns import how_ended
@@ -118,3 +124,28 @@ def test_a_siege_is_held_when_nobody_noticed(changes: dict[str, Any], holds: boo
     row = {"clients": {"stream": client}, "over_cap": False, "rss_start_mib": 1000.0, "rss_after_mib": 1049.0}
     assert held(row) == holds
     assert not held(row | {"rss_after_mib": 1051.0}) and not held(row | {"over_cap": True})
+
+
+def test_attacks_and_clients_are_chosen_by_names_that_exist() -> None:
+    app = typer.Typer()
+    app.command()(main)
+    for arguments, words in (
+        (["--each", "5", "--only", "nothing"], "there is no attack 'nothing'"),
+        (["--each", "5", "--client", "nobody"], "there is no client 'nobody'"),
+        (["--only", "idle"], "--only needs --mixed or --each"),
+        (["--mixed", "1", "--client", "classify"], "--client needs --each"),
+        (["--mixed", "1", "--each", "5"], "two ways to run the attacks"),
+    ):
+        result = CliRunner().invoke(app, arguments, env={"COLUMNS": "300", "NO_COLOR": "1", "TERM": "dumb"})
+        assert result.exit_code == 2 and words in result.output, result.output
+    assert len(set(NAMES)) == len(PARTS)
+
+
+def test_the_table_of_single_attacks_has_each_clients_ratio_and_the_memory() -> None:
+    client = {"quiet": {"p95": 0.04}, "siege": {"p50": 0.03, "p95": 0.06}, "ratio": 1.5}
+    memory = {"rss_start_mib": 1000.0, "rss_most_mib": 1060.5, "rss_after_mib": 1001.0}
+    row = {"case": "half_bodies", "clients": {"classify": client}, "processor_share": 0.3} | memory
+    output = io.StringIO()
+    Console(file=output, width=200).print(report_each([row]))
+    line = next(line for line in output.getvalue().splitlines() if "half_bodies" in line)
+    assert line.replace("│", "").split() == ["half_bodies", "0.04", "0.03", "0.06", "1.5", "0.3", "+60.5", "+1.0"]

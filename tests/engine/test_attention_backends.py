@@ -439,10 +439,10 @@ def test_an_engine_generates_the_same_over_pages(
     decoder: FrozenBase, store: AdapterStore, start_engine: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Chunks with a cached prefix, and prompts that share one.
-    prompts = ["a" * 37 + "bc", "a" * 37 + "cd", "xyz", "the quick brown fox"]
+    prompts = ["a" * 37 + "bc", "a" * 37 + "cd", "xyz"]
 
     async def ask(engine: ServingEngine) -> list[str]:
-        results = await asyncio.gather(*(collect(engine, prompt=prompt, max_new_tokens=6) for prompt in prompts))
+        results = await asyncio.gather(*(collect(engine, prompt=prompt, max_new_tokens=4) for prompt in prompts))
         return [result.text for result in results]
 
     def texts() -> list[str]:

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from sera_serve import threads
 from sera_serve.errors import EngineUnavailable, Overloaded
-from sera_serve.threads import BoundedExecutor
+from sera_serve.threads import BoundedExecutor, _Pace, pause
 from support.engine import until
 
 MAX_WAITING = 3
@@ -187,7 +188,7 @@ async def _ends(tasks: list[asyncio.Task[int]]) -> list[int | BaseException]:
 
 
 def test_a_thread_rests_after_a_call_in_proportion_to_its_work() -> None:
-    executor = BoundedExecutor("listing", threads=1, max_waiting=1, rest=3)
+    executor = BoundedExecutor("listing", threads=1, max_waiting=2, rest=3)
 
     async def main() -> None:
         begun: list[float] = []
@@ -196,12 +197,69 @@ def test_a_thread_rests_after_a_call_in_proportion_to_its_work() -> None:
             begun.append(time.monotonic())
             time.sleep(0.1)
 
-        await asyncio.gather(executor.run(work), executor.run(work))
-        # 0.1 s of work and three times that of rest.
-        assert begun[1] - begun[0] >= 0.4
+        await asyncio.gather(executor.run(work), executor.run(work), executor.run(work))
+        # 0.1 s of work are free; then 0.1 s more, and three times that of rest.
+        assert begun[2] - begun[0] >= 0.5
         started = time.monotonic()
         executor.close()
         await until(lambda: executor.calls() == 0)
         assert time.monotonic() - started < 0.3
 
     asyncio.run(main())
+
+
+class Clock:
+    """Time that passes only where the test says so, in place of an event's wait too."""
+
+    def __init__(self) -> None:
+        self.now, self.rests = 1000.0, [0.0]
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def wait(self, seconds: float) -> bool:
+        self.now += seconds
+        self.rests.append(seconds)
+        return False
+
+
+def test_long_work_on_a_thread_that_rests_is_done_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others find the interpreter's lock free for three quarters of the time, and never taken for long."""
+    clock = Clock()
+    monkeypatch.setattr(threads, "time", clock)
+    pace = _Pace(3, clock)  # type: ignore[arg-type]
+
+    def work(seconds: float) -> list[float]:
+        """Items of half a millisecond, with a pause before each; returns the rests."""
+        clock.rests.clear()
+        pace.begin()
+        for _ in range(round(seconds / 0.0005)):
+            pace.pause(0.002)
+            clock.now += 0.0005
+        pace.pause()
+        return clock.rests
+
+    assert work(0.09) == []
+    assert sum(work(0.5)) == pytest.approx(3 * 0.49)
+    assert max(clock.rests) < 3 * 0.003 and len(clock.rests) > 100
+    # All work has its rest from now on; and a long rest allows a burst again.
+    assert sum(work(0.05)) == pytest.approx(3 * 0.05)
+    clock.now += 0.3
+    assert work(0.09) == []
+    assert sum(work(0.05)) == pytest.approx(3 * 0.04)
+
+
+def test_work_pauses_on_threads_that_rest_and_on_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    paused: list[str] = []
+    monkeypatch.setattr(_Pace, "pause", lambda self, slice_s=0.0: paused.append(threading.current_thread().name))
+
+    async def main() -> None:
+        for name, rest in (("listing", 3), ("changing", 0)):
+            executor = BoundedExecutor(name, threads=1, max_waiting=1, rest=rest)
+            await executor.run(pause)
+            executor.close()
+
+    asyncio.run(main())
+    pause()
+    # In the work, and after it.
+    assert set(paused) == {"listing"} and len(paused) in (1, 2)

@@ -74,9 +74,9 @@ def expected(base: FrozenBase, bundles: dict[str, AdapterBundle], adapter: str |
     [
         pytest.param({}, id="all fit"),
         # Prompts of up to 163 tokens, 24 tokens a pass: every prefill is chunked, beside decoding.
-        pytest.param({"max_batch_tokens": 24}, id="chunked prefill"),
+        pytest.param({"max_batch_tokens": 24}, id="chunked prefill", marks=pytest.mark.slow),
         # Three slots for sixteen adapters: they are evicted and loaded again throughout.
-        pytest.param({"max_resident": 3, "host_cache_mib": 0}, id="evicted"),
+        pytest.param({"max_resident": 3, "host_cache_mib": 0}, id="evicted", marks=pytest.mark.slow),
         pytest.param({"max_resident": 3, "max_batch_tokens": 24}, id="evicted and chunked"),
         # Less cache than the requests need together: they enter as pages come free.
         pytest.param({"kv_cache_tokens": 512}, id="cache full"),

@@ -236,8 +236,8 @@ def test_tiles_are_the_reference(
     ("widths", "dtype", "margin", "offset_step"),
     [
         (EVEN, torch.float32, 8, 8),
-        (EVEN, torch.bfloat16, 8, 8),
-        (EVEN, torch.float16, 3, 8),
+        pytest.param(EVEN, torch.bfloat16, 8, 8, marks=pytest.mark.slow),
+        pytest.param(EVEN, torch.float16, 3, 8, marks=pytest.mark.slow),
         (TIMES_24, torch.bfloat16, 8, 3),
         (TIMES_65, torch.float32, 1, 1),
         # More columns than a program takes, and an uneven rest.

@@ -148,7 +148,10 @@ def assert_holds(residency: AdapterResidency, placement: Placement, packed: Pack
             assert torch.equal(pool.data[at : at + size], packed.data[start : start + size])
 
 
-@pytest.mark.parametrize("seed", range(SEEDS))
+# Every run has a small host cache and a smaller device; a run in five also has none, and one that holds everything.
+@pytest.mark.parametrize(
+    "seed", [pytest.param(seed, marks=pytest.mark.slow) if seed in (2, 3) else seed for seed in range(SEEDS)]
+)
 def test_random_operations_keep_the_invariants(
     build: Build,
     store: Store,

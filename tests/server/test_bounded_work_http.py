@@ -7,7 +7,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -18,6 +18,7 @@ from fastapi import FastAPI
 from starlette.requests import Request
 
 from adapters_store import AdapterBundle, AdapterStore, Page, PeftFiles, Published
+from sera_serve import threads
 from sera_serve.base import FrozenBase
 from sera_serve.config import ServeSettings
 from sera_serve.server import build_app, middleware
@@ -104,10 +105,16 @@ class HeldStore(AdapterStore):
         self.opened = threading.Event()
         self.listed = self.publishing = 0
 
-    def list_page(self, tenant: str | None = None, after: str | None = None, limit: int = 100) -> Page:
+    def list_page(
+        self,
+        tenant: str | None = None,
+        after: str | None = None,
+        limit: int = 100,
+        between: Callable[[], None] | None = None,
+    ) -> Page:
         self.listed += 1
         assert self.opened.wait(20)
-        return super().list_page(tenant, after, limit)
+        return super().list_page(tenant, after, limit, between)
 
     def publish(self, bundle: AdapterBundle, name: str) -> Published:
         self.publishing += 1
@@ -143,6 +150,17 @@ def send(url: str, content: bytes) -> socket.socket:
 
 def list_request(url: str) -> bytes:
     return f"GET /v1/adapters?limit=1000 HTTP/1.1\r\nHost: {urlsplit(url).netloc}\r\n\r\n".encode()
+
+
+@pytest.mark.parametrize("path", ["/v1/adapters", "/v1/models"])
+def test_a_page_is_read_and_written_with_pauses(
+    client: httpx.Client, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    slices: list[float] = []
+    monkeypatch.setattr(threads._Pace, "pause", lambda self, slice_s=0.0: slices.append(slice_s))
+    assert client.get(path).status_code == 200
+    # Before each of the two adapters is read, and before each is written, at least.
+    assert len([slice_s for slice_s in slices if slice_s]) >= 4
 
 
 def test_lists_that_nobody_reads_are_not_made(held: HeldStore, held_url: str, held_app: FastAPI) -> None:

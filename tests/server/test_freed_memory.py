@@ -1,4 +1,4 @@
-"""When the heaps are trimmed: after the process has grown, and only then."""
+"""When the heaps are trimmed: after memory was freed, and only then."""
 
 from __future__ import annotations
 
@@ -18,65 +18,95 @@ def _often(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(freed_memory, "_EVERY_S", 0.005)
 
 
-class Process:
-    """A process whose size the test sets; a trim gives back what is free."""
+class Heap:
+    """Free memory of a heap, which the test sets. A trim gives back what is free; it counts as free still."""
 
     def __init__(self) -> None:
-        self.used, self.free, self.looks, self.trims = 100 * MEBIBYTE, 0, 0, 0
+        self.kept, self.given_back, self.looks, self.trims = 0, 20 * MEBIBYTE, 0, 0
 
-    def resident(self) -> int:
+    def free(self) -> int:
         self.looks += 1
-        return self.used + self.free
+        return self.kept + self.given_back
 
     def trim(self) -> None:
         self.trims += 1
-        self.free = 0
+        self.kept, self.given_back = 0, self.kept + self.given_back
+
+    def use(self, size: int) -> None:
+        """Take memory; what was given back comes first."""
+        again = min(size, self.given_back)
+        self.given_back -= again
+        self.kept = max(0, self.kept - (size - again))
+
+    def let_go(self, size: int) -> None:
+        self.kept += size
 
     async def several_looks(self) -> None:
         before = self.looks
         await until(lambda: self.looks > before + 4)
 
 
-def test_the_heaps_are_trimmed_once_for_each_growth() -> None:
+def test_the_heaps_are_trimmed_once_for_each_release() -> None:
     async def main() -> None:
-        process = Process()
-        async with MemoryTrimmer(process.trim, process.resident).running():
-            await process.several_looks()
-            assert process.trims == 0
-            process.free = 60 * MEBIBYTE
-            await until(lambda: process.trims == 1)
-            await process.several_looks()
-            process.free = 4 * MEBIBYTE
-            await process.several_looks()
-            assert process.trims == 1, "4 MiB are not worth a trim"
-            # What is in use stays, and is no reason for another trim.
-            process.used += 50 * MEBIBYTE
-            await until(lambda: process.trims == 2)
-            await process.several_looks()
-            assert process.trims == 2
-            # It goes, and what comes next is a growth again.
-            process.used -= 50 * MEBIBYTE
-            await process.several_looks()
-            process.free = 9 * MEBIBYTE
-            await until(lambda: process.trims == 3)
+        heap = Heap()
+        async with MemoryTrimmer(heap.trim, heap.free).running():
+            await heap.several_looks()
+            assert heap.trims == 0
+            heap.let_go(60 * MEBIBYTE)
+            await until(lambda: heap.trims == 1)
+            await heap.several_looks()
+            heap.let_go(4 * MEBIBYTE)
+            await heap.several_looks()
+            assert heap.trims == 1, "4 MiB are not worth a trim"
+            # Memory in use is no reason for a trim, and a reason when it is freed: what it took was in the count.
+            heap.use(50 * MEBIBYTE)
+            await heap.several_looks()
+            assert heap.trims == 1
+            heap.let_go(50 * MEBIBYTE)
+            await until(lambda: heap.trims == 2)
+            await heap.several_looks()
+            assert heap.trims == 2
+
+    asyncio.run(main())
+
+
+def test_what_was_in_use_at_a_trim_is_given_back_when_it_is_freed() -> None:
+    async def main() -> None:
+        heap = Heap()
+        async with MemoryTrimmer(heap.trim, heap.free).running():
+            await heap.several_looks()
+            # 60 MiB are under way, beside 10 MiB that were freed.
+            heap.use(60 * MEBIBYTE)
+            await heap.several_looks()
+            heap.let_go(10 * MEBIBYTE)
+            await until(lambda: heap.trims == 1)
+            await heap.several_looks()
+            heap.let_go(60 * MEBIBYTE)
+            await until(lambda: heap.trims == 2)
+            assert heap.kept == 0
 
     asyncio.run(main())
 
 
 def test_nothing_is_looked_at_after_the_end() -> None:
     async def main() -> None:
-        process = Process()
-        async with MemoryTrimmer(process.trim, process.resident).running():
-            await process.several_looks()
-        seen = process.looks
+        heap = Heap()
+        async with MemoryTrimmer(heap.trim, heap.free).running():
+            await heap.several_looks()
+        seen = heap.looks
         await asyncio.sleep(0.05)
-        assert process.looks == seen
+        assert heap.looks == seen
 
     asyncio.run(main())
 
 
-def test_the_heap_of_this_process_can_be_trimmed() -> None:
-    trim = freed_memory._malloc_trim()
-    if trim is not None:  # glibc
-        assert trim() in (0, 1)
-        assert freed_memory._resident_bytes() > MEBIBYTE
+def test_the_heap_of_this_process_tells_what_it_frees() -> None:
+    trim, free = freed_memory._malloc_trim(), freed_memory._free_bytes()
+    if trim is None or free is None:  # no glibc
+        return
+    # Alternate pieces stay, so that none of the others is at the end of the heap, from where it would go at once.
+    held = [bytes(60 << 10) for _ in range(1000)]
+    before = free()
+    del held[::2]
+    assert free() - before > 20 * MEBIBYTE
+    assert trim() in (0, 1)

@@ -149,6 +149,7 @@ def test_the_printed_lines_work_when_pasted_and_sigterm_ends_gracefully(folder: 
         assert process.stdout.read().endswith("stopped\n")
 
 
+@pytest.mark.slow
 def test_a_server_that_needs_keys_says_how_to_make_the_first_one(folder: Path, tmp_path: Path) -> None:
     arguments = ["--base", folder, "--store", tmp_path / "store", "--port", "0", "--pool-mib", "4"]
     with running(*arguments, "--kv-cache-tokens", "1024", "--host", "0.0.0.0") as (_, lines):

@@ -28,6 +28,7 @@ from sera_serve.server.native.uploads import Upload, receive_upload
 from sera_serve.server.publishing import publish, record_publication, remove
 from sera_serve.server.strict import StrictRoute
 from sera_serve.server.visible import visible_page
+from sera_serve.threads import pause
 
 router = APIRouter(route_class=StrictRoute, tags=["adapters"])
 
@@ -221,9 +222,11 @@ def _page(caller: Caller, engine: Engine, store: AdapterStore, query: ListQuery)
     """The JSON of an `AdapterList`. One call for the whole page would hold the interpreter's lock for too long."""
     page = visible_page(caller, store, query.after, query.limit, query.tenant)
     places = engine.presence([info.digest for info in page.adapters])
-    summaries = (_summary(info, place) for info, place in zip(page.adapters, places, strict=True))
-    adapters = ",".join(AdapterSummary(**summary).model_dump_json() for summary in summaries)
-    return f'{{"adapters":[{adapters}],"next":{json.dumps(page.next)}}}'.encode()
+    adapters = []
+    for info, place in zip(page.adapters, places, strict=True):
+        pause()
+        adapters.append(AdapterSummary(**_summary(info, place)).model_dump_json())
+    return f'{{"adapters":[{",".join(adapters)}],"next":{json.dumps(page.next)}}}'.encode()
 
 
 def _detail(engine: Engine, store: AdapterStore, reference: str) -> AdapterDetail:

@@ -17,6 +17,7 @@ from sera_serve.server.native.schemas import MAX_REFERENCE
 from sera_serve.server.openai.errors import ModelNotFound, OpenAIRoute
 from sera_serve.server.openai.texts import base_name
 from sera_serve.server.visible import visible_page
+from sera_serve.threads import pause
 
 router = APIRouter(route_class=OpenAIRoute, tags=["openai"])
 
@@ -100,8 +101,14 @@ def _page(caller: Caller, engine: Engine, store: AdapterStore, query: ModelQuery
     after = None if query.after == base else query.after
     page = visible_page(caller, store, after, query.limit)
     models = [] if query.after is not None else [_base(engine)]
-    models += [_adapter(info, info.adapter) for info in page.adapters]
-    data = ",".join(model.model_dump_json() for model in models)
+    for info in page.adapters:
+        pause()
+        models.append(_adapter(info, info.adapter))
+    parts = []
+    for model in models:
+        pause()
+        parts.append(model.model_dump_json())
+    data = ",".join(parts)
     last = ModelList(data=[], has_more=page.next is not None, last_id=models[-1].id if models else None)
     return last.model_dump_json().replace('"data":[]', f'"data":[{data}]', 1).encode()
 
