@@ -96,6 +96,10 @@ MIGRATIONS = (
         PRIMARY KEY (job, step)
     ) STRICT, WITHOUT ROWID;
     """,
+    """
+    ALTER TABLE files ADD COLUMN job TEXT;
+    CREATE UNIQUE INDEX files_of_jobs ON files (job) WHERE job IS NOT NULL;
+    """,
 )
 
 

@@ -161,7 +161,7 @@ class JobObject(BaseModel):
     suffix: str | None
     training_file: str
     validation_file: str | None
-    result_files: list[str] = Field(description="always empty: events and checkpoints have the metrics")
+    result_files: list[str] = Field(description="the file of the metrics, once the job has succeeded")
     trained_tokens: int | None
     integrations: list[str] = Field(description="always empty")
     metadata: dict[str, str]
@@ -227,6 +227,42 @@ class JobQuery(BaseModel):
 
     after: str | None = Field(None, max_length=MAX_ID, description="the last item of the previous page")
     limit: int = Field(20, ge=1, le=100, description="most items on a page")
+
+
+class JobListQuery(JobQuery):
+    """Query parameters of the list of jobs: also `metadata[KEY]=VALUE` for each pair that a job must have.
+
+    FastAPI reads no parameters of such names, so they are the extra ones, and every other extra one is refused.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    @model_validator(mode="after")
+    def _only_metadata(self) -> JobListQuery:
+        pairs: dict[str, str] = {}
+        for name, value in (self.model_extra or {}).items():
+            key = name.removeprefix("metadata[").removesuffix("]")
+            if len(key) == len(name) - len("metadata[]"):
+                pairs[key] = value
+            elif name != "metadata":
+                raise refusal(
+                    f"{name[:64]!r} is not a query parameter of this route; they are after, limit and metadata[KEY]",
+                    name[:64],
+                )
+            elif value != "null":
+                raise refusal("send metadata[KEY]=VALUE, or metadata=null for jobs without metadata", "metadata")
+        _metadata(pairs)
+        if pairs and "metadata" in (self.model_extra or {}):
+            raise refusal("metadata=null asks for jobs without metadata; leave it, or metadata[KEY], out", "metadata")
+        return self
+
+    @property
+    def pairs(self) -> dict[str, str] | None:
+        """The pairs that a job must have; without one, jobs without metadata are asked for, and None asks for all."""
+        given = self.model_extra or {}
+        if not given:
+            return None
+        return {name[len("metadata[") : -1]: value for name, value in given.items() if name != "metadata"}
 
 
 class EventQuery(JobQuery):
