@@ -98,6 +98,7 @@ MIGRATIONS = (
     """,
     """
     ALTER TABLE files ADD COLUMN job TEXT;
+    ALTER TABLE files ADD COLUMN labels INTEGER NOT NULL DEFAULT 0;
     CREATE UNIQUE INDEX files_of_jobs ON files (job) WHERE job IS NOT NULL;
     """,
 )

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from adapters_store import AdapterBundle, AdapterStore, PeftFiles, check_base, parts_of
+from adapters_store import AdapterBundle, AdapterConfig, AdapterStore, PeftFiles, check_base, parts_of
 from sera_kernels import warm_up
 from sera_serve.base import FrozenBase, check_task, import_base
 from sera_serve.config import ServeSettings
@@ -41,8 +41,9 @@ from sera_serve.engine.tasks import ClassificationRunner, GenerationRunner, Runn
 from sera_serve.errors import EngineUnavailable, InvalidRequest, PromptTooLong, UnsupportedTask
 from sera_serve.layers import AdapterContext, SideStream, attach_serving, find_shared_inputs
 from sera_serve.residency import AdapterResidency, DevicePool, HostCache, Presence, ResidencyStats
-from sera_serve.residency.bundle_check import check_servable
+from sera_serve.residency.bundle_check import check_fits, check_servable
 from sera_serve.residency.import_probe import ImportedAdapter, import_checkpoint
+from sera_serve.residency.packing import packed_elements
 from sera_serve.threads import BoundedExecutor
 
 _MAX_WAITING_LEASES = 32
@@ -155,9 +156,19 @@ class ServingEngine(RowCalls):
             WrongTask: The base does not serve the bundle's task, or reads images of another size.
             AdapterTooLarge, AdapterOverflow: It can never be served.
         """
-        check_base(bundle.config, self.base.info, self._shapes)
-        check_task(bundle.config, self.base)
+        self.check_config(bundle.config)
         check_servable(bundle, self._module_index, self._pool)
+
+    def check_config(self, config: AdapterConfig) -> None:
+        """Check that an adapter of this configuration can be served, without a look at its weights.
+
+        Raises:
+            WrongBase, UnknownModule, WrongShape, WrongTask: As `check_bundle`.
+            AdapterTooLarge: It is larger than the pool.
+        """
+        check_base(config, self.base.info, self._shapes)
+        check_task(config, self.base)
+        check_fits(packed_elements(config), self._pool)
 
     def import_checkpoint(self, files: PeftFiles) -> ImportedAdapter:
         """Make a bundle of a PEFT checkpoint, and check it as `check_bundle` does. Blocks.

@@ -25,7 +25,7 @@ MAX_FILES = 1000
 Purpose = Literal["fine-tune", "fine-tune-results"]
 FileKind = RowKind | Literal["metrics"]
 _UNFINISHED = "('validating_files', 'queued', 'running')"
-_COLUMNS = "id, tenant, filename, purpose, bytes, sha256, kind, rows, created_at, number, job"
+_COLUMNS = "id, tenant, filename, purpose, bytes, sha256, kind, rows, created_at, number, job, labels"
 _PART = ".part"
 _BLOCK_BYTES = 1 << 20
 
@@ -74,6 +74,7 @@ class TrainingFile:
         created_at: Seconds since 1970.
         number: Files in the order in which they came.
         job: Id of the job whose results they are, or None.
+        labels: Number of different labels. It is 0 for rows without labels, and for files of older releases.
     """
 
     id: str
@@ -87,6 +88,7 @@ class TrainingFile:
     created_at: float
     number: int
     job: str | None = None
+    labels: int = 0
 
 
 class TrainingFiles:
@@ -132,7 +134,7 @@ class TrainingFiles:
         file_id = results_id(job_id)
         sha256 = hashlib.sha256(content).hexdigest()
         values = (file_id, tenant, f"{job_id}.csv", "fine-tune-results", len(content), sha256, "metrics", rows)
-        return self._keep(file_id, io.BytesIO(content), lambda: self._insert((*values, time.time()), job_id))
+        return self._keep(file_id, io.BytesIO(content), lambda: self._insert((*values, time.time()), job_id, 0))
 
     def _keep(self, file_id: str, source: BinaryIO, record: Callable[[], TrainingFile]) -> TrainingFile:
         try:
@@ -286,24 +288,28 @@ class TrainingFiles:
         values = (file_id, tenant, filename, "fine-tune", checked.nbytes, checked.sha256, checked.kind, checked.rows)
         # The limit again: other uploads of the tenant may have come between.
         return self._insert(
-            (*values, time.time()), None, lambda connection: self._check_space(tenant, checked.nbytes, connection)
+            (*values, time.time()),
+            None,
+            checked.labels,
+            lambda connection: self._check_space(tenant, checked.nbytes, connection),
         )
 
     def _insert(
         self,
         values: tuple[object, ...],
         job_id: str | None,
+        labels: int,
         check: Callable[[sqlite3.Connection], None] = lambda connection: None,
     ) -> TrainingFile:
         with self._database.writing() as connection:
             check(connection)
             done = connection.execute(
                 "INSERT OR REPLACE INTO files (id, tenant, filename, purpose, bytes, sha256, kind, rows, created_at, "
-                "job) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (*values, job_id),
+                "job, labels) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (*values, job_id, labels),
             )
             number = cast(int, done.lastrowid)
-        return _file((*values, number, job_id))
+        return _file((*values, number, job_id, labels))
 
 
 def results_id(job_id: str) -> str:

@@ -11,7 +11,7 @@ from typing import Annotated, Protocol, cast
 
 from fastapi import Depends, Request
 
-from adapters_store import AdapterBundle, AdapterStore, PeftFiles
+from adapters_store import AdapterBundle, AdapterConfig, AdapterStore, PeftFiles
 from sera_serve.access import AuditLog, Holdings, Quotas
 from sera_serve.base import FrozenBase, ImageInput, Pooling
 from sera_serve.config import ServeSettings
@@ -112,6 +112,13 @@ class Engine(Protocol):
 
         Raises:
             InvalidBundle, AdapterTooLarge, AdapterOverflow: The bundle is refused.
+        """
+
+    def check_config(self, config: AdapterConfig) -> None:
+        """`check_bundle` for an adapter that has no weights yet.
+
+        Raises:
+            InvalidBundle, AdapterTooLarge: Adapters of this configuration are refused.
         """
 
     def import_checkpoint(self, files: PeftFiles) -> ImportedAdapter:

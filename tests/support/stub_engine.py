@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 
 import numpy as np
 
-from adapters_store import AdapterBundle, PeftFiles, check_base
+from adapters_store import AdapterBundle, AdapterConfig, PeftFiles, check_base
 from sera_serve.base import FrozenBase, Pooling, Span, import_base
 from sera_serve.engine import (
     AdapterActivity,
@@ -170,8 +170,11 @@ class StubEngine:
     def stop(self) -> None:
         self.started = False
 
+    def check_config(self, config: AdapterConfig) -> None:
+        check_base(config, self.base.info, self.base.module_shapes())
+
     def check_bundle(self, bundle: AdapterBundle) -> None:
-        check_base(bundle.config, self.base.info, self.base.module_shapes())
+        self.check_config(bundle.config)
         self.checked.append(bundle.digest)
 
     def import_checkpoint(self, files: PeftFiles) -> ImportedAdapter:

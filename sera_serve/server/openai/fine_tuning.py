@@ -8,14 +8,14 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request, Response
 
-from adapters_store import AdapterStore, check_part, parse_ref
-from adapters_store.errors import InvalidAdapterName
+from adapters_store import AdapterConfig, AdapterStore, check_part, parse_ref
+from adapters_store.errors import InvalidAdapterName, InvalidBundle
 from sera_serve.access import AuditLog
-from sera_serve.errors import InvalidRequest
+from sera_serve.errors import AdapterTooLarge, InvalidRequest
 from sera_serve.jobs import Job, JobSpec, TrainingFile, TrainingFileNotFound
 from sera_serve.jobs.records import new_job_id
 from sera_serve.jobs.rows import RowKind
-from sera_serve.jobs.spec import auto_batch_size, auto_epochs, check_spec
+from sera_serve.jobs.spec import BYTES_A_NUMBER, auto_batch_size, auto_epochs, check_spec
 from sera_serve.server.auth import Caller, CallerOf, NotYourTenant
 from sera_serve.server.deps import AuditOf, Engine, EngineOf, ExecutorsOf, StoreOf
 from sera_serve.server.disconnect import cancel_on_disconnect
@@ -225,9 +225,11 @@ def _create(
             )
     job_id = new_job_id()
     spec = _spec(body, shape, init_from, train, engine, store, f"{tenant}/{_name(body, init_from, engine, job_id)}")
-    check_spec(spec, engine.base.module_shapes())
-    # The bundle's size is not known yet. A job must not train for hours what is then refused.
-    training.holdings.check_publish(spec.adapter, "", 0)
+    initial = None if spec.init_from is None else store.config(store.resolve(spec.init_from).digest)
+    planned = check_spec(spec, engine.base.info, engine.base.module_shapes(), train.labels, initial)
+    # A job must not train for hours what is then refused.
+    _check_servable(planned, initial is not None, engine, training.max_bundle_bytes)
+    training.holdings.check_publish(spec.adapter, "", planned.parameters * BYTES_A_NUMBER)
     key_id = None if caller.key is None else caller.key.id
     job = training.jobs.create(
         job_id,
@@ -241,6 +243,28 @@ def _create(
     )
     audit.record("job.create", caller.actor, tenant=tenant, target=job.id, model=spec.model, adapter=spec.adapter)
     return job
+
+
+def _check_servable(planned: AdapterConfig, goes_on: bool, engine: Engine, max_bundle_bytes: int) -> None:
+    """Refuse an adapter that this server could not serve, or not store, by the field of the body that decides it."""
+    field, remedy = "adapter.rank", "send a smaller adapter.rank, or fewer adapter.target_modules"
+    if goes_on:
+        field, remedy = "model", "send a smaller adapter as model"
+    elif 2 * planned.head_parameters > planned.parameters:
+        field, remedy = "training_file", "send rows with fewer labels"
+    nbytes = planned.parameters * BYTES_A_NUMBER
+    try:
+        engine.check_config(planned)
+        if nbytes > max_bundle_bytes:
+            raise AdapterTooLarge(
+                f"the adapter takes {nbytes} bytes, a bundle may have {max_bundle_bytes}; raise max_upload_mib"
+            )
+    except AdapterTooLarge as error:
+        error.message = f"{error.message}, or {remedy}"
+        error.param = field
+        raise
+    except InvalidBundle as error:
+        raise InvalidOpenAIRequest(error.message, param=field, code=error.code) from error
 
 
 def _tenant(shape: AdapterRequest, caller: Caller) -> str:
