@@ -18,7 +18,6 @@ from contextlib import AbstractContextManager, suppress
 from safetensors import SafetensorError
 
 from adapters_store.backends.durable import (
-    make_directory,
     make_empty_file,
     names_in,
     put_file,
@@ -98,13 +97,14 @@ class BundleFiles:
                 return False
             folder = self._folder(digest)
             shard = os.path.dirname(folder)
-            make_directory(shard, self._references)
-            with suppress(FileExistsError):
-                os.mkdir(folder)
+            for made in (shard, folder):
+                with suppress(FileExistsError):
+                    os.mkdir(made)
             make_empty_file(f"{folder}/{entry_name(adapter)}")
-            # Both always: a killed writer may have made either and not flushed it.
-            sync_directory(folder)
-            sync_directory(shard)
+            # All always: a killed writer may have made any of them and not flushed it, and the time of it must not tell
+            # whether another adapter has made them.
+            for held in (folder, shard, self._references):
+                sync_directory(held)
             return True
 
     def discard(self, digest: str) -> None:
