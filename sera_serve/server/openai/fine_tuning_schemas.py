@@ -4,34 +4,19 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from sera_serve.server.native.schemas import MAX_REFERENCE
+from sera_serve.server.openai.fields import Metadata, check_metadata
 from sera_serve.server.openai.files import MAX_ID
 from sera_serve.server.strict import RequestModel, refusal
 
 MAX_RANK = 256
 _MAX_TARGETS, _MAX_TARGET = 64, 128
-_MAX_METADATA, _MAX_METADATA_KEY, _MAX_METADATA_VALUE = 16, 64, 512
 
 Auto = Literal["auto"]
 Target = Annotated[str, Field(min_length=1, max_length=_MAX_TARGET)]
 FileId = Annotated[str, Field(min_length=1, max_length=MAX_ID)]
-
-
-def _metadata(value: Any) -> Any:
-    if value is None:
-        return value
-    if not isinstance(value, dict) or len(value) > _MAX_METADATA:
-        raise refusal(f"metadata must be an object of at most {_MAX_METADATA} pairs", "metadata")
-    for key, text in value.items():
-        if len(key) > _MAX_METADATA_KEY or not isinstance(text, str) or len(text) > _MAX_METADATA_VALUE:
-            raise refusal(
-                f"metadata has keys of at most {_MAX_METADATA_KEY} characters, and texts of at most "
-                f"{_MAX_METADATA_VALUE}",
-                "metadata",
-            )
-    return value
 
 
 class HyperparametersRequest(RequestModel):
@@ -84,7 +69,7 @@ class CreateJobRequest(RequestModel):
     seed: int | None = Field(None, ge=0, lt=2**31)
     method: MethodRequest | None = None
     hyperparameters: HyperparametersRequest | None = Field(None, description="the older place of hyperparameters")
-    metadata: Annotated[dict[str, str] | None, BeforeValidator(_metadata)] = None
+    metadata: Metadata | None = None
     adapter: AdapterRequest | None = None
 
     @model_validator(mode="after")
@@ -251,7 +236,7 @@ class JobListQuery(JobQuery):
                 )
             elif value != "null":
                 raise refusal("send metadata[KEY]=VALUE, or metadata=null for jobs without metadata", "metadata")
-        _metadata(pairs)
+        check_metadata(pairs)
         if pairs and "metadata" in (self.model_extra or {}):
             raise refusal("metadata=null asks for jobs without metadata; leave it, or metadata[KEY], out", "metadata")
         return self
