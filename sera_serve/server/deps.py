@@ -152,14 +152,14 @@ class Engine(Protocol):
     async def pin(self, digest: str, reference: str | None = None) -> None:
         """Load an adapter onto the device and keep it there. `reference` is what requests will name it by."""
 
-    def unpin(self, digest: str) -> None:
-        """Allow the eviction of a pinned adapter. Idempotent."""
+    def unpin(self, digest: str, reference: str | None = None) -> None:
+        """End the pin of an adapter. Its content may leave the device if no other adapter pins it. Idempotent."""
 
     def drop_deleted_pins(self) -> None:
-        """Unpin the adapters whose bundle is not in the store any more: another server deleted it. Blocks."""
+        """End the pins of adapters and bundles that were deleted, maybe by another server. Blocks."""
 
-    def presence(self, digests: Sequence[str]) -> Sequence[Presence]:
-        """Where each of these adapters is now."""
+    def presence(self, adapters: Sequence[tuple[str, str]]) -> Sequence[Presence]:
+        """Where each of these adapters, named by `tenant/name` and digest, is now."""
 
     def stats(self) -> ResidencyStats:
         """Figures of the adapters' memory."""

@@ -201,8 +201,10 @@ class StubEngine:
     def loads(self) -> dict[Task, RunnerLoad]:
         return {"classify": RunnerLoad(1, 0), "generate": RunnerLoad(2, 2, preemptions=3, cache_pages=(5, 8))}
 
-    def presence(self, digests: Sequence[str]) -> list[Presence]:
-        return [Presence("device" if digest in self.pinned else "store", digest in self.pinned) for digest in digests]
+    def presence(self, adapters: Sequence[tuple[str, str]]) -> list[Presence]:
+        return [
+            Presence("device" if digest in self.pinned else "store", digest in self.pinned) for _, digest in adapters
+        ]
 
     def stats(self) -> ResidencyStats:
         return ResidencyStats(
@@ -235,7 +237,7 @@ class StubEngine:
     async def pin(self, digest: str, reference: str | None = None) -> None:
         self.pinned.append(digest)
 
-    def unpin(self, digest: str) -> None:
+    def unpin(self, digest: str, reference: str | None = None) -> None:
         self.pinned.remove(digest)
 
     async def generate(
