@@ -66,8 +66,8 @@ class BundleFiles:
             try:
                 bundle.save_file(path)
             except SafetensorError as error:
-                # The library has the system's refusal as text alone.
-                raise OSError(errno.EIO, str(error), path) from error
+                number = _system_error(str(error))
+                raise OSError(number, os.strerror(number), path) from error
             config_of(read_header(path, limits), limits)
 
         put_file(self.path(bundle.digest), write, self._scratch)
@@ -185,3 +185,9 @@ class BundleFiles:
 
     def _folder(self, digest: str) -> str:
         return f"{self._references}/{digest[:2]}/{digest}"
+
+
+def _system_error(text: str) -> int:
+    """The system's error in a message of safetensors: it has the error as text alone, with paths of the server."""
+    number = text.rpartition("(os error ")[2].partition(")")[0]
+    return int(number) if number.isdecimal() and len(number) < 6 else errno.EIO
