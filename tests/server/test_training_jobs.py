@@ -260,7 +260,7 @@ def test_a_cancelled_job_stops_and_leaves_nothing(client: openai.OpenAI, store: 
         ({"adapter": {"tenant": "A/B"}}, "adapter.tenant", "lower"),
         ({"hyperparameters": {"n_epochs": 0}}, "hyperparameters.n_epochs", ""),
         ({"hyperparameters": {}, "method": {"type": "supervised"}}, "hyperparameters", "method.supervised alone"),
-        ({"metadata": {"a": 1}}, "metadata", "texts"),
+        ({"metadata": {"a": 1}}, "metadata", "strings"),
     ],
 )
 def test_a_job_that_cannot_run_is_refused_by_the_field(
