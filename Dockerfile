@@ -24,6 +24,7 @@ RUN /opt/pip/bin/pip --python /opt/sera/bin/python install --require-hashes --on
 COPY pyproject.toml README.md ./
 COPY adapters_store adapters_store
 COPY kernels kernels
+COPY deploy deploy
 COPY sera_serve sera_serve
 # Nothing is downloaded: the lock has the build's setuptools too. Then pip itself checks that nothing is missing.
 RUN /opt/pip/bin/pip --python /opt/sera/bin/python install --no-index --no-deps --no-build-isolation . \

@@ -100,6 +100,9 @@ class AdapterStore:
     def publish(self, bundle: AdapterBundle, name: str) -> Published:
         """Add a version and move `latest` to it; content that the adapter already has keeps its version.
 
+        Only such content is not written again. Content that another adapter has is written in full, in place of the
+        same bytes: the time of a publication must not tell a tenant what other tenants have.
+
         Raises:
             InvalidAdapterName, InvalidBundle: Refused; the store is unchanged.
             StoreWriteFailed: The disk is full or not writable. The version may be there or not; publishing it
@@ -111,12 +114,12 @@ class AdapterStore:
         outcome = Outcome.BUNDLE_MISSING
         try:
             while True:
-                # Also where the last version of this content was deleted meanwhile, and its bundle with it.
-                if outcome is Outcome.BUNDLE_MISSING and not self._is_stored(bundle.digest):
-                    written = True
-                    self._backend.put_bundle(bundle, self._limits)
                 manifest = self._backend.manifest(name)
                 record = next((held for held in self._records(name, manifest) if held.digest == bundle.digest), None)
+                # Also where the last version of this content was deleted meanwhile, and its bundle with it.
+                if outcome is Outcome.BUNDLE_MISSING and (record is None or not self._is_stored(bundle.digest)):
+                    written = True
+                    self._backend.put_bundle(bundle, self._limits)
                 added = None
                 if record is None:
                     record = added = _describe(bundle, manifest.next_version)

@@ -18,7 +18,6 @@ from contextlib import AbstractContextManager, suppress
 from safetensors import SafetensorError
 
 from adapters_store.backends.durable import (
-    make_directory,
     make_empty_file,
     names_in,
     put_file,
@@ -67,8 +66,8 @@ class BundleFiles:
             try:
                 bundle.save_file(path)
             except SafetensorError as error:
-                # The library has the system's refusal as text alone.
-                raise OSError(errno.EIO, str(error), path) from error
+                number = _system_error(str(error))
+                raise OSError(number, os.strerror(number), path) from error
             config_of(read_header(path, limits), limits)
 
         put_file(self.path(bundle.digest), write, self._scratch)
@@ -98,13 +97,14 @@ class BundleFiles:
                 return False
             folder = self._folder(digest)
             shard = os.path.dirname(folder)
-            make_directory(shard, self._references)
-            with suppress(FileExistsError):
-                os.mkdir(folder)
+            for made in (shard, folder):
+                with suppress(FileExistsError):
+                    os.mkdir(made)
             make_empty_file(f"{folder}/{entry_name(adapter)}")
-            # Both always: a killed writer may have made either and not flushed it.
-            sync_directory(folder)
-            sync_directory(shard)
+            # All always: a killed writer may have made any of them and not flushed it, and the time of it must not tell
+            # whether another adapter has made them.
+            for held in (folder, shard, self._references):
+                sync_directory(held)
             return True
 
     def discard(self, digest: str) -> None:
@@ -185,3 +185,9 @@ class BundleFiles:
 
     def _folder(self, digest: str) -> str:
         return f"{self._references}/{digest[:2]}/{digest}"
+
+
+def _system_error(text: str) -> int:
+    """The system's error in a message of safetensors: it has the error as text alone, with paths of the server."""
+    number = text.rpartition("(os error ")[2].partition(")")[0]
+    return int(number) if number.isdecimal() and len(number) < 6 else errno.EIO

@@ -96,6 +96,11 @@ MIGRATIONS = (
         PRIMARY KEY (job, step)
     ) STRICT, WITHOUT ROWID;
     """,
+    """
+    ALTER TABLE files ADD COLUMN job TEXT;
+    ALTER TABLE files ADD COLUMN labels INTEGER NOT NULL DEFAULT 0;
+    CREATE UNIQUE INDEX files_of_jobs ON files (job) WHERE job IS NOT NULL;
+    """,
 )
 
 
@@ -212,7 +217,8 @@ class AccessDatabase:
             known = _schema_version(connection)
             if known > len(MIGRATIONS):
                 raise AccessDatabaseError(
-                    f"{self.path} was written by a newer release of sera-serve; use that release", param="store"
+                    f"{_FOLDER}/{_FILE} of the store was written by a newer release of sera-serve; use that release",
+                    param="store",
                 )
             for script in MIGRATIONS[known:]:
                 for statement in script.split(";"):
@@ -228,8 +234,11 @@ class AccessDatabase:
         try:
             yield
         except (sqlite3.Error, OSError) as error:
+            # Clients read this too, and the paths of the server are not theirs to know.
+            fault = error.strerror if isinstance(error, OSError) else error
             raise AccessDatabaseError(
-                f"{self.path} cannot be used ({error}); check the disk, and the file's permissions", param="store"
+                f"{_FOLDER}/{_FILE} of the store cannot be used ({fault}); check the disk, and the file's permissions",
+                param="store",
             ) from error
 
 

@@ -9,7 +9,8 @@ import sqlite3
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from datetime import UTC, datetime
+from typing import Any, Literal, get_args
 
 from adapters_store import check_part
 from sera_serve.access.database import AccessDatabase
@@ -19,10 +20,12 @@ Scope = Literal["infer", "publish", "train", "admin"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 """`infer`: send requests. `publish`: change the tenant's adapters. `train`: files and jobs. `admin`: operate the
 server: every tenant's adapters, keys and quotas, and the metrics."""
+MAX_NAME = 100
+MAX_LIFETIME_S = 100 * 365 * 86400
+"""A hundred years."""
 
 _PREFIX = "sk-sera-"
 _ID_BYTES, _SECRET_BYTES = 6, 32
-_MAX_NAME = 100
 _COLUMNS = "id, tenant, scopes, secret_sha256, name, created_at, expires_at, revoked_at"
 # Compared with the secret of a key that does not exist, so that its refusal takes as long as another one's.
 _NO_HASH = hashlib.sha256(b"").hexdigest()
@@ -70,6 +73,18 @@ class Key:
         """Whether the key has a scope. `admin` has all of them."""
         return scope in self.scopes or "admin" in self.scopes
 
+    def described(self) -> dict[str, Any]:
+        """The key without its secret, as JSON values. Times are ISO 8601, UTC."""
+        return {
+            "id": self.id,
+            "tenant": self.tenant,
+            "scopes": [scope for scope in SCOPES if scope in self.scopes],
+            "name": self.name,
+            "created_at": _iso_time(self.created_at),
+            "expires_at": None if self.expires_at is None else _iso_time(self.expires_at),
+            "status": self.status,
+        }
+
 
 @dataclass(frozen=True)
 class CreatedKey:
@@ -103,10 +118,12 @@ class Keys:
         """
         check_part(tenant, "tenant")
         checked = _checked_scopes(scopes)
-        if len(name) > _MAX_NAME or not name.isprintable():
-            raise InvalidRequest(f"name must be at most {_MAX_NAME} printable characters", param="name")
-        if lifetime_s is not None and not 0 < lifetime_s < 1e10:
-            raise InvalidRequest(f"the lifetime is {lifetime_s} s; it must be positive", param="expires")
+        if len(name) > MAX_NAME or not name.isprintable():
+            raise InvalidRequest(f"name must be at most {MAX_NAME} printable characters", param="name")
+        if lifetime_s is not None and not 0 < lifetime_s <= MAX_LIFETIME_S:
+            raise InvalidRequest(
+                f"the lifetime is {lifetime_s} s; it must be above 0 and at most a hundred years", param="expires"
+            )
         now = time.time()
         identifier, random = secrets.token_hex(_ID_BYTES), secrets.token_urlsafe(_SECRET_BYTES)
         secret = f"{_PREFIX}{identifier}-{random}"
@@ -155,6 +172,10 @@ def is_secret_of(secret: str, key: Key | None) -> bool:
     """Whether a secret is that of a key; takes as long without a key."""
     same = hmac.compare_digest(_hash(secret), _NO_HASH if key is None else key.secret_sha256)
     return same and key is not None
+
+
+def _iso_time(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
 def _hash(secret: str) -> str:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import re
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
 from adapters_store import AdapterStore
-from sera_serve.access import SCOPES, AccessDatabase, Key, Keys
+from sera_serve.access import SCOPES, AccessDatabase, Keys
 from sera_serve.commands.output import JsonOption, StoreOption, console, print_json, record, refusals
 from sera_serve.errors import InvalidConfiguration
 
@@ -51,7 +50,7 @@ def create(
         created = _keys(store, create=True).create(tenant, asked, name=name, lifetime_s=lifetime_s)
         record(store, "key.create", tenant=tenant, target=created.key.id, scopes=",".join(sorted(created.key.scopes)))
         if as_json:
-            print_json({**_fields(created.key), "secret": created.secret})
+            print_json({**created.key.described(), "secret": created.secret})
             return
         shown = console()
         shown.print(f"key {created.key.id} of tenant {tenant}: {', '.join(sorted(created.key.scopes))}")
@@ -70,11 +69,11 @@ def list_keys(
     with refusals():
         found = _keys(store).all(tenant)
         if as_json:
-            print_json({"keys": [_fields(key) for key in found]})
+            print_json({"keys": [key.described() for key in found]})
             return
         table = Table("id", "tenant", "scopes", "name", "created", "expires", "status")
         for key in found:
-            fields = _fields(key)
+            fields = key.described()
             table.add_row(
                 key.id,
                 key.tenant,
@@ -99,7 +98,7 @@ def revoke(
         revoked = _keys(store).revoke(key, tenant)
         record(store, "key.revoke", tenant=revoked.tenant, target=revoked.id)
         if as_json:
-            print_json(_fields(revoked))
+            print_json(revoked.described())
         else:
             typer.echo(f"revoked {revoked.id} of tenant {revoked.tenant}")
 
@@ -116,19 +115,3 @@ def _lifetime(text: str) -> int:
             f"--expires is {text[:64]!r}; write a lifetime such as 30m, 12h or 90d", param="expires"
         )
     return int(match[1]) * _SECONDS[match[2]]
-
-
-def _fields(key: Key) -> dict[str, Any]:
-    return {
-        "id": key.id,
-        "tenant": key.tenant,
-        "scopes": [scope for scope in SCOPES if scope in key.scopes],
-        "name": key.name,
-        "created_at": _time(key.created_at),
-        "expires_at": None if key.expires_at is None else _time(key.expires_at),
-        "status": key.status,
-    }
-
-
-def _time(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
-from adapters_store import AdapterBundle, AdapterStore, PeftFiles, check_base, parts_of
+from adapters_store import AdapterBundle, AdapterConfig, AdapterStore, PeftFiles, check_base, parts_of
 from sera_kernels import warm_up
 from sera_serve.base import FrozenBase, check_task, import_base
 from sera_serve.config import ServeSettings
+from sera_serve.engine.adapter_uses import ANYONE, AdapterUses
 from sera_serve.engine.admission import AdmissionController
 from sera_serve.engine.choices import ChoiceGroup, check_logprobs, check_options, choice_requests
 from sera_serve.engine.constraint import ConstraintCompiler, ConstraintSpec, TokenConstraint
@@ -41,8 +42,9 @@ from sera_serve.engine.tasks import ClassificationRunner, GenerationRunner, Runn
 from sera_serve.errors import EngineUnavailable, InvalidRequest, PromptTooLong, UnsupportedTask
 from sera_serve.layers import AdapterContext, SideStream, attach_serving, find_shared_inputs
 from sera_serve.residency import AdapterResidency, DevicePool, HostCache, Presence, ResidencyStats
-from sera_serve.residency.bundle_check import check_servable
+from sera_serve.residency.bundle_check import check_fits, check_servable
 from sera_serve.residency.import_probe import ImportedAdapter, import_checkpoint
+from sera_serve.residency.packing import packed_elements
 from sera_serve.threads import BoundedExecutor
 
 _MAX_WAITING_LEASES = 32
@@ -74,7 +76,10 @@ class ServingEngine(RowCalls):
                 self._memory.pool_bytes(), len(self._shapes), settings.max_resident, base.dtype, base.device
             )
         self._names = AdapterNames(settings.max_resident)
-        self._references = AdapterReferences(store, base.info, self._shapes, self._pool.capacity, self._names)
+        self._uses = AdapterUses()
+        self._references = AdapterReferences(
+            store, base.info, self._shapes, self._pool.capacity, self._names, self._uses
+        )
         self._row_maker = RowMaker(base, self._references)
         self._module_index = {path: row for row, path in enumerate(self._shapes)}
         self.residency = AdapterResidency(
@@ -155,9 +160,19 @@ class ServingEngine(RowCalls):
             WrongTask: The base does not serve the bundle's task, or reads images of another size.
             AdapterTooLarge, AdapterOverflow: It can never be served.
         """
-        check_base(bundle.config, self.base.info, self._shapes)
-        check_task(bundle.config, self.base)
+        self.check_config(bundle.config)
         check_servable(bundle, self._module_index, self._pool)
+
+    def check_config(self, config: AdapterConfig) -> None:
+        """Check that an adapter of this configuration can be served, without a look at its weights.
+
+        Raises:
+            WrongBase, UnknownModule, WrongShape, WrongTask: As `check_bundle`.
+            AdapterTooLarge: It is larger than the pool.
+        """
+        check_base(config, self.base.info, self._shapes)
+        check_task(config, self.base)
+        check_fits(packed_elements(config), self._pool)
 
     def import_checkpoint(self, files: PeftFiles) -> ImportedAdapter:
         """Make a bundle of a PEFT checkpoint, and check it as `check_bundle` does. Blocks.
@@ -176,26 +191,38 @@ class ServingEngine(RowCalls):
             if any(part == digest for part, _ in parts_of(known)):
                 self.residency.mark_deleted(known)
         self.residency.mark_deleted(digest)
+        self._uses.forget_pins(digest)
 
     async def pin(self, digest: str, reference: str | None = None) -> None:
         """Bring an adapter to the device and keep it there; raises CannotPin, or why it cannot be loaded.
 
-        `reference` is what requests will name it by, where that is known.
+        `reference` is what requests will name it by, where that is known. The pin is this adapter's: the same content
+        stays on the device while any adapter pins it.
         """
         if reference is not None:
             self._names.add(reference, digest)
         # Pins of deleted adapters must not take the share of the pool that pins may have.
         await self._resolving.run(self.drop_deleted_pins)
-        await asyncio.wrap_future(self.residency.pin(digest))
+        self._uses.pin(_adapter_of(reference), digest)
+        try:
+            await asyncio.wrap_future(self.residency.pin(digest))
+        except BaseException:
+            self.unpin(digest, reference)
+            raise
 
-    def unpin(self, digest: str) -> None:
-        """Let an adapter leave the device again. Idempotent."""
-        self.residency.unpin(digest)
+    def unpin(self, digest: str, reference: str | None = None) -> None:
+        """End an adapter's pin, with which the content may leave the device if no other adapter pins it. Idempotent."""
+        if self._uses.unpin(_adapter_of(reference), digest):
+            self.residency.unpin(digest)
 
     def drop_deleted_pins(self) -> None:
-        """Unpin the adapters whose bundle is not in the store any more: another server deleted it. Blocks."""
+        """End the pins of what was deleted, maybe by another server: contents, and adapters that had them. Blocks."""
         for digest in self.residency.pinned_digests():
-            if not self.store.has(digest):
+            is_stored = self.store.has(digest)
+            for adapter in self._uses.holders(digest):
+                if not is_stored or (adapter != ANYONE and not self.store.has_content(adapter, digest)):
+                    self.unpin(digest, adapter)
+            if not is_stored:
                 self.mark_deleted(digest)
 
     def set_tenant_weights(self, weights: Mapping[str, float]) -> None:
@@ -239,9 +266,9 @@ class ServingEngine(RowCalls):
         """Which adapters serve and which are waited for, by the references that requests name them by."""
         return self._names.activity(*self.residency.ready_and_wanted())
 
-    def presence(self, digests: Sequence[str]) -> list[Presence]:
-        """Where each of these adapters is now: on the device, in the host cache, or in the store."""
-        return self.residency.presence(digests)
+    def presence(self, adapters: Sequence[tuple[str, str]]) -> list[Presence]:
+        """Where each of these adapters, named by `tenant/name` and digest, is now, as far as its own requests know."""
+        return self._uses.visible(adapters, self.residency.presence([digest for _, digest in adapters]))
 
     async def generate(
         self, params: GenerateParams, principal: Principal, received_at: float | None = None
@@ -509,3 +536,7 @@ async def _started(request: Request, reader: EventReader) -> None:
         await reader.wait()
     if request.started_at is None and request.error is not None:
         raise request.error
+
+
+def _adapter_of(reference: str | None) -> str:
+    return ANYONE if reference is None else reference.partition("@")[0]

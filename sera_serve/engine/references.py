@@ -20,6 +20,7 @@ from adapters_store import (
     load_combination,
     parts_of,
 )
+from sera_serve.engine.adapter_uses import AdapterUses
 from sera_serve.engine.named_adapters import AdapterNames
 from sera_serve.engine.request import SERVED_AS, AdapterChoice, Task, WeightedAdapter
 from sera_serve.errors import InvalidRequest, SeraServeError, UnsupportedTask
@@ -45,6 +46,7 @@ class AdapterReferences:
         module_shapes: Mapping[str, tuple[int, int]],
         max_parameters: int,
         names: AdapterNames | None = None,
+        uses: AdapterUses | None = None,
     ) -> None:
         """Prepare.
 
@@ -54,7 +56,9 @@ class AdapterReferences:
             module_shapes: (d_in, d_out) of the base's adaptable layers.
             max_parameters: The most numbers of a combination: what fits the device pool.
             names: Told of each single reference that was resolved.
+            uses: Told of the adapter and the content of each.
         """
+        self._uses = uses
         self._names = names
         self._store = store
         self._base = base
@@ -77,6 +81,8 @@ class AdapterReferences:
         if not isinstance(adapter, str):
             return self._sum(adapter, task)
         resolved = self._one(adapter, task)
+        if self._uses is not None:
+            self._uses.note(resolved.adapter, resolved.digest)
         if self._names is not None:
             # A chat names the version whose template it has read by the whole digest. Routers know the name before "@".
             whole = adapter == f"{resolved.adapter}@{resolved.digest}"

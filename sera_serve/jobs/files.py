@@ -1,12 +1,15 @@
-"""Training files that tenants have uploaded: bytes below `jobs/files/`, everything else in the database."""
+"""Files of training rows and of jobs' results: bytes below `jobs/files/`, everything else in the database."""
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
+import io
 import os
 import secrets
 import sqlite3
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +21,11 @@ from sera_serve.jobs.places import Places
 from sera_serve.jobs.rows import CheckedRows, RowKind, check_rows
 
 MAX_FILES = 1000
-"""Files of one tenant."""
+"""Files that one tenant may upload."""
+Purpose = Literal["fine-tune", "fine-tune-results"]
+FileKind = RowKind | Literal["metrics"]
 _UNFINISHED = "('validating_files', 'queued', 'running')"
-_COLUMNS = "id, tenant, filename, purpose, bytes, sha256, kind, rows, created_at, number"
+_COLUMNS = "id, tenant, filename, purpose, bytes, sha256, kind, rows, created_at, number, job, labels"
 _PART = ".part"
 _BLOCK_BYTES = 1 << 20
 
@@ -55,31 +60,35 @@ class TrainingFileNotStored(SeraServeError):
 
 @dataclass(frozen=True)
 class TrainingFile:
-    """One uploaded file.
+    """One file: uploaded, or the metrics of a job.
 
     Attributes:
         id: `file-` and random digits.
         tenant: Whose it is.
         filename: What the client called it. It names nothing here.
-        purpose: `fine-tune`.
+        purpose: `fine-tune` of an uploaded file, `fine-tune-results` of a job's.
         nbytes: Size.
         sha256: Of the bytes, hexadecimal.
-        kind: What each row has.
+        kind: What each row has: `metrics` in a job's file.
         rows: Number of rows.
         created_at: Seconds since 1970.
         number: Files in the order in which they came.
+        job: Id of the job whose results they are, or None.
+        labels: Number of different labels. It is 0 for rows without labels, and for files of older releases.
     """
 
     id: str
     tenant: str
     filename: str
-    purpose: str
+    purpose: Purpose
     nbytes: int
     sha256: str
-    kind: RowKind
+    kind: FileKind
     rows: int
     created_at: float
     number: int
+    job: str | None = None
+    labels: int = 0
 
 
 class TrainingFiles:
@@ -112,6 +121,22 @@ class TrainingFiles:
         checked = check_rows(source)
         self._check_space(tenant, checked.nbytes)
         file_id = f"file-{secrets.token_hex(12)}"
+        return self._keep(file_id, source, lambda: self._record(file_id, tenant, filename, checked))
+
+    def add_results(self, job_id: str, tenant: str, content: bytes, rows: int) -> TrainingFile:
+        """Keep the metrics of a job, instead of those that an earlier process of it may have left.
+
+        No limit refuses them. Their bytes count as the tenant's.
+
+        Raises:
+            TrainingFileNotStored: The disk is full or not writable.
+        """
+        file_id = results_id(job_id)
+        sha256 = hashlib.sha256(content).hexdigest()
+        values = (file_id, tenant, f"{job_id}.csv", "fine-tune-results", len(content), sha256, "metrics", rows)
+        return self._keep(file_id, io.BytesIO(content), lambda: self._insert((*values, time.time()), job_id, 0))
+
+    def _keep(self, file_id: str, source: BinaryIO, record: Callable[[], TrainingFile]) -> TrainingFile:
         try:
             self._places.make()
             with self._places.file(file_id + _PART).open("xb") as file:
@@ -121,7 +146,7 @@ class TrainingFiles:
                     _copy(source, file)
                     part.rename(self._places.file(file_id))
                     _sync(self._places.files)
-                    return self._record(file_id, tenant, filename, checked)
+                    return record()
                 except BaseException:
                     for path in (part, self._places.file(file_id)):
                         path.unlink(missing_ok=True)
@@ -147,9 +172,14 @@ class TrainingFiles:
         return _file(row)
 
     def page(
-        self, tenant: str | None, after: str | None, limit: int, order: Literal["asc", "desc"] = "desc"
+        self,
+        tenant: str | None,
+        after: str | None,
+        limit: int,
+        order: Literal["asc", "desc"] = "desc",
+        purpose: str | None = None,
     ) -> tuple[list[TrainingFile], bool]:
-        """Return (files, whether there are more), the newest first by default.
+        """Return (files, whether there are more), the newest first by default; of one purpose, or of both.
 
         Raises:
             TrainingFileNotFound: `after` names no file of the tenant.
@@ -159,6 +189,9 @@ class TrainingFiles:
         if tenant is not None:
             where.append("tenant = ?")
             values.append(tenant)
+        if purpose is not None:
+            where.append("purpose = ?")
+            values.append(purpose)
         if after is not None:
             where.append(f"number {comes_after} ?")
             values.append(str(self.get(after, tenant).number))
@@ -197,6 +230,18 @@ class TrainingFiles:
             self.path(file).unlink(missing_ok=True)
         return file
 
+    def delete_results(self) -> None:
+        """Delete the results of jobs that have not succeeded, and of those that are remembered no more."""
+        query = (
+            f"SELECT {_COLUMNS} FROM files WHERE job IS NOT NULL AND NOT EXISTS "
+            "(SELECT 1 FROM jobs WHERE jobs.id = files.job AND status NOT IN ('failed', 'cancelled'))"
+        )
+        with self._database.reading() as connection:
+            found = [] if connection is None else [_file(row) for row in connection.execute(query).fetchall()]
+        for file in found:
+            with suppress(TrainingFileNotFound):
+                self.delete(file.id, None)
+
     def sweep(self) -> int:
         """Delete bytes that no record names and nobody writes. Returns their number; raises OSError."""
         if not self._places.files.is_dir():
@@ -224,7 +269,8 @@ class TrainingFiles:
         return True
 
     def _check_space(self, tenant: str, nbytes: int, connection: sqlite3.Connection | None = None) -> None:
-        query = "SELECT count(*), coalesce(sum(bytes), 0) FROM files WHERE tenant = ?"
+        # The server makes the results of jobs, so their number refuses no upload.
+        query = "SELECT count(*) FILTER (WHERE job IS NULL), coalesce(sum(bytes), 0) FROM files WHERE tenant = ?"
         if connection is None:
             with self._database.reading() as reading:
                 if reading is not None:
@@ -240,17 +286,35 @@ class TrainingFiles:
 
     def _record(self, file_id: str, tenant: str, filename: str, checked: CheckedRows) -> TrainingFile:
         values = (file_id, tenant, filename, "fine-tune", checked.nbytes, checked.sha256, checked.kind, checked.rows)
-        now = time.time()
+        # The limit again: other uploads of the tenant may have come between.
+        return self._insert(
+            (*values, time.time()),
+            None,
+            checked.labels,
+            lambda connection: self._check_space(tenant, checked.nbytes, connection),
+        )
+
+    def _insert(
+        self,
+        values: tuple[object, ...],
+        job_id: str | None,
+        labels: int,
+        check: Callable[[sqlite3.Connection], None] = lambda connection: None,
+    ) -> TrainingFile:
         with self._database.writing() as connection:
-            # Again: other uploads of the tenant may have come between.
-            self._check_space(tenant, checked.nbytes, connection)
+            check(connection)
             done = connection.execute(
-                "INSERT INTO files (id, tenant, filename, purpose, bytes, sha256, kind, rows, created_at) "
-                "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (*values, now),
+                "INSERT OR REPLACE INTO files (id, tenant, filename, purpose, bytes, sha256, kind, rows, created_at, "
+                "job, labels) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (*values, job_id, labels),
             )
             number = cast(int, done.lastrowid)
-        return TrainingFile(*values, now, number)
+        return _file((*values, number, job_id, labels))
+
+
+def results_id(job_id: str) -> str:
+    """The id of the file with a job's metrics. A job that is finished twice has one."""
+    return f"file-{job_id.rpartition('-')[2]}"
 
 
 def no_file(file_id: str, param: str = "file_id") -> TrainingFileNotFound:

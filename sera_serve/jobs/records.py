@@ -7,7 +7,7 @@ import secrets
 import sqlite3
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from sera_serve.access import AccessDatabase
@@ -27,7 +27,8 @@ _MAX_MESSAGE = 2000
 _UNFINISHED = "('validating_files', 'queued', 'running')"
 _COLUMNS = (
     "id, tenant, status, spec, metadata, training_file, validation_file, key_id, created_at, started_at, finished_at, "
-    "estimated_finish, kills, progress_read, trained_tokens, fine_tuned_model, error, number"
+    "estimated_finish, kills, progress_read, trained_tokens, fine_tuned_model, error, number, "
+    "(SELECT files.id FROM files WHERE files.job = jobs.id)"
 )
 
 
@@ -75,6 +76,7 @@ class Job:
         fine_tuned_model: The adapter, once it is published.
         error: `code`, `message` and `param` of a failure.
         number: Jobs in the order in which they came.
+        result_file: Id of the file with its metrics, or None: it has not succeeded, or the file was deleted.
     """
 
     id: str
@@ -95,6 +97,7 @@ class Job:
     fine_tuned_model: str | None
     error: dict[str, Any] | None
     number: int
+    result_file: str | None
 
     @property
     def is_finished(self) -> bool:
@@ -212,8 +215,16 @@ class Jobs:
                 raise _no_job(job_id)
             return _get(connection, job_id, tenant)
 
-    def page(self, tenant: str | None, after: str | None, limit: int) -> tuple[list[Job], bool]:
+    def page(
+        self, tenant: str | None, after: str | None, limit: int, metadata: Mapping[str, str] | None = None
+    ) -> tuple[list[Job], bool]:
         """Return (jobs, whether there are more), the newest first.
+
+        Args:
+            tenant: Whose jobs; None sees those of all tenants.
+            after: Id of the last job of the previous page.
+            limit: Most jobs.
+            metadata: Only jobs that have these pairs; with no pair, only jobs without metadata.
 
         Raises:
             JobNotFound: `after` names no job of the tenant.
@@ -231,6 +242,10 @@ class Jobs:
             if after is not None:
                 where.append("number < ?")
                 values.append(_get(connection, after, tenant, "after").number)
+            if metadata is not None:
+                # SQLite's own JSON functions compare keys with escapes differently from release to release.
+                connection.create_function("has_metadata", 1, lambda text: _has(json.loads(text), metadata))
+                where.append("has_metadata(metadata)")
             query = f"SELECT {_COLUMNS} FROM jobs WHERE {' AND '.join(where)} ORDER BY number DESC LIMIT {limit + 1}"
             rows = connection.execute(query, values).fetchall()
         return [_job(row) for row in rows[:limit]], len(rows) > limit
@@ -426,11 +441,15 @@ def _get(connection: sqlite3.Connection, job_id: str, tenant: str | None, param:
 
 
 def _job(row: Sequence[Any]) -> Job:
-    fields: dict[str, Any] = dict(zip(_COLUMNS.split(", "), row, strict=True))
-    fields["spec"] = JobSpec.from_json(fields["spec"])
-    fields["metadata"] = json.loads(fields["metadata"])
-    fields["error"] = None if fields["error"] is None else json.loads(fields["error"])
-    return Job(**fields)
+    values: dict[str, Any] = dict(zip((field.name for field in fields(Job)), row, strict=True))
+    values["spec"] = JobSpec.from_json(values["spec"])
+    values["metadata"] = json.loads(values["metadata"])
+    values["error"] = None if values["error"] is None else json.loads(values["error"])
+    return Job(**values)
+
+
+def _has(held: dict[str, str], wanted: Mapping[str, str]) -> bool:
+    return wanted.items() <= held.items() if wanted else not held
 
 
 def _unfinished(connection: sqlite3.Connection, tenant: str) -> int:

@@ -52,16 +52,18 @@ class CheckedRows:
         rows: Number of rows.
         nbytes: Bytes of the file.
         sha256: Hexadecimal SHA-256 of the bytes.
+        labels: Number of different labels; 0 for rows without labels.
     """
 
     kind: RowKind
     rows: int
     nbytes: int
     sha256: str
+    labels: int
 
 
 def check_rows(file: BinaryIO) -> CheckedRows:
-    """Check a JSONL file from its beginning. Blocks; memory is bounded by one line.
+    """Check a JSONL file from its beginning. Blocks; memory is bounded by one line, and a number a row.
 
     Raises:
         InvalidTrainingFile: The file has no rows, too many, rows of several kinds, or rows that cannot be learned from.
@@ -70,6 +72,7 @@ def check_rows(file: BinaryIO) -> CheckedRows:
     digest = hashlib.sha256()
     kind: RowKind | None = None
     rows = nbytes = 0
+    labels: set[int] = set()
     number = 0
     rested = time.monotonic()
     file.seek(0)
@@ -94,6 +97,8 @@ def check_rows(file: BinaryIO) -> CheckedRows:
                 problems.add(row, f"it has {_words(own)}, and rows before it have {_words(kind)}; one kind a file")
             elif own is not None:
                 _check(row, own, problems)
+                if "label" in row.values:
+                    labels.add(hash(str(row.values["label"])))
         if len(problems.found) >= _MAX_FAULTS:
             break
         if time.monotonic() - rested > _WORK_S:
@@ -105,7 +110,7 @@ def check_rows(file: BinaryIO) -> CheckedRows:
         raise _refused(error.message) from None
     if kind is None:
         raise _refused(f"the file has no rows; each line is one JSON object: {_SHAPES}")
-    return CheckedRows(kind, rows, nbytes, digest.hexdigest())
+    return CheckedRows(kind, rows, nbytes, digest.hexdigest(), len(labels))
 
 
 def sha256_of(path: Path) -> str:

@@ -8,17 +8,23 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from adapters_store import AdapterConfig, BaseInfo, ModuleSpec
 from sera_serve.base import Quantize
 from sera_serve.errors import InvalidConfiguration
 from sera_serve.jobs.rows import RowKind
-from sera_serve.layers import ALL_LINEAR
+from sera_serve.layers import ALL_LINEAR, near_names, pattern_matches
+from sera_serve.trainer.initial import check_initial
 from sera_serve.trainer.settings import TrainSettings, load_options
 
 TRAINING_NAME, VALIDATION_NAME = "training_file.jsonl", "validation_file.jsonl"
 """What a job's own directory calls its two files. Messages of the trainer show these names."""
+BYTES_A_NUMBER = 4
+"""The trainer keeps adapters in float32."""
 # Steps whose loss becomes an event, at most about.
 _MOST_POINTS = 300
 _CHECKPOINT_S = 10.0
+# A classifier has no fewer.
+_FEWEST_LABELS = 2
 # Options of the trainer's command line, as a job's body names them. The longer ones come first.
 _WORDS = (
     ("lower --learning-rate", "lower learning_rate_multiplier: this is the rate"),
@@ -139,12 +145,25 @@ def auto_batch_size(rows: int) -> int:
     return min(16, max(4, rows // 32))
 
 
-def check_spec(spec: JobSpec, module_shapes: Mapping[str, tuple[int, int]]) -> None:
+def check_spec(
+    spec: JobSpec,
+    base: BaseInfo,
+    module_shapes: Mapping[str, tuple[int, int]],
+    labels: int,
+    initial: AdapterConfig | None,
+) -> AdapterConfig:
     """Refuse now what the trainer would refuse when the job runs.
 
     Args:
         spec: A job that is not made yet.
+        base: The base that it trains on.
         module_shapes: (d_in, d_out) of each linear layer of the base, by path.
+        labels: Different labels of the training rows, as far as is known.
+        initial: The adapter to go on from, which decides the shape, or None.
+
+    Returns:
+        An adapter of the task and the shape of the one that the job will make. Its labels, pooling and length are
+        others.
 
     Raises:
         InvalidConfiguration: The message names fields of a job's body.
@@ -152,14 +171,23 @@ def check_spec(spec: JobSpec, module_shapes: Mapping[str, tuple[int, int]]) -> N
     folder = Path("jobs")
     try:
         settings = load_options(None, spec.train_settings("base", folder, folder, device="cpu", dtype="auto"))
-        if spec.init_from is None:
-            _check_targets(settings, module_shapes)
+        if initial is not None:
+            check_initial(spec.model, initial, settings)
+            return initial
+        modules = _modules(settings, module_shapes)
     except InvalidConfiguration as error:
         field = error.param
+        if initial is not None:
+            raise InvalidConfiguration(in_words(error.message), param="model") from error
         if field not in ("rank", "split", "target_modules"):
             # The settings do not always say which of their fields is at fault.
             field = "split" if "split" in error.message else "method"
         raise InvalidConfiguration(in_words(error.message), param=f"adapter.{field}") from error
+    fields: dict[str, Any] = {}
+    if spec.task == "classify":
+        names = [str(label) for label in range(max(labels, _FEWEST_LABELS))]
+        fields = {"labels": names, "pooling": "mean", "max_length": 1}
+    return AdapterConfig(task=spec.task, method=settings.stored_method, base=base, modules=modules, **fields)
 
 
 def in_words(message: str) -> str:
@@ -169,23 +197,28 @@ def in_words(message: str) -> str:
     return message
 
 
-def _check_targets(settings: TrainSettings, module_shapes: Mapping[str, tuple[int, int]]) -> None:
+def _modules(settings: TrainSettings, module_shapes: Mapping[str, tuple[int, int]]) -> dict[str, ModuleSpec]:
     config = settings.adapter_config()
     if config is None:
-        return
-    for path, (d_in, d_out) in module_shapes.items():
-        if config.target_modules == ALL_LINEAR or any(_is_named(path, name) for name in config.target_modules):
-            config.check_fits(path, d_in, d_out)
-    if config.target_modules == ALL_LINEAR:
-        return
-    for name in config.target_modules:
-        if not any(_is_named(path, name) for path in module_shapes):
-            known = sorted({path.rpartition(".")[2] for path in module_shapes})
+        return {}
+    patterns = ("*",) if config.target_modules == ALL_LINEAR else config.target_modules
+    for pattern in patterns:
+        if not any(pattern_matches(pattern, path) for path in module_shapes):
             raise InvalidConfiguration(
-                f"target_modules has {name!r}, which no linear layer of the base has; they are {', '.join(known)}",
+                f"target_modules has {pattern!r}, which no linear layer of the base has; it has "
+                f"{near_names(pattern, module_shapes)}",
                 param="target_modules",
             )
-
-
-def _is_named(path: str, name: str) -> bool:
-    return path == name or path.endswith("." + name)
+    modules = {}
+    for path, (d_in, d_out) in module_shapes.items():
+        if any(pattern_matches(pattern, path) for pattern in patterns):
+            config.check_fits(path, d_in, d_out)
+            modules[path] = ModuleSpec(
+                d_in=d_in,
+                d_out=d_out,
+                rank=config.rank,
+                split=config.split,
+                use_mixer=config.use_mixer,
+                scaling=config.scaling,
+            )
+    return modules

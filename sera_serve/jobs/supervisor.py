@@ -13,7 +13,8 @@ from typing import IO
 from adapters_store import AdapterStore, Published
 from adapters_store.errors import AdapterNotFound, StoreError
 from sera_serve.access import AccessDatabaseError
-from sera_serve.jobs.files import TrainingFileNotFound, TrainingFiles
+from sera_serve.jobs.files import TrainingFileNotFound, TrainingFileNotStored, TrainingFiles
+from sera_serve.jobs.metrics import metrics_csv
 from sera_serve.jobs.places import Places
 from sera_serve.jobs.process import (
     JobProcess,
@@ -24,12 +25,13 @@ from sera_serve.jobs.process import (
     read_publishing,
     read_result,
 )
-from sera_serve.jobs.records import Job, Jobs, NewEvent
+from sera_serve.jobs.records import Job, JobEvent, Jobs, NewEvent
 from sera_serve.jobs.rows import sha256_of
 
 logger = logging.getLogger("sera_serve.jobs")
 
 _TICK_S, _IDLE_S, _RECORD_S = 0.25, 2.0, 1.0
+_PAGE = 500
 # A process that the system ends is started again so often.
 _MAX_KILLS = 1
 
@@ -232,6 +234,7 @@ class Supervisor:
         if result is None:
             return False
         if result["status"] == "succeeded":
+            self._keep_metrics(job)
             if self._jobs.succeed(
                 job.id, job.spec.adapter, result["version"], result["chosen_step"], result["trained_tokens"]
             ):
@@ -239,6 +242,21 @@ class Supervisor:
         else:
             self._fail(job, result["code"], result["message"], result["param"])
         return True
+
+    def _keep_metrics(self, job: Job) -> None:
+        """Make the file of a job's metrics. The job's events have them too, so a full disk fails no job."""
+        events: list[JobEvent] = []
+        has_more = True
+        while has_more:
+            page, has_more = self._jobs.events(
+                job.id, None, events[-1].seq if events else None, _PAGE, oldest_first=True
+            )
+            events += page
+        content, rows = metrics_csv(event.data for event in events if event.type == "metrics")
+        try:
+            self._files.add_results(job.id, job.tenant, content, rows)
+        except TrainingFileNotStored as error:
+            logger.error("the metrics of job %s have no file: %s", job.id, error)
 
     def _fail(self, job: Job, code: str, message: str, param: str | None) -> None:
         if self._jobs.fail(job.id, code, message, param):
@@ -259,5 +277,6 @@ class Supervisor:
                 if self._store.resolve(job.spec.adapter).digest == publishing["digest"]:
                     self._store.delete(job.spec.adapter)
         self._last_steps.pop(job.id, None)
+        self._files.delete_results()
         clear(run)
         self._jobs.mark_cleared(job.id)

@@ -37,7 +37,7 @@ def check_servable(bundle: AdapterBundle, module_index: Mapping[str, int], pool:
             `param` names the module.
     """
     layout, parts = lay_out(bundle, module_index)
-    check_fits(layout, pool)
+    check_fits(layout.elements, pool)
     dtype = pool.data.dtype
     largest = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
     for path, spec in bundle.config.modules.items():
@@ -48,12 +48,12 @@ def check_servable(bundle: AdapterBundle, module_index: Mapping[str, int], pool:
     _probe(join(layout, parts, dtype), module_index)
 
 
-def check_fits(layout: AdapterLayout, pool: DevicePool) -> None:
-    """Raise AdapterTooLarge where the adapter is larger than the whole pool."""
-    if layout.elements > pool.capacity:
+def check_fits(elements: int, pool: DevicePool) -> None:
+    """Raise AdapterTooLarge where a packed run of so many elements is larger than the whole pool."""
+    if elements > pool.capacity:
         itemsize = pool.data.element_size()
         raise AdapterTooLarge(
-            f"the adapter takes {layout.elements * itemsize} bytes, the device pool has {pool.capacity * itemsize}; "
+            f"the adapter takes {elements * itemsize} bytes, the device pool has {pool.capacity * itemsize}; "
             "raise pool_mib",
             param="adapter",
         )

@@ -39,7 +39,7 @@ class AdapterLoader:
             Exception: Whatever `load` raised.
         """
         packed = pack(self._load(digest), self._module_index, self._pool.data.dtype, digest)
-        check_fits(packed.layout, self._pool)
+        check_fits(packed.layout.elements, self._pool)
         return packed
 
 

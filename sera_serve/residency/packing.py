@@ -126,6 +126,21 @@ class PackedAdapter:
         return self.data.numel() * self.data.element_size()
 
 
+def packed_elements(config: AdapterConfig) -> int:
+    """The length of the packed run of any bundle with this configuration: the `elements` of its layout."""
+    chunks = []
+    for spec in config.modules.values():
+        vectors = 2 * spec.d_out if spec.has_gain or spec.has_offset else 0
+        chunks += [spec.parameters - (spec.has_gain + spec.has_offset) * spec.d_out, vectors]
+    if config.has_head:
+        width = config.base.hidden_size
+        if config.head is not None:
+            chunks += [config.head.width * width, config.head.width]
+            width = config.head.width
+        chunks += [config.num_labels * width, config.num_labels]
+    return sum(chunk + -chunk % ALIGNMENT for chunk in chunks)
+
+
 def pack(
     bundle: AdapterBundle, module_index: Mapping[str, int], dtype: torch.dtype, digest: str | None = None
 ) -> PackedAdapter:

@@ -42,6 +42,7 @@ class RequestRecord:
         opened_at: When the waits begin (`time.monotonic`): the account was opened.
         load_began: When the first adapter of the request began to load (`time.monotonic`); None if none had to.
         load_s: How long that took.
+        code: Of the error that answered it, or ended its stream.
     """
 
     tenant: str | None = None
@@ -56,6 +57,7 @@ class RequestRecord:
     opened_at: float | None = None
     load_began: float | None = None
     load_s: float = 0.0
+    code: str | None = None
 
 
 class Meter:
@@ -220,6 +222,7 @@ class Account:
     def count_refusal(self, code: str) -> None:
         """Count a generation that failed after its stream had begun. `code` is an error code of the server."""
         self._metrics.count_refusal(code)
+        self._record.code = code
 
     def _count_rows(self, inputs: int, waited_s: float) -> Usage:
         """Count a call of rows for its tenant, and return the tenant's usage."""

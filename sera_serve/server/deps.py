@@ -11,7 +11,7 @@ from typing import Annotated, Protocol, cast
 
 from fastapi import Depends, Request
 
-from adapters_store import AdapterBundle, AdapterStore, PeftFiles
+from adapters_store import AdapterBundle, AdapterConfig, AdapterStore, PeftFiles
 from sera_serve.access import AuditLog, Holdings, Quotas
 from sera_serve.base import FrozenBase, ImageInput, Pooling
 from sera_serve.config import ServeSettings
@@ -114,6 +114,13 @@ class Engine(Protocol):
             InvalidBundle, AdapterTooLarge, AdapterOverflow: The bundle is refused.
         """
 
+    def check_config(self, config: AdapterConfig) -> None:
+        """`check_bundle` for an adapter that has no weights yet.
+
+        Raises:
+            InvalidBundle, AdapterTooLarge: Adapters of this configuration are refused.
+        """
+
     def import_checkpoint(self, files: PeftFiles) -> ImportedAdapter:
         """Make a bundle of a PEFT checkpoint, and check it as `check_bundle` does. Blocks.
 
@@ -145,14 +152,14 @@ class Engine(Protocol):
     async def pin(self, digest: str, reference: str | None = None) -> None:
         """Load an adapter onto the device and keep it there. `reference` is what requests will name it by."""
 
-    def unpin(self, digest: str) -> None:
-        """Allow the eviction of a pinned adapter. Idempotent."""
+    def unpin(self, digest: str, reference: str | None = None) -> None:
+        """End the pin of an adapter. Its content may leave the device if no other adapter pins it. Idempotent."""
 
     def drop_deleted_pins(self) -> None:
-        """Unpin the adapters whose bundle is not in the store any more: another server deleted it. Blocks."""
+        """End the pins of adapters and bundles that were deleted, maybe by another server. Blocks."""
 
-    def presence(self, digests: Sequence[str]) -> Sequence[Presence]:
-        """Where each of these adapters is now."""
+    def presence(self, adapters: Sequence[tuple[str, str]]) -> Sequence[Presence]:
+        """Where each of these adapters, named by `tenant/name` and digest, is now."""
 
     def stats(self) -> ResidencyStats:
         """Figures of the adapters' memory."""

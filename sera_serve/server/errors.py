@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http
 import logging
+from collections.abc import Mapping
 from typing import Any, cast
 
 from fastapi import FastAPI, Request, Response
@@ -12,6 +13,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
 
 from adapters_store.errors import StoreError, StoreWriteFailed
 from sera_serve.errors import SeraServeError
@@ -104,13 +106,35 @@ def describe(error: Exception, request_id: str) -> tuple[int, dict[str, Any], in
     return 500, error_content(500, message, code), None
 
 
-def error_response(error: Exception, request_id: str) -> JSONResponse:
+class ErrorAnswer(JSONResponse):
+    """The response of a failure. Its code goes into the request's line of the log."""
+
+    def __init__(self, content: dict[str, Any], status: int, headers: Mapping[str, str] | None = None) -> None:
+        """Make the response of what `error_content` returns."""
+        super().__init__(content, status, headers)
+        self._code: str = content["error"]["code"]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the response."""
+        note_code(scope, self._code)
+        await super().__call__(scope, receive, send)
+
+
+def note_code(scope: Scope, code: str) -> None:
+    """Put the code of a failure into the request's line of the log."""
+    record = scope["state"].get("record")
+    # What is refused before `RequestLifecycle` has no line.
+    if record is not None:
+        record.code = code
+
+
+def error_response(error: Exception, request_id: str) -> ErrorAnswer:
     """Return the response for any failure."""
     status, content, retry_after = describe(error, request_id)
     headers = {} if retry_after is None else {"Retry-After": str(retry_after)}
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    return JSONResponse(content, status, headers)
+    return ErrorAnswer(content, status, headers)
 
 
 def add_error_handlers(app: FastAPI) -> None:
@@ -133,7 +157,7 @@ async def _typed(request: Request, error: Exception) -> Response:
 async def _invalid(request: Request, error: Exception) -> Response:
     message, code, param = validation_problem(cast(RequestValidationError, error))
     status = 400 if code == "invalid_json" else 422
-    return JSONResponse(error_content(status, message, code, param), status)
+    return ErrorAnswer(error_content(status, message, code, param), status)
 
 
 def validation_problem(error: RequestValidationError) -> tuple[str, str, str | None]:
@@ -188,7 +212,7 @@ async def _http(request: Request, error: Exception) -> Response:
     headers = failure.headers
     if status == 405:
         headers = {"Allow": allow_header(routes_of_path(request.app.state.routes, request.scope))}
-    return JSONResponse(error_content(status, message, code), status, headers)
+    return ErrorAnswer(error_content(status, message, code), status, headers)
 
 
 async def _closed(request: Request, error: Exception) -> Response:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from adapters_store import AdapterBundle, AdapterStore, BundleLimits, PeftFiles, Published, peft_from_path
-from adapters_store.errors import AdapterNotFound, InvalidBundle, MissingFile
+from adapters_store.errors import AdapterNotFound, InvalidBundle, MissingFile, StoreError
 from sera_serve.access import AccessControl, Actor, AuditLog, Holdings
 from sera_serve.server.deps import Engine
 
@@ -75,6 +76,9 @@ def remove(
             engine.mark_deleted(digest)
         holdings.note_deleted(reference)
         audit.record("adapter.delete", actor, tenant=reference.partition("/")[0], target=reference)
+        # Pins of content that other adapters have too. A store that cannot be read is asked again with the next pin.
+        with suppress(StoreError):
+            engine.drop_deleted_pins()
     except AdapterNotFound:
         # A command may have deleted it, and been killed before the end of its shares.
         _end_shares(reference, access)

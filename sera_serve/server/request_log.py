@@ -76,6 +76,7 @@ class RequestLog:
             "method": scope["method"][:16],
             "route": route,
             "status": status,
+            "code": record.code,
             "seconds": round(seconds, 6),
             "address": None if client is None else client[0],
             "tenant": record.tenant or (None if key is None else key.tenant),

@@ -21,7 +21,8 @@ from sera_serve.server.scopes import needed_scope
 
 # Longer ones are refused before they are parsed. A boundary of a form has at most 70 characters.
 _MAX_CONTENT_TYPE = 256
-_MAX_QUERY = 16
+# Of a list of jobs: 16 pairs of metadata and a page.
+_MAX_QUERY = 18
 # Lists, objects and keys of a body; no request has a use for more.
 _MAX_MEMBERS = 20_000
 # Items of all lists; a prompt of 131,072 token ids is one of the longest.

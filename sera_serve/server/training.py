@@ -56,6 +56,7 @@ class Training:
         supervisor: Runs them.
         quotas: How many jobs each tenant may have.
         holdings: How many adapters each tenant may have.
+        max_bundle_bytes: Largest bundle of the store.
         checking: The thread that checks uploaded files, one at a time.
         streams: Counts the streams of events.
     """
@@ -65,6 +66,7 @@ class Training:
     supervisor: Supervisor
     quotas: Quotas
     holdings: Holdings
+    max_bundle_bytes: int
     checking: BoundedExecutor
     streams: StreamSlots
 
@@ -112,6 +114,7 @@ class Training:
             supervisor=supervisor,
             quotas=quotas,
             holdings=holdings,
+            max_bundle_bytes=processes.max_bundle_bytes,
             checking=BoundedExecutor("training-files", 1, settings.max_uploads),
             streams=StreamSlots(),
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from adapters_store import AdapterBundle, AdapterStore, check_base
+from adapters_store import AdapterBundle, AdapterConfig, AdapterStore, check_base
 from sera_serve.base import FrozenBase
 from sera_serve.errors import InvalidConfiguration
 from sera_serve.layers import SeraConfig, attach_layers
@@ -70,24 +70,38 @@ def load_initial(settings: TrainSettings, store: AdapterStore) -> InitialAdapter
 
     Raises:
         AdapterNotFound: There is none.
-        InvalidConfiguration: It is of another task, has labels of the other kind (one or several a text), or has parts
-            that the trainer does not train.
+        InvalidConfiguration: As `check_initial`.
     """
     if settings.init_from is None:
         return None
     found = store.resolve(settings.init_from)
     bundle = store.load(found.digest)
-    config = bundle.config
+    check_initial(settings.init_from, bundle.config, settings)
+    return InitialAdapter(settings.init_from, found.digest, bundle)
+
+
+def check_initial(reference: str, config: AdapterConfig, settings: TrainSettings) -> None:
+    """Check that a run can go on from an adapter.
+
+    Args:
+        reference: What messages call it.
+        config: Its configuration.
+        settings: Options of the run.
+
+    Raises:
+        InvalidConfiguration: It is of another task, has labels of the other kind (one or several a text), or has parts
+            that the trainer does not train.
+    """
     if config.task != settings.task:
         raise InvalidConfiguration(
-            f"adapter {settings.init_from} is for task {config.task}, and this run is for {settings.task}; "
+            f"adapter {reference} is for task {config.task}, and this run is for {settings.task}; "
             f"take --task {config.task} with rows for it, or another adapter",
             param="init_from",
         )
     if config.multi_label != settings.multi_label:
         told = "give --multi-label too" if config.multi_label else "leave --multi-label out"
         raise InvalidConfiguration(
-            f"a text has {'several labels' if config.multi_label else 'one label'} under adapter {settings.init_from}; "
+            f"a text has {'several labels' if config.multi_label else 'one label'} under adapter {reference}; "
             f"{told}, or take another adapter",
             param="multi_label",
         )
@@ -98,7 +112,6 @@ def load_initial(settings: TrainSettings, store: AdapterStore) -> InitialAdapter
         what = "gains or offsets"
     if what is not None:
         raise InvalidConfiguration(
-            f"adapter {settings.init_from} has {what}, which cannot be trained further; take another adapter",
+            f"adapter {reference} has {what}, which cannot be trained further; take another adapter",
             param="init_from",
         )
-    return InitialAdapter(settings.init_from, found.digest, bundle)

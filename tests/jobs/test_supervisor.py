@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import pytest
 from adapters_store import AdapterStore, Published
 from sera_serve.access import AccessDatabase
 from sera_serve.jobs import Job, JobEnded, JobNotFound, JobProcesses, Jobs, JobSpec, Places, Supervisor, TrainingFiles
-from sera_serve.jobs.files import FileInUse
+from sera_serve.jobs.files import FileInUse, TooManyFiles, TrainingFileNotFound, TrainingFileNotStored
 from sera_serve.jobs.process import JobProcess
 from sera_serve.jobs.records import NewEvent, new_job_id
 from support.live_server import wait_until
@@ -68,12 +68,12 @@ class Platform:
 
         return Supervisor(self.jobs, self.files, self.places, self.store, self.processes, most, note)
 
-    def create(self, tenant: str) -> Job:
+    def create(self, tenant: str, metadata: Mapping[str, str] | None = None) -> Job:
         with self.rows.open("rb") as source:
             file = self.files.add(tenant, "rows.jsonl", source)
         job_id = new_job_id()
         spec = JobSpec("base", f"{tenant}/a-{job_id[-8:]}", "text", "classify", 1, 4, 1.0, 0, 12)
-        return self.jobs.create(job_id, tenant, spec, {}, file.id, None, None)
+        return self.jobs.create(job_id, tenant, spec, metadata or {}, file.id, None, None)
 
     def leave(self, job: Job, **result: Any) -> None:
         """Leave a result, as a job's process does at its end."""
@@ -164,6 +164,113 @@ def test_a_result_that_a_dead_server_has_not_read_ends_the_job_once(platform: Pl
     with pytest.raises(JobEnded):
         platform.jobs.cancel(job.id, "acme")
     assert not platform.jobs.succeed(job.id, "acme/other", 2, 3, 1)
+
+
+METRICS = [
+    {"type": "metrics", "step": 1, "total_steps": 2, "epoch": 0.5, "train_loss": 2.5, "learning_rate": 0.1},
+    {"type": "metrics", "step": 2, "total_steps": 2, "epoch": 1.0, "train_loss": 1.5},
+    {"type": "metrics", "step": 2, "total_steps": 2, "epoch": 1.0, "train_loss": 1.5, "eval_loss": 1, "eval_f1": 0.5},
+]
+TABLE = "step,epoch,train_loss,learning_rate,valid_loss,valid_f1\n1,0.5,2.5,0.1,,\n2,1.0,1.5,,1,0.5\n"
+
+
+def leave_success(platform: Platform, job: Job) -> None:
+    platform.jobs.advance(job.id, "running", NewEvent("runs"))
+    platform.leave(job, **SUCCESS)
+    lines = "".join(json.dumps(entry) + "\n" for entry in METRICS)
+    (platform.places.run(job.id) / "progress.jsonl").write_text(lines)
+
+
+def test_the_metrics_of_a_job_are_a_file_that_goes_with_it(platform: Platform, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sera_serve.jobs.records._MAX_KEPT", 1)
+    jobs = [platform.create("acme") for _ in range(2)]
+    # As a server leaves it that is killed before it records the success.
+    platform.files.add_results(jobs[0].id, "acme", b"old", 1)
+    for job in jobs:
+        leave_success(platform, job)
+    platform.supervisor.start()
+    wait_until(lambda: all(not platform.places.run(job.id).exists() for job in jobs))
+    files = []
+    for job in jobs:
+        found = platform.jobs.get(job.id, "acme").result_file
+        assert found is not None
+        files.append(platform.files.get(found, "acme"))
+    assert all(platform.files.path(file).read_text() == TABLE for file in files)
+    assert all((file.purpose, file.rows, file.nbytes) == ("fine-tune-results", 2, len(TABLE)) for file in files)
+    wait_until(lambda: platform.jobs.uncleared() == [])
+    # Another job makes the oldest one forgotten.
+    leave_success(platform, platform.create("acme"))
+    platform.supervisor.wake()
+    wait_until(lambda: not platform.files.path(files[0]).exists())
+    with pytest.raises(TrainingFileNotFound):
+        platform.files.get(files[0].id, "acme")
+    assert platform.files.get(files[1].id, "acme") == files[1]
+
+
+def test_a_tenant_deletes_the_metrics_of_a_job(platform: Platform) -> None:
+    job = platform.create("acme")
+    leave_success(platform, job)
+    platform.supervisor.start()
+    wait_until(lambda: platform.status(job) == "succeeded")
+    file_id = platform.jobs.get(job.id, "acme").result_file
+    assert file_id is not None
+    with pytest.raises(TrainingFileNotFound):
+        platform.files.get(file_id, "evil")
+    platform.files.delete(file_id, "acme")
+    assert platform.jobs.get(job.id, "acme").result_file is None
+
+
+def test_results_of_a_job_that_is_cancelled_meanwhile_go(platform: Platform) -> None:
+    job = platform.create("acme")
+    platform.jobs.advance(job.id, "running", NewEvent("runs"))
+    results = platform.files.add_results(job.id, "acme", b"step\n", 0)
+    platform.jobs.cancel(job.id, "acme")
+    platform.supervisor.start()
+    wait_until(lambda: platform.jobs.uncleared() == [])
+    assert not platform.files.path(results).exists() and platform.jobs.get(job.id, None).result_file is None
+
+
+def test_a_full_disk_fails_no_job(platform: Platform, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*values: object) -> None:
+        raise TrainingFileNotStored("the disk is full")
+
+    monkeypatch.setattr(platform.files, "add_results", full)
+    job = platform.create("acme")
+    leave_success(platform, job)
+    platform.supervisor.start()
+    wait_until(lambda: platform.status(job) == "succeeded")
+    assert platform.jobs.get(job.id, None).result_file is None
+
+
+def test_results_count_as_bytes_and_not_as_files(platform: Platform, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sera_serve.jobs.files.MAX_FILES", 2)
+    job = platform.create("acme")
+    platform.files.add_results(job.id, "acme", b"x", 1)
+    platform.create("acme")
+    with pytest.raises(TooManyFiles, match="has 2 files"):
+        platform.create("acme")
+    other = platform.create("beta")
+    platform.files.add_results(other.id, "beta", b"x" * (1 << 20), 1)
+    with pytest.raises(TooManyFiles):
+        platform.create("beta")
+
+
+def test_jobs_are_found_by_their_metadata(platform: Platform) -> None:
+    odd = 'a"]\\ \u00e4'
+    first = platform.create("acme", {"team": "blue", odd: odd})
+    second, bare = platform.create("acme", {"team": "blue"}), platform.create("acme")
+
+    def found(wanted: dict[str, str] | None, limit: int = 10) -> list[str]:
+        return [job.id for job in platform.jobs.page("acme", None, limit, wanted)[0]]
+
+    assert found(None) == [bare.id, second.id, first.id]
+    assert found({"team": "blue"}) == [second.id, first.id]
+    assert found({"team": "blue", odd: odd}) == [first.id]
+    assert found({"team": "Blue"}) == found({"blue": "team"}) == []
+    assert found({}) == [bare.id]
+    page, has_more = platform.jobs.page("acme", None, 1, {"team": "blue"})
+    assert [job.id for job in page] == [second.id] and has_more
+    assert platform.jobs.page("evil", None, 10, {"team": "blue"}) == ([], False)
 
 
 def test_a_process_that_the_system_ends_is_started_again_once(platform: Platform) -> None:

@@ -12,6 +12,7 @@ from sera_serve import SeraConfig
 from sera_serve.base import FrozenBase
 from sera_serve.errors import AdapterOverflow, AdapterTooLarge
 from sera_serve.residency import DevicePool, check_servable, pack
+from sera_serve.residency.packing import lay_out, packed_elements
 from support.factories import random_adapter, with_hidden_layer, with_vectors
 
 ALL = SeraConfig(8, 8, 8.0, "all-linear")
@@ -54,6 +55,17 @@ def test_an_ordinary_adapter_passes_and_nothing_is_written(
     check_servable(random_adapter(base, shape, 2, labels, strength=0.0), index, pool)
     assert not pool.data.any() and not pool.placements()
     pool.check_invariants()
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, SeraConfig(3, 1, 8.0, ("q_proj",))])
+def test_the_size_is_known_without_the_weights(shape: SeraConfig, base: FrozenBase, index: dict[str, int]) -> None:
+    for labels in (None, ["no", "yes"], ["a", "b", "c", "d", "e"]):
+        bundle = random_adapter(base, shape, 1, labels)
+        bundles = [bundle, with_vectors(bundle, ["q_proj"], ["down_proj", "q_proj"])]
+        if labels is not None:
+            bundles.append(with_hidden_layer(bundle, "relu", 5))
+        for made in bundles:
+            assert packed_elements(made.config) == lay_out(made, index)[0].elements
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -321,6 +321,14 @@ def test_a_job_shows_its_loss_and_is_cancelled(tab: Tab) -> None:
     tab.check()
 
 
+def test_a_job_that_has_succeeded_names_the_file_of_its_metrics(tab: Tab) -> None:
+    done = JOB | {"status": "succeeded", "fine_tuned_model": "acme/support", "result_files": ["file-results"]}
+    answer(tab.page, r"/v1/fine_tuning/jobs/[^/]+$", done)
+    page = tab.open(f"training/{JOB['id']}")
+    expect(page.get_by_role("region", name="Facts")).to_contain_text("file-results")
+    tab.check()
+
+
 def test_rows_are_uploaded_and_wrong_ones_are_named(tab: Tab) -> None:
     page = tab.open("training/files")
     rows = [{"text": "late again", "label": "delivery"}, {"text": "two charges"}, {"text": "", "label": "billing"}]

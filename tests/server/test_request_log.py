@@ -91,7 +91,8 @@ def test_a_line_says_who_asked_for_what_and_never_the_prompt(start: Start, lines
     }
     assert (second["adapter"], second["inputs"], second["tenant"]) == ("demo/sorter", 2, "demo")
     assert (third["status"], third["route"]) == (404, "/v1/adapters/{tenant}/{name}")
-    assert "tenant" not in third
+    assert "tenant" not in third and third["code"] == "adapter_not_found"
+    assert fourth["code"] == "not_found"
     assert fourth["route"] == "unmatched"
     assert "nobody" not in str(lines.fields(4))
 
@@ -107,7 +108,7 @@ def test_a_line_has_the_key_and_the_tenant_of_the_key(start: Start, lines: Lines
     assert [line.get("key_id") for line in lines.fields(3)] == [key.id, key.id, None]
     assert [line.get("tenant") for line in lines.fields(3)] == ["demo", "demo", None]
     assert secret not in str(lines.fields(3))
-    assert lines.fields(3)[2]["status"] == 401
+    assert lines.fields(3)[2]["status"] == 401 and lines.fields(3)[2]["code"] == "invalid_api_key"
 
 
 def test_a_prompt_is_logged_where_the_setting_says_so_and_bounded(start: Start, lines: Lines) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import runpy
 import sys
@@ -168,6 +170,24 @@ def test_a_classifier_is_trained_and_serves_at_once(
     page = client.fine_tuning.jobs.list(limit=1)
     assert [held.id for held in page.data] == [started["fail"].id] and page.has_more
     assert client.fine_tuning.jobs.list(after=page.data[-1].id).data[0].id == made.id
+    assert [held.id for held in client.fine_tuning.jobs.list(metadata={"who": "me"}).data] == [made.id]
+    assert client.fine_tuning.jobs.list(metadata={"who": "you"}).data == []
+
+    (results,) = job.result_files
+    file = client.files.retrieve(results)
+    assert (file.purpose, file.filename) == ("fine-tune-results", f"{made.id}.csv")
+    table = client.files.content(results).read()
+    assert file.bytes == len(table)
+    rows = list(csv.DictReader(io.StringIO(table.decode())))
+    assert [row["step"] for row in rows] == ["1", "2", "3"]
+    assert [float(row["train_loss"]) for row in rows] == [point["train_loss"] for point in points[:3]]
+    assert float(rows[-1]["valid_loss"]) == points[-1]["eval_loss"] and rows[0]["valid_loss"] == ""
+    assert float(rows[-1]["valid_accuracy"]) == points[-1]["eval_accuracy"]
+    assert results in [held.id for held in client.files.list(purpose="fine-tune-results").data]
+    assert results not in [held.id for held in client.files.list(purpose="fine-tune").data]
+    with pytest.raises(openai.BadRequestError, match="has the metrics of a job") as caught:  # type: ignore[assignment]
+        client.fine_tuning.jobs.create(model="embedded", training_file=results)
+    assert caught.value.param == "training_file"
     # Nothing of the run is left.
     wait_until(lambda: not (store.root / "jobs" / "runs" / made.id).exists())
     assert client.files.delete(made.validation_file).deleted
@@ -241,7 +261,7 @@ def test_a_cancelled_job_stops_and_leaves_nothing(client: openai.OpenAI, store: 
         ({"adapter": {"tenant": "A/B"}}, "adapter.tenant", "lower"),
         ({"hyperparameters": {"n_epochs": 0}}, "hyperparameters.n_epochs", ""),
         ({"hyperparameters": {}, "method": {"type": "supervised"}}, "hyperparameters", "method.supervised alone"),
-        ({"metadata": {"a": 1}}, "metadata", "texts"),
+        ({"metadata": {"a": 1}}, "metadata", "strings"),
     ],
 )
 def test_a_job_that_cannot_run_is_refused_by_the_field(

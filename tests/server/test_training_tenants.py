@@ -122,3 +122,25 @@ def test_a_tenants_files_have_a_limit_together(users: dict[str, httpx.Client]) -
     answer = users["evil"].post(FILES, files={"file": ("b", jsonl(rows))}, data={"purpose": "fine-tune"})
     assert "1048576 bytes" in refused(answer, 400, "too_many_files")["message"]
     send(users["acme"], SORTED)
+
+
+def test_the_list_is_filtered_by_metadata(users: dict[str, httpx.Client], base: FrozenBase) -> None:
+    mine, other = users["acme"], users["evil"]
+    pairs = {f"key {number}": f"ä&=[{number}]" for number in range(16)}
+    made = create(mine, send(mine, STORIES), base.name, metadata=pairs).json()["id"]
+    query = {f"metadata[{key}]": value for key, value in pairs.items()}
+    assert [job["id"] for job in mine.get(JOBS, params=query | {"limit": 5}).json()["data"]] == [made]
+    assert other.get(JOBS, params=query).json()["data"] == []
+    without = [job["id"] for job in mine.get(JOBS, params={"metadata": "null"}).json()["data"]]
+    assert without and made not in without
+    for params, param in (
+        ({"metadata": "{}"}, "metadata"),
+        ({"metadata[a": "b"}, "metadata[a"),
+        ({"metadata": "null", "metadata[a]": "b"}, "metadata"),
+        ({"metadata[" + "k" * 65 + "]": "b"}, "metadata"),
+        ({"meta": "b"}, "meta"),
+        ({"limit": "0", "metadata[a]": "b"}, "limit"),
+    ):
+        answer = mine.get(JOBS, params=params)
+        assert refused(answer, 400, answer.json()["error"]["code"])["param"] == param
+    assert mine.get(f"{JOBS}/{made}/checkpoints", params={"metadata[a]": "b"}).status_code == 400

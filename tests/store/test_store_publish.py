@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from adapters_store import (
     InvalidBundle,
     VersionInUse,
 )
+from adapters_store.backends.bundle_files import BundleFiles
 from adapters_store.errors import AmbiguousDigest
 
 NAME = "acme/support"
@@ -59,6 +62,51 @@ def test_same_content_keeps_its_version_and_becomes_latest(store: AdapterStore) 
     other = store.publish(make_bundle(1), "other/name")
     assert (other.version, other.digest) == (1, first.digest)
     assert len(list((store.root / "bundles").iterdir())) == 2
+
+
+def test_content_of_another_tenant_is_published_with_the_same_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a tenant publishes must not tell, by its time, whether another tenant has it."""
+    work: list[str] = []
+
+    def note(module: object, name: str) -> None:
+        call = getattr(module, name)
+
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            work.append(name if name != "save_file" else f"writes {len(args[0].to_bytes())} bytes")
+            return call(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, noted)
+
+    for name in ("fsync", "replace", "mkdir"):
+        note(os, name)
+    note(AdapterBundle, "save_file")
+    note(BundleFiles, "read")
+
+    def published(store: AdapterStore, name: str) -> list[str]:
+        work.clear()
+        store.publish(make_bundle(7), name)
+        return list(work)
+
+    alone, shared = AdapterStore(tmp_path / "alone"), AdapterStore(tmp_path / "shared")
+    for store in (alone, shared):
+        store.publish(make_bundle(1), NAME)
+    shared.publish(make_bundle(7), "other/secret")
+    fresh, held = published(alone, NAME), published(shared, NAME)
+    assert held == fresh and any(call.startswith("writes") for call in fresh)
+    # A new adapter, too.
+    assert published(alone, "third/new") == published(shared, "third/new")
+    # What the adapter has itself is only read, and the other tenant's version is whole.
+    again = published(shared, NAME)
+    assert "read" in again and not any(call.startswith("writes") for call in again)
+    assert shared.load(shared.resolve("other/secret").digest).digest == make_bundle(7).digest
+    shared.check_integrity()
+    # Who fails to publish takes nothing away from others.
+    monkeypatch.setattr(shared._backend, "commit", lambda *args: (_ for _ in ()).throw(OSError("no room")))
+    with pytest.raises(OSError, match="no room"):
+        shared.publish(make_bundle(7), "fourth/new")
+    assert shared.load(make_bundle(7).digest).digest == make_bundle(7).digest
 
 
 def test_refused_bundle_changes_nothing(store: AdapterStore) -> None:

@@ -25,6 +25,7 @@ JOB: dict[str, Any] = {
     "validation_file": None,
     "seed": 1,
     "error": None,
+    "result_files": [],
     "suffix": "support",
     "adapter": {"name": "acme/support", "task": "generate", "init_from": None, "method": None, "rank": 8, "split": 2},
     "method": {

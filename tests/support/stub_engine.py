@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 
 import numpy as np
 
-from adapters_store import AdapterBundle, PeftFiles, check_base
+from adapters_store import AdapterBundle, AdapterConfig, PeftFiles, check_base
 from sera_serve.base import FrozenBase, Pooling, Span, import_base
 from sera_serve.engine import (
     AdapterActivity,
@@ -170,8 +170,11 @@ class StubEngine:
     def stop(self) -> None:
         self.started = False
 
+    def check_config(self, config: AdapterConfig) -> None:
+        check_base(config, self.base.info, self.base.module_shapes())
+
     def check_bundle(self, bundle: AdapterBundle) -> None:
-        check_base(bundle.config, self.base.info, self.base.module_shapes())
+        self.check_config(bundle.config)
         self.checked.append(bundle.digest)
 
     def import_checkpoint(self, files: PeftFiles) -> ImportedAdapter:
@@ -198,8 +201,10 @@ class StubEngine:
     def loads(self) -> dict[Task, RunnerLoad]:
         return {"classify": RunnerLoad(1, 0), "generate": RunnerLoad(2, 2, preemptions=3, cache_pages=(5, 8))}
 
-    def presence(self, digests: Sequence[str]) -> list[Presence]:
-        return [Presence("device" if digest in self.pinned else "store", digest in self.pinned) for digest in digests]
+    def presence(self, adapters: Sequence[tuple[str, str]]) -> list[Presence]:
+        return [
+            Presence("device" if digest in self.pinned else "store", digest in self.pinned) for _, digest in adapters
+        ]
 
     def stats(self) -> ResidencyStats:
         return ResidencyStats(
@@ -232,7 +237,7 @@ class StubEngine:
     async def pin(self, digest: str, reference: str | None = None) -> None:
         self.pinned.append(digest)
 
-    def unpin(self, digest: str) -> None:
+    def unpin(self, digest: str, reference: str | None = None) -> None:
         self.pinned.remove(digest)
 
     async def generate(

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from adapters_store import Task
-from sera_serve.access import SCOPES, CreatedKey, Key, Scope
+from sera_serve.access import CreatedKey, Key, Scope
+from sera_serve.access.keys import MAX_LIFETIME_S, MAX_NAME
 from sera_serve.server.native.schemas import MAX_REFERENCE
 from sera_serve.server.strict import RequestModel
 
-# A hundred years.
-_MAX_LIFETIME_S = 3_153_600_000
 _MAX_VERSION = 999_999_999
 
 TenantName = Annotated[str, Field(min_length=1, max_length=MAX_REFERENCE)]
@@ -50,7 +48,7 @@ class KeyDetail(BaseModel):
     @classmethod
     def of(cls, key: Key) -> KeyDetail:
         """Describe a key."""
-        return cls(**_fields(key))  # type: ignore[arg-type]
+        return cls(**key.described())
 
 
 class KeyList(BaseModel):
@@ -67,7 +65,7 @@ class NewKey(KeyDetail):
     @classmethod
     def with_secret(cls, made: CreatedKey) -> NewKey:
         """Describe a new key."""
-        return cls(**_fields(made.key), secret=made.secret)  # type: ignore[arg-type]
+        return cls(**made.key.described(), secret=made.secret)
 
 
 class KeyQuery(BaseModel):
@@ -83,9 +81,9 @@ class KeyRequest(RequestModel):
 
     tenant: TenantName = Field(description="the tenant that the key acts for; it need not have an adapter yet")
     scopes: list[Scope] = Field(min_length=1, max_length=16, description="infer, publish, train, admin")
-    name: str = Field("", max_length=100, description="what people call the key")
+    name: str = Field("", max_length=MAX_NAME, description="what people call the key")
     expires_in_s: float | None = Field(
-        None, gt=0, le=_MAX_LIFETIME_S, description="seconds until the key is refused; null is never"
+        None, gt=0, le=MAX_LIFETIME_S, description="seconds until the key is refused; null is never"
     )
 
 
@@ -148,20 +146,3 @@ class ShareList(BaseModel):
 
     adapter: str
     shared_with: list[str]
-
-
-def iso_time(seconds: float) -> str:
-    """Return a time of seconds since 1970 as ISO 8601, UTC."""
-    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
-
-
-def _fields(key: Key) -> dict[str, object]:
-    return {
-        "id": key.id,
-        "tenant": key.tenant,
-        "scopes": [scope for scope in SCOPES if scope in key.scopes],
-        "name": key.name,
-        "created_at": iso_time(key.created_at),
-        "expires_at": None if key.expires_at is None else iso_time(key.expires_at),
-        "status": key.status,
-    }

@@ -213,7 +213,7 @@ def _unpin(reference: str, engine: Engine, store: AdapterStore, audit: AuditLog,
         # Another server may have deleted what is pinned here. The reference tells its digest no more.
         engine.drop_deleted_pins()
         raise
-    engine.unpin(resolved.digest)
+    engine.unpin(resolved.digest, reference)
     _record_pin("adapter.unpin", resolved, audit, actor)
     return resolved
 
@@ -221,7 +221,7 @@ def _unpin(reference: str, engine: Engine, store: AdapterStore, audit: AuditLog,
 def _page(caller: Caller, engine: Engine, store: AdapterStore, query: ListQuery) -> bytes:
     """The JSON of an `AdapterList`. One call for the whole page would hold the interpreter's lock for too long."""
     page = visible_page(caller, store, query.after, query.limit, query.tenant)
-    places = engine.presence([info.digest for info in page.adapters])
+    places = engine.presence([(info.adapter, info.digest) for info in page.adapters])
     adapters = []
     for info, place in zip(page.adapters, places, strict=True):
         pause()
@@ -232,7 +232,7 @@ def _page(caller: Caller, engine: Engine, store: AdapterStore, query: ListQuery)
 def _detail(engine: Engine, store: AdapterStore, reference: str) -> AdapterDetail:
     info = store.inspect(reference)
     return AdapterDetail(
-        **_summary(info, engine.presence([info.digest])[0]),
+        **_summary(info, engine.presence([(info.adapter, info.digest)])[0]),
         versions=list(info.versions),
         aliases=info.aliases,
         config=store.config(info.digest).model_dump(mode="json"),

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
 
-from sera_serve.engine import MAX_LOGIT_BIAS, ConstraintSpec, GenerateParams, Priority
+from sera_serve.engine import ConstraintSpec, GenerateParams, Priority
+from sera_serve.server.native.sampling import LogitBias
 from sera_serve.server.native.schemas import (
     MAX_CACHE_SALT,
     MAX_NEW_TOKENS,
@@ -33,7 +33,6 @@ MAX_CHOICES = 128
 MAX_STOP = 16
 MAX_USER = 512
 _MAX_METADATA, _MAX_METADATA_KEY, _MAX_METADATA_VALUE = 16, 64, 512
-_TOKEN_ID = re.compile(r"[0-9]{1,10}")
 
 
 def _stop(value: Any) -> Any:
@@ -41,23 +40,8 @@ def _stop(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-def _logit_bias(value: Any) -> Any:
-    """Token ids are keys of a JSON object, and so are strings."""
-    if not isinstance(value, dict):
-        return value
-    if len(value) > MAX_LOGIT_BIAS:
-        raise refusal(f"logit_bias has {len(value)} tokens; send at most {MAX_LOGIT_BIAS}", "logit_bias")
-    for key, bias in value.items():
-        if _TOKEN_ID.fullmatch(key) is None or int(key) > MAX_TOKEN_ID:
-            raise refusal(f"logit_bias has the key {key[:64]!r}; a key must be a token id", "logit_bias")
-        if isinstance(bias, bool) or not isinstance(bias, int | float) or not -100 <= bias <= 100:
-            raise refusal(f"logit_bias of token {key} must be a number of -100 to 100", "logit_bias")
-    if len({int(key) for key in value}) < len(value):
-        raise refusal('logit_bias has a token twice, such as "7" and "07"; send each once', "logit_bias")
-    return {int(key): float(bias) for key, bias in value.items()}
-
-
-def _metadata(value: Any) -> Any:
+def check_metadata(value: Any) -> Any:
+    """Refuse notes that are too many, too long, or not texts. What is no object is left to the type."""
     if not isinstance(value, dict):
         return value
     if len(value) > _MAX_METADATA:
@@ -72,8 +56,7 @@ def _metadata(value: Any) -> Any:
     return value
 
 
-LogitBias = Annotated[dict[int, float], BeforeValidator(_logit_bias)]
-Metadata = Annotated[dict[str, str], BeforeValidator(_metadata)]
+Metadata = Annotated[dict[str, str], BeforeValidator(check_metadata)]
 StopStrings = Annotated[list[StopString], Field(max_length=MAX_STOP, fail_fast=True), BeforeValidator(_stop)]
 User = Annotated[str, Field(max_length=MAX_USER)]
 

@@ -1,4 +1,4 @@
-"""`/v1/files`: files of training rows, checked as they come."""
+"""`/v1/files`: files of training rows, checked as they come, and the metrics of jobs."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from starlette.concurrency import run_in_threadpool
 from sera_serve.access import AuditLog
 from sera_serve.errors import InvalidRequest
 from sera_serve.jobs import TrainingFile, TrainingFileNotStored
+from sera_serve.jobs.files import Purpose
 from sera_serve.server.auth import Caller, CallerOf
 from sera_serve.server.deps import AuditOf, ExecutorsOf
 from sera_serve.server.disconnect import cancel_on_disconnect
@@ -62,7 +63,7 @@ class FileObject(BaseModel):
     created_at: int = Field(description="seconds since 1970")
     expires_at: int | None = Field(default=None, description="always null: a file stays until it is deleted")
     filename: str
-    purpose: Literal["fine-tune"] = "fine-tune"
+    purpose: Purpose
     status: Literal["processed"] = Field(
         default="processed", description="every row was checked before the upload's answer"
     )
@@ -154,7 +155,7 @@ async def delete_file(
 async def retrieve_content(
     file_id: str, request: Request, caller: CallerOf, training: TrainingOf, executors: ExecutorsOf
 ) -> Response:
-    """The bytes of a file, as they were uploaded."""
+    """The bytes of a file, as they were uploaded; the metrics of a job as CSV."""
     work = executors.changing.run(_open, training, caller, file_id)
     # A client that leaves meanwhile leaves nothing open: a file that nobody holds is closed.
     found, source = await cancel_on_disconnect(request.receive, work)
@@ -201,9 +202,7 @@ def _delete(training: Training, audit: AuditLog, caller: Caller, file_id: str) -
 
 
 def _page(training: Training, caller: Caller, query: FileQuery) -> str:
-    if query.purpose not in (None, PURPOSE):
-        return FileList(data=[], first_id=None, last_id=None, has_more=False).model_dump_json()
-    files, has_more = training.files.page(scope_of(caller), query.after, query.limit, query.order)
+    files, has_more = training.files.page(scope_of(caller), query.after, query.limit, query.order, query.purpose)
     data = [_object(file) for file in files]
     return FileList(
         data=data,
@@ -233,4 +232,10 @@ async def _blocks(source: BinaryIO) -> AsyncIterator[bytes]:
 
 
 def _object(file: TrainingFile) -> FileObject:
-    return FileObject(id=file.id, bytes=file.nbytes, created_at=int(file.created_at), filename=file.filename)
+    return FileObject(
+        id=file.id,
+        bytes=file.nbytes,
+        created_at=int(file.created_at),
+        filename=file.filename,
+        purpose=file.purpose,
+    )

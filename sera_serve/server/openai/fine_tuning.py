@@ -8,13 +8,14 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request, Response
 
-from adapters_store import AdapterStore, check_part, parse_ref
-from adapters_store.errors import InvalidAdapterName
+from adapters_store import AdapterConfig, AdapterStore, check_part, parse_ref
+from adapters_store.errors import InvalidAdapterName, InvalidBundle
 from sera_serve.access import AuditLog
-from sera_serve.errors import InvalidRequest
+from sera_serve.errors import AdapterTooLarge, InvalidRequest
 from sera_serve.jobs import Job, JobSpec, TrainingFile, TrainingFileNotFound
 from sera_serve.jobs.records import new_job_id
-from sera_serve.jobs.spec import auto_batch_size, auto_epochs, check_spec
+from sera_serve.jobs.rows import RowKind
+from sera_serve.jobs.spec import BYTES_A_NUMBER, auto_batch_size, auto_epochs, check_spec
 from sera_serve.server.auth import Caller, CallerOf, NotYourTenant
 from sera_serve.server.deps import AuditOf, Engine, EngineOf, ExecutorsOf, StoreOf
 from sera_serve.server.disconnect import cancel_on_disconnect
@@ -31,6 +32,7 @@ from sera_serve.server.openai.fine_tuning_schemas import (
     JobEventList,
     JobFailure,
     JobList,
+    JobListQuery,
     JobMethod,
     JobObject,
     JobQuery,
@@ -46,6 +48,18 @@ router = APIRouter(route_class=OpenAIRoute, tags=["openai"])
 _SUFFIX = re.compile(r"[a-z0-9._-]{1,40}")
 _ODD = re.compile(r"[^a-z0-9]+")
 _BASE_CHARACTERS, _ID_CHARACTERS = 10, 10
+_BY_METADATA = {
+    "parameters": [
+        {
+            "name": "metadata",
+            "in": "query",
+            "style": "deepObject",
+            "explode": True,
+            "description": "only jobs that have these pairs, as `metadata[KEY]=VALUE`",
+            "schema": {"type": "object", "maxProperties": 16, "additionalProperties": {"type": "string"}},
+        }
+    ]
+}
 _STREAM: dict[int | str, dict[str, Any]] = {200: {"content": stream_of()}}
 
 
@@ -70,16 +84,16 @@ async def create_job(
     return job_object(job)
 
 
-@router.get("/v1/fine_tuning/jobs")
+@router.get("/v1/fine_tuning/jobs", openapi_extra=_BY_METADATA)
 async def list_jobs(
-    query: Annotated[JobQuery, Query()],
+    query: Annotated[JobListQuery, Query()],
     request: Request,
     caller: CallerOf,
     training: TrainingOf,
     executors: ExecutorsOf,
 ) -> JobList:
     """The jobs, the newest first, a page at a time."""
-    work = executors.listing.run(training.jobs.page, scope_of(caller), query.after, query.limit)
+    work = executors.listing.run(training.jobs.page, scope_of(caller), query.after, query.limit, query.pairs)
     jobs, has_more = await cancel_on_disconnect(request.receive, work)
     return JobList(data=[job_object(job) for job in jobs], has_more=has_more)
 
@@ -174,7 +188,7 @@ def job_object(job: Job) -> JobObject:
         suffix=spec.suffix,
         training_file=job.training_file,
         validation_file=job.validation_file,
-        result_files=[],
+        result_files=[] if job.result_file is None else [job.result_file],
         trained_tokens=job.trained_tokens,
         integrations=[],
         metadata=job.metadata,
@@ -204,16 +218,18 @@ def _create(
     train = _file(training, caller, body.training_file, "training_file")
     if body.validation_file is not None:
         validation = _file(training, caller, body.validation_file, "validation_file")
-        if validation.kind != train.kind:
+        if _row_kind(validation, "validation_file") != _row_kind(train, "training_file"):
             raise InvalidOpenAIRequest(
                 "the rows of validation_file are of another kind than those of training_file; send rows of one kind",
                 param="validation_file",
             )
     job_id = new_job_id()
     spec = _spec(body, shape, init_from, train, engine, store, f"{tenant}/{_name(body, init_from, engine, job_id)}")
-    check_spec(spec, engine.base.module_shapes())
-    # The bundle's size is not known yet. A job must not train for hours what is then refused.
-    training.holdings.check_publish(spec.adapter, "", 0)
+    initial = None if spec.init_from is None else store.config(store.resolve(spec.init_from).digest)
+    planned = check_spec(spec, engine.base.info, engine.base.module_shapes(), train.labels, initial)
+    # A job must not train for hours what is then refused.
+    _check_servable(planned, initial is not None, engine, training.max_bundle_bytes)
+    training.holdings.check_publish(spec.adapter, "", planned.parameters * BYTES_A_NUMBER)
     key_id = None if caller.key is None else caller.key.id
     job = training.jobs.create(
         job_id,
@@ -227,6 +243,28 @@ def _create(
     )
     audit.record("job.create", caller.actor, tenant=tenant, target=job.id, model=spec.model, adapter=spec.adapter)
     return job
+
+
+def _check_servable(planned: AdapterConfig, goes_on: bool, engine: Engine, max_bundle_bytes: int) -> None:
+    """Refuse an adapter that this server could not serve, or not store, by the field of the body that decides it."""
+    field, remedy = "adapter.rank", "send a smaller adapter.rank, or fewer adapter.target_modules"
+    if goes_on:
+        field, remedy = "model", "send a smaller adapter as model"
+    elif 2 * planned.head_parameters > planned.parameters:
+        field, remedy = "training_file", "send rows with fewer labels"
+    nbytes = planned.parameters * BYTES_A_NUMBER
+    try:
+        engine.check_config(planned)
+        if nbytes > max_bundle_bytes:
+            raise AdapterTooLarge(
+                f"the adapter takes {nbytes} bytes, a bundle may have {max_bundle_bytes}; raise max_upload_mib"
+            )
+    except AdapterTooLarge as error:
+        error.message = f"{error.message}, or {remedy}"
+        error.param = field
+        raise
+    except InvalidBundle as error:
+        raise InvalidOpenAIRequest(error.message, param=field, code=error.code) from error
 
 
 def _tenant(shape: AdapterRequest, caller: Caller) -> str:
@@ -252,6 +290,14 @@ def _file(training: Training, caller: Caller, file_id: str, param: str) -> Train
         raise
 
 
+def _row_kind(file: TrainingFile, param: str) -> RowKind:
+    if file.kind == "metrics":
+        raise InvalidOpenAIRequest(
+            f"{file.id} has the metrics of a job; send a file of training rows, with the purpose fine-tune", param=param
+        )
+    return file.kind
+
+
 def _name(body: CreateJobRequest, init_from: str | None, engine: Engine, job_id: str) -> str:
     """The second part of the adapter's name: the base's, the suffix, and digits of the job's id, which no other has."""
     known = engine.base.name if init_from is None else parse_ref(init_from).parts[1]
@@ -274,7 +320,8 @@ def _spec(
     store: AdapterStore,
     adapter: str,
 ) -> JobSpec:
-    task: Literal["classify", "generate"] = "classify" if train.kind in ("text", "pair") else "generate"
+    kind = _row_kind(train, "training_file")
+    task: Literal["classify", "generate"] = "classify" if kind in ("text", "pair") else "generate"
     if shape.task not in (None, task):
         raise InvalidOpenAIRequest(
             f"the rows of training_file are for task {task}; send other rows, or leave adapter.task out",
@@ -311,7 +358,7 @@ def _spec(
     return JobSpec(
         model=body.model,
         adapter=adapter,
-        kind=train.kind,
+        kind=kind,
         task=task,
         epochs=auto_epochs(rows) if asked.n_epochs == "auto" else asked.n_epochs,
         batch_size=auto_batch_size(rows) if asked.batch_size == "auto" else asked.batch_size,

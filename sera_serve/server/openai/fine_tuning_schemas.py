@@ -4,34 +4,19 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from sera_serve.server.native.schemas import MAX_REFERENCE
+from sera_serve.server.openai.fields import Metadata, check_metadata
 from sera_serve.server.openai.files import MAX_ID
 from sera_serve.server.strict import RequestModel, refusal
 
 MAX_RANK = 256
 _MAX_TARGETS, _MAX_TARGET = 64, 128
-_MAX_METADATA, _MAX_METADATA_KEY, _MAX_METADATA_VALUE = 16, 64, 512
 
 Auto = Literal["auto"]
 Target = Annotated[str, Field(min_length=1, max_length=_MAX_TARGET)]
 FileId = Annotated[str, Field(min_length=1, max_length=MAX_ID)]
-
-
-def _metadata(value: Any) -> Any:
-    if value is None:
-        return value
-    if not isinstance(value, dict) or len(value) > _MAX_METADATA:
-        raise refusal(f"metadata must be an object of at most {_MAX_METADATA} pairs", "metadata")
-    for key, text in value.items():
-        if len(key) > _MAX_METADATA_KEY or not isinstance(text, str) or len(text) > _MAX_METADATA_VALUE:
-            raise refusal(
-                f"metadata has keys of at most {_MAX_METADATA_KEY} characters, and texts of at most "
-                f"{_MAX_METADATA_VALUE}",
-                "metadata",
-            )
-    return value
 
 
 class HyperparametersRequest(RequestModel):
@@ -84,7 +69,7 @@ class CreateJobRequest(RequestModel):
     seed: int | None = Field(None, ge=0, lt=2**31)
     method: MethodRequest | None = None
     hyperparameters: HyperparametersRequest | None = Field(None, description="the older place of hyperparameters")
-    metadata: Annotated[dict[str, str] | None, BeforeValidator(_metadata)] = None
+    metadata: Metadata | None = None
     adapter: AdapterRequest | None = None
 
     @model_validator(mode="after")
@@ -161,7 +146,7 @@ class JobObject(BaseModel):
     suffix: str | None
     training_file: str
     validation_file: str | None
-    result_files: list[str] = Field(description="always empty: events and checkpoints have the metrics")
+    result_files: list[str] = Field(description="the file of the metrics, once the job has succeeded")
     trained_tokens: int | None
     integrations: list[str] = Field(description="always empty")
     metadata: dict[str, str]
@@ -227,6 +212,42 @@ class JobQuery(BaseModel):
 
     after: str | None = Field(None, max_length=MAX_ID, description="the last item of the previous page")
     limit: int = Field(20, ge=1, le=100, description="most items on a page")
+
+
+class JobListQuery(JobQuery):
+    """Query parameters of the list of jobs: also `metadata[KEY]=VALUE` for each pair that a job must have.
+
+    FastAPI reads no parameters of such names, so they are the extra ones, and every other extra one is refused.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    @model_validator(mode="after")
+    def _only_metadata(self) -> JobListQuery:
+        pairs: dict[str, str] = {}
+        for name, value in (self.model_extra or {}).items():
+            key = name.removeprefix("metadata[").removesuffix("]")
+            if len(key) == len(name) - len("metadata[]"):
+                pairs[key] = value
+            elif name != "metadata":
+                raise refusal(
+                    f"{name[:64]!r} is not a query parameter of this route; they are after, limit and metadata[KEY]",
+                    name[:64],
+                )
+            elif value != "null":
+                raise refusal("send metadata[KEY]=VALUE, or metadata=null for jobs without metadata", "metadata")
+        check_metadata(pairs)
+        if pairs and "metadata" in (self.model_extra or {}):
+            raise refusal("metadata=null asks for jobs without metadata; leave it, or metadata[KEY], out", "metadata")
+        return self
+
+    @property
+    def pairs(self) -> dict[str, str] | None:
+        """The pairs that a job must have; without one, jobs without metadata are asked for, and None asks for all."""
+        given = self.model_extra or {}
+        if not given:
+            return None
+        return {name[len("metadata[") : -1]: value for name, value in given.items() if name != "metadata"}
 
 
 class EventQuery(JobQuery):

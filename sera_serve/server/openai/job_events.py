@@ -10,7 +10,7 @@ from starlette.types import Receive, Scope, Send
 from sera_serve.errors import EngineUnavailable, InvalidRequest
 from sera_serve.jobs import JobEvent
 from sera_serve.server.disconnect import ClientDisconnected, cancel_on_disconnect
-from sera_serve.server.errors import describe
+from sera_serve.server.errors import describe, note_code
 from sera_serve.server.openai.fine_tuning_schemas import JobEventObject
 from sera_serve.server.sse import DONE, encode_event
 from sera_serve.server.training import Training
@@ -106,7 +106,9 @@ class JobEventStream(Response):
                     content = _COMMENT
             content += DONE
         except Exception as error:  # noqa: BLE001 - the status 200 is sent already: the error becomes an event
-            content = encode_event(describe(error, scope["state"]["request_id"])[1])
+            failure = describe(error, scope["state"]["request_id"])[1]
+            note_code(scope, failure["error"]["code"])
+            content = encode_event(failure)
         await send({"type": "http.response.body", "body": content, "more_body": False})
 
     def _next(self) -> tuple[bytes, bool]:

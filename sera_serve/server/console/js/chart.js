@@ -34,7 +34,7 @@ function optionsOf(width, series, isTime, format, least, most) {
     scales: { x: { time: isTime }, y: { range: (_plot, low, high) => rangeOf(low, high, least, most) } },
     axes: [
       { ...axis, size: 28, gap: 6, grid: { show: false }, values: isTime ? (_plot, ticks) => ticks.map(clock) : undefined, space: 80 },
-      { ...axis, size: 54, gap: 6, space: 34, values: (_plot, ticks) => ticks.map(format) },
+      { ...axis, size: 54, gap: 6, space: 30, values: (_plot, ticks) => ticks.map(format) },
     ],
     series: [{}, ...series.map(({ colour, dashed, isSparse }) => ({
       stroke: colourOf(colour),

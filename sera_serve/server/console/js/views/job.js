@@ -10,7 +10,7 @@ import { useAction } from "../store.js";
 import { Button, Confirm, ErrorNote, Heading, Loading, Meter, notify } from "../ui.js";
 
 const MESSAGES_SHOWN = 100;
-const IDS = ["Rows", "Validation rows", "Job"];
+const IDS = ["Rows", "Validation rows", "Job", "Metrics"];
 const NO_METRICS = ["step", "total_steps", "epoch", "train_loss", "eval_loss", "learning_rate"];
 
 export function Job({ id }) {
@@ -60,6 +60,7 @@ function Facts({ job, last }) {
     ["Seed", job.seed],
     job.trained_tokens && ["Trained tokens", count(job.trained_tokens)],
     ["Job", html`<code>${job.id}</code>`],
+    job.result_files.length > 0 && ["Metrics", html`<code>${job.result_files[0]}</code>`],
     ["Made", full(job.created_at)],
     job.finished_at && ["Finished", full(job.finished_at)],
     !isFinished(job) && job.estimated_finish && ["Ready about", full(job.estimated_finish)],

@@ -20,7 +20,7 @@ const SHAPE = ["tenant", "task", "method", "rank", "split"];
 
 export function NewJob({ me }) {
   const [values, setValues] = useState({ ...EMPTY, training_file: route.value.query.get("file") ?? "" });
-  const files = useLoad((signal) => get("/v1/files", { limit: 100 }, signal), []);
+  const files = useLoad((signal) => get("/v1/files", { limit: 100, purpose: "fine-tune" }, signal), []);
   const action = useAction(async () => {
     const job = await send("POST", "/v1/fine_tuning/jobs", bodyOf(values, me.base.name));
     go(["training", job.id]);

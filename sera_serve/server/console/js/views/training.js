@@ -62,7 +62,7 @@ function ModelLink({ model }) {
 }
 
 function Files() {
-  const files = useLoad((signal) => get("/v1/files", { limit: PAGE }, signal), []);
+  const files = useLoad((signal) => get("/v1/files", { limit: PAGE, purpose: "fine-tune" }, signal), []);
   const [chosen, setChosen] = useState([]);
   const [progress, setProgress] = useState(null);
   const [doomed, setDoomed] = useState(null);
