@@ -97,6 +97,7 @@ METHODS: dict[Method, MethodPreset] = {
 }
 
 
+DEFAULT_METHOD: Method = "sera"
 _ADAPTER_SHAPE = ("rank", "split", "lora_alpha", "target_modules", "train_factors", *PATTERN_OPTIONS)
 _ALLOCATION = ("budget", "budget_warmup", "budget_final")
 # What a run keeps of the adapter that it goes on from.
@@ -224,7 +225,7 @@ class TrainSettings(BaseModel):
     train_limit: int | None = _option(None, "Train on at most this many rows, drawn by the seed.", DATA, ge=1)
     max_length: int | None = _option(None, "Longest row in tokens (the base's own limit, at most 512).", DATA, ge=8)
 
-    method: Method = _option("sera", "Method of the adapter family; head-only trains no adapter.", ADAPTER)
+    method: Method = _option(DEFAULT_METHOD, "Method of the adapter family; head-only trains no adapter.", ADAPTER)
     rank: int = _option(16, "Width of the reduced vector.", ADAPTER, ge=1, le=4096)
     split: int | None = _option(
         None, "Diagonal blocks of A and B: the rank for sera and melora, 1 for the others.", ADAPTER, ge=1
