@@ -166,7 +166,7 @@ def match_layers(layers: Mapping[str, LayerKeys], base: ImportBase) -> dict[str,
     missing: list[str] = []
     for path, keys in layers.items():
         newer = _newer_name(_unwrapped(path, wrappers)) if base.kind == "vision" else None
-        if newer in base.shapes:
+        if newer is not None and newer in base.shapes:
             keys.older_path, path = path, newer
         candidates = [path] if path in base.shapes else paths.get(_unwrapped(path, wrappers), [])
         if len(candidates) != 1 or candidates[0] in matched:

@@ -156,11 +156,12 @@ class TrainSettings(BaseModel):
     )
     multi_label: bool = _option(
         False,
-        "classify: a text may have several labels, or none: a list in each cell, or text with --label-separator.",
+        "classify, image-classify: a row may have several labels, or none: a list in each cell, or text with "
+        "--label-separator.",
         DATA,
     )
     label_separator: str = _option(
-        "|", "classify --multi-label: what separates the labels in a cell of text.", DATA, min_length=1, max_length=8
+        "|", "--multi-label: what separates the labels in a cell of text.", DATA, min_length=1, max_length=8
     )
     spans_column: str | None = _option(
         None, 'token-classify: column with the spans [{start, end, label}] of the text ("spans").', DATA
