@@ -160,6 +160,9 @@ def test_a_row_of_many_long_spans_takes_no_memory(server: Server) -> None:
         (SORTED, {"method": "lora", "train_factors": ["c"]}, "adapter.train_factors", "this method trains a,b"),
         (SORTED, {"train_factors": ["b", "b"]}, "adapter.train_factors", "twice"),
         (SORTED, {"rank_pattern": {"q_proj": 512}}, "adapter.rank_pattern.q_proj", "256"),
+        (SORTED, {"rank_pattern": {"*a" * 9: 8}}, "adapter.rank_pattern", "more than 8 of '*'"),
+        (SORTED, {"target_modules": ["?" * 9]}, "adapter.target_modules", "more than 8 of '*'"),
+        (SORTED, {"rank_pattern": {str(n): 8 for n in range(33)}}, "adapter.rank_pattern", "at most 32"),
         (SORTED, {"rank_pattern": {"nothing": 8}}, "adapter.rank_pattern", "'nothing' matches no layer"),
         (SORTED, {"rank_pattern": {"q_proj": 8, " q_proj": 4}}, "adapter.rank_pattern", "there twice"),
         (

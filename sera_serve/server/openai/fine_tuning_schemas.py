@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from sera_serve.jobs import JobTask
 from sera_serve.server.native.schemas import MAX_REFERENCE
@@ -13,15 +22,30 @@ from sera_serve.server.strict import RequestModel, refusal
 
 MAX_RANK = 256
 _MAX_TARGETS, _MAX_TARGET = 64, 128
+_MAX_PATTERNS, _MAX_WILDCARDS = 32, 8
 _MAX_ALPHA = 65_536.0
 _MAX_METADATA, _MAX_METADATA_KEY, _MAX_METADATA_VALUE = 16, 64, 512
 
 Auto = Literal["auto"]
+V = TypeVar("V", str | list[str] | None, dict[str, int] | None, dict[str, float] | None)
+
+
+def _simple(value: V, info: ValidationInfo) -> V:
+    # Every pattern is compared with the path of every layer.
+    for pattern in () if value is None or isinstance(value, str) else value:
+        if sum(map(pattern.count, "*?[")) > _MAX_WILDCARDS:
+            raise refusal(
+                f"{pattern[:64]!r} has more than {_MAX_WILDCARDS} of '*', '?' and '['; name layers with fewer",
+                f"adapter.{info.field_name}",
+            )
+    return value
+
+
 Target = Annotated[str, Field(min_length=1, max_length=_MAX_TARGET)]
 Rank = Annotated[int, Field(ge=1, le=MAX_RANK)]
 Alpha = Annotated[float, Field(gt=0, le=_MAX_ALPHA)]
-RankPattern = Annotated[dict[Target, Rank], Field(min_length=1, max_length=_MAX_TARGETS)]
-AlphaPattern = Annotated[dict[Target, Alpha], Field(min_length=1, max_length=_MAX_TARGETS)]
+RankPattern = Annotated[dict[Target, Rank], Field(min_length=1, max_length=_MAX_PATTERNS)]
+AlphaPattern = Annotated[dict[Target, Alpha], Field(min_length=1, max_length=_MAX_PATTERNS)]
 TrainingMethod = Literal[
     "sera", "sera-freeze-a", "sera-freeze-b", "sera-c-only", "lora", "melora", "moslora", "lora-fa", "head-only"
 ]
@@ -103,6 +127,8 @@ class AdapterRequest(RequestModel):
     pooling: Literal["last_token", "cls", "mean"] | None = Field(
         default=None, description="how the states of a text become one"
     )
+
+    _are_simple = field_validator("target_modules", "rank_pattern", "split_pattern", "alpha_pattern")(_simple)
 
 
 class CreateJobRequest(RequestModel):
