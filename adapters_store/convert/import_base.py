@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from adapters_store.format.config import BaseInfo
+from adapters_store.format.config import BaseInfo, ImageSpec
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class ImportBase:
         chat_template: The chat template of the base's tokenizer, or None.
         weight: The weight (d_out, d_in) of the layer at a path of `shapes`, on its own device.
         bias: The bias (d_out,) of that layer, or None where it has none.
+        image: The base's own preprocessing of images; None for a base that takes none.
     """
 
     info: BaseInfo
@@ -34,3 +35,4 @@ class ImportBase:
     chat_template: str | None
     weight: Callable[[str], Tensor]
     bias: Callable[[str], Tensor | None]
+    image: ImageSpec | None = None

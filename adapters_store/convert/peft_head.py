@@ -1,6 +1,6 @@
 """Fifth stage of an import: the classifier's head, whose layout depends on the architecture of the base.
 
-The layouts are those of transformers' `...ForSequenceClassification` models.
+The layouts are those of transformers' `...ForSequenceClassification` and `...ForImageClassification` models.
 """
 
 from __future__ import annotations
@@ -109,6 +109,16 @@ def read_head(
     if base.kind == "decoder":
         layout, pooling = None, "last_token"
         projection = "score"
+    elif base.kind == "vision":
+        # ViT's and DeiT's classifiers read the class token after the last normalisation, as the base gives it.
+        layout, projection, pooling = None, "classifier", "cls"
+    elif base.kind == "dual":
+        raise UnsupportedAdapter(
+            f"classifiers of {base.info.architecture} read the mean of the patches before the last normalisation, and "
+            "the server after it; train one with train_adapter --task image-classify, or import an adapter without a "
+            "head",
+            param=next(iter(keys.values())),
+        )
     else:
         layout = _LAYOUTS.get(base.info.architecture)
         if layout is None:

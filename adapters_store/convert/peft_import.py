@@ -38,7 +38,7 @@ from adapters_store.convert.peft_keys import match_layers, sort_keys
 from adapters_store.convert.peft_layers import PeftLayer, TensorReader, read_layers
 from adapters_store.errors import InvalidConfig
 from adapters_store.format.bundle import AdapterBundle
-from adapters_store.format.config import AdapterConfig, ModuleSpec
+from adapters_store.format.config import AdapterConfig, ModuleSpec, Task
 from adapters_store.format.strict_json import parse_json
 
 # Names of files that are listed in a warning; there may be hundreds.
@@ -71,14 +71,9 @@ def import_peft(files: PeftFiles, base: ImportBase) -> PeftImport:
         UnknownModule, WrongShape: It was made for another base.
         MissingTensor, NotFinite, InvalidConfig: It is damaged or contradicts itself.
     """
-    if base.kind in ("vision", "dual"):
-        raise UnsupportedAdapter(
-            f"base {base.info.name!r} takes images, and a PEFT checkpoint does not say how an image is preprocessed; "
-            "train with train_adapter, which writes it into the bundle",
-            param="adapter_config",
-        )
     config = read_peft_config(files.config)
-    warnings = _base_warnings(config, base) + _file_warnings(files, base)
+    _check_image_type(config, base)
+    warnings = _base_warnings(config, base) + _file_warnings(files, base) + _image_warnings(base)
     reader = TensorReader(files)
     sorted_keys = sort_keys(reader.names())
     matched = match_layers(sorted_keys.layers, base)
@@ -137,7 +132,7 @@ def _bundle(
 ) -> AdapterBundle:
     try:
         config = AdapterConfig(
-            task="generate" if head is None else "classify",
+            task=_task(base, head),
             method="lora" if modules else "head-only",
             base=base.info,
             modules=modules,
@@ -145,12 +140,21 @@ def _bundle(
             pooling=None if head is None else head.pooling,
             head=None if head is None else head.spec,
             chat_template=template,
+            image=base.image,
             training={"import": record},
         )
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise InvalidConfig(f"the checkpoint makes no bundle: {first['msg']}", param="adapter_config") from error
     return AdapterBundle(config, tensors if head is None else tensors | head.tensors)
+
+
+def _task(base: ImportBase, head: PeftHead | None) -> Task:
+    if base.kind == "dual":
+        return "retrieve"
+    if head is None:
+        return "generate"
+    return "image-classify" if base.kind == "vision" else "classify"
 
 
 def _record(files: PeftFiles, config: PeftConfig, warnings: tuple[str, ...]) -> dict[str, JsonValue]:
@@ -174,11 +178,35 @@ def _check_task(config: PeftConfig, base: ImportBase, layers: Mapping[str, PeftL
             "classifiers (task_type SEQ_CLS) and embeddings (task_type FEATURE_EXTRACTION)",
             param="adapter_config.task_type",
         )
+    if base.kind == "vision" and head is None:
+        raise UnsupportedAdapter(
+            f"base {base.info.name!r} classifies images, and the checkpoint has no classifier; add 'classifier' to "
+            "modules_to_save, and train again",
+            param="adapter_config.modules_to_save",
+        )
     if head is not None and config.task_type == "CAUSAL_LM":
         raise UnsupportedAdapter(
             "task_type is CAUSAL_LM, and the checkpoint has a classifier head; correct one of the two",
             param="adapter_config.task_type",
         )
+
+
+def _check_image_type(config: PeftConfig, base: ImportBase) -> None:
+    if base.kind in ("vision", "dual") and config.task_type not in (None, "FEATURE_EXTRACTION"):
+        raise UnsupportedAdapter(
+            f"task_type is {config.task_type}, and base {base.info.name!r} takes images; PEFT has no name for tasks of "
+            "images: leave it null",
+            param="adapter_config.task_type",
+        )
+
+
+def _image_warnings(base: ImportBase) -> list[str]:
+    if base.image is None:
+        return []
+    return [
+        "a PEFT checkpoint does not say how images were prepared in training; the bundle has the base's own "
+        "preprocessing"
+    ]
 
 
 def _base_warnings(config: PeftConfig, base: ImportBase) -> list[str]:

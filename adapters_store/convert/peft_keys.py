@@ -38,16 +38,32 @@ _REFUSED = {
 _REFUSED_PARTS = tuple(_REFUSED)
 HEAD_ROOTS = ("score", "classifier", "pre_classifier", "pooler")
 _SHOWN = 3
+# Layers of ViT and DeiT have other names since transformers 5; checkpoints of older releases have these. The names of
+# `transformers.conversion_mapping`.
+_OLDER_NAMES: dict[str, str] = {
+    "attention.attention.query": "attention.q_proj",
+    "attention.attention.key": "attention.k_proj",
+    "attention.attention.value": "attention.v_proj",
+    "attention.output.dense": "attention.o_proj",
+    "intermediate.dense": "mlp.fc1",
+    "output.dense": "mlp.fc2",
+}
+_OLDER_LAYERS = "encoder.layer."
 
 
 @dataclass
 class LayerKeys:
-    """The keys of one layer's tensors; None where the checkpoint has no such tensor."""
+    """The keys of one layer's tensors; None where the checkpoint has no such tensor.
+
+    Attributes:
+        older_path: The layer's path in the checkpoint, which its patterns are about, where the base has another name.
+    """
 
     lora_a: str | None = None
     lora_b: str | None = None
     lora_bias: str | None = None
     magnitude: str | None = None
+    older_path: str | None = None
 
 
 @dataclass(frozen=True)
@@ -149,6 +165,9 @@ def match_layers(layers: Mapping[str, LayerKeys], base: ImportBase) -> dict[str,
     matched: dict[str, LayerKeys] = {}
     missing: list[str] = []
     for path, keys in layers.items():
+        newer = _newer_name(_unwrapped(path, wrappers)) if base.kind == "vision" else None
+        if newer is not None and newer in base.shapes:
+            keys.older_path, path = path, newer
         candidates = [path] if path in base.shapes else paths.get(_unwrapped(path, wrappers), [])
         if len(candidates) != 1 or candidates[0] in matched:
             missing.append(path)
@@ -165,6 +184,14 @@ def match_layers(layers: Mapping[str, LayerKeys], base: ImportBase) -> dict[str,
             param=missing[0],
         )
     return matched
+
+
+def _newer_name(path: str) -> str | None:
+    """The path of a layer of a ViT or DeiT whose path before transformers 5 was `path`; None for another path."""
+    if not path.startswith(_OLDER_LAYERS):
+        return None
+    number, _, name = path.removeprefix(_OLDER_LAYERS).partition(".")
+    return f"layers.{number}.{_OLDER_NAMES[name]}" if name in _OLDER_NAMES else None
 
 
 def _unwrapped(path: str, wrappers: Iterable[str]) -> str:

@@ -40,4 +40,5 @@ def import_base(base: FrozenBase) -> ImportBase:
         chat_template=template if isinstance(template, str) else None,
         weight=weight,
         bias=bias,
+        image=base.image_spec,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,6 +27,25 @@ _MARGIN = 128
 _CHARACTERS_A_TOKEN = 4
 # Characters that go to the tokenizer in one call: its result has some 150 bytes a token.
 _CHARACTERS_AT_ONCE = 1 << 16
+MAX_WINDOWS = 64
+"""Windows of one text that spans are looked for in. What comes after them is cut."""
+# The part of a window that it shares with the one before.
+_OVERLAP = 4
+
+
+@dataclass(frozen=True)
+class Window:
+    """The place of a row in a text that is longer than a row.
+
+    Attributes:
+        index: Windows before it.
+        first: The first of its tokens whose tag it decides; the window before decides those before.
+        last: The token after the last one that it decides.
+    """
+
+    index: int
+    first: int
+    last: int
 
 
 @dataclass(frozen=True)
@@ -39,7 +58,9 @@ class ModelInputs:
         offsets: The characters of the input that each token stands for, (first, after the last); None where nobody
             asked for them.
         text: The part of the input that holds all of these characters; told where there are offsets.
-        is_cut: Whether the input has more tokens than these; told where there are offsets.
+        is_cut: Whether the input has more tokens than these, or than those of all its windows; told where there are
+            offsets.
+        window: The place of the row in a text that has several; None for the only row of a text.
         pixels: Of an image, float32 (3, height, width); None for a text.
         image_tokens: Tokens that the image tower makes of the image.
     """
@@ -49,6 +70,7 @@ class ModelInputs:
     offsets: list[tuple[int, int]] | None = None
     text: str | None = None
     is_cut: bool = False
+    window: Window | None = None
     pixels: NDArray[np.float32] | None = field(default=None, compare=False)
     image_tokens: int = 0
 
@@ -158,6 +180,74 @@ class Preprocessor:
                 raise InvalidRequest(f"input {index} has no tokens; send some text", param=f"{field}[{index}]")
         return [rows[index] for index in range(len(inputs))]
 
+    def windows(self, texts: Sequence[str], max_length: int, field: str = "inputs") -> Iterator[list[ModelInputs]]:
+        """Yield the rows of each text, with offsets: one, or of a longer text windows of `max_length` tokens.
+
+        A window begins with the last quarter of the window before. Each of these shared tokens is decided by the window
+        that has more of its context: the first half by the window before. A text has at most `MAX_WINDOWS`; the last
+        row of a longer one, as all its rows, says that it is cut.
+
+        Args:
+            texts: Texts; a tokenizer with offsets is needed (`has_offsets`).
+            max_length: The most tokens of a row, special tokens included.
+            field: What the request calls the texts.
+
+        Raises:
+            InvalidRequest: A text has no tokens.
+        """
+        for text, row in zip(texts, self.rows(texts, max_length, field, offsets=True), strict=True):
+            yield self._windows(text, max_length) if row.is_cut else [row]
+
+    def _windows(self, text: str, max_length: int) -> list[ModelInputs]:
+        special = self._tokenizer.num_special_tokens_to_add()
+        # Without room for a token beside the special ones, a row has one.
+        room = max(1, max_length - special)
+        overlap = room // _OVERLAP
+        part = self._beginning(text, special + room + (MAX_WINDOWS - 1) * (room - overlap))
+        with self._lock:
+            side = self._truncating.truncation_side
+            # The windows go from the beginning on, also where the tokenizer would keep the end of a text.
+            self._truncating.truncation_side = "right"
+            try:
+                encoded: Any = self._truncating(
+                    part,
+                    truncation=True,
+                    max_length=special + room,
+                    stride=overlap,
+                    return_overflowing_tokens=True,
+                    return_offsets_mapping=True,
+                )
+            finally:
+                self._truncating.truncation_side = side
+        count = len(encoded["input_ids"])
+        rows = []
+        for index in range(min(count, MAX_WINDOWS)):
+            own = [place for place, text_id in enumerate(encoded.sequence_ids(index)) if text_id is not None]
+            first = own[0] + (overlap + 1) // 2 if index else 0
+            last = own[-1] + 1 - overlap // 2
+            rows.append(
+                ModelInputs(
+                    encoded["input_ids"][index],
+                    offsets=encoded["offset_mapping"][index],
+                    text=part,
+                    is_cut=count > MAX_WINDOWS,
+                    window=Window(index, first, last),
+                )
+            )
+        final = rows[-1]
+        assert final.window is not None
+        rows[-1] = replace(final, window=replace(final.window, last=len(final)))
+        return rows
+
+    def _beginning(self, text: str, tokens: int) -> str:
+        """The beginning of a text: all of it, or as much as has more than so many tokens."""
+        characters = _CHARACTERS_A_TOKEN * (tokens + _MARGIN)
+        while len(part := text[:characters]) < len(text):
+            if len(self._tokenizer(part)["input_ids"]) >= tokens + _MARGIN:
+                break
+            characters *= 2
+        return part
+
     def max_characters(self, tokens: int) -> int:
         """Return how many characters `tokens` tokens can stand for at most, each of them as long as the longest one.
 
@@ -214,13 +304,8 @@ class Preprocessor:
         return text if self._tokenizer.truncation_side == "left" else text[:characters]
 
     def _decisive_part(self, text: str, max_length: int) -> str:
-        """The beginning of a text of a pair: as much as has more tokens than a row."""
-        characters = _CHARACTERS_A_TOKEN * (max_length + _MARGIN)
-        while len(part := self._kept_part(text, characters)) < len(text):
-            if len(self._tokenizer(part)["input_ids"]) >= max_length + _MARGIN:
-                break
-            characters *= 2
-        return part
+        """The part of a text of a pair that has more tokens than a row; see `_kept_part`."""
+        return text if self._tokenizer.truncation_side == "left" else self._beginning(text, max_length)
 
     def _truncated(
         self, texts: list[str], seconds: list[str] | None, max_length: int, **options: Any

@@ -61,7 +61,11 @@ def token_ranges(text: str, offsets: Sequence[tuple[int, int]]) -> list[tuple[in
 
 
 def encode_tags(
-    ranges: Sequence[tuple[int, int] | None], spans: Sequence[Span], tags: Sequence[str], ignored: int
+    ranges: Sequence[tuple[int, int] | None],
+    spans: Sequence[Span],
+    tags: Sequence[str],
+    ignored: int,
+    goes_on: bool = False,
 ) -> list[int]:
     """The tag of each token.
 
@@ -70,6 +74,7 @@ def encode_tags(
         spans: In the order of their places, without overlaps.
         tags: The names of the tags; `O` is the first.
         ignored: What a token without characters has.
+        goes_on: Whether tokens of the text come before these, so that a span may have begun there.
     """
     index = {tag: i for i, tag in enumerate(tags)}
     found: list[int] = []
@@ -81,6 +86,9 @@ def encode_tags(
         start, end = token
         while place < len(spans) and spans[place].end <= start:
             place += 1
+        if goes_on and place < len(spans) and spans[place].start < start:
+            begun = place
+        goes_on = False
         if place == len(spans) or spans[place].start >= end:
             found.append(0)
             continue

@@ -171,7 +171,7 @@ class Span(Answer):
 
 
 class Spans(Answer):
-    """The spans of one input. `truncated`: the input is longer than the adapter reads; its rest has no spans."""
+    """The spans of one input. `truncated`: the input is longer than 64 windows; its rest has no spans."""
 
     spans: list[Span]
     truncated: bool

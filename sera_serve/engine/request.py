@@ -200,7 +200,7 @@ class Spans:
 
     Attributes:
         spans: Their places count characters of the input.
-        truncated: Whether the input was longer than the adapter reads; nothing was looked for in its rest.
+        truncated: Whether the input was longer than all its windows; nothing was looked for in its rest.
     """
 
     spans: list[Span]
@@ -220,9 +220,24 @@ class EmbeddingSpec:
     normalize: bool = True
 
 
+@dataclass(frozen=True)
+class TaggedTokens:
+    """The tags of one window of an input: of the tokens that it decides and that have characters.
+
+    Attributes:
+        ranges: The characters of each token.
+        tags: The number of its tag.
+        scores: The probability of that tag.
+    """
+
+    ranges: list[tuple[int, int]]
+    tags: list[int]
+    scores: list[float]
+
+
 HeadResult: TypeAlias = LabelScores | LabelSet | Score | Spans
 """Of one row, by the task of its adapter."""
-RowResult: TypeAlias = HeadResult | NDArray[np.float32]
+RowResult: TypeAlias = HeadResult | TaggedTokens | NDArray[np.float32]
 """Of one row: what its adapter's head says, or its vector (hidden,)."""
 
 

@@ -36,6 +36,7 @@ from sera_serve.engine.rows import EmbeddingInputs, Inputs, RowMaker, TextsOrTok
 from sera_serve.engine.stream import EventReader, Mailbox, deadline_exceeded
 from sera_serve.engine.tasks import TaskRunner
 from sera_serve.engine.tasks.classify import ClassifyResult, EmbedResult, RowGroup, split_call
+from sera_serve.engine.tasks.results import joined_windows
 from sera_serve.errors import InvalidRequest
 from sera_serve.threads import BoundedExecutor
 
@@ -135,10 +136,11 @@ class RowCalls(ABC):
         call = self._row_call("cls", principal, priority)
         resolve = partial(self._row_maker.classifiers, adapters, len(inputs))
         results, groups, times = await self._run_classification(call, resolve, inputs, timeout_s, received_at)
-        count = len(inputs)
-        return [
-            _scores(group, results[first * count : (first + 1) * count], times) for first, group in enumerate(groups)
-        ]
+        found, first = [], 0
+        for group in groups:
+            found.append(_scores(group, results[first : first + len(group.rows)], times))
+            first += len(group.rows)
+        return found
 
     async def embed(
         self,
@@ -308,7 +310,7 @@ def _scores(group: RowGroup, results: Sequence[RowResult], times: RowTimes) -> C
     return ClassifyResult(
         adapter=group.adapter.adapter,
         version=group.adapter.version or None,
-        results=cast(list[HeadResult], list(results)),
+        results=cast(list[HeadResult], list(joined_windows(results, group.rows, group.adapter.labels or ()))),
         prompt_tokens=sum(map(len, group.rows)),
         **times._asdict(),
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import TypeAlias
 
 from adapters_store import ImageSpec, ResolvedAdapter
@@ -79,6 +78,8 @@ class RowMaker:
     def classification(self, adapters: Sequence[ResolvedAdapter], inputs: Texts) -> list[RowGroup]:
         """The rows of each adapter. An input is tokenized once, and again only for adapters that cut it shorter.
 
+        For an adapter that finds spans, an input that is longer than a row has several: its windows.
+
         Raises:
             UnsupportedTask: An adapter classifies images, or the base classifies no texts.
             InvalidRequest: An input has no tokens.
@@ -90,30 +91,53 @@ class RowMaker:
                     'objects {"image": "<base64>"}',
                     param="inputs",
                 )
-        limits = [adapter.max_length or self._base.max_length for adapter in adapters]
-        longest = max(limits)
         finders = [adapter for adapter in adapters if adapter.task == "token-classify"]
         if finders:
             self._check_spans(finders[0], inputs)
-        # Offsets are no part of what other adapters read, and do them no harm.
-        tokenize = partial(self._base.preprocessor.rows, offsets=bool(finders))
+        by_limit = self._by_limit({self._limit(adapter) for adapter in adapters if adapter not in finders}, inputs)
+        windows: dict[int, list[ModelInputs]] = {}
+        groups, tagged = [], 0
+        for adapter in adapters:
+            limit = self._limit(adapter)
+            if adapter not in finders:
+                groups.append(RowGroup(adapter, by_limit[limit]))
+                continue
+            if limit not in windows:
+                windows[limit] = self._windows(inputs, limit, tagged)
+            tagged += sum(map(len, windows[limit]))
+            _check_tagged(tagged)
+            groups.append(RowGroup(adapter, windows[limit]))
+        return groups
+
+    def _limit(self, adapter: ResolvedAdapter) -> int:
+        """Tokens of a row of an adapter."""
+        return adapter.max_length or self._base.max_length
+
+    def _by_limit(self, limits: set[int], inputs: Texts) -> dict[int, list[ModelInputs]]:
+        """The rows of all inputs, cut to each of some limits."""
+        if not limits:
+            return {}
+        tokenize = self._base.preprocessor.rows
+        longest = max(limits)
         by_limit = {longest: tokenize(inputs, longest)}
-        for limit in set(limits) - {longest}:
+        for limit in limits - {longest}:
             rows = list(by_limit[longest])
             too_long = [index for index, row in enumerate(rows) if len(row) > limit]
             cut = tokenize([inputs[index] for index in too_long], limit)
             for index, row in zip(too_long, cut, strict=True):
                 rows[index] = row
             by_limit[limit] = rows
-        groups = [RowGroup(adapter, by_limit[limit]) for adapter, limit in zip(adapters, limits, strict=True)]
-        tagged = sum(len(row) for group in groups if group.adapter in finders for row in group.rows)
-        if tagged > _MAX_TAGGED:
-            raise InvalidRequest(
-                f"the inputs have {tagged} tokens to look for spans in; send inputs of at most {_MAX_TAGGED} tokens in "
-                "one request",
-                param="inputs",
-            )
-        return groups
+        return by_limit
+
+    def _windows(self, inputs: Texts, limit: int, tagged: int) -> list[ModelInputs]:
+        """The rows of all inputs for spans; `tagged` tokens of the request are counted already."""
+        rows: list[ModelInputs] = []
+        for found in self._base.preprocessor.windows([value for value in inputs if isinstance(value, str)], limit):
+            rows += found
+            tagged += sum(map(len, found))
+            # Before the next text is tokenized.
+            _check_tagged(tagged)
+        return rows
 
     def _check_spans(self, adapter: ResolvedAdapter, inputs: Inputs) -> None:
         """Refuse what has no characters to count."""
@@ -218,6 +242,15 @@ class RowMaker:
             return ModelInputs(self._base.preprocessor.prompt(None, tokens))
         except InvalidRequest as error:
             raise InvalidRequest(error.message.replace("token_ids", place, 1), param=place) from error
+
+
+def _check_tagged(tagged: int) -> None:
+    if tagged > _MAX_TAGGED:
+        raise InvalidRequest(
+            f"the inputs have more than {_MAX_TAGGED} tokens to look for spans in, the overlaps of windows included; "
+            "send fewer or shorter inputs in one request",
+            param="inputs",
+        )
 
 
 def _check_answer(adapters: Sequence[ResolvedAdapter], count: int) -> None:

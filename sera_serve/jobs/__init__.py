@@ -23,7 +23,7 @@ from sera_serve.jobs.records import (
     JobStatus,
     TooManyJobs,
 )
-from sera_serve.jobs.rows import InvalidTrainingFile, RowKind
+from sera_serve.jobs.rows import InvalidTrainingFile, JobTask, RowKind
 from sera_serve.jobs.spec import JobSpec
 from sera_serve.jobs.supervisor import Supervisor
 
@@ -38,6 +38,7 @@ __all__ = [
     "JobProcesses",
     "JobSpec",
     "JobStatus",
+    "JobTask",
     "Jobs",
     "Places",
     "RowKind",

@@ -29,6 +29,7 @@ ORDERS, PROGRESS, RESULT, PUBLISHING, LOG = (
 """Files of a job's directory."""
 _MOST_READ = 256 << 10
 _LOG_TAIL = 2000
+_TIMINGS = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
 # The child watches for the server's end before it imports anything: its imports take seconds. The server writes nothing
 # to the pipe, so a read returns when the server has ended, however it ended.
 _PROGRAM = """
@@ -70,11 +71,11 @@ class JobProcesses:
     quotas: Mapping[str, Mapping[str, int | str]] = field(default_factory=dict)
     quantize: Quantize = "none"
 
-    def start(self, job: Job, places: Places) -> JobProcess:
-        """Start the process of a job. Its directory may be that of an earlier process, which it goes on from.
+    def prepare(self, job: Job, places: Places) -> Path:
+        """Make the directory of a job, with its orders and links to its files. Returns the directory.
 
         Raises:
-            OSError: The disk is full, or no process can be made.
+            OSError: The disk is full.
         """
         places.make()
         run = places.run(job.id)
@@ -101,6 +102,15 @@ class JobProcesses:
             "quotas": {tenant: limits for tenant, limits in self.quotas.items() if tenant in (job.tenant, DEFAULT)},
         }
         (run / ORDERS).write_text(json.dumps(orders))
+        return run
+
+    def start(self, job: Job, places: Places) -> JobProcess:
+        """Start the process of a job. Its directory may be that of an earlier process, which it goes on from.
+
+        Raises:
+            OSError: The disk is full, or no process can be made.
+        """
+        run = self.prepare(job, places)
         # The child finds the modules that this process has found.
         modules = os.pathsep.join(entry for entry in sys.path if entry)
         environment = {
@@ -225,9 +235,9 @@ def _take(entry: dict[str, Any], found: Reported) -> None:
         found.checkpoints.append(Checkpoint(step, time.time(), None, metrics))
     elif kind == "metrics" and step > (found.last.evaluated if "eval_loss" in entry else found.last.trained):
         found.last = replace(found.last, **{"evaluated" if "eval_loss" in entry else "trained": step})
-        shown = ", ".join(
-            f"{name.replace('_', ' ')}={entry[name]:.4f}" for name in ("train_loss", "eval_loss") if name in entry
-        )
+        # Of an evaluation, its metrics too; the time that it took is no metric.
+        known = ["train_loss", *(name for name in entry if name.startswith("eval_") and name not in _TIMINGS)]
+        shown = ", ".join(f"{name.replace('_', ' ')}={entry[name]:.4f}" for name in known if name in entry)
         found.events.append(NewEvent(f"Step {step}/{total}: {shown}", type="metrics", data=entry))
 
 

@@ -11,26 +11,44 @@ from typing import BinaryIO, Literal
 
 from sera_serve.errors import SeraServeError
 from sera_serve.trainer.data.labelled import label_of, messages_of, string_of, text_of
+from sera_serve.trainer.data.spans import spans_of
+from sera_serve.trainer.data.targets import labels_of, number_of
 from sera_serve.trainer.tables.table import InvalidData, Problems, Row
 
-RowKind = Literal["messages", "prompt", "text", "pair"]
-"""What each row of a file has: `messages`; `prompt` and `completion`; `text` and `label`; or `text_pair` too."""
+RowKind = Literal["messages", "prompt", "text", "pair", "labels", "pair-labels", "score", "pair-score", "spans"]
+"""What each row of a file has, besides the text: a label, labels, a score or spans; of a pair, two texts."""
+JobTask = Literal["generate", "classify", "multi-label", "regress", "token-classify"]
+"""What a job trains. `multi-label` is the trainer's `classify` with several labels a text."""
 
 KINDS: dict[RowKind, tuple[str, ...]] = {
     "messages": ("messages",),
     "prompt": ("prompt", "completion"),
-    # Before `text`, which a row of this kind has too.
-    "pair": ("text_pair", "text", "label"),
+    # Pairs come before single texts, whose fields a pair has too.
+    "pair": ("text", "text_pair", "label"),
     "text": ("text", "label"),
+    "pair-labels": ("text", "text_pair", "labels"),
+    "labels": ("text", "labels"),
+    "pair-score": ("text", "text_pair", "score"),
+    "score": ("text", "score"),
+    "spans": ("text", "spans"),
 }
+"""The fields of each kind of row."""
+_TEXTS = {"text", "text_pair"}
+TASK_OF: dict[RowKind, JobTask] = {
+    **{"messages": "generate", "prompt": "generate", "text": "classify", "pair": "classify"},
+    **{"labels": "multi-label", "pair-labels": "multi-label", "score": "regress", "pair-score": "regress"},
+    "spans": "token-classify",
+}
+"""What each kind of row is for."""
 MAX_ROWS = 200_000
 MAX_LINE_BYTES = 1 << 20
 # Faults are shown for so many rows at most. The rest of the file is then not read.
 _MAX_FAULTS = 20
 _SHAPES = (
-    '{"messages": [...]}, or {"prompt": ..., "completion": ...}, or {"text": ..., "label": ...}, the last perhaps with '
-    '"text_pair"'
+    '{"messages": [...]}, or {"prompt": ..., "completion": ...}, or {"text": ...} with "label", "labels" (a list), '
+    '"score" (a number) or "spans" (a list), and perhaps with "text_pair" where there are no spans'
 )
+_SPAN_KEYS = {"start", "end", "label"}
 # Python code holds the interpreter's lock, which the engine needs: the check rests for as long as it works.
 _WORK_S = 0.005
 _BLOCK_BYTES = 1 << 20
@@ -140,14 +158,15 @@ def _parsed(content: bytes, rows: int, number: int, problems: Problems) -> Row |
 def _kind_of(row: Row, problems: Problems) -> RowKind | None:
     given = set(row.values)
     for kind, columns in KINDS.items():
-        if columns[0] in given:
-            if missing := [column for column in columns if column not in given]:
-                problems.add(row, f"{missing[0]} is missing; a row of this kind has {_words(kind)}")
-                return None
-            if more := sorted(given - set(columns)):
-                problems.add(row, f"{more[0][:64]!r} is not used; a row of this kind has {_words(kind)} alone")
-                return None
-            return kind
+        if given.isdisjoint(set(columns) - _TEXTS) or ("text_pair" in columns and "text_pair" not in given):
+            continue
+        if missing := [column for column in columns if column not in given]:
+            problems.add(row, f"{missing[0]} is missing; a row of this kind has {_words(kind)}")
+            return None
+        if more := sorted(given - set(columns)):
+            problems.add(row, f"{more[0][:64]!r} is not used; a row of this kind has {_words(kind)} alone")
+            return None
+        return kind
     problems.add(row, f"it has no field that can be learned from; a row is {_SHAPES}")
     return None
 
@@ -155,14 +174,49 @@ def _kind_of(row: Row, problems: Problems) -> RowKind | None:
 def _check(row: Row, kind: RowKind, problems: Problems) -> None:
     if kind == "messages":
         messages_of(row, "messages", problems)
-    elif kind in ("text", "pair"):
-        text_of(row, "text", problems)
-        if kind == "pair":
-            text_of(row, "text_pair", problems)
-        label_of(row, "label", problems)
-    else:
+        return
+    if kind == "prompt":
         string_of(row, "prompt", problems)
         text_of(row, "completion", problems)
+        return
+    text = text_of(row, "text", problems)
+    if "text_pair" in KINDS[kind]:
+        text_of(row, "text_pair", problems)
+    if "label" in KINDS[kind]:
+        label_of(row, "label", problems)
+    elif "labels" in KINDS[kind]:
+        _check_labels(row, problems)
+    elif "score" in KINDS[kind]:
+        _check_score(row, problems)
+    else:
+        _check_spans(row, text, problems)
+
+
+def _check_labels(row: Row, problems: Problems) -> None:
+    # The trainer also takes a text with separators, for CSV.
+    if isinstance(row.values["labels"], list):
+        labels_of(row, "labels", "|", problems)
+    else:
+        problems.add(row, 'labels must be a list such as ["sport", "music"]; without any label it is []')
+
+
+def _check_score(row: Row, problems: Problems) -> None:
+    score = row.values["score"]
+    if isinstance(score, str):
+        problems.add(row, f"score is the text {score[:64]!r}; write a number such as 3.8, without quotes")
+    else:
+        number_of(row, "score", problems)
+
+
+def _check_spans(row: Row, text: str, problems: Problems) -> None:
+    spans = row.values["spans"]
+    if not isinstance(spans, list):
+        problems.add(row, 'spans must be a list such as [{"start": 0, "end": 5, "label": "name"}]')
+        return
+    for index, span in enumerate(spans):
+        if isinstance(span, dict) and (more := sorted(set(span) - _SPAN_KEYS)):
+            problems.add(row, f"spans[{index}] has {more[0][:64]!r}, which is not used; it has start, end and label")
+    spans_of(row, "spans", text, problems)
 
 
 def _words(kind: RowKind | None) -> str:

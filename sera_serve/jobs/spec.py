@@ -4,43 +4,51 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, cast
 
 from adapters_store import AdapterConfig, BaseInfo, ModuleSpec
 from sera_serve.base import Quantize
 from sera_serve.errors import InvalidConfiguration
-from sera_serve.jobs.rows import RowKind
-from sera_serve.layers import ALL_LINEAR, near_names, pattern_matches
-from sera_serve.trainer.initial import check_initial
-from sera_serve.trainer.settings import TrainSettings, load_options
+from sera_serve.jobs.rows import KINDS, JobTask, RowKind
+from sera_serve.trainer import initial
+from sera_serve.trainer.option_text import flag
+from sera_serve.trainer.patterns import shapes_by_path, total_ranks
+from sera_serve.trainer.settings import DEFAULT_METHOD, KEPT_BY_INIT, METHODS, Method, TrainSettings, load_options
 
 TRAINING_NAME, VALIDATION_NAME = "training_file.jsonl", "validation_file.jsonl"
 """What a job's own directory calls its two files. Messages of the trainer show these names."""
 BYTES_A_NUMBER = 4
-"""The trainer keeps adapters in float32."""
+"""The trainer stores float32."""
 # Steps whose loss becomes an event, at most about.
 _MOST_POINTS = 300
 _CHECKPOINT_S = 10.0
 # A classifier has no fewer.
 _FEWEST_LABELS = 2
-# Options of the trainer's command line, as a job's body names them. The longer ones come first.
+# Options of the trainer's command line, as a job's body names them, besides those of `SHAPE`.
 _WORDS = (
     ("lower --learning-rate", "lower learning_rate_multiplier: this is the rate"),
     (" and run again with --no-resume", ""),
     ("--messages-column", "messages"),
     ("--eval-fraction 0", "more rows"),
-    ("--target-modules", "adapter.target_modules"),
     ("--label-column", "the labels"),
+    ("--label-separator", "the lists of labels"),
+    ("--spans-column or --tags-column", "their spans"),
     ("--eval", "validation_file"),
     ("--train", "training_file"),
     ("--init-from", "model"),
-    ("--method", "adapter.method"),
-    ("--split", "adapter.split"),
-    ("--rank", "adapter.rank"),
     ("--task", "adapter.task"),
 )
+SHAPE = (
+    *("method", "rank", "split", "lora_alpha", "target_modules", "rank_pattern", "split_pattern", "alpha_pattern"),
+    *("train_factors", "lora_plus_ratio", "budget", "budget_warmup", "budget_final", "pooling"),
+)
+"""Fields of a job's `adapter` that are options of the trainer, under the same names."""
+KEPT = tuple(name for name in SHAPE if name in KEPT_BY_INIT)
+"""Those of them that a job keeps of the adapter that it goes on from."""
+# The longer ones come first: one may be the beginning of another.
+_FLAGS = {flag(name): name for name in sorted(SHAPE, key=len, reverse=True)}
 
 
 @dataclass(frozen=True)
@@ -51,7 +59,7 @@ class JobSpec:
         model: The base's name, or the reference that the client sent.
         adapter: `tenant/name` that the result is published as.
         kind: What the rows of the files have.
-        task: `classify` or `generate`.
+        task: What the rows are for.
         epochs: Passes over the rows.
         batch_size: Rows a step.
         learning_rate_multiplier: Factor of the method's own learning rate.
@@ -59,13 +67,15 @@ class JobSpec:
         rows: Number of training rows.
         suffix: What the client wants to see in the adapter's name, or None.
         init_from: `tenant/name@vN` to go on from, or None. It decides the shape then.
+        kept_method: The method of `init_from`, or None.
         method, rank, split, target_modules: The shape; None is the trainer's own choice.
+        options: The fields of `SHAPE` beside these, as JSON values, as far as they were sent.
     """
 
     model: str
     adapter: str
     kind: RowKind
-    task: Literal["classify", "generate"]
+    task: JobTask
     epochs: int
     batch_size: int
     learning_rate_multiplier: float
@@ -77,6 +87,8 @@ class JobSpec:
     rank: int | None = None
     split: int | None = None
     target_modules: str | list[str] | None = None
+    kept_method: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
 
     @property
     def steps(self) -> int:
@@ -105,22 +117,23 @@ class JobSpec:
             dtype: dtype of the base.
             quantize: What the base's linear layers are kept in.
         """
-        chosen = {
+        chosen: dict[str, Any] = {
             "method": self.method,
             "rank": self.rank,
             "split": self.split,
             "target_modules": self.target_modules,
             "init_from": self.init_from,
+            **self.options,
+            **_columns(self.kind),
         }
-        if self.kind == "messages":
-            chosen["messages_column"] = "messages"
-        elif self.kind == "pair":
-            chosen["text_pair_column"] = "text_pair"
+        if self.learning_rate_multiplier != 1:
+            preset = METHODS[cast(Method, self.method or self.kept_method or DEFAULT_METHOD)]
+            chosen["learning_rate"] = preset.learning_rate * self.learning_rate_multiplier
         return {
             "base": base,
             "store": str(store),
             "name": self.adapter,
-            "task": self.task,
+            "task": "classify" if self.task == "multi-label" else self.task,
             "train": TRAINING_NAME,
             "epochs": self.epochs,
             "batch_size": self.batch_size,
@@ -150,7 +163,7 @@ def check_spec(
     base: BaseInfo,
     module_shapes: Mapping[str, tuple[int, int]],
     labels: int,
-    initial: AdapterConfig | None,
+    kept: AdapterConfig | None,
 ) -> AdapterConfig:
     """Refuse now what the trainer would refuse when the job runs.
 
@@ -159,7 +172,7 @@ def check_spec(
         base: The base that it trains on.
         module_shapes: (d_in, d_out) of each linear layer of the base, by path.
         labels: Different labels of the training rows, as far as is known.
-        initial: The adapter to go on from, which decides the shape, or None.
+        kept: The adapter to go on from, which decides the shape, or None.
 
     Returns:
         An adapter of the task and the shape of the one that the job will make. Its labels, pooling and length are
@@ -171,54 +184,98 @@ def check_spec(
     folder = Path("jobs")
     try:
         settings = load_options(None, spec.train_settings("base", folder, folder, device="cpu", dtype="auto"))
-        if initial is not None:
-            check_initial(spec.model, initial, settings)
-            return initial
-        modules = _modules(settings, module_shapes)
+        if kept is not None:
+            _check_kept(spec)
+            return _checked(spec, kept, settings)
+        shapes = shapes_by_path(settings, module_shapes)
+        if settings.budget is not None:
+            total_ranks(shapes.values(), settings.budget)
     except InvalidConfiguration as error:
-        field = error.param
-        if initial is not None:
-            raise InvalidConfiguration(in_words(error.message), param="model") from error
-        if field not in ("rank", "split", "target_modules"):
-            # The settings do not always say which of their fields is at fault.
-            field = "split" if "split" in error.message else "method"
-        raise InvalidConfiguration(in_words(error.message), param=f"adapter.{field}") from error
-    fields: dict[str, Any] = {}
-    if spec.task == "classify":
-        names = [str(label) for label in range(max(labels, _FEWEST_LABELS))]
-        fields = {"labels": names, "pooling": "mean", "max_length": 1}
-    return AdapterConfig(task=spec.task, method=settings.stored_method, base=base, modules=modules, **fields)
+        param = error.param if error.param == "model" else f"adapter.{_field_of(error)}"
+        raise InvalidConfiguration(in_words(error.message), param=param) from error
+    modules = {}
+    for path, shape in shapes.items():
+        d_in, d_out = module_shapes[path]
+        modules[path] = ModuleSpec(
+            d_in=d_in,
+            d_out=d_out,
+            rank=shape.rank,
+            split=shape.split,
+            use_mixer=shape.use_mixer,
+            scaling=shape.scaling,
+        )
+    return AdapterConfig(method=settings.stored_method, base=base, modules=modules, **_head_fields(spec.task, labels))
+
+
+def _checked(spec: JobSpec, kept: AdapterConfig, settings: TrainSettings) -> AdapterConfig:
+    try:
+        initial.check_initial(spec.model, kept, settings)
+    except InvalidConfiguration as error:
+        raise InvalidConfiguration(error.message, param="model") from error
+    return kept
+
+
+def _head_fields(task: JobTask, labels: int) -> dict[str, Any]:
+    """Fields of a configuration that say how large the head is."""
+    if task == "generate":
+        return {"task": task}
+    fields: dict[str, Any] = {"task": task, "max_length": 1}
+    if task != "token-classify":
+        fields["pooling"] = "mean"
+    if task == "multi-label":
+        fields |= {"task": "classify", "multi_label": True}
+    if task != "regress":
+        fields["labels"] = [str(label) for label in range(max(labels, _FEWEST_LABELS))]
+    return fields
+
+
+def _check_kept(spec: JobSpec) -> None:
+    kept = METHODS[cast(Method, spec.kept_method or DEFAULT_METHOD)]
+    for name, factor in (("lora_plus_ratio", "b"), ("budget", None)):
+        if name in spec.options and (not kept.adapts or (factor is not None and factor not in kept.train_factors)):
+            raise InvalidConfiguration(
+                f"{flag(name)} has no meaning for {spec.kept_method}, the method that {spec.init_from} keeps; leave it "
+                "out",
+                param=name,
+            )
+
+
+def method_of(config: AdapterConfig) -> str:
+    """The trainer's name of the method of an adapter."""
+    return initial.method_of(config)
+
+
+def _columns(kind: RowKind) -> dict[str, Any]:
+    """The options that name the fields of a kind of row."""
+    found: dict[str, Any] = {}
+    fields = KINDS[kind]
+    if kind == "messages":
+        found["messages_column"] = "messages"
+    if "text_pair" in fields:
+        found["text_pair_column"] = "text_pair"
+    if "labels" in fields:
+        found |= {"label_column": "labels", "multi_label": True}
+    if "score" in fields:
+        found["label_column"] = "score"
+    return found
+
+
+def _field_of(error: InvalidConfiguration) -> str:
+    """The field of `SHAPE` that an error is about. The settings do not always say which of their fields is at fault."""
+    if error.param in SHAPE:
+        return error.param
+    words = {**_FLAGS, **{name: name for name in SHAPE if "_" in name}}
+    places = [(error.message.find(word), -len(word), name) for word, name in words.items() if word in error.message]
+    if places:
+        # The first that is named; of two that begin there, the longer one.
+        return min(places)[2]
+    return "split" if "split" in error.message else "method"
 
 
 def in_words(message: str) -> str:
     """A message of the trainer, without the options of its command line."""
+    for option, name in _FLAGS.items():
+        message = message.replace(option, f"adapter.{name}")
     for option, words in _WORDS:
         message = message.replace(option, words)
     return message
-
-
-def _modules(settings: TrainSettings, module_shapes: Mapping[str, tuple[int, int]]) -> dict[str, ModuleSpec]:
-    config = settings.adapter_config()
-    if config is None:
-        return {}
-    patterns = ("*",) if config.target_modules == ALL_LINEAR else config.target_modules
-    for pattern in patterns:
-        if not any(pattern_matches(pattern, path) for path in module_shapes):
-            raise InvalidConfiguration(
-                f"target_modules has {pattern!r}, which no linear layer of the base has; it has "
-                f"{near_names(pattern, module_shapes)}",
-                param="target_modules",
-            )
-    modules = {}
-    for path, (d_in, d_out) in module_shapes.items():
-        if any(pattern_matches(pattern, path) for pattern in patterns):
-            config.check_fits(path, d_in, d_out)
-            modules[path] = ModuleSpec(
-                d_in=d_in,
-                d_out=d_out,
-                rank=config.rank,
-                split=config.split,
-                use_mixer=config.use_mixer,
-                scaling=config.scaling,
-            )
-    return modules

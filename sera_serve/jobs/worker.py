@@ -11,7 +11,7 @@ import json
 import os
 import signal
 import time
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from sera_serve.access import AccessDatabase, Holdings, Quotas
 from sera_serve.base import load_base
 from sera_serve.errors import SeraServeError
 from sera_serve.jobs.process import ORDERS, PROGRESS, PUBLISHING, RESULT, read_publishing
-from sera_serve.jobs.spec import in_words
+from sera_serve.jobs.spec import SHAPE, in_words
 from sera_serve.trainer.run import train_adapter
 from sera_serve.trainer.settings import load_options
 
@@ -40,13 +40,15 @@ _PARAMS = {
     "train": "training_file",
     "eval": "validation_file",
     "label_column": "training_file",
+    "text_pair_column": "training_file",
+    "spans_column": "training_file",
     "chat_template": "training_file",
     "messages_column": "training_file",
     "learning_rate": "learning_rate_multiplier",
     "init_from": "model",
     "adapter": "model",
     "suffix": "suffix",
-    **{field: f"adapter.{field}" for field in ("rank", "split", "target_modules", "method")},
+    **{field: f"adapter.{field}" for field in SHAPE},
 }
 
 
@@ -65,6 +67,10 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         self._file = path.open("a", encoding="utf-8")
         self._file.write("\n")
         self._begun: tuple[float, int] | None = None
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
 
     def say(self, message: str) -> None:
         """Append a message."""
@@ -179,10 +185,10 @@ def train(run: Path) -> dict[str, Any]:
     )
     if "messages_column" in options and base.tokenizer.chat_template is None:
         options["chat_template"] = str(CHAT_TEMPLATE)
-    progress = Progress(run / PROGRESS)
-    result = train_adapter(load_options(None, options), base=base, callbacks=[progress], publish=publisher.publish)
-    for note in result.notes:
-        progress.say(note)
+    with closing(Progress(run / PROGRESS)) as progress:
+        result = train_adapter(load_options(None, options), base=base, callbacks=[progress], publish=publisher.publish)
+        for note in result.notes:
+            progress.say(note)
     return result_of(result.version, result.digest, store)
 
 

@@ -19,7 +19,14 @@ from sera_serve.layers.served_linear import (
     attach_serving,
     find_shared_inputs,
 )
-from sera_serve.layers.targets import adaptable_linears, find_targets, linear_widths, near_names, pattern_matches
+from sera_serve.layers.targets import (
+    adaptable_linears,
+    find_targets,
+    linear_widths,
+    match_targets,
+    near_names,
+    pattern_matches,
+)
 
 __all__ = [
     "ALL_LINEAR",
@@ -40,6 +47,7 @@ __all__ = [
     "find_shared_inputs",
     "find_targets",
     "linear_widths",
+    "match_targets",
     "module_specs",
     "near_names",
     "pattern_matches",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import TypeGuard, cast
 
@@ -57,20 +57,24 @@ def find_targets(model: nn.Module, config: SeraConfig) -> dict[str, nn.Module]:
         InvalidConfiguration: A name matches no linear layer.
     """
     linears = adaptable_linears(model)
+    return {path: linears[path] for path in match_targets(list(linears), config)}
+
+
+def match_targets(paths: Sequence[str], config: SeraConfig) -> list[str]:
+    """Return those of `paths`, the linear layers of a base, that `config.target_modules` names, in their order.
+
+    Raises:
+        InvalidConfiguration: A name matches none of them.
+    """
     if config.target_modules == ALL_LINEAR:
-        return linears
+        return list(paths)
     for pattern in config.target_modules:
-        if not any(pattern_matches(pattern, path) for path in linears):
-            near = near_names(pattern, linears)
+        if not any(pattern_matches(pattern, path) for path in paths):
             raise InvalidConfiguration(
-                f"target module {pattern!r} matches no linear layer of this base; it has {near}",
+                f"target module {pattern!r} matches no linear layer of this base; it has {near_names(pattern, paths)}",
                 param="target_modules",
             )
-    return {
-        path: module
-        for path, module in linears.items()
-        if any(pattern_matches(pattern, path) for pattern in config.target_modules)
-    }
+    return [path for path in paths if any(pattern_matches(pattern, path) for pattern in config.target_modules)]
 
 
 def select_targets(model: nn.Module, config: SeraConfig) -> dict[str, nn.Module]:

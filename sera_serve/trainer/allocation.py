@@ -18,7 +18,6 @@ AdaLoRA's penalty on the angles between directions is left out: SeRA's C is full
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,9 +25,9 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from sera_serve.errors import InvalidConfiguration
 from sera_serve.layers import SeraLinear
 from sera_serve.layers.attach import replace_module
+from sera_serve.trainer.patterns import total_ranks
 
 # AdaLoRA's smoothing of sensitivity and of its deviation.
 BETA_SENSITIVITY, BETA_UNCERTAINTY = 0.85, 0.85
@@ -75,25 +74,10 @@ class RankAllocator:
             budget: Mean rank of a layer at the end.
 
         Raises:
-            InvalidConfiguration: The budget is not below the mean rank, or leaves no unit.
+            InvalidConfiguration: See `total_ranks`.
         """
         self._layers = dict(layers)
-        ranks = [layer.config.rank for layer in layers.values()]
-        self._first = sum(ranks)
-        self._last = math.floor(budget * len(ranks))
-        unit = min(layer.config.split for layer in layers.values())
-        if self._last >= self._first:
-            raise InvalidConfiguration(
-                f"--budget {budget:g} is not below the mean rank {self._first / len(ranks):g}; "
-                "raise --rank (twice the budget is a usual choice), or leave --budget out",
-                param="budget",
-            )
-        if self._last < unit:
-            raise InvalidConfiguration(
-                f"--budget {budget:g} leaves a total rank of {self._last} to {len(ranks)} layers, and a unit has "
-                f"{unit}; raise --budget or lower --split",
-                param="budget",
-            )
+        self._first, self._last = total_ranks([layer.config for layer in layers.values()], budget)
         self.kept = {
             path: torch.ones(layer.config.segment_rank, dtype=torch.bool, device=layer.sera_a.device)
             for path, layer in self._layers.items()

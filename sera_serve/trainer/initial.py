@@ -35,10 +35,8 @@ class InitialAdapter:
 
     @property
     def method(self) -> Method:
-        """The method that the adapter was trained with. The record may name a variant of the stored method."""
-        config = self.bundle.config
-        variants = [name for name, preset in METHODS.items() if preset.stored == config.method]
-        return next((name for name in variants if name == config.training.get("method")), config.method)
+        """The method that the adapter was trained with."""
+        return method_of(self.bundle.config)
 
     def attach(self, base: FrozenBase, dropout: float) -> None:
         """Attach layers of the adapter's shape to a base. Their values are not the adapter's yet.
@@ -63,6 +61,12 @@ class InitialAdapter:
             for path, spec in config.modules.items()
         }
         attach_layers(base.model, shapes)
+
+
+def method_of(config: AdapterConfig) -> Method:
+    """The method that an adapter was trained with. The record may name a variant of the stored method."""
+    variants = [name for name, preset in METHODS.items() if preset.stored == config.method]
+    return next((name for name in variants if name == config.training.get("method")), config.method)
 
 
 def load_initial(settings: TrainSettings, store: AdapterStore) -> InitialAdapter | None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from sera_serve.errors import InvalidConfiguration
 from sera_serve.layers.config import SeraConfig
-from sera_serve.layers.targets import find_targets, linear_widths, near_names, pattern_matches
+from sera_serve.layers.targets import adaptable_linears, linear_widths, match_targets, near_names, pattern_matches
 
 if TYPE_CHECKING:
     from sera_serve.trainer.settings import TrainSettings
@@ -92,10 +92,23 @@ def value_for(pattern: Pattern | None, path: str) -> float | None:
 
 
 def adapter_shapes(settings: TrainSettings, model: nn.Module) -> dict[str, SeraConfig]:
-    """Return the shape of each layer of `model` that the settings adapt, by its dotted path; empty for head-only.
+    """Return the shape of each layer of `model` that the settings adapt: `shapes_by_path` of its linear layers.
+
+    Raises:
+        InvalidConfiguration: See `shapes_by_path`.
+    """
+    return shapes_by_path(settings, {path: linear_widths(found) for path, found in adaptable_linears(model).items()})
+
+
+def shapes_by_path(settings: TrainSettings, widths: Mapping[str, tuple[int, int]]) -> dict[str, SeraConfig]:
+    """Return the shape of each layer that the settings adapt, by its dotted path; empty for head-only.
 
     The last matching entry of a pattern wins. A layer without a matching entry has the settings' own value. The
     default split and the default alpha of a layer follow from the layer's own rank.
+
+    Args:
+        settings: Options of the run.
+        widths: (d_in, d_out) of each linear layer of the base that may be adapted, by its dotted path.
 
     Raises:
         InvalidConfiguration: A name or pattern matches no adapted layer, or a shape does not fit its layer or the
@@ -104,7 +117,7 @@ def adapter_shapes(settings: TrainSettings, model: nn.Module) -> dict[str, SeraC
     common = settings.adapter_config()
     if common is None:
         return {}
-    targets = find_targets(model, common)
+    targets = match_targets(list(widths), common)
     for option in PATTERN_OPTIONS:
         for name, _ in getattr(settings, option) or ():
             if not any(pattern_matches(name, path) for path in targets):
@@ -115,8 +128,43 @@ def adapter_shapes(settings: TrainSettings, model: nn.Module) -> dict[str, SeraC
                 )
     shapes = {path: _shape(settings, common, path) for path in targets}
     for path, shape in shapes.items():
-        shape.check_fits(path, *linear_widths(targets[path]))
+        try:
+            shape.check_fits(path, *widths[path])
+        except InvalidConfiguration as error:
+            raise InvalidConfiguration(error.message, param=_origin(settings, path, error)) from error
     return shapes
+
+
+def total_ranks(shapes: Collection[SeraConfig], budget: float) -> tuple[int, int]:
+    """Return the total rank of the layers before and after rank allocation.
+
+    Args:
+        shapes: The shape of each adapted layer at the start.
+        budget: Mean rank of a layer at the end.
+
+    Raises:
+        InvalidConfiguration: The budget is not below the mean rank, or leaves no unit.
+    """
+    if not shapes:
+        raise InvalidConfiguration(
+            "--budget shares rank between layers, and none is adapted; leave it out", param="budget"
+        )
+    first = sum(shape.rank for shape in shapes)
+    last = math.floor(budget * len(shapes))
+    unit = min(shape.split for shape in shapes)
+    if last >= first:
+        raise InvalidConfiguration(
+            f"--budget {budget:g} is not below the mean rank {first / len(shapes):g}; "
+            "raise --rank (twice the budget is a usual choice), or leave --budget out",
+            param="budget",
+        )
+    if last < unit:
+        raise InvalidConfiguration(
+            f"--budget {budget:g} leaves a total rank of {last} to {len(shapes)} layers, and a unit has "
+            f"{unit}; raise --budget or lower --split",
+            param="budget",
+        )
+    return first, last
 
 
 def _shape(settings: TrainSettings, common: SeraConfig, path: str) -> SeraConfig:
@@ -127,4 +175,13 @@ def _shape(settings: TrainSettings, common: SeraConfig, path: str) -> SeraConfig
         settings.check_shape(rank, split)
         return dataclasses.replace(common, rank=rank, split=split, lora_alpha=alpha)
     except InvalidConfiguration as error:
-        raise InvalidConfiguration(f"layer {path}: {error.message}", param=error.param) from error
+        raise InvalidConfiguration(f"layer {path}: {error.message}", param=_origin(settings, path, error)) from error
+
+
+def _origin(settings: TrainSettings, path: str, error: InvalidConfiguration) -> str | None:
+    """The option that a layer's rank or split comes from, for an error about them."""
+    if error.param in ("rank", "split", None):
+        for option in ("split_pattern", "rank_pattern"):
+            if value_for(getattr(settings, option), path) is not None:
+                return option
+    return error.param

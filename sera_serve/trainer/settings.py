@@ -97,6 +97,7 @@ METHODS: dict[Method, MethodPreset] = {
 }
 
 
+DEFAULT_METHOD: Method = "sera"
 _ADAPTER_SHAPE = ("rank", "split", "lora_alpha", "target_modules", "train_factors", *PATTERN_OPTIONS)
 _ALLOCATION = ("budget", "budget_warmup", "budget_final")
 # What a run keeps of the adapter that it goes on from.
@@ -155,11 +156,12 @@ class TrainSettings(BaseModel):
     )
     multi_label: bool = _option(
         False,
-        "classify: a text may have several labels, or none: a list in each cell, or text with --label-separator.",
+        "classify, image-classify: a row may have several labels, or none: a list in each cell, or text with "
+        "--label-separator.",
         DATA,
     )
     label_separator: str = _option(
-        "|", "classify --multi-label: what separates the labels in a cell of text.", DATA, min_length=1, max_length=8
+        "|", "--multi-label: what separates the labels in a cell of text.", DATA, min_length=1, max_length=8
     )
     spans_column: str | None = _option(
         None, 'token-classify: column with the spans [{start, end, label}] of the text ("spans").', DATA
@@ -224,7 +226,7 @@ class TrainSettings(BaseModel):
     train_limit: int | None = _option(None, "Train on at most this many rows, drawn by the seed.", DATA, ge=1)
     max_length: int | None = _option(None, "Longest row in tokens (the base's own limit, at most 512).", DATA, ge=8)
 
-    method: Method = _option("sera", "Method of the adapter family; head-only trains no adapter.", ADAPTER)
+    method: Method = _option(DEFAULT_METHOD, "Method of the adapter family; head-only trains no adapter.", ADAPTER)
     rank: int = _option(16, "Width of the reduced vector.", ADAPTER, ge=1, le=4096)
     split: int | None = _option(
         None, "Diagonal blocks of A and B: the rank for sera and melora, 1 for the others.", ADAPTER, ge=1

@@ -37,7 +37,10 @@ TASK_OPTIONS: dict[Task, tuple[str, ...]] = {
     "generate": (
         *("format", "prompt_column", "completion_column", "messages_column", "max_length", "chat_template", "packing"),
     ),
-    "image-classify": ("image_column", "images", "label_column", "pooling", "head_learning_rate", "augment"),
+    "image-classify": (
+        *("image_column", "images", "label_column", "pooling", "head_learning_rate", "augment"),
+        *("multi_label", "label_separator"),
+    ),
     "retrieve": ("image_column", "images", "caption_column", "max_length", "margin", "augment"),
 }
 TASK_METRICS: dict[Task, tuple[SelectBy, ...]] = {

@@ -13,12 +13,12 @@ from transformers import BertConfig, BertModel
 
 from adapters_store import AdapterBundle, AdapterStore
 from sera_serve.base import FrozenBase, freeze_base
-from sera_serve.base.spans import decode_tags, token_ranges
 from sera_serve.engine import LabelScores, LabelSet, Principal, Score, ServingEngine, Spans
 from sera_serve.errors import AdapterOverflow, InvalidRequest, UnsupportedTask
 from support.engine import classify
 from support.factories import byte_tokenizer, merged, random_adapter
 from support.head_tasks import SHAPE, labeller, regressor, span_finder
+from support.span_windows import spans_by_hand
 
 Start = Callable[..., ServingEngine]
 ACME = Principal("acme")
@@ -57,16 +57,13 @@ def check(base: FrozenBase, bundle: AdapterBundle, text: str, result: object) ->
         assert result.score == pytest.approx(float(want[0]), rel=1e-3, abs=1e-4)
     elif config.task == "token-classify":
         assert isinstance(result, Spans)
-        encoded = base.tokenizer(text, truncation=True, max_length=config.max_length, return_offsets_mapping=True)
-        best = want.softmax(1).max(1)
-        ranges = token_ranges(text, encoded["offset_mapping"])
-        found = decode_tags(text, ranges, best.indices.tolist(), best.values.tolist(), config.labels or [])
+        found = spans_by_hand(base, bundle, text)
         assert [(s.start, s.end, s.label, s.text) for s in result.spans] == [
             (s.start, s.end, s.label, s.text) for s in found
         ]
         assert [s.score for s in result.spans] == pytest.approx([s.score for s in found], rel=1e-3)
         assert all(text[s.start : s.end] == s.text for s in result.spans)
-        assert result.truncated is (len(base.tokenizer(text)["input_ids"]) > 64)
+        assert not result.truncated
     elif config.multi_label:
         assert isinstance(result, LabelSet)
         assert list(result.probabilities) == config.labels
@@ -97,15 +94,6 @@ def test_adapters_of_all_tasks_share_a_batch(
     assert any(row.spans for row in spans if isinstance(row, Spans)), "the check has nothing to compare"
 
 
-def test_a_cut_text_says_so(decoder: FrozenBase, store: AdapterStore, start_engine: Start) -> None:
-    store.publish(span_finder(decoder, 3, max_length=16), "acme/spans")
-    engine = start_engine(decoder, store)
-    short, long = asyncio.run(classify(engine, "acme/spans", ["a" * 16, "a" * 17])).results
-    assert isinstance(short, Spans) and isinstance(long, Spans)
-    assert (short.truncated, long.truncated) == (False, True)
-    assert all(span.end <= 16 for span in long.spans)
-
-
 def test_spans_are_the_same_where_others_read_more(
     decoder: FrozenBase, store: AdapterStore, start_engine: Start
 ) -> None:
@@ -129,7 +117,7 @@ def test_what_has_no_spans_is_refused(
     with pytest.raises(InvalidRequest, match="input 1 is a sentence pair") as refusal:
         asyncio.run(classify(engine, "acme/spans", ["a", ("a", "b")]))
     assert refusal.value.param == "inputs[1]"
-    with pytest.raises(InvalidRequest, match="tokens to look for spans in"):
+    with pytest.raises(InvalidRequest, match="more than 32768 tokens to look for spans in"):
         asyncio.run(classify(engine, "acme/spans", ["a" * 64] * 513))
     monkeypatch.setattr(decoder.preprocessor, "has_offsets", False)
     with pytest.raises(UnsupportedTask, match="serve a base with a fast tokenizer"):

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from sera_serve import SeraConfig
-from sera_serve.layers import SeraLinear
-from sera_serve.layers.block_update import add_update
+from sera_serve.layers import SeraLinear, block_update
+from sera_serve.layers.block_update import _NARROW, add_update
 
 
 @pytest.mark.parametrize(("split", "segment_rank"), [(1, 3), (3, 1), (2, 2), (1, 1)])
@@ -30,6 +30,37 @@ def test_gradients_are_those_of_finite_differences(split: int, segment_rank: int
 
     inputs = (h, x, a, b) if c is None else (h, x, a, b, c)
     assert torch.autograd.gradcheck(update, inputs)
+
+
+@pytest.mark.parametrize("segment_rank", [1, 2])
+@pytest.mark.parametrize("width", [_NARROW - 2, _NARROW, _NARROW + 2])
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("use_mixer", [True, False])
+def test_every_form_has_the_gradients_of_the_dense_update(
+    segment_rank: int, width: int, whole: bool, use_mixer: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Narrow and wide segments, and wide ones in pieces: the last piece is shorter than the others."""
+    split, tokens = 3, 7
+    if not whole:
+        monkeypatch.setattr(block_update, "_WHOLE", 0)
+        monkeypatch.setattr(block_update, "_PIECE", -(-3 * split * width // torch.get_num_threads()))
+    torch.manual_seed(0)
+    rank, d = split * segment_rank, split * width
+
+    def leaf(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+    h, x, a, b = leaf(tokens, d), leaf(tokens, d), leaf(d, segment_rank), leaf(segment_rank, d)
+    c = leaf(rank, rank) if use_mixer else None
+    leaves = [t for t in (h, x, a, b, c) if t is not None]
+    upstream = torch.randn(tokens, d, dtype=torch.float64)
+    dense_a = torch.block_diag(*a.view(split, width, segment_rank))
+    dense_b = torch.block_diag(*b.view(segment_rank, split, width).transpose(0, 1))
+    dense = h + 0.7 * (x @ dense_a @ (c if c is not None else torch.eye(rank, dtype=torch.float64)) @ dense_b)
+    want = torch.autograd.grad(dense, leaves, upstream)
+    found = add_update(h.clone(), x, a, c, b, split, 0.7)
+    torch.testing.assert_close(found, dense, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(torch.autograd.grad(found, leaves, upstream), want, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("factors", [f for f in product((False, True), repeat=3) if any(f)])

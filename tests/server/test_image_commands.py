@@ -88,10 +88,10 @@ def test_a_merged_export_is_transformers_own_model(tmp_path: Path) -> None:
         torch.testing.assert_close(own(pixel_values=pixels).last_hidden_state, want, rtol=1e-4, atol=1e-5)
 
 
-def test_peft_checkpoints_are_refused_with_the_reason(tmp_path: Path) -> None:
+def test_peft_checkpoints_without_a_classifier_are_refused_with_the_reason(tmp_path: Path) -> None:
     base = random_vit()
     folder = save_checkpoint(base.model, tmp_path / "peft", target_modules=["q_proj"])
-    with pytest.raises(InvalidBundle, match="how an image is preprocessed") as refusal:
+    with pytest.raises(InvalidBundle, match="add 'classifier' to modules_to_save") as refusal:
         import_peft(peft_from_path(str(folder), BundleLimits()), import_base(base))
     assert refusal.value.code == "unsupported_adapter"
 

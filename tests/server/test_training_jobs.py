@@ -103,7 +103,7 @@ def test_a_file_is_kept_listed_read_and_deleted(client: openai.OpenAI, store: Ad
         (jsonl([{"text": "a", "text_pair": " ", "label": "b"}]), "row 1 (line 1): text_pair is empty"),
         (
             jsonl([{"text": "a", "text_pair": "b", "label": "c"}, {"text": "a", "label": "b"}]),
-            "row 2 (line 2): it has text and label, and rows before it have text_pair and text and label",
+            "row 2 (line 2): it has text and label, and rows before it have text and text_pair and label",
         ),
         (jsonl([{"messages": [{"role": "robot", "content": "x"}]}]), "messages[0] has the role 'robot'"),
         (b"[" * 100_000, "row 1 (line 1): not JSON"),

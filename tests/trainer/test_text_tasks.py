@@ -15,7 +15,7 @@ from tokenizers import processors
 from trainer_samples import WORDS, settings_for, write_csv, write_jsonl
 
 from adapters_store import AdapterBundle, AdapterStore
-from sera_serve.base import FrozenBase, load_base
+from sera_serve.base import FrozenBase, load_base, preprocess
 from sera_serve.base.spans import Span, bio_tags, decode_tags, encode_tags, token_ranges
 from sera_serve.errors import InvalidConfiguration
 from sera_serve.trainer.run import TrainResult, train_adapter
@@ -252,7 +252,9 @@ def test_metrics_that_are_not_defined_are_0() -> None:
     assert label_set_metrics(nothing, nothing) == {"micro_f1": 0.0, "macro_f1": 0.0, "subset_accuracy": 1.0}
 
 
-def test_cut_rows_are_told_and_their_spans_are_missed(base: FrozenBase, tmp_path: Path) -> None:
+def test_long_rows_are_told_and_their_spans_beyond_the_last_window_are_missed(
+    base: FrozenBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     row = {"text": "x " * 40 + "Rome", "spans": [{"start": 80, "end": 84, "label": "place"}]}
     rows = [*marked(20), row]
     settings = settings_for(
@@ -260,7 +262,11 @@ def test_cut_rows_are_told_and_their_spans_are_missed(base: FrozenBase, tmp_path
     )
     kind = TASKS["token-classify"]
     task = kind.build(settings, base, kind.load(settings, None), 64)
-    assert task.notes == ["1 of 21 training rows were cut to 64 tokens"]
+    assert task.notes == ["1 of 21 training rows have more than 64 tokens and were read in windows that overlap"]
+    assert len(task.train_rows) == 22 and not any(row.inputs.is_cut for row in task.train_rows)
+    monkeypatch.setattr(preprocess, "MAX_WINDOWS", 1)
+    task = kind.build(settings, base, kind.load(settings, None), 64)
+    assert task.notes == ["1 of 21 training rows were cut after 1 windows"]
     (cut,) = [row for row in task.train_rows if row.inputs.is_cut]
     assert task.evaluate([cut])["recall"] == 0.0 and len(cut.example.target) == 1
 
@@ -367,7 +373,7 @@ def test_labels_of_the_test_rows_must_be_known(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"task": "regress", "multi_label": True}, "--multi-label is for task classify"),
+        ({"task": "regress", "multi_label": True}, "--multi-label is for tasks classify, image-classify"),
         ({"task": "classify", "label_separator": ";"}, "--label-separator is for --multi-label"),
         ({"task": "classify", "multi_label": True, "select_by": "accuracy"}, "take micro_f1, loss, macro_f1"),
         ({"task": "regress", "select_by": "f1"}, "take pearson, loss, spearman, mse"),

@@ -394,7 +394,7 @@ class SpansResult(BaseModel):
     """The spans of one input, in the order of their places."""
 
     spans: list[FoundSpan]
-    truncated: bool = Field(description="whether the input is longer than the adapter reads; its rest has no spans")
+    truncated: bool = Field(description="whether the input is longer than 64 windows; its rest has no spans")
 
 
 class ClassifyResponse(BaseModel):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import secrets
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
 
@@ -14,8 +14,8 @@ from sera_serve.access import AuditLog
 from sera_serve.errors import AdapterTooLarge, InvalidRequest
 from sera_serve.jobs import Job, JobSpec, TrainingFile, TrainingFileNotFound
 from sera_serve.jobs.records import new_job_id
-from sera_serve.jobs.rows import RowKind
-from sera_serve.jobs.spec import BYTES_A_NUMBER, auto_batch_size, auto_epochs, check_spec
+from sera_serve.jobs.rows import TASK_OF, RowKind
+from sera_serve.jobs.spec import BYTES_A_NUMBER, KEPT, SHAPE, auto_batch_size, auto_epochs, check_spec, method_of
 from sera_serve.server.auth import Caller, CallerOf, NotYourTenant
 from sera_serve.server.deps import AuditOf, Engine, EngineOf, ExecutorsOf, StoreOf
 from sera_serve.server.disconnect import cancel_on_disconnect
@@ -196,10 +196,7 @@ def job_object(job: Job) -> JobObject:
             name=spec.adapter,
             task=spec.task,
             init_from=spec.init_from,
-            method=spec.method,
-            rank=spec.rank,
-            split=spec.split,
-            target_modules=spec.target_modules,
+            **{name: getattr(spec, name, spec.options.get(name)) for name in SHAPE},
         ),
     )
 
@@ -321,7 +318,7 @@ def _spec(
     adapter: str,
 ) -> JobSpec:
     kind = _row_kind(train, "training_file")
-    task: Literal["classify", "generate"] = "classify" if kind in ("text", "pair") else "generate"
+    task = TASK_OF[kind]
     if shape.task not in (None, task):
         raise InvalidOpenAIRequest(
             f"the rows of training_file are for task {task}; send other rows, or leave adapter.task out",
@@ -336,22 +333,29 @@ def _spec(
         raise InvalidOpenAIRequest(
             "the base is an encoder, which cannot generate; send rows with text and label", param="training_file"
         )
-    exact = None
+    if task == "token-classify" and not engine.base.preprocessor.has_offsets:
+        raise InvalidOpenAIRequest(
+            "the base's tokenizer does not tell which characters a token stands for, which spans need; send other rows",
+            param="training_file",
+        )
+    exact = kept_method = None
     if init_from is not None:
-        for field in ("method", "rank", "split", "target_modules"):
+        for field in KEPT:
             if getattr(shape, field) is not None:
                 raise InvalidOpenAIRequest(
                     f"a job that goes on from an adapter keeps its {field}; leave adapter.{field} out",
                     param=f"adapter.{field}",
                 )
         found = store.resolve(init_from)
-        if found.task != task:
+        of = "multi-label" if found.multi_label else found.task
+        if of != task:
             raise InvalidOpenAIRequest(
-                f"{init_from} is for task {found.task}, and the rows are for {task}; send other rows, or another model",
+                f"{init_from} is for task {of}, and the rows are for {task}; send other rows, or another model",
                 param="model",
             )
         # Its aliases may move, and a job that goes on after a kill must begin where it began.
         exact = f"{found.adapter}@v{found.version}"
+        kept_method = method_of(store.config(found.digest))
     asked = body.chosen
     rows = train.rows
     multiplier = asked.learning_rate_multiplier
@@ -371,6 +375,12 @@ def _spec(
         rank=shape.rank,
         split=shape.split,
         target_modules=shape.target_modules,
+        kept_method=kept_method,
+        options={
+            name: value
+            for name in SHAPE
+            if name not in JobSpec.__dataclass_fields__ and (value := getattr(shape, name)) is not None
+        },
     )
 
 

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
+from sera_serve.jobs import JobTask
 from sera_serve.server.native.schemas import MAX_REFERENCE
 from sera_serve.server.openai.fields import Metadata, check_metadata
 from sera_serve.server.openai.files import MAX_ID
@@ -13,10 +22,39 @@ from sera_serve.server.strict import RequestModel, refusal
 
 MAX_RANK = 256
 _MAX_TARGETS, _MAX_TARGET = 64, 128
+_MAX_PATTERNS, _MAX_WILDCARDS = 32, 8
+_MAX_ALPHA = 65_536.0
 
 Auto = Literal["auto"]
+V = TypeVar("V", str | list[str] | None, dict[str, int] | None, dict[str, float] | None)
+
+
+def _simple(value: V, info: ValidationInfo) -> V:
+    # Every pattern is compared with the path of every layer.
+    for pattern in () if value is None or isinstance(value, str) else value:
+        if sum(map(pattern.count, "*?[")) > _MAX_WILDCARDS:
+            raise refusal(
+                f"{pattern[:64]!r} has more than {_MAX_WILDCARDS} of '*', '?' and '['; name layers with fewer",
+                f"adapter.{info.field_name}",
+            )
+    return value
+
+
 Target = Annotated[str, Field(min_length=1, max_length=_MAX_TARGET)]
+Rank = Annotated[int, Field(ge=1, le=MAX_RANK)]
+Alpha = Annotated[float, Field(gt=0, le=_MAX_ALPHA)]
+RankPattern = Annotated[dict[Target, Rank], Field(min_length=1, max_length=_MAX_PATTERNS)]
+AlphaPattern = Annotated[dict[Target, Alpha], Field(min_length=1, max_length=_MAX_PATTERNS)]
+TrainingMethod = Literal[
+    "sera", "sera-freeze-a", "sera-freeze-b", "sera-c-only", "lora", "melora", "moslora", "lora-fa", "head-only"
+]
 FileId = Annotated[str, Field(min_length=1, max_length=MAX_ID)]
+
+
+def _different(factors: list[str]) -> list[str]:
+    if len(set(factors)) != len(factors):
+        raise refusal("train_factors has a factor twice; name each once", "adapter.train_factors")
+    return factors
 
 
 class HyperparametersRequest(RequestModel):
@@ -48,13 +86,33 @@ class AdapterRequest(RequestModel):
     tenant: str | None = Field(
         default=None, min_length=1, max_length=64, description="whose the job and the adapter are"
     )
-    task: Literal["generate", "classify"] | None = Field(default=None, description="by default what the rows are for")
-    method: Literal["sera", "lora", "melora", "moslora", "lora-fa", "head-only"] | None = None
-    rank: int | None = Field(default=None, ge=1, le=MAX_RANK)
-    split: int | None = Field(default=None, ge=1, le=MAX_RANK)
+    task: JobTask | None = Field(default=None, description="what the rows are for; it must be just that")
+    method: TrainingMethod | None = None
+    rank: Rank | None = None
+    split: Rank | None = None
+    lora_alpha: Alpha | None = Field(default=None, description="the update's scale is lora_alpha / rank")
     target_modules: (
         Literal["all-linear"] | Annotated[list[Target], Field(min_length=1, max_length=_MAX_TARGETS)] | None
-    ) = None
+    ) = Field(default=None, description="names or patterns of linear layers")
+    rank_pattern: RankPattern | None = Field(default=None, description="rank by names or patterns of layers")
+    split_pattern: RankPattern | None = Field(default=None, description="split by names or patterns of layers")
+    alpha_pattern: AlphaPattern | None = Field(default=None, description="lora_alpha by names or patterns of layers")
+    train_factors: (
+        Annotated[list[Literal["a", "c", "b"]], Field(min_length=1, max_length=3), AfterValidator(_different)] | None
+    ) = Field(default=None, description="the factors that train")
+    lora_plus_ratio: float | None = Field(
+        default=None, gt=0, le=1000, description="LoRA+: the learning rate of B over that of A and C"
+    )
+    budget: float | None = Field(
+        default=None, gt=0, le=MAX_RANK, description="rank allocation: the mean rank of a layer at the end"
+    )
+    budget_warmup: float | None = Field(default=None, ge=0, lt=1, description="part of the steps before ranks fall")
+    budget_final: float | None = Field(default=None, gt=0, lt=1, description="part of the steps after they have fallen")
+    pooling: Literal["last_token", "cls", "mean"] | None = Field(
+        default=None, description="how the states of a text become one"
+    )
+
+    _are_simple = field_validator("target_modules", "rank_pattern", "split_pattern", "alpha_pattern")(_simple)
 
 
 class CreateJobRequest(RequestModel):
@@ -119,12 +177,22 @@ class JobAdapter(BaseModel):
     """The adapter of a job. A null is the trainer's own choice, or that of the adapter that the job goes on from."""
 
     name: str
-    task: Literal["generate", "classify"]
+    task: JobTask
     init_from: str | None = Field(description="the version that the job goes on from")
     method: str | None
     rank: int | None
     split: int | None
+    lora_alpha: float | None
     target_modules: str | list[str] | None
+    rank_pattern: dict[str, int] | None
+    split_pattern: dict[str, int] | None
+    alpha_pattern: dict[str, float] | None
+    train_factors: list[str] | None
+    lora_plus_ratio: float | None
+    budget: float | None
+    budget_warmup: float | None
+    budget_final: float | None
+    pooling: str | None
 
 
 class JobObject(BaseModel):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from adapters_store import AdapterConfig, ImageSpec
 from sera_serve.trainer.data.labelled import Use, check_count, check_known, check_labels, label_notes
 from sera_serve.trainer.data.splits import draw, hold_out
+from sera_serve.trainer.data.targets import check_known_labels, check_labels_repeat, labels_of
 from sera_serve.trainer.settings import TrainSettings
 from sera_serve.trainer.tables.faults import InvalidData, Problems, Row
 from sera_serve.trainer.tables.fields import label_of
@@ -42,6 +43,15 @@ class LabelledImage:
 
 
 @dataclass(frozen=True)
+class TaggedImage:
+    """One checked row of task image-classify with several labels, or none."""
+
+    image: str
+    labels: frozenset[str]
+    row: Row
+
+
+@dataclass(frozen=True)
 class CaptionedImage:
     """One checked row of task retrieve; an image with several captions has several rows."""
 
@@ -67,6 +77,20 @@ class ImageClassifyData:
     train: list[LabelledImage]
     eval: list[LabelledImage]
     test: list[LabelledImage]
+    digests: dict[str, str]
+    notes: list[str]
+    spec: ImageSpec | None = None
+
+
+@dataclass(frozen=True)
+class ImageLabelSets:
+    """Checked rows of task image-classify with sets of labels; attributes as in `ImageClassifyData`."""
+
+    images: ImageStore
+    labels: list[str]
+    train: list[TaggedImage]
+    eval: list[TaggedImage]
+    test: list[TaggedImage]
     digests: dict[str, str]
     notes: list[str]
     spec: ImageSpec | None = None
@@ -130,6 +154,40 @@ def load_image_classify_data(settings: TrainSettings, initial: AdapterConfig | N
     return ImageClassifyData(reader.images, labels, *parts, reader.digests, reader.notes, _spec_of(initial))
 
 
+def load_image_label_sets(settings: TrainSettings, initial: AdapterConfig | None = None) -> ImageLabelSets:
+    """Read and check the images of `settings`, each with a set of labels; arguments as in `load_image_classify_data`.
+
+    `--train` is a table with a column of images, or a folder with such a table: metadata.csv, .jsonl or .parquet, as
+    `datasets` has it. The folders of an image folder are one label each, so one without a table is refused.
+
+    Raises:
+        InvalidData: A file, an image or some of the rows cannot be used.
+    """
+    reader = _Reader(settings)
+    rows = {use: reader.tagged(use) for use in _USES}
+    labels = initial.labels if initial is not None else None
+    kept = "in the training data" if labels is None else f"a label of {settings.init_from}"
+    check_count(settings.train, rows["train"])
+    if labels is None:
+        labels = sorted({label for row in rows["train"] for label in row.labels})
+        if not labels:
+            raise InvalidData(f"{settings.train}: no row has a label; check --label-column", param="label_column")
+        check_labels_repeat(settings.train, len(rows["train"]), labels)
+    for use in _USES:
+        check_known_labels(getattr(settings, use) or settings.train, rows[use], labels, kept)
+    train = draw(rows["train"], settings.train_limit, settings.seed)
+    if settings.eval is None and settings.eval_fraction:
+        train, rows["eval"] = hold_out(
+            train,
+            settings.eval_fraction,
+            settings.seed,
+            key=lambda r: r.image,
+            stratum=lambda r: ",".join(sorted(r.labels)),
+        )
+    parts = train, rows["eval"], rows["test"]
+    return ImageLabelSets(reader.images, labels, *parts, reader.digests, reader.notes, _spec_of(initial))
+
+
 def load_retrieve_data(settings: TrainSettings, initial: AdapterConfig | None = None) -> RetrieveData:
     """Read and check the images and captions of `settings`; arguments as in `load_image_classify_data`.
 
@@ -179,15 +237,40 @@ class _Reader:
             return self._labelled_files(use, path)
         if path is None:
             return []
-        table, column = self._table(path, use)
-        table.require(self._settings.label_column, "--label-column")
-        problems = Problems(path)
+        column, found, problems = self._settings.label_column, self._with_labels(path, use), Problems(path)
+        rows = [LabelledImage(image, label_of(row, column, problems), row.place()) for row, image in found(problems)]
+        problems.raise_if_any()
+        return rows
+
+    def tagged(self, use: Use) -> list[TaggedImage]:
+        """Read the rows for a use, as `labelled` does. A cell holds a list of labels, or text with separators."""
+        path: Path | None = getattr(self._settings, use)
+        if path is None:
+            return []
+        if _is_image_folder(path):
+            raise InvalidData(
+                f"{path} is read as label/file, where an image has one label; give a folder with a {_METADATA[0]} or "
+                f"{_METADATA[1]} beside the images, with the columns {_METADATA_COLUMN} and "
+                f"{self._settings.label_column}",
+                param=use,
+            )
+        found, problems = self._with_labels(path, use), Problems(path)
         rows = [
-            LabelledImage(image, label_of(row, self._settings.label_column, problems), row.place())
-            for row, image in self._table_images(table, column, problems, use)
+            TaggedImage(
+                image,
+                labels_of(row, self._settings.label_column, self._settings.label_separator, problems),
+                row.place(),
+            )
+            for row, image in found(problems)
         ]
         problems.raise_if_any()
         return rows
+
+    def _with_labels(self, path: Path, use: Use) -> Callable[[Problems], Iterator[tuple[Row, str]]]:
+        """What yields the rows of a table that has a column of labels, each with the digest of its image."""
+        table, column = self._table(path, use)
+        table.require(self._settings.label_column, "--label-column")
+        return lambda problems: self._table_images(table, column, problems, use)
 
     def _labelled_files(self, use: Use, given: Path | None) -> list[LabelledImage]:
         path = given or self._settings.train

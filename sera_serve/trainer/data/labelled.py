@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, Protocol
@@ -198,7 +198,7 @@ def text_at(row: Row, settings: TrainSettings, problems: Problems) -> Text:
     return text, text_of(row, settings.text_pair_column, problems)
 
 
-def check_count(path: Path, rows: Sequence[Labelled]) -> None:
+def check_count(path: Path, rows: Sized) -> None:
     """Refuse a training file with too few rows."""
     if len(rows) < _LEAST_ROWS:
         raise InvalidData(f"{path} has {len(rows)} rows; at least {_LEAST_ROWS} are needed", param="train")

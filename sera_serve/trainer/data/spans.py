@@ -17,6 +17,8 @@ from sera_serve.trainer.tables.table import InvalidData, Problems, Row, Table
 # A tag has two characters more than the label of a span, and at most 512 in a bundle.
 _LONGEST_KIND = 510
 _KEYS = {"start", "end", "label"}
+# Faults of one row that are told, and characters of a text in a message. A row may have thousands of spans.
+_MOST_FAULTS, _MOST_SHOWN = 5, 60
 
 Marked = tuple[Span, ...]
 """The spans of a text, in the order of their places, without overlaps."""
@@ -92,12 +94,24 @@ def spans_of(row: Row, column: str, text: str, problems: Problems) -> Marked:
         problems.add(row, f'{column} must be a list such as [{{"start": 0, "end": 5, "label": "name"}}]')
         return ()
     spans = []
+    # Each span holds its characters, so it counts before it is kept.
+    faults = covered = 0
     for index, item in enumerate(value):
-        if (span := _span(row, f"{column}[{index}]", item, text, problems)) is not None:
-            spans.append(span)
+        if (span := _span(row, f"{column}[{index}]", item, text, problems)) is None:
+            faults += 1
+            if faults == _MOST_FAULTS:
+                return ()
+            continue
+        spans.append(span)
+        covered += span.end - span.start
+        if covered > len(text):
+            # Some overlap, as is told below.
+            break
     spans.sort(key=lambda span: span.start)
+    overlaps = 0
     for one, other in pairwise(spans):
-        if other.start < one.end:
+        if other.start < one.end and overlaps < _MOST_FAULTS:
+            overlaps += 1
             problems.add(
                 row,
                 f"{column}: the spans {one.start} to {one.end} and {other.start} to {other.end} overlap, and a token "
@@ -114,18 +128,22 @@ def _span(row: Row, where: str, item: Any, text: str, problems: Problems) -> Spa
     if type(start) is not int or type(end) is not int or not 0 <= start < end <= len(text):
         problems.add(
             row,
-            f"{where} goes from {start!r} to {end!r}, and the text has {len(text)} characters; count characters from 0 "
-            "on, with end after the last one",
+            f"{where} goes from {_shown(start)} to {_shown(end)}, and the text has {len(text)} characters; count "
+            "characters from 0 on, with end after the last one",
         )
         return None
     part = text[start:end]
     if part != part.strip():
-        problems.add(row, f"{where} ({part!r}) begins or ends with white space; move its start or end")
+        problems.add(row, f"{where} ({_shown(part)}) begins or ends with white space; move its start or end")
         return None
     if not isinstance(label, str) or not label.strip() or len(label.strip()) > _LONGEST_KIND:
-        problems.add(row, f"{where} has the label {label!r}; give a name of at most {_LONGEST_KIND} characters")
+        problems.add(row, f"{where} has the label {_shown(label)}; give a name of at most {_LONGEST_KIND} characters")
         return None
     return Span(start, end, label.strip(), 1.0, part)
+
+
+def _shown(value: Any) -> str:
+    return repr(value)[:_MOST_SHOWN]
 
 
 def spans_of_words(row: Row, tokens_column: str, tags_column: str, problems: Problems) -> tuple[str, Marked]:

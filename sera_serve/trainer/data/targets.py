@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from sera_serve.trainer.data.labelled import Text, Use, require_texts, table_for, text_at
 from sera_serve.trainer.data.splits import draw, hold_out
@@ -124,10 +124,10 @@ def load_label_sets(settings: TrainSettings, labels: list[str] | None = None) ->
         labels = sorted({label for item in found.train + held_out for label in item.target})
         if not labels:
             raise InvalidData(f"{settings.train}: no row has a label; check --label-column", param="label_column")
-        _check_many(settings.train, found.train, labels)
+        check_labels_repeat(settings.train, len(found.train), labels)
     for path, items in ((settings.train, found.train), (settings.eval, found.eval), (settings.test, found.test)):
         if path is not None:
-            _check_known(path, items, labels, kept)
+            check_known_labels(path, [_Tagged(item.target, item.row) for item in items], labels, kept)
     return LabelledExamples(found.train, found.eval, found.test, found.digests, found.notes, labels)
 
 
@@ -212,19 +212,41 @@ def _label_sets(table: Table, settings: TrainSettings) -> list[Example[frozenset
     return found
 
 
-def _check_many(path: Path, rows: list[Example[frozenset[str]]], labels: list[str]) -> None:
-    if len(labels) > len(rows):
+def check_labels_repeat(path: Path, rows: int, labels: list[str]) -> None:
+    """Refuse more labels than training rows."""
+    if len(labels) > rows:
         raise InvalidData(
-            f"{path} has {len(labels)} different labels in {len(rows)} rows; labels must repeat: check --label-column "
+            f"{path} has {len(labels)} different labels in {rows} rows; labels must repeat: check --label-column "
             "and --label-separator",
             param="label_column",
         )
 
 
-def _check_known(path: Path, rows: list[Example[frozenset[str]]], labels: list[str], kept: str) -> None:
+class Tagged(Protocol):
+    """A row with a set of labels, of text or of an image."""
+
+    @property
+    def labels(self) -> frozenset[str]:
+        """The labels."""
+        ...
+
+    @property
+    def row(self) -> Row:
+        """The row of the file."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Tagged:
+    labels: frozenset[str]
+    row: Row
+
+
+def check_known_labels(path: Path, rows: Sequence[Tagged], labels: list[str], kept: str) -> None:
+    """Refuse rows with a label that is not one of `labels`; `kept` says whose labels these are."""
     problems, known = Problems(path), set(labels)
     shown = ", ".join(labels[:10]) + (", ..." if len(labels) > 10 else "")
     for item in rows:
-        for label in sorted(item.target - known):
+        for label in sorted(item.labels - known):
             problems.add(item.row, f"label {label!r} is not {kept}, which has {shown}; correct it or delete the row")
     problems.raise_if_any()

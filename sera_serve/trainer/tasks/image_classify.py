@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,10 +15,18 @@ from sera_serve.errors import InvalidConfiguration
 from sera_serve.layers import attached_layers
 from sera_serve.layers.attach import replace_module
 from sera_serve.trainer.data.image_batches import ImageRows
-from sera_serve.trainer.data.images import ImageClassifyData, LabelledImage, load_image_classify_data
+from sera_serve.trainer.data.images import (
+    ImageClassifyData,
+    ImageLabelSets,
+    LabelledImage,
+    TaggedImage,
+    load_image_classify_data,
+    load_image_label_sets,
+)
 from sera_serve.trainer.model import AdapterModel, HeadOnlyModel, Losses, new_head
 from sera_serve.trainer.settings import TrainSettings
 from sera_serve.trainer.tasks.classify import label_metrics
+from sera_serve.trainer.tasks.multi_label import THRESHOLD, label_set_metrics
 from sera_serve.trainer.tasks.protocol import TaskKind
 
 # Path of a dual base's image tower.
@@ -30,17 +38,25 @@ _EVAL_BATCH = 64
 class ImageClassifierModel(AdapterModel):
     """A classifier of images: adapted image tower, pooled state, dropout, head."""
 
-    def __init__(self, base: FrozenBase, head: torch.nn.Linear, pooling: Pooling, dropout: float) -> None:
+    def __init__(
+        self,
+        base: FrozenBase,
+        head: torch.nn.Linear,
+        pooling: Pooling,
+        dropout: float,
+        loss: Callable[[Tensor, Tensor], Tensor],
+    ) -> None:
         super().__init__(base, head)
         self.frozen = base
+        self.loss = loss
         self.pooling: Pooling = pooling
         self.dropout = torch.nn.Dropout(dropout)
 
     def forward(self, pixel_values: Tensor, labels: Tensor) -> Losses:
-        """`pixel_values` float32 (rows, 3, height, width), `labels` int64 (rows,)."""
+        """`pixel_values` float32 (rows, 3, height, width), `labels` as the loss takes them."""
         assert self.head is not None
         logits = self.head(self.dropout(pooled_images(self.frozen, pixel_values, self.pooling)))
-        return {"loss": functional.cross_entropy(logits, labels), "logits": logits}
+        return {"loss": self.loss(logits, labels), "logits": logits}
 
 
 def pooled_images(base: FrozenBase, pixel_values: Tensor, pooling: Pooling) -> Tensor:
@@ -50,12 +66,15 @@ def pooled_images(base: FrozenBase, pixel_values: Tensor, pooling: Pooling) -> T
 
 
 class ImageClassifyTask:
-    """Task image-classify. Without an adapter, the states of the frozen tower are computed once."""
+    """Task image-classify. Without an adapter, the states of the frozen tower are computed once.
+
+    With sets of labels, each label has a sigmoid of its own, and the loss is the binary cross-entropy.
+    """
 
     def __init__(
         self,
         base: FrozenBase,
-        data: ImageClassifyData,
+        data: ImageClassifyData | ImageLabelSets,
         *,
         pooling: Pooling,
         dropout: float,
@@ -85,16 +104,18 @@ class ImageClassifyTask:
             raise InvalidConfiguration(f"--pooling {pooling} is not for images; take cls or mean", param="pooling")
         self.base = base
         self.labels = data.labels
+        self.multi_label = isinstance(data, ImageLabelSets)
         self.pooling: Pooling = pooling
         self.image_spec = spec
+        self._index = {label: i for i, label in enumerate(data.labels)}
         self.notes: list[str] = list(data.notes)
         if adapted:
             self._keep_the_tower()
         head = new_head(base, len(data.labels))
-        index = {label: i for i, label in enumerate(data.labels)}
+        loss = functional.binary_cross_entropy_with_logits if self.multi_label else functional.cross_entropy
 
-        def rows_of(part: list[LabelledImage], seed: int | None = None) -> ImageRows:
-            fields = [{"labels": index[row.label]} for row in part]
+        def rows_of(part: Sequence[LabelledImage | TaggedImage], seed: int | None = None) -> ImageRows:
+            fields = [{"labels": self._target(row)} for row in part]
             return ImageRows(data.images, [row.image for row in part], fields, spec, seed)
 
         rows = rows_of(data.train, augment_seed), rows_of(data.eval), rows_of(data.test)
@@ -103,13 +124,19 @@ class ImageClassifyTask:
         self.eval_rows: Sequence[Any]
         self.test_rows: Sequence[Any]
         if adapted:
-            self.model = ImageClassifierModel(base, head, pooling, dropout)
+            self.model = ImageClassifierModel(base, head, pooling, dropout, loss)
             self.train_rows, self.eval_rows, self.test_rows = rows
         else:
-            self.model = HeadOnlyModel(head, dropout)
+            self.model = HeadOnlyModel(head, dropout, loss)
             self.train_rows, self.eval_rows, self.test_rows = map(self._features, rows)
         self.lengths: Sequence[int] = [1] * len(data.train)
         self.train_tokens = tower.tokens * len(data.train)
+
+    def _target(self, row: LabelledImage | TaggedImage) -> int | list[float]:
+        """The index of a row's label; of a set of labels, 1 for each label that is in it."""
+        if isinstance(row, TaggedImage):
+            return [float(label in row.labels) for label in self.labels]
+        return self._index[row.label]
 
     def _keep_the_tower(self) -> None:
         """Take the adapter from layers that no image passes on its way to the head: a dual base's text tower."""
@@ -144,7 +171,7 @@ class ImageClassifyTask:
 
     @torch.no_grad()
     def logits(self, rows: Sequence[Any]) -> tuple[Tensor, Tensor]:
-        """Compute logits, float32 (rows, labels), and the true classes, int64 (rows,)."""
+        """Compute logits, float32 (rows, labels), and the true classes, int64 (rows,) or float32 (rows, labels)."""
         self.model.eval()
         logits, truth = [], []
         for batch in _batches(len(rows)):
@@ -155,23 +182,36 @@ class ImageClassifyTask:
         return torch.cat(logits), torch.cat(truth)
 
     def evaluate(self, rows: Sequence[Any]) -> dict[str, float]:
-        """Compute mean loss in nats, accuracy, macro F1 over the labels that occur, and Matthews correlation."""
-        return label_metrics(*self.logits(rows))
+        """Compute mean loss in nats, accuracy, macro F1 over the labels that occur, and Matthews correlation.
+
+        Of sets of labels: micro F1 and the part of rows whose labels are all right, in place of accuracy and Matthews.
+        """
+        logits, truth = self.logits(rows)
+        if not self.multi_label:
+            return label_metrics(logits, truth)
+        loss = functional.binary_cross_entropy_with_logits(logits.double(), truth.double())
+        predicted = logits.sigmoid() >= THRESHOLD
+        return {"loss": float(loss), **label_set_metrics(truth.bool().numpy(), predicted.numpy())}
 
     def bundle_fields(self) -> dict[str, Any]:
         """Labels, pooling, and the preprocessing of images, as training used them."""
-        return {"labels": self.labels, "pooling": self.pooling, "image": self.image_spec}
+        fields = {"labels": self.labels, "pooling": self.pooling, "image": self.image_spec}
+        return fields | ({"multi_label": True} if self.multi_label else {})
 
 
 def _batches(count: int) -> list[range]:
     return [range(start, min(start + _EVAL_BATCH, count)) for start in range(0, count, _EVAL_BATCH)]
 
 
-def _load(settings: TrainSettings, initial: AdapterConfig | None) -> ImageClassifyData:
+def _load(settings: TrainSettings, initial: AdapterConfig | None) -> ImageClassifyData | ImageLabelSets:
+    if settings.multi_label:
+        return load_image_label_sets(settings, initial)
     return load_image_classify_data(settings, initial)
 
 
-def _build(settings: TrainSettings, base: FrozenBase, data: ImageClassifyData, max_length: int) -> ImageClassifyTask:
+def _build(
+    settings: TrainSettings, base: FrozenBase, data: ImageClassifyData | ImageLabelSets, max_length: int
+) -> ImageClassifyTask:
     return ImageClassifyTask(
         base,
         data,

@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from sera_serve.base import FrozenBase, ModelInputs, Pooling
+from sera_serve.base import FrozenBase, ModelInputs, Pooling, preprocess
 from sera_serve.errors import InvalidRequest
 from sera_serve.trainer.data.targets import Example, Examples
 from sera_serve.trainer.data.token_rows import by_length
@@ -96,9 +96,11 @@ class TextHeadTask(ABC, Generic[T]):
     def _rows(self, examples: list[Example[T]], name: str) -> list[TextRow[T]]:
         if not examples:
             return []
+        if self.needs_offsets:
+            return self._windows(examples, name)
         texts = [example.text for example in examples]
         try:
-            inputs = self.base.preprocessor.rows(texts, self.max_length, "rows", offsets=self.needs_offsets)
+            inputs = self.base.preprocessor.rows(texts, self.max_length, "rows")
         except InvalidRequest as error:
             raise InvalidData(f"{name} rows: {error.message}", param="train") from error
         full = [i for i, row in enumerate(inputs) if len(row) == self.max_length]
@@ -106,6 +108,29 @@ class TextHeadTask(ABC, Generic[T]):
         if cut := sum(len(row) > self.max_length for row in longer):
             self.notes.append(f"{cut} of {len(examples)} {name} rows were cut to {self.max_length} tokens")
         return [TextRow(row, example) for row, example in zip(inputs, examples, strict=True)]
+
+    def _windows(self, examples: list[Example[T]], name: str) -> list[TextRow[T]]:
+        """The rows of texts whose every token counts: several of a text that is longer than a row, as on the server."""
+        texts = [example.text for example in examples if isinstance(example.text, str)]
+        rows: list[TextRow[T]] = []
+        long = cut = 0
+        try:
+            for example, found in zip(
+                examples, self.base.preprocessor.windows(texts, self.max_length, "rows"), strict=True
+            ):
+                rows += [TextRow(inputs, example) for inputs in found]
+                long += len(found) > 1
+                cut += found[0].is_cut
+        except InvalidRequest as error:
+            raise InvalidData(f"{name} rows: {error.message}", param="train") from error
+        if long:
+            self.notes.append(
+                f"{long} of {len(examples)} {name} rows have more than {self.max_length} tokens and were read in "
+                "windows that overlap"
+            )
+        if cut:
+            self.notes.append(f"{cut} of {len(examples)} {name} rows were cut after {preprocess.MAX_WINDOWS} windows")
+        return rows
 
     @torch.no_grad()
     def _add_features(self, rows: list[TextRow[T]]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,11 +17,27 @@ from sera_serve.base import FrozenBase
 from sera_serve.base.spans import Span, bio_tags, decode_tags, encode_tags, kinds_of, token_ranges
 from sera_serve.errors import InvalidConfiguration
 from sera_serve.trainer.data.spans import Marked, SpanExamples, load_spans
+from sera_serve.trainer.data.targets import Example
 from sera_serve.trainer.heads import TextHeadModel
 from sera_serve.trainer.model import IGNORED, new_head
 from sera_serve.trainer.settings import TrainSettings
 from sera_serve.trainer.tasks.protocol import TaskKind
 from sera_serve.trainer.tasks.text_head import TextHeadTask, TextRow
+
+
+@dataclass
+class _TaggedText:
+    """The predicted tags of the tokens of a whole text."""
+
+    example: Example[Marked]
+    ranges: list[tuple[int, int] | None] = field(default_factory=list)
+    tags: list[int] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
+
+    def spans(self, names: Sequence[str]) -> list[Span]:
+        """The spans that the tags stand for."""
+        assert isinstance(self.example.text, str)
+        return decode_tags(self.example.text, self.ranges, self.tags, self.scores, names)
 
 
 class TokenClassifyTask(TextHeadTask[Marked]):
@@ -46,24 +63,28 @@ class TokenClassifyTask(TextHeadTask[Marked]):
         """The tag of each token, int64 (rows, length), `IGNORED` where a token has none."""
         targets = torch.full((len(rows), length), IGNORED)
         for i, row in enumerate(rows):
-            found = encode_tags(_ranges(row), row.example.target, self.tags, IGNORED)
+            window = row.inputs.window
+            goes_on = window is not None and window.index > 0
+            found = encode_tags(_ranges(row), row.example.target, self.tags, IGNORED, goes_on)
             targets[i, : len(found)] = torch.tensor(found)
         return targets
 
     def evaluate(self, rows: Sequence[Any]) -> dict[str, float]:
         """Compute the mean loss of a token, precision, recall and F1 of whole spans, and the accuracy of tags.
 
-        A span is right where its first and last character and its label are. Spans of which a cut text has lost
-        characters count as missed.
+        A span is right where its first and last character and its label are. Of a long text, each token counts once:
+        by the window that decides it, as on the server. Spans beyond the last window count as missed.
         """
         logits = self.logits(rows)
-        expected_spans: list[Sequence[Span]] = []
-        predicted_spans: list[Sequence[Span]] = []
         losses, tokens = 0.0, 0
         truth: list[int] = []
         found: list[int] = []
+        tagged: dict[int, _TaggedText] = {}
         for row, scores in zip(rows, logits, strict=True):
             targets = self.targets([row], len(row.inputs))[0]
+            window = row.inputs.window
+            own = slice(None) if window is None else slice(window.first, window.last)
+            targets, scores = targets[own], scores[own]
             losses += float(functional.cross_entropy(scores.double(), targets, ignore_index=IGNORED, reduction="sum"))
             best = scores.softmax(1).max(1)
             predicted = best.indices.tolist()
@@ -71,12 +92,14 @@ class TokenClassifyTask(TextHeadTask[Marked]):
             truth += [tag for tag, keeps in zip(targets.tolist(), is_tagged, strict=True) if keeps]
             found += [tag for tag, keeps in zip(predicted, is_tagged, strict=True) if keeps]
             tokens += sum(is_tagged)
-            text = row.example.text
-            predicted_spans.append(decode_tags(text, _ranges(row), predicted, best.values.tolist(), self.tags))
-            expected_spans.append(row.example.target)
+            text = tagged.setdefault(id(row.example), _TaggedText(row.example))
+            text.ranges += _ranges(row)[own]
+            text.tags += predicted
+            text.scores += best.values.tolist()
+        texts = list(tagged.values())
         return {
             "loss": losses / max(tokens, 1),
-            **span_metrics(expected_spans, predicted_spans),
+            **span_metrics([text.example.target for text in texts], [text.spans(self.tags) for text in texts]),
             "token_accuracy": float(accuracy_score(truth, found)) if truth else 0.0,
         }
 

@@ -7,8 +7,8 @@ import { may } from "../session.js";
 import { useAction, useLoad } from "../store.js";
 import { Button, ErrorNote, Heading, SelectField, TextField } from "../ui.js";
 
-const TASKS = [["", "By the rows"], ["generate", "Generate text"], ["classify", "Classify"]];
-const METHODS = [["", "SeRA"], ["lora", "LoRA"], ["melora", "MELoRA"], ["moslora", "MoSLoRA"], ["lora-fa", "LoRA-FA"], ["head-only", "Head only"]];
+const TASKS = [["", "By the rows"], ["generate", "Generate text"], ["classify", "Classify"], ["multi-label", "Several labels"], ["regress", "Give a number"], ["token-classify", "Find spans"]];
+const METHODS = [["", "SeRA"], ["lora", "LoRA"], ["melora", "MELoRA"], ["moslora", "MoSLoRA"], ["lora-fa", "LoRA-FA"], ["sera-freeze-a", "SeRA, A frozen"], ["sera-freeze-b", "SeRA, B frozen"], ["sera-c-only", "SeRA, C alone"], ["head-only", "Head only"]];
 const EMPTY = {
   tenant: "",
   model: "", training_file: "", validation_file: "", suffix: "", seed: "",
