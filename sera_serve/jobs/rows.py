@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal
@@ -70,7 +71,7 @@ class CheckedRows:
         rows: Number of rows.
         nbytes: Bytes of the file.
         sha256: Hexadecimal SHA-256 of the bytes.
-        labels: Number of different labels; 0 for rows without labels.
+        labels: Number of different labels, of texts or of spans; 0 for rows without labels.
     """
 
     kind: RowKind
@@ -115,8 +116,7 @@ def check_rows(file: BinaryIO) -> CheckedRows:
                 problems.add(row, f"it has {_words(own)}, and rows before it have {_words(kind)}; one kind a file")
             elif own is not None:
                 _check(row, own, problems)
-                if "label" in row.values:
-                    labels.add(hash(str(row.values["label"])))
+                labels.update(map(hash, _label_names(row)))
         if len(problems.found) >= _MAX_FAULTS:
             break
         if time.monotonic() - rested > _WORK_S:
@@ -190,6 +190,18 @@ def _check(row: Row, kind: RowKind, problems: Problems) -> None:
         _check_score(row, problems)
     else:
         _check_spans(row, text, problems)
+
+
+def _label_names(row: Row) -> Iterator[str]:
+    """The labels of a row, or of its spans, as far as they have the right form."""
+    values = row.values
+    if "label" in values:
+        yield str(values["label"])
+    if isinstance(values.get("labels"), list):
+        yield from map(str, values["labels"])
+    for span in values["spans"] if isinstance(values.get("spans"), list) else ():
+        if isinstance(span, dict) and "label" in span:
+            yield str(span["label"])
 
 
 def _check_labels(row: Row, problems: Problems) -> None:

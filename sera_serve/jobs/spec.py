@@ -224,8 +224,11 @@ def _head_fields(task: JobTask, labels: int) -> dict[str, Any]:
         fields["pooling"] = "mean"
     if task == "multi-label":
         fields |= {"task": "classify", "multi_label": True}
-    if task != "regress":
-        fields["labels"] = [str(label) for label in range(max(labels, _FEWEST_LABELS))]
+    names = [str(label) for label in range(max(labels, _FEWEST_LABELS))]
+    if task == "token-classify":
+        fields["labels"] = ["O", *(f"{mark}-{name}" for name in names for mark in "BI")]
+    elif task != "regress":
+        fields["labels"] = names
     return fields
 
 
