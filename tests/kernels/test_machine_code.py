@@ -15,14 +15,15 @@ REGISTERS = {
     "mix_parts": 64,
     "expand": 64,
     "expand, any rank": 150,
-    "expand_silu_mul": 96,
-    "expand_silu_mul, any rank": 168,
     "reduce_runs": 184,
     "expand_runs": 128,
     "expand_silu_mul_runs": 112,
     "reduce_tiles": 224,
     "expand_tiles": 255,
     "scale_and_shift": 64,
+    "_add_norm_kernel": 64,
+    "_silu_mul_kernel": 64,
+    "_rotate_kernel": 64,
 }
 
 
@@ -48,9 +49,10 @@ def test_no_launch_spills_and_loads_are_wide(capability: int, scenarios: int) ->
         assert figure["spills"] == 0, figure
         assert figure["registers"] <= REGISTERS[name], figure
         # The mixer of a small bucket is too small for a vector in each thread.
-        assert figure["wide_loads"] > 0 or constants["VEC"] == 1 or constants["R"] == 16, figure
+        assert figure["wide_loads"] > 0 or constants.get("VEC") == 1 or constants.get("R") == 16, figure
         multiplies = kernel.endswith("tiles") or kernel == "reduce_runs"
         assert (figure["products"] > 0) == (multiplies and constants["PRECISION"] != "ieee"), figure
-        assert (figure["waits"] > 0) == (capability >= 90), figure
+        assert (figure["waits"] > 0) == constants.get("OVERLAP", False), figure
+        assert capability >= 90 or not constants.get("OVERLAP", False), figure
         # Two programs of a kernel fit the shared memory of a multiprocessor of sm_80.
         assert figure["shared"] <= 163 * 1024 // 2, figure

@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from sera_kernels import AdapterBatch, AdapterTables, ShapeClasses, triton_path
-from sera_kernels.activation import silu_mul
+from sera_kernels.activation import silu_mul, updated_silu_mul
 from sera_kernels.norm import add_norm
 from sera_kernels.rotary import rotate_and_write
 
@@ -89,12 +89,13 @@ def compiled(case: tuple[int, int]) -> list[dict[str, Any]]:
     x, modules = torch.empty(tokens, d_in, dtype=dtype), range(len(d_outs))
     triton_path.grouped_sera_triton(x, outputs, modules, batch, torch.empty(64, dtype=dtype), tables)
     if tokens > triton_path.PREFILL_TOKENS:
+        if len(outputs) == 2:
+            updated_silu_mul(x, outputs[0], outputs[1], modules, batch, torch.empty(64, dtype=dtype), tables)
         return figures
     updates = triton_path.updates_of(x, d_outs, modules, batch, torch.empty(64, dtype=dtype), tables)
-    if len(outputs) == 1 and d_outs[0] == d_in:
-        add_norm(x, outputs[0], x[0].clone(), 1e-5, None if updates is None else updates[0])
-    elif len(outputs) == 2:
+    if len(outputs) == 2:
         silu_mul(outputs[0], outputs[1], updates)
+        add_norm(x, x, x[0].clone(), 1e-5, x)
     elif len(outputs) == 3:
         heads = [y.view(tokens, -1, 128) for y in outputs]
         places, pages = torch.zeros(tokens, dtype=torch.int64), torch.empty(tokens, 1, *heads[1].shape[1:], dtype=dtype)
