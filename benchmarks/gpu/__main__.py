@@ -24,7 +24,11 @@ from pathlib import Path
 
 from benchmarks.gpu.plan import COMMANDS, Section
 
-NEEDED = ("torch", "triton", "transformers", "numpy")
+# What a machine that was prepared for another use may lack. Without one of them a section would fail late.
+NEEDED = (
+    *("torch", "triton", "transformers", "numpy", "pydantic", "pydantic_settings", "fastapi", "uvicorn"),
+    *("concurrent_log_handler", "llguidance", "orjson"),
+)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
