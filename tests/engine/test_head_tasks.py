@@ -202,7 +202,7 @@ def test_an_update_is_of_the_tokens_of_the_batch_alone(monkeypatch: pytest.Monke
     monkeypatch.setattr(served_linear, "add_updates", lambda x, *rest: seen.append(len(x)))
     context = AdapterContext(torch.zeros(1), None)  # type: ignore[arg-type]
     group = served_linear.SharedInputGroup(context, [0])
-    group.join(torch.nn.Linear(4, 4))
+    group.join(torch.nn.Linear(4, 4), 4)
     with context.run(AdapterBatch(torch.zeros(6, dtype=torch.int32))):
         group.output(0, torch.ones(2, 4))
         assert seen == []
