@@ -113,7 +113,7 @@ def test_fused_layers_give_the_same(shapes: list[tuple[int, int]], side: SideStr
     paged, count = fused(model)
     assert count == 2 and all(isinstance(layer.forward, FusedLayer) for layer in model.model.layers)
     base = logits(unfused, context, None)
-    for slots in (None, [0, 1, 2, -1, 1, 0], [-1] * 6, [2] * 6):
+    for slots in (None, [0, 1, 2, -1, 1, 0]):
         want = logits(unfused, context, slots)
         torch.testing.assert_close(logits(paged, own, slots), want, rtol=1e-4, atol=1e-4)
         assert slots is None or max(slots) < 0 or (want - base).abs().max() > 0.1
