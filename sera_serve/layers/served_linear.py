@@ -103,7 +103,7 @@ class SharedInputGroup:
         # Imported here, because the import of Triton takes as long as the rest of a small server's start.
         from sera_kernels.triton_path import updates_of
 
-        rows = x.reshape(-1, x.shape[-1])
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
         ready = side.mark()
         # Whoever is captured first gets the multiprocessors that it wants. The large products of several layers leave
         # enough of them to small updates; beside the others, and for updates of many factors, it is the other way.

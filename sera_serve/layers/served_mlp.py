@@ -51,7 +51,7 @@ class FusedSiluMLP:
         first, context = self._first, self._first.context
         if context.batch is not None and first.is_updated_in_place(x):
             gate, up = (y.view(-1, y.shape[-1]) for y in first.products(x))
-            rows = x.reshape(-1, x.shape[-1])
+            rows = x.reshape(-1, x.shape[-1]).contiguous()
             hidden = self._updated_silu_mul(rows, gate, up, first.modules, context.batch, context.pool, context.tables)
         else:
             outputs, updates = first.computed(x)

@@ -130,6 +130,16 @@ def test_updates_are_computed_beside_the_base_layers(fused: bool, monkeypatch: p
     torch.testing.assert_close(result, logits(*plain, slots), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("side", [None, SideByName()], ids=["in place", "beside"])
+@pytest.mark.usefixtures("_as_on_a_gpu")
+def test_an_input_may_have_any_layout(side: SideStream | None) -> None:
+    base, context = served(side)
+    mlp = base.model.get_submodule("model.layers.0.mlp")
+    x = torch.randn(1, 64, 6).transpose(1, 2)
+    with context.run(AdapterBatch(torch.tensor([0, 1, 2, -1, 1, 0], dtype=torch.int32))), torch.no_grad():
+        torch.testing.assert_close(mlp(x), mlp(x.contiguous()))
+
+
 def test_gains_and_offsets_wait_for_the_complete_outputs() -> None:
     (base, context), (plain, other) = served(SideByName()), served()
     for tables in (context.tables, other.tables):
