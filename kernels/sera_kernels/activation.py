@@ -93,13 +93,12 @@ def _silu_mul_runs(workspace: Workspace, gate: Tensor, up: Tensor) -> Tensor:
     columns = EXPAND_WIDTH // pool.element_size()
     # As many bytes of both layers together as of one in `expand_runs`.
     block = EXPAND_BYTES // EXPAND_WIDTH // 2
-    is_wide = pool.data_ptr() % 16 == 0
     with torch.cuda.device_of(gate):
         expand_silu_mul_runs[(triton.cdiv(tokens, block), triton.cdiv(width, columns))](
             gate, up, hidden, gate.stride(0), width, *workspace.layers[:4],
             workspace.batch.token_slots, *workspace.shapes, workspace.tables.scaling, workspace.slots,
             workspace.v, workspace.v.shape[2],
-            M=block, COLUMNS=columns, VEC=vector_elements(gate, up, hidden) if is_wide else 1, num_warps=4,
+            M=block, COLUMNS=columns, VEC=vector_elements(gate, up, hidden, pool=pool), num_warps=4,
             **workspace.options,
         )  # fmt: skip
     return hidden

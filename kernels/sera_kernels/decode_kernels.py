@@ -42,6 +42,16 @@ def select_item(i, item0, item1, item2, item3):
 
 
 @triton.jit
+def column_range(column, width0, width1, width2, width3, COLUMNS: tl.constexpr):
+    """Return which output the range `column` of all outputs' ranges belongs to, its first column, and d_out."""
+    end0 = tl.cdiv(width0, COLUMNS)
+    end1 = end0 + tl.cdiv(width1, COLUMNS)
+    end2 = end1 + tl.cdiv(width2, COLUMNS)
+    i = (column >= end0).to(tl.int32) + (column >= end1).to(tl.int32) + (column >= end2).to(tl.int32)
+    return i, (column - select_item(i, 0, end0, end1, end2)) * COLUMNS, select_item(i, width0, width1, width2, width3)
+
+
+@triton.jit
 def read_cell(cell, present, offset, rank, split, mixer):
     """Return offset, rank, split and mixer of a cell. These loads do not wait for each other."""
     at = tl.load(offset + cell, mask=present, other=-1)
@@ -302,13 +312,8 @@ def expand(
     ADD: y += update, and tokens without an update keep their y. Else y = update, which is 0 for such tokens.
     y (tokens, width) with a stride of rows. An unused output has width 0. SINGLE: all segments have rank 1.
     """
-    end0 = tl.cdiv(width0, COLUMNS)
-    end1 = end0 + tl.cdiv(width1, COLUMNS)
-    end2 = end1 + tl.cdiv(width2, COLUMNS)
     row, column = tl.program_id(0), tl.program_id(1)
-    i = (column >= end0).to(tl.int32) + (column >= end1).to(tl.int32) + (column >= end2).to(tl.int32)
-    n0 = (column - select_item(i, 0, end0, end1, end2)) * COLUMNS
-    d_out = select_item(i, width0, width1, width2, width3)
+    i, n0, d_out = column_range(column, width0, width1, width2, width3, COLUMNS)
     slot = tl.load(slots + row)
     cell = select_item(i, module0, module1, module2, module3) * slot_count + slot
     at, own_rank, own_split, has_mixer = read_cell(cell, slot >= 0, offset, rank, split, mixer)

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda
 
-from sera_kernels.decode_kernels import _NUMBERS, b_offset, read_cell, select_item
+from sera_kernels.decode_kernels import _NUMBERS, b_offset, column_range, read_cell, select_item
 
 
 @triton.jit
@@ -147,13 +147,8 @@ def expand_tiles(
     """
     if OVERLAP:
         cuda.gdc_wait()
-    end0 = tl.cdiv(width0, COLUMNS)
-    end1 = end0 + tl.cdiv(width1, COLUMNS)
-    end2 = end1 + tl.cdiv(width2, COLUMNS)
     column = tl.program_id(1)
-    i = (column >= end0).to(tl.int32) + (column >= end1).to(tl.int32) + (column >= end2).to(tl.int32)
-    n0 = (column - select_item(i, 0, end0, end1, end2)) * COLUMNS
-    d_out = select_item(i, width0, width1, width2, width3)
+    i, n0, d_out = column_range(column, width0, width1, width2, width3, COLUMNS)
     y = select_item(i, y0, y1, y2, y3)
     y_stride = select_item(i, stride0, stride1, stride2, stride3) // VEC * VEC
     module = select_item(i, module0, module1, module2, module3)

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda
 
-from sera_kernels.decode_kernels import _NUMBERS, fits_vector, read_cell, select_item
+from sera_kernels.decode_kernels import _NUMBERS, column_range, fits_vector, read_cell, select_item
 
 # Parts of a range of columns that a program takes one after the other where rows do not allow 16-byte accesses.
 PARTS = tl.constexpr(8)
@@ -146,13 +146,8 @@ def expand_runs(
 
     y (tokens, width) with a stride of rows. An unused output has width 0.
     """
-    end0 = tl.cdiv(width0, COLUMNS)
-    end1 = end0 + tl.cdiv(width1, COLUMNS)
-    end2 = end1 + tl.cdiv(width2, COLUMNS)
     column = tl.program_id(1)
-    i = (column >= end0).to(tl.int32) + (column >= end1).to(tl.int32) + (column >= end2).to(tl.int32)
-    n0 = (column - select_item(i, 0, end0, end1, end2)) * COLUMNS
-    d_out = select_item(i, width0, width1, width2, width3)
+    i, n0, d_out = column_range(column, width0, width1, width2, width3, COLUMNS)
     module = select_item(i, module0, module1, module2, module3)
     row = tl.program_id(0) * M + tl.arange(0, M)
     left = row < tokens

@@ -28,6 +28,7 @@ import torch
 import triton
 from torch import Tensor
 
+from sera_kernels.access import vector_elements
 from sera_kernels.decode_kernels import expand, mix_parts, reduce_mix, reduce_parts
 from sera_kernels.launches import Launch, choose_launch
 from sera_kernels.operands import AdapterBatch, AdapterTables
@@ -270,7 +271,7 @@ def _expand(workspace: Workspace, outputs: Sequence[Tensor], launch: Launch | No
     single = not (classes.segmented or classes.whole)
     widths, rows = _rows(outputs)
     cells = (*workspace.shapes, workspace.tables.scaling, workspace.slots, workspace.v, workspace.v.shape[2])
-    vector = _vector(pool, *outputs)
+    vector = vector_elements(*outputs, pool=pool)
     with torch.cuda.device_of(pool):
         if tokens <= PREFILL_TOKENS:
             launch = launch or choose_launch(pool.dtype, pool.device)
@@ -306,7 +307,8 @@ def _scale_and_shift(workspace: Workspace, outputs: Sequence[Tensor]) -> None:
     with torch.cuda.device_of(pool):
         scale_and_shift[(workspace.v.shape[1], sum(-(-width // columns) for width in widths))](
             *rows, *workspace.layers[2:], workspace.batch.token_slots, pool, tables.offset, tables.vectors,
-            workspace.slots, COLUMNS=columns, VEC=_vector(pool, *outputs), num_warps=4, **workspace.options,
+            workspace.slots, COLUMNS=columns, VEC=vector_elements(*outputs, pool=pool), num_warps=4,
+            **workspace.options,
         )  # fmt: skip
 
 
@@ -320,7 +322,7 @@ def _rows(outputs: Sequence[Tensor]) -> tuple[list[int], tuple[Any, ...]]:
 
 def _reduce_mix(x: Tensor, workspace: Workspace, launch: Launch) -> None:
     """Compute v for segments of rank 1."""
-    v, bucket, vector = workspace.v, workspace.classes.single, _vector(workspace.pool, x)
+    v, bucket, vector = workspace.v, workspace.classes.single, vector_elements(x, pool=workspace.pool)
     # All inputs of a segment at once if they are few enough.
     inputs = max(min(launch.reduce_elements // bucket, _power_of_two(-(-workspace.d_in // bucket))), vector)
     held = max(inputs * bucket, min(bucket * bucket, 4096))
@@ -343,7 +345,7 @@ def _reduce_in_parts(x: Tensor, workspace: Workspace, launch: Launch) -> None:
             inputs = max(1, launch.reduce_elements // 2 // bucket)
             reduce_parts[(v.shape[1], v.shape[0], parts)](
                 x, x.stride(0), *workspace.layers, workspace.batch.token_slots, *workspace.shapes, workspace.slots,
-                sums, v.shape[2], WHOLE=whole, R=bucket, K=inputs, VEC=_vector(workspace.pool),
+                sums, v.shape[2], WHOLE=whole, R=bucket, K=inputs, VEC=vector_elements(pool=workspace.pool),
                 # Twice as many factors of 16 bits in a thread as in `_reduce_mix`: loads do not wait for one another.
                 num_warps=_warps(inputs * bucket * x.element_size() // 4, launch), **workspace.options,
             )  # fmt: skip
@@ -358,7 +360,7 @@ def _reduce_runs(x: Tensor, workspace: Workspace) -> None:
     reduce_runs[(v.shape[0], -(-v.shape[1] // RUN_TOKENS), 4)](
         x, x.stride(0), *workspace.layers, workspace.batch.token_slots, *workspace.shapes, workspace.slots,
         v, v.shape[2], M=RUN_TOKENS, R=bucket, S=16, K=inputs, STAGES=3 if bucket > 64 else 4,
-        VEC=_vector(workspace.pool, x), PRECISION="ieee" if x.dtype == torch.float32 else "tf32x3",
+        VEC=vector_elements(x, pool=workspace.pool), PRECISION="ieee" if x.dtype == torch.float32 else "tf32x3",
         num_warps=16 if bucket > 64 else 8, **workspace.options,
     )  # fmt: skip
 
@@ -373,7 +375,7 @@ def _reduce_tiles(x: Tensor, workspace: Workspace) -> None:
     reduce_tiles[(workspace.tile_rows, v.shape[0] * chunks, len(sums))](
         x, x.stride(0), *workspace.layers, *workspace.tiles, *workspace.shapes, workspace.slots, sums, v.shape[2],
         CHUNKS=chunks, SINGLE=not workspace.runs, M=TILE_TOKENS, R=ranks, K=width,
-        X_VEC=_vector(x, x), VEC=_vector(workspace.pool),
+        X_VEC=vector_elements(x), VEC=vector_elements(pool=workspace.pool),
         # The interpreter's tl.dot reads bfloat16 as integers.
         WIDEN=INTERPRETED and x.dtype == torch.bfloat16,
         PRECISION=_precision(x.dtype), STAGES=3, num_warps=8, **_two_programs(x), **workspace.options,
@@ -386,7 +388,8 @@ def _mix_parts(workspace: Workspace, sums: Tensor, bucket: int, *, single: bool)
     v = workspace.v
     mix_parts[(v.shape[1], v.shape[0])](
         *workspace.layers, workspace.batch.token_slots, *workspace.shapes, workspace.slots, sums, v, v.shape[2],
-        PARTS=len(sums), SINGLE=single, R=bucket, VEC=_vector(workspace.pool), num_warps=8, **workspace.options,
+        PARTS=len(sums), SINGLE=single, R=bucket, VEC=vector_elements(pool=workspace.pool), num_warps=8,
+        **workspace.options,
     )  # fmt: skip
 
 
@@ -394,13 +397,6 @@ def _mix_parts(workspace: Workspace, sums: Tensor, bucket: int, *, single: bool)
 def _can_overlap(device: torch.device) -> bool:
     """Return whether the device has programmatic dependent launch: CUDA from compute capability 9.0."""
     return device.type == "cuda" and torch.version.cuda is not None and torch.cuda.get_device_capability(device)[0] >= 9
-
-
-def _vector(pool: Tensor, *rows: Tensor) -> int:
-    """Return VEC as far as the pool and rows of activations allow it. The kernels check each adapter themselves."""
-    elements = 16 // pool.element_size()
-    fits = all(t.data_ptr() % 16 == 0 and t.stride(0) % elements == 0 and t.shape[1] % elements == 0 for t in rows)
-    return elements if fits and pool.data_ptr() % 16 == 0 else 1
 
 
 def _buffer(device: torch.device, *size: int) -> Tensor:

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda
 
-from sera_kernels.decode_kernels import select_item
+from sera_kernels.decode_kernels import column_range, select_item
 
 _NUMBERS = ["slot_count", *(f"{name}{i}" for name in ("width", "stride", "module") for i in range(4))]
 
@@ -42,13 +42,8 @@ def scale_and_shift(
 
     y (tokens, width) with a stride of rows. An unused output has width 0.
     """
-    end0 = tl.cdiv(width0, COLUMNS)
-    end1 = end0 + tl.cdiv(width1, COLUMNS)
-    end2 = end1 + tl.cdiv(width2, COLUMNS)
     row, column = tl.program_id(0), tl.program_id(1)
-    i = (column >= end0).to(tl.int32) + (column >= end1).to(tl.int32) + (column >= end2).to(tl.int32)
-    n0 = (column - select_item(i, 0, end0, end1, end2)) * COLUMNS
-    d_out = select_item(i, width0, width1, width2, width3)
+    i, n0, d_out = column_range(column, width0, width1, width2, width3, COLUMNS)
     slot = tl.load(slots + row)
     cell = select_item(i, module0, module1, module2, module3) * slot_count + slot
     at = tl.load(vectors + cell, mask=slot >= 0, other=-1)
