@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from adapters_store import AdapterConfig, ImageSpec
 from sera_serve.trainer.data.labelled import Use, check_count, check_known, check_labels, label_notes
@@ -60,53 +60,50 @@ class CaptionedImage:
     row: Row
 
 
+R = TypeVar("R", LabelledImage, TaggedImage, CaptionedImage)
+
+
 @dataclass(frozen=True)
-class ImageClassifyData:
-    """Checked rows of task image-classify, by use.
+class ImageRows(Generic[R]):
+    """Checked rows of a task on images, by use.
 
     Attributes:
         images: Every image.
-        labels: The labels of the training rows, sorted.
         digests: sha256 of each file and of its images, by use.
         notes: What was left out.
         spec: The preprocessing of the adapter that the run goes on from, or None for the base's own.
     """
 
     images: ImageStore
-    labels: list[str]
-    train: list[LabelledImage]
-    eval: list[LabelledImage]
-    test: list[LabelledImage]
+    train: list[R]
+    eval: list[R]
+    test: list[R]
     digests: dict[str, str]
     notes: list[str]
-    spec: ImageSpec | None = None
+    spec: ImageSpec | None
 
 
 @dataclass(frozen=True)
-class ImageLabelSets:
-    """Checked rows of task image-classify with sets of labels; attributes as in `ImageClassifyData`."""
-
-    images: ImageStore
-    labels: list[str]
-    train: list[TaggedImage]
-    eval: list[TaggedImage]
-    test: list[TaggedImage]
-    digests: dict[str, str]
-    notes: list[str]
-    spec: ImageSpec | None = None
+class RetrieveData(ImageRows[CaptionedImage]):
+    """Checked rows of task retrieve."""
 
 
 @dataclass(frozen=True)
-class RetrieveData:
-    """Checked rows of task retrieve, by use; attributes as in `ImageClassifyData`."""
+class ImageClassifyData(ImageRows[LabelledImage]):
+    """Checked rows of task image-classify.
 
-    images: ImageStore
-    train: list[CaptionedImage]
-    eval: list[CaptionedImage]
-    test: list[CaptionedImage]
-    digests: dict[str, str]
-    notes: list[str]
-    spec: ImageSpec | None = None
+    Attributes:
+        labels: The labels of the training rows, sorted.
+    """
+
+    labels: list[str]
+
+
+@dataclass(frozen=True)
+class ImageLabelSets(ImageRows[TaggedImage]):
+    """Checked rows of task image-classify with sets of labels; `labels` as in `ImageClassifyData`."""
+
+    labels: list[str]
 
 
 @dataclass(frozen=True)
@@ -151,7 +148,7 @@ def load_image_classify_data(settings: TrainSettings, initial: AdapterConfig | N
             train, settings.eval_fraction, settings.seed, key=lambda r: r.image, stratum=lambda r: r.label
         )
     parts = train, rows["eval"], rows["test"]
-    return ImageClassifyData(reader.images, labels, *parts, reader.digests, reader.notes, _spec_of(initial))
+    return ImageClassifyData(reader.images, *parts, reader.digests, reader.notes, _spec_of(initial), labels)
 
 
 def load_image_label_sets(settings: TrainSettings, initial: AdapterConfig | None = None) -> ImageLabelSets:
@@ -185,7 +182,7 @@ def load_image_label_sets(settings: TrainSettings, initial: AdapterConfig | None
             stratum=lambda r: ",".join(sorted(r.labels)),
         )
     parts = train, rows["eval"], rows["test"]
-    return ImageLabelSets(reader.images, labels, *parts, reader.digests, reader.notes, _spec_of(initial))
+    return ImageLabelSets(reader.images, *parts, reader.digests, reader.notes, _spec_of(initial), labels)
 
 
 def load_retrieve_data(settings: TrainSettings, initial: AdapterConfig | None = None) -> RetrieveData:
