@@ -3,6 +3,7 @@
 import gc
 import os
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -80,3 +81,11 @@ def shared_data() -> Path:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _threads_as_before() -> Iterator[None]:
+    """Sums of floats depend on the number of threads, which torch keeps: no test changes it for the next."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)

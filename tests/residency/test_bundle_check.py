@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -22,12 +22,9 @@ PATH = "model.layers.1.mlp.down_proj"
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
+def one_thread() -> None:
     """As in the thread that publishes."""
-    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def pool_of(base: FrozenBase, dtype: torch.dtype = torch.float32, nbytes: int = 1 << 20) -> DevicePool:

@@ -1,5 +1,6 @@
 """Fixtures of the trainer's tests."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,10 @@ def stories(shared_data: Path) -> Path:
     return shared_data / "weights" / "stories260K"
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Also for the runs that a file's tests share."""
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
