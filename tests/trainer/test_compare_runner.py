@@ -24,6 +24,7 @@ from sera_serve.trainer.compare.runner import CompareRunner
 # It answers as the worker does. The score is highest at the rate 0.003; VeRA fails, and rank 13 kills the worker.
 FAKE = """#!{python}
 import json, os, sys
+print("ready", flush=True)
 for line in sys.stdin:
     run = json.loads(line)
     with open({log!r}, "a") as file:
@@ -164,6 +165,14 @@ def test_an_environment_that_computes_another_base_is_refused(fake: Fake, tmp_pa
     runner.run()
     errors = [cell.error for cell in summarise(runner) if cell.method.startswith("pfeiffer")]
     assert all(error is not None and "the base computes other states" in error for error in errors)
+
+
+def test_an_environment_that_cannot_run_is_no_failed_run(fake: Fake, tmp_path: Path) -> None:
+    results = tmp_path / "r.jsonl"
+    runner = runner_of(fake, results, plan_of(methods=[{"method": "pfeiffer"}]), adapters_python="false")
+    with pytest.raises(InvalidConfiguration, match="false cannot make runs: its process ended with status 1 before"):
+        runner.run()
+    assert ResultsFile(results).records == {}
 
 
 def test_a_run_waits_for_what_is_held(fake: Fake, tmp_path: Path) -> None:

@@ -14,10 +14,10 @@ pytestmark = pytest.mark.slow
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
 
 
-def test_the_worker_ends_with_its_input() -> None:
+def test_the_worker_says_that_it_is_ready_and_ends_with_its_input() -> None:
     command = [sys.executable, "-m", "sera_serve.trainer.compare.worker"]
     worker = subprocess.run(command, input="", stdout=subprocess.PIPE, text=True, check=True, env=ENVIRONMENT)
-    assert worker.stdout == ""
+    assert worker.stdout == "ready\n"
 
 
 def test_a_comparison_from_the_command_line(tiny_encoder: Path, tmp_path: Path) -> None:

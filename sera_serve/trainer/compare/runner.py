@@ -110,7 +110,7 @@ class CompareRunner:
 
         Raises:
             RunInProgress: Another comparison writes to the same results.
-            InvalidConfiguration: A process cannot be started.
+            InvalidConfiguration: A process cannot be started, or ends before its first run.
         """
         self._made, self._limit = 0, limit
         total = len(self.plan.ordered())
@@ -244,6 +244,13 @@ class CompareRunner:
                 )
             except OSError as error:
                 raise InvalidConfiguration(f"{python} cannot be started: {error.strerror}", param="python") from error
+            assert worker.stdout is not None
+            if not worker.stdout.readline():
+                raise InvalidConfiguration(
+                    f"{python} cannot make runs: its process ended with status {_end(worker)} before the first one; "
+                    "standard error says why, such as a package that the environment lacks",
+                    param="python",
+                )
             self._workers[python] = worker
         return worker
 

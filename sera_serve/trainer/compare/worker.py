@@ -1,8 +1,9 @@
 """The process that trains the runs of a comparison: `python -m sera_serve.trainer.compare.worker`.
 
-Each line of standard input is a run as JSON: `settings`, `baseline`, `test_rows` of a `RunSpec`. The process forks for
-each run, so that a run has its own memory and may fail or be killed alone, and the libraries are imported once. Each
-line of standard output is a result as JSON, in the same order. The process and its run end when standard input closes.
+Its first line of standard output says that it is ready. From then on, each line of standard input is a run as JSON:
+`settings`, `baseline`, `test_rows` of a `RunSpec`; and each line of standard output is a result as JSON, in the same
+order. The process forks for each run, so that a run has its own memory and may fail or be killed alone, and the
+libraries are imported once. The process and its run end when standard input closes.
 
 It also runs on transformers 4, on which the library `adapters` depends.
 """
@@ -49,6 +50,7 @@ def main() -> None:
     # What libraries print must not come between the results.
     results = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    print("ready", file=results, flush=True)
     with os.fdopen(os.dup(0)) as runs:
         while line := runs.readline():
             results.write(json.dumps(_in_child(json.loads(line))) + "\n")
