@@ -28,6 +28,7 @@ from sera_serve.engine import ServingEngine
 from sera_serve.errors import InvalidConfiguration
 from sera_serve.server import build_app, check_settings
 from sera_serve.server.connections import ConnectionLimits, within_descriptors
+from sera_serve.server.freed_memory import limit_heaps
 from sera_serve.server.graceful import ENDING_S, GracefulServer
 from sera_serve.server.metrics_address import MetricsAddress, parse_address
 from sera_serve.server.protocol import bounded_protocol
@@ -55,6 +56,7 @@ def run_server(settings: ServeSettings, read: Callable[[], ServeSettings] | None
         AccessDatabaseError: The keys of the store cannot be read.
         StoreError: The store cannot be opened.
     """
+    limit_heaps()
     disable_progress_bar()
     with logging_to_stderr(settings.log_format, settings.access_log):
         _serve(settings, read)

@@ -8,12 +8,28 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 
 # A trim visits all free pages of all heaps: some milliseconds, for which few bytes are not worth it.
 _WORTH_A_TRIM = 8 << 20
 _EVERY_S = 15.0
+# Heaps of malloc in all, those of the main thread and of the engine's among them.
+_MOST_HEAPS = 4
+# `M_ARENA_MAX` in glibc's malloc.h.
+_HEAPS_PARAMETER = -8
+
+
+def limit_heaps() -> None:
+    """Let threads share a few heaps, unless the environment has `MALLOC_ARENA_MAX`. Call it before threads begin.
+
+    glibc gives each new thread a heap of its own, up to eight for each core. The free end of such a heap is not given
+    back, not even by a trim: 16 heaps kept 3 to 6 MiB each after a siege, all of it free.
+    """
+    parameter = getattr(ctypes.CDLL(None), "mallopt", None)
+    if parameter is not None and "MALLOC_ARENA_MAX" not in os.environ:
+        parameter(_HEAPS_PARAMETER, _MOST_HEAPS)
 
 
 class MemoryTrimmer:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -110,3 +114,39 @@ def test_the_heap_of_this_process_tells_what_it_frees() -> None:
     del held[::2]
     assert free() - before > 20 * MEBIBYTE
     assert trim() in (0, 1)
+
+
+# Twelve threads hold memory of malloc at the same time; then malloc tells how many heaps there are.
+HEAPS_OF_TWELVE_THREADS = """
+import ctypes, tempfile, threading
+from sera_serve.server.freed_memory import limit_heaps
+
+limit_heaps()
+library, barrier = ctypes.CDLL(None), threading.Barrier(12)
+library.malloc.restype, library.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+
+def hold():
+    library.malloc(100_000)
+    barrier.wait()
+
+threads = [threading.Thread(target=hold) for _ in range(12)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+library.fdopen.restype = ctypes.c_void_p
+with tempfile.NamedTemporaryFile() as file:
+    stream = ctypes.c_void_p(library.fdopen(file.file.fileno(), b"w"))
+    library.malloc_info(0, stream)
+    library.fflush(stream)
+    print(open(file.name).read().count("<heap "))
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_info"), reason="needs glibc's malloc")
+@pytest.mark.parametrize(("variables", "most"), [({}, 4), ({"MALLOC_ARENA_MAX": "6"}, 6)])
+def test_threads_share_a_few_heaps(variables: dict[str, str], most: int) -> None:
+    command = [sys.executable, "-c", HEAPS_OF_TWELVE_THREADS]
+    environment = {key: value for key, value in os.environ.items() if key != "MALLOC_ARENA_MAX"} | variables
+    counted = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert int(counted.stdout) == most
