@@ -3,11 +3,12 @@
     python -m benchmarks.gpu first|second --output DIR [--budget-s N] [--small] [--peer-kernels DIR] [--layers 32]
                                                        [--sections NAME,NAME]
 
-`first` checks kernels, attention, sampling and the engine, then times decode steps and the engine. `second` checks what
-happens under load, then times prefill, the HTTP server, and LoRA computed by others. Where a check finds errors, no
-speed is reported for what rests on it (exit status 1). `--small` runs everything at tiny sizes, on the CPU too, and
-says nothing about speed. DIR gets one file of rows, which grows as they are found, one log, and the table. The last
-line of the output is one JSON object.
+`first` checks kernels, attention, sampling and the engine, then times decode steps and the engine. `second` checks
+what happens under load, then times prefill, the HTTP server, and LoRA computed by others. Where a check finds errors,
+no speed is reported for what rests on it (exit status 1). `--small` runs everything at tiny sizes, on the CPU too,
+and says nothing about speed. `python -m benchmarks.gpu.wheels` fetches packages for a GPU machine without a network.
+DIR gets one file of rows, which grows as they are found, one log, and the table. The last line of the output is one
+JSON object.
 """
 
 from __future__ import annotations

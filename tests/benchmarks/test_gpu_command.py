@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from benchmarks.gpu import __main__ as command
+from benchmarks.gpu import wheels
 from benchmarks.gpu.plan import COMMANDS, FIRST
 from benchmarks.gpu.record import Record, readable
 from benchmarks.gpu.report import grid
@@ -236,3 +237,23 @@ def test_a_line_that_was_cut_short_is_left_out(tmp_path: Path) -> None:
 def test_cells_are_short() -> None:
     table = grid("t", ("a",), [[1.23456], [123456.7], [None], [True]])
     assert list(table.columns[0].cells) == ["1.235", "123457", "", "True"]
+
+
+def test_wheels_are_fetched_in_our_versions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    def downloaded(line: list[str], check: bool) -> subprocess.CompletedProcess[str]:
+        asked.extend(line)
+        return subprocess.CompletedProcess(line, 0)
+
+    monkeypatch.setattr(subprocess, "run", downloaded)
+    with pytest.raises(SystemExit, match="0"):
+        wheels.main([str(tmp_path), "--python", "3.13"])
+    assert "--abi=cp313" in asked and f"--dest={tmp_path}" in asked
+    constraints = wheels.CONSTRAINTS.read_text().splitlines()
+    fetched = [argument.partition("==")[0] for argument in asked if argument in constraints]
+    assert fetched == list(wheels.PACKAGES)
+    # What the command asks for is there already, or fetched.
+    assert {name.replace("_", "-") for name in command.NEEDED} <= {*fetched, "torch", "triton", "numpy"}
+    with pytest.raises(ValueError, match=r"constraints.txt has no version of tritonn; add them"):
+        wheels.pins(["tritonn"], wheels.CONSTRAINTS.read_text())
