@@ -6,11 +6,14 @@ import json
 import re
 from typing import Any, NoReturn
 
+import numpy as np
 from pydantic_core import PydanticSerializationError, to_json
 
 MAX_DEPTH = 32
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
-_NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+# What a character outside of strings adds to the depth of nesting.
+_STEPS = np.zeros(256, np.int8)
+_STEPS[list(b"[{")], _STEPS[list(b"]}")] = 1, -1
 
 
 def parse_json(data: str | bytes, max_members: int = 250_000, max_items: int | None = None) -> Any:
@@ -55,19 +58,18 @@ def _check_structure(text: str, max_members: int, max_items: int | None) -> None
     few = max_items is None or text.count(",") <= max_items
     if few and opened <= MAX_DEPTH and opened + text.count(":") <= max_members:
         return
-    # Brackets and colons within strings do not count. Without escapes, every other quote begins a string.
-    pieces = text.replace("\\\\", "").replace('\\"', "").split('"')
-    outside = "".join(pieces[::2]).encode("utf-8", "replace")
-    if outside.count(b"[") + outside.count(b"{") + outside.count(b":") > max_members:
+    # Brackets and colons within strings do not count. Without escapes, every other quote begins a string. With numpy:
+    # pieces of text would take 45 ms for a MiB of short strings, of which nothing else uses the interpreter.
+    plain = text.replace("\\\\", "").replace('\\"', "").encode("utf-8", "replace")
+    characters = np.frombuffer(plain, np.uint8)
+    quotes = np.cumsum(characters == ord('"'), dtype=np.uint8)
+    outside = characters[quotes & 1 == 0]
+    if sum(np.count_nonzero(outside == ord(mark)) for mark in "[{:") > max_members:
         raise ValueError(f"more than {max_members} lists, objects and keys")
-    if max_items is not None and outside.count(b",") > max_items:
+    if max_items is not None and np.count_nonzero(outside == ord(",")) > max_items:
         raise ValueError(f"more than {max_items} items in lists and objects")
-    nested = outside.translate(None, _NO_BRACKETS)
-    for _ in range(MAX_DEPTH):
-        # Each round removes the innermost level.
-        nested = nested.replace(b"[]", b"").replace(b"{}", b"")
-    if nested:
-        raise ValueError(f"more than {MAX_DEPTH} levels of nesting, or a bracket without its counterpart")
+    if np.cumsum(_STEPS[outside], dtype=np.int32).max(initial=0) > MAX_DEPTH:
+        raise ValueError(f"more than {MAX_DEPTH} levels of nesting")
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
