@@ -4,10 +4,11 @@
     python examples/pretrain_small_images.py clip --out /tmp/small-clip
     python examples/images_experiment.py --vit /tmp/small-vit --clip /tmp/small-clip --work /tmp/images
 
-Each method has its default learning rate, query and value are adapted, and the head (image-classify) has the adapter's
-rate. The best epoch is chosen on held-out rows; the test rows are scored once. Finished runs are kept in
-WORK/runs.jsonl, so the same command continues after a stop. The photographs that the small CLIP was pre-trained on are
-left out. The bases are small: the numbers tell the order of the methods here, and nothing of other bases.
+Each method has its default learning rate (`--rate` multiplies it), query and value are adapted, and the head
+(image-classify) has the adapter's rate. The best epoch is chosen on held-out rows; the test rows are scored once.
+Finished runs are kept in WORK/runs.jsonl, so the same command continues after a stop. The photographs that the small
+CLIP was pre-trained on are left out. The bases are small: the numbers tell the order of the methods here, and nothing
+of other bases.
 """
 
 import csv
@@ -66,6 +67,7 @@ def main(
     seeds: Annotated[int, typer.Option(help="Seeds of each method.")] = 1,
     epochs: Annotated[int, typer.Option(help="Passes over the training rows.")] = 3,
     train_limit: Annotated[int, typer.Option(help="Training rows of a run, at most.")] = 800,
+    rate: Annotated[float, typer.Option(help="Learning rate, in times each method's default.")] = 1.0,
     threads: Annotated[int, typer.Option(help="Threads.")] = 2,
 ) -> None:
     """Run what is not in WORK/runs.jsonl yet, and print a table."""
@@ -94,6 +96,8 @@ def main(
             if name != "head only":
                 common["target_modules"] = ("q_proj", "v_proj")
             settings = TrainSettings(**common, **options, **shape)
+            if rate != 1 and settings.learning_rate is None:
+                settings = settings.model_copy(update={"learning_rate": rate * settings.peak_learning_rate})
             key = json.dumps([name, settings.identity()], sort_keys=True)
             if key in finished:
                 continue
@@ -120,12 +124,10 @@ def show(runs: list[dict[str, Any]], task: str) -> None:
     """Print the means over the seeds of the test metrics."""
     names = [name for name in runs[0]["metrics"] if name.startswith("test_") and name != "test_loss"]
     table = Table("method", "parameters", "rate", *(name.removeprefix("test_") for name in names), title=task)
-    for method in dict.fromkeys(run["method"] for run in runs):
-        own = [run for run in runs if run["method"] == method]
+    for method, rate in dict.fromkeys((run["method"], run["learning_rate"]) for run in runs):
+        own = [run for run in runs if (run["method"], run["learning_rate"]) == (method, rate)]
         means = [sum(run["metrics"][name] for run in own) / len(own) for name in names]
-        table.add_row(
-            method, f"{own[0]['parameters']:,}", str(own[0]["learning_rate"]), *(f"{mean:.4f}" for mean in means)
-        )
+        table.add_row(method, f"{own[0]['parameters']:,}", f"{rate:g}", *(f"{mean:.4f}" for mean in means))
     Console().print(table)
 
 

@@ -91,6 +91,14 @@ def retrieval_metrics(
     return {"loss": float(hinges.mean()), **recalls, "rsum": sum(recalls.values())}
 
 
+def mean_cosine(rows: NDArray[np.float32]) -> float:
+    """Compute the mean cosine of different rows (rows, width); 0 with fewer than two."""
+    unit = _unit(rows)
+    total = unit.sum(0)
+    pairs = len(unit) * (len(unit) - 1)
+    return float((total @ total - (unit * unit).sum()) / pairs) if pairs else 0.0
+
+
 def _unit(vectors: NDArray[np.float32]) -> NDArray[np.float64]:
     wide = vectors.astype(np.float64)
     # A vector of length 0 is similar to nothing: all its similarities are 0.

@@ -17,12 +17,18 @@ from sera_serve.trainer.data.image_batches import ImageRows
 from sera_serve.trainer.data.images import CaptionedImage, RetrieveData, load_retrieve_data
 from sera_serve.trainer.data.token_rows import by_length, pad_tokens
 from sera_serve.trainer.model import AdapterModel
-from sera_serve.trainer.recall import retrieval_metrics, triplet_loss
+from sera_serve.trainer.recall import mean_cosine, retrieval_metrics, triplet_loss
 from sera_serve.trainer.settings import TrainSettings
 from sera_serve.trainer.tasks.protocol import TaskKind
 
 # Images, or captions, of one evaluation batch.
 _EVAL_BATCH = 64
+# Mean cosine of different images from which they are one point to the loss. A base that was trained has less.
+_ONE_POINT = 0.95
+_COLLAPSED = (
+    "after an epoch the embeddings of all images were nearly the same: the hardest negatives pull them to one "
+    "point, where the loss is twice the margin and recall is chance; try a lower learning rate"
+)
 
 
 class RetrieverModel(AdapterModel):
@@ -143,7 +149,10 @@ class RetrieveTask:
     def evaluate(self, rows: Sequence[Any]) -> dict[str, float]:
         """Compute recall@1, 5 and 10 both ways, their sum, and the loss; see `retrieval_metrics`."""
         assert isinstance(rows, ImageRows)
-        return retrieval_metrics(*self.embeddings(rows), self.margin)
+        images, texts, owners = self.embeddings(rows)
+        if mean_cosine(images) > _ONE_POINT and _COLLAPSED not in self.notes:
+            self.notes.append(_COLLAPSED)
+        return retrieval_metrics(images, texts, owners, self.margin)
 
     def bundle_fields(self) -> dict[str, Any]:
         """The preprocessing of images, and the length to which the server truncates texts, as training did."""
