@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from image_samples import captioned_images, image_folder, image_settings
 
 from adapters_store import AdapterStore
@@ -77,6 +78,18 @@ def test_captions_find_their_images(tmp_path: Path) -> None:
     assert all(path.endswith(("q_proj", "v_proj")) for path in bundle.config.modules)
     assert bundle.config.image == base.image_spec
     assert result.head_parameters == 0
+
+
+def test_embeddings_that_came_to_one_point_are_told(tmp_path: Path) -> None:
+    base, photos = random_clip(), captioned_images(tmp_path / "photos", 16)
+    settings = image_settings(tmp_path, photos, task="retrieve", eval=photos, epochs=2, learning_rate=1e-9)
+    assert not any("nearly the same" in note for note in train_adapter(settings, base=base).notes)
+    with torch.no_grad():
+        # Every image is its bias.
+        base.model.vision_model.post_layernorm.weight.zero_()
+        base.model.vision_model.post_layernorm.bias.normal_()
+    notes = train_adapter(settings.model_copy(update={"name": "acme/one-point"}), base=base).notes
+    assert sum("the embeddings of all images were nearly the same" in note for note in notes) == 1
 
 
 def test_going_on_from_an_adapter_keeps_its_labels_and_towers(tmp_path: Path) -> None:

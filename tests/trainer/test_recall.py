@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from sera_serve.trainer import recall
-from sera_serve.trainer.recall import retrieval_metrics, triplet_loss
+from sera_serve.trainer.recall import mean_cosine, retrieval_metrics, triplet_loss
 
 
 def angles(*degrees: float) -> np.ndarray:
@@ -109,3 +109,9 @@ def test_the_loss_of_the_metrics_is_that_of_training_on_the_whole_set() -> None:
     texts = torch.randn(6, 5)
     found = retrieval_metrics(images.numpy(), texts.numpy(), owner, 0.4)
     assert found["loss"] == pytest.approx(float(triplet_loss(images[owner], texts, torch.tensor(owner), 0.4)), abs=1e-6)
+
+
+def test_the_mean_cosine_of_different_rows() -> None:
+    assert mean_cosine(angles(0, 90, 180)) == pytest.approx(-1 / 3, abs=1e-6)
+    assert mean_cosine(angles(30, 30, 30, 30)) == pytest.approx(1)
+    assert mean_cosine(angles(10)) == mean_cosine(angles()) == 0
