@@ -118,10 +118,9 @@ def test_the_heap_of_this_process_tells_what_it_frees() -> None:
 
 # Twelve threads hold memory of malloc at the same time; then malloc tells how many heaps there are.
 HEAPS_OF_TWELVE_THREADS = """
-import ctypes, tempfile, threading
-from sera_serve.server.freed_memory import limit_heaps
+import ctypes, runpy, sys, tempfile, threading
 
-limit_heaps()
+runpy.run_path(sys.argv[1])["limit_heaps"]()
 library, barrier = ctypes.CDLL(None), threading.Barrier(12)
 library.malloc.restype, library.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
 
@@ -146,7 +145,8 @@ with tempfile.NamedTemporaryFile() as file:
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_info"), reason="needs glibc's malloc")
 @pytest.mark.parametrize(("variables", "most"), [({}, 4), ({"MALLOC_ARENA_MAX": "6"}, 6)])
 def test_threads_share_a_few_heaps(variables: dict[str, str], most: int) -> None:
-    command = [sys.executable, "-c", HEAPS_OF_TWELVE_THREADS]
+    # The file alone: its package imports all of the server.
+    command = [sys.executable, "-c", HEAPS_OF_TWELVE_THREADS, freed_memory.__file__]
     environment = {key: value for key, value in os.environ.items() if key != "MALLOC_ARENA_MAX"} | variables
     counted = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert int(counted.stdout) == most
