@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from trainer_samples import ending_rule, settings_for, write_csv
+from trainer_samples import ending_rule, settings_for, write_csv, write_jsonl
 
 from sera_serve.base import FrozenBase, load_base
 from sera_serve.errors import InvalidConfiguration
@@ -81,6 +81,27 @@ def test_a_baseline_learns_in_our_loop_and_leaves_the_base(settings: TrainSettin
     assert result["steps"] == 6 * 6
     assert result["step_ms"] > 0
     assert result["peak_memory_mb"] > 10
+
+
+@pytest.mark.parametrize("method", ["full", "vera"])
+@pytest.mark.parametrize("task", ["regress", "token-classify", "multi-label"])
+def test_a_baseline_trains_every_task_on_texts(
+    settings: TrainSettings, tmp_path: Path, task: str, method: Baseline
+) -> None:
+    texts = [text for text, _ in ending_rule(48)]
+    rows: list[dict[str, Any]] = {
+        "regress": [{"text": text, "label": len(text)} for text in texts],
+        "token-classify": [{"text": text, "spans": [{"start": 0, "end": 1, "label": "first"}]} for text in texts],
+        "multi-label": [{"text": text, "label": ["long"] if len(text) > 12 else []} for text in texts],
+    }[task]
+    train = write_jsonl(tmp_path / "rows.jsonl", rows)
+    options = settings.model_copy(update={"train": train, "epochs": 1, "learning_rate": 1e-3}).model_dump(
+        mode="json", exclude_unset=True, exclude={"store", "name", "task"}
+    )
+    options |= {"task": "classify", "multi_label": True} if task == "multi-label" else {"task": task}
+    result = train_one({"settings": options, "baseline": {"method": method, "rank": 4}, "test_rows": None})
+    assert "error" not in result, result
+    assert math.isfinite(result["metrics"]["loss"])
 
 
 @pytest.mark.parametrize("method", HERE)

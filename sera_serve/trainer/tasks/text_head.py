@@ -14,7 +14,6 @@ from sera_serve.base import FrozenBase, ModelInputs, Pooling, preprocess
 from sera_serve.errors import InvalidRequest
 from sera_serve.trainer.data.targets import Example, Examples
 from sera_serve.trainer.data.token_rows import by_length
-from sera_serve.trainer.heads import TextHeadModel
 from sera_serve.trainer.model import AdapterModel
 from sera_serve.trainer.tables.table import InvalidData
 
@@ -152,7 +151,6 @@ class TextHeadTask(ABC, Generic[T]):
     @torch.no_grad()
     def logits(self, rows: Sequence[TextRow[T]]) -> list[Tensor]:
         """Compute the scores of each row, float32 (rows of the head,) or (tokens, rows of the head), in order."""
-        assert isinstance(self.model, TextHeadModel)
         self.model.eval()
         found: dict[int, Tensor] = {}
         for batch in by_length([len(row) for row in rows], _EVAL_BATCH):
