@@ -29,7 +29,7 @@ from sera_serve.access import AccessDatabase, Keys, Shares
 
 # Of equal length, so that answers about one are as long as answers about the other.
 TENANTS = ("alpha", "beta-")
-PRIVATE, ABSENT = "secret", "nosuch"
+PRIVATE, ABSENT = "secret", "secrex"
 
 
 class Platform:

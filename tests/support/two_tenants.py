@@ -60,8 +60,11 @@ class TwoTenants:
 
 
 def twin_of(name: str) -> str:
-    """A name of the same length that nobody has."""
-    return name.replace("secret", "nosuch").replace("sorter", "nobody")
+    """A name of the same length that nobody has, at the same place among the names that are there.
+
+    A list goes on after any name: after one at another place, it has other adapters, and that tells nothing.
+    """
+    return name.replace("secret", "secrex").replace("sorter", "sortex")
 
 
 @contextmanager
