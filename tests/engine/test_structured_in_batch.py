@@ -98,7 +98,8 @@ def test_each_form_is_kept_alone(alone: list[GenerationResult]) -> None:
 
 @pytest.mark.parametrize(
     ("settings", "preempts"),
-    [({}, False), ({"max_batch_tokens": 16, "max_sequences": 5}, False), ({"kv_cache_tokens": FEW_PAGES}, True)],
+    # With five rows a tenant that waits may get one of another tenant's, by the clock: there both is right.
+    [({}, False), ({"max_batch_tokens": 16, "max_sequences": 5}, None), ({"kv_cache_tokens": FEW_PAGES}, True)],
     ids=["one batch", "chunks", "preemptions"],
 )
 def test_beside_others_each_request_gets_the_tokens_that_it_gets_alone(
@@ -107,7 +108,7 @@ def test_beside_others_each_request_gets_the_tokens_that_it_gets_alone(
     alone: list[GenerationResult],
     start_engine: Start,
     settings: dict[str, Any],
-    preempts: bool,
+    preempts: bool | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async def scenario() -> None:
@@ -132,7 +133,7 @@ def test_beside_others_each_request_gets_the_tokens_that_it_gets_alone(
             assert [result.finish_reason for result in results] == [result.finish_reason for result in alone]
             if preempted:
                 break
-        assert preempted or not preempts
+        assert preempts is None or bool(preempted) == preempts
         await settled(engine)
 
     asyncio.run(scenario())
