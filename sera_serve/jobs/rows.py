@@ -110,7 +110,7 @@ def check_rows(file: BinaryIO) -> CheckedRows:
             raise _refused(f"the file has more than {MAX_ROWS} rows; send several files, one a job")
         row = _parsed(content, rows, number, problems)
         if row is not None:
-            own = _kind_of(row, problems)
+            own = _kind_of(row, kind, problems)
             kind = kind or own
             if own is not None and own != kind:
                 problems.add(row, f"it has {_words(own)}, and rows before it have {_words(kind)}; one kind a file")
@@ -155,7 +155,8 @@ def _parsed(content: bytes, rows: int, number: int, problems: Problems) -> Row |
     return None
 
 
-def _kind_of(row: Row, problems: Problems) -> RowKind | None:
+def _kind_of(row: Row, before: RowKind | None, problems: Problems) -> RowKind | None:
+    """The kind that the row's fields say, or None for a fault. `before` is the kind of the file's rows so far."""
     given = set(row.values)
     for kind, columns in KINDS.items():
         if given.isdisjoint(set(columns) - _TEXTS) or ("text_pair" in columns and "text_pair" not in given):
@@ -167,7 +168,11 @@ def _kind_of(row: Row, problems: Problems) -> RowKind | None:
             problems.add(row, f"{more[0][:64]!r} is not used; a row of this kind has {_words(kind)} alone")
             return None
         return kind
-    problems.add(row, f"it has no field that can be learned from; a row is {_SHAPES}")
+    if before is not None and given and given < set(KINDS[before]):
+        missing = next(column for column in KINDS[before] if column not in given)
+        problems.add(row, f"{missing} is missing; the rows before it have {_words(before)}")
+    else:
+        problems.add(row, f"it has no field that can be learned from; a row is {_SHAPES}")
     return None
 
 

@@ -127,6 +127,8 @@ def test_a_job_may_use_every_method_of_the_trainer() -> None:
         ),
         ({"text": "Ann", "text_pair": "b", "spans": []}, "'text_pair' is not used"),
         ({"text": "a", "text_pair": "b"}, "it has no field that can be learned from"),
+        ({}, "it has no field that can be learned from"),
+        ({"text": "a"}, "label is missing; the rows before it have text and label"),
     ],
 )
 def test_a_row_that_cannot_be_used_is_refused_with_its_line(server: Server, row: dict[str, Any], words: str) -> None:

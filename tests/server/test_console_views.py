@@ -27,6 +27,9 @@ pytestmark = pytest.mark.slow
 VIEWS = ["adapters", "adapters/demo/writer", "playground", "classify", "upload", "training", "training/files"]
 VIEWS += ["training/new", f"training/{JOB['id']}", "live", "keys", "quotas"]
 ANSWER = "".join(TEXTS)
+# As long as a name may be, without a place to break it.
+LONG_NAME = "t" * 64 + "/" + "n" * 64
+BUSY = {"requests": 10**7, "tokens": 10**9, "classified_inputs": 0}
 
 
 @pytest.fixture(scope="module")
@@ -447,11 +450,18 @@ def test_every_view_is_accessible_and_fits_a_phone(browser: Browser, url: str, s
     options = {"color_scheme": scheme, "viewport": {"width": 360, "height": 740}, "reduced_motion": "reduce"}
     with browsers.tab(browser, url, **options) as opened:
         stub_routes(opened.page)
+        busy = {"by_adapter": {LONG_NAME: BUSY}, "by_tenant": {LONG_NAME[:64]: BUSY}}
+        answer(opened.page, r"/v1/stats$", stats() | busy)
+        answer(opened.page, r"/v1/keys$", {"keys": [KEY | {"tenant": LONG_NAME[:64], "name": "shop " * 12}]})
         httpx.put(f"{url}/v1/quotas/demo", json={"adapters": 4, "bytes": 10**6}).raise_for_status()
         axe = Axe()
         for view in VIEWS:
             page = opened.open(view)
             page.wait_for_load_state("networkidle")
+            # A change of the address behind "#" alone loads no page: the view's own data may still be on its way.
+            expect(page.locator(".loading")).to_have_count(0)
+            if view == "live":
+                expect(page.get_by_role("region", name="Adapters", exact=True)).to_contain_text(LONG_NAME)
             assert page.evaluate("document.documentElement.scrollWidth") <= 360, view
             found = axe.run(page, options={"resultTypes": ["violations"]})
             assert found.violations_count == 0, f"{view} {scheme}: {found.generate_report()}"

@@ -161,7 +161,7 @@ function Busiest({ title, samples, read }) {
   return html`<section class="card" aria-label=${title}>
     <h2>${title}</h2>
     ${rows.length === 0 ? html`<p class="help">No request yet.</p>` : html`<table>
-      <thead><tr><th scope="col">Name</th><th scope="col"><span class="sr-only">Share of requests</span></th>
+      <thead><tr><th scope="col">Name</th><th scope="col" class="meter-cell"><span class="sr-only">Share of requests</span></th>
         <th scope="col" class="number">Requests/s</th><th scope="col" class="number">Tokens/s</th></tr></thead>
       <tbody>${rows.slice(0, SHOWN).map((row) => html`<tr key=${row.name}>
         <th scope="row">${row.name}</th>
