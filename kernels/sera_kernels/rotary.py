@@ -79,7 +79,7 @@ def rotate_and_write(
     blocks = [triton.cdiv(size, block) for size in sizes]
     more = [q, k, v] if updates is None else list(updates)
     with torch.cuda.device_of(q):
-        _rotate_kernel[(sum(blocks), tokens)](
+        _rotate_kernel[(tokens, sum(blocks))](
             q, k, v, *more, cos, sin, keys, values, places, new_q, new_k,
             q.stride(0), k.stride(0), v.stride(0), more[0].stride(0),
             Q_SIZE=sizes[0],
@@ -134,7 +134,7 @@ def _rotate_kernel(
     Q_BLOCKS: tl.constexpr, K_BLOCKS: tl.constexpr, BLOCK: tl.constexpr, HAS_UPDATES: tl.constexpr,
 ):  # fmt: skip
     """A range of one token's queries, of its keys, or of its values."""
-    part, token = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    token, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     cos, sin = cos + token * ROTATED, sin + token * ROTATED
     more = token * update_stride
     if part < Q_BLOCKS:

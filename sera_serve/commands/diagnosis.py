@@ -176,11 +176,13 @@ def _memory(settings: ServeSettings) -> Iterator[Finding]:
         parts = {"weights": weights, "adapters": pool}
         tokens = 0
         if hasattr(model, "get_output_embeddings") and model.get_output_embeddings() is not None:
-            paged = PagedModel(model)
+            # The cache's shapes are those of any dtype. torch knows a mixture's products on "meta" in bfloat16 alone.
+            paged = PagedModel(base_outline(settings.base, settings.device, "bfloat16"))
+            token_bytes = paged.bytes_per_token * model.dtype.itemsize // torch.bfloat16.itemsize
             widths = [max(linear_widths(module)) for module in adaptable_linears(model).values()]
             text = model.config.get_text_config()
-            tokens = memory.cache_tokens(paged.bytes_per_token, max(widths, default=text.hidden_size), text.vocab_size)
-            parts["KV cache"] = tokens * paged.bytes_per_token
+            tokens = memory.cache_tokens(token_bytes, max(widths, default=text.hidden_size), text.vocab_size)
+            parts["KV cache"] = tokens * token_bytes
     except SeraServeError as error:
         message, _, remedy = error.message.partition("; ")
         yield Finding("memory", "problem", message, remedy)

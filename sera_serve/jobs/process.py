@@ -85,7 +85,7 @@ class JobProcesses:
             str(Path(self.base).resolve()) if self.base != EMBEDDED and Path(self.base).is_dir() else self.base,
             self.store.absolute(),
             run,
-            device=self.device,
+            device=self.device.partition(":")[0],
             dtype=self.dtype,
             quantize=self.quantize,
         )
@@ -115,6 +115,7 @@ class JobProcesses:
         modules = os.pathsep.join(entry for entry in sys.path if entry)
         environment = {
             **os.environ,
+            **one_gpu(self.device),
             "PYTHONPATH": modules,
             "OMP_NUM_THREADS": str(self.threads),
             "TOKENIZERS_PARALLELISM": "false",
@@ -130,6 +131,17 @@ class JobProcesses:
                 start_new_session=True,
             )
         return JobProcess(job, run, child)
+
+
+def one_gpu(device: str) -> dict[str, str]:
+    """The variable that shows a process the server's GPU alone, as "cuda"; none for a CPU."""
+    kind, _, index = device.partition(":")
+    if kind != "cuda":
+        return {}
+    # The server counts among what it was shown itself.
+    shown = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    number = int(index or 0)
+    return {"CUDA_VISIBLE_DEVICES": shown[number] if shown else str(number)}
 
 
 @dataclass(frozen=True)

@@ -169,8 +169,8 @@ def _kind_of(row: Row, before: RowKind | None, problems: Problems) -> RowKind | 
             return None
         return kind
     if before is not None and given and given < set(KINDS[before]):
-        missing = next(column for column in KINDS[before] if column not in given)
-        problems.add(row, f"{missing} is missing; the rows before it have {_words(before)}")
+        lacking = next(column for column in KINDS[before] if column not in given)
+        problems.add(row, f"{lacking} is missing; the rows before it have {_words(before)}")
     else:
         problems.add(row, f"it has no field that can be learned from; a row is {_SHAPES}")
     return None

@@ -110,11 +110,14 @@ class SharedInputGroup:
         classes = batch.classes_in(context.tables)
         products_first = len(self.modules) > 1 and not (classes.segmented or classes.whole)
         outputs = self.products(x) if products_first else []
-        with side.fork(ready):
-            updates = updates_of(rows, self._widths, self.modules, batch, context.pool, context.tables)
-        if not products_first:
-            outputs = self.products(x)
-        side.join()
+        try:
+            with side.fork(ready):
+                updates = updates_of(rows, self._widths, self.modules, batch, context.pool, context.tables)
+            if not products_first:
+                outputs = self.products(x)
+        finally:
+            # A capture with a stream that has not come back cannot even be ended.
+            side.join()
         return outputs, updates
 
     def is_updated_in_place(self, x: Tensor) -> bool:

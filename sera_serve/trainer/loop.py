@@ -39,12 +39,24 @@ from sera_serve.trainer.tasks import TrainingTask
 ALONE = Processes()
 
 
+class OneDeviceArguments(TrainingArguments):  # type: ignore[misc]
+    """transformers' arguments for one device a process, however many GPUs the machine has.
+
+    With several in sight, Trainer would copy the model to each of them, and take the batch size for each.
+    """
+
+    @property
+    def n_gpu(self) -> int:
+        """GPUs of this process, for which Trainer multiplies the batch size."""
+        return min(1, int(super().n_gpu))
+
+
 def training_arguments(
     settings: TrainSettings, run_dir: Path, *, evaluates: bool, processes: Processes = ALONE
 ) -> TrainingArguments:
     """Translate `settings` into transformers' arguments, without reports to any service."""
     metric = settings.best_metric
-    return TrainingArguments(
+    return OneDeviceArguments(
         output_dir=str(run_dir),
         use_cpu=settings.device == "cpu",
         num_train_epochs=settings.epochs,

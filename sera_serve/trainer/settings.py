@@ -308,7 +308,9 @@ class TrainSettings(BaseModel):
     )
     seed: int = _option(0, "Seed of initial values, row order and dropout.", OPTIMISER, ge=0, lt=2**32)
 
-    device: str = _option("cpu", "Torch device: cpu or cuda.", RUN)
+    device: Literal["cpu", "cuda"] = _option(
+        "cpu", "Torch device. Of several GPUs the first is taken; CUDA_VISIBLE_DEVICES=1 shows the second alone.", RUN
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
         "auto", "dtype of the frozen base; the adapter trains in float32.", RUN
     )

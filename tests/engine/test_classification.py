@@ -114,6 +114,35 @@ def test_a_failing_batch_fails_its_rows_only(
     assert len(asyncio.run(classify(engine, "acme/c0", TEXTS)).results) == len(TEXTS)
 
 
+@pytest.mark.parametrize("device_works", [True, False])
+def test_a_failing_batch_ends_its_leases_after_the_device(
+    device_works: bool, decoder: FrozenBase, store: AdapterStore, start_engine: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(decoder, store)
+    engine = start_engine(decoder, store)
+    runner = engine.runners["classify"]
+    leases: list[int] = []
+
+    class Stream:
+        """Runs what a failing pass had launched until it is waited for."""
+
+        def synchronize(self) -> None:
+            leases.append(engine.residency.leases())
+            if not device_works:
+                raise RuntimeError("the device is lost")
+
+    def broken(rows: object) -> None:
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(runner, "_classify", broken)
+    monkeypatch.setattr(runner, "_stream", Stream())
+    with pytest.raises(EngineUnavailable, match="no memory" if device_works else "the device is lost"):
+        asyncio.run(classify(engine, "acme/c0", TEXTS))
+    assert leases[0] == 1
+    assert engine.residency.leases() == 0
+    assert (runner.failure() is None) == device_works
+
+
 def test_cancelled_request_keeps_its_adapter_until_its_rows_are_done(
     decoder: FrozenBase, store: AdapterStore, start_engine: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,12 +16,31 @@ from adapters_store import AdapterStore, Published
 from sera_serve.access import AccessDatabase
 from sera_serve.jobs import Job, JobEnded, JobNotFound, JobProcesses, Jobs, JobSpec, Places, Supervisor, TrainingFiles
 from sera_serve.jobs.files import FileInUse, TooManyFiles, TrainingFileNotFound, TrainingFileNotStored
-from sera_serve.jobs.process import JobProcess
+from sera_serve.jobs.process import JobProcess, one_gpu
 from sera_serve.jobs.records import NewEvent, new_job_id
 from support.live_server import wait_until
 from support.training import SORTED, jsonl
 
 Create = Callable[[str], Job]
+
+
+@pytest.mark.parametrize(
+    ("device", "shown", "wanted"),
+    [
+        ("cpu", "3,5", {}),
+        ("cuda", None, {"CUDA_VISIBLE_DEVICES": "0"}),
+        ("cuda:1", None, {"CUDA_VISIBLE_DEVICES": "1"}),
+        ("cuda:1", "3,5", {"CUDA_VISIBLE_DEVICES": "5"}),
+        ("cuda", "GPU-7f,GPU-9c", {"CUDA_VISIBLE_DEVICES": "GPU-7f"}),
+    ],
+)
+def test_a_job_sees_the_gpu_of_its_server_alone(
+    device: str, shown: str | None, wanted: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if shown is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
+    assert one_gpu(device) == wanted
 
 
 STARTED: list[str] = []

@@ -130,6 +130,24 @@ def test_updates_are_computed_beside_the_base_layers(fused: bool, monkeypatch: p
     torch.testing.assert_close(result, logits(*plain, slots), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("where", ["base", "updates"])
+def test_the_other_stream_comes_back_when_a_layer_fails(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    side = SideByName()
+    base, context = served(side)
+    side.log.clear()
+
+    def fails(*arguments: Any) -> Any:
+        raise torch.OutOfMemoryError("out of memory")
+
+    if where == "base":
+        monkeypatch.setattr(nn.Linear, "forward", fails)
+    else:
+        monkeypatch.setattr(triton_path, "updates_of", fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        logits(base, context, [0, 1, 2, -1, 1, 0])
+    assert side.log[:2] == ["mark", "fork"] and side.log[-1] == "join"
+
+
 @pytest.mark.parametrize("side", [None, SideByName()], ids=["in place", "beside"])
 @pytest.mark.usefixtures("_as_on_a_gpu")
 def test_an_input_may_have_any_layout(side: SideStream | None) -> None:

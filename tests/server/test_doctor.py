@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import MixtralConfig
 from typer.testing import CliRunner
 
 from adapters_store import AdapterStore
@@ -56,6 +57,25 @@ def test_the_plan_is_what_an_engine_takes(base: FrozenBase, store: AdapterStore,
     assert f"KV cache {round(memory['KV cache'] / (1 << 20))} MiB (8,192 tokens)" in detail
     parameters = sum(parameter.numel() for parameter in base.model.parameters())
     assert f"{parameters:,} parameters" in found["base"]["detail"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_mixture_of_experts_has_a_plan_in_any_dtype(dtype: str, tmp_path: Path) -> None:
+    MixtralConfig(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        architectures=["MixtralForCausalLM"],
+    ).save_pretrained(tmp_path)
+    _, found = findings("--store", tmp_path / "store", "--base", tmp_path, "--dtype", dtype)
+    assert found["memory"]["status"] != "problem"
+    # 2 layers, keys and values, 2 heads 8 wide, for 32,768 tokens.
+    size = 2 * 2 * 2 * 8 * 32_768 * (4 if dtype == "float32" else 2)
+    assert f"KV cache {size >> 20} MiB (32,768 tokens)" in found["memory"]["detail"]
 
 
 def test_bytes_that_are_only_planned_are_not_left(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,12 +6,14 @@ from typing import Any
 import pytest
 import torch
 from trainer_samples import beginning_rule, ending_rule, settings_for, write_csv, write_jsonl
+from transformers import TrainingArguments
 
 from adapters_store import AdapterStore
 from sera_serve.base import FrozenBase, load_base
 from sera_serve.errors import InvalidConfiguration
 from sera_serve.layers import attached_layers, count_adapter_parameters
 from sera_serve.trainer.data.labelled import load_classify_data
+from sera_serve.trainer.loop import training_arguments
 from sera_serve.trainer.run import TrainingFailed, train_adapter
 from sera_serve.trainer.tasks import ClassifyTask
 
@@ -24,6 +26,16 @@ def rows(tmp_path: Path) -> Path:
 @pytest.fixture
 def base(tiny_base: Path) -> FrozenBase:
     return load_base(str(tiny_base))
+
+
+@pytest.mark.parametrize("seen", [0, 1, 4])
+def test_a_process_trains_on_one_gpu_however_many_it_sees(
+    seen: int, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: seen))
+    settings = settings_for(Path("tiny"), tmp_path, rows, batch_size=16)
+    arguments = training_arguments(settings, tmp_path, evaluates=False)
+    assert (arguments.n_gpu, arguments.train_batch_size) == (min(seen, 1), 16)
 
 
 METHODS: list[dict[str, Any]] = [

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import logging
 import time
+import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 
 import torch
@@ -49,6 +51,32 @@ def least_covering(captured: list[ShapeClasses], wanted: ShapeClasses) -> ShapeC
     return min(covering, key=lambda kinds: (kinds.whole, kinds.segmented, kinds.single), default=None)
 
 
+class NotCapturable(Exception):
+    """The base's forward pass waits for the device, so no graph can hold it. The message names the place."""
+
+
+def check_capturable(run: Callable[[], object]) -> None:
+    """Run once, and check that no operation waits for the device.
+
+    Models do, where Python decides by a tensor's value, and so do torch's products of experts on some GPUs. torch
+    watches the whole process for it: no other thread may use the device meanwhile.
+
+    Raises:
+        NotCapturable: One does.
+    """
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    except RuntimeError as error:
+        if "synchronizing CUDA operation" not in str(error):
+            raise
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        raise NotCapturable(f"{place.name} ({place.filename}, line {place.lineno}) waits for the device") from error
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
 class DecodeGraphs:
     """The graphs of one model; `sera_serve.engine.loop.static_decode.StaticSteps` on a GPU."""
 
@@ -81,8 +109,14 @@ class DecodeGraphs:
         self._memory = torch.cuda.graph_pool_handle()
 
     def capture_all(self) -> None:
-        """Capture what requests will need, the largest first, so that the smaller ones fit its memory."""
+        """Capture what requests will need, the largest first, so that the smaller ones fit its memory.
+
+        Raises:
+            NotCapturable: The base's steps cannot be captured.
+        """
         started = time.monotonic()
+        least = StaticKey(self._buckets[0], self._pages, ShapeClasses(), sampled=False, truncated=False)
+        check_capturable(self._warmed_up(least).run)
         for rows in reversed(self._buckets):
             for classes in self._captured:
                 for sampled, truncated in ((True, True), (True, False), (False, False)):
@@ -125,11 +159,7 @@ class DecodeGraphs:
 
     def _graph(self, key: StaticKey) -> tuple[StaticDecode, torch.cuda.CUDAGraph]:
         if key not in self._graphs:
-            step = self._make(key=key, row_tokens=self._row_tokens)
-            # Padding alone, so that nothing but the scratch page is written.
-            step.upload(step.stage([], self._tables))
-            for _ in range(_WARM_UP_RUNS):
-                step.run()
+            step = self._warmed_up(key)
             torch.cuda.current_stream().synchronize()
             graph = torch.cuda.CUDAGraph()
             # Not by `torch.cuda.graph`, which collects garbage each time: that takes longer than the capture. Other
@@ -137,7 +167,20 @@ class DecodeGraphs:
             graph.capture_begin(self._memory, capture_error_mode="thread_local")
             try:
                 step.run()
-            finally:
-                graph.capture_end()
+            except BaseException:
+                # It may have left a capture that cannot be ended, which keeps its pool to itself.
+                with suppress(RuntimeError):
+                    graph.capture_end()
+                self._memory = torch.cuda.graph_pool_handle()
+                raise
+            graph.capture_end()
             self._graphs[key] = step, graph
         return self._graphs[key]
+
+    def _warmed_up(self, key: StaticKey) -> StaticDecode:
+        step = self._make(key=key, row_tokens=self._row_tokens)
+        # Padding alone, so that nothing but the scratch page is written.
+        step.upload(step.stage([], self._tables))
+        for _ in range(_WARM_UP_RUNS):
+            step.run()
+        return step

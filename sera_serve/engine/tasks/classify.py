@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -158,6 +158,16 @@ class ClassificationRunner(TaskRunner[ClassificationRequest]):
         self._rows = [row for row in self._rows if row.request is not request]
         self._budget.give_back(request.num_rows)
 
+    def settle(self) -> None:
+        """Wait until no pass runs on the device."""
+        # Its error, if any, is that of the device, which has ended the loop.
+        with suppress(Exception):
+            self._wait()
+
+    def _wait(self) -> None:
+        if self._stream is not None:
+            self._stream.synchronize()
+
     def step(self) -> bool:
         """Let requests in, run the rows of one pass, and finish the requests whose rows all have their results."""
         self._admit()
@@ -170,6 +180,8 @@ class ClassificationRunner(TaskRunner[ClassificationRequest]):
             results = self._classify(rows)
         except Exception as error:  # noqa: BLE001 - it is told to every request of this pass
             logger.error("a pass of %d rows failed", len(rows), exc_info=error)
+            # What was launched before it failed reads adapters still, which the end of a lease lets others overwrite.
+            self._wait()
             for request in requests:
                 self.end(request, FinishReason.FAILED, step_failed(error))
             return True

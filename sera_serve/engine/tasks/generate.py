@@ -15,7 +15,7 @@ from sera_serve.engine.loop.attention_backend import BackendName, choose_backend
 from sera_serve.engine.loop.choice import constraint_failed, ends_too_early
 from sera_serve.engine.loop.fused_attention import fuse_attention
 from sera_serve.engine.loop.fused_layer import fuse_layers
-from sera_serve.engine.loop.graphs import DecodeGraphs
+from sera_serve.engine.loop.graphs import DecodeGraphs, NotCapturable
 from sera_serve.engine.loop.hugging_face import PagedModel
 from sera_serve.engine.loop.pages import PAGE_SIZE, PagePool
 from sera_serve.engine.loop.plan import StepPlan, StepPlanner
@@ -118,8 +118,12 @@ class GenerationRunner(TaskRunner[GenerationRequest]):
             self.runner.probe()
             if base.device.type == "cuda" and cuda_graphs:
                 graphs = DecodeGraphs(paged, context, pool, self.runner.tables, base.rotary_context)
-                graphs.capture_all()
-                self.runner.static = graphs
+                try:
+                    graphs.capture_all()
+                except NotCapturable as error:
+                    logger.warning("decode steps run without CUDA graphs, which is slower: %s", error)
+                else:
+                    self.runner.static = graphs
 
     def load(self) -> RunnerLoad:
         """What there is to do, and the pages in use."""
