@@ -127,7 +127,7 @@ class WrongBase(InvalidBundle):
 
 
 class WrongTask(InvalidBundle):
-    """The base model does not serve the bundle's task, or reads images of another size."""
+    """The base model does not serve the bundle's task, or reads images of another size, or shorter texts."""
 
     code = "wrong_task"
 

@@ -5,7 +5,7 @@ from sera_serve.base.image_tower import BaseKind, ImageTower, pool_image_states
 from sera_serve.base.images import ImageInput, decode_image, to_pixels
 from sera_serve.base.import_base import import_base
 from sera_serve.base.loading import DTYPES, EMBEDDED, base_outline, freeze_base, load_base
-from sera_serve.base.model import FrozenBase, Pooling, check_task, merge_adapter, pool_states
+from sera_serve.base.model import FrozenBase, Pooling, check_length, check_task, merge_adapter, pool_states
 from sera_serve.base.preprocess import LONG_CHARACTERS, ModelInputs, Preprocessor
 from sera_serve.base.quantize import Quantize, planned_bytes, quantize_base, weight_bytes
 from sera_serve.base.rotary import RotaryContext, RotaryScaling, rotary_scaling
@@ -27,6 +27,7 @@ __all__ = [
     "RotaryScaling",
     "Span",
     "base_outline",
+    "check_length",
     "check_task",
     "decode_image",
     "fingerprint",

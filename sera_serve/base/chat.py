@@ -38,6 +38,8 @@ _LAST_WORDS_S = 0.5
 # A template with messages that ended its process is not rendered again with the same messages for so long. The cost may
 # lie in the messages of one caller, so that other callers of the same template are not refused.
 _BARRED_S = 60.0
+# Written after the last message's mark. A template that trims contents leaves it out.
+_TRIMMED = "\n \n"
 _MAX_BARRED = 1024
 _MAX_KNOWN = 256
 # transformers' own block, which marks what an assistant wrote. It adds nothing to the text.
@@ -145,6 +147,10 @@ class ChatRenderer:
             ChatTemplateFailed: The template refuses the messages, fails, or costs too much.
             EngineUnavailable: `close` was called.
         """
+        content = str(messages[-1].get("content") or "") if messages else ""
+        mark = _mark_of(content)
+        if continue_final_message:
+            messages = [*messages[:-1], {**messages[-1], "content": content + mark + _TRIMMED}]
         context = {
             **(variables or {}),
             **self._special,
@@ -154,7 +160,7 @@ class ChatRenderer:
             "add_generation_prompt": add_generation_prompt,
         }
         text = cast(str, self._ask(template.source, context)["text"])
-        return _cut_after(text, str(messages[-1].get("content") or "")) if continue_final_message else text
+        return _cut_at(mark, text, content) if continue_final_message else text
 
     def close(self) -> None:
         """End the processes. A render that is under way fails."""
@@ -308,16 +314,24 @@ def _costly(reason: str) -> ChatTemplateFailed:
     )
 
 
-def _cut_after(text: str, content: str) -> str:
+def _mark_of(content: str) -> str:
+    """What stands after a content to show its end: it cannot be in the content. The same content has the same mark.
+
+    So the same messages are the same request to the process, which may be barred.
+    """
+    return f"[end of {hashlib.sha256(content.encode('utf-8', 'replace')).hexdigest()}]"
+
+
+def _cut_at(mark: str, text: str, content: str) -> str:
     """The text up to the end of the last message's content; raises where the template does not write the content."""
-    at = text.rfind(content.strip()) if content.strip() else -1
-    if at < 0:
+    before, _, after = text.rpartition(mark)
+    if not after.startswith(_TRIMMED):
+        # The template trims contents: without the mark, the space at the end would have been left out too.
+        before = before.rstrip()
+    if not content.strip() or not before.rstrip().endswith(content.strip()):
         raise ChatTemplateFailed(
             "continue_final_message is true, and the chat template does not write the last message as it is; leave "
             "continue_final_message out",
             param="continue_final_message",
         )
-    # The template may have trimmed the content. What it kept of the space at its end belongs to the message.
-    end = at + len(content.strip())
-    space = content[len(content.rstrip()) :]
-    return text[: end + len(space)] if text[end:].startswith(space) else text[:end]
+    return before

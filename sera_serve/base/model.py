@@ -114,7 +114,7 @@ class FrozenBase:
         """
         if self.text_tokenizer is None:
             return self._tower().tokens
-        limits = [getattr(self.model.config.get_text_config(), "max_position_embeddings", None)]
+        limits = [_positions(self.model)]
         # Tokenizers without a limit say 1e30.
         limits.append(self.tokenizer.model_max_length)
         return int(min(limit for limit in limits if limit is not None))
@@ -306,6 +306,15 @@ def pool_states(states: Tensor, attention_mask: Tensor, pooling: Pooling) -> Ten
     return states[torch.arange(len(states), device=states.device), last]
 
 
+def _positions(model: PreTrainedModel) -> int | None:
+    """Tokens that a base has positions for; None where nothing bounds them."""
+    most: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    table = next((child for name, child in model.named_modules() if name.endswith("position_embeddings")), None)
+    padding = getattr(table, "padding_idx", None)
+    # RoBERTa's kind counts a text's positions from the one after that of padding.
+    return most if most is None or padding is None else most - padding - 1
+
+
 def check_task(config: AdapterConfig, base: FrozenBase) -> None:
     """Check that a base serves an adapter's task: images on a vision base, images and retrieval on a dual one.
 
@@ -329,6 +338,20 @@ def check_task(config: AdapterConfig, base: FrozenBase) -> None:
             f"image has {spec.height} x {spec.width} pixels, and the base reads {tower.height} x {tower.width}; train "
             "the adapter with the base's own size",
             param="image",
+        )
+
+
+def check_length(config: AdapterConfig, base: FrozenBase) -> None:
+    """Check that a base has positions for the longest texts of an adapter.
+
+    Raises:
+        WrongTask: It has fewer.
+    """
+    if config.max_length is not None and config.max_length > base.max_length:
+        raise WrongTask(
+            f"max_length is {config.max_length}, and base {base.name!r} reads {base.max_length} tokens; give at most "
+            "as many",
+            param="max_length",
         )
 
 

@@ -12,7 +12,7 @@ import torch
 
 from adapters_store import AdapterBundle, AdapterConfig, AdapterStore, PeftFiles, check_base, parts_of
 from sera_kernels import warm_up
-from sera_serve.base import FrozenBase, check_task, import_base
+from sera_serve.base import FrozenBase, check_length, check_task, import_base
 from sera_serve.config import ServeSettings
 from sera_serve.engine.adapter_uses import ANYONE, AdapterUses
 from sera_serve.engine.admission import AdmissionController
@@ -172,6 +172,7 @@ class ServingEngine(RowCalls):
         """
         check_base(config, self.base.info, self._shapes)
         check_task(config, self.base)
+        check_length(config, self.base)
         check_fits(packed_elements(config), self._pool)
 
     def import_checkpoint(self, files: PeftFiles) -> ImportedAdapter:

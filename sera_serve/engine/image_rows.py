@@ -34,6 +34,17 @@ class ImageLimits:
     max_images: int
 
 
+@dataclass
+class HeldImages:
+    """What the images of one call take.
+
+    Attributes:
+        nbytes: Bytes of their pixels.
+    """
+
+    nbytes: int = 0
+
+
 class ImageRows:
     """Makes rows of the images of calls to one base. Its coroutines may run on any event loop.
 
@@ -82,40 +93,32 @@ class ImageRows:
         return len(images)
 
     @contextmanager
-    def holding(self, count: int) -> Iterator[None]:
-        """Count the pixels of so many images inside the block.
-
-        Raises:
-            Overloaded: The images of all calls would take too much memory.
-        """
-        tower = self._base.image_tower
-        needed = 0 if tower is None else count * tower.height * tower.width * _BYTES_A_PIXEL
-        with self._lock:
-            # One call alone is never refused.
-            if self._held and self._held + needed > _MAX_HELD_BYTES:
-                raise Overloaded("the images of too many requests are under way; send the request again later")
-            self._held += needed
+    def holding(self) -> Iterator[HeldImages]:
+        """Count the pixels of a call's images until the end of the block."""
+        held = HeldImages()
         try:
-            yield
+            yield held
         finally:
             with self._lock:
-                self._held -= needed
+                self._held -= held.nbytes
 
     async def rows(
-        self, images: Sequence[ImageInput], specs: Sequence[ImageSpec], tenant: str
+        self, images: Sequence[ImageInput], specs: Sequence[ImageSpec], tenant: str, held: HeldImages
     ) -> list[list[ModelInputs]]:
         """The row of each image under each preprocessing: one list for each of `specs`.
 
-        An image is decoded once. The caller holds the memory (`holding`).
+        An image is decoded once. Its pixels are kept once for each preprocessing that differs, and counted with `held`.
 
         Raises:
             InvalidImage, ImageTooLarge: An image cannot be decoded, or is too large; `param` names its place.
+            Overloaded: The images of all calls would take too much memory.
             Overloaded, EngineUnavailable: As `BoundedExecutor.run`.
         """
         distinct: list[ImageSpec] = []
         for spec in specs:
             if spec not in distinct:
                 distinct.append(spec)
+        self._hold(len(images) * len(distinct), held)
         by_spec: list[list[ModelInputs]] = [[] for _ in distinct]
         for image in images:
             rows = await self._decoding.run_in_turn(tenant, self._decode, image, distinct)
@@ -126,6 +129,17 @@ class ImageRows:
     def close(self) -> None:
         """Decode no more, and tell every caller so. Idempotent."""
         self._decoding.close()
+
+    def _hold(self, count: int, held: HeldImages) -> None:
+        tower = self._base.image_tower
+        assert tower is not None
+        needed = count * tower.height * tower.width * _BYTES_A_PIXEL
+        with self._lock:
+            # One call alone is never refused.
+            if self._held > held.nbytes and self._held + needed > _MAX_HELD_BYTES:
+                raise Overloaded("the images of too many requests are under way; send the request again later")
+            self._held += needed
+            held.nbytes += needed
 
     def _decode(self, image: ImageInput, specs: Sequence[ImageSpec]) -> list[ModelInputs]:
         tower = self._base.image_tower

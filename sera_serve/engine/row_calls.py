@@ -18,7 +18,7 @@ from adapters_store import ResolvedAdapter
 from sera_serve.base import LONG_CHARACTERS, ImageInput, ModelInputs, Pooling
 from sera_serve.config import ServeSettings
 from sera_serve.engine.admission import AdmissionController
-from sera_serve.engine.image_rows import ImageRows
+from sera_serve.engine.image_rows import HeldImages, ImageRows
 from sera_serve.engine.request import (
     PRIORITIES,
     AdapterChoice,
@@ -176,19 +176,19 @@ class RowCalls(ABC):
         call = self._row_call("emb", principal, priority)
         call.embedding = EmbeddingSpec(pooling, normalize)
         resolve = partial(self._row_maker.embedder, adapter, len(inputs), pooling)
-        num_images = self._images.check(inputs)
+        has_images = self._images.check(inputs) > 0
         texts = [value for value in inputs if not isinstance(value, ImageInput)]
 
-        async def groups() -> list[RowGroup]:
-            if not num_images:
+        async def groups(held: HeldImages) -> list[RowGroup]:
+            if not has_images:
                 is_long = sum(map(len, texts)) > LONG_CHARACTERS
                 return await self._resolved_and_tokenized(
                     resolve, partial(self._row_maker.embedding, inputs=texts), is_long
                 )
             resolved = await self._resolving.run(resolve)
-            return [RowGroup(resolved, await self._mixed_rows(resolved, inputs, texts, call.tenant))]
+            return [RowGroup(resolved, await self._mixed_rows(resolved, inputs, texts, call.tenant, held))]
 
-        results, (group,), times = await self._run_rows(call, groups, num_images, timeout_s, received_at)
+        results, (group,), times = await self._run_rows(call, groups, timeout_s, received_at)
         vectors = cast(list[NDArray[np.float32]], results)
         prompt_tokens = [len(row) for row in group.rows]
         if group.adapter is None:
@@ -213,7 +213,7 @@ class RowCalls(ABC):
         received_at: float | None,
     ) -> tuple[list[RowResult], list[RowGroup], RowTimes]:
         """`_run_rows` for a classification of texts, or of images."""
-        num_images = self._images.check(inputs)
+        self._images.check(inputs)
         images = [value for value in inputs if isinstance(value, ImageInput)]
         texts = [value for value in inputs if not isinstance(value, ImageInput)]
         if images and texts:
@@ -221,16 +221,16 @@ class RowCalls(ABC):
                 f"inputs has {len(images)} images and {len(texts)} texts; send one kind in one request", param="inputs"
             )
 
-        async def groups() -> list[RowGroup]:
+        async def groups(held: HeldImages) -> list[RowGroup]:
             if not images:
                 are_long = sum(len(text) if isinstance(text, str) else sum(map(len, text)) for text in texts)
                 tokenize = partial(self._row_maker.classification, inputs=texts)
                 return await self._resolved_and_tokenized(resolve, tokenize, are_long > LONG_CHARACTERS)
             adapters = await self._resolving.run(resolve)
-            rows = await self._images.rows(images, self._row_maker.image_specs(adapters), call.tenant)
+            rows = await self._images.rows(images, self._row_maker.image_specs(adapters), call.tenant, held)
             return [RowGroup(adapter, found) for adapter, found in zip(adapters, rows, strict=True)]
 
-        return await self._run_rows(call, groups, num_images, timeout_s, received_at)
+        return await self._run_rows(call, groups, timeout_s, received_at)
 
     async def _resolved_and_tokenized(
         self, resolve: Callable[[], R], tokenize: Callable[[R], list[RowGroup]], is_long: bool
@@ -242,11 +242,16 @@ class RowCalls(ABC):
         return await self._resolving.run(lambda: tokenize(resolve()))
 
     async def _mixed_rows(
-        self, adapter: ResolvedAdapter | None, inputs: EmbeddingInputs, texts: TextsOrTokens, tenant: str
+        self,
+        adapter: ResolvedAdapter | None,
+        inputs: EmbeddingInputs,
+        texts: TextsOrTokens,
+        tenant: str,
+        held: HeldImages,
     ) -> list[ModelInputs]:
         """The rows of an embedding of images and texts, in the order of the inputs."""
         images = [value for value in inputs if isinstance(value, ImageInput)]
-        (image_rows,) = await self._images.rows(images, [self._row_maker.embedding_spec(adapter)], tenant)
+        (image_rows,) = await self._images.rows(images, [self._row_maker.embedding_spec(adapter)], tenant, held)
         text_rows: list[ModelInputs] = []
         if texts:
             (group,) = await self._tokenizing.run(self._row_maker.embedding, adapter, texts)
@@ -257,8 +262,7 @@ class RowCalls(ABC):
     async def _run_rows(
         self,
         call: ClassificationRequest,
-        make_groups: Callable[[], Awaitable[list[RowGroup]]],
-        num_images: int,
+        make_groups: Callable[[HeldImages], Awaitable[list[RowGroup]]],
         timeout_s: float | None,
         received_at: float | None,
     ) -> tuple[list[RowResult], list[RowGroup], RowTimes]:
@@ -267,10 +271,10 @@ class RowCalls(ABC):
         limits = self._time_limits(received_at, timeout_s)
         reader = cast(EventReader, call.reader)
         parts: list[ClassificationRequest] = []
-        with self._admitted(call), self._images.holding(num_images):
+        with self._admitted(call), self._images.holding() as held:
             try:
                 async with self._time_to_start(limits):
-                    groups = await make_groups()
+                    groups = await make_groups(held)
                     parts = split_call(call, groups, self.settings.classify_max_batch, self.settings.max_batch_tokens)
                     runner.submit(parts)
                     await _any_started(parts, reader)
@@ -329,10 +333,13 @@ async def _finished(parts: Sequence[Request], reader: EventReader, deadline: flo
     """Wait until every part is served; raises the first error, or DeadlineExceeded."""
     try:
         async with asyncio.timeout_at(deadline):
-            for part in parts:
-                while not part.is_finished:
-                    await reader.wait()
-                if part.error is not None:
-                    raise part.error
+            while True:
+                # Of any part: one that has failed ends the call, and what the others would still compute.
+                for part in parts:
+                    if part.error is not None:
+                        raise part.error
+                if all(part.is_finished for part in parts):
+                    return
+                await reader.wait()
     except TimeoutError:
         raise deadline_exceeded() from None

@@ -111,7 +111,8 @@ class RowMaker:
 
     def _limit(self, adapter: ResolvedAdapter) -> int:
         """Tokens of a row of an adapter."""
-        return adapter.max_length or self._base.max_length
+        limit = self._base.max_length
+        return min(adapter.max_length or limit, limit)
 
     def _by_limit(self, limits: set[int], inputs: Texts) -> dict[int, list[ModelInputs]]:
         """The rows of all inputs, cut to each of some limits."""

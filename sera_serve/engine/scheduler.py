@@ -155,21 +155,25 @@ class Scheduler(Generic[R]):
 
     def start(self, request: R) -> bool:
         """Move a waiting request into the batch. False if its adapter is not there: it is parked, or finished."""
-        if request.digest is not None and request.lease is None and not self._acquire(request, request.digest):
-            return False
-        with self._lock:
-            if request.is_finished:
-                # It was cancelled while its lease was on its way.
-                lease, request.lease = request.lease, None
-            else:
-                lease = None
-                self._queue.remove(request)
-                self._leased.discard(request)
-                request.move(RequestState.RUNNING)
-                self._running.add(request)
-                if request.started_at is None:
-                    request.started_at = time.monotonic()
-                    self._queue.charge_prompt(request)
+        while True:
+            if request.digest is not None and request.lease is None and not self._acquire(request, request.digest):
+                return False
+            with self._lock:
+                if request.is_finished:
+                    # It was cancelled while its lease was on its way.
+                    lease, request.lease = request.lease, None
+                    break
+                if request.digest is None or request.lease is not None:
+                    lease = None
+                    self._queue.remove(request)
+                    self._leased.discard(request)
+                    request.move(RequestState.RUNNING)
+                    self._running.add(request)
+                    if request.started_at is None:
+                        request.started_at = time.monotonic()
+                        self._queue.charge_prompt(request)
+                    break
+            # Another thread took its lease before the lock: too many waited with one, and this one was the last.
         if lease is not None:
             lease.release()
         if request.is_finished:

@@ -17,8 +17,12 @@ from sera_serve.errors import AdapterOverflow, BaseOverflow, DeadlineExceeded, E
 # Tokens of one delta, each with its log-probabilities counted as so many more. Many more would keep the event loop. A
 # server holds one event of each slow reader: that of 1,024 tokens with 20 log-probabilities each has a megabyte.
 _MAX_DELTA = 1024
-# Tokens of a prompt that are decoded with the first new one. All tokens of a long prompt would keep the event loop.
-_DECODED_PROMPT = 1024
+# Tokens of a prompt that are decoded with the first new ones. All tokens of a long prompt would keep the event loop.
+_CONTEXT = 64
+# Tokens that may wait for the rest of a character, which has four bytes at most. Skipped tokens wait too, and all that
+# wait are decoded again with each new one.
+_MOST_PENDING = 16
+_MAX_BYTES = 4
 
 
 class Mailbox:
@@ -91,8 +95,11 @@ class Detokenizer:
             stop: Strings that end the text.
             min_tokens: In the text of so many tokens no stop string is looked for.
         """
-        self._stream = DecodeStream(ids=prompt[-_DECODED_PROMPT:], skip_special_tokens=True)
         self._backend = tokenizer.backend_tokenizer
+        # Tokens before the pending ones, and those that no text has come of yet.
+        self._context = prompt[-_CONTEXT:]
+        self._pending: list[int] = []
+        self._stream = self._new_stream()
         self._stop = stop
         self._exempt = min_tokens
         self._held = ""
@@ -106,7 +113,7 @@ class Detokenizer:
 
     def push(self, token: int) -> str:
         """Take one token; returns the text that can no longer change, maybe empty."""
-        self._held += self._stream.step(self._backend, token) or ""
+        self._held += self._decoded(token)
         if self._exempt:
             self._exempt -= 1
             return self.flush()
@@ -121,6 +128,36 @@ class Detokenizer:
     def flush(self) -> str:
         """End of the sequence: returns what was held back."""
         return self._emit(len(self._held))
+
+    def _decoded(self, token: int) -> str:
+        """The text that a token adds to that of the tokens before it."""
+        self._pending.append(token)
+        try:
+            piece = self._stream.step(self._backend, token)
+        except Exception:  # noqa: BLE001 - the only class that tokenizers raises, where earlier text has changed
+            is_lost = True
+        else:
+            is_lost = piece is None and len(self._pending) >= _MOST_PENDING
+        if is_lost:
+            piece = self._text(self._pending)
+        if piece and not piece.endswith("\ufffd"):
+            self._context = self._pending
+        if piece is not None:
+            self._pending = []
+        if is_lost:
+            self._stream = self._new_stream()
+        return piece or ""
+
+    def _new_stream(self) -> DecodeStream:
+        """A stream after the context: a text's first token may lose its space."""
+        # A context that ends within a character would come out again with the rest of it.
+        ends = (self._context[: len(self._context) - cut] for cut in range(_MAX_BYTES))
+        whole = next((ids for ids in ends if not self._text(ids).endswith("\ufffd")), [])
+        return DecodeStream(ids=whole, skip_special_tokens=True)
+
+    def _text(self, ids: list[int]) -> str:
+        text: str = self._backend.decode(ids, skip_special_tokens=True)
+        return text
 
     def _possible_stop(self) -> int:
         """Length of the longest suffix of the held text that is a prefix of a stop string."""

@@ -107,6 +107,20 @@ def test_the_last_message_is_continued(renderer: ChatRenderer, name: str, end: s
         renderer.render(without, messages, add_generation_prompt=False, continue_final_message=True)
 
 
+@pytest.mark.parametrize("content", ["<", ">", "|", "e", "m", "I", "<|im", "assistant", "a {{ b }}", "é"])
+@pytest.mark.parametrize("name", ["chatml", "llama3", "qwen"])
+def test_a_last_message_that_the_template_writes_elsewhere_too_is_continued(
+    renderer: ChatRenderer, name: str, content: str
+) -> None:
+    template = renderer.template(TEMPLATES[name], False)
+
+    def continued(content: str) -> str:
+        messages = [TALK[0], {"role": "assistant", "content": content}]
+        return renderer.render(template, messages, add_generation_prompt=False, continue_final_message=True)
+
+    assert continued(content) == continued("no such words").removesuffix("no such words") + content
+
+
 HOSTILE = {
     "printed tree": "{% set n = namespace(s=[1]) %}{% for i in range(40) %}{% set n.s = [n.s, n.s] %}{% endfor %}"
     "{{ n.s|string|length }}",

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from adapters_store import AdapterBundle, AdapterStore
+from adapters_store import AdapterBundle, AdapterStore, WrongTask
 from sera_serve import SeraConfig
 from sera_serve.base import FrozenBase
 from sera_serve.engine import ClassifyResult, GenerateParams, ServingEngine
@@ -96,6 +96,23 @@ def test_refusals(decoder: FrozenBase, store: AdapterStore, start_engine: Start)
     with pytest.raises(InvalidRequest, match="input 1 has no tokens") as refusal:
         asyncio.run(classify(engine, "acme/c0", ["x", ""]))
     assert refusal.value.param == "inputs[1]"
+
+
+def test_an_adapter_for_longer_texts_than_the_base_reads(
+    encoder: FrozenBase, store: AdapterStore, start_engine: Start
+) -> None:
+    engine = start_engine(encoder, store)
+    longest = encoder.max_length
+    bundle = random_adapter(encoder, shapes(encoder)[0], 1, ["n", "y"], max_length=longest + 1)
+    with pytest.raises(WrongTask, match=f"max_length is {longest + 1}, and .* reads {longest} tokens") as refusal:
+        engine.check_bundle(bundle)
+    assert refusal.value.param == "max_length"
+    # One that a store has already: of a base whose tokenizer got a limit since.
+    store.publish(bundle, "acme/long")
+    (result,) = asyncio.run(classify(engine, "acme/long", ["x" * (longest + 40)])).results
+    fits = random_adapter(encoder, shapes(encoder)[0], 1, ["n", "y"], max_length=longest)
+    store.publish(fits, "acme/fits")
+    assert asyncio.run(classify(engine, "acme/fits", ["x" * (longest + 40)])).results == [result]
 
 
 def test_a_failing_batch_fails_its_rows_only(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 
 from adapters_store import AdapterStore
-from adapters_store.errors import AdapterNotFound
+from adapters_store.errors import AdapterNotFound, StoreError
 from sera_serve import SeraConfig
 from sera_serve.base import FrozenBase, ModelInputs
 from sera_serve.engine import Principal, ServingEngine
@@ -105,6 +106,32 @@ def test_a_refusal_names_the_adapters_place(
         with pytest.raises(error) as refusal:
             asyncio.run(engine.classify_each(adapters, inputs, ACME))
         assert refusal.value.param == param  # type: ignore[attr-defined]
+
+
+def test_a_part_that_fails_ends_the_whole_call(
+    guards: list[str], decoder: FrozenBase, store: AdapterStore, start_engine: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = start_engine(decoder, store, classify_max_batch=1)
+    lost = store.resolve(guards[1]).digest
+    own_load, runner = store.load, engine.runners["classify"]
+    own_run, passes = runner._classify, []
+
+    def load(digest: str) -> Any:
+        if digest == lost:
+            raise StoreError("the bundle is damaged", param="adapter")
+        return own_load(digest)
+
+    def run(rows: Any) -> Any:
+        passes.append(rows)
+        time.sleep(0.01)
+        return own_run(rows)
+
+    monkeypatch.setattr(store, "load", load)
+    monkeypatch.setattr(runner, "_classify", run)
+    with pytest.raises(StoreError, match="damaged"):
+        asyncio.run(engine.classify_each(guards[:2], ["x"] * 200, ACME))
+    asyncio.run(settled(engine))
+    assert len(passes) < 150
 
 
 def test_a_call_that_is_cancelled_leaves_nothing(

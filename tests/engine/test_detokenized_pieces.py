@@ -6,6 +6,8 @@ import asyncio
 import random
 
 import pytest
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from adapters_store import AdapterStore
 from sera_serve.base import FrozenBase
@@ -67,6 +69,53 @@ def test_tokens_that_are_no_characters_add_up_too(decoder: FrozenBase) -> None:
         tokens = [dice.randrange(256) for _ in range(dice.randint(1, 40))]
         detokenizer = Detokenizer(decoder.tokenizer, [1, 2, 3], [])
         assert "".join(pieces(detokenizer, tokens)) == detokenizer.text
+
+
+@pytest.mark.parametrize("end", ["\ufffd", "é", "天"])
+@pytest.mark.parametrize("cut", [0, 1, 2])
+def test_a_prompt_that_ends_within_a_character_does_not_come_out_again(end: str, cut: int, decoder: FrozenBase) -> None:
+    tokenizer = decoder.tokenizer
+    prompt = tokenizer("a SECRET prompt " + end)["input_ids"]
+    detokenizer = Detokenizer(tokenizer, prompt[: len(prompt) - cut], ["SECRET"])
+    assert "".join(pieces(detokenizer, tokenizer(" and more")["input_ids"])) == detokenizer.text
+    # Bytes of the prompt's last character may stand before it.
+    assert detokenizer.text.lstrip("\ufffd") == " and more" and not detokenizer.stopped
+
+
+def test_tokens_without_text_do_not_gather(decoder: FrozenBase) -> None:
+    tokenizer = decoder.tokenizer
+    for token, each in ((tokenizer("é")["input_ids"][1], "\ufffd"), (tokenizer.eos_token_id, "")):
+        detokenizer = Detokenizer(tokenizer, tokenizer("a prompt")["input_ids"], [])
+        out = pieces(detokenizer, [token] * 100)
+        assert "".join(out[:16]) == each * 16
+        assert max(map(len, out)) <= 16 and "".join(out) == each * 96
+
+
+def byte_fallback() -> PreTrainedTokenizerFast:
+    """A tokenizer of the kind of Llama 2's: words, and bytes for the rest."""
+    vocabulary = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁the", "▁a"]
+    ids = {word: number for number, word in enumerate(vocabulary)}
+    tokenizer = Tokenizer(models.BPE(vocab=ids, merges=[], byte_fallback=True, unk_token="<unk>"))
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(parts)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>")
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["▁a", "▁the"], " a the"),
+        # A byte that spoils the text of those before it, which is out already.
+        (["<0x0A>", "<0xF0>", "▁the", "▁a"], "\n\ufffd the a"),
+        # Tokens without text between two words.
+        (["▁a", *["</s>"] * 40, "▁the"], " a the"),
+        (["▁a", *["<0xF0>"] * 16, "▁the"], " a" + "\ufffd" * 16 + " the"),
+    ],
+)
+def test_bytes_among_words_never_break_the_text(words: list[str], text: str) -> None:
+    tokenizer = byte_fallback()
+    detokenizer = Detokenizer(tokenizer, tokenizer.convert_tokens_to_ids(["▁the"]), [])
+    assert "".join(pieces(detokenizer, tokenizer.convert_tokens_to_ids(words))) == text
 
 
 def test_streams_add_up(decoder: FrozenBase, store: AdapterStore, start_engine: Start) -> None:

@@ -14,8 +14,15 @@ from numpy.typing import NDArray
 from adapters_store import AdapterBundle, AdapterStore, WrongTask
 from sera_serve import SeraConfig
 from sera_serve.base import FrozenBase, ImageInput
-from sera_serve.engine import BASE_PRINCIPAL, ClassifyResult, EmbedResult, GenerateParams, ServingEngine
-from sera_serve.errors import ImageTooLarge, InvalidImage, InvalidRequest, SeraServeError, UnsupportedTask
+from sera_serve.engine import BASE_PRINCIPAL, ClassifyResult, EmbedResult, GenerateParams, ServingEngine, image_rows
+from sera_serve.errors import (
+    ImageTooLarge,
+    InvalidImage,
+    InvalidRequest,
+    Overloaded,
+    SeraServeError,
+    UnsupportedTask,
+)
 from support.engine import acting_for, classify, generate, settled
 from support.factories import merged, random_adapter, random_encoder
 from support.vision import (
@@ -235,6 +242,38 @@ def test_limits_of_a_request(store: AdapterStore, start_engine: Start) -> None:
     with pytest.raises(InvalidImage, match=r"inputs\[0\].image: the image is no base64"):
         asyncio.run(classify(engine, "acme/c0", [ImageInput("no base64!", "inputs[0].image")]))
     asyncio.run(settled(engine))
+    assert engine._images._held == 0
+
+
+def test_pixels_are_counted_for_each_preprocessing_that_differs(
+    store: AdapterStore, start_engine: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = random_vit()
+    publish(base, store)
+    engine = start_engine(base, store)
+    tower = base.image_tower
+    assert tower is not None
+    counted: list[int] = []
+    own = engine._images._decode
+
+    def decode(image: ImageInput, specs: Any) -> Any:
+        counted.append(engine._images._held)
+        return own(image, specs)
+
+    monkeypatch.setattr(engine._images, "_decode", decode)
+    names = ["acme/c0", "acme/c0@v1", "acme/c1", "acme/c2"]
+    asyncio.run(engine.classify_each(names, IMAGES, acting_for("acme")))
+    # Two of the four are one adapter, whose pixels are kept once.
+    assert set(counted) == {3 * len(IMAGES) * 3 * tower.height * tower.width * 4}
+    monkeypatch.setattr(image_rows, "_MAX_HELD_BYTES", counted[0] + 1)
+
+    async def beside() -> None:
+        with engine._images.holding() as held:
+            engine._images._hold(1, held)
+            with pytest.raises(Overloaded, match="too many requests"):
+                await engine.classify_each(names, IMAGES, acting_for("acme"))
+
+    asyncio.run(beside())
     assert engine._images._held == 0
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import random
 import sys
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
@@ -94,6 +96,49 @@ def test_waiting_requests_hold_few_leases_and_the_first_in_order_keep_theirs() -
     for request in late:
         bench.finish(request)
     assert bench.started == [running, *late] and bench.holds_nothing()
+
+
+class Gate:
+    """A lock that lets something happen just before it is taken for the first time."""
+
+    def __init__(self, lock: Any, work: Callable[[], None]) -> None:
+        self._lock = lock
+        self._work: list[Callable[[], None]] = [work]
+
+    def __enter__(self) -> Any:
+        while self._work:
+            self._work.pop()()
+        return self._lock.__enter__()
+
+    def __exit__(self, *error: Any) -> Any:
+        return self._lock.__exit__(*error)
+
+
+def test_a_request_whose_lease_is_taken_while_it_enters_gets_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(rows=1, max_waiting_leases=1)
+    before, entering = bench.submit("a", "before"), bench.submit("a", "entering")
+    assert before.state is entering.state is RequestState.LOADING
+    running = bench.submit("b")
+    bench.residency.arrive("entering")
+    assert entering.lease is not None and bench.started == [running]
+    scheduler = bench.scheduler
+    own = scheduler.start
+    gates: list[Request] = []
+
+    def start(request: Request) -> bool:
+        if not gates:
+            gates.append(request)
+            monkeypatch.setattr(scheduler, "_lock", Gate(scheduler._lock, lambda: bench.residency.arrive("before")))
+        return own(request)
+
+    monkeypatch.setattr(scheduler, "start", start)
+    bench.finish(running)
+    assert gates == [entering] and bench.started == [running, entering]
+    assert entering.lease is not None
+    scheduler.check_invariants()
+    bench.finish(entering)
+    bench.finish(before)
+    assert bench.started == [running, entering, before] and bench.holds_nothing()
 
 
 def test_a_load_that_fails_is_told_to_its_requests_alone() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from concurrent.futures import FIRST_COMPLETED, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 
 import pytest
 import torch
@@ -14,6 +14,8 @@ from adapters_store import AdapterBundle
 from sera_kernels import ABSENT, Entry
 from sera_serve.base import FrozenBase
 from sera_serve.errors import AdapterTooLarge
+from sera_serve.residency import Lease
+from support.live_server import wait_until
 
 
 def test_pool_holds_the_bundle_exactly(base: FrozenBase, bundles: dict[str, AdapterBundle], build: Build) -> None:
@@ -89,6 +91,29 @@ def test_concurrent_requests_share_one_load_and_one_copy(large: list[str], store
         lease.release()
         lease.release()
     assert residency.leases() == 0
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_any_number_may_wait_and_give_back_at_once(fails: bool, large: list[str], store: Store, build: Build) -> None:
+    residency = build(room=8)
+    digest = large[0]
+    store.hold(digest)
+    if fails:
+        store.failing[digest] = OSError("disk on fire")
+    futures = [residency.acquire(digest) for _ in range(2000)]
+
+    def give_back(future: Future[Lease]) -> None:
+        if not fails:
+            future.result().release()
+
+    for future in futures:
+        future.add_done_callback(give_back)
+    store.let_go()
+    assert not wait(futures, 20).not_done
+    # The last callback ends after its future.
+    wait_until(lambda: residency.leases() == 0)
+    if not fails:
+        granted(residency.acquire(digest)).release()
 
 
 def test_host_cache_spares_the_store(large: list[str], store: Store, build: Build) -> None:
