@@ -18,6 +18,7 @@ import safetensors.torch
 import torch
 
 from adapters_store.convert.dense import dense_factors
+from adapters_store.convert.peft_files import TEMPLATE_FILE
 from adapters_store.errors import InvalidBundle
 from adapters_store.format.bundle import AdapterBundle
 from adapters_store.format.config import AdapterConfig
@@ -45,8 +46,8 @@ class NothingToExport(InvalidBundle):
 def export_peft(bundle: AdapterBundle, directory: Path, base_path: str | None = None) -> bool:
     """Write a LoRA checkpoint that `peft.PeftModel.from_pretrained` loads.
 
-    The matrices are float32; products are computed in float64. The checkpoint has no place for a classifier's
-    head; see `write_head`.
+    The matrices are float32; products are computed in float64. A chat template stands beside them, where an import
+    finds it. The checkpoint has no place for a classifier's head; see `write_head`.
 
     Args:
         bundle: The adapter.
@@ -92,6 +93,8 @@ def export_peft(bundle: AdapterBundle, directory: Path, base_path: str | None = 
     safetensors.torch.save_file(tensors, directory / PEFT_MODEL_FILE, metadata={"format": "pt"})
     text = json.dumps(peft_config(bundle.config, base_path), indent=2, sort_keys=True, ensure_ascii=False)
     (directory / PEFT_CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+    if bundle.config.chat_template is not None:
+        (directory / TEMPLATE_FILE).write_text(bundle.config.chat_template, encoding="utf-8")
     return write_head(bundle, directory)
 
 

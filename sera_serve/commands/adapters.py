@@ -337,6 +337,8 @@ def _write(bundle: AdapterBundle, output: Path, format: ExportFormat, base: str 
         merge_adapter(loaded, bundle)
         loaded.model.save_pretrained(output)
         if loaded.reads_text:
+            if bundle.config.chat_template is not None:
+                loaded.tokenizer.chat_template = bundle.config.chat_template
             loaded.tokenizer.save_pretrained(output)
         return write_head(bundle, output)
     if format is ExportFormat.peft:

@@ -93,7 +93,7 @@ def revoke(
     tenant: Annotated[str | None, typer.Option(help="Refuse to revoke another tenant's key.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Refuse a key from now on; running servers follow within a second."""
+    """Refuse a key from now on; running servers follow within a quarter of a second."""
     with refusals():
         revoked = _keys(store).revoke(key, tenant)
         record(store, "key.revoke", tenant=revoked.tenant, target=revoked.id)

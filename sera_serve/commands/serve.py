@@ -250,7 +250,7 @@ def _keys_line(settings: ServeSettings, access: AccessControl) -> str:
     if not access.needs_keys:
         return "none needed on this address, until the first one is made (sera-serve keys create)"
     count = access.active_keys()
-    return f"needed by every request; {count} active" if count else "needed by every request, and there is none yet"
+    return f"needed by every request; {count} active" if count else "needed by every request, and none is valid"
 
 
 def _mebibytes(size: int) -> str:

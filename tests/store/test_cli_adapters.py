@@ -123,7 +123,9 @@ def test_merged_export_is_a_model_that_needs_no_adapter(run: Run, store: Adapter
     base.model.save_pretrained(tmp_path / "base")
     base.tokenizer.save_pretrained(tmp_path / "base")
     loaded = load_base(str(tmp_path / "base"))
-    bundle = random_adapter(loaded, SeraConfig(8, 4, 8.0, ["q_proj", "down_proj"]), seed=1)
+    template = "{{ messages[0].content }}"
+    config = SeraConfig(8, 4, 8.0, ["q_proj", "down_proj"])
+    bundle = random_adapter(loaded, config, seed=1, chat_template=template, format_version=2)
     store.publish(bundle, NAME)
     merged, peft = tmp_path / "merged", tmp_path / "peft"
     result = run("export", NAME, "--format", "merged", "--base", tmp_path / "base", "--output", merged)
@@ -137,7 +139,9 @@ def test_merged_export_is_a_model_that_needs_no_adapter(run: Run, store: Adapter
         adapted = PeftModel.from_pretrained(loaded.model, str(peft))(tokens).logits
     assert (alone - plain).abs().max() > 0.1
     assert torch.allclose(alone, adapted, rtol=0, atol=1e-3)
-    assert load_base(str(merged)).tokenizer.decode([72, 105]) == loaded.tokenizer.decode([72, 105])
+    tokenizer = load_base(str(merged)).tokenizer
+    assert tokenizer.decode([72, 105]) == loaded.tokenizer.decode([72, 105])
+    assert tokenizer.chat_template == template
 
 
 def test_merging_into_another_base_is_refused(run: Run, store: AdapterStore, tmp_path: Path) -> None:

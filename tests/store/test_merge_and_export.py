@@ -92,5 +92,9 @@ def test_a_head_of_two_layers_is_written_beside(tmp_path: Path) -> None:
         assert json.loads(file.metadata()["labels"]) == ["no", "yes"]
 
 
-def test_a_chat_template_is_no_obstacle(tmp_path: Path) -> None:
-    assert export_peft(make_bundle(format_version=2, chat_template="{{ messages }}"), tmp_path) is False
+def test_a_chat_template_leaves_beside_the_lora(tmp_path: Path) -> None:
+    template = "{{ messages }} é\n"
+    assert export_peft(make_bundle(format_version=2, chat_template=template), tmp_path) is False
+    assert (tmp_path / "chat_template.jinja").read_text(encoding="utf-8") == template
+    assert export_peft(make_bundle(), tmp_path / "plain") is False
+    assert not (tmp_path / "plain" / "chat_template.jinja").exists()

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
 
-from sera_serve.engine import ConstraintSpec, GenerateParams, Priority
+from sera_serve.engine import MIN_REPETITION_PENALTY, ConstraintSpec, GenerateParams, Priority
 from sera_serve.server.native.sampling import LogitBias
 from sera_serve.server.native.schemas import (
     MAX_CACHE_SALT,
@@ -99,7 +99,7 @@ class SamplingFields(RequestModel):
     logit_bias: LogitBias | None = None
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    repetition_penalty: float | None = Field(None, gt=0, le=2)
+    repetition_penalty: float | None = Field(None, ge=MIN_REPETITION_PENALTY, le=2)
     ignore_eos: bool | None = None
     min_tokens: int | None = Field(None, ge=0, le=MAX_NEW_TOKENS)
     regex: Regex | None = Field(None, description=REGEX_HELP)

@@ -44,7 +44,7 @@ def compare_command(
     run that fails is shown in the table. The last thing is the table, also as CSV and Markdown, and a plot of score
     over parameters.
 
-    Example: `train_adapter compare examples/compare/small.yaml`
+    Example: `train_adapter compare examples/paper/small.yaml`
     """
     from sera_serve.trainer.compare.plan import read_plan
     from sera_serve.trainer.compare.results import ResultsFile
