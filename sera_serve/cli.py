@@ -85,9 +85,9 @@ def _check_config(config: Path | None, flags: dict[str, Any]) -> None:
 
 def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
     # The default is None here, which means that the flag was not given. ServeSettings has the real default.
-    option = typer.Option(
-        f"--{name.replace('_', '-')}", help=f"{field.description} [default: {field.default}]", show_default=False
-    )
+    # Not in brackets, which the help takes as markup and leaves out.
+    default = "" if field.default is None else f". Default: {field.default}"
+    option = typer.Option(f"--{name.replace('_', '-')}", help=f"{field.description}{default}", show_default=False)
     # The command line writes a mapping as "key=value,key=value".
     kind: Any = str if get_origin(field.annotation) is dict else field.annotation
     return _keyword(name, Annotated[kind | None, option], None)
