@@ -160,10 +160,9 @@ def read_layers(
             )
         a = _dense(reader.read(keys.lora_a), d_in, config.blocks)
         b = _dense(reader.read(keys.lora_b), rank, config.blocks)
-        named = keys.older_path or path
-        key = alphas.find(named)
+        key = alphas.find(keys.path)
         alpha = config.alpha if key is None else config.alpha_patterns[key]
-        key = ranks.find(named)
+        key = ranks.find(keys.path)
         if len(a) != (config.rank if key is None else config.rank_patterns[key]):
             other_ranks.append(path)
         layers[path] = PeftLayer(
