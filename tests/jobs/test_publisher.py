@@ -8,7 +8,7 @@ import pytest
 
 from adapters_store import AdapterBundle, AdapterStore
 from sera_serve import SeraConfig
-from sera_serve.access import AccessDatabase, AccessDatabaseError, QuotaExceeded, Quotas
+from sera_serve.access import AccessDatabase, AccessDatabaseError, QuotaExceeded, Quotas, Shares
 from sera_serve.jobs.worker import Publisher
 from support.factories import random_adapter, random_decoder
 
@@ -22,8 +22,9 @@ def started(root: Path) -> tuple[AdapterStore, Quotas, Publisher]:
     store = AdapterStore(root / "store")
     run = root / "run"
     run.mkdir()
-    quotas = Quotas(AccessDatabase(store.root))
-    return store, quotas, Publisher(run, store, quotas)
+    database = AccessDatabase(store.root)
+    quotas = Quotas(database)
+    return store, quotas, Publisher(run, store, quotas, Shares(database))
 
 
 def test_limits_that_were_set_while_the_job_trained_hold(bundle: AdapterBundle, tmp_path: Path) -> None:
@@ -46,3 +47,11 @@ def test_a_busy_database_loses_no_training(
 
     monkeypatch.setattr(quotas, "refresh", busy)
     assert publisher.publish(bundle, "eve/job").version == 1
+
+
+def test_a_first_version_begins_without_shares(bundle: AdapterBundle, tmp_path: Path) -> None:
+    store, _, publisher = started(tmp_path)
+    shares = Shares(AccessDatabase(store.root))
+    shares.add("eve/job", "bob")
+    publisher.publish(bundle, "eve/job")
+    assert shares.of("eve/job") == []
