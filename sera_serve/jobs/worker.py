@@ -137,7 +137,7 @@ class Publisher:
             # then the limits of its beginning hold.
             with suppress(AccessDatabaseError):
                 self._quotas.refresh()
-            self._holdings.check_publish(name, bundle.digest, bundle.nbytes)
+            self._holdings.check_publish(name, bundle.digest, bundle.file_bytes)
             # A kill may have come between the deletion of an older adapter of this name and the end of its shares.
             self._shares.remove_all(name)
         # A process that is killed after this, and before it leaves its result, knows by this what it has published.

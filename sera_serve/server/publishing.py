@@ -52,7 +52,7 @@ def publish_within(
     if store.has_content(name, bundle.digest) is None:
         # A kill may have come between the deletion of an older adapter of this name and the end of its shares.
         _end_shares(name, access)
-    added = holdings.check_publish(name, bundle.digest, bundle.nbytes)
+    added = holdings.check_publish(name, bundle.digest, bundle.file_bytes)
     published = store.publish(bundle, name=name)
     holdings.note_published(name, added)
     return published
