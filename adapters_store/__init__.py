@@ -19,7 +19,7 @@ from adapters_store.errors import (
     VersionInUse,
     WrongTask,
 )
-from adapters_store.format.bundle import AdapterBundle, validate_bundle
+from adapters_store.format.bundle import AdapterBundle, file_bytes, validate_bundle
 from adapters_store.format.config import (
     FORMAT_VERSION,
     MAX_CHAT_TEMPLATE_BYTES,
@@ -85,6 +85,7 @@ __all__ = [
     "dense_factors",
     "expected_shapes",
     "export_peft",
+    "file_bytes",
     "import_peft",
     "load_combination",
     "parse_adapter",

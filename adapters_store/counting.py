@@ -19,8 +19,8 @@ class Held:
 
     Attributes:
         adapters: Adapters that have a version.
-        nbytes: Bytes of the tensors of all their versions. Two versions with the same content count twice, unless they
-            are of one adapter, which has each content once.
+        nbytes: Bytes of the files of all their versions: tensors, configurations and names. Two versions with the same
+            content count twice, unless they are of one adapter, which has each content once.
     """
 
     adapters: int = 0
@@ -70,4 +70,5 @@ class HeldCounter:
 
     def _bytes(self, adapter: str) -> int:
         records = (self._backend.version(adapter, version) for version in self._backend.manifest(adapter).versions)
-        return sum(record.nbytes for record in records if record is not None)
+        # A bundle that is missing counts by its tensors, which the record has.
+        return sum(self._backend.bundle_bytes(held.digest) or held.nbytes for held in records if held is not None)

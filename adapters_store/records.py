@@ -196,10 +196,12 @@ class Freed:
     Attributes:
         digests: Their digests.
         nbytes: Bytes that they took.
+        adapter_gone: Whether the adapter that was deleted from has no version left.
     """
 
     digests: tuple[str, ...] = ()
     nbytes: int = 0
+    adapter_gone: bool = False
 
     @property
     def bundles(self) -> int:

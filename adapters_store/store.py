@@ -7,6 +7,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -315,7 +316,7 @@ class AdapterStore:
         the last version that refers to it, in whichever adapter.
 
         Returns:
-            The bundles that went.
+            The bundles that went, and whether the adapter has no version left.
 
         Raises:
             AdapterNotFound: Nothing to delete.
@@ -331,7 +332,7 @@ class AdapterStore:
                 change = self._deletion(parsed.adapter, version, manifest)
             result = self._backend.commit(parsed.adapter, change, manifest.revision)
             if result.outcome is Outcome.COMMITTED:
-                return result.freed
+                return replace(result.freed, adapter_gone=set(change.remove_versions) >= set(manifest.versions))
 
     def collect_garbage(self) -> Freed:
         """Go through the whole store: remove bundles that no version refers to, and repair what a kill left.

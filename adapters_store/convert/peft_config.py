@@ -7,6 +7,7 @@ configuration is read for scalings and for refusals.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,12 @@ _MAX_PATTERNS = 1024
 # Seconds for all patterns of a checkpoint together, compiled and matched. A pattern can be made to take exponential
 # time.
 _PATTERN_SECONDS = 2.0
+# Characters of a pattern, and of all patterns of a checkpoint, with repeats written out. The compiler writes them out,
+# holds the interpreter's lock, and has no time limit: a million characters take a second and 270 MiB.
+_MAX_WRITTEN_OUT = 1 << 14
+_MAX_ALL_WRITTEN_OUT = 1 << 18
+# What repeats in a pattern, wherever it stands. An escaped one counts too: the bound needs no parser to be sound.
+_REPEAT = re.compile(r"\+|\{(?:(?P<least>[0-9]*)(?:,[0-9]*)?\})?", re.ASCII)
 
 # Methods that PEFT's `save_as_lora` converts.
 _CONVERTIBLE = frozenset(
@@ -143,12 +150,41 @@ class PeftConfig:
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
 
-class PatternTime:
-    """The time that all patterns of a checkpoint may take together, whichever field they are in."""
+class PatternBudget:
+    """The time and the size that all patterns of a checkpoint may take together, whichever field they are in."""
 
     def __init__(self) -> None:
         """Begin with all of it."""
         self.left = _PATTERN_SECONDS
+        self.characters_left = _MAX_ALL_WRITTEN_OUT
+
+    def take(self, pattern: str, field: str) -> None:
+        """Count the characters of a pattern with its repeats written out.
+
+        Raises:
+            InvalidConfig: They are too many, or a brace begins no count.
+        """
+        size = len(pattern)
+        for repeat in _REPEAT.finditer(pattern):
+            if repeat[0] == "{":
+                raise _invalid(
+                    field, f"pattern {_shown(pattern)} has a brace that begins no count; name the layers without braces"
+                )
+            # The compiler writes the least number of repeats, and the rest as a loop.
+            size *= 2 if repeat[0] == "+" else 1 + int(repeat["least"] or "0")
+            if size > _MAX_WRITTEN_OUT:
+                raise _invalid(
+                    field,
+                    f"pattern {_shown(pattern)} has more than {_MAX_WRITTEN_OUT} characters with its repeats written "
+                    "out; use fewer of + and {n}, or name layers in full",
+                )
+        self.characters_left -= size
+        if self.characters_left < 0:
+            raise _invalid(
+                field,
+                f"all patterns have more than {_MAX_ALL_WRITTEN_OUT} characters with their repeats written out; use "
+                "one pattern for several layers",
+            )
 
     @contextmanager
     def spend(self, field: str) -> Iterator[float]:
@@ -173,30 +209,33 @@ class PatternTime:
 class PatternMatcher:
     """Finds the pattern for a layer as PEFT does: `(.*\\.)?(pattern)$`, the first that matches."""
 
-    def __init__(self, patterns: Collection[str], field: str, time: PatternTime) -> None:
+    def __init__(self, patterns: Collection[str], field: str, budget: PatternBudget) -> None:
         """Compile the patterns of a field.
 
         Args:
             patterns: Regular expressions, in the order in which they are tried.
             field: The field's name in the configuration.
-            time: What all fields of a checkpoint share.
+            budget: What all fields of a checkpoint share.
 
         Raises:
             InvalidConfig: They are too many or too long, one is no regular expression, or they take too long.
         """
         self._field = field
-        self._time = time
+        self._budget = budget
         self._patterns: list[tuple[str, Any]] = []
         if len(patterns) > _MAX_PATTERNS:
             raise _invalid(field, f"it has {len(patterns)} patterns; the limit is {_MAX_PATTERNS}")
         for pattern in patterns:
             if len(pattern) > _MAX_PATTERN:
                 raise _invalid(field, f"a pattern has {len(pattern)} characters; the limit is {_MAX_PATTERN}")
-            with time.spend(field):
+            budget.take(pattern, field)
+            with budget.spend(field):
                 try:
-                    self._patterns.append((pattern, regex.compile(rf"(.*\.)?({pattern})$")))
-                except regex.error as error:
+                    # The library's cache would keep the patterns of hundreds of checkpoints.
+                    compiled = regex.compile(rf"(.*\.)?({pattern})$", cache_pattern=False)
+                except (regex.error, RecursionError) as error:
                     raise _invalid(field, f"{pattern!r} is no regular expression ({error})") from error
+            self._patterns.append((pattern, compiled))
 
     def find(self, path: str) -> str | None:
         """The first pattern that matches the path of a layer; None without one.
@@ -206,7 +245,7 @@ class PatternMatcher:
         """
         if not self._patterns:
             return None
-        with self._time.spend(self._field) as seconds:
+        with self._budget.spend(self._field) as seconds:
             end = monotonic() + seconds
             for pattern, compiled in self._patterns:
                 # A timeout of zero or less would be no timeout.

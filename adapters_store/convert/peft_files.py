@@ -238,7 +238,7 @@ def _from_single(data: memoryview, limits: BundleLimits, config: bytes | None) -
             )
         if text is None or not is_peft_config(text):
             return None
-    if len(text) > limits.max_config_bytes:
+    if len(text.encode() if isinstance(text, str) else text) > limits.max_config_bytes:
         raise BundleTooLarge(f"{CONFIG_FILE} exceeds {limits.max_config_bytes} bytes", param=CONFIG_FILE)
     return PeftFiles(_parse(text), header, data, {}, (), limits.max_bytes)
 

@@ -17,6 +17,8 @@ from adapters_store.format.containers import MODEL_FILE
 
 # Names of wrappers around a backbone, which one side's paths may have and the other's lack.
 _WRAPPERS = ("base_model", "model", "module", "_orig_mod", "language_model", "text_model")
+# What PEFT writes before the path in the model that it adapted.
+_PEFT_MODEL = "base_model.model."
 # Longer than the path of any layer. A longer name would take quadratic time.
 _MAX_NAME = 512
 _PART = re.compile(
@@ -56,14 +58,14 @@ class LayerKeys:
     """The keys of one layer's tensors; None where the checkpoint has no such tensor.
 
     Attributes:
-        older_path: The layer's path in the checkpoint, which its patterns are about, where the base has another name.
+        path: The layer's path in the model that PEFT adapted, with all wrappers of that model: patterns are about it.
     """
 
+    path: str
     lora_a: str | None = None
     lora_b: str | None = None
     lora_bias: str | None = None
     magnitude: str | None = None
-    older_path: str | None = None
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,8 @@ def _take_part(found: SortedKeys, name: str, match: re.Match[str], adapters: set
     if len(adapter) > 1 or (last == "bias" and match["kind"] != "lora_B"):
         raise _unknown_tensor(name)
     adapters.update(adapter)
-    keys = found.layers.setdefault(_unwrapped(match["path"], _WRAPPERS), LayerKeys())
+    path = match["path"]
+    keys = found.layers.setdefault(_unwrapped(path, _WRAPPERS), LayerKeys(path.removeprefix(_PEFT_MODEL)))
     attribute = {"lora_A": "lora_a", "lora_B": "lora_b", "lora_magnitude_vector": "magnitude"}[match["kind"]]
     attribute = "lora_bias" if last == "bias" else attribute
     if (other := getattr(keys, attribute)) is not None:
@@ -167,7 +170,7 @@ def match_layers(layers: Mapping[str, LayerKeys], base: ImportBase) -> dict[str,
     for path, keys in layers.items():
         newer = _newer_name(_unwrapped(path, wrappers)) if base.kind == "vision" else None
         if newer is not None and newer in base.shapes:
-            keys.older_path, path = path, newer
+            path = newer
         candidates = [path] if path in base.shapes else paths.get(_unwrapped(path, wrappers), [])
         if len(candidates) != 1 or candidates[0] in matched:
             missing.append(path)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from adapters_store.convert.import_base import ImportBase
-from adapters_store.convert.peft_config import PatternMatcher, PatternTime, PeftConfig
+from adapters_store.convert.peft_config import PatternBudget, PatternMatcher, PeftConfig
 from adapters_store.convert.peft_errors import UnsupportedAdapter
 from adapters_store.convert.peft_files import PeftFiles
 from adapters_store.convert.peft_keys import LayerKeys
@@ -132,9 +132,9 @@ def read_layers(
         MissingTensor, WrongShape, NotFinite, UnsupportedAdapter: A layer cannot be carried over; `param` is its tensor.
         InvalidConfig: A pattern is no regular expression, or there are too many, or they take too long.
     """
-    time = PatternTime()
-    alphas = PatternMatcher(config.alpha_patterns, "alpha_pattern", time)
-    ranks = PatternMatcher(config.rank_patterns, "rank_pattern", time)
+    budget = PatternBudget()
+    alphas = PatternMatcher(config.alpha_patterns, "alpha_pattern", budget)
+    ranks = PatternMatcher(config.rank_patterns, "rank_pattern", budget)
     layers: dict[str, PeftLayer] = {}
     other_ranks: list[str] = []
     nbytes = 0
@@ -160,10 +160,9 @@ def read_layers(
             )
         a = _dense(reader.read(keys.lora_a), d_in, config.blocks)
         b = _dense(reader.read(keys.lora_b), rank, config.blocks)
-        named = keys.older_path or path
-        key = alphas.find(named)
+        key = alphas.find(keys.path)
         alpha = config.alpha if key is None else config.alpha_patterns[key]
-        key = ranks.find(named)
+        key = ranks.find(keys.path)
         if len(a) != (config.rank if key is None else config.rank_patterns[key]):
             other_ranks.append(path)
         layers[path] = PeftLayer(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,10 +19,12 @@ from torch import Tensor
 from adapters_store.format.config import AdapterConfig, canonical_json
 from adapters_store.format.containers import CONFIG_FILE, METADATA_KEY, MODEL_FILE, RawBundle, read_bytes, read_path
 from adapters_store.format.mmap_buffer import writable_memory
-from adapters_store.format.safetensors_file import DTYPE_NAMES, BundleLimits, read_tensor, read_tensors
+from adapters_store.format.safetensors_file import DTYPE_NAMES, DTYPES, BundleLimits, read_tensor, read_tensors
 from adapters_store.format.validation import check_names_and_shapes, check_values, is_surely_finite
 
 DEFAULT_LIMITS = BundleLimits()
+# The order of dtypes in a file that safetensors writes.
+_FILE_ORDER = ("F32", "BF16", "F16")
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +58,12 @@ class AdapterBundle:
         """Bytes of the tensors."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
+    @cached_property
+    def file_bytes(self) -> int:
+        """Bytes of the single-file form, which a store keeps."""
+        tensors = [(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in self.tensors.items()]
+        return file_bytes(self.config, tensors)
+
     def save(self, directory: Path | str) -> None:
         """Write the directory form; the directory is made, existing files of the two names are replaced."""
         folder = Path(directory)
@@ -71,7 +81,7 @@ class AdapterBundle:
         return data
 
     def _metadata(self) -> dict[str, str]:
-        return {METADATA_KEY: self.config.canonical_json()}
+        return _metadata_of(self.config)
 
     @classmethod
     def load(cls, path: Path | str, limits: BundleLimits = DEFAULT_LIMITS, within: Path | None = None) -> AdapterBundle:
@@ -126,6 +136,26 @@ def _digest(config: AdapterConfig, described: list[list[Any]], data: Iterable[me
     for part in data:
         digest.update(part)
     return digest.hexdigest()
+
+
+def _metadata_of(config: AdapterConfig) -> dict[str, str]:
+    return {METADATA_KEY: config.canonical_json()}
+
+
+def file_bytes(config: AdapterConfig, tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> int:
+    """Bytes of the single-file form of a bundle with these tensors (name, dtype, shape); nothing is written.
+
+    The configuration counts too: a small adapter may have one of 1 MiB.
+    """
+    header: dict[str, Any] = {"__metadata__": _metadata_of(config)}
+    end = 0
+    # As safetensors orders them; the offsets are in the header.
+    for name, dtype, shape in sorted(tensors, key=lambda tensor: (_FILE_ORDER.index(tensor[1]), tensor[0])):
+        begin, end = end, end + math.prod(shape) * DTYPES[dtype].itemsize
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    # Its length comes first, and spaces make it a multiple of 8.
+    return 8 + -(-len(text) // 8) * 8 + end
 
 
 def validate_bundle(bundle: AdapterBundle) -> None:

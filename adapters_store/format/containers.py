@@ -82,8 +82,7 @@ def config_of(header: Header, limits: BundleLimits) -> str:
         )
     _check_metadata(header, {METADATA_KEY, "format"})
     text = header.metadata[METADATA_KEY]
-    # A character takes at least one byte.
-    if len(text) > limits.max_config_bytes:
+    if len(text.encode()) > limits.max_config_bytes:
         raise BundleTooLarge(f"adapter_config exceeds {limits.max_config_bytes} bytes", param=CONFIG_FILE)
     return text
 

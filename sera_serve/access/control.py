@@ -63,6 +63,8 @@ class AccessControl:
         self._is_loopback = is_loopback
         self._lock = threading.Lock()
         self._view = _View()
+        # The version of the database that every listener was told of.
+        self._told: tuple[int, int] | None = None
         self._listeners: list[Callable[[], None]] = []
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
@@ -107,22 +109,29 @@ class AccessControl:
         """Read what has changed. Blocks. Call it after a write.
 
         Raises:
-            AccessDatabaseError: The database cannot be read. What was read before stays.
+            AccessDatabaseError: The database cannot be read. What was read before stays; the next call reads it again,
+                and calls the listeners again.
         """
         with self._lock:
             # The version first: what is written meanwhile is read again.
             version = self.database.version()
-            if version == self._view.version:
+            if version == self._told:
                 return
-            shares = self.shares.all()
-            by_tenant: dict[str, list[str]] = {}
-            for adapter, tenants in sorted(shares.items()):
-                for tenant in tenants:
-                    by_tenant.setdefault(tenant, []).append(adapter)
-            keys = {key.id: key for key in self.keys.all()}
-            self._view = _View(version, keys, shares, by_tenant)
+            if version != self._view.version:
+                self._view = self._read(version)
         for listener in self._listeners:
             listener()
+        # Not before: a listener that failed is called again.
+        self._told = version
+
+    def _read(self, version: tuple[int, int]) -> _View:
+        shares = self.shares.all()
+        by_tenant: dict[str, list[str]] = {}
+        for adapter, tenants in sorted(shares.items()):
+            for tenant in tenants:
+                by_tenant.setdefault(tenant, []).append(adapter)
+        keys = {key.id: key for key in self.keys.all()}
+        return _View(version, keys, shares, by_tenant)
 
     def on_change(self, listener: Callable[[], None]) -> None:
         """Call a function, on any thread, after each change of the database. It is not called for what is there now."""

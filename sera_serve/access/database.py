@@ -159,10 +159,11 @@ class AccessDatabase:
             connection.execute("BEGIN IMMEDIATE")
             try:
                 yield connection
+                # A reader may keep it from ending. A transaction that is left open would refuse every later use.
+                connection.commit()
             except BaseException:
                 connection.rollback()
                 raise
-            connection.commit()
             self._writes += 1
 
     def version(self) -> tuple[int, int]:
@@ -224,10 +225,10 @@ class AccessDatabase:
                 for statement in script.split(";"):
                     connection.execute(statement)
             connection.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
+            connection.commit()
         except BaseException:
             connection.rollback()
             raise
-        connection.commit()
 
     @contextmanager
     def _typed(self) -> Iterator[None]:

@@ -68,7 +68,7 @@ class Holdings:
         Args:
             name: `tenant/name`.
             digest: Of the bundle.
-            nbytes: Bytes of its tensors.
+            nbytes: Bytes of its file in the store.
 
         Returns:
             What the publication adds, for `note_published`. Content that the adapter already has adds nothing.

@@ -238,8 +238,8 @@ def delete(ref: RefArgument, store: StoreOption, as_json: JsonOption = False) ->
     with refusals():
         opened = AdapterStore(store, create=False)
         freed = opened.delete(ref)
-        if "@" not in ref:
-            Shares(AccessDatabase(opened.root)).remove_all(ref)
+        if freed.adapter_gone:
+            Shares(AccessDatabase(opened.root)).remove_all(ref.partition("@")[0])
         _audit(opened, "adapter.delete", ref)
         report(
             as_json,
@@ -318,6 +318,9 @@ def _check_card(card: Path, output: Path, format: ExportFormat) -> None:
 
 
 def _publish(store: AdapterStore, bundle: AdapterBundle, name: str) -> Published:
+    if store.has_content(name, bundle.digest) is None:
+        # A kill may have come between the deletion of an older adapter of this name and the end of its shares.
+        Shares(AccessDatabase(store.root)).remove_all(name)
     published = store.publish(bundle, name)
     _audit(store, "adapter.publish", name, version=published.version, digest=published.digest)
     return published

@@ -42,7 +42,7 @@ from sera_serve.engine.tasks import ClassificationRunner, GenerationRunner, Runn
 from sera_serve.errors import EngineUnavailable, InvalidRequest, PromptTooLong, UnsupportedTask
 from sera_serve.layers import AdapterContext, SideStream, attach_serving, find_shared_inputs
 from sera_serve.residency import AdapterResidency, DevicePool, HostCache, Presence, ResidencyStats
-from sera_serve.residency.bundle_check import check_fits, check_servable
+from sera_serve.residency.bundle_check import check_fits, check_ranks, check_servable
 from sera_serve.residency.import_probe import ImportedAdapter, import_checkpoint
 from sera_serve.residency.packing import packed_elements
 from sera_serve.threads import BoundedExecutor
@@ -168,9 +168,10 @@ class ServingEngine(RowCalls):
 
         Raises:
             WrongBase, UnknownModule, WrongShape, WrongTask: As `check_bundle`.
-            AdapterTooLarge: It is larger than the pool.
+            AdapterTooLarge: It is larger than the pool, or has a rank far above a layer's widths.
         """
         check_base(config, self.base.info, self._shapes)
+        check_ranks(config)
         check_task(config, self.base)
         check_length(config, self.base)
         check_fits(packed_elements(config), self._pool)

@@ -389,7 +389,7 @@ class Jobs:
                 for held in checkpoints:
                     connection.execute(
                         "INSERT OR REPLACE INTO job_checkpoints VALUES (?, ?, ?, ?, ?)",
-                        (job_id, held.step, held.created_at, held.model, json.dumps(held.metrics)),
+                        (job_id, held.step, held.created_at, held.model, _json(held.metrics)),
                     )
 
     def succeed(self, job_id: str, model: str, version: int, chosen_step: int, tokens: int) -> bool:
@@ -413,7 +413,7 @@ class Jobs:
 
     def fail(self, job_id: str, code: str, message: str, param: str | None) -> bool:
         """Finish a job as failed. Returns False if it had finished before."""
-        error = {"code": code, "message": message[:_MAX_MESSAGE], "param": param}
+        error = {"code": code, "message": _storable(message)[:_MAX_MESSAGE], "param": param}
         with self._database.writing() as connection:
             if not _finish(connection, job_id, "failed", {"error": json.dumps(error)}):
                 return False
@@ -476,10 +476,20 @@ def _add_events(connection: sqlite3.Connection, job_id: str, events: Sequence[Ne
         connection.execute(
             "INSERT INTO job_events VALUES (?, ?, ?, ?, ?, ?, ?)",
             (
-                *(job_id, last, now, event.level, event.type, event.message[:_MAX_MESSAGE]),
-                json.dumps(dict(event.data or {})),
+                *(job_id, last, now, event.level, event.type, _storable(event.message)[:_MAX_MESSAGE]),
+                _json(event.data or {}),
             ),
         )
+
+
+def _storable(text: str) -> str:
+    """A text that the database and an answer can hold: half of a surrogate pair, from a tenant's rows, becomes "?"."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _json(values: Mapping[str, Any]) -> str:
+    # Without escapes, which would keep halves of surrogate pairs.
+    return _storable(json.dumps(dict(values), ensure_ascii=False))
 
 
 def _forget_oldest(connection: sqlite3.Connection, tenant: str) -> None:

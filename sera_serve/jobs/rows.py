@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal
 
+from adapters_store import parse_json
 from sera_serve.errors import SeraServeError
 from sera_serve.trainer.data.labelled import label_of, messages_of, string_of, text_of
 from sera_serve.trainer.data.spans import spans_of
@@ -143,10 +143,11 @@ def sha256_of(path: Path) -> str:
 def _parsed(content: bytes, rows: int, number: int, problems: Problems) -> Row | None:
     row = Row({}, rows, number)
     try:
-        value = json.loads(content.decode("utf-8"))
+        # Half of a surrogate pair is no text: what shows it, or stores it, would fail. The strict parser refuses it.
+        value = parse_json(content.decode("utf-8"))
     except UnicodeDecodeError:
         problems.add(row, "it is not UTF-8; save the file as UTF-8")
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         problems.add(row, f"not JSON ({error}); each line must be one object")
     else:
         if isinstance(value, dict):

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import IO
 
 from adapters_store import AdapterStore, Published
@@ -73,6 +74,8 @@ class Supervisor:
         self._on_finish = on_finish
         self._running: dict[str, JobProcess] = {}
         self._last_steps: dict[str, LastSteps] = {}
+        # The last fault of each job that stands still.
+        self._faults: dict[str, str] = {}
         self._wake = threading.Event()
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
@@ -132,23 +135,57 @@ class Supervisor:
 
     def _tick(self) -> None:
         for job in self._jobs.of_status("validating_files"):
-            self._check_files(job)
+            self._attempt(job, partial(self._check_files, job))
         running = {job.id: job for job in self._jobs.of_status("running")}
         followed = dict(self._running)
         for process in followed.values():
-            self._follow(process, running.get(process.job.id))
+            self._attempt(process.job, partial(self._follow, process, running.get(process.job.id)))
         for job in running.values():
             # Of a server that was killed.
             if job.id not in followed and len(self._running) < self._max_jobs:
-                self._go_on(job)
+                self._attempt(job, partial(self._go_on, job))
         while len(self._running) < self._max_jobs and not self._closing.is_set():
             next_job = self._jobs.next_queued([process.job.tenant for process in self._running.values()])
-            if next_job is None:
+            # A job that cannot be moved on would be the next one again.
+            if next_job is None or not self._attempt(next_job, partial(self._advance, next_job)):
                 break
-            if self._jobs.advance(next_job.id, "running", NewEvent("The job runs")):
-                self._begin(next_job)
         for job in self._jobs.uncleared():
-            self._clear(job)
+            self._attempt(job, partial(self._clear, job))
+
+    def _attempt(self, job: Job, act: Callable[[], None]) -> bool:
+        """Do something for a job; what goes wrong with it must not stop the other jobs. Returns whether it went well.
+
+        A fault of the disk or the database may pass, and the next round tries again. After a defect the job has failed:
+        its process would hold the place of another one.
+        """
+        try:
+            act()
+        except (AccessDatabaseError, StoreError, OSError) as error:
+            # Rounds follow each other quickly. Once is enough for the log.
+            if self._faults.get(job.id) != str(error):
+                self._faults[job.id] = str(error)
+                logger.error("job %s stands still: %s", job.id, error)
+            return False
+        except Exception:
+            logger.exception("job %s cannot go on", job.id)
+            self._give_up(job)
+            return False
+        self._faults.pop(job.id, None)
+        return True
+
+    def _give_up(self, job: Job) -> None:
+        process = self._running.pop(job.id, None)
+        try:
+            if process is not None:
+                process.kill()
+            words = "the server met a defect of its own with this job, and its log has the reason"
+            self._fail(job, "training_process_failed", words, None)
+        except Exception:
+            logger.exception("job %s cannot be ended", job.id)
+
+    def _advance(self, job: Job) -> None:
+        if self._jobs.advance(job.id, "running", NewEvent("The job runs")):
+            self._begin(job)
 
     def _check_files(self, job: Job) -> None:
         for param, file_id in (("training_file", job.training_file), ("validation_file", job.validation_file)):
@@ -264,6 +301,7 @@ class Supervisor:
 
     def _finished(self, job: Job, published: Published | None = None) -> None:
         self._last_steps.pop(job.id, None)
+        self._faults.pop(job.id, None)
         self._on_finish(self._jobs.get(job.id, None), published)
 
     def _clear(self, job: Job) -> None:

@@ -21,7 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from adapters_store import AdapterBundle, AdapterStore, BundleLimits, Published
 from adapters_store.errors import AdapterNotFound, StoreError
-from sera_serve.access import AccessDatabase, Holdings, Quotas
+from sera_serve.access import AccessDatabase, AccessDatabaseError, Holdings, Quotas, Shares
 from sera_serve.base import load_base
 from sera_serve.errors import SeraServeError
 from sera_serve.jobs.process import ORDERS, PROGRESS, PUBLISHING, RESULT, read_publishing
@@ -115,11 +115,13 @@ class Progress(TrainerCallback):  # type: ignore[misc]
 class Publisher:
     """Publishes the bundle of a run under a name that no one else has."""
 
-    def __init__(self, run: Path, store: AdapterStore, holdings: Holdings) -> None:
+    def __init__(self, run: Path, store: AdapterStore, quotas: Quotas, shares: Shares) -> None:
         """Note in a directory what is published to a store, within the tenant's quotas."""
         self._run = run
         self._store = store
-        self._holdings = holdings
+        self._quotas = quotas
+        self._holdings = Holdings(store, quotas)
+        self._shares = shares
 
     def publish(self, bundle: AdapterBundle, name: str) -> Published:
         """Publish a bundle.
@@ -127,10 +129,17 @@ class Publisher:
         Raises:
             NameTaken: There is an adapter of this name.
             QuotaExceeded: The tenant may not have another adapter, or so many bytes.
+            AccessDatabaseError: Nobody knows whether shares of an older adapter of this name are left.
         """
         if self.published(name) is None:
             self._check_free(name)
-            self._holdings.check_publish(name, bundle.digest, bundle.nbytes)
+            # Commands may have set other limits while the job trained. A busy database must lose no training of hours:
+            # then the limits of its beginning hold.
+            with suppress(AccessDatabaseError):
+                self._quotas.refresh()
+            self._holdings.check_publish(name, bundle.digest, bundle.file_bytes)
+            # A kill may have come between the deletion of an older adapter of this name and the end of its shares.
+            self._shares.remove_all(name)
         # A process that is killed after this, and before it leaves its result, knows by this what it has published.
         write_json(self._run / PUBLISHING, {"name": name, "digest": bundle.digest})
         return self._store.publish(bundle, name)
@@ -176,8 +185,8 @@ def train(run: Path) -> dict[str, Any]:
     if options["device"].startswith("cuda"):
         torch.cuda.set_per_process_memory_fraction(orders["gpu_memory_fraction"])
     store = AdapterStore(options["store"], limits=BundleLimits(max_bytes=orders["max_bundle_bytes"]))
-    quotas = Quotas(AccessDatabase(store.root), orders["quotas"])
-    publisher = Publisher(run, store, Holdings(store, quotas))
+    database = AccessDatabase(store.root)
+    publisher = Publisher(run, store, Quotas(database, orders["quotas"]), Shares(database))
     if (done := publisher.published(options["name"])) is not None:
         return done
     base = load_base(

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from adapters_store import AdapterBundle
-from sera_serve.residency.bundle_check import check_fits
+from sera_serve.residency.bundle_check import check_fits, check_ranks
 from sera_serve.residency.packing import PackedAdapter, pack
 from sera_serve.residency.pool import DevicePool
 
@@ -35,10 +35,13 @@ class AdapterLoader:
         """Read an adapter from the store and pack it.
 
         Raises:
-            AdapterTooLarge: The adapter is larger than the whole pool.
+            AdapterTooLarge: The adapter is larger than the whole pool, or has a rank far above a layer's widths.
             Exception: Whatever `load` raised.
         """
-        packed = pack(self._load(digest), self._module_index, self._pool.data.dtype, digest)
+        bundle = self._load(digest)
+        # A command may have published it, which knows no server; and a sum of adapters is made here.
+        check_ranks(bundle.config)
+        packed = pack(bundle, self._module_index, self._pool.data.dtype, digest)
         check_fits(packed.layout.elements, self._pool)
         return packed
 

@@ -26,7 +26,12 @@ class PublishedSource:
 
 
 def publish(
-    source: AdapterBundle | PeftFiles, name: str, engine: Engine, store: AdapterStore, holdings: Holdings
+    source: AdapterBundle | PeftFiles,
+    name: str,
+    engine: Engine,
+    store: AdapterStore,
+    access: AccessControl,
+    holdings: Holdings,
 ) -> PublishedSource:
     """Check what was read, and publish it as the next version of `name`. Blocks.
 
@@ -34,14 +39,20 @@ def publish(
         InvalidBundle, AdapterTooLarge, AdapterOverflow, ImportMismatch: It is refused; the store is unchanged.
         QuotaExceeded: The tenant may not have so much.
         StoreError: It cannot be written.
+        AccessDatabaseError: Nobody knows whether shares of an older adapter of this name are left.
     """
     bundle, warnings = checked(source, engine)
-    return PublishedSource(publish_within(bundle, name, store, holdings), warnings)
+    return PublishedSource(publish_within(bundle, name, store, access, holdings), warnings)
 
 
-def publish_within(bundle: AdapterBundle, name: str, store: AdapterStore, holdings: Holdings) -> Published:
+def publish_within(
+    bundle: AdapterBundle, name: str, store: AdapterStore, access: AccessControl, holdings: Holdings
+) -> Published:
     """Publish a bundle within the quotas of its tenant; raises as `publish` does. Blocks."""
-    added = holdings.check_publish(name, bundle.digest, bundle.nbytes)
+    if store.has_content(name, bundle.digest) is None:
+        # A kill may have come between the deletion of an older adapter of this name and the end of its shares.
+        _end_shares(name, access)
+    added = holdings.check_publish(name, bundle.digest, bundle.file_bytes)
     published = store.publish(bundle, name=name)
     holdings.note_published(name, added)
     return published
@@ -65,14 +76,16 @@ def remove(
     audit: AuditLog,
     actor: Actor,
 ) -> None:
-    """Delete an adapter with its shares, or one version of it, and record it. Blocks.
+    """Delete an adapter, or one version of it, and record it. Shares end with the last version. Blocks.
 
     Raises:
         AdapterNotFound, VersionInUse: As `AdapterStore.delete`.
         AccessDatabaseError: The adapter is deleted, and its shares are not; deleting it again ends them.
     """
+    name = reference.partition("@")[0]
     try:
-        for digest in store.delete(reference).digests:
+        freed = store.delete(reference)
+        for digest in freed.digests:
             engine.mark_deleted(digest)
         holdings.note_deleted(reference)
         audit.record("adapter.delete", actor, tenant=reference.partition("/")[0], target=reference)
@@ -81,9 +94,11 @@ def remove(
             engine.drop_deleted_pins()
     except AdapterNotFound:
         # A command may have deleted it, and been killed before the end of its shares.
-        _end_shares(reference, access)
+        if reference == name:
+            _end_shares(name, access)
         raise
-    _end_shares(reference, access)
+    if freed.adapter_gone:
+        _end_shares(name, access)
 
 
 def record_publication(version: Published, audit: AuditLog, actor: Actor) -> None:
@@ -94,11 +109,10 @@ def record_publication(version: Published, audit: AuditLog, actor: Actor) -> Non
     )
 
 
-def _end_shares(reference: str, access: AccessControl) -> None:
+def _end_shares(name: str, access: AccessControl) -> None:
     # Another adapter of its name must begin without shares.
-    if "@" not in reference:
-        access.shares.remove_all(reference)
-        access.refresh()
+    access.shares.remove_all(name)
+    access.refresh()
 
 
 def read_source(path: str, limits: BundleLimits, within: Path | None = None) -> AdapterBundle | PeftFiles:

@@ -223,7 +223,9 @@ async def _watch(
             for name in gone:
                 await executors.changing.run(_withdraw, directory, name, engine, store, access, holdings, audit)
             for name in ready:
-                await executors.publishing.run(_publish, directory, name, engine, store, limits, holdings, audit)
+                await executors.publishing.run(
+                    _publish, directory, name, engine, store, limits, access, holdings, audit
+                )
         except OSError as error:
             # Once, until it is back.
             if str(error) != unreadable:
@@ -243,6 +245,7 @@ def _publish(
     engine: Engine,
     store: AdapterStore,
     limits: BundleLimits,
+    access: AccessControl,
     holdings: Holdings,
     audit: AuditLog,
 ) -> None:
@@ -253,7 +256,7 @@ def _publish(
         if not directory.is_unchanged(name):
             # It is being written again. The next polls see the change.
             return
-        made = publish(source, name, engine, store, holdings)
+        made = publish(source, name, engine, store, access, holdings)
     except (SeraServeError, StoreError) as error:
         directory.mark_handled(name, published=False)
         logger.error("%s is not published, until it changes: %s", path, error.message)

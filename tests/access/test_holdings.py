@@ -44,14 +44,14 @@ def limited(store: AdapterStore, clock: Clock | None = None, **limits: int) -> H
 
 
 def publish(holdings: Holdings, store: AdapterStore, bundle: AdapterBundle, name: str) -> None:
-    added = holdings.check_publish(name, bundle.digest, bundle.nbytes)
+    added = holdings.check_publish(name, bundle.digest, bundle.file_bytes)
     store.publish(bundle, name)
     holdings.note_published(name, added)
 
 
 def test_the_store_counts_every_version(store: AdapterStore, bundles: list[AdapterBundle]) -> None:
     assert store.held("acme") == Held()
-    size = bundles[0].nbytes
+    size = bundles[0].file_bytes
     store.publish(bundles[0], "acme/a")
     store.publish(bundles[1], "acme/a")
     store.publish(bundles[0], "acme/b")
@@ -82,7 +82,7 @@ def test_only_what_has_changed_is_read_again(
     assert store.held("acme").adapters == 3
     assert read == []
     store.publish(bundles[1], "acme/b")
-    assert store.held("acme") == Held(3, 4 * bundles[0].nbytes)
+    assert store.held("acme") == Held(3, 4 * bundles[0].file_bytes)
     assert read == ["acme/b"]
 
 
@@ -101,7 +101,7 @@ def test_an_adapter_too_many_is_refused(store: AdapterStore, bundles: list[Adapt
 def test_bytes_too_many_are_refused_and_known_content_adds_none(
     store: AdapterStore, bundles: list[AdapterBundle]
 ) -> None:
-    size = bundles[0].nbytes
+    size = bundles[0].file_bytes
     holdings = limited(store, bytes=2 * size + 1)
     publish(holdings, store, bundles[0], "acme/a")
     publish(holdings, store, bundles[1], "acme/a")
@@ -110,6 +110,20 @@ def test_bytes_too_many_are_refused_and_known_content_adds_none(
     assert refused.value.param == "bundle"
     publish(holdings, store, bundles[0], "acme/a")
     assert store.held("acme") == Held(1, 2 * size)
+
+
+def test_the_configuration_counts(store: AdapterStore, bundles: list[AdapterBundle]) -> None:
+    holdings = limited(store, bytes=200_000)
+    config = bundles[0].config.model_copy(update={"training": {"description": "\u4e00" * 100_000}})
+    with pytest.raises(QuotaExceeded, match="has 0 bytes of adapters, this one has 3"):
+        publish(holdings, store, AdapterBundle(config, bundles[0].tensors), "acme/a")
+    store.publish(AdapterBundle(config, bundles[0].tensors), "acme/a")
+    file = store.root / "bundles" / f"{store.resolve('acme/a').digest}.safetensors"
+    assert store.held("acme") == Held(1, file.stat().st_size)
+    # What an adapter shows are its tensors.
+    assert store.summary("acme/a").nbytes == bundles[0].nbytes
+    with pytest.raises(QuotaExceeded):
+        publish(limited(store, bytes=200_000), store, bundles[1], "acme/b")
 
 
 def test_a_restart_forgets_nothing(store: AdapterStore, bundles: list[AdapterBundle]) -> None:
@@ -146,11 +160,11 @@ def test_an_old_count_is_renewed_beside_the_publication(store: AdapterStore, bun
         other.publish(bundles[0], f"acme/{name}")
     clock.now += 10
     # The count of before allows this one, and another one begins.
-    holdings.check_publish("acme/e", bundles[0].digest, bundles[0].nbytes)
+    holdings.check_publish("acme/e", bundles[0].digest, bundles[0].file_bytes)
 
     def is_refused() -> bool:
         try:
-            holdings.check_publish("acme/e", bundles[0].digest, bundles[0].nbytes)
+            holdings.check_publish("acme/e", bundles[0].digest, bundles[0].file_bytes)
         except QuotaExceeded:
             return True
         return False

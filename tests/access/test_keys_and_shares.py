@@ -132,6 +132,44 @@ def test_changes_of_another_process_are_seen_in_time(tmp_path: Path) -> None:
         other.close()
 
 
+def test_a_commit_that_meets_a_reader_is_taken_back(database: AccessDatabase, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sera_serve.access.database._BUSY_SECONDS", 0.1)
+    keys = Keys(database)
+    kept, other = keys.create("acme", ["infer"]).key, keys.create("bob", ["infer"]).key
+    # As a backup, or a shell of SQLite, that reads for longer than a writer waits.
+    reader = sqlite3.connect(database.path, isolation_level=None)
+    reader.execute("BEGIN")
+    reader.execute("SELECT * FROM keys").fetchall()
+    with pytest.raises(AccessDatabaseError, match="locked"):
+        keys.revoke(kept.id)
+    reader.execute("COMMIT")
+    reader.close()
+    assert [key.status for key in keys.all()] == ["active", "active"]
+    assert Keys(AccessDatabase(database.path.parents[1])).revoke(other.id).status == "revoked"
+    assert keys.revoke(kept.id).status == "revoked"
+    assert [key.status for key in keys.all()] == ["revoked", "revoked"]
+
+
+def test_a_listener_that_failed_is_called_again(database: AccessDatabase) -> None:
+    control = AccessControl(database)
+    heard: list[int] = []
+
+    def listen() -> None:
+        heard.append(len(heard))
+        if len(heard) == 1:
+            raise AccessDatabaseError("the database is locked")
+
+    control.on_change(listen)
+    made = Keys(database).create("acme", ["infer"])
+    with pytest.raises(AccessDatabaseError):
+        control.refresh()
+    # What was read is there already.
+    assert control.key_of(made.secret) is not None
+    control.refresh()
+    control.refresh()
+    assert heard == [0, 1]
+
+
 def test_a_damaged_file_is_refused_by_name(database: AccessDatabase) -> None:
     Keys(database).create("acme", ["infer"])
     database.close()

@@ -15,7 +15,7 @@ from adapters_store.errors import AdapterNotFound, CannotCombine
 from sera_serve import SeraConfig
 from sera_serve.base import FrozenBase
 from sera_serve.engine import GenerateParams, ServingEngine, WeightedAdapter
-from sera_serve.errors import InvalidRequest, UnsupportedTask
+from sera_serve.errors import AdapterTooLarge, InvalidRequest, UnsupportedTask
 from support.engine import GatedStore, acting_for, settled, until
 from support.factories import greedy, random_adapter
 
@@ -123,6 +123,31 @@ def pooled_by(base: FrozenBase, parts: Sequence[tuple[AdapterBundle, float]]) ->
     total = merged_sum(base, parts)
     rows = [total.pooled_states(*base.encode([text], 64), base.default_pooling) for text in TEXTS]
     return torch.cat(rows).detach()
+
+
+def test_ranks_of_a_sum_add_up_to_a_bound(decoder: FrozenBase, store: AdapterStore, start_engine: Start) -> None:
+    # Of a narrow layer; that of a wide one depends on its widths.
+    assert max(decoder.module_shapes()["model.layers.0.self_attn.k_proj"]) <= 128
+    ranks = {"acme/most": 256, "acme/more": 384, "acme/a": 128, "acme/b": 128, "acme/c": 128}
+    for seed, (name, rank) in enumerate(ranks.items()):
+        shape = SeraConfig(rank, 16, 8.0, ("k_proj",), use_mixer=False)
+        # As a command does, which knows no server.
+        store.publish(random_adapter(decoder, shape, seed, strength=0.3), name)
+    engine = start_engine(decoder, store)
+
+    async def answer(adapter: str | list[WeightedAdapter]) -> int:
+        params = GenerateParams(adapter=adapter, token_ids=PROMPT, max_new_tokens=2)
+        return len((await (await engine.generate(params, acting_for("acme/x"))).collect()).token_ids)
+
+    assert asyncio.run(answer("acme/most")) == 2
+    assert asyncio.run(answer(choice([("acme/a", 0.5), ("acme/b", 0.5)]))) == 2
+    for refused in ("acme/more", choice([("acme/a", 0.5), ("acme/b", 0.5), ("acme/c", 0.5)])):
+        with pytest.raises(AdapterTooLarge, match=r"rank 384 of .* more than 256"):
+            asyncio.run(answer(refused))
+    more = store.load(store.resolve("acme/more").digest)
+    for check in (lambda: engine.check_bundle(more), lambda: engine.check_config(more.config)):
+        with pytest.raises(AdapterTooLarge, match="train or compress the adapter with a smaller rank"):
+            check()
 
 
 def test_a_stored_combination_answers_as_the_list_does(

@@ -9,6 +9,8 @@ import ast
 import contextlib
 import json
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -62,6 +64,7 @@ EXPRESSIONS = {
     r"(?:@(?P<revision>[\w./-]+))?(?:#(?P<split>[\w.-]+))?": "the command line",
     r"adapters_store/convert/peft_keys.py: (?P<path>[^\s]+)\.(?P<kind>lora_A|lora_B|lora_magnitude_vector)"
     r"(?:\.(?P<rest>[A-Za-z0-9_.-]+))?": "names of tensors",
+    r"adapters_store/convert/peft_config.py: \+|\{(?:(?P<least>[0-9]*)(?:,[0-9]*)?\})?": "a pattern, 512 characters",
     r"sera_serve/base/chat.py: {%(-?)\s*(end)?generation\s*(-?)%}": "chat templates",
     r"sera_serve/commands/model_card.py: [A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}": "the name of a base",
     r"sera_serve/commands/model_card.py: [\w./-]+": "the name of a base",
@@ -230,6 +233,43 @@ def test_marks_of_templates_are_removed_in_linear_time(before: str) -> None:
         began = time.perf_counter()
         chat.without_marks((before + piece * MAX_TEMPLATE_CHARACTERS)[:MAX_TEMPLATE_CHARACTERS])
         assert time.perf_counter() - began < SHORT_TEXT_S, piece
+
+
+def nested(repeats: str, depth: int) -> str:
+    return "(?:" * depth + "a" + repeats * depth
+
+
+# The compiler writes repeats out, and holds the interpreter's lock. The last two are as large as is allowed.
+PATTERNS = {
+    "counts": nested("{1000})", 3),
+    "open counts": nested("{1000,})", 3),
+    "lazy counts": nested("{1000}?)", 3),
+    "possessive counts": nested("{1000}+)", 3),
+    "counts with spaces": "(?x)" + nested("{ 1 0 0 0 })", 3),
+    "counts with a comment": "(?x)" + nested("{1#\n000})", 3),
+    "counts of two": nested("{2})", 40),
+    "plus": nested(")+", 80),
+    "groups": "(" * 100 + "a" + ")+" * 100,
+    "fuzzy counts": nested("{e<=3})", 40),
+    "a large class": "(?:" + "[a-z]" * 90 + "){35}",
+    "many small repeats": "(?:" + "a?" * 200 + "){39}",
+}
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_patterns_of_a_checkpoint_are_compiled_in_little_time_and_memory(name: str) -> None:
+    # In a process of its own, whose memory is bounded: what fails here would take the machine's.
+    program = (
+        "import resource, sys, time; resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30)); "
+        "from adapters_store import InvalidBundle; "
+        "from adapters_store.convert.peft_config import PatternBudget, PatternMatcher; began = time.perf_counter()\n"
+        "try: PatternMatcher([sys.argv[1]], 'alpha_pattern', PatternBudget())\n"
+        "except InvalidBundle: pass\n"
+        "print(time.perf_counter() - began)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, PATTERNS[name]], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr[-500:]
+    assert float(done.stdout) < SHORT_TEXT_S
 
 
 def test_a_quadratic_expression_would_be_seen() -> None:

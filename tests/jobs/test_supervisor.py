@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from adapters_store import AdapterStore, Published
-from sera_serve.access import AccessDatabase
+from sera_serve.access import AccessDatabase, AccessDatabaseError
 from sera_serve.jobs import Job, JobEnded, JobNotFound, JobProcesses, Jobs, JobSpec, Places, Supervisor, TrainingFiles
 from sera_serve.jobs.files import FileInUse, TooManyFiles, TrainingFileNotFound, TrainingFileNotStored
 from sera_serve.jobs.process import JobProcess, one_gpu
@@ -303,6 +303,92 @@ def test_a_process_that_the_system_ends_is_started_again_once(platform: Platform
     assert error is not None and error["code"] == "process_killed" and "signal 9" in error["message"]
     wait_until(lambda: not platform.places.run(job.id).exists())
     assert len(STARTED) == 2
+
+
+def test_a_message_that_is_no_text_ends_its_job_and_no_other(platform: Platform) -> None:
+    odd, other = platform.create("evil"), platform.create("acme")
+    platform.jobs.advance(odd.id, "running", NewEvent("runs \ud800"))
+    platform.leave(odd, status="failed", code="invalid_training_data", message="label '\ud800' is new", param=None)
+    metrics = {"type": "metrics", "step": 1, "total_steps": 2, "train_loss": 1.5, "eval_\udfff": 0.5}
+    (platform.places.run(odd.id) / "progress.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in (metrics, metrics | {"type": "checkpoint"}))
+    )
+    platform.supervisor.start()
+    wait_until(lambda: platform.status(odd) == "failed" and platform.status(other) == "running")
+    error = platform.jobs.get(odd.id, "evil").error
+    assert error == {"code": "invalid_training_data", "message": "label '?' is new", "param": None}
+    events, _ = platform.jobs.events(odd.id, "evil", None, 10)
+    assert [event.message for event in events if event.type == "message"][:2] == [
+        "The job failed: label '?' is new",
+        "runs ?",
+    ]
+    assert [event.data["eval_?"] for event in events if event.type == "metrics"] == [0.5]
+    assert [checkpoint.metrics["eval_?"] for checkpoint in platform.jobs.checkpoints(odd.id, None, None, 9)[0]] == [0.5]
+
+
+def test_a_defect_with_one_job_ends_it_and_no_other(platform: Platform, monkeypatch: pytest.MonkeyPatch) -> None:
+    odd = platform.create("evil")
+    record = platform.jobs.record_progress
+
+    def refuse(job_id: str, *values: Any) -> None:
+        if job_id == odd.id:
+            raise UnicodeError("no text")
+        record(job_id, *values)
+
+    monkeypatch.setattr(platform.jobs, "record_progress", refuse)
+    platform.supervisor.start()
+    wait_until(lambda: [odd.id] == STARTED)
+    other = platform.create("acme")
+    (platform.places.run(odd.id) / "progress.jsonl").write_text('{"type": "message", "message": "m"}\n')
+    wait_until(lambda: platform.status(odd) == "failed" and platform.status(other) == "running")
+    # Its process is gone, and so is its directory; the server's log has the reason.
+    assert CHILDREN[0].wait(timeout=10) < 0
+    wait_until(lambda: not platform.places.run(odd.id).exists())
+    error = platform.jobs.get(odd.id, None).error
+    assert error is not None and error["code"] == "training_process_failed" and "log" in error["message"]
+    assert [ended.id for ended in platform.ended] == [odd.id]
+
+
+def test_a_defect_before_the_start_ends_its_job_and_no_other(
+    platform: Platform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    odd, other = platform.create("evil"), platform.create("acme")
+    path = platform.files.path
+
+    def refuse(file: Any) -> Path:
+        if file.id == odd.training_file:
+            raise UnicodeError("no text")
+        return path(file)
+
+    monkeypatch.setattr(platform.files, "path", refuse)
+    platform.supervisor.start()
+    wait_until(lambda: platform.status(odd) == "failed" and platform.status(other) == "running")
+
+
+def test_a_fault_that_passes_stops_its_own_job_alone(
+    platform: Platform, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    odd, other = platform.create("evil"), platform.create("acme")
+    for job in (odd, other):
+        platform.leave(job, **SUCCESS)
+        platform.jobs.advance(job.id, "running", NewEvent("runs"))
+    succeed, refusals = platform.jobs.succeed, []
+
+    def refuse(job_id: str, *values: Any) -> bool:
+        if job_id == odd.id and len(refusals) < 3:
+            refusals.append(job_id)
+            raise AccessDatabaseError("the database is locked")
+        return succeed(job_id, *values)
+
+    monkeypatch.setattr(platform.jobs, "succeed", refuse)
+    platform.supervisor.start()
+    wait_until(lambda: platform.status(other) == "succeeded")
+    assert platform.status(odd) == "running"
+    while platform.status(odd) == "running":
+        platform.supervisor.wake()
+        time.sleep(0.05)
+    assert platform.status(odd) == "succeeded" and len(refusals) == 3
+    assert caplog.text.count("the database is locked") == 1
 
 
 def test_one_supervisor_of_a_store_runs_jobs(platform: Platform) -> None:

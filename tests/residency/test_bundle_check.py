@@ -12,6 +12,8 @@ from sera_serve import SeraConfig
 from sera_serve.base import FrozenBase
 from sera_serve.errors import AdapterOverflow, AdapterTooLarge
 from sera_serve.residency import DevicePool, check_servable, pack
+from sera_serve.residency.bundle_check import check_ranks
+from sera_serve.residency.loader import AdapterLoader
 from sera_serve.residency.packing import lay_out, packed_elements
 from support.factories import random_adapter, with_hidden_layer, with_vectors
 
@@ -63,6 +65,28 @@ def test_the_size_is_known_without_the_weights(shape: SeraConfig, base: FrozenBa
             bundles.append(with_hidden_layer(bundle, "relu", 5))
         for made in bundles:
             assert packed_elements(made.config) == lay_out(made, index)[0].elements
+
+
+@pytest.mark.parametrize("split", [1, 32])
+def test_a_rank_is_at_most_twice_the_wider_width(
+    split: int, base: FrozenBase, index: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sera_serve.residency.bundle_check._ANY_WIDTH", 16)
+
+    # The layer is (64, 32): its rank may be 128.
+    def made(rank: int) -> AdapterBundle:
+        return random_adapter(base, SeraConfig(rank, split, 8.0, ("k_proj",), use_mixer=False), 1)
+
+    most, more = made(128), made(160)
+    check_ranks(most.config)
+    loader = AdapterLoader({"most": most, "more": more}.__getitem__, index, pool_of(base))
+    assert loader.read("most").layout.modules[0].rank == 128
+    for check in (lambda: check_ranks(more.config), lambda: loader.read("more")):
+        with pytest.raises(
+            AdapterTooLarge, match=r"rank 160 of .* more than 128, the most for a layer of widths 64 and 32"
+        ) as refusal:
+            check()
+        assert refusal.value.param == "adapter_config.modules.model.layers.0.self_attn.k_proj.rank"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

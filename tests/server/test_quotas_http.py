@@ -227,7 +227,7 @@ def test_adapters_and_bytes_are_limited(
     assert upload(open_client, writer, "few/a").json()["version"] == 1
     found = open_client.get("/v1/quotas/few").json()
     assert found["limits"]["adapters"] == found["usage"]["adapters"] == 1
-    assert found["usage"]["bytes"] == writer.nbytes + sorter.nbytes
+    assert found["usage"]["bytes"] == writer.file_bytes + sorter.file_bytes
     # What is deleted makes room at once.
     assert open_client.delete("/v1/adapters/few/a").status_code == 200
     assert upload(open_client, writer, "few/b").status_code == 201

@@ -275,6 +275,49 @@ def test_a_share_begins_and_ends_at_once(people: Clients, root: Path, sorter: Ad
     acme.delete("/v1/adapters/acme/lent").raise_for_status()
 
 
+@pytest.mark.parametrize("last", ["@v2", "@latest", "@stable", ""])
+def test_shares_end_with_the_last_version(last: str, people: Clients, root: Path, sorter: AdapterBundle) -> None:
+    store, acme = AdapterStore(root), people["acme"]
+    name = f"acme/last-{last.removeprefix('@') or 'whole'}"
+    for seed in (1, 2):
+        store.publish(
+            AdapterBundle(sorter.config.model_copy(update={"training": {"seed": seed}}), sorter.tensors), name
+        )
+    acme.put(f"/v1/adapters/{name}/shares/rival").raise_for_status()
+    acme.delete(f"/v1/adapters/{name}@v1").raise_for_status()
+    assert acme.get(f"/v1/adapters/{name}/shares").json()["shared_with"] == ["rival"]
+    if last == "@stable":
+        # A version with an alias stays, and so do the shares.
+        acme.put(f"/v1/adapters/{name}/aliases/stable", json={"version": 2}).raise_for_status()
+        refused(acme.delete(f"/v1/adapters/{name}{last}"), 409, "version_in_use")
+        assert acme.get(f"/v1/adapters/{name}/shares").json()["shared_with"] == ["rival"]
+        last = ""
+    acme.delete(f"/v1/adapters/{name}{last}").raise_for_status()
+    store.publish(sorter, name)
+    refused(NAMING["classify"](people["rival"], name), 404, "adapter_not_found")
+    assert acme.get(f"/v1/adapters/{name}/shares").json()["shared_with"] == []
+    acme.delete(f"/v1/adapters/{name}").raise_for_status()
+
+
+def test_a_first_version_begins_without_shares(people: Clients, root: Path, sorter: AdapterBundle) -> None:
+    store, acme, name = AdapterStore(root), people["acme"], "acme/again"
+    files = {"bundle": ("a.safetensors", sorter.to_bytes())}
+    acme.post("/v1/adapters", files=files, data={"name": name}).raise_for_status()
+    acme.put(f"/v1/adapters/{name}/shares/rival").raise_for_status()
+    # A further version keeps them.
+    other = AdapterBundle(sorter.config.model_copy(update={"training": {"seed": 7}}), sorter.tensors)
+    acme.post(
+        "/v1/adapters", files={"bundle": ("a.safetensors", other.to_bytes())}, data={"name": name}
+    ).raise_for_status()
+    assert NAMING["classify"](people["rival"], name).status_code == 200
+    # As a command leaves it that is killed before the end of the shares.
+    store.delete(name)
+    acme.post("/v1/adapters", files=files, data={"name": name}).raise_for_status()
+    refused(NAMING["classify"](people["rival"], name), 404, "adapter_not_found")
+    assert acme.get(f"/v1/adapters/{name}/shares").json()["shared_with"] == []
+    acme.delete(f"/v1/adapters/{name}").raise_for_status()
+
+
 def test_a_share_of_an_adapter_that_is_gone_breaks_no_list(people: Clients, root: Path, sorter: AdapterBundle) -> None:
     store = AdapterStore(root)
     store.publish(sorter, "acme/going")

@@ -108,6 +108,10 @@ def test_a_file_is_kept_listed_read_and_deleted(client: openai.OpenAI, store: Ad
         (jsonl([{"messages": [{"role": "robot", "content": "x"}]}]), "messages[0] has the role 'robot'"),
         (b"[" * 100_000, "row 1 (line 1): not JSON"),
         (b'{"text": "\xff"}', "row 1 (line 1): it is not UTF-8"),
+        (
+            jsonl(SORTED[:2]) + b'{"text": "a", "label": "\\ud800"}\n',
+            "row 3 (line 3): not JSON (a string holds half of a",
+        ),
         (b"\n\n", "the file has no rows"),
     ],
 )

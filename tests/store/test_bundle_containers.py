@@ -195,6 +195,18 @@ def test_read_tensors_can_be_written_to() -> None:
             tensor.zero_()
 
 
+def test_the_size_of_the_file_is_known_before_it_is_written() -> None:
+    texts = ["", "\u4e00" * 1000, '"\\\n\t\x01\x7f/\u2028' * 100, *("a" * length for length in range(1, 9))]
+    for seed, text in enumerate(texts):
+        bundle = make_bundle(seed, training={"description": text})
+        tensors = dict(bundle.tensors)
+        for name, dtype in zip(list(tensors)[1:], (torch.float16, torch.bfloat16, torch.float32), strict=False):
+            tensors[name] = tensors[name].to(dtype)
+        for made in (bundle, make_classifier(seed), AdapterBundle(bundle.config, tensors)):
+            assert made.file_bytes == len(made.to_bytes())
+            assert AdapterBundle.from_bytes(made.to_bytes()).file_bytes == made.file_bytes
+
+
 def test_sizes() -> None:
     bundle = make_classifier()
     assert bundle.config.parameters == (8 + 12) * 2 + 16 + 2 * 6 + 2

@@ -70,6 +70,14 @@ def test_limits_are_settings(data: bytes, limits: BundleLimits, code: str, param
     assert (refusal.value.code, refusal.value.param) == (code, param)
 
 
+def test_a_configuration_is_measured_in_bytes() -> None:
+    bundle = make_bundle(1, training={"description": "\u4e00" * 1000})
+    size = len(bundle.config.canonical_json().encode())
+    assert AdapterBundle.from_bytes(bundle.to_bytes(), BundleLimits(max_config_bytes=size)).digest == bundle.digest
+    with pytest.raises(InvalidBundle, match=f"adapter_config exceeds {size - 1} bytes"):
+        AdapterBundle.from_bytes(bundle.to_bytes(), BundleLimits(max_config_bytes=size - 1))
+
+
 def test_size_is_refused_before_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "huge.safetensors"
     with path.open("wb") as file:

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from adapters_store import AdapterBundle, AdapterStore, combine
 from sera_serve import SeraConfig
+from sera_serve.access import AccessDatabase, Shares
 from sera_serve.base import load_base
 from sera_serve.commands import imports
 from sera_serve.commands.adapters import adapters_app
@@ -169,6 +170,28 @@ def test_delete_and_alias(run: Run, store: AdapterStore) -> None:
     assert store.inspect(NAME).versions == (1, 3)
     assert run("delete", NAME).stdout.startswith(f"deleted {NAME}; ")
     assert list(store.iter_adapters()) == []
+
+
+@pytest.mark.parametrize("last", ["@v2", "@latest", ""])
+def test_shares_end_with_the_last_version(last: str, run: Run, store: AdapterStore) -> None:
+    for seed in range(2):
+        store.publish(make_bundle(seed), NAME)
+    assert run("share", NAME, "--with", "rival").exit_code == 0
+    shares = Shares(AccessDatabase(store.root))
+    assert run("delete", f"{NAME}@v1").exit_code == 0
+    assert shares.of(NAME) == ["rival"]
+    assert run("delete", f"{NAME}{last}").exit_code == 0
+    assert shares.of(NAME) == []
+
+
+def test_a_first_version_begins_without_shares(run: Run, store: AdapterStore, tmp_path: Path) -> None:
+    shares = Shares(AccessDatabase(store.root))
+    for seed in (1, 2):
+        # As a command leaves it that is killed after the deletion; a further version keeps the shares.
+        shares.add(NAME, f"rival-{seed}")
+        make_bundle(seed).save(tmp_path / f"bundle-{seed}")
+        assert run("import", tmp_path / f"bundle-{seed}", "--name", NAME).exit_code == 0
+    assert shares.of(NAME) == ["rival-2"]
 
 
 def test_collect_garbage(run: Run, store: AdapterStore) -> None:

@@ -231,6 +231,45 @@ def test_a_pattern_that_takes_exponential_time(folder: Path, base: FrozenBase, m
 
 
 @pytest.mark.parametrize("field", ["alpha_pattern", "rank_pattern"])
+@pytest.mark.parametrize(
+    ("pattern", "words"),
+    [
+        ("(?:(?:q{30}){30}){30}", "characters with its repeats written out"),
+        ("(?:" * 12 + "q" + ")+" * 12, "characters with its repeats written out"),
+        (r"layers\.\d{1 2}", "brace that begins no count"),
+        ("(?:q_proj){e<=1}", "brace that begins no count"),
+    ],
+)
+def test_repeats_that_would_be_written_out(
+    field: str, pattern: str, words: str, folder: Path, base: FrozenBase
+) -> None:
+    edit_config(folder, **{field: {pattern: 1}})
+    error = refusal(folder, base)
+    assert (error.code, error.param) == ("invalid_config", f"adapter_config.{field}")
+    assert words in error.message
+
+
+def test_patterns_of_both_fields_share_the_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = peft_config.PatternBudget()
+    patterns = [f"{index:04}" + "a" * 400 + "+" * 5 for index in range(20)]
+    monkeypatch.setattr(regex, "compile", lambda text, cache_pattern: re.compile("a"))
+    peft_config.PatternMatcher(patterns, "alpha_pattern", shared)
+    with pytest.raises(InvalidBundle, match="all patterns have more than 262144 characters") as caught:
+        peft_config.PatternMatcher(["a" * 400 + "+" * 5], "rank_pattern", shared)
+    assert caught.value.param == "adapter_config.rank_pattern"
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [r"layers\.\d{1,2}\.self_attn\.q_proj", r"layers\.[0-9]+\.\w+\.q_proj", r".{3,}\.q_pro.{1}", "q_{,1}proj"],
+)
+def test_a_few_repeats_are_allowed(pattern: str) -> None:
+    matcher = peft_config.PatternMatcher([pattern], "alpha_pattern", peft_config.PatternBudget())
+    assert matcher.find("model.layers.11.self_attn.q_proj") == pattern
+    assert matcher.find("model.layers.11.self_attn.v_proj") is None
+
+
+@pytest.mark.parametrize("field", ["alpha_pattern", "rank_pattern"])
 def test_too_many_patterns(field: str, folder: Path, base: FrozenBase) -> None:
     edit_config(folder, **{field: {f"layer{index}": 1 for index in range(1025)}})
     error = refusal(folder, base)
@@ -242,12 +281,12 @@ def test_patterns_of_both_fields_share_the_time_and_compiling_counts(monkeypatch
     now = [0.0]
     monkeypatch.setattr(peft_config, "monotonic", lambda: now[0])
 
-    def compile_slowly(text: str) -> re.Pattern[str]:
+    def compile_slowly(text: str, cache_pattern: bool) -> re.Pattern[str]:
         now[0] += 0.9
         return re.compile(text)
 
     monkeypatch.setattr(regex, "compile", compile_slowly)
-    shared = peft_config.PatternTime()
+    shared = peft_config.PatternBudget()
     peft_config.PatternMatcher(["a", "b"], "alpha_pattern", shared)
     with pytest.raises(InvalidBundle, match="compile and match") as caught:
         peft_config.PatternMatcher(["c"], "rank_pattern", shared)

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Query, Request, Response
 from adapters_store import AdapterStore, ResolvedAdapter
 from adapters_store import AdapterSummary as StoredAdapter
 from adapters_store.errors import AdapterNotFound
-from sera_serve.access import Actor, AuditLog, Holdings
+from sera_serve.access import AccessControl, Actor, AuditLog, Holdings
 from sera_serve.engine import Presence
 from sera_serve.server.auth import Caller, CallerOf
 from sera_serve.server.deps import AuditOf, Engine, EngineOf, Executors, ExecutorsOf, HoldingsOf, SettingsOf, StoreOf
@@ -80,7 +80,7 @@ async def upload(
         # Until the publisher is free, the upload lies on disk. When this block ends, the file is closed: a publication
         # that has begun is waited for, even if the client has left.
         work = executors.publishing.run_to_end(
-            _publish, received, engine, store, max_bytes, holdings, audit, caller.actor
+            _publish, received, engine, store, max_bytes, caller.access, holdings, audit, caller.actor
         )
         published = await cancel_on_disconnect(request.receive, work)
     return published
@@ -178,11 +178,12 @@ def _publish(
     engine: Engine,
     store: AdapterStore,
     max_bytes: int,
+    access: AccessControl,
     holdings: Holdings,
     audit: AuditLog,
     actor: Actor,
 ) -> PublishedAdapter:
-    made = publish(received.read(max_bytes), received.name, engine, store, holdings)
+    made = publish(received.read(max_bytes), received.name, engine, store, access, holdings)
     version = made.version
     record_publication(version, audit, actor)
     return PublishedAdapter(

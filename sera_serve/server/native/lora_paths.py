@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request
 
 from adapters_store import AdapterBundle, AdapterStore, BundleLimits, parse_adapter
 from adapters_store.errors import AdapterNotFound, InvalidAdapterName
-from sera_serve.access import Actor, AuditLog, Holdings
+from sera_serve.access import AccessControl, Actor, AuditLog, Holdings
 from sera_serve.errors import InvalidRequest, SeraServeError
 from sera_serve.server.auth import CallerOf
 from sera_serve.server.deps import AuditOf, Engine, EngineOf, ExecutorsOf, HoldingsOf, SettingsOf, StoreOf
@@ -62,7 +62,9 @@ async def load_lora_adapter(
     _check_name(body.lora_name)
     caller.check_publish(body.lora_name)
     limits = BundleLimits(max_bytes=settings.max_upload_mib << 20)
-    work = executors.publishing.run(_load, body, root, limits, engine, store, holdings, audit, caller.actor)
+    work = executors.publishing.run(
+        _load, body, root, limits, engine, store, caller.access, holdings, audit, caller.actor
+    )
     return await cancel_on_disconnect(request.receive, work)
 
 
@@ -109,6 +111,7 @@ def _load(
     limits: BundleLimits,
     engine: Engine,
     store: AdapterStore,
+    access: AccessControl,
     holdings: Holdings,
     audit: AuditLog,
     actor: Actor,
@@ -123,7 +126,7 @@ def _load(
         raise PathNotAllowed("lora_path leads out of the server's lora_path_root", param="lora_path")
     bundle, warnings = checked(read_source(path, limits, Path(allowed)), engine)
     _check_new(body, bundle, store)
-    published = publish_within(bundle, body.lora_name, store, holdings)
+    published = publish_within(bundle, body.lora_name, store, access, holdings)
     record_publication(published, audit, actor)
     return PublishedAdapter(
         adapter=published.adapter, version=published.version, digest=published.digest, warnings=list(warnings)

@@ -33,7 +33,7 @@ class QuotaUsage(BaseModel):
     """What a tenant holds and uses now."""
 
     adapters: int
-    bytes: int = Field(description="bytes of the tensors of all versions")
+    bytes: int = Field(description="bytes of the files of all versions")
     requests_in_flight: int
     requests_this_minute: int = Field(
         description="requests of the limit that are used now; without a limit, about those of the last minute"
@@ -60,7 +60,7 @@ class QuotaRequest(RequestModel):
     """Body of `PUT /v1/quotas/{tenant}`. A field that is left out stays as it is; null is no limit."""
 
     adapters: Amount | None = Field(None, description="adapters in the store")
-    bytes: Amount | None = Field(None, description="bytes of the tensors of all versions in the store")
+    bytes: Amount | None = Field(None, description="bytes of the files of all versions in the store")
     requests_per_minute: Amount | None = Field(None, description="requests for inference")
     tokens_per_minute: Amount | None = Field(None, description="tokens of prompts and answers")
     requests_in_flight: Amount | None = Field(None, description="requests waiting or running")

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
 
-from adapters_store import AdapterConfig, AdapterStore, check_part, parse_ref
+from adapters_store import AdapterConfig, AdapterStore, check_part, expected_shapes, file_bytes, parse_ref
 from adapters_store.errors import InvalidAdapterName, InvalidBundle
 from sera_serve.access import AuditLog
 from sera_serve.errors import AdapterTooLarge, InvalidRequest
@@ -226,7 +226,8 @@ def _create(
     planned = check_spec(spec, engine.base.info, engine.base.module_shapes(), train.labels, initial)
     # A job must not train for hours what is then refused.
     _check_servable(planned, initial is not None, engine, training.max_bundle_bytes)
-    training.holdings.check_publish(spec.adapter, "", planned.parameters * BYTES_A_NUMBER)
+    planned_tensors = [(name, "F32", shape) for name, shape in expected_shapes(planned).items()]
+    training.holdings.check_publish(spec.adapter, "", file_bytes(planned, planned_tensors))
     key_id = None if caller.key is None else caller.key.id
     job = training.jobs.create(
         job_id,

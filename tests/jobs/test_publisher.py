@@ -1,0 +1,57 @@
+"""What a job's process publishes, under the limits that hold when it publishes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from adapters_store import AdapterBundle, AdapterStore
+from sera_serve import SeraConfig
+from sera_serve.access import AccessDatabase, AccessDatabaseError, QuotaExceeded, Quotas, Shares
+from sera_serve.jobs.worker import Publisher
+from support.factories import random_adapter, random_decoder
+
+
+@pytest.fixture(scope="module")
+def bundle() -> AdapterBundle:
+    return random_adapter(random_decoder(), SeraConfig(2, 1, 4, ("q_proj",)), 1)
+
+
+def started(root: Path) -> tuple[AdapterStore, Quotas, Publisher]:
+    store = AdapterStore(root / "store")
+    run = root / "run"
+    run.mkdir()
+    database = AccessDatabase(store.root)
+    quotas = Quotas(database)
+    return store, quotas, Publisher(run, store, quotas, Shares(database))
+
+
+def test_limits_that_were_set_while_the_job_trained_hold(bundle: AdapterBundle, tmp_path: Path) -> None:
+    store, _, publisher = started(tmp_path)
+    operator = Quotas(AccessDatabase(store.root))
+    operator.set("eve", {"adapters": 0})
+    with pytest.raises(QuotaExceeded):
+        publisher.publish(bundle, "eve/job")
+    operator.set("eve", {"adapters": 1})
+    assert publisher.publish(bundle, "eve/job").version == 1
+
+
+def test_a_busy_database_loses_no_training(
+    bundle: AdapterBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, quotas, publisher = started(tmp_path)
+
+    def busy() -> None:
+        raise AccessDatabaseError("the database is locked")
+
+    monkeypatch.setattr(quotas, "refresh", busy)
+    assert publisher.publish(bundle, "eve/job").version == 1
+
+
+def test_a_first_version_begins_without_shares(bundle: AdapterBundle, tmp_path: Path) -> None:
+    store, _, publisher = started(tmp_path)
+    shares = Shares(AccessDatabase(store.root))
+    shares.add("eve/job", "bob")
+    publisher.publish(bundle, "eve/job")
+    assert shares.of("eve/job") == []
