@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 from sera_serve.trainer.data.labelled import Text, Use, require_texts, table_for, text_at
-from sera_serve.trainer.data.splits import draw, hold_out
+from sera_serve.trainer.data.splits import draw, hold_out_for
 from sera_serve.trainer.settings import TrainSettings
 from sera_serve.trainer.tables.table import InvalidData, Problems, Row, Table
 
@@ -88,10 +88,10 @@ def load_examples(
         )
     train = draw(rows["train"], settings.train_limit, settings.seed)
     if settings.eval is None and settings.eval_fraction:
-        train, rows["eval"] = hold_out(
+        train, rows["eval"] = hold_out_for(
+            settings,
             train,
-            settings.eval_fraction,
-            settings.seed,
+            notes,
             key=lambda item: repr(item.text),
             stratum=lambda item: stratum(item.target),
         )
