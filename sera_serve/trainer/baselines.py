@@ -26,6 +26,14 @@ Baseline = Literal["peft-lora", "vera", "adalora", "dora", "bd-lora", "houlsby",
 BASELINES: tuple[Baseline, ...] = get_args(Baseline)
 # These run on an older transformers than ours, in an environment of their own.
 NEED_ADAPTERS: tuple[Baseline, ...] = ("houlsby", "pfeiffer")
+# Those whose B is the one of LoRA, of which LoRA+ raises the learning rate.
+WITH_LORA_B: tuple[Baseline, ...] = ("peft-lora", "dora", "bd-lora")
+# Of the options that shape our own adapters, those that a baseline takes.
+ADAPTER_OPTIONS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys((*WITH_LORA_B, "adalora"), ("target_modules", "lora_alpha")),
+    "vera": ("target_modules",),
+    **dict.fromkeys((*NEED_ADAPTERS, "full"), ()),
+}
 _ADAPTER = "baseline"
 
 

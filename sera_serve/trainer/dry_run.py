@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from adapters_store import ModuleSpec
 from sera_serve.base import FrozenBase
 from sera_serve.layers import adapter_tensors, module_specs
+from sera_serve.trainer.data.packing import packed_tokens
 from sera_serve.trainer.loop import LengthGroupedOrder
 from sera_serve.trainer.run import TrainingRun, build_task, with_run
 from sera_serve.trainer.settings import TrainSettings
@@ -47,7 +48,7 @@ class Lengths:
         edges: Borders of the bins; one more than `counts`.
         counts: Rows in each bin.
         tokens: Tokens of all training rows.
-        padded_tokens: Tokens of one epoch's batches with their padding.
+        padded_tokens: Tokens of one epoch's batches with their padding; of packed sequences with `--packing`.
     """
 
     percentiles: dict[str, int]
@@ -160,10 +161,10 @@ def dry_run(settings: TrainSettings, *, base: FrozenBase | None = None, console:
 def _measure(run: TrainingRun) -> DryRun:
     task, settings = build_task(run), run.settings
     batches = list(_batches(task, settings))
-    widths = [max(task.lengths[i] for i in batch) for batch in batches]
-    sizes = [len(batch) * width for batch, width in zip(batches, widths, strict=True)]
+    sizes = [_padded_tokens(task, settings, batch) for batch in batches]
     trained = sum(p.numel() for p in task.model.parameters() if p.requires_grad)
-    memory = _memory(task, batches[int(np.argmax(sizes))], trained)
+    largest = int(np.argmax(sizes))
+    memory = _memory(task, _even_rows(task, batches[largest], sizes[largest]), trained)
     duration = None
     if memory.free > memory.peak - _held(task.base):
         duration = _duration(task, settings, batches, sizes)
@@ -190,6 +191,21 @@ def _batches(task: TrainingTask, settings: TrainSettings) -> Iterator[list[int]]
         yield order[start : start + settings.batch_size]
 
 
+def _padded_tokens(task: TrainingTask, settings: TrainSettings, batch: Sequence[int]) -> int:
+    lengths = [task.lengths[i] for i in batch]
+    return packed_tokens(task.base, lengths) if settings.packing else len(batch) * max(lengths)
+
+
+def _even_rows(task: TrainingTask, batch: Sequence[int], size: int) -> list[int]:
+    """The rows of a batch, the longest first. Of a packed batch: copies of the longest row that are as many tokens.
+
+    No two copies share a sequence, so their number tells that of the sequences.
+    """
+    rows = sorted(batch, key=lambda i: -task.lengths[i])
+    count = size // task.lengths[rows[0]]
+    return rows if count == len(rows) else rows[:1] * count
+
+
 def _lengths(task: TrainingTask, padded: int) -> Lengths | None:
     lengths = np.asarray(task.lengths)
     if lengths.max() <= 1:
@@ -213,9 +229,8 @@ def _kinds(model: nn.Module) -> dict[str, KindOfLayer]:
     return {name: KindOfLayer(len(counts), sum(counts)) for name, counts in found.items()}
 
 
-def _memory(task: TrainingTask, largest: Sequence[int], trained: int) -> Memory:
+def _memory(task: TrainingTask, rows: Sequence[int], trained: int) -> Memory:
     # What rows of one padded length keep grows evenly with their number, so small batches tell what the largest keeps.
-    rows = sorted(largest, key=lambda i: -task.lengths[i])
     few = min(len(rows), _FEW_ROWS)
     activations, widest = _kept(task, rows[:few])
     backward = 2 * widest * len(rows) // few

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 from adapters_store import AdapterBundle, AdapterConfig, AdapterStore, check_base
 from sera_serve.base import FrozenBase
 from sera_serve.errors import InvalidConfiguration
 from sera_serve.layers import SeraConfig, attach_layers
+from sera_serve.layers.config import Factor
 from sera_serve.trainer.settings import METHODS, Method, TrainSettings
 
 
@@ -26,9 +28,11 @@ class InitialAdapter:
     bundle: AdapterBundle
 
     def settings(self, settings: TrainSettings) -> TrainSettings:
-        """The settings of a run that goes on from this adapter: its method, pooling and length."""
+        """The settings of a run that goes on from this adapter: its method, trained factors, pooling and length."""
         config = self.bundle.config
         kept: dict[str, object] = {"method": self.method, "pooling": config.pooling}
+        if (factors := factors_of(config)) != METHODS[self.method].train_factors:
+            kept["train_factors"] = factors
         if settings.max_length is None and config.max_length is not None:
             kept["max_length"] = config.max_length
         return settings.model_copy(update=kept)
@@ -47,7 +51,7 @@ class InitialAdapter:
         """
         config = self.bundle.config
         check_base(config, base.info, base.module_shapes())
-        factors = METHODS[self.method].train_factors
+        factors = factors_of(config)
         shapes = {
             path: SeraConfig(
                 rank=spec.rank,
@@ -67,6 +71,17 @@ def method_of(config: AdapterConfig) -> Method:
     """The method that an adapter was trained with. The record may name a variant of the stored method."""
     variants = [name for name, preset in METHODS.items() if preset.stored == config.method]
     return next((name for name in variants if name == config.training.get("method")), config.method)
+
+
+def factors_of(config: AdapterConfig) -> tuple[Factor, ...]:
+    """The factors that an adapter was trained in: those of its record, or the method's own."""
+    own = METHODS[method_of(config)].train_factors
+    settings = config.training.get("settings")
+    recorded = settings.get("train_factors") if isinstance(settings, dict) else None
+    # A bundle may come from elsewhere, with anything in its record.
+    if isinstance(recorded, list) and recorded and all(factor in own for factor in recorded):
+        return cast(tuple[Factor, ...], tuple(recorded))
+    return own
 
 
 def load_initial(settings: TrainSettings, store: AdapterStore) -> InitialAdapter | None:
@@ -93,8 +108,8 @@ def check_initial(reference: str, config: AdapterConfig, settings: TrainSettings
         settings: Options of the run.
 
     Raises:
-        InvalidConfiguration: It is of another task, has labels of the other kind (one or several a text), or has parts
-            that the trainer does not train.
+        InvalidConfiguration: It is of another task, has labels of the other kind (one or several a text), has parts
+            that the trainer does not train, or an option has no meaning for its method.
     """
     if config.task != settings.task:
         raise InvalidConfiguration(
@@ -119,3 +134,4 @@ def check_initial(reference: str, config: AdapterConfig, settings: TrainSettings
             f"adapter {reference} has {what}, which cannot be trained further; take another adapter",
             param="init_from",
         )
+    settings.check_use(METHODS[method_of(config)], factors_of(config))

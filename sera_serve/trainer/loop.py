@@ -259,7 +259,7 @@ def parameter_groups(model: nn.Module, settings: TrainSettings) -> list[dict[str
 
     LoRA+ (Hayou et al., 2024, https://arxiv.org/abs/2402.12354) trains B at a multiple of A's rate, because the step
     of A that keeps the output's change bounded shrinks with the width, and that of B does not. C is rank x rank, so
-    no width acts on it: it keeps the rate of A.
+    no width acts on it: it keeps the rate of A. PEFT calls the B of its methods lora_B.
     """
     rate = settings.peak_learning_rate
     rates = {
@@ -270,7 +270,7 @@ def parameter_groups(model: nn.Module, settings: TrainSettings) -> list[dict[str
     members: dict[str, list[nn.Parameter]] = {group: [] for group in rates}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            fast = settings.lora_plus_ratio is not None and name.endswith(".sera_b")
+            fast = settings.lora_plus_ratio is not None and (name.endswith(".sera_b") or ".lora_B." in name)
             members["head" if name.startswith("head.") else "b" if fast else "adapter"].append(parameter)
     return [{"params": members[group], "lr": rates[group]} for group in rates if members[group]]
 

@@ -353,7 +353,10 @@ def _max_length(settings: TrainSettings, base: FrozenBase) -> int:
 def _record(run: TrainingRun, task: TrainingTask, metrics: dict[str, float], fitted: _Fitted) -> dict[str, Any]:
     """Describe how the version was trained. Equal settings give equal records, or the bundle's digest would change."""
     settings = run.settings
-    told = ("base", "name", "task", "method", *(KEPT_BY_INIT if run.initial is not None else ()))
+    told = {"base", "name", "task", "method", *(KEPT_BY_INIT if run.initial is not None else ())}
+    if settings.train_factors is not None:
+        # The bundle does not tell them, and a run that goes on from this version trains the same.
+        told.discard("train_factors")
     record: dict[str, Any] = {
         "settings": {k: v for k, v in settings.identity().items() if k not in told},
         "learning_rate": settings.peak_learning_rate,

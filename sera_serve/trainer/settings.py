@@ -417,10 +417,6 @@ class TrainSettings(BaseModel):
                 raise ValueError("--chat-template needs a question for each answer; give --prompt-column too")
         if self.task == "retrieve" and self.batch_size < 2:
             raise ValueError("--batch-size 1 leaves an image no other caption to be told from; take at least 2")
-        if self.augment and self.method == "head-only":
-            raise ValueError(
-                "--augment is not for method head-only, which reads each image once; leave it out, or train an adapter"
-            )
         if self.spans_column is not None and self.has_words:
             raise ValueError("--spans-column excludes --tokens-column and --tags-column; give one kind")
         if self.label_separator != "|" and not self.multi_label:
@@ -429,6 +425,10 @@ class TrainSettings(BaseModel):
             self._check_method()
         elif given := [field for field in KEPT_BY_INIT if field in self.model_fields_set]:
             raise ValueError(f"--init-from keeps what {flag(given[0])} says; leave {flag(given[0])} out")
+        if self.budget is None and (given := [field for field in _ALLOCATION if field in self.model_fields_set]):
+            raise ValueError(f"{flag(given[0])} belongs to --budget; give --budget too, or leave it out")
+        if self.budget_warmup + self.budget_final >= 1:
+            raise ValueError("--budget-warmup and --budget-final leave no step between them; their sum must be below 1")
         return self
 
     def _check_format(self) -> None:
@@ -458,26 +458,36 @@ class TrainSettings(BaseModel):
 
     def _check_method(self) -> None:
         method = METHODS[self.method]
-        if not method.adapts:
-            if self.task in ("generate", "retrieve"):
-                raise ValueError(f"method head-only has no head to train for task {self.task}; choose sera or lora")
-            given = [
-                field for field in (*_ADAPTER_SHAPE, *_ALLOCATION, "lora_plus_ratio") if field in self.model_fields_set
-            ]
-            if given:
-                raise ValueError(f"{flag(given[0])} has no meaning for method head-only; leave it out")
-            return
-        if self.budget is None and (given := [field for field in _ALLOCATION if field in self.model_fields_set]):
-            raise ValueError(f"{flag(given[0])} belongs to --budget; give --budget too, or leave it out")
-        if self.budget_warmup + self.budget_final >= 1:
-            raise ValueError("--budget-warmup and --budget-final leave no step between them; their sum must be below 1")
+        if not method.adapts and self.task in ("generate", "retrieve"):
+            raise ValueError(f"method head-only has no head to train for task {self.task}; choose sera or lora")
+        if not method.adapts and (given := [field for field in _ADAPTER_SHAPE if field in self.model_fields_set]):
+            raise ValueError(f"{flag(given[0])} has no meaning for method head-only; leave it out")
         try:
-            self.check_shape(self.rank, self.effective_split)
-            config = self.adapter_config()
+            if method.adapts:
+                self.check_shape(self.rank, self.effective_split)
+                # It refuses a split that does not divide the rank.
+                self.adapter_config()
+            self.check_use(method, self.train_factors or method.train_factors)
         except InvalidConfiguration as error:
             raise ValueError(error.message) from error
-        if self.lora_plus_ratio is not None and config is not None and "b" not in config.train_factors:
-            raise ValueError("--lora-plus-ratio sets the learning rate of B, and B does not train; leave it out")
+
+    def check_use(self, method: MethodPreset, trained: tuple[Factor, ...]) -> None:
+        """Refuse options that have no meaning for a method with these trained factors.
+
+        Raises:
+            InvalidConfiguration: The message names the option.
+        """
+        fault, param = None, "lora_plus_ratio"
+        if not method.adapts:
+            given = [field for field in (*_ALLOCATION, "lora_plus_ratio") if field in self.model_fields_set]
+            if self.augment:
+                fault, param = "--augment is not for method head-only, which reads each image once", "augment"
+            elif given:
+                fault, param = f"{flag(given[0])} has no meaning for method head-only", given[0]
+        elif self.lora_plus_ratio is not None and "b" not in trained:
+            fault = "--lora-plus-ratio sets the learning rate of B, and B does not train"
+        if fault is not None:
+            raise InvalidConfiguration(f"{fault}; leave it out", param=param)
 
     def check_shape(self, rank: int, split: int) -> None:
         """Refuse a rank and a split that belong to another method.

@@ -14,6 +14,7 @@ from sera_serve.errors import InvalidConfiguration
 from sera_serve.trainer.baselines import (
     BASELINES,
     NEED_ADAPTERS,
+    WITH_LORA_B,
     Baseline,
     BaselineShape,
     MissingLibrary,
@@ -21,6 +22,7 @@ from sera_serve.trainer.baselines import (
     same_head,
 )
 from sera_serve.trainer.compare.worker import train_one
+from sera_serve.trainer.loop import parameter_groups
 from sera_serve.trainer.settings import TrainSettings
 from sera_serve.trainer.tasks import TASKS, TrainingTask
 
@@ -66,6 +68,17 @@ def test_a_baseline_trains_its_own_parameters_and_the_head(settings: TrainSettin
     assert {"head.weight", "head.bias"} <= set(trained)
     assert set(task.model.stored_tensors()) == set(trained)
     assert [type(callback).__name__ for callback in callbacks] == ["_AllocatesRanks"] * (method == "adalora")
+
+
+@pytest.mark.parametrize("method", WITH_LORA_B)
+def test_b_of_lora_has_the_rate_of_lora_plus(settings: TrainSettings, method: Baseline) -> None:
+    fast = settings.model_copy(update={"lora_plus_ratio": 16.0, "learning_rate": 0.01})
+    _, task = task_of(fast)
+    install_baseline(task, fast, BaselineShape(method, rank=4, blocks=2))
+    rates = {id(p): group["lr"] for group in parameter_groups(task.model, fast) for p in group["params"]}
+    found = {name: rates[id(p)] for name, p in task.model.named_parameters() if p.requires_grad}
+    assert len([name for name in found if "lora_B" in name]) == ADAPTED
+    assert found == {name: pytest.approx(0.16 if "lora_B" in name else 0.01) for name in found}
 
 
 @pytest.mark.parametrize("method", HERE)

@@ -9,7 +9,7 @@ import yaml
 from trainer_samples import ending_rule, write_csv
 
 from sera_serve.errors import InvalidConfiguration
-from sera_serve.trainer.compare.plan import Cell, ComparePlan, LearningRateRule, read_plan
+from sera_serve.trainer.compare.plan import Cell, ComparePlan, LearningRateRule, RunSpec, read_plan
 from sera_serve.trainer.compare.runner import judge
 
 PLANS = Path(__file__).parents[2] / "examples" / "paper"
@@ -84,6 +84,58 @@ def test_the_name_of_a_run_depends_on_the_contents_of_its_files(tmp_path: Path) 
     assert digest("a", 1) == digest("b", 1) != digest("c", 2)
 
 
+def test_the_name_of_a_run_depends_on_the_contents_of_its_folders(tmp_path: Path) -> None:
+    def digest(folder: str, content: bytes, option: str) -> str:
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "rows.arrow").write_bytes(content)
+        data = {"train": "one.csv", "task": "image-classify", option: str(tmp_path / folder)}
+        plan = ComparePlan.model_validate(plan_of(data={"one": data}))
+        return plan.spec(plan.cells()[0], 0, None, "score").digest
+
+    assert digest("a", b"0101", "train") == digest("b", b"0101", "train") != digest("c", b"1010", "train")
+    assert digest("d", b"0101", "images") == digest("e", b"0101", "images") != digest("f", b"1010", "images")
+
+
+def specs_of(**changes: Any) -> dict[str, RunSpec]:
+    """The first run of each method on the first data set, by the label of the method."""
+    plan = ComparePlan.model_validate(plan_of(**changes))
+    return {cell.variant.label: plan.spec(cell, 0, None, "score") for cell in plan.cells() if cell.data == "one"}
+
+
+def test_a_method_without_a_rank_has_that_of_the_other_options() -> None:
+    methods = [{"method": "sera"}, {"method": "lora", "rank": 4}, {"method": "peft-lora"}, {"method": "head-only"}]
+    for settings, rank in (({"epochs": 1, "rank": 32}, 32), ({"epochs": 1}, 8)):
+        specs = specs_of(methods=methods, settings=settings)
+        assert list(specs) == [f"sera r={rank}", "lora r=4", f"peft-lora r={rank}", "head-only"]
+        own, given, baseline, head = specs.values()
+        assert (own.settings["rank"], given.settings["rank"]) == (rank, 4)
+        assert baseline.baseline is not None and baseline.baseline["rank"] == rank
+        assert "rank" not in head.settings
+    base = {"tiny": {"base": "embedded", "rank": 16}}
+    specs = specs_of(methods=methods, bases=base, settings={"rank": 32})
+    assert list(specs) == ["sera", "lora r=4", "peft-lora", "head-only"]
+    assert (specs["sera"].settings["rank"], specs["lora r=4"].settings["rank"]) == (16, 4)
+    assert specs["peft-lora"].baseline is not None and specs["peft-lora"].baseline["rank"] == 16
+    # A run has the same name wherever its rank is given.
+    given = specs_of(methods=[{"method": "sera", "rank": 16}], bases={"tiny": {"base": "embedded"}}, settings={})
+    assert given["sera r=16"].digest == specs["sera"].digest
+
+
+@pytest.mark.parametrize(
+    ("task", "score", "expected"),
+    [
+        ("classify", None, "micro_f1"),
+        ("image-classify", None, "micro_f1"),
+        ("classify", "subset_accuracy", "subset_accuracy"),
+    ],
+)
+def test_sets_of_labels_have_scores_of_their_own(task: str, score: str | None, expected: str) -> None:
+    data = {"train": "one.csv", "task": task, "multi_label": True} | ({"score": score} if score else {})
+    plan = ComparePlan.model_validate(plan_of(data={"one": data}))
+    assert plan.score_of("one") == expected
+    assert plan.spec(plan.cells()[0], 0, None, "score").settings["select_by"] == expected
+
+
 @pytest.mark.parametrize(
     ("scores", "expected"),
     [
@@ -120,6 +172,19 @@ def test_a_loss_is_better_when_it_is_lower() -> None:
         ({"methods": [{"method": "lora", "rank": [8, 8]}]}, "two methods have the name 'lora r=8'"),
         ({"methods": [{"method": "lora", "data": ["three"]}]}, "'three' is not in the plan; it has one, two"),
         ({"methods": [{"method": "sera", "rank": 8, "split": 3}]}, "sera r=8 split=3 on one over tiny: "),
+        ({"methods": [{"method": "sera", "rank": []}]}, "at least 1 item"),
+        ({"methods": [{"method": "sera", "rank": 0}]}, "greater than or equal to 1"),
+        ({"methods": [{"method": "full", "rank": 8}]}, "rank has no meaning for method full; leave it out"),
+        ({"methods": [{"method": "lora", "blocks": 8}]}, "blocks has no meaning for method lora; leave it out"),
+        ({"methods": [{"method": "vera", "reduction_factor": 8}]}, "reduction_factor has no meaning for method vera"),
+        ({"methods": [{"method": "peft-lora", "split": 4}]}, "split has no meaning for method peft-lora; leave it out"),
+        ({"methods": [{"method": "dora", "budget": 4}]}, "budget has no meaning for method dora; leave it out"),
+        ({"methods": [{"method": "bd-lora", "train_factors": "b"}]}, "train_factors has no meaning for method bd-lora"),
+        ({"methods": [{"method": "adalora", "rank_pattern": "q_proj=2"}]}, "rank_pattern has no meaning for method"),
+        ({"methods": [{"method": "vera", "lora_alpha": 4}]}, "lora_alpha has no meaning for method vera; leave it out"),
+        ({"methods": [{"method": "vera", "lora_plus_ratio": 4}]}, "vera r=8: lora_plus_ratio sets the learning rate"),
+        ({"settings": {"lora_plus_ratio": 4}}, "vera r=64: lora_plus_ratio sets the learning rate of B, and vera has"),
+        ({"settings": {"task": "clasify"}}, "sera r=8 on one over tiny: task: "),
         ({"settings": {"seed": 3}}, "settings: seed is set by the comparison"),
         ({"settings": {"epochs": "many"}}, "sera r=8 on one over tiny: epochs: "),
         ({"seeds": [0, 0]}, "seeds has a seed twice"),

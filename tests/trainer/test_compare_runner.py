@@ -135,6 +135,16 @@ def test_rates_are_chosen_before_the_runs_that_count(fake: Fake, tmp_path: Path)
     assert all("test" not in run["settings"] for run in fake.runs()[:4])
 
 
+def test_rows_to_test_on_need_no_option(fake: Fake, tmp_path: Path) -> None:
+    """The folder of the training images may have a split of them. A choice of the rate scores none of them."""
+    rule = {"ladder": [3e-3], "start": [3e-3], "seed": 7}
+    plan = plan_of(data={"one": {"train": "one.csv"}}, methods=[{"method": "lora", "rank": 8}], seeds=[0])
+    runner_of(fake, tmp_path / "r.jsonl", plan | {"learning_rates": rule}).run()
+    assert [run["test_rows"] for run in fake.runs()] == [0, None]
+    records = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
+    assert [(record["purpose"], round(record["score"], 3)) for record in records] == [("rate", 0.914), ("score", 0.8)]
+
+
 def test_the_table_has_mean_and_deviation(fake: Fake, tmp_path: Path) -> None:
     runner = runner_of(fake, tmp_path / "r.jsonl", plan_of(methods=[{"method": "lora", "rank": 8}]))
     runner.run()

@@ -10,6 +10,8 @@ import pytest
 import yaml
 from trainer_samples import ending_rule, write_csv
 
+from sera_serve.trainer.compare.worker import train_one
+
 pytestmark = pytest.mark.slow
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
 
@@ -18,6 +20,14 @@ def test_the_worker_says_that_it_is_ready_and_ends_with_its_input() -> None:
     command = [sys.executable, "-m", "sera_serve.trainer.compare.worker"]
     worker = subprocess.run(command, input="", stdout=subprocess.PIPE, text=True, check=True, env=ENVIRONMENT)
     assert worker.stdout == "ready\n"
+
+
+def test_a_run_without_rows_to_test_on_scores_none(tiny_encoder: Path, tmp_path: Path) -> None:
+    train = write_csv(tmp_path / "train.csv", ending_rule(48))
+    settings = {"base": str(tiny_encoder), "task": "classify", "train": str(train), "test": str(train), "epochs": 1}
+    for rows, expected in ((0, False), (5, True)):
+        run = {"settings": settings | {"method": "head-only"}, "baseline": None, "test_rows": rows}
+        assert ("test_accuracy" in train_one(run)["metrics"]) == expected
 
 
 def test_a_comparison_from_the_command_line(tiny_encoder: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from sera_serve.layers import attached_layers
 from sera_serve.trainer import dry_run as measured
 from sera_serve.trainer.cli import main
 from sera_serve.trainer.dry_run import dry_run
-from sera_serve.trainer.run import train_adapter
+from sera_serve.trainer.run import TrainingRun, build_task, train_adapter, with_run
 from sera_serve.trainer.tables.table import InvalidData
 
 
@@ -72,6 +72,30 @@ def test_activations_are_those_of_the_largest_batch(base: FrozenBase, tmp_path: 
         patch.setattr(measured, "_kept", watched)
         found = dry_run(settings, base=base)
     assert found.memory.activations == pytest.approx(kept[0], rel=0.02)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_padding_and_activations_are_those_of_the_batches_that_train(
+    base: FrozenBase, tmp_path: Path, packing: bool
+) -> None:
+    pairs = [{"prompt": "q" * (40 if i % 4 == 0 else i % 5), "completion": "yes"} for i in range(32)]
+    rows = write_jsonl(tmp_path / "rows.jsonl", pairs)
+    settings = settings_for(
+        Path("tiny"), tmp_path, rows, task="generate", packing=packing, batch_size=32, eval_fraction=0
+    )
+
+    def trained(run: TrainingRun) -> tuple[int, int]:
+        task = build_task(run)
+        batches = list(measured._batches(task, settings))
+        sizes = [task.collate([task.train_rows[i] for i in batch])["input_ids"].numel() for batch in batches]
+        return sum(sizes), max(measured._kept(task, batch)[0] for batch in batches)
+
+    padded, kept = with_run(settings, trained, base=base)
+    found = dry_run(settings, base=base)
+    assert found.lengths is not None
+    assert found.lengths.padded_tokens == padded
+    # A batch of several lengths keeps its mask too.
+    assert found.memory.activations == pytest.approx(kept, rel=0.2)
 
 
 def test_head_only_has_no_lengths(base: FrozenBase, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from adapters_store.errors import AdapterNotFound
 from sera_serve import SeraConfig
 from sera_serve.base import FrozenBase, load_base
 from sera_serve.errors import InvalidConfiguration
+from sera_serve.trainer.initial import check_initial
 from sera_serve.trainer.run import train_adapter
 from sera_serve.trainer.settings import TrainSettings, load_options
 from sera_serve.trainer.tables.table import InvalidData
@@ -61,6 +62,67 @@ def test_a_classifier_goes_on_with_its_own_values(tmp_path: Path, rows: Path, fr
     moved = train_adapter(options(tmp_path, rows, name="acme/c", init_from="acme/a@v1"), base=frozen)
     changed = store.load(moved.digest).tensors
     assert any(not torch.equal(changed[name], tensor) for name, tensor in before.tensors.items())
+
+
+def test_the_factors_that_trained_go_on_training(tmp_path: Path, rows: Path, frozen: FrozenBase) -> None:
+    store = AdapterStore(tmp_path / "store")
+    first = train_adapter(options(tmp_path, rows, rank=4, target_modules="q_proj", train_factors="b"), base=frozen)
+    before = store.load(first.digest).tensors
+    # The third run goes on from one that named no factors itself.
+    for name, origin in (("acme/b", "acme/a"), ("acme/c", "acme/b")):
+        result = train_adapter(options(tmp_path, rows, name=name, init_from=origin), base=frozen)
+        assert result.parameters == first.parameters
+        after = store.load(result.digest)
+        assert after.config.training["settings"]["train_factors"] == ["b"]  # type: ignore[index, call-overload]
+        moved = {name for name, tensor in after.tensors.items() if not torch.equal(before[name], tensor)}
+        assert {name.rpartition(".")[2] for name in moved} == {"sera_b", "weight", "bias"}
+
+
+def test_a_record_from_elsewhere_names_no_factors(tmp_path: Path, rows: Path, frozen: FrozenBase) -> None:
+    store = AdapterStore(tmp_path / "store")
+    made = random_adapter(frozen, SeraConfig(4, 2, 8, ("q_proj",)), 1, labels=["fruit", "tool"])
+    for i, settings in enumerate(("all", {"train_factors": "b"}, {"train_factors": [{}]}, {"train_factors": []})):
+        config = made.config.model_copy(update={"training": {"settings": settings}})
+        store.publish(type(made)(config, made.tensors), f"acme/from{i}")
+        result = train_adapter(options(tmp_path, rows, name=f"acme/to{i}", init_from=f"acme/from{i}"), base=frozen)
+        assert result.parameters == sum(spec.parameters for spec in config.modules.values())
+
+
+def test_options_without_meaning_for_the_kept_method_are_refused(
+    tmp_path: Path, rows: Path, frozen: FrozenBase
+) -> None:
+    train_adapter(options(tmp_path, rows, name="acme/head", method="head-only"), base=frozen)
+    train_adapter(options(tmp_path, rows, name="acme/c", method="sera-c-only", rank=4), base=frozen)
+    train_adapter(options(tmp_path, rows, name="acme/a", rank=4, train_factors="a,c"), base=frozen)
+
+    def refusal(origin: str, **given: Any) -> InvalidConfiguration:
+        with pytest.raises(InvalidConfiguration) as caught:
+            train_adapter(options(tmp_path, rows, name="acme/next", init_from=origin, **given), base=frozen)
+        return caught.value
+
+    for option in ("lora_plus_ratio", "budget"):
+        error = refusal("acme/head", **{option: 4})
+        shown = option.replace("_", "-")
+        assert (error.param, error.message) == (
+            option,
+            f"--{shown} has no meaning for method head-only; leave it out",
+        )
+    for origin in ("acme/c", "acme/a"):
+        assert "B does not train; leave it out" in refusal(origin, lora_plus_ratio=16).message
+    config = AdapterStore(tmp_path / "store").config(AdapterStore(tmp_path / "store").resolve("acme/head").digest)
+    images = options(tmp_path, rows, task="image-classify", augment=True, init_from="acme/head")
+    with pytest.raises(InvalidConfiguration, match="--augment is not for method head-only"):
+        check_initial("acme/head", config.model_copy(update={"task": "image-classify"}), images)
+
+
+def test_parts_of_the_budget_need_the_budget_in_a_run_that_goes_on() -> None:
+    fixed = {"base": "tiny", "store": "s", "name": "a/b", "task": "classify", "train": "r.csv", "init_from": "acme/a"}
+    for given, fault in (
+        ({"budget_warmup": 0.3}, "--budget-warmup belongs to --budget; give --budget too"),
+        ({"budget": 4, "budget_warmup": 0.6}, "leave no step between them"),
+    ):
+        with pytest.raises(InvalidConfiguration, match=fault):
+            load_options(None, {**fixed, **given})
 
 
 def test_layers_of_several_shapes_stay_as_they_are(tmp_path: Path, rows: Path, frozen: FrozenBase) -> None:

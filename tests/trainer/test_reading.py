@@ -134,6 +134,23 @@ def test_json_values_are_not_changed(tmp_path: Path) -> None:
     assert [row.values for row in read_table(write_jsonl(tmp_path / "b.jsonl", chats)).rows] == chats
 
 
+@pytest.mark.parametrize("before", ["", "\n "])
+def test_numbers_of_an_array_are_not_changed(tmp_path: Path, before: str) -> None:
+    path = tmp_path / "rows.json"
+    for rows in (
+        [{"text": f"t{i}", "label": (i + 1) * 1.7e-11} for i in range(4)],
+        [{"text": "a", "spans": [{"score": 1.23456789012e-6}]}],
+        [{"text": "a", "label": 2**60 + 1}, {"text": "b", "label": None}],
+    ):
+        path.write_text(before + json.dumps(rows))
+        assert [row.values for row in read_table(path).rows] == rows
+
+
+def test_a_column_of_several_types_leaves_the_numbers_of_others_as_they_are(tmp_path: Path) -> None:
+    rows = [{"label": 1.23456789e-6, "id": 1}, {"label": 0.5, "id": "x"}, {"label": 3.4e-12, "id": 1.5e-11}]
+    assert [row.values for row in read_table(write_jsonl(tmp_path / "rows.jsonl", rows)).rows] == rows
+
+
 def test_rows_of_an_array_know_their_lines(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     path.write_text('[{"text": "a"},\n {"text":\n  "b"}\n]\n')

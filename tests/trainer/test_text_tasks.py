@@ -18,6 +18,7 @@ from adapters_store import AdapterBundle, AdapterStore
 from sera_serve.base import FrozenBase, load_base, preprocess
 from sera_serve.base.spans import Span, bio_tags, decode_tags, encode_tags, token_ranges
 from sera_serve.errors import InvalidConfiguration
+from sera_serve.trainer.data.targets import load_label_sets
 from sera_serve.trainer.run import TrainResult, train_adapter
 from sera_serve.trainer.settings import TrainSettings, load_options
 from sera_serve.trainer.tables.table import InvalidData
@@ -285,6 +286,14 @@ BROKEN: dict[str, tuple[dict[str, Any], list[Any], str]] = {
     "a label twice": ({"multi_label": True}, [["a", "x|x"]], "has a label twice; remove one"),
     "an empty label": ({"multi_label": True}, [["a", "x||y"]], "has an empty label"),
     "a label that is no name": ({"multi_label": True}, [{"text": "a", "label": [1.5]}], "a label is a name or a whole"),
+    "a list as Python writes it": (
+        {"multi_label": True},
+        [["a", "x|y"], ["b", "['x', 'y']"]],
+        "row 2 (line 3): label is the text \"['x', 'y']\", which would be one label; write labels such as a|b",
+    ),
+    "an empty list as text": ({"multi_label": True}, [["a", "[ ]"]], "or save the lists as JSON lines or Parquet"),
+    "a list as JSON writes it": ({"multi_label": True}, [["a", '["x", "y"]']], "which would be one label"),
+    "a list of numbers as text": ({"multi_label": True}, [["a", "[1, 2]"]], "which would be one label"),
     "labels null": ({"multi_label": True}, [{"text": "a", "label": None}], "label is missing; write a list of labels"),
     "no labels": ({"multi_label": True}, [["a", ""]] * 9, "no row has a label"),
     "spans no list": ({"task": "token-classify"}, [{"text": "ab", "spans": 3}], "spans must be a list such as"),
@@ -360,6 +369,14 @@ def test_broken_rows_are_refused_by_row(tmp_path: Path, name: str) -> None:
         TASKS[settings.task].load(settings, None)
     assert said in refusal.value.message
     assert str(train) in refusal.value.message
+
+
+def test_a_label_may_stand_in_brackets(tmp_path: Path) -> None:
+    rows = [[f"t{i}", "[draft]" if i % 2 else "[1]|[2]"] for i in range(20)]
+    found = load_label_sets(
+        settings_for(Path("tiny"), tmp_path, write_csv(tmp_path / "rows.csv", rows), multi_label=True)
+    )
+    assert found.labels == ["[1]", "[2]", "[draft]"]
 
 
 def test_labels_of_the_test_rows_must_be_known(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Each way for data to be wrong is told by row, line and remedy; each format reads the same."""
 
 import re
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from trainer_samples import ending_rule, settings_for, write_csv, write_jsonl
 
 from sera_serve.trainer.data.labelled import draw, hold_out, load_classify_data, load_generate_data
+from sera_serve.trainer.data.targets import load_label_sets, load_numbers
 from sera_serve.trainer.tables.table import InvalidData
 
 GOOD = [["a text", "x"], ["b text", "y"], ["c text", "x"], ["d text", "y"]]
@@ -188,6 +190,19 @@ def test_one_long_text_is_cut_at_a_line(tmp_path: Path) -> None:
     assert re.match(r"line 9\d\n", data.eval[0].completion)
 
 
+def test_a_text_with_its_only_line_end_at_the_beginning_is_cut_near_the_wanted_place(tmp_path: Path) -> None:
+    path = tmp_path / "book.txt"
+    path.write_text("My Book\n" + "the sea was calm and we sailed " * 300)
+    data = generate(path, format="text")
+    kept, held = data.train[0].completion, data.eval[0].completion
+    assert kept + held == path.read_text()
+    assert kept.endswith(" ") and not held.startswith(" ")
+    assert len(path.read_text()) // 10 <= len(held) <= len(path.read_text()) // 10 + 10
+    # Without white space the cut is at the wanted character.
+    path.write_text("My Book\n" + "x" * 992)
+    assert len(generate(path, format="text").train[0].completion) == 900
+
+
 def test_holding_out_keeps_the_shares_of_labels() -> None:
     rows = [("a", i) for i in range(900)] + [("b", i) for i in range(95)] + [("c", i) for i in range(5)]
     kept, held = hold_out(rows, 0.1, 0, key=lambda r: f"{r}", stratum=lambda r: r[0])
@@ -195,6 +210,58 @@ def test_holding_out_keeps_the_shares_of_labels() -> None:
     assert [sum(r[0] == label for r in held) for label in "abc"] in ([90, 9, 1], [90, 10, 0])
     assert (kept, held) == hold_out(rows, 0.1, 0, key=lambda r: f"{r}", stratum=lambda r: r[0])
     assert (kept, held) != hold_out(rows, 0.1, 1, key=lambda r: f"{r}", stratum=lambda r: r[0])
+
+
+def test_strata_of_one_group_do_not_take_their_share_from_the_next_stratum() -> None:
+    rows = [("a", i) for i in range(60)] + [(f"{i}", i) for i in range(60)] + [("zz", i) for i in range(10)]
+    for keep_single, single in ((True, 0), (False, 6)):
+        _, held = hold_out(
+            rows, 0.1, 0, key=lambda r: f"{r}", stratum=lambda r: f"{len(r[0])}{r[0]}", keep_single=keep_single
+        )
+        counts = [sum(r[0] == label for r in held) for label in ("a", "zz")]
+        assert [*counts, len(held) - sum(counts)] == [6, 1, single]
+
+
+def test_a_set_of_labels_with_many_rows_stays_in_the_training_rows(tmp_path: Path) -> None:
+    names = [f"t{i:02d}" for i in range(12)]
+    sets = [list(labels) for labels in combinations(names, 3)][:200] + [["urgent"]] * 30
+    rows = [{"text": f"text {i}", "label": labels} for i, labels in enumerate(sets)]
+    found = load_label_sets(
+        settings_for(Path("base"), tmp_path, write_jsonl(tmp_path / "rows.jsonl", rows), multi_label=True)
+    )
+    assert len(found.eval) == 23
+    assert sum(item.target == {"urgent"} for item in found.eval) == 3
+
+
+def test_a_few_rows_hold_one_out(tmp_path: Path) -> None:
+    data = classify(write_csv(tmp_path / "rows.csv", GOOD), patience=1)
+    assert (len(data.train), len(data.eval), data.notes) == (3, 1, [])
+    rows = [{"text": f"t{i}", "label": i / 2} for i in range(4)]
+    numbers = load_numbers(
+        settings_for(Path("base"), tmp_path, write_jsonl(tmp_path / "rows.jsonl", rows), task="regress")
+    )
+    assert (len(numbers.train), len(numbers.eval)) == (3, 1)
+
+
+def test_of_few_groups_the_smallest_is_held_out() -> None:
+    rows = ["one"] * 7 + ["two"]
+    kept, held = hold_out(rows, 0.1, 0, key=lambda r: r, stratum=lambda r: "")
+    assert (kept, held) == (rows[:7], ["two"])
+
+
+def test_rows_that_stay_together_cannot_be_held_out(tmp_path: Path) -> None:
+    path = write_jsonl(
+        tmp_path / "rows.jsonl", [{"prompt": "Write a poem.", "completion": f"poem {i}"} for i in range(100)]
+    )
+    data = generate(path)
+    assert (len(data.train), len(data.eval)) == (100, 0)
+    fault = "no row can be held out, because rows of the same input stay together"
+    assert data.notes == [f"{fault}: the last epoch is kept; give --eval to choose the best one"]
+    assert f"{path}: {fault}, and --patience needs evaluations; give --eval" in refusal(generate, path, patience=1)
+    same = write_csv(tmp_path / "same.csv", [["same", label] for label in "xy" * 5])
+    fault += " and each label needs a training row"
+    assert classify(same).notes == [f"{fault}: the last epoch is kept; give --eval to choose the best one"]
+    assert f"{same}: {fault}, and --patience needs" in refusal(classify, same, patience=1)
 
 
 def test_a_limit_draws_the_same_rows_again() -> None:

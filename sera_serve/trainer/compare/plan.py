@@ -6,20 +6,21 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from sera_serve.errors import InvalidConfiguration
-from sera_serve.trainer.baselines import BASELINES, BaselineShape
+from sera_serve.trainer.baselines import ADAPTER_OPTIONS, BASELINES, WITH_LORA_B, BaselineShape
 from sera_serve.trainer.settings import ADAPTER, METHODS, TrainSettings
 from sera_serve.trainer.task_options import LOWER_IS_BETTER as LOSSES
-from sera_serve.trainer.task_options import TASK_METRICS
+from sera_serve.trainer.task_options import MULTI_LABEL_METRICS, TASK_METRICS
+from sera_serve.trainer.together.records import contents_digest
 
 _STRICT = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 _OPEN = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
@@ -30,6 +31,10 @@ _PACKAGE = "package:"
 LOWER_IS_BETTER = frozenset({*LOSSES, "perplexity", "bits_per_byte"})
 Purpose = Literal["rate", "score"]
 Loop = Literal["seed", "base", "data", "method"]
+Size = Annotated[int, Field(ge=1)]
+Sizes = Size | Annotated[list[Size], Field(min_length=1)]
+_DEFAULT_RANK = 8
+_WITHOUT_RANK = ("houlsby", "pfeiffer", "full", "head-only")
 
 
 class ComparedBase(BaseModel):
@@ -48,8 +53,9 @@ class ComparedData(BaseModel):
     """A data set of the plan. Further keys are options of its training runs, such as `train` and `text_column`.
 
     Attributes:
-        score: The metric in the table; the first of the task's metrics unless given. It is that of the test rows where
-            there are any, and of the evaluation rows elsewhere.
+        score: The metric in the table; the first of the task's metrics unless given, with `multi_label` the first of
+            those of sets of labels. It is that of the test rows where there are any, and of the evaluation rows
+            elsewhere.
         test_rows: Score at most this many test rows, the same for all runs.
     """
 
@@ -65,7 +71,7 @@ class ComparedMethod(BaseModel):
     Attributes:
         method: One of `train_adapter --method`, or a baseline.
         name: Its name in the table; made of method and size unless given.
-        rank: One rank or several.
+        rank: One rank or several. Without it, the rank of the base, of the data set or of `settings`, or else 8.
         blocks: Diagonal blocks of BD-LoRA.
         reduction_factor: houlsby, pfeiffer: width of the base by the width of a bottleneck; one or several.
         learning_rate: Fixed; without it the plan's rule chooses.
@@ -76,9 +82,9 @@ class ComparedMethod(BaseModel):
 
     method: str
     name: str | None = None
-    rank: int | list[int] | None = None
+    rank: Sizes | None = None
     blocks: int = Field(4, ge=1)
-    reduction_factor: int | list[int] = 16
+    reduction_factor: Sizes = 16
     learning_rate: float | None = Field(None, gt=0, le=10)
     data: list[str] | None = None
 
@@ -89,6 +95,21 @@ class ComparedMethod(BaseModel):
         if value not in known:
             raise ValueError(f"method {value!r} is unknown; choose one of {', '.join(known)}")
         return value
+
+    @model_validator(mode="after")
+    def _takes_its_options(self) -> ComparedMethod:
+        taken = {
+            "rank": self.method not in _WITHOUT_RANK,
+            "blocks": self.method == "bd-lora",
+            "reduction_factor": self.method in ("houlsby", "pfeiffer"),
+        }
+        if self.method in BASELINES:
+            options = [name for name in self.model_extra or {} if name in TrainSettings.model_fields]
+            taken |= {name: not _shapes_adapter(name) or name in ADAPTER_OPTIONS[self.method] for name in options}
+        for name, is_taken in taken.items():
+            if not is_taken and name in self.model_fields_set:
+                raise ValueError(f"{name} has no meaning for method {self.method}; leave it out")
+        return self
 
 
 class LearningRateRule(BaseModel):
@@ -156,6 +177,7 @@ class Variant:
         family: The label without the size. The plot joins the sizes of a family.
         options: Options of its training runs.
         baseline: The shape of a baseline, or None for our own methods.
+        rank: Its rank; None takes that of the other options of the run.
         learning_rate: Fixed, or None.
         data: Names of its data sets, or None for all.
     """
@@ -164,6 +186,7 @@ class Variant:
     family: str
     options: dict[str, Any]
     baseline: BaselineShape | None
+    rank: int | None
     learning_rate: float | None
     data: list[str] | None
 
@@ -244,7 +267,11 @@ class ComparePlan(BaseModel):
 
     def variants(self) -> list[Variant]:
         """Return every method in every size, in the plan's order."""
-        return [variant for method in self.methods for variant in _sizes_of(method)]
+        # A rank of bases or data sets differs between the cells of a row, so it is no part of the row's name.
+        places = [*self.bases.values(), *self.data.values()]
+        varies = any("rank" in (place.model_extra or {}) for place in places)
+        rank = None if varies else self.settings.get("rank", _DEFAULT_RANK)
+        return [variant for method in self.methods for variant in _sizes_of(method, rank)]
 
     def cells(self) -> list[Cell]:
         """Return every place of the table."""
@@ -274,7 +301,14 @@ class ComparePlan(BaseModel):
 
     def score_of(self, data: str) -> str:
         """Return the metric of a data set."""
-        return self.data[data].score or TASK_METRICS[self._options(data)["task"]][0]
+        return self.data[data].score or self._metrics(data)[0]
+
+    def _metrics(self, data: str) -> tuple[str, ...]:
+        options = self._options(data)
+        if options.get("multi_label"):
+            return MULTI_LABEL_METRICS
+        # The check of the options refuses a task that is not known.
+        return TASK_METRICS.get(options["task"], ("loss",))
 
     def _options(self, data: str) -> dict[str, Any]:
         return {"task": "classify", **self.settings, **(self.data[data].model_extra or {})}
@@ -291,14 +325,16 @@ class ComparePlan(BaseModel):
         Raises:
             InvalidConfiguration: The options do not fit each other. The message names the places of the plan.
         """
-        base = self.bases[cell.base]
+        base, variant = self.bases[cell.base], cell.variant
         options: dict[str, Any] = self._options(cell.data) | (base.model_extra or {})
-        if not METHODS[cell.variant.options["method"]].adapts:
+        if not METHODS[variant.options["method"]].adapts:
             # The plan's targets are for the other methods.
             options = {name: value for name, value in options.items() if not _shapes_adapter(name)}
-        options |= cell.variant.options
+        elif variant.baseline is None:
+            options["rank"] = variant.rank or options.get("rank", _DEFAULT_RANK)
+        options |= variant.options
         score = self.score_of(cell.data)
-        if score in TASK_METRICS.get(options["task"], ()):
+        if score in self._metrics(cell.data):
             options.setdefault("select_by", score)
         if learning_rate is not None:
             options["learning_rate"] = learning_rate
@@ -319,10 +355,10 @@ class ComparePlan(BaseModel):
                 f"{first['msg'].removeprefix('Value error, ')}; correct it in methods, data, bases or settings",
                 param=where,
             ) from error
-        shape = asdict(cell.variant.baseline) if cell.variant.baseline is not None else None
+        shape = asdict(_shape_of(variant, variant.baseline, settings)) if variant.baseline is not None else None
         test_rows = self.data[cell.data].test_rows if purpose == "score" else None
         named = settings | {"base": cell.base}
-        for use in ("train", "eval", "test", "chat_template"):
+        for use in ("train", "eval", "test", "chat_template", "images"):
             if named.get(use) is not None:
                 named[use] = _contents(str(named[use]))
         identity = json.dumps([named, shape, test_rows, purpose], sort_keys=True)
@@ -342,7 +378,25 @@ def _shapes_adapter(name: str) -> bool:
     return isinstance(extra, dict) and extra["group"] == ADAPTER and name not in ("pooling", "dropout")
 
 
-def _sizes_of(entry: ComparedMethod) -> Iterator[Variant]:
+def _shape_of(variant: Variant, baseline: BaselineShape, settings: Mapping[str, Any]) -> BaselineShape:
+    """The shape of a baseline in one run, of which `settings` are the options.
+
+    Raises:
+        InvalidConfiguration: The baseline has no factor for LoRA+.
+    """
+    if settings.get("lora_plus_ratio") is not None and baseline.method not in WITH_LORA_B:
+        raise InvalidConfiguration(
+            f"{variant.label}: lora_plus_ratio sets the learning rate of B, and {baseline.method} has no B of LoRA; "
+            "give it in methods that have one",
+            param="lora_plus_ratio",
+        )
+    if baseline.method in _WITHOUT_RANK:
+        return baseline
+    return replace(baseline, rank=variant.rank or settings.get("rank", _DEFAULT_RANK))
+
+
+def _sizes_of(entry: ComparedMethod, default_rank: int | None) -> Iterator[Variant]:
+    """Every size of a method; `default_rank` is the rank in the name of a method without one, None for no such part."""
     options = dict(entry.model_extra or {})
     family = entry.name or _family(entry.method, options)
     if entry.method in ("houlsby", "pfeiffer"):
@@ -355,15 +409,17 @@ def _sizes_of(entry: ComparedMethod) -> Iterator[Variant]:
         shape_or_none = BaselineShape("full") if entry.method == "full" else None
         yield _variant(entry, family, "", 1, {"method": method} | options, shape_or_none)
     else:
-        ranks = entry.rank if isinstance(entry.rank, list) else [entry.rank or 8]
+        ranks = entry.rank if isinstance(entry.rank, list) else [entry.rank]
         for rank in ranks:
+            shown = default_rank if rank is None else rank
+            size = f"r={shown}" if shown is not None else ""
             if entry.method in BASELINES:
-                shape = BaselineShape(entry.method, rank=rank, blocks=entry.blocks)
-                yield _variant(entry, family, f"r={rank}", len(ranks), {"method": "lora"} | options, shape)
+                shape = BaselineShape(entry.method, blocks=entry.blocks)
+                yield _variant(entry, family, size, len(ranks), {"method": "lora"} | options, shape, rank)
             else:
-                own = {"method": entry.method, "rank": rank} | options
                 split = f" split={options['split']}" if options.get("split") is not None else ""
-                yield _variant(entry, family, f"r={rank}{split}", len(ranks), own, None)
+                own = {"method": entry.method} | options
+                yield _variant(entry, family, f"{size}{split}".strip(), len(ranks), own, None, rank)
 
 
 def _family(method: str, options: Mapping[str, Any]) -> str:
@@ -375,11 +431,17 @@ def _family(method: str, options: Mapping[str, Any]) -> str:
 
 
 def _variant(
-    entry: ComparedMethod, family: str, size: str, sizes: int, options: dict[str, Any], shape: BaselineShape | None
+    entry: ComparedMethod,
+    family: str,
+    size: str,
+    sizes: int,
+    options: dict[str, Any],
+    shape: BaselineShape | None,
+    rank: int | None = None,
 ) -> Variant:
     # A name that was given needs the size only where there are several.
     label = family if entry.name and sizes == 1 else f"{family} {size}".strip()
-    return Variant(label, family, options, shape, entry.learning_rate, entry.data)
+    return Variant(label, family, options, shape, rank, entry.learning_rate, entry.data)
 
 
 def _base_spec(base: str) -> str:
@@ -399,14 +461,13 @@ def _base_spec(base: str) -> str:
 
 @cache
 def _contents(path: str) -> str:
-    """Name a file by its contents, a folder by the names and sizes of its files, anything else by itself."""
+    """Name a file by its contents, a folder by the names and contents of its files, anything else by itself."""
     place = Path(path)
     if place.is_file():
         with place.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     if place.is_dir():
-        files = sorted((str(p.relative_to(place)), p.stat().st_size) for p in place.rglob("*") if p.is_file())
-        return hashlib.sha256(json.dumps(files).encode()).hexdigest()
+        return contents_digest(place)
     return path
 
 

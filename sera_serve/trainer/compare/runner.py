@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +160,12 @@ class CompareRunner:
         result = self._train(spec)
         score = self.plan.score_of(cell.data)
         if "error" not in result:
-            name = f"test_{score}" if spec.settings.get("test") is not None else score
+            name = score
+            # The rows to test on may be a split of the folder of the training rows, which no option names.
+            if spec.purpose == "score" and (
+                spec.settings.get("test") is not None or f"test_{score}" in result["metrics"]
+            ):
+                name = f"test_{score}"
             if name in result["metrics"]:
                 result["score"] = result["metrics"][name]
             else:
@@ -198,7 +202,9 @@ class CompareRunner:
         with self._held():
             worker = self._worker(python)
             assert worker.stdin is not None and worker.stdout is not None
-            run = {key: value for key, value in asdict(spec).items() if key in ("settings", "baseline", "test_rows")}
+            # A run for the choice of a rate scores no test rows, not even those of a folder with a split for them.
+            test_rows = spec.test_rows if spec.purpose == "score" else 0
+            run = {"settings": spec.settings, "baseline": spec.baseline, "test_rows": test_rows}
             try:
                 worker.stdin.write(json.dumps(run) + "\n")
                 worker.stdin.flush()

@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 
 from adapters_store import AdapterConfig, ImageSpec
 from sera_serve.trainer.data.labelled import Use, check_count, check_known, check_labels, label_notes
-from sera_serve.trainer.data.splits import draw, hold_out
+from sera_serve.trainer.data.splits import draw, hold_out, hold_out_for
 from sera_serve.trainer.data.targets import check_known_labels, check_labels_repeat, labels_of
 from sera_serve.trainer.settings import TrainSettings
 from sera_serve.trainer.tables.faults import InvalidData, Problems, Row
@@ -144,8 +144,8 @@ def load_image_classify_data(settings: TrainSettings, initial: AdapterConfig | N
     train = draw(rows["train"], settings.train_limit, settings.seed)
     if not rows["eval"] and settings.eval_fraction:
         # Equal images stay on one side.
-        train, rows["eval"] = hold_out(
-            train, settings.eval_fraction, settings.seed, key=lambda r: r.image, stratum=lambda r: r.label
+        train, rows["eval"] = hold_out_for(
+            settings, train, reader.notes, key=lambda r: r.image, stratum=lambda r: r.label, keep_single=True
         )
     parts = train, rows["eval"], rows["test"]
     return ImageClassifyData(reader.images, *parts, reader.digests, reader.notes, _spec_of(initial), labels)
@@ -174,10 +174,10 @@ def load_image_label_sets(settings: TrainSettings, initial: AdapterConfig | None
         check_known_labels(getattr(settings, use) or settings.train, rows[use], labels, kept)
     train = draw(rows["train"], settings.train_limit, settings.seed)
     if settings.eval is None and settings.eval_fraction:
-        train, rows["eval"] = hold_out(
+        train, rows["eval"] = hold_out_for(
+            settings,
             train,
-            settings.eval_fraction,
-            settings.seed,
+            reader.notes,
             key=lambda r: r.image,
             stratum=lambda r: ",".join(sorted(r.labels)),
         )

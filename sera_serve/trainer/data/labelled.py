@@ -12,7 +12,7 @@ from typing import Literal, Protocol
 
 from adapters_store import MAX_CHAT_TEMPLATE_BYTES
 from sera_serve.trainer.data.passages import Passage, checked_passages
-from sera_serve.trainer.data.splits import draw, hold_out
+from sera_serve.trainer.data.splits import draw, hold_out, hold_out_for
 from sera_serve.trainer.settings import TrainSettings
 from sera_serve.trainer.tables.fields import are_whole_numbers, label_of, messages_of, string_of, text_of
 from sera_serve.trainer.tables.table import InvalidData, Problems, Row, Table, read_table
@@ -131,8 +131,8 @@ def load_classify_data(settings: TrainSettings, labels: list[str] | None = None)
     assert labels is not None
     train = draw(rows["train"], settings.train_limit, settings.seed)
     if settings.eval is None and settings.eval_fraction:
-        train, rows["eval"] = hold_out(
-            train, settings.eval_fraction, settings.seed, key=lambda r: repr(r.text), stratum=lambda r: r.label
+        train, rows["eval"] = hold_out_for(
+            settings, train, notes, key=lambda r: repr(r.text), stratum=lambda r: r.label, keep_single=True
         )
     return ClassifyData(labels, train, rows["eval"], rows["test"], digests, notes)
 
@@ -265,7 +265,8 @@ def load_generate_data(settings: TrainSettings, template: str | None = None) -> 
         settings: Options of the run.
         template: The chat template of the adapter that the run goes on from, which it keeps, or None.
 
-    A single long text (a `.txt` file) has no rows to split. The last `eval_fraction` of its characters is held out.
+    A single long text (a `.txt` file) has no rows to split. The last `eval_fraction` of its characters is held out,
+    and at most half as much again, so that the cut is after a line or else a word.
 
     Raises:
         InvalidData: A file or some of its rows cannot be used.
@@ -290,9 +291,7 @@ def load_generate_data(settings: TrainSettings, template: str | None = None) -> 
         if len(train) == 1 and not train[0].messages and train[0].prompt is None:
             train, rows["eval"] = _cut_text(train[0], settings.eval_fraction)
         else:
-            train, rows["eval"] = hold_out(
-                train, settings.eval_fraction, settings.seed, key=lambda r: r.group, stratum=lambda r: ""
-            )
+            train, rows["eval"] = hold_out_for(settings, train, notes, key=lambda r: r.group, stratum=lambda r: "")
     prefers_chat = settings.format == "alpaca"
     return GenerateData(train, rows["eval"], rows["test"], digests, template, prefers_chat, notes)
 
@@ -325,7 +324,11 @@ def _read_template(path: Path) -> str:
 
 def _cut_text(passage: Passage, fraction: float) -> tuple[list[Passage], list[Passage]]:
     text = passage.completion
-    cut = text.rfind("\n", 0, int(len(text) * (1 - fraction))) + 1 or int(len(text) * (1 - fraction))
+    wanted = int(len(text) * (1 - fraction))
+    # A newline far before the wanted place would take most of the text from training: a title may be the only line.
+    nearest = wanted - int(len(text) * fraction / 2)
+    cut = text.rfind("\n", nearest, wanted) + 1
+    cut = cut or next((i + 1 for i in range(wanted - 1, nearest - 1, -1) if text[i].isspace()), wanted)
     parts = [Passage(passage.row, part) for part in (text[:cut], text[cut:])]
     if not all(part.completion.strip() for part in parts):
         raise InvalidData("the one text is too short to hold a part out; give --eval or --eval-fraction 0")

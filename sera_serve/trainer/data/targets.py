@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 from sera_serve.trainer.data.labelled import Text, Use, require_texts, table_for, text_at
-from sera_serve.trainer.data.splits import draw, hold_out
+from sera_serve.trainer.data.splits import draw, hold_out_for
 from sera_serve.trainer.settings import TrainSettings
 from sera_serve.trainer.tables.table import InvalidData, Problems, Row, Table
 
 _LEAST_ROWS = 4
 _LONGEST_LABEL = 512
+_SHOWN_CHARACTERS = 60
 # float32, in which heads are trained and served, holds products of larger numbers no more.
 _LARGEST_NUMBER = 1e15
 
@@ -88,10 +89,10 @@ def load_examples(
         )
     train = draw(rows["train"], settings.train_limit, settings.seed)
     if settings.eval is None and settings.eval_fraction:
-        train, rows["eval"] = hold_out(
+        train, rows["eval"] = hold_out_for(
+            settings,
             train,
-            settings.eval_fraction,
-            settings.seed,
+            notes,
             key=lambda item: repr(item.text),
             stratum=lambda item: stratum(item.target),
         )
@@ -162,6 +163,14 @@ def labels_of(row: Row, column: str, separator: str, problems: Problems) -> froz
     What is no label is added to `problems`.
     """
     value = row.values.get(column)
+    if isinstance(value, str) and _is_written_list(value.strip()):
+        shown = value if len(value) <= _SHOWN_CHARACTERS else f"{value[:_SHOWN_CHARACTERS]}..."
+        problems.add(
+            row,
+            f"{column} is the text {shown!r}, which would be one label; write labels such as a{separator}b and leave a "
+            "cell without labels empty, or save the lists as JSON lines or Parquet",
+        )
+        return frozenset()
     if isinstance(value, str):
         parts: list[Any] = [part.strip() for part in value.split(separator)] if value.strip() else []
     elif isinstance(value, list):
@@ -186,6 +195,15 @@ def labels_of(row: Row, column: str, separator: str, problems: Problems) -> froz
     if len(set(found)) != len(found):
         problems.add(row, f"{column} has a label twice; remove one")
     return frozenset(found)
+
+
+def _is_written_list(text: str) -> bool:
+    """Whether a text is a list as Python or JSON writes it: empty, of texts in quotes, or of whole numbers."""
+    if not (text.startswith("[") and text.endswith("]")):
+        return False
+    inner = text[1:-1].strip()
+    # [draft] may be a label.
+    return not inner or inner[0] + inner[-1] in ("''", '""', "'\"", "\"'") or set(inner) <= set("0123456789,- \n")
 
 
 def _numbers(table: Table, settings: TrainSettings) -> list[Example[float]]:

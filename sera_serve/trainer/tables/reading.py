@@ -15,7 +15,7 @@ from datasets import Dataset
 
 from sera_serve.trainer.tables.faults import InvalidData, Lines, Row
 from sera_serve.trainer.tables.files import DataFile
-from sera_serve.trainer.tables.strict import CsvShape
+from sera_serve.trainer.tables.strict import CsvShape, begins_with_array
 
 _BATCH = 1000
 
@@ -134,10 +134,12 @@ def load_json(file: DataFile) -> Dataset:
     """Load JSON lines or a JSON array.
 
     Raises:
-        NotReadAlike: `datasets` cannot read it, or makes dates of strings.
+        NotReadAlike: `datasets` cannot read it, makes dates of strings, or has written it anew before it was read:
+            an array, or a column of mixed types. It writes numbers with ten digits, so 1.7e-11 becomes 0.
     """
     dataset = _load(file, Dataset.from_json, {"parse_agent_traces": False})
-    if _has_dates(dataset.features):
+    changed = (_is_date, _is_mixed, _is_fraction) if begins_with_array(file) else (_is_date, _is_mixed)
+    if any(_has(dataset.features, kind) for kind in changed):
         raise NotReadAlike
     return dataset
 
@@ -177,13 +179,27 @@ def _load(file: DataFile, read: Callable[..., Any], options: dict[str, Any]) -> 
             raise NotReadAlike((str(cause).splitlines() or [type(cause).__name__])[0]) from error
 
 
-def _has_dates(features: Any) -> bool:
+def _has(features: Any, kind: Callable[[Any], bool]) -> bool:
+    """Whether a feature of a kind is among features, however deep."""
     if isinstance(features, dict):
-        return any(_has_dates(feature) for feature in features.values())
+        return any(_has(feature, kind) for feature in features.values())
     inner = getattr(features, "feature", None)
     if inner is not None:
-        return _has_dates(inner)
-    return str(getattr(features, "dtype", "")).startswith(("timestamp", "date", "time", "duration"))
+        return _has(inner, kind)
+    return kind(features)
+
+
+def _is_date(feature: Any) -> bool:
+    return str(getattr(feature, "dtype", "")).startswith(("timestamp", "date", "time", "duration"))
+
+
+def _is_fraction(feature: Any) -> bool:
+    return str(getattr(feature, "dtype", "")).startswith(("float", "double"))
+
+
+def _is_mixed(feature: Any) -> bool:
+    # Only newer releases of datasets have this type.
+    return type(feature).__name__ == "Json"
 
 
 @contextmanager

@@ -132,6 +132,12 @@ def is_json_array(file: DataFile) -> bool:
     return False
 
 
+def begins_with_array(file: DataFile) -> bool:
+    """Tell whether the first character of a JSON file begins an array."""
+    with file.open_text() as text:
+        return text.read(1) == "["
+
+
 def first_line_is_row(file: DataFile) -> bool:
     """Tell whether the file's first line is a JSON object of its own."""
     with file.open_text() as text:

@@ -69,7 +69,8 @@ class GenerateTask:
         """Build the tensors of one training batch: the keyword arguments of the model. Rows are packed if asked."""
         if not self.packing:
             return self._padded(rows)
-        return pack_rows(rows, packed_length(self.base, rows), self._pad_id)
+        capacity = packed_length(self.base, [len(row["input_ids"]) for row in rows])
+        return pack_rows(rows, capacity, self._pad_id)
 
     @property
     def _pad_id(self) -> int:

@@ -14,7 +14,7 @@ from adapters_store import AdapterStore, BaseInfo, StoreError
 from sera_serve.trainer.checkpoint import run_digest
 from sera_serve.trainer.settings import TrainSettings
 
-_FILES = ("train", "eval", "test", "chat_template")
+_FILES = ("train", "eval", "test", "chat_template", "images")
 _CHUNK = 1 << 20
 
 
@@ -64,7 +64,7 @@ class PublishedJobs:
 
     def _path(self, settings: TrainSettings) -> Path:
         if settings.name not in self._paths:
-            files = {name: _content(path) for name in _FILES if (path := getattr(settings, name)) is not None}
+            files = {name: contents_digest(path) for name in _FILES if (path := getattr(settings, name)) is not None}
             identity: dict[str, Any] = {"settings": settings.identity(), "files": files, "base": self._base}
             if settings.init_from is not None:
                 identity["init_from"] = self._digest(settings.init_from)
@@ -79,8 +79,8 @@ class PublishedJobs:
             return reference
 
 
-def _content(path: Path) -> str:
-    """The sha256 of a file, or of all files of a folder; of a path that is neither, its text."""
+def contents_digest(path: Path) -> str:
+    """Compute the sha256 of a file, or of all files of a folder with their names; of another path, return its text."""
     digest = hashlib.sha256()
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path] if path.is_file() else []
     for file in files:
