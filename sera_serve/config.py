@@ -103,7 +103,11 @@ class ServeSettings(BaseSettings):
         1 << 24, ge=1, le=89_000_000, description="most pixels of an image, width times height"
     )
     max_images: int = Field(64, ge=1, le=1024, description="most images of one request")
-    max_uploads: int = Field(8, ge=1, description="most uploads under way at once; further uploads are answered 503")
+    max_uploads: int = Field(
+        8,
+        ge=1,
+        description="most uploads under way at once, of one tenant half as many; further uploads are answered 503",
+    )
     max_connections: int = Field(1000, ge=1, description="most open connections; further ones are answered 503")
     max_connections_per_address: int = Field(
         500, ge=1, description="most open connections of one client address; raise it behind a proxy"
