@@ -45,12 +45,17 @@ KEY_VARIABLE = "SERA_KEY"
 CHAT_PATH = "/v1/chat/completions"
 
 
-def run_server(settings: ServeSettings, read: Callable[[], ServeSettings] | None = None) -> None:
+def run_server(
+    settings: ServeSettings,
+    read: Callable[[], ServeSettings] | None = None,
+    was_asked: Callable[[], bool] = lambda: False,
+) -> None:
     """Serve until SIGTERM or SIGINT; then refuse new connections, and let requests in flight finish.
 
     Args:
         settings: All of them.
         read: Reads the settings again, at SIGHUP; None leaves the signal alone.
+        was_asked: Whether a SIGHUP came before the server could take it. The settings are then read again at once.
 
     Raises:
         InvalidConfiguration: The server cannot listen on the address, or the settings do not fit each other.
@@ -61,10 +66,10 @@ def run_server(settings: ServeSettings, read: Callable[[], ServeSettings] | None
     limit_heaps()
     disable_progress_bar()
     with logging_to_stderr(settings.log_format, settings.access_log):
-        _serve(settings, read)
+        _serve(settings, read, was_asked)
 
 
-def _serve(settings: ServeSettings, read: Callable[[], ServeSettings] | None) -> None:
+def _serve(settings: ServeSettings, read: Callable[[], ServeSettings] | None, was_asked: Callable[[], bool]) -> None:
     console = PlainConsole()
     check_settings(settings)
     settings = within_descriptors(settings)
@@ -82,11 +87,17 @@ def _serve(settings: ServeSettings, read: Callable[[], ServeSettings] | None) ->
         if read is not None:
             taken = {"tenant_weights": engine.set_tenant_weights, "quotas": app.state.quotas.reload}
             reload = SettingsReloader(settings, read, taken).request
+
+        def announce() -> None:
+            describe_server(console, settings, engine, app.state.access, *ports)
+            if reload is not None and was_asked():
+                reload()
+
         server = GracefulServer(
             http_config(app, settings, app.state.metrics.count_refusal, *ports[1:]),
             settings.shutdown_grace_s,
             engine.stop,
-            lambda: describe_server(console, settings, engine, app.state.access, *ports),
+            announce,
             drain_s=settings.drain_s,
             begin_drain=lambda: setattr(app.state, "draining", True),
             reload=reload,
@@ -176,10 +187,10 @@ def bound_socket(host: str, port: int, setting: str | None = None) -> socket.soc
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         listener = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise InvalidConfiguration(
-            f"{setting or 'host'} {host!r}: {error.strerror or error}", param=setting or "host"
-        ) from error
+    except (OSError, UnicodeError) as error:
+        # A name that no host can have, such as "a..b", is a UnicodeError.
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        raise InvalidConfiguration(f"{setting or 'host'} {host!r}: {reason}", param=setting or "host") from error
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind(address)
