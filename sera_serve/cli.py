@@ -16,7 +16,9 @@ from sera_serve.commands.adapters import adapters_app
 from sera_serve.commands.analyze import analyze_command
 from sera_serve.commands.doctor import doctor_command
 from sera_serve.commands.keys import keys_app
+from sera_serve.commands.output import say
 from sera_serve.commands.quotas import quotas_app
+from sera_serve.commands.reload import hangup_noted
 from sera_serve.config import ServeSettings, load_settings
 from sera_serve.errors import InvalidConfiguration, SeraServeError
 
@@ -65,14 +67,15 @@ def _with_settings(run: Callable[[Path | None, dict[str, Any]], None], text: str
 
 
 def _serve(config: Path | None, flags: dict[str, Any]) -> None:
-    settings = load_settings(config, flags)
-    # transformers takes seconds to import, and --help does not need it.
-    from sera_serve.commands.serve import run_server
+    with hangup_noted() as hangup:
+        settings = load_settings(config, flags)
+        # transformers takes seconds to import, and --help does not need it.
+        from sera_serve.commands.serve import run_server
 
-    try:
-        run_server(settings, partial(load_settings, config, flags))
-    except (SeraServeError, StoreError) as error:
-        _fail(error.message, 1)
+        try:
+            run_server(settings, partial(load_settings, config, flags), hangup.is_set)
+        except (SeraServeError, StoreError) as error:
+            _fail(error.message, 1)
 
 
 def _check_config(config: Path | None, flags: dict[str, Any]) -> None:
@@ -98,5 +101,5 @@ def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
 
 
 def _fail(message: str, status: int) -> NoReturn:
-    typer.echo(f"sera-serve: {message}", err=True)
+    say(f"sera-serve: {message}", err=True)
     raise typer.Exit(status)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -23,9 +24,14 @@ from sera_serve.access import checked_quotas
 from sera_serve.errors import InvalidConfiguration
 
 _ENV_PREFIX = "SERA_SERVE_"
+_DEVICE = re.compile(r"cpu|cuda(:[0-9]{1,3})?", re.ASCII)
 
 RELOADED = frozenset({"quotas", "tenant_weights"})
 """The settings that a running server reads again on SIGHUP."""
+
+
+class _NotYaml(Exception):
+    """A text is not YAML, or has a value that cannot be made."""
 
 
 class ServeSettings(BaseSettings):
@@ -37,7 +43,9 @@ class ServeSettings(BaseSettings):
     store: Path = Field(Path("store"), description="folder of the adapter store")
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
-    device: str = Field("cpu", description="torch device of the base, such as cpu or cuda")
+    device: str = Field(
+        "cpu", description="torch device of the base: cpu, cuda, or one of several GPUs, such as cuda:1"
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
         description="dtype of base and adapters; auto means float32 on a CPU, the checkpoint's own elsewhere",
@@ -47,17 +55,18 @@ class ServeSettings(BaseSettings):
         description="what the base's linear layers are kept in: nf4 (bitsandbytes), int8 or int4 (torchao); none means "
         "in dtype. Adapters of the base run on the quantized base too",
     )
-    cpu_threads: int = Field(0, ge=0, description="threads of a forward pass on a CPU; 0 means one a core")
+    cpu_threads: int = Field(0, ge=0, le=1024, description="threads of a forward pass on a CPU; 0 means one a core")
     gpu_memory_fraction: float = Field(
         0.9, gt=0, le=1, description="share of a GPU's memory that the server may use in all; no effect on a CPU"
     )
     pool_mib: int | None = Field(
         None,
         ge=1,
+        le=1 << 30,
         description="device memory for adapters, MiB; by default 256 on a CPU, and a fifth of what the weights leave "
         "on a GPU",
     )
-    max_resident: int = Field(1024, ge=1, description="most adapters on the device at once")
+    max_resident: int = Field(1024, ge=1, le=1 << 24, description="most adapters on the device at once")
     host_cache_mib: int = Field(1024, ge=0, description="host memory for adapters, MiB")
     attention: Literal["auto", "triton", "torch", "flash-attn", "flashinfer"] = Field(
         "auto",
@@ -65,7 +74,10 @@ class ServeSettings(BaseSettings):
         "compute prompts, with triton for the rest",
     )
     kv_cache_tokens: int | None = Field(
-        None, ge=64, description="tokens in the KV cache; by default 32768 on a CPU, and all that fit on a GPU"
+        None,
+        ge=64,
+        le=1 << 40,
+        description="tokens in the KV cache; by default 32768 on a CPU, and all that fit on a GPU",
     )
     max_batch_tokens: int = Field(
         512, ge=1, description="most tokens of one forward pass; longer prompts are computed in chunks"
@@ -103,7 +115,11 @@ class ServeSettings(BaseSettings):
         1 << 24, ge=1, le=89_000_000, description="most pixels of an image, width times height"
     )
     max_images: int = Field(64, ge=1, le=1024, description="most images of one request")
-    max_uploads: int = Field(8, ge=1, description="most uploads under way at once; further uploads are answered 503")
+    max_uploads: int = Field(
+        8,
+        ge=1,
+        description="most uploads under way at once, of one tenant half as many; further uploads are answered 503",
+    )
     max_connections: int = Field(1000, ge=1, description="most open connections; further ones are answered 503")
     max_connections_per_address: int = Field(
         500, ge=1, description="most open connections of one client address; raise it behind a proxy"
@@ -175,7 +191,7 @@ class ServeSettings(BaseSettings):
     max_training_jobs: int = Field(1, ge=0, le=64, description="most training jobs that run at once; with 0 they wait")
     max_training_file_mib: int = Field(64, ge=1, description="largest training file accepted, MiB")
     max_training_files_mib: int = Field(1024, ge=1, description="most bytes of all training files of a tenant, MiB")
-    training_threads: int = Field(1, ge=1, description="threads of one training job")
+    training_threads: int = Field(1, ge=1, le=1024, description="threads of one training job")
     training_gpu_memory_fraction: float = Field(
         0.1,
         gt=0,
@@ -183,6 +199,13 @@ class ServeSettings(BaseSettings):
         description="share of a GPU's memory that one training job may use; with gpu_memory_fraction at most 1 in all",
     )
     request_timeout_s: float = Field(60, gt=0, description="longest wait until a request starts, seconds; then 503")
+
+    @field_validator("device")
+    @classmethod
+    def _check_device(cls, value: str) -> str:
+        if not _DEVICE.fullmatch(value):
+            raise ValueError("write cpu, cuda, or cuda:N for one of several GPUs, such as cuda:1")
+        return value
 
     @field_validator("allowed_origins", "allowed_hosts", mode="before")
     @classmethod
@@ -193,9 +216,8 @@ class ServeSettings(BaseSettings):
     @classmethod
     def _read_quotas(cls, value: Any) -> Any:
         try:
-            read = yaml.safe_load(value) if isinstance(value, str) else value
-            return checked_quotas(read)
-        except yaml.YAMLError as error:
+            return checked_quotas(_read_yaml(value) if isinstance(value, str) else value)
+        except _NotYaml as error:
             raise ValueError(f"it is not YAML: {error}") from error
         except InvalidConfiguration as error:
             raise ValueError(error.message) from error
@@ -284,8 +306,8 @@ def _read_file(config: Path | None, known: list[str]) -> dict[str, Any] | None:
     if config is None:
         return None
     try:
-        content = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = _read_yaml(config.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, _NotYaml) as error:
         raise InvalidConfiguration(f"--config {config} cannot be read: {error}", param="config") from error
     if not isinstance(content, dict):
         raise InvalidConfiguration(f"--config {config} must hold `setting: value` lines", param="config")
@@ -293,6 +315,19 @@ def _read_file(config: Path | None, known: list[str]) -> dict[str, Any] | None:
         if name not in known:
             raise InvalidConfiguration(f"--config {config}: {_unknown(str(name), known)}", param=str(name))
     return content
+
+
+def _read_yaml(text: str) -> Any:
+    """Parse YAML, and raise _NotYaml where there is none.
+
+    PyYAML makes dates and numbers, and passes on whatever Python's own types raise: 2024-13-45 is a ValueError.
+    """
+    try:
+        return yaml.safe_load(text)
+    except RecursionError:
+        raise _NotYaml("it is nested too deeply") from None
+    except Exception as error:
+        raise _NotYaml(str(error) or type(error).__name__) from error
 
 
 def _validated(kind: type[ServeSettings], given: dict[str, Any]) -> ServeSettings:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 
-from sera_serve.errors import EngineUnavailable, Overloaded
+from sera_serve.errors import EngineUnavailable, Overloaded, TenantOverloaded
 
 # Of a thread that rests: what it may work at a stretch, and before it rests at all.
 _SLICE_S = 0.002
@@ -109,7 +109,9 @@ class BoundedExecutor:
     Locking: `_lock` guards all fields. No future is settled under it.
     """
 
-    def __init__(self, name: str, threads: int, max_waiting: int, rest: float = 0) -> None:
+    def __init__(
+        self, name: str, threads: int, max_waiting: int, rest: float = 0, max_waiting_of_owner: int | None = None
+    ) -> None:
         """Start no thread yet.
 
         Args:
@@ -119,12 +121,14 @@ class BoundedExecutor:
             rest: Of its time, a thread works at most 1 / (1 + rest), beyond a first burst. It rests between two calls,
                 and in a call that calls `pause`. A thread that runs Python code takes the interpreter's lock from the
                 engine's threads.
+            max_waiting_of_owner: Calls of one owner that may wait for a thread; by default `max_waiting`.
         """
         self.name = name
         self._rest = rest
         self._closing = threading.Event()
         self._max_threads = threads
         self._max_waiting = max_waiting
+        self._max_waiting_of_owner = max_waiting if max_waiting_of_owner is None else max_waiting_of_owner
         self._lock = threading.Lock()
         self._threads = self._busy = 0
         # Calls for idle threads; None ends a thread. At most one entry for each thread.
@@ -152,7 +156,12 @@ class BoundedExecutor:
         return await asyncio.wrap_future(self._submit(partial(work, *args, **kwargs)))
 
     async def run_in_turn(self, owner: Hashable, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """`run`, but one call of an owner at a time, and the owners take turns: none waits for all calls of another."""
+        """`run`, but one call of an owner at a time, and the owners take turns: none waits for all calls of another.
+
+        Raises:
+            TenantOverloaded: As many calls of the owner wait as may.
+            Overloaded, EngineUnavailable, Exception: As `run`.
+        """
         return await asyncio.wrap_future(self._submit(partial(work, *args, **kwargs), owner))
 
     async def run_to_end(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -201,7 +210,12 @@ class BoundedExecutor:
             if self._busy == self._max_threads or call.turn in self._turns:
                 if self._num_waiting >= self._max_waiting:
                     raise Overloaded(f"too many requests wait for {self.name}; send the request again later")
-                self._waiting.setdefault(call.turn, {})[future] = call
+                calls = self._waiting.get(call.turn, {})
+                if len(calls) >= self._max_waiting_of_owner:
+                    raise TenantOverloaded(
+                        f"too many requests of this tenant wait for {self.name}; send the request again later"
+                    )
+                self._waiting.setdefault(call.turn, calls)[future] = call
                 self._num_waiting += 1
             else:
                 self._running.add(future)

@@ -20,6 +20,7 @@ ALLOWED: dict[str, set[str]] = {
     "sera_kernels": set(),
     "sera_serve.errors": set(),
     "sera_serve.threads": {"sera_serve.errors"},
+    "sera_serve.terminal": set(),
     "sera_serve.config": SHARED | {"sera_serve.access"},
     # Its users need nothing that a server needs.
     "sera_serve.client": set(),
@@ -47,7 +48,7 @@ ALLOWED: dict[str, set[str]] = {
     "sera_serve.server.app": SHARED
     | {"sera_serve.server", "sera_serve.server.native", "sera_serve.server.openai"}
     | {"sera_serve.access", "sera_serve.config", "adapters_store"},
-    "sera_serve.trainer": SHARED | {"sera_serve.base", "sera_serve.layers", "adapters_store"},
+    "sera_serve.trainer": SHARED | {"sera_serve.terminal", "sera_serve.base", "sera_serve.layers", "adapters_store"},
 }
 # The entry points: they put the packages together.
 TOP = {"sera_serve", "sera_serve.cli", "sera_serve.commands"}

@@ -35,7 +35,7 @@ _WORKER = Path(__file__).with_name("template_worker.py")
 _WALL_S = 20.0
 # An idle worker ends by itself when its input is closed. A busy one is then killed.
 _LAST_WORDS_S = 0.5
-# A template with messages that ended its process is not rendered again with the same messages for so long. The cost may
+# A template that exceeded a limit with messages is not rendered again with the same messages for so long. The cost may
 # lie in the messages of one caller, so that other callers of the same template are not refused.
 _BARRED_S = 60.0
 # Written after the last message's mark. A template that trims contents leaves it out.
@@ -199,6 +199,9 @@ class ChatRenderer:
             worker.end()
             raise
         self._give_back(worker)
+        if "costly" in answer:
+            self._bar(digest, answer["costly"])
+            raise _costly(answer["costly"])
         if "refused" in answer:
             raise ChatTemplateFailed(f"the chat template refuses the messages: {answer['refused']}", param="messages")
         if "error" in answer:

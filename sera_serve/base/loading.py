@@ -47,6 +47,12 @@ def load_base(spec: str, device: str = "cpu", dtype: str = "auto", quantize: Qua
         raise InvalidConfiguration(f"dtype is {dtype!r}; choose auto, {', '.join(DTYPES)}", param="dtype")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise InvalidConfiguration("device is cuda, but torch sees no GPU; use --device cpu", param="device")
+    index = torch.device(device).index
+    if device.startswith("cuda") and index is not None and index >= torch.cuda.device_count():
+        raise InvalidConfiguration(
+            f"device is {device}, and torch sees {torch.cuda.device_count()} GPUs, from cuda:0 on; name one of them",
+            param="device",
+        )
     source = str(EMBEDDED_FOLDER) if spec == EMBEDDED else spec
     try:
         config = AutoConfig.from_pretrained(source)

@@ -62,7 +62,10 @@ class Renderer:
         )
 
     def answer(self, message: dict[str, Any]) -> dict[str, Any]:
-        """Return `{"text"}` or `{"variables"}`, or `{"refused"}` by the template, or `{"error"}` of the template."""
+        """Return `{"text"}` or `{"variables"}`.
+
+        Else `{"refused"}` by the template, `{"costly"}` where the fuel did not do, or `{"error"}` of the template.
+        """
         self._refusal = None
         source = message["source"]
         try:
@@ -72,6 +75,8 @@ class Renderer:
         except Exception as error:  # noqa: BLE001 - whatever a template does is its own fault
             if self._refusal is not None:
                 return {"refused": self._refusal}
+            if getattr(error, "kind", None) == "OutOfFuel":
+                return {"costly": "it takes more steps than a template may"}
             # The whole text of an error would quote the template.
             return {"error": getattr(error, "message", str(error))[:300]}
 

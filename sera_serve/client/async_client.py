@@ -30,6 +30,7 @@ from sera_serve.client.exchange import (
     RetryPolicy,
     Send,
     Wait,
+    checked_url,
     exchange,
     lost_connections,
     with_key,
@@ -63,7 +64,7 @@ class AsyncSeraClient:
         """Set up; nothing is sent. Arguments are as in `SeraClient`."""
         limits = httpx.Timeout(timeout, connect=min(timeout, CONNECT_TIMEOUT_S))
         self._http = httpx.AsyncClient(
-            base_url=base_url, timeout=limits, headers=with_key(headers, api_key), transport=transport
+            base_url=checked_url(base_url), timeout=limits, headers=with_key(headers, api_key), transport=transport
         )
         self._retries = retries
         self.adapters = AsyncAdapters(self._call)

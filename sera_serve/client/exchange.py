@@ -30,7 +30,7 @@ DEFAULT_TIMEOUT_S = 600.0
 CONNECT_TIMEOUT_S = 10.0
 KEY_VARIABLE = "SERA_API_KEY"
 # Nothing of the request has reached a server.
-_NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
+_NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.UnsupportedProtocol)
 # The codes of 503 that the server gives before it begins anything. Others may come while the work is done.
 _NOT_BEGUN = frozenset({"overloaded", "too_many_uploads", "too_many_connections", "too_many_pipelined"})
 # The same input has the same fate.
@@ -135,6 +135,21 @@ def lost_connections(call: Call[Any]) -> Iterator[None]:
         yield
     except httpx.HTTPError as error:
         raise connection_error(error, call) from error
+
+
+def checked_url(base_url: str) -> str:
+    """Return the address of a server.
+
+    Raises:
+        ValueError: It is no address. The text does not have it: it may have a password.
+    """
+    try:
+        url = httpx.URL(base_url)
+    except httpx.InvalidURL as error:
+        raise ValueError(f"base_url is no address ({error}); write http://HOST:PORT") from None
+    if url.scheme not in ("http", "https") or not url.host:
+        raise ValueError("base_url begins with neither http:// nor https://; write http://HOST:PORT")
+    return base_url
 
 
 def with_key(headers: Mapping[str, str] | None, api_key: str | None) -> dict[str, str]:

@@ -30,6 +30,7 @@ from sera_serve.client.exchange import (
     RetryPolicy,
     Send,
     Wait,
+    checked_url,
     exchange,
     lost_connections,
     with_key,
@@ -76,11 +77,11 @@ class SeraClient:
             transport: A transport of httpx, in place of the network.
 
         Raises:
-            ValueError: The key is no key, or `headers` has another one.
+            ValueError: `base_url` is no address; or the key is no key, or `headers` has another one.
         """
         limits = httpx.Timeout(timeout, connect=min(timeout, CONNECT_TIMEOUT_S))
         self._http = httpx.Client(
-            base_url=base_url, timeout=limits, headers=with_key(headers, api_key), transport=transport
+            base_url=checked_url(base_url), timeout=limits, headers=with_key(headers, api_key), transport=transport
         )
         self._retries = retries
         self.adapters = Adapters(self._call)

@@ -9,9 +9,7 @@ from typing import Annotated
 
 import typer
 from pydantic import JsonValue
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from adapters_store import (
     HEAD_FILE,
@@ -26,7 +24,17 @@ from adapters_store import (
 from adapters_store.card import run_card
 from sera_serve.access import AccessDatabase, Action, Shares
 from sera_serve.commands.imports import MAX_ERROR, compress_and_show, parse_compress, read_adapter
-from sera_serve.commands.output import JsonOption, StoreOption, console, one_line, print_json, record, refusals, report
+from sera_serve.commands.output import (
+    JsonOption,
+    StoreOption,
+    console,
+    one_line,
+    print_json,
+    record,
+    refusals,
+    report,
+    say,
+)
 from sera_serve.errors import InvalidConfiguration
 
 adapters_app = typer.Typer(
@@ -66,7 +74,7 @@ def list_adapters(
                 f"v{info.version}",
                 info.task,
                 info.method,
-                info.base,
+                one_line(info.base),
                 f"{info.parameters:,}",
                 f"{info.nbytes:,}",
                 info.created_at,
@@ -90,13 +98,13 @@ def inspect(ref: RefArgument, store: StoreOption, as_json: JsonOption = False) -
         for key, value in dataclasses.asdict(info).items():
             facts.add_row(key, one_line(value))
         facts.add_row("shared_with", ", ".join(shared) or "nobody")
-        facts.add_row("base.architecture", config.base.architecture)
+        facts.add_row("base.architecture", one_line(config.base.architecture))
         facts.add_row("base.weights_digest", config.base.weights_digest)
         for key in ("pooling", "max_length", "multi_label"):
             if value := getattr(config, key):
                 facts.add_row(key, one_line(value))
         for title, text in run_card(config).items():
-            facts.add_row(f"training: {title}", Text(text))
+            facts.add_row(f"training: {title}", text)
         if config.head is not None:
             facts.add_row("head", one_line(config.head.model_dump()))
         if config.image is not None:
@@ -140,9 +148,9 @@ def import_adapter(
         shape = None if compress is None else parse_compress(compress)
         bundle, warnings = read_adapter(source, base)
         for warning in warnings:
-            typer.echo(f"sera-serve: {warning}", err=True)
+            say(f"sera-serve: {warning}", err=True)
         if shape is not None:
-            bundle = compress_and_show(bundle, *shape, max_error, Console(stderr=True))
+            bundle = compress_and_show(bundle, *shape, max_error, console(stderr=True))
         published = _publish(AdapterStore(store), bundle, name)
         fields = {**dataclasses.asdict(published), "warnings": list(warnings)}
         report(as_json, f"published {name} v{published.version}", **fields)

@@ -23,7 +23,7 @@ from adapters_store.convert.spectrum import (
     similarity_by_group,
     smallest_rank,
 )
-from sera_serve.commands.output import JsonOption, console, print_json, refusals
+from sera_serve.commands.output import JsonOption, console, one_line, print_json, refusals, say
 from sera_serve.errors import InvalidConfiguration
 
 JSON_FILE = "analysis.json"
@@ -223,7 +223,8 @@ def write_files(
 
 def _show_adapter(adapter: AnalyzedAdapter) -> None:
     config = adapter.bundle.config
-    typer.echo(f"{adapter.name}: {config.task}, {config.method}, base {config.base.name}, {len(adapter.layers)} layers")
+    base = one_line(config.base.name)
+    say(f"{adapter.name}: {config.task}, {config.method}, base {base}, {len(adapter.layers)} layers")
     table = Table(
         "layers of",
         "count",
@@ -262,7 +263,7 @@ def _show_adapter(adapter: AnalyzedAdapter) -> None:
 
 
 def _show_similarity(adapters: Sequence[AnalyzedAdapter], similarity: Sequence[GroupSimilarity]) -> None:
-    typer.echo(f"similarity of subspaces, phi(i, j): i of {adapters[0].name}, j of {adapters[1].name}")
+    say(f"similarity of subspaces, phi(i, j): i of {adapters[0].name}, j of {adapters[1].name}")
     table = Table("layers of", "count", "phi(1, 1)", "phi(i, all), i = 1, 2, 4 ...", "phi(all, all)", "unrelated")
     for each in similarity:
         rows, columns = each.phi.shape

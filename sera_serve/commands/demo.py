@@ -13,6 +13,7 @@ from transformers.utils.logging import disable_progress_bar
 from adapters_store import AdapterNotFound, AdapterStore, BaseInfo, StoreError
 from sera_serve.base import load_base
 from sera_serve.errors import SeraServeError
+from sera_serve.terminal import PlainConsole
 
 DATA = Path(__file__).parents[1] / "demo_data"
 
@@ -123,7 +124,7 @@ def _command(
     # Small matrices gain nothing from a second thread, and lose much on a busy machine.
     torch.set_num_threads(1)
     try:
-        train_demos(store, base, Console())
+        train_demos(store, base, PlainConsole())
     except (SeraServeError, StoreError) as error:
         typer.echo(f"sera_serve.commands.demo: {error.message}", err=True)
         raise typer.Exit(1) from error

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from sera_serve.commands.output import json_text, say
 from sera_serve.config import load_settings
 from sera_serve.errors import InvalidConfiguration
 
@@ -28,7 +28,7 @@ def doctor_command(
     try:
         settings = load_settings(config, {"base": base, "store": store, "device": device, "dtype": dtype})
     except InvalidConfiguration as error:
-        typer.echo(f"sera-serve: {error.message}", err=True)
+        say(f"sera-serve: {error.message}", err=True)
         raise typer.Exit(2) from error
     # torch and transformers take seconds to import, and --help does not need them.
     from sera_serve.commands.diagnosis import diagnose
@@ -38,9 +38,9 @@ def doctor_command(
         findings.append(finding)
         if not as_json:
             remedy = f" -> {finding.remedy}" if finding.remedy else ""
-            typer.echo(f"{_SIGNS[finding.status]}  {finding.name}: {finding.detail}{remedy}")
+            say(f"{_SIGNS[finding.status]}  {finding.name}: {finding.detail}{remedy}")
     worst = next((status for status in ("problem", "warning") if any(f.status == status for f in findings)), "ok")
     if as_json:
         content = {"status": worst, "findings": [dataclasses.asdict(finding) for finding in findings]}
-        typer.echo(json.dumps(content, ensure_ascii=False, indent=2))
+        typer.echo(json_text(content, indent=2))
     raise typer.Exit(1 if worst == "problem" else 0)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from adapters_store import AdapterStore
@@ -56,7 +55,7 @@ def create(
         shown.print(f"key {created.key.id} of tenant {tenant}: {', '.join(sorted(created.key.scopes))}")
         shown.print("Its secret is shown this once. Requests carry it in the header Authorization:", style="dim")
         # A wrapped secret could not be pasted.
-        shown.print(created.secret, markup=False, highlight=False, soft_wrap=True)
+        shown.print(created.secret, highlight=False, soft_wrap=True)
 
 
 @keys_app.command("list")
@@ -78,7 +77,7 @@ def list_keys(
                 key.id,
                 key.tenant,
                 ", ".join(fields["scopes"]),
-                escape(key.name),
+                key.name,
                 fields["created_at"],
                 fields["expires_at"] or "never",
                 key.status,

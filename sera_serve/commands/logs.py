@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from logging.handlers import QueueHandler, QueueListener
 from typing import Any, Literal
 
+from sera_serve.commands.output import json_text
+
 # Lines that wait for the terminal, the pipe or the file behind stderr. What comes while they are full is counted.
 _MOST_WAITING = 10_000
 _TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -123,4 +125,4 @@ def logging_to_stderr(log_format: Literal["text", "json"], access_log: bool = Tr
 def _plain(value: Any) -> str:
     """A value without blanks and line breaks as it is, any other as JSON."""
     text = str(value)
-    return text if text.isprintable() and " " not in text and '"' not in text else json.dumps(text, ensure_ascii=False)
+    return text if text.isprintable() and " " not in text and '"' not in text else json_text(text)

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from adapters_store import StoreError
 from sera_serve.access import COMMAND, Action, AuditLog
 from sera_serve.errors import SeraServeError
+from sera_serve.terminal import PlainConsole, printable
 
 StoreOption = Annotated[Path, typer.Option("--store", help="Directory of the adapter store.", show_default=False)]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
@@ -25,10 +25,10 @@ def refusals() -> Iterator[None]:
     try:
         yield
     except (StoreError, SeraServeError) as error:
-        typer.echo(f"sera-serve: {error.message}", err=True)
+        say(f"sera-serve: {error.message}", err=True)
         raise typer.Exit(1) from error
     except OSError as error:
-        typer.echo(f"sera-serve: {error.strerror or error} ({error.filename})", err=True)
+        say(f"sera-serve: {error.strerror or error} ({error.filename})", err=True)
         raise typer.Exit(1) from error
 
 
@@ -45,21 +45,35 @@ def report(as_json: bool, text: str, **fields: Any) -> None:
     if as_json:
         print_json(fields)
     else:
-        typer.echo(text)
+        say(text)
+
+
+def say(text: str, err: bool = False) -> None:
+    """Print a text; characters that could act on a terminal are written as escapes."""
+    typer.echo(printable(text), err=err)
 
 
 def print_json(value: dict[str, Any]) -> None:
     """Print one JSON object."""
-    typer.echo(json.dumps(value, ensure_ascii=False))
+    typer.echo(json_text(value))
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """A value as JSON, in which characters that could act on a terminal are JSON's own escapes."""
+    text = json.dumps(value, ensure_ascii=False, indent=indent)
+    if printable(text) == text:
+        return text
+    # Outside its strings, JSON has ASCII alone.
+    return "".join(each if printable(each) == each else json.dumps(each)[1:-1] for each in text)
 
 
 def one_line(value: Any) -> str:
-    """A value as JSON; text as it is."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    """A value as JSON; text as it is, without line breaks."""
+    return value.replace("\n", "\\n") if isinstance(value, str) else json_text(value)
 
 
-def console() -> Console:
+def console(stderr: bool = False) -> PlainConsole:
     """A console that folds to the terminal's width."""
-    shown = Console()
+    shown = PlainConsole(stderr=stderr)
     # A pipe has no width to fold to; cut ids would be of no use to the next program.
-    return shown if shown.is_terminal else Console(width=200)
+    return shown if shown.is_terminal else PlainConsole(stderr=stderr, width=200)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import signal
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from adapters_store import StoreError
@@ -15,6 +17,23 @@ logger = logging.getLogger("sera_serve.server")
 
 Apply = Callable[[Any], None]
 """Takes the new value of one setting; a SeraServeError refuses it, and the old value stays."""
+
+
+@contextmanager
+def hangup_noted() -> Iterator[threading.Event]:
+    """Note SIGHUP, which ends a process by default, until a server takes the signal itself.
+
+    A base loads for minutes, and whoever has changed the settings does not know whether it is loaded.
+    """
+    noted = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield noted
+        return
+    before = signal.signal(signal.SIGHUP, lambda number, frame: noted.set())
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 class SettingsReloader:

@@ -15,6 +15,7 @@ import uvicorn
 from fastapi import FastAPI
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from transformers.utils.logging import disable_progress_bar
 
 from adapters_store import AdapterStore, BundleLimits, StoreError, check_base
@@ -32,6 +33,7 @@ from sera_serve.server.freed_memory import limit_heaps
 from sera_serve.server.graceful import ENDING_S, GracefulServer
 from sera_serve.server.metrics_address import MetricsAddress, parse_address
 from sera_serve.server.protocol import bounded_protocol
+from sera_serve.terminal import PlainConsole
 from sera_serve.threads import run_and_forget_pool
 
 # The start-up message shows one adapter for each task, found among this many.
@@ -43,12 +45,17 @@ KEY_VARIABLE = "SERA_KEY"
 CHAT_PATH = "/v1/chat/completions"
 
 
-def run_server(settings: ServeSettings, read: Callable[[], ServeSettings] | None = None) -> None:
+def run_server(
+    settings: ServeSettings,
+    read: Callable[[], ServeSettings] | None = None,
+    was_asked: Callable[[], bool] = lambda: False,
+) -> None:
     """Serve until SIGTERM or SIGINT; then refuse new connections, and let requests in flight finish.
 
     Args:
         settings: All of them.
         read: Reads the settings again, at SIGHUP; None leaves the signal alone.
+        was_asked: Whether a SIGHUP came before the server could take it. The settings are then read again at once.
 
     Raises:
         InvalidConfiguration: The server cannot listen on the address, or the settings do not fit each other.
@@ -59,17 +66,17 @@ def run_server(settings: ServeSettings, read: Callable[[], ServeSettings] | None
     limit_heaps()
     disable_progress_bar()
     with logging_to_stderr(settings.log_format, settings.access_log):
-        _serve(settings, read)
+        _serve(settings, read, was_asked)
 
 
-def _serve(settings: ServeSettings, read: Callable[[], ServeSettings] | None) -> None:
-    console = Console()
+def _serve(settings: ServeSettings, read: Callable[[], ServeSettings] | None, was_asked: Callable[[], bool]) -> None:
+    console = PlainConsole()
     check_settings(settings)
     settings = within_descriptors(settings)
     # Before the base is loaded, so that a port in use is noticed at once. Clients cannot connect until it listens.
     with bound_sockets(settings) as listeners:
         store = AdapterStore(settings.store, limits=BundleLimits(max_bytes=settings.max_upload_mib << 20))
-        with console.status(f"loading base {settings.base}"):
+        with console.status(Text(f"loading base {settings.base}")):
             base = run_and_forget_pool(
                 lambda: load_base(settings.base, settings.device, settings.dtype, settings.quantize)
             )
@@ -80,11 +87,17 @@ def _serve(settings: ServeSettings, read: Callable[[], ServeSettings] | None) ->
         if read is not None:
             taken = {"tenant_weights": engine.set_tenant_weights, "quotas": app.state.quotas.reload}
             reload = SettingsReloader(settings, read, taken).request
+
+        def announce() -> None:
+            describe_server(console, settings, engine, app.state.access, *ports)
+            if reload is not None and was_asked():
+                reload()
+
         server = GracefulServer(
             http_config(app, settings, app.state.metrics.count_refusal, *ports[1:]),
             settings.shutdown_grace_s,
             engine.stop,
-            lambda: describe_server(console, settings, engine, app.state.access, *ports),
+            announce,
             drain_s=settings.drain_s,
             begin_drain=lambda: setattr(app.state, "draining", True),
             reload=reload,
@@ -174,10 +187,10 @@ def bound_socket(host: str, port: int, setting: str | None = None) -> socket.soc
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         listener = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise InvalidConfiguration(
-            f"{setting or 'host'} {host!r}: {error.strerror or error}", param=setting or "host"
-        ) from error
+    except (OSError, UnicodeError) as error:
+        # A name that no host can have, such as "a..b", is a UnicodeError.
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        raise InvalidConfiguration(f"{setting or 'host'} {host!r}: {reason}", param=setting or "host") from error
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind(address)
@@ -219,28 +232,31 @@ def describe_server(
     facts.add_row("keys", _keys_line(settings, access))
     if settings.metrics_address is not None:
         facts.add_row("metrics", f"http://{settings.metrics_address.rpartition(':')[0]}:{metrics_port}/metrics")
-    console.print("\n[bold]sera-serve is ready[/bold]")
+    console.print("\nsera-serve is ready", style="bold", highlight=False)
     console.print(facts)
     needs_keys = access.needs_keys
     if needs_keys and not access.active_keys():
-        console.print("\n[dim]# make the first key, on this machine; the server sees it at once[/dim]", highlight=False)
+        console.print(
+            "\n# make the first key, on this machine; the server sees it at once", style="dim", highlight=False
+        )
         command = f"sera-serve keys create --store {shlex.quote(str(settings.store.resolve()))} --tenant acme"
-        console.print(f"{command} --scopes infer,publish", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"{command} --scopes infer,publish", highlight=False, soft_wrap=True)
     if needs_keys:
-        console.print(f"\n[dim]# in the commands below, {KEY_VARIABLE} is a key[/dim]", highlight=False)
+        console.print(f"\n# in the commands below, {KEY_VARIABLE} is a key", style="dim", highlight=False)
     for title, path, body in _examples(base, store):
-        console.print(f"\n[dim]# {title}[/dim]", highlight=False)
+        console.print(f"\n# {title}", style="dim", highlight=False)
         # A wrapped command could not be pasted.
-        console.print(curl_line(f"{url}{path}", body, needs_keys), markup=False, highlight=False, soft_wrap=True)
+        console.print(curl_line(f"{url}{path}", body, needs_keys), highlight=False, soft_wrap=True)
         if path == CHAT_PATH:
-            console.print("\n[dim]# the same with OpenAI's client for Python[/dim]", highlight=False)
-            console.print(client_lines(f"{url}/v1", body, needs_keys), markup=False, highlight=False, soft_wrap=True)
+            console.print("\n# the same with OpenAI's client for Python", style="dim", highlight=False)
+            console.print(client_lines(f"{url}/v1", body, needs_keys), highlight=False, soft_wrap=True)
     if (adapter := _image_classifier(base, store)) is not None:
-        console.print(f"\n[dim]# classify an image with {adapter}[/dim]", highlight=False)
+        console.print(f"\n# classify an image with {adapter}", style="dim", highlight=False)
         line = f"{_curl(needs_keys)} {url}/v1/classify -F adapter={shlex.quote(adapter)} -F image=@photo.jpg"
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(line, highlight=False, soft_wrap=True)
     listing = f"{_curl(needs_keys)} {url}/v1/adapters"
-    console.print(f"\n[dim]# adapters in the store[/dim]\n{listing}\n", highlight=False, soft_wrap=True)
+    console.print("\n# adapters in the store", style="dim", highlight=False)
+    console.print(f"{listing}\n", highlight=False, soft_wrap=True)
 
 
 def _keys_line(settings: ServeSettings, access: AccessControl) -> str:

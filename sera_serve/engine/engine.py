@@ -71,7 +71,7 @@ class ServingEngine(RowCalls):
         self.settings = settings
         self._shapes = base.module_shapes()
         self._memory = DeviceMemory(settings, base.device)
-        with memory_of("the adapters' pool", "pool_mib"):
+        with memory_of("the adapters' pool", "pool_mib", "max_resident"):
             self._pool = DevicePool(
                 self._memory.pool_bytes(), len(self._shapes), settings.max_resident, base.dtype, base.device
             )

@@ -27,6 +27,10 @@ _LOGITS_TENSORS = 4
 _COUNT_TABLES = 1
 
 
+# What torch says on a CPU, where an allocation that fails is a plain RuntimeError.
+_CPU_FAILURES = ("can't allocate memory", "Storage size calculation overflowed")
+
+
 class DeviceMemory:
     """Sizes of the parts of one device's memory, in the order in which they are allocated.
 
@@ -105,15 +109,19 @@ class DeviceMemory:
 
 
 @contextmanager
-def memory_of(what: str, param: str) -> Iterator[None]:
-    """Say what did not fit, and which setting makes it smaller, where an allocation in the block fails.
+def memory_of(what: str, param: str, *others: str) -> Iterator[None]:
+    """Say what did not fit, and which settings make it smaller, where an allocation in the block fails.
+
 
     Raises:
         InvalidConfiguration: The device has too little memory.
     """
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if type(error) is RuntimeError and not any(words in str(error) for words in _CPU_FAILURES):
+            raise
+        reason = str(error).partition("\n")[0] or "there is too little memory"
         raise InvalidConfiguration(
-            f"{what} does not fit on the device: {str(error).splitlines()[0]}; lower {param}", param=param
+            f"{what} does not fit on the device: {reason}; lower {' or '.join((param, *others))}", param=param
         ) from error

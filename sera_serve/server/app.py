@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
-from fastapi.middleware.cors import CORSMiddleware
 
 from adapters_store import AdapterStore, BundleLimits
 from sera_serve.access import RATE_HEADERS, AccessControl, AccessDatabase, AuditLog, Holdings, Quotas
@@ -15,7 +14,13 @@ from sera_serve.config import ServeSettings
 from sera_serve.errors import InvalidConfiguration
 from sera_serve.server import console, docs_page, health, native, openai, openapi, stats
 from sera_serve.server.accounting import Accounting
-from sera_serve.server.browsers import BrowserGuard, BrowserRules, is_loopback
+from sera_serve.server.browsers import (
+    CROSS_ORIGIN_METHODS,
+    BrowserGuard,
+    BrowserRules,
+    CrossOriginAnswers,
+    is_loopback,
+)
 from sera_serve.server.deps import Engine, Executors
 from sera_serve.server.door import KeyDoor
 from sera_serve.server.errors import add_error_handlers
@@ -118,9 +123,9 @@ def build_app(engine: Engine, store: AdapterStore, settings: ServeSettings, trac
     rules = BrowserRules(settings)
     if origins := rules.cors_origins():
         app.add_middleware(
-            CORSMiddleware,
+            CrossOriginAnswers,
             allow_origins=origins,
-            allow_methods=["GET", "HEAD", "POST", "PUT", "DELETE"],
+            allow_methods=CROSS_ORIGIN_METHODS,
             allow_headers=["*"],
             expose_headers=["X-Request-Id", "Retry-After", *RATE_HEADERS],
             allow_private_network=True,

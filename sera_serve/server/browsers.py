@@ -15,10 +15,17 @@ import ipaddress
 import re
 from typing import NamedTuple
 
+from starlette.datastructures import Headers
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from sera_serve.config import ServeSettings
 from sera_serve.errors import InvalidConfiguration, SeraServeError
+from sera_serve.server.errors import error_content
+
+CROSS_ORIGIN_METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE")
+"""What pages of allowed origins may send: the methods that there are."""
 
 _HOST = r"(?:\[(?P<ipv6>[0-9A-Fa-f:.]+)\]|(?P<name>[^\s\[\]:@/?#\\]+))(?::(?P<port>[0-9]{1,5}))?"
 _HOST_HEADER = re.compile(_HOST)
@@ -153,6 +160,24 @@ class BrowserGuard:
         if scope["method"] not in _SAFE_METHODS or (preflight and scope["method"] == "OPTIONS"):
             self.rules.check_origin(origins, site, host)
         await self.app(scope, receive, send)
+
+
+class CrossOriginAnswers(CORSMiddleware):
+    """Starlette's answers to pages of allowed origins; the refusal of a preflight has the form of every other error."""
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        """Answer a preflight."""
+        answer = super().preflight_response(request_headers)
+        if answer.status_code < 400:
+            return answer
+        # `BrowserGuard` has checked the origin, and every header is allowed. The method is left.
+        asked = request_headers["access-control-request-method"]
+        message = f"a web page of another origin may not send {asked[:_SHOWN]!r}; it may send " + ", ".join(
+            CROSS_ORIGIN_METHODS
+        )
+        content = error_content(400, message, "bad_request", "Access-Control-Request-Method")
+        headers = {name: value for name, value in answer.headers.items() if not name.startswith("content-")}
+        return JSONResponse(content, 400, headers)
 
 
 def _parse_host(text: str) -> _Host | None:

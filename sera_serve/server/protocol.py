@@ -19,6 +19,7 @@ from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from sera_serve.server.connections import ConnectionCounts, ConnectionLimits
+from sera_serve.server.http10 import UntilClose
 from sera_serve.server.middleware import UPLOAD_PATHS
 from sera_serve.server.refusals import (
     Refusal,
@@ -266,7 +267,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self.scope["method"] = self.parser.get_method().decode()
             self._upgrading = True
             return
-        super().on_headers_complete()
+        self._start_request()
         self._input, self._began = BODY, self._now
         self._fed = self._received = 0
         self._header_count = len(self.headers)
@@ -276,6 +277,15 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         # A response that overtakes its own request's body ends the connection, and says so.
         self._keep_alive = self.cycle.keep_alive
         self.cycle.keep_alive = False
+
+    def _start_request(self) -> None:
+        if self.parser.get_http_version() != "1.0":
+            super().on_headers_complete()
+            return
+        app, until_close = self.app, UntilClose(self.app)
+        self.app = until_close
+        super().on_headers_complete()
+        self.app, until_close.cycle = app, self.cycle
 
     def on_body(self, body: bytes) -> None:
         """A part of the body came."""

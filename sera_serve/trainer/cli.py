@@ -9,10 +9,10 @@ from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
 
 import typer
 from pydantic.fields import FieldInfo
-from rich.console import Console
 
 from adapters_store import StoreError
 from sera_serve.errors import InvalidConfiguration, SeraServeError
+from sera_serve.terminal import PlainConsole
 from sera_serve.trainer.compare.command import compare_command
 from sera_serve.trainer.init_file import settings_yaml, write_settings
 from sera_serve.trainer.patterns import PATTERN_OPTIONS
@@ -183,7 +183,7 @@ def run(settings: TrainSettings, *, as_json: bool, dry: bool = False) -> None:
 
     # A small base loads at once, so a progress bar would only clutter the terminal.
     disable_progress_bar()
-    progress = Console(stderr=True)
+    progress = PlainConsole(stderr=True)
     try:
         result: TrainResult | DryRun = (dry_run if dry else train_adapter)(settings, console=progress)
     except (SeraServeError, StoreError) as error:
@@ -197,7 +197,7 @@ def run(settings: TrainSettings, *, as_json: bool, dry: bool = False) -> None:
     if as_json:
         typer.echo(json.dumps(result.as_json()))
     elif isinstance(result, DryRun):
-        show_dry_run(result, Console(highlight=False))
+        show_dry_run(result, PlainConsole(highlight=False))
     else:
         _summarise(settings, result)
 
@@ -217,7 +217,7 @@ def _run_jobs(path: Path, config: Path | None, flags: dict[str, Any], *, as_json
         _fail(error.message, 2)
     disable_progress_bar()
     try:
-        results = train_jobs(plan, console=Console(stderr=True))
+        results = train_jobs(plan, console=PlainConsole(stderr=True))
     except (SeraServeError, StoreError) as error:
         _fail(error.message, 1)
     except OSError as error:
@@ -245,7 +245,7 @@ def _summarise(settings: TrainSettings, result: Any) -> None:
         **{name: f"{value:.4f}" for name, value in result.metrics.items()},
         "train seconds": f"{result.train_seconds:.1f}",
     }
-    Console(highlight=False).print(f"[bold]{result.adapter}[/bold] version {result.version} is published")
+    PlainConsole(highlight=False).print(f"{result.adapter} version {result.version} is published", style="bold")
     for name, text in lines.items():
         typer.echo(f"  {name:<15}{text}")
     typer.echo("Serve it:")

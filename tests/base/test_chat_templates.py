@@ -156,6 +156,20 @@ def test_a_template_that_ended_its_process_is_not_run_again_at_once(renderer: Ch
     assert time.monotonic() - started < 0.2
 
 
+def test_a_template_that_ran_out_of_fuel_is_not_run_again_at_once() -> None:
+    renderer, source = ChatRenderer(byte_tokenizer()), HOSTILE["loops"]
+    with pytest.raises(ChatTemplateFailed, match="more steps than a template may"):
+        renderer.render(renderer.template(source, False), TALK)
+    [worker] = renderer._idle
+    # Whatever is asked of this worker from now on fails.
+    worker._process.kill()
+    worker._process.wait()
+    with pytest.raises(ChatTemplateFailed, match="more steps than a template may"):
+        renderer.render(renderer.template(source, False), TALK)
+    assert renderer._idle == [worker]
+    renderer.close()
+
+
 def test_costly_messages_of_one_caller_bar_no_other(renderer: ChatRenderer) -> None:
     source = "{% if messages[0].content == 'costly' %}" + HOSTILE["printed tree"] + "{% endif %}fine"
     costly = [{"role": "user", "content": "costly"}]

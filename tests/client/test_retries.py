@@ -18,6 +18,7 @@ import pytest
 
 from sera_serve.client import (
     AsyncSeraClient,
+    InvalidAdapterError,
     InvalidAnswerError,
     RateLimitError,
     RetryPolicy,
@@ -30,6 +31,7 @@ from sera_serve.client import (
     calls,
     sync_client,
 )
+from sera_serve.client.errors import api_error
 from sera_serve.client.exchange import Wait, exchange
 
 QUICK = RetryPolicy(max_retries=3, max_total_s=100, first_delay_s=0.001)
@@ -328,3 +330,35 @@ def test_a_date_that_the_server_names() -> None:
 @pytest.mark.parametrize("value", ["999999999", "Fri, 31 Dec 9999 23:59:59 GMT"])
 def test_a_time_far_off_is_not_waited_for(value: str) -> None:
     assert list(waits(QUICK, value)) == []
+
+
+ADDRESSES = [
+    "localhost:8000",
+    "http://[::1",
+    "http://",
+    "ftp://localhost",
+    "",
+    "/v1",
+    "http://localhost:port",
+    "http://\x00",
+]
+
+
+@pytest.mark.parametrize("address", ADDRESSES)
+@pytest.mark.parametrize("kind", [SeraClient, AsyncSeraClient])
+def test_what_is_no_address_is_refused_at_once(kind: type[SeraClient | AsyncSeraClient], address: str) -> None:
+    with pytest.raises(ValueError, match=r"base_url .* http://HOST:PORT"):
+        kind(address)
+
+
+@pytest.mark.parametrize("name", [*CHANGES, "generate", "list"])
+def test_a_request_to_no_protocol_was_not_sent(run: Run, name: str) -> None:
+    with pytest.raises(SeraConnectionError, match="cannot be reached") as caught:
+        run(name, Script(httpx.UnsupportedProtocol("no protocol")), RetryPolicy(max_retries=0))
+    assert not caught.value.sent
+
+
+@pytest.mark.parametrize("code", ["wrong_base", "wrong_task", "wrong_shape", "adapter_overflow"])
+def test_a_refused_bundle_is_an_invalid_adapter(code: str) -> None:
+    body = {"error": {"message": "no", "type": "invalid_request_error", "param": None, "code": code}}
+    assert isinstance(api_error(422, json.dumps(body).encode()), InvalidAdapterError)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import pytest
 
 from sera_serve import threads
-from sera_serve.errors import EngineUnavailable, Overloaded
+from sera_serve.errors import EngineUnavailable, Overloaded, TenantOverloaded
 from sera_serve.threads import BoundedExecutor, _Pace, pause
 from support.engine import until
 
@@ -181,6 +181,27 @@ def test_owners_take_turns_and_each_runs_one_call_at_a_time(executor: BoundedExe
         assert not executor._waiting and not executor._num_waiting
 
     asyncio.run(main())
+
+
+def test_an_owner_waits_in_its_share_of_the_places_alone() -> None:
+    executor = BoundedExecutor("listing", threads=1, max_waiting=4, max_waiting_of_owner=2)
+
+    async def main() -> None:
+        gate, tasks = Gate(), []
+        for number in range(3):
+            tasks.append(asyncio.ensure_future(executor.run_in_turn("a", gate.pass_through, number)))
+            await until(lambda: executor.calls() == len(tasks))
+        with pytest.raises(TenantOverloaded, match="listing") as refusal:
+            await executor.run_in_turn("a", gate.pass_through, 9)
+        assert refusal.value.status == 429
+        tasks.append(asyncio.ensure_future(executor.run_in_turn("b", gate.pass_through, 3)))
+        await until(lambda: executor.calls() == 4)
+        gate.opened.set()
+        assert await asyncio.gather(*tasks) == [0, 1, 2, 3]
+        assert gate.begun == [0, 3, 1, 2]
+
+    asyncio.run(main())
+    executor.close()
 
 
 async def _ends(tasks: list[asyncio.Task[int]]) -> list[int | BaseException]:

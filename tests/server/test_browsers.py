@@ -156,6 +156,15 @@ def test_without_leave_a_page_may_read_nothing(client: httpx.Client) -> None:
     refused(client.options("/v1/adapters/demo/writer", headers=preflight), 403, "cross_site_request")
 
 
+@pytest.mark.parametrize("method", ["PATCH", "delete", "X" * 5000])
+def test_a_preflight_for_a_method_that_nothing_has_is_refused(console: httpx.Client, method: str) -> None:
+    answer = console.options("/v1/adapters/demo/writer", headers={"Access-Control-Request-Method": method})
+    error = refused(answer, 400, "bad_request")
+    assert error["param"] == "Access-Control-Request-Method" and "DELETE" in error["message"]
+    assert answer.headers["content-type"] == "application/json" and "Origin" in answer.headers["vary"]
+    assert answer.headers["access-control-allow-origin"] == CONSOLE
+
+
 @pytest.fixture
 def console(base: FrozenBase, store: AdapterStore) -> Iterator[httpx.Client]:
     settings = ServeSettings(store=store.root, allowed_origins=[CONSOLE])

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import httpx
 import pytest
 
+from adapters_store import AdapterBundle, AdapterStore
 from sera_serve.server.errors import _readable, error_content
 from sera_serve.server.native.schemas import GenerateRequest
 
@@ -39,3 +41,26 @@ def test_an_unknown_field_is_named_by_its_start(key: str) -> None:
         GenerateRequest.model_validate({key: 1} | {f"field{number}": 1 for number in range(1000)})
     assert caught.value.error_count() == 1  # type: ignore[attr-defined]
     assert len(str(caught.value)) < 1000
+
+
+def test_a_training_record_with_numbers_beyond_floats_is_shown(
+    client: httpx.Client, store: AdapterStore, writer: AdapterBundle
+) -> None:
+    large = 10**400
+    training: dict[str, Any] = {
+        "metrics": {"accuracy": large, "loss": -large, "f1": 0.5, "top": 2**1023},
+        "description": large,
+        "rows": {"train": large},
+        "epochs": large,
+        "chosen_epoch": large,
+        "chosen_step": large,
+        "evaluations": [{"epoch": large, "loss": large}],
+        "settings": {"rank": large},
+        "learning_rate": large,
+    }
+    store.publish(AdapterBundle(writer.config.model_copy(update={"training": training}), writer.tensors), "large/one")
+    answer = client.get("/v1/adapters/large/one/versions")
+    assert answer.status_code == 200
+    assert answer.json()["versions"][0]["metrics"] == {"f1": 0.5, "top": 2.0**1023}
+    for path in ("/v1/adapters/large/one", "/v1/adapters", "/v1/models", "/v1/models/large/one"):
+        assert client.get(path).status_code == 200, path

@@ -58,6 +58,7 @@ class Script:
             ("/late", self.late),
             ("/early", self.early),
             ("/endless", self.endless),
+            ("/pieces", self.pieces),
         ):
             self.app.add_api_route(path, route, methods=["GET", "POST"], response_model=None)
 
@@ -92,6 +93,16 @@ class Script:
     async def early(self) -> Response:
         """Answer without reading the body."""
         return Response("early", 413)
+
+    async def pieces(self) -> Response:
+        """Send three pieces, one of them empty, without their length."""
+
+        async def pieces() -> AsyncIterator[bytes]:
+            for piece in (b"one", b"", b"three"):
+                yield piece
+                await asyncio.sleep(0)
+
+        return StreamingResponse(pieces(), headers={"X-Kind": "stream"})
 
     async def endless(self) -> Response:
         """Send without an end."""
@@ -254,6 +265,35 @@ def test_old_clients_need_no_host(client: RawClient) -> None:
     client.send(b"GET /length HTTP/1.0\r\n\r\n")
     assert client.response().status == 200
     assert client.ended()
+
+
+@pytest.mark.parametrize("wish", [b"", b"Connection: keep-alive\r\n"])
+def test_a_stream_to_an_old_client_ends_with_the_connection(client: RawClient, wish: bytes) -> None:
+    client.send(b"GET /pieces HTTP/1.0\r\n" + wish + b"\r\n")
+    received = b""
+    while data := client.socket.recv(1 << 16):
+        received += data
+    head, _, body = received.partition(b"\r\n\r\n")
+    assert body == b"onethree"
+    lines = head.lower().split(b"\r\n")
+    assert b"connection: close" in lines and b"x-kind: stream" in lines
+    assert not any(line.startswith((b"transfer-encoding", b"content-length")) for line in lines)
+
+
+def test_requests_of_both_versions_on_one_connection(client: RawClient) -> None:
+    # The second waits for the first, and is begun by its end.
+    client.send(get() + b"GET /pieces HTTP/1.0\r\n\r\n" + get())
+    assert client.response().body == b"0"
+    assert b"chunked" not in client.response().headers.get("transfer-encoding", "").encode()
+    received = client._buffer
+    while data := client.socket.recv(1 << 16):
+        received += data
+    assert received == b"onethree"
+
+
+def test_a_stream_to_a_new_client_comes_in_chunks(url: str) -> None:
+    answer = httpx.get(f"{url}/pieces")
+    assert answer.headers["transfer-encoding"] == "chunked" and answer.content == b"onethree"
 
 
 def test_empty_lines_before_a_request_are_ignored(client: RawClient) -> None:

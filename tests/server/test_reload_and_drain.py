@@ -160,7 +160,10 @@ def test_a_changed_weight_is_applied_and_other_settings_need_a_restart(
     wait_until(lambda: reloading.weights == [{"acme": 3.0}, {}])
 
 
-@pytest.mark.parametrize("text", ["tenant_weights: {acme: 0}", "tenant_weigths: {}", "- 1", "port: ["])
+@pytest.mark.parametrize(
+    "text",
+    ["tenant_weights: {acme: 0}", "tenant_weigths: {}", "- 1", "port: [", "host: 2024-13-45", "[" * 2000],
+)
 def test_a_file_that_is_refused_changes_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture, text: str) -> None:
     reloading = Reloading(tmp_path)
     reloading.write("tenant_weights: {acme: 2}\n")

@@ -10,12 +10,13 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from io import StringIO
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import httpx
 import pytest
@@ -25,6 +26,8 @@ from adapters_store import AdapterStore
 from sera_serve import SeraConfig
 from sera_serve.base import FrozenBase, load_base
 from sera_serve.cli import build_cli
+from sera_serve.commands import serve
+from sera_serve.commands.reload import SettingsReloader
 from sera_serve.commands.serve import client_lines
 from sera_serve.config import ServeSettings
 from support.factories import random_adapter, random_decoder
@@ -87,6 +90,12 @@ def test_every_setting_is_an_option() -> None:
         (["--port", "0", "--metrics-address", "9100"], 1, "metrics_address"),
         (["--port", "0", "--metrics-address", "256.0.0.1:9100"], 1, "metrics_address"),
         (["--device", "cuda:9", "--port", "0"], 1, "device"),
+        (["--device", "meta", "--port", "0"], 2, "--device"),
+        (["--host", "a..b", "--port", "0"], 1, "host 'a..b'"),
+        (["--port", "0", "--metrics-address", "a..b:9100"], 1, "metrics_address 'a..b'"),
+        # More than any machine has.
+        (["--pool-mib", "1000000000", "--port", "0"], 1, "lower pool_mib"),
+        (["--kv-cache-tokens", "1000000000000", "--port", "0"], 1, "lower kv_cache_tokens"),
         (["--base", "/nowhere", "--host", "0.0.0.0", "--auth", "off", "--port", "0"], 1, "--insecure"),
     ],
 )
@@ -96,6 +105,42 @@ def test_a_wrong_option_is_reported_in_one_line(tmp_path: Path, arguments: list[
     assert words in result.stderr
     assert result.stderr.startswith("sera-serve: ")
     assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("command", ["serve", "check-config"])
+def test_a_file_that_yaml_cannot_make_is_reported_in_one_line(tmp_path: Path, command: str) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text("host: 2024-13-45\n")
+    result = CliRunner().invoke(build_cli(), [command, "--config", str(file)])
+    assert result.exit_code == 2 and "cannot be read" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_sighup_while_the_base_loads_is_taken_once_the_server_is_there(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text("tenant_weights: {acme: 2}\n")
+    announced, reloads = threading.Event(), list[str]()
+
+    def load(*arguments: Any) -> FrozenBase:
+        file.write_text("tenant_weights: {acme: 3}\n")
+        os.kill(os.getpid(), signal.SIGHUP)
+        return load_base(str(folder))
+
+    def reload(reloader: SettingsReloader) -> None:
+        reloads.append("asked")
+        assert announced.is_set()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(serve, "load_base", load)
+    monkeypatch.setattr(serve, "describe_server", lambda *arguments: announced.set())
+    monkeypatch.setattr(SettingsReloader, "request", reload)
+    before = signal.getsignal(signal.SIGHUP)
+    arguments = ["--config", str(file), "--port", "0", "--store", str(tmp_path / "store"), "--pool-mib", "1"]
+    result = CliRunner().invoke(build_cli(), ["serve", *arguments])
+    assert (result.exit_code, reloads) == (0, ["asked"]), result.output
+    assert signal.getsignal(signal.SIGHUP) is before
 
 
 def test_a_port_in_use_is_refused_before_the_base_is_loaded(tmp_path: Path) -> None:

@@ -36,6 +36,21 @@ def test_the_first_source_with_a_value_wins(tmp_path: Path, monkeypatch: pytest.
         ("tenant_weights: {acme/writer: 2}", "tenant_weights", "is no tenant"),
         ("tenant_weights: acme", "tenant_weights", "tenant=weight"),
         ("tenant_weights: acme=much", "tenant_weights", "number"),
+        # Values that YAML reads and Python cannot make, each with an error of its own type.
+        ("host: 2024-13-45", "config", "cannot be read"),
+        ("host: !!timestamp x", "config", "cannot be read"),
+        ("host: !!bool x", "config", "cannot be read"),
+        ("port: !!int ''", "config", "cannot be read"),
+        ("quotas: {2024-13-45: {bytes: 1}}", "config", "cannot be read"),
+        ("host: " + "[" * 2000, "config", "nested too deeply"),
+        ("device: foo", "device", "cuda:1"),
+        ("device: meta", "device", "write cpu"),
+        ("device: cuda:x", "device", "write cpu"),
+        ("cpu_threads: 5000000000", "cpu_threads", "1024"),
+        ("training_threads: 5000000000", "training_threads", "1024"),
+        ("pool_mib: 10000000000000000000000", "pool_mib", "--pool-mib"),
+        ("max_resident: 1000000000000", "max_resident", "--max-resident"),
+        ("kv_cache_tokens: 1000000000000000", "kv_cache_tokens", "--kv-cache-tokens"),
     ],
 )
 def test_a_wrong_file_is_refused(tmp_path: Path, content: str, param: str, words: str) -> None:
@@ -56,6 +71,19 @@ def test_weights_are_a_mapping_in_a_file_and_pairs_in_other_sources(
     assert load_settings(None, {"tenant_weights": "acme=2, _base=0.5"}).tenant_weights == weights
     monkeypatch.setenv("SERA_SERVE_TENANT_WEIGHTS", "acme=2,_base=0.5")
     assert load_settings(None, {}).tenant_weights == weights
+
+
+@pytest.mark.parametrize("text", ["{2024-13-45: {bytes: 1}}", "{acme: {bytes: !!bool x}}", "[" * 2000])
+def test_quotas_of_a_variable_that_are_no_yaml_are_refused(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("SERA_SERVE_QUOTAS", text)
+    with pytest.raises(InvalidConfiguration, match="not YAML") as caught:
+        load_settings(None, {})
+    assert caught.value.param == "quotas"
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "cuda:0", "cuda:15"])
+def test_devices_of_the_base(device: str) -> None:
+    assert ServeSettings(device=device).device == device
 
 
 def test_an_absent_file_is_refused(tmp_path: Path) -> None:

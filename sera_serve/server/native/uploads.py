@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from starlette.concurrency import run_in_threadpool
 from adapters_store import AdapterBundle, BundleLimits, PeftFiles, parse_adapter, peft_from_bytes, writable_memory
 from adapters_store.errors import InvalidAdapterName
 from sera_serve.errors import InvalidRequest, Overloaded
+from sera_serve.server.auth import caller_of
 from sera_serve.server.native.upload_form import FormReader, UploadNotWritten, boundary_of
 from sera_serve.server.strict import UnsupportedMediaType, media_type
 
@@ -55,25 +57,42 @@ class UploadSlots:
             limit: Uploads under way at once.
         """
         self._limit = limit
-        self._taken = 0
+        self._tenant_limit = max(1, limit // 2)
+        self._taken: Counter[str | None] = Counter()
 
     def count(self) -> int:
         """Number of uploads under way."""
-        return self._taken
+        return self._taken.total()
 
     @contextmanager
-    def take(self) -> Iterator[None]:
-        """Count one upload. Raises TooManyUploads if no more may begin."""
-        if self._taken >= self._limit:
+    def take(self, tenant: str | None = None) -> Iterator[None]:
+        """Count one upload of a tenant's key, or of a caller without a key.
+
+        A key may have half of all uploads under way: a tenant whose uploads are slow leaves room for the others'. The
+        tenant of a caller without a key is in the form, which is not read yet.
+
+        Raises:
+            TooManyUploads: No more may begin.
+        """
+        if self._taken.total() >= self._limit:
             raise TooManyUploads(
-                f"{self._taken} uploads are under way, the most that this server takes; send the upload again later",
+                f"{self._taken.total()} uploads are under way, the most that this server takes; send the upload again "
+                "later",
                 retry_after=_RETRY_AFTER_S,
             )
-        self._taken += 1
+        if tenant is not None and self._taken[tenant] >= self._tenant_limit:
+            raise TooManyUploads(
+                f"{self._taken[tenant]} uploads of this tenant are under way, the most of one tenant; send the upload "
+                "again later",
+                retry_after=_RETRY_AFTER_S,
+            )
+        self._taken[tenant] += 1
         try:
             yield
         finally:
-            self._taken -= 1
+            self._taken[tenant] -= 1
+            if not self._taken[tenant]:
+                del self._taken[tenant]
 
 
 @dataclass(frozen=True)
@@ -129,7 +148,7 @@ async def receive_upload(request: Request) -> AsyncIterator[Upload]:
     Raises:
         UnsupportedMediaType, InvalidForm, MissingField, UnknownField, InvalidAdapterName: The form is refused.
         BodyTooLarge: The body exceeds the limit of its route.
-        TooManyUploads: As many uploads as the setting `max_uploads` are under way.
+        TooManyUploads: As many uploads as the setting `max_uploads` are under way, or half as many of the tenant.
         UploadNotWritten: The temporary file could not be written.
     """
     if media_type(request) != "multipart/form-data":
@@ -151,7 +170,7 @@ async def receive_form(request: Request, reader: FormReader) -> AsyncIterator[Fo
         InvalidForm: The form cannot be read.
         BodyTooLarge, TooManyUploads, UploadNotWritten: As `receive_upload`.
     """
-    with _slots(request).take():
+    with _slots(request).take(caller_of(request).tenant):
         try:
             await _receive(request, reader)
             yield reader

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
@@ -126,12 +126,13 @@ def _version(store: AdapterStore, reference: str) -> VersionDetail | None:
 
 def _metrics(value: JsonValue) -> dict[str, float] | None:
     """The numbers of a training record's metrics. Whoever made the adapter wrote the record: it may hold anything."""
+    # An integer of JSON may be too large for a float.
     if not isinstance(value, dict):
         return None
     numbers = {
         name: float(number)
         for name, number in value.items()
-        if isinstance(number, int | float) and not isinstance(number, bool) and abs(number) < math.inf
+        if isinstance(number, int | float) and not isinstance(number, bool) and abs(number) <= sys.float_info.max
     }
     return dict(list(numbers.items())[:_MAX_METRICS])
 

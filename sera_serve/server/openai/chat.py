@@ -59,7 +59,8 @@ async def chat_completions(
         continue_final_message=bool(body.continue_final_message),
         variables=body.chat_template_kwargs,
     )
-    prompt = await cancel_on_disconnect(request.receive, texts.run(texts.chat_prompt, conversation, adapter))
+    work = texts.run(principal.tenant, texts.chat_prompt, conversation, adapter)
+    prompt = await cancel_on_disconnect(request.receive, work)
     parallel = body.parallel_tool_calls is not False
     params = body.params(
         prompt.adapter,

@@ -71,11 +71,12 @@ async def completions(
         for prompt in body.prompt:
             if not isinstance(prompt, str):
                 check_token_count(prompt, engine, "prompt")
-        prompts = await cancel_on_disconnect(request.receive, texts.run(_prompt_texts, texts, body.prompt))
+        work = texts.run(principal.tenant, _prompt_texts, texts, body.prompt)
+        prompts = await cancel_on_disconnect(request.receive, work)
     if body.stream:
         return EventStream(admit, CompletionEvents(body, head, principal, prompts, texts), account)
-    work = _complete(body, admit, account, head, principal, prompts, texts)
-    return await cancel_on_disconnect(request.receive, work)
+    answer = _complete(body, admit, account, head, principal, prompts, texts)
+    return await cancel_on_disconnect(request.receive, answer)
 
 
 class CompletionEvents(EventWriter):
@@ -171,7 +172,7 @@ async def _complete(
         for index, result in enumerate(results):
             prompt = prompts[index // body.choices]
             deltas = late.pop(index, [])
-            lists[index] = await texts.run(_echoed, texts, prompt, result, deltas)
+            lists[index] = await texts.run(principal.tenant, _echoed, texts, prompt, result, deltas)
     choices = []
     for index, result in enumerate(results):
         text, reason = ("", "length") if body.max_tokens == 0 else (result.text, result.finish_reason)

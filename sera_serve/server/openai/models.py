@@ -100,8 +100,16 @@ def _page(caller: Caller, engine: Engine, store: AdapterStore, query: ModelQuery
     # After the base come all adapters, whatever its name is.
     after = None if query.after == base else query.after
     page = visible_page(caller, store, after, query.limit)
+    # An adapter with the base's name cannot be called by it: the name is the base's. As the `after` of the next page,
+    # it would begin the list again.
+    adapters = [info for info in page.adapters if info.adapter != base]
+    following = page.next
+    if following is not None and len(adapters) < query.limit:
+        more = visible_page(caller, store, following, query.limit - len(adapters))
+        adapters += more.adapters
+        following = more.next
     models = [] if query.after is not None else [_base(engine)]
-    for info in page.adapters:
+    for info in adapters:
         pause()
         models.append(_adapter(info, info.adapter))
     parts = []
@@ -109,7 +117,7 @@ def _page(caller: Caller, engine: Engine, store: AdapterStore, query: ModelQuery
         pause()
         parts.append(model.model_dump_json())
     data = ",".join(parts)
-    last = ModelList(data=[], has_more=page.next is not None, last_id=models[-1].id if models else None)
+    last = ModelList(data=[], has_more=following is not None, last_id=models[-1].id if models else None)
     return last.model_dump_json().replace('"data":[]', f'"data":[{data}]', 1).encode()
 
 

@@ -65,7 +65,8 @@ async def responses(
         messages=body.messages(), tools=tools if body.has_tools else (), variables=body.chat_template_kwargs
     )
     with _own_names():
-        prompt = await cancel_on_disconnect(request.receive, texts.run(texts.chat_prompt, conversation, adapter))
+        work = texts.run(principal.tenant, texts.chat_prompt, conversation, adapter)
+        prompt = await cancel_on_disconnect(request.receive, work)
         parallel = body.parallel_tool_calls is not False
         constraint = forced_calls(tools, body.forced_function, parallel) if body.is_forced else None
     params = body.params(

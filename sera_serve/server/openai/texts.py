@@ -67,7 +67,7 @@ class Texts:
         """Start no thread and no process yet."""
         self._engine = engine
         self._store = store
-        self._executor = BoundedExecutor("rendering", _THREADS, _MAX_WAITING)
+        self._executor = BoundedExecutor("rendering", _THREADS, _MAX_WAITING, max_waiting_of_owner=_MAX_WAITING // 2)
         self._lock = threading.Lock()
         self._templates: OrderedDict[str, str | None] = OrderedDict()
         self._renderer: ChatRenderer | None = None
@@ -85,9 +85,17 @@ class Texts:
         """Names tokens."""
         return TokenTexts(self._engine.base.tokenizer)
 
-    async def run(self, work: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
-        """Run a function on a thread of texts. Raises Overloaded if too many wait."""
-        return cast(T, await self._executor.run(work, *arguments, **named))
+    async def run(self, tenant: str, work: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
+        """Run a function on a thread of texts, one at a time for each tenant.
+
+        A tenant's own template may take a second of the processor. The tenants take turns, so that the renders of one
+        hold up nobody else.
+
+        Raises:
+            Overloaded: Too many calls wait.
+            TenantOverloaded: Too many calls of the tenant wait.
+        """
+        return cast(T, await self._executor.run_in_turn(tenant, work, *arguments, **named))
 
     def chat_prompt(self, conversation: Conversation, adapter: str | None) -> ChatPrompt:
         """Render a conversation with the adapter's template, or the base's. Blocks.

@@ -76,9 +76,9 @@ async def tokenize(
     texts: TextsOf,
 ) -> Response:
     """The tokens of a text, or of a conversation as the model's chat template writes it."""
-    adapter = _entered(body.model, request, caller, engine, accounting)
+    adapter, tenant = _entered(body.model, request, caller, engine, accounting)
     with translated_errors("prompt" if body.messages is None else "messages"):
-        work = texts.run(_tokenize, body, adapter, engine, texts)
+        work = texts.run(tenant, _tokenize, body, adapter, engine, texts)
         content = await cancel_on_disconnect(request.receive, work)
     return Response(content, media_type="application/json")
 
@@ -93,17 +93,20 @@ async def detokenize(
     texts: TextsOf,
 ) -> DetokenizeResponse:
     """The text of tokens. Special tokens are part of the text."""
-    _entered(body.model, request, caller, engine, accounting)
+    _, tenant = _entered(body.model, request, caller, engine, accounting)
     check_token_count(body.tokens, engine, "tokens")
-    text = await cancel_on_disconnect(request.receive, texts.run(texts.decode, body.tokens))
+    text = await cancel_on_disconnect(request.receive, texts.run(tenant, texts.decode, body.tokens))
     return DetokenizeResponse(prompt=text)
 
 
-def _entered(model: str | None, request: Request, caller: Caller, engine: Engine, accounting: Accounting) -> str | None:
-    """Charge a request, and return the adapter that it names."""
+def _entered(
+    model: str | None, request: Request, caller: Caller, engine: Engine, accounting: Accounting
+) -> tuple[str | None, str]:
+    """Charge a request, and return the adapter that it names, and its tenant."""
     adapter = None if model is None else adapter_of(model, engine)
-    accounting.enter(request.state, caller.principal(adapter).tenant)
-    return adapter
+    tenant = caller.principal(adapter).tenant
+    accounting.enter(request.state, tenant)
+    return adapter, tenant
 
 
 def _tokenize(body: TokenizeRequest, adapter: str | None, engine: Engine, texts: Texts) -> bytes:

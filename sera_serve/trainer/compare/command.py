@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
 
 from sera_serve.errors import InvalidConfiguration, SeraServeError
+from sera_serve.terminal import PlainConsole
 
 
 def compare_command(
@@ -50,7 +50,7 @@ def compare_command(
     from sera_serve.trainer.compare.results import ResultsFile
     from sera_serve.trainer.compare.runner import CompareRunner
 
-    console = Console(stderr=True)
+    console = PlainConsole(stderr=True)
     try:
         places = dict(_pair(text) for text in base or ())
         compared = read_plan(plan, places)
@@ -99,10 +99,10 @@ def _show(runner: Any, path: Path, output: Path | None, as_json: bool) -> None:
         plotted = plot_scores(folder / f"{name}.png", cells)
     except OSError as error:
         _fail(f"{error.filename}: {error.strerror}", 1)
-    console = Console(highlight=False)
+    console = PlainConsole(highlight=False)
     if not console.is_terminal:
         # A pipe has no width, and a table cut to 80 columns is of no use.
-        console = Console(highlight=False, width=250)
+        console = PlainConsole(highlight=False, width=250)
     console.print(as_table(cells))
     for line in errors_of(cells):
         typer.echo(line)

@@ -16,6 +16,7 @@ from adapters_store import AdapterBundle, AdapterStore, Published, StoreError
 from sera_serve.base import FrozenBase, load_base
 from sera_serve.errors import InvalidConfiguration, SeraServeError
 from sera_serve.layers import attached_layers
+from sera_serve.terminal import PlainConsole
 from sera_serve.trainer.activations import checkpointed_activations
 from sera_serve.trainer.parallel import join_processes
 from sera_serve.trainer.run import train_adapter
@@ -199,7 +200,7 @@ class _Bars:
         def emit(line: str) -> None:
             self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-        return Console(file=_Lines(name, emit), force_terminal=False, width=10_000)  # type: ignore[arg-type]
+        return PlainConsole(file=_Lines(name, emit), force_terminal=False, width=10_000)
 
     def open(self, name: str, total: int, completed: int) -> None:
         self._tasks[name] = self._progress.add_task(name, total=total, completed=completed, loss="")

@@ -1,0 +1,151 @@
+"""What one tenant can hold up on the server, and what stays for every other tenant."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from adapters_store import AdapterBundle, AdapterStore
+from sera_serve import SeraConfig
+from sera_serve.base import FrozenBase
+from sera_serve.config import ServeSettings
+from sera_serve.server import build_app
+from sera_serve.server.native.uploads import TooManyUploads, UploadSlots
+from sera_serve.server.openai.texts import Texts
+from support.answers import refused
+from support.factories import random_adapter
+from support.live_server import live_server, wait_until
+from support.stub_engine import StubEngine
+from support.tenants import clients, make_key
+
+TEMPLATE = "{{ messages[0].content }}"
+HELD_TEXT, HELD_TOKEN = "hold", 7
+TENANTS = ("greedy", "modest")
+
+
+@dataclass
+class Served:
+    """A running server, and a client of each tenant."""
+
+    url: str
+    app: FastAPI
+    clients: dict[str, httpx.Client]
+
+
+@pytest.fixture
+def served(base: FrozenBase, tmp_path: Path) -> Iterator[Served]:
+    store = AdapterStore(tmp_path / "store")
+    own = random_adapter(base, SeraConfig(8, 4, 16, ("q_proj",)), seed=1, chat_template=TEMPLATE)
+    for tenant in TENANTS:
+        store.publish(own, f"{tenant}/chat")
+    secrets = {tenant: make_key(store.root, tenant).secret for tenant in TENANTS}
+    app = build_app(StubEngine(base), store, ServeSettings(store=store.root, max_upload_mib=1, max_uploads=5))
+    with live_server(app) as url, clients(url, secrets) as found:
+        yield Served(url, app, found)
+
+
+def texts_requests(tenant: str, text: str, token: int) -> dict[str, tuple[str, dict[str, Any]]]:
+    """A request for each route that renders, tokenizes or names tokens."""
+    model, messages = f"{tenant}/chat", [{"role": "user", "content": text}]
+    return {
+        "chat": ("/v1/chat/completions", {"model": model, "messages": messages, "max_tokens": 1}),
+        "responses": ("/v1/responses", {"model": model, "input": text, "max_output_tokens": 1}),
+        "echo": ("/v1/completions", {"model": model, "prompt": [token], "echo": True, "max_tokens": 1}),
+        "tokenize": ("/tokenize", {"model": model, "messages": messages}),
+        "detokenize": ("/detokenize", {"model": model, "tokens": [token]}),
+    }
+
+
+@pytest.fixture
+def release(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Holds the work on HELD_TEXT and HELD_TOKEN, until it is set."""
+    opened = threading.Event()
+
+    def held(work: Callable[..., Any], is_held: Callable[..., bool]) -> Callable[..., Any]:
+        def run(texts: Texts, *arguments: Any) -> Any:
+            if is_held(*arguments):
+                assert opened.wait(20)
+            return work(texts, *arguments)
+
+        return run
+
+    chat_prompt = held(Texts.chat_prompt, lambda conversation, _: conversation.messages[0].content == HELD_TEXT)
+    monkeypatch.setattr(Texts, "chat_prompt", chat_prompt)
+    monkeypatch.setattr(Texts, "decode", held(Texts.decode, lambda tokens: tokens == [HELD_TOKEN]))
+    yield opened
+    opened.set()
+
+
+@pytest.mark.parametrize("route", texts_requests("greedy", HELD_TEXT, HELD_TOKEN))
+def test_texts_of_one_tenant_hold_up_no_other(served: Served, release: threading.Event, route: str) -> None:
+    greedy, modest = (served.clients[tenant] for tenant in TENANTS)
+    path, body = texts_requests("greedy", HELD_TEXT, HELD_TOKEN)[route]
+    executor = served.app.state.texts._executor
+    with ThreadPoolExecutor(4) as threads:
+        held = [threads.submit(greedy.post, path, json=body) for _ in range(4)]
+        try:
+            wait_until(lambda: executor.calls() == len(held))
+            for path, body in texts_requests("modest", "hello", HELD_TOKEN + 1).values():
+                assert modest.post(path, json=body, timeout=5).status_code == 200, path
+            assert not any(call.done() for call in held)
+        finally:
+            release.set()
+        assert [call.result().status_code for call in held] == [200] * len(held)
+
+
+@contextmanager
+def begun_uploads(served: Served, path: str, count: int) -> Iterator[None]:
+    """Uploads of the greedy tenant that never end."""
+    key = served.clients["greedy"].headers["Authorization"]
+    place = served.url.removeprefix("http://")
+    head = (
+        f"POST {path} HTTP/1.1\r\nHost: {place}\r\nAuthorization: {key}\r\nContent-Length: 1000\r\n"
+        "Content-Type: multipart/form-data; boundary=b\r\n\r\n"
+    )
+    host, port = place.split(":")
+    with ExitStack() as stack:
+        for _ in range(count):
+            stack.enter_context(socket.create_connection((host, int(port)), timeout=10)).sendall(head.encode())
+        yield
+
+
+def uploads_under_way(served: Served) -> int:
+    slots: UploadSlots | None = getattr(served.app.state, "upload_slots", None)
+    return slots.count() if slots else 0
+
+
+@pytest.mark.parametrize("path", ["/v1/adapters", "/v1/files"])
+def test_uploads_of_one_tenant_leave_room_for_those_of_others(served: Served, writer: AdapterBundle, path: str) -> None:
+    greedy, modest = (served.clients[tenant] for tenant in TENANTS)
+    file = {"bundle": writer.to_bytes()}
+    with begun_uploads(served, path, 4):
+        # Two of the four are half of `max_uploads`.
+        wait_until(lambda: uploads_under_way(served) == 2)
+        answer = greedy.post("/v1/adapters", data={"name": "greedy/new"}, files=file)
+        refused(answer, 503, "too_many_uploads")
+        assert int(answer.headers["retry-after"]) > 0 and uploads_under_way(served) == 2
+        assert modest.post("/v1/adapters", data={"name": "modest/new"}, files=file).status_code == 201
+        rows = b'{"text": "a", "label": "x"}\n{"text": "b", "label": "y"}\n'
+        kept = modest.post("/v1/files", data={"purpose": "fine-tune"}, files={"file": ("rows.jsonl", rows)})
+        assert kept.status_code == 200
+    wait_until(lambda: uploads_under_way(served) == 0)
+    assert greedy.post("/v1/adapters", data={"name": "greedy/new"}, files=file).status_code == 201
+
+
+def test_a_single_upload_at_once_is_any_tenants() -> None:
+    slots = UploadSlots(1)
+    with slots.take("greedy"), pytest.raises(TooManyUploads), slots.take("modest"):
+        pass
+    with slots.take("modest"):
+        assert slots.count() == 1
+    assert slots.count() == 0
