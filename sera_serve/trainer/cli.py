@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
 
@@ -26,6 +27,8 @@ _WIDEST_CHOICE = 20
 
 def main() -> None:
     """Run the console script."""
+    # It tells of a kernel that nothing here uses, wherever bitsandbytes is installed.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
     app.callback(invoke_without_command=True)(_command())
     app.command("compare")(compare_command)
@@ -246,21 +249,26 @@ def _summarise(settings: TrainSettings, result: Any) -> None:
         "train seconds": f"{result.train_seconds:.1f}",
     }
     PlainConsole(highlight=False).print(f"{result.adapter} version {result.version} is published", style="bold")
+    width = max(map(len, lines))
     for name, text in lines.items():
-        typer.echo(f"  {name:<15}{text}")
+        typer.echo(f"  {name:<{width}}  {text}")
     typer.echo("Serve it:")
     quantized = "" if settings.quantize == "none" else f" --quantize {settings.quantize}"
     typer.echo(f"  sera-serve serve --base {settings.base}{quantized} --store {settings.store}")
-    typer.echo(f"  curl http://localhost:8000/v1/{_request(settings, result.adapter)}")
+    typer.echo(f"  curl http://localhost:8000/v1/{_request(settings, result)}")
 
 
-def _request(settings: TrainSettings, adapter: str) -> str:
+def _request(settings: TrainSettings, result: Any) -> str:
     """The rest of a curl command that asks the adapter."""
+    adapter = result.adapter
     if settings.task == "image-classify":
         return f"classify -F adapter={adapter} -F image=@photo.jpg"
     example: Any = {"text": "some text", "text_pair": "another"} if settings.text_pair_column else "some text"
+    chat = {"model": adapter, "messages": [{"role": "user", "content": "some text"}]}
     path, body = {
-        "generate": ("generate", {"adapter": adapter, "prompt": "some text"}),
+        "generate": ("chat/completions", chat)
+        if result.is_chat
+        else ("generate", {"adapter": adapter, "prompt": "some text"}),
         "retrieve": ("embeddings", {"model": adapter, "input": ["some text"]}),
     }.get(settings.task, ("classify", {"adapter": adapter, "inputs": [example]}))
     return f"{path} -H 'Content-Type: application/json' -d '{json.dumps(body)}'"

@@ -25,7 +25,7 @@ from sera_serve.trainer.parallel import Processes, join_processes
 from sera_serve.trainer.patterns import adapter_shapes
 from sera_serve.trainer.settings import KEPT_BY_INIT, TrainSettings
 from sera_serve.trainer.stopping import StopWithoutGain, evaluations_since_best
-from sera_serve.trainer.tasks import TASKS, TaskData, TrainingTask
+from sera_serve.trainer.tasks import TASKS, GenerateTask, TaskData, TrainingTask
 
 _DEFAULT_MAX_LENGTH = 512
 
@@ -53,6 +53,7 @@ class TrainResult:
         resumed_from: The step from which a killed run continued, or None.
         trained_tokens: Tokens of the training rows, times the epochs.
         notes: Changes that were made to the data: rows truncated, texts split.
+        is_chat: Whether the rows were chats, as requests should be.
     """
 
     adapter: str
@@ -66,6 +67,7 @@ class TrainResult:
     resumed_from: int | None
     trained_tokens: int
     notes: list[str]
+    is_chat: bool = False
 
     def as_json(self) -> dict[str, Any]:
         """Return plain values for `--json`."""
@@ -245,6 +247,7 @@ def _train_on(run: TrainingRun, publish: Publish) -> TrainResult:
         resumed_from=fitted.resumed_from,
         trained_tokens=fitted.epochs * task.train_tokens,
         notes=task.notes,
+        is_chat=settings.chat_column is not None or (isinstance(task, GenerateTask) and task.trains_chats),
     )
 
 

@@ -199,7 +199,7 @@ def test_a_server_that_needs_keys_says_how_to_make_the_first_one(folder: Path, t
     arguments = ["--base", folder, "--store", tmp_path / "store", "--port", "0", "--pool-mib", "4"]
     with running(*arguments, "--kv-cache-tokens", "1024", "--host", "0.0.0.0") as (_, lines):
         text = "\n".join(lines)
-        assert "needed by every request, and there is none yet" in text
+        assert "needed by every request, and none is valid" in text
         (create,) = (shlex.split(line) for line in lines if line.startswith("sera-serve keys create"))
         curls = [shlex.split(line) for line in lines if line.startswith("curl")]
         assert all(curl[3:5] == ["-H", "Authorization: Bearer $SERA_KEY"] for curl in curls)

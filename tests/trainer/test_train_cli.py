@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from trainer_samples import ending_rule, write_csv
+from trainer_samples import ending_rule, write_csv, write_jsonl
 
 from adapters_store import AdapterStore
 from sera_serve.trainer.cli import main
@@ -64,6 +64,41 @@ def test_the_summary_says_how_to_serve(
     assert '-d \'{"adapter": "acme/tiny", "inputs": ["some text"]}\'' in captured.out
     assert "accuracy" in captured.out
     assert "epoch 1 of 1: loss" in captured.err
+
+
+@pytest.mark.parametrize(
+    ("row_format", "row", "body"),
+    [
+        ("prompt-completion", {"prompt": "ab", "completion": "cd"}, '{"adapter": "acme/tiny", "prompt": "some text"}'),
+        *(
+            (kind, row, '{"model": "acme/tiny", "messages": [{"role": "user", "content": "some text"}]}')
+            for kind, row in [
+                ("alpaca", {"instruction": "add", "input": "ab", "output": "cd"}),
+                ("chatml", {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}),
+            ]
+        ),
+    ],
+)
+def test_the_summary_asks_as_the_rows_do(
+    row_format: str,
+    row: dict[str, Any],
+    body: str,
+    tiny_base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rows, template = write_jsonl(tmp_path / "rows.jsonl", [row] * 4), tmp_path / "chat.jinja"
+    template.write_text("{% for m in messages %}{{ m.role[0] }}: {{ m.content }}|{% endfor %}")
+    arguments = ["--base", str(tiny_base), "--store", str(tmp_path / "store"), "--name", "acme/tiny", "--rank", "4"]
+    arguments += ["--task", "generate", "--train", str(rows), "--format", row_format, "--epochs", "1"]
+    arguments += ["--eval-fraction", "0"]
+    if row_format != "prompt-completion":
+        arguments += ["--chat-template", str(template)]
+    assert run(monkeypatch, *arguments) == 0
+    out = capsys.readouterr().out
+    path = "generate" if row_format == "prompt-completion" else "chat/completions"
+    assert f"/v1/{path} -H 'Content-Type: application/json' -d '{body}'" in out
 
 
 def test_options_from_a_file(

@@ -48,6 +48,8 @@ class GenerateTask:
         self.packing = packing
         if packing:
             check_packing(base)
+        has_template = data.chat_template is not None or bool(base.tokenizer.chat_template)
+        self.trains_chats = data.prefers_chat and has_template
         self._as_chats = data.prefers_chat and data.chat_template is None and bool(base.tokenizer.chat_template)
         if self._as_chats:
             self.notes.append("the rows are chats by the base's own template: send them to /v1/chat/completions")
