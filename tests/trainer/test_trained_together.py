@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 from jobs_samples import alone, mixed_jobs, tensors_of, trained
+from trainer_samples import ending_rule, settings_for, write_csv
 
 from adapters_store import AdapterStore
 from sera_serve.base import FrozenBase, load_base
 from sera_serve.trainer.loop import AdapterTrainer
 from sera_serve.trainer.together.jobs import train_jobs
 from sera_serve.trainer.together.plan import Plan
+from sera_serve.trainer.together.records import PublishedJobs
 
 
 @pytest.fixture
@@ -124,3 +126,21 @@ def test_a_killed_plan_of_one_job_ends_with_the_very_tensors(base: FrozenBase, t
 
 class Stopped(BaseException):
     """Stands in for a kill."""
+
+
+def test_a_published_job_is_known_by_the_contents_of_its_images(base: FrozenBase, tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    (images / "a.png").write_bytes(b"first")
+    rows = write_csv(tmp_path / "rows.csv", ending_rule(8), ("image", "label"))
+    job = settings_for(Path("tiny"), tmp_path, rows, task="image-classify", images=images)
+
+    def published() -> PublishedJobs:
+        return PublishedJobs(
+            tmp_path / "published", AdapterStore(tmp_path / "store", create=True), base.info, resume=True
+        )
+
+    published().save(job, {"adapter": job.name})
+    assert published().load(job) == {"adapter": job.name}
+    (images / "a.png").write_bytes(b"other")
+    assert published().load(job) is None
