@@ -83,6 +83,7 @@ EXPRESSIONS = {
     "sera_serve/server/openai/response_schemas.py: ^[a-zA-Z0-9_-]{1,64}$": "names of tools",
     "sera_serve/commands/keys.py: ([1-9][0-9]{0,8})([mhd])": "the command line",
     r"sera_serve/config.py: ^https?://[^\s/]": "the operator's settings",
+    "sera_serve/config.py: cpu|cuda(:[0-9]{1,3})?": "the operator's settings",
     "sera_serve/client/calls.py: [^a-zA-Z0-9_-]": "a program of the client, about its own schema",
     "sera_serve/client/exchange.py: [0-9]{1,9}": "a header of the server, nine digits at most",
     "sera_serve/server/openai/token_texts.py: <0x([0-9A-Fa-f]{2})>": "tokens of the base, which the operator chooses",
