@@ -114,10 +114,21 @@ class FrozenBase:
         """
         if self.text_tokenizer is None:
             return self._tower().tokens
-        limits = [_positions(self.model)]
+        limits = [self._num_positions]
         # Tokenizers without a limit say 1e30.
         limits.append(self.tokenizer.model_max_length)
         return int(min(limit for limit in limits if limit is not None))
+
+    @cached_property
+    def _num_positions(self) -> int | None:
+        """Tokens that the base has positions for; None where nothing bounds them. Every request asks."""
+        most: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        table = next(
+            (module for name, module in self.model.named_modules() if name.endswith("position_embeddings")), None
+        )
+        padding = getattr(table, "padding_idx", None)
+        # RoBERTa's kind counts a text's positions from the one after that of padding.
+        return most if most is None or padding is None else most - padding - 1
 
     @cached_property
     def preprocessor(self) -> Preprocessor:
@@ -304,15 +315,6 @@ def pool_states(states: Tensor, attention_mask: Tensor, pooling: Pooling) -> Ten
         return (states * mask).sum(1) / mask.sum(1)
     last = attention_mask.sum(1) - 1
     return states[torch.arange(len(states), device=states.device), last]
-
-
-def _positions(model: PreTrainedModel) -> int | None:
-    """Tokens that a base has positions for; None where nothing bounds them."""
-    most: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    table = next((child for name, child in model.named_modules() if name.endswith("position_embeddings")), None)
-    padding = getattr(table, "padding_idx", None)
-    # RoBERTa's kind counts a text's positions from the one after that of padding.
-    return most if most is None or padding is None else most - padding - 1
 
 
 def check_task(config: AdapterConfig, base: FrozenBase) -> None:
