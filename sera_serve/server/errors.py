@@ -180,6 +180,9 @@ def _readable(error: dict[str, Any]) -> tuple[str, str | None]:
         return "the body must be a JSON object with the fields of this request", None
     if error["type"] == "missing":
         return f"{path} is missing; send it", path
+    if error["type"] == "extra_forbidden":
+        kind = "a query parameter" if error["loc"][0] == "query" else "a field"
+        return f"{path!r} is not {kind} of this request; leave it out", path
     # pydantic's "Input should be ..." becomes "top_p is 3: it should be ..."
     return f"{path} is {_shown(error.get('input'))}: {error['msg'].replace('Input', 'it', 1)}", path
 
