@@ -191,7 +191,11 @@ def check_spec(
         if settings.budget is not None:
             total_ranks(shapes.values(), settings.budget)
     except InvalidConfiguration as error:
-        param = error.param if error.param == "model" else f"adapter.{_field_of(error)}"
+        field = _field_of(error)
+        if field == "split" and spec.split is None and spec.rank is not None:
+            # A split that nobody gave is the rank.
+            field = "rank"
+        param = error.param if error.param == "model" else f"adapter.{field}"
         raise InvalidConfiguration(in_words(error.message), param=param) from error
     modules = {}
     for path, shape in shapes.items():

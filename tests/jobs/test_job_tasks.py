@@ -177,6 +177,8 @@ def test_a_row_of_many_long_spans_takes_no_memory(server: Server) -> None:
         (SORTED, {"target_modules": ["layers.9.*"]}, "adapter.target_modules", "matches no linear layer"),
         (SORTED, {"rank": 8, "budget": 8}, "adapter.budget", "is not below the mean rank 8; raise adapter.rank"),
         (SORTED, {"rank": 8, "budget": 0.001}, "adapter.budget", "raise adapter.budget or lower adapter.split"),
+        (SORTED, {"rank": 255}, "adapter.rank", "split 255 does not divide the widths"),
+        (SORTED, {"rank": 255, "split": 255}, "adapter.split", "split 255 does not divide the widths"),
         (SORTED, {"budget_final": 0.5}, "adapter.budget_final", "belongs to adapter.budget"),
         (SORTED, {"budget": 4, "budget_warmup": 0.6, "budget_final": 0.5}, "adapter.budget_warmup", "below 1"),
         (NAMED, {"pooling": "mean"}, "adapter.pooling", "leave it out for token-classify"),
