@@ -112,7 +112,6 @@ class DeviceMemory:
 def memory_of(what: str, param: str, *others: str) -> Iterator[None]:
     """Say what did not fit, and which settings make it smaller, where an allocation in the block fails.
 
-
     Raises:
         InvalidConfiguration: The device has too little memory.
     """
