@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import logging
-import statistics
-import time
-from collections.abc import Iterator
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import httpx
 import pytest
 
+import adapters_store
+import sera_serve
 from sera_serve.base import FrozenBase
 from support.answers import refused
 from support.live_server import wait_until
@@ -22,6 +26,8 @@ HIDDEN = f"{BETA}/secret"
 ABSENT = twin_of(HIDDEN)
 # Three pages of the prefix cache.
 PROMPT = "The password of the house by the sea is swordfish, and the key lies under the third stone of the old wall. "
+# Where the product's code is.
+OURS = tuple(str(Path(str(module.__file__)).parent) for module in (sera_serve, adapters_store))
 VOLATILE = ("x-request-id", "date", "content-length")
 
 
@@ -308,32 +314,64 @@ def test_a_revoked_key_ends_at_once_and_its_requests_do_not(tenants: TwoTenants)
             assert [line for line in lines if line][-1] == "data: [DONE]"
 
 
-@pytest.mark.parametrize("path", ["/v1/adapters/{}", "/v1/models/{}", "generate"])
-def test_the_time_of_a_refusal_does_not_tell(path: str, tenants: TwoTenants) -> None:
-    """Refusals of what another has and of what nobody has, in turns: neither is slower more often than by chance.
+class CallsOfServer:
+    """Counts the calls of the product's functions, in every thread that begins while it is `threading`'s profile."""
 
-    A threshold between the two medians is the classifier. Of samples drawn alike, it is right for half of them.
-    """
-    samples = 100
-    times: dict[str, list[float]] = {HIDDEN: [], ABSENT: []}
+    def __init__(self) -> None:
+        self.counts: Counter[str] | None = None
+
+    def __call__(self, frame: FrameType, event: str, argument: object) -> None:
+        if self.counts is not None and event == "call" and frame.f_code.co_filename.startswith(OURS):
+            self.counts[f"{frame.f_code.co_filename}:{frame.f_code.co_qualname}"] += 1
+
+    def least(self, ask: Callable[[], object]) -> Counter[str]:
+        """How often each function is called in the quietest of some rounds.
+
+        The server has other work between requests, and no function is called less for it.
+        """
+        least: Counter[str] | None = None
+        for _ in range(5):
+            self.counts = Counter()
+            ask()
+            counts, self.counts = self.counts, None
+            least = counts if least is None else least & counts
+        assert least is not None
+        return least
+
+
+@pytest.fixture(scope="module")
+def watched(base: FrozenBase, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[TwoTenants, CallsOfServer]]:
+    calls = CallsOfServer()
+    threading.setprofile(calls)
+    try:
+        with two_tenants(base, tmp_path_factory.mktemp("watched"), max_training_jobs=0) as tenants:
+            yield tenants, calls
+    finally:
+        threading.setprofile(None)
+
+
+@pytest.mark.parametrize("attempt", ATTEMPTS)
+def test_a_refusal_does_the_same_work(attempt: str, watched: tuple[TwoTenants, CallsOfServer]) -> None:
+    """What takes longer tells. `benchmarks.tenant_timing` has the times themselves, for which a test is too noisy."""
+    tenants, calls = watched
+    method, path, body = ATTEMPTS[attempt]
     with tenants.client(ALPHA) as client:
-        for round_ in range(samples + 10):
-            for name in (HIDDEN, ABSENT) if round_ % 2 else (ABSENT, HIDDEN):
-                began = time.perf_counter()
-                if path == "generate":
-                    answer = client.post("/v1/generate", json={"adapter": name, "prompt": "x"})
-                else:
-                    answer = client.get(path.format(name))
-                if round_ >= 10:
-                    times[name].append(time.perf_counter() - began)
-                assert answer.status_code == 404
-    # Half of the rounds choose the threshold, and the other half are judged by it. Each half has as many rounds of one
-    # order as of the other.
-    learned = {name: values[::4] + values[1::4] for name, values in times.items()}
-    judged = {name: values[2::4] + values[3::4] for name, values in times.items()}
-    threshold = statistics.median([*learned[HIDDEN], *learned[ABSENT]])
-    slower = max(learned, key=lambda name: statistics.median(learned[name]))
-    faster = HIDDEN if slower == ABSENT else ABSENT
-    right = sum(value > threshold for value in judged[slower]) + sum(value <= threshold for value in judged[faster])
-    # 100 fair coins are within 0.5 +- 0.2 but once in 16,000 times. A look into the store takes a third of the time.
-    assert abs(right / samples - 0.5) < 0.2, (right, {name: statistics.median(times[name]) for name in times})
+
+        def work(name: str) -> Counter[str]:
+            address, content = path.replace("{}", name), named(body, name)
+            # Caches of names and of the connection are filled before.
+            client.request(method, address, json=content)
+            return calls.least(lambda: client.request(method, address, json=content))
+
+        existing, absent = work(HIDDEN), work(ABSENT)
+    assert existing.total() > 20
+    assert existing == absent
+
+
+def test_work_that_differs_is_seen(watched: tuple[TwoTenants, CallsOfServer]) -> None:
+    """The owner's own adapters are looked for in the store."""
+    tenants, calls = watched
+    with tenants.client(BETA) as client:
+        existing = calls.least(lambda: client.get(f"/v1/adapters/{HIDDEN}"))
+        absent = calls.least(lambda: client.get(f"/v1/adapters/{ABSENT}"))
+    assert existing != absent
