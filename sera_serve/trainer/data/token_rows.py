@@ -188,8 +188,11 @@ class PassageTokenizer:
             ]
             done = whole
         if len(ids) > self.max_length:
-            excess = len(ids) - self.max_length
-            ids, labels, places = ids[excess:], labels[excess:], places[excess:]
+            # As of a prompt, the beginning-of-text token stays: every row that the server reads has it.
+            start = int(ids[0] == self.tokenizer.bos_token_id)
+            gone = slice(start, start + len(ids) - self.max_length)
+            for tokens in (ids, labels, places):
+                del tokens[gone]
             self._cut_prompts += 1
         labels[0], places[0] = IGNORED, None
         runs = [list(run) for is_learned, run in groupby(places, key=lambda place: place is not None) if is_learned]
