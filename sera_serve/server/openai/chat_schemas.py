@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, JsonValue, WithJsonSchema, model_validator
@@ -153,6 +154,17 @@ class Tool(RequestModel):
         return {"type": "function", "function": function}
 
 
+@dataclass(frozen=True)
+class NamedFunction:
+    """The one function that the model must call. It may be called as the modes are: `none`, `auto` or `required`."""
+
+    name: str
+
+
+ToolChoice = Literal["none", "auto", "required"] | NamedFunction
+"""Whether the model may call a tool, or must; or the function that it must call."""
+
+
 def _tool_choice(value: Any) -> Any:
     if value in ("none", "auto", "required"):
         return value
@@ -163,7 +175,7 @@ def _tool_choice(value: Any) -> Any:
             'tool_choice must be "none", "auto", "required" or {"type": "function", "function": {"name": ...}}',
             "tool_choice",
         )
-    return name
+    return NamedFunction(name)
 
 
 def _template_variables(value: Any) -> Any:
@@ -188,8 +200,7 @@ TemplateVariables = Annotated[dict[str, JsonValue], BeforeValidator(_template_va
 class ToolUse:
     """The part of a request that says which tools the model may call, or must."""
 
-    # One of "none", "auto" and "required", or the name of a function.
-    tool_choice: str | None
+    tool_choice: ToolChoice | None
 
     @property
     def functions(self) -> Sequence[Function]:
@@ -199,7 +210,7 @@ class ToolUse:
     @property
     def forced_function(self) -> str | None:
         """The function that `tool_choice` names."""
-        return self.tool_choice if self.tool_choice not in (None, "none", "auto", "required") else None
+        return self.tool_choice.name if isinstance(self.tool_choice, NamedFunction) else None
 
     @property
     def has_tools(self) -> bool:
@@ -268,7 +279,7 @@ class ChatRequest(GenerationFields, ToolUse):
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_choice: (
         Annotated[
-            str,
+            ToolChoice,
             BeforeValidator(_tool_choice),
             WithJsonSchema({"anyOf": [{"enum": ["none", "auto", "required"]}, {"type": "object"}]}),
         ]

@@ -17,9 +17,11 @@ from sera_serve.server.openai.chat_schemas import (
     Function,
     FunctionName,
     Message,
+    NamedFunction,
     PastToolCall,
     TemplateVariables,
     Tool,
+    ToolChoice,
     ToolUse,
 )
 from sera_serve.server.openai.fields import Obfuscation, SamplingFields
@@ -76,7 +78,7 @@ def _tool_choice(value: Any) -> Any:
         raise refusal(
             'tool_choice must be "none", "auto", "required" or {"type": "function", "name": ...}', "tool_choice"
         )
-    return name
+    return NamedFunction(name)
 
 
 ItemText = Annotated[
@@ -233,7 +235,7 @@ class ResponseRequest(SamplingFields, ToolUse):
     tools: Annotated[list[ResponseTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_choice: (
         Annotated[
-            str,
+            ToolChoice,
             BeforeValidator(_tool_choice),
             WithJsonSchema({"anyOf": [{"enum": ["none", "auto", "required"]}, {"type": "object"}]}),
         ]
