@@ -57,6 +57,8 @@ class CalledFunction(RequestModel):
 
     name: FunctionName
     arguments: str = Field(description="the JSON of an object")
+    # OpenAI's client adds it to the calls that it parses, and sends it back with them.
+    parsed_arguments: JsonValue = None
 
     @model_validator(mode="after")
     def _arguments_are_an_object(self) -> CalledFunction:
@@ -96,13 +98,16 @@ class Message(RequestModel):
     audio: None = None
     function_call: None = None
     annotations: Annotated[list[JsonValue], Field(max_length=0)] | None = None
+    # OpenAI's client adds it to the messages that it parses: the content as a value.
+    parsed: JsonValue = None
 
     @model_validator(mode="after")
     def _fields_of_the_role(self) -> Message:
         if self.content is None and not (self.role == "assistant" and self.tool_calls):
             raise refusal(f"a message of role {self.role!r} has no content; send a text", None)
-        if self.role != "assistant" and (self.tool_calls is not None or self.reasoning_content is not None):
-            raise refusal("only a message of role 'assistant' has tool_calls or reasoning_content", None)
+        of_the_assistant = (self.tool_calls, self.reasoning_content, self.parsed)
+        if self.role != "assistant" and any(value is not None for value in of_the_assistant):
+            raise refusal("only a message of role 'assistant' has tool_calls, reasoning_content or parsed", None)
         if self.role != "tool" and self.tool_call_id is not None:
             raise refusal("only a message of role 'tool' has tool_call_id", None)
         return self
@@ -136,7 +141,7 @@ class Function(RequestModel):
     name: FunctionName
     description: str | None = None
     parameters: dict[str, JsonValue] | None = None
-    strict: bool | None = Field(None, description="only with tool_choice required or a named function")
+    strict: bool | None = Field(None, description="not with tool_choice auto, where a call is not constrained")
 
 
 class Tool(RequestModel):
@@ -241,7 +246,7 @@ class ToolUse:
                 'it; send tool_choice: "none", or leave one of them out',
                 "tools",
             )
-        if not self.is_forced and any(function.strict for function in self.functions):
+        if self.has_tools and not self.is_forced and any(function.strict for function in self.functions):
             raise refusal(
                 "strict is enforced only with tool_choice required or a named function; leave strict out", "tools"
             )

@@ -33,7 +33,7 @@ _LOGPROBS = "message.output_text.logprobs"
 _STATELESS = "the server keeps no answer; send the whole conversation as input"
 _KINDS = ("message", "function_call", "function_call_output")
 # Members of an output_text part that clients send back as they got them.
-_SENT_BACK = {"annotations", "logprobs"}
+_SENT_BACK = {"annotations", "logprobs", "parsed"}
 
 
 def _parts(value: Any) -> Any:
