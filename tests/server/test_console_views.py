@@ -476,3 +476,55 @@ def test_every_view_is_accessible_and_fits_a_phone(browser: Browser, url: str, s
         expect(opened.page.get_by_role("link", name="Playground")).to_be_hidden()
         opened.check()
     httpx.delete(f"{url}/v1/quotas/demo").raise_for_status()
+
+
+def test_what_is_asked_is_what_the_form_says(tab: Tab) -> None:
+    # A name twice in the address is one lane.
+    page = tab.open("playground?adapter=demo/writer&adapter=demo/writer")
+    page.get_by_text("Sampling:").click()
+    for label in ("Most tokens", "Temperature"):
+        page.get_by_label(label).fill("")
+    expect(page.get_by_text("Sampling: temperature 0, all tokens")).to_be_visible()
+    page.get_by_label("With the base model").uncheck()
+
+    def asked(path: str) -> dict[str, Any]:
+        with page.expect_request(f"**{path}") as found:
+            page.get_by_role("button", name="Run").click()
+        expect(page.get_by_role("button", name="Run")).to_be_visible()
+        body: dict[str, Any] = json.loads(found.value.post_data or "")
+        return body
+
+    text = asked("/v1/generate")
+    assert (text["max_new_tokens"], text["temperature"]) == (None, 0)
+    expect(page.locator("section.lane")).to_have_count(1)
+    page.get_by_label("Temperature").fill("Infinity")
+    assert asked("/v1/generate")["temperature"] == "Infinity"
+    expect(page.get_by_role("alert")).to_contain_text("Temperature is 'Infinity'")
+    page.get_by_label("Temperature").fill("")
+    page.get_by_role("radio", name="Chat").check()
+    chat = asked("/v1/chat/completions")
+    assert (chat["max_tokens"], chat["temperature"]) == (None, 0)
+    tab.check(refusals=True)
+
+
+def test_a_tenant_that_is_called_by_a_number_is_a_text(tab: Tab) -> None:
+    page = tab.page
+    answer(
+        page,
+        r"/v1/files\?",
+        {"object": "list", "data": [{"id": "file-1", "filename": "rows.jsonl"}], "has_more": False},
+    )
+    sent: list[Any] = []
+
+    def keep(route: Route) -> None:
+        sent.append(json.loads(route.request.post_data or ""))
+        route.fulfill(status=200, content_type="application/json", body=json.dumps(JOB))
+
+    page.route(re.compile(r"/v1/fine_tuning/jobs$"), keep)
+    tab.open("training/new?file=file-1")
+    page.get_by_label("Tenant").fill("42")
+    page.get_by_text("The adapter's shape").click()
+    page.get_by_label("Rank").fill("8")
+    page.get_by_role("button", name="Start").click()
+    expect(page.get_by_role("heading", level=1)).to_have_text(JOB["adapter"]["name"])
+    assert sent[0]["adapter"] == {"tenant": "42", "rank": 8}
