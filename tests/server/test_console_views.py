@@ -528,3 +528,32 @@ def test_a_tenant_that_is_called_by_a_number_is_a_text(tab: Tab) -> None:
     page.get_by_role("button", name="Start").click()
     expect(page.get_by_role("heading", level=1)).to_have_text(JOB["adapter"]["name"])
     assert sent[0]["adapter"] == {"tenant": "42", "rank": 8}
+
+
+def test_older_versions_and_files_are_not_left_out_in_silence(tab: Tab, store: AdapterStore) -> None:
+    page = tab.page
+    found = httpx.get(f"{tab.url}/v1/adapters/demo/writer/versions").json()
+    (version,) = found["versions"]
+
+    def listed(route: Route) -> None:
+        before = int(re.findall(r"before=(\d+)", route.request.url + "&before=251")[0])
+        numbers = range(before - 1, max(0, before - 101), -1)
+        content = found | {"versions": [version | {"version": number} for number in numbers]}
+        content |= {"next": numbers[-1] if numbers[-1] > 1 else None, "aliases": {"latest": 250, "first": 1}}
+        route.fulfill(status=200, content_type="application/json", body=json.dumps(content))
+
+    page.route(re.compile(r"/v1/adapters/demo/writer/versions"), listed)
+    tab.open("adapters/demo/writer")
+    cards = page.locator("ol.versions > li")
+    expect(cards).to_have_count(100)
+    page.get_by_role("button", name="Show older versions").click()
+    expect(cards).to_have_count(200)
+    page.get_by_role("button", name="Show older versions").click()
+    expect(cards).to_have_count(250)
+    expect(cards.last).to_contain_text("first")
+    expect(page.get_by_role("button", name="Show older versions")).to_have_count(0)
+    file = {"id": "file-1", "filename": "rows.jsonl", "bytes": 10, "created_at": JOB["created_at"]}
+    answer(page, r"/v1/files\?", {"object": "list", "data": [file], "has_more": True})
+    page.goto(f"{tab.url}/console#/training/files")
+    expect(page.get_by_role("main")).to_contain_text("Only the newest 50 are shown.")
+    tab.check()
