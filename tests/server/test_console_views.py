@@ -557,3 +557,17 @@ def test_older_versions_and_files_are_not_left_out_in_silence(tab: Tab, store: A
     page.goto(f"{tab.url}/console#/training/files")
     expect(page.get_by_role("main")).to_contain_text("Only the newest 50 are shown.")
     tab.check()
+
+
+def test_a_stream_that_was_cut_is_no_answer(tab: Tab) -> None:
+    event = {"id": "gen-1", "adapter": None, "version": None, "text": "Ahoy", "token_ids": [1], "finish_reason": None}
+    tab.page.route(
+        re.compile(r"/v1/generate$"),
+        lambda route: route.fulfill(
+            status=200, content_type="text/event-stream", body=f"data: {json.dumps(event)}\n\n"
+        ),
+    )
+    page = tab.open("playground")
+    page.get_by_role("button", name="Run").click()
+    expect(lane(page, "Base model")).to_contain_text("failed")
+    expect(lane(page, "Base model")).to_contain_text("Ahoy")
