@@ -571,3 +571,20 @@ def test_a_stream_that_was_cut_is_no_answer(tab: Tab) -> None:
     page.get_by_role("button", name="Run").click()
     expect(lane(page, "Base model")).to_contain_text("failed")
     expect(lane(page, "Base model")).to_contain_text("Ahoy")
+
+
+@pytest.mark.parametrize("view", ["adapters/../keys", "adapters/%2e%2e/me", "adapters/demo/..", "adapters/./."])
+def test_dots_in_the_address_lead_to_no_other_path(tab: Tab, view: str) -> None:
+    page = tab.open(view)
+    expect(page.get_by_role("heading", level=1)).to_have_text("Adapters")
+    expect(page.locator("tbody tr").first).to_be_visible()
+    tab.check()
+
+
+def test_dots_are_no_alias(tab: Tab) -> None:
+    page = tab.open("adapters/demo/story")
+    page.get_by_role("button", name="Set alias").first.click()
+    page.get_by_role("dialog").get_by_label("Alias").fill("..")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("dialog").get_by_role("alert")).to_contain_text('".." is no name')
+    tab.check()

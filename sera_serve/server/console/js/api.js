@@ -49,6 +49,8 @@ export function path(parts, ...values) {
 }
 
 function encode(value) {
+  // A browser takes them for steps in the path, however they are written.
+  if (value === "." || value === "..") throw new Error(`"${value}" is no name; write another one`);
   return encodeURIComponent(value).replaceAll("%40", "@");
 }
 
