@@ -588,3 +588,12 @@ def test_dots_are_no_alias(tab: Tab) -> None:
     page.keyboard.press("Enter")
     expect(page.get_by_role("dialog").get_by_role("alert")).to_contain_text('".." is no name')
     tab.check()
+
+
+def test_a_page_that_comes_before_its_server_goes_on_with_it(tab: Tab) -> None:
+    away = [True]
+    tab.page.route("**/v1/me", lambda route: route.abort() if away else route.continue_())
+    page = tab.open("playground")
+    expect(page.get_by_role("alert")).to_contain_text("This page tries again by itself")
+    away.clear()
+    expect(page.get_by_role("heading", level=1)).to_have_text("Playground")

@@ -1,7 +1,7 @@
 // Who uses this tab: the key, and what it may do.
 
 import { ApiError, get, isAbort, onRefusedKey, setKey } from "./api.js";
-import { Store } from "./store.js";
+import { Store, connectionEpoch } from "./store.js";
 
 // Of this tab alone: another tab may have another key, and closing the tab forgets the key.
 const STORED = "sera-serve.key";
@@ -53,6 +53,11 @@ function close(error) {
 // A key that was revoked while it was used.
 onRefusedKey((error) => {
   if (session.value.state === "open") close(error);
+});
+
+// A page that came while the server was away.
+connectionEpoch.watch(() => {
+  if (session.value.state === "failed") begin();
 });
 
 /** Whether the key has a scope. Where the server needs no key, everyone may do everything. */
