@@ -137,6 +137,32 @@ def test_a_revoked_key_closes_the_page_with_the_reason(
         tab.check(refusals=True)
 
 
+def test_another_tenant_sees_nothing_of_what_was_typed(
+    browser: Browser, keyed_url: str, keys: dict[str, CreatedKey]
+) -> None:
+    with browsers.tab(browser, keyed_url) as tab:
+        page = tab.open("playground?adapter=acme/story")
+
+        def sign_in(name: str) -> None:
+            page.get_by_label("Key", exact=True).fill(keys[name].secret)
+            page.keyboard.press("Enter")
+
+        sign_in("acme")
+        page.get_by_label("Prompt").fill("a secret of acme")
+        page.get_by_role("button", name="Sign out").click()
+        sign_in("acme")
+        # Whoever comes back goes on.
+        expect(page.get_by_label("Prompt")).to_have_value("a secret of acme")
+        page.get_by_role("button", name="Sign out").click()
+        sign_in("globex")
+        expect(page.get_by_role("region", name="Account")).to_contain_text("globex")
+        page.get_by_role("link", name="Playground").click()
+        expect(page.get_by_label("Prompt")).to_have_value("Once upon a time")
+        expect(page.get_by_role("main")).not_to_contain_text("acme")
+        assert "acme" not in page.url
+        tab.check(refusals=True)
+
+
 def test_who_makes_the_first_key_goes_on_with_it(
     browser: Browser, base: FrozenBase, writer: AdapterBundle, tmp_path: Path
 ) -> None:
