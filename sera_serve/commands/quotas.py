@@ -42,7 +42,11 @@ def set_limits(
     """
     with refusals():
         check_quota_tenant(tenant)
-        asked = dict(_limit(text) for text in limits)
+        asked: dict[str, Limit] = {}
+        for field, limit in map(_limit, limits):
+            if field in asked:
+                raise InvalidConfiguration(f"{field} is given twice; give it once", param=field)
+            asked[field] = limit
         _quotas(store, create=True).set(tenant, asked)
         record(store, "quota.set", tenant=tenant, target=tenant, **asked)
         if as_json:

@@ -6,7 +6,7 @@ import asyncio
 import json
 import re
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import httpx
 import openai
@@ -253,6 +253,40 @@ def test_an_answer_is_parsed_by_its_schema(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as wrong:
         client.completions.create(model="embedded", prompt=PROMPT, extra_body={"regex": "(["})
     assert wrong.value.param == "regex"
+
+
+# The client's own types do not know their `parsed` when they are sent.
+@pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")
+def test_what_the_client_parsed_may_be_sent_back(client: openai.OpenAI) -> None:
+    again: Any = {"role": "user", "content": "Another one?"}
+    message = (
+        client.chat.completions.parse(model="tale/one", messages=CHAT, response_format=Colour, max_tokens=60)
+        .choices[0]
+        .message
+    )
+    bare: Any = {"role": "assistant", "content": message.content}
+    fields: dict[str, Any] = {"model": "tale/one", "max_tokens": 4, "temperature": 0}
+    whole, plain = (
+        client.chat.completions.create(messages=[*CHAT, turn, again], **fields).choices[0].message.content
+        for turn in (message, bare)
+    )
+    assert whole == plain
+    asked: dict[str, Any] = {"model": "tale/one", "max_output_tokens": 60, "temperature": 0}
+    answer = client.responses.parse(input=CHAT, text_format=Colour, **asked)
+    bare = {"role": "assistant", "content": answer.output_text}
+    with_items, with_text = (
+        client.responses.create(input=[*CHAT, *turns, again], **asked).output_text for turns in (answer.output, [bare])
+    )
+    assert with_items == with_text
+    tool = openai.pydantic_function_tool(Colour, name="paint")
+    turns: Any = {"model": "tale/tools", "messages": CHAT[1:], "max_tokens": 250, "temperature": 0, "tools": [tool]}
+    called = (
+        client.chat.completions.parse(**turns, tool_choice="required", parallel_tool_calls=False).choices[0].message
+    )
+    assert called.tool_calls is not None and isinstance(called.tool_calls[0].function.parsed_arguments, Colour)
+    result = {"role": "tool", "tool_call_id": called.tool_calls[0].id, "content": "done"}
+    turns |= {"messages": [*CHAT[1:], called, result], "tool_choice": "none", "max_tokens": 4}
+    assert client.chat.completions.create(**turns).choices[0].finish_reason in ("stop", "length")
 
 
 def test_an_adapter_brings_its_chat_template(client: openai.OpenAI, address: str, embedded: FrozenBase) -> None:
