@@ -101,6 +101,9 @@ MIGRATIONS = (
     ALTER TABLE files ADD COLUMN labels INTEGER NOT NULL DEFAULT 0;
     CREATE UNIQUE INDEX files_of_jobs ON files (job) WHERE job IS NOT NULL;
     """,
+    """
+    ALTER TABLE jobs ADD COLUMN base TEXT;
+    """,
 )
 
 

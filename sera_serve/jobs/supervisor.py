@@ -6,10 +6,10 @@ import fcntl
 import logging
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
-from typing import IO
+from pathlib import Path
 
 from adapters_store import AdapterStore, Published
 from adapters_store.errors import AdapterNotFound, StoreError
@@ -38,7 +38,9 @@ _MAX_KILLS = 1
 
 
 class Supervisor:
-    """Runs jobs while this server is the one of its store that does: it holds a lock of `jobs/lock`.
+    """Runs the jobs of a base while this server is the one of its store that does: it holds the base's lock.
+
+    It also shares `jobs/lock`, which a server of a release that runs the jobs of every base has alone.
 
     A thread does everything. It starts the processes too: the system ends a child whose starting thread has ended.
     """
@@ -51,6 +53,7 @@ class Supervisor:
         store: AdapterStore,
         processes: JobProcesses,
         max_jobs: int,
+        base: str,
         on_finish: Callable[[Job, Published | None], None] = lambda job, published: None,
     ) -> None:
         """Prepare. Nothing runs before `start`.
@@ -62,6 +65,7 @@ class Supervisor:
             store: Where adapters are published.
             processes: How to start a job's process.
             max_jobs: Processes at once; with 0, jobs wait.
+            base: `base_id` of the base that the processes train on.
             on_finish: Called with each job that has succeeded or failed, and what it has published, on the supervisor's
                 thread.
         """
@@ -71,6 +75,7 @@ class Supervisor:
         self._store = store
         self._processes = processes
         self._max_jobs = max_jobs
+        self._base = base
         self._on_finish = on_finish
         self._running: dict[str, JobProcess] = {}
         self._last_steps: dict[str, LastSteps] = {}
@@ -79,7 +84,7 @@ class Supervisor:
         self._wake = threading.Event()
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
-        self._lock: IO[bytes] | None = None
+        self._locks: ExitStack | None = None
 
     def start(self) -> None:
         """Begin to run jobs; those of a server that was killed go on."""
@@ -113,27 +118,28 @@ class Supervisor:
         finally:
             for process in self._running.values():
                 process.kill()
-            if self._lock is not None:
-                self._lock.close()
+            if self._locks is not None:
+                self._locks.close()
 
     def _take_lock(self) -> bool:
-        """Become the supervisor of the store, if none is."""
-        if self._lock is not None:
+        """Become the supervisor of the base's jobs, if none is."""
+        if self._locks is not None:
             return True
         # Without a job there is nothing to run, and maybe no right to write.
         if not self._places.root.is_dir():
             return False
-        lock = self._places.lock.open("ab")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.close()
-            return False
-        self._lock = lock
-        self._files.sweep()
+        with ExitStack() as locks:
+            if not locks.enter_context(_try_lock(self._places.lock, fcntl.LOCK_SH)):
+                return False
+            if not locks.enter_context(_try_lock(self._places.lock_of(self._base), fcntl.LOCK_EX)):
+                return False
+            # Before the locks are kept: what fails here is tried again.
+            self._files.sweep()
+            self._locks = locks.pop_all()
         return True
 
     def _tick(self) -> None:
+        self._jobs.adopt()
         for job in self._jobs.of_status("validating_files"):
             self._attempt(job, partial(self._check_files, job))
         running = {job.id: job for job in self._jobs.of_status("running")}
@@ -308,6 +314,15 @@ class Supervisor:
         """Delete what is left of a finished job; of a cancelled one, also what was published of it."""
         if job.id in self._running:
             return
+        if job.base in (None, self._base):
+            self._clear_own(job)
+            return
+        # Of another base: where a server runs its jobs, that one ends the process first.
+        with _try_lock(self._places.lock_of(job.base), fcntl.LOCK_EX) as is_free:
+            if is_free:
+                self._clear_own(job)
+
+    def _clear_own(self, job: Job) -> None:
         run = self._places.run(job.id)
         if job.status != "succeeded" and (publishing := read_publishing(run)) is not None:
             # Its process may have published between the cancellation and its end.
@@ -318,3 +333,15 @@ class Supervisor:
         self._files.delete_results()
         clear(run)
         self._jobs.mark_cleared(job.id)
+
+
+@contextmanager
+def _try_lock(path: Path, kind: int) -> Iterator[bool]:
+    """Hold a lock of a file, `LOCK_SH` or `LOCK_EX`; yields False where another process has it."""
+    with path.open("ab") as file:
+        try:
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import subprocess
 import sys
@@ -72,7 +73,7 @@ class Platform:
         self.places = Places(self.store.root)
         self.database = AccessDatabase(self.store.root)
         self.files = TrainingFiles(self.database, self.places, 1 << 20)
-        self.jobs = Jobs(self.database)
+        self.jobs = Jobs(self.database, "base")
         self.processes = IdleProcesses("base", self.store.root, "cpu", "auto", 1, 0.1, 1 << 20)
         STARTED.clear()
         CHILDREN.clear()
@@ -81,11 +82,12 @@ class Platform:
         self.rows = root / "rows.jsonl"
         self.supervisor = self.new_supervisor()
 
-    def new_supervisor(self, most: int = 1) -> Supervisor:
+    def new_supervisor(self, most: int = 1, base: str = "base") -> Supervisor:
         def note(job: Job, published: Published | None) -> None:
             self.ended.append(job)
 
-        return Supervisor(self.jobs, self.files, self.places, self.store, self.processes, most, note)
+        jobs = self.jobs if base == "base" else Jobs(self.database, base)
+        return Supervisor(jobs, self.files, self.places, self.store, self.processes, most, base, note)
 
     def create(self, tenant: str, metadata: Mapping[str, str] | None = None) -> Job:
         with self.rows.open("rb") as source:
@@ -401,6 +403,59 @@ def test_one_supervisor_of_a_store_runs_jobs(platform: Platform) -> None:
     time.sleep(0.5)
     other.stop()
     assert len(STARTED) == 1
+
+
+def test_a_job_is_run_on_its_own_base_alone(platform: Platform) -> None:
+    job = platform.create("acme")
+    other = platform.new_supervisor(base="another base")
+    other.start()
+    try:
+        time.sleep(0.5)
+        assert platform.status(job) == "validating_files" and not STARTED
+        # Beside the other one.
+        platform.supervisor.start()
+        wait_until(lambda: [job.id] == STARTED)
+        # A job is of the server that it was sent to; any server takes a cancellation.
+        second = Jobs(platform.database, "another base")
+        made = second.create(new_job_id(), "acme", job.spec, {}, job.training_file, None, None)
+        wait_until(lambda: [job.id, made.id] == STARTED)
+        second.cancel(job.id, None)
+        wait_until(lambda: not platform.places.run(job.id).exists(), 5)
+        assert platform.status(made) == "running"
+    finally:
+        other.stop()
+
+
+def test_what_a_cancelled_job_left_goes_where_nobody_serves_its_base(platform: Platform) -> None:
+    job = platform.create("acme")
+    platform.supervisor.start()
+    wait_until(lambda: [job.id] == STARTED)
+    platform.supervisor.stop()
+    platform.jobs.cancel(job.id, None)
+    assert platform.places.run(job.id).is_dir()
+    other = platform.new_supervisor(base="another base")
+    other.start()
+    wait_until(lambda: not platform.places.run(job.id).exists(), 5)
+    other.stop()
+
+
+def test_a_job_that_has_no_base_noted_is_run(platform: Platform) -> None:
+    job = platform.create("acme")
+    with platform.database.writing() as connection:
+        connection.execute("UPDATE jobs SET base = NULL")
+    platform.supervisor.start()
+    wait_until(lambda: platform.status(job) == "running")
+
+
+def test_a_server_that_runs_the_jobs_of_every_base_is_left_alone(platform: Platform) -> None:
+    job = platform.create("acme")
+    with platform.places.lock.open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        platform.supervisor.start()
+        time.sleep(0.5)
+        assert platform.status(job) == "validating_files"
+    platform.supervisor.wake()
+    wait_until(lambda: platform.status(job) == "running")
 
 
 def test_damaged_bytes_fail_the_job(platform: Platform) -> None:
