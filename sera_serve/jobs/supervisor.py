@@ -232,6 +232,8 @@ class Supervisor:
         if status is not None or time.monotonic() - process.recorded_at > _RECORD_S:
             process.recorded_at = time.monotonic()
             self._record_progress(job)
+            if status is None:
+                self._processes.tell_limits(job, process.run)
         if status is None:
             return
         process.kill()

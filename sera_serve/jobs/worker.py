@@ -24,7 +24,7 @@ from adapters_store.errors import AdapterNotFound, StoreError
 from sera_serve.access import AccessDatabase, AccessDatabaseError, Holdings, Quotas, Shares
 from sera_serve.base import load_base
 from sera_serve.errors import SeraServeError
-from sera_serve.jobs.process import ORDERS, PROGRESS, PUBLISHING, RESULT, read_publishing
+from sera_serve.jobs.process import ORDERS, PROGRESS, PUBLISHING, RESULT, read_limits, read_publishing, write_json
 from sera_serve.jobs.spec import SHAPE, in_words
 from sera_serve.trainer.run import train_adapter
 from sera_serve.trainer.settings import load_options
@@ -133,8 +133,10 @@ class Publisher:
         """
         if self.published(name) is None:
             self._check_free(name)
-            # Commands may have set other limits while the job trained. A busy database must lose no training of hours:
-            # then the limits of its beginning hold.
+            # The server and commands may have set other limits while the job trained. A busy database must lose no
+            # training of hours: then the commands' limits of its beginning hold.
+            if (limits := read_limits(self._run)) is not None:
+                self._quotas.reload(limits)
             with suppress(AccessDatabaseError):
                 self._quotas.refresh()
             self._holdings.check_publish(name, bundle.digest, bundle.file_bytes)
@@ -186,7 +188,7 @@ def train(run: Path) -> dict[str, Any]:
         torch.cuda.set_per_process_memory_fraction(orders["gpu_memory_fraction"])
     store = AdapterStore(options["store"], limits=BundleLimits(max_bytes=orders["max_bundle_bytes"]))
     database = AccessDatabase(store.root)
-    publisher = Publisher(run, store, Quotas(database, orders["quotas"]), Shares(database))
+    publisher = Publisher(run, store, Quotas(database, read_limits(run)), Shares(database))
     if (done := publisher.published(options["name"])) is not None:
         return done
     base = load_base(
@@ -215,16 +217,6 @@ def failure(error: Exception) -> dict[str, Any] | None:
 
 def _failed(code: str, message: str, param: str | None = None) -> dict[str, Any]:
     return {"status": "failed", "code": code, "message": message, "param": param}
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write a file that is there whole, or not at all, and durable when this returns."""
-    part = path.with_name(path.name + ".part")
-    with part.open("w", encoding="utf-8") as file:
-        json.dump(value, file)
-        file.flush()
-        os.fsync(file.fileno())
-    part.rename(path)
 
 
 def be_modest() -> None:

@@ -95,7 +95,7 @@ class Training:
             threads=settings.training_threads,
             gpu_memory_fraction=settings.training_gpu_memory_fraction,
             max_bundle_bytes=settings.max_upload_mib << 20,
-            quotas=settings.quotas,
+            quotas=quotas.of_settings,
         )
 
         def record(job: Job, published: Published | None) -> None:

@@ -9,6 +9,8 @@ import pytest
 from adapters_store import AdapterBundle, AdapterStore
 from sera_serve import SeraConfig
 from sera_serve.access import AccessDatabase, AccessDatabaseError, QuotaExceeded, Quotas, Shares
+from sera_serve.jobs import Job, JobProcesses, JobSpec, Places
+from sera_serve.jobs.process import LIMITS, read_limits
 from sera_serve.jobs.worker import Publisher
 from support.factories import random_adapter, random_decoder
 
@@ -34,6 +36,22 @@ def test_limits_that_were_set_while_the_job_trained_hold(bundle: AdapterBundle, 
     with pytest.raises(QuotaExceeded):
         publisher.publish(bundle, "eve/job")
     operator.set("eve", {"adapters": 1})
+    assert publisher.publish(bundle, "eve/job").version == 1
+
+
+def test_a_settings_file_that_is_read_again_while_the_job_trains_holds(bundle: AdapterBundle, tmp_path: Path) -> None:
+    store, _, publisher = started(tmp_path)
+    server = Quotas(AccessDatabase(store.root), {"eve": {"adapters": 0}, "bob": {"adapters": 7}})
+    processes = JobProcesses("base", store.root, "cpu", "auto", 1, 0.1, 1 << 20, server.of_settings)
+    spec = JobSpec("base", "eve/job", "text", "classify", 1, 4, 1.0, 0, 12)
+    job = Job(*("j", "eve", "running", spec, {}, "file-1", None, None), *[None] * 12)  # type: ignore[arg-type]
+    run = processes.prepare(job, Places(store.root))
+    assert "bob" not in (run / LIMITS).read_text()
+    publisher = Publisher(run, store, Quotas(AccessDatabase(store.root), read_limits(run)), publisher._shares)
+    with pytest.raises(QuotaExceeded):
+        publisher.publish(bundle, "eve/job")
+    server.reload({"eve": {"adapters": 1}})
+    processes.tell_limits(job, run)
     assert publisher.publish(bundle, "eve/job").version == 1
 
 
