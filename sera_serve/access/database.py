@@ -6,7 +6,7 @@ import os
 import sqlite3
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from sera_serve.errors import SeraServeError
@@ -178,6 +178,22 @@ class AccessDatabase:
             (changes,) = connection.execute("PRAGMA data_version").fetchone()
             return int(changes), self._writes
 
+    def check(self) -> bool:
+        """Read the whole file, and write nothing, no later form of the tables either. Returns whether there is one.
+
+        Raises:
+            AccessDatabaseError: As `reading`.
+        """
+        with self._lock, self._typed():
+            if not self._is_there():
+                return False
+            with closing(self._connect()) as connection:
+                _known_version(connection)
+                (found,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+                if found != "ok":
+                    raise sqlite3.DatabaseError(found)
+        return True
+
     def close(self) -> None:
         """Close the file. The next use opens it again."""
         with self._lock:
@@ -188,21 +204,13 @@ class AccessDatabase:
     def _open(self, create: bool) -> sqlite3.Connection | None:
         if self._connection is not None:
             return self._connection
-        # A full disk may have taken the file and none of its content.
-        if not (self.path.exists() and self.path.stat().st_size):
+        if not self._is_there():
             if not create:
                 return None
             # Hashes of secrets are nobody else's business.
             self.path.parent.mkdir(mode=0o700, exist_ok=True)
             os.close(os.open(self.path, os.O_CREAT | os.O_WRONLY, 0o600))
-        mode = "rw" if os.access(self.path, os.W_OK) else "ro"
-        connection = sqlite3.connect(
-            f"{self.path.absolute().as_uri()}?mode={mode}",
-            uri=True,
-            timeout=_BUSY_SECONDS,
-            isolation_level=None,
-            check_same_thread=False,
-        )
+        connection = self._connect()
         try:
             connection.execute("PRAGMA foreign_keys = ON")
             connection.execute("PRAGMA synchronous = FULL")
@@ -213,17 +221,26 @@ class AccessDatabase:
         self._connection = connection
         return connection
 
+    def _is_there(self) -> bool:
+        # A full disk may have taken the file and none of its content.
+        return self.path.exists() and self.path.stat().st_size > 0
+
+    def _connect(self) -> sqlite3.Connection:
+        mode = "rw" if os.access(self.path, os.W_OK) else "ro"
+        return sqlite3.connect(
+            f"{self.path.absolute().as_uri()}?mode={mode}",
+            uri=True,
+            timeout=_BUSY_SECONDS,
+            isolation_level=None,
+            check_same_thread=False,
+        )
+
     def _migrate(self, connection: sqlite3.Connection) -> None:
         if _schema_version(connection) == len(MIGRATIONS):
             return
         connection.execute("BEGIN IMMEDIATE")
         try:
-            known = _schema_version(connection)
-            if known > len(MIGRATIONS):
-                raise AccessDatabaseError(
-                    f"{_FOLDER}/{_FILE} of the store was written by a newer release of sera-serve; use that release",
-                    param="store",
-                )
+            known = _known_version(connection)
             for script in MIGRATIONS[known:]:
                 for statement in script.split(";"):
                     connection.execute(statement)
@@ -244,6 +261,16 @@ class AccessDatabase:
                 f"{_FOLDER}/{_FILE} of the store cannot be used ({fault}); check the disk, and the file's permissions",
                 param="store",
             ) from error
+
+
+def _known_version(connection: sqlite3.Connection) -> int:
+    known = _schema_version(connection)
+    if known > len(MIGRATIONS):
+        raise AccessDatabaseError(
+            f"{_FOLDER}/{_FILE} of the store was written by a newer release of sera-serve; use that release",
+            param="store",
+        )
+    return known
 
 
 def _schema_version(connection: sqlite3.Connection) -> int:
