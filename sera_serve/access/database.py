@@ -129,6 +129,8 @@ class AccessDatabase:
         self.path = store / _FOLDER / _FILE
         self._lock = threading.Lock()
         self._connection: sqlite3.Connection | None = None
+        # Device and inode of the file that is open.
+        self._opened: tuple[int, int] | None = None
         self._writes = 0
 
     @contextmanager
@@ -170,7 +172,10 @@ class AccessDatabase:
             self._writes += 1
 
     def version(self) -> tuple[int, int]:
-        """A value that changes with each write, of this process or another one; cheap. Raises as `reading`."""
+        """A value that changes with each write, of this process or another one, and with another file in place of this.
+
+        Cheap. Raises as `reading`.
+        """
         with self._lock, self._typed():
             connection = self._open(create=False)
             if connection is None:
@@ -203,13 +208,21 @@ class AccessDatabase:
 
     def _open(self, create: bool) -> sqlite3.Connection | None:
         if self._connection is not None:
-            return self._connection
+            # Raises where the file is gone: what was read of it is still right, and no file is not an empty one.
+            if _identity(self.path) == self._opened:
+                return self._connection
+            # It was restored from a backup. SQLite would go on with the old file, and would take the new one's journal
+            # for that of the old one (https://www.sqlite.org/howtocorrupt.html, section 2.5).
+            self._connection.close()
+            self._connection = None
+            self._writes += 1
         if not self._is_there():
             if not create:
                 return None
             # Hashes of secrets are nobody else's business.
             self.path.parent.mkdir(mode=0o700, exist_ok=True)
             os.close(os.open(self.path, os.O_CREAT | os.O_WRONLY, 0o600))
+        opened = _identity(self.path)
         connection = self._connect()
         try:
             connection.execute("PRAGMA foreign_keys = ON")
@@ -218,7 +231,7 @@ class AccessDatabase:
         except BaseException:
             connection.close()
             raise
-        self._connection = connection
+        self._connection, self._opened = connection, opened
         return connection
 
     def _is_there(self) -> bool:
@@ -261,6 +274,11 @@ class AccessDatabase:
                 f"{_FOLDER}/{_FILE} of the store cannot be used ({fault}); check the disk, and the file's permissions",
                 param="store",
             ) from error
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_dev, status.st_ino
 
 
 def _known_version(connection: sqlite3.Connection) -> int:
