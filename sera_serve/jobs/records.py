@@ -69,7 +69,7 @@ class Job:
         validation_file: As `training_file`, or None.
         key_id: The key that made it, or None.
         created_at: When it was made.
-        started_at: When a process first began to train it.
+        started_at: When a process first began to train it; later than that of every job that began before.
         finished_at: When it succeeded, failed or was cancelled.
         estimated_finish: When it will finish, as far as is known.
         kills: How often the system has ended its process.
@@ -372,7 +372,9 @@ class Jobs:
         """Move an unfinished job on. Returns False if it has finished meanwhile: it was cancelled."""
         with self._database.writing() as connection:
             done = connection.execute(
-                f"UPDATE jobs SET status = ?, started_at = CASE WHEN ? = 'running' THEN coalesce(started_at, ?) END "
+                # Later than the last one, also where the clock was set back: the order decides whose turn is next.
+                f"UPDATE jobs SET status = ?, started_at = CASE WHEN ? = 'running' THEN coalesce(started_at, "
+                "max(?, (SELECT coalesce(max(started_at), 0) + 0.001 FROM jobs))) END "
                 f"WHERE id = ? AND status IN {_UNFINISHED}",
                 (status, status, time.time(), job_id),
             )

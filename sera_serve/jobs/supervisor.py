@@ -6,6 +6,7 @@ import fcntl
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
@@ -81,6 +82,8 @@ class Supervisor:
         self._last_steps: dict[str, LastSteps] = {}
         # The last fault of each job that stands still.
         self._faults: dict[str, str] = {}
+        # The last fault for which all jobs stood still.
+        self._fault = ""
         self._wake = threading.Event()
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
@@ -108,11 +111,9 @@ class Supervisor:
                 try:
                     if self._take_lock():
                         self._tick()
-                except (AccessDatabaseError, StoreError, OSError) as error:
-                    logger.error("training jobs stand still: %s", error)
-                except Exception:
-                    # A defect must not end all jobs of the server; the next round tries again.
-                    logger.exception("training jobs stand still")
+                    self._fault = ""
+                except Exception as error:  # noqa: BLE001 - a defect must not end all jobs of the server
+                    self._note_fault(error)
                 self._wake.wait(_TICK_S if self._running else _IDLE_S)
                 self._wake.clear()
         finally:
@@ -120,6 +121,15 @@ class Supervisor:
                 process.kill()
             if self._locks is not None:
                 self._locks.close()
+
+    def _note_fault(self, error: Exception) -> None:
+        """Log what all jobs stand still for. The next round tries again: once is enough for the log."""
+        fault = f"{type(error).__name__}: {error}"
+        if fault == self._fault:
+            return
+        self._fault = fault
+        is_known = isinstance(error, AccessDatabaseError | StoreError | OSError)
+        logger.error("training jobs stand still: %s", error, exc_info=None if is_known else error)
 
     def _take_lock(self) -> bool:
         """Become the supervisor of the base's jobs, if none is."""
@@ -140,8 +150,7 @@ class Supervisor:
 
     def _tick(self) -> None:
         self._jobs.adopt()
-        for job in self._jobs.of_status("validating_files"):
-            self._attempt(job, partial(self._check_files, job))
+        self._check_some_files()
         running = {job.id: job for job in self._jobs.of_status("running")}
         followed = dict(self._running)
         for process in followed.values():
@@ -193,6 +202,23 @@ class Supervisor:
         if self._jobs.advance(job.id, "running", NewEvent("The job runs")):
             self._begin(job)
 
+    def _check_some_files(self) -> None:
+        """Compare the files of new jobs for a while. The rest waits for the next round, after the jobs that run."""
+        began = time.monotonic()
+        seen: Counter[str] = Counter()
+        turns: list[tuple[int, int, Job]] = []
+        for job in self._jobs.of_status("validating_files"):
+            # One tenant's many jobs hold up no other tenant's first one.
+            turns.append((seen[job.tenant], job.number, job))
+            seen[job.tenant] += 1
+        for _, _, job in sorted(turns, key=lambda turn: turn[:2]):
+            if self._closing.is_set():
+                return
+            if time.monotonic() - began > _TICK_S:
+                self._wake.set()
+                return
+            self._attempt(job, partial(self._check_files, job))
+
     def _check_files(self, job: Job) -> None:
         for param, file_id in (("training_file", job.training_file), ("validation_file", job.validation_file)):
             if file_id is None:
@@ -211,7 +237,9 @@ class Supervisor:
         try:
             self._running[job.id] = self._processes.start(job, self._places)
         except OSError as error:
-            self._fail(job, "process_not_started", f"the training process could not be started: {error}", None)
+            # Without the path, which is nobody's business.
+            reason = error.strerror or type(error).__name__
+            self._fail(job, "process_not_started", f"the training process could not be started: {reason}", None)
 
     def _go_on(self, job: Job) -> None:
         """Go on with a job of which there is no process: finish it, if its process had come to an end."""

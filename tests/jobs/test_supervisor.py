@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import subprocess
@@ -16,9 +17,11 @@ import pytest
 from adapters_store import AdapterStore, Published
 from sera_serve.access import AccessDatabase, AccessDatabaseError
 from sera_serve.jobs import Job, JobEnded, JobNotFound, JobProcesses, Jobs, JobSpec, Places, Supervisor, TrainingFiles
+from sera_serve.jobs import supervisor as supervisor_module
 from sera_serve.jobs.files import FileInUse, TooManyFiles, TrainingFileNotFound, TrainingFileNotStored
 from sera_serve.jobs.process import JobProcess, one_gpu
 from sera_serve.jobs.records import NewEvent, new_job_id
+from sera_serve.jobs.rows import sha256_of
 from support.live_server import wait_until
 from support.training import SORTED, jsonl
 
@@ -403,6 +406,70 @@ def test_one_supervisor_of_a_store_runs_jobs(platform: Platform) -> None:
     time.sleep(0.5)
     other.stop()
     assert len(STARTED) == 1
+
+
+def test_a_clock_that_was_wrong_keeps_no_tenant_waiting(platform: Platform, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = time.time
+    jobs = [platform.create(tenant) for tenant in ("early", "early", "early", "other", "other", "other")]
+    for job in jobs:
+        platform.jobs.advance(job.id, "queued", NewEvent("queued"))
+    monkeypatch.setattr(time, "time", lambda: now() + 30 * 86400)
+    order = []
+    while (turn := platform.jobs.next_queued()) is not None:
+        platform.jobs.advance(turn.id, "running", NewEvent("runs"))
+        platform.jobs.fail(turn.id, "code", "message", None)
+        order.append(turn.tenant)
+        monkeypatch.setattr(time, "time", now)
+    assert order == ["early", "other"] * 3
+
+
+def test_a_fault_that_lasts_is_logged_once(
+    platform: Platform, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    platform.create("acme")
+    monkeypatch.setattr(supervisor_module, "_IDLE_S", 0.01)
+    tried: list[int] = []
+
+    def refused() -> bool:
+        tried.append(1)
+        raise OSError(errno.EROFS, "Read-only file system", "lock")
+
+    monkeypatch.setattr(platform.supervisor, "_take_lock", refused)
+    platform.supervisor.start()
+    wait_until(lambda: len(tried) > 5)
+    assert caplog.text.count("training jobs stand still") == 1
+
+
+def test_a_process_that_cannot_be_started_tells_no_path(platform: Platform) -> None:
+    job = platform.create("acme")
+    platform.supervisor._processes = JobProcesses("base", platform.store.root, "cpu", "auto", 1, 0.1, 1 << 20)
+    (platform.places.run(job.id) / "orders.json").mkdir(parents=True)
+    platform.supervisor.start()
+    wait_until(lambda: platform.status(job) == "failed")
+    error = platform.jobs.get(job.id, None).error
+    assert error is not None and error["message"].endswith("could not be started: Is a directory")
+
+
+def test_many_files_hold_up_no_running_job_and_no_other_tenant(
+    platform: Platform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = platform.create("modest")
+    platform.supervisor.start()
+    wait_until(lambda: [running.id] == STARTED)
+
+    def slow(path: Path) -> str:
+        time.sleep(0.2)
+        return sha256_of(path)
+
+    monkeypatch.setattr(supervisor_module, "sha256_of", slow)
+    many = [platform.create("greedy") for _ in range(20)]
+    last = platform.create("modest")
+    platform.jobs.cancel(running.id, None)
+    platform.supervisor.wake()
+    wait_until(lambda: CHILDREN[0].poll() is not None, 2)
+    wait_until(lambda: platform.status(last) != "validating_files", 2)
+    assert platform.status(many[-1]) == "validating_files"
+    platform.supervisor.stop()
 
 
 def test_a_job_is_run_on_its_own_base_alone(platform: Platform) -> None:
