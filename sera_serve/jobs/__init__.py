@@ -22,6 +22,7 @@ from sera_serve.jobs.records import (
     Jobs,
     JobStatus,
     TooManyJobs,
+    base_id,
 )
 from sera_serve.jobs.rows import InvalidTrainingFile, JobTask, RowKind
 from sera_serve.jobs.spec import JobSpec
@@ -49,4 +50,5 @@ __all__ = [
     "TrainingFileNotFound",
     "TrainingFileNotStored",
     "TrainingFiles",
+    "base_id",
 ]

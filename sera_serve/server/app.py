@@ -60,7 +60,7 @@ def build_app(engine: Engine, store: AdapterStore, settings: ServeSettings, trac
     access.on_change(quotas.refresh)
     holdings = Holdings(store, quotas)
     audit = AuditLog(store.root, settings.audit_max_mib, settings.audit_keep)
-    training = Training.of(settings, store, access.database, quotas, holdings, audit)
+    training = Training.of(settings, store, access.database, quotas, holdings, audit, engine.base.info)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
