@@ -341,6 +341,8 @@ ADDRESSES = [
     "/v1",
     "http://localhost:port",
     "http://\x00",
+    "http://localhost:8000?key=1",
+    "http://localhost:8000/#v1",
 ]
 
 

@@ -224,6 +224,24 @@ def test_errors_are_those_that_the_client_knows(client: openai.OpenAI) -> None:
     assert later.value.code == "context_length_exceeded"
 
 
+@pytest.mark.parametrize(("timeout_s", "asked"), [(0.001, 1), (None, 2)])
+def test_what_repeating_does_not_help_is_asked_once(address: str, timeout_s: float | None, asked: int) -> None:
+    requests: list[httpx.Request] = []
+
+    def fails(response: httpx.Response) -> None:
+        requests.append(response.request)
+        # Another answer of that status would be asked for again.
+        if timeout_s is None:
+            response.status_code = 504
+
+    counting = httpx.Client(event_hooks={"response": [fails]})
+    with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=1, http_client=counting) as client:
+        body = {} if timeout_s is None else {"timeout_s": timeout_s}
+        with pytest.raises(openai.InternalServerError):
+            client.completions.create(model="embedded", prompt=PROMPT, max_tokens=100, extra_body=body)
+    assert len(requests) == asked
+
+
 def test_tokens_of_texts_and_back(address: str, embedded: FrozenBase) -> None:
     with httpx.Client(base_url=address) as http:
         answer = http.post("/tokenize", json={"model": "tale/one", "prompt": "Grüße, 世界", "return_token_strs": True})

@@ -38,6 +38,8 @@ def refused(response: httpx.Response, status: int, code: str) -> dict[str, Any]:
     family = FAMILIES.get(status, "invalid_request_error" if status < 500 else "server_error")
     assert (error["code"], error["type"]) == (code, family)
     assert 10 < len(error["message"]) <= 600
+    # OpenAI's clients would repeat these by themselves.
+    assert response.headers.get("x-should-retry") == ("false" if status in (409, 504, 507) else None)
     assert ("retry-after" in response.headers) == (status in (429, 503))
     assert response.headers["x-request-id"].startswith("req-")
     check_declared(response)
