@@ -29,6 +29,7 @@ from sera_serve.engine.memory import MEBIBYTE, DeviceMemory
 from sera_serve.errors import SeraServeError
 from sera_serve.layers.targets import adaptable_linears, linear_widths
 from sera_serve.server.connections import RESERVED_DESCRIPTORS
+from sera_serve.trainer.packages import missing_packages
 
 Status = Literal["ok", "warning", "problem"]
 # Of the disk that holds the store.
@@ -68,6 +69,7 @@ def diagnose(settings: ServeSettings, full: bool = False) -> Iterator[Finding]:
         lambda: _kernels(settings),
         lambda: _attention(settings),
         lambda: _files(settings),
+        lambda: _training(settings),
         lambda: _memory(settings),
         lambda: _store(settings.store, full),
     ]
@@ -156,6 +158,16 @@ def _files(settings: ServeSettings) -> Iterator[Finding]:
         yield Finding("open files", "warning", detail, remedy)
     else:
         yield Finding("open files", "ok", detail)
+
+
+def _training(settings: ServeSettings) -> Iterator[Finding]:
+    if not settings.max_training_jobs:
+        yield Finding("training", "ok", "no jobs run here: max_training_jobs is 0")
+    elif missing := missing_packages():
+        detail = f"no jobs run here: {', '.join(missing)} missing"
+        yield Finding("training", "warning", detail, "pip install 'sera-serve[train]', or set max_training_jobs to 0")
+    else:
+        yield Finding("training", "ok", f"most jobs at once: {settings.max_training_jobs}")
 
 
 def _memory(settings: ServeSettings) -> Iterator[Finding]:

@@ -29,6 +29,7 @@ from sera_serve.jobs.process import (
 )
 from sera_serve.jobs.records import Job, JobEvent, Jobs, NewEvent
 from sera_serve.jobs.rows import sha256_of
+from sera_serve.trainer.packages import missing_packages
 
 logger = logging.getLogger("sera_serve.jobs")
 
@@ -41,7 +42,8 @@ _MAX_KILLS = 1
 class Supervisor:
     """Runs the jobs of a base while this server is the one of its store that does: it holds the base's lock.
 
-    It also shares `jobs/lock`, which a server of a release that runs the jobs of every base has alone.
+    It also shares `jobs/lock`, which a server of a release that runs the jobs of every base has alone. A server whose
+    processes have ended gives the locks back after each look: another one may run jobs where this one runs none.
 
     A thread does everything. It starts the processes too: the system ends a child whose starting thread has ended.
     """
@@ -65,7 +67,7 @@ class Supervisor:
             places: Their directories.
             store: Where adapters are published.
             processes: How to start a job's process.
-            max_jobs: Processes at once; with 0, jobs wait.
+            max_jobs: Processes at once; with 0, jobs wait for another server of the base.
             base: `base_id` of the base that the processes train on.
             on_finish: Called with each job that has succeeded or failed, and what it has published, on the supervisor's
                 thread.
@@ -88,9 +90,13 @@ class Supervisor:
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
         self._locks: ExitStack | None = None
+        self._is_swept = False
 
     def start(self) -> None:
-        """Begin to run jobs; those of a server that was killed go on."""
+        """Begin to run jobs; those of a server that was killed go on. Without the trainer's packages none runs here."""
+        if self._max_jobs and (missing := missing_packages()):
+            logger.info("no training jobs run here: %s missing; pip install 'sera-serve[train]'", ", ".join(missing))
+            self._max_jobs = 0
         self._thread = threading.Thread(target=self._serve, name="jobs", daemon=True)
         self._thread.start()
 
@@ -110,7 +116,11 @@ class Supervisor:
             while not self._closing.is_set():
                 try:
                     if self._take_lock():
-                        self._tick()
+                        try:
+                            self._tick()
+                        finally:
+                            if not self._running:
+                                self._release_locks()
                     self._fault = ""
                 except Exception as error:  # noqa: BLE001 - a defect must not end all jobs of the server
                     self._note_fault(error)
@@ -119,8 +129,7 @@ class Supervisor:
         finally:
             for process in self._running.values():
                 process.kill()
-            if self._locks is not None:
-                self._locks.close()
+            self._release_locks()
 
     def _note_fault(self, error: Exception) -> None:
         """Log what all jobs stand still for. The next round tries again: once is enough for the log."""
@@ -143,10 +152,17 @@ class Supervisor:
                 return False
             if not locks.enter_context(_try_lock(self._places.lock_of(self._base), fcntl.LOCK_EX)):
                 return False
-            # Before the locks are kept: what fails here is tried again.
-            self._files.sweep()
+            if not self._is_swept:
+                # What fails here is tried again.
+                self._files.sweep()
+                self._is_swept = True
             self._locks = locks.pop_all()
         return True
+
+    def _release_locks(self) -> None:
+        if self._locks is not None:
+            self._locks.close()
+            self._locks = None
 
     def _tick(self) -> None:
         self._jobs.adopt()

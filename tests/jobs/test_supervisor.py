@@ -142,6 +142,33 @@ def test_a_tenant_with_fewer_running_jobs_is_next(platform: Platform) -> None:
     assert platform.jobs.next_queued(["a", "b", "b"]).id == first.id  # type: ignore[union-attr]
 
 
+def test_a_server_that_runs_no_jobs_keeps_them_from_no_other(platform: Platform) -> None:
+    job = platform.create("acme")
+    idle = platform.new_supervisor(most=0)
+    idle.start()
+    try:
+        wait_until(lambda: platform.status(job) == "queued")
+        platform.supervisor.start()
+        wait_until(lambda: [job.id] == STARTED)
+    finally:
+        idle.stop()
+
+
+def test_a_server_without_the_trainers_packages_leaves_jobs_to_others(
+    platform: Platform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = platform.create("acme")
+    with monkeypatch.context() as without:
+        without.setattr(supervisor_module, "missing_packages", lambda: ["accelerate"])
+        platform.supervisor.start()
+        wait_until(lambda: platform.status(job) == "queued")
+        assert STARTED == []
+    platform.supervisor.stop()
+    platform.supervisor = platform.new_supervisor()
+    platform.supervisor.start()
+    wait_until(lambda: [job.id] == STARTED)
+
+
 def test_jobs_are_counted_by_status(platform: Platform) -> None:
     first, second = platform.create("a"), platform.create("b")
     platform.jobs.advance(first.id, "queued", NewEvent("waits"))

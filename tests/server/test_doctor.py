@@ -175,9 +175,12 @@ def test_slower_ways_are_warnings(store: AdapterStore, monkeypatch: pytest.Monke
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(diagnosis.shutil, "disk_usage", lambda path: usage(1 << 30, 1 << 30, 1 << 20))
     monkeypatch.setattr(resource, "getrlimit", lambda which: (64, 64))
+    monkeypatch.setattr(diagnosis, "missing_packages", lambda: ["accelerate", "datasets"])
     status, found = findings("--store", store.root)
     assert status == 0
     assert found["kernels"]["remedy"] == "pip install 'sera-serve[cpu]'"
+    assert found["training"]["detail"].endswith("accelerate, datasets missing")
+    assert "'sera-serve[train]'" in found["training"]["remedy"]
     assert (found["disk"]["status"], found["open files"]["status"]) == ("warning", "warning")
 
 
