@@ -182,6 +182,20 @@ class Scheduler(Generic[R]):
         request.notify()
         return True
 
+    def make_ready(self, request: R) -> bool:
+        """Hold the adapter of a waiting request on the device. False if it is not there: it is parked, or finished."""
+        if request.digest is not None and request.lease is None:
+            if not self._acquire(request, request.digest):
+                return False
+            with self._lock:
+                if request.is_finished:
+                    surplus, request.lease = request.lease, None
+                else:
+                    surplus = self._keep_lease_locked(request)
+            if surplus is not None:
+                surplus.release()
+        return not request.is_finished
+
     def preempt(self, request: R) -> None:
         """Put a running request back into the queue, at its place in the order. It keeps its lease if few wait."""
         with self._lock:

@@ -29,6 +29,7 @@ class Waiting:
         self.running: list[GenerationRequest] = []
         self.claims_then: list[dict[str, Claim]] = []
         self.charged: Counter[str] = Counter()
+        self.ready: list[GenerationRequest] = []
         self.yielded = 0
         self.steps = 0
         self._still_loading = still_loading
@@ -40,11 +41,7 @@ class Waiting:
         return self.queue.first()
 
     def start(self, request: GenerationRequest) -> bool:
-        assert request is self.queue.first(), "only the first of the order may start"
-        if self._still_loading(request):
-            self.queue.park(request)
-            self.parked.append(request)
-            request.move(RequestState.LOADING)
+        if request not in self.ready and not self._has_adapter(request):
             return False
         self.queue.remove(request)
         request.move(RequestState.RUNNING)
@@ -52,6 +49,21 @@ class Waiting:
             request.started_at = float(self.steps)
             self.queue.charge_prompt(request)
             self.charged[request.id] += request.prompt_tokens
+        return True
+
+    def make_ready(self, request: GenerationRequest) -> bool:
+        is_ready = self._has_adapter(request)
+        if is_ready:
+            self.ready.append(request)
+        return is_ready
+
+    def _has_adapter(self, request: GenerationRequest) -> bool:
+        assert request is self.queue.first(), "only the first of the order may start"
+        if self._still_loading(request):
+            self.queue.park(request)
+            self.parked.append(request)
+            request.move(RequestState.LOADING)
+            return False
         return True
 
     def preempt(self, request: GenerationRequest) -> None:
@@ -115,11 +127,15 @@ class World:
         crossed = [request for request in before if self.side(len(request.tokens)) != request.rotary_side]
         waiting.preempted.clear()
         waiting.claims_then.clear()
+        waiting.ready.clear()
         first = waiting.first()
         plan = planner.plan()
         planner.check_invariants()
         if not crossed and len(before) == planner.num_rows and first is not None:
-            before = self._check_yielded_row(before, first, claims)
+            # Where the adapter of the first is not there, one that is after it may get a row.
+            is_parked = first in waiting.parked
+            if not is_parked or waiting.ready:
+                before = self._check_yielded_row(before, waiting.ready[0] if is_parked else first, claims)
         for request in set(planner.running) - set(before):
             held[request.tenant] += len(request.pages)
         self._check_preemptions(before, crossed, claims, held)
@@ -393,6 +409,19 @@ def test_a_tenant_below_its_share_gets_a_row_of_a_full_batch() -> None:
         bench.step()
     assert sum(request.tenant == "b" for request in bench.planner.running) == 4, "no more than an equal share"
     assert bench.waiting.yielded == 4
+
+
+def test_no_row_is_yielded_to_a_request_whose_adapter_is_not_there() -> None:
+    bench = world(64, rows=8, still_loading=lambda request: request.id == "cold")
+    many = [bench.add(ask(f"many{number}", [number], 100)) for number in range(8)]
+    bench.step()
+    cold, warm = (bench.add(ask(name, [50], 5, tenant="b")) for name in ("cold", "warm"))
+    bench.step()
+    assert cold.state is RequestState.LOADING and warm.state is RequestState.RUNNING
+    assert sum(request.state is RequestState.RUNNING for request in many) == 7
+    bench.waiting.add(other := ask("cold", [50], 5, tenant="c"))
+    bench.step()
+    assert other.state is RequestState.LOADING and not bench.waiting.preempted
 
 
 def test_rows_are_shared_by_weight() -> None:

@@ -21,6 +21,9 @@ class Candidates(Protocol):
     def start(self, request: GenerationRequest) -> bool:
         """Move it into the batch; False if its adapter is not on the device, and another request is first now."""
 
+    def make_ready(self, request: GenerationRequest) -> bool:
+        """Hold its adapter on the device while it waits; False as `start`."""
+
     def preempt(self, request: GenerationRequest) -> None:
         """Put a running request back."""
 
@@ -113,8 +116,8 @@ class StepPlanner:
             for request in [r for r in self.running if self._rotary_side(len(r.tokens)) != r.rotary_side]:
                 # Its keys were computed with the other frequencies.
                 self._preempt(request)
-        if not self._rows and (victim := self._yields_row()) is not None:
-            self._preempt(victim)
+        if not self._rows:
+            self._free_row()
         short_of_pages = self._plan_decodes(plan)
         budget = self._budget - len(plan.decodes)
         for request in self.running:
@@ -138,8 +141,8 @@ class StepPlanner:
             plan: The step under way.
             leaving: Requests of the step that end after it.
         """
-        waits = self._candidates.first() is not None
-        if waits and (self._rows or self._yields_row() is not None):
+        waits = self._candidates.first()
+        if waits is not None and (self._rows or self._yields_row(waits) is not None):
             return None
         decodes = [r for r in plan.decodes if len(r.tokens) + 1 < r.limit and r not in leaving]
         grown = [r for r in decodes if self._needs_page(r, ahead=1)]
@@ -178,14 +181,22 @@ class StepPlanner:
             if len(request.pages) * PAGE_SIZE < len(request.tokens) - 1 or request.computed >= len(request.tokens):
                 raise RuntimeError(f"request {request.id!r} lacks pages, or has nothing to run")
 
-    def _yields_row(self) -> GenerationRequest | None:
+    def _free_row(self) -> None:
+        """Let a running request yield its row to the first waiting one whose adapter is there, if that has a right."""
+        while (newcomer := self._candidates.first()) is not None:
+            victim = self._yields_row(newcomer)
+            if victim is None:
+                return
+            # What yields is computed again: it must not be in vain.
+            if self._candidates.make_ready(newcomer):
+                self._preempt(victim)
+                return
+
+    def _yields_row(self, newcomer: GenerationRequest) -> GenerationRequest | None:
         """The running request that yields its row to the first waiting one, or None if that has to wait for an end.
 
         Otherwise a tenant's many long answers, which began together, would hold every row until they end together.
         """
-        newcomer = self._candidates.first()
-        if newcomer is None:
-            return None
         held = Counter(request.tenant for request in self.running)
         share = self._shares({*held, newcomer.tenant}, self.num_rows)
         if held[newcomer.tenant] + 1 > share[newcomer.tenant]:
