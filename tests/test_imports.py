@@ -47,7 +47,7 @@ ALLOWED: dict[str, set[str]] = {
     # The factory puts the interfaces together. Nothing below it imports the factory.
     "sera_serve.server.app": SHARED
     | {"sera_serve.server", "sera_serve.server.native", "sera_serve.server.openai"}
-    | {"sera_serve.access", "sera_serve.config", "adapters_store"},
+    | {"sera_serve.access", "sera_serve.config", "sera_serve.engine", "adapters_store"},
     "sera_serve.trainer": SHARED | {"sera_serve.terminal", "sera_serve.base", "sera_serve.layers", "adapters_store"},
 }
 # The entry points: they put the packages together.

@@ -11,6 +11,7 @@ from fastapi import FastAPI
 from adapters_store import AdapterStore, BundleLimits
 from sera_serve.access import RATE_HEADERS, AccessControl, AccessDatabase, AuditLog, Holdings, Quotas
 from sera_serve.config import ServeSettings
+from sera_serve.engine import ServingEngine
 from sera_serve.errors import InvalidConfiguration
 from sera_serve.server import console, docs_page, health, native, openai, openapi, stats
 from sera_serve.server.accounting import Accounting
@@ -21,7 +22,7 @@ from sera_serve.server.browsers import (
     CrossOriginAnswers,
     is_loopback,
 )
-from sera_serve.server.deps import Engine, Executors
+from sera_serve.server.deps import Executors
 from sera_serve.server.door import KeyDoor
 from sera_serve.server.errors import add_error_handlers
 from sera_serve.server.freed_memory import MemoryTrimmer
@@ -38,7 +39,9 @@ from sera_serve.server.training import Training
 from sera_serve.server.watcher import watching
 
 
-def build_app(engine: Engine, store: AdapterStore, settings: ServeSettings, tracing: Tracing | None = None) -> FastAPI:
+def build_app(
+    engine: ServingEngine, store: AdapterStore, settings: ServeSettings, tracing: Tracing | None = None
+) -> FastAPI:
     """Build the HTTP app. The engine starts and stops with the app.
 
     Args:

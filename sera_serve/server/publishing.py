@@ -9,7 +9,7 @@ from pathlib import Path
 from adapters_store import AdapterBundle, AdapterStore, BundleLimits, PeftFiles, Published, peft_from_path
 from adapters_store.errors import AdapterNotFound, InvalidBundle, MissingFile, StoreError
 from sera_serve.access import AccessControl, Actor, AuditLog, Holdings
-from sera_serve.server.deps import Engine
+from sera_serve.engine import ServingEngine
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class PublishedSource:
 def publish(
     source: AdapterBundle | PeftFiles,
     name: str,
-    engine: Engine,
+    engine: ServingEngine,
     store: AdapterStore,
     access: AccessControl,
     holdings: Holdings,
@@ -58,7 +58,7 @@ def publish_within(
     return published
 
 
-def checked(source: AdapterBundle | PeftFiles, engine: Engine) -> tuple[AdapterBundle, tuple[str, ...]]:
+def checked(source: AdapterBundle | PeftFiles, engine: ServingEngine) -> tuple[AdapterBundle, tuple[str, ...]]:
     """The bundle of what was read, and an import's warnings; raises as `publish` does."""
     if isinstance(source, PeftFiles):
         imported = engine.import_checkpoint(source)
@@ -69,7 +69,7 @@ def checked(source: AdapterBundle | PeftFiles, engine: Engine) -> tuple[AdapterB
 
 def remove(
     reference: str,
-    engine: Engine,
+    engine: ServingEngine,
     store: AdapterStore,
     access: AccessControl,
     holdings: Holdings,

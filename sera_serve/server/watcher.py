@@ -17,8 +17,9 @@ from pathlib import Path
 from adapters_store import AdapterStore, BundleLimits, StoreError, parse_adapter
 from adapters_store.errors import AdapterNotFound, InvalidAdapterName
 from sera_serve.access import AccessControl, AccessDatabaseError, Actor, AuditLog, Holdings
+from sera_serve.engine import ServingEngine
 from sera_serve.errors import EngineUnavailable, Overloaded, SeraServeError
-from sera_serve.server.deps import Engine, Executors
+from sera_serve.server.deps import Executors
 from sera_serve.server.publishing import publish, read_source, record_publication, remove
 from sera_serve.threads import BoundedExecutor
 
@@ -175,7 +176,7 @@ class WatchedDirectory:
 @asynccontextmanager
 async def watching(
     root: Path | None,
-    engine: Engine,
+    engine: ServingEngine,
     store: AdapterStore,
     executors: Executors,
     limits: BundleLimits,
@@ -202,7 +203,7 @@ async def watching(
 
 async def _watch(
     directory: WatchedDirectory,
-    engine: Engine,
+    engine: ServingEngine,
     store: AdapterStore,
     executors: Executors,
     limits: BundleLimits,
@@ -242,7 +243,7 @@ async def _watch(
 def _publish(
     directory: WatchedDirectory,
     name: str,
-    engine: Engine,
+    engine: ServingEngine,
     store: AdapterStore,
     limits: BundleLimits,
     access: AccessControl,
@@ -276,7 +277,7 @@ def _publish(
 def _withdraw(
     directory: WatchedDirectory,
     name: str,
-    engine: Engine,
+    engine: ServingEngine,
     store: AdapterStore,
     access: AccessControl,
     holdings: Holdings,

@@ -11,9 +11,9 @@ from adapters_store import AdapterStore, ResolvedAdapter
 from adapters_store import AdapterSummary as StoredAdapter
 from adapters_store.errors import AdapterNotFound
 from sera_serve.access import AccessControl, Actor, AuditLog, Holdings
-from sera_serve.engine import Presence
+from sera_serve.engine import Presence, ServingEngine
 from sera_serve.server.auth import Caller, CallerOf
-from sera_serve.server.deps import AuditOf, Engine, EngineOf, Executors, ExecutorsOf, HoldingsOf, SettingsOf, StoreOf
+from sera_serve.server.deps import AuditOf, EngineOf, Executors, ExecutorsOf, HoldingsOf, SettingsOf, StoreOf
 from sera_serve.server.disconnect import cancel_on_disconnect
 from sera_serve.server.native.schemas import (
     AdapterDetail,
@@ -175,7 +175,7 @@ async def unpin(
 
 def _publish(
     received: Upload,
-    engine: Engine,
+    engine: ServingEngine,
     store: AdapterStore,
     max_bytes: int,
     access: AccessControl,
@@ -192,7 +192,7 @@ def _publish(
 
 
 async def _pin(
-    reference: str, engine: Engine, store: AdapterStore, executors: Executors, audit: AuditLog, actor: Actor
+    reference: str, engine: ServingEngine, store: AdapterStore, executors: Executors, audit: AuditLog, actor: Actor
 ) -> ResolvedAdapter:
     resolved = await executors.changing.run(store.resolve, reference)
     await engine.pin(resolved.digest, reference)
@@ -207,7 +207,9 @@ def _record_pin(
     audit.record(action, actor, tenant=tenant, target=resolved.adapter, version=resolved.version)
 
 
-def _unpin(reference: str, engine: Engine, store: AdapterStore, audit: AuditLog, actor: Actor) -> ResolvedAdapter:
+def _unpin(
+    reference: str, engine: ServingEngine, store: AdapterStore, audit: AuditLog, actor: Actor
+) -> ResolvedAdapter:
     try:
         resolved = store.resolve(reference)
     except AdapterNotFound:
@@ -219,7 +221,7 @@ def _unpin(reference: str, engine: Engine, store: AdapterStore, audit: AuditLog,
     return resolved
 
 
-def _page(caller: Caller, engine: Engine, store: AdapterStore, query: ListQuery) -> bytes:
+def _page(caller: Caller, engine: ServingEngine, store: AdapterStore, query: ListQuery) -> bytes:
     """The JSON of an `AdapterList`. One call for the whole page would hold the interpreter's lock for too long."""
     page = visible_page(caller, store, query.after, query.limit, query.tenant)
     places = engine.presence([(info.adapter, info.digest) for info in page.adapters])
@@ -230,7 +232,7 @@ def _page(caller: Caller, engine: Engine, store: AdapterStore, query: ListQuery)
     return f'{{"adapters":[{",".join(adapters)}],"next":{json.dumps(page.next)}}}'.encode()
 
 
-def _detail(engine: Engine, store: AdapterStore, reference: str) -> AdapterDetail:
+def _detail(engine: ServingEngine, store: AdapterStore, reference: str) -> AdapterDetail:
     info = store.inspect(reference)
     return AdapterDetail(
         **_summary(info, engine.presence([(info.adapter, info.digest)])[0]),

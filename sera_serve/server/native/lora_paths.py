@@ -13,9 +13,10 @@ from fastapi import APIRouter, Request
 from adapters_store import AdapterBundle, AdapterStore, BundleLimits, parse_adapter
 from adapters_store.errors import AdapterNotFound, InvalidAdapterName
 from sera_serve.access import AccessControl, Actor, AuditLog, Holdings
+from sera_serve.engine import ServingEngine
 from sera_serve.errors import InvalidRequest, SeraServeError
 from sera_serve.server.auth import CallerOf
-from sera_serve.server.deps import AuditOf, Engine, EngineOf, ExecutorsOf, HoldingsOf, SettingsOf, StoreOf
+from sera_serve.server.deps import AuditOf, EngineOf, ExecutorsOf, HoldingsOf, SettingsOf, StoreOf
 from sera_serve.server.disconnect import cancel_on_disconnect
 from sera_serve.server.native.schemas import DeletedAdapter, LoadLoraRequest, PublishedAdapter, UnloadLoraRequest
 from sera_serve.server.publishing import checked, publish_within, read_source, record_publication, remove
@@ -109,7 +110,7 @@ def _load(
     body: LoadLoraRequest,
     root: Path,
     limits: BundleLimits,
-    engine: Engine,
+    engine: ServingEngine,
     store: AdapterStore,
     access: AccessControl,
     holdings: Holdings,

@@ -9,9 +9,10 @@ from fastapi import APIRouter, Depends, Request, Response
 
 from adapters_store import Held
 from sera_serve.access import DEFAULT, Actor, AuditLog, Holdings, Limit, Quotas, Rates, check_quota_tenant
+from sera_serve.engine import ServingEngine
 from sera_serve.server.accounting import AccountingOf
 from sera_serve.server.auth import CallerOf, NotYourTenant
-from sera_serve.server.deps import AuditOf, Engine, EngineOf, ExecutorsOf, HoldingsOf, QuotasOf
+from sera_serve.server.deps import AuditOf, EngineOf, ExecutorsOf, HoldingsOf, QuotasOf
 from sera_serve.server.disconnect import cancel_on_disconnect
 from sera_serve.server.native.quota_schemas import QuotaDetail, QuotaLimits, QuotaList, QuotaRequest, QuotaUsage
 from sera_serve.server.strict import StrictRoute
@@ -23,7 +24,12 @@ class UsageReader:
     """Reads what tenants use of their quotas."""
 
     def __init__(
-        self, engine: Engine, rates: Rates, quotas: Quotas, holdings: Holdings, unfinished_jobs: Callable[[str], int]
+        self,
+        engine: ServingEngine,
+        rates: Rates,
+        quotas: Quotas,
+        holdings: Holdings,
+        unfinished_jobs: Callable[[str], int],
     ) -> None:
         """Read from these."""
         self.quotas = quotas

@@ -8,10 +8,10 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from sera_serve.engine import GenerationResult, Principal, TokenDelta
+from sera_serve.engine import GenerationResult, GenerationStream, Principal, TokenDelta
 from sera_serve.server.accounting import Account, AccountingOf
 from sera_serve.server.auth import CallerOf
-from sera_serve.server.deps import EngineOf, ReceivedAt, TokenStream
+from sera_serve.server.deps import EngineOf, ReceivedAt
 from sera_serve.server.disconnect import cancel_on_disconnect
 from sera_serve.server.openai.answers import (
     ChatLogprobList,
@@ -137,12 +137,12 @@ class ChatEvents(EventWriter):
         self._answer = answer
         self._called: dict[int, int] = {}
 
-    def begin(self, streams: Sequence[TokenStream]) -> bytes:
+    def begin(self, streams: Sequence[GenerationStream]) -> bytes:
         """The role of each choice."""
         delta = {"role": "assistant", "content": ""}
         return b"".join(self._event(stream, index, delta) for index, stream in enumerate(streams))
 
-    def delta(self, index: int, stream: TokenStream, delta: TokenDelta) -> bytes:
+    def delta(self, index: int, stream: GenerationStream, delta: TokenDelta) -> bytes:
         """What a piece of text adds."""
         self._answer.add_logprobs(index, delta)
         deltas = self._deltas(index, self._answer.pieces(index, delta.text))
@@ -156,13 +156,13 @@ class ChatEvents(EventWriter):
             logprobs = None
         return events
 
-    def final(self, index: int, stream: TokenStream, result: GenerationResult) -> bytes:
+    def final(self, index: int, stream: GenerationStream, result: GenerationResult) -> bytes:
         """What was held back, and why the choice has ended."""
         events = [self._event(stream, index, delta) for delta in self._deltas(index, self._answer.rest(index))]
         events.append(self._event(stream, index, {}, None, self._answer.finish_reason(index, result)))
         return b"".join(events)
 
-    def end(self, streams: Sequence[TokenStream]) -> bytes:
+    def end(self, streams: Sequence[GenerationStream]) -> bytes:
         """The usage, if it was asked for, and the end."""
         last = super().end(streams)
         if not self._answer.body.sends_usage:
@@ -184,7 +184,7 @@ class ChatEvents(EventWriter):
 
     def _event(
         self,
-        stream: TokenStream,
+        stream: GenerationStream,
         index: int,
         delta: dict[str, Any],
         logprobs: str | None = None,

@@ -8,10 +8,10 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from sera_serve.engine import GenerationResult, Principal, TokenDelta
+from sera_serve.engine import GenerationResult, GenerationStream, Principal, TokenDelta
 from sera_serve.server.accounting import Account, AccountingOf
 from sera_serve.server.auth import CallerOf
-from sera_serve.server.deps import EngineOf, ReceivedAt, TokenStream
+from sera_serve.server.deps import EngineOf, ReceivedAt
 from sera_serve.server.disconnect import cancel_on_disconnect
 from sera_serve.server.openai.answers import (
     CompletionLogprobLists,
@@ -93,14 +93,14 @@ class CompletionEvents(EventWriter):
         self._texts = texts
         self._lists: dict[int, CompletionLogprobLists] = {}
 
-    def begin(self, streams: Sequence[TokenStream]) -> bytes:
+    def begin(self, streams: Sequence[GenerationStream]) -> bytes:
         """The prompts, if they are echoed."""
         if not self._prompts:
             return b""
         n = self._body.choices
         return b"".join(self._event(stream, index, self._prompts[index // n]) for index, stream in enumerate(streams))
 
-    def delta(self, index: int, stream: TokenStream, delta: TokenDelta) -> bytes:
+    def delta(self, index: int, stream: GenerationStream, delta: TokenDelta) -> bytes:
         """The text that was added."""
         if self._body.max_tokens == 0:
             return b""
@@ -115,12 +115,12 @@ class CompletionEvents(EventWriter):
             return b""
         return self._event(stream, index, delta.text, logprobs)
 
-    def final(self, index: int, stream: TokenStream, result: GenerationResult) -> bytes:
+    def final(self, index: int, stream: GenerationStream, result: GenerationResult) -> bytes:
         """Why the text has ended."""
         reason = "length" if self._body.max_tokens == 0 else result.finish_reason
         return self._event(stream, index, "", finish_reason=reason)
 
-    def end(self, streams: Sequence[TokenStream]) -> bytes:
+    def end(self, streams: Sequence[GenerationStream]) -> bytes:
         """The usage, if it was asked for, and the end."""
         last = super().end(streams)
         if not self._body.sends_usage:
@@ -131,7 +131,7 @@ class CompletionEvents(EventWriter):
 
     def _event(
         self,
-        stream: TokenStream,
+        stream: GenerationStream,
         index: int,
         text: str,
         logprobs: str | None = None,

@@ -11,13 +11,14 @@ from fastapi import APIRouter, Query, Request, Response
 from adapters_store import AdapterConfig, AdapterStore, check_part, expected_shapes, file_bytes, parse_ref
 from adapters_store.errors import InvalidAdapterName, InvalidBundle
 from sera_serve.access import AuditLog
+from sera_serve.engine import ServingEngine
 from sera_serve.errors import AdapterTooLarge, InvalidRequest
 from sera_serve.jobs import Job, JobSpec, TrainingFile, TrainingFileNotFound
 from sera_serve.jobs.records import new_job_id
 from sera_serve.jobs.rows import TASK_OF, RowKind
 from sera_serve.jobs.spec import BYTES_A_NUMBER, KEPT, SHAPE, auto_batch_size, auto_epochs, check_spec, method_of
 from sera_serve.server.auth import Caller, CallerOf, NotYourTenant
-from sera_serve.server.deps import AuditOf, Engine, EngineOf, ExecutorsOf, StoreOf
+from sera_serve.server.deps import AuditOf, EngineOf, ExecutorsOf, StoreOf
 from sera_serve.server.disconnect import cancel_on_disconnect
 from sera_serve.server.openai.errors import InvalidOpenAIRequest, OpenAIRoute
 from sera_serve.server.openai.files import scope_of
@@ -205,7 +206,7 @@ def _create(
     body: CreateJobRequest,
     init_from: str | None,
     caller: Caller,
-    engine: Engine,
+    engine: ServingEngine,
     store: AdapterStore,
     training: Training,
     audit: AuditLog,
@@ -243,7 +244,7 @@ def _create(
     return job
 
 
-def _check_servable(planned: AdapterConfig, goes_on: bool, engine: Engine, max_bundle_bytes: int) -> None:
+def _check_servable(planned: AdapterConfig, goes_on: bool, engine: ServingEngine, max_bundle_bytes: int) -> None:
     """Refuse an adapter that this server could not serve, or not store, by the field of the body that decides it."""
     field, remedy = "adapter.rank", "send a smaller adapter.rank, or fewer adapter.target_modules"
     if goes_on:
@@ -296,7 +297,7 @@ def _row_kind(file: TrainingFile, param: str) -> RowKind:
     return file.kind
 
 
-def _name(body: CreateJobRequest, init_from: str | None, engine: Engine, job_id: str) -> str:
+def _name(body: CreateJobRequest, init_from: str | None, engine: ServingEngine, job_id: str) -> str:
     """The second part of the adapter's name: the base's, the suffix, and digits of the job's id, which no other has."""
     known = engine.base.name if init_from is None else parse_ref(init_from).parts[1]
     parts = [_ODD.sub("-", known.lower())[:_BASE_CHARACTERS].strip("-") or "ft"]
@@ -314,7 +315,7 @@ def _spec(
     shape: AdapterRequest,
     init_from: str | None,
     train: TrainingFile,
-    engine: Engine,
+    engine: ServingEngine,
     store: AdapterStore,
     adapter: str,
 ) -> JobSpec:

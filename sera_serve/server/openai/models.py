@@ -10,8 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from adapters_store import AdapterStore, AdapterSummary, Task, parse_ref
 from sera_serve.base import BaseKind
+from sera_serve.engine import ServingEngine
 from sera_serve.server.auth import Caller, CallerOf
-from sera_serve.server.deps import Engine, EngineOf, ExecutorsOf, StoreOf
+from sera_serve.server.deps import EngineOf, ExecutorsOf, StoreOf
 from sera_serve.server.disconnect import cancel_on_disconnect
 from sera_serve.server.native.schemas import MAX_REFERENCE
 from sera_serve.server.openai.errors import ModelNotFound, OpenAIRoute
@@ -85,7 +86,7 @@ async def retrieve_model(
     return await cancel_on_disconnect(request.receive, executors.changing.run(_one, caller, engine, store, model))
 
 
-def _one(caller: Caller, engine: Engine, store: AdapterStore, model: str) -> Model:
+def _one(caller: Caller, engine: ServingEngine, store: AdapterStore, model: str) -> Model:
     if model == base_name(engine):
         return _base(engine)
     caller.check_use(model)
@@ -94,7 +95,7 @@ def _one(caller: Caller, engine: Engine, store: AdapterStore, model: str) -> Mod
     return _adapter(info, model if "@" in model else parse_ref(model).adapter)
 
 
-def _page(caller: Caller, engine: Engine, store: AdapterStore, query: ModelQuery) -> bytes:
+def _page(caller: Caller, engine: ServingEngine, store: AdapterStore, query: ModelQuery) -> bytes:
     """The JSON of a `ModelList`. One call for the whole page would hold the interpreter's lock for too long."""
     base = base_name(engine)
     # After the base come all adapters, whatever its name is.
@@ -121,7 +122,7 @@ def _page(caller: Caller, engine: Engine, store: AdapterStore, query: ModelQuery
     return last.model_dump_json().replace('"data":[]', f'"data":[{data}]', 1).encode()
 
 
-def _base(engine: Engine) -> Model:
+def _base(engine: ServingEngine) -> Model:
     name = base_name(engine)
     task = _TASKS[engine.base.kind]
     return Model(id=name, created=0, owned_by="sera-serve", root=name, parent=None, task=task)

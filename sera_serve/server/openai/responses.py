@@ -11,11 +11,11 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from sera_serve.engine import GenerationResult, Principal, TokenDelta
+from sera_serve.engine import GenerationResult, GenerationStream, Principal, TokenDelta
 from sera_serve.errors import SeraServeError
 from sera_serve.server.accounting import Account, AccountingOf
 from sera_serve.server.auth import CallerOf
-from sera_serve.server.deps import EngineOf, ReceivedAt, TokenStream
+from sera_serve.server.deps import EngineOf, ReceivedAt
 from sera_serve.server.disconnect import cancel_on_disconnect
 from sera_serve.server.openai.answers import ChatLogprobList, collect, to_json, translated, usage, with_member
 from sera_serve.server.openai.errors import OpenAIRoute
@@ -215,7 +215,7 @@ class ResponseAnswer:
 
     def response(
         self,
-        stream: TokenStream | None,
+        stream: GenerationStream | None,
         result: GenerationResult | None = None,
         failure: dict[str, Any] | None = None,
     ) -> tuple[str, str]:
@@ -267,27 +267,27 @@ class ResponseEvents(EventWriter):
     def __init__(self, answer: ResponseAnswer) -> None:
         """Write for an answer."""
         self._answer = answer
-        self._stream: TokenStream | None = None
+        self._stream: GenerationStream | None = None
         self._sent = 0
 
-    def begin(self, streams: Sequence[TokenStream]) -> bytes:
+    def begin(self, streams: Sequence[GenerationStream]) -> bytes:
         """The answer as it begins."""
         (self._stream,) = streams
         response = f'{{"response":{self._answer.response(self._stream)[1]}}}'
         return self._events([("response.created", response), ("response.in_progress", response)])
 
-    def delta(self, index: int, stream: TokenStream, delta: TokenDelta) -> bytes:
+    def delta(self, index: int, stream: GenerationStream, delta: TokenDelta) -> bytes:
         """What a piece of text adds."""
         self._answer.add_logprobs(index, delta)
         return self._events(self._answer.add(delta.text))
 
-    def final(self, index: int, stream: TokenStream, result: GenerationResult) -> bytes:
+    def final(self, index: int, stream: GenerationStream, result: GenerationResult) -> bytes:
         """What was held back, and the whole answer."""
         events = self._events(self._answer.end(result))
         status, response = self._answer.response(stream, result)
         return events + self._events([(f"response.{status}", f'{{"response":{response}}}')])
 
-    def end(self, streams: Sequence[TokenStream]) -> bytes:
+    def end(self, streams: Sequence[GenerationStream]) -> bytes:
         """Nothing: the whole answer was the last event."""
         return b""
 
@@ -352,7 +352,7 @@ def _own_names() -> Iterator[None]:
 
 
 def _with_own_names(admit: Admit) -> Admit:
-    async def call() -> Sequence[TokenStream]:
+    async def call() -> Sequence[GenerationStream]:
         with _own_names():
             return await admit()
 

@@ -7,10 +7,11 @@ from typing import Annotated
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field, model_validator
 
+from sera_serve.engine import ServingEngine
 from sera_serve.errors import PromptTooLong
 from sera_serve.server.accounting import Accounting, AccountingOf
 from sera_serve.server.auth import Caller, CallerOf
-from sera_serve.server.deps import Engine, EngineOf
+from sera_serve.server.deps import EngineOf
 from sera_serve.server.disconnect import cancel_on_disconnect
 from sera_serve.server.native.schemas import MAX_REFERENCE, MAX_TOKEN_IDS, TokenId
 from sera_serve.server.openai.answers import to_json, with_member
@@ -100,7 +101,7 @@ async def detokenize(
 
 
 def _entered(
-    model: str | None, request: Request, caller: Caller, engine: Engine, accounting: Accounting
+    model: str | None, request: Request, caller: Caller, engine: ServingEngine, accounting: Accounting
 ) -> tuple[str | None, str]:
     """Charge a request, and return the adapter that it names, and its tenant."""
     adapter = None if model is None else adapter_of(model, engine)
@@ -109,7 +110,7 @@ def _entered(
     return adapter, tenant
 
 
-def _tokenize(body: TokenizeRequest, adapter: str | None, engine: Engine, texts: Texts) -> bytes:
+def _tokenize(body: TokenizeRequest, adapter: str | None, engine: ServingEngine, texts: Texts) -> bytes:
     special = body.add_special_tokens
     if body.messages is None:
         text = body.prompt or ""
