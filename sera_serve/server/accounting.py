@@ -6,9 +6,9 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Annotated, cast
+from typing import cast
 
-from fastapi import Depends, Request
+from fastapi import Request
 from starlette.datastructures import State
 
 from sera_serve.access import Quota, Quotas, Rates, rate_headers
@@ -294,13 +294,6 @@ class Accounting:
         return Account(self._metrics, meter, principal, priority, request.state.record, self._generating)
 
 
-async def _accounting(request: Request) -> Accounting:
-    return accounting_of(request)
-
-
 def accounting_of(request: Request) -> Accounting:
     """Return what opens the accounts of an app's requests."""
     return cast(Accounting, request.app.state.accounting)
-
-
-AccountingOf = Annotated[Accounting, Depends(_accounting)]

@@ -32,6 +32,7 @@ from sera_serve.server.metrics import JobMetrics, LoopMetrics, ResidencyMetrics,
 from sera_serve.server.metrics_address import parse_address
 from sera_serve.server.middleware import BodyLimit, RequestLifecycle
 from sera_serve.server.openai.texts import Texts
+from sera_serve.server.publishing import Publisher
 from sera_serve.server.request_log import RequestLog
 from sera_serve.server.router_metrics import RouterMetrics
 from sera_serve.server.tracing import Tracing, telemetry_config, tracing_of
@@ -63,6 +64,7 @@ def build_app(
     access.on_change(quotas.refresh)
     holdings = Holdings(store, quotas)
     audit = AuditLog(store.root, settings.audit_max_mib, settings.audit_keep)
+    publisher = Publisher(engine, store, access, holdings, audit)
     training = Training.of(settings, store, access.database, quotas, holdings, audit)
 
     @asynccontextmanager
@@ -73,7 +75,7 @@ def build_app(
         access.start()
         training.supervisor.start()
         try:
-            watcher = watching(settings.watch, engine, store, executors, limits, access, holdings, audit)
+            watcher = watching(settings.watch, publisher, executors, limits)
             async with app.state.loop_watch.running(), MemoryTrimmer().running(), watcher:
                 yield
         finally:
@@ -100,10 +102,10 @@ def build_app(
     app.state.settings = settings
     app.state.access = access
     app.state.audit = audit
+    app.state.publisher = publisher
     app.state.training = training
     app.state.quotas = quotas
     app.state.holdings = holdings
-    app.state.unfinished_jobs = training.jobs.unfinished
     app.state.metrics = metrics
     app.state.accounting = Accounting(metrics, quotas)
     app.state.loop_watch = LoopWatch(metrics.registry)

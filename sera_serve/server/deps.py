@@ -1,18 +1,28 @@
-"""What routes depend on: the threads of the routes' work, and FastAPI dependencies."""
+"""What routes depend on: the threads of their work, and the request with what its app has for it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from typing import Annotated, cast
+from typing import Annotated, Any, ParamSpec, TypeVar
 
 from fastapi import Depends, Request
 
 from adapters_store import AdapterStore
 from sera_serve.access import AuditLog, Holdings, Quotas
+from sera_serve.access.audit import Action
 from sera_serve.config import ServeSettings
-from sera_serve.engine import ServingEngine
+from sera_serve.engine import Principal, Priority, ServingEngine
+from sera_serve.server.accounting import Account, Accounting
+from sera_serve.server.auth import caller_of
+from sera_serve.server.disconnect import cancel_on_disconnect
 from sera_serve.server.metrics import ServerMetrics
+from sera_serve.server.publishing import Publisher
+from sera_serve.server.training import Training
 from sera_serve.threads import BoundedExecutor
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _CHANGING_THREADS = 4
 # Of one core, pages of a long list take an eighth at most, beyond a first burst: clients that asked for page after page
@@ -54,51 +64,53 @@ class Executors:
             executor.close()
 
 
-# The dependencies are coroutines. FastAPI would call plain functions in a thread, and each such call costs several
-# hand-overs of the interpreter's lock.
-async def _engine(request: Request) -> ServingEngine:
-    return cast(ServingEngine, request.app.state.engine)
+class RequestContext:
+    """One request as its route sees it: who sent it, and what its app has for it.
+
+    Attributes:
+        request: The request.
+        caller: Who sent it.
+        received_at: When its first byte came (`time.monotonic`). Time limits count from it.
+    """
+
+    def __init__(self, request: Request) -> None:
+        """Read the state of the request and of its app."""
+        state = request.app.state
+        self.request = request
+        self.caller = caller_of(request)
+        self.received_at: float | None = getattr(request.state, "received_at", None)
+        self.engine: ServingEngine = state.engine
+        self.store: AdapterStore = state.store
+        self.settings: ServeSettings = state.settings
+        self.executors: Executors = state.executors
+        self.publisher: Publisher = state.publisher
+        self.training: Training = state.training
+        self.holdings: Holdings = state.holdings
+        self.quotas: Quotas = state.quotas
+        self.metrics: ServerMetrics = state.metrics
+        self.accounting: Accounting = state.accounting
+        self._audit: AuditLog = state.audit
+
+    async def finish(self, work: Coroutine[Any, Any, T]) -> T:
+        """Await `work`, or cancel it when the client leaves; see `cancel_on_disconnect`."""
+        return await cancel_on_disconnect(self.request.receive, work)
+
+    async def run(self, executor: BoundedExecutor, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """`finish`, for a function that blocks. What has not begun when the client leaves is not begun."""
+        return await self.finish(executor.run(work, *args, **kwargs))
+
+    def open_account(self, principal: Principal, asked: Priority | None) -> Account:
+        """Open the account of the request, which names a priority or none; raises as `Accounting.open` does."""
+        return self.accounting.open(self.request, principal, asked)
+
+    def record(self, action: Action, tenant: str, target: str, **details: str | int | float | bool | None) -> None:
+        """Tell the audit log what the caller did; see `AuditLog.record`. Blocks."""
+        self._audit.record(action, self.caller.actor, tenant=tenant, target=target, **details)
 
 
-async def _store(request: Request) -> AdapterStore:
-    return cast(AdapterStore, request.app.state.store)
+# A coroutine: FastAPI would call a plain function in a thread, which costs hand-overs of the interpreter's lock.
+async def _context(request: Request) -> RequestContext:
+    return RequestContext(request)
 
 
-async def _settings(request: Request) -> ServeSettings:
-    return cast(ServeSettings, request.app.state.settings)
-
-
-async def _executors(request: Request) -> Executors:
-    return cast(Executors, request.app.state.executors)
-
-
-async def _received_at(request: Request) -> float | None:
-    return cast(float | None, getattr(request.state, "received_at", None))
-
-
-async def _holdings(request: Request) -> Holdings:
-    return cast(Holdings, request.app.state.holdings)
-
-
-async def _quotas(request: Request) -> Quotas:
-    return cast(Quotas, request.app.state.quotas)
-
-
-async def _audit(request: Request) -> AuditLog:
-    return cast(AuditLog, request.app.state.audit)
-
-
-async def _metrics(request: Request) -> ServerMetrics:
-    return cast(ServerMetrics, request.app.state.metrics)
-
-
-EngineOf = Annotated[ServingEngine, Depends(_engine)]
-StoreOf = Annotated[AdapterStore, Depends(_store)]
-SettingsOf = Annotated[ServeSettings, Depends(_settings)]
-MetricsOf = Annotated[ServerMetrics, Depends(_metrics)]
-HoldingsOf = Annotated[Holdings, Depends(_holdings)]
-QuotasOf = Annotated[Quotas, Depends(_quotas)]
-AuditOf = Annotated[AuditLog, Depends(_audit)]
-ExecutorsOf = Annotated[Executors, Depends(_executors)]
-# When the request's first byte came (`time.monotonic`). Time limits count from it.
-ReceivedAt = Annotated[float | None, Depends(_received_at)]
+ContextOf = Annotated[RequestContext, Depends(_context)]

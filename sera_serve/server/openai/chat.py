@@ -6,13 +6,11 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Response
 
 from sera_serve.engine import GenerationResult, GenerationStream, Principal, TokenDelta
-from sera_serve.server.accounting import Account, AccountingOf
-from sera_serve.server.auth import CallerOf
-from sera_serve.server.deps import EngineOf, ReceivedAt
-from sera_serve.server.disconnect import cancel_on_disconnect
+from sera_serve.server.accounting import Account
+from sera_serve.server.deps import ContextOf
 from sera_serve.server.openai.answers import (
     ChatLogprobList,
     Head,
@@ -39,18 +37,10 @@ _KIND, _CHUNK = "chat.completion", "chat.completion.chunk"
     response_model=ChatCompletion,
     responses={200: {"content": stream_of()}},
 )
-async def chat_completions(
-    body: ChatRequest,
-    request: Request,
-    caller: CallerOf,
-    engine: EngineOf,
-    accounting: AccountingOf,
-    texts: TextsOf,
-    received_at: ReceivedAt,
-) -> Response:
+async def chat_completions(body: ChatRequest, context: ContextOf, texts: TextsOf) -> Response:
     """Answer a conversation, in the form of OpenAI's API."""
-    adapter = adapter_of(body.model, engine)
-    account = accounting.open(request, caller.principal(adapter), body.priority)
+    adapter = adapter_of(body.model, context.engine)
+    account = context.open_account(context.caller.principal(adapter), body.priority)
     principal = account.principal
     conversation = Conversation(
         messages=body.messages,
@@ -60,7 +50,7 @@ async def chat_completions(
         variables=body.chat_template_kwargs,
     )
     work = texts.run(principal.tenant, texts.chat_prompt, conversation, adapter)
-    prompt = await cancel_on_disconnect(request.receive, work)
+    prompt = await context.finish(work)
     parallel = body.parallel_tool_calls is not False
     params = body.params(
         prompt.adapter,
@@ -71,12 +61,14 @@ async def chat_completions(
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         constraint=forced_calls(body.tools or [], body.forced_function, parallel) if body.is_forced else None,
     )
-    admit = translated(partial(engine.generate_choices, account.params(params), principal, received_at), "messages")
-    head = Head.of("chatcmpl", body.model, base_name(engine))
+    admit = translated(
+        partial(context.engine.generate_choices, account.params(params), principal, context.received_at), "messages"
+    )
+    head = Head.of("chatcmpl", body.model, base_name(context.engine))
     answer = ChatAnswer(body, head, principal, prompt, texts)
     if body.stream:
         return EventStream(admit, ChatEvents(answer), account)
-    return await cancel_on_disconnect(request.receive, _complete(answer, admit, account))
+    return await context.finish(_complete(answer, admit, account))
 
 
 class ChatAnswer:

@@ -9,14 +9,12 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Response
 
 from sera_serve.engine import GenerationResult, GenerationStream, Principal, TokenDelta
 from sera_serve.errors import SeraServeError
-from sera_serve.server.accounting import Account, AccountingOf
-from sera_serve.server.auth import CallerOf
-from sera_serve.server.deps import EngineOf, ReceivedAt
-from sera_serve.server.disconnect import cancel_on_disconnect
+from sera_serve.server.accounting import Account
+from sera_serve.server.deps import ContextOf
 from sera_serve.server.openai.answers import ChatLogprobList, collect, to_json, translated, usage, with_member
 from sera_serve.server.openai.errors import OpenAIRoute
 from sera_serve.server.openai.response_schemas import ResponseObject, ResponseRequest
@@ -47,18 +45,10 @@ Event = tuple[str, str]
     response_model=ResponseObject,
     responses={200: {"content": stream_of()}},
 )
-async def responses(
-    body: ResponseRequest,
-    request: Request,
-    caller: CallerOf,
-    engine: EngineOf,
-    accounting: AccountingOf,
-    texts: TextsOf,
-    received_at: ReceivedAt,
-) -> Response:
+async def responses(body: ResponseRequest, context: ContextOf, texts: TextsOf) -> Response:
     """Answer a conversation, in the form of OpenAI's newer API."""
-    adapter = adapter_of(body.model, engine)
-    account = accounting.open(request, caller.principal(adapter), body.priority)
+    adapter = adapter_of(body.model, context.engine)
+    account = context.open_account(context.caller.principal(adapter), body.priority)
     principal = account.principal
     tools = [tool.as_tool() for tool in body.tools or ()]
     conversation = Conversation(
@@ -66,7 +56,7 @@ async def responses(
     )
     with _own_names():
         work = texts.run(principal.tenant, texts.chat_prompt, conversation, adapter)
-        prompt = await cancel_on_disconnect(request.receive, work)
+        prompt = await context.finish(work)
         parallel = body.parallel_tool_calls is not False
         constraint = forced_calls(tools, body.forced_function, parallel) if body.is_forced else None
     params = body.params(
@@ -78,12 +68,14 @@ async def responses(
         logprobs=(body.top_logprobs or 0) if body.has_logprobs else None,
         constraint=constraint,
     )
-    admit = translated(partial(engine.generate_choices, account.params(params), principal, received_at), "input")
-    answer = ResponseAnswer(body, principal, prompt, texts, base_name(engine))
+    admit = translated(
+        partial(context.engine.generate_choices, account.params(params), principal, context.received_at), "input"
+    )
+    answer = ResponseAnswer(body, principal, prompt, texts, base_name(context.engine))
     if body.stream:
         return EventStream(_with_own_names(admit), ResponseEvents(answer), account)
     with _own_names():
-        return await cancel_on_disconnect(request.receive, _complete(answer, admit, account))
+        return await context.finish(_complete(answer, admit, account))
 
 
 class Output:
