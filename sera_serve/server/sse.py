@@ -26,15 +26,9 @@ Admit = Callable[[], Awaitable[Sequence[GenerationStream]]]
 """Sends a request to the engine, and returns its streams. Called once."""
 
 
-def encode_event(content: dict[str, Any], name: str | None = None) -> bytes:
-    """Encode one event. The JSON has no line breaks, so the event is one `data:` line, after `event:` if it has a name.
-
-    Args:
-        content: The JSON of the event.
-        name: The event's name; letters, dots and underscores.
-    """
-    data = b"data: " + json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8") + b"\n\n"
-    return data if name is None else b"event: " + name.encode() + b"\n" + data
+def encode_event(content: dict[str, Any]) -> bytes:
+    """Encode one event. Its JSON has no line breaks, so the event is one `data:` line."""
+    return b"data: " + json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8") + b"\n\n"
 
 
 class EventWriter:

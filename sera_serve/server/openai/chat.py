@@ -22,7 +22,7 @@ from sera_serve.server.openai.answers import (
 )
 from sera_serve.server.openai.chat_schemas import ChatCompletion, ChatRequest
 from sera_serve.server.openai.errors import OpenAIRoute
-from sera_serve.server.openai.texts import ChatPrompt, Conversation, Texts, TextsOf, adapter_of, base_name
+from sera_serve.server.openai.texts import ChatPrompt, Conversation, Texts, TextsOf, adapter_of
 from sera_serve.server.openai.tool_calls import Call, ToolCallParser, forced_calls
 from sera_serve.server.openapi import stream_of
 from sera_serve.server.sse import Admit, EventStream, EventWriter, encode_event
@@ -64,7 +64,7 @@ async def chat_completions(body: ChatRequest, context: ContextOf, texts: TextsOf
     admit = translated(
         partial(context.engine.generate_choices, account.params(params), principal, context.received_at), "messages"
     )
-    head = Head.of("chatcmpl", body.model, base_name(context.engine))
+    head = Head.of("chatcmpl", body.model, context.engine.base.name)
     answer = ChatAnswer(body, head, principal, prompt, texts)
     if body.stream:
         return EventStream(admit, ChatEvents(answer), account)

@@ -22,7 +22,7 @@ from sera_serve.server.openai.answers import (
 )
 from sera_serve.server.openai.completion_schemas import Completion, CompletionRequest, Prompt
 from sera_serve.server.openai.errors import OpenAIRoute
-from sera_serve.server.openai.texts import Texts, TextsOf, adapter_of, base_name, check_token_count
+from sera_serve.server.openai.texts import Texts, TextsOf, adapter_of, check_token_count
 from sera_serve.server.openapi import stream_of
 from sera_serve.server.sse import Admit, EventStream, EventWriter, admit_all, encode_event
 
@@ -55,7 +55,7 @@ async def completions(body: CompletionRequest, context: ContextOf, texts: TextsO
         )
         admits.append(partial(context.engine.generate_choices, account.params(params), principal, context.received_at))
     admit = translated(partial(admit_all, admits), "prompt")
-    head = Head.of("cmpl", body.model, base_name(context.engine))
+    head = Head.of("cmpl", body.model, context.engine.base.name)
     prompts: list[str] = []
     if echo:
         for prompt in body.prompt:

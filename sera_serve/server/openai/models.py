@@ -14,7 +14,6 @@ from sera_serve.engine import ServingEngine
 from sera_serve.server.deps import ContextOf, RequestContext
 from sera_serve.server.native.schemas import MAX_REFERENCE
 from sera_serve.server.openai.errors import ModelNotFound, OpenAIRoute
-from sera_serve.server.openai.texts import base_name
 from sera_serve.server.visible import visible_page
 from sera_serve.threads import pause
 
@@ -76,7 +75,7 @@ async def retrieve_model(model: str, context: ContextOf) -> Model:
 
 
 def _one(context: RequestContext, model: str) -> Model:
-    if model == base_name(context.engine):
+    if model == context.engine.base.name:
         return _base(context.engine)
     context.caller.check_use(model)
     info = context.store.inspect(model)
@@ -86,7 +85,7 @@ def _one(context: RequestContext, model: str) -> Model:
 
 def _page(context: RequestContext, query: ModelQuery) -> bytes:
     """The JSON of a `ModelList`. One call for the whole page would hold the interpreter's lock for too long."""
-    base = base_name(context.engine)
+    base = context.engine.base.name
     # After the base come all adapters, whatever its name is.
     after = None if query.after == base else query.after
     page = visible_page(context.caller, context.store, after, query.limit)
@@ -112,7 +111,7 @@ def _page(context: RequestContext, query: ModelQuery) -> bytes:
 
 
 def _base(engine: ServingEngine) -> Model:
-    name = base_name(engine)
+    name = engine.base.name
     task = _TASKS[engine.base.kind]
     return Model(id=name, created=0, owned_by="sera-serve", root=name, parent=None, task=task)
 

@@ -18,7 +18,7 @@ from sera_serve.server.deps import ContextOf
 from sera_serve.server.openai.answers import ChatLogprobList, collect, to_json, translated, usage, with_member
 from sera_serve.server.openai.errors import OpenAIRoute
 from sera_serve.server.openai.response_schemas import ResponseObject, ResponseRequest
-from sera_serve.server.openai.texts import ChatPrompt, Conversation, Texts, TextsOf, adapter_of, base_name
+from sera_serve.server.openai.texts import ChatPrompt, Conversation, Texts, TextsOf, adapter_of
 from sera_serve.server.openai.tool_calls import Call, ToolCallParser, forced_calls
 from sera_serve.server.openapi import stream_of
 from sera_serve.server.sse import Admit, EventStream, EventWriter
@@ -71,7 +71,7 @@ async def responses(body: ResponseRequest, context: ContextOf, texts: TextsOf) -
     admit = translated(
         partial(context.engine.generate_choices, account.params(params), principal, context.received_at), "input"
     )
-    answer = ResponseAnswer(body, principal, prompt, texts, base_name(context.engine))
+    answer = ResponseAnswer(body, principal, prompt, texts, context.engine.base.name)
     if body.stream:
         return EventStream(_with_own_names(admit), ResponseEvents(answer), account)
     with _own_names():

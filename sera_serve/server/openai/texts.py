@@ -177,14 +177,9 @@ async def _texts(request: Request) -> Texts:
 TextsOf = Annotated[Texts, Depends(_texts)]
 
 
-def base_name(engine: ServingEngine) -> str:
-    """Return the name that the base has as a model."""
-    return engine.base.name
-
-
 def adapter_of(model: str, engine: ServingEngine) -> str | None:
     """Return the adapter that `model` names, or None for the base."""
-    return None if model == base_name(engine) else model
+    return None if model == engine.base.name else model
 
 
 def check_token_count(tokens: Sequence[int], engine: ServingEngine, param: str) -> None:
