@@ -13,19 +13,6 @@ from sera_serve.engine import ServingEngine
 
 
 @dataclass(frozen=True)
-class PublishedSource:
-    """A version that was published.
-
-    Attributes:
-        version: The version.
-        warnings: What an import had to say.
-    """
-
-    version: Published
-    warnings: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class Publisher:
     """Publishes and deletes adapters of one app. Its methods block."""
 
@@ -35,8 +22,11 @@ class Publisher:
     holdings: Holdings
     audit: AuditLog
 
-    def publish(self, source: AdapterBundle | PeftFiles, name: str, actor: Actor) -> PublishedSource:
+    def publish(self, source: AdapterBundle | PeftFiles, name: str, actor: Actor) -> tuple[Published, tuple[str, ...]]:
         """Check what was read, publish it as the next version of `name`, and record that.
+
+        Returns:
+            The version, and what an import had to say.
 
         Raises:
             InvalidBundle, AdapterTooLarge, AdapterOverflow, ImportMismatch: It is refused; the store is unchanged.
@@ -45,7 +35,7 @@ class Publisher:
             AccessDatabaseError: Nobody knows whether shares of an older adapter of this name are left.
         """
         bundle, warnings = self.checked(source)
-        return PublishedSource(self.publish_checked(bundle, name, actor), warnings)
+        return self.publish_checked(bundle, name, actor), warnings
 
     def checked(self, source: AdapterBundle | PeftFiles) -> tuple[AdapterBundle, tuple[str, ...]]:
         """The bundle of what was read, and an import's warnings; raises as `publish` does."""

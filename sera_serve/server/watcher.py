@@ -234,7 +234,7 @@ def _publish(directory: WatchedDirectory, name: str, publisher: Publisher, limit
         if not directory.is_unchanged(name):
             # It is being written again. The next polls see the change.
             return
-        made = publisher.publish(source, name, _ACTOR)
+        published, warnings = publisher.publish(source, name, _ACTOR)
     except (SeraServeError, StoreError) as error:
         directory.mark_handled(name, published=False)
         logger.error("%s is not published, until it changes: %s", path, error.message)
@@ -245,8 +245,8 @@ def _publish(directory: WatchedDirectory, name: str, publisher: Publisher, limit
         logger.exception("%s is not published, until it changes, because of an unexpected error", path)
         return
     directory.mark_handled(name, published=True)
-    logger.info("%s is published as %s@v%d", path, name, made.version.version)
-    for warning in made.warnings:
+    logger.info("%s is published as %s@v%d", path, name, published.version)
+    for warning in warnings:
         logger.warning("%s: %s", path, warning)
 
 

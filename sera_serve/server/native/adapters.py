@@ -110,11 +110,8 @@ async def unpin(tenant: str, name: str, context: ContextOf) -> PinnedAdapter:
 
 def _publish(received: Upload, context: RequestContext) -> PublishedAdapter:
     source = received.read(context.settings.max_upload_mib << 20)
-    made = context.publisher.publish(source, received.name, context.caller.actor)
-    version = made.version
-    return PublishedAdapter(
-        adapter=version.adapter, version=version.version, digest=version.digest, warnings=list(made.warnings)
-    )
+    published, warnings = context.publisher.publish(source, received.name, context.caller.actor)
+    return PublishedAdapter.of(published, warnings)
 
 
 async def _pin(reference: str, context: RequestContext) -> ResolvedAdapter:

@@ -90,9 +90,7 @@ def _load(body: LoadLoraRequest, root: Path, context: RequestContext) -> Publish
     bundle, warnings = context.publisher.checked(read_source(path, limits, Path(allowed)))
     _check_new(body, bundle, context.store)
     published = context.publisher.publish_checked(bundle, body.lora_name, context.caller.actor)
-    return PublishedAdapter(
-        adapter=published.adapter, version=published.version, digest=published.digest, warnings=list(warnings)
-    )
+    return PublishedAdapter.of(published, warnings)
 
 
 def _check_new(body: LoadLoraRequest, bundle: AdapterBundle, store: AdapterStore) -> None:

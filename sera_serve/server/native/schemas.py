@@ -18,7 +18,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from adapters_store import MAX_PARTS, Task
+from adapters_store import MAX_PARTS, Published, Task
 from sera_serve.engine import (
     AdapterChoice,
     ClassifyResult,
@@ -465,6 +465,11 @@ class PublishedAdapter(BaseModel):
     version: int
     digest: str
     warnings: list[str] = []
+
+    @classmethod
+    def of(cls, version: Published, warnings: Sequence[str]) -> PublishedAdapter:
+        """A version that was published, and what an import had to say."""
+        return cls(adapter=version.adapter, version=version.version, digest=version.digest, warnings=list(warnings))
 
 
 class AdapterSummary(BaseModel):

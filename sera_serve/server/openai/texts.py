@@ -146,10 +146,6 @@ class Texts:
             raise InvalidRequest(f"tokens must lie in 0 to {size - 1}", param="tokens")
         return str(tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
-    def check_exists(self, adapter: str) -> None:
-        """Raise AdapterNotFound if there is no such adapter. Blocks."""
-        self._store.resolve(adapter)
-
     def close(self) -> None:
         """Begin no more work, and end the processes."""
         self._executor.close()

@@ -7,7 +7,6 @@ from typing import Annotated
 from fastapi import APIRouter, Response
 from pydantic import BaseModel, Field, model_validator
 
-from sera_serve.engine import ServingEngine
 from sera_serve.errors import PromptTooLong
 from sera_serve.server.deps import ContextOf, RequestContext
 from sera_serve.server.native.schemas import MAX_REFERENCE, MAX_TOKEN_IDS, TokenId
@@ -69,7 +68,7 @@ async def tokenize(body: TokenizeRequest, context: ContextOf, texts: TextsOf) ->
     """The tokens of a text, or of a conversation as the model's chat template writes it."""
     adapter, tenant = _entered(body.model, context)
     with translated_errors("prompt" if body.messages is None else "messages"):
-        work = texts.run(tenant, _tokenize, body, adapter, context.engine, texts)
+        work = texts.run(tenant, _tokenize, body, adapter, context, texts)
         content = await context.finish(work)
     return Response(content, media_type="application/json")
 
@@ -91,12 +90,14 @@ def _entered(model: str | None, context: RequestContext) -> tuple[str | None, st
     return adapter, tenant
 
 
-def _tokenize(body: TokenizeRequest, adapter: str | None, engine: ServingEngine, texts: Texts) -> bytes:
+def _tokenize(body: TokenizeRequest, adapter: str | None, context: RequestContext, texts: Texts) -> bytes:
+    engine = context.engine
     special = body.add_special_tokens
     if body.messages is None:
         text = body.prompt or ""
         if adapter is not None:
-            texts.check_exists(adapter)
+            # Raises where there is no such adapter.
+            context.store.resolve(adapter)
     else:
         conversation = Conversation(
             body.messages, body.tools or (), add_generation_prompt=body.add_generation_prompt is not False
