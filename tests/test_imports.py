@@ -167,3 +167,16 @@ def test_the_parts_of_a_package_import_downwards(package: str) -> None:
 def test_no_package_is_called_kernels() -> None:
     # It would shadow Hugging Face's `kernels`, which transformers imports.
     assert not (REPOSITORY / "kernels" / "__init__.py").exists()
+
+
+@pytest.mark.parametrize("folder", ["benchmarks", "examples", "docs"])
+def test_programs_beside_the_packages_import_modules_that_exist(folder: str) -> None:
+    known = {module for module, _ in modules()}
+    wrong = []
+    for path in sorted((REPOSITORY / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.module is not None:
+                names = [node.module]
+            wrong += [f"{path}: {name}" for name in names if name.partition(".")[0] in ROOTS and name not in known]
+    assert not wrong
