@@ -1,5 +1,6 @@
 """The adapter format, its validation, and a store of immutable versions. See FORMAT.md."""
 
+from adapters_store.backends.store_root import is_new_store
 from adapters_store.combinations import combination_digest, load_combination, parts_of
 from adapters_store.convert.combine import MAX_PARTS, Combination, combine
 from adapters_store.convert.compress import CompressedBundle, compress_bundle
@@ -87,6 +88,7 @@ __all__ = [
     "export_peft",
     "file_bytes",
     "import_peft",
+    "is_new_store",
     "load_combination",
     "parse_adapter",
     "parse_json",

@@ -193,8 +193,12 @@ class AdapterStore:
     def inspect(self, ref: str) -> AdapterInfo:
         """One version with its adapter's versions and aliases; raises as `resolve` does."""
         parsed = parse_ref(ref)
-        record = self._find(parsed)
-        manifest = self._backend.manifest(parsed.adapter)
+        while True:
+            manifest = self._backend.manifest(parsed.adapter)
+            record = self._find(parsed)
+            # Else it was published after the manifest was read.
+            if record.version in manifest.versions:
+                break
         summary = self._summary(parsed.adapter, record)
         return AdapterInfo(**summary, versions=manifest.versions, aliases=manifest.aliases)
 
@@ -358,25 +362,36 @@ class AdapterStore:
     def check_integrity(self) -> None:
         """Read everything: every version's bundle has its digest, every alias points to a version.
 
+        Others may write meanwhile. What they delete is no fault.
+
         Raises:
             StoreCorrupted: The first fault; the message names the file or the alias.
         """
         for adapter in self._ids(None, "", _IDS_AT_ONCE):
-            manifest = self._backend.manifest(adapter)
-            for record in self._records(adapter, manifest):
+            while True:
+                manifest = self._backend.manifest(adapter)
                 try:
-                    self.load(record.digest)
-                except AdapterNotFound as error:
-                    raise StoreCorrupted(
-                        f"the bundle of {adapter}@v{record.version} is missing; publish it again",
-                        param=adapter,
-                    ) from error
-            for alias, version in manifest.aliases.items():
-                if version not in manifest.versions:
-                    raise StoreCorrupted(
-                        f"alias {adapter}@{alias} points to v{version}, which is not there; point it again",
-                        param=adapter,
-                    )
+                    self._check_adapter(adapter, manifest)
+                    break
+                except StoreCorrupted:
+                    if self._backend.manifest(adapter).revision == manifest.revision:
+                        raise
+
+    def _check_adapter(self, adapter: str, manifest: Manifest) -> None:
+        for record in self._records(adapter, manifest):
+            try:
+                self.load(record.digest)
+            except AdapterNotFound as error:
+                raise StoreCorrupted(
+                    f"the bundle of {adapter}@v{record.version} is missing; publish it again",
+                    param=adapter,
+                ) from error
+        for alias, version in manifest.aliases.items():
+            if version not in manifest.versions:
+                raise StoreCorrupted(
+                    f"alias {adapter}@{alias} points to v{version}, which is not there; point it again",
+                    param=adapter,
+                )
 
     def has(self, digest: str) -> bool:
         """Whether a bundle is in the store."""

@@ -191,6 +191,8 @@ def test_the_unit_stops_after_the_drain_and_reloads_by_sighup() -> None:
     assert int(lines["TimeoutStopSec"]) > defaults.drain_s + defaults.shutdown_grace_s + ENDING_S
     assert int(lines["LimitNOFILE"]) > defaults.max_connections
     assert lines["ExecStart"].replace(" serve ", " check-config ") == lines["ExecStartPre"]
+    # With `stop`, a training job that the system ends for want of memory would take the server with it.
+    assert lines["OOMPolicy"] == "continue"
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="this machine has no systemd")

@@ -49,7 +49,10 @@ OPERATORS = "`GET /healthz`, `GET /readyz`, `GET /metrics`, `GET /v1/stats`"
 RESPONSES = "`POST /v1/responses`"
 # Fields without a meaning, which clients send back as they got them.
 SENT_BACK = {"refusal", "audio", "function_call", "annotations", "phase", "caller", "namespace"}
-DOCUMENTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+DOCUMENTS = [
+    *(REPOSITORY / "README.md", REPOSITORY / "adapters_store" / "FORMAT.md"),
+    *(REPOSITORY / "benchmarks" / "results" / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))),
+]
 
 
 def section(title: str) -> str:
@@ -196,11 +199,30 @@ def test_every_documented_status_is_in_the_openapi_document() -> None:
     assert {status for status in declared if status >= 400} == set(documented_codes()) - {405}
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def anchors(document: Path) -> set[str]:
+    """What links to the headings of a document end with, as GitHub makes them."""
+    text = re.sub(r"```.*?```", "", document.read_text(encoding="utf-8"), flags=re.DOTALL)
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_links_between_documents_lead_somewhere(document: Path) -> None:
-    for target in re.findall(r"\]\(([^)#]+)", document.read_text(encoding="utf-8")):
-        if "://" not in target:
-            assert (document.parent / target).exists(), target
+    for link in re.findall(r"\]\(([^)]+)\)", document.read_text(encoding="utf-8")):
+        if "://" in link:
+            continue
+        path, _, anchor = link.partition("#")
+        target = document.parent / path if path else document
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_lines_end_at_120_columns(document: Path) -> None:
+    lines = document.read_text(encoding="utf-8").splitlines()
+    # A row of a table, and a heading with routes, cannot be broken.
+    assert [line for line in lines if len(line) > 120 and not line.startswith(("| ", "## "))] == []
+    assert document.name != "README.md" or len(lines) < 200
 
 
 def test_the_readme_names_targets_that_the_makefile_has() -> None:

@@ -32,9 +32,14 @@ class AdapterDirectory:
         self._folder = f"{root}/adapters/{adapter}"
 
     def manifest(self) -> Manifest:
-        """The adapter's versions and aliases."""
-        versions = tuple(self.versions())
-        aliases = self.aliases() if versions else {}
+        """The adapter's versions and aliases at one moment."""
+        while True:
+            versions = tuple(self.versions())
+            aliases = self.aliases() if versions else {}
+            # A version comes before the aliases that point to it, and goes after them: while none came and none went,
+            # each alias had its version.
+            if versions == tuple(self.versions()):
+                break
         if versions:
             # A kill may have come between the first version and its alias.
             aliases.setdefault(LATEST, versions[-1])

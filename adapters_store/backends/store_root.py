@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 from adapters_store.backends.durable import file_lock, make_directory, names_in, put_text, try_file_lock
 from adapters_store.backends.name_index import FIRST_SEGMENT
@@ -183,10 +184,7 @@ class StoreRoot:
     def _create(self) -> None:
         with self._refusals_typed(is_store=False):
             make_directory(self.path)
-            # The mark comes last, so a kill in between leaves only these folders.
-            own = {*_FOLDERS, "reserve", "references", "names", _MARK}
-            foreign = set(names_in(self.path)) - own - _FOREIGN_BUT_HARMLESS
-            if foreign:
+            if foreign := _foreign_names(self.path):
                 raise NotAStore(
                     f"{self.path} is no adapter store (it holds {min(foreign)!r}); name an empty directory",
                     param="store",
@@ -245,6 +243,19 @@ class StoreRoot:
                 "check free space and permissions, then try again",
                 param="store",
             ) from error
+
+
+def is_new_store(path: Path | str) -> bool:
+    """Whether a store would be made at a path: nothing is there, or an empty directory. Makes nothing."""
+    folder = os.path.abspath(path)
+    if not os.path.lexists(folder):
+        return True
+    return os.path.isdir(folder) and not os.path.lexists(f"{folder}/{_MARK}") and not _foreign_names(folder)
+
+
+def _foreign_names(path: str) -> set[str]:
+    # The mark comes last, so a kill while a store is made leaves only these folders.
+    return set(names_in(path)) - {*_FOLDERS, "reserve", "references", "names", _MARK} - _FOREIGN_BUT_HARMLESS
 
 
 def is_full(error: StoreWriteFailed) -> bool:

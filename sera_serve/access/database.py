@@ -6,7 +6,7 @@ import os
 import sqlite3
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from sera_serve.errors import SeraServeError
@@ -101,6 +101,9 @@ MIGRATIONS = (
     ALTER TABLE files ADD COLUMN labels INTEGER NOT NULL DEFAULT 0;
     CREATE UNIQUE INDEX files_of_jobs ON files (job) WHERE job IS NOT NULL;
     """,
+    """
+    ALTER TABLE jobs ADD COLUMN base TEXT;
+    """,
 )
 
 
@@ -126,6 +129,8 @@ class AccessDatabase:
         self.path = store / _FOLDER / _FILE
         self._lock = threading.Lock()
         self._connection: sqlite3.Connection | None = None
+        # Device and inode of the file that is open.
+        self._opened: tuple[int, int] | None = None
         self._writes = 0
 
     @contextmanager
@@ -167,13 +172,32 @@ class AccessDatabase:
             self._writes += 1
 
     def version(self) -> tuple[int, int]:
-        """A value that changes with each write, of this process or another one; cheap. Raises as `reading`."""
+        """A value that changes with each write, of this process or another one, and with another file in place of this.
+
+        Cheap. Raises as `reading`.
+        """
         with self._lock, self._typed():
             connection = self._open(create=False)
             if connection is None:
                 return 0, self._writes
             (changes,) = connection.execute("PRAGMA data_version").fetchone()
             return int(changes), self._writes
+
+    def check(self) -> bool:
+        """Read the whole file, and write nothing, no later form of the tables either. Returns whether there is one.
+
+        Raises:
+            AccessDatabaseError: As `reading`.
+        """
+        with self._lock, self._typed():
+            if not self._is_there():
+                return False
+            with closing(self._connect()) as connection:
+                _known_version(connection)
+                (found,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+                if found != "ok":
+                    raise sqlite3.DatabaseError(found)
+        return True
 
     def close(self) -> None:
         """Close the file. The next use opens it again."""
@@ -184,22 +208,22 @@ class AccessDatabase:
 
     def _open(self, create: bool) -> sqlite3.Connection | None:
         if self._connection is not None:
-            return self._connection
-        # A full disk may have taken the file and none of its content.
-        if not (self.path.exists() and self.path.stat().st_size):
+            # Raises where the file is gone: what was read of it is still right, and no file is not an empty one.
+            if _identity(self.path) == self._opened:
+                return self._connection
+            # It was restored from a backup. SQLite would go on with the old file, and would take the new one's journal
+            # for that of the old one (https://www.sqlite.org/howtocorrupt.html, section 2.5).
+            self._connection.close()
+            self._connection = None
+            self._writes += 1
+        if not self._is_there():
             if not create:
                 return None
             # Hashes of secrets are nobody else's business.
             self.path.parent.mkdir(mode=0o700, exist_ok=True)
             os.close(os.open(self.path, os.O_CREAT | os.O_WRONLY, 0o600))
-        mode = "rw" if os.access(self.path, os.W_OK) else "ro"
-        connection = sqlite3.connect(
-            f"{self.path.absolute().as_uri()}?mode={mode}",
-            uri=True,
-            timeout=_BUSY_SECONDS,
-            isolation_level=None,
-            check_same_thread=False,
-        )
+        opened = _identity(self.path)
+        connection = self._connect()
         try:
             connection.execute("PRAGMA foreign_keys = ON")
             connection.execute("PRAGMA synchronous = FULL")
@@ -207,20 +231,29 @@ class AccessDatabase:
         except BaseException:
             connection.close()
             raise
-        self._connection = connection
+        self._connection, self._opened = connection, opened
         return connection
+
+    def _is_there(self) -> bool:
+        # A full disk may have taken the file and none of its content.
+        return self.path.exists() and self.path.stat().st_size > 0
+
+    def _connect(self) -> sqlite3.Connection:
+        mode = "rw" if os.access(self.path, os.W_OK) else "ro"
+        return sqlite3.connect(
+            f"{self.path.absolute().as_uri()}?mode={mode}",
+            uri=True,
+            timeout=_BUSY_SECONDS,
+            isolation_level=None,
+            check_same_thread=False,
+        )
 
     def _migrate(self, connection: sqlite3.Connection) -> None:
         if _schema_version(connection) == len(MIGRATIONS):
             return
         connection.execute("BEGIN IMMEDIATE")
         try:
-            known = _schema_version(connection)
-            if known > len(MIGRATIONS):
-                raise AccessDatabaseError(
-                    f"{_FOLDER}/{_FILE} of the store was written by a newer release of sera-serve; use that release",
-                    param="store",
-                )
+            known = _known_version(connection)
             for script in MIGRATIONS[known:]:
                 for statement in script.split(";"):
                     connection.execute(statement)
@@ -241,6 +274,21 @@ class AccessDatabase:
                 f"{_FOLDER}/{_FILE} of the store cannot be used ({fault}); check the disk, and the file's permissions",
                 param="store",
             ) from error
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_dev, status.st_ino
+
+
+def _known_version(connection: sqlite3.Connection) -> int:
+    known = _schema_version(connection)
+    if known > len(MIGRATIONS):
+        raise AccessDatabaseError(
+            f"{_FOLDER}/{_FILE} of the store was written by a newer release of sera-serve; use that release",
+            param="store",
+        )
+    return known
 
 
 def _schema_version(connection: sqlite3.Connection) -> int:

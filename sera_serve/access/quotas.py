@@ -230,6 +230,10 @@ class Quotas:
             self._settings = dict(settings)
             self._combine()
 
+    def of_settings(self) -> Mapping[str, Mapping[str, Limit]]:
+        """The limits of the settings file, as it was last read."""
+        return self._settings
+
     def _combine(self) -> None:
         shared = {**self._settings.get(DEFAULT, {}), **self._stored.get(DEFAULT, {})}
         by_tenant = {

@@ -219,6 +219,9 @@ def ready() -> Call[answers.Readiness]:
 
 
 def _prompt(prompt: Prompt, adapter: Adapter | None, options: GenerateOptions) -> dict[str, Any]:
+    if isinstance(prompt, bytes | bytearray | memoryview):
+        # As a sequence of integers they would pass for token ids.
+        raise TypeError("prompt has bytes; send a text (decode it), or a list of token ids")
     fields = _known(options, GenerateOptions)
     form: ResponseFormat | None = fields.get("response_format")
     if isinstance(form, type):

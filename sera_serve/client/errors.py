@@ -131,7 +131,7 @@ _INVALID_ADAPTER = (
     *("missing_file", "unexpected_file", "invalid_config", "unsupported_format", "missing_tensor"),
     *("unexpected_tensor", "wrong_shape", "wrong_dtype", "not_finite", "wrong_base", "unknown_module"),
     *("unsupported_adapter", "pickled_checkpoint", "import_mismatch", "bundle_too_large", "adapter_overflow"),
-    "wrong_task",
+    *("wrong_task", "adapter_too_large"),
 )
 _BY_CODE: dict[str, type[SeraAPIError]] = {
     "context_length_exceeded": ContextLengthError,

@@ -149,6 +149,8 @@ def checked_url(base_url: str) -> str:
         raise ValueError(f"base_url is no address ({error}); write http://HOST:PORT") from None
     if url.scheme not in ("http", "https") or not url.host:
         raise ValueError("base_url begins with neither http:// nor https://; write http://HOST:PORT")
+    if url.query or url.fragment:
+        raise ValueError("base_url has a query or a fragment, which no call would keep; write http://HOST:PORT")
     return base_url
 
 

@@ -115,7 +115,7 @@ class UploadForm:
 
         Raises:
             OSError: A file cannot be read.
-            ValueError: The directory is no adapter.
+            ValueError: The directory is no adapter, or the path is that of a pipe or a device.
         """
         self._name = name
         self._parts = _parts(source)
@@ -138,7 +138,11 @@ def _parts(source: str | Path | bytes) -> list[bytes | _FilePart]:
         return [source]
     path = Path(source)
     if not path.is_dir():
-        return [_FilePart(path, path.stat().st_size)]
+        size = path.stat().st_size
+        if not path.is_file():
+            # A pipe or a device has no size that could be sent before its bytes.
+            raise ValueError(f"{path} is no regular file; write the adapter to a file first, or send its bytes")
+        return [_FilePart(path, size)]
     return _tar_of(path)
 
 

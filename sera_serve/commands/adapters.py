@@ -14,6 +14,7 @@ from rich.table import Table
 from adapters_store import (
     HEAD_FILE,
     AdapterBundle,
+    AdapterNotFound,
     AdapterStore,
     Published,
     export_peft,
@@ -245,10 +246,18 @@ def delete(ref: RefArgument, store: StoreOption, as_json: JsonOption = False) ->
     """Delete an adapter (tenant/name), or one version of it (tenant/name@v3)."""
     with refusals():
         opened = AdapterStore(store, create=False)
-        freed = opened.delete(ref)
-        if freed.adapter_gone:
-            Shares(AccessDatabase(opened.root)).remove_all(ref.partition("@")[0])
+        name = ref.partition("@")[0]
+        shares = Shares(AccessDatabase(opened.root))
+        try:
+            freed = opened.delete(ref)
+        except AdapterNotFound:
+            # An earlier deletion may have been stopped before the end of its shares.
+            if ref == name:
+                shares.remove_all(name)
+            raise
         _audit(opened, "adapter.delete", ref)
+        if freed.adapter_gone:
+            shares.remove_all(name)
         report(
             as_json,
             f"deleted {ref}; {freed.nbytes:,} bytes freed",

@@ -17,8 +17,10 @@ from typing import Literal
 import psutil
 import torch
 
-from adapters_store import AdapterStore, StoreError
+from adapters_store import AdapterStore, StoreError, is_new_store
+from adapters_store.errors import AdapterNotFound
 from sera_kernels import path_name
+from sera_serve.access import AccessDatabase, AccessDatabaseError
 from sera_serve.base import DTYPES, base_outline, planned_bytes
 from sera_serve.config import ServeSettings
 from sera_serve.engine.loop.attention_backend import choose_backend
@@ -27,6 +29,7 @@ from sera_serve.engine.memory import MEBIBYTE, DeviceMemory
 from sera_serve.errors import SeraServeError
 from sera_serve.layers.targets import adaptable_linears, linear_widths
 from sera_serve.server.connections import RESERVED_DESCRIPTORS
+from sera_serve.trainer.packages import missing_packages
 
 Status = Literal["ok", "warning", "problem"]
 # Of the disk that holds the store.
@@ -66,6 +69,7 @@ def diagnose(settings: ServeSettings, full: bool = False) -> Iterator[Finding]:
         lambda: _kernels(settings),
         lambda: _attention(settings),
         lambda: _files(settings),
+        lambda: _training(settings),
         lambda: _memory(settings),
         lambda: _store(settings.store, full),
     ]
@@ -156,6 +160,16 @@ def _files(settings: ServeSettings) -> Iterator[Finding]:
         yield Finding("open files", "ok", detail)
 
 
+def _training(settings: ServeSettings) -> Iterator[Finding]:
+    if not settings.max_training_jobs:
+        yield Finding("training", "ok", "no jobs run here: max_training_jobs is 0")
+    elif missing := missing_packages():
+        detail = f"no jobs run here: {', '.join(missing)} missing"
+        yield Finding("training", "warning", detail, "pip install 'sera-serve[train]', or set max_training_jobs to 0")
+    else:
+        yield Finding("training", "ok", f"most jobs at once: {settings.max_training_jobs}")
+
+
 def _memory(settings: ServeSettings) -> Iterator[Finding]:
     try:
         model = base_outline(settings.base, settings.device, settings.dtype)
@@ -208,11 +222,11 @@ def _store(folder: Path, full: bool) -> Iterator[Finding]:
         yield Finding("disk", "warning", space, "delete adapters, or give the store another disk: uploads will fail")
     else:
         yield Finding("disk", "ok", space)
-    if not folder.exists():
+    if is_new_store(folder):
         if os.access(existing, os.W_OK):
-            yield Finding("store", "ok", f"{folder} is not there yet; serve makes it")
+            yield Finding("store", "ok", f"there is no store at {folder} yet; serve makes it")
         else:
-            yield Finding("store", "problem", f"{folder} is not there, and cannot be made", f"allow writing {existing}")
+            yield Finding("store", "problem", f"{folder} is no store yet, and cannot be", f"allow writing {existing}")
         return
     try:
         store = AdapterStore(folder, create=False)
@@ -229,6 +243,7 @@ def _store(folder: Path, full: bool) -> Iterator[Finding]:
             "store", "warning", detail, "adapters are served, and uploads refused; free space, or allow writing"
         )
     yield _integrity(store, full)
+    yield _database(store)
 
 
 def _integrity(store: AdapterStore, full: bool) -> Finding:
@@ -238,13 +253,33 @@ def _integrity(store: AdapterStore, full: bool) -> Finding:
             return Finding("bundles", "ok", "every bundle has its digest, and every alias its version")
         checked = 0
         for info in store.iter_adapters():
-            store.load(info.digest)
+            try:
+                store.load(info.digest)
+            except AdapterNotFound:
+                # A server may have deleted the version meanwhile.
+                if store.has_content(info.adapter, info.digest):
+                    raise
+                continue
             checked += 1
             if checked == _INTEGRITY_VERSIONS:
                 break
     except StoreError as error:
         return Finding("bundles", "problem", error.message, "publish it again, or delete it")
     return Finding("bundles", "ok", f"the latest versions of {checked} adapters were read; --full reads everything")
+
+
+def _database(store: AdapterStore) -> Finding:
+    """A server refuses to start where it cannot read who may do what."""
+    database = AccessDatabase(store.root)
+    try:
+        is_there = database.check()
+    except AccessDatabaseError as error:
+        message, _, remedy = error.message.partition("; ")
+        return Finding("database", "problem", message, remedy)
+    finally:
+        database.close()
+    words = "keys, shares, quotas and jobs can be read" if is_there else "no key, share, quota or job was made yet"
+    return Finding("database", "ok", words)
 
 
 def _size(size: float) -> str:

@@ -15,11 +15,10 @@ from sera_serve.commands.output import JsonOption, StoreOption, console, print_j
 from sera_serve.errors import InvalidConfiguration
 
 keys_app = typer.Typer(
-    help="""Create, list and revoke the keys that requests carry.
-
-A key acts for one tenant. A server on a loopback address asks for keys as soon as one was made. Any other server
-always does. Scopes: infer (send requests), publish (change the tenant's adapters), train (files and jobs), admin
-(operate the server: every tenant's adapters, keys, quotas, metrics).""",
+    help="Create, list and revoke the keys that requests carry.\n\n"
+    "A key acts for one tenant. A server on a loopback address asks for keys as soon as one was made. Any other server "
+    "always does. Scopes: infer (send requests), publish (change the tenant's adapters), train (files and jobs), admin "
+    "(operate the server: every tenant's adapters, keys, quotas, metrics).",
     no_args_is_help=True,
 )
 

@@ -21,14 +21,22 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object 
 
 @contextmanager
 def refusals() -> Iterator[None]:
-    """Print an error of the block on stderr, and exit with status 1."""
+    """Print an error of the block on stderr, and exit with status 1.
+
+    Where the reader of stdout has left, as `head` does, the command ends with this status and without a word.
+    """
     try:
         yield
     except (StoreError, SeraServeError) as error:
         say(f"sera-serve: {error.message}", err=True)
         raise typer.Exit(1) from error
+    except BrokenPipeError:
+        # Click ends the command.
+        raise
     except OSError as error:
-        say(f"sera-serve: {error.strerror or error} ({error.filename})", err=True)
+        # A full disk under stdout has no name.
+        name = "" if error.filename is None else f" ({error.filename})"
+        say(f"sera-serve: {error.strerror or error}{name}", err=True)
         raise typer.Exit(1) from error
 
 

@@ -14,11 +14,10 @@ from sera_serve.commands.output import JsonOption, StoreOption, console, print_j
 from sera_serve.errors import InvalidConfiguration
 
 quotas_app = typer.Typer(
-    help=f"""Set, show and clear the limits of tenants.
-
-The tenant * is every tenant without limits of its own; _base is requests to the base model without a key. Limits:
-{", ".join(QUOTA_FIELDS)}. Limits that are set here come before those of the server's settings file. Running servers
-follow within a second.""",
+    help="Set, show and clear the limits of tenants.\n\n"
+    "The tenant * is every tenant without limits of its own; _base is requests to the base model without a key. "
+    f"Limits: {', '.join(QUOTA_FIELDS)}. Limits that are set here come before those of the server's settings file. "
+    "Running servers follow within a second.",
     no_args_is_help=True,
 )
 
@@ -42,7 +41,11 @@ def set_limits(
     """
     with refusals():
         check_quota_tenant(tenant)
-        asked = dict(_limit(text) for text in limits)
+        asked: dict[str, Limit] = {}
+        for field, limit in map(_limit, limits):
+            if field in asked:
+                raise InvalidConfiguration(f"{field} is given twice; give it once", param=field)
+            asked[field] = limit
         _quotas(store, create=True).set(tenant, asked)
         record(store, "quota.set", tenant=tenant, target=tenant, **asked)
         if as_json:

@@ -72,7 +72,8 @@ def run_server(
 def _serve(settings: ServeSettings, read: Callable[[], ServeSettings] | None, was_asked: Callable[[], bool]) -> None:
     console = PlainConsole()
     check_settings(settings)
-    settings = within_descriptors(settings)
+    # What a file that is read again is compared with.
+    given, settings = settings, within_descriptors(settings)
     # Before the base is loaded, so that a port in use is noticed at once. Clients cannot connect until it listens.
     with bound_sockets(settings) as listeners:
         store = AdapterStore(settings.store, limits=BundleLimits(max_bytes=settings.max_upload_mib << 20))
@@ -86,7 +87,7 @@ def _serve(settings: ServeSettings, read: Callable[[], ServeSettings] | None, wa
         reload = None
         if read is not None:
             taken = {"tenant_weights": engine.set_tenant_weights, "quotas": app.state.quotas.reload}
-            reload = SettingsReloader(settings, read, taken).request
+            reload = SettingsReloader(given, read, taken).request
 
         def announce() -> None:
             describe_server(console, settings, engine, app.state.access, *ports)

@@ -27,8 +27,8 @@ class FairQueue(Generic[R]):
     The bound (theorem 4.4): over any time in which two tenants always have a request on offer, their services in
     tokens, each over its weight, differ by at most 2 * max(PROMPT_WEIGHT * L, OUTPUT_WEIGHT * M). L is the longest
     prompt, and M the most output that the running batch may hold. The bound does not depend on what the other tenants
-    send, nor on the length of that time. The order interrupts a running request only
-    where pages run out, or where another tenant has less than its share of the rows; hence M.
+    send, nor on the length of that time. The order interrupts a running request only where pages run out, or where
+    another tenant has less than its share of the rows or of the pages; hence M.
 
     A tenant that had nothing waiting is lifted to the lowest counter of the tenants that have: an idle tenant saves up
     no claim. A parked request, such as one whose adapter is loading, delays no other request and keeps its place.

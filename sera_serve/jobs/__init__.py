@@ -18,6 +18,7 @@ from sera_serve.jobs.records import (
     JobNotFound,
     Jobs,
     JobStatus,
+    base_id,
 )
 from sera_serve.jobs.rows import JobTask
 from sera_serve.jobs.spec import JobSpec
@@ -39,4 +40,5 @@ __all__ = [
     "TrainingFileNotFound",
     "TrainingFileNotStored",
     "TrainingFiles",
+    "base_id",
 ]

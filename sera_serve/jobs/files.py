@@ -157,8 +157,8 @@ class TrainingFiles:
                 param="file",
             ) from error
 
-    def get(self, file_id: str, tenant: str | None) -> TrainingFile:
-        """Return a file. `tenant` None sees the files of all tenants.
+    def get(self, file_id: str, tenant: str | None, param: str = "file_id") -> TrainingFile:
+        """Return a file. `tenant` None sees the files of all tenants; `param` is what named the file.
 
         Raises:
             TrainingFileNotFound: There is none, or it is another tenant's.
@@ -168,7 +168,7 @@ class TrainingFiles:
             if connection is not None:
                 row = connection.execute(f"SELECT {_COLUMNS} FROM files WHERE id = ?", (file_id,)).fetchone()
         if row is None or tenant not in (None, row[1]):
-            raise no_file(file_id)
+            raise no_file(file_id, param)
         return _file(row)
 
     def page(
@@ -194,7 +194,7 @@ class TrainingFiles:
             values.append(purpose)
         if after is not None:
             where.append(f"number {comes_after} ?")
-            values.append(str(self.get(after, tenant).number))
+            values.append(str(self.get(after, tenant, "after").number))
         query = (
             f"SELECT {_COLUMNS} FROM files WHERE {' AND '.join(where)} ORDER BY number {direction} LIMIT {limit + 1}"
         )

@@ -24,6 +24,10 @@ class Places:
         """The bytes of an uploaded file."""
         return self.files / file_id
 
+    def lock_of(self, base: str) -> Path:
+        """The lock of the server that runs the jobs of a base, a `base_id`."""
+        return self.root / f"lock-{base}"
+
     def run(self, job_id: str) -> Path:
         """The directory of a job's process: its orders, progress, checkpoints and result."""
         return self.runs / job_id

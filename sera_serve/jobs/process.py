@@ -9,21 +9,21 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sera_serve.access import DEFAULT
+from sera_serve.access import DEFAULT, Limit
 from sera_serve.base import Quantize
 from sera_serve.base.loading import EMBEDDED
 from sera_serve.jobs.places import Places
 from sera_serve.jobs.records import Checkpoint, Job, NewEvent
 from sera_serve.jobs.spec import TRAINING_NAME, VALIDATION_NAME
 
-ORDERS, PROGRESS, RESULT, PUBLISHING, LOG = (
-    *("orders.json", "progress.jsonl", "result.json"),
+ORDERS, LIMITS, PROGRESS, RESULT, PUBLISHING, LOG = (
+    *("orders.json", "limits.json", "progress.jsonl", "result.json"),
     *("publishing.json", "log"),
 )
 """Files of a job's directory."""
@@ -58,7 +58,7 @@ class JobProcesses:
         threads: Threads of one process.
         gpu_memory_fraction: Share of a GPU's memory that one process may use.
         max_bundle_bytes: Largest bundle of the store.
-        quotas: Limits of the settings file, by tenant.
+        quotas: Returns the limits of the settings file, by tenant: they may be read again.
     """
 
     base: str
@@ -68,7 +68,7 @@ class JobProcesses:
     threads: int
     gpu_memory_fraction: float
     max_bundle_bytes: int
-    quotas: Mapping[str, Mapping[str, int | str]] = field(default_factory=dict)
+    quotas: Callable[[], Mapping[str, Mapping[str, Limit]]] = dict
     quantize: Quantize = "none"
 
     def prepare(self, job: Job, places: Places) -> Path:
@@ -99,10 +99,20 @@ class JobProcesses:
             "threads": self.threads,
             "gpu_memory_fraction": self.gpu_memory_fraction,
             "max_bundle_bytes": self.max_bundle_bytes,
-            "quotas": {tenant: limits for tenant, limits in self.quotas.items() if tenant in (job.tenant, DEFAULT)},
         }
         (run / ORDERS).write_text(json.dumps(orders))
+        self.tell_limits(job, run)
         return run
+
+    def tell_limits(self, job: Job, run: Path) -> None:
+        """Leave the tenant's present limits in a job's directory, if it has others: the process publishes within them.
+
+        Raises:
+            OSError: The disk is full.
+        """
+        limits = {tenant: dict(held) for tenant, held in self.quotas().items() if tenant in (job.tenant, DEFAULT)}
+        if limits != read_limits(run):
+            write_json(run / LIMITS, limits)
 
     def start(self, job: Job, places: Places) -> JobProcess:
         """Start the process of a job. Its directory may be that of an earlier process, which it goes on from.
@@ -207,6 +217,11 @@ def read_result(run: Path) -> dict[str, Any] | None:
     return _read_json(run / RESULT)
 
 
+def read_limits(run: Path) -> dict[str, dict[str, Limit]] | None:
+    """The limits of the settings file that a server left in a job's directory, by tenant, or None."""
+    return _read_json(run / LIMITS)
+
+
 def read_publishing(run: Path) -> dict[str, Any] | None:
     """The version that a process was about to publish, or None: `name` and `digest`."""
     return _read_json(run / PUBLISHING)
@@ -256,6 +271,16 @@ def _take(entry: dict[str, Any], found: Reported) -> None:
 def clear(run: Path) -> None:
     """Delete a job's directory."""
     shutil.rmtree(run, ignore_errors=True)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a file that is there whole, or not at all, and durable when this returns."""
+    part = path.with_name(path.name + ".part")
+    with part.open("w", encoding="utf-8") as file:
+        json.dump(value, file)
+        file.flush()
+        os.fsync(file.fileno())
+    part.rename(path)
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import secrets
 import sqlite3
@@ -10,6 +11,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
+from adapters_store import BaseInfo
 from sera_serve.access import AccessDatabase
 from sera_serve.errors import Overloaded, SeraServeError
 from sera_serve.jobs.files import no_file
@@ -27,7 +29,7 @@ _MAX_MESSAGE = 2000
 _UNFINISHED = "('validating_files', 'queued', 'running')"
 _COLUMNS = (
     "id, tenant, status, spec, metadata, training_file, validation_file, key_id, created_at, started_at, finished_at, "
-    "estimated_finish, kills, progress_read, trained_tokens, fine_tuned_model, error, number, "
+    "estimated_finish, kills, progress_read, trained_tokens, fine_tuned_model, error, number, base, "
     "(SELECT files.id FROM files WHERE files.job = jobs.id)"
 )
 
@@ -67,7 +69,7 @@ class Job:
         validation_file: As `training_file`, or None.
         key_id: The key that made it, or None.
         created_at: When it was made.
-        started_at: When a process first began to train it.
+        started_at: When a process first began to train it; later than that of every job that began before.
         finished_at: When it succeeded, failed or was cancelled.
         estimated_finish: When it will finish, as far as is known.
         kills: How often the system has ended its process.
@@ -76,6 +78,7 @@ class Job:
         fine_tuned_model: The adapter, once it is published.
         error: `code`, `message` and `param` of a failure.
         number: Jobs in the order in which they came.
+        base: `base_id` of the base that it trains on. None in a job of an older release.
         result_file: Id of the file with its metrics, or None: it has not succeeded, or the file was deleted.
     """
 
@@ -97,6 +100,7 @@ class Job:
     fine_tuned_model: str | None
     error: dict[str, Any] | None
     number: int
+    base: str | None
     result_file: str | None
 
     @property
@@ -142,15 +146,28 @@ def new_job_id() -> str:
     return f"ftjob-{secrets.token_hex(12)}"
 
 
+def base_id(base: BaseInfo) -> str:
+    """A name for what makes a base another one: 32 hexadecimal digits."""
+    identity = base.model_dump_json(exclude={"name"})
+    return hashlib.sha256(identity.encode()).hexdigest()[:32]
+
+
 class Jobs:
     """The jobs of all tenants. Every method blocks, and raises AccessDatabaseError.
 
-    A job finishes once: whoever finishes it first decides how, a cancellation or its process.
+    A job finishes once: whoever finishes it first decides how, a cancellation or its process. Servers of several bases
+    may have one store: each sees all jobs, and makes and runs those of its own base.
     """
 
-    def __init__(self, database: AccessDatabase) -> None:
-        """Use the database of a store."""
+    def __init__(self, database: AccessDatabase, base: str) -> None:
+        """Use the database of a store.
+
+        Args:
+            database: Of the store.
+            base: `base_id` of this server's base.
+        """
         self._database = database
+        self._base = base
 
     def create(
         self,
@@ -194,10 +211,10 @@ class Jobs:
                     raise no_file(file_id, param)
             connection.execute(
                 "INSERT INTO jobs (id, tenant, status, spec, metadata, training_file, validation_file, key_id, "
-                "created_at) VALUES (?, ?, 'validating_files', ?, ?, ?, ?, ?, ?)",
+                "created_at, base) VALUES (?, ?, 'validating_files', ?, ?, ?, ?, ?, ?, ?)",
                 (
                     *(job_id, tenant, spec.as_json(), json.dumps(dict(metadata)), training_file, validation_file),
-                    *(key_id, time.time()),
+                    *(key_id, time.time(), self._base),
                 ),
             )
             _add_events(connection, job_id, [NewEvent(f"Created fine-tuning job: {job_id}")])
@@ -324,14 +341,14 @@ class Jobs:
         return {status: found.get(status, 0) for status in STATUSES}
 
     def of_status(self, status: JobStatus) -> list[Job]:
-        """The jobs of a status, the oldest first."""
-        query = f"SELECT {_COLUMNS} FROM jobs WHERE status = ? ORDER BY number"
+        """The jobs of this base and a status, the oldest first."""
+        query = f"SELECT {_COLUMNS} FROM jobs WHERE status = ? AND base = ? ORDER BY number"
         with self._database.reading() as connection:
-            rows = [] if connection is None else connection.execute(query, (status,)).fetchall()
+            rows = [] if connection is None else connection.execute(query, (status, self._base)).fetchall()
         return [_job(row) for row in rows]
 
     def next_queued(self, running: Collection[str] = ()) -> Job | None:
-        """The job to begin: of the tenant with the fewest in `running`, whose turn is longest ago; its oldest one.
+        """The job of this base that is next: the oldest of the tenant with the fewest in `running`, then longest ago.
 
         Args:
             running: The tenant of each job that runs.
@@ -341,7 +358,8 @@ class Jobs:
                 return None
             turns = connection.execute(
                 "SELECT tenant, min(number), (SELECT max(started_at) FROM jobs AS past WHERE past.tenant = jobs.tenant)"
-                " FROM jobs WHERE status = 'queued' GROUP BY tenant"
+                " FROM jobs WHERE status = 'queued' AND base = ? GROUP BY tenant",
+                (self._base,),
             ).fetchall()
             if not turns:
                 return None
@@ -354,7 +372,9 @@ class Jobs:
         """Move an unfinished job on. Returns False if it has finished meanwhile: it was cancelled."""
         with self._database.writing() as connection:
             done = connection.execute(
-                f"UPDATE jobs SET status = ?, started_at = CASE WHEN ? = 'running' THEN coalesce(started_at, ?) END "
+                # Later than the last one, also where the clock was set back: the order decides whose turn is next.
+                f"UPDATE jobs SET status = ?, started_at = CASE WHEN ? = 'running' THEN coalesce(started_at, "
+                "max(?, (SELECT coalesce(max(started_at), 0) + 0.001 FROM jobs))) END "
                 f"WHERE id = ? AND status IN {_UNFINISHED}",
                 (status, status, time.time(), job_id),
             )
@@ -420,8 +440,17 @@ class Jobs:
             _add_events(connection, job_id, [NewEvent(f"The job failed: {message}", "error", data=error)])
         return True
 
+    def adopt(self) -> None:
+        """Take the jobs of older releases, which did not note their base, for jobs of this one."""
+        query = "SELECT 1 FROM jobs WHERE base IS NULL AND is_cleared = 0"
+        with self._database.reading() as connection:
+            if connection is None or connection.execute(query).fetchone() is None:
+                return
+        with self._database.writing() as connection:
+            connection.execute("UPDATE jobs SET base = ? WHERE base IS NULL AND is_cleared = 0", (self._base,))
+
     def uncleared(self) -> list[Job]:
-        """Finished jobs whose directory may still be there, the oldest first."""
+        """Finished jobs, of any base, whose directory may still be there, the oldest first."""
         query = f"SELECT {_COLUMNS} FROM jobs WHERE is_cleared = 0 AND finished_at IS NOT NULL ORDER BY number LIMIT 50"
         with self._database.reading() as connection:
             rows = [] if connection is None else connection.execute(query).fetchall()

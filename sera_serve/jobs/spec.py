@@ -14,6 +14,7 @@ from sera_serve.errors import InvalidConfiguration
 from sera_serve.jobs.rows import KINDS, JobTask, RowKind
 from sera_serve.trainer import initial
 from sera_serve.trainer.option_text import flag
+from sera_serve.trainer.packages import check_packages
 from sera_serve.trainer.patterns import shapes_by_path, total_ranks
 from sera_serve.trainer.settings import DEFAULT_METHOD, KEPT_BY_INIT, METHODS, Method, TrainSettings, load_options
 
@@ -179,8 +180,9 @@ def check_spec(
         others.
 
     Raises:
-        InvalidConfiguration: The message names fields of a job's body.
+        InvalidConfiguration: The message names fields of a job's body, or packages that training needs.
     """
+    check_packages()
     folder = Path("jobs")
     try:
         settings = load_options(None, spec.train_settings("base", folder, folder, device="cpu", dtype="auto"))

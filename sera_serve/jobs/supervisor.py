@@ -6,10 +6,11 @@ import fcntl
 import logging
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
-from typing import IO
+from pathlib import Path
 
 from adapters_store import AdapterStore, Published
 from adapters_store.errors import AdapterNotFound, StoreError
@@ -28,6 +29,7 @@ from sera_serve.jobs.process import (
 )
 from sera_serve.jobs.records import Job, JobEvent, Jobs, NewEvent
 from sera_serve.jobs.rows import sha256_of
+from sera_serve.trainer.packages import missing_packages
 
 logger = logging.getLogger("sera_serve.jobs")
 
@@ -38,7 +40,10 @@ _MAX_KILLS = 1
 
 
 class Supervisor:
-    """Runs jobs while this server is the one of its store that does: it holds a lock of `jobs/lock`.
+    """Runs the jobs of a base while this server is the one of its store that does: it holds the base's lock.
+
+    It also shares `jobs/lock`, which a server of a release that runs the jobs of every base has alone. A server whose
+    processes have ended gives the locks back after each look: another one may run jobs where this one runs none.
 
     A thread does everything. It starts the processes too: the system ends a child whose starting thread has ended.
     """
@@ -51,6 +56,7 @@ class Supervisor:
         store: AdapterStore,
         processes: JobProcesses,
         max_jobs: int,
+        base: str,
         on_finish: Callable[[Job, Published | None], None] = lambda job, published: None,
     ) -> None:
         """Prepare. Nothing runs before `start`.
@@ -61,7 +67,8 @@ class Supervisor:
             places: Their directories.
             store: Where adapters are published.
             processes: How to start a job's process.
-            max_jobs: Processes at once; with 0, jobs wait.
+            max_jobs: Processes at once; with 0, jobs wait for another server of the base.
+            base: `base_id` of the base that the processes train on.
             on_finish: Called with each job that has succeeded or failed, and what it has published, on the supervisor's
                 thread.
         """
@@ -71,18 +78,25 @@ class Supervisor:
         self._store = store
         self._processes = processes
         self._max_jobs = max_jobs
+        self._base = base
         self._on_finish = on_finish
         self._running: dict[str, JobProcess] = {}
         self._last_steps: dict[str, LastSteps] = {}
         # The last fault of each job that stands still.
         self._faults: dict[str, str] = {}
+        # The last fault for which all jobs stood still.
+        self._fault = ""
         self._wake = threading.Event()
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
-        self._lock: IO[bytes] | None = None
+        self._locks: ExitStack | None = None
+        self._is_swept = False
 
     def start(self) -> None:
-        """Begin to run jobs; those of a server that was killed go on."""
+        """Begin to run jobs; those of a server that was killed go on. Without the trainer's packages none runs here."""
+        if self._max_jobs and (missing := missing_packages()):
+            logger.info("no training jobs run here: %s missing; pip install 'sera-serve[train]'", ", ".join(missing))
+            self._max_jobs = 0
         self._thread = threading.Thread(target=self._serve, name="jobs", daemon=True)
         self._thread.start()
 
@@ -102,40 +116,57 @@ class Supervisor:
             while not self._closing.is_set():
                 try:
                     if self._take_lock():
-                        self._tick()
-                except (AccessDatabaseError, StoreError, OSError) as error:
-                    logger.error("training jobs stand still: %s", error)
-                except Exception:
-                    # A defect must not end all jobs of the server; the next round tries again.
-                    logger.exception("training jobs stand still")
+                        try:
+                            self._tick()
+                        finally:
+                            if not self._running:
+                                self._release_locks()
+                    self._fault = ""
+                except Exception as error:  # noqa: BLE001 - a defect must not end all jobs of the server
+                    self._note_fault(error)
                 self._wake.wait(_TICK_S if self._running else _IDLE_S)
                 self._wake.clear()
         finally:
             for process in self._running.values():
                 process.kill()
-            if self._lock is not None:
-                self._lock.close()
+            self._release_locks()
+
+    def _note_fault(self, error: Exception) -> None:
+        """Log what all jobs stand still for. The next round tries again: once is enough for the log."""
+        fault = f"{type(error).__name__}: {error}"
+        if fault == self._fault:
+            return
+        self._fault = fault
+        is_known = isinstance(error, AccessDatabaseError | StoreError | OSError)
+        logger.error("training jobs stand still: %s", error, exc_info=None if is_known else error)
 
     def _take_lock(self) -> bool:
-        """Become the supervisor of the store, if none is."""
-        if self._lock is not None:
+        """Become the supervisor of the base's jobs, if none is."""
+        if self._locks is not None:
             return True
         # Without a job there is nothing to run, and maybe no right to write.
         if not self._places.root.is_dir():
             return False
-        lock = self._places.lock.open("ab")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.close()
-            return False
-        self._lock = lock
-        self._files.sweep()
+        with ExitStack() as locks:
+            if not locks.enter_context(_try_lock(self._places.lock, fcntl.LOCK_SH)):
+                return False
+            if not locks.enter_context(_try_lock(self._places.lock_of(self._base), fcntl.LOCK_EX)):
+                return False
+            if not self._is_swept:
+                # What fails here is tried again.
+                self._files.sweep()
+                self._is_swept = True
+            self._locks = locks.pop_all()
         return True
 
+    def _release_locks(self) -> None:
+        if self._locks is not None:
+            self._locks.close()
+            self._locks = None
+
     def _tick(self) -> None:
-        for job in self._jobs.of_status("validating_files"):
-            self._attempt(job, partial(self._check_files, job))
+        self._jobs.adopt()
+        self._check_some_files()
         running = {job.id: job for job in self._jobs.of_status("running")}
         followed = dict(self._running)
         for process in followed.values():
@@ -187,6 +218,23 @@ class Supervisor:
         if self._jobs.advance(job.id, "running", NewEvent("The job runs")):
             self._begin(job)
 
+    def _check_some_files(self) -> None:
+        """Compare the files of new jobs for a while. The rest waits for the next round, after the jobs that run."""
+        began = time.monotonic()
+        seen: Counter[str] = Counter()
+        turns: list[tuple[int, int, Job]] = []
+        for job in self._jobs.of_status("validating_files"):
+            # One tenant's many jobs hold up no other tenant's first one.
+            turns.append((seen[job.tenant], job.number, job))
+            seen[job.tenant] += 1
+        for _, _, job in sorted(turns, key=lambda turn: turn[:2]):
+            if self._closing.is_set():
+                return
+            if time.monotonic() - began > _TICK_S:
+                self._wake.set()
+                return
+            self._attempt(job, partial(self._check_files, job))
+
     def _check_files(self, job: Job) -> None:
         for param, file_id in (("training_file", job.training_file), ("validation_file", job.validation_file)):
             if file_id is None:
@@ -205,7 +253,9 @@ class Supervisor:
         try:
             self._running[job.id] = self._processes.start(job, self._places)
         except OSError as error:
-            self._fail(job, "process_not_started", f"the training process could not be started: {error}", None)
+            # Without the path, which is nobody's business.
+            reason = error.strerror or type(error).__name__
+            self._fail(job, "process_not_started", f"the training process could not be started: {reason}", None)
 
     def _go_on(self, job: Job) -> None:
         """Go on with a job of which there is no process: finish it, if its process had come to an end."""
@@ -226,6 +276,8 @@ class Supervisor:
         if status is not None or time.monotonic() - process.recorded_at > _RECORD_S:
             process.recorded_at = time.monotonic()
             self._record_progress(job)
+            if status is None:
+                self._processes.tell_limits(job, process.run)
         if status is None:
             return
         process.kill()
@@ -308,6 +360,15 @@ class Supervisor:
         """Delete what is left of a finished job; of a cancelled one, also what was published of it."""
         if job.id in self._running:
             return
+        if job.base in (None, self._base):
+            self._clear_own(job)
+            return
+        # Of another base: where a server runs its jobs, that one ends the process first.
+        with _try_lock(self._places.lock_of(job.base), fcntl.LOCK_EX) as is_free:
+            if is_free:
+                self._clear_own(job)
+
+    def _clear_own(self, job: Job) -> None:
         run = self._places.run(job.id)
         if job.status != "succeeded" and (publishing := read_publishing(run)) is not None:
             # Its process may have published between the cancellation and its end.
@@ -318,3 +379,15 @@ class Supervisor:
         self._files.delete_results()
         clear(run)
         self._jobs.mark_cleared(job.id)
+
+
+@contextmanager
+def _try_lock(path: Path, kind: int) -> Iterator[bool]:
+    """Hold a lock of a file, `LOCK_SH` or `LOCK_EX`; yields False where another process has it."""
+    with path.open("ab") as file:
+        try:
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True

@@ -11,23 +11,26 @@ import json
 import os
 import signal
 import time
+from collections.abc import Callable
 from contextlib import closing, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import TrainerCallback
 from transformers.utils.logging import disable_progress_bar
 
 from adapters_store import AdapterBundle, AdapterStore, BundleLimits, Published
-from adapters_store.errors import AdapterNotFound, StoreError
+from adapters_store.errors import AdapterNotFound, StoreError, StoreUnavailable, StoreWriteFailed
 from sera_serve.access import AccessDatabase, AccessDatabaseError, Holdings, Quotas, Shares
 from sera_serve.base import load_base
 from sera_serve.errors import SeraServeError
-from sera_serve.jobs.process import ORDERS, PROGRESS, PUBLISHING, RESULT, read_publishing
+from sera_serve.jobs.process import ORDERS, PROGRESS, PUBLISHING, RESULT, read_limits, read_publishing, write_json
 from sera_serve.jobs.spec import SHAPE, in_words
 from sera_serve.trainer.run import train_adapter
 from sera_serve.trainer.settings import load_options
+
+T = TypeVar("T")
 
 CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 """The template of chats that are trained on a base without one. The adapter keeps it."""
@@ -35,6 +38,8 @@ _NICENESS = 10
 # The system ends this process before the server, when memory is short.
 _OOM_SCORE = 500
 _PR_SET_PDEATHSIG = 1
+# A disk that is full may have room again, and a database that is busy may be free.
+_PATIENCE_S, _RETRY_S = 300.0, 2.0
 # Fields of a job's body by the trainer's names of its options.
 _PARAMS = {
     "train": "training_file",
@@ -124,17 +129,23 @@ class Publisher:
         self._shares = shares
 
     def publish(self, bundle: AdapterBundle, name: str) -> Published:
-        """Publish a bundle.
+        """Publish a bundle. Waits for minutes where the disk or the database refuses: it has taken hours to train.
 
         Raises:
             NameTaken: There is an adapter of this name.
             QuotaExceeded: The tenant may not have another adapter, or so many bytes.
             AccessDatabaseError: Nobody knows whether shares of an older adapter of this name are left.
+            StoreError, OSError: It cannot be written.
         """
+        return patiently(lambda: self._publish(bundle, name))
+
+    def _publish(self, bundle: AdapterBundle, name: str) -> Published:
         if self.published(name) is None:
             self._check_free(name)
-            # Commands may have set other limits while the job trained. A busy database must lose no training of hours:
-            # then the limits of its beginning hold.
+            # The server and commands may have set other limits while the job trained. A busy database must lose no
+            # training of hours: then the commands' limits of its beginning hold.
+            if (limits := read_limits(self._run)) is not None:
+                self._quotas.reload(limits)
             with suppress(AccessDatabaseError):
                 self._quotas.refresh()
             self._holdings.check_publish(name, bundle.digest, bundle.file_bytes)
@@ -165,6 +176,22 @@ class Publisher:
         raise NameTaken(f"an adapter {name} was published while the job ran; create the job again", param="suffix")
 
 
+def patiently(act: Callable[[], T]) -> T:
+    """Do something, and do it again for some minutes where the disk or the database refuses it. Returns its result.
+
+    Raises:
+        AccessDatabaseError, StoreWriteFailed, StoreUnavailable, OSError: It is refused still.
+    """
+    began = time.monotonic()
+    while True:
+        try:
+            return act()
+        except (AccessDatabaseError, StoreWriteFailed, StoreUnavailable, OSError):
+            if time.monotonic() - began > _PATIENCE_S:
+                raise
+        time.sleep(_RETRY_S)
+
+
 def result_of(version: int, digest: str, store: AdapterStore) -> dict[str, Any]:
     """The result of a job that has succeeded, from its version and the record of its training."""
     training: dict[str, Any] = store.config(digest).training
@@ -186,7 +213,8 @@ def train(run: Path) -> dict[str, Any]:
         torch.cuda.set_per_process_memory_fraction(orders["gpu_memory_fraction"])
     store = AdapterStore(options["store"], limits=BundleLimits(max_bytes=orders["max_bundle_bytes"]))
     database = AccessDatabase(store.root)
-    publisher = Publisher(run, store, Quotas(database, orders["quotas"]), Shares(database))
+    quotas = patiently(lambda: Quotas(database, read_limits(run)))
+    publisher = Publisher(run, store, quotas, Shares(database))
     if (done := publisher.published(options["name"])) is not None:
         return done
     base = load_base(
@@ -217,16 +245,6 @@ def _failed(code: str, message: str, param: str | None = None) -> dict[str, Any]
     return {"status": "failed", "code": code, "message": message, "param": param}
 
 
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write a file that is there whole, or not at all, and durable when this returns."""
-    part = path.with_name(path.name + ".part")
-    with part.open("w", encoding="utf-8") as file:
-        json.dump(value, file)
-        file.flush()
-        os.fsync(file.fileno())
-    part.rename(path)
-
-
 def be_modest() -> None:
     """Let the server go first: for processors, and when memory is short."""
     os.nice(_NICENESS)
@@ -254,5 +272,6 @@ def main(run: Path) -> int:
         if found is None:
             raise
         result = found
-    write_json(run / RESULT, result)
+    # Without a result the job has failed, and what it has published is deleted.
+    patiently(lambda: write_json(run / RESULT, result))
     return 0

@@ -18,6 +18,8 @@ from torch.autograd.function import once_differentiable
 
 # Sums over fewer elements than these are slower than batched matrix products (CPU).
 _NARROW = 8
+# Fewer columns of a factor take twice the time of as many rows that lie in a piece (CPU, 8 of 384 wide).
+_MANY_COLUMNS = 12
 # Products of more elements than these are summed in pieces, of so many elements a thread: a piece of 256 KiB stays in
 # the cache, where all of them take new memory (CPU).
 _WHOLE, _PIECE = 1 << 19, 1 << 16
@@ -74,7 +76,10 @@ class _AddUpdate(torch.autograd.Function):
                 if needs_a:
                     da = outer_segments(x.reshape(-1, x.shape[-1]).to(a.dtype), du, split).reshape(a.shape)
                 if needs_x:
-                    dx = expand_segments(du, blocks_of_a(a, split)).to(ctx.x_dtype).view(ctx.x_shape)
+                    # A view would be added to the base's gradient in new memory, and not in place.
+                    dx = du.new_empty(ctx.x_shape)
+                    expand_into(dx.view(-1, dx.shape[-1]), du, blocks_of_a(a, split))
+                    dx = dx.to(ctx.x_dtype)
         return g, dx, da, dc, db, None, None
 
 
@@ -93,7 +98,9 @@ def reduce_segments(x: Tensor, blocks: Tensor) -> Tensor:
     split, width, segment_rank = blocks.shape
     if split > 1 and segment_rank == 1 and (width > _NARROW or x.device.type != "cpu"):
         return _sums_of_products(x.view(-1, split, width), blocks[..., 0])
-    # Rows of the factor that lie in a piece take less than half the time of columns (CPU, 8 of 384 wide).
+    if split == 1 and segment_rank >= _MANY_COLUMNS:
+        return x @ blocks[0]
+    # Rows of the factor that lie in a piece.
     rows = blocks.transpose(1, 2).contiguous()
     if split == 1:
         return x @ rows[0].T
@@ -117,22 +124,25 @@ def _sums_of_products(segments: Tensor, factor: Tensor) -> Tensor:
     return sums
 
 
-def expand_segments(v: Tensor, blocks: Tensor) -> Tensor:
-    """(T, s m) by (s, w, m) to (T, s w)."""
-    split, _, segment_rank = blocks.shape
+def expand_into(out: Tensor, v: Tensor, blocks: Tensor) -> None:
+    """Write the expansion of v, (T, s m), by (s, w, m) to out, (T, s w), of their dtype."""
+    split, width, segment_rank = blocks.shape
     if split == 1:
-        return v @ blocks[0].T
-    if segment_rank == 1:
-        return (v.unsqueeze(-1) * blocks[..., 0]).flatten(1)
-    segments = v.view(-1, split, segment_rank).transpose(0, 1)
-    return torch.bmm(segments, blocks.transpose(1, 2)).transpose(0, 1).reshape(len(v), -1)
+        torch.mm(v, blocks[0].T, out=out)
+    elif segment_rank == 1:
+        torch.mul(v.unsqueeze(-1), blocks[..., 0], out=out.view(-1, split, width))
+    else:
+        segments = v.view(-1, split, segment_rank).transpose(0, 1)
+        out.view(-1, split, width).copy_(torch.bmm(segments, blocks.transpose(1, 2)).transpose(0, 1))
 
 
 def expand_onto(h: Tensor, v: Tensor, blocks: Tensor, scaling: float) -> None:
     """Add scaling * (the expansion of v) to h, (T, s w), in place."""
     split, width, segment_rank = blocks.shape
     if h.dtype != v.dtype or (split > 1 and segment_rank > 1):
-        h.add_(expand_segments(v, blocks), alpha=scaling)
+        update = v.new_empty(h.shape)
+        expand_into(update, v, blocks)
+        h.add_(update, alpha=scaling)
     elif split == 1:
         h.addmm_(v, blocks[0].T, alpha=scaling)
     else:

@@ -15,8 +15,8 @@ from sera_serve.layers.attach import replace_module
 from sera_serve.layers.block_update import (
     blocks_of_a,
     blocks_of_b,
+    expand_into,
     expand_onto,
-    expand_segments,
     outer_segments,
     reduce_segments,
 )
@@ -161,7 +161,9 @@ class _AddUpdates(torch.autograd.Function):
                     rows = x.reshape(-1, x.shape[-1])[part.tokens].to(a.dtype)
                     da = outer_segments(rows, du, part.split).reshape(a.shape)
                 if dx is not None:
-                    dx.view(-1, dx.shape[-1])[part.tokens] = expand_segments(du, blocks_of_a(a, part.split))
+                    own = du.new_empty(len(du), dx.shape[-1])
+                    expand_into(own, du, blocks_of_a(a, part.split))
+                    dx.view(-1, dx.shape[-1])[part.tokens] = own
             gradients += [da, dc, db]
         return g, dx, None, *gradients
 

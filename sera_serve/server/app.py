@@ -24,7 +24,7 @@ from sera_serve.server.browsers import (
 )
 from sera_serve.server.deps import Executors
 from sera_serve.server.door import KeyDoor
-from sera_serve.server.errors import add_error_handlers
+from sera_serve.server.errors import SHOULD_RETRY, add_error_handlers
 from sera_serve.server.freed_memory import MemoryTrimmer
 from sera_serve.server.loop_watch import LoopWatch
 from sera_serve.server.methods import HeadAndOptions
@@ -65,7 +65,7 @@ def build_app(
     holdings = Holdings(store, quotas)
     audit = AuditLog(store.root, settings.audit_max_mib, settings.audit_keep)
     publisher = Publisher(engine, store, access, holdings, audit)
-    training = Training.of(settings, store, access.database, quotas, holdings, audit)
+    training = Training.of(settings, store, access.database, quotas, holdings, audit, engine.base.info)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -132,7 +132,7 @@ def build_app(
             allow_origins=origins,
             allow_methods=CROSS_ORIGIN_METHODS,
             allow_headers=["*"],
-            expose_headers=["X-Request-Id", "Retry-After", *RATE_HEADERS],
+            expose_headers=["X-Request-Id", "Retry-After", SHOULD_RETRY, *RATE_HEADERS],
             allow_private_network=True,
         )
     app.add_middleware(BrowserGuard, rules=rules)

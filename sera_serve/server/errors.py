@@ -63,6 +63,12 @@ class ErrorResponse(BaseModel):
     error: ErrorDetail
 
 
+# OpenAI's clients repeat requests with these answers by themselves, and obey the header. The same request has the same
+# conflict, takes the same time, and finds the disk as full.
+SHOULD_RETRY = "x-should-retry"
+REPEATED_IN_VAIN = (409, 504, 507)
+
+
 class BodyTooLarge(SeraServeError):
     """The body exceeds the limit of its route. The rest of the body is not read."""
 
@@ -134,6 +140,8 @@ def error_response(error: Exception, request_id: str) -> ErrorAnswer:
     headers = {} if retry_after is None else {"Retry-After": str(retry_after)}
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer"
+    if status in REPEATED_IN_VAIN:
+        headers[SHOULD_RETRY] = "false"
     return ErrorAnswer(content, status, headers)
 
 

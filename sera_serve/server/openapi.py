@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse
 from fastapi.telemetry import TelemetryConfig
 from pydantic import BaseModel
 
-from sera_serve.server.errors import ErrorResponse
+from sera_serve.server.errors import REPEATED_IN_VAIN, SHOULD_RETRY, ErrorResponse
 from sera_serve.server.strict import StrictRoute
 
 router = APIRouter(route_class=StrictRoute)
@@ -169,6 +169,8 @@ def _error(status: int) -> dict[str, Any]:
     headers = {"X-Request-Id": {"schema": {"type": "string"}, "description": "the request's id in the server's log"}}
     if status in _WITH_RETRY_AFTER:
         headers["Retry-After"] = {"schema": {"type": "integer"}, "description": "seconds until another try"}
+    if status in REPEATED_IN_VAIN:
+        headers[SHOULD_RETRY] = {"schema": {"const": "false"}, "description": "the same request would fail again"}
     return {
         "description": http.HTTPStatus(status).phrase,
         "headers": headers,

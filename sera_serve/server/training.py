@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from adapters_store import AdapterStore, Published
+from adapters_store import AdapterStore, BaseInfo, Published
 from sera_serve.access import AccessDatabase, Actor, AuditLog, Holdings, Quotas
 from sera_serve.config import ServeSettings
 from sera_serve.errors import Overloaded
-from sera_serve.jobs import Job, JobProcesses, Jobs, Places, Supervisor, TrainingFiles
+from sera_serve.jobs import Job, JobProcesses, Jobs, Places, Supervisor, TrainingFiles, base_id
 from sera_serve.server.publishing import record_publication
 from sera_serve.threads import BoundedExecutor
 
@@ -76,11 +76,13 @@ class Training:
         quotas: Quotas,
         holdings: Holdings,
         audit: AuditLog,
+        base: BaseInfo,
     ) -> Training:
         """Make what an app needs. Nothing runs yet, and nothing is read."""
+        own = base_id(base)
         places = Places(store.root)
         files = TrainingFiles(database, places, settings.max_training_files_mib << 20)
-        jobs = Jobs(database)
+        jobs = Jobs(database, own)
         processes = JobProcesses(
             base=settings.base,
             store=store.root,
@@ -90,7 +92,7 @@ class Training:
             threads=settings.training_threads,
             gpu_memory_fraction=settings.training_gpu_memory_fraction,
             max_bundle_bytes=settings.max_upload_mib << 20,
-            quotas=settings.quotas,
+            quotas=quotas.of_settings,
         )
 
         def record(job: Job, published: Published | None) -> None:
@@ -104,7 +106,7 @@ class Training:
                 "job.finish", actor, tenant=job.tenant, target=job.id, status=job.status, model=model, code=code
             )
 
-        supervisor = Supervisor(jobs, files, places, store, processes, settings.max_training_jobs, record)
+        supervisor = Supervisor(jobs, files, places, store, processes, settings.max_training_jobs, own, record)
         return cls(
             files=files,
             jobs=jobs,

@@ -14,8 +14,8 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from adapters_store import BundleLimits, StoreError, parse_adapter
-from adapters_store.errors import AdapterNotFound, InvalidAdapterName
+from adapters_store import BundleLimits, StoreError, StoreUnavailable, parse_adapter
+from adapters_store.errors import AdapterNotFound, InvalidAdapterName, StoreWriteFailed
 from sera_serve.access import AccessDatabaseError, Actor
 from sera_serve.errors import EngineUnavailable, Overloaded, SeraServeError
 from sera_serve.server.deps import Executors
@@ -27,12 +27,16 @@ logger = logging.getLogger("sera_serve.watch")
 POLL_S = 1.0
 # Polls in which nothing of an adapter changes before it is read, and polls without it before it is withdrawn.
 _QUIET_POLLS = 2
+# Polls after which is tried again what the disk or the database refused.
+_RETRY_POLLS = 30
 # Where a poll takes long, the time between two polls is so many times as long.
 _IDLE_SHARE = 4
 # Files of one adapter that are looked at.
 _MAX_FILES = 256
 _SUFFIXES = (".safetensors", ".tar", ".zip")
 _ACTOR = Actor("watch")
+# Refusals that have nothing to do with the adapter.
+_PASSING = (StoreWriteFailed, StoreUnavailable, AccessDatabaseError)
 
 # (path, bytes, time of change, inode) of each file of one adapter.
 Signature = tuple[tuple[str, int, int, int], ...]
@@ -65,6 +69,8 @@ class WatchedDirectory:
         self._published: set[str] = set()
         # Polls in a row in which a published adapter was absent.
         self._absent: dict[str, int] = {}
+        # The last refusal of each adapter that is tried again.
+        self._refusals: dict[str, str] = {}
         self._complaints: set[str] = set()
 
     def poll(self) -> tuple[list[str], list[str]]:
@@ -105,12 +111,24 @@ class WatchedDirectory:
     def mark_handled(self, name: str, published: bool) -> None:
         """Leave an adapter alone until it changes; `published` says whether it is withdrawn when it vanishes."""
         self._entries[name].handled = True
+        self._refusals.pop(name, None)
         if published:
             self._published.add(name)
 
     def forget(self, name: str) -> None:
         """An adapter was withdrawn."""
         self._published.discard(name)
+        self._refusals.pop(name, None)
+
+    def try_later(self, name: str, refusal: str) -> bool:
+        """Leave an adapter alone for a while. Returns whether the refusal is another one than the last."""
+        if (entry := self._entries.get(name)) is not None:
+            entry.quiet = _QUIET_POLLS - _RETRY_POLLS
+        if name in self._absent:
+            self._absent[name] = _QUIET_POLLS - _RETRY_POLLS
+        is_new = self._refusals.get(name) != refusal
+        self._refusals[name] = refusal
+        return is_new
 
     def _scan(self) -> tuple[dict[str, tuple[str, Signature | None]], set[str]]:
         """What the adapters look like, and the names of all that are there, unreadable ones included."""
@@ -235,6 +253,10 @@ def _publish(directory: WatchedDirectory, name: str, publisher: Publisher, limit
             # It is being written again. The next polls see the change.
             return
         published, warnings = publisher.publish(source, name, _ACTOR)
+    except _PASSING as error:
+        if directory.try_later(name, error.message):
+            logger.error("%s is not published yet, and is tried again: %s", path, error.message)
+        return
     except (SeraServeError, StoreError) as error:
         directory.mark_handled(name, published=False)
         logger.error("%s is not published, until it changes: %s", path, error.message)
@@ -258,7 +280,8 @@ def _withdraw(directory: WatchedDirectory, name: str, publisher: Publisher) -> N
         # Somebody else deleted it.
         pass
     except (StoreError, AccessDatabaseError) as error:
-        logger.error("%s vanished and cannot be withdrawn: %s", name, error.message)
+        if directory.try_later(name, error.message):
+            logger.error("%s vanished and cannot be withdrawn yet: %s", name, error.message)
         return
     except EngineUnavailable:
         raise

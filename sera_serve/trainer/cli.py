@@ -16,6 +16,7 @@ from sera_serve.errors import InvalidConfiguration, SeraServeError
 from sera_serve.terminal import PlainConsole
 from sera_serve.trainer.compare.command import compare_command
 from sera_serve.trainer.init_file import settings_yaml, write_settings
+from sera_serve.trainer.packages import check_packages
 from sera_serve.trainer.patterns import PATTERN_OPTIONS
 from sera_serve.trainer.settings import RUN, WHAT, TrainSettings, flag, load_options
 from sera_serve.trainer.task_options import Task
@@ -47,6 +48,10 @@ def _command() -> Any:
                     2,
                 )
             return
+        try:
+            check_packages()
+        except InvalidConfiguration as error:
+            _fail(error.message, 2)
         config, jobs, as_json = options.pop("config"), options.pop("jobs"), options.pop("json")
         dry = options.pop("dry_run")
         if jobs is not None:

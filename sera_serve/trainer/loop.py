@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate.data_loader import DataLoaderShard
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
@@ -160,12 +161,14 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         if self.processes.count == 1:
             alone: DataLoader[Any] = super().get_train_dataloader()
             return alone
-        # Not prepared by accelerate, which would fill up a short last batch with rows of the first.
-        return DataLoader(
+        # Not prepared by accelerate, which would fill up a short last batch with rows of the first. Yet of its class:
+        # transformers tells a plain DataLoader no epoch, and rows with augmentation would be the same in each.
+        share: DataLoader[Any] = DataLoaderShard(
             CountedRows(self.task.train_rows),
             batch_sampler=ShareOfBatches(self._get_train_sampler(), self.settings.batch_size, self.processes),
             collate_fn=partial(counted_batch, self.task.collate, self.settings.task),
         )
+        return share
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Compute the loss. With several processes, the mean of their results is the loss of the whole batch."""

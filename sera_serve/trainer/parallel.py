@@ -113,6 +113,11 @@ class CountedRows(Dataset[tuple[Any, bool]]):
         row, counts = item
         return self._rows[row], counts
 
+    def set_epoch(self, epoch: int) -> None:
+        """Tell the epoch to rows that depend on it, such as images with augmentation. It counts from 0."""
+        if hasattr(self._rows, "set_epoch"):
+            self._rows.set_epoch(epoch)
+
 
 def counted_batch(
     collate: Callable[[Sequence[Any]], dict[str, Tensor]], task: str, pairs: Sequence[tuple[Any, bool]]

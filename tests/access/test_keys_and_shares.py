@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -168,6 +169,37 @@ def test_a_listener_that_failed_is_called_again(database: AccessDatabase) -> Non
     control.refresh()
     control.refresh()
     assert heard == [0, 1]
+
+
+def test_a_file_that_was_restored_is_read_and_written(tmp_path: Path) -> None:
+    by_commands = Keys(AccessDatabase(tmp_path))
+    old = by_commands.create("acme", ["infer"])
+    backup = tmp_path / "backup"
+    database = AccessDatabase(tmp_path)
+    shutil.copy(database.path, backup)
+    control = AccessControl(database)
+    control.start()
+    try:
+        later = by_commands.create("acme", ["infer"])
+        wait_until(lambda: control.key_of(later.secret) is not None)
+        backup.replace(database.path)
+        wait_until(lambda: control.key_of(later.secret) is None)
+        assert control.key_of(old.secret) is not None
+        # Both processes now have the same file.
+        made = control.keys.create("acme", ["infer"])
+        assert {key.id for key in by_commands.all()} == {old.key.id, made.key.id}
+        by_commands.revoke(old.key.id)
+        wait_until(lambda: (key := control.key_of(old.secret)) is not None and key.status == "revoked")
+        # A store that is not there for a while: what was read stays.
+        database.path.rename(backup)
+        time.sleep(0.6)
+        with pytest.raises(AccessDatabaseError):
+            control.refresh()
+        assert control.key_of(made.secret) is not None
+        backup.rename(database.path)
+        control.refresh()
+    finally:
+        control.stop()
 
 
 def test_a_damaged_file_is_refused_by_name(database: AccessDatabase) -> None:

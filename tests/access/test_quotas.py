@@ -165,3 +165,9 @@ def test_commands_set_show_and_clear(tmp_path: Path) -> None:
 def test_a_command_refuses_what_is_no_limit(tmp_path: Path, limit: str) -> None:
     run("set", "--store", str(tmp_path / "store"), "--tenant", "acme", limit, status=1)
     assert not (tmp_path / "store/access").exists()
+
+
+def test_a_command_sets_a_limit_once(tmp_path: Path) -> None:
+    twice = ["adapters=1", "bytes=2", "adapters=3"]
+    assert "adapters is given twice" in run("set", "--store", str(tmp_path / "s"), "--tenant", "acme", *twice, status=1)
+    assert not (tmp_path / "s/access").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import os
 import subprocess
 import sys
 import zipfile
@@ -340,6 +341,10 @@ def test_uploads_that_are_refused(drive: Driver, writer: AdapterBundle, tmp_path
         drive(lambda client: client.adapters.upload(f"{drive.tenant}/two", tmp_path / "nothing"))
     with pytest.raises(ValueError, match=CONFIG):
         drive(lambda client: client.adapters.upload(f"{drive.tenant}/two", tmp_path))
+    os.mkfifo(tmp_path / "pipe")
+    for no_file in (tmp_path / "pipe", "/dev/null"):
+        with pytest.raises(ValueError, match="no regular file"):
+            drive(lambda client, no_file=no_file: client.adapters.upload(f"{drive.tenant}/two", no_file))
     (tmp_path / CONFIG).write_text("{}")
     with pytest.raises(ValueError, match="safe_serialization"):
         drive(lambda client: client.adapters.upload(f"{drive.tenant}/two", tmp_path))
@@ -395,6 +400,14 @@ def test_refusals(drive: Driver) -> None:
     # A stream is refused like any other call.
     with pytest.raises(AdapterNotFoundError):
         drive.stream(lambda client: client.stream(PROMPT, adapter="acme/nobody"))
+
+
+@pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
+def test_bytes_are_no_token_ids(drive: Driver, kind: Callable[[bytes], Any]) -> None:
+    with pytest.raises(TypeError, match="decode it"):
+        drive(lambda client: client.generate(kind(PROMPT.encode()), max_new_tokens=1))
+    with pytest.raises(TypeError, match="decode it"):
+        drive.stream(lambda client: client.stream(kind(PROMPT.encode()), max_new_tokens=1))
 
 
 @pytest.mark.parametrize("name", ["acme", "acme/x/pin", "acme/..", "./x", "/x", "acme/", ""])

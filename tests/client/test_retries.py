@@ -341,6 +341,8 @@ ADDRESSES = [
     "/v1",
     "http://localhost:port",
     "http://\x00",
+    "http://localhost:8000?key=1",
+    "http://localhost:8000/#v1",
 ]
 
 
@@ -358,7 +360,7 @@ def test_a_request_to_no_protocol_was_not_sent(run: Run, name: str) -> None:
     assert not caught.value.sent
 
 
-@pytest.mark.parametrize("code", ["wrong_base", "wrong_task", "wrong_shape", "adapter_overflow"])
+@pytest.mark.parametrize("code", ["wrong_base", "wrong_task", "wrong_shape", "adapter_overflow", "adapter_too_large"])
 def test_a_refused_bundle_is_an_invalid_adapter(code: str) -> None:
     body = {"error": {"message": "no", "type": "invalid_request_error", "param": None, "code": code}}
     assert isinstance(api_error(422, json.dumps(body).encode()), InvalidAdapterError)

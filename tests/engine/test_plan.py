@@ -26,6 +26,8 @@ class Waiting:
         self.queue: FairQueue[GenerationRequest] = FairQueue()
         self.parked: list[GenerationRequest] = []
         self.preempted: list[GenerationRequest] = []
+        self.running: list[GenerationRequest] = []
+        self.claims_then: list[dict[str, Claim]] = []
         self.charged: Counter[str] = Counter()
         self.yielded = 0
         self.steps = 0
@@ -55,6 +57,7 @@ class Waiting:
     def preempt(self, request: GenerationRequest) -> None:
         assert request.pages == [] and request.computed == 0 and request.row < 0
         request.move(RequestState.PREEMPTED)
+        self.claims_then.append({one.id: self.queue.priority_key(one) for one in [*self.running, request]})
         self.queue.push(request)
         self.preempted.append(request)
 
@@ -104,15 +107,22 @@ class World:
         waiting, planner = self.waiting, self.planner
         waiting.steps += 1
         before = list(planner.running)
+        held: Counter[str] = Counter()
+        for request in before:
+            # Each of a tenant's requests may grow by a page before another one yields.
+            held[request.tenant] += len(request.pages) + 1
         claims = {request.id: waiting.priority_key(request) for request in before}
         crossed = [request for request in before if self.side(len(request.tokens)) != request.rotary_side]
         waiting.preempted.clear()
+        waiting.claims_then.clear()
         first = waiting.first()
         plan = planner.plan()
         planner.check_invariants()
         if not crossed and len(before) == planner.num_rows and first is not None:
             before = self._check_yielded_row(before, first, claims)
-        self._check_preemptions(before, crossed, claims)
+        for request in set(planner.running) - set(before):
+            held[request.tenant] += len(request.pages)
+        self._check_preemptions(before, crossed, claims, held)
         if plan is None:
             assert not planner.running
             return None
@@ -149,21 +159,37 @@ class World:
         last = max(above, key=lambda one: claims[one.id])
         assert self.waiting.preempted[0] is last, "a row that is due was not given up"
         self.waiting.yielded += 1
-        del self.waiting.preempted[0]
+        del self.waiting.preempted[0], self.waiting.claims_then[0]
         return [request for request in before if request is not last]
 
     def _check_preemptions(
-        self, before: list[GenerationRequest], crossed: list[GenerationRequest], claims: dict[str, Claim]
+        self,
+        before: list[GenerationRequest],
+        crossed: list[GenerationRequest],
+        claims: dict[str, Claim],
+        held: Counter[str],
     ) -> None:
-        """A request that was put back has crossed the rotary threshold, or had the lowest claim of all that ran."""
+        """A request that was put back has crossed the rotary threshold, or had the lowest claim of all that ran, or of
+        those whose tenants have more than their share of the pages.
+        """
         assert all(request in self.waiting.preempted for request in crossed)
-        preempted = [r for r in self.waiting.preempted if r not in crossed]
+        preempted = [
+            (request, then)
+            for request, then in zip(self.waiting.preempted, self.waiting.claims_then, strict=True)
+            if request not in crossed
+        ]
         left = [request for request in before if request not in crossed]
-        for request in preempted:
-            assert request is max(left, key=lambda one: claims[one.id]), "a request with a higher claim was preempted"
+        weights = {tenant: self.waiting.weight(tenant) for tenant in {request.tenant for request in self.live}}
+        for request, then in preempted:
+            part = weights[request.tenant] / sum(weights.values())
+            is_above = held[request.tenant] > part * self.planner.pages.count
+            # What is charged or put back within the plan changes the order.
+            later = [o for o in left if claims[o.id] > claims[request.id] and then[o.id] > then[request.id]]
+            assert is_above or not later, "a request with a higher claim was preempted"
+            assert all(one.tenant != request.tenant for one in later), "a tenant's request with a higher claim was"
             left.remove(request)
-        if left or preempted:
-            assert left, "the request with the highest claim was preempted"
+        if preempted and not left:
+            assert set(self.planner.running) - set(before), "the request with the highest claim was preempted"
 
     def _check_plan(self, plan: StepPlan, before: list[GenerationRequest], claims: dict[str, Claim]) -> None:
         waiting, running = self.waiting, self.planner.running
@@ -230,6 +256,7 @@ def world(
         max_sequences=rows,
         rotary_side=None if threshold is None else side,
     )
+    waiting.running = planner.running
     return World(planner, waiting, budget, side)
 
 
@@ -320,6 +347,35 @@ def test_rows_change_hands_in_random_worlds() -> None:
     while bench.live:
         bench.step(lambda: dice.randrange(9))
     assert bench.waiting.yielded > 3
+
+
+def test_a_tenant_below_its_share_gets_pages_that_others_would_grow_into() -> None:
+    bench = world(64, rows=32, budget=128)
+    many = [bench.add(ask(f"many{number}", [number] * 8, 200)) for number in range(60)]
+    waits: list[int] = []
+    for number in range(40):
+        other = bench.add(ask(f"other{number}", [50, number], 6, tenant="b"))
+        begun = bench.waiting.steps
+        while not other.is_finished:
+            bench.step()
+            assert other.state is not RequestState.PREEMPTED, "it was put back with less than its share"
+            if other.generated == 1:
+                waits.append(bench.waiting.steps - begun)
+    assert any(request.state is RequestState.PREEMPTED for request in many), "there were pages for all"
+    assert max(waits) <= 2 and len(waits) == 40
+
+
+def test_the_first_in_the_order_keeps_its_pages_from_a_tenant_below_its_share() -> None:
+    bench = world(32, rows=8, budget=64)
+    long = bench.add(ask("long", [1] * 900, 100))
+    for number in range(4):
+        bench.add(ask(f"short{number}", [2] * 200, 30, tenant="b"))
+    bench.waiting.queue.charge_output("b", 10_000)
+    while not long.is_finished:
+        bench.step()
+    assert long not in bench.waiting.preempted and bench.waiting.charged["long"] == 1000
+    while bench.live:
+        bench.step()
 
 
 def test_a_tenant_below_its_share_gets_a_row_of_a_full_batch() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import subprocess
 import sys
@@ -15,9 +17,11 @@ import pytest
 from adapters_store import AdapterStore, Published
 from sera_serve.access import AccessDatabase, AccessDatabaseError
 from sera_serve.jobs import Job, JobEnded, JobNotFound, JobProcesses, Jobs, JobSpec, Places, Supervisor, TrainingFiles
+from sera_serve.jobs import supervisor as supervisor_module
 from sera_serve.jobs.files import FileInUse, TooManyFiles, TrainingFileNotFound, TrainingFileNotStored
 from sera_serve.jobs.process import JobProcess, one_gpu
 from sera_serve.jobs.records import NewEvent, new_job_id
+from sera_serve.jobs.rows import sha256_of
 from support.live_server import wait_until
 from support.training import SORTED, jsonl
 
@@ -72,7 +76,7 @@ class Platform:
         self.places = Places(self.store.root)
         self.database = AccessDatabase(self.store.root)
         self.files = TrainingFiles(self.database, self.places, 1 << 20)
-        self.jobs = Jobs(self.database)
+        self.jobs = Jobs(self.database, "base")
         self.processes = IdleProcesses("base", self.store.root, "cpu", "auto", 1, 0.1, 1 << 20)
         STARTED.clear()
         CHILDREN.clear()
@@ -81,11 +85,12 @@ class Platform:
         self.rows = root / "rows.jsonl"
         self.supervisor = self.new_supervisor()
 
-    def new_supervisor(self, most: int = 1) -> Supervisor:
+    def new_supervisor(self, most: int = 1, base: str = "base") -> Supervisor:
         def note(job: Job, published: Published | None) -> None:
             self.ended.append(job)
 
-        return Supervisor(self.jobs, self.files, self.places, self.store, self.processes, most, note)
+        jobs = self.jobs if base == "base" else Jobs(self.database, base)
+        return Supervisor(jobs, self.files, self.places, self.store, self.processes, most, base, note)
 
     def create(self, tenant: str, metadata: Mapping[str, str] | None = None) -> Job:
         with self.rows.open("rb") as source:
@@ -135,6 +140,33 @@ def test_a_tenant_with_fewer_running_jobs_is_next(platform: Platform) -> None:
         platform.jobs.advance(job.id, "queued", NewEvent("waits"))
     assert platform.jobs.next_queued(["a"]).id == second.id  # type: ignore[union-attr]
     assert platform.jobs.next_queued(["a", "b", "b"]).id == first.id  # type: ignore[union-attr]
+
+
+def test_a_server_that_runs_no_jobs_keeps_them_from_no_other(platform: Platform) -> None:
+    job = platform.create("acme")
+    idle = platform.new_supervisor(most=0)
+    idle.start()
+    try:
+        wait_until(lambda: platform.status(job) == "queued")
+        platform.supervisor.start()
+        wait_until(lambda: [job.id] == STARTED)
+    finally:
+        idle.stop()
+
+
+def test_a_server_without_the_trainers_packages_leaves_jobs_to_others(
+    platform: Platform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = platform.create("acme")
+    with monkeypatch.context() as without:
+        without.setattr(supervisor_module, "missing_packages", lambda: ["accelerate"])
+        platform.supervisor.start()
+        wait_until(lambda: platform.status(job) == "queued")
+        assert STARTED == []
+    platform.supervisor.stop()
+    platform.supervisor = platform.new_supervisor()
+    platform.supervisor.start()
+    wait_until(lambda: [job.id] == STARTED)
 
 
 def test_jobs_are_counted_by_status(platform: Platform) -> None:
@@ -401,6 +433,123 @@ def test_one_supervisor_of_a_store_runs_jobs(platform: Platform) -> None:
     time.sleep(0.5)
     other.stop()
     assert len(STARTED) == 1
+
+
+def test_a_clock_that_was_wrong_keeps_no_tenant_waiting(platform: Platform, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = time.time
+    jobs = [platform.create(tenant) for tenant in ("early", "early", "early", "other", "other", "other")]
+    for job in jobs:
+        platform.jobs.advance(job.id, "queued", NewEvent("queued"))
+    monkeypatch.setattr(time, "time", lambda: now() + 30 * 86400)
+    order = []
+    while (turn := platform.jobs.next_queued()) is not None:
+        platform.jobs.advance(turn.id, "running", NewEvent("runs"))
+        platform.jobs.fail(turn.id, "code", "message", None)
+        order.append(turn.tenant)
+        monkeypatch.setattr(time, "time", now)
+    assert order == ["early", "other"] * 3
+
+
+def test_a_fault_that_lasts_is_logged_once(
+    platform: Platform, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    platform.create("acme")
+    monkeypatch.setattr(supervisor_module, "_IDLE_S", 0.01)
+    tried: list[int] = []
+
+    def refused() -> bool:
+        tried.append(1)
+        raise OSError(errno.EROFS, "Read-only file system", "lock")
+
+    monkeypatch.setattr(platform.supervisor, "_take_lock", refused)
+    platform.supervisor.start()
+    wait_until(lambda: len(tried) > 5)
+    assert caplog.text.count("training jobs stand still") == 1
+
+
+def test_a_process_that_cannot_be_started_tells_no_path(platform: Platform) -> None:
+    job = platform.create("acme")
+    platform.supervisor._processes = JobProcesses("base", platform.store.root, "cpu", "auto", 1, 0.1, 1 << 20)
+    (platform.places.run(job.id) / "orders.json").mkdir(parents=True)
+    platform.supervisor.start()
+    wait_until(lambda: platform.status(job) == "failed")
+    error = platform.jobs.get(job.id, None).error
+    assert error is not None and error["message"].endswith("could not be started: Is a directory")
+
+
+def test_many_files_hold_up_no_running_job_and_no_other_tenant(
+    platform: Platform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = platform.create("modest")
+    platform.supervisor.start()
+    wait_until(lambda: [running.id] == STARTED)
+
+    def slow(path: Path) -> str:
+        time.sleep(0.2)
+        return sha256_of(path)
+
+    monkeypatch.setattr(supervisor_module, "sha256_of", slow)
+    many = [platform.create("greedy") for _ in range(20)]
+    last = platform.create("modest")
+    platform.jobs.cancel(running.id, None)
+    platform.supervisor.wake()
+    wait_until(lambda: CHILDREN[0].poll() is not None, 2)
+    wait_until(lambda: platform.status(last) != "validating_files", 2)
+    assert platform.status(many[-1]) == "validating_files"
+    platform.supervisor.stop()
+
+
+def test_a_job_is_run_on_its_own_base_alone(platform: Platform) -> None:
+    job = platform.create("acme")
+    other = platform.new_supervisor(base="another base")
+    other.start()
+    try:
+        time.sleep(0.5)
+        assert platform.status(job) == "validating_files" and not STARTED
+        # Beside the other one.
+        platform.supervisor.start()
+        wait_until(lambda: [job.id] == STARTED)
+        # A job is of the server that it was sent to; any server takes a cancellation.
+        second = Jobs(platform.database, "another base")
+        made = second.create(new_job_id(), "acme", job.spec, {}, job.training_file, None, None)
+        wait_until(lambda: [job.id, made.id] == STARTED)
+        second.cancel(job.id, None)
+        wait_until(lambda: not platform.places.run(job.id).exists(), 5)
+        assert platform.status(made) == "running"
+    finally:
+        other.stop()
+
+
+def test_what_a_cancelled_job_left_goes_where_nobody_serves_its_base(platform: Platform) -> None:
+    job = platform.create("acme")
+    platform.supervisor.start()
+    wait_until(lambda: [job.id] == STARTED)
+    platform.supervisor.stop()
+    platform.jobs.cancel(job.id, None)
+    assert platform.places.run(job.id).is_dir()
+    other = platform.new_supervisor(base="another base")
+    other.start()
+    wait_until(lambda: not platform.places.run(job.id).exists(), 5)
+    other.stop()
+
+
+def test_a_job_that_has_no_base_noted_is_run(platform: Platform) -> None:
+    job = platform.create("acme")
+    with platform.database.writing() as connection:
+        connection.execute("UPDATE jobs SET base = NULL")
+    platform.supervisor.start()
+    wait_until(lambda: platform.status(job) == "running")
+
+
+def test_a_server_that_runs_the_jobs_of_every_base_is_left_alone(platform: Platform) -> None:
+    job = platform.create("acme")
+    with platform.places.lock.open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        platform.supervisor.start()
+        time.sleep(0.5)
+        assert platform.status(job) == "validating_files"
+    platform.supervisor.wake()
+    wait_until(lambda: platform.status(job) == "running")
 
 
 def test_damaged_bytes_fail_the_job(platform: Platform) -> None:

@@ -1,5 +1,6 @@
 """Parameter counts equal the paper's counts exactly. The models have no weights."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,10 @@ from transformers import (
 )
 
 from sera_serve import SeraConfig, attach_adapter, count_adapter_parameters
+from sera_serve.trainer.compare.plan import read_plan
+from sera_serve.trainer.settings import TrainSettings
+
+PLANS = Path(__file__).parents[2] / "examples" / "paper"
 
 QUERY_VALUE = ("query", "value")
 CLIP_QUERY_VALUE = ("q_proj", "v_proj")
@@ -125,6 +130,56 @@ CASES = [
 @pytest.mark.parametrize(("base", "config", "count"), CASES, ids=lambda value: str(value)[:90])
 def test_count_equals_the_papers_count(models: dict[str, nn.Module], base: str, config: SeraConfig, count: int) -> None:
     assert count_adapter_parameters(models[base], config) == count
+
+
+# What the plans of the paper train: (plan, base, method in its size), and the count in millions as the paper prints it.
+PLANNED = [
+    ("glue", "roberta-large", "sera r=8", 0.1),
+    ("glue", "roberta-large", "sera r=16", 0.11),
+    ("glue", "roberta-large", "lora r=8", 0.8),
+    ("retrieval", "clip-b32", "sera r=8", 0.064),
+    ("retrieval", "clip-b32", "lora r=8", 0.492),
+    ("retrieval", "clip-b32", "melora r=8 split=8", 0.061),
+    ("retrieval", "clip-b32", "melora r=16 split=8", 0.123),
+    ("retrieval", "clip-l14", "sera r=8", 0.14),
+    ("retrieval", "clip-l14", "lora r=8", 1.081),
+    ("retrieval", "clip-l14", "melora r=8 split=8", 0.135),
+    ("retrieval", "clip-l14", "melora r=16 split=8", 0.27),
+    ("instruction", "llama-3-8b", "sera r=64 split=64", 3.5),
+    ("instruction", "llama-3-8b", "sera r=32 split=16", 5.5),
+    ("instruction", "llama-3-8b", "melora r=64 split=64", 2.6),
+    ("instruction", "llama-3-8b", "melora r=128 split=64", 5.2),
+    ("instruction", "llama-3-8b", "moslora r=16", 42.0),
+    ("instruction", "llama-3-8b", "lora r=64", 167.8),
+    *(
+        ("ranks", "roberta-large", f"sera r={rank}", count)
+        for rank, count in [(8, 0.1), (16, 0.11), (32, 0.15), (64, 0.29), (128, 0.88), (256, 3.24)]
+    ),
+    *(
+        ("ablation_freeze", "roberta-large", f"sera-freeze-{factor} r={rank}", count)
+        for rank, count in [(16, 0.061), (64, 0.246)]
+        for factor in "ab"
+    ),
+    *(
+        ("ablation_c_only", "roberta-large", f"sera-c-only r={rank}", count)
+        for rank, count in [(8, 0.003), (16, 0.012), (64, 0.196), (128, 0.786)]
+    ),
+]
+
+
+@pytest.mark.parametrize(("plan", "base", "method", "millions"), PLANNED)
+def test_a_plan_trains_what_the_paper_counts(
+    models: dict[str, nn.Module], plan: str, base: str, method: str, millions: float
+) -> None:
+    found = read_plan(PLANS / f"{plan}.yaml")
+    name = {"clip-b32": "clip-base", "clip-l14": "clip-large"}.get(base, base)
+    cell = next(cell for cell in found.cells() if (cell.base, cell.variant.label) == (name, method))
+    options = found.spec(cell, found.seeds[0], None, "score").settings
+    config = TrainSettings(**options, store=Path("-"), name="acme/counted").adapter_config()
+    assert config is not None
+    # The paper cuts some counts and rounds others.
+    unit = 10.0 ** -len(str(millions).partition(".")[2])
+    assert abs(count_adapter_parameters(models[base], config) / 1e6 - millions) < unit
 
 
 def test_vera_sized_budget_is_matched_by_freezing(models: dict[str, nn.Module]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, expect
+from playwright.sync_api import Browser, Route, expect
 
 from adapters_store import AdapterBundle, AdapterStore
 from sera_serve.access import AccessDatabase, CreatedKey, Keys
@@ -38,6 +38,7 @@ def keys(tenants: AdapterStore) -> Iterator[dict[str, CreatedKey]]:
     made = Keys(database)
     yield {
         "acme": made.create("acme", ["infer", "publish"]),
+        "spare": made.create("acme", ["infer", "publish"]),
         "globex": made.create("globex", ["infer"]),
         "root": made.create("root", ["admin"]),
         "doomed": made.create("acme", ["infer"]),
@@ -135,6 +136,55 @@ def test_a_revoked_key_closes_the_page_with_the_reason(
         expect(page.get_by_role("alert")).to_contain_text(f"The key {keys['doomed'].key.id} is revoked")
         admin_tab.check()
         tab.check(refusals=True)
+
+
+def test_another_tenant_sees_nothing_of_what_was_typed(
+    browser: Browser, keyed_url: str, keys: dict[str, CreatedKey]
+) -> None:
+    with browsers.tab(browser, keyed_url) as tab:
+        page = tab.open("playground?adapter=acme/story")
+
+        def sign_in(name: str) -> None:
+            page.get_by_label("Key", exact=True).fill(keys[name].secret)
+            page.keyboard.press("Enter")
+
+        sign_in("acme")
+        page.get_by_label("Prompt").fill("a secret of acme")
+        page.get_by_role("button", name="Sign out").click()
+        sign_in("acme")
+        # Whoever comes back goes on.
+        expect(page.get_by_label("Prompt")).to_have_value("a secret of acme")
+        page.get_by_role("button", name="Sign out").click()
+        sign_in("globex")
+        expect(page.get_by_role("region", name="Account")).to_contain_text("globex")
+        page.get_by_role("link", name="Playground").click()
+        expect(page.get_by_label("Prompt")).to_have_value("Once upon a time")
+        expect(page.get_by_role("main")).not_to_contain_text("acme")
+        assert "acme" not in page.url
+        tab.check(refusals=True)
+
+
+def test_a_late_refusal_of_the_key_before_closes_nothing(
+    browser: Browser, keyed_url: str, keys: dict[str, CreatedKey]
+) -> None:
+    with browsers.tab(browser, keyed_url) as tab:
+        page = tab.page
+        held: list[Route] = []
+        page.route("**/v1/adapters", lambda route: held.append(route))
+        tab.open("upload", keys["acme"].secret)
+        page.locator("input[type=file]").set_input_files({"name": "a.tar", "mimeType": "", "buffer": b"a"})
+        page.get_by_role("button", name="Publish").click()
+        expect(page.get_by_role("button", name="Stop")).to_be_visible()
+        # An upload goes on when its view is left.
+        page.get_by_role("button", name="Sign out").click()
+        page.get_by_label("Key", exact=True).fill(keys["spare"].secret)
+        page.keyboard.press("Enter")
+        expect(page.get_by_role("heading", level=1)).to_have_text("Upload")
+        with page.expect_response("**/v1/adapters"):
+            held[0].fulfill(status=401, content_type="application/json", body='{"error": {"message": "revoked"}}')
+        page.get_by_role("link", name="Quotas").click()
+        expect(page.get_by_role("heading", level=1)).to_have_text("Quotas")
+        expect(page.get_by_role("region", name="Account")).to_contain_text("acme")
 
 
 def test_who_makes_the_first_key_goes_on_with_it(

@@ -476,3 +476,124 @@ def test_every_view_is_accessible_and_fits_a_phone(browser: Browser, url: str, s
         expect(opened.page.get_by_role("link", name="Playground")).to_be_hidden()
         opened.check()
     httpx.delete(f"{url}/v1/quotas/demo").raise_for_status()
+
+
+def test_what_is_asked_is_what_the_form_says(tab: Tab) -> None:
+    # A name twice in the address is one lane.
+    page = tab.open("playground?adapter=demo/writer&adapter=demo/writer")
+    page.get_by_text("Sampling:").click()
+    for label in ("Most tokens", "Temperature"):
+        page.get_by_label(label).fill("")
+    expect(page.get_by_text("Sampling: temperature 0, all tokens")).to_be_visible()
+    page.get_by_label("With the base model").uncheck()
+
+    def asked(path: str) -> dict[str, Any]:
+        with page.expect_request(f"**{path}") as found:
+            page.get_by_role("button", name="Run").click()
+        expect(page.get_by_role("button", name="Run")).to_be_visible()
+        body: dict[str, Any] = json.loads(found.value.post_data or "")
+        return body
+
+    text = asked("/v1/generate")
+    assert (text["max_new_tokens"], text["temperature"]) == (None, 0)
+    expect(page.locator("section.lane")).to_have_count(1)
+    page.get_by_label("Temperature").fill("Infinity")
+    assert asked("/v1/generate")["temperature"] == "Infinity"
+    expect(page.get_by_role("alert")).to_contain_text("Temperature is 'Infinity'")
+    page.get_by_label("Temperature").fill("")
+    page.get_by_role("radio", name="Chat").check()
+    chat = asked("/v1/chat/completions")
+    assert (chat["max_tokens"], chat["temperature"]) == (None, 0)
+    tab.check(refusals=True)
+
+
+def test_a_tenant_that_is_called_by_a_number_is_a_text(tab: Tab) -> None:
+    page = tab.page
+    answer(
+        page,
+        r"/v1/files\?",
+        {"object": "list", "data": [{"id": "file-1", "filename": "rows.jsonl"}], "has_more": False},
+    )
+    sent: list[Any] = []
+
+    def keep(route: Route) -> None:
+        sent.append(json.loads(route.request.post_data or ""))
+        route.fulfill(status=200, content_type="application/json", body=json.dumps(JOB))
+
+    page.route(re.compile(r"/v1/fine_tuning/jobs$"), keep)
+    tab.open("training/new?file=file-1")
+    page.get_by_label("Tenant").fill("42")
+    page.get_by_text("The adapter's shape").click()
+    page.get_by_label("Rank").fill("8")
+    page.get_by_role("button", name="Start").click()
+    expect(page.get_by_role("heading", level=1)).to_have_text(JOB["adapter"]["name"])
+    assert sent[0]["adapter"] == {"tenant": "42", "rank": 8}
+
+
+def test_older_versions_and_files_are_not_left_out_in_silence(tab: Tab, store: AdapterStore) -> None:
+    page = tab.page
+    found = httpx.get(f"{tab.url}/v1/adapters/demo/writer/versions").json()
+    (version,) = found["versions"]
+
+    def listed(route: Route) -> None:
+        before = int(re.findall(r"before=(\d+)", route.request.url + "&before=251")[0])
+        numbers = range(before - 1, max(0, before - 101), -1)
+        content = found | {"versions": [version | {"version": number} for number in numbers]}
+        content |= {"next": numbers[-1] if numbers[-1] > 1 else None, "aliases": {"latest": 250, "first": 1}}
+        route.fulfill(status=200, content_type="application/json", body=json.dumps(content))
+
+    page.route(re.compile(r"/v1/adapters/demo/writer/versions"), listed)
+    tab.open("adapters/demo/writer")
+    cards = page.locator("ol.versions > li")
+    expect(cards).to_have_count(100)
+    page.get_by_role("button", name="Show older versions").click()
+    expect(cards).to_have_count(200)
+    page.get_by_role("button", name="Show older versions").click()
+    expect(cards).to_have_count(250)
+    expect(cards.last).to_contain_text("first")
+    expect(page.get_by_role("button", name="Show older versions")).to_have_count(0)
+    file = {"id": "file-1", "filename": "rows.jsonl", "bytes": 10, "created_at": JOB["created_at"]}
+    answer(page, r"/v1/files\?", {"object": "list", "data": [file], "has_more": True})
+    page.goto(f"{tab.url}/console#/training/files")
+    expect(page.get_by_role("main")).to_contain_text("Only the newest 50 are shown.")
+    tab.check()
+
+
+def test_a_stream_that_was_cut_is_no_answer(tab: Tab) -> None:
+    event = {"id": "gen-1", "adapter": None, "version": None, "text": "Ahoy", "token_ids": [1], "finish_reason": None}
+    tab.page.route(
+        re.compile(r"/v1/generate$"),
+        lambda route: route.fulfill(
+            status=200, content_type="text/event-stream", body=f"data: {json.dumps(event)}\n\n"
+        ),
+    )
+    page = tab.open("playground")
+    page.get_by_role("button", name="Run").click()
+    expect(lane(page, "Base model")).to_contain_text("failed")
+    expect(lane(page, "Base model")).to_contain_text("Ahoy")
+
+
+@pytest.mark.parametrize("view", ["adapters/../keys", "adapters/%2e%2e/me", "adapters/demo/..", "adapters/./."])
+def test_dots_in_the_address_lead_to_no_other_path(tab: Tab, view: str) -> None:
+    page = tab.open(view)
+    expect(page.get_by_role("heading", level=1)).to_have_text("Adapters")
+    expect(page.locator("tbody tr").first).to_be_visible()
+    tab.check()
+
+
+def test_dots_are_no_alias(tab: Tab) -> None:
+    page = tab.open("adapters/demo/story")
+    page.get_by_role("button", name="Set alias").first.click()
+    page.get_by_role("dialog").get_by_label("Alias").fill("..")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("dialog").get_by_role("alert")).to_contain_text('".." is no name')
+    tab.check()
+
+
+def test_a_page_that_comes_before_its_server_goes_on_with_it(tab: Tab) -> None:
+    away = [True]
+    tab.page.route("**/v1/me", lambda route: route.abort() if away else route.continue_())
+    page = tab.open("playground")
+    expect(page.get_by_role("alert")).to_contain_text("This page tries again by itself")
+    away.clear()
+    expect(page.get_by_role("heading", level=1)).to_have_text("Playground")

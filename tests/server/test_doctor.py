@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import resource
+import sqlite3
 from collections import namedtuple
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,9 @@ import torch
 from transformers import MixtralConfig
 from typer.testing import CliRunner
 
-from adapters_store import AdapterStore
+from adapters_store import AdapterBundle, AdapterStore
 from sera_kernels import grouped
+from sera_serve.access import AccessDatabase, Keys
 from sera_serve.base import FrozenBase
 from sera_serve.cli import build_cli
 from sera_serve.commands import diagnosis
@@ -38,7 +41,18 @@ def findings(*arguments: str | Path) -> tuple[int, dict[str, dict[str, str]]]:
 def test_a_sound_machine_and_store(store: AdapterStore, base: FrozenBase) -> None:
     status, found = findings("--store", store.root)
     assert status == 0
-    assert set(found) >= {"python", "device", "kernels", "attention", "base", "memory", "store", "bundles", "disk"}
+    assert set(found) >= {
+        "python",
+        "device",
+        "kernels",
+        "attention",
+        "base",
+        "memory",
+        "store",
+        "bundles",
+        "database",
+        "disk",
+    }
     assert "2 adapters, writable" in found["store"]["detail"]
     assert "2 adapters were read" in found["bundles"]["detail"]
     assert findings("--store", store.root, "--full")[1]["bundles"]["status"] == "ok"
@@ -97,6 +111,50 @@ def test_what_is_missing_is_a_problem_with_its_remedy(tmp_path: Path) -> None:
     assert (found["device"]["status"], found["base"]["status"]) == ("problem", "problem")
     assert "serve makes it" in found["store"]["detail"]
     assert not (tmp_path / "absent").exists()
+    # As a new volume is mounted.
+    (tmp_path / "empty" / "lost+found").mkdir(parents=True)
+    status, found = findings("--store", tmp_path / "empty")
+    assert (status, found["store"]["status"]) == (0, "ok") and "serve makes it" in found["store"]["detail"]
+    assert [path.name for path in (tmp_path / "empty").iterdir()] == ["lost+found"]
+    (tmp_path / "empty" / "photo.jpg").touch()
+    assert findings("--store", tmp_path / "empty")[1]["store"]["status"] == "problem"
+
+
+def test_keys_that_cannot_be_read_are_a_problem(store: AdapterStore, tmp_path: Path) -> None:
+    assert findings("--store", store.root)[1]["database"]["status"] == "ok"
+    folder = AdapterStore(tmp_path / "store").root
+    Keys(AccessDatabase(folder)).create("acme", ["infer"])
+    file = folder / "access" / "access.sqlite3"
+    with closing(sqlite3.connect(file)) as connection:
+        # Of an older release, whose servers may still run: it stays of that release.
+        connection.execute("PRAGMA user_version = 3")
+    before = file.read_bytes()
+    assert findings("--store", folder)[1]["database"]["status"] == "ok"
+    assert file.read_bytes() == before
+    with closing(sqlite3.connect(file)) as connection:
+        connection.execute("PRAGMA user_version = 99")
+    status, found = findings("--store", folder)
+    assert (status, found["database"]["status"]) == (1, "problem") and "newer release" in found["database"]["detail"]
+    file.write_bytes(bytes(4096))
+    assert findings("--store", folder)[0] == 1
+
+
+@pytest.mark.parametrize("arguments", [(), ("--full",)])
+def test_what_a_server_deletes_meanwhile_is_no_problem(
+    store: AdapterStore, arguments: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = AdapterStore(tmp_path / "copy")
+    copy.publish(store.load(store.resolve("demo/writer").digest), "demo/writer")
+    load = AdapterStore.load
+
+    def after_a_deletion(read: AdapterStore, digest: str) -> AdapterBundle:
+        if copy.has_content("demo/writer", digest):
+            copy.delete("demo/writer")
+        return load(read, digest)
+
+    monkeypatch.setattr(AdapterStore, "load", after_a_deletion)
+    status, found = findings("--store", copy.root, *arguments)
+    assert (status, found["bundles"]["status"]) == (0, "ok")
 
 
 def test_a_damaged_bundle_is_named(store: AdapterStore, tmp_path: Path) -> None:
@@ -117,9 +175,12 @@ def test_slower_ways_are_warnings(store: AdapterStore, monkeypatch: pytest.Monke
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(diagnosis.shutil, "disk_usage", lambda path: usage(1 << 30, 1 << 30, 1 << 20))
     monkeypatch.setattr(resource, "getrlimit", lambda which: (64, 64))
+    monkeypatch.setattr(diagnosis, "missing_packages", lambda: ["accelerate", "datasets"])
     status, found = findings("--store", store.root)
     assert status == 0
     assert found["kernels"]["remedy"] == "pip install 'sera-serve[cpu]'"
+    assert found["training"]["detail"].endswith("accelerate, datasets missing")
+    assert "'sera-serve[train]'" in found["training"]["remedy"]
     assert (found["disk"]["status"], found["open files"]["status"]) == ("warning", "warning")
 
 

@@ -15,6 +15,7 @@ from sera_serve.config import ServeSettings
 from sera_serve.engine import ServingEngine
 from sera_serve.errors import AdapterTooLarge
 from sera_serve.server import build_app
+from sera_serve.trainer import packages
 from support.factories import random_adapter, with_hidden_layer, with_vectors
 from support.live_server import live_server
 from support.stub_engine import StubEngine
@@ -132,6 +133,15 @@ def test_quotas_are_asked_for_the_size_that_the_adapter_will_have(client: openai
     assert (error.status_code, error.code) == (403, "quota_exceeded") and "bytes" in error.message
     made = client.fine_tuning.jobs.create(model="acme/small", training_file=upload(client, STORIES))
     assert made.status == "validating_files"
+
+
+def test_a_server_without_the_trainers_packages_makes_no_job(
+    client: openai.OpenAI, base: FrozenBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packages, "find_spec", lambda module: None if module == "sklearn" else module)
+    error = refusal(client, STORIES, base.name)
+    assert (error.status_code, error.code) == (400, "invalid_configuration")
+    assert "scikit-learn is missing" in error.message and "'sera-serve[train]'" in error.message
 
 
 def test_layers_by_pattern(client: openai.OpenAI, base: FrozenBase) -> None:

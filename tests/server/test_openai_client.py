@@ -6,7 +6,7 @@ import asyncio
 import json
 import re
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import httpx
 import openai
@@ -224,6 +224,24 @@ def test_errors_are_those_that_the_client_knows(client: openai.OpenAI) -> None:
     assert later.value.code == "context_length_exceeded"
 
 
+@pytest.mark.parametrize(("timeout_s", "asked"), [(0.001, 1), (None, 2)])
+def test_what_repeating_does_not_help_is_asked_once(address: str, timeout_s: float | None, asked: int) -> None:
+    requests: list[httpx.Request] = []
+
+    def fails(response: httpx.Response) -> None:
+        requests.append(response.request)
+        # Another answer of that status would be asked for again.
+        if timeout_s is None:
+            response.status_code = 504
+
+    counting = httpx.Client(event_hooks={"response": [fails]})
+    with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=1, http_client=counting) as client:
+        body = {} if timeout_s is None else {"timeout_s": timeout_s}
+        with pytest.raises(openai.InternalServerError):
+            client.completions.create(model="embedded", prompt=PROMPT, max_tokens=100, extra_body=body)
+    assert len(requests) == asked
+
+
 def test_tokens_of_texts_and_back(address: str, embedded: FrozenBase) -> None:
     with httpx.Client(base_url=address) as http:
         answer = http.post("/tokenize", json={"model": "tale/one", "prompt": "Grüße, 世界", "return_token_strs": True})
@@ -253,6 +271,40 @@ def test_an_answer_is_parsed_by_its_schema(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as wrong:
         client.completions.create(model="embedded", prompt=PROMPT, extra_body={"regex": "(["})
     assert wrong.value.param == "regex"
+
+
+# The client's own types do not know their `parsed` when they are sent.
+@pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")
+def test_what_the_client_parsed_may_be_sent_back(client: openai.OpenAI) -> None:
+    again: Any = {"role": "user", "content": "Another one?"}
+    message = (
+        client.chat.completions.parse(model="tale/one", messages=CHAT, response_format=Colour, max_tokens=60)
+        .choices[0]
+        .message
+    )
+    bare: Any = {"role": "assistant", "content": message.content}
+    fields: dict[str, Any] = {"model": "tale/one", "max_tokens": 4, "temperature": 0}
+    whole, plain = (
+        client.chat.completions.create(messages=[*CHAT, turn, again], **fields).choices[0].message.content
+        for turn in (message, bare)
+    )
+    assert whole == plain
+    asked: dict[str, Any] = {"model": "tale/one", "max_output_tokens": 60, "temperature": 0}
+    answer = client.responses.parse(input=CHAT, text_format=Colour, **asked)
+    bare = {"role": "assistant", "content": answer.output_text}
+    with_items, with_text = (
+        client.responses.create(input=[*CHAT, *turns, again], **asked).output_text for turns in (answer.output, [bare])
+    )
+    assert with_items == with_text
+    tool = openai.pydantic_function_tool(Colour, name="paint")
+    turns: Any = {"model": "tale/tools", "messages": CHAT[1:], "max_tokens": 250, "temperature": 0, "tools": [tool]}
+    called = (
+        client.chat.completions.parse(**turns, tool_choice="required", parallel_tool_calls=False).choices[0].message
+    )
+    assert called.tool_calls is not None and isinstance(called.tool_calls[0].function.parsed_arguments, Colour)
+    result = {"role": "tool", "tool_call_id": called.tool_calls[0].id, "content": "done"}
+    turns |= {"messages": [*CHAT[1:], called, result], "tool_choice": "none", "max_tokens": 4}
+    assert client.chat.completions.create(**turns).choices[0].finish_reason in ("stop", "length")
 
 
 def test_an_adapter_brings_its_chat_template(client: openai.OpenAI, address: str, embedded: FrozenBase) -> None:

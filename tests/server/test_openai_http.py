@@ -392,6 +392,26 @@ def test_a_forced_call_is_a_constraint(client: httpx.Client, engine: StubEngine)
         assert json.loads(params.constraint.text).get("maxItems") == most
 
 
+@pytest.mark.parametrize("name", ["none", "auto", "required"])
+def test_a_function_may_be_called_as_a_mode_of_tool_choice(client: httpx.Client, engine: StubEngine, name: str) -> None:
+    function = {"name": name, "parameters": {"type": "object"}}
+    other = {"name": "other", "parameters": {"type": "object"}}
+    chosen: dict[str, Any] = {"type": "function", "function": {"name": name}}
+    tools: list[dict[str, Any]] = [{"type": "function", "function": each} for each in (function, other)]
+    assert chat(client, tools=tools, tool_choice=chosen).status_code == 200
+    body = {
+        "model": "demo/writer",
+        "input": "hi",
+        "tools": [{"type": "function", **each} for each in (function, other)],
+    }
+    answer = client.post("/v1/responses", json=body | {"tool_choice": {"type": "function", "name": name}})
+    assert answer.json()["tool_choice"] == {"type": "function", "name": name}
+    for params in engine.asked:
+        assert params.constraint is not None
+        schema = json.loads(params.constraint.text)
+        assert (schema["maxItems"], schema["items"]["properties"]["name"]) == (1, {"const": name})
+
+
 def test_pages_may_ask_only_from_allowed_origins(stub: StubEngine, store: Any) -> None:
     ask = {"Origin": "https://console.example.com", "Access-Control-Request-Method": "POST"}
     ask["Access-Control-Request-Headers"] = "authorization,content-type"

@@ -96,6 +96,7 @@ def test_every_error_has_the_servers_own_shape() -> None:
         schema = answer["content"]["application/json"]["schema"]
         assert schema == {"$ref": "#/components/schemas/ErrorResponse"}
         assert ("Retry-After" in answer["headers"]) == (name in ("Error429", "Error503"))
+        assert ("x-should-retry" in answer["headers"]) == (name in ("Error409", "Error504", "Error507"))
     detail = document["components"]["schemas"]["ErrorDetail"]
     assert set(detail["required"]) == {"message", "type", "param", "code"}
 

@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from adapters_store import AdapterBundle, AdapterStore
+from adapters_store.errors import StoreWriteFailed
 from sera_serve.base import FrozenBase
 from sera_serve.config import ServeSettings
 from sera_serve.server import build_app, watcher
@@ -279,6 +280,43 @@ def test_neither_a_link_nor_an_unexpected_error_ends_the_watch(
             wait_until(lambda: logged("other/own vanished and stays published"))
         (watched / "acme" / "next.safetensors").write_bytes(writer.to_bytes())
         wait_until(lambda: names() == {"other/own", "acme/next"})
+
+
+@pytest.mark.usefixtures("fast_polls")
+def test_what_the_store_cannot_take_now_is_tried_again_and_logged_once(
+    base: FrozenBase,
+    writer: AdapterBundle,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(watcher, "_RETRY_POLLS", 4)
+    watched = tmp_path / "watched"
+    (watched / "acme").mkdir(parents=True)
+    store = AdapterStore(tmp_path / "store")
+    tried: list[str] = []
+
+    def refuse(*arguments: object, **named: object) -> None:
+        tried.append("once more")
+        raise StoreWriteFailed("the store could not be written: No space left on device", param="store")
+
+    def errors() -> list[str]:
+        return [record.message for record in caplog.records if record.levelno >= logging.ERROR]
+
+    with live_server(build_app(StubEngine(base), store, ServeSettings(store=store.root, watch=watched))):
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(AdapterStore, "publish", refuse)
+            (watched / "acme" / "one.safetensors").write_bytes(writer.to_bytes())
+            wait_until(lambda: len(tried) > 2)
+            assert len(errors()) == 1 and "one.safetensors is not published yet" in errors()[0]
+        wait_until(lambda: store.count_adapters() == 1)
+        tried.clear()
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(AdapterStore, "delete", refuse)
+            (watched / "acme" / "one.safetensors").unlink()
+            wait_until(lambda: len(tried) > 2)
+            assert len(errors()) == 2 and "acme/one vanished and cannot be withdrawn yet" in errors()[1]
+        wait_until(lambda: store.count_adapters() == 0)
 
 
 def test_what_is_no_adapter_is_named_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

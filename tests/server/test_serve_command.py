@@ -117,7 +117,7 @@ def test_a_file_that_yaml_cannot_make_is_reported_in_one_line(tmp_path: Path, co
 
 
 def test_sighup_while_the_base_loads_is_taken_once_the_server_is_there(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     file = tmp_path / "serve.yaml"
     file.write_text("tenant_weights: {acme: 2}\n")
@@ -131,8 +131,13 @@ def test_sighup_while_the_base_loads_is_taken_once_the_server_is_there(
     def reload(reloader: SettingsReloader) -> None:
         reloads.append("asked")
         assert announced.is_set()
+        reloader.reload()
         os.kill(os.getpid(), signal.SIGTERM)
 
+    # As where the process may open few files.
+    monkeypatch.setattr(
+        serve, "within_descriptors", lambda settings: settings.model_copy(update={"max_connections": 7})
+    )
     monkeypatch.setattr(serve, "load_base", load)
     monkeypatch.setattr(serve, "describe_server", lambda *arguments: announced.set())
     monkeypatch.setattr(SettingsReloader, "request", reload)
@@ -141,6 +146,7 @@ def test_sighup_while_the_base_loads_is_taken_once_the_server_is_there(
     result = CliRunner().invoke(build_cli(), ["serve", *arguments])
     assert (result.exit_code, reloads) == (0, ["asked"]), result.output
     assert signal.getsignal(signal.SIGHUP) is before
+    assert "changed: tenant_weights" in caplog.text and "only a restart" not in caplog.text
 
 
 def test_a_port_in_use_is_refused_before_the_base_is_loaded(tmp_path: Path) -> None:

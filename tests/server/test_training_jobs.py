@@ -137,7 +137,7 @@ def test_forms_that_are_not_of_their_form_are_refused_by_name(url: str) -> None:
         assert refused(post(rows, expiring), 400, "unknown_field")["param"] == "expires_after[anchor]"
         long = {"file": ("a.jsonl", b"x" * (2 << 20))}
         assert refused(post(long, {"purpose": "fine-tune"}), 413, "body_too_large")["param"] == "file"
-        refused(raw.get("/v1/files?after=file-0"), 404, "file_not_found")
+        assert refused(raw.get("/v1/files?after=file-0"), 404, "file_not_found")["param"] == "after"
 
 
 def test_a_classifier_is_trained_and_serves_at_once(

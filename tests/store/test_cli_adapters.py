@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from adapters_store import AdapterBundle, AdapterStore, combine
 from sera_serve import SeraConfig
-from sera_serve.access import AccessDatabase, Shares
+from sera_serve.access import AccessDatabase, AccessDatabaseError, Shares
 from sera_serve.base import load_base
 from sera_serve.commands import imports
 from sera_serve.commands.adapters import adapters_app
@@ -154,6 +154,26 @@ def test_merging_into_another_base_is_refused(run: Run, store: AdapterStore, tmp
     result = run("export", NAME, "--format", "merged", "--base", tmp_path / "base", "--output", output)
     assert_refused(result, "was made for base 'tiny'")
     assert not output.exists()
+
+
+def test_a_deletion_whose_shares_could_not_end_is_recorded_and_can_be_repeated(
+    run: Run, store: AdapterStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.publish(make_bundle(1), NAME)
+    shares = Shares(AccessDatabase(store.root))
+    shares.add(NAME, "bob")
+
+    def busy(self: Shares, adapter: str) -> None:
+        raise AccessDatabaseError("the database is locked")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Shares, "remove_all", busy)
+        assert_refused(run("delete", NAME), "the database is locked")
+    log = (store.root / "access" / "audit.jsonl").read_text()
+    assert json.loads(log)["action"] == "adapter.delete"
+    assert shares.of(NAME) == ["bob"]
+    assert_refused(run("delete", NAME), "not in the store")
+    assert shares.of(NAME) == []
 
 
 def test_delete_and_alias(run: Run, store: AdapterStore) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -144,3 +147,17 @@ def test_sharing_and_its_end(run: Run, root: Path) -> None:
     database.close()
     actions = [line["action"] for line in log_of(root)]
     assert actions == ["share.add", "share.add", "share.remove", "adapter.delete"]
+
+
+def test_a_reader_that_leaves_is_no_fault_and_a_full_disk_is(run: Run, root: Path) -> None:
+    fields(run("keys", "create", "--tenant", "acme", "--json"))
+    listing = [sys.executable, "-c", "from sera_serve.cli import main; main()", "keys", "list", "--store", str(root)]
+    for form in ([], ["--json"]):
+        read, write = os.pipe()
+        os.close(read)
+        left = subprocess.run([*listing, *form], stdout=write, stderr=subprocess.PIPE, timeout=60, check=False)
+        os.close(write)
+        assert (left.returncode, left.stderr) == (1, b"")
+    with Path("/dev/full").open("wb") as full:
+        ended = subprocess.run(listing, stdout=full, stderr=subprocess.PIPE, timeout=60, check=False)
+    assert (ended.returncode, ended.stderr) == (1, b"sera-serve: No space left on device\n")

@@ -5,10 +5,12 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
 from bundle_factory import make_bundle
 from store_jobs import NAME, OTHER, JobServer
 
-from adapters_store import AdapterNotFound, AdapterStore
+from adapters_store import AdapterBundle, AdapterNotFound, AdapterStore
+from adapters_store.backends.adapter_directory import AdapterDirectory
 
 WRITERS, EACH = 4, 15
 
@@ -84,3 +86,42 @@ def test_threads_publishing_to_one_name(tmp_path: Path) -> None:
     for one in published:
         assert store.resolve(f"{NAME}@v{one.version}").digest == one.digest
     store.check_integrity()
+
+
+def test_versions_and_aliases_are_of_one_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = AdapterStore(tmp_path / "store")
+    for seed in range(2):
+        store.publish(make_bundle(seed), NAME)
+    aliases, others = (
+        AdapterDirectory.aliases,
+        [lambda: store.publish(make_bundle(2), NAME), lambda: store.delete(NAME)],
+    )
+
+    def met_by_a_writer(directory: AdapterDirectory) -> dict[str, int]:
+        if others:
+            monkeypatch.setattr(AdapterDirectory, "aliases", aliases)
+            others.pop(0)()
+        return aliases(directory)
+
+    monkeypatch.setattr(AdapterDirectory, "aliases", met_by_a_writer)
+    info = store.inspect(NAME)
+    assert (info.version, info.versions, info.aliases) == (3, (1, 2, 3), {"latest": 3})
+    monkeypatch.setattr(AdapterDirectory, "aliases", met_by_a_writer)
+    with pytest.raises(AdapterNotFound):
+        store.inspect(NAME)
+
+
+def test_what_is_deleted_while_everything_is_read_is_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = AdapterStore(tmp_path / "store")
+    for seed in range(3):
+        store.publish(make_bundle(seed), NAME)
+    load, deleted = AdapterStore.load, [f"{NAME}@v1", NAME]
+
+    def after_a_deletion(read: AdapterStore, digest: str) -> AdapterBundle:
+        if deleted:
+            store.delete(deleted.pop(0))
+        return load(read, digest)
+
+    monkeypatch.setattr(AdapterStore, "load", after_a_deletion)
+    store.check_integrity()
+    assert not deleted

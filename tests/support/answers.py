@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import httpx
 
-from adapters_store import AdapterStore
+from adapters_store import AdapterStore, BaseInfo
 from sera_serve.base import FrozenBase
 from sera_serve.config import ServeSettings
 from sera_serve.server import build_app
@@ -38,17 +38,23 @@ def refused(response: httpx.Response, status: int, code: str) -> dict[str, Any]:
     family = FAMILIES.get(status, "invalid_request_error" if status < 500 else "server_error")
     assert (error["code"], error["type"]) == (code, family)
     assert 10 < len(error["message"]) <= 600
+    # OpenAI's clients would repeat these by themselves.
+    assert response.headers.get("x-should-retry") == ("false" if status in (409, 504, 507) else None)
     assert ("retry-after" in response.headers) == (status in (429, 503))
     assert response.headers["x-request-id"].startswith("req-")
     check_declared(response)
     return error
 
 
+# An app needs one; the document has nothing of it.
+BASE = BaseInfo(name="base", architecture="A", config_digest="0" * 64, weights_digest="0" * 64, hidden_size=1)
+
+
 @functools.cache
 def openapi_document() -> dict[str, Any]:
     """Return the OpenAPI document of the server."""
     app = build_app(
-        StubEngine(cast(FrozenBase, SimpleNamespace(image_tower=None))),
+        StubEngine(cast(FrozenBase, SimpleNamespace(image_tower=None, info=BASE))),
         cast(AdapterStore, SimpleNamespace(root=Path(os.devnull))),
         ServeSettings(),
     )

@@ -100,6 +100,17 @@ def test_tables_name_images_by_paths(tmp_path: Path) -> None:
     assert by_folder.digests == by_zip.digests
 
 
+def test_labels_that_pandas_wrote_with_a_point_are_whole_numbers(tmp_path: Path) -> None:
+    image_folder(tmp_path / "rows", 2)
+    paths = [f"{colour}/{i}.png" for colour in ("red", "blue") for i in range(2)]
+    train, other = tmp_path / "rows" / "train.csv", tmp_path / "rows" / "eval.csv"
+    train.write_text("image,label\n" + "".join(f"{path},{i // 2}.0\n" for i, path in enumerate(paths)))
+    other.write_text(f"image,label\n{paths[0]},0\n{paths[3]},1.0\n")
+    data = load(tmp_path, train, eval=other)
+    assert data.labels == ["0", "1"]
+    assert [row.label for row in data.train + data.eval] == ["0", "0", "1", "1", "0", "1"]
+
+
 def test_a_parquet_file_of_datasets_holds_its_images(tmp_path: Path) -> None:
     values = [{"bytes": colour_image(label, i), "path": None} for i, label in enumerate(["red", "blue"] * 4)]
     table = pyarrow.table({"image": values, "label": ["red", "blue"] * 4})

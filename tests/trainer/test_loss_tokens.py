@@ -91,6 +91,30 @@ def test_every_turn_of_the_assistant_is_learned(base: FrozenBase) -> None:
     assert text_bytes == 5
 
 
+@pytest.mark.parametrize(("max_length", "text_bytes"), [(64, 6), (12, 6), (9, 4)])
+def test_the_ends_of_turns_are_learned_and_have_no_bytes(base: FrozenBase, max_length: int, text_bytes: int) -> None:
+    # The template writes the end of a turn as text; it is one token, and no text that a user reads.
+    template = "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}</s>{% endif %}|{% endfor %}"
+    base.tokenizer.chat_template = template
+    turns = [("user", "aaaaaaa"), ("assistant", "bc"), ("user", "d"), ("assistant", "ef")]
+    messages = tuple({"role": role, "content": text} for role, text in turns)
+    _, learned, found = tokens(base, Passage(ROW, messages=messages), max_length)
+    assert learned[-4:] == ["e", "f", "</s>", "|"]
+    assert found == text_bytes == sum(name not in ("-", "</s>") for name in learned)
+
+
+@pytest.mark.parametrize("begins", [True, False])
+def test_a_long_chat_keeps_its_beginning_of_text_as_a_long_prompt_does(base: FrozenBase, begins: bool) -> None:
+    base.tokenizer.chat_template = ("{{ bos_token }}" if begins else "") + TEMPLATE
+    turns = [("user", "abc"), ("assistant", "de"), ("user", "f"), ("assistant", "g")]
+    messages = tuple({"role": role, "content": text} for role, text in turns)
+    names, learned, text_bytes = tokens(base, Passage(ROW, messages=messages), 16)
+    assert len(names) == 16
+    assert "".join(names) == ("<s>" if begins else " ") + "f\nassistant: g\n"
+    assert "".join(learned).replace("-", "") == "g\n"
+    assert text_bytes == 2
+
+
 def test_chat_rows_need_a_template(base: FrozenBase) -> None:
     passage = Passage(ROW, messages=({"role": "assistant", "content": "a"},))
     with pytest.raises(InvalidConfiguration, match="has no chat template, so --messages-column cannot be used"):

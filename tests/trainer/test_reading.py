@@ -169,6 +169,25 @@ def test_whole_numbers_that_pandas_wrote_are_labels(tmp_path: Path) -> None:
     assert classify(path, tmp_path).labels == ["1.0", "v0"]
 
 
+@pytest.mark.parametrize(
+    ("train", "held_out", "labels", "found"),
+    [
+        (["1.0", "1.5", "2.0"], ["1.0", "2.0"], ["1.0", "1.5", "2.0"], ["1.0", "2.0"]),
+        (["1", "2"], ["1.0", "2.0"], ["1", "2"], ["1", "2"]),
+        (["1.0", "2.0"], ["1", "2.0"], ["1", "2"], ["1", "2"]),
+    ],
+)
+def test_the_training_rows_say_whether_a_number_with_a_point_is_a_name(
+    train: list[str], held_out: list[str], labels: list[str], found: list[str], tmp_path: Path
+) -> None:
+    path, other = tmp_path / "rows.csv", tmp_path / "eval.csv"
+    path.write_text("text,label\n" + "".join(f"t{i},{train[i % len(train)]}\n" for i in range(12)))
+    other.write_text("text,label\n" + "".join(f"e{i},{label}\n" for i, label in enumerate(held_out)))
+    data = classify(path, tmp_path, eval=other)
+    assert data.labels == labels
+    assert [row.label for row in data.eval] == found
+
+
 def test_a_class_with_a_single_row_is_told(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_text("text,label\n" + "".join(f"t{i},{'xy'[i % 2]}\n" for i in range(20)) + "u,z\n")

@@ -253,6 +253,18 @@ def test_metrics_that_are_not_defined_are_0() -> None:
     assert label_set_metrics(nothing, nothing) == {"micro_f1": 0.0, "macro_f1": 0.0, "subset_accuracy": 1.0}
 
 
+@pytest.mark.parametrize("columns", [1, 2, 3])
+def test_metrics_of_label_sets_are_those_of_the_labels_that_rows_have(columns: int) -> None:
+    rows = torch.randint(0, 2, (2, 40, columns), generator=torch.Generator().manual_seed(columns)).bool().numpy()
+    right, found = (rows[0] & rows[1]).sum(0), rows.sum((0, 1))
+    metrics = label_set_metrics(*rows)
+    assert metrics["micro_f1"] == pytest.approx(2 * right.sum() / found.sum())
+    assert metrics["macro_f1"] == pytest.approx((2 * right / found).mean())
+    assert metrics["subset_accuracy"] == (rows[0] == rows[1]).all(1).mean()
+    # Where no row gets its label, nothing was found, however many rows have none.
+    assert label_set_metrics(rows[0], rows[0] & False)["micro_f1"] == 0.0
+
+
 def test_long_rows_are_told_and_their_spans_beyond_the_last_window_are_missed(
     base: FrozenBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

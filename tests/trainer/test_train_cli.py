@@ -9,6 +9,7 @@ import pytest
 from trainer_samples import ending_rule, write_csv, write_jsonl
 
 from adapters_store import AdapterStore
+from sera_serve.trainer import packages
 from sera_serve.trainer.cli import main
 from sera_serve.trainer.settings import TrainSettings, flag
 
@@ -52,6 +53,17 @@ def test_json_is_the_last_line(
     assert set(result["metrics"]) == {"loss", "accuracy", "macro_f1", "matthews"}
     assert result["train_seconds"] > 0
     assert AdapterStore(Path(command["--store"])).resolve("acme/tiny").digest == result["digest"]
+
+
+def test_a_missing_package_is_named_with_the_remedy(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: dict[str, str]
+) -> None:
+    monkeypatch.setattr(packages, "find_spec", lambda module: None)
+    for arguments in (flat(command), ["--jobs", "plan.yaml"], ["compare", "plan.yaml"]):
+        assert run(monkeypatch, *arguments) == 2
+        error = capsys.readouterr().err
+        assert "accelerate, datasets, scikit-learn, scipy are missing" in error
+        assert "pip install 'sera-serve[train]'" in error
 
 
 def test_the_summary_says_how_to_serve(

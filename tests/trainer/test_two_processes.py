@@ -10,10 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import skip_first_batches
+from image_samples import image_folder, image_settings
 from trainer_samples import ending_rule, write_csv, write_jsonl
 
 from adapters_store import AdapterStore
+from sera_serve.trainer.loop import AdapterTrainer
 from sera_serve.trainer.parallel import Processes, ShareOfBatches
+from sera_serve.trainer.run import TrainingRun, build_task, with_run
+from support.vision import random_clip
 
 # gloo on the CPU. accelerate starts several processes only with --multi_gpu; the trainer's --device decides the rest.
 LAUNCH = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
@@ -30,6 +35,25 @@ def test_the_shares_of_a_batch_are_the_batch(rows: int, size: int) -> None:
         assert all(parts)
         counted = sorted(row for part in parts for row, counts in part if counts)
         assert counted == order[step * size : (step + 1) * size]
+
+
+def test_a_share_has_other_crops_in_each_epoch_as_one_process_has(tmp_path: Path) -> None:
+    settings = image_settings(tmp_path, image_folder(tmp_path / "rows", 12), augment=True, eval_fraction=0)
+
+    def pixels(run: TrainingRun, count: int, epoch: int, skipped: int) -> list[torch.Tensor]:
+        trainer = AdapterTrainer(build_task(run), settings, tmp_path / "run", [], Processes(0, count))
+        # What transformers' loop calls, in a run that goes on within an epoch too.
+        batches = skip_first_batches(trainer.get_train_dataloader(), skipped)
+        batches.set_epoch(epoch)
+        return [batch["pixel_values"] for batch in batches]
+
+    def check(run: TrainingRun) -> None:
+        for epoch, skipped in ((0, 0), (1, 0), (1, 2)):
+            alone, share = (pixels(run, count, epoch, skipped) for count in (1, 2))
+            assert len(alone) == len(share) == 3 - skipped
+            assert all(torch.equal(one[::2], two) for one, two in zip(alone, share, strict=True))
+
+    with_run(settings, check, base=random_clip())
 
 
 def launch(words: list[str], script: Path | None = None) -> subprocess.CompletedProcess[str]:

@@ -76,6 +76,11 @@ class PagePool:
                 else:
                     self._idle[page] = None
 
+    def freed(self, requests: Iterable[list[int]]) -> int:
+        """How many pages would have no user more without these requests, given by their pages."""
+        users = Counter(page for pages in requests for page in pages)
+        return sum(self._users[page] == count for page, count in users.items())
+
     def is_writable(self, page: int) -> bool:
         """Whether one request alone may write to the page."""
         return self._users[page] == 1 and self._key_of[page] is None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -52,9 +52,11 @@ class StepPlan:
         return [*self.decodes, *(request for request, _ in self.chunks)]
 
     def remove(self, requests: Sequence[GenerationRequest]) -> None:
-        """Take requests that the step has ended out of it."""
+        """Take requests out of the step that it has ended, or that have yielded their pages."""
         self.decodes = [request for request in self.decodes if request not in requests]
         self.chunks = [(request, count) for request, count in self.chunks if request not in requests]
+        self.entered = [request for request in self.entered if request not in requests]
+        self.grown = [request for request in self.grown if request not in requests]
 
 
 class StepPlanner:
@@ -63,10 +65,15 @@ class StepPlanner:
     Invariants:
     * A running request has the pages of all its tokens.
     * Every decode runs in every step, because fewer requests run than a step has tokens.
-    * A request that needs a page and finds none takes the pages of the request with the lowest claim. The request with
-      the highest claim always goes on, and no request enters that could not run alone: so there is always progress.
+    * A request that needs a page and finds none takes the pages of the request with the lowest claim among the tenants
+      that have more than their share of the pages; where these have no lower claims, of the lowest claim of all. The
+      request with the highest claim always goes on, and no request enters that could not run alone: so there is always
+      progress.
     * Where every row is taken, a waiting request of a tenant that has less than its share of the rows takes the row of
       the lowest claim among the tenants that have more: one row a step. Rows of one tenant alone are never taken.
+    * Where pages are short, the first waiting request, if it has not run yet and its tenant has less than its share of
+      them, takes the pages of lower claims among the tenants that have more. Else the rows that it waits for would
+      grow into every page that comes free.
     * A newcomer leaves a page for every fourth running request, which will soon need one. A preempted request leaves a
       page for each: it would else be preempted again before it has paid for its recomputation.
     """
@@ -113,9 +120,9 @@ class StepPlanner:
         for request in self.running:
             if budget and not request.is_decoding:
                 budget -= self._plan_chunk(plan, request, budget)
-        while budget and self._rows and not short_of_pages:
+        while budget and self._rows:
             newcomer = self._candidates.first()
-            if newcomer is None or not self._admit(plan, newcomer):
+            if newcomer is None or not self._admit(plan, newcomer, short_of_pages):
                 break
             if newcomer.row >= 0:
                 budget -= self._plan_chunk(plan, newcomer, budget)
@@ -179,13 +186,51 @@ class StepPlanner:
         newcomer = self._candidates.first()
         if newcomer is None:
             return None
-        rows = Counter(request.tenant for request in self.running)
-        weights = {tenant: self._candidates.weight(tenant) for tenant in {*rows, newcomer.tenant}}
-        unit = self.num_rows / sum(weights.values())
-        if rows[newcomer.tenant] + 1 > unit * weights[newcomer.tenant]:
+        held = Counter(request.tenant for request in self.running)
+        share = self._shares({*held, newcomer.tenant}, self.num_rows)
+        if held[newcomer.tenant] + 1 > share[newcomer.tenant]:
             return None
-        yielding = [request for request in self.running if rows[request.tenant] > unit * weights[request.tenant]]
-        return max(yielding, key=self._candidates.priority_key, default=None)
+        above = [request for request in self.running if held[request.tenant] > share[request.tenant]]
+        return max(above, key=self._candidates.priority_key, default=None)
+
+    def _yield_pages(self, plan: StepPlan, newcomer: GenerationRequest, needed: int) -> list[GenerationRequest] | None:
+        """The running requests that yield their pages to a new one, or None if it has to wait for ends.
+
+        They have lower claims than the newcomer, so that the first in the order goes on, and have not entered in this
+        very step. With as many pages as it needs, none yields: it leaves none for those that run.
+        """
+        if all(request.tenant == newcomer.tenant for request in self.running):
+            return None
+        claim = self._candidates.priority_key
+        yielding: list[GenerationRequest] = []
+        while True:
+            left = [request for request in self.running if request not in yielding]
+            held = _held_pages(left)
+            share = self._shares({*held, newcomer.tenant}, self.pages.count)
+            if held[newcomer.tenant] + needed > share[newcomer.tenant]:
+                return None
+            above = (r for r in left if held[r.tenant] > share[r.tenant] and r not in plan.entered)
+            last = max(above, key=claim, default=newcomer)
+            is_later = claim(last) > claim(newcomer)
+            free = self.pages.available() + self.pages.freed(request.pages for request in yielding)
+            if free >= needed and (yielding or is_later):
+                return yielding
+            if not is_later:
+                return None
+            yielding.append(last)
+
+    def _loses_pages(self, order: Sequence[GenerationRequest]) -> GenerationRequest:
+        """The request that is preempted for the first of these, which are in the fair order; itself if it is alone."""
+        held = _held_pages(self.running)
+        share = self._shares(held, self.pages.count)
+        above = (request for request in reversed(order[1:]) if held[request.tenant] > share[request.tenant])
+        return next(above, order[-1])
+
+    def _shares(self, tenants: Collection[str], total: int) -> dict[str, float]:
+        """What each of these tenants may hold of a total, by their weights."""
+        weights = {tenant: self._candidates.weight(tenant) for tenant in tenants}
+        unit = total / sum(weights.values())
+        return {tenant: unit * weight for tenant, weight in weights.items()}
 
     def _plan_decodes(self, plan: StepPlan) -> bool:
         """Plan every decode; whether a request had to be preempted for it."""
@@ -201,7 +246,9 @@ class StepPlanner:
         while at < len(order):
             request = order[at]
             while request.is_decoding and self._needs_page(request) and not self.pages.available():
-                self._preempt(order.pop())
+                victim = self._loses_pages(order[at:])
+                order.remove(victim)
+                self._preempt(victim)
                 if len(order) == at:
                     return True
             if request.is_decoding:
@@ -225,19 +272,26 @@ class StepPlanner:
         plan.chunks.append((request, tokens))
         return tokens
 
-    def _admit(self, plan: StepPlan, request: GenerationRequest) -> bool:
+    def _admit(self, plan: StepPlan, request: GenerationRequest, short_of_pages: bool) -> bool:
         """Start the first waiting request if there are pages for it; False if the batch has to wait for pages."""
         if self._rotary_side is not None and (side := self._rotary_side(len(request.tokens))) != request.rotary_side:
             request.rotary_side, request.page_keys = side, []
         found = self._find(request)
         needed = -(-len(request.tokens) // PAGE_SIZE) - len(found)
         is_new = request.started_at is None
-        if self.pages.available() < needed + (len(self.running) // 4 if is_new else len(self.running)):
+        spare = len(self.running) // 4 if is_new else len(self.running)
+        yielding: list[GenerationRequest] | None = []
+        if short_of_pages or self.pages.available() < needed + spare:
+            yielding = self._yield_pages(plan, request, needed) if is_new else None
+        if yielding is None:
             self.pages.release(found)
             return False
         if not self._candidates.start(request):
             self.pages.release(found)
             return True
+        for other in yielding:
+            self._preempt(other)
+        plan.remove(yielding)
         request.pages = found + self.pages.take(needed)
         request.computed = len(found) * PAGE_SIZE
         if is_new:
@@ -277,3 +331,11 @@ class StepPlanner:
             parent = keys[-1] if keys else self._root_key(request)
             keys.append(chain_key(parent, request.tokens[start : start + PAGE_SIZE], self._secret))
         return keys[page]
+
+
+def _held_pages(requests: Sequence[GenerationRequest]) -> Counter[str]:
+    """Pages of each tenant; a page that several of its requests share is one."""
+    pages: defaultdict[str, set[int]] = defaultdict(set)
+    for request in requests:
+        pages[request.tenant].update(request.pages)
+    return Counter({tenant: len(own) for tenant, own in pages.items()})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, JsonValue, WithJsonSchema, model_validator
@@ -56,6 +57,8 @@ class CalledFunction(RequestModel):
 
     name: FunctionName
     arguments: str = Field(description="the JSON of an object")
+    # OpenAI's client adds it to the calls that it parses, and sends it back with them.
+    parsed_arguments: JsonValue = None
 
     @model_validator(mode="after")
     def _arguments_are_an_object(self) -> CalledFunction:
@@ -95,13 +98,16 @@ class Message(RequestModel):
     audio: None = None
     function_call: None = None
     annotations: Annotated[list[JsonValue], Field(max_length=0)] | None = None
+    # OpenAI's client adds it to the messages that it parses: the content as a value.
+    parsed: JsonValue = None
 
     @model_validator(mode="after")
     def _fields_of_the_role(self) -> Message:
         if self.content is None and not (self.role == "assistant" and self.tool_calls):
             raise refusal(f"a message of role {self.role!r} has no content; send a text", None)
-        if self.role != "assistant" and (self.tool_calls is not None or self.reasoning_content is not None):
-            raise refusal("only a message of role 'assistant' has tool_calls or reasoning_content", None)
+        of_the_assistant = (self.tool_calls, self.reasoning_content, self.parsed)
+        if self.role != "assistant" and any(value is not None for value in of_the_assistant):
+            raise refusal("only a message of role 'assistant' has tool_calls, reasoning_content or parsed", None)
         if self.role != "tool" and self.tool_call_id is not None:
             raise refusal("only a message of role 'tool' has tool_call_id", None)
         return self
@@ -135,7 +141,7 @@ class Function(RequestModel):
     name: FunctionName
     description: str | None = None
     parameters: dict[str, JsonValue] | None = None
-    strict: bool | None = Field(None, description="only with tool_choice required or a named function")
+    strict: bool | None = Field(None, description="not with tool_choice auto, where a call is not constrained")
 
 
 class Tool(RequestModel):
@@ -153,6 +159,17 @@ class Tool(RequestModel):
         return {"type": "function", "function": function}
 
 
+@dataclass(frozen=True)
+class NamedFunction:
+    """The one function that the model must call. It may be called as the modes are: `none`, `auto` or `required`."""
+
+    name: str
+
+
+ToolChoice = Literal["none", "auto", "required"] | NamedFunction
+"""Whether the model may call a tool, or must; or the function that it must call."""
+
+
 def _tool_choice(value: Any) -> Any:
     if value in ("none", "auto", "required"):
         return value
@@ -163,7 +180,7 @@ def _tool_choice(value: Any) -> Any:
             'tool_choice must be "none", "auto", "required" or {"type": "function", "function": {"name": ...}}',
             "tool_choice",
         )
-    return name
+    return NamedFunction(name)
 
 
 def _template_variables(value: Any) -> Any:
@@ -188,8 +205,7 @@ TemplateVariables = Annotated[dict[str, JsonValue], BeforeValidator(_template_va
 class ToolUse:
     """The part of a request that says which tools the model may call, or must."""
 
-    # One of "none", "auto" and "required", or the name of a function.
-    tool_choice: str | None
+    tool_choice: ToolChoice | None
 
     @property
     def functions(self) -> Sequence[Function]:
@@ -199,7 +215,7 @@ class ToolUse:
     @property
     def forced_function(self) -> str | None:
         """The function that `tool_choice` names."""
-        return self.tool_choice if self.tool_choice not in (None, "none", "auto", "required") else None
+        return self.tool_choice.name if isinstance(self.tool_choice, NamedFunction) else None
 
     @property
     def has_tools(self) -> bool:
@@ -230,7 +246,7 @@ class ToolUse:
                 'it; send tool_choice: "none", or leave one of them out',
                 "tools",
             )
-        if not self.is_forced and any(function.strict for function in self.functions):
+        if self.has_tools and not self.is_forced and any(function.strict for function in self.functions):
             raise refusal(
                 "strict is enforced only with tool_choice required or a named function; leave strict out", "tools"
             )
@@ -268,7 +284,7 @@ class ChatRequest(GenerationFields, ToolUse):
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_choice: (
         Annotated[
-            str,
+            ToolChoice,
             BeforeValidator(_tool_choice),
             WithJsonSchema({"anyOf": [{"enum": ["none", "auto", "required"]}, {"type": "object"}]}),
         ]

@@ -17,9 +17,11 @@ from sera_serve.server.openai.chat_schemas import (
     Function,
     FunctionName,
     Message,
+    NamedFunction,
     PastToolCall,
     TemplateVariables,
     Tool,
+    ToolChoice,
     ToolUse,
 )
 from sera_serve.server.openai.fields import Obfuscation, SamplingFields
@@ -31,7 +33,7 @@ _LOGPROBS = "message.output_text.logprobs"
 _STATELESS = "the server keeps no answer; send the whole conversation as input"
 _KINDS = ("message", "function_call", "function_call_output")
 # Members of an output_text part that clients send back as they got them.
-_SENT_BACK = {"annotations", "logprobs"}
+_SENT_BACK = {"annotations", "logprobs", "parsed"}
 
 
 def _parts(value: Any) -> Any:
@@ -76,7 +78,7 @@ def _tool_choice(value: Any) -> Any:
         raise refusal(
             'tool_choice must be "none", "auto", "required" or {"type": "function", "name": ...}', "tool_choice"
         )
-    return name
+    return NamedFunction(name)
 
 
 ItemText = Annotated[
@@ -233,7 +235,7 @@ class ResponseRequest(SamplingFields, ToolUse):
     tools: Annotated[list[ResponseTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_choice: (
         Annotated[
-            str,
+            ToolChoice,
             BeforeValidator(_tool_choice),
             WithJsonSchema({"anyOf": [{"enum": ["none", "auto", "required"]}, {"type": "object"}]}),
         ]

@@ -309,7 +309,6 @@ async def _complete(answer: ResponseAnswer, admit: Admit, account: Account) -> R
 
 def _repeated(body: ResponseRequest) -> dict[str, Any]:
     """The fields of the request that an answer repeats, and those that have one value alone."""
-    choice = body.tool_choice or "auto"
     text_format: dict[str, Any] = {"type": "text"}
     if body.text is not None and body.text.format is not None:
         text_format = body.text.format.model_dump(by_alias=True, exclude_none=True)
@@ -321,7 +320,11 @@ def _repeated(body: ResponseRequest) -> dict[str, Any]:
         "top_logprobs": body.top_logprobs or 0,
         "text": {"format": text_format},
         "tools": [tool.model_dump() for tool in body.tools or ()],
-        "tool_choice": choice if body.forced_function is None else {"type": "function", "name": choice},
+        "tool_choice": (
+            {"type": "function", "name": body.forced_function}
+            if body.forced_function is not None
+            else body.tool_choice or "auto"
+        ),
         "parallel_tool_calls": body.parallel_tool_calls is not False,
         "metadata": body.metadata or {},
         "user": body.user,

@@ -10,6 +10,7 @@ import typer
 
 from sera_serve.errors import InvalidConfiguration, SeraServeError
 from sera_serve.terminal import PlainConsole
+from sera_serve.trainer.packages import check_packages
 
 
 def compare_command(
@@ -46,6 +47,10 @@ def compare_command(
 
     Example: `train_adapter compare examples/paper/small.yaml`
     """
+    try:
+        check_packages()
+    except InvalidConfiguration as error:
+        _fail(error.message, 2)
     from sera_serve.trainer.compare.plan import read_plan
     from sera_serve.trainer.compare.results import ResultsFile
     from sera_serve.trainer.compare.runner import CompareRunner

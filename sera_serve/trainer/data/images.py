@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -14,7 +14,7 @@ from sera_serve.trainer.data.splits import draw, hold_out, hold_out_for
 from sera_serve.trainer.data.targets import check_known_labels, check_labels_repeat, labels_of
 from sera_serve.trainer.settings import TrainSettings
 from sera_serve.trainer.tables.faults import InvalidData, Problems, Row
-from sera_serve.trainer.tables.fields import label_of
+from sera_serve.trainer.tables.fields import label_of, whole_number_names
 from sera_serve.trainer.tables.image_files import (
     FolderSource,
     ImageSource,
@@ -129,8 +129,8 @@ def load_image_classify_data(settings: TrainSettings, initial: AdapterConfig | N
         InvalidData: A file, an image or some of the rows cannot be used.
     """
     reader = _Reader(settings)
-    rows = {use: reader.labelled(use) for use in USES}
     labels = initial.labels if initial is not None else None
+    rows = {"train": reader.labelled("train", labels)}
     if labels is None:
         labels = sorted({row.label for row in rows["train"]})
         check_labels(settings.train, rows["train"], labels)
@@ -140,6 +140,7 @@ def load_image_classify_data(settings: TrainSettings, initial: AdapterConfig | N
         known = ((row.label, row.row) for row in rows["train"])
         check_known(settings.train, known, labels, f"a label of {settings.init_from}")
     for use in USES[1:]:
+        rows[use] = reader.labelled(use, labels)
         found = ((row.label, row.row) for row in rows[use])
         check_known(getattr(settings, use) or settings.train, found, labels)
     train = draw(rows["train"], settings.train_limit, settings.seed)
@@ -229,8 +230,8 @@ class _Reader:
         self.digests: dict[str, str] = {}
         self.notes: list[str] = []
 
-    def labelled(self, use: Use) -> list[LabelledImage]:
-        """Read the rows for a use: train, eval or test; none if there is no file for it."""
+    def labelled(self, use: Use, labels: list[str] | None) -> list[LabelledImage]:
+        """Read the rows for a use: train, eval or test; none if there is no file for it. `labels` are the adapter's."""
         path: Path | None = getattr(self._settings, use)
         if _is_image_folder(path or self._settings.train):
             return self._labelled_files(use, path)
@@ -239,7 +240,8 @@ class _Reader:
         column, found, problems = self._settings.label_column, self._with_labels(path, use), Problems(path)
         rows = [LabelledImage(image, label_of(row, column, problems), row.place()) for row, image in found(problems)]
         problems.raise_if_any()
-        return rows
+        names = whole_number_names([row.label for row in rows], labels)
+        return [replace(row, label=names[row.label]) if row.label in names else row for row in rows]
 
     def tagged(self, use: Use) -> list[TaggedImage]:
         """Read the rows for a use, as `labelled` does. A cell holds a list of labels, or text with separators."""

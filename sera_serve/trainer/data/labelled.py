@@ -14,7 +14,7 @@ from adapters_store import MAX_CHAT_TEMPLATE_BYTES
 from sera_serve.trainer.data.passages import Passage, checked_passages
 from sera_serve.trainer.data.splits import draw, hold_out_for
 from sera_serve.trainer.settings import TrainSettings
-from sera_serve.trainer.tables.fields import are_whole_numbers, label_of, text_of
+from sera_serve.trainer.tables.fields import label_of, text_of, whole_number_names
 from sera_serve.trainer.tables.table import InvalidData, Problems, Row, Table, read_table
 
 Use = Literal["train", "eval", "test"]
@@ -81,7 +81,7 @@ def load_classify_data(settings: TrainSettings, labels: list[str] | None = None)
         table = table_for(settings, use)
         if table is None:
             continue
-        rows[use] = _checked_texts(table, settings)
+        rows[use] = _checked_texts(table, settings, labels)
         found = [(row.label, row.row) for row in rows[use]]
         digests[use] = table.digest
         notes += table.notes
@@ -134,7 +134,7 @@ def _rows(count: int) -> str:
     return f"{count} row" if count == 1 else f"{count} rows"
 
 
-def _checked_texts(table: Table, settings: TrainSettings) -> list[LabelledText]:
+def _checked_texts(table: Table, settings: TrainSettings, labels: list[str] | None) -> list[LabelledText]:
     require_texts(table, settings)
     table.require(settings.label_column, "--label-column")
     problems, checked = Problems(table.path), []
@@ -142,9 +142,8 @@ def _checked_texts(table: Table, settings: TrainSettings) -> list[LabelledText]:
         text = text_at(row, settings, problems)
         checked.append(LabelledText(text, label_of(row, settings.label_column, problems), row.place()))
     problems.raise_if_any()
-    if are_whole_numbers(item.label for item in checked):
-        checked = [replace(item, label=item.label.partition(".")[0]) for item in checked]
-    return checked
+    names = whole_number_names([item.label for item in checked], labels)
+    return [replace(item, label=names[item.label]) if item.label in names else item for item in checked]
 
 
 def require_texts(table: Table, settings: TrainSettings) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from itertools import groupby
 from typing import Any, NotRequired, TypedDict
 
 import torch
@@ -27,7 +28,8 @@ class TokenRow(TypedDict):
     Attributes:
         input_ids: Its tokens.
         labels: The class index, or a list with one entry a token (`IGNORED`: not learned).
-        text_bytes: UTF-8 length of the text of the labelled tokens, for bits per byte; 0 for a class.
+        text_bytes: UTF-8 length of the text of the labelled tokens, without special tokens, for bits per byte; 0 for a
+            class.
         token_type_ids: The segment of each token of a sentence pair, for bases that have segments.
     """
 
@@ -162,7 +164,9 @@ class PassageTokenizer:
     def _chat(self, passage: Passage) -> TokenRow:
         ids: list[int] = []
         labels: list[int] = []
-        text_bytes, done = 0, ""
+        # The characters of each token that is learned as text.
+        places: list[tuple[int, int] | None] = []
+        done = ""
         for i, message in enumerate(passage.messages):
             if message["role"] != "assistant":
                 continue
@@ -177,15 +181,22 @@ class PassageTokenizer:
             answer, spans = self._encode(whole[len(prompt) :])
             ids += before + answer
             labels += [IGNORED] * len(before) + answer
-            text_bytes += _bytes(whole[len(prompt) :], spans)
+            places += [None] * len(before)
+            places += [
+                None if token in self._special else (len(prompt) + start, len(prompt) + end)
+                for token, (start, end) in zip(answer, spans, strict=True)
+            ]
             done = whole
         if len(ids) > self.max_length:
-            excess = len(ids) - self.max_length
-            ids, labels = ids[excess:], labels[excess:]
+            # As of a prompt, the beginning-of-text token stays: every row that the server reads has it.
+            start = int(ids[0] == self.tokenizer.bos_token_id)
+            gone = slice(start, start + len(ids) - self.max_length)
+            for tokens in (ids, labels, places):
+                del tokens[gone]
             self._cut_prompts += 1
-            kept = [token for token in labels if token != IGNORED]
-            text_bytes = len(self.tokenizer.decode(kept, skip_special_tokens=True).encode())
-        labels[0] = IGNORED
+        labels[0], places[0] = IGNORED, None
+        runs = [list(run) for is_learned, run in groupby(places, key=lambda place: place is not None) if is_learned]
+        text_bytes = sum(_bytes(done, [place for place in run if place is not None]) for run in runs)
         return {"input_ids": ids, "labels": labels, "text_bytes": max(text_bytes, 1)}
 
     def _render(self, passage: Passage, turns: int, *, prompt: bool) -> str:
@@ -194,6 +205,11 @@ class PassageTokenizer:
             return self._renderer.render(self._template, messages, add_generation_prompt=prompt)
         except ChatTemplateFailed as error:
             raise InvalidData(f"{passage.row.where}: {error.message}", param="chat_template") from error
+
+    @cached_property
+    def _special(self) -> frozenset[int]:
+        """Tokens that stand for no text, such as the end of a turn."""
+        return frozenset(i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special)
 
     @cached_property
     def _template(self) -> ChatTemplate:

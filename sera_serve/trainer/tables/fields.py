@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from sera_serve.trainer.tables.faults import Problems, Row
@@ -64,14 +64,21 @@ def label_of(row: Row, column: str, problems: Problems) -> str:
     return label
 
 
-def are_whole_numbers(labels: Iterable[str]) -> bool:
-    """Tell whether all labels are whole numbers and one has a needless `.0`, as pandas writes them to CSV."""
-    pointed = False
-    for label in labels:
-        if not _WHOLE.fullmatch(label):
-            return False
-        pointed = pointed or "." in label
-    return pointed
+def whole_number_names(labels: Iterable[str], known: Collection[str] | None = None) -> dict[str, str]:
+    """Find labels that are whole numbers with a needless `.0`, as pandas writes them to CSV, and return their names.
+
+    Args:
+        labels: The labels of the rows.
+        known: The labels of the adapter: one of them is a name as it is. None, of rows that name the labels: `1.0` is a
+            name beside `1.5` or `other`, so all labels must be whole numbers.
+
+    Returns:
+        The name of each label that has another one.
+    """
+    pointed = {label: label.partition(".")[0] for label in set(labels) if _WHOLE.fullmatch(label) and "." in label}
+    if known is not None:
+        return {label: name for label, name in pointed.items() if label not in known and name in known}
+    return pointed if all(_WHOLE.fullmatch(label) for label in labels) else {}
 
 
 def string_of(row: Row, column: str, problems: Problems) -> str | None:

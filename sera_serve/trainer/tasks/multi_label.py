@@ -69,9 +69,11 @@ def label_set_metrics(expected: NDArray[np.bool_], predicted: NDArray[np.bool_])
         expected: (rows, labels), whether a row has a label.
         predicted: The same, as it was predicted.
     """
-    macro = float(f1_score(expected, predicted, average="macro", zero_division=np.nan))
+    # One column is a binary task to scikit-learn, whose second class is the rows without the label.
+    classes = [True] if expected.shape[1] == 1 else None
+    macro = float(f1_score(expected, predicted, labels=classes, average="macro", zero_division=np.nan))
     return {
-        "micro_f1": float(f1_score(expected, predicted, average="micro", zero_division=0.0)),
+        "micro_f1": float(f1_score(expected, predicted, labels=classes, average="micro", zero_division=0.0)),
         # Without any label in any row, no label occurs.
         "macro_f1": macro if macro == macro else 0.0,
         "subset_accuracy": float(accuracy_score(expected, predicted)),

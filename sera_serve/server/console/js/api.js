@@ -38,7 +38,7 @@ export function setKey(secret) {
   key = secret;
 }
 
-/** Call `action(error)` when the server does not accept the key. */
+/** Call `action(error)` when the server does not accept the key, unless another one has taken its place meanwhile. */
 export function onRefusedKey(action) {
   whenRefused = action;
 }
@@ -49,6 +49,8 @@ export function path(parts, ...values) {
 }
 
 function encode(value) {
+  // A browser takes them for steps in the path, however they are written.
+  if (value === "." || value === "..") throw new Error(`"${value}" is no name; write another one`);
   return encodeURIComponent(value).replaceAll("%40", "@");
 }
 
@@ -64,6 +66,7 @@ export function send(method, url, body = undefined, signal = undefined) {
 
 /** Send a request and return the response once its status is known to be good. */
 export async function open(method, url, { body, query, signal } = {}) {
+  const used = key;
   const headers = authorization();
   let content;
   if (body instanceof FormData) {
@@ -80,7 +83,7 @@ export async function open(method, url, { body, query, signal } = {}) {
   } catch (error) {
     throw lost(error, signal);
   }
-  if (!response.ok) throw refused(new ApiError(response.status, await jsonOf(response), response.headers));
+  if (!response.ok) throw refused(new ApiError(response.status, await jsonOf(response), response.headers), used);
   return response;
 }
 
@@ -101,6 +104,7 @@ async function call(method, url, options) {
  */
 export function upload(url, form, { onProgress, signal }) {
   return new Promise((resolve, reject) => {
+    const used = key;
     const request = new XMLHttpRequest();
     request.open("POST", address(url));
     for (const [name, value] of Object.entries(authorization())) request.setRequestHeader(name, value);
@@ -110,7 +114,7 @@ export function upload(url, form, { onProgress, signal }) {
       const body = parsed(request.responseText);
       const headers = { get: (name) => request.getResponseHeader(name) };
       if (request.status >= 200 && request.status < 300 && body !== null) resolve(body);
-      else reject(refused(new ApiError(request.status, body, headers)));
+      else reject(refused(new ApiError(request.status, body, headers), used));
     };
     request.onerror = () => reject(lost(new TypeError("no answer"), signal));
     request.onabort = () => reject(new DOMException("stopped", "AbortError"));
@@ -143,8 +147,8 @@ function parsed(text) {
   }
 }
 
-function refused(error) {
-  if (error.status === 401) whenRefused(error);
+function refused(error, used) {
+  if (error.status === 401 && used === key) whenRefused(error);
   return error;
 }
 

@@ -44,6 +44,9 @@ export const tick = (value) => String(Number(value.toFixed(3)));
 /** A share of 1 -> 97.3% */
 export const percent = (value) => `${Number((value * 100).toFixed(1))}%`;
 
+/** What a person typed as the API takes it. What is no number goes as it is: the server says what is wrong with it. */
+export const numberOr = (text) => (Number.isFinite(Number(text)) ? Number(text) : text);
+
 /** An ISO time, or seconds since 1970, -> Date, or null. */
 export function time(value) {
   if (value === null || value === undefined) return null;

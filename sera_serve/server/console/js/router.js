@@ -27,7 +27,9 @@ export function replace(parts, query = {}) {
 
 function read() {
   const [path, search = ""] = location.hash.replace(/^#\/?/, "").split("?");
-  return { parts: path.split("/").filter(Boolean).map(decoded), query: new URLSearchParams(search) };
+  // Dots would lead a request to another path of the API.
+  const parts = path.split("/").map(decoded).filter((part) => !["", ".", ".."].includes(part));
+  return { parts, query: new URLSearchParams(search) };
 }
 
 function decoded(part) {

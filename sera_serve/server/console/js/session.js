@@ -1,7 +1,7 @@
 // Who uses this tab: the key, and what it may do.
 
 import { ApiError, get, isAbort, onRefusedKey, setKey } from "./api.js";
-import { Store } from "./store.js";
+import { Store, connectionEpoch } from "./store.js";
 
 // Of this tab alone: another tab may have another key, and closing the tab forgets the key.
 const STORED = "sera-serve.key";
@@ -9,11 +9,16 @@ const STORED = "sera-serve.key";
 /** `state` is "loading", "open" (there is `me`), "closed" (a key is needed) or "failed" (there is `error`). */
 export const session = new Store({ state: "loading", me: null, error: null });
 
+// Whose work the views hold: they keep what a person typed.
+let tenant = null;
+
 /** Find out whether the server takes this tab's key, or needs none. */
 export async function begin() {
   setKey(sessionStorage.getItem(STORED));
   try {
-    session.set({ state: "open", me: await get("/v1/me"), error: null });
+    const me = await get("/v1/me");
+    tenant = me.tenant;
+    session.set({ state: "open", me, error: null });
   } catch (error) {
     if (isAbort(error)) return;
     if (error.status === 401) close(sessionStorage.getItem(STORED) === null ? null : error);
@@ -32,6 +37,13 @@ export async function signIn(secret) {
   try {
     const me = await get("/v1/me");
     sessionStorage.setItem(STORED, secret);
+    if (tenant !== null && tenant !== me.tenant) {
+      // Another tenant sees nothing of what was typed, or named in the address, before.
+      location.hash = "";
+      location.reload();
+      return;
+    }
+    tenant = me.tenant;
     session.set({ state: "open", me, error: null });
   } catch (error) {
     setKey(null);
@@ -53,6 +65,11 @@ function close(error) {
 // A key that was revoked while it was used.
 onRefusedKey((error) => {
   if (session.value.state === "open") close(error);
+});
+
+// A page that came while the server was away.
+connectionEpoch.watch(() => {
+  if (session.value.state === "failed") begin();
 });
 
 /** Whether the key has a scope. Where the server needs no key, everyone may do everything. */

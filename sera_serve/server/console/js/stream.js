@@ -13,7 +13,8 @@ export async function* events(method, url, options) {
   try {
     while (true) {
       const { done, value } = await reader.read();
-      if (done) return;
+      // A proxy may have cut it.
+      if (done) throw new TypeError("the stream has no end");
       parser.feed(value);
       for (const event of waiting.splice(0)) {
         if (event.data === "[DONE]") {

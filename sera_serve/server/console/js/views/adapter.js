@@ -1,6 +1,6 @@
 // One adapter: its facts, its versions with their metrics, its aliases, who else may use it.
 
-import { html, useState } from "../html.js";
+import { html, useRef, useState } from "../html.js";
 import { get, path, send } from "../api.js";
 import { TaskBadge, Tier, viewOf } from "../badges.js";
 import { ago, bytes, count, figure, full, short } from "../format.js";
@@ -12,12 +12,14 @@ import {
 } from "../ui.js";
 
 const METRICS_SHOWN = 6;
+const VERSIONS_SHOWN = 100;
 
 export function Adapter({ me, tenant, name }) {
   const id = `${tenant}/${name}`;
   const url = path`/v1/adapters/${tenant}/${name}`;
   const detail = useLoad((signal) => get(url, {}, signal), [url]);
-  const history = useLoad((signal) => get(`${url}/versions`, {}, signal), [url]);
+  const wanted = useRef(VERSIONS_SHOWN);
+  const history = useLoad((signal) => newest(`${url}/versions`, wanted.current, signal), [url]);
   const [dialog, setDialog] = useState(null);
   const canChange = mayChange(me, id);
   const info = detail.data;
@@ -49,7 +51,11 @@ export function Adapter({ me, tenant, name }) {
     <${ErrorNote} error=${detail.error} retry=${detail.reload} />
     <${ErrorNote} error=${pin.error} />
     ${info ? html`<${Facts} info=${info} traffic=${traffic.data} />` : detail.loading && html`<${Loading} rows="3" />`}
-    <${Versions} history=${history} canChange=${canChange} id=${id} task=${info?.task} onDialog=${setDialog} />
+    <${Versions} history=${history} canChange=${canChange} id=${id} task=${info?.task} onDialog=${setDialog}
+      onMore=${() => {
+        wanted.current += VERSIONS_SHOWN;
+        history.reload();
+      }} />
     ${canChange && info && html`<${Shares} url=${url} tenant=${tenant} />`}
     ${dialog?.kind === "delete" && html`<${DeleteDialog} url=${url} id=${id} version=${dialog.version} onClose=${close}
       onDone=${() => {
@@ -61,6 +67,17 @@ export function Adapter({ me, tenant, name }) {
       aliases=${history.data.aliases} onClose=${close} onDone=${changed} />`}
     ${dialog?.kind === "remove-alias" && html`<${RemoveAliasDialog} url=${url} id=${id} alias=${dialog.alias}
       onClose=${close} onDone=${changed} />`}`;
+}
+
+/** The newest versions, a page at a time, until there are as many as wanted. */
+async function newest(url, wanted, signal) {
+  const versions = [];
+  let page = { next: null };
+  do {
+    page = await get(url, { limit: VERSIONS_SHOWN, before: page.next }, signal);
+    versions.push(...page.versions);
+  } while (page.next !== null && versions.length < wanted);
+  return { ...page, versions };
 }
 
 function Facts({ info, traffic }) {
@@ -89,7 +106,7 @@ function trafficText({ requests, tokens, classified_inputs: inputs }) {
   return [`${short(requests)} ${requests === 1 ? "request" : "requests"}`, ...work].join(", ");
 }
 
-function Versions({ history, canChange, id, task, onDialog }) {
+function Versions({ history, canChange, id, task, onDialog, onMore }) {
   const { data, error, loading, reload } = history;
   if (!data) return html`<${ErrorNote} error=${error} retry=${reload} />${loading && html`<${Loading} />`}`;
   const aliasesOf = (version) => Object.entries(data.aliases).filter(([, at]) => at === version).map(([alias]) => alias);
@@ -127,6 +144,7 @@ function Versions({ history, canChange, id, task, onDialog }) {
         </li>`;
       })}
     </ol>
+    ${data.next !== null && html`<p class="more"><${Button} busy=${loading} onClick=${onMore}>Show older versions<//></p>`}
   </section>`;
 }
 

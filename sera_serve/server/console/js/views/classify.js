@@ -133,6 +133,6 @@ function number(value) {
 }
 
 function named() {
-  const adapters = route.value.query.getAll("adapter").slice(0, MOST);
+  const adapters = [...new Set(route.value.query.getAll("adapter"))].slice(0, MOST);
   return adapters.length > 0 ? adapters : null;
 }

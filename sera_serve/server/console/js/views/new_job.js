@@ -2,6 +2,7 @@
 
 import { html, useState } from "../html.js";
 import { get, send } from "../api.js";
+import { numberOr } from "../format.js";
 import { go, href, route } from "../router.js";
 import { may } from "../session.js";
 import { useAction, useLoad } from "../store.js";
@@ -17,6 +18,7 @@ const EMPTY = {
 };
 const HYPERPARAMETERS = ["n_epochs", "batch_size", "learning_rate_multiplier"];
 const SHAPE = ["tenant", "task", "method", "rank", "split"];
+const TEXTS = ["tenant", "task", "method"];
 
 export function NewJob({ me }) {
   const [values, setValues] = useState({ ...EMPTY, training_file: route.value.query.get("file") ?? "" });
@@ -71,11 +73,12 @@ export function NewJob({ me }) {
 
 /** The request of a form. What is empty is left to the server. */
 function bodyOf(values, base) {
-  const some = (names) => Object.fromEntries(names.filter((name) => values[name].trim() !== "").map((name) => [name, number(values[name].trim())]));
+  const read = (name) => (TEXTS.includes(name) ? values[name].trim() : numberOr(values[name].trim()));
+  const some = (names) => Object.fromEntries(names.filter((name) => values[name].trim() !== "").map((name) => [name, read(name)]));
   const body = { model: values.model.trim() || base, training_file: values.training_file };
   if (values.validation_file) body.validation_file = values.validation_file;
   if (values.suffix.trim()) body.suffix = values.suffix.trim();
-  if (values.seed.trim()) body.seed = number(values.seed.trim());
+  if (values.seed.trim()) body.seed = read("seed");
   const hyperparameters = some(HYPERPARAMETERS);
   if (Object.keys(hyperparameters).length > 0) body.method = { type: "supervised", supervised: { hyperparameters } };
   const shape = some(SHAPE);
@@ -84,5 +87,3 @@ function bodyOf(values, base) {
   if (Object.keys(shape).length > 0) body.adapter = shape;
   return body;
 }
-
-const number = (text) => (Number.isNaN(Number(text)) ? text : Number(text));

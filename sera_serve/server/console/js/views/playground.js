@@ -1,6 +1,7 @@
 // One prompt through the base model and several adapters, side by side.
 
 import { html, useEffect, useMemo, useRef, useState } from "../html.js";
+import { numberOr } from "../format.js";
 import { AdapterPicker } from "../picker.js";
 import { Lane, requestOf } from "../lane.js";
 import { replace, route } from "../router.js";
@@ -98,13 +99,14 @@ function Sampling({ options, onOptions }) {
   </div>`;
 }
 
-/** The options as the API takes them. What is no number goes as it is: the server says what is wrong with it. */
+/** The options as the API takes them. What is empty is what the summary says: all tokens, and temperature 0. */
 function numbers(options) {
   const filled = Object.entries(options).filter(([, value]) => value.trim() !== "");
-  return Object.fromEntries(filled.map(([name, value]) => [name, Number.isNaN(Number(value)) ? value : Number(value)]));
+  const given = Object.fromEntries(filled.map(([name, value]) => [name, numberOr(value)]));
+  return { max_new_tokens: null, temperature: 0, ...given };
 }
 
 function named() {
-  const adapters = route.value.query.getAll("adapter").slice(0, MOST_LANES - 1);
+  const adapters = [...new Set(route.value.query.getAll("adapter"))].slice(0, MOST_LANES - 1);
   return adapters.length > 0 ? adapters : null;
 }

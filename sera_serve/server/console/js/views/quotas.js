@@ -2,7 +2,7 @@
 
 import { html, useState } from "../html.js";
 import { get, path, send } from "../api.js";
-import { bytes, count } from "../format.js";
+import { bytes, count, numberOr } from "../format.js";
 import { may } from "../session.js";
 import { useAction, useLoad } from "../store.js";
 import { Button, Dialog, Empty, ErrorNote, Heading, Loading, Meter, notify, SelectField, TextField } from "../ui.js";
@@ -103,8 +103,8 @@ function texts(limits) {
   return Object.fromEntries([...LIMITS.map(([field]) => field), "max_priority"].map((field) => [field, String(limits[field] ?? "")]));
 }
 
-/** What the API takes: null for no limit. What is no number goes as it is: the server says what is wrong with it. */
+/** What the API takes: null for no limit. */
 function valueOf(field, text) {
   if (text.trim() === "") return null;
-  return field === "max_priority" || Number.isNaN(Number(text)) ? text.trim() : Number(text);
+  return field === "max_priority" ? text : numberOr(text.trim());
 }

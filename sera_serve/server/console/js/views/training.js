@@ -117,6 +117,7 @@ function Files() {
           <${Button} kind="quiet danger-text" icon="trash" label=${`Delete ${file.filename}`} onClick=${() => setDoomed(file)} /></td>
       </tr>`)}</tbody>
     </table></div>`}
+    ${files.data?.has_more && html`<p class="help">Only the newest ${PAGE} are shown.</p>`}
     ${doomed && html`<${DeleteFile} file=${doomed} onClose=${() => setDoomed(null)} onDone=${() => {
       setDoomed(null);
       files.reload();
