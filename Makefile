@@ -43,7 +43,8 @@ lint: setup
 # or constraints.txt.
 lock: setup
 	$(BIN)/python -m pip install uv==0.13.9
-	$(BIN)/uv pip compile pyproject.toml --extra images -c constraints.txt -o requirements.lock --generate-hashes --no-annotate \
+	$(BIN)/uv pip compile pyproject.toml $(addprefix --extra ,images train quant cpu otel) \
+		-c constraints.txt -o requirements.lock --generate-hashes --no-annotate \
 		--python-version 3.12 --python-platform linux --default-index https://pypi.org/simple \
 		--custom-compile-command 'make lock'
 

@@ -44,7 +44,9 @@ def test_the_lock_has_the_tested_versions() -> None:
 def test_the_lock_has_every_dependency_and_the_build_backend() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
     lock = locked()
-    for text in (*project["project"]["dependencies"], *project["build-system"]["requires"]):
+    extras = project["project"]["optional-dependencies"]
+    served = [text for name, needed in extras.items() if name != "dev" for text in needed]
+    for text in (*project["project"]["dependencies"], *served, *project["build-system"]["requires"]):
         requirement = Requirement(text)
         if requirement.marker is None or requirement.marker.evaluate(LINUX):
             assert requirement.specifier.contains(lock[canonicalize_name(requirement.name)]), text
