@@ -249,9 +249,9 @@ class AdapterStore:
             except AdapterNotFound:
                 continue
 
-    def count_adapters(self, tenant: str | None = None) -> int:
+    def count_adapters(self) -> int:
         """The number of adapters, read from the names alone; a kill may have left a name too many."""
-        return sum(1 for _ in self._ids(tenant, "", _IDS_AT_ONCE))
+        return sum(1 for _ in self._ids(None, "", _IDS_AT_ONCE))
 
     def held(self, tenant: str) -> Held:
         """How many adapters a tenant has, and their bytes. Reads again only what has changed since the last call.
@@ -449,27 +449,6 @@ class AdapterStore:
         rest = [other for other in manifest.versions if other != version]
         moved = {LATEST: rest[-1]} if rest and manifest.aliases.get(LATEST) == version else {}
         return Change(set_aliases=moved, remove_versions=(version,))
-
-    def _info(self, adapter: str, record: VersionRecord, manifest: Manifest) -> AdapterInfo:
-        facts = self._facts_of(record)
-        return AdapterInfo(
-            adapter=adapter,
-            version=record.version,
-            digest=record.digest,
-            created_at=record.created_at,
-            nbytes=record.nbytes,
-            parameters=record.parameters,
-            task=record.task,
-            method=record.method,
-            base=record.base,
-            labels=None if facts.labels is None else tuple(facts.labels),
-            ranks=tuple(facts.ranks),
-            splits=tuple(facts.splits),
-            modules=facts.modules,
-            has_chat_template=facts.has_chat_template,
-            versions=manifest.versions,
-            aliases=manifest.aliases,
-        )
 
     def _summary(self, adapter: str, record: VersionRecord) -> dict[str, Any]:
         """The fields of an `AdapterSummary`."""

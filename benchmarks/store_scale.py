@@ -21,7 +21,7 @@ import statistics
 import tempfile
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -32,12 +32,16 @@ from typing import Annotated, Any
 import httpx
 import torch
 import typer
-from fastapi import FastAPI
+from fastapi import FastAPI, Request, Response
 from rich.console import Console
 from rich.table import Table
-from sera_serve.server.adapters import router
 
 from adapters_store import AdapterBundle, AdapterConfig, AdapterStore, BaseInfo, ModuleSpec, expected_shapes
+from sera_serve.config import ServeSettings
+from sera_serve.engine import Presence
+from sera_serve.server.auth import Caller
+from sera_serve.server.deps import Executors
+from sera_serve.server.native.adapters import router
 
 SIZES = (5_000, 100_000)
 PER_TENANT = 5
@@ -126,6 +130,32 @@ class Times:
         return {"median": round(median, 3), "max": round(longest, 3), "processor": round(processor, 3)}
 
 
+class _NothingLoaded:
+    """Stands for the engine in lists: every adapter is in the store alone."""
+
+    def presence(self, adapters: Sequence[tuple[str, str]]) -> list[Presence]:
+        return [Presence("store", False)] * len(adapters)
+
+
+def _listing_app(store: AdapterStore) -> FastAPI:
+    """The routes of adapters over a store, without an engine and without keys."""
+    app = FastAPI()
+    app.include_router(router)
+    settings = ServeSettings(base="none", store=store.root)
+    # What a list does not use is None.
+    for name in ("publisher", "training", "holdings", "quotas", "metrics", "accounting", "audit"):
+        setattr(app.state, name, None)
+    app.state.engine, app.state.store, app.state.settings = _NothingLoaded(), store, settings
+    app.state.executors = Executors.of(settings)
+
+    @app.middleware("http")
+    async def without_keys(request: Request, answer: Callable[[Request], Awaitable[Response]]) -> Response:
+        request.state.caller = Caller(None, None, "")  # type: ignore[arg-type]
+        return await answer(request)
+
+    return app
+
+
 class Scale:
     """One store of one size and shape, and what was wrong with it."""
 
@@ -176,9 +206,7 @@ class Scale:
             self._check([info.adapter for info in page.adapters] == expected, f"page of {tenant}")
 
     async def _http_pages(self, store: AdapterStore) -> None:
-        app = FastAPI()
-        app.include_router(router)
-        app.state.store = store
+        app = _listing_app(store)
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://store") as client:
             await client.get("/v1/adapters")
             for _ in range(self._samples):

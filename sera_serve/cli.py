@@ -59,7 +59,7 @@ def _with_settings(run: Callable[[Path | None, dict[str, Any]], None], text: str
 
     command.__doc__ = text
     config = typer.Option(help="YAML file of settings by name; flags and SERA_SERVE_* variables win over the file.")
-    parameters = [_keyword("config", Annotated[Path | None, config], None)]
+    parameters = [_keyword("config", Annotated[Path | None, config])]
     parameters += [_parameter(name, field) for name, field in ServeSettings.model_fields.items()]
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
@@ -93,11 +93,11 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
     option = typer.Option(f"--{name.replace('_', '-')}", help=f"{field.description}{default}", show_default=False)
     # The command line writes a mapping as "key=value,key=value".
     kind: Any = str if get_origin(field.annotation) is dict else field.annotation
-    return _keyword(name, Annotated[kind | None, option], None)
+    return _keyword(name, Annotated[kind | None, option])
 
 
-def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+def _keyword(name: str, annotation: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
 def _fail(message: str, status: int) -> NoReturn:

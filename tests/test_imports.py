@@ -47,7 +47,7 @@ ALLOWED: dict[str, set[str]] = {
     # The factory puts the interfaces together. Nothing below it imports the factory.
     "sera_serve.server.app": SHARED
     | {"sera_serve.server", "sera_serve.server.native", "sera_serve.server.openai"}
-    | {"sera_serve.access", "sera_serve.config", "adapters_store"},
+    | {"sera_serve.access", "sera_serve.config", "sera_serve.engine", "adapters_store"},
     "sera_serve.trainer": SHARED | {"sera_serve.terminal", "sera_serve.base", "sera_serve.layers", "adapters_store"},
 }
 # The entry points: they put the packages together.
@@ -167,3 +167,16 @@ def test_the_parts_of_a_package_import_downwards(package: str) -> None:
 def test_no_package_is_called_kernels() -> None:
     # It would shadow Hugging Face's `kernels`, which transformers imports.
     assert not (REPOSITORY / "kernels" / "__init__.py").exists()
+
+
+@pytest.mark.parametrize("folder", ["benchmarks", "examples", "docs"])
+def test_programs_beside_the_packages_import_modules_that_exist(folder: str) -> None:
+    known = {module for module, _ in modules()}
+    wrong = []
+    for path in sorted((REPOSITORY / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.module is not None:
+                names = [node.module]
+            wrong += [f"{path}: {name}" for name in names if name.partition(".")[0] in ROOTS and name not in known]
+    assert not wrong

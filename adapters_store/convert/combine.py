@@ -171,14 +171,9 @@ class Combination:
         return ModuleSpec(d_in=d_in, d_out=d_out, rank=first * split, split=split, use_mixer=use_mixer, scaling=scaling)
 
 
-def combine(
-    bundles: Sequence[AdapterBundle],
-    weights: Sequence[float],
-    names: Sequence[str] | None = None,
-    training: Mapping[str, JsonValue] | None = None,
-) -> AdapterBundle:
+def combine(bundles: Sequence[AdapterBundle], weights: Sequence[float]) -> AdapterBundle:
     """The weighted sum of adapters in memory as one adapter; arguments and errors as of `Combination`."""
-    combination = Combination([bundle.config for bundle in bundles], weights, names, training)
+    combination = Combination([bundle.config for bundle in bundles], weights)
     for bundle in bundles:
         combination.add(bundle)
     return combination.bundle()

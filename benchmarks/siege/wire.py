@@ -239,12 +239,3 @@ async def together(count: int, work: Callable[[int], Awaitable[object]]) -> None
 
 async def _awaited(work: Callable[[int], Awaitable[object]], index: int) -> None:
     await work(index)
-
-
-async def repeatedly(seconds: float, work: Callable[[], Awaitable[object]], pause: float = 0.0) -> None:
-    """Run again and again for so long; the last one is not cut."""
-    loop = asyncio.get_running_loop()
-    end = loop.time() + seconds
-    while loop.time() < end:
-        await work()
-        await asyncio.sleep(pause)

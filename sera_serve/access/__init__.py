@@ -21,7 +21,7 @@ from sera_serve.access.quotas import (
     checked_limit,
     checked_quotas,
 )
-from sera_serve.access.rates import RATE_HEADERS, Rate, Rates, rate_headers
+from sera_serve.access.rates import RATE_HEADERS, Rates, rate_headers
 from sera_serve.access.shares import EVERYONE, Shares
 
 __all__ = [
@@ -49,7 +49,6 @@ __all__ = [
     "QuotaExceeded",
     "QuotaPriority",
     "Quotas",
-    "Rate",
     "RateLimitExceeded",
     "Rates",
     "Scope",

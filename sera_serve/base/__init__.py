@@ -1,14 +1,13 @@
 """The frozen base model: loading, fingerprint, preprocessing of inputs, rotary scaling by sequence."""
 
-from sera_serve.base.fingerprint import fingerprint
-from sera_serve.base.image_tower import BaseKind, ImageTower, pool_image_states
+from sera_serve.base.image_tower import BaseKind, pool_image_states
 from sera_serve.base.images import ImageInput, decode_image, to_pixels
 from sera_serve.base.import_base import import_base
 from sera_serve.base.loading import DTYPES, EMBEDDED, base_outline, freeze_base, load_base
 from sera_serve.base.model import FrozenBase, Pooling, check_length, check_task, merge_adapter, pool_states
-from sera_serve.base.preprocess import LONG_CHARACTERS, ModelInputs, Preprocessor
+from sera_serve.base.preprocess import LONG_CHARACTERS, ModelInputs
 from sera_serve.base.quantize import Quantize, planned_bytes, quantize_base, weight_bytes
-from sera_serve.base.rotary import RotaryContext, RotaryScaling, rotary_scaling
+from sera_serve.base.rotary import RotaryContext
 from sera_serve.base.spans import Span
 
 __all__ = [
@@ -18,19 +17,15 @@ __all__ = [
     "BaseKind",
     "FrozenBase",
     "ImageInput",
-    "ImageTower",
     "ModelInputs",
     "Pooling",
-    "Preprocessor",
     "Quantize",
     "RotaryContext",
-    "RotaryScaling",
     "Span",
     "base_outline",
     "check_length",
     "check_task",
     "decode_image",
-    "fingerprint",
     "freeze_base",
     "import_base",
     "load_base",
@@ -39,7 +34,6 @@ __all__ = [
     "pool_image_states",
     "pool_states",
     "quantize_base",
-    "rotary_scaling",
     "to_pixels",
     "weight_bytes",
 ]

@@ -267,11 +267,6 @@ class Preprocessor:
         """Tell whether `prompt` takes so long that an event loop should call it on a worker thread."""
         return max(len(text or ""), len(token_ids or ())) > LONG_CHARACTERS
 
-    def are_long(self, inputs: Sequence[str | tuple[str, str]]) -> bool:
-        """Tell whether `rows` takes so long that it should not run where short inputs are awaited."""
-        lengths = (len(value) if isinstance(value, str) else sum(map(len, value)) for value in inputs)
-        return sum(lengths) > LONG_CHARACTERS
-
     def _texts(self, group: Sequence[tuple[int, str]], max_length: int, offsets: bool) -> dict[int, ModelInputs]:
         """The rows of texts by index. Of a long text only a part is tokenized: as much as decides its row."""
         rows: dict[int, ModelInputs] = {}

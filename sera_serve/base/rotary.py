@@ -237,17 +237,3 @@ def _unsupported(name: str, problem: str) -> InvalidConfiguration:
         "output; choose a base with another type of rotary scaling",
         param="base",
     )
-
-
-__all__ = [
-    "LONG",
-    "SHORT",
-    "PerSequenceRotary",
-    "RotaryContext",
-    "RotaryScaling",
-    "install_per_sequence_rotary",
-    "rotary_context",
-    "rotary_scaling",
-    "row_lengths",
-    "shared_tensors",
-]

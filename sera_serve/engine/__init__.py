@@ -1,7 +1,7 @@
 """Continuous batching for generation and batched forwards for classification, over one pool of adapters."""
 
 from sera_serve.base import ImageInput
-from sera_serve.engine.constraint import ConstraintCompiler, ConstraintSpec, TokenConstraint
+from sera_serve.engine.constraint import ConstraintSpec, TokenConstraint
 from sera_serve.engine.engine import ServingEngine
 from sera_serve.engine.loop.pages import PAGE_SIZE
 from sera_serve.engine.named_adapters import AdapterActivity
@@ -28,7 +28,7 @@ from sera_serve.engine.stream import GenerationResult, GenerationStream, TokenDe
 from sera_serve.engine.tasks import RunnerLoad
 from sera_serve.engine.tasks.classify import ClassifyResult, EmbedResult
 from sera_serve.residency import LOAD_BUCKETS, LoadTimes, Presence, ResidencyStats, Tier
-from sera_serve.residency.import_probe import ImportedAdapter, ImportMismatch
+from sera_serve.residency.import_probe import ImportedAdapter
 
 __all__ = [
     "BASE_PRINCIPAL",
@@ -41,7 +41,6 @@ __all__ = [
     "AdapterActivity",
     "AdapterChoice",
     "ClassifyResult",
-    "ConstraintCompiler",
     "ConstraintSpec",
     "EmbedResult",
     "GenerateParams",
@@ -49,7 +48,6 @@ __all__ = [
     "GenerationStream",
     "HeadResult",
     "ImageInput",
-    "ImportMismatch",
     "ImportedAdapter",
     "LabelScores",
     "LabelSet",

@@ -45,27 +45,3 @@ class TokenConstraint(Protocol):
 
     def is_ended(self) -> bool:
         """Whether only an end token may follow."""
-
-
-class ConstraintCompiler(Protocol):
-    """Makes constraints; any thread."""
-
-    def compile(self, spec: ConstraintSpec, share_key: str | None = None) -> TokenConstraint:
-        """The constraint at its beginning; each call gives a state of its own. Blocks.
-
-        Args:
-            spec: What the text must conform to.
-            share_key: Calls of one key share what was compiled. The time of a call tells what was compiled before, so
-                a key should name a tenant.
-
-        Raises:
-            InvalidRequest: The text is not a schema, regex or grammar that can be enforced.
-        """
-
-    def compiled(self, spec: ConstraintSpec, share_key: str | None = None) -> TokenConstraint | None:
-        """What `compile` would return, if it need not be compiled, or None. Takes a millisecond or two.
-
-        Args:
-            spec: What the text must conform to.
-            share_key: As of `compile`.
-        """

@@ -17,7 +17,7 @@ from sera_serve.config import ServeSettings
 from sera_serve.engine.adapter_uses import ANYONE, AdapterUses
 from sera_serve.engine.admission import AdmissionController
 from sera_serve.engine.choices import ChoiceGroup, check_logprobs, check_options, choice_requests
-from sera_serve.engine.constraint import ConstraintCompiler, ConstraintSpec, TokenConstraint
+from sera_serve.engine.constraint import ConstraintSpec, TokenConstraint
 from sera_serve.engine.image_rows import ImageLimits, ImageRows
 from sera_serve.engine.loop.pages import PAGE_SIZE
 from sera_serve.engine.memory import MEBIBYTE, DeviceMemory, memory_of
@@ -107,7 +107,7 @@ class ServingEngine(RowCalls):
             self._vocabulary = int(base.model.config.get_text_config().vocab_size)
             # It reads nothing before it is used.
             end_tokens = self._preprocessor.end_tokens()
-            self.constraints: ConstraintCompiler = StructuredOutput(base.tokenizer, self._vocabulary, end_tokens)
+            self.constraints = StructuredOutput(base.tokenizer, self._vocabulary, end_tokens)
             self.runners["generate"] = generation = self._make_generation()
             self._context_tokens = min(base.max_length, generation.cache_tokens)
 

@@ -82,7 +82,7 @@ _TOKEN_S = 0.003
 
 
 class StructuredOutput:
-    """A `ConstraintCompiler` for one base's tokenizer, with a bounded cache of what was compiled. Any thread.
+    """Makes the constraints of one base's tokenizer, with a bounded cache of what was compiled. Any thread.
 
     Locking: `_lock` guards the cache: nothing is compiled or read under it. `_reading` guards the tokenizer.
     """

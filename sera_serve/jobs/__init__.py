@@ -4,8 +4,6 @@
 """
 
 from sera_serve.jobs.files import (
-    FileInUse,
-    TooManyFiles,
     TrainingFile,
     TrainingFileNotFound,
     TrainingFileNotStored,
@@ -14,24 +12,19 @@ from sera_serve.jobs.files import (
 from sera_serve.jobs.places import Places
 from sera_serve.jobs.process import JobProcesses
 from sera_serve.jobs.records import (
-    Checkpoint,
     Job,
     JobEnded,
     JobEvent,
     JobNotFound,
     Jobs,
     JobStatus,
-    TooManyJobs,
     base_id,
 )
-from sera_serve.jobs.rows import InvalidTrainingFile, JobTask, RowKind
+from sera_serve.jobs.rows import JobTask
 from sera_serve.jobs.spec import JobSpec
 from sera_serve.jobs.supervisor import Supervisor
 
 __all__ = [
-    "Checkpoint",
-    "FileInUse",
-    "InvalidTrainingFile",
     "Job",
     "JobEnded",
     "JobEvent",
@@ -42,10 +35,7 @@ __all__ = [
     "JobTask",
     "Jobs",
     "Places",
-    "RowKind",
     "Supervisor",
-    "TooManyFiles",
-    "TooManyJobs",
     "TrainingFile",
     "TrainingFileNotFound",
     "TrainingFileNotStored",

@@ -11,9 +11,9 @@ from typing import BinaryIO, Literal
 
 from adapters_store import parse_json
 from sera_serve.errors import SeraServeError
-from sera_serve.trainer.data.labelled import label_of, messages_of, string_of, text_of
 from sera_serve.trainer.data.spans import spans_of
 from sera_serve.trainer.data.targets import labels_of, number_of
+from sera_serve.trainer.tables.fields import label_of, messages_of, string_of, text_of
 from sera_serve.trainer.tables.table import InvalidData, Problems, Row
 
 RowKind = Literal["messages", "prompt", "text", "pair", "labels", "pair-labels", "score", "pair-score", "spans"]

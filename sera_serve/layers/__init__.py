@@ -14,18 +14,13 @@ from sera_serve.layers.context import AdapterContext
 from sera_serve.layers.sera_linear import SeraLinear
 from sera_serve.layers.served_linear import (
     ServedLinear,
-    SharedInputGroup,
     SideStream,
     attach_serving,
     find_shared_inputs,
 )
 from sera_serve.layers.targets import (
     adaptable_linears,
-    find_targets,
     linear_widths,
-    match_targets,
-    near_names,
-    pattern_matches,
 )
 
 __all__ = [
@@ -34,7 +29,6 @@ __all__ = [
     "SeraConfig",
     "SeraLinear",
     "ServedLinear",
-    "SharedInputGroup",
     "SideStream",
     "adaptable_linears",
     "adapter_tensors",
@@ -45,10 +39,6 @@ __all__ = [
     "count_adapter_parameters",
     "detach_adapter",
     "find_shared_inputs",
-    "find_targets",
     "linear_widths",
-    "match_targets",
     "module_specs",
-    "near_names",
-    "pattern_matches",
 ]

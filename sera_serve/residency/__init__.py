@@ -8,9 +8,6 @@ from sera_serve.residency.manager import AdapterResidency
 from sera_serve.residency.packing import (
     AdapterLayout,
     PackedAdapter,
-    PackedHead,
-    PackedLinear,
-    PackedModule,
     head_logits,
     pack,
 )
@@ -30,9 +27,6 @@ __all__ = [
     "LoadTimes",
     "LoaderThreads",
     "PackedAdapter",
-    "PackedHead",
-    "PackedLinear",
-    "PackedModule",
     "Placement",
     "PrefetchHint",
     "Presence",

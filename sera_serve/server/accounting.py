@@ -6,23 +6,23 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Annotated, Protocol, cast
+from typing import cast
 
-from fastapi import Depends, Request
+from fastapi import Request
 from starlette.datastructures import State
 
 from sera_serve.access import Quota, Quotas, Rates, rate_headers
-from sera_serve.engine import ClassifyResult, EmbedResult, GenerateParams, GenerationResult, Principal, Priority
+from sera_serve.engine import (
+    ClassifyResult,
+    EmbedResult,
+    GenerateParams,
+    GenerationResult,
+    GenerationStream,
+    Principal,
+    Priority,
+)
 from sera_serve.server.metrics import ServerMetrics
 from sera_serve.server.usage_metrics import Usage
-
-
-class Computing(Protocol):
-    """A generation under way."""
-
-    @property
-    def computed_tokens(self) -> int:
-        """Tokens of the prompt and of the answer so far, without those that the prefix cache had."""
 
 
 @dataclass(slots=True, eq=False)
@@ -126,7 +126,7 @@ class Account:
         # A request of several generations is one request.
         self._adapters_counted: set[str | None] = set()
         self._generating = generating
-        self._computing: Sequence[Computing] = ()
+        self._computing: Sequence[GenerationStream] = ()
         self._charged = 0
 
     def params(self, params: GenerateParams) -> GenerateParams:
@@ -134,7 +134,7 @@ class Account:
         return params if params.priority == self.priority else replace(params, priority=self.priority)
 
     @contextmanager
-    def computing(self, generations: Sequence[Computing]) -> Iterator[None]:
+    def computing(self, generations: Sequence[GenerationStream]) -> Iterator[None]:
         """Charge the tokens of generations: at the end of the block, and whenever the tenant's next request comes."""
         tenant = self.principal.tenant
         self._computing, self._charged = generations, 0
@@ -294,13 +294,6 @@ class Accounting:
         return Account(self._metrics, meter, principal, priority, request.state.record, self._generating)
 
 
-async def _accounting(request: Request) -> Accounting:
-    return accounting_of(request)
-
-
 def accounting_of(request: Request) -> Accounting:
     """Return what opens the accounts of an app's requests."""
     return cast(Accounting, request.app.state.accounting)
-
-
-AccountingOf = Annotated[Accounting, Depends(_accounting)]

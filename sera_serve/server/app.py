@@ -11,6 +11,7 @@ from fastapi import FastAPI
 from adapters_store import AdapterStore, BundleLimits
 from sera_serve.access import RATE_HEADERS, AccessControl, AccessDatabase, AuditLog, Holdings, Quotas
 from sera_serve.config import ServeSettings
+from sera_serve.engine import ServingEngine
 from sera_serve.errors import InvalidConfiguration
 from sera_serve.server import console, docs_page, health, native, openai, openapi, stats
 from sera_serve.server.accounting import Accounting
@@ -21,7 +22,7 @@ from sera_serve.server.browsers import (
     CrossOriginAnswers,
     is_loopback,
 )
-from sera_serve.server.deps import Engine, Executors
+from sera_serve.server.deps import Executors
 from sera_serve.server.door import KeyDoor
 from sera_serve.server.errors import SHOULD_RETRY, add_error_handlers
 from sera_serve.server.freed_memory import MemoryTrimmer
@@ -31,6 +32,7 @@ from sera_serve.server.metrics import JobMetrics, LoopMetrics, ResidencyMetrics,
 from sera_serve.server.metrics_address import parse_address
 from sera_serve.server.middleware import BodyLimit, RequestLifecycle
 from sera_serve.server.openai.texts import Texts
+from sera_serve.server.publishing import Publisher
 from sera_serve.server.request_log import RequestLog
 from sera_serve.server.router_metrics import RouterMetrics
 from sera_serve.server.tracing import Tracing, telemetry_config, tracing_of
@@ -38,7 +40,9 @@ from sera_serve.server.training import Training
 from sera_serve.server.watcher import watching
 
 
-def build_app(engine: Engine, store: AdapterStore, settings: ServeSettings, tracing: Tracing | None = None) -> FastAPI:
+def build_app(
+    engine: ServingEngine, store: AdapterStore, settings: ServeSettings, tracing: Tracing | None = None
+) -> FastAPI:
     """Build the HTTP app. The engine starts and stops with the app.
 
     Args:
@@ -60,6 +64,7 @@ def build_app(engine: Engine, store: AdapterStore, settings: ServeSettings, trac
     access.on_change(quotas.refresh)
     holdings = Holdings(store, quotas)
     audit = AuditLog(store.root, settings.audit_max_mib, settings.audit_keep)
+    publisher = Publisher(engine, store, access, holdings, audit)
     training = Training.of(settings, store, access.database, quotas, holdings, audit, engine.base.info)
 
     @asynccontextmanager
@@ -70,7 +75,7 @@ def build_app(engine: Engine, store: AdapterStore, settings: ServeSettings, trac
         access.start()
         training.supervisor.start()
         try:
-            watcher = watching(settings.watch, engine, store, executors, limits, access, holdings, audit)
+            watcher = watching(settings.watch, publisher, executors, limits)
             async with app.state.loop_watch.running(), MemoryTrimmer().running(), watcher:
                 yield
         finally:
@@ -97,10 +102,10 @@ def build_app(engine: Engine, store: AdapterStore, settings: ServeSettings, trac
     app.state.settings = settings
     app.state.access = access
     app.state.audit = audit
+    app.state.publisher = publisher
     app.state.training = training
     app.state.quotas = quotas
     app.state.holdings = holdings
-    app.state.unfinished_jobs = training.jobs.unfinished
     app.state.metrics = metrics
     app.state.accounting = Accounting(metrics, quotas)
     app.state.loop_watch = LoopWatch(metrics.registry)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, cast
+from typing import cast
 
-from fastapi import Depends, Request
+from fastapi import Request
 
 from adapters_store import parse_adapter, parse_ref
 from adapters_store.errors import AdapterNotFound, InvalidAdapterName
@@ -204,10 +204,3 @@ def check_scope(caller: Caller, needed: str) -> None:
 def caller_of(request: Request) -> Caller:
     """Return who sent a request. The app must have a `KeyDoor`."""
     return cast(Caller, request.state.caller)
-
-
-async def _caller(request: Request) -> Caller:
-    return caller_of(request)
-
-
-CallerOf = Annotated[Caller, Depends(_caller)]

@@ -1,223 +1,34 @@
-"""What routes depend on: the engine's protocol, the threads of the routes' work, and FastAPI dependencies.
-
-`sera_serve.engine.ServingEngine` implements the protocol. So does the stub engine of the tests.
-"""
+"""What routes depend on: the threads of their work, and the request with what its app has for it."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from typing import Annotated, Protocol, cast
+from typing import Annotated, Any, ParamSpec, TypeVar
 
 from fastapi import Depends, Request
 
-from adapters_store import AdapterBundle, AdapterConfig, AdapterStore, PeftFiles
+from adapters_store import AdapterStore
 from sera_serve.access import AuditLog, Holdings, Quotas
-from sera_serve.base import FrozenBase, ImageInput, Pooling
+from sera_serve.access.audit import Action
 from sera_serve.config import ServeSettings
-from sera_serve.engine import (
-    AdapterActivity,
-    AdapterChoice,
-    ClassifyResult,
-    EmbedResult,
-    GenerateParams,
-    GenerationResult,
-    ImportedAdapter,
-    Presence,
-    Principal,
-    Priority,
-    ResidencyStats,
-    RunnerLoad,
-    Task,
-    TokenDelta,
-)
+from sera_serve.engine import Principal, Priority, ServingEngine
+from sera_serve.server.accounting import Account, Accounting
+from sera_serve.server.auth import caller_of
+from sera_serve.server.disconnect import cancel_on_disconnect
 from sera_serve.server.metrics import ServerMetrics
+from sera_serve.server.publishing import Publisher
+from sera_serve.server.training import Training
 from sera_serve.threads import BoundedExecutor
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _CHANGING_THREADS = 4
 # Of one core, pages of a long list take an eighth at most, beyond a first burst: clients that asked for page after page
 # made generations take four times as long.
 _LISTING_REST = 7
 _MAX_WAITING = 64
-
-
-class TokenStream(Protocol):
-    """The deltas of one generation. `result` is set when the deltas are exhausted."""
-
-    @property
-    def id(self) -> str:
-        """Name of the request."""
-
-    @property
-    def adapter(self) -> str | None:
-        """Name of the adapter; None is the base model."""
-
-    @property
-    def version(self) -> int | None:
-        """Version of the adapter; None is the base model."""
-
-    @property
-    def result(self) -> GenerationResult | None:
-        """The outcome, once there is one."""
-
-    @property
-    def waited_s(self) -> float:
-        """Seconds from the request's arrival until the request entered the batch."""
-
-    @property
-    def first_token_s(self) -> float | None:
-        """Seconds from the request's arrival to its first token, or None before the first token."""
-
-    @property
-    def computed_tokens(self) -> int:
-        """Tokens of the prompt and of the answer so far, without those that the prefix cache had."""
-
-    @property
-    def load_began(self) -> float | None:
-        """When the adapter began to load for the request (`time.monotonic`), or None if it was on the device."""
-
-    @property
-    def load_s(self) -> float:
-        """Seconds that the load took."""
-
-    def __aiter__(self) -> AsyncIterator[TokenDelta]:
-        """Return the stream itself."""
-
-    async def __anext__(self) -> TokenDelta:
-        """Return the next delta. Raises SeraServeError if the engine ends the request with an error."""
-
-    async def aclose(self) -> None:
-        """Cancel the rest of the generation and release what the request holds. A no-op on a finished stream."""
-
-
-class Engine(Protocol):
-    """Serves requests. Every refusal is a SeraServeError or a StoreError."""
-
-    @property
-    def base(self) -> FrozenBase:
-        """The base model, of which routes use the name, the tokenizer and the kind."""
-
-    @property
-    def context_tokens(self) -> int:
-        """The most tokens of one request, prompt and answer together."""
-
-    def start(self) -> None:
-        """Start to accept requests."""
-
-    def stop(self) -> None:
-        """Stop. Blocks until the engine's threads have ended."""
-
-    def check_bundle(self, bundle: AdapterBundle) -> None:
-        """Check that a bundle can be served: made for this base, not larger than the pool, no overflow. Blocks.
-
-        Raises:
-            InvalidBundle, AdapterTooLarge, AdapterOverflow: The bundle is refused.
-        """
-
-    def check_config(self, config: AdapterConfig) -> None:
-        """`check_bundle` for an adapter that has no weights yet.
-
-        Raises:
-            InvalidBundle, AdapterTooLarge: Adapters of this configuration are refused.
-        """
-
-    def import_checkpoint(self, files: PeftFiles) -> ImportedAdapter:
-        """Make a bundle of a PEFT checkpoint, and check it as `check_bundle` does. Blocks.
-
-        Raises:
-            InvalidBundle, AdapterTooLarge, AdapterOverflow, ImportMismatch: The checkpoint is refused.
-        """
-
-    def mark_deleted(self, digest: str) -> None:
-        """Free the memory of a deleted bundle when no request uses the bundle."""
-
-    def health(self) -> None:
-        """Return if the engine can serve. Raises EngineUnavailable with the reason if it cannot."""
-
-    def ready(self) -> None:
-        """Run `health`. On an idle engine, also check the engine's invariants."""
-
-    def in_flight(self, tenant: str | None = None) -> int:
-        """Number of requests in flight, waiting or running; those of one tenant if given."""
-
-    def waiting(self) -> int:
-        """Number of waiting sequences and waiting parts of classifications."""
-
-    def running(self) -> int:
-        """Number of sequences and parts of classifications in a batch."""
-
-    def loads(self) -> Mapping[Task, RunnerLoad]:
-        """What the runner of each task has to do."""
-
-    async def pin(self, digest: str, reference: str | None = None) -> None:
-        """Load an adapter onto the device and keep it there. `reference` is what requests will name it by."""
-
-    def unpin(self, digest: str, reference: str | None = None) -> None:
-        """End the pin of an adapter. Its content may leave the device if no other adapter pins it. Idempotent."""
-
-    def drop_deleted_pins(self) -> None:
-        """End the pins of adapters and bundles that were deleted, maybe by another server. Blocks."""
-
-    def presence(self, adapters: Sequence[tuple[str, str]]) -> Sequence[Presence]:
-        """Where each of these adapters, named by `tenant/name` and digest, is now."""
-
-    def stats(self) -> ResidencyStats:
-        """Figures of the adapters' memory."""
-
-    def adapter_activity(self) -> AdapterActivity:
-        """Which adapters serve and which are waited for, by the references that requests name them by."""
-
-    async def generate(
-        self, params: GenerateParams, principal: Principal, received_at: float | None = None
-    ) -> TokenStream:
-        """Admit a generation for `principal`. Every refusal is raised before the first delta.
-
-        `received_at` is the time (`time.monotonic`) of the request's first byte; time limits count from it.
-        """
-
-    async def generate_choices(
-        self, params: GenerateParams, principal: Principal, received_at: float | None = None
-    ) -> Sequence[TokenStream]:
-        """Admit `params.n` answers to one prompt, all or none. Each is read and closed on its own."""
-
-    async def classify(
-        self,
-        adapter: AdapterChoice,
-        inputs: Sequence[str | tuple[str, str] | ImageInput],
-        principal: Principal,
-        priority: Priority = "normal",
-        timeout_s: float | None = None,
-        received_at: float | None = None,
-    ) -> ClassifyResult:
-        """Classify each input with the adapter's head, for `principal`. A pair is two sentences of one input."""
-
-    async def classify_each(
-        self,
-        adapters: Sequence[str],
-        inputs: Sequence[str | tuple[str, str] | ImageInput],
-        principal: Principal,
-        priority: Priority = "normal",
-        timeout_s: float | None = None,
-        received_at: float | None = None,
-    ) -> list[ClassifyResult]:
-        """Classify each input with each of several adapters: one result an adapter, in their order."""
-
-    async def embed(
-        self,
-        adapter: AdapterChoice | None,
-        inputs: Sequence[str | list[int] | ImageInput],
-        principal: Principal,
-        *,
-        pooling: Pooling | None = None,
-        normalize: bool = True,
-        priority: Priority = "normal",
-        timeout_s: float | None = None,
-        received_at: float | None = None,
-    ) -> EmbedResult:
-        """Make one vector of each input, texts and images or all lists of tokens, for `principal`. No input is cut.
-
-        `pooling` None is that of a classifier's adapter, and else the base's own.
-        """
 
 
 @dataclass(frozen=True)
@@ -253,51 +64,53 @@ class Executors:
             executor.close()
 
 
-# The dependencies are coroutines. FastAPI would call plain functions in a thread, and each such call costs several
-# hand-overs of the interpreter's lock.
-async def _engine(request: Request) -> Engine:
-    return cast(Engine, request.app.state.engine)
+class RequestContext:
+    """One request as its route sees it: who sent it, and what its app has for it.
+
+    Attributes:
+        request: The request.
+        caller: Who sent it.
+        received_at: When its first byte came (`time.monotonic`). Time limits count from it.
+    """
+
+    def __init__(self, request: Request) -> None:
+        """Read the state of the request and of its app."""
+        state = request.app.state
+        self.request = request
+        self.caller = caller_of(request)
+        self.received_at: float | None = getattr(request.state, "received_at", None)
+        self.engine: ServingEngine = state.engine
+        self.store: AdapterStore = state.store
+        self.settings: ServeSettings = state.settings
+        self.executors: Executors = state.executors
+        self.publisher: Publisher = state.publisher
+        self.training: Training = state.training
+        self.holdings: Holdings = state.holdings
+        self.quotas: Quotas = state.quotas
+        self.metrics: ServerMetrics = state.metrics
+        self.accounting: Accounting = state.accounting
+        self._audit: AuditLog = state.audit
+
+    async def finish(self, work: Coroutine[Any, Any, T]) -> T:
+        """Await `work`, or cancel it when the client leaves; see `cancel_on_disconnect`."""
+        return await cancel_on_disconnect(self.request.receive, work)
+
+    async def run(self, executor: BoundedExecutor, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """`finish`, for a function that blocks. What has not begun when the client leaves is not begun."""
+        return await self.finish(executor.run(work, *args, **kwargs))
+
+    def open_account(self, principal: Principal, asked: Priority | None) -> Account:
+        """Open the account of the request, which names a priority or none; raises as `Accounting.open` does."""
+        return self.accounting.open(self.request, principal, asked)
+
+    def record(self, action: Action, tenant: str, target: str, **details: str | int | float | bool | None) -> None:
+        """Tell the audit log what the caller did; see `AuditLog.record`. Blocks."""
+        self._audit.record(action, self.caller.actor, tenant=tenant, target=target, **details)
 
 
-async def _store(request: Request) -> AdapterStore:
-    return cast(AdapterStore, request.app.state.store)
+# A coroutine: FastAPI would call a plain function in a thread, which costs hand-overs of the interpreter's lock.
+async def _context(request: Request) -> RequestContext:
+    return RequestContext(request)
 
 
-async def _settings(request: Request) -> ServeSettings:
-    return cast(ServeSettings, request.app.state.settings)
-
-
-async def _executors(request: Request) -> Executors:
-    return cast(Executors, request.app.state.executors)
-
-
-async def _received_at(request: Request) -> float | None:
-    return cast(float | None, getattr(request.state, "received_at", None))
-
-
-async def _holdings(request: Request) -> Holdings:
-    return cast(Holdings, request.app.state.holdings)
-
-
-async def _quotas(request: Request) -> Quotas:
-    return cast(Quotas, request.app.state.quotas)
-
-
-async def _audit(request: Request) -> AuditLog:
-    return cast(AuditLog, request.app.state.audit)
-
-
-async def _metrics(request: Request) -> ServerMetrics:
-    return cast(ServerMetrics, request.app.state.metrics)
-
-
-EngineOf = Annotated[Engine, Depends(_engine)]
-StoreOf = Annotated[AdapterStore, Depends(_store)]
-SettingsOf = Annotated[ServeSettings, Depends(_settings)]
-MetricsOf = Annotated[ServerMetrics, Depends(_metrics)]
-HoldingsOf = Annotated[Holdings, Depends(_holdings)]
-QuotasOf = Annotated[Quotas, Depends(_quotas)]
-AuditOf = Annotated[AuditLog, Depends(_audit)]
-ExecutorsOf = Annotated[Executors, Depends(_executors)]
-# When the request's first byte came (`time.monotonic`). Time limits count from it.
-ReceivedAt = Annotated[float | None, Depends(_received_at)]
+ContextOf = Annotated[RequestContext, Depends(_context)]

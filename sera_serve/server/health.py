@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from adapters_store import AdapterStore, StoreState, StoreUnavailable
 from sera_serve.errors import SeraServeError
-from sera_serve.server.deps import EngineOf, MetricsOf
+from sera_serve.server.deps import ContextOf
 from sera_serve.server.strict import StrictRoute
 from sera_serve.threads import BoundedExecutor
 
@@ -76,19 +76,19 @@ async def healthz() -> Health:
 
 
 @router.get("/readyz")
-async def readyz(request: Request, engine: EngineOf) -> Readiness:
+async def readyz(context: ContextOf) -> Readiness:
     """Report whether requests should come: engine and store serve, and the server is not stopping; else 503."""
-    if request.app.state.draining:
+    if context.request.app.state.draining:
         raise Draining("the server is stopping; send requests to another one")
-    engine.ready()
-    return Readiness(status="ready", store=await _probe(request).state(_STORE_TIMEOUT_S))
+    context.engine.ready()
+    return Readiness(status="ready", store=await _probe(context.request).state(_STORE_TIMEOUT_S))
 
 
 @router.get("/metrics", response_class=Response)
-async def metrics(metrics: MetricsOf) -> Response:
+async def metrics(context: ContextOf) -> Response:
     """Return all metrics in Prometheus' text format."""
     # On another thread: with many tenants it takes a tenth of a second.
-    return Response(await run_in_threadpool(metrics.exposition), media_type=CONTENT_TYPE_LATEST)
+    return Response(await run_in_threadpool(context.metrics.exposition), media_type=CONTENT_TYPE_LATEST)
 
 
 def _probe(request: Request) -> StoreProbe:

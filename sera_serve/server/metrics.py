@@ -4,32 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from itertools import accumulate
-from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from sera_serve.engine import LOAD_BUCKETS, GenerationResult, ResidencyStats, RunnerLoad, Task
+from sera_serve.engine import LOAD_BUCKETS, GenerationResult, ResidencyStats, RunnerLoad, ServingEngine, Task
 from sera_serve.errors import SeraServeError
 from sera_serve.jobs import JobStatus
 from sera_serve.server.usage_metrics import UsageMetrics
 
 _METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
-
-
-class Load(Protocol):
-    """The engine's load, read at each scrape."""
-
-    def in_flight(self) -> int:
-        """Number of requests in flight, waiting or running."""
-
-    def waiting(self) -> int:
-        """Number of waiting sequences and waiting parts of classifications."""
-
-    def running(self) -> int:
-        """Number of sequences and parts of classifications in a batch."""
 
 
 class ServerMetrics:
@@ -39,11 +25,11 @@ class ServerMetrics:
         usage: What each tenant has used, and each adapter was used for.
     """
 
-    def __init__(self, load: Load, label_limit: int = 200) -> None:
+    def __init__(self, engine: ServingEngine, label_limit: int = 200) -> None:
         """Register the metrics.
 
         Args:
-            load: Read at each scrape.
+            engine: Read at each scrape.
             label_limit: The most tenants, and the most adapters, with a label of their own.
         """
         self.registry = CollectorRegistry()
@@ -84,9 +70,9 @@ class ServerMetrics:
             registry=self.registry,
         )
         for name, text, read in (
-            ("sera_requests_in_flight", "Requests in flight, waiting or running.", load.in_flight),
-            ("sera_waiting", "Waiting sequences and waiting parts of classifications.", load.waiting),
-            ("sera_running", "Sequences and parts of classifications in a batch.", load.running),
+            ("sera_requests_in_flight", "Requests in flight, waiting or running.", engine.in_flight),
+            ("sera_waiting", "Waiting sequences and waiting parts of classifications.", engine.waiting),
+            ("sera_running", "Sequences and parts of classifications in a batch.", engine.running),
         ):
             Gauge(name, text, registry=self.registry).set_function(read)
 

@@ -9,96 +9,82 @@ from pathlib import Path
 from adapters_store import AdapterBundle, AdapterStore, BundleLimits, PeftFiles, Published, peft_from_path
 from adapters_store.errors import AdapterNotFound, InvalidBundle, MissingFile, StoreError
 from sera_serve.access import AccessControl, Actor, AuditLog, Holdings
-from sera_serve.server.deps import Engine
+from sera_serve.engine import ServingEngine
 
 
 @dataclass(frozen=True)
-class PublishedSource:
-    """A version that was published.
+class Publisher:
+    """Publishes and deletes adapters of one app. Its methods block."""
 
-    Attributes:
-        version: The version.
-        warnings: What an import had to say.
-    """
+    engine: ServingEngine
+    store: AdapterStore
+    access: AccessControl
+    holdings: Holdings
+    audit: AuditLog
 
-    version: Published
-    warnings: tuple[str, ...]
+    def publish(self, source: AdapterBundle | PeftFiles, name: str, actor: Actor) -> tuple[Published, tuple[str, ...]]:
+        """Check what was read, publish it as the next version of `name`, and record that.
 
+        Returns:
+            The version, and what an import had to say.
 
-def publish(
-    source: AdapterBundle | PeftFiles,
-    name: str,
-    engine: Engine,
-    store: AdapterStore,
-    access: AccessControl,
-    holdings: Holdings,
-) -> PublishedSource:
-    """Check what was read, and publish it as the next version of `name`. Blocks.
+        Raises:
+            InvalidBundle, AdapterTooLarge, AdapterOverflow, ImportMismatch: It is refused; the store is unchanged.
+            QuotaExceeded: The tenant may not have so much.
+            StoreError: It cannot be written.
+            AccessDatabaseError: Nobody knows whether shares of an older adapter of this name are left.
+        """
+        bundle, warnings = self.checked(source)
+        return self.publish_checked(bundle, name, actor), warnings
 
-    Raises:
-        InvalidBundle, AdapterTooLarge, AdapterOverflow, ImportMismatch: It is refused; the store is unchanged.
-        QuotaExceeded: The tenant may not have so much.
-        StoreError: It cannot be written.
-        AccessDatabaseError: Nobody knows whether shares of an older adapter of this name are left.
-    """
-    bundle, warnings = checked(source, engine)
-    return PublishedSource(publish_within(bundle, name, store, access, holdings), warnings)
+    def checked(self, source: AdapterBundle | PeftFiles) -> tuple[AdapterBundle, tuple[str, ...]]:
+        """The bundle of what was read, and an import's warnings; raises as `publish` does."""
+        if isinstance(source, PeftFiles):
+            imported = self.engine.import_checkpoint(source)
+            return imported.bundle, imported.warnings
+        self.engine.check_bundle(source)
+        return source, ()
 
+    def publish_checked(self, bundle: AdapterBundle, name: str, actor: Actor) -> Published:
+        """`publish`, for a bundle that was checked."""
+        if self.store.has_content(name, bundle.digest) is None:
+            # A kill may have come between the deletion of an older adapter of this name and the end of its shares.
+            self._end_shares(name)
+        added = self.holdings.check_publish(name, bundle.digest, bundle.file_bytes)
+        published = self.store.publish(bundle, name=name)
+        self.holdings.note_published(name, added)
+        record_publication(published, self.audit, actor)
+        return published
 
-def publish_within(
-    bundle: AdapterBundle, name: str, store: AdapterStore, access: AccessControl, holdings: Holdings
-) -> Published:
-    """Publish a bundle within the quotas of its tenant; raises as `publish` does. Blocks."""
-    if store.has_content(name, bundle.digest) is None:
-        # A kill may have come between the deletion of an older adapter of this name and the end of its shares.
-        _end_shares(name, access)
-    added = holdings.check_publish(name, bundle.digest, bundle.file_bytes)
-    published = store.publish(bundle, name=name)
-    holdings.note_published(name, added)
-    return published
+    def remove(self, reference: str, actor: Actor) -> None:
+        """Delete an adapter, or one version of it, and record it. Shares end with the last version.
 
+        Raises:
+            AdapterNotFound, VersionInUse: As `AdapterStore.delete`.
+            AccessDatabaseError: The adapter is deleted, and its shares are not; deleting it again ends them.
+        """
+        name = reference.partition("@")[0]
+        try:
+            freed = self.store.delete(reference)
+            for digest in freed.digests:
+                self.engine.mark_deleted(digest)
+            self.holdings.note_deleted(reference)
+            self.audit.record("adapter.delete", actor, tenant=reference.partition("/")[0], target=reference)
+            # Pins of content that other adapters have too. A store that cannot be read is asked with the next pin.
+            with suppress(StoreError):
+                self.engine.drop_deleted_pins()
+        except AdapterNotFound:
+            # A command may have deleted it, and been killed before the end of its shares.
+            if reference == name:
+                self._end_shares(name)
+            raise
+        if freed.adapter_gone:
+            self._end_shares(name)
 
-def checked(source: AdapterBundle | PeftFiles, engine: Engine) -> tuple[AdapterBundle, tuple[str, ...]]:
-    """The bundle of what was read, and an import's warnings; raises as `publish` does."""
-    if isinstance(source, PeftFiles):
-        imported = engine.import_checkpoint(source)
-        return imported.bundle, imported.warnings
-    engine.check_bundle(source)
-    return source, ()
-
-
-def remove(
-    reference: str,
-    engine: Engine,
-    store: AdapterStore,
-    access: AccessControl,
-    holdings: Holdings,
-    audit: AuditLog,
-    actor: Actor,
-) -> None:
-    """Delete an adapter, or one version of it, and record it. Shares end with the last version. Blocks.
-
-    Raises:
-        AdapterNotFound, VersionInUse: As `AdapterStore.delete`.
-        AccessDatabaseError: The adapter is deleted, and its shares are not; deleting it again ends them.
-    """
-    name = reference.partition("@")[0]
-    try:
-        freed = store.delete(reference)
-        for digest in freed.digests:
-            engine.mark_deleted(digest)
-        holdings.note_deleted(reference)
-        audit.record("adapter.delete", actor, tenant=reference.partition("/")[0], target=reference)
-        # Pins of content that other adapters have too. A store that cannot be read is asked again with the next pin.
-        with suppress(StoreError):
-            engine.drop_deleted_pins()
-    except AdapterNotFound:
-        # A command may have deleted it, and been killed before the end of its shares.
-        if reference == name:
-            _end_shares(name, access)
-        raise
-    if freed.adapter_gone:
-        _end_shares(name, access)
+    def _end_shares(self, name: str) -> None:
+        # Another adapter of its name must begin without shares.
+        self.access.shares.remove_all(name)
+        self.access.refresh()
 
 
 def record_publication(version: Published, audit: AuditLog, actor: Actor) -> None:
@@ -107,12 +93,6 @@ def record_publication(version: Published, audit: AuditLog, actor: Actor) -> Non
     audit.record(
         "adapter.publish", actor, tenant=tenant, target=version.adapter, version=version.version, digest=version.digest
     )
-
-
-def _end_shares(name: str, access: AccessControl) -> None:
-    # Another adapter of its name must begin without shares.
-    access.shares.remove_all(name)
-    access.refresh()
 
 
 def read_source(path: str, limits: BundleLimits, within: Path | None = None) -> AdapterBundle | PeftFiles:

@@ -8,32 +8,15 @@ read a server without a setting of their own if the server has vLLM's names.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Protocol
+from collections.abc import Callable, Iterable, Iterator
 
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from sera_serve.engine import PAGE_SIZE, AdapterActivity, RunnerLoad, Task
+from sera_serve.engine import PAGE_SIZE, ServingEngine
 
 # Of one label. A router parses the list at every scrape, several times a second.
 MAX_NAMES_BYTES = 32 << 10
-
-
-class RoutedEngine(Protocol):
-    """What a router wants to know of an engine."""
-
-    def waiting(self) -> int:
-        """Sequences and parts of classifications that wait."""
-
-    def running(self) -> int:
-        """Sequences and parts of classifications in a batch."""
-
-    def loads(self) -> Mapping[Task, RunnerLoad]:
-        """What the runner of each task has to do."""
-
-    def adapter_activity(self) -> AdapterActivity:
-        """Which adapters serve and which are waited for."""
 
 
 class RouterMetrics(Collector):
@@ -48,7 +31,7 @@ class RouterMetrics(Collector):
     """
 
     def __init__(
-        self, engine: RoutedEngine, model_name: Callable[[], str], clock: Callable[[], float] = time.time
+        self, engine: ServingEngine, model_name: Callable[[], str], clock: Callable[[], float] = time.time
     ) -> None:
         """Read an engine.
 

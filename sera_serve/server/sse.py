@@ -12,10 +12,9 @@ from typing import Any
 from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
-from sera_serve.engine import GenerationResult, TokenDelta
+from sera_serve.engine import GenerationResult, GenerationStream, TokenDelta
 from sera_serve.errors import EngineUnavailable
 from sera_serve.server.accounting import Account
-from sera_serve.server.deps import TokenStream
 from sera_serve.server.disconnect import ClientDisconnected, cancel_on_disconnect
 from sera_serve.server.errors import describe
 from sera_serve.server.loop_watch import measured_with_request
@@ -23,19 +22,13 @@ from sera_serve.server.loop_watch import measured_with_request
 logger = logging.getLogger("sera_serve.server")
 DONE = b"data: [DONE]\n\n"
 
-Admit = Callable[[], Awaitable[Sequence[TokenStream]]]
+Admit = Callable[[], Awaitable[Sequence[GenerationStream]]]
 """Sends a request to the engine, and returns its streams. Called once."""
 
 
-def encode_event(content: dict[str, Any], name: str | None = None) -> bytes:
-    """Encode one event. The JSON has no line breaks, so the event is one `data:` line, after `event:` if it has a name.
-
-    Args:
-        content: The JSON of the event.
-        name: The event's name; letters, dots and underscores.
-    """
-    data = b"data: " + json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8") + b"\n\n"
-    return data if name is None else b"event: " + name.encode() + b"\n" + data
+def encode_event(content: dict[str, Any]) -> bytes:
+    """Encode one event. Its JSON has no line breaks, so the event is one `data:` line."""
+    return b"data: " + json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8") + b"\n\n"
 
 
 class EventWriter:
@@ -45,19 +38,19 @@ class EventWriter:
     stream, then `end`. After a failure `failed` is the last call.
     """
 
-    def begin(self, streams: Sequence[TokenStream]) -> bytes:
+    def begin(self, streams: Sequence[GenerationStream]) -> bytes:
         """The events before the first delta."""
         return b""
 
-    def delta(self, index: int, stream: TokenStream, delta: TokenDelta) -> bytes:
+    def delta(self, index: int, stream: GenerationStream, delta: TokenDelta) -> bytes:
         """The events that add text or tokens."""
         raise NotImplementedError
 
-    def final(self, index: int, stream: TokenStream, result: GenerationResult) -> bytes:
+    def final(self, index: int, stream: GenerationStream, result: GenerationResult) -> bytes:
         """The events at the end of one stream."""
         raise NotImplementedError
 
-    def end(self, streams: Sequence[TokenStream]) -> bytes:
+    def end(self, streams: Sequence[GenerationStream]) -> bytes:
         """The events after the last stream has ended."""
         return DONE
 
@@ -109,7 +102,7 @@ class EventStream(Response):
                     await send({"type": "http.response.body", "body": event, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _events(self, streams: Sequence[TokenStream], request_id: str) -> AsyncGenerator[bytes]:
+    async def _events(self, streams: Sequence[GenerationStream], request_id: str) -> AsyncGenerator[bytes]:
         writer = self._writer
         try:
             if first := writer.begin(streams):
@@ -135,7 +128,7 @@ class EventStream(Response):
 
 
 @asynccontextmanager
-async def admitted(admit: Admit, account: Account) -> AsyncIterator[Sequence[TokenStream]]:
+async def admitted(admit: Admit, account: Account) -> AsyncIterator[Sequence[GenerationStream]]:
     """Admit a request, and close its streams at the end of the block. Waiting times are counted, and tokens charged."""
     streams = await admit()
     try:
@@ -149,7 +142,7 @@ async def admitted(admit: Admit, account: Account) -> AsyncIterator[Sequence[Tok
         await asyncio.shield(asyncio.ensure_future(measured_with_request(_close_all(streams))))
 
 
-async def admit_all(calls: Sequence[Admit]) -> list[TokenStream]:
+async def admit_all(calls: Sequence[Admit]) -> list[GenerationStream]:
     """Admit several requests at once, all or none.
 
     Returns:
@@ -170,7 +163,7 @@ async def admit_all(calls: Sequence[Admit]) -> list[TokenStream]:
         raise
 
 
-async def merged(streams: Sequence[TokenStream]) -> AsyncGenerator[tuple[int, TokenDelta | None]]:
+async def merged(streams: Sequence[GenerationStream]) -> AsyncGenerator[tuple[int, TokenDelta | None]]:
     """Yield the deltas of several streams as they come, each with its stream's index. None is the end of a stream.
 
     Raises what a stream raises. The other streams stay open.
@@ -206,17 +199,17 @@ async def merged(streams: Sequence[TokenStream]) -> AsyncGenerator[tuple[int, To
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def result_of(stream: TokenStream) -> GenerationResult:
+def result_of(stream: GenerationStream) -> GenerationResult:
     """Return the result of an exhausted stream. Raises EngineUnavailable if the stream was closed before its end."""
     if stream.result is None:
         raise EngineUnavailable("the generation was closed before it finished; send the request again")
     return stream.result
 
 
-async def _awaited(call: Admit) -> Sequence[TokenStream]:
+async def _awaited(call: Admit) -> Sequence[GenerationStream]:
     return await call()
 
 
-async def _close_all(streams: Sequence[TokenStream]) -> None:
+async def _close_all(streams: Sequence[GenerationStream]) -> None:
     for stream in streams:
         await stream.aclose()

@@ -8,7 +8,7 @@ from fastapi import APIRouter
 from pydantic import BaseModel
 
 from sera_serve.engine import ResidencyStats, Tier
-from sera_serve.server.deps import EngineOf, MetricsOf
+from sera_serve.server.deps import ContextOf
 from sera_serve.server.strict import StrictRoute
 
 router = APIRouter(route_class=StrictRoute, tags=["operations"])
@@ -82,15 +82,15 @@ class Stats(BaseModel):
 
 
 @router.get("/v1/stats")
-async def stats(engine: EngineOf, metrics: MetricsOf) -> Stats:
+async def stats(context: ContextOf) -> Stats:
     """Return the load, the memory, and what was counted since the server began."""
-    totals = metrics.totals()
-    pages = [load.cache_pages for load in engine.loads().values()]
+    totals = context.metrics.totals()
+    pages = [load.cache_pages for load in context.engine.loads().values()]
     return Stats(
         at=time.time(),
-        requests_in_flight=engine.in_flight(),
-        waiting=engine.waiting(),
-        running=engine.running(),
+        requests_in_flight=context.engine.in_flight(),
+        waiting=context.engine.waiting(),
+        running=context.engine.running(),
         tokens=TokenCounts(
             prompt=int(totals.get("sera_tokens_total prompt", 0)),
             completion=int(totals.get("sera_tokens_total completion", 0)),
@@ -98,11 +98,11 @@ async def stats(engine: EngineOf, metrics: MetricsOf) -> Stats:
         classified_inputs=int(totals["sera_classified_inputs_total"]),
         first_token=_seconds(totals, "sera_first_token_seconds"),
         waits=_seconds(totals, "sera_wait_seconds"),
-        adapters=_memory(engine.stats()),
+        adapters=_memory(context.engine.stats()),
         cache_pages=CachePages(in_use=sum(page[0] for page in pages), total=sum(page[1] for page in pages)),
         by_tenant={
             tenant: TenantUsage(requests=usage.requests, tokens=usage.tokens["prompt"] + usage.tokens["completion"])
-            for tenant, usage in metrics.usage.by_tenant().items()
+            for tenant, usage in context.metrics.usage.by_tenant().items()
         },
         by_adapter={
             adapter: AdapterUsage(
@@ -110,7 +110,7 @@ async def stats(engine: EngineOf, metrics: MetricsOf) -> Stats:
                 tokens=usage.tokens["prompt"] + usage.tokens["completion"],
                 classified_inputs=usage.classified,
             )
-            for adapter, usage in metrics.usage.by_adapter().items()
+            for adapter, usage in context.metrics.usage.by_adapter().items()
         },
     )
 

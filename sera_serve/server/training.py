@@ -6,9 +6,6 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, cast
-
-from fastapi import Depends, Request
 
 from adapters_store import AdapterStore, BaseInfo, Published
 from sera_serve.access import AccessDatabase, Actor, AuditLog, Holdings, Quotas
@@ -125,10 +122,3 @@ class Training:
         """Stop all jobs, which go on when a server of the store starts again. Blocks."""
         self.checking.close()
         self.supervisor.stop()
-
-
-async def _training(request: Request) -> Training:
-    return cast(Training, request.app.state.training)
-
-
-TrainingOf = Annotated[Training, Depends(_training)]

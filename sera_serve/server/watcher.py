@@ -14,12 +14,12 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from adapters_store import AdapterStore, BundleLimits, StoreError, StoreUnavailable, parse_adapter
+from adapters_store import BundleLimits, StoreError, StoreUnavailable, parse_adapter
 from adapters_store.errors import AdapterNotFound, InvalidAdapterName, StoreWriteFailed
-from sera_serve.access import AccessControl, AccessDatabaseError, Actor, AuditLog, Holdings
+from sera_serve.access import AccessDatabaseError, Actor
 from sera_serve.errors import EngineUnavailable, Overloaded, SeraServeError
-from sera_serve.server.deps import Engine, Executors
-from sera_serve.server.publishing import publish, read_source, record_publication, remove
+from sera_serve.server.deps import Executors
+from sera_serve.server.publishing import Publisher, read_source
 from sera_serve.threads import BoundedExecutor
 
 logger = logging.getLogger("sera_serve.watch")
@@ -192,14 +192,7 @@ class WatchedDirectory:
 
 @asynccontextmanager
 async def watching(
-    root: Path | None,
-    engine: Engine,
-    store: AdapterStore,
-    executors: Executors,
-    limits: BundleLimits,
-    access: AccessControl,
-    holdings: Holdings,
-    audit: AuditLog,
+    root: Path | None, publisher: Publisher, executors: Executors, limits: BundleLimits
 ) -> AsyncIterator[None]:
     """Keep the store in step with a directory while the block runs; None watches nothing."""
     if root is None:
@@ -208,7 +201,7 @@ async def watching(
     # Of its own: a disk that never answers must keep no other work waiting, and must not delay the end.
     looking = BoundedExecutor("watching", 1, 1)
     watched = WatchedDirectory(root)
-    task = asyncio.create_task(_watch(watched, engine, store, executors, limits, looking, access, holdings, audit))
+    task = asyncio.create_task(_watch(watched, publisher, executors, limits, looking))
     try:
         yield
     finally:
@@ -220,14 +213,10 @@ async def watching(
 
 async def _watch(
     directory: WatchedDirectory,
-    engine: Engine,
-    store: AdapterStore,
+    publisher: Publisher,
     executors: Executors,
     limits: BundleLimits,
     looking: BoundedExecutor,
-    access: AccessControl,
-    holdings: Holdings,
-    audit: AuditLog,
 ) -> None:
     unreadable = ""
     loop = asyncio.get_running_loop()
@@ -239,11 +228,9 @@ async def _watch(
             took = loop.time() - began
             unreadable = ""
             for name in gone:
-                await executors.changing.run(_withdraw, directory, name, engine, store, access, holdings, audit)
+                await executors.changing.run(_withdraw, directory, name, publisher)
             for name in ready:
-                await executors.publishing.run(
-                    _publish, directory, name, engine, store, limits, access, holdings, audit
-                )
+                await executors.publishing.run(_publish, directory, name, publisher, limits)
         except OSError as error:
             # Once, until it is back.
             if str(error) != unreadable:
@@ -257,16 +244,7 @@ async def _watch(
         await asyncio.sleep(max(POLL_S, _IDLE_SHARE * took))
 
 
-def _publish(
-    directory: WatchedDirectory,
-    name: str,
-    engine: Engine,
-    store: AdapterStore,
-    limits: BundleLimits,
-    access: AccessControl,
-    holdings: Holdings,
-    audit: AuditLog,
-) -> None:
+def _publish(directory: WatchedDirectory, name: str, publisher: Publisher, limits: BundleLimits) -> None:
     path = directory.path(name)
     try:
         # A link must not lead into what another tenant has, or out of the directory.
@@ -274,7 +252,7 @@ def _publish(
         if not directory.is_unchanged(name):
             # It is being written again. The next polls see the change.
             return
-        made = publish(source, name, engine, store, access, holdings)
+        published, warnings = publisher.publish(source, name, _ACTOR)
     except _PASSING as error:
         if directory.try_later(name, error.message):
             logger.error("%s is not published yet, and is tried again: %s", path, error.message)
@@ -288,24 +266,15 @@ def _publish(
         directory.mark_handled(name, published=False)
         logger.exception("%s is not published, until it changes, because of an unexpected error", path)
         return
-    record_publication(made.version, audit, _ACTOR)
     directory.mark_handled(name, published=True)
-    logger.info("%s is published as %s@v%d", path, name, made.version.version)
-    for warning in made.warnings:
+    logger.info("%s is published as %s@v%d", path, name, published.version)
+    for warning in warnings:
         logger.warning("%s: %s", path, warning)
 
 
-def _withdraw(
-    directory: WatchedDirectory,
-    name: str,
-    engine: Engine,
-    store: AdapterStore,
-    access: AccessControl,
-    holdings: Holdings,
-    audit: AuditLog,
-) -> None:
+def _withdraw(directory: WatchedDirectory, name: str, publisher: Publisher) -> None:
     try:
-        remove(name, engine, store, access, holdings, audit, _ACTOR)
+        publisher.remove(name, _ACTOR)
         logger.info("%s is withdrawn: it vanished from %s", name, directory.root)
     except AdapterNotFound:
         # Somebody else deleted it.

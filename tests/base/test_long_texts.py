@@ -127,9 +127,3 @@ def test_the_longest_token_bounds_the_characters_of_a_prompt() -> None:
     preprocessor = random_decoder().preprocessor
     assert preprocessor.longest_token == 5
     assert preprocessor.max_characters(256) == 1280
-
-
-def test_only_long_inputs_are_tokenized_apart() -> None:
-    preprocessor = random_decoder().preprocessor
-    assert not preprocessor.are_long(["a" * 2000, ("b" * 1000, "c" * 1000)])
-    assert preprocessor.are_long(["a" * 2000, ("b" * 1000, "c" * 1001)])

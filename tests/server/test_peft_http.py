@@ -18,6 +18,7 @@ from adapters_store.errors import StoreWriteFailed
 from sera_serve.base import FrozenBase
 from sera_serve.config import ServeSettings
 from sera_serve.server import build_app, watcher
+from sera_serve.server.publishing import Publisher
 from support.answers import refused
 from support.live_server import live_server, wait_until
 from support.peft_checkpoints import CONFIG, WEIGHTS, edit_config, save_checkpoint
@@ -271,8 +272,8 @@ def test_neither_a_link_nor_an_unexpected_error_ends_the_watch(
         (watched / "acme" / "taken.safetensors").symlink_to(watched / "other" / "own.safetensors")
         wait_until(lambda: logged("outside the allowed directory"))
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(watcher, "publish", fail)
-            patched.setattr(watcher, "remove", fail)
+            patched.setattr(Publisher, "publish", fail)
+            patched.setattr(Publisher, "remove", fail)
             (watched / "acme" / "faulty.safetensors").write_bytes(writer.to_bytes())
             wait_until(lambda: logged("faulty.safetensors is not published"))
             (watched / "other" / "own.safetensors").unlink()
@@ -334,7 +335,7 @@ def test_what_is_no_adapter_is_named_once(tmp_path: Path, caplog: pytest.LogCapt
 
 def test_nothing_is_watched_by_default() -> None:
     async def enter() -> None:
-        async with watcher.watching(None, None, None, None, None, None, None, None):  # type: ignore[arg-type]
+        async with watcher.watching(None, None, None, None):  # type: ignore[arg-type]
             assert len(asyncio.all_tasks()) == 1
 
     asyncio.run(enter())

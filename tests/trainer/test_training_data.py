@@ -10,7 +10,8 @@ import pyarrow.parquet
 import pytest
 from trainer_samples import ending_rule, settings_for, write_csv, write_jsonl
 
-from sera_serve.trainer.data.labelled import draw, hold_out, load_classify_data, load_generate_data
+from sera_serve.trainer.data.labelled import load_classify_data, load_generate_data
+from sera_serve.trainer.data.splits import draw, hold_out
 from sera_serve.trainer.data.targets import load_label_sets, load_numbers
 from sera_serve.trainer.tables.table import InvalidData
 

@@ -5,16 +5,13 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Query, Response
 
-from adapters_store import AdapterStore, ResolvedAdapter
 from adapters_store import AdapterSummary as StoredAdapter
+from adapters_store import ResolvedAdapter
 from adapters_store.errors import AdapterNotFound
-from sera_serve.access import AccessControl, Actor, AuditLog, Holdings
 from sera_serve.engine import Presence
-from sera_serve.server.auth import Caller, CallerOf
-from sera_serve.server.deps import AuditOf, Engine, EngineOf, Executors, ExecutorsOf, HoldingsOf, SettingsOf, StoreOf
-from sera_serve.server.disconnect import cancel_on_disconnect
+from sera_serve.server.deps import ContextOf, RequestContext
 from sera_serve.server.native.schemas import (
     AdapterDetail,
     AdapterList,
@@ -25,7 +22,6 @@ from sera_serve.server.native.schemas import (
     PublishedAdapter,
 )
 from sera_serve.server.native.uploads import Upload, receive_upload
-from sera_serve.server.publishing import publish, record_publication, remove
 from sera_serve.server.strict import StrictRoute
 from sera_serve.server.visible import visible_page
 from sera_serve.threads import pause
@@ -56,173 +52,98 @@ _UPLOAD_FORM = {
 }
 
 
-# Each route waits under `cancel_on_disconnect`: work whose client has left before the work began is not begun.
+# Each route waits under `RequestContext.finish`: work whose client has left before the work began is not begun.
 
 
 @router.post("/v1/adapters", status_code=201, openapi_extra=_UPLOAD_FORM)
-async def upload(
-    request: Request,
-    caller: CallerOf,
-    engine: EngineOf,
-    store: StoreOf,
-    settings: SettingsOf,
-    executors: ExecutorsOf,
-    holdings: HoldingsOf,
-    audit: AuditOf,
-) -> PublishedAdapter:
+async def upload(context: ContextOf) -> PublishedAdapter:
     """Publish a bundle, or a PEFT checkpoint, as the next version of an adapter.
 
     It is checked and on disk when this answers 201.
     """
-    max_bytes = settings.max_upload_mib << 20
-    async with receive_upload(request) as received:
-        caller.check_publish(received.name)
+    async with receive_upload(context.request) as received:
+        context.caller.check_publish(received.name)
         # Until the publisher is free, the upload lies on disk. When this block ends, the file is closed: a publication
         # that has begun is waited for, even if the client has left.
-        work = executors.publishing.run_to_end(
-            _publish, received, engine, store, max_bytes, caller.access, holdings, audit, caller.actor
-        )
-        published = await cancel_on_disconnect(request.receive, work)
+        work = context.executors.publishing.run_to_end(_publish, received, context)
+        published = await context.finish(work)
     return published
 
 
 @router.get("/v1/adapters", response_model=AdapterList)
-async def list_adapters(
-    query: Annotated[ListQuery, Query()],
-    request: Request,
-    caller: CallerOf,
-    engine: EngineOf,
-    store: StoreOf,
-    executors: ExecutorsOf,
-) -> Response:
+async def list_adapters(query: Annotated[ListQuery, Query()], context: ContextOf) -> Response:
     """The adapters in order of their ids, a page at a time."""
-    content = await cancel_on_disconnect(request.receive, executors.listing.run(_page, caller, engine, store, query))
+    content = await context.run(context.executors.listing, _page, context, query)
     return Response(content, media_type="application/json")
 
 
 @router.get("/v1/adapters/{tenant}/{name}")
-async def inspect(
-    tenant: str,
-    name: str,
-    request: Request,
-    caller: CallerOf,
-    engine: EngineOf,
-    store: StoreOf,
-    executors: ExecutorsOf,
-) -> AdapterDetail:
+async def inspect(tenant: str, name: str, context: ContextOf) -> AdapterDetail:
     """One version of an adapter; `name` may carry @alias, @v3 or @digest."""
-    caller.check_use(f"{tenant}/{name}")
-    work = executors.changing.run(_detail, engine, store, f"{tenant}/{name}")
-    return await cancel_on_disconnect(request.receive, work)
+    context.caller.check_use(f"{tenant}/{name}")
+    return await context.run(context.executors.changing, _detail, context, f"{tenant}/{name}")
 
 
 @router.delete("/v1/adapters/{tenant}/{name}")
-async def delete(
-    tenant: str,
-    name: str,
-    request: Request,
-    caller: CallerOf,
-    engine: EngineOf,
-    store: StoreOf,
-    executors: ExecutorsOf,
-    holdings: HoldingsOf,
-    audit: AuditOf,
-) -> DeletedAdapter:
+async def delete(tenant: str, name: str, context: ContextOf) -> DeletedAdapter:
     """Delete an adapter, or with @ one version of it; requests under way keep the version they began with."""
-    caller.check_change(f"{tenant}/{name}")
-    work = executors.changing.run(
-        remove, f"{tenant}/{name}", engine, store, caller.access, holdings, audit, caller.actor
-    )
-    await cancel_on_disconnect(request.receive, work)
+    context.caller.check_change(f"{tenant}/{name}")
+    await context.run(context.executors.changing, context.publisher.remove, f"{tenant}/{name}", context.caller.actor)
     return DeletedAdapter(adapter=f"{tenant}/{name}")
 
 
 @router.put("/v1/adapters/{tenant}/{name}/pin")
-async def pin(
-    tenant: str,
-    name: str,
-    request: Request,
-    caller: CallerOf,
-    engine: EngineOf,
-    store: StoreOf,
-    executors: ExecutorsOf,
-    audit: AuditOf,
-) -> PinnedAdapter:
+async def pin(tenant: str, name: str, context: ContextOf) -> PinnedAdapter:
     """Keep one version of an adapter on the device until the version is unpinned or deleted, or the server ends."""
-    caller.check_change(f"{tenant}/{name}")
-    work = _pin(f"{tenant}/{name}", engine, store, executors, audit, caller.actor)
-    resolved = await cancel_on_disconnect(request.receive, work)
+    context.caller.check_change(f"{tenant}/{name}")
+    resolved = await context.finish(_pin(f"{tenant}/{name}", context))
     return PinnedAdapter(adapter=resolved.adapter, version=resolved.version, pinned=True)
 
 
 @router.delete("/v1/adapters/{tenant}/{name}/pin")
-async def unpin(
-    tenant: str,
-    name: str,
-    request: Request,
-    caller: CallerOf,
-    engine: EngineOf,
-    store: StoreOf,
-    executors: ExecutorsOf,
-    audit: AuditOf,
-) -> PinnedAdapter:
+async def unpin(tenant: str, name: str, context: ContextOf) -> PinnedAdapter:
     """Let one version of an adapter leave the device again."""
-    caller.check_change(f"{tenant}/{name}")
-    work = executors.changing.run(_unpin, f"{tenant}/{name}", engine, store, audit, caller.actor)
-    resolved = await cancel_on_disconnect(request.receive, work)
+    context.caller.check_change(f"{tenant}/{name}")
+    resolved = await context.run(context.executors.changing, _unpin, f"{tenant}/{name}", context)
     return PinnedAdapter(adapter=resolved.adapter, version=resolved.version, pinned=False)
 
 
-def _publish(
-    received: Upload,
-    engine: Engine,
-    store: AdapterStore,
-    max_bytes: int,
-    access: AccessControl,
-    holdings: Holdings,
-    audit: AuditLog,
-    actor: Actor,
-) -> PublishedAdapter:
-    made = publish(received.read(max_bytes), received.name, engine, store, access, holdings)
-    version = made.version
-    record_publication(version, audit, actor)
-    return PublishedAdapter(
-        adapter=version.adapter, version=version.version, digest=version.digest, warnings=list(made.warnings)
-    )
+def _publish(received: Upload, context: RequestContext) -> PublishedAdapter:
+    source = received.read(context.settings.max_upload_mib << 20)
+    published, warnings = context.publisher.publish(source, received.name, context.caller.actor)
+    return PublishedAdapter.of(published, warnings)
 
 
-async def _pin(
-    reference: str, engine: Engine, store: AdapterStore, executors: Executors, audit: AuditLog, actor: Actor
-) -> ResolvedAdapter:
-    resolved = await executors.changing.run(store.resolve, reference)
-    await engine.pin(resolved.digest, reference)
-    await executors.changing.run(_record_pin, "adapter.pin", resolved, audit, actor)
+async def _pin(reference: str, context: RequestContext) -> ResolvedAdapter:
+    changing = context.executors.changing
+    resolved = await changing.run(context.store.resolve, reference)
+    await context.engine.pin(resolved.digest, reference)
+    await changing.run(_record_pin, "adapter.pin", resolved, context)
     return resolved
 
 
 def _record_pin(
-    action: Literal["adapter.pin", "adapter.unpin"], resolved: ResolvedAdapter, audit: AuditLog, actor: Actor
+    action: Literal["adapter.pin", "adapter.unpin"], resolved: ResolvedAdapter, context: RequestContext
 ) -> None:
-    tenant = resolved.adapter.partition("/")[0]
-    audit.record(action, actor, tenant=tenant, target=resolved.adapter, version=resolved.version)
+    context.record(action, resolved.adapter.partition("/")[0], resolved.adapter, version=resolved.version)
 
 
-def _unpin(reference: str, engine: Engine, store: AdapterStore, audit: AuditLog, actor: Actor) -> ResolvedAdapter:
+def _unpin(reference: str, context: RequestContext) -> ResolvedAdapter:
     try:
-        resolved = store.resolve(reference)
+        resolved = context.store.resolve(reference)
     except AdapterNotFound:
         # Another server may have deleted what is pinned here. The reference tells its digest no more.
-        engine.drop_deleted_pins()
+        context.engine.drop_deleted_pins()
         raise
-    engine.unpin(resolved.digest, reference)
-    _record_pin("adapter.unpin", resolved, audit, actor)
+    context.engine.unpin(resolved.digest, reference)
+    _record_pin("adapter.unpin", resolved, context)
     return resolved
 
 
-def _page(caller: Caller, engine: Engine, store: AdapterStore, query: ListQuery) -> bytes:
+def _page(context: RequestContext, query: ListQuery) -> bytes:
     """The JSON of an `AdapterList`. One call for the whole page would hold the interpreter's lock for too long."""
-    page = visible_page(caller, store, query.after, query.limit, query.tenant)
-    places = engine.presence([(info.adapter, info.digest) for info in page.adapters])
+    page = visible_page(context.caller, context.store, query.after, query.limit, query.tenant)
+    places = context.engine.presence([(info.adapter, info.digest) for info in page.adapters])
     adapters = []
     for info, place in zip(page.adapters, places, strict=True):
         pause()
@@ -230,13 +151,13 @@ def _page(caller: Caller, engine: Engine, store: AdapterStore, query: ListQuery)
     return f'{{"adapters":[{",".join(adapters)}],"next":{json.dumps(page.next)}}}'.encode()
 
 
-def _detail(engine: Engine, store: AdapterStore, reference: str) -> AdapterDetail:
-    info = store.inspect(reference)
+def _detail(context: RequestContext, reference: str) -> AdapterDetail:
+    info = context.store.inspect(reference)
     return AdapterDetail(
-        **_summary(info, engine.presence([(info.adapter, info.digest)])[0]),
+        **_summary(info, context.engine.presence([(info.adapter, info.digest)])[0]),
         versions=list(info.versions),
         aliases=info.aliases,
-        config=store.config(info.digest).model_dump(mode="json"),
+        config=context.store.config(info.digest).model_dump(mode="json"),
     )
 
 

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Response
 from starlette.routing import Match
 from starlette.types import Scope
 
 from sera_serve.engine import ImageInput
 from sera_serve.errors import InvalidRequest
-from sera_serve.server.accounting import AccountingOf
-from sera_serve.server.auth import CallerOf
-from sera_serve.server.deps import EngineOf, ExecutorsOf, ReceivedAt, SettingsOf
-from sera_serve.server.disconnect import cancel_on_disconnect
+from sera_serve.server.deps import ContextOf
 from sera_serve.server.native.schemas import MAX_REFERENCE, ClassifyResponse
 from sera_serve.server.native.upload_form import FormReader, boundary_of
 from sera_serve.server.strict import StrictRoute
@@ -52,23 +49,15 @@ router = APIRouter(route_class=FormRoute, tags=["inference"])
 
 
 @router.post("/v1/classify", include_in_schema=False, openapi_extra={"requestBody": {"content": FORM_SCHEMA}})
-async def classify_form(
-    request: Request,
-    caller: CallerOf,
-    engine: EngineOf,
-    accounting: AccountingOf,
-    executors: ExecutorsOf,
-    settings: SettingsOf,
-    received_at: ReceivedAt,
-) -> Response:
+async def classify_form(context: ContextOf) -> Response:
     """Classify each image file with the head of an adapter."""
-    boundary = boundary_of(request.headers["content-type"])
-    body = await request.body()
-    reading = executors.forms.run(_read, body, boundary, settings.max_images)
-    adapter, images = await cancel_on_disconnect(request.receive, reading)
-    account = accounting.open(request, caller.principal(adapter), None)
-    work = engine.classify(adapter, images, account.principal, account.priority, None, received_at)
-    result = await cancel_on_disconnect(request.receive, work)
+    boundary = boundary_of(context.request.headers["content-type"])
+    body = await context.request.body()
+    reading = context.executors.forms.run(_read, body, boundary, context.settings.max_images)
+    adapter, images = await context.finish(reading)
+    account = context.open_account(context.caller.principal(adapter), None)
+    work = context.engine.classify(adapter, images, account.principal, account.priority, None, context.received_at)
+    result = await context.finish(work)
     account.count_classified([result])
     return Response(ClassifyResponse.of(result).model_dump_json(), media_type="application/json")
 

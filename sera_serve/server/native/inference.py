@@ -5,13 +5,11 @@ from __future__ import annotations
 from contextlib import aclosing
 from functools import partial
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Response
 
 from sera_serve.engine import GenerateParams, Priority
-from sera_serve.server.accounting import Account, AccountingOf
-from sera_serve.server.auth import CallerOf
-from sera_serve.server.deps import EngineOf, ReceivedAt
-from sera_serve.server.disconnect import cancel_on_disconnect
+from sera_serve.server.accounting import Account
+from sera_serve.server.deps import ContextOf
 from sera_serve.server.native.image_form import FORM_SCHEMA
 from sera_serve.server.native.schemas import (
     ChoicesResponse,
@@ -36,21 +34,14 @@ router = APIRouter(route_class=StrictRoute, tags=["inference"])
     response_model=GenerateResponse | ChoicesResponse,
     responses={200: {"content": stream_of(GenerateEvent)}},
 )
-async def generate(
-    body: GenerateRequest,
-    request: Request,
-    caller: CallerOf,
-    engine: EngineOf,
-    accounting: AccountingOf,
-    received_at: ReceivedAt,
-) -> Response:
+async def generate(body: GenerateRequest, context: ContextOf) -> Response:
     """Continue a prompt with an adapter, or with the base model alone."""
-    account = accounting.open(request, caller.principal(body.adapter), _asked(body))
+    account = context.open_account(context.caller.principal(body.adapter), _asked(body))
     params = account.params(body.to_params())
-    admit = partial(engine.generate_choices, params, account.principal, received_at)
+    admit = partial(context.engine.generate_choices, params, account.principal, context.received_at)
     if body.stream:
         return EventStream(admit, GenerateEvents(params), account)
-    content = await cancel_on_disconnect(request.receive, _complete(admit, params, account))
+    content = await context.finish(_complete(admit, params, account))
     return Response(content, media_type="application/json")
 
 
@@ -70,29 +61,22 @@ async def _complete(admit: Admit, params: GenerateParams, account: Account) -> b
     response_model=ClassifyResponse | ClassifyEachResponse,
     openapi_extra={"requestBody": {"content": FORM_SCHEMA}},
 )
-async def classify(
-    body: ClassifyRequest,
-    request: Request,
-    caller: CallerOf,
-    engine: EngineOf,
-    accounting: AccountingOf,
-    received_at: ReceivedAt,
-) -> Response:
+async def classify(body: ClassifyRequest, context: ContextOf) -> Response:
     """Classify each input with the head of an adapter, or with each of several."""
     answer: ClassifyResponse | ClassifyEachResponse
     if body.adapters is not None:
-        account = accounting.open(request, caller.principal_of_all(body.adapters, "adapters"), _asked(body))
-        options = account.principal, account.priority, body.timeout_s, received_at
-        each = engine.classify_each(body.adapters, body.inputs, *options)
-        results = await cancel_on_disconnect(request.receive, each)
+        account = context.open_account(context.caller.principal_of_all(body.adapters, "adapters"), _asked(body))
+        options = account.principal, account.priority, body.timeout_s, context.received_at
+        each = context.engine.classify_each(body.adapters, body.inputs, *options)
+        results = await context.finish(each)
         account.count_classified(results)
         answer = ClassifyEachResponse.of(results)
     else:
         assert body.adapter is not None
-        account = accounting.open(request, caller.principal(body.adapter), _asked(body))
-        options = account.principal, account.priority, body.timeout_s, received_at
-        work = engine.classify(body.adapter, body.inputs, *options)
-        result = await cancel_on_disconnect(request.receive, work)
+        account = context.open_account(context.caller.principal(body.adapter), _asked(body))
+        options = account.principal, account.priority, body.timeout_s, context.received_at
+        work = context.engine.classify(body.adapter, body.inputs, *options)
+        result = await context.finish(work)
         account.count_classified([result])
         answer = ClassifyResponse.of(result)
     # The framework would check the answer against its own form again.

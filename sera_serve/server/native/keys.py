@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Query, Response
 
 from adapters_store import check_part
-from sera_serve.access import SCOPES, AccessControl, Actor, AuditLog
-from sera_serve.server.auth import CallerOf
-from sera_serve.server.deps import AuditOf, EngineOf, ExecutorsOf
-from sera_serve.server.disconnect import cancel_on_disconnect
+from sera_serve.access import SCOPES, AccessControl
+from sera_serve.server.deps import ContextOf, RequestContext
 from sera_serve.server.native.access_schemas import (
     CallerDetail,
     CallersBase,
@@ -26,41 +24,37 @@ router = APIRouter(route_class=StrictRoute, tags=["keys"])
 
 
 @router.get("/v1/me")
-async def me(caller: CallerOf, engine: EngineOf) -> CallerDetail:
+async def me(context: ContextOf) -> CallerDetail:
     """Who the caller is, what it may do, and the base model. Without keys, it may do everything."""
-    base = CallersBase(name=engine.base.name, kind=engine.base.kind)
+    base = CallersBase(name=context.engine.base.name, kind=context.engine.base.kind)
     return CallerDetail(
-        tenant=caller.tenant,
-        key_id=None if caller.key is None else caller.key.id,
-        scopes=[scope for scope in SCOPES if caller.may(scope)],
-        needs_keys=caller.access.needs_keys,
+        tenant=context.caller.tenant,
+        key_id=None if context.caller.key is None else context.caller.key.id,
+        scopes=[scope for scope in SCOPES if context.caller.may(scope)],
+        needs_keys=context.caller.access.needs_keys,
         base=base,
     )
 
 
 @router.get("/v1/keys", response_model=KeyList)
-async def list_keys(
-    query: Annotated[KeyQuery, Query()], request: Request, caller: CallerOf, executors: ExecutorsOf
-) -> Response:
+async def list_keys(query: Annotated[KeyQuery, Query()], context: ContextOf) -> Response:
     """All keys, or those of one tenant, oldest first; revoked and expired ones too."""
-    work = executors.listing.run(_list, caller.access, query.tenant)
-    return Response(await cancel_on_disconnect(request.receive, work), media_type="application/json")
+    return Response(
+        await context.run(context.executors.listing, _list, context.caller.access, query.tenant),
+        media_type="application/json",
+    )
 
 
 @router.post("/v1/keys", status_code=201)
-async def create_key(
-    body: KeyRequest, request: Request, caller: CallerOf, executors: ExecutorsOf, audit: AuditOf
-) -> NewKey:
+async def create_key(body: KeyRequest, context: ContextOf) -> NewKey:
     """Make a key. Its secret is in this answer and nowhere else."""
-    work = executors.changing.run(_create, body, caller.access, audit, caller.actor)
-    return await cancel_on_disconnect(request.receive, work)
+    return await context.run(context.executors.changing, _create, body, context)
 
 
 @router.delete("/v1/keys/{id}")
-async def revoke_key(id: str, request: Request, caller: CallerOf, executors: ExecutorsOf, audit: AuditOf) -> KeyDetail:
+async def revoke_key(id: str, context: ContextOf) -> KeyDetail:
     """Refuse a key from now on. It stays in the list."""
-    work = executors.changing.run(_revoke, id, caller.access, audit, caller.actor)
-    return await cancel_on_disconnect(request.receive, work)
+    return await context.run(context.executors.changing, _revoke, id, context)
 
 
 def _list(access: AccessControl, tenant: str | None) -> bytes:
@@ -71,22 +65,18 @@ def _list(access: AccessControl, tenant: str | None) -> bytes:
     return f'{{"keys":[{keys}]}}'.encode()
 
 
-def _create(body: KeyRequest, access: AccessControl, audit: AuditLog, actor: Actor) -> NewKey:
+def _create(body: KeyRequest, context: RequestContext) -> NewKey:
+    access = context.caller.access
     made = access.keys.create(body.tenant, body.scopes, name=body.name, lifetime_s=body.expires_in_s)
     access.refresh()
-    audit.record(
-        "key.create",
-        actor,
-        tenant=made.key.tenant,
-        target=made.key.id,
-        scopes=",".join(sorted(made.key.scopes)),
-        expires_at=made.key.expires_at,
-    )
+    scopes = ",".join(sorted(made.key.scopes))
+    context.record("key.create", made.key.tenant, made.key.id, scopes=scopes, expires_at=made.key.expires_at)
     return NewKey.with_secret(made)
 
 
-def _revoke(identifier: str, access: AccessControl, audit: AuditLog, actor: Actor) -> KeyDetail:
+def _revoke(identifier: str, context: RequestContext) -> KeyDetail:
+    access = context.caller.access
     key = access.keys.revoke(identifier)
     access.refresh()
-    audit.record("key.revoke", actor, tenant=key.tenant, target=key.id)
+    context.record("key.revoke", key.tenant, key.id)
     return KeyDetail.of(key)

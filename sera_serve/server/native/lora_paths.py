@@ -8,17 +8,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter
 
 from adapters_store import AdapterBundle, AdapterStore, BundleLimits, parse_adapter
 from adapters_store.errors import AdapterNotFound, InvalidAdapterName
-from sera_serve.access import AccessControl, Actor, AuditLog, Holdings
 from sera_serve.errors import InvalidRequest, SeraServeError
-from sera_serve.server.auth import CallerOf
-from sera_serve.server.deps import AuditOf, Engine, EngineOf, ExecutorsOf, HoldingsOf, SettingsOf, StoreOf
-from sera_serve.server.disconnect import cancel_on_disconnect
+from sera_serve.server.deps import ContextOf, RequestContext
 from sera_serve.server.native.schemas import DeletedAdapter, LoadLoraRequest, PublishedAdapter, UnloadLoraRequest
-from sera_serve.server.publishing import checked, publish_within, read_source, record_publication, remove
+from sera_serve.server.publishing import read_source
 from sera_serve.server.strict import StrictRoute
 
 router = APIRouter(route_class=StrictRoute, tags=["adapters"])
@@ -46,46 +43,21 @@ class AdapterExists(InvalidRequest):
 
 
 @router.post("/v1/load_lora_adapter")
-async def load_lora_adapter(
-    body: LoadLoraRequest,
-    request: Request,
-    caller: CallerOf,
-    engine: EngineOf,
-    store: StoreOf,
-    settings: SettingsOf,
-    executors: ExecutorsOf,
-    holdings: HoldingsOf,
-    audit: AuditOf,
-) -> PublishedAdapter:
+async def load_lora_adapter(body: LoadLoraRequest, context: ContextOf) -> PublishedAdapter:
     """Publish the adapter at a path below `lora_path_root`: a PEFT checkpoint, or a bundle."""
-    root = _root(settings.lora_path_root)
+    root = _root(context.settings.lora_path_root)
     _check_name(body.lora_name)
-    caller.check_publish(body.lora_name)
-    limits = BundleLimits(max_bytes=settings.max_upload_mib << 20)
-    work = executors.publishing.run(
-        _load, body, root, limits, engine, store, caller.access, holdings, audit, caller.actor
-    )
-    return await cancel_on_disconnect(request.receive, work)
+    context.caller.check_publish(body.lora_name)
+    return await context.run(context.executors.publishing, _load, body, root, context)
 
 
 @router.post("/v1/unload_lora_adapter")
-async def unload_lora_adapter(
-    body: UnloadLoraRequest,
-    request: Request,
-    caller: CallerOf,
-    engine: EngineOf,
-    store: StoreOf,
-    settings: SettingsOf,
-    executors: ExecutorsOf,
-    holdings: HoldingsOf,
-    audit: AuditOf,
-) -> DeletedAdapter:
+async def unload_lora_adapter(body: UnloadLoraRequest, context: ContextOf) -> DeletedAdapter:
     """Delete an adapter with all of its versions; requests under way keep the version they began with."""
-    _root(settings.lora_path_root)
+    _root(context.settings.lora_path_root)
     _check_name(body.lora_name)
-    caller.check_change(body.lora_name)
-    work = executors.changing.run(remove, body.lora_name, engine, store, caller.access, holdings, audit, caller.actor)
-    await cancel_on_disconnect(request.receive, work)
+    context.caller.check_change(body.lora_name)
+    await context.run(context.executors.changing, context.publisher.remove, body.lora_name, context.caller.actor)
     return DeletedAdapter(adapter=body.lora_name)
 
 
@@ -105,17 +77,7 @@ def _check_name(name: str) -> None:
         raise InvalidAdapterName(error.message, param="lora_name") from None
 
 
-def _load(
-    body: LoadLoraRequest,
-    root: Path,
-    limits: BundleLimits,
-    engine: Engine,
-    store: AdapterStore,
-    access: AccessControl,
-    holdings: Holdings,
-    audit: AuditLog,
-    actor: Actor,
-) -> PublishedAdapter:
+def _load(body: LoadLoraRequest, root: Path, context: RequestContext) -> PublishedAdapter:
     # No pathlib for the client's text: it would intern the names that clients choose.
     allowed = os.path.realpath(root)
     if "\0" in body.lora_path:
@@ -124,13 +86,11 @@ def _load(
     path = os.path.realpath(body.lora_path if absolute else f"{allowed}/{body.lora_path}")
     if path != allowed and not path.startswith(allowed.rstrip(os.sep) + os.sep):
         raise PathNotAllowed("lora_path leads out of the server's lora_path_root", param="lora_path")
-    bundle, warnings = checked(read_source(path, limits, Path(allowed)), engine)
-    _check_new(body, bundle, store)
-    published = publish_within(bundle, body.lora_name, store, access, holdings)
-    record_publication(published, audit, actor)
-    return PublishedAdapter(
-        adapter=published.adapter, version=published.version, digest=published.digest, warnings=list(warnings)
-    )
+    limits = BundleLimits(max_bytes=context.settings.max_upload_mib << 20)
+    bundle, warnings = context.publisher.checked(read_source(path, limits, Path(allowed)))
+    _check_new(body, bundle, context.store)
+    published = context.publisher.publish_checked(bundle, body.lora_name, context.caller.actor)
+    return PublishedAdapter.of(published, warnings)
 
 
 def _check_new(body: LoadLoraRequest, bundle: AdapterBundle, store: AdapterStore) -> None:

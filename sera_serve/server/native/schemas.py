@@ -18,13 +18,14 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from adapters_store import MAX_PARTS, Task
+from adapters_store import MAX_PARTS, Published, Task
 from sera_serve.engine import (
     AdapterChoice,
     ClassifyResult,
     ConstraintSpec,
     GenerateParams,
     GenerationResult,
+    GenerationStream,
     HeadResult,
     LabelScores,
     LabelSet,
@@ -34,7 +35,6 @@ from sera_serve.engine import (
     TokenDelta,
     WeightedAdapter,
 )
-from sera_serve.server.deps import TokenStream
 from sera_serve.server.native.inputs import MAX_INPUTS as MAX_INPUTS
 from sera_serve.server.native.inputs import ClassifyInputs
 from sera_serve.server.native.sampling import MAX_TOKEN_ID as MAX_TOKEN_ID
@@ -304,14 +304,14 @@ class GenerateEvents(EventWriter):
         """Write for a request with these parameters."""
         self._params = params
 
-    def delta(self, index: int, stream: TokenStream, delta: TokenDelta) -> bytes:
+    def delta(self, index: int, stream: GenerationStream, delta: TokenDelta) -> bytes:
         """The event that adds text or tokens."""
         content: dict[str, Any] = {"text": delta.text, "token_ids": delta.token_ids, "finish_reason": None}
         if self._params.logprobs is not None:
             content["logprobs"] = logprobs_content(delta.logprobs)
         return self._event(index, stream, content)
 
-    def final(self, index: int, stream: TokenStream, result: GenerationResult) -> bytes:
+    def final(self, index: int, stream: GenerationStream, result: GenerationResult) -> bytes:
         """The event at the end of one answer."""
         usage = _usage(result).model_dump()
         content: dict[str, Any] = {"text": "", "token_ids": [], "finish_reason": result.finish_reason, "usage": usage}
@@ -319,7 +319,7 @@ class GenerateEvents(EventWriter):
             content["stop_reason"] = result.stop_reason
         return self._event(index, stream, content)
 
-    def _event(self, index: int, stream: TokenStream, content: dict[str, Any]) -> bytes:
+    def _event(self, index: int, stream: GenerationStream, content: dict[str, Any]) -> bytes:
         event: dict[str, Any] = {"id": stream.id, "adapter": stream.adapter, "version": stream.version}
         if self._params.n > 1:
             event["index"] = index
@@ -465,6 +465,11 @@ class PublishedAdapter(BaseModel):
     version: int
     digest: str
     warnings: list[str] = []
+
+    @classmethod
+    def of(cls, version: Published, warnings: Sequence[str]) -> PublishedAdapter:
+        """A version that was published, and what an import had to say."""
+        return cls(adapter=version.adapter, version=version.version, digest=version.digest, warnings=list(warnings))
 
 
 class AdapterSummary(BaseModel):

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import APIRouter, Path, Request
+from fastapi import APIRouter, Path
 
-from adapters_store import AdapterStore, parse_adapter
-from sera_serve.access import AccessControl, Actor, AuditLog
-from sera_serve.server.auth import CallerOf
-from sera_serve.server.deps import AuditOf, ExecutorsOf, StoreOf
-from sera_serve.server.disconnect import cancel_on_disconnect
+from adapters_store import parse_adapter
+from sera_serve.server.deps import ContextOf, RequestContext
 from sera_serve.server.native.access_schemas import ShareList
 from sera_serve.server.strict import StrictRoute
 
@@ -20,50 +17,27 @@ With = Annotated[str, Path(alias="with", description="a tenant, or * for every t
 
 
 @router.get("/v1/adapters/{tenant}/{name}/shares")
-async def list_shares(
-    tenant: str, name: str, request: Request, caller: CallerOf, store: StoreOf, executors: ExecutorsOf
-) -> ShareList:
+async def list_shares(tenant: str, name: str, context: ContextOf) -> ShareList:
     """The tenants that may use an adapter, beside its own."""
     adapter = _adapter(tenant, name)
-    caller.check_change(adapter)
-    work = executors.changing.run(_list, store, caller.access, adapter)
-    return await cancel_on_disconnect(request.receive, work)
+    context.caller.check_change(adapter)
+    return await context.run(context.executors.changing, _list, context, adapter)
 
 
 @router.put("/v1/adapters/{tenant}/{name}/shares/{with}")
-async def share(
-    tenant: str,
-    name: str,
-    other: With,
-    request: Request,
-    caller: CallerOf,
-    store: StoreOf,
-    executors: ExecutorsOf,
-    audit: AuditOf,
-) -> ShareList:
+async def share(tenant: str, name: str, other: With, context: ContextOf) -> ShareList:
     """Let a tenant, or every tenant, use all versions of an adapter."""
     adapter = _adapter(tenant, name)
-    caller.check_change(adapter)
-    work = executors.changing.run(_add, store, caller.access, adapter, other, audit, caller.actor)
-    return await cancel_on_disconnect(request.receive, work)
+    context.caller.check_change(adapter)
+    return await context.run(context.executors.changing, _add, context, adapter, other)
 
 
 @router.delete("/v1/adapters/{tenant}/{name}/shares/{with}")
-async def end_share(
-    tenant: str,
-    name: str,
-    other: With,
-    request: Request,
-    caller: CallerOf,
-    store: StoreOf,
-    executors: ExecutorsOf,
-    audit: AuditOf,
-) -> ShareList:
+async def end_share(tenant: str, name: str, other: With, context: ContextOf) -> ShareList:
     """End a share. Requests under way are finished."""
     adapter = _adapter(tenant, name)
-    caller.check_change(adapter)
-    work = executors.changing.run(_remove, store, caller.access, adapter, other, audit, caller.actor)
-    return await cancel_on_disconnect(request.receive, work)
+    context.caller.check_change(adapter)
+    return await context.run(context.executors.changing, _remove, context, adapter, other)
 
 
 def _adapter(tenant: str, name: str) -> str:
@@ -72,25 +46,23 @@ def _adapter(tenant: str, name: str) -> str:
     return adapter
 
 
-def _list(store: AdapterStore, access: AccessControl, adapter: str) -> ShareList:
-    store.resolve(adapter)
-    return ShareList(adapter=adapter, shared_with=access.shares.of(adapter))
+def _list(context: RequestContext, adapter: str) -> ShareList:
+    context.store.resolve(adapter)
+    return ShareList(adapter=adapter, shared_with=context.caller.access.shares.of(adapter))
 
 
-def _add(
-    store: AdapterStore, access: AccessControl, adapter: str, other: str, audit: AuditLog, actor: Actor
-) -> ShareList:
-    store.resolve(adapter)
+def _add(context: RequestContext, adapter: str, other: str) -> ShareList:
+    access = context.caller.access
+    context.store.resolve(adapter)
     access.shares.add(adapter, other)
     access.refresh()
-    audit.record("share.add", actor, tenant=adapter.partition("/")[0], target=adapter, **{"with": other})
-    return _list(store, access, adapter)
+    context.record("share.add", adapter.partition("/")[0], adapter, **{"with": other})
+    return _list(context, adapter)
 
 
-def _remove(
-    store: AdapterStore, access: AccessControl, adapter: str, other: str, audit: AuditLog, actor: Actor
-) -> ShareList:
+def _remove(context: RequestContext, adapter: str, other: str) -> ShareList:
+    access = context.caller.access
     if access.shares.remove(adapter, other):
         access.refresh()
-        audit.record("share.remove", actor, tenant=adapter.partition("/")[0], target=adapter, **{"with": other})
-    return _list(store, access, adapter)
+        context.record("share.remove", adapter.partition("/")[0], adapter, **{"with": other})
+    return _list(context, adapter)

@@ -5,16 +5,13 @@ from __future__ import annotations
 import sys
 from typing import Annotated
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Query
 from pydantic import JsonValue
 
 from adapters_store import AdapterStore, parse_adapter
 from adapters_store.card import run_card
 from adapters_store.errors import AdapterNotFound
-from sera_serve.access import Actor, AuditLog
-from sera_serve.server.auth import CallerOf
-from sera_serve.server.deps import AuditOf, ExecutorsOf, StoreOf
-from sera_serve.server.disconnect import cancel_on_disconnect
+from sera_serve.server.deps import ContextOf, RequestContext
 from sera_serve.server.native.access_schemas import AliasDetail, AliasRequest, VersionDetail, VersionList, VersionQuery
 from sera_serve.server.strict import StrictRoute
 
@@ -27,57 +24,27 @@ _MAX_CARD_TEXT = 400
 
 
 @router.get("/v1/adapters/{tenant}/{name}/versions")
-async def versions(
-    tenant: str,
-    name: str,
-    query: Annotated[VersionQuery, Query()],
-    request: Request,
-    caller: CallerOf,
-    store: StoreOf,
-    executors: ExecutorsOf,
-) -> VersionList:
+async def versions(tenant: str, name: str, query: Annotated[VersionQuery, Query()], context: ContextOf) -> VersionList:
     """The versions of an adapter, newest first, a page at a time, with what their training recorded."""
     adapter = _adapter(tenant, name)
-    caller.check_use(adapter)
-    work = executors.listing.run(_versions, store, adapter, query)
-    return await cancel_on_disconnect(request.receive, work)
+    context.caller.check_use(adapter)
+    return await context.run(context.executors.listing, _versions, context.store, adapter, query)
 
 
 @router.put("/v1/adapters/{tenant}/{name}/aliases/{alias}")
-async def set_alias(
-    tenant: str,
-    name: str,
-    alias: str,
-    body: AliasRequest,
-    request: Request,
-    caller: CallerOf,
-    store: StoreOf,
-    executors: ExecutorsOf,
-    audit: AuditOf,
-) -> AliasDetail:
+async def set_alias(tenant: str, name: str, alias: str, body: AliasRequest, context: ContextOf) -> AliasDetail:
     """Point an alias to a version; requests that name the alias follow at once. `latest` is one of them."""
     adapter = _adapter(tenant, name)
-    caller.check_change(adapter)
-    work = executors.changing.run(_set_alias, store, adapter, alias, body.version, audit, caller.actor)
-    return await cancel_on_disconnect(request.receive, work)
+    context.caller.check_change(adapter)
+    return await context.run(context.executors.changing, _set_alias, context, adapter, alias, body.version)
 
 
 @router.delete("/v1/adapters/{tenant}/{name}/aliases/{alias}")
-async def remove_alias(
-    tenant: str,
-    name: str,
-    alias: str,
-    request: Request,
-    caller: CallerOf,
-    store: StoreOf,
-    executors: ExecutorsOf,
-    audit: AuditOf,
-) -> AliasDetail:
+async def remove_alias(tenant: str, name: str, alias: str, context: ContextOf) -> AliasDetail:
     """Remove an alias other than `latest`."""
     adapter = _adapter(tenant, name)
-    caller.check_change(adapter)
-    work = executors.changing.run(_remove_alias, store, adapter, alias, audit, caller.actor)
-    return await cancel_on_disconnect(request.receive, work)
+    context.caller.check_change(adapter)
+    return await context.run(context.executors.changing, _remove_alias, context, adapter, alias)
 
 
 def _adapter(tenant: str, name: str) -> str:
@@ -137,16 +104,14 @@ def _metrics(value: JsonValue) -> dict[str, float] | None:
     return dict(list(numbers.items())[:_MAX_METRICS])
 
 
-def _set_alias(
-    store: AdapterStore, adapter: str, alias: str, version: int, audit: AuditLog, actor: Actor
-) -> AliasDetail:
-    store.set_alias(adapter, alias, f"{adapter}@v{version}")
-    audit.record("alias.set", actor, tenant=adapter.partition("/")[0], target=adapter, alias=alias, version=version)
+def _set_alias(context: RequestContext, adapter: str, alias: str, version: int) -> AliasDetail:
+    context.store.set_alias(adapter, alias, f"{adapter}@v{version}")
+    context.record("alias.set", adapter.partition("/")[0], adapter, alias=alias, version=version)
     return AliasDetail(adapter=adapter, alias=alias, version=version)
 
 
-def _remove_alias(store: AdapterStore, adapter: str, alias: str, audit: AuditLog, actor: Actor) -> AliasDetail:
-    held = store.aliases(adapter).get(alias, 0)
-    store.remove_alias(adapter, alias)
-    audit.record("alias.remove", actor, tenant=adapter.partition("/")[0], target=adapter, alias=alias, version=held)
+def _remove_alias(context: RequestContext, adapter: str, alias: str) -> AliasDetail:
+    held = context.store.aliases(adapter).get(alias, 0)
+    context.store.remove_alias(adapter, alias)
+    context.record("alias.remove", adapter.partition("/")[0], adapter, alias=alias, version=held)
     return AliasDetail(adapter=adapter, alias=alias, version=held)

@@ -15,9 +15,8 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
-from sera_serve.engine import BASE_TENANT, GenerationResult, Principal, TokenDelta, TokenLogprobs
+from sera_serve.engine import BASE_TENANT, GenerationResult, GenerationStream, Principal, TokenDelta, TokenLogprobs
 from sera_serve.server.accounting import Account
-from sera_serve.server.deps import TokenStream
 from sera_serve.server.openai.errors import translated_errors
 from sera_serve.server.openai.token_texts import TokenTexts
 from sera_serve.server.sse import Admit, admitted, merged, result_of
@@ -47,7 +46,7 @@ class Head:
         """Make the head of a new answer."""
         return cls(f"{prefix}-{secrets.token_hex(12)}", model, base)
 
-    def fields(self, kind: str, stream: TokenStream) -> dict[str, Any]:
+    def fields(self, kind: str, stream: GenerationStream) -> dict[str, Any]:
         """Return the fields of an object. The fingerprint names the version of the adapter that answers."""
         version = self.base if stream.adapter is None else f"{stream.adapter}@v{stream.version}"
         return {
@@ -98,7 +97,7 @@ def usage(results: Sequence[GenerationResult], choices: int, principal: Principa
 def translated(admit: Admit, prompt: str) -> Admit:
     """Return `admit` with the refusals of this interface. The field `prompt` holds the prompt."""
 
-    async def call() -> Sequence[TokenStream]:
+    async def call() -> Sequence[GenerationStream]:
         with translated_errors(prompt):
             return await admit()
 
@@ -107,7 +106,7 @@ def translated(admit: Admit, prompt: str) -> Admit:
 
 async def collect(
     admit: Admit, account: Account, take: Callable[[int, TokenDelta], None]
-) -> tuple[Sequence[TokenStream], list[GenerationResult]]:
+) -> tuple[Sequence[GenerationStream], list[GenerationResult]]:
     """Admit a request, read all of its streams to their ends, and count their tokens.
 
     Args:

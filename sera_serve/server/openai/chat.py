@@ -6,13 +6,11 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Response
 
-from sera_serve.engine import GenerationResult, Principal, TokenDelta
-from sera_serve.server.accounting import Account, AccountingOf
-from sera_serve.server.auth import CallerOf
-from sera_serve.server.deps import EngineOf, ReceivedAt, TokenStream
-from sera_serve.server.disconnect import cancel_on_disconnect
+from sera_serve.engine import GenerationResult, GenerationStream, Principal, TokenDelta
+from sera_serve.server.accounting import Account
+from sera_serve.server.deps import ContextOf
 from sera_serve.server.openai.answers import (
     ChatLogprobList,
     Head,
@@ -24,7 +22,7 @@ from sera_serve.server.openai.answers import (
 )
 from sera_serve.server.openai.chat_schemas import ChatCompletion, ChatRequest
 from sera_serve.server.openai.errors import OpenAIRoute
-from sera_serve.server.openai.texts import ChatPrompt, Conversation, Texts, TextsOf, adapter_of, base_name
+from sera_serve.server.openai.texts import ChatPrompt, Conversation, Texts, TextsOf, adapter_of
 from sera_serve.server.openai.tool_calls import Call, ToolCallParser, forced_calls
 from sera_serve.server.openapi import stream_of
 from sera_serve.server.sse import Admit, EventStream, EventWriter, encode_event
@@ -39,18 +37,10 @@ _KIND, _CHUNK = "chat.completion", "chat.completion.chunk"
     response_model=ChatCompletion,
     responses={200: {"content": stream_of()}},
 )
-async def chat_completions(
-    body: ChatRequest,
-    request: Request,
-    caller: CallerOf,
-    engine: EngineOf,
-    accounting: AccountingOf,
-    texts: TextsOf,
-    received_at: ReceivedAt,
-) -> Response:
+async def chat_completions(body: ChatRequest, context: ContextOf, texts: TextsOf) -> Response:
     """Answer a conversation, in the form of OpenAI's API."""
-    adapter = adapter_of(body.model, engine)
-    account = accounting.open(request, caller.principal(adapter), body.priority)
+    adapter = adapter_of(body.model, context.engine)
+    account = context.open_account(context.caller.principal(adapter), body.priority)
     principal = account.principal
     conversation = Conversation(
         messages=body.messages,
@@ -60,7 +50,7 @@ async def chat_completions(
         variables=body.chat_template_kwargs,
     )
     work = texts.run(principal.tenant, texts.chat_prompt, conversation, adapter)
-    prompt = await cancel_on_disconnect(request.receive, work)
+    prompt = await context.finish(work)
     parallel = body.parallel_tool_calls is not False
     params = body.params(
         prompt.adapter,
@@ -71,12 +61,14 @@ async def chat_completions(
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         constraint=forced_calls(body.tools or [], body.forced_function, parallel) if body.is_forced else None,
     )
-    admit = translated(partial(engine.generate_choices, account.params(params), principal, received_at), "messages")
-    head = Head.of("chatcmpl", body.model, base_name(engine))
+    admit = translated(
+        partial(context.engine.generate_choices, account.params(params), principal, context.received_at), "messages"
+    )
+    head = Head.of("chatcmpl", body.model, context.engine.base.name)
     answer = ChatAnswer(body, head, principal, prompt, texts)
     if body.stream:
         return EventStream(admit, ChatEvents(answer), account)
-    return await cancel_on_disconnect(request.receive, _complete(answer, admit, account))
+    return await context.finish(_complete(answer, admit, account))
 
 
 class ChatAnswer:
@@ -137,12 +129,12 @@ class ChatEvents(EventWriter):
         self._answer = answer
         self._called: dict[int, int] = {}
 
-    def begin(self, streams: Sequence[TokenStream]) -> bytes:
+    def begin(self, streams: Sequence[GenerationStream]) -> bytes:
         """The role of each choice."""
         delta = {"role": "assistant", "content": ""}
         return b"".join(self._event(stream, index, delta) for index, stream in enumerate(streams))
 
-    def delta(self, index: int, stream: TokenStream, delta: TokenDelta) -> bytes:
+    def delta(self, index: int, stream: GenerationStream, delta: TokenDelta) -> bytes:
         """What a piece of text adds."""
         self._answer.add_logprobs(index, delta)
         deltas = self._deltas(index, self._answer.pieces(index, delta.text))
@@ -156,13 +148,13 @@ class ChatEvents(EventWriter):
             logprobs = None
         return events
 
-    def final(self, index: int, stream: TokenStream, result: GenerationResult) -> bytes:
+    def final(self, index: int, stream: GenerationStream, result: GenerationResult) -> bytes:
         """What was held back, and why the choice has ended."""
         events = [self._event(stream, index, delta) for delta in self._deltas(index, self._answer.rest(index))]
         events.append(self._event(stream, index, {}, None, self._answer.finish_reason(index, result)))
         return b"".join(events)
 
-    def end(self, streams: Sequence[TokenStream]) -> bytes:
+    def end(self, streams: Sequence[GenerationStream]) -> bytes:
         """The usage, if it was asked for, and the end."""
         last = super().end(streams)
         if not self._answer.body.sends_usage:
@@ -184,7 +176,7 @@ class ChatEvents(EventWriter):
 
     def _event(
         self,
-        stream: TokenStream,
+        stream: GenerationStream,
         index: int,
         delta: dict[str, Any],
         logprobs: str | None = None,

@@ -6,13 +6,11 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Response
 
-from sera_serve.engine import GenerationResult, Principal, TokenDelta
-from sera_serve.server.accounting import Account, AccountingOf
-from sera_serve.server.auth import CallerOf
-from sera_serve.server.deps import EngineOf, ReceivedAt, TokenStream
-from sera_serve.server.disconnect import cancel_on_disconnect
+from sera_serve.engine import GenerationResult, GenerationStream, Principal, TokenDelta
+from sera_serve.server.accounting import Account
+from sera_serve.server.deps import ContextOf
 from sera_serve.server.openai.answers import (
     CompletionLogprobLists,
     Head,
@@ -24,7 +22,7 @@ from sera_serve.server.openai.answers import (
 )
 from sera_serve.server.openai.completion_schemas import Completion, CompletionRequest, Prompt
 from sera_serve.server.openai.errors import OpenAIRoute
-from sera_serve.server.openai.texts import Texts, TextsOf, adapter_of, base_name, check_token_count
+from sera_serve.server.openai.texts import Texts, TextsOf, adapter_of, check_token_count
 from sera_serve.server.openapi import stream_of
 from sera_serve.server.sse import Admit, EventStream, EventWriter, admit_all, encode_event
 
@@ -38,18 +36,10 @@ _KIND = "text_completion"
     response_model=Completion,
     responses={200: {"content": stream_of(Completion)}},
 )
-async def completions(
-    body: CompletionRequest,
-    request: Request,
-    caller: CallerOf,
-    engine: EngineOf,
-    accounting: AccountingOf,
-    texts: TextsOf,
-    received_at: ReceivedAt,
-) -> Response:
+async def completions(body: CompletionRequest, context: ContextOf, texts: TextsOf) -> Response:
     """Continue one or several prompts, in the form of OpenAI's API."""
-    adapter = adapter_of(body.model, engine)
-    account = accounting.open(request, caller.principal(adapter), body.priority)
+    adapter = adapter_of(body.model, context.engine)
+    account = context.open_account(context.caller.principal(adapter), body.priority)
     principal = account.principal
     echo = bool(body.echo)
     admits: list[Admit] = []
@@ -63,20 +53,20 @@ async def completions(
             logprobs=body.logprobs,
             prompt_logprobs=body.logprobs if echo else None,
         )
-        admits.append(partial(engine.generate_choices, account.params(params), principal, received_at))
+        admits.append(partial(context.engine.generate_choices, account.params(params), principal, context.received_at))
     admit = translated(partial(admit_all, admits), "prompt")
-    head = Head.of("cmpl", body.model, base_name(engine))
+    head = Head.of("cmpl", body.model, context.engine.base.name)
     prompts: list[str] = []
     if echo:
         for prompt in body.prompt:
             if not isinstance(prompt, str):
-                check_token_count(prompt, engine, "prompt")
+                check_token_count(prompt, context.engine, "prompt")
         work = texts.run(principal.tenant, _prompt_texts, texts, body.prompt)
-        prompts = await cancel_on_disconnect(request.receive, work)
+        prompts = await context.finish(work)
     if body.stream:
         return EventStream(admit, CompletionEvents(body, head, principal, prompts, texts), account)
     answer = _complete(body, admit, account, head, principal, prompts, texts)
-    return await cancel_on_disconnect(request.receive, answer)
+    return await context.finish(answer)
 
 
 class CompletionEvents(EventWriter):
@@ -93,14 +83,14 @@ class CompletionEvents(EventWriter):
         self._texts = texts
         self._lists: dict[int, CompletionLogprobLists] = {}
 
-    def begin(self, streams: Sequence[TokenStream]) -> bytes:
+    def begin(self, streams: Sequence[GenerationStream]) -> bytes:
         """The prompts, if they are echoed."""
         if not self._prompts:
             return b""
         n = self._body.choices
         return b"".join(self._event(stream, index, self._prompts[index // n]) for index, stream in enumerate(streams))
 
-    def delta(self, index: int, stream: TokenStream, delta: TokenDelta) -> bytes:
+    def delta(self, index: int, stream: GenerationStream, delta: TokenDelta) -> bytes:
         """The text that was added."""
         if self._body.max_tokens == 0:
             return b""
@@ -115,12 +105,12 @@ class CompletionEvents(EventWriter):
             return b""
         return self._event(stream, index, delta.text, logprobs)
 
-    def final(self, index: int, stream: TokenStream, result: GenerationResult) -> bytes:
+    def final(self, index: int, stream: GenerationStream, result: GenerationResult) -> bytes:
         """Why the text has ended."""
         reason = "length" if self._body.max_tokens == 0 else result.finish_reason
         return self._event(stream, index, "", finish_reason=reason)
 
-    def end(self, streams: Sequence[TokenStream]) -> bytes:
+    def end(self, streams: Sequence[GenerationStream]) -> bytes:
         """The usage, if it was asked for, and the end."""
         last = super().end(streams)
         if not self._body.sends_usage:
@@ -131,7 +121,7 @@ class CompletionEvents(EventWriter):
 
     def _event(
         self,
-        stream: TokenStream,
+        stream: GenerationStream,
         index: int,
         text: str,
         logprobs: str | None = None,

@@ -8,16 +8,13 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Response
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field, PlainValidator, WithJsonSchema
 
 from sera_serve.base import ImageInput, Pooling
 from sera_serve.engine import Priority
-from sera_serve.server.accounting import AccountingOf
-from sera_serve.server.auth import CallerOf
-from sera_serve.server.deps import EngineOf, ReceivedAt
-from sera_serve.server.disconnect import cancel_on_disconnect
+from sera_serve.server.deps import ContextOf
 from sera_serve.server.native.inputs import IMAGE_SCHEMA, image_of
 from sera_serve.server.native.schemas import MAX_REFERENCE, MAX_TIMEOUT_S, MAX_TOKEN_ID
 from sera_serve.server.openai.answers import to_json, with_member
@@ -135,26 +132,19 @@ class EmbeddingResponse(BaseModel):
 
 
 @router.post("/v1/embeddings", response_model=EmbeddingResponse)
-async def embeddings(
-    body: EmbeddingRequest,
-    request: Request,
-    caller: CallerOf,
-    engine: EngineOf,
-    accounting: AccountingOf,
-    received_at: ReceivedAt,
-) -> Response:
+async def embeddings(body: EmbeddingRequest, context: ContextOf) -> Response:
     """One vector of each input: the pooled last hidden states of the base with the adapter."""
-    width = engine.base.embedding_size
+    width = context.engine.base.embedding_size
     if body.dimensions not in (None, width):
         raise InvalidOpenAIRequest(
             f"dimensions is {body.dimensions}; the vectors of this base have {width} numbers, and a part of them "
             "is no embedding: leave dimensions out",
             param="dimensions",
         )
-    adapter = adapter_of(body.model, engine)
+    adapter = adapter_of(body.model, context.engine)
     with translated_errors("input"):
-        account = accounting.open(request, caller.principal(adapter), body.priority)
-        work = engine.embed(
+        account = context.open_account(context.caller.principal(adapter), body.priority)
+        work = context.engine.embed(
             adapter,
             body.input,
             account.principal,
@@ -162,9 +152,9 @@ async def embeddings(
             normalize=body.normalize is not False,
             priority=account.priority,
             timeout_s=body.timeout_s,
-            received_at=received_at,
+            received_at=context.received_at,
         )
-        result = await cancel_on_disconnect(request.receive, work)
+        result = await context.finish(work)
     account.count_embedded(result)
     tokens = sum(result.prompt_tokens)
     content = to_json({"object": "list", "model": body.model})

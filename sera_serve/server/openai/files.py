@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Query, Response
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 
-from sera_serve.access import AuditLog
 from sera_serve.errors import InvalidRequest
 from sera_serve.jobs import TrainingFile, TrainingFileNotStored
 from sera_serve.jobs.files import Purpose
-from sera_serve.server.auth import Caller, CallerOf
-from sera_serve.server.deps import AuditOf, ExecutorsOf
-from sera_serve.server.disconnect import cancel_on_disconnect
+from sera_serve.server.auth import Caller
+from sera_serve.server.deps import ContextOf, RequestContext
 from sera_serve.server.native.upload_form import FormReader, boundary_of
 from sera_serve.server.native.uploads import MissingField, UnknownField, receive_form
 from sera_serve.server.openai.errors import OpenAIRoute
 from sera_serve.server.strict import UnsupportedMediaType, media_type
-from sera_serve.server.training import DEFAULT_TENANT, Training, TrainingOf
+from sera_serve.server.training import DEFAULT_TENANT
 
 router = APIRouter(route_class=OpenAIRoute, tags=["openai"])
 
@@ -105,60 +102,46 @@ def scope_of(caller: Caller) -> str | None:
 
 
 @router.post("/v1/files", openapi_extra=_UPLOAD_FORM)
-async def create_file(request: Request, caller: CallerOf, training: TrainingOf, audit: AuditOf) -> FileObject:
+async def create_file(context: ContextOf) -> FileObject:
     """Keep a file of training rows. Each row has been checked when this answers."""
-    if media_type(request) != "multipart/form-data":
+    if media_type(context.request) != "multipart/form-data":
         raise UnsupportedMediaType(f"the body must be a form; {_REMEDY}", param="Content-Type")
-    boundary = boundary_of(request.headers["content-type"])
-    async with receive_form(request, FormReader(boundary, {"file": None}, _REMEDY)) as form:
+    boundary = boundary_of(context.request.headers["content-type"])
+    async with receive_form(context.request, FormReader(boundary, {"file": None}, _REMEDY)) as form:
         source, filename = _checked(form)
-        tenant = caller.tenant or DEFAULT_TENANT
         # To its end: the check reads the temporary file.
-        work = training.checking.run_to_end(_add, training, audit, caller, tenant, filename, source)
-        return await cancel_on_disconnect(request.receive, work)
+        work = context.training.checking.run_to_end(_add, context, filename, source)
+        return await context.finish(work)
 
 
 @router.get("/v1/files", response_model=FileList)
-async def list_files(
-    query: Annotated[FileQuery, Query()],
-    request: Request,
-    caller: CallerOf,
-    training: TrainingOf,
-    executors: ExecutorsOf,
-) -> Response:
+async def list_files(query: Annotated[FileQuery, Query()], context: ContextOf) -> Response:
     """The files, a page at a time."""
     # Many files are written as JSON on the thread, too.
-    page = await cancel_on_disconnect(request.receive, executors.listing.run(_page, training, caller, query))
+    page = await context.run(context.executors.listing, _page, context, query)
     return Response(page, media_type="application/json")
 
 
 @router.get("/v1/files/{file_id}")
-async def retrieve_file(
-    file_id: str, request: Request, caller: CallerOf, training: TrainingOf, executors: ExecutorsOf
-) -> FileObject:
+async def retrieve_file(file_id: str, context: ContextOf) -> FileObject:
     """One file, without its content."""
-    work = executors.changing.run(training.files.get, file_id, scope_of(caller))
-    return _object(await cancel_on_disconnect(request.receive, work))
+    return _object(
+        await context.run(context.executors.changing, context.training.files.get, file_id, scope_of(context.caller))
+    )
 
 
 @router.delete("/v1/files/{file_id}")
-async def delete_file(
-    file_id: str, request: Request, caller: CallerOf, training: TrainingOf, audit: AuditOf, executors: ExecutorsOf
-) -> DeletedFile:
+async def delete_file(file_id: str, context: ContextOf) -> DeletedFile:
     """Delete a file that no unfinished job needs."""
-    work = executors.changing.run(_delete, training, audit, caller, file_id)
-    await cancel_on_disconnect(request.receive, work)
+    await context.run(context.executors.changing, _delete, context, file_id)
     return DeletedFile(id=file_id, deleted=True)
 
 
 @router.get("/v1/files/{file_id}/content", response_class=Response, responses=_CONTENT)
-async def retrieve_content(
-    file_id: str, request: Request, caller: CallerOf, training: TrainingOf, executors: ExecutorsOf
-) -> Response:
+async def retrieve_content(file_id: str, context: ContextOf) -> Response:
     """The bytes of a file, as they were uploaded; the metrics of a job as CSV."""
-    work = executors.changing.run(_open, training, caller, file_id)
     # A client that leaves meanwhile leaves nothing open: a file that nobody holds is closed.
-    found, source = await cancel_on_disconnect(request.receive, work)
+    found, source = await context.run(context.executors.changing, _open, context, file_id)
     headers = {"Content-Length": str(found.nbytes), "X-Content-Type-Options": "nosniff"}
     return StreamingResponse(_blocks(source), media_type="application/octet-stream", headers=headers)
 
@@ -188,21 +171,21 @@ def _checked(form: FormReader) -> tuple[BinaryIO, str]:
     return file.file, file.filename
 
 
-def _add(
-    training: Training, audit: AuditLog, caller: Caller, tenant: str, filename: str, source: BinaryIO
-) -> FileObject:
-    file = training.files.add(tenant, filename, source)
-    audit.record("file.create", caller.actor, tenant=tenant, target=file.id, bytes=file.nbytes, rows=file.rows)
+def _add(context: RequestContext, filename: str, source: BinaryIO) -> FileObject:
+    tenant = context.caller.tenant or DEFAULT_TENANT
+    file = context.training.files.add(tenant, filename, source)
+    context.record("file.create", tenant, file.id, bytes=file.nbytes, rows=file.rows)
     return _object(file)
 
 
-def _delete(training: Training, audit: AuditLog, caller: Caller, file_id: str) -> None:
-    file = training.files.delete(file_id, scope_of(caller))
-    audit.record("file.delete", caller.actor, tenant=file.tenant, target=file.id)
+def _delete(context: RequestContext, file_id: str) -> None:
+    file = context.training.files.delete(file_id, scope_of(context.caller))
+    context.record("file.delete", file.tenant, file.id)
 
 
-def _page(training: Training, caller: Caller, query: FileQuery) -> str:
-    files, has_more = training.files.page(scope_of(caller), query.after, query.limit, query.order, query.purpose)
+def _page(context: RequestContext, query: FileQuery) -> str:
+    scope = scope_of(context.caller)
+    files, has_more = context.training.files.page(scope, query.after, query.limit, query.order, query.purpose)
     data = [_object(file) for file in files]
     return FileList(
         data=data,
@@ -212,9 +195,9 @@ def _page(training: Training, caller: Caller, query: FileQuery) -> str:
     ).model_dump_json()
 
 
-def _open(training: Training, caller: Caller, file_id: str) -> tuple[TrainingFile, BinaryIO]:
-    file = training.files.get(file_id, scope_of(caller))
-    path: Path = training.files.path(file)
+def _open(context: RequestContext, file_id: str) -> tuple[TrainingFile, BinaryIO]:
+    file = context.training.files.get(file_id, scope_of(context.caller))
+    path = context.training.files.path(file)
     try:
         return file, path.open("rb")
     except OSError as error:

@@ -6,19 +6,18 @@ import re
 import secrets
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Query, Response
 
 from adapters_store import AdapterConfig, AdapterStore, check_part, expected_shapes, file_bytes, parse_ref
 from adapters_store.errors import InvalidAdapterName, InvalidBundle
-from sera_serve.access import AuditLog
+from sera_serve.engine import ServingEngine
 from sera_serve.errors import AdapterTooLarge, InvalidRequest
 from sera_serve.jobs import Job, JobSpec, TrainingFile, TrainingFileNotFound
 from sera_serve.jobs.records import new_job_id
 from sera_serve.jobs.rows import TASK_OF, RowKind
 from sera_serve.jobs.spec import BYTES_A_NUMBER, KEPT, SHAPE, auto_batch_size, auto_epochs, check_spec, method_of
-from sera_serve.server.auth import Caller, CallerOf, NotYourTenant
-from sera_serve.server.deps import AuditOf, Engine, EngineOf, ExecutorsOf, StoreOf
-from sera_serve.server.disconnect import cancel_on_disconnect
+from sera_serve.server.auth import Caller, NotYourTenant
+from sera_serve.server.deps import ContextOf, RequestContext
 from sera_serve.server.openai.errors import InvalidOpenAIRequest, OpenAIRoute
 from sera_serve.server.openai.files import scope_of
 from sera_serve.server.openai.fine_tuning_schemas import (
@@ -41,7 +40,7 @@ from sera_serve.server.openai.fine_tuning_schemas import (
 from sera_serve.server.openai.job_events import JobEventStream, event_object, event_seq
 from sera_serve.server.openai.texts import adapter_of
 from sera_serve.server.openapi import stream_of
-from sera_serve.server.training import DEFAULT_TENANT, Training, TrainingOf
+from sera_serve.server.training import DEFAULT_TENANT, Training
 
 router = APIRouter(route_class=OpenAIRoute, tags=["openai"])
 
@@ -64,93 +63,74 @@ _STREAM: dict[int | str, dict[str, Any]] = {200: {"content": stream_of()}}
 
 
 @router.post("/v1/fine_tuning/jobs")
-async def create_job(
-    body: CreateJobRequest,
-    request: Request,
-    caller: CallerOf,
-    engine: EngineOf,
-    store: StoreOf,
-    training: TrainingOf,
-    audit: AuditOf,
-    executors: ExecutorsOf,
-) -> JobObject:
+async def create_job(body: CreateJobRequest, context: ContextOf) -> JobObject:
     """Make a job that trains an adapter on a file, and publishes it."""
-    init_from = adapter_of(body.model, engine)
+    init_from = adapter_of(body.model, context.engine)
     if init_from is not None:
-        caller.check_use(init_from)
-    work = executors.changing.run(_create, body, init_from, caller, engine, store, training, audit)
-    job = await cancel_on_disconnect(request.receive, work)
-    training.supervisor.wake()
+        context.caller.check_use(init_from)
+    job = await context.run(context.executors.changing, _create, body, init_from, context)
+    context.training.supervisor.wake()
     return job_object(job)
 
 
 @router.get("/v1/fine_tuning/jobs", openapi_extra=_BY_METADATA)
-async def list_jobs(
-    query: Annotated[JobListQuery, Query()],
-    request: Request,
-    caller: CallerOf,
-    training: TrainingOf,
-    executors: ExecutorsOf,
-) -> JobList:
+async def list_jobs(query: Annotated[JobListQuery, Query()], context: ContextOf) -> JobList:
     """The jobs, the newest first, a page at a time."""
-    work = executors.listing.run(training.jobs.page, scope_of(caller), query.after, query.limit, query.pairs)
-    jobs, has_more = await cancel_on_disconnect(request.receive, work)
+    jobs, has_more = await context.run(
+        context.executors.listing,
+        context.training.jobs.page,
+        scope_of(context.caller),
+        query.after,
+        query.limit,
+        query.pairs,
+    )
     return JobList(data=[job_object(job) for job in jobs], has_more=has_more)
 
 
 @router.get("/v1/fine_tuning/jobs/{job_id}")
-async def retrieve_job(
-    job_id: str, request: Request, caller: CallerOf, training: TrainingOf, executors: ExecutorsOf
-) -> JobObject:
+async def retrieve_job(job_id: str, context: ContextOf) -> JobObject:
     """One job."""
-    work = executors.changing.run(training.jobs.get, job_id, scope_of(caller))
-    return job_object(await cancel_on_disconnect(request.receive, work))
+    return job_object(
+        await context.run(context.executors.changing, context.training.jobs.get, job_id, scope_of(context.caller))
+    )
 
 
 @router.post("/v1/fine_tuning/jobs/{job_id}/cancel")
-async def cancel_job(
-    job_id: str, request: Request, caller: CallerOf, training: TrainingOf, audit: AuditOf, executors: ExecutorsOf
-) -> JobObject:
+async def cancel_job(job_id: str, context: ContextOf) -> JobObject:
     """Cancel a job that has not finished. Its process ends within seconds, and leaves nothing."""
-    work = executors.changing.run(_cancel, training, audit, caller, job_id)
-    job = await cancel_on_disconnect(request.receive, work)
-    training.supervisor.wake()
+    job = await context.run(context.executors.changing, _cancel, context, job_id)
+    context.training.supervisor.wake()
     return job_object(job)
 
 
 @router.get("/v1/fine_tuning/jobs/{job_id}/events", response_model=JobEventList, responses=_STREAM)
 async def list_events(
-    job_id: str,
-    query: Annotated[EventQuery, Query()],
-    request: Request,
-    caller: CallerOf,
-    training: TrainingOf,
-    executors: ExecutorsOf,
+    job_id: str, query: Annotated[EventQuery, Query()], context: ContextOf
 ) -> JobEventList | Response:
     """The events of a job, the newest first; or as they come, the oldest first."""
-    after, tenant = event_seq(query.after), scope_of(caller)
+    after, tenant = event_seq(query.after), scope_of(context.caller)
     if query.stream:
         if "limit" in query.model_fields_set:
             raise InvalidRequest("a stream has all events; leave limit out", param="limit")
-        return JobEventStream(job_id, tenant, after, training, executors.changing)
-    work = executors.changing.run(training.jobs.events, job_id, tenant, after, query.limit)
-    events, has_more = await cancel_on_disconnect(request.receive, work)
+        return JobEventStream(job_id, tenant, after, context.training, context.executors.changing)
+    events, has_more = await context.run(
+        context.executors.changing, context.training.jobs.events, job_id, tenant, after, query.limit
+    )
     return JobEventList(data=[event_object(event) for event in events], has_more=has_more)
 
 
 @router.get("/v1/fine_tuning/jobs/{job_id}/checkpoints")
-async def list_checkpoints(
-    job_id: str,
-    query: Annotated[JobQuery, Query()],
-    request: Request,
-    caller: CallerOf,
-    training: TrainingOf,
-    executors: ExecutorsOf,
-) -> CheckpointList:
+async def list_checkpoints(job_id: str, query: Annotated[JobQuery, Query()], context: ContextOf) -> CheckpointList:
     """The ends of a job's epochs with their metrics, the newest first."""
     after = _number(query.after, "ftckpt")
-    work = executors.changing.run(training.jobs.checkpoints, job_id, scope_of(caller), after, query.limit)
-    found, has_more = await cancel_on_disconnect(request.receive, work)
+    found, has_more = await context.run(
+        context.executors.changing,
+        context.training.jobs.checkpoints,
+        job_id,
+        scope_of(context.caller),
+        after,
+        query.limit,
+    )
     data = [
         CheckpointObject(
             id=f"ftckpt-{held.step}",
@@ -201,15 +181,8 @@ def job_object(job: Job) -> JobObject:
     )
 
 
-def _create(
-    body: CreateJobRequest,
-    init_from: str | None,
-    caller: Caller,
-    engine: Engine,
-    store: AdapterStore,
-    training: Training,
-    audit: AuditLog,
-) -> Job:
+def _create(body: CreateJobRequest, init_from: str | None, context: RequestContext) -> Job:
+    caller, engine, store, training = context.caller, context.engine, context.store, context.training
     shape = body.adapter or AdapterRequest()
     tenant = _tenant(shape, caller)
     train = _file(training, caller, body.training_file, "training_file")
@@ -239,11 +212,11 @@ def _create(
         key_id,
         lambda unfinished: training.quotas.check_training_jobs(tenant, unfinished),
     )
-    audit.record("job.create", caller.actor, tenant=tenant, target=job.id, model=spec.model, adapter=spec.adapter)
+    context.record("job.create", tenant, job.id, model=spec.model, adapter=spec.adapter)
     return job
 
 
-def _check_servable(planned: AdapterConfig, goes_on: bool, engine: Engine, max_bundle_bytes: int) -> None:
+def _check_servable(planned: AdapterConfig, goes_on: bool, engine: ServingEngine, max_bundle_bytes: int) -> None:
     """Refuse an adapter that this server could not serve, or not store, by the field of the body that decides it."""
     field, remedy = "adapter.rank", "send a smaller adapter.rank, or fewer adapter.target_modules"
     if goes_on:
@@ -296,7 +269,7 @@ def _row_kind(file: TrainingFile, param: str) -> RowKind:
     return file.kind
 
 
-def _name(body: CreateJobRequest, init_from: str | None, engine: Engine, job_id: str) -> str:
+def _name(body: CreateJobRequest, init_from: str | None, engine: ServingEngine, job_id: str) -> str:
     """The second part of the adapter's name: the base's, the suffix, and digits of the job's id, which no other has."""
     known = engine.base.name if init_from is None else parse_ref(init_from).parts[1]
     parts = [_ODD.sub("-", known.lower())[:_BASE_CHARACTERS].strip("-") or "ft"]
@@ -314,7 +287,7 @@ def _spec(
     shape: AdapterRequest,
     init_from: str | None,
     train: TrainingFile,
-    engine: Engine,
+    engine: ServingEngine,
     store: AdapterStore,
     adapter: str,
 ) -> JobSpec:
@@ -385,9 +358,9 @@ def _spec(
     )
 
 
-def _cancel(training: Training, audit: AuditLog, caller: Caller, job_id: str) -> Job:
-    job = training.jobs.cancel(job_id, scope_of(caller))
-    audit.record("job.cancel", caller.actor, tenant=job.tenant, target=job.id)
+def _cancel(context: RequestContext, job_id: str) -> Job:
+    job = context.training.jobs.cancel(job_id, scope_of(context.caller))
+    context.record("job.cancel", job.tenant, job.id)
     return job
 
 

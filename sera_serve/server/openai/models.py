@@ -5,17 +5,15 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Query, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from adapters_store import AdapterStore, AdapterSummary, Task, parse_ref
+from adapters_store import AdapterSummary, Task, parse_ref
 from sera_serve.base import BaseKind
-from sera_serve.server.auth import Caller, CallerOf
-from sera_serve.server.deps import Engine, EngineOf, ExecutorsOf, StoreOf
-from sera_serve.server.disconnect import cancel_on_disconnect
+from sera_serve.engine import ServingEngine
+from sera_serve.server.deps import ContextOf, RequestContext
 from sera_serve.server.native.schemas import MAX_REFERENCE
 from sera_serve.server.openai.errors import ModelNotFound, OpenAIRoute
-from sera_serve.server.openai.texts import base_name
 from sera_serve.server.visible import visible_page
 from sera_serve.threads import pause
 
@@ -62,53 +60,44 @@ class ModelQuery(BaseModel):
 
 
 @router.get("/v1/models", response_model=ModelList)
-async def list_models(
-    query: Annotated[ModelQuery, Query()],
-    request: Request,
-    caller: CallerOf,
-    engine: EngineOf,
-    store: StoreOf,
-    executors: ExecutorsOf,
-) -> Response:
+async def list_models(query: Annotated[ModelQuery, Query()], context: ContextOf) -> Response:
     """The base first, then the adapters in order of their ids, a page at a time."""
-    content = await cancel_on_disconnect(request.receive, executors.listing.run(_page, caller, engine, store, query))
+    content = await context.run(context.executors.listing, _page, context, query)
     return Response(content, media_type="application/json")
 
 
 @router.get("/v1/models/{model:path}")
-async def retrieve_model(
-    model: str, request: Request, caller: CallerOf, engine: EngineOf, store: StoreOf, executors: ExecutorsOf
-) -> Model:
+async def retrieve_model(model: str, context: ContextOf) -> Model:
     """The base by its name, or an adapter by its reference, which may carry @alias, @v3 or @digest."""
     if len(model) > MAX_REFERENCE:
         raise ModelNotFound(f"the name of a model has at most {MAX_REFERENCE} characters", param="model")
-    return await cancel_on_disconnect(request.receive, executors.changing.run(_one, caller, engine, store, model))
+    return await context.run(context.executors.changing, _one, context, model)
 
 
-def _one(caller: Caller, engine: Engine, store: AdapterStore, model: str) -> Model:
-    if model == base_name(engine):
-        return _base(engine)
-    caller.check_use(model)
-    info = store.inspect(model)
+def _one(context: RequestContext, model: str) -> Model:
+    if model == context.engine.base.name:
+        return _base(context.engine)
+    context.caller.check_use(model)
+    info = context.store.inspect(model)
     # An id keeps its selector: the model of another version is another model.
     return _adapter(info, model if "@" in model else parse_ref(model).adapter)
 
 
-def _page(caller: Caller, engine: Engine, store: AdapterStore, query: ModelQuery) -> bytes:
+def _page(context: RequestContext, query: ModelQuery) -> bytes:
     """The JSON of a `ModelList`. One call for the whole page would hold the interpreter's lock for too long."""
-    base = base_name(engine)
+    base = context.engine.base.name
     # After the base come all adapters, whatever its name is.
     after = None if query.after == base else query.after
-    page = visible_page(caller, store, after, query.limit)
+    page = visible_page(context.caller, context.store, after, query.limit)
     # An adapter with the base's name cannot be called by it: the name is the base's. As the `after` of the next page,
     # it would begin the list again.
     adapters = [info for info in page.adapters if info.adapter != base]
     following = page.next
     if following is not None and len(adapters) < query.limit:
-        more = visible_page(caller, store, following, query.limit - len(adapters))
+        more = visible_page(context.caller, context.store, following, query.limit - len(adapters))
         adapters += more.adapters
         following = more.next
-    models = [] if query.after is not None else [_base(engine)]
+    models = [] if query.after is not None else [_base(context.engine)]
     for info in adapters:
         pause()
         models.append(_adapter(info, info.adapter))
@@ -121,8 +110,8 @@ def _page(caller: Caller, engine: Engine, store: AdapterStore, query: ModelQuery
     return last.model_dump_json().replace('"data":[]', f'"data":[{data}]', 1).encode()
 
 
-def _base(engine: Engine) -> Model:
-    name = base_name(engine)
+def _base(engine: ServingEngine) -> Model:
+    name = engine.base.name
     task = _TASKS[engine.base.kind]
     return Model(id=name, created=0, owned_by="sera-serve", root=name, parent=None, task=task)
 

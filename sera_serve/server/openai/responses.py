@@ -9,18 +9,16 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Response
 
-from sera_serve.engine import GenerationResult, Principal, TokenDelta
+from sera_serve.engine import GenerationResult, GenerationStream, Principal, TokenDelta
 from sera_serve.errors import SeraServeError
-from sera_serve.server.accounting import Account, AccountingOf
-from sera_serve.server.auth import CallerOf
-from sera_serve.server.deps import EngineOf, ReceivedAt, TokenStream
-from sera_serve.server.disconnect import cancel_on_disconnect
+from sera_serve.server.accounting import Account
+from sera_serve.server.deps import ContextOf
 from sera_serve.server.openai.answers import ChatLogprobList, collect, to_json, translated, usage, with_member
 from sera_serve.server.openai.errors import OpenAIRoute
 from sera_serve.server.openai.response_schemas import ResponseObject, ResponseRequest
-from sera_serve.server.openai.texts import ChatPrompt, Conversation, Texts, TextsOf, adapter_of, base_name
+from sera_serve.server.openai.texts import ChatPrompt, Conversation, Texts, TextsOf, adapter_of
 from sera_serve.server.openai.tool_calls import Call, ToolCallParser, forced_calls
 from sera_serve.server.openapi import stream_of
 from sera_serve.server.sse import Admit, EventStream, EventWriter
@@ -47,18 +45,10 @@ Event = tuple[str, str]
     response_model=ResponseObject,
     responses={200: {"content": stream_of()}},
 )
-async def responses(
-    body: ResponseRequest,
-    request: Request,
-    caller: CallerOf,
-    engine: EngineOf,
-    accounting: AccountingOf,
-    texts: TextsOf,
-    received_at: ReceivedAt,
-) -> Response:
+async def responses(body: ResponseRequest, context: ContextOf, texts: TextsOf) -> Response:
     """Answer a conversation, in the form of OpenAI's newer API."""
-    adapter = adapter_of(body.model, engine)
-    account = accounting.open(request, caller.principal(adapter), body.priority)
+    adapter = adapter_of(body.model, context.engine)
+    account = context.open_account(context.caller.principal(adapter), body.priority)
     principal = account.principal
     tools = [tool.as_tool() for tool in body.tools or ()]
     conversation = Conversation(
@@ -66,7 +56,7 @@ async def responses(
     )
     with _own_names():
         work = texts.run(principal.tenant, texts.chat_prompt, conversation, adapter)
-        prompt = await cancel_on_disconnect(request.receive, work)
+        prompt = await context.finish(work)
         parallel = body.parallel_tool_calls is not False
         constraint = forced_calls(tools, body.forced_function, parallel) if body.is_forced else None
     params = body.params(
@@ -78,12 +68,14 @@ async def responses(
         logprobs=(body.top_logprobs or 0) if body.has_logprobs else None,
         constraint=constraint,
     )
-    admit = translated(partial(engine.generate_choices, account.params(params), principal, received_at), "input")
-    answer = ResponseAnswer(body, principal, prompt, texts, base_name(engine))
+    admit = translated(
+        partial(context.engine.generate_choices, account.params(params), principal, context.received_at), "input"
+    )
+    answer = ResponseAnswer(body, principal, prompt, texts, context.engine.base.name)
     if body.stream:
         return EventStream(_with_own_names(admit), ResponseEvents(answer), account)
     with _own_names():
-        return await cancel_on_disconnect(request.receive, _complete(answer, admit, account))
+        return await context.finish(_complete(answer, admit, account))
 
 
 class Output:
@@ -215,7 +207,7 @@ class ResponseAnswer:
 
     def response(
         self,
-        stream: TokenStream | None,
+        stream: GenerationStream | None,
         result: GenerationResult | None = None,
         failure: dict[str, Any] | None = None,
     ) -> tuple[str, str]:
@@ -267,27 +259,27 @@ class ResponseEvents(EventWriter):
     def __init__(self, answer: ResponseAnswer) -> None:
         """Write for an answer."""
         self._answer = answer
-        self._stream: TokenStream | None = None
+        self._stream: GenerationStream | None = None
         self._sent = 0
 
-    def begin(self, streams: Sequence[TokenStream]) -> bytes:
+    def begin(self, streams: Sequence[GenerationStream]) -> bytes:
         """The answer as it begins."""
         (self._stream,) = streams
         response = f'{{"response":{self._answer.response(self._stream)[1]}}}'
         return self._events([("response.created", response), ("response.in_progress", response)])
 
-    def delta(self, index: int, stream: TokenStream, delta: TokenDelta) -> bytes:
+    def delta(self, index: int, stream: GenerationStream, delta: TokenDelta) -> bytes:
         """What a piece of text adds."""
         self._answer.add_logprobs(index, delta)
         return self._events(self._answer.add(delta.text))
 
-    def final(self, index: int, stream: TokenStream, result: GenerationResult) -> bytes:
+    def final(self, index: int, stream: GenerationStream, result: GenerationResult) -> bytes:
         """What was held back, and the whole answer."""
         events = self._events(self._answer.end(result))
         status, response = self._answer.response(stream, result)
         return events + self._events([(f"response.{status}", f'{{"response":{response}}}')])
 
-    def end(self, streams: Sequence[TokenStream]) -> bytes:
+    def end(self, streams: Sequence[GenerationStream]) -> bytes:
         """Nothing: the whole answer was the last event."""
         return b""
 
@@ -355,7 +347,7 @@ def _own_names() -> Iterator[None]:
 
 
 def _with_own_names(admit: Admit) -> Admit:
-    async def call() -> Sequence[TokenStream]:
+    async def call() -> Sequence[GenerationStream]:
         with _own_names():
             return await admit()
 

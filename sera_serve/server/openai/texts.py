@@ -13,8 +13,8 @@ from fastapi import Depends, Request
 
 from adapters_store import AdapterStore
 from sera_serve.base.chat import ChatRenderer, ChatTemplate
+from sera_serve.engine import ServingEngine
 from sera_serve.errors import InvalidRequest, PromptTooLong
-from sera_serve.server.deps import Engine
 from sera_serve.server.openai.chat_schemas import Message, Tool
 from sera_serve.server.openai.token_texts import TokenTexts
 from sera_serve.threads import BoundedExecutor
@@ -63,7 +63,7 @@ class ChatPrompt:
 class Texts:
     """Renders, tokenizes and names tokens for one app."""
 
-    def __init__(self, engine: Engine, store: AdapterStore) -> None:
+    def __init__(self, engine: ServingEngine, store: AdapterStore) -> None:
         """Start no thread and no process yet."""
         self._engine = engine
         self._store = store
@@ -146,10 +146,6 @@ class Texts:
             raise InvalidRequest(f"tokens must lie in 0 to {size - 1}", param="tokens")
         return str(tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
-    def check_exists(self, adapter: str) -> None:
-        """Raise AdapterNotFound if there is no such adapter. Blocks."""
-        self._store.resolve(adapter)
-
     def close(self) -> None:
         """Begin no more work, and end the processes."""
         self._executor.close()
@@ -177,17 +173,12 @@ async def _texts(request: Request) -> Texts:
 TextsOf = Annotated[Texts, Depends(_texts)]
 
 
-def base_name(engine: Engine) -> str:
-    """Return the name that the base has as a model."""
-    return engine.base.name
-
-
-def adapter_of(model: str, engine: Engine) -> str | None:
+def adapter_of(model: str, engine: ServingEngine) -> str | None:
     """Return the adapter that `model` names, or None for the base."""
-    return None if model == base_name(engine) else model
+    return None if model == engine.base.name else model
 
 
-def check_token_count(tokens: Sequence[int], engine: Engine, param: str) -> None:
+def check_token_count(tokens: Sequence[int], engine: ServingEngine, param: str) -> None:
     """Raise PromptTooLong if the context cannot hold so many tokens; `param` names the field."""
     if len(tokens) > engine.context_tokens:
         raise PromptTooLong(

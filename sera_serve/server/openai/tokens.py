@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Response
 from pydantic import BaseModel, Field, model_validator
 
 from sera_serve.errors import PromptTooLong
-from sera_serve.server.accounting import Accounting, AccountingOf
-from sera_serve.server.auth import Caller, CallerOf
-from sera_serve.server.deps import Engine, EngineOf
-from sera_serve.server.disconnect import cancel_on_disconnect
+from sera_serve.server.deps import ContextOf, RequestContext
 from sera_serve.server.native.schemas import MAX_REFERENCE, MAX_TOKEN_IDS, TokenId
 from sera_serve.server.openai.answers import to_json, with_member
 from sera_serve.server.openai.chat_schemas import Message, Tool
@@ -67,54 +64,40 @@ class DetokenizeResponse(BaseModel):
 
 
 @router.post("/tokenize", response_model=TokenizeResponse)
-async def tokenize(
-    body: TokenizeRequest,
-    request: Request,
-    caller: CallerOf,
-    engine: EngineOf,
-    accounting: AccountingOf,
-    texts: TextsOf,
-) -> Response:
+async def tokenize(body: TokenizeRequest, context: ContextOf, texts: TextsOf) -> Response:
     """The tokens of a text, or of a conversation as the model's chat template writes it."""
-    adapter, tenant = _entered(body.model, request, caller, engine, accounting)
+    adapter, tenant = _entered(body.model, context)
     with translated_errors("prompt" if body.messages is None else "messages"):
-        work = texts.run(tenant, _tokenize, body, adapter, engine, texts)
-        content = await cancel_on_disconnect(request.receive, work)
+        work = texts.run(tenant, _tokenize, body, adapter, context, texts)
+        content = await context.finish(work)
     return Response(content, media_type="application/json")
 
 
 @router.post("/detokenize")
-async def detokenize(
-    body: DetokenizeRequest,
-    request: Request,
-    caller: CallerOf,
-    engine: EngineOf,
-    accounting: AccountingOf,
-    texts: TextsOf,
-) -> DetokenizeResponse:
+async def detokenize(body: DetokenizeRequest, context: ContextOf, texts: TextsOf) -> DetokenizeResponse:
     """The text of tokens. Special tokens are part of the text."""
-    _, tenant = _entered(body.model, request, caller, engine, accounting)
-    check_token_count(body.tokens, engine, "tokens")
-    text = await cancel_on_disconnect(request.receive, texts.run(tenant, texts.decode, body.tokens))
+    _, tenant = _entered(body.model, context)
+    check_token_count(body.tokens, context.engine, "tokens")
+    text = await context.finish(texts.run(tenant, texts.decode, body.tokens))
     return DetokenizeResponse(prompt=text)
 
 
-def _entered(
-    model: str | None, request: Request, caller: Caller, engine: Engine, accounting: Accounting
-) -> tuple[str | None, str]:
+def _entered(model: str | None, context: RequestContext) -> tuple[str | None, str]:
     """Charge a request, and return the adapter that it names, and its tenant."""
-    adapter = None if model is None else adapter_of(model, engine)
-    tenant = caller.principal(adapter).tenant
-    accounting.enter(request.state, tenant)
+    adapter = None if model is None else adapter_of(model, context.engine)
+    tenant = context.caller.principal(adapter).tenant
+    context.accounting.enter(context.request.state, tenant)
     return adapter, tenant
 
 
-def _tokenize(body: TokenizeRequest, adapter: str | None, engine: Engine, texts: Texts) -> bytes:
+def _tokenize(body: TokenizeRequest, adapter: str | None, context: RequestContext, texts: Texts) -> bytes:
+    engine = context.engine
     special = body.add_special_tokens
     if body.messages is None:
         text = body.prompt or ""
         if adapter is not None:
-            texts.check_exists(adapter)
+            # Raises where there is no such adapter.
+            context.store.resolve(adapter)
     else:
         conversation = Conversation(
             body.messages, body.tools or (), add_generation_prompt=body.add_generation_prompt is not False

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from adapters_store import AdapterConfig, ImageSpec
-from sera_serve.trainer.data.labelled import Use, check_count, check_known, check_labels, label_notes
+from sera_serve.trainer.data.labelled import USES, Use, check_count, check_known, check_labels, label_notes
 from sera_serve.trainer.data.splits import draw, hold_out, hold_out_for
 from sera_serve.trainer.data.targets import check_known_labels, check_labels_repeat, labels_of
 from sera_serve.trainer.settings import TrainSettings
@@ -30,7 +30,6 @@ from sera_serve.trainer.tables.table import Table, read_table
 # The names that `datasets` gives the table of an image folder, and its column of paths.
 _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 _METADATA_COLUMN = "file_name"
-_USES: tuple[Use, ...] = ("train", "eval", "test")
 
 
 @dataclass(frozen=True)
@@ -138,10 +137,12 @@ def load_image_classify_data(settings: TrainSettings, initial: AdapterConfig | N
         reader.notes += label_notes(row.label for row in rows["train"])
     else:
         check_count(settings.train, rows["train"])
-        check_known(settings.train, rows["train"], labels, f"a label of {settings.init_from}")
-    for use in _USES[1:]:
+        known = ((row.label, row.row) for row in rows["train"])
+        check_known(settings.train, known, labels, f"a label of {settings.init_from}")
+    for use in USES[1:]:
         rows[use] = reader.labelled(use, labels)
-        check_known(getattr(settings, use) or settings.train, rows[use], labels)
+        found = ((row.label, row.row) for row in rows[use])
+        check_known(getattr(settings, use) or settings.train, found, labels)
     train = draw(rows["train"], settings.train_limit, settings.seed)
     if not rows["eval"] and settings.eval_fraction:
         # Equal images stay on one side.
@@ -162,7 +163,7 @@ def load_image_label_sets(settings: TrainSettings, initial: AdapterConfig | None
         InvalidData: A file, an image or some of the rows cannot be used.
     """
     reader = _Reader(settings)
-    rows = {use: reader.tagged(use) for use in _USES}
+    rows = {use: reader.tagged(use) for use in USES}
     labels = initial.labels if initial is not None else None
     kept = "in the training data" if labels is None else f"a label of {settings.init_from}"
     check_count(settings.train, rows["train"])
@@ -171,8 +172,9 @@ def load_image_label_sets(settings: TrainSettings, initial: AdapterConfig | None
         if not labels:
             raise InvalidData(f"{settings.train}: no row has a label; check --label-column", param="label_column")
         check_labels_repeat(settings.train, len(rows["train"]), labels)
-    for use in _USES:
-        check_known_labels(getattr(settings, use) or settings.train, rows[use], labels, kept)
+    for use in USES:
+        found = ((row.labels, row.row) for row in rows[use])
+        check_known_labels(getattr(settings, use) or settings.train, found, labels, kept)
     train = draw(rows["train"], settings.train_limit, settings.seed)
     if settings.eval is None and settings.eval_fraction:
         train, rows["eval"] = hold_out_for(
@@ -193,8 +195,8 @@ def load_retrieve_data(settings: TrainSettings, initial: AdapterConfig | None = 
         InvalidData: A file, an image or some of the rows cannot be used.
     """
     reader = _Reader(settings)
-    rows = {use: reader.captioned(use) for use in _USES}
-    for use in _USES:
+    rows = {use: reader.captioned(use) for use in USES}
+    for use in USES:
         if rows[use] and len({row.image for row in rows[use]}) < 2:
             raise InvalidData(
                 f"{getattr(settings, use)} has one image, which has no other to be told from; add images", param=use

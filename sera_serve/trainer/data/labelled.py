@@ -5,44 +5,24 @@ from __future__ import annotations
 import hashlib
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence, Sized
+from collections.abc import Iterable, Sized
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 from adapters_store import MAX_CHAT_TEMPLATE_BYTES
 from sera_serve.trainer.data.passages import Passage, checked_passages
-from sera_serve.trainer.data.splits import draw, hold_out, hold_out_for
+from sera_serve.trainer.data.splits import draw, hold_out_for
 from sera_serve.trainer.settings import TrainSettings
-from sera_serve.trainer.tables.fields import label_of, messages_of, string_of, text_of, whole_number_names
+from sera_serve.trainer.tables.fields import label_of, text_of, whole_number_names
 from sera_serve.trainer.tables.table import InvalidData, Problems, Row, Table, read_table
-
-__all__ = [
-    "ClassifyData",
-    "GenerateData",
-    "LabelledText",
-    "Passage",
-    "Text",
-    "draw",
-    "hold_out",
-    "label_notes",
-    "label_of",
-    "load_classify_data",
-    "load_generate_data",
-    "messages_of",
-    "require_texts",
-    "string_of",
-    "table_for",
-    "text_at",
-    "text_of",
-]
 
 Use = Literal["train", "eval", "test"]
 Text = str | tuple[str, str]
 """A text, or two texts of which the tokenizer makes a pair."""
 
 _LEAST_ROWS = 4
-_USES: tuple[Use, ...] = ("train", "eval", "test")
+USES: tuple[Use, ...] = ("train", "eval", "test")
 
 
 def table_for(settings: TrainSettings, use: Use) -> Table | None:
@@ -55,20 +35,6 @@ def table_for(settings: TrainSettings, use: Use) -> Table | None:
     if path is None:
         return None
     return read_table(path, delimiter=settings.delimiter, encoding=settings.encoding, split=use)
-
-
-class Labelled(Protocol):
-    """A row with a label, of text or of an image."""
-
-    @property
-    def label(self) -> str:
-        """The label."""
-        ...
-
-    @property
-    def row(self) -> Row:
-        """The row of the file."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,24 +76,25 @@ def load_classify_data(settings: TrainSettings, labels: list[str] | None = None)
     """
     digests: dict[str, str] = {}
     notes: list[str] = []
-    rows: dict[Use, list[LabelledText]] = {use: [] for use in _USES}
-    for use in _USES:
+    rows: dict[Use, list[LabelledText]] = {use: [] for use in USES}
+    for use in USES:
         table = table_for(settings, use)
         if table is None:
             continue
         rows[use] = _checked_texts(table, settings, labels)
+        found = [(row.label, row.row) for row in rows[use]]
         digests[use] = table.digest
         notes += table.notes
         if use != "train":
             assert labels is not None
-            check_known(table.path, rows[use], labels)
+            check_known(table.path, found, labels)
         elif labels is None:
             labels = sorted({row.label for row in rows[use]})
             check_labels(table.path, rows[use], labels)
             notes += label_notes(row.label for row in rows[use])
         else:
             check_count(table.path, rows[use])
-            check_known(table.path, rows[use], labels, f"a label of {settings.init_from}")
+            check_known(table.path, found, labels, f"a label of {settings.init_from}")
     assert labels is not None
     train = draw(rows["train"], settings.train_limit, settings.seed)
     if settings.eval is None and settings.eval_fraction:
@@ -203,7 +170,7 @@ def check_count(path: Path, rows: Sized) -> None:
         raise InvalidData(f"{path} has {len(rows)} rows; at least {_LEAST_ROWS} are needed", param="train")
 
 
-def check_labels(path: Path, rows: Sequence[Labelled], labels: list[str]) -> None:
+def check_labels(path: Path, rows: Sized, labels: list[str]) -> None:
     """Refuse training rows with one label, or with labels that hardly repeat."""
     check_count(path, rows)
     if len(labels) == 1:
@@ -219,18 +186,18 @@ def check_labels(path: Path, rows: Sequence[Labelled], labels: list[str]) -> Non
         )
 
 
-def check_known(path: Path, rows: Sequence[Labelled], labels: list[str], kept: str | None = None) -> None:
+def check_known(path: Path, found: Iterable[tuple[str, Row]], labels: list[str], kept: str | None = None) -> None:
     """Refuse rows whose label is not one of `labels`; `kept` says whose labels these are, if not the training rows'."""
     problems, known = Problems(path), set(labels)
     shown = ", ".join(labels[:10]) + (", ..." if len(labels) > 10 else "")
-    for item in rows:
-        if item.label not in known:
+    for label, row in found:
+        if label not in known:
             if kept is not None:
                 fault = f"is not {kept}, which has {shown}; correct it, delete the row, or train a new adapter"
             else:
                 fault = f"is not in the training data, which has {shown}; "
                 fault += "correct it, delete the row, or add training rows of that label"
-            problems.add(item.row, f"label {item.label!r} {fault}")
+            problems.add(row, f"label {label!r} {fault}")
     problems.raise_if_any()
 
 
@@ -270,10 +237,10 @@ def load_generate_data(settings: TrainSettings, template: str | None = None) -> 
     Raises:
         InvalidData: A file or some of its rows cannot be used.
     """
-    rows: dict[Use, list[Passage]] = {use: [] for use in _USES}
+    rows: dict[Use, list[Passage]] = {use: [] for use in USES}
     digests: dict[str, str] = {}
     notes: list[str] = []
-    for use in _USES:
+    for use in USES:
         table = table_for(settings, use)
         if table is not None:
             rows[use] = checked_passages(table, settings)

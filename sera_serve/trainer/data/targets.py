@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
-from sera_serve.trainer.data.labelled import Text, Use, require_texts, table_for, text_at
+from sera_serve.trainer.data.labelled import USES, Text, Use, check_count, require_texts, table_for, text_at
 from sera_serve.trainer.data.splits import draw, hold_out_for
 from sera_serve.trainer.settings import TrainSettings
 from sera_serve.trainer.tables.table import InvalidData, Problems, Row, Table
 
-_LEAST_ROWS = 4
 _LONGEST_LABEL = 512
 _SHOWN_CHARACTERS = 60
 # float32, in which heads are trained and served, holds products of larger numbers no more.
 _LARGEST_NUMBER = 1e15
-
-_USES: tuple[Use, ...] = ("train", "eval", "test")
 
 T = TypeVar("T")
 
@@ -75,18 +72,15 @@ def load_examples(
     Raises:
         InvalidData: A file or some of its rows cannot be used.
     """
-    rows: dict[Use, list[Example[T]]] = {use: [] for use in _USES}
+    rows: dict[Use, list[Example[T]]] = {use: [] for use in USES}
     digests: dict[str, str] = {}
     notes: list[str] = []
-    for use in _USES:
+    for use in USES:
         if (table := table_for(settings, use)) is not None:
             rows[use] = read(table, settings)
             digests[use] = table.digest
             notes += table.notes
-    if len(rows["train"]) < _LEAST_ROWS:
-        raise InvalidData(
-            f"{settings.train} has {len(rows['train'])} rows; at least {_LEAST_ROWS} are needed", param="train"
-        )
+    check_count(settings.train, rows["train"])
     train = draw(rows["train"], settings.train_limit, settings.seed)
     if settings.eval is None and settings.eval_fraction:
         train, rows["eval"] = hold_out_for(
@@ -128,7 +122,7 @@ def load_label_sets(settings: TrainSettings, labels: list[str] | None = None) ->
         check_labels_repeat(settings.train, len(found.train), labels)
     for path, items in ((settings.train, found.train), (settings.eval, found.eval), (settings.test, found.test)):
         if path is not None:
-            check_known_labels(path, [_Tagged(item.target, item.row) for item in items], labels, kept)
+            check_known_labels(path, ((item.target, item.row) for item in items), labels, kept)
     return LabelledExamples(found.train, found.eval, found.test, found.digests, found.notes, labels)
 
 
@@ -240,31 +234,11 @@ def check_labels_repeat(path: Path, rows: int, labels: list[str]) -> None:
         )
 
 
-class Tagged(Protocol):
-    """A row with a set of labels, of text or of an image."""
-
-    @property
-    def labels(self) -> frozenset[str]:
-        """The labels."""
-        ...
-
-    @property
-    def row(self) -> Row:
-        """The row of the file."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class _Tagged:
-    labels: frozenset[str]
-    row: Row
-
-
-def check_known_labels(path: Path, rows: Sequence[Tagged], labels: list[str], kept: str) -> None:
+def check_known_labels(path: Path, found: Iterable[tuple[frozenset[str], Row]], labels: list[str], kept: str) -> None:
     """Refuse rows with a label that is not one of `labels`; `kept` says whose labels these are."""
     problems, known = Problems(path), set(labels)
     shown = ", ".join(labels[:10]) + (", ..." if len(labels) > 10 else "")
-    for item in rows:
-        for label in sorted(item.labels - known):
-            problems.add(item.row, f"label {label!r} is not {kept}, which has {shown}; correct it or delete the row")
+    for own, row in found:
+        for label in sorted(own - known):
+            problems.add(row, f"label {label!r} is not {kept}, which has {shown}; correct it or delete the row")
     problems.raise_if_any()

@@ -3,10 +3,10 @@
 from sera_serve.trainer.task_options import Task
 from sera_serve.trainer.tasks.classify import CLASSIFY, ClassifyTask
 from sera_serve.trainer.tasks.generate import GENERATE, GenerateTask
-from sera_serve.trainer.tasks.image_classify import IMAGE_CLASSIFY, ImageClassifyTask
+from sera_serve.trainer.tasks.image_classify import IMAGE_CLASSIFY
 from sera_serve.trainer.tasks.protocol import TaskData, TaskKind, TrainingTask
-from sera_serve.trainer.tasks.regress import REGRESS, RegressTask
-from sera_serve.trainer.tasks.retrieve import RETRIEVE, RetrieveTask
+from sera_serve.trainer.tasks.regress import REGRESS
+from sera_serve.trainer.tasks.retrieve import RETRIEVE
 from sera_serve.trainer.tasks.token_classify import TOKEN_CLASSIFY, TokenClassifyTask
 
 TASKS: dict[Task, TaskKind] = {
@@ -22,11 +22,7 @@ __all__ = [
     "TASKS",
     "ClassifyTask",
     "GenerateTask",
-    "ImageClassifyTask",
-    "RegressTask",
-    "RetrieveTask",
     "TaskData",
-    "TaskKind",
     "TokenClassifyTask",
     "TrainingTask",
 ]
