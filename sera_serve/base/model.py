@@ -169,12 +169,12 @@ class FrozenBase:
         padded = self.pad(self.preprocessor.rows(texts, max_length))
         return padded["input_ids"], padded["attention_mask"]
 
-    def pad(self, rows: Sequence[ModelInputs]) -> dict[str, Tensor]:
-        """Pad rows on the right into one batch.
+    def pad(self, rows: Sequence[ModelInputs], device: torch.device | None = None) -> dict[str, Tensor]:
+        """Pad rows on the right into one batch, on a device; None is the base's.
 
         Returns:
-            The keyword arguments of `hidden_states`, each int64 (rows, longest row), on the base's device:
-            `input_ids`, `attention_mask`, and `token_type_ids` if a row has them.
+            The keyword arguments of `hidden_states`, each int64 (rows, longest row): `input_ids`, `attention_mask`, and
+            `token_type_ids` if a row has them.
         """
         longest = max(map(len, rows))
         padding = self.tokenizer.pad_token_id
@@ -185,7 +185,7 @@ class FrozenBase:
         if any(row.token_type_ids for row in rows):
             types = [row.token_type_ids or [0] * len(row) for row in rows]
             columns["token_type_ids"] = [row + [0] * (longest - len(row)) for row in types]
-        return {name: torch.tensor(column, device=self.device) for name, column in columns.items()}
+        return {name: torch.tensor(column, device=device or self.device) for name, column in columns.items()}
 
     def pad_images(self, rows: Sequence[ModelInputs]) -> Tensor:
         """Put the pixels of image rows into one batch (rows, 3, height, width), on the base's device, in its dtype."""

@@ -14,7 +14,7 @@ from span_samples import as_words, marked
 from tokenizers import processors
 from trainer_samples import WORDS, settings_for, write_csv, write_jsonl
 
-from adapters_store import AdapterBundle, AdapterStore
+from adapters_store import AdapterBundle, AdapterStore, Task
 from sera_serve.base import FrozenBase, load_base, preprocess
 from sera_serve.base.spans import Span, bio_tags, decode_tags, encode_tags, token_ranges
 from sera_serve.errors import InvalidConfiguration
@@ -154,6 +154,22 @@ def test_regress_goes_on_from_an_adapter(base: FrozenBase, tmp_path: Path) -> No
     fields = {"base": "tiny", "store": tmp_path / "store", "name": "acme/second", "task": "regress", "train": train}
     settings = TrainSettings.model_validate({**fields, "init_from": "acme/tiny", "epochs": 1})
     assert train_adapter(settings, base=base).metrics["mse"] >= 0
+
+
+@pytest.mark.parametrize("name", ["regress", "classify", "token-classify"])
+def test_batches_are_built_on_the_cpu(
+    base: FrozenBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: Task
+) -> None:
+    """Whatever the base's device is: a loop on a GPU pins the memory of batches, and then moves them."""
+    train = {
+        "regress": lambda: write_csv(tmp_path / "rows.csv", numbers(12)),
+        "classify": lambda: write_jsonl(tmp_path / "rows.jsonl", label_sets(12)),
+        "token-classify": lambda: write_jsonl(tmp_path / "rows.jsonl", marked(12)),
+    }[name]()
+    settings = settings_for(Path("tiny"), tmp_path, train, task=name, multi_label=name == "classify")
+    task = TASKS[name].build(settings, base, TASKS[name].load(settings, None), 64)
+    monkeypatch.setattr(FrozenBase, "device", torch.device("meta"))
+    assert {tensor.device.type for tensor in task.collate(task.train_rows[:4]).values()} == {"cpu"}
 
 
 @pytest.mark.parametrize("as_text", [False, True])

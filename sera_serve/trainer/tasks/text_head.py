@@ -141,12 +141,15 @@ class TextHeadTask(ABC, Generic[T]):
                 rows[i].features = state
 
     def collate(self, rows: Sequence[TextRow[T]]) -> dict[str, Tensor]:
-        """Build the tensors of one batch: the keyword arguments of the model."""
+        """Build the tensors of one batch on the CPU: the keyword arguments of the model.
+
+        The loop moves them; it would pin their memory first, which no tensor of a GPU can be.
+        """
         labels = self.targets(rows, max(len(row.inputs) for row in rows))
         if self._keeps_features:
             features = [row.features for row in rows if row.features is not None]
             return {"features": torch.stack(features), "labels": labels}
-        return {**self.base.pad([row.inputs for row in rows]), "labels": labels}
+        return {**self.base.pad([row.inputs for row in rows], torch.device("cpu")), "labels": labels}
 
     @torch.no_grad()
     def logits(self, rows: Sequence[TextRow[T]]) -> list[Tensor]:
