@@ -122,7 +122,10 @@ def test_several_adapters_at_once(tiny_base: Path, tmp_path: Path) -> None:
         else:
             results = trained(train_jobs(Plan(jobs, 8), base=base))
         found.append(
-            [(result["metrics"]["loss"], tensors_of(job.store, job.name)) for job, result in zip(jobs, results)]
+            [
+                (result["metrics"]["loss"], tensors_of(job.store, job.name))
+                for job, result in zip(jobs, results, strict=True)
+            ]
         )
     for job, (loss, tensors), (other_loss, others) in zip(jobs, *found, strict=True):
         if not job.dropout:
