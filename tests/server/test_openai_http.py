@@ -301,10 +301,13 @@ def test_refusals_are_the_exceptions_of_the_official_client(official: openai.Ope
     assert suffix.value.param == "suffix"
 
 
-def test_the_client_sends_a_refused_request_again(url: str, engine: StubEngine) -> None:
+@pytest.mark.parametrize(("prompt", "times"), [(OVERLOADED, 2), (LATE, 1)])
+def test_the_client_sends_a_refused_request_again_where_that_may_help(
+    url: str, engine: StubEngine, prompt: str, times: int
+) -> None:
     with openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=1) as client, pytest.raises(openai.APIError):
-        client.with_options(timeout=2).completions.create(model="demo/writer", prompt=LATE)
-    assert len(engine.asked) == 2
+        client.with_options(timeout=2).completions.create(model="demo/writer", prompt=prompt)
+    assert len(engine.asked) == times
 
 
 def test_a_prompt_that_fails_closes_the_others(client: httpx.Client, engine: StubEngine) -> None:
