@@ -161,9 +161,9 @@ class _AddUpdates(torch.autograd.Function):
                     rows = x.reshape(-1, x.shape[-1])[part.tokens].to(a.dtype)
                     da = outer_segments(rows, du, part.split).reshape(a.shape)
                 if dx is not None:
-                    own = du.new_empty(len(du), dx.shape[-1])
-                    expand_into(own, du, blocks_of_a(a, part.split))
-                    dx.view(-1, dx.shape[-1])[part.tokens] = own
+                    expanded = du.new_empty(len(du), dx.shape[-1])
+                    expand_into(expanded, du, blocks_of_a(a, part.split))
+                    dx.view(-1, dx.shape[-1])[part.tokens] = expanded
             gradients += [da, dc, db]
         return g, dx, None, *gradients
 
