@@ -198,7 +198,7 @@ class DevicePool:
         self.copies = 0
         """Copies of factors made so far: one for each extent of each adapter filled."""
         self._copy_stream = CopyStream(self.data.device)
-        self._staging = StagingRing(self.data.device) if self.data.is_cuda else None
+        self._staging = None if self.data.device.type == "cpu" else StagingRing(self.data.device)
         self._free = FreeExtents(elements)
         self._free_slots = list(range(slots - 1, -1, -1))
         self._placed: dict[int, Placement] = {}
@@ -243,7 +243,7 @@ class DevicePool:
 
     def fills_at_once(self, adapter: PackedAdapter) -> bool:
         """Whether it takes less time to copy the adapter than to wake a thread for it."""
-        return not self.data.is_cuda and adapter.nbytes <= _COPIED_AT_ONCE
+        return self.data.device.type == "cpu" and adapter.nbytes <= _COPIED_AT_ONCE
 
     def fill(self, placement: Placement, data: Tensor) -> None:
         """Copy an adapter to its reserved room, and write its slot in the tables; returns when the device has done so.

@@ -8,6 +8,8 @@ some operations by the device.
 
 from __future__ import annotations
 
+import copy
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 from transformers import TrainingArguments
 
+from sera_serve.base import FrozenBase
+
 # The device type that torch computes nothing on by itself.
 OTHER = torch.device("meta")
 _ATEN = torch.ops.aten
@@ -29,6 +33,9 @@ _MAY_MIX = {
     _ATEN.index.Tensor,
     _ATEN.index_put.default,
     _ATEN.index_put_.default,
+    # In inference mode these come to the dispatcher whole.
+    _ATEN.to.device,
+    _ATEN.to.other,
 }
 
 
@@ -53,7 +60,7 @@ class Elsewhere(Tensor):
             device=OTHER,
             requires_grad=inner.requires_grad,
         )
-        made.inner = inner.detach()
+        made.inner = inner.detach() if inner.requires_grad else inner
         return made
 
     def __repr__(self) -> str:  # type: ignore[override]
@@ -83,7 +90,16 @@ class _Python(TorchFunctionMode):
                 return False
             if func is Tensor.tolist:
                 return args[0].inner.tolist()
+            if func in (Tensor.__getitem__, Tensor.__setitem__):
+                args = (args[0], _index(args[1]), *args[2:])
         return func(*args, **kwargs)
+
+
+def _index(index: Any) -> Any:
+    """Lists of numbers as tensors: torch would make them on `OTHER` without numbers."""
+    if isinstance(index, tuple):
+        return tuple(_index(part) for part in index)
+    return torch.tensor(index, dtype=torch.int64) if isinstance(index, list) else index
 
 
 def _compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -97,11 +113,18 @@ def _compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if func is _ATEN.index.Tensor and own and not isinstance(args[0], Elsewhere):
         raise TwoDevices("a tensor of the CPU is indexed by one of another device")
     there = bool(own)
-    if kwargs.get("device") is not None:
-        there = torch.device(kwargs["device"]) == OTHER
-        kwargs = {**kwargs, "device": torch.device("cpu")}
+    # In inference mode `to` has its device by position.
+    asked = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, torch.device)]
+    if asked:
+        there = asked[0] == OTHER
     by_inner = {id(tensor.inner): tensor for tensor in own}
-    args, kwargs = tree_map(lambda value: value.inner if isinstance(value, Elsewhere) else value, (args, kwargs))
+
+    def on_cpu(value: Any) -> Any:
+        if isinstance(value, Elsewhere):
+            return value.inner
+        return torch.device("cpu") if isinstance(value, torch.device) else value
+
+    args, kwargs = tree_map(on_cpu, (args, kwargs))
 
     def placed(value: Any) -> Any:
         if not isinstance(value, Tensor):
@@ -130,4 +153,30 @@ def other_device() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch, _Placing(), _Python():
         patch.setattr("accelerate.Accelerator.device", OTHER)
         patch.setattr(TrainingArguments, "device", property(lambda self: (self._setup_devices, OTHER)[1]))
+        yield
+
+
+def moved(base: FrozenBase) -> FrozenBase:
+    """A copy of a base model on `OTHER`."""
+    there = copy.copy(base)
+    model = copy.deepcopy(base.model)
+    move(model)
+    object.__setattr__(there, "model", model)
+    assert there.device == OTHER
+    return there
+
+
+@contextmanager
+def other_device_in_threads() -> Iterator[None]:
+    """Let torch know `OTHER` in this thread, and in those that begin within the block: torch keeps that by thread."""
+    original = threading.Thread.run
+
+    def run(self: threading.Thread) -> None:
+        with _Placing(), _Python():
+            original(self)
+
+    with pytest.MonkeyPatch.context() as patch, _Placing(), _Python():
+        patch.setattr(threading.Thread, "run", run)
+        # A tensor of inference mode has no version, which a subclass must have.
+        patch.setattr(torch, "inference_mode", torch.no_grad)
         yield
