@@ -1,4 +1,4 @@
-"""How decode graphs are captured, with a driver that only writes down what it is asked."""
+"""How steps are captured as graphs, with a driver that only writes down what it is asked."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 
 from sera_kernels import ShapeClasses
 from sera_serve.engine.loop import graphs
-from sera_serve.engine.loop.graphs import DecodeGraphs, NotCapturable, check_capturable
-from sera_serve.engine.loop.static_decode import StaticKey
+from sera_serve.engine.loop.graphs import NotCapturable, StepGraphs, check_capturable
+from sera_serve.engine.loop.static_step import StaticKey
 
 
 @pytest.fixture
@@ -91,11 +91,11 @@ def test_a_capture_that_fails_does_not_bar_the_next(
             driver.can_end = can_end
             raise torch.OutOfMemoryError("out of memory")
 
-    step = SimpleNamespace(stage=lambda requests, tables: 0, upload=lambda turn: None, run=run)
-    monkeypatch.setattr(graphs, "StaticDecode", lambda *_, **__: step)
+    step = SimpleNamespace(stage=lambda batch, tables: 0, upload=lambda turn: None, run=run)
+    monkeypatch.setattr(graphs, "StaticStep", lambda *_, **__: step)
     tables = SimpleNamespace(pages=torch.zeros(4, 8))
-    found = DecodeGraphs(SimpleNamespace(device="cpu"), None, None, tables)  # type: ignore[arg-type]
-    key = StaticKey(1, 8, ShapeClasses(), sampled=False, truncated=False)
+    found = StepGraphs(SimpleNamespace(device="cpu"), None, None, tables)  # type: ignore[arg-type]
+    key = StaticKey(1, 1, 8, ShapeClasses(), sampled=False, truncated=False)
     with pytest.raises(torch.OutOfMemoryError):
         found._graph(key)
     driver.can_end = True

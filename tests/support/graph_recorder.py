@@ -24,11 +24,10 @@ from sera_kernels import AdapterBatch, AdapterTables
 from sera_serve.engine import ServingEngine
 from sera_serve.engine.loop.attention import KeyValuePool
 from sera_serve.engine.loop.pages import PAGE_SIZE
-from sera_serve.engine.loop.static_decode import StaticDecode, StaticKey, classes_of
-from sera_serve.engine.request import GenerationRequest
+from sera_serve.engine.loop.static_step import StaticBatch, StaticKey, StaticStep, classes_of
 
-# Sizes of a recorded step: a batch runs in the smallest that holds it.
-_ROWS = (4, 16)
+# Sizes of a recorded step: a batch runs in the smallest that holds it. The last one is for prompts.
+SIZES = (4, 16, 96)
 # Known readers of the device that older releases of torch do not mark by a tag.
 _READERS = {
     "aten::_local_scalar_dense",
@@ -111,7 +110,7 @@ class Recording(TorchDispatchMode):
 
 
 class Replayed:
-    """Decode steps of an engine: the first of each key is recorded, all later ones are its replay.
+    """Static steps of an engine: the first of each key is recorded, all later ones are its replay.
 
     With `late`, the device does nothing until the host waits for it, and then no more than it must. What the host
     changes too early, because it believes that a step has run, changes the step's outcome.
@@ -121,13 +120,16 @@ class Replayed:
         replays: How many steps were replays.
         ahead: How many steps were launched before the step before them had been waited for.
         batches: The requests' names and rows, of each step.
+        prompts: How many prompts ran in such steps.
     """
+
+    most_tokens = SIZES[-1]
 
     def __init__(self, engine: ServingEngine, late: bool = False) -> None:
         self.recordings: dict[StaticKey, Recording] = {}
-        self.replays = self.ahead = 0
+        self.replays = self.ahead = self.prompts = 0
         self.batches: list[tuple[tuple[str, int], ...]] = []
-        self._steps: dict[StaticKey, StaticDecode] = {}
+        self._steps: dict[StaticKey, StaticStep] = {}
         self._late = late
         self._queue: deque[Callable[[], None]] = deque()
         self.runner = engine.runners["generate"].runner
@@ -137,9 +139,12 @@ class Replayed:
         if late:
             self._keep_in_order(self.runner._pool)
 
-    def launch(self, requests: list[GenerationRequest], ahead: int) -> Callable[[], list[int]]:
+    def launch(self, batch: StaticBatch, ahead: int) -> Callable[[], list[int]]:
+        requests = batch.requests
+        tokens = next(size for size in SIZES if size >= batch.tokens)
         key = StaticKey(
-            rows=next(rows for rows in _ROWS if rows >= len(requests)),
+            tokens=tokens,
+            requests=min(tokens, len(self.runner.tables.pages)),
             pages=self._pages,
             classes=classes_of(requests),
             sampled=any(request.temperature > 0 for request in requests),
@@ -147,14 +152,15 @@ class Replayed:
         )
         self.batches.append(tuple((request.id, request.row) for request in requests))
         self.ahead += ahead
+        self.prompts += len(batch.prompts)
         runner = self.runner
         if key not in self._steps:
             with torch.inference_mode(False):
-                self._steps[key] = StaticDecode(
+                self._steps[key] = StaticStep(
                     runner._model, runner._context, runner._pool, key, self._row_tokens, runner._rotary
                 )
         step = self._steps[key]
-        turn = step.stage(requests, runner.tables, ahead)
+        turn = step.stage(batch, runner.tables, ahead)
         for work in (partial(step.upload, turn), partial(self._run, key), partial(step.download, turn)):
             self._enqueue(work)
         done = [False]

@@ -1,4 +1,4 @@
-"""Decode steps as CUDA graphs: captured once for each key, replayed with other contents of the buffers.
+"""Steps as CUDA graphs: captured once for each key, replayed with other contents of the buffers.
 
 Everything is in the order of one stream: the thread's current one, on which eager steps run too. A launch copies the
 staged inputs, replays the graph, copies the tokens back and records an event. The host waits for the event alone, so it
@@ -21,8 +21,7 @@ from sera_serve.base import RotaryContext
 from sera_serve.engine.loop.attention import KeyValuePool
 from sera_serve.engine.loop.hugging_face import PagedModel
 from sera_serve.engine.loop.row_tables import RowTables
-from sera_serve.engine.loop.static_decode import StaticDecode, StaticKey, classes_of
-from sera_serve.engine.request import GenerationRequest
+from sera_serve.engine.loop.static_step import StaticBatch, StaticKey, StaticStep, classes_of
 from sera_serve.layers import AdapterContext
 
 logger = logging.getLogger("sera_serve.engine")
@@ -31,6 +30,8 @@ logger = logging.getLogger("sera_serve.engine")
 _WARM_UP_RUNS = 2
 # SeRA with segments of rank 1, up to rank 64: captured at start.
 _FIRST_CLASSES = ShapeClasses(single=64)
+# As many as the grouped kernels compute one by one. Beyond them a prompt's tokens had better share what they read.
+_MOST_TOKENS = 256
 
 
 def row_buckets(most: int) -> list[int]:
@@ -77,8 +78,8 @@ def check_capturable(run: Callable[[], object]) -> None:
         torch.cuda.set_sync_debug_mode(before)
 
 
-class DecodeGraphs:
-    """The graphs of one model; `sera_serve.engine.loop.static_decode.StaticSteps` on a GPU."""
+class StepGraphs:
+    """The graphs of one model; `sera_serve.engine.loop.static_step.StaticSteps` on a GPU."""
 
     def __init__(
         self,
@@ -95,16 +96,17 @@ class DecodeGraphs:
             context: The context of its serving layers.
             pool: Keys and values.
             tables: Of the running requests.
-            rotary: See `StaticDecode`.
+            rotary: See `StaticStep`.
         """
-        self._make = partial(StaticDecode, model, context, pool, rotary=rotary)
+        self._make = partial(StaticStep, model, context, pool, rotary=rotary)
         self._tables = tables
-        rows, self._pages = tables.pages.shape
-        self._row_tokens = torch.zeros(rows + 1, dtype=torch.int64, device=model.device)
-        self._buckets = row_buckets(rows)
+        self.most_tokens = _MOST_TOKENS
+        self._rows, self._pages = tables.pages.shape
+        self._row_tokens = torch.zeros(self._rows + 1, dtype=torch.int64, device=model.device)
+        self._buckets = row_buckets(max(self._rows, _MOST_TOKENS))
         # Further kinds are captured when the first step has them.
         self._captured = [_FIRST_CLASSES, ShapeClasses()]
-        self._graphs: dict[StaticKey, tuple[StaticDecode, torch.cuda.CUDAGraph]] = {}
+        self._graphs: dict[StaticKey, tuple[StaticStep, torch.cuda.CUDAGraph]] = {}
         # One pool of memory for all graphs: they never run at the same time.
         self._memory = torch.cuda.graph_pool_handle()
 
@@ -115,19 +117,19 @@ class DecodeGraphs:
             NotCapturable: The base's steps cannot be captured.
         """
         started = time.monotonic()
-        least = StaticKey(self._buckets[0], self._pages, ShapeClasses(), sampled=False, truncated=False)
+        least = self._key_of(self._buckets[0], ShapeClasses(), sampled=False, truncated=False)
         check_capturable(self._warmed_up(least).run)
-        for rows in reversed(self._buckets):
+        for tokens in reversed(self._buckets):
             for classes in self._captured:
                 for sampled, truncated in ((True, True), (True, False), (False, False)):
-                    self._graph(StaticKey(rows, self._pages, classes, sampled, truncated))
+                    self._graph(self._key_of(tokens, classes, sampled, truncated))
         took = time.monotonic() - started
-        logger.info("captured %d decode graphs in %.1f s", len(self._graphs), took)
+        logger.info("captured %d graphs of steps in %.1f s", len(self._graphs), took)
 
-    def launch(self, requests: list[GenerationRequest], ahead: int) -> Callable[[], list[int]]:
+    def launch(self, batch: StaticBatch, ahead: int) -> Callable[[], list[int]]:
         """Start a step; see `StaticSteps.launch`."""
-        step, graph = self._graph(self._key(requests))
-        turn = step.stage(requests, self._tables, ahead)
+        step, graph = self._graph(self._key(batch))
+        turn = step.stage(batch, self._tables, ahead)
         step.upload(turn)
         graph.replay()
         step.download(turn)
@@ -136,18 +138,24 @@ class DecodeGraphs:
 
         def wait() -> list[int]:
             done.synchronize()
-            return step.tokens(turn, len(requests))
+            return step.tokens(turn, len(batch.requests))
 
         return wait
 
-    def _key(self, requests: list[GenerationRequest]) -> StaticKey:
-        return StaticKey(
-            rows=next(size for size in self._buckets if size >= len(requests)),
-            pages=self._pages,
+    def _key(self, batch: StaticBatch) -> StaticKey:
+        requests = batch.requests
+        return self._key_of(
+            tokens=next(size for size in self._buckets if size >= batch.tokens),
             classes=self._covering(classes_of(requests)),
             sampled=any(request.temperature > 0 for request in requests),
             truncated=any(request.has_truncation for request in requests),
         )
+
+    def _key_of(self, tokens: int, classes: ShapeClasses, sampled: bool, truncated: bool) -> StaticKey:
+        """The key of a step; one with more tokens than requests may run has prompts, and one graph for any sampling."""
+        if tokens > self._rows:
+            sampled = truncated = True
+        return StaticKey(tokens, min(tokens, self._rows), self._pages, classes, sampled, truncated)
 
     def _covering(self, wanted: ShapeClasses) -> ShapeClasses:
         """The least of the captured kinds of shapes that covers the wanted ones; these themselves if there is none."""
@@ -157,7 +165,7 @@ class DecodeGraphs:
             return wanted
         return found
 
-    def _graph(self, key: StaticKey) -> tuple[StaticDecode, torch.cuda.CUDAGraph]:
+    def _graph(self, key: StaticKey) -> tuple[StaticStep, torch.cuda.CUDAGraph]:
         if key not in self._graphs:
             step = self._warmed_up(key)
             torch.cuda.current_stream().synchronize()
@@ -177,10 +185,10 @@ class DecodeGraphs:
             self._graphs[key] = step, graph
         return self._graphs[key]
 
-    def _warmed_up(self, key: StaticKey) -> StaticDecode:
+    def _warmed_up(self, key: StaticKey) -> StaticStep:
         step = self._make(key=key, row_tokens=self._row_tokens)
         # Padding alone, so that nothing but the scratch page is written.
-        step.upload(step.stage([], self._tables))
+        step.upload(step.stage(StaticBatch(), self._tables))
         for _ in range(_WARM_UP_RUNS):
             step.run()
         return step

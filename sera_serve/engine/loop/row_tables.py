@@ -43,9 +43,8 @@ class RowTables:
         """Note the last page of a request."""
         self.pages[request.row, len(request.pages) - 1] = request.pages[-1]
 
-    def decode_slots(self, rows: NDArray[np.int64], ahead: int = 0) -> NDArray[np.int32]:
-        """int32, the adapter slot of the token that runs next in each row, or of the token `ahead` of it."""
-        at = self.computed[rows] + ahead
+    def slots_at(self, rows: NDArray[np.int64], at: NDArray[np.int64]) -> NDArray[np.int32]:
+        """int32, the adapter slot of the token at each of these places of the requests of these rows."""
         return np.where(at >= self.adapter_from[rows], self.slot[rows], np.int32(NO_ADAPTER))
 
     def advance(self, request: GenerationRequest) -> None:

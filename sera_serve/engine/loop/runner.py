@@ -18,10 +18,13 @@ from sera_serve.engine.loop.hugging_face import PagedModel
 from sera_serve.engine.loop.pages import PAGE_SIZE, SCRATCH
 from sera_serve.engine.loop.plan import StepPlan
 from sera_serve.engine.loop.row_tables import RowTables
-from sera_serve.engine.loop.static_decode import StaticSteps, classes_of
+from sera_serve.engine.loop.static_step import StaticBatch, StaticSteps, classes_of
 from sera_serve.engine.request import GenerationRequest
 from sera_serve.engine.sampling import NO_TOKEN
 from sera_serve.layers import AdapterContext
+
+# Keys that the tokens of prompts read in a static step: each token reads its own, 4 KiB a layer in Llama-3-8B.
+_MOST_KEYS = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ class PackedStep:
         # Only the pages of the longest: a table is as wide as the context is long.
         pages = tables.pages[rows, : int(at[-1]) // PAGE_SIZE + 1]
         page = np.take_along_axis(pages, (at // PAGE_SIZE)[:, None], 1)[:, 0]
-        self._add(tables.next_token[rows], at, tables.decode_slots(rows), page, tables.is_long[rows])
+        self._add(tables.next_token[rows], at, tables.slots_at(rows, at), page, tables.is_long[rows])
         self.parts += decode_parts(at + 1, pages, self._compiled)
         self.ends += [requests[place] for place in order.tolist()]
         self.keep += range(len(requests))
@@ -156,7 +159,7 @@ class StepRunner:
         """
         self.tables = RowTables(rows, max_pages)
         self.static: StaticSteps | None = None
-        """Runs decodes where it is set: on static buffers, as a graph does."""
+        """Runs decodes and short prompts where it is set: on static buffers, as a graph does."""
         self._model, self._context, self._pool = model, context, pool
         self._rotary = rotary
         self._chooser = TokenChooser(self.tables)
@@ -177,34 +180,46 @@ class StepRunner:
                 for plans of which `runs_on_device` is true.
         """
         self._enter(plan)
-        by_graph, others = self._split_decodes(plan)
+        batch = self._static_batch(plan)
+        static = set(batch.requests)
+        decodes = [request for request in plan.decodes if request not in static]
+        chunks = [chunk for chunk in plan.chunks if chunk[0] not in static]
         # First: the device runs it while the host is busy with the rest.
-        wait = self.static.launch(by_graph, ahead) if self.static is not None and by_graph else list
-        rest = self._run_packed(plan, others) if others or plan.chunks else StepOutcome([], [], [])
-        if not by_graph:
+        wait = self.static.launch(batch, ahead) if self.static is not None and static else list
+        rest = self._run_packed(decodes, chunks) if decodes or chunks else StepOutcome([], [], [])
+        if not static:
             return lambda: rest
-        return lambda: _joined(_outcome(by_graph, ChosenTokens(wait()), set(), set()), rest)
+        return lambda: _joined(_outcome(batch.requests, ChosenTokens(wait()), set(), set()), rest)
 
     def runs_on_device(self, plan: StepPlan) -> bool:
         """Whether the step needs nothing of the host once it is launched, so that the next one can be launched too."""
-        return not plan.chunks and not self._split_decodes(plan)[1]
+        return not plan.chunks and len(self._static_batch(plan).decodes) == len(plan.decodes)
 
-    def _split_decodes(self, plan: StepPlan) -> tuple[list[GenerationRequest], list[GenerationRequest]]:
-        """The decodes that static steps run, and the others: a static step hands on no logits."""
+    def _static_batch(self, plan: StepPlan) -> StaticBatch:
+        """What static steps run of a plan: the decodes that need no logits, and all prompts or none.
+
+        A prompt costs less where others are computed packed anyway, and where it is long: packed tokens share the keys
+        that they read.
+        """
         if self.static is None:
-            return [], plan.decodes
-        others = [request for request in plan.decodes if request.needs_logits]
-        return ([r for r in plan.decodes if not r.needs_logits], others) if others else (plan.decodes, [])
+            return StaticBatch()
+        decodes = [request for request in plan.decodes if not request.needs_logits]
+        tokens = len(decodes) + sum(count for _, count in plan.chunks)
+        keys = sum(count * len(request.tokens) for request, count in plan.chunks)
+        fit = tokens <= self.static.most_tokens and keys <= _MOST_KEYS and len(decodes) == len(plan.decodes)
+        if fit and all(_is_plain(request, count) for request, count in plan.chunks):
+            return StaticBatch(decodes, [request for request, _ in plan.chunks])
+        return StaticBatch(decodes)
 
-    def _run_packed(self, plan: StepPlan, decodes: list[GenerationRequest]) -> StepOutcome:
+    def _run_packed(self, decodes: list[GenerationRequest], chunks: list[tuple[GenerationRequest, int]]) -> StepOutcome:
         packed = PackedStep(self.tables, self._compiled)
         packed.add_decodes(decodes)
         # Prompts of one length that begin here are attended in one call.
-        for request, count in sorted(plan.chunks, key=lambda chunk: (chunk[0].computed > 0, chunk[1])):
+        for request, count in sorted(chunks, key=lambda chunk: (chunk[0].computed > 0, chunk[1])):
             packed.add_chunk(request, count)
         if self._rotary is not None:
             self._rotary.long_tokens = torch.from_numpy(np.concatenate(packed.sides)).to(self._model.device)
-        logits = self._forward(packed, packed.keep if plan.chunks else None)
+        logits = self._forward(packed, packed.keep if chunks else None)
         overflowed: set[GenerationRequest] = set()
         if packed.prompts:
             logits = take_prompt_logprobs(logits, packed.prompts, overflowed)
@@ -284,6 +299,15 @@ def _joined(first: StepOutcome, second: StepOutcome) -> StepOutcome:
         first.overflowed + second.overflowed,
         first.failures | second.failures,
     )
+
+
+def _is_plain(request: GenerationRequest, count: int) -> bool:
+    """Whether so many tokens end a request's prompt, and nothing of them is wanted but the token that follows.
+
+    A sequence beyond the base's rotary threshold is not: its first tokens have the frequencies of the last one.
+    """
+    ends = request.computed + count == len(request.tokens)
+    return ends and not (request.needs_logits or _wants_prompt_logprobs(request) or request.rotary_side)
 
 
 def _wants_prompt_logprobs(request: GenerationRequest) -> bool:

@@ -15,7 +15,7 @@ from sera_serve.engine.loop.attention_backend import BackendName, choose_backend
 from sera_serve.engine.loop.choice import constraint_failed, ends_too_early
 from sera_serve.engine.loop.fused_attention import fuse_attention
 from sera_serve.engine.loop.fused_layer import fuse_layers
-from sera_serve.engine.loop.graphs import DecodeGraphs, NotCapturable
+from sera_serve.engine.loop.graphs import NotCapturable, StepGraphs
 from sera_serve.engine.loop.hugging_face import PagedModel
 from sera_serve.engine.loop.pages import PAGE_SIZE, PagePool
 from sera_serve.engine.loop.plan import StepPlan, StepPlanner
@@ -74,7 +74,7 @@ class GenerationRunner(TaskRunner[GenerationRequest]):
             max_batch_tokens: The most tokens of one forward pass; longer prompts are prefilled in chunks.
             max_sequences: The most requests of one forward pass.
             cpu_threads: Threads of a forward pass on a CPU.
-            cuda_graphs: Whether decode steps on a GPU are captured as graphs.
+            cuda_graphs: Whether steps of decodes and short prompts on a GPU are captured as graphs.
             attention: What computes attention.
 
         Raises:
@@ -117,11 +117,11 @@ class GenerationRunner(TaskRunner[GenerationRequest]):
             expose_overflows(base.model, self.runner.probe)
             self.runner.probe()
             if base.device.type == "cuda" and cuda_graphs:
-                graphs = DecodeGraphs(paged, context, pool, self.runner.tables, base.rotary_context)
+                graphs = StepGraphs(paged, context, pool, self.runner.tables, base.rotary_context)
                 try:
                     graphs.capture_all()
                 except NotCapturable as error:
-                    logger.warning("decode steps run without CUDA graphs, which is slower: %s", error)
+                    logger.warning("steps run without CUDA graphs, which is slower: %s", error)
                 else:
                     self.runner.static = graphs
 

@@ -1,6 +1,10 @@
-"""The decode step as a function of buffers that stay where they are: what a CUDA graph can hold.
+"""A step as a function of buffers that stay where they are: what a CUDA graph can hold.
 
-Python decides nothing in `StaticDecode.run`, no operation of it reads the device, and no shape depends on the contents
+A static step runs one token of each decode, and short prompts to their ends. Each token has a row of the buffers, with
+the pages of its request: a prompt's tokens are computed as decodes that come at the same time. Each layer writes the
+keys and values of all tokens before any of them attends, so a token finds those of the tokens before it.
+
+Python decides nothing in `StaticStep.run`, no operation of it reads the device, and no shape depends on the contents
 of a buffer. What Python does decide (the number of rows and pages, whether adapters run, whether tokens are sampled) is
 given when the step is made, and is part of a graph's key.
 
@@ -11,10 +15,10 @@ A step can be launched before the tokens of the step before it are known to the 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
 from operator import or_
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -36,12 +40,11 @@ ON_DEVICE = -1
 _IN_FLIGHT = 2
 """Launches whose inputs and results are kept apart: one runs, and the next one is prepared."""
 
-# Columns of the packed inputs before the pages, and what a padding row has in them.
-_COLUMNS: dict[str, float] = {
+# Columns of the packed inputs before the pages, and what padding has in them: by token, then by request.
+_BY_TOKEN: dict[str, float] = {"ids": 0, "positions": 0, "slots": NO_ADAPTER}
+_BY_REQUEST: dict[str, float] = {
     "rows": 0,
-    "ids": 0,
-    "positions": 0,
-    "slots": NO_ADAPTER,
+    "ends": 0,
     "temperature": 0,
     "top_k": 0,
     "top_p": 1,
@@ -51,16 +54,42 @@ _COLUMNS: dict[str, float] = {
 _FLOATS = ("temperature", "top_p", "min_p")
 
 
-class StaticSteps(Protocol):
-    """Runs steps of decodes alone on static buffers."""
+@dataclass(frozen=True)
+class StaticBatch:
+    """What a static step runs.
 
-    def launch(self, requests: list[GenerationRequest], ahead: int) -> Callable[[], list[int]]:
-        """Start a step and return what waits for its tokens.
+    Attributes:
+        decodes: Requests with one token to run.
+        prompts: Requests whose prompts run from where they are to their ends.
+    """
+
+    decodes: list[GenerationRequest] = field(default_factory=list)
+    prompts: list[GenerationRequest] = field(default_factory=list)
+
+    @property
+    def requests(self) -> list[GenerationRequest]:
+        """All of them: the decodes first."""
+        return self.decodes + self.prompts
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the step."""
+        return len(self.decodes) + sum(len(request.tokens) - request.computed for request in self.prompts)
+
+
+class StaticSteps(Protocol):
+    """Runs steps on static buffers."""
+
+    most_tokens: int
+    """Of a step with prompts."""
+
+    def launch(self, batch: StaticBatch, ahead: int) -> Callable[[], list[int]]:
+        """Start a step and return what waits for the token of each of its requests.
 
         Args:
-            requests: With one token each to run.
+            batch: What runs; at least one request.
             ahead: How many tokens of each request are on the device alone: 1 if the step before this one, which has
-                the requests too, has not been waited for; else 0.
+                the requests too, has not been waited for; else 0. Only 0 for a batch with prompts.
         """
 
 
@@ -69,14 +98,16 @@ class StaticKey:
     """What Python decides of a static step; steps of one key differ in the contents of the buffers alone.
 
     Attributes:
-        rows: The most requests of the step.
+        tokens: The most tokens of the step.
+        requests: The most requests of the step. With more tokens than these, none of them is `ON_DEVICE`.
         pages: The most pages of a request.
         classes: The kinds of shapes that the requests' adapters may have; none in a step of the base model alone.
         sampled: Whether any request may be sampled.
         truncated: Whether sampling may leave out tokens.
     """
 
-    rows: int
+    tokens: int
+    requests: int
     pages: int
     classes: ShapeClasses
     sampled: bool
@@ -88,8 +119,8 @@ def classes_of(requests: list[GenerationRequest]) -> ShapeClasses:
     return reduce(or_, {request.shape_classes for request in requests}, ShapeClasses())
 
 
-class StaticDecode:
-    """The decode step of one key. Padding rows use no adapter and write to the scratch page.
+class StaticStep:
+    """The step of one key. Padding rows use no adapter and write to the scratch page.
 
     A launch is `stage` on the host, then `upload`, `run` and `download` in the order of the device, then `tokens` on
     the host, once the device has done the download. Two launches may be under way.
@@ -118,51 +149,63 @@ class StaticDecode:
         self.key = key
         self._model, self._context, self._pool, self._rotary = model, context, pool, rotary
         self._row_tokens = row_tokens
-        device, columns = model.device, len(_COLUMNS)
-        on_gpu = device.type == "cuda"
+        device, on_gpu = model.device, model.device.type == "cuda"
         # One buffer, so that one copy brings all inputs: a column of each kind, then the page tables.
-        inputs = torch.zeros((columns + key.pages) * key.rows, dtype=torch.int32, device=device)
-        self._inputs = inputs
-        self._columns = {name: inputs[at * key.rows :][: key.rows] for at, name in enumerate(_COLUMNS)}
+        sizes = dict.fromkeys(_BY_TOKEN, key.tokens) | dict.fromkeys(_BY_REQUEST, key.requests)
+        ends = np.cumsum(list(sizes.values())).tolist()
+        self._places = {name: slice(end - size, end) for (name, size), end in zip(sizes.items(), ends, strict=True)}
+        self._table_begin = ends[-1]
+        self._inputs = torch.zeros(ends[-1] + key.tokens * key.pages, dtype=torch.int32, device=device)
+        self._columns = {name: self._inputs[place] for name, place in self._places.items()}
         self._columns |= {name: self._columns[name].view(torch.float32) for name in _FLOATS}
-        self._table = inputs[columns * key.rows :].view(key.rows, key.pages)
-        self.next_tokens = torch.zeros(key.rows, dtype=torch.int64, device=device)
-        self._staging = [torch.zeros_like(inputs, device="cpu", pin_memory=on_gpu) for _ in range(_IN_FLIGHT)]
-        self._results = [torch.zeros_like(self.next_tokens, device="cpu", pin_memory=on_gpu) for _ in range(_IN_FLIGHT)]
+        self._table = self._inputs[self._table_begin :].view(key.tokens, key.pages)
+        self.next_tokens = torch.zeros(key.requests, dtype=torch.int64, device=device)
+        pinned: dict[str, Any] = {"device": "cpu", "pin_memory": on_gpu}
+        self._staging = [torch.zeros_like(self._inputs, **pinned) for _ in range(_IN_FLIGHT)]
+        self._results = [torch.zeros_like(self.next_tokens, **pinned) for _ in range(_IN_FLIGHT)]
         self._turn = 0
 
-    def stage(self, requests: list[GenerationRequest], tables: RowTables, ahead: int = 0) -> int:
-        """Write requests into the first rows of a buffer on the host, and padding into the others; returns its number.
+    def stage(self, batch: StaticBatch, tables: RowTables, ahead: int = 0) -> int:
+        """Write a batch into a buffer on the host, and padding after it; returns the buffer's number.
 
         Args:
-            requests: At most as many as the key has rows.
+            batch: At most as many tokens and requests as the key has.
             tables: Of the running requests.
             ahead: See `StaticSteps.launch`.
         """
         self._turn = (self._turn + 1) % _IN_FLIGHT
         staging = self._staging[self._turn].numpy()
-        rows = np.array([request.row for request in requests], np.int64)
-        lengths = np.array([len(request.tokens) + ahead for request in requests], np.uint64)
-        count, size = len(rows), self.key.rows
+        rows = np.array([request.row for request in batch.requests], np.int64)
+        decodes = rows[: len(batch.decodes)]
+        places = [tables.computed[decodes] + ahead]
+        ids: list[Any] = [np.full(len(decodes), ON_DEVICE) if ahead else tables.next_token[decodes]]
+        counts = [1] * len(decodes)
+        for request in batch.prompts:
+            places.append(np.arange(request.computed, len(request.tokens)))
+            ids.append(request.tokens[request.computed :])
+            counts.append(len(places[-1]))
+        at, ends, row_of = np.concatenate(places), np.cumsum(counts, dtype=np.int64) - 1, np.repeat(rows, counts)
         values = {
+            "ids": np.concatenate(ids),
+            "positions": at,
+            "slots": tables.slots_at(row_of, at),
             "rows": rows,
-            "ids": np.full(count, ON_DEVICE) if ahead else tables.next_token[rows],
-            "positions": tables.computed[rows] + ahead,
-            "slots": tables.decode_slots(rows, ahead),
+            "ends": ends,
             "temperature": tables.temperature[rows],
             "top_k": tables.top_k[rows],
             "top_p": tables.top_p[rows],
             "min_p": tables.min_p[rows],
-            "noise": sampling_keys(tables.seed[rows], lengths),
+            "noise": sampling_keys(tables.seed[rows], (at[ends] + 1).astype(np.uint64)),
         }
-        for at, (name, padding) in enumerate(_COLUMNS.items()):
-            column = staging[at * size :][:size]
+        padding = _BY_TOKEN | _BY_REQUEST | {"rows": len(self._row_tokens) - 1}
+        for name, value in values.items():
+            column = staging[self._places[name]]
             column = column.view(np.float32) if name in _FLOATS else column
-            column[:count] = values[name]
-            column[count:] = len(self._row_tokens) - 1 if name == "rows" else padding
-        pages = staging[len(_COLUMNS) * size :].reshape(size, -1)
-        pages[:count] = tables.pages[rows, : self.key.pages]
-        pages[count:] = SCRATCH
+            column[: len(value)] = value
+            column[len(value) :] = padding[name]
+        pages = staging[self._table_begin :].reshape(self._table.shape)
+        pages[: len(at)] = tables.pages[row_of, : self.key.pages]
+        pages[len(at) :] = SCRATCH
         return self._turn
 
     def upload(self, turn: int) -> None:
@@ -174,25 +217,26 @@ class StaticDecode:
         self._results[turn].copy_(self.next_tokens, non_blocking=True)
 
     def tokens(self, turn: int, count: int) -> list[int]:
-        """The tokens of the first rows, or `NO_TOKEN`."""
+        """The tokens of the first requests, or `NO_TOKEN`."""
         tokens: list[int] = self._results[turn][:count].tolist()
         return tokens
 
     @torch.no_grad()
     def run(self) -> None:
-        """Write each row's keys and values to the pool, and the token that follows, or `NO_TOKEN`, to `next_tokens`."""
+        """Write each token's keys and values to the pool, and what follows each request's last to `next_tokens`."""
         columns = self._columns
-        rows, at = columns["rows"].long(), columns["positions"].long()
-        # A row whose step has overflowed has no token. It runs on with any, and its result is not looked at.
-        before = self._row_tokens.gather(0, rows).clamp(min=0)
-        ids = torch.where(columns["ids"] == ON_DEVICE, before, columns["ids"].long())
+        rows, ids, at = columns["rows"].long(), columns["ids"].long(), columns["positions"].long()
+        if self.key.tokens == self.key.requests:
+            # A row whose step has overflowed has no token. It runs on with any, and its result is not looked at.
+            before = self._row_tokens.gather(0, rows).clamp(min=0)
+            ids = torch.where(ids == ON_DEVICE, before, ids)
         page = self._table.gather(1, (at // PAGE_SIZE)[:, None])[:, 0].long()
         step = StepContext(self._pool, page * PAGE_SIZE + at % PAGE_SIZE, table=self._table, lengths=at + 1)
         if self._rotary is not None:
             self._rotary.long_tokens = at >= self._rotary.threshold
         batch = AdapterBatch(columns["slots"], self.key.classes) if self.key.classes.width else None
         with self._context.run(batch):
-            logits = self._model.logits(ids[None], at[None], step, 0)
+            logits = self._model.logits(ids[None], at[None], step, columns["ends"].long())
         drawn = SamplingRows(
             columns["temperature"],
             columns["top_k"],

@@ -16,13 +16,14 @@ from adapters_store import AdapterStore
 from sera_serve import SeraConfig
 from sera_serve.base import FrozenBase, freeze_base
 from sera_serve.engine import GenerateParams, GenerationResult, ServingEngine
+from sera_serve.engine.loop import runner
 from sera_serve.engine.loop.pages import PAGE_SIZE, SCRATCH
-from sera_serve.engine.request import GenerationRequest
+from sera_serve.engine.loop.static_step import StaticBatch
 from sera_serve.errors import EngineUnavailable
 from sera_serve.layers import served_linear
 from support.engine import Start, generate, settled
 from support.factories import byte_tokenizer, random_adapter, with_vectors
-from support.graph_recorder import Recording, Replayed, static_add_updates
+from support.graph_recorder import SIZES, Recording, Replayed, static_add_updates
 
 MAX_RANK = 16
 SHAPES = [
@@ -114,6 +115,8 @@ def test_replayed_steps_give_what_the_eager_loop_gives(
     assert run(engine) == want
     replayed.check()
     assert replayed.replays > 30
+    assert replayed.prompts > 10, "short prompts run in static steps too"
+    assert any(key.tokens > key.requests for key in replayed.recordings)
     assert len({key for key in replayed.recordings if key.classes.width}) >= 2
     assert any(key.sampled and key.truncated for key in replayed.recordings)
     assert {key.classes.vectors for key in replayed.recordings if key.classes.width} == {False, True}
@@ -185,8 +188,8 @@ def test_a_failing_step_ends_the_step_launched_ahead_too(
     late = Replayed(engine, late=True)
     launch = late.launch
 
-    def failing(requests: list[GenerationRequest], ahead: int) -> Callable[[], list[int]]:
-        wait = launch(requests, ahead)
+    def failing(batch: StaticBatch, ahead: int) -> Callable[[], list[int]]:
+        wait = launch(batch, ahead)
 
         def failed() -> list[int]:
             late.launch = launch  # type: ignore[method-assign]
@@ -235,6 +238,32 @@ def test_log_probabilities_are_computed_by_eager_steps(
     assert not replayed.batches
 
 
+def test_prompts_that_are_long_or_asked_for_are_computed_packed(
+    decoder: FrozenBase, adapters: AdapterStore, start_engine: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = start_engine(decoder, adapters, max_sequences=16, max_batch_tokens=120)
+    replayed = Replayed(engine)
+    prompt = "the quick brown fox jumps over the lazy dog " * 3
+    for text, options, static in [
+        (prompt[: SIZES[-1]], {}, 1),
+        (prompt[: SIZES[-1] + 1], {}, 0),
+        # The first part is as long as a pass, and the rest of it is short.
+        (prompt[:130], {}, 1),
+        (prompt[:50], {"prompt_logprobs": 1}, 0),
+        (prompt[:50], {"logit_bias": {65: 1.0}}, 0),
+    ]:
+        before = replayed.prompts
+        asyncio.run(all_at_once(engine, [GenerateParams(prompt=text, max_new_tokens=2, cache_salt=text, **options)]))
+        assert replayed.prompts - before == static, (len(text), options)
+    monkeypatch.setattr(runner, "_MOST_KEYS", 40 * 40 - 1)
+    for length, static in [(39, 1), (40, 0)]:
+        before = replayed.prompts
+        asyncio.run(
+            all_at_once(engine, [GenerateParams(prompt=prompt[:length], max_new_tokens=2, cache_salt=str(length))])
+        )
+        assert replayed.prompts - before == static
+
+
 def test_padding_rows_write_to_the_scratch_page_alone(
     decoder: FrozenBase, adapters: AdapterStore, start_engine: Start, static_updates: Callable[[], None]
 ) -> None:
@@ -245,17 +274,19 @@ def test_padding_rows_write_to_the_scratch_page_alone(
     written: list[set[tuple[int, int]]] = []
     launch = replayed.launch
 
-    def watched(requests: list[GenerationRequest], ahead: int) -> Callable[[], list[int]]:
+    def watched(batch: StaticBatch, ahead: int) -> Callable[[], list[int]]:
         before = [store.clone() for store in pool._stores.values()]
-        wait = launch(requests, ahead)
+        wait = launch(batch, ahead)
         changed: set[tuple[int, int]] = set()
         for old, new in zip(before, pool._stores.values(), strict=True):
             different: Tensor = (old != new).flatten(3).any(-1).any(0)
             changed |= {(page, offset) for page, offset in different.nonzero().tolist()}
-        rows = [request.row for request in requests]
-        places = [(request, request.computed + ahead) for request in requests]
+        rows = [request.row for request in batch.decodes]
+        assert list(tables.computed[rows]) == [one.computed for one in batch.decodes]
+        places = [(request, request.computed + ahead) for request in batch.decodes]
+        places += [(one, at) for one in batch.prompts for at in range(one.computed, len(one.tokens))]
         own = {(request.pages[at // PAGE_SIZE], at % PAGE_SIZE) for request, at in places}
-        assert len(own) == len(requests) and list(tables.computed[rows]) == [one.computed for one in requests]
+        assert len(own) == batch.tokens
         assert own <= changed <= own | {(SCRATCH, 0)}
         written.append(changed)
         return wait
