@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Sized
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Generic, Literal, TypeVar
 
 from adapters_store import MAX_CHAT_TEMPLATE_BYTES
 from sera_serve.trainer.data.passages import Passage, checked_passages
@@ -17,6 +17,7 @@ from sera_serve.trainer.settings import TrainSettings
 from sera_serve.trainer.tables.fields import label_of, text_of, whole_number_names
 from sera_serve.trainer.tables.table import InvalidData, Problems, Row, Table, read_table
 
+T = TypeVar("T")
 Use = Literal["train", "eval", "test"]
 Text = str | tuple[str, str]
 """A text, or two texts of which the tokenizer makes a pair."""
@@ -37,34 +38,43 @@ def table_for(settings: TrainSettings, use: Use) -> Table | None:
     return read_table(path, delimiter=settings.delimiter, encoding=settings.encoding, split=use)
 
 
-@dataclass(frozen=True, slots=True)
-class LabelledText:
-    """One checked row of task classify: a text or a pair, its label, and where the row is."""
+@dataclass(frozen=True)
+class Example(Generic[T]):
+    """One checked row: a text and what to learn of it."""
 
     text: Text
-    label: str
+    target: T
     row: Row
 
 
 @dataclass(frozen=True)
-class ClassifyData:
-    """Checked rows of task classify, by use.
+class Examples(Generic[T]):
+    """Checked rows by use.
 
     Attributes:
-        labels: The labels of the training file, sorted.
         digests: sha256 of each file, by use.
         notes: What the user should know about the rows.
     """
 
-    labels: list[str]
-    train: list[LabelledText]
-    eval: list[LabelledText]
-    test: list[LabelledText]
+    train: list[Example[T]]
+    eval: list[Example[T]]
+    test: list[Example[T]]
     digests: dict[str, str]
     notes: list[str] = field(default_factory=list)
 
 
-def load_classify_data(settings: TrainSettings, labels: list[str] | None = None) -> ClassifyData:
+@dataclass(frozen=True)
+class LabelledExamples(Examples[T]):
+    """Rows with labels: one each, or sets of them.
+
+    Attributes:
+        labels: Every label, in the order of the head's rows.
+    """
+
+    labels: list[str] = field(default_factory=list)
+
+
+def load_classify_data(settings: TrainSettings, labels: list[str] | None = None) -> LabelledExamples[str]:
     """Read and check the files of `settings`.
 
     Args:
@@ -76,22 +86,22 @@ def load_classify_data(settings: TrainSettings, labels: list[str] | None = None)
     """
     digests: dict[str, str] = {}
     notes: list[str] = []
-    rows: dict[Use, list[LabelledText]] = {use: [] for use in USES}
+    rows: dict[Use, list[Example[str]]] = {use: [] for use in USES}
     for use in USES:
         table = table_for(settings, use)
         if table is None:
             continue
         rows[use] = _checked_texts(table, settings, labels)
-        found = [(row.label, row.row) for row in rows[use]]
+        found = [(item.target, item.row) for item in rows[use]]
         digests[use] = table.digest
         notes += table.notes
         if use != "train":
             assert labels is not None
             check_known(table.path, found, labels)
         elif labels is None:
-            labels = sorted({row.label for row in rows[use]})
+            labels = sorted({item.target for item in rows[use]})
             check_labels(table.path, rows[use], labels)
-            notes += label_notes(row.label for row in rows[use])
+            notes += label_notes(item.target for item in rows[use])
         else:
             check_count(table.path, rows[use])
             check_known(table.path, found, labels, f"a label of {settings.init_from}")
@@ -99,9 +109,9 @@ def load_classify_data(settings: TrainSettings, labels: list[str] | None = None)
     train = draw(rows["train"], settings.train_limit, settings.seed)
     if settings.eval is None and settings.eval_fraction:
         train, rows["eval"] = hold_out_for(
-            settings, train, notes, key=lambda r: repr(r.text), stratum=lambda r: r.label, keep_single=True
+            settings, train, notes, key=lambda item: repr(item.text), stratum=lambda item: item.target, keep_single=True
         )
-    return ClassifyData(labels, train, rows["eval"], rows["test"], digests, notes)
+    return LabelledExamples(train, rows["eval"], rows["test"], digests, notes, labels)
 
 
 def label_notes(labels: Iterable[str]) -> list[str]:
@@ -134,16 +144,16 @@ def _rows(count: int) -> str:
     return f"{count} row" if count == 1 else f"{count} rows"
 
 
-def _checked_texts(table: Table, settings: TrainSettings, labels: list[str] | None) -> list[LabelledText]:
+def _checked_texts(table: Table, settings: TrainSettings, labels: list[str] | None) -> list[Example[str]]:
     require_texts(table, settings)
     table.require(settings.label_column, "--label-column")
     problems, checked = Problems(table.path), []
     for row in table.rows:
         text = text_at(row, settings, problems)
-        checked.append(LabelledText(text, label_of(row, settings.label_column, problems), row.place()))
+        checked.append(Example(text, label_of(row, settings.label_column, problems), row.place()))
     problems.raise_if_any()
-    names = whole_number_names([item.label for item in checked], labels)
-    return [replace(item, label=names[item.label]) if item.label in names else item for item in checked]
+    names = whole_number_names([item.target for item in checked], labels)
+    return [replace(item, target=names[item.target]) if item.target in names else item for item in checked]
 
 
 def require_texts(table: Table, settings: TrainSettings) -> None:

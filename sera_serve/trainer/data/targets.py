@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
-from sera_serve.trainer.data.labelled import USES, Text, Use, check_count, require_texts, table_for, text_at
+from sera_serve.trainer.data.labelled import (
+    USES,
+    Example,
+    Examples,
+    LabelledExamples,
+    Use,
+    check_count,
+    require_texts,
+    table_for,
+    text_at,
+)
 from sera_serve.trainer.data.splits import draw, hold_out_for
 from sera_serve.trainer.settings import TrainSettings
 from sera_serve.trainer.tables.table import InvalidData, Problems, Row, Table
@@ -19,42 +28,6 @@ _SHOWN_CHARACTERS = 60
 _LARGEST_NUMBER = 1e15
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Example(Generic[T]):
-    """One checked row: a text and what to learn of it."""
-
-    text: Text
-    target: T
-    row: Row
-
-
-@dataclass(frozen=True)
-class Examples(Generic[T]):
-    """Checked rows by use.
-
-    Attributes:
-        digests: sha256 of each file, by use.
-        notes: What the user should know about the rows.
-    """
-
-    train: list[Example[T]]
-    eval: list[Example[T]]
-    test: list[Example[T]]
-    digests: dict[str, str]
-    notes: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class LabelledExamples(Examples[frozenset[str]]):
-    """Rows with sets of labels.
-
-    Attributes:
-        labels: Every label, in the order of the head's rows.
-    """
-
-    labels: list[str] = field(default_factory=list)
 
 
 def load_examples(
@@ -105,7 +78,7 @@ def load_numbers(settings: TrainSettings) -> Examples[float]:
     return found
 
 
-def load_label_sets(settings: TrainSettings, labels: list[str] | None = None) -> LabelledExamples:
+def load_label_sets(settings: TrainSettings, labels: list[str] | None = None) -> LabelledExamples[frozenset[str]]:
     """The rows of task classify with several labels each; raises as `load_examples`.
 
     Args:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sera_serve.base import FrozenBase, Pooling
-from sera_serve.trainer.data.targets import LabelledExamples
+from sera_serve.trainer.data.labelled import LabelledExamples
 from sera_serve.trainer.heads import TextHeadModel
 from sera_serve.trainer.model import new_head
 from sera_serve.trainer.tasks.text_head import TextHeadTask, TextRow
@@ -28,7 +28,7 @@ class MultiLabelTask(TextHeadTask[frozenset[str]]):
     def __init__(
         self,
         base: FrozenBase,
-        data: LabelledExamples,
+        data: LabelledExamples[frozenset[str]],
         *,
         pooling: Pooling,
         max_length: int,

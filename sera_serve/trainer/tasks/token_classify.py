@@ -16,8 +16,8 @@ from adapters_store import AdapterConfig
 from sera_serve.base import FrozenBase
 from sera_serve.base.spans import Span, bio_tags, decode_tags, encode_tags, kinds_of, token_ranges
 from sera_serve.errors import InvalidConfiguration
+from sera_serve.trainer.data.labelled import Example
 from sera_serve.trainer.data.spans import Marked, SpanExamples, load_spans
-from sera_serve.trainer.data.targets import Example
 from sera_serve.trainer.heads import TextHeadModel
 from sera_serve.trainer.model import IGNORED, new_head
 from sera_serve.trainer.settings import TrainSettings
