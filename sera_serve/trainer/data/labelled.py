@@ -21,6 +21,7 @@ T = TypeVar("T")
 Use = Literal["train", "eval", "test"]
 Text = str | tuple[str, str]
 """A text, or two texts of which the tokenizer makes a pair."""
+LabelSet = frozenset[str]
 
 _LEAST_ROWS = 4
 USES: tuple[Use, ...] = ("train", "eval", "test")
@@ -43,6 +44,15 @@ class Example(Generic[T]):
     """One checked row: a text and what to learn of it."""
 
     text: Text
+    target: T
+    row: Row
+
+
+@dataclass(frozen=True)
+class ImageExample(Generic[T]):
+    """One checked row: an image, by its digest in the store of images, and what to learn of it."""
+
+    image: str
     target: T
     row: Row
 
@@ -92,19 +102,18 @@ def load_classify_data(settings: TrainSettings, labels: list[str] | None = None)
         if table is None:
             continue
         rows[use] = _checked_texts(table, settings, labels)
-        found = [(item.target, item.row) for item in rows[use]]
         digests[use] = table.digest
         notes += table.notes
         if use != "train":
             assert labels is not None
-            check_known(table.path, found, labels)
+            check_known(table.path, rows[use], labels)
         elif labels is None:
             labels = sorted({item.target for item in rows[use]})
             check_labels(table.path, rows[use], labels)
             notes += label_notes(item.target for item in rows[use])
         else:
             check_count(table.path, rows[use])
-            check_known(table.path, found, labels, f"a label of {settings.init_from}")
+            check_known(table.path, rows[use], labels, f"a label of {settings.init_from}")
     assert labels is not None
     train = draw(rows["train"], settings.train_limit, settings.seed)
     if settings.eval is None and settings.eval_fraction:
@@ -196,18 +205,20 @@ def check_labels(path: Path, rows: Sized, labels: list[str]) -> None:
         )
 
 
-def check_known(path: Path, found: Iterable[tuple[str, Row]], labels: list[str], kept: str | None = None) -> None:
+def check_known(
+    path: Path, rows: Iterable[Example[str] | ImageExample[str]], labels: list[str], kept: str | None = None
+) -> None:
     """Refuse rows whose label is not one of `labels`; `kept` says whose labels these are, if not the training rows'."""
     problems, known = Problems(path), set(labels)
     shown = ", ".join(labels[:10]) + (", ..." if len(labels) > 10 else "")
-    for label, row in found:
-        if label not in known:
+    for item in rows:
+        if item.target not in known:
             if kept is not None:
                 fault = f"is not {kept}, which has {shown}; correct it, delete the row, or train a new adapter"
             else:
                 fault = f"is not in the training data, which has {shown}; "
                 fault += "correct it, delete the row, or add training rows of that label"
-            problems.add(row, f"label {label!r} {fault}")
+            problems.add(item.row, f"label {item.target!r} {fault}")
     problems.raise_if_any()
 
 

@@ -11,7 +11,9 @@ from sera_serve.trainer.data.labelled import (
     USES,
     Example,
     Examples,
+    ImageExample,
     LabelledExamples,
+    LabelSet,
     Use,
     check_count,
     require_texts,
@@ -78,7 +80,7 @@ def load_numbers(settings: TrainSettings) -> Examples[float]:
     return found
 
 
-def load_label_sets(settings: TrainSettings, labels: list[str] | None = None) -> LabelledExamples[frozenset[str]]:
+def load_label_sets(settings: TrainSettings, labels: list[str] | None = None) -> LabelledExamples[LabelSet]:
     """The rows of task classify with several labels each; raises as `load_examples`.
 
     Args:
@@ -95,7 +97,7 @@ def load_label_sets(settings: TrainSettings, labels: list[str] | None = None) ->
         check_labels_repeat(settings.train, len(found.train), labels)
     for path, items in ((settings.train, found.train), (settings.eval, found.eval), (settings.test, found.test)):
         if path is not None:
-            check_known_labels(path, ((item.target, item.row) for item in items), labels, kept)
+            check_known_labels(path, items, labels, kept)
     return LabelledExamples(found.train, found.eval, found.test, found.digests, found.notes, labels)
 
 
@@ -124,7 +126,7 @@ def number_of(row: Row, column: str, problems: Problems) -> float:
     return number
 
 
-def labels_of(row: Row, column: str, separator: str, problems: Problems) -> frozenset[str]:
+def labels_of(row: Row, column: str, separator: str, problems: Problems) -> LabelSet:
     """The labels of a column: a list, or text with a separator; an empty one has no labels.
 
     What is no label is added to `problems`.
@@ -185,7 +187,7 @@ def _numbers(table: Table, settings: TrainSettings) -> list[Example[float]]:
     return found
 
 
-def _label_sets(table: Table, settings: TrainSettings) -> list[Example[frozenset[str]]]:
+def _label_sets(table: Table, settings: TrainSettings) -> list[Example[LabelSet]]:
     require_texts(table, settings)
     table.require(settings.label_column, "--label-column")
     problems = Problems(table.path)
@@ -207,11 +209,13 @@ def check_labels_repeat(path: Path, rows: int, labels: list[str]) -> None:
         )
 
 
-def check_known_labels(path: Path, found: Iterable[tuple[frozenset[str], Row]], labels: list[str], kept: str) -> None:
+def check_known_labels(
+    path: Path, rows: Iterable[Example[LabelSet] | ImageExample[LabelSet]], labels: list[str], kept: str
+) -> None:
     """Refuse rows with a label that is not one of `labels`; `kept` says whose labels these are."""
     problems, known = Problems(path), set(labels)
     shown = ", ".join(labels[:10]) + (", ..." if len(labels) > 10 else "")
-    for own, row in found:
-        for label in sorted(own - known):
-            problems.add(row, f"label {label!r} is not {kept}, which has {shown}; correct it or delete the row")
+    for item in rows:
+        for label in sorted(item.target - known):
+            problems.add(item.row, f"label {label!r} is not {kept}, which has {shown}; correct it or delete the row")
     problems.raise_if_any()

@@ -15,14 +15,8 @@ from sera_serve.errors import InvalidConfiguration
 from sera_serve.layers import attached_layers
 from sera_serve.layers.attach import replace_module
 from sera_serve.trainer.data.image_batches import ImageRows
-from sera_serve.trainer.data.images import (
-    ImageClassifyData,
-    ImageLabelSets,
-    LabelledImage,
-    TaggedImage,
-    load_image_classify_data,
-    load_image_label_sets,
-)
+from sera_serve.trainer.data.images import ImageExamples, load_image_classify_data, load_image_label_sets
+from sera_serve.trainer.data.labelled import ImageExample
 from sera_serve.trainer.model import AdapterModel, HeadOnlyModel, Losses, new_head
 from sera_serve.trainer.settings import TrainSettings
 from sera_serve.trainer.tasks.classify import label_metrics
@@ -74,8 +68,9 @@ class ImageClassifyTask:
     def __init__(
         self,
         base: FrozenBase,
-        data: ImageClassifyData | ImageLabelSets,
+        data: ImageExamples[Any],
         *,
+        multi_label: bool,
         pooling: Pooling,
         dropout: float,
         adapted: bool,
@@ -85,7 +80,8 @@ class ImageClassifyTask:
 
         Args:
             base: A vision or dual base, with the adapter attached.
-            data: The rows.
+            data: The rows, with a label each, or a set of labels.
+            multi_label: Whether they have sets of labels.
             pooling: "cls" or "mean".
             dropout: Of the head's input.
             adapted: Whether the base has an adapter.
@@ -104,7 +100,7 @@ class ImageClassifyTask:
             raise InvalidConfiguration(f"--pooling {pooling} is not for images; take cls or mean", param="pooling")
         self.base = base
         self.labels = data.labels
-        self.multi_label = isinstance(data, ImageLabelSets)
+        self.multi_label = multi_label
         self.pooling: Pooling = pooling
         self.image_spec = spec
         self._index = {label: i for i, label in enumerate(data.labels)}
@@ -114,7 +110,7 @@ class ImageClassifyTask:
         head = new_head(base, len(data.labels))
         loss = functional.binary_cross_entropy_with_logits if self.multi_label else functional.cross_entropy
 
-        def rows_of(part: Sequence[LabelledImage | TaggedImage], seed: int | None = None) -> ImageRows:
+        def rows_of(part: Sequence[ImageExample[Any]], seed: int | None = None) -> ImageRows:
             fields = [{"labels": self._target(row)} for row in part]
             return ImageRows(data.images, [row.image for row in part], fields, spec, seed)
 
@@ -132,11 +128,11 @@ class ImageClassifyTask:
         self.lengths: Sequence[int] = [1] * len(data.train)
         self.train_tokens = tower.tokens * len(data.train)
 
-    def _target(self, row: LabelledImage | TaggedImage) -> int | list[float]:
+    def _target(self, row: ImageExample[Any]) -> int | list[float]:
         """The index of a row's label; of a set of labels, 1 for each label that is in it."""
-        if isinstance(row, TaggedImage):
-            return [float(label in row.labels) for label in self.labels]
-        return self._index[row.label]
+        if self.multi_label:
+            return [float(label in row.target) for label in self.labels]
+        return self._index[row.target]
 
     def _keep_the_tower(self) -> None:
         """Take the adapter from layers that no image passes on its way to the head: a dual base's text tower."""
@@ -203,18 +199,17 @@ def _batches(count: int) -> list[range]:
     return [range(start, min(start + _EVAL_BATCH, count)) for start in range(0, count, _EVAL_BATCH)]
 
 
-def _load(settings: TrainSettings, initial: AdapterConfig | None) -> ImageClassifyData | ImageLabelSets:
+def _load(settings: TrainSettings, initial: AdapterConfig | None) -> ImageExamples[Any]:
     if settings.multi_label:
         return load_image_label_sets(settings, initial)
     return load_image_classify_data(settings, initial)
 
 
-def _build(
-    settings: TrainSettings, base: FrozenBase, data: ImageClassifyData | ImageLabelSets, max_length: int
-) -> ImageClassifyTask:
+def _build(settings: TrainSettings, base: FrozenBase, data: ImageExamples[Any], max_length: int) -> ImageClassifyTask:
     return ImageClassifyTask(
         base,
         data,
+        multi_label=settings.multi_label,
         pooling=settings.pooling or "cls",
         dropout=settings.dropout,
         adapted=settings.adapter_config() is not None,

@@ -14,7 +14,8 @@ from adapters_store import AdapterConfig
 from sera_serve.base import FrozenBase, ModelInputs
 from sera_serve.errors import InvalidConfiguration
 from sera_serve.trainer.data.image_batches import ImageRows
-from sera_serve.trainer.data.images import CaptionedImage, RetrieveData, load_retrieve_data
+from sera_serve.trainer.data.images import ImageExamples, load_retrieve_data
+from sera_serve.trainer.data.labelled import ImageExample
 from sera_serve.trainer.data.token_rows import by_length
 from sera_serve.trainer.model import AdapterModel
 from sera_serve.trainer.recall import mean_cosine, retrieval_metrics, triplet_loss
@@ -59,7 +60,7 @@ class RetrieveTask:
     """Task retrieve. A training row is one caption and its image, so an image with five captions has five rows."""
 
     def __init__(
-        self, base: FrozenBase, data: RetrieveData, *, max_length: int, margin: float, augment_seed: int | None
+        self, base: FrozenBase, data: ImageExamples[str], *, max_length: int, margin: float, augment_seed: int | None
     ) -> None:
         """Make the task.
 
@@ -95,8 +96,8 @@ class RetrieveTask:
         self.lengths: Sequence[int] = [len(row["inputs"]) for row in train.fields]
         self.train_tokens = sum(self.lengths) + base.image_tower.tokens * len(self.lengths)
 
-    def _rows(self, part: list[CaptionedImage], name: str, augment_seed: int | None = None) -> ImageRows:
-        captions = [row.caption for row in part]
+    def _rows(self, part: list[ImageExample[str]], name: str, augment_seed: int | None = None) -> ImageRows:
+        captions = [row.target for row in part]
         tokens: list[list[int]] = self.base.tokenizer(captions, verbose=False)["input_ids"] if captions else []
         cut = sum(len(ids) > self.max_length for ids in tokens)
         if cut:
@@ -152,11 +153,11 @@ class RetrieveTask:
         return {"image": self.image_spec, "max_length": self.max_length}
 
 
-def _load(settings: TrainSettings, initial: AdapterConfig | None) -> RetrieveData:
+def _load(settings: TrainSettings, initial: AdapterConfig | None) -> ImageExamples[str]:
     return load_retrieve_data(settings, initial)
 
 
-def _build(settings: TrainSettings, base: FrozenBase, data: RetrieveData, max_length: int) -> RetrieveTask:
+def _build(settings: TrainSettings, base: FrozenBase, data: ImageExamples[str], max_length: int) -> RetrieveTask:
     return RetrieveTask(
         base,
         data,
