@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TypedDict
 
 import torch
@@ -75,23 +75,6 @@ def new_head(base: FrozenBase, num_labels: int) -> nn.Linear:
     nn.init.normal_(head.weight, std=_HEAD_STD)
     nn.init.zeros_(head.bias)
     return head
-
-
-class HeadOnlyModel(AdapterModel):
-    """A head on pooled states. They are computed once, because the frozen base never changes them."""
-
-    def __init__(
-        self, head: nn.Linear, dropout: float, loss: Callable[[Tensor, Tensor], Tensor] = functional.cross_entropy
-    ) -> None:
-        super().__init__(None, head)
-        self.dropout = nn.Dropout(dropout)
-        self.loss = loss
-
-    def forward(self, features: Tensor, labels: Tensor) -> Losses:
-        """`features` float32 (rows, hidden_size), `labels` as the loss takes them: int64 (rows,) by default."""
-        assert self.head is not None
-        logits = self.head(self.dropout(features))
-        return {"loss": self.loss(logits, labels), "logits": logits}
 
 
 class GeneratorModel(AdapterModel):

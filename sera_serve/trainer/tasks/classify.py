@@ -16,7 +16,7 @@ from adapters_store import AdapterConfig
 from sera_serve.base import FrozenBase, Pooling
 from sera_serve.trainer.data.labelled import LabelledExamples, load_classify_data
 from sera_serve.trainer.data.targets import load_label_sets
-from sera_serve.trainer.heads import TextHeadModel
+from sera_serve.trainer.heads import HeadModel
 from sera_serve.trainer.model import new_head
 from sera_serve.trainer.settings import TrainSettings
 from sera_serve.trainer.tasks.multi_label import MultiLabelTask
@@ -41,7 +41,7 @@ class ClassifyTask(TextHeadTask[str]):
         super().__init__(base, data, pooling=pooling, max_length=max_length, adapted=adapted)
         self.labels = data.labels
         self._index = {label: i for i, label in enumerate(data.labels)}
-        self.model = TextHeadModel(self.base_to_train, head, functional.cross_entropy, pooling, dropout)
+        self.model = HeadModel(self.base_to_train, head, functional.cross_entropy, pooling, dropout)
 
     def targets(self, rows: Sequence[TextRow[str]], length: int) -> Tensor:
         """The index of each row's label, int64 (rows,)."""

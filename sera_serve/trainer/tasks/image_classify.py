@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,14 +10,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from adapters_store import AdapterConfig
-from sera_serve.base import FrozenBase, Pooling, pool_image_states
+from sera_serve.base import FrozenBase, Pooling
 from sera_serve.errors import InvalidConfiguration
 from sera_serve.layers import attached_layers
 from sera_serve.layers.attach import replace_module
 from sera_serve.trainer.data.image_batches import ImageRows
 from sera_serve.trainer.data.images import ImageExamples, load_image_classify_data, load_image_label_sets
 from sera_serve.trainer.data.labelled import ImageExample
-from sera_serve.trainer.model import AdapterModel, HeadOnlyModel, Losses, new_head
+from sera_serve.trainer.heads import HeadModel
+from sera_serve.trainer.model import AdapterModel, new_head
 from sera_serve.trainer.settings import TrainSettings
 from sera_serve.trainer.tasks.classify import label_metrics
 from sera_serve.trainer.tasks.multi_label import THRESHOLD, label_set_metrics
@@ -27,36 +28,6 @@ from sera_serve.trainer.tasks.protocol import TaskKind
 _DUAL_TOWER = "vision_model."
 # Images of one evaluation batch.
 _EVAL_BATCH = 64
-
-
-class ImageClassifierModel(AdapterModel):
-    """A classifier of images: adapted image tower, pooled state, dropout, head."""
-
-    def __init__(
-        self,
-        base: FrozenBase,
-        head: torch.nn.Linear,
-        pooling: Pooling,
-        dropout: float,
-        loss: Callable[[Tensor, Tensor], Tensor],
-    ) -> None:
-        super().__init__(base, head)
-        self.frozen = base
-        self.loss = loss
-        self.pooling: Pooling = pooling
-        self.dropout = torch.nn.Dropout(dropout)
-
-    def forward(self, pixel_values: Tensor, labels: Tensor) -> Losses:
-        """`pixel_values` float32 (rows, 3, height, width), `labels` as the loss takes them."""
-        assert self.head is not None
-        logits = self.head(self.dropout(pooled_images(self.frozen, pixel_values, self.pooling)))
-        return {"loss": self.loss(logits, labels), "logits": logits}
-
-
-def pooled_images(base: FrozenBase, pixel_values: Tensor, pooling: Pooling) -> Tensor:
-    """Compute one vector an image: float32 (rows, hidden_size)."""
-    assert base.image_tower is not None
-    return pool_image_states(base.image_states(pixel_values), pooling, base.image_tower.prefix_tokens).float()
 
 
 class ImageClassifyTask:
@@ -115,16 +86,11 @@ class ImageClassifyTask:
             return ImageRows(data.images, [row.image for row in part], fields, spec, seed)
 
         rows = rows_of(data.train, augment_seed), rows_of(data.eval), rows_of(data.test)
-        self.model: AdapterModel
+        self.model: AdapterModel = HeadModel(base if adapted else None, head, loss, pooling, dropout)
         self.train_rows: Sequence[Any]
         self.eval_rows: Sequence[Any]
         self.test_rows: Sequence[Any]
-        if adapted:
-            self.model = ImageClassifierModel(base, head, pooling, dropout, loss)
-            self.train_rows, self.eval_rows, self.test_rows = rows
-        else:
-            self.model = HeadOnlyModel(head, dropout, loss)
-            self.train_rows, self.eval_rows, self.test_rows = map(self._features, rows)
+        self.train_rows, self.eval_rows, self.test_rows = rows if adapted else map(self._features, rows)
         self.lengths: Sequence[int] = [1] * len(data.train)
         self.train_tokens = tower.tokens * len(data.train)
 
@@ -153,7 +119,8 @@ class ImageClassifyTask:
     def _features(self, rows: ImageRows) -> list[dict[str, Any]]:
         features: list[dict[str, Any]] = []
         for batch in _batches(len(rows)):
-            states = pooled_images(self.base, rows.pixels(batch).to(self.base.device), self.pooling).cpu()
+            pixels = rows.pixels(batch).to(self.base.device)
+            states = self.base.pooled_images(pixels, self.pooling).float().cpu()
             features += [{"features": state, **rows.fields[i]} for i, state in zip(batch, states, strict=True)]
         return features
 

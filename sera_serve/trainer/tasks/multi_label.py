@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from sera_serve.base import FrozenBase, Pooling
 from sera_serve.trainer.data.labelled import LabelledExamples, LabelSet
-from sera_serve.trainer.heads import TextHeadModel
+from sera_serve.trainer.heads import HeadModel
 from sera_serve.trainer.model import new_head
 from sera_serve.trainer.tasks.text_head import TextHeadTask, TextRow
 
@@ -39,7 +39,7 @@ class MultiLabelTask(TextHeadTask[LabelSet]):
         super().__init__(base, data, pooling=pooling, max_length=max_length, adapted=adapted)
         self.labels = data.labels
         loss = functional.binary_cross_entropy_with_logits
-        self.model = TextHeadModel(self.base_to_train, head, loss, pooling, dropout)
+        self.model = HeadModel(self.base_to_train, head, loss, pooling, dropout)
 
     def targets(self, rows: Sequence[TextRow[LabelSet]], length: int) -> Tensor:
         """1 for each label of a row, float32 (rows, labels)."""
