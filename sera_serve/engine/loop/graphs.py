@@ -145,7 +145,7 @@ class DecodeGraphs:
             rows=next(size for size in self._buckets if size >= len(requests)),
             pages=self._pages,
             classes=self._covering(classes_of(requests)),
-            sampled=any(request.temperature > 0 for request in requests),
+            sampled=any(request.params.temperature > 0 for request in requests),
             truncated=any(request.has_truncation for request in requests),
         )
 
