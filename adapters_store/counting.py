@@ -33,10 +33,9 @@ class HeldCounter:
     Locking: `_lock` guards what is remembered, and is not held while the store is read.
     """
 
-    def __init__(self, backend: Backend, max_remembered: int = _MAX_REMEMBERED) -> None:
+    def __init__(self, backend: Backend) -> None:
         """Remember nothing yet."""
         self._backend = backend
-        self._max_remembered = max_remembered
         self._lock = threading.Lock()
         # Least recently counted first: for each adapter its stamp, and its bytes.
         self._known: OrderedDict[str, Mapping[str, tuple[str, int]]] = OrderedDict()
@@ -64,7 +63,7 @@ class HeldCounter:
         with self._lock:
             self._known[tenant] = found
             self._known.move_to_end(tenant)
-            while len(self._known) > 1 and sum(map(len, self._known.values())) > self._max_remembered:
+            while len(self._known) > 1 and sum(map(len, self._known.values())) > _MAX_REMEMBERED:
                 self._known.popitem(last=False)
         return Held(adapters, nbytes)
 

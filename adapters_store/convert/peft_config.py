@@ -298,11 +298,11 @@ def read_peft_config(fields: Mapping[str, Any]) -> PeftConfig:
         task_type=task,
         base_name=_text(fields, "base_model_name_or_path"),
         saved_modules=_names(fields, "modules_to_save"),
-        labels=read_labels(fields.get("id2label"), "id2label"),
+        labels=read_labels(fields.get("id2label")),
     )
 
 
-def read_labels(value: Any, field: str) -> tuple[str, ...] | None:
+def read_labels(value: Any) -> tuple[str, ...] | None:
     """The labels of an `id2label`, `{"0": "no", "1": "yes"}`, in the order of their numbers; None without one.
 
     Raises:
@@ -311,9 +311,9 @@ def read_labels(value: Any, field: str) -> tuple[str, ...] | None:
     if value is None:
         return None
     if not isinstance(value, dict) or not all(isinstance(label, str) and label for label in value.values()):
-        raise _invalid(field, 'it must name each label, such as {"0": "no", "1": "yes"}')
+        raise _invalid("id2label", 'it must name each label, such as {"0": "no", "1": "yes"}')
     if set(value) != {str(index) for index in range(len(value))}:
-        raise _invalid(field, f"its keys must be 0 to {len(value) - 1}")
+        raise _invalid("id2label", f"its keys must be 0 to {len(value) - 1}")
     return tuple(value[str(index)] for index in range(len(value)))
 
 

@@ -243,7 +243,7 @@ def _file_warnings(files: PeftFiles, base: ImportBase) -> list[str]:
 
 def _labels_beside(files: PeftFiles) -> tuple[str, ...] | None:
     """The labels of a model's `config.json` beside the checkpoint."""
-    return read_labels(_json_beside(files, MODEL_CONFIG_FILE).get("id2label"), "id2label")
+    return read_labels(_json_beside(files, MODEL_CONFIG_FILE).get("id2label"))
 
 
 def _template(files: PeftFiles, base: ImportBase, head: PeftHead | None) -> str | None:

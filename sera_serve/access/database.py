@@ -129,22 +129,20 @@ class AccessDatabase:
         self.path = store / _FOLDER / _FILE
         self._lock = threading.Lock()
         self._connection: sqlite3.Connection | None = None
+        self._empty: sqlite3.Connection | None = None
         # Device and inode of the file that is open.
         self._opened: tuple[int, int] | None = None
         self._writes = 0
 
     @contextmanager
-    def reading(self) -> Iterator[sqlite3.Connection | None]:
-        """A connection to read from, or None where there is no database yet. Several reads see one moment.
+    def reading(self) -> Iterator[sqlite3.Connection]:
+        """A connection to read from: of empty tables where there is no database yet. Several reads see one moment.
 
         Raises:
             AccessDatabaseError: The file is damaged, locked, or of a newer release.
         """
         with self._lock, self._typed():
-            connection = self._open(create=False)
-            if connection is None:
-                yield None
-                return
+            connection = self._open(create=False) or self._nothing()
             connection.execute("BEGIN")
             try:
                 yield connection
@@ -202,9 +200,10 @@ class AccessDatabase:
     def close(self) -> None:
         """Close the file. The next use opens it again."""
         with self._lock:
-            if self._connection is not None:
-                self._connection.close()
-                self._connection = None
+            for connection in (self._connection, self._empty):
+                if connection is not None:
+                    connection.close()
+            self._connection = self._empty = None
 
     def _open(self, create: bool) -> sqlite3.Connection | None:
         if self._connection is not None:
@@ -233,6 +232,14 @@ class AccessDatabase:
             raise
         self._connection, self._opened = connection, opened
         return connection
+
+    def _nothing(self) -> sqlite3.Connection:
+        """Empty tables in memory, which are kept: to make them takes a millisecond."""
+        if self._empty is None:
+            empty = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+            self._migrate(empty)
+            self._empty = empty
+        return self._empty
 
     def _is_there(self) -> bool:
         # A full disk may have taken the file and none of its content.

@@ -138,8 +138,6 @@ class Keys:
         """All keys, or those of one tenant, oldest first; revoked and expired ones too."""
         where, values = ("WHERE tenant = ?", (tenant,)) if tenant is not None else ("", ())
         with self._database.reading() as connection:
-            if connection is None:
-                return []
             rows = connection.execute(f"SELECT {_COLUMNS} FROM keys {where} ORDER BY created_at, id", values)
             return [_key(row) for row in rows]
 

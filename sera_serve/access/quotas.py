@@ -216,11 +216,10 @@ class Quotas:
         with self._lock:
             stored: dict[str, dict[str, Limit]] = {}
             with self._database.reading() as connection:
-                if connection is not None:
-                    for tenant, field, value in connection.execute("SELECT tenant, field, value FROM quotas"):
-                        # A later release may know more limits.
-                        if field in QUOTA_FIELDS:
-                            stored.setdefault(str(tenant), {})[str(field)] = json.loads(value)
+                for tenant, field, value in connection.execute("SELECT tenant, field, value FROM quotas"):
+                    # A later release may know more limits.
+                    if field in QUOTA_FIELDS:
+                        stored.setdefault(str(tenant), {})[str(field)] = json.loads(value)
             self._stored = stored
             self._combine()
 

@@ -52,8 +52,6 @@ class Shares:
     def of(self, adapter: str) -> list[str]:
         """The tenants that may use an adapter, sorted; `EVERYONE` first."""
         with self._database.reading() as connection:
-            if connection is None:
-                return []
             rows = connection.execute("SELECT tenant FROM shares WHERE adapter = ? ORDER BY tenant", (adapter,))
             return [str(tenant) for (tenant,) in rows]
 
@@ -61,7 +59,6 @@ class Shares:
         """The tenants by adapter."""
         found: dict[str, set[str]] = {}
         with self._database.reading() as connection:
-            if connection is not None:
-                for adapter, tenant in connection.execute("SELECT adapter, tenant FROM shares"):
-                    found.setdefault(str(adapter), set()).add(str(tenant))
+            for adapter, tenant in connection.execute("SELECT adapter, tenant FROM shares"):
+                found.setdefault(str(adapter), set()).add(str(tenant))
         return {adapter: frozenset(tenants) for adapter, tenants in found.items()}

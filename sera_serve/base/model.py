@@ -24,7 +24,7 @@ from adapters_store import (
     check_base,
     dense_factors,
 )
-from sera_serve.base.image_tower import BaseKind, ImageTower, hidden_size_of, image_tower
+from sera_serve.base.image_tower import BaseKind, ImageTower, hidden_size_of, image_tower, pool_image_states
 from sera_serve.base.preprocess import ModelInputs, Preprocessor
 from sera_serve.base.rotary import (
     RotaryContext,
@@ -246,6 +246,10 @@ class FrozenBase:
         tower = self.model.get_submodule("vision_model")
         last = tower(pixel_values=pixel_values.to(self.dtype)).last_hidden_state
         return cast(Tensor, tower.get_submodule("post_layernorm")(last))
+
+    def pooled_images(self, pixel_values: Tensor, pooling: Pooling) -> Tensor:
+        """Compute one vector an image (rows, hidden_size); see `image_states` and `pool_image_states`."""
+        return pool_image_states(self.image_states(pixel_values), pooling, self._tower().prefix_tokens)
 
     def image_embeddings(self, pixel_values: Tensor) -> Tensor:
         """Embed images: of a dual base the projected class token, as `get_image_features`; of a vision base its state.

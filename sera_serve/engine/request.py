@@ -410,10 +410,9 @@ class GenerationRequest(Request):
         end_tokens: Tokens that end it: the model's own, unless they are ignored, and the client's.
         stop_tokens: Those of the end tokens that the client named.
         base_end_tokens: The model's own, whether or not they are ignored: they end what a constraint allows.
-        temperature, top_k, top_p, min_p, seed: Sampling, as in `GenerateParams`.
-        presence_penalty, frequency_penalty, repetition_penalty, logit_bias, min_tokens: As in `GenerateParams`.
+        params: What its call asks.
+        seed: Of its sampling; that of the call for the first answer.
         constraint: Which tokens may come next, or None; it has accepted the generated tokens.
-        logprobs, prompt_logprobs: As in `GenerateParams`.
         prefix_key: Requests of one key share the cached pages of prompts that begin alike; with None it shares with
             no other, because its waiting time would tell what others have asked.
         adapter_from: Position of the first token that uses the adapter; tokens before it use the base model.
@@ -433,19 +432,9 @@ class GenerationRequest(Request):
     end_tokens: frozenset[int] = frozenset()
     stop_tokens: frozenset[int] = frozenset()
     base_end_tokens: frozenset[int] = frozenset()
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
+    params: GenerateParams = field(default_factory=GenerateParams)
     seed: int = 0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
-    min_tokens: int = 0
     constraint: TokenConstraint | None = None
-    logprobs: int | None = None
-    prompt_logprobs: int | None = None
     prefix_key: str | None = None
     adapter_from: int = 0
 
@@ -467,7 +456,8 @@ class GenerationRequest(Request):
     @property
     def has_truncation(self) -> bool:
         """Whether sampling leaves out any token."""
-        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
+        params = self.params
+        return params.temperature > 0 and (params.top_k > 0 or params.top_p < 1 or params.min_p > 0)
 
     @property
     def generated(self) -> int:
@@ -477,12 +467,13 @@ class GenerationRequest(Request):
     @property
     def bars_end(self) -> bool:
         """Whether the next token must not be an end token."""
-        return self.min_tokens > 0 and self.generated < self.min_tokens
+        return self.params.min_tokens > 0 and self.generated < self.params.min_tokens
 
     @cached_property
     def has_penalties(self) -> bool:
         """Whether tokens that were there before are less likely."""
-        return bool(self.presence_penalty or self.frequency_penalty) or self.repetition_penalty != 1
+        params = self.params
+        return bool(params.presence_penalty or params.frequency_penalty) or params.repetition_penalty != 1
 
     @property
     def has_bias_now(self) -> bool:
@@ -497,16 +488,16 @@ class GenerationRequest(Request):
     @property
     def needs_logits(self) -> bool:
         """Whether its next step has to hand on logits, beside a token."""
-        return self.logprobs is not None or self.adjusts_now
+        return self.params.logprobs is not None or self.adjusts_now
 
     @cached_property
     def _has_bias(self) -> bool:
-        return bool(self.logit_bias) or self.constraint is not None
+        return bool(self.params.logit_bias) or self.constraint is not None
 
     @cached_property
     def bias_entries(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """The tokens of `logit_bias` and their values."""
-        bias, count = self.logit_bias, len(self.logit_bias)
+        bias, count = self.params.logit_bias, len(self.params.logit_bias)
         return np.fromiter(bias.keys(), np.int64, count), np.fromiter(bias.values(), np.float32, count)
 
     @property

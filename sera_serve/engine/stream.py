@@ -326,7 +326,7 @@ class GenerationStream(EventReader, AsyncIterator[TokenDelta]):
             await self.wait()
         # The state before the tokens: a request that is finished gets no more of them.
         finished = request.is_finished
-        most = _MAX_DELTA if request.logprobs is None else _MAX_DELTA // (2 + request.logprobs)
+        most = _MAX_DELTA if request.params.logprobs is None else _MAX_DELTA // (2 + request.params.logprobs)
         end = min(len(request.tokens), seen + most)
         if request.error is not None:
             self._close()

@@ -119,7 +119,8 @@ class TrainingFiles:
             TrainingFileNotStored: The disk is full or not writable.
         """
         checked = check_rows(source)
-        self._check_space(tenant, checked.nbytes)
+        with self._database.reading() as connection:
+            self._check_space(connection, tenant, checked.nbytes)
         file_id = f"file-{secrets.token_hex(12)}"
         return self._keep(file_id, source, lambda: self._record(file_id, tenant, filename, checked))
 
@@ -164,9 +165,7 @@ class TrainingFiles:
             TrainingFileNotFound: There is none, or it is another tenant's.
         """
         with self._database.reading() as connection:
-            row = None
-            if connection is not None:
-                row = connection.execute(f"SELECT {_COLUMNS} FROM files WHERE id = ?", (file_id,)).fetchone()
+            row = connection.execute(f"SELECT {_COLUMNS} FROM files WHERE id = ?", (file_id,)).fetchone()
         if row is None or tenant not in (None, row[1]):
             raise no_file(file_id, param)
         return _file(row)
@@ -199,7 +198,7 @@ class TrainingFiles:
             f"SELECT {_COLUMNS} FROM files WHERE {' AND '.join(where)} ORDER BY number {direction} LIMIT {limit + 1}"
         )
         with self._database.reading() as connection:
-            rows = [] if connection is None else connection.execute(query, values).fetchall()
+            rows = connection.execute(query, values).fetchall()
         return [_file(row) for row in rows[:limit]], len(rows) > limit
 
     def path(self, file: TrainingFile) -> Path:
@@ -237,7 +236,7 @@ class TrainingFiles:
             "(SELECT 1 FROM jobs WHERE jobs.id = files.job AND status NOT IN ('failed', 'cancelled'))"
         )
         with self._database.reading() as connection:
-            found = [] if connection is None else [_file(row) for row in connection.execute(query).fetchall()]
+            found = [_file(row) for row in connection.execute(query).fetchall()]
         for file in found:
             with suppress(TrainingFileNotFound):
                 self.delete(file.id, None)
@@ -268,14 +267,9 @@ class TrainingFiles:
             return False
         return True
 
-    def _check_space(self, tenant: str, nbytes: int, connection: sqlite3.Connection | None = None) -> None:
+    def _check_space(self, connection: sqlite3.Connection, tenant: str, nbytes: int) -> None:
         # The server makes the results of jobs, so their number refuses no upload.
         query = "SELECT count(*) FILTER (WHERE job IS NULL), coalesce(sum(bytes), 0) FROM files WHERE tenant = ?"
-        if connection is None:
-            with self._database.reading() as reading:
-                if reading is not None:
-                    self._check_space(tenant, nbytes, reading)
-            return
         count, used = connection.execute(query, (tenant,)).fetchone()
         if count >= MAX_FILES or used + nbytes > self._max_tenant_bytes:
             raise TooManyFiles(
@@ -291,7 +285,7 @@ class TrainingFiles:
             (*values, time.time()),
             None,
             checked.labels,
-            lambda connection: self._check_space(tenant, checked.nbytes, connection),
+            lambda connection: self._check_space(connection, tenant, checked.nbytes),
         )
 
     def _insert(

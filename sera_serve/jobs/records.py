@@ -228,8 +228,6 @@ class Jobs:
             JobNotFound: There is none, or it is another tenant's.
         """
         with self._database.reading() as connection:
-            if connection is None:
-                raise _no_job(job_id)
             return _get(connection, job_id, tenant)
 
     def page(
@@ -252,10 +250,6 @@ class Jobs:
             where.append("tenant = ?")
             values.append(tenant)
         with self._database.reading() as connection:
-            if connection is None:
-                if after is not None:
-                    raise _no_job(after, "after")
-                return [], False
             if after is not None:
                 where.append("number < ?")
                 values.append(_get(connection, after, tenant, "after").number)
@@ -270,7 +264,7 @@ class Jobs:
     def unfinished(self, tenant: str) -> int:
         """Number of a tenant's jobs that have not finished."""
         with self._database.reading() as connection:
-            return 0 if connection is None else _unfinished(connection, tenant)
+            return _unfinished(connection, tenant)
 
     def cancel(self, job_id: str, tenant: str | None) -> Job:
         """Finish a job as cancelled; a job that is cancelled already stays so.
@@ -306,8 +300,6 @@ class Jobs:
         """
         comes_after, direction = (">", "ASC") if oldest_first else ("<", "DESC")
         with self._database.reading() as connection:
-            if connection is None:
-                raise _no_job(job_id)
             _get(connection, job_id, tenant)
             rows = connection.execute(
                 "SELECT seq, created_at, level, type, message, data FROM job_events WHERE job = ? "
@@ -322,8 +314,6 @@ class Jobs:
     ) -> tuple[list[Checkpoint], bool]:
         """Return (checkpoints, whether there are more), the newest first; arguments and errors as `events`."""
         with self._database.reading() as connection:
-            if connection is None:
-                raise _no_job(job_id)
             _get(connection, job_id, tenant)
             rows = connection.execute(
                 "SELECT step, created_at, model, metrics FROM job_checkpoints WHERE job = ? "
@@ -336,15 +326,14 @@ class Jobs:
     def counts(self) -> dict[JobStatus, int]:
         """How many jobs of each status are remembered, of all tenants."""
         with self._database.reading() as connection:
-            query = "SELECT status, count(*) FROM jobs GROUP BY status"
-            found = {} if connection is None else dict(connection.execute(query).fetchall())
+            found = dict(connection.execute("SELECT status, count(*) FROM jobs GROUP BY status").fetchall())
         return {status: found.get(status, 0) for status in STATUSES}
 
     def of_status(self, status: JobStatus) -> list[Job]:
         """The jobs of this base and a status, the oldest first."""
         query = f"SELECT {_COLUMNS} FROM jobs WHERE status = ? AND base = ? ORDER BY number"
         with self._database.reading() as connection:
-            rows = [] if connection is None else connection.execute(query, (status, self._base)).fetchall()
+            rows = connection.execute(query, (status, self._base)).fetchall()
         return [_job(row) for row in rows]
 
     def next_queued(self, running: Collection[str] = ()) -> Job | None:
@@ -354,8 +343,6 @@ class Jobs:
             running: The tenant of each job that runs.
         """
         with self._database.reading() as connection:
-            if connection is None:
-                return None
             turns = connection.execute(
                 "SELECT tenant, min(number), (SELECT max(started_at) FROM jobs AS past WHERE past.tenant = jobs.tenant)"
                 " FROM jobs WHERE status = 'queued' AND base = ? GROUP BY tenant",
@@ -444,7 +431,7 @@ class Jobs:
         """Take the jobs of older releases, which did not note their base, for jobs of this one."""
         query = "SELECT 1 FROM jobs WHERE base IS NULL AND is_cleared = 0"
         with self._database.reading() as connection:
-            if connection is None or connection.execute(query).fetchone() is None:
+            if connection.execute(query).fetchone() is None:
                 return
         with self._database.writing() as connection:
             connection.execute("UPDATE jobs SET base = ? WHERE base IS NULL AND is_cleared = 0", (self._base,))
@@ -453,7 +440,7 @@ class Jobs:
         """Finished jobs, of any base, whose directory may still be there, the oldest first."""
         query = f"SELECT {_COLUMNS} FROM jobs WHERE is_cleared = 0 AND finished_at IS NOT NULL ORDER BY number LIMIT 50"
         with self._database.reading() as connection:
-            rows = [] if connection is None else connection.execute(query).fetchall()
+            rows = connection.execute(query).fetchall()
         return [_job(row) for row in rows]
 
     def mark_cleared(self, job_id: str) -> None:

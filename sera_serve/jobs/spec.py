@@ -13,10 +13,11 @@ from sera_serve.base import Quantize
 from sera_serve.errors import InvalidConfiguration
 from sera_serve.jobs.rows import KINDS, JobTask, RowKind
 from sera_serve.trainer import initial
+from sera_serve.trainer.methods import DEFAULT_METHOD, METHODS, Method
 from sera_serve.trainer.option_text import flag
 from sera_serve.trainer.packages import check_packages
 from sera_serve.trainer.patterns import shapes_by_path, total_ranks
-from sera_serve.trainer.settings import DEFAULT_METHOD, KEPT_BY_INIT, METHODS, Method, TrainSettings, load_options
+from sera_serve.trainer.settings import KEPT_BY_INIT, TrainSettings, load_options
 
 TRAINING_NAME, VALIDATION_NAME = "training_file.jsonl", "validation_file.jsonl"
 """What a job's own directory calls its two files. Messages of the trainer show these names."""

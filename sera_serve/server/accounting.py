@@ -247,9 +247,9 @@ class Account:
 class Accounting:
     """Opens the account of each request for inference. Used on the event loop alone."""
 
-    def __init__(self, metrics: ServerMetrics, quotas: Quotas, rates: Rates | None = None) -> None:
+    def __init__(self, metrics: ServerMetrics, quotas: Quotas) -> None:
         """Count in `metrics`, and hold tenants to `quotas`."""
-        self.rates = rates or Rates()
+        self.rates = Rates()
         self._metrics = metrics
         self._quotas = quotas
         self._generating: dict[str, set[Account]] = {}

@@ -81,9 +81,9 @@ def save_checkpoint(
     (partial / _EXTRA).write_text(json.dumps(extra))
     state.save_to_json(str(partial / STATE_FILE))
     for path in [*partial.iterdir(), partial]:
-        _sync(path)
+        sync(path)
     partial.rename(final)
-    _sync(run_dir)
+    sync(run_dir)
     return final
 
 
@@ -190,7 +190,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Flush a file's content, or a folder's entries, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -16,9 +16,10 @@ from sera_serve.errors import InvalidConfiguration, SeraServeError
 from sera_serve.terminal import PlainConsole
 from sera_serve.trainer.compare.command import compare_command
 from sera_serve.trainer.init_file import settings_yaml, write_settings
+from sera_serve.trainer.option_text import flag
 from sera_serve.trainer.packages import check_packages
 from sera_serve.trainer.patterns import PATTERN_OPTIONS
-from sera_serve.trainer.settings import RUN, WHAT, TrainSettings, flag, load_options
+from sera_serve.trainer.settings import RUN, WHAT, TrainSettings, load_options
 from sera_serve.trainer.task_options import Task
 
 # Types of flags whose fields have a wider type.

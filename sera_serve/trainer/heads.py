@@ -1,4 +1,4 @@
-"""Modules that train a head on the states of a text: pooled, or of every token."""
+"""Modules that train a head on the states of a text, pooled or of every token, or of an image."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LossOf = Callable[[Tensor, Tensor], Tensor]
 """The mean loss of scores and targets."""
 
 
-class TextHeadModel(AdapterModel):
+class HeadModel(AdapterModel):
     """Adapted base, states (pooled, or those of all tokens), dropout, head, and a loss."""
 
     def __init__(
@@ -36,36 +36,29 @@ class TextHeadModel(AdapterModel):
         self.pooling: Pooling | None = pooling
         self.dropout = nn.Dropout(dropout)
 
-    def forward(
-        self,
-        labels: Tensor,
-        features: Tensor | None = None,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-    ) -> Losses:
+    def forward(self, labels: Tensor, features: Tensor | None = None, **inputs: Tensor) -> Losses:
         """Compute scores and the mean loss.
 
         Args:
             labels: What the loss takes: a row for each row, and for each token without pooling.
-            features: float32 (rows, hidden_size), the pooled states; None computes them from the tokens.
-            input_ids: int64 (rows, length), right-padded.
-            attention_mask: (rows, length), 1 at real tokens.
-            token_type_ids: int64 (rows, length), or None for segment 0 throughout.
+            features: float32 (rows, hidden_size), the pooled states; None computes them from `inputs`.
+            inputs: What `FrozenBase.hidden_states` takes, or `pixel_values` as `FrozenBase.image_states` does.
         """
         assert self.head is not None
         if features is None:
-            assert self.frozen is not None and input_ids is not None and attention_mask is not None
+            assert self.frozen is not None
             if self.pooling is None:
-                states = self.frozen.hidden_states(input_ids, attention_mask, token_type_ids)
+                states = self.frozen.hidden_states(**inputs)
+            elif "pixel_values" in inputs:
+                states = self.frozen.pooled_images(pooling=self.pooling, **inputs)
             else:
-                states = self.frozen.pooled_states(input_ids, attention_mask, self.pooling, token_type_ids)
+                states = self.frozen.pooled_states(pooling=self.pooling, **inputs)
             features = states.float()
         logits = self.head(self.dropout(features))
         return {"loss": self.loss(logits, labels), "logits": logits}
 
 
-class ScaledHeadModel(TextHeadModel):
+class ScaledHeadModel(HeadModel):
     """A head with one output that trains in units of `scale`, and is stored in the units of the numbers.
 
     A power of two makes the change of units exact: a head that is stored and loaded again has the same bits.

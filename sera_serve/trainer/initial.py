@@ -10,7 +10,8 @@ from sera_serve.base import FrozenBase
 from sera_serve.errors import InvalidConfiguration
 from sera_serve.layers import SeraConfig, attach_layers
 from sera_serve.layers.config import Factor
-from sera_serve.trainer.settings import METHODS, Method, TrainSettings
+from sera_serve.trainer.methods import METHODS, Method
+from sera_serve.trainer.settings import TrainSettings
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def factors_of(config: AdapterConfig) -> tuple[Factor, ...]:
     return own
 
 
-def load_initial(settings: TrainSettings, store: AdapterStore) -> InitialAdapter | None:
+def load_initial(settings: TrainSettings) -> InitialAdapter | None:
     """Load the adapter that `settings.init_from` names, or None if it names none.
 
     Raises:
@@ -93,6 +94,7 @@ def load_initial(settings: TrainSettings, store: AdapterStore) -> InitialAdapter
     """
     if settings.init_from is None:
         return None
+    store = AdapterStore(settings.store, create=False)
     found = store.resolve(settings.init_from)
     bundle = store.load(found.digest)
     check_initial(settings.init_from, bundle.config, settings)

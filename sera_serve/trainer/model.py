@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sera_serve.base import FrozenBase, Pooling
+from sera_serve.base import FrozenBase
 from sera_serve.base.rotary import row_lengths
 from sera_serve.errors import InvalidConfiguration
 from sera_serve.layers import adapter_tensors, attached_layers
@@ -75,43 +75,6 @@ def new_head(base: FrozenBase, num_labels: int) -> nn.Linear:
     nn.init.normal_(head.weight, std=_HEAD_STD)
     nn.init.zeros_(head.bias)
     return head
-
-
-class HeadOnlyModel(AdapterModel):
-    """A head on pooled states. They are computed once, because the frozen base never changes them."""
-
-    def __init__(
-        self, head: nn.Linear, dropout: float, loss: Callable[[Tensor, Tensor], Tensor] = functional.cross_entropy
-    ) -> None:
-        super().__init__(None, head)
-        self.dropout = nn.Dropout(dropout)
-        self.loss = loss
-
-    def forward(self, features: Tensor, labels: Tensor) -> Losses:
-        """`features` float32 (rows, hidden_size), `labels` as the loss takes them: int64 (rows,) by default."""
-        assert self.head is not None
-        logits = self.head(self.dropout(features))
-        return {"loss": self.loss(logits, labels), "logits": logits}
-
-
-class ClassifierModel(AdapterModel):
-    """A classifier: adapted base, pooled state, dropout, head."""
-
-    def __init__(self, base: FrozenBase, head: nn.Linear, pooling: Pooling, dropout: float) -> None:
-        super().__init__(base, head)
-        # FrozenBase is no module, so nn.Module does not register the base twice.
-        self.frozen = base
-        self.pooling: Pooling = pooling
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, token_type_ids: Tensor | None = None
-    ) -> Losses:
-        """Token tensors int64 (rows, length), right-padded; `labels` int64 (rows,)."""
-        assert self.head is not None
-        pooled = self.frozen.pooled_states(input_ids, attention_mask, self.pooling, token_type_ids)
-        logits = self.head(self.dropout(pooled.float()))
-        return {"loss": functional.cross_entropy(logits, labels), "logits": logits}
 
 
 class GeneratorModel(AdapterModel):

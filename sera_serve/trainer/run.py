@@ -149,9 +149,7 @@ def with_run(
     """
     processes = join_processes(settings.device)
     quiet = console if console is not None and processes.is_main else Console(quiet=True)
-    initial = None
-    if settings.init_from is not None:
-        initial = load_initial(settings, AdapterStore(settings.store, create=False))
+    initial = load_initial(settings)
     if initial is not None:
         settings = initial.settings(settings)
     data = TASKS[settings.task].load(settings, initial.bundle.config if initial is not None else None)

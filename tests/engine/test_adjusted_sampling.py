@@ -343,11 +343,16 @@ def test_a_bias_of_many_entries_costs_no_python_for_each_entry_in_a_step() -> No
 
     biases = [Counted({token: row + token / 8 for token in range(row, 200, 3)}) for row in range(2)]
     batch = [
-        GenerationRequest(principal=BASE_PRINCIPAL, logit_bias=bias, tokens=[1], prompt_tokens=1) for bias in biases
+        GenerationRequest(principal=BASE_PRINCIPAL, params=GenerateParams(logit_bias=bias), tokens=[1], prompt_tokens=1)
+        for bias in biases
     ]
     batch.append(
         GenerationRequest(
-            principal=BASE_PRINCIPAL, min_tokens=2, end_tokens=frozenset([7, 9]), tokens=[1], prompt_tokens=1
+            principal=BASE_PRINCIPAL,
+            params=GenerateParams(min_tokens=2),
+            end_tokens=frozenset([7, 9]),
+            tokens=[1],
+            prompt_tokens=1,
         )
     )
     scores = torch.zeros(3, 300)

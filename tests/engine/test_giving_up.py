@@ -148,7 +148,9 @@ def test_a_slow_reader_holds_the_tokens_and_nothing_else(decoder: FrozenBase) ->
 
 def test_a_delta_for_a_slow_reader_is_bounded_with_its_log_probabilities(decoder: FrozenBase) -> None:
     async def main() -> None:
-        request = GenerationRequest(principal=BASE_PRINCIPAL, tokens=[1], prompt_tokens=1, logprobs=20)
+        request = GenerationRequest(
+            principal=BASE_PRINCIPAL, tokens=[1], prompt_tokens=1, params=GenerateParams(logprobs=20)
+        )
         detokenizer = Detokenizer(decoder.tokenizer, [1], [])
         stream = GenerationStream(request, detokenizer, Mailbox(asyncio.get_running_loop()), lambda reason: None)
         request.move(RequestState.RUNNING)

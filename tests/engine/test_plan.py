@@ -9,7 +9,7 @@ import pytest
 
 from sera_serve.engine.fair_queue import OUTPUT_WEIGHT, PROMPT_WEIGHT
 from sera_serve.engine.loop.pages import PAGE_SIZE
-from sera_serve.engine.request import RequestState
+from sera_serve.engine.request import GenerateParams, RequestState
 from support.plan_world import ask, world
 
 
@@ -318,7 +318,7 @@ def test_a_prompt_whose_log_probabilities_are_asked_for_is_computed_whole() -> N
     while bench.live:
         bench.step()
     asking = ask("asking", list(range(70)), 1, prefix_key="a/x")
-    asking.prompt_logprobs = 0
+    asking.params = GenerateParams(prompt_logprobs=0)
     bench.add(asking)
     plan = bench.step()
     assert plan and plan.chunks == [(asking, 64)] and asking.cached_tokens == 0

@@ -21,7 +21,7 @@ from sera_serve.jobs.process import LastSteps, read_progress
 from sera_serve.jobs.worker import train
 from sera_serve.server import build_app
 from sera_serve.server.openai.fine_tuning_schemas import TrainingMethod
-from sera_serve.trainer.settings import Method
+from sera_serve.trainer.methods import Method
 from support.answers import refused
 from support.live_server import live_server
 from support.training import SORTED, STORIES, jsonl

@@ -147,7 +147,7 @@ class Replayed:
             requests=min(tokens, len(self.runner.tables.pages)),
             pages=self._pages,
             classes=classes_of(requests),
-            sampled=any(request.temperature > 0 for request in requests),
+            sampled=any(request.params.temperature > 0 for request in requests),
             truncated=any(request.has_truncation for request in requests),
         )
         self.batches.append(tuple((request.id, request.row) for request in requests))

@@ -22,7 +22,7 @@ from support.vision import image_file, picture
 
 
 def names(rows: list[Any]) -> list[tuple[str, str]]:
-    return [(row.row.where, row.label) for row in rows]
+    return [(row.row.where, row.target) for row in rows]
 
 
 def load(folder: Path, train: Path, **options: Any) -> Any:
@@ -64,7 +64,7 @@ def test_a_folder_reads_as_datasets_reads_it(tmp_path: Path, monkeypatch: pytest
         part = reference[split]
         label_names = part.features["label"].names
         theirs = {(row["image"].tobytes(), label_names[row["label"]]) for row in part}
-        assert {(data.images.image(row.image).tobytes(), row.label) for row in rows} == theirs
+        assert {(data.images.image(row.image).tobytes(), row.target) for row in rows} == theirs
         assert len(rows) == len(part)
 
 
@@ -108,7 +108,7 @@ def test_labels_that_pandas_wrote_with_a_point_are_whole_numbers(tmp_path: Path)
     other.write_text(f"image,label\n{paths[0]},0\n{paths[3]},1.0\n")
     data = load(tmp_path, train, eval=other)
     assert data.labels == ["0", "1"]
-    assert [row.label for row in data.train + data.eval] == ["0", "0", "1", "1", "0", "1"]
+    assert [row.target for row in data.train + data.eval] == ["0", "0", "1", "1", "0", "1"]
 
 
 def test_a_parquet_file_of_datasets_holds_its_images(tmp_path: Path) -> None:
@@ -286,7 +286,7 @@ def test_captions_are_rows_and_their_image_is_one(tmp_path: Path) -> None:
     records = [{"image": f"{i}.png", "caption": ["one", "two"]} for i in range(4)]
     lists = write_jsonl(tmp_path / "photos" / "lists.jsonl", records)
     data = load_retrieve_data(image_settings(tmp_path, lists, task="retrieve", eval_fraction=0))
-    assert [row.caption for row in data.train] == ["one", "two"] * 4
+    assert [row.target for row in data.train] == ["one", "two"] * 4
 
 
 @pytest.mark.parametrize("caption", [None, "", "  ", 5, [], ["fine", ""]])

@@ -62,7 +62,7 @@ def test_a_metadata_file_has_the_labels_of_each_image(kind: str, tmp_path: Path)
     data = load_image_label_sets(image_settings(tmp_path, folder, **options(eval_fraction=0.25)))
     assert data.labels == ["blue", "red"]
     assert len(data.train) + len(data.eval) == 8 and data.eval
-    found = {(row.row.number, row.labels) for row in data.train + data.eval}
+    found = {(row.row.number, row.target) for row in data.train + data.eval}
     assert found == {(number + 1, frozenset(SETS[number % 4])) for number in range(8)}
 
 

@@ -12,14 +12,14 @@ from tokenizers import processors
 from trainer_samples import settings_for, write_csv
 
 from adapters_store import AdapterStore
-from sera_serve.base import FrozenBase
+from sera_serve.base import FrozenBase, ModelInputs
 from sera_serve.config import ServeSettings
 from sera_serve.engine import ServingEngine
 from sera_serve.server import build_app
-from sera_serve.trainer.data.labelled import load_classify_data
-from sera_serve.trainer.data.token_rows import encode_texts, pad_tokens
+from sera_serve.trainer.data.labelled import Example, LabelledExamples, load_classify_data
 from sera_serve.trainer.run import train_adapter
 from sera_serve.trainer.settings import TrainSettings
+from sera_serve.trainer.tables.table import Row
 from sera_serve.trainer.tasks import ClassifyTask
 from support.factories import byte_tokenizer, random_decoder, random_encoder
 from support.live_server import live_server
@@ -51,17 +51,19 @@ def settings(pairs: Path, **options: Any) -> TrainSettings:
 
 def test_the_tokens_of_a_pair_are_the_tokenizers_own(bert: FrozenBase) -> None:
     texts: list[str | tuple[str, str]] = [("ab", "cde"), "ab", ("a" * 50, "b" * 50), ("a" * 9000, "bc")]
-    rows, cut = encode_texts(bert, texts, 24)
-    assert cut == 2
+    data = LabelledExamples([Example(text, "same", Row({}, 1, 1)) for text in texts], [], [], {}, labels=["same"])
+    task = ClassifyTask(bert, data, pooling="cls", max_length=24, dropout=0.0, adapted=True)
+    assert task.notes == ["2 of 4 training rows were cut to 24 tokens"]
+    rows = [row.inputs for row in task.train_rows]
     for text, row in zip(texts, rows, strict=True):
         parts = (text,) if isinstance(text, str) else text
         expected = bert.tokenizer(*parts, truncation=True, max_length=24)
-        assert row["input_ids"] == expected["input_ids"]
-        assert row.get("token_type_ids", [0] * len(row["input_ids"])) == expected["token_type_ids"]
-    padded = pad_tokens(rows, 258)
+        assert row.input_ids == expected["input_ids"]
+        assert (row.token_type_ids or [0] * len(row)) == expected["token_type_ids"]
+    padded = task.collate(task.train_rows)
     assert padded["token_type_ids"][0].tolist() == [0] * 4 + [1] * 4 + [0] * 16
     assert padded["token_type_ids"][1].tolist() == [0] * 24
-    assert "token_type_ids" not in pad_tokens(rows[1:2], 258)
+    assert "token_type_ids" not in task.collate(task.train_rows[1:2])
 
 
 @pytest.mark.parametrize("method", ["sera", "head-only"])
@@ -84,8 +86,8 @@ def test_segments_reach_the_model(bert: FrozenBase, pairs: Path, method: str) ->
 
 def test_a_tokenizer_without_separators_gets_a_line_break() -> None:
     base = random_decoder()
-    (row,), _ = encode_texts(base, [("ab", "cd")], 24)
-    assert row == {"input_ids": base.tokenizer("ab\ncd")["input_ids"]}
+    (row,) = base.preprocessor.rows([("ab", "cd")], 24)
+    assert row == ModelInputs(base.tokenizer("ab\ncd")["input_ids"])
 
 
 def test_pairs_over_http_get_the_trainers_answers(bert: FrozenBase, pairs: Path) -> None:
@@ -99,7 +101,9 @@ def test_pairs_over_http_get_the_trainers_answers(bert: FrozenBase, pairs: Path)
     with live_server(build_app(ServingEngine(bert, store, serve), store, serve)) as url:
         answer = httpx.post(f"{url}/v1/classify", json={"adapter": "acme/tiny", "inputs": inputs}, timeout=30).json()
     rows = answer["results"]
-    right = sum(row["label"] == item.label for row, item in zip(rows, data.eval, strict=True))
+    right = sum(row["label"] == item.target for row, item in zip(rows, data.eval, strict=True))
     assert right / len(rows) == result.metrics["accuracy"]
-    loss = -sum(torch.tensor(row["probabilities"][item.label]).log() for row, item in zip(rows, data.eval, strict=True))
+    loss = -sum(
+        torch.tensor(row["probabilities"][item.target]).log() for row, item in zip(rows, data.eval, strict=True)
+    )
     assert float(loss) / len(rows) == pytest.approx(result.metrics["loss"], rel=1e-4)

@@ -13,7 +13,7 @@ from trainer_samples import ending_rule, settings_for, write_csv
 from adapters_store import AdapterStore
 from sera_serve.base import load_base
 from sera_serve.errors import InvalidConfiguration
-from sera_serve.trainer.model import ClassifierModel
+from sera_serve.trainer.heads import HeadModel
 from sera_serve.trainer.run import TrainResult, train_adapter
 from sera_serve.trainer.settings import TrainSettings
 from sera_serve.trainer.together.jobs import train_jobs
@@ -63,9 +63,9 @@ def test_checkpointed_activations_change_nothing_but_memory(
     folder = tiny_base if kind == "decoder" else tiny_encoder
     base = load_base(str(folder))
     kept: list[int] = []
-    original = ClassifierModel.forward
+    original = HeadModel.forward
 
-    def counting(self: ClassifierModel, *arguments: Any, **options: Any) -> Any:
+    def counting(self: HeadModel, *arguments: Any, **options: Any) -> Any:
         sizes: dict[int, int] = {}
 
         def keep(tensor: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ def test_checkpointed_activations_change_nothing_but_memory(
         kept[-1] = max(kept[-1], sum(sizes.values()))
         return result
 
-    monkeypatch.setattr(ClassifierModel, "forward", counting)
+    monkeypatch.setattr(HeadModel, "forward", counting)
     found = []
     for chosen in (False, True):
         kept.append(0)

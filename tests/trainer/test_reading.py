@@ -17,7 +17,7 @@ import pytest
 import zstandard
 from trainer_samples import settings_for, write_jsonl
 
-from sera_serve.trainer.data.labelled import ClassifyData, GenerateData, load_classify_data, load_generate_data
+from sera_serve.trainer.data.labelled import GenerateData, LabelledExamples, load_classify_data, load_generate_data
 from sera_serve.trainer.tables.table import InvalidData, read_table
 
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {
@@ -30,7 +30,7 @@ CSV = b'text,label\n"a, b",NA\nnull,x\n"c\nd",x\ne,NA\n'
 JSONL = b'{"text": "a", "label": 1}\n\n{"text": "b", "label": "x"}\n{"text": "c"}\n{"text": "d", "label": "x"}\n'
 
 
-def classify(path: Path, folder: Path, **options: Any) -> ClassifyData:
+def classify(path: Path, folder: Path, **options: Any) -> LabelledExamples[str]:
     options = {"eval_fraction": 0, **options}
     return load_classify_data(settings_for(Path("base"), folder, path, **options))
 
@@ -56,14 +56,14 @@ def test_what_other_tools_write_gives_the_same_rows(cases: Path, tmp_path: Path,
     data = classify(cases / name, tmp_path)
     assert data.labels == ["neg", "pos"]
     assert len(data.train) == 40
-    assert (data.train[0].text, data.train[0].label) == ("slow and unfriendly 0", "neg")
-    assert (data.train[1].text, data.train[1].label) == ("best purchase this year 1", "pos")
+    assert (data.train[0].text, data.train[0].target) == ("slow and unfriendly 0", "neg")
+    assert (data.train[1].text, data.train[1].target) == ("best purchase this year 1", "pos")
     assert data.notes == ([f"{cases / name} was read with the delimiter ';', which its header has"] * (name[0] == "s"))
 
 
 def test_labels_that_differ_in_case_are_told_with_their_counts(cases: Path, tmp_path: Path) -> None:
     data = classify(cases / "case_labels.csv", tmp_path)
-    counts = {label: sum(row.label == label for row in data.train) for label in ("NEG", "neg", "POS", "pos")}
+    counts = {label: sum(row.target == label for row in data.train) for label in ("NEG", "neg", "POS", "pos")}
     assert len(data.notes) == 2
     for note, (large, small) in zip(data.notes, (("NEG", "neg"), ("POS", "pos")), strict=True):
         assert f"the labels {large!r} ({counts[large]} rows) and {small!r} ({counts[small]} rows)" in note
@@ -185,7 +185,7 @@ def test_the_training_rows_say_whether_a_number_with_a_point_is_a_name(
     other.write_text("text,label\n" + "".join(f"e{i},{label}\n" for i, label in enumerate(held_out)))
     data = classify(path, tmp_path, eval=other)
     assert data.labels == labels
-    assert [row.label for row in data.eval] == found
+    assert [row.target for row in data.eval] == found
 
 
 def test_a_class_with_a_single_row_is_told(tmp_path: Path) -> None:
@@ -193,8 +193,8 @@ def test_a_class_with_a_single_row_is_told(tmp_path: Path) -> None:
     path.write_text("text,label\n" + "".join(f"t{i},{'xy'[i % 2]}\n" for i in range(20)) + "u,z\n")
     data = classify(path, tmp_path, eval_fraction=0.2)
     assert data.notes == ["label 'z': a single row each, so that no row of it can be held out; add rows, or delete it"]
-    assert "z" in {row.label for row in data.train}
-    assert "z" not in {row.label for row in data.eval}
+    assert "z" in {row.target for row in data.train}
+    assert "z" not in {row.target for row in data.eval}
 
 
 def labelled(names: list[str]) -> datasets.Dataset:
@@ -208,7 +208,7 @@ def test_folders_that_datasets_saved_are_read(tmp_path: Path) -> None:
     both.save_to_disk(tmp_path / "both")
     data = classify(tmp_path / "one", tmp_path, eval=tmp_path / "both")
     assert data.labels == ["neg", "pos"]
-    assert [row.label for row in data.train] == [row.label for row in data.eval] == ["neg", "pos"] * 2
+    assert [row.target for row in data.train] == [row.target for row in data.eval] == ["neg", "pos"] * 2
     assert read_table(tmp_path / "both").label_names == {"label": ["neg", "pos"]}
     assert read_table(tmp_path / "both").digest == read_table(tmp_path / "one").digest
     assert "has no split for test; it has train, validation" in refusal(

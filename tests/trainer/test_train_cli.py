@@ -11,7 +11,8 @@ from trainer_samples import ending_rule, write_csv, write_jsonl
 from adapters_store import AdapterStore
 from sera_serve.trainer import packages
 from sera_serve.trainer.cli import main
-from sera_serve.trainer.settings import TrainSettings, flag
+from sera_serve.trainer.option_text import flag
+from sera_serve.trainer.settings import TrainSettings
 
 
 @pytest.fixture

@@ -45,7 +45,7 @@ def test_every_format_gives_the_same_rows(tmp_path: Path, suffix: str) -> None:
     else:
         write_csv(path, rows)
     data = classify(path, eval_fraction=0)
-    assert [[row.text, row.label] for row in data.train] == rows
+    assert [[row.text, row.target] for row in data.train] == rows
     assert data.labels == ["x", "y"]
 
 
@@ -276,5 +276,5 @@ def test_real_files_read_whole(shared_data: Path) -> None:
     data = classify(shared_data / "tenants" / "hwu64" / "train.csv")
     assert len(data.labels) == 64
     assert len(data.train) + len(data.eval) == 8954
-    assert {row.label for row in data.eval} <= {row.label for row in data.train}
+    assert {row.target for row in data.eval} <= {row.target for row in data.train}
     assert len(ending_rule(5)) == 5

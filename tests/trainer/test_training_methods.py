@@ -14,9 +14,10 @@ from sera_serve.base import FrozenBase, load_base
 from sera_serve.errors import InvalidConfiguration
 from sera_serve.layers import attach_layers, attached_layers, detach_adapter
 from sera_serve.trainer.loop import parameter_groups
+from sera_serve.trainer.methods import METHODS, Method
 from sera_serve.trainer.patterns import adapter_shapes
 from sera_serve.trainer.run import TrainResult, train_adapter
-from sera_serve.trainer.settings import METHODS, Method, TrainSettings, load_options
+from sera_serve.trainer.settings import TrainSettings, load_options
 
 REQUIRED: dict[str, Any] = {"base": "tiny", "store": "s", "name": "acme/a", "task": "classify", "train": "rows.csv"}
 

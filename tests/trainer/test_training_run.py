@@ -130,7 +130,7 @@ def test_the_stored_adapter_scores_what_was_reported(base: FrozenBase, rows: Pat
         state = base.pooled_states(*tokens, bundle.config.pooling)
         logits = state @ bundle.tensors["head.weight"].T + bundle.tensors["head.bias"]
         assert bundle.config.labels is not None
-        correct += bundle.config.labels[int(logits.argmax())] == item.label
+        correct += bundle.config.labels[int(logits.argmax())] == item.target
     assert correct / len(texts) == result.metrics["accuracy"] > 0.6
 
 

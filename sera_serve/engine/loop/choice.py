@@ -76,7 +76,7 @@ class TokenChooser:
         wanted = [
             (index, request)
             for index, request in enumerate(requests)
-            if request.logprobs is not None and tokens[index] != NO_TOKEN and request not in unfinished
+            if request.params.logprobs is not None and tokens[index] != NO_TOKEN and request not in unfinished
         ]
         for first in range(0, len(wanted), _ROWS_AT_ONCE):
             block = wanted[first : first + _ROWS_AT_ONCE]
@@ -84,13 +84,13 @@ class TokenChooser:
             found = token_logprobs(
                 _rows_of(logits, indices),
                 [tokens[index] for index in indices],
-                max(request.logprobs or 0 for _, request in block),
+                max(request.params.logprobs or 0 for _, request in block),
             )
             for (index, request), one in zip(block, found, strict=True):
                 if one is None:
                     tokens[index] = NO_TOKEN
                 else:
-                    top = one.top[: request.logprobs]
+                    top = one.top[: request.params.logprobs]
                     request.token_logprobs.append(TokenLogprobs(one.token, one.logprob, top))
         return ChosenTokens(tokens, failures)
 
@@ -153,8 +153,9 @@ class TokenChooser:
 
     def _penalties(self, requests: Sequence[GenerationRequest], scores: Tensor) -> Penalties:
         names = ("repetition_penalty", "frequency_penalty", "presence_penalty")
+        asked = [request.params for request in requests]
         repetition, frequency, presence = (
-            torch.tensor([getattr(request, name) for request in requests], dtype=torch.float32, device=scores.device)
+            torch.tensor([getattr(params, name) for params in asked], dtype=torch.float32, device=scores.device)
             for name in names
         )
         counts = self._counts.rows(requests, scores.shape[1], scores.device)
@@ -254,7 +255,7 @@ def ends_too_early(request: GenerationRequest) -> ConstraintUnsatisfiable:
     """What the client is told whose constraint ends the text before `min_tokens` tokens."""
     return ConstraintUnsatisfiable(
         f"the constraint lets the text only end after {request.generated} tokens, and min_tokens is "
-        f"{request.min_tokens}; lower min_tokens"
+        f"{request.params.min_tokens}; lower min_tokens"
     )
 
 
@@ -279,7 +280,7 @@ def bias_of(
         rows = torch.tensor([index for index, _ in masked], device=device)
         bias[rows] = torch.where(barred, -torch.inf, 0.0)
     # A bias may have a thousand entries: each request makes its arrays once.
-    entries = [(index, *request.bias_entries) for index, request in enumerate(requests) if request.logit_bias]
+    entries = [(index, *request.bias_entries) for index, request in enumerate(requests) if request.params.logit_bias]
     entries += [
         (index, tokens, np.full(len(tokens), -np.inf, np.float32))
         for index, request in enumerate(requests)
@@ -342,7 +343,7 @@ def _note_prompt(logits: Tensor, request: GenerationRequest, overflowed: set[Gen
     for position in range(start, end, _ROWS_AT_ONCE):
         block = tokens[position : min(position + _ROWS_AT_ONCE, end)]
         row = position - request.computed - 1
-        for one in token_logprobs(logits[row : row + len(block)], block, request.prompt_logprobs or 0):
+        for one in token_logprobs(logits[row : row + len(block)], block, request.params.prompt_logprobs or 0):
             if one is None:
                 overflowed.add(request)
                 return

@@ -147,7 +147,7 @@ class StepGraphs:
         return self._key_of(
             tokens=next(size for size in self._buckets if size >= batch.tokens),
             classes=self._covering(classes_of(requests)),
-            sampled=any(request.temperature > 0 for request in requests),
+            sampled=any(request.params.temperature > 0 for request in requests),
             truncated=any(request.has_truncation for request in requests),
         )
 

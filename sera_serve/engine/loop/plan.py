@@ -317,7 +317,7 @@ class StepPlanner:
         found: list[int] = []
         if request.prefix_key is None:
             return found
-        if request.prompt_logprobs is not None and len(request.prompt_token_logprobs) < request.prompt_tokens:
+        if request.params.prompt_logprobs is not None and len(request.prompt_token_logprobs) < request.prompt_tokens:
             # A token whose keys are found is not computed, and has no log-probability.
             return found
         for page in range((len(request.tokens) - 1) // PAGE_SIZE):

@@ -34,8 +34,9 @@ class RowTables:
         self.pages[row] = pages[0]
         self.pages[row, : len(pages)] = pages
         self.slot[row], self.adapter_from[row] = request.adapter_slot, request.adapter_from
-        self.temperature[row], self.top_k[row], self.top_p[row] = request.temperature, request.top_k, request.top_p
-        self.min_p[row] = request.min_p
+        params = request.params
+        self.temperature[row], self.top_k[row] = params.temperature, params.top_k
+        self.top_p[row], self.min_p[row] = params.top_p, params.min_p
         self.seed[row], self.truncates[row] = request.seed, request.has_truncation
         self.is_long[row] = request.rotary_side > 0
 

@@ -311,4 +311,4 @@ def _is_plain(request: GenerationRequest, count: int) -> bool:
 
 
 def _wants_prompt_logprobs(request: GenerationRequest) -> bool:
-    return request.prompt_logprobs is not None and len(request.prompt_token_logprobs) < request.prompt_tokens
+    return request.params.prompt_logprobs is not None and len(request.prompt_token_logprobs) < request.prompt_tokens

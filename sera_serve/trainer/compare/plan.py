@@ -17,7 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from sera_serve.errors import InvalidConfiguration
 from sera_serve.trainer.baselines import ADAPTER_OPTIONS, BASELINES, WITH_LORA_B, BaselineShape
-from sera_serve.trainer.settings import ADAPTER, METHODS, TrainSettings
+from sera_serve.trainer.methods import METHODS
+from sera_serve.trainer.settings import ADAPTER, TrainSettings
 from sera_serve.trainer.task_options import LOWER_IS_BETTER as LOSSES
 from sera_serve.trainer.task_options import MULTI_LABEL_METRICS, TASK_METRICS
 from sera_serve.trainer.together.records import contents_digest

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from adapters_store import AdapterConfig, ImageSpec
-from sera_serve.trainer.data.labelled import USES, Use, check_count, check_known, check_labels, label_notes
+from sera_serve.trainer.data.labelled import (
+    USES,
+    ImageExample,
+    LabelSet,
+    Use,
+    check_count,
+    check_known,
+    check_labels,
+    label_notes,
+)
 from sera_serve.trainer.data.splits import draw, hold_out, hold_out_for
 from sera_serve.trainer.data.targets import check_known_labels, check_labels_repeat, labels_of
 from sera_serve.trainer.settings import TrainSettings
@@ -27,43 +36,14 @@ from sera_serve.trainer.tables.image_files import (
 from sera_serve.trainer.tables.image_folder import read_image_folder
 from sera_serve.trainer.tables.table import Table, read_table
 
+T = TypeVar("T")
 # The names that `datasets` gives the table of an image folder, and its column of paths.
 _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 _METADATA_COLUMN = "file_name"
 
 
 @dataclass(frozen=True)
-class LabelledImage:
-    """One checked row of task image-classify; `image` is the digest of an image of the store."""
-
-    image: str
-    label: str
-    row: Row
-
-
-@dataclass(frozen=True)
-class TaggedImage:
-    """One checked row of task image-classify with several labels, or none."""
-
-    image: str
-    labels: frozenset[str]
-    row: Row
-
-
-@dataclass(frozen=True)
-class CaptionedImage:
-    """One checked row of task retrieve; an image with several captions has several rows."""
-
-    image: str
-    caption: str
-    row: Row
-
-
-R = TypeVar("R", LabelledImage, TaggedImage, CaptionedImage)
-
-
-@dataclass(frozen=True)
-class ImageRows(Generic[R]):
+class ImageExamples(Generic[T]):
     """Checked rows of a task on images, by use.
 
     Attributes:
@@ -71,38 +51,17 @@ class ImageRows(Generic[R]):
         digests: sha256 of each file and of its images, by use.
         notes: What was left out.
         spec: The preprocessing of the adapter that the run goes on from, or None for the base's own.
+        labels: Every label, in the order of the head's rows; none for captions.
     """
 
     images: ImageStore
-    train: list[R]
-    eval: list[R]
-    test: list[R]
+    train: list[ImageExample[T]]
+    eval: list[ImageExample[T]]
+    test: list[ImageExample[T]]
     digests: dict[str, str]
     notes: list[str]
     spec: ImageSpec | None
-
-
-@dataclass(frozen=True)
-class RetrieveData(ImageRows[CaptionedImage]):
-    """Checked rows of task retrieve."""
-
-
-@dataclass(frozen=True)
-class ImageClassifyData(ImageRows[LabelledImage]):
-    """Checked rows of task image-classify.
-
-    Attributes:
-        labels: The labels of the training rows, sorted.
-    """
-
-    labels: list[str]
-
-
-@dataclass(frozen=True)
-class ImageLabelSets(ImageRows[TaggedImage]):
-    """Checked rows of task image-classify with sets of labels; `labels` as in `ImageClassifyData`."""
-
-    labels: list[str]
+    labels: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -114,7 +73,7 @@ class _FileRow(Row):
         return str(self.values["image"])
 
 
-def load_image_classify_data(settings: TrainSettings, initial: AdapterConfig | None = None) -> ImageClassifyData:
+def load_image_classify_data(settings: TrainSettings, initial: AdapterConfig | None = None) -> ImageExamples[str]:
     """Read and check the images and labels of `settings`.
 
     `--train` is a table with a column of images, or an image folder or its zip file. The splits of an image folder are
@@ -132,28 +91,26 @@ def load_image_classify_data(settings: TrainSettings, initial: AdapterConfig | N
     labels = initial.labels if initial is not None else None
     rows = {"train": reader.labelled("train", labels)}
     if labels is None:
-        labels = sorted({row.label for row in rows["train"]})
+        labels = sorted({item.target for item in rows["train"]})
         check_labels(settings.train, rows["train"], labels)
-        reader.notes += label_notes(row.label for row in rows["train"])
+        reader.notes += label_notes(item.target for item in rows["train"])
     else:
         check_count(settings.train, rows["train"])
-        known = ((row.label, row.row) for row in rows["train"])
-        check_known(settings.train, known, labels, f"a label of {settings.init_from}")
+        check_known(settings.train, rows["train"], labels, f"a label of {settings.init_from}")
     for use in USES[1:]:
         rows[use] = reader.labelled(use, labels)
-        found = ((row.label, row.row) for row in rows[use])
-        check_known(getattr(settings, use) or settings.train, found, labels)
+        check_known(getattr(settings, use) or settings.train, rows[use], labels)
     train = draw(rows["train"], settings.train_limit, settings.seed)
     if not rows["eval"] and settings.eval_fraction:
         # Equal images stay on one side.
         train, rows["eval"] = hold_out_for(
-            settings, train, reader.notes, key=lambda r: r.image, stratum=lambda r: r.label, keep_single=True
+            settings, train, reader.notes, key=lambda r: r.image, stratum=lambda r: r.target, keep_single=True
         )
     parts = train, rows["eval"], rows["test"]
-    return ImageClassifyData(reader.images, *parts, reader.digests, reader.notes, _spec_of(initial), labels)
+    return ImageExamples(reader.images, *parts, reader.digests, reader.notes, _spec_of(initial), labels)
 
 
-def load_image_label_sets(settings: TrainSettings, initial: AdapterConfig | None = None) -> ImageLabelSets:
+def load_image_label_sets(settings: TrainSettings, initial: AdapterConfig | None = None) -> ImageExamples[LabelSet]:
     """Read and check the images of `settings`, each with a set of labels; arguments as in `load_image_classify_data`.
 
     `--train` is a table with a column of images, or a folder with such a table: metadata.csv, .jsonl or .parquet, as
@@ -168,27 +125,22 @@ def load_image_label_sets(settings: TrainSettings, initial: AdapterConfig | None
     kept = "in the training data" if labels is None else f"a label of {settings.init_from}"
     check_count(settings.train, rows["train"])
     if labels is None:
-        labels = sorted({label for row in rows["train"] for label in row.labels})
+        labels = sorted({label for item in rows["train"] for label in item.target})
         if not labels:
             raise InvalidData(f"{settings.train}: no row has a label; check --label-column", param="label_column")
         check_labels_repeat(settings.train, len(rows["train"]), labels)
     for use in USES:
-        found = ((row.labels, row.row) for row in rows[use])
-        check_known_labels(getattr(settings, use) or settings.train, found, labels, kept)
+        check_known_labels(getattr(settings, use) or settings.train, rows[use], labels, kept)
     train = draw(rows["train"], settings.train_limit, settings.seed)
     if settings.eval is None and settings.eval_fraction:
         train, rows["eval"] = hold_out_for(
-            settings,
-            train,
-            reader.notes,
-            key=lambda r: r.image,
-            stratum=lambda r: ",".join(sorted(r.labels)),
+            settings, train, reader.notes, key=lambda r: r.image, stratum=lambda r: ",".join(sorted(r.target))
         )
     parts = train, rows["eval"], rows["test"]
-    return ImageLabelSets(reader.images, *parts, reader.digests, reader.notes, _spec_of(initial), labels)
+    return ImageExamples(reader.images, *parts, reader.digests, reader.notes, _spec_of(initial), labels)
 
 
-def load_retrieve_data(settings: TrainSettings, initial: AdapterConfig | None = None) -> RetrieveData:
+def load_retrieve_data(settings: TrainSettings, initial: AdapterConfig | None = None) -> ImageExamples[str]:
     """Read and check the images and captions of `settings`; arguments as in `load_image_classify_data`.
 
     Raises:
@@ -197,7 +149,7 @@ def load_retrieve_data(settings: TrainSettings, initial: AdapterConfig | None = 
     reader = _Reader(settings)
     rows = {use: reader.captioned(use) for use in USES}
     for use in USES:
-        if rows[use] and len({row.image for row in rows[use]}) < 2:
+        if rows[use] and len({item.image for item in rows[use]}) < 2:
             raise InvalidData(
                 f"{getattr(settings, use)} has one image, which has no other to be told from; add images", param=use
             )
@@ -207,14 +159,14 @@ def load_retrieve_data(settings: TrainSettings, initial: AdapterConfig | None = 
             train, settings.eval_fraction, settings.seed, key=lambda r: r.image, stratum=lambda r: ""
         )
         for part in (train, rows["eval"]):
-            if len({row.image for row in part}) < 2:
+            if len({item.image for item in part}) < 2:
                 raise InvalidData(
                     f"{settings.train} has too few images to hold some out; add images, give --eval, or "
                     "--eval-fraction 0",
                     param="train",
                 )
     parts = train, rows["eval"], rows["test"]
-    return RetrieveData(reader.images, *parts, reader.digests, reader.notes, _spec_of(initial))
+    return ImageExamples(reader.images, *parts, reader.digests, reader.notes, _spec_of(initial))
 
 
 def _spec_of(initial: AdapterConfig | None) -> ImageSpec | None:
@@ -230,7 +182,7 @@ class _Reader:
         self.digests: dict[str, str] = {}
         self.notes: list[str] = []
 
-    def labelled(self, use: Use, labels: list[str] | None) -> list[LabelledImage]:
+    def labelled(self, use: Use, labels: list[str] | None) -> list[ImageExample[str]]:
         """Read the rows for a use: train, eval or test; none if there is no file for it. `labels` are the adapter's."""
         path: Path | None = getattr(self._settings, use)
         if _is_image_folder(path or self._settings.train):
@@ -238,12 +190,12 @@ class _Reader:
         if path is None:
             return []
         column, found, problems = self._settings.label_column, self._with_labels(path, use), Problems(path)
-        rows = [LabelledImage(image, label_of(row, column, problems), row.place()) for row, image in found(problems)]
+        rows = [ImageExample(image, label_of(row, column, problems), row.place()) for row, image in found(problems)]
         problems.raise_if_any()
-        names = whole_number_names([row.label for row in rows], labels)
-        return [replace(row, label=names[row.label]) if row.label in names else row for row in rows]
+        names = whole_number_names([item.target for item in rows], labels)
+        return [replace(item, target=names[item.target]) if item.target in names else item for item in rows]
 
-    def tagged(self, use: Use) -> list[TaggedImage]:
+    def tagged(self, use: Use) -> list[ImageExample[LabelSet]]:
         """Read the rows for a use, as `labelled` does. A cell holds a list of labels, or text with separators."""
         path: Path | None = getattr(self._settings, use)
         if path is None:
@@ -257,7 +209,7 @@ class _Reader:
             )
         found, problems = self._with_labels(path, use), Problems(path)
         rows = [
-            TaggedImage(
+            ImageExample(
                 image,
                 labels_of(row, self._settings.label_column, self._settings.label_separator, problems),
                 row.place(),
@@ -273,7 +225,7 @@ class _Reader:
         table.require(self._settings.label_column, "--label-column")
         return lambda problems: self._table_images(table, column, problems, use)
 
-    def _labelled_files(self, use: Use, given: Path | None) -> list[LabelledImage]:
+    def _labelled_files(self, use: Use, given: Path | None) -> list[ImageExample[str]]:
         path = given or self._settings.train
         source = open_images(path)
         folder = read_image_folder(source, path)
@@ -291,10 +243,10 @@ class _Reader:
         problems.raise_if_any()
         self.digests[use] = _digest([f"{row.values['image']} {image}" for row, image in zip(rows, images, strict=True)])
         return [
-            LabelledImage(image, label_of(row, "label", problems), row) for row, image in zip(rows, images, strict=True)
+            ImageExample(image, label_of(row, "label", problems), row) for row, image in zip(rows, images, strict=True)
         ]
 
-    def captioned(self, use: Use) -> list[CaptionedImage]:
+    def captioned(self, use: Use) -> list[ImageExample[str]]:
         """Read the rows for a use, as `labelled` does. A cell may hold one caption or a list of them."""
         path: Path | None = getattr(self._settings, use)
         if path is None:
@@ -309,7 +261,7 @@ class _Reader:
         table.require(self._settings.caption_column, "--caption-column")
         problems = Problems(path)
         rows = [
-            CaptionedImage(image, caption, row.place())
+            ImageExample(image, caption, row.place())
             for row, image in self._table_images(table, column, problems, use)
             for caption in _captions(row, self._settings.caption_column, problems)
         ]

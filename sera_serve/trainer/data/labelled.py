@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Sized
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Generic, Literal, TypeVar
 
 from adapters_store import MAX_CHAT_TEMPLATE_BYTES
 from sera_serve.trainer.data.passages import Passage, checked_passages
@@ -17,9 +17,11 @@ from sera_serve.trainer.settings import TrainSettings
 from sera_serve.trainer.tables.fields import label_of, text_of, whole_number_names
 from sera_serve.trainer.tables.table import InvalidData, Problems, Row, Table, read_table
 
+T = TypeVar("T")
 Use = Literal["train", "eval", "test"]
 Text = str | tuple[str, str]
 """A text, or two texts of which the tokenizer makes a pair."""
+LabelSet = frozenset[str]
 
 _LEAST_ROWS = 4
 USES: tuple[Use, ...] = ("train", "eval", "test")
@@ -37,34 +39,52 @@ def table_for(settings: TrainSettings, use: Use) -> Table | None:
     return read_table(path, delimiter=settings.delimiter, encoding=settings.encoding, split=use)
 
 
-@dataclass(frozen=True, slots=True)
-class LabelledText:
-    """One checked row of task classify: a text or a pair, its label, and where the row is."""
+@dataclass(frozen=True)
+class Example(Generic[T]):
+    """One checked row: a text and what to learn of it."""
 
     text: Text
-    label: str
+    target: T
     row: Row
 
 
 @dataclass(frozen=True)
-class ClassifyData:
-    """Checked rows of task classify, by use.
+class ImageExample(Generic[T]):
+    """One checked row: an image, by its digest in the store of images, and what to learn of it."""
+
+    image: str
+    target: T
+    row: Row
+
+
+@dataclass(frozen=True)
+class Examples(Generic[T]):
+    """Checked rows by use.
 
     Attributes:
-        labels: The labels of the training file, sorted.
         digests: sha256 of each file, by use.
         notes: What the user should know about the rows.
     """
 
-    labels: list[str]
-    train: list[LabelledText]
-    eval: list[LabelledText]
-    test: list[LabelledText]
+    train: list[Example[T]]
+    eval: list[Example[T]]
+    test: list[Example[T]]
     digests: dict[str, str]
     notes: list[str] = field(default_factory=list)
 
 
-def load_classify_data(settings: TrainSettings, labels: list[str] | None = None) -> ClassifyData:
+@dataclass(frozen=True)
+class LabelledExamples(Examples[T]):
+    """Rows with labels: one each, or sets of them.
+
+    Attributes:
+        labels: Every label, in the order of the head's rows.
+    """
+
+    labels: list[str] = field(default_factory=list)
+
+
+def load_classify_data(settings: TrainSettings, labels: list[str] | None = None) -> LabelledExamples[str]:
     """Read and check the files of `settings`.
 
     Args:
@@ -76,32 +96,31 @@ def load_classify_data(settings: TrainSettings, labels: list[str] | None = None)
     """
     digests: dict[str, str] = {}
     notes: list[str] = []
-    rows: dict[Use, list[LabelledText]] = {use: [] for use in USES}
+    rows: dict[Use, list[Example[str]]] = {use: [] for use in USES}
     for use in USES:
         table = table_for(settings, use)
         if table is None:
             continue
         rows[use] = _checked_texts(table, settings, labels)
-        found = [(row.label, row.row) for row in rows[use]]
         digests[use] = table.digest
         notes += table.notes
         if use != "train":
             assert labels is not None
-            check_known(table.path, found, labels)
+            check_known(table.path, rows[use], labels)
         elif labels is None:
-            labels = sorted({row.label for row in rows[use]})
+            labels = sorted({item.target for item in rows[use]})
             check_labels(table.path, rows[use], labels)
-            notes += label_notes(row.label for row in rows[use])
+            notes += label_notes(item.target for item in rows[use])
         else:
             check_count(table.path, rows[use])
-            check_known(table.path, found, labels, f"a label of {settings.init_from}")
+            check_known(table.path, rows[use], labels, f"a label of {settings.init_from}")
     assert labels is not None
     train = draw(rows["train"], settings.train_limit, settings.seed)
     if settings.eval is None and settings.eval_fraction:
         train, rows["eval"] = hold_out_for(
-            settings, train, notes, key=lambda r: repr(r.text), stratum=lambda r: r.label, keep_single=True
+            settings, train, notes, key=lambda item: repr(item.text), stratum=lambda item: item.target, keep_single=True
         )
-    return ClassifyData(labels, train, rows["eval"], rows["test"], digests, notes)
+    return LabelledExamples(train, rows["eval"], rows["test"], digests, notes, labels)
 
 
 def label_notes(labels: Iterable[str]) -> list[str]:
@@ -134,16 +153,16 @@ def _rows(count: int) -> str:
     return f"{count} row" if count == 1 else f"{count} rows"
 
 
-def _checked_texts(table: Table, settings: TrainSettings, labels: list[str] | None) -> list[LabelledText]:
+def _checked_texts(table: Table, settings: TrainSettings, labels: list[str] | None) -> list[Example[str]]:
     require_texts(table, settings)
     table.require(settings.label_column, "--label-column")
     problems, checked = Problems(table.path), []
     for row in table.rows:
         text = text_at(row, settings, problems)
-        checked.append(LabelledText(text, label_of(row, settings.label_column, problems), row.place()))
+        checked.append(Example(text, label_of(row, settings.label_column, problems), row.place()))
     problems.raise_if_any()
-    names = whole_number_names([item.label for item in checked], labels)
-    return [replace(item, label=names[item.label]) if item.label in names else item for item in checked]
+    names = whole_number_names([item.target for item in checked], labels)
+    return [replace(item, target=names[item.target]) if item.target in names else item for item in checked]
 
 
 def require_texts(table: Table, settings: TrainSettings) -> None:
@@ -186,18 +205,20 @@ def check_labels(path: Path, rows: Sized, labels: list[str]) -> None:
         )
 
 
-def check_known(path: Path, found: Iterable[tuple[str, Row]], labels: list[str], kept: str | None = None) -> None:
+def check_known(
+    path: Path, rows: Iterable[Example[str] | ImageExample[str]], labels: list[str], kept: str | None = None
+) -> None:
     """Refuse rows whose label is not one of `labels`; `kept` says whose labels these are, if not the training rows'."""
     problems, known = Problems(path), set(labels)
     shown = ", ".join(labels[:10]) + (", ..." if len(labels) > 10 else "")
-    for label, row in found:
-        if label not in known:
+    for item in rows:
+        if item.target not in known:
             if kept is not None:
                 fault = f"is not {kept}, which has {shown}; correct it, delete the row, or train a new adapter"
             else:
                 fault = f"is not in the training data, which has {shown}; "
                 fault += "correct it, delete the row, or add training rows of that label"
-            problems.add(row, f"label {label!r} {fault}")
+            problems.add(item.row, f"label {item.target!r} {fault}")
     problems.raise_if_any()
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from sera_serve.base.spans import OUTSIDE, Span
-from sera_serve.trainer.data.targets import Example, Examples, load_examples
+from sera_serve.trainer.data.labelled import Example, Examples
+from sera_serve.trainer.data.targets import load_examples
 from sera_serve.trainer.settings import TrainSettings
 from sera_serve.trainer.tables.fields import text_of
 from sera_serve.trainer.tables.table import InvalidData, Problems, Row, Table

@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
-from sera_serve.trainer.data.labelled import USES, Text, Use, check_count, require_texts, table_for, text_at
+from sera_serve.trainer.data.labelled import (
+    USES,
+    Example,
+    Examples,
+    ImageExample,
+    LabelledExamples,
+    LabelSet,
+    Use,
+    check_count,
+    require_texts,
+    table_for,
+    text_at,
+)
 from sera_serve.trainer.data.splits import draw, hold_out_for
 from sera_serve.trainer.settings import TrainSettings
 from sera_serve.trainer.tables.table import InvalidData, Problems, Row, Table
@@ -19,42 +30,6 @@ _SHOWN_CHARACTERS = 60
 _LARGEST_NUMBER = 1e15
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Example(Generic[T]):
-    """One checked row: a text and what to learn of it."""
-
-    text: Text
-    target: T
-    row: Row
-
-
-@dataclass(frozen=True)
-class Examples(Generic[T]):
-    """Checked rows by use.
-
-    Attributes:
-        digests: sha256 of each file, by use.
-        notes: What the user should know about the rows.
-    """
-
-    train: list[Example[T]]
-    eval: list[Example[T]]
-    test: list[Example[T]]
-    digests: dict[str, str]
-    notes: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class LabelledExamples(Examples[frozenset[str]]):
-    """Rows with sets of labels.
-
-    Attributes:
-        labels: Every label, in the order of the head's rows.
-    """
-
-    labels: list[str] = field(default_factory=list)
 
 
 def load_examples(
@@ -105,7 +80,7 @@ def load_numbers(settings: TrainSettings) -> Examples[float]:
     return found
 
 
-def load_label_sets(settings: TrainSettings, labels: list[str] | None = None) -> LabelledExamples:
+def load_label_sets(settings: TrainSettings, labels: list[str] | None = None) -> LabelledExamples[LabelSet]:
     """The rows of task classify with several labels each; raises as `load_examples`.
 
     Args:
@@ -122,7 +97,7 @@ def load_label_sets(settings: TrainSettings, labels: list[str] | None = None) ->
         check_labels_repeat(settings.train, len(found.train), labels)
     for path, items in ((settings.train, found.train), (settings.eval, found.eval), (settings.test, found.test)):
         if path is not None:
-            check_known_labels(path, ((item.target, item.row) for item in items), labels, kept)
+            check_known_labels(path, items, labels, kept)
     return LabelledExamples(found.train, found.eval, found.test, found.digests, found.notes, labels)
 
 
@@ -151,7 +126,7 @@ def number_of(row: Row, column: str, problems: Problems) -> float:
     return number
 
 
-def labels_of(row: Row, column: str, separator: str, problems: Problems) -> frozenset[str]:
+def labels_of(row: Row, column: str, separator: str, problems: Problems) -> LabelSet:
     """The labels of a column: a list, or text with a separator; an empty one has no labels.
 
     What is no label is added to `problems`.
@@ -212,7 +187,7 @@ def _numbers(table: Table, settings: TrainSettings) -> list[Example[float]]:
     return found
 
 
-def _label_sets(table: Table, settings: TrainSettings) -> list[Example[frozenset[str]]]:
+def _label_sets(table: Table, settings: TrainSettings) -> list[Example[LabelSet]]:
     require_texts(table, settings)
     table.require(settings.label_column, "--label-column")
     problems = Problems(table.path)
@@ -234,11 +209,13 @@ def check_labels_repeat(path: Path, rows: int, labels: list[str]) -> None:
         )
 
 
-def check_known_labels(path: Path, found: Iterable[tuple[frozenset[str], Row]], labels: list[str], kept: str) -> None:
+def check_known_labels(
+    path: Path, rows: Iterable[Example[LabelSet] | ImageExample[LabelSet]], labels: list[str], kept: str
+) -> None:
     """Refuse rows with a label that is not one of `labels`; `kept` says whose labels these are."""
     problems, known = Problems(path), set(labels)
     shown = ", ".join(labels[:10]) + (", ..." if len(labels) > 10 else "")
-    for own, row in found:
-        for label in sorted(own - known):
-            problems.add(row, f"label {label!r} is not {kept}, which has {shown}; correct it or delete the row")
+    for item in rows:
+        for label in sorted(item.target - known):
+            problems.add(item.row, f"label {label!r} is not {kept}, which has {shown}; correct it or delete the row")
     problems.raise_if_any()

@@ -1,11 +1,11 @@
-"""Token rows: tokenizing texts and passages, padding, and batches of similar lengths."""
+"""Token rows: tokenizing passages, padding labels, and batches of similar lengths."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import groupby
-from typing import Any, NotRequired, TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -13,7 +13,6 @@ from torch import Tensor
 from sera_serve.base import FrozenBase
 from sera_serve.base.chat import ChatRenderer, ChatTemplate, ChatTemplateFailed, ChatTemplateMissing
 from sera_serve.errors import InvalidConfiguration
-from sera_serve.trainer.data.labelled import Text
 from sera_serve.trainer.data.passages import Passage
 from sera_serve.trainer.model import IGNORED
 from sera_serve.trainer.tables.table import InvalidData
@@ -27,46 +26,13 @@ class TokenRow(TypedDict):
 
     Attributes:
         input_ids: Its tokens.
-        labels: The class index, or a list with one entry a token (`IGNORED`: not learned).
-        text_bytes: UTF-8 length of the text of the labelled tokens, without special tokens, for bits per byte; 0 for a
-            class.
-        token_type_ids: The segment of each token of a sentence pair, for bases that have segments.
+        labels: One entry a token (`IGNORED`: not learned).
+        text_bytes: UTF-8 length of the text of the labelled tokens, without special tokens, for bits per byte.
     """
 
     input_ids: list[int]
-    labels: int | list[int]
+    labels: list[int]
     text_bytes: int
-    token_type_ids: NotRequired[list[int]]
-
-
-class TextTokens(TypedDict):
-    """The tokens of a text or a sentence pair, and the segment of each token where the base has segments."""
-
-    input_ids: list[int]
-    token_type_ids: NotRequired[list[int]]
-
-
-def encode_texts(base: FrozenBase, texts: Sequence[Text], max_length: int) -> tuple[list[TextTokens], int]:
-    """Tokenize texts and sentence pairs with the server's own preprocessor, so that served equals trained.
-
-    Args:
-        base: The base model.
-        texts: Each a text, or a pair of texts.
-        max_length: The longest row in tokens; longer ones are truncated.
-
-    Returns:
-        The tokens of each text, and the number of texts that were truncated.
-    """
-    rows = base.preprocessor.rows(texts, max_length + 1)
-    too_long = [i for i, row in enumerate(rows) if len(row) > max_length]
-    for i, row in zip(too_long, base.preprocessor.rows([texts[i] for i in too_long], max_length), strict=True):
-        rows[i] = row
-    tokens: list[TextTokens] = []
-    for row in rows:
-        tokens.append({"input_ids": row.input_ids})
-        if row.token_type_ids is not None:
-            tokens[-1]["token_type_ids"] = row.token_type_ids
-    return tokens, len(too_long)
 
 
 class PassageTokenizer:
@@ -234,34 +200,11 @@ def _bytes(text: str, spans: list[tuple[int, int]]) -> int:
     return len(text[spans[0][0] : spans[-1][1]].encode()) if spans else 0
 
 
-def pad_tokens(rows: Sequence[TokenRow] | Sequence[TextTokens], pad_id: int) -> dict[str, Tensor]:
-    """Pad rows on the right.
-
-    Returns:
-        `input_ids` and `attention_mask`, and `token_type_ids` if a row has them: int64 (rows, longest row).
-    """
-    longest = max(len(row["input_ids"]) for row in rows)
-    input_ids = torch.full((len(rows), longest), pad_id)
-    attention_mask = torch.zeros((len(rows), longest), dtype=torch.int64)
-    tensors = {"input_ids": input_ids, "attention_mask": attention_mask}
-    if any("token_type_ids" in row for row in rows):
-        tensors["token_type_ids"] = torch.zeros_like(input_ids)
-    for i, row in enumerate(rows):
-        length = len(row["input_ids"])
-        input_ids[i, :length] = torch.tensor(row["input_ids"])
-        attention_mask[i, :length] = 1
-        if "token_type_ids" in row:
-            tensors["token_type_ids"][i, :length] = torch.tensor(row["token_type_ids"])
-    return tensors
-
-
 def pad_labels(rows: Sequence[TokenRow], length: int) -> Tensor:
     """Pad token labels to int64 (rows, length), with `IGNORED` at padding."""
     labels = torch.full((len(rows), length), IGNORED)
     for i, row in enumerate(rows):
-        values = row["labels"]
-        assert isinstance(values, list)
-        labels[i, : len(values)] = torch.tensor(values)
+        labels[i, : len(row["labels"])] = torch.tensor(row["labels"])
     return labels
 
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from adapters_store import AdapterConfig
-from sera_serve.base import FrozenBase
+from sera_serve.base import FrozenBase, ModelInputs
 from sera_serve.trainer.data.labelled import GenerateData, load_generate_data
 from sera_serve.trainer.data.packing import check_packing, pack_rows, packed_length
 from sera_serve.trainer.data.passages import Passage
-from sera_serve.trainer.data.token_rows import PassageTokenizer, TokenRow, by_length, pad_labels, pad_tokens
+from sera_serve.trainer.data.token_rows import PassageTokenizer, TokenRow, by_length, pad_labels
 from sera_serve.trainer.model import AdapterModel, GeneratorModel
 from sera_serve.trainer.settings import TrainSettings
 from sera_serve.trainer.tasks.protocol import TaskKind
@@ -73,15 +73,11 @@ class GenerateTask:
         if not self.packing:
             return self._padded(rows)
         capacity = packed_length(self.base, [len(row["input_ids"]) for row in rows])
-        return pack_rows(rows, capacity, self._pad_id)
-
-    @property
-    def _pad_id(self) -> int:
         pad_id: Any = self.base.tokenizer.pad_token_id
-        return int(pad_id)
+        return pack_rows(rows, capacity, int(pad_id))
 
     def _padded(self, rows: Sequence[TokenRow]) -> dict[str, Tensor]:
-        tensors = pad_tokens(rows, self._pad_id)
+        tensors = self.base.pad([ModelInputs(row["input_ids"]) for row in rows], torch.device("cpu"))
         return {**tensors, "labels": pad_labels(rows, tensors["input_ids"].shape[1])}
 
     @torch.no_grad()

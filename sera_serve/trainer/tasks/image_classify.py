@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,20 +10,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from adapters_store import AdapterConfig
-from sera_serve.base import FrozenBase, Pooling, pool_image_states
+from sera_serve.base import FrozenBase, Pooling
 from sera_serve.errors import InvalidConfiguration
 from sera_serve.layers import attached_layers
 from sera_serve.layers.attach import replace_module
 from sera_serve.trainer.data.image_batches import ImageRows
-from sera_serve.trainer.data.images import (
-    ImageClassifyData,
-    ImageLabelSets,
-    LabelledImage,
-    TaggedImage,
-    load_image_classify_data,
-    load_image_label_sets,
-)
-from sera_serve.trainer.model import AdapterModel, HeadOnlyModel, Losses, new_head
+from sera_serve.trainer.data.images import ImageExamples, load_image_classify_data, load_image_label_sets
+from sera_serve.trainer.data.labelled import ImageExample
+from sera_serve.trainer.heads import HeadModel
+from sera_serve.trainer.model import AdapterModel, new_head
 from sera_serve.trainer.settings import TrainSettings
 from sera_serve.trainer.tasks.classify import label_metrics
 from sera_serve.trainer.tasks.multi_label import THRESHOLD, label_set_metrics
@@ -35,36 +30,6 @@ _DUAL_TOWER = "vision_model."
 _EVAL_BATCH = 64
 
 
-class ImageClassifierModel(AdapterModel):
-    """A classifier of images: adapted image tower, pooled state, dropout, head."""
-
-    def __init__(
-        self,
-        base: FrozenBase,
-        head: torch.nn.Linear,
-        pooling: Pooling,
-        dropout: float,
-        loss: Callable[[Tensor, Tensor], Tensor],
-    ) -> None:
-        super().__init__(base, head)
-        self.frozen = base
-        self.loss = loss
-        self.pooling: Pooling = pooling
-        self.dropout = torch.nn.Dropout(dropout)
-
-    def forward(self, pixel_values: Tensor, labels: Tensor) -> Losses:
-        """`pixel_values` float32 (rows, 3, height, width), `labels` as the loss takes them."""
-        assert self.head is not None
-        logits = self.head(self.dropout(pooled_images(self.frozen, pixel_values, self.pooling)))
-        return {"loss": self.loss(logits, labels), "logits": logits}
-
-
-def pooled_images(base: FrozenBase, pixel_values: Tensor, pooling: Pooling) -> Tensor:
-    """Compute one vector an image: float32 (rows, hidden_size)."""
-    assert base.image_tower is not None
-    return pool_image_states(base.image_states(pixel_values), pooling, base.image_tower.prefix_tokens).float()
-
-
 class ImageClassifyTask:
     """Task image-classify. Without an adapter, the states of the frozen tower are computed once.
 
@@ -74,8 +39,9 @@ class ImageClassifyTask:
     def __init__(
         self,
         base: FrozenBase,
-        data: ImageClassifyData | ImageLabelSets,
+        data: ImageExamples[Any],
         *,
+        multi_label: bool,
         pooling: Pooling,
         dropout: float,
         adapted: bool,
@@ -85,7 +51,8 @@ class ImageClassifyTask:
 
         Args:
             base: A vision or dual base, with the adapter attached.
-            data: The rows.
+            data: The rows, with a label each, or a set of labels.
+            multi_label: Whether they have sets of labels.
             pooling: "cls" or "mean".
             dropout: Of the head's input.
             adapted: Whether the base has an adapter.
@@ -104,7 +71,7 @@ class ImageClassifyTask:
             raise InvalidConfiguration(f"--pooling {pooling} is not for images; take cls or mean", param="pooling")
         self.base = base
         self.labels = data.labels
-        self.multi_label = isinstance(data, ImageLabelSets)
+        self.multi_label = multi_label
         self.pooling: Pooling = pooling
         self.image_spec = spec
         self._index = {label: i for i, label in enumerate(data.labels)}
@@ -114,29 +81,24 @@ class ImageClassifyTask:
         head = new_head(base, len(data.labels))
         loss = functional.binary_cross_entropy_with_logits if self.multi_label else functional.cross_entropy
 
-        def rows_of(part: Sequence[LabelledImage | TaggedImage], seed: int | None = None) -> ImageRows:
+        def rows_of(part: Sequence[ImageExample[Any]], seed: int | None = None) -> ImageRows:
             fields = [{"labels": self._target(row)} for row in part]
             return ImageRows(data.images, [row.image for row in part], fields, spec, seed)
 
         rows = rows_of(data.train, augment_seed), rows_of(data.eval), rows_of(data.test)
-        self.model: AdapterModel
+        self.model: AdapterModel = HeadModel(base if adapted else None, head, loss, pooling, dropout)
         self.train_rows: Sequence[Any]
         self.eval_rows: Sequence[Any]
         self.test_rows: Sequence[Any]
-        if adapted:
-            self.model = ImageClassifierModel(base, head, pooling, dropout, loss)
-            self.train_rows, self.eval_rows, self.test_rows = rows
-        else:
-            self.model = HeadOnlyModel(head, dropout, loss)
-            self.train_rows, self.eval_rows, self.test_rows = map(self._features, rows)
+        self.train_rows, self.eval_rows, self.test_rows = rows if adapted else map(self._features, rows)
         self.lengths: Sequence[int] = [1] * len(data.train)
         self.train_tokens = tower.tokens * len(data.train)
 
-    def _target(self, row: LabelledImage | TaggedImage) -> int | list[float]:
+    def _target(self, row: ImageExample[Any]) -> int | list[float]:
         """The index of a row's label; of a set of labels, 1 for each label that is in it."""
-        if isinstance(row, TaggedImage):
-            return [float(label in row.labels) for label in self.labels]
-        return self._index[row.label]
+        if self.multi_label:
+            return [float(label in row.target) for label in self.labels]
+        return self._index[row.target]
 
     def _keep_the_tower(self) -> None:
         """Take the adapter from layers that no image passes on its way to the head: a dual base's text tower."""
@@ -157,7 +119,8 @@ class ImageClassifyTask:
     def _features(self, rows: ImageRows) -> list[dict[str, Any]]:
         features: list[dict[str, Any]] = []
         for batch in _batches(len(rows)):
-            states = pooled_images(self.base, rows.pixels(batch).to(self.base.device), self.pooling).cpu()
+            pixels = rows.pixels(batch).to(self.base.device)
+            states = self.base.pooled_images(pixels, self.pooling).float().cpu()
             features += [{"features": state, **rows.fields[i]} for i, state in zip(batch, states, strict=True)]
         return features
 
@@ -203,18 +166,17 @@ def _batches(count: int) -> list[range]:
     return [range(start, min(start + _EVAL_BATCH, count)) for start in range(0, count, _EVAL_BATCH)]
 
 
-def _load(settings: TrainSettings, initial: AdapterConfig | None) -> ImageClassifyData | ImageLabelSets:
+def _load(settings: TrainSettings, initial: AdapterConfig | None) -> ImageExamples[Any]:
     if settings.multi_label:
         return load_image_label_sets(settings, initial)
     return load_image_classify_data(settings, initial)
 
 
-def _build(
-    settings: TrainSettings, base: FrozenBase, data: ImageClassifyData | ImageLabelSets, max_length: int
-) -> ImageClassifyTask:
+def _build(settings: TrainSettings, base: FrozenBase, data: ImageExamples[Any], max_length: int) -> ImageClassifyTask:
     return ImageClassifyTask(
         base,
         data,
+        multi_label=settings.multi_label,
         pooling=settings.pooling or "cls",
         dropout=settings.dropout,
         adapted=settings.adapter_config() is not None,

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from sera_serve.base import FrozenBase, Pooling
-from sera_serve.trainer.data.targets import LabelledExamples
-from sera_serve.trainer.heads import TextHeadModel
+from sera_serve.trainer.data.labelled import LabelledExamples, LabelSet
+from sera_serve.trainer.heads import HeadModel
 from sera_serve.trainer.model import new_head
 from sera_serve.trainer.tasks.text_head import TextHeadTask, TextRow
 
@@ -22,13 +22,13 @@ THRESHOLD = 0.5
 """The probability from which on a text has a label, here as on the server."""
 
 
-class MultiLabelTask(TextHeadTask[frozenset[str]]):
+class MultiLabelTask(TextHeadTask[LabelSet]):
     """Task classify with several labels: the binary cross-entropy of each label's sigmoid."""
 
     def __init__(
         self,
         base: FrozenBase,
-        data: LabelledExamples,
+        data: LabelledExamples[LabelSet],
         *,
         pooling: Pooling,
         max_length: int,
@@ -39,9 +39,9 @@ class MultiLabelTask(TextHeadTask[frozenset[str]]):
         super().__init__(base, data, pooling=pooling, max_length=max_length, adapted=adapted)
         self.labels = data.labels
         loss = functional.binary_cross_entropy_with_logits
-        self.model = TextHeadModel(self.base_to_train, head, loss, pooling, dropout)
+        self.model = HeadModel(self.base_to_train, head, loss, pooling, dropout)
 
-    def targets(self, rows: Sequence[TextRow[frozenset[str]]], length: int) -> Tensor:
+    def targets(self, rows: Sequence[TextRow[LabelSet]], length: int) -> Tensor:
         """1 for each label of a row, float32 (rows, labels)."""
         return torch.tensor([[float(label in row.example.target) for label in self.labels] for row in rows])
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from adapters_store import AdapterConfig
 from sera_serve.base import FrozenBase, Pooling
-from sera_serve.trainer.data.targets import Examples, load_numbers
+from sera_serve.trainer.data.labelled import Examples
+from sera_serve.trainer.data.targets import load_numbers
 from sera_serve.trainer.heads import ScaledHeadModel
 from sera_serve.trainer.model import new_head
 from sera_serve.trainer.settings import TrainSettings

@@ -11,11 +11,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from adapters_store import AdapterConfig
-from sera_serve.base import FrozenBase
+from sera_serve.base import FrozenBase, ModelInputs
 from sera_serve.errors import InvalidConfiguration
 from sera_serve.trainer.data.image_batches import ImageRows
-from sera_serve.trainer.data.images import CaptionedImage, RetrieveData, load_retrieve_data
-from sera_serve.trainer.data.token_rows import by_length, pad_tokens
+from sera_serve.trainer.data.images import ImageExamples, load_retrieve_data
+from sera_serve.trainer.data.labelled import ImageExample
+from sera_serve.trainer.data.token_rows import by_length
 from sera_serve.trainer.model import AdapterModel
 from sera_serve.trainer.recall import mean_cosine, retrieval_metrics, triplet_loss
 from sera_serve.trainer.settings import TrainSettings
@@ -59,7 +60,7 @@ class RetrieveTask:
     """Task retrieve. A training row is one caption and its image, so an image with five captions has five rows."""
 
     def __init__(
-        self, base: FrozenBase, data: RetrieveData, *, max_length: int, margin: float, augment_seed: int | None
+        self, base: FrozenBase, data: ImageExamples[str], *, max_length: int, margin: float, augment_seed: int | None
     ) -> None:
         """Make the task.
 
@@ -92,11 +93,11 @@ class RetrieveTask:
         self.train_rows: Sequence[Any] = train
         self.eval_rows: Sequence[Any] = self._rows(data.eval, "evaluation")
         self.test_rows: Sequence[Any] = self._rows(data.test, "test")
-        self.lengths: Sequence[int] = [len(row["input_ids"]) for row in train.fields]
+        self.lengths: Sequence[int] = [len(row["inputs"]) for row in train.fields]
         self.train_tokens = sum(self.lengths) + base.image_tower.tokens * len(self.lengths)
 
-    def _rows(self, part: list[CaptionedImage], name: str, augment_seed: int | None = None) -> ImageRows:
-        captions = [row.caption for row in part]
+    def _rows(self, part: list[ImageExample[str]], name: str, augment_seed: int | None = None) -> ImageRows:
+        captions = [row.target for row in part]
         tokens: list[list[int]] = self.base.tokenizer(captions, verbose=False)["input_ids"] if captions else []
         cut = sum(len(ids) > self.max_length for ids in tokens)
         if cut:
@@ -104,8 +105,7 @@ class RetrieveTask:
             # The tokenizer's own truncation keeps the closing token, whose state is the embedding.
             tokens = self.base.tokenizer(captions, truncation=True, max_length=self.max_length)["input_ids"]
         fields = [
-            {"input_ids": ids, "labels": 0, "text_bytes": 0, "group": self._group[row.image]}
-            for ids, row in zip(tokens, part, strict=True)
+            {"inputs": ModelInputs(ids), "group": self._group[row.image]} for ids, row in zip(tokens, part, strict=True)
         ]
         return ImageRows(self._images, [row.image for row in part], fields, self.image_spec, augment_seed)
 
@@ -113,14 +113,9 @@ class RetrieveTask:
         """Build the tensors of one batch: the keyword arguments of the model."""
         return {
             "pixel_values": torch.stack([row["pixel_values"] for row in rows]),
-            **pad_tokens(rows, self._pad_id),
+            **self.base.pad([row["inputs"] for row in rows], torch.device("cpu")),
             "groups": torch.tensor([row["group"] for row in rows]),
         }
-
-    @property
-    def _pad_id(self) -> int:
-        pad_id: Any = self.base.tokenizer.pad_token_id
-        return int(pad_id)
 
     @torch.no_grad()
     def embeddings(self, rows: ImageRows) -> tuple[NDArray[np.float32], NDArray[np.float32], list[int]]:
@@ -139,9 +134,8 @@ class RetrieveTask:
         ]
         width = images[0].shape[1]
         texts = torch.empty(len(groups), width)
-        for batch in by_length([len(row["input_ids"]) for row in rows.fields], _EVAL_BATCH):
-            tokens: Any = [rows.fields[i] for i in batch]
-            inputs = {name: t.to(self.base.device) for name, t in pad_tokens(tokens, self._pad_id).items()}
+        for batch in by_length([len(row["inputs"]) for row in rows.fields], _EVAL_BATCH):
+            inputs = self.base.pad([rows.fields[i]["inputs"] for i in batch])
             texts[batch] = self.base.text_embeddings(**inputs).float().cpu()
         place = {groups[row]: i for i, row in enumerate(order)}
         return torch.cat(images).float().cpu().numpy(), texts.numpy(), [place[group] for group in groups]
@@ -159,11 +153,11 @@ class RetrieveTask:
         return {"image": self.image_spec, "max_length": self.max_length}
 
 
-def _load(settings: TrainSettings, initial: AdapterConfig | None) -> RetrieveData:
+def _load(settings: TrainSettings, initial: AdapterConfig | None) -> ImageExamples[str]:
     return load_retrieve_data(settings, initial)
 
 
-def _build(settings: TrainSettings, base: FrozenBase, data: RetrieveData, max_length: int) -> RetrieveTask:
+def _build(settings: TrainSettings, base: FrozenBase, data: ImageExamples[str], max_length: int) -> RetrieveTask:
     return RetrieveTask(
         base,
         data,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sera_serve.base import FrozenBase, ModelInputs, Pooling, preprocess
 from sera_serve.errors import InvalidRequest
-from sera_serve.trainer.data.targets import Example, Examples
+from sera_serve.trainer.data.labelled import Example, Examples
 from sera_serve.trainer.data.token_rows import by_length
 from sera_serve.trainer.model import AdapterModel
 from sera_serve.trainer.tables.table import InvalidData
@@ -60,7 +60,6 @@ class TextHeadTask(ABC, Generic[T]):
         self.pooling: Pooling | None = pooling
         self.max_length = max_length
         self.notes: list[str] = list(data.notes)
-        self._adapted = adapted
         # States of all tokens would take too much memory to keep.
         self._keeps_features = not adapted and pooling is not None
         parts = (("training", data.train), ("evaluation", data.eval), ("test", data.test))

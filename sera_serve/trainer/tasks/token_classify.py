@@ -16,9 +16,9 @@ from adapters_store import AdapterConfig
 from sera_serve.base import FrozenBase
 from sera_serve.base.spans import Span, bio_tags, decode_tags, encode_tags, kinds_of, token_ranges
 from sera_serve.errors import InvalidConfiguration
+from sera_serve.trainer.data.labelled import Example
 from sera_serve.trainer.data.spans import Marked, SpanExamples, load_spans
-from sera_serve.trainer.data.targets import Example
-from sera_serve.trainer.heads import TextHeadModel
+from sera_serve.trainer.heads import HeadModel
 from sera_serve.trainer.model import IGNORED, new_head
 from sera_serve.trainer.settings import TrainSettings
 from sera_serve.trainer.tasks.protocol import TaskKind
@@ -57,7 +57,7 @@ class TokenClassifyTask(TextHeadTask[Marked]):
         super().__init__(base, data, pooling=None, max_length=max_length, adapted=adapted)
         # Padding and tokens without characters are ignored.
         loss = _mean_loss
-        self.model = TextHeadModel(base, head, loss, None, dropout)
+        self.model = HeadModel(base, head, loss, None, dropout)
 
     def targets(self, rows: Sequence[TextRow[Marked]], length: int) -> Tensor:
         """The tag of each token, int64 (rows, length), `IGNORED` where a token has none."""

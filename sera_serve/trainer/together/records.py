@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from adapters_store import AdapterStore, BaseInfo, StoreError
-from sera_serve.trainer.checkpoint import run_digest
+from sera_serve.trainer.checkpoint import run_digest, sync
 from sera_serve.trainer.settings import TrainSettings
 
 _FILES = ("train", "eval", "test", "chat_template", "images")
@@ -49,11 +49,7 @@ class PublishedJobs:
             file.flush()
             os.fsync(file.fileno())
         partial.rename(path)
-        descriptor = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync(path.parent)
 
     def clear(self) -> None:
         """Forget all jobs, and delete the folder and its empty parent."""
