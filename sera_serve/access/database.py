@@ -104,6 +104,10 @@ MIGRATIONS = (
     """
     ALTER TABLE jobs ADD COLUMN base TEXT;
     """,
+    """
+    ALTER TABLE jobs ADD COLUMN starts INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE jobs ADD COLUMN starts_at_checkpoint INTEGER NOT NULL DEFAULT 0;
+    """,
 )
 
 
