@@ -64,6 +64,7 @@ class Supervisor:
         processes: JobProcesses,
         max_jobs: int,
         base: str,
+        withdraw: Callable[[Job], None],
         on_finish: Callable[[Job, Published | None], None] = lambda job, published: None,
     ) -> None:
         """Prepare. Nothing runs before `start`.
@@ -76,6 +77,8 @@ class Supervisor:
             processes: How to start a job's process.
             max_jobs: Processes at once; with 0, jobs wait for another server of the base.
             base: `base_id` of the base that the processes train on.
+            withdraw: Deletes what a cancelled or failed job has published, wherever this server knows of it. Called on
+                the supervisor's thread; may raise AdapterNotFound.
             on_finish: Called with each job that has succeeded or failed, and what it has published, on the supervisor's
                 thread.
         """
@@ -86,6 +89,7 @@ class Supervisor:
         self._processes = processes
         self._max_jobs = max_jobs
         self._base = base
+        self._withdraw = withdraw
         self._on_finish = on_finish
         self._running: dict[str, JobProcess] = {}
         # Unfinished jobs whose start this supervisor has counted.
@@ -434,12 +438,21 @@ class Supervisor:
         if job.status != "succeeded" and (publishing := read_publishing(run)) is not None:
             # Its process may have published between the cancellation and its end.
             with suppress(AdapterNotFound):
-                if self._store.resolve(job.spec.adapter).digest == publishing["digest"]:
-                    self._store.delete(job.spec.adapter)
+                if self._has_other(job.spec.adapter, publishing["digest"]):
+                    logger.warning("%s is not job %s's any more, and stays", job.spec.adapter, job.id)
+                else:
+                    self._withdraw(job)
         self._last_steps.pop(job.id, None)
         self._files.delete_results()
         clear(run)
         self._jobs.mark_cleared(job.id)
+
+    def _has_other(self, name: str, digest: str) -> bool:
+        """Whether an adapter has other content. Nothing is left of one whose deletion was cut short but its shares."""
+        try:
+            return self._store.resolve(name).digest != digest
+        except AdapterNotFound:
+            return False
 
 
 @contextmanager

@@ -59,8 +59,11 @@ class Platform:
         def note(job: Job, published: Published | None) -> None:
             self.ended.append(job)
 
+        def withdraw(job: Job) -> None:
+            self.store.delete(job.spec.adapter)
+
         jobs = self.jobs if base == "base" else Jobs(self.database, base)
-        return Supervisor(jobs, self.files, self.places, self.store, self.processes, most, base, note)
+        return Supervisor(jobs, self.files, self.places, self.store, self.processes, most, base, withdraw, note)
 
     def create(self, tenant: str, metadata: Mapping[str, str] | None = None) -> Job:
         with self.rows.open("rb") as source:
