@@ -274,8 +274,15 @@ def _take(entry: dict[str, Any], found: Reported) -> None:
 
 
 def clear(run: Path) -> None:
-    """Delete a job's directory."""
+    """Delete a job's directory, which may be gone.
+
+    Raises:
+        OSError: Something of it is left. What else it held is deleted.
+    """
     shutil.rmtree(run, ignore_errors=True)
+    if run.exists():
+        # Again, for the reason.
+        shutil.rmtree(run)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -479,8 +479,14 @@ class Jobs:
             rows = [] if connection is None else connection.execute(query).fetchall()
         return [_job(row) for row in rows]
 
+    def with_directories(self) -> set[str]:
+        """Ids of the jobs, of any base, that may have a directory: unfinished ones, and those of `uncleared`."""
+        with self._database.reading() as connection:
+            query = "SELECT id FROM jobs WHERE is_cleared = 0"
+            return set() if connection is None else {job_id for (job_id,) in connection.execute(query).fetchall()}
+
     def mark_cleared(self, job_id: str) -> None:
-        """Record that nothing of a finished job's process is left."""
+        """Record that nothing of a finished job's process is left, but maybe a directory that cannot be deleted."""
         with self._database.writing() as connection:
             connection.execute("UPDATE jobs SET is_cleared = 1 WHERE id = ?", (job_id,))
 

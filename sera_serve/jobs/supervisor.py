@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import logging
+import math
 import threading
 import time
 from collections import Counter
@@ -35,6 +36,8 @@ logger = logging.getLogger("sera_serve.jobs")
 
 _TICK_S, _IDLE_S, _RECORD_S = 0.25, 2.0, 1.0
 _PAGE = 500
+# What cannot be deleted is tried again after so long.
+_SWEEP_S = 600.0
 # A process that the system ends is started again so often.
 _MAX_KILLS = 1
 # Kills of the server during a job: so many without a new checkpoint between them, and so many at all, fail the job.
@@ -103,7 +106,10 @@ class Supervisor:
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
         self._locks: ExitStack | None = None
-        self._is_swept = False
+        # When what is left of files and jobs is next looked for (`time.monotonic`).
+        self._sweep_at = 0.0
+        # Names of the directories that could not be deleted.
+        self._undeleted: set[str] = set()
 
     def start(self) -> None:
         """Begin to run jobs; those of a server that was killed go on. Without the trainer's packages none runs here."""
@@ -174,10 +180,6 @@ class Supervisor:
                 return False
             if not locks.enter_context(_try_lock(self._places.lock_of(self._base), fcntl.LOCK_EX)):
                 return False
-            if not self._is_swept:
-                # What fails here is tried again.
-                self._files.sweep()
-                self._is_swept = True
             self._locks = locks.pop_all()
         return True
 
@@ -187,6 +189,8 @@ class Supervisor:
             self._locks = None
 
     def _tick(self) -> None:
+        if time.monotonic() >= self._sweep_at:
+            self._sweep()
         self._jobs.adopt()
         self._check_some_files()
         running = {job.id: job for job in self._jobs.of_status("running")}
@@ -208,6 +212,33 @@ class Supervisor:
             places -= next_job.id in self._running
         for job in self._jobs.uncleared():
             self._attempt(job, partial(self._clear, job))
+
+    def _sweep(self) -> None:
+        """Delete what killed servers, and earlier failures, have left of files and of jobs. What fails is tried again.
+
+        Raises:
+            OSError: The directories cannot be read, or a file cannot be deleted.
+        """
+        self._files.sweep()
+        # The directories first: a job is recorded before it has one.
+        found = list(self._places.runs.glob("ftjob-*"))
+        kept = self._jobs.with_directories()
+        self._sweep_at = math.inf
+        for run in found:
+            if run.name not in kept:
+                self._delete(run)
+
+    def _delete(self, run: Path) -> None:
+        """Delete the directory of a job that has finished, or do it later."""
+        try:
+            clear(run)
+        except OSError as error:
+            if run.name not in self._undeleted:
+                logger.error("what job %s has left cannot be deleted yet, and takes space: %s", run.name, error)
+            self._undeleted.add(run.name)
+            self._sweep_at = min(self._sweep_at, time.monotonic() + _SWEEP_S)
+        else:
+            self._undeleted.discard(run.name)
 
     def _free_places(self, running: Collection[Job]) -> int:
         """How many processes may begin now."""
@@ -444,7 +475,8 @@ class Supervisor:
                     self._withdraw(job)
         self._last_steps.pop(job.id, None)
         self._files.delete_results()
-        clear(run)
+        # One that cannot be deleted must not keep others from it: the sweep tries again.
+        self._delete(run)
         self._jobs.mark_cleared(job.id)
 
     def _has_other(self, name: str, digest: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -496,3 +497,48 @@ def test_a_tenant_sees_only_its_own(platform: Platform) -> None:
     assert platform.files.page("evil", None, 10) == ([], False)
     with pytest.raises(FileInUse):
         platform.files.delete(job.training_file, "acme")
+
+
+def test_what_cannot_be_deleted_is_told_and_tried_again(
+    platform: Platform, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(supervisor_module, "_SWEEP_S", 0.0, raising=False)
+    monkeypatch.setattr(supervisor_module, "_IDLE_S", 0.01)
+    jobs = [platform.create("acme") for _ in range(2)]
+    left, other = (platform.places.run(job.id) for job in jobs)
+    stray = platform.places.run("ftjob-of-a-deleted-database")
+    for run in (left, other, stray):
+        (run / "work").mkdir(parents=True)
+    for job in jobs:
+        platform.jobs.cancel(job.id, None)
+    remove, tried = shutil.rmtree, []
+
+    def refuse(path: Path, ignore_errors: bool = False) -> None:
+        if path == left:
+            tried.append(path)
+            if ignore_errors:
+                return
+            raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+        remove(path, ignore_errors)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("sera_serve.jobs.process.shutil.rmtree", refuse)
+        platform.supervisor.start()
+        wait_until(lambda: not other.exists() and not stray.exists())
+        wait_until(lambda: len(tried) > 5)
+    wait_until(lambda: not left.exists())
+    assert caplog.text.count("cannot be deleted yet") == 1 and "Directory not empty" in caplog.text
+    assert platform.jobs.uncleared() == []
+
+
+def test_a_sweep_leaves_what_jobs_still_need(platform: Platform) -> None:
+    job, waiting = platform.create("acme"), platform.create("beta")
+    of_other_base = Jobs(platform.database, "another base").create(
+        new_job_id(), "acme", job.spec, {}, job.training_file, None, None
+    )
+    kept = [platform.places.run(made.id) for made in (job, waiting, of_other_base)]
+    for run in kept:
+        (run / "work").mkdir(parents=True)
+    platform.supervisor.start()
+    wait_until(lambda: [job.id] == STARTED)
+    assert all((run / "work").is_dir() for run in kept)
