@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 from adapters_store import BaseInfo
 from sera_serve.access import AccessDatabase
 from sera_serve.errors import Overloaded, SeraServeError
+from sera_serve.jobs.cursors import keep_place, place_of
 from sera_serve.jobs.files import no_file
 from sera_serve.jobs.spec import JobSpec
 
@@ -248,7 +249,7 @@ class Jobs:
 
         Args:
             tenant: Whose jobs; None sees those of all tenants.
-            after: Id of the last job of the previous page.
+            after: Id of the last job of the previous page, which may be forgotten meanwhile.
             limit: Most jobs.
             metadata: Only jobs that have these pairs; with no pair, only jobs without metadata.
 
@@ -266,8 +267,10 @@ class Jobs:
                     raise _no_job(after, "after")
                 return [], False
             if after is not None:
+                if (place := place_of(connection, "jobs", after, tenant)) is None:
+                    raise _no_job(after, "after")
                 where.append("number < ?")
-                values.append(_get(connection, after, tenant, "after").number)
+                values.append(place)
             if metadata is not None:
                 # SQLite's own JSON functions compare keys with escapes differently from release to release.
                 connection.create_function("has_metadata", 1, lambda text: _has(json.loads(text), metadata))
@@ -491,10 +494,10 @@ class Jobs:
             connection.execute("UPDATE jobs SET is_cleared = 1 WHERE id = ?", (job_id,))
 
 
-def _get(connection: sqlite3.Connection, job_id: str, tenant: str | None, param: str = "job_id") -> Job:
+def _get(connection: sqlite3.Connection, job_id: str, tenant: str | None) -> Job:
     row = connection.execute(f"SELECT {_COLUMNS} FROM jobs WHERE id = ?", (job_id,)).fetchone()
     if row is None or tenant not in (None, row[1]):
-        raise _no_job(job_id, param)
+        raise _no_job(job_id)
     return _job(row)
 
 
@@ -552,10 +555,11 @@ def _json(values: Mapping[str, Any]) -> str:
 
 def _forget_oldest(connection: sqlite3.Connection, tenant: str) -> None:
     oldest = connection.execute(
-        "SELECT id FROM jobs WHERE tenant = ? AND is_cleared = 1 ORDER BY number DESC LIMIT -1 OFFSET ?",
+        "SELECT id, number FROM jobs WHERE tenant = ? AND is_cleared = 1 ORDER BY number DESC LIMIT -1 OFFSET ?",
         (tenant, _MAX_KEPT),
     ).fetchall()
-    for (job_id,) in oldest:
+    for job_id, number in oldest:
+        keep_place(connection, job_id, tenant, number)
         for table, column in (("job_events", "job"), ("job_checkpoints", "job"), ("jobs", "id")):
             connection.execute(f"DELETE FROM {table} WHERE {column} = ?", (job_id,))
 
