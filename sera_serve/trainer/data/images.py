@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 
 from adapters_store import AdapterConfig, ImageSpec
 from sera_serve.trainer.data.labelled import USES, Use, check_count, check_known, check_labels, label_notes
-from sera_serve.trainer.data.splits import draw, hold_out, hold_out_for
+from sera_serve.trainer.data.splits import check_evaluated, draw, hold_out, hold_out_for
 from sera_serve.trainer.data.targets import check_known_labels, check_labels_repeat, labels_of
 from sera_serve.trainer.settings import TrainSettings
 from sera_serve.trainer.tables.faults import InvalidData, Problems, Row
@@ -149,6 +149,7 @@ def load_image_classify_data(settings: TrainSettings, initial: AdapterConfig | N
         train, rows["eval"] = hold_out_for(
             settings, train, reader.notes, key=lambda r: r.image, stratum=lambda r: r.label, keep_single=True
         )
+    check_evaluated(settings, rows["eval"])
     parts = train, rows["eval"], rows["test"]
     return ImageClassifyData(reader.images, *parts, reader.digests, reader.notes, _spec_of(initial), labels)
 
@@ -184,6 +185,7 @@ def load_image_label_sets(settings: TrainSettings, initial: AdapterConfig | None
             key=lambda r: r.image,
             stratum=lambda r: ",".join(sorted(r.labels)),
         )
+    check_evaluated(settings, rows["eval"])
     parts = train, rows["eval"], rows["test"]
     return ImageLabelSets(reader.images, *parts, reader.digests, reader.notes, _spec_of(initial), labels)
 
