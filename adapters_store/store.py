@@ -98,8 +98,10 @@ class AdapterStore:
         """The store's directory."""
         return Path(self._backend.location)
 
-    def publish(self, bundle: AdapterBundle, name: str) -> Published:
+    def publish(self, bundle: AdapterBundle, name: str, *, keep_latest: bool = False) -> Published:
         """Add a version and move `latest` to it; content that the adapter already has keeps its version.
+
+        With `keep_latest`, such content does not move `latest` either.
 
         Only such content is not written again. Content that another adapter has is written in full, in place of the
         same bytes: the time of a publication must not tell a tenant what other tenants have.
@@ -124,7 +126,8 @@ class AdapterStore:
                 added = None
                 if record is None:
                     record = added = _describe(bundle, manifest.next_version)
-                change = Change(add=added, set_aliases={LATEST: record.version})
+                moved = {} if keep_latest and added is None else {LATEST: record.version}
+                change = Change(add=added, set_aliases=moved)
                 outcome = self._backend.commit(name, change, manifest.revision).outcome
                 if outcome is Outcome.COMMITTED:
                     return Published(name, record.version, bundle.digest)

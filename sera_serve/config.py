@@ -85,7 +85,7 @@ class ServeSettings(BaseSettings):
     max_sequences: int = Field(256, ge=1, description="most sequences of one forward pass")
     cuda_graphs: bool = Field(
         True,
-        description="on a GPU, capture steps of decodes and short prompts as CUDA graphs at start; false starts sooner and runs slower",
+        description="on a GPU, capture most steps as CUDA graphs at start; false starts sooner and runs slower",
     )
     classify_max_batch: int = Field(32, ge=1, description="most inputs of one classification pass")
     classify_max_wait_ms: float = Field(

@@ -21,6 +21,8 @@ ALLOWED: dict[str, set[str]] = {
     "sera_serve.errors": set(),
     "sera_serve.threads": {"sera_serve.errors"},
     "sera_serve.terminal": set(),
+    # The console scripts: they import what they run by its name.
+    "sera_serve.scripts": set(),
     "sera_serve.config": SHARED | {"sera_serve.access"},
     # Its users need nothing that a server needs.
     "sera_serve.client": set(),
@@ -48,7 +50,8 @@ ALLOWED: dict[str, set[str]] = {
     "sera_serve.server.app": SHARED
     | {"sera_serve.server", "sera_serve.server.native", "sera_serve.server.openai"}
     | {"sera_serve.access", "sera_serve.config", "sera_serve.engine", "adapters_store"},
-    "sera_serve.trainer": SHARED | {"sera_serve.terminal", "sera_serve.base", "sera_serve.layers", "adapters_store"},
+    "sera_serve.trainer": SHARED
+    | {"sera_serve.scripts", "sera_serve.terminal", "sera_serve.base", "sera_serve.layers", "adapters_store"},
 }
 # The entry points: they put the packages together.
 TOP = {"sera_serve", "sera_serve.cli", "sera_serve.commands"}

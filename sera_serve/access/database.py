@@ -104,6 +104,19 @@ MIGRATIONS = (
     """
     ALTER TABLE jobs ADD COLUMN base TEXT;
     """,
+    """
+    ALTER TABLE jobs ADD COLUMN starts INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE jobs ADD COLUMN starts_at_checkpoint INTEGER NOT NULL DEFAULT 0;
+    """,
+    """
+    CREATE TABLE deleted_items (
+        seq INTEGER PRIMARY KEY AUTOINCREMENT,
+        id TEXT NOT NULL UNIQUE,
+        tenant TEXT NOT NULL,
+        number INTEGER NOT NULL
+    ) STRICT;
+    CREATE INDEX deleted_of_tenant ON deleted_items (tenant, seq);
+    """,
 )
 
 

@@ -13,10 +13,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal, cast
+from typing import Any, BinaryIO, Literal, cast
 
 from sera_serve.access import AccessDatabase
 from sera_serve.errors import SeraServeError
+from sera_serve.jobs.cursors import keep_place, place_of
 from sera_serve.jobs.places import Places
 from sera_serve.jobs.rows import CheckedRows, RowKind, check_rows
 
@@ -180,24 +181,29 @@ class TrainingFiles:
     ) -> tuple[list[TrainingFile], bool]:
         """Return (files, whether there are more), the newest first by default; of one purpose, or of both.
 
+        The page begins after the file `after`, which may have been deleted meanwhile.
+
         Raises:
             TrainingFileNotFound: `after` names no file of the tenant.
         """
         comes_after, direction = ("<", "DESC") if order == "desc" else (">", "ASC")
-        where, values = ["1"], []
+        where: list[str] = ["1"]
+        values: list[Any] = []
         if tenant is not None:
             where.append("tenant = ?")
             values.append(tenant)
         if purpose is not None:
             where.append("purpose = ?")
             values.append(purpose)
-        if after is not None:
-            where.append(f"number {comes_after} ?")
-            values.append(str(self.get(after, tenant, "after").number))
-        query = (
-            f"SELECT {_COLUMNS} FROM files WHERE {' AND '.join(where)} ORDER BY number {direction} LIMIT {limit + 1}"
-        )
         with self._database.reading() as connection:
+            if after is not None:
+                place = place_of(connection, "files", after, tenant)
+                if place is None:
+                    raise no_file(after, "after")
+                where.append(f"number {comes_after} ?")
+                values.append(place)
+            order_by = f"ORDER BY number {direction} LIMIT {limit + 1}"
+            query = f"SELECT {_COLUMNS} FROM files WHERE {' AND '.join(where)} {order_by}"
             rows = connection.execute(query, values).fetchall()
         return [_file(row) for row in rows[:limit]], len(rows) > limit
 
@@ -224,6 +230,7 @@ class TrainingFiles:
                 )
             if connection.execute("DELETE FROM files WHERE id = ?", (file_id,)).rowcount == 0:
                 raise no_file(file_id)
+            keep_place(connection, file_id, file.tenant, file.number)
         # A kill before this line leaves bytes without a record, which `sweep` deletes.
         with suppress(OSError):
             self.path(file).unlink(missing_ok=True)

@@ -172,6 +172,7 @@ class Reported:
         events: Of the job.
         checkpoints: Ends of epochs.
         estimated_finish: Seconds since 1970, or None.
+        has_saved: Whether it has saved a checkpoint that a process started again goes on from.
     """
 
     read: int
@@ -179,6 +180,7 @@ class Reported:
     events: list[NewEvent]
     checkpoints: list[Checkpoint]
     estimated_finish: float | None = None
+    has_saved: bool = False
 
 
 class JobProcess:
@@ -253,6 +255,9 @@ def _take(entry: dict[str, Any], found: Reported) -> None:
     if kind == "message":
         found.events.append(NewEvent(str(entry["message"])))
         return
+    if kind == "saved":
+        found.has_saved = True
+        return
     step, total = int(entry["step"]), int(entry["total_steps"])
     if seconds := entry.pop("seconds_left", None):
         found.estimated_finish = time.time() + float(seconds)
@@ -269,8 +274,15 @@ def _take(entry: dict[str, Any], found: Reported) -> None:
 
 
 def clear(run: Path) -> None:
-    """Delete a job's directory."""
+    """Delete a job's directory, which may be gone.
+
+    Raises:
+        OSError: Something of it is left. What else it held is deleted.
+    """
     shutil.rmtree(run, ignore_errors=True)
+    if run.exists():
+        # Again, for the reason.
+        shutil.rmtree(run)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 from adapters_store import BaseInfo
 from sera_serve.access import AccessDatabase
 from sera_serve.errors import Overloaded, SeraServeError
+from sera_serve.jobs.cursors import keep_place, place_of
 from sera_serve.jobs.files import no_file
 from sera_serve.jobs.spec import JobSpec
 
@@ -30,7 +31,7 @@ _UNFINISHED = "('validating_files', 'queued', 'running')"
 _COLUMNS = (
     "id, tenant, status, spec, metadata, training_file, validation_file, key_id, created_at, started_at, finished_at, "
     "estimated_finish, kills, progress_read, trained_tokens, fine_tuned_model, error, number, base, "
-    "(SELECT files.id FROM files WHERE files.job = jobs.id)"
+    "(SELECT files.id FROM files WHERE files.job = jobs.id), starts, starts_at_checkpoint"
 )
 
 
@@ -80,6 +81,8 @@ class Job:
         number: Jobs in the order in which they came.
         base: `base_id` of the base that it trains on. None in a job of an older release.
         result_file: Id of the file with its metrics, or None: it has not succeeded, or the file was deleted.
+        starts: Starts by a server that did not end it on purpose: that server was killed, or runs it now.
+        starts_at_checkpoint: What `starts` was at the last checkpoint.
     """
 
     id: str
@@ -102,6 +105,13 @@ class Job:
     number: int
     base: str | None
     result_file: str | None
+    starts: int = 0
+    starts_at_checkpoint: int = 0
+
+    @property
+    def starts_in_vain(self) -> int:
+        """Starts in a row of `starts` that have brought no checkpoint, or not yet."""
+        return self.starts - self.starts_at_checkpoint
 
     @property
     def is_finished(self) -> bool:
@@ -237,7 +247,7 @@ class Jobs:
 
         Args:
             tenant: Whose jobs; None sees those of all tenants.
-            after: Id of the last job of the previous page.
+            after: Id of the last job of the previous page, which may be forgotten meanwhile.
             limit: Most jobs.
             metadata: Only jobs that have these pairs; with no pair, only jobs without metadata.
 
@@ -251,8 +261,10 @@ class Jobs:
             values.append(tenant)
         with self._database.reading() as connection:
             if after is not None:
+                if (place := place_of(connection, "jobs", after, tenant)) is None:
+                    raise _no_job(after, "after")
                 where.append("number < ?")
-                values.append(_get(connection, after, tenant, "after").number)
+                values.append(place)
             if metadata is not None:
                 # SQLite's own JSON functions compare keys with escapes differently from release to release.
                 connection.create_function("has_metadata", 1, lambda text: _has(json.loads(text), metadata))
@@ -356,19 +368,28 @@ class Jobs:
         return _job(row)
 
     def advance(self, job_id: str, status: Literal["queued", "running"], event: NewEvent) -> bool:
-        """Move an unfinished job on. Returns False if it has finished meanwhile: it was cancelled."""
+        """Move an unfinished job on; to `running` counts a start. Returns False if it has finished meanwhile."""
         with self._database.writing() as connection:
             done = connection.execute(
                 # Later than the last one, also where the clock was set back: the order decides whose turn is next.
                 f"UPDATE jobs SET status = ?, started_at = CASE WHEN ? = 'running' THEN coalesce(started_at, "
-                "max(?, (SELECT coalesce(max(started_at), 0) + 0.001 FROM jobs))) END "
+                "max(?, (SELECT coalesce(max(started_at), 0) + 0.001 FROM jobs))) END, starts = starts + ? "
                 f"WHERE id = ? AND status IN {_UNFINISHED}",
-                (status, status, time.time(), job_id),
+                (status, status, time.time(), status == "running", job_id),
             )
             if done.rowcount == 0:
                 return False
             _add_events(connection, job_id, [event])
         return True
+
+    def take_back_starts(self, job_ids: Collection[str]) -> None:
+        """Count the last start of each job no more: its server ends on purpose."""
+        with self._database.writing() as connection:
+            connection.executemany(
+                "UPDATE jobs SET starts = starts - 1, starts_at_checkpoint = min(starts_at_checkpoint, starts - 1) "
+                "WHERE id = ? AND starts > 0",
+                [(job_id,) for job_id in job_ids],
+            )
 
     def count_kill(self, job_id: str, event: NewEvent) -> None:
         """Record that the system has ended the job's process."""
@@ -383,13 +404,18 @@ class Jobs:
         events: Sequence[NewEvent],
         checkpoints: Sequence[Checkpoint],
         estimated_finish: float | None,
+        has_saved: bool = False,
     ) -> None:
-        """Record what the process has reported up to byte `read` of its progress, once."""
+        """Record what the process has reported up to byte `read` of its progress, once.
+
+        `has_saved`: it has saved a checkpoint that a process started again goes on from.
+        """
         with self._database.writing() as connection:
             done = connection.execute(
-                f"UPDATE jobs SET progress_read = ?, estimated_finish = coalesce(?, estimated_finish) "
+                f"UPDATE jobs SET progress_read = ?, estimated_finish = coalesce(?, estimated_finish), "
+                "starts_at_checkpoint = CASE WHEN ? THEN starts ELSE starts_at_checkpoint END "
                 f"WHERE id = ? AND progress_read < ? AND status IN {_UNFINISHED}",
-                (read, estimated_finish, job_id, read),
+                (read, estimated_finish, has_saved, job_id, read),
             )
             if done.rowcount:
                 _add_events(connection, job_id, events)
@@ -443,16 +469,22 @@ class Jobs:
             rows = connection.execute(query).fetchall()
         return [_job(row) for row in rows]
 
+    def with_directories(self) -> set[str]:
+        """Ids of the jobs, of any base, that may have a directory: unfinished ones, and those of `uncleared`."""
+        with self._database.reading() as connection:
+            query = "SELECT id FROM jobs WHERE is_cleared = 0"
+            return {job_id for (job_id,) in connection.execute(query).fetchall()}
+
     def mark_cleared(self, job_id: str) -> None:
-        """Record that nothing of a finished job's process is left."""
+        """Record that nothing of a finished job's process is left, but maybe a directory that cannot be deleted."""
         with self._database.writing() as connection:
             connection.execute("UPDATE jobs SET is_cleared = 1 WHERE id = ?", (job_id,))
 
 
-def _get(connection: sqlite3.Connection, job_id: str, tenant: str | None, param: str = "job_id") -> Job:
+def _get(connection: sqlite3.Connection, job_id: str, tenant: str | None) -> Job:
     row = connection.execute(f"SELECT {_COLUMNS} FROM jobs WHERE id = ?", (job_id,)).fetchone()
     if row is None or tenant not in (None, row[1]):
-        raise _no_job(job_id, param)
+        raise _no_job(job_id)
     return _job(row)
 
 
@@ -510,10 +542,11 @@ def _json(values: Mapping[str, Any]) -> str:
 
 def _forget_oldest(connection: sqlite3.Connection, tenant: str) -> None:
     oldest = connection.execute(
-        "SELECT id FROM jobs WHERE tenant = ? AND is_cleared = 1 ORDER BY number DESC LIMIT -1 OFFSET ?",
+        "SELECT id, number FROM jobs WHERE tenant = ? AND is_cleared = 1 ORDER BY number DESC LIMIT -1 OFFSET ?",
         (tenant, _MAX_KEPT),
     ).fetchall()
-    for (job_id,) in oldest:
+    for job_id, number in oldest:
+        keep_place(connection, job_id, tenant, number)
         for table, column in (("job_events", "job"), ("job_checkpoints", "job"), ("jobs", "id")):
             connection.execute(f"DELETE FROM {table} WHERE {column} = ?", (job_id,))
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import fcntl
 import logging
+import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -35,8 +36,12 @@ logger = logging.getLogger("sera_serve.jobs")
 
 _TICK_S, _IDLE_S, _RECORD_S = 0.25, 2.0, 1.0
 _PAGE = 500
+# What cannot be deleted is tried again after so long.
+_SWEEP_S = 600.0
 # A process that the system ends is started again so often.
 _MAX_KILLS = 1
+# Kills of the server during a job: so many without a new checkpoint between them, and so many at all, fail the job.
+_MAX_SERVER_KILLS, _MAX_SERVER_KILLS_AT_ALL = 3, 20
 
 
 class Supervisor:
@@ -44,6 +49,11 @@ class Supervisor:
 
     It also shares `jobs/lock`, which a server of a release that runs the jobs of every base has alone. A server whose
     processes have ended gives the locks back after each look: another one may run jobs where this one runs none.
+
+    A job may bring the whole server down, for want of memory. So each start is counted before it, and a server that
+    ends on purpose takes its starts back. What is left are starts whose server was killed. Where the next kill would
+    fail a job, jobs begin one by one, each after the first checkpoint of the one before: the job that brings the server
+    down must not take others with it.
 
     A thread does everything. It starts the processes too: the system ends a child whose starting thread has ended.
     """
@@ -57,6 +67,7 @@ class Supervisor:
         processes: JobProcesses,
         max_jobs: int,
         base: str,
+        withdraw: Callable[[Job], None],
         on_finish: Callable[[Job, Published | None], None] = lambda job, published: None,
     ) -> None:
         """Prepare. Nothing runs before `start`.
@@ -69,6 +80,8 @@ class Supervisor:
             processes: How to start a job's process.
             max_jobs: Processes at once; with 0, jobs wait for another server of the base.
             base: `base_id` of the base that the processes train on.
+            withdraw: Deletes what a cancelled or failed job has published, wherever this server knows of it. Called on
+                the supervisor's thread; may raise AdapterNotFound.
             on_finish: Called with each job that has succeeded or failed, and what it has published, on the supervisor's
                 thread.
         """
@@ -79,8 +92,11 @@ class Supervisor:
         self._processes = processes
         self._max_jobs = max_jobs
         self._base = base
+        self._withdraw = withdraw
         self._on_finish = on_finish
         self._running: dict[str, JobProcess] = {}
+        # Unfinished jobs whose start this supervisor has counted.
+        self._counted: set[str] = set()
         self._last_steps: dict[str, LastSteps] = {}
         # The last fault of each job that stands still.
         self._faults: dict[str, str] = {}
@@ -90,7 +106,10 @@ class Supervisor:
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
         self._locks: ExitStack | None = None
-        self._is_swept = False
+        # When what is left of files and jobs is next looked for (`time.monotonic`).
+        self._sweep_at = 0.0
+        # Names of the directories that could not be deleted.
+        self._undeleted: set[str] = set()
 
     def start(self) -> None:
         """Begin to run jobs; those of a server that was killed go on. Without the trainer's packages none runs here."""
@@ -129,7 +148,16 @@ class Supervisor:
         finally:
             for process in self._running.values():
                 process.kill()
+            self._take_back_starts()
             self._release_locks()
+
+    def _take_back_starts(self) -> None:
+        if not self._counted:
+            return
+        try:
+            self._jobs.take_back_starts(self._counted)
+        except AccessDatabaseError as error:
+            logger.error("this end counts as a kill of the server during %d jobs: %s", len(self._counted), error)
 
     def _note_fault(self, error: Exception) -> None:
         """Log what all jobs stand still for. The next round tries again: once is enough for the log."""
@@ -152,10 +180,6 @@ class Supervisor:
                 return False
             if not locks.enter_context(_try_lock(self._places.lock_of(self._base), fcntl.LOCK_EX)):
                 return False
-            if not self._is_swept:
-                # What fails here is tried again.
-                self._files.sweep()
-                self._is_swept = True
             self._locks = locks.pop_all()
         return True
 
@@ -165,23 +189,70 @@ class Supervisor:
             self._locks = None
 
     def _tick(self) -> None:
+        if time.monotonic() >= self._sweep_at:
+            self._sweep()
         self._jobs.adopt()
         self._check_some_files()
         running = {job.id: job for job in self._jobs.of_status("running")}
         followed = dict(self._running)
         for process in followed.values():
             self._attempt(process.job, partial(self._follow, process, running.get(process.job.id)))
-        for job in running.values():
-            # Of a server that was killed.
-            if job.id not in followed and len(self._running) < self._max_jobs:
+        # Of a server that was killed or stopped. Those that it was killed with most often prove themselves first.
+        left = [job for job in running.values() if job.id not in followed]
+        places = self._free_places(running.values())
+        for job in sorted(left, key=lambda job: (-job.starts_in_vain, job.number)):
+            if places > 0:
                 self._attempt(job, partial(self._go_on, job))
-        while len(self._running) < self._max_jobs and not self._closing.is_set():
+                places -= job.id in self._running
+        while places > 0 and not self._closing.is_set():
             next_job = self._jobs.next_queued([process.job.tenant for process in self._running.values()])
             # A job that cannot be moved on would be the next one again.
             if next_job is None or not self._attempt(next_job, partial(self._advance, next_job)):
                 break
+            places -= next_job.id in self._running
         for job in self._jobs.uncleared():
             self._attempt(job, partial(self._clear, job))
+
+    def _sweep(self) -> None:
+        """Delete what killed servers, and earlier failures, have left of files and of jobs. What fails is tried again.
+
+        Raises:
+            OSError: The directories cannot be read, or a file cannot be deleted.
+        """
+        self._files.sweep()
+        # The directories first: a job is recorded before it has one.
+        found = list(self._places.runs.glob("ftjob-*"))
+        kept = self._jobs.with_directories()
+        self._sweep_at = math.inf
+        for run in found:
+            if run.name not in kept:
+                self._delete(run)
+
+    def _delete(self, run: Path) -> None:
+        """Delete the directory of a job that has finished, or do it later."""
+        try:
+            clear(run)
+        except OSError as error:
+            if run.name not in self._undeleted:
+                logger.error("what job %s has left cannot be deleted yet, and takes space: %s", run.name, error)
+            self._undeleted.add(run.name)
+            self._sweep_at = min(self._sweep_at, time.monotonic() + _SWEEP_S)
+        else:
+            self._undeleted.discard(run.name)
+
+    def _free_places(self, running: Collection[Job]) -> int:
+        """How many processes may begin now."""
+        free = self._max_jobs - len(self._running)
+        if any(map(self._is_suspect, running)):
+            unproven = sum(job.starts_in_vain > 0 for job in running if job.id in self._running)
+            return min(free, 1 - unproven)
+        return free
+
+    def _is_suspect(self, job: Job) -> bool:
+        """Whether the next kill of the server during a job would fail the job."""
+        present = job.id in self._counted
+        in_vain, at_all = job.starts_in_vain - present, job.starts - present
+        return in_vain >= _MAX_SERVER_KILLS - 1 or at_all >= _MAX_SERVER_KILLS_AT_ALL - 1
 
     def _attempt(self, job: Job, act: Callable[[], None]) -> bool:
         """Do something for a job; what goes wrong with it must not stop the other jobs. Returns whether it went well.
@@ -215,7 +286,12 @@ class Supervisor:
             logger.exception("job %s cannot be ended", job.id)
 
     def _advance(self, job: Job) -> None:
-        if self._jobs.advance(job.id, "running", NewEvent("The job runs")):
+        self._count_and_begin(job, NewEvent("The job runs"))
+
+    def _count_and_begin(self, job: Job, event: NewEvent) -> None:
+        # Durable before the process begins: a process that takes all memory leaves no time for it.
+        if self._jobs.advance(job.id, "running", event):
+            self._counted.add(job.id)
             self._begin(job)
 
     def _check_some_files(self) -> None:
@@ -262,14 +338,31 @@ class Supervisor:
         self._record_progress(job)
         if self._finish_by_result(job):
             return
-        if self._jobs.advance(job.id, "running", NewEvent("The job goes on from its last checkpoint")):
+        if job.id in self._counted:
+            # The database refused to record the end of its last process.
             self._begin(job)
+            return
+        job = self._jobs.get(job.id, None)
+        if job.starts_in_vain >= _MAX_SERVER_KILLS or job.starts >= _MAX_SERVER_KILLS_AT_ALL:
+            logger.error("job %s is not started again: the server was killed %d times while it ran", job.id, job.starts)
+            words = f"the server ended unexpectedly {job.starts} times while this job ran"
+            remedy = "maybe for want of memory: send a smaller batch_size, rank, or shorter rows"
+            self._fail(job, "server_killed", f"{words}, {remedy}", None)
+            return
+        words = "the job goes on from its last checkpoint"
+        if job.starts:
+            event = NewEvent(f"Unexpected ends of the server while the job ran: {job.starts}; {words}", "warn")
+            logger.warning("job %s goes on: unexpected ends of the server while it ran: %d", job.id, job.starts)
+        else:
+            event = NewEvent(words.capitalize())
+        self._count_and_begin(job, event)
 
     def _follow(self, process: JobProcess, job: Job | None) -> None:
         """Take what a process has reported, and act on its end. `job` None: it was cancelled."""
         if job is None:
             process.kill()
             del self._running[process.job.id]
+            self._counted.discard(process.job.id)
             return
         status = process.status
         # Each write lets all servers of the store read the keys again.
@@ -304,7 +397,9 @@ class Supervisor:
             found = read_progress(self._places.run(job.id), job.progress_read, self._last_steps[job.id])
             if found.read == job.progress_read:
                 return
-            self._jobs.record_progress(job.id, found.read, found.events, found.checkpoints, found.estimated_finish)
+            self._jobs.record_progress(
+                job.id, found.read, found.events, found.checkpoints, found.estimated_finish, found.has_saved
+            )
             # Not earlier: what is not recorded is read again.
             self._last_steps[job.id] = found.last
             job = self._jobs.get(job.id, None)
@@ -352,6 +447,7 @@ class Supervisor:
             self._finished(job)
 
     def _finished(self, job: Job, published: Published | None = None) -> None:
+        self._counted.discard(job.id)
         self._last_steps.pop(job.id, None)
         self._faults.pop(job.id, None)
         self._on_finish(self._jobs.get(job.id, None), published)
@@ -373,12 +469,22 @@ class Supervisor:
         if job.status != "succeeded" and (publishing := read_publishing(run)) is not None:
             # Its process may have published between the cancellation and its end.
             with suppress(AdapterNotFound):
-                if self._store.resolve(job.spec.adapter).digest == publishing["digest"]:
-                    self._store.delete(job.spec.adapter)
+                if self._has_other(job.spec.adapter, publishing["digest"]):
+                    logger.warning("%s is not job %s's any more, and stays", job.spec.adapter, job.id)
+                else:
+                    self._withdraw(job)
         self._last_steps.pop(job.id, None)
         self._files.delete_results()
-        clear(run)
+        # One that cannot be deleted must not keep others from it: the sweep tries again.
+        self._delete(run)
         self._jobs.mark_cleared(job.id)
+
+    def _has_other(self, name: str, digest: str) -> bool:
+        """Whether an adapter has other content. Nothing is left of one whose deletion was cut short but its shares."""
+        try:
+            return self._store.resolve(name).digest != digest
+        except AdapterNotFound:
+            return False
 
 
 @contextmanager

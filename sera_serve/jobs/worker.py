@@ -98,6 +98,10 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         self._write({"type": "metrics", **place, **self._train_loss(state), **metrics})
         self._write({"type": "checkpoint", **place, **self._train_loss(state), **metrics})
 
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note that a process that is started again goes on from here."""
+        self._write({"type": "saved", "step": state.global_step})
+
     def _place(self, state: Any) -> dict[str, Any]:
         assert self._begun is not None
         begun, first = self._begun

@@ -65,7 +65,7 @@ def build_app(
     holdings = Holdings(store, quotas)
     audit = AuditLog(store.root, settings.audit_max_mib, settings.audit_keep)
     publisher = Publisher(engine, store, access, holdings, audit)
-    training = Training.of(settings, store, access.database, quotas, holdings, audit, engine.base.info)
+    training = Training.of(settings, publisher, quotas)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

@@ -22,8 +22,12 @@ class Publisher:
     holdings: Holdings
     audit: AuditLog
 
-    def publish(self, source: AdapterBundle | PeftFiles, name: str, actor: Actor) -> tuple[Published, tuple[str, ...]]:
+    def publish(
+        self, source: AdapterBundle | PeftFiles, name: str, actor: Actor, *, keep_latest: bool = False
+    ) -> tuple[Published, tuple[str, ...]]:
         """Check what was read, publish it as the next version of `name`, and record that.
+
+        `keep_latest` is that of `AdapterStore.publish`.
 
         Returns:
             The version, and what an import had to say.
@@ -35,7 +39,7 @@ class Publisher:
             AccessDatabaseError: Nobody knows whether shares of an older adapter of this name are left.
         """
         bundle, warnings = self.checked(source)
-        return self.publish_checked(bundle, name, actor), warnings
+        return self.publish_checked(bundle, name, actor, keep_latest=keep_latest), warnings
 
     def checked(self, source: AdapterBundle | PeftFiles) -> tuple[AdapterBundle, tuple[str, ...]]:
         """The bundle of what was read, and an import's warnings; raises as `publish` does."""
@@ -45,13 +49,15 @@ class Publisher:
         self.engine.check_bundle(source)
         return source, ()
 
-    def publish_checked(self, bundle: AdapterBundle, name: str, actor: Actor) -> Published:
+    def publish_checked(
+        self, bundle: AdapterBundle, name: str, actor: Actor, *, keep_latest: bool = False
+    ) -> Published:
         """`publish`, for a bundle that was checked."""
         if self.store.has_content(name, bundle.digest) is None:
             # A kill may have come between the deletion of an older adapter of this name and the end of its shares.
             self._end_shares(name)
         added = self.holdings.check_publish(name, bundle.digest, bundle.file_bytes)
-        published = self.store.publish(bundle, name=name)
+        published = self.store.publish(bundle, name=name, keep_latest=keep_latest)
         self.holdings.note_published(name, added)
         record_publication(published, self.audit, actor)
         return published

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from adapters_store import AdapterStore, BaseInfo, Published
-from sera_serve.access import AccessDatabase, Actor, AuditLog, Holdings, Quotas
+from adapters_store import Published
+from sera_serve.access import Actor, Holdings, Quotas
 from sera_serve.config import ServeSettings
 from sera_serve.errors import Overloaded
 from sera_serve.jobs import Job, JobProcesses, Jobs, Places, Supervisor, TrainingFiles, base_id
-from sera_serve.server.publishing import record_publication
+from sera_serve.server.publishing import Publisher, record_publication
 from sera_serve.threads import BoundedExecutor
 
 DEFAULT_TENANT = "default"
@@ -71,15 +71,12 @@ class Training:
     def of(
         cls,
         settings: ServeSettings,
-        store: AdapterStore,
-        database: AccessDatabase,
+        publisher: Publisher,
         quotas: Quotas,
-        holdings: Holdings,
-        audit: AuditLog,
-        base: BaseInfo,
     ) -> Training:
-        """Make what an app needs. Nothing runs yet, and nothing is read."""
-        own = base_id(base)
+        """Make what an app needs, which `publisher` has. Nothing runs yet, and nothing is read."""
+        store, database, audit = publisher.store, publisher.access.database, publisher.audit
+        own = base_id(publisher.engine.base.info)
         places = Places(store.root)
         files = TrainingFiles(database, places, settings.max_training_files_mib << 20)
         jobs = Jobs(database, own)
@@ -95,6 +92,9 @@ class Training:
             quotas=quotas.of_settings,
         )
 
+        def withdraw(job: Job) -> None:
+            publisher.remove(job.spec.adapter, Actor("job", job.key_id))
+
         def record(job: Job, published: Published | None) -> None:
             """Tell the audit log of a job's end."""
             actor = Actor("job", job.key_id)
@@ -106,13 +106,15 @@ class Training:
                 "job.finish", actor, tenant=job.tenant, target=job.id, status=job.status, model=model, code=code
             )
 
-        supervisor = Supervisor(jobs, files, places, store, processes, settings.max_training_jobs, own, record)
+        supervisor = Supervisor(
+            jobs, files, places, store, processes, settings.max_training_jobs, own, withdraw, record
+        )
         return cls(
             files=files,
             jobs=jobs,
             supervisor=supervisor,
             quotas=quotas,
-            holdings=holdings,
+            holdings=publisher.holdings,
             max_bundle_bytes=processes.max_bundle_bytes,
             checking=BoundedExecutor("training-files", 1, settings.max_uploads),
             streams=StreamSlots(),

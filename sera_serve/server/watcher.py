@@ -51,12 +51,14 @@ class _Entry:
         signature: What it looked like in the last poll; None if a file vanished while it was looked at.
         quiet: Polls since it last changed.
         handled: Whether this state of it was published or refused.
+        is_old: Whether this state may be older than the watch: nobody has seen it come.
     """
 
     path: str
     signature: Signature | None
     quiet: int = 0
     handled: bool = False
+    is_old: bool = False
 
 
 class WatchedDirectory:
@@ -66,7 +68,10 @@ class WatchedDirectory:
         """Look at nothing yet."""
         self.root = root
         self._entries: dict[str, _Entry] = {}
-        self._published: set[str] = set()
+        # Path and signature of what was published. An adapter that is absent for a moment comes back as it was.
+        self._published: dict[str, tuple[str, Signature | None]] = {}
+        # Tenants and adapters that no poll has been able to read; None before the first poll.
+        self._unread: set[str] | None = None
         # Polls in a row in which a published adapter was absent.
         self._absent: dict[str, int] = {}
         # The last refusal of each adapter that is tried again.
@@ -83,8 +88,10 @@ class WatchedDirectory:
         Raises:
             OSError: The directory cannot be read: it was removed or unmounted. Nothing counts as gone then.
         """
-        found, present = self._scan()
-        missing = self._published - present
+        found, present, unread = self._scan()
+        before = self._unread
+        self._unread = unread if before is None else before & unread
+        missing = self._published.keys() - present
         self._absent = {name: self._absent.get(name, 0) + 1 for name in missing}
         gone = sorted(name for name, polls in self._absent.items() if polls >= _QUIET_POLLS)
         self._entries = {name: entry for name, entry in self._entries.items() if name in present}
@@ -92,7 +99,9 @@ class WatchedDirectory:
         for name, (path, signature) in found.items():
             entry = self._entries.get(name)
             if entry is None or signature is None or (entry.path, entry.signature) != (path, signature):
-                self._entries[name] = _Entry(path, signature)
+                is_old = entry is None and (before is None or not before.isdisjoint((name, parse_adapter(name)[0])))
+                handled = signature is not None and self._published.get(name) == (path, signature)
+                self._entries[name] = _Entry(path, signature, handled=handled, is_old=is_old)
                 continue
             entry.quiet += 1
             if not entry.handled and entry.quiet >= _QUIET_POLLS:
@@ -103,6 +112,10 @@ class WatchedDirectory:
         """Where an adapter lies."""
         return self._entries[name].path
 
+    def is_old(self, name: str) -> bool:
+        """Whether an adapter looks as it did when the watch began."""
+        return self._entries[name].is_old
+
     def is_unchanged(self, name: str) -> bool:
         """Whether an adapter still looks as in the last poll."""
         entry = self._entries[name]
@@ -110,14 +123,15 @@ class WatchedDirectory:
 
     def mark_handled(self, name: str, published: bool) -> None:
         """Leave an adapter alone until it changes; `published` says whether it is withdrawn when it vanishes."""
-        self._entries[name].handled = True
+        entry = self._entries[name]
+        entry.handled = True
         self._refusals.pop(name, None)
         if published:
-            self._published.add(name)
+            self._published[name] = entry.path, entry.signature
 
     def forget(self, name: str) -> None:
         """An adapter was withdrawn."""
-        self._published.discard(name)
+        self._published.pop(name, None)
         self._refusals.pop(name, None)
 
     def try_later(self, name: str, refusal: str) -> bool:
@@ -130,11 +144,15 @@ class WatchedDirectory:
         self._refusals[name] = refusal
         return is_new
 
-    def _scan(self) -> tuple[dict[str, tuple[str, Signature | None]], set[str]]:
-        """What the adapters look like, and the names of all that are there, unreadable ones included."""
+    def _scan(self) -> tuple[dict[str, tuple[str, Signature | None]], set[str], set[str]]:
+        """What the adapters look like, the names of all that are there, and the tenants and names that are unreadable.
+
+        Unreadable ones count as there.
+        """
         found: dict[str, tuple[str, Signature | None]] = {}
         present: set[str] = set()
         seen: set[str] = set()
+        unread: set[str] = set()
         with os.scandir(self.root) as tenants:
             folders = sorted(tenants, key=lambda entry: entry.name)
         for folder in folders:
@@ -148,6 +166,7 @@ class WatchedDirectory:
             except OSError as error:
                 self._complain(seen, f"{folder.path} cannot be read; what it held stays as it is: {error}")
                 present.update(name for name in self._published if name.startswith(f"{folder.name}/"))
+                unread.add(folder.name)
                 continue
             for entry in entries:
                 try:
@@ -155,10 +174,10 @@ class WatchedDirectory:
                 except OSError as error:
                     self._complain(seen, f"{entry.path} cannot be read; its adapter stays as it is: {error}")
                     # What is no directory any more may have been one.
-                    present.update(f"{folder.name}/{stem}" for stem in (entry.name, _stem(entry.name)))
+                    unread.update(f"{folder.name}/{stem}" for stem in (entry.name, _stem(entry.name)))
         # A complaint whose reason is gone may come again.
         self._complaints &= seen
-        return found, present | found.keys()
+        return found, present | unread | found.keys(), unread
 
     def _look_at(
         self, tenant: str, entry: os.DirEntry[str], found: dict[str, tuple[str, Signature | None]], seen: set[str]
@@ -252,7 +271,8 @@ def _publish(directory: WatchedDirectory, name: str, publisher: Publisher, limit
         if not directory.is_unchanged(name):
             # It is being written again. The next polls see the change.
             return
-        published, warnings = publisher.publish(source, name, _ACTOR)
+        # An earlier server may have published it, and a newer version may have come by another way since.
+        published, warnings = publisher.publish(source, name, _ACTOR, keep_latest=directory.is_old(name))
     except _PASSING as error:
         if directory.try_later(name, error.message):
             logger.error("%s is not published yet, and is tried again: %s", path, error.message)

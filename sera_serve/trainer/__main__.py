@@ -1,5 +1,5 @@
 """`python -m sera_serve.trainer`, which is also what `accelerate launch -m` runs."""
 
-from sera_serve.trainer.cli import main
+from sera_serve.scripts import train_adapter
 
-main()
+train_adapter()

@@ -336,7 +336,7 @@ class TrainSettings(BaseModel):
     @model_validator(mode="after")
     def _options_agree(self) -> TrainSettings:
         self._check_task_options()
-        if self.patience is not None and self.eval is None and self.eval_fraction == 0:
+        if self.patience is not None and not (self.eval or self.eval_fraction or self.task == "image-classify"):
             raise ValueError("--patience needs evaluations; give --eval or an --eval-fraction above 0")
         if self.patience is not None and self.budget is not None:
             raise ValueError("--patience cannot end a run early whose ranks fall to --budget; leave one of the two out")

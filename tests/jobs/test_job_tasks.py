@@ -76,7 +76,7 @@ class Server:
             patch.chdir(folder)
             assert train(folder)["status"] == "succeeded"
         found = read_progress(folder, 0, LastSteps())
-        assert found.checkpoints or job.spec.options.get("budget")
+        assert found.has_saved and (found.checkpoints or job.spec.options.get("budget"))
         return job.spec.adapter, [{"message": event.message, **(event.data or {})} for event in found.events]
 
     def classify(self, adapter: str, value: Any) -> dict[str, Any]:

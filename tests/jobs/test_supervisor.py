@@ -5,27 +5,22 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
-import subprocess
-import sys
+import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from adapters_store import AdapterStore, Published
-from sera_serve.access import AccessDatabase, AccessDatabaseError
-from sera_serve.jobs import Job, JobEnded, JobNotFound, JobProcesses, Jobs, JobSpec, Places, Supervisor, TrainingFiles
+from sera_serve.access import AccessDatabaseError
+from sera_serve.jobs import Job, JobEnded, JobNotFound, JobProcesses, Jobs
 from sera_serve.jobs import supervisor as supervisor_module
 from sera_serve.jobs.files import FileInUse, TooManyFiles, TrainingFileNotFound, TrainingFileNotStored
-from sera_serve.jobs.process import JobProcess, one_gpu
+from sera_serve.jobs.process import one_gpu
 from sera_serve.jobs.records import NewEvent, new_job_id
 from sera_serve.jobs.rows import sha256_of
+from support.job_platform import CHILDREN, STARTED, SUCCESS, Platform
 from support.live_server import wait_until
-from support.training import SORTED, jsonl
-
-Create = Callable[[str], Job]
 
 
 @pytest.mark.parametrize(
@@ -45,79 +40,6 @@ def test_a_job_sees_the_gpu_of_its_server_alone(
     if shown is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
     assert one_gpu(device) == wanted
-
-
-STARTED: list[str] = []
-CHILDREN: list[subprocess.Popen[bytes]] = []
-
-
-class IdleProcesses(JobProcesses):
-    """Starts processes that wait for their end. They write down what was started."""
-
-    def start(self, job: Job, places: Places) -> JobProcess:
-        """Start a process that sleeps."""
-        run = places.run(job.id)
-        run.mkdir(exist_ok=True)
-        child = subprocess.Popen(
-            [sys.executable, "-S", "-c", "import time; time.sleep(600)"],
-            stdin=subprocess.PIPE,
-            start_new_session=True,
-        )
-        CHILDREN.append(child)
-        STARTED.append(job.id)
-        return JobProcess(job, run, child)
-
-
-class Platform:
-    """A database, files, jobs and a supervisor over a new store."""
-
-    def __init__(self, root: Path) -> None:
-        self.store = AdapterStore(root / "store")
-        self.places = Places(self.store.root)
-        self.database = AccessDatabase(self.store.root)
-        self.files = TrainingFiles(self.database, self.places, 1 << 20)
-        self.jobs = Jobs(self.database, "base")
-        self.processes = IdleProcesses("base", self.store.root, "cpu", "auto", 1, 0.1, 1 << 20)
-        STARTED.clear()
-        CHILDREN.clear()
-        self.ended: list[Job] = []
-        (root / "rows.jsonl").write_bytes(jsonl(SORTED))
-        self.rows = root / "rows.jsonl"
-        self.supervisor = self.new_supervisor()
-
-    def new_supervisor(self, most: int = 1, base: str = "base") -> Supervisor:
-        def note(job: Job, published: Published | None) -> None:
-            self.ended.append(job)
-
-        jobs = self.jobs if base == "base" else Jobs(self.database, base)
-        return Supervisor(jobs, self.files, self.places, self.store, self.processes, most, base, note)
-
-    def create(self, tenant: str, metadata: Mapping[str, str] | None = None) -> Job:
-        with self.rows.open("rb") as source:
-            file = self.files.add(tenant, "rows.jsonl", source)
-        job_id = new_job_id()
-        spec = JobSpec("base", f"{tenant}/a-{job_id[-8:]}", "text", "classify", 1, 4, 1.0, 0, 12)
-        return self.jobs.create(job_id, tenant, spec, metadata or {}, file.id, None, None)
-
-    def leave(self, job: Job, **result: Any) -> None:
-        """Leave a result, as a job's process does at its end."""
-        run = self.places.run(job.id)
-        run.mkdir(exist_ok=True)
-        (run / "result.json").write_text(json.dumps(result))
-
-    def status(self, job: Job) -> str:
-        return self.jobs.get(job.id, None).status
-
-
-@pytest.fixture
-def platform(tmp_path: Path) -> Iterator[Platform]:
-    made = Platform(tmp_path)
-    yield made
-    made.supervisor.stop()
-    made.database.close()
-
-
-SUCCESS = {"status": "succeeded", "version": 1, "digest": "d", "chosen_step": 3, "trained_tokens": 42}
 
 
 def test_tenants_take_turns(platform: Platform) -> None:
@@ -575,3 +497,48 @@ def test_a_tenant_sees_only_its_own(platform: Platform) -> None:
     assert platform.files.page("evil", None, 10) == ([], False)
     with pytest.raises(FileInUse):
         platform.files.delete(job.training_file, "acme")
+
+
+def test_what_cannot_be_deleted_is_told_and_tried_again(
+    platform: Platform, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(supervisor_module, "_SWEEP_S", 0.0, raising=False)
+    monkeypatch.setattr(supervisor_module, "_IDLE_S", 0.01)
+    jobs = [platform.create("acme") for _ in range(2)]
+    left, other = (platform.places.run(job.id) for job in jobs)
+    stray = platform.places.run("ftjob-of-a-deleted-database")
+    for run in (left, other, stray):
+        (run / "work").mkdir(parents=True)
+    for job in jobs:
+        platform.jobs.cancel(job.id, None)
+    remove, tried = shutil.rmtree, []
+
+    def refuse(path: Path, ignore_errors: bool = False) -> None:
+        if path == left:
+            tried.append(path)
+            if ignore_errors:
+                return
+            raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+        remove(path, ignore_errors)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("sera_serve.jobs.process.shutil.rmtree", refuse)
+        platform.supervisor.start()
+        wait_until(lambda: not other.exists() and not stray.exists())
+        wait_until(lambda: len(tried) > 5)
+    wait_until(lambda: not left.exists())
+    assert caplog.text.count("cannot be deleted yet") == 1 and "Directory not empty" in caplog.text
+    assert platform.jobs.uncleared() == []
+
+
+def test_a_sweep_leaves_what_jobs_still_need(platform: Platform) -> None:
+    job, waiting = platform.create("acme"), platform.create("beta")
+    of_other_base = Jobs(platform.database, "another base").create(
+        new_job_id(), "acme", job.spec, {}, job.training_file, None, None
+    )
+    kept = [platform.places.run(made.id) for made in (job, waiting, of_other_base)]
+    for run in kept:
+        (run / "work").mkdir(parents=True)
+    platform.supervisor.start()
+    wait_until(lambda: [job.id] == STARTED)
+    assert all((run / "work").is_dir() for run in kept)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import io
 import logging
+import os
 import shutil
+import time
 import zipfile
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import httpx
@@ -197,9 +200,11 @@ def test_what_changes_waits_until_it_is_quiet(checkpoint: Path, tmp_path: Path) 
     target.rename(tmp_path / "aside")
     assert directory.poll() == ([], [])
     (tmp_path / "aside").rename(target)
-    for _ in range(2):
+    # It is back as it was.
+    for _ in range(4):
         assert directory.poll() == ([], [])
-    assert directory.poll() == (["acme/growing"], [])
+    (target / WEIGHTS).write_bytes(b"other")
+    assert [directory.poll() for _ in range(3)] == [([], []), ([], []), (["acme/growing"], [])]
     directory.mark_handled("acme/growing", published=True)
     shutil.rmtree(target)
     assert directory.poll() == ([], [])
@@ -208,7 +213,9 @@ def test_what_changes_waits_until_it_is_quiet(checkpoint: Path, tmp_path: Path) 
     assert directory.poll() == ([], [])
 
 
-def test_a_file_that_vanishes_within_an_adapter_is_a_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_vanishes_within_an_adapter_withdraws_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     directory = watcher.WatchedDirectory(tmp_path)
     target = tmp_path / "acme" / "one"
     target.mkdir(parents=True)
@@ -224,7 +231,99 @@ def test_a_file_that_vanishes_within_an_adapter_is_a_change(tmp_path: Path, monk
         patched.setattr(watcher, "_state", vanished)
         for _ in range(5):
             assert directory.poll() == ([], [])
+    # It is back as it was; then it changes.
+    assert [directory.poll() for _ in range(4)] == [([], [])] * 4
+    (target / WEIGHTS).write_bytes(b"other")
     assert [directory.poll() for _ in range(3)] == [([], []), ([], []), (["acme/one"], [])]
+
+
+def test_what_was_refused_is_looked_at_again_when_it_comes_back(tmp_path: Path) -> None:
+    directory = watcher.WatchedDirectory(tmp_path)
+    (tmp_path / "acme").mkdir()
+    target, aside = tmp_path / "acme" / "one.tar", tmp_path / "aside"
+    target.write_bytes(b"x")
+    assert [directory.poll() for _ in range(3)][-1] == (["acme/one"], [])
+    directory.mark_handled("acme/one", published=False)
+    target.rename(aside)
+    directory.poll()
+    aside.rename(target)
+    assert [directory.poll() for _ in range(3)][-1] == (["acme/one"], [])
+
+
+def test_what_was_there_before_the_watch_is_old_until_it_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = watcher.WatchedDirectory(tmp_path)
+    for tenant in ("acme", "slow"):
+        (tmp_path / tenant).mkdir()
+        (tmp_path / tenant / "old.tar").write_bytes(b"x")
+    (tmp_path / "acme" / "slow.tar").write_bytes(b"x")
+    state, scandir = watcher._state, os.scandir
+
+    def unreadable(path: str) -> tuple[str, int, int, int]:
+        if path.endswith("slow.tar"):
+            raise PermissionError(path)
+        return state(path)
+
+    def unreadable_folder(path: str | Path) -> object:
+        if str(path).endswith("slow"):
+            raise PermissionError(path)
+        return scandir(path)
+
+    with monkeypatch.context() as patched:
+        # The file system is not all there yet.
+        patched.setattr(watcher, "_state", unreadable)
+        patched.setattr(watcher.os, "scandir", unreadable_folder)
+        for _ in range(3):
+            directory.poll()
+    (tmp_path / "acme" / "new.tar").write_bytes(b"x")
+    (tmp_path / "late").mkdir()
+    (tmp_path / "late" / "one.tar").write_bytes(b"x")
+    ready = [directory.poll() for _ in range(3)][-1][0]
+    assert ready == ["acme/new", "acme/old", "acme/slow", "late/one", "slow/old"]
+    assert [name for name in ready if directory.is_old(name)] == ["acme/old", "acme/slow", "slow/old"]
+    (tmp_path / "acme" / "old.tar").write_bytes(b"other")
+    directory.poll()
+    assert not directory.is_old("acme/old")
+
+
+@pytest.mark.usefixtures("fast_polls")
+def test_a_restart_moves_no_latest_back(
+    base: FrozenBase, writer: AdapterBundle, checkpoint: Path, tmp_path: Path
+) -> None:
+    watched = tmp_path / "watched"
+    shutil.copytree(checkpoint, watched / "acme" / "one")
+    store, engine = AdapterStore(tmp_path / "store"), StubEngine(base)
+
+    def polled() -> None:
+        count = len(engine.checked)
+        wait_until(lambda: len(engine.checked) > count)
+        # The check comes before the publication.
+        time.sleep(0.3)
+
+    def served() -> AbstractContextManager[str]:
+        return live_server(build_app(engine, store, ServeSettings(store=store.root, watch=watched)))
+
+    with served():
+        polled()
+        assert store.inspect("acme/one").versions == (1,)
+    store.publish(writer, "acme/one")
+    with served():
+        polled()
+        assert (store.resolve("acme/one").version, store.inspect("acme/one").versions) == (2, (1, 2))
+        # The same content, which somebody copies there again, is wanted.
+        (watched / "acme" / "one" / CONFIG).write_bytes((checkpoint / CONFIG).read_bytes())
+        polled()
+        assert store.resolve("acme/one").version == 1
+        # It still belongs to the watch.
+        shutil.rmtree(watched / "acme" / "one")
+        wait_until(lambda: store.count_adapters() == 0)
+    shutil.copytree(checkpoint, watched / "acme" / "one")
+    store.publish(writer, "acme/one")
+    with served():
+        # What is new is published, though it came while no server ran.
+        polled()
+        assert store.resolve("acme/one").version == 4
 
 
 def test_an_entry_that_cannot_be_read_stops_no_other(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

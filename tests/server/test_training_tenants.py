@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import httpx
+import openai
 import pytest
 
 from adapters_store import AdapterBundle, AdapterStore
@@ -144,3 +145,13 @@ def test_the_list_is_filtered_by_metadata(users: dict[str, httpx.Client], base: 
         answer = mine.get(JOBS, params=params)
         assert refused(answer, 400, answer.json()["error"]["code"])["param"] == param
     assert mine.get(f"{JOBS}/{made}/checkpoints", params={"metadata[a]": "b"}).status_code == 400
+
+
+def test_files_are_deleted_page_by_page_by_the_official_client(users: dict[str, httpx.Client]) -> None:
+    admin = users["admin"]
+    made = {send(admin, SORTED) for _ in range(5)}
+    with openai.OpenAI(
+        base_url=str(admin.base_url.join("/v1")), api_key=str(admin.headers["authorization"])[7:]
+    ) as client:
+        gone = {client.files.delete(file.id).id for file in client.files.list(limit=2) if file.id in made}
+    assert gone == made

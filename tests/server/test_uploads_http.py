@@ -332,9 +332,9 @@ def test_concurrent_uploads_get_their_own_versions_and_one_thread(
 ) -> None:
     publish, threads = store.publish, []
 
-    def recorded(bundle: AdapterBundle, name: str) -> Published:
+    def recorded(bundle: AdapterBundle, name: str, **options: bool) -> Published:
         threads.append(threading.get_ident())
-        return publish(bundle, name)
+        return publish(bundle, name, **options)
 
     monkeypatch.setattr(store, "publish", recorded)
     bundles = [random_adapter(base, SeraConfig(4, 2, 8, ("q_proj",)), seed=seed) for seed in range(6)]

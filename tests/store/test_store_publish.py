@@ -282,3 +282,13 @@ def test_two_handles_see_each_other(store: AdapterStore) -> None:
     assert other.resolve(NAME).version == 1
     other.delete(NAME)
     assert list(store.iter_adapters()) == []
+
+
+def test_known_content_leaves_latest_if_asked(store: AdapterStore) -> None:
+    first, second = make_bundle(1), make_bundle(2)
+    assert store.publish(first, NAME, keep_latest=True).version == 1
+    assert store.publish(second, NAME, keep_latest=True).version == 2
+    assert store.publish(first, NAME, keep_latest=True).version == 1
+    assert store.resolve(NAME).version == 2
+    assert store.publish(first, NAME).version == 1
+    assert store.resolve(NAME).version == 1

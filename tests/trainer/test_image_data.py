@@ -346,3 +346,14 @@ def test_the_settings_name_what_belongs_to_image_tasks(tmp_path: Path) -> None:
     assert both.target_modules == ("q_proj", "v_proj")
     everything = image_settings(tmp_path, tmp_path / "rows.csv", task="retrieve", target_modules="all-linear")
     assert everything.identity() != both.identity()
+
+
+def test_patience_takes_the_validation_rows_of_a_folder(tmp_path: Path) -> None:
+    root = image_folder(tmp_path / "split", 2, ("train", "validation"))
+    options: dict[str, Any] = {"eval_fraction": 0, "patience": 1}
+    assert len(load(tmp_path, root, **options).eval) == 4
+    whole = image_folder(tmp_path / "whole", 2)
+    for train in (whole, image_folder(tmp_path / "tested", 2, ("train", "test"))):
+        said = refused(tmp_path, train, **options)
+        assert "has no validation rows, and --patience needs evaluations; give --eval" in said
+    assert load(tmp_path, whole, eval=root, **options).eval

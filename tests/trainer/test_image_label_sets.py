@@ -128,3 +128,9 @@ def test_an_adapter_of_sets_goes_on_with_sets_alone(tmp_path: Path) -> None:
     made = image_settings(tmp_path, train, method="head-only").model_copy(update=again)
     result = train_adapter(made, base=base)
     assert AdapterStore(made.store).config(result.digest).labels == ["blue", "red"]
+
+
+def test_patience_without_rows_for_evaluation_is_refused(tmp_path: Path) -> None:
+    settings = image_settings(tmp_path, metadata_folder(tmp_path / "rows", 16), **options(eval_fraction=0, patience=1))
+    with pytest.raises(InvalidData, match="--patience needs evaluations; give --eval"):
+        load_image_label_sets(settings)

@@ -19,7 +19,7 @@ from sera_serve.trainer.data.labelled import (
     check_labels,
     label_notes,
 )
-from sera_serve.trainer.data.splits import draw, hold_out, hold_out_for
+from sera_serve.trainer.data.splits import check_evaluated, draw, hold_out, hold_out_for
 from sera_serve.trainer.data.targets import check_known_labels, check_labels_repeat, labels_of
 from sera_serve.trainer.settings import TrainSettings
 from sera_serve.trainer.tables.faults import InvalidData, Problems, Row
@@ -106,6 +106,7 @@ def load_image_classify_data(settings: TrainSettings, initial: AdapterConfig | N
         train, rows["eval"] = hold_out_for(
             settings, train, reader.notes, key=lambda r: r.image, stratum=lambda r: r.target, keep_single=True
         )
+    check_evaluated(settings, rows["eval"])
     parts = train, rows["eval"], rows["test"]
     return ImageExamples(reader.images, *parts, reader.digests, reader.notes, _spec_of(initial), labels)
 
@@ -136,6 +137,7 @@ def load_image_label_sets(settings: TrainSettings, initial: AdapterConfig | None
         train, rows["eval"] = hold_out_for(
             settings, train, reader.notes, key=lambda r: r.image, stratum=lambda r: ",".join(sorted(r.target))
         )
+    check_evaluated(settings, rows["eval"])
     parts = train, rows["eval"], rows["test"]
     return ImageExamples(reader.images, *parts, reader.digests, reader.notes, _spec_of(initial), labels)
 
