@@ -113,8 +113,18 @@ _ADAPTER_SCHEMA = {
                 "required": ["adapter", "weight"],
                 "additionalProperties": False,
                 "properties": {
-                    "adapter": {"type": "string", "minLength": 1, "maxLength": MAX_REFERENCE},
-                    "weight": {"type": "number", "minimum": -MAX_WEIGHT, "maximum": MAX_WEIGHT},
+                    "adapter": {
+                        "type": "string",
+                        "minLength": 1,
+                        "maxLength": MAX_REFERENCE,
+                        "description": "tenant/name, optionally with @alias, @v3 or @digest",
+                    },
+                    "weight": {
+                        "type": "number",
+                        "minimum": -MAX_WEIGHT,
+                        "maximum": MAX_WEIGHT,
+                        "description": "factor of the adapter's update",
+                    },
                 },
             },
         },
@@ -123,8 +133,9 @@ _ADAPTER_SCHEMA = {
 }
 AdapterField = Annotated[AdapterChoice | None, PlainValidator(_parts), WithJsonSchema(_ADAPTER_SCHEMA)]
 
-_PRIORITY = "low, normal or high: the order among waiting requests of one tenant; other tenants are unaffected"
-_TIMEOUT = "seconds until the request must be finished; a later request is ended with 504; null is no limit"
+PRIORITY_HELP = "low, normal or high: the order among waiting requests of one tenant; other tenants are unaffected"
+TIMEOUT_HELP = "seconds until the request must be finished; a later request is ended with 504; null is no limit"
+CACHE_SALT_HELP = "requests under different salts share nothing in the prefix cache"
 
 
 class GenerateRequest(SamplingFields):
@@ -160,14 +171,9 @@ class GenerateRequest(SamplingFields):
         fail_fast=True,
         description="strings that end the text; the text leaves them out",
     )
-    priority: Priority = Field("normal", description=_PRIORITY)
-    timeout_s: float | None = Field(None, gt=0, le=MAX_TIMEOUT_S, description=_TIMEOUT)
-    cache_salt: str | None = Field(
-        None,
-        min_length=1,
-        max_length=MAX_CACHE_SALT,
-        description="requests under different salts share nothing in the prefix cache",
-    )
+    priority: Priority = Field("normal", description=PRIORITY_HELP)
+    timeout_s: float | None = Field(None, gt=0, le=MAX_TIMEOUT_S, description=TIMEOUT_HELP)
+    cache_salt: str | None = Field(None, min_length=1, max_length=MAX_CACHE_SALT, description=CACHE_SALT_HELP)
     response_format: ResponseFormat | None = Field(None, description=RESPONSE_FORMAT_HELP)
     regex: Regex | None = Field(None, description=REGEX_HELP)
     grammar: Grammar | None = Field(None, description=GRAMMAR_HELP)
@@ -344,8 +350,8 @@ class ClassifyRequest(RequestModel):
         description="in place of adapter: every input goes through each of these, of one tenant",
     )
     inputs: ClassifyInputs = Field(description="texts, sentence pairs or images to classify")
-    priority: Priority = Field("normal", description=_PRIORITY)
-    timeout_s: float | None = Field(None, gt=0, le=MAX_TIMEOUT_S, description=_TIMEOUT)
+    priority: Priority = Field("normal", description=PRIORITY_HELP)
+    timeout_s: float | None = Field(None, gt=0, le=MAX_TIMEOUT_S, description=TIMEOUT_HELP)
 
     @model_validator(mode="after")
     def _adapter_or_adapters(self) -> ClassifyRequest:

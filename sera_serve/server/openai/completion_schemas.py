@@ -85,8 +85,10 @@ class CompletionRequest(GenerationFields):
         le=MAX_NEW_TOKENS,
         description="most tokens to generate; absent: until the context ends; 0 only with echo",
     )
-    best_of: int | None = Field(None, ge=1, le=MAX_CHOICES, description="only the value of n")
-    echo: bool | None = Field(None, description="put the prompt before the text, and its log-probabilities too")
+    best_of: int | None = Field(None, ge=1, le=MAX_CHOICES, description="only the value of n, which is the default")
+    echo: bool | None = Field(
+        None, description="put the prompt before the text, and its log-probabilities too; false by default"
+    )
     logprobs: int | None = Field(
         None, ge=0, le=MAX_LOGPROBS, description="log-probabilities of each token and of this many likeliest ones"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Query, Response
+from fastapi import APIRouter, Path, Query, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from adapters_store import AdapterSummary, Task, parse_ref
@@ -18,6 +18,8 @@ from sera_serve.server.visible import visible_page
 from sera_serve.threads import pause
 
 router = APIRouter(route_class=OpenAIRoute, tags=["openai"])
+
+ModelPath = Annotated[str, Path(description="the base's name, or an adapter's, optionally with @alias, @v3 or @digest")]
 
 
 # What most adapters of a base are for.
@@ -67,7 +69,7 @@ async def list_models(query: Annotated[ModelQuery, Query()], context: ContextOf)
 
 
 @router.get("/v1/models/{model:path}")
-async def retrieve_model(model: str, context: ContextOf) -> Model:
+async def retrieve_model(model: ModelPath, context: ContextOf) -> Model:
     """The base by its name, or an adapter by its reference, which may carry @alias, @v3 or @digest."""
     if len(model) > MAX_REFERENCE:
         raise ModelNotFound(f"the name of a model has at most {MAX_REFERENCE} characters", param="model")
