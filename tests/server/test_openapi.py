@@ -11,6 +11,8 @@ import jsonschema
 import pytest
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
+from sera_serve.server.scopes import needed_scope
+from sera_serve.server.strict import RequestModel
 from support.answers import openapi_document
 
 PATHS = {
@@ -195,3 +197,46 @@ def test_the_bounds_of_a_list_are_in_the_document_too() -> None:
         for name in ("input", "stop")
     }
     assert bounds == {"input": [(1, 2048)], "stop": [(None, 16)]}
+
+
+def subclasses(model: type[RequestModel]) -> Iterator[type[RequestModel]]:
+    """Every model that reads a body, or a part of one."""
+    for each in model.__subclasses__():
+        yield each
+        yield from subclasses(each)
+
+
+def test_each_body_has_an_example_that_is_accepted() -> None:
+    """The page at /docs fills its form with it. Made up of all fields, a body is refused."""
+    document = openapi_document()
+    found = 0
+    for operations in document["paths"].values():
+        for operation in operations.values():
+            schema = operation.get("requestBody", {}).get("content", {}).get("application/json", {}).get("schema")
+            if schema is None:
+                continue
+            name = schema["$ref"].rpartition("/")[2]
+            (example,) = document["components"]["schemas"][name]["examples"]
+            (model,) = (model for model in subclasses(RequestModel) if model.__name__ == name)
+            model.model_validate(example)
+            jsonschema.validate(example, {**schema, "components": document["components"]})
+            found += 1
+    assert found >= 13
+
+
+def test_each_route_says_what_a_key_must_have() -> None:
+    """Without it the page at /docs has no place for a key, and a client that is made of the document sends none."""
+    document = openapi_document()
+    ((scheme, meaning),) = document["components"]["securitySchemes"].items()
+    assert (meaning["type"], meaning["scheme"]) == ("http", "bearer")
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            needed = needed_scope(method.upper(), path.replace("{model}", "{model:path}"))
+            if needed == "nothing":
+                assert operation["security"] == []
+                continue
+            # A server may need no key.
+            assert operation["security"] == [{scheme: [] if needed == "key" else [needed]}, {}]
+            assert needed == "key" or f"`{needed}`" in operation["description"]
+    assert document["paths"]["/healthz"]["get"]["security"] == []
+    assert document["paths"]["/v1/models/{model}"]["get"]["security"][0] == {scheme: []}

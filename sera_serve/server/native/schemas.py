@@ -55,7 +55,7 @@ from sera_serve.server.response_format import (
     to_constraint,
 )
 from sera_serve.server.sse import EventWriter, encode_event
-from sera_serve.server.strict import RequestModel, refusal
+from sera_serve.server.strict import RequestModel, refusal, with_example
 
 MAX_NEW_TOKENS = 1 << 20
 MAX_TOKEN_IDS = 1 << 20
@@ -140,6 +140,10 @@ CACHE_SALT_HELP = "requests under different salts share nothing in the prefix ca
 
 class GenerateRequest(SamplingFields):
     """Body of `POST /v1/generate`."""
+
+    model_config = with_example(
+        {"adapter": "demo/pirate", "prompt": "The little cat found a map.", "max_new_tokens": 40}
+    )
 
     _constraint: ConstraintSpec | None = PrivateAttr(None)
 
@@ -339,6 +343,8 @@ def _usage(result: GenerationResult) -> Usage:
 class ClassifyRequest(RequestModel):
     """Body of `POST /v1/classify`."""
 
+    model_config = with_example({"adapter": "demo/tickets", "inputs": ["My parcel is late.", "I was charged twice."]})
+
     adapter: AdapterField = Field(
         None, description="tenant/name, optionally with @alias, @v3 or @digest; or a weighted sum of several"
     )
@@ -448,6 +454,8 @@ class ClassifyEachResponse(BaseModel):
 class LoadLoraRequest(RequestModel):
     """Body of `POST /v1/load_lora_adapter`, with vLLM's names."""
 
+    model_config = with_example({"lora_name": "acme/mine", "lora_path": "mine"})
+
     lora_name: AdapterReference = Field(description="tenant/name to publish the adapter under")
     lora_path: str = Field(
         min_length=1,
@@ -459,6 +467,8 @@ class LoadLoraRequest(RequestModel):
 
 class UnloadLoraRequest(RequestModel):
     """Body of `POST /v1/unload_lora_adapter`, with vLLM's names."""
+
+    model_config = with_example({"lora_name": "acme/mine"})
 
     lora_name: AdapterReference = Field(description="tenant/name of the adapter to delete")
     lora_int_id: None = Field(None, description="vLLM's own number of an adapter; only null is accepted")

@@ -14,7 +14,7 @@ from adapters_store import parse_json
 from sera_serve.server.native.schemas import MAX_NEW_TOKENS
 from sera_serve.server.openai.completion_schemas import TokenUsage
 from sera_serve.server.openai.fields import GenerationFields
-from sera_serve.server.strict import RequestModel, refusal
+from sera_serve.server.strict import RequestModel, refusal, with_example
 
 MAX_MESSAGES = 2048
 MAX_TOOLS = 128
@@ -278,6 +278,10 @@ class ToolUse:
 
 class ChatRequest(GenerationFields, ToolUse):
     """Body of `POST /v1/chat/completions`."""
+
+    model_config = with_example(
+        {"model": "demo/chat", "messages": [{"role": "user", "content": "I lost my ball."}], "max_tokens": 40}
+    )
 
     unsupported: ClassVar[Mapping[str, tuple[tuple[Any, ...], str]]] = {
         "audio": ((), _NOT_TEXT),

@@ -9,7 +9,7 @@ from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema, model_va
 
 from sera_serve.server.native.schemas import MAX_NEW_TOKENS, MAX_TOKEN_ID, MAX_TOKEN_IDS
 from sera_serve.server.openai.fields import MAX_CHOICES, GenerationFields
-from sera_serve.server.strict import refusal
+from sera_serve.server.strict import refusal, with_example
 
 MAX_LOGPROBS = 20
 
@@ -73,6 +73,8 @@ Prompts = Annotated[
 
 class CompletionRequest(GenerationFields):
     """Body of `POST /v1/completions`."""
+
+    model_config = with_example({"model": "demo/pirate", "prompt": "The little cat found a map.", "max_tokens": 40})
 
     unsupported: ClassVar[Mapping[str, tuple[tuple[Any, ...], str]]] = {
         "suffix": (("",), "the models continue a text and fill no gap; leave it out"),

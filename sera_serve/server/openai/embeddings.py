@@ -27,7 +27,7 @@ from sera_serve.server.openai.answers import to_json, with_member
 from sera_serve.server.openai.errors import InvalidOpenAIRequest, OpenAIRoute, translated_errors
 from sera_serve.server.openai.fields import User
 from sera_serve.server.openai.texts import adapter_of
-from sera_serve.server.strict import RequestModel, refusal
+from sera_serve.server.strict import RequestModel, refusal, with_example
 
 router = APIRouter(route_class=OpenAIRoute, tags=["openai"])
 
@@ -93,6 +93,8 @@ _INPUT_SCHEMA = {
 
 class EmbeddingRequest(RequestModel):
     """Body of `POST /v1/embeddings`."""
+
+    model_config = with_example({"model": "demo/tickets", "input": ["My parcel is late.", "I was charged twice."]})
 
     model: str = Field(
         min_length=1, max_length=MAX_REFERENCE, description="an adapter's reference, or the name of the base"

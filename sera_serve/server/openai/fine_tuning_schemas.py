@@ -18,7 +18,7 @@ from sera_serve.jobs import JobTask
 from sera_serve.server.native.schemas import MAX_REFERENCE
 from sera_serve.server.openai.fields import METADATA_HELP, Metadata, check_metadata
 from sera_serve.server.openai.files import MAX_ID
-from sera_serve.server.strict import RequestModel, refusal
+from sera_serve.server.strict import RequestModel, refusal, with_example
 
 MAX_RANK = 256
 _MAX_TARGETS, _MAX_TARGET = 64, 128
@@ -125,6 +125,8 @@ class AdapterRequest(RequestModel):
 
 class CreateJobRequest(RequestModel):
     """Request body of `POST /v1/fine_tuning/jobs`."""
+
+    model_config = with_example({"model": "demo/chat", "training_file": "file-...", "suffix": "mine"})
 
     model: str = Field(min_length=1, max_length=MAX_REFERENCE, description="the base, or an adapter to go on from")
     training_file: FileId = Field(description="id of an uploaded file, whose rows train")

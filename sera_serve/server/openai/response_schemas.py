@@ -32,7 +32,7 @@ from sera_serve.server.openai.chat_schemas import (
 )
 from sera_serve.server.openai.fields import STREAM_OPTIONS_HELP, Obfuscation, SamplingFields
 from sera_serve.server.response_format import FORM_HELP, JsonSchema, ResponseFormat, to_constraint
-from sera_serve.server.strict import RequestModel, refusal
+from sera_serve.server.strict import RequestModel, refusal, with_example
 
 _MAX_ID = 256
 _LOGPROBS = "message.output_text.logprobs"
@@ -211,6 +211,8 @@ _Items = Annotated[list[InputItem], Field(min_length=1, max_length=MAX_MESSAGES)
 
 class ResponseRequest(SamplingFields, ToolUse):
     """Body of `POST /v1/responses`."""
+
+    model_config = with_example({"model": "demo/chat", "input": "I lost my red ball.", "max_output_tokens": 40})
 
     unsupported: ClassVar[Mapping[str, tuple[tuple[Any, ...], str]]] = {
         "store": ((False,), "the server keeps no answer; leave it out, or send false"),

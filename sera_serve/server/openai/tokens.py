@@ -14,7 +14,7 @@ from sera_serve.server.openai.answers import to_json, with_member
 from sera_serve.server.openai.chat_schemas import Message, Tool
 from sera_serve.server.openai.errors import OpenAIRoute, translated_errors
 from sera_serve.server.openai.texts import Conversation, Texts, TextsOf, adapter_of, check_token_count
-from sera_serve.server.strict import RequestModel, refusal
+from sera_serve.server.strict import RequestModel, refusal, with_example
 
 router = APIRouter(route_class=OpenAIRoute, tags=["openai"])
 
@@ -23,6 +23,8 @@ Model = Annotated[str, Field(min_length=1, max_length=MAX_REFERENCE)]
 
 class TokenizeRequest(RequestModel):
     """Body of `POST /tokenize`: a text, or a conversation."""
+
+    model_config = with_example({"prompt": "The little cat found a map."})
 
     model: Model | None = Field(None, description="whose chat template renders messages; null is the base")
     prompt: str | None = Field(None, min_length=1, description="a text; send it or messages")
@@ -58,6 +60,8 @@ class TokenizeResponse(BaseModel):
 
 class DetokenizeRequest(RequestModel):
     """Body of `POST /detokenize`."""
+
+    model_config = with_example({"tokens": [4, 5, 6]})
 
     model: Model | None = Field(None, description="all models have the base's tokens")
     tokens: Annotated[list[TokenId], Field(max_length=MAX_TOKEN_IDS, fail_fast=True)] = Field(
