@@ -6,7 +6,7 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Annotated, Any, ParamSpec, TypeVar
 
-from fastapi import Depends, Request
+from fastapi import Depends, Path, Request
 
 from adapters_store import AdapterStore
 from sera_serve.access import AuditLog, Holdings, Quotas
@@ -23,6 +23,14 @@ from sera_serve.threads import BoundedExecutor
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+# Parts of the paths of several routes.
+TenantPath = Annotated[str, Path(description="the tenant: the first part of an adapter's name, before the /")]
+NamePath = Annotated[str, Path(description="the second part of the adapter's name, after the /; without @")]
+VersionPath = Annotated[
+    str,
+    Path(description="the second part of the adapter's name, after the /; for one version with @alias, @v3 or @digest"),
+]
 
 _CHANGING_THREADS = 4
 # Of one core, pages of a long list take an eighth at most, beyond a first burst: clients that asked for page after page

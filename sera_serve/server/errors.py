@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import http
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from fastapi import FastAPI, Request, Response
@@ -13,12 +13,13 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import BaseRoute
 from starlette.types import Receive, Scope, Send
 
 from adapters_store.errors import StoreError, StoreWriteFailed
 from sera_serve.errors import SeraServeError
 from sera_serve.server.disconnect import ClientDisconnected
-from sera_serve.server.methods import allow_header, routes_of_path
+from sera_serve.server.methods import allow_header, near_path, routes_of_path
 
 logger = logging.getLogger("sera_serve.server")
 
@@ -215,14 +216,15 @@ def _path(location: tuple[int | str, ...]) -> str:
 async def _http(request: Request, error: Exception) -> Response:
     failure = cast(HTTPException, error)
     status = failure.status_code
-    message = {
-        404: "no such path; docs/http.md lists the paths",
-        405: f"{request.method[:16]} is not allowed here; the Allow header lists the allowed methods",
-    }.get(status, failure.detail)
+    message, headers = failure.detail, failure.headers
+    routes: Sequence[BaseRoute] = request.app.state.routes
+    if status == 404:
+        near = near_path(routes, request.scope)
+        message = f"no such path; {f'did you mean {near}?' if near else 'GET /docs lists the paths'}"
+    elif status == 405:
+        allowed = allow_header(routes_of_path(routes, request.scope))
+        message, headers = f"{request.method[:16]} is not allowed here; allowed are {allowed}", {"Allow": allowed}
     code = CODES.get(status, http.HTTPStatus(status).phrase.lower().replace(" ", "_"))
-    headers = failure.headers
-    if status == 405:
-        headers = {"Allow": allow_header(routes_of_path(request.app.state.routes, request.scope))}
     return ErrorAnswer(error_content(status, message, code), status, headers)
 
 

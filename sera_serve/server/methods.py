@@ -1,4 +1,4 @@
-"""HTTP methods beyond those of the routes: HEAD, OPTIONS, and the Allow header."""
+"""HTTP methods beyond those of the routes: HEAD, OPTIONS, and the Allow header; and paths that are nearly a route's."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from starlette.routing import BaseRoute, Match, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from sera_serve.server.strict import refuse_body
+
+# A longer path is not looked for, and would not fit into a message.
+_MAX_PATH = 200
 
 
 def routes_of_path(routes: Sequence[BaseRoute], scope: Scope) -> list[Route]:
@@ -22,6 +25,21 @@ def allow_header(routes: Sequence[Route]) -> str:
     if "GET" in methods:
         methods.add("HEAD")
     return ", ".join(sorted(methods | {"OPTIONS"}))
+
+
+def near_path(routes: Sequence[BaseRoute], scope: Scope) -> str | None:
+    """Return the path that a request for an unknown path may have meant, or None.
+
+    Clients are set up with a base URL without /v1, with it twice or after another prefix, and with slashes too many.
+    """
+    path: str = scope["path"]
+    if len(path) > _MAX_PATH:
+        return None
+    plain = "/" + "/".join(part for part in path.split("/") if part)
+    for near in (plain, f"/v1{plain}", plain[max(0, plain.rfind("/v1/")) :]):
+        if near != path and routes_of_path(routes, {**scope, "path": near}):
+            return near
+    return None
 
 
 class HeadAndOptions:

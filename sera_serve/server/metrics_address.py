@@ -12,6 +12,7 @@ from sera_serve.server.errors import error_content
 from sera_serve.server.refusals import new_request_id
 
 METRICS_PATH = "/metrics"
+_ELSEWHERE = "the metrics have an address of their own, the setting metrics_address"
 _OPERATORS_PATHS = (METRICS_PATH, "/healthz", "/readyz")
 
 
@@ -31,7 +32,9 @@ class MetricsAddress:
             scope.setdefault("state", {})["is_operator"] = is_operator
             served = path in _OPERATORS_PATHS if is_operator else path != METRICS_PATH
             if not served:
-                answer = error_content(404, "no such path; docs/http.md lists the paths", "not_found")
+                known = ", ".join(_OPERATORS_PATHS)
+                message = f"no such path; this address has {known}" if is_operator else f"no such path; {_ELSEWHERE}"
+                answer = error_content(404, message, "not_found")
                 response = JSONResponse(answer, 404, {"X-Request-Id": new_request_id()})
                 await response(scope, receive, send)
                 return

@@ -15,12 +15,14 @@ from fastapi.telemetry import TelemetryConfig
 from pydantic import BaseModel
 
 from sera_serve.server.errors import REPEATED_IN_VAIN, SHOULD_RETRY, ErrorResponse
+from sera_serve.server.scopes import Needed, is_open, listed_routes, needed_scope
 from sera_serve.server.strict import StrictRoute
 
 router = APIRouter(route_class=StrictRoute)
 
 _SCHEMAS = "#/components/schemas/{model}"
-_DESCRIPTION = """Every response has the header `X-Request-Id`. Every error has the body `ErrorResponse`.
+_DESCRIPTION = """Where the server needs a key, send the header `Authorization: Bearer KEY`. Every response has
+the header `X-Request-Id`. Every error has the body `ErrorResponse`.
 
 Each path that answers GET answers HEAD too. Each path answers OPTIONS with 204 and the header `Allow`. Another method
 is answered 405 with `Allow`, and an unknown path 404."""
@@ -74,6 +76,20 @@ _BY_ROUTE: dict[tuple[str, str], tuple[int, ...]] = {
     ("get", "/healthz"): (),
     ("get", "/readyz"): (),
     ("get", "/metrics"): (),
+}
+# The scope of a key by method and path, as the document writes the path.
+_SCOPES = {
+    (method.lower(), route.replace(":path}", "}")): needed_scope(method, route) for method, route in listed_routes()
+}
+_KEY = "key"
+_SECURITY_SCHEMES = {
+    _KEY: {
+        "type": "http",
+        "scheme": "bearer",
+        "bearerFormat": "sk-sera-...",
+        "description": "A key of the server, or none where the server needs none. "
+        "Each route names the scope that its key must have.",
+    }
 }
 # The tag of routes that answer 400 where others answer 422.
 _OPENAI = "openai"
@@ -158,11 +174,24 @@ def _with_errors(framework: dict[str, Any]) -> dict[str, Any]:
             if _OPENAI in operation.get("tags", ()):
                 statuses.remove(422)
                 operation["responses"].pop("422", None)
+            _require(operation, "nothing" if is_open(path) else _SCOPES[method, path])
             for status in sorted(statuses):
                 used.add(status)
                 operation["responses"][str(status)] = {"$ref": f"#/components/responses/Error{status}"}
+    components["securitySchemes"] = _SECURITY_SCHEMES
     components["responses"] = {f"Error{status}": _error(status) for status in sorted(used)}
     return document
+
+
+def _require(operation: dict[str, Any], needed: Needed) -> None:
+    """Say what a caller must have: nothing, or a key where the server needs one."""
+    if needed == "nothing":
+        operation["security"] = []
+    elif needed == "key":
+        operation["security"] = [{_KEY: []}, {}]
+    else:
+        operation["security"] = [{_KEY: [needed]}, {}]
+        operation["description"] += f"\n\nA key needs the scope `{needed}`."
 
 
 def _error(status: int) -> dict[str, Any]:

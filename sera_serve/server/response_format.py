@@ -11,6 +11,8 @@ from sera_serve.engine import ConstraintSpec
 from sera_serve.engine.constraint import MAX_GRAMMAR_CHARACTERS, MAX_REGEX_CHARACTERS, MAX_SCHEMA_CHARACTERS
 from sera_serve.server.strict import RequestModel, refusal
 
+FORM_HELP = "text is any text, json_object any JSON object, and json_schema JSON that conforms to a schema"
+
 
 class JsonSchema(RequestModel):
     """A JSON schema, as OpenAI's API wraps it."""
@@ -26,9 +28,7 @@ class JsonSchema(RequestModel):
 class ResponseFormat(RequestModel):
     """What a generated text must be."""
 
-    type: Literal["text", "json_object", "json_schema"] = Field(
-        description="text is any text, json_object any JSON object, and json_schema JSON that conforms to a schema"
-    )
+    type: Literal["text", "json_object", "json_schema"] = Field(description=FORM_HELP)
     json_schema: JsonSchema | None = Field(None, description="the schema, with type json_schema")
 
     @model_validator(mode="after")

@@ -1,7 +1,8 @@
-"""The console with keys: two tabs with two tenants' keys, scopes, a key that is revoked while it is used."""
+"""The console with keys: two tabs with two tenants' keys, scopes, a key that is revoked, parts that come late."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -210,4 +211,26 @@ def test_who_makes_the_first_key_goes_on_with_it(
         expect(page.locator("tbody tr")).to_contain_text(["laptop"])
         expect(page.get_by_role("region", name="Account")).to_contain_text("acme")
         assert page.evaluate("sessionStorage.getItem('sera-serve.key')") == made
+        tab.check()
+
+
+@pytest.mark.parametrize("late", ["", "/versions"])
+def test_the_parts_of_an_adapters_page_have_one_order_whichever_comes_last(
+    browser: Browser, keyed_url: str, keys: dict[str, CreatedKey], late: str
+) -> None:
+    held: list[Route] = []
+
+    def hold(route: Route) -> None:
+        held.append(route)
+
+    with browsers.tab(browser, keyed_url) as tab:
+        page = tab.open("adapters", keys["acme"].secret)
+        page.route(re.compile(f"/v1/adapters/acme/story{late}($|[?])"), hold)
+        page.get_by_role("link", name="acme/story").click()
+        titles = page.locator("main h1, main h2")
+        expect(titles).to_have_count(3 if late else 2)
+        assert held
+        for route in held:
+            route.continue_()
+        expect(titles).to_have_text(["acme/story", "Versions", "Shared with"])
         tab.check()

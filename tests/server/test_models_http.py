@@ -1,22 +1,27 @@
-"""The pages of `GET /v1/models` on a server whose base has the name of an adapter."""
+"""`GET /v1/models`: its pages, also where the base has the name of an adapter, and a list longer than a part of it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
 import pytest
+from openai import OpenAI
 
-from adapters_store import AdapterBundle, AdapterStore
+from adapters_store import AdapterBundle, AdapterStore, Page
 from sera_serve.base import freeze_base
 from sera_serve.config import ServeSettings
 from sera_serve.server import build_app
+from sera_serve.server.openai import models
 from support.factories import random_decoder
 from support.live_server import live_server
 from support.stub_engine import StubEngine
 from support.tenants import bearer, make_key
 
+# Of a tenant: more than the server reads in one turn.
+MANY = 2500
 NAMES = ["acme/a", "acme/b", "acme/c", "acme/d"]
 
 
@@ -43,8 +48,12 @@ def client(
         yield client
 
 
+@pytest.mark.parametrize("at_once", [1, 2, models._AT_ONCE])
 @pytest.mark.parametrize("limit", [1, 2, 3, 4, 100])
-def test_the_pages_end_and_have_each_id_once(client: httpx.Client, base_name: str, limit: int) -> None:
+def test_the_pages_end_and_have_each_id_once(
+    client: httpx.Client, base_name: str, limit: int, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "_AT_ONCE", at_once)
     others = [name for name in NAMES if name != base_name]
     found: list[str] = []
     query: dict[str, str | int] = {"limit": limit}
@@ -60,3 +69,39 @@ def test_the_pages_end_and_have_each_id_once(client: httpx.Client, base_name: st
     assert found == [base_name, *others]
     # The id reaches the base, which has no parent.
     assert client.get(f"/v1/models/{base_name}").json()["parent"] is None
+
+
+class LongStore(AdapterStore):
+    """A store that seems to have `MANY` adapters. It notes the lists that are read from it."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.read: list[int] = []
+
+    def list_page(
+        self,
+        tenant: str | None = None,
+        after: str | None = None,
+        limit: int = 100,
+        between: Callable[[], None] | None = None,
+    ) -> Page:
+        self.read.append(limit)
+        one = self.summary("acme/a")
+        first = 0 if not after else int(after.removeprefix("acme/")) + 1
+        found = tuple(replace(one, adapter=f"acme/{index:05}") for index in range(first, min(first + limit, MANY)))
+        return Page(found, found[-1].adapter if first + limit < MANY else None)
+
+
+def test_openai_s_client_which_reads_one_page_lists_every_adapter(writer: AdapterBundle, tmp_path: Path) -> None:
+    store = LongStore(tmp_path / "store")
+    store.publish(writer, "acme/a")
+    base = random_decoder()
+    with live_server(build_app(StubEngine(base), store, ServeSettings(store=store.root))) as url:
+        listed = OpenAI(base_url=f"{url}/v1", api_key="none").models.list()
+        found = [model.id for model in listed]
+        assert found == [base.name, *(f"acme/{index:05}" for index in range(MANY))]
+        assert listed.model_extra == {"has_more": False, "last_id": found[-1]}
+        # In parts, so that a long list does not keep the lists of other clients waiting.
+        assert len(store.read) == 3 and max(store.read) <= 1000
+        page = OpenAI(base_url=f"{url}/v1", api_key="none").models.list(extra_query={"limit": 2, "after": "acme/02497"})
+        assert [model.id for model in page] == ["acme/02498", "acme/02499"]

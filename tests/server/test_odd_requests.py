@@ -9,6 +9,7 @@ import httpx
 import pytest
 
 from support.answers import check_declared, openapi_document, refused
+from support.raw_http import RawClient
 
 METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE"]
 VALUES = {
@@ -167,3 +168,36 @@ def test_no_other_path_is_served() -> None:
     # The paths above are all there are.
     assert set(ALLOWED) == set(PATHS) - {"/nothing"}
     assert not [path for path in PATHS if re.search("[{}]", path)]
+
+
+@pytest.mark.parametrize(
+    ("path", "meant"),
+    [
+        ("/chat/completions", "/v1/chat/completions"),
+        ("/v1/v1/models", "/v1/models"),
+        ("/openai/v1/embeddings", "/v1/embeddings"),
+        ("/v1/chat/completions/", "/v1/chat/completions"),
+        ("//v1//files/", "/v1/files"),
+        ("/adapters/demo/writer", "/v1/adapters/demo/writer"),
+        ("/docs/", "/docs"),
+        ("/", None),
+        ("/v1", None),
+        ("/v1/moderations", None),
+        ("/v1/v1", None),
+        ("/adapters/demo/" + "w" * 400, None),
+    ],
+)
+def test_an_unknown_path_is_told_what_it_may_have_meant(url: str, path: str, meant: str | None) -> None:
+    """OpenAI's client shows the message alone; a base URL without /v1, or with a slash too many, is a first mistake."""
+    for method in ("GET", "POST"):
+        with RawClient(url) as client:
+            client.send(f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n".encode())
+            answer = client.response()
+        assert answer.status == 404
+        hint = "GET /docs lists the paths" if meant is None else f"did you mean {meant}?"
+        assert json.loads(answer.body)["error"]["message"] == f"no such path; {hint}"
+
+
+def test_a_refused_method_is_told_those_that_are_allowed(client: httpx.Client) -> None:
+    error = refused(client.get("/v1/completions"), 405, "method_not_allowed")
+    assert error["message"] == "GET is not allowed here; allowed are OPTIONS, POST"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -10,6 +11,8 @@ import jsonschema
 import pytest
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
+from sera_serve.server.scopes import needed_scope
+from sera_serve.server.strict import RequestModel
 from support.answers import openapi_document
 
 PATHS = {
@@ -121,3 +124,119 @@ def test_an_event_of_every_stream_is_an_object_with_data() -> None:
                         jsonschema.validate("data: [DONE]", schema)
                     found += 1
     assert found >= 5
+
+
+def request_fields() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each field of each body, form and query, and each part of a path: what it is called, and its schema."""
+    document = openapi_document()
+    seen = set()
+
+    def fields(schema: Any, place: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        if isinstance(schema, list):
+            for each in schema:
+                yield from fields(each, place)
+        if not isinstance(schema, dict):
+            return
+        if "$ref" in schema:
+            name = schema["$ref"].rpartition("/")[2]
+            if name not in seen:
+                seen.add(name)
+                yield from fields(document["components"]["schemas"][name], name)
+        for name, field in schema.get("properties", {}).items():
+            yield f"{place}.{name}", field
+            yield from fields(field, f"{place}.{name}")
+        for key in ("items", "anyOf", "oneOf", "allOf", "additionalProperties"):
+            yield from fields(schema.get(key), place)
+
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            for parameter in operation.get("parameters", ()):
+                yield f"{method} {path} {parameter['name']}", parameter
+            for content in operation.get("requestBody", {}).get("content", {}).values():
+                yield from fields(content["schema"], f"{method} {path}")
+
+
+def test_every_field_of_a_request_says_what_it_is() -> None:
+    found = dict(request_fields())
+    for expected in (
+        "GenerateRequest.adapter.weight",
+        "post /v1/files.purpose",
+        "get /v1/models limit",
+        "CalledFunction.name",
+        "TextFormat.schema",
+        "delete /v1/keys/{id} id",
+    ):
+        assert expected in found
+    silent = [name for name, field in found.items() if len(field.get("description", "")) < 8]
+    assert not silent
+
+
+@pytest.mark.parametrize(
+    ("model", "body"),
+    [
+        ("ChatRequest", {"model": "a", "messages": [{"role": "user", "content": "a"}], "stop": "."}),
+        ("ChatRequest", {"model": "a", "messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}),
+        ("CompletionRequest", {"model": "a", "prompt": "a", "stop": "."}),
+        ("CompletionRequest", {"model": "a", "prompt": [[1], [2]], "stop": [".", "!"]}),
+        ("ResponseRequest", {"model": "a", "input": "a", "stop": "."}),
+        ("ResponseRequest", {"model": "a", "input": [{"role": "user", "content": "a"}]}),
+        ("EmbeddingRequest", {"model": "a", "input": "a"}),
+        ("EmbeddingRequest", {"model": "a", "input": [1, 2]}),
+    ],
+)
+def test_what_a_field_takes_in_short_is_valid_in_the_document(model: str, body: dict[str, Any]) -> None:
+    """Clients that are made of the document check a request before they send it."""
+    schemas = openapi_document()["components"]
+    jsonschema.validate(body, {"$ref": f"#/components/schemas/{model}", "components": schemas})
+
+
+def test_the_bounds_of_a_list_are_in_the_document_too() -> None:
+    properties = openapi_document()["components"]["schemas"]["ResponseRequest"]["properties"]
+    bounds = {
+        name: [(kind.get("minItems"), kind.get("maxItems")) for kind in properties[name]["anyOf"] if "items" in kind]
+        for name in ("input", "stop")
+    }
+    assert bounds == {"input": [(1, 2048)], "stop": [(None, 16)]}
+
+
+def subclasses(model: type[RequestModel]) -> Iterator[type[RequestModel]]:
+    """Every model that reads a body, or a part of one."""
+    for each in model.__subclasses__():
+        yield each
+        yield from subclasses(each)
+
+
+def test_each_body_has_an_example_that_is_accepted() -> None:
+    """The page at /docs fills its form with it. Made up of all fields, a body is refused."""
+    document = openapi_document()
+    found = 0
+    for operations in document["paths"].values():
+        for operation in operations.values():
+            schema = operation.get("requestBody", {}).get("content", {}).get("application/json", {}).get("schema")
+            if schema is None:
+                continue
+            name = schema["$ref"].rpartition("/")[2]
+            (example,) = document["components"]["schemas"][name]["examples"]
+            (model,) = (model for model in subclasses(RequestModel) if model.__name__ == name)
+            model.model_validate(example)
+            jsonschema.validate(example, {**schema, "components": document["components"]})
+            found += 1
+    assert found >= 13
+
+
+def test_each_route_says_what_a_key_must_have() -> None:
+    """Without it the page at /docs has no place for a key, and a client that is made of the document sends none."""
+    document = openapi_document()
+    ((scheme, meaning),) = document["components"]["securitySchemes"].items()
+    assert (meaning["type"], meaning["scheme"]) == ("http", "bearer")
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            needed = needed_scope(method.upper(), path.replace("{model}", "{model:path}"))
+            if needed == "nothing":
+                assert operation["security"] == []
+                continue
+            # A server may need no key.
+            assert operation["security"] == [{scheme: [] if needed == "key" else [needed]}, {}]
+            assert needed == "key" or f"`{needed}`" in operation["description"]
+    assert document["paths"]["/healthz"]["get"]["security"] == []
+    assert document["paths"]["/v1/models/{model}"]["get"]["security"][0] == {scheme: []}

@@ -78,7 +78,8 @@ def started(client: openai.OpenAI) -> dict[str, Any]:
 def test_a_file_is_kept_listed_read_and_deleted(client: openai.OpenAI, store: AdapterStore) -> None:
     content = jsonl(STORIES)
     first = client.files.create(file=("../../etc/passwd", content), purpose="fine-tune")
-    second = client.files.create(file=("b.jsonl", jsonl(SORTED)), purpose="fine-tune")
+    second = client.files.create(file=('b "2".jsonl', jsonl(SORTED)), purpose="fine-tune")
+    assert second.filename == 'b "2".jsonl'
     assert (first.filename, first.bytes, first.status) == ("../../etc/passwd", len(content), "processed")
     assert [held.id for held in client.files.list(limit=2)][:2] == [second.id, first.id]
     assert [held.id for held in client.files.list(after=second.id, limit=1).data] == [first.id]

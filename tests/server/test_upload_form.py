@@ -53,6 +53,26 @@ def test_a_form_is_read_whatever_the_chunks(size: int) -> None:
     assert bundle.file.closed
 
 
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        (b"a%22b", 'a"b'),
+        (b"a%0D%0Ab", "a\r\nb"),
+        # Nothing else is an escape, and each is read once.
+        (b"100%25 %20%0a%2522", "100%25 %20%0a%2522"),
+        (b"%%2222", '%"22'),
+        (b"%", "%"),
+        (b"\xc3\xa4;%22\xff", 'ä;"\ufffd'),
+    ],
+)
+def test_names_are_read_as_clients_escape_them(written: bytes, meant: str) -> None:
+    form = b'--b\r\nContent-Disposition: form-data; name="x"; filename="' + written + b'"\r\n\r\n\r\n--b--\r\n'
+    assert read([form]).parts[0].filename == meant
+    field = written.replace(b"\xff", b"")
+    form = b'--b\r\nContent-Disposition: form-data; name="' + field + b'"\r\n\r\n\r\n--b--\r\n'
+    assert read([form]).parts[0].name == meant.replace("\ufffd", "")
+
+
 HOSTILE: dict[str, Callable[[], Iterable[bytes]]] = {
     "a name of a header without end": lambda: [OPEN, *itertools.islice(forever(b"a"), 1000)],
     "a value of a header without end": lambda: [OPEN + b"X: ", *itertools.islice(forever(b"a"), 1000)],

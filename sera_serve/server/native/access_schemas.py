@@ -10,7 +10,7 @@ from adapters_store import Task
 from sera_serve.access import CreatedKey, Key, Scope
 from sera_serve.access.keys import MAX_LIFETIME_S, MAX_NAME
 from sera_serve.server.native.schemas import MAX_REFERENCE
-from sera_serve.server.strict import RequestModel
+from sera_serve.server.strict import RequestModel, with_example
 
 _MAX_VERSION = 999_999_999
 
@@ -79,6 +79,8 @@ class KeyQuery(BaseModel):
 class KeyRequest(RequestModel):
     """Body of `POST /v1/keys`."""
 
+    model_config = with_example({"tenant": "acme", "scopes": ["infer", "publish"], "name": "laptop"})
+
     tenant: TenantName = Field(description="the tenant that the key acts for; it need not have an adapter yet")
     scopes: list[Scope] = Field(min_length=1, max_length=16, description="infer, publish, train, admin")
     name: str = Field("", max_length=MAX_NAME, description="what people call the key")
@@ -89,6 +91,8 @@ class KeyRequest(RequestModel):
 
 class AliasRequest(RequestModel):
     """Body of `PUT /v1/adapters/{tenant}/{name}/aliases/{alias}`."""
+
+    model_config = with_example({"version": 1})
 
     version: int = Field(ge=1, le=_MAX_VERSION, description="the version that the alias is to stand for")
 

@@ -11,7 +11,7 @@ from adapters_store import AdapterSummary as StoredAdapter
 from adapters_store import ResolvedAdapter
 from adapters_store.errors import AdapterNotFound
 from sera_serve.engine import Presence
-from sera_serve.server.deps import ContextOf, RequestContext
+from sera_serve.server.deps import ContextOf, RequestContext, TenantPath, VersionPath
 from sera_serve.server.native.schemas import (
     AdapterDetail,
     AdapterList,
@@ -37,8 +37,16 @@ _UPLOAD_FORM = {
                     "type": "object",
                     "required": ["bundle", "name"],
                     "properties": {
-                        "bundle": {"type": "string", "format": "binary"},
-                        "name": {"type": "string", "description": "tenant/name"},
+                        "bundle": {
+                            "type": "string",
+                            "format": "binary",
+                            "description": "a bundle as .safetensors or .tar, or a PEFT checkpoint as .tar, .zip or "
+                            "its adapter_model.safetensors",
+                        },
+                        "name": {
+                            "type": "string",
+                            "description": "tenant/name; the adapter need not exist yet",
+                        },
                         "config": {
                             "type": "string",
                             "format": "binary",
@@ -78,14 +86,14 @@ async def list_adapters(query: Annotated[ListQuery, Query()], context: ContextOf
 
 
 @router.get("/v1/adapters/{tenant}/{name}")
-async def inspect(tenant: str, name: str, context: ContextOf) -> AdapterDetail:
+async def inspect(tenant: TenantPath, name: VersionPath, context: ContextOf) -> AdapterDetail:
     """One version of an adapter; `name` may carry @alias, @v3 or @digest."""
     context.caller.check_use(f"{tenant}/{name}")
     return await context.run(context.executors.changing, _detail, context, f"{tenant}/{name}")
 
 
 @router.delete("/v1/adapters/{tenant}/{name}")
-async def delete(tenant: str, name: str, context: ContextOf) -> DeletedAdapter:
+async def delete(tenant: TenantPath, name: VersionPath, context: ContextOf) -> DeletedAdapter:
     """Delete an adapter, or with @ one version of it; requests under way keep the version they began with."""
     context.caller.check_change(f"{tenant}/{name}")
     await context.run(context.executors.changing, context.publisher.remove, f"{tenant}/{name}", context.caller.actor)
@@ -93,7 +101,7 @@ async def delete(tenant: str, name: str, context: ContextOf) -> DeletedAdapter:
 
 
 @router.put("/v1/adapters/{tenant}/{name}/pin")
-async def pin(tenant: str, name: str, context: ContextOf) -> PinnedAdapter:
+async def pin(tenant: TenantPath, name: VersionPath, context: ContextOf) -> PinnedAdapter:
     """Keep one version of an adapter on the device until the version is unpinned or deleted, or the server ends."""
     context.caller.check_change(f"{tenant}/{name}")
     resolved = await context.finish(_pin(f"{tenant}/{name}", context))
@@ -101,7 +109,7 @@ async def pin(tenant: str, name: str, context: ContextOf) -> PinnedAdapter:
 
 
 @router.delete("/v1/adapters/{tenant}/{name}/pin")
-async def unpin(tenant: str, name: str, context: ContextOf) -> PinnedAdapter:
+async def unpin(tenant: TenantPath, name: VersionPath, context: ContextOf) -> PinnedAdapter:
     """Let one version of an adapter leave the device again."""
     context.caller.check_change(f"{tenant}/{name}")
     resolved = await context.run(context.executors.changing, _unpin, f"{tenant}/{name}", context)

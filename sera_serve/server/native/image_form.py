@@ -26,8 +26,18 @@ FORM_SCHEMA: dict[str, Any] = {
             "type": "object",
             "required": ["adapter", "image"],
             "properties": {
-                "adapter": {"type": "string", "minLength": 1, "maxLength": MAX_REFERENCE},
-                "image": {"type": "array", "items": {"type": "string", "format": "binary"}, "minItems": 1},
+                "adapter": {
+                    "type": "string",
+                    "minLength": 1,
+                    "maxLength": MAX_REFERENCE,
+                    "description": "tenant/name, optionally with @alias, @v3 or @digest",
+                },
+                "image": {
+                    "type": "array",
+                    "items": {"type": "string", "format": "binary"},
+                    "minItems": 1,
+                    "description": "JPEG, PNG or WebP files, each a field of this name",
+                },
             },
         }
     }

@@ -68,6 +68,10 @@ IMAGE_SCHEMA = {
     "properties": {"image": {"type": "string", "minLength": 1, "description": _IMAGE_HELP}},
 }
 _TEXT = {"type": "string", "minLength": 1}
+_PAIR = {
+    "text": {**_TEXT, "description": "the first text of a sentence pair"},
+    "text_pair": {**_TEXT, "description": "the second text"},
+}
 _INPUTS_SCHEMA = {
     "type": "array",
     "minItems": 1,
@@ -79,7 +83,7 @@ _INPUTS_SCHEMA = {
                 "type": "object",
                 "required": ["text", "text_pair"],
                 "additionalProperties": False,
-                "properties": {"text": _TEXT, "text_pair": _TEXT},
+                "properties": _PAIR,
             },
             IMAGE_SCHEMA,
         ]

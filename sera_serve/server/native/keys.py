@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import APIRouter, Query, Response
+from fastapi import APIRouter, Path, Query, Response
 
 from adapters_store import check_part
 from sera_serve.access import SCOPES, AccessControl
@@ -52,7 +52,9 @@ async def create_key(body: KeyRequest, context: ContextOf) -> NewKey:
 
 
 @router.delete("/v1/keys/{id}")
-async def revoke_key(id: str, context: ContextOf) -> KeyDetail:
+async def revoke_key(
+    id: Annotated[str, Path(description="the id of a key, which is not its secret")], context: ContextOf
+) -> KeyDetail:
     """Refuse a key from now on. It stays in the list."""
     return await context.run(context.executors.changing, _revoke, id, context)
 

@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import BaseModel, Field
 
 from sera_serve.access import MAX_LIMIT, Quota, QuotaPriority
-from sera_serve.server.strict import RequestModel
+from sera_serve.server.strict import RequestModel, with_example
 
 Amount = Annotated[int, Field(ge=0, le=MAX_LIMIT)]
 
@@ -58,6 +58,8 @@ class QuotaList(BaseModel):
 
 class QuotaRequest(RequestModel):
     """Body of `PUT /v1/quotas/{tenant}`. A field that is left out stays as it is; null is no limit."""
+
+    model_config = with_example({"requests_per_minute": 600, "adapters": 1000})
 
     adapters: Amount | None = Field(None, description="adapters in the store")
     bytes: Amount | None = Field(None, description="bytes of the files of all versions in the store")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Response
+from typing import Annotated
+
+from fastapi import APIRouter, Path, Response
 
 from adapters_store import Held
 from sera_serve.access import DEFAULT, Limit, check_quota_tenant
@@ -13,7 +15,7 @@ from sera_serve.server.strict import StrictRoute
 
 router = APIRouter(route_class=StrictRoute, tags=["quotas"])
 
-
+QuotaTenant = Annotated[str, Path(description="a tenant, or * for every tenant without limits of its own")]
 Live = tuple[int, int, int]
 """Requests in flight, and requests and tokens of this minute."""
 
@@ -26,7 +28,7 @@ async def list_quotas(context: ContextOf) -> Response:
 
 
 @router.get("/v1/quotas/{tenant}")
-async def inspect_quota(tenant: str, context: ContextOf) -> QuotaDetail:
+async def inspect_quota(tenant: QuotaTenant, context: ContextOf) -> QuotaDetail:
     """The limits that hold for a tenant, and what it uses."""
     check_quota_tenant(tenant)
     caller = context.caller
@@ -38,7 +40,7 @@ async def inspect_quota(tenant: str, context: ContextOf) -> QuotaDetail:
 
 
 @router.put("/v1/quotas/{tenant}")
-async def set_quota(tenant: str, body: QuotaRequest, context: ContextOf) -> QuotaDetail:
+async def set_quota(tenant: QuotaTenant, body: QuotaRequest, context: ContextOf) -> QuotaDetail:
     """Set limits of a tenant; they hold from the next request on. What is left out stays as it is."""
     check_quota_tenant(tenant)
     limits: dict[str, Limit] = body.model_dump(include=body.model_fields_set)
@@ -46,7 +48,7 @@ async def set_quota(tenant: str, body: QuotaRequest, context: ContextOf) -> Quot
 
 
 @router.delete("/v1/quotas/{tenant}")
-async def clear_quota(tenant: str, context: ContextOf) -> QuotaDetail:
+async def clear_quota(tenant: QuotaTenant, context: ContextOf) -> QuotaDetail:
     """Take back the limits that were set for a tenant: those of the settings file, and of `*`, hold again."""
     check_quota_tenant(tenant)
     return await context.run(context.executors.changing, _clear, context, tenant, _live(context, tenant))

@@ -55,7 +55,7 @@ from sera_serve.server.response_format import (
     to_constraint,
 )
 from sera_serve.server.sse import EventWriter, encode_event
-from sera_serve.server.strict import RequestModel, refusal
+from sera_serve.server.strict import RequestModel, refusal, with_example
 
 MAX_NEW_TOKENS = 1 << 20
 MAX_TOKEN_IDS = 1 << 20
@@ -113,8 +113,18 @@ _ADAPTER_SCHEMA = {
                 "required": ["adapter", "weight"],
                 "additionalProperties": False,
                 "properties": {
-                    "adapter": {"type": "string", "minLength": 1, "maxLength": MAX_REFERENCE},
-                    "weight": {"type": "number", "minimum": -MAX_WEIGHT, "maximum": MAX_WEIGHT},
+                    "adapter": {
+                        "type": "string",
+                        "minLength": 1,
+                        "maxLength": MAX_REFERENCE,
+                        "description": "tenant/name, optionally with @alias, @v3 or @digest",
+                    },
+                    "weight": {
+                        "type": "number",
+                        "minimum": -MAX_WEIGHT,
+                        "maximum": MAX_WEIGHT,
+                        "description": "factor of the adapter's update",
+                    },
                 },
             },
         },
@@ -123,12 +133,17 @@ _ADAPTER_SCHEMA = {
 }
 AdapterField = Annotated[AdapterChoice | None, PlainValidator(_parts), WithJsonSchema(_ADAPTER_SCHEMA)]
 
-_PRIORITY = "low, normal or high: the order among waiting requests of one tenant; other tenants are unaffected"
-_TIMEOUT = "seconds until the request must be finished; a later request is ended with 504; null is no limit"
+PRIORITY_HELP = "low, normal or high: the order among waiting requests of one tenant; other tenants are unaffected"
+TIMEOUT_HELP = "seconds until the request must be finished; a later request is ended with 504; null is no limit"
+CACHE_SALT_HELP = "requests under different salts share nothing in the prefix cache"
 
 
 class GenerateRequest(SamplingFields):
     """Body of `POST /v1/generate`."""
+
+    model_config = with_example(
+        {"adapter": "demo/pirate", "prompt": "The little cat found a map.", "max_new_tokens": 40}
+    )
 
     _constraint: ConstraintSpec | None = PrivateAttr(None)
 
@@ -160,14 +175,9 @@ class GenerateRequest(SamplingFields):
         fail_fast=True,
         description="strings that end the text; the text leaves them out",
     )
-    priority: Priority = Field("normal", description=_PRIORITY)
-    timeout_s: float | None = Field(None, gt=0, le=MAX_TIMEOUT_S, description=_TIMEOUT)
-    cache_salt: str | None = Field(
-        None,
-        min_length=1,
-        max_length=MAX_CACHE_SALT,
-        description="requests under different salts share nothing in the prefix cache",
-    )
+    priority: Priority = Field("normal", description=PRIORITY_HELP)
+    timeout_s: float | None = Field(None, gt=0, le=MAX_TIMEOUT_S, description=TIMEOUT_HELP)
+    cache_salt: str | None = Field(None, min_length=1, max_length=MAX_CACHE_SALT, description=CACHE_SALT_HELP)
     response_format: ResponseFormat | None = Field(None, description=RESPONSE_FORMAT_HELP)
     regex: Regex | None = Field(None, description=REGEX_HELP)
     grammar: Grammar | None = Field(None, description=GRAMMAR_HELP)
@@ -333,6 +343,8 @@ def _usage(result: GenerationResult) -> Usage:
 class ClassifyRequest(RequestModel):
     """Body of `POST /v1/classify`."""
 
+    model_config = with_example({"adapter": "demo/tickets", "inputs": ["My parcel is late.", "I was charged twice."]})
+
     adapter: AdapterField = Field(
         None, description="tenant/name, optionally with @alias, @v3 or @digest; or a weighted sum of several"
     )
@@ -344,8 +356,8 @@ class ClassifyRequest(RequestModel):
         description="in place of adapter: every input goes through each of these, of one tenant",
     )
     inputs: ClassifyInputs = Field(description="texts, sentence pairs or images to classify")
-    priority: Priority = Field("normal", description=_PRIORITY)
-    timeout_s: float | None = Field(None, gt=0, le=MAX_TIMEOUT_S, description=_TIMEOUT)
+    priority: Priority = Field("normal", description=PRIORITY_HELP)
+    timeout_s: float | None = Field(None, gt=0, le=MAX_TIMEOUT_S, description=TIMEOUT_HELP)
 
     @model_validator(mode="after")
     def _adapter_or_adapters(self) -> ClassifyRequest:
@@ -442,6 +454,8 @@ class ClassifyEachResponse(BaseModel):
 class LoadLoraRequest(RequestModel):
     """Body of `POST /v1/load_lora_adapter`, with vLLM's names."""
 
+    model_config = with_example({"lora_name": "acme/mine", "lora_path": "mine"})
+
     lora_name: AdapterReference = Field(description="tenant/name to publish the adapter under")
     lora_path: str = Field(
         min_length=1,
@@ -453,6 +467,8 @@ class LoadLoraRequest(RequestModel):
 
 class UnloadLoraRequest(RequestModel):
     """Body of `POST /v1/unload_lora_adapter`, with vLLM's names."""
+
+    model_config = with_example({"lora_name": "acme/mine"})
 
     lora_name: AdapterReference = Field(description="tenant/name of the adapter to delete")
     lora_int_id: None = Field(None, description="vLLM's own number of an adapter; only null is accepted")

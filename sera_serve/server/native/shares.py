@@ -7,7 +7,7 @@ from typing import Annotated
 from fastapi import APIRouter, Path
 
 from adapters_store import parse_adapter
-from sera_serve.server.deps import ContextOf, RequestContext
+from sera_serve.server.deps import ContextOf, NamePath, RequestContext, TenantPath
 from sera_serve.server.native.access_schemas import ShareList
 from sera_serve.server.strict import StrictRoute
 
@@ -17,7 +17,7 @@ With = Annotated[str, Path(alias="with", description="a tenant, or * for every t
 
 
 @router.get("/v1/adapters/{tenant}/{name}/shares")
-async def list_shares(tenant: str, name: str, context: ContextOf) -> ShareList:
+async def list_shares(tenant: TenantPath, name: NamePath, context: ContextOf) -> ShareList:
     """The tenants that may use an adapter, beside its own."""
     adapter = _adapter(tenant, name)
     context.caller.check_change(adapter)
@@ -25,7 +25,7 @@ async def list_shares(tenant: str, name: str, context: ContextOf) -> ShareList:
 
 
 @router.put("/v1/adapters/{tenant}/{name}/shares/{with}")
-async def share(tenant: str, name: str, other: With, context: ContextOf) -> ShareList:
+async def share(tenant: TenantPath, name: NamePath, other: With, context: ContextOf) -> ShareList:
     """Let a tenant, or every tenant, use all versions of an adapter."""
     adapter = _adapter(tenant, name)
     context.caller.check_change(adapter)
@@ -33,7 +33,7 @@ async def share(tenant: str, name: str, other: With, context: ContextOf) -> Shar
 
 
 @router.delete("/v1/adapters/{tenant}/{name}/shares/{with}")
-async def end_share(tenant: str, name: str, other: With, context: ContextOf) -> ShareList:
+async def end_share(tenant: TenantPath, name: NamePath, other: With, context: ContextOf) -> ShareList:
     """End a share. Requests under way are finished."""
     adapter = _adapter(tenant, name)
     context.caller.check_change(adapter)

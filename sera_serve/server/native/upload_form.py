@@ -6,6 +6,7 @@ that belong to no part, and lines that look like a boundary, which the library g
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from tempfile import SpooledTemporaryFile
@@ -33,6 +34,9 @@ _MEMORY_BYTES = 1 << 20
 _KEPT_FILES: dict[str, int | None] = {"bundle": None, "config": 1 << 20}
 _CHARSETS = (b"utf-8", b"utf8", b"us-ascii", b"ascii")
 _PLAIN_ENCODINGS = (b"7bit", b"8bit", b"binary")
+# Names in Content-Disposition: https://html.spec.whatwg.org/#multipart-form-data
+_ESCAPED = {b"%22": b'"', b"%0D": b"\r", b"%0A": b"\n"}
+_ESCAPE = re.compile(b"|".join(_ESCAPED))
 _REMEDY = "send multipart/form-data with the fields bundle (a file) and name (text): curl -F name=... -F bundle=@..."
 
 
@@ -237,8 +241,9 @@ class FormReader:
         if kind != b"form-data" or b"name" not in options:
             raise InvalidForm(f"a field of the form has no name in its Content-Disposition; {self._remedy}")
         # It names nothing here, so any bytes will do.
-        filename = options.get(b"filename", b"").decode("utf-8", "replace")
-        part = FormPart(_utf8(options[b"name"], "the name of a field"), b"filename" in options, filename)
+        filename = _unescaped(options.get(b"filename", b"")).decode("utf-8", "replace")
+        name = _utf8(_unescaped(options[b"name"]), "the name of a field")
+        part = FormPart(name, b"filename" in options, filename)
         encoding = values.get(b"content-transfer-encoding", b"binary").strip().lower()
         if encoding not in _PLAIN_ENCODINGS:
             raise InvalidForm(f"form field {part.name!r} has a transfer encoding; send its bytes as they are")
@@ -287,6 +292,14 @@ def _check_charset(options: dict[bytes, bytes], where: str, param: str) -> None:
         raise InvalidForm(
             f"{where} has the charset {charset.decode('latin-1')!r}; send UTF-8, or leave the charset out", param=param
         )
+
+
+def _unescaped(name: bytes) -> bytes:
+    """A name as its client has it. Browsers, curl, httpx and requests write three characters as the HTML standard says.
+
+    They leave a % as it is. So a name that really has %22 is read with a quote; the Fetch standard reads it so too.
+    """
+    return _ESCAPE.sub(lambda found: _ESCAPED[found[0]], name)
 
 
 def _utf8(value: bytes, what: str) -> str:

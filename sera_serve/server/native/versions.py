@@ -5,17 +5,19 @@ from __future__ import annotations
 import sys
 from typing import Annotated
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Path, Query
 from pydantic import JsonValue
 
 from adapters_store import AdapterStore, parse_adapter
 from adapters_store.card import run_card
 from adapters_store.errors import AdapterNotFound
-from sera_serve.server.deps import ContextOf, RequestContext
+from sera_serve.server.deps import ContextOf, NamePath, RequestContext, TenantPath
 from sera_serve.server.native.access_schemas import AliasDetail, AliasRequest, VersionDetail, VersionList, VersionQuery
 from sera_serve.server.strict import StrictRoute
 
 router = APIRouter(route_class=StrictRoute, tags=["adapters"])
+
+AliasPath = Annotated[str, Path(description="the alias: latest, or a name of the tenant's own")]
 
 _MAX_METRICS = 50
 _MAX_DESCRIPTION = 2000
@@ -24,7 +26,9 @@ _MAX_CARD_TEXT = 400
 
 
 @router.get("/v1/adapters/{tenant}/{name}/versions")
-async def versions(tenant: str, name: str, query: Annotated[VersionQuery, Query()], context: ContextOf) -> VersionList:
+async def versions(
+    tenant: TenantPath, name: NamePath, query: Annotated[VersionQuery, Query()], context: ContextOf
+) -> VersionList:
     """The versions of an adapter, newest first, a page at a time, with what their training recorded."""
     adapter = _adapter(tenant, name)
     context.caller.check_use(adapter)
@@ -32,7 +36,9 @@ async def versions(tenant: str, name: str, query: Annotated[VersionQuery, Query(
 
 
 @router.put("/v1/adapters/{tenant}/{name}/aliases/{alias}")
-async def set_alias(tenant: str, name: str, alias: str, body: AliasRequest, context: ContextOf) -> AliasDetail:
+async def set_alias(
+    tenant: TenantPath, name: NamePath, alias: AliasPath, body: AliasRequest, context: ContextOf
+) -> AliasDetail:
     """Point an alias to a version; requests that name the alias follow at once. `latest` is one of them."""
     adapter = _adapter(tenant, name)
     context.caller.check_change(adapter)
@@ -40,7 +46,7 @@ async def set_alias(tenant: str, name: str, alias: str, body: AliasRequest, cont
 
 
 @router.delete("/v1/adapters/{tenant}/{name}/aliases/{alias}")
-async def remove_alias(tenant: str, name: str, alias: str, context: ContextOf) -> AliasDetail:
+async def remove_alias(tenant: TenantPath, name: NamePath, alias: AliasPath, context: ContextOf) -> AliasDetail:
     """Remove an alias other than `latest`."""
     adapter = _adapter(tenant, name)
     context.caller.check_change(adapter)

@@ -14,7 +14,7 @@ from adapters_store import parse_json
 from sera_serve.server.native.schemas import MAX_NEW_TOKENS
 from sera_serve.server.openai.completion_schemas import TokenUsage
 from sera_serve.server.openai.fields import GenerationFields
-from sera_serve.server.strict import RequestModel, refusal
+from sera_serve.server.strict import RequestModel, refusal, with_example
 
 MAX_MESSAGES = 2048
 MAX_TOOLS = 128
@@ -26,6 +26,13 @@ _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 # What the server itself gives to a template.
 _OWN_VARIABLES = {"messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token"}
 _NOT_TEXT = "the models read text alone; leave it out"
+
+SENT_BACK_HELP = "not read: clients send it back as they got it"
+ONLY_NULL_HELP = "only null, as clients send it back"
+TOOLS_HELP = f"up to {MAX_TOOLS} functions that the model may call; refused where its chat template reads no tools"
+TOOL_CHOICE_HELP = "auto, the default; none leaves the tools out of the prompt; required; or the function to call as"
+PARALLEL_HELP = "false: at most one call is answered, and further ones are left out; true by default"
+TEMPLATE_VARIABLES_HELP = f"up to {_MAX_TEMPLATE_VARIABLES} further variables of the chat template"
 
 
 def _content(value: Any) -> Any:
@@ -55,10 +62,10 @@ FunctionName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
 class CalledFunction(RequestModel):
     """The function of a call that the assistant made before."""
 
-    name: FunctionName
+    name: FunctionName = Field(description="the function's name")
     arguments: str = Field(description="the JSON of an object")
     # OpenAI's client adds it to the calls that it parses, and sends it back with them.
-    parsed_arguments: JsonValue = None
+    parsed_arguments: JsonValue = Field(None, description=SENT_BACK_HELP)
 
     @model_validator(mode="after")
     def _arguments_are_an_object(self) -> CalledFunction:
@@ -77,29 +84,44 @@ class CalledFunction(RequestModel):
 class PastToolCall(RequestModel):
     """A call that the assistant made before."""
 
-    id: str = Field(max_length=256)
-    type: Literal["function"] = "function"
-    function: CalledFunction
+    id: str = Field(max_length=256, description="what the tool_call_id of its answer names")
+    type: Literal["function"] = Field("function", description="only function")
+    function: CalledFunction = Field(description="what was called")
     # Pieces of a stream carry it, and clients send them back.
-    index: int | None = None
+    index: int | None = Field(None, description=SENT_BACK_HELP)
 
 
 class Message(RequestModel):
     """One message of a conversation."""
 
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Content | None = None
-    name: str | None = Field(None, max_length=256)
-    tool_calls: Annotated[list[PastToolCall], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
-    tool_call_id: str | None = Field(None, max_length=256)
-    reasoning_content: str | None = None
+    role: Literal["system", "developer", "user", "assistant", "tool"] = Field(
+        description="whose message it is; developer becomes system"
+    )
+    content: Content | None = Field(
+        None,
+        description="a text, or parts of type text, joined by line breaks; an assistant with tool_calls needs none",
+    )
+    name: str | None = Field(
+        None, max_length=256, description="the name of who speaks, for chat templates that read it"
+    )
+    tool_calls: Annotated[list[PastToolCall], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = Field(
+        None, description="calls that the assistant made; only with role assistant"
+    )
+    tool_call_id: str | None = Field(
+        None, max_length=256, description="the call that the message answers; only with role tool"
+    )
+    reasoning_content: str | None = Field(
+        None, description="what the assistant thought before its answer; only with role assistant"
+    )
     # Fields of an assistant's message that clients send back as they got it.
-    refusal: None = None
-    audio: None = None
-    function_call: None = None
-    annotations: Annotated[list[JsonValue], Field(max_length=0)] | None = None
+    refusal: None = Field(None, description=ONLY_NULL_HELP)
+    audio: None = Field(None, description=ONLY_NULL_HELP)
+    function_call: None = Field(None, description=ONLY_NULL_HELP)
+    annotations: Annotated[list[JsonValue], Field(max_length=0)] | None = Field(
+        None, description="only an empty list, as clients send it back"
+    )
     # OpenAI's client adds it to the messages that it parses: the content as a value.
-    parsed: JsonValue = None
+    parsed: JsonValue = Field(None, description=SENT_BACK_HELP)
 
     @model_validator(mode="after")
     def _fields_of_the_role(self) -> Message:
@@ -138,17 +160,19 @@ class Message(RequestModel):
 class Function(RequestModel):
     """A function that the model may call."""
 
-    name: FunctionName
-    description: str | None = None
-    parameters: dict[str, JsonValue] | None = None
+    name: FunctionName = Field(description="1 to 64 letters, digits, '_', '.' and '-'; each function has its own")
+    description: str | None = Field(None, description="what the function does, for the model")
+    parameters: dict[str, JsonValue] | None = Field(
+        None, description="JSON schema of the arguments; absent: an object without properties"
+    )
     strict: bool | None = Field(None, description="not with tool_choice auto, where a call is not constrained")
 
 
 class Tool(RequestModel):
     """Something that the model may call."""
 
-    type: Literal["function"]
-    function: Function
+    type: Literal["function"] = Field(description="only function")
+    function: Function = Field(description="what the model may call")
 
     def for_template(self) -> dict[str, Any]:
         """Return the tool as chat templates read it."""
@@ -255,6 +279,10 @@ class ToolUse:
 class ChatRequest(GenerationFields, ToolUse):
     """Body of `POST /v1/chat/completions`."""
 
+    model_config = with_example(
+        {"model": "demo/chat", "messages": [{"role": "user", "content": "I lost my ball."}], "max_tokens": 40}
+    )
+
     unsupported: ClassVar[Mapping[str, tuple[tuple[Any, ...], str]]] = {
         "audio": ((), _NOT_TEXT),
         "modalities": ((["text"],), _NOT_TEXT),
@@ -273,15 +301,19 @@ class ChatRequest(GenerationFields, ToolUse):
         "chat_template": ((), "publish an adapter with its chat_template"),
     }
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)] = Field(
+        description="the conversation, which the chat template of the adapter, or of the base, makes a prompt of"
+    )
     max_completion_tokens: int | None = Field(
         None, ge=1, le=MAX_NEW_TOKENS, description="the newer name of max_tokens; send one of them"
     )
-    logprobs: bool | None = Field(None, description="log-probabilities of each token")
+    logprobs: bool | None = Field(None, description="return the log-probability of each token; false by default")
     top_logprobs: int | None = Field(
         None, ge=0, le=MAX_TOP_LOGPROBS, description="and of this many likeliest tokens; needs logprobs"
     )
-    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = Field(
+        None, description=TOOLS_HELP
+    )
     tool_choice: (
         Annotated[
             ToolChoice,
@@ -289,11 +321,13 @@ class ChatRequest(GenerationFields, ToolUse):
             WithJsonSchema({"anyOf": [{"enum": ["none", "auto", "required"]}, {"type": "object"}]}),
         ]
         | None
-    ) = None
-    parallel_tool_calls: bool | None = Field(None, description="false: at most one call is answered")
-    add_generation_prompt: bool | None = Field(None, description="true by default: begin the assistant's message")
-    continue_final_message: bool | None = Field(None, description="continue the last message, an assistant's")
-    chat_template_kwargs: TemplateVariables | None = None
+    ) = Field(None, description=f'{TOOL_CHOICE_HELP} {{"type": "function", "function": {{"name": ...}}}}')
+    parallel_tool_calls: bool | None = Field(None, description=PARALLEL_HELP)
+    add_generation_prompt: bool | None = Field(None, description="begin the assistant's message; true by default")
+    continue_final_message: bool | None = Field(
+        None, description="continue the last message, an assistant's; false by default"
+    )
+    chat_template_kwargs: TemplateVariables | None = Field(None, description=TEMPLATE_VARIABLES_HELP)
 
     @model_validator(mode="after")
     def _fields_agree(self) -> ChatRequest:

@@ -9,7 +9,7 @@ from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema, model_va
 
 from sera_serve.server.native.schemas import MAX_NEW_TOKENS, MAX_TOKEN_ID, MAX_TOKEN_IDS
 from sera_serve.server.openai.fields import MAX_CHOICES, GenerationFields
-from sera_serve.server.strict import refusal
+from sera_serve.server.strict import refusal, with_example
 
 MAX_LOGPROBS = 20
 
@@ -74,6 +74,8 @@ Prompts = Annotated[
 class CompletionRequest(GenerationFields):
     """Body of `POST /v1/completions`."""
 
+    model_config = with_example({"model": "demo/pirate", "prompt": "The little cat found a map.", "max_tokens": 40})
+
     unsupported: ClassVar[Mapping[str, tuple[tuple[Any, ...], str]]] = {
         "suffix": (("",), "the models continue a text and fill no gap; leave it out"),
     }
@@ -85,8 +87,10 @@ class CompletionRequest(GenerationFields):
         le=MAX_NEW_TOKENS,
         description="most tokens to generate; absent: until the context ends; 0 only with echo",
     )
-    best_of: int | None = Field(None, ge=1, le=MAX_CHOICES, description="only the value of n")
-    echo: bool | None = Field(None, description="put the prompt before the text, and its log-probabilities too")
+    best_of: int | None = Field(None, ge=1, le=MAX_CHOICES, description="only the value of n, which is the default")
+    echo: bool | None = Field(
+        None, description="put the prompt before the text, and its log-probabilities too; false by default"
+    )
     logprobs: int | None = Field(
         None, ge=0, le=MAX_LOGPROBS, description="log-probabilities of each token and of this many likeliest ones"
     )

@@ -16,12 +16,18 @@ from sera_serve.base import ImageInput, Pooling
 from sera_serve.engine import Priority
 from sera_serve.server.deps import ContextOf
 from sera_serve.server.native.inputs import IMAGE_SCHEMA, image_of
-from sera_serve.server.native.schemas import MAX_REFERENCE, MAX_TIMEOUT_S, MAX_TOKEN_ID
+from sera_serve.server.native.schemas import (
+    MAX_REFERENCE,
+    MAX_TIMEOUT_S,
+    MAX_TOKEN_ID,
+    PRIORITY_HELP,
+    TIMEOUT_HELP,
+)
 from sera_serve.server.openai.answers import to_json, with_member
 from sera_serve.server.openai.errors import InvalidOpenAIRequest, OpenAIRoute, translated_errors
 from sera_serve.server.openai.fields import User
 from sera_serve.server.openai.texts import adapter_of
-from sera_serve.server.strict import RequestModel, refusal
+from sera_serve.server.strict import RequestModel, refusal, with_example
 
 router = APIRouter(route_class=OpenAIRoute, tags=["openai"])
 
@@ -88,6 +94,8 @@ _INPUT_SCHEMA = {
 class EmbeddingRequest(RequestModel):
     """Body of `POST /v1/embeddings`."""
 
+    model_config = with_example({"model": "demo/tickets", "input": ["My parcel is late.", "I was charged twice."]})
+
     model: str = Field(
         min_length=1, max_length=MAX_REFERENCE, description="an adapter's reference, or the name of the base"
     )
@@ -103,8 +111,8 @@ class EmbeddingRequest(RequestModel):
         None, description="last_token, cls or mean; null is that of a classifier's adapter, and else the base's own"
     )
     normalize: bool | None = Field(None, description="scale each vector to length 1; null is true")
-    priority: Priority | None = None
-    timeout_s: float | None = Field(None, gt=0, le=MAX_TIMEOUT_S)
+    priority: Priority | None = Field(None, description=PRIORITY_HELP)
+    timeout_s: float | None = Field(None, gt=0, le=MAX_TIMEOUT_S, description=TIMEOUT_HELP)
 
 
 class Embedding(BaseModel):

@@ -10,11 +10,14 @@ from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
 from sera_serve.engine import MIN_REPETITION_PENALTY, ConstraintSpec, GenerateParams, Priority
 from sera_serve.server.native.sampling import LogitBias
 from sera_serve.server.native.schemas import (
+    CACHE_SALT_HELP,
     MAX_CACHE_SALT,
     MAX_NEW_TOKENS,
     MAX_REFERENCE,
     MAX_TIMEOUT_S,
     MAX_TOKEN_ID,
+    PRIORITY_HELP,
+    TIMEOUT_HELP,
     StopString,
     TokenId,
 )
@@ -57,8 +60,17 @@ def check_metadata(value: Any) -> Any:
 
 
 Metadata = Annotated[dict[str, str], BeforeValidator(check_metadata)]
-StopStrings = Annotated[list[StopString], Field(max_length=MAX_STOP, fail_fast=True), BeforeValidator(_stop)]
+StopStrings = Annotated[
+    list[StopString],
+    Field(max_length=MAX_STOP, fail_fast=True),
+    BeforeValidator(_stop, json_schema_input_type=StopString | Annotated[list[StopString], Field(max_length=MAX_STOP)]),
+]
 User = Annotated[str, Field(max_length=MAX_USER)]
+
+METADATA_HELP = (
+    f"up to {_MAX_METADATA} strings of {_MAX_METADATA_VALUE} characters, by names of {_MAX_METADATA_KEY} characters"
+)
+STREAM_OPTIONS_HELP = "what a stream has beside its text; refused without stream: true"
 
 
 class Obfuscation(RequestModel):
@@ -90,27 +102,71 @@ class SamplingFields(RequestModel):
         min_length=1, max_length=MAX_REFERENCE, description="an adapter's reference, or the name of the base"
     )
     temperature: float | None = Field(None, ge=0, le=2, description="1 by default; 0 takes the likeliest token")
-    top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=-1, le=MAX_TOKEN_ID, description="0 and -1 are all")
-    min_p: float | None = Field(None, ge=0, le=1)
-    seed: int | None = Field(None, ge=0, le=MAX_TOKEN_ID)
-    stop: StopStrings | None = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP, fail_fast=True)] | None = None
-    logit_bias: LogitBias | None = None
-    presence_penalty: float | None = Field(None, ge=-2, le=2)
-    frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    repetition_penalty: float | None = Field(None, ge=MIN_REPETITION_PENALTY, le=2)
-    ignore_eos: bool | None = None
-    min_tokens: int | None = Field(None, ge=0, le=MAX_NEW_TOKENS)
+    top_p: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="sample among the likeliest tokens whose probabilities reach this sum; 1, the default, is all",
+    )
+    top_k: int | None = Field(
+        None,
+        ge=-1,
+        le=MAX_TOKEN_ID,
+        description="sample among so many likeliest tokens; 0, the default, and -1 are all",
+    )
+    min_p: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="sample among tokens with at least this part of the highest probability; 0, the default, is all",
+    )
+    seed: int | None = Field(
+        None, ge=0, le=MAX_TOKEN_ID, description="makes a sampled answer repeatable; absent: a seed is drawn"
+    )
+    stop: StopStrings | None = Field(
+        None,
+        description=f"a string, or up to {MAX_STOP} of them, that end the text; the text leaves them out",
+    )
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP, fail_fast=True)] | None = Field(
+        None, description="tokens that end the text, beside the model's own; the text leaves them out"
+    )
+    logit_bias: LogitBias | None = Field(
+        None, description="by token id as a string, added to the token's logit: -100 to 100"
+    )
+    presence_penalty: float | None = Field(
+        None, ge=-2, le=2, description="subtracted from the logits of tokens that were generated before; 0 by default"
+    )
+    frequency_penalty: float | None = Field(
+        None,
+        ge=-2,
+        le=2,
+        description="subtracted from a token's logit for each time that it was generated before; 0 by default",
+    )
+    repetition_penalty: float | None = Field(
+        None,
+        ge=MIN_REPETITION_PENALTY,
+        le=2,
+        description="makes tokens of the prompt and the output less likely; below 1 likelier; 1, the default, changes "
+        "nothing",
+    )
+    ignore_eos: bool | None = Field(None, description="go on after the model's end tokens; false by default")
+    min_tokens: int | None = Field(
+        None,
+        ge=0,
+        le=MAX_NEW_TOKENS,
+        description="tokens before an end token, or a stop string, may end the text; 0 by default",
+    )
     regex: Regex | None = Field(None, description=REGEX_HELP)
     grammar: Grammar | None = Field(None, description=GRAMMAR_HELP)
-    stream: bool | None = None
+    stream: bool | None = Field(None, description="respond with server-sent events; false by default")
     user: User | None = Field(None, description="accepted for clients that send it; kept nowhere")
     safety_identifier: User | None = Field(None, description="accepted for clients that send it; kept nowhere")
-    metadata: Metadata | None = Field(None, description="accepted for clients that send it; kept nowhere")
-    priority: Priority | None = None
-    timeout_s: float | None = Field(None, gt=0, le=MAX_TIMEOUT_S)
-    cache_salt: str | None = Field(None, min_length=1, max_length=MAX_CACHE_SALT)
+    metadata: Metadata | None = Field(
+        None, description=f"{METADATA_HELP}; accepted for clients that send it; kept nowhere"
+    )
+    priority: Priority | None = Field(None, description=PRIORITY_HELP)
+    timeout_s: float | None = Field(None, gt=0, le=MAX_TIMEOUT_S, description=TIMEOUT_HELP)
+    cache_salt: str | None = Field(None, min_length=1, max_length=MAX_CACHE_SALT, description=CACHE_SALT_HELP)
 
     @model_validator(mode="before")
     @classmethod
@@ -192,9 +248,9 @@ class GenerationFields(SamplingFields):
     max_tokens: int | None = Field(
         None, ge=1, le=MAX_NEW_TOKENS, description="most tokens to generate; absent: until the context ends"
     )
-    n: int | None = Field(None, ge=1, le=MAX_CHOICES, description="answers to each prompt")
+    n: int | None = Field(None, ge=1, le=MAX_CHOICES, description="answers to each prompt; 1 by default")
     response_format: ResponseFormat | None = Field(None, description=RESPONSE_FORMAT_HELP)
-    stream_options: StreamOptions | None = None
+    stream_options: StreamOptions | None = Field(None, description=STREAM_OPTIONS_HELP)
 
     @model_validator(mode="after")
     def _one_form(self) -> GenerationFields:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Annotated, Any, BinaryIO, Literal
 
-from fastapi import APIRouter, Query, Response
+from fastapi import APIRouter, Path, Query, Response
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
@@ -23,6 +23,8 @@ from sera_serve.server.training import DEFAULT_TENANT
 
 router = APIRouter(route_class=OpenAIRoute, tags=["openai"])
 
+FilePath = Annotated[str, Path(description="the id of a file, as its upload answered")]
+
 PURPOSE = "fine-tune"
 MAX_ID = 64
 _MAX_FILENAME = 255
@@ -39,7 +41,7 @@ _UPLOAD_FORM = {
                     "required": ["file", "purpose"],
                     "properties": {
                         "file": {"type": "string", "format": "binary", "description": "JSONL: one row a line"},
-                        "purpose": {"type": "string", "enum": [PURPOSE]},
+                        "purpose": {"type": "string", "enum": [PURPOSE], "description": "only fine-tune"},
                     },
                 }
             }
@@ -123,7 +125,7 @@ async def list_files(query: Annotated[FileQuery, Query()], context: ContextOf) -
 
 
 @router.get("/v1/files/{file_id}")
-async def retrieve_file(file_id: str, context: ContextOf) -> FileObject:
+async def retrieve_file(file_id: FilePath, context: ContextOf) -> FileObject:
     """One file, without its content."""
     return _object(
         await context.run(context.executors.changing, context.training.files.get, file_id, scope_of(context.caller))
@@ -131,14 +133,14 @@ async def retrieve_file(file_id: str, context: ContextOf) -> FileObject:
 
 
 @router.delete("/v1/files/{file_id}")
-async def delete_file(file_id: str, context: ContextOf) -> DeletedFile:
+async def delete_file(file_id: FilePath, context: ContextOf) -> DeletedFile:
     """Delete a file that no unfinished job needs."""
     await context.run(context.executors.changing, _delete, context, file_id)
     return DeletedFile(id=file_id, deleted=True)
 
 
 @router.get("/v1/files/{file_id}/content", response_class=Response, responses=_CONTENT)
-async def retrieve_content(file_id: str, context: ContextOf) -> Response:
+async def retrieve_content(file_id: FilePath, context: ContextOf) -> Response:
     """The bytes of a file, as they were uploaded; the metrics of a job as CSV."""
     # A client that leaves meanwhile leaves nothing open: a file that nobody holds is closed.
     found, source = await context.run(context.executors.changing, _open, context, file_id)

@@ -6,7 +6,7 @@ import re
 import secrets
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query, Response
+from fastapi import APIRouter, Path, Query, Response
 
 from adapters_store import AdapterConfig, AdapterStore, check_part, expected_shapes, file_bytes, parse_ref
 from adapters_store.errors import InvalidAdapterName, InvalidBundle
@@ -43,6 +43,8 @@ from sera_serve.server.openapi import stream_of
 from sera_serve.server.training import DEFAULT_TENANT, Training
 
 router = APIRouter(route_class=OpenAIRoute, tags=["openai"])
+
+JobPath = Annotated[str, Path(description="the id of a job")]
 
 _SUFFIX = re.compile(r"[a-z0-9._-]{1,40}")
 _ODD = re.compile(r"[^a-z0-9]+")
@@ -88,7 +90,7 @@ async def list_jobs(query: Annotated[JobListQuery, Query()], context: ContextOf)
 
 
 @router.get("/v1/fine_tuning/jobs/{job_id}")
-async def retrieve_job(job_id: str, context: ContextOf) -> JobObject:
+async def retrieve_job(job_id: JobPath, context: ContextOf) -> JobObject:
     """One job."""
     return job_object(
         await context.run(context.executors.changing, context.training.jobs.get, job_id, scope_of(context.caller))
@@ -96,7 +98,7 @@ async def retrieve_job(job_id: str, context: ContextOf) -> JobObject:
 
 
 @router.post("/v1/fine_tuning/jobs/{job_id}/cancel")
-async def cancel_job(job_id: str, context: ContextOf) -> JobObject:
+async def cancel_job(job_id: JobPath, context: ContextOf) -> JobObject:
     """Cancel a job that has not finished. Its process ends within seconds, and leaves nothing."""
     job = await context.run(context.executors.changing, _cancel, context, job_id)
     context.training.supervisor.wake()
@@ -105,7 +107,7 @@ async def cancel_job(job_id: str, context: ContextOf) -> JobObject:
 
 @router.get("/v1/fine_tuning/jobs/{job_id}/events", response_model=JobEventList, responses=_STREAM)
 async def list_events(
-    job_id: str, query: Annotated[EventQuery, Query()], context: ContextOf
+    job_id: JobPath, query: Annotated[EventQuery, Query()], context: ContextOf
 ) -> JobEventList | Response:
     """The events of a job, the newest first; or as they come, the oldest first."""
     after, tenant = event_seq(query.after), scope_of(context.caller)
@@ -120,7 +122,7 @@ async def list_events(
 
 
 @router.get("/v1/fine_tuning/jobs/{job_id}/checkpoints")
-async def list_checkpoints(job_id: str, query: Annotated[JobQuery, Query()], context: ContextOf) -> CheckpointList:
+async def list_checkpoints(job_id: JobPath, query: Annotated[JobQuery, Query()], context: ContextOf) -> CheckpointList:
     """The ends of a job's epochs with their metrics, the newest first."""
     after = _number(query.after, "ftckpt")
     found, has_more = await context.run(

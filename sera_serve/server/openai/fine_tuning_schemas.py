@@ -16,9 +16,9 @@ from pydantic import (
 
 from sera_serve.jobs import JobTask
 from sera_serve.server.native.schemas import MAX_REFERENCE
-from sera_serve.server.openai.fields import Metadata, check_metadata
+from sera_serve.server.openai.fields import METADATA_HELP, Metadata, check_metadata
 from sera_serve.server.openai.files import MAX_ID
-from sera_serve.server.strict import RequestModel, refusal
+from sera_serve.server.strict import RequestModel, refusal, with_example
 
 MAX_RANK = 256
 _MAX_TARGETS, _MAX_TARGET = 64, 128
@@ -60,8 +60,12 @@ def _different(factors: list[str]) -> list[str]:
 class HyperparametersRequest(RequestModel):
     """How to train; `auto` chooses by the number of rows."""
 
-    n_epochs: Auto | Annotated[int, Field(ge=1, le=50)] = Field(default="auto", description="passes over the rows")
-    batch_size: Auto | Annotated[int, Field(ge=1, le=256)] = Field(default="auto", description="rows a step")
+    n_epochs: Auto | Annotated[int, Field(ge=1, le=50)] = Field(
+        default="auto", description="passes over the rows; auto is 3, and up to 10 for fewer than 1,000 rows"
+    )
+    batch_size: Auto | Annotated[int, Field(ge=1, le=256)] = Field(
+        default="auto", description="rows a step; auto is 4 to 16, a 32nd of the rows"
+    )
     learning_rate_multiplier: Auto | Annotated[float, Field(gt=0, le=100)] = Field(
         default="auto", description="factor of the method's own learning rate; auto is 1"
     )
@@ -70,14 +74,16 @@ class HyperparametersRequest(RequestModel):
 class SupervisedRequest(RequestModel):
     """The one method of training."""
 
-    hyperparameters: HyperparametersRequest | None = None
+    hyperparameters: HyperparametersRequest | None = Field(
+        None, description="how to train; absent: auto for each of them"
+    )
 
 
 class MethodRequest(RequestModel):
     """How to train: supervised alone. OpenAI's dpo and reinforcement are refused."""
 
-    type: Literal["supervised"]
-    supervised: SupervisedRequest | None = None
+    type: Literal["supervised"] = Field(description="only supervised")
+    supervised: SupervisedRequest | None = Field(None, description="the options of the method")
 
 
 class AdapterRequest(RequestModel):
@@ -87,9 +93,11 @@ class AdapterRequest(RequestModel):
         default=None, min_length=1, max_length=64, description="whose the job and the adapter are"
     )
     task: JobTask | None = Field(default=None, description="what the rows are for; it must be just that")
-    method: TrainingMethod | None = None
-    rank: Rank | None = None
-    split: Rank | None = None
+    method: TrainingMethod | None = Field(default=None, description="kind of adapter, and which of its factors train")
+    rank: Rank | None = Field(default=None, description="rank of the update of a layer")
+    split: Rank | None = Field(
+        default=None, description="segments of a layer's factors; it must divide the rank and the layer's widths"
+    )
     lora_alpha: Alpha | None = Field(default=None, description="the update's scale is lora_alpha / rank")
     target_modules: (
         Literal["all-linear"] | Annotated[list[Target], Field(min_length=1, max_length=_MAX_TARGETS)] | None
@@ -118,17 +126,25 @@ class AdapterRequest(RequestModel):
 class CreateJobRequest(RequestModel):
     """Request body of `POST /v1/fine_tuning/jobs`."""
 
+    model_config = with_example({"model": "demo/chat", "training_file": "file-...", "suffix": "mine"})
+
     model: str = Field(min_length=1, max_length=MAX_REFERENCE, description="the base, or an adapter to go on from")
-    training_file: FileId
-    validation_file: FileId | None = None
+    training_file: FileId = Field(description="id of an uploaded file, whose rows train")
+    validation_file: FileId | None = Field(
+        None,
+        description="id of a file with rows of the same kind, which choose the best epoch; absent: a tenth of the "
+        "training rows is held out",
+    )
     suffix: Annotated[str, Field(min_length=1, max_length=40)] | None = Field(
         None, description="part of the adapter's name: a-z, 0-9, '.', '_' and '-'"
     )
-    seed: int | None = Field(None, ge=0, lt=2**31)
-    method: MethodRequest | None = None
+    seed: int | None = Field(None, ge=0, lt=2**31, description="makes the training repeatable; absent: a seed is drawn")
+    method: MethodRequest | None = Field(None, description="how to train; not together with hyperparameters")
     hyperparameters: HyperparametersRequest | None = Field(None, description="the older place of hyperparameters")
-    metadata: Metadata | None = None
-    adapter: AdapterRequest | None = None
+    metadata: Metadata | None = Field(None, description=f"{METADATA_HELP}; the list of jobs can ask for them")
+    adapter: AdapterRequest | None = Field(
+        None, description="what adapter to train; what is left out is the trainer's own choice"
+    )
 
     @model_validator(mode="after")
     def _one_place(self) -> CreateJobRequest:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Query, Response
+from fastapi import APIRouter, Path, Query, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from adapters_store import AdapterSummary, Task, parse_ref
@@ -19,6 +19,7 @@ from sera_serve.threads import pause
 
 router = APIRouter(route_class=OpenAIRoute, tags=["openai"])
 
+ModelPath = Annotated[str, Path(description="the base's name, or an adapter's, optionally with @alias, @v3 or @digest")]
 
 # What most adapters of a base are for.
 _TASKS: dict[BaseKind, Task] = {
@@ -27,6 +28,10 @@ _TASKS: dict[BaseKind, Task] = {
     "vision": "image-classify",
     "dual": "retrieve",
 }
+
+MAX_MODELS = 10_000
+# Adapters that are read in one turn: the lists of other clients have their turns between them.
+_AT_ONCE = 1000
 
 
 class Model(BaseModel):
@@ -55,19 +60,19 @@ class ModelQuery(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    limit: int = Field(100, ge=1, le=1000, description="maximum number of adapters on a page")
+    # OpenAI's clients read the first page alone, and send no limit.
+    limit: int = Field(MAX_MODELS, ge=1, le=MAX_MODELS, description="most adapters on a page")
     after: str | None = Field(None, max_length=MAX_REFERENCE, description="the last model of the previous page")
 
 
 @router.get("/v1/models", response_model=ModelList)
 async def list_models(query: Annotated[ModelQuery, Query()], context: ContextOf) -> Response:
     """The base first, then the adapters in order of their ids, a page at a time."""
-    content = await context.run(context.executors.listing, _page, context, query)
-    return Response(content, media_type="application/json")
+    return Response(await context.finish(_list(context, query)), media_type="application/json")
 
 
 @router.get("/v1/models/{model:path}")
-async def retrieve_model(model: str, context: ContextOf) -> Model:
+async def retrieve_model(model: ModelPath, context: ContextOf) -> Model:
     """The base by its name, or an adapter by its reference, which may carry @alias, @v3 or @digest."""
     if len(model) > MAX_REFERENCE:
         raise ModelNotFound(f"the name of a model has at most {MAX_REFERENCE} characters", param="model")
@@ -83,31 +88,37 @@ def _one(context: RequestContext, model: str) -> Model:
     return _adapter(info, model if "@" in model else parse_ref(model).adapter)
 
 
-def _page(context: RequestContext, query: ModelQuery) -> bytes:
-    """The JSON of a `ModelList`. One call for the whole page would hold the interpreter's lock for too long."""
-    base = context.engine.base.name
+async def _list(context: RequestContext, query: ModelQuery) -> bytes:
+    """The JSON of a `ModelList`."""
+    base = _base(context.engine)
     # After the base come all adapters, whatever its name is.
-    after = None if query.after == base else query.after
-    page = visible_page(context.caller, context.store, after, query.limit)
-    # An adapter with the base's name cannot be called by it: the name is the base's. As the `after` of the next page,
-    # it would begin the list again.
-    adapters = [info for info in page.adapters if info.adapter != base]
-    following = page.next
-    if following is not None and len(adapters) < query.limit:
-        more = visible_page(context.caller, context.store, following, query.limit - len(adapters))
-        adapters += more.adapters
-        following = more.next
-    models = [] if query.after is not None else [_base(context.engine)]
-    for info in adapters:
+    after = None if query.after == base.id else query.after
+    found = [] if query.after is not None else [base.model_dump_json()]
+    last = base.id if found else None
+    left = query.limit
+    more = True
+    while more and left:
+        part, following = await context.executors.listing.run(_part, context, after, min(left, _AT_ONCE))
+        found += part.values()
+        left -= len(part)
+        last = next(reversed(part), last)
+        after, more = following, following is not None
+    page = ModelList(data=[], has_more=more, last_id=last).model_dump_json()
+    return page.replace('"data":[]', f'"data":[{",".join(found)}]', 1).encode()
+
+
+def _part(context: RequestContext, after: str | None, limit: int) -> tuple[dict[str, str], str | None]:
+    """Some of the adapters, by id, as JSON each; and where the next ones begin. Blocks."""
+    page = visible_page(context.caller, context.store, after, limit)
+    found = {}
+    for info in page.adapters:
+        # One call for all of them would hold the interpreter's lock for too long.
         pause()
-        models.append(_adapter(info, info.adapter))
-    parts = []
-    for model in models:
-        pause()
-        parts.append(model.model_dump_json())
-    data = ",".join(parts)
-    last = ModelList(data=[], has_more=following is not None, last_id=models[-1].id if models else None)
-    return last.model_dump_json().replace('"data":[]', f'"data":[{data}]', 1).encode()
+        # An adapter with the base's name cannot be called by it: the name is the base's. As the `after` of the next
+        # page, it would begin the list again.
+        if info.adapter != context.engine.base.name:
+            found[info.adapter] = _adapter(info, info.adapter).model_dump_json()
+    return found, page.next
 
 
 def _base(engine: ServingEngine) -> Model:

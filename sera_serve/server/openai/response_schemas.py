@@ -12,6 +12,12 @@ from sera_serve.server.openai.chat_schemas import (
     MAX_MESSAGES,
     MAX_TOOLS,
     MAX_TOP_LOGPROBS,
+    ONLY_NULL_HELP,
+    PARALLEL_HELP,
+    SENT_BACK_HELP,
+    TEMPLATE_VARIABLES_HELP,
+    TOOL_CHOICE_HELP,
+    TOOLS_HELP,
     CalledFunction,
     ChatTokenLogprob,
     Function,
@@ -24,9 +30,9 @@ from sera_serve.server.openai.chat_schemas import (
     ToolChoice,
     ToolUse,
 )
-from sera_serve.server.openai.fields import Obfuscation, SamplingFields
-from sera_serve.server.response_format import JsonSchema, ResponseFormat, to_constraint
-from sera_serve.server.strict import RequestModel, refusal
+from sera_serve.server.openai.fields import STREAM_OPTIONS_HELP, Obfuscation, SamplingFields
+from sera_serve.server.response_format import FORM_HELP, JsonSchema, ResponseFormat, to_constraint
+from sera_serve.server.strict import RequestModel, refusal, with_example
 
 _MAX_ID = 256
 _LOGPROBS = "message.output_text.logprobs"
@@ -91,19 +97,27 @@ ItemText = Annotated[
 class InputItem(RequestModel):
     """One item of a conversation: a message, a call that the model made, or what the call gave."""
 
-    type: Literal["message", "function_call", "function_call_output"] | None = None
-    role: Literal["system", "developer", "user", "assistant"] | None = None
-    content: ItemText | None = None
-    call_id: str | None = Field(None, min_length=1, max_length=_MAX_ID)
-    name: FunctionName | None = None
-    arguments: str | None = Field(None, description="the JSON of an object")
-    output: ItemText | None = None
+    type: Literal["message", "function_call", "function_call_output"] | None = Field(
+        None, description="what the item is; message by default"
+    )
+    role: Literal["system", "developer", "user", "assistant"] | None = Field(
+        None, description="of a message: whose it is; developer becomes system"
+    )
+    content: ItemText | None = Field(
+        None, description="of a message: a text, or parts of type input_text or output_text, joined by line breaks"
+    )
+    call_id: str | None = Field(
+        None, min_length=1, max_length=_MAX_ID, description="of a call, and of the output that belongs to it"
+    )
+    name: FunctionName | None = Field(None, description="of a call: the function's name; an output may repeat it")
+    arguments: str | None = Field(None, description="of a call: the JSON of an object")
+    output: ItemText | None = Field(None, description="of an output: what the function gave, as content has it")
     # Fields of the server's own items that clients send back as they got them.
-    id: str | None = Field(None, max_length=_MAX_ID)
-    status: Literal["in_progress", "completed", "incomplete"] | None = None
-    phase: None = None
-    caller: None = None
-    namespace: None = None
+    id: str | None = Field(None, max_length=_MAX_ID, description=SENT_BACK_HELP)
+    status: Literal["in_progress", "completed", "incomplete"] | None = Field(None, description=SENT_BACK_HELP)
+    phase: None = Field(None, description=ONLY_NULL_HELP)
+    caller: None = Field(None, description=ONLY_NULL_HELP)
+    namespace: None = Field(None, description=ONLY_NULL_HELP)
 
     @model_validator(mode="before")
     @classmethod
@@ -141,7 +155,7 @@ class InputItem(RequestModel):
 class ResponseTool(Function):
     """A function that the model may call."""
 
-    type: Literal["function"]
+    type: Literal["function"] = Field(description="only function")
 
     @model_validator(mode="before")
     @classmethod
@@ -160,7 +174,7 @@ class ResponseTool(Function):
 class TextFormat(RequestModel):
     """What a generated text must be."""
 
-    type: Literal["text", "json_object", "json_schema"]
+    type: Literal["text", "json_object", "json_schema"] = Field(description=FORM_HELP)
     name: str | None = Field(None, pattern=r"^[a-zA-Z0-9_-]{1,64}$", description="name of the schema")
     description: str | None = Field(None, description="for people; the model does not see it")
     schema_: dict[str, Any] | None = Field(None, alias="schema", description="the JSON schema, with type json_schema")
@@ -188,12 +202,17 @@ class TextFormat(RequestModel):
 class TextOptions(RequestModel):
     """What the text of an answer must be."""
 
-    format: TextFormat | None = None
+    format: TextFormat | None = Field(None, description="the form of the text; absent: any text")
     verbosity: Literal["medium"] | None = Field(None, description="only medium, which changes nothing")
+
+
+_Items = Annotated[list[InputItem], Field(min_length=1, max_length=MAX_MESSAGES)]
 
 
 class ResponseRequest(SamplingFields, ToolUse):
     """Body of `POST /v1/responses`."""
+
+    model_config = with_example({"model": "demo/chat", "input": "I lost my red ball.", "max_output_tokens": 40})
 
     unsupported: ClassVar[Mapping[str, tuple[tuple[Any, ...], str]]] = {
         "store": ((False,), "the server keeps no answer; leave it out, or send false"),
@@ -219,7 +238,7 @@ class ResponseRequest(SamplingFields, ToolUse):
     input: Annotated[
         list[InputItem],
         Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True),
-        BeforeValidator(_input, json_schema_input_type=str | list[InputItem]),
+        BeforeValidator(_input, json_schema_input_type=str | _Items),
     ] = Field(description="a text, or the items of a conversation")
     instructions: str | None = Field(None, description="a first message of role system")
     max_output_tokens: int | None = Field(
@@ -227,12 +246,14 @@ class ResponseRequest(SamplingFields, ToolUse):
     )
     include: (
         Annotated[list[Literal["message.output_text.logprobs"]], Field(max_length=16), BeforeValidator(_include)] | None
-    ) = None
+    ) = Field(None, description=f'["{_LOGPROBS}"] returns the log-probability of each token; refused with tools')
     top_logprobs: int | None = Field(
         None, ge=0, le=MAX_TOP_LOGPROBS, description="likeliest tokens at each place; needs include"
     )
-    text: TextOptions | None = None
-    tools: Annotated[list[ResponseTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    text: TextOptions | None = Field(None, description="what the text of an answer must be")
+    tools: Annotated[list[ResponseTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = Field(
+        None, description=TOOLS_HELP
+    )
     tool_choice: (
         Annotated[
             ToolChoice,
@@ -240,10 +261,10 @@ class ResponseRequest(SamplingFields, ToolUse):
             WithJsonSchema({"anyOf": [{"enum": ["none", "auto", "required"]}, {"type": "object"}]}),
         ]
         | None
-    ) = None
-    parallel_tool_calls: bool | None = Field(None, description="false: at most one call is answered")
-    stream_options: Obfuscation | None = None
-    chat_template_kwargs: TemplateVariables | None = None
+    ) = Field(None, description=f'{TOOL_CHOICE_HELP} {{"type": "function", "name": ...}}')
+    parallel_tool_calls: bool | None = Field(None, description=PARALLEL_HELP)
+    stream_options: Obfuscation | None = Field(None, description=STREAM_OPTIONS_HELP)
+    chat_template_kwargs: TemplateVariables | None = Field(None, description=TEMPLATE_VARIABLES_HELP)
 
     @model_validator(mode="after")
     def _fields_agree(self) -> ResponseRequest:

@@ -14,7 +14,7 @@ from sera_serve.server.openai.answers import to_json, with_member
 from sera_serve.server.openai.chat_schemas import Message, Tool
 from sera_serve.server.openai.errors import OpenAIRoute, translated_errors
 from sera_serve.server.openai.texts import Conversation, Texts, TextsOf, adapter_of, check_token_count
-from sera_serve.server.strict import RequestModel, refusal
+from sera_serve.server.strict import RequestModel, refusal, with_example
 
 router = APIRouter(route_class=OpenAIRoute, tags=["openai"])
 
@@ -24,13 +24,21 @@ Model = Annotated[str, Field(min_length=1, max_length=MAX_REFERENCE)]
 class TokenizeRequest(RequestModel):
     """Body of `POST /tokenize`: a text, or a conversation."""
 
+    model_config = with_example({"prompt": "The little cat found a map."})
+
     model: Model | None = Field(None, description="whose chat template renders messages; null is the base")
-    prompt: str | None = Field(None, min_length=1)
-    messages: Annotated[list[Message], Field(min_length=1, max_length=2048, fail_fast=True)] | None = None
-    tools: Annotated[list[Tool], Field(max_length=128, fail_fast=True)] | None = None
-    add_generation_prompt: bool | None = None
+    prompt: str | None = Field(None, min_length=1, description="a text; send it or messages")
+    messages: Annotated[list[Message], Field(min_length=1, max_length=2048, fail_fast=True)] | None = Field(
+        None, description="a conversation, as the chat template writes it; send it or prompt"
+    )
+    tools: Annotated[list[Tool], Field(max_length=128, fail_fast=True)] | None = Field(
+        None, description="functions that the chat template names; only with messages"
+    )
+    add_generation_prompt: bool | None = Field(
+        None, description="begin the assistant's message; true by default; only with messages"
+    )
     add_special_tokens: bool | None = Field(None, description="by default true for a prompt, false for messages")
-    return_token_strs: bool | None = Field(None, description="name the tokens too")
+    return_token_strs: bool | None = Field(None, description="name the tokens too; false by default")
 
     @model_validator(mode="after")
     def _one_of_two(self) -> TokenizeRequest:
@@ -53,8 +61,12 @@ class TokenizeResponse(BaseModel):
 class DetokenizeRequest(RequestModel):
     """Body of `POST /detokenize`."""
 
+    model_config = with_example({"tokens": [4, 5, 6]})
+
     model: Model | None = Field(None, description="all models have the base's tokens")
-    tokens: Annotated[list[TokenId], Field(max_length=MAX_TOKEN_IDS, fail_fast=True)]
+    tokens: Annotated[list[TokenId], Field(max_length=MAX_TOKEN_IDS, fail_fast=True)] = Field(
+        description="token ids; the text has special tokens too"
+    )
 
 
 class DetokenizeResponse(BaseModel):

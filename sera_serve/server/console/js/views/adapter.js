@@ -106,14 +106,23 @@ function trafficText({ requests, tokens, classified_inputs: inputs }) {
   return [`${short(requests)} ${requests === 1 ? "request" : "requests"}`, ...work].join(", ");
 }
 
-function Versions({ history, canChange, id, task, onDialog, onMore }) {
-  const { data, error, loading, reload } = history;
-  if (!data) return html`<${ErrorNote} error=${error} retry=${reload} />${loading && html`<${Loading} />`}`;
+function Versions(props) {
+  const { data, error, loading, reload } = props.history;
+  // The section is there from the beginning. One that takes the place of another element while `Shares` stands behind it
+  // lets Preact put `Shares` at the top of the page.
+  return html`<section aria-labelledby="versions-title">
+    <h2 id="versions-title">Versions</h2>
+    ${data ? html`<${VersionList} ...${props} />` : html`<${ErrorNote} error=${error} retry=${reload} />`}
+    ${!data && loading && html`<${Loading} />`}
+  </section>`;
+}
+
+function VersionList({ history, canChange, id, task, onDialog, onMore }) {
+  const { data, loading } = history;
   const aliasesOf = (version) => Object.entries(data.aliases).filter(([, at]) => at === version).map(([alias]) => alias);
   const newest = data.versions[0]?.version;
   const served = data.aliases.latest ?? newest;
-  return html`<section aria-labelledby="versions-title">
-    <h2 id="versions-title">Versions</h2>
+  return html`
     <p class="help">A request for <code>${id}</code> gets the version that <code>latest</code> points to.</p>
     <ol class="versions" reversed>
       ${data.versions.map((version) => {
@@ -144,8 +153,7 @@ function Versions({ history, canChange, id, task, onDialog, onMore }) {
         </li>`;
       })}
     </ol>
-    ${data.next !== null && html`<p class="more"><${Button} busy=${loading} onClick=${onMore}>Show older versions<//></p>`}
-  </section>`;
+    ${data.next !== null && html`<p class="more"><${Button} busy=${loading} onClick=${onMore}>Show older versions<//></p>`}`;
 }
 
 function Metrics({ metrics }) {
