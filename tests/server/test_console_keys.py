@@ -225,11 +225,13 @@ def test_the_parts_of_an_adapters_page_have_one_order_whichever_comes_last(
 
     with browsers.tab(browser, keyed_url) as tab:
         page = tab.open("adapters", keys["acme"].secret)
-        page.route(re.compile(f"/v1/adapters/acme/story{late}($|[?])"), hold)
-        page.get_by_role("link", name="acme/story").click()
+        wanted = re.compile(f"/v1/adapters/acme/story{late}($|[?])")
+        page.route(wanted, hold)
+        with page.expect_request(wanted):
+            page.get_by_role("link", name="acme/story").click()
         titles = page.locator("main h1, main h2")
         expect(titles).to_have_count(3 if late else 2)
-        assert held
+        assert held, "the other parts are there, and one is late"
         for route in held:
             route.continue_()
         expect(titles).to_have_text(["acme/story", "Versions", "Shared with"])
