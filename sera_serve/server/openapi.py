@@ -59,6 +59,7 @@ _BY_ROUTE: dict[tuple[str, str], tuple[int, ...]] = {
     ("post", "/v1/embeddings"): (404, 429, 504),
     ("get", "/v1/models"): (),
     ("get", "/v1/models/{model}"): (404,),
+    ("delete", "/v1/models/{model}"): (404, 409, 507),
     ("post", "/v1/files"): (507,),
     ("get", "/v1/files"): (404,),
     ("get", "/v1/files/{file_id}"): (404,),

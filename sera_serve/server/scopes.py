@@ -21,6 +21,7 @@ _NEEDED: dict[tuple[str, str], Needed] = {
     ("POST", "/detokenize"): "infer",
     ("GET", "/v1/models"): "key",
     ("GET", "/v1/models/{model:path}"): "key",
+    ("DELETE", "/v1/models/{model:path}"): "publish",
     ("GET", "/v1/adapters"): "key",
     ("GET", "/v1/adapters/{tenant}/{name}"): "key",
     ("POST", "/v1/adapters"): "publish",

@@ -1,4 +1,4 @@
-"""`GET /v1/models`: its pages, also where the base has the name of an adapter, and a list longer than a part of it."""
+"""`/v1/models`: its pages, also where the base has the name of an adapter; lists longer than a part; deletions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from openai import OpenAI
+from openai import BadRequestError, NotFoundError, OpenAI
 
 from adapters_store import AdapterBundle, AdapterStore, Page
 from sera_serve.base import freeze_base
@@ -105,3 +105,24 @@ def test_openai_s_client_which_reads_one_page_lists_every_adapter(writer: Adapte
         assert len(store.read) == 3 and max(store.read) <= 1000
         page = OpenAI(base_url=f"{url}/v1", api_key="none").models.list(extra_query={"limit": 2, "after": "acme/02497"})
         assert [model.id for model in page] == ["acme/02498", "acme/02499"]
+
+
+def test_openai_client_deletes_an_adapter(writer: AdapterBundle, tmp_path: Path) -> None:
+    store = AdapterStore(tmp_path / "store")
+    for name in ("acme/a", "acme/b"):
+        store.publish(writer, name)
+    base = random_decoder()
+    with (
+        live_server(build_app(StubEngine(base), store, ServeSettings(store=store.root))) as url,
+        OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        deleted = client.models.delete("acme/a")
+        assert (deleted.id, deleted.object, deleted.deleted) == ("acme/a", "model", True)
+        assert [model.id for model in client.models.list()] == [base.name, "acme/b"]
+        with pytest.raises(NotFoundError):
+            client.models.delete("acme/a")
+        with pytest.raises(BadRequestError, match="is the base"):
+            client.models.delete(base.name)
+        with pytest.raises(NotFoundError, match="at most"):
+            client.models.delete("acme/" + "a" * 2000)
+        assert [model.id for model in client.models.list()] == [base.name, "acme/b"]

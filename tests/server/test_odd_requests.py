@@ -46,7 +46,8 @@ ALLOWED = {
     **dict.fromkeys(["/v1/completions", "/v1/chat/completions", "/v1/responses"], "OPTIONS, POST"),
     **dict.fromkeys(["/v1/embeddings", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"], "OPTIONS, POST"),
     **dict.fromkeys(["/tokenize", "/detokenize"], "OPTIONS, POST"),
-    **dict.fromkeys(["/v1/models", "/v1/models/absent/one@v9"], "GET, HEAD, OPTIONS"),
+    "/v1/models": "GET, HEAD, OPTIONS",
+    "/v1/models/absent/one@v9": "DELETE, GET, HEAD, OPTIONS",
     **dict.fromkeys(["/healthz", "/readyz", "/metrics", "/v1/stats", "/openapi.json"], "GET, HEAD, OPTIONS"),
 }
 # Paths with a parameter, which the document has in another form.

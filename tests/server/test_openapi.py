@@ -44,7 +44,7 @@ PATHS = {
     "/v1/fine_tuning/jobs/{job_id}/events": {"get"},
     "/v1/fine_tuning/jobs/{job_id}/checkpoints": {"get"},
     "/v1/models": {"get"},
-    "/v1/models/{model}": {"get"},
+    "/v1/models/{model}": {"get", "delete"},
     "/v1/responses": {"post"},
     "/tokenize": {"post"},
     "/detokenize": {"post"},

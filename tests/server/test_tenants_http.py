@@ -103,6 +103,7 @@ NAMING: dict[str, Ask] = {
     "tokenize": post("/tokenize", model="REF", prompt="a"),
     "tokenize a chat": post("/tokenize", model="REF", messages=MESSAGES),
     "model": lambda client, reference: client.get(f"/v1/models/{reference}"),
+    "delete a model": lambda client, reference: client.delete(f"/v1/models/{reference}"),
     "inspect": call("GET"),
     "delete": call("DELETE"),
     "pin": call("PUT", "/pin"),

@@ -1,4 +1,4 @@
-"""`GET /v1/models` and `GET /v1/models/{model}`."""
+"""`/v1/models`: the base and the adapters as OpenAI's clients know them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from adapters_store import AdapterSummary, Task, parse_ref
 from sera_serve.base import BaseKind
 from sera_serve.engine import ServingEngine
+from sera_serve.errors import InvalidRequest
 from sera_serve.server.deps import ContextOf, RequestContext
 from sera_serve.server.native.schemas import MAX_REFERENCE
 from sera_serve.server.openai.errors import ModelNotFound, OpenAIRoute
@@ -55,6 +56,14 @@ class ModelList(BaseModel):
     last_id: str | None
 
 
+class DeletedModel(BaseModel):
+    """Response body of `DELETE /v1/models/{model}`."""
+
+    id: str
+    object: Literal["model"] = "model"
+    deleted: Literal[True] = True
+
+
 class ModelQuery(BaseModel):
     """Query parameters of `GET /v1/models`."""
 
@@ -74,9 +83,24 @@ async def list_models(query: Annotated[ModelQuery, Query()], context: ContextOf)
 @router.get("/v1/models/{model:path}")
 async def retrieve_model(model: ModelPath, context: ContextOf) -> Model:
     """The base by its name, or an adapter by its reference, which may carry @alias, @v3 or @digest."""
+    _check_length(model)
+    return await context.run(context.executors.changing, _one, context, model)
+
+
+@router.delete("/v1/models/{model:path}")
+async def delete_model(model: ModelPath, context: ContextOf) -> DeletedModel:
+    """Delete an adapter, or with @ one version of it; requests under way keep the version they began with."""
+    _check_length(model)
+    if model == context.engine.base.name:
+        raise InvalidRequest(f"{model!r} is the base, which belongs to the server; name an adapter", param="model")
+    context.caller.check_change(model)
+    await context.run(context.executors.changing, context.publisher.remove, model, context.caller.actor)
+    return DeletedModel(id=model)
+
+
+def _check_length(model: str) -> None:
     if len(model) > MAX_REFERENCE:
         raise ModelNotFound(f"the name of a model has at most {MAX_REFERENCE} characters", param="model")
-    return await context.run(context.executors.changing, _one, context, model)
 
 
 def _one(context: RequestContext, model: str) -> Model:
