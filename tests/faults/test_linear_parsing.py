@@ -73,6 +73,7 @@ EXPRESSIONS = {
     "sera_serve/engine/structured.py: '|'.join([_OPAQUE, *(f'(?P<f{index}>{pattern})' for index, (_, pattern, _) in "
     "enumerate(_FORBIDDEN)), '(?P<colon>:)'])": "grammars",
     r"sera_serve/engine/structured.py: ^at \d+\(\d+\): failed to compile JSON schema: ": "a library's messages",
+    "sera_serve/server/native/upload_form.py: b'%22|%0D|%0A'": "three words of three characters, one after another",
     "sera_serve/server/native/sampling.py: 0|[1-9][0-9]{0,9}": "token ids as keys",
     "sera_serve/server/openai/fine_tuning.py: [a-z0-9._-]{1,40}": "a suffix, 40 characters at most",
     "sera_serve/server/openai/fine_tuning.py: [^a-z0-9]+": "the name of a base or an adapter, 200 characters at most",

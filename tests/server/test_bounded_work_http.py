@@ -116,10 +116,10 @@ class HeldStore(AdapterStore):
         assert self.opened.wait(20)
         return super().list_page(tenant, after, limit, between)
 
-    def publish(self, bundle: AdapterBundle, name: str) -> Published:
+    def publish(self, bundle: AdapterBundle, name: str, *, keep_latest: bool = False) -> Published:
         self.publishing += 1
         assert self.opened.wait(20)
-        return super().publish(bundle, name)
+        return super().publish(bundle, name, keep_latest=keep_latest)
 
 
 @pytest.fixture

@@ -36,7 +36,7 @@ _CHARSETS = (b"utf-8", b"utf8", b"us-ascii", b"ascii")
 _PLAIN_ENCODINGS = (b"7bit", b"8bit", b"binary")
 # Names in Content-Disposition: https://html.spec.whatwg.org/#multipart-form-data
 _ESCAPED = {b"%22": b'"', b"%0D": b"\r", b"%0A": b"\n"}
-_ESCAPE = re.compile(b"|".join(_ESCAPED))
+_ESCAPE = re.compile(rb"%22|%0D|%0A")
 _REMEDY = "send multipart/form-data with the fields bundle (a file) and name (text): curl -F name=... -F bundle=@..."
 
 
