@@ -262,7 +262,9 @@ class Colour(BaseModel):
 
 
 def test_an_answer_is_parsed_by_its_schema(client: openai.OpenAI) -> None:
-    answer = client.chat.completions.parse(model="tale/one", messages=CHAT, response_format=Colour, max_tokens=60)
+    answer = client.chat.completions.parse(
+        model="tale/one", messages=CHAT, response_format=Colour, max_tokens=60, temperature=0
+    )
     assert isinstance(answer.choices[0].message.parsed, Colour)
     text = client.completions.create(
         model="embedded", prompt=PROMPT, max_tokens=20, temperature=1, extra_body={"regex": "[ab]{3,5}"}
@@ -278,7 +280,9 @@ def test_an_answer_is_parsed_by_its_schema(client: openai.OpenAI) -> None:
 def test_what_the_client_parsed_may_be_sent_back(client: openai.OpenAI) -> None:
     again: Any = {"role": "user", "content": "Another one?"}
     message = (
-        client.chat.completions.parse(model="tale/one", messages=CHAT, response_format=Colour, max_tokens=60)
+        client.chat.completions.parse(
+            model="tale/one", messages=CHAT, response_format=Colour, max_tokens=60, temperature=0
+        )
         .choices[0]
         .message
     )
