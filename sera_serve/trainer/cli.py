@@ -187,7 +187,7 @@ def run(settings: TrainSettings, *, as_json: bool, dry: bool = False) -> None:
 
     from sera_serve.trainer.dry_run import DryRun, dry_run
     from sera_serve.trainer.dry_run_report import show_dry_run
-    from sera_serve.trainer.parallel import join_processes
+    from sera_serve.trainer.parallel import join_processes, leave_processes
     from sera_serve.trainer.run import TrainResult, train_adapter
 
     # A small base loads at once, so a progress bar would only clutter the terminal.
@@ -201,7 +201,9 @@ def run(settings: TrainSettings, *, as_json: bool, dry: bool = False) -> None:
         _fail(f"{error.filename or settings.store}: {error.strerror}", 1)
     except KeyboardInterrupt:
         _fail("stopped; the same command continues from the last checkpoint", 130)
-    if not join_processes(settings.device).is_main:
+    processes = join_processes(settings.device)
+    leave_processes(processes)
+    if not processes.is_main:
         return
     if as_json:
         typer.echo(json.dumps(result.as_json()))

@@ -76,6 +76,12 @@ def join_processes(device: str) -> Processes:
     return Processes(state.process_index, state.num_processes)
 
 
+def leave_processes(processes: Processes) -> None:
+    """End the talk with the other processes; all call it. Its threads would abort a program that they outlive."""
+    if processes.count > 1:
+        PartialState().destroy_process_group()
+
+
 class ShareOfBatches(Sampler[list[tuple[int, bool]]]):
     """The rows of each batch that one process takes: every `count`-th, from `index` on.
 
