@@ -13,12 +13,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Gemma2Config, GptOssConfig
 
 from adapters_store import AdapterStore
+from sera_kernels import ShapeClasses
 from sera_serve import SeraConfig
 from sera_serve.base import FrozenBase, freeze_base
 from sera_serve.engine import GenerateParams, GenerationResult, ServingEngine
 from sera_serve.engine.loop import runner
 from sera_serve.engine.loop.pages import PAGE_SIZE, SCRATCH
-from sera_serve.engine.loop.static_step import StaticBatch
+from sera_serve.engine.loop.static_step import StaticBatch, StaticKey, StaticStep
 from sera_serve.errors import EngineUnavailable
 from sera_serve.layers import served_linear
 from support.engine import Start, generate, settled
@@ -296,6 +297,26 @@ def test_padding_rows_write_to_the_scratch_page_alone(
     asyncio.run(all_at_once(engine, [ask(number, adapter=ADAPTERS[-number]) for number in range(4)]))
     assert any((SCRATCH, 0) in changed for changed in written)
     assert any((SCRATCH, 0) not in changed for changed in written)
+
+
+@pytest.mark.parametrize(("tokens", "requests"), [(1, 1), (16, 16), (96, 16)])
+def test_a_step_of_padding_alone_writes_to_the_scratch_page_alone(
+    tokens: int, requests: int, decoder: FrozenBase, adapters: AdapterStore, start_engine: Start
+) -> None:
+    """Each graph is captured over such a step."""
+    used = start_engine(decoder, adapters, max_sequences=16).runners["generate"].runner
+    row_tokens = torch.zeros(17, dtype=torch.int64)
+    key = StaticKey(tokens, requests, used.tables.pages.shape[1], ShapeClasses(), sampled=False, truncated=False)
+    step = StaticStep(used._model, used._context, used._pool, key, row_tokens)
+    before = [store.clone() for store in used._pool._stores.values()]
+    turn = step.stage(StaticBatch(), used.tables)
+    step.upload(turn)
+    step.run()
+    step.download(turn)
+    assert step.tokens(turn, 0) == [] and row_tokens[:-1].tolist() == [0] * 16
+    for old, new in zip(before, used._pool._stores.values(), strict=True):
+        changed = (old != new).flatten(2).any(-1).any(0).nonzero().flatten().tolist()
+        assert changed == [SCRATCH]
 
 
 @pytest.mark.parametrize("architecture", ["capped scores and windows", "sinks and experts"])

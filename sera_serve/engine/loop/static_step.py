@@ -184,7 +184,8 @@ class StaticStep:
             places.append(np.arange(request.computed, len(request.tokens)))
             ids.append(request.tokens[request.computed :])
             counts.append(len(places[-1]))
-        at, ends, row_of = np.concatenate(places), np.cumsum(counts, dtype=np.int64) - 1, np.repeat(rows, counts)
+        lengths = np.array(counts, np.int64)
+        at, ends, row_of = np.concatenate(places), lengths.cumsum() - 1, np.repeat(rows, lengths)
         values = {
             "ids": np.concatenate(ids),
             "positions": at,
