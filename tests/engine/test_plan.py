@@ -60,6 +60,40 @@ def test_random_arrivals_cancels_and_ends(seed: int) -> None:
         assert bench.waiting.charged[request.id] == len(request.tokens), "a token was charged twice, or not at all"
 
 
+@pytest.mark.parametrize("seed", range(30))
+def test_steps_planned_ahead_of_their_tokens(seed: int) -> None:
+    """As a device that is always one step behind: newcomers enter beside decodes whose tokens are not known."""
+    dice = random.Random(seed)
+    pages = dice.randint(4, 30)
+    bench = world(
+        pages,
+        budget=dice.randint(8, 160),
+        rows=dice.randint(1, 12),
+        threshold=dice.choice([None, None, dice.randint(20, 90)]),
+        still_loading=lambda request: dice.random() < 0.1,
+    )
+    most = dice.randint(1, 90)
+    planned = None
+    joined = ahead = number = 0
+    while number < 60 or bench.live:
+        if number < 60 and dice.random() < 0.3:
+            tokens = [dice.randrange(2) for _ in range(dice.randint(1, min(100, pages * PAGE_SIZE - 40)))]
+            bench.add(ask(f"r{number}", tokens, dice.randint(1, 40), tenant := dice.choice("abc"), f"{tenant}/x"))
+            number += 1
+        plan = planned or bench.plan()
+        if plan is not None:
+            planned = None
+            if all(request.computed + count == len(request.tokens) for request, count in plan.chunks):
+                planned, entered = bench.plan_ahead(plan, lambda plan, one: plan.tokens + len(one.tokens) <= most)
+                ahead += planned is not None
+                joined += len(entered)
+            bench.do(plan, lambda: dice.randrange(9))
+        bench.waiting.arrive()
+    assert ahead > 10 and (joined > 25 or seed not in (1, 9, 11)), "nobody entered a step planned ahead"
+    assert bench.planner.pages.available() == pages and not bench.planner.running
+    assert all(bench.waiting.charged[request.id] == len(request.tokens) for request in bench.finished)
+
+
 def test_the_random_worlds_are_wild_enough() -> None:
     """Preemption, prefix hits, chunks beside decodes: all of them happen in the world that the test above looks at."""
     dice = random.Random(1)

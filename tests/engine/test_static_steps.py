@@ -136,10 +136,11 @@ def test_steps_launched_ahead_of_a_late_device_give_the_same(
 ) -> None:
     want = run(start_engine(decoder, adapters))
     static_updates()
-    engine = start_engine(decoder, adapters, max_sequences=16, **settings)
+    # A batch of 14 is padded to 16 tokens, which is more than there are rows.
+    engine = start_engine(decoder, adapters, max_sequences=14, **settings)
     late = Replayed(engine, late=True)
     assert run(engine) == want
-    assert late.ahead > 20
+    assert late.ahead > 20 and late.joined > 5, "prompts too run in steps launched ahead"
 
 
 @pytest.mark.slow
@@ -213,6 +214,51 @@ def test_a_failing_step_ends_the_step_launched_ahead_too(
     assert [one.token_ids for one in asyncio.run(all_at_once(engine, batch))] == want
 
 
+@pytest.mark.parametrize("length", [1, 40])
+def test_a_prompt_that_joined_ahead_outlives_the_failure_of_the_step_before(
+    length: int, decoder: FrozenBase, adapters: AdapterStore, start_engine: Start, static_updates: Callable[[], None]
+) -> None:
+    newcomer = GenerateParams(token_ids=list(range(70, 70 + length)), max_new_tokens=6, adapter=ADAPTERS[0])
+    (want,) = asyncio.run(all_at_once(start_engine(decoder, adapters), [newcomer]))
+    static_updates()
+    engine = start_engine(decoder, adapters, max_sequences=16)
+    late = Replayed(engine, late=True)
+    launch = late.launch
+    fails: list[bool] = []
+
+    def failing(batch: StaticBatch, ahead: int) -> Callable[[], list[int]]:
+        wait = launch(batch, ahead)
+        if ahead and any(request.tokens == newcomer.token_ids for request in batch.prompts):
+            fails.append(True)
+
+        def waited() -> list[int]:
+            # By then the step after it has been launched.
+            if fails == [True]:
+                fails.append(False)
+                raise RuntimeError("an illegal memory access was encountered")
+            return wait()
+
+        return waited
+
+    late.launch = failing  # type: ignore[method-assign]
+
+    async def beside_others() -> tuple[GenerationResult, list[GenerationResult | BaseException]]:
+        streams = [
+            await generate(engine, ask(number, 200, adapter=ADAPTERS[number], ignore_eos=True)) for number in range(3)
+        ]
+        others = [asyncio.create_task(stream.collect()) for stream in streams]
+        while late.ahead < 3:
+            await asyncio.sleep(0.001)
+        result = await (await generate(engine, newcomer)).collect()
+        ended = await asyncio.gather(*others, return_exceptions=True)
+        await settled(engine)
+        return result, ended
+
+    result, others = asyncio.run(beside_others())
+    assert fails == [True, False] and all(isinstance(other, EngineUnavailable) for other in others)
+    assert result.token_ids == want.token_ids
+
+
 @pytest.mark.slow
 def test_a_pool_full_of_nan_changes_nothing(
     decoder: FrozenBase, adapters: AdapterStore, start_engine: Start, static_updates: Callable[[], None]
@@ -271,7 +317,7 @@ def test_padding_rows_write_to_the_scratch_page_alone(
     static_updates()
     engine = start_engine(decoder, adapters, max_sequences=16)
     replayed = Replayed(engine)
-    pool, tables = replayed.runner._pool, replayed.runner.tables
+    pool = replayed.runner._pool
     written: list[set[tuple[int, int]]] = []
     launch = replayed.launch
 
@@ -282,9 +328,7 @@ def test_padding_rows_write_to_the_scratch_page_alone(
         for old, new in zip(before, pool._stores.values(), strict=True):
             different: Tensor = (old != new).flatten(3).any(-1).any(0)
             changed |= {(page, offset) for page, offset in different.nonzero().tolist()}
-        rows = [request.row for request in batch.decodes]
-        assert list(tables.computed[rows]) == [one.computed for one in batch.decodes]
-        places = [(request, request.computed + ahead) for request in batch.decodes]
+        places = [(request, len(request.tokens) - 1 + ahead) for request in batch.decodes]
         places += [(one, at) for one in batch.prompts for at in range(one.computed, len(one.tokens))]
         own = {(request.pages[at // PAGE_SIZE], at % PAGE_SIZE) for request, at in places}
         assert len(own) == batch.tokens

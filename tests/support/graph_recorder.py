@@ -121,13 +121,14 @@ class Replayed:
         ahead: How many steps were launched before the step before them had been waited for.
         batches: The requests' names and rows, of each step.
         prompts: How many prompts ran in such steps.
+        joined: How many of them in steps that were launched ahead.
     """
 
     most_tokens = SIZES[-1]
 
     def __init__(self, engine: ServingEngine, late: bool = False) -> None:
         self.recordings: dict[StaticKey, Recording] = {}
-        self.replays = self.ahead = self.prompts = 0
+        self.replays = self.ahead = self.prompts = self.joined = 0
         self.batches: list[tuple[tuple[str, int], ...]] = []
         self._steps: dict[StaticKey, StaticStep] = {}
         self._late = late
@@ -153,6 +154,7 @@ class Replayed:
         self.batches.append(tuple((request.id, request.row) for request in requests))
         self.ahead += ahead
         self.prompts += len(batch.prompts)
+        self.joined += ahead * len(batch.prompts)
         runner = self.runner
         if key not in self._steps:
             with torch.inference_mode(False):

@@ -113,6 +113,13 @@ class World:
 
     def step(self, new_token: Callable[[], int] = lambda: 1) -> StepPlan | None:
         """Plan, check, and do what a model would do."""
+        plan = self.plan()
+        if plan is not None:
+            self.do(plan, new_token)
+        return plan
+
+    def plan(self) -> StepPlan | None:
+        """The next step, checked."""
         waiting, planner = self.waiting, self.planner
         waiting.steps += 1
         before = list(planner.running)
@@ -140,6 +147,35 @@ class World:
             assert not planner.running
             return None
         self._check_plan(plan, before, claims)
+        return plan
+
+    def plan_ahead(
+        self, plan: StepPlan, can_join: Callable[[StepPlan, GenerationRequest], bool]
+    ) -> tuple[StepPlan | None, list[GenerationRequest]]:
+        """The step after `plan`, checked, and who has entered the batch for it; nothing of `plan` is done yet."""
+        waiting, planner = self.waiting, self.planner
+        before, first, pages = list(planner.running), waiting.first(), planner.pages.available()
+        waiting.preempted.clear()
+        ahead = planner.plan_ahead(plan, [], can_join)
+        planner.check_invariants()
+        assert not waiting.preempted, "somebody yielded what a step under way uses"
+        entered = [request for request in planner.running if request not in before]
+        if ahead is None:
+            assert not entered and planner.pages.available() == pages and waiting.first() is first
+            return None, []
+        assert 0 < ahead.tokens <= self.budget
+        assert entered == ahead.entered == [request for request, _ in ahead.chunks]
+        assert all(request in plan.requests() for request in ahead.decodes)
+        for request in ahead.requests():
+            new = request in ahead.decodes
+            assert len(request.tokens) + new <= len(request.pages) * PAGE_SIZE
+            assert self.side(len(request.tokens) + new) == request.rotary_side
+        return ahead, entered
+
+    def do(self, plan: StepPlan, new_token: Callable[[], int] = lambda: 1) -> None:
+        """What a model would do in a step."""
+        waiting, planner = self.waiting, self.planner
+        assert all(request.is_decoding for request in plan.decodes)
         ran = [(request, 1) for request in plan.decodes] + plan.chunks
         self._write(ran)
         self._read(ran)
@@ -156,7 +192,6 @@ class World:
                     self.live.remove(request)
                     self.finished.append(request)
         planner.check_invariants()
-        return plan
 
     def _check_yielded_row(
         self, before: list[GenerationRequest], first: GenerationRequest, claims: dict[str, Claim]

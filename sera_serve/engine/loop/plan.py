@@ -50,6 +50,11 @@ class StepPlan:
     entered: list[GenerationRequest] = field(default_factory=list)
     grown: list[GenerationRequest] = field(default_factory=list)
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of the step."""
+        return len(self.decodes) + sum(count for _, count in self.chunks)
+
     def requests(self) -> list[GenerationRequest]:
         """All requests of the step."""
         return [*self.decodes, *(request for request, _ in self.chunks)]
@@ -131,30 +136,64 @@ class StepPlanner:
                 budget -= self._plan_chunk(plan, newcomer, budget)
         return plan if plan.decodes or plan.chunks else None
 
-    def plan_ahead(self, plan: StepPlan, leaving: Collection[GenerationRequest]) -> StepPlan | None:
-        """The step after `plan`, which has decodes alone and whose tokens are not known yet; None if it has to wait.
+    def plan_ahead(
+        self,
+        plan: StepPlan,
+        leaving: Collection[GenerationRequest],
+        can_join: Callable[[StepPlan, GenerationRequest], bool],
+    ) -> StepPlan | None:
+        """The step after `plan`, which gives each of its requests a token that is not known yet; None if it must wait.
 
-        It has the same requests, each with one token more, but those that will be finished then. It waits where a
-        newcomer may enter, a page is missing, or a request reaches the rotary threshold.
+        It has the requests of `plan`, each with one token more, but those that will be finished then, and newcomers
+        with their whole prompts. It waits where somebody would have to yield a row or a page, where the first newcomer
+        cannot join it, or where a request reaches the rotary threshold.
 
         Args:
-            plan: The step under way.
+            plan: The step under way. Its chunks end their prompts.
             leaving: Requests of the step that end after it.
+            can_join: Whether a newcomer's prompt may run in this step, beside what is planned already.
         """
-        waits = self._candidates.first()
-        if waits is not None and (self._rows or self._yields_row(waits) is not None):
-            return None
-        decodes = [r for r in plan.decodes if len(r.tokens) + 1 < r.limit and r not in leaving]
-        grown = [r for r in decodes if self._needs_page(r, ahead=1)]
-        if not decodes or len(grown) > self.pages.available():
+        ahead = StepPlan(decodes=[r for r in plan.requests() if len(r.tokens) + 1 < r.limit and r not in leaving])
+        ahead.grown = [r for r in ahead.decodes if len(r.tokens) == len(r.pages) * PAGE_SIZE]
+        if not ahead.decodes or len(ahead.grown) > self.pages.available():
             return None
         if self._rotary_side is not None and any(
-            self._rotary_side(len(r.tokens) + 1) != r.rotary_side for r in decodes
+            self._rotary_side(len(r.tokens) + 1) != r.rotary_side for r in ahead.decodes
         ):
             return None
-        for request in grown:
+        waits = self._candidates.first()
+        if waits is not None and self._rows:
+            if not self._enters_ahead(ahead, waits, len(ahead.grown), can_join):
+                return None
+        elif waits is not None and self._yields_row(waits) is not None:
+            return None
+        for request in ahead.grown:
             request.pages += self.pages.take(1)
-        return StepPlan(decodes=decodes, grown=grown)
+        while (
+            self._rows
+            and (newcomer := self._candidates.first()) is not None
+            and self._enters_ahead(ahead, newcomer, 0, can_join)
+        ):
+            if not self._admit(ahead, newcomer, short_of_pages=False):
+                break
+            if newcomer.row >= 0:
+                self._plan_chunk(ahead, newcomer, self._budget)
+        return ahead
+
+    def _enters_ahead(
+        self,
+        plan: StepPlan,
+        newcomer: GenerationRequest,
+        taken: int,
+        can_join: Callable[[StepPlan, GenerationRequest], bool],
+    ) -> bool:
+        """Whether a newcomer can enter without anybody's pages; `taken` are promised. Cached pages are not counted."""
+        count = len(newcomer.tokens)
+        if plan.tokens + count > self._budget or not can_join(plan, newcomer):
+            return False
+        if self._rotary_side is not None and self._rotary_side(count):
+            return False
+        return self.pages.available() >= taken + -(-count // PAGE_SIZE) + self._spare(newcomer)
 
     def advance(self, request: GenerationRequest, tokens: int) -> None:
         """Note that so many more tokens are in the pool, and let others find the pages that are full now."""
@@ -274,8 +313,8 @@ class StepPlanner:
         plan.decodes.append(request)
 
     @staticmethod
-    def _needs_page(request: GenerationRequest, ahead: int = 0) -> bool:
-        return request.computed + ahead == len(request.pages) * PAGE_SIZE
+    def _needs_page(request: GenerationRequest) -> bool:
+        return request.computed == len(request.pages) * PAGE_SIZE
 
     @staticmethod
     def _plan_chunk(plan: StepPlan, request: GenerationRequest, budget: int) -> int:
@@ -290,9 +329,8 @@ class StepPlanner:
         found = self._find(request)
         needed = -(-len(request.tokens) // PAGE_SIZE) - len(found)
         is_new = request.started_at is None
-        spare = len(self.running) // 4 if is_new else len(self.running)
         yielding: list[GenerationRequest] | None = []
-        if short_of_pages or self.pages.available() < needed + spare:
+        if short_of_pages or self.pages.available() < needed + self._spare(request):
             yielding = self._yield_pages(plan, request, needed) if is_new else None
         if yielding is None:
             self.pages.release(found)
@@ -311,6 +349,10 @@ class StepPlanner:
         self.running.append(request)
         plan.entered.append(request)
         return True
+
+    def _spare(self, request: GenerationRequest) -> int:
+        """Pages that a newcomer leaves to those that run."""
+        return len(self.running) // 4 if request.started_at is None else len(self.running)
 
     def _find(self, request: GenerationRequest) -> list[int]:
         """Pages of the prefix cache that hold the request's first tokens. Its last token is always computed."""

@@ -39,6 +39,7 @@ class RowTables:
         self.top_p[row], self.min_p[row] = params.top_p, params.min_p
         self.seed[row], self.truncates[row] = request.seed, request.has_truncation
         self.is_long[row] = request.rotary_side > 0
+        self.advance(request)
 
     def grow(self, request: GenerationRequest) -> None:
         """Note the last page of a request."""

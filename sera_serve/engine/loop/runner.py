@@ -176,7 +176,7 @@ class StepRunner:
 
         Args:
             plan: The step.
-            ahead: 1 if the tokens that run are those of the step before, which has not been waited for; else 0. Only
+            ahead: 1 if the decodes' tokens are those of the step before, which has not been waited for; else 0. Only
                 for plans of which `runs_on_device` is true.
         """
         self._enter(plan)
@@ -193,7 +193,13 @@ class StepRunner:
 
     def runs_on_device(self, plan: StepPlan) -> bool:
         """Whether the step needs nothing of the host once it is launched, so that the next one can be launched too."""
-        return not plan.chunks and len(self._static_batch(plan).decodes) == len(plan.decodes)
+        return len(self._static_batch(plan).requests) == len(plan.decodes) + len(plan.chunks)
+
+    def can_join(self, plan: StepPlan, request: GenerationRequest) -> bool:
+        """Whether a step that runs on the device still does with the whole prompt of one request more."""
+        count = len(request.tokens)
+        wider = StepPlan(plan.decodes, [*plan.chunks, (request, count)])
+        return _is_plain(request, count) and self.runs_on_device(wider)
 
     def _static_batch(self, plan: StepPlan) -> StaticBatch:
         """What static steps run of a plan: the decodes that need no logits, and all prompts or none.

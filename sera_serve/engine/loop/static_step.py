@@ -88,8 +88,8 @@ class StaticSteps(Protocol):
 
         Args:
             batch: What runs; at least one request.
-            ahead: How many tokens of each request are on the device alone: 1 if the step before this one, which has
-                the requests too, has not been waited for; else 0. Only 0 for a batch with prompts.
+            ahead: How many tokens of each decode are on the device alone: 1 if the step before this one, which has
+                these requests too, has not been waited for; else 0.
         """
 
 
@@ -99,7 +99,7 @@ class StaticKey:
 
     Attributes:
         tokens: The most tokens of the step.
-        requests: The most requests of the step. With more tokens than these, none of them is `ON_DEVICE`.
+        requests: The most requests of the step.
         pages: The most pages of a request.
         classes: The kinds of shapes that the requests' adapters may have; none in a step of the base model alone.
         sampled: Whether any request may be sampled.
@@ -177,7 +177,7 @@ class StaticStep:
         staging = self._staging[self._turn].numpy()
         rows = np.array([request.row for request in batch.requests], np.int64)
         decodes = rows[: len(batch.decodes)]
-        places = [tables.computed[decodes] + ahead]
+        places = [np.array([len(request.tokens) - 1 + ahead for request in batch.decodes], np.int64)]
         ids: list[Any] = [np.full(len(decodes), ON_DEVICE) if ahead else tables.next_token[decodes]]
         counts = [1] * len(decodes)
         for request in batch.prompts:
@@ -227,10 +227,11 @@ class StaticStep:
         """Write each token's keys and values to the pool, and what follows each request's last to `next_tokens`."""
         columns = self._columns
         rows, ids, at = columns["rows"].long(), columns["ids"].long(), columns["positions"].long()
-        if self.key.tokens == self.key.requests:
-            # A row whose step has overflowed has no token. It runs on with any, and its result is not looked at.
-            before = self._row_tokens.gather(0, rows).clamp(min=0)
-            ids = torch.where(ids == ON_DEVICE, before, ids)
+        # Decodes come first, so the first tokens are those of the first requests. A row whose step has overflowed has
+        # no token: it runs on with any, and its result is not looked at.
+        before = self._row_tokens.gather(0, rows).clamp(min=0)
+        first, rest = ids[: self.key.requests], ids[self.key.requests :]
+        ids = torch.cat([torch.where(first == ON_DEVICE, before, first), rest])
         page = self._table.gather(1, (at // PAGE_SIZE)[:, None])[:, 0].long()
         step = StepContext(self._pool, page * PAGE_SIZE + at % PAGE_SIZE, table=self._table, lengths=at + 1)
         if self._rotary is not None:

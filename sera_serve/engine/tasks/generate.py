@@ -183,7 +183,8 @@ class GenerationRunner(TaskRunner[GenerationRequest]):
         """Launch the step after `step` before its tokens are known, if nothing has to come between the two."""
         if self._stopping or self._cancelled or not self.runner.runs_on_device(step.plan):
             return
-        plan = self.planner.plan_ahead(step.plan, step.leaving)
+        plan = self.planner.plan_ahead(step.plan, step.leaving, self.runner.can_join)
+        self.scheduler.hint_new()
         if plan is None:
             return
         try:
