@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from adapters_store.format.config import AdapterConfig, canonical_json
 from adapters_store.format.containers import CONFIG_FILE, METADATA_KEY, MODEL_FILE, RawBundle, read_bytes, read_path
+from adapters_store.format.content_hash import content_hash, hash_meanwhile
 from adapters_store.format.mmap_buffer import writable_memory
 from adapters_store.format.safetensors_file import DTYPE_NAMES, DTYPES, BundleLimits, read_tensor, read_tensors
 from adapters_store.format.validation import check_names_and_shapes, check_values, is_surely_finite
@@ -51,7 +51,8 @@ class AdapterBundle:
         """SHA-256, in hexadecimal, of the canonical bundle: the same for any container. See FORMAT.md."""
         tensors = sorted(self.tensors.items())
         described = [[name, DTYPE_NAMES[tensor.dtype], list(tensor.shape)] for name, tensor in tensors]
-        return _digest(self.config, described, (t.reshape(-1).view(torch.uint8).numpy().data for _, t in tensors))
+        data = [tensor.reshape(-1).view(torch.uint8).numpy().data for _, tensor in tensors]
+        return content_hash(_manifest(self.config.canonical_json(), described), data)
 
     @property
     def nbytes(self) -> int:
@@ -107,35 +108,41 @@ class AdapterBundle:
 
     @classmethod
     def _checked(cls, raw: RawBundle) -> AdapterBundle:
-        config = AdapterConfig.from_json(raw.config)
-        header = raw.header
-        check_names_and_shapes(config, {name: entry.shape for name, entry in header.entries.items()})
-        data = raw.data
+        header, data = raw.header, raw.data
         if data.readonly:
             data = writable_memory(len(raw.data))
             data[:] = raw.data
+        names = sorted(header.entries)
+        # Usually there is one run. A hundred small tensors took far longer to check and hash one by one.
+        runs = header.runs(names)
+        described = [[name, header.entries[name].dtype, list(header.entries[name].shape)] for name in names]
+        parts = [data[run.begin : run.end] for run in runs]
+        # Our own writers write the canonical configuration, so that its hash need not wait for it to be checked.
+        written = raw.config if isinstance(raw.config, str) else raw.config.decode(errors="replace")
+        digest_of_written = hash_meanwhile(_manifest(written, described), parts)
+        config = AdapterConfig.from_json(raw.config)
+        check_names_and_shapes(config, {name: entry.shape for name, entry in header.entries.items()})
         # The tensors are in memory of the bundle's own already. The constructor would copy them once more.
         bundle = object.__new__(cls)
         object.__setattr__(bundle, "config", config)
         object.__setattr__(bundle, "tensors", read_tensors(data, header))
-        names = sorted(header.entries)
-        # Usually there is one run. A hundred small tensors took far longer to check and hash one by one.
-        runs = header.runs(names)
         if not all(is_surely_finite(read_tensor(data, run)) for run in runs):
             check_values(bundle.tensors)
-        described = [[name, header.entries[name].dtype, list(header.entries[name].shape)] for name in names]
-        object.__setattr__(bundle, "digest", _digest(config, described, (data[run.begin : run.end] for run in runs)))
+        canonical = config.canonical_json()
+        same = canonical == written
+        digest = digest_of_written() if same else content_hash(_manifest(canonical, described), parts)
+        object.__setattr__(bundle, "digest", digest)
         return bundle
 
 
-def _digest(config: AdapterConfig, described: list[list[Any]], data: Iterable[memoryview]) -> str:
-    """The digest of a configuration, of [name, dtype, shape] of its tensors, and of their bytes, in order of name."""
-    manifest = canonical_json({"config": config.model_dump(mode="json"), "tensors": described}).encode()
-    digest = hashlib.sha256(len(manifest).to_bytes(8, "little"))
-    digest.update(manifest)
-    for part in data:
-        digest.update(part)
-    return digest.hexdigest()
+def _manifest(config: str, described: list[list[Any]]) -> str:
+    """What comes before the bytes of the tensors, in order of name: canonical JSON.
+
+    Args:
+        config: The canonical configuration.
+        described: [name, dtype, shape] of each tensor, in order of name.
+    """
+    return f'{{"config":{config},"tensors":{canonical_json(described)}}}'
 
 
 def _metadata_of(config: AdapterConfig) -> dict[str, str]:

@@ -35,6 +35,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _NUMPY_TYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.int16}
 _ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 _LENGTH_BYTES = 8
+_FIELDS = {"dtype", "shape", "data_offsets"}
 # No writer makes a header of 64 GiB. Eight bytes that claim more begin another kind of file.
 _ABSURD_HEADER = 1 << 36
 _MAX_DIMENSION = 1 << 40
@@ -197,7 +198,7 @@ def _parse_json(raw: bytes) -> dict[str, Any]:
 
 
 def _entry(name: str, field: Any, start: int) -> TensorEntry:
-    if not isinstance(field, dict) or set(field) != {"dtype", "shape", "data_offsets"}:
+    if not isinstance(field, dict) or field.keys() != _FIELDS:
         raise InvalidHeader(f"tensor {name!r} needs exactly dtype, shape and data_offsets", param=name)
     dtype, shape, offsets = field["dtype"], field["shape"], field["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
@@ -213,12 +214,10 @@ def _entry(name: str, field: Any, start: int) -> TensorEntry:
 
 
 def _are_sizes(value: Any) -> bool:
+    if not isinstance(value, list) or len(value) > 8:
+        return False
     # bool is an int to Python, not to JSON.
-    return (
-        isinstance(value, list)
-        and len(value) <= 8
-        and all(type(item) is int and 0 <= item <= _MAX_DIMENSION for item in value)
-    )
+    return not any(type(item) is not int or item < 0 or item > _MAX_DIMENSION for item in value)
 
 
 def _check_tiling(entries: dict[str, TensorEntry], start: int, file_bytes: int) -> None:
