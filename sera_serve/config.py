@@ -24,6 +24,8 @@ from sera_serve.access import checked_quotas
 from sera_serve.errors import InvalidConfiguration
 
 _ENV_PREFIX = "SERA_SERVE_"
+# The host takes as long for a pass of a GPU's layers with 512 tokens as with a few.
+_CPU_BATCH_TOKENS, _GPU_BATCH_TOKENS = 512, 2048
 _DEVICE = re.compile(r"cpu|cuda(:[0-9]{1,3})?", re.ASCII)
 
 RELOADED = frozenset({"quotas", "tenant_weights"})
@@ -79,13 +81,23 @@ class ServeSettings(BaseSettings):
         le=1 << 40,
         description="tokens in the KV cache; by default 32768 on a CPU, and all that fit on a GPU",
     )
-    max_batch_tokens: int = Field(
-        512, ge=1, description="most tokens of one forward pass; longer prompts are computed in chunks"
+    max_batch_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="most tokens of one forward pass; longer prompts are computed in chunks; by default 512 on a CPU, "
+        "and 2048 on a GPU",
     )
     max_sequences: int = Field(256, ge=1, description="most sequences of one forward pass")
     cuda_graphs: bool = Field(
         True,
         description="on a GPU, capture most steps as CUDA graphs at start; false starts sooner and runs slower",
+    )
+    stream_interval: int = Field(
+        1,
+        ge=1,
+        le=1024,
+        description="tokens of one event of a stream, but for the first and the last; with more, many streams take "
+        "less of the server's processor",
     )
     classify_max_batch: int = Field(32, ge=1, description="most inputs of one classification pass")
     classify_max_wait_ms: float = Field(
@@ -199,6 +211,13 @@ class ServeSettings(BaseSettings):
         description="share of a GPU's memory that one training job may use; with gpu_memory_fraction at most 1 in all",
     )
     request_timeout_s: float = Field(60, gt=0, description="longest wait until a request starts, seconds; then 503")
+
+    @property
+    def batch_tokens(self) -> int:
+        """The most tokens of one forward pass, on this device."""
+        if self.max_batch_tokens is not None:
+            return self.max_batch_tokens
+        return _CPU_BATCH_TOKENS if self.device == "cpu" else _GPU_BATCH_TOKENS
 
     @field_validator("device")
     @classmethod

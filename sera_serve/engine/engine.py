@@ -328,6 +328,7 @@ class ServingEngine(RowCalls):
                         Detokenizer(self.base.tokenizer, request.tokens, params.stop, params.min_tokens),
                         self._mailbox_here(),
                         partial(runner.cancel, request),
+                        self.settings.stream_interval,
                     )
                     for request in requests
                 ]
@@ -487,7 +488,7 @@ class ServingEngine(RowCalls):
             self._pool,
             self._scheduler(),
             max_rows=settings.classify_max_batch,
-            max_tokens=settings.max_batch_tokens,
+            max_tokens=settings.batch_tokens,
             max_wait_s=settings.classify_max_wait_ms / 1000,
             cpu_threads=self._cpu_threads,
         )
@@ -500,7 +501,7 @@ class ServingEngine(RowCalls):
             context,
             self._scheduler(),
             self._memory,
-            max_batch_tokens=settings.max_batch_tokens,
+            max_batch_tokens=settings.batch_tokens,
             max_sequences=settings.max_sequences,
             cpu_threads=self._cpu_threads,
             cuda_graphs=settings.cuda_graphs,

@@ -81,10 +81,10 @@ class DeviceMemory:
             return settings.kv_cache_tokens
         if self._device.type != "cuda":
             return _CPU_CACHE_TOKENS
-        steps = _STEP_BYTES + settings.max_batch_tokens * widest * 4 * _WIDE_TENSORS
+        steps = _STEP_BYTES + settings.batch_tokens * widest * 4 * _WIDE_TENSORS
         steps += settings.max_sequences * vocabulary * 4 * (_LOGITS_TENSORS + _COUNT_TABLES)
         tokens = (self._left("the KV cache") - steps) // bytes_per_token
-        if tokens < settings.max_batch_tokens:
+        if tokens < settings.batch_tokens:
             raise self._too_little("the KV cache")
         return int(tokens)
 

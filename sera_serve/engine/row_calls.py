@@ -275,7 +275,7 @@ class RowCalls(ABC):
             try:
                 async with self._time_to_start(limits):
                     groups = await make_groups(held)
-                    parts = split_call(call, groups, self.settings.classify_max_batch, self.settings.max_batch_tokens)
+                    parts = split_call(call, groups, self.settings.classify_max_batch, self.settings.batch_tokens)
                     runner.submit(parts)
                     await _any_started(parts, reader)
                 await _finished(parts, reader, limits.deadline)

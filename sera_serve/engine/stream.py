@@ -237,6 +237,7 @@ class GenerationStream(EventReader, AsyncIterator[TokenDelta]):
         detokenizer: Detokenizer,
         mailbox: Mailbox,
         cancel: Callable[[FinishReason], None],
+        interval: int = 1,
     ) -> None:
         """Read a request.
 
@@ -245,8 +246,10 @@ class GenerationStream(EventReader, AsyncIterator[TokenDelta]):
             detokenizer: Has the prompt.
             mailbox: Of the running event loop.
             cancel: Has the engine finish the request, for a reason.
+            interval: Tokens of a delta, at least, but for the first and the last.
         """
         super().__init__(mailbox)
+        self._interval = interval
         self.request = request
         self.result: GenerationResult | None = None
         self.on_news: Callable[[], None] | None = None
@@ -301,7 +304,9 @@ class GenerationStream(EventReader, AsyncIterator[TokenDelta]):
 
     def wake(self) -> None:
         """On the event loop: there is news."""
-        super().wake()
+        # Before its first delta, a reader waits for the start too.
+        if not self._token_ids or self._has_delta():
+            super().wake()
         if self.on_news is not None:
             self.on_news()
 
@@ -322,7 +327,7 @@ class GenerationStream(EventReader, AsyncIterator[TokenDelta]):
             raise StopAsyncIteration
         request = self.request
         seen = request.prompt_tokens + len(self._token_ids)
-        while not self._expired and not request.is_finished and len(request.tokens) == seen:
+        while not self._has_delta():
             await self.wait()
         # The state before the tokens: a request that is finished gets no more of them.
         finished = request.is_finished
@@ -358,6 +363,13 @@ class GenerationStream(EventReader, AsyncIterator[TokenDelta]):
         if self.result is None:
             raise EngineUnavailable("the request was closed before it finished")
         return self.result
+
+    def _has_delta(self) -> bool:
+        """Whether there is enough for a delta, or nothing more to wait for."""
+        if self._expired or self.request.is_finished:
+            return True
+        seen = len(self._token_ids)
+        return self.request.generated - seen >= (self._interval if seen else 1)
 
     def _advance(self, seen: int, end: int, finished: bool) -> TokenDelta:
         """The delta of `request.tokens[seen:end]`, cut where a stop string ends it."""

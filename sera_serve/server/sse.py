@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
+import pydantic_core
 from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
@@ -28,7 +28,7 @@ Admit = Callable[[], Awaitable[Sequence[GenerationStream]]]
 
 def encode_event(content: dict[str, Any]) -> bytes:
     """Encode one event. Its JSON has no line breaks, so the event is one `data:` line."""
-    return b"data: " + json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8") + b"\n\n"
+    return b"data: " + pydantic_core.to_json(content) + b"\n\n"
 
 
 class EventWriter:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 from collections.abc import Coroutine
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -36,6 +37,32 @@ def test_result_and_deltas_agree(decoder: FrozenBase, store: AdapterStore, start
         assert stream.result.prompt_tokens == 5
         assert stream.result.completion_tokens == 12
         assert (stream.result.adapter, stream.result.version) == ("acme/a", 1)
+
+    run(main())
+
+
+@pytest.mark.parametrize("ends_by", ["length", "stop"])
+def test_an_interval_joins_tokens_and_changes_nothing_else(
+    ends_by: str, decoder: FrozenBase, store: AdapterStore, start_engine: Start
+) -> None:
+    params = GenerateParams(prompt="hello", max_new_tokens=30, ignore_eos=True)
+    whole = run(collect(start_engine(decoder, store), **vars(params)))
+    if ends_by == "stop":
+        params = replace(params, stop=[whole.text[20:24]])
+        whole = run(collect(start_engine(decoder, store), **vars(params)))
+        assert 4 < len(whole.token_ids) < 30
+    engine = start_engine(decoder, store, stream_interval=7)
+
+    async def main() -> None:
+        stream = await generate(engine, params)
+        deltas = [delta async for delta in stream]
+        assert stream.result is not None
+        assert (stream.result.token_ids, stream.result.text) == (whole.token_ids, whole.text)
+        assert "".join(delta.text for delta in deltas) == whole.text
+        assert [token for delta in deltas for token in delta.token_ids] == whole.token_ids
+        # Some may be more at once, where the loop is late.
+        assert deltas[0].token_ids and all(len(delta.token_ids) >= 7 for delta in deltas[1:-1])
+        await settled(engine)
 
     run(main())
 

@@ -15,6 +15,8 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
+import pydantic_core
+
 from sera_serve.engine import BASE_TENANT, GenerationResult, GenerationStream, Principal, TokenDelta, TokenLogprobs
 from sera_serve.server.accounting import Account
 from sera_serve.server.openai.errors import translated_errors
@@ -60,7 +62,8 @@ class Head:
 
 def to_json(value: Any) -> str:
     """Return compact JSON."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    # A tenth of the standard library's time: a stream has two for each token.
+    return pydantic_core.to_json(value).decode()
 
 
 def with_member(json_object: str, name: str, value: str) -> str:
