@@ -255,5 +255,9 @@ def test_wheels_are_fetched_in_our_versions(monkeypatch: pytest.MonkeyPatch, tmp
     assert fetched == list(wheels.PACKAGES)
     # What the command asks for is there already, or fetched.
     assert {name.replace("_", "-") for name in command.NEEDED} <= {*fetched, "torch", "triton", "numpy"}
+    with pytest.raises(SystemExit, match="0"):
+        wheels.main([str(tmp_path), "--tests"])
+    again = [argument.partition("==")[0] for argument in asked if argument in constraints][len(fetched) :]
+    assert again == [*wheels.PACKAGES, *wheels.TEST_PACKAGES]
     with pytest.raises(ValueError, match=r"constraints.txt has no version of tritonn; add them"):
         wheels.pins(["tritonn"], wheels.CONSTRAINTS.read_text())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,8 +19,14 @@ from sera_serve.engine.loop.static_step import StaticKey
 def modes(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """torch's modes of watching for waits, as they are set."""
     log: list[Any] = []
+
+    def set_mode(mode: Any) -> None:
+        if not log:
+            warnings.warn("Synchronization debug mode is a prototype feature and does not yet", stacklevel=2)
+        log.append(mode)
+
     monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", log.append)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", set_mode)
     return log
 
 

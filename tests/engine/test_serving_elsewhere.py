@@ -17,7 +17,7 @@ from sera_serve.engine import ClassifyResult, EmbedResult, GenerationResult, Lab
 from sera_serve.engine.constraint import ConstraintSpec
 from support.engine import SHAPE, acting_for, classify, collect, settled
 from support.factories import random_adapter, random_decoder, random_encoder, with_hidden_layer, with_vectors
-from support.other_device import OTHER, Elsewhere, moved, other_device_in_threads
+from support.places import PLACES, PLACES_AND_GRAPHS, Place
 from support.vision import image_classifier, image_file, random_clip, random_vit, retriever
 
 Start = Callable[..., ServingEngine]
@@ -26,7 +26,11 @@ LOW_RANK = SeraConfig(4, 1, 8.0, ("q_proj", "v_proj"), use_mixer=False)
 
 
 def on_both(
-    base: FrozenBase, store: AdapterStore, start_engine: Start, calls: Callable[[ServingEngine], list[Any]]
+    place: Place,
+    base: FrozenBase,
+    store: AdapterStore,
+    start_engine: Start,
+    calls: Callable[[ServingEngine], list[Any]],
 ) -> list[list[Any]]:
     """The results of the calls, all at once, on the CPU and elsewhere. Few adapters fit, so some are evicted."""
 
@@ -34,10 +38,10 @@ def on_both(
         return await asyncio.gather(*calls(engine))
 
     found = [asyncio.run(together(start_engine(base, store, max_resident=3)))]
-    with other_device_in_threads():
-        engine = start_engine(moved(base), store, max_resident=3)
-        assert all(isinstance(parameter, Elsewhere) for parameter in engine.base.model.parameters())
-        assert engine.residency.pool.data.device == OTHER
+    with place.serving():
+        engine = start_engine(place.moved(base), store, max_resident=3, device=place.device, **place.engine_settings)
+        held = [*engine.base.model.parameters(), *engine.base.model.buffers(), engine.residency.pool.data]
+        assert all(place.has(tensor) for tensor in held)
         found.append(asyncio.run(together(engine)))
         # Within the block: the checks read the device.
         asyncio.run(settled(engine))
@@ -72,8 +76,9 @@ def check_same(here: Any, there: Any) -> None:
                 assert mine.logprob == pytest.approx(other.logprob, rel=1e-3, abs=1e-4)
 
 
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("make", [random_decoder, random_encoder])
-def test_texts(make: Callable[[], FrozenBase], store: AdapterStore, start_engine: Start) -> None:
+def test_texts(make: Callable[[], FrozenBase], place: Place, store: AdapterStore, start_engine: Start) -> None:
     base = make()
     names = list(publish(base, store))
     gains = with_vectors(
@@ -88,13 +93,14 @@ def test_texts(make: Callable[[], FrozenBase], store: AdapterStore, start_engine
             *(engine.embed(name, TEXTS, acting_for(name)) for name in [None, *names]),
         ]
 
-    for here, there in zip(*on_both(base, store, start_engine, calls), strict=True):
+    for here, there in zip(*on_both(place, base, store, start_engine, calls), strict=True):
         for mine, other in zip(*([r] if not isinstance(r, list) else r for r in (here, there)), strict=True):
             check_same(mine, other)
 
 
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("make", [random_vit, random_clip])
-def test_images(make: Callable[[], FrozenBase], store: AdapterStore, start_engine: Start) -> None:
+def test_images(make: Callable[[], FrozenBase], place: Place, store: AdapterStore, start_engine: Start) -> None:
     base = make()
     for seed in range(4):
         store.publish(image_classifier(base, [SHAPE, LOW_RANK][seed % 2], seed, ["a", "b", "c"]), f"acme/c{seed}")
@@ -111,11 +117,12 @@ def test_images(make: Callable[[], FrozenBase], store: AdapterStore, start_engin
             *(engine.embed(name, inputs, acting_for(name)) for name in embedders),
         ]
 
-    for here, there in zip(*on_both(base, store, start_engine, calls), strict=True):
+    for here, there in zip(*on_both(place, base, store, start_engine, calls), strict=True):
         check_same(here, there)
 
 
-def test_generation(store: AdapterStore, start_engine: Start) -> None:
+@pytest.mark.parametrize("place", PLACES_AND_GRAPHS)
+def test_generation(place: Place, store: AdapterStore, start_engine: Start) -> None:
     base = random_decoder()
     for seed in range(4):
         store.publish(random_adapter(base, [SHAPE, LOW_RANK][seed % 2], seed), f"acme/w{seed}")
@@ -135,5 +142,5 @@ def test_generation(store: AdapterStore, start_engine: Start) -> None:
             for adapter in (None, f"acme/w{i % 4}")
         ]
 
-    for here, there in zip(*on_both(base, store, start_engine, calls), strict=True):
+    for here, there in zip(*on_both(place, base, store, start_engine, calls), strict=True):
         check_same(here, there)

@@ -8,7 +8,6 @@ some operations by the device.
 
 from __future__ import annotations
 
-import copy
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,8 +20,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 from transformers import TrainingArguments
-
-from sera_serve.base import FrozenBase
 
 # The device type that torch computes nothing on by itself.
 OTHER = torch.device("meta")
@@ -154,16 +151,6 @@ def other_device() -> Iterator[None]:
         patch.setattr("accelerate.Accelerator.device", OTHER)
         patch.setattr(TrainingArguments, "device", property(lambda self: (self._setup_devices, OTHER)[1]))
         yield
-
-
-def moved(base: FrozenBase) -> FrozenBase:
-    """A copy of a base model on `OTHER`."""
-    there = copy.copy(base)
-    model = copy.deepcopy(base.model)
-    move(model)
-    object.__setattr__(there, "model", model)
-    assert there.device == OTHER
-    return there
 
 
 @contextmanager

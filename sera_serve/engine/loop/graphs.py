@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -66,7 +67,10 @@ def check_capturable(run: Callable[[], object]) -> None:
         NotCapturable: One does.
     """
     before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():
+        # torch says so at its first call, to the log of every server, or as an error where warnings are errors.
+        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype feature")
+        torch.cuda.set_sync_debug_mode("error")
     try:
         run()
     except RuntimeError as error:
