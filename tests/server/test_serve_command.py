@@ -20,6 +20,7 @@ from typing import IO, Any
 
 import httpx
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from adapters_store import AdapterStore
@@ -28,7 +29,7 @@ from sera_serve.base import FrozenBase, load_base
 from sera_serve.cli import build_cli
 from sera_serve.commands import serve
 from sera_serve.commands.reload import SettingsReloader
-from sera_serve.commands.serve import client_lines
+from sera_serve.commands.serve import client_lines, let_steps_go_first
 from sera_serve.config import ServeSettings
 from support.factories import random_adapter, random_decoder
 
@@ -228,6 +229,16 @@ def test_the_printed_lines_of_a_client_read_the_key() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("device", "set_to"), [("cpu", []), ("cuda:1", [0.001])])
+def test_a_gpus_steps_wait_less_for_the_interpreter(
+    device: str, set_to: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[float] = []
+    monkeypatch.setattr(sys, "setswitchinterval", given.append)
+    let_steps_go_first(torch.device(device))
+    assert given == set_to
+
+
 def test_a_second_interrupt_does_not_wait(folder: Path, tmp_path: Path) -> None:
     arguments = ["--base", folder, "--store", tmp_path / "store", "--port", "0", "--pool-mib", "4"]
     more = ["--kv-cache-tokens", "1024", "--metrics-address", "127.0.0.1:0"]
