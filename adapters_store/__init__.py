@@ -30,6 +30,7 @@ from adapters_store.format.config import (
     HeadSpec,
     ImageSpec,
     ModuleSpec,
+    Pooling,
     Task,
 )
 from adapters_store.format.mmap_buffer import writable_memory
@@ -69,6 +70,7 @@ __all__ = [
     "PeftFiles",
     "PeftImport",
     "PeftLayer",
+    "Pooling",
     "Published",
     "ResolvedAdapter",
     "StoreError",

@@ -22,6 +22,7 @@ from pydantic_settings import (
 
 from sera_serve.access import checked_quotas
 from sera_serve.errors import InvalidConfiguration
+from sera_serve.quantization import Quantize
 
 _ENV_PREFIX = "SERA_SERVE_"
 # The host takes as long for a pass of a GPU's layers with 512 tokens as with a few.
@@ -52,7 +53,7 @@ class ServeSettings(BaseSettings):
         "auto",
         description="dtype of base and adapters; auto means float32 on a CPU, the checkpoint's own elsewhere",
     )
-    quantize: Literal["none", "nf4", "int8", "int4"] = Field(
+    quantize: Quantize = Field(
         "none",
         description="what the base's linear layers are kept in: nf4 (bitsandbytes), int8 or int4 (torchao); none means "
         "in dtype. Adapters of the base run on the quantized base too",

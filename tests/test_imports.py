@@ -23,11 +23,14 @@ ALLOWED: dict[str, set[str]] = {
     "sera_serve.terminal": set(),
     # The console scripts: they import what they run by its name.
     "sera_serve.scripts": set(),
-    "sera_serve.config": SHARED | {"sera_serve.access"},
+    # Options that are read without torch.
+    "sera_serve.quantization": set(),
+    "sera_serve.sera_config": SHARED,
+    "sera_serve.config": SHARED | {"sera_serve.access", "sera_serve.quantization"},
     # Its users need nothing that a server needs.
     "sera_serve.client": set(),
-    "sera_serve.layers": SHARED | {"sera_kernels"},
-    "sera_serve.base": SHARED | {"sera_serve.layers", "adapters_store"},
+    "sera_serve.layers": SHARED | {"sera_serve.quantization", "sera_serve.sera_config", "sera_kernels"},
+    "sera_serve.base": SHARED | {"sera_serve.quantization", "sera_serve.layers", "adapters_store"},
     "sera_serve.residency": SHARED | {"sera_serve.layers", "adapters_store", "sera_kernels"},
     "sera_serve.engine": SHARED
     | {"sera_serve.config", "sera_serve.base", "sera_serve.residency", "sera_serve.layers"}
@@ -51,7 +54,8 @@ ALLOWED: dict[str, set[str]] = {
     | {"sera_serve.server", "sera_serve.server.native", "sera_serve.server.openai"}
     | {"sera_serve.access", "sera_serve.config", "sera_serve.engine", "adapters_store"},
     "sera_serve.trainer": SHARED
-    | {"sera_serve.scripts", "sera_serve.terminal", "sera_serve.base", "sera_serve.layers", "adapters_store"},
+    | {"sera_serve.scripts", "sera_serve.terminal", "sera_serve.quantization", "sera_serve.sera_config"}
+    | {"sera_serve.base", "sera_serve.layers", "adapters_store"},
 }
 # The entry points: they put the packages together.
 TOP = {"sera_serve", "sera_serve.cli", "sera_serve.commands"}

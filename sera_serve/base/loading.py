@@ -20,9 +20,10 @@ from sera_serve.base.fingerprint import fingerprint
 from sera_serve.base.image_tower import DUAL_FAMILIES, VISION_FAMILIES, BaseKind, image_tower
 from sera_serve.base.images import base_image_spec, check_pillow, family_image_spec
 from sera_serve.base.model import FrozenBase
-from sera_serve.base.quantize import Quantize, quantize_base
+from sera_serve.base.quantize import quantize_base
 from sera_serve.base.rotary import install_per_sequence_rotary, rotary_scaling
 from sera_serve.errors import BaseNotFound, InvalidConfiguration
+from sera_serve.quantization import Quantize
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 EMBEDDED = "embedded"

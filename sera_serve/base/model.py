@@ -6,7 +6,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from adapters_store import (
     BaseInfo,
     ImageSpec,
     NotMergeable,
+    Pooling,
     WrongTask,
     check_base,
     dense_factors,
@@ -36,9 +37,8 @@ from sera_serve.base.rotary import (
 )
 from sera_serve.errors import UnsupportedTask
 from sera_serve.layers import adaptable_linears, linear_widths
-from sera_serve.layers.quantized_linear import QuantizationKind, QuantizedLinear
-
-Pooling = Literal["last_token", "cls", "mean"]
+from sera_serve.layers.quantized_linear import QuantizedLinear
+from sera_serve.quantization import QuantizationKind
 
 
 @dataclass(frozen=True)

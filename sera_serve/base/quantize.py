@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -11,9 +9,8 @@ from sera_serve.base.model import FrozenBase
 from sera_serve.errors import InvalidConfiguration
 from sera_serve.layers import adaptable_linears
 from sera_serve.layers.attach import replace_module
-from sera_serve.layers.quantized_linear import BYTES_A_MATRIX, BYTES_A_WEIGHT, KINDS, QuantizationKind, QuantizedLinear
-
-Quantize = Literal["none", "nf4", "int8", "int4"]
+from sera_serve.layers.quantized_linear import BYTES_A_MATRIX, BYTES_A_WEIGHT, KINDS, QuantizedLinear
+from sera_serve.quantization import QuantizationKind, Quantize
 
 
 def quantize_base(base: FrozenBase, kind: QuantizationKind) -> None:

@@ -9,7 +9,6 @@ from sera_serve.layers.attach import (
     detach_adapter,
     module_specs,
 )
-from sera_serve.layers.config import ALL_LINEAR, SeraConfig
 from sera_serve.layers.context import AdapterContext
 from sera_serve.layers.sera_linear import SeraLinear
 from sera_serve.layers.served_linear import (
@@ -22,6 +21,7 @@ from sera_serve.layers.targets import (
     adaptable_linears,
     linear_widths,
 )
+from sera_serve.sera_config import ALL_LINEAR, SeraConfig
 
 __all__ = [
     "ALL_LINEAR",

@@ -8,9 +8,9 @@ from typing import TypedDict
 from torch import Tensor, nn
 
 from sera_serve.errors import InvalidConfiguration
-from sera_serve.layers.config import SeraConfig
 from sera_serve.layers.sera_linear import SeraLinear
 from sera_serve.layers.targets import adaptable_linears, linear_widths, select_targets
+from sera_serve.sera_config import SeraConfig
 
 
 class ModuleShape(TypedDict):

@@ -7,15 +7,15 @@ an ordinary linear layer with the dequantized weight, which is never kept.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from sera_serve.errors import InvalidConfiguration
+from sera_serve.quantization import QuantizationKind
 
-QuantizationKind = Literal["nf4", "int8", "int4"]
 KINDS: tuple[QuantizationKind, ...] = ("nf4", "int8", "int4")
 # Of int4, along a row: one scale and one zero point for so many weights.
 GROUP = 32

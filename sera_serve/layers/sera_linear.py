@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from sera_serve.layers.block_update import add_update
-from sera_serve.layers.config import SeraConfig
 from sera_serve.layers.targets import linear_widths
+from sera_serve.sera_config import SeraConfig
 
 
 class SeraLinear(nn.Module):

@@ -11,8 +11,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from sera_serve.errors import InvalidConfiguration
-from sera_serve.layers.config import ALL_LINEAR, SeraConfig
 from sera_serve.layers.quantized_linear import QuantizedLinear
+from sera_serve.sera_config import ALL_LINEAR, SeraConfig
 
 _MOST_NAMES = 12
 

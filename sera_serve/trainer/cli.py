@@ -18,7 +18,7 @@ from sera_serve.trainer.compare.command import compare_command
 from sera_serve.trainer.init_file import settings_yaml, write_settings
 from sera_serve.trainer.option_text import flag
 from sera_serve.trainer.packages import check_packages
-from sera_serve.trainer.patterns import PATTERN_OPTIONS
+from sera_serve.trainer.pattern_options import PATTERN_OPTIONS
 from sera_serve.trainer.settings import RUN, WHAT, TrainSettings, load_options
 from sera_serve.trainer.task_options import Task
 

@@ -9,7 +9,7 @@ from adapters_store import AdapterBundle, AdapterConfig, AdapterStore, check_bas
 from sera_serve.base import FrozenBase
 from sera_serve.errors import InvalidConfiguration
 from sera_serve.layers import SeraConfig, attach_layers
-from sera_serve.layers.config import Factor
+from sera_serve.sera_config import Factor
 from sera_serve.trainer.methods import METHODS, Method
 from sera_serve.trainer.settings import TrainSettings
 

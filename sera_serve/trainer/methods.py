@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sera_serve.errors import InvalidConfiguration
-from sera_serve.layers.config import Factor
+from sera_serve.sera_config import Factor
 
 # The methods of the adapter format. The trainer's other methods are published as one of them.
 StoredMethod = Literal["sera", "lora", "melora", "moslora", "lora-fa", "head-only"]

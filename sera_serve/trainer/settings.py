@@ -9,15 +9,14 @@ from typing import Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from adapters_store import parse_adapter, parse_ref
+from adapters_store import Pooling, parse_adapter, parse_ref
 from adapters_store.errors import InvalidAdapterName
-from sera_serve.base import Pooling, Quantize
 from sera_serve.errors import InvalidConfiguration
-from sera_serve.layers import ALL_LINEAR, SeraConfig
-from sera_serve.layers.config import Factor
+from sera_serve.quantization import Quantize
+from sera_serve.sera_config import ALL_LINEAR, Factor, SeraConfig
 from sera_serve.trainer.methods import DEFAULT_METHOD, METHODS, Method, MethodPreset, StoredMethod
 from sera_serve.trainer.option_text import flag, param_of, read_yaml, readable
-from sera_serve.trainer.patterns import PATTERN_OPTIONS, parse_pattern
+from sera_serve.trainer.pattern_options import PATTERN_OPTIONS, parse_pattern
 from sera_serve.trainer.task_options import (
     CHAT_COLUMNS,
     FORMAT_COLUMNS,

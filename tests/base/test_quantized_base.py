@@ -24,7 +24,8 @@ from sera_serve.base import (
 )
 from sera_serve.errors import InvalidConfiguration
 from sera_serve.layers import adaptable_linears, attach_adapter
-from sera_serve.layers.quantized_linear import KINDS, QuantizationKind, QuantizedLinear
+from sera_serve.layers.quantized_linear import KINDS, QuantizedLinear
+from sera_serve.quantization import QuantizationKind
 from support.factories import byte_tokenizer, random_adapter, random_decoder, random_encoder
 
 # Of the weight's norm, of a matrix with normal entries. Measured: 0.092, 0.007 and 0.084.

@@ -15,7 +15,8 @@ from adapters_store import AdapterStore
 from sera_serve.base import FrozenBase, quantize_base
 from sera_serve.engine import ServingEngine
 from sera_serve.layers import adaptable_linears
-from sera_serve.layers.quantized_linear import KINDS, QuantizationKind, QuantizedLinear
+from sera_serve.layers.quantized_linear import KINDS, QuantizedLinear
+from sera_serve.quantization import QuantizationKind
 from support.engine import SHAPE, acting_for, classify, collect
 from support.factories import greedy, merged, random_adapter, random_decoder, random_encoder
 

@@ -16,7 +16,7 @@ from sera_serve.base.spans import Span, bio_tags, encode_tags
 from sera_serve.engine import Principal, Score, ServingEngine, Spans
 from sera_serve.errors import InvalidRequest
 from sera_serve.layers import attach_layers, detach_adapter
-from sera_serve.layers.config import SeraConfig
+from sera_serve.sera_config import SeraConfig
 from sera_serve.trainer.data.spans import SpanExamples
 from sera_serve.trainer.data.targets import Example
 from sera_serve.trainer.tables.table import Row

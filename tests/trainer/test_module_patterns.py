@@ -12,7 +12,8 @@ from trainer_samples import ending_rule, save_tiny_base, settings_for, write_csv
 from adapters_store import AdapterStore
 from sera_serve.base import FrozenBase, load_base
 from sera_serve.errors import InvalidConfiguration
-from sera_serve.trainer.patterns import adapter_shapes, parse_pattern, value_for
+from sera_serve.trainer.pattern_options import parse_pattern
+from sera_serve.trainer.patterns import adapter_shapes, value_for
 from sera_serve.trainer.run import train_adapter
 from sera_serve.trainer.settings import TrainSettings, load_options
 

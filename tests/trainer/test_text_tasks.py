@@ -88,7 +88,7 @@ def test_regress_learns_numbers_of_any_size(base: FrozenBase, tmp_path: Path, me
 def predict(base: FrozenBase, bundle: AdapterBundle, texts: list[str]) -> list[float]:
     """The numbers of a head-only or adapted bundle, by the trainer's own layers."""
     from sera_serve.layers import adapter_tensors, attach_layers, detach_adapter
-    from sera_serve.layers.config import SeraConfig
+    from sera_serve.sera_config import SeraConfig
 
     config = bundle.config
     attach_layers(

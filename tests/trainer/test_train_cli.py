@@ -1,6 +1,7 @@
 """The command as a user runs it: its JSON line, its summary, its errors and exit codes."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,12 @@ def test_usage_errors(
 def test_missing_options(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(monkeypatch, "--task", "classify") == 2
     assert "missing --base, --store, --name, --train" in capsys.readouterr().err
+
+
+def test_help_waits_for_no_model_library() -> None:
+    program = "import sys, sera_serve.trainer.cli; print('transformers' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "False"
 
 
 def test_help_has_every_option(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
