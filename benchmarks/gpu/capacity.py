@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import statistics
+import tempfile
 import time
+from pathlib import Path
 
 import torch
 
-from adapters_store import AdapterBundle, AdapterConfig, BaseInfo, ModuleSpec
+from adapters_store import AdapterBundle, AdapterConfig, AdapterStore, BaseInfo, ModuleSpec
 from benchmarks.gpu.operands import Member
 from benchmarks.gpu.setting import Row, Setting
 from sera_serve.residency import DevicePool, PackedAdapter, pack
 
-LOADS = 15
+LOADS, READS = 15, 3
 # (d_in, d_out) by name in one layer of Llama-3-8B.
 LINEARS = {
     "self_attn.q_proj": (4096, 4096),
@@ -27,17 +29,19 @@ LAYERS = 32
 
 
 def measure_capacity(setting: Setting) -> list[Row]:
-    """One row for each member: size of an adapter, adapters in a GiB, time of a load."""
+    """One row for each member: size of an adapter, adapters in a GiB, times of a load's parts."""
     rows = []
     for member in (Member(64, 64), Member(16, 16), Member(64, 1, False), Member(16, 1, False)):
-        adapter = packed_adapter(setting, member)
-        rows.append({"system": member.name, "adapter_bytes": adapter.data.nbytes} | _measure(setting, adapter))
+        bundle = large_bundle(setting, member)
+        adapter, times = _read(setting, bundle)
+        row = {"system": member.name, "adapter_bytes": adapter.data.nbytes}
+        rows.append(row | _measure(setting, adapter) | times)
         setting.say(f"capacity: {member.name}")
     return rows
 
 
-def packed_adapter(setting: Setting, member: Member) -> PackedAdapter:
-    """A random adapter on all linear layers of Llama-3-8B, packed as the server packs it."""
+def large_bundle(setting: Setting, member: Member) -> AdapterBundle:
+    """An adapter on all linear layers of Llama-3-8B."""
     scale, layers = (16, 1) if setting.small else (1, LAYERS)
     modules: dict[str, ModuleSpec] = {}
     tensors: dict[str, torch.Tensor] = {}
@@ -56,9 +60,27 @@ def packed_adapter(setting: Setting, member: Member) -> PackedAdapter:
     base = BaseInfo(
         name="llama-3-8b", architecture="LlamaForCausalLM", config_digest="0", weights_digest="0", hidden_size=4096
     )
-    bundle = AdapterBundle(AdapterConfig(task="generate", method="sera", base=base, modules=modules), tensors)
-    index = {path: row for row, path in enumerate(modules)}
-    return pack(bundle, index, torch.bfloat16)
+    return AdapterBundle(AdapterConfig(task="generate", method="sera", base=base, modules=modules), tensors)
+
+
+def _read(setting: Setting, bundle: AdapterBundle) -> tuple[PackedAdapter, Row]:
+    """The adapter as a server packs it, and milliseconds of reading it from a store, checks included, and of packing.
+
+    The file is in the system's cache.
+    """
+    index = {path: row for row, path in enumerate(bundle.config.modules)}
+    times: dict[str, list[float]] = {"read_ms": [], "pack_ms": []}
+    with tempfile.TemporaryDirectory() as folder:
+        store = AdapterStore(Path(folder))
+        store.publish(bundle, "acme/a")
+        for _ in range(READS):
+            start = time.perf_counter()
+            read = store.load(bundle.digest)
+            middle = time.perf_counter()
+            packed = pack(read, index, torch.bfloat16)
+            times["read_ms"].append((middle - start) * 1e3)
+            times["pack_ms"].append((time.perf_counter() - middle) * 1e3)
+    return packed, {name: statistics.median(values) for name, values in times.items()}
 
 
 def _measure(setting: Setting, adapter: PackedAdapter) -> Row:
