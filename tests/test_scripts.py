@@ -15,12 +15,15 @@ ROOT = Path(__file__).parents[1]
 SCRIPTS: dict[str, str] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
 # Sends itself an interrupt where a module is looked for, as a terminal does.
 INTERRUPT = """
-import os, signal, sys
+import signal, sys
+# Programs that were started in the background may ignore it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 class Interrupt:
     def find_spec(self, name, path=None, target=None):
         if name == {module!r}:
             sys.meta_path.remove(self)
-            os.kill(os.getpid(), signal.SIGINT)
+            # To this very thread: another one would leave it to this one for later, where it may be lost.
+            signal.raise_signal(signal.SIGINT)
 sys.meta_path.insert(0, Interrupt())
 """
 ARGUMENTS = {
