@@ -13,11 +13,11 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS: dict[str, str] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+# Tests that were started in the background may ignore interrupts, and so would their programs.
+TAKES_IT = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
 # Sends itself an interrupt where a module is looked for, as a terminal does.
 INTERRUPT = """
 import signal, sys
-# Programs that were started in the background may ignore it.
-signal.signal(signal.SIGINT, signal.default_int_handler)
 class Interrupt:
     def find_spec(self, name, path=None, target=None):
         if name == {module!r}:
@@ -59,13 +59,13 @@ def program(name: str) -> str:
 )
 def test_an_interrupt_during_imports_is_quiet(name: str, module: str, tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("text,label\n" + "one,a\ntwo,b\n" * 4)
-    ended = run(program(name), ARGUMENTS[name], tmp_path, INTERRUPT.format(module=module))
+    ended = run(program(name), ARGUMENTS[name], tmp_path, TAKES_IT + INTERRUPT.format(module=module))
     assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "")
 
 
 def test_the_trainer_as_a_module(tmp_path: Path) -> None:
     as_module = "import runpy; runpy.run_module('sera_serve.trainer', run_name='__main__', alter_sys=True)"
-    ended = run(as_module, ["--help"], tmp_path, INTERRUPT.format(module="typer"))
+    ended = run(as_module, ["--help"], tmp_path, TAKES_IT + INTERRUPT.format(module="typer"))
     assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "")
 
 
