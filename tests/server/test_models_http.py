@@ -92,6 +92,14 @@ class LongStore(AdapterStore):
         return Page(found, found[-1].adapter if first + limit < MANY else None)
 
 
+@pytest.mark.parametrize("method", ["GET", "DELETE"])
+def test_a_path_without_a_name_says_where_the_names_are(method: str, client: httpx.Client) -> None:
+    answer = client.request(method, "/v1/models/")
+    assert answer.status_code == 404
+    assert answer.json()["error"]["code"] == "model_not_found"
+    assert "GET /v1/models lists them" in answer.json()["error"]["message"]
+
+
 def test_openai_s_client_which_reads_one_page_lists_every_adapter(writer: AdapterBundle, tmp_path: Path) -> None:
     store = LongStore(tmp_path / "store")
     store.publish(writer, "acme/a")

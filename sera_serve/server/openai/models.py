@@ -83,14 +83,14 @@ async def list_models(query: Annotated[ModelQuery, Query()], context: ContextOf)
 @router.get("/v1/models/{model:path}")
 async def retrieve_model(model: ModelPath, context: ContextOf) -> Model:
     """The base by its name, or an adapter by its reference, which may carry @alias, @v3 or @digest."""
-    _check_length(model)
+    _check_name(model)
     return await context.run(context.executors.changing, _one, context, model)
 
 
 @router.delete("/v1/models/{model:path}")
 async def delete_model(model: ModelPath, context: ContextOf) -> DeletedModel:
     """Delete an adapter, or with @ one version of it; requests under way keep the version they began with."""
-    _check_length(model)
+    _check_name(model)
     if model == context.engine.base.name:
         raise InvalidRequest(f"{model!r} is the base, which belongs to the server; name an adapter", param="model")
     context.caller.check_change(model)
@@ -98,7 +98,9 @@ async def delete_model(model: ModelPath, context: ContextOf) -> DeletedModel:
     return DeletedModel(id=model)
 
 
-def _check_length(model: str) -> None:
+def _check_name(model: str) -> None:
+    if not model:
+        raise ModelNotFound("the path ends before the name of a model; GET /v1/models lists them", param="model")
     if len(model) > MAX_REFERENCE:
         raise ModelNotFound(f"the name of a model has at most {MAX_REFERENCE} characters", param="model")
 
