@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 from rich.console import Console
 from test_compare_plan import plan_of
 
@@ -216,3 +217,26 @@ def test_the_plot_has_a_panel_for_each_data_set(fake: Fake, tmp_path: Path) -> N
     assert plot_scores(tmp_path / "plot.png", summarise(runner))
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert not (tmp_path / "none.png").exists()
+
+
+def test_the_legend_of_one_panel_fits_the_picture(fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    methods: list[dict[str, Any]] = [
+        *({"method": "lora", "rank": 4, "name": f"a method {number}"} for number in range(5)),
+        {"method": "head-only"},
+    ]
+    plan = plan_of(methods=methods)
+    runner = runner_of(fake, tmp_path / "r.jsonl", plan)
+    runner.run()
+    cells = summarise(runner)
+    shown: list[Figure] = []
+    save = Figure.savefig
+
+    def saved(figure: Figure, *args: Any, **options: Any) -> None:
+        shown.append(figure)
+        save(figure, *args, **options)
+
+    monkeypatch.setattr(Figure, "savefig", saved)
+    assert plot_scores(tmp_path / "plot.png", [cell for cell in cells if cell.data == cells[0].data])
+    (legend,) = shown[0].legends
+    extent = legend.get_window_extent()
+    assert shown[0].bbox.containsx(extent.x0) and shown[0].bbox.containsx(extent.x1)

@@ -57,7 +57,7 @@ def plot_scores(path: Path, results: Sequence[CellResult]) -> bool:
         for i, family in enumerate(families)
         if family in shown
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(6, len(handles)), fontsize=8)
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(2 * columns, len(handles)), fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     return True
