@@ -33,7 +33,7 @@ from adapters_store.format.config import (
     Pooling,
     Task,
 )
-from adapters_store.format.mmap_buffer import writable_memory
+from adapters_store.format.mmap_buffer import reused_memory, writable_memory
 from adapters_store.format.safetensors_file import BundleLimits
 from adapters_store.format.strict_json import parse_json
 from adapters_store.format.validation import check_base, check_same_base, expected_shapes
@@ -98,6 +98,7 @@ __all__ = [
     "parts_of",
     "peft_from_bytes",
     "peft_from_path",
+    "reused_memory",
     "validate_bundle",
     "with_record",
     "writable_memory",

@@ -27,7 +27,7 @@ from adapters_store.backends.durable import (
 from adapters_store.backends.name_index import entry_name
 from adapters_store.format.bundle import AdapterBundle
 from adapters_store.format.containers import config_of
-from adapters_store.format.mmap_buffer import writable_memory
+from adapters_store.format.mmap_buffer import reused_memory
 from adapters_store.format.safetensors_file import BundleLimits, read_header
 from adapters_store.records import Freed
 
@@ -82,7 +82,7 @@ class BundleFiles:
     def read(self, digest: str, nbytes: int) -> memoryview | None:
         """The first bytes of a bundle's file."""
         # Writable memory, so that tensors can share it and a bundle is held once.
-        data = writable_memory(nbytes)
+        data = reused_memory(nbytes)
         try:
             with open(self.path(digest), "rb") as file:
                 count = file.readinto(data)

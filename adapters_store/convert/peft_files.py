@@ -230,7 +230,7 @@ def _from_single(data: memoryview, limits: BundleLimits, config: bytes | None) -
     text: str | bytes | None = config
     if text is None:
         text = header.metadata.get(METADATA_KEY)
-        if text is None and any(".lora_A" in name for name in header.entries):
+        if text is None and any(".lora_A" in name for name in header.table.entries):
             raise MissingFile(
                 f"the tensors are those of a LoRA, and their configuration is missing: send {CONFIG_FILE} with them; "
                 'at the least it has {"peft_type": "LORA", "r": ..., "lora_alpha": ...}',

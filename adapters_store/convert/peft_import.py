@@ -162,7 +162,7 @@ def _record(files: PeftFiles, config: PeftConfig, warnings: tuple[str, ...]) -> 
     said: dict[str, JsonValue] = {
         name: files.config[name] for name in kept if isinstance(files.config.get(name), str | int | float | bool)
     }
-    dtypes = sorted({entry.dtype for entry in files.header.entries.values()})
+    dtypes = sorted({entry.dtype for entry in files.header.table.entries.values()})
     return {"from": "peft", "config": said, "dtypes": list(dtypes), "warnings": list(warnings)}
 
 

@@ -15,7 +15,8 @@ from adapters_store.convert.peft_files import PeftFiles
 from adapters_store.convert.peft_keys import LayerKeys
 from adapters_store.errors import BundleTooLarge, MissingTensor, NotFinite, WrongShape
 from adapters_store.format.mmap_buffer import writable_memory
-from adapters_store.format.safetensors_file import DTYPES, read_tensor
+from adapters_store.format.safetensors_file import read_tensor
+from adapters_store.format.tensor_table import DTYPES
 from adapters_store.format.validation import check_values
 
 # Elements of a weight that are looked at in float64 at once.
@@ -94,11 +95,12 @@ class TensorReader:
     def __init__(self, files: PeftFiles) -> None:
         """Hold the files; a read-only buffer is copied once."""
         self.max_bytes = files.max_bytes
-        self._entries = files.header.entries
-        self._data = files.data
-        if self._data.readonly:
-            self._data = writable_memory(files.nbytes)
-            self._data[:] = files.data
+        self._entries = files.header.table.entries
+        data = files.data
+        if data.readonly:
+            data = writable_memory(files.nbytes)
+            data[:] = files.data
+        self._data = files.header.tensor_bytes(data)
 
     def read(self, name: str) -> Tensor:
         """The tensor of that name, which must exist; raises NotFinite."""

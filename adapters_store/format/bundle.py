@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from adapters_store.format.config import AdapterConfig, canonical_json
+from adapters_store.format.config import AdapterConfig
 from adapters_store.format.containers import CONFIG_FILE, METADATA_KEY, MODEL_FILE, RawBundle, read_bytes, read_path
 from adapters_store.format.content_hash import content_hash, hash_meanwhile
 from adapters_store.format.mmap_buffer import writable_memory
-from adapters_store.format.safetensors_file import DTYPE_NAMES, DTYPES, BundleLimits, read_tensor, read_tensors
+from adapters_store.format.safetensors_file import BundleLimits, read_tensor, read_tensors
+from adapters_store.format.tensor_table import DTYPE_NAMES, DTYPES, TensorTable, describe_tensors
 from adapters_store.format.validation import check_names_and_shapes, check_values, is_surely_finite
 
 DEFAULT_LIMITS = BundleLimits()
@@ -27,30 +29,44 @@ DEFAULT_LIMITS = BundleLimits()
 _FILE_ORDER = ("F32", "BF16", "F16")
 
 
-@dataclass(frozen=True, eq=False)
 class AdapterBundle:
-    """An adapter in memory.
+    """An adapter in memory, not to be written to.
 
-    The constructor copies the tensors to CPU memory: training may go on with the originals.
     The constructor checks nothing. `validate_bundle`, `AdapterStore.publish` and every reader check the bundle.
 
     Attributes:
         config: What the tensors mean.
-        tensors: CPU tensors under the names of `expected_shapes(config)`. Not to be written to.
     """
 
-    config: AdapterConfig
-    tensors: dict[str, Tensor]
+    def __init__(self, config: AdapterConfig, tensors: Mapping[str, Tensor]) -> None:
+        """Copy tensors to CPU memory: training may go on with the originals.
 
-    def __post_init__(self) -> None:
-        copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.tensors.items()}
-        object.__setattr__(self, "tensors", {name: copy.contiguous() for name, copy in copies.items()})
+        Args:
+            config: What the tensors mean.
+            tensors: Under the names of `expected_shapes(config)`.
+        """
+        self.config = config
+        copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+        self.tensors = {name: copy.contiguous() for name, copy in copies.items()}
+        self._read: _ReadTensors | None = None
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """CPU tensors under the names of `expected_shapes(config)`."""
+        assert self._read is not None, "the constructor sets the tensors"
+        return read_tensors(self._read.data, self._read.table)
+
+    def flat_tensors(self) -> dict[str, Tensor]:
+        """The elements of each tensor (elements,) by name: for a bundle that was read, in less time than `tensors`."""
+        if self._read is None:
+            return {name: tensor.view(-1) for name, tensor in self.tensors.items()}
+        return self._read.flat_tensors()
 
     @cached_property
     def digest(self) -> str:
         """SHA-256, in hexadecimal, of the canonical bundle: the same for any container. See FORMAT.md."""
         tensors = sorted(self.tensors.items())
-        described = [[name, DTYPE_NAMES[tensor.dtype], list(tensor.shape)] for name, tensor in tensors]
+        described = describe_tensors([(name, DTYPE_NAMES[t.dtype], tuple(t.shape)) for name, t in tensors])
         data = [tensor.reshape(-1).view(torch.uint8).numpy().data for _, tensor in tensors]
         return content_hash(_manifest(self.config.canonical_json(), described), data)
 
@@ -108,41 +124,57 @@ class AdapterBundle:
 
     @classmethod
     def _checked(cls, raw: RawBundle) -> AdapterBundle:
-        header, data = raw.header, raw.data
+        data, table = raw.data, raw.header.table
         if data.readonly:
             data = writable_memory(len(raw.data))
             data[:] = raw.data
-        names = sorted(header.entries)
+        data = raw.header.tensor_bytes(data)
         # Usually there is one run. A hundred small tensors took far longer to check and hash one by one.
-        runs = header.runs(names)
-        described = [[name, header.entries[name].dtype, list(header.entries[name].shape)] for name in names]
-        parts = [data[run.begin : run.end] for run in runs]
+        parts = [data[run.whole.begin : run.whole.end] for run in table.runs]
         # Our own writers write the canonical configuration, so that its hash need not wait for it to be checked.
         written = raw.config if isinstance(raw.config, str) else raw.config.decode(errors="replace")
-        digest_of_written = hash_meanwhile(_manifest(written, described), parts)
+        digest_of_written = hash_meanwhile(_manifest(written, table.described), parts)
         config = AdapterConfig.from_json(raw.config)
-        check_names_and_shapes(config, {name: entry.shape for name, entry in header.entries.items()})
+        check_names_and_shapes(config, table.shapes)
         # The tensors are in memory of the bundle's own already. The constructor would copy them once more.
         bundle = object.__new__(cls)
-        object.__setattr__(bundle, "config", config)
-        object.__setattr__(bundle, "tensors", read_tensors(data, header))
-        if not all(is_surely_finite(read_tensor(data, run)) for run in runs):
+        bundle.config = config
+        bundle._read = _ReadTensors(data, table)
+        if not all(is_surely_finite(read_tensor(data, run.whole)) for run in table.runs):
             check_values(bundle.tensors)
         canonical = config.canonical_json()
         same = canonical == written
-        digest = digest_of_written() if same else content_hash(_manifest(canonical, described), parts)
-        object.__setattr__(bundle, "digest", digest)
+        bundle.digest = digest_of_written() if same else content_hash(_manifest(canonical, table.described), parts)
         return bundle
 
 
-def _manifest(config: str, described: list[list[Any]]) -> str:
+@dataclass(frozen=True)
+class _ReadTensors:
+    """The tensors of a file in writable memory.
+
+    Attributes:
+        data: `Header.tensor_bytes` of the file.
+        table: Names, shapes and places in `data`.
+    """
+
+    data: memoryview
+    table: TensorTable
+
+    def flat_tensors(self) -> dict[str, Tensor]:
+        """See `AdapterBundle.flat_tensors`."""
+        # One operation for each run: there are hundreds of tensors.
+        parts = (read_tensor(self.data, run.whole).split(run.sizes) for run in self.table.runs)
+        return dict(zip(self.table.names, chain.from_iterable(parts), strict=True))
+
+
+def _manifest(config: str, described: str) -> str:
     """What comes before the bytes of the tensors, in order of name: canonical JSON.
 
     Args:
         config: The canonical configuration.
-        described: [name, dtype, shape] of each tensor, in order of name.
+        described: `describe_tensors` of the tensors.
     """
-    return f'{{"config":{config},"tensors":{canonical_json(described)}}}'
+    return f'{{"config":{config},"tensors":{described}}}'
 
 
 def _metadata_of(config: AdapterConfig) -> dict[str, str]:

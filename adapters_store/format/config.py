@@ -22,7 +22,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from adapters_store.errors import InvalidConfig, UnsupportedFormat
-from adapters_store.format.strict_json import parse_json
+from adapters_store.format.strict_json import canonical_json, parse_json
 
 FORMAT_VERSION = 3
 """The newest format version that is read. A bundle is written in the oldest version that has its fields."""
@@ -132,10 +132,6 @@ class ModuleSpec(_Strict):
         """
         factors = (self.d_in + self.d_out) * self.segment_rank + self.use_mixer * self.rank**2
         return factors + (self.has_gain + self.has_offset) * self.d_out
-
-    @model_serializer(mode="wrap")
-    def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return _without_defaults(handler(self), _LATER_OF_MODULES)
 
     @model_validator(mode="after")
     def _split_divides(self) -> ModuleSpec:
@@ -258,6 +254,10 @@ class AdapterConfig(_Strict):
     @model_serializer(mode="wrap")
     def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         fields = handler(self)
+        # Here, not in each of hundreds of modules.
+        for spec in fields["modules"].values():
+            for name in [name for name in _LATER_OF_MODULES if not spec[name]]:
+                del spec[name]
         return {"format_version": fields.pop("format_version"), **_without_defaults(fields, _ALL_LATER)}
 
     @model_validator(mode="after")
@@ -373,11 +373,6 @@ def _first_later_field(value: Mapping[str, Any], version: int) -> tuple[str, int
 def _without_defaults(fields: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """Leave out those of `defaults` that have their default value."""
     return {name: value for name, value in fields.items() if name not in defaults or value != defaults[name]}
-
-
-def canonical_json(value: Any) -> str:
-    """JSON with sorted keys and no white space; NaN is refused by `ValueError`."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
 def parse_json_object(text: str | bytes) -> dict[str, Any]:

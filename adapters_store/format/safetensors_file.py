@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable
+import re
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,25 +21,23 @@ from torch import Tensor
 from adapters_store.errors import (
     BundleTooLarge,
     HeaderTooLarge,
+    InvalidBundle,
     InvalidHeader,
     NotSafetensors,
     Truncated,
-    WrongDtype,
-    WrongShape,
 )
 from adapters_store.format.strict_json import parse_json
+from adapters_store.format.tensor_table import KEPT_CHARACTERS, TensorEntry, TensorTable, kept_table, table_of
 
 FILE_PARAM = "adapter_model.safetensors"
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # numpy has no bfloat16.
 _NUMPY_TYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.int16}
-_ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 _LENGTH_BYTES = 8
-_FIELDS = {"dtype", "shape", "data_offsets"}
 # No writer makes a header of 64 GiB. Eight bytes that claim more begin another kind of file.
 _ABSURD_HEADER = 1 << 36
-_MAX_DIMENSION = 1 << 40
+# A header with metadata as the safetensors library writes it, up to the first tensor. Nothing is tried twice.
+_STRING = r'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
+_METADATA_FIRST = re.compile(rf'{{"__metadata__":{{(?:{_STRING}:{_STRING},?)*+}},')
 
 
 @dataclass(frozen=True)
@@ -56,37 +55,23 @@ class BundleLimits:
     max_config_bytes: int = 1 << 20
 
 
-class TensorEntry(NamedTuple):
-    """One tensor as the header announces it; `begin` and `end` count from the start of the file."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-    end: int
-
-
 @dataclass(frozen=True)
 class Header:
     """A checked header.
 
     Attributes:
         metadata: Strings by key.
-        entries: Tensors by name; together they cover the file to its last byte.
+        table: The tensors; together they cover the file from `start` to its last byte.
+        start: Bytes before the first tensor.
     """
 
     metadata: dict[str, str]
-    entries: dict[str, TensorEntry]
+    table: TensorTable
+    start: int
 
-    def runs(self, names: Iterable[str]) -> list[TensorEntry]:
-        """The tensors of these names, in this order; neighbours of one dtype are joined to one entry (elements,)."""
-        runs: list[TensorEntry] = []
-        for name in names:
-            entry = self.entries[name]
-            begin = entry.begin
-            if runs and (runs[-1].dtype, runs[-1].end) == (entry.dtype, begin):
-                begin = runs.pop().begin
-            runs.append(TensorEntry(entry.dtype, ((entry.end - begin) // _ITEM_BYTES[entry.dtype],), begin, entry.end))
-        return runs
+    def tensor_bytes(self, data: memoryview) -> memoryview:
+        """The part of the file that the table's places count in."""
+        return data[self.start :]
 
 
 def looks_like_safetensors(prefix: bytes) -> bool:
@@ -142,13 +127,17 @@ def parse_header(data: memoryview, file_bytes: int, limits: BundleLimits) -> Hea
     """
     length = header_length(bytes(data[:16]), file_bytes, limits)
     start = _LENGTH_BYTES + length
-    fields = _parse_json(bytes(data[_LENGTH_BYTES:start]))
-    metadata = fields.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise InvalidHeader("__metadata__ must map strings to strings", param="__metadata__")
-    entries = {name: _entry(name, field, start) for name, field in fields.items()}
-    _check_tiling(entries, start, file_bytes)
-    return Header(metadata, entries)
+    metadata, table = _parse_fields(bytes(data[_LENGTH_BYTES:start]))
+    end = start + table.nbytes
+    if end > file_bytes:
+        raise Truncated(
+            f"the file has {file_bytes} bytes, its header announces {end}; upload it again, whole", param=FILE_PARAM
+        )
+    if end < file_bytes:
+        raise InvalidHeader(
+            f"{file_bytes - end} bytes follow the last tensor; nothing would read them", param=FILE_PARAM
+        )
+    return Header(metadata, table, start)
 
 
 def read_header(path: str, limits: BundleLimits) -> Header:
@@ -161,13 +150,18 @@ def read_header(path: str, limits: BundleLimits) -> Header:
     return parse_header(memoryview(data), size, limits)
 
 
-def read_tensors(data: memoryview, header: Header) -> dict[str, Tensor]:
-    """The tensors of a file in writable memory, on the CPU; aligned tensors share that memory."""
-    return {name: read_tensor(data, entry) for name, entry in header.entries.items()}
+def read_tensors(data: memoryview, table: TensorTable) -> dict[str, Tensor]:
+    """The tensors in writable memory, on the CPU; aligned tensors share that memory.
+
+    Args:
+        data: `Header.tensor_bytes` of the file.
+        table: The header's.
+    """
+    return {name: read_tensor(data, entry) for name, entry in table.entries.items()}
 
 
 def read_tensor(data: memoryview, entry: TensorEntry) -> Tensor:
-    """One tensor, or a run of tensors; shares aligned memory, and copies the rest."""
+    """One tensor, or a run of tensors, as of `read_tensors`."""
     # Through numpy: torch gives up the interpreter's lock for every view, and in a busy server waits to get it back.
     array = np.frombuffer(data, _NUMPY_TYPES[entry.dtype], math.prod(entry.shape), entry.begin).reshape(entry.shape)
     tensor = torch.from_numpy(array if array.flags.aligned else array.copy())
@@ -187,7 +181,39 @@ def _other_kind(prefix: bytes) -> str | None:
     return None
 
 
-def _parse_json(raw: bytes) -> dict[str, Any]:
+def _parse_fields(raw: bytes) -> tuple[dict[str, str], TensorTable]:
+    """The metadata and the tensors of a header."""
+    split = _split(raw)
+    if split is not None:
+        text, table = split
+        return _checked_metadata(_parse_json(text)["__metadata__"]), table
+    fields = _parse_json(raw)
+    metadata = _checked_metadata(fields.pop("__metadata__", {}))
+    return metadata, table_of(fields)
+
+
+def _split(raw: bytes) -> tuple[str, TensorTable] | None:
+    """A header without its tensors, and their table; None where the tensors have a fault, or the form is another.
+
+    In a store most headers differ in their metadata alone.
+    """
+    with suppress(UnicodeDecodeError, json.JSONDecodeError, InvalidBundle):
+        text = raw.decode()
+        found = _METADATA_FIRST.match(text)
+        if found is not None and len(text) - found.end() < KEPT_CHARACTERS:
+            table = kept_table("{" + text[found.end() :])
+            if "__metadata__" not in table.entries:
+                return text[: found.end() - 1] + "}", table
+    return None
+
+
+def _checked_metadata(metadata: Any) -> dict[str, str]:
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise InvalidHeader("__metadata__ must map strings to strings", param="__metadata__")
+    return metadata
+
+
+def _parse_json(raw: str | bytes) -> dict[str, Any]:
     try:
         value = parse_json(raw)
     except json.JSONDecodeError as error:
@@ -195,43 +221,3 @@ def _parse_json(raw: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InvalidHeader("the header must be a JSON object", param=FILE_PARAM)
     return value
-
-
-def _entry(name: str, field: Any, start: int) -> TensorEntry:
-    if not isinstance(field, dict) or field.keys() != _FIELDS:
-        raise InvalidHeader(f"tensor {name!r} needs exactly dtype, shape and data_offsets", param=name)
-    dtype, shape, offsets = field["dtype"], field["shape"], field["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise WrongDtype(f"tensor {name!r} has dtype {dtype!r}; use F32, F16 or BF16", param=name)
-    if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
-        raise InvalidHeader(f"tensor {name!r}: shape and data_offsets must be lists of sizes", param=name)
-    if 0 in shape:
-        raise WrongShape(f"tensor {name!r} has shape {tuple(shape)}: it holds no element", param=name)
-    begin, end = offsets
-    if end - begin != math.prod(shape) * _ITEM_BYTES[dtype]:
-        raise InvalidHeader(f"tensor {name!r}: data_offsets do not fit its shape and dtype", param=name)
-    return TensorEntry(dtype, tuple(shape), start + begin, start + end)
-
-
-def _are_sizes(value: Any) -> bool:
-    if not isinstance(value, list) or len(value) > 8:
-        return False
-    # bool is an int to Python, not to JSON.
-    return not any(type(item) is not int or item < 0 or item > _MAX_DIMENSION for item in value)
-
-
-def _check_tiling(entries: dict[str, TensorEntry], start: int, file_bytes: int) -> None:
-    position = start
-    for name, entry in sorted(entries.items(), key=lambda item: item[1].begin):
-        if entry.begin != position:
-            raise InvalidHeader(f"tensor {name!r} leaves a gap in the data or overlaps another", param=name)
-        position = entry.end
-    if position > file_bytes:
-        raise Truncated(
-            f"the file has {file_bytes} bytes, its header announces {position}; upload it again, whole",
-            param=FILE_PARAM,
-        )
-    if position < file_bytes:
-        raise InvalidHeader(
-            f"{file_bytes - position} bytes follow the last tensor; nothing would read them", param=FILE_PARAM
-        )

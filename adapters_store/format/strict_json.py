@@ -52,6 +52,11 @@ def parse_json(data: str | bytes, max_members: int = 250_000, max_items: int | N
     return value
 
 
+def canonical_json(value: Any) -> str:
+    """JSON with sorted keys and no white space; NaN is refused by `ValueError`."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
 def _check_structure(text: str, max_members: int, max_items: int | None) -> None:
     """Bound what the parser would build, by counts that take next to no time; raises ValueError."""
     opened = text.count("[") + text.count("{")

@@ -19,7 +19,7 @@ from adapters_store.errors import (
     WrongShape,
 )
 from adapters_store.format.config import AdapterConfig, BaseInfo
-from adapters_store.format.safetensors_file import DTYPE_NAMES
+from adapters_store.format.tensor_table import DTYPE_NAMES
 
 Shape = tuple[int, ...]
 

@@ -11,7 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from adapters_store import Activation, AdapterBundle, AdapterConfig, writable_memory
+from adapters_store import Activation, AdapterBundle, AdapterConfig, reused_memory
 from sera_kernels import ShapeClasses
 
 # Elements; keeps every module's factors on a 16-byte boundary in the smallest dtype.
@@ -155,9 +155,9 @@ def pack(
     return join(*lay_out(bundle, module_index, digest), dtype)
 
 
-def join(layout: AdapterLayout, parts: Sequence[Tensor], dtype: torch.dtype) -> PackedAdapter:
+def join(layout: AdapterLayout, parts: list[Tensor], dtype: torch.dtype) -> PackedAdapter:
     """Copy what `lay_out` gave into one run; arguments as of `pack`."""
-    data = torch.frombuffer(writable_memory(layout.elements * dtype.itemsize), dtype=dtype)
+    data = torch.frombuffer(reused_memory(layout.elements * dtype.itemsize), dtype=dtype)
     _join(parts, data)
     return PackedAdapter(layout, data)
 
@@ -166,6 +166,7 @@ def lay_out(
     bundle: AdapterBundle, module_index: Mapping[str, int], digest: str | None = None
 ) -> tuple[AdapterLayout, list[Tensor]]:
     """The layout of a bundle's packed run, and the tensors that the run joins; nothing is copied. As of `pack`."""
+    config, flat = bundle.config, bundle.flat_tensors()
     parts: list[Tensor] = []
     end = 0
 
@@ -173,57 +174,56 @@ def lay_out(
         nonlocal end
         start = end
         parts.extend(tensors)
-        end += sum(tensor.numel() for tensor in tensors)
+        end += sum(map(len, tensors))
         if padding := -end % ALIGNMENT:
             parts.append(tensors[0].new_zeros(padding))
             end += padding
         return start
 
     modules = []
-    for path, spec in bundle.config.modules.items():
-        offset = place(*(bundle.tensors[f"{path}.{name}"] for name in _factor_names(spec.use_mixer)))
-        vectors = place(*_vectors(bundle, path)) if spec.has_gain or spec.has_offset else None
+    for path, spec in config.modules.items():
+        offset = place(*(flat[f"{path}.{name}"] for name in _factor_names(spec.use_mixer)))
+        vectors = place(*_vectors(flat, path)) if spec.has_gain or spec.has_offset else None
         shape = spec.rank, spec.split, spec.use_mixer, spec.scaling
         modules.append(PackedModule(module_index[path], offset, *shape, vectors))
     head, stretch = None, math.inf
-    if bundle.config.has_head:
-        stretch = _stretch(bundle)
-        names = ["head"] if bundle.config.head is None else ["head.dense", "head"]
+    if config.has_head:
+        stretch = _stretch(config, flat)
+        names = ["head"] if config.head is None else ["head.dense", "head"]
         layers = []
         for name in names:
-            weight, bias = bundle.tensors[f"{name}.weight"], bundle.tensors[f"{name}.bias"]
-            layers.append(PackedLinear(place(weight), place(bias), *weight.shape))
-        hidden = bundle.config.head
-        head = PackedHead(tuple(layers), None if hidden is None else hidden.activation)
-    return AdapterLayout(digest or bundle.digest, bundle.config, tuple(modules), head, end, stretch), parts
+            weight, bias = flat[f"{name}.weight"], flat[f"{name}.bias"]
+            layers.append(PackedLinear(place(weight), place(bias), len(bias), len(weight) // len(bias)))
+        head = PackedHead(tuple(layers), None if config.head is None else config.head.activation)
+    return AdapterLayout(digest or bundle.digest, config, tuple(modules), head, end, stretch), parts
 
 
-def _vectors(bundle: AdapterBundle, path: str) -> tuple[Tensor, Tensor]:
+def _vectors(flat: Mapping[str, Tensor], path: str) -> tuple[Tensor, Tensor]:
     """The gain and the offset (d_out,) of a module; 1 and 0 where the bundle has none."""
-    gain, offset = bundle.tensors.get(f"{path}.gain"), bundle.tensors.get(f"{path}.offset")
+    gain, offset = flat.get(f"{path}.gain"), flat.get(f"{path}.offset")
     if gain is None:
         assert offset is not None
         return torch.ones_like(offset), offset
     return gain, torch.zeros_like(gain) if offset is None else offset
 
 
-def _stretch(bundle: AdapterBundle) -> float:
+def _stretch(config: AdapterConfig, flat: Mapping[str, Tensor]) -> float:
     """The greatest product of scaling and norms of factors: no update is longer, relative to its input.
 
     Small gains multiply it, and the offset's norm is added. It is infinite with a gain above `_SMALL_GAIN`, which also
     multiplies the base's output.
     """
     stretch = 0.0
-    for path, spec in bundle.config.modules.items():
+    for path, spec in config.modules.items():
         # A block-diagonal factor lengthens nothing by more than the norm of its blocks' elements.
-        factors = [bundle.tensors[f"{path}.{name}"] for name in _factor_names(spec.use_mixer)]
+        factors = [flat[f"{path}.{name}"] for name in _factor_names(spec.use_mixer)]
         norms = [float(torch.linalg.vector_norm(factor, dtype=torch.float32)) for factor in factors]
         most = abs(spec.scaling) * math.prod(norms)
         if spec.has_gain:
-            gain = float(bundle.tensors[f"{path}.gain"].abs().max())
+            gain = float(flat[f"{path}.gain"].abs().max())
             most = most * max(gain, 1.0) if gain <= _SMALL_GAIN else math.inf
         if spec.has_offset:
-            most += float(torch.linalg.vector_norm(bundle.tensors[f"{path}.offset"], dtype=torch.float32))
+            most += float(torch.linalg.vector_norm(flat[f"{path}.offset"], dtype=torch.float32))
         # The norms of huge factors are infinite, and with a factor of zeros their product is not a number.
         stretch = max(stretch, most if most == most else math.inf)
     return stretch
@@ -250,20 +250,18 @@ def _factor_names(use_mixer: bool) -> list[str]:
     return ["sera_a", "sera_c", "sera_b"] if use_mixer else ["sera_a", "sera_b"]
 
 
-def _join(parts: Sequence[Tensor], out: Tensor) -> None:
-    """Copy the elements of all parts, one after another, into `out`, which may be of another dtype."""
+def _join(parts: list[Tensor], out: Tensor) -> None:
+    """Copy all parts (elements,), one after another, into `out`, which may be of another dtype."""
     # One copy for all parts: torch gives up the interpreter's lock during each operation, and in a busy server waits to
-    # get the lock back. (A view takes so little time that no other thread gets the lock: beside a busy thread 168 views
-    # and one copy take no longer than one operation for all views and one copy.)
-    views = [part.view(-1) for part in parts]
-    if all(view.dtype == out.dtype for view in views):
-        torch.cat(views, out=out)
+    # get the lock back.
+    if all(part.dtype == out.dtype for part in parts):
+        torch.cat(parts, out=out)
         return
     # torch.cat is slow where it changes the dtype: 1.2 ms instead of 0.5 for 168 parts of 168 KiB together. To join all
     # parts first would make the largest block that a loader thread's heap ever holds.
     begin = end = first = 0
-    for last, view in enumerate(views, 1):
-        end += view.numel()
-        if end - begin >= _JOINED or last == len(views):
-            out[begin:end].copy_(torch.cat(views[first:last]))
+    for last, part in enumerate(parts, 1):
+        end += len(part)
+        if end - begin >= _JOINED or last == len(parts):
+            out[begin:end].copy_(torch.cat(parts[first:last]))
             begin, first = end, last

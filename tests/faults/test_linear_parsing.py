@@ -18,7 +18,16 @@ from pathlib import Path
 import pytest
 from fastapi import FastAPI, Request
 
-from adapters_store import AdapterConfig, InvalidAdapterName, InvalidBundle, parse_adapter, parse_json, parse_ref
+from adapters_store import (
+    AdapterBundle,
+    AdapterConfig,
+    BundleLimits,
+    InvalidAdapterName,
+    InvalidBundle,
+    parse_adapter,
+    parse_json,
+    parse_ref,
+)
 from adapters_store.convert.peft_keys import sort_keys
 from adapters_store.names import check_alias, check_digest
 from sera_serve.base import chat
@@ -54,6 +63,7 @@ EXPRESSIONS = {
     r"adapters_store/records.py: \A[0-9a-f]{64}\z": "a record of the store, written by the store, 64 KiB at most",
     r"adapters_store/backends/adapter_directory.py: v([1-9][0-9]*)\.json": "names of files, 255 bytes at most",
     "adapters_store/backends/name_index.py: [a-z0-9][a-z0-9._-]*@[a-z0-9][a-z0-9._-]*": "names of files, 255 bytes",
+    """adapters_store/format/safetensors_file.py: f'{{"__metadata__":{{(?:{_STRING}:{_STRING},?)*+}},'""": "JSON",
     r"adapters_store/format/strict_json.py: \\u[dD][89a-fA-F]": "JSON",
     r"sera_serve/engine/overflow.py: \d+": "paths of layers of the base, which the operator chooses",
     "sera_serve/server/browsers.py: _HOST": "headers",
@@ -148,6 +158,11 @@ def calls_in(text: str) -> None:
     parser.end()
 
 
+def file_header(text: str) -> None:
+    data = len(text.encode()).to_bytes(8, "little") + text.encode()
+    AdapterBundle.from_bytes(data, BundleLimits(max_header_bytes=2 * len(data)))
+
+
 USES: dict[str, Callable[[str], object]] = {
     "a tensor's name": lambda text: sort_keys([text]),
     "a factor's name": lambda text: sort_keys([f"x{text}.lora_A.default.weight{text}"]),
@@ -167,9 +182,11 @@ USES: dict[str, Callable[[str], object]] = {
     "JSON": parse_json,
     "JSON in a list": lambda text: parse_json(f"[{text}"),
     "a JSON string": lambda text: parse_json(f'"{text}'),
+    "a file's metadata": lambda text: file_header(f'{{"__metadata__":{{{text}'),
+    "a file's text": lambda text: file_header(f'{{"__metadata__":{{"{text}'),
 }
 TEXTS = ["a", "a.", "a/", "/", "@", "v", "1", "0", "..", "-", "a@", " ", "é", "[", "1,", "a_."]
-TEXTS += ["\\\\", "\\\\u0030", "\\ud8"]
+TEXTS += ["\\\\", "\\\\u0030", "\\ud8", '"a":"b",', '"', '":"', '\\"']
 RULES = BrowserRules(ServeSettings(allowed_hosts=["a.example"], allowed_origins=["https://a.example"]))
 HEADER_USES: dict[str, Callable[[str], object]] = {
     "a path": lambda text: route(f"/v1/adapters/{text}"),

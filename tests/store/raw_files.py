@@ -15,7 +15,8 @@ Fields = dict[str, Any]
 def safetensors_bytes(header: Fields | str | bytes, data: bytes = b"", claimed: int | None = None) -> bytes:
     """A file of `header` and `data`; `claimed` overrides the header's length field."""
     if isinstance(header, dict):
-        header = json.dumps(header)
+        # As the library writes it.
+        header = json.dumps(header, separators=(",", ":"))
     raw = header.encode() if isinstance(header, str) else header
     return (len(raw) if claimed is None else claimed).to_bytes(8, "little") + raw + data
 

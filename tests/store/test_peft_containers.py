@@ -72,7 +72,7 @@ CONTAINERS: dict[str, Callable[[Path], bytes]] = {
 def check(files: PeftFiles | None) -> PeftFiles:
     assert files is not None
     assert files.config == CONFIG
-    assert set(files.header.entries) == set(TENSORS)
+    assert set(files.header.table.entries) == set(TENSORS)
     assert safetensors.torch.load(bytes(files.data))["base_model.model.a.lora_A.weight"].tolist() == [[1.0] * 4] * 2
     return files
 

@@ -1,0 +1,140 @@
+"""A header is read alike in the form that the library writes, whose tensors' part is kept, and in any other form."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from bundle_factory import make_bundle
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from raw_files import safetensors_bytes
+from wrong_files import ENTRIES, OUTSIDE, TENSORS
+
+from adapters_store import AdapterBundle, BundleLimits, InvalidBundle
+from adapters_store.format.safetensors_file import Header, parse_header
+from adapters_store.format.tensor_table import KEPT_CHARACTERS, kept_table
+
+START = b'{"__metadata__":'
+ENTRY = '"x":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}'
+
+
+def outcome(data: bytes) -> Header | tuple[type[InvalidBundle], str | None]:
+    try:
+        return parse_header(memoryview(data), len(data), BundleLimits())
+    except InvalidBundle as error:
+        return type(error), error.param
+
+
+def assert_forms_agree(data: bytes) -> None:
+    """Whatever the header holds, a space in front of its first key changes nothing but places."""
+    length = int.from_bytes(data[:8], "little")
+    spaced = (length + 1).to_bytes(8, "little") + b"{ " + data[9:]
+    ours, other = outcome(data), outcome(spaced)
+    if isinstance(ours, Header) and isinstance(other, Header):
+        assert (ours.metadata, ours.table) == (other.metadata, other.table)
+        assert ours.start + 1 == other.start
+    else:
+        assert ours == other
+
+
+@pytest.mark.parametrize("case", [*OUTSIDE, *ENTRIES, *TENSORS])
+def test_what_is_refused_is_refused_in_both_forms(case: str) -> None:
+    data, _, _ = (OUTSIDE | ENTRIES | TENSORS)[case]
+    if data[8:9] == b"{":
+        assert_forms_agree(data)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        f'{{"__metadata__":{{"a":"b"}},{ENTRY}}}',
+        f'{{"__metadata__":{{}},{ENTRY}}}',
+        '{"__metadata__":{"a":"b"}}',
+        # Twice: a tensor may not have this name.
+        '{"__metadata__":{"a":"b"},"__metadata__":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}',
+        f'{{"__metadata__":{{"a":"b"}},{ENTRY},{ENTRY}}}',
+        f'{{"__metadata__":{{"a":"b","a":"c"}},{ENTRY}}}',
+        f'{{"__metadata__":{{"a":"b",}},{ENTRY}}}',
+        f'{{"__metadata__":{{"a":"b""c":"d"}},{ENTRY}}}',
+        f'{{"__metadata__":{{"a":"\\x"}},{ENTRY}}}',
+        f'{{"__metadata__":{{"a":"\\ud800"}},{ENTRY}}}',
+        f'{{"__metadata__":{{"a":"\t"}},{ENTRY}}}',
+        f'{{"__metadata__":{{"a":1}},{ENTRY}}}',
+        f'{{"__metadata__":{{"a":"b"}},,{ENTRY}}}',
+        f'{{"__metadata__":{{"a":"b"}},{ENTRY}}} ',
+        f'{{"__metadata__":{{"a":"b"}},{ENTRY}}}x',
+        f'{{"__metadata__":{{"a":"}},\\"{{"}},{ENTRY}}}',
+        f'{{"__metadata__":{{"a":"b\\\\"}},{ENTRY}}}',
+    ],
+)
+def test_odd_headers_are_read_alike(header: str) -> None:
+    assert_forms_agree(safetensors_bytes(header, bytes(8)))
+
+
+@settings(deadline=None, max_examples=500)
+@given(
+    st.lists(
+        st.tuples(st.floats(0, 1, exclude_max=True), st.sampled_from('{}[]",:\\0a \n\u4e00'), st.booleans()),
+        min_size=1,
+        max_size=3,
+    )
+)
+def test_damaged_headers_are_read_alike(edits: list[tuple[float, str, bool]]) -> None:
+    header = f'{{"__metadata__":{{"adapter_config":"{{\\"a\\":\\"b\\\\\\\\\\"}}","format":"pt"}},{ENTRY}}}'
+    for place, piece, overwrite in edits:
+        at = int(place * len(header))
+        header = header[:at] + piece + header[at + overwrite :]
+    if header.startswith("{"):
+        assert_forms_agree(safetensors_bytes(header, bytes(8)))
+
+
+def test_adapters_of_one_kind_share_their_table_and_nothing_else() -> None:
+    first, second = (make_bundle(seed, training={"seed": seed}).to_bytes() for seed in (1, 2))
+    headers = [outcome(data) for data in (first, second)]
+    assert isinstance(headers[0], Header) and isinstance(headers[1], Header)
+    assert headers[0].table is headers[1].table and headers[0].metadata != headers[1].metadata
+    for seed, data in ((1, first), (2, second)):
+        read, made = AdapterBundle.from_bytes(data), make_bundle(seed, training={"seed": seed})
+        assert read.config == made.config and read.digest == made.digest
+        assert read.tensors.keys() == made.tensors.keys()
+        assert all(torch.equal(read.tensors[name], tensor) for name, tensor in made.tensors.items())
+
+
+def test_a_long_header_is_read_and_not_kept() -> None:
+    """A hostile file cannot fill the memory with tables."""
+    entries = {f"t{i:06}": {"dtype": "F32", "shape": [1], "data_offsets": [4 * i, 4 * i + 4]} for i in range(5000)}
+    header = {"__metadata__": {"format": "pt"}, **entries}
+    data = safetensors_bytes(header, bytes(4 * len(entries)))
+    assert len(json.dumps(entries)) > KEPT_CHARACTERS
+    before = kept_table.cache_info()
+    read = outcome(data)
+    assert isinstance(read, Header) and len(read.table.entries) == len(entries)
+    assert kept_table.cache_info() == before
+    assert_forms_agree(data)
+
+
+def test_few_tables_are_kept() -> None:
+    for size in range(1, 100):
+        entry = {"dtype": "F32", "shape": [size], "data_offsets": [0, 4 * size]}
+        outcome(safetensors_bytes({"__metadata__": {"format": "pt"}, "x": entry}, bytes(4 * size)))
+    assert kept_table.cache_info().currsize <= 16
+
+
+def test_the_elements_of_each_tensor() -> None:
+    bundle = make_bundle()
+    mixed = dict(bundle.tensors)
+    for name, dtype in zip(mixed, (torch.float16, torch.bfloat16, torch.float32), strict=False):
+        mixed[name] = mixed[name].to(dtype)
+    # One byte more in front: no tensor lies on a boundary.
+    for made, shift in ((bundle, 0), (bundle, 1), (AdapterBundle(bundle.config, mixed), 0)):
+        whole = made.to_bytes()
+        if shift:
+            length = int.from_bytes(whole[:8], "little")
+            whole = (length + shift).to_bytes(8, "little") + whole[8 : 8 + length] + b" " * shift + whole[8 + length :]
+        for given_bundle in (made, AdapterBundle.from_bytes(whole)):
+            flat = given_bundle.flat_tensors()
+            assert flat.keys() == made.tensors.keys()
+            for name, tensor in made.tensors.items():
+                assert flat[name].dtype == tensor.dtype and torch.equal(flat[name], tensor.reshape(-1))
