@@ -171,15 +171,26 @@ class AdapterStore:
             AdapterNotFound: It was deleted.
             StoreCorrupted: The file is not what was published.
         """
+        with self.loading(digest) as bundle:
+            return bundle
+
+    @contextmanager
+    def loading(self, digest: str) -> Iterator[AdapterBundle]:
+        """`load` whose digest is checked at the end of the block; meanwhile it is computed beside the block.
+
+        What the block has made of the bundle is worth nothing if the end of the block raises StoreCorrupted.
+        """
         with self._damage_typed(digest):
             bundle = AdapterBundle.from_bytes(self._read(digest, self._size(digest)), self._limits)
-        if bundle.digest != digest:
-            place = self._backend.bundle_location(digest)
-            raise StoreCorrupted(
-                f"{place} is damaged (its digest is {bundle.digest}); publish it again",
-                param=place,
-            )
-        return bundle
+        try:
+            yield bundle
+        finally:
+            # Before any error of the block, which the damage may have caused.
+            if bundle.digest != digest:
+                place = self._backend.bundle_location(digest)
+                raise StoreCorrupted(
+                    f"{place} is damaged (its digest is {bundle.digest}); publish it again", param=place
+                )
 
     def config(self, digest: str) -> AdapterConfig:
         """The configuration of a bundle, without reading its tensors; raises as `load` does."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,7 +65,7 @@ class BatchDriver:
             base.device,
         )
         index = {path: row for row, path in enumerate(base.module_shapes())}
-        by_digest = {bundle.digest: bundle for bundle in bundles}
+        by_digest = {bundle.digest: nullcontext(bundle) for bundle in bundles}
         self._residency = AdapterResidency(by_digest.__getitem__, pool, HostCache(0), index)
         context = AdapterContext(pool.data, pool.tables if adapters is not None else AdapterTables.empty(1, 1))
         if adapters is not None:

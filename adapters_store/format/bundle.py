@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -64,7 +64,12 @@ class AdapterBundle:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256, in hexadecimal, of the canonical bundle: the same for any container. See FORMAT.md."""
+        """SHA-256, in hexadecimal, of the canonical bundle: the same for any container. See FORMAT.md.
+
+        A thread computes that of a large bundle from when it was read; the first use waits for it.
+        """
+        if self._read is not None:
+            return self._read.digest()
         tensors = sorted(self.tensors.items())
         described = describe_tensors([(name, DTYPE_NAMES[t.dtype], tuple(t.shape)) for name, t in tensors])
         data = [tensor.reshape(-1).view(torch.uint8).numpy().data for _, tensor in tensors]
@@ -133,18 +138,18 @@ class AdapterBundle:
         parts = [data[run.whole.begin : run.whole.end] for run in table.runs]
         # Our own writers write the canonical configuration, so that its hash need not wait for it to be checked.
         written = raw.config if isinstance(raw.config, str) else raw.config.decode(errors="replace")
-        digest_of_written = hash_meanwhile(_manifest(written, table.described), parts)
+        digest = hash_meanwhile(_manifest(written, table.described), parts)
         config = AdapterConfig.from_json(raw.config)
         check_names_and_shapes(config, table.shapes)
         # The tensors are in memory of the bundle's own already. The constructor would copy them once more.
+        canonical = config.canonical_json()
+        if canonical != written:
+            digest = hash_meanwhile(_manifest(canonical, table.described), parts)
         bundle = object.__new__(cls)
         bundle.config = config
-        bundle._read = _ReadTensors(data, table)
+        bundle._read = _ReadTensors(data, table, digest)
         if not all(is_surely_finite(read_tensor(data, run.whole)) for run in table.runs):
             check_values(bundle.tensors)
-        canonical = config.canonical_json()
-        same = canonical == written
-        bundle.digest = digest_of_written() if same else content_hash(_manifest(canonical, table.described), parts)
         return bundle
 
 
@@ -155,10 +160,12 @@ class _ReadTensors:
     Attributes:
         data: `Header.tensor_bytes` of the file.
         table: Names, shapes and places in `data`.
+        digest: Waits for the digest.
     """
 
     data: memoryview
     table: TensorTable
+    digest: Callable[[], str]
 
     def flat_tensors(self) -> dict[str, Tensor]:
         """See `AdapterBundle.flat_tensors`."""

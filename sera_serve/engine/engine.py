@@ -83,7 +83,7 @@ class ServingEngine(RowCalls):
         self._row_maker = RowMaker(base, self._references)
         self._module_index = {path: row for row, path in enumerate(self._shapes)}
         self.residency = AdapterResidency(
-            self._references.load, self._pool, HostCache(settings.host_cache_mib * MEBIBYTE), self._module_index
+            self._references.loading, self._pool, HostCache(settings.host_cache_mib * MEBIBYTE), self._module_index
         )
         self._admission = AdmissionController(settings.max_queue, settings.max_queue_per_tenant)
         self._unsound: str | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 from adapters_store import (
@@ -89,19 +89,20 @@ class AdapterReferences:
             self._names.add(resolved.adapter if whole else adapter, resolved.digest)
         return resolved
 
-    def load(self, digest: str) -> AdapterBundle:
-        """Read an adapter, or make a combination from its parts.
+    @contextmanager
+    def loading(self, digest: str) -> Iterator[AdapterBundle]:
+        """Read an adapter, or make a combination from its parts; as of `AdapterStore.loading`.
 
         Raises:
             StoreError: It was deleted, is damaged, does not fit the base, or its parts cannot be combined.
         """
         parts = parts_of(digest)
-        if parts:
-            bundle = load_combination(self._store, parts, max_parameters=self._max_parameters, max_growth=_MAX_GROWTH)
-        else:
-            bundle = self._store.load(digest)
-        check_base(bundle.config, self._base, self._module_shapes)
-        return bundle
+        with nullcontext(self._combined(parts)) if parts else self._store.loading(digest) as bundle:
+            check_base(bundle.config, self._base, self._module_shapes)
+            yield bundle
+
+    def _combined(self, parts: Sequence[tuple[str, float]]) -> AdapterBundle:
+        return load_combination(self._store, parts, max_parameters=self._max_parameters, max_growth=_MAX_GROWTH)
 
     def _one(self, reference: str, task: Task | None) -> ResolvedAdapter:
         resolved = self._store.resolve(reference)

@@ -7,6 +7,7 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 
 import torch
 
@@ -15,19 +16,25 @@ from sera_serve.residency.bundle_check import check_fits, check_ranks
 from sera_serve.residency.packing import PackedAdapter, pack
 from sera_serve.residency.pool import DevicePool
 
+Loading = Callable[[str], AbstractContextManager[AdapterBundle]]
+"""Reads a bundle by digest; raises a typed error where it is missing or does not fit the base.
+
+The content may be checked as late as at the end of the block: what the block made is to be thrown away then.
+"""
+
 
 class AdapterLoader:
     """Reads adapters in the pool's dtype and layout. Thread-safe; the caller holds no lock: a read takes long."""
 
-    def __init__(self, load: Callable[[str], AdapterBundle], module_index: Mapping[str, int], pool: DevicePool) -> None:
+    def __init__(self, loading: Loading, module_index: Mapping[str, int], pool: DevicePool) -> None:
         """Prepare.
 
         Args:
-            load: Reads a bundle by digest; raises a typed error where it is missing or does not fit the base.
+            loading: Reads a bundle.
             module_index: Row of each adaptable module in the pool's tables.
             pool: The pool that the adapters are for: its dtype, device and size.
         """
-        self._load = load
+        self._loading = loading
         self._module_index = dict(module_index)
         self._pool = pool
 
@@ -36,12 +43,12 @@ class AdapterLoader:
 
         Raises:
             AdapterTooLarge: The adapter is larger than the whole pool, or has a rank far above a layer's widths.
-            Exception: Whatever `load` raised.
+            Exception: Whatever `loading` raised.
         """
-        bundle = self._load(digest)
-        # A command may have published it, which knows no server; and a sum of adapters is made here.
-        check_ranks(bundle.config)
-        packed = pack(bundle, self._module_index, self._pool.data.dtype, digest)
+        with self._loading(digest) as bundle:
+            # A command may have published it, which knows no server; and a sum of adapters is made here.
+            check_ranks(bundle.config)
+            packed = pack(bundle, self._module_index, self._pool.data.dtype, digest)
         check_fits(packed.layout.elements, self._pool)
         return packed
 

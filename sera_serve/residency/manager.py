@@ -19,11 +19,10 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
 
-from adapters_store import AdapterBundle
 from sera_serve.errors import AdapterTooLarge, EngineUnavailable
 from sera_serve.residency.entry import (
     ABSENT,
@@ -36,7 +35,7 @@ from sera_serve.residency.entry import (
     PrefetchHint,
 )
 from sera_serve.residency.host_cache import HostCache
-from sera_serve.residency.loader import AdapterLoader, LoaderThreads
+from sera_serve.residency.loader import AdapterLoader, LoaderThreads, Loading
 from sera_serve.residency.packing import PackedAdapter
 from sera_serve.residency.placement import Outcome, PlacementQueue
 from sera_serve.residency.pool import DevicePool
@@ -94,7 +93,7 @@ class AdapterResidency:
 
     def __init__(
         self,
-        load: Callable[[str], AdapterBundle],
+        loading: Loading,
         pool: DevicePool,
         host_cache: HostCache,
         module_index: Mapping[str, int],
@@ -105,7 +104,7 @@ class AdapterResidency:
         """Start with an empty pool.
 
         Args:
-            load: Reads a bundle by digest; raises a typed error where it is missing or does not fit the base.
+            loading: Reads a bundle.
             pool: Device memory; owned by this object from now on.
             host_cache: Host memory; owned likewise.
             module_index: Row of each adaptable module in the pool's tables.
@@ -120,7 +119,7 @@ class AdapterResidency:
         self._counts = LoadCounts()
         self._placement = PlacementQueue(pool, self._table, self._counts.granted, max_bypasses, pin_share)
         self._completions = CompletionQueue()
-        self._loader = AdapterLoader(load, module_index, pool)
+        self._loader = AdapterLoader(loading, module_index, pool)
         self._threads = loader_threads or LoaderThreads(at_once=2)
         # Something has happened since the last idle check.
         self._unchecked = False
@@ -134,7 +133,7 @@ class AdapterResidency:
         Raises:
             AdapterTooLarge: The adapter is larger than the whole pool, or than what pinned adapters leave of it.
             EngineUnavailable: Residency is closed.
-            Exception: Whatever `load` raised.
+            Exception: Whatever `loading` raised.
         """
         future = self.acquire(digest)
         try:

@@ -113,20 +113,20 @@ def test_a_part_that_fails_ends_the_whole_call(
 ) -> None:
     engine = start_engine(decoder, store, classify_max_batch=1)
     lost = store.resolve(guards[1]).digest
-    own_load, runner = store.load, engine.runners["classify"]
+    own_loading, runner = store.loading, engine.runners["classify"]
     own_run, passes = runner._classify, []
 
-    def load(digest: str) -> Any:
+    def loading(digest: str) -> Any:
         if digest == lost:
             raise StoreError("the bundle is damaged", param="adapter")
-        return own_load(digest)
+        return own_loading(digest)
 
     def run(rows: Any) -> Any:
         passes.append(rows)
         time.sleep(0.01)
         return own_run(rows)
 
-    monkeypatch.setattr(store, "load", load)
+    monkeypatch.setattr(store, "loading", loading)
     monkeypatch.setattr(runner, "_classify", run)
     with pytest.raises(StoreError, match="damaged"):
         asyncio.run(engine.classify_each(guards[:2], ["x"] * 200, ACME))

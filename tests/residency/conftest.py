@@ -63,7 +63,7 @@ def build(store: Store, index: dict[str, int], bundles: dict[str, AdapterBundle]
     ) -> AdapterResidency:
         """A pool and a host cache with room for that many of the larger adapters."""
         pool = DevicePool(int(room * largest), len(index), slots, torch.float32)
-        residency = AdapterResidency(store.load, pool, HostCache(int(host * largest)), index, threads, **options)
+        residency = AdapterResidency(store.loading, pool, HostCache(int(host * largest)), index, threads, **options)
         made.append(residency)
         return residency
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 
 from adapters_store import AdapterBundle
 from sera_serve.residency import AdapterResidency, Lease
@@ -33,14 +34,15 @@ class Store:
         for gate in self.gates.values():
             gate.set()
 
-    def load(self, digest: str) -> AdapterBundle:
+    @contextmanager
+    def loading(self, digest: str) -> Iterator[AdapterBundle]:
         self.asked.append(digest)
         if digest in self.gates:
             self.reading[digest].set()
             assert self.gates[digest].wait(30)
         if digest in self.failing:
             raise self.failing[digest]
-        return self.bundles[digest]
+        yield self.bundles[digest]
 
 
 def granted(future: Future[Lease]) -> Lease:

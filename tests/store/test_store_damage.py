@@ -8,9 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from bundle_factory import bundle_path, make_bundle
+import torch
+from bundle_factory import MODULE, Q, bundle_path, config_fields, make_bundle
 
-from adapters_store import AdapterNotFound, AdapterStore, StoreError
+from adapters_store import AdapterBundle, AdapterConfig, AdapterNotFound, AdapterStore, StoreError
 from adapters_store.backends.adapter_directory import AdapterDirectory
 from adapters_store.errors import NotAStore, StoreCorrupted, UnsupportedStore
 
@@ -47,6 +48,28 @@ def test_damaged_bundle_is_never_served_and_publishing_heals_it(
         assert str(path) in refusal.value.message
     assert store.publish(bundle, NAME).version == 1
     store.check_integrity()
+
+
+@pytest.mark.parametrize("width", [8, 1 << 17], ids=["small", "hashed on a thread"])
+def test_work_on_a_damaged_bundle_ends_in_that_error(store: AdapterStore, width: int) -> None:
+    modules = {Q: dict(MODULE, d_in=width)}
+    small = make_bundle(1)
+    config = AdapterConfig.model_validate(config_fields(modules=modules))
+    bundle = AdapterBundle(config, {**small.tensors, f"{Q}.sera_a": torch.zeros(width, 2)})
+    store.publish(bundle, NAME)
+    with store.loading(bundle.digest) as read:
+        assert torch.equal(read.tensors[f"{Q}.sera_b"], bundle.tensors[f"{Q}.sera_b"])
+    with pytest.raises(ZeroDivisionError), store.loading(bundle.digest):
+        _ = 1 // 0
+    flip_last_byte(bundle_path(store, bundle.digest))
+    begun = []
+    with pytest.raises(StoreCorrupted, match="is damaged"), store.loading(bundle.digest) as read:
+        begun.append(read)
+    # The damage may have caused it.
+    with pytest.raises(StoreCorrupted, match="is damaged"), store.loading(bundle.digest) as read:
+        begun.append(read)
+        _ = 1 // 0
+    assert len(begun) == 2
 
 
 def test_missing_bundle_and_lost_alias_target_are_found(store: AdapterStore) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from adapters_store import AdapterBundle, AdapterStore, parse_ref
@@ -55,10 +56,10 @@ class GatedStore(AdapterStore):
 
     gate: threading.Event | None = None
 
-    def load(self, digest: str) -> AdapterBundle:
+    def loading(self, digest: str) -> AbstractContextManager[AdapterBundle]:
         if self.gate is not None:
             assert self.gate.wait(20)
-        return super().load(digest)
+        return super().loading(digest)
 
 
 async def until(condition: Callable[[], bool]) -> None:

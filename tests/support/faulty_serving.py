@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,9 @@ class FaultyStore(AdapterStore):
 
     before_load: Callable[[str], None] = staticmethod(lambda digest: None)
 
-    def load(self, digest: str) -> AdapterBundle:
+    def loading(self, digest: str) -> AbstractContextManager[AdapterBundle]:
         self.before_load(digest)
-        return super().load(digest)
+        return super().loading(digest)
 
 
 @dataclass
