@@ -135,7 +135,8 @@ class AdapterBundle:
             data[:] = raw.data
         data = raw.header.tensor_bytes(data)
         # Usually there is one run. A hundred small tensors took far longer to check and hash one by one.
-        parts = [data[run.whole.begin : run.whole.end] for run in table.runs]
+        runs = [run.whole for run in table.runs]
+        parts = [data[run.begin : run.end] for run in runs]
         # Our own writers write the canonical configuration, so that its hash need not wait for it to be checked.
         written = raw.config if isinstance(raw.config, str) else raw.config.decode(errors="replace")
         digest = hash_meanwhile(_manifest(written, table.described), parts)
@@ -148,7 +149,7 @@ class AdapterBundle:
         bundle = object.__new__(cls)
         bundle.config = config
         bundle._read = _ReadTensors(data, table, digest)
-        if not all(is_surely_finite(read_tensor(data, run.whole)) for run in table.runs):
+        if not all(is_surely_finite(read_tensor(data, run)) for run in runs):
             check_values(bundle.tensors)
         return bundle
 

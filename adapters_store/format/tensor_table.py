@@ -34,10 +34,17 @@ class TensorEntry(NamedTuple):
 
 
 class TensorRun(NamedTuple):
-    """Tensors of one dtype, one after another in order of name: all as one entry (elements,), and elements of each."""
+    """Tensors of one dtype that lie one after another in order of name; `sizes` are the elements of each."""
 
-    whole: TensorEntry
+    dtype: str
+    begin: int
     sizes: list[int]
+
+    @property
+    def whole(self) -> TensorEntry:
+        """All of them as one tensor (elements,)."""
+        elements = sum(self.sizes)
+        return TensorEntry(self.dtype, (elements,), self.begin, self.begin + elements * _ITEM_BYTES[self.dtype])
 
 
 @dataclass(frozen=True)
@@ -66,13 +73,13 @@ class TensorTable:
     def runs(self) -> list[TensorRun]:
         """The tensors in order of name."""
         runs: list[TensorRun] = []
+        last = None
         for name in self.names:
             dtype, shape, begin, end = self.entries[name]
-            sizes = [math.prod(shape)]
-            if runs and (runs[-1].whole.dtype, runs[-1].whole.end) == (dtype, begin):
-                before = runs.pop()
-                sizes, begin = [*before.sizes, *sizes], before.whole.begin
-            runs.append(TensorRun(TensorEntry(dtype, (sum(sizes),), begin, end), sizes))
+            if (dtype, begin) != last:
+                runs.append(TensorRun(dtype, begin, []))
+            runs[-1].sizes.append(math.prod(shape))
+            last = dtype, end
         return runs
 
     @cached_property

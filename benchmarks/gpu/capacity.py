@@ -32,7 +32,7 @@ def measure_capacity(setting: Setting) -> list[Row]:
     """One row for each member: size of an adapter, adapters in a GiB, times of a load's parts."""
     rows = []
     for member in (Member(64, 64), Member(16, 16), Member(64, 1, False), Member(16, 1, False)):
-        bundle = large_bundle(setting, member)
+        bundle = large_bundle(member, small=setting.small)
         adapter, times = _read(setting, bundle)
         row = {"system": member.name, "adapter_bytes": adapter.data.nbytes}
         rows.append(row | _measure(setting, adapter) | times)
@@ -40,9 +40,9 @@ def measure_capacity(setting: Setting) -> list[Row]:
     return rows
 
 
-def large_bundle(setting: Setting, member: Member) -> AdapterBundle:
-    """An adapter on all linear layers of Llama-3-8B."""
-    scale, layers = (16, 1) if setting.small else (1, LAYERS)
+def large_bundle(member: Member, *, small: bool = False) -> AdapterBundle:
+    """An adapter on all linear layers of Llama-3-8B; small: one decoder layer of a sixteenth of its widths."""
+    scale, layers = (16, 1) if small else (1, LAYERS)
     modules: dict[str, ModuleSpec] = {}
     tensors: dict[str, torch.Tensor] = {}
     for layer in range(layers):

@@ -224,6 +224,22 @@ def test_names_and_bodies_take_linear_time(name: str) -> None:
         assert_linear(USES[name], piece * (BODY // len(piece)))
 
 
+def test_a_header_of_many_tensors_takes_linear_time() -> None:
+    """About as many as a header may have. The bundle is refused late, for its names."""
+    fields = {f"{i:04x}": {"dtype": "F32", "shape": [1], "data_offsets": [4 * i, 4 * i + 4]} for i in range(30_000)}
+    base = {"name": "a", "architecture": "a", "config_digest": "a", "weights_digest": "a", "hidden_size": 8}
+    module = {"d_in": 8, "d_out": 8, "rank": 1, "split": 1, "use_mixer": False, "scaling": 1.0}
+    config = {"format_version": 1, "task": "generate", "method": "lora", "base": base, "modules": {"a": module}}
+    metadata = {"adapter_config": json.dumps(config)}
+    header = json.dumps({"__metadata__": metadata, **fields}, separators=(",", ":")).encode()
+    data = len(header).to_bytes(8, "little") + header + bytes(4 * len(fields))
+    began = time.perf_counter()
+    with pytest.raises(InvalidBundle) as refusal:
+        AdapterBundle.from_bytes(data)
+    assert refusal.value.code == "missing_tensor"
+    assert time.perf_counter() - began < LINEAR_S
+
+
 @pytest.mark.parametrize("name", HEADER_USES)
 def test_headers_and_paths_take_linear_time(name: str) -> None:
     for piece in HEADER_TEXTS:
