@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 import os
 import re
 from collections.abc import Mapping
@@ -40,7 +39,7 @@ class _NotYaml(Exception):
 class ServeSettings(BaseSettings):
     """Every setting of the server and its engine. Flags win over the environment, the environment over defaults."""
 
-    model_config = SettingsConfigDict(env_prefix=_ENV_PREFIX, extra="forbid", frozen=True)
+    model_config = SettingsConfigDict(env_prefix=_ENV_PREFIX, extra="forbid", frozen=True, allow_inf_nan=False)
 
     base: str = Field("embedded", description='"embedded", a folder in Hugging Face format, or a hub id')
     store: Path = Field(Path("store"), description="folder of the adapter store")
@@ -258,8 +257,8 @@ class ServeSettings(BaseSettings):
         for tenant, weight in value.items():
             if not tenant or "/" in tenant:
                 raise ValueError(f"{tenant!r} is no tenant: write the part of an adapter's name before its '/'")
-            if not 0 < weight < math.inf:
-                raise ValueError(f"the weight of {tenant} is {weight}; it must be positive and finite")
+            if weight <= 0:
+                raise ValueError(f"the weight of {tenant} is {weight}; it must be positive")
         return value
 
 

@@ -85,6 +85,8 @@ def test_every_setting_is_an_option() -> None:
     ("arguments", "status", "words"),
     [
         (["--port", "99999"], 2, "port (flag --port) is 99999"),
+        (["--drain-s", "inf"], 2, "drain_s (flag --drain-s) is inf"),
+        (["--tenant-weights", "acme=inf"], 2, "finite"),
         (["--config", "/nowhere.yaml"], 2, "cannot be read"),
         (["--base", "/nowhere", "--port", "0"], 1, "could not be loaded"),
         (["--host", "256.0.0.1"], 1, "host"),
