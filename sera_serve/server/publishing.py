@@ -27,7 +27,7 @@ class Publisher:
     ) -> tuple[Published, tuple[str, ...]]:
         """Check what was read, publish it as the next version of `name`, and record that.
 
-        `keep_latest` is that of `AdapterStore.publish`.
+        `keep_latest` is that of `AdapterStore.publish`: what changes nothing then is not recorded.
 
         Returns:
             The version, and what an import had to say.
@@ -53,13 +53,16 @@ class Publisher:
         self, bundle: AdapterBundle, name: str, actor: Actor, *, keep_latest: bool = False
     ) -> Published:
         """`publish`, for a bundle that was checked."""
-        if self.store.has_content(name, bundle.digest) is None:
+        held = self.store.has_content(name, bundle.digest)
+        if held is None:
             # A kill may have come between the deletion of an older adapter of this name and the end of its shares.
             self._end_shares(name)
         added = self.holdings.check_publish(name, bundle.digest, bundle.file_bytes)
         published = self.store.publish(bundle, name=name, keep_latest=keep_latest)
         self.holdings.note_published(name, added)
-        record_publication(published, self.audit, actor)
+        # A watched directory shows at each start of a server what it has shown before.
+        if not (keep_latest and held):
+            record_publication(published, self.audit, actor)
         return published
 
     def remove(self, reference: str, actor: Actor) -> None:

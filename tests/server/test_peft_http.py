@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import json
 import logging
 import os
 import shutil
@@ -304,17 +305,24 @@ def test_a_restart_moves_no_latest_back(
     def served() -> AbstractContextManager[str]:
         return live_server(build_app(engine, store, ServeSettings(store=store.root, watch=watched)))
 
+    def recorded() -> list[str]:
+        return [json.loads(line)["action"] for line in (store.root / "access" / "audit.jsonl").read_text().splitlines()]
+
     with served():
         polled()
         assert store.inspect("acme/one").versions == (1,)
+    assert recorded() == ["adapter.publish"]
     store.publish(writer, "acme/one")
     with served():
         polled()
         assert (store.resolve("acme/one").version, store.inspect("acme/one").versions) == (2, (1, 2))
+        # Nothing has changed.
+        assert recorded() == ["adapter.publish"]
         # The same content, which somebody copies there again, is wanted.
         (watched / "acme" / "one" / CONFIG).write_bytes((checkpoint / CONFIG).read_bytes())
         polled()
         assert store.resolve("acme/one").version == 1
+        assert recorded() == ["adapter.publish"] * 2
         # It still belongs to the watch.
         shutil.rmtree(watched / "acme" / "one")
         wait_until(lambda: store.count_adapters() == 0)
