@@ -119,6 +119,10 @@ def test_a_view_says_which_scope_it_needs(browser: Browser, keyed_url: str, keys
         page.goto(f"{keyed_url}/console#/keys")
         expect(page.get_by_role("main")).to_contain_text("This needs the scope admin")
         expect(page.get_by_role("main")).to_contain_text("Your key has infer.")
+        expect(page.get_by_role("heading", level=1)).to_have_text("Keys")
+        # Who comes there by a link is told so by a screen reader, as in any view.
+        expect(page.get_by_role("heading", level=1)).to_be_focused()
+        expect(page).to_have_title("Keys - sera-serve")
         tab.check()
 
 

@@ -25,6 +25,7 @@ const MENU = [
   ["Operate", ["live", "keys", "quotas"]],
 ];
 const SIGN_IN = () => import("./views/sign_in.js");
+const NOT_ALLOWED = () => Promise.resolve({ default: MissingScope });
 
 function App() {
   const { state, me, error } = useStore(session);
@@ -41,6 +42,7 @@ function Shell({ me }) {
   const [isMenuOpen, setMenuOpen] = useState(false);
   const name = VIEWS[parts[0]] ? parts[0] : "adapters";
   const view = VIEWS[name];
+  const isAllowed = (each) => VIEWS[each].scope === null || may(me, VIEWS[each].scope);
   const main = useRef(null);
   useEffect(() => setMenuOpen(false), [parts.join("/")]);
   const skip = (event) => {
@@ -59,7 +61,7 @@ function Shell({ me }) {
         </header>
         <div id="menu" class=${isMenuOpen ? "menu is-open" : "menu"}>
           <nav aria-label="Views">${MENU.map(([group, names]) => {
-            const allowed = names.filter((each) => VIEWS[each].scope === null || may(me, VIEWS[each].scope));
+            const allowed = names.filter(isAllowed);
             return allowed.length > 0 && html`<div class="menu-group" key=${group}>
               <h2>${group}</h2>
               <ul>${allowed.map((each) => html`<li key=${each}>
@@ -71,9 +73,8 @@ function Shell({ me }) {
         </div>
       </div>
       <main ref=${main} id="main" tabindex="-1">
-        ${view.scope !== null && !may(me, view.scope)
-          ? html`<${MissingScope} me=${me} scope=${view.scope} what=${view.title} />`
-          : html`<${Lazy} key=${`${name} ${me.key_id}`} load=${view.load} me=${me} title=${view.title} />`}
+        <${Lazy} key=${`${name} ${me.key_id}`} load=${isAllowed(name) ? view.load : NOT_ALLOWED} me=${me}
+          scope=${view.scope} title=${view.title} />
       </main>
     </div>
     <${Notices} />`;
@@ -118,7 +119,7 @@ function Lazy({ load, title, ...rest }) {
     const retry = () => (broken ? reset() : globalThis.location.reload());
     return html`<${ErrorNote} error=${broken ?? failure} retry=${retry} />`;
   }
-  return loaded ? html`<${loaded.View} ...${rest} />` : html`<${Loading} />`;
+  return loaded ? html`<${loaded.View} title=${title} ...${rest} />` : html`<${Loading} />`;
 }
 
 const visitedPlaces = { last: null };

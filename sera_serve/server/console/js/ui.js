@@ -132,10 +132,10 @@ function sentence(text) {
 }
 
 /** What a view shows when its key may not use it. */
-export function MissingScope({ me, scope, what }) {
-  return html`<div class="empty">
+export function MissingScope({ me, scope, title }) {
+  return html`<${Heading} title=${title} /><div class="empty">
     <h2>This needs the scope <code>${scope}</code></h2>
-    <p>Your key has ${me.scopes.length ? me.scopes.join(", ") : "no scope"}. ${what} needs a key with <code>${scope}</code>:
+    <p>Your key has ${me.scopes.length ? me.scopes.join(", ") : "no scope"}. ${title} needs a key with <code>${scope}</code>:
       ask the operator of this server for one, then sign out and use it.</p>
   </div>`;
 }
