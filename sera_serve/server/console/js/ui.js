@@ -135,7 +135,7 @@ function sentence(text) {
 export function MissingScope({ me, scope, title }) {
   return html`<${Heading} title=${title} /><div class="empty">
     <h2>This needs the scope <code>${scope}</code></h2>
-    <p>Your key has ${me.scopes.length ? me.scopes.join(", ") : "no scope"}. ${title} needs a key with <code>${scope}</code>:
+    <p>Your key has ${me.scopes.length ? me.scopes.join(", ") : "no scope"}. This view needs a key with <code>${scope}</code>:
       ask the operator of this server for one, then sign out and use it.</p>
   </div>`;
 }
