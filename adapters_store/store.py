@@ -172,7 +172,8 @@ class AdapterStore:
             StoreCorrupted: The file is not what was published.
         """
         with self.loading(digest) as bundle:
-            return bundle
+            pass
+        return bundle
 
     @contextmanager
     def loading(self, digest: str) -> Iterator[AdapterBundle]:
@@ -181,16 +182,15 @@ class AdapterStore:
         What the block has made of the bundle is worth nothing if the end of the block raises StoreCorrupted.
         """
         with self._damage_typed(digest):
-            bundle = AdapterBundle.from_bytes(self._read(digest, self._size(digest)), self._limits)
+            data = self._read(digest, self._size(digest))
+            bundle = AdapterBundle.from_bytes(data, self._limits, kept_tables=True)
         try:
             yield bundle
-        finally:
-            # Before any error of the block, which the damage may have caused.
-            if bundle.digest != digest:
-                place = self._backend.bundle_location(digest)
-                raise StoreCorrupted(
-                    f"{place} is damaged (its digest is {bundle.digest}); publish it again", param=place
-                )
+        except Exception:
+            # The damage may have caused it.
+            self._check_digest(bundle, digest)
+            raise
+        self._check_digest(bundle, digest)
 
     def config(self, digest: str) -> AdapterConfig:
         """The configuration of a bundle, without reading its tensors; raises as `load` does."""
@@ -525,6 +525,11 @@ class AdapterStore:
         except InvalidBundle as error:
             place = self._backend.bundle_location(digest)
             raise StoreCorrupted(f"{place} is damaged ({error}); publish it again", param=place) from error
+
+    def _check_digest(self, bundle: AdapterBundle, digest: str) -> None:
+        if bundle.digest != digest:
+            place = self._backend.bundle_location(digest)
+            raise StoreCorrupted(f"{place} is damaged (its digest is {bundle.digest}); publish it again", param=place)
 
     def _no_bundle(self, digest: str) -> AdapterNotFound:
         return AdapterNotFound(f"bundle {digest} is not in the store; publish it again", param="digest")

@@ -47,14 +47,19 @@ class AdapterBundle:
         """
         self.config = config
         copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
-        self.tensors = {name: copy.contiguous() for name, copy in copies.items()}
+        self._tensors: dict[str, Tensor] | None = {name: copy.contiguous() for name, copy in copies.items()}
         self._read: _ReadTensors | None = None
+        self._digest: str | None = None
 
-    @cached_property
+    # No `cached_property`: before Python 3.12 it holds one lock for all bundles, also while a large one is hashed.
+
+    @property
     def tensors(self) -> dict[str, Tensor]:
         """CPU tensors under the names of `expected_shapes(config)`."""
-        assert self._read is not None, "the constructor sets the tensors"
-        return read_tensors(self._read.data, self._read.table)
+        if self._tensors is None:
+            assert self._read is not None, "a bundle was made from tensors, or was read"
+            self._tensors = read_tensors(self._read.data, self._read.table)
+        return self._tensors
 
     def flat_tensors(self) -> dict[str, Tensor]:
         """The elements of each tensor (elements,) by name: for a bundle that was read, in less time than `tensors`."""
@@ -62,14 +67,17 @@ class AdapterBundle:
             return {name: tensor.view(-1) for name, tensor in self.tensors.items()}
         return self._read.flat_tensors()
 
-    @cached_property
+    @property
     def digest(self) -> str:
         """SHA-256, in hexadecimal, of the canonical bundle: the same for any container. See FORMAT.md.
 
         A thread computes that of a large bundle from when it was read; the first use waits for it.
         """
-        if self._read is not None:
-            return self._read.digest()
+        if self._digest is None:
+            self._digest = self._computed_digest() if self._read is None else self._read.digest()
+        return self._digest
+
+    def _computed_digest(self) -> str:
         tensors = sorted(self.tensors.items())
         described = describe_tensors([(name, DTYPE_NAMES[t.dtype], tuple(t.shape)) for name, t in tensors])
         data = [tensor.reshape(-1).view(torch.uint8).numpy().data for _, tensor in tensors]
@@ -120,12 +128,23 @@ class AdapterBundle:
         return cls._checked(read_path(os.fspath(path), limits, within))
 
     @classmethod
-    def from_bytes(cls, data: bytes | bytearray | memoryview, limits: BundleLimits = DEFAULT_LIMITS) -> AdapterBundle:
+    def from_bytes(
+        cls,
+        data: bytes | bytearray | memoryview,
+        limits: BundleLimits = DEFAULT_LIMITS,
+        *,
+        kept_tables: bool = False,
+    ) -> AdapterBundle:
         """Read and check a bundle from the bytes of a .safetensors file or a .tar; raises as `load` does.
 
         The bundle shares a writable buffer, which must not change afterwards.
+
+        Args:
+            data: The bytes.
+            limits: Caps.
+            kept_tables: As of `parse_header`.
         """
-        return cls._checked(read_bytes(memoryview(data), limits))
+        return cls._checked(read_bytes(memoryview(data), limits, kept_tables=kept_tables))
 
     @classmethod
     def _checked(cls, raw: RawBundle) -> AdapterBundle:
@@ -148,6 +167,7 @@ class AdapterBundle:
             digest = hash_meanwhile(_manifest(canonical, table.described), parts)
         bundle = object.__new__(cls)
         bundle.config = config
+        bundle._tensors = bundle._digest = None
         bundle._read = _ReadTensors(data, table, digest)
         if not all(is_surely_finite(read_tensor(data, run)) for run in runs):
             check_values(bundle.tensors)

@@ -255,8 +255,8 @@ class AdapterConfig(_Strict):
     def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         fields = handler(self)
         # Here, not in each of hundreds of modules.
-        for spec in fields["modules"].values():
-            for name in [name for name in _LATER_OF_MODULES if not spec[name]]:
+        for spec in fields.get("modules", {}).values():
+            for name in [name for name in _LATER_OF_MODULES if not spec.get(name, True)]:
                 del spec[name]
         return {"format_version": fields.pop("format_version"), **_without_defaults(fields, _ALL_LATER)}
 

@@ -59,12 +59,15 @@ def read_path(path: str, limits: BundleLimits, within: Path | None = None) -> Ra
     return read_bytes(read_file(path, limits.max_bytes, within), limits)
 
 
-def read_bytes(data: memoryview, limits: BundleLimits) -> RawBundle:
-    """Read a bundle from the bytes of a .safetensors file or a .tar; raises as `read_path` does."""
+def read_bytes(data: memoryview, limits: BundleLimits, *, kept_tables: bool = False) -> RawBundle:
+    """Read a bundle from the bytes of a .safetensors file or a .tar; raises as `read_path` does.
+
+    `kept_tables` is that of `parse_header`.
+    """
     peek = bytes(data[:_PEEK])
     if not looks_like_safetensors(peek) and looks_like_tar(peek):
         return _read_tar(data, limits)
-    header = parse_header(data, len(data), limits)
+    header = parse_header(data, len(data), limits, kept_tables=kept_tables)
     return RawBundle(config_of(header, limits), header, data)
 
 

@@ -1,4 +1,4 @@
-"""SHA-256 of a bundle's bytes, computed while its configuration and header are checked."""
+"""SHA-256 of a bundle's bytes, computed beside what else is done with them."""
 
 from __future__ import annotations
 

@@ -114,20 +114,22 @@ def header_length(prefix: bytes, file_bytes: int, limits: BundleLimits) -> int:
     return length
 
 
-def parse_header(data: memoryview, file_bytes: int, limits: BundleLimits) -> Header:
+def parse_header(data: memoryview, file_bytes: int, limits: BundleLimits, *, kept_tables: bool = False) -> Header:
     """Check the header at the beginning of `data` against a file of `file_bytes` bytes.
 
     Args:
         data: At least the length field and the header; the tensors may be absent.
         file_bytes: Size of the whole file.
         limits: Caps.
+        kept_tables: Keep the table for files of the same kind, and use a kept one. It is for files of a store. What is
+            uploaded must neither fill the memory nor tell a tenant, by its time, what others have uploaded.
 
     Raises:
         InvalidBundle: One of the subclasses that FORMAT.md lists.
     """
     length = header_length(bytes(data[:16]), file_bytes, limits)
     start = _LENGTH_BYTES + length
-    metadata, table = _parse_fields(bytes(data[_LENGTH_BYTES:start]))
+    metadata, table = _parse_fields(bytes(data[_LENGTH_BYTES:start]), kept_tables)
     end = start + table.nbytes
     if end > file_bytes:
         raise Truncated(
@@ -181,9 +183,9 @@ def _other_kind(prefix: bytes) -> str | None:
     return None
 
 
-def _parse_fields(raw: bytes) -> tuple[dict[str, str], TensorTable]:
+def _parse_fields(raw: bytes, kept_tables: bool) -> tuple[dict[str, str], TensorTable]:
     """The metadata and the tensors of a header."""
-    split = _split(raw)
+    split = _split(raw) if kept_tables else None
     if split is not None:
         text, table = split
         return _checked_metadata(_parse_json(text)["__metadata__"]), table
@@ -201,8 +203,10 @@ def _split(raw: bytes) -> tuple[str, TensorTable] | None:
         text = raw.decode()
         found = _METADATA_FIRST.match(text)
         if found is not None and len(text) - found.end() < KEPT_CHARACTERS:
-            table = kept_table("{" + text[found.end() :])
-            if "__metadata__" not in table.entries:
+            # The library pads a header with spaces to a multiple of 8 bytes.
+            table = kept_table("{" + text[found.end() :].rstrip(" "))
+            # The comma before the tensors needs one behind it.
+            if table.entries and "__metadata__" not in table.entries:
                 return text[: found.end() - 1] + "}", table
     return None
 

@@ -18,7 +18,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 _FIELDS = {"dtype", "shape", "data_offsets"}
 _MAX_DIMENSION = 1 << 40
-# Tables that are kept: some MB together.
+# Tables that are kept: some MB together, at most 50.
 _KEPT = 16
 KEPT_CHARACTERS = 1 << 18
 """A longer text of a table is not to be kept. 672 tensors take 70,000 characters."""
@@ -95,7 +95,7 @@ def describe_tensors(tensors: list[tuple[str, str, tuple[int, ...]]]) -> str:
 
 @lru_cache(_KEPT)
 def kept_table(text: str) -> TensorTable:
-    """`table_of` for a JSON object. Adapters of one kind have the same text, so that its table is used again.
+    """`table_of` for a JSON object. Adapters of one kind have the same text: its table is used again.
 
     Raises:
         json.JSONDecodeError: It is not strict JSON.

@@ -175,7 +175,7 @@ def _layer_values(layer: LayerSpectrum) -> dict[str, Any]:
     return {
         "path": layer.path,
         "group": layer.group,
-        **spec.model_dump(mode="json"),
+        **spec.model_dump(mode="json", exclude_defaults=True),
         "singular_values": [_rounded(value) for value in layer.values.tolist()],
         "norm": _rounded(layer.norm),
         "factor_norms": {name: _rounded(value) for name, value in layer.norms.items()},
