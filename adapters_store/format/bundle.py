@@ -7,7 +7,6 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -88,7 +87,7 @@ class AdapterBundle:
         """Bytes of the tensors."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
-    @cached_property
+    @property
     def file_bytes(self) -> int:
         """Bytes of the single-file form, which a store keeps."""
         tensors = [(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in self.tensors.items()]
@@ -161,10 +160,10 @@ class AdapterBundle:
         digest = hash_meanwhile(_manifest(written, table.described), parts)
         config = AdapterConfig.from_json(raw.config)
         check_names_and_shapes(config, table.shapes)
-        # The tensors are in memory of the bundle's own already. The constructor would copy them once more.
         canonical = config.canonical_json()
         if canonical != written:
             digest = hash_meanwhile(_manifest(canonical, table.described), parts)
+        # The tensors are in memory of the bundle's own already. The constructor would copy them once more.
         bundle = object.__new__(cls)
         bundle.config = config
         bundle._tensors = bundle._digest = None
