@@ -90,7 +90,10 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
     # The default is None here, which means that the flag was not given. ServeSettings has the real default.
     # Not in brackets, which the help takes as markup and leaves out.
     default = "" if field.default is None else f". Default: {field.default}"
-    option = typer.Option(f"--{name.replace('_', '-')}", help=f"{field.description}{default}", show_default=False)
+    flag = name.replace("_", "-")
+    # A switch needs a way to turn it off, too.
+    flags = f"--{flag}/--no-{flag}" if field.annotation is bool else f"--{flag}"
+    option = typer.Option(flags, help=f"{field.description}{default}", show_default=False)
     # The command line writes a mapping as "key=value,key=value".
     kind: Any = str if get_origin(field.annotation) is dict else field.annotation
     return _keyword(name, Annotated[kind | None, option])

@@ -108,7 +108,7 @@ def check_eviction(setting: Setting) -> Iterator[Row]:
                 "seconds": time.monotonic() - began,
                 **stress.counts,
                 "evictions": after.evictions - before.evictions,
-                "failed_loads": after.failed_loads - before.failed_loads,
+                "failed_loads": sum(after.failed_loads.values()) - sum(before.failed_loads.values()),
                 "ties": len(stress.different) - len(wrong),
                 "wrong": len(wrong),
             }

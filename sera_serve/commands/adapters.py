@@ -24,7 +24,7 @@ from adapters_store import (
 )
 from adapters_store.card import run_card
 from sera_serve.access import AccessDatabase, Action, Shares
-from sera_serve.commands.imports import MAX_ERROR, compress_and_show, parse_compress, read_adapter
+from sera_serve.commands.imports import MAX_ERROR, compress_and_show, load_named_base, parse_compress, read_adapter
 from sera_serve.commands.output import (
     JsonOption,
     StoreOption,
@@ -351,9 +351,9 @@ def _write(bundle: AdapterBundle, output: Path, format: ExportFormat, base: str 
     """Write the export; True if a head was written beside a model that has no place for it."""
     if base is not None:
         # transformers takes seconds to import, and only this format needs it.
-        from sera_serve.base import load_base, merge_adapter
+        from sera_serve.base import merge_adapter
 
-        loaded = load_base(base)
+        loaded = load_named_base(base)
         merge_adapter(loaded, bundle)
         loaded.model.save_pretrained(output)
         if loaded.reads_text:

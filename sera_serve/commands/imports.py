@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import Progress
@@ -20,6 +22,9 @@ from adapters_store import (
     peft_from_path,
 )
 from sera_serve.errors import InvalidConfiguration
+
+if TYPE_CHECKING:
+    from sera_serve.base import FrozenBase
 
 # A layer's update then points within 6 degrees of the original's, and keeps 99.5% of its length.
 MAX_ERROR = 0.1
@@ -56,11 +61,21 @@ def read_adapter(source: str, base: str | None) -> tuple[AdapterBundle, tuple[st
         return _imported(files, base)
     bundle = AdapterBundle.load(path, limits)
     if base is not None:
-        from sera_serve.base import load_base
-
-        loaded = load_base(base)
+        loaded = load_named_base(base)
         check_base(bundle.config, loaded.info, loaded.module_shapes())
     return bundle, ()
+
+
+def load_named_base(base: str) -> FrozenBase:
+    """Load the base of an option `--base`, with transformers' progress bar on a terminal alone."""
+    # transformers takes seconds to import, and most commands do not need it.
+    from transformers.utils.logging import disable_progress_bar
+
+    from sera_serve.base import load_base
+
+    if not sys.stderr.isatty():
+        disable_progress_bar()
+    return load_base(base)
 
 
 def parse_compress(text: str) -> tuple[int, int | None]:
@@ -106,11 +121,10 @@ def _imported(files: PeftFiles, base: str | None) -> tuple[AdapterBundle, tuple[
             f"this is a PEFT checkpoint; give --base, the base that it was trained on (it names {named!r})",
             param="base",
         )
-    # transformers takes seconds to import, and a bundle does not need it.
-    from sera_serve.base import import_base, load_base
+    from sera_serve.base import import_base
     from sera_serve.residency.import_probe import import_checkpoint
 
-    loaded = load_base(base)
+    loaded = load_named_base(base)
     imported = import_checkpoint(files, import_base(loaded), loaded.dtype)
     return imported.bundle, imported.warnings
 

@@ -300,7 +300,7 @@ class AdapterResidency:
                 host_limit=self.host_cache.limit,
                 granted={tier: self._counts.granted[tier] for tier in ("device", "host", "store")},
                 loads=dict(self._counts.times),
-                failed_loads=self._counts.failed,
+                failed_loads=dict(self._counts.failed),
                 evictions=self._placement.evictions,
                 copies=self.pool.copies,
             )
@@ -409,7 +409,7 @@ class AdapterResidency:
     def _fail(self, entry: AdapterEntry, error: Exception) -> None:
         """End a load that failed, and tell every request that waits for it."""
         with self._lock:
-            self._counts.failed += 1
+            self._counts.add_failure(error)
             self._refuse_locked(entry, error)
             self._placement.free(entry)
             self._place_waiting_locked()

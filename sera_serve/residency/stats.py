@@ -7,7 +7,11 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+from adapters_store import AdapterNotFound
+
 Tier = Literal["device", "host", "store"]
+LoadFailure = Literal["gone", "error"]
+"""Why a load failed: the store does not have the adapter any more, which clients may have caused; or anything else."""
 
 LOAD_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 """Upper bounds of the histogram of load times, seconds; one more bucket has no bound."""
@@ -39,16 +43,20 @@ class LoadCounts:
     Attributes:
         granted: Leases granted, by the tier that the adapter was found in.
         times: Times of the loads that reached the device.
-        failed: Loads that failed.
+        failed: Loads that failed, by their reason.
     """
 
     granted: Counter[Tier] = field(default_factory=Counter)
     times: dict[Tier, LoadTimes] = field(default_factory=lambda: {"host": LoadTimes(), "store": LoadTimes()})
-    failed: int = 0
+    failed: dict[LoadFailure, int] = field(default_factory=lambda: {"gone": 0, "error": 0})
 
     def add_load(self, tier: Tier, seconds: float) -> None:
         """Count a load that reached the device, and its time."""
         self.times[tier] = self.times[tier].with_load(seconds)
+
+    def add_failure(self, error: Exception) -> None:
+        """Count a load that failed."""
+        self.failed["gone" if isinstance(error, AdapterNotFound) else "error"] += 1
 
 
 class Presence(NamedTuple):
@@ -75,7 +83,7 @@ class ResidencyStats:
         host_limit: Bytes of the host cache.
         granted: Leases granted so far, by the tier that the adapter was found in.
         loads: Times of the loads from the host cache and from the store.
-        failed_loads: Loads that failed; every request that waited for the load got the error.
+        failed_loads: Loads that failed, by their reason; every request that waited for the load got the error.
         evictions: Adapters that left the device to make room for others.
         copies: Copies of factors to the device: one for each extent of each load.
     """
@@ -92,6 +100,6 @@ class ResidencyStats:
     host_limit: int
     granted: dict[Tier, int]
     loads: dict[Tier, LoadTimes]
-    failed_loads: int
+    failed_loads: dict[LoadFailure, int]
     evictions: int
     copies: int

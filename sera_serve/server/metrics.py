@@ -194,11 +194,19 @@ class ResidencyMetrics(Collector):
             counts = accumulate(times.counts)
             loads.add_metric([tier], list(zip(bounds, counts, strict=True)), times.seconds)
         yield loads
-        for name, text, value in (
-            ("sera_adapter_load_failures", "Loads of adapters that failed.", stats.failed_loads),
-            ("sera_adapter_evictions", "Adapters that left the device to make room for others.", stats.evictions),
-        ):
-            yield CounterMetricFamily(name, text, value=value)
+        failures = CounterMetricFamily(
+            "sera_adapter_load_failures",
+            "Loads of adapters that failed: gone if the adapter was deleted meanwhile, error for any other reason.",
+            labels=["reason"],
+        )
+        for reason, count in stats.failed_loads.items():
+            failures.add_metric([reason], count)
+        yield failures
+        yield CounterMetricFamily(
+            "sera_adapter_evictions",
+            "Adapters that left the device to make room for others.",
+            value=stats.evictions,
+        )
         for name, text, value in (
             ("sera_adapters_resident", "Adapters on the device.", stats.resident),
             ("sera_adapters_pinned", "Adapters pinned to the device.", stats.pinned),

@@ -271,8 +271,11 @@ def _publish(directory: WatchedDirectory, name: str, publisher: Publisher, limit
         if not directory.is_unchanged(name):
             # It is being written again. The next polls see the change.
             return
+        bundle, warnings = publisher.checked(source)
         # An earlier server may have published it, and a newer version may have come by another way since.
-        published, warnings = publisher.publish(source, name, _ACTOR, keep_latest=directory.is_old(name))
+        is_old = directory.is_old(name)
+        is_known = is_old and publisher.store.has_content(name, bundle.digest)
+        published = publisher.publish_checked(bundle, name, _ACTOR, keep_latest=is_old)
     except _PASSING as error:
         if directory.try_later(name, error.message):
             logger.error("%s is not published yet, and is tried again: %s", path, error.message)
@@ -287,6 +290,9 @@ def _publish(directory: WatchedDirectory, name: str, publisher: Publisher, limit
         logger.exception("%s is not published, until it changes, because of an unexpected error", path)
         return
     directory.mark_handled(name, published=True)
+    if is_known:
+        # So it was at the end of an earlier watch, which has said this and the warnings.
+        return
     logger.info("%s is published as %s@v%d", path, name, published.version)
     for warning in warnings:
         logger.warning("%s: %s", path, warning)

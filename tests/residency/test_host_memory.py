@@ -127,7 +127,8 @@ def test_memory_of_dropped_adapters_goes_back_to_the_system(base: FrozenBase, in
     before = process.memory_info().rss
     # Every other one, so that what stays lies between.
     del packed[::2]
-    assert before - process.memory_info().rss > 0.9 * 32 * packed[0].nbytes > 10 << 20
+    # Up to four of the 32 stay, to be used again.
+    assert before - process.memory_info().rss > 0.9 * 28 * packed[0].nbytes > 10 << 20
 
 
 def test_cache_keeps_the_wanted_ones(bundles: dict[str, AdapterBundle], index: dict[str, int]) -> None:

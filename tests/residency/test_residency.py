@@ -10,7 +10,7 @@ import pytest
 import torch
 from slow_store import Build, Store, granted
 
-from adapters_store import AdapterBundle
+from adapters_store import AdapterBundle, AdapterNotFound
 from sera_kernels import ABSENT, Entry
 from sera_serve.base import FrozenBase
 from sera_serve.errors import AdapterTooLarge
@@ -142,7 +142,11 @@ def test_failed_load_reaches_every_waiter_and_is_retried_later(large: list[str],
         with pytest.raises(OSError, match="disk on fire"):
             granted(future)
     assert store.asked.count(digest) == 1
-    assert residency.stats().failed_loads == 1
+    assert residency.stats().failed_loads == {"gone": 0, "error": 1}
+    store.failing[digest] = AdapterNotFound("it was deleted")
+    with pytest.raises(AdapterNotFound):
+        granted(residency.acquire(digest))
+    assert residency.stats().failed_loads == {"gone": 1, "error": 1}
     del store.failing[digest]
     granted(residency.acquire(digest)).release()
 

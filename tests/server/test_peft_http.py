@@ -67,6 +67,11 @@ def test_uploads_that_are_refused(
     )
     assert refused(upload({"bundle": weights}, {"config": "{}"}), 422, "invalid_request")["param"] == "config"
     refused(upload({"bundle": weights, "config": bytes((1 << 20) + 1)}), 400, "invalid_multipart")
+    absurd = (1 << 63).to_bytes(8, "little") + b"{"
+    damaged = {b"": "truncated", b"x": "truncated", bytes(8): "not_safetensors", absurd: "not_safetensors"}
+    for data, code in damaged.items():
+        for files in ({"bundle": data}, {"bundle": data, "config": (checkpoint / CONFIG).read_bytes()}):
+            refused(upload(files), 422, code)
     folder = Path(shutil.copytree(checkpoint, tmp_path / "dora"))
     edit_config(folder, use_qalora=True)
     error = refused(upload({"bundle": zipped(folder)}), 422, "unsupported_adapter")
@@ -290,8 +295,9 @@ def test_what_was_there_before_the_watch_is_old_until_it_changes(
 
 @pytest.mark.usefixtures("fast_polls")
 def test_a_restart_moves_no_latest_back(
-    base: FrozenBase, writer: AdapterBundle, checkpoint: Path, tmp_path: Path
+    base: FrozenBase, writer: AdapterBundle, checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO, "sera_serve.watch")
     watched = tmp_path / "watched"
     shutil.copytree(checkpoint, watched / "acme" / "one")
     store, engine = AdapterStore(tmp_path / "store"), StubEngine(base)
@@ -313,16 +319,20 @@ def test_a_restart_moves_no_latest_back(
         assert store.inspect("acme/one").versions == (1,)
     assert recorded() == ["adapter.publish"]
     store.publish(writer, "acme/one")
+    said = f"{watched / 'acme' / 'one'} is published as acme/one@v1"
+    assert caplog.messages.count(said) == 1
     with served():
         polled()
         assert (store.resolve("acme/one").version, store.inspect("acme/one").versions) == (2, (1, 2))
         # Nothing has changed.
         assert recorded() == ["adapter.publish"]
+        assert caplog.messages.count(said) == 1
         # The same content, which somebody copies there again, is wanted.
         (watched / "acme" / "one" / CONFIG).write_bytes((checkpoint / CONFIG).read_bytes())
         polled()
         assert store.resolve("acme/one").version == 1
         assert recorded() == ["adapter.publish"] * 2
+        assert caplog.messages.count(said) == 2
         # It still belongs to the watch.
         shutil.rmtree(watched / "acme" / "one")
         wait_until(lambda: store.count_adapters() == 0)
@@ -379,7 +389,7 @@ def test_neither_a_link_nor_an_unexpected_error_ends_the_watch(
         (watched / "acme" / "taken.safetensors").symlink_to(watched / "other" / "own.safetensors")
         wait_until(lambda: logged("outside the allowed directory"))
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(Publisher, "publish", fail)
+            patched.setattr(Publisher, "publish_checked", fail)
             patched.setattr(Publisher, "remove", fail)
             (watched / "acme" / "faulty.safetensors").write_bytes(writer.to_bytes())
             wait_until(lambda: logged("faulty.safetensors is not published"))

@@ -110,6 +110,14 @@ def test_a_wrong_option_is_reported_in_one_line(tmp_path: Path, arguments: list[
     assert len(result.stderr.splitlines()) == 1
 
 
+def test_a_switch_is_turned_off_by_a_flag() -> None:
+    result = CliRunner().invoke(build_cli(), ["check-config", "--no-access-log", "--insecure"])
+    found = {line.split()[0]: line.split()[1:] for line in result.stdout.splitlines()}
+    assert found["access_log"] == ["false", "flag", "--access-log"]
+    assert found["insecure"] == ["true", "flag", "--insecure"]
+    assert found["cuda_graphs"] == ["true", "default"]
+
+
 @pytest.mark.parametrize("command", ["serve", "check-config"])
 def test_a_file_that_yaml_cannot_make_is_reported_in_one_line(tmp_path: Path, command: str) -> None:
     file = tmp_path / "serve.yaml"

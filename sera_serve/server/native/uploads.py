@@ -117,7 +117,6 @@ class Upload:
         Raises:
             InvalidBundle: One of the subclasses that FORMAT.md lists for bundles; of a PEFT checkpoint also
                 PickledCheckpoint or UnsupportedAdapter.
-            InvalidRequest: A bundle came with a second configuration.
         """
         # The tensors share this memory, so the memory must be writable.
         data = writable_memory(self.nbytes)
@@ -132,10 +131,7 @@ class Upload:
             config = self.config.read()
         # The tensors may share the memory of the whole file, and keep all of it.
         found = peft_from_bytes(data, limits, config)
-        if found is None and config is not None:
-            raise InvalidRequest(
-                "form field config goes with one safetensors file of a PEFT checkpoint; leave it out", param="config"
-            )
+        # What is no safetensors file and no archive is refused here, with or without a configuration.
         return AdapterBundle.from_bytes(data, limits) if found is None else found
 
 
