@@ -12,7 +12,7 @@ from benchmarks.gpu.setting import Setting
 from benchmarks.gpu.timing import capture
 from sera_kernels import AdapterBatch
 from sera_serve.engine.loop.attention import KeyValuePool, StepContext
-from sera_serve.engine.loop.attention_backend import choose_backend
+from sera_serve.engine.loop.attention_backend import RowKeys, choose_backend
 from sera_serve.engine.loop.fused_attention import fuse_attention
 from sera_serve.engine.loop.fused_layer import fuse_layers
 from sera_serve.engine.loop.hugging_face import PagedModel
@@ -40,6 +40,7 @@ class EngineStep:
         for store in (*self._pool.keys, *self._pool.values):
             store.normal_()
         self._table = (1 + torch.arange(sequences * pages, dtype=torch.int32, device=device)).view(sequences, pages)
+        self._owners = torch.arange(sequences, dtype=torch.int32, device=device)
         self._ids = torch.randint(model.config.vocab_size, (sequences,), device=device)
         self._at = torch.full((sequences,), length, device=device)
         self.kv_bytes = sequences * (length + 1) * self._paged.bytes_per_token
@@ -48,7 +49,8 @@ class EngineStep:
         """Run a step with the context's adapters of these slots, or of the base model alone, and copy the logits."""
         at = self._at
         page = self._table.gather(1, (at // PAGE_SIZE)[:, None])[:, 0].long()
-        step = StepContext(self._pool, page * PAGE_SIZE + at % PAGE_SIZE, table=self._table, lengths=at + 1)
+        keys = RowKeys(self._table, at + 1, self._owners)
+        step = StepContext(self._pool, page * PAGE_SIZE + at % PAGE_SIZE, rows=keys)
         with torch.inference_mode(), self.context.run(None if slots is None else AdapterBatch(slots)):
             logits.copy_(self._paged.logits(self._ids[None], at[None], step, 0))
 

@@ -31,6 +31,10 @@ SPLIT_KEYS = 1024
 LEAST_SPLIT_KEYS = 128
 """Keys of a split at least: fewer do not hide the time until the first of them arrive."""
 
+MOST_SPLITS = 8192
+"""Splits of all rows together, at most. They bound the workspace: 140 MB for 32 heads of 128. Many rows of a wide table
+are short ones, whose other splits only start and end; a long one among them gets fewer."""
+
 PROGRAMS_PER_MULTIPROCESSOR = 3
 """Rows are split until there are so many programs: as many fit into a multiprocessor's shared memory."""
 
@@ -51,6 +55,7 @@ def paged_decode(
     lengths: Tensor,
     *,
     scale: float,
+    owners: Tensor | None = None,
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
@@ -67,9 +72,12 @@ def paged_decode(
         q: (rows, heads, key width), float32, bfloat16 or float16; the last axis contiguous.
         keys: (pages, page size, kv_heads, key width), the same dtype; the last axis contiguous.
         values: (pages, page size, kv_heads, value width), likewise.
-        table: int64 or int32 (rows, pages), pages of each row in order; rows contiguous.
+        table: int64 or int32 (rows, pages), pages of each row in order; rows contiguous. What it has beyond a row's
+            keys may be anything.
         lengths: int64 or int32 (rows,), keys of each row.
         scale: Factor of the scores.
+        owners: int64 or int32 (rows,), the table's row of each row of q: tokens of one sequence share its pages. None
+            where the rows are the table's.
         window: How many of the last keys a row sees; None is all.
         softcap: Scores are squashed into (-softcap, softcap); None leaves them.
         sinks: (heads,) logits that take part in the softmax, or None.
@@ -84,7 +92,7 @@ def paged_decode(
     """
     rows, heads, key_width = q.shape
     page_size, kv_heads, value_width = keys.shape[1], keys.shape[2], values.shape[3]
-    _check(q, keys, values, table, lengths)
+    _check(q, keys, values, table, lengths, owners)
     if out is None:
         out = torch.empty(rows, heads, value_width, dtype=q.dtype, device=q.device)
     if rows == 0:
@@ -93,15 +101,15 @@ def paged_decode(
         programs = kv_heads * triton.cdiv(heads // kv_heads, _HEADS)
         splits = choose_splits(rows, table.shape[1] * page_size, programs, _multiprocessors(q.device))
     constants, options = decode_constants(
-        q.dtype, heads, kv_heads, key_width, value_width, page_size, splits, window, softcap, sinks
+        q.dtype, heads, kv_heads, key_width, value_width, page_size, splits, window, softcap, sinks, owners
     )
     # Where splits is 1 nothing is read or written there.
     work = out if splits == 1 else torch.empty(rows * heads * splits * (value_width + 2), device=q.device)
     last_keys = 0 if window is None else window
     with torch.cuda.device_of(q):
         _decode_kernel[(constants["TILES"] * kv_heads, rows, splits)](
-            q, keys, values, table, lengths, q if sinks is None else sinks, out, work,
-            q.stride(0), q.stride(1), *keys.stride()[:3], *values.stride()[:3], table.stride(0), table.shape[1],
+            q, keys, values, table, lengths, lengths if owners is None else owners, q if sinks is None else sinks, out,
+            work, q.stride(0), q.stride(1), *keys.stride()[:3], *values.stride()[:3], table.stride(0), table.shape[1],
             lengths.stride(0), rows, scale, last_keys, 1.0 if softcap is None else softcap, **constants, **options,
         )  # fmt: skip
         if splits > 1:
@@ -127,6 +135,7 @@ def decode_constants(
     window: object,
     softcap: object,
     sinks: object,
+    owners: object = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Constants and launch options of the decode kernel, as keyword arguments; None is what is not there."""
     groups = heads // kv_heads
@@ -145,6 +154,7 @@ def decode_constants(
         "HAS_WINDOW": window is not None,
         "HAS_SOFTCAP": softcap is not None,
         "HAS_SINKS": sinks is not None,
+        "HAS_OWNERS": owners is not None,
         "BLOCK": block,
         "HEAD_BLOCK": _HEADS,
         "KEY_BLOCK": key_block,
@@ -170,7 +180,10 @@ def choose_splits(rows: int, keys: int, programs_per_row: int, multiprocessors: 
     to_fill = triton.cdiv(PROGRAMS_PER_MULTIPROCESSOR * multiprocessors, rows * programs_per_row)
     wanted = max(1, min(max(to_fill, triton.cdiv(keys, SPLIT_KEYS)), triton.cdiv(keys, LEAST_SPLIT_KEYS)))
     # Few different numbers, because each is a compilation.
-    return int(triton.next_power_of_2(wanted))
+    splits = int(triton.next_power_of_2(wanted))
+    while splits > 1 and splits * rows > MOST_SPLITS:
+        splits //= 2
+    return splits
 
 
 def write_kv(keys: Tensor, values: Tensor, places: Tensor, k: Tensor, v: Tensor) -> None:
@@ -208,13 +221,16 @@ def write_kv(keys: Tensor, values: Tensor, places: Tensor, k: Tensor, v: Tensor)
         )  # fmt: skip
 
 
-def _check(q: Tensor, keys: Tensor, values: Tensor, table: Tensor, lengths: Tensor) -> None:
+def _check(q: Tensor, keys: Tensor, values: Tensor, table: Tensor, lengths: Tensor, owners: Tensor | None) -> None:
     if keys.shape[3] != q.shape[2] or q.shape[1] % keys.shape[2] or keys.shape[:3] != values.shape[:3]:
         raise ValueError(
             f"q {tuple(q.shape)}, keys {tuple(keys.shape)} and values {tuple(values.shape)} do not fit together"
         )
-    if len(table) != len(q) or len(lengths) != len(q):
-        raise ValueError(f"{len(q)} rows of q, {len(table)} of the table, {len(lengths)} lengths")
+    if len(lengths) != len(q) or len(q) != len(table if owners is None else owners):
+        of_table = f"{len(table)} of the table" if owners is None else f"{len(owners)} owners"
+        raise ValueError(f"{len(q)} rows of q, {of_table}, {len(lengths)} lengths")
+    if owners is not None and not owners.is_contiguous():
+        raise ValueError("owners must be contiguous")
     if keys.dtype != q.dtype or values.dtype != q.dtype:
         raise ValueError(f"q is {q.dtype}, keys {keys.dtype}, values {values.dtype}")
     if any(x.stride(-1) != 1 for x in (q, keys, values, table)):
@@ -241,7 +257,7 @@ def _range(
 
 @triton.jit(do_not_specialize=["rows", "table_width", "window", "lengths_stride"])
 def _decode_kernel(
-    q, keys, values, table, lengths, sinks, out, work,
+    q, keys, values, table, lengths, owners, sinks, out, work,
     q_row, q_head, k_page, k_token, k_head, v_page, v_token, v_head, table_row, table_width, lengths_stride, rows,
     scale, window, softcap,
     HEADS: tl.constexpr,
@@ -255,6 +271,7 @@ def _decode_kernel(
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_SINKS: tl.constexpr,
+    HAS_OWNERS: tl.constexpr,
     BLOCK: tl.constexpr,
     HEAD_BLOCK: tl.constexpr,
     KEY_BLOCK: tl.constexpr,
@@ -271,6 +288,7 @@ def _decode_kernel(
     LOG2E: tl.constexpr = 1.4426950408889634
 
     length = tl.load(lengths + row * lengths_stride).to(tl.int32)
+    owner = tl.load(owners + row).to(tl.int64) if HAS_OWNERS else row
     first, start, end, used = _range(length, window, split, SPLITS, LEAST, HAS_WINDOW, BLOCK)
     if (split > 0) & (start >= end):
         return
@@ -290,7 +308,7 @@ def _decode_kernel(
             norm = norm + 1
     total = tl.zeros((HEAD_BLOCK, VALUE_BLOCK), tl.float32)
 
-    pages = table + row * table_row
+    pages = table + owner * table_row
     key_base = keys + kv_head * k_head + key_at[None, :]
     value_base = values + kv_head * v_head + value_at[None, :]
     # The pages of a block are loaded one round ahead: the addresses of keys and values wait for them.

@@ -21,7 +21,7 @@ from sera_serve.config import ServeSettings
 from sera_serve.engine import ServingEngine
 from sera_serve.engine.loop import cuda_attention
 from sera_serve.engine.loop.attention import KeyValuePool, LayerShape, Part, StepContext, attend
-from sera_serve.engine.loop.attention_backend import AttentionBackend, AttentionOptions, choose_backend
+from sera_serve.engine.loop.attention_backend import AttentionBackend, AttentionOptions, RowKeys, choose_backend
 from sera_serve.engine.loop.cuda_attention import PackedIndices, PagedAttention, TorchVarlen
 from sera_serve.engine.loop.pages import PAGE_SIZE, SCRATCH
 from sera_serve.engine.loop.torch_attention import TorchAttention
@@ -169,7 +169,7 @@ def test_a_step_is_one_call_of_variable_length_for_each_layer() -> None:
     step.check(1, WINDOW)
     assert [options for _, options in varlen.calls] == [PLAIN, WINDOW]
     assert varlen.calls[0][0] is varlen.calls[1][0], "made once for all layers"
-    assert step.context.indices is not None and step.context.indices.decodes == 3
+    assert step.context.indices is not None and len(step.context.indices.decodes.lengths) == 3
 
 
 @pytest.mark.parametrize("chunks", [MIXED[:1], MIXED[1:3], MIXED[3:], MIXED[:2], [Chunk(5, (5,), fresh=True)]])
@@ -220,12 +220,19 @@ def test_a_static_step_has_a_row_for_each_token(options: AttentionOptions) -> No
         torch.manual_seed(1)
         step = make_step(backend, [Chunk(1, (3, 40, 70))], poison=False)
         context = step.context
-        table = context.parts[0].table
-        assert table is not None
-        # A padding row, and pages that no row needs.
-        context.table = torch.full((4, 5), SCRATCH, dtype=torch.int64, device=DEVICE)
-        context.table[:3, : table.shape[1]] = torch.from_numpy(table)
-        context.lengths = torch.tensor([3, 40, 70, 1], device=DEVICE)
+        pages = context.parts[0].table
+        assert pages is not None
+        # A page that no row needs and no row may read: what is left in a table from earlier requests.
+        spare = len(context.pool.keys[0]) - 1
+        for store in (*context.pool.keys, *context.pool.values):
+            store[spare] = NAN
+        table = torch.full((4, 5), spare, dtype=torch.int32, device=DEVICE)
+        for owner, own, length in zip((1, 3, 0), pages, (3, 40, 70), strict=True):
+            count = -(-length // PAGE_SIZE)
+            table[owner, :count] = torch.from_numpy(own[:count])
+        table[2, 0] = SCRATCH
+        owners = torch.tensor([1, 3, 0, 2], dtype=torch.int32, device=DEVICE)
+        context.rows = RowKeys(table, torch.tensor([3, 40, 70, 1], device=DEVICE), owners)
         context.places = torch.cat([context.places, context.places.new_zeros(1)])
         for states in (step.queries, step.keys, step.values):
             states[0] = torch.cat([states[0], states[0][:1]])
@@ -268,7 +275,7 @@ class FlashOperation:
         # The key at the left edge of such a window is seen.
         options = AttentionOptions(scale, window=None if window_size_left < 0 else window_size_left + 1)
         nothing = torch.zeros(0)
-        indices = PackedIndices(0, nothing, nothing, cum_seq_q, cum_seq_k, max_q, max_k, None)
+        indices = PackedIndices(RowKeys(nothing, nothing), cum_seq_q, cum_seq_k, max_q, max_k, None)
         return (FloatVarlen()(query, key, value, indices, options),)
 
 
@@ -289,7 +296,7 @@ def test_torchs_operation_gets_its_arguments(monkeypatch: pytest.MonkeyPatch) ->
     q, k = (torch.empty(9, heads, 64, dtype=torch.bfloat16, device="meta") for heads in (8, 2))
     ends = torch.zeros(3, dtype=torch.int32, device="meta")
     nothing = torch.zeros(0)
-    indices = PackedIndices(0, nothing, nothing, ends, ends, 5, 9, None)
+    indices = PackedIndices(RowKeys(nothing, nothing), ends, ends, 5, 9, None)
     assert TorchVarlen()(q, k, k, indices, WINDOW).shape == (9, 8, 64)
 
 

@@ -15,6 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 from sera_kernels.rotary import rotate_and_write
 from sera_serve.engine.loop.attention import KeyValuePool, Part, StepContext
+from sera_serve.engine.loop.attention_backend import RowKeys
 from sera_serve.engine.loop.fused_attention import FusedAttention, fuse_attention
 from sera_serve.engine.loop.hugging_face import PagedModel
 from sera_serve.engine.loop.pages import PAGE_SIZE
@@ -40,7 +41,7 @@ def logits_of(model: PreTrainedModel, fuse: bool) -> tuple[int, Tensor, Tensor, 
     pool.keys[1][3], pool.values[1][3] = pool.keys[1][1], pool.values[1][1]
     lengths = torch.tensor([PROMPT, 30])
     places = torch.tensor([2 * PAGE_SIZE + PROMPT % PAGE_SIZE, 3 * PAGE_SIZE + 30])
-    step = StepContext(pool, places, table=table, lengths=lengths + 1)
+    step = StepContext(pool, places, rows=RowKeys(table, lengths + 1))
     decoded = paged.logits(torch.tensor([[7, 9]]), lengths[None], step, 0)
     return count, prompt, decoded, pool
 

@@ -18,6 +18,7 @@ from sera_kernels import AdapterBatch, AdapterTables
 from sera_kernels.norm import add_norm
 from sera_kernels.rotary import rotate_and_write
 from sera_serve.engine.loop.attention import KeyValuePool, Part, StepContext
+from sera_serve.engine.loop.attention_backend import RowKeys
 from sera_serve.engine.loop.fused_attention import fuse_attention
 from sera_serve.engine.loop.fused_layer import FusedLayer, fuse_layers
 from sera_serve.engine.loop.hugging_face import PagedModel
@@ -96,7 +97,7 @@ def logits(paged: PagedModel, context: AdapterContext, slots: list[int] | None) 
     places = torch.tensor([PAGE_SIZE + 6, PAGE_SIZE + 6])
     two = None if slots is None else AdapterBatch(torch.tensor(slots[:2], dtype=torch.int32))
     with context.run(two):
-        step = StepContext(pool, places, table=table, lengths=lengths)
+        step = StepContext(pool, places, rows=RowKeys(table, lengths))
         decoded = paged.logits(torch.tensor([[9, 9]]), torch.tensor([[6, 6]]), step, 0)
     return torch.cat([prompt, decoded])
 

@@ -102,7 +102,7 @@ def test_a_capture_that_fails_does_not_bar_the_next(
     monkeypatch.setattr(graphs, "StaticStep", lambda *_, **__: step)
     tables = SimpleNamespace(pages=torch.zeros(4, 8))
     found = StepGraphs(SimpleNamespace(device="cpu"), None, None, tables)  # type: ignore[arg-type]
-    key = StaticKey(1, 1, 8, ShapeClasses(), sampled=False, truncated=False)
+    key = StaticKey(1, 1, ShapeClasses(), sampled=False, truncated=False)
     with pytest.raises(torch.OutOfMemoryError):
         found._graph(key)
     driver.can_end = True

@@ -19,6 +19,7 @@ from sera_serve.base import FrozenBase, freeze_base
 from sera_serve.engine import GenerateParams, GenerationResult, ServingEngine
 from sera_serve.engine.loop import runner
 from sera_serve.engine.loop.pages import PAGE_SIZE, SCRATCH
+from sera_serve.engine.loop.row_tables import DeviceRows
 from sera_serve.engine.loop.static_step import StaticBatch, StaticKey, StaticStep
 from sera_serve.errors import EngineUnavailable
 from sera_serve.layers import served_linear
@@ -349,15 +350,15 @@ def test_a_step_of_padding_alone_writes_to_the_scratch_page_alone(
 ) -> None:
     """Each graph is captured over such a step."""
     used = start_engine(decoder, adapters, max_sequences=16).runners["generate"].runner
-    row_tokens = torch.zeros(17, dtype=torch.int64)
-    key = StaticKey(tokens, requests, used.tables.pages.shape[1], ShapeClasses(), sampled=False, truncated=False)
-    step = StaticStep(used._model, used._context, used._pool, key, row_tokens)
+    rows = DeviceRows(used.tables, torch.device("cpu"))
+    key = StaticKey(tokens, requests, ShapeClasses(), sampled=False, truncated=False)
+    step = StaticStep(used._model, used._context, used._pool, key, rows)
     before = [store.clone() for store in used._pool._stores.values()]
     turn = step.stage(StaticBatch(), used.tables)
     step.upload(turn)
     step.run()
     step.download(turn)
-    assert step.tokens(turn, 0) == [] and row_tokens[:-1].tolist() == [0] * 16
+    assert step.tokens(turn, 0) == [] and rows.tokens[:-1].tolist() == [0] * 16
     for old, new in zip(before, used._pool._stores.values(), strict=True):
         changed = (old != new).flatten(2).any(-1).any(0).nonzero().flatten().tolist()
         assert changed == [SCRATCH]

@@ -142,6 +142,19 @@ def test_more_splits_than_are_combined_in_one_round() -> None:
     check(Case(kv_heads=1, lengths=(20 * LEAST_SPLIT_KEYS - 5, 40), splits=20))
 
 
+@pytest.mark.parametrize("splits", [1, 3])
+def test_tokens_of_one_sequence_share_its_row_of_the_table(splits: int) -> None:
+    given = operands(Case(lengths=(150, 97, 33), table_dtype=torch.int32))
+    owners = torch.tensor([2, 0, 0, 1, 0, 2], dtype=torch.int32, device=DEVICE)
+    lengths = torch.tensor([33, 149, 150, 97, 1, 32], device=DEVICE)
+    q = torch.randn(6, 4, 64, device=DEVICE)
+    for window in (None, 40):
+        options = {"scale": 0.125, "splits": splits, "window": window}
+        apart = paged_decode(q, given.keys, given.values, given.table[owners.long()], lengths, **options)
+        shared = paged_decode(q, given.keys, given.values, given.table, lengths, owners=owners, **options)
+        assert torch.equal(shared, apart) and shared.isfinite().all()
+
+
 @pytest.mark.parametrize("window", [1, 7, 32, 100, 150, 151])
 def test_windows(window: int) -> None:
     check(Case(window=window))
@@ -208,6 +221,11 @@ def test_operands_that_do_not_fit_are_refused() -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             attend(Case(), replace(given, **change))
+    operand = (given.q, given.keys, given.values, given.table, given.lengths)
+    owners = torch.zeros(8, dtype=torch.int32, device=DEVICE)
+    for wrong, message in [(owners[:3], "4 rows of q, 3 owners"), (owners[::2], "owners must be contiguous")]:
+        with pytest.raises(ValueError, match=message):
+            paged_decode(*operand, scale=1, owners=wrong)
 
 
 def test_splits_follow_from_shapes() -> None:
@@ -217,6 +235,8 @@ def test_splits_follow_from_shapes() -> None:
     assert choose_splits(1, 8192, 8, 132) == 64
     assert choose_splits(1, 256, 8, 132) == 256 // LEAST_SPLIT_KEYS
     assert choose_splits(1, 32, 1, 132) == 1
+    # A table of 131,072 keys: the splits of all rows are bounded.
+    assert [choose_splits(rows, 1 << 17, 8, 132) for rows in (1, 64, 96, 256, 512)] == [128, 128, 64, 32, 16]
 
 
 @pytest.mark.parametrize(("width", "value_width"), [(64, 64), (80, 48), (128, 128)])

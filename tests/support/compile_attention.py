@@ -29,14 +29,16 @@ STRIDES = ["q_row", "q_head", "k_page", "k_token", "k_head", "v_page", "v_token"
 
 
 def compiled(case: dict[str, Any]) -> dict[str, int]:
-    """What the kernel becomes with the constants that `paged_decode` gives it."""
+    """What the kernel becomes with the constants of `paged_decode`; without extras, those of a static step."""
     kernel = paged_attention._decode_kernel
     extras = [True if case["extras"] else None] * 3
+    owners = None if case["extras"] else True
     constants, options = paged_attention.decode_constants(
-        DTYPES[case["dtype"]], 32, 8, case["width"], case["width"], 32, case["splits"], *extras
+        DTYPES[case["dtype"]], 32, 8, case["width"], case["width"], 32, case["splits"], *extras, owners
     )
     types = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(POINTERS, f"*{case['dtype']}")
-    types |= {"table": "*i64", "lengths": "*i64", "work": "*fp32", "scale": "fp32", "softcap": "fp32"}
+    types |= {"table": "*i32" if owners else "*i64", "lengths": "*i64", "owners": "*i32" if owners else "*i64"}
+    types |= {"work": "*fp32", "scale": "fp32", "softcap": "fp32"}
     signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
     wide = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in [*POINTERS, "work", *STRIDES]}
     made = triton.compile(

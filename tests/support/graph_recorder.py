@@ -20,10 +20,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sera_kernels import AdapterBatch, AdapterTables
+from sera_kernels import AdapterBatch, AdapterTables, ShapeClasses
 from sera_serve.engine import ServingEngine
 from sera_serve.engine.loop.attention import KeyValuePool
-from sera_serve.engine.loop.pages import PAGE_SIZE
+from sera_serve.engine.loop.row_tables import DeviceRows
 from sera_serve.engine.loop.static_step import StaticBatch, StaticKey, StaticStep, classes_of
 
 # Sizes of a recorded step: a batch runs in the smallest that holds it. The last one is for prompts.
@@ -124,8 +124,6 @@ class Replayed:
         joined: How many of them in steps that were launched ahead.
     """
 
-    most_tokens = SIZES[-1]
-
     def __init__(self, engine: ServingEngine, late: bool = False) -> None:
         self.recordings: dict[StaticKey, Recording] = {}
         self.replays = self.ahead = self.prompts = self.joined = 0
@@ -134,11 +132,13 @@ class Replayed:
         self._late = late
         self._queue: deque[Callable[[], None]] = deque()
         self.runner = engine.runners["generate"].runner
-        self._pages = -(-engine._context_tokens // PAGE_SIZE)
-        self._row_tokens = torch.zeros(len(self.runner.tables.pages) + 1, dtype=torch.int64)
+        self._rows = DeviceRows(self.runner.tables, torch.device("cpu"))
         self.runner.static = self
         if late:
             self._keep_in_order(self.runner._pool)
+
+    def most_tokens(self, classes: ShapeClasses) -> int:
+        return SIZES[-1]
 
     def launch(self, batch: StaticBatch, ahead: int) -> Callable[[], list[int]]:
         requests = batch.requests
@@ -146,7 +146,6 @@ class Replayed:
         key = StaticKey(
             tokens=tokens,
             requests=min(tokens, len(self.runner.tables.pages)),
-            pages=self._pages,
             classes=classes_of(requests),
             sampled=any(request.params.temperature > 0 for request in requests),
             truncated=any(request.has_truncation for request in requests),
@@ -159,10 +158,12 @@ class Replayed:
         if key not in self._steps:
             with torch.inference_mode(False):
                 self._steps[key] = StaticStep(
-                    runner._model, runner._context, runner._pool, key, self._row_tokens, runner._rotary
+                    runner._model, runner._context, runner._pool, key, self._rows, runner._rotary
                 )
         step = self._steps[key]
+        pages = self._rows.stage(runner.tables)
         turn = step.stage(batch, runner.tables, ahead)
+        self._enqueue(partial(self._rows.upload, pages))
         for work in (partial(step.upload, turn), partial(self._run, key), partial(step.download, turn)):
             self._enqueue(work)
         done = [False]

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sera_serve.engine.loop.attention_backend import AttentionBackend, AttentionOptions, choose_backend
+from sera_serve.engine.loop.attention_backend import AttentionBackend, AttentionOptions, RowKeys, choose_backend
 from sera_serve.engine.loop.pages import PAGE_SIZE
 
 if TYPE_CHECKING:
@@ -146,28 +146,27 @@ class StepContext:
         pool: Keys and values.
         places: int64 (tokens,), place of each token's keys and values in the pool.
         parts: In the order of the tokens; none in a static step.
-        table: int64 (rows, pages) on the device, in a static step: one token a row.
-        lengths: int64 (rows,) on the device, in a static step: keys of each row, this step's included.
+        rows: In a static step: where the keys of each token are, this step's included.
         indices: The parts as tensors on the device, where the backend makes them: once for all layers.
     """
 
     pool: KeyValuePool
     places: Tensor
     parts: list[Part] = field(default_factory=list)
-    table: Tensor | None = None
-    lengths: Tensor | None = None
+    rows: RowKeys | None = None
     indices: PackedIndices | None = None
     _static_masks: dict[int | None, Tensor] = field(default_factory=dict)
 
     def static_mask(self, window: int | None, width: int, dtype: torch.dtype) -> Tensor:
         """What to add to the scores of a static step, (rows, 1, 1, width); its shape depends on shapes alone."""
-        assert self.lengths is not None
+        assert self.rows is not None
         if window not in self._static_masks:
-            position = torch.arange(width, device=self.lengths.device)
-            hidden = position >= self.lengths[:, None]
+            lengths = self.rows.lengths
+            position = torch.arange(width, device=lengths.device)
+            hidden = position >= lengths[:, None]
             if window is not None:
-                hidden = hidden | (position < self.lengths[:, None] - window)
-            mask = torch.zeros(len(self.lengths), 1, 1, width, dtype=dtype, device=self.lengths.device)
+                hidden = hidden | (position < lengths[:, None] - window)
+            mask = torch.zeros(len(lengths), 1, 1, width, dtype=dtype, device=lengths.device)
             self._static_masks[window] = mask.masked_fill(hidden[:, None, None], -torch.inf)
         return self._static_masks[window]
 
@@ -227,7 +226,6 @@ def attend(
         (tokens, heads, value width).
     """
     options = AttentionOptions(scale, window, softcap, sinks)
-    if step.table is not None:
-        assert step.lengths is not None
-        return step.pool.backend.decode(step, layer, query, step.table, step.lengths, options)
+    if step.rows is not None:
+        return step.pool.backend.decode(step, layer, query, step.rows, options)
     return step.pool.backend.packed(step, layer, query, key, value, options)

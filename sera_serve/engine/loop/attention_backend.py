@@ -41,6 +41,22 @@ class AttentionOptions:
         return self.softcap is None and self.sinks is None
 
 
+@dataclass(frozen=True)
+class RowKeys:
+    """Where the keys of each row are, on the device; a row is one token.
+
+    Attributes:
+        table: int64 or int32 (sequences, pages), the pages of each sequence. What it has beyond the sequence's keys may
+            be anything but the number of no page.
+        lengths: int64 (rows,), keys of each row.
+        owners: int32 (rows,), the sequence of each row; None where each row is a sequence of its own.
+    """
+
+    table: Tensor
+    lengths: Tensor
+    owners: Tensor | None = None
+
+
 class AttentionBackend(Protocol):
     """Attention over one kind of device. It keeps nothing of a step: what it makes for all layers, the step keeps."""
 
@@ -53,17 +69,14 @@ class AttentionBackend(Protocol):
     def write(self, pool: KeyValuePool, layer: int, places: Tensor, keys: Tensor, values: Tensor) -> None:
         """Put (tokens, kv_heads, width) keys and values of a layer at int64 (tokens,) places of the pool."""
 
-    def decode(
-        self, step: StepContext, layer: int, query: Tensor, table: Tensor, lengths: Tensor, options: AttentionOptions
-    ) -> Tensor:
+    def decode(self, step: StepContext, layer: int, query: Tensor, keys: RowKeys, options: AttentionOptions) -> Tensor:
         """Attend one token of each row; each shape follows from the shapes of the arguments, as a graph demands.
 
         Args:
             step: The step under way.
             layer: Layer of the pool.
             query: (rows, heads, key width).
-            table: int64 (rows, pages) on the device, the pages of each row.
-            lengths: int64 (rows,) on the device, keys of each row.
+            keys: Where the keys of each row are.
             options: How the layer attends.
 
         Returns:

@@ -17,7 +17,7 @@ from torch import Tensor
 from sera_kernels.attention_overflow import spread_overflow
 from sera_kernels.paged_attention import paged_decode, write_kv
 from sera_serve.engine.loop.attention import KeyValuePool, Part, StepContext
-from sera_serve.engine.loop.attention_backend import AttentionOptions
+from sera_serve.engine.loop.attention_backend import AttentionOptions, RowKeys
 from sera_serve.engine.loop.pages import PAGE_SIZE
 from sera_serve.engine.loop.torch_attention import TorchAttention
 
@@ -29,9 +29,7 @@ class PackedIndices:
     """The parts of a step as tensors on its device: the decodes' pages, and where each chunk's queries and keys are.
 
     Attributes:
-        decodes: How many of the step's first tokens are decodes.
-        table: int64 (decodes, pages).
-        lengths: int64 (decodes,).
+        decodes: The step's first tokens.
         query_ends: int32 (chunks + 1,), 0 and the end of each chunk's queries.
         key_ends: int32 (chunks + 1,), likewise of each chunk's keys.
         max_queries: Queries of the longest chunk.
@@ -39,9 +37,7 @@ class PackedIndices:
         places: int64 (keys,), the place of each key in the pool; None where all keys are this step's own.
     """
 
-    decodes: int
-    table: Tensor
-    lengths: Tensor
+    decodes: RowKeys
     query_ends: Tensor
     key_ends: Tensor
     max_queries: int
@@ -75,9 +71,7 @@ class PackedIndices:
             # Keys below 0 are this step's own, counted from its first token.
             keys_d = torch.where(keys_d < 0, places[(-1 - keys_d).clamp(min=0)], keys_d)
         return cls(
-            len(table),
-            table_d.view(table.shape),
-            lengths_d,
+            RowKeys(table_d.view(table.shape), lengths_d),
             query_ends,
             key_ends,
             int(new.max(initial=0)),
@@ -114,17 +108,16 @@ class PagedAttention:
         """See `AttentionBackend`."""
         write_kv(pool.keys[layer], pool.values[layer], places, keys, values)
 
-    def decode(
-        self, step: StepContext, layer: int, query: Tensor, table: Tensor, lengths: Tensor, options: AttentionOptions
-    ) -> Tensor:
+    def decode(self, step: StepContext, layer: int, query: Tensor, keys: RowKeys, options: AttentionOptions) -> Tensor:
         """See `AttentionBackend`."""
         return paged_decode(
             query,
             step.pool.keys[layer],
             step.pool.values[layer],
-            table,
-            lengths,
+            keys.table,
+            keys.lengths,
             scale=options.scale,
+            owners=keys.owners,
             window=options.window,
             softcap=options.softcap,
             sinks=options.sinks,
@@ -137,10 +130,10 @@ class PagedAttention:
         if step.indices is None:
             step.indices = PackedIndices.of(step.parts, step.places)
         indices = step.indices
-        count = indices.decodes
+        count = len(indices.decodes.lengths)
         outputs = []
         if count:
-            outputs.append(self.decode(step, layer, query[:count], indices.table, indices.lengths, options))
+            outputs.append(self.decode(step, layer, query[:count], indices.decodes, options))
         if count < len(query):
             chunks = (query[count:], key[count:], value[count:])
             outputs.append(self._prefill(step, indices, layer, *chunks, options))

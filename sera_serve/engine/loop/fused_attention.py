@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from sera_serve.engine.loop.attention import KeyValuePool, Part, StepContext
-from sera_serve.engine.loop.attention_backend import AttentionBackend, AttentionOptions
+from sera_serve.engine.loop.attention_backend import AttentionBackend, AttentionOptions, RowKeys
 from sera_serve.engine.loop.current_step import running, step_under_way
 from sera_serve.engine.loop.hugging_face import PagedModel
 from sera_serve.layers.served_linear import ServedLinear, SharedInputGroup
@@ -71,9 +71,8 @@ class FusedAttention:
         cos, sin = (table.reshape(-1, table.shape[-1]) for table in position_embeddings)
         keys, values = pool.keys[self._index], pool.values[self._index]
         q, k = self._rotate(q, k, v, cos, sin, keys, values, step.places, updates)
-        if step.table is not None:
-            assert step.lengths is not None
-            out = pool.backend.decode(step, self._index, q, step.table, step.lengths, self._options)
+        if step.rows is not None:
+            out = pool.backend.decode(step, self._index, q, step.rows, self._options)
         else:
             out = pool.backend.packed(step, self._index, q, k, v, self._options)
         (y,), updates = _computed([self._output], self._last, out.flatten(1)[None])
@@ -113,10 +112,8 @@ class _NotingBackend:
     def write(self, pool: KeyValuePool, layer: int, places: Tensor, keys: Tensor, values: Tensor) -> None:
         self._backend.write(pool, layer, places, keys, values)
 
-    def decode(
-        self, step: StepContext, layer: int, query: Tensor, table: Tensor, lengths: Tensor, options: AttentionOptions
-    ) -> Tensor:
-        return self._backend.decode(step, layer, query, table, lengths, options)
+    def decode(self, step: StepContext, layer: int, query: Tensor, keys: RowKeys, options: AttentionOptions) -> Tensor:
+        return self._backend.decode(step, layer, query, keys, options)
 
     def packed(
         self, step: StepContext, layer: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions

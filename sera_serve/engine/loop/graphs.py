@@ -21,7 +21,7 @@ from sera_kernels import ShapeClasses
 from sera_serve.base import RotaryContext
 from sera_serve.engine.loop.attention import KeyValuePool
 from sera_serve.engine.loop.hugging_face import PagedModel
-from sera_serve.engine.loop.row_tables import RowTables
+from sera_serve.engine.loop.row_tables import DeviceRows, RowTables
 from sera_serve.engine.loop.static_step import StaticBatch, StaticKey, StaticStep, classes_of
 from sera_serve.layers import AdapterContext
 
@@ -31,13 +31,15 @@ logger = logging.getLogger("sera_serve.engine")
 _WARM_UP_RUNS = 2
 # SeRA with segments of rank 1, up to rank 64: captured at start.
 _FIRST_CLASSES = ShapeClasses(single=64)
-# As many as the grouped kernels compute one by one. Beyond them a prompt's tokens had better share what they read.
-_MOST_TOKENS = 256
+# Of a step with prompts. Operation by operation the host takes longer to launch so many than a GPU to compute them.
+_MOST_TOKENS = 512
+# The same with large adapters. Each token of such a step reads its whole adapter; packed tokens share what they read.
+_MOST_TOKENS_OF_LARGE = 256
 
 
 def row_buckets(most: int) -> list[int]:
     """Sizes of captured steps, ascending: the padding of a batch is below a third, and below 32 rows."""
-    sizes = [1, 2, 4, 8, *range(16, 65, 8), *range(96, most, 32)]
+    sizes = [1, 2, 4, 8, *range(16, 65, 8), *range(96, 257, 32), *range(320, most, 64)]
     return [size for size in sizes if size < most] + [most]
 
 
@@ -104,9 +106,8 @@ class StepGraphs:
         """
         self._make = partial(StaticStep, model, context, pool, rotary=rotary)
         self._tables = tables
-        self.most_tokens = _MOST_TOKENS
-        self._rows, self._pages = tables.pages.shape
-        self._row_tokens = torch.zeros(self._rows + 1, dtype=torch.int64, device=model.device)
+        self._rows = len(tables.pages)
+        self._device_rows = DeviceRows(tables, model.device)
         self._buckets = row_buckets(max(self._rows, _MOST_TOKENS))
         # Further kinds are captured when the first step has them.
         self._captured = [_FIRST_CLASSES, ShapeClasses()]
@@ -130,10 +131,17 @@ class StepGraphs:
         took = time.monotonic() - started
         logger.info("captured %d graphs of steps in %.1f s", len(self._graphs), took)
 
+    def most_tokens(self, classes: ShapeClasses) -> int:
+        """See `StaticSteps.most_tokens`."""
+        is_small = classes.single <= 256 and classes.segmented <= 64 and classes.whole <= 16
+        return _MOST_TOKENS if is_small else _MOST_TOKENS_OF_LARGE
+
     def launch(self, batch: StaticBatch, ahead: int) -> Callable[[], list[int]]:
         """Start a step; see `StaticSteps.launch`."""
         step, graph = self._graph(self._key(batch))
+        pages = self._device_rows.stage(self._tables)
         turn = step.stage(batch, self._tables, ahead)
+        self._device_rows.upload(pages)
         step.upload(turn)
         graph.replay()
         step.download(turn)
@@ -159,7 +167,7 @@ class StepGraphs:
         """The key of a step; one with more tokens than requests may run has prompts, and one graph for any sampling."""
         if tokens > self._rows:
             sampled = truncated = True
-        return StaticKey(tokens, min(tokens, self._rows), self._pages, classes, sampled, truncated)
+        return StaticKey(tokens, min(tokens, self._rows), classes, sampled, truncated)
 
     def _covering(self, wanted: ShapeClasses) -> ShapeClasses:
         """The least of the captured kinds of shapes that covers the wanted ones; these themselves if there is none."""
@@ -190,7 +198,7 @@ class StepGraphs:
         return self._graphs[key]
 
     def _warmed_up(self, key: StaticKey) -> StaticStep:
-        step = self._make(key=key, row_tokens=self._row_tokens)
+        step = self._make(key=key, rows=self._device_rows)
         # Padding alone, so that nothing but the scratch page is written.
         step.upload(step.stage(StaticBatch(), self._tables))
         for _ in range(_WARM_UP_RUNS):

@@ -1,11 +1,14 @@
-"""What the loop knows of each running request, by row."""
+"""What the loop knows of each running request, by row: on the host, and what the device has of it."""
 
 from __future__ import annotations
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from sera_kernels import NO_ADAPTER
+from sera_serve.engine.loop.pages import SCRATCH
 from sera_serve.engine.request import GenerationRequest
 
 
@@ -15,6 +18,9 @@ class RowTables:
     def __init__(self, rows: int, pages: int) -> None:
         """For so many requests of at most so many pages."""
         self.pages = np.zeros((rows, pages), np.int64)
+        # Pages of each request, and how many of them `take_new_pages` has given out.
+        self._page_counts = np.zeros(rows, np.int64)
+        self._taken = np.zeros(rows, np.int64)
         self.next_token = np.zeros(rows, np.int64)
         self.computed = np.zeros(rows, np.int64)
         self.slot = np.full(rows, NO_ADAPTER, np.int32)
@@ -33,6 +39,7 @@ class RowTables:
         # Padding repeats the request's own first page: what lies in another's might be NaN.
         self.pages[row] = pages[0]
         self.pages[row, : len(pages)] = pages
+        self._page_counts[row], self._taken[row] = len(pages), 0
         self.slot[row], self.adapter_from[row] = request.adapter_slot, request.adapter_from
         params = request.params
         self.temperature[row], self.top_k[row] = params.temperature, params.top_k
@@ -44,6 +51,17 @@ class RowTables:
     def grow(self, request: GenerationRequest) -> None:
         """Note the last page of a request."""
         self.pages[request.row, len(request.pages) - 1] = request.pages[-1]
+        self._page_counts[request.row] = len(request.pages)
+
+    def take_new_pages(self) -> NDArray[np.int64]:
+        """int64 (2, new pages): places in `pages`, flattened, and the pages there that are new since the last call."""
+        rows = np.flatnonzero(self._taken < self._page_counts)
+        counts = self._page_counts[rows] - self._taken[rows]
+        # Of each row the columns from the first that is new.
+        columns = np.arange(counts.sum()) + np.repeat(self._taken[rows] - (counts.cumsum() - counts), counts)
+        self._taken[rows] = self._page_counts[rows]
+        places = np.repeat(rows, counts) * self.pages.shape[1] + columns
+        return np.stack([places, self.pages.reshape(-1)[places]])
 
     def slots_at(self, rows: NDArray[np.int64], at: NDArray[np.int64]) -> NDArray[np.int32]:
         """int32, the adapter slot of the token at each of these places of the requests of these rows."""
@@ -53,3 +71,39 @@ class RowTables:
         """Note how far a request is, and the token that runs next."""
         self.computed[request.row] = request.computed
         self.next_token[request.row] = request.tokens[request.computed]
+
+
+class DeviceRows:
+    """What the device knows of each running request, by row; all static steps read it, and leave their tokens in it.
+
+    Attributes:
+        tokens: int64 (rows + 1,), the last token of each request.
+        pages: int32 (rows + 1, pages), the pages of each request. What lies beyond them may be left from earlier ones.
+            In both, the last row is for padding, whose page is the scratch page.
+    """
+
+    def __init__(self, tables: RowTables, device: torch.device) -> None:
+        """Allocate them for the rows of `tables`."""
+        rows, pages = tables.pages.shape
+        self.tokens = torch.zeros(rows + 1, dtype=torch.int64, device=device)
+        self.pages = torch.full((rows + 1, pages), SCRATCH, dtype=torch.int32, device=device)
+
+    @property
+    def padding(self) -> int:
+        """The row for padding."""
+        return len(self.tokens) - 1
+
+    def stage(self, tables: RowTables) -> Tensor | None:
+        """The pages that requests have got since the last call, for `upload`; None where there are none."""
+        new = tables.take_new_pages()
+        if not new.shape[1]:
+            return None
+        staged = torch.from_numpy(new)
+        # torch keeps pinned memory from being used again before the device has read it.
+        return staged.pin_memory() if self.pages.is_cuda else staged
+
+    def upload(self, staged: Tensor | None) -> None:
+        """Bring the pages to the device, in the order of its stream."""
+        if staged is not None:
+            places, pages = staged.to(self.pages.device, non_blocking=True)
+            self.pages.view(-1).index_copy_(0, places, pages.int())

@@ -210,12 +210,13 @@ class StepRunner:
         if self.static is None:
             return StaticBatch()
         decodes = [request for request in plan.decodes if not request.needs_logits]
-        tokens = len(decodes) + sum(count for _, count in plan.chunks)
+        prompts = [request for request, count in plan.chunks if _is_plain(request, count)]
+        if not prompts or len(decodes) + len(prompts) < len(plan.decodes) + len(plan.chunks):
+            return StaticBatch(decodes)
         keys = sum(count * len(request.tokens) for request, count in plan.chunks)
-        fit = tokens <= self.static.most_tokens and keys <= _MOST_KEYS and len(decodes) == len(plan.decodes)
-        if fit and all(_is_plain(request, count) for request, count in plan.chunks):
-            return StaticBatch(decodes, [request for request, _ in plan.chunks])
-        return StaticBatch(decodes)
+        batch = StaticBatch(decodes, prompts)
+        fits = keys <= _MOST_KEYS and batch.tokens <= self.static.most_tokens(classes_of(batch.requests))
+        return batch if fits else StaticBatch(decodes)
 
     def _run_packed(self, decodes: list[GenerationRequest], chunks: list[tuple[GenerationRequest, int]]) -> StepOutcome:
         packed = PackedStep(self.tables, self._compiled)

@@ -1,15 +1,15 @@
 """A step as a function of buffers that stay where they are: what a CUDA graph can hold.
 
-A static step runs one token of each decode, and short prompts to their ends. Each token has a row of the buffers, with
-the pages of its request: a prompt's tokens are computed as decodes that come at the same time. Each layer writes the
-keys and values of all tokens before any of them attends, so a token finds those of the tokens before it.
+A static step runs one token of each decode, and short prompts to their ends. A prompt's tokens are computed as decodes
+that come at the same time: each token has the row of its request, by which it finds the request's pages. Each layer
+writes the keys and values of all tokens before any of them attends, so a token finds those of the tokens before it.
 
 Python decides nothing in `StaticStep.run`, no operation of it reads the device, and no shape depends on the contents
 of a buffer. What Python does decide (the number of rows and pages, whether adapters run, whether tokens are sampled) is
 given when the step is made, and is part of a graph's key.
 
 A step can be launched before the tokens of the step before it are known to the host: each step leaves its tokens in
-`row_tokens`, on the device, where the next step finds them by the request's row.
+`DeviceRows`, on the device, where the next step finds them by the request's row.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from sera_kernels import NO_ADAPTER, AdapterBatch, ShapeClasses
 from sera_serve.base import RotaryContext
 from sera_serve.engine.loop.attention import KeyValuePool, StepContext
+from sera_serve.engine.loop.attention_backend import RowKeys
 from sera_serve.engine.loop.hugging_face import PagedModel
-from sera_serve.engine.loop.pages import PAGE_SIZE, SCRATCH
-from sera_serve.engine.loop.row_tables import RowTables
+from sera_serve.engine.loop.pages import PAGE_SIZE
+from sera_serve.engine.loop.row_tables import DeviceRows, RowTables
 from sera_serve.engine.request import GenerationRequest
 from sera_serve.engine.sampling import SamplingRows, choose_tokens, sampling_keys
 from sera_serve.layers import AdapterContext
@@ -40,10 +40,10 @@ ON_DEVICE = -1
 _IN_FLIGHT = 2
 """Launches whose inputs and results are kept apart: one runs, and the next one is prepared."""
 
-# Columns of the packed inputs before the pages, and what padding has in them: by token, then by request.
-_BY_TOKEN: dict[str, float] = {"ids": 0, "positions": 0, "slots": NO_ADAPTER}
+# Columns of the packed inputs, and what padding has in them: by token, then by request. Rows of padding are the last.
+_BY_TOKEN: dict[str, float] = {"ids": 0, "positions": 0, "slots": NO_ADAPTER, "owners": -1}
 _BY_REQUEST: dict[str, float] = {
-    "rows": 0,
+    "rows": -1,
     "ends": 0,
     "temperature": 0,
     "top_k": 0,
@@ -80,8 +80,8 @@ class StaticBatch:
 class StaticSteps(Protocol):
     """Runs steps on static buffers."""
 
-    most_tokens: int
-    """Of a step with prompts."""
+    def most_tokens(self, classes: ShapeClasses) -> int:
+        """The most tokens of a step with prompts, by the kinds of shapes of its adapters."""
 
     def launch(self, batch: StaticBatch, ahead: int) -> Callable[[], list[int]]:
         """Start a step and return what waits for the token of each of its requests.
@@ -100,7 +100,6 @@ class StaticKey:
     Attributes:
         tokens: The most tokens of the step.
         requests: The most requests of the step.
-        pages: The most pages of a request.
         classes: The kinds of shapes that the requests' adapters may have; none in a step of the base model alone.
         sampled: Whether any request may be sampled.
         truncated: Whether sampling may leave out tokens.
@@ -108,7 +107,6 @@ class StaticKey:
 
     tokens: int
     requests: int
-    pages: int
     classes: ShapeClasses
     sampled: bool
     truncated: bool
@@ -132,7 +130,7 @@ class StaticStep:
         context: AdapterContext,
         pool: KeyValuePool,
         key: StaticKey,
-        row_tokens: Tensor,
+        rows: DeviceRows,
         rotary: RotaryContext | None = None,
     ) -> None:
         """Make the buffers; outside inference mode, because they are written in every mode.
@@ -142,23 +140,20 @@ class StaticStep:
             context: The context of its serving layers.
             pool: Keys and values.
             key: What is fixed.
-            row_tokens: int64 (rows of the loop + 1,) on the device, shared by all steps: the last token of each row.
-                The last place is for padding.
+            rows: What the device knows of each row; shared by all steps.
             rotary: Where a base with a rotary threshold reads which tokens are beyond it.
         """
         self.key = key
         self._model, self._context, self._pool, self._rotary = model, context, pool, rotary
-        self._row_tokens = row_tokens
+        self._rows = rows
         device, on_gpu = model.device, model.device.type == "cuda"
-        # One buffer, so that one copy brings all inputs: a column of each kind, then the page tables.
+        # One buffer, so that one copy brings all inputs: a column of each kind.
         sizes = dict.fromkeys(_BY_TOKEN, key.tokens) | dict.fromkeys(_BY_REQUEST, key.requests)
         ends = np.cumsum(list(sizes.values())).tolist()
         self._places = {name: slice(end - size, end) for (name, size), end in zip(sizes.items(), ends, strict=True)}
-        self._table_begin = ends[-1]
-        self._inputs = torch.zeros(ends[-1] + key.tokens * key.pages, dtype=torch.int32, device=device)
+        self._inputs = torch.zeros(ends[-1], dtype=torch.int32, device=device)
         self._columns = {name: self._inputs[place] for name, place in self._places.items()}
         self._columns |= {name: self._columns[name].view(torch.float32) for name in _FLOATS}
-        self._table = self._inputs[self._table_begin :].view(key.tokens, key.pages)
         self.next_tokens = torch.zeros(key.requests, dtype=torch.int64, device=device)
         pinned: dict[str, Any] = {"device": "cpu", "pin_memory": on_gpu}
         self._staging = [torch.zeros_like(self._inputs, **pinned) for _ in range(_IN_FLIGHT)]
@@ -190,6 +185,7 @@ class StaticStep:
             "ids": np.concatenate(ids),
             "positions": at,
             "slots": tables.slots_at(row_of, at),
+            "owners": row_of,
             "rows": rows,
             "ends": ends,
             "temperature": tables.temperature[rows],
@@ -198,15 +194,12 @@ class StaticStep:
             "min_p": tables.min_p[rows],
             "noise": sampling_keys(tables.seed[rows], (at[ends] + 1).astype(np.uint64)),
         }
-        padding = _BY_TOKEN | _BY_REQUEST | {"rows": len(self._row_tokens) - 1}
+        padding = _BY_TOKEN | _BY_REQUEST | dict.fromkeys(("owners", "rows"), self._rows.padding)
         for name, value in values.items():
             column = staging[self._places[name]]
             column = column.view(np.float32) if name in _FLOATS else column
             column[: len(value)] = value
             column[len(value) :] = padding[name]
-        pages = staging[self._table_begin :].reshape(self._table.shape)
-        pages[: len(at)] = tables.pages[row_of, : self.key.pages]
-        pages[len(at) :] = SCRATCH
         return self._turn
 
     def upload(self, turn: int) -> None:
@@ -229,11 +222,13 @@ class StaticStep:
         rows, ids, at = columns["rows"].long(), columns["ids"].long(), columns["positions"].long()
         # Decodes come first, so the first tokens are those of the first requests. A row whose step has overflowed has
         # no token: it runs on with any, and its result is not looked at.
-        before = self._row_tokens.gather(0, rows).clamp(min=0)
+        tokens, table, owners = self._rows.tokens, self._rows.pages, columns["owners"]
+        before = tokens.gather(0, rows).clamp(min=0)
         first, rest = ids[: self.key.requests], ids[self.key.requests :]
         ids = torch.cat([torch.where(first == ON_DEVICE, before, first), rest])
-        page = self._table.gather(1, (at // PAGE_SIZE)[:, None])[:, 0].long()
-        step = StepContext(self._pool, page * PAGE_SIZE + at % PAGE_SIZE, table=self._table, lengths=at + 1)
+        page = table.view(-1).gather(0, owners.long() * table.shape[1] + at // PAGE_SIZE).long()
+        keys = RowKeys(table, at + 1, owners)
+        step = StepContext(self._pool, page * PAGE_SIZE + at % PAGE_SIZE, rows=keys)
         if self._rotary is not None:
             self._rotary.long_tokens = at >= self._rotary.threshold
         batch = AdapterBatch(columns["slots"], self.key.classes) if self.key.classes.width else None
@@ -248,4 +243,4 @@ class StaticStep:
             truncate=self.key.truncated,
         )
         self.next_tokens.copy_(choose_tokens(logits, drawn if self.key.sampled else None))
-        self._row_tokens.index_copy_(0, rows, self.next_tokens)
+        tokens.index_copy_(0, rows, self.next_tokens)

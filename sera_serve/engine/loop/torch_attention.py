@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from sera_serve.engine.loop.attention import KeyValuePool, Part, StepContext
-from sera_serve.engine.loop.attention_backend import AttentionOptions
+from sera_serve.engine.loop.attention_backend import AttentionOptions, RowKeys
 from sera_serve.engine.loop.pages import PAGE_SIZE
 
 try:
@@ -28,20 +28,21 @@ class TorchAttention:
         flat_keys.index_copy_(0, places, keys)
         flat_values.index_copy_(0, places, values)
 
-    def decode(
-        self, step: StepContext, layer: int, query: Tensor, table: Tensor, lengths: Tensor, options: AttentionOptions
-    ) -> Tensor:
-        """See `AttentionBackend`; `lengths` are the step's."""
+    def decode(self, step: StepContext, layer: int, query: Tensor, keys: RowKeys, options: AttentionOptions) -> Tensor:
+        """See `AttentionBackend`; `keys` are the step's."""
+        table = keys.table if keys.owners is None else keys.table.index_select(0, keys.owners)
         rows, width = len(table), table.shape[1] * PAGE_SIZE
-        index = table.flatten()
+        # In place of what is no page of the row, its first one: what another holds might be NaN.
+        is_own = torch.arange(0, width, PAGE_SIZE, device=table.device) < keys.lengths[:, None]
+        index = torch.where(is_own, table, table[:, :1]).flatten()
         pools = (step.pool.keys[layer], step.pool.values[layer])
-        keys, values = (x.index_select(0, index).view(rows, width, *x.shape[2:]).transpose(1, 2) for x in pools)
+        k, v = (x.index_select(0, index).view(rows, width, *x.shape[2:]).transpose(1, 2) for x in pools)
         mask = step.static_mask(options.window, width, query.dtype)
-        grouped = query.reshape(rows, keys.shape[1], query.shape[1] // keys.shape[1], -1)
+        grouped = query.reshape(rows, k.shape[1], query.shape[1] // k.shape[1], -1)
         if options.is_plain:
-            out = scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=options.scale)
+            out = scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=options.scale)
         else:
-            out = explicit_attention(grouped, keys, values, mask, options)
+            out = explicit_attention(grouped, k, v, mask, options)
         return out.reshape(rows, query.shape[1], -1)
 
     def packed(
