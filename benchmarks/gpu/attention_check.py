@@ -147,8 +147,12 @@ def check_decode_case(device: torch.device, shape: Shape, lengths: tuple[int, ..
         paged_attention.paged_decode(q, k, v, table, on_device, sinks=sinks, splits=shape.splits, **shape.options)
         for _ in range(2)
     )
+    # As in a static step, whose rows find their pages by the row of their request.
+    owners = torch.arange(rows - 1, -1, -1, dtype=torch.int32, device=device)
+    options = {"sinks": sinks, "splits": shape.splits, **shape.options}
+    owned = paged_attention.paged_decode(q, k, v, table.flip(0).int(), on_device, owners=owners, **options)
     found = _compared(got, torch.cat(wants), shape.dtype)
-    return found | {"correct": found["correct"] and torch.equal(got, again)}
+    return found | {"correct": found["correct"] and torch.equal(got, again) and torch.equal(got, owned)}
 
 
 def check_step_case(device: torch.device, shape: Shape, parts: Parts) -> Row:

@@ -25,16 +25,18 @@ def time_attention(setting: Setting) -> Iterator[Row]:
         pages = -(-keys // PAGE_SIZE)
         count = rows * pages + 1
         stored = torch.randn(2, layers, count, PAGE_SIZE, KV_HEADS, WIDTH, dtype=dtype, device=setting.device)
-        table = torch.zeros(rows, wide or pages, dtype=torch.int64, device=setting.device)
+        # As in a static step.
+        table = torch.zeros(rows, wide or pages, dtype=torch.int32, device=setting.device)
         table[:, :pages] = (torch.randperm(count - 1, device=setting.device) + 1).view(rows, pages)
+        owners = torch.arange(rows, dtype=torch.int32, device=setting.device)
         lengths = torch.full((rows,), keys, device=setting.device)
         q = torch.randn(rows, HEADS, WIDTH, dtype=dtype, device=setting.device)
         new = torch.randn(rows, KV_HEADS, WIDTH, dtype=dtype, device=setting.device)
-        places = table[:, pages - 1] * PAGE_SIZE + PAGE_SIZE - 1
+        places = table[:, pages - 1].long() * PAGE_SIZE + PAGE_SIZE - 1
 
-        def decode(i: int, stored=stored, table=table, lengths=lengths, q=q, layers=layers) -> None:  # type: ignore[no-untyped-def]
+        def decode(i: int, stored=stored, rows=(table, lengths, owners), q=q, layers=layers) -> None:  # type: ignore[no-untyped-def]
             k, v = stored[:, i % layers]
-            paged_attention.paged_decode(q, k, v, table, lengths, scale=WIDTH**-0.5)
+            paged_attention.paged_decode(q, k, v, *rows[:2], owners=rows[2], scale=WIDTH**-0.5)
 
         def write(i: int, stored=stored, places=places, new=new, layers=layers) -> None:  # type: ignore[no-untyped-def]
             k, v = stored[:, i % layers]

@@ -91,16 +91,16 @@ def _first_tokens(setting: Setting, engine: ServingEngine, sequences: int, cold:
     """Milliseconds from a request to its first token, with nothing else running."""
     resident = ["acme/a0"] * cold
     none: list[str | None] = [None] * cold
-    short, long = (8, 40) if setting.small else (512, 2048)
+    # The longest prompts that run in graphs, and some that do not.
+    lengths = (8, 40) if setting.small else (256, 512, 520, 2048)
     cases: dict[str, tuple[int, Sequence[str | None]]] = {
         "base": (PROMPT, none),
         "resident adapter": (PROMPT, resident),
         "cold adapter": (PROMPT, [f"acme/a{sequences + i}" for i in range(cold)]),
-        f"base, prompt of {short}": (short, none),
-        f"resident adapter, prompt of {short}": (short, resident),
-        f"base, prompt of {long}": (long, none),
-        f"resident adapter, prompt of {long}": (long, resident),
     }
+    for length in lengths:
+        cases |= {f"base, prompt of {length}": (length, none)}
+        cases |= {f"resident adapter, prompt of {length}": (length, resident)}
 
     async def first_token(turn: int, length: int, adapter: str | None) -> float:
         began = time.perf_counter()
