@@ -10,9 +10,15 @@ import pytest
 import torch
 
 from sera_kernels import ShapeClasses
+from sera_serve.engine import BASE_PRINCIPAL
 from sera_serve.engine.loop import graphs
-from sera_serve.engine.loop.graphs import NotCapturable, StepGraphs, check_capturable
-from sera_serve.engine.loop.static_step import StaticKey
+from sera_serve.engine.loop.graphs import NotCapturable, StepGraphs, check_capturable, token_buckets
+from sera_serve.engine.loop.row_tables import DeviceRows, RowTables
+from sera_serve.engine.loop.static_step import StaticBatch, StaticKey
+from sera_serve.engine.request import GenerationRequest
+
+MODEL = SimpleNamespace(device=torch.device("cpu"))
+POOL = SimpleNamespace(has_paged_decode=True)
 
 
 @pytest.fixture
@@ -100,8 +106,8 @@ def test_a_capture_that_fails_does_not_bar_the_next(
 
     step = SimpleNamespace(stage=lambda batch, tables: 0, upload=lambda turn: None, run=run)
     monkeypatch.setattr(graphs, "StaticStep", lambda *_, **__: step)
-    tables = SimpleNamespace(pages=torch.zeros(4, 8))
-    found = StepGraphs(SimpleNamespace(device="cpu"), None, None, tables)  # type: ignore[arg-type]
+    tables = RowTables(4, 8)
+    found = StepGraphs(MODEL, None, POOL, tables)  # type: ignore[arg-type]
     key = StaticKey(1, 1, ShapeClasses(), sampled=False, truncated=False)
     with pytest.raises(torch.OutOfMemoryError):
         found._graph(key)
@@ -109,3 +115,66 @@ def test_a_capture_that_fails_does_not_bar_the_next(
     captured = found._graph(key)
     assert captured[0] is step and found._graph(key) is captured  # type: ignore[comparison-overlap]
     assert len(runs) == 2 * (graphs._WARM_UP_RUNS + 1)
+
+
+@pytest.mark.parametrize("rows", [1, 8, 64, 100, 256, 300, 511, 512, 600, 2000])
+def test_sizes_of_steps(rows: int) -> None:
+    most = max(rows, 512)
+    sizes = token_buckets(rows, most)
+    assert sizes == sorted(set(sizes)) and sizes[0] == 1 and sizes[-1] == most
+    # Decodes of all rows are no step with prompts, whose graphs are for any sampling.
+    assert rows in sizes
+    for tokens in range(1, most + 1):
+        padding = next(size for size in sizes if size >= tokens) - tokens
+        assert padding < max(tokens, 4) and padding < 64
+
+
+def test_steps_with_prompts_are_short_where_attention_gathers_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: 1)
+    for has_kernel, rows, most in [(True, 4, 512), (True, 600, 600), (False, 4, 4), (False, 300, 300)]:
+        pool: Any = SimpleNamespace(has_paged_decode=has_kernel)
+        assert StepGraphs(MODEL, None, pool, RowTables(rows, 8)).most_tokens == most  # type: ignore[arg-type]
+
+
+def test_a_launch_brings_pages_and_inputs_before_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+
+    class Event:
+        def record(self) -> None:
+            log.append("event")
+
+        def synchronize(self) -> None:
+            log.append("wait")
+
+    def upload(self: DeviceRows, staged: torch.Tensor) -> None:
+        log.append(f"pages {staged.tolist()}")
+        if fails:
+            raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(DeviceRows, "upload", upload)
+    step = SimpleNamespace(
+        stage=lambda batch, tables, ahead: log.append("stage") or 1,  # type: ignore[func-returns-value]
+        upload=lambda turn: log.append(f"inputs {turn}"),
+        download=lambda turn: log.append("tokens down"),
+        tokens=lambda turn, count: [7] * count,
+    )
+    graph = SimpleNamespace(replay=lambda: log.append("graph"))
+    tables = RowTables(4, 8)
+    request = GenerationRequest(principal=BASE_PRINCIPAL, tokens=[1, 2])
+    request.row, request.pages = 2, [5, 6]
+    tables.enter(request)
+    steps = StepGraphs(MODEL, None, POOL, tables)  # type: ignore[arg-type]
+    monkeypatch.setattr(steps, "_graph", lambda key: (step, graph))
+    fails = True
+    with pytest.raises(torch.OutOfMemoryError):
+        steps.launch(StaticBatch([request]), 0)
+    fails = False
+    wait = steps.launch(StaticBatch([request]), 0)
+    pages = "pages [16, 17, 5, 6]"
+    order = ["stage", "inputs 1", "graph", "tokens down", "event"]
+    assert log == [pages, pages, *order], "what a failed launch may have lost is brought again"
+    assert wait() == [7] and log[-1] == "wait"
+    steps.launch(StaticBatch([request]), 0)
+    assert log[-6:] == ["pages []", *order]

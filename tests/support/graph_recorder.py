@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sera_kernels import AdapterBatch, AdapterTables, ShapeClasses
+from sera_kernels import AdapterBatch, AdapterTables
 from sera_serve.engine import ServingEngine
 from sera_serve.engine.loop.attention import KeyValuePool
 from sera_serve.engine.loop.row_tables import DeviceRows
@@ -124,6 +124,8 @@ class Replayed:
         joined: How many of them in steps that were launched ahead.
     """
 
+    most_tokens = SIZES[-1]
+
     def __init__(self, engine: ServingEngine, late: bool = False) -> None:
         self.recordings: dict[StaticKey, Recording] = {}
         self.replays = self.ahead = self.prompts = self.joined = 0
@@ -136,9 +138,6 @@ class Replayed:
         self.runner.static = self
         if late:
             self._keep_in_order(self.runner._pool)
-
-    def most_tokens(self, classes: ShapeClasses) -> int:
-        return SIZES[-1]
 
     def launch(self, batch: StaticBatch, ahead: int) -> Callable[[], list[int]]:
         requests = batch.requests

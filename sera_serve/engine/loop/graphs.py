@@ -1,8 +1,8 @@
 """Steps as CUDA graphs: captured once for each key, replayed with other contents of the buffers.
 
-Everything is in the order of one stream: the thread's current one, on which eager steps run too. A launch copies the
-staged inputs, replays the graph, copies the tokens back and records an event. The host waits for the event alone, so it
-can stage and launch the next step meanwhile.
+Everything is in the order of one stream: the thread's current one, on which eager steps run too. A launch copies new
+pages and the staged inputs, replays the graph, copies the tokens back and records an event. The host waits for the
+event alone, so it can stage and launch the next step meanwhile.
 """
 
 from __future__ import annotations
@@ -33,14 +33,17 @@ _WARM_UP_RUNS = 2
 _FIRST_CLASSES = ShapeClasses(single=64)
 # Of a step with prompts. Operation by operation the host takes longer to launch so many than a GPU to compute them.
 _MOST_TOKENS = 512
-# The same with large adapters. Each token of such a step reads its whole adapter; packed tokens share what they read.
-_MOST_TOKENS_OF_LARGE = 256
 
 
-def row_buckets(most: int) -> list[int]:
-    """Sizes of captured steps, ascending: the padding of a batch is below a third, and below 32 rows."""
-    sizes = [1, 2, 4, 8, *range(16, 65, 8), *range(96, 257, 32), *range(320, most, 64)]
-    return [size for size in sizes if size < most] + [most]
+def token_buckets(rows: int, most: int) -> list[int]:
+    """Sizes of captured steps, ascending; the larger they are, the further apart.
+
+    Args:
+        rows: The most requests of a step; one size is just that, the largest step of decodes alone.
+        most: The most tokens of a step, not below `rows`.
+    """
+    sizes = {1, 2, 4, 8, *range(16, 65, 8), *range(96, 257, 32), *range(320, most, 64)}
+    return sorted({size for size in sizes if size < most} | {rows, most})
 
 
 def least_covering(captured: list[ShapeClasses], wanted: ShapeClasses) -> ShapeClasses | None:
@@ -108,7 +111,9 @@ class StepGraphs:
         self._tables = tables
         self._rows = len(tables.pages)
         self._device_rows = DeviceRows(tables, model.device)
-        self._buckets = row_buckets(max(self._rows, _MOST_TOKENS))
+        # Without a kernel over pages, attention gathers the longest context for each token.
+        self.most_tokens = max(self._rows, _MOST_TOKENS if pool.has_paged_decode else 0)
+        self._buckets = token_buckets(self._rows, self.most_tokens)
         # Further kinds are captured when the first step has them.
         self._captured = [_FIRST_CLASSES, ShapeClasses()]
         self._graphs: dict[StaticKey, tuple[StaticStep, torch.cuda.CUDAGraph]] = {}
@@ -131,17 +136,11 @@ class StepGraphs:
         took = time.monotonic() - started
         logger.info("captured %d graphs of steps in %.1f s", len(self._graphs), took)
 
-    def most_tokens(self, classes: ShapeClasses) -> int:
-        """See `StaticSteps.most_tokens`."""
-        is_small = classes.single <= 256 and classes.segmented <= 64 and classes.whole <= 16
-        return _MOST_TOKENS if is_small else _MOST_TOKENS_OF_LARGE
-
     def launch(self, batch: StaticBatch, ahead: int) -> Callable[[], list[int]]:
         """Start a step; see `StaticSteps.launch`."""
         step, graph = self._graph(self._key(batch))
-        pages = self._device_rows.stage(self._tables)
+        self._device_rows.bring(self._tables)
         turn = step.stage(batch, self._tables, ahead)
-        self._device_rows.upload(pages)
         step.upload(turn)
         graph.replay()
         step.download(turn)

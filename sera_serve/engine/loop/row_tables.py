@@ -63,6 +63,10 @@ class RowTables:
         places = np.repeat(rows, counts) * self.pages.shape[1] + columns
         return np.stack([places, self.pages.reshape(-1)[places]])
 
+    def forget_taken(self) -> None:
+        """Have `take_new_pages` give out the pages of all requests again."""
+        self._taken[:] = 0
+
     def slots_at(self, rows: NDArray[np.int64], at: NDArray[np.int64]) -> NDArray[np.int32]:
         """int32, the adapter slot of the token at each of these places of the requests of these rows."""
         return np.where(at >= self.adapter_from[rows], self.slot[rows], np.int32(NO_ADAPTER))
@@ -76,6 +80,8 @@ class RowTables:
 class DeviceRows:
     """What the device knows of each running request, by row; all static steps read it, and leave their tokens in it.
 
+    It is made and written in inference mode, as steps run.
+
     Attributes:
         tokens: int64 (rows + 1,), the last token of each request.
         pages: int32 (rows + 1, pages), the pages of each request. What lies beyond them may be left from earlier ones.
@@ -87,23 +93,37 @@ class DeviceRows:
         rows, pages = tables.pages.shape
         self.tokens = torch.zeros(rows + 1, dtype=torch.int64, device=device)
         self.pages = torch.full((rows + 1, pages), SCRATCH, dtype=torch.int32, device=device)
+        # Places of new pages, then the pages. Two on the host, because at most two steps are under way.
+        self._new = torch.zeros(2 * rows * pages, dtype=torch.int32, device=device)
+        is_pinned = device.type == "cuda"
+        self._staging = [torch.zeros(self._new.shape, dtype=torch.int32, pin_memory=is_pinned) for _ in range(2)]
+        self._turn = 0
 
     @property
     def padding(self) -> int:
         """The row for padding."""
         return len(self.tokens) - 1
 
-    def stage(self, tables: RowTables) -> Tensor | None:
-        """The pages that requests have got since the last call, for `upload`; None where there are none."""
-        new = tables.take_new_pages()
-        if not new.shape[1]:
-            return None
-        staged = torch.from_numpy(new)
-        # torch keeps pinned memory from being used again before the device has read it.
-        return staged.pin_memory() if self.pages.is_cuda else staged
+    def bring(self, tables: RowTables) -> None:
+        """Bring the pages that requests have got since the last call to the device, in the order of its stream."""
+        try:
+            self.upload(self.stage(tables))
+        except BaseException:
+            # They may not have arrived: all pages are brought again.
+            tables.forget_taken()
+            raise
 
-    def upload(self, staged: Tensor | None) -> None:
-        """Bring the pages to the device, in the order of its stream."""
-        if staged is not None:
-            places, pages = staged.to(self.pages.device, non_blocking=True)
-            self.pages.view(-1).index_copy_(0, places, pages.int())
+    def stage(self, tables: RowTables) -> Tensor:
+        """Take new pages from `tables`, and return what `upload` brings to the device."""
+        new = tables.take_new_pages()
+        self._turn = 1 - self._turn
+        staged = self._staging[self._turn][: new.size]
+        staged.numpy()[:] = new.reshape(-1)
+        return staged
+
+    def upload(self, staged: Tensor) -> None:
+        """Bring what was staged to its places."""
+        if len(staged):
+            new = self._new[: len(staged)].copy_(staged, non_blocking=True)
+            places, pages = new.view(2, -1)
+            self.pages.view(-1).index_copy_(0, places.long(), pages)

@@ -215,7 +215,7 @@ class StepRunner:
             return StaticBatch(decodes)
         keys = sum(count * len(request.tokens) for request, count in plan.chunks)
         batch = StaticBatch(decodes, prompts)
-        fits = keys <= _MOST_KEYS and batch.tokens <= self.static.most_tokens(classes_of(batch.requests))
+        fits = batch.tokens <= self.static.most_tokens and keys <= _MOST_KEYS
         return batch if fits else StaticBatch(decodes)
 
     def _run_packed(self, decodes: list[GenerationRequest], chunks: list[tuple[GenerationRequest, int]]) -> StepOutcome:

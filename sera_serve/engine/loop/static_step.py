@@ -5,8 +5,8 @@ that come at the same time: each token has the row of its request, by which it f
 writes the keys and values of all tokens before any of them attends, so a token finds those of the tokens before it.
 
 Python decides nothing in `StaticStep.run`, no operation of it reads the device, and no shape depends on the contents
-of a buffer. What Python does decide (the number of rows and pages, whether adapters run, whether tokens are sampled) is
-given when the step is made, and is part of a graph's key.
+of a buffer. What Python does decide (the number of tokens and requests, whether adapters run, whether tokens are
+sampled) is given when the step is made, and is part of a graph's key.
 
 A step can be launched before the tokens of the step before it are known to the host: each step leaves its tokens in
 `DeviceRows`, on the device, where the next step finds them by the request's row.
@@ -80,8 +80,8 @@ class StaticBatch:
 class StaticSteps(Protocol):
     """Runs steps on static buffers."""
 
-    def most_tokens(self, classes: ShapeClasses) -> int:
-        """The most tokens of a step with prompts, by the kinds of shapes of its adapters."""
+    most_tokens: int
+    """Of a step with prompts."""
 
     def launch(self, batch: StaticBatch, ahead: int) -> Callable[[], list[int]]:
         """Start a step and return what waits for the token of each of its requests.
@@ -226,7 +226,7 @@ class StaticStep:
         before = tokens.gather(0, rows).clamp(min=0)
         first, rest = ids[: self.key.requests], ids[self.key.requests :]
         ids = torch.cat([torch.where(first == ON_DEVICE, before, first), rest])
-        page = table.view(-1).gather(0, owners.long() * table.shape[1] + at // PAGE_SIZE).long()
+        page = table[owners.long(), at // PAGE_SIZE].long()
         keys = RowKeys(table, at + 1, owners)
         step = StepContext(self._pool, page * PAGE_SIZE + at % PAGE_SIZE, rows=keys)
         if self._rotary is not None:
