@@ -181,6 +181,40 @@ def test_what_ends_under_a_step_launched_ahead_is_given_back_after_it(
     assert late.ahead > 20
 
 
+def test_a_launch_that_fails_loses_no_page(
+    decoder: FrozenBase,
+    adapters: AdapterStore,
+    start_engine: Start,
+    static_updates: Callable[[], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A launch ahead is tried again after the step under way, and nobody is told."""
+    batch = BATCHES["adapters"]
+    want = [one.token_ids for one in asyncio.run(all_at_once(start_engine(decoder, adapters), batch))]
+    static_updates()
+    engine = start_engine(decoder, adapters, max_sequences=16)
+    replayed = Replayed(engine)
+    launch, upload = replayed.launch, DeviceRows.upload
+    failures, is_ahead = 0, False
+
+    def noted(batch: StaticBatch, ahead: int) -> Callable[[], list[int]]:
+        nonlocal is_ahead
+        is_ahead = ahead > 0
+        return launch(batch, ahead)
+
+    def failing(self: DeviceRows, staged: Tensor) -> None:
+        nonlocal failures
+        if is_ahead and len(staged) and failures < 8:
+            failures += 1
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        upload(self, staged)
+
+    replayed.launch = noted  # type: ignore[method-assign]
+    monkeypatch.setattr(DeviceRows, "upload", failing)
+    assert [one.token_ids for one in asyncio.run(all_at_once(engine, batch))] == want
+    assert failures == 8
+
+
 def test_a_failing_step_ends_the_step_launched_ahead_too(
     decoder: FrozenBase, adapters: AdapterStore, start_engine: Start, static_updates: Callable[[], None]
 ) -> None:

@@ -160,9 +160,11 @@ class Replayed:
                     runner._model, runner._context, runner._pool, key, self._rows, runner._rotary
                 )
         step = self._steps[key]
-        pages = self._rows.stage(runner.tables)
+        if self._late:
+            self._enqueue(partial(self._rows.upload, self._rows.stage(runner.tables)))
+        else:
+            self._rows.bring(runner.tables)
         turn = step.stage(batch, runner.tables, ahead)
-        self._enqueue(partial(self._rows.upload, pages))
         for work in (partial(step.upload, turn), partial(self._run, key), partial(step.download, turn)):
             self._enqueue(work)
         done = [False]
