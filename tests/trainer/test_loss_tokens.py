@@ -12,7 +12,7 @@ from sera_serve.errors import InvalidConfiguration
 from sera_serve.trainer.data.labelled import GenerateData, Passage
 from sera_serve.trainer.data.token_rows import PassageTokenizer
 from sera_serve.trainer.model import IGNORED
-from sera_serve.trainer.tables.table import Row
+from sera_serve.trainer.tables.table import InvalidData, Row
 from sera_serve.trainer.tasks import GenerateTask
 
 ROW = Row({}, 1, 1)
@@ -91,7 +91,7 @@ def test_every_turn_of_the_assistant_is_learned(base: FrozenBase) -> None:
     assert text_bytes == 5
 
 
-@pytest.mark.parametrize(("max_length", "text_bytes"), [(64, 6), (12, 6), (9, 4)])
+@pytest.mark.parametrize(("max_length", "text_bytes"), [(64, 6), (12, 6), (9, 3)])
 def test_the_ends_of_turns_are_learned_and_have_no_bytes(base: FrozenBase, max_length: int, text_bytes: int) -> None:
     # The template writes the end of a turn as text; it is one token, and no text that a user reads.
     template = "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}</s>{% endif %}|{% endfor %}"
@@ -113,6 +113,61 @@ def test_a_long_chat_keeps_its_beginning_of_text_as_a_long_prompt_does(base: Fro
     assert "".join(names) == ("<s>" if begins else " ") + "f\nassistant: g\n"
     assert "".join(learned).replace("-", "") == "g\n"
     assert text_bytes == 2
+
+
+@pytest.mark.parametrize(
+    ("answer", "names", "learned", "notes"),
+    [
+        ("bcd", "<s>u: aaaa\nassistant: bcd</s>", "bcd</s>", (0, 0)),
+        ("bcdefghij", "<s>a\nassistant: bcdefghij</s>", "bcdefghij</s>", (1, 0)),
+        # The template's own words before the answer are 12 tokens, of which four stay.
+        ("abcdefghijklmnopqrstuvwxyz", "<s>nt: abcdefghijklmnopqrs", "abcdefghijklmnopqrs", (1, 1)),
+    ],
+)
+def test_a_long_answer_of_a_chat_keeps_its_beginning(
+    base: FrozenBase, answer: str, names: str, learned: str, notes: tuple[int, int]
+) -> None:
+    template = "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}u: {{ m.content }}\n{% else %}"
+    base.tokenizer.chat_template = template + (
+        "assistant: {{ m.content }}</s>\n{% endif %}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    messages = ({"role": "user", "content": "aaaa"}, {"role": "assistant", "content": answer})
+    with closing(PassageTokenizer(base, 24)) as tokenizer:
+        (row,) = tokenizer.rows_of(Passage(ROW, messages=messages))
+    found = base.tokenizer.convert_ids_to_tokens(row["input_ids"])
+    labels: Any = row["labels"]
+    # The line break after the end of the turn is not learned: the server stops before it.
+    assert "".join(found).removesuffix("\n") == names
+    assert "".join(name for name, label in zip(found, labels, strict=True) if label != IGNORED) == learned
+    assert row["text_bytes"] == len(learned.removesuffix("</s>"))
+    assert len(tokenizer.notes()) == sum(notes)
+
+
+def test_an_earlier_answer_that_lost_its_question_is_not_learned(base: FrozenBase) -> None:
+    base.tokenizer.chat_template = "{{ bos_token }}" + TEMPLATE
+    turns = [("user", "a"), ("assistant", "bcdefghij"), ("user", "k"), ("assistant", "lm")]
+    messages = tuple({"role": role, "content": text} for role, text in turns)
+    whole = "<s>user: a\nassistant: bcdefghij\nuser: k\nassistant: lm\n"
+    for length in range(24, 48):
+        names, learned, _ = tokens(base, Passage(ROW, messages=messages), length)
+        kept = "".join(names).removeprefix("<s>")
+        assert whole.endswith(kept) and names[0] == "<s>"
+        has_question = kept.partition("bcdefghij")[0] != "" and "bcdefghij" in kept
+        assert "".join(learned).replace("-", "") == ("bcdefghij\n" if has_question else "") + "lm\n"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}{{ m.rle }}{% endfor %}",
+        "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}",
+    ],
+)
+def test_a_template_without_the_answers_is_refused(base: FrozenBase, template: str) -> None:
+    base.tokenizer.chat_template = template
+    messages = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
+    with pytest.raises(InvalidData, match=r"row 1.*writes nothing of the assistant's message"):
+        tokens(base, Passage(ROW, messages=messages))
 
 
 def test_chat_rows_need_a_template(base: FrozenBase) -> None:

@@ -40,7 +40,8 @@ class PassageTokenizer:
 
     A prompt is tokenised as on the server, by `tokenizer(prompt)`. A completion is tokenised on its own, without
     special tokens, so that training and serving see the same prefix. The end-of-text token closes each completion.
-    Chats are rendered as on the server, and have what their template writes alone. `close` ends what renders them.
+    Chats are rendered as on the server, and have what their template writes alone. White space after the end token of
+    a turn of the assistant is not learned, because the server stops at that token. `close` ends what renders chats.
     """
 
     def __init__(self, base: FrozenBase, max_length: int, chat_template: str | None = None) -> None:
@@ -129,9 +130,9 @@ class PassageTokenizer:
 
     def _chat(self, passage: Passage) -> TokenRow:
         ids: list[int] = []
-        labels: list[int] = []
-        # The characters of each token that is learned as text.
+        # The characters of each token of the assistant's text; and the tokens of each of its turns.
         places: list[tuple[int, int] | None] = []
+        turns: list[range] = []
         done = ""
         for i, message in enumerate(passage.messages):
             if message["role"] != "assistant":
@@ -144,26 +145,62 @@ class PassageTokenizer:
                     "split the conversation into one row for each turn of the assistant"
                 )
             before, _ = self._encode(prompt[len(done) :])
-            answer, spans = self._encode(whole[len(prompt) :])
+            text = whole[len(prompt) :]
+            answer, spans = self._encode(text)
+            learned = self._to_end_of_turn(answer, text, spans)
+            if not any(token not in self._special for token in answer[:learned]) and message["content"].strip():
+                raise InvalidData(
+                    f"{passage.row.where}: the chat template writes nothing of the assistant's message; check that it "
+                    "writes message.content of every role",
+                    param="chat_template",
+                )
+            turns.append(range(len(ids) + len(before), len(ids) + len(before) + learned))
             ids += before + answer
-            labels += [IGNORED] * len(before) + answer
             places += [None] * len(before)
             places += [
-                None if token in self._special else (len(prompt) + start, len(prompt) + end)
-                for token, (start, end) in zip(answer, spans, strict=True)
+                None if token in self._special or at >= learned else (len(prompt) + start, len(prompt) + end)
+                for at, (token, (start, end)) in enumerate(zip(answer, spans, strict=True))
             ]
             done = whole
-        if len(ids) > self.max_length:
-            # As of a prompt, the beginning-of-text token stays: every row that the server reads has it.
-            start = int(ids[0] == self.tokenizer.bos_token_id)
-            gone = slice(start, start + len(ids) - self.max_length)
-            for tokens in (ids, labels, places):
-                del tokens[gone]
-            self._cut_prompts += 1
+        labels = [IGNORED] * len(ids)
+        for turn in turns:
+            labels[turn.start : turn.stop] = ids[turn.start : turn.stop]
+        self._cut_chat(ids, labels, places, turns)
         labels[0], places[0] = IGNORED, None
         runs = [list(run) for is_learned, run in groupby(places, key=lambda place: place is not None) if is_learned]
         text_bytes = sum(_bytes(done, [place for place in run if place is not None]) for run in runs)
         return {"input_ids": ids, "labels": labels, "text_bytes": max(text_bytes, 1)}
+
+    def _to_end_of_turn(self, answer: list[int], text: str, spans: list[tuple[int, int]]) -> int:
+        """The number of tokens of a turn of the assistant without white space after a special token at its end."""
+        last = next((i for i in reversed(range(len(answer))) if answer[i] in self._special), None)
+        return len(answer) if last is None or text[spans[last][1] :].strip() else last + 1
+
+    def _cut_chat(
+        self, ids: list[int], labels: list[int], places: list[tuple[int, int] | None], turns: list[range]
+    ) -> None:
+        """Cut a long chat at its beginning, and its last answer at its end where that is too long by itself.
+
+        A part of an answer must not teach the adapter to stop there, so the end of the turn goes too.
+        """
+        if len(ids) <= self.max_length:
+            return
+        # As of a prompt, the beginning-of-text token stays: every row that the server reads has it.
+        start = int(ids[0] == self.tokenizer.bos_token_id)
+        last = turns[-1]
+        most = self.max_length - start - min(last.start - start, _LEAST_PROMPT)
+        end = last.start + min(len(last), most)
+        gone = max(end - self.max_length, 0)
+        for turn in turns[:-1]:
+            # An answer without any of its question, or without its beginning, is not learned.
+            if turn.start <= start + gone:
+                for place in turn:
+                    labels[place], places[place] = IGNORED, None
+        for tokens in (ids, labels, places):
+            del tokens[end:]
+            del tokens[start : start + gone]
+        self._cut_completions += len(last) > most
+        self._cut_prompts += gone > 0
 
     def _render(self, passage: Passage, turns: int, *, prompt: bool) -> str:
         messages = passage.messages[:turns]
