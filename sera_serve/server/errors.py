@@ -42,6 +42,9 @@ _TYPES = {
     429: "rate_limit_error",
     503: "service_unavailable_error",
 }
+# What pydantic calls a type among several.
+_TYPE_NAMES = frozenset({"bool", "float", "int", "str"})
+_TYPE_PREFIXES = ("constrained-", "dict[", "function-", "list[", "literal[")
 VALIDATION_CODES = {
     "extra_forbidden": "unknown_field",
     "missing": "missing_field",
@@ -172,9 +175,34 @@ async def _invalid(request: Request, error: Exception) -> Response:
 def validation_problem(error: RequestValidationError) -> tuple[str, str, str | None]:
     """Return (message, code, param) of a request that is not of its form."""
     errors = error.errors()
-    message, param = _readable(errors[0])
-    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-    return message + more, VALIDATION_CODES.get(errors[0]["type"], "invalid_value"), param
+    first, others = _first_problem(list(errors))
+    message, param = _readable(first)
+    more = f" (and {others} more)" if others else ""
+    return message + more, VALIDATION_CODES.get(first["type"], "invalid_value"), param
+
+
+def _first_problem(errors: list[dict[str, Any]]) -> tuple[dict[str, Any], int]:
+    """Return the first of pydantic's errors, and how many others there are.
+
+    A field that may be of several types has an error for each, under the type's name. They become one error of the
+    field: what it may be, or what is wrong within it where the value is of one of the types.
+    """
+    first = errors[0]
+    at = next((i for i, part in enumerate(first["loc"]) if _is_type(part)), None)
+    if at is None:
+        return first, len(errors) - 1
+    field = first["loc"][:at]
+    members = [error for error in errors if error["loc"][:at] == field and len(error["loc"]) > at]
+    others = len(errors) - len(members)
+    within = next((error for error in members if len(error["loc"]) > at + 1), None)
+    if within is not None:
+        return {**within, "loc": (*field, *within["loc"][at + 1 :])}, others
+    wanted = [error["msg"].removeprefix("Input should be ") for error in members]
+    return {**first, "loc": field, "msg": f"Input should be {' or '.join(dict.fromkeys(wanted))}"}, others
+
+
+def _is_type(part: int | str) -> bool:
+    return isinstance(part, str) and (part in _TYPE_NAMES or part.startswith(_TYPE_PREFIXES))
 
 
 def _readable(error: dict[str, Any]) -> tuple[str, str | None]:

@@ -187,7 +187,7 @@ def run(settings: TrainSettings, *, as_json: bool, dry: bool = False) -> None:
 
     from sera_serve.trainer.dry_run import DryRun, dry_run
     from sera_serve.trainer.dry_run_report import show_dry_run
-    from sera_serve.trainer.parallel import join_processes, leave_processes
+    from sera_serve.trainer.parallel import end_process, join_processes
     from sera_serve.trainer.run import TrainResult, train_adapter
 
     # A small base loads at once, so a progress bar would only clutter the terminal.
@@ -202,15 +202,14 @@ def run(settings: TrainSettings, *, as_json: bool, dry: bool = False) -> None:
     except KeyboardInterrupt:
         _fail("stopped; the same command continues from the last checkpoint", 130)
     processes = join_processes(settings.device)
-    leave_processes(processes)
-    if not processes.is_main:
-        return
-    if as_json:
-        typer.echo(json.dumps(result.as_json()))
-    elif isinstance(result, DryRun):
-        show_dry_run(result, PlainConsole(highlight=False))
-    else:
-        _summarise(settings, result)
+    if processes.is_main:
+        if as_json:
+            typer.echo(json.dumps(result.as_json()))
+        elif isinstance(result, DryRun):
+            show_dry_run(result, PlainConsole(highlight=False))
+        else:
+            _summarise(settings, result)
+    end_process(processes)
 
 
 def _run_jobs(path: Path, config: Path | None, flags: dict[str, Any], *, as_json: bool) -> None:

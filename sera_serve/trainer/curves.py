@@ -55,6 +55,24 @@ def evaluations(history: Sequence[Mapping[str, Any]]) -> list[dict[str, float | 
     return found[:: -(-len(found) // _MOST_EVALUATIONS) or 1]
 
 
+def check_plot(path: Path) -> None:
+    """Make the folder of a picture, and see that the picture can be written. Before training, which may take hours.
+
+    Raises:
+        InvalidConfiguration: It cannot.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab"):
+            pass
+        if not path.stat().st_size:
+            path.unlink()
+    except OSError as error:
+        raise InvalidConfiguration(
+            f"--plot {path} cannot be written: {error.strerror}; name another file", param="plot"
+        ) from error
+
+
 def plot_curves(
     history: Sequence[Mapping[str, Any]], path: Path, *, title: str, metric: str, chosen_epoch: float | None
 ) -> None:

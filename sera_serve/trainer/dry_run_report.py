@@ -11,12 +11,13 @@ _BAR = 40
 
 
 def show_dry_run(found: DryRun, console: Console) -> None:
-    """Print rows, lengths, what would be cut, parameters, memory and time."""
+    """Print rows, lengths, notes such as of what would be cut, parameters, memory and time."""
     rows = ", ".join(f"{count:,} {use}" for use, count in found.rows.items() if count)
     _line(console, "rows", f"{rows}; every row was read and checked")
     if found.lengths is not None:
         _show_lengths(found.lengths, console)
-    _line(console, "cut", "; ".join(found.notes) or "nothing")
+    for note in found.notes or ["none: nothing is cut, and nothing else is unusual"]:
+        _line(console, "note", note)
     table = Table("layers", "count", "parameters", "of the base")
     for name, kind in found.kinds.items():
         table.add_row(name, str(kind.layers), f"{kind.parameters:,}", f"{kind.parameters / found.base:.3%}")

@@ -33,7 +33,8 @@ def readable(error: ValidationError) -> str:
             continue
         text = item["msg"].removeprefix("Value error, ")
         text = text[0].lower() + text[1:] if text.startswith("Input") else text
-        where = f"{flag(str(item['loc'][0]))} {item['input']!r}: " if item["loc"] else ""
+        given = str(item["input"]) if isinstance(item["input"], Path) else repr(item["input"])
+        where = f"{flag(str(item['loc'][0]))} {given}: " if item["loc"] else ""
         parts.append(where + text)
     return "; ".join(dict.fromkeys(parts))
 

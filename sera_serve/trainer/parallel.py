@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -76,10 +77,17 @@ def join_processes(device: str) -> Processes:
     return Processes(state.process_index, state.num_processes)
 
 
-def leave_processes(processes: Processes) -> None:
-    """End the talk with the other processes; all call it. Its threads would abort a program that they outlive."""
+def end_process(processes: Processes) -> None:
+    """End a process that has others beside it, once its run is complete; returns where there are no others.
+
+    Threads of the libraries may abort a process at its end ("terminate called without an active exception"). The
+    launcher would end the other processes, and call the run a failure. So nothing that comes at an end is waited for.
+    """
     if processes.count > 1:
         PartialState().destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 class ShareOfBatches(Sampler[list[tuple[int, bool]]]):

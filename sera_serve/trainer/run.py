@@ -18,7 +18,7 @@ from sera_serve.errors import InvalidConfiguration, SeraServeError
 from sera_serve.layers import attach_layers, attached_layers, detach_adapter, module_specs
 from sera_serve.trainer.activations import checkpointed_activations
 from sera_serve.trainer.checkpoint import last_checkpoint, load_stored, read_state, run_digest, run_folder
-from sera_serve.trainer.curves import evaluations, plot_curves, tensorboard_callback
+from sera_serve.trainer.curves import check_plot, evaluations, plot_curves, tensorboard_callback
 from sera_serve.trainer.initial import InitialAdapter, load_initial
 from sera_serve.trainer.loop import AdapterTrainer, DivergedTraining, RichProgress
 from sera_serve.trainer.parallel import Processes, join_processes
@@ -122,6 +122,8 @@ def train_adapter(
     if processes.count > 1:
         # The main process makes the store, and the others then find it.
         processes.from_main(lambda: AdapterStore(settings.store, create=True).root)
+    if settings.plot is not None and processes.is_main:
+        check_plot(settings.plot)
     store = AdapterStore(settings.store, create=True)
     return with_run(
         settings,
@@ -224,13 +226,18 @@ def _train_on(run: TrainingRun, publish: Publish) -> TrainResult:
             # nothing.
             published = run.processes.from_main(lambda: publish(bundle, settings.name))
     if settings.plot is not None and run.processes.is_main:
-        plot_curves(
-            fitted.history,
-            settings.plot,
-            title=f"{settings.name} version {published.version}",
-            metric=settings.best_metric,
-            chosen_epoch=fitted.chosen_epoch,
-        )
+        try:
+            plot_curves(
+                fitted.history,
+                settings.plot,
+                title=f"{settings.name} version {published.version}",
+                metric=settings.best_metric,
+                chosen_epoch=fitted.chosen_epoch,
+            )
+        except OSError as error:
+            # The adapter is published, and its figures are still to be told.
+            task.notes.append(f"the curves could not be drawn: {error}")
+            console.print(f"note: {task.notes[-1]}", highlight=False, soft_wrap=True)
     return TrainResult(
         adapter=published.adapter,
         version=published.version,

@@ -51,6 +51,11 @@ TASK_METRICS: dict[Task, tuple[SelectBy, ...]] = {
     "image-classify": ("accuracy", "loss", "macro_f1", "matthews"),
     "retrieve": ("rsum", "loss"),
 }
+# Further metrics of a run, which are reported and choose no epoch.
+REPORTED_METRICS: dict[Task, tuple[str, ...]] = {
+    "generate": ("perplexity", "bits_per_byte"),
+    "retrieve": ("i2t_r1", "i2t_r5", "i2t_r10", "t2i_r1", "t2i_r5", "t2i_r10"),
+}
 # In place of the task's own, where labels do not exclude each other.
 MULTI_LABEL_METRICS: tuple[SelectBy, ...] = ("micro_f1", "loss", "macro_f1", "subset_accuracy")
 # Query and value of both towers, as in the paper's experiment 2.

@@ -164,6 +164,8 @@ def test_a_row_of_many_long_spans_takes_no_memory(server: Server) -> None:
         (SORTED, {"rank_pattern": {"q_proj": 512}}, "adapter.rank_pattern.q_proj", "256"),
         (SORTED, {"rank_pattern": {"*a" * 9: 8}}, "adapter.rank_pattern", "more than 8 of '*'"),
         (SORTED, {"target_modules": ["?" * 9]}, "adapter.target_modules", "more than 8 of '*'"),
+        (SORTED, {"target_modules": "q_proj,v_proj"}, "adapter.target_modules", "'all-linear' or a valid list"),
+        (SORTED, {"target_modules": ["q_proj", 5]}, "adapter.target_modules[1]", "is 5: it should be a valid string"),
         (SORTED, {"rank_pattern": {str(n): 8 for n in range(33)}}, "adapter.rank_pattern", "at most 32"),
         (SORTED, {"rank_pattern": {"nothing": 8}}, "adapter.rank_pattern", "'nothing' matches no layer"),
         (SORTED, {"rank_pattern": {"q_proj": 8, " q_proj": 4}}, "adapter.rank_pattern", "there twice"),

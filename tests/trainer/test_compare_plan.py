@@ -189,6 +189,10 @@ def test_a_loss_is_better_when_it_is_lower() -> None:
         ({"settings": {"epochs": "many"}}, "sera r=8 on one over tiny: epochs: "),
         ({"seeds": [0, 0]}, "seeds has a seed twice"),
         ({"seeds": []}, "seeds: "),
+        (
+            {"data": {"one": {"train": "one.csv", "score": "acuracy"}, "two": {"train": "two.csv"}}},
+            "data.one.score is 'acuracy', and its runs have accuracy, loss, macro_f1, matthews; did you mean 'accur",
+        ),
         ({"order": ["seed", "base"]}, "order must name each of seed, base, data, method once"),
         ({"learning_rates": {"ladder": [1e-3, 1e-2], "start": [1e-3], "seed": 1}}, "learning_rates.seed 1 is one of"),
         ({"learning_rates": {"ladder": [1e-2, 1e-3], "start": [1e-3]}}, "ladder must be ascending"),

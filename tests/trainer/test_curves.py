@@ -9,8 +9,10 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from trainer_samples import ending_rule, settings_for, write_csv
 
+from adapters_store import AdapterStore
 from sera_serve.base import load_base
 from sera_serve.errors import InvalidConfiguration
+from sera_serve.trainer import run
 from sera_serve.trainer.curves import evaluations, plot_curves
 from sera_serve.trainer.run import train_adapter
 from sera_serve.trainer.settings import load_options
@@ -53,6 +55,27 @@ def test_a_run_draws_its_curves_and_writes_events(tiny_base: Path, tmp_path: Pat
     assert [event.step for event in read.Scalars("train/loss")] == list(range(1, 11))
     assert [event.step for event in read.Scalars("eval/loss")] == [5, 10]
     assert read.Scalars("eval/loss")[-1].value == pytest.approx(plain.metrics["loss"], rel=1e-5)
+
+
+def test_a_picture_that_cannot_be_written_stops_nothing_but_itself(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = write_csv(tmp_path / "rows.csv", ending_rule(40))
+    (tmp_path / "file").write_bytes(b"")
+    store = AdapterStore(tmp_path / "store")
+    options = settings_for(tiny_base, tmp_path, rows, plot=tmp_path / "file" / "curves.png")
+    with pytest.raises(InvalidConfiguration, match=r"--plot .*curves.png cannot be written: (File exists|Not a dir)"):
+        train_adapter(options)
+    assert list(store.iter_adapters()) == [], "before the training"
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run, "plot_curves", full)
+    result = train_adapter(settings_for(tiny_base, tmp_path, rows, plot=tmp_path / "curves.png"))
+    assert result.version == 1 and result.metrics
+    assert any("could not be drawn" in note and "No space left" in note for note in result.notes)
+    assert not (tmp_path / "curves.png").exists()
 
 
 def test_a_run_without_evaluations_has_a_curve(tmp_path: Path) -> None:

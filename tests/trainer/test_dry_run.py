@@ -151,6 +151,7 @@ def test_the_command(
         for text in (
             "36 train, 4 eval; every row was read",
             "median",
+            "note     none: nothing is cut",
             "q_proj",
             "of the base",
             "MiB",

@@ -145,6 +145,7 @@ def test_the_bundle_carries_the_template_of_a_format(base: FrozenBase, tmp_path:
         ({"messages": CHATML}, {"format": "sharegpt"}, "has no column 'conversations'; it has messages; give --format"),
         ({"prompt": "a", "completion": "b"}, {"format": "alpaca"}, "give --format prompt-completion"),
         ({"text": "a"}, {}, "give --format text"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, {}, "preference pairs, which no task learns"),
         ({"instruction": "a", "input": 5, "output": "b"}, {"format": "alpaca"}, "row 1 (line 1): input is int 5"),
         ({"instruction": " ", "output": "b"}, {"format": "alpaca"}, "row 1 (line 1): instruction is empty"),
         ({"instruction": "a", "output": ""}, {"format": "alpaca"}, "output is empty: there is nothing to learn"),

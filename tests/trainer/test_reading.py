@@ -188,6 +188,24 @@ def test_the_training_rows_say_whether_a_number_with_a_point_is_a_name(
     assert [row.target for row in data.eval] == found
 
 
+def test_a_carriage_return_alone_shifts_no_column(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_bytes(b"id,text,label\n1,good one,pos\n\r,bad one,neg\n3,nice,pos\n4,awful,neg\n5,great,pos\n")
+    data = classify(path, tmp_path, eval_fraction=0)
+    assert [(row.text, row.target) for row in data.train[:3]] == [
+        ("good one", "pos"),
+        ("bad one", "neg"),
+        ("nice", "pos"),
+    ]
+
+
+def test_rows_within_one_json_object_are_told(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps({"data": [{"text": f"t{i}", "label": "xy"[i % 2]} for i in range(9)]}))
+    with pytest.raises(InvalidData, match="one JSON object: if its 'data' are the rows, write that array alone"):
+        classify(path, tmp_path)
+
+
 def test_a_class_with_a_single_row_is_told(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_text("text,label\n" + "".join(f"t{i},{'xy'[i % 2]}\n" for i in range(20)) + "u,z\n")

@@ -11,6 +11,7 @@ import pytest
 from trainer_samples import ending_rule, settings_for, write_csv, write_jsonl
 
 from sera_serve.trainer.data.labelled import load_classify_data, load_generate_data
+from sera_serve.trainer.data.spans import load_spans
 from sera_serve.trainer.data.splits import draw, hold_out
 from sera_serve.trainer.data.targets import load_label_sets, load_numbers
 from sera_serve.trainer.tables.table import InvalidData
@@ -95,6 +96,14 @@ def test_faults_of_a_csv_file(tmp_path: Path, content: bytes, message: str) -> N
 def test_faults_of_a_jsonl_row(tmp_path: Path, row: Any, message: str) -> None:
     rows = [{"text": text, "label": label} for text, label in GOOD]
     assert message in refusal(classify, write_jsonl(tmp_path / "rows.jsonl", [*rows, row]))
+
+
+def test_whole_numbers_that_are_not_read_exactly_are_no_labels(tmp_path: Path) -> None:
+    rows = [{"text": f"t{i}", "label": 10**20 + i % 2} for i in range(8)]
+    message = refusal(classify, write_jsonl(tmp_path / "rows.jsonl", rows))
+    assert "label is 1e+20, too large a number to be read exactly; write it in quotes, as text" in message
+    named = write_jsonl(tmp_path / "named.jsonl", [row | {"label": str(row["label"])} for row in rows])
+    assert classify(named).labels == ["100000000000000000000", "100000000000000000001"]
 
 
 def test_a_line_that_is_not_json(tmp_path: Path) -> None:
@@ -232,6 +241,58 @@ def test_a_set_of_labels_with_many_rows_stays_in_the_training_rows(tmp_path: Pat
     )
     assert len(found.eval) == 23
     assert sum(item.target == {"urgent"} for item in found.eval) == 3
+
+
+def test_each_of_several_labels_keeps_a_training_row(tmp_path: Path) -> None:
+    rare = [f"rare{i:02d}" for i in range(30)]
+    rows: list[dict[str, Any]] = [{"text": f"text {i}", "label": ["often", name]} for i, name in enumerate(rare)]
+    # A text that comes twice stays on one side, with all of its labels.
+    rows += [{"text": "twice", "label": ["first"]}, {"text": "twice", "label": ["second"]}]
+    rows += [{"text": f"more {i}", "label": ["often"]} for i in range(40)]
+    options = settings_for(
+        Path("base"), tmp_path, write_jsonl(tmp_path / "rows.jsonl", rows), multi_label=True, eval_fraction=0.4
+    )
+    found = load_label_sets(options)
+    assert {label for item in found.train for label in item.target} == set(found.labels)
+    assert len(found.eval) == 16 and all(item.target == {"often"} for item in found.eval)
+    assert any("32 labels 'first', 'rare00'" in note and "a single row each" in note for note in found.notes)
+    path = write_jsonl(
+        tmp_path / "spans.jsonl",
+        [
+            {"text": f"{i:02d} here", "spans": [{"start": 0, "end": 2, "label": rare[i] if i < 9 else "often"}]}
+            for i in range(30)
+        ],
+    )
+    spans = load_spans(settings_for(Path("base"), tmp_path, path, task="token-classify", eval_fraction=0.5))
+    assert {span.label for item in spans.train for span in item.target} == {"often", *rare[:9]}
+    assert spans.eval and any("9 labels 'rare00'" in note for note in spans.notes)
+
+
+def test_a_limit_that_leaves_a_label_without_rows_is_told(tmp_path: Path) -> None:
+    rows = [[f"t{i}", "common"] for i in range(400)] + [[f"u{i}", "seldom"] for i in range(2)]
+    data = classify(write_csv(tmp_path / "rows.csv", rows), train_limit=8)
+    assert data.labels == ["common", "seldom"]
+    assert "label 'seldom': no row of it is among the 8 drawn ones; raise --train-limit" in data.notes
+
+
+@pytest.mark.parametrize(
+    ("first", "step", "is_refused"),
+    [(1.75e9, 1, True), (1.75e12, 1000, True), (1.7e9, 86_400, False), (-1e6, 1, False)],
+)
+def test_numbers_that_float32_cannot_tell_apart_are_refused(
+    tmp_path: Path, first: float, step: float, is_refused: bool
+) -> None:
+    rows = [{"text": f"t{i}", "label": first + i * step} for i in range(60)]
+    settings = settings_for(Path("base"), tmp_path, write_jsonl(tmp_path / "rows.jsonl", rows), task="regress")
+    if is_refused:
+        assert re.search(r"lie near 17500000\d+.* subtract 17500000", refusal(load_numbers, settings))
+    else:
+        assert len(load_numbers(settings).train) == 54
+
+
+def test_a_column_that_is_text_and_label_is_refused(tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "rows.csv", GOOD)
+    assert "--text-column and --label-column are both 'label'; name two" in refusal(classify, path, text_column="label")
 
 
 def test_a_few_rows_hold_one_out(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import math
@@ -20,7 +21,7 @@ from sera_serve.trainer.baselines import ADAPTER_OPTIONS, BASELINES, WITH_LORA_B
 from sera_serve.trainer.methods import METHODS
 from sera_serve.trainer.settings import ADAPTER, TrainSettings
 from sera_serve.trainer.task_options import LOWER_IS_BETTER as LOSSES
-from sera_serve.trainer.task_options import MULTI_LABEL_METRICS, TASK_METRICS
+from sera_serve.trainer.task_options import MULTI_LABEL_METRICS, REPORTED_METRICS, TASK_METRICS
 from sera_serve.trainer.together.records import contents_digest
 
 _STRICT = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -304,6 +305,22 @@ class ComparePlan(BaseModel):
         """Return the metric of a data set."""
         return self.data[data].score or self._metrics(data)[0]
 
+    def check_scores(self, path: Path) -> None:
+        """Refuse a score that no run of its data set will have: it would be found only after the first run.
+
+        Raises:
+            InvalidConfiguration: There is one. `path` is the plan's, for the message.
+        """
+        for name, data in self.data.items():
+            known = (*self._metrics(name), *REPORTED_METRICS.get(self._options(name)["task"], ()))
+            if data.score is not None and data.score not in known:
+                near = difflib.get_close_matches(data.score, known, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise InvalidConfiguration(
+                    f"plan {path}: data.{name}.score is {data.score!r}, and its runs have {', '.join(known)}{hint}",
+                    param="plan",
+                )
+
     def _metrics(self, data: str) -> tuple[str, ...]:
         options = self._options(data)
         if options.get("multi_label"):
@@ -507,4 +524,5 @@ def read_plan(path: Path, bases: Mapping[str, str] | None = None) -> ComparePlan
         plan = plan.model_copy(update={"bases": {**plan.bases, name: moved}})
     for cell, seed in plan.ordered():
         plan.spec(cell, seed, cell.variant.learning_rate, "score")
+    plan.check_scores(path)
     return plan

@@ -18,6 +18,7 @@ from sera_serve.trainer.data.labelled import (
     check_known,
     check_labels,
     label_notes,
+    limit_notes,
 )
 from sera_serve.trainer.data.splits import check_evaluated, draw, hold_out, hold_out_for
 from sera_serve.trainer.data.targets import check_known_labels, check_labels_repeat, labels_of
@@ -106,6 +107,7 @@ def load_image_classify_data(settings: TrainSettings, initial: AdapterConfig | N
         train, rows["eval"] = hold_out_for(
             settings, train, reader.notes, key=lambda r: r.image, stratum=lambda r: r.target, keep_single=True
         )
+    reader.notes += limit_notes(settings, labels, {item.target for item in train})
     check_evaluated(settings, rows["eval"])
     parts = train, rows["eval"], rows["test"]
     return ImageExamples(reader.images, *parts, reader.digests, reader.notes, _spec_of(initial), labels)
@@ -135,8 +137,15 @@ def load_image_label_sets(settings: TrainSettings, initial: AdapterConfig | None
     train = draw(rows["train"], settings.train_limit, settings.seed)
     if settings.eval is None and settings.eval_fraction:
         train, rows["eval"] = hold_out_for(
-            settings, train, reader.notes, key=lambda r: r.image, stratum=lambda r: ",".join(sorted(r.target))
+            settings,
+            train,
+            reader.notes,
+            key=lambda r: r.image,
+            stratum=lambda r: ",".join(sorted(r.target)),
+            labels=lambda r: r.target,
         )
+    reader.notes += label_notes(label for item in rows["train"] for label in item.target)
+    reader.notes += limit_notes(settings, labels, {label for item in train for label in item.target})
     check_evaluated(settings, rows["eval"])
     parts = train, rows["eval"], rows["test"]
     return ImageExamples(reader.images, *parts, reader.digests, reader.notes, _spec_of(initial), labels)

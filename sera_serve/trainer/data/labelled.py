@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sized
+from collections.abc import Collection, Iterable, Sized
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Generic, Literal, TypeVar
@@ -120,6 +120,7 @@ def load_classify_data(settings: TrainSettings, labels: list[str] | None = None)
         train, rows["eval"] = hold_out_for(
             settings, train, notes, key=lambda item: repr(item.text), stratum=lambda item: item.target, keep_single=True
         )
+    notes += limit_notes(settings, labels, {item.target for item in train})
     return LabelledExamples(train, rows["eval"], rows["test"], digests, notes, labels)
 
 
@@ -141,12 +142,23 @@ def label_notes(labels: Iterable[str]) -> list[str]:
     ]
     single = [label for label in sorted(counts) if counts[label] == 1]
     if single:
-        shown = ", ".join(map(repr, single[:5])) + (", ..." if len(single) > 5 else "")
         notes.append(
-            f"{'label' if len(single) == 1 else f'{len(single)} labels'} {shown}: a single row each, so that no row of "
-            "it can be held out; add rows, or delete it"
+            f"{_shown(single)}: a single row each, so that no row of it can be held out; add rows, or delete it"
         )
     return notes
+
+
+def limit_notes(settings: TrainSettings, labels: Iterable[str], learned: Collection[str]) -> list[str]:
+    """Say which labels have no row among those that `train_limit` has drawn. `learned`: the labels of these rows."""
+    left = [label for label in labels if label not in learned]
+    if settings.train_limit is None or not left:
+        return []
+    return [f"{_shown(left)}: no row of it is among the {settings.train_limit} drawn ones; raise --train-limit"]
+
+
+def _shown(labels: list[str]) -> str:
+    names = ", ".join(map(repr, labels[:5])) + (", ..." if len(labels) > 5 else "")
+    return f"{'label' if len(labels) == 1 else f'{len(labels)} labels'} {names}"
 
 
 def _rows(count: int) -> str:
@@ -166,7 +178,15 @@ def _checked_texts(table: Table, settings: TrainSettings, labels: list[str] | No
 
 
 def require_texts(table: Table, settings: TrainSettings) -> None:
-    """Refuse a table without the column of texts, or without that of second texts where `settings` names one."""
+    """Refuse a table without the column of texts, or without that of second texts where `settings` names one.
+
+    A column that is both text and label is refused, too: the answer would stand in the question.
+    """
+    for option, column in (("text_column", settings.text_column), ("text_pair_column", settings.text_pair_column)):
+        if column == settings.label_column:
+            raise InvalidData(
+                f"--{option.replace('_', '-')} and --label-column are both {column!r}; name two columns", param=option
+            )
     table.require(settings.text_column, "--text-column")
     if settings.text_pair_column is not None:
         table.require(settings.text_pair_column, "--text-pair-column")

@@ -116,6 +116,8 @@ def _other_format(table: Table) -> str:
         return "; give --format chatml"
     if {"prompt", "completion"} <= columns:
         return "; give --format prompt-completion"
+    if {"chosen", "rejected"} <= columns:
+        return "; these are preference pairs, which no task learns: to learn the chosen answers, name that column"
     if columns == {"text"}:
         return "; give --format text"
     return ""

@@ -46,7 +46,7 @@ def load_spans(settings: TrainSettings, kinds: list[str] | None = None) -> SpanE
     Raises:
         InvalidData: A file or some of its rows cannot be used.
     """
-    found = load_examples(settings, _read, stratum=lambda spans: ",".join(sorted({span.label for span in spans})))
+    found = load_examples(settings, _read, labels=lambda spans: {span.label for span in spans})
     kept = f"a label of {settings.init_from}" if kinds is not None else "in the training data"
     if kinds is None:
         held_out = found.eval if settings.eval is None else []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 from sera_serve.trainer.settings import TrainSettings
@@ -28,6 +28,7 @@ def hold_out(
     key: Callable[[T], str],
     stratum: Callable[[T], str],
     keep_single: bool = False,
+    labels: Callable[[T], Iterable[str]] | None = None,
 ) -> tuple[list[T], list[T]]:
     """Split rows into (kept, held out), each in the file's order.
 
@@ -42,6 +43,7 @@ def hold_out(
         key: The group of a row.
         stratum: The stratum of a row. A group has that of its first row.
         keep_single: Hold no stratum of one group out: a class without training rows cannot be learned.
+        labels: The labels of a row that has several: a group with a label that no kept row has is kept, too.
     """
     groups: dict[str, list[int]] = {}
     for i, row in enumerate(rows):
@@ -67,6 +69,13 @@ def hold_out(
     if not held and len(largest) > 1:
         smallest: list[int] = min(largest, key=len)
         held.update(smallest)
+    if labels is not None:
+        learned = {label for i, row in enumerate(rows) if i not in held for label in labels(row)}
+        for members in groups.values():
+            wanted = {label for i in members for label in labels(rows[i])}
+            if members[0] in held and not wanted <= learned:
+                held.difference_update(members)
+                learned |= wanted
     return [row for i, row in enumerate(rows) if i not in held], [rows[i] for i in sorted(held)]
 
 
@@ -92,6 +101,7 @@ def hold_out_for(
     key: Callable[[T], str],
     stratum: Callable[[T], str],
     keep_single: bool = False,
+    labels: Callable[[T], Iterable[str]] | None = None,
 ) -> tuple[list[T], list[T]]:
     """Split the training rows of a run as `hold_out` does, and add a note where no row can be held out.
 
@@ -99,11 +109,11 @@ def hold_out_for(
         InvalidData: No row can be held out, and the run needs evaluations for `patience`.
     """
     kept, held = hold_out(
-        rows, settings.eval_fraction, settings.seed, key=key, stratum=stratum, keep_single=keep_single
+        rows, settings.eval_fraction, settings.seed, key=key, stratum=stratum, keep_single=keep_single, labels=labels
     )
     if not held:
         fault = "no row can be held out, because rows of the same input stay together"
-        fault += " and each label needs a training row" if keep_single else ""
+        fault += " and each label needs a training row" if keep_single or labels is not None else ""
         if settings.patience is not None:
             raise InvalidData(
                 f"{settings.train}: {fault}, and --patience needs evaluations; give --eval, or leave --patience out",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+import statistics
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,6 +17,7 @@ from sera_serve.trainer.data.labelled import (
     LabelSet,
     Use,
     check_count,
+    label_notes,
     require_texts,
     table_for,
     text_at,
@@ -28,6 +30,8 @@ _LONGEST_LABEL = 512
 _SHOWN_CHARACTERS = 60
 # float32, in which heads are trained and served, holds products of larger numbers no more.
 _LARGEST_NUMBER = 1e15
+# Of the numbers' mean from 0. One more deviation is then some hundred steps of float32.
+_MOST_DEVIATIONS = 1e5
 
 T = TypeVar("T")
 
@@ -35,14 +39,15 @@ T = TypeVar("T")
 def load_examples(
     settings: TrainSettings,
     read: Callable[[Table, TrainSettings], list[Example[T]]],
-    stratum: Callable[[T], str],
+    labels: Callable[[T], Collection[str]] | None,
 ) -> Examples[T]:
     """Read and check the files of `settings`.
 
     Args:
         settings: Options of the run.
         read: Checks the rows of one file.
-        stratum: About the same part of each stratum is held out.
+        labels: The labels of a target. About the same part of each set of labels is held out, and each label keeps a
+            training row. None has no labels.
 
     Raises:
         InvalidData: A file or some of its rows cannot be used.
@@ -63,18 +68,30 @@ def load_examples(
             train,
             notes,
             key=lambda item: repr(item.text),
-            stratum=lambda item: stratum(item.target),
+            stratum=lambda item: "" if labels is None else ",".join(sorted(labels(item.target))),
+            labels=None if labels is None else lambda item: labels(item.target),
         )
+    if labels is not None:
+        notes += label_notes(label for item in rows["train"] for label in labels(item.target))
     return Examples(train, rows["eval"], rows["test"], digests, notes)
 
 
 def load_numbers(settings: TrainSettings) -> Examples[float]:
     """The rows of task regress; raises as `load_examples`, and where all training rows have one number."""
-    found = load_examples(settings, _numbers, stratum=lambda target: "")
-    if len({item.target for item in found.train}) < 2:
+    found = load_examples(settings, _numbers, labels=None)
+    numbers = [item.target for item in found.train]
+    if len(set(numbers)) < 2:
         raise InvalidData(
-            f"{settings.train}: every training row has the number {found.train[0].target:g}; add rows with another "
-            "number, or check --label-column",
+            f"{settings.train}: every training row has the number {numbers[0]:g}; add rows with another number, or "
+            "check --label-column",
+            param="label_column",
+        )
+    mean, deviation = statistics.fmean(numbers), statistics.pstdev(numbers)
+    if abs(mean) > _MOST_DEVIATIONS * deviation:
+        raise InvalidData(
+            f"{settings.train}: the numbers lie near {mean:.15g} and differ by {deviation:.3g} only, which float32, in "
+            f"which heads are trained and served, can hardly tell apart; subtract {mean:.15g} from all of them, and "
+            "add it to what the server answers",
             param="label_column",
         )
     return found
@@ -87,7 +104,7 @@ def load_label_sets(settings: TrainSettings, labels: list[str] | None = None) ->
         settings: Options of the run.
         labels: Those of the adapter that the run goes on from, which it keeps; None takes those of the training rows.
     """
-    found = load_examples(settings, _label_sets, stratum=lambda target: ",".join(sorted(target)))
+    found = load_examples(settings, _label_sets, labels=lambda target: target)
     kept = f"a label of {settings.init_from}" if labels is not None else "in the training data"
     if labels is None:
         held_out = found.eval if settings.eval is None else []

@@ -52,6 +52,9 @@ def label_of(row: Row, column: str, problems: Problems) -> str:
     # pandas writes whole numbers as 1.0 where a column has gaps.
     if isinstance(value, float) and value.is_integer() and abs(value) < _EXACT:
         return str(int(value))
+    if isinstance(value, float) and value.is_integer():
+        problems.add(row, f"{column} is {value:g}, too large a number to be read exactly; write it in quotes, as text")
+        return ""
     if not isinstance(value, str):
         kind = "missing" if value is None else f"{type(value).__name__} {value!r}"
         problems.add(row, f"{column} is {kind}; a label is a name or a whole number")

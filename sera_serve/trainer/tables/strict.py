@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import json
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TextIO
 
@@ -32,12 +32,15 @@ class CsvShape:
         delimiter: The character between two fields.
         lines: The 1-based last line of each row.
         note: What the user should know, or None.
+        has_bare_returns: Whether a line ends with a carriage return alone. Within a file of other line ends, pandas
+            shifts the fields of some such rows.
     """
 
     columns: list[str]
     delimiter: str
     lines: Sequence[int]
     note: str | None
+    has_bare_returns: bool = False
 
 
 def check_csv(file: DataFile, delimiter: str | None) -> CsvShape:
@@ -59,8 +62,16 @@ def check_csv(file: DataFile, delimiter: str | None) -> CsvShape:
             own, note = other, f"{file.path} was read with the delimiter {other!r}, which its header has"
     problems = Problems(file.path)
     lines = array("Q")
+    has_bare_returns = False
+
+    def watched(text: TextIO) -> Iterator[str]:
+        nonlocal has_bare_returns
+        for line in text:
+            has_bare_returns |= line.endswith("\r")
+            yield line
+
     with file.open_text() as text:
-        records = _records(file, text, own)
+        records = _records(file, watched(text), own)
         columns = _header(file, records)
         for line, fields in records:
             lines.append(line)
@@ -71,7 +82,7 @@ def check_csv(file: DataFile, delimiter: str | None) -> CsvShape:
                 remedy += f", or give --delimiter {mark!r} if it stands between two fields" if mark else ""
                 problems.add(Row({}, len(lines), line), f"{fault}; {remedy}")
     problems.raise_if_any()
-    return CsvShape(columns, own, lines, note)
+    return CsvShape(columns, own, lines, note, has_bare_returns)
 
 
 def read_csv(file: DataFile, shape: CsvShape) -> list[Row]:
@@ -109,7 +120,7 @@ def _header(file: DataFile, records: Iterator[tuple[int, list[str]]]) -> list[st
     return columns
 
 
-def _records(file: DataFile, text: TextIO, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+def _records(file: DataFile, text: Iterable[str], delimiter: str) -> Iterator[tuple[int, list[str]]]:
     # newline="" keeps line breaks inside quoted fields; the csv module requires it.
     reader = csv.reader(text, delimiter=delimiter, strict=True)
     try:

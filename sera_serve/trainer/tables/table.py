@@ -56,10 +56,20 @@ class Table:
         hint = f"; did you mean {option} {closest}?" if closest else f"; name one with {option}"
         if (mark := mark_within(self.columns)) is not None:
             hint = f"; if {mark!r} stands between two columns, give --delimiter {mark!r}"
+        if len(self.rows) == 1 and (lists := _lists_of_rows(self.rows[0])):
+            hint = f"; the file is one JSON object: if its {lists[0]!r} are the rows, write that array alone"
         raise InvalidData(
             f"{self.path} has no column {column!r}; it has {', '.join(self.columns) or 'none'}{hint}",
             param=option,
         )
+
+
+def _lists_of_rows(row: Row) -> list[str]:
+    return [
+        name
+        for name, value in row.values.items()
+        if isinstance(value, list) and value and all(isinstance(item, dict) for item in value)
+    ]
 
 
 def read_table(path: Path, *, delimiter: str | None = None, encoding: str | None = None, split: str = "train") -> Table:
