@@ -17,8 +17,10 @@ from sera_serve.trainer.data.passages import Passage
 from sera_serve.trainer.model import IGNORED
 from sera_serve.trainer.tables.table import InvalidData
 
-# Truncation keeps at least this many tokens of a prompt.
+# Truncation keeps at least this many tokens of a prompt, and a part of the row for it: one in so many. An answer is
+# learned as one to its question, after which a chat has words of the template.
 _LEAST_PROMPT = 4
+_PROMPT_PART = 4
 
 
 class TokenRow(TypedDict):
@@ -57,6 +59,7 @@ class PassageTokenizer:
         self._own_template = chat_template
         self.base_name = base.name
         self.max_length = max_length
+        self._least_prompt = max(_LEAST_PROMPT, max_length // _PROMPT_PART)
         self.end: list[int] = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
         self._cut_prompts = self._cut_completions = self._windowed = self._windows = 0
 
@@ -88,7 +91,7 @@ class PassageTokenizer:
     def _completion(self, prompt: str, completion: str) -> TokenRow:
         before: list[int] = self.tokenizer(prompt)["input_ids"]
         ids, spans = self._encode(completion)
-        room = self.max_length - min(len(before), _LEAST_PROMPT) - len(self.end)
+        room = self.max_length - min(len(before), self._least_prompt) - len(self.end)
         end = self.end
         if len(ids) > room:
             # A truncated completion must not teach the adapter to stop there.
@@ -188,7 +191,7 @@ class PassageTokenizer:
         # As of a prompt, the beginning-of-text token stays: every row that the server reads has it.
         start = int(ids[0] == self.tokenizer.bos_token_id)
         last = turns[-1]
-        most = self.max_length - start - min(last.start - start, _LEAST_PROMPT)
+        most = self.max_length - start - min(last.start - start, self._least_prompt)
         end = last.start + min(len(last), most)
         gone = max(end - self.max_length, 0)
         for turn in turns[:-1]:
