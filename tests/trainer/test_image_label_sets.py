@@ -66,6 +66,20 @@ def test_a_metadata_file_has_the_labels_of_each_image(kind: str, tmp_path: Path)
     assert found == {(number + 1, frozenset(SETS[number % 4])) for number in range(8)}
 
 
+def test_each_label_keeps_a_training_image(tmp_path: Path) -> None:
+    folder = metadata_folder(tmp_path / "rows", 24)
+    lines = [{"file_name": f"{i}.png", "tags": ["common", f"rare{i}"] if i < 9 else ["common"]} for i in range(24)]
+    lines[23]["tags"] = ["common,rare1"]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    data = load_image_label_sets(image_settings(tmp_path, folder, **options(eval_fraction=0.4)))
+    assert {label for row in data.train for label in row.target} == set(data.labels) and len(data.labels) == 11
+    assert data.eval
+    assert any("10 labels 'common,rare1', 'rare0'" in note and "a single row each" in note for note in data.notes)
+    assert any("'common,rare1' is one label" in note and "give --label-separator ','" in note for note in data.notes)
+    drawn = load_image_label_sets(image_settings(tmp_path, folder, **options(train_limit=8)))
+    assert any("no row of it is among the 8 drawn ones" in note for note in drawn.notes)
+
+
 def test_what_cannot_be_learned_is_refused_with_its_row(tmp_path: Path) -> None:
     folder = metadata_folder(tmp_path / "rows", 8)
 

@@ -21,7 +21,7 @@ from sera_serve.trainer.data.labelled import (
     limit_notes,
 )
 from sera_serve.trainer.data.splits import check_evaluated, draw, hold_out, hold_out_for
-from sera_serve.trainer.data.targets import check_known_labels, check_labels_repeat, labels_of
+from sera_serve.trainer.data.targets import check_known_labels, check_labels_repeat, labels_of, separator_notes
 from sera_serve.trainer.settings import TrainSettings
 from sera_serve.trainer.tables.faults import InvalidData, Problems, Row
 from sera_serve.trainer.tables.fields import label_of, whole_number_names
@@ -145,6 +145,7 @@ def load_image_label_sets(settings: TrainSettings, initial: AdapterConfig | None
             labels=lambda r: r.target,
         )
     reader.notes += label_notes(label for item in rows["train"] for label in item.target)
+    reader.notes += separator_notes(labels, settings.label_separator)
     reader.notes += limit_notes(settings, labels, {label for item in train for label in item.target})
     check_evaluated(settings, rows["eval"])
     parts = train, rows["eval"], rows["test"]

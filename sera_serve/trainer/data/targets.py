@@ -28,6 +28,8 @@ from sera_serve.trainer.tables.table import InvalidData, Problems, Row, Table
 
 _LONGEST_LABEL = 512
 _SHOWN_CHARACTERS = 60
+# What people put between labels.
+_SEPARATORS = ",;|/ "
 # float32, in which heads are trained and served, holds products of larger numbers no more.
 _LARGEST_NUMBER = 1e15
 # Of the numbers' mean from 0. One more deviation is then some hundred steps of float32.
@@ -115,7 +117,20 @@ def load_label_sets(settings: TrainSettings, labels: list[str] | None = None) ->
     for path, items in ((settings.train, found.train), (settings.eval, found.eval), (settings.test, found.test)):
         if path is not None:
             check_known_labels(path, items, labels, kept)
-    return LabelledExamples(found.train, found.eval, found.test, found.digests, found.notes, labels)
+    notes = found.notes + separator_notes(labels, settings.label_separator)
+    return LabelledExamples(found.train, found.eval, found.test, found.digests, notes, labels)
+
+
+def separator_notes(labels: Collection[str], separator: str) -> list[str]:
+    """Say which label looks like several of the other labels, with another separator between them."""
+    for mark in _SEPARATORS:
+        for label in labels:
+            if mark != separator and mark in label and all(part.strip() in labels for part in label.split(mark)):
+                return [
+                    f"{label!r} is one label, though its parts are labels, too; if {mark!r} separates labels, give "
+                    f"--label-separator {mark!r}"
+                ]
+    return []
 
 
 def number_of(row: Row, column: str, problems: Problems) -> float:
