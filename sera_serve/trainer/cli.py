@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import logging
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
 
@@ -17,7 +16,7 @@ from sera_serve.terminal import PlainConsole
 from sera_serve.trainer.compare.command import compare_command
 from sera_serve.trainer.init_file import settings_yaml, write_settings
 from sera_serve.trainer.option_text import flag
-from sera_serve.trainer.packages import check_packages
+from sera_serve.trainer.packages import check_packages, quiet_bitsandbytes
 from sera_serve.trainer.pattern_options import PATTERN_OPTIONS
 from sera_serve.trainer.settings import RUN, WHAT, TrainSettings, load_options
 from sera_serve.trainer.task_options import Task
@@ -29,8 +28,7 @@ _WIDEST_CHOICE = 20
 
 def main() -> None:
     """Run the console script."""
-    # It tells of a kernel that nothing here uses, wherever bitsandbytes is installed.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    quiet_bitsandbytes()
     app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
     app.callback(invoke_without_command=True)(_command())
     app.command("compare")(compare_command)
