@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, get_origin
+from typing import Annotated, Any, NoReturn, get_args, get_origin
 
 import typer
 from pydantic.fields import FieldInfo
@@ -93,9 +93,16 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
     flag = name.replace("_", "-")
     # A switch needs a way to turn it off, too.
     flags = f"--{flag}/--no-{flag}" if field.annotation is bool else f"--{flag}"
-    option = typer.Option(flags, help=f"{field.description}{default}", show_default=False)
+    # A path stays text until it is checked: an empty one would become the current directory.
+    is_path = Path in (field.annotation, *get_args(field.annotation))
+    option = typer.Option(
+        flags,
+        help=f"{field.description}{default}",
+        show_default=False,
+        metavar="<path>" if is_path else None,
+    )
     # The command line writes a mapping as "key=value,key=value".
-    kind: Any = str if get_origin(field.annotation) is dict else field.annotation
+    kind: Any = str if is_path or get_origin(field.annotation) is dict else field.annotation
     return _keyword(name, Annotated[kind | None, option])
 
 

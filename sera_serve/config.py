@@ -219,6 +219,20 @@ class ServeSettings(BaseSettings):
             return self.max_batch_tokens
         return _CPU_BATCH_TOKENS if self.device == "cpu" else _GPU_BATCH_TOKENS
 
+    @field_validator("store", mode="before")
+    @classmethod
+    def _store_is_named(cls, value: Any) -> Any:
+        # Path("") is the current directory.
+        if value == "":
+            raise ValueError("it must be the path of a folder; leave the setting out for the default, or write .")
+        return value
+
+    @field_validator("watch", "lora_path_root", mode="before")
+    @classmethod
+    def _empty_is_none(cls, value: Any) -> Any:
+        # An empty variable, as of ${WATCH:-}, must not open the current directory; and it turns a file's line off.
+        return None if value == "" else value
+
     @field_validator("device")
     @classmethod
     def _check_device(cls, value: str) -> str:
@@ -281,8 +295,9 @@ def load_settings(config: Path | None, flags: Mapping[str, Any]) -> ServeSetting
                 f"environment variable {variable}: {_unknown(name.lower(), known)}", param=variable
             )
     given = {name: value for name, value in flags.items() if value is not None}
+    sources = setting_sources(config, flags)
     if content is None:
-        return _validated(ServeSettings, given)
+        return _validated(ServeSettings, given, sources)
     in_file = content
 
     class FromFile(ServeSettings):
@@ -297,7 +312,7 @@ def load_settings(config: Path | None, flags: Mapping[str, Any]) -> ServeSetting
         ) -> tuple[PydanticBaseSettingsSource, ...]:
             return init_settings, env_settings, InitSettingsSource(settings_cls, in_file)
 
-    return _validated(FromFile, given)
+    return _validated(FromFile, given, sources)
 
 
 def setting_sources(config: Path | None, flags: Mapping[str, Any]) -> dict[str, str]:
@@ -349,16 +364,17 @@ def _read_yaml(text: str) -> Any:
         raise _NotYaml(str(error) or type(error).__name__) from error
 
 
-def _validated(kind: type[ServeSettings], given: dict[str, Any]) -> ServeSettings:
+def _validated(kind: type[ServeSettings], given: dict[str, Any], sources: Mapping[str, str]) -> ServeSettings:
     try:
         return kind(**given)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         name = str(first["loc"][0])
         problem = first["msg"].replace("Input", "it", 1)
-        raise InvalidConfiguration(
-            f"{name} (flag --{name.replace('_', '-')}) is {first['input']!r}: {problem}", param=name
-        ) from error
+        flag = f"flag --{name.replace('_', '-')}"
+        source = sources.get(name, flag)
+        where = source if source == flag else f"{source}; {flag}"
+        raise InvalidConfiguration(f"{name} ({where}) is {first['input']!r}: {problem}", param=name) from error
 
 
 def _unknown(name: str, known: list[str]) -> str:

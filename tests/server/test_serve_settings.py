@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from sera_serve.cli import build_cli
 from sera_serve.config import ServeSettings, load_settings
 from sera_serve.errors import InvalidConfiguration
 
@@ -19,6 +21,34 @@ def test_the_first_source_with_a_value_wins(tmp_path: Path, monkeypatch: pytest.
     assert (settings.port, settings.pool_mib, settings.host) == (3, 2, "a")
     assert settings.max_queue == ServeSettings.model_fields["max_queue"].default
     assert load_settings(None, {}).port == 2
+
+
+@pytest.mark.parametrize("name", ["watch", "lora_path_root"])
+def test_an_empty_path_turns_nothing_on(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`${WATCH:-}` is an empty variable, and Path("") would be the current directory."""
+    file = tmp_path / "serve.yaml"
+    file.write_text(f"{name}: {tmp_path}\n")
+    assert getattr(load_settings(file, {}), name) == tmp_path
+    assert getattr(load_settings(file, {name: ""}), name) is None
+    monkeypatch.setenv(f"SERA_SERVE_{name.upper()}", "")
+    assert getattr(load_settings(None, {}), name) is None
+    assert getattr(load_settings(file, {}), name) is None
+    shown = CliRunner().invoke(build_cli(), ["check-config", "--config", str(file), f"--{name.replace('_', '-')}", ""])
+    assert f"{name} null flag" in " ".join(shown.stdout.split()), shown.output
+
+
+def test_an_empty_store_is_refused_by_its_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text("store: ''\n")
+    with pytest.raises(
+        InvalidConfiguration, match=r"store \(file .*serve.yaml; flag --store\) is '': .*path of a folder"
+    ):
+        load_settings(file, {})
+    with pytest.raises(InvalidConfiguration, match=r"store \(flag --store\) is '': "):
+        load_settings(file, {"store": ""})
+    monkeypatch.setenv("SERA_SERVE_STORE", "")
+    with pytest.raises(InvalidConfiguration, match=r"store \(variable SERA_SERVE_STORE; flag --store\) is '': "):
+        load_settings(None, {})
 
 
 @pytest.mark.parametrize(
