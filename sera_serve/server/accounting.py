@@ -31,7 +31,7 @@ class RequestRecord:
 
     Attributes:
         tenant: Who it acted for; None where it never came to that.
-        adapter: The adapter that served it; None is the base model, or nothing was served.
+        adapter: The adapter that served it, or that its generation asked for; None is the base model, or none.
         version: Of the adapter.
         prompt_tokens: Tokens of all its prompts.
         completion_tokens: Tokens generated.
@@ -161,6 +161,11 @@ class Account:
         record = self._record
         if began is not None and (record.load_began is None or began < record.load_began):
             record.load_began, record.load_s = began, seconds
+
+    def note_asked(self, adapter: str | None, version: int | None) -> None:
+        """Note for the log which adapter a generation asked for, whatever became of it."""
+        if self._record.adapter is None:
+            self._record.adapter, self._record.version = adapter, version
 
     def observe_waits(self, waited_s: float, first_token_s: float | None) -> None:
         """Record how long a generation waited for the batch, and for its first token if there was one."""

@@ -24,6 +24,8 @@ from sera_serve.server.methods import allow_header, near_path, routes_of_path
 logger = logging.getLogger("sera_serve.server")
 
 CLIENT_CLOSED = 499
+CLIENT_CLOSED_CODE = "client_closed"
+"""In the log alone: nobody is there to get it."""
 _MAX_MESSAGE = 600
 _MAX_PARAM = 200
 _MAX_SHOWN = 60
@@ -258,6 +260,7 @@ async def _http(request: Request, error: Exception) -> Response:
 
 async def _closed(request: Request, error: Exception) -> Response:
     # The client is gone. The log and the metrics show the status, and nginx uses the same one.
+    note_code(request.scope, CLIENT_CLOSED_CODE)
     return Response(status_code=CLIENT_CLOSED)
 
 

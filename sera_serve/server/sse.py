@@ -16,7 +16,7 @@ from sera_serve.engine import GenerationResult, GenerationStream, TokenDelta
 from sera_serve.errors import EngineUnavailable
 from sera_serve.server.accounting import Account
 from sera_serve.server.disconnect import ClientDisconnected, cancel_on_disconnect
-from sera_serve.server.errors import describe
+from sera_serve.server.errors import CLIENT_CLOSED_CODE, describe, note_code
 from sera_serve.server.loop_watch import measured_with_request
 
 logger = logging.getLogger("sera_serve.server")
@@ -92,6 +92,7 @@ class EventStream(Response):
         except ClientDisconnected:
             if not self._started:
                 raise
+            note_code(scope, CLIENT_CLOSED_CODE)
 
     async def _send_events(self, send: Send, request_id: str) -> None:
         async with admitted(self._admit, self._account) as streams:
@@ -138,6 +139,7 @@ async def admitted(admit: Admit, account: Account) -> AsyncIterator[Sequence[Gen
         for stream in streams:
             account.observe_waits(stream.waited_s, stream.first_token_s)
             account.observe_load(stream.load_began, stream.load_s)
+            account.note_asked(stream.adapter, stream.version)
         # To its end: a client that leaves once it has the last event cancels this block.
         await asyncio.shield(asyncio.ensure_future(measured_with_request(_close_all(streams))))
 

@@ -21,7 +21,7 @@ from sera_serve.commands.logs import BoundedQueueHandler, JsonFormatter, TextFor
 from sera_serve.config import ServeSettings
 from sera_serve.server import build_app
 from support.live_server import live_server, wait_until
-from support.stub_engine import SECRET, StubEngine
+from support.stub_engine import SECRET, SLOW, StubEngine
 
 PROMPT = "a prompt that nobody may read"
 Start = Callable[..., httpx.Client]
@@ -95,6 +95,19 @@ def test_a_line_says_who_asked_for_what_and_never_the_prompt(start: Start, lines
     assert fourth["code"] == "not_found"
     assert fourth["route"] == "unmatched"
     assert "nobody" not in str(lines.fields(4))
+
+
+def test_a_line_says_that_the_client_left_and_what_it_had_asked_for(start: Start, lines: Lines) -> None:
+    client = start()
+    with client.stream("POST", "/v1/generate", json={"prompt": SLOW, "adapter": "demo/writer", "stream": True}) as got:
+        next(got.iter_lines())
+    (line,) = lines.fields(1)
+    assert (line["status"], line["code"], line["adapter"], line["version"]) == (200, "client_closed", "demo/writer", 3)
+    assert "completion_tokens" not in line
+    with pytest.raises(httpx.ReadTimeout):
+        client.post("/v1/generate", json={"prompt": SLOW, "adapter": "demo/writer"}, timeout=0.2)
+    line = lines.fields(2)[1]
+    assert (line["status"], line["code"], line["adapter"]) == (499, "client_closed", "demo/writer")
 
 
 def test_a_line_has_the_key_and_the_tenant_of_the_key(start: Start, lines: Lines, tmp_path: Path) -> None:
