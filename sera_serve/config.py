@@ -370,7 +370,7 @@ def _validated(kind: type[ServeSettings], given: dict[str, Any], sources: Mappin
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         name = str(first["loc"][0])
-        problem = first["msg"].replace("Input", "it", 1)
+        problem = first["msg"].removeprefix("Value error, ").replace("Input", "it", 1)
         flag = f"flag --{name.replace('_', '-')}"
         source = sources.get(name, flag)
         where = source if source == flag else f"{source}; {flag}"

@@ -41,7 +41,7 @@ def test_an_empty_store_is_refused_by_its_source(tmp_path: Path, monkeypatch: py
     file = tmp_path / "serve.yaml"
     file.write_text("store: ''\n")
     with pytest.raises(
-        InvalidConfiguration, match=r"store \(file .*serve.yaml; flag --store\) is '': .*path of a folder"
+        InvalidConfiguration, match=r"store \(file .*serve.yaml; flag --store\) is '': it must be the path of a folder"
     ):
         load_settings(file, {})
     with pytest.raises(InvalidConfiguration, match=r"store \(flag --store\) is '': "):
