@@ -24,7 +24,7 @@ from sera_serve.engine.request import (
     TokenLogprobs,
     WeightedAdapter,
 )
-from sera_serve.engine.stream import GenerationResult, GenerationStream, TokenDelta
+from sera_serve.engine.stream import GenerationResult, GenerationStream, TokenDelta, TokensUsed
 from sera_serve.engine.tasks import RunnerLoad
 from sera_serve.engine.tasks.classify import ClassifyResult, EmbedResult
 from sera_serve.residency import LOAD_BUCKETS, LoadTimes, Presence, ResidencyStats, Tier
@@ -65,5 +65,6 @@ __all__ = [
     "TokenConstraint",
     "TokenDelta",
     "TokenLogprobs",
+    "TokensUsed",
     "WeightedAdapter",
 ]

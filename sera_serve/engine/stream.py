@@ -6,7 +6,7 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
@@ -213,6 +213,20 @@ class GenerationResult:
     stop_reason: str | int | None = None
 
 
+class TokensUsed(NamedTuple):
+    """Tokens of one generation, finished or not.
+
+    Attributes:
+        prompt: Tokens of the prompt.
+        cached_prompt: Those of them whose keys and values were in the prefix cache.
+        completion: Tokens generated; of a finished one those of its answer.
+    """
+
+    prompt: int
+    cached_prompt: int
+    completion: int
+
+
 def deadline_exceeded() -> DeadlineExceeded:
     """What a request is told whose time is over."""
     return DeadlineExceeded("timeout_s ran out; ask for less, or give it more time", param="timeout_s")
@@ -285,6 +299,13 @@ class GenerationStream(EventReader, AsyncIterator[TokenDelta]):
     def first_token_s(self) -> float | None:
         """Seconds from the request's arrival to its first token, or None before that."""
         return self.request.first_token_s
+
+    @property
+    def tokens_used(self) -> TokensUsed:
+        """Tokens of the prompt and of the answer so far."""
+        request = self.request
+        completion = request.generated if self.result is None else self.result.completion_tokens
+        return TokensUsed(request.prompt_tokens, request.cached_tokens, completion)
 
     @property
     def computed_tokens(self) -> int:

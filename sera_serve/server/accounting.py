@@ -16,7 +16,6 @@ from sera_serve.engine import (
     ClassifyResult,
     EmbedResult,
     GenerateParams,
-    GenerationResult,
     GenerationStream,
     Principal,
     Priority,
@@ -33,8 +32,8 @@ class RequestRecord:
         tenant: Who it acted for; None where it never came to that.
         adapter: The adapter that served it, or that its generation asked for; None is the base model, or none.
         version: Of the adapter.
-        prompt_tokens: Tokens of all its prompts.
-        completion_tokens: Tokens generated.
+        prompt_tokens: Tokens of all its prompts that entered a batch.
+        completion_tokens: Tokens generated, of answers that did not come to their ends too.
         inputs: Inputs classified or made into vectors.
         generations: Generations that entered a batch.
         waited_s: The longest wait for a batch.
@@ -125,6 +124,7 @@ class Account:
         self.priority = priority
         # A request of several generations is one request.
         self._adapters_counted: set[str | None] = set()
+        self._counted: set[GenerationStream] = set()
         self._generating = generating
         self._computing: Sequence[GenerationStream] = ()
         self._charged = 0
@@ -135,7 +135,10 @@ class Account:
 
     @contextmanager
     def computing(self, generations: Sequence[GenerationStream]) -> Iterator[None]:
-        """Charge the tokens of generations: at the end of the block, and whenever the tenant's next request comes."""
+        """Charge the tokens of generations: at the end of the block, and whenever the tenant's next request comes.
+
+        At the end all of them are counted, whatever became of them.
+        """
         tenant = self.principal.tenant
         self._computing, self._charged = generations, 0
         self._generating.setdefault(tenant, set()).add(self)
@@ -143,6 +146,8 @@ class Account:
             yield
         finally:
             self.settle()
+            for generation in generations:
+                self.count_generation(generation)
             accounts = self._generating[tenant]
             accounts.discard(self)
             if not accounts:
@@ -156,40 +161,19 @@ class Account:
             self._meter.charge(computed - self._charged)
             self._charged = computed
 
-    def observe_load(self, began: float | None, seconds: float) -> None:
-        """Record when an adapter began to load for the request, and how long that took; None if it was there."""
-        record = self._record
-        if began is not None and (record.load_began is None or began < record.load_began):
-            record.load_began, record.load_s = began, seconds
-
-    def note_asked(self, adapter: str | None, version: int | None) -> None:
-        """Note for the log which adapter a generation asked for, whatever became of it."""
-        if self._record.adapter is None:
-            self._record.adapter, self._record.version = adapter, version
-
-    def observe_waits(self, waited_s: float, first_token_s: float | None) -> None:
-        """Record how long a generation waited for the batch, and for its first token if there was one."""
-        self._metrics.observe_waits(waited_s, first_token_s)
-        usage = self._metrics.usage.tenant(self.principal.tenant)
-        usage.waits.add(waited_s)
-        record = self._record
-        if not record.generations:
-            usage.requests += 1
-        record.generations += 1
-        record.waited_s = max(waited_s, record.waited_s or 0.0)
-        if first_token_s is not None:
-            usage.first_tokens.add(first_token_s)
-            record.first_token_s = max(first_token_s, record.first_token_s or 0.0)
-
-    def count_generation(self, result: GenerationResult) -> None:
-        """Count the tokens of one finished generation."""
-        self._metrics.count_generation(result)
-        tokens = result.prompt_tokens, result.cached_tokens, result.completion_tokens
+    def count_generation(self, generation: GenerationStream) -> None:
+        """Count a generation that has ended, or is about to be closed: its times, adapter and tokens. Once."""
+        if generation in self._counted:
+            return
+        self._counted.add(generation)
+        tokens = generation.tokens_used
+        self._observe_load(generation.load_began, generation.load_s)
+        self._observe_waits(generation.waited_s, generation.first_token_s)
+        self._metrics.count_tokens(tokens)
         self._metrics.usage.tenant(self.principal.tenant).add_tokens(*tokens)
-        adapter = self._served(result.adapter, result.version)
-        adapter.add_tokens(*tokens)
-        self._record.prompt_tokens += result.prompt_tokens
-        self._record.completion_tokens += result.completion_tokens
+        self._served(generation.adapter, generation.version).add_tokens(*tokens)
+        self._record.prompt_tokens += tokens.prompt
+        self._record.completion_tokens += tokens.completion
 
     def count_classified(self, results: Sequence[ClassifyResult]) -> None:
         """Count one finished classification: its results by adapter."""
@@ -202,7 +186,7 @@ class Account:
             adapter.add_tokens(result.prompt_tokens, 0, 0)
             inputs += len(result.results)
             tokens += result.prompt_tokens
-            self.observe_load(result.load_began, result.load_s)
+            self._observe_load(result.load_began, result.load_s)
         self._metrics.count_classified(inputs, waited_s)
         tenant = self._count_rows(inputs, waited_s)
         tenant.classified += inputs
@@ -221,13 +205,33 @@ class Account:
             usage.embedded += inputs
             usage.add_tokens(tokens, 0, 0)
         self._record.prompt_tokens += tokens
-        self.observe_load(result.load_began, result.load_s)
+        self._observe_load(result.load_began, result.load_s)
         self._meter.charge(tokens)
 
     def count_refusal(self, code: str) -> None:
         """Count a generation that failed after its stream had begun. `code` is an error code of the server."""
         self._metrics.count_refusal(code)
         self._record.code = code
+
+    def _observe_load(self, began: float | None, seconds: float) -> None:
+        """Record when an adapter began to load for the request, and how long that took; None if it was there."""
+        record = self._record
+        if began is not None and (record.load_began is None or began < record.load_began):
+            record.load_began, record.load_s = began, seconds
+
+    def _observe_waits(self, waited_s: float, first_token_s: float | None) -> None:
+        """Record how long a generation waited for the batch, and for its first token if there was one."""
+        self._metrics.observe_waits(waited_s, first_token_s)
+        usage = self._metrics.usage.tenant(self.principal.tenant)
+        usage.waits.add(waited_s)
+        record = self._record
+        if not record.generations:
+            usage.requests += 1
+        record.generations += 1
+        record.waited_s = max(waited_s, record.waited_s or 0.0)
+        if first_token_s is not None:
+            usage.first_tokens.add(first_token_s)
+            record.first_token_s = max(first_token_s, record.first_token_s or 0.0)
 
     def _count_rows(self, inputs: int, waited_s: float) -> Usage:
         """Count a call of rows for its tenant, and return the tenant's usage."""

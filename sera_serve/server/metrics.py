@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from sera_serve.engine import LOAD_BUCKETS, GenerationResult, ResidencyStats, RunnerLoad, ServingEngine, Task
+from sera_serve.engine import LOAD_BUCKETS, ResidencyStats, RunnerLoad, ServingEngine, Task, TokensUsed
 from sera_serve.errors import SeraServeError
 from sera_serve.jobs import JobStatus
 from sera_serve.server.usage_metrics import UsageMetrics
@@ -48,7 +48,9 @@ class ServerMetrics:
             buckets=_SECONDS,
             registry=self.registry,
         )
-        self._tokens = Counter("sera_tokens", "Tokens of finished generations.", ["kind"], registry=self.registry)
+        self._tokens = Counter(
+            "sera_tokens", "Tokens of generations, finished or not.", ["kind"], registry=self.registry
+        )
         self._inputs = Counter("sera_classified_inputs", "Inputs classified.", registry=self.registry)
         self._embedded = Counter("sera_embedded_inputs", "Inputs made into vectors.", registry=self.registry)
         self._refusals = Counter(
@@ -81,11 +83,11 @@ class ServerMetrics:
         self._requests.labels(method if method in _METHODS else "other", route, str(status)).inc()
         self._seconds.labels(route).observe(seconds)
 
-    def count_generation(self, result: GenerationResult) -> None:
-        """Count the tokens of one finished generation."""
-        self._tokens.labels("prompt").inc(result.prompt_tokens)
-        self._tokens.labels("cached_prompt").inc(result.cached_tokens)
-        self._tokens.labels("completion").inc(result.completion_tokens)
+    def count_tokens(self, tokens: TokensUsed) -> None:
+        """Count the tokens of one generation."""
+        self._tokens.labels("prompt").inc(tokens.prompt)
+        self._tokens.labels("cached_prompt").inc(tokens.cached_prompt)
+        self._tokens.labels("completion").inc(tokens.completion)
 
     def count_classified(self, inputs: int, waited_s: float) -> None:
         """Count the inputs of one finished classification, and record its waiting time."""

@@ -113,7 +113,7 @@ class EventStream(Response):
                     stream = streams[index]
                     if delta is None:
                         result = result_of(stream)
-                        self._account.count_generation(result)
+                        self._account.count_generation(stream)
                         event = writer.final(index, stream, result)
                     else:
                         event = writer.delta(index, stream, delta) if delta.text or delta.token_ids else b""
@@ -130,16 +130,12 @@ class EventStream(Response):
 
 @asynccontextmanager
 async def admitted(admit: Admit, account: Account) -> AsyncIterator[Sequence[GenerationStream]]:
-    """Admit a request, and close its streams at the end of the block. Waiting times are counted, and tokens charged."""
+    """Admit a request, and close its streams at the end of the block. What they used is counted and charged then."""
     streams = await admit()
     try:
         with account.computing(streams):
             yield streams
     finally:
-        for stream in streams:
-            account.observe_waits(stream.waited_s, stream.first_token_s)
-            account.observe_load(stream.load_began, stream.load_s)
-            account.note_asked(stream.adapter, stream.version)
         # To its end: a client that leaves once it has the last event cancels this block.
         await asyncio.shield(asyncio.ensure_future(measured_with_request(_close_all(streams))))
 

@@ -15,7 +15,7 @@ router = APIRouter(route_class=StrictRoute, tags=["operations"])
 
 
 class TokenCounts(BaseModel):
-    """Tokens of finished generations since the server began."""
+    """Tokens of generations since the server began, finished or not; those that run are counted at their ends."""
 
     prompt: int
     completion: int

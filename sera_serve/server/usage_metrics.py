@@ -108,7 +108,7 @@ class UsageMetrics(Collector):
             )
             tokens = CounterMetricFamily(
                 f"sera_{label}_tokens",
-                f"Tokens of finished generations and embeddings, by {label}; cached ones are prompt tokens too.",
+                f"Tokens of generations, finished or not, and of rows, by {label}; cached ones are prompt tokens too.",
                 labels=[label, "kind"],
             )
             classified = CounterMetricFamily(

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from adapters_store import AdapterStore
 from sera_serve.base import FrozenBase
 from sera_serve.engine import BASE_PRINCIPAL, GenerateParams, GenerationStream
 from sera_serve.engine.request import FinishReason, GenerationRequest, RequestState, TokenLogprobs
@@ -47,6 +48,29 @@ def test_cancelling_at_each_stage_gives_everything_back(
             await holder.aclose()
         await settled(engine)
         assert (await collect(engine, adapter="a/writer", prompt="x", max_new_tokens=2)).completion_tokens == 2
+
+    asyncio.run(main())
+
+
+def test_a_generation_that_is_given_up_tells_what_it_used(
+    store: AdapterStore, decoder: FrozenBase, start_engine: Start
+) -> None:
+    engine = start_engine(decoder, store)
+
+    async def main() -> None:
+        whole = await collect(engine, prompt="hello", max_new_tokens=3)
+        stream = await generate(engine, GenerateParams(prompt="hello", max_new_tokens=200))
+        await anext(stream)
+        before = stream.tokens_used
+        assert before.prompt == whole.prompt_tokens and before.cached_prompt == 0
+        await anext(stream)
+        await stream.aclose()
+        await settled(engine)
+        assert before.completion < stream.tokens_used.completion < 200
+
+        stream = await generate(engine, GenerateParams(prompt="hello", max_new_tokens=3))
+        result = await stream.collect()
+        assert stream.tokens_used == (result.prompt_tokens, result.cached_tokens, result.completion_tokens)
 
     asyncio.run(main())
 

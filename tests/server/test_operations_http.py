@@ -77,9 +77,10 @@ def test_metrics_count_requests_and_tokens_by_bounded_labels(client: httpx.Clien
     assert grown[requests + '{method="POST",route="/v1/generate",status="200"}'] == 3
     assert grown[requests + '{method="GET",route="/v1/adapters/{tenant}/{name}",status="404"}'] == 3
     assert grown[requests + '{method="GET",route="unmatched",status="404"}'] == 3
-    assert grown['sera_tokens_total{kind="prompt"}'] == 10
-    assert grown['sera_tokens_total{kind="cached_prompt"}'] == 4
-    assert grown['sera_tokens_total{kind="completion"}'] == 6
+    assert grown['sera_tokens_total{kind="prompt"}'] == 15
+    assert grown['sera_tokens_total{kind="cached_prompt"}'] == 6
+    # The generation whose time was over had one token.
+    assert grown['sera_tokens_total{kind="completion"}'] == 7
     assert grown["sera_classified_inputs_total"] == 2
     refusals = {"overloaded": 1, "tenant_overloaded": 1, "deadline_exceeded": 2}
     for code, count in refusals.items():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import cast
 
 import httpx
 import pytest
@@ -12,13 +14,13 @@ from adapters_store import AdapterStore
 from sera_serve.access import Quota, Rates
 from sera_serve.base import FrozenBase
 from sera_serve.config import ServeSettings
-from sera_serve.engine import ClassifyResult, EmbedResult, GenerationResult, LabelScores, Principal
+from sera_serve.engine import ClassifyResult, EmbedResult, GenerationStream, LabelScores, Principal, TokensUsed
 from sera_serve.server import build_app
 from sera_serve.server.accounting import Account, Meter, RequestRecord
 from sera_serve.server.metrics import ServerMetrics
 from sera_serve.server.usage_metrics import SECONDS, UsageMetrics
-from support.live_server import live_server
-from support.stub_engine import OVERLOADED, StubEngine
+from support.live_server import live_server, wait_until
+from support.stub_engine import FAILS_LATER, OVERLOADED, SLOW, StubEngine
 
 
 def sample(metrics: UsageMetrics, name: str, **labels: str) -> float | None:
@@ -27,8 +29,24 @@ def sample(metrics: UsageMetrics, name: str, **labels: str) -> float | None:
     return registry.get_sample_value(name, labels)
 
 
-def result(adapter: str | None, version: int | None) -> GenerationResult:
-    return GenerationResult("gen-1", adapter, version, "", [1, 2], "stop", 5, 2, 3)
+RAN = TokensUsed(prompt=5, cached_prompt=3, completion=2)
+
+
+@dataclass(eq=False)
+class Generation:
+    """A generation, as far as an account looks at it."""
+
+    adapter: str | None
+    version: int | None
+    waited_s: float = 0.1
+    first_token_s: float = 0.2
+    load_began: float | None = None
+    load_s: float = 0.0
+    tokens_used: TokensUsed = RAN
+
+
+def tell(account: Account, generation: Generation) -> None:
+    account.count_generation(cast(GenerationStream, generation))
 
 
 def classified(adapter: str, inputs: int) -> ClassifyResult:
@@ -50,8 +68,9 @@ def test_each_request_is_counted_once_for_its_tenant_and_adapter(metrics: Server
     record = RequestRecord()
     account = opened(metrics, "acme", record)
     for waited_s in (0.1, 2.0):
-        account.observe_waits(waited_s, waited_s + 1)
-        account.count_generation(result("acme/writer", 3))
+        ran = Generation("acme/writer", 3, waited_s, waited_s + 1)
+        tell(account, ran)
+        tell(account, ran)
     usage = metrics.usage
     assert sample(usage, "sera_tenant_requests_total", tenant="acme") == 1
     assert sample(usage, "sera_adapter_requests_total", adapter="acme/writer") == 1
@@ -85,9 +104,8 @@ def test_rows_are_counted_by_each_of_their_adapters(metrics: ServerMetrics) -> N
 def test_labels_are_bounded_and_nothing_is_lost(metrics: ServerMetrics) -> None:
     for number in range(6):
         account = opened(metrics, f"tenant-{number}")
-        account.observe_waits(0.1, None)
-        account.count_generation(result(f"tenant-{number}/writer", 1))
-        account.count_generation(result("0.5*a/b@v1 + 0.5*a/c@v1", None))
+        tell(account, Generation(f"tenant-{number}/writer", 1))
+        tell(account, Generation("0.5*a/b@v1 + 0.5*a/c@v1", None))
     usage = metrics.usage
     tenants = [sample(usage, "sera_tenant_requests_total", tenant=name) for name in ("tenant-0", "tenant-2", "other")]
     assert tenants == [1, 1, 3]
@@ -132,6 +150,20 @@ def test_the_server_counts_what_was_served_and_nothing_else(own: httpx.Client) -
     assert stats["cache_pages"] == {"in_use": 5, "total": 8}
     assert stats["adapters"]["hits"] == {"device": 7, "host": 2, "store": 1}
     assert (stats["adapters"]["resident"], stats["adapters"]["evictions"]) == (3, 4)
+
+
+def test_generations_that_do_not_come_to_their_ends_are_counted_too(own: httpx.Client) -> None:
+    with own.stream("POST", "/v1/generate", json={"prompt": SLOW, "adapter": "demo/writer", "stream": True}) as got:
+        next(got.iter_lines())
+    wait_until(lambda: own.get("/v1/stats").json()["tokens"]["prompt"] == 5)
+    failed = own.post("/v1/generate", json={"prompt": FAILS_LATER, "adapter": "demo/writer", "n": 2})
+    assert failed.status_code == 503
+    stats = own.get("/v1/stats").json()
+    assert stats["by_adapter"]["demo/writer"]["requests"] == 2
+    assert stats["tokens"]["prompt"] == 15
+    # At least one of the stream, and one of the generation that failed.
+    assert stats["tokens"]["completion"] >= 2
+    assert stats["by_tenant"]["demo"]["tokens"] == 15 + stats["tokens"]["completion"]
 
 
 def test_the_figures_of_a_new_server_are_zero(own: httpx.Client) -> None:

@@ -31,6 +31,7 @@ from sera_serve.engine import (
     Task,
     TokenDelta,
     TokenLogprobs,
+    TokensUsed,
 )
 from sera_serve.errors import (
     DeadlineExceeded,
@@ -75,6 +76,7 @@ class StubStream:
         self.load_began: float | None = None
         self.load_s = 0.0
         self.computed_tokens = 5
+        self.tokens_used = TokensUsed(5, 2, 0)
         self._engine = engine
         self._prompt = params.prompt
         self._params = params
@@ -97,13 +99,16 @@ class StubStream:
         tokens: list[int] = []
         while self._prompt == SLOW:
             await asyncio.sleep(0.01)
+            self._count_token()
             yield TokenDelta("x", [1])
         for text in LONG_TEXTS if self._prompt == LONG else ():
             await asyncio.sleep(0)
+            self._count_token()
             yield TokenDelta(text, [1])
         for index, text in enumerate(TEXTS):
             tokens.append(index)
             self.computed_tokens += 1
+            self._count_token()
             yield TokenDelta(text, [index], self._logprobs(index))
             if self._prompt == FAILS_LATER:
                 raise EngineUnavailable("generation failed; the request may be sent again")
@@ -125,6 +130,9 @@ class StubStream:
             () if self._params.prompt_logprobs is None else (TokenLogprobs(9, None), TokenLogprobs(8, -1.5)),
             self._params.stop_token_ids[0] if self._params.stop_token_ids else None,
         )
+
+    def _count_token(self) -> None:
+        self.tokens_used = self.tokens_used._replace(completion=self.tokens_used.completion + 1)
 
     def _logprobs(self, token: int) -> tuple[TokenLogprobs, ...]:
         top = self._params.logprobs

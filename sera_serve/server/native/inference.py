@@ -51,8 +51,6 @@ async def _complete(admit: Admit, params: GenerateParams, account: Account) -> b
             async for _ in deltas:
                 pass
         results = [result_of(stream) for stream in streams]
-    for result in results:
-        account.count_generation(result)
     return await encode_response(results, params)
 
 

@@ -110,7 +110,7 @@ def translated(admit: Admit, prompt: str) -> Admit:
 async def collect(
     admit: Admit, account: Account, take: Callable[[int, TokenDelta], None]
 ) -> tuple[Sequence[GenerationStream], list[GenerationResult]]:
-    """Admit a request, read all of its streams to their ends, and count their tokens.
+    """Admit a request, and read all of its streams to their ends.
 
     Args:
         admit: Sends the request to the engine.
@@ -122,10 +122,7 @@ async def collect(
             async for index, delta in deltas:
                 if delta is not None:
                     take(index, delta)
-    results = [result_of(stream) for stream in streams]
-    for result in results:
-        account.count_generation(result)
-    return streams, results
+    return streams, [result_of(stream) for stream in streams]
 
 
 class CompletionLogprobLists:
