@@ -25,7 +25,7 @@ from sera_serve.base import DTYPES, base_outline, planned_bytes
 from sera_serve.config import ServeSettings
 from sera_serve.engine.loop.attention_backend import choose_backend
 from sera_serve.engine.loop.hugging_face import PagedModel
-from sera_serve.engine.memory import MEBIBYTE, DeviceMemory
+from sera_serve.engine.memory import MEBIBYTE, DecoderSizes, DeviceMemory
 from sera_serve.errors import SeraServeError
 from sera_serve.layers.targets import adaptable_linears, linear_widths
 from sera_serve.server.connections import RESERVED_DESCRIPTORS
@@ -192,10 +192,15 @@ def _memory(settings: ServeSettings) -> Iterator[Finding]:
         if hasattr(model, "get_output_embeddings") and model.get_output_embeddings() is not None:
             # The cache's shapes are those of any dtype. torch knows a mixture's products on "meta" in bfloat16 alone.
             paged = PagedModel(base_outline(settings.base, settings.device, "bfloat16"))
-            token_bytes = paged.bytes_per_token * model.dtype.itemsize // torch.bfloat16.itemsize
+            token_bytes, layer_bytes = (
+                size * model.dtype.itemsize // torch.bfloat16.itemsize
+                for size in (paged.bytes_per_token, paged.layer_bytes_per_token)
+            )
             widths = [max(linear_widths(module)) for module in adaptable_linears(model).values()]
             text = model.config.get_text_config()
-            tokens = memory.cache_tokens(token_bytes, max(widths, default=text.hidden_size), text.vocab_size)
+            widest = max(widths, default=text.hidden_size)
+            context = getattr(text, "max_position_embeddings", None) or 0
+            tokens = memory.cache_tokens(DecoderSizes(token_bytes, layer_bytes, widest, text.vocab_size, context))
             parts["KV cache"] = tokens * token_bytes
     except SeraServeError as error:
         message, _, remedy = error.message.partition("; ")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 
@@ -25,10 +26,32 @@ _WIDE_TENSORS = 4
 _LOGITS_TENSORS = 4
 # The tokens of each sequence, counted for penalties: of the size of a step's logits.
 _COUNT_TABLES = 1
+# Keys and values of one layer that a step copies together from their pages, where prompts go on after cached ones. The
+# keys of one sequence are copied together however many they are.
+MOST_GATHERED = 1 << 16
 
 
 # What torch says on a CPU, where an allocation that fails is a plain RuntimeError.
 _CPU_FAILURES = ("can't allocate memory", "Storage size calculation overflowed")
+
+
+@dataclass(frozen=True)
+class DecoderSizes:
+    """What a decoder's steps need memory for.
+
+    Attributes:
+        token_bytes: Keys and values of one token in all layers.
+        layer_bytes: Of these, the layer's that has most.
+        widest: The largest width of a layer's output, elements.
+        vocabulary: The number of tokens that there are.
+        context: The most tokens of a sequence.
+    """
+
+    token_bytes: int
+    layer_bytes: int
+    widest: int
+    vocabulary: int
+    context: int
 
 
 class DeviceMemory:
@@ -65,13 +88,8 @@ class DeviceMemory:
             return _CPU_POOL_MIB * MEBIBYTE
         return max(MEBIBYTE, int(self._left("the adapters' pool") * _POOL_SHARE))
 
-    def cache_tokens(self, bytes_per_token: int, widest: int, vocabulary: int) -> int:
+    def cache_tokens(self, decoder: DecoderSizes) -> int:
         """Tokens of the KV cache, after the pool is allocated.
-
-        Args:
-            bytes_per_token: Keys and values of one token in all layers.
-            widest: The largest width of a layer's output, elements.
-            vocabulary: The number of tokens that there are.
 
         Raises:
             InvalidConfiguration: The weights and the pool leave no memory.
@@ -81,9 +99,11 @@ class DeviceMemory:
             return settings.kv_cache_tokens
         if self._device.type != "cuda":
             return _CPU_CACHE_TOKENS
-        steps = _STEP_BYTES + settings.batch_tokens * widest * 4 * _WIDE_TENSORS
-        steps += settings.max_sequences * vocabulary * 4 * (_LOGITS_TENSORS + _COUNT_TABLES)
-        tokens = (self._left("the KV cache") - steps) // bytes_per_token
+        steps = _STEP_BYTES + settings.batch_tokens * decoder.widest * 4 * _WIDE_TENSORS
+        steps += settings.max_sequences * decoder.vocabulary * 4 * (_LOGITS_TENSORS + _COUNT_TABLES)
+        left = self._left("the KV cache") - steps
+        gathered = max(MOST_GATHERED, min(decoder.context, left // decoder.token_bytes))
+        tokens = (left - gathered * decoder.layer_bytes) // decoder.token_bytes
         if tokens < settings.batch_tokens:
             raise self._too_little("the KV cache")
         return int(tokens)

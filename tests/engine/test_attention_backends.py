@@ -14,15 +14,16 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from adapters_store import AdapterStore
 from sera_serve.base import FrozenBase
 from sera_serve.config import ServeSettings
 from sera_serve.engine import ServingEngine
-from sera_serve.engine.loop import cuda_attention
+from sera_serve.engine.loop import cuda_attention, torch_attention
 from sera_serve.engine.loop.attention import KeyValuePool, LayerShape, Part, StepContext, attend
 from sera_serve.engine.loop.attention_backend import AttentionBackend, AttentionOptions, RowKeys, choose_backend
-from sera_serve.engine.loop.cuda_attention import PackedIndices, PagedAttention, TorchVarlen
+from sera_serve.engine.loop.cuda_attention import ChunkGroup, PagedAttention, TorchVarlen
 from sera_serve.engine.loop.pages import PAGE_SIZE, SCRATCH
 from sera_serve.engine.loop.torch_attention import TorchAttention
 from sera_serve.errors import InvalidConfiguration
@@ -54,13 +55,13 @@ def causal(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Tensor
 class FloatVarlen:
     """Attention of packed sequences in float64. Notes its calls."""
 
-    calls: list[tuple[PackedIndices, AttentionOptions]] = field(default_factory=list)
+    calls: list[tuple[ChunkGroup, AttentionOptions]] = field(default_factory=list)
 
     def takes(self, query: Tensor, value: Tensor, options: AttentionOptions) -> bool:
         return options.is_plain
 
     def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, indices: PackedIndices, options: AttentionOptions
+        self, query: Tensor, key: Tensor, value: Tensor, indices: ChunkGroup, options: AttentionOptions
     ) -> Tensor:
         self.calls.append((indices, options))
         ends = indices.query_ends.tolist(), indices.key_ends.tolist()
@@ -71,6 +72,20 @@ class FloatVarlen:
             for a, b, c, d in zip(ends[0], ends[0][1:], ends[1], ends[1][1:], strict=False)
         ]
         return torch.cat(outputs).to(query.dtype)
+
+
+class Scores(TorchDispatchMode):
+    """Notes how many scores are held at the same time by an attention that holds them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._softmax.default and result.dim() == 5:
+            self.counts.append(result.numel())
+        return result
 
 
 @dataclass(frozen=True)
@@ -90,6 +105,8 @@ MIXED = [
     Chunk(20, (84,)),
     Chunk(1, (65,)),
 ]
+
+LONG = [*MIXED, Chunk(84, (84,)), Chunk(80, (84,))]
 
 
 @dataclass
@@ -181,7 +198,22 @@ def test_steps_of_fewer_kinds(chunks: list[Chunk]) -> None:
     indices = step.context.indices
     assert indices is not None
     # Keys are gathered only where some lie in the cache alone.
-    assert (indices.places is None) == all(chunk.fresh or chunk.decodes for chunk in chunks)
+    are_own = all(chunk.fresh or chunk.decodes for chunk in chunks)
+    assert all((group.places is None) == are_own for group in indices.groups)
+
+
+@pytest.mark.parametrize(
+    ("most", "keys"), [(1, [33, 33, 1, 84, 65]), (34, [33, 34, 84, 65]), (70, [67, 84, 65]), (151, [151, 65])]
+)
+def test_keys_are_gathered_for_a_few_chunks_at_a_time(
+    most: int, keys: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda_attention, "MOST_GATHERED", most)
+    varlen = FloatVarlen()
+    step = make_step(PagedAttention(varlen), MIXED)
+    step.check(0, PLAIN)
+    step.check(1, WINDOW)
+    assert [int(group.key_ends[-1]) for group, _ in varlen.calls] == [*keys, *keys]
 
 
 @pytest.mark.parametrize(
@@ -196,6 +228,38 @@ def test_what_the_call_does_not_take_is_attended_part_by_part(options: Attention
     varlen = FloatVarlen()
     make_step(PagedAttention(varlen), MIXED, value_width=value_width, poison=False).check(0, options)
     assert not varlen.calls
+
+
+@pytest.mark.parametrize("window", [None, 24])
+@pytest.mark.parametrize("kind", ["softcap", "sinks"])
+def test_scores_are_held_for_a_few_queries_at_a_time(
+    kind: str, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    most = 84 * 4 * 7
+    monkeypatch.setattr(torch_attention, "_MOST_SCORES", most)
+    options = {
+        "softcap": AttentionOptions(0.25, window, softcap=2.0),
+        "sinks": AttentionOptions(0.25, window, sinks=torch.tensor([0.3, -1.0, 2.0, 0.0], device=DEVICE)),
+    }[kind]
+    step = make_step(PagedAttention(FloatVarlen()), LONG, poison=False)
+    with Scores() as scores:
+        step.check(0, options)
+    # Sinks are one score more of each query.
+    assert len(scores.counts) > 20 and max(scores.counts) <= most * 85 // 84
+
+
+@pytest.mark.parametrize("options", [PLAIN, WINDOW])
+def test_blocks_of_queries_are_attended_by_torch(options: AttentionOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks: list[int] = []
+
+    def seven(part: Part, query: Tensor, options: AttentionOptions) -> int:
+        blocks.append(-(-part.new // 7))
+        return 7
+
+    # As on a GPU, for what its call of variable length does not take.
+    monkeypatch.setattr(torch_attention, "_most_queries", seven)
+    make_step(TorchAttention(), LONG, poison=False).check(0, options)
+    assert max(blocks) == 12
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")
@@ -274,8 +338,7 @@ class FlashOperation:
         assert scale is not None and window_size_left is not None
         # The key at the left edge of such a window is seen.
         options = AttentionOptions(scale, window=None if window_size_left < 0 else window_size_left + 1)
-        nothing = torch.zeros(0)
-        indices = PackedIndices(RowKeys(nothing, nothing), cum_seq_q, cum_seq_k, max_q, max_k, None)
+        indices = ChunkGroup(slice(0, len(query)), cum_seq_q, cum_seq_k, max_q, max_k, None)
         return (FloatVarlen()(query, key, value, indices, options),)
 
 
@@ -295,8 +358,7 @@ def test_torchs_operation_gets_its_arguments(monkeypatch: pytest.MonkeyPatch) ->
     # The operation of this torch accepts them, with fewer key-value heads than heads.
     q, k = (torch.empty(9, heads, 64, dtype=torch.bfloat16, device="meta") for heads in (8, 2))
     ends = torch.zeros(3, dtype=torch.int32, device="meta")
-    nothing = torch.zeros(0)
-    indices = PackedIndices(RowKeys(nothing, nothing), ends, ends, 5, 9, None)
+    indices = ChunkGroup(slice(0, 9), ends, ends, 5, 9, None)
     assert TorchVarlen()(q, k, k, indices, WINDOW).shape == (9, 8, 64)
 
 

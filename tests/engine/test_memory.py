@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from sera_serve.config import ServeSettings
-from sera_serve.engine.memory import GIBIBYTE, MEBIBYTE, DeviceMemory, memory_of
+from sera_serve.engine.memory import GIBIBYTE, MEBIBYTE, MOST_GATHERED, DecoderSizes, DeviceMemory, memory_of
 from sera_serve.engine.tasks.runner import step_failed
 from sera_serve.errors import InvalidConfiguration
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
-# A token of Llama-3-8B in bfloat16, its largest width, its vocabulary.
-LLAMA = (128 * 1024, 14336, 128256)
+# Llama-3-8B in bfloat16.
+LLAMA = DecoderSizes(128 << 10, 4 << 10, 14336, 128256, context=8192)
 
 
 @pytest.fixture
@@ -30,13 +32,13 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
 def test_a_cpu_has_fixed_sizes() -> None:
     memory = DeviceMemory(ServeSettings(), CPU)
     assert memory.pool_bytes() == 256 * MEBIBYTE
-    assert memory.cache_tokens(*LLAMA) == 32768
+    assert memory.cache_tokens(LLAMA) == 32768
 
 
 def test_settings_win(gpu: dict[str, float]) -> None:
     for device in (CPU, GPU):
         memory = DeviceMemory(ServeSettings(pool_mib=7, kv_cache_tokens=640), device)
-        assert (memory.pool_bytes(), memory.cache_tokens(*LLAMA)) == (7 * MEBIBYTE, 640)
+        assert (memory.pool_bytes(), memory.cache_tokens(LLAMA)) == (7 * MEBIBYTE, 640)
 
 
 def test_a_gpu_is_used_up_to_the_fraction(gpu: dict[str, float]) -> None:
@@ -45,11 +47,23 @@ def test_a_gpu_is_used_up_to_the_fraction(gpu: dict[str, float]) -> None:
     # Of 80 GiB the server may use 72, and the weights take 16.
     assert pool == int(0.2 * 56 * GIBIBYTE)
     gpu["free"] -= pool / GIBIBYTE
-    tokens = memory.cache_tokens(*LLAMA)
-    left = 72 - 16 - pool / GIBIBYTE - tokens * LLAMA[0] / GIBIBYTE
+    tokens = memory.cache_tokens(LLAMA)
+    left = 72 - 16 - pool / GIBIBYTE - tokens * LLAMA.token_bytes / GIBIBYTE
     assert 1 < left < 2, "room for the steps is left"
     gpu["free"] -= 30
-    assert memory.cache_tokens(*LLAMA) < tokens - 200_000, "what others use is not there"
+    assert memory.cache_tokens(LLAMA) < tokens - 200_000, "what others use is not there"
+
+
+def test_there_is_room_for_keys_that_a_step_copies_together(gpu: dict[str, float]) -> None:
+    memory = DeviceMemory(ServeSettings(), GPU)
+    small, long = (
+        memory.cache_tokens(replace(LLAMA, layer_bytes=0)),
+        memory.cache_tokens(replace(LLAMA, context=131072)),
+    )
+    assert small - memory.cache_tokens(LLAMA) == MOST_GATHERED * LLAMA.layer_bytes // LLAMA.token_bytes
+    assert small - long == 131072 * LLAMA.layer_bytes // LLAMA.token_bytes
+    # A sequence has no more keys than the cache.
+    assert small - memory.cache_tokens(replace(LLAMA, context=1 << 30)) <= small // 32
 
 
 def test_memory_that_torch_holds_unused_is_free(gpu: dict[str, float]) -> None:
@@ -71,7 +85,7 @@ def test_too_little_memory_is_refused_by_name(gpu: dict[str, float], free: float
 def test_a_cache_smaller_than_a_step_is_refused(gpu: dict[str, float]) -> None:
     gpu["free"] = 9.2
     with pytest.raises(InvalidConfiguration, match="for the KV cache"):
-        DeviceMemory(ServeSettings(), GPU).cache_tokens(*LLAMA)
+        DeviceMemory(ServeSettings(), GPU).cache_tokens(LLAMA)
 
 
 def test_an_allocation_that_fails_names_its_setting() -> None:

@@ -125,17 +125,22 @@ class Part:
         no_padding = int(self.lengths.min()) == longest
         return no_padding and self.new in (1, longest) and (window is None or longest <= window)
 
-    def mask(self, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """What to add to the scores, (sequences, 1, new, longest); made once for all layers."""
+    def mask(self, window: int | None, like: Tensor) -> Tensor:
+        """What to add to the scores, (sequences, 1, new, longest), of the kind of `like`; made once for all layers."""
         if window not in self._masks:
-            lengths = torch.from_numpy(self.lengths)[:, None, None, None]
-            position = torch.arange(self.longest)
-            last = lengths - self.new + torch.arange(self.new)[:, None]
-            hidden = position > last
-            if window is not None:
-                hidden |= position <= last - window
-            self._masks[window] = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf).to(device)
+            self._masks[window] = self.mask_of(range(self.new), range(self.longest), window, like)
         return self._masks[window]
+
+    def mask_of(self, queries: range, keys: range, window: int | None, like: Tensor) -> Tensor:
+        """As `mask`, for some of the queries and keys."""
+        device = like.device
+        lengths = torch.from_numpy(self.lengths)[:, None, None, None].to(device)
+        position = torch.arange(keys.start, keys.stop, device=device)
+        last = lengths - self.new + torch.arange(queries.start, queries.stop, device=device)[:, None]
+        hidden = position > last
+        if window is not None:
+            hidden |= position <= last - window
+        return torch.zeros(hidden.shape, dtype=like.dtype, device=device).masked_fill_(hidden, -torch.inf)
 
 
 @dataclass

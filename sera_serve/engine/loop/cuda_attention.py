@@ -1,4 +1,4 @@
-"""Attention on CUDA: a kernel over pages for decodes, one call of variable length for the chunks of a step.
+"""Attention on CUDA: a kernel over pages for decodes, a call of variable length for the chunks of a step.
 
 The kernel for decodes is ours whatever library attends prompts: flash-attn takes pages of 256 tokens and its multiples
 alone, and FlashInfer plans each step on the host, which a CUDA graph cannot hold.
@@ -20,8 +20,47 @@ from sera_serve.engine.loop.attention import KeyValuePool, Part, StepContext
 from sera_serve.engine.loop.attention_backend import AttentionOptions, RowKeys
 from sera_serve.engine.loop.pages import PAGE_SIZE
 from sera_serve.engine.loop.torch_attention import TorchAttention
+from sera_serve.engine.memory import MOST_GATHERED
 
 _HALF = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class ChunkGroup:
+    """Chunks of a step that are attended in one call, as tensors on its device.
+
+    Attributes:
+        tokens: Which of the tokens of all chunks are this group's.
+        query_ends: int32 (chunks + 1,), 0 and the end of each chunk's queries.
+        key_ends: int32 (chunks + 1,), likewise of each chunk's keys.
+        max_queries: Queries of the longest chunk.
+        max_keys: The most keys of a chunk.
+        places: int64 (keys,), the place of each key in the pool; None where all keys are this step's own.
+    """
+
+    tokens: slice
+    query_ends: Tensor
+    key_ends: Tensor
+    max_queries: int
+    max_keys: int
+    places: Tensor | None
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """One sequence of a step: its first token in the step, its new tokens and all its keys, and its pages if any."""
+
+    first: int
+    new: int
+    total: int
+    pages: NDArray[np.int64] | None
+
+    def keys(self) -> NDArray[np.int64]:
+        """int64 (keys,): places in the pool, or -1 - t for the step's token t."""
+        if self.pages is None:
+            return -1 - np.arange(self.first, self.first + self.new)
+        at = np.arange(self.total)
+        return self.pages[at // PAGE_SIZE] * PAGE_SIZE + at % PAGE_SIZE
 
 
 @dataclass(frozen=True)
@@ -30,19 +69,11 @@ class PackedIndices:
 
     Attributes:
         decodes: The step's first tokens.
-        query_ends: int32 (chunks + 1,), 0 and the end of each chunk's queries.
-        key_ends: int32 (chunks + 1,), likewise of each chunk's keys.
-        max_queries: Queries of the longest chunk.
-        max_keys: The most keys of a chunk.
-        places: int64 (keys,), the place of each key in the pool; None where all keys are this step's own.
+        groups: Of the chunks, in the order of their tokens.
     """
 
     decodes: RowKeys
-    query_ends: Tensor
-    key_ends: Tensor
-    max_queries: int
-    max_keys: int
-    places: Tensor | None
+    groups: list[ChunkGroup]
 
     @classmethod
     def of(cls, parts: list[Part], places: Tensor) -> PackedIndices:
@@ -52,32 +83,30 @@ class PackedIndices:
             parts: Of the step; decodes, if any, are the first part.
             places: int64 (tokens,) on the device, places of the step's own keys.
         """
-        decodes, chunks = _split(parts)
+        decodes, others = _split(parts)
         table = np.zeros((0, 1), np.int64) if decodes is None or decodes.table is None else decodes.table
         lengths = np.zeros(0, np.int64) if decodes is None else decodes.lengths
-        new = np.concatenate([np.full(len(part.lengths), part.new) for part in chunks] or [lengths[:0]])
-        total = np.concatenate([part.lengths for part in chunks] or [lengths[:0]])
-        keys = _key_places(chunks, len(table)) if any(part.table is not None for part in chunks) else lengths[:0]
-        ends = np.zeros((2, len(new) + 1), np.int32)
-        np.cumsum(new, out=ends[0, 1:])
-        np.cumsum(total, out=ends[1, 1:])
-        # Each row of `ends` fills a whole number of int64.
-        ends = np.pad(ends, ((0, 0), (0, ends.shape[1] % 2)))
-        arrays = [lengths, table.reshape(-1), keys, ends.reshape(-1).view(np.int64)]
+        grouped = _grouped(others, len(table))
+        arrays = [lengths, table.reshape(-1)]
+        for chunks in grouped:
+            is_gathered = any(chunk.pages is not None for chunk in chunks)
+            keys = [chunk.keys() for chunk in chunks] if is_gathered else [lengths[:0]]
+            arrays += [_ends(chunks), np.concatenate(keys)]
         on_device = torch.from_numpy(np.concatenate(arrays)).to(places.device, non_blocking=True)
-        lengths_d, table_d, keys_d, ends_d = on_device.split([len(array) for array in arrays])
-        query_ends, key_ends = ends_d.view(torch.int32).view(2, -1)[:, : len(new) + 1]
-        if len(keys):
-            # Keys below 0 are this step's own, counted from its first token.
-            keys_d = torch.where(keys_d < 0, places[(-1 - keys_d).clamp(min=0)], keys_d)
-        return cls(
-            RowKeys(table_d.view(table.shape), lengths_d),
-            query_ends,
-            key_ends,
-            int(new.max(initial=0)),
-            int(total.max(initial=0)),
-            keys_d if len(keys) else None,
-        )
+        lengths_d, table_d, *pieces = on_device.split([len(array) for array in arrays])
+        groups = []
+        begin = 0
+        for chunks, ends, places_d in zip(grouped, pieces[0::2], pieces[1::2], strict=True):
+            query_ends, key_ends = ends.view(torch.int32).view(2, -1)[:, : len(chunks) + 1]
+            gathered = None
+            if len(places_d):
+                # Keys below 0 are this step's own, counted from its first token.
+                gathered = torch.where(places_d < 0, places[(-1 - places_d).clamp(min=0)], places_d)
+            end = begin + sum(chunk.new for chunk in chunks)
+            most = max(chunk.new for chunk in chunks), max(chunk.total for chunk in chunks)
+            groups.append(ChunkGroup(slice(begin, end), query_ends, key_ends, *most, gathered))
+            begin = end
+        return cls(RowKeys(table_d.view(table.shape), lengths_d), groups)
 
 
 class VarlenAttention(Protocol):
@@ -88,7 +117,7 @@ class VarlenAttention(Protocol):
         ...
 
     def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, indices: PackedIndices, options: AttentionOptions
+        self, query: Tensor, key: Tensor, value: Tensor, group: ChunkGroup, options: AttentionOptions
     ) -> Tensor:
         """Attend (queries, heads, width) to (keys, kv_heads, width)."""
         ...
@@ -136,13 +165,13 @@ class PagedAttention:
             outputs.append(self.decode(step, layer, query[:count], indices.decodes, options))
         if count < len(query):
             chunks = (query[count:], key[count:], value[count:])
-            outputs.append(self._prefill(step, indices, layer, *chunks, options))
+            outputs.append(self._prefill(step, indices.groups, layer, *chunks, options))
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
     def _prefill(
         self,
         step: StepContext,
-        indices: PackedIndices,
+        groups: list[ChunkGroup],
         layer: int,
         query: Tensor,
         key: Tensor,
@@ -151,10 +180,26 @@ class PagedAttention:
     ) -> Tensor:
         if not self._varlen.takes(query, value, options):
             return self._torch.attend_parts(step, layer, _split(step.parts)[1], query, key, value, options)
-        if indices.places is not None:
-            key, value = (x.index_select(0, indices.places) for x in step.pool.flat[layer])
-        out = self._varlen(query, key, value, indices, options).contiguous()
-        spread_overflow(out, query, key, indices.query_ends, indices.key_ends)
+        outputs = []
+        for group in groups:
+            states = (query[group.tokens], key[group.tokens], value[group.tokens])
+            outputs.append(self._attend_group(step, group, layer, *states, options))
+        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+
+    def _attend_group(
+        self,
+        step: StepContext,
+        group: ChunkGroup,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        options: AttentionOptions,
+    ) -> Tensor:
+        if group.places is not None:
+            key, value = (x.index_select(0, group.places) for x in step.pool.flat[layer])
+        out = self._varlen(query, key, value, group, options).contiguous()
+        spread_overflow(out, query, key, group.query_ends, group.key_ends)
         return out
 
 
@@ -180,17 +225,17 @@ class TorchVarlen:
         )
 
     def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, indices: PackedIndices, options: AttentionOptions
+        self, query: Tensor, key: Tensor, value: Tensor, group: ChunkGroup, options: AttentionOptions
     ) -> Tensor:
         """See `VarlenAttention`."""
         out: Tensor = torch.ops.aten._flash_attention_forward(
             query,
             key,
             value,
-            indices.query_ends,
-            indices.key_ends,
-            indices.max_queries,
-            indices.max_keys,
+            group.query_ends,
+            group.key_ends,
+            group.max_queries,
+            group.max_keys,
             0.0,
             True,
             False,
@@ -216,17 +261,17 @@ class FlashAttnVarlen:
         return is_known and width == value.shape[2] and width % 8 == 0 and width <= 256
 
     def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, indices: PackedIndices, options: AttentionOptions
+        self, query: Tensor, key: Tensor, value: Tensor, group: ChunkGroup, options: AttentionOptions
     ) -> Tensor:
         """See `VarlenAttention`."""
         out: Tensor = self._attend(
             query,
             key,
             value,
-            indices.query_ends,
-            indices.key_ends,
-            indices.max_queries,
-            indices.max_keys,
+            group.query_ends,
+            group.key_ends,
+            group.max_queries,
+            group.max_keys,
             softmax_scale=options.scale,
             causal=True,
             window_size=(-1 if options.window is None else options.window - 1, 0),
@@ -236,7 +281,7 @@ class FlashAttnVarlen:
 
 
 class FlashInferVarlen:
-    """The library FlashInfer. It plans each step once for each kind of layer, on the host."""
+    """The library FlashInfer. It plans each group of chunks for each kind of layer, on the host."""
 
     _WORKSPACE_BYTES = 128 << 20
 
@@ -245,7 +290,7 @@ class FlashInferVarlen:
 
         self._make = BatchPrefillWithRaggedKVCacheWrapper
         self._workspace: Tensor | None = None
-        self._planned: dict[Any, tuple[PackedIndices, Any]] = {}
+        self._planned: dict[Any, tuple[ChunkGroup, Any]] = {}
 
     def takes(self, query: Tensor, value: Tensor, options: AttentionOptions) -> bool:
         """See `VarlenAttention`."""
@@ -253,7 +298,7 @@ class FlashInferVarlen:
         return options.sinks is None and query.dtype in _HALF and width == value.shape[2] and width in (64, 128, 256)
 
     def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, indices: PackedIndices, options: AttentionOptions
+        self, query: Tensor, key: Tensor, value: Tensor, group: ChunkGroup, options: AttentionOptions
     ) -> Tensor:
         """See `VarlenAttention`."""
         shape = (query.shape[1], key.shape[1], query.shape[2], query.dtype)
@@ -261,10 +306,10 @@ class FlashInferVarlen:
         if self._workspace is None:
             self._workspace = torch.empty(self._WORKSPACE_BYTES, dtype=torch.uint8, device=query.device)
         planned, wrapper = self._planned.get(kind) or (None, self._make(self._workspace, "NHD"))
-        if planned is not indices:
+        if planned is not group:
             wrapper.plan(
-                indices.query_ends,
-                indices.key_ends,
+                group.query_ends,
+                group.key_ends,
                 *shape[:3],
                 causal=True,
                 sm_scale=options.scale,
@@ -272,7 +317,7 @@ class FlashInferVarlen:
                 logits_soft_cap=options.softcap,
                 q_data_type=query.dtype,
             )
-            self._planned[kind] = (indices, wrapper)
+            self._planned[kind] = (group, wrapper)
         out: Tensor = wrapper.run(query, key, value)
         return out
 
@@ -282,20 +327,25 @@ def _split(parts: list[Part]) -> tuple[Part | None, list[Part]]:
     return (parts[0], parts[1:]) if parts and parts[0].compiled else (None, parts)
 
 
-def _key_places(chunks: list[Part], token: int) -> NDArray[np.int64]:
-    """int64 (keys,): places in the pool, or -1 - t for the step's token t, where a part has no table.
+def _grouped(parts: list[Part], first: int) -> list[list[_Chunk]]:
+    """Divide the chunks of a step among calls; `first` is the step's token that is the first of the first part."""
+    groups: list[list[_Chunk]] = []
+    keys = 0
+    for part in parts:
+        tables = [None] * len(part.lengths) if part.table is None else list(part.table)
+        for pages, total in zip(tables, part.lengths.tolist(), strict=True):
+            if not groups or keys + total > MOST_GATHERED:
+                groups.append([])
+                keys = 0
+            groups[-1].append(_Chunk(first, part.new, total, pages))
+            keys += total
+            first += part.new
+    return groups
 
-    Args:
-        chunks: Parts, in the order of the tokens.
-        token: The step's token that is the first of the first part.
-    """
-    places = []
-    for part in chunks:
-        if part.table is None:
-            places.append(-1 - np.arange(token, token + len(part.lengths) * part.new))
-        else:
-            for pages, length in zip(part.table, part.lengths.tolist(), strict=True):
-                at = np.arange(length)
-                places.append(pages[at // PAGE_SIZE] * PAGE_SIZE + at % PAGE_SIZE)
-        token += len(part.lengths) * part.new
-    return np.concatenate(places)
+
+def _ends(chunks: list[_Chunk]) -> NDArray[np.int64]:
+    """Two rows of int32 in pairs, each padded to a whole number of int64: 0 and the ends of queries, then of keys."""
+    ends = np.zeros((2, len(chunks) + 1 + (len(chunks) + 1) % 2), np.int32)
+    np.cumsum([chunk.new for chunk in chunks], out=ends[0, 1 : len(chunks) + 1])
+    np.cumsum([chunk.total for chunk in chunks], out=ends[1, 1 : len(chunks) + 1])
+    return ends.reshape(-1).view(np.int64)

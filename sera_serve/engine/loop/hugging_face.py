@@ -95,8 +95,15 @@ class PagedModel:
     @property
     def bytes_per_token(self) -> int:
         """Keys and values of one token in all layers."""
-        elements = sum(shape.kv_heads * (shape.key_width + shape.value_width) for shape in self.shapes)
-        return elements * self.dtype.itemsize
+        return sum(self._bytes_by_layer())
+
+    @property
+    def layer_bytes_per_token(self) -> int:
+        """Keys and values of one token in the layer that has most."""
+        return max(self._bytes_by_layer())
+
+    def _bytes_by_layer(self) -> list[int]:
+        return [shape.kv_heads * (shape.key_width + shape.value_width) * self.dtype.itemsize for shape in self.shapes]
 
     def logits(self, ids: Tensor, positions: Tensor, step: StepContext, keep: Tensor | int) -> Tensor:
         """Run the step's packed tokens.

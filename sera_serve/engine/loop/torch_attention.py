@@ -15,6 +15,9 @@ try:
 except ImportError:  # numba is optional: it has no build for the newest Python for a while after each release
     cpu_decode = None  # type: ignore[assignment]
 
+# Scores of a block of queries where all of them are held: half a gigabyte with what is made of them in float32.
+_MOST_SCORES = 1 << 25
+
 
 class TorchAttention:
     """`scaled_dot_product_attention` over keys that are gathered from their pages."""
@@ -42,7 +45,7 @@ class TorchAttention:
         if options.is_plain:
             out = scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=options.scale)
         else:
-            out = explicit_attention(grouped, k, v, mask, options)
+            out = explicit_attention(grouped.unsqueeze(3), k, v, mask, options)
         return out.reshape(rows, query.shape[1], -1)
 
     def packed(
@@ -89,55 +92,102 @@ def _attend_part(
     own: tuple[Tensor, Tensor],
     options: AttentionOptions,
 ) -> Tensor:
-    count, new, longest = len(part.lengths), part.new, part.longest
+    count, new = len(part.lengths), part.new
     heads, kv_heads = query.shape[1], own[0].shape[1]
-    rows = query.unflatten(0, (count, new))
-    # In a decode, the query heads of one key-value head become its rows: no key is copied for them.
-    rows = rows.reshape(count, kv_heads, heads // kv_heads, -1) if new == 1 else rows.transpose(1, 2)
+    # (sequences, kv_heads, heads of each, new, width)
+    queries = query.view(count, new, kv_heads, heads // kv_heads, -1).permute(0, 2, 3, 1, 4)
     if part.table is None:
         keys, values = (x.unflatten(0, (count, new)) for x in own)
     else:
         index = part.pages(query.device)
         pools = (step.pool.keys[layer], step.pool.values[layer])
-        keys, values = (x.index_select(0, index).view(count, -1, *x.shape[2:])[:, :longest] for x in pools)
+        keys, values = (x.index_select(0, index).view(count, -1, *x.shape[2:])[:, : part.longest] for x in pools)
     keys, values = keys.transpose(1, 2), values.transpose(1, 2)
-    window = options.window
-    if not options.is_plain:
-        out = explicit_attention(rows, keys, values, part.mask(window, query.dtype, query.device), options)
+    most = _most_queries(part, query, options)
+    if most >= new:
+        outputs = [_attend_queries(part, queries, keys, values, options)]
     else:
-        causal = part.is_causal(window)
-        out = scaled_dot_product_attention(
-            rows,
-            keys,
-            values,
-            attn_mask=None if causal else part.mask(window, query.dtype, query.device),
-            is_causal=causal and new > 1,
-            scale=options.scale,
-            enable_gqa=rows.shape[1] != kv_heads,
-        )
+        outputs = []
+        for first in range(0, new, most):
+            block = queries[:, :, :, first : first + most]
+            # The keys that any of these queries sees.
+            end = part.longest - new + first + block.shape[3]
+            begin = 0 if options.window is None else max(0, end - block.shape[3] - options.window + 1)
+            own_keys, own_values = keys[:, :, begin:end], values[:, :, begin:end]
+            mask = part.mask_of(range(first, first + block.shape[3]), range(begin, end), options.window, query)
+            outputs.append(_attend_masked(block, own_keys, own_values, mask, options))
+    out = torch.cat(outputs, 3) if len(outputs) > 1 else outputs[0]
     # torch's attention gives finite numbers for some scores that are not finite: minus infinity, and on a CPU also NaN
     # where there are few keys. Where these sums of squares are finite, so is every score.
-    for squared in (rows, keys):
-        out += 0 * torch.linalg.vector_norm(squared, dim=(1, 2, 3), keepdim=True, dtype=torch.float32).to(out.dtype)
-    return out.reshape(count, heads, -1) if new == 1 else out.transpose(1, 2).flatten(0, 1)
+    for squared in (queries.flatten(1, 2), keys):
+        norm = torch.linalg.vector_norm(squared, dim=(1, 2, 3), dtype=torch.float32).to(out.dtype)
+        out += 0 * norm.view(count, 1, 1, 1, 1)
+    return out.permute(0, 3, 1, 2, 4).reshape(count * new, heads, -1)
+
+
+def _most_queries(part: Part, query: Tensor, options: AttentionOptions) -> int:
+    """Tokens of each sequence of a part that are attended at the same time."""
+    # On a CPU, torch's attention keeps the scores of a few queries at a time.
+    if part.new == 1 or (options.is_plain and not query.is_cuda):
+        return part.new
+    return max(1, _MOST_SCORES // (len(part.lengths) * query.shape[1] * part.longest))
+
+
+def _attend_queries(part: Part, queries: Tensor, keys: Tensor, values: Tensor, options: AttentionOptions) -> Tensor:
+    """Attend all queries of a part: without a mask where none is needed, else with one that all layers share."""
+    is_causal = options.is_plain and part.is_causal(options.window)
+    if not is_causal:
+        return _attend_masked(queries, keys, values, part.mask(options.window, queries), options)
+    rows, is_decode = _rows(queries)
+    out = scaled_dot_product_attention(
+        rows, keys, values, is_causal=not is_decode, scale=options.scale, enable_gqa=rows.shape[1] != keys.shape[1]
+    )
+    return out.reshape(*queries.shape[:4], -1)
+
+
+def _attend_masked(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, options: AttentionOptions) -> Tensor:
+    """Attend queries whose keys a mask, (sequences, 1, queries, keys), tells."""
+    if not options.is_plain:
+        return explicit_attention(queries, keys, values, mask, options)
+    rows, _ = _rows(queries)
+    out = scaled_dot_product_attention(
+        rows, keys, values, attn_mask=mask, scale=options.scale, enable_gqa=rows.shape[1] != keys.shape[1]
+    )
+    return out.reshape(*queries.shape[:4], -1)
+
+
+def _rows(queries: Tensor) -> tuple[Tensor, bool]:
+    """Queries as torch's attention takes them, and whether they are decodes.
+
+    In a decode, the heads of one key-value head become its rows: no key is copied for them.
+    """
+    is_decode = queries.shape[3] == 1
+    return (queries.squeeze(3), True) if is_decode else (queries.flatten(1, 2), False)
 
 
 def explicit_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, options: AttentionOptions) -> Tensor:
     """What `scaled_dot_product_attention` has no argument for, step by step, with the softmax in float32.
 
-    q is (sequences, heads, new, width), or (sequences, kv_heads, heads of each, width) for decodes; k and v are
-    (sequences, kv_heads, keys, width).
+    Args:
+        q: (sequences, kv_heads, heads of each, new, width).
+        k: (sequences, kv_heads, keys, width).
+        v: (sequences, kv_heads, keys, value width).
+        mask: (sequences, 1, new, keys), added to the scores.
+        options: How the layer attends.
+
+    Returns:
+        (sequences, kv_heads, heads of each, new, value width).
     """
     softcap, sinks = options.softcap, options.sinks
-    groups = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    scores = (q @ k.transpose(2, 3) * options.scale).float()
+    # The queries of all heads of one key-value head are rows of one product: no key is copied for them.
+    scores = (q.flatten(2, 3) @ k.transpose(2, 3) * options.scale).float().unflatten(2, q.shape[2:4])
     if softcap is not None:
         # The last summand is NaN where the score is not finite, which its hyperbolic tangent would not show.
         scores = softcap * torch.tanh(scores / softcap) + 0 * scores
-    scores = scores + mask
+    scores = scores + mask[:, :, None]
     if sinks is not None:
-        # One logit for each query head. Decodes have the heads of one key-value head in q's third axis.
-        logits = sinks.float().view(1, q.shape[1], -1, 1).expand(*scores.shape[:3], 1)
-        scores = torch.cat([scores, logits], dim=3)
-    return scores.softmax(3)[..., : k.shape[2]].to(q.dtype) @ v
+        logits = sinks.float().view(1, *q.shape[1:3], 1, 1).expand(*scores.shape[:4], 1)
+        scores = torch.cat([scores, logits], dim=4)
+    weights = scores.softmax(4)[..., : k.shape[2]].to(q.dtype)
+    out: Tensor = (weights.flatten(2, 3) @ v).unflatten(2, q.shape[2:4])
+    return out

@@ -20,7 +20,7 @@ from sera_serve.engine.loop.hugging_face import PagedModel
 from sera_serve.engine.loop.pages import PAGE_SIZE, PagePool
 from sera_serve.engine.loop.plan import StepPlan, StepPlanner
 from sera_serve.engine.loop.runner import StepOutcome, StepRunner
-from sera_serve.engine.memory import DeviceMemory, memory_of
+from sera_serve.engine.memory import DecoderSizes, DeviceMemory, memory_of
 from sera_serve.engine.overflow import OverflowReporter, expose_overflows
 from sera_serve.engine.request import FinishReason, GenerationRequest
 from sera_serve.engine.scheduler import Scheduler
@@ -85,7 +85,10 @@ class GenerationRunner(TaskRunner[GenerationRequest]):
         backend = choose_backend(attention, paged.device)
         widest = max((max(shape) for shape in base.module_shapes().values()), default=base.hidden_size)
         vocabulary = base.model.config.get_text_config().vocab_size
-        self.cache_tokens = memory.cache_tokens(paged.bytes_per_token, widest, vocabulary)
+        sizes = DecoderSizes(
+            paged.bytes_per_token, paged.layer_bytes_per_token, widest, vocabulary, context=base.max_length
+        )
+        self.cache_tokens = memory.cache_tokens(sizes)
         pages = max(1, -(-self.cache_tokens // PAGE_SIZE))
         with memory_of("the KV cache", "kv_cache_tokens"):
             pool = KeyValuePool(paged.shapes, pages, paged.dtype, paged.device, backend)
