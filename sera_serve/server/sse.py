@@ -82,7 +82,7 @@ class EventStream(Response):
         self._admit = admit
         self._writer = writer
         self._account = account
-        self._started = False
+        self._started = self._ended = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events until the generations end or the client disconnects."""
@@ -92,7 +92,9 @@ class EventStream(Response):
         except ClientDisconnected:
             if not self._started:
                 raise
-            note_code(scope, CLIENT_CLOSED_CODE)
+            # A server tells of a disconnect at the end of each response too.
+            if not self._ended:
+                note_code(scope, CLIENT_CLOSED_CODE)
 
     async def _send_events(self, send: Send, request_id: str) -> None:
         async with admitted(self._admit, self._account) as streams:
@@ -101,6 +103,7 @@ class EventStream(Response):
             async with aclosing(self._events(streams, request_id)) as events:
                 async for event in events:
                     await send({"type": "http.response.body", "body": event, "more_body": True})
+            self._ended = True
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _events(self, streams: Sequence[GenerationStream], request_id: str) -> AsyncGenerator[bytes]:

@@ -21,7 +21,7 @@ from sera_serve.commands.logs import BoundedQueueHandler, JsonFormatter, TextFor
 from sera_serve.config import ServeSettings
 from sera_serve.server import build_app
 from support.live_server import live_server, wait_until
-from support.stub_engine import SECRET, SLOW, StubEngine
+from support.stub_engine import FAILS_LATER, LATE_LATER, SECRET, SLOW, StubEngine
 
 PROMPT = "a prompt that nobody may read"
 Start = Callable[..., httpx.Client]
@@ -95,6 +95,15 @@ def test_a_line_says_who_asked_for_what_and_never_the_prompt(start: Start, lines
     assert fourth["code"] == "not_found"
     assert fourth["route"] == "unmatched"
     assert "nobody" not in str(lines.fields(4))
+
+
+def test_a_line_of_a_stream_says_how_it_ended(start: Start, lines: Lines) -> None:
+    client = start()
+    for prompt in ("hello", FAILS_LATER, LATE_LATER):
+        client.post("/v1/generate", json={"prompt": prompt, "stream": True})
+        client.post("/v1/completions", json={"model": "demo/writer", "prompt": prompt, "stream": True})
+    codes = [line.get("code") for line in lines.fields(6)]
+    assert codes == [None] * 2 + ["engine_unavailable"] * 2 + ["deadline_exceeded"] * 2
 
 
 def test_a_line_says_that_the_client_left_and_what_it_had_asked_for(start: Start, lines: Lines) -> None:
