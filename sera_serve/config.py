@@ -233,6 +233,12 @@ class ServeSettings(BaseSettings):
         # An empty variable, as of ${WATCH:-}, must not open the current directory; and it turns a file's line off.
         return None if value == "" else value
 
+    @field_validator("auth", mode="before")
+    @classmethod
+    def _read_off(cls, value: Any) -> Any:
+        # YAML takes a bare off for false.
+        return "off" if value is False else value
+
     @field_validator("device")
     @classmethod
     def _check_device(cls, value: str) -> str:

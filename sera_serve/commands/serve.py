@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import os
 import shlex
 import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
 import torch
 import uvicorn
@@ -38,6 +40,7 @@ from sera_serve.server.protocol import bounded_protocol
 from sera_serve.terminal import PlainConsole
 from sera_serve.threads import run_and_forget_pool
 
+logger = logging.getLogger("sera_serve.commands")
 # The start-up message shows one adapter for each task, found among this many.
 _LOOKED_AT = 50
 # Responses end without a line break; without this one, the shell's prompt would follow on the same line.
@@ -46,6 +49,38 @@ CURL = "curl -sw '\\n'"
 KEY_VARIABLE = "SERA_KEY"
 CHAT_PATH = "/v1/chat/completions"
 _SWITCH_INTERVAL_S = 0.001
+
+
+class CourtesyOutput:
+    """Standard output as long as something takes it: a server needs no reader there, and no room on a disk."""
+
+    def __init__(self, file: IO[str]) -> None:
+        """Write to a file."""
+        self._file = file
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def write(self, text: str) -> int:
+        """Write a text, or say in the log that this and what follows is lost."""
+        try:
+            return self._file.write(text)
+        except OSError as error:
+            return self._give_up(error)
+
+    def flush(self) -> None:
+        """As `write`, for what the file holds back."""
+        try:
+            self._file.flush()
+        except OSError as error:
+            self._give_up(error)
+
+    def _give_up(self, error: OSError) -> int:
+        logger.warning("standard output cannot be written, nothing more is printed: %s", error.strerror)
+        # Python would write the rest at the end, and fail again: that would decide the exit status.
+        with Path(os.devnull).open("wb") as nowhere:
+            os.dup2(nowhere.fileno(), self._file.fileno())
+        return 0
 
 
 def run_server(
@@ -73,7 +108,7 @@ def run_server(
 
 
 def _serve(settings: ServeSettings, read: Callable[[], ServeSettings] | None, was_asked: Callable[[], bool]) -> None:
-    console = PlainConsole()
+    console = PlainConsole(file=CourtesyOutput(sys.stdout))
     check_settings(settings)
     # What a file that is read again is compared with.
     given, settings = settings, within_descriptors(settings)

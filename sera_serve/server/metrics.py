@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -16,6 +17,8 @@ from sera_serve.server.usage_metrics import UsageMetrics
 
 _METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+# A database that is locked keeps whoever asks for 10 seconds, which is as long as Prometheus waits for all metrics.
+_JOB_COUNTS_S = 1.0
 
 
 class ServerMetrics:
@@ -145,18 +148,24 @@ class LoopMetrics(Collector):
 
 
 class JobMetrics(Collector):
-    """Counts training jobs at each scrape."""
+    """Counts training jobs at each scrape.
+
+    Where the database fails, or does not answer at once, the others are there without these: they are needed most then.
+    """
 
     def __init__(self, read: Callable[[], Mapping[JobStatus, int]]) -> None:
         """Read the number of jobs by status with `read`."""
         self._read = read
+        self._thread = ThreadPoolExecutor(1, "job-counts")
+        self._reading: Future[Mapping[JobStatus, int]] | None = None
 
     def collect(self) -> Iterator[Metric]:
         """The metrics at this moment."""
+        if self._reading is None or self._reading.done():
+            self._reading = self._thread.submit(self._read)
         try:
-            counts = self._read()
-        except SeraServeError:
-            # The other metrics are needed most when a database fails.
+            counts = self._reading.result(_JOB_COUNTS_S)
+        except (SeraServeError, TimeoutError):
             return
         jobs = GaugeMetricFamily(
             "sera_training_jobs",

@@ -57,7 +57,7 @@ class RequestLifecycle:
         body = bytearray()
         spans = None
         if self.tracing is not None:
-            spans = self.tracing.begin(request_id)
+            spans = self.tracing.begin(scope, request_id)
             state["trace_id"] = spans.trace_id
         # The protocol class knows when the first byte came. Other ASGI servers do not say it.
         state.setdefault("received_at", time.monotonic())

@@ -15,6 +15,7 @@ from typing import Any
 from fastapi.telemetry import TelemetryConfig
 from opentelemetry import trace
 from opentelemetry.context import Context
+from starlette.types import Scope
 
 from sera_serve.config import ServeSettings
 from sera_serve.errors import InvalidConfiguration
@@ -23,6 +24,7 @@ from sera_serve.server.accounting import RequestRecord
 _OPERATORS_PATHS = ("/healthz", "/readyz", "/metrics", "/v1/stats")
 _VARIABLES = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 _TRACES_PATH = "/v1/traces"
+_HIDDEN = "REDACTED"
 # The last spans are sent at the end of the server, unless the endpoint does not answer.
 _FLUSH_S = 3.0
 
@@ -40,9 +42,13 @@ class Tracing:
         self.provider = provider
         self._tracer = provider.get_tracer("sera_serve")
 
-    def begin(self, request_id: str) -> RequestSpans:
+    def begin(self, scope: Scope, request_id: str) -> RequestSpans:
         """Begin with the current span, which is that of the request."""
-        return RequestSpans(self._tracer, trace.get_current_span(), request_id)
+        span = trace.get_current_span()
+        if scope["query_string"]:
+            # FastAPI has written it there. Clients put metadata into it, and keys, if by mistake.
+            span.set_attribute("url.query", _HIDDEN)
+        return RequestSpans(self._tracer, span, request_id)
 
     def close(self) -> None:
         """Send the spans that are left. Blocks for three seconds at most."""
@@ -77,6 +83,7 @@ class RequestSpans:
             ("sera.inputs", record.inputs or None),
             ("gen_ai.usage.input_tokens", record.prompt_tokens or None),
             ("gen_ai.usage.output_tokens", record.completion_tokens or None),
+            ("sera.error_code", record.code),
         ):
             if value is not None:
                 self._span.set_attribute(name, value)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import socket
+import threading
 
 import httpx
 import pytest
 
+from sera_serve.jobs import JobStatus
+from sera_serve.server import metrics
 from support.answers import refused
+from support.live_server import wait_until
 from support.stub_engine import FLOODING, LATE, LATE_LATER, OVERLOADED, TOO_LONG, StubEngine
 
 
@@ -95,6 +99,25 @@ def test_metrics_count_requests_and_tokens_by_bounded_labels(client: httpx.Clien
     assert now["sera_preemptions_total"] == 3
     assert now['sera_training_jobs{status="running"}'] == 0
     assert (now['sera_cache_pages{state="in_use"}'], now['sera_cache_pages{state="total"}']) == (5, 8)
+
+
+def test_a_database_that_is_locked_holds_up_no_scrape(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "_JOB_COUNTS_S", 0.05)
+    locked = threading.Event()
+    reads: list[int] = []
+
+    def read() -> dict[JobStatus, int]:
+        reads.append(1)
+        locked.wait(20)
+        return {"running": 2}
+
+    jobs = metrics.JobMetrics(read)
+    assert list(jobs.collect()) == list(jobs.collect()) == []
+    assert len(reads) == 1, "one waits, however many ask"
+    locked.set()
+    wait_until(lambda: bool(list(jobs.collect())))
+    (family,) = jobs.collect()
+    assert [(sample.labels, sample.value) for sample in family.samples] == [({"status": "running"}, 2)]
 
 
 def test_a_json_body_over_the_limit_is_refused(client: httpx.Client) -> None:

@@ -32,6 +32,7 @@ from sera_serve.commands.reload import SettingsReloader
 from sera_serve.commands.serve import client_lines, let_steps_go_first
 from sera_serve.config import ServeSettings
 from support.factories import random_adapter, random_decoder
+from support.live_server import wait_until
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -212,6 +213,36 @@ def test_the_printed_lines_work_when_pasted_and_sigterm_ends_gracefully(folder: 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("closed", ["full", "pipe"])
+def test_a_server_needs_no_standard_output(folder: Path, tmp_path: Path, closed: str) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = ["--base", folder, "--store", tmp_path / "store", "--port", port, "--pool-mib", 1]
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    if closed == "full":
+        os.dup2(os.open("/dev/full", os.O_WRONLY), write_end)
+    environment = os.environ | {"PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'kernels'}", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command("serve", *arguments), stdout=write_end, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    os.close(write_end)
+    assert process.stderr is not None
+    try:
+        said = next(line for line in process.stderr if "nothing more is printed" in line)
+        assert ("No space left" if closed == "full" else "Broken pipe") in said
+        wait_until(lambda: _is_ready(f"http://127.0.0.1:{port}"), seconds=30)
+        process.terminate()
+        assert process.wait(timeout=20) == 0
+        assert "Traceback" not in process.stderr.read()
+    finally:
+        process.kill()
+        process.wait(timeout=10)
+        process.stderr.close()
+
+
+@pytest.mark.slow
 def test_a_server_that_needs_keys_says_how_to_make_the_first_one(folder: Path, tmp_path: Path) -> None:
     arguments = ["--base", folder, "--store", tmp_path / "store", "--port", "0", "--pool-mib", "4"]
     with running(*arguments, "--kv-cache-tokens", "1024", "--host", "0.0.0.0") as (_, lines):
@@ -273,6 +304,13 @@ def test_an_interrupt_ends_gracefully(folder: Path, tmp_path: Path) -> None:
     with running(*arguments, "--kv-cache-tokens", "1024") as (process, _):
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=20) == 0
+
+
+def _is_ready(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/readyz").status_code == 200
+    except httpx.ConnectError:
+        return False
 
 
 def _as_curl(words: list[str]) -> httpx.Response:

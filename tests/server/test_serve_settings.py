@@ -37,6 +37,15 @@ def test_an_empty_path_turns_nothing_on(name: str, tmp_path: Path, monkeypatch: 
     assert f"{name} null flag" in " ".join(shown.stdout.split()), shown.output
 
 
+def test_auth_is_off_where_yaml_reads_false(tmp_path: Path) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text("auth: off\n")
+    assert load_settings(file, {}).auth == "off"
+    file.write_text("auth: on\n")
+    with pytest.raises(InvalidConfiguration, match="it should be 'auto', 'keys' or 'off'"):
+        load_settings(file, {})
+
+
 def test_an_empty_store_is_refused_by_its_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "serve.yaml"
     file.write_text("store: ''\n")

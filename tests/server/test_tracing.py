@@ -24,7 +24,7 @@ from sera_serve.errors import InvalidConfiguration
 from sera_serve.server import build_app
 from sera_serve.server.tracing import Tracing, telemetry_config, traces_url, tracing_of
 from support.live_server import live_server, wait_until
-from support.stub_engine import SLOW, StubEngine
+from support.stub_engine import LATE_LATER, SLOW, StubEngine
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -126,6 +126,24 @@ def test_streams_and_refusals_and_lost_clients_have_their_span(
     with client.stream("POST", "/v1/generate", json={"prompt": SLOW, "stream": True}) as response:
         next(response.iter_bytes())
     assert "generation" in spans.named("POST /v1/generate", "generation")
+
+
+def test_a_query_is_not_exported(stub: StubEngine, serve: Callable[[Any], httpx.Client], spans: Spans) -> None:
+    client = serve(stub)
+    client.get("/v1/adapters?api_key=sk-sera-secret&limit=1")
+    client.get("/v1/adapters/demo/absent")
+    found = spans.named("GET /v1/adapters", "GET /v1/adapters/{tenant}/{name}")
+    assert "secret" not in str([span.to_json() for span in found.values()])
+    assert found["GET /v1/adapters"].attributes["url.query"] == "REDACTED"
+    missing = found["GET /v1/adapters/{tenant}/{name}"].attributes
+    assert not missing.get("url.query") and missing["sera.error_code"] == "adapter_not_found"
+
+
+def test_a_stream_that_fails_says_why(stub: StubEngine, serve: Callable[[Any], httpx.Client], spans: Spans) -> None:
+    client = serve(stub)
+    client.post("/v1/generate", json={"prompt": LATE_LATER, "stream": True})
+    found = spans.named("POST /v1/generate", "generation")
+    assert found["POST /v1/generate"].attributes["sera.error_code"] == "deadline_exceeded"
 
 
 def test_probes_and_scrapes_have_no_span(stub: StubEngine, serve: Callable[[Any], httpx.Client], spans: Spans) -> None:
