@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -19,6 +20,7 @@ from sera_kernels import ABSENT, AdapterTables, ShapeClasses
 from sera_serve.residency.packing import AdapterLayout, PackedAdapter
 from sera_serve.residency.staging import StagingRing
 
+logger = logging.getLogger("sera_serve.residency")
 # Bytes that are copied within host memory in about 0.1 ms.
 _COPIED_AT_ONCE = 1 << 20
 
@@ -265,12 +267,16 @@ class DevicePool:
         self._written[placement.slot] = columns
 
     def remove(self, placement: Placement) -> None:
-        """Free an adapter's slot and extents; no running pass may use them."""
+        """Free an adapter's slot and extents; no running pass may use them. Does not fail where the device does."""
         del self._placed[placement.slot]
         self._count_classes(placement.adapter, -1)
         self._written.pop(placement.slot, None)
-        with self._copy_stream.enqueue():
-            self.tables.clear(placement.slot)
+        try:
+            with self._copy_stream.enqueue():
+                self.tables.clear(placement.slot)
+        except RuntimeError:
+            # Leases end where a device has failed too. No request uses the slot before `fill` has written it anew.
+            logger.exception("slot %d could not be cleared", placement.slot)
         self._free_slots.append(placement.slot)
         self._free.give(placement.extents)
 
