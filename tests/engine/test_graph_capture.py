@@ -14,7 +14,7 @@ from sera_serve.engine import BASE_PRINCIPAL
 from sera_serve.engine.loop import graphs
 from sera_serve.engine.loop.graphs import NotCapturable, StepGraphs, check_capturable, token_buckets
 from sera_serve.engine.loop.row_tables import DeviceRows, RowTables
-from sera_serve.engine.loop.static_step import StaticBatch, StaticKey
+from sera_serve.engine.loop.static_step import NotCaptured, StaticBatch, StaticKey
 from sera_serve.engine.request import GenerationRequest
 
 MODEL = SimpleNamespace(device=torch.device("cpu"))
@@ -42,6 +42,10 @@ def waits() -> None:
 
 def fails() -> None:
     raise RuntimeError("no memory")
+
+
+def fails_without_memory() -> Any:
+    raise torch.OutOfMemoryError("no memory")
 
 
 def test_a_base_that_waits_for_the_device_is_named_before_the_capture(modes: list[Any]) -> None:
@@ -115,6 +119,36 @@ def test_a_capture_that_fails_does_not_bar_the_next(
     captured = found._graph(key)
     assert captured[0] is step and found._graph(key) is captured  # type: ignore[comparison-overlap]
     assert len(runs) == 2 * (graphs._WARM_UP_RUNS + 1)
+
+
+def test_a_step_that_could_not_be_captured_is_refused_for_a_while(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [100.0]
+    emptied: list[bool] = []
+    monkeypatch.setattr(graphs.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(True))
+    tables = RowTables(4, 8)
+    requests = [GenerationRequest(principal=BASE_PRINCIPAL, tokens=[1, 2]) for _ in range(2)]
+    for row, request in enumerate(requests):
+        request.row, request.pages = row, [5]
+        tables.enter(request)
+    other = GenerationRequest(principal=BASE_PRINCIPAL, tokens=[1])
+    placed = SimpleNamespace(adapter=SimpleNamespace(classes=ShapeClasses(whole=16)))
+    other.lease = SimpleNamespace(placement=placed)  # type: ignore[assignment]
+    steps = StepGraphs(MODEL, None, POOL, tables)  # type: ignore[arg-type]
+    monkeypatch.setattr(steps, "_warmed_up", lambda key: fails_without_memory())
+    one, two, lora = StaticBatch(requests[:1]), StaticBatch(requests), StaticBatch([other])
+    assert steps.can_run(one)
+    for batch in (one, lora):
+        with pytest.raises(NotCaptured):
+            steps.launch(batch, 0)
+    assert [steps.can_run(batch) for batch in (one, two, lora)] == [False, True, False]
+    assert emptied == [True, True]
+    now[0] += 61
+    assert all(steps.can_run(batch) for batch in (one, two, lora))
+    # A kind that was never captured covers no other.
+    assert steps._covering(ShapeClasses(whole=8)) == ShapeClasses(whole=8)
 
 
 @pytest.mark.parametrize("rows", [1, 8, 64, 100, 256, 300, 511, 512, 600, 2000])

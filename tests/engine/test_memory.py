@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 
 import pytest
 import torch
 
 from sera_serve.config import ServeSettings
+from sera_serve.engine.loop.step_errors import free_memory, step_failed
 from sera_serve.engine.memory import GIBIBYTE, MEBIBYTE, MOST_GATHERED, DecoderSizes, DeviceMemory, memory_of
-from sera_serve.engine.tasks.runner import step_failed
 from sera_serve.errors import InvalidConfiguration
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -94,8 +95,23 @@ def test_an_allocation_that_fails_names_its_setting() -> None:
 
 
 def test_a_step_without_memory_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    emptied = []
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(True))
     assert "smaller max_batch_tokens" in step_failed(torch.OutOfMemoryError("Tried to allocate")).message
-    assert emptied
     assert step_failed(RuntimeError("odd")).message == "the step failed: odd"
+
+
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, RuntimeError])
+def test_memory_of_a_failed_step_is_given_back(kind: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[weakref.ref[torch.Tensor]] = []
+    emptied: list[bool] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(held[0]() is None))
+
+    def step() -> None:
+        large = torch.zeros(8)
+        held.append(weakref.ref(large))
+        raise kind("Tried to allocate")
+
+    try:
+        step()
+    except Exception as error:  # noqa: BLE001 - of any kind
+        free_memory(error)
+        assert emptied == ([True] if kind is torch.OutOfMemoryError else [])

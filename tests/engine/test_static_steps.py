@@ -20,10 +20,10 @@ from sera_serve.engine import GenerateParams, GenerationResult, ServingEngine
 from sera_serve.engine.loop import runner
 from sera_serve.engine.loop.pages import PAGE_SIZE, SCRATCH
 from sera_serve.engine.loop.row_tables import DeviceRows
-from sera_serve.engine.loop.static_step import StaticBatch, StaticKey, StaticStep
+from sera_serve.engine.loop.static_step import NotCaptured, StaticBatch, StaticKey, StaticStep
 from sera_serve.errors import EngineUnavailable
 from sera_serve.layers import served_linear
-from support.engine import Start, generate, settled
+from support.engine import Start, collect, generate, settled, until
 from support.factories import byte_tokenizer, random_adapter, with_vectors
 from support.graph_recorder import SIZES, Recording, Replayed, static_add_updates
 
@@ -213,6 +213,85 @@ def test_a_launch_that_fails_loses_no_page(
     monkeypatch.setattr(DeviceRows, "upload", failing)
     assert [one.token_ids for one in asyncio.run(all_at_once(engine, batch))] == want
     assert failures == 8
+
+
+@pytest.mark.parametrize("lasting", [False, True])
+def test_steps_that_cannot_be_captured_run_packed_for_a_while(
+    lasting: bool,
+    decoder: FrozenBase,
+    adapters: AdapterStore,
+    start_engine: Start,
+    static_updates: Callable[[], None],
+) -> None:
+    """Nobody is told, and nothing else is computed."""
+    batch = BATCHES["adapters"]
+    want = [one.token_ids for one in asyncio.run(all_at_once(start_engine(decoder, adapters), batch))]
+    static_updates()
+    engine = start_engine(decoder, adapters, max_sequences=16)
+    replayed = Replayed(engine)
+    launch = replayed.launch
+    asked = calls = 0
+    # When a shape may run again, in questions for any.
+    refused: dict[tuple[int, int], int] = {}
+    failures = {False: 0, True: 0}
+
+    def shape(batch: StaticBatch) -> tuple[int, int]:
+        return len(batch.decodes), len(batch.prompts)
+
+    def can_run(batch: StaticBatch) -> bool:
+        nonlocal asked
+        asked += 1
+        return asked >= refused.get(shape(batch), 0)
+
+    def sometimes_fails(batch: StaticBatch, ahead: int) -> Callable[[], list[int]]:
+        nonlocal calls
+        calls += 1
+        # Of two launches one after the other, the second one is often ahead.
+        if len(refused) < 6 and shape(batch) not in refused if lasting else calls % 5 in (1, 2):
+            failures[ahead > 0] += 1
+            refused[shape(batch)] = asked + (1_000_000 if lasting else 5)
+            raise NotCaptured
+        return launch(batch, ahead)
+
+    replayed.launch = sometimes_fails  # type: ignore[method-assign]
+    replayed.can_run = can_run  # type: ignore[method-assign]
+    assert [one.token_ids for one in asyncio.run(all_at_once(engine, batch))] == want
+    assert failures[False] and (failures[True] or lasting) and replayed.replays and replayed.ahead, failures
+
+
+def test_the_packed_part_of_a_step_fails_alone(
+    decoder: FrozenBase,
+    adapters: AdapterStore,
+    start_engine: Start,
+    static_updates: Callable[[], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Memory is short for a long prompt; what a graph runs beside it is right, and has run."""
+    batch = BATCHES["adapters"][:5]
+    want = [one.token_ids for one in asyncio.run(all_at_once(start_engine(decoder, adapters), batch))]
+    static_updates()
+    engine = start_engine(decoder, adapters, max_sequences=16)
+    replayed = Replayed(engine)
+    packed, beside = replayed.runner._run_packed, []
+
+    def without_memory(decodes: Any, chunks: Any) -> Any:
+        if any(len(request.tokens) > SIZES[-1] for request, _ in chunks):
+            beside.append(len(replayed.batches))
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 13 GiB")
+        return packed(decodes, chunks)
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    replayed.runner._run_packed = without_memory  # type: ignore[method-assign]
+
+    async def with_a_long_one() -> list[GenerationResult]:
+        others = asyncio.ensure_future(all_at_once(engine, batch))
+        await until(lambda: engine.running() == len(batch))
+        with pytest.raises(EngineUnavailable, match="Tried to allocate 13 GiB; send the request again"):
+            await collect(engine, prompt="x" * (SIZES[-1] + 1), max_new_tokens=3)
+        return await others
+
+    assert [one.token_ids for one in asyncio.run(with_a_long_one())] == want
+    assert len(beside) == 1 and engine.failure() is None
 
 
 def test_a_failing_step_ends_the_step_launched_ahead_too(

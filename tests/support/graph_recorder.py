@@ -139,6 +139,9 @@ class Replayed:
         if late:
             self._keep_in_order(self.runner._pool)
 
+    def can_run(self, batch: StaticBatch) -> bool:
+        return True
+
     def launch(self, batch: StaticBatch, ahead: int) -> Callable[[], list[int]]:
         requests = batch.requests
         tokens = next(size for size in SIZES if size >= batch.tokens)

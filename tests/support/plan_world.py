@@ -156,7 +156,7 @@ class World:
         waiting, planner = self.waiting, self.planner
         before, first, pages = list(planner.running), waiting.first(), planner.pages.available()
         waiting.preempted.clear()
-        ahead = planner.plan_ahead(plan, [], can_join)
+        ahead = planner.plan_ahead(plan, [], lambda plan: True, can_join)
         planner.check_invariants()
         assert not waiting.preempted, "somebody yielded what a step under way uses"
         entered = [request for request in planner.running if request not in before]

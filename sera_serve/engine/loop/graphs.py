@@ -22,7 +22,8 @@ from sera_serve.base import RotaryContext
 from sera_serve.engine.loop.attention import KeyValuePool
 from sera_serve.engine.loop.hugging_face import PagedModel
 from sera_serve.engine.loop.row_tables import DeviceRows, RowTables
-from sera_serve.engine.loop.static_step import StaticBatch, StaticKey, StaticStep, classes_of
+from sera_serve.engine.loop.static_step import NotCaptured, StaticBatch, StaticKey, StaticStep, classes_of
+from sera_serve.engine.loop.step_errors import free_memory
 from sera_serve.layers import AdapterContext
 
 logger = logging.getLogger("sera_serve.engine")
@@ -33,6 +34,8 @@ _WARM_UP_RUNS = 2
 _FIRST_CLASSES = ShapeClasses(single=64)
 # Of a step with prompts. Operation by operation the host takes longer to launch so many than a GPU to compute them.
 _MOST_TOKENS = 512
+# Memory may be short because another process uses the GPU. A capture that fails takes as long as many steps.
+_REFUSED_S = 60
 
 
 def token_buckets(rows: int, most: int) -> list[int]:
@@ -117,6 +120,8 @@ class StepGraphs:
         # Further kinds are captured when the first step has them.
         self._captured = [_FIRST_CLASSES, ShapeClasses()]
         self._graphs: dict[StaticKey, tuple[StaticStep, torch.cuda.CUDAGraph]] = {}
+        # Keys that could not be captured, and when they are tried again (`time.monotonic`).
+        self._refused: dict[StaticKey, float] = {}
         # One pool of memory for all graphs: they never run at the same time.
         self._memory = torch.cuda.graph_pool_handle()
 
@@ -136,9 +141,25 @@ class StepGraphs:
         took = time.monotonic() - started
         logger.info("captured %d graphs of steps in %.1f s", len(self._graphs), took)
 
+    def can_run(self, batch: StaticBatch) -> bool:
+        """See `StaticSteps`."""
+        return not self._refused or time.monotonic() >= self._refused.get(self._key(batch), 0)
+
     def launch(self, batch: StaticBatch, ahead: int) -> Callable[[], list[int]]:
-        """Start a step; see `StaticSteps.launch`."""
-        step, graph = self._graph(self._key(batch))
+        """See `StaticSteps`."""
+        key = self._key(batch)
+        try:
+            step, graph = self._graph(key)
+        except Exception as error:
+            self._refused[key] = time.monotonic() + _REFUSED_S
+            logger.warning(
+                "no CUDA graph could be made of a step of %d tokens; such steps take longer for %d s",
+                key.tokens,
+                _REFUSED_S,
+                exc_info=error,
+            )
+            free_memory(error)
+            raise NotCaptured from error
         self._device_rows.bring(self._tables)
         turn = step.stage(batch, self._tables, ahead)
         step.upload(turn)
@@ -170,11 +191,7 @@ class StepGraphs:
 
     def _covering(self, wanted: ShapeClasses) -> ShapeClasses:
         """The least of the captured kinds of shapes that covers the wanted ones; these themselves if there is none."""
-        found = least_covering(self._captured, wanted)
-        if found is None:
-            self._captured.append(wanted)
-            return wanted
-        return found
+        return least_covering(self._captured, wanted) or wanted
 
     def _graph(self, key: StaticKey) -> tuple[StaticStep, torch.cuda.CUDAGraph]:
         if key not in self._graphs:
@@ -186,14 +203,17 @@ class StepGraphs:
             graph.capture_begin(self._memory, capture_error_mode="thread_local")
             try:
                 step.run()
+                graph.capture_end()
             except BaseException:
                 # It may have left a capture that cannot be ended, which keeps its pool to itself.
                 with suppress(RuntimeError):
                     graph.capture_end()
                 self._memory = torch.cuda.graph_pool_handle()
                 raise
-            graph.capture_end()
             self._graphs[key] = step, graph
+            self._refused.pop(key, None)
+            if key.classes not in self._captured:
+                self._captured.append(key.classes)
         return self._graphs[key]
 
     def _warmed_up(self, key: StaticKey) -> StaticStep:

@@ -140,6 +140,7 @@ class StepPlanner:
         self,
         plan: StepPlan,
         leaving: Collection[GenerationRequest],
+        runs_on_device: Callable[[StepPlan], bool],
         can_join: Callable[[StepPlan, GenerationRequest], bool],
     ) -> StepPlan | None:
         """The step after `plan`, which gives each of its requests a token that is not known yet; None if it must wait.
@@ -151,11 +152,12 @@ class StepPlanner:
         Args:
             plan: The step under way. Its chunks end their prompts.
             leaving: Requests of the step that end after it.
+            runs_on_device: Whether a step of such decodes can be launched ahead.
             can_join: Whether a newcomer's prompt may run in this step, beside what is planned already.
         """
         ahead = StepPlan(decodes=[r for r in plan.requests() if len(r.tokens) + 1 < r.limit and r not in leaving])
         ahead.grown = [r for r in ahead.decodes if len(r.tokens) == len(r.pages) * PAGE_SIZE]
-        if not ahead.decodes or len(ahead.grown) > self.pages.available():
+        if not ahead.decodes or len(ahead.grown) > self.pages.available() or not runs_on_device(ahead):
             return None
         if self._rotary_side is not None and any(
             self._rotary_side(len(r.tokens) + 1) != r.rotary_side for r in ahead.decodes

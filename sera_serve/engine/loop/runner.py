@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -18,11 +19,13 @@ from sera_serve.engine.loop.hugging_face import PagedModel
 from sera_serve.engine.loop.pages import PAGE_SIZE, SCRATCH
 from sera_serve.engine.loop.plan import StepPlan
 from sera_serve.engine.loop.row_tables import RowTables
-from sera_serve.engine.loop.static_step import StaticBatch, StaticSteps, classes_of
+from sera_serve.engine.loop.static_step import NotCaptured, StaticBatch, StaticSteps, classes_of
+from sera_serve.engine.loop.step_errors import free_memory, step_failed
 from sera_serve.engine.request import GenerationRequest
 from sera_serve.engine.sampling import NO_TOKEN
 from sera_serve.layers import AdapterContext
 
+logger = logging.getLogger("sera_serve.engine")
 # Keys that the tokens of prompts read in a static step: each token reads its own, 4 KiB a layer in Llama-3-8B.
 _MOST_KEYS = 1 << 18
 
@@ -35,13 +38,27 @@ class StepOutcome:
         requests: Those with a new token.
         tokens: The new token of each.
         overflowed: Those whose logits are infinite or not a number. They get no token, and their pages are not sound.
-        failures: Those that get no token for a reason of their own, with what their clients are told.
+        failures: Those that get no token for a reason of their own, or of their part of the step, with what their
+            clients are told.
     """
 
     requests: list[GenerationRequest]
     tokens: list[int]
     overflowed: list[GenerationRequest]
     failures: dict[GenerationRequest, Exception] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A step that the device runs, or has run.
+
+    Attributes:
+        wait: Waits for it.
+        on_device: Whether it needs nothing of the host any more, so that the next step can be launched too.
+    """
+
+    wait: Callable[[], StepOutcome]
+    on_device: bool
 
 
 class PackedStep:
@@ -169,8 +186,8 @@ class StepRunner:
         """Drop what is held for requests that do not run any more."""
         self._chooser.forget_left()
 
-    def launch(self, plan: StepPlan, ahead: int = 0) -> Callable[[], StepOutcome]:
-        """Start a step, and return what waits for it. Nothing of the requests is changed but their log-probabilities.
+    def launch(self, plan: StepPlan, ahead: int = 0) -> Launch:
+        """Start a step. Nothing of the requests is changed but their log-probabilities.
 
         Without static steps, the step has ended when this returns.
 
@@ -178,21 +195,50 @@ class StepRunner:
             plan: The step.
             ahead: 1 if the decodes' tokens are those of the step before, which has not been waited for; else 0. Only
                 for plans of which `runs_on_device` is true.
+
+        Raises:
+            NotCaptured: It would have been launched ahead, and cannot be.
         """
         self._enter(plan)
-        batch = self._static_batch(plan)
+        while True:
+            batch = self._static_batch(plan)
+            try:
+                return self._launch(plan, batch, ahead)
+            except NotCaptured:
+                # From now on the batch is another one. A launch ahead is left to the turn of its step.
+                if ahead:
+                    raise
+
+    def _launch(self, plan: StepPlan, batch: StaticBatch, ahead: int) -> Launch:
+        """Start a step, of which `batch` is static."""
         static = set(batch.requests)
         decodes = [request for request in plan.decodes if request not in static]
         chunks = [chunk for chunk in plan.chunks if chunk[0] not in static]
+        if ahead and (decodes or chunks):
+            # The host does not know their tokens yet.
+            raise NotCaptured
+        if self.static is None or not static:
+            rest = self._run_packed(decodes, chunks)
+            return Launch(lambda: rest, on_device=False)
         # First: the device runs it while the host is busy with the rest.
-        wait = self.static.launch(batch, ahead) if self.static is not None and static else list
-        rest = self._run_packed(decodes, chunks) if decodes or chunks else StepOutcome([], [], [])
-        if not static:
-            return lambda: rest
-        return lambda: _joined(_outcome(batch.requests, ChosenTokens(wait()), set(), set()), rest)
+        wait = self.static.launch(batch, ahead)
+        on_device = not decodes and not chunks
+        rest = StepOutcome([], [], []) if on_device else self._run_beside(decodes, chunks)
+        return Launch(lambda: _joined(_outcome(batch.requests, ChosenTokens(wait()), set(), set()), rest), on_device)
+
+    def _run_beside(self, decodes: list[GenerationRequest], chunks: list[tuple[GenerationRequest, int]]) -> StepOutcome:
+        """Run the packed part of a step. Its failure is not that of the others, unless the device itself has failed."""
+        try:
+            return self._run_packed(decodes, chunks)
+        except Exception as error:
+            requests = decodes + [request for request, _ in chunks]
+            logger.error("the part of a step with %d requests failed", len(requests), exc_info=error)
+            free_memory(error)
+            self.probe()
+            return StepOutcome([], [], [], dict.fromkeys(requests, step_failed(error)))
 
     def runs_on_device(self, plan: StepPlan) -> bool:
-        """Whether the step needs nothing of the host once it is launched, so that the next one can be launched too."""
+        """Whether the step would need nothing of the host once it is launched."""
         return len(self._static_batch(plan).requests) == len(plan.decodes) + len(plan.chunks)
 
     def can_join(self, plan: StepPlan, request: GenerationRequest) -> bool:
@@ -209,13 +255,21 @@ class StepRunner:
         """
         if self.static is None:
             return StaticBatch()
+        batch = self._wanted_batch(plan, self.static)
+        if not batch.requests or self.static.can_run(batch):
+            return batch
+        decodes_alone = StaticBatch(batch.decodes)
+        is_other = batch.prompts and batch.decodes and self.static.can_run(decodes_alone)
+        return decodes_alone if is_other else StaticBatch()
+
+    def _wanted_batch(self, plan: StepPlan, static: StaticSteps) -> StaticBatch:
         decodes = [request for request in plan.decodes if not request.needs_logits]
         prompts = [request for request, count in plan.chunks if _is_plain(request, count)]
         if not prompts or len(decodes) + len(prompts) < len(plan.decodes) + len(plan.chunks):
             return StaticBatch(decodes)
         keys = sum(count * len(request.tokens) for request, count in plan.chunks)
         batch = StaticBatch(decodes, prompts)
-        fits = batch.tokens <= self.static.most_tokens and keys <= _MOST_KEYS
+        fits = batch.tokens <= static.most_tokens and keys <= _MOST_KEYS
         return batch if fits else StaticBatch(decodes)
 
     def _run_packed(self, decodes: list[GenerationRequest], chunks: list[tuple[GenerationRequest, int]]) -> StepOutcome:

@@ -77,11 +77,19 @@ class StaticBatch:
         return len(self.decodes) + sum(len(request.tokens) - request.computed for request in self.prompts)
 
 
+class NotCaptured(Exception):
+    """A step could not be made static now; nothing of it has run. `StaticSteps.can_run` knows of it."""
+
+
 class StaticSteps(Protocol):
     """Runs steps on static buffers."""
 
     most_tokens: int
     """Of a step with prompts."""
+
+    def can_run(self, batch: StaticBatch) -> bool:
+        """Whether such a step can be launched; false for a while after one like it could not be made."""
+        ...
 
     def launch(self, batch: StaticBatch, ahead: int) -> Callable[[], list[int]]:
         """Start a step and return what waits for the token of each of its requests.
@@ -90,6 +98,9 @@ class StaticSteps(Protocol):
             batch: What runs; at least one request.
             ahead: How many tokens of each decode are on the device alone: 1 if the step before this one, which has
                 these requests too, has not been waited for; else 0.
+
+        Raises:
+            NotCaptured: The step is the first of its kind, and could not be made.
         """
 
 

@@ -16,12 +16,13 @@ from adapters_store import ResolvedAdapter
 from sera_kernels import NO_ADAPTER
 from sera_serve.base import FrozenBase, ModelInputs
 from sera_serve.engine.admission import BatchBudget
+from sera_serve.engine.loop.step_errors import free_memory, step_failed
 from sera_serve.engine.overflow import OverflowReporter, RowGauge
 from sera_serve.engine.request import ClassificationRequest, EmbeddingSpec, FinishReason, HeadResult, RowResult
 from sera_serve.engine.scheduler import Scheduler
 from sera_serve.engine.tasks.passes import run_pass
 from sera_serve.engine.tasks.results import head_results
-from sera_serve.engine.tasks.runner import TaskRunner, logger, step_failed
+from sera_serve.engine.tasks.runner import TaskRunner, logger
 from sera_serve.layers import AdapterContext
 from sera_serve.residency import DevicePool, head_logits
 
@@ -180,6 +181,7 @@ class ClassificationRunner(TaskRunner[ClassificationRequest]):
             results = self._classify(rows)
         except Exception as error:  # noqa: BLE001 - it is told to every request of this pass
             logger.error("a pass of %d rows failed", len(rows), exc_info=error)
+            free_memory(error)
             # What was launched before it failed reads adapters still, which the end of a lease lets others overwrite.
             self._wait()
             for request in requests:

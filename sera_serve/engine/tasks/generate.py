@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -19,12 +18,14 @@ from sera_serve.engine.loop.graphs import NotCapturable, StepGraphs
 from sera_serve.engine.loop.hugging_face import PagedModel
 from sera_serve.engine.loop.pages import PAGE_SIZE, PagePool
 from sera_serve.engine.loop.plan import StepPlan, StepPlanner
-from sera_serve.engine.loop.runner import StepOutcome, StepRunner
+from sera_serve.engine.loop.runner import Launch, StepRunner
+from sera_serve.engine.loop.static_step import NotCaptured
+from sera_serve.engine.loop.step_errors import free_memory, step_failed
 from sera_serve.engine.memory import DecoderSizes, DeviceMemory, memory_of
 from sera_serve.engine.overflow import OverflowReporter, expose_overflows
 from sera_serve.engine.request import FinishReason, GenerationRequest
 from sera_serve.engine.scheduler import Scheduler
-from sera_serve.engine.tasks.runner import RunnerLoad, TaskRunner, logger, step_failed
+from sera_serve.engine.tasks.runner import RunnerLoad, TaskRunner, logger
 from sera_serve.layers import AdapterContext
 
 
@@ -34,12 +35,12 @@ class _LaunchedStep:
 
     Attributes:
         plan: What it runs.
-        wait: Waits for it.
+        launch: How it was launched.
         leaving: Its requests that end once it has run: no lease, row or page that it uses is given back before.
     """
 
     plan: StepPlan
-    wait: Callable[[], StepOutcome]
+    launch: Launch
     leaving: dict[GenerationRequest, tuple[FinishReason, Exception | None]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -178,21 +179,23 @@ class GenerationRunner(TaskRunner[GenerationRequest]):
         if step is not None:
             # Its error, if any, is that of the device, which the next step or the probe meets too.
             with suppress(Exception):
-                step.wait()
+                step.launch.wait()
             for request, (reason, error) in step.leaving.items():
                 self.end(request, reason, error)
 
     def _launch_ahead(self, step: _LaunchedStep) -> None:
         """Launch the step after `step` before its tokens are known, if nothing has to come between the two."""
-        if self._stopping or self._cancelled or not self.runner.runs_on_device(step.plan):
+        if self._stopping or self._cancelled or not step.launch.on_device:
             return
-        plan = self.planner.plan_ahead(step.plan, step.leaving, self.runner.can_join)
+        plan = self.planner.plan_ahead(step.plan, step.leaving, self.runner.runs_on_device, self.runner.can_join)
         self.scheduler.hint_new()
         if plan is None:
             return
         try:
             self._next = _LaunchedStep(plan, self.runner.launch(plan, ahead=1))
             self.steps += 1
+        except NotCaptured:
+            pass  # the next plan has its requests
         except Exception:  # noqa: BLE001 - it is met again, and told to the requests, when the step's turn comes
             logger.exception("a step could not be launched ahead; it is tried again after the step under way")
 
@@ -200,7 +203,7 @@ class GenerationRunner(TaskRunner[GenerationRequest]):
         """Wait for a step, and hand on what it gave."""
         plan = step.plan
         try:
-            outcome = step.wait()
+            outcome = step.launch.wait()
         except Exception as error:  # noqa: BLE001 - it is told to every request of the step
             self.settle()
             self._fail(plan, error)
@@ -253,6 +256,7 @@ class GenerationRunner(TaskRunner[GenerationRequest]):
     def _fail(self, plan: StepPlan, error: Exception) -> None:
         """End the requests of a failed step, and nothing else; raise where the model itself has failed."""
         logger.error("a step of %d requests failed", len(plan.requests()), exc_info=error)
+        free_memory(error)
         # Before the leases end: the probe waits for the device, which may still use their slots.
         self.runner.probe()
         for request in plan.requests():

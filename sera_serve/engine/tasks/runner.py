@@ -169,15 +169,3 @@ class TaskRunner(ABC, Generic[R]):
             # It may have ended, or been preempted, since.
             if not self.scheduler.cancel(request, reason, error):
                 self.end(request, reason, error)
-
-
-def step_failed(error: Exception) -> EngineUnavailable:
-    """What the clients of a failed step are told."""
-    if isinstance(error, torch.OutOfMemoryError):
-        # What torch holds in pieces may be of use as a whole.
-        torch.cuda.empty_cache()
-        return EngineUnavailable(
-            f"the device's memory was too small for this step: {str(error).splitlines()[0]}; send the request "
-            "again, or serve with a smaller max_batch_tokens, max_sequences or gpu_memory_fraction"
-        )
-    return EngineUnavailable(f"the step failed: {error}")
