@@ -19,7 +19,7 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +57,36 @@ def save_checkpoint(
         schedule: Torch learning-rate scheduler.
         state: transformers' `TrainerState`.
         allocation: The state of a rank allocation.
+
+    Raises:
+        CheckpointNotWritten: The disk is full, or refuses the files otherwise. What was written of it is deleted.
     """
+    try:
+        return _written(run_dir, step, stored, optimiser, schedule, state, allocation)
+    # safetensors has an error of its own for a full disk.
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(run_dir / _PARTIAL, ignore_errors=True)
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        last = next(reversed(_checkpoints(run_dir)), None)
+        remedy = "and start the same command again, or give --work-dir, a folder on another disk"
+        if last is not None:
+            remedy = f"and the same command goes on from {last.name}; with --work-dir on another disk it begins anew"
+        raise CheckpointNotWritten(
+            f"checkpoint-{step} cannot be written to {run_dir} ({reason}); free space there {remedy}", param="work_dir"
+        ) from error
+
+
+def _written(
+    run_dir: Path,
+    step: int,
+    stored: Mapping[str, Tensor],
+    optimiser: Any,
+    schedule: Any,
+    state: Any,
+    allocation: Mapping[str, Tensor] | None,
+) -> Path:
     partial, final = run_dir / _PARTIAL, run_dir / f"checkpoint-{step}"
-    for folder in (partial, final):
-        shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     optimiser_state = optimiser.state_dict()
     tensors = {f"adapter.{name}": tensor for name, tensor in stored.items()}
@@ -82,6 +108,7 @@ def save_checkpoint(
     state.save_to_json(str(partial / STATE_FILE))
     for path in [*partial.iterdir(), partial]:
         sync(path)
+    shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
     sync(run_dir)
     return final
@@ -144,17 +171,25 @@ def load_generators(checkpoint: Path) -> None:
         torch.cuda.set_rng_state(tensors["generator.cuda"])
 
 
-def last_checkpoint(run_dir: Path, expected: Mapping[str, Tensor]) -> Path | None:
+def last_checkpoint(
+    run_dir: Path, expected: Mapping[str, Tensor], tell: Callable[[str], None] = lambda text: None
+) -> Path | None:
     """Find the newest usable checkpoint, or None. Partial and damaged checkpoints are deleted.
 
     Args:
         run_dir: Folder of the run. It may be absent.
         expected: The adapter's tensors. A usable checkpoint has the same names and shapes.
+        tell: Called with a line for each damaged checkpoint.
+
+    Raises:
+        OSError: The state of a checkpoint with another path of the run's folder cannot be written again.
     """
     shutil.rmtree(run_dir / _PARTIAL, ignore_errors=True)
     for checkpoint in reversed(_checkpoints(run_dir)):
-        if _usable(checkpoint, expected):
+        if (fault := _fault(checkpoint, expected)) is None:
+            _bring_here(checkpoint)
             return checkpoint
+        tell(f"{checkpoint} is deleted, because {fault}")
         shutil.rmtree(checkpoint, ignore_errors=True)
     return None
 
@@ -171,18 +206,47 @@ def _checkpoints(run_dir: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def _usable(checkpoint: Path, expected: Mapping[str, Tensor]) -> bool:
+def _fault(checkpoint: Path, expected: Mapping[str, Tensor]) -> str | None:
+    """Why no run can go on from a checkpoint, or None if it can."""
     try:
         tensors = load_file(checkpoint / _TENSORS)
         _read_json(checkpoint / _EXTRA)
-        best = _read_json(checkpoint / STATE_FILE)["best_model_checkpoint"]
-    except (OSError, SafetensorError, ValueError, KeyError):
-        return False
+        best = _best(checkpoint)
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        return f"it cannot be read ({error})"
     shapes = {k.removeprefix("adapter."): v.shape for k, v in tensors.items() if k.startswith("adapter.")}
     if shapes != {name: tensor.shape for name, tensor in expected.items()}:
-        return False
+        return "its tensors are those of another adapter"
+    if best is None or best == checkpoint:
+        return None
     # Without the checkpoint of the best epoch so far, the run would end with another adapter.
-    return best is None or Path(best) == checkpoint or _usable(Path(best), expected)
+    fault = _fault(best, expected)
+    return None if fault is None else f"{best.name}, which it needs for its best epoch, cannot be used: {fault}"
+
+
+def _best(checkpoint: Path) -> Path | None:
+    """The checkpoint of the best epoch so far, as a checkpoint's state names it; None if there is none.
+
+    The state has the path of the run's folder when it was written. The folder may have been moved since, or be named
+    from another working folder now. So the last name alone counts.
+    """
+    best: str | None = _read_json(checkpoint / STATE_FILE)["best_model_checkpoint"]
+    return checkpoint.parent / Path(best).name if best is not None else None
+
+
+def _bring_here(checkpoint: Path) -> None:
+    """Let a checkpoint's state have the path of the best one as it is now. Trainer forgets a path without a folder.
+
+    A kill leaves the old state or the new one.
+    """
+    state, best = _read_json(checkpoint / STATE_FILE), _best(checkpoint)
+    if best is None or state["best_model_checkpoint"] == str(best):
+        return
+    written = checkpoint / f"{STATE_FILE}.new"
+    written.write_text(json.dumps(state | {"best_model_checkpoint": str(best)}, indent=2, sort_keys=True) + "\n")
+    sync(written)
+    written.rename(checkpoint / STATE_FILE)
+    sync(checkpoint)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -200,6 +264,13 @@ def sync(path: Path) -> None:
 
 
 _LOCK = "lock"
+
+
+class CheckpointNotWritten(SeraServeError):
+    """The disk took no checkpoint. The run stopped; its earlier checkpoints are whole."""
+
+    code = "checkpoint_not_written"
+    status = 507
 
 
 class RunInProgress(SeraServeError):

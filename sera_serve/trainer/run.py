@@ -112,6 +112,7 @@ def train_adapter(
 
     Raises:
         AdapterNotFound: `settings.init_from` names no adapter of the store.
+        CheckpointNotWritten: The disk took no checkpoint, such as a full one.
         InvalidData: A file or some of its rows cannot be used.
         InvalidConfiguration: The base and the settings do not fit each other.
         RunInProgress: Another process is training the same run.
@@ -300,7 +301,11 @@ class _Fitted:
 def _fit(task: TrainingTask, run: TrainingRun, folder: Path) -> _Fitted:
     """Train to the end, and leave the tensors of the best epoch in the task's model."""
     settings, console = run.settings, run.console
-    checkpoint = run.processes.from_main(lambda: last_checkpoint(folder, task.model.stored_tensors()))
+
+    def tell(text: str) -> None:
+        console.print(f"note: {text}", highlight=False, soft_wrap=True)
+
+    checkpoint = run.processes.from_main(lambda: last_checkpoint(folder, task.model.stored_tensors(), tell))
     resumed_from = int(checkpoint.name.rpartition("-")[2]) if checkpoint is not None else None
     progress = RichProgress(console)
     callbacks = [progress, *run.callbacks]

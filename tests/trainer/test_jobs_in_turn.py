@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 from jobs_samples import alone, mixed_jobs, trained
 from rich.console import Console
+from safetensors import SafetensorError
 from trainer_samples import ending_rule, settings_for, write_csv
 
 from adapters_store import AdapterStore
 from sera_serve.base import FrozenBase, load_base
+from sera_serve.trainer import checkpoint
 from sera_serve.trainer.loop import AdapterTrainer
 from sera_serve.trainer.together.jobs import train_jobs
 from sera_serve.trainer.together.plan import Plan
@@ -63,6 +65,25 @@ def test_a_killed_plan_goes_on(base: FrozenBase, tmp_path: Path) -> None:
     assert [(result.result or {}).get("resumed_from") for result in results[1:]] == [8, 8]
     for result, want in zip(results, expected, strict=True):
         assert (result.result or {})["metrics"] == pytest.approx(want["metrics"], rel=1e-3, abs=1e-4)
+
+
+def test_a_job_whose_checkpoints_the_disk_refuses_fails_alone(
+    base: FrozenBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = mixed_jobs(tmp_path)[:2]
+    original = checkpoint.save_file
+
+    def full(tensors: Any, path: Path) -> None:
+        if "sera" in str(path):
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+        original(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    failed, whole = train_jobs(Plan(jobs, 2), base=base)
+    assert (failed.status, whole.status) == ("failed", "trained")
+    assert failed.error is not None
+    assert failed.error["code"] == "checkpoint_not_written"
+    assert "No space left on device" in failed.error["message"]
 
 
 def test_classifiers_on_an_encoder(encoder: FrozenBase, tmp_path: Path) -> None:

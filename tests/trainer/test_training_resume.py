@@ -1,18 +1,23 @@
 """A run that stopped goes on to the very tensors of one that did not."""
 
+import contextlib
 import json
-from collections.abc import Callable
+import resource
+from collections.abc import Callable, Iterator
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from trainer_samples import ending_rule, settings_for, write_csv, write_jsonl
+from transformers import TrainerState
 
 from adapters_store import AdapterStore
 from sera_serve.base import FrozenBase, load_base
 from sera_serve.trainer import loop
-from sera_serve.trainer.checkpoint import RunInProgress, last_checkpoint, run_folder
+from sera_serve.trainer.checkpoint import CheckpointNotWritten, RunInProgress, last_checkpoint, run_folder
 from sera_serve.trainer.loop import LengthGroupedOrder
 from sera_serve.trainer.run import TrainResult, train_adapter
 from sera_serve.trainer.settings import TrainSettings
@@ -137,6 +142,88 @@ def test_a_damaged_checkpoint_is_passed_over(
     (newest.parent / "partial-checkpoint").mkdir()
     resumed = train_adapter(settings(tmp_path), base=base)
     assert (resumed.resumed_from, resumed.digest) == (7, undisturbed.digest)
+
+
+# At the rate 1 the first epoch is the best one. After step 21 only its tensors are loaded, by Trainer or without it.
+@pytest.mark.parametrize(
+    ("options", "step", "moment", "resumed_from"),
+    [
+        ({}, 10, "on_step_end", 9),
+        ({"learning_rate": 1.0}, 21, "on_save", 21),
+        ({"learning_rate": 1.0, "patience": 2}, 21, "on_save", 21),
+    ],
+)
+@pytest.mark.parametrize("home", ["here", "moved"])
+def test_a_run_goes_on_from_a_folder_with_another_path(
+    base: FrozenBase,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    home: str,
+    options: dict[str, Any],
+    step: int,
+    moment: str,
+    resumed_from: int,
+) -> None:
+    for folder in ("undisturbed", "here"):
+        (tmp_path / folder).mkdir()
+    undisturbed = train_adapter(settings(tmp_path / "undisturbed", **options), base=base)
+    monkeypatch.chdir(tmp_path / "here")
+    stopped_run(settings(Path(), **options), base, step, moment)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").rename(tmp_path / home)
+    resumed = train_adapter(settings(tmp_path / home, **options), base=base)
+    assert (resumed.resumed_from, resumed.digest) == (resumed_from, undisturbed.digest)
+    assert resumed.metrics == undisturbed.metrics
+
+
+def test_checkpoints_that_are_deleted_are_told(base: FrozenBase, tmp_path: Path) -> None:
+    stopped_run(settings(tmp_path), base, 10)
+    older, newest = checkpoints(tmp_path)
+    _truncate(older / "tensors.safetensors")
+    told = StringIO()
+    assert train_adapter(settings(tmp_path), base=base, console=Console(file=told)).resumed_from is None
+    assert f"note: {newest} is deleted, because {older.name}, which it needs for its best epoch, can" in told.getvalue()
+    assert f"note: {older} is deleted, because it cannot be read (Error while deserializing" in told.getvalue()
+
+
+@contextlib.contextmanager
+def small_files(nbytes: int) -> Iterator[None]:
+    """Let no file grow beyond some bytes, as on a full disk."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, old[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+
+
+# 10 KiB: the tensors do not fit. The state is written last, and it is the smallest file of all.
+@pytest.mark.parametrize("fault", ["tensors", "state"])
+def test_a_full_disk_is_told_and_the_run_goes_on_after_it(
+    base: FrozenBase, undisturbed: TrainResult, tmp_path: Path, fault: str
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    for remedy in (
+        "and start the same command again, or give --work-dir",
+        "and the same command goes on from checkpoint-9; with --work-dir on another disk it begins anew",
+    ):
+        with contextlib.ExitStack() as stack:
+            if fault == "tensors":
+                stack.enter_context(small_files(10 << 10))
+            else:
+                stack.enter_context(pytest.MonkeyPatch.context()).setattr(TrainerState, "save_to_json", full)
+            with pytest.raises(CheckpointNotWritten) as caught:
+                train_adapter(settings(tmp_path), base=base)
+        assert f"; free space there {remedy}" in caught.value.message
+        (folder,) = (tmp_path / "store.training").glob("acme/tiny/*")
+        assert f" cannot be written to {folder} (" in caught.value.message
+        assert not (folder / "partial-checkpoint").exists()
+        if not checkpoints(tmp_path):
+            stopped_run(settings(tmp_path), base, 10)
+    resumed = train_adapter(settings(tmp_path), base=base)
+    assert (resumed.resumed_from, resumed.digest) == (9, undisturbed.digest)
 
 
 def test_without_its_best_epoch_a_checkpoint_is_no_use(
