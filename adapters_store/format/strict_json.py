@@ -10,6 +10,7 @@ import numpy as np
 from pydantic_core import PydanticSerializationError, to_json
 
 MAX_DEPTH = 32
+HALF_PAIR = "a string holds half of a surrogate pair"
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 # What a character outside of strings adds to the depth of nesting.
 _STEPS = np.zeros(256, np.int8)
@@ -38,18 +39,31 @@ def parse_json(data: str | bytes, max_members: int = 250_000, max_items: int | N
             data.encode("utf-8")
         _check_structure(text, max_members, max_items)
         value = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
-        if _SURROGATE_ESCAPE.search(text):
-            # A lone surrogate is legal in JSON's escapes. No text contains one, and it cannot be written back.
-            to_json(value)
+        if has_lone_surrogate(text, value):
+            raise json.JSONDecodeError(HALF_PAIR, "", 0)
     except json.JSONDecodeError:
         raise
     except UnicodeDecodeError as error:
         raise json.JSONDecodeError("not UTF-8", "", error.start) from error
-    except (UnicodeEncodeError, PydanticSerializationError) as error:
-        raise json.JSONDecodeError("a string holds half of a surrogate pair", "", 0) from error
+    except UnicodeEncodeError as error:
+        raise json.JSONDecodeError(HALF_PAIR, "", 0) from error
     except ValueError as error:
         raise json.JSONDecodeError(str(error), "", 0) from error
     return value
+
+
+def has_lone_surrogate(text: str, value: Any) -> bool:
+    """Tell whether a string of `value`, which was parsed from `text`, holds half of a surrogate pair.
+
+    It is legal in JSON's escapes. No text contains one, and it cannot be written back.
+    """
+    if not _SURROGATE_ESCAPE.search(text):
+        return False
+    try:
+        to_json(value)
+    except PydanticSerializationError:
+        return True
+    return False
 
 
 def canonical_json(value: Any) -> str:

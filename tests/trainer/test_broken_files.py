@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,13 @@ def parquet(rows: list[dict[str, Any]]) -> bytes:
     return sink.getvalue()
 
 
+def no_rows() -> bytes:
+    """A Parquet file with its columns alone."""
+    sink = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), sink)
+    return sink.getvalue()
+
+
 def classes(path: Path) -> None:
     """A Parquet file whose schema has two names of classes, and a third class number in a row."""
     import datasets
@@ -96,6 +104,18 @@ def damaged_folder(path: Path) -> None:
 
     datasets.Dataset.from_list(good()).save_to_disk(path)
     next(path.glob("*.arrow")).write_bytes(b"")
+
+
+def no_text(path: Path) -> None:
+    """A Parquet file whose third label is latin1 in a column of strings, which Arrow does not check."""
+    labels = pyarrow.array([b"x", b"y", b"caf\xe9", b"y"], pyarrow.binary()).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a", "b", "c", "d"], "label": labels}), path)
+
+
+def empty_folder(path: Path) -> None:
+    import datasets
+
+    datasets.Dataset.from_dict({"text": [], "label": []}).save_to_disk(path)
 
 
 GENERATE = {"task": "generate"}
@@ -194,6 +214,23 @@ KINDS = [
         ROW_5,
         "at most 512 are allowed",
     ),
+    Broken(
+        "a column twice in a JSON row", "rows.jsonl", jsonl(*good()) + '{"text": "a", "text": "b"}\n', ROW_5, "keep one"
+    ),
+    Broken(
+        "half of a character in a JSON row",
+        "rows.jsonl",
+        jsonl(*good(), {"text": "a \ud83d b", "label": "x"}),
+        ROW_5,
+        "write the whole character, or delete the row",
+    ),
+    Broken(
+        "half of a character in an array",
+        "rows.json",
+        json.dumps([*good(), {"text": "a", "label": "\udc00"}], indent=0),
+        "row 5 (line 21)",
+        "write the whole character, or delete the row",
+    ),
     Broken("an array that is cut off", "rows.json", json.dumps(good())[:-1], "row 4 (line 1)", "may be cut off"),
     Broken(
         "an array with a comma too many",
@@ -215,8 +252,18 @@ KINDS = [
         "row 5",
         "or delete the row",
     ),
+    Broken("a Parquet text that is latin1", "rows.parquet", no_text, "row 3", "write the file again"),
+    Broken(
+        "a Parquet label with decimals",
+        "rows.parquet",
+        parquet([{"text": "a", "label": Decimal("1.00")}, {"text": "b", "label": Decimal("2.50")}] * 2),
+        "row 2",
+        "cast it to int or text",
+    ),
+    Broken("Parquet without rows", "rows.parquet", no_rows(), "", "give a file with at least"),
     Broken("a class number without a name", "rows.parquet", classes, "row 3", "write the file again"),
     Broken("a saved folder without its rows", "saved", damaged_folder, "", "save the data set again"),
+    Broken("a saved folder of a data set without rows", "saved", empty_folder, "", "give a file with at least a few"),
     Broken("a saved folder without the split", "saved", split_folder, "", "name the folder of one of them"),
     Broken(
         "a pair whose second text is missing",

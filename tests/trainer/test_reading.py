@@ -7,6 +7,7 @@ import gzip
 import json
 import lzma
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import zstandard
 from trainer_samples import settings_for, write_jsonl
 
 from sera_serve.trainer.data.labelled import GenerateData, LabelledExamples, load_classify_data, load_generate_data
+from sera_serve.trainer.data.targets import load_numbers
 from sera_serve.trainer.tables.table import InvalidData, read_table
 
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {
@@ -144,6 +146,105 @@ def test_numbers_of_an_array_are_not_changed(tmp_path: Path, before: str) -> Non
     ):
         path.write_text(before + json.dumps(rows))
         assert [row.values for row in read_table(path).rows] == rows
+
+
+PAIR = '{"text": "\\ud83d\\ude00", "label": "x"}'
+FAULTS = {
+    "twice": ('{"text": "a", "label": "x", "label": "x"}', "key 'label' appears twice in an object; keep one of the"),
+    "twice within": ('{"text": "a", "more": [{"id": 1, "id": 2}]}', "key 'id' appears twice"),
+    "half": (
+        '{"text": "a \\ud83d b", "label": "x"}',
+        "column 'text': a string holds half of a surrogate pair (an escape",
+    ),
+    "second half": ('{"text": "a", "label": "\\uDE00"}', "column 'label': a string holds half of a surrogate pair"),
+    "half in a key": ('{"text": "a", "x\\ud83d": 1}', "column 'x\\ud83d': a string holds half of a surrogate pair"),
+    "half within": ('{"text": "a", "more": {"m": ["\\ud83d"]}}', "column 'more': a string holds half of a surrogate"),
+}
+
+
+@pytest.mark.parametrize("rows_before", [[PAIR] * 4, [PAIR.replace('"x"', "1"), PAIR], []])
+@pytest.mark.parametrize(("row", "message"), FAULTS.values(), ids=FAULTS)
+def test_json_with_two_meanings_or_half_a_character_is_refused(
+    tmp_path: Path, row: str, message: str, rows_before: list[str]
+) -> None:
+    # Rows of one type, of several types in a column, and a single row: datasets reads each of them in another way.
+    number = len(rows_before) + 1
+    lines, array = tmp_path / "rows.jsonl", tmp_path / "rows.json"
+    lines.write_text("\n".join([*rows_before, row]) + "\n")
+    array.write_text("[" + ",\n".join([*rows_before, row]) + "]")
+    for path in (lines, array):
+        assert f"{path}, row {number} (line {number}): {message}" in refusal(lambda path=path: read_table(path))
+
+
+def test_several_rows_of_an_array_with_two_meanings_are_told(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text('[{"a": 1, "a": 2},\n{"a": 1},\n{"a": 1, "a": 1}]')
+    message = refusal(lambda: read_table(path))
+    assert "row 1 (line 1): key 'a' appears twice" in message
+    assert "row 3 (line 3): key 'a' appears twice" in message
+    assert "row 2" not in message
+
+
+def test_a_single_row_of_chats_is_one_row(tmp_path: Path) -> None:
+    rows = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": "x"}]}]
+    assert [row.values for row in read_table(write_jsonl(tmp_path / "rows.jsonl", rows)).rows] == rows
+
+
+@pytest.mark.parametrize("labels", [["1.00", "2.00"], ["3", "-4"], ["123456789012345678901234567890", "0"]])
+def test_whole_decimals_are_labels(tmp_path: Path, labels: list[str]) -> None:
+    path = tmp_path / "rows.parquet"
+    rows = [{"text": f"t{i}", "label": Decimal(labels[i % 2])} for i in range(8)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    assert classify(path, tmp_path).labels == sorted(label.removesuffix(".00") for label in labels)
+
+
+def test_decimals_are_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    rows = [{"text": f"t{i}", "label": Decimal(f"{i}.25")} for i in range(8)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    settings = settings_for(Path("base"), tmp_path, path, task="regress", eval_fraction=0)
+    assert [item.target for item in load_numbers(settings).train] == [i + 0.25 for i in range(8)]
+    rows[3]["label"] = Decimal("1234567890123456.25")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    assert "row 4: label is 1.23457e+15; give numbers of at most 1e+15" in refusal(lambda: load_numbers(settings))
+
+
+@pytest.mark.parametrize("name", ["rows.parquet", "rows.parquet.gz", "saved", "saved.test"])
+def test_a_file_without_rows_says_so(tmp_path: Path, name: str) -> None:
+    path, empty = tmp_path / name, datasets.Dataset.from_dict({"text": [], "label": []})
+    if name == "saved":
+        empty.save_to_disk(path)
+    elif name == "saved.test":
+        datasets.DatasetDict(train=labelled(["neg", "pos"]), test=empty).save_to_disk(path)
+        assert len(read_table(path).rows) == 4
+    else:
+        pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), tmp_path / "plain")
+        content = (tmp_path / "plain").read_bytes()
+        path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    place = path / "test" if name == "saved.test" else path
+    assert refusal(lambda: read_table(path, split="test")) == f"{place} has no rows; give a file with at least a few"
+
+
+@pytest.mark.parametrize("kind", ["strings", "lists", "saved"])
+def test_bytes_that_are_no_text_are_told_by_row_and_column(tmp_path: Path, kind: str) -> None:
+    values = [b"good"] * 2500
+    values[1700] = b"caf\xe9"
+    texts = pyarrow.array(values, pyarrow.binary()).view(pyarrow.string())
+    if kind == "lists":
+        texts = pyarrow.ListArray.from_arrays(list(range(2501)), texts)
+    table = pyarrow.table({"id": list(range(2500)), "text": texts})
+    path = tmp_path / "rows.parquet"
+    if kind == "saved":
+        datasets.Dataset(table).save_to_disk(path)
+    else:
+        pyarrow.parquet.write_table(table, path)
+    expected = (
+        f"{path}, row 1701: text has the byte 0xe9, which is not UTF-8; decode that text and write the file again"
+    )
+    assert expected in refusal(lambda: list(read_table(path).rows))
+    if kind != "saved":
+        # Its digest has read the rows before.
+        assert expected in refusal(lambda: read_table(path).rows[1700])
 
 
 def test_a_column_of_several_types_leaves_the_numbers_of_others_as_they_are(tmp_path: Path) -> None:

@@ -449,6 +449,13 @@ def test_spans_in_a_cell_of_a_table(tmp_path: Path) -> None:
     settings = settings_for(Path("tiny"), tmp_path, train, task="token-classify")
     data = TASKS["token-classify"].load(settings, None)
     assert data.kinds == ["person", "place"]
+    for cell, fault in (
+        ('[{"start": 0, "end": 1, "end": 2, "label": "x"}]', "key 'end' appears twice in an object; keep one"),
+        ('[{"start": 0, "end": 1, "label": "\\ud83d"}]', "a string holds half of a surrogate pair"),
+    ):
+        write_csv(train, [*rows, ["a text", cell]], header=("text", "spans"))
+        with pytest.raises(InvalidData, match=f"row 21 .*: spans: {fault}"):
+            TASKS["token-classify"].load(settings, None)
 
 
 def test_labels_of_the_other_kind_cannot_go_on(base: FrozenBase, tmp_path: Path) -> None:

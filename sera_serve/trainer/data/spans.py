@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -13,6 +12,7 @@ from sera_serve.trainer.data.labelled import Example, Examples
 from sera_serve.trainer.data.targets import load_examples
 from sera_serve.trainer.settings import TrainSettings
 from sera_serve.trainer.tables.fields import text_of
+from sera_serve.trainer.tables.strict import RowDecoder
 from sera_serve.trainer.tables.table import InvalidData, Problems, Row, Table
 
 # A tag has two characters more than the label of a span, and at most 512 in a bundle.
@@ -87,10 +87,14 @@ def spans_of(row: Row, column: str, text: str, problems: Problems) -> Marked:
     """The spans of a column: a list of {start, end, label}, or its JSON. What cannot be used is added to `problems`."""
     value = row.values.get(column)
     if isinstance(value, str):
+        cell, decoder = value if value.strip() else "[]", RowDecoder()
         try:
-            value = json.loads(value) if value.strip() else []
+            value = decoder.decode(cell)
         except (ValueError, RecursionError):
             value = None
+        if (fault := decoder.fault(cell, value)) is not None:
+            problems.add(row, f"{column}: {fault}")
+            return ()
     if not isinstance(value, list):
         problems.add(row, f'{column} must be a list such as [{{"start": 0, "end": 5, "label": "name"}}]')
         return ()

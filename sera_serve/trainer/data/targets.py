@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Collection, Iterable
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -134,10 +135,11 @@ def separator_notes(labels: Collection[str], separator: str) -> list[str]:
 
 
 def number_of(row: Row, column: str, problems: Problems) -> float:
-    """The number of a column: a JSON number, or text such as 3.8. What is none is added to `problems`."""
+    """The number of a column: a number of the file, or text such as 3.8. What is none is added to `problems`."""
     value = row.values.get(column)
     number = math.nan
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+    # Decimal is SQL's NUMERIC in a Parquet file.
+    if isinstance(value, (int, float, Decimal)) and not isinstance(value, bool):
         try:
             number = float(value)
         except OverflowError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable
+from decimal import Decimal
 from typing import Any
 
 from sera_serve.trainer.tables.faults import Problems, Row
@@ -52,6 +53,12 @@ def label_of(row: Row, column: str, problems: Problems) -> str:
     # pandas writes whole numbers as 1.0 where a column has gaps.
     if isinstance(value, float) and value.is_integer() and abs(value) < _EXACT:
         return str(int(value))
+    # SQL's NUMERIC in a Parquet file.
+    if isinstance(value, Decimal) and value == value.to_integral_value():
+        return str(int(value))
+    if isinstance(value, Decimal):
+        problems.add(row, f"{column} is {value} of a decimal column; cast it to int or text")
+        return ""
     if isinstance(value, float) and value.is_integer():
         problems.add(row, f"{column} is {value:g}, too large a number to be read exactly; write it in quotes, as text")
         return ""

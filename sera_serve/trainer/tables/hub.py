@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -35,25 +36,33 @@ def read_saved(path: Path, split: str) -> Table:
             param="train",
         )
     try:
+        folder = _folder_of(path, split)
+        # datasets fails on a data set without rows, for which it writes no file.
+        if not json.loads((folder / "state.json").read_text(encoding="utf-8"))["_data_files"]:
+            return Table(folder, [], [], "")
         with quiet():
-            loaded = datasets.load_from_disk(str(path))
+            loaded = datasets.load_from_disk(str(folder))
+    except InvalidData:
+        raise
     # datasets raises errors of many packages.
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InvalidData(f"{path} cannot be read ({reason}); save the data set again", param="train") from error
-    return _table(path, _split_of(path, loaded, split))
+    return _table(path, loaded)
 
 
-def _split_of(path: Path, loaded: Any, split: str) -> Any:
-    if not isinstance(loaded, dict):
-        return loaded
-    for name in (split, *_OTHER_SPLITS.get(split, ())):
-        if name in loaded:
-            return loaded[name]
-    splits = ", ".join(loaded)
+def _folder_of(path: Path, split: str) -> Path:
+    """The folder of the data set for a use: `path` itself, or that of one of its splits."""
+    if not (path / "dataset_dict.json").is_file():
+        return path
+    splits: list[str] = json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+    names: tuple[str, ...] = (split, *_OTHER_SPLITS.get(split, ()))
+    for name in names:
+        if name in splits:
+            return path / name
     raise InvalidData(
-        f"{path} has no split for {split}; it has {splits}: name the folder of one of them, such as "
-        f"{path / next(iter(loaded), 'train')}",
+        f"{path} has no split for {split}; it has {', '.join(splits)}: name the folder of one of them, such as "
+        f"{path / next(iter(splits), 'train')}",
         param=split,
     )
 

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any, overload
 
 import datasets
+import pyarrow
+import pyarrow.parquet
 from datasets import Dataset
 
 from sera_serve.trainer.tables.faults import InvalidData, Lines, Row
 from sera_serve.trainer.tables.files import DataFile
-from sera_serve.trainer.tables.strict import CsvShape, begins_with_array
+from sera_serve.trainer.tables.strict import CsvShape
 
 _BATCH = 1000
 
@@ -54,14 +56,39 @@ class DatasetRows(Sequence[Row]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         place = range(len(self))[index]
-        return self._row(self._dataset[place], place)
+        try:
+            return self._row(self._dataset[place], place)
+        except UnicodeDecodeError as error:
+            raise self._no_text(range(place, place + 1)) from error
 
     def __iter__(self) -> Iterator[Row]:
         number = 0
-        for batch in self._dataset.iter(_BATCH):
+        batches = self._dataset.iter(_BATCH)
+        while True:
+            try:
+                batch = next(batches, None)
+            except UnicodeDecodeError as error:
+                raise self._no_text(range(number, len(self))) from error
+            if batch is None:
+                return
             for values in zip(*batch.values(), strict=True):
                 yield self._row(dict(zip(batch, values, strict=True)), number)
                 number += 1
+
+    def _no_text(self, places: range) -> InvalidData:
+        """Find the first value among these rows whose bytes are not UTF-8. Arrow does not check a column of strings."""
+        for place in places:
+            for column in self.columns:
+                try:
+                    self._dataset.select_columns([column])[place]
+                except UnicodeDecodeError as error:
+                    return InvalidData(
+                        f"{self._path}, {Row({}, place + 1, self._at).where}: {column} has the byte "
+                        f"0x{error.object[error.start]:02x}, which is not UTF-8; decode that text and write the file "
+                        "again, or leave the row out",
+                        param="train",
+                    )
+        return InvalidData(f"{self._path} has a text that is not UTF-8; write the file again", param="train")
 
     def _row(self, values: dict[str, Any], place: int) -> Row:
         row = Row(values, place + 1, self._at)
@@ -133,21 +160,21 @@ def load_csv(file: DataFile, shape: CsvShape) -> Dataset:
 
 
 def load_json(file: DataFile) -> Dataset:
-    """Load JSON lines or a JSON array.
+    """Load JSON lines, of which there must be two. Of a single one `datasets` may make other rows, as pandas does.
 
     Raises:
-        NotReadAlike: `datasets` cannot read it, makes dates of strings, or has written it anew before it was read:
-            an array, or a column of mixed types. It writes numbers with ten digits, so 1.7e-11 becomes 0.
+        NotReadAlike: `datasets` cannot read it, such as an object with a repeated key or half of a surrogate pair. Or
+            it makes dates of strings, or has written a column of mixed types anew before it was read. It writes
+            numbers with ten digits, so 1.7e-11 becomes 0.
     """
     dataset = _load(file, Dataset.from_json, {"parse_agent_traces": False})
-    changed = (_is_date, _is_mixed, _is_fraction) if begins_with_array(file) else (_is_date, _is_mixed)
-    if any(_has(dataset.features, kind) for kind in changed):
+    if any(_has(dataset.features, kind) for kind in (_is_date, _is_mixed)):
         raise NotReadAlike
     return dataset
 
 
 def load_file(file: DataFile) -> Dataset:
-    """Load a Parquet file, or a text as one row.
+    """Load a Parquet file, which may have no rows, or a text as one row.
 
     Raises:
         InvalidData: The file cannot be read.
@@ -163,8 +190,21 @@ def load_file(file: DataFile) -> Dataset:
     try:
         return _load(file, read, options)
     except NotReadAlike as error:
+        # datasets fails on it.
+        if file.kind == "parquet" and (table := _without_rows(file)) is not None:
+            return Dataset(table)
         kind = "Parquet file" if file.kind == "parquet" else "text"
         raise InvalidData(f"{file.path} is not a readable {kind} ({error}); write it again", param="train") from error
+
+
+def _without_rows(file: DataFile) -> pyarrow.Table | None:
+    """The table of a Parquet file that has columns and no rows; None for any other file."""
+    try:
+        with file.open_bytes() as stream:
+            found = pyarrow.parquet.ParquetFile(stream)
+            return found.schema_arrow.empty_table() if not found.metadata.num_rows else None
+    except (pyarrow.ArrowException, OSError, ValueError):
+        return None
 
 
 def _load(file: DataFile, read: Callable[..., Any], options: dict[str, Any]) -> Dataset:
@@ -193,10 +233,6 @@ def _has(features: Any, kind: Callable[[Any], bool]) -> bool:
 
 def _is_date(feature: Any) -> bool:
     return str(getattr(feature, "dtype", "")).startswith(("timestamp", "date", "time", "duration"))
-
-
-def _is_fraction(feature: Any) -> bool:
-    return str(getattr(feature, "dtype", "")).startswith(("float", "double"))
 
 
 def _is_mixed(feature: Any) -> bool:

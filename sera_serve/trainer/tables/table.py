@@ -11,9 +11,8 @@ from sera_serve.trainer.tables.faults import InvalidData, Lines, Problems, Row
 from sera_serve.trainer.tables.files import FORMATS, DataFile, find_file
 from sera_serve.trainer.tables.strict import (
     CsvShape,
-    begins_with_array,
     check_csv,
-    first_line_is_row,
+    has_lines,
     json_lines,
     mark_within,
     read_csv,
@@ -97,7 +96,7 @@ def read_table(path: Path, *, delimiter: str | None = None, encoding: str | None
     else:
         table = _read_file(find_file(path, encoding), delimiter)
     if not table.rows:
-        raise InvalidData(f"{path} has no rows; give a file with at least a few")
+        raise InvalidData(f"{table.path} has no rows; give a file with at least a few")
     return table
 
 
@@ -139,7 +138,7 @@ def _read_json(file: DataFile) -> Table:
     columns: list[str]
     try:
         # pandas, to which datasets turns for other files, takes some of them apart in its own way.
-        if file.encoding not in ("utf-8", "utf-8-sig") or not (begins_with_array(file) or first_line_is_row(file)):
+        if file.encoding not in ("utf-8", "utf-8-sig") or not has_lines(file):
             raise NotReadAlike
         rows = found = DatasetRows(load_json(file), file.path, Lines(lambda: json_lines(file)))
         columns = found.columns
