@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -32,6 +33,8 @@ from sera_serve.trainer.task_options import (
 
 _ADAPTER_SHAPE = ("rank", "split", "lora_alpha", "target_modules", "train_factors", *PATTERN_OPTIONS)
 _ALLOCATION = ("budget", "budget_warmup", "budget_final")
+# Their decoders give halves of surrogate pairs, which no tokenizer takes. The other encodings of Python refuse them.
+_ENCODINGS_OF_HALVES = ("utf-7", "unicode-escape", "raw-unicode-escape")
 # What a run keeps of the adapter that it goes on from.
 KEPT_BY_INIT = ("method", *_ADAPTER_SHAPE, "pooling")
 # These settings change where a run is stored or how it is shown. They do not change the resulting adapter.
@@ -321,10 +324,13 @@ class TrainSettings(BaseModel):
         try:
             # An encoding of bytes, such as hex, is refused too.
             "\n".encode(value or "utf-8")
+            known = codecs.lookup(value or "utf-8").name
         except LookupError as error:
             raise ValueError(
                 "it is no encoding of text that Python knows; take one such as utf-8, utf-16, cp1252 or latin1"
             ) from error
+        if known in _ENCODINGS_OF_HALVES:
+            raise ValueError("it can write half of a surrogate pair, which is no text; save the file as UTF-8")
         return value
 
     @field_validator(*PATTERN_OPTIONS, mode="before")
@@ -355,13 +361,17 @@ class TrainSettings(BaseModel):
             raise ValueError("--label-separator is for --multi-label; give it too, or leave the separator out")
         if self.init_from is None:
             self._check_method()
-        elif given := [field for field in KEPT_BY_INIT if field in self.model_fields_set]:
+        elif given := self._given(KEPT_BY_INIT):
             raise ValueError(f"--init-from keeps what {flag(given[0])} says; leave {flag(given[0])} out")
-        if self.budget is None and (given := [field for field in _ALLOCATION if field in self.model_fields_set]):
+        if self.budget is None and (given := self._given(_ALLOCATION)):
             raise ValueError(f"{flag(given[0])} belongs to --budget; give --budget too, or leave it out")
         if self.budget_warmup + self.budget_final >= 1:
             raise ValueError("--budget-warmup and --budget-final leave no step between them; their sum must be below 1")
         return self
+
+    def _given(self, fields: Iterable[str]) -> list[str]:
+        """Those of the fields that were given. In a file, null is the default of a field, as if it were left out."""
+        return [field for field in fields if field in self.model_fields_set and getattr(self, field) is not None]
 
     def _check_format(self) -> None:
         if self.format is None:
@@ -392,7 +402,7 @@ class TrainSettings(BaseModel):
         method = METHODS[self.method]
         if not method.adapts and self.task in ("generate", "retrieve"):
             raise ValueError(f"method head-only has no head to train for task {self.task}; choose sera or lora")
-        if not method.adapts and (given := [field for field in _ADAPTER_SHAPE if field in self.model_fields_set]):
+        if not method.adapts and (given := self._given(_ADAPTER_SHAPE)):
             raise ValueError(f"{flag(given[0])} has no meaning for method head-only; leave it out")
         try:
             if method.adapts:
@@ -411,7 +421,7 @@ class TrainSettings(BaseModel):
         """
         fault, param = None, "lora_plus_ratio"
         if not method.adapts:
-            given = [field for field in (*_ALLOCATION, "lora_plus_ratio") if field in self.model_fields_set]
+            given = self._given((*_ALLOCATION, "lora_plus_ratio"))
             if self.augment:
                 fault, param = "--augment is not for method head-only, which reads each image once", "augment"
             elif given:

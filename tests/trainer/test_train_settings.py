@@ -85,6 +85,23 @@ def test_impossible_options_are_refused(options: dict[str, Any], message: str) -
         load_options(None, REQUIRED | options)
 
 
+@pytest.mark.parametrize("encoding", ["utf-7", "UTF7", "unicode_escape", "raw-unicode-escape"])
+def test_encodings_that_write_halves_of_characters_are_refused(encoding: str) -> None:
+    with pytest.raises(InvalidConfiguration, match=r"--encoding .*half of a surrogate pair.*save the file as UTF-8"):
+        load_options(None, REQUIRED | {"encoding": encoding})
+
+
+def test_null_in_a_file_is_an_option_that_is_left_out(tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text("budget: null\nsplit: null\nlora_alpha: null\nlora_plus_ratio: null\nrank_pattern: null\n")
+    assert load_options(config, REQUIRED).identity() == load_options(None, REQUIRED).identity()
+    assert load_options(config, REQUIRED | {"method": "head-only"}).budget is None
+    assert load_options(config, REQUIRED | {"init_from": "acme/other"}).split is None
+    config.write_text("budget: null\nbudget_warmup: 0.2\n")
+    with pytest.raises(InvalidConfiguration, match="--budget-warmup belongs to --budget"):
+        load_options(config, REQUIRED)
+
+
 def test_a_yaml_file_is_overridden_by_flags(tmp_path: Path) -> None:
     config = tmp_path / "run.yaml"
     config.write_text("rank: 32\nepochs: 5\ntarget_modules: [q_proj, v_proj]\nresume: false\n")
