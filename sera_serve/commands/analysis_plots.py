@@ -97,10 +97,15 @@ def plot_similarity(names: tuple[str, str], similarity: Sequence[GroupSimilarity
 def plot_norms(name: str, groups: Mapping[str, Sequence[LayerSpectrum]], path: Path) -> Path:
     """Draw the Frobenius norms of the updates and of their factors: a row for each group, a column for each layer.
 
+    The column is the number of the layer in the base, so that one layer is one column in all rows. Where a group has no
+    adapter on a layer, the place is white.
+
     Returns:
         `path`.
     """
-    depth = max(len(layers) for layers in groups.values())
+    columns = {group: _columns(layers) for group, layers in groups.items()}
+    first, last = min(map(min, columns.values())), max(map(max, columns.values()))
+    depth = last - first + 1
     kinds = [
         "update",
         *(f"|{f.upper()}|" for f in ("a", "c", "b") if any(f in x.norms for y in groups.values() for x in y)),
@@ -110,16 +115,39 @@ def plot_norms(name: str, groups: Mapping[str, Sequence[LayerSpectrum]], path: P
     figure.suptitle(f"Norms by layer, {_short(name)}")
     for panel, kind in zip(figure.subplots(len(kinds), 1, sharex=True, squeeze=False)[:, 0], kinds, strict=True):
         table = np.full((len(groups), depth), np.nan)
-        for row, layers in enumerate(groups.values()):
-            for column, layer in enumerate(layers):
-                table[row, column] = layer.norm if kind == "update" else layer.norms.get(kind[1:-1].lower(), np.nan)
-        image = panel.imshow(table, cmap=_COLOURS, vmin=0, aspect="auto", interpolation="nearest")
+        for row, (group, layers) in enumerate(groups.items()):
+            for column, layer in zip(columns[group], layers, strict=True):
+                norm = layer.norm if kind == "update" else layer.norms.get(kind[1:-1].lower(), np.nan)
+                table[row, column - first] = norm
+        image = panel.imshow(
+            table,
+            cmap=_COLOURS,
+            vmin=0,
+            aspect="auto",
+            interpolation="nearest",
+            extent=(first - 0.5, last + 0.5, len(groups) - 0.5, -0.5),
+        )
         panel.set_title("scaling * A C B" if kind == "update" else kind, fontsize=10)
         panel.set_yticks(range(len(groups)), list(groups))
         panel.xaxis.get_major_locator().set_params(integer=True)
         figure.colorbar(image, ax=panel, pad=0.01)
-    panel.set_xlabel("layer of the group, by number")
+    counted = any(columns[group] != _numbers(layers) for group, layers in groups.items())
+    panel.set_xlabel("layer, by its number in the base" + counted * " (or its place in a group without numbers)")
     return _save(figure, path)
+
+
+def _columns(layers: Sequence[LayerSpectrum]) -> list[int]:
+    """The numbers of the layers. Where one has none, or two have the same, the layers' places in the group."""
+    numbers = _numbers(layers)
+    return numbers if -1 not in numbers and len(set(numbers)) == len(numbers) else list(range(len(layers)))
+
+
+def _numbers(layers: Sequence[LayerSpectrum]) -> list[int]:
+    """The first number in each layer's path, at most three digits, which is as wide as a picture may be; or -1."""
+    return [
+        next((int(part) for part in layer.path.split(".") if part.isdecimal() and len(part) <= 3), -1)
+        for layer in layers
+    ]
 
 
 def _most_told(groups: list[str]) -> list[str]:

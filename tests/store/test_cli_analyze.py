@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 from bundle_factory import BASE, GAINS, MODULE, classifier_fields, fill, make_bundle
 from click.testing import Result
+from matplotlib.figure import Figure
 from PIL import Image
 from typer.testing import CliRunner
 
 from adapters_store import AdapterConfig, AdapterStore
-from adapters_store.convert.spectrum import layer_spectra, subspace_similarity
+from adapters_store.convert.spectrum import LayerSpectrum, layer_spectra, subspace_similarity
 from sera_serve.cli import build_cli
+from sera_serve.commands import analysis_plots
 
 Q, V = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"
 
@@ -69,6 +71,36 @@ def test_two_adapters_with_pictures(store: AdapterStore, tmp_path: Path) -> None
     one, two = (layer_spectra(store.load(adapter["digest"]))[0] for adapter in written["adapters"])
     phi = written["similarity"][0]["phi"]
     assert phi[1] == pytest.approx(subspace_similarity(one, two)[1].tolist(), rel=1e-5)
+
+
+def test_norms_are_drawn_at_the_number_of_their_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = {
+        **{f"model.layers.{number}.self_attn.q_proj": MODULE for number in (2, 3, 11)},
+        **{f"model.layers.{number}.self_attn.v_proj": MODULE for number in (11, 13)},
+        # One number twice in a group, and no number: their places in the group.
+        **{f"model.layers.4.mlp.experts.{number}.up_proj": MODULE for number in (0, 1)},
+        "model.head.out_proj": MODULE,
+    }
+    spectra = layer_spectra(make_bundle(modules=paths))
+    groups: dict[str, list[LayerSpectrum]] = {}
+    for layer in spectra:
+        groups.setdefault(layer.group, []).append(layer)
+    drawn: list[Figure] = []
+    monkeypatch.setattr(analysis_plots, "_save", lambda figure, path: drawn.append(figure))
+    analysis_plots.plot_norms("acme/first", groups, tmp_path / "norms.png")
+    image = drawn[0].axes[0].images[0]
+    table = image.get_array()
+    assert table is not None and table.shape == (4, 14)
+    assert list(image.get_extent()) == [-0.5, 13.5, 3.5, -0.5]
+    assert drawn[0].axes[3].get_xlabel() == "layer, by its number in the base (or its place in a group without numbers)"
+    places = {"query": [2, 3, 11], "value": [11, 13], "up_proj": [0, 1], "out_proj": [0]}
+    for row, group in enumerate(groups):
+        assert [column for column in range(14) if not table.mask[row, column]] == places[group]
+        assert table[row].compressed().tolist() == [layer.norm for layer in groups[group]]
+    # The picture begins at the first layer that has an adapter.
+    analysis_plots.plot_norms("acme/first", {"value": groups["value"]}, tmp_path / "norms.png")
+    assert list(drawn[1].axes[0].images[0].get_extent()) == [10.5, 13.5, 0.5, -0.5]
+    assert drawn[1].axes[3].get_xlabel() == "layer, by its number in the base"
 
 
 def test_a_file_is_read_without_a_store(tmp_path: Path) -> None:
