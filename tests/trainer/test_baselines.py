@@ -21,7 +21,7 @@ from sera_serve.trainer.baselines import (
     install_baseline,
     same_head,
 )
-from sera_serve.trainer.compare.worker import train_one
+from sera_serve.trainer.compare.one_run import train_one
 from sera_serve.trainer.loop import parameter_groups
 from sera_serve.trainer.settings import TrainSettings
 from sera_serve.trainer.tasks import TASKS, TrainingTask

@@ -2,15 +2,19 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from trainer_samples import ending_rule, write_csv
 
-from sera_serve.trainer.compare.worker import train_one
+from sera_serve.trainer.compare.one_run import train_one
 
 pytestmark = pytest.mark.slow
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
@@ -20,6 +24,91 @@ def test_the_worker_says_that_it_is_ready_and_ends_with_its_input() -> None:
     command = [sys.executable, "-m", "sera_serve.trainer.compare.worker"]
     worker = subprocess.run(command, input="", stdout=subprocess.PIPE, text=True, check=True, env=ENVIRONMENT)
     assert worker.stdout == "ready\n"
+
+
+LONG = {"task": "classify", "epochs": 1000, "method": "head-only", "seed": 0}
+
+
+def lives(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_the_worker_does_not_hear_an_interrupt_and_ends_with_its_input(tiny_encoder: Path, tmp_path: Path) -> None:
+    rows = write_csv(tmp_path / "train.csv", ending_rule(48))
+    run = {"settings": LONG | {"base": str(tiny_encoder), "train": str(rows)}, "baseline": None, "test_rows": 0}
+    worker = subprocess.Popen(
+        [sys.executable, "-m", "sera_serve.trainer.compare.worker"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+    )
+    assert worker.stdin is not None and worker.stdout is not None and worker.stderr is not None
+    assert worker.stdout.readline() == "ready\n"
+    worker.stdin.write(json.dumps(run) + "\n")
+    worker.stdin.flush()
+    wait_for(lambda: bool(psutil.Process(worker.pid).children()))
+    (child,) = psutil.Process(worker.pid).children()
+    for pid in (worker.pid, child.pid):
+        os.kill(pid, signal.SIGINT)
+    time.sleep(1)
+    assert worker.poll() is None and lives(child.pid)
+    worker.stdin.close()
+    assert worker.wait(timeout=10) == 1
+    wait_for(lambda: not lives(child.pid))
+    words = worker.stderr.read()
+    worker.stdout.close()
+    worker.stderr.close()
+    assert "Traceback" not in words
+
+
+@pytest.mark.parametrize("moment", ["importing", "training", "killed"])
+def test_an_interrupt_ends_the_command_and_its_processes_without_a_traceback(
+    tiny_encoder: Path, tmp_path: Path, moment: str
+) -> None:
+    rows = write_csv(tmp_path / "train.csv", ending_rule(48))
+    plan = {
+        "bases": {"tiny": {"base": str(tiny_encoder)}},
+        "data": {"words": {"train": str(rows)}},
+        "methods": [{"method": "head-only"}],
+        "seeds": [0],
+        "settings": {"epochs": 1000, "pooling": "mean"},
+    }
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan))
+    command = [sys.executable, "-c", "from sera_serve.trainer.cli import main; main()", "compare"]
+    # A group of its own, to which the signal goes as that of a terminal's Ctrl-C does.
+    parent = subprocess.Popen(
+        [*command, str(tmp_path / "plan.yaml")],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+        start_new_session=True,
+    )
+    assert parent.stderr is not None
+    depth = 1 if moment == "importing" else 2
+    wait_for(lambda: len(psutil.Process(parent.pid).children(recursive=True)) == depth)
+    processes = psutil.Process(parent.pid).children(recursive=True)
+    # The worker's own Python is up then, and no library of a run is imported.
+    time.sleep(0.5)
+    if moment == "killed":
+        parent.kill()
+    else:
+        os.killpg(parent.pid, signal.SIGINT)
+    words = parent.stderr.read()
+    parent.stderr.close()
+    assert parent.wait(timeout=20) == (-signal.SIGKILL if moment == "killed" else 130)
+    wait_for(lambda: not any(lives(process.pid) for process in processes), 20)
+    assert "Traceback" not in words
+    assert ("stopped; the same command goes on with the runs that are left" in words) == (moment != "killed")
 
 
 def test_a_run_without_rows_to_test_on_scores_none(tiny_encoder: Path, tmp_path: Path) -> None:

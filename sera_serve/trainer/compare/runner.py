@@ -251,7 +251,14 @@ class CompareRunner:
             except OSError as error:
                 raise InvalidConfiguration(f"{python} cannot be started: {error.strerror}", param="python") from error
             assert worker.stdout is not None
-            if not worker.stdout.readline():
+            try:
+                ready = worker.stdout.readline()
+            except KeyboardInterrupt:
+                # It does not hear Ctrl-C, and looks at its input only when its libraries are imported.
+                worker.kill()
+                worker.wait()
+                raise
+            if not ready:
                 raise InvalidConfiguration(
                     f"{python} cannot make runs: its process ended with status {_end(worker)} before the first one; "
                     "standard error says why, such as a package that the environment lacks",
