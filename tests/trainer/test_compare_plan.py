@@ -5,10 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 import yaml
 from trainer_samples import ending_rule, write_csv
+from typer.testing import CliRunner
 
 from sera_serve.errors import InvalidConfiguration
+from sera_serve.trainer.compare.command import compare_command
 from sera_serve.trainer.compare.plan import Cell, ComparePlan, LearningRateRule, RunSpec, read_plan
 from sera_serve.trainer.compare.runner import judge
 
@@ -210,6 +213,30 @@ def test_an_impossible_plan_is_refused_by_the_place_of_its_fault(
     with pytest.raises(InvalidConfiguration) as caught:
         read_plan(path)
     assert fault in caught.value.message
+
+
+def test_files_that_are_not_there_are_told_before_the_first_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = Path("plan.yaml")
+    train = write_csv(tmp_path / "one.csv", ending_rule(8))
+    options = {"one": {"train": "one.csv", "eval": "hub:owner/name"}, "two": {"train": str(train), "test": "no.csv"}}
+    path.write_text(yaml.safe_dump(plan_of(data=options, settings={"eval": "gone/eval.csv"})))
+    done = CliRunner().invoke(_app(), ["compare", str(path)])
+    assert done.exit_code == 2
+    assert "plan plan.yaml: settings.eval is gone/eval.csv; data.two.test is no.csv: no such file or" in done.stderr
+    assert not list(tmp_path.glob("*.jsonl"))
+    plan = ComparePlan.model_validate(plan_of(data={"one": {"train": "one.csv"}, "two": {"train": "hub:owner/name"}}))
+    plan.check_files(path)
+
+
+def _app() -> typer.Typer:
+    app = typer.Typer()
+    app.command("compare")(compare_command)
+    # With a callback, the command keeps its name.
+    app.callback()(lambda: None)
+    return app
 
 
 @pytest.mark.parametrize("text", ["- a", "", "bases: [", "\x00"])

@@ -59,6 +59,7 @@ def compare_command(
     try:
         places = dict(_pair(text) for text in base or ())
         compared = read_plan(plan, places)
+        compared.check_files(plan)
         path = results or compared.results or plan.with_name(f"{plan.stem}.results.jsonl")
         runner = CompareRunner(
             compared,
