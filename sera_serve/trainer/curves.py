@@ -15,6 +15,7 @@ from sera_serve.errors import InvalidConfiguration
 # Okabe and Ito's blue, vermilion and green, which every kind of sight tells apart.
 _TRAINING, _EVALUATION, _CHOSEN = "#0072b2", "#d55e00", "#009e73"
 _MOST_EVALUATIONS = 100
+_NO_CURVE = "too few steps for a curve:\ngive a lower --log-steps, or rows to evaluate on"
 
 
 def tensorboard_callback(folder: Path, resumed_at: int | None) -> TrainerCallback:
@@ -100,7 +101,18 @@ def plot_curves(
     figure.suptitle(title)
     panels = figure.subplots(1, 1 + len(names), squeeze=False)[0]
     steps = [entry for entry in history if "loss" in entry]
-    panels[0].plot([e["epoch"] for e in steps], [e["loss"] for e in steps], color=_TRAINING, label="training")
+    if steps:
+        panels[0].plot(
+            [entry["epoch"] for entry in steps],
+            [entry["loss"] for entry in steps],
+            color=_TRAINING,
+            # A single point makes no line.
+            marker="o" if len(steps) == 1 else "",
+            markersize=4,
+            label="training",
+        )
+    elif not scores:
+        panels[0].text(0.5, 0.5, _NO_CURVE, ha="center", va="center", transform=panels[0].transAxes)
     for panel, name in zip(panels, ["loss", *names], strict=True):
         if scores:
             panel.plot(

@@ -45,7 +45,7 @@ class Lengths:
 
     Attributes:
         percentiles: Length by percentile.
-        edges: Borders of the bins; one more than `counts`.
+        edges: Borders of the bins, from the shortest row to the longest; one more than `counts`.
         counts: Rows in each bin.
         tokens: Tokens of all training rows.
         padded_tokens: Tokens of one epoch's batches with their padding; of packed sequences with `--packing`.
@@ -210,7 +210,10 @@ def _lengths(task: TrainingTask, padded: int) -> Lengths | None:
     lengths = np.asarray(task.lengths)
     if lengths.max() <= 1:
         return None
-    edges = np.unique(np.linspace(0, lengths.max(), _BINS + 1).round().astype(int))
+    edges = np.unique(np.linspace(lengths.min(), lengths.max(), _BINS + 1).round().astype(int))
+    if len(edges) == 1:
+        # All rows are of one length, which is a bin.
+        edges = np.repeat(edges, 2)
     counts, _ = np.histogram(lengths, edges)
     values = np.percentile(lengths, _PERCENTILES, method="higher")
     return Lengths(

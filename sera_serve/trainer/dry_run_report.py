@@ -61,7 +61,8 @@ def _show_lengths(lengths: Lengths, console: Console) -> None:
     last = len(lengths.counts) - 1
     for index, ((low, high), count) in enumerate(zip(edges, lengths.counts, strict=True)):
         bar = "█" * round(_BAR * count / most)
-        span = f"{low}-{high if index == last else high - 1}"
+        end = high if index == last else high - 1
+        span = f"{low}-{end}" if low < end else str(low)
         _line(console, "", f"{span:>9}  {bar} {count:,}" if count else f"{span:>9}")
 
 

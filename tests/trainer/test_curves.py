@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from trainer_samples import ending_rule, settings_for, write_csv
@@ -81,6 +82,38 @@ def test_a_picture_that_cannot_be_written_stops_nothing_but_itself(
 def test_a_run_without_evaluations_has_a_curve(tmp_path: Path) -> None:
     plot_curves(HISTORY[:1], tmp_path / "curves.png", title="t", metric="loss", chosen_epoch=1)
     assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("history", "lines", "words"),
+    [
+        ([], [], ["too few steps for a curve:\ngive a lower --log-steps, or rows to evaluate on"]),
+        ([HISTORY[-1]], [], ["too few steps for a curve:\ngive a lower --log-steps, or rows to evaluate on"]),
+        (HISTORY[:1], [("training", "o")], []),
+        ([HISTORY[0], HISTORY[2]], [("training", "")], []),
+        (HISTORY[1:2], [("evaluation", "o"), ("chosen epoch", "")], []),
+    ],
+)
+def test_a_short_run_has_no_empty_picture(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    history: list[dict[str, Any]],
+    lines: list[tuple[str, str]],
+    words: list[str],
+) -> None:
+    drawn: list[Figure] = []
+    original = Figure.savefig
+
+    def kept(figure: Figure, *arguments: Any, **options: Any) -> None:
+        drawn.append(figure)
+        original(figure, *arguments, **options)
+
+    monkeypatch.setattr(Figure, "savefig", kept)
+    plot_curves(history, tmp_path / "curves.png", title="t", metric="loss", chosen_epoch=1)
+    panel = drawn[0].axes[0]
+    shown = {None: "", "None": ""}
+    assert [(line.get_label(), shown.get(str(line.get_marker()), line.get_marker())) for line in panel.lines] == lines
+    assert [text.get_text() for text in panel.texts] == words
 
 
 def test_a_picture_is_a_png() -> None:

@@ -2,11 +2,13 @@
 
 import json
 import sys
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from trainer_samples import ending_rule, settings_for, write_csv, write_jsonl
 
 from sera_serve.base import FrozenBase, load_base
@@ -14,7 +16,8 @@ from sera_serve.errors import InvalidConfiguration
 from sera_serve.layers import attached_layers
 from sera_serve.trainer import dry_run as measured
 from sera_serve.trainer.cli import main
-from sera_serve.trainer.dry_run import dry_run
+from sera_serve.trainer.dry_run import Lengths, dry_run
+from sera_serve.trainer.dry_run_report import _show_lengths
 from sera_serve.trainer.run import TrainingRun, build_task, train_adapter, with_run
 from sera_serve.trainer.tables.table import InvalidData
 
@@ -54,6 +57,27 @@ def test_it_counts_what_the_run_will_train(base: FrozenBase, tmp_path: Path) -> 
     assert memory.optimiser == 12 * found.trained
     assert memory.peak >= memory.weights + memory.optimiser + memory.activations
     assert memory.measured is not None and memory.peak >= memory.measured > 0
+
+
+def test_lengths_begin_at_the_shortest_row(base: FrozenBase, tmp_path: Path) -> None:
+    def shown(rows: list[list[str]]) -> tuple[Lengths, list[str]]:
+        train = write_csv(tmp_path / "rows.csv", rows)
+        found = dry_run(settings_for(Path("tiny"), tmp_path, train, epochs=1, eval_fraction=0), base=base)
+        assert found.lengths is not None
+        out = StringIO()
+        _show_lengths(found.lengths, Console(file=out, width=200))
+        return found.lengths, out.getvalue().splitlines()[2:]
+
+    # With the token that begins a text: 21 and 22 tokens, and 21 alone.
+    lengths, lines = shown([["a" * (20 + i % 2), "xy"[i % 2]] for i in range(12)])
+    assert (lengths.edges, lengths.counts) == ([21, 22], [12])
+    assert [line.split()[0] for line in lines] == ["21-22"]
+    lengths, lines = shown([["a" * 20, "xy"[i % 2]] for i in range(12)])
+    assert (lengths.edges, lengths.counts) == ([21, 21], [12])
+    assert [line.split()[0] for line in lines] == ["21"]
+    lengths, lines = shown([["a" * (20 + i % 12), "xy"[i % 2]] for i in range(24)])
+    assert (lengths.edges[0], lengths.edges[-1], sum(lengths.counts)) == (21, 32, 24)
+    assert all(lengths.counts)
 
 
 def test_activations_are_those_of_the_largest_batch(base: FrozenBase, tmp_path: Path) -> None:
