@@ -11,6 +11,9 @@ from typing import Protocol
 from sera_serve.engine.loop.pages import PAGE_SIZE, PagePool, chain_key, root_key
 from sera_serve.engine.request import GenerationRequest
 
+# Steps after which a request that found too few pages is let try again, whether or not any came free.
+_STEPS_SHORT = 16
+
 
 class Candidates(Protocol):
     """The waiting requests, as the planner sees them; the scheduler is one."""
@@ -67,6 +70,15 @@ class StepPlan:
         self.grown = [request for request in self.grown if request not in requests]
 
 
+@dataclass
+class _ShortOfPages:
+    """The first waiting request, for which the last plan had too few pages, how many were there, and steps since."""
+
+    newcomer: GenerationRequest
+    available: int
+    steps: int = 0
+
+
 class StepPlanner:
     """Plans steps: every decode, then chunks of prompts within the token budget, then newcomers that find pages.
 
@@ -111,6 +123,7 @@ class StepPlanner:
         self.num_rows = max(1, min(max_sequences, max_batch_tokens - 1))
         self._rows = list(range(self.num_rows - 1, -1, -1))
         self._rotary_side = rotary_side
+        self._short: _ShortOfPages | None = None
         # Nobody outside can compute a key, and so learn from a collision what others have asked.
         self._secret = secrets.token_bytes(32)
 
@@ -128,9 +141,13 @@ class StepPlanner:
         for request in self.running:
             if budget and not request.is_decoding:
                 budget -= self._plan_chunk(plan, request, budget)
+        self._short = None
         while budget and self._rows:
             newcomer = self._candidates.first()
-            if newcomer is None or not self._admit(plan, newcomer, short_of_pages):
+            if newcomer is None:
+                break
+            if not self._admit(plan, newcomer, short_of_pages):
+                self._short = _ShortOfPages(newcomer, self.pages.available())
                 break
             if newcomer.row >= 0:
                 budget -= self._plan_chunk(plan, newcomer, budget)
@@ -147,7 +164,8 @@ class StepPlanner:
 
         It has the requests of `plan`, each with one token more, but those that will be finished then, and newcomers
         with their whole prompts. It waits where somebody would have to yield a row or a page, where the first newcomer
-        cannot join it, or where a request reaches the rotary threshold.
+        cannot join it, or where a request reaches the rotary threshold. It does not wait for a newcomer that has just
+        found too few pages, as long as none has come free.
 
         Args:
             plan: The step under way. Its chunks end their prompts.
@@ -165,7 +183,7 @@ class StepPlanner:
             return None
         waits = self._candidates.first()
         if waits is not None and self._rows:
-            if not self._enters_ahead(ahead, waits, len(ahead.grown), can_join):
+            if not self._enters_ahead(ahead, waits, len(ahead.grown), can_join) and not self._stays_short(waits):
                 return None
         elif waits is not None and self._yields_row(waits) is not None:
             return None
@@ -196,6 +214,14 @@ class StepPlanner:
         if self._rotary_side is not None and self._rotary_side(count):
             return False
         return self.pages.available() >= taken + -(-count // PAGE_SIZE) + self._spare(newcomer)
+
+    def _stays_short(self, newcomer: GenerationRequest) -> bool:
+        """Whether a newcomer would find too few pages again. Asked often enough, it is let try: claims change."""
+        short = self._short
+        if short is None or short.newcomer is not newcomer or self.pages.available() > short.available:
+            return False
+        short.steps += 1
+        return short.steps <= _STEPS_SHORT
 
     def advance(self, request: GenerationRequest, tokens: int) -> None:
         """Note that so many more tokens are in the pool, and let others find the pages that are full now."""
