@@ -125,14 +125,27 @@ class Part:
         no_padding = int(self.lengths.min()) == longest
         return no_padding and self.new in (1, longest) and (window is None or longest <= window)
 
-    def mask(self, window: int | None, like: Tensor) -> Tensor:
-        """What to add to the scores, (sequences, 1, new, longest), of the kind of `like`; made once for all layers."""
+    def seen(self, queries: range, window: int | None) -> range:
+        """The keys that any of some new tokens of a sequence sees."""
+        if self.new == 1:
+            # Of several lengths.
+            return range(self.longest)
+        before = self.longest - self.new
+        begin = 0 if window is None else max(0, before + queries.start - window + 1)
+        return range(begin, before + queries.stop)
+
+    def mask(self, queries: range, keys: range, window: int | None, like: Tensor) -> Tensor:
+        """What to add to the scores, (sequences, 1, queries, keys), of the kind of `like`.
+
+        That of all queries is made once for all layers.
+        """
+        if len(queries) < self.new:
+            return self._mask(queries, keys, window, like)
         if window not in self._masks:
-            self._masks[window] = self.mask_of(range(self.new), range(self.longest), window, like)
+            self._masks[window] = self._mask(queries, keys, window, like)
         return self._masks[window]
 
-    def mask_of(self, queries: range, keys: range, window: int | None, like: Tensor) -> Tensor:
-        """As `mask`, for some of the queries and keys."""
+    def _mask(self, queries: range, keys: range, window: int | None, like: Tensor) -> Tensor:
         device = like.device
         lengths = torch.from_numpy(self.lengths)[:, None, None, None].to(device)
         position = torch.arange(keys.start, keys.stop, device=device)

@@ -94,8 +94,9 @@ def _attend_part(
 ) -> Tensor:
     count, new = len(part.lengths), part.new
     heads, kv_heads = query.shape[1], own[0].shape[1]
-    # (sequences, kv_heads, heads of each, new, width)
-    queries = query.view(count, new, kv_heads, heads // kv_heads, -1).permute(0, 2, 3, 1, 4)
+    rows = query.unflatten(0, (count, new))
+    # In a decode, the query heads of one key-value head become its rows: no key is copied for them.
+    rows = rows.reshape(count, kv_heads, heads // kv_heads, -1) if new == 1 else rows.transpose(1, 2)
     if part.table is None:
         keys, values = (x.unflatten(0, (count, new)) for x in own)
     else:
@@ -103,26 +104,26 @@ def _attend_part(
         pools = (step.pool.keys[layer], step.pool.values[layer])
         keys, values = (x.index_select(0, index).view(count, -1, *x.shape[2:])[:, : part.longest] for x in pools)
     keys, values = keys.transpose(1, 2), values.transpose(1, 2)
+    window = options.window
     most = _most_queries(part, query, options)
-    if most >= new:
-        outputs = [_attend_queries(part, queries, keys, values, options)]
-    else:
-        outputs = []
-        for first in range(0, new, most):
-            block = queries[:, :, :, first : first + most]
-            # The keys that any of these queries sees.
-            end = part.longest - new + first + block.shape[3]
-            begin = 0 if options.window is None else max(0, end - block.shape[3] - options.window + 1)
-            own_keys, own_values = keys[:, :, begin:end], values[:, :, begin:end]
-            mask = part.mask_of(range(first, first + block.shape[3]), range(begin, end), options.window, query)
-            outputs.append(_attend_masked(block, own_keys, own_values, mask, options))
-    out = torch.cat(outputs, 3) if len(outputs) > 1 else outputs[0]
+    outputs = []
+    for first in range(0, new, most):
+        at = range(first, min(first + most, new))
+        seen = part.seen(at, window)
+        needs_mask = not options.is_plain or len(at) < new or not part.is_causal(window)
+        mask = part.mask(at, seen, window, query) if needs_mask else None
+        q, k, v = rows, keys, values
+        if len(at) < new:
+            q = q[:, :, at.start : at.stop]
+        if len(seen) < keys.shape[2]:
+            k, v = k[:, :, seen.start : seen.stop], v[:, :, seen.start : seen.stop]
+        outputs.append(_attend(q, k, v, mask, options, is_decode=new == 1))
+    out = torch.cat(outputs, 2) if len(outputs) > 1 else outputs[0]
     # torch's attention gives finite numbers for some scores that are not finite: minus infinity, and on a CPU also NaN
     # where there are few keys. Where these sums of squares are finite, so is every score.
-    for squared in (queries.flatten(1, 2), keys):
-        norm = torch.linalg.vector_norm(squared, dim=(1, 2, 3), dtype=torch.float32).to(out.dtype)
-        out += 0 * norm.view(count, 1, 1, 1, 1)
-    return out.permute(0, 3, 1, 2, 4).reshape(count * new, heads, -1)
+    for squared in (rows, keys):
+        out += 0 * torch.linalg.vector_norm(squared, dim=(1, 2, 3), keepdim=True, dtype=torch.float32).to(out.dtype)
+    return out.reshape(count, heads, -1) if new == 1 else out.transpose(1, 2).flatten(0, 1)
 
 
 def _most_queries(part: Part, query: Tensor, options: AttentionOptions) -> int:
@@ -133,36 +134,24 @@ def _most_queries(part: Part, query: Tensor, options: AttentionOptions) -> int:
     return max(1, _MOST_SCORES // (len(part.lengths) * query.shape[1] * part.longest))
 
 
-def _attend_queries(part: Part, queries: Tensor, keys: Tensor, values: Tensor, options: AttentionOptions) -> Tensor:
-    """Attend all queries of a part: without a mask where none is needed, else with one that all layers share."""
-    is_causal = options.is_plain and part.is_causal(options.window)
-    if not is_causal:
-        return _attend_masked(queries, keys, values, part.mask(options.window, queries), options)
-    rows, is_decode = _rows(queries)
-    out = scaled_dot_product_attention(
-        rows, keys, values, is_causal=not is_decode, scale=options.scale, enable_gqa=rows.shape[1] != keys.shape[1]
-    )
-    return out.reshape(*queries.shape[:4], -1)
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: AttentionOptions, is_decode: bool) -> Tensor:
+    """Attend (sequences, heads, new, width), or (sequences, kv_heads, heads of each, width) for decodes.
 
-
-def _attend_masked(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, options: AttentionOptions) -> Tensor:
-    """Attend queries whose keys a mask, (sequences, 1, queries, keys), tells."""
-    if not options.is_plain:
-        return explicit_attention(queries, keys, values, mask, options)
-    rows, _ = _rows(queries)
-    out = scaled_dot_product_attention(
-        rows, keys, values, attn_mask=mask, scale=options.scale, enable_gqa=rows.shape[1] != keys.shape[1]
-    )
-    return out.reshape(*queries.shape[:4], -1)
-
-
-def _rows(queries: Tensor) -> tuple[Tensor, bool]:
-    """Queries as torch's attention takes them, and whether they are decodes.
-
-    In a decode, the heads of one key-value head become its rows: no key is copied for them.
+    A mask is (sequences, 1, new, keys); without one, each query sees the keys up to its own.
     """
-    is_decode = queries.shape[3] == 1
-    return (queries.squeeze(3), True) if is_decode else (queries.flatten(1, 2), False)
+    if not options.is_plain:
+        assert mask is not None
+        grouped = q.unsqueeze(3) if is_decode else q.unflatten(1, (k.shape[1], -1))
+        return explicit_attention(grouped, k, v, mask, options).reshape(*q.shape[:3], -1)
+    return scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=mask,
+        is_causal=mask is None and not is_decode,
+        scale=options.scale,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
 
 
 def explicit_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, options: AttentionOptions) -> Tensor:
