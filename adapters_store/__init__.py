@@ -1,6 +1,6 @@
 """The adapter format, its validation, and a store of immutable versions. See FORMAT.md."""
 
-from adapters_store.backends.store_root import is_new_store
+from adapters_store.backends.store_root import STORE_MARK, is_new_store
 from adapters_store.combinations import combination_digest, load_combination, parts_of
 from adapters_store.convert.combine import MAX_PARTS, Combination, combine
 from adapters_store.convert.compress import CompressedBundle, compress_bundle
@@ -46,6 +46,7 @@ __all__ = [
     "HEAD_FILE",
     "MAX_CHAT_TEMPLATE_BYTES",
     "MAX_PARTS",
+    "STORE_MARK",
     "Activation",
     "AdapterBundle",
     "AdapterConfig",

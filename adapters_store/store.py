@@ -542,6 +542,12 @@ class AdapterStore:
                 param="adapter",
             )
         known = ", ".join(f"v{version}" for version in versions[-5:])
+        if what is None:
+            return AdapterNotFound(
+                f"adapter {adapter!r} lacks the version that its alias {LATEST} names; name another one of {known}, "
+                "or run `sera-serve adapters collect-garbage`",
+                param="adapter",
+            )
         return AdapterNotFound(f"adapter {adapter!r} has no {what}; its newest are {known}", param="adapter")
 
 

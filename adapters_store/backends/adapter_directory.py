@@ -107,6 +107,12 @@ class AdapterDirectory:
         make_directory(self._aliases, self._root)
         put_text(self._alias_file(alias), record_text(AliasRecord(version=version)), f"{self._root}/tmp")
 
+    def mend_latest(self) -> None:
+        """Have `latest` name the newest version, where it names one that a copy of the store did not get."""
+        versions, latest = self.versions(), self._alias(LATEST)
+        if versions and latest is not None and latest not in versions:
+            self.set_alias(LATEST, versions[-1])
+
     def remove_alias(self, alias: str) -> None:
         """Remove an alias."""
         os.unlink(self._alias_file(alias))

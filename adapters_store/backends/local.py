@@ -169,6 +169,8 @@ class LocalBackend:
 
     def _collect(self) -> Freed:
         needed, adapters = self._read_everything(skip_damaged=False)
+        for adapter in adapters:
+            self._directory(adapter).mend_latest()
         self._names.repair(adapters)
         return self._bundles.repair(needed)
 

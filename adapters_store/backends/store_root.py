@@ -22,7 +22,8 @@ STORE_FORMAT = "sera-adapter-store"
 STORE_VERSION = 2
 # Version 1 has no `references` and no `names`.
 OLDEST_VERSION = 1
-_MARK = "store.json"
+STORE_MARK = "store.json"
+"""The file that makes a directory a store."""
 _FOLDERS = ("bundles", "adapters", "retired", "tmp", "locks")
 _INDEXES = ("references", f"names/{FIRST_SEGMENT}")
 # An ext4 volume mounted as the store's root has this directory from the start.
@@ -117,11 +118,11 @@ class StoreRoot:
     def ensure_reachable(self) -> None:
         """Raise `StoreUnavailable` if the store was removed or unmounted."""
         try:
-            os.stat(f"{self.path}/{_MARK}")
+            os.stat(f"{self.path}/{STORE_MARK}")
         except OSError as error:
             # A server's clients are told this too, and need not know where its store is.
             raise StoreUnavailable(
-                f"the store cannot be reached: {_MARK}: {error.strerror}; mount or restore the store's directory",
+                f"the store cannot be reached: {STORE_MARK}: {error.strerror}; mount or restore the store's directory",
                 param="store",
             ) from error
 
@@ -148,7 +149,7 @@ class StoreRoot:
             NotAStore: The directory is something else.
             UnsupportedStore: The store was written by a newer release.
         """
-        mark = f"{self.path}/{_MARK}"
+        mark = f"{self.path}/{STORE_MARK}"
         try:
             record = read_record(mark, StoreRecord)
         except FileNotFoundError:
@@ -179,7 +180,7 @@ class StoreRoot:
     def write_mark(self, version: int) -> None:
         """Record that this directory is a store of this version; only under a lock of writers."""
         mark = StoreRecord(format=STORE_FORMAT, version=version)
-        put_text(f"{self.path}/{_MARK}", record_text(mark), self.scratch)
+        put_text(f"{self.path}/{STORE_MARK}", record_text(mark), self.scratch)
 
     def _create(self) -> None:
         with self._refusals_typed(is_store=False):
@@ -250,12 +251,12 @@ def is_new_store(path: Path | str) -> bool:
     folder = os.path.abspath(path)
     if not os.path.lexists(folder):
         return True
-    return os.path.isdir(folder) and not os.path.lexists(f"{folder}/{_MARK}") and not _foreign_names(folder)
+    return os.path.isdir(folder) and not os.path.lexists(f"{folder}/{STORE_MARK}") and not _foreign_names(folder)
 
 
 def _foreign_names(path: str) -> set[str]:
     # The mark comes last, so a kill while a store is made leaves only these folders.
-    return set(names_in(path)) - {*_FOLDERS, "reserve", "references", "names", _MARK} - _FOREIGN_BUT_HARMLESS
+    return set(names_in(path)) - {*_FOLDERS, "reserve", "references", "names", STORE_MARK} - _FOREIGN_BUT_HARMLESS
 
 
 def is_full(error: StoreWriteFailed) -> bool:

@@ -12,6 +12,8 @@ from typing import Literal
 
 from concurrent_log_handler import ConcurrentRotatingFileHandler
 
+from adapters_store import STORE_MARK
+
 logger = logging.getLogger("sera_serve.access")
 
 AUDIT_FILE = "audit.jsonl"
@@ -122,6 +124,8 @@ class AuditLog:
     def _opened(self) -> ConcurrentRotatingFileHandler:
         with self._lock:
             if self._handler is None:
+                # A store whose disk is not mounted is an empty directory.
+                self.path.parent.parent.joinpath(STORE_MARK).stat()
                 self.path.parent.mkdir(mode=0o700, exist_ok=True)
                 self._handler = _Handler(
                     str(self.path), maxBytes=self._max_bytes, backupCount=self._keep, encoding="utf-8", chmod=0o600

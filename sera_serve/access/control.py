@@ -159,3 +159,8 @@ class AccessControl:
                 if not self._failed:
                     logger.error("%s; keys and shares stay as they were", error.message)
                 self._failed = True
+            except Exception:
+                # The thread must not end: nothing would see a revoked key any more.
+                if not self._failed:
+                    logger.exception("the access database holds what cannot be read; keys and shares stay as they were")
+                self._failed = True

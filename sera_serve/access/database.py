@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
+from adapters_store import STORE_MARK
 from sera_serve.errors import SeraServeError
 
 _FOLDER, _FILE = "access", "access.sqlite3"
@@ -145,6 +146,7 @@ class AccessDatabase:
         self._empty: sqlite3.Connection | None = None
         # Device and inode of the file that is open.
         self._opened: tuple[int, int] | None = None
+        self._is_read_only = False
         self._writes = 0
 
     @contextmanager
@@ -219,18 +221,22 @@ class AccessDatabase:
             self._connection = self._empty = None
 
     def _open(self, create: bool) -> sqlite3.Connection | None:
+        if create and self._is_read_only and os.access(self.path, os.W_OK):
+            # It was opened on a disk that was mounted read-only.
+            self._close_file()
         if self._connection is not None:
             # Raises where the file is gone: what was read of it is still right, and no file is not an empty one.
             if _identity(self.path) == self._opened:
                 return self._connection
             # It was restored from a backup. SQLite would go on with the old file, and would take the new one's journal
             # for that of the old one (https://www.sqlite.org/howtocorrupt.html, section 2.5).
-            self._connection.close()
-            self._connection = None
+            self._close_file()
             self._writes += 1
         if not self._is_there():
             if not create:
                 return None
+            # Where its disk is not mounted, a store is an empty directory. What is written there would be lost.
+            self.path.parent.parent.joinpath(STORE_MARK).stat()
             # Hashes of secrets are nobody else's business.
             self.path.parent.mkdir(mode=0o700, exist_ok=True)
             os.close(os.open(self.path, os.O_CREAT | os.O_WRONLY, 0o600))
@@ -244,7 +250,13 @@ class AccessDatabase:
             connection.close()
             raise
         self._connection, self._opened = connection, opened
+        self._is_read_only = not os.access(self.path, os.W_OK)
         return connection
+
+    def _close_file(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+        self._connection = None
 
     def _nothing(self) -> sqlite3.Connection:
         """Empty tables in memory, which are kept: to make them takes a millisecond."""
@@ -271,6 +283,12 @@ class AccessDatabase:
     def _migrate(self, connection: sqlite3.Connection) -> None:
         if _schema_version(connection) == len(MIGRATIONS):
             return
+        if _known_version(connection) and not os.access(self.path, os.W_OK):
+            raise AccessDatabaseError(
+                f"{_FOLDER}/{_FILE} of the store is of an older release, and cannot be written here; run `sera-serve "
+                "keys list` once where it can",
+                param="store",
+            )
         connection.execute("BEGIN IMMEDIATE")
         try:
             known = _known_version(connection)

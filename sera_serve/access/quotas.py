@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from adapters_store.errors import InvalidAdapterName
 from sera_serve.access.database import AccessDatabase
 from sera_serve.errors import InvalidConfiguration, SeraServeError
 
+logger = logging.getLogger("sera_serve.access")
 QuotaPriority = Literal["low", "normal", "high"]
 DEFAULT = "*"
 """In place of a tenant: each tenant without a limit of its own."""
@@ -168,6 +170,7 @@ class Quotas:
         self._settings: Mapping[str, Mapping[str, Limit]] = dict(settings or {})
         self._stored: Mapping[str, Mapping[str, Limit]] = {}
         self._others = Quota()
+        self._complaints: set[str] = set()
         self._by_tenant: Mapping[str, Quota] = {}
         self.refresh()
 
@@ -218,10 +221,19 @@ class Quotas:
             with self._database.reading() as connection:
                 for tenant, field, value in connection.execute("SELECT tenant, field, value FROM quotas"):
                     # A later release may know more limits.
-                    if field in QUOTA_FIELDS:
+                    if field not in QUOTA_FIELDS:
+                        continue
+                    try:
                         stored.setdefault(str(tenant), {})[str(field)] = json.loads(value)
+                    except ValueError:
+                        self._complain(f"the limit {field} of {tenant!r} in the database is no limit: {value!r}")
             self._stored = stored
             self._combine()
+
+    def _complain(self, message: str) -> None:
+        if message not in self._complaints:
+            self._complaints.add(message)
+            logger.error("%s; it does not count, set it anew or clear it with `sera-serve quotas`", message)
 
     def reload(self, settings: Mapping[str, Mapping[str, Limit]]) -> None:
         """Take the limits of a settings file that was read again, checked by `checked_quotas`. Waits for a disk."""

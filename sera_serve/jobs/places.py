@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from adapters_store import STORE_MARK
+
 
 class Places:
     """Paths below `jobs/`. Their names are ids that this server made; no text of a client is part of a path."""
@@ -16,9 +18,14 @@ class Places:
         self.lock = self.root / "lock"
 
     def make(self) -> None:
-        """Make the directories, which only the server's own user may read."""
+        """Make the directories, which only the server's own user may read.
+
+        Raises:
+            OSError: The store is not there, as where its disk is not mounted, or cannot be written.
+        """
+        self.root.parent.joinpath(STORE_MARK).stat()
         for folder in (self.root, self.files, self.runs):
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            folder.mkdir(mode=0o700, exist_ok=True)
 
     def file(self, file_id: str) -> Path:
         """The bytes of an uploaded file."""

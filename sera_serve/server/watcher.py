@@ -72,6 +72,8 @@ class WatchedDirectory:
         self._published: dict[str, tuple[str, Signature | None]] = {}
         # Tenants and adapters that no poll has been able to read; None before the first poll.
         self._unread: set[str] | None = None
+        # The file systems of the directory ("") and of its tenants' folders, as of the last poll that took their word.
+        self._devices: dict[str, int] = {}
         # Polls in a row in which a published adapter was absent.
         self._absent: dict[str, int] = {}
         # The last refusal of each adapter that is tried again.
@@ -85,8 +87,10 @@ class WatchedDirectory:
             Names of adapters that are new or changed and quiet since, and names of published ones that are gone. One
             is gone only after several polls without it: network file systems show absences that are none.
 
+        What is absent because a file system was unmounted is not gone.
+
         Raises:
-            OSError: The directory cannot be read: it was removed or unmounted. Nothing counts as gone then.
+            OSError: The directory cannot be read, or is not there. Nothing counts as gone then.
         """
         found, present, unread = self._scan()
         before = self._unread
@@ -153,12 +157,14 @@ class WatchedDirectory:
         present: set[str] = set()
         seen: set[str] = set()
         unread: set[str] = set()
+        devices = {"": self.root.stat().st_dev}
         with os.scandir(self.root) as tenants:
             folders = sorted(tenants, key=lambda entry: entry.name)
         for folder in folders:
             if folder.name.startswith("."):
                 continue
             try:
+                devices[folder.name] = Path(folder.path).stat().st_dev
                 entries = sorted(os.scandir(folder.path), key=lambda entry: entry.name) if folder.is_dir() else []
             except (FileNotFoundError, NotADirectoryError):
                 # It vanished between two calls.
@@ -175,9 +181,26 @@ class WatchedDirectory:
                     self._complain(seen, f"{entry.path} cannot be read; its adapter stays as it is: {error}")
                     # What is no directory any more may have been one.
                     unread.update(f"{folder.name}/{stem}" for stem in (entry.name, _stem(entry.name)))
+        present |= unread | found.keys()
+        present |= self._unmounted(devices, self._published.keys() - present, seen)
         # A complaint whose reason is gone may come again.
         self._complaints &= seen
-        return found, present | unread | found.keys(), unread
+        return found, present, unread
+
+    def _unmounted(self, devices: dict[str, int], missing: set[str], seen: set[str]) -> set[str]:
+        """Those of the missing adapters that lay on a file system that is not there any more."""
+        moved = {place for place, device in devices.items() if self._devices.get(place, device) != device}
+        lost = {name for name in missing if not moved.isdisjoint(("", parse_adapter(name)[0]))}
+        for place in sorted(moved):
+            if names := sorted(name for name in lost if not place or name.startswith(f"{place}/")):
+                self._complain(
+                    seen,
+                    f"{self.root / place} lies on another file system than before, so what it lacks stays as it is "
+                    f"({names[0]}{' and more' * (len(names) > 1)}); mount it again, or start the server again",
+                )
+                devices[place] = self._devices[place]
+        self._devices = self._devices | devices
+        return lost
 
     def _look_at(
         self, tenant: str, entry: os.DirEntry[str], found: dict[str, tuple[str, Signature | None]], seen: set[str]

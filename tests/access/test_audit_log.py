@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from adapters_store import STORE_MARK, AdapterStore
 from sera_serve.access import COMMAND, Actor, AuditLog
 
 WRITERS, LINES = 4, 60
 
 
 def test_lines_have_who_what_when_and_where(tmp_path: Path) -> None:
-    log = AuditLog(tmp_path)
+    log = AuditLog(AdapterStore(tmp_path).root)
     actor = Actor("http", "0123456789ab", "10.0.0.1", "req-1")
     log.record("alias.set", actor, tenant="acme", target="acme/x", alias="stable", version=3)
     log.record("key.create", COMMAND, tenant="ü", target="a\nb")
@@ -44,7 +45,7 @@ def test_no_line_is_lost_where_several_write_and_begin_new_files(
     monkeypatch.setattr("sera_serve.access.audit._MEBIBYTE", 1 << 10)
 
     def write(writer: int) -> None:
-        log = AuditLog(tmp_path, max_mib=4, keep=100)
+        log = AuditLog(AdapterStore(tmp_path).root, max_mib=4, keep=100)
         for line in range(LINES):
             log.record("adapter.publish", COMMAND, tenant="acme", target=f"{writer}-{line}")
         log.close()
@@ -60,14 +61,14 @@ def test_no_line_is_lost_where_several_write_and_begin_new_files(
 
 def test_old_files_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sera_serve.access.audit._MEBIBYTE", 1)
-    log = AuditLog(tmp_path, max_mib=1, keep=2)
+    log = AuditLog(AdapterStore(tmp_path).root, max_mib=1, keep=2)
     for line in range(9):
         log.record("job.create", COMMAND, tenant="acme", target=str(line))
     log.close()
     found = {file.name: json.loads(file.read_text())["target"] for file in (tmp_path / "access").glob("audit.jsonl*")}
     assert found == {"audit.jsonl": "8", "audit.jsonl.1": "7", "audit.jsonl.2": "6"}
     # A command begins no new file.
-    command = AuditLog(tmp_path, max_mib=0)
+    command = AuditLog(AdapterStore(tmp_path).root, max_mib=0)
     command.record("job.create", COMMAND, tenant="acme", target="9")
     command.close()
     assert len(log.path.read_text().splitlines()) == 2
@@ -76,10 +77,14 @@ def test_old_files_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_failure_is_logged_with_the_line_and_raises_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "access").write_text("no folder")
     (tmp_path / "other" / "access" / "audit.jsonl").mkdir(parents=True)
-    for store in (tmp_path, tmp_path / "other", tmp_path / "nowhere"):
+    for store in (tmp_path, tmp_path / "other"):
+        (store / STORE_MARK).touch()
+    (tmp_path / "unmounted").mkdir()
+    for store in (tmp_path, tmp_path / "other", tmp_path / "unmounted", tmp_path / "nowhere"):
         log = AuditLog(store)
         with caplog.at_level(logging.ERROR, "sera_serve.access"):
             log.record("key.revoke", COMMAND, tenant="acme", target="0123456789ab")
         log.close()
         assert "0123456789ab" in caplog.text and "cannot be written" in caplog.text
         caplog.clear()
+    assert not list((tmp_path / "unmounted").iterdir())

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sqlite3
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
+from adapters_store import STORE_MARK, AdapterStore
 from adapters_store.errors import InvalidAdapterName
 from sera_serve.access import (
     EVERYONE,
@@ -19,17 +22,19 @@ from sera_serve.access import (
     AccessDatabaseError,
     KeyNotFound,
     Keys,
+    Quotas,
     Shares,
 )
 from sera_serve.access.keys import is_secret_of, key_id_of
 from sera_serve.errors import InvalidRequest
+from sera_serve.jobs import Places
 from support.live_server import wait_until
 from support.small_disk import fill_bytes, mounted, small_disk
 
 
 @pytest.fixture
 def database(tmp_path: Path) -> Iterator[AccessDatabase]:
-    database = AccessDatabase(tmp_path)
+    database = AccessDatabase(AdapterStore(tmp_path).root)
     yield database
     database.close()
 
@@ -101,11 +106,11 @@ def test_shares_are_kept_by_adapter(database: AccessDatabase) -> None:
 
 
 def test_changes_of_another_process_are_seen_in_time(tmp_path: Path) -> None:
-    control = AccessControl(AccessDatabase(tmp_path))
+    control = AccessControl(AccessDatabase(AdapterStore(tmp_path).root))
     heard: list[float] = []
     control.on_change(lambda: heard.append(time.monotonic()))
     control.start()
-    other = AccessDatabase(tmp_path)
+    other = AccessDatabase(AdapterStore(tmp_path).root)
     try:
         assert not control.needs_keys and control.key_of("sk-sera-x") is None
         made = Keys(other).create("acme", ["infer"])
@@ -172,10 +177,10 @@ def test_a_listener_that_failed_is_called_again(database: AccessDatabase) -> Non
 
 
 def test_a_file_that_was_restored_is_read_and_written(tmp_path: Path) -> None:
-    by_commands = Keys(AccessDatabase(tmp_path))
+    by_commands = Keys(AccessDatabase(AdapterStore(tmp_path).root))
     old = by_commands.create("acme", ["infer"])
     backup = tmp_path / "backup"
-    database = AccessDatabase(tmp_path)
+    database = AccessDatabase(AdapterStore(tmp_path).root)
     shutil.copy(database.path, backup)
     control = AccessControl(database)
     control.start()
@@ -234,7 +239,7 @@ def test_an_empty_file_holds_no_keys(database: AccessDatabase) -> None:
 
 def test_a_full_disk_refuses_a_key_and_serves_the_others(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk") as disk:
-        control = AccessControl(AccessDatabase(disk))
+        control = AccessControl(AccessDatabase(AdapterStore(disk).root))
         fill_bytes(disk)
         with pytest.raises(AccessDatabaseError, match="check the disk"):
             control.keys.create("acme", ["infer"])
@@ -252,10 +257,73 @@ def test_a_full_disk_refuses_a_key_and_serves_the_others(tmp_path: Path) -> None
         control.stop()
 
 
+def test_nothing_is_written_where_the_store_is_not_there(tmp_path: Path) -> None:
+    """Below the mount of a store is an empty directory: a key that is written there is lost."""
+    root = AdapterStore(tmp_path / "store").root
+    control, places = AccessControl(AccessDatabase(root)), Places(root)
+    mark = root / STORE_MARK
+    mark.rename(tmp_path / "away")
+    with pytest.raises(AccessDatabaseError, match="No such file"):
+        control.keys.create("acme", ["infer"])
+    with pytest.raises(FileNotFoundError):
+        places.make()
+    assert not (root / "access").exists() and not (root / "jobs").exists()
+    (tmp_path / "away").rename(mark)
+    made = control.keys.create("acme", ["infer"])
+    control.refresh()
+    assert control.key_of(made.secret) == made.key
+    places.make()
+
+
+def test_a_disk_that_becomes_writable_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = AdapterStore(tmp_path / "store").root
+    made = Keys(AccessDatabase(root)).create("acme", ["infer"])
+    access, is_writable = os.access, False
+    monkeypatch.setattr(os, "access", lambda path, mode: access(path, mode) and (is_writable or mode != os.W_OK))
+    keys = Keys(AccessDatabase(root))
+    assert [key.id for key in keys.all()] == [made.key.id]
+    with pytest.raises(AccessDatabaseError, match="readonly"):
+        keys.create("acme", ["infer"])
+    is_writable = True
+    assert len({keys.create("acme", ["infer"]).key.id, made.key.id, *(key.id for key in keys.all())}) == 2
+
+
+def test_an_older_file_on_a_read_only_disk_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    database = AccessDatabase(AdapterStore(tmp_path / "store").root)
+    Keys(database).create("acme", ["infer"])
+    database.close()
+    with closing(sqlite3.connect(database.path)) as connection:
+        connection.execute("PRAGMA user_version = 3")
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: access(path, mode) and mode != os.W_OK)
+    with pytest.raises(AccessDatabaseError, match="older release, and cannot be written here; run `sera-serve"):
+        Keys(database).all()
+
+
+def test_a_fault_in_the_tables_ends_no_watch(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = AdapterStore(tmp_path / "store").root
+    database = AccessDatabase(root)
+    made = Keys(database).create("acme", ["infer"])
+    control = AccessControl(AccessDatabase(root))
+    quotas = Quotas(control.database)
+    control.on_change(quotas.refresh)
+    failing = [ZeroDivisionError("a listener's own fault")]
+    control.on_change(lambda: failing and (_ for _ in ()).throw(failing[0]))
+    control.start()
+    with database.writing() as connection:
+        connection.execute("INSERT INTO quotas (tenant, field, value) VALUES ('acme', 'max_priority', 'high')")
+    wait_until(lambda: "max_priority of 'acme'" in caplog.text and "cannot be read" in caplog.text)
+    assert quotas.of("acme").max_priority is None
+    Keys(database).revoke(made.key.id)
+    wait_until(lambda: control._view.keys[made.key.id].status == "revoked")
+    failing.clear()
+    control.stop()
+
+
 def test_a_read_only_store_is_read(tmp_path: Path) -> None:
     (tmp_path / "store").mkdir()
     with small_disk(tmp_path / "disk") as disk:
-        database = AccessDatabase(disk)
+        database = AccessDatabase(AdapterStore(disk).root)
         with mounted(tmp_path / "store", "--bind", str(disk)) as store:
             control = AccessControl(AccessDatabase(store))
             assert not control.needs_keys

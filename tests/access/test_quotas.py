@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from adapters_store import AdapterStore
 from sera_serve.access import AccessControl, AccessDatabase, PriorityNotAllowed, Quota, Quotas, TrainingQuotaExceeded
 from sera_serve.cli import build_cli
 from sera_serve.config import load_settings
@@ -18,9 +19,7 @@ from sera_serve.errors import InvalidConfiguration
 
 @pytest.fixture
 def database(tmp_path: Path) -> AccessDatabase:
-    root = tmp_path / "store"
-    root.mkdir()
-    return AccessDatabase(root)
+    return AccessDatabase(AdapterStore(tmp_path / "store").root)
 
 
 def test_the_first_source_of_each_limit_decides(database: AccessDatabase) -> None:

@@ -13,6 +13,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -241,6 +242,45 @@ def test_a_file_that_vanishes_within_an_adapter_withdraws_nothing(
     assert [directory.poll() for _ in range(4)] == [([], [])] * 4
     (target / WEIGHTS).write_bytes(b"other")
     assert [directory.poll() for _ in range(3)] == [([], []), ([], []), (["acme/one"], [])]
+
+
+@pytest.mark.parametrize("place", ["", "acme"])
+def test_what_was_unmounted_is_not_gone(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The empty directory below a mount is readable."""
+    root, devices = tmp_path / "watched", {"": 1, "acme": 1, "beta": 1}
+    names = ["acme/one", "acme/two", "beta/three"]
+    for name in names:
+        (root / name).mkdir(parents=True)
+        (root / name / WEIGHTS).write_bytes(b"x")
+    stat = Path.stat
+
+    def on_devices(path: Path, **options: Any) -> Any:
+        found = stat(path, **options)
+        place = "" if path == root else path.name
+        return os.stat_result((*found[:2], devices.get(place, found.st_dev), *found[3:10]))
+
+    monkeypatch.setattr(Path, "stat", on_devices)
+    directory = watcher.WatchedDirectory(root)
+    ready = [directory.poll() for _ in range(3)][-1][0]
+    assert ready == names
+    for name in names:
+        directory.mark_handled(name, published=True)
+    away = tmp_path / "away"
+    (root / place / "two" if place else root / "acme").rename(away)
+    devices |= {place: 2}
+    for _ in range(5):
+        assert directory.poll() == ([], [])
+    # Mounted again, it has one adapter less, which is now gone.
+    away.rename(root / place / "two" if place else root / "acme")
+    devices |= {place: 1}
+    shutil.rmtree(root / "acme" / "one")
+    assert [directory.poll()[1] for _ in range(3)][1:] == [["acme/one"], ["acme/one"]]
+    # Another file system that has everything is taken as it is.
+    directory.forget("acme/one")
+    devices |= {place: 3}
+    assert directory.poll() == ([], [])
+    shutil.rmtree(root / "acme" / "two")
+    assert [directory.poll()[1] for _ in range(2)] == [[], ["acme/two"]]
 
 
 def test_what_was_refused_is_looked_at_again_when_it_comes_back(tmp_path: Path) -> None:

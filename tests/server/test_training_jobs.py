@@ -295,7 +295,7 @@ def test_bytes_that_no_record_names_are_swept(tmp_path: Path) -> None:
     from sera_serve.access import AccessDatabase
     from sera_serve.jobs import Places, TrainingFiles
 
-    places = Places(tmp_path)
+    places = Places(AdapterStore(tmp_path).root)
     places.make()
     files = TrainingFiles(AccessDatabase(tmp_path), places, 1 << 20)
     places.file("file-dead").write_bytes(b"x")

@@ -50,6 +50,21 @@ def test_damaged_bundle_is_never_served_and_publishing_heals_it(
     store.check_integrity()
 
 
+def test_a_copy_without_the_newest_version_is_mended(store: AdapterStore, tmp_path: Path) -> None:
+    """A copy that was made while an adapter was published has the alias, and lacks the version."""
+    for seed in (1, 2, 3):
+        store.publish(make_bundle(seed), NAME)
+    shutil.copytree(store.root, tmp_path / "copy")
+    copy = AdapterStore(tmp_path / "copy")
+    (copy.root / "adapters" / NAME / "versions" / "v3.json").unlink()
+    with pytest.raises(AdapterNotFound, match="its alias latest names; name another one of v1, v2"):
+        copy.resolve(NAME)
+    copy.collect_garbage()
+    assert copy.resolve(NAME).version == 2
+    assert [info.adapter for info in copy.iter_adapters()] == [NAME]
+    copy.check_integrity()
+
+
 @pytest.mark.parametrize("width", [8, 1 << 17], ids=["small", "hashed on a thread"])
 def test_work_on_a_damaged_bundle_ends_in_that_error(store: AdapterStore, width: int) -> None:
     modules = {Q: dict(MODULE, d_in=width)}
