@@ -6,10 +6,14 @@ import time
 
 from adapters_store import check_part, parse_adapter
 from sera_serve.access.database import AccessDatabase
+from sera_serve.access.quotas import QuotaExceeded
 from sera_serve.errors import InvalidRequest
 
 EVERYONE = "*"
 """In place of a tenant: every tenant."""
+# Every server holds all shares in memory, and reads them again when one changes.
+MAX_SHARES = 1000
+MAX_SHARES_OF_TENANT = 10_000
 
 
 class Shares:
@@ -28,6 +32,7 @@ class Shares:
         Raises:
             InvalidAdapterName: `adapter` or `tenant` is not of its form.
             InvalidRequest: `tenant` is the adapter's own.
+            QuotaExceeded: The adapter, or its tenant, has as many shares as may be.
         """
         owner, _ = parse_adapter(adapter)
         if tenant != EVERYONE:
@@ -35,7 +40,22 @@ class Shares:
         if tenant == owner:
             raise InvalidRequest(f"{adapter} is {tenant}'s own; name another tenant, or *", param="with")
         with self._database.writing() as connection:
-            connection.execute("INSERT OR IGNORE INTO shares VALUES (?, ?, ?)", (adapter, tenant, time.time()))
+            done = connection.execute("INSERT OR IGNORE INTO shares VALUES (?, ?, ?)", (adapter, tenant, time.time()))
+            if not done.rowcount:
+                return
+            for what, most, first, end in (
+                (adapter, MAX_SHARES, adapter, adapter + "\0"),
+                # The character after the slash.
+                (owner, MAX_SHARES_OF_TENANT, owner + "/", owner + "0"),
+            ):
+                query = "SELECT count(*) FROM shares WHERE adapter >= ? AND adapter < ?"
+                (count,) = connection.execute(query, (first, end)).fetchone()
+                if count > most:
+                    # The block takes the new one back.
+                    raise QuotaExceeded(
+                        f"{what} has {most} shares, the most that may be; end some, or share with {EVERYONE!r}",
+                        param="with",
+                    )
 
     def remove(self, adapter: str, tenant: str) -> bool:
         """End a share. Returns whether there was one."""

@@ -60,10 +60,10 @@ class Executors:
     def of(cls, settings: ServeSettings) -> Executors:
         """Make the executors of one app. No thread is started yet."""
         return cls(
-            listing=BoundedExecutor("listing", 1, _MAX_WAITING, _LISTING_REST),
+            listing=BoundedExecutor("listing", 1, _MAX_WAITING, _LISTING_REST, _MAX_WAITING // 2),
             publishing=BoundedExecutor("publishing", 1, settings.max_uploads),
-            changing=BoundedExecutor("changing", _CHANGING_THREADS, _MAX_WAITING),
-            forms=BoundedExecutor("reading forms", 1, _MAX_WAITING),
+            changing=BoundedExecutor("changing", _CHANGING_THREADS, _MAX_WAITING, 0, _MAX_WAITING // 2),
+            forms=BoundedExecutor("reading forms", 1, _MAX_WAITING, 0, _MAX_WAITING // 2),
         )
 
     def close(self) -> None:
@@ -104,8 +104,14 @@ class RequestContext:
         return await cancel_on_disconnect(self.request.receive, work)
 
     async def run(self, executor: BoundedExecutor, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """`finish`, for a function that blocks. What has not begun when the client leaves is not begun."""
-        return await self.finish(executor.run(work, *args, **kwargs))
+        """`finish`, for a function that blocks. What has not begun when the client leaves is not begun.
+
+        Tenants with keys take turns, one call of each at a time.
+        """
+        tenant = self.caller.tenant
+        if tenant is None:
+            return await self.finish(executor.run(work, *args, **kwargs))
+        return await self.finish(executor.run_in_turn(tenant, work, *args, **kwargs))
 
     def open_account(self, principal: Principal, asked: Priority | None) -> Account:
         """Open the account of the request, which names a priority or none; raises as `Accounting.open` does."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections import Counter
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from sera_serve.errors import Overloaded
+from sera_serve.errors import Overloaded, TenantOverloaded
 from sera_serve.server.accounting import Meter, RequestRecord
 from sera_serve.server.errors import BodyTooLarge, error_response
 from sera_serve.server.loop_watch import LoopWatch, route_of
@@ -101,8 +102,8 @@ class BodyLimit:
 
     A body whose announced length exceeds the limit is refused before any byte is read. Other bodies are refused when
     the bytes read exceed the limit. Starlette's own middleware would refuse an announced length in plain text.
-    Many clients can send their bodies slowly at the same time, so the bytes of all bodies together have a limit too. A
-    short body is never refused for it.
+    Many clients can send their bodies slowly at the same time, so the bytes of all bodies together have a limit too,
+    and those of one tenant's keys half of it. A short body is never refused for it.
     """
 
     def __init__(
@@ -126,7 +127,8 @@ class BodyLimit:
             FILES_PATH: (max_file + _FORM_OVERHEAD, "max_training_file_mib", "file"),
         }
         self._max_held = max(_MAX_HELD, _MAX_HELD_BODIES * self.max_image_body)
-        self._held = 0
+        # Bytes by the tenant of the key; None is those without a key.
+        self._held: Counter[str | None] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run one request."""
@@ -149,20 +151,28 @@ class BodyLimit:
             await response(scope, receive, send)
             return
         received = 0
+        tenant = scope["state"]["caller"].tenant
 
         async def limited() -> Message:
             nonlocal received
             message = await receive()
             count = len(message.get("body", b""))
             received += count
-            self._held += 0 if upload else count
+            self._held[tenant] += 0 if upload else count
             if received > limit:
                 raise too_large
-            if not upload and self._held > self._max_held and received > _SHORT_BODY:
-                raise Overloaded("the bodies of too many requests are under way; send the request again later")
+            if not upload and received > _SHORT_BODY:
+                if self._held.total() > self._max_held:
+                    raise Overloaded("the bodies of too many requests are under way; send the request again later")
+                if tenant is not None and self._held[tenant] > self._max_held // 2:
+                    raise TenantOverloaded(
+                        f"the bodies of too many requests of tenant {tenant!r} are under way; send it again later"
+                    )
             return message
 
         try:
             await self.app(scope, limited, send)
         finally:
-            self._held -= 0 if upload else received
+            self._held[tenant] -= 0 if upload else received
+            if not self._held[tenant]:
+                del self._held[tenant]

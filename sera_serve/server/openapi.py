@@ -27,10 +27,10 @@ the header `X-Request-Id`. Every error has the body `ErrorResponse`.
 Each path that answers GET answers HEAD too. Each path answers OPTIONS with 204 and the header `Allow`. Another method
 is answered 405 with `Allow`, and an unknown path 404."""
 # Refused before the route, or by what all routes share.
-_ANY_ROUTE = (400, 401, 403, 408, 413, 414, 415, 422, 431, 500, 503)
+_ANY_ROUTE = (400, 401, 403, 408, 413, 414, 415, 422, 429, 431, 500, 503)
 _BY_ROUTE: dict[tuple[str, str], tuple[int, ...]] = {
-    ("post", "/v1/generate"): (404, 429, 504),
-    ("post", "/v1/classify"): (404, 429, 504),
+    ("post", "/v1/generate"): (404, 504),
+    ("post", "/v1/classify"): (404, 504),
     ("get", "/v1/adapters"): (),
     ("post", "/v1/adapters"): (507,),
     ("get", "/v1/adapters/{tenant}/{name}"): (404,),
@@ -53,10 +53,10 @@ _BY_ROUTE: dict[tuple[str, str], tuple[int, ...]] = {
     ("delete", "/v1/quotas/{tenant}"): (),
     ("post", "/v1/load_lora_adapter"): (507,),
     ("post", "/v1/unload_lora_adapter"): (404, 409, 507),
-    ("post", "/v1/completions"): (404, 429, 504),
-    ("post", "/v1/chat/completions"): (404, 429, 504),
-    ("post", "/v1/responses"): (404, 429, 504),
-    ("post", "/v1/embeddings"): (404, 429, 504),
+    ("post", "/v1/completions"): (404, 504),
+    ("post", "/v1/chat/completions"): (404, 504),
+    ("post", "/v1/responses"): (404, 504),
+    ("post", "/v1/embeddings"): (404, 504),
     ("get", "/v1/models"): (),
     ("get", "/v1/models/{model}"): (404,),
     ("delete", "/v1/models/{model}"): (404, 409, 507),
@@ -65,14 +65,14 @@ _BY_ROUTE: dict[tuple[str, str], tuple[int, ...]] = {
     ("get", "/v1/files/{file_id}"): (404,),
     ("delete", "/v1/files/{file_id}"): (404, 409),
     ("get", "/v1/files/{file_id}/content"): (404, 507),
-    ("post", "/v1/fine_tuning/jobs"): (404, 429),
+    ("post", "/v1/fine_tuning/jobs"): (404,),
     ("get", "/v1/fine_tuning/jobs"): (404,),
     ("get", "/v1/fine_tuning/jobs/{job_id}"): (404,),
     ("post", "/v1/fine_tuning/jobs/{job_id}/cancel"): (404, 409),
     ("get", "/v1/fine_tuning/jobs/{job_id}/events"): (404,),
     ("get", "/v1/fine_tuning/jobs/{job_id}/checkpoints"): (404,),
-    ("post", "/tokenize"): (404, 429),
-    ("post", "/detokenize"): (404, 429),
+    ("post", "/tokenize"): (404,),
+    ("post", "/detokenize"): (404,),
     ("get", "/v1/stats"): (),
     ("get", "/healthz"): (),
     ("get", "/readyz"): (),

@@ -22,9 +22,11 @@ from sera_serve.access import (
     AccessDatabaseError,
     KeyNotFound,
     Keys,
+    QuotaExceeded,
     Quotas,
     Shares,
 )
+from sera_serve.access import shares as shares_module
 from sera_serve.access.keys import is_secret_of, key_id_of
 from sera_serve.errors import InvalidRequest
 from sera_serve.jobs import Places
@@ -255,6 +257,27 @@ def test_a_full_disk_refuses_a_key_and_serves_the_others(tmp_path: Path) -> None
         control.refresh()
         assert control.key_of(made.secret) == made.key
         control.stop()
+
+
+def test_shares_are_bounded(database: AccessDatabase, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shares_module, "MAX_SHARES", 3)
+    monkeypatch.setattr(shares_module, "MAX_SHARES_OF_TENANT", 5)
+    shares = Shares(database)
+    for number in range(3):
+        shares.add("acme/one", f"t{number}")
+    with pytest.raises(QuotaExceeded, match=r"acme/one has 3 shares, .*; end some, or share with '\*'"):
+        shares.add("acme/one", "t3")
+    shares.add("acme/one", "t0")
+    assert shares.of("acme/one") == ["t0", "t1", "t2"]
+    for number in range(2):
+        shares.add("acme/two", f"t{number}")
+    with pytest.raises(QuotaExceeded, match="acme has 5 shares"):
+        shares.add("acme/three", "t0")
+    # Neighbours of the name are other tenants.
+    for adapter in ("acm/one", "acme-b/one", "acme0/one"):
+        shares.add(adapter, "t0")
+    shares.remove("acme/one", "t2")
+    shares.add("acme/three", "t0")
 
 
 def test_nothing_is_written_where_the_store_is_not_there(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -19,7 +20,8 @@ from adapters_store import AdapterBundle, AdapterStore
 from sera_serve import SeraConfig
 from sera_serve.base import FrozenBase
 from sera_serve.config import ServeSettings
-from sera_serve.server import build_app
+from sera_serve.server import build_app, middleware
+from sera_serve.server.middleware import BodyLimit
 from sera_serve.server.native.uploads import TooManyUploads, UploadSlots
 from sera_serve.server.openai.texts import Texts
 from support.answers import refused
@@ -149,3 +151,65 @@ def test_a_single_upload_at_once_is_any_tenants() -> None:
     with slots.take("modest"):
         assert slots.count() == 1
     assert slots.count() == 0
+
+
+@pytest.mark.parametrize("kind", ["listing", "changing"])
+def test_lists_and_changes_of_one_tenant_hold_up_no_other(served: Served, kind: str) -> None:
+    """A greedy tenant fills its half of what may wait, and is told so; another one's calls come at once."""
+    greedy, modest = (served.clients[tenant] for tenant in TENANTS)
+    opened = threading.Event()
+    executor = getattr(served.app.state.executors, kind)
+    with ThreadPoolExecutor(40) as threads:
+        blocked = threads.submit(lambda: asyncio.run(executor.run_in_turn("greedy", opened.wait, 20)))
+        try:
+            wait_until(lambda: executor.calls() == 1)
+            path = "/v1/adapters" if kind == "listing" else "/v1/adapters/{}/chat"
+            asked = [threads.submit(greedy.get, path.format("greedy"), timeout=20) for _ in range(39)]
+            wait_until(lambda: sum(call.done() for call in asked) == 7)
+            for call in asked:
+                if call.done():
+                    refused(call.result(), 429, "tenant_overloaded")
+            if kind == "changing":
+                assert modest.get(path.format("modest"), timeout=5).status_code == 200
+            else:
+                # There is one thread: the other tenant's call is the next one, before all of these.
+                other = threads.submit(modest.get, path, timeout=20)
+                wait_until(lambda: executor.calls() == 34)
+        finally:
+            opened.set()
+        assert blocked.result()
+        if kind == "listing":
+            assert other.result().status_code == 200
+        assert sum(call.result().status_code == 200 for call in asked) == 32
+
+
+@pytest.fixture
+def room_for_bodies(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Bytes of all bodies under way."""
+    monkeypatch.setattr(middleware, "_MAX_HELD", 500 << 10)
+    monkeypatch.setattr(middleware, "_MAX_HELD_BODIES", 0)
+    return 500 << 10
+
+
+def test_bodies_of_one_tenant_leave_room_for_those_of_others(room_for_bodies: int, served: Served) -> None:
+    greedy, modest = (served.clients[tenant] for tenant in TENANTS)
+    key = greedy.headers["Authorization"]
+    place = served.url.removeprefix("http://")
+    head = (
+        f"POST /v1/generate HTTP/1.1\r\nHost: {place}\r\nAuthorization: {key}\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {room_for_bodies}\r\n\r\n"
+    )
+    host, port = place.split(":")
+    body = {"prompt": "x" * (100 << 10)}
+    limit: Any = served.app.middleware_stack
+    while not isinstance(limit, BodyLimit):
+        limit = limit.app
+    assert greedy.post("/v1/generate", json=body).status_code == 200
+    with socket.create_connection((host, int(port)), timeout=10) as begun:
+        begun.sendall(head.encode() + b" " * (room_for_bodies // 2 - 1))
+        # No other body before all of it is there: this one could be the one that is refused.
+        wait_until(lambda: limit._held["greedy"] >= room_for_bodies // 2 - 1)
+        refused(greedy.post("/v1/generate", json=body), 429, "tenant_overloaded")
+        assert modest.post("/v1/generate", json=body).status_code == 200
+        assert greedy.post("/v1/generate", json={"prompt": "short"}).status_code == 200
+    wait_until(lambda: greedy.post("/v1/generate", json=body).status_code == 200)
