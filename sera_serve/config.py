@@ -192,7 +192,8 @@ class ServeSettings(BaseSettings):
     )
     lora_path_root: Path | None = Field(
         None,
-        description="directory below which /v1/load_lora_adapter may load paths; by default that route is off",
+        description="directory below which /v1/load_lora_adapter may load paths; by default that route is off. "
+        "With keys, a tenant loads from the directory of its own name there",
     )
     drain_s: float = Field(
         0,

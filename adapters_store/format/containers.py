@@ -114,7 +114,8 @@ def read_file(path: str, max_bytes: int, within: Path | None = None) -> memoryvi
     """
     name = os.path.basename(path)
     if not os.path.isfile(path):
-        raise MissingFile(f"{path} is not a regular file", param=name)
+        # With a bound the path is the server's own, and a client reads the error.
+        raise MissingFile(f"{path if within is None else name} is not a regular file", param=name)
     # Writable memory, so that tensors can share it and a bundle is held once.
     with open(path, "rb") as file:
         if within is not None and not _opened_path(file.fileno(), path).is_relative_to(within.resolve()):

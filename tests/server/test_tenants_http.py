@@ -48,10 +48,23 @@ def root(tmp_path_factory: pytest.TempPathFactory, base: FrozenBase, sorter: Ada
 
 
 @pytest.fixture(scope="module")
-def people(root: Path, base: FrozenBase, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clients]:
+def lora_paths(sorter: AdapterBundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory of each tenant, and an adapter of none."""
+    top = tmp_path_factory.mktemp("lora_paths")
+    for path in ("acme/ad", "acme-2/ad", "rival/ad", "common"):
+        sorter.save(top / path)
+    (top / "rival" / "link").symlink_to(top / "acme" / "ad")
+    (top / "rival" / "split").mkdir()
+    for file in (top / "acme" / "ad").iterdir():
+        (top / "rival" / "split" / file.name).symlink_to(file)
+    (top / "acme" / "out").symlink_to("/etc")
+    return top
+
+
+@pytest.fixture(scope="module")
+def people(root: Path, base: FrozenBase, lora_paths: Path) -> Iterator[Clients]:
     """Clients with keys of acme, of rival, and of an admin who belongs to a tenant of its own."""
     store = AdapterStore(root)
-    lora_paths = tmp_path_factory.mktemp("lora_paths")
     settings = ServeSettings(store=root, pool_mib=2, kv_cache_tokens=512, cpu_threads=1, lora_path_root=lora_paths)
     secrets = {name: make_key(root, name).secret for name in ("acme", "rival")}
     secrets["admin"] = make_key(root, "ops", "admin").secret
@@ -176,6 +189,30 @@ def test_publishing_under_a_foreign_name_is_forbidden(people: Clients, root: Pat
     assert AdapterStore(root).inspect(SECRET).versions == (1,)
     with pytest.raises(Exception, match="not in the store"):
         AdapterStore(root).inspect(ABSENT)
+
+
+def test_paths_of_another_tenant_are_not_there(people: Clients, lora_paths: Path) -> None:
+    def load(who: str, path: object) -> httpx.Response:
+        body = {"lora_name": f"{'acme' if who == 'admin' else who}/by-path", "lora_path": str(path)}
+        return people[who].post("/v1/load_lora_adapter", json=body)
+
+    def message(path: object) -> str:
+        return str(refused(load("rival", path), 422, "missing_file")["message"]).replace(str(path), "PATH")
+
+    absent = message("rival/absent")
+    relative = ["acme/ad", "acme/absent", "acme/out", "rival/../acme/ad", "rival/link", "acme", ".", "..", "common"]
+    for path in [*relative, lora_paths / "acme" / "ad", "/etc", "/etc/absent"]:
+        assert message(path) == absent, path
+    # A tenant's name that begins another one's.
+    assert "is not there" in refused(load("acme", "acme-2/ad"), 422, "missing_file")["message"]
+    refused(load("rival", "rival/split"), 422, "missing_file")
+    for who, paths in {"rival": ["rival/ad", lora_paths / "rival" / "ad"], "admin": ["acme/ad", "common"]}.items():
+        for path in paths:
+            assert load(who, path).status_code == 200, path
+    refused(load("admin", "acme/out"), 403, "path_not_allowed")
+    for who in ("rival", "admin"):
+        name = "rival/by-path" if who == "rival" else "acme/by-path"
+        assert people[who].post("/v1/unload_lora_adapter", json={"lora_name": name}).status_code == 200
 
 
 def test_a_shared_adapter_is_used_and_not_changed(people: Clients) -> None:

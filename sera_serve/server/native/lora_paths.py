@@ -11,12 +11,15 @@ from pathlib import Path
 from fastapi import APIRouter
 
 from adapters_store import AdapterBundle, AdapterStore, BundleLimits, parse_adapter
-from adapters_store.errors import AdapterNotFound, InvalidAdapterName
+from adapters_store.errors import AdapterNotFound, InvalidAdapterName, MissingFile
 from sera_serve.errors import InvalidRequest, SeraServeError
 from sera_serve.server.deps import ContextOf, RequestContext
 from sera_serve.server.native.schemas import DeletedAdapter, LoadLoraRequest, PublishedAdapter, UnloadLoraRequest
 from sera_serve.server.publishing import read_source
 from sera_serve.server.strict import StrictRoute
+
+# Characters of a client's path in an error.
+_SHOWN = 512
 
 router = APIRouter(route_class=StrictRoute, tags=["adapters"])
 
@@ -44,7 +47,10 @@ class AdapterExists(InvalidRequest):
 
 @router.post("/v1/load_lora_adapter")
 async def load_lora_adapter(body: LoadLoraRequest, context: ContextOf) -> PublishedAdapter:
-    """Publish the adapter at a path below `lora_path_root`: a PEFT checkpoint, or a bundle."""
+    """Publish the adapter at a path below `lora_path_root`: a PEFT checkpoint, or a bundle.
+
+    With keys, a tenant loads from the directory of its own name there, and an admin from all of them.
+    """
     root = _root(context.settings.lora_path_root)
     _check_name(body.lora_name)
     context.caller.check_publish(body.lora_name)
@@ -84,13 +90,25 @@ def _load(body: LoadLoraRequest, root: Path, context: RequestContext) -> Publish
         raise InvalidRequest("lora_path has a zero byte; send a path", param="lora_path")
     absolute = body.lora_path.startswith(os.sep)
     path = os.path.realpath(body.lora_path if absolute else f"{allowed}/{body.lora_path}")
-    if path != allowed and not path.startswith(allowed.rstrip(os.sep) + os.sep):
+    within = allowed
+    if not context.caller.sees_all:
+        # The name of a tenant has no slash, and does not begin with a dot.
+        within = f"{allowed.rstrip(os.sep)}{os.sep}{context.caller.tenant}"
+    elif not _is_below(path, allowed):
         raise PathNotAllowed("lora_path leads out of the server's lora_path_root", param="lora_path")
+    # A path of another tenant answers as one that does not exist. Nobody is told where the root is.
+    if not _is_below(path, within) or not os.access(path, os.F_OK):
+        raise MissingFile(f"{body.lora_path[:_SHOWN]} is not there; check the path", param="lora_path")
     limits = BundleLimits(max_bytes=context.settings.max_upload_mib << 20)
-    bundle, warnings = context.publisher.checked(read_source(path, limits, Path(allowed)))
+    bundle, warnings = context.publisher.checked(read_source(path, limits, Path(within)))
     _check_new(body, bundle, context.store)
     published = context.publisher.publish_checked(bundle, body.lora_name, context.caller.actor)
     return PublishedAdapter.of(published, warnings)
+
+
+def _is_below(path: str, top: str) -> bool:
+    """Whether a path without links is `top`, or lies in it."""
+    return path == top or path.startswith(top.rstrip(os.sep) + os.sep)
 
 
 def _check_new(body: LoadLoraRequest, bundle: AdapterBundle, store: AdapterStore) -> None:
