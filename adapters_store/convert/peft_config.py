@@ -191,7 +191,7 @@ class PatternBudget:
         """Count the time inside, and give what is left, in seconds.
 
         Raises:
-            InvalidConfig: Nothing is left, before or after; or the inside raised TimeoutError.
+            InvalidConfig: Nothing is left, before or after; or the inside raised TimeoutError or MemoryError.
         """
         began = monotonic()
         try:
@@ -203,6 +203,10 @@ class PatternBudget:
         except TimeoutError:
             raise _invalid(
                 field, f"the patterns take more than {_PATTERN_SECONDS:g} s to compile and match; name layers in full"
+            ) from None
+        except MemoryError:
+            raise _invalid(
+                field, "the patterns take too much memory to compile and match; name layers in full"
             ) from None
 
 
@@ -230,10 +234,13 @@ class PatternMatcher:
                 raise _invalid(field, f"a pattern has {len(pattern)} characters; the limit is {_MAX_PATTERN}")
             budget.take(pattern, field)
             with budget.spend(field):
+                whole = rf"(.*\.)?({pattern})$"
                 try:
-                    # The library's cache would keep the patterns of hundreds of checkpoints.
-                    compiled = regex.compile(rf"(.*\.)?({pattern})$", cache_pattern=False)
-                except (regex.error, RecursionError) as error:
+                    # PEFT's own library knows no calls of groups, such as (?R): their stack grows to 1 GiB.
+                    re.compile(whole)
+                    # The other library has time limits. Its cache would keep the patterns of many more checkpoints.
+                    compiled = regex.compile(whole, cache_pattern=False)
+                except (re.error, regex.error, RecursionError, OverflowError) as error:
                     raise _invalid(field, f"{pattern!r} is no regular expression ({error})") from error
             self._patterns.append((pattern, compiled))
 

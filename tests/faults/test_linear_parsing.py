@@ -75,6 +75,7 @@ EXPRESSIONS = {
     r"adapters_store/convert/peft_keys.py: (?P<path>[^\s]+)\.(?P<kind>lora_A|lora_B|lora_magnitude_vector)"
     r"(?:\.(?P<rest>[A-Za-z0-9_.-]+))?": "names of tensors",
     r"adapters_store/convert/peft_config.py: \+|\{(?:(?P<least>[0-9]*)(?:,[0-9]*)?\})?": "a pattern, 512 characters",
+    r"adapters_store/convert/peft_config.py: whole": "a pattern of PEFT, which 2 s for all of them bound",
     r"sera_serve/base/chat.py: {%(-?)\s*(end)?generation\s*(-?)%}": "chat templates",
     r"sera_serve/commands/model_card.py: [A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}": "the name of a base",
     r"sera_serve/commands/model_card.py: [\w./-]+": "the name of a base",

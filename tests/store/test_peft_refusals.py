@@ -251,11 +251,11 @@ def test_repeats_that_would_be_written_out(
 
 def test_patterns_of_both_fields_share_the_size(monkeypatch: pytest.MonkeyPatch) -> None:
     shared = peft_config.PatternBudget()
-    patterns = [f"{index:04}" + "a" * 400 + "+" * 5 for index in range(20)]
+    patterns = [f"{index:04}" + "a" * 395 + "a+" * 5 for index in range(20)]
     monkeypatch.setattr(regex, "compile", lambda text, cache_pattern: re.compile("a"))
     peft_config.PatternMatcher(patterns, "alpha_pattern", shared)
     with pytest.raises(InvalidBundle, match="all patterns have more than 262144 characters") as caught:
-        peft_config.PatternMatcher(["a" * 400 + "+" * 5], "rank_pattern", shared)
+        peft_config.PatternMatcher(["a" * 395 + "a+" * 5], "rank_pattern", shared)
     assert caught.value.param == "adapter_config.rank_pattern"
 
 
@@ -317,6 +317,33 @@ def test_the_zeros_of_blocks_are_bounded_before_they_are_written(
     files = peft_from_path(str(folder), BundleLimits(max_bytes=2 << 20))
     assert files is not None
     assert import_peft(files, import_base(base)).bundle.config.modules
+
+
+@pytest.mark.parametrize("field", ["alpha_pattern", "rank_pattern"])
+@pytest.mark.parametrize(
+    "pattern", ["(?R)", "(?:(?2)|x)*", "(?0)", "(?P<n>(?P>n)|x)", "(?P<n>(?&n)|x)", "(?x:( ?R))", "a{,4294967296}"]
+)
+def test_patterns_that_peft_does_not_know(
+    field: str, pattern: str, folder: Path, base: FrozenBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Their stack would grow to 1 GiB.
+    monkeypatch.setattr(regex, "compile", lambda *_, **__: pytest.fail("compiled"))
+    edit_config(folder, **{field: {pattern: 2}})
+    error = refusal(folder, base)
+    assert (error.code, error.param) == ("invalid_config", f"adapter_config.{field}")
+    assert "is no regular expression" in error.message
+
+
+def test_patterns_that_take_too_much_memory(folder: Path, base: FrozenBase, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Greedy:
+        def match(self, *_: object, **__: object) -> None:
+            raise MemoryError
+
+    monkeypatch.setattr(regex, "compile", lambda *_, **__: Greedy())
+    edit_config(folder, alpha_pattern={"q_proj": 2})
+    error = refusal(folder, base)
+    assert (error.code, error.param) == ("invalid_config", "adapter_config.alpha_pattern")
+    assert "too much memory" in error.message
 
 
 def test_dora_and_bias_need_each_layer_s_vector(folder: Path, base: FrozenBase) -> None:
