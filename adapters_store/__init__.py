@@ -36,7 +36,7 @@ from adapters_store.format.config import (
 from adapters_store.format.mmap_buffer import reused_memory, writable_memory
 from adapters_store.format.safetensors_file import BundleLimits
 from adapters_store.format.strict_json import parse_json
-from adapters_store.format.validation import check_base, check_same_base, expected_shapes
+from adapters_store.format.validation import check_base, check_same_base, expected_shapes, rank_fault
 from adapters_store.names import check_part, parse_adapter, parse_ref
 from adapters_store.records import AdapterInfo, AdapterSummary, Freed, Page, Published, ResolvedAdapter, StoreState
 from adapters_store.store import AdapterStore
@@ -99,6 +99,7 @@ __all__ = [
     "parts_of",
     "peft_from_bytes",
     "peft_from_path",
+    "rank_fault",
     "reused_memory",
     "validate_bundle",
     "with_record",

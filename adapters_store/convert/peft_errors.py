@@ -11,6 +11,12 @@ class UnsupportedAdapter(InvalidBundle):
     code = "unsupported_adapter"
 
 
+class RankTooLarge(InvalidBundle):
+    """A layer's rank is far above its widths. The code is that of a bundle with such a rank."""
+
+    code = "adapter_too_large"
+
+
 class PickledCheckpoint(InvalidBundle):
     """The weights are pickled: reading them could run any program. They are never read."""
 

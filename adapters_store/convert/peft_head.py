@@ -20,6 +20,10 @@ from adapters_store.format.config import Activation, HeadSpec, Pooling
 
 Shape = tuple[int, ...]
 
+# Rows of a head without names of labels. A bundle's configuration of 1 MiB holds no more made-up names; zeros in an
+# archive of 1 MB may have millions of rows.
+_MAX_UNNAMED = 1 << 16
+
 
 @dataclass(frozen=True)
 class _Layout:
@@ -149,6 +153,11 @@ def read_head(
             "trained on",
             param=name,
         )
+    if not labels and len(weight) > _MAX_UNNAMED:
+        raise UnsupportedAdapter(
+            f"the head has {len(weight)} rows, and no id2label names them; the most without it is {_MAX_UNNAMED}",
+            param="adapter_config.id2label",
+        )
     names = labels or tuple(f"LABEL_{index}" for index in range(len(weight)))
     _check_labels(names, len(weight))
     return PeftHead(spec, tensors, names, pooling)
@@ -196,13 +205,11 @@ def _take(reader: TensorReader, keys: dict[str, str], name: str, shape: tuple[in
             param=name,
         )
     key = keys.pop(name)
-    tensor = reader.read(key)
-    if tensor.dim() != len(shape) or any(
-        want not in (None, have) for want, have in zip(shape, tensor.shape, strict=True)
-    ):
+    found = reader.shape(key)
+    if len(found) != len(shape) or any(want not in (None, have) for want, have in zip(shape, found, strict=True)):
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
-        raise WrongShape(f"tensor {key!r} has shape {tuple(tensor.shape)}; the base takes ({wanted})", param=key)
-    return tensor
+        raise WrongShape(f"tensor {key!r} has shape {found}; the base takes ({wanted})", param=key)
+    return reader.read(key)
 
 
 def _check_labels(labels: tuple[str, ...], rows: int) -> None:

@@ -69,6 +69,7 @@ def import_peft(files: PeftFiles, base: ImportBase) -> PeftImport:
     Raises:
         UnsupportedAdapter: It asks for something that a bundle cannot hold.
         UnknownModule, WrongShape: It was made for another base.
+        RankTooLarge, BundleTooLarge: Its factors are too large; they were not read.
         MissingTensor, NotFinite, InvalidConfig: It is damaged or contradicts itself.
     """
     config = read_peft_config(files.config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -10,14 +11,14 @@ from torch import Tensor
 
 from adapters_store.convert.import_base import ImportBase
 from adapters_store.convert.peft_config import PatternBudget, PatternMatcher, PeftConfig
-from adapters_store.convert.peft_errors import UnsupportedAdapter
+from adapters_store.convert.peft_errors import RankTooLarge, UnsupportedAdapter
 from adapters_store.convert.peft_files import PeftFiles
 from adapters_store.convert.peft_keys import LayerKeys
 from adapters_store.errors import BundleTooLarge, MissingTensor, NotFinite, WrongShape
 from adapters_store.format.mmap_buffer import writable_memory
 from adapters_store.format.safetensors_file import read_tensor
 from adapters_store.format.tensor_table import DTYPES
-from adapters_store.format.validation import check_values
+from adapters_store.format.validation import check_values, rank_fault
 
 # Elements of a weight that are looked at in float64 at once.
 _BLOCK = 1 << 22
@@ -131,6 +132,7 @@ def read_layers(
 
     Raises:
         BundleTooLarge: The factors exceed the limit once the zeros of block-diagonal ones are written out.
+        RankTooLarge: A layer's rank is far above its widths.
         MissingTensor, WrongShape, NotFinite, UnsupportedAdapter: A layer cannot be carried over; `param` is its tensor.
         InvalidConfig: A pattern is no regular expression, or there are too many, or they take too long.
     """
@@ -139,6 +141,35 @@ def read_layers(
     ranks = PatternMatcher(config.rank_patterns, "rank_pattern", budget)
     layers: dict[str, PeftLayer] = {}
     other_ranks: list[str] = []
+    _check_shapes(reader, matched, config, base)
+    for path, keys in matched.items():
+        assert keys.lora_a is not None and keys.lora_b is not None
+        d_in, _ = base.shapes[path]
+        a = _dense(reader.read(keys.lora_a), d_in, config.blocks)
+        b = _dense(reader.read(keys.lora_b), len(a), config.blocks)
+        key = alphas.find(keys.path)
+        alpha = config.alpha if key is None else config.alpha_patterns[key]
+        key = ranks.find(keys.path)
+        if len(a) != (config.rank if key is None else config.rank_patterns[key]):
+            other_ranks.append(path)
+        layers[path] = PeftLayer(
+            a,
+            b,
+            config.scaling(alpha, len(a)),
+            _vector(reader, keys.lora_bias),
+            _vector(reader, keys.magnitude),
+        )
+    warnings = []
+    if other_ranks:
+        warnings.append(
+            f"{len(other_ranks)} layers, such as {other_ranks[0]}, have another rank than adapter_config says; the "
+            "rank of the tensors is used"
+        )
+    return layers, warnings
+
+
+def _check_shapes(reader: TensorReader, matched: Mapping[str, LayerKeys], config: PeftConfig, base: ImportBase) -> None:
+    """Check every layer by the header alone: zeros take little room in an archive, and much in memory."""
     nbytes = 0
     for path, keys in matched.items():
         _check_parts(path, keys, config)
@@ -152,6 +183,10 @@ def read_layers(
                 f"({d_out}, {rank})",
                 param=keys.lora_b,
             )
+        if fault := rank_fault(path, rank, d_in, d_out):
+            raise RankTooLarge(fault, param=keys.lora_a)
+        for name in (keys.lora_bias, keys.magnitude):
+            _check_vector(reader, name, d_out)
         # Written out, a block-diagonal factor has as many times the file's bytes as it has blocks.
         nbytes += rank * (d_in * reader.itemsize(keys.lora_a) + d_out * reader.itemsize(keys.lora_b))
         if nbytes > reader.max_bytes:
@@ -160,27 +195,6 @@ def read_layers(
                 f"limit is {reader.max_bytes}: train with fewer blocks or a smaller rank",
                 param=keys.lora_a,
             )
-        a = _dense(reader.read(keys.lora_a), d_in, config.blocks)
-        b = _dense(reader.read(keys.lora_b), rank, config.blocks)
-        key = alphas.find(keys.path)
-        alpha = config.alpha if key is None else config.alpha_patterns[key]
-        key = ranks.find(keys.path)
-        if len(a) != (config.rank if key is None else config.rank_patterns[key]):
-            other_ranks.append(path)
-        layers[path] = PeftLayer(
-            a,
-            b,
-            config.scaling(alpha, len(a)),
-            _vector(reader, keys.lora_bias, d_out),
-            _vector(reader, keys.magnitude, d_out),
-        )
-    warnings = []
-    if other_ranks:
-        warnings.append(
-            f"{len(other_ranks)} layers, such as {other_ranks[0]}, have another rank than adapter_config says; the "
-            "rank of the tensors is used"
-        )
-    return layers, warnings
 
 
 def _check_parts(path: str, keys: LayerKeys, config: PeftConfig) -> None:
@@ -231,10 +245,14 @@ def _dense(tensor: Tensor, width: int, blocks: int) -> Tensor:
     return written_out
 
 
-def _vector(reader: TensorReader, name: str | None, width: int) -> Tensor | None:
+def _check_vector(reader: TensorReader, name: str | None, width: int) -> None:
+    """Raise WrongShape for a vector (width,) of another shape; dimensions of size 1 beside it are allowed."""
     if name is None:
-        return None
-    tensor = reader.read(name)
-    if tensor.numel() != width or max(tensor.shape) != width:
-        raise WrongShape(f"tensor {name!r} has shape {tuple(tensor.shape)}; the base takes ({width},)", param=name)
-    return tensor.reshape(-1)
+        return
+    shape = reader.shape(name)
+    if math.prod(shape) != width or max(shape, default=0) != width:
+        raise WrongShape(f"tensor {name!r} has shape {shape}; the base takes ({width},)", param=name)
+
+
+def _vector(reader: TensorReader, name: str | None) -> Tensor | None:
+    return None if name is None else reader.read(name).reshape(-1)

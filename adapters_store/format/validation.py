@@ -23,6 +23,12 @@ from adapters_store.format.tensor_table import DTYPE_NAMES
 
 Shape = tuple[int, ...]
 
+# A step's workspace has tokens * rank numbers a layer. With many segments, a small file can name a huge rank. A rank
+# above the narrower width of a layer computes nothing more; a sum of adapters has the sum of their ranks.
+_RANK_OF_WIDTH = 2
+# The highest rank of a training job may be trained, and served, on any base.
+_ANY_WIDTH = 256
+
 
 def expected_shapes(config: AdapterConfig) -> dict[str, Shape]:
     """The name and shape of every tensor of an adapter.
@@ -74,6 +80,17 @@ def check_names_and_shapes(config: AdapterConfig, shapes: Mapping[str, Shape]) -
             raise WrongShape(
                 f"tensor {name!r} has shape {shape}; adapter_config calls for {expected[name]}", param=name
             )
+
+
+def rank_fault(path: str, rank: int, d_in: int, d_out: int) -> str | None:
+    """What is wrong with a layer's rank: above 256, and more than twice the wider of its widths. None for nothing."""
+    most = max(_ANY_WIDTH, _RANK_OF_WIDTH * max(d_in, d_out))
+    if rank <= most:
+        return None
+    return (
+        f"the rank {rank} of {path} is more than {most}, the most for a layer of widths {d_in} and {d_out}; train or "
+        "compress the adapter with a smaller rank"
+    )
 
 
 def check_values(tensors: Mapping[str, Tensor]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from adapters_store import AdapterBundle, AdapterConfig, AdapterStore, PeftFiles, check_base, parts_of
+from adapters_store import AdapterBundle, AdapterConfig, AdapterStore, PeftFiles, check_base, import_peft, parts_of
 from sera_kernels import warm_up
 from sera_serve.base import FrozenBase, check_length, check_task, import_base
 from sera_serve.config import ServeSettings
@@ -43,7 +43,7 @@ from sera_serve.errors import EngineUnavailable, InvalidRequest, PromptTooLong, 
 from sera_serve.layers import AdapterContext, SideStream, attach_serving, find_shared_inputs
 from sera_serve.residency import AdapterResidency, DevicePool, HostCache, Presence, ResidencyStats
 from sera_serve.residency.bundle_check import check_fits, check_ranks, check_servable
-from sera_serve.residency.import_probe import ImportedAdapter, import_checkpoint
+from sera_serve.residency.import_probe import ImportedAdapter, compared
 from sera_serve.residency.packing import packed_elements
 from sera_serve.threads import BoundedExecutor
 
@@ -183,9 +183,13 @@ class ServingEngine(RowCalls):
             InvalidBundle: The checkpoint is refused, or was made for another base.
             AdapterTooLarge, AdapterOverflow, ImportMismatch: It can never be served.
         """
-        imported = import_checkpoint(files, import_base(self.base), self.base.dtype)
-        self.check_bundle(imported.bundle)
-        return imported
+        base = import_base(self.base)
+        imported = import_peft(files, base)
+        # The comparison is in float64: what is larger than the pool would take many times its bytes.
+        self.check_config(imported.bundle.config)
+        adapter = compared(imported, base, self.base.dtype)
+        self.check_bundle(adapter.bundle)
+        return adapter
 
     def mark_deleted(self, digest: str) -> None:
         """Give back the memory of a bundle that was deleted, and of its combinations, once no request uses them."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from adapters_store import AdapterBundle, AdapterConfig
+from adapters_store import AdapterBundle, AdapterConfig, rank_fault
 from sera_kernels import ABSENT, AdapterBatch, AdapterTables, grouped_sera
 from sera_serve.errors import AdapterOverflow, AdapterTooLarge
 from sera_serve.residency.packing import AdapterLayout, PackedAdapter, head_logits, join, lay_out
@@ -17,11 +17,6 @@ from sera_serve.residency.pool import DevicePool
 # largest elements that trained transformers are known to have, which are some thousands.
 _ROWS = 4
 _LARGE = 1e3
-# A step's workspace has tokens * rank numbers a layer. With many segments, a small file can name a huge rank. A rank
-# above the narrower width of a layer computes nothing more; a sum of adapters has the sum of their ranks.
-_RANK_OF_WIDTH = 2
-# The highest rank of a training job may be trained, and served, on any base.
-_ANY_WIDTH = 256
 _REMEDY = "publish it with a smaller scaling or smaller values, such as from a training with a lower learning rate"
 
 
@@ -56,13 +51,8 @@ def check_servable(bundle: AdapterBundle, module_index: Mapping[str, int], pool:
 def check_ranks(config: AdapterConfig) -> None:
     """Raise AdapterTooLarge where a layer's rank is above 256 and more than twice the wider of its widths."""
     for path, spec in config.modules.items():
-        most = max(_ANY_WIDTH, _RANK_OF_WIDTH * max(spec.d_in, spec.d_out))
-        if spec.rank > most:
-            raise AdapterTooLarge(
-                f"the rank {spec.rank} of {path} is more than {most}, the most for a layer of widths {spec.d_in} and "
-                f"{spec.d_out}; train or compress the adapter with a smaller rank",
-                param=f"adapter_config.modules.{path}.rank",
-            )
+        if fault := rank_fault(path, spec.rank, spec.d_in, spec.d_out):
+            raise AdapterTooLarge(fault, param=f"adapter_config.modules.{path}.rank")
 
 
 def check_fits(elements: int, pool: DevicePool) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adapters_store import AdapterBundle, ImportBase, PeftFiles, PeftLayer, import_peft, with_record
+from adapters_store import AdapterBundle, ImportBase, PeftFiles, PeftImport, PeftLayer, import_peft, with_record
 from sera_kernels import AdapterBatch, grouped_sera
 from sera_serve.errors import AdapterOverflow, SeraServeError
 from sera_serve.residency.bundle_check import slot_tables
@@ -51,7 +51,15 @@ def import_checkpoint(files: PeftFiles, base: ImportBase, dtype: torch.dtype) ->
         AdapterOverflow: An update overflows in `dtype`.
         ImportMismatch: The bundle does not compute what PEFT computes.
     """
-    imported = import_peft(files, base)
+    return compared(import_peft(files, base), base, dtype)
+
+
+def compared(imported: PeftImport, base: ImportBase, dtype: torch.dtype) -> ImportedAdapter:
+    """Compare an imported adapter with PEFT's arithmetic. Blocks, and takes several times the adapter's memory.
+
+    Raises:
+        AdapterOverflow, ImportMismatch: As `import_checkpoint`.
+    """
     module_index = {path: row for row, path in enumerate(base.shapes)}
     error = largest_error(imported.bundle, imported.layers, module_index, dtype)
     name = str(dtype).removeprefix("torch.")

@@ -72,7 +72,7 @@ def test_the_size_is_known_without_the_weights(shape: SeraConfig, base: FrozenBa
 def test_a_rank_is_at_most_twice_the_wider_width(
     split: int, base: FrozenBase, index: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sera_serve.residency.bundle_check._ANY_WIDTH", 16)
+    monkeypatch.setattr("adapters_store.format.validation._ANY_WIDTH", 16)
 
     # The layer is (64, 32): its rank may be 128.
     def made(rank: int) -> AdapterBundle:

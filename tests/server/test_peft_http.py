@@ -123,6 +123,27 @@ def test_load_and_unload(loading: httpx.Client, root: Path) -> None:
     )
 
 
+def test_zeros_in_an_archive_are_refused_by_their_shape(loading: httpx.Client, checkpoint: Path) -> None:
+    """50 KiB of an archive would take gigabytes, and many seconds."""
+    rank, prefix = 200_000, "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+    size = rank * 64 * 2
+    shapes = {"A": ([rank, 64], [0, size]), "B": ([64, rank], [size, 2 * size])}
+    header = json.dumps(
+        {
+            f"{prefix}{part}.weight": {"dtype": "F16", "shape": shape, "data_offsets": place}
+            for part, (shape, place) in shapes.items()
+        }
+    ).encode()
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(WEIGHTS, len(header).to_bytes(8, "little") + header + bytes(2 * size))
+        archive.write(checkpoint / CONFIG, CONFIG)
+    answer = loading.post("/v1/adapters", files={"bundle": buffer.getvalue()}, data={"name": "acme/bomb"})
+    error = refused(answer, 422, "adapter_too_large")
+    assert error["param"] == f"{prefix}A.weight"
+    assert f"the rank {rank} of " in error["message"]
+
+
 @pytest.mark.parametrize(
     ("path", "status", "code"),
     [
@@ -133,9 +154,11 @@ def test_load_and_unload(loading: httpx.Client, root: Path) -> None:
         ("out/adapter_model.safetensors", 403, "path_not_allowed"),
         ("a\0b", 422, "invalid_request"),
         ("nothing-here", 422, "missing_file"),
+        ("dangling", 422, "missing_file"),
+        ("dangling/adapter_config.json", 422, "missing_file"),
     ],
 )
-def test_no_path_leaves_the_directory(path: str, status: int, code: str, loading: httpx.Client) -> None:
+def test_no_path_leaves_the_directory(path: str, status: int, code: str, loading: httpx.Client, root: Path) -> None:
     answer = loading.post("/v1/load_lora_adapter", json={"lora_name": "acme/two", "lora_path": path})
     # Where the directory lies on the server is not the client's to know.
     assert str(root.parent) not in refused(answer, status, code)["message"]
@@ -155,8 +178,6 @@ def fast_polls(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_watched_directory(
     base: FrozenBase, checkpoint: Path, writer: AdapterBundle, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-        ("dangling", 422, "missing_file"),
-        ("dangling/adapter_config.json", 422, "missing_file"),
     watched = tmp_path / "watched"
     (watched / "acme").mkdir(parents=True)
     shutil.copytree(checkpoint, watched / "acme" / "early")

@@ -18,6 +18,7 @@ from torch import Tensor
 from adapters_store import BundleLimits, InvalidBundle, import_peft, peft_from_path
 from adapters_store.convert import peft_config
 from adapters_store.convert.peft_keys import _REFUSED, sort_keys
+from adapters_store.convert.peft_layers import TensorReader
 from sera_serve.base import FrozenBase, import_base, load_base
 from support.peft_checkpoints import (
     CONFIG,
@@ -294,8 +295,8 @@ def test_patterns_of_both_fields_share_the_time_and_compiling_counts(monkeypatch
 
 
 def blocked(rows_of_b: int) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
-    """One layer (64, 64) whose A has 64 blocks and rank 4,096: 16 KiB in the file, 1 MiB written out."""
-    return lambda _: {f"{Q}.lora_A.weight": torch.ones(4096, 1), f"{Q}.lora_B.weight": torch.ones(rows_of_b, 4096)}
+    """One layer (64, 64) whose A has 64 blocks and rank 256: 1 KiB in the file, 64 KiB written out."""
+    return lambda _: {f"{Q}.lora_A.weight": torch.ones(256, 1), f"{Q}.lora_B.weight": torch.ones(rows_of_b, 256)}
 
 
 def test_the_zeros_of_blocks_are_bounded_before_they_are_written(
@@ -305,7 +306,7 @@ def test_the_zeros_of_blocks_are_bounded_before_they_are_written(
     edit_tensors(folder, blocked(64))
     with monkeypatch.context() as never:
         never.setattr(torch, "block_diag", lambda *_: pytest.fail("written out"))
-        files = peft_from_path(str(folder), BundleLimits(max_bytes=(2 << 20) - 1))
+        files = peft_from_path(str(folder), BundleLimits(max_bytes=(128 << 10) - 1))
         assert files is not None
         with pytest.raises(InvalidBundle, match="64 blocks written out") as caught:
             import_peft(files, import_base(base))
@@ -314,9 +315,36 @@ def test_the_zeros_of_blocks_are_bounded_before_they_are_written(
         edit_tensors(folder, blocked(63))
         assert refusal(folder, base).code == "wrong_shape"
     edit_tensors(folder, blocked(64))
-    files = peft_from_path(str(folder), BundleLimits(max_bytes=2 << 20))
+    files = peft_from_path(str(folder), BundleLimits(max_bytes=128 << 10))
     assert files is not None
     assert import_peft(files, import_base(base)).bundle.config.modules
+
+
+def test_a_rank_far_above_the_widths_is_refused_before_a_tensor_is_read(
+    folder: Path, base: FrozenBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    second = Q.replace(".0.", ".1.")
+
+    def of_rank(rank: int) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+        factors = {f"{second}.lora_A.weight": torch.zeros(rank, 64), f"{second}.lora_B.weight": torch.zeros(64, rank)}
+        # The first layer is right, and nothing of it is read either.
+        return lambda tensors: tensors | factors
+
+    edit_tensors(folder, of_rank(256))
+    assert imported(folder, base).layers["model.layers.1.self_attn.q_proj"].rank == 256
+    edit_tensors(folder, of_rank(257))
+    monkeypatch.setattr(TensorReader, "read", lambda *_: pytest.fail("read"))
+    error = refusal(folder, base)
+    assert (error.code, error.status) == ("adapter_too_large", 422)
+    assert "the rank 257 of model.layers.1.self_attn.q_proj is more than 256, the most for a" in error.message
+
+
+def test_a_head_of_very_many_rows(folder: Path, base: FrozenBase) -> None:
+    edit_config(folder, task_type="SEQ_CLS")
+    head = {"base_model.model.score.weight": torch.zeros((1 << 16) + 1, 64, dtype=torch.float16)}
+    edit_tensors(folder, lambda tensors: tensors | head)
+    error = refusal(folder, base)
+    assert (error.code, error.param) == ("unsupported_adapter", "adapter_config.id2label")
 
 
 @pytest.mark.parametrize("field", ["alpha_pattern", "rank_pattern"])
