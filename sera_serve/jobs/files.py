@@ -128,7 +128,7 @@ class TrainingFiles:
     def add_results(self, job_id: str, tenant: str, content: bytes, rows: int) -> TrainingFile:
         """Keep the metrics of a job, instead of those that an earlier process of it may have left.
 
-        No limit refuses them. Their bytes count as the tenant's.
+        No limit refuses them. Their bytes count as the tenant's. One server at a time does this for a job.
 
         Raises:
             TrainingFileNotStored: The disk is full or not writable.
@@ -139,18 +139,22 @@ class TrainingFiles:
         return self._keep(file_id, io.BytesIO(content), lambda: self._insert((*values, time.time()), job_id, 0))
 
     def _keep(self, file_id: str, source: BinaryIO, record: Callable[[], TrainingFile]) -> TrainingFile:
+        kept, part = self._places.file(file_id), self._places.file(file_id + _PART)
         try:
             self._places.make()
-            with self._places.file(file_id + _PART).open("xb") as file:
+            # Of a server that was killed while it wrote results: these have the same name each time.
+            part.unlink(missing_ok=True)
+            with part.open("xb") as file:
                 fcntl.flock(file, fcntl.LOCK_EX)
-                part = Path(file.name)
+                # Results that an earlier try has left may be recorded: they stay, whatever comes of this try.
+                left = [part] if kept.exists() else [part, kept]
                 try:
                     _copy(source, file)
-                    part.rename(self._places.file(file_id))
-                    _sync(self._places.files)
+                    part.rename(kept)
+                    sync_folder(self._places.files)
                     return record()
                 except BaseException:
-                    for path in (part, self._places.file(file_id)):
+                    for path in left:
                         path.unlink(missing_ok=True)
                     raise
         except OSError as error:
@@ -248,9 +252,16 @@ class TrainingFiles:
             with suppress(TrainingFileNotFound):
                 self.delete(file.id, None)
 
+    def has_records(self) -> bool:
+        """Whether the store has its database. Without it, no file has a record, and none may be deleted for that."""
+        # A read opens the database. From then on, a database that is moved away is an error and not an empty one.
+        with self._database.reading(), suppress(FileNotFoundError):
+            return self._database.path.stat().st_size > 0
+        return False
+
     def sweep(self) -> int:
         """Delete bytes that no record names and nobody writes. Returns their number; raises OSError."""
-        if not self._places.files.is_dir():
+        if not self._places.files.is_dir() or not self.has_records():
             return 0
         swept = 0
         for path in self._places.files.iterdir():
@@ -331,7 +342,8 @@ def _copy(source: BinaryIO, target: BinaryIO) -> None:
     os.fsync(target.fileno())
 
 
-def _sync(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Flush the entries of a folder to the disk: without it, a power cut may undo a rename. Raises OSError."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -18,6 +18,7 @@ from typing import Any
 from sera_serve.access import DEFAULT, Limit
 from sera_serve.base import Quantize
 from sera_serve.base.loading import EMBEDDED
+from sera_serve.jobs.files import sync_folder
 from sera_serve.jobs.places import Places
 from sera_serve.jobs.records import Checkpoint, Job, NewEvent
 from sera_serve.jobs.spec import TRAINING_NAME, VALIDATION_NAME
@@ -293,6 +294,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
         file.flush()
         os.fsync(file.fileno())
     part.rename(path)
+    sync_folder(path.parent)
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

@@ -69,6 +69,7 @@ class Supervisor:
         base: str,
         withdraw: Callable[[Job], None],
         on_finish: Callable[[Job, Published | None], None] = lambda job, published: None,
+        check_use: Callable[[Job], None] = lambda job: None,
     ) -> None:
         """Prepare. Nothing runs before `start`.
 
@@ -84,6 +85,8 @@ class Supervisor:
                 the supervisor's thread; may raise AdapterNotFound.
             on_finish: Called with each job that has succeeded or failed, and what it has published, on the supervisor's
                 thread.
+            check_use: Called with each job before it begins, on the supervisor's thread. Raises AdapterNotFound where
+                the job's tenant may not use the adapter that it goes on from.
         """
         self._jobs = jobs
         self._files = files
@@ -94,6 +97,7 @@ class Supervisor:
         self._base = base
         self._withdraw = withdraw
         self._on_finish = on_finish
+        self._check_use = check_use
         self._running: dict[str, JobProcess] = {}
         # Unfinished jobs whose start this supervisor has counted.
         self._counted: set[str] = set()
@@ -110,6 +114,8 @@ class Supervisor:
         self._sweep_at = 0.0
         # Names of the directories that could not be deleted.
         self._undeleted: set[str] = set()
+        # When finished jobs to clear are next looked for, while jobs run: to find them takes a look at every job.
+        self._clear_at = 0.0
 
     def start(self) -> None:
         """Begin to run jobs; those of a server that was killed go on. Without the trainer's packages none runs here."""
@@ -128,6 +134,7 @@ class Supervisor:
 
     def wake(self) -> None:
         """Look at the jobs now: one was made or cancelled."""
+        self._clear_at = 0.0
         self._wake.set()
 
     def _serve(self) -> None:
@@ -179,6 +186,8 @@ class Supervisor:
             if not locks.enter_context(_try_lock(self._places.lock, fcntl.LOCK_SH)):
                 return False
             if not locks.enter_context(_try_lock(self._places.lock_of(self._base), fcntl.LOCK_EX)):
+                # The server that runs the jobs may be killed. The next one looks for what it has left.
+                self._sweep_at = 0.0
                 return False
             self._locks = locks.pop_all()
         return True
@@ -210,8 +219,11 @@ class Supervisor:
             if next_job is None or not self._attempt(next_job, partial(self._advance, next_job)):
                 break
             places -= next_job.id in self._running
-        for job in self._jobs.uncleared():
-            self._attempt(job, partial(self._clear, job))
+        if not self._running or time.monotonic() >= self._clear_at:
+            # Before the look: a job that is finished during it has it repeated.
+            self._clear_at = time.monotonic() + _IDLE_S
+            for job in self._jobs.uncleared():
+                self._attempt(job, partial(self._clear, job))
 
     def _sweep(self) -> None:
         """Delete what killed servers, and earlier failures, have left of files and of jobs. What fails is tried again.
@@ -219,6 +231,9 @@ class Supervisor:
         Raises:
             OSError: The directories cannot be read, or a file cannot be deleted.
         """
+        if not self._files.has_records():
+            # It was moved away, or is not restored so far. With it, what lies here has its records again.
+            return
         self._files.sweep()
         # The directories first: a job is recorded before it has one.
         found = list(self._places.runs.glob("ftjob-*"))
@@ -286,7 +301,19 @@ class Supervisor:
             logger.exception("job %s cannot be ended", job.id)
 
     def _advance(self, job: Job) -> None:
-        self._count_and_begin(job, NewEvent("The job runs"))
+        """Begin a queued job, or fail it where it cannot begin."""
+        try:
+            # Its adapter may have been shared when the job was made, and be shared no more.
+            self._check_use(job)
+        except AdapterNotFound as error:
+            self._fail(job, error.code, error.message, "model")
+            return
+        try:
+            self._count_and_begin(job, NewEvent("The job runs"))
+        except OSError as error:
+            # Without the path, which is nobody's business.
+            reason = error.strerror or type(error).__name__
+            self._fail(job, "process_not_started", f"the training process could not be started: {reason}", None)
 
     def _count_and_begin(self, job: Job, event: NewEvent) -> None:
         # Durable before the process begins: a process that takes all memory leaves no time for it.
@@ -326,12 +353,8 @@ class Supervisor:
         self._jobs.advance(job.id, "queued", NewEvent("The files are valid; the job waits for its turn"))
 
     def _begin(self, job: Job) -> None:
-        try:
-            self._running[job.id] = self._processes.start(job, self._places)
-        except OSError as error:
-            # Without the path, which is nobody's business.
-            reason = error.strerror or type(error).__name__
-            self._fail(job, "process_not_started", f"the training process could not be started: {reason}", None)
+        """Start the process of a job. OSError of a job that has run before passes: it has checkpoints to lose."""
+        self._running[job.id] = self._processes.start(job, self._places)
 
     def _go_on(self, job: Job) -> None:
         """Go on with a job of which there is no process: finish it, if its process had come to an end."""
@@ -363,6 +386,7 @@ class Supervisor:
             process.kill()
             del self._running[process.job.id]
             self._counted.discard(process.job.id)
+            self._clear_at = 0.0
             return
         status = process.status
         # Each write lets all servers of the store read the keys again.
@@ -447,6 +471,7 @@ class Supervisor:
             self._finished(job)
 
     def _finished(self, job: Job, published: Published | None = None) -> None:
+        self._clear_at = 0.0
         self._counted.discard(job.id)
         self._last_steps.pop(job.id, None)
         self._faults.pop(job.id, None)
@@ -473,6 +498,7 @@ class Supervisor:
                     logger.warning("%s is not job %s's any more, and stays", job.spec.adapter, job.id)
                 else:
                     self._withdraw(job)
+        self._counted.discard(job.id)
         self._last_steps.pop(job.id, None)
         self._files.delete_results()
         # One that cannot be deleted must not keep others from it: the sweep tries again.

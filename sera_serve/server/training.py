@@ -6,12 +6,14 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
-from adapters_store import Published
-from sera_serve.access import Actor, Holdings, Quotas
+from adapters_store import Published, parse_ref
+from sera_serve.access import AccessControl, Actor, Holdings, Quotas
 from sera_serve.config import ServeSettings
 from sera_serve.errors import Overloaded
 from sera_serve.jobs import Job, JobProcesses, Jobs, Places, Supervisor, TrainingFiles, base_id
+from sera_serve.server.auth import unknown_adapter
 from sera_serve.server.publishing import Publisher, record_publication
 from sera_serve.threads import BoundedExecutor
 
@@ -107,7 +109,16 @@ class Training:
             )
 
         supervisor = Supervisor(
-            jobs, files, places, store, processes, settings.max_training_jobs, own, withdraw, record
+            jobs,
+            files,
+            places,
+            store,
+            processes,
+            settings.max_training_jobs,
+            own,
+            withdraw,
+            record,
+            partial(check_initial, access=publisher.access),
         )
         return cls(
             files=files,
@@ -124,3 +135,23 @@ class Training:
         """Stop all jobs, which go on when a server of the store starts again. Blocks."""
         self.checking.close()
         self.supervisor.stop()
+
+
+def check_initial(job: Job, access: AccessControl) -> None:
+    """Refuse a job that goes on from an adapter that its tenant may not use any more, as a new job would be refused.
+
+    A job of an admin, or of a caller who needed no key, may go on from every adapter. Blocks.
+
+    Raises:
+        AdapterNotFound: The adapter is not shared with the tenant any more.
+        AccessDatabaseError: Nobody knows whether it is.
+    """
+    if job.spec.init_from is None or job.key_id is None:
+        return
+    # A share that ended a moment ago counts.
+    access.refresh()
+    adapter = parse_ref(job.spec.init_from).adapter
+    if access.may_use(job.tenant, adapter):
+        return
+    if not any(key.id == job.key_id and key.may("admin") for key in access.keys.all()):
+        raise unknown_adapter(adapter)

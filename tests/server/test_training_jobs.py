@@ -297,7 +297,10 @@ def test_bytes_that_no_record_names_are_swept(tmp_path: Path) -> None:
 
     places = Places(AdapterStore(tmp_path).root)
     places.make()
-    files = TrainingFiles(AccessDatabase(tmp_path), places, 1 << 20)
+    database = AccessDatabase(tmp_path)
+    with database.writing():
+        pass
+    files = TrainingFiles(database, places, 1 << 20)
     places.file("file-dead").write_bytes(b"x")
     with places.file("file-live.part").open("wb") as live:
         fcntl.flock(live, fcntl.LOCK_EX)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -15,7 +16,7 @@ from sera_serve.base import FrozenBase
 from sera_serve.config import ServeSettings
 from sera_serve.server import build_app
 from support.answers import refused
-from support.live_server import live_server
+from support.live_server import live_server, wait_until
 from support.stub_engine import StubEngine
 from support.tenants import clients, make_key
 from support.training import SORTED, STORIES, jsonl
@@ -155,3 +156,36 @@ def test_files_are_deleted_page_by_page_by_the_official_client(users: dict[str, 
     ) as client:
         gone = {client.files.delete(file.id).id for file in client.files.list(limit=2) if file.id in made}
     assert gone == made
+
+
+def test_a_share_that_has_ended_begins_no_waiting_job(base: FrozenBase, writer: AdapterBundle, tmp_path: Path) -> None:
+    store = AdapterStore(tmp_path / "store")
+    store.publish(writer, "acme/secret")
+    secrets = {
+        "beta": make_key(store.root, "beta").secret,
+        "admin": make_key(store.root, "operators", "admin").secret,
+    }
+    database = AccessDatabase(store.root)
+    Shares(database).add("acme/secret", "beta")
+    waiting = ServeSettings(store=store.root, auth="keys", max_training_jobs=0)
+    with live_server(build_app(StubEngine(base), store, waiting)) as url, clients(url, secrets) as users:
+        made = create(users["beta"], send(users["beta"], STORIES), "acme/secret").json()
+    Shares(database).remove("acme/secret", "beta")
+    database.close()
+    running = ServeSettings(store=store.root, auth="keys", max_training_jobs=1)
+    with live_server(build_app(StubEngine(base), store, running)) as url, clients(url, secrets) as users:
+
+        def held(name: str, job: str) -> dict[str, Any]:
+            return dict(users[name].get(f"{JOBS}/{job}").json())
+
+        wait_until(lambda: held("beta", made["id"])["status"] not in ("validating_files", "queued"))
+        ended = held("beta", made["id"])
+        assert ended["status"] == "failed", ended
+        # As an adapter that was deleted.
+        assert (ended["error"]["code"], ended["error"]["param"]) == ("adapter_not_found", "model")
+        assert "'acme/secret' is not in the store" in ended["error"]["message"]
+        # An admin needs no share.
+        file = send(users["admin"], STORIES)
+        other = create(users["admin"], file, "acme/secret", adapter={"tenant": "beta"}).json()
+        wait_until(lambda: held("admin", other["id"])["status"] == "running")
+        users["admin"].post(f"{JOBS}/{other['id']}/cancel")

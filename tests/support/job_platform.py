@@ -55,6 +55,9 @@ class Platform:
         self.rows = root / "rows.jsonl"
         self.supervisor = self.new_supervisor()
 
+    def check_use(self, job: Job) -> None:
+        """Let each job use what it goes on from."""
+
     def new_supervisor(self, most: int = 1, base: str = "base") -> Supervisor:
         def note(job: Job, published: Published | None) -> None:
             self.ended.append(job)
@@ -63,7 +66,18 @@ class Platform:
             self.store.delete(job.spec.adapter)
 
         jobs = self.jobs if base == "base" else Jobs(self.database, base)
-        return Supervisor(jobs, self.files, self.places, self.store, self.processes, most, base, withdraw, note)
+        return Supervisor(
+            jobs,
+            self.files,
+            self.places,
+            self.store,
+            self.processes,
+            most,
+            base,
+            withdraw,
+            note,
+            lambda job: self.check_use(job),
+        )
 
     def create(self, tenant: str, metadata: Mapping[str, str] | None = None) -> Job:
         with self.rows.open("rb") as source:
