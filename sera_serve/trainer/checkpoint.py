@@ -20,6 +20,7 @@ import random
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,41 @@ def save_checkpoint(
     Raises:
         CheckpointNotWritten: The disk is full, or refuses the files otherwise. What was written of it is deleted.
     """
+    with _told(run_dir, step):
+        partial, final = run_dir / _PARTIAL, run_dir / f"checkpoint-{step}"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        optimiser_state = optimiser.state_dict()
+        tensors = {f"adapter.{name}": tensor for name, tensor in stored.items()}
+        for index, moments in optimiser_state["state"].items():
+            tensors.update({f"optimiser.{index}.{key}": tensor for key, tensor in _flat(moments)})
+        tensors.update({f"allocation.{name}": tensor for name, tensor in (allocation or {}).items()})
+        tensors["generator.cpu"] = torch.get_rng_state()
+        if torch.cuda.is_available():
+            tensors["generator.cuda"] = torch.cuda.get_rng_state()
+        save_file({name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}, partial / _TENSORS)
+        algorithm, keys, *rest = np.random.get_state()
+        extra = {
+            "groups": optimiser_state["param_groups"],
+            "schedule": schedule.state_dict(),
+            "python": random.getstate(),
+            "numpy": [algorithm, np.asarray(keys).tolist(), *rest],
+        }
+        (partial / _EXTRA).write_text(json.dumps(extra))
+        state.save_to_json(str(partial / STATE_FILE))
+        for path in [*partial.iterdir(), partial]:
+            sync(path)
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        sync(run_dir)
+        return final
+
+
+@contextmanager
+def _told(run_dir: Path, step: int) -> Iterator[None]:
+    """Say what to do where the block cannot write a checkpoint, and delete what it wrote."""
     try:
-        return _written(run_dir, step, stored, optimiser, schedule, state, allocation)
+        yield
     # safetensors has an error of its own for a full disk.
     except (OSError, SafetensorError) as error:
         shutil.rmtree(run_dir / _PARTIAL, ignore_errors=True)
@@ -74,44 +108,6 @@ def save_checkpoint(
         raise CheckpointNotWritten(
             f"checkpoint-{step} cannot be written to {run_dir} ({reason}); free space there {remedy}", param="work_dir"
         ) from error
-
-
-def _written(
-    run_dir: Path,
-    step: int,
-    stored: Mapping[str, Tensor],
-    optimiser: Any,
-    schedule: Any,
-    state: Any,
-    allocation: Mapping[str, Tensor] | None,
-) -> Path:
-    partial, final = run_dir / _PARTIAL, run_dir / f"checkpoint-{step}"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    optimiser_state = optimiser.state_dict()
-    tensors = {f"adapter.{name}": tensor for name, tensor in stored.items()}
-    for index, moments in optimiser_state["state"].items():
-        tensors.update({f"optimiser.{index}.{key}": tensor for key, tensor in _flat(moments)})
-    tensors.update({f"allocation.{name}": tensor for name, tensor in (allocation or {}).items()})
-    tensors["generator.cpu"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        tensors["generator.cuda"] = torch.cuda.get_rng_state()
-    save_file({name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}, partial / _TENSORS)
-    algorithm, keys, *rest = np.random.get_state()
-    extra = {
-        "groups": optimiser_state["param_groups"],
-        "schedule": schedule.state_dict(),
-        "python": random.getstate(),
-        "numpy": [algorithm, np.asarray(keys).tolist(), *rest],
-    }
-    (partial / _EXTRA).write_text(json.dumps(extra))
-    state.save_to_json(str(partial / STATE_FILE))
-    for path in [*partial.iterdir(), partial]:
-        sync(path)
-    shutil.rmtree(final, ignore_errors=True)
-    partial.rename(final)
-    sync(run_dir)
-    return final
 
 
 def _flat(state: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
