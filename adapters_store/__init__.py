@@ -17,6 +17,7 @@ from adapters_store.errors import (
     InvalidBundle,
     StoreError,
     StoreUnavailable,
+    TooManyAliases,
     VersionInUse,
     WrongTask,
 )
@@ -78,6 +79,7 @@ __all__ = [
     "StoreState",
     "StoreUnavailable",
     "Task",
+    "TooManyAliases",
     "VersionInUse",
     "WrongTask",
     "check_base",

@@ -173,6 +173,13 @@ class VersionInUse(StoreError):
     status = 409
 
 
+class TooManyAliases(StoreError):
+    """The adapter has as many aliases as one may have."""
+
+    code = "too_many_aliases"
+    status = 409
+
+
 class StoreUnavailable(StoreError):
     """The store cannot be reached: its directory was removed or unmounted while it was in use."""
 

@@ -23,6 +23,7 @@ from adapters_store.errors import (
     InvalidBundle,
     StoreCorrupted,
     StoreError,
+    TooManyAliases,
     VersionInUse,
 )
 from adapters_store.format.bundle import DEFAULT_LIMITS, AdapterBundle, validate_bundle
@@ -50,6 +51,8 @@ from adapters_store.records import (
     VersionRecord,
 )
 
+MOST_ALIASES = 100
+"""Aliases that one adapter may have beside `latest`. Each is a file that no quota counts."""
 _RACES = 3
 # Ids read at once where a listing skips adapters that are gone, or goes through the whole store.
 _IDS_AT_ONCE = 256
@@ -296,6 +299,7 @@ class AdapterStore:
         Raises:
             InvalidAdapterName: The alias reads as a version or digest, or `ref` is another adapter's.
             AdapterNotFound: No such version.
+            TooManyAliases: The adapter has `MOST_ALIASES`, and this is none of them.
         """
         parse_adapter(name)
         check_alias(alias)
@@ -305,6 +309,12 @@ class AdapterStore:
         while True:
             # The manifest first: if it is still the same when the change is committed, so is what was found.
             manifest = self._backend.manifest(name)
+            if alias not in manifest.aliases and len(manifest.aliases.keys() - {LATEST}) >= MOST_ALIASES:
+                raise TooManyAliases(
+                    f"{name} has {MOST_ALIASES} aliases beside {LATEST!r}, the most that an adapter may have; remove "
+                    "one, or move one that is there",
+                    param="alias",
+                )
             change = Change(set_aliases={alias: self._find(parsed).version})
             if self._backend.commit(name, change, manifest.revision).outcome is Outcome.COMMITTED:
                 return

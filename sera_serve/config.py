@@ -204,6 +204,12 @@ class ServeSettings(BaseSettings):
     max_training_jobs: int = Field(1, ge=0, le=64, description="most training jobs that run at once; with 0 they wait")
     max_training_file_mib: int = Field(64, ge=1, description="largest training file accepted, MiB")
     max_training_files_mib: int = Field(1024, ge=1, description="most bytes of all training files of a tenant, MiB")
+    training_job_timeout_s: float | None = Field(
+        86400,
+        gt=0,
+        description="longest time that the process of one training job runs, seconds; then the job fails. A server "
+        "that starts again counts anew",
+    )
     training_threads: int = Field(1, ge=1, le=1024, description="threads of one training job")
     training_gpu_memory_fraction: float = Field(
         0.1,

@@ -82,6 +82,10 @@ class AccessControl:
         """The number of keys that are accepted now."""
         return sum(key.status == "active" for key in self._view.keys.values())
 
+    def key(self, key_id: str) -> Key | None:
+        """Return the key of an id as it is now, or None."""
+        return self._view.keys.get(key_id)
+
     def key_of(self, secret: str) -> Key | None:
         """Return the key of a secret, which may be revoked or expired, or None."""
         key = self._view.keys.get(key_id_of(secret))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -57,6 +58,7 @@ class JobProcesses:
         dtype: dtype of the base.
         quantize: What the base's linear layers are kept in.
         threads: Threads of one process.
+        timeout_s: Longest time that a process runs, or None.
         gpu_memory_fraction: Share of a GPU's memory that one process may use.
         max_bundle_bytes: Largest bundle of the store.
         quotas: Returns the limits of the settings file, by tenant: they may be read again.
@@ -71,6 +73,7 @@ class JobProcesses:
     max_bundle_bytes: int
     quotas: Callable[[], Mapping[str, Mapping[str, Limit]]] = dict
     quantize: Quantize = "none"
+    timeout_s: float | None = None
 
     def prepare(self, job: Job, places: Places) -> Path:
         """Make the directory of a job, with its orders and links to its files. Returns the directory.
@@ -141,7 +144,7 @@ class JobProcesses:
                 env=environment,
                 start_new_session=True,
             )
-        return JobProcess(job, run, child)
+        return JobProcess(job, run, child, self.timeout_s)
 
 
 def one_gpu(device: str) -> dict[str, str]:
@@ -187,17 +190,23 @@ class Reported:
 class JobProcess:
     """A running process of a job."""
 
-    def __init__(self, job: Job, run: Path, child: subprocess.Popen[bytes]) -> None:
-        """Take a started process."""
+    def __init__(self, job: Job, run: Path, child: subprocess.Popen[bytes], timeout_s: float | None) -> None:
+        """Take a process that was started just now. It is overdue after `timeout_s`, or never."""
         self.job = job
         self.run = run
         self.recorded_at = 0.0
+        self._overdue_at = math.inf if timeout_s is None else time.monotonic() + timeout_s
         self._child = child
 
     @property
     def status(self) -> int | None:
         """The exit status, negative for a signal; None while it runs."""
         return self._child.poll()
+
+    @property
+    def is_overdue(self) -> bool:
+        """Whether it has run for longer than it may."""
+        return time.monotonic() >= self._overdue_at
 
     def kill(self) -> None:
         """End the process and its own children at once."""

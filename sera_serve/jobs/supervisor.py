@@ -396,6 +396,8 @@ class Supervisor:
             if status is None:
                 self._processes.tell_limits(job, process.run)
         if status is None:
+            if process.is_overdue:
+                self._end_overdue(process, job)
             return
         process.kill()
         del self._running[job.id]
@@ -413,6 +415,16 @@ class Supervisor:
             logger.error("the process of job %s ended with status %d: %s", job.id, status, process.log_tail())
             words = f"the training process ended with status {status}; the server's log has the reason"
             self._fail(job, "training_process_failed", words, None)
+
+    def _end_overdue(self, process: JobProcess, job: Job) -> None:
+        """Fail a job whose process has run for as long as it may, unless it has its result already."""
+        process.kill()
+        del self._running[job.id]
+        self._record_progress(job)
+        if not self._finish_by_result(job):
+            words = f"the job ran for {self._processes.timeout_s:g} s, the longest time that one may run here"
+            remedy = "send fewer rows or epochs, or ask the operator for a higher training_job_timeout_s"
+            self._fail(job, "training_timeout", f"{words}; {remedy}", None)
 
     def _record_progress(self, job: Job) -> None:
         while True:

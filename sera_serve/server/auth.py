@@ -76,6 +76,17 @@ class Caller:
         """Whether the caller may do what a scope stands for."""
         return self.key is None or self.key.may(scope)
 
+    def check_still_accepted(self) -> None:
+        """Refuse a caller whose key was revoked, or has expired, since the request came; for answers that take long.
+
+        Raises:
+            InvalidKey: The caller would be refused now.
+        """
+        if self.key is not None:
+            check_active(self.access.key(self.key.id) or self.key)
+        elif self.access.needs_keys:
+            raise InvalidKey(f"this server needs a key now; {KEY_REMEDY}", param="Authorization")
+
     def principal(self, adapter: AdapterChoice | None) -> Principal:
         """Return the principal of a request that names `adapter`. The engine reads it alone, and parses no names.
 
@@ -174,6 +185,16 @@ def unknown_adapter(adapter: str) -> AdapterNotFound:
     return AdapterNotFound(
         f"adapter {adapter!r} is not in the store; list what is there, or publish it", param="adapter"
     )
+
+
+def check_active(key: Key) -> None:
+    """Refuse a key that is revoked or has expired.
+
+    Raises:
+        InvalidKey: The message names the key by its id.
+    """
+    if key.status != "active":
+        raise InvalidKey(f"the key {key.id} is {key.status}; {KEY_REMEDY}", param="Authorization")
 
 
 def check_scope(caller: Caller, needed: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from sera_serve.access import AccessControl, Key
-from sera_serve.server.auth import KEY_REMEDY, Caller, InvalidKey
+from sera_serve.server.auth import KEY_REMEDY, Caller, InvalidKey, check_active
 from sera_serve.server.errors import error_response
 from sera_serve.server.scopes import is_open
 
@@ -51,8 +51,7 @@ class KeyDoor:
         key = self.access.key_of(secret.strip())
         if key is None:
             raise InvalidKey(f"the key is unknown; {KEY_REMEDY}", param="Authorization")
-        if key.status != "active":
-            raise InvalidKey(f"the key {key.id} is {key.status}; {KEY_REMEDY}", param="Authorization")
+        check_active(key)
         return key
 
 

@@ -89,6 +89,7 @@ class Training:
             dtype=settings.dtype,
             quantize=settings.quantize,
             threads=settings.training_threads,
+            timeout_s=settings.training_job_timeout_s,
             gpu_memory_fraction=settings.training_gpu_memory_fraction,
             max_bundle_bytes=settings.max_upload_mib << 20,
             quotas=quotas.of_settings,

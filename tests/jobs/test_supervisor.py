@@ -7,6 +7,7 @@ import fcntl
 import json
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -257,6 +258,31 @@ def test_a_process_that_the_system_ends_is_started_again_once(platform: Platform
     assert error is not None and error["code"] == "process_killed" and "signal 9" in error["message"]
     wait_until(lambda: not platform.places.run(job.id).exists())
     assert len(STARTED) == 2
+
+
+def test_a_job_that_runs_for_too_long_fails_and_the_next_one_begins(platform: Platform) -> None:
+    job, waiting = platform.create("acme"), platform.create("evil")
+    platform.processes = replace(platform.processes, timeout_s=0.5)
+    platform.supervisor = platform.new_supervisor()
+    platform.supervisor.start()
+    wait_until(lambda: platform.status(job) == "failed")
+    error = platform.jobs.get(job.id, None).error
+    assert error is not None and error["code"] == "training_timeout"
+    assert "0.5 s" in error["message"] and "training_job_timeout_s" in error["message"]
+    assert CHILDREN[0].poll() is not None
+    wait_until(lambda: not platform.places.run(job.id).exists())
+    wait_until(lambda: [job.id, waiting.id] == STARTED)
+
+
+def test_an_overdue_job_that_has_its_result_has_succeeded(platform: Platform) -> None:
+    job = platform.create("acme")
+    platform.processes = replace(platform.processes, timeout_s=1.0)
+    platform.supervisor = platform.new_supervisor()
+    platform.supervisor.start()
+    wait_until(lambda: bool(STARTED))
+    platform.leave(job, **SUCCESS)
+    wait_until(lambda: platform.jobs.get(job.id, None).is_finished)
+    assert platform.status(job) == "succeeded"
 
 
 def test_a_message_that_is_no_text_ends_its_job_and_no_other(platform: Platform) -> None:

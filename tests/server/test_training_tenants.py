@@ -18,7 +18,7 @@ from sera_serve.server import build_app
 from support.answers import refused
 from support.live_server import live_server, wait_until
 from support.stub_engine import StubEngine
-from support.tenants import clients, make_key
+from support.tenants import clients, make_key, revoke_key
 from support.training import SORTED, STORIES, jsonl
 
 FILES, JOBS = "/v1/files", "/v1/fine_tuning/jobs"
@@ -189,3 +189,23 @@ def test_a_share_that_has_ended_begins_no_waiting_job(base: FrozenBase, writer: 
         other = create(users["admin"], file, "acme/secret", adapter={"tenant": "beta"}).json()
         wait_until(lambda: held("admin", other["id"])["status"] == "running")
         users["admin"].post(f"{JOBS}/{other['id']}/cancel")
+
+
+def test_a_stream_of_events_ends_with_its_key(base: FrozenBase, tmp_path: Path) -> None:
+    store = AdapterStore(tmp_path / "store")
+    kept, revoked = make_key(store.root, "acme"), make_key(store.root, "acme")
+    settings = ServeSettings(store=store.root, max_training_jobs=0)
+    with (
+        live_server(build_app(StubEngine(base), store, settings)) as url,
+        clients(url, {"kept": kept.secret, "revoked": revoked.secret}) as users,
+    ):
+        job = create(users["kept"], send(users["kept"], STORIES), base.name).json()["id"]
+        with users["revoked"].stream("GET", f"{JOBS}/{job}/events?stream=true") as answer:
+            lines = answer.iter_lines()
+            assert "created" in next(lines)
+            revoke_key(store.root, revoked.key.id)
+            # The job waits for good: nothing else ends the stream.
+            rest = [line for line in lines if line]
+        assert f"the key {revoked.key.id} is revoked" in rest[-1] and "invalid_api_key" in rest[-1]
+        assert users["revoked"].get(f"{JOBS}/{job}").status_code == 401
+        assert users["kept"].get(f"{JOBS}/{job}").status_code == 200

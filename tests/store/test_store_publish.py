@@ -19,10 +19,12 @@ from adapters_store import (
     BundleLimits,
     InvalidAdapterName,
     InvalidBundle,
+    TooManyAliases,
     VersionInUse,
 )
 from adapters_store.backends.bundle_files import BundleFiles
 from adapters_store.errors import AmbiguousDigest
+from adapters_store.store import MOST_ALIASES
 
 NAME = "acme/support"
 
@@ -226,6 +228,23 @@ def test_version_behind_an_alias_is_not_deleted(store: AdapterStore) -> None:
     assert store.resolve(f"{NAME}@stable").version == 1
     store.delete(NAME)
     assert list(store.iter_adapters()) == []
+
+
+def test_aliases_are_bounded_and_those_that_are_there_still_move(store: AdapterStore) -> None:
+    for seed in (1, 2):
+        store.publish(make_bundle(seed), NAME)
+    for number in range(MOST_ALIASES):
+        store.set_alias(NAME, f"alias-{number}", f"{NAME}@v1")
+    with pytest.raises(TooManyAliases) as refusal:
+        store.set_alias(NAME, "one-more", f"{NAME}@v1")
+    assert (refusal.value.code, refusal.value.status, refusal.value.param) == ("too_many_aliases", 409, "alias")
+    assert "100" in refusal.value.message and "remove" in refusal.value.message
+    store.set_alias(NAME, "alias-7", f"{NAME}@v2")
+    store.set_alias(NAME, "latest", f"{NAME}@v1")
+    assert store.resolve(f"{NAME}@alias-7").version == 2
+    store.remove_alias(NAME, "alias-8")
+    store.set_alias(NAME, "one-more", f"{NAME}@v2")
+    assert len(store.aliases(NAME)) == MOST_ALIASES + 1
 
 
 def test_a_bundle_goes_with_its_last_version_and_not_before(store: AdapterStore) -> None:

@@ -35,7 +35,7 @@ class IdleProcesses(JobProcesses):
         )
         CHILDREN.append(child)
         STARTED.append(job.id)
-        return JobProcess(job, run, child)
+        return JobProcess(job, run, child, self.timeout_s)
 
 
 class Platform:

@@ -110,13 +110,18 @@ async def list_events(
     job_id: JobPath, query: Annotated[EventQuery, Query()], context: ContextOf
 ) -> JobEventList | Response:
     """The events of a job, the newest first; or as they come, the oldest first."""
-    after, tenant = event_seq(query.after), scope_of(context.caller)
+    after = event_seq(query.after)
     if query.stream:
         if "limit" in query.model_fields_set:
             raise InvalidRequest("a stream has all events; leave limit out", param="limit")
-        return JobEventStream(job_id, tenant, after, context.training, context.executors.changing)
+        return JobEventStream(job_id, context.caller, after, context.training, context.executors.changing)
     events, has_more = await context.run(
-        context.executors.changing, context.training.jobs.events, job_id, tenant, after, query.limit
+        context.executors.changing,
+        context.training.jobs.events,
+        job_id,
+        scope_of(context.caller),
+        after,
+        query.limit,
     )
     return JobEventList(data=[event_object(event) for event in events], has_more=has_more)
 

@@ -9,8 +9,10 @@ from starlette.types import Receive, Scope, Send
 
 from sera_serve.errors import EngineUnavailable, InvalidRequest
 from sera_serve.jobs import JobEvent
+from sera_serve.server.auth import Caller
 from sera_serve.server.disconnect import ClientDisconnected, cancel_on_disconnect
 from sera_serve.server.errors import describe, note_code
+from sera_serve.server.openai.files import scope_of
 from sera_serve.server.openai.fine_tuning_schemas import JobEventObject
 from sera_serve.server.sse import DONE, encode_event
 from sera_serve.server.training import Training
@@ -56,13 +58,13 @@ class JobEventStream(Response):
     media_type = "text/event-stream"
 
     def __init__(
-        self, job_id: str, tenant: str | None, after: int | None, training: Training, executor: BoundedExecutor
+        self, job_id: str, caller: Caller, after: int | None, training: Training, executor: BoundedExecutor
     ) -> None:
         """Prepare the response.
 
         Args:
             job_id: The job.
-            tenant: Whose jobs the caller sees, or None for all.
+            caller: Who sent the request. The stream ends with an error when the caller's key is accepted no more.
             after: The number of the last event that the client has, or None.
             training: Has the jobs.
             executor: Reads the database.
@@ -70,7 +72,8 @@ class JobEventStream(Response):
         super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._job_id = job_id
-        self._tenant = tenant
+        self._caller = caller
+        self._tenant = scope_of(caller)
         self._seq = after or 0
         self._jobs = training.jobs
         self._streams = training.streams
@@ -100,6 +103,7 @@ class JobEventStream(Response):
                 await asyncio.sleep(_LOOK_S)
                 if scope["app"].state.draining:
                     raise EngineUnavailable("the server is stopping; read the events when it is back")
+                self._caller.check_still_accepted()
                 content, is_finished = await self._executor.run(self._next)
                 silent += 1
                 if not content and silent >= _COMMENT_AFTER:
