@@ -24,13 +24,13 @@ class _View:
     """The database at one moment.
 
     Attributes:
-        version: The database's version.
+        revision: The database's `revision`.
         keys: By id.
         shares: Tenants by adapter.
         shared_with: The adapters of others by tenant, sorted.
     """
 
-    version: tuple[int, int] | None = None
+    revision: tuple[int, int] | None = None
     keys: Mapping[str, Key] = field(default_factory=dict)
     shares: Mapping[str, frozenset[str]] = field(default_factory=dict)
     shared_with: Mapping[str, Sequence[str]] = field(default_factory=dict)
@@ -63,7 +63,8 @@ class AccessControl:
         self._is_loopback = is_loopback
         self._lock = threading.Lock()
         self._view = _View()
-        # The version of the database that every listener was told of.
+        # The version and the revision of the database that every listener was told of.
+        self._seen: tuple[int, int] | None = None
         self._told: tuple[int, int] | None = None
         self._listeners: list[Callable[[], None]] = []
         self._closing = threading.Event()
@@ -119,23 +120,25 @@ class AccessControl:
         with self._lock:
             # The version first: what is written meanwhile is read again.
             version = self.database.version()
-            if version == self._told:
+            if version == self._seen:
                 return
-            if version != self._view.version:
-                self._view = self._read(version)
-        for listener in self._listeners:
-            listener()
+            revision = self.database.revision()
+            if revision != self._view.revision:
+                self._view = self._read(revision)
+        if revision != self._told:
+            for listener in self._listeners:
+                listener()
         # Not before: a listener that failed is called again.
-        self._told = version
+        self._seen, self._told = version, revision
 
-    def _read(self, version: tuple[int, int]) -> _View:
+    def _read(self, revision: tuple[int, int]) -> _View:
         shares = self.shares.all()
         by_tenant: dict[str, list[str]] = {}
         for adapter, tenants in sorted(shares.items()):
             for tenant in tenants:
                 by_tenant.setdefault(tenant, []).append(adapter)
         keys = {key.id: key for key in self.keys.all()}
-        return _View(version, keys, shares, by_tenant)
+        return _View(revision, keys, shares, by_tenant)
 
     def on_change(self, listener: Callable[[], None]) -> None:
         """Call a function, on any thread, after each change of the database. It is not called for what is there now."""

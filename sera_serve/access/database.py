@@ -14,6 +14,16 @@ from sera_serve.errors import SeraServeError
 
 _FOLDER, _FILE = "access", "access.sqlite3"
 _BUSY_SECONDS = 5.0
+# What a server holds in memory. `revision` counts their changes: jobs write each second, and change none of them.
+_HELD = ("keys", "shares", "quotas")
+_COUNTED = "".join(
+    f"""
+    CREATE TRIGGER {table}_{change.lower()} AFTER {change} ON {table}
+    BEGIN UPDATE revision SET number = number + 1; END;
+    """
+    for table in _HELD
+    for change in ("INSERT", "UPDATE", "DELETE")
+)
 # One script for each version. A script that was released is never changed: a new one is added.
 MIGRATIONS = (
     """
@@ -118,6 +128,12 @@ MIGRATIONS = (
     ) STRICT;
     CREATE INDEX deleted_of_tenant ON deleted_items (tenant, seq);
     """,
+    f"""
+    CREATE TABLE revision (number INTEGER NOT NULL) STRICT;
+    INSERT INTO revision VALUES (0);
+    {_COUNTED}
+    CREATE INDEX jobs_not_cleared ON jobs (number) WHERE is_cleared = 0;
+    """,
 )
 
 
@@ -148,6 +164,8 @@ class AccessDatabase:
         self._opened: tuple[int, int] | None = None
         self._is_read_only = False
         self._writes = 0
+        # Files that were opened, one after the other.
+        self._files = 0
 
     @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:
@@ -195,6 +213,15 @@ class AccessDatabase:
                 return 0, self._writes
             (changes,) = connection.execute("PRAGMA data_version").fetchone()
             return int(changes), self._writes
+
+    def revision(self) -> tuple[int, int]:
+        """A value that changes with each change of keys, shares or quotas, as `version` does with each write at all.
+
+        Raises as `reading`.
+        """
+        with self.reading() as connection:
+            (number,) = connection.execute("SELECT number FROM revision").fetchone()
+            return self._files, int(number)
 
     def check(self) -> bool:
         """Read the whole file, and write nothing, no later form of the tables either. Returns whether there is one.
@@ -249,6 +276,8 @@ class AccessDatabase:
         except BaseException:
             connection.close()
             raise
+        if opened != self._opened:
+            self._files += 1
         self._connection, self._opened = connection, opened
         self._is_read_only = not os.access(self.path, os.W_OK)
         return connection
@@ -293,7 +322,7 @@ class AccessDatabase:
         try:
             known = _known_version(connection)
             for script in MIGRATIONS[known:]:
-                for statement in script.split(";"):
+                for statement in _statements(script):
                     connection.execute(statement)
             connection.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
             connection.commit()
@@ -312,6 +341,16 @@ class AccessDatabase:
                 f"{_FOLDER}/{_FILE} of the store cannot be used ({fault}); check the disk, and the file's permissions",
                 param="store",
             ) from error
+
+
+def _statements(script: str) -> Iterator[str]:
+    """The statements of a script. Those that make triggers have semicolons inside."""
+    statement = ""
+    for part in script.split(";")[:-1]:
+        statement += part + ";"
+        if sqlite3.complete_statement(statement):
+            yield statement
+            statement = ""
 
 
 def _identity(path: Path) -> tuple[int, int]:

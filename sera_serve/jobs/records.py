@@ -464,10 +464,7 @@ class Jobs:
             connection.execute(f"UPDATE jobs SET base = ? WHERE {which}", (self._base,))
 
     def uncleared(self) -> list[Job]:
-        """Finished jobs, of any base, whose directory may still be there, the oldest first, 50 at most.
-
-        Looks at every job: 100,000 take 19 ms.
-        """
+        """Finished jobs, of any base, whose directory may still be there, the oldest first, 50 at most."""
         query = f"SELECT {_COLUMNS} FROM jobs WHERE is_cleared = 0 AND finished_at IS NOT NULL ORDER BY number LIMIT 50"
         with self._database.reading() as connection:
             rows = connection.execute(query).fetchall()

@@ -114,7 +114,7 @@ class Supervisor:
         self._sweep_at = 0.0
         # Names of the directories that could not be deleted.
         self._undeleted: set[str] = set()
-        # When finished jobs to clear are next looked for, while jobs run: to find them takes a look at every job.
+        # When finished jobs to clear are next looked for, while jobs run: each look tries the locks of other bases.
         self._clear_at = 0.0
 
     def start(self) -> None:
@@ -389,7 +389,7 @@ class Supervisor:
             self._clear_at = 0.0
             return
         status = process.status
-        # Each write lets all servers of the store read the keys again.
+        # Each write is durable before the next job is looked at.
         if status is not None or time.monotonic() - process.recorded_at > _RECORD_S:
             process.recorded_at = time.monotonic()
             self._record_progress(job)

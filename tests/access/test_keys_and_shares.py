@@ -6,7 +6,7 @@ import os
 import shutil
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from sera_serve.access import (
     Shares,
 )
 from sera_serve.access import shares as shares_module
+from sera_serve.access.database import MIGRATIONS
 from sera_serve.access.keys import is_secret_of, key_id_of
 from sera_serve.errors import InvalidRequest
 from sera_serve.jobs import Places
@@ -176,6 +177,58 @@ def test_a_listener_that_failed_is_called_again(database: AccessDatabase) -> Non
     control.refresh()
     control.refresh()
     assert heard == [0, 1]
+
+
+def test_what_jobs_write_lets_no_server_read_its_keys_again(
+    tmp_path: Path, database: AccessDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    control = AccessControl(database)
+    heard: list[int] = []
+    control.on_change(lambda: heard.append(len(control._view.keys)))
+    other = AccessDatabase(database.path.parents[1])
+    made = Keys(other).create("acme", ["infer"])
+    control.refresh()
+    assert heard == [1]
+    view = control._view
+    with other.writing() as connection:
+        connection.execute("INSERT INTO deleted_items (id, tenant, number) VALUES ('file-1', 'acme', 1)")
+    with database.writing() as connection:
+        connection.execute("INSERT INTO deleted_items (id, tenant, number) VALUES ('file-2', 'acme', 2)")
+    control.refresh()
+    assert control._view is view and heard == [1]
+    changes: list[Callable[[], object]] = [
+        lambda: Keys(other).revoke(made.key.id),
+        lambda: Shares(other).add("acme/x", "zoo"),
+        lambda: Shares(database).remove("acme/x", "zoo"),
+        lambda: Quotas(other).set("acme", {"adapters": 3}),
+        lambda: Quotas(other).set("acme", {"adapters": 4}),
+        lambda: Quotas(other).clear("acme"),
+    ]
+    for count, change in enumerate(changes, start=2):
+        change()
+        control.refresh()
+        assert len(heard) == count, count
+        assert control._view is not view
+        view = control._view
+
+
+def test_an_older_file_keeps_its_keys_and_counts_their_changes(tmp_path: Path) -> None:
+    root = AdapterStore(tmp_path / "store").root
+    old = AccessDatabase(root)
+    old.path.parent.mkdir()
+    with closing(sqlite3.connect(old.path)) as connection:
+        for script in MIGRATIONS[:6]:
+            connection.executescript(script)
+        connection.execute("PRAGMA user_version = 6")
+        connection.execute("INSERT INTO keys VALUES ('0a', 'acme', 'infer', 'hash', 'old', 1.0, NULL, NULL)")
+        connection.commit()
+        # A server of the older release that still runs.
+        control = AccessControl(old)
+        assert [key.name for key in control.keys.all()] == ["old"]
+        connection.execute("UPDATE keys SET revoked_at = 2.0")
+        connection.commit()
+    control.refresh()
+    assert [key.status for key in control._view.keys.values()] == ["revoked"]
 
 
 def test_a_file_that_was_restored_is_read_and_written(tmp_path: Path) -> None:
