@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from typing import Any, NoReturn
 
 import numpy as np
@@ -48,7 +49,11 @@ def parse_json(data: str | bytes, max_members: int = 250_000, max_items: int | N
     except UnicodeEncodeError as error:
         raise json.JSONDecodeError(HALF_PAIR, "", 0) from error
     except ValueError as error:
-        raise json.JSONDecodeError(str(error), "", 0) from error
+        message = str(error)
+        if message.startswith("Exceeds the limit"):
+            # The interpreter's own bound, in its own words, which are about its settings.
+            message = f"an integer of more than {sys.get_int_max_str_digits()} digits"
+        raise json.JSONDecodeError(message, "", 0) from error
     return value
 
 

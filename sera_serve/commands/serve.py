@@ -141,6 +141,10 @@ def _serve(settings: ServeSettings, read: Callable[[], ServeSettings] | None, wa
             begin_drain=lambda: setattr(app.state, "draining", True),
             reload=reload,
         )
+        # Each request that a second interrupt cuts off would be logged with a traceback, which tells nothing.
+        logging.getLogger("uvicorn.error").addFilter(
+            lambda record: not (server.force_exit and record.levelno >= logging.ERROR)
+        )
         # Modules and models are never freed. A collection that visited them would stop every thread for about 0.1 s.
         gc.collect()
         gc.freeze()

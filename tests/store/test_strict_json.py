@@ -40,6 +40,7 @@ def test_valid_json_is_what_the_standard_library_reads(ensure_ascii: bool) -> No
         (b'{"a": 1, "b": {"c": 1, "c": 2}}', "'c' appears twice"),
         (b"[NaN]", "NaN"),
         (b"\xff", "UTF-8"),
+        (b'{"a": ' + b"1" * 5000 + b"}", "integer of more than 4300 digits"),
         (b'["\\ud83d"]', "surrogate"),
         (b'["\\uDC00 \\ud83d\\ude00"]', "surrogate"),
         (b'[[[{"\\ud800": 1}]]]', "surrogate"),
