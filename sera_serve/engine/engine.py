@@ -406,7 +406,7 @@ class ServingEngine(RowCalls):
         self, requests: Sequence[GenerationRequest], params: GenerateParams, principal: Principal
     ) -> None:
         """Give the requests of one call their prompt, their adapter, and what constrains them."""
-        tokens = await self._prompt(params)
+        tokens = await self._prompt(params, principal.tenant)
         adapter = None
         if params.adapter is not None:
             adapter = await self._resolving.run(self._references.resolve, params.adapter, "generate")
@@ -440,7 +440,7 @@ class ServingEngine(RowCalls):
             await asyncio.sleep(0)
         return found
 
-    async def _prompt(self, params: GenerateParams) -> list[int]:
+    async def _prompt(self, params: GenerateParams, tenant: str) -> list[int]:
         """The prompt's tokens; raises where they do not fit the vocabulary or the context."""
         preprocessor, context = self._preprocessor, self._context_tokens
         if params.token_ids is not None:
@@ -454,7 +454,7 @@ class ServingEngine(RowCalls):
             )
         arguments = params.prompt, params.token_ids, params.add_special_tokens
         if preprocessor.is_long(*arguments[:2]):
-            tokens = await self._tokenizing.run(preprocessor.prompt, *arguments)
+            tokens = await self._tokenizing.run_in_turn(tenant, preprocessor.prompt, *arguments)
         else:
             tokens = preprocessor.prompt(*arguments)
         self._check_context(len(tokens), params)

@@ -183,7 +183,7 @@ class RowCalls(ABC):
             if not has_images:
                 is_long = sum(map(len, texts)) > LONG_CHARACTERS
                 return await self._resolved_and_tokenized(
-                    resolve, partial(self._row_maker.embedding, inputs=texts), is_long
+                    call.tenant, resolve, partial(self._row_maker.embedding, inputs=texts), is_long
                 )
             resolved = await self._resolving.run(resolve)
             return [RowGroup(resolved, await self._mixed_rows(resolved, inputs, texts, call.tenant, held))]
@@ -225,7 +225,7 @@ class RowCalls(ABC):
             if not images:
                 are_long = sum(len(text) if isinstance(text, str) else sum(map(len, text)) for text in texts)
                 tokenize = partial(self._row_maker.classification, inputs=texts)
-                return await self._resolved_and_tokenized(resolve, tokenize, are_long > LONG_CHARACTERS)
+                return await self._resolved_and_tokenized(call.tenant, resolve, tokenize, are_long > LONG_CHARACTERS)
             adapters = await self._resolving.run(resolve)
             rows = await self._images.rows(images, self._row_maker.image_specs(adapters), call.tenant, held)
             return [RowGroup(adapter, found) for adapter, found in zip(adapters, rows, strict=True)]
@@ -233,11 +233,11 @@ class RowCalls(ABC):
         return await self._run_rows(call, groups, timeout_s, received_at)
 
     async def _resolved_and_tokenized(
-        self, resolve: Callable[[], R], tokenize: Callable[[R], list[RowGroup]], is_long: bool
+        self, tenant: str, resolve: Callable[[], R], tokenize: Callable[[R], list[RowGroup]], is_long: bool
     ) -> list[RowGroup]:
         if is_long:
             resolved = await self._resolving.run(resolve)
-            return await self._tokenizing.run(tokenize, resolved)
+            return await self._tokenizing.run_in_turn(tenant, tokenize, resolved)
         # A short call changes threads only once.
         return await self._resolving.run(lambda: tokenize(resolve()))
 
@@ -254,7 +254,7 @@ class RowCalls(ABC):
         (image_rows,) = await self._images.rows(images, [self._row_maker.embedding_spec(adapter)], tenant, held)
         text_rows: list[ModelInputs] = []
         if texts:
-            (group,) = await self._tokenizing.run(self._row_maker.embedding, adapter, texts)
+            (group,) = await self._tokenizing.run_in_turn(tenant, self._row_maker.embedding, adapter, texts)
             text_rows = group.rows
         of_images, of_texts = iter(image_rows), iter(text_rows)
         return [next(of_images) if isinstance(value, ImageInput) else next(of_texts) for value in inputs]

@@ -6,12 +6,14 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
 
 from sera_serve.engine.request import FinishReason, GenerationRequest, TokenLogprobs
+from sera_serve.engine.stop_strings import StopSearch
 from sera_serve.errors import AdapterOverflow, BaseOverflow, DeadlineExceeded, EngineUnavailable, InvalidRequest
 
 # Tokens of one delta, each with its log-probabilities counted as so many more. Many more would keep the event loop. A
@@ -19,8 +21,8 @@ from sera_serve.errors import AdapterOverflow, BaseOverflow, DeadlineExceeded, E
 _MAX_DELTA = 1024
 # Tokens of a prompt that are decoded with the first new ones. All tokens of a long prompt would keep the event loop.
 _CONTEXT = 64
-# Tokens that may wait for the rest of a character, which has four bytes at most. Skipped tokens wait too, and all that
-# wait are decoded again with each new one.
+# Tokens that may wait for the rest of a character, which has four bytes at most. All that wait are decoded again with
+# each new one.
 _MOST_PENDING = 16
 _MAX_BYTES = 4
 
@@ -100,7 +102,9 @@ class Detokenizer:
         self._context = prompt[-_CONTEXT:]
         self._pending: list[int] = []
         self._stream = self._new_stream()
-        self._stop = stop
+        # A token that is skipped waits for no character: it leaves the text as it is.
+        self._skipped = _special_tokens(tokenizer)
+        self._search = StopSearch(stop)
         self._exempt = min_tokens
         self._held = ""
         self.text = ""
@@ -113,17 +117,18 @@ class Detokenizer:
 
     def push(self, token: int) -> str:
         """Take one token; returns the text that can no longer change, maybe empty."""
-        self._held += self._decoded(token)
+        added = "" if token in self._skipped else self._decoded(token)
+        before = len(self._held)
+        self._held += added
         if self._exempt:
             self._exempt -= 1
             return self.flush()
-        cuts = [(at, word) for at, word in ((self._held.find(word), word) for word in self._stop) if at >= 0]
-        if cuts:
-            at, self.found = min(cuts)
-            self._held = self._held[:at]
+        cut = self._search.push(added)
+        if cut is not None:
+            at, self.found = cut
+            self._held = self._held[: before + at]
             return self.flush()
-        certain = len(self._held) - self._possible_stop()
-        return self._emit(certain)
+        return self._emit(len(self._held) - self._search.held)
 
     def flush(self) -> str:
         """End of the sequence: returns what was held back."""
@@ -159,20 +164,17 @@ class Detokenizer:
         text: str = self._backend.decode(ids, skip_special_tokens=True)
         return text
 
-    def _possible_stop(self) -> int:
-        """Length of the longest suffix of the held text that is a prefix of a stop string."""
-        longest = 0
-        for word in self._stop:
-            for length in range(min(len(word) - 1, len(self._held)), longest, -1):
-                if self._held.endswith(word[:length]):
-                    longest = length
-                    break
-        return longest
-
     def _emit(self, length: int) -> str:
         emitted, self._held = self._held[:length], self._held[length:]
         self.text += emitted
         return emitted
+
+
+@lru_cache(maxsize=8)
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The tokens that `skip_special_tokens` leaves out."""
+    added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
+    return frozenset(token for token, content in added.items() if content.special)
 
 
 @dataclass(frozen=True)

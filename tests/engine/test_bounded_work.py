@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,29 @@ def test_long_texts_take_two_threads_and_delay_nobody(
         await settled(engine)
         await until(lambda: engine._tokenizing.calls() == 0)
         assert held.begun == 2
+
+    asyncio.run(main())
+
+
+def test_long_texts_of_one_tenant_keep_no_other_tenants_waiting(
+    stuck: StuckStore, start_engine: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = start_engine(random_decoder(), stuck)
+    held = Held(lambda *arguments: [1])
+    monkeypatch.setattr(Preprocessor, "prompt", _where_long(Preprocessor.prompt, held, "x" * 200))
+    monkeypatch.setattr(Preprocessor, "rows", _where_long(Preprocessor.rows, held, "x" * 200))
+    monkeypatch.setattr(Preprocessor, "is_long", lambda self, text, ids: text is not None and len(text) >= 200)
+
+    async def main() -> None:
+        many = [
+            asyncio.ensure_future(collect(engine, adapter="a/writer", prompt="x" * 200, max_new_tokens=1))
+            for _ in range(9)
+        ]
+        await until(lambda: held.inside == 1 and engine._tokenizing.calls() == 9)
+        other = await asyncio.wait_for(collect(engine, prompt="y" * 201, max_new_tokens=2), 10)
+        assert other.prompt_tokens == 201 and held.begun == 1
+        held.opened.set()
+        assert {(await one).completion_tokens for one in many} == {1}
 
     asyncio.run(main())
 
@@ -293,7 +317,8 @@ def test_stopping_ends_every_request_whatever_it_waits_for(
             await until(lambda: engine.waiting() == 5 and engine.residency.stats().loading == 2)
             held = stuck.hold()
             tasks += begin(lambda: collect(engine, adapter="a/writer", prompt="x"), 10)
-            tasks += begin(lambda: collect(engine, prompt=long_text), 4)
+            for adapter in (None, "a/writer"):
+                tasks += begin(partial(collect, engine, adapter=adapter, prompt=long_text), 2)
             await until(lambda: held.inside == 8 and texts.inside == 2 and engine._tokenizing.calls() == 4)
             stops = [threading.Thread(target=engine.stop) for _ in range(2)]
             for stop in stops:

@@ -91,6 +91,15 @@ def test_tokens_without_text_do_not_gather(decoder: FrozenBase) -> None:
         assert max(map(len, out)) <= 16 and "".join(out) == each * 96
 
 
+@pytest.mark.parametrize("skipped", [1, 14, 15, 16, 40])
+def test_tokens_without_text_break_no_character(skipped: int, decoder: FrozenBase) -> None:
+    tokenizer = decoder.tokenizer
+    first, *rest = tokenizer("é€😀")["input_ids"]
+    detokenizer = Detokenizer(tokenizer, tokenizer("a prompt")["input_ids"], ["€"])
+    out = pieces(detokenizer, [*[tokenizer.eos_token_id] * skipped, first, tokenizer.eos_token_id, *rest])
+    assert "".join(out) == "é" and detokenizer.found == "€"
+
+
 def byte_fallback() -> PreTrainedTokenizerFast:
     """A tokenizer of the kind of Llama 2's: words, and bytes for the rest."""
     vocabulary = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁the", "▁a"]

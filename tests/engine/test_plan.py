@@ -188,6 +188,23 @@ def test_a_tenant_below_its_share_gets_a_row_of_a_full_batch() -> None:
     assert bench.waiting.yielded == 4
 
 
+def test_a_row_that_was_given_up_is_not_taken_back() -> None:
+    bench = world(64, rows=4, still_loading=lambda request: request.id == "cold")
+    # It keeps its tenant in the order, so that what the tenant has not used of its turn is not lost.
+    bench.add(ask("cold", [9] * 8, 50))
+    for number in range(4):
+        bench.add(ask(f"many{number}", list(range(100 * number, 100 * number + 20)), 200))
+    bench.step()
+    bench.waiting.queue.charge_output("b", 400)
+    other = bench.add(ask("other", [7] * 10, 50, tenant="b"))
+    bench.step()
+    assert bench.waiting.queue.counter("b") > bench.waiting.queue.counter("a"), "the row is taken out of the order"
+    assert other.state is RequestState.RUNNING
+    for _ in range(40):
+        bench.step()
+    assert bench.waiting.yielded == 1 and other.state is RequestState.RUNNING
+
+
 def test_no_row_is_yielded_to_a_request_whose_adapter_is_not_there() -> None:
     bench = world(64, rows=8, still_loading=lambda request: request.id == "cold")
     many = [bench.add(ask(f"many{number}", [number], 100)) for number in range(8)]

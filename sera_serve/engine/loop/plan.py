@@ -134,8 +134,7 @@ class StepPlanner:
             for request in [r for r in self.running if self._rotary_side(len(r.tokens)) != r.rotary_side]:
                 # Its keys were computed with the other frequencies.
                 self._preempt(request)
-        if not self._rows:
-            self._free_row()
+        promised = None if self._rows else self._free_row()
         short_of_pages = self._plan_decodes(plan)
         budget = self._budget - len(plan.decodes)
         for request in self.running:
@@ -143,7 +142,7 @@ class StepPlanner:
                 budget -= self._plan_chunk(plan, request, budget)
         self._short = None
         while budget and self._rows:
-            newcomer = self._candidates.first()
+            newcomer, promised = promised or self._candidates.first(), None
             if newcomer is None:
                 break
             if not self._admit(plan, newcomer, short_of_pages):
@@ -248,16 +247,22 @@ class StepPlanner:
             if len(request.pages) * PAGE_SIZE < len(request.tokens) - 1 or request.computed >= len(request.tokens):
                 raise RuntimeError(f"request {request.id!r} lacks pages, or has nothing to run")
 
-    def _free_row(self) -> None:
-        """Let a running request yield its row to the first waiting one whose adapter is there, if that has a right."""
+    def _free_row(self) -> GenerationRequest | None:
+        """Let a running request yield its row to the first waiting one whose adapter is there, if that has a right.
+
+        Returns:
+            The waiting one. The row is its own: the one that yields may be before it in the order now, and would take
+            the row back.
+        """
         while (newcomer := self._candidates.first()) is not None:
             victim = self._yields_row(newcomer)
             if victim is None:
-                return
+                return None
             # What yields is computed again: it must not be in vain.
             if self._candidates.make_ready(newcomer):
                 self._preempt(victim)
-                return
+                return newcomer
+        return None
 
     def _yields_row(self, newcomer: GenerationRequest) -> GenerationRequest | None:
         """The running request that yields its row to the first waiting one, or None if that has to wait for an end.
