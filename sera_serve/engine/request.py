@@ -16,10 +16,11 @@ from __future__ import annotations
 
 import enum
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, reduce
+from operator import or_
 from typing import Literal, Protocol, TypeAlias
 
 import numpy as np
@@ -377,6 +378,11 @@ class Request:
         """Seconds from its arrival until it started; 0 before that."""
         return 0.0 if self.started_at is None else self.started_at - self.arrived
 
+    @property
+    def shape_classes(self) -> ShapeClasses:
+        """The kinds of shapes of its adapter, while it runs."""
+        return ShapeClasses() if self.lease is None else self.lease.placement.adapter.classes
+
     def move(self, state: RequestState) -> None:
         """Go to another state.
 
@@ -501,11 +507,6 @@ class GenerationRequest(Request):
         return np.fromiter(bias.keys(), np.int64, count), np.fromiter(bias.values(), np.float32, count)
 
     @property
-    def shape_classes(self) -> ShapeClasses:
-        """The kinds of shapes of its adapter, while it runs."""
-        return ShapeClasses() if self.lease is None else self.lease.placement.adapter.classes
-
-    @property
     def adapter_slot(self) -> int:
         """Slot of its adapter on the device while it runs."""
         return NO_ADAPTER if self.lease is None else self.lease.slot
@@ -529,3 +530,8 @@ class ClassificationRequest(Request):
 
     def __post_init__(self) -> None:
         self.results = [None] * len(self.rows)
+
+
+def classes_of(requests: Iterable[Request]) -> ShapeClasses:
+    """The kinds of shapes of the requests' adapters, while they run."""
+    return reduce(or_, {request.shape_classes for request in requests}, ShapeClasses())

@@ -5,16 +5,19 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
 from adapters_store import AdapterBundle, AdapterStore, WrongTask
+from sera_kernels import ShapeClasses
 from sera_serve import SeraConfig
 from sera_serve.base import FrozenBase
 from sera_serve.engine import ClassifyResult, GenerateParams, ServingEngine
+from sera_serve.engine.tasks.passes import run_pass
 from sera_serve.errors import EngineUnavailable, InvalidRequest, UnsupportedTask
-from support.engine import classify, generate
+from support.engine import acting_for, classify, generate
 from support.factories import merged, random_adapter
 
 Start = Callable[..., ServingEngine]
@@ -70,6 +73,32 @@ def test_mixed_rows_are_each_alone_and_merged(
             got = torch.tensor(list(scores.probabilities.values()))
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
             assert scores.label == bundles[name].config.labels[int(want.argmax())]  # type: ignore[index]
+
+
+def test_a_pass_is_launched_for_its_own_adapters(
+    decoder: FrozenBase, store: AdapterStore, start_engine: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes = {
+        "acme/single": SeraConfig(8, 8, 8.0, ("q_proj",)),
+        "other/whole": SeraConfig(100, 1, 8.0, ("q_proj",)),
+        "other/segmented": SeraConfig(32, 2, 8.0, ("q_proj",)),
+    }
+    for seed, (name, shape) in enumerate(shapes.items()):
+        store.publish(random_adapter(decoder, shape, seed, labels=["n", "y"]), name)
+    engine = start_engine(decoder, store)
+    seen: list[ShapeClasses] = []
+    run = run_pass
+
+    def spy(base: Any, context: Any, rows: Any, slots: Any, classes: ShapeClasses, embeds: bool) -> Any:
+        seen.append(classes)
+        return run(base, context, rows, slots, classes, embeds)
+
+    monkeypatch.setattr("sera_serve.engine.tasks.classify.run_pass", spy)
+    for name in ("other/whole", "other/segmented", "acme/single"):
+        asyncio.run(classify(engine, name, ["x"]))
+    asyncio.run(engine.embed(None, ["x"], acting_for("acme/x")))
+    assert len(engine.residency.digests()) == 3
+    assert seen == [ShapeClasses(whole=256), ShapeClasses(segmented=64), ShapeClasses(single=16), ShapeClasses()]
 
 
 def test_generate_and_classify_share_a_decoder(decoder: FrozenBase, store: AdapterStore, start_engine: Start) -> None:

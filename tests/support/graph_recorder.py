@@ -24,7 +24,8 @@ from sera_kernels import AdapterBatch, AdapterTables
 from sera_serve.engine import ServingEngine
 from sera_serve.engine.loop.attention import KeyValuePool
 from sera_serve.engine.loop.row_tables import DeviceRows
-from sera_serve.engine.loop.static_step import StaticBatch, StaticKey, StaticStep, classes_of
+from sera_serve.engine.loop.static_step import StaticBatch, StaticKey, StaticStep
+from sera_serve.engine.request import classes_of
 
 # Sizes of a recorded step: a batch runs in the smallest that holds it. The last one is for prompts.
 SIZES = (4, 16, 96)

@@ -19,9 +19,9 @@ from sera_serve.engine.loop.hugging_face import PagedModel
 from sera_serve.engine.loop.pages import PAGE_SIZE, SCRATCH
 from sera_serve.engine.loop.plan import StepPlan
 from sera_serve.engine.loop.row_tables import RowTables
-from sera_serve.engine.loop.static_step import NotCaptured, StaticBatch, StaticSteps, classes_of
+from sera_serve.engine.loop.static_step import NotCaptured, StaticBatch, StaticSteps
 from sera_serve.engine.loop.step_errors import free_memory, step_failed
-from sera_serve.engine.request import GenerationRequest
+from sera_serve.engine.request import GenerationRequest, classes_of
 from sera_serve.engine.sampling import NO_TOKEN
 from sera_serve.layers import AdapterContext
 

@@ -16,8 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import reduce
-from operator import or_
 from typing import Any, Protocol
 
 import numpy as np
@@ -121,11 +119,6 @@ class StaticKey:
     classes: ShapeClasses
     sampled: bool
     truncated: bool
-
-
-def classes_of(requests: list[GenerationRequest]) -> ShapeClasses:
-    """The kinds of shapes of the requests' adapters."""
-    return reduce(or_, {request.shape_classes for request in requests}, ShapeClasses())
 
 
 class StaticStep:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,7 +18,14 @@ from sera_serve.base import FrozenBase, ModelInputs
 from sera_serve.engine.admission import BatchBudget
 from sera_serve.engine.loop.step_errors import free_memory, step_failed
 from sera_serve.engine.overflow import OverflowReporter, RowGauge
-from sera_serve.engine.request import ClassificationRequest, EmbeddingSpec, FinishReason, HeadResult, RowResult
+from sera_serve.engine.request import (
+    ClassificationRequest,
+    EmbeddingSpec,
+    FinishReason,
+    HeadResult,
+    RowResult,
+    classes_of,
+)
 from sera_serve.engine.scheduler import Scheduler
 from sera_serve.engine.tasks.passes import run_pass
 from sera_serve.engine.tasks.results import head_results
@@ -232,9 +239,8 @@ class ClassificationRunner(TaskRunner[ClassificationRequest]):
         adapters = [row.request.lease.placement.adapter for row in rows if row.request.lease]
         must_watch = self._gauge.must_watch(adapter.stretch for adapter in adapters)
         watching = self._gauge.watching(len(rows), self._base.device) if must_watch else nullcontext()
-        # Ranks of all residents: kernels for each combination of a pass would be compiled while others wait.
-        has_vectors = any(adapter.classes.vectors for adapter in adapters)
-        classes = replace(self._pool.tables.classes, vectors=has_vectors)
+        # Of this pass alone, as in a step of generation: other tenants' adapters change no launch of it.
+        classes = classes_of(row.request for row in rows)
         inputs = [row.inputs for row in rows]
         embeds = any(row.request.embedding is not None for row in rows)
         with watching as norms:
