@@ -37,7 +37,7 @@ from adapters_store.format.config import (
 from adapters_store.format.mmap_buffer import reused_memory, writable_memory
 from adapters_store.format.safetensors_file import BundleLimits
 from adapters_store.format.strict_json import parse_json
-from adapters_store.format.validation import check_base, check_same_base, expected_shapes, rank_fault
+from adapters_store.format.validation import MOST_RANK, check_base, check_same_base, expected_shapes, rank_fault
 from adapters_store.names import check_part, parse_adapter, parse_ref
 from adapters_store.records import AdapterInfo, AdapterSummary, Freed, Page, Published, ResolvedAdapter, StoreState
 from adapters_store.store import AdapterStore
@@ -47,6 +47,7 @@ __all__ = [
     "HEAD_FILE",
     "MAX_CHAT_TEMPLATE_BYTES",
     "MAX_PARTS",
+    "MOST_RANK",
     "STORE_MARK",
     "Activation",
     "AdapterBundle",

@@ -12,7 +12,7 @@ class UnsupportedAdapter(InvalidBundle):
 
 
 class RankTooLarge(InvalidBundle):
-    """A layer's rank is far above its widths. The code is that of a bundle with such a rank."""
+    """A layer's rank is higher than `rank_fault` allows. The code is that of a bundle with such a rank."""
 
     code = "adapter_too_large"
 

@@ -132,7 +132,7 @@ def read_layers(
 
     Raises:
         BundleTooLarge: The factors exceed the limit once the zeros of block-diagonal ones are written out.
-        RankTooLarge: A layer's rank is far above its widths.
+        RankTooLarge: A layer's rank is far above its widths, or above what is served.
         MissingTensor, WrongShape, NotFinite, UnsupportedAdapter: A layer cannot be carried over; `param` is its tensor.
         InvalidConfig: A pattern is no regular expression, or there are too many, or they take too long.
     """

@@ -29,6 +29,10 @@ _RANK_OF_WIDTH = 2
 # The highest rank of a training job may be trained, and served, on any base.
 _ANY_WIDTH = 256
 
+MOST_RANK = 4096
+"""The highest rank of a layer that is trained or served. A GPU's kernels are compiled for no higher one, and a store is
+read by servers on any device."""
+
 
 def expected_shapes(config: AdapterConfig) -> dict[str, Shape]:
     """The name and shape of every tensor of an adapter.
@@ -83,13 +87,17 @@ def check_names_and_shapes(config: AdapterConfig, shapes: Mapping[str, Shape]) -
 
 
 def rank_fault(path: str, rank: int, d_in: int, d_out: int) -> str | None:
-    """What is wrong with a layer's rank: above 256, and more than twice the wider of its widths. None for nothing."""
-    most = max(_ANY_WIDTH, _RANK_OF_WIDTH * max(d_in, d_out))
+    """What is wrong with a layer's rank. None for nothing.
+
+    A rank is at most `MOST_RANK`, and at most 256 or twice the wider of the layer's widths.
+    """
+    most = min(MOST_RANK, max(_ANY_WIDTH, _RANK_OF_WIDTH * max(d_in, d_out)))
     if rank <= most:
         return None
+    of = "any layer" if most == MOST_RANK else f"a layer of widths {d_in} and {d_out}"
     return (
-        f"the rank {rank} of {path} is more than {most}, the most for a layer of widths {d_in} and {d_out}; train or "
-        "compress the adapter with a smaller rank"
+        f"the rank {rank} of {path} is more than {most}, the most for {of}; train or compress the adapter with a "
+        "smaller rank"
     )
 
 

@@ -3,10 +3,11 @@
 from sera_kernels.grouped import add_updates, grouped_sera, path_name, warm_up
 from sera_kernels.operands import ABSENT, NO_ADAPTER, AdapterBatch, AdapterTables, Entry
 from sera_kernels.reference import grouped_sera_reference
-from sera_kernels.shape_classes import ShapeClasses
+from sera_kernels.shape_classes import MOST_RANK, ShapeClasses, workspace_bytes
 
 __all__ = [
     "ABSENT",
+    "MOST_RANK",
     "NO_ADAPTER",
     "AdapterBatch",
     "AdapterTables",
@@ -17,4 +18,5 @@ __all__ = [
     "grouped_sera_reference",
     "path_name",
     "warm_up",
+    "workspace_bytes",
 ]

@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda
 
-# Elements of C that a program holds at a time.
+# Elements of C that a program holds at a time. At least `MOST_RANK`: a column of C.
 MIXER_ELEMENTS = tl.constexpr(4096)
 
 # Numbers and alignments that need no kernel of their own.
@@ -71,7 +71,7 @@ def fits_vector(at, d_in, rank, split, mixer, VEC: tl.constexpr):
 
 @triton.jit
 def mix(u, c, rank, out, R: tl.constexpr, VEC: tl.constexpr):
-    """Write u C to out. u (R,), C (rank, rank)."""
+    """Write u C to out. u (R,), C (rank, rank). R is at most MIXER_ELEMENTS."""
     COLUMNS: tl.constexpr = R if R * R <= MIXER_ELEMENTS else MIXER_ELEMENTS // R
     stride = rank // VEC * VEC
     r = tl.arange(0, R)

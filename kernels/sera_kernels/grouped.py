@@ -48,7 +48,7 @@ def grouped_sera(
         tables: The offset and the shape of each adapter's factors.
 
     Raises:
-        ValueError: A shape, a layout or a dtype does not fit.
+        ValueError: A shape, a layout or a dtype does not fit, or a rank is above `MOST_RANK`.
     """
     if x.dim() != 2 or len(batch.token_slots) != len(x):
         raise ValueError(f"x must be (tokens, d_in) with {len(batch.token_slots)} tokens, not {tuple(x.shape)}")

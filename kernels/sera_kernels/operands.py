@@ -54,7 +54,11 @@ class AdapterTables:
 
     @cached_property
     def classes(self) -> ShapeClasses:
-        """The kinds of shapes that may occur. Without `set_classes`, the first call waits for the device."""
+        """The kinds of shapes that may occur. Without `set_classes`, the first call waits for the device.
+
+        Raises:
+            ValueError: A rank is above `MOST_RANK`.
+        """
         present = self.offset != ABSENT
         shapes = zip(self.rank[present].tolist(), self.split[present].tolist(), strict=True)
         return ShapeClasses.of(shapes, bool((self.vectors[present] != ABSENT).any()))

@@ -8,10 +8,36 @@ from dataclasses import dataclass, fields
 RANK_BUCKETS = (16, 64, 256, 1024, 4096)
 """Lengths of a reduced vector that kernels are compiled for."""
 
+MOST_RANK = RANK_BUCKETS[-1]
+"""The largest rank of a layer. A program of the mixer holds a column of C at least, which has this many elements."""
+
+OUTPUTS_PER_LAUNCH = 4
+"""Number of layers of one launch. Further layers that share the input take further launches."""
+
+MOST_SUMS_BYTES = 1 << 27
+"""The most memory of the parts of the sums of one launch. One part may take more."""
+
 
 def rank_bucket(rank: int) -> int:
-    """Return the smallest length in `RANK_BUCKETS` that holds `rank`, or for greater ranks a power of two."""
-    return next((bucket for bucket in RANK_BUCKETS if rank <= bucket), 1 << (rank - 1).bit_length())
+    """Return the smallest length in `RANK_BUCKETS` that holds `rank`.
+
+    Raises:
+        ValueError: The rank is above `MOST_RANK`.
+    """
+    bucket = next((bucket for bucket in RANK_BUCKETS if rank <= bucket), None)
+    if bucket is None:
+        raise ValueError(f"rank {rank} is above {MOST_RANK}, the most that kernels are compiled for")
+    return bucket
+
+
+def workspace_bytes(tokens: int) -> int:
+    """Return the most memory that one launch on a GPU takes for so many tokens, whatever the adapters' ranks.
+
+    It has v, float32 (layers, tokens, rank bucket), and the parts of the sums, each of v's size: as many as
+    `MOST_SUMS_BYTES` holds, and one at least.
+    """
+    v = OUTPUTS_PER_LAUNCH * tokens * MOST_RANK * 4
+    return v + max(v, MOST_SUMS_BYTES)
 
 
 @dataclass(frozen=True)

@@ -34,11 +34,8 @@ from sera_kernels.launches import Launch, choose_launch
 from sera_kernels.operands import AdapterBatch, AdapterTables
 from sera_kernels.prefill_kernels import expand_tiles, reduce_tiles
 from sera_kernels.run_kernels import expand_runs, reduce_runs
-from sera_kernels.shape_classes import ShapeClasses
+from sera_kernels.shape_classes import MOST_SUMS_BYTES, OUTPUTS_PER_LAUNCH, ShapeClasses
 from sera_kernels.vector_kernels import scale_and_shift
-
-OUTPUTS_PER_LAUNCH = 4
-"""Number of layers of one launch. Further layers that share the input take further launches."""
 
 PREFILL_TOKENS = 256
 """With more tokens, blocks and tiles of tokens are computed."""
@@ -62,7 +59,7 @@ PART_ELEMENTS = 1 << 14
 """Elements of A that one program reads, if A is read in parts."""
 
 MOST_PARTS = 16
-"""Parts of A at most."""
+"""Parts of A at most. Fewer where their sums would take more than `MOST_SUMS_BYTES`."""
 
 SPARE_ROWS = 64
 """Rows of programs in addition to the rows that full tiles need. With still more tiles, programs take several tiles."""
@@ -338,12 +335,11 @@ def _reduce_in_parts(x: Tensor, workspace: Workspace, launch: Launch) -> None:
     largest = max(classes.segmented, classes.whole)
     # A segment of a segmented A has few ranks, as a rule.
     elements = workspace.d_in * largest // (1 if classes.whole else 4)
-    parts = min(_power_of_two(elements // PART_ELEMENTS), MOST_PARTS)
-    sums = _buffer(x.device, parts, *v.shape)
+    sums = _sums(v, elements // PART_ELEMENTS)
     for whole, bucket in ((False, classes.segmented), (True, classes.whole)):
         if bucket:
             inputs = max(1, launch.reduce_elements // 2 // bucket)
-            reduce_parts[(v.shape[1], v.shape[0], parts)](
+            reduce_parts[(v.shape[1], v.shape[0], len(sums))](
                 x, x.stride(0), *workspace.layers, workspace.batch.token_slots, *workspace.shapes, workspace.slots,
                 sums, v.shape[2], WHOLE=whole, R=bucket, K=inputs, VEC=vector_elements(pool=workspace.pool),
                 # Twice as many factors of 16 bits in a thread as in `_reduce_mix`: loads do not wait for one another.
@@ -370,7 +366,7 @@ def _reduce_tiles(x: Tensor, workspace: Workspace) -> None:
     v, d_in = workspace.v, workspace.d_in
     width = 2 * TILE_WIDTH // x.element_size()
     ranks = min(v.shape[2], width)
-    sums = _buffer(x.device, min(_power_of_two(d_in // 1024), MOST_PARTS), *v.shape)
+    sums = _sums(v, d_in // 1024)
     chunks = v.shape[2] // ranks
     reduce_tiles[(workspace.tile_rows, v.shape[0] * chunks, len(sums))](
         x, x.stride(0), *workspace.layers, *workspace.tiles, *workspace.shapes, workspace.slots, sums, v.shape[2],
@@ -402,6 +398,15 @@ def _can_overlap(device: torch.device) -> bool:
 def _buffer(device: torch.device, *size: int) -> Tensor:
     """Return float32 memory without contents. In a CUDA graph, it comes from the graph's own memory."""
     return torch.empty(size, dtype=torch.float32, device=device)
+
+
+def _sums(v: Tensor, parts: int) -> Tensor:
+    """Return memory for parts of the sums, float32 (parts, layers, tokens, rank bucket): a power of two of them.
+
+    Many tokens of large ranks keep the device busy without parts.
+    """
+    fitting = max(MOST_SUMS_BYTES // v.nbytes, 1)
+    return _buffer(v.device, min(_power_of_two(parts), MOST_PARTS, 1 << (fitting.bit_length() - 1)), *v.shape)
 
 
 def _power_of_two(least: int) -> int:

@@ -168,7 +168,7 @@ class ServingEngine(RowCalls):
 
         Raises:
             WrongBase, UnknownModule, WrongShape, WrongTask: As `check_bundle`.
-            AdapterTooLarge: It is larger than the pool, or has a rank far above a layer's widths.
+            AdapterTooLarge: It is larger than the pool, or a layer's rank is too high.
         """
         check_base(config, self.base.info, self._shapes)
         check_ranks(config)

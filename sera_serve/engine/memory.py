@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from sera_kernels import workspace_bytes
 from sera_serve.config import ServeSettings
 from sera_serve.errors import InvalidConfiguration
 
@@ -19,8 +20,10 @@ _CPU_POOL_MIB = 256
 _CPU_CACHE_TOKENS = 32768
 # Of what the weights leave. Adapters are small beside keys and values: a fifth of 80 GB holds 2,000 of Llama-3-8B's.
 _POOL_SHARE = 0.2
-# For the libraries' work space, the graphs, and fragments.
+# For the libraries' work space, the graphs with what their launches need, and fragments.
 _STEP_BYTES = GIBIBYTE
+# A step of generation and a pass of classification run at the same time, each with updates of its own.
+_TASKS = 2
 # Tensors of a step's largest width, and of its logits, that are there at the same time.
 _WIDE_TENSORS = 4
 _LOGITS_TENSORS = 4
@@ -91,6 +94,11 @@ class DeviceMemory:
     def cache_tokens(self, decoder: DecoderSizes) -> int:
         """Tokens of the KV cache, after the pool is allocated.
 
+        What steps need stays free: a fixed part for libraries and graphs; tensors of `batch_tokens` rows of the largest
+        width; logits of `max_sequences`; keys copied together; and the updates' workspace, for the highest rank that an
+        adapter may have, of a step and of a classification pass of `batch_tokens`. A classification row of more tokens
+        than that takes more than what is counted.
+
         Raises:
             InvalidConfiguration: The weights and the pool leave no memory.
         """
@@ -100,6 +108,7 @@ class DeviceMemory:
         if self._device.type != "cuda":
             return _CPU_CACHE_TOKENS
         steps = _STEP_BYTES + settings.batch_tokens * decoder.widest * 4 * _WIDE_TENSORS
+        steps += _TASKS * workspace_bytes(settings.batch_tokens)
         steps += settings.max_sequences * decoder.vocabulary * 4 * (_LOGITS_TENSORS + _COUNT_TABLES)
         left = self._left("the KV cache") - steps
         gathered = max(MOST_GATHERED, min(decoder.context, left // decoder.token_bytes))

@@ -49,7 +49,7 @@ def check_servable(bundle: AdapterBundle, module_index: Mapping[str, int], pool:
 
 
 def check_ranks(config: AdapterConfig) -> None:
-    """Raise AdapterTooLarge where a layer's rank is above 256 and more than twice the wider of its widths."""
+    """Raise AdapterTooLarge where a layer's rank is higher than `rank_fault` allows, on a device of any kind."""
     for path, spec in config.modules.items():
         if fault := rank_fault(path, spec.rank, spec.d_in, spec.d_out):
             raise AdapterTooLarge(fault, param=f"adapter_config.modules.{path}.rank")

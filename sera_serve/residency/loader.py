@@ -42,7 +42,7 @@ class AdapterLoader:
         """Read an adapter from the store and pack it.
 
         Raises:
-            AdapterTooLarge: The adapter is larger than the whole pool, or has a rank far above a layer's widths.
+            AdapterTooLarge: The adapter is larger than the whole pool, or a layer's rank is too high.
             Exception: Whatever `loading` raised.
         """
         with self._loading(digest) as bundle:

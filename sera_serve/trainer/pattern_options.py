@@ -6,10 +6,11 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from adapters_store import MOST_RANK
+
 PATTERN_OPTIONS = ("rank_pattern", "split_pattern", "alpha_pattern")
 _MOST_PATTERNS = 1000
 _MOST_CHARACTERS = 256
-_MOST_RANK = 4096
 
 Pattern = tuple[tuple[str, float], ...]
 """Pairs of a module-name pattern and a value, in the order in which they were written."""
@@ -61,8 +62,8 @@ def _positive_integer(name: str, value: Any) -> float:
         number = int(value) if isinstance(value, str) else value
     except ValueError:
         number = None
-    if type(number) is not int or not 1 <= number <= _MOST_RANK:
-        raise ValueError(f"{name}={value} needs an integer from 1 to {_MOST_RANK}")
+    if type(number) is not int or not 1 <= number <= MOST_RANK:
+        raise ValueError(f"{name}={value} needs an integer from 1 to {MOST_RANK}")
     return number
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from adapters_store import Pooling, parse_adapter, parse_ref
+from adapters_store import MOST_RANK, Pooling, parse_adapter, parse_ref
 from adapters_store.errors import InvalidAdapterName
 from sera_serve.errors import InvalidConfiguration
 from sera_serve.quantization import Quantize
@@ -162,7 +162,7 @@ class TrainSettings(BaseModel):
     max_length: int | None = _option(None, "Longest row in tokens (the base's own limit, at most 512).", DATA, ge=8)
 
     method: Method = _option(DEFAULT_METHOD, "Method of the adapter family; head-only trains no adapter.", ADAPTER)
-    rank: int = _option(16, "Width of the reduced vector.", ADAPTER, ge=1, le=4096)
+    rank: int = _option(16, "Width of the reduced vector.", ADAPTER, ge=1, le=MOST_RANK)
     split: int | None = _option(
         None, "Diagonal blocks of A and B: the rank for sera and melora, 1 for the others.", ADAPTER, ge=1
     )
@@ -191,7 +191,7 @@ class TrainSettings(BaseModel):
         "Units have the rank of --split (its default: the greatest divisor of rank and budget).",
         ADAPTER,
         gt=0,
-        le=4096,
+        le=MOST_RANK,
     )
     budget_warmup: float = _option(0.1, "Part of the steps before the ranks fall.", ADAPTER, ge=0, lt=1)
     budget_final: float = _option(0.5, "Part of the steps after the ranks have fallen.", ADAPTER, gt=0, lt=1)

@@ -4,9 +4,16 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from sera_kernels import MOST_RANK
+
+# Scenarios of `compile_triton`: a few tokens and a prompt.
+HIGHEST_RANK = (14, 15)
 
 # The most registers of a kernel.
 REGISTERS = {
@@ -27,18 +34,23 @@ REGISTERS = {
 }
 
 
+def compiled(capability: int, scenarios: Iterable[int]) -> list[dict[str, Any]]:
+    """Figures of every launch of some scenarios of `compile_triton`, for a compute capability such as 90."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    script = Path(__file__).parents[1] / "support" / "compile_triton.py"
+    done = subprocess.run(
+        [sys.executable, script], input=json.dumps([(capability, scenario) for scenario in scenarios]),
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
 # Four scenarios have all kernels. The others have further variants, which one generation of GPUs stands for.
 @pytest.mark.slow
 @pytest.mark.parametrize(("capability", "scenarios"), [(80, 4), (90, 13), (100, 4)])
 def test_no_launch_spills_and_loads_are_wide(capability: int, scenarios: int) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    script = Path(__file__).parents[1] / "support" / "compile_triton.py"
-    done = subprocess.run(
-        [sys.executable, script], input=json.dumps([(capability, scenario) for scenario in range(scenarios)]),
-        env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    figures = [json.loads(line) for line in done.stdout.splitlines()]
+    figures = compiled(capability, range(scenarios))
     kernels = {figure["kernel"] for figure in figures}
     assert kernels == {name for name in REGISTERS if "," not in name}
     for figure in figures:
@@ -56,3 +68,14 @@ def test_no_launch_spills_and_loads_are_wide(capability: int, scenarios: int) ->
         assert capability >= 90 or not constants.get("OVERLAP", False), figure
         # Two programs of a kernel fit the shared memory of a multiprocessor of sm_80.
         assert figure["shared"] <= 163 * 1024 // 2, figure
+
+
+# Registers spill there: so large a rank is right, and slow.
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_the_highest_rank_compiles(capability: int) -> None:
+    figures = compiled(capability, HIGHEST_RANK)
+    lengths = {(figure["kernel"], figure["constants"].get("R")) for figure in figures}
+    assert lengths >= {(kernel, MOST_RANK) for kernel in ("reduce_mix", "reduce_parts", "mix_parts")}
+    assert {kernel for kernel, _ in lengths} >= {"expand", "reduce_tiles", "expand_tiles"}
+    assert all(figure["shared"] <= 163 * 1024 // 2 for figure in figures), figures

@@ -1,16 +1,20 @@
 """Launch parameters of the Triton kernels: their choice and their measurement. Kinds of shapes."""
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, fields, replace
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from sera_kernels import AdapterTables, ShapeClasses, tune
+from sera_kernels import MOST_RANK, AdapterBatch, AdapterTables, ShapeClasses, triton_path, tune, workspace_bytes
+from sera_kernels.decode_kernels import MIXER_ELEMENTS
 from sera_kernels.grouped import path_for
 from sera_kernels.launches import Launch, choose_launch
+from sera_kernels.shape_classes import RANK_BUCKETS
 from sera_kernels.torch_path import grouped_sera_torch
 from sera_kernels.triton_path import grouped_sera_triton
 
@@ -115,8 +119,48 @@ def test_shapes_are_classified_by_segments_and_rank() -> None:
     assert ShapeClasses.of([]).width == 0
     assert ShapeClasses(16, 0, 64) | ShapeClasses(64, 16, 0) == ShapeClasses(64, 16, 64)
     assert ShapeClasses(16, 0, 64) | ShapeClasses(vectors=True) == ShapeClasses(16, 0, 64, True)
-    assert ShapeClasses.of([(5000, 1)]).whole == 8192
     assert len({classes, ShapeClasses.of([(64, 64), (20, 4), (1000, 1)])}) == 1
+
+
+def test_no_rank_is_above_what_kernels_are_compiled_for() -> None:
+    # A program of the mixer holds whole columns.
+    assert all(MIXER_ELEMENTS.value // bucket >= 1 for bucket in RANK_BUCKETS)
+    assert ShapeClasses.of([(MOST_RANK, 1)]).whole == MOST_RANK == max(RANK_BUCKETS)
+    with pytest.raises(ValueError, match=f"rank {MOST_RANK + 1} is above {MOST_RANK}"):
+        ShapeClasses.of([(8, 8), (MOST_RANK + 1, 1)])
+
+
+@pytest.mark.parametrize("tokens", [1, 256, 257, 2048, 8192])
+@pytest.mark.parametrize("layers", [1, 4])
+@pytest.mark.parametrize("bucket", RANK_BUCKETS)
+def test_a_launch_takes_no_more_memory_than_is_planned(
+    tokens: int, layers: int, bucket: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    buffer, sizes = triton_path._buffer, []
+
+    def measured(*arguments: Any) -> torch.Tensor:
+        made = buffer(*arguments)
+        sizes.append(made.nbytes)
+        return made
+
+    class Kernel:
+        """Takes a launch, and does nothing."""
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            return lambda *arguments, **options: None
+
+    monkeypatch.setattr(triton_path, "_buffer", measured)
+    for name in ("reduce_mix", "reduce_parts", "mix_parts", "reduce_runs", "reduce_tiles"):
+        monkeypatch.setattr(triton_path, name, Kernel())
+    tables = AdapterTables.empty(layers, 1, "meta")
+    tables.set_classes(ShapeClasses(bucket, bucket, bucket))
+    # Tensors without memory.
+    batch = AdapterBatch(torch.empty(tokens, dtype=torch.int32, device="meta"))
+    x = torch.empty(tokens, 14336, dtype=torch.bfloat16, device="meta")
+    triton_path.reduce_updates(x, range(layers), batch, x[0], tables, launch=LAUNCH)
+    assert len(sizes) == 2 and sum(sizes) <= workspace_bytes(tokens)
+    if (tokens, layers, bucket) in [(2048, 4, MOST_RANK), (8192, 4, MOST_RANK)]:
+        assert sum(sizes) == workspace_bytes(tokens)
 
 
 def vars_of(tables: AdapterTables) -> dict[str, torch.Tensor]:

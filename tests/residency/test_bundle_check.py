@@ -8,7 +8,9 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from adapters_store import AdapterBundle
+import adapters_store
+import sera_kernels
+from adapters_store import AdapterBundle, expected_shapes
 from sera_serve import SeraConfig
 from sera_serve.base import FrozenBase
 from sera_serve.errors import AdapterOverflow, AdapterTooLarge
@@ -89,6 +91,29 @@ def test_a_rank_is_at_most_twice_the_wider_width(
         ) as refusal:
             check()
         assert refusal.value.param == "adapter_config.modules.model.layers.0.self_attn.k_proj.rank"
+
+
+def test_a_rank_that_no_gpu_computes_is_refused_on_every_device(base: FrozenBase, index: dict[str, int]) -> None:
+    assert adapters_store.MOST_RANK == sera_kernels.MOST_RANK == 4096
+
+    def made(rank: int) -> AdapterBundle:
+        # In a layer of BERT-base, rank 4,608 with split 768 takes 23,040 parameters.
+        spec = random_adapter(base, ALL, 1).config.modules[PATH]
+        spec = spec.model_copy(update={"d_in": 768, "d_out": 3072, "rank": rank, "split": 768, "use_mixer": False})
+        config = random_adapter(base, ALL, 1).config.model_copy(update={"modules": {PATH: spec}})
+        tensors = {name: torch.zeros(shape) for name, shape in expected_shapes(config).items()}
+        return AdapterBundle(config, tensors)
+
+    most, more = made(3840), made(4608)
+    check_ranks(most.config)
+    loader = AdapterLoader({"more": nullcontext(more)}.__getitem__, index, pool_of(base))
+    for check in (lambda: check_ranks(more.config), lambda: loader.read("more")):
+        with pytest.raises(
+            AdapterTooLarge, match=r"rank 4608 of .* more than 4096, the most for any layer; "
+        ) as refusal:
+            check()
+        assert (refusal.value.status, refusal.value.code) == (422, "adapter_too_large")
+        assert refusal.value.param == f"adapter_config.modules.{PATH}.rank"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -21,13 +21,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from sera_kernels import AdapterBatch, AdapterTables, ShapeClasses, triton_path
+from sera_kernels import MOST_RANK, AdapterBatch, AdapterTables, ShapeClasses, triton_path
 from sera_kernels.activation import silu_mul, updated_silu_mul
 from sera_kernels.norm import add_norm
 from sera_kernels.rotary import rotate_and_write
 
 INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\d+\s+)?([A-Z0-9_.]+)")
 EVERY = ShapeClasses(single=64, segmented=64, whole=64, vectors=True)
+HIGHEST = ShapeClasses(single=MOST_RANK, segmented=MOST_RANK, whole=MOST_RANK)
 # Tokens, kinds of shapes, dtype, d_in, d_outs.
 SCENARIOS = [
     # These have all kernels.
@@ -46,6 +47,9 @@ SCENARIOS = [
     (2048, ShapeClasses(single=256), torch.bfloat16, 765, [765, 765]),
     (2048, ShapeClasses(whole=16), torch.bfloat16, 4096, [4096, 1024, 1024]),
     (2048, EVERY, torch.float32, 4096, [4096]),
+    # The highest rank.
+    (64, HIGHEST, torch.bfloat16, 4096, [4096]),
+    (2048, HIGHEST, torch.bfloat16, 4096, [4096]),
 ]
 
 
