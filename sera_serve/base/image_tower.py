@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from sera_serve.errors import InvalidRequest
+from sera_serve.errors import InvalidConfiguration, InvalidRequest
 
 BaseKind = Literal["decoder", "encoder", "vision", "dual"]
 """What a base is: a decoder generates and classifies; an encoder classifies; vision is an image tower, such as ViT's;
@@ -37,11 +37,22 @@ class ImageTower:
 
 
 def image_tower(config: Any) -> ImageTower | None:
-    """Read the image tower of a model's configuration; None for a base that takes no images."""
+    """Read the image tower of a model's configuration; None for a base that takes no images.
+
+    Raises:
+        InvalidConfiguration: Its images have not three channels. Every image is read as RGB.
+    """
     family = config.model_type
     if family not in _PREFIX_TOKENS:
         return None
     vision = config.vision_config if family in DUAL_FAMILIES else config
+    channels = getattr(vision, "num_channels", 3)
+    if channels != 3:
+        raise InvalidConfiguration(
+            f"the base reads images of {channels} channels (num_channels), and images are read as red, green and blue; "
+            "take a base of three channels",
+            param="base",
+        )
     height, width = _pair(vision.image_size)
     patch_height, patch_width = _pair(vision.patch_size)
     prefix = _PREFIX_TOKENS[family]

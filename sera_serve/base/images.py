@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import binascii
 import io
+import json
+import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 from transformers import ImageProcessingMixin
+from transformers.utils import IMAGE_PROCESSOR_NAME
 
 from adapters_store import ImageSpec
 from sera_serve.base.image_tower import ImageTower
@@ -25,7 +29,9 @@ MAX_PIXELS = 89_000_000
 
 # Of images up to so many times longer than their crop, the whole is resized and then cropped, as transformers does it.
 _MAX_ASPECT = 16
+# Pillow's numbers: 0 is nearest, 3 bicubic.
 _RESAMPLING = ("nearest", "lanczos", "bilinear", "bicubic")
+_PROCESSORS = {"vit": "ViTImageProcessor", "deit": "DeiTImageProcessor", "clip": "CLIPImageProcessor"}
 _MEAN_OF_CLIP = [0.48145466, 0.4578275, 0.40821073]
 _STD_OF_CLIP = [0.26862954, 0.26130258, 0.27577711]
 
@@ -147,12 +153,16 @@ def base_image_spec(source: str, model_type: str, tower: ImageTower) -> ImageSpe
     """The base's own preprocessing: that of its `preprocessor_config.json`, or else its family's, at the tower's size.
 
     transformers' processors may resize to one size and crop to a smaller one, as DeiT's does (256, then 224). An
-    `ImageSpec` has one size: such a base's own preprocessing becomes "shortest_edge" at the tower's size.
+    `ImageSpec` has one size: such a base's own preprocessing becomes "shortest_edge" at the tower's size. Images are
+    resized even with `do_resize` false, which leaves images of the tower's size as they are.
 
     Args:
         source: A folder or a hub id.
         model_type: As transformers calls the family: vit, deit or clip.
         tower: The image tower.
+
+    Raises:
+        InvalidConfiguration: The file names a filter, a factor, a mean or a deviation that no `ImageSpec` has.
     """
     try:
         found = cast(dict[str, Any], ImageProcessingMixin.get_image_processor_dict(source)[0])
@@ -166,21 +176,95 @@ def family_image_spec(model_type: str, tower: ImageTower) -> ImageSpec:
     return _spec({}, model_type, tower)
 
 
+def save_image_spec(spec: ImageSpec, model_type: str, folder: Path) -> None:
+    """Write `preprocessor_config.json`, from which transformers' processors and `base_image_spec` give these pixels.
+
+    transformers resizes the shorter edge to one length. Of an input that is not square, "shortest_edge" has no exact
+    form there: its processors then resize the image further, and crop more of it.
+
+    Args:
+        spec: The preprocessing.
+        model_type: As in `base_image_spec`.
+        folder: The folder of the model.
+    """
+    crops = spec.resize == "shortest_edge"
+    sides = {"height": spec.height, "width": spec.width}
+    fields = {
+        "image_processor_type": _PROCESSORS[model_type],
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": max(spec.height, spec.width)} if crops else sides,
+        "resample": _RESAMPLING.index(spec.resample),
+        "do_center_crop": crops,
+        "crop_size": sides,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": spec.mean,
+        "image_std": spec.std,
+    }
+    (folder / IMAGE_PROCESSOR_NAME).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+
+
 def _spec(found: dict[str, Any], model_type: str, tower: ImageTower) -> ImageSpec:
     is_clip = model_type == "clip"
-    size = found.get("size")
-    crops = found.get("do_center_crop", is_clip or model_type == "deit")
+    # transformers takes null for its default.
+    given = {name: value for name, value in found.items() if value is not None}
+    size = given.get("size")
+    crops = given.get("do_center_crop", is_clip or model_type == "deit")
     by_edge = (isinstance(size, dict) and "shortest_edge" in size) or bool(crops)
-    resample = found.get("resample", 2 if model_type == "vit" else 3)
+    resample = given.get("resample", 2 if model_type == "vit" else 3)
+    if resample not in range(len(_RESAMPLING)):
+        raise _unusable(f"resample is {resample!r}; take 0 to {len(_RESAMPLING) - 1}, {', '.join(_RESAMPLING)}")
+    mean, std = _normalisation(given, is_clip)
     return ImageSpec(
         height=tower.height,
         width=tower.width,
         resize="shortest_edge" if by_edge else "exact",
-        # Pillow's numbers; 2 is bilinear, 3 bicubic.
-        resample=cast(Any, _RESAMPLING[resample] if resample in range(len(_RESAMPLING)) else "bilinear"),
-        mean=[float(value) for value in found.get("image_mean") or (_MEAN_OF_CLIP if is_clip else [0.5] * 3)],
-        std=[float(value) for value in found.get("image_std") or (_STD_OF_CLIP if is_clip else [0.5] * 3)],
+        resample=cast(Any, _RESAMPLING[resample]),
+        mean=mean,
+        std=std,
     )
+
+
+def _normalisation(given: dict[str, Any], is_clip: bool) -> tuple[list[float], list[float]]:
+    """The mean and deviation that stand for rescaling and normalising together.
+
+    transformers computes (x * f - mean) / std with the factor f, or the part of it that is switched on. An `ImageSpec`
+    has (x / 255 - mean') / std', which is the same with mean' = mean / (255 f) and std' = std / (255 f).
+
+    Raises:
+        InvalidConfiguration: A number is missing, not finite, or no divisor.
+    """
+    mean = _channels(given, "image_mean", _MEAN_OF_CLIP if is_clip else [0.5] * 3)
+    std = _channels(given, "image_std", _STD_OF_CLIP if is_clip else [0.5] * 3)
+    if not given.get("do_normalize", True):
+        mean, std = [0.0] * 3, [1.0] * 3
+    factor = given.get("rescale_factor", 1 / 255) if given.get("do_rescale", True) else 1.0
+    if not _is_finite(factor) or factor <= 0:
+        raise _unusable(f"rescale_factor is {factor!r}; give a number above 0")
+    if min(std) <= 0:
+        raise _unusable(f"image_std is {std}; give numbers above 0")
+    # 255 / 255 is 1 to the last bit, so the usual factor leaves both as they are.
+    levels = 255 * factor
+    return [value / levels for value in mean], [value / levels for value in std]
+
+
+def _channels(given: dict[str, Any], name: str, default: list[float]) -> list[float]:
+    """Three numbers of the configuration. transformers takes one number for every channel."""
+    value = given.get(name, default)
+    values = value if isinstance(value, list) else [value] * 3
+    if len(values) != 3 or not all(map(_is_finite, values)):
+        raise _unusable(f"{name} is {value!r}; give three finite numbers, of red, green and blue")
+    return [float(number) for number in values]
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _unusable(reason: str) -> InvalidConfiguration:
+    return InvalidConfiguration(f"{IMAGE_PROCESSOR_NAME} of the base: {reason}", param="base")
 
 
 def _check_size(size: tuple[int, int], max_pixels: int) -> None:

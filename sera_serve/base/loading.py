@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging as transformers_logging
 
 from adapters_store import ImageSpec
 from sera_serve.base.fingerprint import fingerprint
@@ -42,7 +46,8 @@ def load_base(spec: str, device: str = "cpu", dtype: str = "auto", quantize: Qua
     Raises:
         BaseNotFound: `spec` names nothing that can be loaded.
         InvalidConfiguration: The dtype is unknown, the device is missing, the base's rotary scaling is unsupported, or
-            the base cannot be quantized here, or the base takes images and Pillow is not installed.
+            the base cannot be quantized here. Or the base takes images, and Pillow is not installed, or the images have
+            not three channels, or no `ImageSpec` describes their preprocessing.
     """
     if dtype != "auto" and dtype not in DTYPES:
         raise InvalidConfiguration(f"dtype is {dtype!r}; choose auto, {', '.join(DTYPES)}", param="dtype")
@@ -58,9 +63,13 @@ def load_base(spec: str, device: str = "cpu", dtype: str = "auto", quantize: Qua
     try:
         config = AutoConfig.from_pretrained(source)
         kind = _kind(config)
+        tower = image_tower(config)
         loader = AutoModelForCausalLM if kind == "decoder" else AutoModel
         # The checkpoint's own dtype first: the fingerprint must not depend on the dtype served.
-        model, report = loader.from_pretrained(source, dtype="auto", output_loading_info=True, **_options(kind))
+        with _without_load_report():
+            model, report = loader.from_pretrained(
+                source, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True, **_options(kind)
+            )
         tokenizer = None if kind == "vision" else AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise BaseNotFound(
@@ -68,9 +77,9 @@ def load_base(spec: str, device: str = "cpu", dtype: str = "auto", quantize: Qua
             'name "embedded", a folder with config.json and weights, or a hub id',
             param="base",
         ) from error
+    _check_shapes(sorted(report["mismatched_keys"]), spec)
     _settle_missing(model, sorted(report["missing_keys"]), spec)
     name = spec if spec == EMBEDDED or not Path(spec).exists() else Path(spec).resolve().name
-    tower = image_tower(config) if kind in ("vision", "dual") else None
     if tower is not None:
         check_pillow()
     spec_of_images = None if tower is None else base_image_spec(source, config.model_type, tower)
@@ -87,16 +96,50 @@ def base_outline(spec: str, device: str = "cpu", dtype: str = "auto") -> PreTrai
 
     Raises:
         BaseNotFound: `spec` names nothing that has a configuration.
+        InvalidConfiguration: The images of the base have not three channels.
     """
     try:
         config = AutoConfig.from_pretrained(str(EMBEDDED_FOLDER) if spec == EMBEDDED else spec)
         kind = _kind(config)
+        # Raises what `load_base` would.
+        image_tower(config)
         loader = AutoModelForCausalLM if kind == "decoder" else AutoModel
         automatic = torch.float32 if device == "cpu" else config.get_text_config().dtype or torch.float32
         with torch.device("meta"):
             return loader.from_config(config, dtype=DTYPES.get(dtype, automatic), **_options(kind)).eval()
     except (OSError, ValueError) as error:
         raise BaseNotFound(f"base {spec!r} has no configuration: {str(error).splitlines()[0]}", param="base") from error
+
+
+@contextmanager
+def _without_load_report() -> Iterator[None]:
+    """Keep transformers from logging a table of keys that a checkpoint lacks, has in excess, or has of other shapes.
+
+    `load_base` checks the first and the last kind itself. The second is of no use here: the pooler of a ViT, or the
+    head of a model that was trained for another task. A table of failed conversions is kept: transformers' error
+    refers to it.
+    """
+
+    def is_needed(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        return "LOAD REPORT" not in text or "CONVERSION" in text
+
+    logger = transformers_logging.get_logger("transformers.modeling_utils")
+    logger.addFilter(is_needed)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_needed)
+
+
+def _check_shapes(mismatched: list[tuple[str, Any, Any]], spec: str) -> None:
+    if mismatched:
+        path, found, expected = mismatched[0]
+        raise BaseNotFound(
+            f"base {spec!r} has weights of other shapes than its config.json says, such as {path!r}: {tuple(found)}, "
+            f"not {tuple(expected)} ({len(mismatched)} in all); save the whole model",
+            param="base",
+        )
 
 
 def _settle_missing(model: PreTrainedModel, missing: list[str], spec: str) -> None:

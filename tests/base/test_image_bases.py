@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from transformers import CLIPImageProcessorPil, CLIPModel, DeiTModel, ViTImageProcessorPil, ViTModel
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    DeiTModel,
+    PreTrainedModel,
+    ViTConfig,
+    ViTImageProcessorPil,
+    ViTModel,
+)
 
-from sera_serve.base import FrozenBase, base_outline, load_base, pool_image_states
-from sera_serve.errors import InvalidRequest, UnsupportedTask
+from sera_serve.base import FrozenBase, base_outline, load_base, pool_image_states, to_pixels
+from sera_serve.errors import BaseNotFound, InvalidConfiguration, InvalidRequest, UnsupportedTask
 from sera_serve.layers import adaptable_linears
 from support.factories import random_encoder
-from support.vision import IMAGE_SIZE, random_clip, random_deit, random_vit
+from support.vision import IMAGE_SIZE, clip_tokenizer, picture, random_clip, random_deit, random_vit, spec_of
 
 
 def saved(base: FrozenBase, folder: Path) -> str:
@@ -123,3 +135,98 @@ def test_a_base_says_what_it_does_not_take() -> None:
         vision.text_embeddings(torch.zeros(1, 2, dtype=torch.int64), torch.ones(1, 2))
     with pytest.raises(UnsupportedTask, match="text and no images"):
         random_encoder().image_states(some_pixels())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"do_normalize": False},
+        {"rescale_factor": 1 / 127.5, "image_mean": [1.0] * 3, "image_std": [1.0] * 3},
+        {"do_rescale": False},
+        {"do_rescale": False, "image_mean": [120.0, 110.0, 100.0], "image_std": [60.0, 70.0, 80.0]},
+        {"do_rescale": False, "do_normalize": False},
+        {"rescale_factor": 1 / 128, "do_normalize": False},
+        {"image_mean": 0.5, "image_std": 0.25},
+    ],
+)
+@pytest.mark.parametrize("processor", [ViTImageProcessorPil, CLIPImageProcessorPil])
+def test_pixels_are_those_of_the_folders_processor(processor: Any, options: dict[str, Any], tmp_path: Path) -> None:
+    is_clip = processor is CLIPImageProcessorPil
+    folder = saved(random_clip() if is_clip else random_vit(), tmp_path / "base")
+    sides = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    sizes = {"size": {"shortest_edge": IMAGE_SIZE}, "crop_size": sides} if is_clip else {"size": sides}
+    own = processor(**sizes, **options)
+    own.save_pretrained(folder)
+    expected = own(picture(5), return_tensors="np")["pixel_values"][0]
+    pixels = to_pixels(picture(5), spec_of(load_base(folder)))
+    # Without rescaling the values go up to 255.
+    np.testing.assert_allclose(pixels, expected, rtol=2e-6, atol=2e-6)
+
+
+def test_null_in_the_folders_preprocessing_is_the_familys_own(tmp_path: Path) -> None:
+    folder = saved(random_clip(), tmp_path / "base")
+    fields = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std", "resample", "do_center_crop")
+    family = spec_of(load_base(folder))
+    Path(folder, "preprocessor_config.json").write_text(json.dumps(dict.fromkeys(fields)))
+    assert spec_of(load_base(folder)) == family
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"rescale_factor": 0}, "rescale_factor is 0; give a number above 0"),
+        ({"rescale_factor": "1/255"}, "rescale_factor is '1/255'"),
+        ({"image_std": [1, 0, 1]}, "image_std is .*; give numbers above 0"),
+        ({"image_mean": [0.5]}, "image_mean is .*; give three finite numbers"),
+        ({"image_mean": [0.5, float("nan"), 0.5]}, "image_mean is .*; give three finite numbers"),
+        ({"resample": 4}, "resample is 4; take 0 to 3, nearest, lanczos, bilinear, bicubic"),
+    ],
+)
+def test_preprocessing_that_no_spec_describes_is_refused(options: dict[str, Any], said: str, tmp_path: Path) -> None:
+    folder = saved(random_vit(), tmp_path / "base")
+    Path(folder, "preprocessor_config.json").write_text(json.dumps(options))
+    with pytest.raises(InvalidConfiguration, match=said) as refusal:
+        load_base(folder)
+    assert refusal.value.param == "base"
+
+
+def grey_vit() -> PreTrainedModel:
+    return ViTModel(ViTConfig(num_channels=1, num_hidden_layers=1, image_size=IMAGE_SIZE), add_pooling_layer=False)
+
+
+def grey_clip() -> PreTrainedModel:
+    tower = {"num_hidden_layers": 1, "image_size": IMAGE_SIZE, "num_channels": 1}
+    return CLIPModel(CLIPConfig(vision_config=tower, text_config={"num_hidden_layers": 1, "vocab_size": 259}))
+
+
+@pytest.mark.parametrize("make", [grey_vit, grey_clip])
+def test_a_base_whose_images_are_not_rgb_is_refused(make: Callable[[], PreTrainedModel], tmp_path: Path) -> None:
+    make().save_pretrained(tmp_path)
+    clip_tokenizer().save_pretrained(tmp_path)
+    for load in (load_base, base_outline):
+        with pytest.raises(InvalidConfiguration, match="images of 1 channels") as refusal:
+            load(str(tmp_path))
+        assert refusal.value.param == "base"
+
+
+def test_a_checkpoint_with_a_pooler_is_loaded_without_a_report(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    config = random_vit().model.config
+    ViTModel(config).save_pretrained(tmp_path)
+    capfd.readouterr()
+    assert load_base(str(tmp_path)).kind == "vision"
+    out, err = capfd.readouterr()
+    assert "pooler" not in out + err + caplog.text
+    # transformers tells others of it as before.
+    ViTModel.from_pretrained(tmp_path, add_pooling_layer=False)
+    assert "pooler" in "".join(capfd.readouterr()) + caplog.text
+
+
+def test_a_checkpoint_of_other_shapes_is_refused_by_name(tmp_path: Path) -> None:
+    folder = saved(random_vit(), tmp_path / "base")
+    config = json.loads(Path(folder, "config.json").read_text())
+    Path(folder, "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
+    with pytest.raises(BaseNotFound, match=r"other shapes than its config.json says, such as .*\(128,\), not \(96,\)"):
+        load_base(folder)
