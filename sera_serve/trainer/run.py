@@ -25,7 +25,7 @@ from sera_serve.trainer.parallel import Processes, join_processes
 from sera_serve.trainer.patterns import adapter_shapes
 from sera_serve.trainer.settings import KEPT_BY_INIT, TrainSettings
 from sera_serve.trainer.stopping import StopWithoutGain, evaluations_since_best
-from sera_serve.trainer.tasks import TASKS, GenerateTask, TaskData, TrainingTask
+from sera_serve.trainer.tasks import TASKS, GenerateTask, TaskData, TrainingTask, check_base_of_texts
 
 _DEFAULT_MAX_LENGTH = 512
 
@@ -167,6 +167,8 @@ def with_run(
         )
     if attached_layers(base.model):
         raise InvalidConfiguration("the base has an adapter attached; detach it first", param="base")
+    if not TASKS[settings.task].takes_images:
+        check_base_of_texts(settings.task, base)
     max_length = _max_length(settings, base)
     try:
         run = TrainingRun(settings, base, data, max_length, initial, quiet, callbacks, make_trainer, processes)

@@ -1,5 +1,6 @@
 """Training on images: rules are learned, bundles carry the preprocessing, and a stopped run ends as an unbroken one."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,32 @@ def test_going_on_from_an_adapter_keeps_its_labels_and_towers(tmp_path: Path) ->
     bundle = stored(more, train_adapter(more, base=base))
     assert {path.rpartition(".")[2] for path in bundle.config.modules} == {"q_proj", "v_proj"}
     assert bundle.config.max_length == 12
+
+
+TEXT_TASKS: dict[str, dict[str, Any]] = {
+    "classify": {"text": "a b", "label": "x"},
+    "regress": {"text": "a b", "label": 1.5},
+    "token-classify": {"text": "a b", "spans": [{"start": 0, "end": 1, "label": "x"}]},
+    "generate": {"prompt": "a", "completion": "b"},
+}
+OTHERS: dict[str, dict[str, Any]] = {"classify": {"label": "y"}, "regress": {"label": 2.5}}
+
+
+@pytest.mark.parametrize("task", TEXT_TASKS)
+@pytest.mark.parametrize(
+    ("make_base", "fitting"), [(random_vit, "image-classify"), (random_clip, "image-classify or retrieve")]
+)
+def test_a_base_of_images_trains_no_task_of_texts(
+    make_base: Callable[[], FrozenBase], fitting: str, task: str, tmp_path: Path
+) -> None:
+    rows = [TEXT_TASKS[task], TEXT_TASKS[task] | OTHERS.get(task, {})] * 6
+    train = tmp_path / "rows.jsonl"
+    train.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"max_length": 30, "target_modules": "all-linear", "eval_fraction": 0}
+    with pytest.raises(InvalidConfiguration, match=f"--task {task} trains on texts.*take --task {fitting}, or") as said:
+        train_adapter(image_settings(tmp_path, train, task=task, **options), base=make_base())
+    assert said.value.param == "task"
+    assert list(AdapterStore(tmp_path / "store").iter_adapters()) == []
 
 
 def test_bases_without_the_towers_are_refused(tmp_path: Path) -> None:

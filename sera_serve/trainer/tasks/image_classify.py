@@ -184,4 +184,4 @@ def _build(settings: TrainSettings, base: FrozenBase, data: ImageExamples[Any], 
     )
 
 
-IMAGE_CLASSIFY = TaskKind(load=_load, build=_build)
+IMAGE_CLASSIFY = TaskKind(load=_load, build=_build, takes_images=True)

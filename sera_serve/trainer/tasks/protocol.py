@@ -10,8 +10,10 @@ from torch import Tensor
 
 from adapters_store import AdapterConfig
 from sera_serve.base import FrozenBase
+from sera_serve.errors import InvalidConfiguration
 from sera_serve.trainer.model import AdapterModel
 from sera_serve.trainer.settings import TrainSettings
+from sera_serve.trainer.task_options import Task
 
 
 class TaskData(Protocol):
@@ -77,7 +79,32 @@ class TaskKind:
     Attributes:
         load: See `LoadData`. The result is a `TaskData`.
         build: See `BuildTask`. The data are those of `load`.
+        takes_images: Whether its rows have images. A server of a base with an image tower serves no other adapter.
     """
 
     load: LoadData
     build: BuildTask
+    takes_images: bool = False
+
+
+_TASKS_OF_IMAGES = {"vision": "image-classify", "dual": "image-classify or retrieve"}
+
+
+def check_base_of_texts(task: Task, base: FrozenBase) -> None:
+    """Check that a base serves adapters of tasks on texts.
+
+    A CLIP base reads texts too. It would train, and no server would take requests for the adapter.
+
+    Args:
+        task: A task on texts: its `TaskKind` takes no images.
+        base: The loaded base.
+
+    Raises:
+        InvalidConfiguration: It is a vision or a dual base.
+    """
+    if (fitting := _TASKS_OF_IMAGES.get(base.kind)) is not None:
+        raise InvalidConfiguration(
+            f"--task {task} trains on texts, and base {base.name} takes images; take --task {fitting}, or a base that "
+            "is made for text alone",
+            param="task",
+        )

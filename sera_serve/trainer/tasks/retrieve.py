@@ -167,4 +167,4 @@ def _build(settings: TrainSettings, base: FrozenBase, data: ImageExamples[str], 
     )
 
 
-RETRIEVE = TaskKind(load=_load, build=_build)
+RETRIEVE = TaskKind(load=_load, build=_build, takes_images=True)
