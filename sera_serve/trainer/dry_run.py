@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from adapters_store import ModuleSpec
 from sera_serve.base import FrozenBase
 from sera_serve.layers import adapter_tensors, module_specs
+from sera_serve.trainer.data.image_batches import ImageRows
 from sera_serve.trainer.data.packing import packed_tokens
 from sera_serve.trainer.loop import LengthGroupedOrder
 from sera_serve.trainer.run import TrainingRun, build_task, with_run
@@ -160,6 +161,8 @@ def dry_run(settings: TrainSettings, *, base: FrozenBase | None = None, console:
 
 def _measure(run: TrainingRun) -> DryRun:
     task, settings = build_task(run), run.settings
+    # The timed evaluation of an untrained model may add notes on a run that has not been.
+    notes = list(task.notes)
     batches = list(_batches(task, settings))
     sizes = [_padded_tokens(task, settings, batch) for batch in batches]
     trained = sum(p.numel() for p in task.model.parameters() if p.requires_grad)
@@ -174,7 +177,7 @@ def _measure(run: TrainingRun) -> DryRun:
     return DryRun(
         rows={"train": len(task.train_rows), "eval": len(task.eval_rows), "test": len(task.test_rows)},
         lengths=_lengths(task, sum(sizes)),
-        notes=list(task.notes),
+        notes=notes,
         kinds=_kinds(task.base.model),
         trained=trained,
         head=sum(p.numel() for p in task.model.head.parameters()) if task.model.head else 0,
@@ -326,7 +329,9 @@ def _by_size(sizes: Any, known: Sequence[int], seconds: Sequence[float]) -> Any:
 def _evaluation(task: TrainingTask, rows: Sequence[Any]) -> float:
     if not rows:
         return 0.0
-    chosen = [rows[i * len(rows) // _TIMED_ROWS] for i in range(_TIMED_ROWS)] if len(rows) > _TIMED_ROWS else list(rows)
+    count = min(len(rows), _TIMED_ROWS)
+    places = [i * len(rows) // count for i in range(count)]
+    chosen = rows.take(places) if isinstance(rows, ImageRows) else [rows[i] for i in places]
     return _timed(task.base, lambda: task.evaluate(chosen)) * len(rows) / len(chosen)
 
 

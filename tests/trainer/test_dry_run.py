@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from image_samples import captioned_images, image_folder, image_settings
 from rich.console import Console
 from trainer_samples import ending_rule, settings_for, write_csv, write_jsonl
 
@@ -20,6 +21,7 @@ from sera_serve.trainer.dry_run import Lengths, dry_run
 from sera_serve.trainer.dry_run_report import _show_lengths
 from sera_serve.trainer.run import TrainingRun, build_task, train_adapter, with_run
 from sera_serve.trainer.tables.table import InvalidData
+from support.vision import random_clip
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +130,36 @@ def test_head_only_has_no_lengths(base: FrozenBase, tmp_path: Path) -> None:
     assert found.lengths is None and found.kinds == {}
     assert found.trained == found.head == 66
     assert found.time is not None and found.time.evaluation == 0
+
+
+@pytest.mark.parametrize("augment", [False, True])
+@pytest.mark.parametrize("task", ["image-classify", "retrieve"])
+def test_tasks_of_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str, augment: bool) -> None:
+    # Fewer evaluation rows than there are, so that some of them are taken.
+    monkeypatch.setattr(measured, "_TIMED_ROWS", 5)
+    if task == "retrieve":
+        train = captioned_images(tmp_path / "photos", 32)
+        options: dict[str, Any] = {"target_modules": "all-linear"}
+    else:
+        train, options = image_folder(tmp_path / "rows", 16), {}
+    settings = image_settings(tmp_path, train, task=task, eval_fraction=0.4, augment=augment, **options)
+    found = dry_run(settings, base=random_clip())
+    trained = train_adapter(settings, base=random_clip())
+    assert found.rows["eval"] > 5
+    assert found.trained == trained.parameters + trained.head_parameters
+    assert found.time is not None and found.time.evaluation > 0
+    assert (found.lengths is None) == (task == "image-classify")
+
+
+def test_notes_are_of_the_data_and_not_of_the_timed_evaluation(tmp_path: Path) -> None:
+    base = random_clip()
+    # All images are one point, of which training warns.
+    norm = base.model.get_submodule("vision_model.post_layernorm")
+    torch.nn.init.zeros_(norm.weight)
+    torch.nn.init.ones_(norm.bias)
+    rows = captioned_images(tmp_path / "photos", 16)
+    settings = image_settings(tmp_path, rows, task="retrieve", target_modules="all-linear", eval_fraction=0.4)
+    assert dry_run(settings, base=base).notes == []
 
 
 def test_what_does_not_fit_is_not_run(base: FrozenBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

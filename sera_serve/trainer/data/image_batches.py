@@ -70,6 +70,11 @@ class ImageRows(Sequence[Any]):
             image = augmented(image, self._spec, draw)
         return {"pixel_values": torch.from_numpy(to_pixels(image, self._spec)), **self.fields[index]}
 
+    def take(self, indices: Sequence[int]) -> ImageRows:
+        """Return some rows as rows of their own, without crops and flips."""
+        digests, fields = [self._digests[i] for i in indices], [self.fields[i] for i in indices]
+        return ImageRows(self._images, digests, fields, self._spec)
+
     def pixels(self, indices: Sequence[int]) -> Tensor:
         """Return the pixels of some rows: float32 (rows, 3, height, width)."""
         return torch.stack([self[i]["pixel_values"] for i in indices])
