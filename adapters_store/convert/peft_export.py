@@ -66,7 +66,7 @@ def export_peft(bundle: AdapterBundle, directory: Path, base_path: str | None = 
     if bundle.config.image is not None:
         raise NoPeftForm(
             f"a PEFT checkpoint has no place for the image preprocessing of task {bundle.config.task!r}; use format "
-            "'sera'",
+            "'sera' or 'merged'",
             param="adapter_config.image",
         )
     for path, spec in bundle.config.modules.items():

@@ -2,7 +2,7 @@
 
 from adapters_store import Pooling
 from sera_serve.base.image_tower import BaseKind, pool_image_states
-from sera_serve.base.images import ImageInput, decode_image, to_pixels
+from sera_serve.base.images import ImageInput, decode_image, save_image_spec, to_pixels
 from sera_serve.base.import_base import import_base
 from sera_serve.base.loading import DTYPES, EMBEDDED, base_outline, freeze_base, load_base
 from sera_serve.base.model import FrozenBase, check_length, check_task, merge_adapter, pool_states
@@ -36,6 +36,7 @@ __all__ = [
     "pool_image_states",
     "pool_states",
     "quantize_base",
+    "save_image_spec",
     "to_pixels",
     "weight_bytes",
 ]

@@ -351,7 +351,7 @@ def _write(bundle: AdapterBundle, output: Path, format: ExportFormat, base: str 
     """Write the export; True if a head was written beside a model that has no place for it."""
     if base is not None:
         # transformers takes seconds to import, and only this format needs it.
-        from sera_serve.base import merge_adapter
+        from sera_serve.base import merge_adapter, save_image_spec
 
         loaded = load_named_base(base)
         merge_adapter(loaded, bundle)
@@ -360,6 +360,8 @@ def _write(bundle: AdapterBundle, output: Path, format: ExportFormat, base: str 
             if bundle.config.chat_template is not None:
                 loaded.tokenizer.chat_template = bundle.config.chat_template
             loaded.tokenizer.save_pretrained(output)
+        if (image := bundle.config.image or loaded.image_spec) is not None:
+            save_image_spec(image, loaded.model.config.model_type, output)
         return write_head(bundle, output)
     if format is ExportFormat.peft:
         return export_peft(bundle, output)
