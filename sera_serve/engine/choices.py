@@ -16,23 +16,24 @@ from sera_serve.engine.request import (
     GenerationRequest,
     Principal,
 )
-from sera_serve.engine.stream import GenerationStream
+from sera_serve.engine.stream import EventReader, GenerationStream
 from sera_serve.errors import EngineUnavailable, InvalidRequest
 
 # Each takes some 100 bytes until the answer is sent.
 _MAX_LOGPROBS = 1 << 21
 
 
-def check_options(params: GenerateParams, vocabulary: int, most_choices: int) -> None:
+def check_options(params: GenerateParams, vocabulary: int, most_answers: int, prompts: int = 1) -> None:
     """Check what the HTTP layer's ranges cannot: fields against each other, and against the base.
 
     Args:
         params: What a client asks.
         vocabulary: Tokens that the base has.
-        most_choices: The most requests that one tenant may have in flight.
+        most_answers: The most requests that one tenant may have in flight.
+        prompts: Prompts of the call, each with `params.n` answers.
 
     Raises:
-        InvalidRequest: A token is outside the vocabulary, there are too many choices or entries, or `min_tokens` is
+        InvalidRequest: A token is outside the vocabulary, there are too many answers or entries, or `min_tokens` is
             more than `max_new_tokens`.
     """
     for field, tokens in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
@@ -55,9 +56,14 @@ def check_options(params: GenerateParams, vocabulary: int, most_choices: int) ->
             f"repetition_penalty must be at least {MIN_REPETITION_PENALTY}; 1 changes nothing",
             param="repetition_penalty",
         )
-    most = min(MAX_CHOICES, most_choices)
+    most = min(MAX_CHOICES, most_answers)
     if not 1 <= params.n <= most:
         raise InvalidRequest(f"n is {params.n}; send 1 to {most}", param="n")
+    if prompts * params.n > most:
+        raise InvalidRequest(
+            f"{prompts} prompts with n {params.n} make {prompts * params.n} answers; ask for at most {most}",
+            param="prompt",
+        )
 
 
 def check_logprobs(params: GenerateParams, prompt_tokens: int, limit: int) -> None:
@@ -121,7 +127,7 @@ def derived_seed(seed: int, index: int) -> int:
 
 
 class ChoiceGroup:
-    """Starts the answers of one call so that the prompt is computed once.
+    """Starts the answers to one prompt so that the prompt is computed once.
 
     The first answer is submitted alone. When it has its first token, the full pages of the prompt are in the prefix
     cache, and the others are submitted: they find them there. Where the first one ends before that, the next one takes
@@ -129,7 +135,11 @@ class ChoiceGroup:
     """
 
     def __init__(
-        self, streams: Sequence[GenerationStream], submit: Callable[[list[GenerationRequest]], None], shares: bool
+        self,
+        streams: Sequence[GenerationStream],
+        submit: Callable[[list[GenerationRequest]], None],
+        shares: bool,
+        reader: EventReader,
     ) -> None:
         """Submit the first answer, or all of them.
 
@@ -137,23 +147,23 @@ class ChoiceGroup:
             streams: Not submitted yet.
             submit: Lets requests wait for their turn.
             shares: Whether the others wait for what the first one computes.
+            reader: Told of all news of the requests too.
 
         Raises:
             EngineUnavailable: The engine has stopped.
         """
         self._submit = submit
+        self._reader = reader
         requests = [stream.request for stream in streams]
-        self._leader, self._held = requests[0], requests[1:]
-        if not shares:
-            self._held = []
-            submit(requests)
-            return
+        first = requests[:1] if shares else requests
+        self._leader, self._held = requests[0], requests[len(first) :]
         for stream in streams:
-            stream.on_news = self.advance
-        submit([self._leader])
+            stream.on_news = self._advance
+        submit(first)
 
-    def advance(self) -> None:
+    def _advance(self) -> None:
         """Submit the answers that need not wait any more."""
+        self._reader.wake()
         while self._held:
             # Its reader may have closed one that waits.
             self._held = [request for request in self._held if not request.is_finished]

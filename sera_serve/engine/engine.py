@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from functools import partial
 from typing import Any
@@ -29,11 +29,10 @@ from sera_serve.engine.request import (
     GenerationRequest,
     Principal,
     Request,
-    RequestState,
     Task,
     TokenLogprobs,
 )
-from sera_serve.engine.row_calls import RowCalls, TimeLimits
+from sera_serve.engine.row_calls import RowCalls, TimeLimits, any_started
 from sera_serve.engine.rows import RowMaker
 from sera_serve.engine.scheduler import Scheduler
 from sera_serve.engine.stream import Detokenizer, EventReader, GenerationStream, Mailbox, deadline_exceeded
@@ -304,44 +303,67 @@ class ServingEngine(RowCalls):
         return stream
 
     async def generate_choices(
-        self, params: GenerateParams, principal: Principal, received_at: float | None = None
+        self,
+        params: GenerateParams,
+        principal: Principal,
+        received_at: float | None = None,
+        submitted: Callable[[Sequence[GenerationStream]], None] | None = None,
     ) -> list[GenerationStream]:
-        """Let `params.n` answers to one prompt wait for their turn, and return when all of them run; see `generate`.
+        """`generate_prompts` for one prompt: `params.n` answers."""
+        return await self.generate_prompts([params], principal, received_at, submitted)
 
-        All are admitted, or none. Each stream is read and closed on its own. Each answer counts as a request in flight,
-        and takes a row of the batch. The prompt is computed once, but for its last page: the others find its pages in
-        the prefix cache. Where requests like this one share pages with no other, the answers share with each other
-        alone.
+    async def generate_prompts(
+        self,
+        prompts: Sequence[GenerateParams],
+        principal: Principal,
+        received_at: float | None = None,
+        submitted: Callable[[Sequence[GenerationStream]], None] | None = None,
+    ) -> list[GenerationStream]:
+        """Let `n` answers to each prompt wait for their turn, and return when the first of them runs; see `generate`.
+
+        All are admitted, or none. What is refused before any answer runs is raised here. The other answers start while
+        the first ones are read, without a limit on their wait but `timeout_s`. The stream of an answer that is refused
+        raises why.
+
+        Each stream is read and closed on its own. Each answer counts as a request in flight, and takes a row of the
+        batch. A prompt is computed once, but for its last page: its other answers find its pages in the prefix cache.
+        Where requests like these share pages with no other, the answers to one prompt share with each other alone.
+
+        Args:
+            prompts: At least one. They differ in their prompts alone.
+            principal: As in `generate`.
+            received_at: Likewise.
+            submitted: Called once with the streams, before any of them runs.
+
+        Returns:
+            The answers to the first prompt, then those to the next one.
         """
         runner = self._runner("generate")
         most = min(self.settings.max_queue_per_tenant, self.settings.max_queue)
         if principal.max_in_flight is not None:
             # Without any, admission refuses it.
             most = max(1, min(most, principal.max_in_flight))
-        check_options(params, self._vocabulary, most)
-        limits = self._time_limits(received_at, params.timeout_s)
-        requests = choice_requests(params, principal, self._preprocessor.end_tokens())
+        check_options(prompts[0], self._vocabulary, most, len(prompts))
+        limits = self._time_limits(received_at, prompts[0].timeout_s)
+        groups = [choice_requests(params, principal, self._preprocessor.end_tokens()) for params in prompts]
+        requests = [request for group in groups for request in group]
         with ExitStack() as admitted:
             for request in requests:
                 admitted.enter_context(self._admitted(request))
             async with self._time_to_start(limits):
-                await self._prepare(requests, params, principal)
-                streams = [
-                    GenerationStream(
-                        request,
-                        Detokenizer(self.base.tokenizer, request.tokens, params.stop, params.min_tokens),
-                        self._mailbox_here(),
-                        partial(runner.cancel, request),
-                        self.settings.stream_interval,
-                    )
-                    for request in requests
-                ]
-                # A prompt below a page has nothing to share. Its log-probabilities are computed by one request alone.
-                shares = len(requests[0].tokens) > PAGE_SIZE or params.prompt_logprobs is not None
+                await self._prepare(groups, principal)
+                reader = EventReader(self._mailbox_here())
+                readable = [[self._stream(request, runner) for request in group] for group in groups]
+                streams = [stream for group in readable for stream in group]
+                if submitted is not None:
+                    submitted(streams)
                 try:
-                    ChoiceGroup(streams, runner.submit, shares)
-                    for request, stream in zip(requests, streams, strict=True):
-                        await _started(request, stream)
+                    for group in readable:
+                        first = group[0].request
+                        # A prompt below a page has nothing to share. Its log-probabilities are computed by one request.
+                        shares = first.prompt_tokens > PAGE_SIZE or first.params.prompt_logprobs is not None
+                        ChoiceGroup(group, runner.submit, shares, reader)
+                    await any_started(requests, reader)
                 except BaseException:
                     for request in requests:
                         runner.cancel(request, FinishReason.CANCELLED)
@@ -350,6 +372,16 @@ class ServingEngine(RowCalls):
             for stream in streams:
                 stream.end_at(limits.deadline)
         return streams
+
+    def _stream(self, request: GenerationRequest, runner: TaskRunner[Any]) -> GenerationStream:
+        params = request.params
+        return GenerationStream(
+            request,
+            Detokenizer(self.base.tokenizer, request.tokens, params.stop, params.min_tokens),
+            self._mailbox_here(),
+            partial(runner.cancel, request),
+            self.settings.stream_interval,
+        )
 
     def _runner(self, task: Task) -> TaskRunner[Any]:
         """The runner of a task; raises EngineUnavailable where the engine cannot serve, UnsupportedTask without one."""
@@ -402,35 +434,40 @@ class ServingEngine(RowCalls):
             allowed = self.settings.request_timeout_s
             raise self._admission.overloaded(f"the request was not started within {allowed:g} s") from None
 
-    async def _prepare(
-        self, requests: Sequence[GenerationRequest], params: GenerateParams, principal: Principal
-    ) -> None:
-        """Give the requests of one call their prompt, their adapter, and what constrains them."""
-        tokens = await self._prompt(params, principal.tenant)
+    async def _prepare(self, groups: Sequence[Sequence[GenerationRequest]], principal: Principal) -> None:
+        """Give the requests of one call, by prompt, their tokens, their adapter, and what constrains them."""
+        params = groups[0][0].params
+        prompts: list[list[int]] = []
+        for group in groups:
+            if prompts:
+                # Short prompts are tokenized here. Many in a row would keep the event loop.
+                await asyncio.sleep(0)
+            prompts.append(await self._prompt(group[0].params, principal.tenant))
         adapter = None
         if params.adapter is not None:
             adapter = await self._resolving.run(self._references.resolve, params.adapter, "generate")
-        constraints: list[TokenConstraint | None] = [None] * len(requests)
+        count = sum(map(len, groups))
+        constraints: list[TokenConstraint | None] = [None] * count
         if params.constraint is not None:
-            constraints = await self._constraints(params.constraint, requests)
-        limit = self._context_tokens if params.max_new_tokens is None else len(tokens) + params.max_new_tokens
-        check_logprobs(params, len(tokens), limit)
-        prompt_logprobs: list[TokenLogprobs] = []
-        for request, constraint in zip(requests, constraints, strict=True):
-            request.adapter, request.constraint = adapter, constraint
-            request.prefix_key = _prefix_key(request, params.cache_salt, principal)
-            if request.prefix_key is None and len(requests) > 1:
-                # No tenant begins with "_", and nobody else has this name.
-                request.prefix_key = f"_choices/{requests[0].id}"
-            request.tokens, request.prompt_tokens, request.limit = list(tokens), len(tokens), limit
-            request.prompt_token_logprobs = prompt_logprobs
+            constraints = await self._constraints(params.constraint, principal.tenant, count)
+        following = iter(constraints)
+        for group, tokens in zip(groups, prompts, strict=True):
+            limit = self._context_tokens if params.max_new_tokens is None else len(tokens) + params.max_new_tokens
+            check_logprobs(params, len(tokens), limit)
+            prompt_logprobs: list[TokenLogprobs] = []
+            for request in group:
+                request.adapter, request.constraint = adapter, next(following)
+                request.prefix_key = _prefix_key(request, params.cache_salt, principal)
+                if request.prefix_key is None and len(group) > 1:
+                    # No tenant begins with "_", and nobody else has this name.
+                    request.prefix_key = f"_choices/{group[0].id}"
+                request.tokens, request.prompt_tokens, request.limit = list(tokens), len(tokens), limit
+                request.prompt_token_logprobs = prompt_logprobs
 
-    async def _constraints(
-        self, spec: ConstraintSpec, requests: Sequence[GenerationRequest]
-    ) -> list[TokenConstraint | None]:
-        """A constraint for each request of one call; raises InvalidRequest."""
-        tenant, found = requests[0].tenant, list[TokenConstraint | None]()
-        while len(found) < len(requests):
+    async def _constraints(self, spec: ConstraintSpec, tenant: str, count: int) -> list[TokenConstraint | None]:
+        """A constraint for each of `count` requests of one call; raises InvalidRequest."""
+        found: list[TokenConstraint | None] = []
+        while len(found) < count:
             # What is compiled already waits for nobody's compiling.
             constraint = self.constraints.compiled(spec, tenant)
             if constraint is None:
@@ -535,14 +572,6 @@ def _prefix_key(request: GenerationRequest, cache_salt: str | None, principal: P
     # nor a digest contains "/".
     key = f"{request.tenant}/{request.digest or ''}"
     return key if cache_salt is None else f"{key}/{cache_salt}"
-
-
-async def _started(request: Request, reader: EventReader) -> None:
-    """Wait until a request runs; raises why it does not."""
-    while request.state in (RequestState.WAITING, RequestState.LOADING) and request.started_at is None:
-        await reader.wait()
-    if request.started_at is None and request.error is not None:
-        raise request.error
 
 
 def _adapter_of(reference: str | None) -> str:

@@ -277,7 +277,7 @@ class RowCalls(ABC):
                     groups = await make_groups(held)
                     parts = split_call(call, groups, self.settings.classify_max_batch, self.settings.batch_tokens)
                     runner.submit(parts)
-                    await _any_started(parts, reader)
+                    await any_started(parts, reader)
                 await _finished(parts, reader, limits.deadline)
             except BaseException:
                 for part in parts:
@@ -320,7 +320,7 @@ def _scores(group: RowGroup, results: Sequence[RowResult], times: RowTimes) -> C
     )
 
 
-async def _any_started(parts: Sequence[Request], reader: EventReader) -> None:
+async def any_started(parts: Sequence[Request], reader: EventReader) -> None:
     """Wait until a part of a call runs; raises why one does not."""
     while not any(part.started_at is not None for part in parts):
         for part in parts:
@@ -331,8 +331,9 @@ async def _any_started(parts: Sequence[Request], reader: EventReader) -> None:
 
 async def _finished(parts: Sequence[Request], reader: EventReader, deadline: float | None) -> None:
     """Wait until every part is served; raises the first error, or DeadlineExceeded."""
+    scope = asyncio.timeout_at(deadline)
     try:
-        async with asyncio.timeout_at(deadline):
+        async with scope:
             while True:
                 # Of any part: one that has failed ends the call, and what the others would still compute.
                 for part in parts:
@@ -342,4 +343,7 @@ async def _finished(parts: Sequence[Request], reader: EventReader, deadline: flo
                     return
                 await reader.wait()
     except TimeoutError:
+        # A disk's own time limit, in the load of a later part, is another matter.
+        if not scope.expired():
+            raise
         raise deadline_exceeded() from None

@@ -293,6 +293,11 @@ class GenerationStream(EventReader, AsyncIterator[TokenDelta]):
         return self.request.adapter.version or None if self.request.adapter else None
 
     @property
+    def has_started(self) -> bool:
+        """Whether the request has run; one of several answers may be refused before that."""
+        return self.request.started_at is not None
+
+    @property
     def waited_s(self) -> float:
         """Seconds from the request's arrival until it ran."""
         return self.request.waited_s
@@ -313,7 +318,7 @@ class GenerationStream(EventReader, AsyncIterator[TokenDelta]):
     def computed_tokens(self) -> int:
         """Tokens of the prompt and of the answer so far, without those that the prefix cache had; 0 before it runs."""
         request = self.request
-        return 0 if request.started_at is None else max(0, len(request.tokens) - request.cached_tokens)
+        return max(0, len(request.tokens) - request.cached_tokens) if self.has_started else 0
 
     @property
     def load_began(self) -> float | None:
@@ -327,8 +332,7 @@ class GenerationStream(EventReader, AsyncIterator[TokenDelta]):
 
     def wake(self) -> None:
         """On the event loop: there is news."""
-        # Before its first delta, a reader waits for the start too.
-        if not self._token_ids or self._has_delta():
+        if self._has_delta():
             super().wake()
         if self.on_news is not None:
             self.on_news()
@@ -345,6 +349,7 @@ class GenerationStream(EventReader, AsyncIterator[TokenDelta]):
             InvalidRequest: The constraint allows no token.
             EngineUnavailable: The engine failed this request.
             DeadlineExceeded: Its time is over; the deltas before had the tokens that it got.
+            TenantOverloaded, StoreError: It is one of several answers, and was refused before it ran.
         """
         if self._closed or self.result is not None:
             raise StopAsyncIteration
@@ -358,8 +363,8 @@ class GenerationStream(EventReader, AsyncIterator[TokenDelta]):
         end = min(len(request.tokens), seen + most)
         if request.error is not None:
             self._close()
-            if isinstance(request.error, (AdapterOverflow, BaseOverflow, InvalidRequest)):
-                # To send the request again would not help.
+            # What was refused before it ran did not fail. To send an overflow or a wrong form again would not help.
+            if not self.has_started or isinstance(request.error, (AdapterOverflow, BaseOverflow, InvalidRequest)):
                 raise request.error
             raise EngineUnavailable(f"generation failed: {request.error}; the request may be sent again")
         if end == seen and self._expired:

@@ -133,21 +133,25 @@ class Account:
         """Return the parameters of a generation, with the request's priority."""
         return params if params.priority == self.priority else replace(params, priority=self.priority)
 
+    def submitted(self, generations: Sequence[GenerationStream]) -> None:
+        """Take the generations of the request, which may run from now on. Within `computing`, once."""
+        self._computing = generations
+
     @contextmanager
-    def computing(self, generations: Sequence[GenerationStream]) -> Iterator[None]:
+    def computing(self) -> Iterator[None]:
         """Charge the tokens of generations: at the end of the block, and whenever the tenant's next request comes.
 
-        At the end all of them are counted, whatever became of them.
+        At the end all that ran are counted, whatever became of them.
         """
         tenant = self.principal.tenant
-        self._computing, self._charged = generations, 0
         self._generating.setdefault(tenant, set()).add(self)
         try:
             yield
         finally:
             self.settle()
-            for generation in generations:
-                self.count_generation(generation)
+            for generation in self._computing:
+                if generation.has_started:
+                    self.count_generation(generation)
             accounts = self._generating[tenant]
             accounts.discard(self)
             if not accounts:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import aclosing, asynccontextmanager
+from contextlib import AbstractContextManager, aclosing, asynccontextmanager, nullcontext
 from typing import Any
 
 import pydantic_core
@@ -22,8 +22,14 @@ from sera_serve.server.loop_watch import measured_with_request
 logger = logging.getLogger("sera_serve.server")
 DONE = b"data: [DONE]\n\n"
 
-Admit = Callable[[], Awaitable[Sequence[GenerationStream]]]
-"""Sends a request to the engine, and returns its streams. Called once."""
+Submitted = Callable[[Sequence[GenerationStream]], None]
+"""Called with the streams of a request before any of them runs."""
+
+Admit = Callable[[Submitted], Awaitable[Sequence[GenerationStream]]]
+"""Sends a request to the engine, and returns its streams once the first of them runs. Called once."""
+
+Translation = Callable[[], AbstractContextManager[None]]
+"""Turns the errors of a block into those of an interface."""
 
 
 def encode_event(content: dict[str, Any]) -> bytes:
@@ -63,25 +69,29 @@ class EventStream(Response):
     """Streams generations as server-sent events, by default `data: [DONE]` last.
 
     The response admits the request when the response is sent. A refusal is therefore an ordinary error with its own
-    status. A later failure of one generation is the event `{"error": ...}`, and this event is the last. A disconnect of
-    the client cancels the request.
+    status, until a generation runs. A later refusal or failure of one generation is the event `{"error": ...}`, and
+    this event is the last. A disconnect of the client cancels the request.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, admit: Admit, writer: EventWriter, account: Account) -> None:
+    def __init__(
+        self, admit: Admit, writer: EventWriter, account: Account, translation: Translation = nullcontext
+    ) -> None:
         """Prepare the response.
 
         Args:
             admit: Sends the request to the engine. Called once.
             writer: Writes the events.
             account: Counts the tokens at the end.
+            translation: Names the failures of generations that are read as the interface does.
         """
         super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._admit = admit
         self._writer = writer
         self._account = account
+        self._translation = translation
         self._started = self._ended = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -111,7 +121,7 @@ class EventStream(Response):
         try:
             if first := writer.begin(streams):
                 yield first
-            async with aclosing(merged(streams)) as deltas:
+            async with aclosing(self._deltas(streams)) as deltas:
                 async for index, delta in deltas:
                     stream = streams[index]
                     if delta is None:
@@ -130,38 +140,27 @@ class EventStream(Response):
         if last:
             yield last
 
+    async def _deltas(self, streams: Sequence[GenerationStream]) -> AsyncGenerator[tuple[int, TokenDelta | None]]:
+        with self._translation():
+            async with aclosing(merged(streams)) as deltas:
+                async for each in deltas:
+                    yield each
+
 
 @asynccontextmanager
 async def admitted(admit: Admit, account: Account) -> AsyncIterator[Sequence[GenerationStream]]:
-    """Admit a request, and close its streams at the end of the block. What they used is counted and charged then."""
-    streams = await admit()
+    """Admit a request, and close its streams at the end of the block.
+
+    What they used is counted and charged then, also where the call fails after it was submitted.
+    """
+    streams: Sequence[GenerationStream] = ()
     try:
-        with account.computing(streams):
+        with account.computing():
+            streams = await admit(account.submitted)
             yield streams
     finally:
         # To its end: a client that leaves once it has the last event cancels this block.
         await asyncio.shield(asyncio.ensure_future(measured_with_request(_close_all(streams))))
-
-
-async def admit_all(calls: Sequence[Admit]) -> list[GenerationStream]:
-    """Admit several requests at once, all or none.
-
-    Returns:
-        Their streams, in the order of `calls`.
-    """
-    if len(calls) == 1:
-        return list(await calls[0]())
-    tasks = [asyncio.ensure_future(measured_with_request(_awaited(call))) for call in calls]
-    try:
-        return [stream for streams in await asyncio.gather(*tasks) for stream in streams]
-    except BaseException:
-        for task in tasks:
-            task.cancel()
-        for outcome in await asyncio.gather(*tasks, return_exceptions=True):
-            if not isinstance(outcome, BaseException):
-                for stream in outcome:
-                    await stream.aclose()
-        raise
 
 
 async def merged(streams: Sequence[GenerationStream]) -> AsyncGenerator[tuple[int, TokenDelta | None]]:
@@ -205,10 +204,6 @@ def result_of(stream: GenerationStream) -> GenerationResult:
     if stream.result is None:
         raise EngineUnavailable("the generation was closed before it finished; send the request again")
     return stream.result
-
-
-async def _awaited(call: Admit) -> Sequence[GenerationStream]:
-    return await call()
 
 
 async def _close_all(streams: Sequence[GenerationStream]) -> None:

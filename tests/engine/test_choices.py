@@ -1,10 +1,13 @@
-"""Several answers to one prompt: one prefill, seeds of their own, all or none, each closed on its own."""
+"""Several answers of one call: one prefill, seeds of their own, all or none, each read and closed on its own."""
 
 from __future__ import annotations
 
 import asyncio
 import random
+import threading
 import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 import pytest
@@ -12,11 +15,11 @@ import pytest
 from adapters_store import AdapterStore
 from sera_serve.base import FrozenBase
 from sera_serve.config import ServeSettings
-from sera_serve.engine import GenerateParams, GenerationResult, GenerationStream, ServingEngine
+from sera_serve.engine import GenerateParams, GenerationResult, GenerationStream, Principal, ServingEngine
 from sera_serve.engine.choices import derived_seed
 from sera_serve.engine.loop.plan import StepPlan
 from sera_serve.engine.request import FinishReason, GenerationRequest
-from sera_serve.errors import InvalidRequest, Overloaded, TenantOverloaded
+from sera_serve.errors import EngineUnavailable, InvalidRequest, Overloaded, TenantOverloaded
 from support.engine import SHAPE, Start, acting_for, collect, settled, until
 from support.factories import random_adapter
 
@@ -36,6 +39,57 @@ async def collected(engine: ServingEngine, **fields: Any) -> list[GenerationResu
     results = await asyncio.gather(*(stream.collect() for stream in streams))
     await settled(engine)
     return results
+
+
+@asynccontextmanager
+async def readers_keep_up(engine: ServingEngine, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[None]:
+    """In the block each step waits until the event loop has read the tokens of the step before."""
+    runner, loop = engine.runners["generate"], asyncio.get_running_loop()
+    take_news, idle = runner._take_news, threading.Event()
+    idle.set()
+
+    async def turns() -> None:
+        for _ in range(20):
+            await asyncio.sleep(0)
+
+    def in_turn() -> None:
+        idle.clear()
+        asyncio.run_coroutine_threadsafe(turns(), loop).result(30)
+        idle.set()
+        take_news()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "_take_news", in_turn)
+        yield
+    # The loop may end after the block.
+    await until(idle.is_set)
+
+
+@contextmanager
+def no_steps(engine: ServingEngine, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """In the block no step begins."""
+    runner, gate, arrived = engine.runners["generate"], threading.Event(), threading.Event()
+    step = runner.step
+
+    def gated() -> bool:
+        arrived.set()
+        assert gate.wait(30)
+        return step()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "step", gated)
+        runner._wake.set()
+        assert arrived.wait(30)
+        try:
+            yield
+        finally:
+            gate.set()
+
+
+def always(decoder: FrozenBase, letter: str, **fields: Any) -> GenerateParams:
+    """An answer of this letter alone."""
+    (token,) = decoder.tokenizer(letter)["input_ids"]
+    return GenerateParams(prompt="x", max_new_tokens=200, logit_bias={token: 100.0}, **fields)
 
 
 @pytest.fixture(scope="module")
@@ -161,16 +215,111 @@ def test_all_are_admitted_or_none(decoder: FrozenBase, adapters: AdapterStore, s
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("prompts", [1, 3])
 def test_answers_that_cannot_start_in_time_are_refused_together(
-    decoder: FrozenBase, adapters: AdapterStore, start_engine: Start
+    prompts: int, decoder: FrozenBase, adapters: AdapterStore, start_engine: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Two rows for four answers, each as long as the context.
-    engine = start_engine(decoder, adapters, max_sequences=2, request_timeout_s=0.05)
+    engine = start_engine(decoder, adapters, request_timeout_s=0.05)
 
     async def main() -> None:
-        asked = GenerateParams(prompt="x", max_new_tokens=None, ignore_eos=True, n=4)
-        with pytest.raises(Overloaded, match="not started within"):
-            await choices(engine, asked)
+        with no_steps(engine, monkeypatch), pytest.raises(Overloaded, match="not started within"):
+            await engine.generate_prompts([GenerateParams(prompt="x", n=4)] * prompts, acting_for(None))
+        await settled(engine)
+
+    asyncio.run(main())
+
+
+def test_a_stop_string_ends_the_first_answers_before_the_last_ones_start(
+    decoder: FrozenBase, adapters: AdapterStore, start_engine: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Two rows for six answers.
+    engine = start_engine(decoder, adapters, max_sequences=2)
+
+    async def main() -> None:
+        async with readers_keep_up(engine, monkeypatch):
+            streams = await choices(engine, always(decoder, "a", stop=["aa"], n=6))
+            # The call returned before they had rows.
+            assert [stream.has_started for stream in streams[2:]] == [False] * 4
+            results = await asyncio.gather(*(stream.collect() for stream in streams))
+            await settled(engine)
+        assert [(result.completion_tokens, result.stop_reason) for result in results] == [(2, "aa")] * 6
+        # A step may have begun when the stop string was found.
+        assert max(stream.request.generated for stream in streams) <= 3
+
+    asyncio.run(main())
+
+
+def test_the_answers_to_several_prompts_are_read_while_the_others_wait(
+    decoder: FrozenBase, adapters: AdapterStore, start_engine: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = start_engine(decoder, adapters, max_sequences=2)
+    asked = [GenerateParams(adapter="a/writer", prompt=prompt, max_new_tokens=4, n=2) for prompt in ("ab", "cd", "ef")]
+
+    async def main() -> None:
+        want = [result for params in asked for result in await collected(engine, **vars(params))]
+        submitted: list[GenerationStream] = []
+        async with readers_keep_up(engine, monkeypatch):
+            streams = await engine.generate_prompts(asked, acting_for("a/writer"), None, submitted.extend)
+            assert submitted == streams
+            assert [stream.has_started for stream in streams[2:]] == [False] * 4
+            results = await asyncio.gather(*(stream.collect() for stream in streams))
+        assert [result.token_ids for result in results] == [result.token_ids for result in want]
+        await settled(engine)
+
+    asyncio.run(main())
+
+
+def test_who_submits_hears_of_the_streams_before_they_run(
+    decoder: FrozenBase, adapters: AdapterStore, start_engine: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = start_engine(decoder, adapters)
+    heard: list[GenerationStream] = []
+
+    async def main() -> None:
+        with no_steps(engine, monkeypatch):
+            params = GenerateParams(prompt="x", n=3, max_new_tokens=2)
+            task = asyncio.ensure_future(engine.generate_choices(params, acting_for(None), None, heard.extend))
+            await until(lambda: len(heard) == 3)
+            assert not any(stream.has_started or stream.computed_tokens for stream in heard)
+        for stream in await task:
+            await stream.collect()
+        await settled(engine)
+
+    asyncio.run(main())
+
+
+def test_a_later_answer_tells_why_it_was_refused(
+    decoder: FrozenBase, adapters: AdapterStore, start_engine: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = start_engine(decoder, adapters, max_sequences=2)
+    refusal = TenantOverloaded("more than its share; send it again later", param="adapter", retry_after=9)
+
+    async def main() -> None:
+        async with readers_keep_up(engine, monkeypatch):
+            streams = await choices(engine, always(decoder, "a", n=3))
+            assert engine.runners["generate"].shed(streams[2].request.tenant, refusal)
+            with pytest.raises(TenantOverloaded, match=r"^more than its share"):
+                await streams[2].collect()
+            assert engine.in_flight() == 2
+            for stream in streams:
+                await stream.aclose()
+        await settled(engine)
+
+    asyncio.run(main())
+
+
+def test_more_answers_than_a_tenant_may_have_in_flight_are_named(
+    decoder: FrozenBase, adapters: AdapterStore, start_engine: Start
+) -> None:
+    engine = start_engine(decoder, adapters, max_queue_per_tenant=8)
+
+    async def main() -> None:
+        asked = GenerateParams(prompt="x", max_new_tokens=2, n=2)
+        for principal, most in ((Principal("t"), 8), (Principal("t", max_in_flight=3), 3)):
+            with pytest.raises(InvalidRequest, match=f"^5 prompts with n 2 make 10 answers; ask for at most {most}$"):
+                await engine.generate_prompts([asked] * 5, principal)
+        streams = await engine.generate_prompts([asked] * 4, Principal("t"))
+        assert [(await stream.collect()).completion_tokens for stream in streams] == [2] * 8
         await settled(engine)
 
     asyncio.run(main())
@@ -219,8 +368,9 @@ def test_a_stopped_engine_tells_all_of_them(decoder: FrozenBase, adapters: Adapt
         task = asyncio.ensure_future(choices(engine, GenerateParams(**SAMPLED, n=4)))
         await until(lambda: bool(engine.runners["generate"].in_batch()))
         await asyncio.to_thread(engine.stop)
-        with pytest.raises(Exception, match="stopping"):
-            await task
+        for stream in await task:
+            with pytest.raises(EngineUnavailable, match="stopping"):
+                await stream.collect()
         assert engine.in_flight() == 0
 
     asyncio.run(main())

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
 
-from adapters_store import AdapterStore
+from adapters_store import AdapterBundle, AdapterStore
 from adapters_store.errors import AdapterNotFound, StoreError
 from sera_serve import SeraConfig
 from sera_serve.base import FrozenBase, ModelInputs
@@ -147,5 +149,50 @@ def test_a_call_that_is_cancelled_leaves_nothing(
             with pytest.raises(asyncio.CancelledError):
                 await call
             await settled(engine)
+
+    asyncio.run(main())
+
+
+class SlowDisk(AdapterStore):
+    """The disk's own time limit ends the reads of some bundles, once the test lets it."""
+
+    lost: str | None = None
+
+    def __init__(self, root: Any) -> None:
+        super().__init__(root)
+        self.gate = threading.Event()
+
+    def loading(self, digest: str) -> AbstractContextManager[AdapterBundle]:
+        if digest == self.lost:
+            assert self.gate.wait(30)
+            raise TimeoutError(110, "Connection timed out")
+        return super().loading(digest)
+
+
+@pytest.mark.parametrize("timeout_s", [None, 600.0])
+def test_a_disks_own_time_limit_is_not_told_as_the_clients(
+    decoder: FrozenBase, tmp_path: Any, start_engine: Start, monkeypatch: pytest.MonkeyPatch, timeout_s: float | None
+) -> None:
+    store = SlowDisk(tmp_path / "store")
+    shape = SeraConfig(8, 4, 8.0, ("q_proj",))
+    store.publish(random_adapter(decoder, shape, 1, ["x", "y"]), "acme/first")
+    store.lost = store.publish(random_adapter(decoder, shape, 2, ["x", "y"]), "acme/second").digest
+    engine = start_engine(decoder, store)
+    runner = engine.runners["classify"]
+    step = runner.step
+
+    def tells() -> bool:
+        ran = step()
+        if ran:
+            # The first part has run: the call waits for its parts to finish.
+            store.gate.set()
+        return ran
+
+    monkeypatch.setattr(runner, "step", tells)
+
+    async def main() -> None:
+        with pytest.raises(TimeoutError, match="Connection timed out"):
+            await engine.classify_each(["acme/first", "acme/second"], ["hi"], ACME, timeout_s=timeout_s)
+        await settled(engine)
 
     asyncio.run(main())

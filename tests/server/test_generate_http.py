@@ -17,6 +17,7 @@ from support.stub_engine import (
     FLOODING,
     LATE,
     LATE_LATER,
+    OTHERS_SHED,
     OVERLOADED,
     SECRET,
     TEXTS,
@@ -258,6 +259,15 @@ def test_a_deadline_in_mid_stream_has_its_code(client: httpx.Client) -> None:
     error = events(generate(client, prompt=LATE_LATER, stream=True).text)[-1]["error"]
     assert (error["code"], error["param"]) == ("deadline_exceeded", "timeout_s")
     refused(generate(client, prompt=LATE_LATER), 504, "deadline_exceeded")
+
+
+def test_an_answer_that_is_refused_while_others_run_is_the_last_event(client: httpx.Client) -> None:
+    first, *_, error = events(generate(client, prompt=OTHERS_SHED, n=3, stream=True).text)
+    assert (first["index"], first["text"]) == (0, TEXTS[0])
+    assert (error["error"]["code"], error["error"]["param"]) == ("tenant_overloaded", "adapter")
+    whole = generate(client, prompt=OTHERS_SHED, n=3)
+    refused(whole, 429, "tenant_overloaded")
+    assert whole.headers["retry-after"] == "9"
 
 
 def test_a_crash_in_mid_stream_leaks_nothing(client: httpx.Client, caplog: pytest.LogCaptureFixture) -> None:

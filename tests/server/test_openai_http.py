@@ -28,6 +28,7 @@ from support.stub_engine import (
     FAILS_LATER,
     FLOODING,
     LATE,
+    OTHERS_SHED,
     OVERLOADED,
     SECRET,
     SLOW,
@@ -316,6 +317,13 @@ def test_a_prompt_that_fails_closes_the_others(client: httpx.Client, engine: Stu
     wait_until(lambda: engine.open_streams == 0)
     *_, last = events(complete(client, prompt=["a", FAILS_LATER], stream=True).text)
     assert last["error"]["code"] == "engine_unavailable"
+
+
+def test_a_refusal_in_mid_stream_has_the_names_of_this_interface(client: httpx.Client) -> None:
+    first, *_, last = events(complete(client, prompt=OTHERS_SHED, n=2, stream=True).text)
+    assert first["choices"][0]["text"] == TEXTS[0]
+    assert (last["error"]["code"], last["error"]["param"]) == ("tenant_overloaded", "model")
+    assert refused(complete(client, prompt=OTHERS_SHED, n=2), 429, "tenant_overloaded")["param"] == "model"
 
 
 def test_a_client_that_leaves_ends_all_choices(client: httpx.Client, engine: StubEngine) -> None:

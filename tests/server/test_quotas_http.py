@@ -16,7 +16,7 @@ from sera_serve.config import ServeSettings
 from sera_serve.server import build_app
 from support.answers import refused
 from support.live_server import live_server, wait_until
-from support.stub_engine import CRASHES, FAILS_LATER, SLOW, StubEngine
+from support.stub_engine import CRASHES, ENDS_BEGUN, FAILS_LATER, OTHERS_SHED, SLOW, TEXTS, StubEngine
 
 ORIGIN = "https://console.example.com"
 QUOTAS: dict[str, dict[str, Any]] = {
@@ -169,6 +169,17 @@ def test_tokens_are_charged(
     # One token a second comes back.
     assert tokens - 1 <= usage(open_client, tenant)["tokens_this_minute"] <= tokens
     assert usage(open_client, tenant)["requests_this_minute"] == 1
+
+
+@pytest.mark.parametrize(("tenant", "prompt", "tokens"), [("tok12", ENDS_BEGUN, 15), ("tok13", OTHERS_SHED, 5)])
+def test_what_ran_before_a_refusal_is_charged(
+    open_client: httpx.Client, quota_stub: StubEngine, tenant: str, prompt: str, tokens: int
+) -> None:
+    answer = open_client.post("/v1/generate", json={"adapter": f"{tenant}/a", "prompt": prompt, "n": 3})
+    assert answer.status_code in (429, 504)
+    # Some of the answer's tokens may have come.
+    assert tokens - 1 <= usage(open_client, tenant)["tokens_this_minute"] <= tokens + len(TEXTS)
+    assert quota_stub.open_streams == 0
 
 
 def test_used_tokens_refuse_the_next_request(open_client: httpx.Client) -> None:

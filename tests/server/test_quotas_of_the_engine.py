@@ -12,7 +12,8 @@ from adapters_store import AdapterStore
 from sera_serve import SeraConfig
 from sera_serve.base import FrozenBase
 from sera_serve.config import ServeSettings
-from sera_serve.engine import ServingEngine
+from sera_serve.engine import Principal, ServingEngine
+from sera_serve.engine.request import GenerationRequest
 from sera_serve.server import build_app
 from support.answers import refused
 from support.factories import random_adapter
@@ -64,13 +65,19 @@ def test_a_stream_whose_client_leaves_is_charged_for_what_was_computed(served: t
 def test_requests_in_flight_are_limited_by_tenant(served: tuple[ServingEngine, str]) -> None:
     with httpx.Client(base_url=served[1], timeout=30) as client:
         body = {"prompt": ["a", "b"], "max_tokens": 4}
-        answer = client.post("/v1/completions", json=body | {"model": "one/writer"})
+        held = GenerationRequest(principal=Principal("two"))
+        served[0]._admission.admit(held, lambda tenant: False)
+        answer = client.post("/v1/completions", json=body | {"model": "two/writer"})
         error = refused(answer, 429, "quota_exceeded")
-        assert "may have 1" in error["message"]
+        assert "may have 2" in error["message"]
         assert int(answer.headers["retry-after"]) >= 1
+        served[0]._admission.release(held)
         for tenant in ("two", "free"):
             assert client.post("/v1/completions", json=body | {"model": f"{tenant}/writer"}).status_code == 200
-        # The choices of one request are several in flight.
-        choices = client.post("/v1/completions", json={"model": "one/writer", "prompt": "a", "n": 2})
-        assert choices.json()["error"]["param"] == "n"
+        # The answers of one request are several in flight. Waiting would not help.
+        for field, asked in (("n", {"prompt": "a", "n": 2}), ("prompt", body)):
+            answer = client.post("/v1/completions", json=asked | {"model": "one/writer"})
+            error = refused(answer, 400, "invalid_request")
+            assert error["param"] == field
+            assert "retry-after" not in answer.headers
         assert client.post("/v1/completions", json={"model": "one/writer", "prompt": "a"}).status_code == 200

@@ -21,7 +21,7 @@ from sera_serve.commands.logs import BoundedQueueHandler, JsonFormatter, TextFor
 from sera_serve.config import ServeSettings
 from sera_serve.server import build_app
 from support.live_server import live_server, wait_until
-from support.stub_engine import FAILS_LATER, LATE_LATER, SECRET, SLOW, StubEngine
+from support.stub_engine import FAILS_LATER, LATE_LATER, OTHERS_SHED, SECRET, SLOW, StubEngine
 
 PROMPT = "a prompt that nobody may read"
 Start = Callable[..., httpx.Client]
@@ -104,6 +104,14 @@ def test_a_line_of_a_stream_says_how_it_ended(start: Start, lines: Lines) -> Non
         client.post("/v1/completions", json={"model": "demo/writer", "prompt": prompt, "stream": True})
     codes = [line.get("code") for line in lines.fields(6)]
     assert codes == [None] * 2 + ["engine_unavailable"] * 2 + ["deadline_exceeded"] * 2
+
+
+def test_a_line_counts_the_answers_that_ran(start: Start, lines: Lines) -> None:
+    client = start()
+    client.post("/v1/generate", json={"prompt": OTHERS_SHED, "n": 3})
+    (line,) = lines.fields(1)
+    # Each prompt of the stub has 5 tokens.
+    assert (line["status"], line["code"], line["prompt_tokens"]) == (429, "tenant_overloaded", 5)
 
 
 def test_a_line_says_that_the_client_left_and_what_it_had_asked_for(start: Start, lines: Lines) -> None:

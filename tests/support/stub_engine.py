@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 
 import numpy as np
 
@@ -44,7 +44,21 @@ from sera_serve.errors import (
 from sera_serve.residency.import_probe import import_checkpoint
 
 # Prompts that select a behaviour.
-SLOW, LONG, FAILS_LATER, CRASHES_LATER, TOO_LONG, OVERLOADED, CRASHES, HANGS, FLOODING, LATE, LATE_LATER = (
+(
+    SLOW,
+    LONG,
+    FAILS_LATER,
+    CRASHES_LATER,
+    TOO_LONG,
+    OVERLOADED,
+    CRASHES,
+    HANGS,
+    FLOODING,
+    LATE,
+    LATE_LATER,
+    OTHERS_SHED,
+    ENDS_BEGUN,
+) = (
     "slow",
     "long",
     "fails later",
@@ -56,6 +70,8 @@ SLOW, LONG, FAILS_LATER, CRASHES_LATER, TOO_LONG, OVERLOADED, CRASHES, HANGS, FL
     "flooding",
     "late",
     "late later",
+    "others shed",
+    "ends begun",
 )
 SECRET = "the password is swordfish"
 TEXTS = ["Ahoy", ", \u2028mate\n\n", "ys ☠"]
@@ -64,18 +80,19 @@ LONG_TEXTS = [f"word {number}{chr(10) if number % 40 == 0 else ' '}" for number 
 
 
 class StubStream:
-    """Emits TEXTS, one token each."""
+    """Emits TEXTS, one token each. `index` is its place among the answers to its prompt."""
 
-    def __init__(self, engine: StubEngine, params: GenerateParams) -> None:
+    def __init__(self, engine: StubEngine, params: GenerateParams, index: int) -> None:
         self.id = "gen-1"
         self.adapter = params.adapter
         self.version = 3 if params.adapter else None
         self.result: GenerationResult | None = None
         self.waited_s = 0.25
         self.first_token_s: float | None = 0.5
+        self.has_started = params.prompt != OTHERS_SHED or index == 0
         self.load_began: float | None = None
         self.load_s = 0.0
-        self.computed_tokens = 5
+        self.computed_tokens = 5 if self.has_started else 0
         self.tokens_used = TokensUsed(5, 2, 0)
         self._engine = engine
         self._prompt = params.prompt
@@ -97,6 +114,8 @@ class StubStream:
 
     async def _run(self) -> AsyncIterator[TokenDelta]:
         tokens: list[int] = []
+        if not self.has_started:
+            raise TenantOverloaded("more than its share; send it again later", param="adapter", retry_after=9)
         while self._prompt == SLOW:
             await asyncio.sleep(0.01)
             self._count_token()
@@ -251,16 +270,39 @@ class StubEngine:
     async def generate(
         self, params: GenerateParams, principal: Principal, received_at: float | None = None
     ) -> StubStream:
-        self.received.append(received_at)
-        self.asked.append(params)
-        self.principals.append(principal)
-        await self._misbehave(params.prompt)
-        return StubStream(self, params)
+        (stream,) = await self.generate_prompts([params], principal, received_at)
+        return stream
 
     async def generate_choices(
-        self, params: GenerateParams, principal: Principal, received_at: float | None = None
+        self,
+        params: GenerateParams,
+        principal: Principal,
+        received_at: float | None = None,
+        submitted: Callable[[Sequence[StubStream]], None] | None = None,
     ) -> list[StubStream]:
-        return [await self.generate(params, principal, received_at) for _ in range(params.n)]
+        return await self.generate_prompts([params], principal, received_at, submitted)
+
+    async def generate_prompts(
+        self,
+        prompts: Sequence[GenerateParams],
+        principal: Principal,
+        received_at: float | None = None,
+        submitted: Callable[[Sequence[StubStream]], None] | None = None,
+    ) -> list[StubStream]:
+        asked = [(params, index) for params in prompts for index in range(params.n)]
+        for params, _ in asked:
+            self.received.append(received_at)
+            self.asked.append(params)
+            self.principals.append(principal)
+            await self._misbehave(params.prompt)
+        streams = [StubStream(self, *each) for each in asked]
+        if submitted is not None:
+            submitted(streams)
+        if prompts[0].prompt == ENDS_BEGUN:
+            for stream in streams:
+                await stream.aclose()
+            raise DeadlineExceeded("timeout_s ran out", param="timeout_s")
+        return streams
 
     async def classify(
         self,

@@ -21,7 +21,7 @@ from sera_serve.engine import BASE_TENANT, GenerationResult, GenerationStream, P
 from sera_serve.server.accounting import Account
 from sera_serve.server.openai.errors import translated_errors
 from sera_serve.server.openai.token_texts import TokenTexts
-from sera_serve.server.sse import Admit, admitted, merged, result_of
+from sera_serve.server.sse import Admit, Submitted, admitted, merged, result_of
 
 # JSON has no infinity. OpenAI's API gives this number to tokens that are as good as impossible.
 _LEAST_LOGPROB = -9999.0
@@ -100,9 +100,9 @@ def usage(results: Sequence[GenerationResult], choices: int, principal: Principa
 def translated(admit: Admit, prompt: str) -> Admit:
     """Return `admit` with the refusals of this interface. The field `prompt` holds the prompt."""
 
-    async def call() -> Sequence[GenerationStream]:
+    async def call(submitted: Submitted) -> Sequence[GenerationStream]:
         with translated_errors(prompt):
-            return await admit()
+            return await admit(submitted)
 
     return call
 

@@ -21,7 +21,7 @@ from sera_serve.server.openai.answers import (
     with_member,
 )
 from sera_serve.server.openai.chat_schemas import ChatCompletion, ChatRequest
-from sera_serve.server.openai.errors import OpenAIRoute
+from sera_serve.server.openai.errors import OpenAIRoute, translated_errors
 from sera_serve.server.openai.texts import ChatPrompt, Conversation, Texts, TextsOf, adapter_of
 from sera_serve.server.openai.tool_calls import Call, ToolCallParser, forced_calls
 from sera_serve.server.openapi import stream_of
@@ -67,7 +67,7 @@ async def chat_completions(body: ChatRequest, context: ContextOf, texts: TextsOf
     head = Head.of("chatcmpl", body.model, context.engine.base.name)
     answer = ChatAnswer(body, head, principal, prompt, texts)
     if body.stream:
-        return EventStream(admit, ChatEvents(answer), account)
+        return EventStream(admit, ChatEvents(answer), account, translated_errors)
     return await context.finish(_complete(answer, admit, account))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from fastapi import APIRouter, Response
 
-from sera_serve.engine import GenerationResult, GenerationStream, Principal, TokenDelta
+from sera_serve.engine import GenerateParams, GenerationResult, GenerationStream, Principal, TokenDelta
 from sera_serve.server.accounting import Account
 from sera_serve.server.deps import ContextOf
 from sera_serve.server.openai.answers import (
@@ -21,10 +21,10 @@ from sera_serve.server.openai.answers import (
     with_member,
 )
 from sera_serve.server.openai.completion_schemas import Completion, CompletionRequest, Prompt
-from sera_serve.server.openai.errors import OpenAIRoute
+from sera_serve.server.openai.errors import OpenAIRoute, translated_errors
 from sera_serve.server.openai.texts import Texts, TextsOf, adapter_of, check_token_count
 from sera_serve.server.openapi import stream_of
-from sera_serve.server.sse import Admit, EventStream, EventWriter, admit_all, encode_event
+from sera_serve.server.sse import Admit, EventStream, EventWriter, encode_event
 
 router = APIRouter(route_class=OpenAIRoute, tags=["openai"])
 
@@ -42,7 +42,7 @@ async def completions(body: CompletionRequest, context: ContextOf, texts: TextsO
     account = context.open_account(context.caller.principal(adapter), body.priority)
     principal = account.principal
     echo = bool(body.echo)
-    admits: list[Admit] = []
+    prompts: list[GenerateParams] = []
     for prompt in body.prompt:
         params = body.params(
             adapter,
@@ -53,19 +53,20 @@ async def completions(body: CompletionRequest, context: ContextOf, texts: TextsO
             logprobs=body.logprobs,
             prompt_logprobs=body.logprobs if echo else None,
         )
-        admits.append(partial(context.engine.generate_choices, account.params(params), principal, context.received_at))
-    admit = translated(partial(admit_all, admits), "prompt")
+        prompts.append(account.params(params))
+    admit = translated(partial(context.engine.generate_prompts, prompts, principal, context.received_at), "prompt")
     head = Head.of("cmpl", body.model, context.engine.base.name)
-    prompts: list[str] = []
+    echoed: list[str] = []
     if echo:
         for prompt in body.prompt:
             if not isinstance(prompt, str):
                 check_token_count(prompt, context.engine, "prompt")
         work = texts.run(principal.tenant, _prompt_texts, texts, body.prompt)
-        prompts = await context.finish(work)
+        echoed = await context.finish(work)
     if body.stream:
-        return EventStream(admit, CompletionEvents(body, head, principal, prompts, texts), account)
-    answer = _complete(body, admit, account, head, principal, prompts, texts)
+        events = CompletionEvents(body, head, principal, echoed, texts)
+        return EventStream(admit, events, account, translated_errors)
+    answer = _complete(body, admit, account, head, principal, echoed, texts)
     return await context.finish(answer)
 
 

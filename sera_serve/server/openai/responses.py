@@ -21,7 +21,7 @@ from sera_serve.server.openai.response_schemas import ResponseObject, ResponseRe
 from sera_serve.server.openai.texts import ChatPrompt, Conversation, Texts, TextsOf, adapter_of
 from sera_serve.server.openai.tool_calls import Call, ToolCallParser, forced_calls
 from sera_serve.server.openapi import stream_of
-from sera_serve.server.sse import Admit, EventStream, EventWriter
+from sera_serve.server.sse import Admit, EventStream, EventWriter, Submitted
 
 router = APIRouter(route_class=OpenAIRoute, tags=["openai"])
 
@@ -347,8 +347,8 @@ def _own_names() -> Iterator[None]:
 
 
 def _with_own_names(admit: Admit) -> Admit:
-    async def call() -> Sequence[GenerationStream]:
+    async def call(submitted: Submitted) -> Sequence[GenerationStream]:
         with _own_names():
-            return await admit()
+            return await admit(submitted)
 
     return call
