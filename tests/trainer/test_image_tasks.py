@@ -13,6 +13,7 @@ from adapters_store import AdapterStore
 from sera_serve.base import FrozenBase
 from sera_serve.errors import InvalidConfiguration
 from sera_serve.layers import attached_layers
+from sera_serve.trainer.compare.one_run import train_one
 from sera_serve.trainer.run import TrainResult, train_adapter
 from sera_serve.trainer.settings import TrainSettings
 from support.factories import random_decoder
@@ -79,6 +80,21 @@ def test_captions_find_their_images(tmp_path: Path) -> None:
     assert all(path.endswith(("q_proj", "v_proj")) for path in bundle.config.modules)
     assert bundle.config.image == base.image_spec
     assert result.head_parameters == 0
+
+
+def test_a_part_of_the_test_captions_is_scored(tmp_path: Path) -> None:
+    photos = captioned_images(tmp_path / "photos", 16)
+    settings = image_settings(tmp_path, photos, task="retrieve", epochs=1, test=photos)
+    options = settings.model_dump(mode="json", exclude_unset=True, exclude={"store", "name"})
+    base, clip = tmp_path / "base", random_clip()
+    clip.model.save_pretrained(base)
+    clip.tokenizer.save_pretrained(base)
+    scores = [
+        train_one({"settings": options | {"base": str(base)}, "baseline": None, "test_rows": count})["metrics"]
+        for count in (4, None)
+    ]
+    # Fewer captions are easier to tell apart.
+    assert scores[0]["test_t2i_r5"] == 1 > scores[1]["test_t2i_r5"]
 
 
 def test_embeddings_that_came_to_one_point_are_told(tmp_path: Path) -> None:
