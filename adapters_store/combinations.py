@@ -53,6 +53,36 @@ def load_combination(
         CannotCombine, WrongBase: As `Combination` says; or the sum has too many numbers.
         AdapterNotFound, StoreCorrupted: As `AdapterStore.load` says.
     """
+    combination = _combination(store, parts, names, training, max_parameters, max_growth)
+    for digest, _ in parts:
+        combination.add(store.load(digest))
+    return combination.bundle()
+
+
+def combination_bytes(
+    store: AdapterStore,
+    parts: Sequence[tuple[str, float]],
+    max_parameters: int | None = None,
+    max_growth: int | None = None,
+) -> int:
+    """The most memory that `load_combination` takes, in bytes: the sum, and its largest part. Reads no tensors.
+
+    Raises:
+        CannotCombine, WrongBase, AdapterNotFound, StoreCorrupted: As `load_combination`.
+    """
+    combination = _combination(store, parts, None, None, max_parameters, max_growth)
+    return 4 * combination.config.parameters + max(store.file_bytes(digest) for digest, _ in parts)
+
+
+def _combination(
+    store: AdapterStore,
+    parts: Sequence[tuple[str, float]],
+    names: Sequence[str] | None,
+    training: Mapping[str, JsonValue] | None,
+    max_parameters: int | None,
+    max_growth: int | None,
+) -> Combination:
+    """The sum before any part is added, if it is not too large; arguments and errors as of `load_combination`."""
     configs = [store.config(digest) for digest, _ in parts]
     combination = Combination(configs, [weight for _, weight in parts], names, training)
     numbers, of_parts = combination.config.parameters, sum(config.parameters for config in configs)
@@ -69,6 +99,4 @@ def load_combination(
             "adapter of its own",
             param="adapter",
         )
-    for digest, _ in parts:
-        combination.add(store.load(digest))
-    return combination.bundle()
+    return combination

@@ -207,6 +207,11 @@ class AdapterStore:
             header = parse_header(head, size, self._limits)
             return AdapterConfig.from_json(config_of(header, self._limits))
 
+    def file_bytes(self, digest: str) -> int:
+        """The bytes of a bundle's file; raises as `load` does."""
+        with self._damage_typed(digest):
+            return self._size(digest)
+
     def inspect(self, ref: str) -> AdapterInfo:
         """One version with its adapter's versions and aliases; raises as `resolve` does."""
         parsed = parse_ref(ref)

@@ -145,10 +145,10 @@ FLOORS: dict[str, list[set[str]]] = {
         {"combinations"},
     ],
     "sera_serve.residency": [
-        {"packing", "staging", "stats"},
+        {"packing", "staging", "stats", "turns"},
         {"pool", "host_cache"},
         {"entry", "bundle_check"},
-        {"placement", "import_probe"},
+        {"completions", "placement", "import_probe"},
         {"loader"},
         {"manager"},
     ],

@@ -82,7 +82,11 @@ class ServingEngine(RowCalls):
         self._row_maker = RowMaker(base, self._references)
         self._module_index = {path: row for row, path in enumerate(self._shapes)}
         self.residency = AdapterResidency(
-            self._references.loading, self._pool, HostCache(settings.host_cache_mib * MEBIBYTE), self._module_index
+            self._references.loading,
+            self._pool,
+            HostCache(settings.host_cache_mib * MEBIBYTE),
+            self._module_index,
+            size_of=self._references.load_bytes,
         )
         self._admission = AdmissionController(settings.max_queue, settings.max_queue_per_tenant)
         self._unsound: str | None = None

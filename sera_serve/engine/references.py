@@ -16,6 +16,7 @@ from adapters_store import (
     StoreError,
     check_base,
     check_same_base,
+    combination_bytes,
     combination_digest,
     load_combination,
     parts_of,
@@ -100,6 +101,17 @@ class AdapterReferences:
         with nullcontext(self._combined(parts)) if parts else self._store.loading(digest) as bundle:
             check_base(bundle.config, self._base, self._module_shapes)
             yield bundle
+
+    def load_bytes(self, digest: str) -> int:
+        """The most host memory that the bundle of `loading` takes while it is read or made, in bytes.
+
+        Raises:
+            StoreError: As `loading`.
+        """
+        parts = parts_of(digest)
+        if not parts:
+            return self._store.file_bytes(digest)
+        return combination_bytes(self._store, parts, max_parameters=self._max_parameters, max_growth=_MAX_GROWTH)
 
     def _combined(self, parts: Sequence[tuple[str, float]]) -> AdapterBundle:
         return load_combination(self._store, parts, max_parameters=self._max_parameters, max_growth=_MAX_GROWTH)

@@ -21,7 +21,7 @@ from sera_serve.engine.admission import AdmissionController
 from sera_serve.engine.fair_queue import FairQueue
 from sera_serve.engine.request import FinishReason, Request, RequestState
 from sera_serve.errors import EngineUnavailable, SeraServeError
-from sera_serve.residency import AdapterResidency, Lease
+from sera_serve.residency import AdapterResidency, Claim, Lease
 
 R = TypeVar("R", bound=Request)
 
@@ -252,7 +252,7 @@ class Scheduler(Generic[R]):
 
     def _acquire(self, request: R, digest: str) -> bool:
         """Get the lease of a request whose turn it is. False if it is not there yet: the request is parked, or gone."""
-        future = self._residency.acquire(digest)
+        future = self._residency.acquire(digest, self._claim(request))
         if future.done() and not future.cancelled() and future.exception() is None:
             request.lease = future.result()
             return True
@@ -305,7 +305,11 @@ class Scheduler(Generic[R]):
 
     def _hint_locked(self, request: R) -> None:
         if request.digest is not None and request.hint is None and request.is_queued:
-            request.hint = self._residency.prefetch(request.digest)
+            request.hint = self._residency.prefetch(request.digest, self._claim(request))
+
+    def _claim(self, request: R) -> Claim:
+        # Residency calls it without the lock of this scheduler: to read one counter is one look-up in a dictionary.
+        return Claim(request.tenant, self._queue.counter)
 
     def _finish_waiting(self, request: R, reason: FinishReason, error: Exception | None) -> bool:
         """Finish a request unless it runs or is finished; whether it is finished now."""

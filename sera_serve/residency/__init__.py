@@ -1,7 +1,7 @@
 """Adapter residency: device pool, host cache, leases, pins, prefetch, loading and eviction."""
 
 from sera_serve.residency.bundle_check import check_servable
-from sera_serve.residency.entry import TRANSITIONS, AdapterEntry, AdapterState, Lease, PrefetchHint
+from sera_serve.residency.entry import TRANSITIONS, AdapterEntry, AdapterState, Claim, Lease, PrefetchHint
 from sera_serve.residency.host_cache import HostCache
 from sera_serve.residency.loader import LoaderThreads
 from sera_serve.residency.manager import AdapterResidency
@@ -21,6 +21,7 @@ __all__ = [
     "AdapterLayout",
     "AdapterResidency",
     "AdapterState",
+    "Claim",
     "DevicePool",
     "HostCache",
     "Lease",

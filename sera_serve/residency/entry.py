@@ -50,6 +50,7 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from sera_serve.residency.host_cache import HostCache
 from sera_serve.residency.packing import AdapterLayout, PackedAdapter
@@ -85,6 +86,19 @@ TRANSITIONS: dict[AdapterState, frozenset[AdapterState]] = {
     DELETED: frozenset({ABSENT, DRAINING}),
 }
 """The legal transitions: the states that may follow each state."""
+
+
+class Claim(NamedTuple):
+    """For whom an adapter is asked for.
+
+    Attributes:
+        tenant: Whose turn it takes, for loads and for room.
+        served: What a tenant was served so far, over its share. Only the figures of one function are compared. It is
+            called under residency's lock: it takes no lock and is quick.
+    """
+
+    tenant: str
+    served: Callable[[str], float]
 
 
 class Lease:
@@ -146,14 +160,16 @@ class AdapterEntry:
         in_state: How many entries of the table are in each state; `move_to` keeps it.
         state: Where the adapter is.
         layout: What the packed adapter holds, once it was read.
+        load_bytes: The most host memory that a load from the store takes, in bytes, once it was looked up.
         placement: The adapter's room on the device, from the moment that it is reserved.
-        waiters: Futures of the requests that wait for a lease; some may be cancelled.
+        waiters: Futures of the requests that wait for a lease, and for whom they wait; some may be cancelled.
         leases: Leases held.
         hints: Prefetch hints held.
         pinned: The adapter is never evicted.
         deleted: The bundle was deleted. Requests that wait are still served; nothing of the adapter is kept after them.
         queued_at: Leases that had been granted, to any request, when the adapter began to wait for room; None while
             it does not wait.
+        readers: Owners of jobs that are to read the adapter, for a request.
         read_started: A loader thread has begun to read.
         found_in: Where the present load found the adapter.
         load_seconds: Time that the present load has spent reading.
@@ -163,13 +179,15 @@ class AdapterEntry:
     in_state: Counter[AdapterState] = field(default_factory=Counter)
     state: AdapterState = ABSENT
     layout: AdapterLayout | None = None
+    load_bytes: int | None = None
     placement: Placement | None = None
-    waiters: list[Future[Lease]] = field(default_factory=list)
+    waiters: dict[Future[Lease], Claim | None] = field(default_factory=dict)
     leases: int = 0
     hints: int = 0
     pinned: bool = False
     deleted: bool = False
     queued_at: int | None = None
+    readers: set[str | None] = field(default_factory=set)
     read_started: bool = False
     found_in: Tier | None = None
     load_seconds: float = 0.0
@@ -216,10 +234,21 @@ class AdapterEntry:
         """Whether a request waits that was not cancelled."""
         return any(not future.cancelled() for future in self.waiters)
 
-    def take_waiters(self) -> list[Future[Lease]]:
+    @property
+    def claim(self) -> Claim | None:
+        """The claim of the first request that waits; None without one."""
+        return next((claim for future, claim in self.waiters.items() if not future.cancelled()), None)
+
+    @property
+    def owner(self) -> str | None:
+        """The tenant whose turn the adapter takes: that of the first request that waits."""
+        claim = self.claim
+        return None if claim is None else claim.tenant
+
+    def take_waiters(self) -> list[tuple[Future[Lease], Claim | None]]:
         """Take off the waiting futures, without the cancelled ones. None of them can be cancelled any more."""
-        waiters, self.waiters = self.waiters, []
-        return [future for future in waiters if future.set_running_or_notify_cancel()]
+        waiters, self.waiters = self.waiters, {}
+        return [(future, claim) for future, claim in waiters.items() if future.set_running_or_notify_cancel()]
 
     def check_invariants(self) -> None:
         """Raise RuntimeError where the fields contradict the state."""
@@ -290,6 +319,7 @@ class AdapterTable:
                 self.host_cache.drop(entry.digest)
                 entry.deleted = False
         entry.read_started = False
+        entry.readers.clear()
         state = ON_HOST if entry.digest in self.host_cache else ABSENT
         if entry.state is not state:
             entry.move_to(state)

@@ -18,12 +18,12 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
 
 from sera_serve.errors import AdapterTooLarge, EngineUnavailable
+from sera_serve.residency.completions import CompletionQueue
 from sera_serve.residency.entry import (
     ABSENT,
     COPYING,
@@ -31,6 +31,7 @@ from sera_serve.residency.entry import (
     READING,
     AdapterEntry,
     AdapterTable,
+    Claim,
     Lease,
     PrefetchHint,
 )
@@ -43,40 +44,8 @@ from sera_serve.residency.stats import LoadCounts, Presence, ResidencyStats, Tie
 
 # Priorities of jobs: adapters that have room on the device, then those that requests wait for, then hints.
 _HAS_ROOM, _AWAITED, _HINTED = range(3)
-
-
-class CompletionQueue:
-    """Futures with what they will be given: decided under the lock, settled without it."""
-
-    def __init__(self) -> None:
-        self._decided: deque[tuple[Future[Lease], Lease | Exception]] = deque()
-        self._here = threading.local()
-
-    def add(self, future: Future[Lease], outcome: Lease | Exception) -> None:
-        """Have a future settled by the next `settle`; it is running, so that it cannot be cancelled any more."""
-        self._decided.append((future, outcome))
-
-    def settle(self) -> None:
-        """Settle all futures added so far. This runs their callbacks: the calling thread holds no lock.
-
-        A callback may give a lease back, which settles further futures: those are left to the call that runs it. Nested
-        calls would go as deep as requests wait.
-        """
-        if getattr(self._here, "settles", False):
-            return
-        self._here.settles = True
-        try:
-            while self._decided:
-                try:
-                    future, outcome = self._decided.popleft()
-                except IndexError:  # another thread took the last one
-                    return
-                if isinstance(outcome, Lease):
-                    future.set_result(outcome)
-                else:
-                    future.set_exception(outcome)
-        finally:
-            self._here.settles = False
+# Host memory that large loads may always take side by side, bytes: without a host cache, some must still run at once.
+_LEAST_LOAD_BYTES = 64 << 20
 
 
 class AdapterResidency:
@@ -88,7 +57,8 @@ class AdapterResidency:
     first in the queue until `max_bypasses` leases have been granted since it came. Then nothing bypasses it, and
     adapters on the device drain until it fits.
 
-    Host memory is the host cache, and what each loader thread is reading at the moment.
+    Loads take turns by tenant. Host memory is the host cache, and what the loader threads hold at the moment: each of
+    large and of small loads as much as the host cache may, and at least `_LEAST_LOAD_BYTES`, or a single larger load.
     """
 
     def __init__(
@@ -100,6 +70,7 @@ class AdapterResidency:
         loader_threads: LoaderThreads | None = None,
         max_bypasses: int = 64,
         pin_share: float = 0.5,
+        size_of: Callable[[str], int] | None = None,
     ) -> None:
         """Start with an empty pool.
 
@@ -111,6 +82,8 @@ class AdapterResidency:
             loader_threads: The threads to load with, owned likewise; two loads at once if None.
             max_bypasses: Leases that may be granted while an adapter waits for room, before nothing bypasses it.
             pin_share: The part of the pool's bytes, and of its slots, that pinned adapters may take.
+            size_of: Bytes of host memory that `loading` takes for a bundle, without reading its tensors; raises what
+                `loading` raises. Without it, every load counts as small.
         """
         self.pool = pool
         self.host_cache = host_cache
@@ -119,23 +92,27 @@ class AdapterResidency:
         self._counts = LoadCounts()
         self._placement = PlacementQueue(pool, self._table, self._counts.granted, max_bypasses, pin_share)
         self._completions = CompletionQueue()
-        self._loader = AdapterLoader(loading, module_index, pool)
-        self._threads = loader_threads or LoaderThreads(at_once=2)
+        self._loader = AdapterLoader(loading, module_index, pool, size_of)
+        self._threads = loader_threads or LoaderThreads(at_once=2, max_bytes=max(_LEAST_LOAD_BYTES, host_cache.limit))
         # Something has happened since the last idle check.
         self._unchecked = False
         self._closed = False
 
     # What requests ask for.
 
-    async def lease(self, digest: str) -> Lease:
+    async def lease(self, digest: str, claim: Claim | None = None) -> Lease:
         """Wait until the adapter is on the device, and lease it. Cancelling the wait leaves no lease held.
+
+        Args:
+            digest: Digest of the adapter.
+            claim: For whom; all that ask without one share a turn, and are behind nobody.
 
         Raises:
             AdapterTooLarge: The adapter is larger than the whole pool, or than what pinned adapters leave of it.
             EngineUnavailable: Residency is closed.
             Exception: Whatever `loading` raised.
         """
-        future = self.acquire(digest)
+        future = self.acquire(digest, claim)
         try:
             return await asyncio.wrap_future(future)
         except asyncio.CancelledError:
@@ -143,7 +120,7 @@ class AdapterResidency:
             future.add_done_callback(_release_if_granted)
             raise
 
-    def acquire(self, digest: str) -> Future[Lease]:
+    def acquire(self, digest: str, claim: Claim | None = None) -> Future[Lease]:
         """`lease` for threads without an event loop. Concurrent calls for one adapter share one load."""
         future: Future[Lease] = Future()
         lease = packed = None
@@ -158,7 +135,7 @@ class AdapterResidency:
             if entry.grantable:
                 lease = self._lease_locked(entry, "device")
             else:
-                packed = self._request_locked(entry, future)
+                packed = self._request_locked(entry, future, claim)
         if lease is not None:
             # Settled directly: nobody else has this future yet.
             future.set_result(lease)
@@ -169,7 +146,7 @@ class AdapterResidency:
             future.add_done_callback(self._after_cancel)
         return future
 
-    def prefetch(self, digest: str) -> PrefetchHint:
+    def prefetch(self, digest: str, claim: Claim | None = None) -> PrefetchHint:
         """Begin to load an adapter for a request that is not admitted yet; a failure is left to the request's `lease`.
 
         The adapter goes to the host cache. It goes to the device if no request waits for room there and nothing that
@@ -183,8 +160,7 @@ class AdapterResidency:
             entry.hints += 1
             if not self._closed and not entry.queued:
                 if entry.state is ABSENT:
-                    entry.move_to(READING)
-                    self._threads.submit(_HINTED, partial(self._read, entry))
+                    self._read_on_thread_locked(entry, _HINTED, None if claim is None else claim.tenant)
                 elif entry.state is ON_HOST and self._reserve_hinted_locked(entry):
                     self._threads.submit(_HAS_ROOM, partial(self._copy, entry))
         return PrefetchHint(entry, self._release_hint)
@@ -342,15 +318,19 @@ class AdapterResidency:
 
     # The two jobs: loader threads run them, or the thread that asks for a small adapter.
 
-    def _read(self, entry: AdapterEntry) -> None:
-        """Read an adapter from the store, and copy it to the device if it finds room at once."""
+    def _read(self, entry: AdapterEntry, priority: int, owner: str | None) -> None:
+        """Read an adapter from the store, and copy it to the device if it finds room at once.
+
+        A large one is submitted again, with its size, which is looked up first. Arguments as of `LoaderThreads.submit`.
+        """
         with self._lock:
-            # An adapter that a request asked for while it was only hinted is submitted twice.
+            # An adapter that was only hinted, or that several tenants ask for, is submitted more than once.
             if entry.state is not READING or entry.read_started:
                 return
             is_worth_it = self._is_worth_reading_locked(entry)
             if is_worth_it:
-                entry.read_started = True
+                is_sized = entry.load_bytes is not None
+                entry.read_started = is_sized
             else:
                 # It may have room already, which others wait for.
                 self._placement.free(entry)
@@ -360,6 +340,8 @@ class AdapterResidency:
             return
         began = time.monotonic()
         try:
+            if not is_sized and not self._begin_sized(entry, priority, owner):
+                return
             packed = self._loader.read(entry.digest)
         except Exception as error:  # noqa: BLE001 - it is delivered to every request that waits for this load
             self._fail(entry, error)
@@ -373,6 +355,25 @@ class AdapterResidency:
             self._copy(entry, packed)
         else:
             self._completions.settle()
+
+    def _begin_sized(self, entry: AdapterEntry, priority: int, owner: str | None) -> bool:
+        """Look the size of a load up, and begin to read if it is small. Raises what the look-up raised."""
+        try:
+            nbytes = self._loader.load_bytes(entry.digest)
+        except Exception:
+            with self._lock:
+                if entry.state is not READING or entry.read_started:
+                    return False
+                entry.read_started = True
+            raise
+        with self._lock:
+            if entry.state is not READING or entry.read_started:
+                return False
+            entry.load_bytes = nbytes
+            entry.read_started = nbytes <= self._threads.small_bytes
+            if not entry.read_started:
+                self._read_on_thread_locked(entry, priority, owner)
+            return entry.read_started
 
     def _copy(self, entry: AdapterEntry, packed: PackedAdapter | None = None, is_retried: bool = False) -> None:
         """Copy an adapter to the room reserved for it, and grant the leases on it.
@@ -442,15 +443,15 @@ class AdapterResidency:
 
     # The lock is held.
 
-    def _request_locked(self, entry: AdapterEntry, future: Future[Lease]) -> PackedAdapter | None:
+    def _request_locked(self, entry: AdapterEntry, future: Future[Lease], claim: Claim | None) -> PackedAdapter | None:
         """Have a future wait for a lease. Returns the data if the caller itself has to copy the adapter."""
-        is_hint_only = not entry.waiters
-        entry.waiters.append(future)
+        entry.waiters[future] = claim
+        owner = None if claim is None else claim.tenant
         if entry.state is ABSENT and not entry.queued:
-            entry.move_to(READING)
-            self._threads.submit(_AWAITED, partial(self._read, entry))
-        elif entry.state is READING and not entry.read_started and is_hint_only:
-            self._threads.submit(_AWAITED, partial(self._read, entry))
+            self._read_on_thread_locked(entry, _AWAITED, owner)
+        elif entry.state is READING and not entry.read_started and owner not in entry.readers:
+            # It was only hinted, or has the turn of another tenant, which may have many loads before it.
+            self._read_on_thread_locked(entry, _AWAITED, owner)
         elif entry.on_device:
             # It drains: its room is promised to the first in the queue.
             self._placement.join(entry)
@@ -483,12 +484,20 @@ class AdapterResidency:
                     self._refuse_locked(entry, _never_fits())
                 self._left_queue_locked(entry)
             elif entry.state is ABSENT:
-                entry.move_to(READING)
-                self._threads.submit(_HAS_ROOM, partial(self._read, entry))
+                self._read_on_thread_locked(entry, _HAS_ROOM, entry.owner)
             else:
                 entry.move_to(COPYING)
                 if entry is not own:
                     self._threads.submit(_HAS_ROOM, partial(self._copy, entry))
+
+    def _read_on_thread_locked(self, entry: AdapterEntry, priority: int, owner: str | None) -> None:
+        """Have a loader thread read an adapter, in its owner's turn; once for each owner that waits for it."""
+        if entry.state is ABSENT:
+            entry.move_to(READING)
+        if priority != _HINTED:
+            entry.readers.add(owner)
+        job = partial(self._read, entry, priority, owner)
+        self._threads.submit(priority, job, owner, entry.load_bytes or 0)
 
     def _left_queue_locked(self, entry: AdapterEntry) -> None:
         """End the wait of an adapter that got no room."""
@@ -534,7 +543,7 @@ class AdapterResidency:
         return has_spare_room or self.host_cache.has_room(self._table.is_wanted)
 
     def _grant_locked(self, entry: AdapterEntry, tier: Tier) -> None:
-        for future in entry.take_waiters():
+        for future, _claim in entry.take_waiters():
             self._completions.add(future, self._lease_locked(entry, tier))
 
     def _lease_locked(self, entry: AdapterEntry, tier: Tier) -> Lease:
@@ -542,7 +551,7 @@ class AdapterResidency:
         return Lease(entry, self._placement.add_lease(entry), self._release_lease)
 
     def _refuse_locked(self, entry: AdapterEntry, error: Exception) -> None:
-        for future in entry.take_waiters():
+        for future, _ in entry.take_waiters():
             self._completions.add(future, error)
 
     def _leases_locked(self) -> int:

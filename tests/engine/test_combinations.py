@@ -11,11 +11,13 @@ import pytest
 import torch
 
 from adapters_store import AdapterBundle, AdapterStore, combination_digest, combine, dense_factors, load_combination
+from adapters_store.convert.combine import Combination
 from adapters_store.errors import AdapterNotFound, CannotCombine
 from sera_serve import SeraConfig
 from sera_serve.base import FrozenBase
 from sera_serve.engine import GenerateParams, ServingEngine, WeightedAdapter
 from sera_serve.errors import AdapterTooLarge, InvalidRequest, UnsupportedTask
+from sera_serve.residency import pack
 from support.engine import GatedStore, acting_for, settled, until
 from support.factories import greedy, random_adapter
 
@@ -246,6 +248,24 @@ def test_a_sum_that_is_many_times_as_large_as_its_parts_is_refused(
     digests = [(store.resolve(f"acme/{name}").digest, 0.5) for name in ("one", "narrow")]
     assert load_combination(store, digests).config.parameters < engine._pool.capacity
     asyncio.run(ask("narrow", "like"))
+
+
+def test_the_memory_of_a_load_is_known_before_any_is_taken(
+    decoder: FrozenBase, store: AdapterStore, start_engine: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundles = published(decoder, store, "generate")
+    engine = start_engine(decoder, store)
+    parts = [(store.resolve(name).digest, weight) for name, weight in CHOICES[2]]
+    total = load_combination(store, parts)
+    monkeypatch.setattr(Combination, "add", None)
+    largest = max(bundle.file_bytes for bundle in bundles.values())
+    assert engine._references.load_bytes(combination_digest(parts)) == total.nbytes + largest
+    assert engine._references.load_bytes(parts[0][0]) == bundles["acme/lora"].file_bytes
+    packed = pack(total, engine._module_index, engine._pool.data.dtype)
+    loader = engine.residency._loader
+    assert loader.load_bytes(combination_digest(parts)) >= total.nbytes + largest + packed.nbytes
+    with pytest.raises(AdapterNotFound):
+        loader.load_bytes("0" * 64)
 
 
 def test_a_part_that_is_deleted_ends_the_combination_after_the_requests_under_way(

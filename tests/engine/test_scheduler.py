@@ -57,6 +57,22 @@ def test_the_adapters_of_requests_that_wait_are_brought_near() -> None:
     assert bench.holds_nothing()
 
 
+def test_an_adapter_is_asked_for_in_the_name_of_the_tenant_and_with_what_it_was_served() -> None:
+    bench = Bench(rows=1)
+    bench.residency.arrive("x")
+    running, waiting = bench.submit("a", "x"), bench.submit("b", "y")
+    bench.scheduler.charge([running])
+    (x, lease), (y, hint) = bench.residency.claims
+    assert (x, y) == ("x", "y") and bench.residency.hints == 1
+    assert lease is not None and hint is not None
+    assert (lease.tenant, hint.tenant) == ("a", "b") and lease.served == hint.served
+    assert hint.served("a") - hint.served("b") == 2, "a token"
+    bench.residency.arrive("y")
+    for request in (running, waiting):
+        bench.finish(request)
+    assert bench.holds_nothing()
+
+
 def test_a_request_that_comes_in_mid_step_has_its_adapter_brought_near_at_once() -> None:
     bench = Bench(rows=1)
     bench.scheduler.wake = lambda: None

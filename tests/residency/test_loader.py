@@ -6,10 +6,10 @@ import threading
 from collections.abc import Iterator
 
 import pytest
-from slow_store import Build, Store, granted
+from slow_store import Build, Store, granted, until, wait_for_loads
 
 from sera_serve.errors import EngineUnavailable
-from sera_serve.residency import LoaderThreads
+from sera_serve.residency import Claim, LoaderThreads
 
 
 class Slow:
@@ -75,6 +75,42 @@ def test_stalled_jobs_do_not_hold_up_others(gate: threading.Event) -> None:
     threads.close(10)
 
 
+def test_owners_take_turns_within_a_priority(gate: threading.Event) -> None:
+    threads = LoaderThreads(at_once=1, stall_s=1000)
+    slow = Slow(gate)
+    threads.submit(0, slow, "a")
+    assert slow.began.wait(10)
+    ran: list[str] = []
+    last = threading.Event()
+    for priority, owner, name in [(1, "a", "a1"), (1, "a", "a2"), (1, "a", "a3"), (1, "b", "b1"), (0, "a", "a0")]:
+        threads.submit(priority, lambda name=name: ran.append(name), owner)  # type: ignore[misc]
+    threads.submit(2, last.set)
+    gate.set()
+    assert last.wait(10)
+    assert ran == ["a0", "a1", "b1", "a2", "a3"]
+    threads.close(10)
+
+
+def test_large_jobs_run_side_by_side_only_as_memory_allows() -> None:
+    threads = LoaderThreads(at_once=5, most=10, stall_s=0.0, max_bytes=100)
+    gates = [threading.Event() for _ in range(4)]
+    whole, half, huge, other = jobs = [Slow(gate) for gate in gates]
+    threads.submit(0, whole, "a", 60)
+    assert whole.began.wait(10)
+    # The second does not fit, and the last would: it must not keep the ones before it from running for ever.
+    for owner, job, nbytes in (("a", half, 50), ("b", huge, 150), ("c", other, 40)):
+        threads.submit(0, job, owner, nbytes)
+    small = threading.Event()
+    threads.submit(0, small.set, "a", threads.small_bytes)
+    assert small.wait(10), "large jobs that wait for memory hold up a small one"
+    for place, gate in enumerate(gates):
+        assert [job.began.is_set() for job in jobs] == [True] * (place + 1) + [False] * (3 - place)
+        gate.set()
+        if place < 3:
+            assert jobs[place + 1].began.wait(10)
+    threads.close(10)
+
+
 def test_job_that_never_ends_does_not_keep_close(gate: threading.Event) -> None:
     threads = LoaderThreads(at_once=1)
     slow, never = Slow(gate), threading.Event()
@@ -99,6 +135,69 @@ def test_slow_loads_delay_no_others(build: Build, large: list[str], small: list[
     store.let_go()
     for future in slow:
         granted(future).release()
+
+
+def tenant(name: str) -> Claim:
+    return Claim(name, lambda tenant: 0.0)
+
+
+def test_loads_take_turns_by_tenant(build: Build, large: list[str], small: list[str], store: Store) -> None:
+    residency = build(room=8, threads=LoaderThreads(at_once=1, stall_s=1000))
+    store.hold(large[0])
+    futures = [residency.acquire(digest, tenant("a")) for digest in large]
+    assert store.reading[large[0]].wait(10)
+    hints = [residency.prefetch(digest, tenant("c")) for digest in small[1:]]
+    futures.append(residency.acquire(small[0], tenant("b")))
+    store.let_go()
+    for future in futures:
+        granted(future).release()
+    wait_for_loads(residency)
+    assert store.asked == [large[0], large[1], small[0], *large[2:], *small[1:]]
+    for hint in hints:
+        hint.release()
+
+
+def test_an_adapter_of_two_tenants_is_read_in_the_first_turn_of_both(
+    build: Build, large: list[str], store: Store
+) -> None:
+    residency = build(room=8, threads=LoaderThreads(at_once=1, stall_s=1000))
+    store.hold(large[0])
+    futures = [residency.acquire(digest, tenant("a")) for digest in large]
+    assert store.reading[large[0]].wait(10)
+    futures += [residency.acquire(large[3], tenant("b")) for _ in range(3)]
+    store.let_go()
+    for future in futures:
+        granted(future).release()
+    wait_for_loads(residency)
+    assert store.asked == [large[0], large[1], large[3], large[2]]
+
+
+def test_large_loads_are_read_one_at_a_time_however_long_one_takes(
+    build: Build, large: list[str], small: list[str], store: Store
+) -> None:
+    threads = LoaderThreads(at_once=4, stall_s=0.0, max_bytes=1000)
+    residency = build(room=8, threads=threads, size_of=lambda digest: 600 if digest in large else 0)
+    for digest in large:
+        store.hold(digest)
+    slow = {digest: residency.acquire(digest) for digest in large}
+    for digest in small:
+        granted(residency.acquire(digest)).release()
+    for ended in range(4):
+        until(lambda ended=ended: len(set(store.asked) & set(large)) > ended)  # type: ignore[misc]
+        digest = next(digest for digest in reversed(store.asked) if digest in large)
+        assert [other for other in store.asked if other in slow] == [digest]
+        store.gates[digest].set()
+        granted(slow.pop(digest)).release()
+    assert len(store.asked) == 8
+
+
+def test_a_load_whose_size_cannot_be_told_fails_as_one_that_cannot_be_read(build: Build, large: list[str]) -> None:
+    def size_of(digest: str) -> int:
+        raise OSError("disk on fire")
+
+    residency = build(room=8, size_of=size_of)
+    with pytest.raises(OSError, match="disk on fire"):
+        granted(residency.acquire(large[0]))
 
 
 def test_closed_residency_refuses_waiting_and_coming_requests(build: Build, large: list[str], store: Store) -> None:

@@ -10,7 +10,7 @@ from adapters_store import BaseInfo, ResolvedAdapter
 from sera_serve.engine.admission import AdmissionController, BatchBudget
 from sera_serve.engine.request import FinishReason, Principal, Request
 from sera_serve.engine.scheduler import Scheduler
-from sera_serve.residency import AdapterResidency
+from sera_serve.residency import AdapterResidency, Claim
 
 
 class FakeLease:
@@ -32,21 +32,24 @@ class FakeResidency:
         self.lock = threading.RLock()
         self.leases = self.hints = 0
         self.here: set[str] = set()
+        self.claims: list[tuple[str, Claim | None]] = []
         self.waiting: list[tuple[str, Future[FakeLease]]] = []
 
-    def acquire(self, digest: str) -> Future[FakeLease]:
+    def acquire(self, digest: str, claim: Claim | None = None) -> Future[FakeLease]:
         future: Future[FakeLease] = Future()
         with self.lock:
+            self.claims.append((digest, claim))
             if digest in self.here:
                 future.set_result(FakeLease(self, digest))
             else:
                 self.waiting.append((digest, future))
         return future
 
-    def prefetch(self, digest: str) -> Any:
+    def prefetch(self, digest: str, claim: Claim | None = None) -> Any:
         residency = self
         with self.lock:
             self.hints += 1
+            self.claims.append((digest, claim))
 
         class Hint:
             held = True
