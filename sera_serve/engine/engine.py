@@ -47,6 +47,8 @@ from sera_serve.residency.packing import packed_elements
 from sera_serve.threads import BoundedExecutor
 
 _MAX_WAITING_LEASES = 32
+# The part of `request_timeout_s` for which other adapters may bypass one that waits for room.
+_MAX_WAIT = 0.1
 _RESOLVING_THREADS = 8
 # Few, because a long text's tokens take some 150 bytes each while they are made.
 _TOKENIZING_THREADS = 2
@@ -87,6 +89,7 @@ class ServingEngine(RowCalls):
             HostCache(settings.host_cache_mib * MEBIBYTE),
             self._module_index,
             size_of=self._references.load_bytes,
+            max_wait_s=_MAX_WAIT * settings.request_timeout_s,
         )
         self._admission = AdmissionController(settings.max_queue, settings.max_queue_per_tenant)
         self._unsound: str | None = None

@@ -35,7 +35,8 @@ The states of an `AdapterEntry`, and what leads from one to the next:
     COPYING   Room on the device is reserved. A thread copies the adapter there, or will.
     RESIDENT  The adapter is on the device. Leases are granted at once.
     DRAINING  The adapter is on the device, and no lease is granted: another adapter is overdue, that is, it was
-              bypassed in the queue for room as often as it may be, and gets this adapter's room.
+              bypassed in the queue for room as often or as long as it may be, or by a tenant that was served more,
+              and gets this adapter's room.
     DELETED   The adapter is on the device for the leases held on it, and its bundle was deleted: it leaves with the
               last lease.
 
@@ -100,19 +101,27 @@ class Claim(NamedTuple):
     tenant: str
     served: Callable[[str], float]
 
+    def is_ahead_of(self, other: Claim) -> bool:
+        """Whether this tenant was served more than the other one, as far as the two can be compared."""
+        return self.served == other.served and self.served(self.tenant) > self.served(other.tenant)
+
 
 class Lease:
     """The right to use a resident adapter: while it is held, the adapter neither moves nor leaves the device.
 
     Attributes:
         placement: Where the adapter is on the device.
+        claim: For whom it is held.
         held: The lease was not released yet.
     """
 
-    __slots__ = ("_release", "entry", "held", "placement")
+    __slots__ = ("_release", "claim", "entry", "held", "placement")
 
-    def __init__(self, entry: AdapterEntry, placement: Placement, release: Callable[[Lease], None]) -> None:
+    def __init__(
+        self, entry: AdapterEntry, placement: Placement, claim: Claim | None, release: Callable[[Lease], None]
+    ) -> None:
         self.entry = entry
+        self.claim = claim
         self.placement = placement
         self.held = True
         self._release = release
@@ -164,11 +173,15 @@ class AdapterEntry:
         placement: The adapter's room on the device, from the moment that it is reserved.
         waiters: Futures of the requests that wait for a lease, and for whom they wait; some may be cancelled.
         leases: Leases held.
+        holders: How many of them are held for whom.
         hints: Prefetch hints held.
         pinned: The adapter is never evicted.
         deleted: The bundle was deleted. Requests that wait are still served; nothing of the adapter is kept after them.
         queued_at: Leases that had been granted, to any request, when the adapter began to wait for room; None while
             it does not wait.
+        queued_since: Seconds, `time.monotonic`, when it began to wait for room.
+        queued_for: Whose turn it takes there.
+        is_outrun: A tenant that was served more asked for a lease while the adapter waited for room.
         readers: Owners of jobs that are to read the adapter, for a request.
         read_started: A loader thread has begun to read.
         found_in: Where the present load found the adapter.
@@ -183,10 +196,14 @@ class AdapterEntry:
     placement: Placement | None = None
     waiters: dict[Future[Lease], Claim | None] = field(default_factory=dict)
     leases: int = 0
+    holders: Counter[Claim | None] = field(default_factory=Counter)
     hints: int = 0
     pinned: bool = False
     deleted: bool = False
     queued_at: int | None = None
+    queued_since: float = 0.0
+    queued_for: str | None = None
+    is_outrun: bool = False
     readers: set[str | None] = field(default_factory=set)
     read_started: bool = False
     found_in: Tier | None = None
@@ -256,6 +273,7 @@ class AdapterEntry:
         has_room = self.placement is not None
         broken = {
             "a lease or a hint was released twice": self.leases < 0 or self.hints < 0,
+            "its leases are held for nobody": self.leases != self.holders.total(),
             "it is leased and not on the device": self.leases > 0 and not self.on_device,
             "it has no room on the device": placed and not has_room,
             "it has room that it does not need": has_room and not placed and self.state is not READING,

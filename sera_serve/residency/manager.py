@@ -53,9 +53,10 @@ class AdapterResidency:
 
     Every public method but `close` may be called from any thread and returns at once: loader threads read and copy, so
     that a request waits for its own adapter only. (On a CPU the caller itself copies a small adapter from the host
-    cache, which is quicker than to wake a thread.) Adapters that find no room wait in a queue. Others may bypass the
-    first in the queue until `max_bypasses` leases have been granted since it came. Then nothing bypasses it, and
-    adapters on the device drain until it fits.
+    cache, which is quicker than to wake a thread.) Adapters that find no room wait in a queue. Tenants take
+    turns there. Others may bypass an adapter until `max_bypasses` leases have been granted since it came, it has waited
+    for `max_wait_s`, or a tenant that was served more asks for a lease. Then nothing bypasses it, and adapters on the
+    device drain until it fits.
 
     Loads take turns by tenant. Host memory is the host cache, and what the loader threads hold at the moment: each of
     large and of small loads as much as the host cache may, and at least `_LEAST_LOAD_BYTES`, or a single larger load.
@@ -71,6 +72,7 @@ class AdapterResidency:
         max_bypasses: int = 64,
         pin_share: float = 0.5,
         size_of: Callable[[str], int] | None = None,
+        max_wait_s: float = 6.0,
     ) -> None:
         """Start with an empty pool.
 
@@ -84,13 +86,14 @@ class AdapterResidency:
             pin_share: The part of the pool's bytes, and of its slots, that pinned adapters may take.
             size_of: Bytes of host memory that `loading` takes for a bundle, without reading its tensors; raises what
                 `loading` raises. Without it, every load counts as small.
+            max_wait_s: Seconds for which others may bypass an adapter that waits for room.
         """
         self.pool = pool
         self.host_cache = host_cache
         self._lock = threading.Lock()
         self._table = AdapterTable(host_cache)
         self._counts = LoadCounts()
-        self._placement = PlacementQueue(pool, self._table, self._counts.granted, max_bypasses, pin_share)
+        self._placement = PlacementQueue(pool, self._table, self._counts.granted, max_bypasses, pin_share, max_wait_s)
         self._completions = CompletionQueue()
         self._loader = AdapterLoader(loading, module_index, pool, size_of)
         self._threads = loader_threads or LoaderThreads(at_once=2, max_bytes=max(_LEAST_LOAD_BYTES, host_cache.limit))
@@ -129,11 +132,11 @@ class AdapterResidency:
             if self._closed:
                 future.set_exception(_closed())
                 return future
-            if self._placement.must_drain():
+            if self._placement.must_drain(claim):
                 self._place_waiting_locked()
             entry = self._table.open(digest)
             if entry.grantable:
-                lease = self._lease_locked(entry, "device")
+                lease = self._lease_locked(entry, "device", claim)
             else:
                 packed = self._request_locked(entry, future, claim)
         if lease is not None:
@@ -423,7 +426,7 @@ class AdapterResidency:
             if not lease.held:
                 return
             lease.held = False
-            self._placement.end_lease(lease.entry)
+            self._placement.end_lease(lease.entry, lease.claim)
             self._place_waiting_locked()
         self._completions.settle()
 
@@ -467,7 +470,7 @@ class AdapterResidency:
     def _join_locked(self, entry: AdapterEntry, is_copied_here: bool) -> None:
         """Have an adapter wait for room, unless it finds some at once; by choice the caller then copies it itself."""
         self._placement.join(entry)
-        self._take_up_locked(self._placement.place_last(), entry if is_copied_here else None)
+        self._take_up_locked(self._placement.place_last(entry), entry if is_copied_here else None)
 
     def _place_waiting_locked(self) -> None:
         """Find room for adapters in the queue; called whenever there may be some."""
@@ -543,12 +546,12 @@ class AdapterResidency:
         return has_spare_room or self.host_cache.has_room(self._table.is_wanted)
 
     def _grant_locked(self, entry: AdapterEntry, tier: Tier) -> None:
-        for future, _claim in entry.take_waiters():
-            self._completions.add(future, self._lease_locked(entry, tier))
+        for future, claim in entry.take_waiters():
+            self._completions.add(future, self._lease_locked(entry, tier, claim))
 
-    def _lease_locked(self, entry: AdapterEntry, tier: Tier) -> Lease:
+    def _lease_locked(self, entry: AdapterEntry, tier: Tier, claim: Claim | None) -> Lease:
         self._counts.granted[tier] += 1
-        return Lease(entry, self._placement.add_lease(entry), self._release_lease)
+        return Lease(entry, self._placement.add_lease(entry, claim), claim, self._release_lease)
 
     def _refuse_locked(self, entry: AdapterEntry, error: Exception) -> None:
         for future, _ in entry.take_waiters():

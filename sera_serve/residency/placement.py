@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import enum
+import time
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
-from itertools import chain
+from itertools import chain, islice
 
 from sera_serve.errors import CannotPin
-from sera_serve.residency.entry import DELETED, DRAINING, RESIDENT, AdapterEntry, AdapterTable
+from sera_serve.residency.entry import DELETED, DRAINING, RESIDENT, AdapterEntry, AdapterTable, Claim
 from sera_serve.residency.packing import AdapterLayout
 from sera_serve.residency.pool import DevicePool, Placement
 from sera_serve.residency.stats import Tier
+from sera_serve.residency.turns import TurnQueue
 
 # How many adapters that find no room are tried before the rest of the queue is left for later.
 _WINDOW = 16
+# The order in which adapters drain.
+_IDLE, _AHEAD, _OTHERS = range(3)
 
 
 class Outcome(enum.Enum):
@@ -33,8 +37,14 @@ class Outcome(enum.Enum):
 class PlacementQueue:
     """The adapters on the device, and in order of arrival those that wait for room. The caller holds the lock.
 
-    Others may bypass the first in the queue until `max_bypasses` leases have been granted since it came. Then the
-    first is bypassed no more: adapters on the device drain until it fits.
+    Tenants take turns: the first in the queue is of the tenant whose last turn is longest ago. Others may bypass an
+    adapter until it is overdue. Then nothing bypasses it: adapters on the device drain until it fits, and it goes
+    first. An adapter is overdue in three cases:
+
+    - `max_bypasses` leases have been granted since it came.
+    - It has waited for `max_wait_s`.
+    - A tenant asks for a lease that was served more than the one that waits. Then only adapters drain that no request
+      uses, or only requests of tenants that were served more. Where these give too little room, it is not overdue.
 
     A leased or pinned adapter is never evicted.
 
@@ -45,7 +55,13 @@ class PlacementQueue:
     """
 
     def __init__(
-        self, pool: DevicePool, table: AdapterTable, granted: Counter[Tier], max_bypasses: int, pin_share: float
+        self,
+        pool: DevicePool,
+        table: AdapterTable,
+        granted: Counter[Tier],
+        max_bypasses: int,
+        pin_share: float,
+        max_wait_s: float,
     ) -> None:
         """Begin empty.
 
@@ -53,8 +69,9 @@ class PlacementQueue:
             pool: Device memory.
             table: The entries, of which evicted ones are settled.
             granted: Leases granted so far; others count them.
-            max_bypasses: Leases that may be granted while the first in the queue waits.
+            max_bypasses: Leases that may be granted while an adapter waits.
             pin_share: The part of the pool's bytes, and of its slots, that pinned adapters may take.
+            max_wait_s: Seconds for which an adapter may be bypassed.
         """
         self.on_device: OrderedDict[str, AdapterEntry] = OrderedDict()
         self.pinned: dict[str, AdapterEntry] = {}
@@ -64,7 +81,10 @@ class PlacementQueue:
         self._granted = granted
         self._max_bypasses = max_bypasses
         self._pin_share = pin_share
-        self._queue: dict[str, AdapterEntry] = {}
+        self._max_wait_s = max_wait_s
+        self._queue: TurnQueue[AdapterEntry] = TurnQueue()
+        # The overdue adapter that others drain for, or drained for: it is tried before all others.
+        self._favoured: AdapterEntry | None = None
         self._draining: dict[str, AdapterEntry] = {}
         # Elements of the evictable adapters: counted, because every load asks for them.
         self._evictable_elements = 0
@@ -73,39 +93,55 @@ class PlacementQueue:
         return len(self._queue)
 
     def join(self, entry: AdapterEntry) -> None:
-        """Go to the end of the queue; an adapter in the queue stays where it is."""
+        """Go to the end of the queue of its tenant; an adapter in the queue stays where it is."""
         if not entry.queued:
-            entry.queued_at = self._granted.total()
-            self._queue[entry.digest] = entry
+            entry.queued_at, entry.queued_since = self._granted.total(), time.monotonic()
+            entry.queued_for, entry.is_outrun = entry.owner, False
+            self._queue.add(entry.queued_for, entry)
 
     def clear(self) -> list[AdapterEntry]:
         """Empty the queue, and return the adapters that left it; nothing drains any more."""
         self._end_draining()
-        entries = list(self._queue.values())
+        entries = list(self._queue)
         for entry in entries:
             self._leave(entry)
         return entries
 
-    def must_drain(self) -> bool:
-        """Whether the first in the queue was bypassed as often as it may be, and no adapter drains for it yet."""
-        return bool(self._queue) and not self._draining and self._is_overdue(next(iter(self._queue.values())))
+    def must_drain(self, claim: Claim | None) -> bool:
+        """Whether an adapter in the queue is overdue, and none drains for it yet, as a lease is asked for.
+
+        Args:
+            claim: For whom the lease is asked.
+        """
+        if not len(self._queue) or self._draining:
+            return False
+        for entry in islice(self._queue, _WINDOW):
+            if claim is not None and (waiting := entry.claim) is not None and claim.is_ahead_of(waiting):
+                entry.is_outrun = True
+            if self._is_overdue(entry):
+                return True
+        return False
 
     def place_waiting(self) -> Iterator[tuple[AdapterEntry, Outcome]]:
         """Find room for adapters in the queue, and give each that need not wait any more; those have left the queue.
 
-        Call it whenever there may be room. Where there is none for the first in the queue, and the first may not be
-        bypassed any more, adapters drain for it and all others stay in the queue.
+        Call it whenever there may be room. Where there is none for an adapter that is overdue, others drain for it, and
+        all behind it stay in the queue.
         """
         drained = self._end_draining()
         blocked = 0
-        for entry in list(self._queue.values()):
+        entries = list(self._queue)
+        if self._favoured is not None:
+            entries.insert(0, self._favoured)
+        for entry in entries:
+            if not entry.queued:
+                continue
             outcome = self._place(entry)
             if outcome is not None:
                 yield entry, outcome
                 continue
             blocked += 1
-            if blocked == 1 and self._is_overdue(entry):
-                self._drain_for(_layout(entry))
+            if self._is_overdue(entry) and self._drain_for(entry):
                 break
             if blocked == _WINDOW:
                 break
@@ -114,15 +150,14 @@ class PlacementQueue:
             if entry.queued and entry.grantable and (outcome := self._place(entry)) is not None:
                 yield entry, outcome
 
-    def place_last(self) -> Iterator[tuple[AdapterEntry, Outcome]]:
+    def place_last(self, last: AdapterEntry) -> Iterator[tuple[AdapterEntry, Outcome]]:
         """`place_waiting` for an adapter that has just joined: since the others were tried, no room came free."""
         if len(self._queue) == 1:
             yield from self.place_waiting()
-        elif len(self._queue) <= _WINDOW and not self._is_overdue(next(iter(self._queue.values()))):
-            entry = next(reversed(self._queue.values()))
-            outcome = self._place(entry)
+        elif len(self._queue) <= _WINDOW and self._favoured is None and not self._is_overdue(next(iter(self._queue))):
+            outcome = self._place(last)
             if outcome is not None:
-                yield entry, outcome
+                yield last, outcome
 
     def reserve(self, entry: AdapterEntry, spare_wanted: bool = False) -> bool:
         """Reserve room for an adapter, evicting others where that gives enough; else none is evicted.
@@ -171,19 +206,23 @@ class PlacementQueue:
             entry.placement = None
         self._table.settle(entry)
 
-    def add_lease(self, entry: AdapterEntry) -> Placement:
+    def add_lease(self, entry: AdapterEntry, claim: Claim | None) -> Placement:
         """Count a lease on an adapter on the device, now the most recently used."""
         if entry.placement is None or not entry.grantable:
             raise RuntimeError(f"a lease on adapter {entry.digest}, which is {entry.state.value}")
         if not entry.leases and not entry.pinned:
             self._evictable_elements -= entry.placement.adapter.elements
         entry.leases += 1
+        entry.holders[claim] += 1
         self.on_device.move_to_end(entry.digest)
         return entry.placement
 
-    def end_lease(self, entry: AdapterEntry) -> None:
+    def end_lease(self, entry: AdapterEntry, claim: Claim | None) -> None:
         """Count a lease less. With its last lease, a deleted adapter leaves the device."""
         entry.leases -= 1
+        entry.holders[claim] -= 1
+        if not entry.holders[claim]:
+            del entry.holders[claim]
         if not entry.leases:
             if not entry.pinned:
                 self._evictable_elements += _layout(entry).elements
@@ -238,7 +277,7 @@ class PlacementQueue:
         entries = self._table.entries
         indexes = {
             "on the device": (self.on_device, {d: e for d, e in entries.items() if e.on_device}),
-            "waiting for room": (self._queue, {d: e for d, e in entries.items() if e.queued}),
+            "waiting for room": ({e.digest: e for e in self._queue}, {d: e for d, e in entries.items() if e.queued}),
             "draining": (self._draining, {d: e for d, e in entries.items() if e.state is DRAINING}),
             "pinned": (self.pinned, {d: e for d, e in entries.items() if e.pinned}),
         }
@@ -254,10 +293,10 @@ class PlacementQueue:
             raise RuntimeError("the count of evictable elements is wrong")
         if self._pinned_elements() > self._pin_share * self._pool.capacity:
             raise RuntimeError("pinned adapters take more of the pool than they may")
-        if self._draining and not self._queue:
+        if self._draining and (self._favoured is None or not self._favoured.queued):
             raise RuntimeError("adapters drain and none waits for room")
         in_use = len(placements) > len(self.on_device) or any(entry.leases for entry in self.on_device.values())
-        if not in_use and any(entry.is_awaited() for entry in self._queue.values()):
+        if not in_use and any(entry.is_awaited() for entry in self._queue):
             raise RuntimeError("an adapter waits for room although nothing is in use")
 
     def _place(self, entry: AdapterEntry) -> Outcome | None:
@@ -272,15 +311,24 @@ class PlacementQueue:
             outcome = Outcome.NEVER_FITS
         else:
             return None
-        self._leave(entry)
+        self._leave(entry, is_turn=outcome is Outcome.PLACED)
         return outcome
 
-    def _leave(self, entry: AdapterEntry) -> None:
+    def _leave(self, entry: AdapterEntry, is_turn: bool = False) -> None:
         entry.queued_at = None
-        del self._queue[entry.digest]
+        self._queue.remove(entry.queued_for, entry, is_turn)
+        if self._favoured is entry:
+            self._favoured = None
 
     def _is_overdue(self, entry: AdapterEntry) -> bool:
-        return entry.queued_at is not None and self._granted.total() - entry.queued_at >= self._max_bypasses
+        return entry.is_outrun or self._was_bypassed(entry)
+
+    def _was_bypassed(self, entry: AdapterEntry) -> bool:
+        """Whether it was bypassed as often or as long as it may be."""
+        if entry.queued_at is None:
+            return False
+        is_often = self._granted.total() - entry.queued_at >= self._max_bypasses
+        return is_often or time.monotonic() - entry.queued_since >= self._max_wait_s
 
     def _could_fit(self, layout: AdapterLayout) -> bool:
         """Whether there would be room if every adapter that is not pinned left."""
@@ -289,20 +337,39 @@ class PlacementQueue:
         others = [placed for placed in self._pool.placements() if placed.adapter.digest not in self.pinned]
         return self._pool.would_fit(layout, others)
 
-    def _drain_for(self, layout: AdapterLayout) -> None:
-        """Drain adapters whose leaving makes room for `layout`: idle ones first, then the least recently used."""
-        candidates = [entry for entry in self.on_device.values() if not entry.pinned]
+    def _drain_for(self, overdue: AdapterEntry) -> bool:
+        """Drain adapters whose leaving makes room for an overdue one; False if there are too few that may.
+
+        Idle ones drain first, then those of tenants that were served more, then others; of each the least recently
+        used. The others drain only for an adapter that was bypassed too often or too long.
+        """
+        layout = _layout(overdue)
+        claim, are_all = overdue.claim, self._was_bypassed(overdue)
         # Stable: within each group the least recently used come first.
-        candidates.sort(key=lambda entry: entry.leases > 0)
+        ranked = sorted(
+            ((_drain_rank(entry, claim), entry) for entry in self.on_device.values() if not entry.pinned),
+            key=lambda ranked: ranked[0],
+        )
+        candidates: list[AdapterEntry] = []
         leaving: list[Placement] = []
         missing = layout.elements - (self._pool.capacity - self._pool.used)
-        for entry in candidates:
-            entry.move_to(DRAINING)
-            self._draining[entry.digest] = entry
+        for rank, entry in ranked:
+            if rank == _OTHERS and not are_all:
+                break
+            candidates.append(entry)
             leaving.append(_placement(entry))
             missing -= leaving[-1].adapter.elements
             if missing <= 0 and self._pool.would_fit(layout, leaving):
-                return
+                break
+        if not are_all and (missing > 0 or not self._pool.would_fit(layout, leaving)):
+            # It is set again when a tenant that was served more asks for the next lease.
+            overdue.is_outrun = False
+            return False
+        for entry in candidates:
+            entry.move_to(DRAINING)
+            self._draining[entry.digest] = entry
+        self._favoured = overdue
+        return True
 
     def _end_draining(self) -> list[AdapterEntry]:
         drained = list(self._draining.values())
@@ -336,6 +403,14 @@ class PlacementQueue:
 
     def _pinned_elements(self) -> int:
         return sum(_layout(entry).elements for entry in self.pinned.values())
+
+
+def _drain_rank(entry: AdapterEntry, claim: Claim | None) -> int:
+    """Which adapters drain first for a request with this claim: the lowest."""
+    if not entry.leases:
+        return _IDLE
+    is_ahead = claim is not None and all(holder is not None and holder.is_ahead_of(claim) for holder in entry.holders)
+    return _AHEAD if is_ahead else _OTHERS
 
 
 def _layout(entry: AdapterEntry) -> AdapterLayout:

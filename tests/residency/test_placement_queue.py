@@ -7,7 +7,7 @@ from slow_store import Build, Store, granted, wait_for_loads
 
 from sera_serve import SeraConfig
 from sera_serve.base import FrozenBase
-from sera_serve.residency import LoaderThreads
+from sera_serve.residency import Claim, LoaderThreads
 from support.factories import random_adapter
 
 
@@ -147,3 +147,90 @@ def test_loads_that_find_no_room_are_all_served_in_the_end(build: Build, large: 
     for future in futures:
         granted(future)
     assert residency.leases() == 0
+
+
+class Served:
+    """What tenants were served, as a scheduler counts it."""
+
+    def __init__(self, **tokens: float) -> None:
+        self.tokens = tokens
+
+    def claim(self, tenant: str) -> Claim:
+        return Claim(tenant, self.counter)
+
+    def counter(self, tenant: str) -> float:
+        return self.tokens[tenant]
+
+
+def test_a_tenant_that_was_served_more_gives_its_room_up_when_its_requests_end(build: Build, large: list[str]) -> None:
+    residency = build(room=1.1, max_wait_s=1000)
+    served = Served(a=10, b=10)
+    first = granted(residency.acquire(large[0], served.claim("a")))
+    waiting = residency.acquire(large[1], served.claim("b"))
+    wait_for_loads(residency)
+    # Alike so far.
+    second = granted(residency.acquire(large[0], served.claim("a")))
+    first.release()
+    served.tokens["a"] = 12
+    third = residency.acquire(large[0], served.claim("a"))
+    assert not third.done() and not waiting.done()
+    second.release()
+    lease = granted(waiting)
+    # The tenant that was served is ahead no more: it waits for its turn as well.
+    assert not third.done()
+    lease.release()
+    granted(third).release()
+
+
+def test_a_tenant_that_was_served_less_keeps_its_room(build: Build, large: list[str], small: list[str]) -> None:
+    residency = build(room=1.1, max_wait_s=1000)
+    served = Served(a=12, b=10, c=8)
+    of_a = granted(residency.acquire(small[0], served.claim("a")))
+    of_c = granted(residency.acquire(small[1], served.claim("c")))
+    waiting = residency.acquire(large[0], served.claim("b"))
+    wait_for_loads(residency)
+    leases = [granted(residency.acquire(small[i], served.claim("ac"[i]))) for i in (0, 1, 0, 1)]
+    assert residency.resident_digests() == small[:2], "what one of them could give is not enough"
+    served.tokens["c"] = 11
+    # Another scheduler's counters tell nothing of these.
+    elsewhere = granted(residency.acquire(small[0], Served(a=12).claim("a")))
+    leases.append(granted(residency.acquire(small[1], served.claim("c"))))
+    elsewhere.release()
+    late = residency.acquire(small[1], served.claim("c"))
+    assert not late.done()
+    for lease in (of_a, of_c, *leases):
+        lease.release()
+    granted(waiting).release()
+    granted(late).release()
+
+
+def test_an_adapter_is_bypassed_only_so_long(build: Build, large: list[str], small: list[str]) -> None:
+    residency = build(room=1.1, max_wait_s=0.0)
+    held = granted(residency.acquire(small[0]))
+    waiting = residency.acquire(large[0])
+    wait_for_loads(residency)
+    late = residency.acquire(small[0])
+    assert not late.done() and not waiting.done()
+    held.release()
+    granted(waiting).release()
+    granted(late).release()
+
+
+def test_tenants_take_turns_in_the_queue_for_room(build: Build, large: list[str], small: list[str]) -> None:
+    residency = build(room=1.1, slots=1, max_wait_s=1000)
+    served = Served(a=1, b=1)
+    held = granted(residency.acquire(small[0]))
+    asked = [(digest, "a") for digest in large] + [(small[1], "b")]
+    order: list[str] = []
+    futures = []
+    for digest, tenant in asked:
+        future = residency.acquire(digest, served.claim(tenant))
+        future.add_done_callback(lambda done, digest=digest: (order.append(digest), done.result().release()))  # type: ignore[misc]
+        futures.append(future)
+        wait_for_loads(residency)
+    assert residency.stats().waiting == 5
+    held.release()
+    for future in futures:
+        granted(future)
+    wait_for_loads(residency)
+    assert order == [large[0], small[1], *large[1:]]

@@ -18,7 +18,7 @@ from adapters_store import AdapterBundle
 from sera_serve import SeraConfig
 from sera_serve.base import FrozenBase
 from sera_serve.errors import SeraServeError
-from sera_serve.residency import AdapterResidency, Lease, PackedAdapter, Placement, PrefetchHint, pack
+from sera_serve.residency import AdapterResidency, Claim, Lease, PackedAdapter, Placement, PrefetchHint, pack
 from support.factories import random_adapter, with_hidden_layer, with_vectors
 
 SHAPES = [
@@ -64,6 +64,16 @@ class Traffic:
         self.pins: list[Future[None]] = []
         self.refused = 0
         self.copying_fails = False
+        self.served = dict.fromkeys("abc", 0.0)
+
+    def counter(self, tenant: str) -> float:
+        return self.served[tenant]
+
+    def claim(self) -> Claim | None:
+        """For one of three tenants, or for nobody; what they were served changes."""
+        tenant = self.random.choice("abc")
+        self.served[tenant] += self.random.random()
+        return None if self.random.random() < 0.2 else Claim(tenant, self.counter)
 
     def digest(self) -> str:
         """Skewed, so that there are hits as well."""
@@ -71,10 +81,10 @@ class Traffic:
 
     def acquire(self) -> None:
         digest = self.digest()
-        self.asked.append((digest, self.residency.acquire(digest)))
+        self.asked.append((digest, self.residency.acquire(digest, self.claim())))
 
     def prefetch(self) -> None:
-        self.hints.append(self.residency.prefetch(self.digest()))
+        self.hints.append(self.residency.prefetch(self.digest(), self.claim()))
 
     def drop_hint(self) -> None:
         if self.hints:
@@ -161,7 +171,9 @@ def test_random_operations_keep_the_invariants(
 ) -> None:
     room, host = MEMORY[seed % len(MEMORY)]
     store.bundles = {digest: bundle for digest, (bundle, _) in packed.items()}
-    residency = build(room=room, host=host, slots=9, max_bypasses=10)
+    # Some are small, and some larger than all loads together may be.
+    sizes = {digest: place * (100 << 20) // len(packed) for place, digest in enumerate(packed)}
+    residency = build(room=room, host=host, slots=9, max_bypasses=10, size_of=lambda digest: sizes[digest])
     traffic = Traffic(residency, store, {digest: both[1] for digest, both in packed.items()}, seed)
     fill = residency.pool.fill
 
