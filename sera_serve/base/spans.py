@@ -5,6 +5,7 @@ A tag is `O` (no span), `B-name` (the first token of a span of that kind) or `I-
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -41,9 +42,11 @@ def kinds_of(tags: Sequence[str]) -> list[str]:
 
 
 def token_ranges(text: str, offsets: Sequence[tuple[int, int]]) -> list[tuple[int, int] | None]:
-    """The characters of each token, without white space around them.
+    """The characters of each token, without white space around them. No character belongs to two tokens.
 
-    None stands for a token without characters of its own, such as a special token: it has no tag.
+    None stands for a token without characters of its own, such as a special token: it has no tag. A character that
+    several tokens share belongs to the last of them. A combining mark that no token stands for belongs to the token
+    before it.
 
     Args:
         text: What was tokenized.
@@ -57,7 +60,27 @@ def token_ranges(text: str, offsets: Sequence[tuple[int, int]]) -> list[tuple[in
         while start < end and text[end - 1].isspace():
             end -= 1
         ranges.append((start, end) if start < end else None)
-    return ranges
+    return _exclusive(text, ranges)
+
+
+def _exclusive(text: str, ranges: Sequence[tuple[int, int] | None]) -> list[tuple[int, int] | None]:
+    """Give each character to one token. Ranges that are exclusive stay as they are."""
+    own: list[tuple[int, int] | None] = []
+    follower = len(text)
+    for token in reversed(ranges):
+        if token is None:
+            own.append(None)
+            continue
+        # Byte-level tokenizers write a character as several bytes, and a token may begin or end within it. The last
+        # token of a character completes it: a causal model knows the character there, and not before.
+        start, end = token[0], min(token[1], follower)
+        # Tokenizers of uncased models drop the accents of decomposed text, as "e" with U+0301.
+        while start < end < follower and unicodedata.category(text[end])[0] == "M":
+            end += 1
+        own.append((start, end) if start < end else None)
+        follower = min(follower, start)
+    own.reverse()
+    return own
 
 
 def encode_tags(
@@ -107,11 +130,11 @@ def decode_tags(
     """The spans that predicted tags stand for, in the order of their places.
 
     `I-name` after another kind, or after `O`, begins a span, as in the evaluation of CoNLL-2000 (conlleval). Tokens
-    without characters are left out.
+    without characters are left out. No two spans overlap.
 
     Args:
         text: What was tokenized.
-        ranges: From `token_ranges`.
+        ranges: From `token_ranges`; of a text of several windows, those of all its windows.
         predicted: The tag of each token.
         probabilities: The probability of that tag.
         tags: The names of the tags.
@@ -125,7 +148,8 @@ def decode_tags(
             spans.append(Span(start, end, kind, sum(scores) / len(scores), text[start:end]))
             scores.clear()
 
-    for token, tag_index, probability in zip(ranges, predicted, probabilities, strict=True):
+    # The ranges of windows are put together here. The last token of a window does not know the token after it.
+    for token, tag_index, probability in zip(_exclusive(text, ranges), predicted, probabilities, strict=True):
         if token is None:
             continue
         tag = tags[tag_index]
