@@ -43,7 +43,7 @@ def byte_level() -> Tokenizer:
 
 def uncased() -> Tokenizer:
     """A tokenizer in the manner of uncased BERT: accents are dropped, and each character is a token."""
-    letters = "abcdefghijklmnopqrstuvwxyzолегقاهرةمحب東京田中さん"
+    letters = sorted({*"abcdefghijklmnopqrstuvwxyz", *"".join(WORDS[:5]).lower()})
     pieces = ["[UNK]", *letters, *(f"##{letter}" for letter in letters)]
     tokenizer = Tokenizer(models.WordPiece({piece: index for index, piece in enumerate(pieces)}, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True, strip_accents=True)

@@ -237,13 +237,18 @@ def test_one_wrong_image_is_named(vision: Live) -> None:
         ({"adapter": "acme/a0", "priority": "high"}, [("image", ("a", FILES[0]))], "invalid_request", "priority"),
         ({"adapter": "acme/a0"}, [("adapter", ("a", b"x"))], "invalid_request", "adapter"),
         ({"adapter": ["acme/a0", "acme/a1"]}, [("image", ("a", FILES[0]))], "invalid_request", "adapter"),
-        ({"adapter": "acme/a0"}, [("image", ("a", FILES[0]))] * 12, "invalid_multipart", None),
+        ({"adapter": "acme/a0"}, [("image", ("a", FILES[0]))] * 9, "image_too_large", "image"),
+        ({"adapter": "acme/a0"}, [("image", ("a", FILES[0]))] * 12, "image_too_large", "image"),
+        ({"adapter": "acme/a0"}, [("image", ("a", b"x"))] * 600, "image_too_large", "image"),
+        ({"adapter": "acme/a0"}, [("picture", ("a", FILES[0]))] * 12, "invalid_multipart", None),
+        ({"adapter": "acme/a0"}, [("image", ("a", b"\r\n--limit--x" * 99))], "invalid_multipart", None),
         ({"adapter": "acme/a0", "image": "text"}, [("image", ("a", FILES[0]))], "invalid_request", "image"),
         ({"adapter": "nobody"}, [("image", ("a", FILES[0]))], "invalid_adapter_name", None),
     ],
 )
 def test_wrong_forms(vision: Live, data: Any, files: Any, code: str, param: str | None) -> None:
-    response = httpx.post(f"{vision.url}/v1/classify", data=data, files=files)
+    headers = {"Content-Type": "multipart/form-data; boundary=limit"} if b"--limit" in str(files).encode() else {}
+    response = httpx.post(f"{vision.url}/v1/classify", data=data, files=files, headers=headers)
     status = {"invalid_multipart": 400, "unsupported_media_type": 415}.get(code, 422)
     error = refused(response, status, code)
     assert param is None or error["param"] == param

@@ -9,10 +9,10 @@ from starlette.routing import Match
 from starlette.types import Scope
 
 from sera_serve.engine import ImageInput
-from sera_serve.errors import InvalidRequest
+from sera_serve.errors import ImageTooLarge, InvalidRequest
 from sera_serve.server.deps import ContextOf
 from sera_serve.server.native.schemas import MAX_REFERENCE, ClassifyResponse
-from sera_serve.server.native.upload_form import FormReader, boundary_of
+from sera_serve.server.native.upload_form import FormReader, InvalidForm, boundary_of
 from sera_serve.server.strict import StrictRoute
 
 FORM_TYPE = "multipart/form-data"
@@ -77,12 +77,22 @@ def _read(body: bytes, boundary: bytes, max_images: int) -> tuple[str, list[Imag
 
     Raises:
         InvalidForm: The form cannot be read.
+        ImageTooLarge: It has more than `max_images` images.
         InvalidRequest: A field is missing, unknown, of the wrong kind, or there twice.
     """
     # One field and one file more tell what is wrong.
     reader = FormReader(boundary, {"image": None}, _REMEDY, max_parts=max_images + 2, in_memory=len(body), repeats=True)
     try:
-        reader.finish(body)
+        try:
+            reader.finish(body)
+        except InvalidForm:
+            if sum(part.name == "image" and part.is_file for part in reader.parts) > max_images:
+                # As where the images are in JSON. The rest of the form was not read.
+                raise ImageTooLarge(
+                    f"the form has more than {max_images} images; send at most {max_images} in one request",
+                    param="image",
+                ) from None
+            raise
         adapter: str | None = None
         images: list[ImageInput] = []
         for part in reader.parts:

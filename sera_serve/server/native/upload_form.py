@@ -199,20 +199,29 @@ class FormReader:
             raise InvalidForm(f"the body does not begin with its boundary; {self._remedy}")
         seen = self._tail + data
         # The first boundary has no line before it.
-        self._boundaries += seen.count(self._delimiter)
-        if self._boundaries > self._max_boundaries:
+        found = seen.count(self._delimiter)
+        left = self._max_boundaries - self._boundaries
+        if found > left:
+            # The bytes before the first boundary beyond the limit. Where these boundaries begin fields, the parser
+            # refuses the number of fields.
+            beyond = len(self._delimiter) + len(seen.split(self._delimiter, left + 1)[-1])
+            self._parse(data[: max(0, len(data) - beyond)])
             raise InvalidForm(f"the body has more than {self._max_boundaries} boundaries; {self._remedy}")
+        self._boundaries += found
         # Too short to hold the delimiter, so that none is counted twice.
         self._tail = seen[-len(self._delimiter) + 1 :]
         # The last boundary, its two hyphens, and a line end.
         self._last = (self._last + data)[-len(self._delimiter) - 4 :]
         self._received += len(data)
+        self._parse(data)
+        if self._received - self._in_parts > self._max_overhead:
+            raise InvalidForm(f"more than {self._max_overhead} bytes of the body belong to no field; {self._remedy}")
+
+    def _parse(self, data: bytes) -> None:
         try:
             self._parser.write(data)
         except FormParserError as error:
             raise InvalidForm(f"the form cannot be read: {error}; {self._remedy}") from error
-        if self._received - self._in_parts > self._max_overhead:
-            raise InvalidForm(f"more than {self._max_overhead} bytes of the body belong to no field; {self._remedy}")
 
     def _on_part_begin(self) -> None:
         if len(self.parts) == self._max_parts:
