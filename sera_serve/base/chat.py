@@ -103,8 +103,8 @@ class ChatRenderer:
         source = self._base_template(tools) if own is None else own
         if source is None:
             raise ChatTemplateMissing(
-                "neither the adapter nor the base has a chat template; use /v1/completions, or publish the adapter "
-                "with a chat_template",
+                "neither the adapter nor the base has a chat template; send a prompt instead of messages, as to "
+                "/v1/completions, or publish the adapter with a chat_template",
                 param="model",
             )
         if len(source) > MAX_TEMPLATE_CHARACTERS:

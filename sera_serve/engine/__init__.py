@@ -5,6 +5,7 @@ from sera_serve.engine.constraint import ConstraintSpec, TokenConstraint
 from sera_serve.engine.engine import ServingEngine
 from sera_serve.engine.loop.pages import PAGE_SIZE
 from sera_serve.engine.named_adapters import AdapterActivity
+from sera_serve.engine.references import check_adapter_serves
 from sera_serve.engine.request import (
     BASE_PRINCIPAL,
     BASE_TENANT,
@@ -67,4 +68,5 @@ __all__ = [
     "TokenLogprobs",
     "TokensUsed",
     "WeightedAdapter",
+    "check_adapter_serves",
 ]

@@ -12,7 +12,7 @@ import torch
 
 from adapters_store import AdapterBundle, AdapterConfig, AdapterStore, PeftFiles, check_base, import_peft, parts_of
 from sera_kernels import warm_up
-from sera_serve.base import FrozenBase, check_length, check_task, import_base
+from sera_serve.base import BaseKind, FrozenBase, check_length, check_task, import_base
 from sera_serve.config import ServeSettings
 from sera_serve.engine.adapter_uses import ANYONE, AdapterUses
 from sera_serve.engine.admission import AdmissionController
@@ -53,6 +53,13 @@ _RESOLVING_THREADS = 8
 # Few, because a long text's tokens take some 150 bytes each while they are made.
 _TOKENIZING_THREADS = 2
 _COMPILING_THREADS = 2
+# What a base serves beside generation, for messages.
+_ROUTES: dict[BaseKind, str] = {
+    "decoder": "send texts to /v1/classify or /v1/embeddings",
+    "encoder": "send texts to /v1/classify or /v1/embeddings",
+    "vision": "send images to /v1/classify or /v1/embeddings",
+    "dual": "send images to /v1/classify, or images and texts to /v1/embeddings",
+}
 
 
 class ServingEngine(RowCalls):
@@ -309,6 +316,16 @@ class ServingEngine(RowCalls):
         (stream,) = await self.generate_choices(params, principal, received_at)
         return stream
 
+    def check_base_serves(self, task: Task) -> None:
+        """Raise UnsupportedTask where the base has no runner for a task; the message names the routes that it has."""
+        if task not in self.runners:
+            served = ", ".join(self.runners)
+            raise UnsupportedTask(
+                f"base {self.base.name!r}, of kind {self.base.kind}, serves {served}, not {task}; "
+                f"{_ROUTES[self.base.kind]}, or ask a server of a decoder base",
+                param="adapter",
+            )
+
     async def generate_choices(
         self,
         params: GenerateParams,
@@ -393,14 +410,7 @@ class ServingEngine(RowCalls):
     def _runner(self, task: Task) -> TaskRunner[Any]:
         """The runner of a task; raises EngineUnavailable where the engine cannot serve, UnsupportedTask without one."""
         self.health()
-        if task not in self.runners:
-            served = ", ".join(self.runners)
-            remedy = "send images to /v1/classify or /v1/embeddings" if self.base.image_tower else "use another route"
-            raise UnsupportedTask(
-                f"base {self.base.name!r}, of kind {self.base.kind}, serves {served}, not {task}; {remedy}, or ask a "
-                "server of a decoder base",
-                param="adapter",
-            )
+        self.check_base_serves(task)
         return self.runners[task]
 
     @contextmanager

@@ -23,7 +23,7 @@ from adapters_store import (
 )
 from sera_serve.engine.adapter_uses import AdapterUses
 from sera_serve.engine.named_adapters import AdapterNames
-from sera_serve.engine.request import SERVED_AS, AdapterChoice, Task, WeightedAdapter
+from sera_serve.engine.request import SERVED_AS, AdapterChoice, AdapterTask, Task, WeightedAdapter
 from sera_serve.errors import InvalidRequest, SeraServeError, UnsupportedTask
 
 # The numbers of a sum, as a multiple of those of its parts. With unlike splits it may have hundreds of times as many,
@@ -118,11 +118,8 @@ class AdapterReferences:
 
     def _one(self, reference: str, task: Task | None) -> ResolvedAdapter:
         resolved = self._store.resolve(reference)
-        if task is not None and SERVED_AS[resolved.task] != task:
-            route = SERVED_AS[resolved.task] or "embeddings"
-            raise UnsupportedTask(
-                f"adapter {reference!r} is for {resolved.task}; send it to /v1/{route}", param="adapter"
-            )
+        if task is not None:
+            check_adapter_serves(reference, resolved.task, task)
         check_same_base(resolved.base, self._base)
         return resolved
 
@@ -147,8 +144,7 @@ class AdapterReferences:
             for field in ("task", "labels", "max_length"):
                 if getattr(found, field) != getattr(first, field):
                     raise InvalidRequest(
-                        f"{field} of {found.adapter} differs from that of {first.adapter}; combine adapters that agree "
-                        "in it",
+                        f"{found.adapter} and {first.adapter} differ in {field}; combine adapters that agree in it",
                         param=place,
                     )
         if len(resolved) == 1 and weights[resolved[0].digest] == 1:
@@ -156,6 +152,19 @@ class AdapterReferences:
         named = (f"{weights[part.digest]:g}*{part.adapter}@v{part.version}" for part in resolved)
         digest = combination_digest(list(weights.items()))
         return replace(first, adapter=" + ".join(named), version=0, digest=digest)
+
+
+def check_adapter_serves(reference: str, adapter_task: AdapterTask, task: Task) -> None:
+    """Raise UnsupportedTask where an adapter for `adapter_task` is asked for another task; the message has its route.
+
+    Args:
+        reference: The adapter, as the request names it.
+        adapter_task: What the adapter was made for.
+        task: What it is asked for.
+    """
+    if SERVED_AS[adapter_task] != task:
+        route = SERVED_AS[adapter_task] or "embeddings"
+        raise UnsupportedTask(f"adapter {reference!r} is for {adapter_task}; send it to /v1/{route}", param="adapter")
 
 
 @contextmanager

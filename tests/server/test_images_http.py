@@ -271,9 +271,27 @@ def test_a_vision_base_refuses_texts_and_says_what_it_takes(vision: Live) -> Non
     ):
         answer = post(vision, {"model": "random-vit"} | body, path)
         assert answer.status_code in (400, 422), path
+        assert "chat_template" not in answer.json()["error"]["message"], path
         assert answer.json()["error"]["code"] in ("unsupported_task", "chat_template_missing"), (path, answer.text)
     vectors = post(vision, {"model": "random-vit", "input": image(FILES[0])}, "/v1/embeddings")
     assert len(vectors.json()["data"][0]["embedding"]) == 64
+
+
+@pytest.mark.parametrize("model", ["random-clip", "acme/a0", "acme/a1"])
+@pytest.mark.parametrize(
+    ("path", "content"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hello"}]}),
+        ("/v1/responses", {"input": "hello"}),
+        ("/v1/completions", {"prompt": "hello"}),
+    ],
+)
+def test_a_base_that_does_not_generate_names_the_routes_that_it_has(
+    clip: Live, model: str, path: str, content: dict[str, Any]
+) -> None:
+    error = refused(post(clip, {"model": model} | content, path), 400, "unsupported_task")
+    assert "send images to /v1/classify, or images and texts to /v1/embeddings" in error["message"]
+    assert (error["param"], "chat_template" in error["message"]) == ("model", False)
 
 
 def test_images_to_a_base_of_text_are_refused(tmp_path: Any) -> None:
@@ -287,6 +305,11 @@ def test_images_to_a_base_of_text_are_refused(tmp_path: Any) -> None:
         assert refused(response, 422, "unsupported_task")["param"] == "inputs[0].image"
         pairs = post(live, {"adapter": "acme/a0", "inputs": [{"text": "a", "text_pair": "b"}]})
         assert pairs.status_code == 200
+        messages = [{"role": "user", "content": "hello"}]
+        for path, content in (("/v1/chat/completions", {"messages": messages}), ("/v1/responses", {"input": "hi"})):
+            for model in (base.name, "acme/a0"):
+                error = refused(post(live, {"model": model} | content, path), 400, "unsupported_task")
+                assert "serves classify, not generate; send texts to /v1/classify" in error["message"]
         # The limit of texts holds: no image is to come.
         long = httpx.post(f"{live.url}/v1/classify", content=b" " * 1_200_000)
         assert long.status_code == 413

@@ -345,6 +345,10 @@ def test_tools_without_a_place_in_the_template(
     assert "no users" in refused(chat(client), 400, "chat_template_failed")["message"]
     monkeypatch.setattr(base.tokenizer, "chat_template", None)
     refused(chat(client), 400, "chat_template_missing")
+    # A template would not help.
+    error = refused(chat(client, model="demo/sorter"), 400, "unsupported_task")
+    assert (error["param"], "send it to /v1/classify" in error["message"]) == ("model", True)
+    refused(chat(client, model="demo/none"), 404, "model_not_found")
     assert engine.asked == []
 
 

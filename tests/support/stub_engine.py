@@ -215,6 +215,9 @@ class StubEngine:
     def mark_deleted(self, digest: str) -> None:
         self.deleted.append(digest)
 
+    def check_base_serves(self, task: Task) -> None:
+        pass
+
     def health(self) -> None:
         if not self.started:
             raise EngineUnavailable("the stub is not running")

@@ -49,7 +49,7 @@ async def chat_completions(body: ChatRequest, context: ContextOf, texts: TextsOf
         continue_final_message=bool(body.continue_final_message),
         variables=body.chat_template_kwargs,
     )
-    work = texts.run(principal.tenant, texts.chat_prompt, conversation, adapter)
+    work = texts.run(principal.tenant, texts.prompt_to_answer, conversation, adapter)
     prompt = await context.finish(work)
     parallel = body.parallel_tool_calls is not False
     params = body.params(

@@ -55,7 +55,7 @@ async def responses(body: ResponseRequest, context: ContextOf, texts: TextsOf) -
         messages=body.messages(), tools=tools if body.has_tools else (), variables=body.chat_template_kwargs
     )
     with _own_names():
-        work = texts.run(principal.tenant, texts.chat_prompt, conversation, adapter)
+        work = texts.run(principal.tenant, texts.prompt_to_answer, conversation, adapter)
         prompt = await context.finish(work)
         parallel = body.parallel_tool_calls is not False
         constraint = forced_calls(tools, body.forced_function, parallel) if body.is_forced else None

@@ -13,7 +13,7 @@ from fastapi import Depends, Request
 
 from adapters_store import AdapterStore
 from sera_serve.base.chat import ChatRenderer, ChatTemplate
-from sera_serve.engine import ServingEngine
+from sera_serve.engine import ServingEngine, check_adapter_serves
 from sera_serve.errors import InvalidRequest, PromptTooLong
 from sera_serve.server.openai.chat_schemas import Message, Tool
 from sera_serve.server.openai.token_texts import TokenTexts
@@ -96,6 +96,18 @@ class Texts:
             TenantOverloaded: Too many calls of the tenant wait.
         """
         return cast(T, await self._executor.run_in_turn(tenant, work, *arguments, **named))
+
+    def prompt_to_answer(self, conversation: Conversation, adapter: str | None) -> ChatPrompt:
+        """`chat_prompt` for a model that is to generate. Blocks.
+
+        Raises:
+            UnsupportedTask: The base or the adapter does not generate; told before a missing template is.
+            AdapterNotFound, ChatTemplateMissing, ChatTemplateFailed, InvalidRequest: As `chat_prompt`.
+        """
+        self._engine.check_base_serves("generate")
+        if adapter is not None:
+            check_adapter_serves(adapter, self._store.resolve(adapter).task, "generate")
+        return self.chat_prompt(conversation, adapter)
 
     def chat_prompt(self, conversation: Conversation, adapter: str | None) -> ChatPrompt:
         """Render a conversation with the adapter's template, or the base's. Blocks.
