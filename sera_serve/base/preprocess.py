@@ -140,7 +140,12 @@ class Preprocessor:
         return tokens
 
     def rows(
-        self, inputs: Sequence[str | tuple[str, str]], max_length: int, field: str = "inputs", offsets: bool = False
+        self,
+        inputs: Sequence[str | tuple[str, str]],
+        max_length: int,
+        field: str = "inputs",
+        offsets: bool = False,
+        numbers: Sequence[int] | None = None,
     ) -> list[ModelInputs]:
         """Return one row for each input, truncated to `max_length` tokens as in training.
 
@@ -150,6 +155,7 @@ class Preprocessor:
             max_length: The most tokens of a row, special tokens included.
             field: What the request calls the inputs.
             offsets: Whether the rows of texts have the offsets of their tokens; needs `has_offsets`.
+            numbers: The place of each input in the request; None where the inputs are the whole request.
 
         Raises:
             InvalidRequest: An input has no tokens.
@@ -177,6 +183,7 @@ class Preprocessor:
             rows.update(zip((index for index, _ in pairs), encoded, strict=True))
         for index, row in rows.items():
             if not row.input_ids:
+                index = index if numbers is None else numbers[index]
                 raise InvalidRequest(f"input {index} has no tokens; send some text", param=f"{field}[{index}]")
         return [rows[index] for index in range(len(inputs))]
 

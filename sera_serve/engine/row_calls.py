@@ -254,7 +254,8 @@ class RowCalls(ABC):
         (image_rows,) = await self._images.rows(images, [self._row_maker.embedding_spec(adapter)], tenant, held)
         text_rows: list[ModelInputs] = []
         if texts:
-            (group,) = await self._tokenizing.run_in_turn(tenant, self._row_maker.embedding, adapter, texts)
+            numbers = [number for number, value in enumerate(inputs) if not isinstance(value, ImageInput)]
+            (group,) = await self._tokenizing.run_in_turn(tenant, self._row_maker.embedding, adapter, texts, numbers)
             text_rows = group.rows
         of_images, of_texts = iter(image_rows), iter(text_rows)
         return [next(of_images) if isinstance(value, ImageInput) else next(of_texts) for value in inputs]

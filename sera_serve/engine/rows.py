@@ -193,8 +193,15 @@ class RowMaker:
         assert self._base.image_spec is not None
         return self._base.image_spec
 
-    def embedding(self, adapter: ResolvedAdapter | None, inputs: TextsOrTokens) -> list[RowGroup]:
+    def embedding(
+        self, adapter: ResolvedAdapter | None, inputs: TextsOrTokens, numbers: Sequence[int] | None = None
+    ) -> list[RowGroup]:
         """The rows of an embedding. No input is cut, but texts for an adapter of retrieval, as in its training.
+
+        Args:
+            adapter: None is the base model alone.
+            inputs: Texts and lists of tokens.
+            numbers: The place of each input in the request, for errors; None where there are no other inputs.
 
         Raises:
             PromptTooLong: An input has more tokens than the base's context.
@@ -202,13 +209,15 @@ class RowMaker:
             UnsupportedTask: The base reads no text.
         """
         context, preprocessor = self._base.max_length, self._base.preprocessor
-        # Before anything is tokenized.
+        numbers = range(len(inputs)) if numbers is None else numbers
+        is_cut = adapter is not None and adapter.task == "retrieve"
+        # Before anything is tokenized. Of a text that is cut, only the part that decides its row is tokenized.
         most = preprocessor.max_characters(context)
         texts: list[str] = []
         token_lists: list[list[int]] = []
-        for index, value in enumerate(inputs):
+        for index, value in zip(numbers, inputs, strict=True):
             if isinstance(value, str):
-                if len(value) > most:
+                if len(value) > most and not is_cut:
                     raise PromptTooLong(
                         f"input {index} has {len(value)} characters; the context of {context} tokens holds at most "
                         f"{most}; shorten the input",
@@ -219,14 +228,14 @@ class RowMaker:
                 if len(value) > context:
                     raise _too_long(index, str(len(value)), context)
                 token_lists.append(value)
-        if texts and adapter is not None and adapter.task == "retrieve":
-            rows = preprocessor.rows(texts, min(adapter.max_length or context, context), field="input")
+        if texts and adapter is not None and is_cut:
+            rows = preprocessor.rows(texts, min(adapter.max_length or context, context), "input", numbers=numbers)
         elif texts:
             # One token beyond the context tells that the input is too long.
-            rows = preprocessor.rows(texts, context + 1, field="input")
+            rows = preprocessor.rows(texts, context + 1, "input", numbers=numbers)
         else:
-            rows = [self._tokens(index, tokens) for index, tokens in enumerate(token_lists)]
-        for index, row in enumerate(rows):
+            rows = [self._tokens(index, tokens) for index, tokens in zip(numbers, token_lists, strict=True)]
+        for index, row in zip(numbers, rows, strict=True):
             if len(row) > context:
                 raise _too_long(index, f"more than {context}", context)
         return [RowGroup(adapter, rows)]

@@ -140,3 +140,10 @@ def test_threads_that_truncate_differently_do_not_disturb_each_other() -> None:
 
     with ThreadPoolExecutor(8) as threads:
         assert set(threads.map(work, range(600))) == {0}
+
+
+def test_a_text_without_tokens_has_its_number_in_the_request() -> None:
+    rows = random_decoder().preprocessor.rows
+    assert refusal(lambda: rows(["a", ""], 8, "input")).param == "input[1]"
+    error = refusal(lambda: rows(["a", ""], 8, "input", numbers=[0, 5]))
+    assert (error.param, error.message) == ("input[5]", "input 5 has no tokens; send some text")

@@ -165,6 +165,35 @@ def test_both_towers_of_clip_are_transformers_own(clip: Live) -> None:
     assert "have 32 numbers" in refused(wrong, 400, "invalid_request")["message"]
 
 
+@pytest.mark.parametrize(
+    ("inputs", "param", "named"),
+    [
+        ([image(FILES[0]), "ok", "a" * 60], "input[2]", "input 2 has more than 40 tokens"),
+        ([image(FILES[0]), "ok", "a" * 6000], "input[2]", "input 2 has 6000 characters"),
+        (["ok", "a" * 60, image(FILES[0])], "input[1]", "input 1 has more than 40 tokens"),
+        # Where there is one input, the parser's errors name it so too.
+        ("a" * 60, "input", "input has more than 40 tokens"),
+        (["a" * 6000], "input", "input has 6000 characters"),
+        ([1, 2, 3], "input", "input has no end token"),
+        ([[1, 257], [1, 2]], "input[1]", "input[1] has no end token"),
+    ],
+)
+def test_an_error_of_an_embedding_names_the_input_at_fault(clip: Live, inputs: Any, param: str, named: str) -> None:
+    answer = post(clip, {"model": "random-clip", "input": inputs}, "/v1/embeddings")
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"], error["message"].startswith(named)) == (400, param, True), error
+
+
+def test_a_text_for_retrieval_is_cut_however_long_it_is(clip: Live) -> None:
+    vectors = []
+    for text in ("ab" * 12, "ab" * 5000, "ab" * 500_000):
+        answer = post(clip, {"model": "acme/a0", "input": ["x", text]}, "/v1/embeddings")
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["usage"]["prompt_tokens"] == 3 + 24
+        vectors.append(answer.json()["data"][1]["embedding"])
+    np.testing.assert_allclose(vectors, vectors[:1] * 3, rtol=1e-5)
+
+
 def test_a_classifier_of_clips_image_tower(clip: Live) -> None:
     answer = post(clip, {"adapter": "acme/a1", "inputs": [image(data) for data in FILES]})
     torch.testing.assert_close(scores(answer.json()), expected(clip, "acme/a1", FILES), rtol=1e-4, atol=1e-5)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import base64
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -14,6 +15,7 @@ from pydantic import BaseModel, Field, PlainValidator, WithJsonSchema
 
 from sera_serve.base import ImageInput, Pooling
 from sera_serve.engine import Priority
+from sera_serve.errors import SeraServeError
 from sera_serve.server.deps import ContextOf
 from sera_serve.server.native.inputs import IMAGE_SCHEMA, image_of
 from sera_serve.server.native.schemas import (
@@ -150,7 +152,7 @@ async def embeddings(body: EmbeddingRequest, context: ContextOf) -> Response:
             param="dimensions",
         )
     adapter = adapter_of(body.model, context.engine)
-    with translated_errors("input"):
+    with translated_errors("input"), _lone_input(len(body.input)):
         account = context.open_account(context.caller.principal(adapter), body.priority)
         work = context.engine.embed(
             adapter,
@@ -169,6 +171,18 @@ async def embeddings(body: EmbeddingRequest, context: ContextOf) -> Response:
     content = with_member(content, "data", await _data(result.vectors, body.encoding_format or "float"))
     content = with_member(content, "usage", to_json({"prompt_tokens": tokens, "total_tokens": tokens}))
     return Response(content, media_type="application/json")
+
+
+@contextmanager
+def _lone_input(count: int) -> Iterator[None]:
+    """Have an error about the only input name it as the parser does: the engine counts inputs from 0."""
+    try:
+        yield
+    except SeraServeError as error:
+        if count == 1 and error.param == "input[0]":
+            error.param = "input"
+            error.message = error.message.replace("input 0 ", "input ", 1).replace("input[0]", "input", 1)
+        raise
 
 
 async def _data(vectors: Sequence[NDArray[np.float32]], encoding: Encoding) -> str:
