@@ -7,6 +7,7 @@ import { href, route } from "./router.js";
 import { begin, may, session, signOut } from "./session.js";
 import { useStore } from "./store.js";
 import { Badge, Button, ErrorNote, Loading, MissingScope, Notices } from "./ui.js";
+import { isForAnotherBase, WrongBase } from "./wrong_base.js";
 
 // By the first part of the address: title, the scope that the view needs (null: any key), its code.
 const VIEWS = {
@@ -26,6 +27,7 @@ const MENU = [
 ];
 const SIGN_IN = () => import("./views/sign_in.js");
 const NOT_ALLOWED = () => Promise.resolve({ default: MissingScope });
+const NOT_SERVED = () => Promise.resolve({ default: WrongBase });
 
 function App() {
   const { state, me, error } = useStore(session);
@@ -44,6 +46,7 @@ function Shell({ me }) {
   const view = VIEWS[name];
   const isAllowed = (each) => VIEWS[each].scope === null || may(me, VIEWS[each].scope);
   const main = useRef(null);
+  const load = !isAllowed(name) ? NOT_ALLOWED : isForAnotherBase(name, me) ? NOT_SERVED : view.load;
   useEffect(() => setMenuOpen(false), [parts.join("/")]);
   const skip = (event) => {
     // The address is the view's: a link to #main would leave it.
@@ -73,8 +76,8 @@ function Shell({ me }) {
         </div>
       </div>
       <main ref=${main} id="main" tabindex="-1">
-        <${Lazy} key=${`${name} ${me.key_id}`} load=${isAllowed(name) ? view.load : NOT_ALLOWED} me=${me}
-          scope=${view.scope} title=${view.title} />
+        <${Lazy} key=${`${name} ${me.key_id}`} load=${load} me=${me}
+          name=${name} scope=${view.scope} title=${view.title} />
       </main>
     </div>
     <${Notices} />`;
