@@ -210,6 +210,10 @@ def test_refusals_name_the_part(decoder: FrozenBase, store: AdapterStore, start_
         with pytest.raises(error) as refusal:
             asyncio.run(ask(list(parts), task))
         assert refusal.value.param == param, parts
+    with pytest.raises(
+        InvalidRequest, match="acme/labels and acme/a differ in labels; combine adapters that agree in it"
+    ):
+        asyncio.run(ask([("acme/a", 1), ("acme/labels", 1)], "classify"))
 
 
 def test_a_sum_that_is_larger_than_the_pool_is_refused_before_it_is_made(

@@ -132,7 +132,7 @@ def test_many_adapters_at_once_are_transformers_own_merged_model(vision: Live) -
 
 def test_the_ways_to_send_an_image_are_one(vision: Live) -> None:
     name = "acme/a1"
-    types = ["image/png", "image/jpeg", "image/webp"]
+    types = ["image/png", "image/jpg", "image/webp"]
     as_urls = [f"data:{kind};base64,{encoded(data)}" for kind, data in zip(types, FILES, strict=True)]
     by_json = post(vision, {"adapter": name, "inputs": [image(data) for data in FILES]}).json()
     by_url = post(vision, {"adapter": name, "inputs": [{"image": url} for url in as_urls]}).json()
@@ -242,6 +242,8 @@ def test_hostile_images_get_typed_errors(name: str, vision: Live) -> None:
     item, code, param = HOSTILE[name]
     error = refused(post(vision, {"adapter": "acme/a0", "inputs": [item]}), 422, code)
     assert error["param"] == param
+    if "URL" in name and code == "invalid_value":
+        assert "the types are image/jpeg, image/jpg, image/png, image/webp" in error["message"]
     wait_until(lambda: vision.engine.in_flight() == 0)
 
 
@@ -302,6 +304,9 @@ def test_a_vision_base_refuses_texts_and_says_what_it_takes(vision: Live) -> Non
         assert answer.status_code in (400, 422), path
         assert "chat_template" not in answer.json()["error"]["message"], path
         assert answer.json()["error"]["code"] in ("unsupported_task", "chat_template_missing"), (path, answer.text)
+    job = post(vision, {"model": "random-vit", "training_file": "file-1"}, "/v1/fine_tuning/jobs")
+    error = refused(job, 400, "invalid_request")
+    assert (error["param"], "train_adapter" in error["message"]) == ("model", True)
     vectors = post(vision, {"model": "random-vit", "input": image(FILES[0])}, "/v1/embeddings")
     assert len(vectors.json()["data"][0]["embedding"]) == 64
 
@@ -332,6 +337,16 @@ def test_images_to_a_base_of_text_are_refused(tmp_path: Any) -> None:
     for live in serve(base, make, tmp_path):
         response = post(live, {"adapter": "acme/a0", "inputs": [image(FILES[0])]})
         assert refused(response, 422, "unsupported_task")["param"] == "inputs[0].image"
+        pair = {"text": "a", "text_pair": "b"}
+        for value, message in (
+            (pair, 'input must be a text that is not empty, or {"image": "<base64>"}; a sentence pair has no vector'),
+            ("", 'input must be a text that is not empty, or {"image": "<base64>"}'),
+            (["a", [1]], 'input[1] must be a text that is not empty, or {"image": "<base64>"}; the first input is no'),
+            ([[]], "input must be a list of tokens and not empty"),
+            ([[1], "a"], "input[1] must be a list of tokens, as the first input is, and not empty"),
+        ):
+            error = refused(post(live, {"model": base.name, "input": value}, "/v1/embeddings"), 400, "invalid_value")
+            assert error["message"].startswith(message) and ("first" in message or "first" not in error["message"])
         pairs = post(live, {"adapter": "acme/a0", "inputs": [{"text": "a", "text_pair": "b"}]})
         assert pairs.status_code == 200
         messages = [{"role": "user", "content": "hello"}]

@@ -11,7 +11,8 @@ from sera_serve.server.strict import refusal
 
 MAX_INPUTS = 1024
 MAX_IMAGE_TYPE = 64
-_IMAGE_TYPES = ("image/jpeg", "image/png", "image/webp")
+# Some programs write image/jpg, which is no registered type. What a file is, its content says.
+_IMAGE_TYPES = ("image/jpeg", "image/jpg", "image/png", "image/webp")
 _IMAGE_HELP = "the base64 of a JPEG, PNG or WebP file, or a data URL of it (data:image/png;base64,...)"
 ClassifyInput: TypeAlias = str | tuple[str, str] | ImageInput
 
@@ -35,7 +36,10 @@ def image_of(value: Any, place: str) -> ImageInput:
     kind, comma, _ = head.partition(",")
     types = [f"data:{kind};base64" for kind in _IMAGE_TYPES]
     if not comma or kind.lower() not in types:
-        raise refusal(f"{place} must be {_IMAGE_HELP}; URLs are not fetched", place)
+        raise refusal(
+            f"{place} must be {_IMAGE_HELP}; the types are {', '.join(_IMAGE_TYPES)}, and other URLs are not fetched",
+            place,
+        )
     return ImageInput(text[len(kind) + 1 :], place)
 
 

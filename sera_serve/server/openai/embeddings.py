@@ -63,7 +63,8 @@ def _inputs(value: Any) -> list[str | ImageInput] | list[list[int]]:
     for index, item in enumerate(value):
         place = f"input[{index}]" if len(value) > 1 else "input"
         if type(item) is not kind or not item:
-            raise refusal(f"{place} must be a text or a list of tokens, as the first input is, and not empty", place)
+            alike = ", as the first input is," if index else ""
+            raise refusal(f"{place} must be a list of tokens{alike} and not empty", place)
         if isinstance(item, list):
             tokens += len(item)
             if tokens > MAX_TOKENS:
@@ -77,9 +78,14 @@ def _inputs(value: Any) -> list[str | ImageInput] | list[list[int]]:
 def _text_or_image(item: Any, place: str) -> str | ImageInput:
     if isinstance(item, str) and item:
         return item
-    if isinstance(item, dict):
+    if isinstance(item, dict) and "image" in item:
         return image_of(item, place)
-    raise refusal(f'{place} must be a text that is not empty, or {{"image": "<base64>"}}, as the first input is', place)
+    reason = ""
+    if isinstance(item, dict) and item.keys() == {"text", "text_pair"}:
+        reason = "; a sentence pair has no vector: send its texts as two inputs"
+    elif isinstance(item, list):
+        reason = "; the first input is no list of tokens"
+    raise refusal(f'{place} must be a text that is not empty, or {{"image": "<base64>"}}{reason}', place)
 
 
 _INPUT_SCHEMA = {

@@ -190,6 +190,11 @@ def job_object(job: Job) -> JobObject:
 
 def _create(body: CreateJobRequest, init_from: str | None, context: RequestContext) -> Job:
     caller, engine, store, training = context.caller, context.engine, context.store, context.training
+    if engine.base.image_tower is not None:
+        raise InvalidOpenAIRequest(
+            "the base takes images, and training files have texts; train with `train_adapter`, and publish the bundle",
+            param="model",
+        )
     shape = body.adapter or AdapterRequest()
     tenant = _tenant(shape, caller)
     train = _file(training, caller, body.training_file, "training_file")
@@ -304,11 +309,6 @@ def _spec(
         raise InvalidOpenAIRequest(
             f"the rows of training_file are for task {task}; send other rows, or leave adapter.task out",
             param="adapter.task",
-        )
-    if engine.base.image_tower is not None:
-        raise InvalidOpenAIRequest(
-            "the base takes images, and training files have texts; train with `train_adapter`, and publish the bundle",
-            param="training_file",
         )
     if task == "generate" and engine.base.kind == "encoder":
         raise InvalidOpenAIRequest(
