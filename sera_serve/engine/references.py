@@ -21,9 +21,10 @@ from adapters_store import (
     load_combination,
     parts_of,
 )
+from adapters_store import Task as AdapterTask
 from sera_serve.engine.adapter_uses import AdapterUses
 from sera_serve.engine.named_adapters import AdapterNames
-from sera_serve.engine.request import SERVED_AS, AdapterChoice, AdapterTask, Task, WeightedAdapter
+from sera_serve.engine.request import SERVED_AS, AdapterChoice, Task, WeightedAdapter
 from sera_serve.errors import InvalidRequest, SeraServeError, UnsupportedTask
 
 # The numbers of a sum, as a multiple of those of its parts. With unlike splits it may have hundreds of times as many,
