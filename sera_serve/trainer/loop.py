@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from accelerate.data_loader import DataLoaderShard
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
@@ -33,6 +33,7 @@ from sera_serve.trainer.checkpoint import (
     save_checkpoint,
 )
 from sera_serve.trainer.parallel import CountedRows, Processes, SeedEachStep, ShareOfBatches, counted_batch
+from sera_serve.trainer.schedule import rate_factors
 from sera_serve.trainer.settings import TrainSettings
 from sera_serve.trainer.task_options import LOWER_IS_BETTER
 from sera_serve.trainer.tasks import TrainingTask
@@ -64,7 +65,6 @@ def training_arguments(
         per_device_train_batch_size=max(1, settings.batch_size // processes.count),
         learning_rate=settings.peak_learning_rate,
         weight_decay=settings.weight_decay,
-        **_warmup(settings),
         seed=settings.seed,
         eval_strategy="epoch" if evaluates else "no",
         save_strategy="epoch",
@@ -105,16 +105,12 @@ def optimiser_class(settings: TrainSettings) -> Any:
     return PagedAdamW32bit
 
 
-def _warmup(settings: TrainSettings) -> dict[str, float]:
-    # transformers 4 takes the ratio under another name. Baselines of the library `adapters` run on it.
-    return {"warmup_ratio" if transformers.__version__.startswith("4.") else "warmup_steps": settings.warmup_ratio}
-
-
 class AdapterTrainer(Trainer):  # type: ignore[misc]
     """Trains a task's model. Its checkpoints hold tensors of the adapter, the head and the optimiser only."""
 
     # Trainer, which is untyped here, sets these.
     optimizer: Any
+    lr_scheduler: Any
     control: Any
 
     def __init__(
@@ -184,6 +180,13 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
             groups = parameter_groups(self.model, self.settings)
             self.optimizer = optimiser_class(self.settings)(groups, weight_decay=self.settings.weight_decay)
         return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Create the schedule of the learning rate; see `sera_serve.trainer.schedule`."""
+        if self.lr_scheduler is None:
+            factors = rate_factors(self.settings.warmup_ratio, num_training_steps)
+            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factors)
+        return self.lr_scheduler
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"

@@ -18,6 +18,7 @@ from sera_serve.sera_config import ALL_LINEAR, Factor, SeraConfig
 from sera_serve.trainer.methods import DEFAULT_METHOD, METHODS, Method, MethodPreset, StoredMethod
 from sera_serve.trainer.option_text import flag, param_of, read_yaml, readable
 from sera_serve.trainer.pattern_options import PATTERN_OPTIONS, parse_pattern
+from sera_serve.trainer.schedule import SCHEDULE
 from sera_serve.trainer.task_options import (
     CHAT_COLUMNS,
     FORMAT_COLUMNS,
@@ -514,10 +515,13 @@ class TrainSettings(BaseModel):
         )
 
     def identity(self) -> dict[str, Any]:
-        """Return the settings that decide the result, as JSON values. Equal identities and data give equal adapters."""
+        """Return what decides the result, as JSON values: settings, and the schedule of the learning rate by its name.
+
+        Equal identities and data give equal adapters.
+        """
         own = TASK_OPTIONS[self.task]
         others = {field for fields in TASK_OPTIONS.values() for field in fields if field not in own}
-        return self.model_dump(mode="json", exclude=_NOT_IDENTITY | others)
+        return self.model_dump(mode="json", exclude=_NOT_IDENTITY | others) | {"schedule": SCHEDULE}
 
     def default_work_dir(self) -> Path:
         """Return the folder for checkpoints of this adapter: by default beside the store, never inside it."""

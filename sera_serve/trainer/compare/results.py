@@ -12,6 +12,7 @@ from typing import Any
 
 from sera_serve.errors import InvalidConfiguration
 from sera_serve.trainer.checkpoint import RunInProgress
+from sera_serve.trainer.schedule import SCHEDULE
 
 
 class ResultsFile:
@@ -57,6 +58,22 @@ class ResultsFile:
             whole, newline, _ = file.read().rpartition(b"\n")
             file.truncate(len(whole) + len(newline))
             yield
+
+    def check_schedule(self) -> None:
+        """Refuse to add runs to those of another schedule of the learning rate: their scores would not compare.
+
+        Raises:
+            InvalidConfiguration: A finished run had another schedule, or is older than the record of it.
+        """
+        # A run that failed has no score.
+        others = [r for r in self.records.values() if "error" not in r and r.get("schedule") != SCHEDULE]
+        if others:
+            raise InvalidConfiguration(
+                f"{self.path} has results ({len(others)}) of another schedule of the learning rate than this release's "
+                f"({SCHEDULE}), and new runs beside them would not compare; give another --results, or --limit 0 to "
+                "show these alone",
+                param="results",
+            )
 
     def add(self, record: dict[str, Any]) -> None:
         """Append a record. It is durable when this returns."""

@@ -21,6 +21,7 @@ from sera_serve.errors import InvalidConfiguration
 from sera_serve.trainer.baselines import NEED_ADAPTERS
 from sera_serve.trainer.compare.plan import LOWER_IS_BETTER, Cell, ComparePlan, LearningRateRule, Purpose, RunSpec
 from sera_serve.trainer.compare.results import ResultsFile
+from sera_serve.trainer.schedule import SCHEDULE
 
 _WORKER = "sera_serve.trainer.compare.worker"
 # A base that differs by more than this between two environments is not the same base.
@@ -109,7 +110,8 @@ class CompareRunner:
 
         Raises:
             RunInProgress: Another comparison writes to the same results.
-            InvalidConfiguration: A process cannot be started, or ends before its first run.
+            InvalidConfiguration: The results are of another schedule of the learning rate; or a process cannot be
+                started, or ends before its first run.
         """
         self._made, self._limit = 0, limit
         total = len(self.plan.ordered())
@@ -124,6 +126,8 @@ class CompareRunner:
         try:
             with self.results.exclusive(), progress:
                 pending = self.pending()
+                if pending:
+                    self.results.check_schedule()
                 bar = progress.add_task("", total=total, completed=total - len(pending), now="")
                 for cell, seed in pending:
                     progress.update(bar, now=f"{cell.base} {cell.data} {cell.variant.label} seed {seed}")
@@ -179,6 +183,7 @@ class CompareRunner:
             "method": cell.variant.label,
             "seed": spec.settings["seed"],
             "learning_rate": spec.settings.get("learning_rate"),
+            "schedule": SCHEDULE,
             "wall_seconds": round(time.monotonic() - begun, 1),
             **result,
         }
