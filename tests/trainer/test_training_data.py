@@ -275,6 +275,31 @@ def test_a_limit_that_leaves_a_label_without_rows_is_told(tmp_path: Path) -> Non
     assert "label 'seldom': no row of it is among the 8 drawn ones; raise --train-limit" in data.notes
 
 
+@pytest.mark.parametrize("task", ["classify", "token-classify"])
+@pytest.mark.parametrize("evaluates", [True, False])
+def test_a_limit_keeps_the_labels_of_all_rows_of_sets_and_spans(tmp_path: Path, task: str, evaluates: bool) -> None:
+    def rows(count: int) -> list[dict[str, Any]]:
+        kinds = ["seldom" if i < 8 else "common" for i in range(count)]
+        return [
+            {"text": f"{i:03d}", "label": [kind], "spans": [{"start": 0, "end": 3, "label": kind}]}
+            for i, kind in enumerate(kinds)
+        ]
+
+    options: dict[str, Any] = {"task": task, "train_limit": 8} | ({"multi_label": True} if task == "classify" else {})
+    if evaluates:
+        options["eval"] = write_jsonl(tmp_path / "eval.jsonl", rows(9))
+    settings = settings_for(Path("base"), tmp_path, write_jsonl(tmp_path / "rows.jsonl", rows(800)), **options)
+    if task == "classify":
+        sets = load_label_sets(settings)
+        labels, notes, train = sets.labels, sets.notes, len(sets.train)
+    else:
+        spans = load_spans(settings)
+        labels, notes, train = spans.kinds, spans.notes, len(spans.train)
+    assert labels == ["common", "seldom"]
+    assert train <= 8
+    assert "label 'seldom': no row of it is among the 8 drawn ones; raise --train-limit" in notes
+
+
 @pytest.mark.parametrize(
     ("first", "step", "is_refused"),
     [(1.75e9, 1, True), (1.75e12, 1000, True), (1.7e9, 86_400, False), (-1e6, 1, False)],

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sera_serve.base.spans import OUTSIDE, Span
-from sera_serve.trainer.data.labelled import Example, Examples
+from sera_serve.trainer.data.labelled import Example, Examples, limit_notes
 from sera_serve.trainer.data.targets import load_examples
 from sera_serve.trainer.settings import TrainSettings
 from sera_serve.trainer.tables.fields import text_of
@@ -46,20 +46,20 @@ def load_spans(settings: TrainSettings, kinds: list[str] | None = None) -> SpanE
     Raises:
         InvalidData: A file or some of its rows cannot be used.
     """
-    found = load_examples(settings, _read, labels=lambda spans: {span.label for span in spans})
+    found, every = load_examples(settings, _read, labels=lambda spans: {span.label for span in spans})
     kept = f"a label of {settings.init_from}" if kinds is not None else "in the training data"
     if kinds is None:
-        held_out = found.eval if settings.eval is None else []
-        kinds = sorted({span.label for item in found.train + held_out for span in item.target})
+        kinds = sorted({span.label for item in every for span in item.target})
         if not kinds:
             raise InvalidData(
                 f"{settings.train}: no row has a span; mark some, or check --spans-column or --tags-column",
                 param="train",
             )
-    for path, items in ((settings.train, found.train), (settings.eval, found.eval), (settings.test, found.test)):
+    for path, items in ((settings.train, every), (settings.eval, found.eval), (settings.test, found.test)):
         if path is not None:
             _check_known(path, items, kinds, kept)
-    return SpanExamples(found.train, found.eval, found.test, found.digests, found.notes, kinds)
+    notes = found.notes + limit_notes(settings, kinds, {span.label for item in found.train for span in item.target})
+    return SpanExamples(found.train, found.eval, found.test, found.digests, notes, kinds)
 
 
 def _read(table: Table, settings: TrainSettings) -> list[Example[Marked]]:

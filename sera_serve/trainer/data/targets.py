@@ -19,6 +19,7 @@ from sera_serve.trainer.data.labelled import (
     Use,
     check_count,
     label_notes,
+    limit_notes,
     require_texts,
     table_for,
     text_at,
@@ -43,7 +44,7 @@ def load_examples(
     settings: TrainSettings,
     read: Callable[[Table, TrainSettings], list[Example[T]]],
     labels: Callable[[T], Collection[str]] | None,
-) -> Examples[T]:
+) -> tuple[Examples[T], list[Example[T]]]:
     """Read and check the files of `settings`.
 
     Args:
@@ -51,6 +52,9 @@ def load_examples(
         read: Checks the rows of one file.
         labels: The labels of a target. About the same part of each set of labels is held out, and each label keeps a
             training row. None has no labels.
+
+    Returns:
+        The rows by use, and all rows of the training file, those that `train_limit` did not draw too.
 
     Raises:
         InvalidData: A file or some of its rows cannot be used.
@@ -76,12 +80,12 @@ def load_examples(
         )
     if labels is not None:
         notes += label_notes(label for item in rows["train"] for label in labels(item.target))
-    return Examples(train, rows["eval"], rows["test"], digests, notes)
+    return Examples(train, rows["eval"], rows["test"], digests, notes), rows["train"]
 
 
 def load_numbers(settings: TrainSettings) -> Examples[float]:
     """The rows of task regress; raises as `load_examples`, and where all training rows have one number."""
-    found = load_examples(settings, _numbers, labels=None)
+    found, _ = load_examples(settings, _numbers, labels=None)
     numbers = [item.target for item in found.train]
     if len(set(numbers)) < 2:
         raise InvalidData(
@@ -107,18 +111,18 @@ def load_label_sets(settings: TrainSettings, labels: list[str] | None = None) ->
         settings: Options of the run.
         labels: Those of the adapter that the run goes on from, which it keeps; None takes those of the training rows.
     """
-    found = load_examples(settings, _label_sets, labels=lambda target: target)
+    found, every = load_examples(settings, _label_sets, labels=lambda target: target)
     kept = f"a label of {settings.init_from}" if labels is not None else "in the training data"
     if labels is None:
-        held_out = found.eval if settings.eval is None else []
-        labels = sorted({label for item in found.train + held_out for label in item.target})
+        labels = sorted({label for item in every for label in item.target})
         if not labels:
             raise InvalidData(f"{settings.train}: no row has a label; check --label-column", param="label_column")
-        check_labels_repeat(settings.train, len(found.train), labels)
-    for path, items in ((settings.train, found.train), (settings.eval, found.eval), (settings.test, found.test)):
+        check_labels_repeat(settings.train, len(every), labels)
+    for path, items in ((settings.train, every), (settings.eval, found.eval), (settings.test, found.test)):
         if path is not None:
             check_known_labels(path, items, labels, kept)
     notes = found.notes + separator_notes(labels, settings.label_separator)
+    notes += limit_notes(settings, labels, {label for item in found.train for label in item.target})
     return LabelledExamples(found.train, found.eval, found.test, found.digests, notes, labels)
 
 
