@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 from sera_serve.errors import InvalidConfiguration
 from sera_serve.layers import SeraConfig
 from sera_serve.layers.targets import select_targets
+from sera_serve.trainer.loss_scale import needs_loss_scale
 from sera_serve.trainer.model import AdapterModel
 from sera_serve.trainer.settings import TrainSettings
 from sera_serve.trainer.tasks import TrainingTask
@@ -233,6 +234,12 @@ def _with_bottlenecks(task: TrainingTask, shape: BaselineShape) -> BaselineModel
 
 def _fully_trained(model: AdapterModel) -> BaselineModel:
     assert model.base_model is not None
+    if needs_loss_scale(model):
+        raise InvalidConfiguration(
+            "full fine-tuning would train weights in float16, whose gradients and steps vanish; take dtype bfloat16 or "
+            "float32",
+            param="dtype",
+        )
     for name, parameter in model.base_model.named_parameters():
         # The pooler of an encoder has no part in the result.
         parameter.requires_grad_("pooler" not in name.split("."))

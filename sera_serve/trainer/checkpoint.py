@@ -1,9 +1,10 @@
 """Checkpoints of a training run, and the folder that holds them.
 
 A checkpoint is a folder `checkpoint-STEP` with `tensors.safetensors` (adapter, head, optimiser moments, rank
-allocation, generator states), `extra.json` (optimiser groups, schedule, Python's and numpy's generators) and
-transformers' `trainer_state.json`. It has no pickle. It is written under another name, synced, and renamed, so a kill
-at any moment leaves complete checkpoints only. A checkpoint that was damaged later is recognised and skipped.
+allocation, generator states), `extra.json` (optimiser groups, schedule, scale of the loss, Python's and numpy's
+generators) and transformers' `trainer_state.json`. It has no pickle. It is written under another name, synced, and
+renamed, so a kill at any moment leaves complete checkpoints only. A checkpoint that was damaged later is recognised and
+skipped.
 
 The folder of a run is named by the settings, data and base that decide the result. One process at a time uses it, and
 it is deleted when the adapter is published.
@@ -46,7 +47,9 @@ def save_checkpoint(
     optimiser: Any,
     schedule: Any,
     state: Any,
+    *,
     allocation: Mapping[str, Tensor] | None = None,
+    loss_scale: Mapping[str, float] | None = None,
 ) -> Path:
     """Write `checkpoint-STEP`. It is complete and durable when this returns.
 
@@ -58,6 +61,7 @@ def save_checkpoint(
         schedule: Torch learning-rate scheduler.
         state: transformers' `TrainerState`.
         allocation: The state of a rank allocation.
+        loss_scale: The state of a scale of the loss.
 
     Raises:
         CheckpointNotWritten: The disk is full, or refuses the files otherwise. What was written of it is deleted.
@@ -81,6 +85,7 @@ def save_checkpoint(
             "schedule": schedule.state_dict(),
             "python": random.getstate(),
             "numpy": [algorithm, np.asarray(keys).tolist(), *rest],
+            "loss_scale": loss_scale,
         }
         (partial / _EXTRA).write_text(json.dumps(extra))
         state.save_to_json(str(partial / STATE_FILE))
@@ -127,6 +132,12 @@ def load_stored(checkpoint: Path) -> dict[str, Tensor]:
 def load_allocation(checkpoint: Path) -> dict[str, Tensor]:
     """Load the state of the rank allocation of a checkpoint, on the CPU; empty if there is none."""
     return _load_part(checkpoint, "allocation.")
+
+
+def load_loss_scale(checkpoint: Path) -> dict[str, float] | None:
+    """Load the state of the scale of the loss, or None if the run had none: its base was not in float16 then."""
+    state: dict[str, float] | None = _read_json(checkpoint / _EXTRA).get("loss_scale")
+    return state
 
 
 def _load_part(checkpoint: Path, prefix: str) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ import torch
 from accelerate.data_loader import DataLoaderShard
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
@@ -28,10 +28,12 @@ from sera_serve.trainer.checkpoint import (
     delete_others,
     load_allocation,
     load_generators,
+    load_loss_scale,
     load_optimiser,
     load_stored,
     save_checkpoint,
 )
+from sera_serve.trainer.loss_scale import LossScale, needs_loss_scale
 from sera_serve.trainer.parallel import CountedRows, Processes, SeedEachStep, ShareOfBatches, counted_batch
 from sera_serve.trainer.schedule import rate_factors
 from sera_serve.trainer.settings import TrainSettings
@@ -126,6 +128,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         self.settings = settings
         self.run_dir = run_dir
         self.allocation = _allocation(task, settings)
+        self.loss_scale = LossScale() if needs_loss_scale(task.model) else None
         own = [SaveByTheClock(settings.checkpoint_seconds), StopOnNonFiniteLoss()]
         if self.allocation is not None:
             own.append(self.allocation)
@@ -167,12 +170,35 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         return share
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Compute the loss. With several processes, the mean of their results is the loss of the whole batch."""
+        """Compute the loss, scaled for a float16 base.
+
+        With several processes, the mean of their results is the loss of the whole batch.
+        """
         items = inputs.pop("loss_items", None)
         loss = super().compute_loss(model, inputs, *args, **kwargs)
+        if self.loss_scale is not None:
+            loss = loss * self.loss_scale.scale
         if items is None:
             return loss
         return loss * (items * self.processes.count / self.processes.total(items).clamp(min=1))
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """Compute the loss of a batch and the gradients, again where the scale of the loss was too large for them.
+
+        What is computed again draws its dropout anew. Processes that train together have the same gradients, and so
+        compute again together.
+        """
+        while True:
+            loss: Tensor = super().training_step(model, dict(inputs), *args, **kwargs)
+            self.complete_gradients()
+            if self.loss_scale is None:
+                return loss
+            loss = loss / self.loss_scale.scale
+            if self.loss_scale.unscale(model.parameters()):
+                return loss
+
+    def complete_gradients(self) -> None:
+        """Wait for gradients that come after the run's own backward pass. A run of its own has none."""
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
         """Create AdamW over the trained parameters, in the groups of `parameter_groups`."""
@@ -229,7 +255,8 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
             self.optimizer,
             self.lr_scheduler,
             self.state,
-            self.allocation.allocator.state() if self.allocation is not None else None,
+            allocation=self.allocation.allocator.state() if self.allocation is not None else None,
+            loss_scale=self.loss_scale.state() if self.loss_scale is not None else None,
         )
         # Not earlier: after a kill, the run continues from the checkpoints that are there.
         delete_others(self.run_dir, {saved, Path(self.state.best_model_checkpoint or saved)})
@@ -247,6 +274,8 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
             load_optimiser(Path(checkpoint), self.optimizer, self.lr_scheduler)
             if self.allocation is not None:
                 self.allocation.allocator.load_state(load_allocation(Path(checkpoint)))
+            if self.loss_scale is not None and (scale := load_loss_scale(Path(checkpoint))) is not None:
+                self.loss_scale.load_state(scale)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:

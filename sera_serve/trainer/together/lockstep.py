@@ -106,13 +106,10 @@ class MemberTrainer(AdapterTrainer):
         self._member = member
         super().__init__(*arguments)
 
-    def training_step(self, *arguments: Any, **options: Any) -> Tensor:
-        """Compute the loss of a batch, and the gradients of head and adapter."""
-        loss: Tensor = super().training_step(*arguments, **options)
-        # Before gradients are clipped: the adapter's own come with the base's backward pass.
+    def complete_gradients(self) -> None:
+        """Wait for the base's backward pass, with which the gradients of the adapter come."""
         if self.task.model.base_model is not None:
             self._member.ask(_BACKWARD)
-        return loss
 
 
 def run_together(base: FrozenBase, members: Iterable[Member], *, together: int) -> None:
