@@ -9,7 +9,9 @@ every block of A, the row j of every block of B, and the rows and columns of C b
   deviation from it (AdaLoRA, equations 7 to 9). The importance of a unit is the sum of its means over A, B and C.
 * The budget falls from the first total rank to the last by a cubic, between a warm-up and a last phase (equation 11).
 * Units beyond the budget have their part of C set to zero after each step (without C: their part of B). Gradients may
-  bring them back until the last phase begins. Then the choice is fixed.
+  bring them back until the last phase begins. Then the choice is fixed. The sensitivity is taken between the step and
+  the masking, as in PEFT's AdaLoRA: the step has just moved the masked part away from zero, where its sensitivity
+  would be zero, too.
 * At the end the parts that are zero leave the layers. The smaller layers compute what the masked ones did.
 
 AdaLoRA's penalty on the angles between directions is left out: SeRA's C is full, so directions need not be orthogonal.
@@ -31,6 +33,8 @@ from sera_serve.trainer.patterns import total_ranks
 
 # AdaLoRA's smoothing of sensitivity and of its deviation.
 BETA_SENSITIVITY, BETA_UNCERTAINTY = 0.85, 0.85
+# A B that starts at zero gives A and C no gradient at the first step.
+LEAST_STEPS = 3
 _FACTORS = ("a", "c", "b")
 
 
@@ -58,6 +62,22 @@ class BudgetSchedule:
             return self.first
         rest = 1 - (step - self.warmup_steps) / (self.settled_step - self.warmup_steps)
         return self.last + int((self.first - self.last) * rest**3)
+
+
+def settled_step(steps: int, final: float) -> int:
+    """The step from which the ranks are the last ones, of `steps` steps with the part `final` after that."""
+    return max(1, steps - max(1, round(final * steps)))
+
+
+def few_steps_note(steps: int, final: float) -> list[str]:
+    """Say so where the ranks are settled after a few gradients, which tell little about the layers."""
+    settled = settled_step(steps, final)
+    if settled >= LEAST_STEPS:
+        return []
+    return [
+        f"the ranks are settled at step {settled} of {steps}, when their importance says little yet; give more rows or "
+        "--epochs, or leave --budget out"
+    ]
 
 
 class RankAllocator:
@@ -96,7 +116,7 @@ class RankAllocator:
             warmup: Part of the steps before the budget falls.
             final: Part of the steps after it has fallen.
         """
-        settled = max(1, steps - max(1, round(final * steps)))
+        settled = settled_step(steps, final)
         return BudgetSchedule(self._first, self._last, min(round(warmup * steps), settled - 1), settled)
 
     def _trained(self) -> list[tuple[str, nn.Parameter]]:
@@ -109,7 +129,10 @@ class RankAllocator:
 
     @torch.no_grad()
     def observe(self) -> None:
-        """Take in the gradients of a step. A layer that the loss does not reach has importance 0."""
+        """Take in the gradients of a step, after the optimiser has moved the factors and before they are masked.
+
+        A layer that the loss does not reach has importance 0.
+        """
         for name, parameter in self._trained():
             if parameter.grad is None:
                 continue
@@ -226,15 +249,11 @@ class AllocateRanks(TrainerCallback):  # type: ignore[misc]
         """Make the schedule: the number of steps is known now."""
         self._schedule = self.allocator.schedule(state.max_steps, self._warmup, self._final)
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take in the gradients, while the choice is open."""
-        if state.global_step < self.settled_step:
-            self.allocator.observe()
-
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Choose within the budget, and mask the rest."""
+        """Take in the gradients and choose within the budget, while the choice is open. Mask the rest."""
         assert self._schedule is not None
         step = state.global_step + 1
         if step <= self.settled_step:
+            self.allocator.observe()
             self.allocator.choose(self._schedule.at(step))
         self.allocator.mask()

@@ -17,6 +17,7 @@ from sera_serve.base import FrozenBase, load_base
 from sera_serve.errors import InvalidConfiguration, SeraServeError
 from sera_serve.layers import attach_layers, attached_layers, detach_adapter, module_specs
 from sera_serve.trainer.activations import checkpointed_activations
+from sera_serve.trainer.allocation import few_steps_note
 from sera_serve.trainer.checkpoint import last_checkpoint, load_stored, read_state, run_digest, run_folder
 from sera_serve.trainer.curves import check_plot, evaluations, plot_curves, tensorboard_callback
 from sera_serve.trainer.initial import InitialAdapter, load_initial
@@ -204,6 +205,9 @@ def build_task(run: TrainingRun) -> TrainingTask:
     task = TASKS[run.settings.task].build(run.settings, run.base, run.data, run.max_length)
     if run.initial is not None:
         task.model.load_stored_tensors(run.initial.bundle.tensors)
+    if run.settings.budget is not None:
+        steps = run.settings.epochs * -(-len(task.train_rows) // run.settings.batch_size)
+        task.notes += few_steps_note(steps, run.settings.budget_final)
     return task
 
 

@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import nn
 from trainer_samples import ending_rule, save_tiny_base, settings_for, write_csv
+from transformers import TrainerState
 
 from adapters_store import AdapterStore
 from sera_serve.base import FrozenBase, load_base
 from sera_serve.errors import InvalidConfiguration
 from sera_serve.layers import SeraConfig, SeraLinear
-from sera_serve.trainer.allocation import BudgetSchedule, RankAllocator, smaller_layer
+from sera_serve.trainer.allocation import AllocateRanks, BudgetSchedule, RankAllocator, smaller_layer
 from sera_serve.trainer.run import TrainResult, train_adapter
 from sera_serve.trainer.settings import load_options
 
@@ -87,6 +88,42 @@ def test_the_most_important_units_stay_within_the_budget(monkeypatch: pytest.Mon
         "two": [False, True],
         "three": [False],
     }
+
+
+@pytest.mark.parametrize("use_mixer", [True, False])
+def test_a_masked_unit_comes_back_when_it_matters(use_mixer: bool) -> None:
+    """For 150 steps the loss depends on one layer alone, and then on the other one alone."""
+    layers = {name: random_layer(4, 1, use_mixer=use_mixer) for name in ("one", "two")}
+    allocation = AllocateRanks(RankAllocator(layers, 2), warmup=0.02, final=0.1)
+    optimiser = torch.optim.AdamW([p for layer in layers.values() for p in layer.parameters() if p.requires_grad], 1e-2)
+    state = TrainerState(max_steps=300)
+    allocation.on_train_begin(None, state, None)
+    torch.manual_seed(0)
+    target = torch.randn(24, 48, dtype=torch.float64)
+    kept = []
+    for step in range(300):
+        x = torch.randn(16, 24, dtype=torch.float64)
+        outputs = {name: layer(x) for name, layer in layers.items()}
+        used, other = ("one", "two") if step < 150 else ("two", "one")
+        optimiser.zero_grad()
+        ((outputs[used] - x @ target).square().mean() + 0 * outputs[other].sum()).backward()
+        allocation.on_pre_optimizer_step(None, state, None)
+        optimiser.step()
+        allocation.on_optimizer_step(None, state, None)
+        state.global_step += 1
+        kept.append({name: int(units.sum()) for name, units in allocation.allocator.kept.items()})
+    assert kept[149] == {"one": 4, "two": 0}
+    assert kept[-1] == {"one": 0, "two": 4}
+
+
+@pytest.mark.parametrize(("epochs", "is_noted"), [(1, True), (4, False)])
+def test_ranks_that_are_settled_after_a_few_steps_are_told(
+    base: FrozenBase, tmp_path: Path, epochs: int, is_noted: bool
+) -> None:
+    result = run(base, tmp_path, epochs=epochs, batch_size=32)
+    # 54 rows by 32: 2 steps an epoch.
+    told = "the ranks are settled at step 1 of 2, when their importance says little yet" in " ".join(result.notes)
+    assert told == is_noted
 
 
 @pytest.mark.parametrize("use_mixer", [True, False])
