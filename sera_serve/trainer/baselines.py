@@ -7,7 +7,7 @@ those of our own methods. A baseline is not served, so nothing is published.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -77,12 +77,16 @@ def install_baseline(task: TrainingTask, settings: TrainSettings, shape: Baselin
     if shape.method == "full":
         task.model = _fully_trained(task.model)
         return []
+    before = set(task.model.modules())
+    tuner: nn.Module | None = None
     if shape.method in NEED_ADAPTERS:
-        task.model = _with_bottlenecks(task, shape)
-        return []
-    # PeftModel would call the task's model itself, past the term that AdaLoRA's tuner adds to the loss.
-    tuner = _with_peft(task, settings, shape).base_model
-    task.model = BaselineModel(task.model, tuner)
+        _add_bottlenecks(task, settings, shape)
+    else:
+        # PeftModel would call the task's model itself, past the term that AdaLoRA's tuner adds to the loss.
+        tuner = _with_peft(task, settings, shape).base_model
+    # Libraries give their dropout different names.
+    added = [module for module in task.model.modules() if isinstance(module, nn.Dropout) and module not in before]
+    task.model = BaselineModel(task.model, tuner, added)
     return [_AllocatesRanks(tuner)] if shape.method == "adalora" else []
 
 
@@ -92,20 +96,30 @@ class BaselineModel(AdapterModel):
     The tensors that it stores, for the checkpoint of the best epoch, are the trained parameters by their own names.
     """
 
-    def __init__(self, inner: AdapterModel, wrapped: nn.Module | None = None) -> None:
+    def __init__(
+        self, inner: AdapterModel, wrapped: nn.Module | None = None, dropouts: Sequence[nn.Dropout] = ()
+    ) -> None:
+        """Prepare.
+
+        Args:
+            inner: The task's model, in whose base the library has put its modules.
+            wrapped: What computes the loss in its place, if the library adds something to the loss.
+            dropouts: The dropout that the library has put into the base.
+        """
         # The head comes first, so that its parameters keep the names by which the loop knows them.
         super().__init__(None, inner.head)
         self.inner = inner
         self.wrapped = wrapped
+        # A list, because the modules are registered where the library has put them.
+        self._dropouts = list(dropouts)
         if inner.head is not None:
             inner.head.requires_grad_(True)
 
     def train(self, mode: bool = True) -> BaselineModel:
         """Switch the dropout of head and adapter. The base itself stays in evaluation mode, as with our methods."""
         super().train(mode)
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Dropout) and "lora_dropout" in name:
-                module.train(mode)
+        for module in self._dropouts:
+            module.train(mode)
         return self
 
     def forward(self, **batch: Tensor) -> dict[str, Tensor]:
@@ -217,19 +231,18 @@ class _AllocatesRanks(TrainerCallback):  # type: ignore[misc]
         self._tuner.update_and_allocate(state.global_step)
 
 
-def _with_bottlenecks(task: TrainingTask, shape: BaselineShape) -> BaselineModel:
+def _add_bottlenecks(task: TrainingTask, settings: TrainSettings, shape: BaselineShape) -> None:
     adapters = _library("adapters", "give --adapters-python, the Python of an environment that has it")
     kind = adapters.DoubleSeqBnConfig if shape.method == "houlsby" else adapters.SeqBnConfig
     base = task.base.model
     try:
         adapters.init(base)
-        base.add_adapter(_ADAPTER, config=kind(reduction_factor=shape.reduction_factor))
+        base.add_adapter(_ADAPTER, config=kind(reduction_factor=shape.reduction_factor, dropout=settings.dropout))
     except (ValueError, TypeError, AttributeError, NotImplementedError) as error:
         raise InvalidConfiguration(
             f"adapters cannot add {shape.method} to base {task.base.name}: {error}", param="method"
         ) from error
     base.train_adapter(_ADAPTER)
-    return BaselineModel(task.model)
 
 
 def _fully_trained(model: AdapterModel) -> BaselineModel:

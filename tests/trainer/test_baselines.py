@@ -2,11 +2,14 @@
 
 import dataclasses
 import math
+import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any, get_args
 
 import pytest
 import torch
+from torch import nn
 from trainer_samples import ending_rule, settings_for, write_csv, write_jsonl
 
 from sera_serve.base import FrozenBase, load_base
@@ -133,6 +136,54 @@ def test_a_step_changes_nothing_but_what_trains(settings: TrainSettings, method:
         trains, value = before[name]
         assert torch.equal(after, value) != trains, name
     assert not base.model.training
+
+
+def dropouts_of(model: nn.Module, p: float) -> list[nn.Dropout]:
+    """Those with this probability, which the base's own dropout does not have."""
+    return [module for module in model.modules() if isinstance(module, nn.Dropout) and module.p == p]
+
+
+@pytest.mark.parametrize("method", [method for method in HERE if method != "full"])
+def test_the_dropout_of_a_baseline_is_on_while_it_trains(settings: TrainSettings, method: Baseline) -> None:
+    options = settings.model_copy(update={"dropout": 0.37})
+    base, task = task_of(options)
+    install_baseline(task, options, BaselineShape(method, rank=4, blocks=2))
+    added = dropouts_of(base.model, 0.37)
+    assert len(added) == ADAPTED
+    own = [module for module in base.model.modules() if isinstance(module, nn.Dropout) and module not in added]
+    assert own
+    for mode in (True, False):
+        task.model.train(mode)
+        assert {module.training for module in added} == {mode}
+        assert {module.training for module in own} == {False}
+
+
+class FakeAdapters(ModuleType):
+    """Stands in for the library `adapters`: a bottleneck is its dropout alone."""
+
+    def __init__(self) -> None:
+        super().__init__("adapters")
+        self.DoubleSeqBnConfig = self.SeqBnConfig = SimpleNamespace
+
+    def init(self, base: Any) -> None:
+        def add_adapter(name: str, config: SimpleNamespace) -> None:
+            base.bottleneck = nn.Sequential(nn.Dropout(config.dropout))
+
+        base.add_adapter, base.train_adapter = add_adapter, lambda name: None
+
+
+@pytest.mark.parametrize("method", NEED_ADAPTERS)
+def test_the_dropout_of_bottlenecks_is_on_while_they_train(
+    settings: TrainSettings, method: Baseline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "adapters", FakeAdapters())
+    options = settings.model_copy(update={"dropout": 0.37})
+    base, task = task_of(options)
+    install_baseline(task, options, BaselineShape(method))
+    (added,) = dropouts_of(base.model, 0.37)
+    for mode in (True, False):
+        task.model.train(mode)
+        assert added.training == mode
 
 
 def test_adalora_adds_its_term_and_moves_its_budget(settings: TrainSettings) -> None:
