@@ -67,6 +67,14 @@ _BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+# Encodings that take a byte order mark for a character, each with the mark that names it and its form that skips it.
+_WITHOUT_MARK = {
+    "utf-8": (codecs.BOM_UTF8, "utf-8-sig"),
+    "utf-16-le": (codecs.BOM_UTF16_LE, "utf-16"),
+    "utf-16-be": (codecs.BOM_UTF16_BE, "utf-16"),
+    "utf-32-le": (codecs.BOM_UTF32_LE, "utf-32"),
+    "utf-32-be": (codecs.BOM_UTF32_BE, "utf-32"),
+}
 _HEAD_BYTES = 4096
 _BLOCK_BYTES = 1 << 20
 _DECOMPRESSION_ERRORS = (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError)
@@ -161,7 +169,8 @@ def find_file(path: Path, encoding: str | None = None) -> DataFile:
 
     Args:
         path: Path of the file.
-        encoding: The encoding of its characters; None takes that of its byte order mark, or UTF-8.
+        encoding: The encoding of its characters; None takes that of its byte order mark, or UTF-8. The mark of this
+            encoding itself is no character of the file.
 
     Raises:
         InvalidData: The file cannot be read, has an unknown suffix, or begins as another kind of file.
@@ -188,7 +197,10 @@ def find_file(path: Path, encoding: str | None = None) -> DataFile:
                 f"{path} has zero bytes, so it is not UTF-8 text; if a spreadsheet wrote it, give --encoding {guess}",
                 param="encoding",
             )
-        found = DataFile(path, kind, suffix, compression, marked or "utf-8", is_given=False)
+        return DataFile(path, kind, suffix, compression, marked or "utf-8", is_given=False)
+    mark, skipping = _WITHOUT_MARK.get(codecs.lookup(encoding).name, (b"", ""))
+    if mark and head.startswith(mark):
+        return DataFile(path, kind, suffix, compression, skipping, is_given=True)
     return found
 
 
