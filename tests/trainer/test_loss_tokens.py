@@ -78,6 +78,17 @@ def test_without_a_start_token_the_first_token_is_not_learned(base: FrozenBase) 
     assert names == [list("abcd"), ["e", "f", "</s>"]]
     assert [row["labels"][0] for row in rows] == [IGNORED, IGNORED]  # type: ignore[index]
     assert [row["text_bytes"] for row in rows] == [3, 1]
+    # As of a plain text, the bytes of an answer to an empty prompt are those of its learned tokens.
+    names, learned, text_bytes = tokens(base, Passage(ROW, "abc", ""))
+    assert (names, learned, text_bytes) == (["a", "b", "c", "</s>"], ["-", "b", "c", "</s>"], 2)
+
+
+def test_bits_per_byte_of_answers_without_bytes_are_a_number(base: FrozenBase) -> None:
+    base.tokenizer.backend_tokenizer.post_processor = None
+    passages = [Passage(ROW, "a", "")] * 2
+    data = GenerateData(passages, passages, [], {})
+    task = GenerateTask(base, data, max_length=16)
+    assert task.evaluate(task.eval_rows)["bits_per_byte"] > 0
 
 
 def test_every_turn_of_the_assistant_is_learned(base: FrozenBase) -> None:

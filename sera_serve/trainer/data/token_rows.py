@@ -104,7 +104,8 @@ class PassageTokenizer:
             self._cut_prompts += 1
         labels = [IGNORED] * len(before) + ids + end
         if not before:
-            labels[0] = IGNORED
+            # Without a start token, nothing predicts the first token.
+            labels[0], spans = IGNORED, spans[1:]
         return {"input_ids": before + ids + end, "labels": labels, "text_bytes": _bytes(completion, spans)}
 
     def _plain(self, passage: Passage) -> list[TokenRow]:

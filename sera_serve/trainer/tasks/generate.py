@@ -92,7 +92,8 @@ class GenerateTask:
             inputs = {k: v.to(self.base.device) for k, v in self._padded([rows[i] for i in batch]).items()}
             nats += float(self.generator.token_losses(**inputs).double().sum())
             tokens += int((inputs["labels"][:, 1:] != -100).sum())
-        text_bytes = sum(row["text_bytes"] for row in rows)
+        # The learned tokens may all be ends of texts.
+        text_bytes = max(sum(row["text_bytes"] for row in rows), 1)
         loss = nats / tokens
         return {
             "loss": loss,
