@@ -128,6 +128,40 @@ def test_an_encoding_and_a_delimiter_can_be_named(tmp_path: Path) -> None:
     assert read_table(path, encoding="utf-16-le").rows[0].values["text"] == "ä"
 
 
+@pytest.mark.parametrize("named", ["utf-8", "UTF8", "utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".txt"])
+def test_the_mark_of_a_named_encoding_is_no_character(tmp_path: Path, named: str, suffix: str) -> None:
+    texts = {".csv": "text\ndéjà\n", ".jsonl": '{"text": "déjà"}\n', ".txt": "déjà"}
+    path = tmp_path / f"rows{suffix}"
+    for mark in ("\ufeff", ""):
+        path.write_bytes((mark + texts[suffix]).encode(named))
+        table = read_table(path, encoding=named)
+        assert (table.columns, [row.values for row in table.rows]) == (["text"], [{"text": "déjà"}])
+    # The mark of another encoding tells nothing against the name.
+    path.write_bytes(texts[suffix].encode("utf-16"))
+    assert "is not UTF-8; name the encoding" in refusal(lambda: read_table(path, encoding="utf-8"))
+
+
+def test_columns_of_unknown_types_are_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    numbers = pyarrow.array([[("k", 1)]] * 2, pyarrow.map_(pyarrow.string(), pyarrow.int64()))
+    # A class column of `datasets`, whose names are in the schema's metadata.
+    classes = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["x", "y"])})
+    rows = pyarrow.table({"text": ["a", "b"], "label": [1, 0]}, classes.arrow_schema)
+    pyarrow.parquet.write_table(rows.append_column("by", numbers), path)
+    table = read_table(path)
+    assert [row.values for row in table.rows] == [{"text": "a", "label": "y"}, {"text": "b", "label": "x"}]
+    assert table.columns == ["text", "label"]
+    (note,) = table.notes
+    assert note.startswith("column 'by' of rows.parquet is left out, because its type map<string, int64")
+    told = refusal(lambda: table.require("by", "--label-column"))
+    assert "column 'by' has the type map<string, int64" in told
+    pyarrow.parquet.write_table(rows.slice(0, 0).append_column("by", numbers[:0]), path)
+    assert "has no rows" in refusal(lambda: read_table(path))
+    pyarrow.parquet.write_table(pyarrow.table({"by": numbers}), path)
+    assert "map<string, int64" in refusal(lambda: read_table(path))
+
+
 def test_json_values_are_not_changed(tmp_path: Path) -> None:
     # Dates alone in a column, blank lines, and several types in one column: datasets reads them in another way.
     rows: list[Any] = [{"text": "2020-01-01", "label": True}, {"text": "2021-01-01", "label": 10**20}]

@@ -173,8 +173,11 @@ def load_json(file: DataFile) -> Dataset:
     return dataset
 
 
-def load_file(file: DataFile) -> Dataset:
+def load_file(file: DataFile) -> tuple[Dataset, dict[str, str]]:
     """Load a Parquet file, which may have no rows, or a text as one row.
+
+    Returns:
+        The rows, and the Arrow types of columns that are left out, by name: `datasets` knows no such types.
 
     Raises:
         InvalidData: The file cannot be read.
@@ -188,23 +191,45 @@ def load_file(file: DataFile) -> Dataset:
     else:
         read, options = Dataset.from_parquet, {}
     try:
-        return _load(file, read, options)
+        return _load(file, read, options), {}
     except NotReadAlike as error:
-        # datasets fails on it.
-        if file.kind == "parquet" and (table := _without_rows(file)) is not None:
-            return Dataset(table)
+        if file.kind == "parquet" and (found := _known_columns(file)) is not None:
+            return found
         kind = "Parquet file" if file.kind == "parquet" else "text"
         raise InvalidData(f"{file.path} is not a readable {kind} ({error}); write it again", param="train") from error
 
 
-def _without_rows(file: DataFile) -> pyarrow.Table | None:
-    """The table of a Parquet file that has columns and no rows; None for any other file."""
+def _known_columns(file: DataFile) -> tuple[Dataset, dict[str, str]] | None:
+    """Load a Parquet file on which `datasets` fails: one without rows, or with columns of types that it does not know.
+
+    Returns:
+        As `load_file`; None for any other file.
+    """
     try:
         with file.open_bytes() as stream:
             found = pyarrow.parquet.ParquetFile(stream)
-            return found.schema_arrow.empty_table() if not found.metadata.num_rows else None
+            schema, has_rows = found.schema_arrow, found.metadata.num_rows > 0
     except (pyarrow.ArrowException, OSError, ValueError):
         return None
+    unknown = {column.name: str(column.type) for column in schema if not _is_known(column)}
+    known = pyarrow.schema([column for column in schema if column.name not in unknown], metadata=schema.metadata)
+    if not has_rows:
+        return Dataset(known.empty_table()), unknown
+    if not unknown or not known.names:
+        return None
+    options = {"columns": known.names, "features": datasets.Features.from_arrow_schema(known)}
+    try:
+        return _load(file, Dataset.from_parquet, options), unknown
+    except NotReadAlike:
+        return None
+
+
+def _is_known(column: pyarrow.Field) -> bool:
+    try:
+        datasets.Features.from_arrow_schema(pyarrow.schema([column]))
+    except ValueError:
+        return False
+    return True
 
 
 def _load(file: DataFile, read: Callable[..., Any], options: dict[str, Any]) -> Dataset:

@@ -37,6 +37,7 @@ class Table:
         label_names: The names of classes that the file's own schema has, by column. The rows have these names as
             their values.
         notes: What the user should know about the reading.
+        left_out: The types of columns that the file has and the rows have not, by name.
     """
 
     path: Path
@@ -45,11 +46,18 @@ class Table:
     digest: str
     label_names: dict[str, list[str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
 
     def require(self, column: str, option: str) -> None:
         """Refuse a missing column. The message names all columns and the closest one."""
         if column in self.columns:
             return
+        if column in self.left_out:
+            raise InvalidData(
+                f"{self.path}: column {column!r} has the type {self.left_out[column]}, which cannot be read; write it "
+                "as text, numbers or lists",
+                param=option,
+            )
         near = difflib.get_close_matches(column.lower(), [c.lower() for c in self.columns], n=1, cutoff=0.5)
         closest = next((c for c in self.columns if near and c.lower() == near[0]), None)
         hint = f"; did you mean {option} {closest}?" if closest else f"; name one with {option}"
@@ -109,11 +117,15 @@ def _read_file(file: DataFile, delimiter: str | None) -> Table:
         return _read_json(file)
     from sera_serve.trainer.tables.reading import DatasetRows, load_file
 
-    dataset = load_file(file)
+    dataset, left_out = load_file(file)
     if file.kind == "text":
         return Table(file.path, [TEXT_COLUMN], DatasetRows(dataset, file.path, 1), file.digest())
     rows = DatasetRows(dataset, file.path, None)
-    return Table(file.path, rows.columns, rows, file.digest(), rows.label_names)
+    notes = [
+        f"column {column!r} of {file.path.name} is left out, because its type {kind} cannot be read"
+        for column, kind in left_out.items()
+    ]
+    return Table(file.path, rows.columns, rows, file.digest(), rows.label_names, notes, left_out)
 
 
 def _read_csv(file: DataFile, shape: CsvShape) -> Table:
