@@ -76,7 +76,7 @@ def few_steps_note(steps: int, final: float) -> list[str]:
         return []
     return [
         f"the ranks are settled at step {settled} of {steps}, when their importance says little yet; give more rows or "
-        "--epochs, or leave --budget out"
+        "epochs, or no budget"
     ]
 
 
