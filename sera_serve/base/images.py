@@ -214,7 +214,7 @@ def _spec(found: dict[str, Any], model_type: str, tower: ImageTower) -> ImageSpe
     crops = given.get("do_center_crop", is_clip or model_type == "deit")
     by_edge = (isinstance(size, dict) and "shortest_edge" in size) or bool(crops)
     resample = given.get("resample", 2 if model_type == "vit" else 3)
-    if resample not in range(len(_RESAMPLING)):
+    if type(resample) is not int or resample not in range(len(_RESAMPLING)):
         raise _unusable(f"resample is {resample!r}; take 0 to {len(_RESAMPLING) - 1}, {', '.join(_RESAMPLING)}")
     mean, std = _normalisation(given, is_clip)
     return ImageSpec(
@@ -247,7 +247,10 @@ def _normalisation(given: dict[str, Any], is_clip: bool) -> tuple[list[float], l
         raise _unusable(f"image_std is {std}; give numbers above 0")
     # 255 / 255 is 1 to the last bit, so the usual factor leaves both as they are.
     levels = 255 * factor
-    return [value / levels for value in mean], [value / levels for value in std]
+    mean, std = ([value / levels if levels else math.inf for value in values] for values in (mean, std))
+    if not all(map(_is_finite, mean + std)) or min(std) <= 0:
+        raise _unusable(f"rescale_factor is {factor!r}, too small or too large for image_mean and image_std")
+    return mean, std
 
 
 def _channels(given: dict[str, Any], name: str, default: list[float]) -> list[float]:
@@ -260,7 +263,11 @@ def _channels(given: dict[str, Any], name: str, default: list[float]) -> list[fl
 
 
 def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    try:
+        return isinstance(value, int | float) and math.isfinite(value)
+    except OverflowError:
+        # An integer that no floating-point number is near.
+        return False
 
 
 def _unusable(reason: str) -> InvalidConfiguration:

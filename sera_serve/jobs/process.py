@@ -209,12 +209,13 @@ class JobProcess:
         return time.monotonic() >= self._overdue_at
 
     def kill(self) -> None:
-        """End the process and its own children at once."""
+        """End the process and its own children at once. Idempotent: another process may have their number since."""
+        if self._child.stdin is None or self._child.stdin.closed:
+            return
         with suppress(ProcessLookupError):
             os.killpg(self._child.pid, signal.SIGKILL)
         self._child.wait()
-        if self._child.stdin is not None:
-            self._child.stdin.close()
+        self._child.stdin.close()
 
     def log_tail(self) -> str:
         """The end of what the process has written, for the server's log."""

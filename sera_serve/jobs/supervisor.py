@@ -395,9 +395,10 @@ class Supervisor:
             self._record_progress(job)
             if status is None:
                 self._processes.tell_limits(job, process.run)
+        if process.is_overdue:
+            self._end_overdue(process, job)
+            return
         if status is None:
-            if process.is_overdue:
-                self._end_overdue(process, job)
             return
         process.kill()
         del self._running[job.id]
@@ -419,12 +420,13 @@ class Supervisor:
     def _end_overdue(self, process: JobProcess, job: Job) -> None:
         """Fail a job whose process has run for as long as it may, unless it has its result already."""
         process.kill()
-        del self._running[job.id]
         self._record_progress(job)
         if not self._finish_by_result(job):
             words = f"the job ran for {self._processes.timeout_s:g} s, the longest time that one may run here"
             remedy = "send fewer rows or epochs, or ask the operator for a higher training_job_timeout_s"
             self._fail(job, "training_timeout", f"{words}; {remedy}", None)
+        # Not earlier: a job without a process is started again, where the database refused to record its end.
+        del self._running[job.id]
 
     def _record_progress(self, job: Job) -> None:
         while True:

@@ -77,13 +77,16 @@ class Caller:
         return self.key is None or self.key.may(scope)
 
     def check_still_accepted(self) -> None:
-        """Refuse a caller whose key was revoked, or has expired, since the request came; for answers that take long.
+        """Refuse a caller whose key was revoked, has expired or is gone since the request came. For long answers.
 
         Raises:
             InvalidKey: The caller would be refused now.
         """
         if self.key is not None:
-            check_active(self.access.key(self.key.id) or self.key)
+            key = self.access.key(self.key.id)
+            if key is None:
+                raise InvalidKey(f"the key {self.key.id} is unknown now; {KEY_REMEDY}", param="Authorization")
+            check_active(key)
         elif self.access.needs_keys:
             raise InvalidKey(f"this server needs a key now; {KEY_REMEDY}", param="Authorization")
 

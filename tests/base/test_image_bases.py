@@ -180,6 +180,11 @@ def test_null_in_the_folders_preprocessing_is_the_familys_own(tmp_path: Path) ->
         ({"image_std": [1, 0, 1]}, "image_std is .*; give numbers above 0"),
         ({"image_mean": [0.5]}, "image_mean is .*; give three finite numbers"),
         ({"image_mean": [0.5, float("nan"), 0.5]}, "image_mean is .*; give three finite numbers"),
+        ({"rescale_factor": 10**400}, "rescale_factor is 1000"),
+        ({"rescale_factor": 1e-320}, "rescale_factor is .* too small or too large"),
+        ({"image_std": [1e-323] * 3, "rescale_factor": 1}, "rescale_factor is 1, too small or too large"),
+        ({"resample": 2.0}, "resample is 2.0; take 0 to 3"),
+        ({"resample": True}, "resample is True; take 0 to 3"),
         ({"resample": 4}, "resample is 4; take 0 to 3, nearest, lanczos, bilinear, bicubic"),
     ],
 )

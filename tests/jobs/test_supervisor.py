@@ -274,6 +274,28 @@ def test_a_job_that_runs_for_too_long_fails_and_the_next_one_begins(platform: Pl
     wait_until(lambda: [job.id, waiting.id] == STARTED)
 
 
+def test_an_overdue_job_is_not_started_again_where_its_end_cannot_be_recorded(
+    platform: Platform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = platform.create("acme")
+    platform.processes = replace(platform.processes, timeout_s=0.5)
+    platform.supervisor = platform.new_supervisor()
+    fail, refused = platform.jobs.fail, list[int]()
+
+    def locked_once(*arguments: Any) -> bool:
+        if not refused:
+            refused.append(1)
+            raise AccessDatabaseError("the database is locked")
+        return fail(*arguments)
+
+    monkeypatch.setattr(platform.jobs, "fail", locked_once)
+    platform.supervisor.start()
+    wait_until(lambda: platform.status(job) == "failed")
+    error = platform.jobs.get(job.id, None).error
+    assert error is not None and error["code"] == "training_timeout"
+    assert refused and [job.id] == STARTED
+
+
 def test_an_overdue_job_that_has_its_result_has_succeeded(platform: Platform) -> None:
     job = platform.create("acme")
     platform.processes = replace(platform.processes, timeout_s=1.0)

@@ -191,7 +191,8 @@ def test_a_share_that_has_ended_begins_no_waiting_job(base: FrozenBase, writer: 
         users["admin"].post(f"{JOBS}/{other['id']}/cancel")
 
 
-def test_a_stream_of_events_ends_with_its_key(base: FrozenBase, tmp_path: Path) -> None:
+@pytest.mark.parametrize("becomes", ["revoked", "unknown"])
+def test_a_stream_of_events_ends_with_its_key(base: FrozenBase, tmp_path: Path, becomes: str) -> None:
     store = AdapterStore(tmp_path / "store")
     kept, revoked = make_key(store.root, "acme"), make_key(store.root, "acme")
     settings = ServeSettings(store=store.root, max_training_jobs=0)
@@ -203,9 +204,16 @@ def test_a_stream_of_events_ends_with_its_key(base: FrozenBase, tmp_path: Path) 
         with users["revoked"].stream("GET", f"{JOBS}/{job}/events?stream=true") as answer:
             lines = answer.iter_lines()
             assert "created" in next(lines)
-            revoke_key(store.root, revoked.key.id)
+            if becomes == "revoked":
+                revoke_key(store.root, revoked.key.id)
+            else:
+                # As where an older backup was restored.
+                database = AccessDatabase(store.root)
+                with database.writing() as connection:
+                    connection.execute("DELETE FROM keys WHERE id = ?", (revoked.key.id,))
+                database.close()
             # The job waits for good: nothing else ends the stream.
             rest = [line for line in lines if line]
-        assert f"the key {revoked.key.id} is revoked" in rest[-1] and "invalid_api_key" in rest[-1]
+        assert f"the key {revoked.key.id} is {becomes}" in rest[-1] and "invalid_api_key" in rest[-1]
         assert users["revoked"].get(f"{JOBS}/{job}").status_code == 401
         assert users["kept"].get(f"{JOBS}/{job}").status_code == 200
