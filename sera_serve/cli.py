@@ -10,6 +10,7 @@ from typing import Annotated, Any, NoReturn, get_args, get_origin
 
 import typer
 from pydantic.fields import FieldInfo
+from typer.core import TyperCommand
 
 from adapters_store import StoreError
 from sera_serve.commands.adapters import adapters_app
@@ -36,8 +37,10 @@ def build_cli() -> typer.Typer:
         no_args_is_help=True,
         pretty_exceptions_enable=False,
     )
-    app.command("serve")(_with_settings(_serve, "Serve a frozen base model and the adapters of a store over HTTP."))
-    app.command("check-config")(
+    app.command("serve", cls=_PlainHelp)(
+        _with_settings(_serve, "Serve a frozen base model and the adapters of a store over HTTP.")
+    )
+    app.command("check-config", cls=_PlainHelp)(
         _with_settings(_check_config, "Check the settings as `serve` does, and print each with its source.")
     )
     app.command("doctor")(doctor_command)
@@ -46,6 +49,13 @@ def build_cli() -> typer.Typer:
     app.add_typer(keys_app, name="keys")
     app.add_typer(quotas_app, name="quotas")
     return app
+
+
+class _PlainHelp(TyperCommand):
+    """A command whose `--help` is no table: one would cut the long names of settings in a terminal of 80 columns."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **(options | {"rich_markup_mode": None}))
 
 
 def _with_settings(run: Callable[[Path | None, dict[str, Any]], None], text: str) -> Any:

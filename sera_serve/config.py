@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import (
     BaseSettings,
@@ -22,11 +21,17 @@ from pydantic_settings import (
 from sera_serve.access import checked_quotas
 from sera_serve.errors import InvalidConfiguration
 from sera_serve.quantization import Quantize
+from sera_serve.strict_yaml import load_yaml
 
 _ENV_PREFIX = "SERA_SERVE_"
 # The host takes as long for a pass of a GPU's layers with 512 tokens as with a few.
 _CPU_BATCH_TOKENS, _GPU_BATCH_TOKENS = 512, 2048
 _DEVICE = re.compile(r"cpu|cuda(:[0-9]{1,3})?", re.ASCII)
+
+# https://kubernetes.io/docs/concepts/services-networking/service/ (environment variables)
+_KUBERNETES = re.compile(
+    r"([A-Z0-9_]+_)?(SERVICE_HOST|SERVICE_PORT(_[A-Z0-9_]+)?|PORT(_[0-9]+_(TCP|UDP|SCTP)(_[A-Z]+)?)?)"
+)
 
 RELOADED = frozenset({"quotas", "tenant_weights"})
 """The settings that a running server reads again on SIGHUP."""
@@ -276,7 +281,10 @@ class ServeSettings(BaseSettings):
         pairs = [pair.split("=") for pair in value.split(",") if pair.strip()]
         if any(len(pair) != 2 for pair in pairs):
             raise ValueError("write tenant=weight,tenant=weight")
-        return {tenant.strip(): weight for tenant, weight in pairs}
+        weights = {tenant.strip(): weight for tenant, weight in pairs}
+        if len(weights) < len(pairs):
+            raise ValueError("a tenant has two weights; write each tenant once")
+        return weights
 
     @field_validator("tenant_weights")
     @classmethod
@@ -303,6 +311,12 @@ def load_settings(config: Path | None, flags: Mapping[str, Any]) -> ServeSetting
     content = _read_file(config, known)
     for variable in sorted(os.environ):
         name = variable.removeprefix(_ENV_PREFIX)
+        if name != variable and _KUBERNETES.fullmatch(name) and (name != "PORT" or "://" in os.environ[variable]):
+            raise InvalidConfiguration(
+                f"environment variable {variable} is Kubernetes' own, for a Service whose name begins with sera-serve; "
+                "set enableServiceLinks: false in the pod's spec, or give the Service another name",
+                param=variable,
+            )
         if name != variable and name.lower() not in known:
             raise InvalidConfiguration(
                 f"environment variable {variable}: {_unknown(name.lower(), known)}", param=variable
@@ -370,7 +384,7 @@ def _read_yaml(text: str) -> Any:
     PyYAML makes dates and numbers, and passes on whatever Python's own types raise: 2024-13-45 is a ValueError.
     """
     try:
-        return yaml.safe_load(text)
+        return load_yaml(text)
     except RecursionError:
         raise _NotYaml("it is nested too deeply") from None
     except Exception as error:

@@ -25,8 +25,9 @@ ALLOWED: dict[str, set[str]] = {
     "sera_serve.scripts": set(),
     # Options that are read without torch.
     "sera_serve.quantization": set(),
+    "sera_serve.strict_yaml": set(),
     "sera_serve.sera_config": SHARED,
-    "sera_serve.config": SHARED | {"sera_serve.access", "sera_serve.quantization"},
+    "sera_serve.config": SHARED | {"sera_serve.access", "sera_serve.quantization", "sera_serve.strict_yaml"},
     # Its users need nothing that a server needs.
     "sera_serve.client": set(),
     "sera_serve.layers": SHARED | {"sera_serve.quantization", "sera_serve.sera_config", "sera_kernels"},
@@ -55,6 +56,7 @@ ALLOWED: dict[str, set[str]] = {
     | {"sera_serve.access", "sera_serve.config", "sera_serve.engine", "adapters_store"},
     "sera_serve.trainer": SHARED
     | {"sera_serve.scripts", "sera_serve.terminal", "sera_serve.quantization", "sera_serve.sera_config"}
+    | {"sera_serve.strict_yaml"}
     | {"sera_serve.base", "sera_serve.layers", "adapters_store"},
 }
 # The entry points: they put the packages together.

@@ -20,12 +20,15 @@ class TokenBucket:
 
     A charge may come after the use, when its size is known, and may then exceed what is left: the bucket is in debt,
     and nothing more is allowed until it is paid. Libraries of rate limiters refuse such a charge, or forget it.
+
+    What was used before a limit was set or lowered is no debt: it empties the bucket, which is full again in a minute.
     """
 
     def __init__(self, now: float) -> None:
         """Make a full bucket."""
         self._used = 0.0
         self._at = now
+        self._limit = math.inf
 
     def used(self, limit: int | None, now: float) -> float:
         """What of the limit is used now. Without a limit: about what was used in the last minute."""
@@ -34,6 +37,9 @@ class TokenBucket:
             self._used *= math.exp(-passed / _MINUTE)
         else:
             self._used = max(0.0, self._used - passed * limit / _MINUTE)
+            if limit < self._limit:
+                self._used = min(self._used, limit)
+        self._limit = math.inf if limit is None else limit
         return self._used
 
     def charge(self, amount: float, limit: int | None, now: float) -> None:

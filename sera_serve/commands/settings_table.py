@@ -37,8 +37,9 @@ _INTRODUCTION = """# Settings
 Each setting is a flag of `sera-serve serve` (`--pool-mib 512`), a variable (`SERA_SERVE_POOL_MIB=512`), or a line of
 the YAML file given with `--config` (`pool_mib: 512`). What is true or false has two flags: `--access-log` and
 `--no-access-log`. A flag wins over a variable, and a variable over the file. A name that is not here is refused,
-wherever it stands. An empty `watch` or `lora_path_root` is none. `sera-serve check-config` reads them all as `serve`
-does, and says where each value comes from.
+wherever it stands. Kubernetes makes such variables in each pod for a Service named `sera-serve`: set
+`enableServiceLinks: false` in the pod's spec. An empty `watch` or `lora_path_root` is none. `sera-serve check-config`
+reads them all as `serve` does, and says where each value comes from.
 
 A running server reads the settings marked ↻ again when it gets SIGHUP; see [operators.md](operators.md).
 

@@ -11,6 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from sera_serve.errors import InvalidConfiguration
+from sera_serve.strict_yaml import load_yaml
 
 
 def flag(field: str) -> str:
@@ -46,7 +47,7 @@ def read_yaml(path: Path, known: Collection[str]) -> dict[str, Any]:
         InvalidConfiguration: It cannot be read, or has an option that is not one of `known`.
     """
     try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+        value = load_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidConfiguration(f"--config {path} cannot be read: {error}", param="config") from error
     except yaml.YAMLError as error:

@@ -118,6 +118,26 @@ def test_a_limit_that_changes_holds_at_once(rates: Rates) -> None:
     rates.admit("acme", Quota(requests_per_minute=11))
 
 
+@pytest.mark.parametrize("before", [None, 600])
+def test_what_was_used_before_a_lower_limit_is_no_debt(rates: Rates, clock: Clock, before: int | None) -> None:
+    free = Quota(requests_per_minute=before, tokens_per_minute=None if before is None else 10**6)
+    for _ in range(500):
+        rates.admit("acme", free)
+    rates.charge_tokens("acme", free, 300_000)
+    limited = Quota(requests_per_minute=10, tokens_per_minute=1000)
+    with pytest.raises(RateLimitExceeded) as refused:
+        rates.admit("acme", limited)
+    assert refused.value.retry_after == 6
+    assert {rate.reset_s for rate in rates.state("acme", limited).values()} == {60.0}
+    # A debt that was made under the limit stays.
+    clock.now += 60
+    rates.admit("acme", limited)
+    rates.charge_tokens("acme", limited, 3000)
+    clock.now += 60
+    with pytest.raises(RateLimitExceeded):
+        rates.admit("acme", limited)
+
+
 def test_the_use_of_a_tenant_without_limits_is_known(rates: Rates, clock: Clock) -> None:
     assert rates.used("acme", Quota()) == (0, 0)
     rates.admit("acme", Quota())

@@ -75,6 +75,8 @@ def _until_ready(output: IO[str]) -> list[str]:
 
 
 def test_every_setting_is_an_option() -> None:
+    narrow = CliRunner().invoke(build_cli(), ["serve", "--help"], env={"COLUMNS": "80", "NO_COLOR": "1"}).output
+    assert "…" not in narrow and all(f"--{name.replace('_', '-')} " in narrow for name in ServeSettings.model_fields)
     result = CliRunner().invoke(build_cli(), ["serve", "--help"], env={"COLUMNS": "200", "NO_COLOR": "1"})
     assert result.exit_code == 0
     options = set(re.findall(r"--[a-z-]+", result.output))

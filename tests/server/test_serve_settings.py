@@ -82,6 +82,9 @@ def test_an_empty_store_is_refused_by_its_source(tmp_path: Path, monkeypatch: py
         ("port: !!int ''", "config", "cannot be read"),
         ("quotas: {2024-13-45: {bytes: 1}}", "config", "cannot be read"),
         ("host: " + "[" * 2000, "config", "nested too deeply"),
+        ("port: 1\nhost: localhost\nport: 2", "config", "'port' is there twice"),
+        ("quotas: {acme: {bytes: 1}, acme: {adapters: 5}}", "config", "'acme' is there twice"),
+        ("tenant_weights: acme=1,acme=2", "tenant_weights", "two weights"),
         ("device: foo", "device", "cuda:1"),
         ("device: meta", "device", "write cpu"),
         ("device: cuda:x", "device", "write cpu"),
@@ -118,6 +121,35 @@ def test_quotas_of_a_variable_that_are_no_yaml_are_refused(monkeypatch: pytest.M
     with pytest.raises(InvalidConfiguration, match="not YAML") as caught:
         load_settings(None, {})
     assert caught.value.param == "quotas"
+
+
+def test_keys_that_are_merged_may_be_given_anew(tmp_path: Path) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text("quotas:\n  acme: &small {adapters: 5, bytes: 10}\n  other: {<<: *small, bytes: 20}\n")
+    assert load_settings(file, {}).quotas == {
+        "acme": {"adapters": 5, "bytes": 10},
+        "other": {"adapters": 5, "bytes": 20},
+    }
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("SERA_SERVE_SERVICE_HOST", "10.0.0.1"),
+        ("SERA_SERVE_SERVICE_PORT", "8000"),
+        ("SERA_SERVE_SERVICE_PORT_HTTP", "8000"),
+        ("SERA_SERVE_PORT", "tcp://10.0.0.1:8000"),
+        ("SERA_SERVE_PORT_8000_TCP_ADDR", "10.0.0.1"),
+        ("SERA_SERVE_EAST_SERVICE_HOST", "10.0.0.1"),
+    ],
+)
+def test_variables_of_a_service_of_kubernetes_are_refused_with_the_way_out(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(InvalidConfiguration, match="enableServiceLinks: false") as caught:
+        load_settings(None, {})
+    assert caught.value.param == variable
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda", "cuda:0", "cuda:15"])

@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from sera_serve.errors import InvalidConfiguration
+from sera_serve.strict_yaml import load_yaml
 from sera_serve.trainer.baselines import ADAPTER_OPTIONS, BASELINES, WITH_LORA_B, BaselineShape
 from sera_serve.trainer.methods import METHODS
 from sera_serve.trainer.settings import ADAPTER, TrainSettings
@@ -524,7 +525,7 @@ def read_plan(path: Path, bases: Mapping[str, str] | None = None) -> ComparePlan
         InvalidConfiguration: The file cannot be read, or a value is impossible. The message names the place.
     """
     try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+        value = load_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidConfiguration(f"plan {path} cannot be read: {error}", param="plan") from error
     except yaml.YAMLError as error:

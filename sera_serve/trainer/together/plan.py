@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from sera_serve.errors import InvalidConfiguration
+from sera_serve.strict_yaml import load_yaml
 from sera_serve.trainer.settings import TrainSettings, load_options
 
 # One base, one store, one device: what the jobs of a plan share.
@@ -105,7 +106,7 @@ def _check_together(jobs: list[TrainSettings], path: Path) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+        value = load_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise _refused(f"--jobs {path} cannot be read: {error}") from error
     except (yaml.YAMLError, RecursionError) as error:
