@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -30,6 +28,7 @@ from adapters_store.format.bundle import DEFAULT_LIMITS, AdapterBundle, validate
 from adapters_store.format.config import AdapterConfig
 from adapters_store.format.containers import config_of
 from adapters_store.format.safetensors_file import BundleLimits, header_length, parse_header
+from adapters_store.integrity import DamageLog, IntegrityCheck
 from adapters_store.names import (
     LATEST,
     AdapterRef,
@@ -43,6 +42,7 @@ from adapters_store.records import (
     AdapterFacts,
     AdapterInfo,
     AdapterSummary,
+    FactsCache,
     Freed,
     Page,
     Published,
@@ -56,6 +56,8 @@ MOST_ALIASES = 100
 _RACES = 3
 # Ids read at once where a listing skips adapters that are gone, or goes through the whole store.
 _IDS_AT_ONCE = 256
+# What becomes of an adapter whose record is damaged, for the log.
+_LEFT_OUT = "left out of lists"
 # The header of most bundles, configuration included, is shorter.
 _HEADER_BYTES = 64 << 10
 # Bytes, about, of facts that are read from bundles because their version's record has none.
@@ -93,8 +95,9 @@ class AdapterStore:
     def _use(self, backend: Backend, limits: BundleLimits) -> None:
         self._backend = backend
         self._limits = limits
-        self._facts = _FactsCache(_FACTS_BYTES)
-        self._held = HeldCounter(backend)
+        self._facts = FactsCache(_FACTS_BYTES)
+        self._damage = DamageLog()
+        self._held = HeldCounter(backend, self._damage)
 
     @property
     def root(self) -> Path:
@@ -238,6 +241,8 @@ class AdapterStore:
     ) -> Page:
         """One page of the adapters, each by its latest version, in order of id; only that page is read.
 
+        An adapter whose record is damaged is left out, and named once in the log: one file must not hide all others.
+
         Args:
             tenant: Only this tenant's adapters.
             after: The page begins with the first id above this one, which need not exist.
@@ -256,20 +261,32 @@ class AdapterStore:
                 return Page(tuple(found), next=found[-1].adapter)
             if between is not None:
                 between()
-            try:
-                found.append(AdapterSummary(**self._summary(adapter, self._find(AdapterRef(adapter, LATEST)))))
-            except AdapterNotFound:
-                # Deleted meanwhile, or a kill came before its first version.
-                continue
+            if (summary := self.listed_summary(adapter)) is not None:
+                found.append(summary)
         return Page(tuple(found), next=None)
 
+    def listed_summary(self, adapter: str) -> AdapterSummary | None:
+        """The latest version of `tenant/name` as lists have it; None where lists leave the adapter out."""
+        try:
+            return AdapterSummary(**self._summary(adapter, self._find(AdapterRef(adapter, LATEST))))
+        except AdapterNotFound:
+            # Deleted meanwhile, or a kill came before its first version.
+            return None
+        except StoreCorrupted as error:
+            self._damage.report(adapter, _LEFT_OUT, error)
+            return None
+
     def iter_adapters(self, tenant: str | None = None) -> Iterator[AdapterInfo]:
-        """All adapters in order of id, each by its latest version; raises as `list_page` does."""
+        """All adapters in order of id, each by its latest version; leaves out and raises as `list_page` does."""
         for adapter in self._ids(tenant, "", _IDS_AT_ONCE):
             try:
-                yield self.inspect(adapter)
+                info = self.inspect(adapter)
             except AdapterNotFound:
                 continue
+            except StoreCorrupted as error:
+                self._damage.report(adapter, _LEFT_OUT, error)
+                continue
+            yield info
 
     def count_adapters(self) -> int:
         """The number of adapters, read from the names alone; a kill may have left a name too many."""
@@ -278,9 +295,11 @@ class AdapterStore:
     def held(self, tenant: str) -> Held:
         """How many adapters a tenant has, and their bytes. Reads again only what has changed since the last call.
 
+        A version whose record is damaged has an unknown size. It counts as the tenant's largest other version, and is
+        named once in the log. So damage frees no room in a quota, and the tenant may still publish, and delete.
+
         Raises:
             InvalidAdapterName: `tenant` is not of the allowed form.
-            StoreCorrupted: A record is damaged.
         """
         check_part(tenant, "tenant")
         return self._held.count(tenant)
@@ -345,6 +364,9 @@ class AdapterStore:
     def delete(self, ref: str) -> Freed:
         """Delete a whole adapter (`tenant/name`), or one version of it (any reference with `@`).
 
+        A damaged record does not stop the deletion of its adapter, nor of its version by number. Its bundle then stays
+        until `collect_garbage`.
+
         `latest` moves to the newest version that remains. Version numbers are never used again. A bundle goes with
         the last version that refers to it, in whichever adapter.
 
@@ -358,11 +380,14 @@ class AdapterStore:
         parsed = parse_ref(ref)
         while True:
             manifest = self._backend.manifest(parsed.adapter)
-            version = self._find(parsed).version
-            if "@" not in ref:
+            if "@" in ref:
+                known = isinstance(parsed.selector, int) and parsed.selector in manifest.versions
+                version = int(parsed.selector) if known else self._find(parsed).version
+                change = self._deletion(parsed.adapter, version, manifest)
+            elif manifest.versions:
                 change = Change(remove_versions=manifest.versions)
             else:
-                change = self._deletion(parsed.adapter, version, manifest)
+                raise self._not_found(parsed.adapter, None)
             result = self._backend.commit(parsed.adapter, change, manifest.revision)
             if result.outcome is Outcome.COMMITTED:
                 return replace(result.freed, adapter_gone=set(change.remove_versions) >= set(manifest.versions))
@@ -389,38 +414,30 @@ class AdapterStore:
         return self._backend.check()
 
     def check_integrity(self) -> None:
-        """Read everything: every version's bundle has its digest, every alias points to a version.
-
-        Others may write meanwhile. What they delete is no fault.
+        """Read everything; raises the first of `faults`.
 
         Raises:
             StoreCorrupted: The first fault; the message names the file or the alias.
         """
-        for adapter in self._ids(None, "", _IDS_AT_ONCE):
-            while True:
-                manifest = self._backend.manifest(adapter)
-                try:
-                    self._check_adapter(adapter, manifest)
-                    break
-                except StoreCorrupted:
-                    if self._backend.manifest(adapter).revision == manifest.revision:
-                        raise
+        for found in self.faults():
+            if found:
+                raise found[0]
 
-    def _check_adapter(self, adapter: str, manifest: Manifest) -> None:
-        for record in self._records(adapter, manifest):
-            try:
-                self.load(record.digest)
-            except AdapterNotFound as error:
-                raise StoreCorrupted(
-                    f"the bundle of {adapter}@v{record.version} is missing; publish it again",
-                    param=adapter,
-                ) from error
-        for alias, version in manifest.aliases.items():
-            if version not in manifest.versions:
-                raise StoreCorrupted(
-                    f"alias {adapter}@{alias} points to v{version}, which is not there; point it again",
-                    param=adapter,
-                )
+    def faults(self, latest_only: bool = False) -> Iterator[tuple[StoreCorrupted, ...]]:
+        """Read everything: every version's bundle has its digest, every alias points to a version.
+
+        Others may write meanwhile. What they delete is no fault.
+
+        Args:
+            latest_only: Only the latest version of each adapter is read.
+
+        Yields:
+            The faults of one adapter after the other, in order of id; none for an adapter that is as it was written.
+        """
+        check = IntegrityCheck(self._backend, self.load)
+        for adapter in self._ids(None, "", _IDS_AT_ONCE):
+            if (found := check.faults(adapter, latest_only)) is not None:
+                yield found
 
     def has(self, digest: str) -> bool:
         """Whether a bundle is in the store."""
@@ -564,37 +581,6 @@ class AdapterStore:
                 param="adapter",
             )
         return AdapterNotFound(f"adapter {adapter!r} has no {what}; its newest are {known}", param="adapter")
-
-
-class _FactsCache:
-    """Facts by digest, least recently used first out, bounded by their size in memory: labels may be long."""
-
-    def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
-        self._bytes = 0
-        self._facts: OrderedDict[str, AdapterFacts] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, digest: str) -> AdapterFacts | None:
-        with self._lock:
-            if (facts := self._facts.get(digest)) is not None:
-                self._facts.move_to_end(digest)
-            return facts
-
-    def put(self, digest: str, facts: AdapterFacts) -> None:
-        with self._lock:
-            if digest in self._facts:
-                return
-            self._facts[digest] = facts
-            self._bytes += _bytes_of(facts)
-            while self._bytes > self._max_bytes:
-                _, dropped = self._facts.popitem(last=False)
-                self._bytes -= _bytes_of(dropped)
-
-
-def _bytes_of(facts: AdapterFacts) -> int:
-    # Four bytes a character at most, some 60 for a string, some 2,000 for the models around them.
-    return 2000 + sum(60 + 4 * len(label) for label in facts.labels or ())
 
 
 def _describe(bundle: AdapterBundle, version: int) -> VersionRecord:

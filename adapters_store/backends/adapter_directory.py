@@ -73,7 +73,11 @@ class AdapterDirectory:
         except (FileNotFoundError, NotADirectoryError):
             return None
         if record.version != version:
-            raise StoreCorrupted(f"{path} describes version v{record.version}", param=path)
+            raise StoreCorrupted(
+                f"{path} describes version v{record.version}; restore it from a backup, or delete it to give up what "
+                "it names",
+                param=path,
+            )
         return record
 
     def digests(self, skip_damaged: bool) -> dict[int, str]:

@@ -128,7 +128,11 @@ def _serve(settings: ServeSettings, read: Callable[[], ServeSettings] | None, wa
             reload = SettingsReloader(given, read, taken).request
 
         def announce() -> None:
-            describe_server(console, settings, engine, app.state.access, *ports)
+            try:
+                describe_server(console, settings, engine, app.state.access, *ports)
+            except Exception:
+                # A courtesy: the server serves whether it can be written or not.
+                logger.warning("the server is ready, and cannot describe what it serves", exc_info=True)
             if reload is not None and was_asked():
                 reload()
 
@@ -297,14 +301,15 @@ def describe_server(
         console.print(f"{command} --scopes infer,publish", highlight=False, soft_wrap=True)
     if needs_keys:
         console.print(f"\n# in the commands below, {KEY_VARIABLE} is a key", style="dim", highlight=False)
-    for title, path, body in _examples(base, store):
+    adapters = _adapters_by_kind(base, store)
+    for title, path, body in _examples(base, adapters):
         console.print(f"\n# {title}", style="dim", highlight=False)
         # A wrapped command could not be pasted.
         console.print(curl_line(f"{url}{path}", body, needs_keys), highlight=False, soft_wrap=True)
         if path == CHAT_PATH:
             console.print("\n# the same with OpenAI's client for Python", style="dim", highlight=False)
             console.print(client_lines(f"{url}/v1", body, needs_keys), highlight=False, soft_wrap=True)
-    if (adapter := _image_classifier(base, store)) is not None:
+    if base.image_tower is not None and (adapter := adapters.get("image-classify")) is not None:
         console.print(f"\n# classify an image with {adapter}", style="dim", highlight=False)
         line = f"{_curl(needs_keys)} {url}/v1/classify -F adapter={shlex.quote(adapter)} -F image=@photo.jpg"
         console.print(line, highlight=False, soft_wrap=True)
@@ -349,22 +354,8 @@ def client_lines(url: str, body: dict[str, Any], needs_keys: bool = False) -> st
     )
 
 
-def _image_classifier(base: FrozenBase, store: AdapterStore) -> str | None:
-    """An adapter that classifies images with this base, or None."""
-    for info in store.list_page(limit=_LOOKED_AT).adapters if base.image_tower is not None else ():
-        if info.task != "image-classify":
-            continue
-        try:
-            check_base(store.config(info.digest), base.info, base.module_shapes())
-        except StoreError:
-            # The adapter was made for another base.
-            continue
-        return info.adapter
-    return None
-
-
-def _examples(base: FrozenBase, store: AdapterStore) -> list[tuple[str, str, dict[str, Any]]]:
-    """Choose requests that this server can serve, as (title, path, body): one for each kind of adapter."""
+def _adapters_by_kind(base: FrozenBase, store: AdapterStore) -> dict[str, str]:
+    """One adapter that this base serves for each task, `chat` among them. What cannot be read is left out."""
     found: dict[str, str] = {}
     shapes = base.module_shapes()
     for info in store.list_page(limit=_LOOKED_AT).adapters:
@@ -374,9 +365,14 @@ def _examples(base: FrozenBase, store: AdapterStore) -> list[tuple[str, str, dic
         try:
             check_base(store.config(info.digest), base.info, shapes)
         except StoreError:
-            # The adapter was made for another base, so a request for it would be refused.
+            # The adapter was made for another base, so a request for it would be refused; or its bundle is damaged.
             continue
         found[kind] = info.adapter
+    return found
+
+
+def _examples(base: FrozenBase, found: dict[str, str]) -> list[tuple[str, str, dict[str, Any]]]:
+    """Choose requests that this server can serve, as (title, path, body): one for each kind of adapter."""
     examples: list[tuple[str, str, dict[str, Any]]] = []
     if adapter := found.get("chat"):
         messages = [{"role": "user", "content": EXAMPLES.get(adapter, "Hello!")}]

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import suppress
 from heapq import merge
 from itertools import islice
 
 from adapters_store import AdapterStore, AdapterSummary, Page
-from adapters_store.errors import AdapterNotFound
 from sera_serve.server.auth import Caller
 from sera_serve.threads import pause
 
@@ -39,10 +37,11 @@ def visible_page(caller: Caller, store: AdapterStore, after: str | None, limit: 
 def _shared(caller: Caller, store: AdapterStore, own: str, after: str, tenant: str | None) -> Iterator[AdapterSummary]:
     for adapter in caller.access.shared_with(own, after):
         pause()
-        if tenant is None or adapter.startswith(f"{tenant}/"):
-            # Deleted by a command, maybe, which may come before the end of its shares.
-            with suppress(AdapterNotFound):
-                yield store.summary(adapter)
+        if tenant is not None and not adapter.startswith(f"{tenant}/"):
+            continue
+        # Deleted by a command, maybe, which may come before the end of its shares.
+        if (summary := store.listed_summary(adapter)) is not None:
+            yield summary
 
 
 def _id(summary: AdapterSummary) -> str:

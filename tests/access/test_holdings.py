@@ -73,8 +73,8 @@ def test_only_what_has_changed_is_read_again(
     for name in "abc":
         store.publish(bundles[0], f"acme/{name}")
     read: list[str] = []
-    count = HeldCounter._bytes
-    monkeypatch.setattr(HeldCounter, "_bytes", lambda self, adapter: read.append(adapter) or count(self, adapter))
+    count = HeldCounter._sizes
+    monkeypatch.setattr(HeldCounter, "_sizes", lambda self, adapter: read.append(adapter) or count(self, adapter))
     # Changes within a tick of the file system's clock cannot be told apart: settled is what is older.
     monkeypatch.setattr("adapters_store.backends.adapter_directory._TICK_NS", 0)
     assert store.held("acme").adapters == 3
@@ -170,3 +170,43 @@ def test_an_old_count_is_renewed_beside_the_publication(store: AdapterStore, bun
         return False
 
     wait_until(is_refused)
+
+
+def test_a_damaged_record_counts_as_the_largest_other_version(
+    store: AdapterStore,
+    base: FrozenBase,
+    bundles: list[AdapterBundle],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Every stamp is settled.
+    monkeypatch.setattr("adapters_store.backends.adapter_directory._TICK_NS", 0)
+    large = random_adapter(base, SeraConfig(8, 1, 8, ("q_proj",)), 9)
+    small, large_size = bundles[0].file_bytes, large.file_bytes
+    assert large_size > small
+    store.publish(bundles[0], "acme/a")
+    store.publish(large, "acme/b")
+    record = store.root / "adapters" / "acme" / "a" / "versions" / "v1.json"
+    record.write_bytes(b"")
+    # As after a restart: a count that was made before stays.
+    store = AdapterStore(store.root)
+    for _ in range(2):
+        assert store.held("acme") == Held(2, 2 * large_size)
+    assert len(caplog.records) == 1 and "acme/a is counted with an unknown size" in caplog.text
+    # No quota is passed by, and the tenant may go on within its quota.
+    holdings = limited(store, adapters=2)
+    with pytest.raises(QuotaExceeded, match="has 2 adapters"):
+        publish(holdings, store, bundles[1], "acme/c")
+    publish(holdings, store, bundles[1], "acme/b")
+    store.delete("acme/a")
+    holdings.note_deleted("acme/a")
+    publish(holdings, store, bundles[2], "acme/c")
+    # A file that is restored in place is read again.
+    other = AdapterStore(store.root)
+    other.publish(bundles[0], "acme2/a")
+    record = store.root / "adapters" / "acme2" / "a" / "versions" / "v1.json"
+    whole = record.read_bytes()
+    record.write_bytes(b"")
+    assert store.held("acme2") == Held(1, 0)
+    record.write_bytes(whole)
+    assert store.held("acme2") == Held(1, small)

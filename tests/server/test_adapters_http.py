@@ -151,3 +151,20 @@ def test_a_hostile_name_in_the_path(
     request.url = request.url.copy_with(raw_path=f"/v1/adapters/{path}".encode())
     refused(client.send(request), status, code)
     assert store.resolve("demo/sorter").version == 1
+
+
+def test_a_damaged_record_hides_no_other_adapter_and_can_be_deleted(
+    client: httpx.Client, store: AdapterStore, writer: AdapterBundle
+) -> None:
+    for name in ("worn/a", "worn/b"):
+        store.publish(writer, name)
+    (store.root / "adapters" / "worn" / "a" / "versions" / "v1.json").write_bytes(b"")
+    page = client.get("/v1/adapters", params={"tenant": "worn"}).json()
+    assert [adapter["adapter"] for adapter in page["adapters"]] == ["worn/b"]
+    models = [model["id"] for model in client.get("/v1/models").json()["data"]]
+    assert "worn/b" in models and "worn/a" not in models
+    assert client.get("/v1/quotas/worn").json()["usage"]["adapters"] == 2
+    refused(client.get("/v1/adapters/worn/a"), 500, "store_corrupted")
+    assert client.delete("/v1/adapters/worn/a").json() == {"adapter": "worn/a", "deleted": True}
+    refused(client.get("/v1/adapters/worn/a"), 404, "adapter_not_found")
+    assert client.delete("/v1/models/worn/b").status_code == 200

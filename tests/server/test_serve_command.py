@@ -163,6 +163,20 @@ def test_sighup_while_the_base_loads_is_taken_once_the_server_is_there(
     assert "changed: tenant_weights" in caplog.text and "only a restart" not in caplog.text
 
 
+def test_a_server_that_cannot_describe_itself_serves(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def describe(*arguments: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise OSError("a record cannot be read")
+
+    monkeypatch.setattr(serve, "describe_server", describe)
+    arguments = ["--base", str(folder), "--port", "0", "--store", str(tmp_path / "store"), "--pool-mib", "1"]
+    result = CliRunner().invoke(build_cli(), ["serve", *arguments])
+    assert result.exit_code == 0 and result.output.endswith("stopped\n")
+    assert "cannot describe what it serves" in caplog.text and "a record cannot be read" in caplog.text
+
+
 def test_a_port_in_use_is_refused_before_the_base_is_loaded(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = str(other.getsockname()[1])
@@ -212,6 +226,24 @@ def test_the_printed_lines_work_when_pasted_and_sigterm_ends_gracefully(folder: 
         assert time.monotonic() - started < 15
         assert process.stdout is not None
         assert process.stdout.read().endswith("stopped\n")
+
+
+def test_a_damaged_record_does_not_keep_a_server_from_its_start(folder: Path, tmp_path: Path) -> None:
+    served = load_base(str(folder))
+    config = SeraConfig(4, 2, 8, ("q_proj",))
+    store = AdapterStore(tmp_path / "store")
+    for name in ("aaa/damaged", "demo/writer"):
+        store.publish(random_adapter(served, config, seed=1), name)
+    (store.root / "adapters" / "aaa" / "damaged" / "versions" / "v1.json").write_bytes(b"")
+    arguments = ["--base", folder, "--store", store.root, "--port", "0", "--pool-mib", "4"]
+    with running(*arguments, "--kv-cache-tokens", "1024") as (process, lines):
+        text = "\n".join(lines)
+        assert "generate with demo/writer" in text
+        assert text.count("adapter aaa/damaged is left out of lists") == 1
+        listed = _as_curl(shlex.split(lines[-1])).json()
+        assert [adapter["adapter"] for adapter in listed["adapters"]] == ["demo/writer"]
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=20) == 0
 
 
 @pytest.mark.slow

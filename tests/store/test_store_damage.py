@@ -173,3 +173,82 @@ def test_opening_clears_leftovers_only_when_nobody_writes(store: AdapterStore) -
         assert leftover.exists()
     AdapterStore(store.root)
     assert not list((store.root / "tmp").iterdir())
+
+
+def damage_record(store: AdapterStore, adapter: str, version: int = 1) -> Path:
+    path = store.root / "adapters" / adapter / "versions" / f"v{version}.json"
+    path.write_bytes(b"")
+    return path
+
+
+def test_lists_leave_a_damaged_record_out_and_name_it_once(
+    store: AdapterStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    for seed, name in enumerate(("acme/a", "acme/b", "acme/c", "zoo/d")):
+        store.publish(make_bundle(seed), name)
+    path = damage_record(store, "acme/b")
+    for _ in range(3):
+        first = store.list_page(limit=2)
+        assert [info.adapter for info in first.adapters] == ["acme/a", "acme/c"] and first.next == "acme/c"
+        assert [info.adapter for info in store.list_page("acme").adapters] == ["acme/a", "acme/c"]
+        assert [info.adapter for info in store.iter_adapters()] == ["acme/a", "acme/c", "zoo/d"]
+        assert store.count_adapters() == 4
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "acme/b is left out of lists" in caplog.text and str(path) in caplog.text
+    damage_record(store, "zoo/d")
+    assert [info.adapter for info in store.iter_adapters()] == ["acme/a", "acme/c"]
+    assert len(caplog.records) == 2 and "zoo/d" in caplog.records[1].getMessage()
+
+
+def test_an_adapter_with_a_damaged_record_can_be_deleted(store: AdapterStore) -> None:
+    digests = [store.publish(make_bundle(seed), NAME).digest for seed in (1, 2)]
+    damage_record(store, NAME)
+    freed = store.delete(NAME)
+    assert freed.adapter_gone and freed.digests == (digests[1],)
+    assert list(store.iter_adapters()) == [] and store.count_adapters() == 0
+    with pytest.raises(AdapterNotFound):
+        store.delete(NAME)
+    # Nobody knew what the damaged record referred to.
+    assert store.collect_garbage().digests == (digests[0],)
+    assert store.publish(make_bundle(3), NAME).version == 3
+
+
+def test_a_version_with_a_damaged_record_can_be_deleted_by_its_number(store: AdapterStore) -> None:
+    for seed in (1, 2):
+        store.publish(make_bundle(seed), NAME)
+    damage_record(store, NAME, 2)
+    with pytest.raises(StoreCorrupted):
+        store.resolve(NAME)
+    assert not store.delete(f"{NAME}@v2").adapter_gone
+    assert store.resolve(NAME).version == 1
+    with pytest.raises(AdapterNotFound, match="v2"):
+        store.delete(f"{NAME}@v2")
+    store.collect_garbage()
+    store.check_integrity()
+
+
+def test_an_adapter_whose_latest_version_is_missing_can_be_deleted(store: AdapterStore) -> None:
+    for seed in (1, 2):
+        store.publish(make_bundle(seed), NAME)
+    (store.root / "adapters" / NAME / "versions" / "v2.json").unlink()
+    assert store.delete(NAME).adapter_gone
+    assert list(store.iter_adapters()) == []
+
+
+def test_every_fault_is_found(store: AdapterStore) -> None:
+    for seed, name in enumerate(("acme/a", "acme/b", "acme/c", "acme/d", "acme/e")):
+        store.publish(make_bundle(seed), name)
+    store.publish(make_bundle(7), "acme/c")
+    for name in ("acme/a@v1", "acme/c@v1", "acme/c@v2"):
+        bundle_path(store, store.resolve(name).digest).unlink()
+    damage_record(store, "acme/b")
+    store.set_alias("acme/d", "stable", "acme/d@v1")
+    (store.root / "adapters/acme/d/aliases/stable.json").write_text('{"version": 8}')
+    (store.root / "adapters/acme/e/aliases/latest.json").write_text("{")
+    found = list(store.faults())
+    words = ["bundle of acme/a@v1 is missing", "acme/b/versions/v1.json is damaged", "bundle of acme/c@v1", "acme/c@v2"]
+    words += ["alias acme/d@stable points to v8", "acme/e/aliases/latest.json is damaged"]
+    messages = [fault.message for faults in found for fault in faults]
+    assert len(messages) == len(words) and all(map(str.__contains__, messages, words))
+    assert [len(faults) for faults in found] == [1, 1, 2, 1, 1]
+    assert [len(faults) for faults in store.faults(latest_only=True)] == [1, 1, 1, 1, 1]

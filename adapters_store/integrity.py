@@ -1,0 +1,105 @@
+"""Damage in a store: a log that names each damaged file once, and the check of an adapter's versions and aliases."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+
+from adapters_store.backends.interface import Backend, Manifest
+from adapters_store.errors import AdapterNotFound, StoreCorrupted
+from adapters_store.names import LATEST
+
+logger = logging.getLogger("adapters_store")
+# Damaged files that are named; some 200 bytes each. A store with more has lost its disk.
+_MOST_NAMED = 10_000
+
+
+class DamageLog:
+    """Names damaged files in the log, each once: lists and counts of a busy server meet the same file all the time."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._named: set[str] = set()
+
+    def report(self, adapter: str, effect: str, error: StoreCorrupted) -> None:
+        """Log that an adapter is damaged, unless the file was named before.
+
+        Args:
+            adapter: `tenant/name`.
+            effect: What becomes of the adapter, as the end of a sentence.
+            error: The damage; `param` is the file.
+        """
+        file = error.param or error.message
+        with self._lock:
+            if file in self._named or len(self._named) >= _MOST_NAMED:
+                return
+            self._named.add(file)
+        logger.warning("adapter %s is %s: %s", adapter, effect, error.message)
+
+
+class IntegrityCheck:
+    """Reads the versions and aliases of adapters while others may write. What they delete is no fault."""
+
+    def __init__(self, backend: Backend, load: Callable[[str], object]) -> None:
+        """Check by a backend.
+
+        Args:
+            backend: Has the records.
+            load: Reads the bundle of a digest; raises AdapterNotFound and StoreCorrupted.
+        """
+        self._backend = backend
+        self._load = load
+
+    def faults(self, adapter: str, latest_only: bool = False) -> tuple[StoreCorrupted, ...] | None:
+        """All faults of one adapter; None where there is no such adapter.
+
+        Args:
+            adapter: `tenant/name`.
+            latest_only: Read no other version than the latest.
+        """
+        before: str | None = None
+        found: tuple[StoreCorrupted, ...] = ()
+        while True:
+            try:
+                manifest = self._backend.manifest(adapter)
+            except StoreCorrupted as error:
+                return (error,)
+            if not manifest.versions:
+                return None
+            if manifest.revision == before:
+                # Nothing was deleted while the faults were found.
+                return found
+            found = tuple(self._found(adapter, manifest, latest_only))
+            if not found:
+                return ()
+            before = manifest.revision
+
+    def _found(self, adapter: str, manifest: Manifest, latest_only: bool) -> Iterator[StoreCorrupted]:
+        latest = manifest.aliases[LATEST]
+        for version in manifest.versions:
+            if latest_only and version != latest:
+                continue
+            try:
+                record = self._backend.version(adapter, version)
+                if record is not None:
+                    self._load(record.digest)
+            except AdapterNotFound:
+                yield StoreCorrupted(
+                    f"the bundle of {adapter}@v{version} is missing; publish it again, or delete the version",
+                    param=adapter,
+                )
+            except StoreCorrupted as error:
+                yield error
+            except OSError as error:
+                yield StoreCorrupted(
+                    f"{adapter}@v{version} cannot be read ({error.strerror}: {error.filename}); check the disk, and "
+                    "the permissions of the file",
+                    param=adapter,
+                )
+        for alias, version in manifest.aliases.items():
+            if version not in manifest.versions:
+                yield StoreCorrupted(
+                    f"alias {adapter}@{alias} points to v{version}, which is not there; point it again",
+                    param=adapter,
+                )
