@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import threading
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -134,6 +136,26 @@ class AuditLog:
 
 
 class _Handler(ConcurrentRotatingFileHandler):
+    def do_write(self, msg: str) -> None:
+        """Append a line whole, or raise OSError and leave the file as it was. The caller holds the file's lock.
+
+        The library's own method leaves the rest of a refused line in the stream, which then writes the rest before the
+        next line. A write to the descriptor leaves nothing behind.
+        """
+        if self.stream is None or self.stream.closed:
+            self.stream = self.do_open()
+        descriptor = self.stream.fileno()
+        size = os.fstat(descriptor).st_size
+        # Half of a surrogate pair becomes JSON's own escape.
+        line = (msg + self.terminator).encode("utf-8", "backslashreplace")
+        try:
+            while line:
+                line = line[os.write(descriptor, line) :]
+        except OSError:
+            with suppress(OSError):
+                os.ftruncate(descriptor, size)
+            raise
+
     def handleError(self, record: logging.LogRecord) -> None:
         """Raise what writing a record raised: logging would print it to stderr."""
         raise

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 
 from adapters_store import STORE_MARK, AdapterStore
 from sera_serve.access import COMMAND, Actor, AuditLog
+from support.small_disk import fill_bytes, small_disk
 
 WRITERS, LINES = 4, 60
 
@@ -88,3 +91,45 @@ def test_a_failure_is_logged_with_the_line_and_raises_nothing(tmp_path: Path, ca
         assert "0123456789ab" in caplog.text and "cannot be written" in caplog.text
         caplog.clear()
     assert not list((tmp_path / "unmounted").iterdir())
+
+
+def test_a_full_disk_leaves_no_part_of_a_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store = AdapterStore(tmp_path / "store").root
+    with small_disk(store / "access", mib=1) as disk:
+        log = AuditLog(store)
+        log.record("key.create", COMMAND, tenant="acme", target="before")
+        fill_bytes(disk)
+        for line in range(40):
+            # Some lines still find room in the last block of the file.
+            log.record("key.create", COMMAND, tenant="acme", target=f"full{line}", address_of="x" * 300)
+        lost = [f"full{line}" for line in range(40) if f'"target": "full{line}"' in caplog.text]
+        assert len(lost) > 20
+        (disk / "filler").unlink()
+        log.record("key.create", COMMAND, tenant="acme", target="after")
+        log.close()
+        targets = [json.loads(line)["target"] for line in log.path.read_text("utf-8").splitlines()]
+    assert targets == ["before", *(f"full{line}" for line in range(40) if f"full{line}" not in lost), "after"]
+
+
+@pytest.mark.parametrize("taken", [0, 30])
+def test_a_refused_write_leaves_no_part_of_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, taken: int
+) -> None:
+    """The twin of the full disk. `taken` bytes of the line find room."""
+    log = AuditLog(AdapterStore(tmp_path).root)
+    log.record("key.create", COMMAND, tenant="acme", target="before")
+    write, refused = os.write, list[int]()
+
+    def full(descriptor: int, data: bytes) -> int:
+        if b'"refused"' in data and taken:
+            return write(descriptor, data[:taken])
+        refused.append(len(data))
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "write", full)
+    log.record("key.create", COMMAND, tenant="acme", target="refused")
+    monkeypatch.undo()
+    assert refused and "refused" in caplog.text
+    log.record("key.create", COMMAND, tenant="acme", target="\ud800 after")
+    log.close()
+    assert [json.loads(line)["target"] for line in log.path.read_text().splitlines()] == ["before", "\ud800 after"]
