@@ -7,7 +7,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from adapters_store.backends.durable import file_lock, make_directory, names_in, put_text, try_file_lock
@@ -41,9 +41,15 @@ class StoreRoot:
 
     Locks, in the order in which a writer takes them:
 
+    0. `locks/gate`, shared, for a moment: a writer gives it back before it asks for the next lock;
     1. `locks/writers`, shared, for every write;
     2. the stripe of the adapter, for a change to an adapter;
     3. the stripe of a digest, or the lock of the name index; one at a time.
+
+    `exclusive` holds `locks/gate` alone until it has `locks/writers` alone. The kernel would let new sharers of
+    `locks/writers` pass it for ever; so they wait at the gate, and those that are inside come to an end. No owner of
+    any other lock ever waits for the gate, so no two wait for each other. A release that knows no gate passes it by:
+    `exclusive` may then wait longer. Where the gate's file cannot be made, writers and `exclusive` go without it.
 
     The owner of `locks/writers` alone (`exclusive`) therefore knows that no process writes, and that `tmp` holds
     nothing but what killed writers left.
@@ -65,9 +71,12 @@ class StoreRoot:
     @contextmanager
     def writing(self) -> Iterator[None]:
         """Hold the writers' lock shared; turns the system's refusals into `StoreWriteFailed`."""
-        with self._refusals_typed(), file_lock(f"{self._locks}/writers", shared=True):
-            self.ensure_reachable()
-            yield
+        with self._refusals_typed():
+            with self._gate(shared=True):
+                pass
+            with file_lock(f"{self._locks}/writers", shared=True):
+                self.ensure_reachable()
+                yield
 
     @contextmanager
     def changing(self, adapter: str) -> Iterator[None]:
@@ -100,7 +109,9 @@ class StoreRoot:
     @contextmanager
     def exclusive(self) -> Iterator[None]:
         """Hold the writers' lock alone, after removing leftovers."""
-        with self._refusals_typed(), file_lock(f"{self._locks}/writers"):
+        with self._refusals_typed(), ExitStack() as held:
+            with self._gate(shared=False):
+                held.enter_context(file_lock(f"{self._locks}/writers"))
             self.ensure_reachable()
             self._empty_scratch()
             yield
@@ -203,7 +214,8 @@ class StoreRoot:
         try:
             # A backup may have left out folders that were empty.
             self._make_folders()
-            with try_file_lock(f"{self._locks}/writers") as exclusive:
+            # A full disk later refuses to make the file.
+            with self._gate(shared=True), try_file_lock(f"{self._locks}/writers") as exclusive:
                 if exclusive:
                     self._empty_scratch()
                     # Not while another process deletes with the reserve.
@@ -214,6 +226,15 @@ class StoreRoot:
                 raise StoreWriteFailed(
                     f"{self.path} could not be opened: {error.strerror} ({error.filename})", param="store"
                 ) from error
+
+    @contextmanager
+    def _gate(self, shared: bool) -> Iterator[None]:
+        with ExitStack() as held:
+            # A full disk may refuse the file of a store that had none. A disk that refuses all writes refuses the next
+            # lock, too.
+            with suppress(OSError):
+                held.enter_context(file_lock(f"{self._locks}/gate", shared=shared))
+            yield
 
     def _fill_reserve(self) -> None:
         # A store that is full already has no reserve until something was deleted.

@@ -229,15 +229,28 @@ class AccessDatabase:
         Raises:
             AccessDatabaseError: As `reading`.
         """
+        with self.inspecting() as connection:
+            if connection is None:
+                return False
+            (found,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+            if found != "ok":
+                raise sqlite3.DatabaseError(found)
+        return True
+
+    @contextmanager
+    def inspecting(self) -> Iterator[sqlite3.Connection | None]:
+        """A connection to read from whose tables may be of an older release, and stay so; None where there is no file.
+
+        Raises:
+            AccessDatabaseError: As `reading`.
+        """
         with self._lock, self._typed():
             if not self._is_there():
-                return False
+                yield None
+                return
             with closing(self._connect()) as connection:
                 _known_version(connection)
-                (found,) = connection.execute("PRAGMA quick_check(1)").fetchone()
-                if found != "ok":
-                    raise sqlite3.DatabaseError(found)
-        return True
+                yield connection
 
     def close(self) -> None:
         """Close the file. The next use opens it again."""

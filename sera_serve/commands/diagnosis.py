@@ -11,6 +11,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +19,6 @@ import psutil
 import torch
 
 from adapters_store import AdapterStore, StoreError, is_new_store
-from adapters_store.errors import AdapterNotFound
 from sera_kernels import path_name
 from sera_serve.access import AccessDatabase, AccessDatabaseError
 from sera_serve.base import DTYPES, base_outline, planned_bytes
@@ -27,6 +27,7 @@ from sera_serve.engine.loop.attention_backend import choose_backend
 from sera_serve.engine.loop.hugging_face import PagedModel
 from sera_serve.engine.memory import MEBIBYTE, DecoderSizes, DeviceMemory
 from sera_serve.errors import SeraServeError
+from sera_serve.jobs import Places, missing_files
 from sera_serve.layers.targets import adaptable_linears, linear_widths
 from sera_serve.server.connections import RESERVED_DESCRIPTORS
 from sera_serve.trainer.packages import missing_packages
@@ -36,7 +37,8 @@ Status = Literal["ok", "warning", "problem"]
 _FEW_FREE = 1 << 30
 # Kernels of `sera_kernels` are made for tensor cores of this generation on.
 _LEAST_CAPABILITY = (8, 0)
-_INTEGRITY_VERSIONS = 200
+_INTEGRITY_ADAPTERS = 200
+_MOST_FAULTS = 20
 
 
 @dataclass(frozen=True)
@@ -247,44 +249,59 @@ def _store(folder: Path, full: bool) -> Iterator[Finding]:
         yield Finding(
             "store", "warning", detail, "adapters are served, and uploads refused; free space, or allow writing"
         )
-    yield _integrity(store, full)
-    yield _database(store)
+    yield from _integrity(store, full)
+    yield from _database(store)
 
 
-def _integrity(store: AdapterStore, full: bool) -> Finding:
+def _integrity(store: AdapterStore, full: bool) -> Iterator[Finding]:
+    """A finding for each fault, up to `_MOST_FAULTS`, and one with their number."""
+    checked = count = 0
     try:
-        if full:
-            store.check_integrity()
-            return Finding("bundles", "ok", "every bundle has its digest, and every alias its version")
-        checked = 0
-        for info in store.iter_adapters():
-            try:
-                store.load(info.digest)
-            except AdapterNotFound:
-                # A server may have deleted the version meanwhile.
-                if store.has_content(info.adapter, info.digest):
-                    raise
-                continue
+        for faults in islice(store.faults(latest_only=not full), None if full else _INTEGRITY_ADAPTERS):
             checked += 1
-            if checked == _INTEGRITY_VERSIONS:
-                break
+            for fault in faults:
+                count += 1
+                if count <= _MOST_FAULTS:
+                    yield _problem("bundles", fault.message)
     except StoreError as error:
-        return Finding("bundles", "problem", error.message, "publish it again, or delete it")
-    return Finding("bundles", "ok", f"the latest versions of {checked} adapters were read; --full reads everything")
+        yield _problem("bundles", error.message)
+        return
+    if count > _MOST_FAULTS:
+        detail = f"{count:,} faults in {checked:,} adapters; the first {_MOST_FAULTS} are above"
+        yield Finding("bundles", "problem", detail, "mend these, or restore the store from a backup")
+    elif not count:
+        words = "every bundle has its digest, and every alias its version"
+        sample = f"the latest versions of {checked} adapters were read; --full reads everything"
+        yield Finding("bundles", "ok", words if full else sample)
 
 
-def _database(store: AdapterStore) -> Finding:
-    """A server refuses to start where it cannot read who may do what."""
+def _problem(name: str, message: str) -> Finding:
+    """A problem whose message ends with its remedy."""
+    # The message of a damaged bundle has others inside.
+    detail, separator, remedy = message.rpartition("; ")
+    return Finding(name, "problem", detail if separator else message, remedy if separator else "restore a backup")
+
+
+def _database(store: AdapterStore) -> Iterator[Finding]:
+    """A server refuses to start where it cannot read who may do what. It starts without a file of training rows."""
     database = AccessDatabase(store.root)
     try:
         is_there = database.check()
+        missing = missing_files(database, Places(store.root))
     except AccessDatabaseError as error:
         message, _, remedy = error.message.partition("; ")
-        return Finding("database", "problem", message, remedy)
+        yield Finding("database", "problem", message, remedy)
+        return
     finally:
         database.close()
     words = "keys, shares, quotas and jobs can be read" if is_there else "no key, share, quota or job was made yet"
-    return Finding("database", "ok", words)
+    yield Finding("database", "ok", words)
+    if missing:
+        shown = ", ".join(missing[:_MOST_FAULTS])
+        more = f" and {len(missing) - _MOST_FAULTS:,} more" if len(missing) > _MOST_FAULTS else ""
+        detail = f"{len(missing):,} files are missing from {Places(store.root).files}, or not whole: {shown}{more}"
+        remedy = "restore jobs/files from a backup, or have the tenants upload them again; jobs that need them will fail"
+        yield Finding("training files", "problem", detail, remedy)
 
 
 def _size(size: float) -> str:

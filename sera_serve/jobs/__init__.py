@@ -8,6 +8,7 @@ from sera_serve.jobs.files import (
     TrainingFileNotFound,
     TrainingFileNotStored,
     TrainingFiles,
+    missing_files,
 )
 from sera_serve.jobs.places import Places
 from sera_serve.jobs.process import JobProcesses
@@ -41,4 +42,5 @@ __all__ = [
     "TrainingFileNotStored",
     "TrainingFiles",
     "base_id",
+    "missing_files",
 ]

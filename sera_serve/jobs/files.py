@@ -27,6 +27,8 @@ Purpose = Literal["fine-tune", "fine-tune-results"]
 FileKind = RowKind | Literal["metrics"]
 _UNFINISHED = "('validating_files', 'queued', 'running')"
 _COLUMNS = "id, tenant, filename, purpose, bytes, sha256, kind, rows, created_at, number, job, labels"
+# The database of an older release may have no such table yet.
+_HAS_FILES = "SELECT count(*) FROM sqlite_master WHERE type = 'table' AND name = 'files'"
 _PART = ".part"
 _BLOCK_BYTES = 1 << 20
 
@@ -322,6 +324,34 @@ class TrainingFiles:
             )
             number = cast(int, done.lastrowid)
         return _file((*values, number, job_id, labels))
+
+
+def missing_files(database: AccessDatabase, places: Places) -> list[str]:
+    """Ids of the recorded files whose bytes are not there, or are of another size. Blocks, and changes nothing.
+
+    Raises:
+        AccessDatabaseError: The database cannot be read.
+    """
+    rows = _recorded(database)
+    missing = [file_id for file_id, nbytes in rows.items() if _size_of(places.file(file_id)) != nbytes]
+    # A server may have deleted some meanwhile.
+    still_there = _recorded(database) if missing else {}
+    return [file_id for file_id in missing if file_id in still_there]
+
+
+def _recorded(database: AccessDatabase) -> dict[str, int]:
+    """Bytes by id of all files."""
+    with database.inspecting() as connection:
+        if connection is None or not connection.execute(_HAS_FILES).fetchone()[0]:
+            return {}
+        return dict(connection.execute("SELECT id, bytes FROM files ORDER BY number").fetchall())
+
+
+def _size_of(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None
 
 
 def results_id(job_id: str) -> str:

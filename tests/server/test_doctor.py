@@ -8,6 +8,7 @@ import resource
 import sqlite3
 from collections import namedtuple
 from contextlib import closing
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from sera_serve.commands import diagnosis
 from sera_serve.config import ServeSettings
 from sera_serve.engine import ServingEngine
 from sera_serve.engine.memory import DeviceMemory
+from sera_serve.jobs import Places, TrainingFiles
+from support.training import SORTED, jsonl
 
 
 def findings(*arguments: str | Path) -> tuple[int, dict[str, dict[str, str]]]:
@@ -168,6 +171,62 @@ def test_a_damaged_bundle_is_named(store: AdapterStore, tmp_path: Path) -> None:
     status, found = findings("--store", copy.root)
     assert status == 1
     assert version.digest[:8] in found["bundles"]["detail"] or "writer" in found["bundles"]["detail"]
+
+
+def lines(name: str, *arguments: str | Path) -> list[tuple[str, str]]:
+    """Detail and remedy of each finding of that name."""
+    result = CliRunner().invoke(build_cli(), ["doctor", "--json", *map(str, arguments)])
+    found = [finding for finding in json.loads(result.output)["findings"] if finding["name"] == name]
+    assert result.exit_code == 1 and all(finding["status"] == "problem" for finding in found)
+    return [(finding["detail"], finding["remedy"]) for finding in found]
+
+
+@pytest.mark.parametrize("arguments", [(), ("--full",)])
+def test_every_fault_has_a_line_with_its_own_remedy(
+    store: AdapterStore, arguments: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = AdapterStore(tmp_path / "copy")
+    bundles = [store.load(store.resolve(name).digest) for name in ("demo/writer", "demo/sorter")]
+    for name in ("acme/a", "acme/b", "acme/c", "acme/d"):
+        copy.publish(bundles[name == "acme/b"], name)
+    copy.set_alias("acme/d", "stable", "acme/d@v1")
+    (copy.root / "adapters/acme/d/aliases/stable.json").write_text('{"version": 8}')
+    (copy.root / "adapters/acme/c/versions/v1.json").write_bytes(b"")
+    (copy.root / "bundles" / f"{bundles[1].digest}.safetensors").unlink()
+    found = lines("bundles", "--store", copy.root, *arguments)
+    assert [remedy for _, remedy in found] == [
+        "publish it again, or delete the version",
+        "restore it from a backup, or delete it to give up what it names",
+        "point it again",
+    ]
+    words = ["the bundle of acme/b@v1 is missing", "acme/c/versions/v1.json is damaged", "acme/d@stable points to v8"]
+    assert all(word in detail for word, (detail, _) in zip(words, found, strict=True))
+    (copy.root / "bundles" / f"{bundles[0].digest}.safetensors").write_bytes(b"")
+    found = lines("bundles", "--store", copy.root, *arguments)
+    assert [remedy for _, remedy in found][:2] == ["publish it again", "publish it again, or delete the version"]
+    assert len(found) == 5
+    monkeypatch.setattr(diagnosis, "_MOST_FAULTS", 3)
+    found = lines("bundles", "--store", copy.root, *arguments)
+    assert len(found) == 4 and found[3][0] == "5 faults in 4 adapters; the first 3 are above"
+
+
+def test_training_files_that_are_gone_are_named(tmp_path: Path) -> None:
+    store = AdapterStore(tmp_path / "store").root
+    database = AccessDatabase(store)
+    files = TrainingFiles(database, Places(store), 1 << 20)
+    kept, gone, cut, deleted = (files.add("acme", "rows.jsonl", BytesIO(jsonl(SORTED))) for _ in range(4))
+    files.delete(deleted.id, "acme")
+    database.close()
+    assert "training files" not in findings("--store", store)[1]
+    files.path(gone).unlink()
+    files.path(cut).write_bytes(files.path(cut).read_bytes()[:-1])
+    ((detail, remedy),) = lines("training files", "--store", store)
+    assert detail.startswith("2 files") and gone.id in detail and cut.id in detail and kept.id not in detail
+    assert "upload them again" in remedy
+    with closing(sqlite3.connect(database.path)) as connection:
+        # The database of a release that had no files.
+        connection.execute("DROP TABLE files")
+    assert findings("--store", store)[1]["database"]["status"] == "ok"
 
 
 def test_slower_ways_are_warnings(store: AdapterStore, monkeypatch: pytest.MonkeyPatch) -> None:
