@@ -108,9 +108,15 @@ def put_text(target: str, text: str, scratch: str, *, replace: bool = True) -> N
 
 
 @contextmanager
-def file_lock(path: str, *, shared: bool = False) -> Iterator[None]:
-    """Hold `flock` on `path` across threads and processes; the kernel releases it when its owner dies."""
-    with _opened(path) as descriptor:
+def file_lock(path: str, *, shared: bool = False, create: bool = True) -> Iterator[None]:
+    """Hold `flock` on `path` across threads and processes; the kernel releases it when its owner dies.
+
+    Args:
+        path: The lock's file.
+        shared: Whether other sharers may hold it, too.
+        create: Whether the file is made where it is absent; else `FileNotFoundError`.
+    """
+    with _opened(path, create) as descriptor:
         fcntl.flock(descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
         try:
             yield
@@ -137,8 +143,8 @@ def try_file_lock(path: str) -> Iterator[bool]:
 
 
 @contextmanager
-def _opened(path: str) -> Iterator[int]:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+def _opened(path: str, create: bool = True) -> Iterator[int]:
+    descriptor = os.open(path, os.O_RDWR | (os.O_CREAT if create else 0), 0o644)
     try:
         yield descriptor
     finally:

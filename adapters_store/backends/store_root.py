@@ -10,7 +10,14 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from adapters_store.backends.durable import file_lock, make_directory, names_in, put_text, try_file_lock
+from adapters_store.backends.durable import (
+    file_lock,
+    make_directory,
+    make_empty_file,
+    names_in,
+    put_text,
+    try_file_lock,
+)
 from adapters_store.backends.name_index import FIRST_SEGMENT
 from adapters_store.backends.record_files import StoreRecord, read_record, record_text
 from adapters_store.backends.reserve import Reserve
@@ -49,7 +56,8 @@ class StoreRoot:
     `exclusive` holds `locks/gate` alone until it has `locks/writers` alone. The kernel would let new sharers of
     `locks/writers` pass it for ever; so they wait at the gate, and those that are inside come to an end. No owner of
     any other lock ever waits for the gate, so no two wait for each other. A release that knows no gate passes it by:
-    `exclusive` may then wait longer. Where the gate's file cannot be made, writers and `exclusive` go without it.
+    `exclusive` may then wait longer. The opening of a store makes the gate's file. Where the file is absent, as on a
+    disk that was full then, writers and `exclusive` go without it.
 
     The owner of `locks/writers` alone (`exclusive`) therefore knows that no process writes, and that `tmp` holds
     nothing but what killed writers left.
@@ -214,8 +222,9 @@ class StoreRoot:
         try:
             # A backup may have left out folders that were empty.
             self._make_folders()
-            # A full disk later refuses to make the file.
-            with self._gate(shared=True), try_file_lock(f"{self._locks}/writers") as exclusive:
+            with suppress(OSError):
+                make_empty_file(f"{self._locks}/gate")
+            with try_file_lock(f"{self._locks}/writers") as exclusive:
                 if exclusive:
                     self._empty_scratch()
                     # Not while another process deletes with the reserve.
@@ -230,10 +239,9 @@ class StoreRoot:
     @contextmanager
     def _gate(self, shared: bool) -> Iterator[None]:
         with ExitStack() as held:
-            # A full disk may refuse the file of a store that had none. A disk that refuses all writes refuses the next
-            # lock, too.
+            # A disk that refuses this refuses the next lock, too.
             with suppress(OSError):
-                held.enter_context(file_lock(f"{self._locks}/gate", shared=shared))
+                held.enter_context(file_lock(f"{self._locks}/gate", shared=shared, create=False))
             yield
 
     def _fill_reserve(self) -> None:

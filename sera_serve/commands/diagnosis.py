@@ -300,7 +300,9 @@ def _database(store: AdapterStore) -> Iterator[Finding]:
         shown = ", ".join(missing[:_MOST_FAULTS])
         more = f" and {len(missing) - _MOST_FAULTS:,} more" if len(missing) > _MOST_FAULTS else ""
         detail = f"{len(missing):,} files are missing from {Places(store.root).files}, or not whole: {shown}{more}"
-        remedy = "restore jobs/files from a backup, or have the tenants upload them again; jobs that need them will fail"
+        remedy = (
+            "restore jobs/files from a backup, or have the tenants upload them again; jobs that need them will fail"
+        )
         yield Finding("training files", "problem", detail, remedy)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,6 +13,8 @@ from store_jobs import NAME, OTHER, JobServer
 
 from adapters_store import AdapterBundle, AdapterNotFound, AdapterStore
 from adapters_store.backends.adapter_directory import AdapterDirectory
+from adapters_store.backends.durable import file_lock, try_file_lock
+from support.live_server import wait_until
 
 WRITERS, EACH = 4, 15
 
@@ -125,3 +129,64 @@ def test_what_is_deleted_while_everything_is_read_is_no_fault(tmp_path: Path, mo
     monkeypatch.setattr(AdapterStore, "load", after_a_deletion)
     store.check_integrity()
     assert not deleted
+
+
+def test_a_collector_waits_only_for_the_writes_under_way(store: AdapterStore) -> None:
+    """flock lets new sharers pass a waiter: writers that follow each other without a gap would starve the collector."""
+    root, order = store._backend._root, list[str]()
+    begun, end = threading.Event(), threading.Event()
+
+    def write_long() -> None:
+        with root.writing():
+            begun.set()
+            assert end.wait(20)
+            order.append("write")
+
+    def collect() -> None:
+        with root.exclusive():
+            order.append("collect")
+
+    def write_later() -> None:
+        with root.writing():
+            order.append("later write")
+
+    with ThreadPoolExecutor(3) as pool:
+        works = [pool.submit(write_long)]
+        assert begun.wait(20)
+        works.append(pool.submit(collect))
+        wait_until(lambda: is_held(store, "gate"))
+        works.append(pool.submit(write_later))
+        time.sleep(0.3)
+        assert order == []
+        end.set()
+        for work in works:
+            work.result(20)
+    assert order == ["write", "collect", "later write"]
+    assert not is_held(store, "gate")
+
+
+def test_the_gate_is_free_while_a_write_or_a_collection_is_under_way(store: AdapterStore) -> None:
+    root = store._backend._root
+    with root.writing():
+        assert not is_held(store, "gate")
+        # A release that knows no gate.
+        with file_lock(f"{store.root}/locks/writers", shared=True):
+            assert is_held(store, "writers")
+    with root.exclusive():
+        assert is_held(store, "writers") and not is_held(store, "gate")
+
+
+def test_a_store_whose_gate_cannot_be_made_works_without_it(store: AdapterStore) -> None:
+    gate = store.root / "locks" / "gate"
+    gate.unlink()
+    gate.mkdir()
+    opened = AdapterStore(store.root)
+    digest = opened.publish(make_bundle(1), NAME).digest
+    opened.collect_garbage()
+    assert opened.delete(NAME).digests == (digest,)
+
+
+def is_held(store: AdapterStore, lock: str) -> bool:
+    """Whether anyone holds a lock of the store."""
+    with try_file_lock(f"{store.root}/locks/{lock}") as was_free:
+        return not was_free
