@@ -40,6 +40,13 @@ class TrainingFileNotFound(SeraServeError):
     status = 404
 
 
+class TrainingFileMissing(SeraServeError):
+    """The file is recorded, and its bytes are gone: a disk lost them, or a copy of the store left them out."""
+
+    code = "file_missing"
+    status = 404
+
+
 class FileInUse(SeraServeError):
     """A job that has not finished needs the file."""
 
@@ -217,6 +224,24 @@ class TrainingFiles:
         """Where the bytes of a file lie."""
         return self._places.file(file.id)
 
+    def open(self, file_id: str, tenant: str | None) -> tuple[TrainingFile, BinaryIO]:
+        """A file, and its bytes to read from. The caller closes them.
+
+        Raises:
+            TrainingFileNotFound: As `get`.
+            TrainingFileMissing: The bytes are gone.
+            TrainingFileNotStored: The disk does not give them.
+        """
+        file = self.get(file_id, tenant)
+        try:
+            return file, self.path(file).open("rb")
+        except FileNotFoundError as error:
+            raise missing_file(file_id, "file_id") from error
+        except OSError as error:
+            raise TrainingFileNotStored(
+                f"file {file_id} cannot be read ({error.strerror}); delete it, and upload it again", param="file_id"
+            ) from error
+
     def delete(self, file_id: str, tenant: str | None) -> TrainingFile:
         """Delete a file, and return what it was.
 
@@ -362,6 +387,11 @@ def results_id(job_id: str) -> str:
 def no_file(file_id: str, param: str = "file_id") -> TrainingFileNotFound:
     """The refusal of a file that is not there, or that the caller may not know of."""
     return TrainingFileNotFound(f"file {file_id[:64]!r} does not exist; GET /v1/files lists the files", param=param)
+
+
+def missing_file(file_id: str, param: str) -> TrainingFileMissing:
+    """The error of a file that is recorded, and whose bytes are gone."""
+    return TrainingFileMissing(f"file {file_id} is missing; upload it again", param=param)
 
 
 def _copy(source: BinaryIO, target: BinaryIO) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from adapters_store import AdapterStore, Published
 from adapters_store.errors import AdapterNotFound, StoreError
 from sera_serve.access import AccessDatabaseError
-from sera_serve.jobs.files import TrainingFileNotFound, TrainingFileNotStored, TrainingFiles
+from sera_serve.jobs.files import TrainingFileNotFound, TrainingFileNotStored, TrainingFiles, missing_file
 from sera_serve.jobs.metrics import metrics_csv
 from sera_serve.jobs.places import Places
 from sera_serve.jobs.process import (
@@ -345,6 +345,10 @@ class Supervisor:
             try:
                 file = self._files.get(file_id, None)
                 is_whole = sha256_of(self._files.path(file)) == file.sha256
+            except FileNotFoundError:
+                missing = missing_file(file_id, param)
+                self._fail(job, missing.code, missing.message, param)
+                return
             except (TrainingFileNotFound, OSError):
                 is_whole = False
             if not is_whole:

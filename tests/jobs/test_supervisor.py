@@ -531,6 +531,16 @@ def test_damaged_bytes_fail_the_job(platform: Platform) -> None:
     assert error is not None and (error["code"], error["param"]) == ("file_damaged", "training_file")
 
 
+def test_a_job_says_that_its_file_is_missing(platform: Platform) -> None:
+    job = platform.create("acme")
+    platform.places.file(job.training_file).unlink()
+    platform.supervisor.start()
+    wait_until(lambda: platform.status(job) == "failed")
+    error = platform.jobs.get(job.id, None).error
+    assert error is not None and (error["code"], error["param"]) == ("file_missing", "training_file")
+    assert error["message"] == f"file {job.training_file} is missing; upload it again"
+
+
 def test_a_tenant_sees_only_its_own(platform: Platform) -> None:
     job = platform.create("acme")
     with pytest.raises(JobNotFound) as other:

@@ -94,6 +94,23 @@ def test_a_file_is_kept_listed_read_and_deleted(client: openai.OpenAI, store: Ad
     assert [path.name for path in (store.root / "jobs" / "files").iterdir()] == [second.id]
 
 
+def test_a_file_whose_bytes_are_gone_is_told_at_once(client: openai.OpenAI, store: AdapterStore) -> None:
+    kept, gone = upload(client, SORTED), upload(client, SORTED)
+    (store.root / "jobs" / "files" / gone).unlink()
+    for files, param in (
+        ({"training_file": gone}, "training_file"),
+        ({"training_file": kept, "validation_file": gone}, "validation_file"),
+    ):
+        with pytest.raises(openai.BadRequestError, match=f"file {gone} is missing; upload it again") as refused:
+            client.fine_tuning.jobs.create(model="embedded", **files, **QUICK, extra_body=adapter())
+        assert (refused.value.code, refused.value.param) == ("file_missing", param)
+    with pytest.raises(openai.NotFoundError, match="is missing; upload it again") as absent:
+        client.files.content(gone)
+    assert (absent.value.code, absent.value.param) == ("file_missing", "file_id")
+    for held in (kept, gone):
+        assert client.files.delete(held).deleted
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [

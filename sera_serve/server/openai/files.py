@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 
 from sera_serve.errors import InvalidRequest
-from sera_serve.jobs import TrainingFile, TrainingFileNotStored
+from sera_serve.jobs import TrainingFile
 from sera_serve.jobs.files import Purpose
 from sera_serve.server.auth import Caller
 from sera_serve.server.deps import ContextOf, RequestContext
@@ -143,7 +143,8 @@ async def delete_file(file_id: FilePath, context: ContextOf) -> DeletedFile:
 async def retrieve_content(file_id: FilePath, context: ContextOf) -> Response:
     """The bytes of a file, as they were uploaded; the metrics of a job as CSV."""
     # A client that leaves meanwhile leaves nothing open: a file that nobody holds is closed.
-    found, source = await context.run(context.executors.changing, _open, context, file_id)
+    files, scope = context.training.files, scope_of(context.caller)
+    found, source = await context.run(context.executors.changing, files.open, file_id, scope)
     headers = {"Content-Length": str(found.nbytes), "X-Content-Type-Options": "nosniff"}
     return StreamingResponse(_blocks(source), media_type="application/octet-stream", headers=headers)
 
@@ -195,17 +196,6 @@ def _page(context: RequestContext, query: FileQuery) -> str:
         last_id=data[-1].id if data else None,
         has_more=has_more,
     ).model_dump_json()
-
-
-def _open(context: RequestContext, file_id: str) -> tuple[TrainingFile, BinaryIO]:
-    file = context.training.files.get(file_id, scope_of(context.caller))
-    path = context.training.files.path(file)
-    try:
-        return file, path.open("rb")
-    except OSError as error:
-        raise TrainingFileNotStored(
-            f"file {file_id} cannot be read ({error.strerror}); delete it, and upload it again", param="file_id"
-        ) from error
 
 
 async def _blocks(source: BinaryIO) -> AsyncIterator[bytes]:

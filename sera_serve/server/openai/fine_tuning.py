@@ -13,6 +13,7 @@ from adapters_store.errors import InvalidAdapterName, InvalidBundle
 from sera_serve.engine import ServingEngine
 from sera_serve.errors import AdapterTooLarge, InvalidRequest
 from sera_serve.jobs import Job, JobSpec, TrainingFile, TrainingFileNotFound
+from sera_serve.jobs.files import TrainingFileMissing, missing_file
 from sera_serve.jobs.records import new_job_id
 from sera_serve.jobs.rows import TASK_OF, RowKind
 from sera_serve.jobs.spec import BYTES_A_NUMBER, KEPT, SHAPE, auto_batch_size, auto_epochs, check_spec, method_of
@@ -267,10 +268,14 @@ def _tenant(shape: AdapterRequest, caller: Caller) -> str:
 
 def _file(training: Training, caller: Caller, file_id: str, param: str) -> TrainingFile:
     try:
-        return training.files.get(file_id, scope_of(caller))
+        file = training.files.get(file_id, scope_of(caller))
     except TrainingFileNotFound as error:
         error.param = param
         raise
+    # Its bytes are compared before the job runs. That they are there is told at once.
+    if not training.files.path(file).exists():
+        raise InvalidOpenAIRequest(missing_file(file_id, param).message, param=param, code=TrainingFileMissing.code)
+    return file
 
 
 def _row_kind(file: TrainingFile, param: str) -> RowKind:
