@@ -26,6 +26,7 @@ from sera_serve.strict_yaml import load_yaml
 _ENV_PREFIX = "SERA_SERVE_"
 # The host takes as long for a pass of a GPU's layers with 512 tokens as with a few.
 _CPU_BATCH_TOKENS, _GPU_BATCH_TOKENS = 512, 2048
+_ENDPOINT = re.compile(r"https?://[^\s/]")
 _DEVICE = re.compile(r"cpu|cuda(:[0-9]{1,3})?", re.ASCII)
 
 # https://kubernetes.io/docs/concepts/services-networking/service/ (environment variables)
@@ -183,7 +184,6 @@ class ServeSettings(BaseSettings):
     )
     otel_endpoint: str | None = Field(
         None,
-        pattern=r"^https?://[^\s/]",
         description='where traces go by OTLP over HTTP, such as "http://localhost:4318"; by default where '
         "OTEL_EXPORTER_OTLP_ENDPOINT says, and nowhere without it",
     )
@@ -256,6 +256,13 @@ class ServeSettings(BaseSettings):
     def _check_device(cls, value: str) -> str:
         if not _DEVICE.fullmatch(value):
             raise ValueError("write cpu, cuda, or cuda:N for one of several GPUs, such as cuda:1")
+        return value
+
+    @field_validator("otel_endpoint")
+    @classmethod
+    def _check_endpoint(cls, value: str | None) -> str | None:
+        if value is not None and not _ENDPOINT.match(value):
+            raise ValueError('write a URL, such as "http://localhost:4318"; leave the setting out for no traces')
         return value
 
     @field_validator("allowed_origins", "allowed_hosts", mode="before")

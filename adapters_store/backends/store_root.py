@@ -264,6 +264,12 @@ class StoreRoot:
         except OSError as error:
             if is_store:
                 self.ensure_reachable()
+            else:
+                raise StoreWriteFailed(
+                    f"no store can be made at {self.path}: {error.strerror or error}; name another directory, or mend "
+                    "its free space and permissions",
+                    param="store",
+                ) from error
             # A server's clients are told this too, and need not know where its store is.
             inside = f"{self.path}/"
             named = isinstance(error.filename, str) and error.filename.startswith(inside)

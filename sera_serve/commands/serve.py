@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import logging
@@ -218,13 +219,8 @@ def bound_sockets(settings: ServeSettings) -> Iterator[list[socket.socket]]:
     with ExitStack() as stack:
         listeners = [stack.enter_context(bound_socket(settings.host, settings.port))]
         if settings.metrics_address is not None:
-            host, port = parse_address(settings.metrics_address)
-            if port and port == listeners[0].getsockname()[1]:
-                raise InvalidConfiguration(
-                    f"metrics_address is {settings.metrics_address!r}: the server itself has port {port}; "
-                    "choose another port",
-                    param="metrics_address",
-                )
+            # The port that port 0 has picked may be the other one.
+            host, port = parse_address(settings.metrics_address, listeners[0].getsockname()[1])
             listeners.append(stack.enter_context(bound_socket(host, port, "metrics_address")))
         yield listeners
 
@@ -255,9 +251,11 @@ def bound_socket(host: str, port: int, setting: str | None = None) -> socket.soc
     except OSError as error:
         listener.close()
         reason = os.strerror(error.errno) if error.errno else str(error)
+        # No port of an address that this machine does not have can be bound.
+        at_fault = setting or ("host" if error.errno == errno.EADDRNOTAVAIL else "port")
         raise InvalidConfiguration(
-            f"cannot listen on {host} port {port}: {reason}; choose another --{(setting or 'port').replace('_', '-')}",
-            param=setting or "port",
+            f"cannot listen on {host} port {port}: {reason}; choose another --{at_fault.replace('_', '-')}",
+            param=at_fault,
         ) from error
     return listener
 

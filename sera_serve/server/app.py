@@ -145,12 +145,12 @@ def check_settings(settings: ServeSettings) -> None:
     """Check what the values of single settings cannot show, without starting anything.
 
     Raises:
-        InvalidConfiguration: As in `build_app`, or `metrics_address` is no address.
+        InvalidConfiguration: As in `build_app`, or `metrics_address` is no address, or has the server's own port.
     """
     check_open(settings)
     BrowserRules(settings)
     if settings.metrics_address is not None:
-        parse_address(settings.metrics_address)
+        parse_address(settings.metrics_address, settings.port)
 
 
 def check_open(settings: ServeSettings) -> None:

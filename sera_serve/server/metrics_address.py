@@ -41,14 +41,18 @@ class MetricsAddress:
         await self.app(scope, receive, send)
 
 
-def parse_address(text: str) -> tuple[str, int]:
+def parse_address(text: str, server_port: int = 0) -> tuple[str, int]:
     """Read `metrics_address`, such as "127.0.0.1:9100" or "[::1]:9100"; port 0 picks a free one.
+
+    Args:
+        text: The setting.
+        server_port: The server's own port; 0 while nobody knows it.
 
     Returns:
         Host and port.
 
     Raises:
-        InvalidConfiguration: The text is no host and port.
+        InvalidConfiguration: The text is no host and port, or the port is the server's own.
     """
     try:
         parts = urlsplit(f"//{text}")
@@ -58,5 +62,10 @@ def parse_address(text: str) -> tuple[str, int]:
     if not host or port is None or text != parts.netloc or "@" in text:
         raise InvalidConfiguration(
             f'metrics_address is {text!r}: write host:port, such as "127.0.0.1:9100"', param="metrics_address"
+        )
+    if port and port == server_port:
+        raise InvalidConfiguration(
+            f"metrics_address is {text!r}: the server itself has port {port}; choose another port",
+            param="metrics_address",
         )
     return host, port

@@ -284,6 +284,9 @@ def test_check_config_shows_each_value_and_its_source(tmp_path: Path, monkeypatc
         (["--config", "/nowhere.yaml"], "cannot be read"),
         (["--auth", "off", "--host", "0.0.0.0"], "auth is off"),
         (["--metrics-address", "9100"], "metrics_address"),
+        (["--metrics-address", "127.0.0.1:8000"], "the server itself has port 8000; choose another port"),
+        (["--port", "9", "--metrics-address", "[::1]:9"], "the server itself has port 9; choose another port"),
+        (["--otel-endpoint", "localhost:4318"], 'write a URL, such as "http://localhost:4318"'),
         (["--allowed-origins", "example.com"], "allowed_origins"),
     ],
 )

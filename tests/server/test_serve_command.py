@@ -93,6 +93,9 @@ def test_every_setting_is_an_option() -> None:
         (["--config", "/nowhere.yaml"], 2, "cannot be read"),
         (["--base", "/nowhere", "--port", "0"], 1, "could not be loaded"),
         (["--host", "256.0.0.1"], 1, "host"),
+        # TEST-NET-1 (RFC 5737): no machine has it.
+        (["--host", "192.0.2.1", "--port", "0"], 1, "Cannot assign requested address; choose another --host"),
+        (["--port", "0", "--metrics-address", "192.0.2.1:0"], 1, "address; choose another --metrics-address"),
         (["--port", "0", "--metrics-address", "9100"], 1, "metrics_address"),
         (["--port", "0", "--metrics-address", "256.0.0.1:9100"], 1, "metrics_address"),
         (["--device", "cuda:9", "--port", "0"], 1, "device"),

@@ -150,6 +150,12 @@ def test_paths_that_are_no_stores_are_refused(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
 
 
+def test_a_place_where_no_store_can_be_made_is_named() -> None:
+    with pytest.raises(StoreError, match=r"no store can be made at /proc/x: .*; name another directory") as refusal:
+        AdapterStore("/proc/x")
+    assert refusal.value.code == "store_write_failed"
+
+
 def test_new_volume_and_unfinished_creation_are_accepted(tmp_path: Path) -> None:
     for name in ("lost+found", "bundles", "tmp"):
         (tmp_path / name).mkdir()
