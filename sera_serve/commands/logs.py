@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import queue
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from logging.handlers import QueueHandler, QueueListener
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 from sera_serve.commands.output import json_text
 
@@ -75,22 +78,81 @@ class BoundedQueueHandler(QueueHandler):
             self.dropped += 1
 
 
-class _Listener(QueueListener):
-    """Writes the records, and says how many found no room."""
+class StderrHandler(logging.Handler):
+    """Writes lines to stderr, and counts those that a full disk or a reader that left refused.
 
-    def __init__(self, lines: queue.Queue[Any], handler: logging.Handler, source: BoundedQueueHandler) -> None:
-        super().__init__(lines, handler)
+    A line is written to the descriptor. The stream of Python would keep the rest of a refused line, and write the rest
+    before a later line. Used by one thread.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.failed = 0
+        self.reason = ""
+        # Whether the last line has no end.
+        self._is_torn = False
+        try:
+            descriptor = sys.stderr.fileno()
+        except (AttributeError, OSError, ValueError):
+            # There is no stderr, or it is no file.
+            self._write: Callable[[bytes], int] = partial(_write_text, sys.stderr)
+        else:
+            self._write = partial(os.write, descriptor)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record, or count it."""
+        try:
+            line = self.format(record)
+        except Exception:  # noqa: BLE001 - as in logging: one record must not end the thread that writes all
+            self.handleError(record)
+            return
+        if not self.put(line):
+            self.failed += 1
+
+    def put(self, line: str) -> bool:
+        """Write a line, on a line of its own after one that was torn. Returns whether all of it was written."""
+        text = ("\n" * self._is_torn + line + "\n").encode("utf-8", "backslashreplace")
+        written = 0
+        try:
+            while written < len(text):
+                written += self._write(text[written:])
+        except OSError as error:
+            self.reason = error.strerror or str(error)
+        if written:
+            self._is_torn = text[written - 1 : written] != b"\n"
+        return written == len(text)
+
+
+class _Listener(QueueListener):
+    """Writes the records, and says how many found no room, and how many could not be written."""
+
+    def __init__(self, lines: queue.Queue[Any], writer: StderrHandler, source: BoundedQueueHandler) -> None:
+        super().__init__(lines, writer)
+        self._writer = writer
         self._source = source
-        self._told = 0
+        self._told_dropped = self._told_failed = 0
 
     def handle(self, record: logging.LogRecord) -> None:
         """Write one record."""
-        dropped = self._source.dropped - self._told
-        if dropped:
-            self._told += dropped
-            message = f"{dropped} lines of the log were dropped: they came faster than they could be written"
-            super().handle(logging.LogRecord("sera_serve.log", logging.WARNING, "", 0, message, None, None))
+        self.tell_lost()
         super().handle(record)
+
+    def tell_lost(self) -> None:
+        """Write how many lines were lost since it was last written. What cannot be written is told later."""
+        dropped, failed = self._source.dropped, self._writer.failed
+        if dropped > self._told_dropped and self._tell(
+            f"{dropped - self._told_dropped} lines of the log were dropped: they came faster than they could be written"
+        ):
+            self._told_dropped = dropped
+        if failed > self._told_failed and self._tell(
+            f"{failed - self._told_failed} lines of the log were lost: stderr could not be written "
+            f"({self._writer.reason})"
+        ):
+            self._told_failed = failed
+
+    def _tell(self, message: str) -> bool:
+        record = logging.LogRecord("sera_serve.log", logging.WARNING, "", 0, message, None, None)
+        return self._writer.put(self._writer.format(record))
 
 
 @contextmanager
@@ -101,7 +163,7 @@ def logging_to_stderr(log_format: Literal["text", "json"], access_log: bool = Tr
         log_format: See the formatters.
         access_log: Whether each request has a line.
     """
-    writer = logging.StreamHandler()
+    writer = StderrHandler()
     writer.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
     lines: queue.Queue[Any] = queue.Queue(_MOST_WAITING)
     handler = BoundedQueueHandler(lines)
@@ -117,6 +179,7 @@ def logging_to_stderr(log_format: Literal["text", "json"], access_log: bool = Tr
         yield handler
     finally:
         listener.stop()
+        listener.tell_lost()
         root.removeHandler(handler)
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)
@@ -126,3 +189,9 @@ def _plain(value: Any) -> str:
     """A value without blanks and line breaks as it is, any other as JSON."""
     text = str(value)
     return text if text.isprintable() and " " not in text and '"' not in text else json_text(text)
+
+
+def _write_text(stream: TextIO | None, text: bytes) -> int:
+    if stream is not None:
+        stream.write(text.decode("utf-8"))
+    return len(text)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import logging
+import os
 import queue
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, redirect_stderr
@@ -17,10 +19,17 @@ import pytest
 from adapters_store import AdapterStore
 from sera_serve.access import AccessDatabase, Keys
 from sera_serve.base import FrozenBase
-from sera_serve.commands.logs import BoundedQueueHandler, JsonFormatter, TextFormatter, logging_to_stderr
+from sera_serve.commands.logs import (
+    BoundedQueueHandler,
+    JsonFormatter,
+    StderrHandler,
+    TextFormatter,
+    logging_to_stderr,
+)
 from sera_serve.config import ServeSettings
 from sera_serve.server import build_app
 from support.live_server import live_server, wait_until
+from support.small_disk import fill_bytes, small_disk
 from support.stub_engine import FAILS_LATER, LATE_LATER, OTHERS_SHED, SECRET, SLOW, StubEngine
 
 PROMPT = "a prompt that nobody may read"
@@ -227,3 +236,72 @@ def test_the_log_says_how_many_lines_were_dropped(monkeypatch: pytest.MonkeyPatc
     dropped, after = written("text", log, 2)
     assert "7 lines of the log were dropped" in dropped
     assert after.endswith("after")
+
+
+def test_lines_that_a_full_disk_refuses_are_counted_and_tear_no_other(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", mib=1) as disk:
+        path, logger = disk / "log", logging.getLogger("sera_serve.engine")
+        with path.open("a") as file, redirect_stderr(file), logging_to_stderr("json") as handler:
+            logger.warning("before")
+            wait_until(lambda: path.read_bytes().endswith(b"\n"))
+            fill_bytes(disk)
+            for line in range(40):
+                logger.warning("full %d %s", line, "x" * 300)
+            wait_until(handler.queue.empty)
+            (disk / "filler").unlink()
+            logger.warning("after")
+        lines = path.read_text().splitlines()
+    whole = [json.loads(line)["message"] for line in lines if line.endswith("}")]
+    assert whole[0] == "before" and whole[-1] == "after"
+    told = [int(message.split()[0]) for message in whole if "lines of the log were lost" in message]
+    full = [message for message in whole if message.startswith("full")]
+    assert sum(told) + len(full) == 40 and sum(told) > 20
+    assert "(No space left on device)" in whole[-2]
+    # One line found room for its first part.
+    assert len(lines) - len(whole) <= 1
+
+
+@pytest.mark.parametrize("taken", [0, 5])
+def test_a_refused_line_is_counted_and_the_next_one_begins_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taken: int
+) -> None:
+    """The twin of the full disk. `taken` bytes of each refused line find room."""
+    path, write, is_full = tmp_path / "log", os.write, [False]
+
+    def full(descriptor: int, data: bytes) -> int:
+        if not is_full[0]:
+            return write(descriptor, data)
+        if taken and len(data) > 5 and b"x" in data:
+            return write(descriptor, data[:taken])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def refuse(data: bytes) -> int:
+        return full(writer_descriptor, data)
+
+    with path.open("a") as file, redirect_stderr(file):
+        writer_descriptor = file.fileno()
+        writer = StderrHandler()
+        monkeypatch.setattr(writer, "_write", refuse)
+        for message in ("one", "two"):
+            writer.handle(logging.makeLogRecord({"msg": message}))
+        is_full[0] = True
+        writer.handle(logging.makeLogRecord({"msg": "xxxxxxxx"}))
+        assert (writer.failed, writer.reason) == (1, "No space left on device")
+        is_full[0] = False
+        writer.handle(logging.makeLogRecord({"msg": "three"}))
+    torn = ["x" * taken] if taken else []
+    assert path.read_text().splitlines() == ["one", "two", *torn, "three"]
+
+
+def test_what_was_lost_is_told_at_the_end_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def log() -> None:
+        refused = [True]
+        put = StderrHandler.put
+        monkeypatch.setattr(
+            StderrHandler, "put", lambda self, line: not (refused and refused.pop()) and put(self, line)
+        )
+        logging.getLogger("sera_serve.engine").warning("lost")
+        wait_until(lambda: not refused)
+
+    (line,) = written("text", log, 0)
+    assert "1 lines of the log were lost" in line
