@@ -6,6 +6,10 @@ import ast
 import importlib
 import pkgutil
 import re
+import shutil
+import subprocess
+import sys
+from io import BytesIO
 from pathlib import Path
 
 import pytest
@@ -13,11 +17,14 @@ from pydantic import BaseModel
 
 import sera_serve.server
 from adapters_store import AdapterStore, StoreError
+from sera_serve import SeraConfig
+from sera_serve.access import COMMAND, AccessDatabase, AuditLog, Keys
 from sera_serve.commands.settings_table import settings_document
 from sera_serve.config import ServeSettings
 from sera_serve.engine import ServingEngine
 from sera_serve.engine.request import TRANSITIONS as REQUEST_TRANSITIONS
 from sera_serve.errors import SeraServeError
+from sera_serve.jobs import Places, TrainingFiles
 from sera_serve.residency import TRANSITIONS as ADAPTER_TRANSITIONS
 from sera_serve.server import build_app, errors, stats
 from sera_serve.server.native import access_schemas, quota_schemas, schemas
@@ -31,7 +38,8 @@ from sera_serve.server.openai import (
     tokens,
 )
 from support.answers import openapi_document
-from support.factories import random_decoder
+from support.factories import random_adapter, random_decoder
+from support.training import SORTED, jsonl
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 HTTP = (REPOSITORY / "docs" / "http.md").read_text(encoding="utf-8")
@@ -239,3 +247,32 @@ def test_the_drawn_states_are_those_of_the_code() -> None:
     for drawing, transitions in zip(drawings, (REQUEST_TRANSITIONS, ADAPTER_TRANSITIONS), strict=True):
         drawn = set(re.findall(r"^ *([A-Z_]+) --> ([A-Z_]+):", drawing, re.MULTILINE))
         assert drawn == {(state.name, then.name) for state, follow in transitions.items() for then in follow}
+
+
+@pytest.mark.skipif(shutil.which("sqlite3") is None, reason="sqlite3 is not installed")
+def test_the_documented_backup_is_whole_and_for_its_owner_alone(tmp_path: Path) -> None:
+    text = (REPOSITORY / "docs" / "operators.md").read_text(encoding="utf-8")
+    (commands,) = re.findall(r"## Backup and restore\n.*?```sh\n(.*?)```", text, re.DOTALL)
+    store = AdapterStore(tmp_path / "store")
+    base = random_decoder()
+    digest = store.publish(random_adapter(base, SeraConfig(2, 1, 4, ("q_proj",)), 1), "acme/a").digest
+    database, audit = AccessDatabase(store.root), AuditLog(store.root)
+    key = Keys(database).create("acme", ["infer"])
+    files = TrainingFiles(database, Places(store.root), 1 << 20)
+    file = files.add("acme", "rows.jsonl", BytesIO(jsonl(SORTED)))
+    audit.record("key.create", COMMAND, tenant="acme", target="a key")
+    audit.close()
+    database.close()
+    command = f'sera-serve() {{ {sys.executable} -c "from sera_serve.cli import main; main()" "$@"; }}'
+    script = f"set -e; umask 022\n{command}\n{commands}"
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    copy = AdapterStore(tmp_path / "copy", create=False)
+    assert copy.load(copy.resolve("acme/a").digest).digest == digest
+    copied = AccessDatabase(copy.root)
+    assert [held.id for held in Keys(copied).all()] == [key.key.id]
+    copied.close()
+    assert Places(copy.root).file(file.id).read_bytes() == jsonl(SORTED)
+    assert (copy.root / "access" / "audit.jsonl").read_bytes() == audit.path.read_bytes()
+    private = [copy.root / "access", *(copy.root / "access").iterdir(), copy.root / "jobs"]
+    assert [path.name for path in private if path.stat().st_mode & 0o077] == []
