@@ -142,6 +142,7 @@ FLOORS: dict[str, list[set[str]]] = {
         {"names", "format"},
         {"records"},
         {"backends", "card", "convert"},
+        {"integrity"},
         {"counting"},
         {"store"},
         {"combinations"},

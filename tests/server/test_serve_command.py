@@ -176,7 +176,7 @@ def test_a_server_that_cannot_describe_itself_serves(
     monkeypatch.setattr(serve, "describe_server", describe)
     arguments = ["--base", str(folder), "--port", "0", "--store", str(tmp_path / "store"), "--pool-mib", "1"]
     result = CliRunner().invoke(build_cli(), ["serve", *arguments])
-    assert result.exit_code == 0 and result.output.endswith("stopped\n")
+    assert result.exit_code == 0 and result.stdout.endswith("stopped\n")
     assert "cannot describe what it serves" in caplog.text and "a record cannot be read" in caplog.text
 
 
