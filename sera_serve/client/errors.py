@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 import json
 from typing import Any
 
@@ -18,6 +19,13 @@ class SeraError(Exception):
     def __init__(self, message: str) -> None:
         super().__init__(message)
         self.message = message
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Tell how `pickle` and `copy` rebuild the error: by its attributes.
+
+        `Exception` would call `__init__` with the message alone. A process pool then breaks, or hangs.
+        """
+        return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]
 
 
 class SeraConnectionError(SeraError):
