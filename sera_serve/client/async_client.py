@@ -22,19 +22,9 @@ from sera_serve.client.calls import (
     GenerateOptions,
     Prompt,
 )
+from sera_serve.client.connection import DEFAULT_MAX_CONNECTIONS, DEFAULT_TIMEOUT_S, connection
 from sera_serve.client.events import EventReader
-from sera_serve.client.exchange import (
-    CONNECT_TIMEOUT_S,
-    DEFAULT_TIMEOUT_S,
-    Outcome,
-    RetryPolicy,
-    Send,
-    Wait,
-    checked_url,
-    exchange,
-    lost_connections,
-    with_key,
-)
+from sera_serve.client.exchange import Outcome, RetryPolicy, Send, Wait, exchange, lost_connections
 from sera_serve.client.uploads import Progress
 
 T = TypeVar("T")
@@ -59,13 +49,12 @@ class AsyncSeraClient:
         timeout: float = DEFAULT_TIMEOUT_S,
         retries: RetryPolicy = RetryPolicy(),  # noqa: B008 - it is frozen
         headers: Mapping[str, str] | None = None,
+        max_connections: int = DEFAULT_MAX_CONNECTIONS,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         """Set up; nothing is sent. Arguments are as in `SeraClient`."""
-        limits = httpx.Timeout(timeout, connect=min(timeout, CONNECT_TIMEOUT_S))
-        self._http = httpx.AsyncClient(
-            base_url=checked_url(base_url), timeout=limits, headers=with_key(headers, api_key), transport=transport
-        )
+        arguments = connection(base_url, api_key, timeout, headers, max_connections)
+        self._http = httpx.AsyncClient(**arguments, transport=transport)
         self._retries = retries
         self.adapters = AsyncAdapters(self._call)
         self.models = AsyncModels(self._call)

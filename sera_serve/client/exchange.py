@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import random
 import re
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -26,9 +25,6 @@ from sera_serve.client.errors import (
     api_error,
 )
 
-DEFAULT_TIMEOUT_S = 600.0
-CONNECT_TIMEOUT_S = 10.0
-KEY_VARIABLE = "SERA_API_KEY"
 # Nothing of the request has reached a server.
 _NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.UnsupportedProtocol)
 # The codes of 503 that the server gives before it begins anything. Others may come while the work is done.
@@ -113,7 +109,12 @@ def connection_error(error: httpx.HTTPError, call: Call[Any]) -> SeraConnectionE
     """Return the typed error of a call without a whole answer."""
     sent = not isinstance(error, _NOT_SENT)
     reason = str(error) or type(error).__name__
-    if not sent:
+    if isinstance(error, httpx.PoolTimeout):
+        message = (
+            f"all connections of this client were in use, and none became free for {call.method} {call.path} within "
+            "its timeout: close streams that are open, or give the client a larger max_connections"
+        )
+    elif not sent:
         message = f"the server cannot be reached: {reason}"
     elif call.changes:
         message = (
@@ -135,47 +136,6 @@ def lost_connections(call: Call[Any]) -> Iterator[None]:
         yield
     except httpx.HTTPError as error:
         raise connection_error(error, call) from error
-
-
-def checked_url(base_url: str) -> str:
-    """Return the address of a server.
-
-    Raises:
-        ValueError: It is no address. The text does not have it: it may have a password.
-    """
-    try:
-        url = httpx.URL(base_url)
-    except httpx.InvalidURL as error:
-        raise ValueError(f"base_url is no address ({error}); write http://HOST:PORT") from None
-    if url.scheme not in ("http", "https") or not url.host:
-        raise ValueError("base_url begins with neither http:// nor https://; write http://HOST:PORT")
-    if url.query or url.fragment:
-        raise ValueError("base_url has a query or a fragment, which no call would keep; write http://HOST:PORT")
-    return base_url
-
-
-def with_key(headers: Mapping[str, str] | None, api_key: str | None) -> dict[str, str]:
-    """Return the headers of every request: those given, and the key's.
-
-    Args:
-        headers: Of the caller. An `Authorization` among them takes the place of the environment's key.
-        api_key: The key, or None for that of `SERA_API_KEY`.
-
-    Raises:
-        ValueError: The key is no key, or there are two. The text does not have the key.
-    """
-    given = dict(headers or {})
-    has_own = any(name.lower() == "authorization" for name in given)
-    if api_key is None:
-        api_key = None if has_own else os.environ.get(KEY_VARIABLE)
-    elif has_own:
-        raise ValueError("api_key and headers both have a key; give one of them")
-    key = (api_key or "").strip()
-    if not key:
-        return given
-    if not key.isascii() or not key.isprintable() or " " in key:
-        raise ValueError(f"api_key, or {KEY_VARIABLE}, is no key; `sera-serve keys create` prints one")
-    return {**given, "Authorization": f"Bearer {key}"}
 
 
 def _may_retry(error: SeraError, call: Call[Any]) -> bool:

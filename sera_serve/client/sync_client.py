@@ -22,19 +22,9 @@ from sera_serve.client.calls import (
     GenerateOptions,
     Prompt,
 )
+from sera_serve.client.connection import DEFAULT_MAX_CONNECTIONS, DEFAULT_TIMEOUT_S, connection
 from sera_serve.client.events import EventReader
-from sera_serve.client.exchange import (
-    CONNECT_TIMEOUT_S,
-    DEFAULT_TIMEOUT_S,
-    Outcome,
-    RetryPolicy,
-    Send,
-    Wait,
-    checked_url,
-    exchange,
-    lost_connections,
-    with_key,
-)
+from sera_serve.client.exchange import Outcome, RetryPolicy, Send, Wait, exchange, lost_connections
 from sera_serve.client.uploads import Progress
 
 T = TypeVar("T")
@@ -63,26 +53,31 @@ class SeraClient:
         timeout: float = DEFAULT_TIMEOUT_S,
         retries: RetryPolicy = RetryPolicy(),  # noqa: B008 - it is frozen
         headers: Mapping[str, str] | None = None,
+        max_connections: int = DEFAULT_MAX_CONNECTIONS,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
         """Set up; nothing is sent.
 
         Args:
-            base_url: Address of the server, without `/v1`.
-            api_key: The key of a tenant; None is that of the environment variable SERA_API_KEY, if there is one.
-            timeout: Longest time for one read or write of a connection, seconds. An answer that is no stream comes in
+            base_url: Address of the server, without `/v1`. A user and password in it are sent, as a proxy may want.
+            api_key: The key of a tenant; None is that of the environment variable SERA_API_KEY, if there is one and
+                neither `headers` nor `base_url` has a key or a password.
+            timeout: Longest time for one read or write of a connection, seconds, above 0 and up to 1,000,000; also the
+                longest wait for one of the client's connections to become free. An answer that is no stream comes in
                 one piece at its end, so the whole generation must fit. `timeout_s` of a call limits the server.
             retries: When refused requests are sent again.
             headers: Headers of every request, such as those of a proxy that authenticates.
-            transport: A transport of httpx, in place of the network.
+            max_connections: Most connections at once; a stream holds one until it is closed, and further calls wait.
+                The server has limits too (`max_connections_per_address`, 500 by default).
+            transport: A transport of httpx, in place of the network; it has its own `max_connections`.
 
         Raises:
-            ValueError: `base_url` is no address; or the key is no key, or `headers` has another one.
+            TypeError: `timeout` or `max_connections` is no number.
+            ValueError: `base_url` is no address, the key is no key, or there are two; a header or a number has no value
+                that could be sent.
         """
-        limits = httpx.Timeout(timeout, connect=min(timeout, CONNECT_TIMEOUT_S))
-        self._http = httpx.Client(
-            base_url=checked_url(base_url), timeout=limits, headers=with_key(headers, api_key), transport=transport
-        )
+        arguments = connection(base_url, api_key, timeout, headers, max_connections)
+        self._http = httpx.Client(**arguments, transport=transport)
         self._retries = retries
         self.adapters = Adapters(self._call)
         self.models = Models(self._call)
