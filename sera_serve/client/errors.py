@@ -172,9 +172,16 @@ _BY_TYPE: dict[str, type[SeraAPIError]] = {
 
 
 def api_error(
-    status: int, body: bytes, request_id: str | None = None, retry_after: float | None = None
+    status: int,
+    body: bytes,
+    request_id: str | None = None,
+    retry_after: float | None = None,
+    target: str | None = None,
 ) -> SeraAPIError:
-    """Return the typed error of an answer's body. A body of another form, such as a proxy's, gives no code."""
+    """Return the typed error of an answer's body. A body of another form, such as a proxy's, gives no code.
+
+    `target` is where a redirection leads. The client does not follow it: the key would go to another server.
+    """
     try:
         content = json.loads(body)
     except (ValueError, RecursionError):
@@ -184,6 +191,8 @@ def api_error(
     message, kind, param, code = (_text(fields, name) for name in ("message", "type", "param", "code"))
     if message is None:
         shown = body[:_MAX_SHOWN].decode("utf-8", "replace").strip()
+        if target is not None:
+            shown = f"it leads to {target[:_MAX_SHOWN]!r}; give the client the server's own address as base_url"
         message = f"the answer has status {status}, and is no error of sera-serve: {shown or 'it is empty'}"
     return _class_of(status, kind, code)(
         message, type=kind, param=param, code=code, status=status, request_id=request_id, retry_after=retry_after

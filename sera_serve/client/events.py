@@ -19,7 +19,8 @@ _ERROR = b'{"error"'
 class EventReader:
     """Turns the bytes of one stream into events. Only a line feed ends a line: JSON may have other line breaks in it.
 
-    https://html.spec.whatwg.org/multipage/server-sent-events.html, of which the server uses lines `data: ...` alone.
+    https://html.spec.whatwg.org/multipage/server-sent-events.html, of which the server uses lines `data: ...` alone. A
+    proxy may add comments, and carriage returns before the line feeds.
     """
 
     def __init__(self, request_id: str | None = None) -> None:
@@ -57,7 +58,8 @@ class EventReader:
             raise SeraConnectionError("the stream ended before the text was finished", sent=True)
 
     def _read(self, line: bytes) -> GenerateEvent | None:
-        if not line:
+        line = line.removesuffix(b"\r")
+        if not line or line.startswith(b":"):
             return None
         data = line.removeprefix(_DATA)
         if len(data) == len(line) or self._done:

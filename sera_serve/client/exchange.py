@@ -27,6 +27,8 @@ from sera_serve.client.errors import (
 
 # Nothing of the request has reached a server.
 _NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.UnsupportedProtocol)
+# The connection broke, perhaps because the server started again. A time limit that ran out is no such fault.
+_BROKEN = (httpx.NetworkError, httpx.RemoteProtocolError)
 # The codes of 503 that the server gives before it begins anything. Others may come while the work is done.
 _NOT_BEGUN = frozenset({"overloaded", "too_many_uploads", "too_many_connections", "too_many_pipelined"})
 # The same input has the same fate.
@@ -85,15 +87,14 @@ def exchange(call: Call[Any], policy: RetryPolicy) -> Generator[Send | Wait, Out
     """
     began = time.monotonic()
     retries = 0
+    error: SeraError
     while True:
         outcome = yield Send(call)
         assert outcome is not None
         if isinstance(outcome, httpx.Response):
             if outcome.is_success:
                 return outcome
-            error: SeraError = api_error(
-                outcome.status_code, outcome.content, outcome.headers.get("x-request-id"), _retry_after(outcome)
-            )
+            error = _refusal(outcome)
         else:
             error = connection_error(outcome, call)
         if retries >= policy.max_retries or not _may_retry(error, call):
@@ -138,11 +139,19 @@ def lost_connections(call: Call[Any]) -> Iterator[None]:
         raise connection_error(error, call) from error
 
 
+def _refusal(response: httpx.Response) -> SeraAPIError:
+    headers = response.headers
+    target = headers.get("location") if response.is_redirect else None
+    return api_error(
+        response.status_code, response.content, headers.get("x-request-id"), _retry_after(response), target
+    )
+
+
 def _may_retry(error: SeraError, call: Call[Any]) -> bool:
     if call.probes:
         return False
     if isinstance(error, SeraConnectionError):
-        return not error.sent
+        return not error.sent or (call.method == "GET" and isinstance(error.__cause__, _BROKEN))
     if isinstance(error, RateLimitError):
         return True
     if not isinstance(error, UnavailableError):

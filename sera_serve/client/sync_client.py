@@ -34,8 +34,9 @@ class SeraClient:
     """Talks to one server. Threads may share a client. Close it, or use it as a context.
 
     Refused requests (429 and 503) are sent again, after the time that the server names; so are requests for which no
-    connection was made. No other request is: one whose answer was lost may have had its effects. An upload, a deletion
-    or a pin is sent again only where the server says that it has begun nothing.
+    connection was made, and lists and look-ups whose connection broke. No other request is: one whose answer was lost
+    may have had its effects. An upload, a deletion or a pin is sent again only where the server says that it has begun
+    nothing.
 
     Every method raises `SeraError`: `SeraAPIError` for a refusal, `SeraConnectionError` where there is no whole answer,
     and `InvalidAnswerError` where the answer is of another form. An option that does not exist is a TypeError.

@@ -42,6 +42,16 @@ def test_a_stream_is_read_however_it_is_cut(size: int) -> None:
     assert events[-1].usage is not None and events[-1].usage.completion_tokens == 3
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 50, 5000])
+def test_what_a_proxy_adds_is_left_out(size: int) -> None:
+    pinged = b": ping\n\n" + STREAM.replace(b"\n\n", b"\n:\n\n") + b": ping\n\n"
+    for content in (pinged, STREAM.replace(b"\n", b"\r\n"), pinged.replace(b"\n", b"\r\n")):
+        reader = EventReader()
+        parts = (content[begin : begin + size] for begin in range(0, len(content), size))
+        assert [one.text for part in parts for one in reader.feed(part)] == [*TEXTS, ""]
+        reader.finish()
+
+
 def read(content: bytes) -> list[str]:
     """The texts that a client gives before it ends, or raises."""
 

@@ -185,8 +185,13 @@ def test_a_request_that_was_not_sent_is_sent_again(run: Run, name: str) -> None:
     assert len(script.bodies) == 4
 
 
-@pytest.mark.parametrize("name", [*CHANGES, "generate", "list"])
-@pytest.mark.parametrize("fault", [httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError, httpx.ReadTimeout])
+BROKEN = [httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError]
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [*itertools.product([*CHANGES, "generate"], [*BROKEN, httpx.ReadTimeout]), ("list", httpx.ReadTimeout)],
+)
 def test_a_request_whose_answer_was_lost_is_not(run: Run, name: str, fault: type[httpx.TransportError]) -> None:
     script = Script(fault("lost"), done(name))
     with pytest.raises(SeraConnectionError) as caught:
@@ -195,6 +200,21 @@ def test_a_request_whose_answer_was_lost_is_not(run: Run, name: str, fault: type
     assert isinstance(caught.value, SeraTimeoutError) == (fault is httpx.ReadTimeout)
     assert len(script.bodies) == 1
     assert ("may have done it" in caught.value.message) == (name in CHANGES)
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_a_request_that_only_reads_is_sent_again_when_its_connection_broke(
+    run: Run, fault: type[httpx.TransportError]
+) -> None:
+    script = Script(fault("lost"), fault("lost"), done("list"))
+    assert run("list", script, QUICK).adapters == []
+    assert len(script.bodies) == 3 and len(script.waits) == 2
+    # As often as any other, and no probe is.
+    for name, most in (("list", 4), ("ready", 1)):
+        script = Script(*(fault("lost") for _ in range(9)))
+        with pytest.raises(SeraConnectionError, match="was lost") as caught:
+            run(name, script, QUICK)
+        assert caught.value.sent and len(script.bodies) == most
 
 
 @pytest.mark.parametrize("name", [*CHANGES, "generate", "list"])
@@ -233,6 +253,23 @@ def test_a_refusal_of_another_form_has_no_code(run: Run, body: bytes) -> None:
         run("generate", script, QUICK)
     assert (caught.value.code, caught.value.request_id, caught.value.status) == (None, None, 502)
     assert len(caught.value.message) < 500
+
+
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+@pytest.mark.parametrize("name", ["generate", "list"])
+def test_a_redirection_is_an_error_that_names_its_target(run: Run, status: int, name: str) -> None:
+    script = Script(httpx.Response(status, headers={"Location": "https://other/x"}, text="Moved"))
+    with pytest.raises(SeraAPIError, match=rf"status {status}, .*'https://other/x'.*base_url"):
+        run(name, script, QUICK)
+    far = Script(httpx.Response(status, headers={"Location": "https://other/" + "x" * 5000}))
+    with pytest.raises(SeraAPIError) as caught:
+        run(name, far, QUICK)
+    assert len(caught.value.message) < 500
+    # Without a target, or with an error of the server's own, there is none to name.
+    for reply in (httpx.Response(status), refusal(status, "moved")):
+        with pytest.raises(SeraAPIError) as caught:
+            run(name, Script(reply), QUICK)
+        assert "base_url" not in caught.value.message
 
 
 @pytest.mark.parametrize("body", [b"", b"<html>", b"{}", json.dumps({**GENERATION, "text": 3}).encode()])
