@@ -36,7 +36,10 @@ _SCHEMA_NAME = re.compile(r"[^a-zA-Z0-9_-]")
 
 
 class GenerateOptions(TypedDict, total=False):
-    """Options of a generation. docs/http.md has the meaning, the default and the bounds of each."""
+    """Options of a generation. docs/http.md has the meaning, the default and the bounds of each.
+
+    A `stop` that is one text is sent as a list of one.
+    """
 
     max_new_tokens: int | None
     temperature: float
@@ -48,7 +51,7 @@ class GenerateOptions(TypedDict, total=False):
     repetition_penalty: float
     logit_bias: Mapping[int, float]
     seed: int | None
-    stop: Sequence[str]
+    stop: str | Sequence[str]
     stop_token_ids: Sequence[int]
     ignore_eos: bool
     min_tokens: int
@@ -74,8 +77,8 @@ class EmbedOptions(TypedDict, total=False):
     """Options of embeddings. docs/http.md has the meaning, the default and the bounds of each."""
 
     pooling: Pooling | None
-    normalize: bool
-    priority: Priority
+    normalize: bool | None
+    priority: Priority | None
     timeout_s: float | None
 
 
@@ -223,6 +226,8 @@ def _prompt(prompt: Prompt, adapter: Adapter | None, options: GenerateOptions) -
         # As a sequence of integers they would pass for token ids.
         raise TypeError("prompt has bytes; send a text (decode it), or a list of token ids")
     fields = _known(options, GenerateOptions)
+    if isinstance(stop := fields.get("stop"), str):
+        fields["stop"] = [stop]
     form: ResponseFormat | None = fields.get("response_format")
     if isinstance(form, type):
         schema = {"name": _SCHEMA_NAME.sub("_", form.__name__)[:64], "schema": form.model_json_schema()}

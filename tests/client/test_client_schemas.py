@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from types import NoneType
+from typing import get_args, get_type_hints
 
 import pytest
 from pydantic import BaseModel
@@ -56,6 +60,30 @@ def test_every_answer_has_the_servers_fields(ours: type[BaseModel], theirs: type
 def test_a_single_answer_has_the_fields_of_a_choice() -> None:
     single = set(schemas.GenerateResponse.model_fields)
     assert single == (set(answers.Generation.model_fields) | set(answers.Choice.model_fields)) - {"choices", "index"}
+
+
+REQUESTS: list[tuple[type, type[BaseModel]]] = [
+    (calls.GenerateOptions, schemas.GenerateRequest),
+    (calls.ClassifyOptions, schemas.ClassifyRequest),
+    (calls.EmbedOptions, embeddings.EmbeddingRequest),
+]
+
+
+@pytest.mark.parametrize(("options", "request_model"), REQUESTS)
+def test_an_option_may_be_none_where_the_servers_field_may_be_null(
+    options: type, request_model: type[BaseModel]
+) -> None:
+    for name, hint in get_type_hints(options).items():
+        theirs = request_model.model_fields[name].annotation
+        assert (NoneType in get_args(hint)) == (NoneType in get_args(theirs)), name
+
+
+@pytest.mark.parametrize("stop", ["a longer one", ["a longer one"], ("a longer one",)])
+def test_one_text_may_be_the_stop(stop: str | Sequence[str]) -> None:
+    assert str in get_args(get_type_hints(calls.GenerateOptions)["stop"])
+    for call in (calls.generate("a", None, {"stop": stop}), calls.stream("a", None, {"stop": stop})):
+        assert call.json is not None and list(call.json["stop"]) == ["a longer one"]
+        schemas.GenerateRequest.model_validate_json(json.dumps(call.json))
 
 
 @pytest.mark.parametrize(
