@@ -132,7 +132,7 @@ FLOORS: dict[str, list[set[str]]] = {
         {"engine"},
     ],
     "sera_serve.client": [
-        {"answers", "errors", "uploads"},
+        {"answers", "connection", "errors", "uploads"},
         {"calls", "events"},
         {"exchange"},
         {"sync_client", "async_client"},
