@@ -97,6 +97,8 @@ EXPRESSIONS = {
     r"sera_serve/config.py: ^https?://[^\s/]": "the operator's settings",
     "sera_serve/config.py: cpu|cuda(:[0-9]{1,3})?": "the operator's settings",
     "sera_serve/client/calls.py: [^a-zA-Z0-9_-]": "a program of the client, about its own schema",
+    r"sera_serve/client/connection.py: [!#$%&'*+\-.^_`|~0-9A-Za-z]+": "a program of the client, about its own headers",
+    r"sera_serve/client/connection.py: ([!-~]([\t -~]*[!-~])?)?": "a program of the client, about its own headers",
     "sera_serve/client/exchange.py: [0-9]{1,9}": "a header of the server, nine digits at most",
     "sera_serve/server/openai/token_texts.py: <0x([0-9A-Fa-f]{2})>": "tokens of the base, which the operator chooses",
     r"sera_serve/server/openai/tool_calls.py: [\s;,]*": "tool calls",
