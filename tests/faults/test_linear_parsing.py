@@ -94,7 +94,9 @@ EXPRESSIONS = {
     "sera_serve/server/response_format.py: ^[a-zA-Z0-9_-]{1,64}$": "names of tools",
     "sera_serve/server/openai/response_schemas.py: ^[a-zA-Z0-9_-]{1,64}$": "names of tools",
     "sera_serve/commands/keys.py: ([1-9][0-9]{0,8})([mhd])": "the command line",
-    r"sera_serve/config.py: ^https?://[^\s/]": "the operator's settings",
+    r"sera_serve/config.py: https?://[^\s/]": "the operator's settings",
+    "sera_serve/config.py: ([A-Z0-9_]+_)?(SERVICE_HOST|SERVICE_PORT(_[A-Z0-9_]+)?|"
+    "PORT(_[0-9]+_(TCP|UDP|SCTP)(_[A-Z]+)?)?)": "the operator's environment",
     "sera_serve/config.py: cpu|cuda(:[0-9]{1,3})?": "the operator's settings",
     "sera_serve/client/calls.py: [^a-zA-Z0-9_-]": "a program of the client, about its own schema",
     r"sera_serve/client/connection.py: [!#$%&'*+\-.^_`|~0-9A-Za-z]+": "a program of the client, about its own headers",
