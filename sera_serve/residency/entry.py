@@ -171,7 +171,9 @@ class AdapterEntry:
         layout: What the packed adapter holds, once it was read.
         load_bytes: The most host memory that a load from the store takes, in bytes, once it was looked up.
         placement: The adapter's room on the device, from the moment that it is reserved.
-        waiters: Futures of the requests that wait for a lease, and for whom they wait; some may be cancelled.
+        waiters: Futures of the requests that wait for a lease, and for whom they wait; some may be cancelled. Only the
+            methods below change it.
+        claims: How many of them wait for whom.
         leases: Leases held.
         holders: How many of them are held for whom.
         hints: Prefetch hints held.
@@ -180,9 +182,10 @@ class AdapterEntry:
         queued_at: Leases that had been granted, to any request, when the adapter began to wait for room; None while
             it does not wait.
         queued_since: Seconds, `time.monotonic`, when it began to wait for room.
-        queued_for: Whose turn it takes there.
         is_outrun: A tenant that was served more asked for a lease while the adapter waited for room.
+        outrun_from: Leases granted, to any request, before which it is not outrun again.
         readers: Owners of jobs that are to read the adapter, for a request.
+        withdrawals: These take the jobs back that are to read the adapter, for a request or a hint.
         read_started: A loader thread has begun to read.
         found_in: Where the present load found the adapter.
         load_seconds: Time that the present load has spent reading.
@@ -195,6 +198,7 @@ class AdapterEntry:
     load_bytes: int | None = None
     placement: Placement | None = None
     waiters: dict[Future[Lease], Claim | None] = field(default_factory=dict)
+    claims: Counter[Claim | None] = field(default_factory=Counter)
     leases: int = 0
     holders: Counter[Claim | None] = field(default_factory=Counter)
     hints: int = 0
@@ -202,9 +206,10 @@ class AdapterEntry:
     deleted: bool = False
     queued_at: int | None = None
     queued_since: float = 0.0
-    queued_for: str | None = None
     is_outrun: bool = False
+    outrun_from: int = 0
     readers: set[str | None] = field(default_factory=set)
+    withdrawals: list[Callable[[], None]] = field(default_factory=list)
     read_started: bool = False
     found_in: Tier | None = None
     load_seconds: float = 0.0
@@ -251,20 +256,31 @@ class AdapterEntry:
         """Whether a request waits that was not cancelled."""
         return any(not future.cancelled() for future in self.waiters)
 
-    @property
-    def claim(self) -> Claim | None:
-        """The claim of the first request that waits; None without one."""
-        return next((claim for future, claim in self.waiters.items() if not future.cancelled()), None)
+    def owners(self) -> list[str | None]:
+        """The tenants whose turns the adapter takes: each that waits for it, the first one first."""
+        return list(dict.fromkeys(None if claim is None else claim.tenant for claim in self.claims))
 
-    @property
-    def owner(self) -> str | None:
-        """The tenant whose turn the adapter takes: that of the first request that waits."""
-        claim = self.claim
-        return None if claim is None else claim.tenant
+    def is_behind(self, claim: Claim | None) -> bool:
+        """Whether the tenant of `claim` was served more than one that waits for the adapter."""
+        return claim is not None and any(waiting is not None and claim.is_ahead_of(waiting) for waiting in self.claims)
+
+    def add_waiter(self, future: Future[Lease], claim: Claim | None) -> None:
+        """Have a future wait for a lease."""
+        self.waiters[future] = claim
+        self.claims[claim] += 1
+
+    def drop_waiter(self, future: Future[Lease]) -> None:
+        """Forget a future that was cancelled, if it still waits here."""
+        if future in self.waiters:
+            claim = self.waiters.pop(future)
+            self.claims[claim] -= 1
+            if not self.claims[claim]:
+                del self.claims[claim]
 
     def take_waiters(self) -> list[tuple[Future[Lease], Claim | None]]:
         """Take off the waiting futures, without the cancelled ones. None of them can be cancelled any more."""
         waiters, self.waiters = self.waiters, {}
+        self.claims.clear()
         return [(future, claim) for future, claim in waiters.items() if future.set_running_or_notify_cancel()]
 
     def check_invariants(self) -> None:
@@ -274,6 +290,7 @@ class AdapterEntry:
         broken = {
             "a lease or a hint was released twice": self.leases < 0 or self.hints < 0,
             "its leases are held for nobody": self.leases != self.holders.total(),
+            "its requests wait for others": Counter(self.waiters.values()) != self.claims,
             "it is leased and not on the device": self.leases > 0 and not self.on_device,
             "it has no room on the device": placed and not has_room,
             "it has room that it does not need": has_room and not placed and self.state is not READING,

@@ -74,11 +74,20 @@ class AdapterLoader:
 
 
 @dataclass(eq=False, slots=True)
-class _Job:
-    """Work for a loader thread, and the most host memory that it takes, bytes; 0 if that is little."""
+class Job:
+    """Work for a loader thread; its fields belong to `LoaderThreads`.
+
+    Attributes:
+        work: What to run.
+        nbytes: The most host memory that it takes, bytes; 0 if that is little.
+        priority: The lowest runs first.
+        waits: It has neither begun nor was it withdrawn.
+    """
 
     work: Callable[[], None]
     nbytes: int
+    priority: int
+    waits: bool = True
 
 
 class LoaderThreads:
@@ -110,15 +119,15 @@ class LoaderThreads:
         """Bytes up to which a job is small."""
         self._changed = threading.Condition()
         # By priority, lowest first. The large jobs of an owner have turns of their own: they may wait for memory.
-        self._jobs: dict[int, TurnQueue[_Job]] = {}
+        self._jobs: dict[int, TurnQueue[Job]] = {}
         # When each running job began, and the bytes of the large ones.
-        self._running: dict[_Job, float] = {}
+        self._running: dict[Job, float] = {}
         self._large_bytes = 0
         self._threads: list[threading.Thread] = []
         self._idle = 0
         self._closed = False
 
-    def submit(self, priority: int, work: Callable[[], None], owner: Hashable = None, nbytes: int = 0) -> None:
+    def submit(self, priority: int, work: Callable[[], None], owner: Hashable = None, nbytes: int = 0) -> Job:
         """Run a job after all jobs of a lower priority number, and after earlier ones of the same number and owner.
 
         Owners take turns: of jobs with one priority, one of each owner runs before the second of any.
@@ -129,17 +138,31 @@ class LoaderThreads:
             work: The job.
             owner: Whose turn it takes.
             nbytes: The most host memory that it takes, bytes.
+
+        Returns:
+            What `withdraw` takes.
         """
+        job = Job(work, nbytes, priority)
         with self._changed:
             if self._closed:
-                return
-            job = _Job(work, nbytes)
+                return job
             if priority not in self._jobs:
                 self._jobs[priority] = TurnQueue()
                 self._jobs = dict(sorted(self._jobs.items()))
             self._jobs[priority].add((owner, self._is_large(job)), job)
             self._ensure_idle_thread()
             self._changed.notify()
+        return job
+
+    def withdraw(self, job: Job) -> None:
+        """Take a job back that has not begun; nothing happens where it has begun."""
+        with self._changed:
+            if job.waits and not self._closed:
+                job.waits = False
+                self._jobs[job.priority].remove(job, is_turn=False)
+                # A large one may have kept others waiting.
+                self._ensure_idle_thread()
+                self._changed.notify()
 
     def close(self, timeout_s: float) -> None:
         """Start no more jobs, and wait up to `timeout_s` for running ones; a job that takes longer goes on alone."""
@@ -150,20 +173,20 @@ class LoaderThreads:
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
 
-    def _is_large(self, job: _Job) -> bool:
+    def _is_large(self, job: Job) -> bool:
         return job.nbytes > self.small_bytes
 
-    def _next(self) -> tuple[int, Hashable, _Job] | None:
-        """The job that runs next, with its priority and owner; None if none waits, or only large ones. Lock held."""
+    def _next(self) -> Job | None:
+        """The job that runs next; None if none waits, or only large ones. Lock held."""
         is_short = False
-        for priority, jobs in self._jobs.items():
-            for owner, job in jobs.firsts():
+        for jobs in self._jobs.values():
+            for job in jobs.firsts():
                 if not self._is_large(job):
-                    return priority, owner, job
+                    return job
                 # Large jobs that would still fit wait as well: else they could keep this one from running for ever.
                 is_short = is_short or (bool(self._large_bytes) and self._large_bytes + job.nbytes > self._max_bytes)
                 if not is_short:
-                    return priority, owner, job
+                    return job
         return None
 
     def _ensure_idle_thread(self) -> None:
@@ -187,7 +210,7 @@ class LoaderThreads:
                 if self._closed or following is None:
                     return
                 self._idle -= 1
-                job = self._begin(*following)
+                job = self._begin(following)
                 del following
                 if self._next() is not None:
                     self._ensure_idle_thread()
@@ -202,14 +225,15 @@ class LoaderThreads:
                     del job
                     self._idle += 1
 
-    def _begin(self, priority: int, owner: Hashable, job: _Job) -> _Job:
-        self._jobs[priority].remove(owner, job, is_turn=True)
+    def _begin(self, job: Job) -> Job:
+        job.waits = False
+        self._jobs[job.priority].remove(job, is_turn=True)
         self._running[job] = time.monotonic()
         if self._is_large(job):
             self._large_bytes += job.nbytes
         return job
 
-    def _end(self, job: _Job) -> None:
+    def _end(self, job: Job) -> None:
         del self._running[job]
         if self._is_large(job):
             self._large_bytes -= job.nbytes

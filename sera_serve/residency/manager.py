@@ -146,7 +146,7 @@ class AdapterResidency:
             self._copy(entry, packed, is_retried=True)
         self._completions.settle()
         if not future.done():
-            future.add_done_callback(self._after_cancel)
+            future.add_done_callback(partial(self._after_cancel, entry))
         return future
 
     def prefetch(self, digest: str, claim: Claim | None = None) -> PrefetchHint:
@@ -321,20 +321,21 @@ class AdapterResidency:
 
     # The two jobs: loader threads run them, or the thread that asks for a small adapter.
 
-    def _read(self, entry: AdapterEntry, priority: int, owner: str | None) -> None:
+    def _read(self, entry: AdapterEntry, priority: int, owner: str | None, is_sized: bool) -> None:
         """Read an adapter from the store, and copy it to the device if it finds room at once.
 
-        A large one is submitted again, with its size, which is looked up first. Arguments as of `LoaderThreads.submit`.
+        A large one is submitted again, with its size, which is looked up first. `is_sized` says that this was done, so
+        that the loader threads count its memory; `priority` and `owner` are as of `LoaderThreads.submit`.
         """
         with self._lock:
             # An adapter that was only hinted, or that several tenants ask for, is submitted more than once.
             if entry.state is not READING or entry.read_started:
                 return
             is_worth_it = self._is_worth_reading_locked(entry)
-            if is_worth_it:
-                is_sized = entry.load_bytes is not None
-                entry.read_started = is_sized
-            else:
+            if is_worth_it and is_sized:
+                self._start_reading_locked(entry)
+            elif not is_worth_it:
+                self._withdraw_reads_locked(entry)
                 # It may have room already, which others wait for.
                 self._placement.free(entry)
                 self._place_waiting_locked()
@@ -361,22 +362,27 @@ class AdapterResidency:
 
     def _begin_sized(self, entry: AdapterEntry, priority: int, owner: str | None) -> bool:
         """Look the size of a load up, and begin to read if it is small. Raises what the look-up raised."""
+        with self._lock:
+            # Another job may have looked it up since this one was submitted.
+            nbytes = entry.load_bytes
         try:
-            nbytes = self._loader.load_bytes(entry.digest)
+            if nbytes is None:
+                nbytes = self._loader.load_bytes(entry.digest)
         except Exception:
             with self._lock:
                 if entry.state is not READING or entry.read_started:
                     return False
-                entry.read_started = True
+                self._start_reading_locked(entry)
             raise
         with self._lock:
             if entry.state is not READING or entry.read_started:
                 return False
             entry.load_bytes = nbytes
-            entry.read_started = nbytes <= self._threads.small_bytes
-            if not entry.read_started:
+            if nbytes > self._threads.small_bytes:
                 self._read_on_thread_locked(entry, priority, owner)
-            return entry.read_started
+                return False
+            self._start_reading_locked(entry)
+            return True
 
     def _copy(self, entry: AdapterEntry, packed: PackedAdapter | None = None, is_retried: bool = False) -> None:
         """Copy an adapter to the room reserved for it, and grant the leases on it.
@@ -437,10 +443,12 @@ class AdapterResidency:
                 hint.entry.hints -= 1
                 self._table.close_if_unused(hint.entry)
 
-    def _after_cancel(self, future: Future[Lease]) -> None:
+    def _after_cancel(self, entry: AdapterEntry, future: Future[Lease]) -> None:
         """Serve the others in the queue: a request that was cancelled may have stood before them."""
         if future.cancelled():
             with self._lock:
+                entry.drop_waiter(future)
+                self._placement.leave_turns(entry)
                 self._place_waiting_locked()
             self._completions.settle()
 
@@ -448,17 +456,17 @@ class AdapterResidency:
 
     def _request_locked(self, entry: AdapterEntry, future: Future[Lease], claim: Claim | None) -> PackedAdapter | None:
         """Have a future wait for a lease. Returns the data if the caller itself has to copy the adapter."""
-        entry.waiters[future] = claim
+        entry.add_waiter(future, claim)
         owner = None if claim is None else claim.tenant
-        if entry.state is ABSENT and not entry.queued:
+        if entry.queued or entry.on_device:
+            # It waits for room, from now on in this owner's turn too. Or it drains: its room is promised to another.
+            self._placement.join(entry)
+        elif entry.state is ABSENT:
             self._read_on_thread_locked(entry, _AWAITED, owner)
         elif entry.state is READING and not entry.read_started and owner not in entry.readers:
             # It was only hinted, or has the turn of another tenant, which may have many loads before it.
             self._read_on_thread_locked(entry, _AWAITED, owner)
-        elif entry.on_device:
-            # It drains: its room is promised to the first in the queue.
-            self._placement.join(entry)
-        elif entry.state is ON_HOST and not entry.queued:
+        elif entry.state is ON_HOST:
             packed = self.host_cache.get(entry.digest)
             # Nobody is bypassed on the way.
             is_at_once = packed is not None and not len(self._placement) and self.pool.fills_at_once(packed)
@@ -487,7 +495,8 @@ class AdapterResidency:
                     self._refuse_locked(entry, _never_fits())
                 self._left_queue_locked(entry)
             elif entry.state is ABSENT:
-                self._read_on_thread_locked(entry, _HAS_ROOM, entry.owner)
+                for owner in entry.owners():
+                    self._read_on_thread_locked(entry, _HAS_ROOM, owner)
             else:
                 entry.move_to(COPYING)
                 if entry is not own:
@@ -499,8 +508,19 @@ class AdapterResidency:
             entry.move_to(READING)
         if priority != _HINTED:
             entry.readers.add(owner)
-        job = partial(self._read, entry, priority, owner)
-        self._threads.submit(priority, job, owner, entry.load_bytes or 0)
+        job = partial(self._read, entry, priority, owner, entry.load_bytes is not None)
+        submitted = self._threads.submit(priority, job, owner, entry.load_bytes or 0)
+        entry.withdrawals.append(partial(self._threads.withdraw, submitted))
+
+    def _start_reading_locked(self, entry: AdapterEntry) -> None:
+        """Have the calling thread alone read an adapter."""
+        entry.read_started = True
+        self._withdraw_reads_locked(entry)
+
+    def _withdraw_reads_locked(self, entry: AdapterEntry) -> None:
+        """Take back the jobs that were to read an adapter: large ones that wait for memory hold up others."""
+        while entry.withdrawals:
+            entry.withdrawals.pop()()
 
     def _left_queue_locked(self, entry: AdapterEntry) -> None:
         """End the wait of an adapter that got no room."""

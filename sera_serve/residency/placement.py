@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import enum
 import time
+from bisect import bisect_left
 from collections import Counter, OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import cache
 from itertools import chain, islice
 
 from sera_serve.errors import CannotPin
@@ -17,8 +19,9 @@ from sera_serve.residency.turns import TurnQueue
 
 # How many adapters that find no room are tried before the rest of the queue is left for later.
 _WINDOW = 16
-# The order in which adapters drain.
-_IDLE, _AHEAD, _OTHERS = range(3)
+# For so many adapters that were looked at in vain, to drain for one that is outrun, a lease is granted before the next
+# look: so what a lease costs does not grow with the adapters on the device.
+_LOOKS_PER_LEASE = 32
 
 
 class Outcome(enum.Enum):
@@ -43,9 +46,11 @@ class PlacementQueue:
 
     - `max_bypasses` leases have been granted since it came.
     - It has waited for `max_wait_s`.
-    - A tenant asks for a lease that was served more than the one that waits. Then only adapters drain that no request
-      uses, or only requests of tenants that were served more. Where these give too little room, it is not overdue.
+    - A tenant asks for a lease that was served more than one that waits. Then only adapters drain that no request
+      uses, or only requests of tenants that were served more. Where these give too little room, it is not overdue, and
+      with many adapters on the device some leases go by before they are looked through again.
 
+    Where several tenants wait for an adapter, it takes the first turn of any, and the least served of them counts.
     A leased or pinned adapter is never evicted.
 
     Attributes:
@@ -86,6 +91,8 @@ class PlacementQueue:
         # The overdue adapter that others drain for, or drained for: it is tried before all others.
         self._favoured: AdapterEntry | None = None
         self._draining: dict[str, AdapterEntry] = {}
+        # There may be room or a request that there was not when adapters began to drain.
+        self._has_changed = False
         # Elements of the evictable adapters: counted, because every load asks for them.
         self._evictable_elements = 0
 
@@ -93,11 +100,18 @@ class PlacementQueue:
         return len(self._queue)
 
     def join(self, entry: AdapterEntry) -> None:
-        """Go to the end of the queue of its tenant; an adapter in the queue stays where it is."""
+        """Go to the end of the queue of each tenant that waits for it; where it is in one, it stays where it is."""
         if not entry.queued:
             entry.queued_at, entry.queued_since = self._granted.total(), time.monotonic()
-            entry.queued_for, entry.is_outrun = entry.owner, False
-            self._queue.add(entry.queued_for, entry)
+            entry.is_outrun, entry.outrun_from = False, 0
+        self._queue.share(entry.owners(), entry)
+        self._has_changed = True
+
+    def leave_turns(self, entry: AdapterEntry) -> None:
+        """Leave the queues of tenants that wait for it no more; with the last of them, `place_waiting` takes it out."""
+        if entry.queued and entry.claims:
+            self._queue.share(entry.owners(), entry)
+        self._has_changed = True
 
     def clear(self) -> list[AdapterEntry]:
         """Empty the queue, and return the adapters that left it; nothing drains any more."""
@@ -115,12 +129,14 @@ class PlacementQueue:
         """
         if not len(self._queue) or self._draining:
             return False
+        granted = self._granted.total()
+        is_any = False
         for entry in islice(self._queue, _WINDOW):
-            if claim is not None and (waiting := entry.claim) is not None and claim.is_ahead_of(waiting):
+            if granted >= entry.outrun_from and entry.is_behind(claim):
                 entry.is_outrun = True
-            if self._is_overdue(entry):
-                return True
-        return False
+            # All are looked at: where too few may drain for the first, there may be enough for another.
+            is_any = is_any or self._is_overdue(entry)
+        return is_any
 
     def place_waiting(self) -> Iterator[tuple[AdapterEntry, Outcome]]:
         """Find room for adapters in the queue, and give each that need not wait any more; those have left the queue.
@@ -128,12 +144,15 @@ class PlacementQueue:
         Call it whenever there may be room. Where there is none for an adapter that is overdue, others drain for it, and
         all behind it stay in the queue.
         """
+        if self._draining and not self._has_changed:
+            # Nothing goes before the one that others drain for, and it still finds no room.
+            return
+        self._has_changed = False
         drained = self._end_draining()
         blocked = 0
-        entries = list(self._queue)
-        if self._favoured is not None:
-            entries.insert(0, self._favoured)
-        for entry in entries:
+        first = () if self._favoured is None else (self._favoured,)
+        # A copy, each once: those that are placed leave the queue.
+        for entry in dict.fromkeys((*first, *self._queue)):
             if not entry.queued:
                 continue
             outcome = self._place(entry)
@@ -152,9 +171,11 @@ class PlacementQueue:
 
     def place_last(self, last: AdapterEntry) -> Iterator[tuple[AdapterEntry, Outcome]]:
         """`place_waiting` for an adapter that has just joined: since the others were tried, no room came free."""
-        if len(self._queue) == 1:
+        is_overdue = self._is_overdue(next(iter(self._queue)))
+        if len(self._queue) == 1 or (is_overdue and not self._draining):
+            # One that became overdue with time has others drain for it now, and is not bypassed.
             yield from self.place_waiting()
-        elif len(self._queue) <= _WINDOW and self._favoured is None and not self._is_overdue(next(iter(self._queue))):
+        elif len(self._queue) <= _WINDOW and self._favoured is None:
             outcome = self._place(last)
             if outcome is not None:
                 yield last, outcome
@@ -190,6 +211,7 @@ class PlacementQueue:
         entry.found_in, entry.load_seconds = None, 0.0
         self.on_device[entry.digest] = entry
         self._evictable_elements += _layout(entry).elements
+        self._has_changed = True
 
     def remove(self, entry: AdapterEntry) -> None:
         """Take an adapter without leases off the device."""
@@ -204,6 +226,7 @@ class PlacementQueue:
         if entry.placement is not None:
             self._pool.remove(entry.placement)
             entry.placement = None
+            self._has_changed = True
         self._table.settle(entry)
 
     def add_lease(self, entry: AdapterEntry, claim: Claim | None) -> Placement:
@@ -224,6 +247,7 @@ class PlacementQueue:
         if not entry.holders[claim]:
             del entry.holders[claim]
         if not entry.leases:
+            self._has_changed = True
             if not entry.pinned:
                 self._evictable_elements += _layout(entry).elements
             if entry.deleted:
@@ -233,6 +257,7 @@ class PlacementQueue:
         """Have an adapter on the device leave it as soon as no lease is held; it is not pinned any more."""
         self.unpin(entry)
         entry.deleted = True
+        self._has_changed = True
         if not entry.queued:
             self._table.host_cache.drop(entry.digest)
         if not entry.leases:
@@ -263,11 +288,13 @@ class PlacementQueue:
             self._evictable_elements -= _layout(entry).elements
         entry.pinned = True
         self.pinned[entry.digest] = entry
+        self._has_changed = True
 
     def unpin(self, entry: AdapterEntry) -> None:
         """Let an adapter be evicted again. Idempotent."""
         if self.pinned.pop(entry.digest, None) is not None:
             entry.pinned = False
+            self._has_changed = True
             if not entry.leases:
                 self._evictable_elements += _layout(entry).elements
 
@@ -295,6 +322,8 @@ class PlacementQueue:
             raise RuntimeError("pinned adapters take more of the pool than they may")
         if self._draining and (self._favoured is None or not self._favoured.queued):
             raise RuntimeError("adapters drain and none waits for room")
+        if any(entry.claims and self._queue.owners(entry) != set(entry.owners()) for entry in self._queue):
+            raise RuntimeError("an adapter waits for room in the turn of a tenant that does not wait for it")
         in_use = len(placements) > len(self.on_device) or any(entry.leases for entry in self.on_device.values())
         if not in_use and any(entry.is_awaited() for entry in self._queue):
             raise RuntimeError("an adapter waits for room although nothing is in use")
@@ -316,7 +345,7 @@ class PlacementQueue:
 
     def _leave(self, entry: AdapterEntry, is_turn: bool = False) -> None:
         entry.queued_at = None
-        self._queue.remove(entry.queued_for, entry, is_turn)
+        self._queue.remove(entry, is_turn)
         if self._favoured is entry:
             self._favoured = None
 
@@ -343,33 +372,41 @@ class PlacementQueue:
         Idle ones drain first, then those of tenants that were served more, then others; of each the least recently
         used. The others drain only for an adapter that was bypassed too often or too long.
         """
-        layout = _layout(overdue)
-        claim, are_all = overdue.claim, self._was_bypassed(overdue)
-        # Stable: within each group the least recently used come first.
-        ranked = sorted(
-            ((_drain_rank(entry, claim), entry) for entry in self.on_device.values() if not entry.pinned),
-            key=lambda ranked: ranked[0],
-        )
-        candidates: list[AdapterEntry] = []
-        leaving: list[Placement] = []
-        missing = layout.elements - (self._pool.capacity - self._pool.used)
-        for rank, entry in ranked:
-            if rank == _OTHERS and not are_all:
-                break
-            candidates.append(entry)
-            leaving.append(_placement(entry))
-            missing -= leaving[-1].adapter.elements
-            if missing <= 0 and self._pool.would_fit(layout, leaving):
-                break
-        if not are_all and (missing > 0 or not self._pool.would_fit(layout, leaving)):
-            # It is set again when a tenant that was served more asks for the next lease.
+        layout, are_all = _layout(overdue), self._was_bypassed(overdue)
+        candidates, is_enough = self._first_enough(layout, self._drain_order(overdue, are_all))
+        if is_enough:
+            fewest = bisect_left(
+                range(1, len(candidates)), True, key=lambda count: self._would_fit(layout, candidates[:count])
+            )
+            candidates = candidates[: fewest + 1]
+        elif not are_all:
+            # It is set again when a tenant that was served more asks for a lease.
             overdue.is_outrun = False
+            overdue.outrun_from = self._granted.total() + len(self.on_device) // _LOOKS_PER_LEASE
+            if self._favoured is overdue:
+                self._favoured = None
             return False
         for entry in candidates:
             entry.move_to(DRAINING)
             self._draining[entry.digest] = entry
         self._favoured = overdue
         return True
+
+    def _drain_order(self, overdue: AdapterEntry, are_all: bool) -> Iterator[AdapterEntry]:
+        """Adapters that may drain for an overdue one, in this order; `are_all` says whether the others may."""
+        if self._evictable_elements:
+            yield from (entry for entry in self.on_device.values() if entry.evictable)
+        # Tenants have many adapters, and are compared once.
+        is_ahead = cache(overdue.is_behind)
+        others: list[AdapterEntry] = []
+        for entry in self.on_device.values():
+            if entry.leases and not entry.pinned:
+                if all(map(is_ahead, entry.holders)):
+                    yield entry
+                else:
+                    others.append(entry)
+        if are_all:
+            yield from others
 
     def _end_draining(self) -> list[AdapterEntry]:
         drained = list(self._draining.values())
@@ -387,30 +424,32 @@ class PlacementQueue:
         unwanted = (entry for entry in entries if entry.evictable and not entry.wanted)
         latest = () if spare_wanted else reversed(entries)
         wanted = (entry for entry in latest if entry.evictable and entry.wanted)
-        victims: list[AdapterEntry] = []
-        leaving: list[Placement] = []
+        victims, is_enough = self._first_enough(layout, chain(unwanted, wanted))
+        return victims if is_enough else []
+
+    def _first_enough(self, layout: AdapterLayout, order: Iterable[AdapterEntry]) -> tuple[list[AdapterEntry], bool]:
+        """The first of these adapters, at least one, whose leaving makes room, up to twice as many as must leave.
+
+        Returns them and True, or all of them and False where they are too few.
+        """
+        missing = layout.elements - (self._pool.capacity - self._pool.used)
+        chosen: list[AdapterEntry] = []
         # Whether they are enough is asked again each time they have doubled: holes are costly to go through.
         ask_at = 1
-        for entry in chain(unwanted, wanted):
-            victims.append(entry)
-            leaving.append(_placement(entry))
-            missing -= leaving[-1].adapter.elements
-            if missing <= 0 and len(victims) >= ask_at:
-                if self._pool.would_fit(layout, leaving):
-                    return victims
-                ask_at = 2 * len(victims)
-        return victims if self._pool.would_fit(layout, leaving) else []
+        for entry in order:
+            chosen.append(entry)
+            missing -= _placement(entry).adapter.elements
+            if missing <= 0 and len(chosen) >= ask_at:
+                if self._would_fit(layout, chosen):
+                    return chosen, True
+                ask_at = 2 * len(chosen)
+        return chosen, missing <= 0 and self._would_fit(layout, chosen)
+
+    def _would_fit(self, layout: AdapterLayout, leaving: Iterable[AdapterEntry]) -> bool:
+        return self._pool.would_fit(layout, map(_placement, leaving))
 
     def _pinned_elements(self) -> int:
         return sum(_layout(entry).elements for entry in self.pinned.values())
-
-
-def _drain_rank(entry: AdapterEntry, claim: Claim | None) -> int:
-    """Which adapters drain first for a request with this claim: the lowest."""
-    if not entry.leases:
-        return _IDLE
-    is_ahead = claim is not None and all(holder is not None and holder.is_ahead_of(claim) for holder in entry.holders)
-    return _AHEAD if is_ahead else _OTHERS
 
 
 def _layout(entry: AdapterEntry) -> AdapterLayout:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 
 import pytest
 from slow_store import Build, Store, granted, until, wait_for_loads
 
+from adapters_store import AdapterBundle
 from sera_serve.errors import EngineUnavailable
 from sera_serve.residency import Claim, LoaderThreads
 
@@ -111,6 +113,23 @@ def test_large_jobs_run_side_by_side_only_as_memory_allows() -> None:
     threads.close(10)
 
 
+def test_a_withdrawn_large_job_holds_up_no_others(gate: threading.Event) -> None:
+    threads = LoaderThreads(at_once=3, most=10, stall_s=1000, max_bytes=100)
+    whole, never, other = Slow(gate), Slow(gate), threading.Event()
+    running = threads.submit(0, whole, "a", 60)
+    assert whole.began.wait(10)
+    waiting = threads.submit(0, never, "b", 90)
+    threads.submit(0, other.set, "c", 40)
+    threads.withdraw(running)
+    assert not other.wait(0.05)
+    threads.withdraw(waiting)
+    threads.withdraw(waiting)
+    assert other.wait(10)
+    gate.set()
+    threads.close(10)
+    assert not never.began.is_set()
+
+
 def test_job_that_never_ends_does_not_keep_close(gate: threading.Event) -> None:
     threads = LoaderThreads(at_once=1)
     slow, never = Slow(gate), threading.Event()
@@ -189,6 +208,67 @@ def test_large_loads_are_read_one_at_a_time_however_long_one_takes(
         store.gates[digest].set()
         granted(slow.pop(digest)).release()
     assert len(store.asked) == 8
+
+
+@pytest.mark.parametrize("first", ["the request of another tenant", "its hint"])
+def test_a_large_load_that_is_asked_for_twice_takes_its_memory(
+    build: Build, large: list[str], store: Store, gate: threading.Event, first: str
+) -> None:
+    looked_up = threading.Event()
+
+    def size_of(digest: str) -> int:
+        looked_up.set()
+        assert gate.wait(30)
+        return 600
+
+    threads = LoaderThreads(at_once=1, stall_s=1000, max_bytes=1000)
+    residency = build(room=8, threads=threads, size_of=size_of)
+    futures, hints = [], []
+    # All are submitted before the size of any is known.
+    for digest in large:
+        if first == "its hint":
+            hints.append(residency.prefetch(digest, tenant("b")))
+        else:
+            futures.append(residency.acquire(digest, tenant("b")))
+        assert looked_up.wait(10)
+        futures.append(residency.acquire(digest, tenant("a")))
+    taken = []
+    loading = store.loading
+
+    def counted(digest: str) -> AbstractContextManager[AdapterBundle]:
+        taken.append((digest in large, threads._large_bytes))
+        return loading(digest)
+
+    residency._loader._loading = counted
+    gate.set()
+    for future in futures:
+        granted(future).release()
+    assert taken == [(True, 1800)] * 4
+    for hint in hints:
+        hint.release()
+
+
+def test_the_other_jobs_for_an_adapter_end_when_one_begins_to_read(
+    build: Build, large: list[str], small: list[str], store: Store
+) -> None:
+    threads = LoaderThreads(at_once=4, stall_s=1000, max_bytes=1100)
+    # With the packed adapter they take three times as much. 960 and 120 bytes fit side by side.
+    residency = build(room=8, threads=threads, size_of=lambda digest: 320 if digest in large else 40)
+    store.hold(large[0])
+    store.hold(large[1])
+    futures = [residency.acquire(large[0], tenant("a"))]
+    assert store.reading[large[0]].wait(10)
+    futures += [residency.acquire(large[1], tenant(name)) for name in "ab"]
+    until(lambda: sum(map(len, threads._jobs.values())) == 2)
+    store.gates[large[0]].set()
+    assert store.reading[large[1]].wait(10)
+    # The job of the second tenant would still wait for 960 bytes, and this one behind it.
+    other = residency.acquire(small[0], tenant("c"))
+    granted(other).release()
+    assert sum(map(len, threads._jobs.values())) == 0
+    store.let_go()
+    for future in futures:
+        granted(future).release()
 
 
 def test_a_load_whose_size_cannot_be_told_fails_as_one_that_cannot_be_read(build: Build, large: list[str]) -> None:
