@@ -210,8 +210,11 @@ def _is_type(part: int | str) -> bool:
 def _readable(error: dict[str, Any]) -> tuple[str, str | None]:
     """Return (message, param) of one of pydantic's errors."""
     context = error.get("ctx") or {}
+    if "unknown" in context and (place := _path(error["loc"])):
+        name = context["unknown"]
+        return f"{name!r} is not a field of {place}; {context['hint']}", f"{place}.{name}"
     if "reason" in context:
-        return str(context["reason"]), context.get("field") or _path(error["loc"]) or None
+        return str(context["reason"]), context.get("field") or context.get("unknown") or _path(error["loc"]) or None
     if error["type"] == "json_invalid":
         return f"the body is not valid JSON: {context.get('error')}", None
     path = _path(error["loc"])

@@ -11,6 +11,7 @@ from sera_serve.engine import ConstraintSpec
 from sera_serve.engine.constraint import MAX_GRAMMAR_CHARACTERS, MAX_REGEX_CHARACTERS, MAX_SCHEMA_CHARACTERS
 from sera_serve.server.strict import RequestModel, refusal
 
+_TYPES = ("text", "json_object", "json_schema")
 FORM_HELP = "text is any text, json_object any JSON object, and json_schema JSON that conforms to a schema"
 
 
@@ -30,6 +31,19 @@ class ResponseFormat(RequestModel):
 
     type: Literal["text", "json_object", "json_schema"] = Field(description=FORM_HELP)
     json_schema: JsonSchema | None = Field(None, description="the schema, with type json_schema")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_type(cls, value: Any) -> Any:
+        kind = value.get("type") if isinstance(value, dict) else None
+        # Before a member of that type is told to be unknown.
+        if isinstance(kind, str) and kind not in _TYPES:
+            hint = f"; send {kind} as a field of the request" if kind in ("regex", "grammar") else ""
+            raise refusal(
+                f"response_format.type is {kind[:64]!r}: it should be {', '.join(_TYPES[:-1])} or {_TYPES[-1]}{hint}",
+                "response_format.type",
+            )
+        return value
 
     @model_validator(mode="after")
     def _schema_with_its_type(self) -> ResponseFormat:

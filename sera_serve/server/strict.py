@@ -60,10 +60,10 @@ class RequestModel(BaseModel):
             if name not in known:
                 near = difflib.get_close_matches(name[:64], known, n=1)
                 hint = f"did you mean {near[0]!r}?" if near else f"the fields are {', '.join(known)}"
+                reason = f"{name[:64]!r} is not a field of this request; {hint}"
+                # The response also names the place, which is known outside.
                 raise PydanticCustomError(
-                    "extra_forbidden",
-                    "{reason}",
-                    {"reason": f"{name[:64]!r} is not a field of this request; {hint}", "field": name[:64]},
+                    "extra_forbidden", "{reason}", {"reason": reason, "unknown": name[:64], "hint": hint}
                 )
         return value
 

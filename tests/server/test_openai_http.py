@@ -104,6 +104,8 @@ def test_nulls_and_values_that_ask_for_nothing_are_the_defaults(client: httpx.Cl
     assert chat(client, **nulls, **neutral).status_code == 200
     chat_defaults = replace(DEFAULTS, prompt="[user:hi]", add_special_tokens=False)
     assert engine.asked.pop() == replace(chat_defaults, adapter="demo/writer")
+    assert chat(client, logprobs=False, top_logprobs=0).status_code == 200
+    assert engine.asked.pop() == replace(chat_defaults, adapter="demo/writer")
     assert chat(client, model="random-llama").status_code == 200
     assert engine.asked.pop() == chat_defaults
     assert chat(client, response_format={"type": "json_object"}).status_code == 200
@@ -146,7 +148,7 @@ def test_nulls_and_values_that_ask_for_nothing_are_the_defaults(client: httpx.Cl
         ({"user": "u" * 513}, "user"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation"),
-        ({"stream": True, "stream_options": {"other": True}}, "other"),
+        ({"stream": True, "stream_options": {"other": True}}, "stream_options.other"),
         ({"regex": "a", "grammar": "b"}, "grammar"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
         ({"response_format": {"type": "xml"}}, "response_format.type"),
@@ -174,7 +176,7 @@ MESSAGE = "messages[0]"
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, f"{MESSAGE}.content"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, f"{MESSAGE}.content"),
         ({"messages": [{"role": "user", "content": "a", "tool_call_id": "b"}]}, MESSAGE),
-        ({"messages": [{"role": "user", "content": "a", "image": 1}]}, "image"),
+        ({"messages": [{"role": "user", "content": "a", "image": 1}]}, f"{MESSAGE}.image"),
         ({"messages": CHAT * 2049}, "messages"),
         ({"max_tokens": 1, "max_completion_tokens": 1}, "max_tokens"),
         ({"top_logprobs": 1}, "top_logprobs"),
@@ -208,7 +210,20 @@ def test_what_a_chat_cannot_have_is_refused_by_name(client: httpx.Client, body: 
 
 
 def error_code(param: str) -> str:
-    return "unknown_field" if param in ("nonsense", "other", "image") else "invalid_value"
+    return "unknown_field" if param in ("nonsense", "stream_options.other", f"{MESSAGE}.image") else "invalid_value"
+
+
+def test_an_unknown_field_is_named_by_its_place(client: httpx.Client) -> None:
+    bodies: list[tuple[dict[str, Any], str, str]] = [
+        ({"messages": [*CHAT, {"role": "user", "content": "x", "foo": 1}]}, "messages[1].foo", "of messages[1]"),
+        ({"stream": True, "stream_options": {"usage": True}}, "stream_options.usage", "include_usage"),
+        ({"foo": 1}, "foo", "'foo' is not a field of this request"),
+    ]
+    for body, param, words in bodies:
+        error = refused(chat(client, **body), 400, "unknown_field")
+        assert error["param"] == param and words in error["message"]
+    error = refused(chat(client, response_format={"type": "grammar", "grammar": "start: /a/"}), 400, "invalid_value")
+    assert error["param"] == "response_format.type" and "send grammar as a field" in error["message"]
 
 
 def test_parts_of_text_and_the_developer_reach_the_template(client: httpx.Client, engine: StubEngine) -> None:

@@ -140,7 +140,7 @@ def test_a_conversation_reaches_the_template(client: httpx.Client, engine: Stub)
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0]"),
         ({"input": [{"role": "user"}]}, "input[0]"),
         ({"input": [{"role": "user", "content": "a", "name": "x"}]}, "input[0]"),
-        ({"input": [{"role": "user", "content": "a", "image": "x"}]}, "image"),
+        ({"input": [{"role": "user", "content": "a", "image": "x"}]}, "input[0].image"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content"),
         ({"input": [{"role": "user", "content": [{"type": "input_text", "text": "a", "x": 1}]}]}, "input[0].content"),
         ({"input": [{"type": "function_call_output", "call_id": "c", "output": "o"}]}, "input[0].call_id"),
@@ -169,7 +169,7 @@ def test_a_conversation_reaches_the_template(client: httpx.Client, engine: Stub)
 def test_what_it_cannot_have_is_refused_by_name(
     client: httpx.Client, engine: Stub, body: dict[str, Any], param: str
 ) -> None:
-    error = refused(ask(client, **body), 400, "unknown_field" if param in ("nonsense", "image") else "invalid_value")
+    error = refused(ask(client, **body), 400, "unknown_field" if param in ("nonsense", "input[0].image") else "invalid_value")
     assert error["param"] == param
     assert engine.asked == []
 

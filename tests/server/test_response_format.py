@@ -100,7 +100,7 @@ SCHEMA_FIELD = "response_format.json_schema.schema"
         ({"response_format": {}}, "response_format.type", "missing"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "missing"),
         ({"response_format": {**FORMAT, "type": "json_object"}}, "response_format.json_schema", "not read"),
-        ({"response_format": {"type": "text", "schema": {}}}, "schema", "not a field"),
+        ({"response_format": {"type": "text", "schema": {}}}, "response_format.schema", "not a field"),
         (_schema([]), SCHEMA_FIELD, "a list of 0 items"),
         (_schema({"title": "x" * 70_000}), SCHEMA_FIELD, "send at most 65536"),
         (_schema({"uniqueItems": True}), SCHEMA_FIELD, "'uniqueItems'"),

@@ -120,6 +120,13 @@ def tool(name: str, **parameters: object) -> Tool:
     return Tool.model_validate({"type": "function", "function": {"name": name, "parameters": parameters}})
 
 
+def test_a_function_without_parameters_takes_no_arguments() -> None:
+    closed = {"type": "object", "properties": {}, "additionalProperties": False}
+    for function in ({"name": "ping"}, {"name": "ping", "parameters": None}):
+        ping = Tool.model_validate({"type": "function", "function": function})
+        assert json.loads(forced_calls([ping], None, True).text)["items"]["properties"]["arguments"] == closed
+
+
 def test_forced_calls_are_a_schema_of_the_functions() -> None:
     city = {"type": "string"}
     tools = [

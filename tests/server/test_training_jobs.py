@@ -272,7 +272,9 @@ def test_a_cancelled_job_stops_and_leaves_nothing(client: openai.OpenAI, store: 
 @pytest.mark.parametrize(
     ("body", "param", "words"),
     [
-        ({"integrations": []}, "integrations", "is not a field"),
+        ({"integrations": [{"type": "wandb"}]}, "integrations", "has no integrations"),
+        ({"integrations": [], "nonsense": 1}, "nonsense", "is not a field"),
+        ({"integrations": None, "nonsense": 1}, "nonsense", "is not a field"),
         ({"method": {"type": "dpo"}}, "method.type", "supervised"),
         ({"model": "acme/none"}, "model", "is not in the store"),
         ({"training_file": "file-none"}, "training_file", "does not exist"),

@@ -163,9 +163,16 @@ class Function(RequestModel):
     name: FunctionName = Field(description="1 to 64 letters, digits, '_', '.' and '-'; each function has its own")
     description: str | None = Field(None, description="what the function does, for the model")
     parameters: dict[str, JsonValue] | None = Field(
-        None, description="JSON schema of the arguments; absent: an object without properties"
+        None, description="JSON schema of the arguments; absent: the function takes none"
     )
     strict: bool | None = Field(None, description="not with tool_choice auto, where a call is not constrained")
+
+
+    def schema(self) -> dict[str, Any]:
+        """Return a schema of the arguments. A function without parameters takes none, as with OpenAI."""
+        if self.parameters is None:
+            return {"type": "object", "properties": {}, "additionalProperties": False}
+        return dict(self.parameters or {"type": "object"})
 
 
 class Tool(RequestModel):
@@ -333,7 +340,7 @@ class ChatRequest(GenerationFields, ToolUse):
     def _fields_agree(self) -> ChatRequest:
         if self.max_tokens is not None and self.max_completion_tokens is not None:
             raise refusal("max_tokens and max_completion_tokens are both given; send one of them", "max_tokens")
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise refusal("top_logprobs is given without logprobs; send logprobs: true", "top_logprobs")
         if self.continue_final_message and self.add_generation_prompt:
             raise refusal(

@@ -7,8 +7,10 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
+    JsonValue,
     ValidationInfo,
     field_validator,
     model_validator,
@@ -55,6 +57,12 @@ def _different(factors: list[str]) -> list[str]:
     if len(set(factors)) != len(factors):
         raise refusal("train_factors has a factor twice; name each once", "adapter.train_factors")
     return factors
+
+
+def _no_integrations(value: Any) -> Any:
+    if value:
+        raise refusal("the server has no integrations; leave integrations out", "integrations")
+    return value
 
 
 class HyperparametersRequest(RequestModel):
@@ -142,6 +150,9 @@ class CreateJobRequest(RequestModel):
     method: MethodRequest | None = Field(None, description="how to train; not together with hyperparameters")
     hyperparameters: HyperparametersRequest | None = Field(None, description="the older place of hyperparameters")
     metadata: Metadata | None = Field(None, description=f"{METADATA_HELP}; the list of jobs can ask for them")
+    integrations: Annotated[list[JsonValue], Field(max_length=0), BeforeValidator(_no_integrations)] | None = Field(
+        None, description="only an empty list: the server has none"
+    )
     adapter: AdapterRequest | None = Field(
         None, description="what adapter to train; what is left out is the trainer's own choice"
     )

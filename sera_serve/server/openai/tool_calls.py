@@ -136,7 +136,7 @@ def forced_calls(tools: Sequence[Tool], name: str | None, parallel: bool) -> Con
     for tool in tools:
         if name is not None and tool.function.name != name:
             continue
-        parameters: dict[str, Any] = dict(tool.function.parameters or {"type": "object"})
+        parameters = tool.function.schema()
         # References lead from the root of the whole schema.
         for key in ("$defs", "definitions"):
             own = parameters.pop(key, None) or {}
