@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-ConstraintKind = Literal["json_object", "json_schema", "regex", "grammar"]
+ConstraintKind = Literal["json_object", "json_schema", "regex", "grammar", "tool_calls"]
 
 MAX_SCHEMA_CHARACTERS = 1 << 16
 """Characters of a schema's canonical JSON."""
@@ -21,8 +21,10 @@ class ConstraintSpec:
     """What a client asked for.
 
     Attributes:
-        kind: What the text must be.
-        text: The canonical JSON of the schema, the regex, or the grammar; empty for `json_object`.
+        kind: What the text must be. `tool_calls` is any text in which each `<tool_call>` is followed by the JSON of a
+            call and by `</tool_call>`.
+        text: The canonical JSON of the schema, the regex, or the grammar; empty for `json_object`. The schema of
+            `tool_calls` is that of one call.
     """
 
     kind: ConstraintKind

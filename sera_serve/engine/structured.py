@@ -40,6 +40,7 @@ FIELDS: dict[ConstraintKind, str] = {
     "json_schema": "response_format.json_schema.schema",
     "regex": "regex",
     "grammar": "grammar",
+    "tool_calls": "tools",
 }
 """The request field that each kind of constraint comes from."""
 
@@ -261,6 +262,10 @@ def _compile(tokenizer: LLTokenizer, spec: ConstraintSpec) -> LLMatcher:
 
 
 def _schema_grammar(text: str) -> str:
+    return _json_grammar(_checked_schema(text))
+
+
+def _checked_schema(text: str) -> dict[str, Any]:
     if len(text) > MAX_SCHEMA_CHARACTERS:
         raise SchemaRefused(f"it has {len(text)} characters; the most is {MAX_SCHEMA_CHARACTERS}")
     try:
@@ -268,12 +273,28 @@ def _schema_grammar(text: str) -> str:
     except (ValueError, RecursionError):
         raise SchemaRefused("it is not valid JSON") from None
     check_schema(schema)
-    return _json_grammar(schema)
+    checked: dict[str, Any] = schema
+    return checked
 
 
 def _json_grammar(schema: dict[str, Any]) -> str:
+    return f"start: {_json_rule(schema)}\n{_OPTIONS}"
+
+
+def _json_rule(schema: dict[str, Any]) -> str:
     options = {"whitespace_pattern": _WHITESPACE}
-    return f"start: %json {json.dumps({'x-guidance': options, **schema})}\n{_OPTIONS}"
+    return f"%json {json.dumps({'x-guidance': options, **schema})}"
+
+
+def _tool_calls_grammar(text: str) -> str:
+    # The text before a call ends at the first mark, for it is lazy. The rest is a text without a mark.
+    return f"""start: (before space call space close)* REST
+before[lazy]: /(?s:.*)<tool_call>/
+space: /[ \\t\\r\\n]{{0,8}}/
+call: {_json_rule(_checked_schema(text))}
+close: "</tool_call>"
+REST: ~/(?s:.*)<tool_call>(?s:.*)/
+{_OPTIONS}"""
 
 
 def _object_grammar(text: str) -> str:
@@ -335,6 +356,7 @@ _GRAMMARS: dict[ConstraintKind, Callable[[str], str]] = {
     "json_schema": _schema_grammar,
     "regex": _regex_grammar,
     "grammar": checked_grammar,
+    "tool_calls": _tool_calls_grammar,
 }
 
 

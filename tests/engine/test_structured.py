@@ -139,6 +139,47 @@ def test_the_end_token_is_allowed_where_the_text_may_end(
     assert constraint.is_ended()
 
 
+CALL = {
+    "type": "object",
+    "properties": {"name": {"const": "look"}, "arguments": PERSON},
+    "required": ["name", "arguments"],
+    "additionalProperties": False,
+}
+RIGHT = '{"name": "look", "arguments": {"name": "<tool_call>", "age": 3}}'
+WRONG = '{"name": "look", "arguments": {"name": "a", "age": 300}}'
+
+
+@pytest.mark.parametrize(
+    ("text", "ends"),
+    [
+        ("", True),
+        ("Hello,\n\nworld. ☠ {a: 1} <tool_call", True),
+        (f"<tool_call>\n{RIGHT}\n</tool_call>", True),
+        (f"Let me see.\n<tool_call>{RIGHT}</tool_call>\n<tool_call>\n{RIGHT}\n</tool_call> So.", True),
+        (f"<tool_call>{RIGHT}", False),
+        ("a <tool_call>\n", False),
+        ("a <tool_call> b", None),
+        ("<tool_call>{}", None),
+        ('<tool_call>{"name": "other"', None),
+        (f"a\n<tool_call>{WRONG}</tool_call>", None),
+        (f"<tool_call>{RIGHT}</tool_call> and <tool_call>\n{WRONG}", None),
+        (f"<tool_call>{RIGHT}<tool_call>", None),
+    ],
+)
+def test_calls_in_a_text_conform_and_the_rest_is_free(
+    compiler: StructuredOutput, tokenizer: PreTrainedTokenizerBase, text: str, ends: bool | None
+) -> None:
+    constraint = compiler.compile(ConstraintSpec("tool_calls", json.dumps(CALL)))
+    conforms = True
+    for token in tokenizer(text, add_special_tokens=False)["input_ids"]:
+        conforms = conforms and token in allowed_by(constraint)
+        if conforms:
+            constraint.accept(token)
+    assert conforms is (ends is not None)
+    if conforms:
+        assert (END[0] in allowed_by(constraint)) is ends and not constraint.is_ended()
+
+
 def test_two_requests_with_one_schema_have_states_of_their_own(
     compiler: StructuredOutput, tokenizer: PreTrainedTokenizerBase
 ) -> None:
@@ -200,6 +241,8 @@ REFUSED: list[tuple[ConstraintKind, str, str]] = [
     ("json_schema", '{"type":"string","pattern":"(a"}', "invalid regular expression: unclosed group"),
     ("json_schema", '{"type":"number","multipleOf":1e999}', "multipleOf at / must be a number above 0, and finite"),
     ("json_schema", '{"type":"number","multipleOf":NaN}', "multipleOf at / must be a number above 0, and finite"),
+    ("tool_calls", '{"not":{}}', "'not' at / is not supported"),
+    ("tool_calls", '{"type":"string","minLength":2,"maxLength":1}', "minLength"),
     ("regex", "(?=a)b", "look-around"),
     ("regex", r"a[^\s\S]", "no text conforms"),
     ("regex", "a" * 5000, "4096 characters"),
@@ -224,7 +267,9 @@ def test_what_cannot_be_enforced_is_refused_with_its_field_and_reason(
     with pytest.raises(InvalidRequest) as refusal:
         compiler.compile(ConstraintSpec(kind, text))
     assert reason in refusal.value.message
-    assert refusal.value.param == {"json_schema": "response_format.json_schema.schema"}.get(kind, kind)
+    assert refusal.value.param == {"json_schema": "response_format.json_schema.schema", "tool_calls": "tools"}.get(
+        kind, kind
+    )
     assert len(refusal.value.message) < 500
 
 

@@ -422,6 +422,23 @@ def test_a_forced_call_is_a_constraint(client: httpx.Client, engine: StubEngine)
         assert json.loads(params.constraint.text).get("maxItems") == most
 
 
+def test_strict_functions_are_a_constraint_where_the_template_marks_calls(
+    client: httpx.Client, base: FrozenBase, engine: StubEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    function = TOOL["function"] | {"strict": True}
+    strict = {"tools": [TOOL | {"function": function}]}
+    asked = {"model": "demo/writer", "input": "hi", "tools": [{"type": "function", **function}]}
+    # Without the mark, calls are JSON alone, and cannot be told from other text that begins so.
+    assert chat(client, **strict).status_code == client.post("/v1/responses", json=asked).status_code == 200
+    monkeypatch.setattr(base.tokenizer, "chat_template", TEMPLATE + "{# <tool_call> #}")
+    assert chat(client, tools=[TOOL]).status_code == chat(client, **strict, tool_choice="none").status_code == 200
+    assert [params.constraint for params in engine.asked] == [None] * 4
+    assert chat(client, **strict).status_code == client.post("/v1/responses", json=asked).status_code == 200
+    for params in engine.asked[4:]:
+        assert params.constraint is not None and params.constraint.kind == "tool_calls"
+        assert json.loads(params.constraint.text)["properties"]["name"] == {"const": "look"}
+
+
 @pytest.mark.parametrize("name", ["none", "auto", "required"])
 def test_a_function_may_be_called_as_a_mode_of_tool_choice(client: httpx.Client, engine: StubEngine, name: str) -> None:
     function = {"name": name, "parameters": {"type": "object"}}

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from sera_serve.base.chat import CallFormat
 from sera_serve.errors import InvalidRequest
-from sera_serve.server.openai.chat_schemas import Tool
-from sera_serve.server.openai.tool_calls import Call, ToolCallParser, forced_calls
+from sera_serve.server.openai.chat_schemas import Function
+from sera_serve.server.openai.tool_calls import Call, ToolCallParser, forced_calls, strict_calls
 
 NAMES = ["weather", "time"]
 WEATHER = '{"name": "weather", "arguments": {"city": "Zürich", "n": [1, {"a": "</x>"}]}}'
@@ -116,15 +116,19 @@ def test_further_calls_are_left_out() -> None:
     assert parse("json", [f"[{WEATHER}, {TIME}]"], most=1) == ("", FOUND[:1])
 
 
-def tool(name: str, **parameters: object) -> Tool:
-    return Tool.model_validate({"type": "function", "function": {"name": name, "parameters": parameters}})
+def tool(name: str, **parameters: object) -> Function:
+    return Function.model_validate({"name": name, "parameters": parameters})
 
 
 def test_a_function_without_parameters_takes_no_arguments() -> None:
     closed = {"type": "object", "properties": {}, "additionalProperties": False}
     for function in ({"name": "ping"}, {"name": "ping", "parameters": None}):
-        ping = Tool.model_validate({"type": "function", "function": function})
-        assert json.loads(forced_calls([ping], None, True).text)["items"]["properties"]["arguments"] == closed
+        assert (
+            json.loads(forced_calls([Function.model_validate(function)], None, True).text)["items"]["properties"][
+                "arguments"
+            ]
+            == closed
+        )
 
 
 def test_forced_calls_are_a_schema_of_the_functions() -> None:
@@ -144,3 +148,15 @@ def test_forced_calls_are_a_schema_of_the_functions() -> None:
     other = tool("c", **{"$defs": {"City": {"type": "integer"}}})
     with pytest.raises(InvalidRequest, match="City"):
         forced_calls([*tools, other], None, True)
+
+
+def test_strict_calls_are_a_schema_of_one_call() -> None:
+    city = {"$defs": {"City": {"type": "string"}}}
+    loose, strict = tool("a", type="object", required=["x"], **city), tool("b", type="object", required=["y"], **city)
+    strict = strict.model_copy(update={"strict": True})
+    spec = strict_calls([loose, strict])
+    schema = json.loads(spec.text)
+    assert (spec.kind, schema["$defs"]) == ("tool_calls", city["$defs"])
+    arguments = [item["properties"]["arguments"] for item in schema["anyOf"]]
+    assert arguments == [{"type": "object"}, {"type": "object", "required": ["y"]}]
+    assert json.loads(strict_calls([strict]).text)["properties"]["name"] == {"const": "b"}

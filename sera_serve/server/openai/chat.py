@@ -23,7 +23,7 @@ from sera_serve.server.openai.answers import (
 from sera_serve.server.openai.chat_schemas import ChatCompletion, ChatRequest
 from sera_serve.server.openai.errors import OpenAIRoute, translated_errors
 from sera_serve.server.openai.texts import ChatPrompt, Conversation, Texts, TextsOf, adapter_of
-from sera_serve.server.openai.tool_calls import Call, ToolCallParser, forced_calls
+from sera_serve.server.openai.tool_calls import Call, ToolCallParser, constraint_of_calls
 from sera_serve.server.openapi import stream_of
 from sera_serve.server.sse import Admit, EventStream, EventWriter, encode_event
 
@@ -51,7 +51,6 @@ async def chat_completions(body: ChatRequest, context: ContextOf, texts: TextsOf
     )
     work = texts.run(principal.tenant, texts.prompt_to_answer, conversation, adapter)
     prompt = await context.finish(work)
-    parallel = body.parallel_tool_calls is not False
     params = body.params(
         prompt.adapter,
         prompt=prompt.text,
@@ -59,7 +58,7 @@ async def chat_completions(body: ChatRequest, context: ContextOf, texts: TextsOf
         add_special_tokens=False,
         max_new_tokens=body.most_tokens,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-        constraint=forced_calls(body.tools or [], body.forced_function, parallel) if body.is_forced else None,
+        constraint=constraint_of_calls(body, prompt.template.call_format),
     )
     admit = translated(
         partial(context.engine.generate_choices, account.params(params), principal, context.received_at), "messages"

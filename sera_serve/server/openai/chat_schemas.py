@@ -31,6 +31,10 @@ SENT_BACK_HELP = "not read: clients send it back as they got it"
 ONLY_NULL_HELP = "only null, as clients send it back"
 TOOLS_HELP = f"up to {MAX_TOOLS} functions that the model may call; refused where its chat template reads no tools"
 TOOL_CHOICE_HELP = "auto, the default; none leaves the tools out of the prompt; required; or the function to call as"
+STRICT_HELP = (
+    "with tool_choice auto: the arguments conform to parameters where the chat template has <tool_call>, and need not "
+    "elsewhere; with required or a named function, they conform with either value"
+)
 PARALLEL_HELP = "false: at most one call is answered, and further ones are left out; true by default"
 TEMPLATE_VARIABLES_HELP = f"up to {_MAX_TEMPLATE_VARIABLES} further variables of the chat template"
 
@@ -165,10 +169,9 @@ class Function(RequestModel):
     parameters: dict[str, JsonValue] | None = Field(
         None, description="JSON schema of the arguments; absent: the function takes none"
     )
-    strict: bool | None = Field(None, description="not with tool_choice auto, where a call is not constrained")
+    strict: bool | None = Field(None, description=STRICT_HELP)
 
-
-    def schema(self) -> dict[str, Any]:
+    def arguments_schema(self) -> dict[str, Any]:
         """Return a schema of the arguments. A function without parameters takes none, as with OpenAI."""
         if self.parameters is None:
             return {"type": "object", "properties": {}, "additionalProperties": False}
@@ -237,6 +240,7 @@ class ToolUse:
     """The part of a request that says which tools the model may call, or must."""
 
     tool_choice: ToolChoice | None
+    parallel_tool_calls: bool | None
 
     @property
     def functions(self) -> Sequence[Function]:
@@ -276,10 +280,6 @@ class ToolUse:
                 "response_format, text.format, regex or grammar is given with tools, and a call would not conform to "
                 'it; send tool_choice: "none", or leave one of them out',
                 "tools",
-            )
-        if self.has_tools and not self.is_forced and any(function.strict for function in self.functions):
-            raise refusal(
-                "strict is enforced only with tool_choice required or a named function; leave strict out", "tools"
             )
 
 

@@ -19,7 +19,7 @@ from sera_serve.server.openai.answers import ChatLogprobList, collect, to_json, 
 from sera_serve.server.openai.errors import OpenAIRoute
 from sera_serve.server.openai.response_schemas import ResponseObject, ResponseRequest
 from sera_serve.server.openai.texts import ChatPrompt, Conversation, Texts, TextsOf, adapter_of
-from sera_serve.server.openai.tool_calls import Call, ToolCallParser, forced_calls
+from sera_serve.server.openai.tool_calls import Call, ToolCallParser, constraint_of_calls
 from sera_serve.server.openapi import stream_of
 from sera_serve.server.sse import Admit, EventStream, EventWriter, Submitted
 
@@ -57,8 +57,7 @@ async def responses(body: ResponseRequest, context: ContextOf, texts: TextsOf) -
     with _own_names():
         work = texts.run(principal.tenant, texts.prompt_to_answer, conversation, adapter)
         prompt = await context.finish(work)
-        parallel = body.parallel_tool_calls is not False
-        constraint = forced_calls(tools, body.forced_function, parallel) if body.is_forced else None
+        constraint = constraint_of_calls(body, prompt.template.call_format)
     params = body.params(
         prompt.adapter,
         prompt=prompt.text,

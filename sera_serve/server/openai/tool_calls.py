@@ -11,9 +11,9 @@ from typing import Any
 
 from adapters_store import parse_json
 from sera_serve.base.chat import CallFormat
-from sera_serve.engine import ConstraintSpec
+from sera_serve.engine.constraint import ConstraintKind, ConstraintSpec
 from sera_serve.errors import InvalidRequest
-from sera_serve.server.openai.chat_schemas import Tool
+from sera_serve.server.openai.chat_schemas import Function, ToolUse
 
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
 _MARKERS = ("[TOOL_CALLS]", "<|python_tag|>")
@@ -120,28 +120,82 @@ class ToolCallParser:
         return [call]
 
 
-def forced_calls(tools: Sequence[Tool], name: str | None, parallel: bool) -> ConstraintSpec:
+def constraint_of_calls(use: ToolUse, call_format: CallFormat) -> ConstraintSpec | None:
+    """Return the constraint of an answer that may have calls, or None for any text.
+
+    Args:
+        use: What the request says of tools.
+        call_format: How the model writes calls.
+
+    Raises:
+        InvalidRequest: Two functions define different schemas under one name.
+    """
+    if use.is_forced:
+        return forced_calls(use.functions, use.forced_function, use.parallel_tool_calls is not False)
+    # Where calls are JSON alone, nothing tells their beginning from that of another text.
+    is_strict = use.has_tools and call_format == "hermes" and any(function.strict for function in use.functions)
+    return strict_calls(use.functions) if is_strict else None
+
+
+def strict_calls(functions: Sequence[Function]) -> ConstraintSpec:
+    """Return the constraint of a text in which each `<tool_call>` begins a call of a function.
+
+    The arguments conform to the function's schema where it is strict, and are else any object.
+
+    Args:
+        functions: What may be called; at least one.
+
+    Raises:
+        InvalidRequest: Two functions define different schemas under one name.
+    """
+    call, definitions = _schema_of_call(functions, strict_alone=True)
+    return _spec("tool_calls", {**call, **definitions})
+
+
+def forced_calls(functions: Sequence[Function], name: str | None, parallel: bool) -> ConstraintSpec:
     """Return the constraint of an answer that is nothing but calls: a JSON list of `name` and `arguments`.
 
     Args:
-        tools: The functions that may be called.
+        functions: What may be called.
         name: The one function that must be called, or None for any.
         parallel: Whether the answer may have several calls.
 
     Raises:
         InvalidRequest: Two functions define different schemas under one name.
     """
-    definitions: dict[str, Any] = {}
+    called = [function for function in functions if name in (None, function.name)]
+    call, definitions = _schema_of_call(called)
+    whole: dict[str, Any] = {"type": "array", "minItems": 1, "items": call, **definitions}
+    if name is not None or not parallel:
+        whole["maxItems"] = 1
+    return _spec("json_schema", whole)
+
+
+def _spec(kind: ConstraintKind, schema: dict[str, Any]) -> ConstraintSpec:
+    return ConstraintSpec(kind, json.dumps(schema, ensure_ascii=False, separators=(",", ":")))
+
+
+def _schema_of_call(
+    functions: Sequence[Function], strict_alone: bool = False
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Return the schema of a call of one of the functions, and the definitions that belong to the schema's root.
+
+    Args:
+        functions: What may be called.
+        strict_alone: Arguments of functions that are not strict may be any object.
+
+    Raises:
+        InvalidRequest: Two functions define different schemas under one name.
+    """
+    definitions: dict[str, dict[str, Any]] = {}
     items: list[dict[str, Any]] = []
-    for tool in tools:
-        if name is not None and tool.function.name != name:
-            continue
-        parameters = tool.function.schema()
+    for function in functions:
+        parameters = {"type": "object"} if strict_alone and not function.strict else function.arguments_schema()
         # References lead from the root of the whole schema.
         for key in ("$defs", "definitions"):
             own = parameters.pop(key, None) or {}
             if not isinstance(own, dict):
-                raise InvalidRequest(f"{key} of function {tool.function.name!r} must be an object", param="tools")
+                raise InvalidRequest(f"{key} of function {function.name!r} must be an object", param="tools")
             for label, schema in own.items():
                 if definitions.setdefault(key, {}).setdefault(label, schema) != schema:
                     raise InvalidRequest(
@@ -152,20 +206,12 @@ def forced_calls(tools: Sequence[Tool], name: str | None, parallel: bool) -> Con
             {
                 "type": "object",
                 # In this order: the name first.
-                "properties": {"name": {"const": tool.function.name}, "arguments": parameters},
+                "properties": {"name": {"const": function.name}, "arguments": parameters},
                 "required": ["name", "arguments"],
                 "additionalProperties": False,
             }
         )
-    whole: dict[str, Any] = {
-        "type": "array",
-        "minItems": 1,
-        "items": items[0] if len(items) == 1 else {"anyOf": items},
-        **definitions,
-    }
-    if name is not None or not parallel:
-        whole["maxItems"] = 1
-    return ConstraintSpec("json_schema", json.dumps(whole, ensure_ascii=False, separators=(",", ":")))
+    return (items[0] if len(items) == 1 else {"anyOf": items}), definitions
 
 
 def _possible_start(text: str, tag: str) -> int:
