@@ -251,7 +251,10 @@ class RowMaker:
         try:
             return ModelInputs(self._base.preprocessor.prompt(None, tokens))
         except InvalidRequest as error:
-            raise InvalidRequest(error.message.replace("token_ids", place, 1), param=place) from error
+            # LangChain's client sends the tokens of a model of OpenAI's, unless it is told not to.
+            reason = error.message.replace("token_ids", f"the token ids of {place}", 1)
+            remedy = "send texts (LangChain's OpenAIEmbeddings: check_embedding_ctx_length=False)"
+            raise InvalidRequest(f"{reason}; {remedy}", param=place) from error
 
 
 def _check_tagged(tagged: int) -> None:

@@ -12,6 +12,8 @@ from sera_serve.server.strict import refuse_body
 
 # A longer path is not looked for, and would not fit into a message.
 _MAX_PATH = 200
+# What vLLM and SGLang call it.
+_OTHER_NAMES = {"/health": "/healthz"}
 
 
 def routes_of_path(routes: Sequence[BaseRoute], scope: Scope) -> list[Route]:
@@ -31,12 +33,13 @@ def near_path(routes: Sequence[BaseRoute], scope: Scope) -> str | None:
     """Return the path that a request for an unknown path may have meant, or None.
 
     Clients are set up with a base URL without /v1, with it twice or after another prefix, and with slashes too many.
+    Probes are set up for another server.
     """
     path: str = scope["path"]
     if len(path) > _MAX_PATH:
         return None
     plain = "/" + "/".join(part for part in path.split("/") if part)
-    for near in (plain, f"/v1{plain}", plain[max(0, plain.rfind("/v1/")) :]):
+    for near in (_OTHER_NAMES.get(plain, plain), f"/v1{plain}", plain[max(0, plain.rfind("/v1/")) :]):
         if near != path and routes_of_path(routes, {**scope, "path": near}):
             return near
     return None

@@ -92,11 +92,18 @@ class StrictRequest(Request):
     """A request whose `json` method uses `parse_json`."""
 
     async def json(self) -> Any:
-        """Return the body's JSON value. FastAPI turns a json.JSONDecodeError into a validation error."""
+        """Return the body's JSON value. FastAPI turns a json.JSONDecodeError into a validation error of its message."""
         body = await self.body()
         if len(body) > self.app.state.settings.max_body_mib << 20:
             _check_long(body)
-        return parse_json(body, _MAX_MEMBERS, _MAX_ITEMS)
+        try:
+            return parse_json(body, _MAX_MEMBERS, _MAX_ITEMS)
+        except json.JSONDecodeError as error:
+            # Where the text is not JSON, as opposed to JSON that is not taken, the parser knows the place.
+            if not error.doc:
+                raise
+            place = f"{error.msg} at line {error.lineno}, column {error.colno}"
+            raise json.JSONDecodeError(place, error.doc, error.pos) from error
 
 
 def _check_long(body: bytes) -> None:

@@ -107,6 +107,10 @@ def test_errors_are_the_official_clients(official: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match="shorten the input") as refusal:
         official.embeddings.create(model=MODELS[0], input=["x", "y" * 300])
     assert (refusal.value.code, refusal.value.param) == ("context_length_exceeded", "input[1]")
+    # As LangChain's client sends texts: the tokens of another tokenizer.
+    with pytest.raises(openai.BadRequestError, match=r"the token ids of input\[1\] must lie in 0 to ") as refusal:
+        official.embeddings.create(model=MODELS[0], input=[[1, 2], [3, 15339]])
+    assert refusal.value.param == "input[1]" and "send texts (LangChain" in refusal.value.message
     with pytest.raises(openai.BadRequestError, match="leave dimensions out") as refusal:
         official.embeddings.create(model=MODELS[0], input="x", dimensions=32)
     assert refusal.value.param == "dimensions"

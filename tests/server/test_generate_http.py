@@ -166,6 +166,18 @@ def test_a_body_other_than_a_json_object_is_refused(client: httpx.Client, body: 
     refused(response, status, code)
 
 
+def test_what_is_not_json_is_told_with_its_place(client: httpx.Client) -> None:
+    for body, place in (
+        (b'{"prompt": "a" "b"}', "at line 1, column 16"),
+        ('{\n  "prompt": "世界" "a"}'.encode(), "at line 2, column 18"),
+    ):
+        response = client.post("/v1/generate", content=body, headers={"Content-Type": "application/json"})
+        assert place in refused(response, 400, "invalid_json")["message"]
+    # Its place is not known.
+    response = client.post("/v1/generate", content=b'{"a": NaN}', headers={"Content-Type": "application/json"})
+    assert "line" not in refused(response, 400, "invalid_json")["message"]
+
+
 @pytest.mark.parametrize(
     "kind",
     [

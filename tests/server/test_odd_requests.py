@@ -181,6 +181,7 @@ def test_no_other_path_is_served() -> None:
         ("//v1//files/", "/v1/files"),
         ("/adapters/demo/writer", "/v1/adapters/demo/writer"),
         ("/docs/", "/docs"),
+        ("/health", "/healthz"),
         ("/", None),
         ("/v1", None),
         ("/v1/moderations", None),

@@ -422,6 +422,37 @@ def test_a_forced_call_is_a_constraint(client: httpx.Client, engine: StubEngine)
         assert json.loads(params.constraint.text).get("maxItems") == most
 
 
+def test_a_forced_answer_that_is_cut_has_its_whole_calls(
+    client: httpx.Client, base: FrozenBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("support.stub_engine.TEXTS", [*f"[{CALL}, {CALL[:20]}"])
+    function = TOOL["function"]
+    asked = {"model": "demo/writer", "input": "hi", "tools": [{"type": "function", **function}]}
+    for template in (TEMPLATE, TEMPLATE + "{# <tool_call> #}"):
+        monkeypatch.setattr(base.tokenizer, "chat_template", template)
+        message = chat(client, tools=[TOOL], tool_choice="required").json()["choices"][0]["message"]
+        assert message["content"] is None and [call["function"]["name"] for call in message["tool_calls"]] == ["look"]
+        output = client.post("/v1/responses", json=asked | {"tool_choice": "required"}).json()["output"]
+        assert [item["type"] for item in output] == ["function_call"]
+    # A text that is not forced is content.
+    monkeypatch.setattr(base.tokenizer, "chat_template", TEMPLATE)
+    assert chat(client, tools=[TOOL]).json()["choices"][0]["message"]["content"] == f"[{CALL}, {CALL[:20]}"
+
+
+def test_a_tool_answers_a_call_before_it(client: httpx.Client) -> None:
+    called = {"role": "assistant", "tool_calls": [{"id": "c1", "function": {"name": "look", "arguments": "{}"}}]}
+    seen = {"role": "tool", "content": "seen", "tool_call_id": "c1"}
+    unnamed = {"role": "tool", "content": "seen"}
+    for messages in ([called, seen], [called, unnamed], [called, seen, *CHAT, seen]):
+        assert chat(client, messages=messages).status_code == 200
+    for messages, param in (
+        ([*CHAT, seen], "messages[1].role"),
+        ([unnamed, called], "messages[0].role"),
+        ([called, seen | {"tool_call_id": "c2"}], "messages[1].tool_call_id"),
+    ):
+        assert refused(chat(client, messages=messages), 400, "invalid_value")["param"] == param
+
+
 def test_strict_functions_are_a_constraint_where_the_template_marks_calls(
     client: httpx.Client, base: FrozenBase, engine: StubEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

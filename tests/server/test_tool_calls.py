@@ -116,6 +116,22 @@ def test_further_calls_are_left_out() -> None:
     assert parse("json", [f"[{WEATHER}, {TIME}]"], most=1) == ("", FOUND[:1])
 
 
+def test_forced_calls_that_are_cut_give_the_whole_ones() -> None:
+    for cut, found in ((2, FOUND[:1]), (len(TIME) - 1, FOUND[:1]), (len(TIME), FOUND)):
+        text = f"[{WEATHER}, {TIME}"[: len(WEATHER) + 3 + cut]
+        for pieces in ([text], [*text]):
+            # Whatever the template writes, a forced answer is JSON alone.
+            parser = ToolCallParser("hermes", NAMES, is_forced=True)
+            ended = [part for piece in pieces for part in parser.push(piece)] + parser.end()
+            assert [(part.name, json.loads(part.arguments)) for part in ended if isinstance(part, Call)] == found
+            assert len(ended) == len(found)
+        assert parse("json", [text]) == (text, [])
+    parser = ToolCallParser("json", NAMES, most_calls=1, is_forced=True)
+    assert len([*parser.push(f"[{WEATHER}, {TIME},"), *parser.end()]) == 1
+    parser = ToolCallParser("json", NAMES, is_forced=True)
+    assert [*parser.push(f"[{WEATHER[:-1]}"), *parser.end()] == [f"[{WEATHER[:-1]}"]
+
+
 def tool(name: str, **parameters: object) -> Function:
     return Function.model_validate({"name": name, "parameters": parameters})
 

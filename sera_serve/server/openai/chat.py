@@ -81,9 +81,8 @@ class ChatAnswer:
         names = [tool.function.name for tool in body.tools or ()]
         most_calls = 1 if body.parallel_tool_calls is False else None
         self._parsers = (
-            # Forced calls are JSON alone, whatever the template writes.
             [
-                ToolCallParser("json" if body.is_forced else prompt.template.call_format, names, most_calls)
+                ToolCallParser(prompt.template.call_format, names, most_calls, body.is_forced)
                 for _ in range(body.choices)
             ]
             if body.has_tools

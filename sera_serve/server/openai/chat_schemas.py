@@ -352,7 +352,24 @@ class ChatRequest(GenerationFields, ToolUse):
                 "continue_final_message is true, and the last message is not an assistant's", "continue_final_message"
             )
         self.check_tools(self.form is not None)
+        self._check_tool_messages()
         return self
+
+    def _check_tool_messages(self) -> None:
+        known = set[str]()
+        for index, message in enumerate(self.messages):
+            known |= {call.id for call in message.tool_calls or ()}
+            if message.role != "tool":
+                continue
+            if not known:
+                raise refusal(
+                    f"messages[{index}] has role 'tool', and no message before it has tool_calls; send the assistant's "
+                    "message with its calls too",
+                    f"messages[{index}].role",
+                )
+            if message.tool_call_id is not None and message.tool_call_id not in known:
+                place = f"messages[{index}].tool_call_id"
+                raise refusal(f"{place} is not the id of a call before it; send the call too", place)
 
     @property
     def functions(self) -> Sequence[Function]:

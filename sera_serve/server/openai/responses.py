@@ -181,10 +181,10 @@ class ResponseAnswer:
         self._parser: ToolCallParser | None = None
         if body.has_tools:
             self._parser = ToolCallParser(
-                # Forced calls are JSON alone, whatever the template writes.
-                "json" if body.is_forced else prompt.template.call_format,
+                prompt.template.call_format,
                 [function.name for function in body.functions],
                 1 if body.parallel_tool_calls is False else None,
+                body.is_forced,
             )
 
     def add_logprobs(self, index: int, delta: TokenDelta) -> None:

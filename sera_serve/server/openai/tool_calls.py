@@ -18,6 +18,7 @@ from sera_serve.server.openai.chat_schemas import Function, ToolUse
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
 _MARKERS = ("[TOOL_CALLS]", "<|python_tag|>")
 _KEYS = ('"name"', '"type"', '"function"', '"arguments"', '"parameters"', '"id"')
+_BEFORE_CALL = re.compile(r"\s*[\[,]\s*")
 _BETWEEN = re.compile(r"[\s;,]*")
 
 
@@ -42,15 +43,20 @@ class ToolCallParser:
     Text that looks like a call and is none is content. Space between content and a call belongs to neither.
     """
 
-    def __init__(self, call_format: CallFormat, names: Sequence[str], most_calls: int | None = None) -> None:
+    def __init__(
+        self, call_format: CallFormat, names: Sequence[str], most_calls: int | None = None, is_forced: bool = False
+    ) -> None:
         """Begin a text.
 
         Args:
             call_format: How the model writes calls.
             names: The functions that there are. JSON alone is a call only if it names one of them.
             most_calls: Further calls are left out. None is no limit.
+            is_forced: The text is a list of calls in JSON, whatever the format. Where it is cut, what follows its last
+                whole call is left out; without a whole call, the text is content.
         """
-        self._hermes = call_format == "hermes"
+        self._hermes = call_format == "hermes" and not is_forced
+        self._is_forced = is_forced
         self._names = frozenset(names)
         self._most = most_calls
         self._held = ""
@@ -72,6 +78,8 @@ class ToolCallParser:
             found = self._content(held) if call is None else self._call(call)
         else:
             calls = None if self._decided else _all_calls(held, self._names)
+            if calls is None and self._is_forced:
+                calls = _whole_calls(held)
             found = self._content(held) if calls is None else [each for call in calls for each in self._call(call)]
         if self._space and not self.calls:
             found.append(self._space)
@@ -260,6 +268,24 @@ def _all_calls(text: str, names: frozenset[str]) -> list[Call] | None:
                 return None
             calls.append(call)
         at = _BETWEEN.match(rest, at).end()  # type: ignore[union-attr]
+    return calls or None
+
+
+def _whole_calls(text: str) -> list[Call] | None:
+    """The whole calls at the beginning of a list that is cut, or None if there are none."""
+    calls: list[Call] = []
+    decoder = json.JSONDecoder()
+    at = _BEFORE_CALL.match(text)
+    while at is not None:
+        try:
+            _, end = decoder.raw_decode(text, at.end())
+        except (ValueError, RecursionError):
+            break
+        call = _one_call(text[at.end() : end])
+        if call is None:
+            break
+        calls.append(call)
+        at = _BEFORE_CALL.match(text, end)
     return calls or None
 
 
