@@ -274,3 +274,23 @@ def test_a_grammar_that_becomes_too_complex_ends_its_own_request_alone(
         await settled(engine)
 
     asyncio.run(scenario())
+
+
+def test_a_text_without_calls_is_as_it_is_without_the_constraint(
+    decoder: FrozenBase, adapters: AdapterStore, start_engine: Start
+) -> None:
+    # Bytes at random are no text.
+    fields: dict[str, Any] = {"logit_bias": dict.fromkeys(range(32, 127), 50.0), "max_new_tokens": NEW_TOKENS}
+    call = ConstraintSpec("tool_calls", json.dumps({"type": "object"}))
+
+    async def scenario() -> None:
+        engine = start_engine(decoder, adapters)
+        for adapter in ADAPTERS:
+            results = []
+            for constraint in (None, call):
+                params = GenerateParams(adapter=adapter, prompt="so", seed=1, constraint=constraint, **fields)
+                results.append(await (await generate(engine, params)).collect())
+            assert results[0].token_ids == results[1].token_ids
+            assert len(results[0].text) == NEW_TOKENS
+
+    asyncio.run(scenario())

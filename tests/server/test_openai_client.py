@@ -306,6 +306,8 @@ def test_what_the_client_parsed_may_be_sent_back(client: openai.OpenAI) -> None:
         client.chat.completions.parse(**turns, tool_choice="required", parallel_tool_calls=False).choices[0].message
     )
     assert called.tool_calls is not None and isinstance(called.tool_calls[0].function.parsed_arguments, Colour)
+    # The client marks the function as strict.
+    assert client.chat.completions.create(**turns | {"max_tokens": 4}).choices
     result = {"role": "tool", "tool_call_id": called.tool_calls[0].id, "content": "done"}
     turns |= {"messages": [*CHAT[1:], called, result], "tool_choice": "none", "max_tokens": 4}
     assert client.chat.completions.create(**turns).choices[0].finish_reason in ("stop", "length")
