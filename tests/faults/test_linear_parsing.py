@@ -104,6 +104,7 @@ EXPRESSIONS = {
     "sera_serve/client/exchange.py: [0-9]{1,9}": "a header of the server, nine digits at most",
     "sera_serve/server/openai/token_texts.py: <0x([0-9A-Fa-f]{2})>": "tokens of the base, which the operator chooses",
     r"sera_serve/server/openai/tool_calls.py: [\s;,]*": "tool calls",
+    r"sera_serve/server/openai/tool_calls.py: \s*[\[,]\s*": "text of the model, matched once at the place of each call",
 }
 
 
