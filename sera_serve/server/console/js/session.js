@@ -39,7 +39,8 @@ export async function signIn(secret) {
     sessionStorage.setItem(STORED, secret);
     if (tenant !== null && tenant !== me.tenant) {
       // Another tenant sees nothing of what was typed, or named in the address, before.
-      location.hash = "";
+      // Without a navigation of its own, which could end after the page is there again.
+      history.replaceState(null, "", location.pathname);
       location.reload();
       return;
     }
