@@ -205,6 +205,9 @@ class StoreRoot:
         with self._refusals_typed(is_store=False):
             make_directory(self.path)
             if foreign := _foreign_names(self.path):
+                if self.version() is not None:
+                    # Another process has made it meanwhile, and uses it already.
+                    return
                 raise NotAStore(
                     f"{self.path} is no adapter store (it holds {min(foreign)!r}); name an empty directory",
                     param="store",

@@ -364,6 +364,11 @@ def test_a_refusal_does_the_same_work(attempt: str, watched: tuple[TwoTenants, C
             return calls.least(lambda: client.request(method, address, json=content))
 
         existing, absent = work(HIDDEN), work(ABSENT)
+        for _ in range(5):
+            if existing == absent:
+                break
+            # On a busy machine a body may come after its headers in every round, for one of the names.
+            existing, absent = existing & work(HIDDEN), absent & work(ABSENT)
     assert existing.total() > 20
     assert existing == absent
 

@@ -14,6 +14,8 @@ from store_jobs import NAME, OTHER, JobServer
 from adapters_store import AdapterBundle, AdapterNotFound, AdapterStore
 from adapters_store.backends.adapter_directory import AdapterDirectory
 from adapters_store.backends.durable import file_lock, try_file_lock
+from adapters_store.backends.store_root import StoreRoot
+from adapters_store.errors import NotAStore
 from support.live_server import wait_until
 
 WRITERS, EACH = 4, 15
@@ -190,3 +192,27 @@ def is_held(store: AdapterStore, lock: str) -> bool:
     """Whether anyone holds a lock of the store."""
     with try_file_lock(f"{store.root}/locks/{lock}") as was_free:
         return not was_free
+
+
+def test_a_store_that_another_process_makes_meanwhile_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    version = StoreRoot.version
+    looks: list[int] = []
+
+    def before_the_other(self: StoreRoot) -> int | None:
+        looks.append(1)
+        if len(looks) > 1:
+            return version(self)
+        # The other process makes the store after this look, and writes what is no part of one.
+        with monkeypatch.context() as other:
+            other.setattr(StoreRoot, "version", version)
+            AdapterStore(tmp_path)
+        (tmp_path / "access").mkdir()
+        return None
+
+    monkeypatch.setattr(StoreRoot, "version", before_the_other)
+    assert AdapterStore(tmp_path).count_adapters() == 0
+    monkeypatch.setattr(StoreRoot, "version", version)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "access").mkdir()
+    with pytest.raises(NotAStore, match="it holds 'access'"):
+        AdapterStore(tmp_path / "other")
