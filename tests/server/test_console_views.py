@@ -17,7 +17,7 @@ from adapters_store import AdapterBundle, AdapterStore
 from sera_serve import SeraConfig
 from sera_serve.base import FrozenBase
 from support import browser as browsers
-from support.browser import Tab
+from support.browser import Tab, answer
 from support.console_api import JOB, KEY, events, stats
 from support.factories import random_adapter
 from support.stub_engine import FAILS_LATER, LONG, LONG_TEXTS, OVERLOADED, SLOW, TEXTS, StubEngine
@@ -43,15 +43,6 @@ def tab(browser: Browser, url: str) -> Iterator[Tab]:
     with browsers.tab(browser, url) as opened:
         stub_routes(opened.page)
         yield opened
-
-
-def answer(page: Page, pattern: str, body: Any, status: int = 200) -> None:
-    """Answer requests in place of the server: for states that take the server minutes, or another base."""
-
-    def fulfil(route: Route) -> None:
-        route.fulfill(status=status, content_type="application/json", body=json.dumps(body))
-
-    page.route(re.compile(pattern), fulfil)
 
 
 def stub_routes(page: Page) -> None:
@@ -273,30 +264,6 @@ def test_each_kind_of_result_is_shown(tab: Tab) -> None:
     page.get_by_role("button", name="Classify").click()
     expect(lane(page, "demo/spans").locator("mark")).to_have_text("xfirst")
     expect(lane(page, "demo/spans").locator(".marked")).to_have_text("xfirstylophones")
-    tab.check()
-
-
-@pytest.mark.parametrize("kind", ["encoder", "vision", "dual"])
-def test_a_view_says_why_the_base_is_not_for_it(tab: Tab, kind: str) -> None:
-    me = httpx.get(f"{tab.url}/v1/me").json()
-    answer(tab.page, r"/v1/me$", me | {"base": {"name": "other", "kind": kind}})
-    page = tab.open("playground")
-    expect(page.get_by_role("heading", level=2, name="The base other does not generate")).to_be_visible()
-    expect(page.get_by_role("button", name="Run")).to_have_count(0)
-    page = tab.open("classify")
-    if kind == "encoder":
-        expect(page.get_by_label("Text")).to_be_visible()
-        expect(tab.open("training/new").get_by_label("Rows to train on")).to_be_visible()
-        return
-    page.get_by_role("heading", level=2, name="The base other classifies images").wait_for()
-    expect(page.locator("main")).to_contain_text(f"-F image=@photo.jpg {tab.url}/v1/classify")
-    page.get_by_role("link", name="adapters of task image-classify").click()
-    expect(page.get_by_label("Task")).to_have_value("image-classify")
-    for view in ("training", "training/new", "training/files"):
-        page = tab.open(view)
-        expect(page.locator("main")).to_contain_text("with the command train_adapter, then upload it")
-        expect(page.get_by_role("link", name="New job")).to_have_count(0)
-        assert not Axe().run(page).response["violations"]
     tab.check()
 
 

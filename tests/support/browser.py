@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,7 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, Request, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, Request, Route, sync_playwright
 
 CHROMIUM = Path("/usr/bin/chromium")
 # Chrome writes it for every answer of 400 or more, also for one that the page expects.
@@ -92,3 +94,12 @@ def tab(browser: Browser, url: str, **options: Any) -> Iterator[Tab]:
     watched.page.on("request", asked)
     yield watched
     context.close()
+
+
+def answer(page: Page, pattern: str, body: Any, status: int = 200) -> None:
+    """Answer requests in place of the server: for states that take the server minutes, or another base."""
+
+    def fulfil(route: Route) -> None:
+        route.fulfill(status=status, content_type="application/json", body=json.dumps(body))
+
+    page.route(re.compile(pattern), fulfil)

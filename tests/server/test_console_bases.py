@@ -1,0 +1,51 @@
+"""The console on bases that do not generate: each view says why it is not for them, and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import httpx
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Browser, expect
+
+from support import browser as browsers
+from support.browser import Tab, answer
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with browsers.browser() as started:
+        yield started
+
+
+@pytest.fixture
+def tab(browser: Browser, url: str) -> Iterator[Tab]:
+    with browsers.tab(browser, url) as opened:
+        yield opened
+
+
+@pytest.mark.parametrize("kind", ["encoder", "vision", "dual"])
+def test_a_view_says_why_the_base_is_not_for_it(tab: Tab, kind: str) -> None:
+    me = httpx.get(f"{tab.url}/v1/me").json()
+    answer(tab.page, r"/v1/me$", me | {"base": {"name": "other", "kind": kind}})
+    page = tab.open("playground")
+    expect(page.get_by_role("heading", level=2, name="The base other does not generate")).to_be_visible()
+    expect(page.get_by_role("button", name="Run")).to_have_count(0)
+    page = tab.open("classify")
+    if kind == "encoder":
+        expect(page.get_by_label("Text")).to_be_visible()
+        expect(tab.open("training/new").get_by_label("Rows to train on")).to_be_visible()
+        return
+    page.get_by_role("heading", level=2, name="The base other classifies images").wait_for()
+    expect(page.locator("main")).to_contain_text(f"-F image=@photo.jpg {tab.url}/v1/classify")
+    page.get_by_role("link", name="adapters of task image-classify").click()
+    expect(page.get_by_label("Task")).to_have_value("image-classify")
+    for view in ("training", "training/new", "training/files"):
+        page = tab.open(view)
+        expect(page.locator("main")).to_contain_text("with the command train_adapter, then upload it")
+        expect(page.get_by_role("link", name="New job")).to_have_count(0)
+        assert not Axe().run(page).response["violations"]
+    tab.check()
