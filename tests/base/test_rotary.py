@@ -31,7 +31,7 @@ from sera_serve.base.rotary import (
     rotary_scaling,
 )
 from sera_serve.errors import InvalidConfiguration
-from support.factories import byte_tokenizer, greedy
+from support.factories import byte_tokenizer, continued, greedy
 
 THRESHOLD = 32
 SHAPE: dict[str, Any] = {
@@ -189,9 +189,9 @@ def test_chunks_of_a_long_prompt_give_what_the_whole_prompt_gives() -> None:
     def chunked(long: bool) -> Tensor:
         cache, logits = None, []
         for first in range(0, len(sequence), 16):
-            chunk = torch.tensor([sequence[first : first + 16]])
-            context.long_tokens = torch.full((chunk.shape[1],), long)
-            output = base.model(input_ids=chunk, past_key_values=cache, use_cache=True)
+            chunk = sequence[first : first + 16]
+            context.long_tokens = torch.full((len(chunk),), long)
+            output = continued(base, chunk, cache)
             cache = output.past_key_values
             logits.append(output.logits[0])
         return torch.cat(logits)
@@ -210,7 +210,7 @@ def decoded(base: FrozenBase, prompt: list[int], count: int, *, recompute: bool)
             cache, side = None, base.rotary.side(len(sequence))
         fed = sequence if cache is None else sequence[-1:]
         context.long_tokens = torch.full((len(fed),), base.rotary.side(len(sequence)) == LONG)
-        output = base.model(input_ids=torch.tensor([fed]), past_key_values=cache, use_cache=True)
+        output = continued(base, fed, cache)
         cache = output.past_key_values
         sequence.append(int(output.logits[0, -1].argmax()))
     context.long_tokens = None

@@ -11,7 +11,7 @@ from sera_serve.base import FrozenBase
 from sera_serve.engine import BASE_PRINCIPAL
 from sera_serve.engine.request import GenerationRequest
 from support.engine import SHAPE, Start, settled, until
-from support.factories import greedy, merged, random_adapter
+from support.factories import continued, greedy, merged, random_adapter
 
 PROMPT = list(range(1, 41))
 NEW = 12
@@ -76,7 +76,7 @@ def mixed(base: FrozenBase, adapted: FrozenBase, position: int) -> list[int]:
         rest = tokens[position:]
         while len(tokens) < len(PROMPT) + NEW:
             if rest:
-                out = adapted.model(torch.tensor([rest]), past_key_values=cache, use_cache=True)
+                out = continued(adapted, rest, cache)
                 cache, logits = out.past_key_values, out.logits
             rest = [int(logits[0, -1].argmax())]
             tokens += rest

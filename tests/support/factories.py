@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
@@ -160,6 +161,12 @@ def merged(base: FrozenBase, bundle: AdapterBundle) -> FrozenBase:
             # A layer of the reference may have a bias that the architecture does not have.
             linear.bias = nn.Parameter(gain * bias + (0 if offset is None else offset), requires_grad=False)
     return result
+
+
+def continued(base: FrozenBase, tokens: list[int], cache: Any) -> Any:
+    """A pass of the model over `tokens` behind those in `cache`; transformers 5.24 renamed the argument."""
+    name = "cache" if "cache" in inspect.signature(base.model.forward).parameters else "past_key_values"
+    return base.model(torch.tensor([tokens]), use_cache=True, **{name: cache})
 
 
 def greedy(base: FrozenBase, tokens: list[int], max_new_tokens: int) -> list[int]:
