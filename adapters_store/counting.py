@@ -85,13 +85,7 @@ class HeldCounter:
     def _sizes(self, adapter: str) -> _Sizes:
         sizes: list[int] = []
         damaged = 0
-        try:
-            versions = self._backend.manifest(adapter).versions
-        except StoreCorrupted as error:
-            # An alias is damaged. The adapter counts as one version that is.
-            self._damage.report(adapter, "counted with an unknown size", error)
-            return _Sizes(1, 1, 0, 0)
-        for version in versions:
+        for version in self._backend.manifest(adapter).versions:
             try:
                 record = self._backend.version(adapter, version)
             except StoreCorrupted as error:

@@ -63,8 +63,8 @@ class IntegrityCheck:
         while True:
             try:
                 manifest = self._backend.manifest(adapter)
-            except StoreCorrupted as error:
-                return (error,)
+            except OSError as error:
+                return (_unreadable(adapter, error),)
             if not manifest.versions:
                 return None
             if manifest.revision == before:
@@ -76,7 +76,8 @@ class IntegrityCheck:
             before = manifest.revision
 
     def _found(self, adapter: str, manifest: Manifest, latest_only: bool) -> Iterator[StoreCorrupted]:
-        latest = manifest.aliases[LATEST]
+        # None where the alias is damaged.
+        latest = manifest.aliases.get(LATEST)
         for version in manifest.versions:
             if latest_only and version != latest:
                 continue
@@ -92,14 +93,20 @@ class IntegrityCheck:
             except StoreCorrupted as error:
                 yield error
             except OSError as error:
-                yield StoreCorrupted(
-                    f"{adapter}@v{version} cannot be read ({error.strerror}: {error.filename}); check the disk, and "
-                    "the permissions of the file",
-                    param=adapter,
-                )
+                yield _unreadable(f"{adapter}@v{version}", error)
+        yield from manifest.damaged.values()
+        if isinstance(manifest.highest_deleted, StoreCorrupted):
+            yield manifest.highest_deleted
         for alias, version in manifest.aliases.items():
             if version not in manifest.versions:
                 yield StoreCorrupted(
                     f"alias {adapter}@{alias} points to v{version}, which is not there; point it again",
                     param=adapter,
                 )
+
+
+def _unreadable(what: str, error: OSError) -> StoreCorrupted:
+    return StoreCorrupted(
+        f"{what} cannot be read ({error.strerror}: {error.filename}); check the disk, and the permissions of the file",
+        param=what.partition("@")[0],
+    )

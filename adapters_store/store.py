@@ -124,6 +124,7 @@ class AdapterStore:
         try:
             while True:
                 manifest = self._backend.manifest(name)
+                manifest.check_aliases(LATEST)
                 record = next((held for held in self._records(name, manifest) if held.digest == bundle.digest), None)
                 # Also where the last version of this content was deleted meanwhile, and its bundle with it.
                 if outcome is Outcome.BUNDLE_MISSING and (record is None or not self._is_stored(bundle.digest)):
@@ -224,6 +225,7 @@ class AdapterStore:
             # Else it was published after the manifest was read.
             if record.version in manifest.versions:
                 break
+        manifest.check_aliases()
         summary = self._summary(parsed.adapter, record)
         return AdapterInfo(**summary, versions=manifest.versions, aliases=manifest.aliases)
 
@@ -333,7 +335,7 @@ class AdapterStore:
         while True:
             # The manifest first: if it is still the same when the change is committed, so is what was found.
             manifest = self._backend.manifest(name)
-            if alias not in manifest.aliases and len(manifest.aliases.keys() - {LATEST}) >= MOST_ALIASES:
+            if alias not in manifest.alias_names and len(manifest.alias_names - {LATEST}) >= MOST_ALIASES:
                 raise TooManyAliases(
                     f"{name} has {MOST_ALIASES} aliases beside {LATEST!r}, the most that an adapter may have; remove "
                     "one, or move one that is there",
@@ -355,7 +357,7 @@ class AdapterStore:
             raise InvalidAdapterName("alias 'latest' always exists; point it elsewhere instead", param="alias")
         while True:
             manifest = self._backend.manifest(name)
-            if alias not in manifest.aliases:
+            if alias not in manifest.alias_names:
                 raise self._not_found(name, f"alias {alias!r}")
             change = Change(remove_aliases=(alias,))
             if self._backend.commit(name, change, manifest.revision).outcome is Outcome.COMMITTED:
@@ -364,8 +366,8 @@ class AdapterStore:
     def delete(self, ref: str) -> Freed:
         """Delete a whole adapter (`tenant/name`), or one version of it (any reference with `@`).
 
-        A damaged record does not stop the deletion of its adapter, nor of its version by number. Its bundle then stays
-        until `collect_garbage`.
+        A damaged record does not stop the deletion of its adapter, nor a version's that of the version by number. Its
+        bundle then stays until `collect_garbage`.
 
         `latest` moves to the newest version that remains. Version numbers are never used again. A bundle goes with
         the last version that refers to it, in whichever adapter.
@@ -487,11 +489,11 @@ class AdapterStore:
 
     def _deletion(self, adapter: str, version: int, manifest: Manifest) -> Change:
         """The change that deletes one version."""
-        if holders := sorted(alias for alias, held in manifest.aliases.items() if held == version and alias != LATEST):
-            raise VersionInUse(
-                f"alias {holders[0]!r} points to v{version} of {adapter}; move that alias first",
-                param="adapter",
-            )
+        for alias in sorted(manifest.alias_names - {LATEST}):
+            if manifest.aliases.get(alias, version) == version:
+                points = "is damaged, and may point" if alias in manifest.damaged else "points"
+                advice = "move that alias first"
+                raise VersionInUse(f"alias {alias!r} {points} to v{version} of {adapter}; {advice}", param="adapter")
         rest = [other for other in manifest.versions if other != version]
         moved = {LATEST: rest[-1]} if rest and manifest.aliases.get(LATEST) == version else {}
         return Change(set_aliases=moved, remove_versions=(version,))

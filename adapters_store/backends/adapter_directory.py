@@ -11,11 +11,16 @@ from adapters_store.backends.durable import make_directory, names_in, put_text, 
 from adapters_store.backends.interface import Manifest
 from adapters_store.backends.record_files import AliasRecord, RetiredRecord, read_record, record_text, version_text
 from adapters_store.errors import StoreCorrupted
-from adapters_store.names import LATEST
+from adapters_store.names import LATEST, is_part
 from adapters_store.records import VersionRecord
 
 # Changes of a directory within one tick of the file system's clock, 10 ms at most, leave the same time.
 _TICK_NS = 100_000_000
+# A version that was deleted since a backup may have a higher number than the backup's record.
+_MEND_RETIRED = (
+    'write {"highest_version": N} to it, with N at least the highest version that the adapter ever had (the audit log '
+    "has them)"
+)
 _VERSION_FILE = re.compile(r"v([1-9][0-9]*)\.json")
 
 
@@ -35,27 +40,38 @@ class AdapterDirectory:
         """The adapter's versions and aliases at one moment."""
         while True:
             versions = tuple(self.versions())
-            aliases = self.aliases() if versions else {}
+            found = self.aliases() if versions else {}
             # A version comes before the aliases that point to it, and goes after them: while none came and none went,
             # each alias had its version.
             if versions == tuple(self.versions()):
                 break
-        if versions:
+        aliases = {alias: version for alias, version in found.items() if isinstance(version, int)}
+        damaged = {alias: damage for alias, damage in found.items() if isinstance(damage, StoreCorrupted)}
+        if versions and LATEST not in damaged:
             # A kill may have come between the first version and its alias.
             aliases.setdefault(LATEST, versions[-1])
-        highest = self._highest_retired()
-        return Manifest(versions, aliases, highest, f"{versions} {sorted(aliases.items())} {highest}")
+        highest: int | StoreCorrupted
+        try:
+            highest = self._highest_retired()
+        except StoreCorrupted as error:
+            highest = error
+        revision = f"{versions} {sorted(aliases.items())} {sorted(damaged)} {highest}"
+        return Manifest(versions, aliases, highest, revision, damaged)
 
     def versions(self) -> list[int]:
         """Version numbers, oldest first; empty for an adapter that does not exist."""
         return sorted(int(match[1]) for match in map(_VERSION_FILE.fullmatch, names_in(self._versions)) if match)
 
-    def aliases(self) -> dict[str, int]:
-        """Version by alias, as on the disk."""
-        found = {}
-        for file in names_in(self._aliases):
-            if (version := self._alias(file.removesuffix(".json"))) is not None:
-                found[file.removesuffix(".json")] = version
+    def aliases(self) -> dict[str, int | StoreCorrupted]:
+        """Version by alias, as on the disk; the damage of an alias that is damaged."""
+        found: dict[str, int | StoreCorrupted] = {}
+        names = (file.removesuffix(".json") for file in names_in(self._aliases) if file.endswith(".json"))
+        for alias in filter(is_part, names):
+            try:
+                if (version := self._alias(alias)) is not None:
+                    found[alias] = version
+            except StoreCorrupted as error:
+                found[alias] = error
         return found
 
     def alias(self, alias: str) -> int | None:
@@ -113,9 +129,11 @@ class AdapterDirectory:
 
     def mend_latest(self) -> None:
         """Have `latest` name the newest version, where it names one that a copy of the store did not get."""
-        versions, latest = self.versions(), self._alias(LATEST)
-        if versions and latest is not None and latest not in versions:
-            self.set_alias(LATEST, versions[-1])
+        # A damaged alias may have named an older version: its owner points it again.
+        with suppress(StoreCorrupted):
+            versions, latest = self.versions(), self._alias(LATEST)
+            if versions and latest is not None and latest not in versions:
+                self.set_alias(LATEST, versions[-1])
 
     def remove_alias(self, alias: str) -> None:
         """Remove an alias."""
@@ -148,19 +166,24 @@ class AdapterDirectory:
         return f"{self._root}/retired/{self.adapter}.json"
 
     def _retire(self, version: int) -> None:
-        highest = max(version, self._highest_retired())
+        try:
+            highest = max(version, self._highest_retired())
+        except StoreCorrupted:
+            # Nobody knows the highest. While the record stays as it is, no number is given out.
+            return
         make_directory(os.path.dirname(self._retired), self._root)
         put_text(self._retired, record_text(RetiredRecord(highest_version=highest)), f"{self._root}/tmp")
 
     def _highest_retired(self) -> int:
         try:
-            return read_record(self._retired, RetiredRecord).highest_version
+            return read_record(self._retired, RetiredRecord, _MEND_RETIRED).highest_version
         except FileNotFoundError:
             return 0
 
     def _alias(self, alias: str) -> int | None:
+        also = "" if alias == LATEST else ", or remove it"
         try:
-            return read_record(self._alias_file(alias), AliasRecord).version
+            return read_record(self._alias_file(alias), AliasRecord, f"point alias {alias!r} again{also}").version
         except (FileNotFoundError, NotADirectoryError):
             return None
 

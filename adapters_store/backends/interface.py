@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
 
+from adapters_store.errors import StoreCorrupted
 from adapters_store.format.bundle import AdapterBundle
 from adapters_store.format.safetensors_file import BundleLimits
 from adapters_store.records import Freed, StoreState, VersionRecord
@@ -32,19 +33,34 @@ class Manifest:
     Attributes:
         versions: Version numbers, ascending; empty for an adapter that does not exist.
         aliases: Version by alias. `latest` is there whenever a version is.
-        highest_deleted: The highest version ever deleted, 0 if there is none.
+        highest_deleted: The highest version ever deleted, 0 if there is none; the damage where its record is damaged.
         revision: Changes with each of the above; compared by `Backend.commit`, not read.
+        damaged: The damage by alias, for aliases that are there and cannot be read. `latest` may be one of them.
     """
 
     versions: tuple[int, ...]
     aliases: dict[str, int]
-    highest_deleted: int
+    highest_deleted: int | StoreCorrupted
     revision: str
+    damaged: Mapping[str, StoreCorrupted] = field(default_factory=dict)
 
     @property
     def next_version(self) -> int:
-        """A number that no version of this adapter has or ever had."""
+        """A number that no version of this adapter has or ever had; raises `StoreCorrupted` where nobody knows one."""
+        if isinstance(self.highest_deleted, StoreCorrupted):
+            raise self.highest_deleted
         return max([*self.versions, self.highest_deleted]) + 1
+
+    @property
+    def alias_names(self) -> set[str]:
+        """All aliases, those that are damaged included."""
+        return self.aliases.keys() | self.damaged.keys()
+
+    def check_aliases(self, *names: str) -> None:
+        """Raise `StoreCorrupted` if one of these aliases is damaged; without names, if any is."""
+        for alias in sorted(self.damaged):
+            if not names or alias in names:
+                raise self.damaged[alias]
 
 
 @dataclass(frozen=True)
@@ -102,7 +118,10 @@ class Backend(Protocol):
         """The name of the place, for people."""
 
     def manifest(self, adapter: str) -> Manifest:
-        """The manifest of an adapter; an empty one for an adapter that does not exist."""
+        """The manifest of an adapter; an empty one for an adapter that does not exist.
+
+        It tells damage, and raises none: an adapter with a damaged alias can be deleted, and the alias set or removed.
+        """
 
     def alias(self, adapter: str, alias: str) -> int | None:
         """The version that an alias points to. As in `manifest`, but reads as little as possible."""

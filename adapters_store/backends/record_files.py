@@ -38,8 +38,17 @@ class RetiredRecord(Record):
 R = TypeVar("R", bound=Record)
 
 
-def read_record(path: str, kind: type[R]) -> R:
+RESTORE = "restore it from a backup, or delete it to give up what it names"
+"""The remedy of most damaged records."""
+
+
+def read_record(path: str, kind: type[R], remedy: str = RESTORE) -> R:
     """Read one record.
+
+    Args:
+        path: Its file.
+        kind: What it is.
+        remedy: What to do where it is damaged.
 
     Raises:
         FileNotFoundError: No such file.
@@ -48,10 +57,7 @@ def read_record(path: str, kind: type[R]) -> R:
     try:
         return _parse(kind, _read(path))
     except (ValidationError, ValueError) as error:
-        raise StoreCorrupted(
-            f"{path} is damaged; restore it from a backup, or delete it to give up what it names",
-            param=path,
-        ) from error
+        raise StoreCorrupted(f"{path} is damaged; {remedy}", param=path) from error
 
 
 def _parse(kind: type[R], data: bytes) -> R:
@@ -70,6 +76,10 @@ def _read(path: str) -> bytes:
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         data = os.read(descriptor, MAX_RECORD_BYTES + 1)
+    except OSError as error:
+        # The system does not name the file of a descriptor.
+        error.filename = path
+        raise
     finally:
         os.close(descriptor)
     if len(data) > MAX_RECORD_BYTES:

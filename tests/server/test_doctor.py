@@ -210,6 +210,19 @@ def test_every_fault_has_a_line_with_its_own_remedy(
     assert len(found) == 4 and found[3][0] == "5 faults in 4 adapters; the first 3 are above"
 
 
+def test_a_damaged_alias_and_a_damaged_record_of_deletions_have_remedies(store: AdapterStore, tmp_path: Path) -> None:
+    copy = AdapterStore(tmp_path / "copy")
+    for name in ("demo/writer", "demo/sorter"):
+        copy.publish(store.load(store.resolve(name).digest), "acme/a")
+    copy.set_alias("acme/a", "stable", "acme/a@v1")
+    (copy.root / "adapters/acme/a/aliases/stable.json").write_text("")
+    (copy.root / "retired/acme").mkdir()
+    (copy.root / "retired/acme/a.json").write_text("")
+    remedies = [remedy for _, remedy in lines("bundles", "--store", copy.root, "--full")]
+    assert remedies[0] == "point alias 'stable' again, or remove it"
+    assert len(remedies) == 2 and remedies[1].startswith('write {"highest_version": N} to it')
+
+
 def test_training_files_that_are_gone_are_named(tmp_path: Path) -> None:
     store = AdapterStore(tmp_path / "store").root
     database = AccessDatabase(store)

@@ -13,7 +13,7 @@ from bundle_factory import MODULE, Q, bundle_path, config_fields, make_bundle
 
 from adapters_store import AdapterBundle, AdapterConfig, AdapterNotFound, AdapterStore, StoreError
 from adapters_store.backends.adapter_directory import AdapterDirectory
-from adapters_store.errors import NotAStore, StoreCorrupted, UnsupportedStore
+from adapters_store.errors import NotAStore, StoreCorrupted, UnsupportedStore, VersionInUse
 
 NAME = "acme/support"
 
@@ -258,3 +258,83 @@ def test_every_fault_is_found(store: AdapterStore) -> None:
     assert len(messages) == len(words) and all(map(str.__contains__, messages, words))
     assert [len(faults) for faults in found] == [1, 1, 2, 1, 1]
     assert [len(faults) for faults in store.faults(latest_only=True)] == [1, 1, 1, 1, 1]
+
+
+def with_deleted_version(store: AdapterStore) -> None:
+    """Versions 1 and 3, of which `stable` names the first; version 2 was deleted."""
+    for seed in (1, 2, 3):
+        store.publish(make_bundle(seed), NAME)
+    store.delete(f"{NAME}@v2")
+    store.set_alias(NAME, "stable", f"{NAME}@v1")
+
+
+@pytest.mark.parametrize("alias", ["stable", "latest"])
+@pytest.mark.parametrize("text", ["", "{", '{"version": 0}'])
+def test_a_damaged_alias_can_be_pointed_again_removed_and_deleted(store: AdapterStore, alias: str, text: str) -> None:
+    with_deleted_version(store)
+    path = store.root / "adapters" / NAME / "aliases" / f"{alias}.json"
+
+    def damage() -> None:
+        path.write_text(text)
+        # No alias, as an editor leaves one.
+        (path.parent / f"{alias}.json~").write_text(text)
+
+    damage()
+    [[fault]] = store.faults()
+    remedy = f"point alias '{alias}' again" + (", or remove it" if alias == "stable" else "")
+    assert str(path) in fault.message and fault.message.endswith(f"; {remedy}")
+    for read in (lambda: store.resolve(f"{NAME}@{alias}"), lambda: store.inspect(f"{NAME}@v1")):
+        with pytest.raises(StoreCorrupted, match="aliases"):
+            read()
+    assert store.resolve(f"{NAME}@v3").version == 3 and store.held("acme").nbytes > 0
+    assert store.collect_garbage().digests == ()
+    store.set_alias(NAME, alias, f"{NAME}@v1")
+    assert store.aliases(NAME)[alias] == 1
+    store.check_integrity()
+    damage()
+    if alias == "stable":
+        # It may point to any version.
+        with pytest.raises(VersionInUse, match="'stable' is damaged, and may point to v3"):
+            store.delete(f"{NAME}@v3")
+        store.remove_alias(NAME, alias)
+        assert store.publish(make_bundle(4), NAME).version == 4
+    else:
+        store.delete(f"{NAME}@v3")
+        with pytest.raises(StoreCorrupted, match="latest"):
+            store.resolve(NAME)
+    damage()
+    assert store.delete(NAME).adapter_gone
+    assert list(store.iter_adapters()) == []
+    assert store.publish(make_bundle(5), NAME).version == (5 if alias == "stable" else 4)
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"highest_version": 0}'])
+def test_a_damaged_record_of_deleted_versions_stops_new_numbers_and_nothing_else(
+    store: AdapterStore, text: str
+) -> None:
+    with_deleted_version(store)
+    path = store.root / "retired" / f"{NAME}.json"
+    path.write_text(text)
+    [[fault]] = store.faults()
+    assert str(path) in fault.message and '; write {"highest_version": N} to it' in fault.message
+    assert store.publish(make_bundle(1), NAME).version == 1
+    with pytest.raises(StoreCorrupted, match="retired"):
+        store.publish(make_bundle(4), NAME)
+    assert not store.has(make_bundle(4).digest)
+    store.set_alias(NAME, "stable", f"{NAME}@v1")
+    store.delete(f"{NAME}@v3")
+    assert store.inspect(NAME).versions == (1,)
+    assert store.delete(NAME).adapter_gone
+    # A number that a deleted version had would bring other content to those who name that version.
+    with pytest.raises(StoreCorrupted, match="retired"):
+        store.publish(make_bundle(4), NAME)
+    path.write_text('{"highest_version": 3}')
+    assert store.publish(make_bundle(4), NAME).version == 4
+
+
+def test_an_alias_that_the_system_does_not_read_is_a_fault(store: AdapterStore) -> None:
+    store.publish(make_bundle(1), NAME)
+    path = store.root / "adapters" / NAME / "aliases" / "stable.json"
+    path.mkdir()
+    [[fault]] = store.faults()
+    assert fault.message.startswith(f"{NAME} cannot be read (Is a directory: {path}); check the disk")
