@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Protocol, Self, TypeVar, Unpack
 
 import anyio
+import anyio.lowlevel
 import httpx
 
 from sera_serve.client import answers, calls
@@ -24,7 +25,17 @@ from sera_serve.client.calls import (
 )
 from sera_serve.client.connection import DEFAULT_MAX_CONNECTIONS, DEFAULT_TIMEOUT_S, connection
 from sera_serve.client.events import EventReader
-from sera_serve.client.exchange import Outcome, RetryPolicy, Send, Wait, exchange, lost_connections
+from sera_serve.client.exchange import (
+    Outcome,
+    RetryPolicy,
+    Send,
+    Wait,
+    bad_redirection,
+    build_request,
+    checked_policy,
+    exchange,
+    lost_connections,
+)
 from sera_serve.client.uploads import Progress
 
 T = TypeVar("T")
@@ -35,6 +46,8 @@ class AsyncSeraClient:
 
     Tasks may share a client. Close it with `aclose`, or use it as a context. A call that is cancelled ends on the
     server too, unless it is an upload, a deletion or a pin that has begun.
+
+    A client belongs to the event loop of its first call, as its connections do. Another one gets a RuntimeError.
 
     Attributes:
         adapters: The adapters of the server's store.
@@ -55,7 +68,8 @@ class AsyncSeraClient:
         """Set up; nothing is sent. Arguments are as in `SeraClient`."""
         arguments = connection(base_url, api_key, timeout, headers, max_connections)
         self._http = httpx.AsyncClient(**arguments, transport=transport)
-        self._retries = retries
+        self._retries = checked_policy(retries)
+        self._loop: object = None
         self.adapters = AsyncAdapters(self._call)
         self.models = AsyncModels(self._call)
 
@@ -71,6 +85,7 @@ class AsyncSeraClient:
 
     async def aclose(self) -> None:
         """Close the connections."""
+        self._check_loop()
         await self._http.aclose()
 
     async def generate(
@@ -146,6 +161,7 @@ class AsyncSeraClient:
         return call.read(response.content)
 
     async def _exchange(self, call: Call[T]) -> httpx.Response:
+        self._check_loop()
         steps = exchange(call, self._retries)
         step = next(steps)
         while True:
@@ -156,18 +172,29 @@ class AsyncSeraClient:
                 response: httpx.Response = end.value
                 return response
 
+    def _check_loop(self) -> None:
+        loop = anyio.lowlevel.current_token()
+        if self._loop is None:
+            self._loop = loop
+        elif self._loop != loop:
+            raise RuntimeError(
+                "this client was used on another event loop; make an AsyncSeraClient for each event loop"
+            )
+
     async def _perform(self, step: Send | Wait) -> Outcome:
         if isinstance(step, Wait):
             await anyio.sleep(step.seconds)
             return None
         with step.call.request() as arguments:
-            request = self._http.build_request(**arguments)
+            request = build_request(self._http, arguments)
             try:
                 response = await self._http.send(request, stream=step.call.streams)
                 if not response.is_success:
                     await response.aread()
             except httpx.HTTPError as error:
                 return error
+            except httpx.InvalidURL as error:
+                return bad_redirection(error)
         return response
 
     async def _events(self, response: httpx.Response, call: Call[None]) -> AsyncIterator[answers.GenerateEvent]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -151,7 +151,11 @@ def classify_each(
     inputs: str | bytes | Path | Sequence[ClassifyInput], adapters: Sequence[str], options: ClassifyOptions
 ) -> Call[list[answers.Classified]]:
     """`POST /v1/classify` with several adapters."""
-    body = {"adapters": list(adapters), "inputs": _inputs(inputs)} | _known(options, ClassifyOptions)
+    if isinstance(adapters, str | bytes | Mapping) or not isinstance(adapters, Iterable):
+        # As a sequence of characters a reference would pass for many.
+        raise TypeError(f"adapters is {adapters!r}; give a list of references, such as ['acme/support']")
+    references = [_text("adapters", reference) for reference in adapters]
+    body = {"adapters": references, "inputs": _inputs(inputs)} | _known(options, ClassifyOptions)
     return Call(
         "POST", "/v1/classify", lambda body: answers.ClassifiedEach.model_validate_json(body).adapters, json=body
     )
@@ -161,7 +165,9 @@ def embed(
     inputs: str | bytes | Path | Sequence[EmbedInput], model: str, options: EmbedOptions
 ) -> Call[answers.Embeddings]:
     """`POST /v1/embeddings`. The vectors travel as base64, a fifth of their text."""
-    body = {"model": model, "input": _inputs(inputs), "encoding_format": "base64"} | _known(options, EmbedOptions)
+    body = {"model": _text("model", model), "input": _inputs(inputs), "encoding_format": "base64"} | _known(
+        options, EmbedOptions
+    )
     return Call("POST", "/v1/embeddings", answers.Embeddings.model_validate_json, json=body)
 
 
@@ -197,7 +203,7 @@ def upload_adapter(
     name: str, source: str | Path | bytes, config: str | Path | bytes | None, progress: Progress | None
 ) -> Call[answers.PublishedAdapter]:
     """`POST /v1/adapters`. Raises OSError or ValueError if the source cannot be read."""
-    form = UploadForm(name, source, config, progress)
+    form = UploadForm(_text("name", name), source, config, progress)
     return Call("POST", "/v1/adapters", answers.PublishedAdapter.model_validate_json, upload=form, changes=True)
 
 
@@ -225,6 +231,8 @@ def _prompt(prompt: Prompt, adapter: Adapter | None, options: GenerateOptions) -
     if isinstance(prompt, bytes | bytearray | memoryview):
         # As a sequence of integers they would pass for token ids.
         raise TypeError("prompt has bytes; send a text (decode it), or a list of token ids")
+    if isinstance(prompt, Mapping) or not isinstance(prompt, Iterable):
+        raise TypeError(f"prompt is {prompt!r}; send a text, or a list of token ids")
     fields = _known(options, GenerateOptions)
     if isinstance(stop := fields.get("stop"), str):
         fields["stop"] = [stop]
@@ -237,15 +245,17 @@ def _prompt(prompt: Prompt, adapter: Adapter | None, options: GenerateOptions) -
 
 
 def _adapter(adapter: Adapter) -> str | list[dict[str, str | float]]:
-    if isinstance(adapter, str):
-        return adapter
-    return [{"adapter": reference, "weight": weight} for reference, weight in adapter.items()]
+    if not isinstance(adapter, Mapping):
+        return _text("adapter", adapter)
+    return [{"adapter": _text("adapter", reference), "weight": weight} for reference, weight in adapter.items()]
 
 
 def _inputs(inputs: Any) -> list[Any]:
     """The inputs of a body. Raises OSError if the file of an image cannot be read."""
     if isinstance(inputs, str | bytes | Path):
         inputs = [inputs]
+    if isinstance(inputs, bytearray | memoryview | Mapping) or not isinstance(inputs, Iterable):
+        raise TypeError(f"inputs is of type {type(inputs).__name__}; give a text, the bytes of an image, or a list")
     return [_input(value) for value in inputs]
 
 
@@ -253,9 +263,18 @@ def _input(value: Any) -> Any:
     if isinstance(value, bytes | Path):
         data = value if isinstance(value, bytes) else value.read_bytes()
         return {"image": base64.b64encode(data).decode()}
-    if isinstance(value, tuple) and all(isinstance(part, str) for part in value):
+    if isinstance(value, bytearray | memoryview):
+        raise TypeError(f"inputs has an item of type {type(value).__name__}; give the image as bytes")
+    if isinstance(value, tuple) and len(value) == 2 and all(isinstance(part, str) for part in value):
         text, text_pair = value
         return {"text": text, "text_pair": text_pair}
+    return value
+
+
+def _text(field: str, value: object) -> str:
+    """Return a value that must be a text. Anything else is refused here: it could be sent as another text."""
+    if not isinstance(value, str):
+        raise TypeError(f"{field} is {value!r}; give a str, such as 'acme/support'")
     return value
 
 
@@ -271,13 +290,13 @@ def _given(**query: str | int | None) -> dict[str, str | int]:
 
 
 def _adapter_path(reference: str) -> str:
-    if reference.count("/") != 1:
+    if _text("reference", reference).count("/") != 1:
         raise ValueError(f"{reference!r} is no adapter; write tenant/name, perhaps with @alias, @v3 or @digest")
     return f"/v1/adapters/{_quoted(reference)}"
 
 
 def _quoted(reference: str) -> str:
     """A reference as a part of a path. One that would lead to another path is refused."""
-    if any(part in ("", ".", "..") for part in reference.split("/")):
+    if any(part in ("", ".", "..") for part in _text("model", reference).split("/")):
         raise ValueError(f"{reference!r} is no adapter or model; write tenant/name")
     return quote(reference, safe="/@")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import re
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -51,6 +51,17 @@ class RetryPolicy:
     max_total_s: float = 120.0
     first_delay_s: float = 0.5
     max_delay_s: float = 8.0
+
+    def __post_init__(self) -> None:
+        """Check the numbers: a wrong one would be found only with the first refusal."""
+        if isinstance(self.max_retries, bool) or not isinstance(self.max_retries, int):
+            raise TypeError(f"max_retries is {self.max_retries!r}; give a whole number, such as 4")
+        for name in ("max_retries", "max_total_s", "first_delay_s", "max_delay_s"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise TypeError(f"{name} is {value!r}; give a number")
+            if not value >= 0:
+                raise ValueError(f"{name} is {value!r}; give 0 or more")
 
     def delay_s(self, retries: int, retry_after: float | None) -> float:
         """Seconds to wait before the next try, after so many retries."""
@@ -104,6 +115,28 @@ def exchange(call: Call[Any], policy: RetryPolicy) -> Generator[Send | Wait, Out
             raise error
         retries += 1
         yield Wait(delay)
+
+
+def checked_policy(retries: RetryPolicy) -> RetryPolicy:
+    """Return a client's policy. Raises TypeError if it is none, such as a bare number."""
+    if not isinstance(retries, RetryPolicy):
+        raise TypeError(f"retries is {retries!r}; give a RetryPolicy, such as RetryPolicy(max_retries=3)")
+    return retries
+
+
+def build_request(client: httpx.Client | httpx.AsyncClient, arguments: Mapping[str, Any]) -> httpx.Request:
+    """Make httpx's request. Raises ValueError if the call's names make an address that is too long."""
+    try:
+        return client.build_request(**arguments)
+    except httpx.InvalidURL as error:
+        raise ValueError(f"the call has no address ({error}); look at the names in it") from error
+
+
+def bad_redirection(error: httpx.InvalidURL) -> httpx.HTTPError:
+    """Return httpx's error of an answer that leads to no address. httpx has none for some of them."""
+    failure = httpx.RemoteProtocolError(f"Invalid URL in location header: {error}")
+    failure.__cause__ = error
+    return failure
 
 
 def connection_error(error: httpx.HTTPError, call: Call[Any]) -> SeraConnectionError:

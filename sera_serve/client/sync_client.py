@@ -24,7 +24,17 @@ from sera_serve.client.calls import (
 )
 from sera_serve.client.connection import DEFAULT_MAX_CONNECTIONS, DEFAULT_TIMEOUT_S, connection
 from sera_serve.client.events import EventReader
-from sera_serve.client.exchange import Outcome, RetryPolicy, Send, Wait, exchange, lost_connections
+from sera_serve.client.exchange import (
+    Outcome,
+    RetryPolicy,
+    Send,
+    Wait,
+    bad_redirection,
+    build_request,
+    checked_policy,
+    exchange,
+    lost_connections,
+)
 from sera_serve.client.uploads import Progress
 
 T = TypeVar("T")
@@ -39,7 +49,8 @@ class SeraClient:
     nothing.
 
     Every method raises `SeraError`: `SeraAPIError` for a refusal, `SeraConnectionError` where there is no whole answer,
-    and `InvalidAnswerError` where the answer is of another form. An option that does not exist is a TypeError.
+    and `InvalidAnswerError` where the answer is of another form. An option that does not exist is a TypeError,
+    and so is an argument of another type.
 
     Attributes:
         adapters: The adapters of the server's store.
@@ -73,13 +84,13 @@ class SeraClient:
             transport: A transport of httpx, in place of the network; it has its own `max_connections`.
 
         Raises:
-            TypeError: `timeout` or `max_connections` is no number.
+            TypeError: `timeout` or `max_connections` is no number, or `retries` is no `RetryPolicy`.
             ValueError: `base_url` is no address, the key is no key, or there are two; a header or a number has no value
                 that could be sent.
         """
         arguments = connection(base_url, api_key, timeout, headers, max_connections)
         self._http = httpx.Client(**arguments, transport=transport)
-        self._retries = retries
+        self._retries = checked_policy(retries)
         self.adapters = Adapters(self._call)
         self.models = Models(self._call)
 
@@ -194,13 +205,15 @@ class SeraClient:
             time.sleep(step.seconds)
             return None
         with step.call.request() as arguments:
-            request = self._http.build_request(**arguments)
+            request = build_request(self._http, arguments)
             try:
                 response = self._http.send(request, stream=step.call.streams)
                 if not response.is_success:
                     response.read()
             except httpx.HTTPError as error:
                 return error
+            except httpx.InvalidURL as error:
+                return bad_redirection(error)
         return response
 
     def _events(self, response: httpx.Response, call: Call[None]) -> Iterator[answers.GenerateEvent]:
