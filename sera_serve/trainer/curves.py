@@ -64,9 +64,10 @@ def check_plot(path: Path) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        existed = path.exists()
         with path.open("ab"):
             pass
-        if not path.stat().st_size:
+        if not existed:
             path.unlink()
     except OSError as error:
         raise InvalidConfiguration(

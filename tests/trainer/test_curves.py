@@ -14,7 +14,7 @@ from adapters_store import AdapterStore
 from sera_serve.base import load_base
 from sera_serve.errors import InvalidConfiguration
 from sera_serve.trainer import run
-from sera_serve.trainer.curves import evaluations, plot_curves
+from sera_serve.trainer.curves import check_plot, evaluations, plot_curves
 from sera_serve.trainer.run import train_adapter
 from sera_serve.trainer.settings import load_options
 
@@ -77,6 +77,15 @@ def test_a_picture_that_cannot_be_written_stops_nothing_but_itself(
     assert result.version == 1 and result.metrics
     assert any("could not be drawn" in note and "No space left" in note for note in result.notes)
     assert not (tmp_path / "curves.png").exists()
+
+
+def test_the_look_at_a_picture_s_place_leaves_it_as_it_was(tmp_path: Path) -> None:
+    empty, full, new = tmp_path / "empty.png", tmp_path / "full.png", tmp_path / "folder" / "new.png"
+    empty.write_bytes(b"")
+    full.write_bytes(b"a picture")
+    for path in (empty, full, new):
+        check_plot(path)
+    assert (empty.read_bytes(), full.read_bytes(), new.exists()) == (b"", b"a picture", False)
 
 
 def test_a_run_without_evaluations_has_a_curve(tmp_path: Path) -> None:
