@@ -15,8 +15,6 @@ import os
 from collections.abc import Callable, Mapping, Set
 from contextlib import AbstractContextManager, suppress
 
-from safetensors import SafetensorError
-
 from adapters_store.backends.durable import (
     make_empty_file,
     names_in,
@@ -28,7 +26,7 @@ from adapters_store.backends.name_index import entry_name
 from adapters_store.format.bundle import AdapterBundle
 from adapters_store.format.containers import config_of
 from adapters_store.format.mmap_buffer import reused_memory
-from adapters_store.format.safetensors_file import BundleLimits, read_header
+from adapters_store.format.safetensors_file import BundleLimits, read_header, system_errors
 from adapters_store.records import Freed
 
 
@@ -63,11 +61,8 @@ class BundleFiles:
             pass
 
         def write(path: str) -> None:
-            try:
+            with system_errors(path):
                 bundle.save_file(path)
-            except SafetensorError as error:
-                number = _system_error(str(error))
-                raise OSError(number, os.strerror(number), path) from error
             config_of(read_header(path, limits), limits)
 
         put_file(self.path(bundle.digest), write, self._scratch)
@@ -185,9 +180,3 @@ class BundleFiles:
 
     def _folder(self, digest: str) -> str:
         return f"{self._references}/{digest[:2]}/{digest}"
-
-
-def _system_error(text: str) -> int:
-    """The system's error in a message of safetensors: it has the error as text alone, with paths of the server."""
-    number = text.rpartition("(os error ")[2].partition(")")[0]
-    return int(number) if number.isdecimal() and len(number) < 6 else errno.EIO

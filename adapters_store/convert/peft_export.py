@@ -22,6 +22,7 @@ from adapters_store.convert.peft_files import TEMPLATE_FILE
 from adapters_store.errors import InvalidBundle
 from adapters_store.format.bundle import AdapterBundle
 from adapters_store.format.config import AdapterConfig
+from adapters_store.format.safetensors_file import system_errors
 
 PEFT_CONFIG_FILE = "adapter_config.json"
 PEFT_MODEL_FILE = "adapter_model.safetensors"
@@ -90,7 +91,8 @@ def export_peft(bundle: AdapterBundle, directory: Path, base_path: str | None = 
             # PEFT scales this bias with the update. The scaling is 1 or so, and the quotient is rounded once.
             scaling = dense.scaling if offset.any() else 1.0
             tensors[f"{prefix}.lora_B.bias"] = (offset.double() / scaling).to(torch.float32)
-    safetensors.torch.save_file(tensors, directory / PEFT_MODEL_FILE, metadata={"format": "pt"})
+    with system_errors(directory / PEFT_MODEL_FILE):
+        safetensors.torch.save_file(tensors, directory / PEFT_MODEL_FILE, metadata={"format": "pt"})
     text = json.dumps(peft_config(bundle.config, base_path), indent=2, sort_keys=True, ensure_ascii=False)
     (directory / PEFT_CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
     if bundle.config.chat_template is not None:
@@ -121,7 +123,8 @@ def write_head(bundle: AdapterBundle, directory: Path) -> bool:
         metadata["image"] = config.image.model_dump_json()
     if config.head is not None:
         metadata["activation"] = config.head.activation
-    safetensors.torch.save_file(head, directory / HEAD_FILE, metadata=metadata)
+    with system_errors(directory / HEAD_FILE):
+        safetensors.torch.save_file(head, directory / HEAD_FILE, metadata=metadata)
     return True
 
 

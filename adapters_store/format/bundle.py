@@ -19,7 +19,7 @@ from adapters_store.format.config import AdapterConfig
 from adapters_store.format.containers import CONFIG_FILE, METADATA_KEY, MODEL_FILE, RawBundle, read_bytes, read_path
 from adapters_store.format.content_hash import content_hash, hash_meanwhile
 from adapters_store.format.mmap_buffer import writable_memory
-from adapters_store.format.safetensors_file import BundleLimits, read_tensor, read_tensors
+from adapters_store.format.safetensors_file import BundleLimits, read_tensor, read_tensors, system_errors
 from adapters_store.format.tensor_table import DTYPE_NAMES, DTYPES, TensorTable, describe_tensors
 from adapters_store.format.validation import check_names_and_shapes, check_values, is_surely_finite
 
@@ -94,15 +94,25 @@ class AdapterBundle:
         return file_bytes(self.config, tensors)
 
     def save(self, directory: Path | str) -> None:
-        """Write the directory form; the directory is made, existing files of the two names are replaced."""
+        """Write the directory form; the directory is made, existing files of the two names are replaced.
+
+        Raises:
+            OSError: A file cannot be written.
+        """
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / CONFIG_FILE).write_text(self.config.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        safetensors.torch.save_file(self.tensors, folder / MODEL_FILE, metadata={"format": "pt"})
+        with system_errors(folder / MODEL_FILE):
+            safetensors.torch.save_file(self.tensors, folder / MODEL_FILE, metadata={"format": "pt"})
 
     def save_file(self, path: Path | str) -> None:
-        """Write the single-file form: one .safetensors with the configuration in its metadata."""
-        safetensors.torch.save_file(self.tensors, path, metadata=self._metadata())
+        """Write the single-file form: one .safetensors with the configuration in its metadata.
+
+        Raises:
+            OSError: The file cannot be written.
+        """
+        with system_errors(path):
+            safetensors.torch.save_file(self.tensors, path, metadata=self._metadata())
 
     def to_bytes(self) -> bytes:
         """The single-file form in memory."""

@@ -6,16 +6,20 @@ dtypes, no empty tensors, a small header.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import re
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from adapters_store.errors import (
@@ -150,6 +154,20 @@ def read_header(path: str, limits: BundleLimits) -> Header:
         length = header_length(prefix, size, limits)
         data = prefix + file.read(max(0, _LENGTH_BYTES + length - len(prefix)))
     return parse_header(memoryview(data), size, limits)
+
+
+@contextmanager
+def system_errors(path: Path | str) -> Iterator[None]:
+    """Turn safetensors' error of a write to `path` into the system's `OSError`.
+
+    Its text is all that safetensors has of the system's error, with paths of unfinished files.
+    """
+    try:
+        yield
+    except SafetensorError as error:
+        number = str(error).rpartition("(os error ")[2].partition(")")[0]
+        code = int(number) if number.isdecimal() and len(number) < 6 else errno.EIO
+        raise OSError(code, os.strerror(code), str(path)) from error
 
 
 def read_tensors(data: memoryview, table: TensorTable) -> dict[str, Tensor]:

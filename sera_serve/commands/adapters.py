@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import shutil
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -211,14 +213,20 @@ def export(
         raise typer.BadParameter("--format merged needs --base, and no other format takes it", param_hint="--base")
     with refusals():
         opened = AdapterStore(store, create=False)
-        if output.exists():
-            raise InvalidConfiguration(f"{output} exists; name a path that does not", param="output")
+        _check_new(output, "output", opened)
         if card is not None:
+            _check_new(card, "card", opened)
             _check_card(card, output, format)
         resolved = opened.resolve(ref)
         bundle = opened.load(resolved.digest)
         output.parent.mkdir(parents=True, exist_ok=True)
-        if _write(bundle, output, format, base):
+        try:
+            beside = _write(bundle, output, format, base)
+        except BaseException:
+            # Half of an export would pass for one, and stop the next attempt.
+            _remove(output)
+            raise
+        if beside:
             typer.echo(
                 f"sera-serve: this format has no place for the classifier's head; it is in {output}/{HEAD_FILE}",
                 err=True,
@@ -325,9 +333,23 @@ def share(
         report(as_json, f"{adapter}: {', '.join(shared) or 'shared with nobody'}", adapter=adapter, shared_with=shared)
 
 
+def _check_new(path: Path, param: str, store: AdapterStore) -> None:
+    if os.path.lexists(path):
+        raise InvalidConfiguration(f"{path} exists; name a path that does not", param=param)
+    if path.resolve().is_relative_to(store.root.resolve()):
+        raise InvalidConfiguration(
+            f"{path} is inside the store, which would take it for its own; name a path outside", param=param
+        )
+
+
+def _remove(output: Path) -> None:
+    if output.is_dir():
+        shutil.rmtree(output, ignore_errors=True)
+    else:
+        output.unlink(missing_ok=True)
+
+
 def _check_card(card: Path, output: Path, format: ExportFormat) -> None:
-    if card.exists():
-        raise InvalidConfiguration(f"{card} exists; name a path that does not", param="card")
     if format is ExportFormat.sera and card.absolute().is_relative_to(output.absolute()):
         raise InvalidConfiguration(
             f"{card} is inside the bundle, where an import allows no other file; write it beside {output}", param="card"

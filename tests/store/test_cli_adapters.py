@@ -14,6 +14,7 @@ from bundle_factory import Q, bundle_path, make_bundle, make_classifier
 from click.testing import Result
 from peft import PeftModel
 from raw_files import tar_bytes, two_files
+from safetensors import SafetensorError
 from transformers import LlamaForCausalLM
 from transformers.utils.logging import enable_progress_bar
 from typer.testing import CliRunner
@@ -106,6 +107,56 @@ def test_export_of_our_format(run: Run, store: AdapterStore, tmp_path: Path, out
     }
     assert path.is_dir() == (path.suffix == "")
     assert AdapterBundle.load(path).digest == bundle.digest
+
+
+@pytest.mark.parametrize("output", ["x", "adapters/acme/new", "bundles/y.safetensors", "../store/tmp/z"])
+def test_an_export_into_the_store_is_refused(run: Run, store: AdapterStore, output: str) -> None:
+    """The store would take the files for its own: it would list them, or remove them."""
+    store.publish(make_bundle(), NAME)
+    before = sorted(store.root.rglob("*"))
+    assert_refused(run("export", NAME, "--output", store.root / output), "is inside the store")
+    card = run("export", NAME, "--output", store.root.parent / "out", "--card", store.root / output)
+    assert_refused(card, "is inside the store")
+    assert sorted(store.root.rglob("*")) == before
+
+
+def test_an_export_to_a_link_that_leads_nowhere_is_refused(run: Run, store: AdapterStore, tmp_path: Path) -> None:
+    store.publish(make_bundle(), NAME)
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    assert_refused(run("export", NAME, "--output", tmp_path / "link"), "link exists")
+    assert (tmp_path / "link").is_symlink()
+
+
+@pytest.mark.parametrize("form", ["sera", "peft"])
+@pytest.mark.parametrize("fault", [KeyboardInterrupt, SafetensorError("I/O error: full (os error 28)")])
+@pytest.mark.parametrize("output", ["out", "out.safetensors"])
+def test_an_export_that_is_stopped_leaves_nothing(
+    run: Run,
+    store: AdapterStore,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    form: str,
+    fault: BaseException,
+    output: str,
+) -> None:
+    store.publish(make_bundle(), NAME)
+
+    def half(tensors: object, path: Path, metadata: object) -> None:
+        Path(path).write_bytes(b"half")
+        raise fault
+
+    monkeypatch.setattr("safetensors.torch.save_file", half)
+    result = run("export", NAME, "--output", tmp_path / output, "--format", form)
+    if fault is KeyboardInterrupt:
+        assert result.exit_code == 130
+    else:
+        assert_refused(result, "No space left on device")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["store"]
+
+
+def test_an_export_to_a_place_that_takes_no_file_is_one_line(run: Run, store: AdapterStore) -> None:
+    store.publish(make_bundle(), NAME)
+    assert_refused(run("export", NAME, "--output", "/proc/x.safetensors"), "(/proc/x.safetensors)")
 
 
 def test_export_as_peft_warns_about_the_head(run: Run, store: AdapterStore, tmp_path: Path) -> None:
