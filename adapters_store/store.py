@@ -345,8 +345,8 @@ class AdapterStore:
             if self._backend.commit(name, change, manifest.revision).outcome is Outcome.COMMITTED:
                 return
 
-    def remove_alias(self, name: str, alias: str) -> None:
-        """Remove an alias other than `latest`.
+    def remove_alias(self, name: str, alias: str) -> int:
+        """Remove an alias other than `latest`, and return the version that it had; 0 where it was damaged.
 
         Raises:
             InvalidAdapterName: The alias is `latest`.
@@ -361,7 +361,7 @@ class AdapterStore:
                 raise self._not_found(name, f"alias {alias!r}")
             change = Change(remove_aliases=(alias,))
             if self._backend.commit(name, change, manifest.revision).outcome is Outcome.COMMITTED:
-                return
+                return manifest.aliases.get(alias, 0)
 
     def delete(self, ref: str) -> Freed:
         """Delete a whole adapter (`tenant/name`), or one version of it (any reference with `@`).

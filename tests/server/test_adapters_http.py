@@ -153,6 +153,23 @@ def test_a_hostile_name_in_the_path(
     assert store.resolve("demo/sorter").version == 1
 
 
+def test_a_damaged_alias_can_be_pointed_again_and_removed(
+    client: httpx.Client, store: AdapterStore, writer: AdapterBundle
+) -> None:
+    store.publish(writer, "worn/c")
+    store.set_alias("worn/c", "stable", "worn/c@v1")
+    path = store.root / "adapters" / "worn" / "c" / "aliases" / "stable.json"
+    path.write_bytes(b"")
+    refused(client.get("/v1/adapters/worn/c@stable"), 500, "store_corrupted")
+    url = "/v1/adapters/worn/c/aliases/stable"
+    assert client.put(url, json={"version": 1}).json()["version"] == 1
+    path.write_bytes(b"")
+    assert client.delete(url).json() == {"adapter": "worn/c", "alias": "stable", "version": 0}
+    assert client.get("/v1/adapters/worn/c").json()["aliases"] == {"latest": 1}
+    path.write_bytes(b"")
+    assert client.delete("/v1/adapters/worn/c").status_code == 200
+
+
 def test_a_damaged_record_hides_no_other_adapter_and_can_be_deleted(
     client: httpx.Client, store: AdapterStore, writer: AdapterBundle
 ) -> None:

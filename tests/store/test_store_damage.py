@@ -296,7 +296,7 @@ def test_a_damaged_alias_can_be_pointed_again_removed_and_deleted(store: Adapter
         # It may point to any version.
         with pytest.raises(VersionInUse, match="'stable' is damaged, and may point to v3"):
             store.delete(f"{NAME}@v3")
-        store.remove_alias(NAME, alias)
+        assert store.remove_alias(NAME, alias) == 0
         assert store.publish(make_bundle(4), NAME).version == 4
     else:
         store.delete(f"{NAME}@v3")

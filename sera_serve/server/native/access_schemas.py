@@ -102,7 +102,9 @@ class AliasDetail(BaseModel):
 
     adapter: str
     alias: str
-    version: int = Field(description="the version that the alias stands for; after DELETE, the one it stood for")
+    version: int = Field(
+        description="the version that the alias stands for; after DELETE, the one it stood for, 0 if damaged"
+    )
 
 
 class VersionQuery(BaseModel):

@@ -117,7 +117,6 @@ def _set_alias(context: RequestContext, adapter: str, alias: str, version: int) 
 
 
 def _remove_alias(context: RequestContext, adapter: str, alias: str) -> AliasDetail:
-    held = context.store.aliases(adapter).get(alias, 0)
-    context.store.remove_alias(adapter, alias)
+    held = context.store.remove_alias(adapter, alias)
     context.record("alias.remove", adapter.partition("/")[0], adapter, alias=alias, version=held)
     return AliasDetail(adapter=adapter, alias=alias, version=held)
