@@ -20,7 +20,7 @@ from sera_serve.commands.keys import keys_app
 from sera_serve.commands.output import say
 from sera_serve.commands.quotas import quotas_app
 from sera_serve.commands.reload import hangup_noted
-from sera_serve.config import ServeSettings, load_settings
+from sera_serve.config import ServeSettings, load_settings, load_with_sources
 from sera_serve.errors import InvalidConfiguration, SeraServeError
 
 
@@ -89,10 +89,10 @@ def _serve(config: Path | None, flags: dict[str, Any]) -> None:
 
 
 def _check_config(config: Path | None, flags: dict[str, Any]) -> None:
-    load_settings(config, flags)
+    settings, sources = load_with_sources(config, flags)
     from sera_serve.commands.check_config import check_config
 
-    for line in check_config(config, flags):
+    for line in check_config(settings, sources):
         typer.echo(line)
 
 

@@ -314,6 +314,17 @@ def load_settings(config: Path | None, flags: Mapping[str, Any]) -> ServeSetting
     Raises:
         InvalidConfiguration: The file cannot be read, or a setting is unknown or has an impossible value.
     """
+    return load_with_sources(config, flags)[0]
+
+
+def load_with_sources(config: Path | None, flags: Mapping[str, Any]) -> tuple[ServeSettings, dict[str, str]]:
+    """As `load_settings`, and by setting where its value is from: a flag, a variable, the file, or its default.
+
+    The file is read once: it may be a pipe, and it may change meanwhile.
+
+    Raises:
+        InvalidConfiguration: As `load_settings`.
+    """
     known = list(ServeSettings.model_fields)
     content = _read_file(config, known)
     for variable in sorted(os.environ):
@@ -329,9 +340,9 @@ def load_settings(config: Path | None, flags: Mapping[str, Any]) -> ServeSetting
                 f"environment variable {variable}: {_unknown(name.lower(), known)}", param=variable
             )
     given = {name: value for name, value in flags.items() if value is not None}
-    sources = setting_sources(config, flags)
+    sources = _sources(config, content or {}, flags)
     if content is None:
-        return _validated(ServeSettings, given, sources)
+        return _validated(ServeSettings, given, sources), sources
     in_file = content
 
     class FromFile(ServeSettings):
@@ -346,16 +357,10 @@ def load_settings(config: Path | None, flags: Mapping[str, Any]) -> ServeSetting
         ) -> tuple[PydanticBaseSettingsSource, ...]:
             return init_settings, env_settings, InitSettingsSource(settings_cls, in_file)
 
-    return _validated(FromFile, given, sources)
+    return _validated(FromFile, given, sources), sources
 
 
-def setting_sources(config: Path | None, flags: Mapping[str, Any]) -> dict[str, str]:
-    """Say where `load_settings` takes each setting from: a flag, a variable, the file, or its default.
-
-    Raises:
-        InvalidConfiguration: The file cannot be read.
-    """
-    content = _read_file(config, list(ServeSettings.model_fields)) or {}
+def _sources(config: Path | None, content: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, str]:
     variables = {variable.removeprefix(_ENV_PREFIX).lower(): variable for variable in os.environ}
     sources = {}
     for name in ServeSettings.model_fields:

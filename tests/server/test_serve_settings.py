@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from sera_serve.cli import build_cli
-from sera_serve.config import ServeSettings, load_settings
+from sera_serve.config import ServeSettings, load_settings, load_with_sources
 from sera_serve.errors import InvalidConfiguration
 
 
@@ -160,6 +161,20 @@ def test_devices_of_the_base(device: str) -> None:
 def test_an_absent_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidConfiguration, match="No such file"):
         load_settings(tmp_path / "absent.yaml", {})
+
+
+def test_the_file_may_be_a_pipe_that_is_read_once() -> None:
+    def piped(text: str) -> Path:
+        reading, writing = os.pipe()
+        os.write(writing, text.encode())
+        os.close(writing)
+        return Path(f"/dev/fd/{reading}")
+
+    settings, sources = load_with_sources(piped("port: 1234"), {"host": "localhost"})
+    assert settings.port == 1234
+    assert (sources["port"].startswith("file "), sources["host"], sources["store"]) == (True, "flag --host", "default")
+    with pytest.raises(InvalidConfiguration, match=r"port \(file /dev/fd/"):
+        load_settings(piped("port: 123456"), {})
 
 
 def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
