@@ -160,6 +160,8 @@ class AccessControl:
         while not self._closing.wait(_POLL_SECONDS):
             try:
                 self.refresh()
+                if self._failed:
+                    logger.info("the access database can be read again; keys and shares are what it has")
                 self._failed = False
             except AccessDatabaseError as error:
                 # Requests are served by what is known. Once is enough for the log.

@@ -14,6 +14,7 @@ from sera_serve.errors import SeraServeError
 
 _FOLDER, _FILE = "access", "access.sqlite3"
 _BUSY_SECONDS = 5.0
+_BUSY = ("SQLITE_BUSY", "SQLITE_LOCKED")
 # What a server holds in memory. `revision` counts their changes: jobs write each second, and change none of them.
 _HELD = ("keys", "shares", "quotas")
 _COUNTED = "".join(
@@ -350,9 +351,11 @@ class AccessDatabase:
         except (sqlite3.Error, OSError) as error:
             # Clients read this too, and the paths of the server are not theirs to know.
             fault = error.strerror if isinstance(error, OSError) else error
+            remedy = "check the disk, and the file's permissions"
+            if getattr(error, "sqlite_errorname", "").startswith(_BUSY):
+                remedy = "try again, and end the process that keeps it locked (fuser -v names it) if this stays"
             raise AccessDatabaseError(
-                f"{_FOLDER}/{_FILE} of the store cannot be used ({fault}); check the disk, and the file's permissions",
-                param="store",
+                f"{_FOLDER}/{_FILE} of the store cannot be used ({fault}); {remedy}", param="store"
             ) from error
 
 

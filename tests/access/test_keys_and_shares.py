@@ -281,6 +281,19 @@ def test_a_file_of_a_newer_release_is_refused(database: AccessDatabase) -> None:
         AccessControl(database)
 
 
+def test_a_file_that_another_process_keeps_locked_is_no_fault_of_the_disk(
+    database: AccessDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sera_serve.access.database._BUSY_SECONDS", 0.05)
+    Keys(database).create("acme", ["infer"])
+    database.close()
+    with closing(sqlite3.connect(database.path)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(AccessDatabaseError, match=r"\(database is locked\); try again, and end the process"):
+            Keys(database).create("acme", ["infer"])
+    Keys(database).create("acme", ["infer"])
+
+
 def test_an_empty_file_holds_no_keys(database: AccessDatabase) -> None:
     """A full disk may have taken the file and nothing of its content."""
     database.path.parent.mkdir()
@@ -392,7 +405,12 @@ def test_a_fault_in_the_tables_ends_no_watch(tmp_path: Path, caplog: pytest.LogC
     assert quotas.of("acme").max_priority is None
     Keys(database).revoke(made.key.id)
     wait_until(lambda: control._view.keys[made.key.id].status == "revoked")
+    assert "can be read again" not in caplog.text
+    caplog.set_level("INFO", "sera_serve.access")
     failing.clear()
+    with database.writing() as connection:
+        connection.execute("DELETE FROM quotas")
+    wait_until(lambda: "can be read again" in caplog.text)
     control.stop()
 
 
