@@ -16,7 +16,7 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import BaseRoute
 from starlette.types import Receive, Scope, Send
 
-from adapters_store.errors import StoreError, StoreWriteFailed
+from adapters_store.errors import StoreError
 from sera_serve.errors import SeraServeError
 from sera_serve.server.disconnect import ClientDisconnected
 from sera_serve.server.methods import allow_header, near_path, routes_of_path
@@ -105,9 +105,9 @@ def describe(error: Exception, request_id: str) -> tuple[int, dict[str, Any], in
     """
     if isinstance(error, SeraServeError | StoreError):
         retry_after = getattr(error, "retry_after", 1 if error.status in (429, 503) else None)
-        if isinstance(error, StoreWriteFailed):
-            # The client gets the message too, but only the operator can act on a full disk.
-            logger.error("request %s could not be written to the store", request_id, exc_info=error)
+        if error.status == 507:
+            # The client gets the message too, but only the operator can act on a full disk. It tells all: no traceback.
+            logger.error("request %s could not be written: %s", request_id, error.message)
         if error.status != 500:
             return error.status, error_content(error.status, error.message, error.code, error.param), retry_after
         code = error.code

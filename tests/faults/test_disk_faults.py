@@ -34,7 +34,9 @@ def store_state(serving: Serving) -> str:
     return state
 
 
-def test_a_full_store_serves_and_deletes(serve: Serve, writers: dict[str, AdapterBundle], tmp_path: Path) -> None:
+def test_a_full_store_serves_and_deletes(
+    serve: Serve, writers: dict[str, AdapterBundle], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with small_disk(tmp_path / "store", mib=16, files=2000) as disk:
         serving = serve()
         assert store_state(serving) == "writable"
@@ -44,6 +46,13 @@ def test_a_full_store_serves_and_deletes(serve: Serve, writers: dict[str, Adapte
         other = AdapterBundle(writers[FIRST].config, {k: v + 1 for k, v in writers[FIRST].tensors.items()})
         error = refused(upload(serving, other, "t0/new"), 507, "store_write_failed")
         assert "No space left" in error["message"]
+        rows = b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n' * 1000
+        form = {"files": {"file": ("rows.jsonl", rows)}, "data": {"purpose": "fine-tune"}}
+        refused(serving.client.post("/v1/files", **form), 507, "file_not_stored")
+        # One line each, with the reason, and no traceback.
+        errors = [record for record in caplog.records if record.levelname == "ERROR"]
+        assert ["No space left on device" in record.message for record in errors] == [True, True]
+        assert not any(record.exc_info for record in errors)
         assert sorted((disk / "bundles").iterdir()) == before
         serving.assert_right(FIRST)
         assert serving.client.delete(f"/v1/adapters/{FIRST}").status_code == 200
