@@ -106,8 +106,8 @@ def describe(error: Exception, request_id: str) -> tuple[int, dict[str, Any], in
     if isinstance(error, SeraServeError | StoreError):
         retry_after = getattr(error, "retry_after", 1 if error.status in (429, 503) else None)
         if error.status == 507:
-            # The client gets the message too, but only the operator can act on a full disk. It tells all: no traceback.
-            logger.error("request %s could not be written: %s", request_id, error.message)
+            # The client gets the message too, but only the operator can act on a full disk. The cause has the path.
+            logger.error("request %s could not be written: %s: %s", request_id, error.message, error.__cause__)
         if error.status != 500:
             return error.status, error_content(error.status, error.message, error.code, error.param), retry_after
         code = error.code
