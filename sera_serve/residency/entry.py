@@ -283,6 +283,16 @@ class AdapterEntry:
         self.claims.clear()
         return [(future, claim) for future, claim in waiters.items() if future.set_running_or_notify_cancel()]
 
+    def start_reading(self) -> None:
+        """Have the calling thread alone read the adapter."""
+        self.read_started = True
+        self.withdraw_reads()
+
+    def withdraw_reads(self) -> None:
+        """Take back the jobs that were to read the adapter: large ones that wait for memory hold up others."""
+        while self.withdrawals:
+            self.withdrawals.pop()()
+
     def check_invariants(self) -> None:
         """Raise RuntimeError where the fields contradict the state."""
         placed = self.on_device or self.state is COPYING

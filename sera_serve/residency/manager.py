@@ -333,12 +333,9 @@ class AdapterResidency:
                 return
             is_worth_it = self._is_worth_reading_locked(entry)
             if is_worth_it and is_sized:
-                self._start_reading_locked(entry)
+                entry.start_reading()
             elif not is_worth_it:
-                self._withdraw_reads_locked(entry)
-                # It may have room already, which others wait for.
-                self._placement.free(entry)
-                self._place_waiting_locked()
+                self._give_up_reading_locked(entry)
         if not is_worth_it:
             self._completions.settle()
             return
@@ -372,7 +369,7 @@ class AdapterResidency:
             with self._lock:
                 if entry.state is not READING or entry.read_started:
                     return False
-                self._start_reading_locked(entry)
+                entry.start_reading()
             raise
         with self._lock:
             if entry.state is not READING or entry.read_started:
@@ -381,7 +378,7 @@ class AdapterResidency:
             if nbytes > self._threads.small_bytes:
                 self._read_on_thread_locked(entry, priority, owner)
                 return False
-            self._start_reading_locked(entry)
+            entry.start_reading()
             return True
 
     def _copy(self, entry: AdapterEntry, packed: PackedAdapter | None = None, is_retried: bool = False) -> None:
@@ -442,6 +439,8 @@ class AdapterResidency:
                 hint.held = False
                 hint.entry.hints -= 1
                 self._table.close_if_unused(hint.entry)
+                self._give_up_unwanted_locked(hint.entry)
+        self._completions.settle()
 
     def _after_cancel(self, entry: AdapterEntry, future: Future[Lease]) -> None:
         """Serve the others in the queue: a request that was cancelled may have stood before them."""
@@ -449,6 +448,7 @@ class AdapterResidency:
             with self._lock:
                 entry.drop_waiter(future)
                 self._placement.leave_turns(entry)
+                self._give_up_unwanted_locked(entry)
                 self._place_waiting_locked()
             self._completions.settle()
 
@@ -512,15 +512,16 @@ class AdapterResidency:
         submitted = self._threads.submit(priority, job, owner, entry.load_bytes or 0)
         entry.withdrawals.append(partial(self._threads.withdraw, submitted))
 
-    def _start_reading_locked(self, entry: AdapterEntry) -> None:
-        """Have the calling thread alone read an adapter."""
-        entry.read_started = True
-        self._withdraw_reads_locked(entry)
+    def _give_up_reading_locked(self, entry: AdapterEntry) -> None:
+        """End a load that no thread has begun to read; it may have room already, which others wait for."""
+        entry.withdraw_reads()
+        self._placement.free(entry)
+        self._place_waiting_locked()
 
-    def _withdraw_reads_locked(self, entry: AdapterEntry) -> None:
-        """Take back the jobs that were to read an adapter: large ones that wait for memory hold up others."""
-        while entry.withdrawals:
-            entry.withdrawals.pop()()
+    def _give_up_unwanted_locked(self, entry: AdapterEntry) -> None:
+        """Do so where no request wants the adapter any more."""
+        if entry.state is READING and not (entry.read_started or entry.hints or entry.is_awaited()):
+            self._give_up_reading_locked(entry)
 
     def _left_queue_locked(self, entry: AdapterEntry) -> None:
         """End the wait of an adapter that got no room."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import AbstractContextManager
 
 import pytest
@@ -269,6 +270,38 @@ def test_the_other_jobs_for_an_adapter_end_when_one_begins_to_read(
     store.let_go()
     for future in futures:
         granted(future).release()
+
+
+@pytest.mark.parametrize("wanted_by", ["a request", "a hint", "a request and a hint"])
+def test_a_large_load_that_nobody_wants_any_more_holds_up_no_other(
+    build: Build, large: list[str], store: Store, wanted_by: str
+) -> None:
+    threads = LoaderThreads(at_once=4, stall_s=1000, max_bytes=1000)
+    # With the packed adapter they take three times as much. The second does not fit beside the first, the third does.
+    sizes = dict(zip(large, (200, 300, 100, 0), strict=True))
+    residency = build(room=8, threads=threads, size_of=sizes.__getitem__)
+    store.hold(large[0])
+    first = residency.acquire(large[0])
+    assert store.reading[large[0]].wait(10)
+    request = residency.acquire(large[1]) if "request" in wanted_by else None
+    hint = residency.prefetch(large[1]) if "hint" in wanted_by else None
+    until(lambda: [job.nbytes for jobs in threads._jobs.values() for job in jobs] == [900])
+    third = residency.acquire(large[2]) if request is not None else residency.prefetch(large[2])
+    until(lambda: sum(map(len, threads._jobs.values())) == 2)
+    assert large[2] not in store.asked
+    if request is not None:
+        request.cancel()
+    if hint is not None:
+        residency.check_invariants()
+        hint.release()
+    until(lambda: large[2] in store.asked)
+    residency.check_invariants()
+    assert (sum(map(len, threads._jobs.values())), large[1] in residency.digests()) == (0, False)
+    store.let_go()
+    for wanted in (first, third):
+        granted(wanted).release() if isinstance(wanted, Future) else wanted.release()
+    # It is loaded for who asks again.
+    granted(residency.acquire(large[1])).release()
 
 
 def test_a_load_whose_size_cannot_be_told_fails_as_one_that_cannot_be_read(build: Build, large: list[str]) -> None:
