@@ -1,7 +1,7 @@
 """The adapter format, its validation, and a store of immutable versions. See FORMAT.md."""
 
 from adapters_store.backends.store_root import STORE_MARK, is_new_store
-from adapters_store.combinations import combination_bytes, combination_digest, load_combination, parts_of
+from adapters_store.combinations import combination_digest, combination_size, load_combination, parts_of
 from adapters_store.convert.combine import MAX_PARTS, Combination, combine
 from adapters_store.convert.compress import CompressedBundle, compress_bundle
 from adapters_store.convert.dense import NotMergeable, dense_factors
@@ -86,8 +86,8 @@ __all__ = [
     "check_base",
     "check_part",
     "check_same_base",
-    "combination_bytes",
     "combination_digest",
+    "combination_size",
     "combine",
     "compress_bundle",
     "dense_factors",

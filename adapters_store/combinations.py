@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from pydantic import JsonValue
 
 from adapters_store.convert.combine import Combination
@@ -38,6 +39,7 @@ def load_combination(
     training: Mapping[str, JsonValue] | None = None,
     max_parameters: int | None = None,
     max_growth: int | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> AdapterBundle:
     """Read the weighted sum of stored bundles as one adapter; one of them at a time is in memory beside the sum.
 
@@ -48,30 +50,36 @@ def load_combination(
         training: The training record of the sum.
         max_parameters: The most numbers that the sum may have; None is without limit.
         max_growth: The same, as a multiple of the numbers of all parts together.
+        dtype: Of the sum's factors, as of `Combination`.
 
     Raises:
         CannotCombine, WrongBase: As `Combination` says; or the sum has too many numbers.
         AdapterNotFound, StoreCorrupted: As `AdapterStore.load` says.
     """
-    combination = _combination(store, parts, names, training, max_parameters, max_growth)
+    combination = _combination(store, parts, names, training, max_parameters, max_growth, dtype)
     for digest, _ in parts:
         combination.add(store.load(digest))
     return combination.bundle()
 
 
-def combination_bytes(
+def combination_size(
     store: AdapterStore,
     parts: Sequence[tuple[str, float]],
     max_parameters: int | None = None,
     max_growth: int | None = None,
-) -> int:
-    """The most memory that `load_combination` takes, in bytes: the sum, and its largest part. Reads no tensors.
+    dtype: torch.dtype = torch.float32,
+) -> tuple[int, int]:
+    """The most memory that `load_combination` takes, in bytes, and the numbers of the sum. Reads no tensors.
+
+    The memory is that of the sum and of its largest part.
 
     Raises:
         CannotCombine, WrongBase, AdapterNotFound, StoreCorrupted: As `load_combination`.
     """
-    combination = _combination(store, parts, None, None, max_parameters, max_growth)
-    return 4 * combination.config.parameters + max(store.file_bytes(digest) for digest, _ in parts)
+    config = _combination(store, parts, None, None, max_parameters, max_growth, dtype).config
+    head = config.head_parameters
+    of_sum = dtype.itemsize * (config.parameters - head) + torch.float32.itemsize * head
+    return of_sum + max(store.file_bytes(digest) for digest, _ in parts), config.parameters
 
 
 def _combination(
@@ -81,10 +89,11 @@ def _combination(
     training: Mapping[str, JsonValue] | None,
     max_parameters: int | None,
     max_growth: int | None,
+    dtype: torch.dtype,
 ) -> Combination:
     """The sum before any part is added, if it is not too large; arguments and errors as of `load_combination`."""
     configs = [store.config(digest) for digest, _ in parts]
-    combination = Combination(configs, [weight for _, weight in parts], names, training)
+    combination = Combination(configs, [weight for _, weight in parts], names, training, dtype)
     numbers, of_parts = combination.config.parameters, sum(config.parameters for config in configs)
     if max_parameters is not None and numbers > max_parameters:
         raise CannotCombine(

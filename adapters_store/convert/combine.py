@@ -13,6 +13,7 @@ from torch import Tensor
 from adapters_store.errors import CannotCombine
 from adapters_store.format.bundle import AdapterBundle
 from adapters_store.format.config import AdapterConfig, Method, ModuleSpec
+from adapters_store.format.mmap_buffer import writable_memory
 from adapters_store.format.validation import check_same_base, expected_shapes
 
 MAX_PARTS = 8
@@ -42,7 +43,8 @@ class Combination:
     Semantics: the update of a layer is sum_i w_i * scaling_i * A_i C_i B_i. In the greatest common divisor g of the
     parts' splits, A = [A_1 A_2 ...] and B = [B_1; B_2; ...] segment by segment, and C has the C_i on its diagonal; an
     adapter of a split that is a multiple of g has zeros between its blocks. The largest w_i * scaling_i becomes the
-    scaling of the sum. The others' shares of it are multiplied into B_i in float64 and rounded once, to float32.
+    scaling of the sum. The others' shares of it are multiplied into B_i in float64 and rounded once, to float32. A sum
+    in a smaller dtype has the same numbers, rounded from float32.
 
     Classifiers have one head, which is not an update: the sum has the head that all parts have.
 
@@ -56,6 +58,7 @@ class Combination:
         weights: Sequence[float],
         names: Sequence[str] | None = None,
         training: Mapping[str, JsonValue] | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         """Check that the parts can be added, and describe their sum; nothing large is allocated.
 
@@ -64,6 +67,7 @@ class Combination:
             weights: Of the parts, in the same order; finite.
             names: What messages call the parts; their places if None.
             training: The training record of the sum.
+            dtype: Of the sum's factors; its head is float32.
 
         Raises:
             CannotCombine: There are no parts or too many, a weight is not finite, or what is no update differs: the
@@ -73,6 +77,7 @@ class Combination:
         """
         self._names = list(names) if names is not None else [f"part {index + 1}" for index in range(len(configs))]
         self._configs = list(configs)
+        self._dtype = dtype
         if not 1 <= len(configs) <= MAX_PARTS:
             raise CannotCombine(
                 f"a combination has 1 to {MAX_PARTS} adapters, not {len(configs)}; combine some of them first",
@@ -96,8 +101,8 @@ class Combination:
         """
         part, self._added = self._added, self._added + 1
         if self._bundle is None:
-            factors = ((name, shape) for name, shape in expected_shapes(self.config).items() if not _is_head(name))
-            self._bundle = AdapterBundle(self.config, {name: torch.zeros(shape) for name, shape in factors})
+            shapes = {name: shape for name, shape in expected_shapes(self.config).items() if not _is_head(name)}
+            self._bundle = AdapterBundle(self.config, _zeros(shapes, self._dtype))
         tensors = self._bundle.tensors
         for path, spec in bundle.config.modules.items():
             total = self.config.modules[path]
@@ -198,13 +203,23 @@ def _write(
     a = a[..., rows].unflatten(-1, (blocks, rank)).diagonal(dim1=1, dim2=3)
     a.copy_(tensors[f"{path}.sera_a"].view(split, blocks, -1, rank).permute(0, 2, 3, 1))
     b = out[f"{path}.sera_b"][rows].view(blocks, rank, split, blocks, -1).diagonal(dim1=0, dim2=3)
-    part = tensors[f"{path}.sera_b"].double() * place.ratio
+    part = tensors[f"{path}.sera_b"].to(torch.float64, copy=True).mul_(place.ratio).float()
     b.copy_(part.view(rank, split, blocks, -1).permute(0, 1, 3, 2))
     if total.use_mixer:
         segments = (split, total.segment_rank)
         c = out[f"{path}.sera_c"].view(*segments, *segments)[:, rows, :, rows]
         own = tensors[f"{path}.sera_c"] if spec.use_mixer else torch.eye(spec.rank)
         c.copy_(own.view(split, blocks * rank, split, blocks * rank))
+
+
+def _zeros(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Tensors of zeros in one buffer, which goes back to the system as a whole."""
+    sizes = [math.prod(shape) for shape in shapes.values()]
+    if not sizes:
+        return {}
+    data = torch.frombuffer(writable_memory(sum(sizes) * dtype.itemsize), dtype=dtype)
+    parts = zip(shapes.items(), data.split(sizes), strict=True)
+    return {name: part.view(shape) for (name, shape), part in parts}
 
 
 def _is_head(name: str) -> bool:

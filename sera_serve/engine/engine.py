@@ -86,7 +86,7 @@ class ServingEngine(RowCalls):
         self._names = AdapterNames(settings.max_resident)
         self._uses = AdapterUses()
         self._references = AdapterReferences(
-            store, base.info, self._shapes, self._pool.capacity, self._names, self._uses
+            store, base.info, self._shapes, self._pool.capacity, self._names, self._uses, base.dtype
         )
         self._row_maker = RowMaker(base, self._references)
         self._module_index = {path: row for row, path in enumerate(self._shapes)}
@@ -95,7 +95,7 @@ class ServingEngine(RowCalls):
             self._pool,
             HostCache(settings.host_cache_mib * MEBIBYTE),
             self._module_index,
-            size_of=self._references.load_bytes,
+            size_of=self._references.load_size,
             max_wait_s=_MAX_WAIT * settings.request_timeout_s,
         )
         self._admission = AdmissionController(settings.max_queue, settings.max_queue_per_tenant)

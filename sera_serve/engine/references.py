@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
+import torch
+
 from adapters_store import (
     MAX_PARTS,
     AdapterBundle,
@@ -16,8 +18,8 @@ from adapters_store import (
     StoreError,
     check_base,
     check_same_base,
-    combination_bytes,
     combination_digest,
+    combination_size,
     load_combination,
     parts_of,
 )
@@ -26,6 +28,7 @@ from sera_serve.engine.adapter_uses import AdapterUses
 from sera_serve.engine.named_adapters import AdapterNames
 from sera_serve.engine.request import SERVED_AS, AdapterChoice, Task, WeightedAdapter
 from sera_serve.errors import InvalidRequest, SeraServeError, UnsupportedTask
+from sera_serve.residency import LoadSize
 
 # The numbers of a sum, as a multiple of those of its parts. With unlike splits it may have hundreds of times as many,
 # and each weight makes another sum: one tenant's small adapters would take the whole pool.
@@ -49,6 +52,7 @@ class AdapterReferences:
         max_parameters: int,
         names: AdapterNames | None = None,
         uses: AdapterUses | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         """Prepare.
 
@@ -59,6 +63,7 @@ class AdapterReferences:
             max_parameters: The most numbers of a combination: what fits the device pool.
             names: Told of each single reference that was resolved.
             uses: Told of the adapter and the content of each.
+            dtype: Of the device pool: a combination is made in no larger one.
         """
         self._uses = uses
         self._names = names
@@ -66,6 +71,7 @@ class AdapterReferences:
         self._base = base
         self._module_shapes = module_shapes
         self._max_parameters = max_parameters
+        self._dtype = dtype
 
     def resolve(self, adapter: AdapterChoice, task: Task | None) -> ResolvedAdapter:
         """Find the versions that a request names, and refuse before anything is loaded what cannot serve it.
@@ -103,19 +109,25 @@ class AdapterReferences:
             check_base(bundle.config, self._base, self._module_shapes)
             yield bundle
 
-    def load_bytes(self, digest: str) -> int:
-        """The most host memory that the bundle of `loading` takes while it is read or made, in bytes.
+    def load_size(self, digest: str) -> LoadSize:
+        """The most host memory that the bundle of `loading` takes while it is read or made, and its numbers.
 
         Raises:
             StoreError: As `loading`.
         """
         parts = parts_of(digest)
         if not parts:
-            return self._store.file_bytes(digest)
-        return combination_bytes(self._store, parts, max_parameters=self._max_parameters, max_growth=_MAX_GROWTH)
+            return LoadSize.of_file(self._store.file_bytes(digest))
+        return LoadSize(*combination_size(self._store, parts, self._max_parameters, _MAX_GROWTH, self._dtype))
 
     def _combined(self, parts: Sequence[tuple[str, float]]) -> AdapterBundle:
-        return load_combination(self._store, parts, max_parameters=self._max_parameters, max_growth=_MAX_GROWTH)
+        return load_combination(
+            self._store,
+            parts,
+            max_parameters=self._max_parameters,
+            max_growth=_MAX_GROWTH,
+            dtype=self._dtype,
+        )
 
     def _one(self, reference: str, task: Task | None) -> ResolvedAdapter:
         resolved = self._store.resolve(reference)

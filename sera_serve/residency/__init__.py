@@ -3,7 +3,7 @@
 from sera_serve.residency.bundle_check import check_servable
 from sera_serve.residency.entry import TRANSITIONS, AdapterEntry, AdapterState, Claim, Lease, PrefetchHint
 from sera_serve.residency.host_cache import HostCache
-from sera_serve.residency.loader import LoaderThreads
+from sera_serve.residency.loader import LoaderThreads, LoadSize
 from sera_serve.residency.manager import AdapterResidency
 from sera_serve.residency.packing import (
     AdapterLayout,
@@ -25,6 +25,7 @@ __all__ = [
     "DevicePool",
     "HostCache",
     "Lease",
+    "LoadSize",
     "LoadTimes",
     "LoaderThreads",
     "PackedAdapter",

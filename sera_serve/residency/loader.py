@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Hashable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -23,6 +24,23 @@ The content may be checked as late as at the end of the block: what the block ma
 """
 
 
+class LoadSize(NamedTuple):
+    """What a load takes.
+
+    Attributes:
+        nbytes: The most host memory that the bundle takes while it is read or made, bytes.
+        numbers: The most numbers that it has.
+    """
+
+    nbytes: int
+    numbers: int
+
+    @classmethod
+    def of_file(cls, nbytes: int) -> LoadSize:
+        """That of a bundle in a file of so many bytes, where a number takes two bytes or four."""
+        return cls(nbytes, nbytes // 2)
+
+
 class AdapterLoader:
     """Reads adapters in the pool's dtype and layout. Thread-safe; the caller holds no lock: a read takes long."""
 
@@ -31,7 +49,7 @@ class AdapterLoader:
         loading: Loading,
         module_index: Mapping[str, int],
         pool: DevicePool,
-        size_of: Callable[[str], int] | None = None,
+        size_of: Callable[[str], LoadSize] | None = None,
     ) -> None:
         """Prepare.
 
@@ -39,7 +57,7 @@ class AdapterLoader:
             loading: Reads a bundle.
             module_index: Row of each adaptable module in the pool's tables.
             pool: The pool that the adapters are for: its dtype, device and size.
-            size_of: Bytes of host memory that `loading` takes for a bundle; without it, every adapter is small.
+            size_of: What `loading` takes for a bundle; without it, every adapter is small.
         """
         self._loading = loading
         self._module_index = dict(module_index)
@@ -54,9 +72,8 @@ class AdapterLoader:
         """
         if self._size_of is None:
             return 0
-        nbytes = self._size_of(digest)
-        # A number of a bundle takes two bytes or four.
-        return nbytes + nbytes // 2 * self._pool.data.element_size()
+        size = self._size_of(digest)
+        return size.nbytes + size.numbers * self._pool.data.element_size()
 
     def read(self, digest: str) -> PackedAdapter:
         """Read an adapter from the store and pack it.

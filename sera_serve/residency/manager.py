@@ -36,7 +36,7 @@ from sera_serve.residency.entry import (
     PrefetchHint,
 )
 from sera_serve.residency.host_cache import HostCache
-from sera_serve.residency.loader import AdapterLoader, LoaderThreads, Loading
+from sera_serve.residency.loader import AdapterLoader, LoaderThreads, Loading, LoadSize
 from sera_serve.residency.packing import PackedAdapter
 from sera_serve.residency.placement import Outcome, PlacementQueue
 from sera_serve.residency.pool import DevicePool
@@ -71,7 +71,7 @@ class AdapterResidency:
         loader_threads: LoaderThreads | None = None,
         max_bypasses: int = 64,
         pin_share: float = 0.5,
-        size_of: Callable[[str], int] | None = None,
+        size_of: Callable[[str], LoadSize] | None = None,
         max_wait_s: float = 6.0,
     ) -> None:
         """Start with an empty pool.
@@ -84,8 +84,8 @@ class AdapterResidency:
             loader_threads: The threads to load with, owned likewise; two loads at once if None.
             max_bypasses: Leases that may be granted while an adapter waits for room, before nothing bypasses it.
             pin_share: The part of the pool's bytes, and of its slots, that pinned adapters may take.
-            size_of: Bytes of host memory that `loading` takes for a bundle, without reading its tensors; raises what
-                `loading` raises. Without it, every load counts as small.
+            size_of: What `loading` takes for a bundle, without reading its tensors; raises what `loading` raises.
+                Without it, every load counts as small.
             max_wait_s: Seconds for which others may bypass an adapter that waits for room.
         """
         self.pool = pool

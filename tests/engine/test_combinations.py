@@ -263,8 +263,8 @@ def test_the_memory_of_a_load_is_known_before_any_is_taken(
     total = load_combination(store, parts)
     monkeypatch.setattr(Combination, "add", None)
     largest = max(bundle.file_bytes for bundle in bundles.values())
-    assert engine._references.load_bytes(combination_digest(parts)) == total.nbytes + largest
-    assert engine._references.load_bytes(parts[0][0]) == bundles["acme/lora"].file_bytes
+    assert engine._references.load_size(combination_digest(parts)).nbytes == total.nbytes + largest
+    assert engine._references.load_size(parts[0][0]).nbytes == bundles["acme/lora"].file_bytes
     packed = pack(total, engine._module_index, engine._pool.data.dtype)
     loader = engine.residency._loader
     assert loader.load_bytes(combination_digest(parts)) >= total.nbytes + largest + packed.nbytes

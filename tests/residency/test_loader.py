@@ -12,7 +12,7 @@ from slow_store import Build, Store, granted, until, wait_for_loads
 
 from adapters_store import AdapterBundle
 from sera_serve.errors import EngineUnavailable
-from sera_serve.residency import Claim, LoaderThreads
+from sera_serve.residency import Claim, LoaderThreads, LoadSize
 
 
 class Slow:
@@ -196,7 +196,7 @@ def test_large_loads_are_read_one_at_a_time_however_long_one_takes(
     build: Build, large: list[str], small: list[str], store: Store
 ) -> None:
     threads = LoaderThreads(at_once=4, stall_s=0.0, max_bytes=1000)
-    residency = build(room=8, threads=threads, size_of=lambda digest: 600 if digest in large else 0)
+    residency = build(room=8, threads=threads, size_of=lambda digest: LoadSize.of_file(600 if digest in large else 0))
     for digest in large:
         store.hold(digest)
     slow = {digest: residency.acquire(digest) for digest in large}
@@ -217,10 +217,10 @@ def test_a_large_load_that_is_asked_for_twice_takes_its_memory(
 ) -> None:
     looked_up = threading.Event()
 
-    def size_of(digest: str) -> int:
+    def size_of(digest: str) -> LoadSize:
         looked_up.set()
         assert gate.wait(30)
-        return 600
+        return LoadSize.of_file(600)
 
     threads = LoaderThreads(at_once=1, stall_s=1000, max_bytes=1000)
     residency = build(room=8, threads=threads, size_of=size_of)
@@ -254,7 +254,7 @@ def test_the_other_jobs_for_an_adapter_end_when_one_begins_to_read(
 ) -> None:
     threads = LoaderThreads(at_once=4, stall_s=1000, max_bytes=1100)
     # With the packed adapter they take three times as much. 960 and 120 bytes fit side by side.
-    residency = build(room=8, threads=threads, size_of=lambda digest: 320 if digest in large else 40)
+    residency = build(room=8, threads=threads, size_of=lambda digest: LoadSize.of_file(320 if digest in large else 40))
     store.hold(large[0])
     store.hold(large[1])
     futures = [residency.acquire(large[0], tenant("a"))]
@@ -279,7 +279,7 @@ def test_a_large_load_that_nobody_wants_any_more_holds_up_no_other(
     threads = LoaderThreads(at_once=4, stall_s=1000, max_bytes=1000)
     # With the packed adapter they take three times as much. The second does not fit beside the first, the third does.
     sizes = dict(zip(large, (200, 300, 100, 0), strict=True))
-    residency = build(room=8, threads=threads, size_of=sizes.__getitem__)
+    residency = build(room=8, threads=threads, size_of=lambda digest: LoadSize.of_file(sizes[digest]))
     store.hold(large[0])
     first = residency.acquire(large[0])
     assert store.reading[large[0]].wait(10)
@@ -305,7 +305,7 @@ def test_a_large_load_that_nobody_wants_any_more_holds_up_no_other(
 
 
 def test_a_load_whose_size_cannot_be_told_fails_as_one_that_cannot_be_read(build: Build, large: list[str]) -> None:
-    def size_of(digest: str) -> int:
+    def size_of(digest: str) -> LoadSize:
         raise OSError("disk on fire")
 
     residency = build(room=8, size_of=size_of)

@@ -18,7 +18,7 @@ from adapters_store import AdapterBundle
 from sera_serve import SeraConfig
 from sera_serve.base import FrozenBase
 from sera_serve.errors import SeraServeError
-from sera_serve.residency import AdapterResidency, Claim, Lease, PackedAdapter, Placement, PrefetchHint, pack
+from sera_serve.residency import AdapterResidency, Claim, Lease, LoadSize, PackedAdapter, Placement, PrefetchHint, pack
 from support.factories import random_adapter, with_hidden_layer, with_vectors
 
 SHAPES = [
@@ -173,7 +173,9 @@ def test_random_operations_keep_the_invariants(
     store.bundles = {digest: bundle for digest, (bundle, _) in packed.items()}
     # Some are small, and some larger than all loads together may be.
     sizes = {digest: place * (100 << 20) // len(packed) for place, digest in enumerate(packed)}
-    residency = build(room=room, host=host, slots=9, max_bypasses=10, size_of=lambda digest: sizes[digest])
+    residency = build(
+        room=room, host=host, slots=9, max_bypasses=10, size_of=lambda digest: LoadSize.of_file(sizes[digest])
+    )
     traffic = Traffic(residency, store, {digest: both[1] for digest, both in packed.items()}, seed)
     fill = residency.pool.fill
 

@@ -18,6 +18,7 @@ from adapters_store import (
     Combination,
     ModuleSpec,
     combination_digest,
+    combination_size,
     combine,
     dense_factors,
     load_combination,
@@ -165,3 +166,18 @@ def test_a_sum_is_read_from_the_store_and_bounded(tmp_path: Path) -> None:
     assert all(torch.equal(total.tensors[name], tensor) for name, tensor in want.tensors.items())
     with pytest.raises(CannotCombine, match="greater common divisor"):
         load_combination(store, parts, max_parameters=total.config.parameters - 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_sum_in_a_smaller_dtype_has_the_same_numbers_in_half_the_memory(tmp_path: Path, dtype: torch.dtype) -> None:
+    store = AdapterStore(tmp_path / "store")
+    shape = {"split": 2, "rank": 4, "use_mixer": True, "scaling": 0.5}
+    bundles = [adapter(dict.fromkeys(LAYERS, shape), seed) for seed in (0, 1, 2)]
+    parts = [(store.publish(bundle, f"acme/a{i}").digest, 1 / (i + 3)) for i, bundle in enumerate(bundles)]
+    whole, half = load_combination(store, parts), load_combination(store, parts, dtype=dtype)
+    assert all(torch.equal(half.tensors[name], tensor.to(dtype)) for name, tensor in whole.tensors.items())
+    largest = max(store.file_bytes(digest) for digest, _ in parts)
+    numbers = whole.config.parameters
+    assert combination_size(store, parts) == (whole.nbytes + largest, numbers) == (4 * numbers + largest, numbers)
+    assert combination_size(store, parts, dtype=dtype) == (half.nbytes + largest, numbers)
+    assert half.nbytes == 2 * numbers
