@@ -41,6 +41,8 @@ from sera_serve.errors import InvalidRequest
 from sera_serve.threads import BoundedExecutor
 
 R = TypeVar("R")
+Charge = Callable[[int], None]
+"""Is told how many tokens a call has had computed, once."""
 
 
 @dataclass(frozen=True)
@@ -96,12 +98,14 @@ class RowCalls(ABC):
         priority: Priority = "normal",
         timeout_s: float | None = None,
         received_at: float | None = None,
+        charge: Charge | None = None,
     ) -> ClassifyResult:
         """Put each input, a text, a sentence pair or an image, through the adapter's head.
 
         Each result is of the adapter's task.
 
-        Priority and time limits are those of `generate`.
+        Priority and time limits are those of `generate`. `charge` is told the tokens of all rows that entered a batch,
+        also where the call fails or is given up.
 
         Raises:
             UnsupportedTask: The adapter has no head, or takes other inputs.
@@ -112,7 +116,7 @@ class RowCalls(ABC):
         """
         call = self._row_call("cls", principal, priority)
         resolve = partial(self._row_maker.classifier, adapter, len(inputs))
-        results, (group,), times = await self._run_classification(call, resolve, inputs, timeout_s, received_at)
+        results, (group,), times = await self._run_classification(call, resolve, inputs, timeout_s, received_at, charge)
         return _scores(group, results, times)
 
     async def classify_each(
@@ -123,11 +127,12 @@ class RowCalls(ABC):
         priority: Priority = "normal",
         timeout_s: float | None = None,
         received_at: float | None = None,
+        charge: Charge | None = None,
     ) -> list[ClassifyResult]:
         """Classify each input with each of several adapters: one result an adapter, in their order.
 
         Each input is tokenized once. The call is counted once by admission, as one with one adapter is: it has no more
-        rows than that may have. Its tenant is charged for the tokens of every row.
+        rows than that may have. `charge` is as in `classify`: the tokens of a row count for each adapter.
 
         Raises:
             UnsupportedTask, InvalidRequest, StoreError: As in `classify`; `param` names the adapter.
@@ -135,7 +140,7 @@ class RowCalls(ABC):
         """
         call = self._row_call("cls", principal, priority)
         resolve = partial(self._row_maker.classifiers, adapters, len(inputs))
-        results, groups, times = await self._run_classification(call, resolve, inputs, timeout_s, received_at)
+        results, groups, times = await self._run_classification(call, resolve, inputs, timeout_s, received_at, charge)
         found, first = [], 0
         for group in groups:
             found.append(_scores(group, results[first : first + len(group.rows)], times))
@@ -153,6 +158,7 @@ class RowCalls(ABC):
         priority: Priority = "normal",
         timeout_s: float | None = None,
         received_at: float | None = None,
+        charge: Charge | None = None,
     ) -> EmbedResult:
         """Make one vector of each input: the pooled last hidden states of the base with an adapter of any task.
 
@@ -166,6 +172,7 @@ class RowCalls(ABC):
             priority: As in `generate`, like the time limits.
             timeout_s: Likewise.
             received_at: Likewise.
+            charge: As in `classify`.
 
         Raises:
             PromptTooLong: An input is longer than the base's context; `param` names it.
@@ -188,7 +195,7 @@ class RowCalls(ABC):
             resolved = await self._resolving.run(resolve)
             return [RowGroup(resolved, await self._mixed_rows(resolved, inputs, texts, call.tenant, held))]
 
-        results, (group,), times = await self._run_rows(call, groups, timeout_s, received_at)
+        results, (group,), times = await self._run_rows(call, groups, timeout_s, received_at, charge)
         vectors = cast(list[NDArray[np.float32]], results)
         prompt_tokens = [len(row) for row in group.rows]
         if group.adapter is None:
@@ -211,6 +218,7 @@ class RowCalls(ABC):
         inputs: Inputs,
         timeout_s: float | None,
         received_at: float | None,
+        charge: Charge | None,
     ) -> tuple[list[RowResult], list[RowGroup], RowTimes]:
         """`_run_rows` for a classification of texts, or of images."""
         self._images.check(inputs)
@@ -230,7 +238,7 @@ class RowCalls(ABC):
             rows = await self._images.rows(images, self._row_maker.image_specs(adapters), call.tenant, held)
             return [RowGroup(adapter, found) for adapter, found in zip(adapters, rows, strict=True)]
 
-        return await self._run_rows(call, groups, timeout_s, received_at)
+        return await self._run_rows(call, groups, timeout_s, received_at, charge)
 
     async def _resolved_and_tokenized(
         self, tenant: str, resolve: Callable[[], R], tokenize: Callable[[R], list[RowGroup]], is_long: bool
@@ -266,6 +274,7 @@ class RowCalls(ABC):
         make_groups: Callable[[HeldImages], Awaitable[list[RowGroup]]],
         timeout_s: float | None,
         received_at: float | None,
+        charge: Charge | None,
     ) -> tuple[list[RowResult], list[RowGroup], RowTimes]:
         """Run the rows of a call: their results in order, their groups, and what the first of them waited for."""
         runner = self._runner("classify")
@@ -284,6 +293,10 @@ class RowCalls(ABC):
                 for part in parts:
                     runner.cancel(part, FinishReason.CANCELLED)
                 raise
+            finally:
+                if charge is not None:
+                    # Of a part that is given up while it runs, all rows: some of them are computed.
+                    charge(sum(part.prompt_tokens for part in parts if part.started_at is not None))
             self._admission.release(call, served=True)
         results: dict[int, RowResult | None] = {}
         for part in parts:

@@ -196,6 +196,9 @@ class Account:
         tenant.classified += inputs
         tenant.add_tokens(tokens, 0, 0)
         self._record.prompt_tokens += tokens
+
+    def charge_rows(self, tokens: int) -> None:
+        """Charge the tokens of rows that entered a batch, whether or not their call is answered."""
         self._meter.charge(tokens)
 
     def count_embedded(self, result: EmbedResult) -> None:
@@ -210,7 +213,6 @@ class Account:
             usage.add_tokens(tokens, 0, 0)
         self._record.prompt_tokens += tokens
         self._observe_load(result.load_began, result.load_s)
-        self._meter.charge(tokens)
 
     def count_refusal(self, code: str) -> None:
         """Count a generation that failed after its stream had begun. `code` is an error code of the server."""

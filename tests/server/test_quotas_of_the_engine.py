@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ from sera_serve.base import FrozenBase
 from sera_serve.config import ServeSettings
 from sera_serve.engine import Principal, ServingEngine
 from sera_serve.engine.request import GenerationRequest
+from sera_serve.engine.tasks import ClassificationRunner
 from sera_serve.server import build_app
 from support.answers import refused
 from support.factories import random_adapter
@@ -27,7 +29,7 @@ def served(base: FrozenBase, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     store = AdapterStore(tmp_path_factory.mktemp("engine") / "store")
     writer = random_adapter(base, SeraConfig(4, 2, 8, ("q_proj",)), 1)
     sorter = random_adapter(base, SeraConfig(4, 2, 8, ("q_proj",)), 2, labels=["spam", "ham"])
-    for tenant in ("whole", "left", "one", "two", "free"):
+    for tenant in ("whole", "left", "late", "one", "two", "free"):
         store.publish(writer, f"{tenant}/writer")
         store.publish(sorter, f"{tenant}/sorter")
     quotas = {"one": {"requests_in_flight": 1}, "two": {"requests_in_flight": 2}}
@@ -60,6 +62,34 @@ def test_a_stream_whose_client_leaves_is_charged_for_what_was_computed(served: t
         wait_until(lambda: engine.in_flight("left") == 0)
         wait_until(lambda: tokens(client, "left") > 0)
         assert 40 < tokens(client, "left") < 42 + MOST
+
+
+@pytest.mark.parametrize("field", ["adapter", "adapters"])
+def test_rows_are_charged_whose_answer_was_not_waited_for(
+    served: tuple[ServingEngine, str], monkeypatch: pytest.MonkeyPatch, field: str
+) -> None:
+    engine, address = served
+    runner = engine.runners["classify"]
+    assert isinstance(runner, ClassificationRunner)
+    classify, computed = runner._classify, []
+
+    def slowly(rows: list[Any]) -> Any:
+        computed.append(sum(len(row.inputs) for row in rows))
+        time.sleep(0.1)
+        return classify(rows)
+
+    monkeypatch.setattr(runner, "_classify", slowly)
+    adapter = {"adapter": "late/sorter", "adapters": ["late/sorter"]}[field]
+    with httpx.Client(base_url=address, timeout=30) as client:
+        before = tokens(client, "late")
+        # Without the time limit, some three seconds.
+        body = {field: adapter, "inputs": ["abcdefgh"] * 1024, "timeout_s": 1.0}
+        refused(client.post("/v1/classify", json=body), 504, "deadline_exceeded")
+        wait_until(lambda: engine.running() == engine.waiting() == 0)
+        assert len(computed) > 1 and sum(computed) < 1024 * 8
+        # Of a part that was given up while it ran, all rows count. The use of the last minute fades slowly.
+        most = sum(computed) + 4 * max(computed)
+        assert 0.9 * sum(computed) <= tokens(client, "late") - before <= most
 
 
 def test_requests_in_flight_are_limited_by_tenant(served: tuple[ServingEngine, str]) -> None:

@@ -315,6 +315,7 @@ class StubEngine:
         priority: Priority = "normal",
         timeout_s: float | None = None,
         received_at: float | None = None,
+        charge: Callable[[int], None] | None = None,
     ) -> ClassifyResult:
         self.received.append(received_at)
         self.classified.append((priority, timeout_s))
@@ -325,6 +326,8 @@ class StubEngine:
             raise UnsupportedTask("adapter 'demo/writer' is for generate", param="adapter")
         scores = [stub_result(adapter, text) for text in texts]
         tokens = sum(map(len, texts))
+        if charge is not None:
+            charge(tokens)
         if not isinstance(adapter, str):
             named = " + ".join(f"{part.weight:g}*{part.adapter}" for part in adapter)
             return ClassifyResult(named, None, scores, prompt_tokens=tokens)
@@ -338,9 +341,11 @@ class StubEngine:
         priority: Priority = "normal",
         timeout_s: float | None = None,
         received_at: float | None = None,
+        charge: Callable[[int], None] | None = None,
     ) -> list[ClassifyResult]:
         return [
-            await self.classify(adapter, inputs, principal, priority, timeout_s, received_at) for adapter in adapters
+            await self.classify(adapter, inputs, principal, priority, timeout_s, received_at, charge)
+            for adapter in adapters
         ]
 
     async def embed(
@@ -354,10 +359,13 @@ class StubEngine:
         priority: Priority = "normal",
         timeout_s: float | None = None,
         received_at: float | None = None,
+        charge: Callable[[int], None] | None = None,
     ) -> EmbedResult:
         self.received.append(received_at)
         self.principals.append(principal)
         await self._misbehave(inputs[0] if isinstance(inputs[0], str) else None)
+        if charge is not None:
+            charge(sum(map(len, inputs)))
         vectors = [np.array([len(value), 0.5], np.float32) for value in inputs]
         name = adapter if isinstance(adapter, str) else None
         return EmbedResult(name, 2, vectors, [len(value) for value in inputs])

@@ -66,7 +66,8 @@ async def classify_form(context: ContextOf) -> Response:
     reading = context.executors.forms.run(_read, body, boundary, context.settings.max_images)
     adapter, images = await context.finish(reading)
     account = context.open_account(context.caller.principal(adapter), None)
-    work = context.engine.classify(adapter, images, account.principal, account.priority, None, context.received_at)
+    options = account.principal, account.priority, None, context.received_at, account.charge_rows
+    work = context.engine.classify(adapter, images, *options)
     result = await context.finish(work)
     account.count_classified([result])
     return Response(ClassifyResponse.of(result).model_dump_json(), media_type="application/json")

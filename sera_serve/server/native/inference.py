@@ -64,7 +64,7 @@ async def classify(body: ClassifyRequest, context: ContextOf) -> Response:
     answer: ClassifyResponse | ClassifyEachResponse
     if body.adapters is not None:
         account = context.open_account(context.caller.principal_of_all(body.adapters, "adapters"), _asked(body))
-        options = account.principal, account.priority, body.timeout_s, context.received_at
+        options = account.principal, account.priority, body.timeout_s, context.received_at, account.charge_rows
         each = context.engine.classify_each(body.adapters, body.inputs, *options)
         results = await context.finish(each)
         account.count_classified(results)
@@ -72,7 +72,7 @@ async def classify(body: ClassifyRequest, context: ContextOf) -> Response:
     else:
         assert body.adapter is not None
         account = context.open_account(context.caller.principal(body.adapter), _asked(body))
-        options = account.principal, account.priority, body.timeout_s, context.received_at
+        options = account.principal, account.priority, body.timeout_s, context.received_at, account.charge_rows
         work = context.engine.classify(body.adapter, body.inputs, *options)
         result = await context.finish(work)
         account.count_classified([result])

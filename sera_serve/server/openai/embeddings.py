@@ -169,6 +169,7 @@ async def embeddings(body: EmbeddingRequest, context: ContextOf) -> Response:
             priority=account.priority,
             timeout_s=body.timeout_s,
             received_at=context.received_at,
+            charge=account.charge_rows,
         )
         result = await context.finish(work)
     account.count_embedded(result)
