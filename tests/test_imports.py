@@ -124,7 +124,7 @@ FLOORS: dict[str, list[set[str]]] = {
             "stop_strings",
         },
         {"request", "structured"},
-        {"admission", "fair_queue", "overflow", "references", "stream"},
+        {"admission", "fair_queue", "overflow", "prompts", "references", "stream"},
         {"choices", "scheduler", "loop"},
         {"tasks"},
         {"rows"},

@@ -22,6 +22,7 @@ from sera_serve.engine.image_rows import ImageLimits, ImageRows
 from sera_serve.engine.loop.pages import PAGE_SIZE
 from sera_serve.engine.memory import MEBIBYTE, DeviceMemory, memory_of
 from sera_serve.engine.named_adapters import AdapterActivity, AdapterNames
+from sera_serve.engine.prompts import PromptMaker
 from sera_serve.engine.references import AdapterReferences
 from sera_serve.engine.request import (
     FinishReason,
@@ -38,7 +39,7 @@ from sera_serve.engine.scheduler import Scheduler
 from sera_serve.engine.stream import Detokenizer, EventReader, GenerationStream, Mailbox, deadline_exceeded
 from sera_serve.engine.structured import StructuredOutput
 from sera_serve.engine.tasks import ClassificationRunner, GenerationRunner, RunnerLoad, TaskRunner
-from sera_serve.errors import EngineUnavailable, InvalidRequest, PromptTooLong, UnsupportedTask
+from sera_serve.errors import EngineUnavailable, InvalidRequest, UnsupportedTask
 from sera_serve.layers import AdapterContext, SideStream, attach_serving, find_shared_inputs
 from sera_serve.residency import AdapterResidency, DevicePool, HostCache, Presence, ResidencyStats
 from sera_serve.residency.bundle_check import check_fits, check_ranks, check_servable
@@ -123,6 +124,7 @@ class ServingEngine(RowCalls):
             self.constraints = StructuredOutput(base.tokenizer, self._vocabulary, end_tokens)
             self.runners["generate"] = generation = self._make_generation()
             self._context_tokens = min(base.max_length, generation.cache_tokens)
+            self._prompts = PromptMaker(self._preprocessor, self._tokenizing, self._context_tokens)
 
     def start(self) -> None:
         """Start the runners' threads."""
@@ -459,7 +461,7 @@ class ServingEngine(RowCalls):
             if prompts:
                 # Short prompts are tokenized here. Many in a row would keep the event loop.
                 await asyncio.sleep(0)
-            prompts.append(await self._prompt(group[0].params, principal.tenant))
+            prompts.append(await self._prompts.tokens(group[0].params, principal.tenant))
         adapter = None
         if params.adapter is not None:
             adapter = await self._resolving.run(self._references.resolve, params.adapter, "generate")
@@ -493,42 +495,6 @@ class ServingEngine(RowCalls):
             # Each copy takes up to a millisecond, and there may be many.
             await asyncio.sleep(0)
         return found
-
-    async def _prompt(self, params: GenerateParams, tenant: str) -> list[int]:
-        """The prompt's tokens; raises where they do not fit the vocabulary or the context."""
-        preprocessor, context = self._preprocessor, self._context_tokens
-        if params.token_ids is not None:
-            self._check_context(len(params.token_ids), params)
-        elif params.prompt is not None and len(params.prompt) > (most := preprocessor.max_characters(context)):
-            # Before the text is tokenized, which takes a second and some hundred bytes a character.
-            raise PromptTooLong(
-                f"the prompt has {len(params.prompt)} characters; the context of {context} tokens holds at most "
-                f"{most}, if each is the longest token of {preprocessor.longest_token} characters; shorten the prompt",
-                param="prompt",
-            )
-        arguments = params.prompt, params.token_ids, params.add_special_tokens
-        if preprocessor.is_long(*arguments[:2]):
-            tokens = await self._tokenizing.run_in_turn(tenant, preprocessor.prompt, *arguments)
-        else:
-            tokens = preprocessor.prompt(*arguments)
-        self._check_context(len(tokens), params)
-        return tokens
-
-    def _check_context(self, tokens: int, params: GenerateParams) -> None:
-        room = max(0, self._context_tokens - tokens)
-        param = "prompt" if params.token_ids is None else "token_ids"
-        if params.max_new_tokens is not None and params.max_new_tokens > room:
-            raise PromptTooLong(
-                f"{tokens} prompt tokens and max_new_tokens {params.max_new_tokens} exceed the context of "
-                f"{self._context_tokens}; shorten the prompt or ask for at most {room}",
-                param=param,
-            )
-        if max(1, params.min_tokens) > room:
-            raise PromptTooLong(
-                f"{tokens} prompt tokens leave room for {room} more in the context of {self._context_tokens}, and at "
-                f"least {max(1, params.min_tokens)} are to be generated; shorten the prompt or lower min_tokens",
-                param=param,
-            )
 
     def _mailbox_here(self) -> Mailbox:
         loop = asyncio.get_running_loop()
