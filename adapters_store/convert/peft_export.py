@@ -62,14 +62,14 @@ def export_peft(bundle: AdapterBundle, directory: Path, base_path: str | None = 
         NothingToExport: A head-only adapter.
         NoPeftForm: An adapter with a gain, with an offset and a scaling of 0, or of images.
     """
-    if not bundle.config.modules:
-        raise NothingToExport("a head-only adapter has no LoRA form; use format 'sera'", param="format")
     if bundle.config.image is not None:
         raise NoPeftForm(
             f"a PEFT checkpoint has no place for the image preprocessing of task {bundle.config.task!r}; use format "
             "'sera' or 'merged'",
             param="adapter_config.image",
         )
+    if not bundle.config.modules:
+        raise NothingToExport("a head-only adapter has no LoRA form; use format 'sera' or 'merged'", param="format")
     for path, spec in bundle.config.modules.items():
         if spec.has_gain or (spec.has_offset and not spec.scaling):
             vector = "gain" if spec.has_gain else "offset"

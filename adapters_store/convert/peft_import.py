@@ -77,7 +77,10 @@ def import_peft(files: PeftFiles, base: ImportBase) -> PeftImport:
     warnings = _base_warnings(config, base) + _file_warnings(files, base) + _image_warnings(base)
     reader = TensorReader(files)
     sorted_keys = sort_keys(reader.names())
-    matched = match_layers(sorted_keys.layers, base)
+    # The lora_A of a convolution has the sides of its kernel, too.
+    layers_a = ((path, keys.lora_a) for path, keys in sorted_keys.layers.items() if keys.lora_a is not None)
+    convolutions = {path for path, key in layers_a if len(reader.shape(key)) > 2}
+    matched = match_layers(sorted_keys.layers, base, convolutions)
     layers, notes = read_layers(reader, matched, config, base)
     labels = config.labels or _labels_beside(files)
     head = read_head(reader, sorted_keys.head, config, base, layers, labels)

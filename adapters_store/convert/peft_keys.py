@@ -7,7 +7,7 @@ PEFT writes `base_model.model.<path>.lora_A.weight`, some writers an adapter's n
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from adapters_store.convert.import_base import ImportBase
@@ -152,14 +152,22 @@ def _unknown_tensor(name: str) -> UnsupportedAdapter:
     )
 
 
-def match_layers(layers: Mapping[str, LayerKeys], base: ImportBase) -> dict[str, LayerKeys]:
+def match_layers(
+    layers: Mapping[str, LayerKeys], base: ImportBase, convolutions: Collection[str] = ()
+) -> dict[str, LayerKeys]:
     """Find the layer of the base behind each path of a checkpoint.
+
+    Args:
+        layers: The keys by path in the checkpoint.
+        base: The base; its linear layers are those that can be adapted.
+        convolutions: The paths whose factors are those of a convolution.
 
     Returns:
         The keys by path in the base, in the order of the checkpoint.
 
     Raises:
         UnknownModule: Some or all of the paths are no linear layers of the base; the message has both sides' names.
+        UnsupportedAdapter: One of those is a convolution, or a layer of the classifier's head.
     """
     wrappers = (*_WRAPPERS, base.prefix) if base.prefix else _WRAPPERS
     paths: dict[str, list[str]] = {}
@@ -176,6 +184,19 @@ def match_layers(layers: Mapping[str, LayerKeys], base: ImportBase) -> dict[str,
             missing.append(path)
         else:
             matched[candidates[0]] = keys
+    if (convolution := next((path for path in missing if path in convolutions), None)) is not None:
+        raise UnsupportedAdapter(
+            f"layer {convolution!r} is a convolution, and only linear layers are adapted here; leave it out of "
+            "target_modules, and train again",
+            param=convolution,
+        )
+    if (head := next((path for path in missing if path.partition(".")[0] in HEAD_ROOTS), None)) is not None:
+        name = head.partition(".")[0]
+        raise UnsupportedAdapter(
+            f"layer {head!r} is a part of the classifier's head, which is no part of the base, and the checkpoint has "
+            f"only a LoRA of it; leave {name!r} out of target_modules, add it to modules_to_save, and train again",
+            param=head,
+        )
     if missing:
         theirs = ", ".join(missing[:_SHOWN])
         ours = ", ".join(_alike(missing[0], list(base.shapes))[:_SHOWN])

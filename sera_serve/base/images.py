@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import ImageProcessingMixin
-from transformers.utils import IMAGE_PROCESSOR_NAME
+from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, cached_file
 
 from adapters_store import ImageSpec
 from sera_serve.base.image_tower import ImageTower
@@ -114,7 +113,9 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise _too_large(f"more than {MAX_PIXELS}", max_pixels) from error
     except UnidentifiedImageError as error:
-        raise InvalidImage("the file is no JPEG, PNG or WebP image; convert it to one of these formats") from error
+        raise InvalidImage(
+            "the file is no JPEG, PNG or WebP image, or its header is damaged; convert it to one of these formats"
+        ) from error
     except MemoryError:
         raise
     except Exception as error:
@@ -153,8 +154,8 @@ def base_image_spec(source: str, model_type: str, tower: ImageTower) -> ImageSpe
     """The base's own preprocessing: that of its `preprocessor_config.json`, or else its family's, at the tower's size.
 
     transformers' processors may resize to one size and crop to a smaller one, as DeiT's does (256, then 224). An
-    `ImageSpec` has one size: such a base's own preprocessing becomes "shortest_edge" at the tower's size. Images are
-    resized even with `do_resize` false, which leaves images of the tower's size as they are.
+    `ImageSpec` has one size: such a base's own preprocessing becomes "shortest_edge" at the tower's size. A file that
+    the hub does not give is taken for one that is not there.
 
     Args:
         source: A folder or a hub id.
@@ -162,13 +163,10 @@ def base_image_spec(source: str, model_type: str, tower: ImageTower) -> ImageSpe
         tower: The image tower.
 
     Raises:
-        InvalidConfiguration: The file names a filter, a factor, a mean or a deviation that no `ImageSpec` has.
+        InvalidConfiguration: The file is no JSON object, or asks for what no `ImageSpec` has: a filter, a factor, a
+            mean, a deviation, or images that are not resized.
     """
-    try:
-        found = cast(dict[str, Any], ImageProcessingMixin.get_image_processor_dict(source)[0])
-    except OSError:
-        found = {}
-    return _spec(found, model_type, tower)
+    return _spec(_processor_fields(source), model_type, tower)
 
 
 def family_image_spec(model_type: str, tower: ImageTower) -> ImageSpec:
@@ -206,10 +204,47 @@ def save_image_spec(spec: ImageSpec, model_type: str, folder: Path) -> None:
     (folder / IMAGE_PROCESSOR_NAME).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
 
+def _processor_fields(source: str) -> dict[str, Any]:
+    """The fields of the base's image processor, from where transformers reads them; none where it has no such file.
+
+    transformers' own reader has one error for a missing file and for a damaged one.
+
+    Raises:
+        InvalidConfiguration: A file is no JSON object.
+    """
+    # The file of a whole processor comes first, where it has a part for images.
+    if isinstance(nested := _json_fields(source, PROCESSOR_NAME).get("image_processor"), dict):
+        return nested
+    if nested is not None:
+        raise _unusable("image_processor is no JSON object; save the processor again", PROCESSOR_NAME)
+    return _json_fields(source, IMAGE_PROCESSOR_NAME)
+
+
+def _json_fields(source: str, name: str) -> dict[str, Any]:
+    try:
+        path = cached_file(source, name)
+    except OSError:
+        return {}
+    if path is None:
+        return {}
+    try:
+        fields = json.loads(Path(path).read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        reason = (str(error).splitlines() or [""])[0][:200]
+        raise _unusable(
+            f"it cannot be read as JSON ({reason}); save the processor again, or remove the file", name
+        ) from error
+    if not isinstance(fields, dict):
+        raise _unusable("it is no JSON object; save the processor again, or remove the file", name)
+    return fields
+
+
 def _spec(found: dict[str, Any], model_type: str, tower: ImageTower) -> ImageSpec:
     is_clip = model_type == "clip"
     # transformers takes null for its default.
     given = {name: value for name, value in found.items() if value is not None}
+    if not given.get("do_resize", True):
+        raise _unusable("do_resize is false, and images are always resized to the base's size here; make it true")
     size = given.get("size")
     crops = given.get("do_center_crop", is_clip or model_type == "deit")
     by_edge = (isinstance(size, dict) and "shortest_edge" in size) or bool(crops)
@@ -270,8 +305,8 @@ def _is_finite(value: Any) -> bool:
         return False
 
 
-def _unusable(reason: str) -> InvalidConfiguration:
-    return InvalidConfiguration(f"{IMAGE_PROCESSOR_NAME} of the base: {reason}", param="base")
+def _unusable(reason: str, name: str = IMAGE_PROCESSOR_NAME) -> InvalidConfiguration:
+    return InvalidConfiguration(f"{name} of the base: {reason}", param="base")
 
 
 def _check_size(size: tuple[int, int], max_pixels: int) -> None:

@@ -8,6 +8,7 @@ import os
 import queue
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -176,7 +177,11 @@ def logging_to_stderr(log_format: Literal["text", "json"], access_log: bool = Tr
     root.addHandler(handler)
     listener.start()
     try:
-        yield handler
+        with warnings.catch_warnings():
+            # What Pillow notes of a client's image would be a line for each new size or EXIF entry, in no form of a
+            # log, and Python would keep each text. An image that cannot be read has its error in the answer.
+            warnings.filterwarnings("ignore", module=r"PIL\.")
+            yield handler
     finally:
         listener.stop()
         listener.tell_lost()

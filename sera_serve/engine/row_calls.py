@@ -177,6 +177,7 @@ class RowCalls(ABC):
         Raises:
             PromptTooLong: An input is longer than the base's context; `param` names it.
             InvalidRequest: An input has no tokens, a token is outside the vocabulary, or the inputs are too many.
+            UnsupportedTask: The base takes no images, or no texts.
             AdapterOverflow, BaseOverflow: A vector is infinite or not a number.
             TenantOverloaded, Overloaded, DeadlineExceeded, EngineUnavailable, StoreError: As in `generate`.
         """
@@ -184,6 +185,7 @@ class RowCalls(ABC):
         call.embedding = EmbeddingSpec(pooling, normalize)
         resolve = partial(self._row_maker.embedder, adapter, len(inputs), pooling)
         has_images = self._images.check(inputs) > 0
+        self._row_maker.check_embedded(inputs)
         texts = [value for value in inputs if not isinstance(value, ImageInput)]
 
         async def groups(held: HeldImages) -> list[RowGroup]:

@@ -193,6 +193,23 @@ class RowMaker:
         assert self._base.image_spec is not None
         return self._base.image_spec
 
+    def check_embedded(self, inputs: EmbeddingInputs) -> None:
+        """Check, before an image is decoded, that the base reads the other inputs of an embedding.
+
+        Raises:
+            UnsupportedTask: An input is no image, and the base reads no text.
+        """
+        if self._base.reads_text:
+            return
+        for index, value in enumerate(inputs):
+            if not isinstance(value, ImageInput):
+                place = f"input[{index}]"
+                raise UnsupportedTask(
+                    f"{place} is no image, and base {self._base.name!r} takes images and no text; send objects "
+                    '{"image": "<base64>"}, or ask a server of a base that reads text',
+                    param=place,
+                )
+
     def embedding(
         self, adapter: ResolvedAdapter | None, inputs: TextsOrTokens, numbers: Sequence[int] | None = None
     ) -> list[RowGroup]:
@@ -206,7 +223,6 @@ class RowMaker:
         Raises:
             PromptTooLong: An input has more tokens than the base's context.
             InvalidRequest: An input has no tokens, or a token outside the vocabulary.
-            UnsupportedTask: The base reads no text.
         """
         context, preprocessor = self._base.max_length, self._base.preprocessor
         numbers = range(len(inputs)) if numbers is None else numbers

@@ -186,6 +186,7 @@ def test_null_in_the_folders_preprocessing_is_the_familys_own(tmp_path: Path) ->
         ({"resample": 2.0}, "resample is 2.0; take 0 to 3"),
         ({"resample": True}, "resample is True; take 0 to 3"),
         ({"resample": 4}, "resample is 4; take 0 to 3, nearest, lanczos, bilinear, bicubic"),
+        ({"do_resize": False}, "do_resize is false, and images are always resized .* make it true"),
     ],
 )
 def test_preprocessing_that_no_spec_describes_is_refused(options: dict[str, Any], said: str, tmp_path: Path) -> None:
@@ -194,6 +195,43 @@ def test_preprocessing_that_no_spec_describes_is_refused(options: dict[str, Any]
     with pytest.raises(InvalidConfiguration, match=said) as refusal:
         load_base(folder)
     assert refusal.value.param == "base"
+
+
+@pytest.mark.parametrize("name", ["preprocessor_config.json", "processor_config.json"])
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b'{"image_mean": [0.1, 0.2', "cannot be read as JSON .* or remove the file"),
+        (b"\xff\xfe\x00\x9d", "cannot be read as JSON"),
+        (b"[" * 200_000, "cannot be read as JSON"),
+        (b"", "cannot be read as JSON"),
+        (b"[1, 2]", "it is no JSON object"),
+    ],
+)
+def test_a_damaged_file_of_preprocessing_is_not_taken_for_a_missing_one(
+    name: str, content: bytes, said: str, tmp_path: Path
+) -> None:
+    folder = saved(random_vit(), tmp_path / "base")
+    Path(folder, name).write_bytes(content)
+    with pytest.raises(InvalidConfiguration, match=f"^{name} of the base: .*{said}") as refusal:
+        load_base(folder)
+    assert refusal.value.param == "base"
+
+
+def test_the_file_of_a_whole_processor_comes_first(tmp_path: Path) -> None:
+    folder = saved(random_vit(), tmp_path / "base")
+    for name, fields in (
+        ("preprocessor_config.json", {"image_mean": [0.2] * 3}),
+        ("processor_config.json", {"image_processor": {"image_mean": [0.1] * 3}}),
+    ):
+        Path(folder, name).write_text(json.dumps(fields))
+    assert spec_of(load_base(folder)).mean == [0.1] * 3
+    # A file of another part alone says nothing of images.
+    Path(folder, "processor_config.json").write_text(json.dumps({"processor_class": "CLIPProcessor"}))
+    assert spec_of(load_base(folder)).mean == [0.2] * 3
+    Path(folder, "processor_config.json").write_text(json.dumps({"image_processor": 5}))
+    with pytest.raises(InvalidConfiguration, match=r"processor_config.json of the base: image_processor is no JSON"):
+        load_base(folder)
 
 
 def grey_vit() -> PreTrainedModel:

@@ -184,6 +184,26 @@ def test_an_error_of_an_embedding_names_the_input_at_fault(clip: Live, inputs: A
     assert (answer.status_code, error["param"], error["message"].startswith(named)) == (400, param, True), error
 
 
+@pytest.mark.parametrize(
+    ("inputs", "param"),
+    [("a", "input"), ([1, 2], "input"), (["a", "b"], "input[0]"), ([image(FILES[0]), "a"], "input[1]")],
+)
+def test_a_text_for_a_base_of_images_is_named(vision: Live, inputs: Any, param: str) -> None:
+    answer = post(vision, {"model": "random-vit", "input": inputs}, "/v1/embeddings")
+    error = refused(answer, 400, "unsupported_task")
+    assert error["param"] == param
+    assert error["message"].startswith(f"{param} is no image, and base 'random-vit' takes images and no text")
+
+
+@pytest.mark.parametrize("boundary", ["", "; boundary=", "; boundary=" + "b" * 71])
+def test_a_form_without_a_boundary_is_told_the_fields_of_this_route(vision: Live, boundary: str) -> None:
+    headers = {"Content-Type": f"multipart/form-data{boundary}"}
+    answer = httpx.post(f"{vision.url}/v1/classify", content=b"x", headers=headers)
+    error = refused(answer, 400, "invalid_multipart")
+    assert error["param"] == "Content-Type"
+    assert error["message"].endswith("curl -F adapter=tenant/name -F image=@photo.jpg")
+
+
 def test_a_text_for_retrieval_is_cut_however_long_it_is(clip: Live) -> None:
     vectors = []
     for text in ("ab" * 12, "ab" * 5000, "ab" * 500_000):

@@ -8,6 +8,9 @@ import json
 import logging
 import os
 import queue
+import struct
+import warnings
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, redirect_stderr
 from pathlib import Path
@@ -18,7 +21,7 @@ import pytest
 
 from adapters_store import AdapterStore
 from sera_serve.access import AccessDatabase, Keys
-from sera_serve.base import FrozenBase
+from sera_serve.base import FrozenBase, decode_image
 from sera_serve.commands.logs import (
     BoundedQueueHandler,
     JsonFormatter,
@@ -27,10 +30,12 @@ from sera_serve.commands.logs import (
     logging_to_stderr,
 )
 from sera_serve.config import ServeSettings
+from sera_serve.errors import ImageTooLarge
 from sera_serve.server import build_app
 from support.live_server import live_server, wait_until
 from support.small_disk import fill_bytes, small_disk
 from support.stub_engine import FAILS_LATER, LATE_LATER, OTHERS_SHED, SECRET, SLOW, StubEngine
+from support.vision import image_file, picture
 
 PROMPT = "a prompt that nobody may read"
 Start = Callable[..., httpx.Client]
@@ -305,3 +310,22 @@ def test_what_was_lost_is_told_at_the_end_too(tmp_path: Path, monkeypatch: pytes
 
     (line,) = written("text", log, 0)
     assert "1 lines of the log were lost" in line
+
+
+def test_a_clients_images_write_no_lines_of_their_own() -> None:
+    # An EXIF entry whose text lies behind the end of the file.
+    exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<HHHIII", 1, 0x10F, 2, 100, 8, 0)
+    photo = image_file(1, "JPEG", exif=exif)
+    huge = image_file(picture(width=1, height=1)).replace(struct.pack(">II", 1, 1), struct.pack(">II", 9999, 10000), 1)
+    # The check sum of the header.
+    huge = huge[:29] + struct.pack(">I", zlib.crc32(huge[12:29])) + huge[33:]
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        with logging_to_stderr("json"):
+            decode_image(photo)
+            with pytest.raises(ImageTooLarge, match="9999 x 10000"):
+                decode_image(huge)
+            assert told == []
+            warnings.warn("another library's", stacklevel=1)
+        decode_image(photo)
+    assert [str(warning.message)[:7] for warning in told] == ["another", "Tag dat"]

@@ -152,6 +152,18 @@ def test_head_only_has_no_lora_form(tmp_path: Path) -> None:
     with pytest.raises(InvalidBundle) as refusal:
         export_peft(bundle, tmp_path / "out")
     assert (refusal.value.code, refusal.value.param) == ("nothing_to_export", "format")
+    assert "use format 'sera' or 'merged'" in refusal.value.message
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_head_of_images_alone_is_refused_for_its_images(tmp_path: Path) -> None:
+    spec = {"height": 8, "width": 8, "resize": "exact", "resample": "bilinear", "mean": [0.5] * 3, "std": [0.5] * 3}
+    changes = {"format_version": 3, "task": "image-classify", "pooling": "cls", "image": spec}
+    fields = classifier_fields(method="head-only", modules={}, **changes)
+    bundle = fill(AdapterConfig.from_json(json.dumps({name: fields[name] for name in fields if name != "max_length"})))
+    with pytest.raises(InvalidBundle, match=r"no place for the image preprocessing .* use format 'sera' or") as refusal:
+        export_peft(bundle, tmp_path / "out")
+    assert (refusal.value.code, refusal.value.param) == ("no_peft_form", "adapter_config.image")
     assert not (tmp_path / "out").exists()
 
 

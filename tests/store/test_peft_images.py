@@ -136,6 +136,19 @@ def test_what_cannot_be_served_is_refused_by_name(tmp_path: Path) -> None:
     edit_config(tmp_path / "headless", task_type="SEQ_CLS")
     with pytest.raises(UnsupportedAdapter, match="PEFT has no name for tasks of images"):
         imported(tmp_path / "headless", base)
+    model, saved = for_task(base, ViTForImageClassification), ["classifier"]
+    save_checkpoint(model, tmp_path / "conv", target_modules=["q_proj", "projection"], modules_to_save=saved)
+    with pytest.raises(
+        UnsupportedAdapter, match=r"'vit.embeddings.patch_embeddings.projection' is a convolution"
+    ) as caught:
+        imported(tmp_path / "conv", base)
+    assert caught.value.param == "vit.embeddings.patch_embeddings.projection"
+    save_checkpoint(model, tmp_path / "head", target_modules=["q_proj", "classifier"])
+    with pytest.raises(
+        UnsupportedAdapter, match="leave 'classifier' out of target_modules, add it to modules"
+    ) as caught:
+        imported(tmp_path / "head", base)
+    assert caught.value.param == "classifier"
     clip = random_clip()
     config = clip.model.config
     config.num_labels = 3

@@ -61,7 +61,7 @@ router = APIRouter(route_class=FormRoute, tags=["inference"])
 @router.post("/v1/classify", include_in_schema=False, openapi_extra={"requestBody": {"content": FORM_SCHEMA}})
 async def classify_form(context: ContextOf) -> Response:
     """Classify each image file with the head of an adapter."""
-    boundary = boundary_of(context.request.headers["content-type"])
+    boundary = boundary_of(context.request.headers["content-type"], _REMEDY)
     body = await context.request.body()
     reading = context.executors.forms.run(_read, body, boundary, context.settings.max_images)
     adapter, images = await context.finish(reading)

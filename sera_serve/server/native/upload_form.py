@@ -84,8 +84,12 @@ class _Headers:
     value: bytearray = field(default_factory=bytearray)
 
 
-def boundary_of(content_type: str) -> bytes:
+def boundary_of(content_type: str, remedy: str = _REMEDY) -> bytes:
     """The boundary in the Content-Type of a form.
+
+    Args:
+        content_type: The header's value.
+        remedy: What a form of this route looks like, for messages.
 
     Raises:
         InvalidForm: There is none, it is not of the allowed length, or the form has another charset than UTF-8.
@@ -96,7 +100,7 @@ def boundary_of(content_type: str) -> bytes:
     boundary = options.get(b"boundary", b"")
     if not 1 <= len(boundary) <= _MAX_BOUNDARY_BYTES:
         raise InvalidForm(
-            f"Content-Type needs a boundary of 1 to {_MAX_BOUNDARY_BYTES} bytes; {_REMEDY}", param="Content-Type"
+            f"Content-Type needs a boundary of 1 to {_MAX_BOUNDARY_BYTES} bytes; {remedy}", param="Content-Type"
         )
     return boundary
 
@@ -251,7 +255,7 @@ class FormReader:
             raise InvalidForm(f"a field of the form has no name in its Content-Disposition; {self._remedy}")
         # It names nothing here, so any bytes will do.
         filename = _unescaped(options.get(b"filename", b"")).decode("utf-8", "replace")
-        name = _utf8(_unescaped(options[b"name"]), "the name of a field")
+        name = _utf8(_unescaped(options[b"name"]), "the name of a field", self._remedy)
         part = FormPart(name, b"filename" in options, filename)
         encoding = values.get(b"content-transfer-encoding", b"binary").strip().lower()
         if encoding not in _PLAIN_ENCODINGS:
@@ -289,7 +293,7 @@ class FormReader:
     def _on_part_end(self) -> None:
         part = self.parts[-1]
         if not part.is_file:
-            part.text = _utf8(bytes(self._text), f"form field {part.name!r}")
+            part.text = _utf8(bytes(self._text), f"form field {part.name!r}", self._remedy)
 
     def _on_end(self) -> None:
         self._ended = True
@@ -311,11 +315,11 @@ def _unescaped(name: bytes) -> bytes:
     return _ESCAPE.sub(lambda found: _ESCAPED[found[0]], name)
 
 
-def _utf8(value: bytes, what: str) -> str:
+def _utf8(value: bytes, what: str, remedy: str) -> str:
     try:
         return value.decode("utf-8")
     except UnicodeDecodeError:
-        raise InvalidForm(f"{what} is not UTF-8; {_REMEDY}") from None
+        raise InvalidForm(f"{what} is not UTF-8; {remedy}") from None
 
 
 def _not_written(error: OSError) -> UploadNotWritten:

@@ -108,7 +108,7 @@ async def create_file(context: ContextOf) -> FileObject:
     """Keep a file of training rows. Each row has been checked when this answers."""
     if media_type(context.request) != "multipart/form-data":
         raise UnsupportedMediaType(f"the body must be a form; {_REMEDY}", param="Content-Type")
-    boundary = boundary_of(context.request.headers["content-type"])
+    boundary = boundary_of(context.request.headers["content-type"], _REMEDY)
     async with receive_form(context.request, FormReader(boundary, {"file": None}, _REMEDY)) as form:
         source, filename = _checked(form)
         # To its end: the check reads the temporary file.
