@@ -25,8 +25,11 @@ export class ApiError extends Error {
 
 /** The request got no answer. */
 export class ConnectionLost extends Error {
-  constructor() {
-    super("The server does not answer. This page tries again by itself, and goes on when the server is back.");
+  constructor(method) {
+    // Only what changes nothing is sent again.
+    super(method === "GET"
+      ? "The server does not answer. This page tries again by itself, and goes on when the server is back."
+      : "The server did not answer. This page does not send it again by itself, since it may be done already: look, and try again, when the server is back.");
   }
 }
 
@@ -81,7 +84,7 @@ export async function open(method, url, { body, query, signal } = {}) {
       method, headers, signal, body: content, credentials: "omit", cache: "no-store",
     });
   } catch (error) {
-    throw lost(error, signal);
+    throw lost(error, signal, method);
   }
   if (!response.ok) throw refused(new ApiError(response.status, await jsonOf(response), response.headers), used);
   return response;
@@ -93,7 +96,7 @@ async function call(method, url, options) {
   try {
     return await response.json();
   } catch (error) {
-    throw lost(error, options.signal);
+    throw lost(error, options.signal, method);
   }
 }
 
@@ -116,7 +119,7 @@ export function upload(url, form, { onProgress, signal }) {
       if (request.status >= 200 && request.status < 300 && body !== null) resolve(body);
       else reject(refused(new ApiError(request.status, body, headers), used));
     };
-    request.onerror = () => reject(lost(new TypeError("no answer"), signal));
+    request.onerror = () => reject(lost(new TypeError("no answer"), signal, "POST"));
     request.onabort = () => reject(new DOMException("stopped", "AbortError"));
     signal.addEventListener("abort", () => request.abort());
     request.send(form);
@@ -153,10 +156,10 @@ function refused(error, used) {
 }
 
 /** What to throw after a request without an answer. An aborted request is nobody's fault. */
-export function lost(error, signal) {
+export function lost(error, signal, method) {
   if (signal?.aborted || error.name === "AbortError") return error;
   watchConnection();
-  return new ConnectionLost();
+  return new ConnectionLost(method);
 }
 
 async function watchConnection() {

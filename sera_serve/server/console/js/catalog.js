@@ -53,7 +53,7 @@ class Walk {
     const enough = this.rows.length + number;
     const furthest = this.looked + MOST_LOOKED_AT;
     while (!this.isDone && this.rows.length < enough && this.looked < furthest) {
-      const limit = this.isFiltered ? PAGE : number;
+      const limit = this.isFiltered ? PAGE : Math.min(number, PAGE);
       const page = await get("/v1/adapters", { limit, after: this.after, tenant: this.tenant }, signal);
       this.looked += page.adapters.length;
       this.rows = [...this.rows, ...page.adapters.filter((adapter) => matches(adapter, this.filters))];
@@ -66,34 +66,46 @@ class Walk {
 
 const NOTHING = { rows: [], looked: 0, isDone: false, error: null, busy: true };
 
-/** Adapters that match the filters: `{rows, looked, isDone, error, busy, more, again}`. */
-export function useSearch(filters, number) {
+/**
+ * Adapters that match the filters: `{rows, looked, isDone, error, busy, more, again}`.
+ *
+ * `number` more are looked for at a time; `first` is how many there were when a person left the list.
+ */
+export function useSearch(filters, number, first = 0) {
   const epoch = useStore(connectionEpoch);
   const [round, setRound] = useState(0);
   const [found, setFound] = useState(NOTHING);
   const current = useRef(null);
-  const step = useCallback((walk, controller) => {
-    walk.more(number, controller.signal).then(
-      (state) => !controller.signal.aborted && setFound(state),
+  const key = JSON.stringify(filters);
+  // What is shown is there again after a lost connection, not its first part alone.
+  const shown = useRef({ key, number: first });
+  const step = useCallback((walk, controller, wanted) => {
+    walk.more(wanted, controller.signal).then(
+      (state) => {
+        if (controller.signal.aborted) return;
+        shown.current = { key: JSON.stringify(walk.filters), number: state.rows.length };
+        setFound(state);
+      },
       (error) => !controller.signal.aborted && setFound((old) => ({ ...old, error, busy: false })),
     );
-  }, [number]);
+  }, []);
   useEffect(() => {
     const controller = new AbortController();
     const walk = new Walk(filters);
     current.current = { walk, controller };
+    const wanted = shown.current.key === key ? Math.max(number, shown.current.number) : number;
     setFound((old) => ({ ...old, busy: true, error: null }));
     // While a person types, each key would start a search.
-    const timer = setTimeout(() => step(walk, controller), filters.text ? 200 : 0);
+    const timer = setTimeout(() => step(walk, controller, wanted), filters.text ? 200 : 0);
     return () => {
       clearTimeout(timer);
       controller.abort();
     };
-  }, [JSON.stringify(filters), epoch, round]);
+  }, [key, epoch, round]);
   const more = useCallback(() => {
     setFound((old) => ({ ...old, busy: true, error: null }));
-    step(current.current.walk, current.current.controller);
-  }, [step]);
+    step(current.current.walk, current.current.controller, number);
+  }, [step, number]);
   const again = useCallback(() => setRound((value) => value + 1), []);
   return { ...found, more, again };
 }

@@ -2,10 +2,12 @@
 
 import { get, isAbort, path } from "./api.js";
 import { html, useEffect, useRef, useState } from "./html.js";
+import { useLoad } from "./store.js";
 import { Badge } from "./ui.js";
 
 const EVERY_MS = 1500;
 const PAGE = 100;
+const SHOWN = 50;
 const TONES = {
   validating_files: "plain", queued: "plain", running: "accent", succeeded: "good", failed: "danger", cancelled: "warn",
 };
@@ -16,6 +18,32 @@ export const isFinished = (job) => ["succeeded", "failed", "cancelled"].includes
 /** A job's state. */
 export function Status({ status }) {
   return html`<${Badge} tone=${TONES[status] ?? "plain"}>${status.replaceAll("_", " ")}<//>`;
+}
+
+/**
+ * The newest of a list of OpenAI's form, such as the jobs. `more` shows as many again.
+ *
+ * The result is `{rows, hasMore, more}` beside what `useLoad` gives.
+ */
+export function useNewest(url, query = {}) {
+  const wanted = useRef(SHOWN);
+  const list = useLoad((signal) => newest(url, query, wanted.current, signal), [url]);
+  const more = () => {
+    wanted.current += SHOWN;
+    list.reload();
+  };
+  return { ...list, rows: list.data?.rows ?? [], hasMore: list.data?.hasMore ?? false, more };
+}
+
+async function newest(url, query, wanted, signal) {
+  const rows = [];
+  let hasMore = true;
+  while (hasMore && rows.length < wanted) {
+    const page = await get(url, { ...query, limit: SHOWN, after: rows.at(-1)?.id }, signal);
+    rows.push(...page.data);
+    hasMore = page.has_more && page.data.length > 0;
+  }
+  return { rows, hasMore };
 }
 
 /** A job with its events, oldest first; both are asked for again until the job is finished. */

@@ -1,7 +1,7 @@
 // Choosing adapters by name: a field with a list of what matches, and the chosen ones beside it.
 
-import { NO_FILTERS, useSearch } from "./catalog.js";
-import { html, useEffect, useRef, useState } from "./html.js";
+import { NO_FILTERS, matches, useSearch } from "./catalog.js";
+import { html, useLayoutEffect, useRef, useState } from "./html.js";
 import { Icon } from "./icons.js";
 import { useId } from "./ui.js";
 
@@ -50,11 +50,14 @@ export function AdapterPicker({ label, task, chosen, onChosen, most, colours }) 
 }
 
 function Options({ id, input, text, task, chosen, active, setActive, close, pick }) {
-  const { rows, error, busy, isDone } = useSearch({ ...NO_FILTERS, text: text.split("@")[0], task }, SHOWN);
-  const names = rows.map((row) => row.adapter).filter((name) => !chosen.includes(name)).slice(0, SHOWN);
+  const filters = { ...NO_FILTERS, text: text.split("@")[0], task };
+  const { rows, error, busy, isDone } = useSearch(filters, SHOWN);
+  // While a search is under way, the rows are those of the text before: Enter would take another adapter than was typed.
+  const found = rows.filter((row) => matches(row, filters)).map((row) => row.adapter);
+  const names = found.filter((name) => !chosen.includes(name)).slice(0, SHOWN);
   if (text.includes("@") && !chosen.includes(text.trim())) names.unshift(text.trim());
-  // The keys are the field's, but what they do depends on the list.
-  useEffect(() => {
+  // The keys are the field's, but what they do depends on the list: on the one of this text, before the next key comes.
+  useLayoutEffect(() => {
     const field = input.current;
     const onKey = (event) => {
       if (event.key === "ArrowDown" || event.key === "ArrowUp") {

@@ -1,5 +1,6 @@
 // The address of a view is after `#`: #/adapters/acme/support?version=2
 
+import { useLayoutEffect } from "./html.js";
 import { Store } from "./store.js";
 
 /** The view that the address names: `{parts, query}`. */
@@ -20,9 +21,25 @@ export function go(parts, query = {}) {
   location.hash = href(parts, query);
 }
 
-/** Change the address without a step in the browser's history: for what a person types into a filter. */
+/**
+ * Change the address without a step in the browser's history: for what a person types into a filter.
+ *
+ * A view calls it in a layout effect: later, it would take the place of a link that was followed meanwhile.
+ */
 export function replace(parts, query = {}) {
   history.replaceState(null, "", href(parts, query));
+}
+
+/**
+ * Call `action(query)` when the address changes and the view `name` stays: by the menu, by a link, by the way back.
+ *
+ * `replace` is a view's own change, and calls nothing.
+ */
+export function useAddress(name, action) {
+  // Before the next event: an address that came between would be missed.
+  useLayoutEffect(() => route.watch(({ parts, query }) => {
+    if (parts.length === 1 && parts[0] === name) action(query);
+  }), []);
 }
 
 function read() {

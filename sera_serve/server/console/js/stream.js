@@ -29,7 +29,7 @@ export async function* events(method, url, options) {
     }
   } catch (error) {
     if (error instanceof ApiError || isAbort(error)) throw error;
-    throw lost(error, options.signal);
+    throw lost(error, options.signal, method);
   } finally {
     if (!isEnded) await reader.cancel().catch(() => {});
   }

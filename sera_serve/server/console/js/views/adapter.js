@@ -123,7 +123,7 @@ function VersionList({ history, canChange, id, task, onDialog, onMore }) {
   const newest = data.versions[0]?.version;
   const served = data.aliases.latest ?? newest;
   return html`
-    <p class="help">A request for <code>${id}</code> gets the version that <code>latest</code> points to.</p>
+    <p class="help">A request for <code>${id}</code> gets version ${served}: <code>latest</code> points to it.</p>
     <ol class="versions" reversed>
       ${data.versions.map((version) => {
         const aliases = aliasesOf(version.version);

@@ -1,10 +1,10 @@
 // The adapters that the key may use, with filters; and one of them.
 
-import { html, useEffect, useState } from "../html.js";
+import { html, useEffect, useLayoutEffect, useRef, useState } from "../html.js";
 import { TaskBadge, Tier } from "../badges.js";
 import { NO_FILTERS, SIZES, useSearch } from "../catalog.js";
 import { ago, bytes, count, full } from "../format.js";
-import { go, href, replace, route } from "../router.js";
+import { go, href, replace, route, useAddress } from "../router.js";
 import { may } from "../session.js";
 import { useStore } from "../store.js";
 import { Button, Empty, ErrorNote, Heading, Loading, SelectField, TextField } from "../ui.js";
@@ -29,9 +29,18 @@ export default function Adapters({ me }) {
 
 function List({ me }) {
   const [filters, setFilters] = useState(() => filtersOf(route.value.query));
-  const { rows, looked, isDone, error, busy, more, again } = useSearch(filters, PAGE);
+  // The browser keeps with each step of its history how far the list was when a person left it.
+  const left = useRef(history.state?.list ?? null);
+  const { rows, looked, isDone, error, busy, more, again } = useSearch(filters, PAGE, left.current?.rows);
   const isFiltered = Object.values(filters).some(Boolean);
-  useEffect(() => replace(["adapters"], filters), [filters]);
+  useLayoutEffect(() => replace(["adapters"], filters), [filters]);
+  useAddress("adapters", (query) => setFilters(filtersOf(query)));
+  useEffect(() => {
+    if (left.current === null || rows.length === 0) return;
+    scrollTo(0, left.current.scroll);
+    left.current = null;
+  }, [rows]);
+  const leave = () => history.replaceState({ list: { rows: rows.length, scroll: scrollY } }, "");
   const field = (name) => ({ value: filters[name], onValue: (value) => setFilters({ ...filters, [name]: value }) });
   return html`
     <${Heading} title="Adapters" lead="Small fine-tunes of one base model. A request names one of them.">
@@ -48,7 +57,7 @@ function List({ me }) {
     <p class="result-line" role="status">${busy ? "Looking..." : summary(rows, looked, isDone, isFiltered)}</p>
     <${ErrorNote} error=${error} retry=${again} />
     ${rows.length > 0
-      ? html`<${Table} rows=${rows} />`
+      ? html`<${Table} rows=${rows} onLeave=${leave} />`
       : busy ? html`<${Loading} rows="6" />` : !error && html`<${Nothing} me=${me} isFiltered=${isFiltered} />`}
     ${!isDone && !busy && !error && html`<p class="more"><${Button} onClick=${more}>
       ${rows.length && !isFiltered ? "Show more" : "Look further"}<//></p>`}`;
@@ -64,8 +73,8 @@ function summary(rows, looked, isDone, isFiltered) {
   return `${number} of ${isDone ? "all" : "the first"} ${count(looked)}`;
 }
 
-function Table({ rows }) {
-  return html`<div class="table-box"><table class="stacked">
+function Table({ rows, onLeave }) {
+  return html`<div class="table-box" onClickCapture=${onLeave}><table class="stacked">
     <thead><tr>
       <th scope="col">Adapter</th><th scope="col">Task</th><th scope="col">Method</th>
       <th scope="col" class="number">Rank</th><th scope="col" class="number">Split</th>

@@ -1,11 +1,11 @@
 // A text through several adapters with heads: labels as bars, numbers, or the text with its spans marked.
 
-import { html, useEffect, useRef, useState } from "../html.js";
+import { html, useEffect, useLayoutEffect, useRef, useState } from "../html.js";
 import { isAbort, send } from "../api.js";
 import { TEXT_HEADS } from "../badges.js";
 import { percent } from "../format.js";
 import { AdapterPicker } from "../picker.js";
-import { replace, route } from "../router.js";
+import { replace, route, useAddress } from "../router.js";
 import { Button, Check, ErrorNote, Field, Heading, Meter } from "../ui.js";
 
 const MOST = 8;
@@ -24,7 +24,9 @@ export default function Classify() {
   const stopper = useRef(null);
   Object.assign(kept, { text, adapters, isLive });
   const canRun = text.trim() !== "" && adapters.length > 0;
-  useEffect(() => replace(["classify"], { adapter: adapters }), [adapters]);
+  useLayoutEffect(() => replace(["classify"], { adapter: adapters }), [adapters]);
+  // An address that names none leaves what is chosen, and then says it again.
+  useAddress("classify", () => setAdapters(named() ?? [...kept.adapters]));
   useEffect(() => () => stopper.current?.abort(), []);
   const run = async () => {
     if (!canRun) return;

@@ -2,7 +2,7 @@
 
 import { html, useState } from "../html.js";
 import { get, path, send } from "../api.js";
-import { ago, full, time } from "../format.js";
+import { ago, count, full, time } from "../format.js";
 import { begin, signIn } from "../session.js";
 import { useAction, useLoad } from "../store.js";
 import {
@@ -16,13 +16,18 @@ const SCOPES = [
   ["admin", "admin: operate the server, for every tenant"],
 ];
 const LIFETIMES = [["", "Never"], ["604800", "In 7 days"], ["2592000", "In 30 days"], ["7776000", "In 90 days"], ["31536000", "In a year"]];
+// A table of thousands of rows makes each key that is typed slow.
+const SHOWN = 100;
 const TONES = { active: "good", expired: "warn", revoked: "danger" };
 
 export default function Keys({ me }) {
   const [tenant, setTenant] = useState("");
   const { data, error, loading, reload } = useLoad((signal) => get("/v1/keys", {}, signal), []);
   const [dialog, setDialog] = useState(null);
-  const keys = (data?.keys ?? []).filter((key) => key.tenant.includes(tenant.trim()));
+  const [shown, setShown] = useState(SHOWN);
+  const wanted = tenant.trim().toLowerCase();
+  // The newest first: what was just made is in sight.
+  const keys = (data?.keys ?? []).filter((key) => key.tenant.includes(wanted)).reverse();
   const close = () => setDialog(null);
   return html`
     <${Heading} title="Keys" lead="A key acts for one tenant. Its secret is shown once, when it is made.">
@@ -34,12 +39,13 @@ export default function Keys({ me }) {
     ${data && keys.length === 0 && html`<${Empty} title=${tenant ? "No key of this tenant" : "No key yet"}>
       ${!tenant && html`<p>This server asks for a key as soon as one exists. Make one with the scope <code>admin</code> first: you
         need it to come back here.</p>`}<//>`}
+    ${data && keys.length > 0 && html`<p class="result-line" role="status">${summary(keys.length, Math.min(shown, keys.length))}</p>`}
     ${keys.length > 0 && html`<div class="table-box"><table class="stacked">
       <thead><tr><th scope="col">Key</th><th scope="col">Tenant</th><th scope="col">Scopes</th><th scope="col">State</th>
         <th scope="col">Made</th><th scope="col">Expires</th><th scope="col"><span class="sr-only">Actions</span></th></tr></thead>
-      <tbody>${keys.map((key) => html`<tr key=${key.id}>
+      <tbody>${keys.slice(0, shown).map((key) => html`<tr key=${key.id}>
         <th scope="row">${key.name && html`${key.name}<br />`}<code>${key.id}</code></th>
-        <td data-label="Tenant">${key.tenant}</td>
+        <td data-label="Tenant" class="breaks">${key.tenant}</td>
         <td data-label="Scopes"><span class="account-scopes">${key.scopes.map((scope) => html`<${Badge} key=${scope}
           tone=${scope === "admin" ? "violet" : "plain"}>${scope}<//>`)}</span></td>
         <td data-label="State"><${Badge} tone=${TONES[key.status]}>${key.status}<//></td>
@@ -49,6 +55,7 @@ export default function Keys({ me }) {
           aria-label=${`Revoke ${key.id}`} onClick=${() => setDialog({ kind: "revoke", key })}>Revoke<//>`}</td>
       </tr>`)}</tbody>
     </table></div>`}
+    ${keys.length > shown && html`<p class="more"><${Button} onClick=${() => setShown(shown + SHOWN)}>Show more<//></p>`}
     ${dialog?.kind === "create" && html`<${CreateDialog} me=${me} onClose=${close}
       onMade=${(made) => setDialog({ kind: "made", made })} />`}
     ${dialog?.kind === "made" && html`<${SecretDialog} me=${me} made=${dialog.made} onClose=${() => {
@@ -63,6 +70,11 @@ export default function Keys({ me }) {
       close();
       reload();
     }} />`}`;
+}
+
+function summary(all, shown) {
+  const number = `${count(all)} ${all === 1 ? "key" : "keys"}`;
+  return shown < all ? `The newest ${count(shown)} of ${number}` : number;
 }
 
 function When({ at }) {

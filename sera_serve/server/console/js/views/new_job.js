@@ -16,19 +16,29 @@ const EMPTY = {
   n_epochs: "", batch_size: "", learning_rate_multiplier: "",
   task: "", method: "", rank: "", split: "", target_modules: "",
 };
+const FILES = 100;
 const HYPERPARAMETERS = ["n_epochs", "batch_size", "learning_rate_multiplier"];
 const SHAPE = ["tenant", "task", "method", "rank", "split"];
 const TEXTS = ["tenant", "task", "method"];
 
+// What a person typed outlives a look at another view, and a key that expires.
+let kept = EMPTY;
+
 export function NewJob({ me }) {
-  const [values, setValues] = useState({ ...EMPTY, training_file: route.value.query.get("file") ?? "" });
-  const files = useLoad((signal) => get("/v1/files", { limit: 100, purpose: "fine-tune" }, signal), []);
+  const [values, setValues] = useState({ ...kept, training_file: route.value.query.get("file") ?? kept.training_file });
+  const files = useLoad((signal) => get("/v1/files", { limit: FILES, purpose: "fine-tune" }, signal), []);
+  kept = values;
   const action = useAction(async () => {
     const job = await send("POST", "/v1/fine_tuning/jobs", bodyOf(values, me.base.name));
+    // In the view, if it is still there, and for the next visit.
+    setValues(EMPTY);
+    kept = EMPTY;
     go(["training", job.id]);
   });
   const field = (name) => ({ value: values[name], onValue: (value) => setValues({ ...values, [name]: value }) });
   const choices = (files.data?.data ?? []).map((file) => [file.id, `${file.filename} (${file.id})`]);
+  // A file may be older than the list goes.
+  const choicesOf = (name) => (values[name] && !choices.some(([id]) => id === values[name]) ? [[values[name], values[name]], ...choices] : choices);
   const submit = (event) => {
     event.preventDefault();
     if (values.training_file) action.run();
@@ -39,9 +49,9 @@ export function NewJob({ me }) {
     <${ErrorNote} error=${files.error} retry=${files.reload} />
     <form class="card form" onSubmit=${submit}>
       <div class="fields-2">
-        <${SelectField} label="Rows to train on" ...${field("training_file")} options=${[["", "Choose a file"], ...choices]}
-          help=${files.data && choices.length === 0 ? html`No file yet: <a href=${href(["training", "files"])}>upload one</a>.` : undefined} />
-        <${SelectField} label="Rows to validate with" ...${field("validation_file")} options=${[["", "None"], ...choices]} />
+        <${SelectField} label="Rows to train on" ...${field("training_file")} options=${[["", "Choose a file"], ...choicesOf("training_file")]}
+          help=${files.data && html`<${FilesHelp} number=${choices.length} hasMore=${files.data.has_more} />`} />
+        <${SelectField} label="Rows to validate with" ...${field("validation_file")} options=${[["", "None"], ...choicesOf("validation_file")]} />
         <${TextField} label="Suffix" ...${field("suffix")} placeholder="support" help="Becomes a part of the adapter's name: small letters, digits, . _ -" />
         <${TextField} label="Start from" ...${field("model")} placeholder=${me.base.name} help="The base, or an adapter to go on from." />
         ${may(me, "admin") && html`<${TextField} label="Tenant" ...${field("tenant")} placeholder=${me.tenant ?? "default"}
@@ -69,6 +79,12 @@ export function NewJob({ me }) {
       </div>
       <${ErrorNote} error=${action.error} />
     </form>`;
+}
+
+function FilesHelp({ number, hasMore }) {
+  const files = (text) => html`<a href=${href(["training", "files"])}>${text}</a>`;
+  if (number === 0) return html`No file yet: ${files("upload one")}.`;
+  return hasMore ? html`The newest ${number}. An older one is among the ${files("files")}: Train on it.` : null;
 }
 
 /** The request of a form. What is empty is left to the server. */

@@ -1,10 +1,10 @@
 // One prompt through the base model and several adapters, side by side.
 
-import { html, useEffect, useMemo, useRef, useState } from "../html.js";
+import { html, useEffect, useLayoutEffect, useMemo, useRef, useState } from "../html.js";
 import { numberOr } from "../format.js";
 import { AdapterPicker } from "../picker.js";
 import { Lane, requestOf } from "../lane.js";
-import { replace, route } from "../router.js";
+import { replace, route, useAddress } from "../router.js";
 import { Button, Check, Field, Heading, Segments, TextField } from "../ui.js";
 
 // A browser opens six connections to one server. One is left for the rest of the page.
@@ -27,7 +27,9 @@ export default function Playground({ me }) {
   const [busy, setBusy] = useState(0);
   const stopper = useRef(null);
   Object.assign(kept, { prompt, adapters, withBase, mode, options });
-  useEffect(() => replace(["playground"], { adapter: adapters }), [adapters]);
+  useLayoutEffect(() => replace(["playground"], { adapter: adapters }), [adapters]);
+  // An address that names none leaves what is chosen, and then says it again.
+  useAddress("playground", () => setAdapters(named() ?? [...kept.adapters]));
   useEffect(() => () => stopper.current?.abort(), []);
   const lanes = [...(withBase ? [null] : []), ...adapters];
   const canRun = prompt.trim() !== "" && lanes.length > 0;

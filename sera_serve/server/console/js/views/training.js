@@ -1,17 +1,15 @@
 // Training on the server: files of rows, jobs, one job, and the form of a new one.
 
 import { html, useRef, useState } from "../html.js";
-import { get, path, send, upload } from "../api.js";
+import { path, send, upload } from "../api.js";
 import { DropZone, Progress } from "../files.js";
 import { ago, bytes, full } from "../format.js";
-import { Status } from "../jobs.js";
+import { Status, useNewest } from "../jobs.js";
 import { href, route } from "../router.js";
-import { useAction, useLoad, useStore } from "../store.js";
+import { useAction, useStore } from "../store.js";
 import { Button, Confirm, Empty, ErrorNote, Heading, Loading, notify } from "../ui.js";
 import { Job } from "./job.js";
 import { NewJob } from "./new_job.js";
-
-const PAGE = 50;
 
 export default function Training({ me }) {
   const { parts } = useStore(route);
@@ -30,8 +28,7 @@ export default function Training({ me }) {
 }
 
 function Jobs() {
-  const { data, error, loading, reload } = useLoad((signal) => get("/v1/fine_tuning/jobs", { limit: PAGE }, signal), []);
-  const jobs = data?.data ?? [];
+  const { rows: jobs, data, error, loading, reload, hasMore, more } = useNewest("/v1/fine_tuning/jobs");
   return html`
     <${ErrorNote} error=${error} retry=${reload} />
     ${!data && loading && html`<${Loading} />`}
@@ -46,14 +43,18 @@ function Jobs() {
         <th scope="row"><a href=${href(["training", job.id])}>${job.adapter.name}</a></th>
         <td data-label="State"><${Status} status=${job.status} /></td>
         <td data-label="Task">${job.adapter.task}</td>
-        <td data-label="From">${job.model}</td>
+        <td data-label="From" class="breaks">${job.model}</td>
         <td data-label="Rows"><code>${job.training_file}</code></td>
-        <td data-label="Result">${job.fine_tuned_model ? html`<${ModelLink} model=${job.fine_tuned_model} />` : "-"}</td>
+        <td data-label="Result" class="breaks">${job.fine_tuned_model ? html`<${ModelLink} model=${job.fine_tuned_model} />` : "-"}</td>
         <td data-label="Made"><time title=${full(job.created_at)}>${ago(job.created_at)}</time></td>
       </tr>`)}</tbody>
     </table></div>
-    ${data.has_more && html`<p class="help">Only the newest ${PAGE} are shown.</p>`}
+    ${hasMore && html`<${Older} shown=${jobs.length} busy=${loading} more=${more} />`}
     <p><${Button} kind="quiet" busy=${loading} onClick=${reload}>Refresh<//></p>`}`;
+}
+
+function Older({ shown, busy, more }) {
+  return html`<p class="more"><span class="help">Only the newest ${shown} are shown. </span><${Button} busy=${busy} onClick=${more}>Show more<//></p>`;
 }
 
 function ModelLink({ model }) {
@@ -62,7 +63,7 @@ function ModelLink({ model }) {
 }
 
 function Files() {
-  const files = useLoad((signal) => get("/v1/files", { limit: PAGE, purpose: "fine-tune" }, signal), []);
+  const files = useNewest("/v1/files", { purpose: "fine-tune" });
   const [chosen, setChosen] = useState([]);
   const [progress, setProgress] = useState(null);
   const [doomed, setDoomed] = useState(null);
@@ -87,12 +88,12 @@ function Files() {
     event.preventDefault();
     if (chosen.length) adding.run();
   };
-  const rows = files.data?.data ?? [];
+  const { rows } = files;
   return html`
     <form class="card form" onSubmit=${submit}>
       <${DropZone} label="Drop a JSONL file here, or choose one" accept=".jsonl,.json,application/jsonl" files=${chosen}
         disabled=${adding.busy} onFiles=${(some) => { adding.clear(); setChosen(some); }}
-        help=${html`One JSON object a line: <code>messages</code>, or <code>prompt</code> and <code>completion</code>, or
+        help=${html`One JSON object a line: <code>messages</code>, or <code>prompt</code> and <code>completion</code>, or${" "}
           <code>text</code> and <code>label</code>.`} />
       ${progress && html`<${Progress} ...${progress} what="Upload" />`}
       <div class="form-foot">
@@ -117,7 +118,7 @@ function Files() {
           <${Button} kind="quiet danger-text" icon="trash" label=${`Delete ${file.filename}`} onClick=${() => setDoomed(file)} /></td>
       </tr>`)}</tbody>
     </table></div>`}
-    ${files.data?.has_more && html`<p class="help">Only the newest ${PAGE} are shown.</p>`}
+    ${files.hasMore && html`<${Older} shown=${rows.length} busy=${files.loading} more=${files.more} />`}
     ${doomed && html`<${DeleteFile} file=${doomed} onClose=${() => setDoomed(null)} onDone=${() => {
       setDoomed(null);
       files.reload();
