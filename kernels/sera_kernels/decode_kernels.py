@@ -254,13 +254,13 @@ def b_offset(at, d_in, segment_rank, rank, mixer):
 
 
 @triton.jit
-def expanded(row, b, v, first, n, d_out, out_width, segment_rank, SINGLE: tl.constexpr):
+def expanded(row, b, v, first, n, d_out, out_width, segment_rank, SINGLE: tl.constexpr, VEC: tl.constexpr):
     """Return v B for the columns n, whose first row of B was loaded already. Zero where first >= d_out.
 
     n (columns / VEC, VEC) are groups of neighbours in one segment, and first (columns / VEC,) are their first columns.
     """
-    # Rows of B that are loaded together.
-    ROWS: tl.constexpr = 4
+    # Rows of B that are loaded together. Rows of single elements would need many registers, which wide rows then lack.
+    ROWS: tl.constexpr = 8 if VEC > 1 else 1
     own = v + first // out_width * segment_rank
     update = tl.load(own, mask=first < d_out, other=0)[:, None] * row.to(tl.float32)
     if not SINGLE:
@@ -291,7 +291,7 @@ def expand_columns(
         cuda.gdc_wait()
     if ADD:
         before = tl.load(y + n, mask=inside, other=0).to(tl.float32)
-    update = scaling * expanded(row, b, v, first, n, d_out, out_width, segment_rank, SINGLE)
+    update = scaling * expanded(row, b, v, first, n, d_out, out_width, segment_rank, SINGLE, VEC)
     if ADD:
         update += before
     tl.store(y + n, update.to(y.dtype.element_ty), mask=inside)

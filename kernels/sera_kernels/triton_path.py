@@ -55,11 +55,14 @@ EXPAND_BYTES = 16384
 EXPAND_WIDTH = 2048
 """Bytes of a row among them."""
 
+MOST_HELD = 1 << 14
+"""Factors that a program of the first phase holds at a time, at most, where whole vectors would be more."""
+
 PART_ELEMENTS = 1 << 14
 """Elements of A that one program reads, if A is read in parts."""
 
 MOST_PARTS = 16
-"""Parts of A at most. Fewer where their sums would take more than `MOST_SUMS_BYTES`."""
+"""Parts of A at most. Fewer where their sums would take more than `MOST_SUMS_BYTES`, or too many registers."""
 
 SPARE_ROWS = 64
 """Rows of programs in addition to the rows that full tiles need. With still more tiles, programs take several tiles."""
@@ -320,8 +323,9 @@ def _rows(outputs: Sequence[Tensor]) -> tuple[list[int], tuple[Any, ...]]:
 def _reduce_mix(x: Tensor, workspace: Workspace, launch: Launch) -> None:
     """Compute v for segments of rank 1."""
     v, bucket, vector = workspace.v, workspace.classes.single, vector_elements(x, pool=workspace.pool)
-    # All inputs of a segment at once if they are few enough.
-    inputs = max(min(launch.reduce_elements // bucket, _power_of_two(-(-workspace.d_in // bucket))), vector)
+    # All inputs of a segment at once if they are few enough. More than `MOST_HELD` factors would not fit registers.
+    inputs = min(launch.reduce_elements // bucket, _power_of_two(-(-workspace.d_in // bucket)))
+    inputs = max(inputs, min(vector, MOST_HELD // bucket))
     held = max(inputs * bucket, min(bucket * bucket, 4096))
     reduce_mix[(v.shape[1], v.shape[0])](
         x, x.stride(0), *workspace.layers, workspace.batch.token_slots, *workspace.shapes, workspace.slots,
@@ -406,7 +410,9 @@ def _sums(v: Tensor, parts: int) -> Tensor:
     Many tokens of large ranks keep the device busy without parts.
     """
     fitting = max(MOST_SUMS_BYTES // v.nbytes, 1)
-    return _buffer(v.device, min(_power_of_two(parts), MOST_PARTS, 1 << (fitting.bit_length() - 1)), *v.shape)
+    # A program of `mix_parts` holds all parts of a row of v.
+    most = min(MOST_PARTS, 2 * MOST_HELD // v.shape[2], 1 << (fitting.bit_length() - 1))
+    return _buffer(v.device, min(_power_of_two(parts), most), *v.shape)
 
 
 def _power_of_two(least: int) -> int:

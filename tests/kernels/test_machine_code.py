@@ -12,7 +12,7 @@ import pytest
 
 from sera_kernels import MOST_RANK
 
-# Scenarios of `compile_triton`: a few tokens and a prompt.
+# Scenarios of `compile_triton`, its last ones: a few tokens and a prompt.
 HIGHEST_RANK = (14, 15)
 
 # The most registers of a kernel.
@@ -21,7 +21,7 @@ REGISTERS = {
     "reduce_parts": 128,
     "mix_parts": 64,
     "expand": 64,
-    "expand, any rank": 150,
+    "expand, any rank": 128,
     "reduce_runs": 184,
     "expand_runs": 128,
     "expand_silu_mul_runs": 112,
@@ -48,7 +48,7 @@ def compiled(capability: int, scenarios: Iterable[int]) -> list[dict[str, Any]]:
 
 # Four scenarios have all kernels. The others have further variants, which one generation of GPUs stands for.
 @pytest.mark.slow
-@pytest.mark.parametrize(("capability", "scenarios"), [(80, 4), (90, 13), (100, 4)])
+@pytest.mark.parametrize(("capability", "scenarios"), [(80, 4), (90, HIGHEST_RANK[0]), (100, 4)])
 def test_no_launch_spills_and_loads_are_wide(capability: int, scenarios: int) -> None:
     figures = compiled(capability, range(scenarios))
     kernels = {figure["kernel"] for figure in figures}
@@ -70,7 +70,7 @@ def test_no_launch_spills_and_loads_are_wide(capability: int, scenarios: int) ->
         assert figure["shared"] <= 163 * 1024 // 2, figure
 
 
-# Registers spill there: so large a rank is right, and slow.
+# So large a rank is right, and slow: many kernels have all registers of a thread.
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_the_highest_rank_compiles(capability: int) -> None:
@@ -78,4 +78,7 @@ def test_the_highest_rank_compiles(capability: int) -> None:
     lengths = {(figure["kernel"], figure["constants"].get("R")) for figure in figures}
     assert lengths >= {(kernel, MOST_RANK) for kernel in ("reduce_mix", "reduce_parts", "mix_parts")}
     assert {kernel for kernel, _ in lengths} >= {"expand", "reduce_tiles", "expand_tiles"}
-    assert all(figure["shared"] <= 163 * 1024 // 2 for figure in figures), figures
+    for figure in figures:
+        # `mix_parts` for a prompt keeps two values in local memory there.
+        assert figure["spills"] <= (4 if capability == 80 else 0), figure
+        assert figure["shared"] <= 163 * 1024 // 2, figure

@@ -60,7 +60,8 @@ class Device:
         self.target = GPUTarget("cuda", capability, 32)
 
     def get_current_device(self) -> int:
-        return 0
+        # Triton keeps compiled kernels by device, and a process may compile for several.
+        return self.target.arch
 
     def get_current_stream(self, device: int) -> int:
         return 0
