@@ -1,4 +1,4 @@
-"""Launch parameters of the Triton kernels of decoding, by device."""
+"""Launch parameters of the Triton kernels, by device."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ import torch
 
 @dataclass(frozen=True)
 class Launch:
-    """Parameters of the two phases.
+    """Parameters of the two phases of decoding, and of the first phase of a prompt in blocks of neighbours.
 
     Attributes:
         reduce_elements: Factors that a program of the first phase reads at a time, at most.
         reduce_thread: Factors that a thread of it reads at a time.
         expand_columns: Columns of an output that a program of the second phase updates.
         expand_warps: Warps of such a program.
+        run_tokens: Tokens of a block of a prompt.
+        run_inputs: Inputs of each of 16 segments that such a block's program multiplies at a time.
 
     Raises:
         ValueError: The kernels cannot be compiled for a value.
@@ -29,13 +31,17 @@ class Launch:
     reduce_thread: int
     expand_columns: int
     expand_warps: int
+    run_tokens: int
+    run_inputs: int
 
     def __post_init__(self) -> None:
-        least = {"reduce_elements": 1024, "reduce_thread": 1, "expand_columns": 16, "expand_warps": 1}
+        least = {"reduce_elements": 1024, "expand_columns": 16, "run_tokens": 4, "run_inputs": 32}
         for field in fields(self):
             value = getattr(self, field.name)
-            if value < least[field.name] or value.bit_count() != 1:
-                raise ValueError(f"{field.name} must be a power of two of at least {least[field.name]}, not {value}")
+            if value < least.get(field.name, 1) or value.bit_count() != 1:
+                raise ValueError(
+                    f"{field.name} must be a power of two of at least {least.get(field.name, 1)}, not {value}"
+                )
 
 
 @lru_cache(maxsize=1)

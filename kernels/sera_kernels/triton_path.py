@@ -43,12 +43,6 @@ PREFILL_TOKENS = 256
 RUN_BUCKET = 256
 """The largest rank bucket of segments of rank 1 that blocks of neighbours are computed for. Others take tiles."""
 
-RUN_TOKENS = 16
-"""Tokens of a block of the first phase."""
-
-RUN_INPUTS = 32
-"""Inputs of each of 16 segments that such a block's program multiplies at a time."""
-
 EXPAND_BYTES = 16384
 """Bytes of an output that a block's program of the second phase updates."""
 
@@ -160,7 +154,7 @@ def grouped_sera_triton(
 ) -> None:
     """Run `grouped_sera` on CUDA tensors. The row stride of x and of each output may exceed the row's width.
 
-    `launch` replaces the launch parameters of decoding from `launches.json`.
+    `launch` replaces the launch parameters from `launches.json`.
     """
     for i in range(0, len(outputs), OUTPUTS_PER_LAUNCH):
         some = slice(i, i + OUTPUTS_PER_LAUNCH)
@@ -191,7 +185,7 @@ def reduce_updates(
         tables: The offset and the shape of each adapter's factors.
         consecutive: The second phase is the next launch on this stream. False if it runs on another stream, after an
             event, or if other kernels are launched in between.
-        launch: Launch parameters of decoding, instead of those from `launches.json`.
+        launch: Launch parameters, instead of those from `launches.json`.
 
     Returns:
         None if there is nothing to add: no tokens, or no resident adapter.
@@ -203,12 +197,12 @@ def reduce_updates(
     v = _buffer(x.device, len(modules), tokens, classes.width)
     workspace = Workspace(v, d_in, tuple(modules), batch, pool, tables, classes, consecutive)
     with torch.cuda.device_of(x):
+        launch = launch or choose_launch(x.dtype, x.device)
         if workspace.runs:
-            _reduce_runs(x, workspace)
+            _reduce_runs(x, workspace, launch)
         if workspace.has_tiles:
             _reduce_tiles(x, workspace)
         if tokens <= PREFILL_TOKENS:
-            launch = launch or choose_launch(x.dtype, x.device)
             if classes.single:
                 _reduce_mix(x, workspace, launch)
             if classes.segmented or classes.whole:
@@ -352,16 +346,18 @@ def _reduce_in_parts(x: Tensor, workspace: Workspace, launch: Launch) -> None:
     _mix_parts(workspace, sums, largest, single=False)
 
 
-def _reduce_runs(x: Tensor, workspace: Workspace) -> None:
+def _reduce_runs(x: Tensor, workspace: Workspace, launch: Launch) -> None:
     """Compute v for blocks of neighbours, if segments have rank 1."""
     v, bucket = workspace.v, workspace.classes.single
     # Rounds of a large mixer hold fewer inputs.
-    inputs = RUN_INPUTS * 2 // x.element_size() // (2 if bucket > 64 else 1)
-    reduce_runs[(v.shape[0], -(-v.shape[1] // RUN_TOKENS), 4)](
+    inputs = launch.run_inputs * 2 // x.element_size() // (2 if bucket > 64 else 1)
+    # 32 inputs of 16 bits of a round in a thread.
+    warps = max(launch.run_tokens * launch.run_inputs // 64, 2)
+    reduce_runs[(v.shape[0], -(-v.shape[1] // launch.run_tokens), 4)](
         x, x.stride(0), *workspace.layers, workspace.batch.token_slots, *workspace.shapes, workspace.slots,
-        v, v.shape[2], M=RUN_TOKENS, R=bucket, S=16, K=inputs, STAGES=3 if bucket > 64 else 4,
+        v, v.shape[2], M=launch.run_tokens, R=bucket, S=16, K=inputs, STAGES=3 if bucket > 64 else 4,
         VEC=vector_elements(x, pool=workspace.pool), PRECISION="ieee" if x.dtype == torch.float32 else "tf32x3",
-        num_warps=16 if bucket > 64 else 8, **workspace.options,
+        num_warps=16 if bucket > 64 else warps, **workspace.options,
     )  # fmt: skip
 
 

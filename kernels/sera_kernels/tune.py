@@ -1,6 +1,6 @@
 """Measure launch parameters of the Triton kernels on this machine's GPU: `python -m sera_kernels.tune`.
 
-At most 24 variants are measured, which takes about 20 s on a GPU.
+At most 24 variants are measured for decoding, which takes about 20 s on a GPU, and 4 for a prompt.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -25,13 +25,16 @@ from triton.runtime.errors import OutOfResources, PTXASError
 from sera_kernels.launches import Launch, choose_launch
 from sera_kernels.operands import AdapterBatch, AdapterTables
 from sera_kernels.reference import grouped_sera_reference
-from sera_kernels.triton_path import grouped_sera_triton
+from sera_kernels.triton_path import PREFILL_TOKENS, grouped_sera_triton
 
 SHAPES = [(4096, [4096, 1024, 1024]), (4096, [14336, 14336]), (14336, [4096])]
 """Widths of the measured layers that share an input (Llama-3-8B): d_in, then every d_out."""
 
 TOKENS = 64
-"""Tokens of a measurement. Each has an adapter of its own."""
+"""Tokens of a measurement of decoding. Each has an adapter of its own."""
+
+PROMPT_TOKENS = 2048
+"""Tokens of a measurement of a prompt. All have one adapter."""
 
 RANK = 64
 """Rank and split of the measured adapters."""
@@ -41,28 +44,35 @@ CHOICES: dict[str, list[int]] = {
     "reduce_thread": [8, 16, 32],
     "expand_columns": [512, 1024, 2048, 4096],
     "expand_warps": [2, 4, 8],
+    "run_tokens": [4, 8],
+    "run_inputs": [32, 64],
 }
-"""Values of each parameter. Both phases are searched one after the other: 9 and 12 variants."""
+"""Values of each parameter. Phases are searched one after the other: 9 and 12 variants, and 4 for a prompt."""
+
+DECODING, PROMPT = ("reduce", "expand"), ("run",)
+"""Phases that are measured together."""
 
 Operands = tuple[Tensor, list[Tensor], list[int], AdapterBatch, Tensor, AdapterTables]
 
 
 def variants(best: Launch, phase: str) -> Iterator[Launch]:
-    """Yield `best` with every choice of one phase's parameters, "reduce" or "expand"."""
+    """Yield `best` with every choice of one phase's parameters, "reduce", "expand" or "run"."""
     first, second = (name for name in CHOICES if name.startswith(phase))
     for one in CHOICES[first]:
         for other in CHOICES[second]:
             yield replace(best, **{first: one, second: other})
 
 
-def search(microseconds: Callable[[Launch], float], start: Launch) -> tuple[Launch, float]:
+def search(
+    microseconds: Callable[[Launch], float], start: Launch, phases: Sequence[str] = DECODING
+) -> tuple[Launch, float]:
     """Search each phase's parameters for the fastest. Returns the launch and its time.
 
     A time of inf stands for a launch that does not run.
     """
     times = {start: microseconds(start)}
     best = start
-    for phase in ("reduce", "expand"):
+    for phase in phases:
         for launch in variants(best, phase):
             if launch not in times:
                 times[launch] = microseconds(launch)
@@ -71,13 +81,14 @@ def search(microseconds: Callable[[Launch], float], start: Launch) -> tuple[Laun
 
 
 def operands(tokens: int, d_in: int, d_outs: list[int], dtype: torch.dtype, device: str = "cuda") -> Operands:
-    """Make the operands of a measurement: every token has its own adapter, as in decoding."""
-    tables = AdapterTables.empty(len(d_outs), tokens, device)
+    """Make the operands of a measurement: every token has its own adapter, as in decoding, or all the same."""
+    adapters = tokens if tokens <= PREFILL_TOKENS else 1
+    tables = AdapterTables.empty(len(d_outs), adapters, device)
     end = 0
     for module, d_out in enumerate(d_outs):
         size = d_in + d_out + RANK**2
-        tables.offset[module] = torch.arange(tokens, device=device) * size + end
-        end += tokens * size
+        tables.offset[module] = torch.arange(adapters, device=device) * size + end
+        end += adapters * size
     tables.rank.fill_(RANK)
     tables.split.fill_(RANK)
     tables.mixer.fill_(1)
@@ -85,7 +96,7 @@ def operands(tokens: int, d_in: int, d_outs: list[int], dtype: torch.dtype, devi
     x = torch.randn(tokens, d_in, device=device).to(dtype)
     outputs = [torch.randn(tokens, d_out, device=device).to(dtype) for d_out in d_outs]
     pool = (torch.randn(end, device=device) / RANK).to(dtype)
-    slots = torch.arange(tokens, dtype=torch.int32, device=device)
+    slots = torch.arange(tokens, dtype=torch.int32, device=device) % adapters
     return x, outputs, list(range(len(d_outs))), AdapterBatch(slots), pool, tables
 
 
@@ -141,14 +152,19 @@ def tune(dtypes: list[torch.dtype], write: Callable[[str], object]) -> dict[str,
     """
     entry: dict[str, Any] = {"tuned": True, "torch": torch.__version__, "triton": triton.__version__}
     for dtype in dtypes:
-        cases = [operands(TOKENS, d_in, d_outs, dtype) for d_in, d_outs in SHAPES]
-        start = choose_launch(dtype, cases[0][0].device)
-        run_all([launch for phase in ("reduce", "expand") for launch in variants(start, phase)], cases)
-        best, time = search(lambda launch, cases=cases: measure(launch, cases), start)  # type: ignore[misc]
-        if not all(is_right(best, case) for case in cases):
-            raise RuntimeError(f"{best} is wrong for {dtype}")
-        write(f"{dtype}: {time:.1f} us, {best}\n")
-        entry |= {str(dtype.itemsize): asdict(best), f"microseconds_{dtype.itemsize}": round(time, 1)}
+        best: Launch | None = None
+        times: dict[int, float] = {}
+        for tokens, phases in ((TOKENS, DECODING), (PROMPT_TOKENS, PROMPT)):
+            cases = [operands(tokens, d_in, d_outs, dtype) for d_in, d_outs in SHAPES]
+            best = best or choose_launch(dtype, cases[0][0].device)
+            run_all([launch for phase in phases for launch in variants(best, phase)], cases)
+            best, times[tokens] = search(lambda launch, cases=cases: measure(launch, cases), best, phases)  # type: ignore[misc]
+            if not all(is_right(best, case) for case in cases):
+                raise RuntimeError(f"{best} is wrong for {dtype}")
+            write(f"{dtype}, {tokens} tokens: {times[tokens]:.1f} us, {best}\n")
+        size = dtype.itemsize
+        entry |= {str(size): asdict(best), f"microseconds_{size}": round(times[TOKENS], 1)}
+        entry[f"prompt_microseconds_{size}"] = round(times[PROMPT_TOKENS], 1)
     return entry
 
 

@@ -21,9 +21,10 @@ from sera_kernels.triton_path import expand_updates, grouped_sera_triton, reduce
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NAN = float("nan")
 # Small blocks, so that small cases need several blocks of each kind. The interpreter's time grows with the programs.
-SMALL = Launch(reduce_elements=1024, reduce_thread=8, expand_columns=128, expand_warps=4)
-NARROW = Launch(reduce_elements=1024, reduce_thread=8, expand_columns=32, expand_warps=4)
-WIDE = Launch(reduce_elements=8192, reduce_thread=16, expand_columns=512, expand_warps=4)
+RUNS = {"run_tokens": 16, "run_inputs": 32}
+SMALL = Launch(reduce_elements=1024, reduce_thread=8, expand_columns=128, expand_warps=4, **RUNS)
+NARROW = Launch(reduce_elements=1024, reduce_thread=8, expand_columns=32, expand_warps=4, **RUNS)
+WIDE = Launch(reduce_elements=8192, reduce_thread=16, expand_columns=512, expand_warps=4, **RUNS)
 
 POPULARITY = {
     "distinct": lambda tokens, slots: torch.arange(tokens) % slots,
@@ -229,6 +230,13 @@ def test_tiles_are_the_reference(
     widths: Widths, popularity: str, tokens: int, dtype: torch.dtype, margin: int, offset_step: int
 ) -> None:
     run_case(widths, popularity, tokens, dtype, SMALL, margin, offset_step)
+
+
+@pytest.mark.usefixtures("_tiles")
+@pytest.mark.parametrize("tokens", [4, 8])
+@pytest.mark.parametrize("inputs", [32, 64])
+def test_blocks_of_each_size_are_the_reference(tokens: int, inputs: int) -> None:
+    run_case(SINGLE, "runs", 20, torch.bfloat16, replace(SMALL, run_tokens=tokens, run_inputs=inputs), 8, 8)
 
 
 @pytest.mark.parametrize("prefill", [False, True])

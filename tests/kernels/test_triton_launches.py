@@ -18,7 +18,9 @@ from sera_kernels.shape_classes import RANK_BUCKETS
 from sera_kernels.torch_path import grouped_sera_torch
 from sera_kernels.triton_path import grouped_sera_triton
 
-LAUNCH = Launch(reduce_elements=4096, reduce_thread=16, expand_columns=1024, expand_warps=4)
+LAUNCH = Launch(
+    reduce_elements=4096, reduce_thread=16, expand_columns=1024, expand_warps=4, run_tokens=16, run_inputs=32
+)
 
 
 def test_a_gpu_uses_triton_and_a_cpu_uses_torch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,6 +54,8 @@ def test_every_dtype_has_a_launch() -> None:
         ({"expand_columns": 500}, "expand_columns must be a power of two of at least 16, not 500"),
         ({"reduce_elements": 512}, "reduce_elements must be a power of two of at least 1024, not 512"),
         ({"reduce_thread": 0}, "reduce_thread must be a power of two of at least 1, not 0"),
+        ({"run_tokens": 2}, "run_tokens must be a power of two of at least 4, not 2"),
+        ({"run_inputs": 16}, "run_inputs must be a power of two of at least 32, not 16"),
     ],
 )
 def test_parameters_that_cannot_be_compiled_are_refused(change: dict[str, int], message: str) -> None:
@@ -71,6 +75,11 @@ def test_search_finds_the_best_of_each_phase_within_24_variants() -> None:
 
     assert tune.search(microseconds, LAUNCH) == (best, 1.0)
     assert len(measured) == len(set(measured)) <= 24
+
+
+def test_search_finds_the_best_for_a_prompt() -> None:
+    best = replace(LAUNCH, run_tokens=8, run_inputs=64)
+    assert tune.search(lambda launch: float(launch != best), LAUNCH, tune.PROMPT) == (best, 0.0)
 
 
 def test_the_result_of_a_measured_launch_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,12 +104,15 @@ def test_tuning_compiles_what_it_will_measure(monkeypatch: pytest.MonkeyPatch) -
         expands = {(known.expand_columns, known.expand_warps) for known in compiled}
         assert (launch.reduce_elements, launch.reduce_thread) in reduces
         assert (launch.expand_columns, launch.expand_warps) in expands
-        return float(launch.expand_columns + launch.reduce_thread)
+        runs = {(known.run_tokens, known.run_inputs) for known in compiled}
+        assert (launch.run_tokens, launch.run_inputs) in runs
+        return float(launch.expand_columns + launch.reduce_thread - launch.run_inputs)
 
     monkeypatch.setattr(tune, "measure", measured)
     entry = tune.tune([torch.bfloat16], lambda line: None)
     assert entry["2"]["expand_columns"] == 512 and entry["2"]["reduce_thread"] == 8
-    assert entry["tuned"] and entry["microseconds_2"] == 520.0
+    assert entry["2"]["run_inputs"] == 64
+    assert entry["tuned"] and (entry["microseconds_2"], entry["prompt_microseconds_2"]) == (488.0, 456.0)
 
 
 def test_tuning_without_a_gpu_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

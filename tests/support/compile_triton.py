@@ -21,8 +21,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from sera_kernels import MOST_RANK, AdapterBatch, AdapterTables, ShapeClasses, triton_path
+from sera_kernels import MOST_RANK, AdapterBatch, AdapterTables, ShapeClasses, triton_path, tune
 from sera_kernels.activation import silu_mul, updated_silu_mul
+from sera_kernels.launches import choose_launch
 from sera_kernels.norm import add_norm
 from sera_kernels.rotary import rotate_and_write
 
@@ -94,6 +95,10 @@ def compiled(case: tuple[int, int]) -> list[dict[str, Any]]:
     x, modules = torch.empty(tokens, d_in, dtype=dtype), range(len(d_outs))
     triton_path.grouped_sera_triton(x, outputs, modules, batch, torch.empty(64, dtype=dtype), tables)
     if tokens > triton_path.PREFILL_TOKENS:
+        if not (classes.segmented or classes.whole):
+            # What the tuner tries.
+            for launch in tune.variants(choose_launch(dtype, x.device), "run"):
+                triton_path.reduce_updates(x, modules, batch, x, tables, launch=launch)
         if len(outputs) == 2:
             updated_silu_mul(x, outputs[0], outputs[1], modules, batch, torch.empty(64, dtype=dtype), tables)
         return figures
