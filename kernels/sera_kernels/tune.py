@@ -152,14 +152,16 @@ def tune(dtypes: list[torch.dtype], write: Callable[[str], object]) -> dict[str,
     """
     entry: dict[str, Any] = {"tuned": True, "torch": torch.__version__, "triton": triton.__version__}
     for dtype in dtypes:
-        best: Launch | None = None
         times: dict[int, float] = {}
-        for tokens, phases in ((TOKENS, DECODING), (PROMPT_TOKENS, PROMPT)):
-            cases = [operands(tokens, d_in, d_outs, dtype) for d_in, d_outs in SHAPES]
-            best = best or choose_launch(dtype, cases[0][0].device)
-            run_all([launch for phase in phases for launch in variants(best, phase)], cases)
-            best, times[tokens] = search(lambda launch, cases=cases: measure(launch, cases), best, phases)  # type: ignore[misc]
-            if not all(is_right(best, case) for case in cases):
+        cases = {
+            tokens: [operands(tokens, d_in, d_outs, dtype) for d_in, d_outs in SHAPES]
+            for tokens in (TOKENS, PROMPT_TOKENS)
+        }
+        best = choose_launch(dtype, cases[TOKENS][0][0].device)
+        for (tokens, own), phases in zip(cases.items(), (DECODING, PROMPT), strict=True):
+            run_all([launch for phase in phases for launch in variants(best, phase)], own)
+            best, times[tokens] = search(lambda launch, own=own: measure(launch, own), best, phases)  # type: ignore[misc]
+            if not all(is_right(best, case) for case in own):
                 raise RuntimeError(f"{best} is wrong for {dtype}")
             write(f"{dtype}, {tokens} tokens: {times[tokens]:.1f} us, {best}\n")
         size = dtype.itemsize
