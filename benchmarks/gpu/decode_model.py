@@ -19,6 +19,7 @@ from benchmarks.gpu.operands import Member, uniform_pool
 from benchmarks.gpu.setting import Setting
 from benchmarks.gpu.timing import capture
 from sera_kernels import NO_ADAPTER, AdapterBatch, AdapterTables
+from sera_serve.engine.loop.hugging_face import cache_argument
 from sera_serve.layers import (
     AdapterContext,
     ServedLinear,
@@ -93,7 +94,7 @@ class DecodeStep:
     def run(self) -> None:
         """One forward pass; `logits` (sequences, vocabulary) changes in place."""
         positions = torch.full_like(self.tokens, self.first_free)
-        arguments = {"position_ids": positions, "past_key_values": self.cache, "use_cache": True}
+        arguments = {"position_ids": positions, cache_argument(self.model): self.cache, "use_cache": True}
         if self.context is None:
             output = self.model(self.tokens, **arguments)
         else:

@@ -87,7 +87,7 @@ def attended(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
 
 def handed(model: PreTrainedModel, cache: Cache) -> dict[str, Cache]:
     """A cache as an argument of a forward pass, under the name that this release of transformers has for it."""
-    return {hugging_face._cache_argument(model): cache}
+    return {hugging_face.cache_argument(model): cache}
 
 
 def llama() -> LlamaForCausalLM:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
@@ -16,6 +15,7 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, P
 from adapters_store import Activation, AdapterBundle, AdapterConfig, HeadSpec, ModuleSpec
 from sera_serve import SeraConfig, attach_adapter
 from sera_serve.base import FrozenBase, freeze_base
+from sera_serve.engine.loop.hugging_face import cache_argument
 from sera_serve.layers import adapter_tensors, linear_widths, module_specs
 
 
@@ -164,9 +164,8 @@ def merged(base: FrozenBase, bundle: AdapterBundle) -> FrozenBase:
 
 
 def continued(base: FrozenBase, tokens: list[int], cache: Any) -> Any:
-    """A pass of the model over `tokens` behind those in `cache`; transformers 5.24 renamed the argument."""
-    name = "cache" if "cache" in inspect.signature(base.model.forward).parameters else "past_key_values"
-    return base.model(torch.tensor([tokens]), use_cache=True, **{name: cache})
+    """A pass of the model over `tokens` behind those in `cache`."""
+    return base.model(torch.tensor([tokens]), use_cache=True, **{cache_argument(base.model): cache})
 
 
 def greedy(base: FrozenBase, tokens: list[int], max_new_tokens: int) -> list[int]:

@@ -71,7 +71,7 @@ class PagedModel:
         """
         _refuse_other_masks(model)
         self.model = model
-        self._cache = {_cache_argument(model): _PagedCache()}
+        self._cache = {cache_argument(model): _PagedCache()}
         self.shapes = _layer_shapes(model)
         AttentionInterface.register(_NAME, _paged_attention)
         AttentionMaskInterface.register(_NAME, lambda *args, **kwargs: None)
@@ -176,7 +176,7 @@ def _refuse_other_masks(model: PreTrainedModel) -> None:
         )
 
 
-def _cache_argument(model: PreTrainedModel) -> str:
+def cache_argument(model: PreTrainedModel) -> str:
     """Name of a forward pass's argument for the cache: `cache` from transformers 5.24 on, before `past_key_values`."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
@@ -186,7 +186,7 @@ def _layer_shapes(model: PreTrainedModel) -> list[LayerShape]:
     """Shapes of every layer, by one pass over one token: configurations name them differently, or not at all."""
     probe = _ShapeProbe()
     ids = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
-    model(input_ids=ids, position_ids=ids, use_cache=True, **{_cache_argument(model): probe})
+    model(input_ids=ids, position_ids=ids, use_cache=True, **{cache_argument(model): probe})
     if sorted(probe.shapes) != list(range(len(probe.shapes))):
         raise InvalidConfiguration(
             f"{type(model).__name__} does not keep keys and values in every layer; choose another base", param="base"
