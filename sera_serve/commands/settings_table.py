@@ -110,7 +110,7 @@ def _values(field: FieldInfo) -> str:
         return ", ".join(f"`{value}`" for value in get_args(kind))
     # `metadata` also has the markers of pydantic-settings.
     bounds = [
-        f"{sign} {getattr(bound, attribute):g}"
+        f"{sign} {getattr(bound, attribute):.15g}"
         for bound in field.metadata
         for marker, (attribute, sign) in _SIGNS.items()
         if isinstance(bound, marker)

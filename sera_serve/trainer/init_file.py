@@ -48,10 +48,9 @@ def settings_yaml(task: Task, given: Mapping[str, Any]) -> str:
             group = own
             lines += ["", f"# ---- {group} ----"]
         lines += ["", *_comment(field)]
-        if name in values:
-            lines.append(_line(name, getattr(settings, name)))
-        else:
-            lines.append(f"# {_line(name, field.default)}")
+        # Not the field's default: that of `target_modules` depends on the task.
+        line = _line(name, getattr(settings, name))
+        lines.append(line if name in values else f"# {line}")
     return "\n".join(lines) + "\n"
 
 

@@ -81,7 +81,7 @@ class TrainSettings(BaseModel):
         None, "Rows that choose the best epoch; without them a part of --train is held out.", DATA
     )
     test: Path | None = _option(None, "Rows scored once, at the end, with the chosen epoch.", DATA)
-    text_column: str = _option("text", "classify: column with the text.", DATA)
+    text_column: str = _option("text", "classify, regress, token-classify: column with the text.", DATA)
     text_pair_column: str | None = _option(
         None,
         "classify, regress: column with a second text; the tokenizer makes a pair of the two, here and on the server.",
@@ -165,7 +165,7 @@ class TrainSettings(BaseModel):
     method: Method = _option(DEFAULT_METHOD, "Method of the adapter family; head-only trains no adapter.", ADAPTER)
     rank: int = _option(16, "Width of the reduced vector.", ADAPTER, ge=1, le=MOST_RANK)
     split: int | None = _option(
-        None, "Diagonal blocks of A and B: the rank for sera and melora, 1 for the others.", ADAPTER, ge=1
+        None, "Diagonal blocks of A and B: 1 for lora, lora-fa and moslora, the rank for the others.", ADAPTER, ge=1
     )
     lora_alpha: float | None = _option(None, "Update scale is lora_alpha / rank (2 * rank).", ADAPTER, gt=0)
     target_modules: str | tuple[str, ...] = _option(
@@ -189,7 +189,8 @@ class TrainSettings(BaseModel):
     budget: float | None = _option(
         None,
         "Mean rank of a layer at the end: training starts with --rank, and the ranks go to the layers that need them. "
-        "Units have the rank of --split (its default: the greatest divisor of rank and budget).",
+        "Units have the rank of --split. Its default: 1 for lora, lora-fa and moslora, the greatest common divisor of rank "
+        "and budget for the others.",
         ADAPTER,
         gt=0,
         le=MOST_RANK,
@@ -206,7 +207,7 @@ class TrainSettings(BaseModel):
     epochs: int = _option(3, "Passes over the training rows.", OPTIMISER, ge=1, le=1000)
     learning_rate: float | None = _option(
         None,
-        "Peak learning rate; it falls linearly to 0 (0.01 for sera, melora and head-only, 0.003 for the others).",
+        "Peak learning rate; it falls linearly to 0 (0.003 for lora, lora-fa and moslora, 0.01 for the others).",
         OPTIMISER,
         gt=0,
         le=10,
@@ -438,7 +439,13 @@ class TrainSettings(BaseModel):
         Raises:
             InvalidConfiguration: The message names the method that the values describe.
         """
-        METHODS[self.method].check(rank, split, self.train_factors)
+        method = METHODS[self.method]
+        if method.splits and split == 1 < rank and self.split is None and self.budget is not None:
+            raise InvalidConfiguration(
+                f"split 1 of rank {rank} does not belong to this method; without --split it is the greatest common "
+                f"divisor of the rank and --budget {self.budget:g}: give --split, or another --budget"
+            )
+        method.check(rank, split, self.train_factors)
 
     def split_of(self, rank: int) -> int:
         """`split`, or the method's default for a layer of this rank."""

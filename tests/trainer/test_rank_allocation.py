@@ -204,6 +204,7 @@ def test_a_budget_that_cannot_be_met_is_refused(
         ({"budget": 4, "budget_warmup": 0.5, "budget_final": 0.5}, "leave no step between them"),
         ({"method": "head-only", "budget": 4}, "--budget has no meaning for method head-only"),
         ({"rank": 9, "budget": 4}, "split 1 of rank 9 does not belong to this method"),
+        ({"rank": 9, "budget": 4}, "greatest common divisor of the rank and --budget 4: give --split"),
     ],
 )
 def test_impossible_budgets_are_refused(options: dict[str, Any], message: str) -> None:
