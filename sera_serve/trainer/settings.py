@@ -189,8 +189,8 @@ class TrainSettings(BaseModel):
     budget: float | None = _option(
         None,
         "Mean rank of a layer at the end: training starts with --rank, and the ranks go to the layers that need them. "
-        "Units have the rank of --split. Its default: 1 for lora, lora-fa and moslora, the greatest common divisor of rank "
-        "and budget for the others.",
+        "Units have the rank of --split. Its default: 1 for lora, lora-fa and moslora, the greatest common divisor of "
+        "rank and budget for the others.",
         ADAPTER,
         gt=0,
         le=MOST_RANK,
