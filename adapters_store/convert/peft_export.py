@@ -129,11 +129,16 @@ def write_head(bundle: AdapterBundle, directory: Path) -> bool:
 
 
 def peft_config(config: AdapterConfig, base_path: str | None = None) -> dict[str, Any]:
-    """PEFT's `LoraConfig` as JSON: the most frequent rank and alpha, and patterns for the other layers."""
+    """PEFT's `LoraConfig` as JSON: the largest rank, its alpha, and patterns for the other layers.
+
+    vLLM reads `r` and `lora_alpha`, and no pattern: it checks `r` against `--max-lora-rank`, and scales every layer by
+    `lora_alpha / r`. So `r` is the largest rank, and that quotient is the most frequent scaling.
+    """
     ranks = {path: spec.rank for path, spec in config.modules.items()}
     alphas = {path: alpha_for(spec.scaling, spec.rank) for path, spec in config.modules.items()}
-    rank = Counter(ranks.values()).most_common(1)[0][0]
-    alpha = Counter(alphas.values()).most_common(1)[0][0]
+    rank = max(ranks.values())
+    scaling = Counter(spec.scaling for spec in config.modules.values()).most_common(1)[0][0]
+    alpha = alpha_for(scaling, rank)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if config.task == "generate" else None,

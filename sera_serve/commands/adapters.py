@@ -231,6 +231,12 @@ def export(
                 f"sera-serve: this format has no place for the classifier's head; it is in {output}/{HEAD_FILE}",
                 err=True,
             )
+        if format is ExportFormat.peft and len({spec.scaling for spec in bundle.config.modules.values()}) > 1:
+            typer.echo(
+                "sera-serve: the layers differ in scaling, which PEFT reads as alpha_pattern; vLLM scales all layers "
+                "alike: give it --format merged",
+                err=True,
+            )
         if card is not None:
             # huggingface_hub takes a while to import, and only a card needs it.
             from sera_serve.commands.model_card import model_card

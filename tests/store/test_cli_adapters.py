@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from bundle_factory import Q, bundle_path, make_bundle, make_classifier
+from bundle_factory import MODULE, Q, bundle_path, make_bundle, make_classifier
 from click.testing import Result
 from peft import PeftModel
 from raw_files import tar_bytes, two_files
@@ -171,6 +171,15 @@ def test_export_as_peft_warns_about_the_head(run: Run, store: AdapterStore, tmp_
         "adapter_model.safetensors",
         "head.safetensors",
     ]
+
+
+def test_export_as_peft_warns_about_layers_of_different_scaling(run: Run, store: AdapterStore, tmp_path: Path) -> None:
+    for name, scaling in ("acme/even", 0.5), ("acme/uneven", 2.0):
+        modules = {Q: MODULE, Q.replace("q_proj", "v_proj"): {**MODULE, "scaling": scaling}}
+        store.publish(make_bundle(modules=modules), name)
+        result = run("export", name, "--format", "peft", "--output", tmp_path / name)
+        assert result.exit_code == 0
+        assert ("vLLM scales all layers alike: give it --format merged" in result.stderr) == (name == "acme/uneven")
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

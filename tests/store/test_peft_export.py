@@ -114,6 +114,21 @@ def test_uniform_adapter_needs_no_patterns() -> None:
     assert config["task_type"] == "CAUSAL_LM"
 
 
+def test_the_largest_rank_is_r_and_its_alpha_gives_the_usual_scaling() -> None:
+    # vLLM reads these two alone: `r` is at most --max-lora-rank, and every layer is scaled by lora_alpha / r.
+    ranks = {"layers.0.q": 2, "layers.1.q": 2, "layers.2.q": 8}
+    modules = {path: make_bundle().config.modules[Q].model_copy(update={"rank": r}) for path, r in ranks.items()}
+    scaling = modules["layers.0.q"].scaling
+    config = peft_config(make_bundle().config.model_copy(update={"modules": modules}))
+    assert (config["r"], config["lora_alpha"] / config["r"]) == (8, scaling)
+    assert config["rank_pattern"] == {r"^layers\.0\.q": 2, r"^layers\.1\.q": 2}
+    assert config["alpha_pattern"] == {r"^layers\.0\.q": 2 * scaling, r"^layers\.1\.q": 2 * scaling}
+    odd = modules | {"layers.2.q": modules["layers.2.q"].model_copy(update={"scaling": 3.0})}
+    config = peft_config(make_bundle().config.model_copy(update={"modules": odd}))
+    assert (config["r"], config["lora_alpha"] / config["r"]) == (8, scaling)
+    assert config["alpha_pattern"][r"^layers\.2\.q"] == 24
+
+
 def test_patterns_match_their_own_layer_only() -> None:
     modules = make_bundle().config.modules
     small = ModuleSpec(**{**modules[Q].model_dump(), "rank": 2})
