@@ -33,7 +33,7 @@ from sera_serve.config import ServeSettings
 from sera_serve.engine import ServingEngine
 from sera_serve.errors import InvalidConfiguration
 from sera_serve.server import build_app, check_settings
-from sera_serve.server.connections import ConnectionLimits, within_descriptors
+from sera_serve.server.connections import within_descriptors
 from sera_serve.server.freed_memory import limit_heaps
 from sera_serve.server.graceful import ENDING_S, GracefulServer
 from sera_serve.server.metrics_address import MetricsAddress, parse_address
@@ -193,7 +193,7 @@ def http_config(
     """
     return uvicorn.Config(
         app if metrics_port is None else MetricsAddress(app, metrics_port),
-        http=bounded_protocol(ConnectionLimits.from_settings(settings), count_refusal, metrics_port),
+        http=bounded_protocol(settings, count_refusal, metrics_port),
         log_level=log_level,
         # The process has its own log, and a line for each request in it (`server.request_log`).
         log_config=None,

@@ -1,4 +1,4 @@
-"""Limits of connections: the settings that concern them, how many are open by client, and file descriptors."""
+"""Limits of connections: how many are open, in all and by client, and how many file descriptors there are."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import ipaddress
 import logging
 import resource
 from collections import Counter
-from dataclasses import dataclass
 
 from sera_serve.config import ServeSettings
 
@@ -14,45 +13,6 @@ logger = logging.getLogger("sera_serve.server")
 
 # Descriptors for everything that is no client's connection: the store, temporary files, libraries, refused clients.
 RESERVED_DESCRIPTORS = 256
-
-
-@dataclass(frozen=True)
-class ConnectionLimits:
-    """What one connection may do, and how many connections there may be.
-
-    Attributes:
-        max_connections: Open connections in all.
-        max_per_address: Open connections of one client address.
-        max_header_bytes: Bytes of a request's line and headers.
-        header_timeout_s: Seconds for the line and the headers to arrive.
-        body_timeout_s: Seconds for a body to arrive, on top of `received / min_body_rate`.
-        min_body_rate: Bytes a second.
-        upload_timeout_s: Most seconds for an upload to arrive.
-        write_timeout_s: Seconds for which a client may leave its response unread.
-    """
-
-    max_connections: int
-    max_per_address: int
-    max_header_bytes: int
-    header_timeout_s: float
-    body_timeout_s: float
-    min_body_rate: float
-    upload_timeout_s: float
-    write_timeout_s: float
-
-    @classmethod
-    def from_settings(cls, settings: ServeSettings) -> ConnectionLimits:
-        """Take the limits from the server's settings."""
-        return cls(
-            max_connections=settings.max_connections,
-            max_per_address=settings.max_connections_per_address,
-            max_header_bytes=settings.max_header_kib << 10,
-            header_timeout_s=settings.header_timeout_s,
-            body_timeout_s=settings.body_timeout_s,
-            min_body_rate=settings.min_body_kib_s * 1024,
-            upload_timeout_s=settings.upload_timeout_s,
-            write_timeout_s=settings.write_timeout_s,
-        )
 
 
 class ConnectionCounts:

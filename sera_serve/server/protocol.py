@@ -18,7 +18,8 @@ import httptools
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from sera_serve.server.connections import ConnectionCounts, ConnectionLimits
+from sera_serve.config import ServeSettings
+from sera_serve.server.connections import ConnectionCounts
 from sera_serve.server.http10 import UntilClose
 from sera_serve.server.middleware import UPLOAD_PATHS
 from sera_serve.server.refusals import (
@@ -72,20 +73,21 @@ class ConnectionGuard:
     """What the connections of one server share."""
 
     def __init__(
-        self, limits: ConnectionLimits, count_refusal: Callable[[str], None], operators_port: int | None
+        self, settings: ServeSettings, count_refusal: Callable[[str], None], operators_port: int | None
     ) -> None:
         """Share limits and counts.
 
         Args:
-            limits: The limits of each connection, and of all.
+            settings: The limits of each connection, and of all.
             count_refusal: Called with the code of each refusal.
             operators_port: The port for metrics and health alone, or None.
         """
-        self.limits = limits
+        self.settings = settings
+        self.max_header_bytes = settings.max_header_kib << 10
         self.log = RefusalLog(count_refusal)
         self.turned_away = 0
         self._operators_port = operators_port
-        self._clients = ConnectionCounts(limits.max_connections, limits.max_per_address)
+        self._clients = ConnectionCounts(settings.max_connections, settings.max_connections_per_address)
         self._operators = ConnectionCounts(_OPERATORS_CONNECTIONS, _OPERATORS_CONNECTIONS)
 
     def counts(self, port: int | None) -> ConnectionCounts:
@@ -95,12 +97,12 @@ class ConnectionGuard:
 
 
 def bounded_protocol(
-    limits: ConnectionLimits, count_refusal: Callable[[str], None], operators_port: int | None = None
+    settings: ServeSettings, count_refusal: Callable[[str], None], operators_port: int | None = None
 ) -> type[BoundedHttpProtocol]:
     """Return the protocol class of one server, for `uvicorn.Config(http=...)`, with `ConnectionGuard`'s arguments."""
 
     class ServersProtocol(BoundedHttpProtocol):
-        guard = ConnectionGuard(limits, count_refusal, operators_port)
+        guard = ConnectionGuard(settings, count_refusal, operators_port)
 
     return ServersProtocol
 
@@ -117,7 +119,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def __init__(self, *arguments: Any, **named: Any) -> None:
         """Make the protocol of a connection; uvicorn gives the arguments."""
         super().__init__(*arguments, **named)
-        self.limits = self.guard.limits
+        self.settings = self.guard.settings
         self._connection: asyncio.Transport = None  # type: ignore[assignment]
         self._counts: ConnectionCounts | None = None
         self._turned_away = False
@@ -155,7 +157,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         reason = counts.add(self._address())
         if reason is None:
             self._counts = counts
-            self._look_in(self.limits.header_timeout_s)
+            self._look_in(self.settings.header_timeout_s)
             return
         if self.guard.turned_away < _MAX_TURNED_AWAY:
             self._turned_away = True
@@ -205,9 +207,9 @@ class BoundedHttpProtocol(HttpToolsProtocol):
                 self._feed(rest[:_SLICE])
                 rest = rest[_SLICE:]
         if self._input is HEAD:
-            self._look_in(self.limits.header_timeout_s)
+            self._look_in(self.settings.header_timeout_s)
         elif self._input is BODY:
-            self._look_in(self.limits.body_timeout_s)
+            self._look_in(self.settings.body_timeout_s)
 
     def eof_received(self) -> None:
         """The client sends no more. The transport closes after this, once the client has read what was sent."""
@@ -355,10 +357,10 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         if len(self.headers) > MAX_HEADERS:
             raise too_many_headers(MAX_HEADERS)
         # What was fed may lack the slice in which the head began.
-        if self._fed + _SLICE > self.limits.max_header_bytes:
+        if self._fed + _SLICE > self.guard.max_header_bytes:
             size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
-            if size > self.limits.max_header_bytes:
-                raise headers_too_large(self.limits.max_header_bytes)
+            if size > self.guard.max_header_bytes:
+                raise headers_too_large(self.guard.max_header_bytes)
         version = self.parser.get_http_version()
         if version not in ("1.1", "1.0"):
             raise bad_request(f"HTTP/{version} is not supported here; speak HTTP/1.1")
@@ -373,7 +375,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def _check_unfinished(self) -> Refusal | None:
         """Return why the head, or what is between two parts of a body, is too long already."""
-        most = self.limits.max_header_bytes
+        most = self.guard.max_header_bytes
         if self._input is HEAD:
             if len(self.url) > MAX_URI_BYTES:
                 return uri_too_long(MAX_URI_BYTES)
@@ -464,7 +466,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         """Abort the connection if the client has not read what was sent within `write_timeout_s`."""
         if self._unread_since is None:
             self._unread_since = time.monotonic()
-        self._look_in(self.limits.write_timeout_s)
+        self._look_in(self.settings.write_timeout_s)
 
     def _stop_keep_alive_timer(self) -> None:
         if self.timeout_keep_alive_task is not None:
@@ -497,7 +499,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self._look_in(_LATE_S)
             return
         if self._unread_since is not None:
-            unread_until = self._unread_since + self.limits.write_timeout_s
+            unread_until = self._unread_since + self.settings.write_timeout_s
             if unread_until <= now:
                 self._connection.abort()
                 return
@@ -510,33 +512,33 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def _input_due(self, now: float) -> float | None:
         """Return until when the client must have sent what is awaited; None if nothing is."""
-        limits = self.limits
+        settings = self.settings
         if self._input is HEAD and (self._owes_response() or self.flow.read_paused):
             # The server serves the requests before this one first.
             self._began = now
         if self._input is HEAD or (self._input is NOTHING and self._silent_connection):
-            return self._began + limits.header_timeout_s
+            return self._began + settings.header_timeout_s
         if self._input is BODY:
             due = self._body_due(now)
             return due if self._body_due_at_shutdown is None else min(due, self._body_due_at_shutdown)
         return self._discard_until if self._input is DISCARDED else None
 
     def _body_due(self, now: float) -> float:
-        limits, cycle = self.limits, self.cycle
+        settings, cycle = self.settings, self.cycle
         if cycle is not self._active or cycle.waiting_for_100_continue:
             # The server has not asked for this body yet.
             self._began, self._paused_before = now, self._flow.paused_s
         elif self.flow.read_paused:
-            return now + limits.body_timeout_s
-        allowed = limits.body_timeout_s + self._received / limits.min_body_rate
+            return now + settings.body_timeout_s
+        allowed = settings.body_timeout_s + self._received / (settings.min_body_kib_s * 1024)
         if cycle.scope["path"] in UPLOAD_PATHS:
-            allowed = min(allowed, limits.upload_timeout_s)
+            allowed = min(allowed, settings.upload_timeout_s)
         return self._began + self._flow.paused_s - self._paused_before + allowed
 
     def _overdue(self) -> None:
         """Refuse what did not come in time. A client that sent nothing, or was told why already, is only closed."""
         if self._input is HEAD:
-            self._refuse(late(f"line and headers did not arrive within {self.limits.header_timeout_s:g} s"))
+            self._refuse(late(f"line and headers did not arrive within {self.settings.header_timeout_s:g} s"))
         elif self._input is not BODY:
             self._close_now()
         elif self._body_due_at_shutdown is not None:
