@@ -31,6 +31,7 @@ from sera_serve.server.methods import HeadAndOptions
 from sera_serve.server.metrics import JobMetrics, LoopMetrics, ResidencyMetrics, ServerMetrics
 from sera_serve.server.metrics_address import parse_address
 from sera_serve.server.middleware import BodyLimit, RequestLifecycle
+from sera_serve.server.native.uploads import UploadSlots
 from sera_serve.server.openai.texts import Texts
 from sera_serve.server.publishing import Publisher
 from sera_serve.server.request_log import RequestLog
@@ -109,6 +110,8 @@ def build_app(
     app.state.metrics = metrics
     app.state.accounting = Accounting(metrics, quotas)
     app.state.loop_watch = LoopWatch(metrics.registry)
+    app.state.store_probe = health.StoreProbe(store)
+    app.state.upload_slots = UploadSlots(settings.max_uploads)
     operators = (stats.router, health.router, openapi.router, docs_page.router, console.router)
     routers = (*native.ROUTERS, *openai.ROUTERS, *operators)
     for router in routers:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Literal
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Response
 from fastapi.concurrency import run_in_threadpool
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
@@ -81,7 +81,8 @@ async def readyz(context: ContextOf) -> Readiness:
     if context.request.app.state.draining:
         raise Draining("the server is stopping; send requests to another one")
     context.engine.ready()
-    return Readiness(status="ready", store=await _probe(context.request).state(_STORE_TIMEOUT_S))
+    probe: StoreProbe = context.request.app.state.store_probe
+    return Readiness(status="ready", store=await probe.state(_STORE_TIMEOUT_S))
 
 
 @router.get("/metrics", response_class=Response)
@@ -89,12 +90,3 @@ async def metrics(context: ContextOf) -> Response:
     """Return all metrics in Prometheus' text format."""
     # On another thread: with many tenants it takes a tenth of a second.
     return Response(await run_in_threadpool(context.metrics.exposition), media_type=CONTENT_TYPE_LATEST)
-
-
-def _probe(request: Request) -> StoreProbe:
-    """The probe of this app, made by the first request."""
-    state = request.app.state
-    if not hasattr(state, "store_probe"):
-        state.store_probe = StoreProbe(state.store)
-    probe: StoreProbe = state.store_probe
-    return probe

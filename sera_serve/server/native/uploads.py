@@ -166,7 +166,8 @@ async def receive_form(request: Request, reader: FormReader) -> AsyncIterator[Fo
         InvalidForm: The form cannot be read.
         BodyTooLarge, TooManyUploads, UploadNotWritten: As `receive_upload`.
     """
-    with _slots(request).take(caller_of(request).tenant):
+    slots: UploadSlots = request.app.state.upload_slots
+    with slots.take(caller_of(request).tenant):
         try:
             await _receive(request, reader)
             yield reader
@@ -178,15 +179,6 @@ async def receive_form(request: Request, reader: FormReader) -> AsyncIterator[Fo
             # Deleting a large file takes time. A request that is cancelled must delete its file too.
             with anyio.CancelScope(shield=True):
                 await run_in_threadpool(reader.close)
-
-
-def _slots(request: Request) -> UploadSlots:
-    """The counter of this app, made by its first upload."""
-    state = request.app.state
-    if not hasattr(state, "upload_slots"):
-        state.upload_slots = UploadSlots(state.settings.max_uploads)
-    slots: UploadSlots = state.upload_slots
-    return slots
 
 
 async def _receive(request: Request, reader: FormReader) -> None:
