@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from adapters_store import Published, parse_ref
-from sera_serve.access import AccessControl, Actor, Holdings, Quotas
+from sera_serve.access import AccessControl, Actor, Quotas
 from sera_serve.config import ServeSettings
 from sera_serve.errors import Overloaded
 from sera_serve.jobs import Job, JobProcesses, Jobs, Places, Supervisor, TrainingFiles, base_id
@@ -53,9 +53,6 @@ class Training:
         files: The files.
         jobs: The jobs.
         supervisor: Runs them.
-        quotas: How many jobs each tenant may have.
-        holdings: How many adapters each tenant may have.
-        max_bundle_bytes: Largest bundle of the store.
         checking: The thread that checks uploaded files, one at a time.
         streams: Counts the streams of events.
     """
@@ -63,19 +60,11 @@ class Training:
     files: TrainingFiles
     jobs: Jobs
     supervisor: Supervisor
-    quotas: Quotas
-    holdings: Holdings
-    max_bundle_bytes: int
     checking: BoundedExecutor
     streams: StreamSlots
 
     @classmethod
-    def of(
-        cls,
-        settings: ServeSettings,
-        publisher: Publisher,
-        quotas: Quotas,
-    ) -> Training:
+    def of(cls, settings: ServeSettings, publisher: Publisher, quotas: Quotas) -> Training:
         """Make what an app needs, which `publisher` has. Nothing runs yet, and nothing is read."""
         store, database, audit = publisher.store, publisher.access.database, publisher.audit
         own = base_id(publisher.engine.base.info)
@@ -125,9 +114,6 @@ class Training:
             files=files,
             jobs=jobs,
             supervisor=supervisor,
-            quotas=quotas,
-            holdings=publisher.holdings,
-            max_bundle_bytes=processes.max_bundle_bytes,
             checking=BoundedExecutor("training-files", 1, settings.max_uploads),
             streams=StreamSlots(),
         )

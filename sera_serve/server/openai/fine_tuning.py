@@ -211,9 +211,9 @@ def _create(body: CreateJobRequest, init_from: str | None, context: RequestConte
     initial = None if spec.init_from is None else store.config(store.resolve(spec.init_from).digest)
     planned = check_spec(spec, engine.base.info, engine.base.module_shapes(), train.labels, initial)
     # A job must not train for hours what is then refused.
-    _check_servable(planned, initial is not None, engine, training.max_bundle_bytes)
+    _check_servable(planned, initial is not None, engine, context.settings.max_upload_mib << 20)
     planned_tensors = [(name, "F32", shape) for name, shape in expected_shapes(planned).items()]
-    training.holdings.check_publish(spec.adapter, "", file_bytes(planned, planned_tensors))
+    context.holdings.check_publish(spec.adapter, "", file_bytes(planned, planned_tensors))
     key_id = None if caller.key is None else caller.key.id
     job = training.jobs.create(
         job_id,
@@ -223,7 +223,7 @@ def _create(body: CreateJobRequest, init_from: str | None, context: RequestConte
         body.training_file,
         body.validation_file,
         key_id,
-        lambda unfinished: training.quotas.check_training_jobs(tenant, unfinished),
+        lambda unfinished: context.quotas.check_training_jobs(tenant, unfinished),
     )
     context.record("job.create", tenant, job.id, model=spec.model, adapter=spec.adapter)
     return job
