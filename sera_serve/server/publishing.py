@@ -22,37 +22,28 @@ class Publisher:
     holdings: Holdings
     audit: AuditLog
 
-    def publish(
-        self, source: AdapterBundle | PeftFiles, name: str, actor: Actor, *, keep_latest: bool = False
-    ) -> tuple[Published, tuple[str, ...]]:
-        """Check what was read, publish it as the next version of `name`, and record that.
-
-        `keep_latest` is that of `AdapterStore.publish`: what changes nothing then is not recorded.
-
-        Returns:
-            The version, and what an import had to say.
+    def checked(self, source: AdapterBundle | PeftFiles) -> tuple[AdapterBundle, tuple[str, ...]]:
+        """Check what was read, and return its bundle, and what an import had to say.
 
         Raises:
-            InvalidBundle, AdapterTooLarge, AdapterOverflow, ImportMismatch: It is refused; the store is unchanged.
-            QuotaExceeded: The tenant may not have so much.
-            StoreError: It cannot be written.
-            AccessDatabaseError: Nobody knows whether shares of an older adapter of this name are left.
+            InvalidBundle, AdapterTooLarge, AdapterOverflow, ImportMismatch: It is refused.
         """
-        bundle, warnings = self.checked(source)
-        return self.publish_checked(bundle, name, actor, keep_latest=keep_latest), warnings
-
-    def checked(self, source: AdapterBundle | PeftFiles) -> tuple[AdapterBundle, tuple[str, ...]]:
-        """The bundle of what was read, and an import's warnings; raises as `publish` does."""
         if isinstance(source, PeftFiles):
             imported = self.engine.import_checkpoint(source)
             return imported.bundle, imported.warnings
         self.engine.check_bundle(source)
         return source, ()
 
-    def publish_checked(
-        self, bundle: AdapterBundle, name: str, actor: Actor, *, keep_latest: bool = False
-    ) -> Published:
-        """`publish`, for a bundle that was checked."""
+    def publish(self, bundle: AdapterBundle, name: str, actor: Actor, *, keep_latest: bool = False) -> Published:
+        """Publish a bundle that was checked as the next version of `name`, and record that.
+
+        `keep_latest` is that of `AdapterStore.publish`: what changes nothing then is not recorded.
+
+        Raises:
+            QuotaExceeded: The tenant may not have so much.
+            StoreError: It cannot be written.
+            AccessDatabaseError: Nobody knows whether shares of an older adapter of this name are left.
+        """
         held = self.store.has_content(name, bundle.digest)
         if held is None:
             # A kill may have come between the deletion of an older adapter of this name and the end of its shares.

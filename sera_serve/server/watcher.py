@@ -298,7 +298,7 @@ def _publish(directory: WatchedDirectory, name: str, publisher: Publisher, limit
         # An earlier server may have published it, and a newer version may have come by another way since.
         is_old = directory.is_old(name)
         is_known = is_old and publisher.store.has_content(name, bundle.digest)
-        published = publisher.publish_checked(bundle, name, _ACTOR, keep_latest=is_old)
+        published = publisher.publish(bundle, name, _ACTOR, keep_latest=is_old)
     except _PASSING as error:
         if directory.try_later(name, error.message):
             logger.error("%s is not published yet, and is tried again: %s", path, error.message)

@@ -456,7 +456,7 @@ def test_neither_a_link_nor_an_unexpected_error_ends_the_watch(
         (watched / "acme" / "taken.safetensors").symlink_to(watched / "other" / "own.safetensors")
         wait_until(lambda: logged("outside the allowed directory"))
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(Publisher, "publish_checked", fail)
+            patched.setattr(Publisher, "publish", fail)
             patched.setattr(Publisher, "remove", fail)
             (watched / "acme" / "faulty.safetensors").write_bytes(writer.to_bytes())
             wait_until(lambda: logged("faulty.safetensors is not published"))

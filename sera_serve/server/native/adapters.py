@@ -117,8 +117,8 @@ async def unpin(tenant: TenantPath, name: VersionPath, context: ContextOf) -> Pi
 
 
 def _publish(received: Upload, context: RequestContext) -> PublishedAdapter:
-    source = received.read(context.settings.max_upload_mib << 20)
-    published, warnings = context.publisher.publish(source, received.name, context.caller.actor)
+    bundle, warnings = context.publisher.checked(received.read(context.settings.max_upload_mib << 20))
+    published = context.publisher.publish(bundle, received.name, context.caller.actor)
     return PublishedAdapter.of(published, warnings)
 
 

@@ -102,7 +102,7 @@ def _load(body: LoadLoraRequest, root: Path, context: RequestContext) -> Publish
     limits = BundleLimits(max_bytes=context.settings.max_upload_mib << 20)
     bundle, warnings = context.publisher.checked(read_source(path, limits, Path(within)))
     _check_new(body, bundle, context.store)
-    published = context.publisher.publish_checked(bundle, body.lora_name, context.caller.actor)
+    published = context.publisher.publish(bundle, body.lora_name, context.caller.actor)
     return PublishedAdapter.of(published, warnings)
 
 
