@@ -8,7 +8,7 @@ from typing import Annotated, Any, ParamSpec, TypeVar
 
 from fastapi import Depends, Path, Request
 
-from adapters_store import AdapterStore
+from adapters_store import AdapterStore, parse_adapter
 from sera_serve.access import AuditLog, Holdings, Quotas
 from sera_serve.access.audit import Action
 from sera_serve.config import ServeSettings
@@ -120,6 +120,12 @@ class RequestContext:
     def record(self, action: Action, tenant: str, target: str, **details: str | int | float | bool | None) -> None:
         """Tell the audit log what the caller did; see `AuditLog.record`. Blocks."""
         self._audit.record(action, self.caller.actor, tenant=tenant, target=target, **details)
+
+
+def adapter_at(tenant: str, name: str) -> str:
+    """The adapter of a path, without a version; raises InvalidAdapterName."""
+    parse_adapter(f"{tenant}/{name}")
+    return f"{tenant}/{name}"
 
 
 # A coroutine: FastAPI would call a plain function in a thread, which costs hand-overs of the interpreter's lock.

@@ -6,8 +6,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Path
 
-from adapters_store import parse_adapter
-from sera_serve.server.deps import ContextOf, NamePath, RequestContext, TenantPath
+from sera_serve.server.deps import ContextOf, NamePath, RequestContext, TenantPath, adapter_at
 from sera_serve.server.native.access_schemas import ShareList
 from sera_serve.server.strict import StrictRoute
 
@@ -19,7 +18,7 @@ With = Annotated[str, Path(alias="with", description="a tenant, or * for every t
 @router.get("/v1/adapters/{tenant}/{name}/shares")
 async def list_shares(tenant: TenantPath, name: NamePath, context: ContextOf) -> ShareList:
     """The tenants that may use an adapter, beside its own."""
-    adapter = _adapter(tenant, name)
+    adapter = adapter_at(tenant, name)
     context.caller.check_change(adapter)
     return await context.run(context.executors.changing, _list, context, adapter)
 
@@ -27,7 +26,7 @@ async def list_shares(tenant: TenantPath, name: NamePath, context: ContextOf) ->
 @router.put("/v1/adapters/{tenant}/{name}/shares/{with}")
 async def share(tenant: TenantPath, name: NamePath, other: With, context: ContextOf) -> ShareList:
     """Let a tenant, or every tenant, use all versions of an adapter."""
-    adapter = _adapter(tenant, name)
+    adapter = adapter_at(tenant, name)
     context.caller.check_change(adapter)
     return await context.run(context.executors.changing, _add, context, adapter, other)
 
@@ -35,15 +34,9 @@ async def share(tenant: TenantPath, name: NamePath, other: With, context: Contex
 @router.delete("/v1/adapters/{tenant}/{name}/shares/{with}")
 async def end_share(tenant: TenantPath, name: NamePath, other: With, context: ContextOf) -> ShareList:
     """End a share. Requests under way are finished."""
-    adapter = _adapter(tenant, name)
+    adapter = adapter_at(tenant, name)
     context.caller.check_change(adapter)
     return await context.run(context.executors.changing, _remove, context, adapter, other)
-
-
-def _adapter(tenant: str, name: str) -> str:
-    adapter = f"{tenant}/{name}"
-    parse_adapter(adapter)
-    return adapter
 
 
 def _list(context: RequestContext, adapter: str) -> ShareList:

@@ -8,10 +8,10 @@ from typing import Annotated
 from fastapi import APIRouter, Path, Query
 from pydantic import JsonValue
 
-from adapters_store import AdapterStore, parse_adapter
+from adapters_store import AdapterStore
 from adapters_store.card import run_card
 from adapters_store.errors import AdapterNotFound
-from sera_serve.server.deps import ContextOf, NamePath, RequestContext, TenantPath
+from sera_serve.server.deps import ContextOf, NamePath, RequestContext, TenantPath, adapter_at
 from sera_serve.server.native.access_schemas import AliasDetail, AliasRequest, VersionDetail, VersionList, VersionQuery
 from sera_serve.server.strict import StrictRoute
 
@@ -30,7 +30,7 @@ async def versions(
     tenant: TenantPath, name: NamePath, query: Annotated[VersionQuery, Query()], context: ContextOf
 ) -> VersionList:
     """The versions of an adapter, newest first, a page at a time, with what their training recorded."""
-    adapter = _adapter(tenant, name)
+    adapter = adapter_at(tenant, name)
     context.caller.check_use(adapter)
     return await context.run(context.executors.listing, _versions, context.store, adapter, query)
 
@@ -40,7 +40,7 @@ async def set_alias(
     tenant: TenantPath, name: NamePath, alias: AliasPath, body: AliasRequest, context: ContextOf
 ) -> AliasDetail:
     """Point an alias to a version; requests that name the alias follow at once. `latest` is one of them."""
-    adapter = _adapter(tenant, name)
+    adapter = adapter_at(tenant, name)
     context.caller.check_change(adapter)
     return await context.run(context.executors.changing, _set_alias, context, adapter, alias, body.version)
 
@@ -48,15 +48,9 @@ async def set_alias(
 @router.delete("/v1/adapters/{tenant}/{name}/aliases/{alias}")
 async def remove_alias(tenant: TenantPath, name: NamePath, alias: AliasPath, context: ContextOf) -> AliasDetail:
     """Remove an alias other than `latest`."""
-    adapter = _adapter(tenant, name)
+    adapter = adapter_at(tenant, name)
     context.caller.check_change(adapter)
     return await context.run(context.executors.changing, _remove_alias, context, adapter, alias)
-
-
-def _adapter(tenant: str, name: str) -> str:
-    adapter = f"{tenant}/{name}"
-    parse_adapter(adapter)
-    return adapter
 
 
 def _versions(store: AdapterStore, adapter: str, query: VersionQuery) -> VersionList:
