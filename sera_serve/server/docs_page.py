@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.resources
 from functools import cache
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Response
 from fastapi.openapi.docs import get_swagger_ui_html
 
 from sera_serve.server.strict import StrictRoute
@@ -25,7 +25,7 @@ _POLICY = (
 
 
 @router.get("/docs")
-async def docs_page(request: Request) -> Response:
+async def docs_page() -> Response:
     """Return the page. It reads /openapi.json, and sends what a person tries to this server."""
     page = get_swagger_ui_html(
         openapi_url="/openapi.json",
@@ -38,26 +38,14 @@ async def docs_page(request: Request) -> Response:
     return page
 
 
-@router.get("/docs/swagger-ui-bundle.js")
-async def script() -> Response:
-    """Return Swagger UI."""
-    return _file("swagger-ui-bundle.js")
+def _add_file(name: str, media_type: str) -> None:
+    @router.get(f"/docs/{name}")
+    async def file() -> Response:
+        return Response(_content(name), media_type=media_type, headers={"Cache-Control": "max-age=86400"})
 
 
-@router.get("/docs/swagger-ui.css")
-async def style() -> Response:
-    """Return its style sheet."""
-    return _file("swagger-ui.css")
-
-
-@router.get("/docs/favicon.png")
-async def icon() -> Response:
-    """Return the icon of the page."""
-    return _file("favicon.png")
-
-
-def _file(name: str) -> Response:
-    return Response(_content(name), media_type=_FILES[name], headers={"Cache-Control": "max-age=86400"})
+for _name, _media_type in _FILES.items():
+    _add_file(_name, _media_type)
 
 
 @cache

@@ -60,7 +60,7 @@ async def console_page(request: Request) -> Response:
 
 
 @router.get("/console/")
-async def console_page_with_slash(request: Request) -> Response:
+async def console_page_with_slash() -> Response:
     """Send a browser to the page. The page's own links are relative to `/console`."""
     return Response(status_code=308, headers={"Location": "../console"})
 
