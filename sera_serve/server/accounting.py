@@ -68,14 +68,6 @@ class Meter:
         self._rates = rates
         self._tenant = tenant
 
-    def admit(self) -> None:
-        """Charge the request itself.
-
-        Raises:
-            RateLimitExceeded: The tenant has used its requests or tokens of this minute.
-        """
-        self._rates.admit(self._tenant, self.quota)
-
     def charge(self, tokens: int) -> None:
         """Charge tokens that were computed."""
         self._rates.charge_tokens(self._tenant, self.quota, tokens)
@@ -289,7 +281,7 @@ class Accounting:
         if quota.tokens_per_minute is not None:
             for account in self._generating.get(tenant, ()):
                 account.settle()
-        meter.admit()
+        self.rates.admit(tenant, quota)
         return meter
 
     def open(self, request: Request, principal: Principal, asked: Priority | None) -> Account:
