@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections import Counter
 
@@ -14,6 +13,7 @@ from sera_serve.server.accounting import Meter, RequestRecord
 from sera_serve.server.errors import BodyTooLarge, error_response
 from sera_serve.server.loop_watch import LoopWatch, route_of
 from sera_serve.server.metrics import ServerMetrics
+from sera_serve.server.refusals import new_request_id
 from sera_serve.server.request_log import RequestLog
 from sera_serve.server.tracing import Tracing
 
@@ -51,7 +51,7 @@ class RequestLifecycle:
 
     async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
         # A client's own X-Request-Id is not used: a client could forge the log lines of another request.
-        request_id = f"req-{secrets.token_hex(8)}"
+        request_id = new_request_id()
         state = scope.setdefault("state", {})
         state["request_id"] = request_id
         record = state["record"] = RequestRecord()

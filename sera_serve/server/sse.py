@@ -32,6 +32,16 @@ Translation = Callable[[], AbstractContextManager[None]]
 """Turns the errors of a block into those of an interface."""
 
 
+def within(translation: Translation, admit: Admit) -> Admit:
+    """Return `admit` with its errors translated."""
+
+    async def translated(submitted: Submitted) -> Sequence[GenerationStream]:
+        with translation():
+            return await admit(submitted)
+
+    return translated
+
+
 def encode_event(content: dict[str, Any]) -> bytes:
     """Encode one event. Its JSON has no line breaks, so the event is one `data:` line."""
     return b"data: " + pydantic_core.to_json(content) + b"\n\n"

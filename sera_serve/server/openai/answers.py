@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pydantic_core
@@ -21,7 +22,7 @@ from sera_serve.engine import BASE_TENANT, GenerationResult, GenerationStream, P
 from sera_serve.server.accounting import Account
 from sera_serve.server.openai.errors import translated_errors
 from sera_serve.server.openai.token_texts import TokenTexts
-from sera_serve.server.sse import Admit, Submitted, admitted, merged, result_of
+from sera_serve.server.sse import Admit, admitted, merged, result_of, within
 
 # JSON has no infinity. OpenAI's API gives this number to tokens that are as good as impossible.
 _LEAST_LOGPROB = -9999.0
@@ -99,12 +100,7 @@ def usage(results: Sequence[GenerationResult], choices: int, principal: Principa
 
 def translated(admit: Admit, prompt: str) -> Admit:
     """Return `admit` with the refusals of this interface. The field `prompt` holds the prompt."""
-
-    async def call(submitted: Submitted) -> Sequence[GenerationStream]:
-        with translated_errors(prompt):
-            return await admit(submitted)
-
-    return call
+    return within(partial(translated_errors, prompt), admit)
 
 
 async def collect(

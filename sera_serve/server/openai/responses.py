@@ -21,7 +21,7 @@ from sera_serve.server.openai.response_schemas import ResponseObject, ResponseRe
 from sera_serve.server.openai.texts import ChatPrompt, Conversation, Texts, TextsOf, adapter_of
 from sera_serve.server.openai.tool_calls import Call, ToolCallParser, constraint_of_calls
 from sera_serve.server.openapi import stream_of
-from sera_serve.server.sse import Admit, EventStream, EventWriter, Submitted
+from sera_serve.server.sse import Admit, EventStream, EventWriter, within
 
 router = APIRouter(route_class=OpenAIRoute, tags=["openai"])
 
@@ -72,7 +72,7 @@ async def responses(body: ResponseRequest, context: ContextOf, texts: TextsOf) -
     )
     answer = ResponseAnswer(body, principal, prompt, texts, context.engine.base.name)
     if body.stream:
-        return EventStream(_with_own_names(admit), ResponseEvents(answer), account)
+        return EventStream(within(_own_names, admit), ResponseEvents(answer), account)
     with _own_names():
         return await context.finish(_complete(answer, admit, account))
 
@@ -343,11 +343,3 @@ def _own_names() -> Iterator[None]:
     except SeraServeError as error:
         error.param = None if error.param is None else _NAMES.get(error.param, error.param)
         raise
-
-
-def _with_own_names(admit: Admit) -> Admit:
-    async def call(submitted: Submitted) -> Sequence[GenerationStream]:
-        with _own_names():
-            return await admit(submitted)
-
-    return call
