@@ -21,6 +21,7 @@ from sera_serve.server.native.schemas import (
     PinnedAdapter,
     PublishedAdapter,
 )
+from sera_serve.server.native.upload_form import form_content
 from sera_serve.server.native.uploads import Upload, receive_upload
 from sera_serve.server.strict import StrictRoute
 from sera_serve.server.visible import visible_page
@@ -28,42 +29,31 @@ from sera_serve.threads import pause
 
 router = APIRouter(route_class=StrictRoute, tags=["adapters"])
 
-_UPLOAD_FORM = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["bundle", "name"],
-                    "properties": {
-                        "bundle": {
-                            "type": "string",
-                            "format": "binary",
-                            "description": "a bundle as .safetensors or .tar, or a PEFT checkpoint as .tar, .zip or "
-                            "its adapter_model.safetensors",
-                        },
-                        "name": {
-                            "type": "string",
-                            "description": "tenant/name; the adapter need not exist yet",
-                        },
-                        "config": {
-                            "type": "string",
-                            "format": "binary",
-                            "description": "adapter_config.json of a PEFT checkpoint that is one safetensors file",
-                        },
-                    },
-                }
-            }
+_UPLOAD_FORM = form_content(
+    ["bundle", "name"],
+    {
+        "bundle": {
+            "type": "string",
+            "format": "binary",
+            "description": "a bundle as .safetensors or .tar, or a PEFT checkpoint as .tar, .zip or its "
+            "adapter_model.safetensors",
         },
-    }
-}
+        "name": {"type": "string", "description": "tenant/name; the adapter need not exist yet"},
+        "config": {
+            "type": "string",
+            "format": "binary",
+            "description": "adapter_config.json of a PEFT checkpoint that is one safetensors file",
+        },
+    },
+)
 
 
 # Each route waits under `RequestContext.finish`: work whose client has left before the work began is not begun.
 
 
-@router.post("/v1/adapters", status_code=201, openapi_extra=_UPLOAD_FORM)
+@router.post(
+    "/v1/adapters", status_code=201, openapi_extra={"requestBody": {"required": True, "content": _UPLOAD_FORM}}
+)
 async def upload(context: ContextOf) -> PublishedAdapter:
     """Publish a bundle, or a PEFT checkpoint, as the next version of an adapter.
 

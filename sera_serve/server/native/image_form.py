@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from fastapi import APIRouter, Response
 from starlette.routing import Match
 from starlette.types import Scope
@@ -12,36 +10,30 @@ from sera_serve.engine import ImageInput
 from sera_serve.errors import ImageTooLarge, InvalidRequest
 from sera_serve.server.deps import ContextOf
 from sera_serve.server.native.schemas import MAX_REFERENCE, ClassifyResponse
-from sera_serve.server.native.upload_form import FormReader, InvalidForm, boundary_of
+from sera_serve.server.native.upload_form import FORM_TYPE, FormReader, InvalidForm, boundary_of, form_content
 from sera_serve.server.strict import StrictRoute
 
-FORM_TYPE = "multipart/form-data"
 _REMEDY = (
     "send multipart/form-data with the fields adapter (text) and image (one file or more): "
     "curl -F adapter=tenant/name -F image=@photo.jpg"
 )
-FORM_SCHEMA: dict[str, Any] = {
-    FORM_TYPE: {
-        "schema": {
-            "type": "object",
-            "required": ["adapter", "image"],
-            "properties": {
-                "adapter": {
-                    "type": "string",
-                    "minLength": 1,
-                    "maxLength": MAX_REFERENCE,
-                    "description": "tenant/name, optionally with @alias, @v3 or @digest",
-                },
-                "image": {
-                    "type": "array",
-                    "items": {"type": "string", "format": "binary"},
-                    "minItems": 1,
-                    "description": "JPEG, PNG or WebP files, each a field of this name",
-                },
-            },
-        }
-    }
-}
+FORM_SCHEMA = form_content(
+    ["adapter", "image"],
+    {
+        "adapter": {
+            "type": "string",
+            "minLength": 1,
+            "maxLength": MAX_REFERENCE,
+            "description": "tenant/name, optionally with @alias, @v3 or @digest",
+        },
+        "image": {
+            "type": "array",
+            "items": {"type": "string", "format": "binary"},
+            "minItems": 1,
+            "description": "JPEG, PNG or WebP files, each a field of this name",
+        },
+    },
+)
 
 
 class FormRoute(StrictRoute):

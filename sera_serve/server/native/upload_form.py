@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from tempfile import SpooledTemporaryFile
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 from python_multipart import MultipartParser
 from python_multipart.exceptions import FormParserError
@@ -18,6 +18,7 @@ from python_multipart.multipart import parse_options_header
 
 from sera_serve.errors import InvalidRequest, SeraServeError
 
+FORM_TYPE = "multipart/form-data"
 _MAX_PARTS = 8
 _MAX_TEXT_BYTES = 1024
 _MAX_PART_HEADERS = 8
@@ -82,6 +83,11 @@ class _Headers:
     values: dict[bytes, bytes] = field(default_factory=dict)
     name: bytearray = field(default_factory=bytearray)
     value: bytearray = field(default_factory=bytearray)
+
+
+def form_content(required: list[str], fields: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return the content of a request body that is a form, for OpenAPI. `fields` has the schema of each."""
+    return {FORM_TYPE: {"schema": {"type": "object", "required": required, "properties": fields}}}
 
 
 def boundary_of(content_type: str, remedy: str = _REMEDY) -> bytes:

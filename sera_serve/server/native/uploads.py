@@ -17,7 +17,7 @@ from adapters_store import AdapterBundle, BundleLimits, PeftFiles, parse_adapter
 from adapters_store.errors import InvalidAdapterName
 from sera_serve.errors import InvalidRequest, Overloaded
 from sera_serve.server.auth import caller_of
-from sera_serve.server.native.upload_form import FormReader, UploadNotWritten, boundary_of
+from sera_serve.server.native.upload_form import FORM_TYPE, FormReader, UploadNotWritten, boundary_of
 from sera_serve.server.strict import UnsupportedMediaType, media_type
 
 logger = logging.getLogger("sera_serve.server")
@@ -147,7 +147,7 @@ async def receive_upload(request: Request) -> AsyncIterator[Upload]:
         TooManyUploads: As many uploads as the setting `max_uploads` are under way, or half as many of the tenant.
         UploadNotWritten: The temporary file could not be written.
     """
-    if media_type(request) != "multipart/form-data":
+    if media_type(request) != FORM_TYPE:
         raise UnsupportedMediaType(
             "the body must be multipart/form-data with the fields bundle and name (curl -F name=... -F bundle=@...)",
             param="Content-Type",

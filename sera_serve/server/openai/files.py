@@ -15,7 +15,7 @@ from sera_serve.jobs import TrainingFile
 from sera_serve.jobs.files import Purpose
 from sera_serve.server.auth import Caller
 from sera_serve.server.deps import ContextOf, RequestContext
-from sera_serve.server.native.upload_form import FormReader, boundary_of
+from sera_serve.server.native.upload_form import FORM_TYPE, FormReader, boundary_of, form_content
 from sera_serve.server.native.uploads import MissingField, UnknownField, receive_form
 from sera_serve.server.openai.errors import OpenAIRoute
 from sera_serve.server.strict import UnsupportedMediaType, media_type
@@ -31,23 +31,13 @@ _MAX_FILENAME = 255
 _FIELDS = ("file", "purpose")
 _REMEDY = "send multipart/form-data with the fields file (a file) and purpose (fine-tune)"
 _BLOCK_BYTES = 256 << 10
-_UPLOAD_FORM = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["file", "purpose"],
-                    "properties": {
-                        "file": {"type": "string", "format": "binary", "description": "JSONL: one row a line"},
-                        "purpose": {"type": "string", "enum": [PURPOSE], "description": "only fine-tune"},
-                    },
-                }
-            }
-        },
-    }
-}
+_UPLOAD_FORM = form_content(
+    ["file", "purpose"],
+    {
+        "file": {"type": "string", "format": "binary", "description": "JSONL: one row a line"},
+        "purpose": {"type": "string", "enum": [PURPOSE], "description": "only fine-tune"},
+    },
+)
 _CONTENT: dict[int | str, dict[str, Any]] = {
     200: {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}
 }
@@ -103,10 +93,10 @@ def scope_of(caller: Caller) -> str | None:
     return None if caller.sees_all else caller.tenant
 
 
-@router.post("/v1/files", openapi_extra=_UPLOAD_FORM)
+@router.post("/v1/files", openapi_extra={"requestBody": {"required": True, "content": _UPLOAD_FORM}})
 async def create_file(context: ContextOf) -> FileObject:
     """Keep a file of training rows. Each row has been checked when this answers."""
-    if media_type(context.request) != "multipart/form-data":
+    if media_type(context.request) != FORM_TYPE:
         raise UnsupportedMediaType(f"the body must be a form; {_REMEDY}", param="Content-Type")
     boundary = boundary_of(context.request.headers["content-type"], _REMEDY)
     async with receive_form(context.request, FormReader(boundary, {"file": None}, _REMEDY)) as form:
