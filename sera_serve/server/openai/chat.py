@@ -23,7 +23,7 @@ from sera_serve.server.openai.answers import (
 from sera_serve.server.openai.chat_schemas import ChatCompletion, ChatRequest
 from sera_serve.server.openai.errors import OpenAIRoute, translated_errors
 from sera_serve.server.openai.texts import ChatPrompt, Conversation, Texts, TextsOf, adapter_of
-from sera_serve.server.openai.tool_calls import Call, ToolCallParser, constraint_of_calls
+from sera_serve.server.openai.tool_calls import Call, ToolCallParser, constraint_of_calls, parser_of_calls
 from sera_serve.server.openapi import stream_of
 from sera_serve.server.sse import Admit, EventStream, EventWriter, encode_event
 
@@ -78,16 +78,9 @@ class ChatAnswer:
         self.body = body
         self.head = head
         self._principal = principal
-        names = [tool.function.name for tool in body.tools or ()]
-        most_calls = 1 if body.parallel_tool_calls is False else None
-        self._parsers = (
-            [
-                ToolCallParser(prompt.template.call_format, names, most_calls, body.is_forced)
-                for _ in range(body.choices)
-            ]
-            if body.has_tools
-            else None
-        )
+        self._parsers: list[ToolCallParser] | None = None
+        if body.has_tools:
+            self._parsers = [parser_of_calls(body, prompt.template.call_format) for _ in range(body.choices)]
         self._logprobs = [ChatLogprobList(texts.tokens) for _ in range(body.choices)] if body.logprobs else None
 
     def pieces(self, index: int, text: str) -> list[str | Call]:

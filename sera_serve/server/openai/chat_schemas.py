@@ -55,11 +55,8 @@ def _content(value: Any) -> Any:
     return "\n".join(texts)
 
 
-Content = Annotated[
-    str,
-    BeforeValidator(_content),
-    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}]}),
-]
+TEXT_OR_PARTS_SCHEMA = WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}]})
+Content = Annotated[str, BeforeValidator(_content), TEXT_OR_PARTS_SCHEMA]
 FunctionName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
 
 
@@ -202,6 +199,7 @@ class NamedFunction:
 
 ToolChoice = Literal["none", "auto", "required"] | NamedFunction
 """Whether the model may call a tool, or must; or the function that it must call."""
+TOOL_CHOICE_SCHEMA = WithJsonSchema({"anyOf": [{"enum": ["none", "auto", "required"]}, {"type": "object"}]})
 
 
 def _tool_choice(value: Any) -> Any:
@@ -321,14 +319,9 @@ class ChatRequest(GenerationFields, ToolUse):
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = Field(
         None, description=TOOLS_HELP
     )
-    tool_choice: (
-        Annotated[
-            ToolChoice,
-            BeforeValidator(_tool_choice),
-            WithJsonSchema({"anyOf": [{"enum": ["none", "auto", "required"]}, {"type": "object"}]}),
-        ]
-        | None
-    ) = Field(None, description=f'{TOOL_CHOICE_HELP} {{"type": "function", "function": {{"name": ...}}}}')
+    tool_choice: Annotated[ToolChoice, BeforeValidator(_tool_choice), TOOL_CHOICE_SCHEMA] | None = Field(
+        None, description=f'{TOOL_CHOICE_HELP} {{"type": "function", "function": {{"name": ...}}}}'
+    )
     parallel_tool_calls: bool | None = Field(None, description=PARALLEL_HELP)
     add_generation_prompt: bool | None = Field(None, description="begin the assistant's message; true by default")
     continue_final_message: bool | None = Field(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field, JsonValue, WithJsonSchema, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, JsonValue, model_validator
 
 from sera_serve.server.native.schemas import MAX_NEW_TOKENS
 from sera_serve.server.openai.chat_schemas import (
@@ -16,7 +16,9 @@ from sera_serve.server.openai.chat_schemas import (
     PARALLEL_HELP,
     SENT_BACK_HELP,
     TEMPLATE_VARIABLES_HELP,
+    TEXT_OR_PARTS_SCHEMA,
     TOOL_CHOICE_HELP,
+    TOOL_CHOICE_SCHEMA,
     TOOLS_HELP,
     CalledFunction,
     ChatTokenLogprob,
@@ -87,11 +89,7 @@ def _tool_choice(value: Any) -> Any:
     return NamedFunction(name)
 
 
-ItemText = Annotated[
-    str,
-    BeforeValidator(_parts),
-    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}]}),
-]
+ItemText = Annotated[str, BeforeValidator(_parts), TEXT_OR_PARTS_SCHEMA]
 
 
 class InputItem(RequestModel):
@@ -254,14 +252,9 @@ class ResponseRequest(SamplingFields, ToolUse):
     tools: Annotated[list[ResponseTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = Field(
         None, description=TOOLS_HELP
     )
-    tool_choice: (
-        Annotated[
-            ToolChoice,
-            BeforeValidator(_tool_choice),
-            WithJsonSchema({"anyOf": [{"enum": ["none", "auto", "required"]}, {"type": "object"}]}),
-        ]
-        | None
-    ) = Field(None, description=f'{TOOL_CHOICE_HELP} {{"type": "function", "name": ...}}')
+    tool_choice: Annotated[ToolChoice, BeforeValidator(_tool_choice), TOOL_CHOICE_SCHEMA] | None = Field(
+        None, description=f'{TOOL_CHOICE_HELP} {{"type": "function", "name": ...}}'
+    )
     parallel_tool_calls: bool | None = Field(None, description=PARALLEL_HELP)
     stream_options: Obfuscation | None = Field(None, description=STREAM_OPTIONS_HELP)
     chat_template_kwargs: TemplateVariables | None = Field(None, description=TEMPLATE_VARIABLES_HELP)

@@ -19,7 +19,7 @@ from sera_serve.server.openai.answers import ChatLogprobList, collect, to_json, 
 from sera_serve.server.openai.errors import OpenAIRoute
 from sera_serve.server.openai.response_schemas import ResponseObject, ResponseRequest
 from sera_serve.server.openai.texts import ChatPrompt, Conversation, Texts, TextsOf, adapter_of
-from sera_serve.server.openai.tool_calls import Call, ToolCallParser, constraint_of_calls
+from sera_serve.server.openai.tool_calls import Call, constraint_of_calls, parser_of_calls
 from sera_serve.server.openapi import stream_of
 from sera_serve.server.sse import Admit, EventStream, EventWriter, within
 
@@ -178,14 +178,7 @@ class ResponseAnswer:
         self._principal = principal
         self._repeated = to_json(_repeated(body))
         self._logprobs = ChatLogprobList(texts.tokens) if body.has_logprobs else None
-        self._parser: ToolCallParser | None = None
-        if body.has_tools:
-            self._parser = ToolCallParser(
-                prompt.template.call_format,
-                [function.name for function in body.functions],
-                1 if body.parallel_tool_calls is False else None,
-                body.is_forced,
-            )
+        self._parser = parser_of_calls(body, prompt.template.call_format) if body.has_tools else None
 
     def add_logprobs(self, index: int, delta: TokenDelta) -> None:
         """Take the log-probabilities of the answer's tokens."""

@@ -128,6 +128,12 @@ class ToolCallParser:
         return [call]
 
 
+def parser_of_calls(use: ToolUse, call_format: CallFormat) -> ToolCallParser:
+    """Return the parser of one answer to a request that has tools; arguments as `constraint_of_calls`."""
+    names = [function.name for function in use.functions]
+    return ToolCallParser(call_format, names, 1 if use.parallel_tool_calls is False else None, use.is_forced)
+
+
 def constraint_of_calls(use: ToolUse, call_format: CallFormat) -> ConstraintSpec | None:
     """Return the constraint of an answer that may have calls, or None for any text.
 
@@ -234,9 +240,7 @@ def _may_be_calls(text: str) -> bool:
     """Whether a text that begins so may be calls alone."""
     start = text.lstrip()
     for marker in _MARKERS:
-        if start.startswith(marker):
-            return True
-        if marker.startswith(start):
+        if start.startswith(marker) or marker.startswith(start):
             return True
     if start[0] not in "[{":
         return False
