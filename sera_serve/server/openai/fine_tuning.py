@@ -38,7 +38,13 @@ from sera_serve.server.openai.fine_tuning_schemas import (
     JobQuery,
     SupervisedMethod,
 )
-from sera_serve.server.openai.job_events import JobEventStream, event_object, event_seq
+from sera_serve.server.openai.job_events import (
+    CHECKPOINT_PREFIX,
+    EVENT_PREFIX,
+    JobEventStream,
+    event_object,
+    number_after,
+)
 from sera_serve.server.openai.texts import adapter_of
 from sera_serve.server.openapi import stream_of
 from sera_serve.server.training import DEFAULT_TENANT, Training
@@ -111,7 +117,7 @@ async def list_events(
     job_id: JobPath, query: Annotated[EventQuery, Query()], context: ContextOf
 ) -> JobEventList | Response:
     """The events of a job, the newest first; or as they come, the oldest first."""
-    after = event_seq(query.after)
+    after = number_after(query.after, EVENT_PREFIX, "an event")
     if query.stream:
         if "limit" in query.model_fields_set:
             raise InvalidRequest("a stream has all events; leave limit out", param="limit")
@@ -130,7 +136,7 @@ async def list_events(
 @router.get("/v1/fine_tuning/jobs/{job_id}/checkpoints")
 async def list_checkpoints(job_id: JobPath, query: Annotated[JobQuery, Query()], context: ContextOf) -> CheckpointList:
     """The ends of a job's epochs with their metrics, the newest first."""
-    after = _number(query.after, "ftckpt")
+    after = number_after(query.after, CHECKPOINT_PREFIX, "the last item of the page")
     found, has_more = await context.run(
         context.executors.changing,
         context.training.jobs.checkpoints,
@@ -141,7 +147,7 @@ async def list_checkpoints(job_id: JobPath, query: Annotated[JobQuery, Query()],
     )
     data = [
         CheckpointObject(
-            id=f"ftckpt-{held.step}",
+            id=f"{CHECKPOINT_PREFIX}{held.step}",
             created_at=int(held.created_at),
             fine_tuned_model_checkpoint=held.model,
             fine_tuning_job_id=job_id,
@@ -374,15 +380,6 @@ def _cancel(context: RequestContext, job_id: str) -> Job:
     job = context.training.jobs.cancel(job_id, scope_of(context.caller))
     context.record("job.cancel", job.tenant, job.id)
     return job
-
-
-def _number(after: str | None, prefix: str) -> int | None:
-    if after is None:
-        return None
-    digits = after.removeprefix(f"{prefix}-")
-    if digits == after or not digits.isdecimal() or len(digits) > 9:
-        raise InvalidRequest(f"after is {after!r}; send the id of the last item of the page", param="after")
-    return int(digits)
 
 
 def _second(at: float | None) -> int | None:

@@ -18,7 +18,7 @@ from sera_serve.server.sse import DONE, encode_event
 from sera_serve.server.training import Training
 from sera_serve.threads import BoundedExecutor
 
-_PREFIX = "ftevent-"
+EVENT_PREFIX, CHECKPOINT_PREFIX = "ftevent-", "ftckpt-"
 _AT_ONCE = 100
 _LOOK_S = 0.5
 # Proxies end a connection that is silent for a minute.
@@ -29,7 +29,7 @@ _COMMENT = b": the job has no news\n\n"
 def event_object(event: JobEvent) -> JobEventObject:
     """An event as clients read it."""
     return JobEventObject(
-        id=f"{_PREFIX}{event.seq}",
+        id=f"{EVENT_PREFIX}{event.seq}",
         created_at=int(event.created_at),
         level=event.level,
         message=event.message,
@@ -38,17 +38,13 @@ def event_object(event: JobEvent) -> JobEventObject:
     )
 
 
-def event_seq(event_id: str | None) -> int | None:
-    """The number of an event's id.
-
-    Raises:
-        InvalidRequest: It is no id of an event.
-    """
-    if event_id is None:
+def number_after(after: str | None, prefix: str, item: str) -> int | None:
+    """The number in the id that a page begins after; raises InvalidRequest for another text than the id of `item`."""
+    if after is None:
         return None
-    digits = event_id.removeprefix(_PREFIX)
-    if digits == event_id or not digits.isdecimal() or not digits.isascii() or len(digits) > 9:
-        raise InvalidRequest(f"after is {event_id!r}; send the id of an event", param="after")
+    digits = after.removeprefix(prefix)
+    if digits == after or not digits.isdecimal() or not digits.isascii() or len(digits) > 9:
+        raise InvalidRequest(f"after is {after!r}; send the id of {item}", param="after")
     return int(digits)
 
 
