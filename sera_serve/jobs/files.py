@@ -7,6 +7,7 @@ import hashlib
 import io
 import os
 import secrets
+import shutil
 import sqlite3
 import time
 from collections.abc import Callable
@@ -25,12 +26,12 @@ MAX_FILES = 1000
 """Files that one tenant may upload."""
 Purpose = Literal["fine-tune", "fine-tune-results"]
 FileKind = RowKind | Literal["metrics"]
-_UNFINISHED = "('validating_files', 'queued', 'running')"
+UNFINISHED = "('validating_files', 'queued', 'running')"
+"""The statuses of jobs that have not finished, for SQL."""
 _COLUMNS = "id, tenant, filename, purpose, bytes, sha256, kind, rows, created_at, number, job, labels"
 # The database of an older release may have no such table yet.
 _HAS_FILES = "SELECT count(*) FROM sqlite_master WHERE type = 'table' AND name = 'files'"
 _PART = ".part"
-_BLOCK_BYTES = 1 << 20
 
 
 class TrainingFileNotFound(SeraServeError):
@@ -252,7 +253,7 @@ class TrainingFiles:
         file = self.get(file_id, tenant)
         with self._database.writing() as connection:
             used = connection.execute(
-                f"SELECT id FROM jobs WHERE status IN {_UNFINISHED} AND ? IN (training_file, validation_file)",
+                f"SELECT id FROM jobs WHERE status IN {UNFINISHED} AND ? IN (training_file, validation_file)",
                 (file_id,),
             ).fetchone()
             if used is not None:
@@ -396,8 +397,7 @@ def missing_file(file_id: str, param: str) -> TrainingFileMissing:
 
 def _copy(source: BinaryIO, target: BinaryIO) -> None:
     source.seek(0)
-    while block := source.read(_BLOCK_BYTES):
-        target.write(block)
+    shutil.copyfileobj(source, target)
     target.flush()
     os.fsync(target.fileno())
 

@@ -15,7 +15,7 @@ from adapters_store import BaseInfo
 from sera_serve.access import AccessDatabase
 from sera_serve.errors import Overloaded, SeraServeError
 from sera_serve.jobs.cursors import keep_place, place_of
-from sera_serve.jobs.files import no_file
+from sera_serve.jobs.files import UNFINISHED, no_file
 from sera_serve.jobs.spec import JobSpec
 
 JobStatus = Literal["validating_files", "queued", "running", "succeeded", "failed", "cancelled"]
@@ -27,7 +27,6 @@ MAX_UNFINISHED = 100
 _MAX_KEPT = 1000
 _MAX_EVENTS = 2000
 _MAX_MESSAGE = 2000
-_UNFINISHED = "('validating_files', 'queued', 'running')"
 _COLUMNS = (
     "id, tenant, status, spec, metadata, training_file, validation_file, key_id, created_at, started_at, finished_at, "
     "estimated_finish, kills, progress_read, trained_tokens, fine_tuned_model, error, number, base, "
@@ -374,7 +373,7 @@ class Jobs:
                 # Later than the last one, also where the clock was set back: the order decides whose turn is next.
                 f"UPDATE jobs SET status = ?, started_at = CASE WHEN ? = 'running' THEN coalesce(started_at, "
                 "max(?, (SELECT coalesce(max(started_at), 0) + 0.001 FROM jobs))) END, starts = starts + ? "
-                f"WHERE id = ? AND status IN {_UNFINISHED}",
+                f"WHERE id = ? AND status IN {UNFINISHED}",
                 (status, status, time.time(), status == "running", job_id),
             )
             if done.rowcount == 0:
@@ -414,7 +413,7 @@ class Jobs:
             done = connection.execute(
                 f"UPDATE jobs SET progress_read = ?, estimated_finish = coalesce(?, estimated_finish), "
                 "starts_at_checkpoint = CASE WHEN ? THEN starts ELSE starts_at_checkpoint END "
-                f"WHERE id = ? AND progress_read < ? AND status IN {_UNFINISHED}",
+                f"WHERE id = ? AND progress_read < ? AND status IN {UNFINISHED}",
                 (read, estimated_finish, has_saved, job_id, read),
             )
             if done.rowcount:
@@ -456,7 +455,7 @@ class Jobs:
     def adopt(self) -> None:
         """Take the jobs of older releases, which did not note their base, for jobs of this one."""
         # Unfinished ones, which an index finds: this is asked in each round. Finished ones are cleared without a base.
-        which = f"base IS NULL AND status IN {_UNFINISHED}"
+        which = f"base IS NULL AND status IN {UNFINISHED}"
         with self._database.reading() as connection:
             if connection.execute(f"SELECT 1 FROM jobs WHERE {which}").fetchone() is None:
                 return
@@ -502,7 +501,7 @@ def _has(held: dict[str, str], wanted: Mapping[str, str]) -> bool:
 
 
 def _unfinished(connection: sqlite3.Connection, tenant: str) -> int:
-    query = f"SELECT count(*) FROM jobs WHERE tenant = ? AND status IN {_UNFINISHED}"
+    query = f"SELECT count(*) FROM jobs WHERE tenant = ? AND status IN {UNFINISHED}"
     (count,) = connection.execute(query, (tenant,)).fetchone()
     return int(count)
 
@@ -510,7 +509,7 @@ def _unfinished(connection: sqlite3.Connection, tenant: str) -> int:
 def _finish(connection: sqlite3.Connection, job_id: str, status: JobStatus, values: Mapping[str, Any]) -> bool:
     given = {"status": status, "finished_at": time.time(), "estimated_finish": None, **values}
     assigned = ", ".join(f"{name} = ?" for name in given)
-    query = f"UPDATE jobs SET {assigned} WHERE id = ? AND status IN {_UNFINISHED}"
+    query = f"UPDATE jobs SET {assigned} WHERE id = ? AND status IN {UNFINISHED}"
     return connection.execute(query, (*given.values(), job_id)).rowcount > 0
 
 

@@ -52,7 +52,6 @@ _SHAPES = (
 _SPAN_KEYS = {"start", "end", "label"}
 # Python code holds the interpreter's lock, which the engine needs: the check rests for as long as it works.
 _WORK_S = 0.005
-_BLOCK_BYTES = 1 << 20
 
 
 class InvalidTrainingFile(SeraServeError):
@@ -133,11 +132,8 @@ def check_rows(file: BinaryIO) -> CheckedRows:
 
 def sha256_of(path: Path) -> str:
     """Hexadecimal SHA-256 of a file. Blocks; raises OSError."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(_BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _parsed(content: bytes, rows: int, number: int, problems: Problems) -> Row | None:

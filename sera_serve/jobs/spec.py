@@ -12,7 +12,8 @@ from adapters_store import AdapterConfig, BaseInfo, ModuleSpec
 from sera_serve.base import Quantize
 from sera_serve.errors import InvalidConfiguration
 from sera_serve.jobs.rows import KINDS, JobTask, RowKind
-from sera_serve.trainer import initial
+from sera_serve.trainer.initial import check_initial
+from sera_serve.trainer.initial import method_of as method_of
 from sera_serve.trainer.methods import DEFAULT_METHOD, METHODS, Method
 from sera_serve.trainer.option_text import flag
 from sera_serve.trainer.packages import check_packages
@@ -216,7 +217,7 @@ def check_spec(
 
 def _checked(spec: JobSpec, kept: AdapterConfig, settings: TrainSettings) -> AdapterConfig:
     try:
-        initial.check_initial(spec.model, kept, settings)
+        check_initial(spec.model, kept, settings)
     except InvalidConfiguration as error:
         raise InvalidConfiguration(error.message, param="model") from error
     return kept
@@ -248,11 +249,6 @@ def _check_kept(spec: JobSpec) -> None:
                 "out",
                 param=name,
             )
-
-
-def method_of(config: AdapterConfig) -> str:
-    """The trainer's name of the method of an adapter."""
-    return initial.method_of(config)
 
 
 def _columns(kind: RowKind) -> dict[str, Any]:
