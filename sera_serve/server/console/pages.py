@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.resources
 from dataclasses import dataclass
 from functools import cache
-from importlib.resources.abc import Traversable
+from pathlib import Path
 
 from fastapi import APIRouter, HTTPException, Request, Response
 from fastapi.concurrency import run_in_threadpool
@@ -74,24 +73,14 @@ async def console_file(file: str, request: Request) -> Response:
 @cache
 def static_files() -> dict[str, StaticFile]:
     """Return the files of the page by their path below `/console/`. Read once; no name of a client is ever a path."""
-    root = importlib.resources.files("sera_serve.server.console")
+    root = Path(__file__).parent
     found = {}
-    for name, file in (*_walk(root, ""), *(pair for folder in _FOLDERS for pair in _walk(root / folder, f"{folder}/"))):
-        media_type = _MEDIA_TYPES.get(name[name.rfind(".") :])
+    for path in (*root.iterdir(), *(path for folder in _FOLDERS for path in (root / folder).rglob("*"))):
+        media_type = _MEDIA_TYPES.get(path.suffix)
         if media_type is not None:
-            content = file.read_bytes()
-            found[name] = StaticFile(content, media_type, f'"{hashlib.sha256(content).hexdigest()}"')
-    return found
-
-
-def _walk(folder: Traversable, prefix: str) -> list[tuple[str, Traversable]]:
-    """The files of a folder; below the top folder, those of its folders too."""
-    found: list[tuple[str, Traversable]] = []
-    for entry in folder.iterdir():
-        if entry.is_file():
-            found.append((f"{prefix}{entry.name}", entry))
-        elif prefix:
-            found += _walk(entry, f"{prefix}{entry.name}/")
+            content = path.read_bytes()
+            etag = f'"{hashlib.sha256(content).hexdigest()}"'
+            found[path.relative_to(root).as_posix()] = StaticFile(content, media_type, etag)
     return found
 
 
