@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import cast
 
 from fastapi import Request
 from starlette.datastructures import State
@@ -299,8 +298,3 @@ class Accounting:
         meter = self.enter(request.state, principal.tenant)
         priority = self._quotas.priority(principal.tenant, asked)
         return Account(self._metrics, meter, principal, priority, request.state.record, self._generating)
-
-
-def accounting_of(request: Request) -> Accounting:
-    """Return what opens the accounts of an app's requests."""
-    return cast(Accounting, request.app.state.accounting)

@@ -15,7 +15,7 @@ from starlette.types import Scope
 
 from adapters_store import parse_json
 from sera_serve.errors import InvalidRequest, SeraServeError
-from sera_serve.server.accounting import accounting_of
+from sera_serve.server.accounting import Accounting
 from sera_serve.server.auth import caller_of, check_scope
 from sera_serve.server.scopes import needed_scope
 
@@ -140,7 +140,8 @@ class StrictRoute(APIRoute):
             check_scope(caller, needed)
             if needed == "infer" and caller.tenant is not None:
                 # Before the body is read. Without keys, the body tells the tenant.
-                accounting_of(request).enter(request.state, caller.tenant)
+                accounting: Accounting = request.app.state.accounting
+                accounting.enter(request.state, caller.tenant)
             content_type = _check_headers(request)
             if not reads_body:
                 refuse_body(request.scope)

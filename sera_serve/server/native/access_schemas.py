@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from adapters_store import Task
-from sera_serve.access import CreatedKey, Key, Scope
+from sera_serve.access import Key, Scope
 from sera_serve.access.keys import MAX_LIFETIME_S, MAX_NAME
 from sera_serve.server.native.schemas import MAX_REFERENCE
 from sera_serve.server.strict import RequestModel, with_example
@@ -61,11 +61,6 @@ class NewKey(KeyDetail):
     """Response body of `POST /v1/keys`. The secret is shown this once."""
 
     secret: str
-
-    @classmethod
-    def with_secret(cls, made: CreatedKey) -> NewKey:
-        """Describe a new key."""
-        return cls(**made.key.described(), secret=made.secret)
 
 
 class KeyQuery(BaseModel):

@@ -68,7 +68,7 @@ async def classify(body: ClassifyRequest, context: ContextOf) -> Response:
         each = context.engine.classify_each(body.adapters, body.inputs, *options)
         results = await context.finish(each)
         account.count_classified(results)
-        answer = ClassifyEachResponse.of(results)
+        answer = ClassifyEachResponse(adapters=[ClassifyResponse.of(result) for result in results])
     else:
         assert body.adapter is not None
         account = context.open_account(context.caller.principal(body.adapter), _asked(body))

@@ -73,7 +73,7 @@ def _create(body: KeyRequest, context: RequestContext) -> NewKey:
     access.refresh()
     scopes = ",".join(sorted(made.key.scopes))
     context.record("key.create", made.key.tenant, made.key.id, scopes=scopes, expires_at=made.key.expires_at)
-    return NewKey.with_secret(made)
+    return NewKey(**made.key.described(), secret=made.secret)
 
 
 def _revoke(identifier: str, context: RequestContext) -> KeyDetail:

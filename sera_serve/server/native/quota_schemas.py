@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, Field
 
-from sera_serve.access import MAX_LIMIT, Quota, QuotaPriority
+from sera_serve.access import MAX_LIMIT, QuotaPriority
 from sera_serve.server.strict import RequestModel, with_example
 
 Amount = Annotated[int, Field(ge=0, le=MAX_LIMIT)]
@@ -22,11 +22,6 @@ class QuotaLimits(BaseModel):
     requests_in_flight: int | None
     training_jobs: int | None
     max_priority: QuotaPriority | None
-
-    @classmethod
-    def of(cls, quota: Quota) -> QuotaLimits:
-        """Describe a quota."""
-        return cls(**quota.as_json())  # type: ignore[arg-type]
 
 
 class QuotaUsage(BaseModel):

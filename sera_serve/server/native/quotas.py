@@ -72,7 +72,8 @@ def _detail(context: RequestContext, tenant: str, live: Live) -> QuotaDetail:
         tokens_this_minute=tokens,
         training_jobs=context.training.jobs.unfinished(tenant),
     )
-    return QuotaDetail(tenant=tenant, limits=QuotaLimits.of(context.quotas.of(tenant)), usage=usage)
+    limits = QuotaLimits.model_validate(context.quotas.of(tenant).as_json())
+    return QuotaDetail(tenant=tenant, limits=limits, usage=usage)
 
 
 def _list(context: RequestContext, live: dict[str, Live]) -> bytes:

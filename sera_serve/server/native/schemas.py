@@ -35,7 +35,6 @@ from sera_serve.engine import (
     TokenDelta,
     WeightedAdapter,
 )
-from sera_serve.server.native.inputs import MAX_INPUTS as MAX_INPUTS
 from sera_serve.server.native.inputs import ClassifyInputs
 from sera_serve.server.native.sampling import MAX_TOKEN_ID as MAX_TOKEN_ID
 from sera_serve.server.native.sampling import (
@@ -323,7 +322,7 @@ class GenerateEvents(EventWriter):
 
     def final(self, index: int, stream: GenerationStream, result: GenerationResult) -> bytes:
         """The event at the end of one answer."""
-        usage = _usage(result).model_dump()
+        usage = {"prompt_tokens": result.prompt_tokens, "completion_tokens": result.completion_tokens}
         content: dict[str, Any] = {"text": "", "token_ids": [], "finish_reason": result.finish_reason, "usage": usage}
         if result.stop_reason is not None:
             content["stop_reason"] = result.stop_reason
@@ -334,10 +333,6 @@ class GenerateEvents(EventWriter):
         if self._params.n > 1:
             event["index"] = index
         return encode_event(event | content)
-
-
-def _usage(result: GenerationResult) -> Usage:
-    return Usage(prompt_tokens=result.prompt_tokens, completion_tokens=result.completion_tokens)
 
 
 class ClassifyRequest(RequestModel):
@@ -444,11 +439,6 @@ class ClassifyEachResponse(BaseModel):
     """Response body of `POST /v1/classify` with `adapters`. The answers are in the order of the adapters."""
 
     adapters: list[ClassifyResponse]
-
-    @classmethod
-    def of(cls, results: Sequence[ClassifyResult]) -> ClassifyEachResponse:
-        """Return the body for a finished classification by several adapters."""
-        return cls(adapters=[ClassifyResponse.of(result) for result in results])
 
 
 class LoadLoraRequest(RequestModel):

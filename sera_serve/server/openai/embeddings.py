@@ -58,19 +58,17 @@ def _inputs(value: Any) -> list[str | ImageInput] | list[list[int]]:
         return [
             _text_or_image(item, f"input[{index}]" if len(value) > 1 else "input") for index, item in enumerate(value)
         ]
-    kind = type(value[0])
     tokens = 0
     for index, item in enumerate(value):
         place = f"input[{index}]" if len(value) > 1 else "input"
-        if type(item) is not kind or not item:
+        if not isinstance(item, list) or not item:
             alike = ", as the first input is," if index else ""
             raise refusal(f"{place} must be a list of tokens{alike} and not empty", place)
-        if isinstance(item, list):
-            tokens += len(item)
-            if tokens > MAX_TOKENS:
-                raise refusal(f"the inputs have more than {MAX_TOKENS} tokens; send fewer in one request", "input")
-            if not all(type(token) is int and 0 <= token <= MAX_TOKEN_ID for token in item):
-                raise refusal(f"{place} must have integers of 0 to {MAX_TOKEN_ID}, the ids of tokens", place)
+        tokens += len(item)
+        if tokens > MAX_TOKENS:
+            raise refusal(f"the inputs have more than {MAX_TOKENS} tokens; send fewer in one request", "input")
+        if not all(type(token) is int and 0 <= token <= MAX_TOKEN_ID for token in item):
+            raise refusal(f"{place} must have integers of 0 to {MAX_TOKEN_ID}, the ids of tokens", place)
     inputs: list[list[int]] = value
     return inputs
 
