@@ -92,7 +92,7 @@ def release(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
 def test_texts_of_one_tenant_hold_up_no_other(served: Served, release: threading.Event, route: str) -> None:
     greedy, modest = (served.clients[tenant] for tenant in TENANTS)
     path, body = texts_requests("greedy", HELD_TEXT, HELD_TOKEN)[route]
-    executor = served.app.state.texts._executor
+    executor = served.app.state.texts.executor
     with ThreadPoolExecutor(4) as threads:
         held = [threads.submit(greedy.post, path, json=body) for _ in range(4)]
         try:

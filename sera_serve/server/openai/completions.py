@@ -61,7 +61,7 @@ async def completions(body: CompletionRequest, context: ContextOf, texts: TextsO
         for prompt in body.prompt:
             if not isinstance(prompt, str):
                 check_token_count(prompt, context.engine, "prompt")
-        work = texts.run(principal.tenant, _prompt_texts, texts, body.prompt)
+        work = texts.executor.run_in_turn(principal.tenant, _prompt_texts, texts, body.prompt)
         echoed = await context.finish(work)
     if body.stream:
         events = CompletionEvents(body, head, principal, echoed, texts)
@@ -163,7 +163,7 @@ async def _complete(
         for index, result in enumerate(results):
             prompt = prompts[index // body.choices]
             deltas = late.pop(index, [])
-            lists[index] = await texts.run(principal.tenant, _echoed, texts, prompt, result, deltas)
+            lists[index] = await texts.executor.run_in_turn(principal.tenant, _echoed, texts, prompt, result, deltas)
     choices = []
     for index, result in enumerate(results):
         text, reason = ("", "length") if body.max_tokens == 0 else (result.text, result.finish_reason)

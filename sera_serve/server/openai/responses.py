@@ -55,7 +55,7 @@ async def responses(body: ResponseRequest, context: ContextOf, texts: TextsOf) -
         messages=body.messages(), tools=tools if body.has_tools else (), variables=body.chat_template_kwargs
     )
     with _own_names():
-        work = texts.run(principal.tenant, texts.prompt_to_answer, conversation, adapter)
+        work = texts.executor.run_in_turn(principal.tenant, texts.prompt_to_answer, conversation, adapter)
         prompt = await context.finish(work)
         constraint = constraint_of_calls(body, prompt.template.call_format)
     params = body.params(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, Any, ParamSpec, TypeVar, cast
+from typing import Annotated, Any, cast
 
 from fastapi import Depends, Request
 
@@ -19,8 +19,6 @@ from sera_serve.server.openai.chat_schemas import Message, Tool
 from sera_serve.server.openai.token_texts import TokenTexts
 from sera_serve.threads import BoundedExecutor
 
-P = ParamSpec("P")
-T = TypeVar("T")
 # Rendering and tokenizing leave the interpreter's lock to others for most of their time.
 _THREADS, _MAX_WAITING = 2, 256
 _MAX_TEMPLATES = 1024
@@ -61,13 +59,17 @@ class ChatPrompt:
 
 
 class Texts:
-    """Renders, tokenizes and names tokens for one app."""
+    """Renders, tokenizes and names tokens for one app.
+
+    Attributes:
+        executor: Its threads. A tenant's own template may take a second of the processor, so tenants take turns.
+    """
 
     def __init__(self, engine: ServingEngine, store: AdapterStore) -> None:
         """Start no thread and no process yet."""
         self._engine = engine
         self._store = store
-        self._executor = BoundedExecutor("rendering", _THREADS, _MAX_WAITING, max_waiting_of_owner=_MAX_WAITING // 2)
+        self.executor = BoundedExecutor("rendering", _THREADS, _MAX_WAITING, max_waiting_of_owner=_MAX_WAITING // 2)
         self._lock = threading.Lock()
         self._templates: OrderedDict[str, str | None] = OrderedDict()
         self._renderer: ChatRenderer | None = None
@@ -84,18 +86,6 @@ class Texts:
     def tokens(self) -> TokenTexts:
         """Names tokens."""
         return TokenTexts(self._engine.base.tokenizer)
-
-    async def run(self, tenant: str, work: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
-        """Run a function on a thread of texts, one at a time for each tenant.
-
-        A tenant's own template may take a second of the processor. The tenants take turns, so that the renders of one
-        hold up nobody else.
-
-        Raises:
-            Overloaded: Too many calls wait.
-            TenantOverloaded: Too many calls of the tenant wait.
-        """
-        return cast(T, await self._executor.run_in_turn(tenant, work, *arguments, **named))
 
     def prompt_to_answer(self, conversation: Conversation, adapter: str | None) -> ChatPrompt:
         """`chat_prompt` for a model that is to generate. Blocks.
@@ -160,7 +150,7 @@ class Texts:
 
     def close(self) -> None:
         """Begin no more work, and end the processes."""
-        self._executor.close()
+        self.executor.close()
         if self._renderer is not None:
             self._renderer.close()
 

@@ -80,7 +80,7 @@ async def tokenize(body: TokenizeRequest, context: ContextOf, texts: TextsOf) ->
     """The tokens of a text, or of a conversation as the model's chat template writes it."""
     adapter, tenant = _entered(body.model, context)
     with translated_errors("prompt" if body.messages is None else "messages"):
-        work = texts.run(tenant, _tokenize, body, adapter, context, texts)
+        work = texts.executor.run_in_turn(tenant, _tokenize, body, adapter, context, texts)
         content = await context.finish(work)
     return Response(content, media_type="application/json")
 
@@ -90,7 +90,7 @@ async def detokenize(body: DetokenizeRequest, context: ContextOf, texts: TextsOf
     """The text of tokens. Special tokens are part of the text."""
     _, tenant = _entered(body.model, context)
     check_token_count(body.tokens, context.engine, "tokens")
-    text = await context.finish(texts.run(tenant, texts.decode, body.tokens))
+    text = await context.finish(texts.executor.run_in_turn(tenant, texts.decode, body.tokens))
     return DetokenizeResponse(prompt=text)
 
 
