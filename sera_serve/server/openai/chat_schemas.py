@@ -344,7 +344,7 @@ class ChatRequest(GenerationFields, ToolUse):
             raise refusal(
                 "continue_final_message is true, and the last message is not an assistant's", "continue_final_message"
             )
-        self.check_tools(self.form is not None)
+        self.check_tools(self._form is not None)
         self._check_tool_messages()
         return self
 

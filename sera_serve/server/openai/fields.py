@@ -94,6 +94,7 @@ class StreamOptions(Obfuscation):
 class SamplingFields(RequestModel):
     """The fields of every route that generates. Null is the same as absence."""
 
+    # What the text must conform to, or None for any text.
     _form: ConstraintSpec | None = PrivateAttr(None)
     # By name: the values that ask for nothing, and why other values are refused.
     unsupported: ClassVar[Mapping[str, tuple[tuple[Any, ...], str]]] = {}
@@ -190,11 +191,6 @@ class SamplingFields(RequestModel):
             )
 
     @property
-    def form(self) -> ConstraintSpec | None:
-        """What the text must conform to, or None for any text."""
-        return self._form
-
-    @property
     def choices(self) -> int:
         """How many answers each prompt gets."""
         return 1
@@ -233,7 +229,7 @@ class SamplingFields(RequestModel):
             ignore_eos=bool(self.ignore_eos),
             min_tokens=self.min_tokens or 0,
             n=self.choices,
-            constraint=constraint or self.form,
+            constraint=constraint or self._form,
             priority=self.priority or "normal",
             timeout_s=self.timeout_s,
             cache_salt=self.cache_salt,

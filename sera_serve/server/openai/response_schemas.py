@@ -266,7 +266,7 @@ class ResponseRequest(SamplingFields, ToolUse):
             text_format, self.regex, self.grammar, field="text.format", schema_field="text.format.schema"
         )
         self.check_stream_options(self.stream_options)
-        self.check_tools(self.form is not None)
+        self.check_tools(self._form is not None)
         if self.top_logprobs and not self.has_logprobs:
             raise refusal(f'top_logprobs is given without include; send include: ["{_LOGPROBS}"]', "top_logprobs")
         if self.has_logprobs and self.has_tools:
