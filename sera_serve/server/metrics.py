@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import accumulate
 
@@ -127,6 +127,13 @@ class ServerMetrics:
         return generate_latest(self.registry)
 
 
+def _by_label(family: CounterMetricFamily | GaugeMetricFamily, values: Iterable[tuple[str, float]]) -> Metric:
+    """Give a family its values by its one label."""
+    for label, value in values:
+        family.add_metric([label], value)
+    return family
+
+
 class LoopMetrics(Collector):
     """Metrics of the engine's loops, read at each scrape."""
 
@@ -167,14 +174,8 @@ class JobMetrics(Collector):
             counts = self._reading.result(_JOB_COUNTS_S)
         except (SeraServeError, TimeoutError):
             return
-        jobs = GaugeMetricFamily(
-            "sera_training_jobs",
-            "Training jobs of all tenants by status; of finished ones those that are remembered.",
-            labels=["status"],
-        )
-        for status, count in counts.items():
-            jobs.add_metric([status], count)
-        yield jobs
+        text = "Training jobs of all tenants by status; of finished ones those that are remembered."
+        yield _by_label(GaugeMetricFamily("sera_training_jobs", text, labels=["status"]), counts.items())
 
 
 class ResidencyMetrics(Collector):
@@ -187,14 +188,8 @@ class ResidencyMetrics(Collector):
     def collect(self) -> Iterator[Metric]:
         """The metrics at this moment."""
         stats = self._read()
-        hits = CounterMetricFamily(
-            "sera_adapter_hits",
-            "Leases granted to requests, by the tier that the adapter was found in.",
-            labels=["tier"],
-        )
-        for tier, count in stats.granted.items():
-            hits.add_metric([tier], count)
-        yield hits
+        text = "Leases granted to requests, by the tier that the adapter was found in."
+        yield _by_label(CounterMetricFamily("sera_adapter_hits", text, labels=["tier"]), stats.granted.items())
         loads = HistogramMetricFamily(
             "sera_adapter_load_seconds",
             "Seconds to read, pack and copy an adapter, without the wait for room, by the tier that it came from.",
@@ -205,14 +200,9 @@ class ResidencyMetrics(Collector):
             counts = accumulate(times.counts)
             loads.add_metric([tier], list(zip(bounds, counts, strict=True)), times.seconds)
         yield loads
-        failures = CounterMetricFamily(
-            "sera_adapter_load_failures",
-            "Loads of adapters that failed: gone if the adapter was deleted meanwhile, error for any other reason.",
-            labels=["reason"],
-        )
-        for reason, count in stats.failed_loads.items():
-            failures.add_metric([reason], count)
-        yield failures
+        text = "Loads of adapters that failed: gone if the adapter was deleted meanwhile, error for any other reason."
+        failures = CounterMetricFamily("sera_adapter_load_failures", text, labels=["reason"])
+        yield _by_label(failures, stats.failed_loads.items())
         yield CounterMetricFamily(
             "sera_adapter_evictions",
             "Adapters that left the device to make room for others.",
