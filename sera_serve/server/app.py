@@ -15,6 +15,7 @@ from sera_serve.engine import ServingEngine
 from sera_serve.errors import InvalidConfiguration
 from sera_serve.server import console, docs_page, health, native, openai, openapi, stats
 from sera_serve.server.accounting import Accounting
+from sera_serve.server.auth_middleware import KeyAuthentication
 from sera_serve.server.browsers import (
     CROSS_ORIGIN_METHODS,
     BrowserGuard,
@@ -23,7 +24,6 @@ from sera_serve.server.browsers import (
     is_loopback,
 )
 from sera_serve.server.deps import Executors
-from sera_serve.server.door import KeyDoor
 from sera_serve.server.errors import SHOULD_RETRY, add_error_handlers
 from sera_serve.server.freed_memory import MemoryTrimmer
 from sera_serve.server.loop_watch import LoopWatch
@@ -126,7 +126,7 @@ def build_app(
         max_file=settings.max_training_file_mib << 20,
         max_image=None if engine.base.image_tower is None else settings.max_image_bytes,
     )
-    app.add_middleware(KeyDoor, access=access)
+    app.add_middleware(KeyAuthentication, access=access)
     app.add_middleware(HeadAndOptions, routes=app.state.routes)
     rules = BrowserRules(settings)
     if origins := rules.cors_origins():

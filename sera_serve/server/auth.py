@@ -1,4 +1,4 @@
-"""Authentication: decides at the door who sent a request, and which adapters the sender may name."""
+"""Who sent a request, and which adapters the sender may name."""
 
 from __future__ import annotations
 
@@ -226,5 +226,5 @@ def check_scope(caller: Caller, needed: str) -> None:
 
 
 def caller_of(request: Request) -> Caller:
-    """Return who sent a request. The app must have a `KeyDoor`."""
+    """Return who sent a request. The app must have a `KeyAuthentication`."""
     return cast(Caller, request.state.caller)

@@ -1,4 +1,4 @@
-"""The door: finds out who sent each request, before anything else of the request is read."""
+"""Authentication as middleware: who sent a request, before anything else of the request is read."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sera_serve.server.errors import error_response
 from sera_serve.server.scopes import is_open
 
 
-class KeyDoor:
+class KeyAuthentication:
     """Finds out who sent each request, before its body is read. `Caller` is then in the request's state."""
 
     def __init__(self, app: ASGIApp, access: AccessControl) -> None:
