@@ -24,7 +24,7 @@ from sera_serve.server.native.schemas import (
 from sera_serve.server.native.upload_form import form_content
 from sera_serve.server.native.uploads import Upload, receive_upload
 from sera_serve.server.strict import StrictRoute
-from sera_serve.server.visible import visible_page
+from sera_serve.server.visible_adapters import visible_page
 from sera_serve.threads import pause
 
 router = APIRouter(route_class=StrictRoute, tags=["adapters"])

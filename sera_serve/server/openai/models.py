@@ -15,7 +15,7 @@ from sera_serve.errors import InvalidRequest
 from sera_serve.server.deps import ContextOf, RequestContext
 from sera_serve.server.native.schemas import MAX_REFERENCE
 from sera_serve.server.openai.errors import ModelNotFound, OpenAIRoute
-from sera_serve.server.visible import visible_page
+from sera_serve.server.visible_adapters import visible_page
 from sera_serve.threads import pause
 
 router = APIRouter(route_class=OpenAIRoute, tags=["openai"])
