@@ -121,7 +121,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         self._file.flush()
 
 
-class Publisher:
+class JobPublisher:
     """Publishes the bundle of a run under a name that no one else has."""
 
     def __init__(self, run: Path, store: AdapterStore, quotas: Quotas, shares: Shares) -> None:
@@ -218,7 +218,7 @@ def train(run: Path) -> dict[str, Any]:
     store = AdapterStore(options["store"], limits=BundleLimits(max_bytes=orders["max_bundle_bytes"]))
     database = AccessDatabase(store.root)
     quotas = patiently(lambda: Quotas(database, read_limits(run)))
-    publisher = Publisher(run, store, quotas, Shares(database))
+    publisher = JobPublisher(run, store, quotas, Shares(database))
     if (done := publisher.published(options["name"])) is not None:
         return done
     base = load_base(

@@ -14,7 +14,7 @@ from sera_serve import SeraConfig
 from sera_serve.access import AccessDatabase, AccessDatabaseError, QuotaExceeded, Quotas, Shares
 from sera_serve.jobs import Job, JobProcesses, JobSpec, Places, worker
 from sera_serve.jobs.process import LIMITS, read_limits
-from sera_serve.jobs.worker import Publisher
+from sera_serve.jobs.worker import JobPublisher
 from support.factories import random_adapter, random_decoder
 
 
@@ -23,13 +23,13 @@ def bundle() -> AdapterBundle:
     return random_adapter(random_decoder(), SeraConfig(2, 1, 4, ("q_proj",)), 1)
 
 
-def started(root: Path) -> tuple[AdapterStore, Quotas, Publisher]:
+def started(root: Path) -> tuple[AdapterStore, Quotas, JobPublisher]:
     store = AdapterStore(root / "store")
     run = root / "run"
     run.mkdir()
     database = AccessDatabase(store.root)
     quotas = Quotas(database)
-    return store, quotas, Publisher(run, store, quotas, Shares(database))
+    return store, quotas, JobPublisher(run, store, quotas, Shares(database))
 
 
 def test_limits_that_were_set_while_the_job_trained_hold(bundle: AdapterBundle, tmp_path: Path) -> None:
@@ -50,7 +50,7 @@ def test_a_settings_file_that_is_read_again_while_the_job_trains_holds(bundle: A
     job = Job(*("j", "eve", "running", spec, {}, "file-1", None, None), *[None] * 12)  # type: ignore[arg-type]
     run = processes.prepare(job, Places(store.root))
     assert "bob" not in (run / LIMITS).read_text()
-    publisher = Publisher(run, store, Quotas(AccessDatabase(store.root), read_limits(run)), publisher._shares)
+    publisher = JobPublisher(run, store, Quotas(AccessDatabase(store.root), read_limits(run)), publisher._shares)
     with pytest.raises(QuotaExceeded):
         publisher.publish(bundle, "eve/job")
     server.reload({"eve": {"adapters": 1}})
