@@ -39,20 +39,32 @@ PARALLEL_HELP = "false: at most one call is answered, and further ones are left 
 TEMPLATE_VARIABLES_HELP = f"up to {_MAX_TEMPLATE_VARIABLES} further variables of the chat template"
 
 
-def _content(value: Any) -> Any:
-    """Parts of type text become one text, joined by line breaks."""
+def joined_parts(value: Any, kinds: Mapping[str, set[str]], read: str) -> Any:
+    """Parts of text become one text, joined by line breaks. What is no list is left to the type.
+
+    Args:
+        value: A text, or a list of parts.
+        kinds: By each type that a part may have: the members that clients send back, and that are not read.
+        read: What the models read, for messages.
+    """
     if not isinstance(value, list):
         return value
     texts = []
     for part in value:
         kind = part.get("type") if isinstance(part, dict) else None
-        if kind != "text":
+        if not isinstance(kind, str) or kind not in kinds:
             shown = kind[:64] if isinstance(kind, str) else None
-            raise refusal(f"a content part has the type {shown!r}; the models read parts of type 'text' alone", None)
-        if set(part) != {"type", "text"} or not isinstance(part["text"], str):
-            raise refusal('a content part must be {"type": "text", "text": "..."}', None)
+            raise refusal(f"a content part has the type {shown!r}; the models read {read} alone", None)
+        if set(part) - {"type", "text"} - kinds[kind] or not isinstance(part.get("text"), str):
+            raise refusal(f'a content part must be {{"type": "{kind}", "text": "..."}}', None)
+        if part.get("annotations"):
+            raise refusal("annotations of a content part are not read; leave them out", None)
         texts.append(part["text"])
     return "\n".join(texts)
+
+
+def _content(value: Any) -> Any:
+    return joined_parts(value, {"text": set()}, "parts of type 'text'")
 
 
 TEXT_OR_PARTS_SCHEMA = WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}]})

@@ -31,6 +31,7 @@ from sera_serve.server.openai.chat_schemas import (
     Tool,
     ToolChoice,
     ToolUse,
+    joined_parts,
 )
 from sera_serve.server.openai.fields import STREAM_OPTIONS_HELP, Obfuscation, SamplingFields
 from sera_serve.server.response_format import FORM_HELP, JsonSchema, ResponseFormat, to_constraint
@@ -45,24 +46,7 @@ _SENT_BACK = {"annotations", "logprobs", "parsed"}
 
 
 def _parts(value: Any) -> Any:
-    """Parts of text become one text, joined by line breaks."""
-    if not isinstance(value, list):
-        return value
-    texts = []
-    for part in value:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind not in ("input_text", "output_text"):
-            shown = kind[:64] if isinstance(kind, str) else None
-            raise refusal(
-                f"a content part has the type {shown!r}; the models read input_text and output_text alone", None
-            )
-        extra = set(part) - {"type", "text"} - (_SENT_BACK if kind == "output_text" else set())
-        if extra or not isinstance(part.get("text"), str):
-            raise refusal(f'a content part must be {{"type": "{kind}", "text": "..."}}', None)
-        if part.get("annotations"):
-            raise refusal("annotations of a content part are not read; leave them out", None)
-        texts.append(part["text"])
-    return "\n".join(texts)
+    return joined_parts(value, {"input_text": set(), "output_text": _SENT_BACK}, "input_text and output_text")
 
 
 def _input(value: Any) -> Any:
