@@ -68,6 +68,11 @@ class Caller:
         return self.key is None or self.key.may("admin")
 
     @property
+    def seen_tenant(self) -> str | None:
+        """The tenant whose files and jobs the caller sees, or None for all of them."""
+        return None if self.sees_all else self.tenant
+
+    @property
     def actor(self) -> Actor:
         """The caller as the audit log names it."""
         return Actor("http", None if self.key is None else self.key.id, self.address, self.request_id)

@@ -13,7 +13,6 @@ from starlette.concurrency import run_in_threadpool
 from sera_serve.errors import InvalidRequest
 from sera_serve.jobs import TrainingFile
 from sera_serve.jobs.files import Purpose
-from sera_serve.server.auth import Caller
 from sera_serve.server.deps import ContextOf, RequestContext
 from sera_serve.server.native.upload_form import FORM_TYPE, FormReader, boundary_of, form_content
 from sera_serve.server.native.uploads import MissingField, UnknownField, receive_form
@@ -88,11 +87,6 @@ class DeletedFile(BaseModel):
     deleted: bool
 
 
-def scope_of(caller: Caller) -> str | None:
-    """The tenant whose files and jobs a caller sees, or None for all of them."""
-    return None if caller.sees_all else caller.tenant
-
-
 @router.post("/v1/files", openapi_extra={"requestBody": {"required": True, "content": _UPLOAD_FORM}})
 async def create_file(context: ContextOf) -> FileObject:
     """Keep a file of training rows. Each row has been checked when this answers."""
@@ -118,7 +112,7 @@ async def list_files(query: Annotated[FileQuery, Query()], context: ContextOf) -
 async def retrieve_file(file_id: FilePath, context: ContextOf) -> FileObject:
     """One file, without its content."""
     return _object(
-        await context.run(context.executors.changing, context.training.files.get, file_id, scope_of(context.caller))
+        await context.run(context.executors.changing, context.training.files.get, file_id, context.caller.seen_tenant)
     )
 
 
@@ -133,7 +127,7 @@ async def delete_file(file_id: FilePath, context: ContextOf) -> DeletedFile:
 async def retrieve_content(file_id: FilePath, context: ContextOf) -> Response:
     """The bytes of a file, as they were uploaded; the metrics of a job as CSV."""
     # A client that leaves meanwhile leaves nothing open: a file that nobody holds is closed.
-    files, scope = context.training.files, scope_of(context.caller)
+    files, scope = context.training.files, context.caller.seen_tenant
     found, source = await context.run(context.executors.changing, files.open, file_id, scope)
     headers = {"Content-Length": str(found.nbytes), "X-Content-Type-Options": "nosniff"}
     return StreamingResponse(_blocks(source), media_type="application/octet-stream", headers=headers)
@@ -172,12 +166,12 @@ def _add(context: RequestContext, filename: str, source: BinaryIO) -> FileObject
 
 
 def _delete(context: RequestContext, file_id: str) -> None:
-    file = context.training.files.delete(file_id, scope_of(context.caller))
+    file = context.training.files.delete(file_id, context.caller.seen_tenant)
     context.record("file.delete", file.tenant, file.id)
 
 
 def _page(context: RequestContext, query: FileQuery) -> str:
-    scope = scope_of(context.caller)
+    scope = context.caller.seen_tenant
     files, has_more = context.training.files.page(scope, query.after, query.limit, query.order, query.purpose)
     data = [_object(file) for file in files]
     return FileList(

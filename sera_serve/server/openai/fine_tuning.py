@@ -20,7 +20,6 @@ from sera_serve.jobs.spec import BYTES_A_NUMBER, KEPT, SHAPE, auto_batch_size, a
 from sera_serve.server.auth import Caller, NotYourTenant
 from sera_serve.server.deps import ContextOf, RequestContext
 from sera_serve.server.openai.errors import InvalidOpenAIRequest, OpenAIRoute
-from sera_serve.server.openai.files import scope_of
 from sera_serve.server.openai.fine_tuning_schemas import (
     AdapterRequest,
     CheckpointList,
@@ -88,7 +87,7 @@ async def list_jobs(query: Annotated[JobListQuery, Query()], context: ContextOf)
     jobs, has_more = await context.run(
         context.executors.listing,
         context.training.jobs.page,
-        scope_of(context.caller),
+        context.caller.seen_tenant,
         query.after,
         query.limit,
         query.pairs,
@@ -100,7 +99,7 @@ async def list_jobs(query: Annotated[JobListQuery, Query()], context: ContextOf)
 async def retrieve_job(job_id: JobPath, context: ContextOf) -> JobObject:
     """One job."""
     return job_object(
-        await context.run(context.executors.changing, context.training.jobs.get, job_id, scope_of(context.caller))
+        await context.run(context.executors.changing, context.training.jobs.get, job_id, context.caller.seen_tenant)
     )
 
 
@@ -126,7 +125,7 @@ async def list_events(
         context.executors.changing,
         context.training.jobs.events,
         job_id,
-        scope_of(context.caller),
+        context.caller.seen_tenant,
         after,
         query.limit,
     )
@@ -141,7 +140,7 @@ async def list_checkpoints(job_id: JobPath, query: Annotated[JobQuery, Query()],
         context.executors.changing,
         context.training.jobs.checkpoints,
         job_id,
-        scope_of(context.caller),
+        context.caller.seen_tenant,
         after,
         query.limit,
     )
@@ -274,7 +273,7 @@ def _tenant(shape: AdapterRequest, caller: Caller) -> str:
 
 def _file(training: Training, caller: Caller, file_id: str, param: str) -> TrainingFile:
     try:
-        file = training.files.get(file_id, scope_of(caller))
+        file = training.files.get(file_id, caller.seen_tenant)
     except TrainingFileNotFound as error:
         error.param = param
         raise
@@ -377,7 +376,7 @@ def _spec(
 
 
 def _cancel(context: RequestContext, job_id: str) -> Job:
-    job = context.training.jobs.cancel(job_id, scope_of(context.caller))
+    job = context.training.jobs.cancel(job_id, context.caller.seen_tenant)
     context.record("job.cancel", job.tenant, job.id)
     return job
 

@@ -12,7 +12,6 @@ from sera_serve.jobs import JobEvent
 from sera_serve.server.auth import Caller
 from sera_serve.server.disconnect import ClientDisconnected, cancel_on_disconnect
 from sera_serve.server.errors import describe, note_code
-from sera_serve.server.openai.files import scope_of
 from sera_serve.server.openai.fine_tuning_schemas import JobEventObject
 from sera_serve.server.sse import DONE, encode_event
 from sera_serve.server.training import Training
@@ -69,7 +68,7 @@ class JobEventStream(Response):
         del self.headers["content-length"]
         self._job_id = job_id
         self._caller = caller
-        self._tenant = scope_of(caller)
+        self._tenant = caller.seen_tenant
         self._seq = after or 0
         self._jobs = training.jobs
         self._streams = training.streams
