@@ -62,7 +62,6 @@ class Meter:
     """What a tenant may use in a minute, for one request. Used on the event loop alone."""
 
     def __init__(self, rates: Rates, tenant: str, quota: Quota) -> None:
-        """Meter a request of a tenant."""
         self.quota = quota
         self._rates = rates
         self._tenant = tenant

@@ -14,7 +14,6 @@ class KeyAuthentication:
     """Finds out who sent each request, before its body is read. `Caller` is then in the request's state."""
 
     def __init__(self, app: ASGIApp, access: AccessControl) -> None:
-        """Wrap an app."""
         self.app = app
         self.access = access
 

@@ -134,7 +134,6 @@ class BrowserGuard:
     """Refuses requests that break the `BrowserRules`, in any method and on any path."""
 
     def __init__(self, app: ASGIApp, rules: BrowserRules) -> None:
-        """Wrap an app."""
         self.app = app
         self.rules = rules
 

@@ -52,7 +52,6 @@ class HeadAndOptions:
     """
 
     def __init__(self, app: ASGIApp, routes: Sequence[BaseRoute]) -> None:
-        """Wrap an app that has `routes`."""
         self.app = app
         self.routes = routes
 

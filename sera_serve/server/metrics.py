@@ -161,7 +161,6 @@ class JobMetrics(Collector):
     """
 
     def __init__(self, read: Callable[[], Mapping[JobStatus, int]]) -> None:
-        """Read the number of jobs by status with `read`."""
         self._read = read
         self._thread = ThreadPoolExecutor(1, "job-counts")
         self._reading: Future[Mapping[JobStatus, int]] | None = None
@@ -182,7 +181,6 @@ class ResidencyMetrics(Collector):
     """A collector of the metrics of adapter memory: it reads `ResidencyStats` at each scrape and keeps nothing."""
 
     def __init__(self, read: Callable[[], ResidencyStats]) -> None:
-        """Read the figures with `read`."""
         self._read = read
 
     def collect(self) -> Iterator[Metric]:

@@ -38,7 +38,6 @@ class Tracing:
     """
 
     def __init__(self, provider: trace.TracerProvider) -> None:
-        """Make spans of a provider."""
         self.provider = provider
         self._tracer = provider.get_tracer("sera_serve")
 
@@ -64,7 +63,6 @@ class RequestSpans:
     """The spans of one request. Times are those of this process: `time.monotonic`, on the line of the wall clock."""
 
     def __init__(self, tracer: trace.Tracer, span: trace.Span, request_id: str) -> None:
-        """Take the request's span."""
         self._tracer = tracer
         self._span = span
         self._offset = time.time() - time.monotonic()

@@ -26,7 +26,6 @@ class StreamSlots:
     """Counts the streams of events, each of which looks at the database; used on the event loop alone."""
 
     def __init__(self) -> None:
-        """Count none."""
         self._taken: Counter[str | None] = Counter()
 
     @contextmanager

@@ -65,7 +65,6 @@ class WatchedDirectory:
     """What a directory of adapters holds, from poll to poll. Its methods block; one thread at a time calls them."""
 
     def __init__(self, root: Path) -> None:
-        """Look at nothing yet."""
         self.root = root
         self._entries: dict[str, _Entry] = {}
         # Path and signature of what was published. An adapter that is absent for a moment comes back as it was.

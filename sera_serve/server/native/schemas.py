@@ -310,7 +310,6 @@ class GenerateEvents(EventWriter):
     """Writes the events of a stream."""
 
     def __init__(self, params: GenerateParams) -> None:
-        """Write for a request with these parameters."""
         self._params = params
 
     def delta(self, index: int, stream: GenerationStream, delta: TokenDelta) -> bytes:

@@ -125,7 +125,6 @@ class CompletionLogprobLists:
     """The four lists of log-probabilities of one text, as JSON."""
 
     def __init__(self, texts: TokenTexts) -> None:
-        """Begin a text."""
         self._texts = texts
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._offset = 0
@@ -193,7 +192,6 @@ class ChatLogprobList:
     """The log-probabilities of one message, as JSON."""
 
     def __init__(self, texts: TokenTexts) -> None:
-        """Begin a message."""
         self._texts = texts
         self._rows: list[str] = []
 

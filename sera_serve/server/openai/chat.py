@@ -74,7 +74,6 @@ class ChatAnswer:
     """What a stream and a whole answer have in common: the request, and the calls in each choice's text."""
 
     def __init__(self, body: ChatRequest, head: Head, principal: Principal, prompt: ChatPrompt, texts: Texts) -> None:
-        """Answer a request."""
         self.body = body
         self.head = head
         self._principal = principal
@@ -116,7 +115,6 @@ class ChatEvents(EventWriter):
     """Writes a stream of chat completions. Each event has a part of one choice. A call comes as a whole."""
 
     def __init__(self, answer: ChatAnswer) -> None:
-        """Write for an answer."""
         self._answer = answer
         self._called: dict[int, int] = {}
 

@@ -81,7 +81,6 @@ class Output:
     """The items of one answer, and the events that tell of them: messages and calls, in the order of the text."""
 
     def __init__(self) -> None:
-        """Begin an answer."""
         self._items: list[str] = []
         self._message: str | None = None
         self._text: list[str] = []
@@ -169,7 +168,6 @@ class ResponseAnswer:
     def __init__(
         self, body: ResponseRequest, principal: Principal, prompt: ChatPrompt, texts: Texts, base: str
     ) -> None:
-        """Answer a request."""
         self.output = Output()
         self._id = f"resp_{secrets.token_hex(24)}"
         self._created = int(time.time())
@@ -249,7 +247,6 @@ class ResponseEvents(EventWriter):
     """Writes a stream of named events. Each has the next `sequence_number`. A call comes as a whole."""
 
     def __init__(self, answer: ResponseAnswer) -> None:
-        """Write for an answer."""
         self._answer = answer
         self._stream: GenerationStream | None = None
         self._sent = 0
