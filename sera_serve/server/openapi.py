@@ -15,7 +15,7 @@ from fastapi.telemetry import TelemetryConfig
 from pydantic import BaseModel
 
 from sera_serve.server.errors import REPEATED_IN_VAIN, SHOULD_RETRY, ErrorResponse
-from sera_serve.server.scopes import Needed, is_open, listed_routes, needed_scope
+from sera_serve.server.scopes import ROUTES, Needed, is_open
 from sera_serve.server.strict import StrictRoute
 
 router = APIRouter(route_class=StrictRoute)
@@ -28,60 +28,9 @@ Each path that answers GET answers HEAD too. Each path answers OPTIONS with 204 
 is answered 405 with `Allow`, and an unknown path 404."""
 # Refused before the route, or by what all routes share.
 _ANY_ROUTE = (400, 401, 403, 408, 413, 414, 415, 422, 429, 431, 500, 503)
-_BY_ROUTE: dict[tuple[str, str], tuple[int, ...]] = {
-    ("post", "/v1/generate"): (404, 504),
-    ("post", "/v1/classify"): (404, 504),
-    ("get", "/v1/adapters"): (),
-    ("post", "/v1/adapters"): (507,),
-    ("get", "/v1/adapters/{tenant}/{name}"): (404,),
-    ("delete", "/v1/adapters/{tenant}/{name}"): (404, 409, 507),
-    ("put", "/v1/adapters/{tenant}/{name}/pin"): (404, 409),
-    ("delete", "/v1/adapters/{tenant}/{name}/pin"): (404,),
-    ("get", "/v1/adapters/{tenant}/{name}/versions"): (404,),
-    ("put", "/v1/adapters/{tenant}/{name}/aliases/{alias}"): (404, 507),
-    ("delete", "/v1/adapters/{tenant}/{name}/aliases/{alias}"): (404, 507),
-    ("get", "/v1/adapters/{tenant}/{name}/shares"): (404,),
-    ("put", "/v1/adapters/{tenant}/{name}/shares/{with}"): (404,),
-    ("delete", "/v1/adapters/{tenant}/{name}/shares/{with}"): (404,),
-    ("get", "/v1/me"): (),
-    ("get", "/v1/keys"): (),
-    ("post", "/v1/keys"): (),
-    ("delete", "/v1/keys/{id}"): (404,),
-    ("get", "/v1/quotas"): (),
-    ("get", "/v1/quotas/{tenant}"): (),
-    ("put", "/v1/quotas/{tenant}"): (),
-    ("delete", "/v1/quotas/{tenant}"): (),
-    ("post", "/v1/load_lora_adapter"): (507,),
-    ("post", "/v1/unload_lora_adapter"): (404, 409, 507),
-    ("post", "/v1/completions"): (404, 504),
-    ("post", "/v1/chat/completions"): (404, 504),
-    ("post", "/v1/responses"): (404, 504),
-    ("post", "/v1/embeddings"): (404, 504),
-    ("get", "/v1/models"): (),
-    ("get", "/v1/models/{model}"): (404,),
-    ("delete", "/v1/models/{model}"): (404, 409, 507),
-    ("post", "/v1/files"): (507,),
-    ("get", "/v1/files"): (404,),
-    ("get", "/v1/files/{file_id}"): (404,),
-    ("delete", "/v1/files/{file_id}"): (404, 409),
-    ("get", "/v1/files/{file_id}/content"): (404, 507),
-    ("post", "/v1/fine_tuning/jobs"): (404,),
-    ("get", "/v1/fine_tuning/jobs"): (404,),
-    ("get", "/v1/fine_tuning/jobs/{job_id}"): (404,),
-    ("post", "/v1/fine_tuning/jobs/{job_id}/cancel"): (404, 409),
-    ("get", "/v1/fine_tuning/jobs/{job_id}/events"): (404,),
-    ("get", "/v1/fine_tuning/jobs/{job_id}/checkpoints"): (404,),
-    ("post", "/tokenize"): (404,),
-    ("post", "/detokenize"): (404,),
-    ("get", "/v1/stats"): (),
-    ("get", "/healthz"): (),
-    ("get", "/readyz"): (),
-    ("get", "/metrics"): (),
-}
-# The scope of a key by method and path, as the document writes the path.
-_SCOPES = {
-    (method.lower(), route.replace(":path}", "}")): needed_scope(method, route) for method, route in listed_routes()
-}
+# The routes by method and path, as the document writes them.
+_ROUTES = {(method.lower(), route.replace(":path}", "}")): facts for (method, route), facts in ROUTES.items()}
+_OPEN_ROUTE: tuple[Needed, tuple[int, ...]] = ("nothing", ())
 _KEY = "key"
 _SECURITY_SCHEMES = {
     _KEY: {
@@ -171,11 +120,12 @@ def _with_errors(framework: dict[str, Any]) -> dict[str, Any]:
     used = set()
     for path, operations in document["paths"].items():
         for method, operation in operations.items():
-            statuses = {*_ANY_ROUTE, *_BY_ROUTE[method, path]}
+            needed, own_statuses = _OPEN_ROUTE if is_open(path) else _ROUTES[method, path]
+            statuses = {*_ANY_ROUTE, *own_statuses}
             if _OPENAI in operation.get("tags", ()):
                 statuses.remove(422)
                 operation["responses"].pop("422", None)
-            _require(operation, "nothing" if is_open(path) else _SCOPES[method, path])
+            _require(operation, needed)
             for status in sorted(statuses):
                 used.add(status)
                 operation["responses"][str(status)] = {"$ref": f"#/components/responses/Error{status}"}

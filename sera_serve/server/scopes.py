@@ -1,4 +1,4 @@
-"""What a key must be allowed to do for each route. A route that is not listed needs `admin`."""
+"""The routes: what a key must be allowed to do for each, and how it refuses. What is not listed needs `admin`."""
 
 from __future__ import annotations
 
@@ -9,54 +9,54 @@ from sera_serve.access import Scope
 Needed = Scope | Literal["key", "nothing"]
 """`key`: any key. `nothing`: no key."""
 
-# By method and route.
-_NEEDED: dict[tuple[str, str], Needed] = {
-    ("POST", "/v1/generate"): "infer",
-    ("POST", "/v1/classify"): "infer",
-    ("POST", "/v1/completions"): "infer",
-    ("POST", "/v1/chat/completions"): "infer",
-    ("POST", "/v1/responses"): "infer",
-    ("POST", "/v1/embeddings"): "infer",
-    ("POST", "/tokenize"): "infer",
-    ("POST", "/detokenize"): "infer",
-    ("GET", "/v1/models"): "key",
-    ("GET", "/v1/models/{model:path}"): "key",
-    ("DELETE", "/v1/models/{model:path}"): "publish",
-    ("GET", "/v1/adapters"): "key",
-    ("GET", "/v1/adapters/{tenant}/{name}"): "key",
-    ("POST", "/v1/adapters"): "publish",
-    ("DELETE", "/v1/adapters/{tenant}/{name}"): "publish",
-    ("PUT", "/v1/adapters/{tenant}/{name}/pin"): "publish",
-    ("DELETE", "/v1/adapters/{tenant}/{name}/pin"): "publish",
-    ("GET", "/v1/adapters/{tenant}/{name}/versions"): "key",
-    ("PUT", "/v1/adapters/{tenant}/{name}/aliases/{alias}"): "publish",
-    ("DELETE", "/v1/adapters/{tenant}/{name}/aliases/{alias}"): "publish",
-    ("GET", "/v1/adapters/{tenant}/{name}/shares"): "publish",
-    ("PUT", "/v1/adapters/{tenant}/{name}/shares/{with}"): "publish",
-    ("DELETE", "/v1/adapters/{tenant}/{name}/shares/{with}"): "publish",
-    ("POST", "/v1/load_lora_adapter"): "publish",
-    ("POST", "/v1/unload_lora_adapter"): "publish",
-    ("GET", "/v1/me"): "key",
-    ("GET", "/v1/keys"): "admin",
-    ("POST", "/v1/keys"): "admin",
-    ("DELETE", "/v1/keys/{id}"): "admin",
-    ("GET", "/v1/quotas"): "admin",
-    ("GET", "/v1/quotas/{tenant}"): "key",
-    ("PUT", "/v1/quotas/{tenant}"): "admin",
-    ("DELETE", "/v1/quotas/{tenant}"): "admin",
-    ("POST", "/v1/files"): "train",
-    ("GET", "/v1/files"): "train",
-    ("GET", "/v1/files/{file_id}"): "train",
-    ("DELETE", "/v1/files/{file_id}"): "train",
-    ("GET", "/v1/files/{file_id}/content"): "train",
-    ("POST", "/v1/fine_tuning/jobs"): "train",
-    ("GET", "/v1/fine_tuning/jobs"): "train",
-    ("GET", "/v1/fine_tuning/jobs/{job_id}"): "train",
-    ("POST", "/v1/fine_tuning/jobs/{job_id}/cancel"): "train",
-    ("GET", "/v1/fine_tuning/jobs/{job_id}/events"): "train",
-    ("GET", "/v1/fine_tuning/jobs/{job_id}/checkpoints"): "train",
-    ("GET", "/v1/stats"): "admin",
-    ("GET", "/metrics"): "admin",
+# By method and route: what a key must have, and the statuses of refusals beside those that every route may answer.
+ROUTES: dict[tuple[str, str], tuple[Needed, tuple[int, ...]]] = {
+    ("POST", "/v1/generate"): ("infer", (404, 504)),
+    ("POST", "/v1/classify"): ("infer", (404, 504)),
+    ("POST", "/v1/completions"): ("infer", (404, 504)),
+    ("POST", "/v1/chat/completions"): ("infer", (404, 504)),
+    ("POST", "/v1/responses"): ("infer", (404, 504)),
+    ("POST", "/v1/embeddings"): ("infer", (404, 504)),
+    ("POST", "/tokenize"): ("infer", (404,)),
+    ("POST", "/detokenize"): ("infer", (404,)),
+    ("GET", "/v1/models"): ("key", ()),
+    ("GET", "/v1/models/{model:path}"): ("key", (404,)),
+    ("DELETE", "/v1/models/{model:path}"): ("publish", (404, 409, 507)),
+    ("GET", "/v1/adapters"): ("key", ()),
+    ("GET", "/v1/adapters/{tenant}/{name}"): ("key", (404,)),
+    ("POST", "/v1/adapters"): ("publish", (507,)),
+    ("DELETE", "/v1/adapters/{tenant}/{name}"): ("publish", (404, 409, 507)),
+    ("PUT", "/v1/adapters/{tenant}/{name}/pin"): ("publish", (404, 409)),
+    ("DELETE", "/v1/adapters/{tenant}/{name}/pin"): ("publish", (404,)),
+    ("GET", "/v1/adapters/{tenant}/{name}/versions"): ("key", (404,)),
+    ("PUT", "/v1/adapters/{tenant}/{name}/aliases/{alias}"): ("publish", (404, 507)),
+    ("DELETE", "/v1/adapters/{tenant}/{name}/aliases/{alias}"): ("publish", (404, 507)),
+    ("GET", "/v1/adapters/{tenant}/{name}/shares"): ("publish", (404,)),
+    ("PUT", "/v1/adapters/{tenant}/{name}/shares/{with}"): ("publish", (404,)),
+    ("DELETE", "/v1/adapters/{tenant}/{name}/shares/{with}"): ("publish", (404,)),
+    ("POST", "/v1/load_lora_adapter"): ("publish", (507,)),
+    ("POST", "/v1/unload_lora_adapter"): ("publish", (404, 409, 507)),
+    ("GET", "/v1/me"): ("key", ()),
+    ("GET", "/v1/keys"): ("admin", ()),
+    ("POST", "/v1/keys"): ("admin", ()),
+    ("DELETE", "/v1/keys/{id}"): ("admin", (404,)),
+    ("GET", "/v1/quotas"): ("admin", ()),
+    ("GET", "/v1/quotas/{tenant}"): ("key", ()),
+    ("PUT", "/v1/quotas/{tenant}"): ("admin", ()),
+    ("DELETE", "/v1/quotas/{tenant}"): ("admin", ()),
+    ("POST", "/v1/files"): ("train", (507,)),
+    ("GET", "/v1/files"): ("train", (404,)),
+    ("GET", "/v1/files/{file_id}"): ("train", (404,)),
+    ("DELETE", "/v1/files/{file_id}"): ("train", (404, 409)),
+    ("GET", "/v1/files/{file_id}/content"): ("train", (404, 507)),
+    ("POST", "/v1/fine_tuning/jobs"): ("train", (404,)),
+    ("GET", "/v1/fine_tuning/jobs"): ("train", (404,)),
+    ("GET", "/v1/fine_tuning/jobs/{job_id}"): ("train", (404,)),
+    ("POST", "/v1/fine_tuning/jobs/{job_id}/cancel"): ("train", (404, 409)),
+    ("GET", "/v1/fine_tuning/jobs/{job_id}/events"): ("train", (404,)),
+    ("GET", "/v1/fine_tuning/jobs/{job_id}/checkpoints"): ("train", (404,)),
+    ("GET", "/v1/stats"): ("admin", ()),
+    ("GET", "/metrics"): ("admin", ()),
 }
 # They tell nothing of any tenant.
 _OPEN = ("/healthz", "/readyz", "/openapi.json", "/docs", "/docs/{file}", "/console")
@@ -66,7 +66,8 @@ def needed_scope(method: str, route: str) -> Needed:
     """Return what a route needs."""
     if method == "GET" and is_open(route):
         return "nothing"
-    return _NEEDED.get((method, route), "admin")
+    needed, _ = ROUTES.get((method, route), ("admin", ()))
+    return needed
 
 
 def is_open(path: str) -> bool:
@@ -76,4 +77,4 @@ def is_open(path: str) -> bool:
 
 def listed_routes() -> set[tuple[str, str]]:
     """Return the routes of the table."""
-    return set(_NEEDED)
+    return set(ROUTES)
