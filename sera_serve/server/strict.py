@@ -68,6 +68,12 @@ class RequestModel(BaseModel):
         return value
 
 
+class QueryModel(BaseModel):
+    """The query parameters of a route. Unknown ones are refused."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
 def with_example(body: dict[str, Any]) -> ConfigDict:
     """Return the configuration of a model with one short body in the OpenAPI document, of the demo's adapters.
 

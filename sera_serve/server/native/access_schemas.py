@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from adapters_store import Task
 from sera_serve.access import Key, Scope
 from sera_serve.access.keys import MAX_LIFETIME_S, MAX_NAME
 from sera_serve.server.native.schemas import MAX_REFERENCE
-from sera_serve.server.strict import RequestModel, with_example
+from sera_serve.server.strict import QueryModel, RequestModel, with_example
 
 _MAX_VERSION = 999_999_999
 
@@ -63,10 +63,8 @@ class NewKey(KeyDetail):
     secret: str
 
 
-class KeyQuery(BaseModel):
+class KeyQuery(QueryModel):
     """Query parameters of `GET /v1/keys`."""
-
-    model_config = ConfigDict(extra="forbid")
 
     tenant: str | None = Field(None, max_length=MAX_REFERENCE, description="list only keys of this tenant")
 
@@ -102,10 +100,8 @@ class AliasDetail(BaseModel):
     )
 
 
-class VersionQuery(BaseModel):
+class VersionQuery(QueryModel):
     """Query parameters of `GET /v1/adapters/{tenant}/{name}/versions`."""
-
-    model_config = ConfigDict(extra="forbid")
 
     limit: int = Field(100, ge=1, le=200, description="maximum number of versions on a page")
     before: int | None = Field(

@@ -8,7 +8,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
-    ConfigDict,
     Field,
     JsonValue,
     PlainValidator,
@@ -54,7 +53,7 @@ from sera_serve.server.response_format import (
     to_constraint,
 )
 from sera_serve.server.sse import EventWriter, encode_event
-from sera_serve.server.strict import RequestModel, refusal, with_example
+from sera_serve.server.strict import QueryModel, RequestModel, refusal, with_example
 
 MAX_NEW_TOKENS = 1 << 20
 MAX_TOKEN_IDS = 1 << 20
@@ -528,10 +527,8 @@ class DeletedAdapter(BaseModel):
     deleted: Literal[True] = True
 
 
-class ListQuery(BaseModel):
+class ListQuery(QueryModel):
     """Query parameters of `GET /v1/adapters`."""
-
-    model_config = ConfigDict(extra="forbid")
 
     limit: int = Field(100, ge=1, le=1000, description="maximum number of adapters on a page")
     after: str | None = Field(None, max_length=MAX_REFERENCE, description="the last adapter of the previous page")

@@ -7,7 +7,7 @@ from typing import Annotated, Any, BinaryIO, Literal
 
 from fastapi import APIRouter, Path, Query, Response
 from fastapi.responses import StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 from starlette.concurrency import run_in_threadpool
 
 from sera_serve.errors import InvalidRequest
@@ -17,7 +17,7 @@ from sera_serve.server.deps import ContextOf, RequestContext
 from sera_serve.server.native.upload_form import FORM_TYPE, FormReader, boundary_of, form_content
 from sera_serve.server.native.uploads import MissingField, UnknownField, receive_form
 from sera_serve.server.openai.errors import OpenAIRoute
-from sera_serve.server.strict import UnsupportedMediaType, media_type
+from sera_serve.server.strict import QueryModel, UnsupportedMediaType, media_type
 from sera_serve.server.training import DEFAULT_TENANT
 
 router = APIRouter(route_class=OpenAIRoute, tags=["openai"])
@@ -68,10 +68,8 @@ class FileList(BaseModel):
     has_more: bool
 
 
-class FileQuery(BaseModel):
+class FileQuery(QueryModel):
     """Query parameters of `GET /v1/files`."""
-
-    model_config = ConfigDict(extra="forbid")
 
     after: str | None = Field(None, max_length=MAX_ID, description="the last file of the previous page")
     limit: int = Field(1000, ge=1, le=10_000, description="most files on a page")

@@ -20,7 +20,7 @@ from sera_serve.jobs import JobTask
 from sera_serve.server.native.schemas import MAX_REFERENCE
 from sera_serve.server.openai.fields import METADATA_HELP, Metadata, check_metadata
 from sera_serve.server.openai.files import MAX_ID
-from sera_serve.server.strict import RequestModel, refusal, with_example
+from sera_serve.server.strict import QueryModel, RequestModel, refusal, with_example
 
 MAX_RANK = 256
 _MAX_TARGETS, _MAX_TARGET = 64, 128
@@ -300,10 +300,8 @@ class CheckpointList(BaseModel):
     has_more: bool
 
 
-class JobQuery(BaseModel):
+class JobQuery(QueryModel):
     """Query parameters of lists of jobs and checkpoints."""
-
-    model_config = ConfigDict(extra="forbid")
 
     after: str | None = Field(None, max_length=MAX_ID, description="the last item of the previous page")
     limit: int = Field(20, ge=1, le=100, description="most items on a page")

@@ -6,7 +6,7 @@ from datetime import datetime
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Path, Query, Response
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from adapters_store import AdapterSummary, Task, parse_ref
 from sera_serve.base import BaseKind
@@ -15,6 +15,7 @@ from sera_serve.errors import InvalidRequest
 from sera_serve.server.deps import ContextOf, RequestContext
 from sera_serve.server.native.schemas import MAX_REFERENCE
 from sera_serve.server.openai.errors import ModelNotFound, OpenAIRoute
+from sera_serve.server.strict import QueryModel
 from sera_serve.server.visible_adapters import visible_page
 from sera_serve.threads import pause
 
@@ -64,10 +65,8 @@ class DeletedModel(BaseModel):
     deleted: Literal[True] = True
 
 
-class ModelQuery(BaseModel):
+class ModelQuery(QueryModel):
     """Query parameters of `GET /v1/models`."""
-
-    model_config = ConfigDict(extra="forbid")
 
     # OpenAI's clients read the first page alone, and send no limit.
     limit: int = Field(MAX_MODELS, ge=1, le=MAX_MODELS, description="most adapters on a page")
