@@ -6,7 +6,6 @@
 from sera_serve.jobs.files import (
     TrainingFile,
     TrainingFileNotFound,
-    TrainingFileNotStored,
     TrainingFiles,
     missing_files,
 )
@@ -39,7 +38,6 @@ __all__ = [
     "Supervisor",
     "TrainingFile",
     "TrainingFileNotFound",
-    "TrainingFileNotStored",
     "TrainingFiles",
     "base_id",
     "missing_files",

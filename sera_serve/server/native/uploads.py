@@ -51,11 +51,7 @@ class UploadSlots:
     """Counts the uploads under way; used on the event loop alone."""
 
     def __init__(self, limit: int) -> None:
-        """Set up.
-
-        Args:
-            limit: Uploads under way at once.
-        """
+        """`limit` is the most uploads under way at once."""
         self._limit = limit
         self._tenant_limit = max(1, limit // 2)
         self._taken: Counter[str | None] = Counter()
