@@ -1,7 +1,7 @@
-"""The places of deleted items in lists: a client that deletes each item as it goes names one to get the next page.
+"""Where deleted items stood in lists: a client that deletes a page of items names the last of them for the next page.
 
-Files and jobs are listed by their number, which the id does not tell. So the number of what is deleted is kept for a
-while.
+Files and jobs are listed by their number, and an id does not tell the number. So the numbers of deleted items are kept
+for a while.
 """
 
 from __future__ import annotations

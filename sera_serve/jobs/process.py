@@ -209,7 +209,7 @@ class JobProcess:
         return time.monotonic() >= self._overdue_at
 
     def kill(self) -> None:
-        """End the process and its own children at once. Idempotent: another process may have their number since."""
+        """End the process and its own children at once. Idempotent: their number may be another process's by then."""
         if self._child.stdin is None or self._child.stdin.closed:
             return
         with suppress(ProcessLookupError):

@@ -56,7 +56,7 @@ _FLAGS = {flag(name): name for name in sorted(SHAPE, key=len, reverse=True)}
 
 @dataclass(frozen=True)
 class JobSpec:
-    """One training run, without anything that its result does not depend on.
+    """One training run: everything that its result depends on.
 
     Attributes:
         model: The base's name, or the reference that the client sent.

@@ -28,7 +28,7 @@ class RequestRecord:
     """What one HTTP request did, for its line in the log. Filled while the request is served.
 
     Attributes:
-        tenant: Who it acted for; None where it never came to that.
+        tenant: Whom it acted for; None where it was refused before that was known.
         adapter: The adapter that served it, or that its generation asked for; None is the base model, or none.
         version: Of the adapter.
         prompt_tokens: Tokens of all its prompts that entered a batch.

@@ -33,7 +33,7 @@ class ScopeMissing(SeraServeError):
 
 
 class NotYourTenant(SeraServeError):
-    """The request would change what is not the key's tenant's."""
+    """The request would change what belongs to another tenant than the key's."""
 
     code = "not_your_tenant"
     status = 403

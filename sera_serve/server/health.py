@@ -35,7 +35,7 @@ class Readiness(BaseModel):
 
 
 class Draining(SeraServeError):
-    """The server is about to stop. It still serves what comes, and is to get no more."""
+    """The server is about to stop. It still serves the requests that come; new ones should go to another server."""
 
     code = "draining"
     status = 503

@@ -18,7 +18,7 @@ from sera_serve.server.publishing import Publisher, record_publication
 from sera_serve.threads import BoundedExecutor
 
 DEFAULT_TENANT = "default"
-"""Whose the files and jobs of a server without keys are, where the request names no tenant."""
+"""The tenant of files and jobs where the server needs no key and the request names no tenant."""
 _STREAMS, _TENANT_STREAMS = 64, 16
 
 

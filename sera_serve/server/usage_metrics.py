@@ -73,8 +73,8 @@ class UsageMetrics(Collector):
     """Usage by tenant and by adapter. Changed on the event loop alone; a scrape may read on another thread.
 
     The first `limit` tenants, and the first `limit` adapters, have a label of their own until the server ends. The
-    others share the label `other`: a counter whose label were given to another tenant would tell wrong rates. What is
-    counted was served, so that nobody can use the labels up by names that do not exist.
+    others share the label `other`: a label that passed to another tenant would show wrong rates. Only requests that
+    were served are counted, so nobody can use the labels up by names that do not exist.
     """
 
     def __init__(self, limit: int) -> None:
