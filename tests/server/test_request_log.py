@@ -35,6 +35,7 @@ from sera_serve.server import build_app
 from support.live_server import live_server, wait_until
 from support.small_disk import fill_bytes, small_disk
 from support.stub_engine import FAILS_LATER, LATE_LATER, OTHERS_SHED, SECRET, SLOW, StubEngine
+from support.training import STORIES, jsonl
 from support.vision import image_file, picture
 
 PROMPT = "a prompt that nobody may read"
@@ -139,6 +140,23 @@ def test_a_line_says_that_the_client_left_and_what_it_had_asked_for(start: Start
         client.post("/v1/generate", json={"prompt": SLOW, "adapter": "demo/writer"}, timeout=0.2)
     line = lines.fields(2)[1]
     assert (line["status"], line["code"], line["adapter"]) == (499, "client_closed", "demo/writer")
+
+
+def test_a_line_says_that_the_client_left_the_events_of_a_job(
+    start: Start, lines: Lines, base: FrozenBase, tmp_path: Path
+) -> None:
+    # The job waits for good: only the client ends the stream.
+    client = start(AdapterStore(tmp_path / "store"), max_training_jobs=0)
+    sent = client.post("/v1/files", files={"file": ("rows.jsonl", jsonl(STORIES))}, data={"purpose": "fine-tune"})
+    job = {"training_file": sent.json()["id"], "model": base.name}
+    made = client.post("/v1/fine_tuning/jobs", json=job).json()
+    with client.stream("GET", f"/v1/fine_tuning/jobs/{made['id']}/events?stream=true") as got:
+        next(got.iter_lines())
+    line = lines.fields(3)[2]
+    assert (line["status"], line["code"]) == (200, "client_closed")
+    client.post(f"/v1/fine_tuning/jobs/{made['id']}/cancel")
+    client.get(f"/v1/fine_tuning/jobs/{made['id']}/events?stream=true")
+    assert "code" not in lines.fields(5)[4]
 
 
 def test_a_line_has_the_key_and_the_tenant_of_the_key(start: Start, lines: Lines, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from sera_serve.errors import EngineUnavailable, InvalidRequest
 from sera_serve.jobs import JobEvent
 from sera_serve.server.auth import Caller
 from sera_serve.server.disconnect import ClientDisconnected, cancel_on_disconnect
-from sera_serve.server.errors import describe, note_code
+from sera_serve.server.errors import CLIENT_CLOSED_CODE, describe, note_code
 from sera_serve.server.openai.fine_tuning_schemas import JobEventObject
 from sera_serve.server.sse import DONE, encode_event
 from sera_serve.server.training import Training
@@ -74,6 +74,7 @@ class JobEventStream(Response):
         self._streams = training.streams
         self._executor = executor
         self._started = False
+        self._ended = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events until the job has finished, or the client disconnects."""
@@ -83,6 +84,9 @@ class JobEventStream(Response):
         except ClientDisconnected:
             if not self._started:
                 raise
+            # A server tells of a disconnect at the end of each response too.
+            if not self._ended:
+                note_code(scope, CLIENT_CLOSED_CODE)
 
     async def _send_events(self, send: Send, scope: Scope) -> None:
         # Before the status is sent: the job may not be the caller's.
@@ -108,6 +112,7 @@ class JobEventStream(Response):
             failure = describe(error, scope["state"]["request_id"])[1]
             note_code(scope, failure["error"]["code"])
             content = encode_event(failure)
+        self._ended = True
         await send({"type": "http.response.body", "body": content, "more_body": False})
 
     def _next(self) -> tuple[bytes, bool]:
