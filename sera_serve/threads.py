@@ -164,13 +164,15 @@ class BoundedExecutor:
         """
         return await asyncio.wrap_future(self._submit(partial(work, *args, **kwargs), owner))
 
-    async def run_to_end(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """`run`, for work that uses what the caller releases when it leaves, such as a temporary file.
+    async def run_to_end(self, owner: Hashable, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """`run_in_turn`, for work that uses what the caller releases when it leaves, such as a temporary file.
+
+        Work of the owner None waits for no other, as of `run`.
 
         A caller that is cancelled leaves when the work that has begun is done; work that has not begun never begins.
         Only a second cancellation, with which an event loop ends, or `close` lets the caller leave earlier.
         """
-        future = self._submit(partial(work, *args, **kwargs))
+        future = self._submit(partial(work, *args, **kwargs), owner)
         try:
             return await asyncio.wrap_future(future)
         except asyncio.CancelledError:

@@ -11,10 +11,10 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from adapters_store.convert.peft_errors import PickledCheckpoint, UnsupportedAdapter
-from adapters_store.convert.zip_file import MAX_MEMBERS, looks_like_zip, zip_members
+from adapters_store.convert.zip_file import MAX_MEMBERS, ZipMember, looks_like_zip, zip_members
 from adapters_store.errors import (
     BundleTooLarge,
     InvalidArchive,
@@ -24,7 +24,13 @@ from adapters_store.errors import (
     UnexpectedFile,
 )
 from adapters_store.format.containers import CONFIG_FILE, METADATA_KEY, MODEL_FILE, read_file
-from adapters_store.format.safetensors_file import BundleLimits, Header, looks_like_safetensors, parse_header
+from adapters_store.format.safetensors_file import (
+    BundleLimits,
+    Header,
+    header_of,
+    looks_like_safetensors,
+    parse_header,
+)
 from adapters_store.format.strict_json import parse_json
 from adapters_store.format.tar_file import looks_like_tar, tar_members
 
@@ -51,7 +57,34 @@ _CONVERSION = (
     "torch.load('adapter_model.bin', weights_only=True).items()}, 'adapter_model.safetensors')\""
 )
 
-Fetch = Callable[[int], memoryview]
+
+class _File(NamedTuple):
+    """A file of a checkpoint.
+
+    Attributes:
+        read: Gives the file's bytes, or refuses more than so many.
+        packed: The member of a zip, of which a MB may expand to a GB; None for what has its bytes already.
+    """
+
+    read: Callable[[int], memoryview]
+    packed: ZipMember | None = None
+
+
+class Weights:
+    """The bytes of a weights' file, read when they are first asked for."""
+
+    def __init__(self, read: Callable[[], memoryview]) -> None:
+        """Hold what reads them, and what that holds, until then."""
+        self._read: Callable[[], memoryview] | None = read
+        self._data = memoryview(b"")
+
+    def data(self) -> memoryview:
+        """The bytes; raises as `read` does."""
+        if self._read is not None:
+            self._data = self._read()
+            # It may hold the whole archive.
+            self._read = None
+        return self._data
 
 
 @dataclass(frozen=True)
@@ -61,24 +94,19 @@ class PeftFiles:
     Attributes:
         config: The fields of `adapter_config.json`.
         header: Checked header of the weights.
-        data: The bytes of the weights' file.
+        weights: The weights' file, as long as the header announces. What is compressed in an archive is expanded when
+            its bytes are first asked for, and refused then if it is damaged: compare the header with the base before.
         beside: Contents of small files that lay beside and that an import reads, by name.
         ignored: Names of files that lay beside, that nothing reads, and that training does not usually leave.
         max_bytes: Most bytes of a bundle made of it.
-        nbytes: Bytes of the weights' file.
     """
 
     config: dict[str, Any]
     header: Header
-    data: memoryview
+    weights: Weights
     beside: dict[str, bytes]
     ignored: tuple[str, ...]
     max_bytes: int
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the weights' file."""
-        return len(self.data)
 
 
 def peft_from_path(path: str, limits: BundleLimits, within: Path | None = None) -> PeftFiles | None:
@@ -128,9 +156,9 @@ def peft_from_bytes(data: memoryview, limits: BundleLimits, config: bytes | None
         InvalidBundle: It is a PEFT checkpoint that cannot be read.
     """
     prefix = bytes(data[:512])
-    members: Iterator[tuple[str, Fetch]] | None = None
+    members: Iterator[tuple[str, _File]] | None = None
     if looks_like_zip(prefix):
-        members = ((member.name, member.read) for member in zip_members(data))
+        members = ((member.name, _File(member.read, member)) for member in zip_members(data))
     elif not looks_like_safetensors(prefix) and looks_like_tar(prefix):
         members = _tar_files(data)
     if members is not None:
@@ -167,38 +195,38 @@ def _from_directory(path: str, limits: BundleLimits, within: Path | None) -> Pef
     if len(files) > _MAX_FILES:
         raise UnexpectedFile(f"the directory has {len(files)} files; the limit is {_MAX_FILES}", param="bundle")
 
-    def fetch(name: str) -> Fetch:
-        return lambda max_bytes: read_file(os.path.join(path, name), max_bytes, within)
+    def file(name: str) -> _File:
+        return _File(lambda max_bytes: read_file(os.path.join(path, name), max_bytes, within))
 
-    return _assemble({name: fetch(name) for name in files}, limits)
+    return _assemble({name: file(name) for name in files}, limits)
 
 
-def _tar_files(data: memoryview) -> Iterator[tuple[str, Fetch]]:
+def _tar_files(data: memoryview) -> Iterator[tuple[str, _File]]:
     for member in tar_members(data, MAX_MEMBERS):
         if member.is_directory:
             continue
         name, size, content = member.name, member.size, member.data
 
-        def fetch(max_bytes: int, name: str = name, size: int = size, content: memoryview = content) -> memoryview:
+        def read(max_bytes: int, name: str = name, size: int = size, content: memoryview = content) -> memoryview:
             if size > max_bytes:
                 raise BundleTooLarge(f"member {name} claims {size} bytes; the limit is {max_bytes}", param=name)
             if len(content) != size:
                 raise Truncated(f"the archive ends inside {name}; send it again, whole", param=name)
             return content
 
-        yield name, fetch
+        yield name, _File(read)
 
 
-def _from_archive(members: Iterator[tuple[str, Fetch]], limits: BundleLimits) -> PeftFiles | None:
-    folders: dict[str, dict[str, Fetch]] = {}
-    for path, fetch in members:
+def _from_archive(members: Iterator[tuple[str, _File]], limits: BundleLimits) -> PeftFiles | None:
+    folders: dict[str, dict[str, _File]] = {}
+    for path, file in members:
         parts = [part for part in path.split("/") if part not in ("", ".")]
         if not parts or path.startswith("/") or ".." in parts or "\\" in path:
             raise InvalidArchive(f"member {path!r} is no path below the archive's top", param=path)
         folder = folders.setdefault("/".join(parts[:-1]), {})
         if parts[-1] in folder:
             raise InvalidArchive(f"{path} is in the archive twice", param=path)
-        folder[parts[-1]] = fetch
+        folder[parts[-1]] = file
     found = [folder for folder, files in folders.items() if CONFIG_FILE in files or PICKLE_FILE in files]
     # The archive of a folder that has the checkpoint one level down.
     if not found or min(folder.count("/") for folder in found) > 1:
@@ -212,7 +240,7 @@ def _from_archive(members: Iterator[tuple[str, Fetch]], limits: BundleLimits) ->
     files = folders[found[0]]
     if CONFIG_FILE not in files:
         raise _pickled()
-    if not is_peft_config(bytes(files[CONFIG_FILE](limits.max_config_bytes))):
+    if not is_peft_config(bytes(files[CONFIG_FILE].read(limits.max_config_bytes))):
         return None
     outside = tuple(f"{folder}/{name}" for folder, held in folders.items() if folder != found[0] for name in held)
     return _assemble(files, limits, outside)
@@ -240,11 +268,11 @@ def _from_single(data: memoryview, limits: BundleLimits, config: bytes | None) -
             return None
     if len(text.encode() if isinstance(text, str) else text) > limits.max_config_bytes:
         raise BundleTooLarge(f"{CONFIG_FILE} exceeds {limits.max_config_bytes} bytes", param=CONFIG_FILE)
-    return PeftFiles(_parse(text), header, data, {}, (), limits.max_bytes)
+    return PeftFiles(_parse(text), header, Weights(lambda: data), {}, (), limits.max_bytes)
 
 
-def _assemble(files: dict[str, Fetch], limits: BundleLimits, outside: tuple[str, ...] = ()) -> PeftFiles:
-    config = _parse(bytes(files[CONFIG_FILE](limits.max_config_bytes)))
+def _assemble(files: dict[str, _File], limits: BundleLimits, outside: tuple[str, ...] = ()) -> PeftFiles:
+    config = _parse(bytes(files[CONFIG_FILE].read(limits.max_config_bytes)))
     if MODEL_FILE not in files:
         if PICKLE_FILE in files:
             raise _pickled()
@@ -257,10 +285,19 @@ def _assemble(files: dict[str, Fetch], limits: BundleLimits, outside: tuple[str,
                 "it, or put its tensors into the checkpoint",
                 param=name,
             )
-    beside = {name: bytes(files[name](_MAX_BESIDE_BYTES)) for name in _READ_BESIDE if name in files}
-    data = files[MODEL_FILE](limits.max_bytes)
+    beside = {name: bytes(files[name].read(_MAX_BESIDE_BYTES)) for name in _READ_BESIDE if name in files}
+    header, weights = _weights(files[MODEL_FILE], limits)
     ignored = tuple(sorted(set(files) - known - set(beside) - _HARMLESS)) + outside
-    return PeftFiles(config, parse_header(data, len(data), limits), data, beside, ignored, limits.max_bytes)
+    return PeftFiles(config, header, weights, beside, ignored, limits.max_bytes)
+
+
+def _weights(file: _File, limits: BundleLimits) -> tuple[Header, Weights]:
+    """The weights' checked header, and the weights. Of a compressed file the header alone is expanded."""
+    member = file.packed
+    if member is None:
+        data = file.read(limits.max_bytes)
+        return parse_header(data, len(data), limits), Weights(lambda: data)
+    return header_of(member.begin, member.size, limits), Weights(lambda: member.read(limits.max_bytes))
 
 
 def _parse(text: bytes | str) -> dict[str, Any]:

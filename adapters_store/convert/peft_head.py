@@ -76,22 +76,48 @@ class PeftHead:
     pooling: Pooling
 
 
-def read_head(
+@dataclass(frozen=True)
+class HeadKeys:
+    """A head whose tensors' shapes are checked, and of which none is read: the tensors by their names.
+
+    Attributes:
+        layout: Where the architecture has its layers; None for a head of one linear layer.
+        dense: Weight and bias of the hidden layer; None where it is the base's own, or there is none.
+        weight: The projection's weight, (labels, width).
+        bias: The projection's bias, (labels,); None is zeros.
+        labels: As many as the projection has rows.
+        pooling: Which hidden state the head reads.
+        elements: Elements of the weights in a bundle.
+    """
+
+    layout: _Layout | None
+    dense: tuple[str, str] | None
+    weight: str
+    bias: str | None
+    labels: tuple[str, ...]
+    pooling: Pooling
+    elements: int
+
+    @property
+    def base_layer(self) -> str | None:
+        """The layer of the base whose LoRA goes into the head; None where the head has none."""
+        return None if self.layout is None else self.layout.base_layer
+
+
+def match_head(
     reader: TensorReader,
     keys: Mapping[str, str],
     config: PeftConfig,
     base: ImportBase,
-    layers: dict[str, PeftLayer],
     labels: tuple[str, ...] | None,
-) -> PeftHead | None:
-    """Read the head of a checkpoint. A LoRA on the pooler of the base is taken from `layers` and goes into the head.
+) -> HeadKeys | None:
+    """Find the tensors of a checkpoint's head, and check their shapes. No tensor is read.
 
     Args:
         reader: The checkpoint's tensors.
         keys: Names of the head's tensors, by their names in the model for the task.
         config: The configuration.
         base: The base.
-        layers: The adapted layers, by path; changed in place.
         labels: Names of the labels, or None for LABEL_0, LABEL_1 and so on.
 
     Returns:
@@ -99,7 +125,7 @@ def read_head(
 
     Raises:
         UnsupportedAdapter: The head has another form than a bundle can hold, or none is there for a classifier.
-        MissingTensor, WrongShape, NotFinite, InvalidConfig: A tensor or the labels are wrong.
+        MissingTensor, WrongShape, InvalidConfig: A tensor or the labels are wrong.
     """
     if not keys:
         if config.task_type == "SEQ_CLS":
@@ -134,18 +160,17 @@ def read_head(
         projection, pooling = layout.projection, "cls"
     left = dict(keys)
     width = base.info.hidden_size
-    tensors: dict[str, Tensor] = {}
-    spec = None
+    elements = 0
+    dense = None
     if layout is not None:
-        dense, bias = _first_layer(reader, left, layout, base, layers)
-        spec = HeadSpec(activation=layout.activation, width=len(dense))
-        tensors |= {"head.dense.weight": dense, "head.dense.bias": bias}
-        width = len(dense)
+        dense, width = _match_first_layer(reader, left, layout, base)
+        elements = width * base.info.hidden_size
     weight = _take(reader, left, f"{projection}.weight", (None, width))
+    rows = reader.shape(weight)[0]
+    elements += rows * width
     # Decoders' `score` has no bias.
     bias_name = f"{projection}.bias"
-    bias = _take(reader, left, bias_name, (len(weight),)) if bias_name in left else torch.zeros(len(weight))
-    tensors |= {"head.weight": weight, "head.bias": bias.to(weight.dtype)}
+    bias = _take(reader, left, bias_name, (rows,)) if bias_name in left else None
     if left:
         name = next(iter(left.values()))
         raise UnsupportedAdapter(
@@ -153,40 +178,73 @@ def read_head(
             "trained on",
             param=name,
         )
-    if not labels and len(weight) > _MAX_UNNAMED:
+    if not labels and rows > _MAX_UNNAMED:
         raise UnsupportedAdapter(
-            f"the head has {len(weight)} rows, and no id2label names them; the most without it is {_MAX_UNNAMED}",
+            f"the head has {rows} rows, and no id2label names them; the most without it is {_MAX_UNNAMED}",
             param="adapter_config.id2label",
         )
-    names = labels or tuple(f"LABEL_{index}" for index in range(len(weight)))
-    _check_labels(names, len(weight))
-    return PeftHead(spec, tensors, names, pooling)
+    names = labels or tuple(f"LABEL_{index}" for index in range(rows))
+    _check_labels(names, rows)
+    return HeadKeys(layout, dense, weight, bias, names, pooling, elements)
 
 
-def _first_layer(
-    reader: TensorReader, keys: dict[str, str], layout: _Layout, base: ImportBase, layers: dict[str, PeftLayer]
-) -> tuple[Tensor, Tensor]:
-    """Weight (width, hidden) and bias (width,) of the head's hidden layer."""
-    if layout.dense is not None:
-        weight = _take(reader, keys, f"{layout.dense}.weight", (None, base.info.hidden_size))
-        return weight, _take(reader, keys, f"{layout.dense}.bias", (len(weight),))
-    path = layout.base_layer
+def read_head(reader: TensorReader, keys: HeadKeys, base: ImportBase, layers: dict[str, PeftLayer]) -> PeftHead:
+    """Read the head of a checkpoint. A LoRA on the pooler of the base is taken from `layers` and goes into the head.
+
+    Args:
+        reader: The checkpoint's tensors.
+        keys: The tensors of the head.
+        base: The base.
+        layers: The adapted layers, by path; changed in place.
+
+    Raises:
+        NotFinite: A tensor has NaN or infinity, or a row of a layer with DoRA has the length 0.
+    """
+    tensors: dict[str, Tensor] = {}
+    spec = None
+    if keys.layout is not None:
+        dense, dense_bias = _first_layer(reader, keys, base, layers)
+        spec = HeadSpec(activation=keys.layout.activation, width=len(dense))
+        tensors |= {"head.dense.weight": dense, "head.dense.bias": dense_bias}
+    weight = reader.read(keys.weight)
+    bias = torch.zeros(len(weight)) if keys.bias is None else reader.read(keys.bias)
+    tensors |= {"head.weight": weight, "head.bias": bias.to(weight.dtype)}
+    return PeftHead(spec, tensors, keys.labels, keys.pooling)
+
+
+def _match_first_layer(
+    reader: TensorReader, keys: dict[str, str], layout: _Layout, base: ImportBase
+) -> tuple[tuple[str, str] | None, int]:
+    """Names of weight (width, hidden) and bias (width,) of the hidden layer, None where it is the base's; its width."""
+    path = layout.dense or layout.base_layer
     assert path is not None
     # A checkpoint may carry a pooler of its own.
-    if f"{path}.weight" in keys:
+    if layout.dense is not None or f"{path}.weight" in keys:
         weight = _take(reader, keys, f"{path}.weight", (None, base.info.hidden_size))
-        bias = _take(reader, keys, f"{path}.bias", (len(weight),))
-    elif path not in base.shapes or not base.weight(path).any():
+        width = reader.shape(weight)[0]
+        return (weight, _take(reader, keys, f"{path}.bias", (width,))), width
+    if path not in base.shapes or not base.weight(path).any():
         raise UnsupportedAdapter(
             f"the head of {base.info.architecture} reads the pooler of the base, and this base has none; load the base "
             "from a checkpoint with its pooler",
             param="base",
         )
+    return None, base.shapes[path][1]
+
+
+def _first_layer(
+    reader: TensorReader, keys: HeadKeys, base: ImportBase, layers: dict[str, PeftLayer]
+) -> tuple[Tensor, Tensor]:
+    """Weight (width, hidden) and bias (width,) of the head's hidden layer."""
+    path = keys.base_layer
+    if keys.dense is not None:
+        weight, bias = (reader.read(name) for name in keys.dense)
     else:
+        assert path is not None
         found = base.bias(path)
         weight = base.weight(path).cpu().float()
         bias = torch.zeros(len(weight)) if found is None else found.cpu().float()
-    layer = layers.pop(path, None)
+    layer = None if path is None else layers.pop(path, None)
     if layer is None:
         return weight, bias
     gain, offset = layer.gain_and_offset(weight, bias)
@@ -197,7 +255,8 @@ def _first_layer(
     return merged.float(), bias if offset is None else bias + offset
 
 
-def _take(reader: TensorReader, keys: dict[str, str], name: str, shape: tuple[int | None, ...]) -> Tensor:
+def _take(reader: TensorReader, keys: dict[str, str], name: str, shape: tuple[int | None, ...]) -> str:
+    """Take the tensor of that name in the model for the task from `keys`, check its shape, and give its name."""
     if name not in keys:
         raise MissingTensor(
             f"the checkpoint has no {name}, which its classifier needs and which is no part of the base; add "
@@ -209,7 +268,7 @@ def _take(reader: TensorReader, keys: dict[str, str], name: str, shape: tuple[in
     if len(found) != len(shape) or any(want not in (None, have) for want, have in zip(shape, found, strict=True)):
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
         raise WrongShape(f"tensor {key!r} has shape {found}; the base takes ({wanted})", param=key)
-    return reader.read(key)
+    return key
 
 
 def _check_labels(labels: tuple[str, ...], rows: int) -> None:

@@ -16,7 +16,7 @@ Format: https://huggingface.co/docs/peft/developer_guides/checkpoint
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,9 +33,9 @@ from adapters_store.convert.peft_files import (
     TOKENIZER_CONFIG_FILE,
     PeftFiles,
 )
-from adapters_store.convert.peft_head import PeftHead, read_head
-from adapters_store.convert.peft_keys import match_layers, sort_keys
-from adapters_store.convert.peft_layers import PeftLayer, TensorReader, read_layers
+from adapters_store.convert.peft_head import HeadKeys, PeftHead, match_head, read_head
+from adapters_store.convert.peft_keys import LayerKeys, match_layers, sort_keys
+from adapters_store.convert.peft_layers import PeftLayer, TensorReader, check_layers, read_layers
 from adapters_store.errors import InvalidConfig
 from adapters_store.format.bundle import AdapterBundle
 from adapters_store.format.config import AdapterConfig, ModuleSpec, Task
@@ -60,17 +60,28 @@ class PeftImport:
     warnings: tuple[str, ...]
 
 
-def import_peft(files: PeftFiles, base: ImportBase) -> PeftImport:
+def import_peft(
+    files: PeftFiles, base: ImportBase, check_elements: Callable[[int], None] = lambda elements: None
+) -> PeftImport:
     """Make a bundle of a PEFT checkpoint for a base.
 
     The result computes what PEFT computes: the factors are PEFT's own, transposed. DoRA becomes a gain for each output,
     `lora_bias` an offset.
 
+    The weights are read, and what is compressed is expanded, after all that the header says was compared with the
+    configuration and the base.
+
+    Args:
+        files: The checkpoint.
+        base: The base.
+        check_elements: Is told how many elements the bundle has or more, before the weights are read. What it raises
+            refuses the import.
+
     Raises:
         UnsupportedAdapter: It asks for something that a bundle cannot hold.
         UnknownModule, WrongShape: It was made for another base.
         RankTooLarge, BundleTooLarge: Its factors are too large; they were not read.
-        MissingTensor, NotFinite, InvalidConfig: It is damaged or contradicts itself.
+        MissingTensor, NotFinite, InvalidConfig, InvalidArchive: It is damaged or contradicts itself.
     """
     config = read_peft_config(files.config)
     _check_image_type(config, base)
@@ -81,10 +92,14 @@ def import_peft(files: PeftFiles, base: ImportBase) -> PeftImport:
     layers_a = ((path, keys.lora_a) for path, keys in sorted_keys.layers.items() if keys.lora_a is not None)
     convolutions = {path for path, key in layers_a if len(reader.shape(key)) > 2}
     matched = match_layers(sorted_keys.layers, base, convolutions)
+    elements = check_layers(reader, matched, config, base)
+    head_keys = match_head(reader, sorted_keys.head, config, base, config.labels or _labels_beside(files))
+    _check_task(config, base, matched, head_keys)
+    if head_keys is not None:
+        elements.pop(head_keys.base_layer or "", None)
+    check_elements(sum(elements.values()) + (0 if head_keys is None else head_keys.elements))
     layers, notes = read_layers(reader, matched, config, base)
-    labels = config.labels or _labels_beside(files)
-    head = read_head(reader, sorted_keys.head, config, base, layers, labels)
-    _check_task(config, base, layers, head)
+    head = None if head_keys is None else read_head(reader, head_keys, base, layers)
     modules, tensors = _modules(layers, base)
     record = _record(files, config, tuple(warnings + notes))
     bundle = _bundle(base, modules, tensors, head, _template(files, base, head), record)
@@ -170,7 +185,7 @@ def _record(files: PeftFiles, config: PeftConfig, warnings: tuple[str, ...]) -> 
     return {"from": "peft", "config": said, "dtypes": list(dtypes), "warnings": list(warnings)}
 
 
-def _check_task(config: PeftConfig, base: ImportBase, layers: Mapping[str, PeftLayer], head: PeftHead | None) -> None:
+def _check_task(config: PeftConfig, base: ImportBase, layers: Mapping[str, LayerKeys], head: HeadKeys | None) -> None:
     if head is None and not layers:
         raise UnsupportedAdapter(
             "the checkpoint has no LoRA factors (lora_A, lora_B) and no head; save the adapter again",

@@ -94,17 +94,21 @@ class TensorReader:
     """
 
     def __init__(self, files: PeftFiles) -> None:
-        """Hold the files; a read-only buffer is copied once."""
+        """Hold the files. The weights are read with the first tensor; a read-only buffer is copied once."""
         self.max_bytes = files.max_bytes
+        self._header, self._weights = files.header, files.weights
         self._entries = files.header.table.entries
-        data = files.data
-        if data.readonly:
-            data = writable_memory(files.nbytes)
-            data[:] = files.data
-        self._data = files.header.tensor_bytes(data)
+        self._data: memoryview | None = None
 
     def read(self, name: str) -> Tensor:
-        """The tensor of that name, which must exist; raises NotFinite."""
+        """The tensor of that name, which must exist; raises NotFinite, or InvalidArchive for a damaged archive."""
+        if self._data is None:
+            data = self._weights.data()
+            if data.readonly:
+                copy = writable_memory(len(data))
+                copy[:] = data
+                data = copy
+            self._data = self._header.tensor_bytes(data)
         tensor = read_tensor(self._data, self._entries[name])
         check_values({name: tensor})
         return tensor
@@ -125,15 +129,14 @@ class TensorReader:
 def read_layers(
     reader: TensorReader, matched: Mapping[str, LayerKeys], config: PeftConfig, base: ImportBase
 ) -> tuple[dict[str, PeftLayer], list[str]]:
-    """Read the tensors of every layer, check their shapes, and find each layer's scaling.
+    """Read the tensors of every layer, whose shapes are checked, and find each layer's scaling.
 
     Returns:
         The layers by path in the base, and warnings.
 
     Raises:
-        BundleTooLarge: The factors exceed the limit once the zeros of block-diagonal ones are written out.
-        RankTooLarge: A layer's rank is far above its widths, or above what is served.
-        MissingTensor, WrongShape, NotFinite, UnsupportedAdapter: A layer cannot be carried over; `param` is its tensor.
+        NotFinite: `param` is the tensor.
+        InvalidArchive: The archive is damaged.
         InvalidConfig: A pattern is no regular expression, or there are too many, or they take too long.
     """
     budget = PatternBudget()
@@ -141,7 +144,6 @@ def read_layers(
     ranks = PatternMatcher(config.rank_patterns, "rank_pattern", budget)
     layers: dict[str, PeftLayer] = {}
     other_ranks: list[str] = []
-    _check_shapes(reader, matched, config, base)
     for path, keys in matched.items():
         assert keys.lora_a is not None and keys.lora_b is not None
         d_in, _ = base.shapes[path]
@@ -168,9 +170,21 @@ def read_layers(
     return layers, warnings
 
 
-def _check_shapes(reader: TensorReader, matched: Mapping[str, LayerKeys], config: PeftConfig, base: ImportBase) -> None:
-    """Check every layer by the header alone: zeros take little room in an archive, and much in memory."""
+def check_layers(
+    reader: TensorReader, matched: Mapping[str, LayerKeys], config: PeftConfig, base: ImportBase
+) -> dict[str, int]:
+    """Check every layer by the header alone: zeros take little room in an archive, and much in memory.
+
+    Returns:
+        The elements of each layer's factors in a bundle, by path in the base.
+
+    Raises:
+        BundleTooLarge: The factors exceed the limit once the zeros of block-diagonal ones are written out.
+        RankTooLarge: A layer's rank is far above its widths, or above what is served.
+        MissingTensor, WrongShape, UnsupportedAdapter: A layer cannot be carried over; `param` is its tensor.
+    """
     nbytes = 0
+    elements: dict[str, int] = {}
     for path, keys in matched.items():
         _check_parts(path, keys, config)
         assert keys.lora_a is not None and keys.lora_b is not None
@@ -187,6 +201,7 @@ def _check_shapes(reader: TensorReader, matched: Mapping[str, LayerKeys], config
             raise RankTooLarge(fault, param=keys.lora_a)
         for name in (keys.lora_bias, keys.magnitude):
             _check_vector(reader, name, d_out)
+        elements[path] = rank * (d_in + d_out)
         # Written out, a block-diagonal factor has as many times the file's bytes as it has blocks.
         nbytes += rank * (d_in * reader.itemsize(keys.lora_a) + d_out * reader.itemsize(keys.lora_b))
         if nbytes > reader.max_bytes:
@@ -195,6 +210,7 @@ def _check_shapes(reader: TensorReader, matched: Mapping[str, LayerKeys], config
                 f"limit is {reader.max_bytes}: train with fewer blocks or a smaller rank",
                 param=keys.lora_a,
             )
+    return elements
 
 
 def _check_parts(path: str, keys: LayerKeys, config: PeftConfig) -> None:

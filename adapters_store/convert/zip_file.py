@@ -60,8 +60,31 @@ class ZipMember:
             raise _invalid(f"the checksum of {self.name!r} is wrong", self.name)
         return data
 
+    def begin(self, nbytes: int) -> bytes:
+        """The file's first bytes, and all of a shorter file. Little more is expanded, and no checksum is looked at.
+
+        Raises:
+            InvalidArchive: The bytes cannot be expanded.
+        """
+        if self._method == _STORED:
+            return bytes(self._stored[:nbytes])
+        found = bytearray()
+        for part in self._parts(min(_CHUNK, nbytes)):
+            found += part
+            if len(found) >= nbytes:
+                break
+        return bytes(found[:nbytes])
+
     def _inflated(self) -> memoryview:
         data = writable_memory(self.size)
+        position = 0
+        for part in self._parts(_CHUNK):
+            data[position : position + len(part)] = part
+            position += len(part)
+        return data
+
+    def _parts(self, most: int) -> Iterator[bytes]:
+        """Expand the file, at most `most` bytes at once. The parts end with an error, or are as long as `size`."""
         stream, position, fed = zlib.decompressobj(-zlib.MAX_WBITS), 0, 0
         waiting = memoryview(b"")
         try:
@@ -71,11 +94,11 @@ class ZipMember:
                     waiting = self._stored[fed : fed + _CHUNK]
                     fed += len(waiting)
                 # One byte more than there is room for tells a file that is longer than announced.
-                part = stream.decompress(waiting, min(_CHUNK, self.size - position + 1))
-                if position + len(part) > self.size:
-                    raise _invalid(f"{self.name!r} is longer than its entry says", self.name)
-                data[position : position + len(part)] = part
+                part = stream.decompress(waiting, min(most, self.size - position + 1))
                 position += len(part)
+                if position > self.size:
+                    raise _invalid(f"{self.name!r} is longer than its entry says", self.name)
+                yield part
                 waiting = memoryview(stream.unconsumed_tail)
                 if not part and not stream.eof and not waiting and fed == len(self._stored):
                     raise _invalid(f"{self.name!r} ends too soon", self.name)
@@ -83,7 +106,6 @@ class ZipMember:
             raise _invalid(f"{self.name!r} cannot be expanded ({error})", self.name) from None
         if position != self.size or stream.unused_data or fed != len(self._stored):
             raise _invalid(f"{self.name!r} has another length than its entry says", self.name)
-        return data
 
 
 def looks_like_zip(prefix: bytes) -> bool:

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,11 +149,24 @@ def parse_header(data: memoryview, file_bytes: int, limits: BundleLimits, *, kep
 def read_header(path: str, limits: BundleLimits) -> Header:
     """The checked header of a file on disk, without reading its tensors; raises as `parse_header` does."""
     with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        prefix = file.read(16)
-        length = header_length(prefix, size, limits)
-        data = prefix + file.read(max(0, _LENGTH_BYTES + length - len(prefix)))
-    return parse_header(memoryview(data), size, limits)
+
+        def begin(nbytes: int) -> bytes:
+            file.seek(0)
+            return file.read(nbytes)
+
+        return header_of(begin, os.fstat(file.fileno()).st_size, limits)
+
+
+def header_of(begin: Callable[[int], bytes], file_bytes: int, limits: BundleLimits) -> Header:
+    """The checked header of a file that is not read further; raises as `parse_header` does.
+
+    Args:
+        begin: Gives the first so many bytes of the file, or all of a shorter one.
+        file_bytes: Size of the whole file.
+        limits: Caps.
+    """
+    length = header_length(begin(16), file_bytes, limits)
+    return parse_header(memoryview(begin(_LENGTH_BYTES + length)), file_bytes, limits)
 
 
 @contextmanager

@@ -199,7 +199,8 @@ class ServingEngine(RowCalls):
             AdapterTooLarge, AdapterOverflow, ImportMismatch: It can never be served.
         """
         base = import_base(self.base)
-        imported = import_peft(files, base)
+        # The weights may be zeros in an archive, of which a MB expands to a GB.
+        imported = import_peft(files, base, partial(check_fits, pool=self._pool))
         # The comparison is in float64: what is larger than the pool would take many times its bytes.
         self.check_config(imported.bundle.config)
         adapter = compared(imported, base, self.base.dtype)

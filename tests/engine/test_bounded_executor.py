@@ -97,9 +97,9 @@ def test_a_cancelled_call_is_not_begun_and_keeps_nothing(executor: BoundedExecut
 def test_only_work_that_has_begun_keeps_a_cancelled_caller(executor: BoundedExecutor) -> None:
     async def main() -> None:
         gate = Gate()
-        begun = [asyncio.ensure_future(executor.run_to_end(gate.pass_through, number)) for number in range(2)]
+        begun = [asyncio.ensure_future(executor.run_to_end(None, gate.pass_through, number)) for number in range(2)]
         await until(lambda: len(gate.begun) == 2)
-        waiting = asyncio.ensure_future(executor.run_to_end(gate.pass_through, 2))
+        waiting = asyncio.ensure_future(executor.run_to_end(None, gate.pass_through, 2))
         await until(lambda: executor.calls() == 3)
         for task in (*begun, waiting):
             task.cancel()

@@ -62,8 +62,9 @@ async def upload(context: ContextOf) -> PublishedAdapter:
     async with receive_upload(context.request) as received:
         context.caller.check_publish(received.name)
         # Until the publisher is free, the upload lies on disk. When this block ends, the file is closed: a publication
-        # that has begun is waited for, even if the client has left.
-        work = context.executors.publishing.run_to_end(_publish, received, context)
+        # that has begun is waited for, even if the client has left. Tenants take turns.
+        owner = received.name.partition("/")[0]
+        work = context.executors.publishing.run_to_end(owner, _publish, received, context)
         published = await context.finish(work)
     return published
 

@@ -94,7 +94,7 @@ async def create_file(context: ContextOf) -> FileObject:
     async with receive_form(context.request, FormReader(boundary, {"file": None}, _REMEDY)) as form:
         source, filename = _checked(form)
         # To its end: the check reads the temporary file.
-        work = context.training.checking.run_to_end(_add, context, filename, source)
+        work = context.training.checking.run_to_end(context.caller.tenant, _add, context, filename, source)
         return await context.finish(work)
 
 
