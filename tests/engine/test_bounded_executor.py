@@ -152,7 +152,8 @@ def test_a_closed_executor_ends_its_threads() -> None:
         assert not thread.is_alive()
 
 
-def test_owners_take_turns_and_each_runs_one_call_at_a_time(executor: BoundedExecutor) -> None:
+@pytest.mark.parametrize("to_end", [False, True])
+def test_owners_take_turns_and_each_runs_one_call_at_a_time(executor: BoundedExecutor, to_end: bool) -> None:
     async def main() -> None:
         opened, order = threading.Event(), list[str]()
 
@@ -162,7 +163,8 @@ def test_owners_take_turns_and_each_runs_one_call_at_a_time(executor: BoundedExe
 
         tasks = []
         for owner in ("a", "a", "a", "b", "c"):
-            tasks.append(asyncio.ensure_future(executor.run_in_turn(owner, work, owner)))
+            run = executor.run_to_end if to_end else executor.run_in_turn
+            tasks.append(asyncio.ensure_future(run(owner, work, owner)))
             await until(lambda: executor.calls() == len(tasks))
         # A second thread is free until "b" comes.
         await until(lambda: order == ["a", "b"])

@@ -104,6 +104,7 @@ class HeldStore(AdapterStore):
         super().__init__(root)
         self.opened = threading.Event()
         self.listed = self.publishing = 0
+        self.names: list[str] = []
 
     def list_page(
         self,
@@ -118,6 +119,7 @@ class HeldStore(AdapterStore):
 
     def publish(self, bundle: AdapterBundle, name: str, *, keep_latest: bool = False) -> Published:
         self.publishing += 1
+        self.names.append(name)
         assert self.opened.wait(20)
         return super().publish(bundle, name, keep_latest=keep_latest)
 
@@ -237,6 +239,21 @@ def test_an_upload_that_is_given_up_is_published_whole_or_not_at_all(
         wait_until(lambda: 'status="499"} 3.0' in client.get("/metrics").text)
         assert client.get("/v1/adapters/acme/waits0").status_code == 404
         assert held.publishing == 1
+
+
+def test_publications_take_turns_by_tenant(
+    held: HeldStore, held_url: str, held_app: FastAPI, writer: AdapterBundle
+) -> None:
+    data = writer.to_bytes()
+    sent = []
+    for name in ("acme/first", "acme/second", "zeta/first"):
+        sent.append(send(held_url, upload_request(held_url, data, name)))
+        wait_until(lambda: held_app.state.executors.publishing.calls() == len(sent))
+    held.opened.set()
+    for connection in sent:
+        assert connection.recv(15) == b"HTTP/1.1 201 Cr"
+        connection.close()
+    assert held.names == ["acme/first", "zeta/first", "acme/second"]
 
 
 def test_time_of_arrival_reaches_the_engine(
