@@ -91,6 +91,8 @@ def run_server(
 ) -> None:
     """Serve until SIGTERM or SIGINT; then refuse new connections, and let requests in flight finish.
 
+    A server whose engine can never serve again ends so by itself, with the exit status 1.
+
     Args:
         settings: All of them.
         read: Reads the settings again, at SIGHUP; None leaves the signal alone.
@@ -145,6 +147,7 @@ def _serve(settings: ServeSettings, read: Callable[[], ServeSettings] | None, wa
             drain_s=settings.drain_s,
             begin_drain=lambda: setattr(app.state, "draining", True),
             reload=reload,
+            failure=engine.failure,
         )
         # Each request that a second interrupt cuts off would be logged with a traceback, which tells nothing.
         logging.getLogger("uvicorn.error").addFilter(
@@ -161,6 +164,9 @@ def _serve(settings: ServeSettings, read: Callable[[], ServeSettings] | None, wa
             gc.unfreeze()
     if server.force_exit:
         console.print("stopped at once; requests in flight were cut off")
+        raise SystemExit(1)
+    if server.failed is not None:
+        # A supervisor starts a server again that did not end well.
         raise SystemExit(1)
     console.print("stopped")
 

@@ -29,6 +29,9 @@ class GracefulServer(uvicorn.Server):
     """Stops on SIGTERM or SIGINT without an error: every request gets its response first, or a documented refusal.
 
     uvicorn ends the application after its requests. The engine would therefore end no request: each would be cancelled.
+
+    Attributes:
+        failed: Why the server has ended by itself; None where a signal has ended it.
     """
 
     def __init__(
@@ -41,6 +44,7 @@ class GracefulServer(uvicorn.Server):
         drain_s: float = 0,
         begin_drain: Callable[[], None] = lambda: None,
         reload: Callable[[], None] | None = None,
+        failure: Callable[[], str | None] = lambda: None,
     ) -> None:
         """Make a server.
 
@@ -53,6 +57,8 @@ class GracefulServer(uvicorn.Server):
             begin_drain: Called at the signal: from then on the server is not ready.
             reload: Called at SIGHUP, between two steps of any thread's work: it must return at once. None leaves the
                 signal as it is.
+            failure: Why the engine can never serve again, or None. The server then ends: whoever has started it starts
+                it again, where it would refuse every request.
         """
         super().__init__(config)
         self._grace_s = grace_s
@@ -61,7 +67,9 @@ class GracefulServer(uvicorn.Server):
         self._drain_s = drain_s
         self._begin_drain = begin_drain
         self._reload = reload
+        self._failure = failure
         self._drained_at: float | None = None
+        self.failed: str | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start to accept connections."""
@@ -72,8 +80,15 @@ class GracefulServer(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         """Whether to shut down now: some time after the signal, so that a load balancer sees the server unready first.
 
+        A server whose engine has failed shuts down at once.
+
         uvicorn calls it ten times a second. A second interrupt ends the wait.
         """
+        if not self.should_exit and (failure := self._failure()) is not None:
+            logger.error("the server ends, to be started again: %s", failure)
+            self.failed, self.should_exit = failure, True
+            # Nothing is left to serve while a load balancer notices.
+            self._drained_at = time.monotonic()
         if not await super().on_tick(counter):
             return False
         if self._drained_at is None:

@@ -103,6 +103,29 @@ def test_without_a_drain_the_server_ends_at_once(base: FrozenBase, store: Adapte
         wait_until(lambda: is_refused(client), 1)
 
 
+def test_a_server_whose_engine_has_failed_ends_by_itself(base: FrozenBase, store: AdapterStore) -> None:
+    settings = ServeSettings(store=store.root)
+    config = http_config(build_app(StubEngine(base), store, settings), settings, lambda code: None)
+    failures: list[str] = []
+    server = GracefulServer(
+        config,
+        1,
+        lambda: None,
+        drain_s=60,
+        begin_drain=lambda: pytest.fail("it is not draining, it has failed"),
+        failure=lambda: failures[0] if failures else None,
+    )
+
+    async def run() -> None:
+        assert not await server.on_tick(1)
+        failures.append("the device is gone")
+        # Nobody waits for the drain.
+        assert await server.on_tick(1)
+
+    asyncio.run(run())
+    assert server.failed == "the device is gone"
+
+
 def test_sighup_reloads_and_does_not_end_the_server(base: FrozenBase, store: AdapterStore) -> None:
     settings = ServeSettings(store=store.root)
     app = build_app(StubEngine(base), store, settings)
