@@ -80,15 +80,13 @@ class GracefulServer(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         """Whether to shut down now: some time after the signal, so that a load balancer sees the server unready first.
 
-        A server whose engine has failed shuts down at once.
+        A server whose engine has failed shuts down as after a signal.
 
         uvicorn calls it ten times a second. A second interrupt ends the wait.
         """
         if not self.should_exit and (failure := self._failure()) is not None:
             logger.error("the server ends, to be started again: %s", failure)
             self.failed, self.should_exit = failure, True
-            # Nothing is left to serve while a load balancer notices.
-            self._drained_at = time.monotonic()
         if not await super().on_tick(counter):
             return False
         if self._drained_at is None:
