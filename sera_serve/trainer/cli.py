@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
 
@@ -30,119 +32,109 @@ def main() -> None:
     """Run the console script."""
     quiet_bitsandbytes()
     app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
-    app.callback(invoke_without_command=True)(_command())
+    app.callback(invoke_without_command=True)(_with_flags(_train))
     app.command("compare")(compare_command)
-    app.command("init")(_init_command())
+    app.command("init")(_with_flags(_init))
     app()
 
 
-def _command() -> Any:
-    """Build the command function, with one parameter for each field of `TrainSettings`."""
+def _with_flags(command: Any) -> Any:
+    """Give a command a flag for each field of `TrainSettings`, in place of its `options`.
 
-    def command(ctx: typer.Context, **options: Any) -> None:
-        if ctx.invoked_subcommand is not None:
-            if given := [name for name, value in options.items() if value not in (None, False)]:
-                _fail(
-                    f"{flag(given[0])} belongs to a training run; put the options of {ctx.invoked_subcommand} after it",
-                    2,
-                )
-            return
-        try:
-            check_packages()
-        except InvalidConfiguration as error:
-            _fail(error.message, 2)
-        config, jobs, as_json = options.pop("config"), options.pop("jobs"), options.pop("json")
-        dry = options.pop("dry_run")
-        if jobs is not None:
-            if dry:
-                _fail("--dry-run looks at one run; give the options of one job in place of --jobs", 2)
-            _run_jobs(jobs, config, options, as_json=as_json)
-            return
-        try:
-            settings = load_options(config, options)
-        except InvalidConfiguration as error:
-            _fail(error.message, 2)
-        run(settings, as_json=as_json, dry=dry)
+    They come before the command's own keyword-only parameters. A field that is a parameter of its own is left out.
+    """
+    own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    names = {parameter.name for parameter in own}
+    last = [parameter for parameter in own if parameter.kind is parameter.KEYWORD_ONLY]
+    first = [parameter for parameter in own if parameter not in last]
+    fields = [_parameter(name, field) for name, field in TrainSettings.model_fields.items() if name not in names]
+    parameters = [*first, *fields, *last]
+    command.__signature__ = inspect.Signature(parameters)
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return command
 
-    command.__doc__ = """Train a SeRA adapter on a frozen base and publish it to a store.
+
+def _train(
+    ctx: typer.Context,
+    *,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="YAML file with the same options (underscores); flags win over the file.", rich_help_panel=WHAT
+        ),
+    ] = None,
+    jobs: Annotated[
+        Path | None,
+        typer.Option(
+            help="YAML plan of several adapters to train at once over one base: `defaults`, and a list `jobs` of "
+            "options; flags win over the file.",
+            rich_help_panel=WHAT,
+        ),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Last line of stdout: the result as one JSON object.", rich_help_panel=RUN)
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Read and check the rows, and tell parameters, memory and time; train and publish nothing.",
+            rich_help_panel=RUN,
+        ),
+    ] = False,
+    **options: Any,
+) -> None:
+    """Train a SeRA adapter on a frozen base and publish it to a store.
 
     Example: `train_adapter --base embedded --store store --name acme/spam --task classify --train spam.csv
     --text-column text --label-column label`
 
     `--dry-run` tells first what the run will need. After a kill, the same command continues from the last checkpoint.
     """
-    parameters = [_parameter(name, field) for name, field in TrainSettings.model_fields.items()]
-    parameters += [
-        _keyword(
-            "config",
-            Annotated[
-                Path | None,
-                typer.Option(
-                    help="YAML file with the same options (underscores); flags win over the file.", rich_help_panel=WHAT
-                ),
-            ],
-            None,
-        ),
-        _keyword(
-            "jobs",
-            Annotated[
-                Path | None,
-                typer.Option(
-                    help="YAML plan of several adapters to train at once over one base: `defaults`, and a list "
-                    "`jobs` of options; flags win over the file.",
-                    rich_help_panel=WHAT,
-                ),
-            ],
-            None,
-        ),
-        _keyword(
-            "json",
-            Annotated[
-                bool,
-                typer.Option("--json", help="Last line of stdout: the result as one JSON object.", rich_help_panel=RUN),
-            ],
-            False,
-        ),
-    ]
-    dry_help = "Read and check the rows, and tell parameters, memory and time; train and publish nothing."
-    parameters.append(
-        _keyword("dry_run", Annotated[bool, typer.Option("--dry-run", help=dry_help, rich_help_panel=RUN)], False)
-    )
-    context = inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
-    parameters.insert(0, context)
-    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    return command
+    if ctx.invoked_subcommand is not None:
+        own = {"config": config, "jobs": jobs, "json": as_json, "dry_run": dry_run}
+        if given := [name for name, value in {**options, **own}.items() if value not in (None, False)]:
+            _fail(
+                f"{flag(given[0])} belongs to a training run; put the options of {ctx.invoked_subcommand} after it", 2
+            )
+        return
+    try:
+        check_packages()
+        if jobs is None:
+            settings = load_options(config, options)
+    except InvalidConfiguration as error:
+        _fail(error.message, 2)
+    if jobs is None:
+        run(settings, as_json=as_json, dry=dry_run)
+    elif dry_run:
+        _fail("--dry-run looks at one run; give the options of one job in place of --jobs", 2)
+    else:
+        _run_jobs(jobs, config, options, as_json=as_json)
 
 
-def _init_command() -> Any:
-    """Build the function of `init`, with one optional flag for each field of `TrainSettings`."""
-
-    def init(file: Path, task: Task, **options: Any) -> None:
-        try:
-            text = settings_yaml(task, options)
-            if str(file) == "-":
-                typer.echo(text, nl=False)
-                return
-            write_settings(file, text)
-        except InvalidConfiguration as error:
-            _fail(error.message, 2)
-        typer.echo(f"wrote {file}; edit it, and train with: train_adapter --config {file}")
-
-    init.__doc__ = """Write a YAML file with every option of a task, its help and its default.
+def _init(
+    file: Annotated[
+        Path, typer.Argument(help="The file to write, which must not exist; - writes to stdout.", show_default=False)
+    ],
+    task: Annotated[
+        Task,
+        typer.Option("--task", help="The task to write the options of.", show_default=False, rich_help_panel=WHAT),
+    ],
+    **options: Any,
+) -> None:
+    """Write a YAML file with every option of a task, its help and its default.
 
     Example: `train_adapter init spam.yaml --task classify`. Flags that are given become lines of the file.
     """
-    where = typer.Argument(help="The file to write, which must not exist; - writes to stdout.", show_default=False)
-    which = typer.Option("--task", help="The task to write the options of.", show_default=False, rich_help_panel=WHAT)
-    parameters = [
-        inspect.Parameter("file", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=Annotated[Path, where]),
-        inspect.Parameter("task", inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[Task, which]),
-        *(_parameter(name, field) for name, field in TrainSettings.model_fields.items() if name != "task"),
-    ]
-    init.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    init.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    return init
+    try:
+        text = settings_yaml(task, options)
+        if str(file) == "-":
+            typer.echo(text, nl=False)
+            return
+        write_settings(file, text)
+    except InvalidConfiguration as error:
+        _fail(error.message, 2)
+    typer.echo(f"wrote {file}; edit it, and train with: train_adapter --config {file}")
 
 
 def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
@@ -163,7 +155,9 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
         rich_help_panel=str(extra["group"]),
         show_default=False,
     )
-    return _keyword(name, Annotated[kind | None, option], None)
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+    )
 
 
 def _long_choice(kind: Any) -> str:
@@ -172,10 +166,6 @@ def _long_choice(kind: Any) -> str:
     values = next((get_args(member) for member in members if get_origin(member) is Literal), ())
     text = ", ".join(map(str, values))
     return text if len(text) > _WIDEST_CHOICE else ""
-
-
-def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
 def run(settings: TrainSettings, *, as_json: bool, dry: bool = False) -> None:
@@ -191,14 +181,8 @@ def run(settings: TrainSettings, *, as_json: bool, dry: bool = False) -> None:
     # A small base loads at once, so a progress bar would only clutter the terminal.
     disable_progress_bar()
     progress = PlainConsole(stderr=True)
-    try:
+    with _told(settings.store):
         result: TrainResult | DryRun = (dry_run if dry else train_adapter)(settings, console=progress)
-    except (SeraServeError, StoreError) as error:
-        _fail(error.message, 1)
-    except OSError as error:
-        _fail(f"{error.filename or settings.store}: {error.strerror}", 1)
-    except KeyboardInterrupt:
-        _fail("stopped; the same command continues from the last checkpoint", 130)
     processes = join_processes(settings.device)
     if processes.is_main:
         if as_json:
@@ -224,14 +208,8 @@ def _run_jobs(path: Path, config: Path | None, flags: dict[str, Any], *, as_json
     except InvalidConfiguration as error:
         _fail(error.message, 2)
     disable_progress_bar()
-    try:
+    with _told(plan.jobs[0].store):
         results = train_jobs(plan, console=PlainConsole(stderr=True))
-    except (SeraServeError, StoreError) as error:
-        _fail(error.message, 1)
-    except OSError as error:
-        _fail(f"{error.filename or plan.jobs[0].store}: {error.strerror}", 1)
-    except KeyboardInterrupt:
-        _fail("stopped; the same command continues from the last checkpoints", 130)
     failed = [result for result in results if result.result is None]
     if as_json:
         typer.echo(json.dumps({"jobs": [result.as_json() for result in results], "failed": len(failed)}))
@@ -243,6 +221,19 @@ def _run_jobs(path: Path, config: Path | None, flags: dict[str, Any], *, as_json
     if failed:
         reasons = "; ".join(f"{result.name}: {(result.error or {}).get('message')}" for result in failed)
         _fail(f"{len(failed)} of {len(results)} jobs failed: {reasons}", 1)
+
+
+@contextmanager
+def _told(store: Path) -> Iterator[None]:
+    """End the command with a message where the training in the block fails or is interrupted."""
+    try:
+        yield
+    except (SeraServeError, StoreError) as error:
+        _fail(error.message, 1)
+    except OSError as error:
+        _fail(f"{error.filename or store}: {error.strerror}", 1)
+    except KeyboardInterrupt:
+        _fail("stopped; the same command continues from the last checkpoint", 130)
 
 
 def _summarise(settings: TrainSettings, result: Any) -> None:
