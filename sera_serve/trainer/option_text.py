@@ -40,26 +40,38 @@ def readable(error: ValidationError) -> str:
     return "; ".join(dict.fromkeys(parts))
 
 
-def read_yaml(path: Path, known: Collection[str]) -> dict[str, Any]:
-    """Read the options of a YAML file.
+def read_yaml(path: Path, option: str, param: str) -> Any:
+    """Read a YAML file of plain values.
+
+    Args:
+        path: The file.
+        option: What messages call it, such as `--config`.
+        param: The option of a refusal.
 
     Raises:
-        InvalidConfiguration: It cannot be read, or has an option that is not one of `known`.
+        InvalidConfiguration: It cannot be read, or is no YAML.
     """
     try:
-        value = load_yaml(path.read_text(encoding="utf-8"))
+        return load_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise InvalidConfiguration(f"--config {path} cannot be read: {error}", param="config") from error
-    except yaml.YAMLError as error:
+        raise InvalidConfiguration(f"{option} {path} cannot be read: {error}", param=param) from error
+    # A date that does not exist is a ValueError; what is nested too deeply, a RecursionError.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         where = " ".join(str(error).split())
-        raise InvalidConfiguration(f"--config {path} is not valid YAML: {where}", param="config") from error
-    if value is None:
-        return {}
+        raise InvalidConfiguration(f"{option} {path} is not valid YAML: {where}", param=param) from error
+
+
+def check_options(value: Any, where: str, param: str, known: Collection[str]) -> dict[str, Any]:
+    """Return the options that a YAML file has at one place.
+
+    Raises:
+        InvalidConfiguration: The value is no mapping, or has an option that is not one of `known`.
+    """
     if not isinstance(value, dict):
-        raise InvalidConfiguration(f"--config {path} must hold `option: value` lines", param="config")
+        raise InvalidConfiguration(f"{where} must hold `option: value` lines", param=param)
     for key in value:
         if key not in known:
             near = difflib.get_close_matches(str(key).replace("-", "_"), known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; the options are {', '.join(known)}"
-            raise InvalidConfiguration(f"--config {path}: unknown option {key!r}{hint}", param=str(key))
+            hint = f"did you mean {near[0]!r}?" if near else f"the options are {', '.join(known)}"
+            raise InvalidConfiguration(f"{where}: unknown option {key!r}; {hint}", param=str(key))
     return value

@@ -16,7 +16,7 @@ from sera_serve.errors import InvalidConfiguration
 from sera_serve.quantization import Quantize
 from sera_serve.sera_config import ALL_LINEAR, Factor, SeraConfig
 from sera_serve.trainer.methods import DEFAULT_METHOD, METHODS, Method, MethodPreset, StoredMethod
-from sera_serve.trainer.option_text import flag, param_of, read_yaml, readable
+from sera_serve.trainer.option_text import check_options, flag, param_of, read_yaml, readable
 from sera_serve.trainer.pattern_options import PATTERN_OPTIONS, parse_pattern
 from sera_serve.trainer.schedule import SCHEDULE
 from sera_serve.trainer.task_options import (
@@ -276,21 +276,12 @@ class TrainSettings(BaseModel):
             return {"target_modules": RETRIEVE_TARGETS} | values
         return values
 
-    @field_validator("name")
+    @field_validator("name", "init_from")
     @classmethod
-    def _name_is_an_id(cls, value: str) -> str:
-        try:
-            parse_adapter(value)
-        except InvalidAdapterName as error:
-            raise ValueError(error.message) from error
-        return value
-
-    @field_validator("init_from")
-    @classmethod
-    def _init_is_a_reference(cls, value: str | None) -> str | None:
+    def _names_an_adapter(cls, value: str | None, info: ValidationInfo) -> str | None:
         try:
             if value is not None:
-                parse_ref(value)
+                (parse_adapter if info.field_name == "name" else parse_ref)(value)
         except InvalidAdapterName as error:
             raise ValueError(error.message) from error
         return value
@@ -545,8 +536,10 @@ def load_options(config: Path | None, flags: Mapping[str, Any]) -> TrainSettings
     Raises:
         InvalidConfiguration: The file cannot be read, or an option is unknown, missing or has an impossible value.
     """
-    options = read_yaml(config, TrainSettings.model_fields) if config is not None else {}
-    options.update({name: value for name, value in flags.items() if value is not None})
+    options: dict[str, Any] = {}
+    if config is not None and (value := read_yaml(config, "--config", "config")) is not None:
+        options = check_options(value, f"--config {config}", "config", TrainSettings.model_fields)
+    options |= {name: value for name, value in flags.items() if value is not None}
     try:
         return TrainSettings.model_validate(options)
     except ValidationError as error:

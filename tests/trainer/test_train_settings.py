@@ -118,6 +118,7 @@ def test_a_yaml_file_is_overridden_by_flags(tmp_path: Path) -> None:
         ("zzzz: 3", "unknown option 'zzzz'; the options are base, store, name"),
         ("- a\n- b", "must hold `option: value` lines"),
         ("a: [", "is not valid YAML"),
+        ("description: 2024-13-45", "is not valid YAML"),
     ],
 )
 def test_a_wrong_yaml_file_is_refused(tmp_path: Path, text: str, message: str) -> None:

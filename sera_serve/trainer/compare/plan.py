@@ -13,13 +13,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from sera_serve.errors import InvalidConfiguration
-from sera_serve.strict_yaml import load_yaml
-from sera_serve.trainer.baselines import ADAPTER_OPTIONS, BASELINES, WITH_LORA_B, BaselineShape
+from sera_serve.trainer.baselines import ADAPTER_OPTIONS, BASELINES, NEED_ADAPTERS, WITH_LORA_B, BaselineShape
 from sera_serve.trainer.methods import METHODS
+from sera_serve.trainer.option_text import read_yaml
 from sera_serve.trainer.settings import ADAPTER, TrainSettings
 from sera_serve.trainer.tables.table import HUB
 from sera_serve.trainer.task_options import LOWER_IS_BETTER as LOSSES
@@ -40,7 +39,7 @@ Loop = Literal["seed", "base", "data", "method"]
 Size = Annotated[int, Field(ge=1)]
 Sizes = Size | Annotated[list[Size], Field(min_length=1)]
 _DEFAULT_RANK = 8
-_WITHOUT_RANK = ("houlsby", "pfeiffer", "full", "head-only")
+_WITHOUT_RANK = (*NEED_ADAPTERS, "full", "head-only")
 
 
 class ComparedBase(BaseModel):
@@ -107,7 +106,7 @@ class ComparedMethod(BaseModel):
         taken = {
             "rank": self.method not in _WITHOUT_RANK,
             "blocks": self.method == "bd-lora",
-            "reduction_factor": self.method in ("houlsby", "pfeiffer"),
+            "reduction_factor": self.method in NEED_ADAPTERS,
         }
         if self.method in BASELINES:
             options = [name for name in self.model_extra or {} if name in TrainSettings.model_fields]
@@ -440,29 +439,30 @@ def _shape_of(variant: Variant, baseline: BaselineShape, settings: Mapping[str, 
 
 def _sizes_of(entry: ComparedMethod, default_rank: int | None) -> Iterator[Variant]:
     """Every size of a method; `default_rank` is the rank in the name of a method without one, None for no such part."""
-    options = dict(entry.model_extra or {})
-    family = entry.name or _family(entry.method, options)
-    if entry.method in ("houlsby", "pfeiffer"):
-        factors = entry.reduction_factor if isinstance(entry.reduction_factor, list) else [entry.reduction_factor]
-        for factor in factors:
-            shape = BaselineShape(entry.method, reduction_factor=factor)  # type: ignore[arg-type]
-            yield _variant(entry, family, f"1/{factor}", len(factors), {"method": "lora"} | options, shape)
-    elif entry.method in ("full", "head-only"):
-        method = "lora" if entry.method == "full" else "head-only"
-        shape_or_none = BaselineShape("full") if entry.method == "full" else None
-        yield _variant(entry, family, "", 1, {"method": method} | options, shape_or_none)
+    extra = entry.model_extra or {}
+    is_baseline = entry.method in BASELINES
+    options = {"method": "lora" if is_baseline else entry.method} | extra
+    shape = BaselineShape(entry.method, blocks=entry.blocks) if is_baseline else None  # type: ignore[arg-type]
+    split = f" split={extra['split']}" if not is_baseline and extra.get("split") is not None else ""
+    sizes: list[tuple[str, BaselineShape | None, int | None]] = []
+    if entry.method in NEED_ADAPTERS:
+        for factor in _listed(entry.reduction_factor):
+            sizes.append((f"1/{factor}", BaselineShape(entry.method, reduction_factor=factor), None))  # type: ignore[arg-type]
+    elif entry.method in _WITHOUT_RANK:
+        sizes.append(("", shape, None))
     else:
-        ranks = entry.rank if isinstance(entry.rank, list) else [entry.rank]
-        for rank in ranks:
+        for rank in _listed(entry.rank):
             shown = default_rank if rank is None else rank
-            size = f"r={shown}" if shown is not None else ""
-            if entry.method in BASELINES:
-                shape = BaselineShape(entry.method, blocks=entry.blocks)
-                yield _variant(entry, family, size, len(ranks), {"method": "lora"} | options, shape, rank)
-            else:
-                split = f" split={options['split']}" if options.get("split") is not None else ""
-                own = {"method": entry.method} | options
-                yield _variant(entry, family, f"{size}{split}".strip(), len(ranks), own, None, rank)
+            sizes.append(((f"r={shown}" if shown is not None else "") + split, shape, rank))
+    family = entry.name or _family(entry.method, extra)
+    for size, shape, rank in sizes:
+        # A name that was given needs the size only where there are several.
+        label = family if entry.name and len(sizes) == 1 else f"{family} {size.strip()}".strip()
+        yield Variant(label, family, options, shape, rank, entry.learning_rate, entry.data)
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _family(method: str, options: Mapping[str, Any]) -> str:
@@ -471,20 +471,6 @@ def _family(method: str, options: Mapping[str, Any]) -> str:
         return method
     trained = factors if isinstance(factors, str) else ",".join(factors)
     return f"{method} trains {trained}"
-
-
-def _variant(
-    entry: ComparedMethod,
-    family: str,
-    size: str,
-    sizes: int,
-    options: dict[str, Any],
-    shape: BaselineShape | None,
-    rank: int | None = None,
-) -> Variant:
-    # A name that was given needs the size only where there are several.
-    label = family if entry.name and sizes == 1 else f"{family} {size}".strip()
-    return Variant(label, family, options, shape, rank, entry.learning_rate, entry.data)
 
 
 def _base_spec(base: str) -> str:
@@ -525,15 +511,7 @@ def read_plan(path: Path, bases: Mapping[str, str] | None = None) -> ComparePlan
         InvalidConfiguration: The file cannot be read, or a value is impossible. The message names the place.
     """
     try:
-        value = load_yaml(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidConfiguration(f"plan {path} cannot be read: {error}", param="plan") from error
-    except yaml.YAMLError as error:
-        raise InvalidConfiguration(
-            f"plan {path} is not valid YAML: {' '.join(str(error).split())}", param="plan"
-        ) from error
-    try:
-        plan = ComparePlan.model_validate(value)
+        plan = ComparePlan.model_validate(read_yaml(path, "plan", "plan"))
     except ValidationError as error:
         faults = []
         for item in error.errors(include_url=False):

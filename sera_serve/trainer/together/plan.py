@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from sera_serve.errors import InvalidConfiguration
-from sera_serve.strict_yaml import load_yaml
+from sera_serve.trainer.option_text import check_options, read_yaml
 from sera_serve.trainer.settings import TrainSettings, load_options
 
 # One base, one store, one device: what the jobs of a plan share.
@@ -49,7 +46,7 @@ def load_plan(path: Path, flags: Mapping[str, Any] | None = None) -> Plan:
     """
     plan = _read(path)
     given = {name: value for name, value in (flags or {}).items() if value is not None}
-    defaults = _mapping(plan.get("defaults") or {}, f"--jobs {path}: defaults")
+    defaults = check_options(plan.get("defaults") or {}, f"--jobs {path}: defaults", "jobs", TrainSettings.model_fields)
     together = plan.get("together", 8)
     if isinstance(together, bool) or not isinstance(together, int) or not 1 <= together <= _MOST_TOGETHER:
         raise _refused(f"--jobs {path}: together is {together!r}; it must be a number from 1 to {_MOST_TOGETHER}")
@@ -61,7 +58,7 @@ def load_plan(path: Path, flags: Mapping[str, Any] | None = None) -> Plan:
     jobs = []
     for number, entry in enumerate(entries, 1):
         where = f"--jobs {path}: job {number}"
-        options = {**defaults, **_mapping(entry, where), **given}
+        options = {**defaults, **check_options(entry, where, "jobs", TrainSettings.model_fields), **given}
         where += f" ({options['name']})" if isinstance(options.get("name"), str) else ""
         try:
             jobs.append(load_options(None, options))
@@ -105,29 +102,12 @@ def _check_together(jobs: list[TrainSettings], path: Path) -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        value = load_yaml(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise _refused(f"--jobs {path} cannot be read: {error}") from error
-    except (yaml.YAMLError, RecursionError) as error:
-        raise _refused(f"--jobs {path} is not valid YAML: {' '.join(str(error).split())}") from error
+    value = read_yaml(path, "--jobs", "jobs")
     if not isinstance(value, dict):
         raise _refused(f"--jobs {path} must hold `defaults:` and `jobs:`")
     for key in value:
         if key not in _KEYS:
             raise _refused(f"--jobs {path}: unknown key {key!r}; the keys are {', '.join(_KEYS)}")
-    return value
-
-
-def _mapping(value: Any, where: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise _refused(f"{where} must hold `option: value` lines")
-    known = TrainSettings.model_fields
-    for key in value:
-        if key not in known:
-            near = difflib.get_close_matches(str(key).replace("-", "_"), known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"the options are {', '.join(known)}"
-            raise InvalidConfiguration(f"{where}: unknown option {key!r}; {hint}", param=str(key))
     return value
 
 
