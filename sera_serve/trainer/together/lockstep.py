@@ -9,6 +9,7 @@ code of a run of its own.
 from __future__ import annotations
 
 import functools
+import random
 import types
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -16,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+import numpy as np
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
@@ -24,7 +26,6 @@ from sera_serve.base import FrozenBase
 from sera_serve.errors import InvalidConfiguration
 from sera_serve.layers import attached_layers
 from sera_serve.trainer.loop import AdapterTrainer
-from sera_serve.trainer.together.generators import GeneratorStates
 from sera_serve.trainer.together.shared_pass import Batch, SharedPass
 
 _ARGUMENTS = {"input_ids", "attention_mask", "token_type_ids", "use_cache", "logits_to_keep"}
@@ -49,7 +50,7 @@ class Member:
     key: int
     body: Callable[[FrozenBase, Member], None]
     _greenlet: Any = None
-    _generators: GeneratorStates | None = None
+    _generators: tuple[Any, ...] | None = None
     _main: Any = None
     view: FrozenBase | None = field(default=None, repr=False)
 
@@ -64,14 +65,8 @@ class Member:
 
         `answer` is what it waits for; an exception is raised in the run. Its random generators are its own.
         """
-        outside = GeneratorStates.current()
-        if self._generators is not None:
-            self._generators.restore()
-        try:
+        with self.drawing():
             request = self._greenlet.switch(answer)
-        finally:
-            self._generators = GeneratorStates.current()
-            outside.restore()
         return None if self._greenlet.dead else cast("Batch | _Backward", request)
 
     def stop(self) -> None:
@@ -81,15 +76,15 @@ class Member:
 
     @contextmanager
     def drawing(self) -> Iterator[None]:
-        """Let the block draw from the run's random generators."""
-        assert self._generators is not None
-        outside = GeneratorStates.current()
-        self._generators.restore()
+        """Let the block draw from the run's random generators, which begin as those of the process are."""
+        outside = _generator_states()
+        if self._generators is not None:
+            _restore_generators(self._generators)
         try:
             yield
         finally:
-            self._generators = GeneratorStates.current()
-            outside.restore()
+            self._generators = _generator_states()
+            _restore_generators(outside)
 
     def ask(self, request: Batch | _Backward) -> Any:
         """Wait, in the run's own greenlet, for the answer to a request."""
@@ -97,6 +92,21 @@ class Member:
         if isinstance(answer, Exception):
             raise answer
         return answer
+
+
+def _generator_states() -> tuple[Any, ...]:
+    """Copy the states of Python's, numpy's and torch's global generators."""
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
+
+
+def _restore_generators(states: tuple[Any, ...]) -> None:
+    python, numpy, cpu, cuda = states
+    random.setstate(python)
+    np.random.set_state(numpy)
+    torch.set_rng_state(cpu)
+    if cuda is not None:
+        torch.cuda.set_rng_state(cuda)
 
 
 class MemberTrainer(AdapterTrainer):
