@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from accelerate.data_loader import DataLoaderShard
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Sampler
@@ -347,6 +347,33 @@ class StopOnNonFiniteLoss(TrainerCallback):  # type: ignore[misc]
             raise DivergedTraining(f"the loss is {loss} at step {state.global_step}")
 
 
+def evaluations_since_best(state: Any) -> int:
+    """Count the evaluations after the one of the best epoch.
+
+    Args:
+        state: transformers' `TrainerState`. Its history and its best step are in every checkpoint.
+    """
+    best = state.best_global_step or 0
+    return sum("eval_loss" in entry and entry["step"] > best for entry in state.log_history)
+
+
+class StopWithoutGain(TrainerCallback):  # type: ignore[misc]
+    """Ends training after `patience` evaluations in a row without a new best epoch. A resumed run repeats it exactly.
+
+    transformers' `EarlyStoppingCallback` counts before the trainer decides which epoch is the best one, so it does not
+    see that a lower loss decides between equal scores. Its counter is a state of its own.
+    """
+
+    def __init__(self, patience: int) -> None:
+        self._patience = patience
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        """Ask for the end. The save of an epoch comes after its evaluation."""
+        if evaluations_since_best(state) >= self._patience:
+            control.should_training_stop = True
+        return control
+
+
 _BATCHES_A_POOL = 50
 
 
@@ -383,38 +410,59 @@ class LengthGroupedOrder(Sampler[int]):
             yield from batch
 
 
-class RichProgress(TrainerCallback):  # type: ignore[misc]
-    """Shows a progress bar with the running loss on a terminal, and prints one line for each evaluation."""
+def progress_bars(console: Console) -> Progress:
+    """Make the display of the bars of training runs, each with a name and its running loss. It needs a terminal."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[loss]}"),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
 
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._bar: Progress | None = None
-        self._task: Any = None
+
+class ProgressBar(TrainerCallback):  # type: ignore[misc]
+    """Moves the bar of one run in a display of bars, and shows the running loss beside it."""
+
+    def __init__(self, bars: Progress, name: str) -> None:
+        self._bars = bars
+        self._name = name
+        self._task: TaskID | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Open the bar at the current step, which is not 0 in a resumed run."""
-        self._bar = Progress(
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[loss]}"),
-            console=self._console,
-            transient=True,
-            disable=not self._console.is_terminal,
-        )
-        self._task = self._bar.add_task("", total=state.max_steps, completed=state.global_step, loss="")
-        self._bar.start()
+        self._task = self._bars.add_task(self._name, total=state.max_steps, completed=state.global_step, loss="")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Move the bar."""
-        if self._bar is not None:
-            self._bar.update(self._task, completed=state.global_step)
+        if self._task is not None:
+            self._bars.update(self._task, completed=state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
         """Show the running loss."""
-        if self._bar is not None and "loss" in logs:
-            self._bar.update(self._task, loss=f"loss {logs['loss']:.3f}")
+        if self._task is not None and "loss" in logs:
+            self._bars.update(self._task, loss=f"loss {logs['loss']:.3f}")
+
+    def close(self) -> None:
+        """Take the bar out of the display. The caller calls this after a failure too."""
+        if self._task is not None:
+            self._bars.remove_task(self._task)
+            self._task = None
+
+
+class RichProgress(ProgressBar):
+    """Shows a progress bar with the running loss on a terminal, and prints one line for each evaluation."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(progress_bars(console), "training")
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Show the bar."""
+        super().on_train_begin(args, state, control, **kwargs)
+        self._bars.start()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
         """Print the epoch's metrics."""
@@ -422,14 +470,14 @@ class RichProgress(TrainerCallback):  # type: ignore[misc]
             f"{name.removeprefix('eval_')} {value:.4f}" for name, value in metrics.items() if name.startswith("eval_")
         )
         line = f"epoch {round(state.epoch or 0)} of {args.num_train_epochs}: {shown}"
-        self._console.print(line, highlight=False, soft_wrap=True)
+        self._bars.console.print(line, highlight=False, soft_wrap=True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Close the bar."""
         self.close()
 
     def close(self) -> None:
-        """Close the bar. The caller calls this after a failure too."""
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+        """End the display."""
+        if self._task is not None:
+            self._bars.stop()
+            self._task = None

@@ -21,11 +21,16 @@ from sera_serve.trainer.allocation import few_steps_note
 from sera_serve.trainer.checkpoint import last_checkpoint, load_stored, read_state, run_digest, run_folder
 from sera_serve.trainer.curves import check_plot, evaluations, plot_curves, tensorboard_callback
 from sera_serve.trainer.initial import InitialAdapter, load_initial
-from sera_serve.trainer.loop import AdapterTrainer, DivergedTraining, RichProgress
+from sera_serve.trainer.loop import (
+    AdapterTrainer,
+    DivergedTraining,
+    RichProgress,
+    StopWithoutGain,
+    evaluations_since_best,
+)
 from sera_serve.trainer.parallel import Processes, join_processes
 from sera_serve.trainer.patterns import adapter_shapes
 from sera_serve.trainer.settings import KEPT_BY_INIT, TrainSettings
-from sera_serve.trainer.stopping import StopWithoutGain, evaluations_since_best
 from sera_serve.trainer.tasks import TASKS, GenerateTask, TaskData, TrainingTask, check_base_of_texts
 
 _DEFAULT_MAX_LENGTH = 512

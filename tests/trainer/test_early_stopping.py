@@ -12,9 +12,9 @@ from adapters_store import AdapterStore
 from sera_serve.base import FrozenBase, load_base
 from sera_serve.errors import InvalidConfiguration
 from sera_serve.trainer import loop
+from sera_serve.trainer.loop import StopWithoutGain, evaluations_since_best
 from sera_serve.trainer.run import TrainResult, train_adapter
 from sera_serve.trainer.settings import TrainSettings, load_options
-from sera_serve.trainer.stopping import StopWithoutGain, evaluations_since_best
 
 
 class Stopped(RuntimeError):

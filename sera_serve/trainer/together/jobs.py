@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from transformers import TrainerCallback
+from rich.progress import Progress
 
 from adapters_store import AdapterBundle, AdapterStore, Published, StoreError
 from sera_serve.base import FrozenBase, load_base
@@ -18,6 +17,7 @@ from sera_serve.errors import InvalidConfiguration, SeraServeError
 from sera_serve.layers import attached_layers
 from sera_serve.terminal import PlainConsole
 from sera_serve.trainer.activations import checkpointed_activations
+from sera_serve.trainer.loop import ProgressBar, progress_bars
 from sera_serve.trainer.parallel import join_processes
 from sera_serve.trainer.run import train_adapter
 from sera_serve.trainer.settings import TrainSettings
@@ -82,7 +82,7 @@ def train_jobs(plan: Plan, *, base: FrozenBase | None = None, console: Console |
     store = AdapterStore(first.store, create=True)
     records = PublishedJobs(work / ".published", store, base.info, resume=first.resume)
     results: dict[int, JobResult] = {}
-    with _Bars(shown) as bars:
+    with progress_bars(shown) as bars:
         members = []
         for key, settings in enumerate(plan.jobs):
             if (earlier := records.load(settings)) is not None:
@@ -103,19 +103,20 @@ class _Job:
 
     settings: TrainSettings
     store: AdapterStore
-    bars: _Bars
+    bars: Progress
     records: PublishedJobs
     results: dict[int, JobResult]
 
     def train(self, base: FrozenBase, member: Member) -> None:
         settings = self.settings
-        lines = self.bars.lines_of(settings.name)
+        lines = _lines_of(settings.name, self.bars.console)
+        bar = ProgressBar(self.bars, settings.name)
         try:
             result = train_adapter(
                 settings,
                 base=base,
                 console=lines,
-                callbacks=[_Bar(self.bars, settings.name)],
+                callbacks=[bar],
                 publish=self._publish,
                 make_trainer=functools.partial(MemberTrainer, member=member),
             )
@@ -130,7 +131,7 @@ class _Job:
             self.results[member.key] = JobResult(settings.name, "trained", result.as_json())
             lines.print(f"version {result.version} is published", highlight=False)
         finally:
-            self.bars.close(settings.name)
+            bar.close()
 
     def _publish(self, bundle: AdapterBundle, name: str) -> Published:
         published = self.store.publish(bundle, name)
@@ -147,7 +148,8 @@ class _Job:
         return published
 
     def _fail(self, key: int, kind: str, message: str, param: str | None, code: str) -> None:
-        self.bars.lines_of(self.settings.name).print(f"failed: {message}", markup=False, highlight=False)
+        lines = _lines_of(self.settings.name, self.bars.console)
+        lines.print(f"failed: {message}", markup=False, highlight=False)
         error = {"type": kind, "message": message, "param": param, "code": code}
         self.results[key] = JobResult(self.settings.name, "failed", error=error)
 
@@ -170,68 +172,10 @@ class _Lines:
         """Nothing is held back but an unfinished line."""
 
 
-class _Bars:
-    """One progress bar a job on a terminal, and lines with the job's name before them."""
+def _lines_of(name: str, console: Console) -> Console:
+    """A console without a terminal of its own, for the lines of one job."""
 
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[loss]}"),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
-        self._tasks: dict[str, TaskID] = {}
+    def emit(line: str) -> None:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    def __enter__(self) -> _Bars:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._progress.stop()
-
-    def lines_of(self, name: str) -> Console:
-        """A console without a terminal of its own, for the lines of one job."""
-
-        def emit(line: str) -> None:
-            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-        return PlainConsole(file=_Lines(name, emit), force_terminal=False, width=10_000)
-
-    def open(self, name: str, total: int, completed: int) -> None:
-        self._tasks[name] = self._progress.add_task(name, total=total, completed=completed, loss="")
-
-    def move(self, name: str, completed: int) -> None:
-        self._progress.update(self._tasks[name], completed=completed)
-
-    def tell(self, name: str, loss: float) -> None:
-        self._progress.update(self._tasks[name], loss=f"loss {loss:.3f}")
-
-    def close(self, name: str) -> None:
-        if (task := self._tasks.pop(name, None)) is not None:
-            self._progress.remove_task(task)
-
-
-class _Bar(TrainerCallback):  # type: ignore[misc]
-    """Moves a job's bar."""
-
-    def __init__(self, bars: _Bars, name: str) -> None:
-        self._bars = bars
-        self._name = name
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Open the bar at the current step, which is not 0 in a resumed run."""
-        self._bars.open(self._name, state.max_steps, state.global_step)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Move the bar."""
-        self._bars.move(self._name, state.global_step)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
-        """Show the running loss."""
-        if "loss" in logs:
-            self._bars.tell(self._name, logs["loss"])
+    return PlainConsole(file=_Lines(name, emit), force_terminal=False, width=10_000)
