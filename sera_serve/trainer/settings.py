@@ -38,11 +38,13 @@ _ALLOCATION = ("budget", "budget_warmup", "budget_final")
 _ENCODINGS_OF_HALVES = ("utf-7", "unicode-escape", "raw-unicode-escape")
 # What a run keeps of the adapter that it goes on from.
 KEPT_BY_INIT = ("method", *_ADAPTER_SHAPE, "pooling")
+# Options that name a file or a folder, or perhaps a data set of the hub.
+FILES = ("train", "eval", "test", "chat_template", "images")
 # These settings change where a run is stored or how it is shown. They do not change the resulting adapter.
 # Of files, the contents count.
 _NOT_IDENTITY = {
-    *("store", "train", "eval", "test", "chat_template", "images"),
-    *("work_dir", "resume", "checkpoint_seconds", "description", "log_steps", "init_from"),
+    *FILES,
+    *("store", "work_dir", "resume", "checkpoint_seconds", "description", "log_steps", "init_from"),
     *("plot", "tensorboard"),
 }
 

@@ -19,7 +19,7 @@ from sera_serve.errors import InvalidConfiguration
 from sera_serve.trainer.baselines import ADAPTER_OPTIONS, BASELINES, NEED_ADAPTERS, WITH_LORA_B, BaselineShape
 from sera_serve.trainer.methods import METHODS
 from sera_serve.trainer.option_text import read_yaml
-from sera_serve.trainer.settings import ADAPTER, TrainSettings
+from sera_serve.trainer.settings import ADAPTER, FILES, TrainSettings
 from sera_serve.trainer.tables.table import HUB
 from sera_serve.trainer.task_options import LOWER_IS_BETTER as LOSSES
 from sera_serve.trainer.task_options import MULTI_LABEL_METRICS, REPORTED_METRICS, TASK_METRICS
@@ -30,8 +30,6 @@ _OPEN = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
 # The comparison sets these itself.
 _OWN = ("store", "name", "work_dir", "resume", "seed", "method", "description", "init_from")
 _PACKAGE = "package:"
-# Options that name a file or a folder, or perhaps a data set of the hub.
-_FILES = ("train", "eval", "test", "chat_template", "images")
 # Of every metric that a task computes, those of task_options and those that choose no epoch.
 LOWER_IS_BETTER = frozenset({*LOSSES, "perplexity", "bits_per_byte"})
 Purpose = Literal["rate", "score"]
@@ -333,7 +331,7 @@ class ComparePlan(BaseModel):
         absent = [
             f"{where}.{name} is {options[name]}"
             for where, options in self._option_groups()
-            for name in _FILES
+            for name in FILES
             if options.get(name) is not None
             and not str(options[name]).startswith(HUB)
             and not Path(str(options[name])).exists()
@@ -400,7 +398,7 @@ class ComparePlan(BaseModel):
         shape = asdict(_shape_of(variant, variant.baseline, settings)) if variant.baseline is not None else None
         test_rows = self.data[cell.data].test_rows if purpose == "score" else None
         named = settings | {"base": cell.base}
-        for use in _FILES:
+        for use in FILES:
             if named.get(use) is not None:
                 named[use] = _contents(str(named[use]))
         identity = json.dumps([named, shape, test_rows, purpose], sort_keys=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import unicodedata
 from collections import Counter
-from collections.abc import Collection, Iterable, Sized
+from collections.abc import Callable, Collection, Iterable, Sized
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Generic, Literal, TypeVar
@@ -33,7 +33,7 @@ def table_for(settings: TrainSettings, use: Use) -> Table | None:
     Raises:
         InvalidData: The file cannot be read.
     """
-    path = {"train": settings.train, "eval": settings.eval, "test": settings.test}[use]
+    path: Path | None = getattr(settings, use)
     if path is None:
         return None
     return read_table(path, delimiter=settings.delimiter, encoding=settings.encoding, split=use)
@@ -101,7 +101,7 @@ def load_classify_data(settings: TrainSettings, labels: list[str] | None = None)
         table = table_for(settings, use)
         if table is None:
             continue
-        rows[use] = _checked_texts(table, settings, labels)
+        rows[use] = _labelled_texts(table, settings, labels)
         digests[use] = table.digest
         notes += table.notes
         if use != "train":
@@ -165,19 +165,31 @@ def _rows(count: int) -> str:
     return f"{count} row" if count == 1 else f"{count} rows"
 
 
-def _checked_texts(table: Table, settings: TrainSettings, labels: list[str] | None) -> list[Example[str]]:
-    require_texts(table, settings)
-    table.require(settings.label_column, "--label-column")
-    problems, checked = Problems(table.path), []
+def checked_texts(
+    table: Table, settings: TrainSettings, target_of: Callable[[Row, str, Problems], T]
+) -> list[Example[T]]:
+    """Check the rows of a table of texts; `target_of` reads the label column, and adds its faults to the problems.
+
+    Raises:
+        InvalidData: A column is missing, or some rows cannot be used.
+    """
+    _require_texts(table, settings)
+    problems, column, checked = Problems(table.path), settings.label_column, []
+    table.require(column, "--label-column")
     for row in table.rows:
-        text = text_at(row, settings, problems)
-        checked.append(Example(text, label_of(row, settings.label_column, problems), row.place()))
+        text = _text_at(row, settings, problems)
+        checked.append(Example(text, target_of(row, column, problems), row.place()))
     problems.raise_if_any()
+    return checked
+
+
+def _labelled_texts(table: Table, settings: TrainSettings, labels: list[str] | None) -> list[Example[str]]:
+    checked = checked_texts(table, settings, label_of)
     names = whole_number_names([item.target for item in checked], labels)
     return [replace(item, target=names[item.target]) if item.target in names else item for item in checked]
 
 
-def require_texts(table: Table, settings: TrainSettings) -> None:
+def _require_texts(table: Table, settings: TrainSettings) -> None:
     """Refuse a table without the column of texts, or without that of second texts where `settings` names one.
 
     A column that is both text and label is refused, too: the answer would stand in the question.
@@ -192,7 +204,7 @@ def require_texts(table: Table, settings: TrainSettings) -> None:
         table.require(settings.text_pair_column, "--text-pair-column")
 
 
-def text_at(row: Row, settings: TrainSettings, problems: Problems) -> Text:
+def _text_at(row: Row, settings: TrainSettings, problems: Problems) -> Text:
     """Return the text of a row, or its pair of texts where `settings` names a second column.
 
     A text that is missing, no string or blank is added to `problems`.

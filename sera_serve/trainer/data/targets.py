@@ -18,17 +18,16 @@ from sera_serve.trainer.data.labelled import (
     LabelSet,
     Use,
     check_count,
+    checked_texts,
     label_notes,
     limit_notes,
-    require_texts,
     table_for,
-    text_at,
 )
 from sera_serve.trainer.data.splits import draw, hold_out_for
 from sera_serve.trainer.settings import TrainSettings
+from sera_serve.trainer.tables.fields import LONGEST_LABEL
 from sera_serve.trainer.tables.table import InvalidData, Problems, Row, Table
 
-_LONGEST_LABEL = 512
 _SHOWN_CHARACTERS = 60
 # What people put between labels.
 _SEPARATORS = ",;|/ "
@@ -196,8 +195,8 @@ def labels_of(row: Row, column: str, separator: str, problems: Problems) -> Labe
         label = str(part).strip()
         if not label:
             problems.add(row, f"{column} has an empty label; name it or remove it")
-        elif len(label) > _LONGEST_LABEL:
-            problems.add(row, f"{column} has a label of {len(label)} characters; at most {_LONGEST_LABEL} are allowed")
+        elif len(label) > LONGEST_LABEL:
+            problems.add(row, f"{column} has a label of {len(label)} characters; at most {LONGEST_LABEL} are allowed")
         found.append(label)
     if len(set(found)) != len(found):
         problems.add(row, f"{column} has a label twice; remove one")
@@ -214,27 +213,12 @@ def _is_written_list(text: str) -> bool:
 
 
 def _numbers(table: Table, settings: TrainSettings) -> list[Example[float]]:
-    require_texts(table, settings)
-    table.require(settings.label_column, "--label-column")
-    problems = Problems(table.path)
-    found = [
-        Example(text_at(row, settings, problems), number_of(row, settings.label_column, problems), row.place())
-        for row in table.rows
-    ]
-    problems.raise_if_any()
-    return found
+    return checked_texts(table, settings, number_of)
 
 
 def _label_sets(table: Table, settings: TrainSettings) -> list[Example[LabelSet]]:
-    require_texts(table, settings)
-    table.require(settings.label_column, "--label-column")
-    problems = Problems(table.path)
-    found = []
-    for row in table.rows:
-        labels = labels_of(row, settings.label_column, settings.label_separator, problems)
-        found.append(Example(text_at(row, settings, problems), labels, row.place()))
-    problems.raise_if_any()
-    return found
+    separator = settings.label_separator
+    return checked_texts(table, settings, lambda row, column, problems: labels_of(row, column, separator, problems))
 
 
 def check_labels_repeat(path: Path, rows: int, labels: list[str]) -> None:

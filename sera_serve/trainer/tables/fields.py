@@ -9,7 +9,7 @@ from typing import Any
 
 from sera_serve.trainer.tables.faults import Problems, Row
 
-_LONGEST_LABEL = 512
+LONGEST_LABEL = 512
 _ROLES = ("system", "user", "assistant", "tool")
 # The same roles as others call them.
 _OTHER_ROLES = {
@@ -69,8 +69,8 @@ def label_of(row: Row, column: str, problems: Problems) -> str:
     label = value.strip()
     if not label:
         problems.add(row, f"{column} is empty; fill it in or delete the row")
-    elif len(label) > _LONGEST_LABEL:
-        problems.add(row, f"{column} has {len(label)} characters, at most {_LONGEST_LABEL} are allowed; is it a text?")
+    elif len(label) > LONGEST_LABEL:
+        problems.add(row, f"{column} has {len(label)} characters, at most {LONGEST_LABEL} are allowed; is it a text?")
     return label
 
 

@@ -125,11 +125,8 @@ class DataFile:
 
     def digest(self) -> str:
         """Compute the sha256 of the file's own bytes, hexadecimal."""
-        digest = hashlib.sha256()
         with _readable(self.path), self.path.open("rb") as file:
-            while block := file.read(_BLOCK_BYTES):
-                digest.update(block)
-        return digest.hexdigest()
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     def _wrong_encoding(self) -> InvalidData:
         """Find the first byte that is not of the encoding, and say what may help."""

@@ -12,10 +12,7 @@ from typing import Any
 
 from adapters_store import AdapterStore, BaseInfo, StoreError
 from sera_serve.trainer.checkpoint import run_digest, sync
-from sera_serve.trainer.settings import TrainSettings
-
-_FILES = ("train", "eval", "test", "chat_template", "images")
-_CHUNK = 1 << 20
+from sera_serve.trainer.settings import FILES, TrainSettings
 
 
 class PublishedJobs:
@@ -60,7 +57,7 @@ class PublishedJobs:
 
     def _path(self, settings: TrainSettings) -> Path:
         if settings.name not in self._paths:
-            files = {name: contents_digest(path) for name in _FILES if (path := getattr(settings, name)) is not None}
+            files = {name: contents_digest(path) for name in FILES if (path := getattr(settings, name)) is not None}
             identity: dict[str, Any] = {"settings": settings.identity(), "files": files, "base": self._base}
             if settings.init_from is not None:
                 identity["init_from"] = self._digest(settings.init_from)
@@ -82,6 +79,5 @@ def contents_digest(path: Path) -> str:
     for file in files:
         digest.update(str(file.relative_to(path)).encode() + b"\0")
         with file.open("rb") as content:
-            while chunk := content.read(_CHUNK):
-                digest.update(chunk)
+            hashlib.file_digest(content, lambda: digest)
     return digest.hexdigest() if files else str(path)
