@@ -1,4 +1,4 @@
-"""The task classify: a pooled state, a linear head, cross-entropy over the labels."""
+"""The task classify: a pooled state, a linear head, and one label or several a text."""
 
 from __future__ import annotations
 
@@ -19,41 +19,51 @@ from sera_serve.trainer.data.targets import load_label_sets
 from sera_serve.trainer.heads import HeadModel
 from sera_serve.trainer.model import new_head
 from sera_serve.trainer.settings import TrainSettings
-from sera_serve.trainer.tasks.multi_label import MultiLabelTask
+from sera_serve.trainer.tasks.multi_label import multi_label_metrics
 from sera_serve.trainer.tasks.protocol import TaskKind
 from sera_serve.trainer.tasks.text_head import TextHeadTask, TextRow
 
 
-class ClassifyTask(TextHeadTask[str]):
-    """Task classify: pooled state of the adapted base, a linear head, cross-entropy over the labels."""
+class ClassifyTask(TextHeadTask[Any]):
+    """Task classify: pooled state of the adapted base, a linear head, cross-entropy over the labels.
+
+    With sets of labels, each label has a sigmoid of its own, and the loss is the binary cross-entropy.
+    """
 
     def __init__(
         self,
         base: FrozenBase,
-        data: LabelledExamples[str],
+        data: LabelledExamples[Any],
         *,
         pooling: Pooling,
         max_length: int,
         dropout: float,
         adapted: bool,
+        multi_label: bool = False,
     ) -> None:
         head = new_head(base, len(data.labels))
         super().__init__(base, data, pooling=pooling, max_length=max_length, adapted=adapted)
         self.labels = data.labels
+        self.multi_label = multi_label
         self._index = {label: i for i, label in enumerate(data.labels)}
-        self.model = HeadModel(self.base_to_train, head, functional.cross_entropy, pooling, dropout)
+        loss = functional.binary_cross_entropy_with_logits if multi_label else functional.cross_entropy
+        self.model = HeadModel(self.base_to_train, head, loss, pooling, dropout)
 
-    def targets(self, rows: Sequence[TextRow[str]], length: int) -> Tensor:
-        """The index of each row's label, int64 (rows,)."""
+    def targets(self, rows: Sequence[TextRow[Any]], length: int) -> Tensor:
+        """The index of each row's label, int64 (rows,); of sets of labels float32 (rows, labels), 1 for each label."""
+        if self.multi_label:
+            return torch.tensor([[float(label in row.example.target) for label in self.labels] for row in rows])
         return torch.tensor([self._index[row.example.target] for row in rows])
 
     def evaluate(self, rows: Sequence[Any]) -> dict[str, float]:
-        """Compute mean loss in nats, accuracy, macro F1 over the labels that occur, and Matthews correlation."""
-        return label_metrics(torch.stack(self.logits(rows)), self.targets(rows, 0))
+        """Compute the metrics of `label_metrics`; of sets of labels those of `multi_label_metrics`."""
+        metrics = multi_label_metrics if self.multi_label else label_metrics
+        return metrics(torch.stack(self.logits(rows)), self.targets(rows, 0))
 
     def bundle_fields(self) -> dict[str, Any]:
         """Labels, pooling, and the length to which the server truncates, as training did."""
-        return {"labels": self.labels, "pooling": self.pooling, "max_length": self.max_length}
+        fields = {"labels": self.labels, "pooling": self.pooling, "max_length": self.max_length}
+        return fields | ({"multi_label": True} if self.multi_label else {})
 
 
 def label_metrics(logits: Tensor, truth: Tensor) -> dict[str, float]:
@@ -82,16 +92,15 @@ def _load(settings: TrainSettings, initial: AdapterConfig | None) -> LabelledExa
     return load_label_sets(settings, labels) if settings.multi_label else load_classify_data(settings, labels)
 
 
-def _build(
-    settings: TrainSettings, base: FrozenBase, data: LabelledExamples[Any], max_length: int
-) -> ClassifyTask | MultiLabelTask:
-    return (MultiLabelTask if settings.multi_label else ClassifyTask)(
+def _build(settings: TrainSettings, base: FrozenBase, data: LabelledExamples[Any], max_length: int) -> ClassifyTask:
+    return ClassifyTask(
         base,
         data,
         pooling=settings.pooling or base.default_pooling,
         max_length=max_length,
         dropout=settings.dropout,
         adapted=settings.adapter_config() is not None,
+        multi_label=settings.multi_label,
     )
 
 

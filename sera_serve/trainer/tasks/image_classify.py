@@ -21,7 +21,7 @@ from sera_serve.trainer.heads import HeadModel
 from sera_serve.trainer.model import AdapterModel, new_head
 from sera_serve.trainer.settings import TrainSettings
 from sera_serve.trainer.tasks.classify import label_metrics
-from sera_serve.trainer.tasks.multi_label import THRESHOLD, label_set_metrics
+from sera_serve.trainer.tasks.multi_label import multi_label_metrics
 from sera_serve.trainer.tasks.protocol import TaskKind
 
 # Path of a dual base's image tower.
@@ -150,11 +150,7 @@ class ImageClassifyTask:
         Of sets of labels: micro F1 and the part of rows whose labels are all right, in place of accuracy and Matthews.
         """
         logits, truth = self.logits(rows)
-        if not self.multi_label:
-            return label_metrics(logits, truth)
-        loss = functional.binary_cross_entropy_with_logits(logits.double(), truth.double())
-        predicted = logits.sigmoid() >= THRESHOLD
-        return {"loss": float(loss), **label_set_metrics(truth.bool().numpy(), predicted.numpy())}
+        return multi_label_metrics(logits, truth) if self.multi_label else label_metrics(logits, truth)
 
     def bundle_fields(self) -> dict[str, Any]:
         """Labels, pooling, and the preprocessing of images, as training used them."""
