@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,27 +62,9 @@ def retrieval_metrics(
         `loss`, `i2t_r1`, `i2t_r5`, `i2t_r10`, `t2i_r1`, `t2i_r5`, `t2i_r10`, from 0 to 1, and `rsum`, from 0 to 6.
     """
     unit_images, unit_texts, owner = _unit(images), _unit(texts), np.asarray(image_of)
-    matched = np.empty(len(owner))
-    image_rank, hardest_text = np.empty(len(unit_images), np.int64), np.empty(len(unit_images))
-    for start in range(0, len(unit_images), _BLOCK):
-        block = slice(start, start + _BLOCK)
-        similarity = unit_images[block] @ unit_texts.T
-        true = owner[None, :] == np.arange(start, start + len(similarity))[:, None]
-        rows, columns = np.nonzero(true)
-        matched[columns] = similarity[rows, columns]
-        best = np.where(true, similarity, -np.inf).max(1)
-        false = np.where(true, -np.inf, similarity)
-        image_rank[block] = (false >= best[:, None] - _TIE).sum(1)
-        hardest_text[block] = false.max(1)
-    text_rank, hardest_image = np.empty(len(owner), np.int64), np.empty(len(owner))
-    for start in range(0, len(owner), _BLOCK):
-        block = slice(start, start + _BLOCK)
-        similarity = unit_texts[block] @ unit_images.T
-        true = owner[block, None] == np.arange(len(unit_images))[None, :]
-        best = np.where(true, similarity, -np.inf).max(1)
-        false = np.where(true, -np.inf, similarity)
-        text_rank[block] = (false >= best[:, None] - _TIE).sum(1)
-        hardest_image[block] = false.max(1)
+    numbers = np.arange(len(unit_images))
+    image_rank, _, hardest_text = _compared(unit_images, numbers, unit_texts, owner)
+    text_rank, matched, hardest_image = _compared(unit_texts, owner, unit_images, numbers)
     hinges = np.maximum(margin + hardest_text[owner] - matched, 0) + np.maximum(margin + hardest_image - matched, 0)
     recalls = {
         f"{direction}_r{k}": float((rank < k).mean())
@@ -89,6 +72,27 @@ def retrieval_metrics(
         for k in RECALLS
     }
     return {"loss": float(hinges.mean()), **recalls, "rsum": sum(recalls.values())}
+
+
+def _compared(
+    queries: NDArray[np.float64], wanted: NDArray[Any], items: NDArray[np.float64], numbers: NDArray[Any]
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """Compare each query with every item. An item is a true match of a query whose `wanted` is its number.
+
+    Returns:
+        For each query the false items that come before its best true match, and the similarity of this match and of
+        the hardest false item.
+    """
+    rank, best, hardest = np.empty(len(queries), np.int64), np.empty(len(queries)), np.empty(len(queries))
+    for start in range(0, len(queries), _BLOCK):
+        block = slice(start, start + _BLOCK)
+        similarity = queries[block] @ items.T
+        true = wanted[block, None] == numbers[None, :]
+        false = np.where(true, -np.inf, similarity)
+        best[block] = np.where(true, similarity, -np.inf).max(1)
+        rank[block] = (false >= best[block, None] - _TIE).sum(1)
+        hardest[block] = false.max(1)
+    return rank, best, hardest
 
 
 def mean_cosine(rows: NDArray[np.float32]) -> float:
