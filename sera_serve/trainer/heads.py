@@ -80,9 +80,8 @@ class ScaledHeadModel(HeadModel):
 
     def load_stored_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy stored values into the adapter and the head; raise ValueError if names or shapes differ."""
-        super().load_stored_tensors(
-            {name: t / self.scale if name.startswith("head.") else t for name, t in tensors.items()}
-        )
+        # Of the head it checks names and shapes alone: `stored_tensors` has given it a copy.
+        super().load_stored_tensors(tensors)
         assert self.head is not None
         with torch.no_grad():
             self.head.weight.copy_(tensors["head.weight"] / self.scale)

@@ -31,17 +31,13 @@ class InitialAdapter:
     def settings(self, settings: TrainSettings) -> TrainSettings:
         """The settings of a run that goes on from this adapter: its method, trained factors, pooling and length."""
         config = self.bundle.config
-        kept: dict[str, object] = {"method": self.method, "pooling": config.pooling}
-        if (factors := factors_of(config)) != METHODS[self.method].train_factors:
+        method = method_of(config)
+        kept: dict[str, object] = {"method": method, "pooling": config.pooling}
+        if (factors := factors_of(config)) != METHODS[method].train_factors:
             kept["train_factors"] = factors
         if settings.max_length is None and config.max_length is not None:
             kept["max_length"] = config.max_length
         return settings.model_copy(update=kept)
-
-    @property
-    def method(self) -> Method:
-        """The method that the adapter was trained with."""
-        return method_of(self.bundle.config)
 
     def attach(self, base: FrozenBase, dropout: float) -> None:
         """Attach layers of the adapter's shape to a base. Their values are not the adapter's yet.

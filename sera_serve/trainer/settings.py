@@ -401,7 +401,7 @@ class TrainSettings(BaseModel):
             raise ValueError(f"{flag(given[0])} has no meaning for method head-only; leave it out")
         try:
             if method.adapts:
-                self.check_shape(self.rank, self.effective_split)
+                self.check_shape(self.rank, self.split_of(self.rank))
                 # It refuses a split that does not divide the rank.
                 self.adapter_config()
             self.check_use(method, self.train_factors or method.train_factors)
@@ -446,11 +446,6 @@ class TrainSettings(BaseModel):
             return self.split or 1
         # Units of rank allocation have the rank of the split. Equal shares of the budget are then whole units.
         return rank if self.budget is None else math.gcd(rank, math.floor(self.budget))
-
-    @property
-    def effective_split(self) -> int:
-        """`split`, or the method's default for this rank."""
-        return self.split_of(self.rank)
 
     @property
     def stored_method(self) -> StoredMethod:
@@ -506,7 +501,7 @@ class TrainSettings(BaseModel):
             return None
         return SeraConfig(
             rank=self.rank,
-            split=self.effective_split,
+            split=self.split_of(self.rank),
             lora_alpha=self.lora_alpha or 2.0 * self.rank,
             target_modules=cast(Any, self.target_modules),
             use_mixer=method.use_mixer,

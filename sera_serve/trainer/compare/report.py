@@ -6,7 +6,7 @@ import csv
 import io
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from rich.table import Table
@@ -93,12 +93,10 @@ def _cell_result(runner: CompareRunner, cell: Cell) -> CellResult:
 
 def as_csv(results: Sequence[CellResult]) -> str:
     """Write one line for each place of the table."""
-    names = [field.name for field in fields(CellResult)]
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(names)
-    for result in results:
-        writer.writerow(["" if (value := getattr(result, name)) is None else value for name in names])
+    writer = csv.DictWriter(text, [field.name for field in fields(CellResult)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(result) for result in results)
     return text.getvalue()
 
 

@@ -16,7 +16,7 @@ from sera_serve.trainer.data.labelled import GenerateData, load_generate_data
 from sera_serve.trainer.data.packing import check_packing, pack_rows, packed_length
 from sera_serve.trainer.data.passages import Passage
 from sera_serve.trainer.data.token_rows import PassageTokenizer, TokenRow, by_length, pad_labels
-from sera_serve.trainer.model import AdapterModel, GeneratorModel
+from sera_serve.trainer.model import IGNORED, AdapterModel, GeneratorModel
 from sera_serve.trainer.settings import TrainSettings
 from sera_serve.trainer.tasks.protocol import TaskKind
 
@@ -91,7 +91,7 @@ class GenerateTask:
         for batch in by_length([len(row["input_ids"]) for row in rows], _EVAL_BATCH):
             inputs = {k: v.to(self.base.device) for k, v in self._padded([rows[i] for i in batch]).items()}
             nats += float(self.generator.token_losses(**inputs).double().sum())
-            tokens += int((inputs["labels"][:, 1:] != -100).sum())
+            tokens += int((inputs["labels"][:, 1:] != IGNORED).sum())
         # The learned tokens may all be ends of texts.
         text_bytes = max(sum(row["text_bytes"] for row in rows), 1)
         loss = nats / tokens

@@ -10,7 +10,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from adapters_store import AdapterConfig
 from sera_serve.base import FrozenBase, ModelInputs
 from sera_serve.errors import InvalidConfiguration
 from sera_serve.trainer.data.image_batches import ImageRows
@@ -153,10 +152,6 @@ class RetrieveTask:
         return {"image": self.image_spec, "max_length": self.max_length}
 
 
-def _load(settings: TrainSettings, initial: AdapterConfig | None) -> ImageExamples[str]:
-    return load_retrieve_data(settings, initial)
-
-
 def _build(settings: TrainSettings, base: FrozenBase, data: ImageExamples[str], max_length: int) -> RetrieveTask:
     return RetrieveTask(
         base,
@@ -167,4 +162,4 @@ def _build(settings: TrainSettings, base: FrozenBase, data: ImageExamples[str], 
     )
 
 
-RETRIEVE = TaskKind(load=_load, build=_build, takes_images=True)
+RETRIEVE = TaskKind(load=load_retrieve_data, build=_build, takes_images=True)

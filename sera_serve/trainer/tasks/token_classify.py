@@ -56,8 +56,7 @@ class TokenClassifyTask(TextHeadTask[Marked]):
         head = new_head(base, len(self.tags))
         super().__init__(base, data, pooling=None, max_length=max_length, adapted=adapted)
         # Padding and tokens without characters are ignored.
-        loss = _mean_loss
-        self.model = HeadModel(base, head, loss, None, dropout)
+        self.model = HeadModel(base, head, _mean_loss, None, dropout)
 
     def targets(self, rows: Sequence[TextRow[Marked]], length: int) -> Tensor:
         """The tag of each token, int64 (rows, length), `IGNORED` where a token has none."""
