@@ -26,15 +26,12 @@ _DPI = 130
 _MAX_PANELS = 8
 
 
-def plot_spectra(adapters: Sequence[tuple[str, Mapping[str, Sequence[LayerSpectrum]]]], path: Path) -> Path:
+def plot_spectra(adapters: Sequence[tuple[str, Mapping[str, Sequence[LayerSpectrum]]]], path: Path) -> None:
     """Draw singular values in descending order, one panel for each group of layers.
 
     Args:
         adapters: One or two adapters: name, and layers by group.
         path: The PNG file.
-
-    Returns:
-        `path`.
     """
     groups = _most_told(list(dict.fromkeys(group for _, by_group in adapters for group in by_group)))
     figure, panels = _panels(len(groups), "Singular values of the updates")
@@ -59,15 +56,11 @@ def plot_spectra(adapters: Sequence[tuple[str, Mapping[str, Sequence[LayerSpectr
     handles, labels = panels[0].get_legend_handles_labels()
     if handles:
         figure.legend(handles, labels, loc="outside lower center", ncols=len(handles), frameon=False)
-    return _save(figure, path)
+    _save(figure, path)
 
 
-def plot_similarity(names: tuple[str, str], similarity: Sequence[GroupSimilarity], path: Path) -> Path:
-    """Draw phi(i, j) as heat maps on one scale from 0 to 1, one for each group of layers; query and value come first.
-
-    Returns:
-        `path`.
-    """
+def plot_similarity(names: tuple[str, str], similarity: Sequence[GroupSimilarity], path: Path) -> None:
+    """Draw phi(i, j) as heat maps on one scale from 0 to 1, one for each group of layers, query and value first."""
     by_group = {each.group: each for each in similarity}
     groups = _most_told(list(by_group))
     figure, panels = _panels(len(groups), "Similarity of subspaces, phi(i, j)")
@@ -91,17 +84,14 @@ def plot_similarity(names: tuple[str, str], similarity: Sequence[GroupSimilarity
         for axis in (panel.xaxis, panel.yaxis):
             axis.get_major_locator().set_params(integer=True)
     figure.colorbar(image, ax=list(panels), label="0: separate, 1: one holds the other", shrink=0.9)
-    return _save(figure, path)
+    _save(figure, path)
 
 
-def plot_norms(name: str, groups: Mapping[str, Sequence[LayerSpectrum]], path: Path) -> Path:
+def plot_norms(name: str, groups: Mapping[str, Sequence[LayerSpectrum]], path: Path) -> None:
     """Draw the Frobenius norms of the updates and of their factors: a row for each group, a column for each layer.
 
     The column is the number of the layer in the base, so that one layer is one column in all rows. Where a group has no
     adapter on a layer, the place is white.
-
-    Returns:
-        `path`.
     """
     columns = {group: _columns(layers) for group, layers in groups.items()}
     first, last = min(map(min, columns.values())), max(map(max, columns.values()))
@@ -133,7 +123,7 @@ def plot_norms(name: str, groups: Mapping[str, Sequence[LayerSpectrum]], path: P
         figure.colorbar(image, ax=panel, pad=0.01)
     counted = any(columns[group] != _numbers(layers) for group, layers in groups.items())
     panel.set_xlabel("layer, by its number in the base" + counted * " (or its place in a group without numbers)")
-    return _save(figure, path)
+    _save(figure, path)
 
 
 def _columns(layers: Sequence[LayerSpectrum]) -> list[int]:
@@ -157,7 +147,7 @@ def _most_told(groups: list[str]) -> list[str]:
 
 
 def _panels(count: int, title: str) -> tuple[Figure, Sequence[Any]]:
-    columns = min(count, 4 if count > 3 else count)
+    columns = min(count, 4)
     rows = -(-count // columns)
     figure = Figure(figsize=(max(5.5, 3.6 * columns), 0.8 + 3.0 * rows), dpi=_DPI)
     figure.set_layout_engine("constrained")
@@ -180,6 +170,5 @@ def _short(name: str, width: int = 32) -> str:
     return name if len(name) <= width else "…" + name[1 - width :]
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def _save(figure: Figure, path: Path) -> None:
     figure.savefig(path, format="png")
-    return path

@@ -8,6 +8,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any
 
 import typer
@@ -161,7 +162,7 @@ def _adapter_values(adapter: AnalyzedAdapter) -> dict[str, Any]:
             {
                 "group": group,
                 "layers": len(layers),
-                "mean_norm": _rounded(_mean([layer.norm for layer in layers])),
+                "mean_norm": _rounded(fmean(layer.norm for layer in layers)),
                 "suggested": suggestions(layers),
             }
             for group, layers in adapter.groups.items()
@@ -190,10 +191,6 @@ def _rounded(value: float) -> float | None:
     return float(f"{value:.{_DIGITS}g}") if math.isfinite(value) else None
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
 def write_files(
     folder: Path, adapters: Sequence[AnalyzedAdapter], similarity: Sequence[GroupSimilarity], values: dict[str, Any]
 ) -> list[Path]:
@@ -207,17 +204,16 @@ def write_files(
     from sera_serve.commands import analysis_plots
 
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / JSON_FILE]
+    paths = [folder / JSON_FILE, folder / "singular_values.png"]
     paths[0].write_text(json.dumps(values, ensure_ascii=False) + "\n", encoding="utf-8")
     named = [(adapter.name, adapter.groups) for adapter in adapters]
-    paths.append(analysis_plots.plot_spectra(named, folder / "singular_values.png"))
-    paths += [
-        analysis_plots.plot_norms(name, groups, folder / f"norms{suffix}.png")
-        for (name, groups), suffix in zip(named, ("", "_2"), strict=False)
-    ]
+    analysis_plots.plot_spectra(named, paths[1])
+    for (name, groups), suffix in zip(named, ("", "_2"), strict=False):
+        paths.append(folder / f"norms{suffix}.png")
+        analysis_plots.plot_norms(name, groups, paths[-1])
     if similarity:
-        names = (adapters[0].name, adapters[1].name)
-        paths.append(analysis_plots.plot_similarity(names, similarity, folder / "similarity.png"))
+        paths.append(folder / "similarity.png")
+        analysis_plots.plot_similarity((adapters[0].name, adapters[1].name), similarity, paths[-1])
     return paths
 
 
@@ -244,7 +240,7 @@ def _show_adapter(adapter: AnalyzedAdapter) -> None:
             _span([layer.spec.split for layer in layers]),
             _range([layer.norm for layer in layers]),
             _range([float(layer.values[0]) for layer in layers]),
-            f"{_mean([layer.effective_rank for layer in layers]):.1f}",
+            f"{fmean(layer.effective_rank for layer in layers):.1f}",
             *(_span([layer.rank_for(energy) for layer in layers]) for energy in ENERGIES),
             *(_range([layer.norms[name] for layer in layers if name in layer.norms]) for name in ("a", "c", "b")),
         )

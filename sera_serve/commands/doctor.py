@@ -8,11 +8,9 @@ from typing import Annotated
 
 import typer
 
-from sera_serve.commands.output import json_text, say
+from sera_serve.commands.output import JsonOption, json_text, say
 from sera_serve.config import load_settings
 from sera_serve.errors import InvalidConfiguration
-
-_SIGNS = {"ok": "ok     ", "warning": "warning", "problem": "problem"}
 
 
 def doctor_command(
@@ -22,7 +20,7 @@ def doctor_command(
     device: Annotated[str | None, typer.Option(help="Torch device.", show_default=False)] = None,
     dtype: Annotated[str | None, typer.Option(help="dtype of the base.", show_default=False)] = None,
     full: Annotated[bool, typer.Option("--full", help="Read every bundle of the store.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Look at this machine, the base's memory and the store. The exit status is 1 if there is a problem."""
     try:
@@ -38,7 +36,7 @@ def doctor_command(
         findings.append(finding)
         if not as_json:
             remedy = f" -> {finding.remedy}" if finding.remedy else ""
-            say(f"{_SIGNS[finding.status]}  {finding.name}: {finding.detail}{remedy}")
+            say(f"{finding.status:<7}  {finding.name}: {finding.detail}{remedy}")
     worst = next((status for status in ("problem", "warning") if any(f.status == status for f in findings)), "ok")
     if as_json:
         content = {"status": worst, "findings": [dataclasses.asdict(finding) for finding in findings]}

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from adapters_store import AdapterStore
 from sera_serve.access import SCOPES, AccessDatabase, Keys
-from sera_serve.commands.output import JsonOption, StoreOption, console, print_json, record, refusals
+from sera_serve.commands.output import JsonOption, StoreOption, console, print_json, record, refusals, report
 from sera_serve.errors import InvalidConfiguration
 
 keys_app = typer.Typer(
@@ -95,10 +95,7 @@ def revoke(
     with refusals():
         revoked = _keys(store).revoke(key, tenant)
         record(store, "key.revoke", tenant=revoked.tenant, target=revoked.id)
-        if as_json:
-            print_json(revoked.described())
-        else:
-            typer.echo(f"revoked {revoked.id} of tenant {revoked.tenant}")
+        report(as_json, f"revoked {revoked.id} of tenant {revoked.tenant}", **revoked.described())
 
 
 def _keys(store: Path, create: bool = False) -> Keys:

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from adapters_store import AdapterStore
 from sera_serve.access import DEFAULT, QUOTA_FIELDS, AccessDatabase, Limit, Quotas, check_quota_tenant, checked_limit
-from sera_serve.commands.output import JsonOption, StoreOption, console, print_json, record, refusals
+from sera_serve.commands.output import JsonOption, StoreOption, console, print_json, record, refusals, report
 from sera_serve.errors import InvalidConfiguration
 
 quotas_app = typer.Typer(
@@ -93,10 +93,8 @@ def clear(store: StoreOption, tenant: TenantOption, as_json: JsonOption = False)
         cleared = _quotas(store).clear(tenant)
         if cleared:
             record(store, "quota.clear", tenant=tenant, target=tenant)
-        if as_json:
-            print_json({"tenant": tenant, "cleared": cleared})
-        else:
-            typer.echo(f"cleared the limits of {tenant}" if cleared else f"{tenant} had no limits here")
+        text = f"cleared the limits of {tenant}" if cleared else f"{tenant} had no limits here"
+        report(as_json, text, tenant=tenant, cleared=cleared)
 
 
 def _quotas(store: Path, create: bool = False) -> Quotas:
@@ -118,5 +116,5 @@ def _limit(text: str) -> tuple[str, Limit]:
 
 def _cell(value: Limit) -> str:
     if value is None:
-        return "none"
+        return _NONE
     return f"{value:,}" if isinstance(value, int) else value

@@ -294,32 +294,30 @@ def describe_server(
     facts.add_row("keys", _keys_line(settings, access))
     if settings.metrics_address is not None:
         facts.add_row("metrics", f"http://{settings.metrics_address.rpartition(':')[0]}:{metrics_port}/metrics")
+
+    def show(title: str, *lines: str) -> None:
+        console.print(f"\n# {title}", style="dim", highlight=False)
+        for line in lines:
+            # A wrapped command could not be pasted.
+            console.print(line, highlight=False, soft_wrap=True)
+
     console.print("\nsera-serve is ready", style="bold", highlight=False)
     console.print(facts)
     needs_keys = access.needs_keys
     if needs_keys and not access.active_keys():
-        console.print(
-            "\n# make the first key, on this machine; the server sees it at once", style="dim", highlight=False
-        )
         command = f"sera-serve keys create --store {shlex.quote(str(settings.store.resolve()))} --tenant acme"
-        console.print(f"{command} --scopes infer,publish", highlight=False, soft_wrap=True)
+        show("make the first key, on this machine; the server sees it at once", f"{command} --scopes infer,publish")
     if needs_keys:
-        console.print(f"\n# in the commands below, {KEY_VARIABLE} is a key", style="dim", highlight=False)
+        show(f"in the commands below, {KEY_VARIABLE} is a key")
     adapters = _adapters_by_kind(base, store)
     for title, path, body in _examples(base, adapters):
-        console.print(f"\n# {title}", style="dim", highlight=False)
-        # A wrapped command could not be pasted.
-        console.print(curl_line(f"{url}{path}", body, needs_keys), highlight=False, soft_wrap=True)
+        show(title, curl_line(f"{url}{path}", body, needs_keys))
         if path == CHAT_PATH:
-            console.print("\n# the same with OpenAI's client for Python", style="dim", highlight=False)
-            console.print(client_lines(f"{url}/v1", body, needs_keys), highlight=False, soft_wrap=True)
+            show("the same with OpenAI's client for Python", client_lines(f"{url}/v1", body, needs_keys))
     if base.image_tower is not None and (adapter := adapters.get("image-classify")) is not None:
-        console.print(f"\n# classify an image with {adapter}", style="dim", highlight=False)
-        line = f"{_curl(needs_keys)} {url}/v1/classify -F adapter={shlex.quote(adapter)} -F image=@photo.jpg"
-        console.print(line, highlight=False, soft_wrap=True)
-    listing = f"{_curl(needs_keys)} {url}/v1/adapters"
-    console.print("\n# adapters in the store", style="dim", highlight=False)
-    console.print(f"{listing}\n", highlight=False, soft_wrap=True)
+        form = f"-F adapter={shlex.quote(adapter)} -F image=@photo.jpg"
+        show(f"classify an image with {adapter}", f"{_curl(needs_keys)} {url}/v1/classify {form}")
+    show("adapters in the store", f"{_curl(needs_keys)} {url}/v1/adapters\n")
 
 
 def _keys_line(settings: ServeSettings, access: AccessControl) -> str:

@@ -445,7 +445,7 @@ def _sizes_of(entry: ComparedMethod, default_rank: int | None) -> Iterator[Varia
     sizes: list[tuple[str, BaselineShape | None, int | None]] = []
     if entry.method in NEED_ADAPTERS:
         for factor in _listed(entry.reduction_factor):
-            sizes.append((f"1/{factor}", BaselineShape(entry.method, reduction_factor=factor), None))  # type: ignore[arg-type]
+            sizes.append((f"1/{factor}", BaselineShape(entry.method, reduction_factor=factor), None))
     elif entry.method in _WITHOUT_RANK:
         sizes.append(("", shape, None))
     else:
