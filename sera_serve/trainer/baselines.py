@@ -7,7 +7,7 @@ those of our own methods. A baseline is not served, so nothing is published.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -155,15 +155,11 @@ class _WithOutput(nn.Module):
         return _Outputs(self.inner(**batch))
 
 
-def _targets(task: TrainingTask, settings: TrainSettings) -> list[str]:
-    shape = SeraConfig(rank=1, split=1, lora_alpha=1.0, target_modules=settings.target_modules)  # type: ignore[arg-type]
-    return list(select_targets(task.base.model, shape))
-
-
 def _with_peft(task: TrainingTask, settings: TrainSettings, shape: BaselineShape) -> Any:
     peft = _library("peft", "pip install peft")
-    targets = _targets(task, settings)
-    config = _PEFT_CONFIGS[shape.method](peft, task, settings, shape, targets)
+    named = SeraConfig(rank=1, split=1, lora_alpha=1.0, target_modules=settings.target_modules)  # type: ignore[arg-type]
+    targets = list(select_targets(task.base.model, named))
+    config = _peft_config(peft, task, settings, shape, targets)
     try:
         return peft.get_peft_model(_WithOutput(task.model), config, adapter_name=_ADAPTER)
     except (ValueError, TypeError, RuntimeError) as error:
@@ -172,53 +168,37 @@ def _with_peft(task: TrainingTask, settings: TrainSettings, shape: BaselineShape
         ) from error
 
 
-def _lora(peft: Any, settings: TrainSettings, shape: BaselineShape, targets: list[str], **options: Any) -> Any:
-    return peft.LoraConfig(
-        r=shape.rank,
-        lora_alpha=settings.lora_alpha or 2 * shape.rank,
-        lora_dropout=settings.dropout,
-        target_modules=targets,
-        **options,
-    )
-
-
-def _bd_lora(peft: Any, task: Any, settings: TrainSettings, shape: BaselineShape, targets: list[str]) -> Any:
-    blocks = peft.BdLoraConfig(target_modules_bd_b=targets, nblocks=shape.blocks)
-    return _lora(peft, settings, shape, targets, use_bdlora=blocks)
-
-
-def _vera(peft: Any, task: Any, settings: TrainSettings, shape: BaselineShape, targets: list[str]) -> Any:
-    return peft.VeraConfig(
-        r=shape.rank,
-        target_modules=targets,
-        vera_dropout=settings.dropout,
-        projection_prng_key=settings.seed,
-    )
-
-
-def _adalora(peft: Any, task: TrainingTask, settings: TrainSettings, shape: BaselineShape, targets: list[str]) -> Any:
-    steps = settings.epochs * -(-len(task.train_rows) // settings.batch_size)
-    return peft.AdaLoraConfig(
-        init_r=max(shape.rank + 1, shape.rank * 3 // 2),
-        target_r=shape.rank,
-        lora_alpha=settings.lora_alpha or 2 * shape.rank,
-        lora_dropout=settings.dropout,
-        target_modules=targets,
-        total_step=steps,
-        # The budget falls between a tenth and seven tenths of the steps, at up to fifty of them.
-        tinit=steps // 10,
-        tfinal=steps * 3 // 10,
-        deltaT=max(1, steps // 50),
-    )
-
-
-_PEFT_CONFIGS: dict[str, Callable[..., Any]] = {
-    "peft-lora": lambda peft, task, settings, shape, targets: _lora(peft, settings, shape, targets),
-    "dora": lambda peft, task, settings, shape, targets: _lora(peft, settings, shape, targets, use_dora=True),
-    "bd-lora": _bd_lora,
-    "vera": _vera,
-    "adalora": _adalora,
-}
+def _peft_config(
+    peft: Any, task: TrainingTask, settings: TrainSettings, shape: BaselineShape, targets: list[str]
+) -> Any:
+    if shape.method == "vera":
+        return peft.VeraConfig(
+            r=shape.rank,
+            target_modules=targets,
+            vera_dropout=settings.dropout,
+            projection_prng_key=settings.seed,
+        )
+    common = {
+        "lora_alpha": settings.lora_alpha or 2 * shape.rank,
+        "lora_dropout": settings.dropout,
+        "target_modules": targets,
+    }
+    if shape.method == "adalora":
+        steps = settings.epochs * -(-len(task.train_rows) // settings.batch_size)
+        return peft.AdaLoraConfig(
+            **common,
+            init_r=max(shape.rank + 1, shape.rank * 3 // 2),
+            target_r=shape.rank,
+            total_step=steps,
+            # The budget falls between a tenth and seven tenths of the steps, at up to fifty of them.
+            tinit=steps // 10,
+            tfinal=steps * 3 // 10,
+            deltaT=max(1, steps // 50),
+        )
+    options: dict[str, Any] = {}
+    if shape.method == "bd-lora":
+        options["use_bdlora"] = peft.BdLoraConfig(target_modules_bd_b=targets, nblocks=shape.blocks)
+    return peft.LoraConfig(**common, r=shape.rank, use_dora=shape.method == "dora", **options)
 
 
 class _AllocatesRanks(TrainerCallback):  # type: ignore[misc]
