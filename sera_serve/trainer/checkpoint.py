@@ -16,7 +16,6 @@ import contextlib
 import fcntl
 import hashlib
 import json
-import os
 import random
 import re
 import shutil
@@ -32,6 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import TrainerState
 
+from adapters_store.backends.durable import put_text, sync_directory, sync_file
 from sera_serve.errors import SeraServeError
 
 STATE_FILE = "trainer_state.json"
@@ -89,11 +89,12 @@ def save_checkpoint(
         }
         (partial / _EXTRA).write_text(json.dumps(extra))
         state.save_to_json(str(partial / STATE_FILE))
-        for path in [*partial.iterdir(), partial]:
-            sync(path)
+        for path in partial.iterdir():
+            sync_file(str(path))
+        sync_directory(str(partial))
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
-        sync(run_dir)
+        sync_directory(str(run_dir))
         return final
 
 
@@ -249,25 +250,13 @@ def _bring_here(checkpoint: Path) -> None:
     state, best = _read_json(checkpoint / STATE_FILE), _best(checkpoint)
     if best is None or state["best_model_checkpoint"] == str(best):
         return
-    written = checkpoint / f"{STATE_FILE}.new"
-    written.write_text(json.dumps(state | {"best_model_checkpoint": str(best)}, indent=2, sort_keys=True) + "\n")
-    sync(written)
-    written.rename(checkpoint / STATE_FILE)
-    sync(checkpoint)
+    text = json.dumps(state | {"best_model_checkpoint": str(best)}, indent=2, sort_keys=True) + "\n"
+    put_text(str(checkpoint / STATE_FILE), text, str(checkpoint))
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     value: dict[str, Any] = json.loads(path.read_text())
     return value
-
-
-def sync(path: Path) -> None:
-    """Flush a file's content, or a folder's entries, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 _LOCK = "lock"

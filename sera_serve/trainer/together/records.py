@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from adapters_store import AdapterStore, BaseInfo, StoreError
-from sera_serve.trainer.checkpoint import run_digest, sync
+from adapters_store.backends.durable import put_text
+from sera_serve.trainer.checkpoint import run_digest
 from sera_serve.trainer.settings import FILES, TrainSettings
 
 
@@ -40,13 +40,7 @@ class PublishedJobs:
         """Write the result of a job. It is durable when this returns."""
         path = self._path(settings)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        with partial.open("w") as file:
-            json.dump(result, file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.rename(path)
-        sync(path.parent)
+        put_text(str(path), json.dumps(result), str(path.parent))
 
     def clear(self) -> None:
         """Forget all jobs, and delete the folder and its empty parent."""
