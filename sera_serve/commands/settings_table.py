@@ -14,7 +14,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 
 from sera_serve.config import RELOADED, ServeSettings
-from sera_serve.trainer.settings import TrainSettings
+from sera_serve.trainer.settings import TrainSettings, group_of
 from sera_serve.trainer.task_options import TASK_OPTIONS
 
 _PATH = Path("docs") / "settings.md"
@@ -63,13 +63,11 @@ def options_document() -> str:
     groups: dict[str, list[str]] = {}
     own = {name for names in TASK_OPTIONS.values() for name in names}
     for name, field in TrainSettings.model_fields.items():
-        extra = field.json_schema_extra
-        assert isinstance(extra, dict)
         tasks = ", ".join(task for task, names in TASK_OPTIONS.items() if name in names) if name in own else "all"
         default = "required" if field.is_required() else _default(field)
         meaning = (field.description or "").replace("|", "\\|")
         row = f"| `{name}` | {default} | {_values(field)} | {tasks} | {meaning} |"
-        groups.setdefault(str(extra["group"]), []).append(row)
+        groups.setdefault(group_of(field), []).append(row)
     tables = [f"\n## {group}\n\n{_OPTIONS_HEAD}" + "\n".join(rows) + "\n" for group, rows in groups.items()]
     return _OPTIONS_INTRODUCTION + "".join(tables)
 

@@ -20,7 +20,7 @@ from sera_serve.trainer.init_file import settings_yaml, write_settings
 from sera_serve.trainer.option_text import flag
 from sera_serve.trainer.packages import check_packages, quiet_bitsandbytes
 from sera_serve.trainer.pattern_options import PATTERN_OPTIONS
-from sera_serve.trainer.settings import RUN, WHAT, TrainSettings, load_options
+from sera_serve.trainer.settings import RUN, WHAT, TrainSettings, group_of, load_options
 from sera_serve.trainer.task_options import Task
 
 # Types of flags whose fields have a wider type.
@@ -138,8 +138,6 @@ def _init(
 
 
 def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
-    extra = field.json_schema_extra
-    assert isinstance(extra, dict)
     kind: Any = _FLAG_TYPES.get(name, field.annotation)
     is_switch = kind is bool
     # The default is None here, which means that the flag was not given. TrainSettings has the real default.
@@ -152,7 +150,7 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
         f"{flag(name)}/{flag('no-' + name)}" if is_switch else flag(name),
         help=f"{field.description}{f' One of {values}.' if values else ''}{default}",
         metavar="<choice>" if values else None,
-        rich_help_panel=str(extra["group"]),
+        rich_help_panel=group_of(field),
         show_default=False,
     )
     return inspect.Parameter(

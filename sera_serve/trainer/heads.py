@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sera_serve.base import FrozenBase, Pooling
-from sera_serve.trainer.model import AdapterModel, Losses
+from sera_serve.trainer.model import AdapterModel
 
 LossOf = Callable[[Tensor, Tensor], Tensor]
 """The mean loss of scores and targets."""
@@ -36,7 +36,7 @@ class HeadModel(AdapterModel):
         self.pooling: Pooling | None = pooling
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, labels: Tensor, features: Tensor | None = None, **inputs: Tensor) -> Losses:
+    def forward(self, labels: Tensor, features: Tensor | None = None, **inputs: Tensor) -> dict[str, Tensor]:
         """Compute scores and the mean loss.
 
         Args:

@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import to_jsonable_python
 
 from sera_serve.errors import InvalidConfiguration
-from sera_serve.trainer.settings import TrainSettings, load_options
+from sera_serve.trainer.settings import TrainSettings, group_of, load_options
 from sera_serve.trainer.task_options import TASK_OPTIONS, Task
 
 _WIDTH = 100
@@ -44,7 +44,7 @@ def settings_yaml(task: Task, given: Mapping[str, Any]) -> str:
     for name, field in TrainSettings.model_fields.items():
         if name in foreign:
             continue
-        if (own := _group(field)) != group:
+        if (own := group_of(field)) != group:
             group = own
             lines += ["", f"# ---- {group} ----"]
         lines += ["", *_comment(field)]
@@ -67,12 +67,6 @@ def write_settings(path: Path, text: str) -> None:
         raise InvalidConfiguration(f"{path} exists; name another file, or remove it", param="file") from error
     except OSError as error:
         raise InvalidConfiguration(f"{path} cannot be written: {error.strerror}", param="file") from error
-
-
-def _group(field: FieldInfo) -> str:
-    extra = field.json_schema_extra
-    assert isinstance(extra, dict)
-    return str(extra["group"])
 
 
 def _comment(field: FieldInfo) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +17,6 @@ from sera_serve.trainer.activations import mark_training
 
 IGNORED = -100
 _HEAD_STD = 0.02
-
-
-class Losses(TypedDict):
-    """Result of a forward pass: the mean loss, and logits (rows, labels)."""
-
-    loss: Tensor
-    logits: Tensor
 
 
 class AdapterModel(nn.Module):

@@ -200,6 +200,10 @@ class TrainingRun:
     prepare: Prepare | None = None
     baseline: bool = False
 
+    def tell(self, note: str) -> None:
+        """Show a note."""
+        self.console.print(f"note: {note}", highlight=False, soft_wrap=True)
+
 
 def build_task(run: TrainingRun) -> TrainingTask:
     """Attach the adapter to the base, and make the task with its model and its rows."""
@@ -217,12 +221,12 @@ def build_task(run: TrainingRun) -> TrainingTask:
 
 
 def _train_on(run: TrainingRun, publish: Publish) -> TrainResult:
-    settings, base, data, console = run.settings, run.base, run.data, run.console
+    settings, base, data = run.settings, run.base, run.data
     task = build_task(run)
     if run.prepare is not None:
         run = replace(run, callbacks=[*run.callbacks, *run.prepare(task, settings)])
     for note in task.notes:
-        console.print(f"note: {note}", highlight=False, soft_wrap=True)
+        run.tell(note)
     identity: dict[str, Any] = {"settings": settings.identity(), "data": data.digests, "base": base.info.model_dump()}
     if run.initial is not None:
         identity["init_from"] = run.initial.digest
@@ -249,7 +253,7 @@ def _train_on(run: TrainingRun, publish: Publish) -> TrainResult:
         except OSError as error:
             # The adapter is published, and its figures are still to be told.
             task.notes.append(f"the curves could not be drawn: {error}")
-            console.print(f"note: {task.notes[-1]}", highlight=False, soft_wrap=True)
+            run.tell(task.notes[-1])
     return TrainResult(
         adapter=published.adapter,
         version=published.version,
@@ -312,11 +316,7 @@ class _Fitted:
 def _fit(task: TrainingTask, run: TrainingRun, folder: Path) -> _Fitted:
     """Train to the end, and leave the tensors of the best epoch in the task's model."""
     settings, console = run.settings, run.console
-
-    def tell(text: str) -> None:
-        console.print(f"note: {text}", highlight=False, soft_wrap=True)
-
-    checkpoint = run.processes.from_main(lambda: last_checkpoint(folder, task.model.stored_tensors(), tell))
+    checkpoint = run.processes.from_main(lambda: last_checkpoint(folder, task.model.stored_tensors(), run.tell))
     resumed_from = int(checkpoint.name.rpartition("-")[2]) if checkpoint is not None else None
     progress = RichProgress(console)
     callbacks = [progress, *run.callbacks]

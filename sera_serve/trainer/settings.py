@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic.fields import FieldInfo
 
 from adapters_store import MOST_RANK, Pooling, parse_adapter, parse_ref
 from adapters_store.errors import InvalidAdapterName
@@ -54,6 +55,13 @@ def _option(default: Any, help_text: str, group: str, **limits: Any) -> Any:
 
 
 WHAT, DATA, ADAPTER, OPTIMISER, RUN = "What to train", "Data", "Adapter", "Optimisation", "Run"
+
+
+def group_of(field: FieldInfo) -> str:
+    """The group of an option of `TrainSettings`, under which help and files show it."""
+    extra = field.json_schema_extra
+    assert isinstance(extra, dict)
+    return str(extra["group"])
 
 
 class TrainSettings(BaseModel):

@@ -19,7 +19,7 @@ from sera_serve.errors import InvalidConfiguration
 from sera_serve.trainer.baselines import ADAPTER_OPTIONS, BASELINES, NEED_ADAPTERS, WITH_LORA_B, BaselineShape
 from sera_serve.trainer.methods import METHODS
 from sera_serve.trainer.option_text import read_yaml
-from sera_serve.trainer.settings import ADAPTER, FILES, TrainSettings
+from sera_serve.trainer.settings import ADAPTER, FILES, TrainSettings, group_of
 from sera_serve.trainer.tables.table import HUB
 from sera_serve.trainer.task_options import LOWER_IS_BETTER as LOSSES
 from sera_serve.trainer.task_options import MULTI_LABEL_METRICS, REPORTED_METRICS, TASK_METRICS
@@ -414,8 +414,7 @@ def _check_options(where: str, options: Mapping[str, Any]) -> None:
 
 
 def _shapes_adapter(name: str) -> bool:
-    extra = TrainSettings.model_fields[name].json_schema_extra
-    return isinstance(extra, dict) and extra["group"] == ADAPTER and name not in ("pooling", "dropout")
+    return group_of(TrainSettings.model_fields[name]) == ADAPTER and name not in ("pooling", "dropout")
 
 
 def _shape_of(variant: Variant, baseline: BaselineShape, settings: Mapping[str, Any]) -> BaselineShape:

@@ -84,7 +84,7 @@ def _check_together(jobs: list[TrainSettings], path: Path) -> None:
             raise _refused(
                 f"{where} is of task {job.task}; a plan takes {', '.join(TEXT_TASKS)}: train it alone", "task"
             )
-        if getattr(job, "packing", False):
+        if job.packing:
             raise _refused(f"{where} has packing, whose rows have masks of their own; leave it out", "packing")
         if job.checkpoint_activations and job.dropout:
             raise _refused(
