@@ -9,7 +9,7 @@ import platform
 import resource
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -65,18 +65,10 @@ def diagnose(settings: ServeSettings, full: bool = False) -> Iterator[Finding]:
         settings: What a server would be started with: its base, store, device, dtype, and memory.
         full: Read every bundle of the store, however many there are.
     """
-    looks: list[Callable[[], Iterator[Finding]]] = [
-        _python,
-        lambda: _device(settings),
-        lambda: _kernels(settings),
-        lambda: _attention(settings),
-        lambda: _files(settings),
-        lambda: _training(settings),
-        lambda: _memory(settings),
-        lambda: _store(settings.store, full),
-    ]
-    for look in looks:
-        yield from look()
+    yield from _python()
+    for look in (_device, _kernels, _attention, _files, _training, _memory):
+        yield from look(settings)
+    yield from _store(settings.store, full)
 
 
 def _python() -> Iterator[Finding]:
