@@ -13,7 +13,6 @@ it is deleted when the adapter is published.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import random
@@ -31,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import TrainerState
 
-from adapters_store.backends.durable import put_text, sync_directory, sync_file
+from adapters_store.backends.durable import put_text, sync_directory, sync_file, try_file_lock
 from sera_serve.errors import SeraServeError
 
 STATE_FILE = "trainer_state.json"
@@ -296,13 +295,11 @@ def run_folder(adapter_dir: Path, digest: str, *, resume: bool) -> Iterator[Path
     """
     folder = adapter_dir / digest
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / _LOCK).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+    with try_file_lock(str(folder / _LOCK)) as is_ours:
+        if not is_ours:
             raise RunInProgress(
                 f"another process is training this adapter in {folder}; wait for it, or give --work-dir"
-            ) from error
+            )
         if not resume:
             for path in folder.iterdir():
                 if path.is_dir():
