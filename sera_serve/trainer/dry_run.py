@@ -336,8 +336,8 @@ def _evaluation(task: TrainingTask, rows: Sequence[Any]) -> float:
 
 
 def _timed(base: FrozenBase, work: Callable[[], object]) -> float:
-    begun = time.perf_counter()
+    started = time.perf_counter()
     work()
     if base.device.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - begun
+    return time.perf_counter() - started

@@ -230,11 +230,11 @@ def _train_on(run: TrainingRun, publish: Publish) -> TrainResult:
     identity: dict[str, Any] = {"settings": settings.identity(), "data": data.digests, "base": base.info.model_dump()}
     if run.initial is not None:
         identity["init_from"] = run.initial.digest
-    begun = time.monotonic()
+    started = time.monotonic()
     with _folder(run, run_digest(identity)) as folder:
         fitted = _fit(task, run, folder)
         metrics = run.processes.from_main(lambda: _scores(task))
-        seconds = time.monotonic() - begun
+        seconds = time.monotonic() - started
         published = Published(settings.name, 0, "")
         if not run.baseline:
             bundle = build_bundle(settings, task, _record(run, task, metrics, fitted))

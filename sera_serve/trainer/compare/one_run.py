@@ -26,7 +26,6 @@ from sera_serve.errors import SeraServeError
 from sera_serve.layers import attached_layers
 from sera_serve.trainer.baselines import BaselineShape, install_baseline, same_head
 from sera_serve.trainer.data.image_batches import ImageRows
-from sera_serve.trainer.loop import DivergedTraining
 from sera_serve.trainer.run import train_adapter
 from sera_serve.trainer.settings import TrainSettings
 from sera_serve.trainer.tasks import TrainingTask
@@ -48,8 +47,6 @@ def train_one(run: dict[str, Any]) -> dict[str, Any]:
         return _train_in(folder, run)
     except (SeraServeError, StoreError) as error:
         return {"error": error.message}
-    except DivergedTraining as error:
-        return {"error": str(error)}
     except (OSError, torch.OutOfMemoryError) as error:
         return {"error": f"{type(error).__name__}: {error}"}
     finally:
@@ -127,7 +124,7 @@ class Measure(TrainerCallback):  # type: ignore[misc]
         self.peak_mb = 0.0
         self._on_gpu = device.startswith("cuda")
         self._times: list[float] = []
-        self._begun = 0.0
+        self._started = 0.0
 
     @property
     def steps(self) -> int:
@@ -149,12 +146,12 @@ class Measure(TrainerCallback):  # type: ignore[misc]
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock of a step."""
         self._synchronise()
-        self._begun = time.perf_counter()
+        self._started = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop the clock of a step."""
         self._synchronise()
-        self._times.append(time.perf_counter() - self._begun)
+        self._times.append(time.perf_counter() - self._started)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Read the peak."""

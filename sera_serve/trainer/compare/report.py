@@ -100,12 +100,6 @@ def as_csv(results: Sequence[CellResult]) -> str:
     return text.getvalue()
 
 
-def _header(results: Sequence[CellResult]) -> list[str]:
-    data = {result.data: result.score for result in results}
-    scores = [f"{name} ({score})" for name, score in data.items()]
-    return ["base", "method", "parameters", *scores, "mean", "memory MB", "step ms"]
-
-
 def table_rows(results: Sequence[CellResult]) -> list[list[str]]:
     """Return header and rows of the table: one row for each base and method, one column for each data set.
 
@@ -113,11 +107,12 @@ def table_rows(results: Sequence[CellResult]) -> list[list[str]]:
     where some of the plan's seeds are missing. The mean over the data sets stands where each of them has a score.
     Memory and step time are means over the data sets.
     """
-    data = list(dict.fromkeys(result.data for result in results))
+    data = {result.data: result.score for result in results}
     groups: dict[tuple[str, str], dict[str, CellResult]] = {}
     for result in results:
         groups.setdefault((result.base, result.method), {})[result.data] = result
-    rows = [_header(results)]
+    scores = [f"{name} ({score})" for name, score in data.items()]
+    rows = [["base", "method", "parameters", *scores, "mean", "memory MB", "step ms"]]
     for (base, method), cells in groups.items():
         means = [c.mean for c in cells.values() if c.mean is not None and c.score not in LOWER_IS_BETTER]
         parameters = [cell.parameters for cell in cells.values() if cell.parameters is not None]

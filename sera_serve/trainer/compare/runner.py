@@ -160,7 +160,7 @@ class CompareRunner:
         if self._limit is not None and self._made >= self._limit:
             return False
         self._made += 1
-        begun = time.monotonic()
+        started = time.monotonic()
         result = self._train(spec)
         score = self.plan.score_of(cell.data)
         if "error" not in result:
@@ -184,7 +184,7 @@ class CompareRunner:
             "seed": spec.settings["seed"],
             "learning_rate": spec.settings.get("learning_rate"),
             "schedule": SCHEDULE,
-            "wall_seconds": round(time.monotonic() - begun, 1),
+            "wall_seconds": round(time.monotonic() - started, 1),
             **result,
         }
         self._retried.discard(spec.digest)

@@ -33,14 +33,10 @@ _WHOLE = re.compile(r"-?[0-9]{1,20}(\.0{1,20})?")
 
 def text_of(row: Row, column: str, problems: Problems) -> str:
     """Return the text of a column. A text that is missing, no string or blank is added to `problems`."""
-    value = row.values.get(column)
-    if not isinstance(value, str):
-        kind = "missing" if value is None else f"{type(value).__name__} {value!r}, not text"
-        problems.add(row, f"{column} is {kind}; write a string or delete the row")
-        return ""
-    if not value.strip():
+    value = string_of(row, column, problems)
+    if value is not None and not value.strip():
         problems.add(row, f"{column} is empty; fill it in or delete the row")
-    return value
+    return value or ""
 
 
 def label_of(row: Row, column: str, problems: Problems) -> str:
