@@ -267,6 +267,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             if self.parser.get_method() == b"CONNECT":
                 raise bad_request("CONNECT is not supported; this server is no proxy")
             self.scope["method"] = self.parser.get_method().decode()
+            self.scope["http_version"] = self.parser.get_http_version()
             self._upgrading = True
             return
         self._start_request()
@@ -341,9 +342,13 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         """Serve a request that asks for another protocol as if it had not asked (RFC 9110, 7.8).
 
         Clients ask for HTTP/2 this way by default, also with a POST. The parser takes such a request's body for the
-        other protocol, so the parser gets the line and headers again, without the header that asks, and then `rest`.
+        other protocol, so a parser gets the line and headers again, without the header that asks, and then `rest`. It
+        is a new parser: after `Connection: close` and in HTTP/1.0, the old one takes all further bytes and reads none.
         """
         self._upgrading = False
+        self.parser = httptools.HttpRequestParser(self)
+        # As uvicorn makes it: what follows a last request is no fault.
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
         lines = [self.scope["method"].encode() + b" " + self.url + b" HTTP/" + self.scope["http_version"].encode()]
         lines += [name + b": " + value for name, value in self.headers if name != b"upgrade"]
         self._feed(b"\r\n".join(lines) + b"\r\n\r\n")

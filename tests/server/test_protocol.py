@@ -312,6 +312,14 @@ def test_a_wish_for_another_protocol_is_ignored(client: RawClient) -> None:
     assert client.response().body == b"3"
 
 
+@pytest.mark.parametrize("first_line", ["POST /length HTTP/1.1\r\nConnection: Upgrade, close", "POST /length HTTP/1.0"])
+def test_the_last_request_of_a_connection_may_wish_for_another_protocol(client: RawClient, first_line: str) -> None:
+    client.send(f"{first_line}\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: h2c\r\nContent-Length: 5\r\n\r\n".encode())
+    client.send(b"hello")
+    assert client.response().body == b"5"
+    assert client.ended()
+
+
 def test_a_refusal_waits_for_the_responses_before_it(script: Script, client: RawClient) -> None:
     client.send(get("/held") + get() + b"nonsense\r\n\r\n")
     wait_until(lambda: script.metrics.codes == ["bad_request"])
