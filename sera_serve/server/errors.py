@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import http
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 from fastapi import FastAPI, Request, Response
@@ -96,6 +97,21 @@ def error_content(status: int, message: str, code: str, param: str | None = None
         code=code,
     )
     return ErrorResponse(error=detail).model_dump()
+
+
+@contextmanager
+def adapter_field(field: str) -> Iterator[None]:
+    """Name a request's field in the refusals of the adapter's name that it holds.
+
+    Args:
+        field: What the route calls it. Keys and the store call it adapter, quotas name.
+    """
+    try:
+        yield
+    except (SeraServeError, StoreError) as error:
+        if error.param in ("adapter", "name"):
+            error.param = field
+        raise
 
 
 def describe(error: Exception, request_id: str) -> tuple[int, dict[str, Any], int | None]:

@@ -117,7 +117,8 @@ def test_load_and_unload(loading: httpx.Client, root: Path) -> None:
     assert load("acme/one", "bundle", load_inplace=True).json()["version"] == 2
     assert loading.get("/v1/adapters/acme/one").json()["version"] == 2
     assert loading.post("/v1/unload_lora_adapter", json={"lora_name": "acme/one"}).status_code == 200
-    refused(loading.post("/v1/unload_lora_adapter", json={"lora_name": "acme/one"}), 404, "adapter_not_found")
+    gone = loading.post("/v1/unload_lora_adapter", json={"lora_name": "acme/one"})
+    assert refused(gone, 404, "adapter_not_found")["param"] == "lora_name"
     refused(
         loading.post("/v1/unload_lora_adapter", json={"lora_name": "acme/one", "lora_int_id": 3}), 422, "invalid_value"
     )

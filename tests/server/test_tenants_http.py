@@ -183,8 +183,9 @@ def test_publishing_under_a_foreign_name_is_forbidden(people: Clients, root: Pat
         files = {"bundle": ("a.safetensors", sorter.to_bytes())}
         uploaded = people["rival"].post("/v1/adapters", files=files, data={"name": name})
         loaded = people["rival"].post("/v1/load_lora_adapter", json={"lora_name": name, "lora_path": "x"})
-        for response in (uploaded, loaded):
+        for response, field in ((uploaded, "name"), (loaded, "lora_name")):
             error = refused(response, 403, "not_your_tenant")
+            assert error["param"] == field
             assert "rival/" in error["message"] and error["message"].count(name) == 1
     assert AdapterStore(root).inspect(SECRET).versions == (1,)
     with pytest.raises(Exception, match="not in the store"):
@@ -238,7 +239,8 @@ def test_a_shared_adapter_is_used_and_not_changed(people: Clients) -> None:
     ):
         response = rival.request(method, f"/v1/adapters/acme/shared{suffix}", json=body)
         refused(response, 403, "not_your_tenant")
-    refused(rival.post("/v1/unload_lora_adapter", json={"lora_name": "acme/shared"}), 403, "not_your_tenant")
+    unloaded = rival.post("/v1/unload_lora_adapter", json={"lora_name": "acme/shared"})
+    assert refused(unloaded, 403, "not_your_tenant")["param"] == "lora_name"
 
 
 def pages(client: httpx.Client, path: str, limit: int, **query: str) -> list[str]:

@@ -11,13 +11,16 @@ from pathlib import Path
 from fastapi import APIRouter
 
 from adapters_store import AdapterBundle, AdapterStore, BundleLimits, parse_adapter
-from adapters_store.errors import AdapterNotFound, InvalidAdapterName, MissingFile
+from adapters_store.errors import AdapterNotFound, MissingFile
 from sera_serve.errors import InvalidRequest, SeraServeError
 from sera_serve.server.deps import ContextOf, RequestContext
+from sera_serve.server.errors import adapter_field
 from sera_serve.server.native.schemas import DeletedAdapter, LoadLoraRequest, PublishedAdapter, UnloadLoraRequest
 from sera_serve.server.publishing import read_source
 from sera_serve.server.strict import StrictRoute
 
+# The field of both routes that has the adapter's name.
+_NAME = "lora_name"
 # Characters of a client's path in an error.
 _SHOWN = 512
 
@@ -52,8 +55,8 @@ async def load_lora_adapter(body: LoadLoraRequest, context: ContextOf) -> Publis
     With keys, a tenant loads from the directory of its own name there, and an admin from all of them.
     """
     root = _root(context.settings.lora_path_root)
-    _check_name(body.lora_name)
-    context.caller.check_publish(body.lora_name)
+    with adapter_field(_NAME):
+        context.caller.check_publish(body.lora_name)
     return await context.run(context.executors.publishing, _load, body, root, context)
 
 
@@ -61,9 +64,11 @@ async def load_lora_adapter(body: LoadLoraRequest, context: ContextOf) -> Publis
 async def unload_lora_adapter(body: UnloadLoraRequest, context: ContextOf) -> DeletedAdapter:
     """Delete an adapter with all of its versions; requests under way keep the version they began with."""
     _root(context.settings.lora_path_root)
-    _check_name(body.lora_name)
-    context.caller.check_change(body.lora_name)
-    await context.run(context.executors.changing, context.publisher.remove, body.lora_name, context.caller.actor)
+    with adapter_field(_NAME):
+        # A name has no `@`: unloading takes every version.
+        parse_adapter(body.lora_name)
+        context.caller.check_change(body.lora_name)
+        await context.run(context.executors.changing, context.publisher.remove, body.lora_name, context.caller.actor)
     return DeletedAdapter(adapter=body.lora_name)
 
 
@@ -74,13 +79,6 @@ def _root(root: Path | None) -> Path:
             "--lora-path-root DIRECTORY"
         )
     return root
-
-
-def _check_name(name: str) -> None:
-    try:
-        parse_adapter(name)
-    except InvalidAdapterName as error:
-        raise InvalidAdapterName(error.message, param="lora_name") from None
 
 
 def _load(body: LoadLoraRequest, root: Path, context: RequestContext) -> PublishedAdapter:
@@ -102,7 +100,8 @@ def _load(body: LoadLoraRequest, root: Path, context: RequestContext) -> Publish
     limits = BundleLimits(max_bytes=context.settings.max_upload_mib << 20)
     bundle, warnings = context.publisher.checked(read_source(path, limits, Path(within)))
     _check_new(body, bundle, context.store)
-    published = context.publisher.publish(bundle, body.lora_name, context.caller.actor)
+    with adapter_field(_NAME):
+        published = context.publisher.publish(bundle, body.lora_name, context.caller.actor)
     return PublishedAdapter.of(published, warnings)
 
 
