@@ -19,7 +19,7 @@ import sera_serve.server
 from adapters_store import AdapterStore, StoreError
 from sera_serve import SeraConfig
 from sera_serve.access import COMMAND, AccessDatabase, AuditLog, Keys
-from sera_serve.commands.settings_table import settings_document
+from sera_serve.commands.settings_table import options_document, settings_document
 from sera_serve.config import ServeSettings
 from sera_serve.engine import ServingEngine
 from sera_serve.engine.request import TRANSITIONS as REQUEST_TRANSITIONS
@@ -148,6 +148,16 @@ def test_the_table_of_settings_is_the_one_that_the_code_makes() -> None:
     names = re.findall(r"^\| `(\w+)`", written, re.MULTILINE)
     assert names == list(ServeSettings.model_fields)
     assert all(field.description for field in ServeSettings.model_fields.values())
+
+
+@pytest.mark.parametrize("document", [settings_document(), options_document()], ids=["settings", "options"])
+def test_a_table_of_settings_has_whole_figures_and_whole_rows(document: str) -> None:
+    assert not re.search(r"\d[eE][+-]?\d", document), "a rounded bound is another bound"
+    columns = 0
+    for line in document.splitlines():
+        cells = len(re.findall(r"(?<!\\)\|", line)) if line.startswith("|") else 0
+        assert not cells or cells == (columns or cells), line
+        columns = cells
 
 
 def documented_codes() -> dict[int, set[str]]:

@@ -96,7 +96,8 @@ def _default(field: FieldInfo) -> str:
     default = field.get_default()
     if default is None or default in ({}, []):
         return "none"
-    return f"`{str(default).lower() if isinstance(default, bool) else default}`"
+    shown = str(default).lower() if isinstance(default, bool) else str(default)
+    return f"`{shown}`".replace("|", "\\|")
 
 
 def _values(field: FieldInfo) -> str:
