@@ -35,6 +35,8 @@ from adapters_store.format.strict_json import parse_json
 from adapters_store.format.tar_file import looks_like_tar, tar_members
 
 PICKLE_FILE = "adapter_model.bin"
+# The first member of the zip archives that torch.save writes; each tensor is another member.
+_TORCH_MEMBER = b"/data.pkl"
 # Small files beside the two that an import reads too.
 ADDED_TOKENS_FILE, MODEL_CONFIG_FILE = "added_tokens.json", "config.json"
 TEMPLATE_FILE, TOKENIZER_CONFIG_FILE = "chat_template.jinja", "tokenizer_config.json"
@@ -156,6 +158,9 @@ def peft_from_bytes(data: memoryview, limits: BundleLimits, config: bytes | None
         InvalidBundle: It is a PEFT checkpoint that cannot be read.
     """
     prefix = bytes(data[:512])
+    if _is_of_torch(prefix):
+        # Read as the file of a bundle, it is refused as what it is, and not as an archive of too many members.
+        return None
     members: Iterator[tuple[str, _File]] | None = None
     if looks_like_zip(prefix):
         members = ((member.name, _File(member.read, member)) for member in zip_members(data))
@@ -313,6 +318,12 @@ def _parse(text: bytes | str) -> dict[str, Any]:
             param=CONFIG_FILE,
         )
     return value
+
+
+def _is_of_torch(prefix: bytes) -> bool:
+    # APPNOTE.TXT of zip, 4.3.7: the length of the name, and 4 bytes later the name.
+    name = prefix[30 : 30 + int.from_bytes(prefix[26:28], "little")]
+    return looks_like_zip(prefix) and name.endswith(_TORCH_MEMBER)
 
 
 def _pickled() -> PickledCheckpoint:

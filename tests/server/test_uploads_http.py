@@ -124,6 +124,19 @@ def test_every_hostile_bundle_is_refused_and_the_server_goes_on(
     assert client.post("/v1/generate", json={"prompt": "hello"}).status_code == 200
 
 
+@pytest.mark.parametrize("as_zip", [True, False])
+@pytest.mark.parametrize("config", [None, b'{"peft_type": "LORA"}'], ids=["alone", "with its configuration"])
+def test_a_file_of_torch_save_is_named_as_one(client: httpx.Client, as_zip: bool, config: bytes | None) -> None:
+    # More tensors than an archive may have members.
+    tensors = {f"layer{index}.lora_A.weight": torch.zeros(1) for index in range(100)}
+    torch.save(tensors, written := io.BytesIO(), _use_new_zipfile_serialization=as_zip)
+    files = {"bundle": ("adapter_model.bin", written.getvalue())}
+    if config is not None:
+        files["config"] = ("adapter_config.json", config)
+    answer = client.post("/v1/adapters", data={"name": "acme/pickled"}, files=files)
+    assert "pickled checkpoints are never read" in refused(answer, 422, "not_safetensors")["message"]
+
+
 def test_a_refusal_of_another_base_names_the_field(
     client: httpx.Client, hostile: dict[str, tuple[bytes, int, str]]
 ) -> None:
