@@ -131,7 +131,7 @@ class BatchDriver:
         self._done.clear()
         self._left = set(range(len(requests)))
         start = time.perf_counter()
-        self.runner.submit(requests)
+        self.runner.scheduler.submit(requests)
         if not self._done.wait(600):
             raise TimeoutError(f"the engine did not finish: {self.runner.failure()}")
         seconds = time.perf_counter() - start

@@ -1,1 +1,1 @@
-"""Conversions of adapters: to PEFT checkpoints, and to dense matrices for a merge into the base model."""
+"""Conversions of adapters: from and to PEFT, weighted sums, the nearest SeRA, spectra, and dense matrices to merge."""

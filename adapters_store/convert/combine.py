@@ -27,12 +27,10 @@ class _Place:
     """Where one part's factors of a module lie in the factors of the sum.
 
     Attributes:
-        part: Which part.
         first: Its first row within the reduced vector of a segment of the sum.
         ratio: Its share of the sum's scaling, from -1 to 1.
     """
 
-    part: int
     first: int
     ratio: float
 
@@ -87,7 +85,8 @@ class Combination:
             if not math.isfinite(weight):
                 raise CannotCombine(f"the weight of {name} is {weight}; send a finite number", param="adapter")
         self._check_alike()
-        self._places: dict[str, list[_Place]] = {}
+        # By layer and part.
+        self._places: dict[tuple[str, int], _Place] = {}
         modules = {path: self._module(path, weights) for path in _paths(configs)}
         self.config = _config(self._configs, modules, training or {})
         self._bundle: AdapterBundle | None = None
@@ -106,8 +105,7 @@ class Combination:
         tensors = self._bundle.tensors
         for path, spec in bundle.config.modules.items():
             total = self.config.modules[path]
-            (place,) = (place for place in self._places[path] if place.part == part)
-            _write(tensors, path, spec, total, place, bundle.tensors)
+            _write(tensors, path, spec, total, self._places[path, part], bundle.tensors)
         for name, tensor in bundle.tensors.items():
             if not _is_head(name):
                 continue
@@ -165,11 +163,10 @@ class Combination:
                 "weights",
                 param="adapter",
             )
-        places, first = [], 0
+        first = 0
         for part, spec in specs.items():
-            places.append(_Place(part, first, factors[part] / scaling if scaling else 1.0))
+            self._places[path, part] = _Place(first, factors[part] / scaling if scaling else 1.0)
             first += spec.rank // split
-        self._places[path] = places
         d_in, d_out = widths.pop()
         # Without mixers, factors side by side need none.
         use_mixer = any(spec.use_mixer for spec in specs.values())

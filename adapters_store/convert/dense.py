@@ -48,9 +48,4 @@ def dense_factors(bundle: AdapterBundle, path: str) -> DenseFactors:
     a = bundle.tensors[f"{path}.sera_a"].double().view(spec.split, -1, spec.segment_rank)
     b = bundle.tensors[f"{path}.sera_b"].double().view(spec.segment_rank, spec.split, -1)
     c = bundle.tensors[f"{path}.sera_c"].double() if spec.use_mixer else torch.eye(spec.rank, dtype=torch.float64)
-    return DenseFactors(_block_diagonal(a), c, _block_diagonal(b.transpose(0, 1)), spec.scaling)
-
-
-def _block_diagonal(blocks: Tensor) -> Tensor:
-    dense: Tensor = torch.block_diag(*blocks)
-    return dense
+    return DenseFactors(torch.block_diag(*a), c, torch.block_diag(*b.transpose(0, 1)), spec.scaling)

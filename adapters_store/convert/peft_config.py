@@ -128,7 +128,6 @@ class PeftConfig:
         blocks: Blocks of the block-diagonal factors of BD-LoRA; 1 without it.
         task_type: PEFT's name of the task, or None.
         base_name: Name or path of the base that the adapter was trained on, or None.
-        saved_modules: `modules_to_save`.
         labels: The labels of `id2label`, or None.
     """
 
@@ -142,7 +141,6 @@ class PeftConfig:
     blocks: int
     task_type: str | None
     base_name: str | None
-    saved_modules: tuple[str, ...]
     labels: tuple[str, ...] | None
 
     def scaling(self, alpha: float, rank: int) -> float:
@@ -293,6 +291,7 @@ def read_peft_config(fields: Mapping[str, Any]) -> PeftConfig:
         raise _unsupported(
             "task_type", f"task_type is {_shown(task)}; the tasks served are CAUSAL_LM and SEQ_CLS, of text"
         )
+    _check_names(fields, "modules_to_save")
     return PeftConfig(
         rank=_positive_integer(fields, "r", 8),
         alpha=_number("lora_alpha", fields.get("lora_alpha", 8)),
@@ -304,7 +303,6 @@ def read_peft_config(fields: Mapping[str, Any]) -> PeftConfig:
         blocks=_blocks(fields.get("use_bdlora")),
         task_type=task,
         base_name=_text(fields, "base_model_name_or_path"),
-        saved_modules=_names(fields, "modules_to_save"),
         labels=read_labels(fields.get("id2label")),
     )
 
@@ -396,11 +394,10 @@ def _text(fields: Mapping[str, Any], field: str) -> str | None:
     return value or None
 
 
-def _names(fields: Mapping[str, Any], field: str) -> tuple[str, ...]:
+def _check_names(fields: Mapping[str, Any], field: str) -> None:
     value = fields.get(field) or []
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
         raise _invalid(field, f"it is {_shown(value)}; it must be a list of names")
-    return tuple(value)
 
 
 def _shown(value: Any) -> str:

@@ -44,7 +44,7 @@ class NothingToExport(InvalidBundle):
     code = "nothing_to_export"
 
 
-def export_peft(bundle: AdapterBundle, directory: Path, base_path: str | None = None) -> bool:
+def export_peft(bundle: AdapterBundle, directory: Path) -> bool:
     """Write a LoRA checkpoint that `peft.PeftModel.from_pretrained` loads.
 
     The matrices are float32; products are computed in float64. A chat template stands beside them, where an import
@@ -53,7 +53,6 @@ def export_peft(bundle: AdapterBundle, directory: Path, base_path: str | None = 
     Args:
         bundle: The adapter.
         directory: Made if missing; files of these names are replaced.
-        base_path: The base model in PEFT's configuration; None means the base's name in the bundle.
 
     Returns:
         Whether a head was written too.
@@ -93,7 +92,7 @@ def export_peft(bundle: AdapterBundle, directory: Path, base_path: str | None = 
             tensors[f"{prefix}.lora_B.bias"] = (offset.double() / scaling).to(torch.float32)
     with system_errors(directory / PEFT_MODEL_FILE):
         safetensors.torch.save_file(tensors, directory / PEFT_MODEL_FILE, metadata={"format": "pt"})
-    text = json.dumps(peft_config(bundle.config, base_path), indent=2, sort_keys=True, ensure_ascii=False)
+    text = json.dumps(peft_config(bundle.config), indent=2, sort_keys=True, ensure_ascii=False)
     (directory / PEFT_CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
     if bundle.config.chat_template is not None:
         (directory / TEMPLATE_FILE).write_text(bundle.config.chat_template, encoding="utf-8")

@@ -116,7 +116,8 @@ def layer_spectra(bundle: AdapterBundle) -> list[LayerSpectrum]:
         for index, path in enumerate(paths):
             spec = modules[path]
             norms = {
-                factor: _norm(bundle, f"{path}.sera_{factor}") for factor in ("a", "c", "b")[:: 2 - spec.use_mixer]
+                factor: float(bundle.tensors[f"{path}.sera_{factor}"].double().norm())
+                for factor in ("a", "c", "b")[:: 2 - spec.use_mixer]
             }
             found[path] = LayerSpectrum(path, layer_group(path), spec, values[index], left[index], norms)
     return [found[path] for path in sorted(modules, key=_natural)]
@@ -126,19 +127,16 @@ def _natural(path: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in path.split(".")]
 
 
-def _norm(bundle: AdapterBundle, name: str) -> float:
-    return float(bundle.tensors[name].double().norm())
-
-
 def _decompose(bundle: AdapterBundle, paths: Sequence[str]) -> tuple[Tensor, Tensor]:
     """Singular values (layers, n) and left singular vectors (layers, d_in, n) of layers of one shape."""
     specs = [bundle.config.modules[path] for path in paths]
     split, rank = specs[0].split, specs[0].rank
     a = torch.stack([bundle.tensors[f"{path}.sera_a"].double() for path in paths])
     b = torch.stack([_outer_factor(bundle, path) for path in paths])
+    identity = torch.eye(rank, dtype=torch.float64)
     c = torch.stack(
         [
-            spec.scaling * (bundle.tensors[f"{path}.sera_c"].double() if spec.use_mixer else _identity(rank))
+            spec.scaling * (bundle.tensors[f"{path}.sera_c"].double() if spec.use_mixer else identity)
             for path, spec in zip(paths, specs, strict=True)
         ]
     )
@@ -159,10 +157,6 @@ def _outer_factor(bundle: AdapterBundle, path: str) -> Tensor:
     """B as it is stored, (segment_rank, d_out), its columns times the layer's gain."""
     factor = bundle.tensors[f"{path}.sera_b"].double()
     return factor * bundle.tensors[f"{path}.gain"].double() if bundle.config.modules[path].has_gain else factor
-
-
-def _identity(rank: int) -> Tensor:
-    return torch.eye(rank, dtype=torch.float64)
 
 
 def subspace_similarity(first: LayerSpectrum, second: LayerSpectrum) -> Tensor:

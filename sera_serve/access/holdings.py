@@ -58,10 +58,6 @@ class Holdings:
         self._lock = threading.Lock()
         self._counts: dict[str, _Count] = {}
 
-    def held(self, tenant: str) -> Held:
-        """What a tenant holds now. Blocks; raises as `AdapterStore.held`."""
-        return self._store.held(tenant)
-
     def check_publish(self, name: str, digest: str, nbytes: int) -> Held:
         """Refuse a publication that exceeds a quota of its tenant. Blocks.
 

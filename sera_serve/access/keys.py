@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import hmac
 import secrets
-import sqlite3
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal, get_args
@@ -190,15 +189,7 @@ def _checked_scopes(scopes: Iterable[str]) -> frozenset[Scope]:
     return frozenset(scope for scope in SCOPES if scope in given)
 
 
-def _key(row: sqlite3.Row | tuple[object, ...]) -> Key:
-    identifier, tenant, scopes, secret_sha256, name, created_at, expires_at, revoked_at = row
-    return Key(
-        str(identifier),
-        str(tenant),
-        frozenset(scope for scope in SCOPES if scope in str(scopes).split(",")),
-        str(secret_sha256),
-        str(name),
-        float(created_at),  # type: ignore[arg-type]
-        None if expires_at is None else float(expires_at),  # type: ignore[arg-type]
-        None if revoked_at is None else float(revoked_at),  # type: ignore[arg-type]
-    )
+def _key(row: Sequence[Any]) -> Key:
+    """A key from its row. The table is STRICT: SQLite has checked the type of each column."""
+    identifier, tenant, scopes, *others = row
+    return Key(identifier, tenant, frozenset(scope for scope in SCOPES if scope in scopes.split(",")), *others)

@@ -22,6 +22,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -86,7 +87,8 @@ class ChatRenderer:
         self._lock = threading.Lock()
         self._idle: list[_Worker] = []
         self._closed = False
-        self._known: OrderedDict[str, ChatTemplate] = OrderedDict()
+        # What a template can do never changes. An error is not kept.
+        self._described = lru_cache(_MAX_KNOWN)(self._describe)
         self._barred: OrderedDict[bytes, tuple[float, str]] = OrderedDict()
 
     def template(self, own: str | None, tools: bool) -> ChatTemplate:
@@ -111,18 +113,7 @@ class ChatRenderer:
             raise ChatTemplateFailed(
                 f"the chat template has {len(source)} characters; the limit is {MAX_TEMPLATE_CHARACTERS}", param="model"
             )
-        with self._lock:
-            known = self._known.get(source)
-            if known is not None:
-                self._known.move_to_end(source)
-                return known
-        variables = self._ask(source, None)["variables"]
-        found = ChatTemplate(source, "tools" in variables, "hermes" if "<tool_call>" in source else "json")
-        with self._lock:
-            self._known[source] = found
-            while len(self._known) > _MAX_KNOWN:
-                self._known.popitem(last=False)
-        return found
+        return self._described(source)
 
     def render(
         self,
@@ -169,6 +160,10 @@ class ChatRenderer:
             idle, self._idle = self._idle, []
         for worker in idle:
             worker.end()
+
+    def _describe(self, source: str) -> ChatTemplate:
+        variables = self._ask(source, None)["variables"]
+        return ChatTemplate(source, "tools" in variables, "hermes" if "<tool_call>" in source else "json")
 
     def _base_template(self, tools: bool) -> str | None:
         templates = self._tokenizer.chat_template

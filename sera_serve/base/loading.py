@@ -205,14 +205,10 @@ def _kind(config: Any) -> BaseKind:
         return "vision"
     if config.model_type in DUAL_FAMILIES:
         return "dual"
-    return "decoder" if _is_decoder(config) else "encoder"
+    names = getattr(config, "architectures", None) or []
+    return "decoder" if any("CausalLM" in name or name.endswith("LMHeadModel") for name in names) else "encoder"
 
 
 def _options(kind: BaseKind) -> dict[str, Any]:
     # Nothing reads the pooler of an image tower, and an adapter on it would change nothing.
     return {"add_pooling_layer": False} if kind == "vision" else {}
-
-
-def _is_decoder(config: Any) -> bool:
-    names = getattr(config, "architectures", None) or []
-    return any("CausalLM" in name or name.endswith("LMHeadModel") for name in names)

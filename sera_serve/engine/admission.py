@@ -75,10 +75,7 @@ class AdmissionController:
                     request.admitted = True
                     return
                 busiest = max(self._by_tenant, key=self._by_tenant.__getitem__)
-                too_many = Overloaded(
-                    f"{self._total} requests are in flight, the most allowed; send it again later",
-                    retry_after=self._seconds_for(self._total),
-                )
+                too_many = self.overloaded(f"{self._total} requests are in flight, the most allowed")
                 if self._by_tenant[busiest] <= own + 1:
                     raise too_many
             if not shed(busiest):

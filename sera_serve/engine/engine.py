@@ -18,7 +18,7 @@ from sera_serve.engine.adapter_uses import ANYONE, AdapterUses
 from sera_serve.engine.admission import AdmissionController
 from sera_serve.engine.choices import ChoiceGroup, check_logprobs, check_options, choice_requests
 from sera_serve.engine.constraint import ConstraintSpec, TokenConstraint
-from sera_serve.engine.image_rows import ImageLimits, ImageRows
+from sera_serve.engine.image_rows import ImageRows
 from sera_serve.engine.loop.pages import PAGE_SIZE
 from sera_serve.engine.memory import MEBIBYTE, DeviceMemory, memory_of
 from sera_serve.engine.named_adapters import AdapterActivity, AdapterNames
@@ -109,8 +109,7 @@ class ServingEngine(RowCalls):
         self._resolving = BoundedExecutor("resolving", _RESOLVING_THREADS, settings.max_queue)
         self._tokenizing = BoundedExecutor("tokenizing", _TOKENIZING_THREADS, settings.max_queue)
         self._compiling = BoundedExecutor("compiling", _COMPILING_THREADS, settings.max_queue)
-        limits = ImageLimits(settings.max_image_bytes, settings.max_image_pixels, settings.max_images)
-        self._images = ImageRows(base, limits, settings.max_queue)
+        self._images = ImageRows(base, settings)
         # By task; a base without a runner for a task does not serve it.
         self.runners: dict[Task, TaskRunner[Any]] = {"classify": self._make_classification()}
         self._context_tokens = base.max_length
@@ -389,7 +388,7 @@ class ServingEngine(RowCalls):
                         first = group[0].request
                         # A prompt below a page has nothing to share. Its log-probabilities are computed by one request.
                         shares = first.prompt_tokens > PAGE_SIZE or first.params.prompt_logprobs is not None
-                        ChoiceGroup(group, runner.submit, shares, reader)
+                        ChoiceGroup(group, runner.scheduler.submit, shares, reader)
                     await any_started(requests, reader)
                 except BaseException:
                     for request in requests:
@@ -428,7 +427,7 @@ class ServingEngine(RowCalls):
 
     def _shed(self, tenant: str) -> bool:
         error = self._admission.refusal(tenant)
-        return any(runner.shed(tenant, error) for runner in self.runners.values())
+        return any(runner.scheduler.shed(tenant, error) for runner in self.runners.values())
 
     def _time_limits(self, received_at: float | None, timeout_s: float | None) -> TimeLimits:
         # The clock of asyncio's event loops, and of uvloop's, is time.monotonic.

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from adapters_store import ImageSpec
 from sera_serve.base import FrozenBase, ImageInput, ModelInputs, decode_image, to_pixels
+from sera_serve.config import ServeSettings
 from sera_serve.errors import ImageTooLarge, InvalidImage, InvalidRequest, Overloaded, UnsupportedTask
 from sera_serve.threads import BoundedExecutor
 
@@ -17,21 +18,6 @@ _DECODING_THREADS = 2
 # Pixels of all calls that wait or run. An image of 224 x 224 takes 0.6 MiB.
 _MAX_HELD_BYTES = 1 << 30
 _BYTES_A_PIXEL = 3 * 4
-
-
-@dataclass(frozen=True)
-class ImageLimits:
-    """What one request may send.
-
-    Attributes:
-        max_bytes: Bytes of one image file.
-        max_pixels: Pixels of one image, width times height.
-        max_images: Images of one request.
-    """
-
-    max_bytes: int
-    max_pixels: int
-    max_images: int
 
 
 @dataclass
@@ -54,16 +40,16 @@ class ImageRows:
     Locking: `_lock` guards `_held`.
     """
 
-    def __init__(self, base: FrozenBase, limits: ImageLimits, max_waiting: int) -> None:
-        """Start no thread yet; at most `max_waiting` images wait for one."""
+    def __init__(self, base: FrozenBase, settings: ServeSettings) -> None:
+        """Start no thread yet; at most `max_queue` images wait for one."""
         self._base = base
-        self._limits = limits
-        self._decoding = BoundedExecutor("decoding images", _DECODING_THREADS, max_waiting)
+        self._settings = settings
+        self._decoding = BoundedExecutor("decoding images", _DECODING_THREADS, settings.max_queue)
         self._lock = threading.Lock()
         self._held = 0
 
-    def check(self, inputs: Sequence[object]) -> int:
-        """Check the images among the inputs of a call before anything is done with them; their number.
+    def check(self, inputs: Sequence[object]) -> list[ImageInput]:
+        """Check the images among the inputs of a call before anything is done with them, and return them.
 
         Raises:
             UnsupportedTask: The base takes no images.
@@ -71,26 +57,26 @@ class ImageRows:
         """
         images = [value for value in inputs if isinstance(value, ImageInput)]
         if not images:
-            return 0
+            return []
         if self._base.image_tower is None:
             raise UnsupportedTask(
                 f"base {self._base.name!r} takes texts and no images; send texts, or ask a server of a ViT, DeiT or "
                 "CLIP base",
                 param=images[0].place,
             )
-        if len(images) > self._limits.max_images:
+        if len(images) > self._settings.max_images:
             raise ImageTooLarge(
-                f"the request has {len(images)} images; send at most {self._limits.max_images} in one request",
+                f"the request has {len(images)} images; send at most {self._settings.max_images} in one request",
                 param=images[0].place.partition("[")[0],
             )
+        most = self._settings.max_image_bytes
         for image in images:
-            if image.nbytes > self._limits.max_bytes:
+            if image.nbytes > most:
                 raise ImageTooLarge(
-                    f"{image.place} has {image.nbytes} bytes; the limit is {self._limits.max_bytes}: send a smaller "
-                    "image",
+                    f"{image.place} has {image.nbytes} bytes; the limit is {most}: send a smaller image",
                     param=image.place,
                 )
-        return len(images)
+        return images
 
     @contextmanager
     def holding(self) -> Iterator[HeldImages]:
@@ -145,7 +131,7 @@ class ImageRows:
         tower = self._base.image_tower
         assert tower is not None
         try:
-            decoded = decode_image(image.file(), self._limits.max_pixels)
+            decoded = decode_image(image.file(), self._settings.max_image_pixels)
         except (InvalidImage, ImageTooLarge) as error:
             raise type(error)(f"{image.place}: {error.message}", param=image.place) from error
         return [ModelInputs([], pixels=to_pixels(decoded, spec), image_tokens=tower.tokens) for spec in specs]

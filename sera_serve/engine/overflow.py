@@ -11,7 +11,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -105,13 +105,12 @@ class RowGauge:
             if len(states) == rows:
                 total.add_(torch.linalg.vector_norm(states.flatten(1), dim=1, dtype=torch.float32))
 
-        handles = [layer.register_forward_hook(lambda module, args, output: add(output)) for layer in self._layers]
-        handles += [norm.register_forward_pre_hook(lambda module, args: add(args[0])) for norm in self._norms]
-        try:
+        with ExitStack() as hooks:
+            for layer in self._layers:
+                hooks.enter_context(layer.register_forward_hook(lambda module, args, output: add(output)))
+            for norm in self._norms:
+                hooks.enter_context(norm.register_forward_pre_hook(lambda module, args: add(args[0])))
             yield total
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -137,12 +136,10 @@ def expose_overflows(model: nn.Module, logits: Callable[[], Tensor]) -> None:
         return
     norms = {path: module for path, module in model.named_modules() if is_norm(module)}
     order: list[str] = []
-    handles = [norms[path].register_forward_pre_hook(_noting(order, path)) for path in norms]
-    try:
+    with ExitStack() as hooks:
+        for path, norm in norms.items():
+            hooks.enter_context(norm.register_forward_pre_hook(_noting(order, path)))
         logits()
-    finally:
-        for handle in handles:
-            handle.remove()
     kinds: dict[str, str] = {}
     for path in order:
         kinds.setdefault(_kind(path), path)
@@ -172,11 +169,8 @@ def _is_seen(norm: nn.Module, logits: Callable[[], Tensor], weights: set[int]) -
             pattern = torch.linspace(-1, 1, args[0].shape[-1], device=args[0].device)
             args[0].copy_(pattern * (_INJECTED / torch.linalg.vector_norm(pattern)))
 
-    handle = norm.register_forward_pre_hook(inject)
-    try:
+    with norm.register_forward_pre_hook(inject):
         return not bool(logits().isfinite().all())
-    finally:
-        handle.remove()
 
 
 def _poison(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:

@@ -50,9 +50,9 @@ class AdapterReferences:
         base: BaseInfo,
         module_shapes: Mapping[str, tuple[int, int]],
         max_parameters: int,
-        names: AdapterNames | None = None,
-        uses: AdapterUses | None = None,
-        dtype: torch.dtype = torch.float32,
+        names: AdapterNames,
+        uses: AdapterUses,
+        dtype: torch.dtype,
     ) -> None:
         """Prepare.
 
@@ -89,12 +89,10 @@ class AdapterReferences:
         if not isinstance(adapter, str):
             return self._sum(adapter, task)
         resolved = self._one(adapter, task)
-        if self._uses is not None:
-            self._uses.note(resolved.adapter, resolved.digest)
-        if self._names is not None:
-            # A chat names the version whose template it has read by the whole digest. Routers know the name before "@".
-            whole = adapter == f"{resolved.adapter}@{resolved.digest}"
-            self._names.add(resolved.adapter if whole else adapter, resolved.digest)
+        self._uses.note(resolved.adapter, resolved.digest)
+        # A chat names the version whose template it has read by the whole digest. Routers know the name before "@".
+        whole = adapter == f"{resolved.adapter}@{resolved.digest}"
+        self._names.add(resolved.adapter if whole else adapter, resolved.digest)
         return resolved
 
     @contextmanager

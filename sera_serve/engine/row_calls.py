@@ -184,18 +184,18 @@ class RowCalls(ABC):
         call = self._row_call("emb", principal, priority)
         call.embedding = EmbeddingSpec(pooling, normalize)
         resolve = partial(self._row_maker.embedder, adapter, len(inputs), pooling)
-        has_images = self._images.check(inputs) > 0
+        images = self._images.check(inputs)
         self._row_maker.check_embedded(inputs)
         texts = [value for value in inputs if not isinstance(value, ImageInput)]
 
         async def groups(held: HeldImages) -> list[RowGroup]:
-            if not has_images:
+            if not images:
                 is_long = sum(map(len, texts)) > LONG_CHARACTERS
                 return await self._resolved_and_tokenized(
                     call.tenant, resolve, partial(self._row_maker.embedding, inputs=texts), is_long
                 )
             resolved = await self._resolving.run(resolve)
-            return [RowGroup(resolved, await self._mixed_rows(resolved, inputs, texts, call.tenant, held))]
+            return [RowGroup(resolved, await self._mixed_rows(resolved, inputs, images, texts, call.tenant, held))]
 
         results, (group,), times = await self._run_rows(call, groups, timeout_s, received_at, charge)
         vectors = cast(list[NDArray[np.float32]], results)
@@ -223,8 +223,7 @@ class RowCalls(ABC):
         charge: Charge | None,
     ) -> tuple[list[RowResult], list[RowGroup], RowTimes]:
         """`_run_rows` for a classification of texts, or of images."""
-        self._images.check(inputs)
-        images = [value for value in inputs if isinstance(value, ImageInput)]
+        images = self._images.check(inputs)
         texts = [value for value in inputs if not isinstance(value, ImageInput)]
         if images and texts:
             raise InvalidRequest(
@@ -255,12 +254,12 @@ class RowCalls(ABC):
         self,
         adapter: ResolvedAdapter | None,
         inputs: EmbeddingInputs,
+        images: Sequence[ImageInput],
         texts: TextsOrTokens,
         tenant: str,
         held: HeldImages,
     ) -> list[ModelInputs]:
         """The rows of an embedding of images and texts, in the order of the inputs."""
-        images = [value for value in inputs if isinstance(value, ImageInput)]
         (image_rows,) = await self._images.rows(images, [self._row_maker.embedding_spec(adapter)], tenant, held)
         text_rows: list[ModelInputs] = []
         if texts:
@@ -288,7 +287,7 @@ class RowCalls(ABC):
                 async with self._time_to_start(limits):
                     groups = await make_groups(held)
                     parts = split_call(call, groups, self.settings.classify_max_batch, self.settings.batch_tokens)
-                    runner.submit(parts)
+                    runner.scheduler.submit(parts)
                     await any_started(parts, reader)
                 await _finished(parts, reader, limits.deadline)
             except BaseException:

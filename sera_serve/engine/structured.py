@@ -261,10 +261,6 @@ def _compile(tokenizer: LLTokenizer, spec: ConstraintSpec) -> LLMatcher:
     return matcher
 
 
-def _schema_grammar(text: str) -> str:
-    return _json_grammar(_checked_schema(text))
-
-
 def _checked_schema(text: str) -> dict[str, Any]:
     if len(text) > MAX_SCHEMA_CHARACTERS:
         raise SchemaRefused(f"it has {len(text)} characters; the most is {MAX_SCHEMA_CHARACTERS}")
@@ -295,10 +291,6 @@ call: {_json_rule(_checked_schema(text))}
 close: "</tool_call>"
 REST: ~/(?s:.*)<tool_call>(?s:.*)/
 {_OPTIONS}"""
-
-
-def _object_grammar(text: str) -> str:
-    return _json_grammar({"type": "object"})
 
 
 def _regex_grammar(text: str) -> str:
@@ -352,8 +344,8 @@ def checked_grammar(text: str) -> str:
 
 
 _GRAMMARS: dict[ConstraintKind, Callable[[str], str]] = {
-    "json_object": _object_grammar,
-    "json_schema": _schema_grammar,
+    "json_object": lambda text: _json_grammar({"type": "object"}),
+    "json_schema": lambda text: _json_grammar(_checked_schema(text)),
     "regex": _regex_grammar,
     "grammar": checked_grammar,
     "tool_calls": _tool_calls_grammar,

@@ -21,10 +21,9 @@ from sera_serve.layers.targets import (
     adaptable_linears,
     linear_widths,
 )
-from sera_serve.sera_config import ALL_LINEAR, SeraConfig
+from sera_serve.sera_config import SeraConfig
 
 __all__ = [
-    "ALL_LINEAR",
     "AdapterContext",
     "SeraConfig",
     "SeraLinear",

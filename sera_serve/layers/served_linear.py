@@ -7,7 +7,7 @@ outputs of all layers of a group.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -209,20 +209,16 @@ def find_shared_inputs(model: PreTrainedModel) -> list[list[str]]:
         Groups of paths. Every adaptable layer is in exactly one group. Groups and paths are in the model's order.
     """
     inputs: dict[str, Tensor] = {}
-    handles = []
 
     def watch(path: str) -> Any:
         # The dictionary keeps the tensors alive, so that no two of them have the same identity.
         return lambda module, args: inputs.__setitem__(path, args[0])
 
     linears = adaptable_linears(model)
-    for path, linear in linears.items():
-        handles.append(linear.register_forward_pre_hook(watch(path)))
-    try:
+    with ExitStack() as hooks:
+        for path, linear in linears.items():
+            hooks.enter_context(linear.register_forward_pre_hook(watch(path)))
         model(**{name: value.to(model.device) for name, value in _dummy_inputs(model).items()})
-    finally:
-        for handle in handles:
-            handle.remove()
     groups: dict[object, list[str]] = {}
     for path in linears:
         parent = path.rpartition(".")[0]

@@ -50,16 +50,6 @@ def pattern_matches(pattern: str, path: str) -> bool:
     return fnmatchcase(path, pattern) or fnmatchcase(path, "*." + pattern)
 
 
-def find_targets(model: nn.Module, config: SeraConfig) -> dict[str, nn.Module]:
-    """Return the layers of `model` that `config.target_modules` names, without a look at rank and split.
-
-    Raises:
-        InvalidConfiguration: A name matches no linear layer.
-    """
-    linears = adaptable_linears(model)
-    return {path: linears[path] for path in match_targets(list(linears), config)}
-
-
 def match_targets(paths: Sequence[str], config: SeraConfig) -> list[str]:
     """Return those of `paths`, the linear layers of a base, that `config.target_modules` names, in their order.
 
@@ -83,7 +73,8 @@ def select_targets(model: nn.Module, config: SeraConfig) -> dict[str, nn.Module]
     Raises:
         InvalidConfiguration: A name matches no linear layer, or split does not divide a width of a layer.
     """
-    chosen = find_targets(model, config)
+    linears = adaptable_linears(model)
+    chosen = {path: linears[path] for path in match_targets(list(linears), config)}
     for path, module in chosen.items():
         config.check_fits(path, *linear_widths(module))
     return chosen

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from adapters_store import AdapterBundle, AdapterConfig, rank_fault
-from sera_kernels import ABSENT, AdapterBatch, AdapterTables, grouped_sera
+from sera_kernels import AdapterBatch, AdapterTables, grouped_sera
 from sera_serve.errors import AdapterOverflow, AdapterTooLarge
 from sera_serve.residency.packing import AdapterLayout, PackedAdapter, head_logits, join, lay_out
-from sera_serve.residency.pool import DevicePool
+from sera_serve.residency.pool import DevicePool, head_layers, slot_columns
 
 # Rows of random inputs. Most layers read a normalized state, whose elements are about 1. The last row stands for the
 # largest elements that trained transformers are known to have, which are some thousands.
@@ -92,13 +92,7 @@ def _probe(packed: PackedAdapter, module_index: Mapping[str, int]) -> None:
             )
     head = packed.layout.head
     if head is not None:
-        layers = [
-            (
-                data[layer.weight_offset :][: layer.d_out * layer.d_in].view(layer.d_out, layer.d_in),
-                data[layer.bias_offset :][: layer.d_out],
-            )
-            for layer in head.layers
-        ]
+        layers = head_layers(data, head, lambda offset: offset)
         if not head_logits(random_inputs(head.layers[0].d_in), layers, head.activation).isfinite().all():
             raise AdapterOverflow(
                 f"the head overflows: for ordinary inputs its logits are infinite or not a number; {_REMEDY}",
@@ -109,15 +103,7 @@ def _probe(packed: PackedAdapter, module_index: Mapping[str, int]) -> None:
 def slot_tables(layout: AdapterLayout, modules: int) -> AdapterTables:
     """Tables of one slot, for a pool that holds the packed run alone."""
     tables = AdapterTables.empty(modules, 1)
-    index = [module.index for module in layout.modules]
-    columns: list[tuple[Tensor, list[int] | list[float]]] = [
-        (tables.offset, [module.offset for module in layout.modules]),
-        (tables.rank, [module.rank for module in layout.modules]),
-        (tables.split, [module.split for module in layout.modules]),
-        (tables.mixer, [int(module.use_mixer) for module in layout.modules]),
-        (tables.scaling, [module.scaling for module in layout.modules]),
-        (tables.vectors, [ABSENT if module.vectors is None else module.vectors for module in layout.modules]),
-    ]
-    for table, values in columns:
-        table[index, 0] = torch.tensor(values, dtype=table.dtype)
+    columns = slot_columns(layout, modules, lambda offset: offset)
+    for table, values in zip(tables.host_arrays, columns, strict=True):
+        table[:, 0] = values
     return tables

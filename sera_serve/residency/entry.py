@@ -1,33 +1,6 @@
 """One adapter's entry: where the adapter is, and which requests lease it, wait for it or expect it.
 
-The states of an `AdapterEntry`, and what leads from one to the next:
-
-     wanted by a request or a hint          read, and room found
-    +--------+ ------------------> +---------+ ------------------> +---------+
-    | ABSENT |                     | READING |                     | COPYING |
-    +--------+ <------------------ +---------+                     +---------+
-      ^ ^ ^ ^   failed or not kept      | kept                      ^ |   | |
-      | | | |                           v        room found         | |   | |
-      | | | |   cache dropped it   +---------+ ---------------------+ |   | |
-      | | | +--------------------- | ON_HOST | <----------------------+   | |
-      | | |                        +---------+      copy failed           | |
-      | | |                           ^   ^                               | |
-      | | |  evicted: to ON_HOST      |   |                        copied | | copied, but deleted
-      | | |  if the cache has it      |   |                               | | meanwhile
-      | | |                           |   |                               | |
-      | | |   +----------+ -----------+   |      another one is overdue   | |
-      | | +-- | RESIDENT | ---------------|-----------------+             | |
-      | |     +----------+ <--------------|-----------------|-------------+ |
-      | |       |     ^      no more      |                 v               |
-      | |       |     +---------------------------- +----------+            |
-      | |       |                         +-------- | DRAINING |            |
-      | +-------|---------------------------------- +----------+            |
-      |         | mark_deleted                        ^ |                   |
-      |         v               overdue               | | no more           |
-      |       +---------+ ----------------------------+ |                   |
-      +------ | DELETED | <-----------------------------+                   |
-              +---------+ <-------------------------------------------------+
-       last lease ended
+The states of an `AdapterEntry`:
 
     ABSENT    The adapter is in no memory. The entry exists only while requests wait for room, or hints are held.
     READING   A loader thread reads the adapter from the store, or will. Room on the device may be reserved already.
@@ -40,8 +13,8 @@ The states of an `AdapterEntry`, and what leads from one to the next:
     DELETED   The adapter is on the device for the leases held on it, and its bundle was deleted: it leaves with the
               last lease.
 
-`TRANSITIONS` is the same as a table. Where a copy failed, the adapter goes to ABSENT if the cache does not have it. A
-deleted adapter goes to ON_HOST only where requests still wait for it.
+`TRANSITIONS` has the states that may follow each, and docs/architecture.md draws what leads there. A deleted adapter
+goes to ON_HOST only where requests still wait for it.
 """
 
 from __future__ import annotations
@@ -149,11 +122,6 @@ class PrefetchHint:
         self.entry = entry
         self.held = True
         self._release = release
-
-    @property
-    def digest(self) -> str:
-        """Digest of the adapter."""
-        return self.entry.digest
 
     def release(self) -> None:
         """Withdraw the hint, because the request has its lease or has ended. Idempotent."""

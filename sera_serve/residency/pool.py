@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import reduce
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sera_kernels import ABSENT, AdapterTables, ShapeClasses
-from sera_serve.residency.packing import AdapterLayout, PackedAdapter
+from sera_serve.residency.packing import AdapterLayout, PackedAdapter, PackedHead
 from sera_serve.residency.staging import StagingRing
 
 logger = logging.getLogger("sera_serve.residency")
@@ -256,7 +256,7 @@ class DevicePool:
             placement: What `reserve` gave.
             data: (elements,), the adapter's packed run.
         """
-        columns = self._columns(placement)
+        columns = slot_columns(placement.adapter, self.tables.offset.shape[0], placement.locate)
         with self._copy_stream.complete():
             begin = 0
             for extent in placement.extents:
@@ -285,12 +285,7 @@ class DevicePool:
         head = placement.adapter.head
         if head is None:
             raise ValueError("this adapter has no head")
-        layers = []
-        for layer in head.layers:
-            weight, bias = placement.locate(layer.weight_offset), placement.locate(layer.bias_offset)
-            matrix = self.data[weight : weight + layer.d_out * layer.d_in].view(layer.d_out, layer.d_in)
-            layers.append((matrix, self.data[bias : bias + layer.d_out]))
-        return layers
+        return head_layers(self.data, head, placement.locate)
 
     def check_invariants(self) -> None:
         """Raise RuntimeError unless extents tile the pool, every slot is free or used once, and the tables match.
@@ -359,30 +354,41 @@ class DevicePool:
         tables = self.tables
         return [tables.offset, tables.rank, tables.split, tables.mixer, tables.scaling, tables.vectors]
 
-    def _columns(self, placement: Placement) -> NDArray[Any]:
-        """float64 (tables, modules): a slot's column of every table, as one array, so that one small copy is enough.
 
-        float64 holds every value exactly: scalings are rounded to float32 first, and offsets are below 2**53.
-        """
-        columns = np.zeros((6, self.tables.offset.shape[0]))
-        columns[0] = columns[5] = ABSENT
-        # As in empty tables: a module that is absent has one segment of rank 0.
-        columns[2] = 1
-        modules = placement.adapter.modules
-        if modules:
-            values = [
-                (
-                    placement.locate(m.offset),
-                    m.rank,
-                    m.split,
-                    m.use_mixer,
-                    m.scaling,
-                    ABSENT if m.vectors is None else placement.locate(m.vectors),
-                )
-                for m in modules
-            ]
-            columns[:, [m.index for m in modules]] = np.array(values).T
-        # A scaling beyond float32 becomes infinite here: the engine ends the requests of such an adapter.
-        with np.errstate(over="ignore"):
-            columns[4] = columns[4].astype(np.float32)
-        return columns
+def slot_columns(adapter: AdapterLayout, modules: int, locate: Callable[[int], int]) -> NDArray[Any]:
+    """float64 (tables, modules): a slot's column of every table, as one array, so that one small copy is enough.
+
+    float64 holds every value exactly: scalings are rounded to float32 first, and offsets are below 2**53. `locate`
+    gives the element of the pool that holds an element of the packed run.
+    """
+    columns = np.zeros((6, modules))
+    columns[0] = columns[5] = ABSENT
+    # As in empty tables: a module that is absent has one segment of rank 0.
+    columns[2] = 1
+    if adapter.modules:
+        values = [
+            (
+                locate(m.offset),
+                m.rank,
+                m.split,
+                m.use_mixer,
+                m.scaling,
+                ABSENT if m.vectors is None else locate(m.vectors),
+            )
+            for m in adapter.modules
+        ]
+        columns[:, [m.index for m in adapter.modules]] = np.array(values).T
+    # A scaling beyond float32 becomes infinite here: the engine ends the requests of such an adapter.
+    with np.errstate(over="ignore"):
+        columns[4] = columns[4].astype(np.float32)
+    return columns
+
+
+def head_layers(data: Tensor, head: PackedHead, locate: Callable[[int], int]) -> list[tuple[Tensor, Tensor]]:
+    """As `DevicePool.head`, of a pool's data (elements,); `locate` is as in `slot_columns`."""
+    layers = []
+    for layer in head.layers:
+        weight, bias = locate(layer.weight_offset), locate(layer.bias_offset)
+        matrix = data[weight : weight + layer.d_out * layer.d_in].view(layer.d_out, layer.d_in)
+        layers.append((matrix, data[bias : bias + layer.d_out]))
+    return layers

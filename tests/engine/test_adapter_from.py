@@ -40,7 +40,7 @@ def test_an_adapter_acts_from_its_position_on(decoder: FrozenBase, store: Adapte
 
     async def main() -> None:
         for _ in range(2):  # The second time, each finds the pages of its own chain alone.
-            runner.submit(requests)
+            runner.scheduler.submit(requests)
             await until(lambda: all(request.is_finished for request in requests))
             await settled(engine)
             got = dict(zip(positions, [request.tokens[len(PROMPT) :] for request in requests], strict=True))

@@ -297,7 +297,7 @@ def test_a_later_answer_tells_why_it_was_refused(
     async def main() -> None:
         async with readers_keep_up(engine, monkeypatch):
             streams = await choices(engine, always(decoder, "a", n=3))
-            assert engine.runners["generate"].shed(streams[2].request.tenant, refusal)
+            assert engine.runners["generate"].scheduler.shed(streams[2].request.tenant, refusal)
             with pytest.raises(TenantOverloaded, match=r"^more than its share"):
                 await streams[2].collect()
             assert engine.in_flight() == 2

@@ -235,10 +235,7 @@ def attend(
         query: (tokens, heads, key width).
         key: (tokens, kv_heads, key width), this step's own.
         value: (tokens, kv_heads, value width), likewise.
-        scale: Factor of the scores.
-        window: A token sees itself and the `window - 1` tokens before it; None is all tokens before it.
-        softcap: Scores are squashed into (-softcap, softcap), as in Gemma 2; None leaves them.
-        sinks: (heads,) logits that take part in the softmax, as in gpt-oss, or None.
+        scale, window, softcap, sinks: As in `AttentionOptions`.
 
     Returns:
         (tokens, heads, value width).

@@ -182,25 +182,13 @@ class PagedAttention:
             return self._torch.attend_parts(step, layer, _split(step.parts)[1], query, key, value, options)
         outputs = []
         for group in groups:
-            states = (query[group.tokens], key[group.tokens], value[group.tokens])
-            outputs.append(self._attend_group(step, group, layer, *states, options))
+            q, k, v = query[group.tokens], key[group.tokens], value[group.tokens]
+            if group.places is not None:
+                k, v = (x.index_select(0, group.places) for x in step.pool.flat[layer])
+            out = self._varlen(q, k, v, group, options).contiguous()
+            spread_overflow(out, q, k, group.query_ends, group.key_ends)
+            outputs.append(out)
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
-
-    def _attend_group(
-        self,
-        step: StepContext,
-        group: ChunkGroup,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        options: AttentionOptions,
-    ) -> Tensor:
-        if group.places is not None:
-            key, value = (x.index_select(0, group.places) for x in step.pool.flat[layer])
-        out = self._varlen(query, key, value, group, options).contiguous()
-        spread_overflow(out, query, key, group.query_ends, group.key_ends)
-        return out
 
 
 class TorchVarlen:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,9 +27,9 @@ from sera_serve.layers.served_linear import ServedLinear, SharedInputGroup
 logger = logging.getLogger("sera_serve.engine")
 
 _PARTS = ("q_proj", "k_proj", "v_proj", "o_proj", "layer_idx")
-PROBED_TOKENS = 5
+_PROBED_TOKENS = 5
 # Of the norm of a layer's output. Half precision rounds at other places.
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
 Rotate = Callable[..., tuple[Tensor, Tensor]]
 """`sera_kernels.rotary.rotate_and_write`."""
@@ -93,12 +93,18 @@ def _computed(
 
 
 @dataclass
-class _Call:
-    """What an attention layer was given in the probe, and gave."""
+class ProbedCall:
+    """What a layer was given in the probe, and gave."""
 
     hidden_states: Tensor
     position_embeddings: tuple[Tensor, Tensor]
     output: Tensor
+
+    @classmethod
+    def of(cls, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> ProbedCall:
+        """Take what a forward hook is given."""
+        given = inspect.signature(layer.forward).bind(*args, **kwargs).arguments
+        return cls(given["hidden_states"], given["position_embeddings"], output)
 
 
 class _NotingBackend:
@@ -135,56 +141,66 @@ def fuse_attention(paged: PagedModel, backend: AttentionBackend, rotate: Rotate)
     layers = [layer for layer in layers if "position_embeddings" in inspect.signature(layer.forward).parameters]
     noting = _NotingBackend(backend)
     pool = KeyValuePool(paged.shapes, 1, paged.dtype, paged.device, noting)
-    step = probe_step(pool)
-    ids = torch.arange(PROBED_TOKENS, device=paged.device)
-    calls: dict[nn.Module, _Call] = {}
+    calls: dict[nn.Module, ProbedCall] = {}
     with _noting(layers, calls):
-        paged.logits(ids[None], ids[None], step, 0)
+        run_probe(paged, pool)
     fused = 0
     for layer, call in calls.items():
         index: int = layer.layer_idx  # type: ignore[assignment]
         shape = paged.shapes[index]
         mine = FusedAttention(layer, shape.key_width, shape.value_width, noting.options[index], rotate)
-        if _agree(mine, call, pool, index, paged):
+        if _agree(mine, call, pool, index):
             layer.forward = mine
             fused += 1
     logger.info("%d of %d attention layers rotate and write in one kernel", fused, len(paged.shapes))
     return fused
 
 
-def probe_step(pool: KeyValuePool) -> StepContext:
+def run_probe(paged: PagedModel, pool: KeyValuePool) -> None:
+    """Run the model over a few tokens."""
+    ids = torch.arange(_PROBED_TOKENS, device=paged.device)
+    paged.logits(ids[None], ids[None], _probe_step(pool), 0)
+
+
+def _probe_step(pool: KeyValuePool) -> StepContext:
     """A prompt of a few tokens, on the scratch page."""
-    places = torch.arange(PROBED_TOKENS, device=pool.keys[0].device)
-    return StepContext(pool, places, [Part(PROBED_TOKENS, np.array([PROBED_TOKENS]))])
+    places = torch.arange(_PROBED_TOKENS, device=pool.keys[0].device)
+    return StepContext(pool, places, [Part(_PROBED_TOKENS, np.array([_PROBED_TOKENS]))])
 
 
 @contextmanager
-def _noting(layers: list[nn.Module], calls: dict[nn.Module, _Call]) -> Iterator[None]:
+def _noting(layers: list[nn.Module], calls: dict[nn.Module, ProbedCall]) -> Iterator[None]:
     def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        given = inspect.signature(layer.forward).bind(*args, **kwargs).arguments
-        calls[layer] = _Call(given["hidden_states"], given["position_embeddings"], output[0].clone())
+        calls[layer] = ProbedCall.of(layer, args, kwargs, output[0].clone())
 
-    handles = [layer.register_forward_hook(hook, with_kwargs=True) for layer in layers]
-    try:
+    with ExitStack() as hooks:
+        for layer in layers:
+            hooks.enter_context(layer.register_forward_hook(hook, with_kwargs=True))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
-def _agree(mine: FusedAttention, call: _Call, pool: KeyValuePool, index: int, paged: PagedModel) -> bool:
+def _agree(mine: FusedAttention, call: ProbedCall, pool: KeyValuePool, index: int) -> bool:
     """Whether both ways give the same output, keys and values."""
     want = [call.output, pool.keys[index].clone(), pool.values[index].clone()]
     pool.keys[index].zero_()
     pool.values[index].zero_()
+
+    def fused() -> list[Tensor]:
+        output, _ = mine(call.hidden_states, call.position_embeddings)
+        return [output, pool.keys[index], pool.values[index]]
+
+    return gives_the_same(fused, want, pool)
+
+
+def gives_the_same(fused: Callable[[], list[Tensor]], want: list[Tensor], pool: KeyValuePool) -> bool:
+    """Whether a fused form gives these tensors in a step of the probe, but for rounding; False where it cannot run."""
     try:
-        with running(probe_step(pool)):
-            output, _ = mine(call.hidden_states, call.position_embeddings)
+        with running(_probe_step(pool)):
+            got = fused()
     except (AttributeError, RuntimeError, TypeError, ValueError) as error:
-        logger.debug("attention layer %d keeps its own form: %s", index, error)
+        logger.debug("a layer keeps its own form: %s", error)
         return False
-    got = [output, pool.keys[index], pool.values[index]]
-    tolerance = TOLERANCE[paged.dtype]
+    tolerance = _TOLERANCE[pool.keys[0].dtype]
     return all(
         mine.shape == right.shape and bool((mine - right).norm() <= tolerance * right.norm())
         for mine, right in zip(got, want, strict=True)

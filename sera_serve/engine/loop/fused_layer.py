@@ -12,8 +12,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -21,8 +20,7 @@ from torch import Tensor, nn
 
 from sera_serve.engine.loop.attention import KeyValuePool
 from sera_serve.engine.loop.attention_backend import AttentionBackend
-from sera_serve.engine.loop.current_step import running
-from sera_serve.engine.loop.fused_attention import PROBED_TOKENS, TOLERANCE, FusedAttention, probe_step
+from sera_serve.engine.loop.fused_attention import FusedAttention, ProbedCall, gives_the_same, run_probe
 from sera_serve.engine.loop.hugging_face import PagedModel
 from sera_serve.layers.gpu_layers import OneKernelNorm
 from sera_serve.layers.served_mlp import FusedSiluMLP
@@ -71,15 +69,6 @@ class FusedLayer:
         return hidden[None], normed[None]
 
 
-@dataclass
-class _Call:
-    """What a layer was given in the probe, and gave."""
-
-    hidden_states: Tensor
-    position_embeddings: tuple[Tensor, Tensor]
-    output: Tensor
-
-
 @torch.inference_mode()
 def fuse_layers(paged: PagedModel, backend: AttentionBackend, add_norm: AddNorm) -> int:
     """Give decoder layers of the common form a `FusedLayer`; returns how many have it.
@@ -92,11 +81,10 @@ def fuse_layers(paged: PagedModel, backend: AttentionBackend, add_norm: AddNorm)
     layers = [module for module in paged.model.modules() if _has_parts(module)]
     norms = [module for module in paged.model.modules() if isinstance(module, OneKernelNorm)]
     pool = KeyValuePool(paged.shapes, 1, paged.dtype, paged.device, backend)
-    ids = torch.arange(PROBED_TOKENS, device=paged.device)
-    calls: dict[nn.Module, _Call] = {}
+    calls: dict[nn.Module, ProbedCall] = {}
     inputs: dict[int, OneKernelNorm] = {}
     with _noting(layers, norms, calls, inputs):
-        paged.logits(ids[None], ids[None], probe_step(pool), 0)
+        run_probe(paged, pool)
     fused = 0
     for layer, call in calls.items():
         following = inputs.get(id(call.output))
@@ -104,7 +92,7 @@ def fuse_layers(paged: PagedModel, backend: AttentionBackend, add_norm: AddNorm)
             continue
         before, attention, between, mlp = (layer.get_submodule(name) for name in _PARTS)
         mine = FusedLayer(attention.forward, mlp.forward, (before, between, following), add_norm)  # type: ignore[arg-type]
-        if _agree(mine, following, call, pool, paged):
+        if _agree(mine, following, call, pool):
             layer.forward = mine
             fused += 1
     logger.info("%d of %d layers add and normalize in one kernel", fused, len(paged.shapes))
@@ -129,41 +117,32 @@ def _has_parts(layer: nn.Module) -> bool:
 def _noting(
     layers: list[nn.Module],
     norms: list[OneKernelNorm],
-    calls: dict[nn.Module, _Call],
+    calls: dict[nn.Module, ProbedCall],
     inputs: dict[int, OneKernelNorm],
 ) -> Iterator[None]:
     """Note what layers are given and give, and which norm is given which tensor. `calls` keeps the tensors alive."""
 
     def called(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        given = inspect.signature(layer.forward).bind(*args, **kwargs).arguments
         if isinstance(output, Tensor):
-            calls[layer] = _Call(given["hidden_states"], given["position_embeddings"], output)
+            calls[layer] = ProbedCall.of(layer, args, kwargs, output)
 
     def normed(norm: nn.Module, args: tuple[Any, ...]) -> None:
         assert isinstance(norm, OneKernelNorm)
         inputs[id(args[0])] = norm
 
-    handles = [layer.register_forward_hook(called, with_kwargs=True) for layer in layers]
-    handles += [norm.register_forward_pre_hook(normed) for norm in norms]
-    try:
+    with ExitStack() as hooks:
+        for layer in layers:
+            hooks.enter_context(layer.register_forward_hook(called, with_kwargs=True))
+        for norm in norms:
+            hooks.enter_context(norm.register_forward_pre_hook(normed))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
-def _agree(mine: FusedLayer, following: OneKernelNorm, call: _Call, pool: KeyValuePool, paged: PagedModel) -> bool:
+def _agree(mine: FusedLayer, following: OneKernelNorm, call: ProbedCall, pool: KeyValuePool) -> bool:
     """Whether both ways give the same output, and the same norm of it."""
-    want = [call.output, following(call.output)]
-    try:
-        with running(probe_step(pool)):
-            output = mine(call.hidden_states, position_embeddings=call.position_embeddings)
-            got = [output, following(output)]
-    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
-        logger.debug("a layer keeps its own form: %s", error)
-        return False
-    tolerance = TOLERANCE[paged.dtype]
-    return all(
-        mine.shape == right.shape and bool((mine - right).norm() <= tolerance * right.norm())
-        for mine, right in zip(got, want, strict=True)
-    )
+
+    def fused() -> list[Tensor]:
+        output = mine(call.hidden_states, position_embeddings=call.position_embeddings)
+        return [output, following(output)]
+
+    return gives_the_same(fused, [call.output, following(call.output)], pool)

@@ -77,7 +77,7 @@ class PagedModel:
         AttentionMaskInterface.register(_NAME, lambda *args, **kwargs: None)
         model.set_attn_implementation(_NAME)
         # The eager experts of a mixture read the device to learn which tokens each expert has.
-        if "grouped_mm" in _expert_implementations(model):
+        if getattr(model.config.get_text_config(), "num_local_experts", None):
             model.set_experts_implementation("grouped_mm")
 
     @property
@@ -192,9 +192,3 @@ def _layer_shapes(model: PreTrainedModel) -> list[LayerShape]:
             f"{type(model).__name__} does not keep keys and values in every layer; choose another base", param="base"
         )
     return [probe.shapes[layer] for layer in range(len(probe.shapes))]
-
-
-def _expert_implementations(model: PreTrainedModel) -> set[str]:
-    """Implementations of mixtures that this model may use; none where it has no experts."""
-    has_experts = getattr(model.config.get_text_config(), "num_local_experts", None)
-    return {"grouped_mm"} if has_experts else set()

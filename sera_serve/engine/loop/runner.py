@@ -284,7 +284,8 @@ class StepRunner:
         overflowed: set[GenerationRequest] = set()
         if packed.prompts:
             logits = take_prompt_logprobs(logits, packed.prompts, overflowed)
-        return _outcome(packed.ends, self._sample(logits, packed), packed.unfinished, overflowed)
+        chosen = self._chooser.choose(logits, packed.ends, packed.unfinished)
+        return _outcome(packed.ends, chosen, packed.unfinished, overflowed)
 
     def probe(self) -> Tensor:
         """Run one token of the base model on the scratch page, and wait for the device.
@@ -329,10 +330,6 @@ class StepRunner:
         step = StepContext(self._pool, places, packed.parts)
         with self._context.run(None if base_only else AdapterBatch(slots, classes_of(packed.ends))):
             return self._model.logits(ids[None], positions[None], step, kept)
-
-    def _sample(self, logits: Tensor, packed: PackedStep) -> ChosenTokens:
-        """Choose a token for each of the step's `ends`, from logits (requests, vocabulary)."""
-        return self._chooser.choose(logits, packed.ends, packed.unfinished)
 
 
 def _outcome(

@@ -251,10 +251,11 @@ class ClassificationRunner(TaskRunner[ClassificationRequest]):
             groups.setdefault((slot, row.request.embedding), []).append(index)
         for (_, embedding), indices in groups.items():
             lease = rows[indices[0]].request.lease
+            own_norms = None if norms is None else norms[indices]
             if embedding is not None:
                 pooling = embedding.pooling or (lease.placement.adapter.config.pooling if lease else None)
                 pooled = outcome.embedded(indices, pooling or self._base.default_pooling)
-                vectors = _vectors(pooled, embedding.normalize, None if norms is None else norms[indices])
+                vectors = _vectors(pooled, embedding.normalize, own_norms)
                 results.update(
                     (index, vector) for index, vector in zip(indices, vectors, strict=True) if vector is not None
                 )
@@ -265,8 +266,7 @@ class ClassificationRunner(TaskRunner[ClassificationRequest]):
             head = lease.placement.adapter.head
             assert head is not None
             logits = head_logits(head_states, self._pool.head(lease.placement), head.activation).float()
-            sound_norms = None if norms is None else norms[indices]
-            found = head_results(config, logits, outcome.mask[indices], sound_norms, [rows[i].inputs for i in indices])
+            found = head_results(config, logits, outcome.mask[indices], own_norms, [rows[i].inputs for i in indices])
             results.update((index, result) for index, result in zip(indices, found, strict=True) if result is not None)
         return [results.get(index) for index in range(len(rows))]
 

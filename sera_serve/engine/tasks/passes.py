@@ -11,7 +11,6 @@ from torch import Tensor
 from adapters_store import AdapterConfig
 from sera_kernels import NO_ADAPTER, AdapterBatch, ShapeClasses
 from sera_serve.base import FrozenBase, ModelInputs, Pooling, pool_image_states, pool_states
-from sera_serve.engine.tasks.results import head_inputs
 from sera_serve.layers import AdapterContext
 
 
@@ -31,21 +30,20 @@ class PassStates:
     prefix_tokens: int | None
     projected: Tensor | None
 
-    def for_head(self, rows: Sequence[int], config: AdapterConfig, default_pooling: Pooling) -> Tensor:
-        """What an adapter's head reads of these rows: pooled states (rows, hidden), or as `head_inputs` says."""
-        indices = list(rows)
-        if self.prefix_tokens is None:
-            return head_inputs(config, self.states[indices], self.mask[indices], default_pooling)
-        return pool_image_states(self.states[indices], config.pooling or default_pooling, self.prefix_tokens)
+    def for_head(self, rows: list[int], config: AdapterConfig, default_pooling: Pooling) -> Tensor:
+        """What an adapter's head reads: pooled states (rows, hidden), or all of them (rows, tokens, hidden) to tag."""
+        if config.task == "token-classify":
+            return self.states[rows]
+        return self._pooled(rows, config.pooling or default_pooling)
 
-    def embedded(self, rows: Sequence[int], pooling: Pooling) -> Tensor:
+    def embedded(self, rows: list[int], pooling: Pooling) -> Tensor:
         """The vector of each of these rows (rows, embedding size); a dual base has its own pooling."""
-        indices = list(rows)
-        if self.projected is not None:
-            return self.projected[indices]
+        return self._pooled(rows, pooling) if self.projected is None else self.projected[rows]
+
+    def _pooled(self, rows: list[int], pooling: Pooling) -> Tensor:
         if self.prefix_tokens is None:
-            return pool_states(self.states[indices], self.mask[indices], pooling)
-        return pool_image_states(self.states[indices], pooling, self.prefix_tokens)
+            return pool_states(self.states[rows], self.mask[rows], pooling)
+        return pool_image_states(self.states[rows], pooling, self.prefix_tokens)
 
 
 def run_pass(

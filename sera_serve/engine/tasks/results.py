@@ -8,20 +8,13 @@ import torch
 from torch import Tensor
 
 from adapters_store import AdapterConfig
-from sera_serve.base import ModelInputs, Pooling, pool_states
+from sera_serve.base import ModelInputs
 from sera_serve.base.preprocess import Window
 from sera_serve.base.spans import decode_tags, token_ranges
 from sera_serve.engine.request import HeadResult, LabelScores, LabelSet, RowResult, Score, Spans, TaggedTokens
 
 THRESHOLD = 0.5
 """The probability from which on an input has a label, where it may have several."""
-
-
-def head_inputs(config: AdapterConfig, states: Tensor, mask: Tensor, default_pooling: Pooling) -> Tensor:
-    """What the head reads: the pooled states (rows, hidden), or those of all tokens (rows, length, hidden)."""
-    if config.task == "token-classify":
-        return states
-    return pool_states(states, mask, config.pooling or default_pooling)
 
 
 def head_results(

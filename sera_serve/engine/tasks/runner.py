@@ -6,7 +6,6 @@ import logging
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -15,7 +14,7 @@ import torch
 
 from sera_serve.engine.request import FinishReason, Request, Task
 from sera_serve.engine.scheduler import Scheduler
-from sera_serve.errors import EngineUnavailable, SeraServeError
+from sera_serve.errors import EngineUnavailable
 
 logger = logging.getLogger("sera_serve.engine")
 _STOP_SECONDS = 30
@@ -109,23 +108,11 @@ class TaskRunner(ABC, Generic[R]):
         """What there is to do."""
         return RunnerLoad(self.scheduler.waiting(), self.scheduler.running())
 
-    def submit(self, requests: Sequence[R]) -> None:
-        """Let requests wait for their turn.
-
-        Raises:
-            EngineUnavailable: The runner has stopped; the requests are finished.
-        """
-        self.scheduler.submit(requests)
-
     def cancel(self, request: R, reason: FinishReason, error: Exception | None = None) -> None:
         """Finish a request: at once if it waits, before the next step if it runs. Idempotent; any thread."""
         if not self.scheduler.cancel(request, reason, error):
             self._cancelled.append((request, reason, error))
             self._wake.set()
-
-    def shed(self, tenant: str, error: SeraServeError) -> bool:
-        """Refuse the waiting request that would be the tenant's last; False if none waits."""
-        return self.scheduler.shed(tenant, error)
 
     def end(self, request: R, reason: FinishReason, error: Exception | None = None) -> None:
         """Finish a running request; the loop's thread, between two steps."""

@@ -63,7 +63,7 @@ def _detail(context: RequestContext, tenant: str, live: Live) -> QuotaDetail:
     """The limits and the usage of a tenant. Blocks: adapters and jobs are counted."""
     in_flight, requests, tokens = live
     # Neither names a tenant of the store.
-    held = Held() if tenant == DEFAULT or tenant.startswith("_") else context.holdings.held(tenant)
+    held = Held() if tenant == DEFAULT or tenant.startswith("_") else context.store.held(tenant)
     usage = QuotaUsage(
         adapters=held.adapters,
         bytes=held.nbytes,
