@@ -304,7 +304,10 @@ def test_a_lost_connection_is_said_and_mended(tab: Tab) -> None:
 def test_a_job_shows_its_loss_and_is_cancelled(tab: Tab) -> None:
     page = tab.open(f"training/{JOB['id']}")
     expect(page.get_by_role("region", name="Loss")).to_contain_text("training rows 1.200")
-    expect(page.get_by_role("status").filter(has_text="Step 40 of 100")).to_be_visible()
+    expect(page.get_by_role("region", name="Facts").get_by_text("Step 40 of 100")).to_be_visible()
+    # A screen reader is told the state, and not each step.
+    told = page.get_by_role("status").filter(has_text=re.compile("state|Step"))
+    expect(told).to_have_text("The job's state: running.")
     assert page.locator(".plot canvas").evaluate("(canvas) => canvas.width") > 200
     cancelled = JOB | {"status": "cancelled"}
     answer(page, r"/v1/fine_tuning/jobs/[^/]+/cancel$", cancelled)

@@ -1,15 +1,30 @@
 // Choosing files: by dropping them, or with the browser's own dialog.
 
-import { html, useRef, useState } from "./html.js";
+import { html, useEffect, useRef, useState } from "./html.js";
 import { bytes } from "./format.js";
 import { Icon } from "./icons.js";
-import { useId } from "./ui.js";
+import { Button, notify, useId } from "./ui.js";
 
-/** A place to drop files on. The input below it is an ordinary one, so that a keyboard and a screen reader use it. */
+/**
+ * A place to drop files on. The input below it is an ordinary one, so that a keyboard and a screen reader use it.
+ *
+ * `onFiles` gets all files that were dropped or chosen: it is the view that says which ones it does not take.
+ */
 export function DropZone({ label, help, accept, multiple = false, files, onFiles, disabled = false }) {
   const id = useId();
   const [isOver, setOver] = useState(false);
   const depth = useRef(0);
+  const input = useRef(null);
+  useEffect(() => {
+    // Beside the place, the browser would leave the page and open the file.
+    const keep = (event) => event.dataTransfer.types.includes("Files") && event.preventDefault();
+    addEventListener("dragover", keep);
+    addEventListener("drop", keep);
+    return () => {
+      removeEventListener("dragover", keep);
+      removeEventListener("drop", keep);
+    };
+  }, []);
   const enter = (event) => {
     event.preventDefault();
     depth.current += 1;
@@ -23,26 +38,41 @@ export function DropZone({ label, help, accept, multiple = false, files, onFiles
     event.preventDefault();
     depth.current = 0;
     setOver(false);
-    if (!disabled) onFiles([...event.dataTransfer.files].slice(0, multiple ? 2 : 1));
+    const dropped = event.dataTransfer.files;
+    if (disabled || dropped.length === 0) return;
+    // The input tells the names of its files, too.
+    input.current.files = dropped;
+    onFiles([...dropped]);
   };
   return html`<div class=${isOver ? "drop is-over" : "drop"} onDragEnter=${enter} onDragLeave=${leave}
     onDragOver=${(event) => event.preventDefault()} onDrop=${drop}>
     <${Icon} name="upload" size="28" />
     <label for=${id}>${label}</label>
     <p class="help" id=${`${id}-help`}>${help}</p>
-    <input type="file" id=${id} accept=${accept} multiple=${multiple} disabled=${disabled} aria-describedby=${`${id}-help`}
-      onChange=${(event) => onFiles([...event.currentTarget.files].slice(0, multiple ? 2 : 1))} />
+    <input ref=${input} type="file" id=${id} accept=${accept} multiple=${multiple} disabled=${disabled} aria-describedby=${`${id}-help`}
+      onChange=${(event) => onFiles([...event.currentTarget.files])} />
     ${files.length > 0 && html`<ul class="chosen">${files.map((file) => html`<li key=${file.name}>
       <strong>${file.name}</strong> <span class="muted">${bytes(file.size)}</span></li>`)}</ul>`}
   </div>`;
 }
 
-/** How far an upload is. */
+/** How far an upload is. A screen reader is told its end, not each part. */
 export function Progress({ sent, total, what }) {
   const share = total ? sent / total : 0;
-  const text = share >= 1 ? "Received. The server checks it." : `${bytes(sent)} of ${bytes(total)}`;
+  const isSent = share >= 1;
   return html`<div class="progress">
-    <progress max="1" value=${share >= 1 ? undefined : share} aria-label=${what}></progress>
-    <p role="status">${text}</p>
+    <progress max="1" value=${isSent ? undefined : share} aria-label=${what}></progress>
+    <p>${!isSent && `${bytes(sent)} of ${bytes(total)}`}<span role="status">${isSent && "Received. The server checks it."}</span></p>
   </div>`;
+}
+
+/** The button of a form that stops its upload: `stopper` is the upload's AbortController. */
+export function StopUpload({ stopper, sent, total }) {
+  const stop = (event) => {
+    // The button goes now, and would take the focus with it.
+    event.currentTarget.form.querySelector("[type=submit]").focus();
+    stopper.abort();
+    notify(sent < total ? "Stopped: the server keeps nothing of it." : "Stopped after the server had all of it: look whether it is there.");
+  };
+  return html`<${Button} onClick=${stop}>Stop<//>`;
 }

@@ -2,7 +2,7 @@
 
 import { get, isAbort, path } from "./api.js";
 import { html, useEffect, useRef, useState } from "./html.js";
-import { useLoad } from "./store.js";
+import { usePages } from "./store.js";
 import { Badge } from "./ui.js";
 
 const EVERY_MS = 1500;
@@ -26,24 +26,12 @@ export function Status({ status }) {
  * The result is `{rows, hasMore, more}` beside what `useLoad` gives.
  */
 export function useNewest(url, query = {}) {
-  const wanted = useRef(SHOWN);
-  const list = useLoad((signal) => newest(url, query, wanted.current, signal), [url]);
-  const more = () => {
-    wanted.current += SHOWN;
-    list.reload();
+  const read = async (after, signal) => {
+    const page = await get(url, { ...query, limit: SHOWN, after }, signal);
+    return { rows: page.data, next: page.has_more ? page.data.at(-1)?.id ?? null : null };
   };
-  return { ...list, rows: list.data?.rows ?? [], hasMore: list.data?.hasMore ?? false, more };
-}
-
-async function newest(url, query, wanted, signal) {
-  const rows = [];
-  let hasMore = true;
-  while (hasMore && rows.length < wanted) {
-    const page = await get(url, { ...query, limit: SHOWN, after: rows.at(-1)?.id }, signal);
-    rows.push(...page.data);
-    hasMore = page.has_more && page.data.length > 0;
-  }
-  return { rows, hasMore };
+  const list = usePages(read, [url], SHOWN);
+  return { ...list, rows: list.data?.rows ?? [] };
 }
 
 /** A job with its events, oldest first; both are asked for again until the job is finished. */

@@ -67,6 +67,33 @@ export function useLoad(load, inputs) {
 }
 
 /**
+ * Load a list a page at a time, from its beginning: `{hasMore, more}` beside what `useLoad` gives.
+ *
+ * `read(after, signal)` returns a promise of a page: `{rows, next}`, and what else it tells. `next` is what the next page
+ * comes after, and null on the last one. `data` is the newest page, with the `rows` of all. `more` reads one page on; a
+ * reload reads as many rows as are shown.
+ */
+export function usePages(read, inputs, size) {
+  const wanted = useRef(size);
+  const before = useRef(null);
+  const list = useLoad(async (signal) => {
+    let pages = before.current ?? { rows: [], next: null };
+    before.current = null;
+    do {
+      const page = await read(pages.next, signal);
+      pages = { ...page, rows: [...pages.rows, ...page.rows] };
+    } while (pages.next !== null && pages.rows.length < wanted.current);
+    return pages;
+  }, inputs);
+  const more = () => {
+    wanted.current = list.data.rows.length + size;
+    before.current = list.data;
+    list.reload();
+  };
+  return { ...list, hasMore: (list.data?.next ?? null) !== null, more };
+}
+
+/**
  * One action at a time, such as a form that is sent.
  *
  * The result is `{run, busy, error, clear}`. `run` returns whether the action succeeded.

@@ -26,10 +26,15 @@ export function Heading({ title, lead, back, beside, children }) {
   </header>`;
 }
 
-/** A button. `icon` is drawn before its text; with `label` the text is for screen readers and the tooltip alone. */
+/**
+ * A button. `icon` is drawn before its text; with `label` the text is for screen readers and the tooltip alone.
+ *
+ * While it is busy, pressing it does nothing, and Enter does not send its form. A disabled one would lose the focus.
+ */
 export function Button({ icon, label, kind = "plain", busy = false, children, ...rest }) {
+  const held = busy && { "aria-disabled": true, onClick: (event) => event.preventDefault() };
   return html`<button type="button" class=${`button ${kind}${label ? " icon-only" : ""}`} aria-busy=${busy}
-    aria-label=${label} title=${label} ...${rest} disabled=${rest.disabled || busy}>
+    aria-label=${label} title=${label} ...${rest} ...${held}>
     ${busy ? html`<span class="spinner" aria-hidden="true"></span>` : icon && html`<${Icon} name=${icon} />`}
     ${children}
   </button>`;
@@ -98,6 +103,7 @@ const TITLES = {
 
 function titleOf(error) {
   if (error instanceof ConnectionLost) return "No connection";
+  if (error.code === "store_corrupted") return "Damaged in the store";
   if (TITLES[error.status]) return TITLES[error.status];
   if (error.status >= 500) return "The server failed";
   return error.status ? "The server refused this" : "This page failed";
@@ -116,7 +122,7 @@ export function ErrorNote({ error, retry }) {
     <div>
       <strong>${titleOf(error)}</strong>
       <p class="message">${sentence(error.message)}</p>
-      ${error.retryAfter && html`<p>Try again in ${error.retryAfter} seconds.</p>`}
+      ${error.retryAfter && html`<p>Try again in ${error.retryAfter} ${error.retryAfter === 1 ? "second" : "seconds"}.</p>`}
       ${facts.length > 0 && html`<dl class="facts-line">
         ${facts.map(([name, value]) => html`<div key=${name}><dt>${name}</dt><dd><code>${value}</code></dd></div>`)}
       </dl>`}

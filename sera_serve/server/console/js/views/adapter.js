@@ -1,12 +1,12 @@
 // One adapter: its facts, its versions with their metrics, its aliases, who else may use it.
 
-import { html, useRef, useState } from "../html.js";
+import { html, useState } from "../html.js";
 import { get, path, send } from "../api.js";
 import { TaskBadge, Tier, viewOf } from "../badges.js";
 import { ago, bytes, count, figure, full, short } from "../format.js";
 import { go, href } from "../router.js";
 import { may, mayChange } from "../session.js";
-import { useAction, useLoad } from "../store.js";
+import { useAction, useLoad, usePages } from "../store.js";
 import {
   Button, Confirm, CopyButton, Dialog, ErrorNote, Heading, Loading, notify, SelectField, TextField,
 } from "../ui.js";
@@ -18,19 +18,25 @@ export function Adapter({ me, tenant, name }) {
   const id = `${tenant}/${name}`;
   const url = path`/v1/adapters/${tenant}/${name}`;
   const detail = useLoad((signal) => get(url, {}, signal), [url]);
-  const wanted = useRef(VERSIONS_SHOWN);
-  const history = useLoad((signal) => newest(`${url}/versions`, wanted.current, signal), [url]);
+  const history = usePages(async (before, signal) => {
+    const page = await get(`${url}/versions`, { limit: VERSIONS_SHOWN, before }, signal);
+    return { ...page, rows: page.versions };
+  }, [url], VERSIONS_SHOWN);
   const [dialog, setDialog] = useState(null);
   const canChange = mayChange(me, id);
   const info = detail.data;
+  const isDamaged = detail.error?.code === "store_corrupted";
   // Of all tenants, so for an admin alone.
   const traffic = useLoad(async (signal) => (may(me, "admin") ? (await get("/v1/stats", {}, signal)).by_adapter[id] : null), [id]);
   const close = () => setDialog(null);
+  const reload = () => {
+    detail.reload();
+    history.reload();
+  };
   const changed = (text) => {
     notify(text);
     close();
-    detail.reload();
-    history.reload();
+    reload();
   };
   const pin = useAction(async (isPinned) => {
     const pinned = await send(isPinned ? "PUT" : "DELETE", `${url}/pin`);
@@ -45,17 +51,17 @@ export function Adapter({ me, tenant, name }) {
         ${canChange && html`
           <${Button} icon="pin" busy=${pin.busy} onClick=${() => pin.run(!info.pinned)}
             title=${info.pinned ? "Let it leave the device" : "Keep it on the device: it always answers at once"}>
-            ${info.pinned ? "Unpin" : "Pin"}<//>
-          <${Button} icon="trash" kind="quiet danger-text" onClick=${() => setDialog({ kind: "delete" })}>Delete<//>`}`}
+            ${info.pinned ? "Unpin" : "Pin"}<//>`}`}
+      ${canChange && (info || isDamaged) && html`<${Button} icon="trash" kind="quiet danger-text"
+        onClick=${() => setDialog({ kind: "delete" })}>Delete<//>`}
     <//>
-    <${ErrorNote} error=${detail.error} retry=${detail.reload} />
+    <${ErrorNote} error=${detail.error} retry=${reload} />
+    ${isDamaged && html`<p class="help">What the store holds of it cannot be read: no list has it, and no request gets it. It
+      answers again when the operator has brought its files back. ${canChange && "It can be deleted."}</p>`}
     <${ErrorNote} error=${pin.error} />
     ${info ? html`<${Facts} info=${info} traffic=${traffic.data} />` : detail.loading && html`<${Loading} rows="3" />`}
     <${Versions} history=${history} canChange=${canChange} id=${id} task=${info?.task} onDialog=${setDialog}
-      onMore=${() => {
-        wanted.current += VERSIONS_SHOWN;
-        history.reload();
-      }} />
+      isTold=${detail.error !== null && !info} />
     ${canChange && info && html`<${Shares} url=${url} tenant=${tenant} />`}
     ${dialog?.kind === "delete" && html`<${DeleteDialog} url=${url} id=${id} version=${dialog.version} onClose=${close}
       onDone=${() => {
@@ -67,17 +73,6 @@ export function Adapter({ me, tenant, name }) {
       aliases=${history.data.aliases} onClose=${close} onDone=${changed} />`}
     ${dialog?.kind === "remove-alias" && html`<${RemoveAliasDialog} url=${url} id=${id} alias=${dialog.alias}
       onClose=${close} onDone=${changed} />`}`;
-}
-
-/** The newest versions, a page at a time, until there are as many as wanted. */
-async function newest(url, wanted, signal) {
-  const versions = [];
-  let page = { next: null };
-  do {
-    page = await get(url, { limit: VERSIONS_SHOWN, before: page.next }, signal);
-    versions.push(...page.versions);
-  } while (page.next !== null && versions.length < wanted);
-  return { ...page, versions };
 }
 
 function Facts({ info, traffic }) {
@@ -110,22 +105,22 @@ function Versions(props) {
   const { data, error, loading, reload } = props.history;
   // The section is there from the beginning. One that takes the place of another element while `Shares` stands behind it
   // lets Preact put `Shares` at the top of the page.
-  return html`<section aria-labelledby="versions-title">
+  return html`<section aria-labelledby="versions-title" hidden=${props.isTold}>
     <h2 id="versions-title">Versions</h2>
-    ${data ? html`<${VersionList} ...${props} />` : html`<${ErrorNote} error=${error} retry=${reload} />`}
+    ${data ? html`<${VersionList} ...${props} />` : !props.isTold && html`<${ErrorNote} error=${error} retry=${reload} />`}
     ${!data && loading && html`<${Loading} />`}
   </section>`;
 }
 
-function VersionList({ history, canChange, id, task, onDialog, onMore }) {
-  const { data, loading } = history;
+function VersionList({ history, canChange, id, task, onDialog }) {
+  const { data, loading, hasMore, more } = history;
   const aliasesOf = (version) => Object.entries(data.aliases).filter(([, at]) => at === version).map(([alias]) => alias);
-  const newest = data.versions[0]?.version;
+  const newest = data.rows[0]?.version;
   const served = data.aliases.latest ?? newest;
   return html`
     <p class="help">A request for <code>${id}</code> gets version ${served}: <code>latest</code> points to it.</p>
     <ol class="versions" reversed>
-      ${data.versions.map((version) => {
+      ${data.rows.map((version) => {
         const aliases = aliasesOf(version.version);
         return html`<li key=${version.version} class=${version.version === served ? "card is-served" : "card"}>
           <div class="version-head">
@@ -147,13 +142,13 @@ function VersionList({ history, canChange, id, task, onDialog, onMore }) {
               onClick=${() => onDialog({ kind: "alias", version: version.version, alias: "latest" })}>
               ${version.version < served ? "Roll back to this" : "Serve this"}<//>`}
             ${canChange && html`<${Button} kind="quiet" onClick=${() => onDialog({ kind: "alias", version: version.version })}>Set alias<//>`}
-            ${canChange && data.versions.length > 1 && html`<${Button} kind="quiet danger-text" icon="trash"
+            ${canChange && data.rows.length > 1 && html`<${Button} kind="quiet danger-text" icon="trash"
               label=${`Delete version ${version.version}`} onClick=${() => onDialog({ kind: "delete", version: version.version })} />`}
           </div>
         </li>`;
       })}
     </ol>
-    ${data.next !== null && html`<p class="more"><${Button} busy=${loading} onClick=${onMore}>Show older versions<//></p>`}`;
+    ${hasMore && html`<p class="more"><${Button} busy=${loading} onClick=${more}>Show older versions<//></p>`}`;
 }
 
 function Metrics({ metrics }) {

@@ -59,7 +59,7 @@ function List({ me }) {
     ${rows.length > 0
       ? html`<${Table} rows=${rows} onLeave=${leave} />`
       : busy ? html`<${Loading} rows="6" />` : !error && html`<${Nothing} me=${me} isFiltered=${isFiltered} />`}
-    ${!isDone && !busy && !error && html`<p class="more"><${Button} onClick=${more}>
+    ${!isDone && (rows.length > 0 || !busy) && !error && html`<p class="more"><${Button} busy=${busy} onClick=${more}>
       ${rows.length && !isFiltered ? "Show more" : "Look further"}<//></p>`}`;
 }
 

@@ -68,8 +68,9 @@ function Facts({ job, last }) {
       .map(([name, value]) => [name.replaceAll("_", " "), figure(value)]),
   ].filter(Boolean);
   return html`<section class="card form" aria-label="Facts">
+    <p class="sr-only" role="status">The job's state: ${job.status.replaceAll("_", " ")}.</p>
     ${!isFinished(job) && html`<div class="memory-row">
-      <p role="status"><span>${last.total_steps ? `Step ${count(last.step)} of ${count(last.total_steps)}` : "It has not begun yet."}</span>
+      <p><span>${last.total_steps ? `Step ${count(last.step)} of ${count(last.total_steps)}` : "It has not begun yet."}</span>
         ${last.total_steps && html`<span class="muted">${percent(share)}</span>`}</p>
       <${Meter} share=${share} label=${percent(share)} /></div>`}
     <dl class="facts">${facts.map(([term, value]) => html`<div key=${term} class=${IDS.includes(term) ? "id" : ""}>

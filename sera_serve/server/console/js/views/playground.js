@@ -81,7 +81,7 @@ export default function Playground({ me }) {
         <span class="help keys-help">Ctrl+Enter runs, Escape stops.</span>
       </div>
     </div>
-    <p class="sr-only" role="status">${run.number > 0 && (busy > 0 ? "The models write." : "All answers are there.")}</p>
+    <p class="sr-only" role="status">${run.number > 0 && (busy > 0 ? "The models write." : "The models have ended.")}</p>
     ${lanes.length === 0
       ? html`<p class="help">Choose the base model or an adapter.</p>`
       : html`<div class="lanes">${lanes.map((model, index) => html`<${Lane} key=${model ?? ""}

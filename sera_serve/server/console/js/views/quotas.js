@@ -18,6 +18,8 @@ const LIMITS = [
 ];
 // The limits of every tenant that has none of its own. Nobody uses them as this tenant.
 const OTHERS = "*";
+// A page of thousands of cards makes each key that is typed slow.
+const SHOWN = 60;
 const PRIORITIES = [["", "No limit"], ["low", "low"], ["normal", "normal"], ["high", "high"]];
 
 export default function Quotas({ me }) {
@@ -25,6 +27,10 @@ export default function Quotas({ me }) {
   const load = (signal) => (isAdmin ? get("/v1/quotas", {}, signal) : own(me, signal));
   const { data, error, loading, reload } = useLoad(load, [isAdmin]);
   const [edited, setEdited] = useState(null);
+  const [tenant, setTenant] = useState("");
+  const [shown, setShown] = useState(SHOWN);
+  const all = data?.quotas ?? [];
+  const found = all.filter((quota) => named(quota.tenant).includes(tenant.trim().toLowerCase()));
   const done = (text) => {
     notify(text);
     setEdited(null);
@@ -35,10 +41,13 @@ export default function Quotas({ me }) {
       <${Button} kind="quiet" busy=${loading && data !== null} onClick=${reload}>Refresh<//>
       ${isAdmin && html`<${Button} kind="primary" icon="plus" onClick=${() => setEdited({ tenant: "", limits: {} })}>Set a quota<//>`}
     <//>
+    ${isAdmin && html`<div class="filters"><${TextField} label="Tenant" type="search" value=${tenant} onValue=${setTenant}
+      placeholder="all tenants" /></div>`}
     <${ErrorNote} error=${error} retry=${reload} />
     ${!data && loading && html`<${Loading} />`}
     ${data?.quotas.length === 0 && html`<${Empty} title="No tenant has a quota"><p>Then nothing but the server's own limits hold.</p><//>`}
-    <div class="quota-grid">${(data?.quotas ?? []).map((quota) => html`<section class="card quota" key=${quota.tenant}
+    ${isAdmin && all.length > 0 && html`<p class="result-line" role="status">${summary(found.length, Math.min(shown, found.length))}</p>`}
+    <div class="quota-grid">${found.slice(0, shown).map((quota) => html`<section class="card quota" key=${quota.tenant}
         aria-label=${`Quota of ${named(quota.tenant)}`}>
       <header><h2>${named(quota.tenant)}</h2>
         ${isAdmin && html`<${Button} kind="quiet" aria-label=${`Change the quota of ${named(quota.tenant)}`} onClick=${() => setEdited(quota)}>Change<//>`}</header>
@@ -46,10 +55,16 @@ export default function Quotas({ me }) {
         format=${field === "bytes" ? bytes : count} />`)}
       <p class="help">Highest priority: ${quota.limits.max_priority ?? "no limit"}</p>
     </section>`)}</div>
+    ${found.length > shown && html`<p class="more"><${Button} onClick=${() => setShown(shown + SHOWN)}>Show more<//></p>`}
     ${edited && html`<${EditDialog} quota=${edited} onClose=${() => setEdited(null)} onDone=${done} />`}`;
 }
 
 const named = (tenant) => (tenant === OTHERS ? "every other tenant" : tenant);
+
+function summary(all, shown) {
+  const number = `${count(all)} ${all === 1 ? "quota" : "quotas"}`;
+  return shown < all ? `The first ${count(shown)} of ${number}` : number;
+}
 
 async function own(me, signal) {
   return { quotas: [await get(path`/v1/quotas/${me.tenant}`, {}, signal)] };

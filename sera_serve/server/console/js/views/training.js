@@ -2,7 +2,7 @@
 
 import { html, useRef, useState } from "../html.js";
 import { path, send, upload } from "../api.js";
-import { DropZone, Progress } from "../files.js";
+import { DropZone, Progress, StopUpload } from "../files.js";
 import { ago, bytes, full } from "../format.js";
 import { Status, useNewest } from "../jobs.js";
 import { href, route } from "../router.js";
@@ -86,7 +86,7 @@ function Files() {
   });
   const submit = (event) => {
     event.preventDefault();
-    if (chosen.length) adding.run();
+    if (chosen.length === 1) adding.run();
   };
   const { rows } = files;
   return html`
@@ -97,8 +97,9 @@ function Files() {
           <code>text</code> and <code>label</code>.`} />
       ${progress && html`<${Progress} ...${progress} what="Upload" />`}
       <div class="form-foot">
-        <${Button} kind="primary" icon="upload" type="submit" busy=${adding.busy} disabled=${chosen.length === 0}>Upload<//>
-        ${adding.busy && html`<${Button} onClick=${() => stopper.current.abort()}>Stop<//>`}
+        <${Button} kind="primary" icon="upload" type="submit" busy=${adding.busy} disabled=${chosen.length !== 1}>Upload<//>
+        ${progress && html`<${StopUpload} stopper=${stopper.current} ...${progress} />`}
+        ${chosen.length > 1 && html`<span class="help" role="status">One file at a time.</span>`}
       </div>
       <${ErrorNote} error=${adding.error} />
     </form>

@@ -2,7 +2,7 @@
 
 import { html, useRef, useState } from "../html.js";
 import { upload } from "../api.js";
-import { DropZone, Progress } from "../files.js";
+import { DropZone, Progress, StopUpload } from "../files.js";
 import { Icon } from "../icons.js";
 import { href } from "../router.js";
 import { useAction } from "../store.js";
@@ -16,8 +16,10 @@ export default function Upload({ me }) {
   const [progress, setProgress] = useState(null);
   const [published, setPublished] = useState(null);
   const stopper = useRef(null);
-  const bundle = files.find((file) => !file.name.endsWith(".json"));
-  const config = files.find((file) => file.name.endsWith(".json"));
+  const [bundle, ...otherBundles] = files.filter((file) => !file.name.endsWith(".json"));
+  const [config, ...otherConfigs] = files.filter((file) => file.name.endsWith(".json"));
+  const isOne = otherBundles.length + otherConfigs.length === 0;
+  const canPublish = bundle !== undefined && isOne && name.trim() !== "";
   const action = useAction(async () => {
     const form = new FormData();
     form.append("name", name.trim());
@@ -37,13 +39,13 @@ export default function Upload({ me }) {
     action.clear();
     setPublished(null);
     setFiles(chosen);
-    const stem = chosen.find((file) => !file.name.endsWith(".json"))?.name.replace(/\.(safetensors|tar|zip)$/, "");
+    const stem = chosen.find((file) => !file.name.endsWith(".json"))?.name.replace(/\.(safetensors|tar|zip)$/i, "");
     // The name of a checkpoint's file tells nothing.
-    if (stem && stem !== "adapter_model" && (name === "" || name.endsWith("/"))) setName(name + stem.toLowerCase());
+    if (stem && stem !== "adapter_model" && (name === "" || name.endsWith("/"))) setName(name + asName(stem));
   };
   const submit = (event) => {
     event.preventDefault();
-    if (bundle && name.trim()) action.run();
+    if (canPublish) action.run();
   };
   return html`
     <${Heading} title="Upload" lead="Publish a trained adapter as the next version of its name. It serves at once." />
@@ -55,13 +57,19 @@ export default function Upload({ me }) {
         help="tenant/name, in small letters. A name that exists gets a new version." wide />
       ${progress && html`<${Progress} ...${progress} what="Upload" />`}
       <div class="form-foot">
-        <${Button} kind="primary" icon="upload" type="submit" busy=${action.busy} disabled=${!bundle || !name.trim()}>Publish<//>
-        ${action.busy && html`<${Button} onClick=${() => stopper.current.abort()}>Stop<//>`}
+        <${Button} kind="primary" icon="upload" type="submit" busy=${action.busy} disabled=${!canPublish}>Publish<//>
+        ${progress && html`<${StopUpload} stopper=${stopper.current} ...${progress} />`}
+        ${!isOne && html`<span class="help" role="status">One adapter at a time: one file of weights, and its adapter_config.json.</span>`}
         ${!bundle && config && html`<span class="help">adapter_config.json needs the file of weights beside it.</span>`}
       </div>
       <${ErrorNote} error=${action.error} />
       ${published && html`<${Published} ...${published} />`}
     </form>`;
+}
+
+/** The text as the name of an adapter may be written. */
+function asName(text) {
+  return text.toLowerCase().replaceAll(/[^a-z0-9._-]+/g, "-").replaceAll(/\.{2,}/g, ".").replaceAll(/^[._-]+|[._-]+$/g, "").slice(0, 64);
 }
 
 function Published({ adapter, version, warnings }) {
