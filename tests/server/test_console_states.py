@@ -1,7 +1,8 @@
-"""The console in states that are rare: long words, a damaged adapter, files that are too many, and the keyboard alone."""
+"""The console in states that are rare: long words, a damaged adapter, too many files, and the keyboard alone."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,8 +40,9 @@ OUT_OF_SIGHT = """() => {
     const scrolls = (element) => element !== null && element !== document.body
         && (["auto", "scroll"].includes(getComputedStyle(element).overflowX) || scrolls(element.parentElement));
     const edge = (element) => element.closest(".side, dialog")?.getBoundingClientRect().right ?? innerWidth;
+    const isOut = (element) => element.getBoundingClientRect().right > edge(element) + 1;
     return [...document.querySelectorAll("main *, .account *, dialog *, .notices *")]
-        .filter((element) => element.getBoundingClientRect().right > edge(element) + 1 && !scrolls(element.parentElement))
+        .filter((element) => isOut(element) && !scrolls(element.parentElement))
         .map((element) => `${element.tagName} ${element.className} ${element.textContent.slice(0, 20)}`);
 }"""
 
@@ -348,3 +350,36 @@ def test_a_refused_run_is_not_told_as_an_answer(tab: Tab) -> None:
     expect(page.get_by_role("status").filter(has_text="The models have ended.")).to_have_count(1)
     expect(page.get_by_role("button", name="Run")).to_be_focused()
     tab.check(refusals=True)
+
+
+@pytest.mark.parametrize(("view", "verb"), [("upload", "Publish"), ("training/files", "Upload")])
+def test_a_file_that_changed_after_it_was_chosen_is_named(tab: Tab, tmp_path: Path, view: str, verb: str) -> None:
+    page = tab.open(view)
+    chosen = tmp_path / "chosen.tar"
+    chosen.write_bytes(b"a")
+    page.locator("input[type=file]").set_input_files(chosen)
+    if view == "upload":
+        page.get_by_label("Name").fill("demo/a")
+    chosen.unlink()
+    page.get_by_role("button", name=verb, exact=True).click()
+    note = page.get_by_role("alert")
+    expect(note).to_contain_text("The file cannot be read")
+    expect(note).to_contain_text("The file chosen.tar has changed since it was chosen, or is gone: choose it again.")
+    expect(page.get_by_text("No connection to the server.")).to_have_count(0)
+    # The browser's own field names it no longer.
+    assert page.locator("input[type=file]").evaluate("(input) => input.files.length") == 0
+    expect(page.locator(".chosen")).to_have_count(0)
+    tab.check()
+
+
+def test_a_stream_that_broke_off_says_what_to_do(tab: Tab) -> None:
+    page = tab.page
+    event = {"id": "gen-1", "adapter": None, "version": None, "text": "Ahoy", "token_ids": [1], "finish_reason": None}
+    page.route(
+        re.compile(r"/v1/generate$"),
+        lambda route: route.fulfill(content_type="text/event-stream", body=f"data: {json.dumps(event)}\n\n"),
+    )
+    tab.open("playground")
+    page.get_by_role("button", name="Run").click()
+    expect(page.get_by_role("alert")).to_contain_text("The answer broke off.")
+    expect(page.get_by_role("alert")).to_contain_text("run it again when the server is back")

@@ -23,13 +23,24 @@ export class ApiError extends Error {
   }
 }
 
-/** The request got no answer. */
+const LOST = {
+  GET: "The server does not answer. This page tries again by itself, and goes on when the server is back.",
+  STREAM: "The answer broke off. This page does not ask again by itself: run it again when the server is back.",
+  // Only what changes nothing is sent again.
+  OTHER: "The server did not answer. This page does not send it again by itself, since it may be done already: look, and try again, when the server is back.",
+};
+
+/** The request got no answer, or a part of one: a stream's `method` is then STREAM. */
 export class ConnectionLost extends Error {
   constructor(method) {
-    // Only what changes nothing is sent again.
-    super(method === "GET"
-      ? "The server does not answer. This page tries again by itself, and goes on when the server is back."
-      : "The server did not answer. This page does not send it again by itself, since it may be done already: look, and try again, when the server is back.");
+    super(LOST[method] ?? LOST.OTHER);
+  }
+}
+
+/** The browser cannot read a file that a person chose. It gives no reason when it sends one: it looks like a lost connection. */
+export class UnreadableFile extends Error {
+  constructor(name) {
+    super(`the file ${name} has changed since it was chosen, or is gone: choose it again`);
   }
 }
 
@@ -101,11 +112,15 @@ async function call(method, url, options) {
 }
 
 /**
- * Upload a form. A promise of the answer; `onProgress(sent, total)` is called with bytes.
+ * Upload a form. A promise of the answer; `onProgress(sent, total)` is called with bytes. Throws `UnreadableFile`, too.
  *
  * fetch() tells nothing of the progress of a body.
  */
-export function upload(url, form, { onProgress, signal }) {
+export async function upload(url, form, { onProgress, signal }) {
+  for (const file of form.values()) {
+    if (file instanceof File) await file.slice(0, 1).arrayBuffer().catch(() => { throw new UnreadableFile(file.name); });
+  }
+  signal.throwIfAborted();
   return new Promise((resolve, reject) => {
     const used = key;
     const request = new XMLHttpRequest();

@@ -16,6 +16,10 @@ export function DropZone({ label, help, accept, multiple = false, files, onFiles
   const depth = useRef(0);
   const input = useRef(null);
   useEffect(() => {
+    // The view let go of its files. A browser tells of no choice where the same file is chosen again.
+    if (files.length === 0) input.current.value = "";
+  }, [files.length]);
+  useEffect(() => {
     // Beside the place, the browser would leave the page and open the file.
     const keep = (event) => event.dataTransfer.types.includes("Files") && event.preventDefault();
     addEventListener("dragover", keep);

@@ -29,7 +29,7 @@ export async function* events(method, url, options) {
     }
   } catch (error) {
     if (error instanceof ApiError || isAbort(error)) throw error;
-    throw lost(error, options.signal, method);
+    throw lost(error, options.signal, "STREAM");
   } finally {
     if (!isEnded) await reader.cancel().catch(() => {});
   }

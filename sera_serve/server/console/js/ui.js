@@ -1,7 +1,7 @@
 // Parts that several views use: fields, errors, dialogs, notices.
 
 import { html, useEffect, useRef, useState } from "./html.js";
-import { ConnectionLost, isAbort } from "./api.js";
+import { ConnectionLost, isAbort, UnreadableFile } from "./api.js";
 import { Icon } from "./icons.js";
 import { Store, useStore } from "./store.js";
 
@@ -103,6 +103,7 @@ const TITLES = {
 
 function titleOf(error) {
   if (error instanceof ConnectionLost) return "No connection";
+  if (error instanceof UnreadableFile) return "The file cannot be read";
   if (error.code === "store_corrupted") return "Damaged in the store";
   if (TITLES[error.status]) return TITLES[error.status];
   if (error.status >= 500) return "The server failed";

@@ -1,7 +1,7 @@
 // Training on the server: files of rows, jobs, one job, and the form of a new one.
 
 import { html, useRef, useState } from "../html.js";
-import { path, send, upload } from "../api.js";
+import { path, send, UnreadableFile, upload } from "../api.js";
 import { DropZone, Progress, StopUpload } from "../files.js";
 import { ago, bytes, full } from "../format.js";
 import { Status, useNewest } from "../jobs.js";
@@ -80,6 +80,9 @@ function Files() {
       notify(`${file.filename} is ${file.id}.`);
       setChosen([]);
       files.reload();
+    } catch (error) {
+      if (error instanceof UnreadableFile) setChosen([]);
+      throw error;
     } finally {
       setProgress(null);
     }

@@ -1,7 +1,7 @@
 // Publishing an adapter: a file, a name, and what the server says of it.
 
 import { html, useRef, useState } from "../html.js";
-import { upload } from "../api.js";
+import { UnreadableFile, upload } from "../api.js";
 import { DropZone, Progress, StopUpload } from "../files.js";
 import { Icon } from "../icons.js";
 import { href } from "../router.js";
@@ -31,6 +31,9 @@ export default function Upload({ me }) {
     try {
       const onProgress = (sent, total) => setProgress({ sent, total });
       setPublished(await upload("/v1/adapters", form, { onProgress, signal: stopper.current.signal }));
+    } catch (error) {
+      if (error instanceof UnreadableFile) setFiles([]);
+      throw error;
     } finally {
       setProgress(null);
     }
