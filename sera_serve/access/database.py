@@ -261,6 +261,10 @@ class AccessDatabase:
                     connection.close()
             self._connection = self._empty = None
 
+    def __del__(self) -> None:
+        # A command ends with its process, and closes nothing. Python 3.13 warns of connections that are left open.
+        self.close()
+
     def _open(self, create: bool) -> sqlite3.Connection | None:
         if create and self._is_read_only and os.access(self.path, os.W_OK):
             # It was opened on a disk that was mounted read-only.

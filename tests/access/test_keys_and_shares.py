@@ -294,6 +294,20 @@ def test_a_file_that_another_process_keeps_locked_is_no_fault_of_the_disk(
     Keys(database).create("acme", ["infer"])
 
 
+def test_a_database_that_nobody_holds_closes_its_connections(tmp_path: Path) -> None:
+    database = AccessDatabase(AdapterStore(tmp_path).root)
+    with database.reading() as tables_in_memory:
+        pass
+    Keys(database).create("acme", ["infer"])
+    with database.reading() as file:
+        pass
+    assert file is not tables_in_memory
+    del database
+    for connection in (tables_in_memory, file):
+        with pytest.raises(sqlite3.ProgrammingError, match="closed database"):
+            connection.execute("SELECT 1")
+
+
 def test_an_empty_file_holds_no_keys(database: AccessDatabase) -> None:
     """A full disk may have taken the file and nothing of its content."""
     database.path.parent.mkdir()
