@@ -81,8 +81,9 @@ class KeyValuePool:
 
     def clear(self, pages: list[int]) -> None:
         """Forget what pages held: 0 times NaN is NaN, also where a weight of attention is 0."""
+        index = torch.tensor(pages)
         for store in self._stores.values():
-            store.index_fill_(1, torch.tensor(pages, device=store.device), 0)
+            store.index_fill_(1, index.to(store.device, non_blocking=True), 0)
 
     def write(self, layer: int, places: Tensor, keys: Tensor, values: Tensor) -> None:
         """Put the step's keys and values of a layer, (tokens, kv_heads, width), at int64 (tokens,) `places`."""
@@ -106,6 +107,7 @@ class Part:
     compiled: bool = False
     _masks: dict[int | None, Tensor] = field(default_factory=dict)
     _pages: Tensor | None = None
+    _lengths: Tensor | None = None
 
     @property
     def longest(self) -> int:
@@ -116,7 +118,7 @@ class Part:
         """`table` as an int64 index, made once for all layers."""
         if self._pages is None:
             assert self.table is not None
-            self._pages = torch.from_numpy(self.table.reshape(-1)).to(device)
+            self._pages = torch.from_numpy(self.table.reshape(-1)).to(device, non_blocking=True)
         return self._pages
 
     def is_causal(self, window: int | None) -> bool:
@@ -147,7 +149,10 @@ class Part:
 
     def _mask(self, queries: range, keys: range, window: int | None, like: Tensor) -> Tensor:
         device = like.device
-        lengths = torch.from_numpy(self.lengths)[:, None, None, None].to(device)
+        if self._lengths is None:
+            # Once: in each layer, every block of queries has a mask of its own.
+            self._lengths = torch.from_numpy(self.lengths).to(device, non_blocking=True)
+        lengths = self._lengths[:, None, None, None]
         position = torch.arange(keys.start, keys.stop, device=device)
         last = lengths - self.new + torch.arange(queries.start, queries.stop, device=device)[:, None]
         hidden = position > last

@@ -139,8 +139,10 @@ class TokenChooser:
             return None
         lengths = np.array([len(request.tokens) for request in requests], np.uint64)
         columns = [tables.temperature, tables.top_k, tables.top_p, tables.min_p]
-        temperature, top_k, top_p, min_p = (torch.from_numpy(column[rows]).to(device) for column in columns)
-        keys = torch.from_numpy(sampling_keys(tables.seed[rows], lengths)).to(device)
+        temperature, top_k, top_p, min_p = (
+            torch.from_numpy(column[rows]).to(device, non_blocking=True) for column in columns
+        )
+        keys = torch.from_numpy(sampling_keys(tables.seed[rows], lengths)).to(device, non_blocking=True)
         has_min_p = bool(tables.min_p[rows].any())
         return SamplingRows(
             temperature,

@@ -279,7 +279,8 @@ class StepRunner:
         for request, count in sorted(chunks, key=lambda chunk: (chunk[0].computed > 0, chunk[1])):
             packed.add_chunk(request, count)
         if self._rotary is not None:
-            self._rotary.long_tokens = torch.from_numpy(np.concatenate(packed.sides)).to(self._model.device)
+            sides = torch.from_numpy(np.concatenate(packed.sides))
+            self._rotary.long_tokens = sides.to(self._model.device, non_blocking=True)
         logits = self._forward(packed, packed.keep if chunks else None)
         overflowed: set[GenerationRequest] = set()
         if packed.prompts:
@@ -321,12 +322,16 @@ class StepRunner:
         """Logits (kept tokens, vocabulary) in the model's dtype; with `keep` None, of all tokens."""
         device = self._model.device
         base_only = all((slots == NO_ADAPTER).all() for slots in packed.slots)
+        # Not waited for: the device may be busy with a static step, beside which the host launches this one. CUDA has
+        # taken what ordinary memory holds when such a copy returns.
         ids, positions, slots, places = (
-            torch.from_numpy(np.concatenate(arrays)).to(device)
+            torch.from_numpy(np.concatenate(arrays)).to(device, non_blocking=True)
             for arrays in (packed.ids, packed.positions, packed.slots, packed.places)
         )
         # An empty list would make an index of another dtype.
-        kept: Tensor | int = 0 if keep is None else torch.tensor(keep, dtype=torch.int64, device=device)
+        kept: Tensor | int = (
+            0 if keep is None else torch.from_numpy(np.array(keep, np.int64)).to(device, non_blocking=True)
+        )
         step = StepContext(self._pool, places, packed.parts)
         with self._context.run(None if base_only else AdapterBatch(slots, classes_of(packed.ends))):
             return self._model.logits(ids[None], positions[None], step, kept)
