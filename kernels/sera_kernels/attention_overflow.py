@@ -68,7 +68,11 @@ def _overflows(x, token, tokens, x_token, head, x_head, WIDTH: tl.constexpr, BLO
     return (square != square) | (square == float("inf"))
 
 
-@triton.jit(do_not_specialize=["sequences", "queries", "keys", "query_programs"])
+# The ends are parts of one copy to the device, at any place of it.
+@triton.jit(
+    do_not_specialize=["sequences", "queries", "keys", "query_programs"],
+    do_not_specialize_on_alignment=["query_ends", "key_ends"],
+)
 def _spread_kernel(
     out, q, k, query_ends, key_ends, sequences, queries, keys, query_programs, q_token, q_head, k_token, k_head,
     HEADS: tl.constexpr,

@@ -255,7 +255,11 @@ def _range(
     return first, start + split * share, tl.minimum(start + (split + 1) * share, end), used
 
 
-@triton.jit(do_not_specialize=["rows", "table_width", "window", "lengths_stride"])
+# A packed step's table has any place and width; pages are looked up one by one, whatever their alignment.
+@triton.jit(
+    do_not_specialize=["rows", "table_row", "table_width", "window", "lengths_stride"],
+    do_not_specialize_on_alignment=["table", "lengths", "owners"],
+)
 def _decode_kernel(
     q, keys, values, table, lengths, owners, sinks, out, work,
     q_row, q_head, k_page, k_token, k_head, v_page, v_token, v_head, table_row, table_width, lengths_stride, rows,
@@ -362,7 +366,7 @@ def _decode_kernel(
         tl.store(sums + 1, norm, mask=is_head)
 
 
-@triton.jit(do_not_specialize=["rows", "window", "lengths_stride"])
+@triton.jit(do_not_specialize=["rows", "window", "lengths_stride"], do_not_specialize_on_alignment=["lengths"])
 def _combine_kernel(
     work, out, lengths, lengths_stride, rows, window,
     HEADS: tl.constexpr,

@@ -54,6 +54,8 @@ _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
 # Of a count of tokens: the token is in the prompt.
 _IN_PROMPT = tl.constexpr(1 << 30)
+# One number a row: their places in a static step's buffer have any alignment, and no other is worth a compilation.
+_BY_ROW = ["temperature", "top_k", "top_p", "min_p", "keys", "repetition", "frequency", "presence"]
 # The rows of `figures`.
 _HIGHEST, _BEST, _BEST_LOGIT, _MASS, _RAW_HIGHEST, _RAW_MASS = (tl.constexpr(i) for i in range(FIGURES))
 
@@ -251,7 +253,7 @@ def _mass(x, highest, scale):
     return tl.exp2((x - highest) * scale)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=_BY_ROW)
 def reduce_kernel(
     logits, row_stride, vocabulary, temperature, top_k, top_p, min_p, keys,
     counts, counts_stride, repetition, frequency, presence, bias, bias_stride,
@@ -453,7 +455,7 @@ def _choose_by_trial(
     return score, token
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=_BY_ROW)
 def finish_kernel(
     logits, row_stride, vocabulary, temperature, top_k, top_p, min_p, keys,
     counts, counts_stride, repetition, frequency, presence, bias, bias_stride,

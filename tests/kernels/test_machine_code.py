@@ -12,8 +12,9 @@ import pytest
 
 from sera_kernels import MOST_RANK
 
-# Scenarios of `compile_triton`, its last ones: a few tokens and a prompt.
+# Scenarios of `compile_triton`, its last ones: a few tokens and a prompt; and attention.
 HIGHEST_RANK = (14, 15)
+ATTENTION = 16
 
 # The most registers of a kernel.
 REGISTERS = {
@@ -84,3 +85,20 @@ def test_the_highest_rank_compiles(capability: int) -> None:
         # `mix_parts` for a prompt keeps two values in local memory there.
         assert figure["spills"] <= (4 if capability == 80 else 0), figure
         assert figure["shared"] <= 163 * 1024 // 2, figure
+
+
+@pytest.mark.slow
+def test_attention_and_the_choice_of_tokens_are_compiled_once_wherever_their_numbers_lie() -> None:
+    """A further compilation takes seconds, in which a server that has started answers nobody."""
+    variants: dict[str, set[str]] = {}
+    for figure in compiled(90, [ATTENTION]):
+        kernel = figure["kernel"] + (", owners" if figure["constants"].get("HAS_OWNERS") else "")
+        variants.setdefault(kernel, set()).add(figure["compiled"])
+        assert figure["spills"] == 0, figure
+    assert {kernel: len(found) for kernel, found in variants.items()} == dict.fromkeys(
+        (
+            *("_decode_kernel", "_decode_kernel, owners", "_combine_kernel", "_write_kernel", "_spread_kernel"),
+            *("reduce_kernel", "finish_kernel"),
+        ),
+        1,
+    )

@@ -23,9 +23,12 @@ from triton.runtime.driver import driver
 
 from sera_kernels import MOST_RANK, AdapterBatch, AdapterTables, ShapeClasses, triton_path, tune
 from sera_kernels.activation import silu_mul, updated_silu_mul
+from sera_kernels.attention_overflow import spread_overflow
 from sera_kernels.launches import choose_launch
 from sera_kernels.norm import add_norm
+from sera_kernels.paged_attention import paged_decode, write_kv
 from sera_kernels.rotary import rotate_and_write
+from sera_kernels.sampling import choose_tokens_triton
 
 INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\d+\s+)?([A-Z0-9_.]+)")
 EVERY = ShapeClasses(single=64, segmented=64, whole=64, vectors=True)
@@ -52,6 +55,8 @@ SCENARIOS = [
     (64, HIGHEST, torch.bfloat16, 4096, [4096]),
     (2048, HIGHEST, torch.bfloat16, 4096, [4096]),
 ]
+# The scenario after those: attention and the choice of tokens.
+ATTENTION = len(SCENARIOS)
 
 
 class Device:
@@ -74,7 +79,6 @@ class Device:
 def compiled(case: tuple[int, int]) -> list[dict[str, Any]]:
     """Compile every launch of a scenario for a capability."""
     capability, scenario = case
-    tokens, classes, dtype, d_in, d_outs = SCENARIOS[scenario]
     driver.set_active(Device(capability))
     figures: list[dict[str, Any]] = []
 
@@ -82,11 +86,16 @@ def compiled(case: tuple[int, int]) -> list[dict[str, Any]]:
         def launch(*arguments: Any, **options: Any) -> None:
             made = kernel.warmup(*arguments, grid=grid, **options)
             constants = {name: value for name, value in options.items() if name.isupper()}
-            figures.append({"kernel": kernel.__name__, "constants": constants, "dtype": str(dtype)} | inspect(made))
+            figure = {"kernel": kernel.__name__, "constants": constants, "compiled": made.hash}
+            figures.append(figure | inspect(made))
 
         return launch
 
     triton.JITFunction.__getitem__ = compile_only
+    if scenario == ATTENTION:
+        attend_and_choose()
+        return figures
+    tokens, classes, dtype, d_in, d_outs = SCENARIOS[scenario]
     triton_path._can_overlap = lambda device: capability >= 90  # type: ignore[assignment]
     tables = AdapterTables.empty(len(d_outs), 1)
     tables.set_classes(classes)
@@ -112,6 +121,27 @@ def compiled(case: tuple[int, int]) -> list[dict[str, Any]]:
         angles = torch.empty(tokens, 128, dtype=dtype)
         rotate_and_write(heads[0], heads[1], heads[2], angles, angles, pages, pages, places, updates)
     return figures
+
+
+def attend_and_choose() -> None:
+    """Launch attention and the choice of tokens in bfloat16, with what is no number of a layer at several places."""
+    rows, half = 64, torch.bfloat16
+    q, keys = torch.empty(rows, 32, 128, dtype=half), torch.empty(4, 32, 8, 128, dtype=half)
+    k, logits = torch.empty(rows, 8, 128, dtype=half), torch.empty(rows, 128256, dtype=half)
+    numbers = torch.empty(64 * 300, dtype=torch.int32)
+    for at, pages in ((0, 256), (1, 1), (2, 17)):
+        # In a static step each token has an owner among the table's rows; a packed step has a table of its own.
+        place = numbers[at:]
+        lengths, owners = place[:rows], place[rows : 2 * rows]
+        for table, owned in (
+            (place[: 64 * pages].view(rows, pages), None),
+            (place[: 65 * pages].view(65, pages), owners),
+        ):
+            paged_decode(q, keys, keys, table, lengths, scale=0.1, splits=8, owners=owned)
+        write_kv(keys, keys, lengths.long(), k, k)
+        spread_overflow(q.clone(), q, k, place[:3], place[3:6])
+        column = place.view(torch.float32)[:rows]
+        choose_tokens_triton(logits, (column, lengths, column, column, lengths), True, None, None, None)
 
 
 def inspect(made: Any) -> dict[str, int]:
