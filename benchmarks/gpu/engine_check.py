@@ -54,20 +54,26 @@ def tiny_store(base: FrozenBase, folder: Path) -> AdapterStore:
 
 
 def batches(small: bool) -> dict[str, list[GenerateParams]]:
-    """Greedy and sampled requests, of the base model and of all adapters, with prompts of 1 to 200 tokens."""
+    """Greedy and sampled requests, of the base model and of all adapters, with prompts of 1 to 200 tokens.
 
-    def ask(i: int, adapter: str | None = None, **options: float) -> GenerateParams:
-        length = 1 + i * 37 % (20 if small else 200)
+    And single ones that a graph holds alone, with more tokens than have programs of their own.
+    """
+
+    def ask(i: int, adapter: str | None = None, length: int | None = None, **options: float) -> GenerateParams:
+        length = length or 1 + i * 37 % (20 if small else 200)
         prompt = "".join(chr(97 + (i + p * p) % 26) for p in range(length))
         new = 4 + i % 3 if small else 20 + i % 9
         return GenerateParams(adapter=adapter, prompt=prompt, max_new_tokens=new, **options)  # type: ignore[arg-type]
 
     least = 7 if small else 30
+    long = (40, 50) if small else (300, 500)
     return {
         "base": [ask(i) for i in range(7)],
         "adapters": [ask(i, [*NAMES, None][i % 7]) for i in range(least)],
         "sampled": [ask(i, NAMES[i % 6], temperature=0.8, seed=i) for i in range(9)],
         "limited": [ask(i, NAMES[i % 3], temperature=1.0, top_k=30, top_p=0.8, seed=i) for i in range(11)],
+        "long": [ask(1, length=long[0])],
+        "long, adapter": [ask(2, NAMES[0], length=long[1])],
     }
 
 
@@ -77,7 +83,7 @@ def settings(small: bool) -> dict[str, int]:
         "pool_mib": 8,
         "max_resident": SLOTS,
         "kv_cache_tokens": 1024 if small else 2048,
-        "max_batch_tokens": 64 if small else 256,
+        "max_batch_tokens": 64 if small else 512,
         "max_sequences": 32,
     }
 
@@ -90,6 +96,7 @@ def _against_cpu(setting: Setting, base: FrozenBase, store: AdapterStore, mode: 
     started = time.monotonic()
     with running_engine(base, store, cuda_graphs=MODES[mode], **settings(setting.small)) as engine:
         setting.say(f"engine, {mode}: started in {time.monotonic() - started:.1f} s")
+        yield _graphs(setting, engine, mode)
         for name, batch in asked.items():
             got = ask_all(engine, batch)
             equal = [a.token_ids == b.token_ids for a, b in zip(got, want[name], strict=True)]
@@ -101,6 +108,7 @@ def _against_cpu(setting: Setting, base: FrozenBase, store: AdapterStore, mode: 
 def _against_solo(setting: Setting, base: FrozenBase, store: AdapterStore, mode: str) -> Iterator[Row]:
     asked = batches(setting.small)
     with running_engine(base, store, cuda_graphs=MODES[mode], **settings(setting.small)) as engine:
+        yield _graphs(setting, engine, mode)
         for name in ("adapters", "limited"):
             batch = asked[name][: 4 if setting.small else 12]
             got = ask_all(engine, asked[name])[: len(batch)]
@@ -129,6 +137,12 @@ def is_tie(engine: ServingEngine, params: GenerateParams, mine: list[int], solo:
         )
         scores.append(ask_all(engine, [asked])[0].prompt_logprobs[-1].logprob)
     return None not in scores and abs(scores[0] - scores[1]) < gap  # type: ignore[operator]
+
+
+def _graphs(setting: Setting, engine: ServingEngine, mode: str) -> Row:
+    """Whether steps run as graphs where they are to: an engine that cannot capture them goes on without."""
+    has_graphs = engine.runners["generate"].runner.static is not None  # type: ignore[attr-defined]
+    return {"mode": mode, "batch": "graphs", "correct": has_graphs == (MODES[mode] and setting.on_gpu)}
 
 
 def _evictions(engine: ServingEngine, mode: str) -> Row:

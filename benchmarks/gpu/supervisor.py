@@ -203,7 +203,7 @@ def run_section(section: Section, options: Options, deadline: float) -> None:
         with torch.no_grad():
             for row in function(setting, *arguments):
                 record.add(section.name, row)
-    except (SectionSkipped, ImportError) as error:
+    except SectionSkipped as error:
         status, reason = "skipped", str(error)
     except Exception as error:  # noqa: BLE001 - it is reported, and the other sections go on
         traceback.print_exc()

@@ -101,12 +101,14 @@ def operands(tokens: int, d_in: int, d_outs: list[int], dtype: torch.dtype, devi
 
 
 def is_right(launch: Launch, case: Operands) -> bool:
-    """Return whether the results of a launch equal the results of the reference."""
+    """Return whether the updates of a launch equal those of the reference."""
     x, outputs, modules, batch, pool, tables = case
-    got, want = [y.clone() for y in outputs], [y.double() for y in outputs]
+    # Beside outputs, which are thousands of times as large, rounding would hide any fault of the updates.
+    got, want = [torch.zeros_like(y) for y in outputs], [torch.zeros_like(y, dtype=torch.float64) for y in outputs]
     grouped_sera_triton(x, got, modules, batch, pool, tables, launch)
     grouped_sera_reference(x, want, modules, batch, pool, tables)
-    unit = torch.finfo(x.dtype).eps
+    # Of an output's rounding; in float32, of the sums before it, of hundreds of products.
+    unit = max(torch.finfo(x.dtype).eps, 2e-6)
     return all(
         torch.allclose(mine.double(), exact, rtol=unit, atol=unit * exact.abs().max().item())
         for mine, exact in zip(got, want, strict=True)

@@ -105,6 +105,9 @@ def hangs(setting):
     yield {"correct": True, "child": os.spawnlp(os.P_NOWAIT, "sleep", "sleep", "100")}
     time.sleep(100)
 
+def imports(setting):
+    import no_such_package
+
 def skips(setting):
     raise SectionSkipped("no such program")
     yield {}
@@ -126,7 +129,7 @@ def timing(name, *needs, function="times"):
     return Section(name, "fake", function, 60.0, needs=needs)
 
 sections = [
-    *(check(name) for name in ("right", "wrong", "crashes", "raises", "skips", "checks_nothing")),
+    *(check(name) for name in ("right", "wrong", "crashes", "raises", "imports", "skips", "checks_nothing")),
     check("hangs", limit=1.0),
     timing("on right", "right"),
     timing("on skipped", "skips", "right"),
@@ -156,6 +159,7 @@ def test_a_section_that_ends_badly_takes_nothing_with_it_and_forbids_what_rests_
         "wrong": "done",
         "crashes": "failed",
         "raises": "failed",
+        "imports": "failed",
         "skips": "skipped",
         "checks_nothing": "done",
         "hangs": "killed",

@@ -90,6 +90,21 @@ def test_the_result_of_a_measured_launch_is_checked(monkeypatch: pytest.MonkeyPa
     assert not tune.is_right(launch, case)
 
 
+def test_a_fault_of_one_token_s_updates_is_seen_in_16_bits_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = tune.operands(3, 64, [128, 64], torch.bfloat16, "cpu")
+    right = tune.grouped_sera_triton
+    assert tune.is_right(LAUNCH, case)
+
+    def without_the_first(x: torch.Tensor, outputs: list[torch.Tensor], modules: list[int], *others: Any) -> None:
+        before = [y[0].clone() for y in outputs]
+        right(x, outputs, modules, *others)
+        for y, first in zip(outputs, before, strict=True):
+            y[0] = first
+
+    monkeypatch.setattr(tune, "grouped_sera_triton", without_the_first)
+    assert not tune.is_right(LAUNCH, case)
+
+
 def test_tuning_compiles_what_it_will_measure(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: set[Launch] = set()
     operands = tune.operands
