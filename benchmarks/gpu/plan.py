@@ -63,7 +63,7 @@ FIRST = (
     Section("machine", "machine", "measure_machine", 30),
     Section("decode step", "decode_step", "time_decode", 60, needs=(*_KERNEL, _DECODE_CHECK.name)),
     Section("sampling time", "sampling_time", "time_sampling", 20, needs=_names(_SAMPLING_CHECK)),
-    Section("attention time", "attention_time", "time_attention", 20, needs=_names(*_ATTENTION_CHECKS)),
+    Section("attention time", "attention_time", "time_attention", 30, needs=_names(*_ATTENTION_CHECKS)),
     Section("engine 8b", "engine_time", "time_engine", 110, needs=_ENGINE),
     Section("kernel time", "kernel_time", "time_kernel", 60, needs=_KERNEL),
     Section("tuning", "tuning", "tune_kernel", 35, needs=_KERNEL),
