@@ -262,8 +262,8 @@ class Quotas:
         most = self.of(tenant).training_jobs
         if most is not None and unfinished >= most:
             raise TrainingQuotaExceeded(
-                f"tenant {tenant!r} has {unfinished} unfinished training jobs, and may have {most}; wait for one, or "
-                "cancel one",
+                f"tenant {tenant!r} has {unfinished} unfinished training jobs, and may have {most}; wait for one, "
+                "cancel one, or ask the operator for more",
                 param="training_jobs",
             )
 

@@ -25,10 +25,14 @@ export class ApiError extends Error {
 
 const LOST = {
   GET: "The server does not answer. This page tries again by itself, and goes on when the server is back.",
+  QUESTION: "The server did not answer. This page does not ask again by itself: run it again when the server is back.",
   STREAM: "The answer broke off. This page does not ask again by itself: run it again when the server is back.",
   // Only what changes nothing is sent again.
   OTHER: "The server did not answer. This page does not send it again by itself, since it may be done already: look, and try again, when the server is back.",
 };
+
+// These change nothing, though they are sent by POST.
+const QUESTIONS = ["/v1/generate", "/v1/chat/completions", "/v1/classify"];
 
 /** The request got no answer, or a part of one: a stream's `method` is then STREAM. */
 export class ConnectionLost extends Error {
@@ -95,7 +99,7 @@ export async function open(method, url, { body, query, signal } = {}) {
       method, headers, signal, body: content, credentials: "omit", cache: "no-store",
     });
   } catch (error) {
-    throw lost(error, signal, method);
+    throw lost(error, signal, QUESTIONS.includes(url) ? "QUESTION" : method);
   }
   if (!response.ok) throw refused(new ApiError(response.status, await jsonOf(response), response.headers), used);
   return response;

@@ -1,11 +1,11 @@
 // The shell: the menu, the key, the connection, and the view that the address names.
 
 import { html, render, useEffect, useErrorBoundary, useRef, useState } from "./html.js";
-import { isConnected } from "./api.js";
+import { ConnectionLost, get, isConnected } from "./api.js";
 import { Icon, Mark } from "./icons.js";
 import { href, route } from "./router.js";
 import { begin, may, session, signOut } from "./session.js";
-import { useStore } from "./store.js";
+import { connectionEpoch, useStore } from "./store.js";
 import { Badge, Button, ErrorNote, Loading, MissingScope, Notices } from "./ui.js";
 import { isForAnotherBase, WrongBase } from "./wrong_base.js";
 
@@ -102,9 +102,16 @@ function Lazy({ load, title, ...rest }) {
   const { parts } = useStore(route);
   useEffect(() => {
     let isWanted = true;
-    load().then((module) => isWanted && setLoaded({ View: module.default }), (error) => isWanted && setFailure(error));
+    load().then((module) => isWanted && setLoaded({ View: module.default }), (error) => {
+      const fail = (cause) => isWanted && setFailure(cause);
+      // The browser does not tell whether it was the connection.
+      get("/healthz").then(() => fail(error), fail);
+    });
     return () => (isWanted = false);
   }, [load]);
+  // A browser keeps the failure, and asks for the file again in a new page alone.
+  const wasLost = failure instanceof ConnectionLost;
+  useEffect(() => (wasLost ? connectionEpoch.watch(() => globalThis.location.reload()) : undefined), [wasLost]);
   const place = parts.slice(0, 3).join("/");
   const visited = useRef(null);
   useEffect(() => {

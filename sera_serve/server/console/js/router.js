@@ -3,6 +3,9 @@
 import { useLayoutEffect } from "./html.js";
 import { Store } from "./store.js";
 
+// The address that `route` was read from, or that `replace` wrote.
+let followed;
+
 /** The view that the address names: `{parts, query}`. */
 export const route = new Store(read());
 
@@ -21,13 +24,23 @@ export function go(parts, query = {}) {
   location.hash = href(parts, query);
 }
 
+/** Go to a view if a person has not left the view `from` meanwhile. Returns whether it goes. */
+export function goOn(from, parts) {
+  const isThere = route.value.parts.join("/") === from.join("/");
+  if (isThere) go(parts);
+  return isThere;
+}
+
 /**
  * Change the address without a step in the browser's history: for what a person types into a filter.
  *
  * A view calls it in a layout effect: later, it would take the place of a link that was followed meanwhile.
  */
 export function replace(parts, query = {}) {
+  // A link that was followed while the view was made: its event is on the way, and the view goes.
+  if (location.hash !== followed) return;
   history.replaceState(null, "", href(parts, query));
+  followed = location.hash;
 }
 
 /**
@@ -43,7 +56,8 @@ export function useAddress(name, action) {
 }
 
 function read() {
-  const [path, search = ""] = location.hash.replace(/^#\/?/, "").split("?");
+  followed = location.hash;
+  const [path, search = ""] = followed.replace(/^#\/?/, "").split("?");
   // Dots would lead a request to another path of the API.
   const parts = path.split("/").map(decoded).filter((part) => !["", ".", ".."].includes(part));
   return { parts, query: new URLSearchParams(search) };

@@ -89,14 +89,22 @@ export function Segments({ label, value, options, onValue }) {
   </fieldset>`;
 }
 
+// By the code, where it says more than the status does.
+const CODES = {
+  overloaded: "The server is busy",
+  quota_exceeded: "The quota allows no more",
+  store_corrupted: "Damaged in the store",
+};
 const TITLES = {
+  // A failure in a stream that has begun has no status of its own.
+  200: "The answer broke off",
   401: "The key was not accepted",
   403: "Not allowed",
   404: "Not found",
   409: "Not possible now",
   413: "Too large",
   429: "Too many requests",
-  503: "The server is busy",
+  503: "The server cannot do it now",
   504: "It took too long",
   507: "The server could not store it",
 };
@@ -104,14 +112,14 @@ const TITLES = {
 function titleOf(error) {
   if (error instanceof ConnectionLost) return "No connection";
   if (error instanceof UnreadableFile) return "The file cannot be read";
-  if (error.code === "store_corrupted") return "Damaged in the store";
-  if (TITLES[error.status]) return TITLES[error.status];
+  const title = CODES[error.code] ?? TITLES[error.status];
+  if (title) return title;
   if (error.status >= 500) return "The server failed";
   return error.status ? "The server refused this" : "This page failed";
 }
 
 /** A failure in words: what, why and what to do, the field at fault, and the request's id for the operator. */
-export function ErrorNote({ error, retry }) {
+export function ErrorNote({ error, title, retry }) {
   if (!error || isAbort(error)) return null;
   const facts = [
     error.param && ["field", error.param],
@@ -121,7 +129,7 @@ export function ErrorNote({ error, retry }) {
   return html`<div class="note danger" role="alert">
     <${Icon} name="warning" />
     <div>
-      <strong>${titleOf(error)}</strong>
+      <strong>${title ?? titleOf(error)}</strong>
       <p class="message">${sentence(error.message)}</p>
       ${error.retryAfter && html`<p>Try again in ${error.retryAfter} ${error.retryAfter === 1 ? "second" : "seconds"}.</p>`}
       ${facts.length > 0 && html`<dl class="facts-line">

@@ -4,7 +4,7 @@ import { html, useState } from "../html.js";
 import { get, path, send } from "../api.js";
 import { TaskBadge, Tier, viewOf } from "../badges.js";
 import { ago, bytes, count, figure, full, short } from "../format.js";
-import { go, href } from "../router.js";
+import { goOn, href } from "../router.js";
 import { may, mayChange } from "../session.js";
 import { useAction, useLoad, usePages } from "../store.js";
 import {
@@ -67,7 +67,7 @@ export function Adapter({ me, tenant, name }) {
       onDone=${() => {
         if (dialog.version !== undefined) return changed(`Version ${dialog.version} is deleted.`);
         notify(`${id} is deleted.`);
-        return go(["adapters"]);
+        return goOn(["adapters", tenant, name], ["adapters"]);
       }} />`}
     ${dialog?.kind === "alias" && html`<${AliasDialog} url=${url} id=${id} version=${dialog.version} alias=${dialog.alias}
       aliases=${history.data.aliases} onClose=${close} onDone=${changed} />`}

@@ -31,7 +31,7 @@ export function Job({ id }) {
     ${!job && !error && html`<${Loading} />`}
     ${job && html`
       <${Facts} job=${job} last=${last} />
-      ${job.error?.message && html`<${ErrorNote} error=${Object.assign(new Error(job.error.message), { status: 400, ...job.error, message: job.error.message })} />`}
+      ${job.error?.message && html`<${ErrorNote} title="The job failed" error=${job.error} />`}
       <${Chart} title="Loss" isTime=${false} format=${tick} least=${null} data=${columns} series=${[
         { label: "training rows", colour: "lane-2", latest: last.train_loss === undefined ? "-" : figure(last.train_loss) },
         { label: "validation rows", colour: "lane-3", isSparse: true, latest: last.eval_loss === undefined ? "-" : figure(last.eval_loss) },

@@ -3,10 +3,10 @@
 import { html, useState } from "../html.js";
 import { get, send } from "../api.js";
 import { numberOr } from "../format.js";
-import { go, href, route } from "../router.js";
+import { goOn, href, route } from "../router.js";
 import { may } from "../session.js";
 import { useAction, useLoad } from "../store.js";
-import { Button, ErrorNote, Heading, SelectField, TextField } from "../ui.js";
+import { Button, ErrorNote, Heading, notify, SelectField, TextField } from "../ui.js";
 
 const TASKS = [["", "By the rows"], ["generate", "Generate text"], ["classify", "Classify"], ["multi-label", "Several labels"], ["regress", "Give a number"], ["token-classify", "Find spans"]];
 const METHODS = [["", "SeRA"], ["lora", "LoRA"], ["melora", "MELoRA"], ["moslora", "MoSLoRA"], ["lora-fa", "LoRA-FA"], ["sera-freeze-a", "SeRA, A frozen"], ["sera-freeze-b", "SeRA, B frozen"], ["sera-c-only", "SeRA, C alone"], ["head-only", "Head only"]];
@@ -33,7 +33,7 @@ export function NewJob({ me }) {
     // In the view, if it is still there, and for the next visit.
     setValues(EMPTY);
     kept = EMPTY;
-    go(["training", job.id]);
+    if (!goOn(["training", "new"], ["training", job.id])) notify(`The job of ${job.adapter.name} is made.`);
   });
   const field = (name) => ({ value: values[name], onValue: (value) => setValues({ ...values, [name]: value }) });
   const choices = (files.data?.data ?? []).map((file) => [file.id, `${file.filename} (${file.id})`]);

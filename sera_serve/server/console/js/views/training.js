@@ -1,8 +1,8 @@
 // Training on the server: files of rows, jobs, one job, and the form of a new one.
 
-import { html, useRef, useState } from "../html.js";
-import { path, send, UnreadableFile, upload } from "../api.js";
-import { DropZone, Progress, StopUpload } from "../files.js";
+import { html, useEffect, useState } from "../html.js";
+import { path, send } from "../api.js";
+import { DropZone, Progress, StopUpload, Upload } from "../files.js";
 import { ago, bytes, full } from "../format.js";
 import { Status, useNewest } from "../jobs.js";
 import { href, route } from "../router.js";
@@ -10,6 +10,9 @@ import { useAction, useStore } from "../store.js";
 import { Button, Confirm, Empty, ErrorNote, Heading, Loading, notify } from "../ui.js";
 import { Job } from "./job.js";
 import { NewJob } from "./new_job.js";
+
+// What a person chose outlives a look at another view, and a key that expires.
+const sending = new Upload("/v1/files");
 
 export default function Training({ me }) {
   const { parts } = useStore(route);
@@ -64,47 +67,38 @@ function ModelLink({ model }) {
 
 function Files() {
   const files = useNewest("/v1/files", { purpose: "fine-tune" });
-  const [chosen, setChosen] = useState([]);
-  const [progress, setProgress] = useState(null);
+  const { files: chosen, progress, error, answer } = useStore(sending);
   const [doomed, setDoomed] = useState(null);
-  const stopper = useRef(null);
-  const adding = useAction(async () => {
+  const busy = progress !== null;
+  useEffect(() => sending.leave.bind(sending), []);
+  useEffect(() => {
+    if (answer === null) return;
+    sending.choose([]);
+    files.reload();
+  }, [answer]);
+  const submit = async (event) => {
+    event.preventDefault();
+    if (chosen.length !== 1) return;
     const form = new FormData();
     form.append("purpose", "fine-tune");
     form.append("file", chosen[0]);
-    stopper.current = new AbortController();
-    setProgress({ sent: 0, total: chosen[0].size });
-    try {
-      const onProgress = (sent, total) => setProgress({ sent, total });
-      const file = await upload("/v1/files", form, { onProgress, signal: stopper.current.signal });
-      notify(`${file.filename} is ${file.id}.`);
-      setChosen([]);
-      files.reload();
-    } catch (error) {
-      if (error instanceof UnreadableFile) setChosen([]);
-      throw error;
-    } finally {
-      setProgress(null);
-    }
-  });
-  const submit = (event) => {
-    event.preventDefault();
-    if (chosen.length === 1) adding.run();
+    const file = await sending.send(form, chosen[0].size);
+    if (file !== null) notify(`${file.filename} is ${file.id}.`);
   };
   const { rows } = files;
   return html`
     <form class="card form" onSubmit=${submit}>
       <${DropZone} label="Drop a JSONL file here, or choose one" accept=".jsonl,.json,application/jsonl" files=${chosen}
-        disabled=${adding.busy} onFiles=${(some) => { adding.clear(); setChosen(some); }}
+        disabled=${busy} onFiles=${(some) => sending.choose(some)}
         help=${html`One JSON object a line: <code>messages</code>, or <code>prompt</code> and <code>completion</code>, or${" "}
           <code>text</code> and <code>label</code>.`} />
       ${progress && html`<${Progress} ...${progress} what="Upload" />`}
       <div class="form-foot">
-        <${Button} kind="primary" icon="upload" type="submit" busy=${adding.busy} disabled=${chosen.length !== 1}>Upload<//>
-        ${progress && html`<${StopUpload} stopper=${stopper.current} ...${progress} />`}
+        <${Button} kind="primary" icon="upload" type="submit" busy=${busy} disabled=${chosen.length !== 1}>Upload<//>
+        ${progress && html`<${StopUpload} upload=${sending} ...${progress} />`}
         ${chosen.length > 1 && html`<span class="help" role="status">One file at a time.</span>`}
       </div>
-      <${ErrorNote} error=${adding.error} />
+      <${ErrorNote} error=${error} />
     </form>
     <${ErrorNote} error=${files.error} retry=${files.reload} />
     ${!files.data && files.loading && html`<${Loading} />`}

@@ -1,71 +1,65 @@
 // Publishing an adapter: a file, a name, and what the server says of it.
 
-import { html, useRef, useState } from "../html.js";
-import { UnreadableFile, upload } from "../api.js";
-import { DropZone, Progress, StopUpload } from "../files.js";
+import { html, useEffect, useState } from "../html.js";
+import { DropZone, Progress, StopUpload, Upload } from "../files.js";
 import { Icon } from "../icons.js";
-import { href } from "../router.js";
-import { useAction } from "../store.js";
-import { Button, ErrorNote, Heading, TextField } from "../ui.js";
+import { href, route } from "../router.js";
+import { useStore } from "../store.js";
+import { Button, ErrorNote, Heading, notify, TextField } from "../ui.js";
 
 const TYPES = ".safetensors,.tar,.zip,.json";
 
-export default function Upload({ me }) {
-  const [name, setName] = useState(me.tenant && !me.scopes.includes("admin") ? `${me.tenant}/` : "");
-  const [files, setFiles] = useState([]);
-  const [progress, setProgress] = useState(null);
-  const [published, setPublished] = useState(null);
-  const stopper = useRef(null);
+// What a person chose and typed outlives a look at another view, and a key that expires.
+const sending = new Upload("/v1/adapters");
+let kept = null;
+
+export default function UploadView({ me }) {
+  const [name, setName] = useState(kept ?? (me.tenant && !me.scopes.includes("admin") ? `${me.tenant}/` : ""));
+  const { files, progress, error, answer: published } = useStore(sending);
+  kept = name;
+  useEffect(() => () => {
+    if (sending.value.answer !== null) kept = null;
+    sending.leave();
+  }, []);
   const [bundle, ...otherBundles] = files.filter((file) => !file.name.endsWith(".json"));
   const [config, ...otherConfigs] = files.filter((file) => file.name.endsWith(".json"));
   const isOne = otherBundles.length + otherConfigs.length === 0;
   const canPublish = bundle !== undefined && isOne && name.trim() !== "";
-  const action = useAction(async () => {
+  const busy = progress !== null;
+  const publish = async () => {
     const form = new FormData();
     form.append("name", name.trim());
     form.append("bundle", bundle);
     if (config) form.append("config", config);
-    stopper.current = new AbortController();
-    setPublished(null);
-    setProgress({ sent: 0, total: bundle.size });
-    try {
-      const onProgress = (sent, total) => setProgress({ sent, total });
-      setPublished(await upload("/v1/adapters", form, { onProgress, signal: stopper.current.signal }));
-    } catch (error) {
-      if (error instanceof UnreadableFile) setFiles([]);
-      throw error;
-    } finally {
-      setProgress(null);
-    }
-  });
+    const answer = await sending.send(form, bundle.size);
+    if (answer !== null && route.value.parts[0] !== "upload") notify(`${answer.adapter} version ${answer.version} is published.`);
+  };
   const choose = (chosen) => {
-    action.clear();
-    setPublished(null);
-    setFiles(chosen);
+    sending.choose(chosen);
     const stem = chosen.find((file) => !file.name.endsWith(".json"))?.name.replace(/\.(safetensors|tar|zip)$/i, "");
     // The name of a checkpoint's file tells nothing.
     if (stem && stem !== "adapter_model" && (name === "" || name.endsWith("/"))) setName(name + asName(stem));
   };
   const submit = (event) => {
     event.preventDefault();
-    if (canPublish) action.run();
+    if (canPublish) publish();
   };
   return html`
     <${Heading} title="Upload" lead="Publish a trained adapter as the next version of its name. It serves at once." />
     <form class="card form" onSubmit=${submit}>
       <${DropZone} label="Drop an adapter here, or choose a file" accept=${TYPES} multiple files=${files} onFiles=${choose}
-        disabled=${action.busy} help="A bundle (.safetensors or .tar), or a PEFT checkpoint: its directory as .tar or .zip,
+        disabled=${busy} help="A bundle (.safetensors or .tar), or a PEFT checkpoint: its directory as .tar or .zip,
           or adapter_model.safetensors together with adapter_config.json." />
-      <${TextField} label="Name" value=${name} onValue=${setName} placeholder="tenant/name" disabled=${action.busy}
+      <${TextField} label="Name" value=${name} onValue=${setName} placeholder="tenant/name" disabled=${busy}
         help="tenant/name, in small letters. A name that exists gets a new version." wide />
       ${progress && html`<${Progress} ...${progress} what="Upload" />`}
       <div class="form-foot">
-        <${Button} kind="primary" icon="upload" type="submit" busy=${action.busy} disabled=${!canPublish}>Publish<//>
-        ${progress && html`<${StopUpload} stopper=${stopper.current} ...${progress} />`}
+        <${Button} kind="primary" icon="upload" type="submit" busy=${busy} disabled=${!canPublish}>Publish<//>
+        ${progress && html`<${StopUpload} upload=${sending} ...${progress} />`}
         ${!isOne && html`<span class="help" role="status">One adapter at a time: one file of weights, and its adapter_config.json.</span>`}
         ${!bundle && config && html`<span class="help">adapter_config.json needs the file of weights beside it.</span>`}
       </div>
-      <${ErrorNote} error=${action.error} />
+      <${ErrorNote} error=${error} />
       ${published && html`<${Published} ...${published} />`}
     </form>`;
 }
