@@ -266,6 +266,21 @@ def test_a_job_over_the_quota_keeps_the_form(browser: Browser, server: Process) 
         tab.check(refusals=True)
 
 
+def test_nobody_is_asked_about_a_job_that_was_cancelled_elsewhere(tab: Tab) -> None:
+    page = tab.page
+    answer(page, r"/v1/fine_tuning/jobs/[^/]+/events", {"object": "list", "data": [], "has_more": False})
+    answer(page, r"/v1/fine_tuning/jobs/[^/]+$", JOB)
+    tab.open(f"training/{JOB['id']}")
+    page.get_by_role("button", name="Cancel the job").click()
+    # Two buttons that cancel would be one too many.
+    expect(page.get_by_role("dialog").get_by_role("button")).to_have_text(["", "Let it run", "Cancel the job"])
+    answer(page, r"/v1/fine_tuning/jobs/[^/]+$", JOB | {"status": "cancelled"})
+    expect(page.get_by_role("region", name="Facts")).to_contain_text("cancelled")
+    expect(page.get_by_role("dialog")).to_have_count(0)
+    expect(page.get_by_role("button", name="Cancel the job")).to_have_count(0)
+    tab.check()
+
+
 def test_a_failure_has_the_title_of_what_failed(tab: Tab) -> None:
     page = tab.page
     failed = {"code": "process_killed", "message": "the training process was ended by the system", "param": None}

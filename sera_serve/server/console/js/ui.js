@@ -246,12 +246,12 @@ export function Dialog({ title, onClose, onSubmit, children, footer, wide = fals
 }
 
 /** A question before something that cannot be undone. `action` is a `useAction`. */
-export function Confirm({ title, verb, danger = true, action, onClose, onDone, children }) {
+export function Confirm({ title, verb, wayOut = "Cancel", danger = true, action, onClose, onDone, children }) {
   const confirm = async () => {
     if (await action.run()) onDone();
   };
   return html`<${Dialog} title=${title} onClose=${onClose} onSubmit=${confirm} footer=${html`
-      <${Button} data-first="" onClick=${onClose}>Cancel<//>
+      <${Button} data-first="" onClick=${onClose}>${wayOut}<//>
       <${Button} type="submit" kind=${danger ? "danger" : "primary"} busy=${action.busy}>${verb}<//>`}>
     ${children}
     <${ErrorNote} error=${action.error} />

@@ -37,7 +37,7 @@ export function Job({ id }) {
         { label: "validation rows", colour: "lane-3", isSparse: true, latest: last.eval_loss === undefined ? "-" : figure(last.eval_loss) },
       ]} />
       <${Log} events=${events} />`}
-    ${isAsked && html`<${Confirm} title="Cancel this job?" verb="Cancel the job" action=${cancel} onClose=${() => setAsked(false)}
+    ${isAsked && job && !isFinished(job) && html`<${Confirm} title="Cancel this job?" verb="Cancel the job" wayOut="Let it run" action=${cancel} onClose=${() => setAsked(false)}
       onDone=${() => { setAsked(false); notify("The job is cancelled."); reload(); }}>
       <p>It stops within seconds. What it learned is lost.</p><//>`}`;
 }
