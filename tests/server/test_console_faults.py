@@ -80,7 +80,7 @@ class Process:
             self._port = listener.getsockname()[1]
             self._process = self._context.Process(target=serve, args=(listener, self.store.root))
             self._process.start()
-            httpx.get(f"{self.url}/healthz", timeout=30).raise_for_status()
+            httpx.get(f"{self.url}/healthz", timeout=120).raise_for_status()
 
     def kill(self) -> None:
         self._process.kill()
