@@ -52,10 +52,14 @@ def read_record(path: str, kind: type[R], remedy: str = RESTORE) -> R:
 
     Raises:
         FileNotFoundError: No such file.
-        StoreCorrupted: The file does not hold such a record.
+        StoreCorrupted: The file does not hold such a record, or is a directory.
     """
     try:
         return _parse(kind, _read(path))
+    except IsADirectoryError as error:
+        raise StoreCorrupted(
+            f"{path} is damaged (it is a directory: remove the directory first); {remedy}", param=path
+        ) from error
     except (ValidationError, ValueError) as error:
         raise StoreCorrupted(f"{path} is damaged; {remedy}", param=path) from error
 

@@ -335,6 +335,42 @@ def test_a_damaged_record_of_deleted_versions_stops_new_numbers_and_nothing_else
 def test_an_alias_that_the_system_does_not_read_is_a_fault(store: AdapterStore) -> None:
     store.publish(make_bundle(1), NAME)
     path = store.root / "adapters" / NAME / "aliases" / "stable.json"
-    path.mkdir()
+    path.symlink_to(path)
     [[fault]] = store.faults()
-    assert fault.message.startswith(f"{NAME} cannot be read (Is a directory: {path}); check the disk")
+    assert fault.message.startswith(f"{NAME} cannot be read (Too many levels of symbolic links: {path}); check the disk")
+
+
+@pytest.mark.parametrize("file", ["versions/v1.json", "aliases/latest.json", "aliases/stable.json"])
+def test_a_directory_in_the_place_of_a_record_damages_its_adapter_alone(store: AdapterStore, file: str) -> None:
+    """As `mkdir` in the wrong window, or a copy that went wrong, leaves one."""
+    for seed, name in enumerate(("acme/a", NAME, "acme/z")):
+        store.publish(make_bundle(seed), name)
+        store.set_alias(name, "stable", f"{name}@v1")
+    path = store.root / "adapters" / NAME / file
+    path.unlink()
+    path.mkdir()
+    others = ["acme/a", "acme/z"]
+    assert [info.adapter for info in store.iter_adapters()] == others
+    # A page names the alias `latest` alone.
+    listed = others if "stable" not in file else ["acme/a", NAME, "acme/z"]
+    assert [info.adapter for info in store.list_page().adapters] == listed
+    assert store.held("acme").adapters == 3
+    with pytest.raises(StoreCorrupted, match=r"\(it is a directory: remove the directory first\); "):
+        store.resolve(f"{NAME}@stable" if "latest" not in file else NAME)
+    assert [len(faults) for faults in store.faults()] == [0, 1, 0]
+    assert AdapterStore(store.root).delete(NAME).adapter_gone
+    assert [info.adapter for info in store.list_page().adapters] == others
+    store.check_integrity()
+
+
+def test_a_directory_in_the_place_of_a_record_of_deleted_versions_stops_new_numbers(store: AdapterStore) -> None:
+    with_deleted_version(store)
+    path = store.root / "retired" / f"{NAME}.json"
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(StoreCorrupted, match="retired"):
+        store.publish(make_bundle(4), NAME)
+    assert store.delete(NAME).adapter_gone
+    path.rmdir()
+    path.write_text('{"highest_version": 3}')
+    assert store.publish(make_bundle(4), NAME).version == 4
