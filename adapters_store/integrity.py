@@ -22,6 +22,10 @@ class DamageLog:
         self._lock = threading.Lock()
         self._named: set[str] = set()
 
+    def __len__(self) -> int:
+        """How many files were named."""
+        return len(self._named)
+
     def report(self, adapter: str, effect: str, error: StoreCorrupted) -> None:
         """Log that an adapter is damaged, unless the file was named before.
 

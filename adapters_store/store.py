@@ -104,6 +104,11 @@ class AdapterStore:
         """The store's directory."""
         return Path(self._backend.location)
 
+    @property
+    def damaged_records(self) -> int:
+        """Damaged records and aliases that lists, counts and `resolve` have met so far, each counted once."""
+        return len(self._damage)
+
     def publish(self, bundle: AdapterBundle, name: str, *, keep_latest: bool = False) -> Published:
         """Add a version and move `latest` to it; content that the adapter already has keeps its version.
 
@@ -156,7 +161,11 @@ class AdapterStore:
             InvalidAdapterName, AdapterNotFound, AmbiguousDigest: The reference names no version.
         """
         parsed = parse_ref(ref)
-        record = self._find(parsed)
+        try:
+            record = self._find(parsed)
+        except StoreCorrupted as error:
+            self._damage.report(parsed.adapter, "refused", error)
+            raise
         facts = self._facts_of(record)
         return ResolvedAdapter(
             adapter=parsed.adapter,

@@ -96,6 +96,11 @@ def build_app(
     metrics.registry.register(LoopMetrics(engine.loads))
     metrics.registry.register(JobMetrics(training.jobs.counts))
     metrics.registry.register(RouterMetrics(engine, lambda: engine.base.name))
+    metrics.gauge(
+        "sera_damaged_records",
+        "Damaged records and aliases of the store that this server has met, each counted once.",
+        lambda: store.damaged_records,
+    )
     app.state.engine = engine
     # Set when the server has been told to stop.
     app.state.draining = False

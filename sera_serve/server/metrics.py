@@ -79,7 +79,11 @@ class ServerMetrics:
             ("sera_waiting", "Waiting sequences and waiting parts of classifications.", engine.waiting),
             ("sera_running", "Sequences and parts of classifications in a batch.", engine.running),
         ):
-            Gauge(name, text, registry=self.registry).set_function(read)
+            self.gauge(name, text, read)
+
+    def gauge(self, name: str, text: str, read: Callable[[], float]) -> None:
+        """Add a gauge that is read at each scrape."""
+        Gauge(name, text, registry=self.registry).set_function(read)
 
     def observe_request(self, method: str, route: str, status: int, seconds: float) -> None:
         """Count one request. `route` is the matched template, not the path."""

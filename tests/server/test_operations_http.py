@@ -8,6 +8,7 @@ import threading
 import httpx
 import pytest
 
+from adapters_store import AdapterBundle, AdapterStore
 from sera_serve.jobs import JobStatus
 from sera_serve.server import metrics
 from support.answers import refused
@@ -59,6 +60,24 @@ def test_metrics_show_the_adapters_in_each_tier(client: httpx.Client) -> None:
     assert failures == {"gone": 2, "error": 1}
     assert (found["sera_adapters_resident"], found["sera_adapter_evictions_total"]) == (3, 4)
     assert (found["sera_adapter_device_bytes"], found["sera_adapter_host_limit_bytes"]) == (4096, 1024)
+
+
+def test_metrics_count_the_damaged_records_that_were_met(
+    client: httpx.Client, store: AdapterStore, writer: AdapterBundle
+) -> None:
+    for name in ("worn/a", "worn/b"):
+        store.publish(writer, name)
+        (store.root / "adapters" / name / "versions" / "v1.json").write_bytes(b"")
+    assert samples(client)["sera_damaged_records"] == 0
+    refused(client.get("/v1/adapters/worn/a"), 500, "store_corrupted")
+    for _ in range(2):
+        refused(client.put("/v1/adapters/worn/a/pin"), 500, "store_corrupted")
+        assert samples(client)["sera_damaged_records"] == 1
+    for _ in range(2):
+        assert client.get("/v1/adapters", params={"tenant": "worn"}).json()["adapters"] == []
+        assert samples(client)["sera_damaged_records"] == 2
+    for name in ("worn/a", "worn/b"):
+        assert client.delete(f"/v1/adapters/{name}").status_code == 200
 
 
 def test_metrics_count_requests_and_tokens_by_bounded_labels(client: httpx.Client) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,21 @@ def fields(result: Result) -> dict[str, Any]:
     assert result.stdout.count("\n") == 1
     value: dict[str, Any] = json.loads(result.stdout)
     return value
+
+
+def test_the_list_names_damaged_adapters_on_stderr(
+    run: Run, store: AdapterStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.publish(make_bundle(1), "acme/whole")
+    store.publish(make_bundle(2), NAME)
+    path = store.root / "adapters" / NAME / "versions" / "v1.json"
+    path.write_bytes(b"")
+    # As in a process of its own: no handler takes what a command warns of.
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    result = run("list", "--json")
+    assert [info["adapter"] for info in fields(result)["adapters"]] == ["acme/whole"]
+    assert result.stderr.startswith(f"adapter {NAME} is left out of lists: {path} is damaged; ")
+    assert result.stderr.count("\n") == 1
 
 
 def test_import_list_inspect(run: Run, store: AdapterStore, tmp_path: Path) -> None:
