@@ -42,71 +42,70 @@ class DamageLog:
         logger.warning("adapter %s is %s: %s", adapter, effect, error.message)
 
 
-class IntegrityCheck:
-    """Reads the versions and aliases of adapters while others may write. What they delete is no fault."""
+def adapter_faults(
+    backend: Backend, load: Callable[[str], object], adapter: str, latest_only: bool
+) -> tuple[StoreCorrupted, ...] | None:
+    """All faults of one adapter, while others may write; None where there is no such adapter.
 
-    def __init__(self, backend: Backend, load: Callable[[str], object]) -> None:
-        """Check by a backend.
+    What others delete meanwhile is no fault.
 
-        Args:
-            backend: Has the records.
-            load: Reads the bundle of a digest; raises AdapterNotFound and StoreCorrupted.
-        """
-        self._backend = backend
-        self._load = load
-
-    def faults(self, adapter: str, latest_only: bool = False) -> tuple[StoreCorrupted, ...] | None:
-        """All faults of one adapter; None where there is no such adapter.
-
-        Args:
-            adapter: `tenant/name`.
-            latest_only: Read no other version than the latest.
-        """
-        before: str | None = None
-        found: tuple[StoreCorrupted, ...] = ()
-        while True:
-            try:
-                manifest = self._backend.manifest(adapter)
-            except OSError as error:
-                return (_unreadable(adapter, error),)
-            if not manifest.versions:
-                return None
-            if manifest.revision == before:
-                # Nothing was deleted while the faults were found.
-                return found
-            found = tuple(self._found(adapter, manifest, latest_only))
-            if not found:
-                return ()
-            before = manifest.revision
-
-    def _found(self, adapter: str, manifest: Manifest, latest_only: bool) -> Iterator[StoreCorrupted]:
+    Args:
+        backend: Has the records.
+        load: Reads the bundle of a digest; raises AdapterNotFound and StoreCorrupted.
+        adapter: `tenant/name`.
+        latest_only: Read no other version than the latest.
+    """
+    before: str | None = None
+    found: tuple[StoreCorrupted, ...] = ()
+    while True:
+        try:
+            manifest = backend.manifest(adapter)
+        except OSError as error:
+            return (_unreadable(adapter, error),)
+        if not manifest.versions:
+            return None
+        if manifest.revision == before:
+            # Nothing was deleted while the faults were found.
+            return found
         # None where the alias is damaged.
         latest = manifest.aliases.get(LATEST)
-        for version in manifest.versions:
-            if latest_only and version != latest:
-                continue
-            try:
-                record = self._backend.version(adapter, version)
-                if record is not None:
-                    self._load(record.digest)
-            except AdapterNotFound:
-                yield StoreCorrupted(
-                    f"the bundle of {adapter}@v{version} is missing; publish it again, or delete the version",
-                    param=adapter,
-                )
-            except StoreCorrupted as error:
-                yield error
-            except OSError as error:
-                yield _unreadable(f"{adapter}@v{version}", error)
-        yield from manifest.damaged.values()
-        if isinstance(manifest.highest_deleted, StoreCorrupted):
-            yield manifest.highest_deleted
-        for alias, version in manifest.aliases.items():
-            if version not in manifest.versions:
-                yield StoreCorrupted(
-                    f"alias {adapter}@{alias} points to v{version}, which is not there; point it again",
-                    param=adapter,
-                )
+        versions = [version for version in manifest.versions if version == latest or not latest_only]
+        found = (*_of_versions(backend, load, adapter, versions), *_of_manifest(adapter, manifest))
+        if not found:
+            return ()
+        before = manifest.revision
+
+
+def _of_versions(
+    backend: Backend, load: Callable[[str], object], adapter: str, versions: list[int]
+) -> Iterator[StoreCorrupted]:
+    for version in versions:
+        try:
+            record = backend.version(adapter, version)
+            if record is not None:
+                load(record.digest)
+        except AdapterNotFound:
+            yield StoreCorrupted(
+                f"the bundle of {adapter}@v{version} is missing; publish it again, or delete the version",
+                param=adapter,
+            )
+        except StoreCorrupted as error:
+            yield error
+        except OSError as error:
+            yield _unreadable(f"{adapter}@v{version}", error)
+
+
+def _of_manifest(adapter: str, manifest: Manifest) -> Iterator[StoreCorrupted]:
+    """The faults of the manifest itself."""
+    yield from manifest.damaged.values()
+    if isinstance(manifest.highest_deleted, StoreCorrupted):
+        yield manifest.highest_deleted
+    for alias, version in manifest.aliases.items():
+        if version not in manifest.versions:
+            yield StoreCorrupted(
+                f"alias {adapter}@{alias} points to v{version}, which is not there; point it again",
+                param=adapter,
+            )
 
 
 def _unreadable(what: str, error: OSError) -> StoreCorrupted:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -42,10 +40,10 @@ class AdapterFacts(Record):
     """
 
     base: BaseInfo
-    labels: list[str] | None
+    labels: tuple[str, ...] | None
     max_length: int | None
-    ranks: list[int]
-    splits: list[int]
+    ranks: tuple[int, ...]
+    splits: tuple[int, ...]
     modules: int
     has_chat_template: bool = False
     multi_label: bool = False
@@ -56,10 +54,10 @@ class AdapterFacts(Record):
         """Take the facts from a configuration."""
         return cls(
             base=config.base,
-            labels=config.labels,
+            labels=None if config.labels is None else tuple(config.labels),
             max_length=config.max_length,
-            ranks=sorted({spec.rank for spec in config.modules.values()}),
-            splits=sorted({spec.split for spec in config.modules.values()}),
+            ranks=tuple(sorted({spec.rank for spec in config.modules.values()})),
+            splits=tuple(sorted({spec.split for spec in config.modules.values()})),
             modules=len(config.modules),
             has_chat_template=config.chat_template is not None,
             multi_label=config.multi_label,
@@ -209,36 +207,3 @@ class Freed:
     def bundles(self) -> int:
         """Number of bundles."""
         return len(self.digests)
-
-
-class FactsCache:
-    """Facts by digest, least recently used first out, bounded by their size in memory: labels may be long."""
-
-    def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
-        self._bytes = 0
-        self._facts: OrderedDict[str, AdapterFacts] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, digest: str) -> AdapterFacts | None:
-        """The facts of a digest, or None."""
-        with self._lock:
-            if (facts := self._facts.get(digest)) is not None:
-                self._facts.move_to_end(digest)
-            return facts
-
-    def put(self, digest: str, facts: AdapterFacts) -> None:
-        """Keep facts, and drop those used least recently where there are too many."""
-        with self._lock:
-            if digest in self._facts:
-                return
-            self._facts[digest] = facts
-            self._bytes += _bytes_of(facts)
-            while self._bytes > self._max_bytes:
-                _, dropped = self._facts.popitem(last=False)
-                self._bytes -= _bytes_of(dropped)
-
-
-def _bytes_of(facts: AdapterFacts) -> int:
-    # Four bytes a character at most, some 60 for a string, some 2,000 for the models around them.
-    return 2000 + sum(60 + 4 * len(label) for label in facts.labels or ())

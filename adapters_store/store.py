@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from adapters_store.backends.interface import Backend, Change, Manifest, Outcome
 from adapters_store.backends.local import LocalBackend
@@ -16,33 +16,20 @@ from adapters_store.counting import Held, HeldCounter
 from adapters_store.errors import (
     AdapterNotFound,
     AmbiguousDigest,
-    BundleTooLarge,
     InvalidAdapterName,
-    InvalidBundle,
     StoreCorrupted,
     StoreError,
     TooManyAliases,
     VersionInUse,
 )
 from adapters_store.format.bundle import DEFAULT_LIMITS, AdapterBundle, validate_bundle
-from adapters_store.format.config import AdapterConfig
-from adapters_store.format.containers import config_of
-from adapters_store.format.safetensors_file import BundleLimits, header_length, parse_header
-from adapters_store.integrity import DamageLog, IntegrityCheck
-from adapters_store.names import (
-    LATEST,
-    AdapterRef,
-    check_alias,
-    check_digest,
-    check_part,
-    parse_adapter,
-    parse_ref,
-)
+from adapters_store.format.safetensors_file import BundleLimits
+from adapters_store.integrity import DamageLog, adapter_faults
+from adapters_store.names import LATEST, AdapterRef, check_alias, check_part, parse_adapter, parse_ref
 from adapters_store.records import (
     AdapterFacts,
     AdapterInfo,
     AdapterSummary,
-    FactsCache,
     Freed,
     Page,
     Published,
@@ -50,21 +37,17 @@ from adapters_store.records import (
     StoreState,
     VersionRecord,
 )
+from adapters_store.stored_bundles import StoredBundles
 
 MOST_ALIASES = 100
 """Aliases that one adapter may have beside `latest`. Each is a file that no quota counts."""
 _RACES = 3
 # Ids read at once where a listing skips adapters that are gone, or goes through the whole store.
 _IDS_AT_ONCE = 256
-# What becomes of an adapter whose record is damaged, for the log.
-_LEFT_OUT = "left out of lists"
-# The header of most bundles, configuration included, is shorter.
-_HEADER_BYTES = 64 << 10
-# Bytes, about, of facts that are read from bundles because their version's record has none.
-_FACTS_BYTES = 16 << 20
+T = TypeVar("T")
 
 
-class AdapterStore:
+class AdapterStore(StoredBundles):
     """Adapters by `tenant/name`, shared by any number of threads and processes.
 
     `publish`, `set_alias` and `delete` are atomic, and durable when they return. Each reads the adapter's manifest,
@@ -93,9 +76,7 @@ class AdapterStore:
         return store
 
     def _use(self, backend: Backend, limits: BundleLimits) -> None:
-        self._backend = backend
-        self._limits = limits
-        self._facts = FactsCache(_FACTS_BYTES)
+        super().__init__(backend, limits)
         self._damage = DamageLog()
         self._held = HeldCounter(backend, self._damage)
 
@@ -172,58 +153,13 @@ class AdapterStore:
             version=record.version,
             digest=record.digest,
             task=record.task,
-            labels=None if facts.labels is None else tuple(facts.labels),
+            labels=facts.labels,
             base=facts.base,
             max_length=facts.max_length,
             has_chat_template=facts.has_chat_template,
             multi_label=facts.multi_label,
             image=facts.image,
         )
-
-    def load(self, digest: str) -> AdapterBundle:
-        """Read the bundle of a digest; every check of an upload is made again, and the digest taken anew.
-
-        Raises:
-            AdapterNotFound: It was deleted.
-            StoreCorrupted: The file is not what was published.
-        """
-        with self.loading(digest) as bundle:
-            pass
-        return bundle
-
-    @contextmanager
-    def loading(self, digest: str) -> Iterator[AdapterBundle]:
-        """`load` whose digest is checked at the end of the block; meanwhile it is computed beside the block.
-
-        What the block has made of the bundle is worth nothing if the end of the block raises StoreCorrupted.
-        """
-        with self._damage_typed(digest):
-            data = self._read(digest, self._size(digest))
-            bundle = AdapterBundle.from_bytes(data, self._limits, kept_tables=True)
-        try:
-            yield bundle
-        except Exception:
-            # The damage may have caused it.
-            self._check_digest(bundle, digest)
-            raise
-        self._check_digest(bundle, digest)
-
-    def config(self, digest: str) -> AdapterConfig:
-        """The configuration of a bundle, without reading its tensors; raises as `load` does."""
-        with self._damage_typed(digest):
-            size = self._size(digest)
-            head = self._read(digest, min(size, _HEADER_BYTES))
-            # The length field of eight bytes, and the header.
-            needed = 8 + header_length(bytes(head[:16]), size, self._limits)
-            if needed > len(head):
-                head = self._read(digest, needed)
-            header = parse_header(head, size, self._limits)
-            return AdapterConfig.from_json(config_of(header, self._limits))
-
-    def file_bytes(self, digest: str) -> int:
-        """The bytes of a bundle's file; raises as `load` does."""
-        with self._damage_typed(digest):
-            return self._size(digest)
 
     def inspect(self, ref: str) -> AdapterInfo:
         """One version with its adapter's versions and aliases; raises as `resolve` does."""
@@ -236,12 +172,12 @@ class AdapterStore:
                 break
         manifest.check_aliases()
         summary = self._summary(parsed.adapter, record)
-        return AdapterInfo(**summary, versions=manifest.versions, aliases=manifest.aliases)
+        return AdapterInfo(**vars(summary), versions=manifest.versions, aliases=manifest.aliases)
 
     def summary(self, ref: str) -> AdapterSummary:
         """One version, without its adapter's other versions; raises as `resolve` does."""
         parsed = parse_ref(ref)
-        return AdapterSummary(**self._summary(parsed.adapter, self._find(parsed)))
+        return self._summary(parsed.adapter, self._find(parsed))
 
     def list_page(
         self,
@@ -278,26 +214,13 @@ class AdapterStore:
 
     def listed_summary(self, adapter: str) -> AdapterSummary | None:
         """The latest version of `tenant/name` as lists have it; None where lists leave the adapter out."""
-        try:
-            return AdapterSummary(**self._summary(adapter, self._find(AdapterRef(adapter, LATEST))))
-        except AdapterNotFound:
-            # Deleted meanwhile, or a kill came before its first version.
-            return None
-        except StoreCorrupted as error:
-            self._damage.report(adapter, _LEFT_OUT, error)
-            return None
+        return self._listed(self.summary, adapter)
 
     def iter_adapters(self, tenant: str | None = None) -> Iterator[AdapterInfo]:
         """All adapters in order of id, each by its latest version; leaves out and raises as `list_page` does."""
         for adapter in self._ids(tenant, "", _IDS_AT_ONCE):
-            try:
-                info = self.inspect(adapter)
-            except AdapterNotFound:
-                continue
-            except StoreCorrupted as error:
-                self._damage.report(adapter, _LEFT_OUT, error)
-                continue
-            yield info
+            if (info := self._listed(self.inspect, adapter)) is not None:
+                yield info
 
     def count_adapters(self) -> int:
         """The number of adapters, read from the names alone; a kill may have left a name too many."""
@@ -445,22 +368,9 @@ class AdapterStore:
         Yields:
             The faults of one adapter after the other, in order of id; none for an adapter that is as it was written.
         """
-        check = IntegrityCheck(self._backend, self.load)
         for adapter in self._ids(None, "", _IDS_AT_ONCE):
-            if (found := check.faults(adapter, latest_only)) is not None:
+            if (found := adapter_faults(self._backend, self.load, adapter, latest_only)) is not None:
                 yield found
-
-    def has(self, digest: str) -> bool:
-        """Whether a bundle is in the store."""
-        return self._backend.bundle_bytes(check_digest(digest)) is not None
-
-    def _is_stored(self, digest: str) -> bool:
-        """Whether the bundle of a digest is there, and is not damaged."""
-        try:
-            self.load(digest)
-        except (AdapterNotFound, StoreCorrupted):
-            return False
-        return True
 
     def _find(self, ref: AdapterRef) -> VersionRecord:
         if ref.by_digest:
@@ -507,25 +417,35 @@ class AdapterStore:
         moved = {LATEST: rest[-1]} if rest and manifest.aliases.get(LATEST) == version else {}
         return Change(set_aliases=moved, remove_versions=(version,))
 
-    def _summary(self, adapter: str, record: VersionRecord) -> dict[str, Any]:
-        """The fields of an `AdapterSummary`."""
+    def _listed(self, read: Callable[[str], T], adapter: str) -> T | None:
+        """What `read` tells of an adapter; None for one that lists leave out."""
+        try:
+            return read(adapter)
+        except (AdapterNotFound, InvalidAdapterName):
+            # Deleted meanwhile, or a kill came before its first version; or its entry in the index was made by hand.
+            return None
+        except StoreCorrupted as error:
+            self._damage.report(adapter, "left out of lists", error)
+            return None
+
+    def _summary(self, adapter: str, record: VersionRecord) -> AdapterSummary:
         facts = self._facts_of(record)
-        return {
-            "adapter": adapter,
-            "version": record.version,
-            "digest": record.digest,
-            "created_at": record.created_at,
-            "nbytes": record.nbytes,
-            "parameters": record.parameters,
-            "task": record.task,
-            "method": record.method,
-            "base": record.base,
-            "labels": None if facts.labels is None else tuple(facts.labels),
-            "ranks": tuple(facts.ranks),
-            "splits": tuple(facts.splits),
-            "modules": facts.modules,
-            "has_chat_template": facts.has_chat_template,
-        }
+        return AdapterSummary(
+            adapter=adapter,
+            version=record.version,
+            digest=record.digest,
+            created_at=record.created_at,
+            nbytes=record.nbytes,
+            parameters=record.parameters,
+            task=record.task,
+            method=record.method,
+            base=record.base,
+            labels=facts.labels,
+            ranks=facts.ranks,
+            splits=facts.splits,
+            modules=facts.modules,
+            has_chat_template=facts.has_chat_template,
+        )
 
     def _ids(self, tenant: str | None, after: str, at_once: int) -> Iterator[str]:
         if tenant is not None:
@@ -536,46 +456,6 @@ class AdapterStore:
             if len(ids) < at_once:
                 return
             after = ids[-1]
-
-    def _facts_of(self, record: VersionRecord) -> AdapterFacts:
-        if record.facts is not None:
-            return record.facts
-        # A digest's content never changes.
-        facts = self._facts.get(record.digest)
-        if facts is None:
-            facts = AdapterFacts.of(self.config(record.digest))
-            self._facts.put(record.digest, facts)
-        return facts
-
-    def _size(self, digest: str) -> int:
-        size = self._backend.bundle_bytes(check_digest(digest))
-        if size is None:
-            raise self._no_bundle(digest)
-        if size > self._limits.max_bytes:
-            raise BundleTooLarge(f"it has {size} bytes; the limit is {self._limits.max_bytes}", param="bundle")
-        return size
-
-    def _read(self, digest: str, nbytes: int) -> memoryview:
-        data = self._backend.read_bundle(digest, nbytes)
-        if data is None:
-            raise self._no_bundle(digest)
-        return data
-
-    @contextmanager
-    def _damage_typed(self, digest: str) -> Iterator[None]:
-        try:
-            yield
-        except InvalidBundle as error:
-            place = self._backend.bundle_location(digest)
-            raise StoreCorrupted(f"{place} is damaged ({error}); publish it again", param=place) from error
-
-    def _check_digest(self, bundle: AdapterBundle, digest: str) -> None:
-        if bundle.digest != digest:
-            place = self._backend.bundle_location(digest)
-            raise StoreCorrupted(f"{place} is damaged (its digest is {bundle.digest}); publish it again", param=place)
-
-    def _no_bundle(self, digest: str) -> AdapterNotFound:
-        return AdapterNotFound(f"bundle {digest} is not in the store; publish it again", param="digest")
 
     def _not_found(self, adapter: str, what: str | None) -> AdapterNotFound:
         versions = self._backend.manifest(adapter).versions

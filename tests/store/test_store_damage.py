@@ -206,6 +206,16 @@ def test_lists_leave_a_damaged_record_out_and_name_it_once(
     assert len(caplog.records) == 2 and "zoo/d" in caplog.records[1].getMessage()
 
 
+def test_lists_leave_out_a_name_of_another_form(store: AdapterStore) -> None:
+    """As someone makes it by hand in the index."""
+    store.publish(make_bundle(1), NAME)
+    for name in ("acme@a..b", f"acme@{'a' * 65}"):
+        (store.root / "names" / "@" / name).touch()
+    assert [info.adapter for info in store.iter_adapters()] == [NAME]
+    assert [info.adapter for info in store.list_page().adapters] == [NAME]
+    store.check_integrity()
+
+
 def test_an_adapter_with_a_damaged_record_can_be_deleted(store: AdapterStore) -> None:
     digests = [store.publish(make_bundle(seed), NAME).digest for seed in (1, 2)]
     damage_record(store, NAME)
