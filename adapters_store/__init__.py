@@ -3,7 +3,7 @@
 from adapters_store.backends.store_root import STORE_MARK, is_new_store
 from adapters_store.combinations import combination_digest, combination_size, load_combination, parts_of
 from adapters_store.convert.combine import MAX_PARTS, Combination, combine
-from adapters_store.convert.compress import CompressedBundle, compress_bundle
+from adapters_store.convert.compress import compress_bundle
 from adapters_store.convert.dense import NotMergeable, dense_factors
 from adapters_store.convert.import_base import ImportBase
 from adapters_store.convert.peft_export import HEAD_FILE, export_peft, write_head
@@ -23,7 +23,6 @@ from adapters_store.errors import (
 )
 from adapters_store.format.bundle import AdapterBundle, file_bytes, validate_bundle
 from adapters_store.format.config import (
-    FORMAT_VERSION,
     MAX_CHAT_TEMPLATE_BYTES,
     Activation,
     AdapterConfig,
@@ -43,7 +42,6 @@ from adapters_store.records import AdapterInfo, AdapterSummary, Freed, Page, Pub
 from adapters_store.store import AdapterStore
 
 __all__ = [
-    "FORMAT_VERSION",
     "HEAD_FILE",
     "MAX_CHAT_TEMPLATE_BYTES",
     "MAX_PARTS",
@@ -59,7 +57,6 @@ __all__ = [
     "BaseInfo",
     "BundleLimits",
     "Combination",
-    "CompressedBundle",
     "Freed",
     "HeadSpec",
     "Held",

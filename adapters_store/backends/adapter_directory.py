@@ -7,7 +7,7 @@ import re
 import time
 from contextlib import suppress
 
-from adapters_store.backends.durable import make_directory, names_in, put_text, sync_directory
+from adapters_store.backends.durable import make_directory, names_in, put_text, sync
 from adapters_store.backends.interface import Manifest
 from adapters_store.backends.record_files import AliasRecord, RetiredRecord, read_record, record_text, version_text
 from adapters_store.errors import StoreCorrupted
@@ -138,19 +138,19 @@ class AdapterDirectory:
     def remove_alias(self, alias: str) -> None:
         """Remove an alias."""
         os.unlink(self._alias_file(alias))
-        sync_directory(self._aliases)
+        sync(self._aliases)
 
     def remove_version(self, version: int) -> None:
         """Delete one version that is not the only one; no alias must point to it any more."""
         self._retire(version)
         os.unlink(self._version_file(version))
-        sync_directory(self._versions)
+        sync(self._versions)
 
     def move_to_trash(self, trash: str) -> None:
         """Take the whole adapter out of sight in one step: its directory moves to `trash`."""
         self._retire(max(self.versions()))
         os.rename(self._folder, trash)
-        sync_directory(os.path.dirname(self._folder))
+        sync(os.path.dirname(self._folder))
 
     # Made when they are needed: every request makes two of these objects and reads one file with each.
     @property

@@ -19,8 +19,8 @@ from adapters_store.backends.durable import (
     make_empty_file,
     names_in,
     put_file,
+    sync,
     sync_directories,
-    sync_directory,
 )
 from adapters_store.backends.name_index import entry_name
 from adapters_store.format.bundle import AdapterBundle
@@ -99,7 +99,7 @@ class BundleFiles:
             # All always: a killed writer may have made any of them and not flushed it, and the time of it must not tell
             # whether another adapter has made them.
             for held in (folder, shard, self._references):
-                sync_directory(held)
+                sync(held)
             return True
 
     def discard(self, digest: str) -> None:
@@ -162,7 +162,7 @@ class BundleFiles:
         for path in paths:
             os.unlink(path)
         if paths:
-            sync_directory(self._bundles)
+            sync(self._bundles)
         return Freed(tuple(name.split(".")[0] for name in unneeded), nbytes)
 
     def _remove_reference(self, digest: str, adapter: str) -> bool:

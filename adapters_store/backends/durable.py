@@ -11,19 +11,21 @@ import fcntl
 import os
 import uuid
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 
 _MANY = 64
 
 
-def sync_file(path: str) -> None:
-    """Flush a file's content to the disk."""
-    _sync(path, os.O_RDONLY)
+def sync(path: str) -> None:
+    """Flush a file's content, or a directory's entries, to the disk.
 
-
-def sync_directory(path: str) -> None:
-    """Flush a directory's entries to the disk: without the flush a rename may not survive a power cut."""
-    _sync(path, os.O_RDONLY | os.O_DIRECTORY)
+    Without the flush of its directory a rename may not survive a power cut.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def sync_directories(paths: Collection[str]) -> None:
@@ -32,15 +34,7 @@ def sync_directories(paths: Collection[str]) -> None:
         os.sync()
         return
     for path in paths:
-        sync_directory(path)
-
-
-def _sync(path: str, flags: int) -> None:
-    descriptor = os.open(path, flags)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync(path)
 
 
 def make_directory(path: str, within: str | None = None) -> None:
@@ -58,7 +52,7 @@ def make_directory(path: str, within: str | None = None) -> None:
     make_directory(parent, within)
     with suppress(FileExistsError):
         os.mkdir(path)
-    sync_directory(parent)
+    sync(parent)
 
 
 def make_empty_file(path: str) -> None:
@@ -86,12 +80,12 @@ def put_file(target: str, write: Callable[[str], None], scratch: str, *, replace
     unfinished = f"{scratch}/{uuid.uuid4().hex}"
     try:
         write(unfinished)
-        sync_file(unfinished)
+        sync(unfinished)
         if replace:
             os.replace(unfinished, target)
         else:
             os.link(unfinished, target)
-        sync_directory(os.path.dirname(target))
+        sync(os.path.dirname(target))
     finally:
         with suppress(FileNotFoundError):
             os.unlink(unfinished)
@@ -108,44 +102,33 @@ def put_text(target: str, text: str, scratch: str, *, replace: bool = True) -> N
 
 
 @contextmanager
-def file_lock(path: str, *, shared: bool = False, create: bool = True) -> Iterator[None]:
+def file_lock(path: str, *, shared: bool = False, create: bool = True, wait: bool = True) -> Iterator[None]:
     """Hold `flock` on `path` across threads and processes; the kernel releases it when its owner dies.
 
     Args:
         path: The lock's file.
         shared: Whether other sharers may hold it, too.
         create: Whether the file is made where it is absent; else `FileNotFoundError`.
+        wait: Whether to wait for another owner; else `BlockingIOError`.
     """
-    with _opened(path, create) as descriptor:
-        fcntl.flock(descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+    descriptor = os.open(path, os.O_RDWR | (os.O_CREAT if create else 0), 0o644)
+    try:
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
         try:
             yield
         finally:
             # Explicit: a child that was forked meanwhile shares the open file and would keep the lock.
             fcntl.flock(descriptor, fcntl.LOCK_UN)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
 def try_file_lock(path: str) -> Iterator[bool]:
     """Like an exclusive `file_lock`, but yields False at once where another owner holds the lock."""
-    with _opened(path) as descriptor:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                raise
-            yield False
-            return
-        try:
-            yield True
-        finally:
-            fcntl.flock(descriptor, fcntl.LOCK_UN)
-
-
-@contextmanager
-def _opened(path: str, create: bool = True) -> Iterator[int]:
-    descriptor = os.open(path, os.O_RDWR | (os.O_CREAT if create else 0), 0o644)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
+    with ExitStack() as held:
+        is_free = False
+        with suppress(BlockingIOError):
+            held.enter_context(file_lock(path, wait=False))
+            is_free = True
+        yield is_free

@@ -116,9 +116,9 @@ class LocalBackend:
         if self._is_current():
             return self._names.page(tenant, after, limit)
         # A store of version 1 that must not be written has no index.
-        pairs = self._root.adapter_ids()
-        ids = [f"{owner}/{name}" for owner, name in pairs if tenant is None or owner == tenant]
-        return [adapter for adapter in ids if adapter > after][:limit]
+        begin = "" if tenant is None else f"{tenant}/"
+        ids = self._root.adapter_ids()
+        return [adapter for adapter in ids if adapter.startswith(begin) and adapter > after][:limit]
 
     @_reads
     def stamps(self, tenant: str) -> dict[str, str]:
@@ -265,12 +265,12 @@ class LocalBackend:
         """
         needed: dict[str, set[str]] = {}
         adapters = []
-        for owner, name in self._root.adapter_ids():
-            directory = AdapterDirectory(self._root.path, f"{owner}/{name}")
+        for adapter in self._root.adapter_ids():
+            directory = self._directory(adapter)
             for digest in directory.digests(skip_damaged).values():
-                needed.setdefault(digest, set()).add(directory.adapter)
+                needed.setdefault(digest, set()).add(adapter)
             if directory.versions():
-                adapters.append(directory.adapter)
+                adapters.append(adapter)
         return needed, adapters
 
     def _directory(self, adapter: str) -> AdapterDirectory:

@@ -18,7 +18,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, suppress
 
-from adapters_store.backends.durable import make_empty_file, names_in, sync_directory
+from adapters_store.backends.durable import make_empty_file, names_in, sync
 from adapters_store.errors import StoreCorrupted
 
 # Entries of a segment. With 512, a page reads one or two segments, and 100,000 adapters are some 300 segments.
@@ -90,7 +90,7 @@ class NameIndex:
                     self._split(bound, sorted(entries))
                     bounds, bound = self._bounds(), None
             for changed in touched:
-                sync_directory(self._segment(changed))
+                sync(self._segment(changed))
 
     def remove(self, adapters: Iterable[str]) -> None:
         """Take ids out. A power cut may bring them back, as names of adapters that do not exist."""
@@ -153,9 +153,9 @@ class NameIndex:
         os.mkdir(unfinished)
         for adapter in upper:
             make_empty_file(f"{unfinished}/{entry_name(adapter)}")
-        sync_directory(unfinished)
+        sync(unfinished)
         os.rename(unfinished, self._segment(upper[0]))
-        sync_directory(self._folder)
+        sync(self._folder)
         for adapter in upper:
             os.unlink(self._path(bound, adapter))
 

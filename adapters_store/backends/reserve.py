@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from adapters_store.backends.durable import make_directory, sync_directory
+from adapters_store.backends.durable import make_directory, sync
 
 # A deletion makes at most seven files and directories of a block each: a record and its directory, an alias, its
 # unfinished file, three locks. Directories that hold them may grow by a block.
@@ -43,7 +43,7 @@ class Reserve:
                 os.unlink(path)
         # Some file systems free the space of a file only when its removal is on the disk.
         if os.path.isdir(self._folder):
-            sync_directory(self._folder)
+            sync(self._folder)
 
     def _paths(self) -> list[str]:
         return [f"{self._folder}/{index}" for index in range(_FILES)]

@@ -155,11 +155,11 @@ class StoreRoot:
         no_file = space.f_files > 0 and space.f_favail == 0
         return "full" if no_file or space.f_bavail * space.f_frsize < _FULL_BYTES else "writable"
 
-    def adapter_ids(self) -> list[tuple[str, str]]:
-        """(tenant, name) of every adapter directory, in order of id; reads the whole store."""
+    def adapter_ids(self) -> list[str]:
+        """The id of every adapter directory, in order; reads the whole store."""
         tenants = filter(is_part, names_in(self.adapters))
-        pairs = [(owner, name) for owner in tenants for name in filter(is_part, names_in(f"{self.adapters}/{owner}"))]
-        return sorted(pairs, key=lambda pair: f"{pair[0]}/{pair[1]}")
+        pairs = ((owner, name) for owner in tenants for name in names_in(f"{self.adapters}/{owner}"))
+        return sorted(f"{owner}/{name}" for owner, name in pairs if is_part(name))
 
     def version(self) -> int | None:
         """The version of the store in this directory; None if there is no store.

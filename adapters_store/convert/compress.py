@@ -54,26 +54,13 @@ class CompressedLayer:
     errors: tuple[float, ...]
 
 
-@dataclass(frozen=True)
-class CompressedBundle:
-    """A bundle whose layers are the nearest SeRAs of another bundle's.
-
-    Attributes:
-        bundle: The result.
-        errors: Relative error of each layer's update, by path.
-    """
-
-    bundle: AdapterBundle
-    errors: dict[str, float]
-
-
 def compress_bundle(
     bundle: AdapterBundle,
     split: int,
     rank: int | None = None,
     max_error: float | None = None,
     on_layer: Callable[[str, float], None] | None = None,
-) -> CompressedBundle:
+) -> AdapterBundle:
     """Find the nearest SeRA of every layer of an adapter. Blocks.
 
     Gains, offsets and the head stay as they are. The factors are float32.
@@ -83,7 +70,7 @@ def compress_bundle(
         split: Blocks of A and B; it must divide the widths of every layer.
         rank: Rank of the result; None is the layer's own, rounded up to a multiple of `split`.
         max_error: The largest relative error of a layer that is accepted; None accepts any.
-        on_layer: Called after each layer with its path and error.
+        on_layer: Called after each layer with its path and the relative error of its update.
 
     Raises:
         UnsupportedAdapter: There is no layer, or split or rank do not fit one.
@@ -119,10 +106,9 @@ def compress_bundle(
         "modules": {path: spec.model_dump(mode="json") for path, spec in modules.items()},
     }
     config = AdapterConfig.model_validate(fields)
-    smaller = AdapterBundle(config, tensors)
     # Three digits: the last ones depend on the machine.
     note: dict[str, JsonValue] = {"split": split, "largest_error": float(f"{errors[worst]:.2e}")}
-    return CompressedBundle(with_record(smaller, compressed=note), errors)
+    return with_record(AdapterBundle(config, tensors), compressed=note)
 
 
 def nearest_sera(left: Tensor, right: Tensor, split: int, rank: int) -> CompressedLayer:

@@ -22,10 +22,9 @@ from adapters_store.convert.peft_files import TEMPLATE_FILE
 from adapters_store.errors import InvalidBundle
 from adapters_store.format.bundle import AdapterBundle
 from adapters_store.format.config import AdapterConfig
+from adapters_store.format.containers import CONFIG_FILE, MODEL_FILE
 from adapters_store.format.safetensors_file import system_errors
 
-PEFT_CONFIG_FILE = "adapter_config.json"
-PEFT_MODEL_FILE = "adapter_model.safetensors"
 HEAD_FILE = "head.safetensors"
 
 
@@ -90,10 +89,10 @@ def export_peft(bundle: AdapterBundle, directory: Path) -> bool:
             # PEFT scales this bias with the update. The scaling is 1 or so, and the quotient is rounded once.
             scaling = dense.scaling if offset.any() else 1.0
             tensors[f"{prefix}.lora_B.bias"] = (offset.double() / scaling).to(torch.float32)
-    with system_errors(directory / PEFT_MODEL_FILE):
-        safetensors.torch.save_file(tensors, directory / PEFT_MODEL_FILE, metadata={"format": "pt"})
+    with system_errors(directory / MODEL_FILE):
+        safetensors.torch.save_file(tensors, directory / MODEL_FILE, metadata={"format": "pt"})
     text = json.dumps(peft_config(bundle.config), indent=2, sort_keys=True, ensure_ascii=False)
-    (directory / PEFT_CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+    (directory / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
     if bundle.config.chat_template is not None:
         (directory / TEMPLATE_FILE).write_text(bundle.config.chat_template, encoding="utf-8")
     return write_head(bundle, directory)
@@ -127,7 +126,7 @@ def write_head(bundle: AdapterBundle, directory: Path) -> bool:
     return True
 
 
-def peft_config(config: AdapterConfig, base_path: str | None = None) -> dict[str, Any]:
+def peft_config(config: AdapterConfig) -> dict[str, Any]:
     """PEFT's `LoraConfig` as JSON: the largest rank, its alpha, and patterns for the other layers.
 
     vLLM reads `r` and `lora_alpha`, and no pattern: it checks `r` against `--max-lora-rank`, and scales every layer by
@@ -141,7 +140,7 @@ def peft_config(config: AdapterConfig, base_path: str | None = None) -> dict[str
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if config.task == "generate" else None,
-        "base_model_name_or_path": base_path or config.base.name,
+        "base_model_name_or_path": config.base.name,
         "inference_mode": True,
         "r": rank,
         "lora_alpha": alpha,

@@ -31,7 +31,7 @@ from adapters_store.format.safetensors_file import (
     looks_like_safetensors,
     parse_header,
 )
-from adapters_store.format.strict_json import parse_json
+from adapters_store.format.strict_json import parse_json, parse_json_object
 from adapters_store.format.tar_file import looks_like_tar, tar_members
 
 PICKLE_FILE = "adapter_model.bin"
@@ -306,12 +306,7 @@ def _weights(file: _File, limits: BundleLimits) -> tuple[Header, Weights]:
 
 
 def _parse(text: bytes | str) -> dict[str, Any]:
-    try:
-        value = parse_json(text)
-    except json.JSONDecodeError as error:
-        raise InvalidConfig(f"{CONFIG_FILE} is not valid JSON: {error}", param=CONFIG_FILE) from error
-    if not isinstance(value, dict):
-        raise InvalidConfig(f"{CONFIG_FILE} must be a JSON object", param=CONFIG_FILE)
+    value = parse_json_object(text, CONFIG_FILE, InvalidConfig, CONFIG_FILE)
     if "peft_type" not in value:
         raise InvalidConfig(
             f"{CONFIG_FILE} has neither peft_type (a PEFT checkpoint) nor format_version (a bundle); add one of them",

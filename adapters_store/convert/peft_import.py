@@ -87,7 +87,7 @@ def import_peft(
     _check_image_type(config, base)
     warnings = _base_warnings(config, base) + _file_warnings(files, base) + _image_warnings(base)
     reader = TensorReader(files)
-    sorted_keys = sort_keys(reader.names())
+    sorted_keys = sort_keys(files.header.table.entries)
     # The lora_A of a convolution has the sides of its kernel, too.
     layers_a = ((path, keys.lora_a) for path, keys in sorted_keys.layers.items() if keys.lora_a is not None)
     convolutions = {path for path, key in layers_a if len(reader.shape(key)) > 2}

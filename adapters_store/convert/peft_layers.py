@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -120,10 +120,6 @@ class TensorReader:
     def itemsize(self, name: str) -> int:
         """Bytes of an element of the tensor of that name, which must exist."""
         return DTYPES[self._entries[name].dtype].itemsize
-
-    def names(self) -> Iterator[str]:
-        """The names of all tensors."""
-        yield from self._entries
 
 
 def read_layers(

@@ -112,15 +112,12 @@ class AdapterBundle:
             OSError: The file cannot be written.
         """
         with system_errors(path):
-            safetensors.torch.save_file(self.tensors, path, metadata=self._metadata())
+            safetensors.torch.save_file(self.tensors, path, metadata=_metadata_of(self.config))
 
     def to_bytes(self) -> bytes:
         """The single-file form in memory."""
-        data: bytes = safetensors.torch.save(self.tensors, metadata=self._metadata())
+        data: bytes = safetensors.torch.save(self.tensors, metadata=_metadata_of(self.config))
         return data
-
-    def _metadata(self) -> dict[str, str]:
-        return _metadata_of(self.config)
 
     @classmethod
     def load(cls, path: Path | str, limits: BundleLimits = DEFAULT_LIMITS, within: Path | None = None) -> AdapterBundle:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from adapters_store.errors import InvalidConfig, UnsupportedFormat
-from adapters_store.format.strict_json import canonical_json, parse_json
+from adapters_store.format.strict_json import canonical_json, parse_json_object
 
 FORMAT_VERSION = 3
 """The newest format version that is read. A bundle is written in the oldest version that has its fields."""
@@ -318,7 +317,7 @@ class AdapterConfig(_Strict):
                 impossible.
             UnsupportedFormat: Another format version.
         """
-        value = parse_json_object(text)
+        value = parse_json_object(text, PARAM, InvalidConfig, PARAM)
         version = value.get("format_version")
         if type(version) is int and not 1 <= version <= FORMAT_VERSION:
             raise UnsupportedFormat(
@@ -373,17 +372,6 @@ def _first_later_field(value: Mapping[str, Any], version: int) -> tuple[str, int
 def _without_defaults(fields: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """Leave out those of `defaults` that have their default value."""
     return {name: value for name, value in fields.items() if name not in defaults or value != defaults[name]}
-
-
-def parse_json_object(text: str | bytes) -> dict[str, Any]:
-    """Parse strict JSON: UTF-8, one object, no key twice, no NaN or Infinity; else `InvalidConfig`."""
-    try:
-        value = parse_json(text)
-    except json.JSONDecodeError as error:
-        raise InvalidConfig(f"adapter_config is not valid JSON: {error}", param=PARAM) from error
-    if not isinstance(value, dict):
-        raise InvalidConfig("adapter_config must be a JSON object", param=PARAM)
-    return value
 
 
 def _check_json(value: JsonValue, where: str, depth: int) -> None:

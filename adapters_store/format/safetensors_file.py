@@ -30,7 +30,7 @@ from adapters_store.errors import (
     NotSafetensors,
     Truncated,
 )
-from adapters_store.format.strict_json import parse_json
+from adapters_store.format.strict_json import parse_json_object
 from adapters_store.format.tensor_table import KEPT_CHARACTERS, TensorEntry, TensorTable, kept_table, table_of
 
 FILE_PARAM = "adapter_model.safetensors"
@@ -216,13 +216,10 @@ def _other_kind(prefix: bytes) -> str | None:
 
 def _parse_fields(raw: bytes, kept_tables: bool) -> tuple[dict[str, str], TensorTable]:
     """The metadata and the tensors of a header."""
-    split = _split(raw) if kept_tables else None
-    if split is not None:
-        text, table = split
-        return _checked_metadata(_parse_json(text)["__metadata__"]), table
-    fields = _parse_json(raw)
+    text, table = (_split(raw) if kept_tables else None) or (raw, None)
+    fields = parse_json_object(text, "the header", InvalidHeader, FILE_PARAM)
     metadata = _checked_metadata(fields.pop("__metadata__", {}))
-    return metadata, table_of(fields)
+    return metadata, table_of(fields) if table is None else table
 
 
 def _split(raw: bytes) -> tuple[str, TensorTable] | None:
@@ -246,13 +243,3 @@ def _checked_metadata(metadata: Any) -> dict[str, str]:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise InvalidHeader("__metadata__ must map strings to strings", param="__metadata__")
     return metadata
-
-
-def _parse_json(raw: str | bytes) -> dict[str, Any]:
-    try:
-        value = parse_json(raw)
-    except json.JSONDecodeError as error:
-        raise InvalidHeader(f"the header is not valid JSON: {error}", param=FILE_PARAM) from error
-    if not isinstance(value, dict):
-        raise InvalidHeader("the header must be a JSON object", param=FILE_PARAM)
-    return value

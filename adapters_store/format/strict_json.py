@@ -10,6 +10,8 @@ from typing import Any, NoReturn
 import numpy as np
 from pydantic_core import PydanticSerializationError, to_json
 
+from adapters_store.errors import InvalidBundle
+
 MAX_DEPTH = 32
 HALF_PAIR = "a string holds half of a surrogate pair"
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -54,6 +56,17 @@ def parse_json(data: str | bytes, max_members: int = 250_000, max_items: int | N
             # The interpreter's own bound, in its own words, which are about its settings.
             message = f"an integer of more than {sys.get_int_max_str_digits()} digits"
         raise json.JSONDecodeError(message, "", 0) from error
+    return value
+
+
+def parse_json_object(data: str | bytes, what: str, error: type[InvalidBundle], param: str) -> dict[str, Any]:
+    """`parse_json` of an object; anything else raises `error`, whose message calls the text `what`."""
+    try:
+        value = parse_json(data)
+    except json.JSONDecodeError as fault:
+        raise error(f"{what} is not valid JSON: {fault}", param=param) from fault
+    if not isinstance(value, dict):
+        raise error(f"{what} must be a JSON object", param=param)
     return value
 
 

@@ -105,13 +105,13 @@ def compress_and_show(
     try:
         with Progress(console=console, transient=True) as bar:
             task = bar.add_task("compressing", total=len(bundle.config.modules))
-            result = compress_bundle(bundle, split, rank, max_error, on_layer)
+            smaller = compress_bundle(bundle, split, rank, max_error, on_layer)
     finally:
         if errors:
             console.print(table)
-    before, after = bundle.config.parameters, result.bundle.config.parameters
+    before, after = bundle.config.parameters, smaller.config.parameters
     console.print(f"{before:,} parameters became {after:,}; largest relative error {max(errors.values()):.4f}")
-    return result.bundle
+    return smaller
 
 
 def _imported(files: PeftFiles, base: str | None) -> tuple[AdapterBundle, tuple[str, ...]]:

@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import TrainerState
 
-from adapters_store.backends.durable import put_text, sync_directory, sync_file, try_file_lock
+from adapters_store.backends.durable import put_text, sync, try_file_lock
 from sera_serve.errors import SeraServeError
 
 STATE_FILE = "trainer_state.json"
@@ -89,11 +89,11 @@ def save_checkpoint(
         (partial / _EXTRA).write_text(json.dumps(extra))
         state.save_to_json(str(partial / STATE_FILE))
         for path in partial.iterdir():
-            sync_file(str(path))
-        sync_directory(str(partial))
+            sync(str(path))
+        sync(str(partial))
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
-        sync_directory(str(run_dir))
+        sync(str(run_dir))
         return final
 
 

@@ -63,7 +63,7 @@ def test_peft_adapters_generate_what_peft_generates(
         if row == "plain":
             # A SeRA of the LoRA's rank in every block is the LoRA.
             exact = compress_bundle(imported.bundle, split=2, rank=8, max_error=1e-6)
-            store.publish(exact.bundle, "acme/compressed")
+            store.publish(exact, "acme/compressed")
             expected["acme/compressed"] = expected["acme/plain"]
 
     async def together() -> list[GenerationResult]:

@@ -106,11 +106,11 @@ def test_real_peft_gives_what_merged_weights_give(tmp_path: Path) -> None:
 
 
 def test_uniform_adapter_needs_no_patterns() -> None:
-    config = peft_config(make_bundle().config, base_path="somewhere")
+    config = peft_config(make_bundle().config)
     assert (config["r"], config["lora_alpha"]) == (4, 2)
     assert type(config["lora_alpha"]) is int
     assert config["rank_pattern"] == config["alpha_pattern"] == {}
-    assert config["base_model_name_or_path"] == "somewhere"
+    assert config["base_model_name_or_path"] == make_bundle().config.base.name
     assert config["task_type"] == "CAUSAL_LM"
 
 
