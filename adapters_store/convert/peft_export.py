@@ -22,8 +22,8 @@ from adapters_store.convert.peft_files import TEMPLATE_FILE
 from adapters_store.errors import InvalidBundle
 from adapters_store.format.bundle import AdapterBundle
 from adapters_store.format.config import AdapterConfig
-from adapters_store.format.containers import CONFIG_FILE, MODEL_FILE
-from adapters_store.format.safetensors_file import system_errors
+from adapters_store.format.containers import CONFIG_FILE
+from adapters_store.format.safetensors_file import MODEL_FILE, system_errors
 
 HEAD_FILE = "head.safetensors"
 

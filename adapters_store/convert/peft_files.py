@@ -23,8 +23,9 @@ from adapters_store.errors import (
     Truncated,
     UnexpectedFile,
 )
-from adapters_store.format.containers import CONFIG_FILE, METADATA_KEY, MODEL_FILE, read_file
+from adapters_store.format.containers import CONFIG_FILE, METADATA_KEY, read_file
 from adapters_store.format.safetensors_file import (
+    MODEL_FILE,
     BundleLimits,
     Header,
     header_of,

@@ -39,6 +39,7 @@ from adapters_store.convert.peft_layers import PeftLayer, TensorReader, check_la
 from adapters_store.errors import InvalidConfig
 from adapters_store.format.bundle import AdapterBundle
 from adapters_store.format.config import AdapterConfig, ModuleSpec, Task
+from adapters_store.format.safetensors_file import MODEL_FILE
 from adapters_store.format.strict_json import parse_json
 
 # Names of files that are listed in a warning; there may be hundreds.
@@ -85,7 +86,7 @@ def import_peft(
     """
     config = read_peft_config(files.config)
     _check_image_type(config, base)
-    warnings = _base_warnings(config, base) + _file_warnings(files, base) + _image_warnings(base)
+    warnings = _warnings(files, config, base)
     reader = TensorReader(files)
     sorted_keys = sort_keys(files.header.table.entries)
     # The lora_A of a convolution has the sides of its kernel, too.
@@ -93,7 +94,9 @@ def import_peft(
     convolutions = {path for path, key in layers_a if len(reader.shape(key)) > 2}
     matched = match_layers(sorted_keys.layers, base, convolutions)
     elements = check_layers(reader, matched, config, base)
-    head_keys = match_head(reader, sorted_keys.head, config, base, config.labels or _labels_beside(files))
+    # A model's `config.json` beside the checkpoint may name them, too.
+    labels = config.labels or read_labels(_json_beside(files, MODEL_CONFIG_FILE).get("id2label"))
+    head_keys = match_head(reader, sorted_keys.head, config, base, labels)
     _check_task(config, base, matched, head_keys)
     if head_keys is not None:
         elements.pop(head_keys.base_layer or "", None)
@@ -189,7 +192,7 @@ def _check_task(config: PeftConfig, base: ImportBase, layers: Mapping[str, Layer
     if head is None and not layers:
         raise UnsupportedAdapter(
             "the checkpoint has no LoRA factors (lora_A, lora_B) and no head; save the adapter again",
-            param="adapter_model.safetensors",
+            param=MODEL_FILE,
         )
     if head is None and base.kind == "encoder" and config.task_type != "FEATURE_EXTRACTION":
         raise UnsupportedAdapter(
@@ -219,32 +222,15 @@ def _check_image_type(config: PeftConfig, base: ImportBase) -> None:
         )
 
 
-def _image_warnings(base: ImportBase) -> list[str]:
-    if base.image is None:
-        return []
-    return [
-        "a PEFT checkpoint does not say how images were prepared in training; the bundle has the base's own "
-        "preprocessing"
-    ]
-
-
-def _base_warnings(config: PeftConfig, base: ImportBase) -> list[str]:
-    theirs = config.base_name
-    if theirs is None or _same_name(theirs, base.info.name):
-        return []
-    return [
-        f"the adapter names {theirs[:200]!r} as its base, and the base here is {base.info.name!r}; the shapes of its "
-        "layers fit"
-    ]
-
-
-def _same_name(theirs: str, ours: str) -> bool:
-    """Whether two names or paths can mean one base. A quantised copy is another one: its weights differ."""
-    return theirs.rstrip("/").rpartition("/")[2].lower() == ours.rstrip("/").rpartition("/")[2].lower()
-
-
-def _file_warnings(files: PeftFiles, base: ImportBase) -> list[str]:
+def _warnings(files: PeftFiles, config: PeftConfig, base: ImportBase) -> list[str]:
+    """What differs between the checkpoint and the base and does no harm; raises UnsupportedAdapter for new tokens."""
     warnings = []
+    theirs = config.base_name
+    if theirs is not None and not _same_name(theirs, base.info.name):
+        warnings.append(
+            f"the adapter names {theirs[:200]!r} as its base, and the base here is {base.info.name!r}; the shapes of "
+            "its layers fit"
+        )
     if files.ignored:
         shown = ", ".join(name[:64] for name in files.ignored[:_SHOWN_FILES])
         more = len(files.ignored) - _SHOWN_FILES
@@ -257,12 +243,17 @@ def _file_warnings(files: PeftFiles, base: ImportBase) -> list[str]:
             f"{str(beyond[0])[:64]!r}: the vocabulary was resized; train without new tokens",
             param=ADDED_TOKENS_FILE,
         )
+    if base.image is not None:
+        warnings.append(
+            "a PEFT checkpoint does not say how images were prepared in training; the bundle has the base's own "
+            "preprocessing"
+        )
     return warnings
 
 
-def _labels_beside(files: PeftFiles) -> tuple[str, ...] | None:
-    """The labels of a model's `config.json` beside the checkpoint."""
-    return read_labels(_json_beside(files, MODEL_CONFIG_FILE).get("id2label"))
+def _same_name(theirs: str, ours: str) -> bool:
+    """Whether two names or paths can mean one base. A quantised copy is another one: its weights differ."""
+    return theirs.rstrip("/").rpartition("/")[2].lower() == ours.rstrip("/").rpartition("/")[2].lower()
 
 
 def _template(files: PeftFiles, base: ImportBase, head: PeftHead | None) -> str | None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from adapters_store.convert.import_base import ImportBase
 from adapters_store.convert.peft_errors import UnsupportedAdapter
 from adapters_store.errors import UnknownModule
-from adapters_store.format.containers import MODEL_FILE
+from adapters_store.format.safetensors_file import MODEL_FILE
 
 # Names of wrappers around a backbone, which one side's paths may have and the other's lack.
 _WRAPPERS = ("base_model", "model", "module", "_orig_mod", "language_model", "text_model")

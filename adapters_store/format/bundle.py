@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from adapters_store.format.config import AdapterConfig
-from adapters_store.format.containers import CONFIG_FILE, METADATA_KEY, MODEL_FILE, RawBundle, read_bytes, read_path
+from adapters_store.format.containers import CONFIG_FILE, METADATA_KEY, RawBundle, read_bytes, read_path
 from adapters_store.format.content_hash import content_hash, hash_meanwhile
 from adapters_store.format.mmap_buffer import writable_memory
-from adapters_store.format.safetensors_file import BundleLimits, read_tensor, read_tensors, system_errors
+from adapters_store.format.safetensors_file import MODEL_FILE, BundleLimits, read_tensor, read_tensors, system_errors
 from adapters_store.format.tensor_table import DTYPE_NAMES, DTYPES, TensorTable, describe_tensors
 from adapters_store.format.validation import check_names_and_shapes, check_values, is_surely_finite
 
@@ -64,7 +64,10 @@ class AdapterBundle:
         """The elements of each tensor (elements,) by name: for a bundle that was read, in less time than `tensors`."""
         if self._read is None:
             return {name: tensor.view(-1) for name, tensor in self.tensors.items()}
-        return self._read.flat_tensors()
+        # One operation for each run: there are hundreds of tensors.
+        data, table = self._read.data, self._read.table
+        parts = (read_tensor(data, run.whole).split(run.sizes) for run in table.runs)
+        return dict(zip(table.names, chain.from_iterable(parts), strict=True))
 
     @property
     def digest(self) -> str:
@@ -193,12 +196,6 @@ class _ReadTensors:
     data: memoryview
     table: TensorTable
     digest: Callable[[], str]
-
-    def flat_tensors(self) -> dict[str, Tensor]:
-        """See `AdapterBundle.flat_tensors`."""
-        # One operation for each run: there are hundreds of tensors.
-        parts = (read_tensor(self.data, run.whole).split(run.sizes) for run in self.table.runs)
-        return dict(zip(self.table.names, chain.from_iterable(parts), strict=True))
 
 
 def _manifest(config: str, described: str) -> str:

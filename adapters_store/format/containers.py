@@ -19,11 +19,16 @@ from adapters_store.errors import (
     UnexpectedFile,
 )
 from adapters_store.format.mmap_buffer import writable_memory
-from adapters_store.format.safetensors_file import BundleLimits, Header, looks_like_safetensors, parse_header
+from adapters_store.format.safetensors_file import (
+    MODEL_FILE,
+    BundleLimits,
+    Header,
+    looks_like_safetensors,
+    parse_header,
+)
 from adapters_store.format.tar_file import TarMember, looks_like_tar, tar_members
 
 CONFIG_FILE = "adapter_config.json"
-MODEL_FILE = "adapter_model.safetensors"
 METADATA_KEY = "adapter_config"
 _PEEK = 512
 

@@ -33,7 +33,7 @@ from adapters_store.errors import (
 from adapters_store.format.strict_json import parse_json_object
 from adapters_store.format.tensor_table import KEPT_CHARACTERS, TensorEntry, TensorTable, kept_table, table_of
 
-FILE_PARAM = "adapter_model.safetensors"
+MODEL_FILE = "adapter_model.safetensors"
 # numpy has no bfloat16.
 _NUMPY_TYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.int16}
 _LENGTH_BYTES = 8
@@ -94,26 +94,26 @@ def header_length(prefix: bytes, file_bytes: int, limits: BundleLimits) -> int:
         raise NotSafetensors(
             f"this is {kind}, not a safetensors file; save the weights with safetensors "
             "(pickled checkpoints are never read)",
-            param=FILE_PARAM,
+            param=MODEL_FILE,
         )
     if file_bytes > limits.max_bytes:
         raise BundleTooLarge(
             f"the bundle has {file_bytes} bytes; the limit is {limits.max_bytes}; lower the rank",
-            param=FILE_PARAM,
+            param=MODEL_FILE,
         )
     if len(prefix) < _LENGTH_BYTES:
-        raise Truncated(f"the file has {file_bytes} bytes; upload it again, whole", param=FILE_PARAM)
+        raise Truncated(f"the file has {file_bytes} bytes; upload it again, whole", param=MODEL_FILE)
     length = int.from_bytes(prefix[:_LENGTH_BYTES], "little")
     if length > _ABSURD_HEADER or length < 2 or prefix[_LENGTH_BYTES : _LENGTH_BYTES + 1] not in (b"{", b""):
-        raise NotSafetensors("this is not a safetensors file; send the file that the trainer wrote", param=FILE_PARAM)
+        raise NotSafetensors("this is not a safetensors file; send the file that the trainer wrote", param=MODEL_FILE)
     if length > limits.max_header_bytes:
         raise HeaderTooLarge(
-            f"the header claims {length} bytes; the limit is {limits.max_header_bytes}", param=FILE_PARAM
+            f"the header claims {length} bytes; the limit is {limits.max_header_bytes}", param=MODEL_FILE
         )
     if _LENGTH_BYTES + length > file_bytes:
         raise Truncated(
             f"the header claims {length} bytes, the file has {file_bytes}; upload it again, whole",
-            param=FILE_PARAM,
+            param=MODEL_FILE,
         )
     return length
 
@@ -137,11 +137,11 @@ def parse_header(data: memoryview, file_bytes: int, limits: BundleLimits, *, kep
     end = start + table.nbytes
     if end > file_bytes:
         raise Truncated(
-            f"the file has {file_bytes} bytes, its header announces {end}; upload it again, whole", param=FILE_PARAM
+            f"the file has {file_bytes} bytes, its header announces {end}; upload it again, whole", param=MODEL_FILE
         )
     if end < file_bytes:
         raise InvalidHeader(
-            f"{file_bytes - end} bytes follow the last tensor; nothing would read them", param=FILE_PARAM
+            f"{file_bytes - end} bytes follow the last tensor; nothing would read them", param=MODEL_FILE
         )
     return Header(metadata, table, start)
 
@@ -217,7 +217,7 @@ def _other_kind(prefix: bytes) -> str | None:
 def _parse_fields(raw: bytes, kept_tables: bool) -> tuple[dict[str, str], TensorTable]:
     """The metadata and the tensors of a header."""
     text, table = (_split(raw) if kept_tables else None) or (raw, None)
-    fields = parse_json_object(text, "the header", InvalidHeader, FILE_PARAM)
+    fields = parse_json_object(text, "the header", InvalidHeader, MODEL_FILE)
     metadata = _checked_metadata(fields.pop("__metadata__", {}))
     return metadata, table_of(fields) if table is None else table
 
