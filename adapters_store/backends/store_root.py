@@ -275,8 +275,9 @@ class StoreRoot:
                 ) from error
             # A server's clients are told this too, and need not know where its store is.
             inside = f"{self.path}/"
-            named = isinstance(error.filename, str) and error.filename.startswith(inside)
-            where = f" ({error.filename.removeprefix(inside)})" if named else ""
+            # Of a move, the file that was to be there: the unfinished one is gone.
+            path = error.filename2 or error.filename
+            where = f" ({path.removeprefix(inside)})" if isinstance(path, str) and path.startswith(inside) else ""
             raise StoreWriteFailed(
                 f"the store could not be written: {error.strerror or error}{where}; "
                 "check free space and permissions, then try again",

@@ -13,7 +13,7 @@ from bundle_factory import MODULE, Q, bundle_path, config_fields, make_bundle
 
 from adapters_store import AdapterBundle, AdapterConfig, AdapterNotFound, AdapterStore, StoreError
 from adapters_store.backends.adapter_directory import AdapterDirectory
-from adapters_store.errors import NotAStore, StoreCorrupted, UnsupportedStore, VersionInUse
+from adapters_store.errors import NotAStore, StoreCorrupted, StoreWriteFailed, UnsupportedStore, VersionInUse
 
 NAME = "acme/support"
 
@@ -369,6 +369,9 @@ def test_a_directory_in_the_place_of_a_record_damages_its_adapter_alone(store: A
     with pytest.raises(StoreCorrupted, match=r"\(it is a directory: remove the directory first\); "):
         store.resolve(f"{NAME}@stable" if "latest" not in file else NAME)
     assert [len(faults) for faults in store.faults()] == [0, 1, 0]
+    if "aliases" in file:
+        with pytest.raises(StoreWriteFailed, match=rf"Is a directory \(adapters/{NAME}/{file}\)"):
+            store.set_alias(NAME, Path(file).stem, f"{NAME}@v1")
     assert AdapterStore(store.root).delete(NAME).adapter_gone
     assert [info.adapter for info in store.list_page().adapters] == others
     store.check_integrity()
