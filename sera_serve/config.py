@@ -10,18 +10,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator
-from pydantic_settings import (
-    BaseSettings,
-    InitSettingsSource,
-    NoDecode,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
-)
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from sera_serve.access import checked_quotas
 from sera_serve.errors import InvalidConfiguration
 from sera_serve.quantization import Quantize
-from sera_serve.strict_yaml import load_yaml
+from sera_serve.strict_yaml import NotYaml, load_yaml
 
 _ENV_PREFIX = "SERA_SERVE_"
 # The host takes as long for a pass of a GPU's layers with 512 tokens as with a few.
@@ -36,10 +30,6 @@ _KUBERNETES = re.compile(
 
 RELOADED = frozenset({"quotas", "tenant_weights"})
 """The settings that a running server reads again on SIGHUP."""
-
-
-class _NotYaml(Exception):
-    """A text is not YAML, or has a value that cannot be made."""
 
 
 class ServeSettings(BaseSettings):
@@ -274,8 +264,8 @@ class ServeSettings(BaseSettings):
     @classmethod
     def _read_quotas(cls, value: Any) -> Any:
         try:
-            return checked_quotas(_read_yaml(value) if isinstance(value, str) else value)
-        except _NotYaml as error:
+            return checked_quotas(load_yaml(value) if isinstance(value, str) else value)
+        except NotYaml as error:
             raise ValueError(f"it is not YAML: {error}") from error
         except InvalidConfiguration as error:
             raise ValueError(error.message) from error
@@ -327,60 +317,51 @@ def load_with_sources(config: Path | None, flags: Mapping[str, Any]) -> tuple[Se
     """
     known = list(ServeSettings.model_fields)
     content = _read_file(config, known)
+    variables = _variables(known)
+    given = {name: value for name, value in flags.items() if value is not None}
+    sources = dict.fromkeys(known, "default")
+    sources |= dict.fromkeys(content, f"file {config}")
+    sources |= {name: f"variable {variable}" for name, variable in variables.items()}
+    sources |= {name: f"flag {_flag(name)}" for name in given}
+    try:
+        # What is not given here, pydantic reads from the variables.
+        return ServeSettings(**{n: value for n, value in content.items() if n not in variables} | given), sources
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = str(first["loc"][0])
+        problem = first["msg"].removeprefix("Value error, ").replace("Input", "it", 1)
+        where = sources[name] if name in given else f"{sources[name]}; flag {_flag(name)}"
+        raise InvalidConfiguration(f"{name} ({where}) is {first['input']!r}: {problem}", param=name) from error
+
+
+def _variables(known: list[str]) -> dict[str, str]:
+    """The variable of each setting that has one, in the case in which it is written: pydantic takes either."""
+    found = {}
     for variable in sorted(os.environ):
-        name = variable.removeprefix(_ENV_PREFIX)
-        if name != variable and _KUBERNETES.fullmatch(name) and (name != "PORT" or "://" in os.environ[variable]):
+        if not variable.upper().startswith(_ENV_PREFIX):
+            continue
+        name = variable[len(_ENV_PREFIX) :]
+        if _KUBERNETES.fullmatch(name) and (name != "PORT" or "://" in os.environ[variable]):
             raise InvalidConfiguration(
                 f"environment variable {variable} is Kubernetes' own, for a Service whose name begins with sera-serve; "
                 "set enableServiceLinks: false in the pod's spec, or give the Service another name",
                 param=variable,
             )
-        if name != variable and name.lower() not in known:
+        if name.lower() not in known:
             raise InvalidConfiguration(
                 f"environment variable {variable}: {_unknown(name.lower(), known)}", param=variable
             )
-    given = {name: value for name, value in flags.items() if value is not None}
-    sources = _sources(config, content or {}, flags)
-    if content is None:
-        return _validated(ServeSettings, given, sources), sources
-    in_file = content
-
-    class FromFile(ServeSettings):
-        @classmethod
-        def settings_customise_sources(
-            cls,
-            settings_cls: type[BaseSettings],
-            init_settings: PydanticBaseSettingsSource,
-            env_settings: PydanticBaseSettingsSource,
-            dotenv_settings: PydanticBaseSettingsSource,
-            file_secret_settings: PydanticBaseSettingsSource,
-        ) -> tuple[PydanticBaseSettingsSource, ...]:
-            return init_settings, env_settings, InitSettingsSource(settings_cls, in_file)
-
-    return _validated(FromFile, given, sources), sources
+        found[name.lower()] = variable
+    return found
 
 
-def _sources(config: Path | None, content: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, str]:
-    variables = {variable.removeprefix(_ENV_PREFIX).lower(): variable for variable in os.environ}
-    sources = {}
-    for name in ServeSettings.model_fields:
-        variable = variables.get(name, "")
-        if flags.get(name) is not None:
-            sources[name] = f"flag --{name.replace('_', '-')}"
-        elif variable.upper().startswith(_ENV_PREFIX):
-            sources[name] = f"variable {variable}"
-        else:
-            sources[name] = f"file {config}" if name in content else "default"
-    return sources
-
-
-def _read_file(config: Path | None, known: list[str]) -> dict[str, Any] | None:
-    """Return the settings in a file; None without a file."""
+def _read_file(config: Path | None, known: list[str]) -> dict[str, Any]:
+    """Return the settings in a file; none without a file."""
     if config is None:
-        return None
+        return {}
     try:
-        content = _read_yaml(config.read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, _NotYaml) as error:
+        content = load_yaml(config.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, NotYaml) as error:
         raise InvalidConfiguration(f"--config {config} cannot be read: {error}", param="config") from error
     if not isinstance(content, dict):
         raise InvalidConfiguration(f"--config {config} must hold `setting: value` lines", param="config")
@@ -390,30 +371,8 @@ def _read_file(config: Path | None, known: list[str]) -> dict[str, Any] | None:
     return content
 
 
-def _read_yaml(text: str) -> Any:
-    """Parse YAML, and raise _NotYaml where there is none.
-
-    PyYAML makes dates and numbers, and passes on whatever Python's own types raise: 2024-13-45 is a ValueError.
-    """
-    try:
-        return load_yaml(text)
-    except RecursionError:
-        raise _NotYaml("it is nested too deeply") from None
-    except Exception as error:
-        raise _NotYaml(str(error) or type(error).__name__) from error
-
-
-def _validated(kind: type[ServeSettings], given: dict[str, Any], sources: Mapping[str, str]) -> ServeSettings:
-    try:
-        return kind(**given)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        name = str(first["loc"][0])
-        problem = first["msg"].removeprefix("Value error, ").replace("Input", "it", 1)
-        flag = f"flag --{name.replace('_', '-')}"
-        source = sources.get(name, flag)
-        where = source if source == flag else f"{source}; {flag}"
-        raise InvalidConfiguration(f"{name} ({where}) is {first['input']!r}: {problem}", param=name) from error
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def _unknown(name: str, known: list[str]) -> str:

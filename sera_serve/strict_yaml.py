@@ -7,6 +7,10 @@ from typing import Any
 import yaml
 
 
+class NotYaml(Exception):
+    """A text is not YAML, or has a value that cannot be made. The message says why."""
+
+
 class _StrictLoader(yaml.SafeLoader):
     """`SafeLoader` that takes each key of a mapping once. What `<<` merges may still be overridden, as YAML says."""
 
@@ -32,8 +36,12 @@ def load_yaml(text: str) -> Any:
     """Parse a text that is one YAML document of plain values.
 
     Raises:
-        yaml.YAMLError: It is no YAML, or has a key twice.
-        RecursionError: It is nested too deeply.
-        ValueError: It has a number or date that cannot be made.
+        NotYaml: It is no YAML, has a key twice or a date that does not exist, or is nested too deeply.
     """
-    return yaml.load(text, Loader=_StrictLoader)
+    try:
+        return yaml.load(text, Loader=_StrictLoader)
+    except RecursionError:
+        raise NotYaml("it is nested too deeply") from None
+    # PyYAML passes on whatever Python's own types raise: 2024-13-45 is a ValueError.
+    except Exception as error:
+        raise NotYaml(str(error) or type(error).__name__) from error

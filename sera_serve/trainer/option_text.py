@@ -7,11 +7,10 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from sera_serve.errors import InvalidConfiguration
-from sera_serve.strict_yaml import load_yaml
+from sera_serve.strict_yaml import NotYaml, load_yaml
 
 
 def flag(field: str) -> str:
@@ -55,8 +54,7 @@ def read_yaml(path: Path, option: str, param: str) -> Any:
         return load_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidConfiguration(f"{option} {path} cannot be read: {error}", param=param) from error
-    # A date that does not exist is a ValueError; what is nested too deeply, a RecursionError.
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except NotYaml as error:
         where = " ".join(str(error).split())
         raise InvalidConfiguration(f"{option} {path} is not valid YAML: {where}", param=param) from error
 

@@ -189,3 +189,16 @@ def test_an_unknown_variable_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("SERA_SERVE_POOL_MB", "2")
     with pytest.raises(InvalidConfiguration, match="did you mean 'pool_mib'"):
         load_settings(None, {})
+
+
+@pytest.mark.parametrize("variable", ["SERA_SERVE_PORT", "sera_serve_port"])
+def test_a_variable_of_another_program_does_not_hide_the_server_s_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, variable: str
+) -> None:
+    monkeypatch.setenv(variable, "9")
+    # Later in the environment, with the setting's name and no prefix.
+    monkeypatch.setenv("PORT", "80")
+    file = tmp_path / "serve.yaml"
+    file.write_text("port: 7")
+    settings, sources = load_with_sources(file, {})
+    assert (settings.port, sources["port"]) == (9, f"variable {variable}")
