@@ -123,3 +123,7 @@ def _keyword(name: str, annotation: Any) -> inspect.Parameter:
 def _fail(message: str, status: int) -> NoReturn:
     say(f"sera-serve: {message}", err=True)
     raise typer.Exit(status)
+
+
+if __name__ == "__main__":
+    main()

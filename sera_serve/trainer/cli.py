@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
 
 import typer
 from pydantic.fields import FieldInfo
+from typer.core import TyperCommand, TyperGroup
 
 from adapters_store import StoreError
 from sera_serve.errors import InvalidConfiguration, SeraServeError
@@ -31,11 +32,32 @@ _WIDEST_CHOICE = 20
 def main() -> None:
     """Run the console script."""
     quiet_bitsandbytes()
-    app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
+    # A table would cut the long names of options in a terminal of 80 columns.
+    app = typer.Typer(cls=_Group, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
     app.callback(invoke_without_command=True)(_with_flags(_train))
     app.command("compare")(compare_command)
-    app.command("init")(_with_flags(_init))
+    app.command("init", cls=_Command)(_with_flags(_init))
     app()
+
+
+class _Command(TyperCommand):
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the options in their groups."""
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            if (record := parameter.get_help_record(ctx)) is not None:
+                own = parameter.rich_help_panel or f"{parameter.param_type_name}s".capitalize()
+                groups.setdefault(own, []).append(record)
+        for name, records in groups.items():
+            with formatter.section(name):
+                formatter.write_dl(records)
+
+
+class _Group(TyperGroup):
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the options in their groups, and the commands."""
+        _Command.format_options(self, ctx, formatter)  # type: ignore[arg-type]
+        self.format_commands(ctx, formatter)
 
 
 def _with_flags(command: Any) -> Any:
@@ -142,7 +164,7 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
     is_switch = kind is bool
     # The default is None here, which means that the flag was not given. TrainSettings has the real default.
     if field.is_required():
-        default = " **Required.**"
+        default = " Required."
     else:
         default = "" if field.default is None or is_switch else f" Default: {field.default}."
     values = _long_choice(kind)
@@ -271,3 +293,7 @@ def _request(settings: TrainSettings, result: Any) -> str:
 def _fail(message: str, status: int) -> NoReturn:
     typer.echo(f"train_adapter: {message}", err=True)
     raise typer.Exit(status)
+
+
+if __name__ == "__main__":
+    main()

@@ -179,10 +179,18 @@ def test_help_waits_for_no_model_library() -> None:
 
 
 def test_help_has_every_option(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
-    assert run(monkeypatch, "--help") == 0
-    shown = capsys.readouterr().out
-    for field in [*TrainSettings.model_fields, "config", "json"]:
-        assert f"{flag(field)} " in shown
-    for group in ("What to train", "Data", "Adapter", "Optimisation", "Run"):
-        assert f"{group} " in shown
+    for columns in ("80", "200"):
+        monkeypatch.setenv("COLUMNS", columns)
+        assert run(monkeypatch, "--help") == 0
+        shown = capsys.readouterr().out
+        assert "…" not in shown
+        for field in [*TrainSettings.model_fields, "config", "json"]:
+            assert f"{flag(field)} " in shown
+        for group in ("What to train", "Data", "Adapter", "Optimisation", "Run"):
+            assert f"\n{group}:\n" in shown
+
+
+@pytest.mark.parametrize("module", ["sera_serve.cli", "sera_serve.trainer.cli"])
+def test_a_module_of_a_command_line_runs_it(module: str) -> None:
+    found = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, check=True)
+    assert "Usage: " in found.stdout
