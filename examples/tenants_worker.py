@@ -77,7 +77,7 @@ def train(job: Job, base: str, data: Path, work: Path) -> dict[str, Any]:
 
 def score_base_only(settings: Any) -> dict[str, float]:
     """What the base does on the test rows without an adapter."""
-    from sera_serve.trainer.data.labelled import load_generate_data
+    from sera_serve.trainer.data.passages import load_generate_data
     from sera_serve.trainer.tasks import GenerateTask
 
     task = GenerateTask(_worker["base"], load_generate_data(settings), max_length=settings.max_length)

@@ -17,7 +17,7 @@ from sera_serve.engine import Principal, Score, ServingEngine, Spans
 from sera_serve.errors import InvalidRequest
 from sera_serve.layers import attach_layers, detach_adapter
 from sera_serve.sera_config import SeraConfig
-from sera_serve.trainer.data.spans import SpanExamples
+from sera_serve.trainer.data.labelled import LabelledExamples
 from sera_serve.trainer.data.targets import Example
 from sera_serve.trainer.tables.table import Row
 from sera_serve.trainer.tasks import TokenClassifyTask
@@ -175,7 +175,7 @@ def test_evaluation_in_training_gives_what_the_server_gives(store: AdapterStore,
     attach_layers(base.model, shapes)
     try:
         kinds = list(dict.fromkeys(tag[2:] for tag in (config.labels or [])[1:]))
-        data = SpanExamples(examples, examples, [], {}, [], kinds)
+        data = LabelledExamples(examples, examples, [], {}, [], kinds)
         task = TokenClassifyTask(base, data, max_length=16, dropout=0.0, adapted=True)
         assert task.tags == config.labels
         task.model.load_stored_tensors(bundle.tensors)

@@ -12,7 +12,7 @@ from trainer_samples import settings_for, write_jsonl
 from adapters_store import MAX_CHAT_TEMPLATE_BYTES, AdapterStore
 from sera_serve.base import FrozenBase, load_base
 from sera_serve.errors import InvalidConfiguration
-from sera_serve.trainer.data.labelled import Passage, load_generate_data
+from sera_serve.trainer.data.passages import Passage, load_generate_data
 from sera_serve.trainer.data.token_rows import PassageTokenizer
 from sera_serve.trainer.model import IGNORED
 from sera_serve.trainer.run import train_adapter

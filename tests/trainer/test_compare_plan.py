@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 
 from sera_serve.errors import InvalidConfiguration
 from sera_serve.trainer.compare.command import compare_command
-from sera_serve.trainer.compare.plan import Cell, ComparePlan, LearningRateRule, RunSpec, read_plan
+from sera_serve.trainer.compare.learning_rates import LearningRateRule
+from sera_serve.trainer.compare.plan import Cell, ComparePlan, RunSpec, read_plan
 from sera_serve.trainer.compare.runner import judge
 
 PLANS = Path(__file__).parents[2] / "examples" / "paper"

@@ -11,7 +11,7 @@ from trainer_samples import settings_for, write_jsonl
 from adapters_store import AdapterStore
 from sera_serve.base import FrozenBase, load_base
 from sera_serve.errors import InvalidConfiguration
-from sera_serve.trainer.data.labelled import load_generate_data
+from sera_serve.trainer.data.passages import load_generate_data
 from sera_serve.trainer.model import IGNORED
 from sera_serve.trainer.run import train_adapter
 from sera_serve.trainer.settings import load_options

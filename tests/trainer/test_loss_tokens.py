@@ -9,7 +9,7 @@ import torch
 
 from sera_serve.base import FrozenBase, load_base
 from sera_serve.errors import InvalidConfiguration
-from sera_serve.trainer.data.labelled import GenerateData, Passage
+from sera_serve.trainer.data.passages import GenerateData, Passage
 from sera_serve.trainer.data.token_rows import PassageTokenizer
 from sera_serve.trainer.model import IGNORED
 from sera_serve.trainer.tables.table import InvalidData, Row

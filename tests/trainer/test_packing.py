@@ -15,8 +15,8 @@ from adapters_store import AdapterStore
 from sera_serve.base import FrozenBase, freeze_base, load_base
 from sera_serve.errors import InvalidConfiguration
 from sera_serve.layers import attach_adapter
-from sera_serve.trainer.data.labelled import load_generate_data
 from sera_serve.trainer.data.packing import check_packing, pack_lengths, pack_rows
+from sera_serve.trainer.data.passages import load_generate_data
 from sera_serve.trainer.model import IGNORED
 from sera_serve.trainer.run import train_adapter
 from sera_serve.trainer.tasks import GenerateTask

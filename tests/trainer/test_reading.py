@@ -18,7 +18,8 @@ import pytest
 import zstandard
 from trainer_samples import settings_for, write_jsonl
 
-from sera_serve.trainer.data.labelled import GenerateData, LabelledExamples, load_classify_data, load_generate_data
+from sera_serve.trainer.data.labelled import LabelledExamples, load_classify_data
+from sera_serve.trainer.data.passages import GenerateData, load_generate_data
 from sera_serve.trainer.data.targets import load_numbers
 from sera_serve.trainer.tables.table import InvalidData, read_table
 

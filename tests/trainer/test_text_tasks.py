@@ -448,7 +448,7 @@ def test_spans_in_a_cell_of_a_table(tmp_path: Path) -> None:
     train = write_csv(tmp_path / "t.csv", rows, header=("text", "spans"))
     settings = settings_for(Path("tiny"), tmp_path, train, task="token-classify")
     data = TASKS["token-classify"].load(settings, None)
-    assert data.kinds == ["person", "place"]
+    assert data.labels == ["person", "place"]
     for cell, fault in (
         ('[{"start": 0, "end": 1, "end": 2, "label": "x"}]', "key 'end' appears twice in an object; keep one"),
         ('[{"start": 0, "end": 1, "label": "\\ud83d"}]', "a string holds half of a surrogate pair"),

@@ -10,7 +10,8 @@ import pyarrow.parquet
 import pytest
 from trainer_samples import ending_rule, settings_for, write_csv, write_jsonl
 
-from sera_serve.trainer.data.labelled import load_classify_data, load_generate_data
+from sera_serve.trainer.data.labelled import load_classify_data
+from sera_serve.trainer.data.passages import load_generate_data
 from sera_serve.trainer.data.spans import load_spans
 from sera_serve.trainer.data.splits import draw, hold_out
 from sera_serve.trainer.data.targets import load_label_sets, load_numbers
@@ -294,7 +295,7 @@ def test_a_limit_keeps_the_labels_of_all_rows_of_sets_and_spans(tmp_path: Path, 
         labels, notes, train = sets.labels, sets.notes, len(sets.train)
     else:
         spans = load_spans(settings)
-        labels, notes, train = spans.kinds, spans.notes, len(spans.train)
+        labels, notes, train = spans.labels, spans.notes, len(spans.train)
     assert labels == ["common", "seldom"]
     assert train <= 8
     assert "label 'seldom': no row of it is among the 8 drawn ones; raise --train-limit" in notes

@@ -15,13 +15,13 @@ from sera_serve.trainer.data.labelled import (
     LabelSet,
     Use,
     check_count,
-    check_known,
     check_labels,
+    check_labels_known,
     label_notes,
     limit_notes,
 )
 from sera_serve.trainer.data.splits import check_evaluated, draw, hold_out, hold_out_for
-from sera_serve.trainer.data.targets import check_known_labels, check_labels_repeat, labels_of, separator_notes
+from sera_serve.trainer.data.targets import check_label_sets_known, check_labels_repeat, labels_of, separator_notes
 from sera_serve.trainer.settings import TrainSettings
 from sera_serve.trainer.tables.faults import InvalidData, Problems, Row
 from sera_serve.trainer.tables.fields import label_of, whole_number_names
@@ -97,10 +97,10 @@ def load_image_classify_data(settings: TrainSettings, initial: AdapterConfig | N
         reader.notes += label_notes(item.target for item in rows["train"])
     else:
         check_count(settings.train, rows["train"])
-        check_known(settings.train, rows["train"], labels, f"a label of {settings.init_from}")
+        check_labels_known(settings.train, rows["train"], labels, settings.init_from)
     for use in USES[1:]:
         rows[use] = reader.labelled(use, labels)
-        check_known(getattr(settings, use) or settings.train, rows[use], labels)
+        check_labels_known(getattr(settings, use) or settings.train, rows[use], labels)
     train = draw(rows["train"], settings.train_limit, settings.seed)
     if not rows["eval"] and settings.eval_fraction:
         # Equal images stay on one side.
@@ -133,7 +133,7 @@ def load_image_label_sets(settings: TrainSettings, initial: AdapterConfig | None
             raise InvalidData(f"{settings.train}: no row has a label; check --label-column", param="label_column")
         check_labels_repeat(settings.train, len(rows["train"]), labels)
     for use in USES:
-        check_known_labels(getattr(settings, use) or settings.train, rows[use], labels, kept)
+        check_label_sets_known(getattr(settings, use) or settings.train, rows[use], labels, kept)
     train = draw(rows["train"], settings.train_limit, settings.seed)
     if settings.eval is None and settings.eval_fraction:
         train, rows["eval"] = hold_out_for(

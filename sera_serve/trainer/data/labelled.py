@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sized
@@ -10,8 +9,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Generic, Literal, TypeVar
 
-from adapters_store import MAX_CHAT_TEMPLATE_BYTES
-from sera_serve.trainer.data.passages import Passage, checked_passages
 from sera_serve.trainer.data.splits import draw, hold_out_for
 from sera_serve.trainer.settings import TrainSettings
 from sera_serve.trainer.tables.fields import label_of, text_of, whole_number_names
@@ -37,6 +34,28 @@ def table_for(settings: TrainSettings, use: Use) -> Table | None:
     if path is None:
         return None
     return read_table(path, delimiter=settings.delimiter, encoding=settings.encoding, split=use)
+
+
+def read_uses(
+    settings: TrainSettings, read: Callable[[Table, TrainSettings], list[T]]
+) -> tuple[dict[Use, list[T]], dict[str, str], list[str]]:
+    """Read the files of `settings`; `read` checks the rows of one.
+
+    Returns:
+        The rows by use, none of a use without a file; the sha256 of each file, by use; and the notes on the files.
+
+    Raises:
+        InvalidData: A file or some of its rows cannot be used.
+    """
+    rows: dict[Use, list[T]] = {use: [] for use in USES}
+    digests: dict[str, str] = {}
+    notes: list[str] = []
+    for use in USES:
+        if (table := table_for(settings, use)) is not None:
+            rows[use] = read(table, settings)
+            digests[use] = table.digest
+            notes += table.notes
+    return rows, digests, notes
 
 
 @dataclass(frozen=True)
@@ -75,10 +94,10 @@ class Examples(Generic[T]):
 
 @dataclass(frozen=True)
 class LabelledExamples(Examples[T]):
-    """Rows with labels: one each, or sets of them.
+    """Rows with labels: one each, sets of them, or spans.
 
     Attributes:
-        labels: Every label, in the order of the head's rows.
+        labels: Every label, in the order of the head's rows; of spans, sorted.
     """
 
     labels: list[str] = field(default_factory=list)
@@ -106,14 +125,14 @@ def load_classify_data(settings: TrainSettings, labels: list[str] | None = None)
         notes += table.notes
         if use != "train":
             assert labels is not None
-            check_known(table.path, rows[use], labels)
+            check_labels_known(table.path, rows[use], labels)
         elif labels is None:
             labels = sorted({item.target for item in rows[use]})
             check_labels(table.path, rows[use], labels)
             notes += label_notes(item.target for item in rows[use])
         else:
             check_count(table.path, rows[use])
-            check_known(table.path, rows[use], labels, f"a label of {settings.init_from}")
+            check_labels_known(table.path, rows[use], labels, settings.init_from)
     assert labels is not None
     train = draw(rows["train"], settings.train_limit, settings.seed)
     if settings.eval is None and settings.eval_fraction:
@@ -238,117 +257,30 @@ def check_labels(path: Path, rows: Sized, labels: list[str]) -> None:
 
 
 def check_known(
-    path: Path, rows: Iterable[Example[str] | ImageExample[str]], labels: list[str], kept: str | None = None
+    path: Path, found: Iterable[tuple[Row, Collection[str]]], known: Collection[str], whose: str, remedy: str
 ) -> None:
-    """Refuse rows whose label is not one of `labels`; `kept` says whose labels these are, if not the training rows'."""
-    problems, known = Problems(path), set(labels)
-    shown = ", ".join(labels[:10]) + (", ..." if len(labels) > 10 else "")
-    for item in rows:
-        if item.target not in known:
-            if kept is not None:
-                fault = f"is not {kept}, which has {shown}; correct it, delete the row, or train a new adapter"
-            else:
-                fault = f"is not in the training data, which has {shown}; "
-                fault += "correct it, delete the row, or add training rows of that label"
-            problems.add(item.row, f"label {item.target!r} {fault}")
+    """Refuse rows with a label that is not one of `known`.
+
+    Args:
+        path: Their file.
+        found: Each row, with its labels.
+        known: The labels that there are.
+        whose: Says whose labels these are.
+        remedy: What helps.
+    """
+    problems = Problems(path)
+    shown = ", ".join([*known][:10]) + (", ..." if len(known) > 10 else "")
+    for row, labels in found:
+        for label in sorted(set(labels).difference(known)):
+            problems.add(row, f"label {label!r} is not {whose}, which has {shown}; {remedy}")
     problems.raise_if_any()
 
 
-@dataclass(frozen=True)
-class GenerateData:
-    """Checked rows of task generate, by use.
-
-    Attributes:
-        train: What is learned.
-        eval: What chooses the epoch.
-        test: What is scored at the end.
-        digests: The sha256 of each file, by use.
-        chat_template: The template of the rows, all of which are chats then, or None.
-        prefers_chat: Whether the rows become chats where the base has a template of its own.
-        notes: What the user should know about the rows.
-    """
-
-    train: list[Passage]
-    eval: list[Passage]
-    test: list[Passage]
-    digests: dict[str, str]
-    chat_template: str | None = None
-    prefers_chat: bool = False
-    notes: list[str] = field(default_factory=list)
-
-
-def load_generate_data(settings: TrainSettings, template: str | None = None) -> GenerateData:
-    """Read and check the files of `settings`.
-
-    Args:
-        settings: Options of the run.
-        template: The chat template of the adapter that the run goes on from, which it keeps, or None.
-
-    A single long text (a `.txt` file) has no rows to split. The last `eval_fraction` of its characters is held out,
-    and at most half as much again, so that the cut is after a line or else a word.
-
-    Raises:
-        InvalidData: A file or some of its rows cannot be used.
-    """
-    rows: dict[Use, list[Passage]] = {use: [] for use in USES}
-    digests: dict[str, str] = {}
-    notes: list[str] = []
-    for use in USES:
-        table = table_for(settings, use)
-        if table is not None:
-            rows[use] = checked_passages(table, settings)
-            digests[use] = table.digest
-            notes += table.notes
-    if template is None and settings.chat_template is not None:
-        template = _read_template(settings.chat_template)
-    if template is not None:
-        _check_chats(rows["train"], settings)
-        digests["chat_template"] = hashlib.sha256(template.encode()).hexdigest()
-        rows = {use: [passage.as_chat() for passage in passages] for use, passages in rows.items()}
-    train = draw(rows["train"], settings.train_limit, settings.seed)
-    if settings.eval is None and settings.eval_fraction:
-        if len(train) == 1 and not train[0].messages and train[0].prompt is None:
-            train, rows["eval"] = _cut_text(train[0], settings.eval_fraction)
-        else:
-            train, rows["eval"] = hold_out_for(settings, train, notes, key=lambda r: r.group, stratum=lambda r: "")
-    prefers_chat = settings.format == "alpaca"
-    return GenerateData(train, rows["eval"], rows["test"], digests, template, prefers_chat, notes)
-
-
-def _check_chats(passages: list[Passage], settings: TrainSettings) -> None:
-    if any(not passage.messages and passage.prompt is None for passage in passages):
-        raise InvalidData(
-            f"{settings.train} has texts without a prompt, and {settings.init_from} answers chats; give rows with "
-            "messages, or a prompt and a completion",
-            param="train",
-        )
-
-
-def _read_template(path: Path) -> str:
-    """Read a chat template: UTF-8, not empty, and as long as a bundle may have it."""
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_CHAT_TEMPLATE_BYTES + 1)
-        text = data.decode("utf-8")
-    except OSError as error:
-        raise InvalidData(f"{path} cannot be read: {error.strerror}; check the path", param="chat_template") from error
-    except UnicodeDecodeError as error:
-        raise InvalidData(f"{path} is not UTF-8; save the chat template as UTF-8", param="chat_template") from error
-    if not text.strip() or len(data) > MAX_CHAT_TEMPLATE_BYTES:
-        raise InvalidData(
-            f"{path} must have a chat template of 1 to {MAX_CHAT_TEMPLATE_BYTES} bytes", param="chat_template"
-        )
-    return text
-
-
-def _cut_text(passage: Passage, fraction: float) -> tuple[list[Passage], list[Passage]]:
-    text = passage.completion
-    wanted = int(len(text) * (1 - fraction))
-    # A newline far before the wanted place would take most of the text from training: a title may be the only line.
-    nearest = wanted - int(len(text) * fraction / 2)
-    cut = text.rfind("\n", nearest, wanted) + 1
-    cut = cut or next((i + 1 for i in range(wanted - 1, nearest - 1, -1) if text[i].isspace()), wanted)
-    parts = [Passage(passage.row, part) for part in (text[:cut], text[cut:])]
-    if not all(part.completion.strip() for part in parts):
-        raise InvalidData("the one text is too short to hold a part out; give --eval or --eval-fraction 0")
-    return parts[:1], parts[1:]
+def check_labels_known(
+    path: Path, rows: Iterable[Example[str] | ImageExample[str]], labels: list[str], adapter: str | None = None
+) -> None:
+    """Refuse rows whose label is not one of `labels`: those of the adapter to go on from, if one is given."""
+    whose, remedy = "in the training data", "correct it, delete the row, or add training rows of that label"
+    if adapter is not None:
+        whose, remedy = f"a label of {adapter}", "correct it, delete the row, or train a new adapter"
+    check_known(path, ((item.row, (item.target,)) for item in rows), labels, whose, remedy)

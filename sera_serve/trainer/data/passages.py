@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
 
+from adapters_store import MAX_CHAT_TEMPLATE_BYTES
+from sera_serve.trainer.data.labelled import read_uses
+from sera_serve.trainer.data.splits import draw, hold_out_for
 from sera_serve.trainer.settings import TrainSettings
 from sera_serve.trainer.tables.fields import messages_of, string_of
 from sera_serve.trainer.tables.table import InvalidData, Problems, Row, Table
@@ -157,3 +162,95 @@ def _alpaca(row: Row, has_inputs: bool, problems: Problems) -> Passage:
         prompt = _ALPACA_WITH_INPUT.format(instruction=instruction, input=more)
         return Passage(row.place(), output, prompt, question=f"{instruction}\n\n{more}")
     return Passage(row.place(), output, _ALPACA_ALONE.format(instruction=instruction), question=instruction)
+
+
+@dataclass(frozen=True)
+class GenerateData:
+    """Checked rows of task generate, by use.
+
+    Attributes:
+        train: What is learned.
+        eval: What chooses the epoch.
+        test: What is scored at the end.
+        digests: The sha256 of each file, by use.
+        chat_template: The template of the rows, all of which are chats then, or None.
+        prefers_chat: Whether the rows become chats where the base has a template of its own.
+        notes: What the user should know about the rows.
+    """
+
+    train: list[Passage]
+    eval: list[Passage]
+    test: list[Passage]
+    digests: dict[str, str]
+    chat_template: str | None = None
+    prefers_chat: bool = False
+    notes: list[str] = field(default_factory=list)
+
+
+def load_generate_data(settings: TrainSettings, template: str | None = None) -> GenerateData:
+    """Read and check the files of `settings`.
+
+    Args:
+        settings: Options of the run.
+        template: The chat template of the adapter that the run goes on from, which it keeps, or None.
+
+    A single long text (a `.txt` file) has no rows to split. The last `eval_fraction` of its characters is held out,
+    and at most half as much again, so that the cut is after a line or else a word.
+
+    Raises:
+        InvalidData: A file or some of its rows cannot be used.
+    """
+    rows, digests, notes = read_uses(settings, checked_passages)
+    if template is None and settings.chat_template is not None:
+        template = _read_template(settings.chat_template)
+    if template is not None:
+        _check_chats(rows["train"], settings)
+        digests["chat_template"] = hashlib.sha256(template.encode()).hexdigest()
+        rows = {use: [passage.as_chat() for passage in passages] for use, passages in rows.items()}
+    train = draw(rows["train"], settings.train_limit, settings.seed)
+    if settings.eval is None and settings.eval_fraction:
+        if len(train) == 1 and not train[0].messages and train[0].prompt is None:
+            train, rows["eval"] = _cut_text(train[0], settings.eval_fraction)
+        else:
+            train, rows["eval"] = hold_out_for(settings, train, notes, key=lambda r: r.group, stratum=lambda r: "")
+    prefers_chat = settings.format == "alpaca"
+    return GenerateData(train, rows["eval"], rows["test"], digests, template, prefers_chat, notes)
+
+
+def _check_chats(passages: list[Passage], settings: TrainSettings) -> None:
+    if any(not passage.messages and passage.prompt is None for passage in passages):
+        raise InvalidData(
+            f"{settings.train} has texts without a prompt, and {settings.init_from} answers chats; give rows with "
+            "messages, or a prompt and a completion",
+            param="train",
+        )
+
+
+def _read_template(path: Path) -> str:
+    """Read a chat template: UTF-8, not empty, and as long as a bundle may have it."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_CHAT_TEMPLATE_BYTES + 1)
+        text = data.decode("utf-8")
+    except OSError as error:
+        raise InvalidData(f"{path} cannot be read: {error.strerror}; check the path", param="chat_template") from error
+    except UnicodeDecodeError as error:
+        raise InvalidData(f"{path} is not UTF-8; save the chat template as UTF-8", param="chat_template") from error
+    if not text.strip() or len(data) > MAX_CHAT_TEMPLATE_BYTES:
+        raise InvalidData(
+            f"{path} must have a chat template of 1 to {MAX_CHAT_TEMPLATE_BYTES} bytes", param="chat_template"
+        )
+    return text
+
+
+def _cut_text(passage: Passage, fraction: float) -> tuple[list[Passage], list[Passage]]:
+    text = passage.completion
+    wanted = int(len(text) * (1 - fraction))
+    # A newline far before the wanted place would take most of the text from training: a title may be the only line.
+    nearest = wanted - int(len(text) * fraction / 2)
+    cut = text.rfind("\n", nearest, wanted) + 1
+    cut = cut or next((i + 1 for i in range(wanted - 1, nearest - 1, -1) if text[i].isspace()), wanted)
+    parts = [Passage(passage.row, part) for part in (text[:cut], text[cut:])]
+    if not all(part.completion.strip() for part in parts):
+        raise InvalidData("the one text is too short to hold a part out; give --eval or --eval-fraction 0")
+    return parts[:1], parts[1:]

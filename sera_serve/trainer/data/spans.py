@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 from sera_serve.base.spans import OUTSIDE, Span
-from sera_serve.trainer.data.labelled import Example, Examples, limit_notes
+from sera_serve.trainer.data.labelled import Example, LabelledExamples, check_known, limit_notes
 from sera_serve.trainer.data.targets import load_examples
 from sera_serve.trainer.settings import TrainSettings
 from sera_serve.trainer.tables.fields import text_of
@@ -25,18 +23,7 @@ Marked = tuple[Span, ...]
 """The spans of a text, in the order of their places, without overlaps."""
 
 
-@dataclass(frozen=True)
-class SpanExamples(Examples[Marked]):
-    """Rows of texts with spans.
-
-    Attributes:
-        kinds: The labels of spans.
-    """
-
-    kinds: list[str] = field(default_factory=list)
-
-
-def load_spans(settings: TrainSettings, kinds: list[str] | None = None) -> SpanExamples:
+def load_spans(settings: TrainSettings, kinds: list[str] | None = None) -> LabelledExamples[Marked]:
     """Read and check the rows of task token-classify.
 
     Args:
@@ -57,9 +44,10 @@ def load_spans(settings: TrainSettings, kinds: list[str] | None = None) -> SpanE
             )
     for path, items in ((settings.train, every), (settings.eval, found.eval), (settings.test, found.test)):
         if path is not None:
-            _check_known(path, items, kinds, kept)
+            found_labels = ((item.row, {span.label for span in item.target}) for item in items)
+            check_known(path, found_labels, kinds, kept, "correct it or remove the span")
     notes = found.notes + limit_notes(settings, kinds, {span.label for item in found.train for span in item.target})
-    return SpanExamples(found.train, found.eval, found.test, found.digests, notes, kinds)
+    return LabelledExamples(found.train, found.eval, found.test, found.digests, notes, kinds)
 
 
 def _read(table: Table, settings: TrainSettings) -> list[Example[Marked]]:
@@ -197,12 +185,3 @@ def _tag(row: Row, column: str, value: Any, problems: Problems) -> str | None:
             return tag if tag == OUTSIDE else f"{tag[:2]}{tag[2:].strip()}"
     problems.add(row, f"{column} has {value!r}; a tag is O, B-name or I-name")
     return None
-
-
-def _check_known(path: Path, rows: list[Example[Marked]], kinds: list[str], kept: str) -> None:
-    problems, known = Problems(path), set(kinds)
-    shown = ", ".join(kinds[:10]) + (", ..." if len(kinds) > 10 else "")
-    for item in rows:
-        for kind in sorted({span.label for span in item.target} - known):
-            problems.add(item.row, f"label {kind!r} is not {kept}, which has {shown}; correct it or remove the span")
-    problems.raise_if_any()

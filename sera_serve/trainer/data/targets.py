@@ -10,18 +10,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sera_serve.trainer.data.labelled import (
-    USES,
     Example,
     Examples,
     ImageExample,
     LabelledExamples,
     LabelSet,
-    Use,
     check_count,
+    check_known,
     checked_texts,
     label_notes,
     limit_notes,
-    table_for,
+    read_uses,
 )
 from sera_serve.trainer.data.splits import draw, hold_out_for
 from sera_serve.trainer.settings import TrainSettings
@@ -58,14 +57,7 @@ def load_examples(
     Raises:
         InvalidData: A file or some of its rows cannot be used.
     """
-    rows: dict[Use, list[Example[T]]] = {use: [] for use in USES}
-    digests: dict[str, str] = {}
-    notes: list[str] = []
-    for use in USES:
-        if (table := table_for(settings, use)) is not None:
-            rows[use] = read(table, settings)
-            digests[use] = table.digest
-            notes += table.notes
+    rows, digests, notes = read_uses(settings, read)
     check_count(settings.train, rows["train"])
     train = draw(rows["train"], settings.train_limit, settings.seed)
     if settings.eval is None and settings.eval_fraction:
@@ -119,7 +111,7 @@ def load_label_sets(settings: TrainSettings, labels: list[str] | None = None) ->
         check_labels_repeat(settings.train, len(every), labels)
     for path, items in ((settings.train, every), (settings.eval, found.eval), (settings.test, found.test)):
         if path is not None:
-            check_known_labels(path, items, labels, kept)
+            check_label_sets_known(path, items, labels, kept)
     notes = found.notes + separator_notes(labels, settings.label_separator)
     notes += limit_notes(settings, labels, {label for item in found.train for label in item.target})
     return LabelledExamples(found.train, found.eval, found.test, found.digests, notes, labels)
@@ -231,13 +223,8 @@ def check_labels_repeat(path: Path, rows: int, labels: list[str]) -> None:
         )
 
 
-def check_known_labels(
-    path: Path, rows: Iterable[Example[LabelSet] | ImageExample[LabelSet]], labels: list[str], kept: str
+def check_label_sets_known(
+    path: Path, rows: Iterable[Example[LabelSet] | ImageExample[LabelSet]], labels: list[str], whose: str
 ) -> None:
-    """Refuse rows with a label that is not one of `labels`; `kept` says whose labels these are."""
-    problems, known = Problems(path), set(labels)
-    shown = ", ".join(labels[:10]) + (", ..." if len(labels) > 10 else "")
-    for item in rows:
-        for label in sorted(item.target - known):
-            problems.add(item.row, f"label {label!r} is not {kept}, which has {shown}; correct it or delete the row")
-    problems.raise_if_any()
+    """Refuse rows with a label that is not one of `labels`; `whose` says whose labels these are."""
+    check_known(path, ((item.row, item.target) for item in rows), labels, whose, "correct it or delete the row")

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from adapters_store import AdapterConfig
 from sera_serve.base import FrozenBase, ModelInputs
-from sera_serve.trainer.data.labelled import GenerateData, load_generate_data
 from sera_serve.trainer.data.packing import check_packing, pack_rows, packed_length
-from sera_serve.trainer.data.passages import Passage
+from sera_serve.trainer.data.passages import GenerateData, Passage, load_generate_data
 from sera_serve.trainer.data.token_rows import PassageTokenizer, TokenRow, by_length, pad_labels
 from sera_serve.trainer.model import IGNORED, AdapterModel, GeneratorModel
 from sera_serve.trainer.settings import TrainSettings

@@ -16,8 +16,8 @@ from adapters_store import AdapterConfig
 from sera_serve.base import FrozenBase
 from sera_serve.base.spans import Span, bio_tags, decode_tags, encode_tags, kinds_of, token_ranges
 from sera_serve.errors import InvalidConfiguration
-from sera_serve.trainer.data.labelled import Example
-from sera_serve.trainer.data.spans import Marked, SpanExamples, load_spans
+from sera_serve.trainer.data.labelled import Example, LabelledExamples
+from sera_serve.trainer.data.spans import Marked, load_spans
 from sera_serve.trainer.heads import HeadModel
 from sera_serve.trainer.model import IGNORED, new_head
 from sera_serve.trainer.settings import TrainSettings
@@ -45,14 +45,16 @@ class TokenClassifyTask(TextHeadTask[Marked]):
 
     needs_offsets = True
 
-    def __init__(self, base: FrozenBase, data: SpanExamples, *, max_length: int, dropout: float, adapted: bool) -> None:
+    def __init__(
+        self, base: FrozenBase, data: LabelledExamples[Marked], *, max_length: int, dropout: float, adapted: bool
+    ) -> None:
         if not base.preprocessor.has_offsets:
             raise InvalidConfiguration(
                 f"the tokenizer of base {base.name} does not tell which characters a token stands for, which "
                 "token-classify needs; take a base with a fast tokenizer (a tokenizer.json)",
                 param="base",
             )
-        self.tags = bio_tags(data.kinds)
+        self.tags = bio_tags(data.labels)
         head = new_head(base, len(self.tags))
         super().__init__(base, data, pooling=None, max_length=max_length, adapted=adapted)
         # Padding and tokens without characters are ignored.
@@ -134,11 +136,13 @@ def _ranges(row: TextRow[Marked]) -> list[tuple[int, int] | None]:
     return token_ranges(text, row.inputs.offsets)
 
 
-def _load(settings: TrainSettings, initial: AdapterConfig | None) -> SpanExamples:
+def _load(settings: TrainSettings, initial: AdapterConfig | None) -> LabelledExamples[Marked]:
     return load_spans(settings, kinds_of(initial.labels or []) if initial is not None else None)
 
 
-def _build(settings: TrainSettings, base: FrozenBase, data: SpanExamples, max_length: int) -> TokenClassifyTask:
+def _build(
+    settings: TrainSettings, base: FrozenBase, data: LabelledExamples[Marked], max_length: int
+) -> TokenClassifyTask:
     return TokenClassifyTask(
         base,
         data,
