@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 
 from sera_serve.errors import InvalidConfiguration, SeraServeError
-from sera_serve.terminal import PlainConsole
+from sera_serve.terminal import PlainConsole, fail, say
 from sera_serve.trainer.packages import check_packages
 
 
@@ -50,7 +50,7 @@ def compare_command(
     try:
         check_packages()
     except InvalidConfiguration as error:
-        _fail(error.message, 2)
+        fail("train_adapter compare", error.message, 2)
     from sera_serve.trainer.compare.plan import read_plan
     from sera_serve.trainer.compare.results import ResultsFile
     from sera_serve.trainer.compare.runner import CompareRunner
@@ -70,22 +70,22 @@ def compare_command(
             retry_failed=retry_failed,
         )
     except SeraServeError as error:
-        _fail(error.message, 2)
+        fail("train_adapter compare", error.message, 2)
     except OSError as error:
-        _fail(f"{error.filename}: {error.strerror}", 2)
+        fail("train_adapter compare", f"{error.filename}: {error.strerror}", 2)
     stopped = False
     try:
         if limit != 0:
             runner.run(limit)
     except SeraServeError as error:
-        _fail(error.message, 1)
+        fail("train_adapter compare", error.message, 1)
     except OSError as error:
-        _fail(f"{error.filename}: {error.strerror}", 1)
+        fail("train_adapter compare", f"{error.filename}: {error.strerror}", 1)
     except KeyboardInterrupt:
         stopped = True
     _show(runner, path, output, as_json)
     if stopped:
-        _fail("stopped; the same command goes on with the runs that are left", 130)
+        fail("train_adapter compare", "stopped; the same command goes on with the runs that are left", 130)
 
 
 def _show(runner: Any, path: Path, output: Path | None, as_json: bool) -> None:
@@ -104,14 +104,14 @@ def _show(runner: Any, path: Path, output: Path | None, as_json: bool) -> None:
         (folder / f"{name}.md").write_text(as_markdown(cells))
         plotted = plot_scores(folder / f"{name}.png", cells)
     except OSError as error:
-        _fail(f"{error.filename}: {error.strerror}", 1)
+        fail("train_adapter compare", f"{error.filename}: {error.strerror}", 1)
     console = PlainConsole(highlight=False)
     if not console.is_terminal:
         # A pipe has no width, and a table cut to 80 columns is of no use.
         console = PlainConsole(highlight=False, width=250)
     console.print(as_table(cells))
     for line in errors_of(cells):
-        typer.echo(line)
+        say(line)
     files = f"{folder / name}.csv, .md" + (" and .png" if plotted else "")
     typer.echo(f"{left} of {len(runner.plan.ordered())} runs are left; written: {files}")
     if as_json:
@@ -123,8 +123,3 @@ def _pair(text: str) -> tuple[str, str]:
     if not equals or not name or not place:
         raise InvalidConfiguration(f"--base {text!r}: write NAME=FOLDER", param="base")
     return name, place
-
-
-def _fail(message: str, status: int) -> NoReturn:
-    typer.echo(f"train_adapter compare: {message}", err=True)
-    raise typer.Exit(status)

@@ -1,31 +1,37 @@
-"""The plan of a comparison: bases, data sets, methods with sizes, seeds, and the rule for learning rates."""
+"""The plan of a comparison: bases, data sets and seeds, and each run of a method as a process gets it."""
 
 from __future__ import annotations
 
 import difflib
 import hashlib
 import json
-import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from sera_serve.errors import InvalidConfiguration
-from sera_serve.trainer.baselines import ADAPTER_OPTIONS, BASELINES, NEED_ADAPTERS, WITH_LORA_B, BaselineShape
+from sera_serve.trainer.compare.learning_rates import LearningRateRule
+from sera_serve.trainer.compare.variants import (
+    DEFAULT_RANK,
+    ComparedMethod,
+    Variant,
+    shape_of,
+    shapes_adapter,
+    sizes_of,
+)
 from sera_serve.trainer.methods import METHODS
 from sera_serve.trainer.option_text import read_yaml
-from sera_serve.trainer.settings import ADAPTER, FILES, TrainSettings, group_of
+from sera_serve.trainer.settings import FILES, TrainSettings
 from sera_serve.trainer.tables.table import HUB
 from sera_serve.trainer.task_options import LOWER_IS_BETTER as LOSSES
 from sera_serve.trainer.task_options import MULTI_LABEL_METRICS, REPORTED_METRICS, TASK_METRICS
 from sera_serve.trainer.together.records import contents_digest
 
-_STRICT = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 _OPEN = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
 # The comparison sets these itself.
 _OWN = ("store", "name", "work_dir", "resume", "seed", "method", "description", "init_from")
@@ -34,10 +40,6 @@ _PACKAGE = "package:"
 LOWER_IS_BETTER = frozenset({*LOSSES, "perplexity", "bits_per_byte"})
 Purpose = Literal["rate", "score"]
 Loop = Literal["seed", "base", "data", "method"]
-Size = Annotated[int, Field(ge=1)]
-Sizes = Size | Annotated[list[Size], Field(min_length=1)]
-_DEFAULT_RANK = 8
-_WITHOUT_RANK = (*NEED_ADAPTERS, "full", "head-only")
 
 
 class ComparedBase(BaseModel):
@@ -66,132 +68,6 @@ class ComparedData(BaseModel):
 
     score: str | None = None
     test_rows: int | None = Field(None, ge=1)
-
-
-class ComparedMethod(BaseModel):
-    """A method of the plan, in one or several sizes. Further keys are options of its training runs.
-
-    Attributes:
-        method: One of `train_adapter --method`, or a baseline.
-        name: Its name in the table; made of method and size unless given.
-        rank: One rank or several. Without it, the rank of the base, of the data set or of `settings`, or else 8.
-        blocks: Diagonal blocks of BD-LoRA.
-        reduction_factor: houlsby, pfeiffer: width of the base by the width of a bottleneck; one or several.
-        learning_rate: Fixed; without it the plan's rule chooses.
-        data: Names of the data sets that the method runs on; all of them unless given.
-    """
-
-    model_config = _OPEN
-
-    method: str
-    name: str | None = None
-    rank: Sizes | None = None
-    blocks: int = Field(4, ge=1)
-    reduction_factor: Sizes = 16
-    learning_rate: float | None = Field(None, gt=0, le=10)
-    data: list[str] | None = None
-
-    @field_validator("method")
-    @classmethod
-    def _is_known(cls, value: str) -> str:
-        known = (*METHODS, *BASELINES)
-        if value not in known:
-            raise ValueError(f"method {value!r} is unknown; choose one of {', '.join(known)}")
-        return value
-
-    @model_validator(mode="after")
-    def _takes_its_options(self) -> ComparedMethod:
-        taken = {
-            "rank": self.method not in _WITHOUT_RANK,
-            "blocks": self.method == "bd-lora",
-            "reduction_factor": self.method in NEED_ADAPTERS,
-        }
-        if self.method in BASELINES:
-            options = [name for name in self.model_extra or {} if name in TrainSettings.model_fields]
-            taken |= {name: not _shapes_adapter(name) or name in ADAPTER_OPTIONS[self.method] for name in options}
-        for name, is_taken in taken.items():
-            if not is_taken and name in self.model_fields_set:
-                raise ValueError(f"{name} has no meaning for method {self.method}; leave it out")
-        return self
-
-
-class LearningRateRule(BaseModel):
-    """How learning rates are chosen: on held-out rows of the training file, with a seed of its own.
-
-    All rates of `start` are tried. While the best one is the lowest or the highest tried, the next of `ladder` on that
-    side is tried too. The highest score on the held-out rows wins; of equal scores, the lower loss; of equal losses,
-    the lower rate. Test rows are not read.
-
-    Attributes:
-        ladder: All rates that may be tried, ascending.
-        start: Those that are tried first.
-        seed: The seed of these runs; none of the plan's own.
-        data: With names of data sets, a method has one rate for all, by its mean score on these. Without, each data
-            set has a rate of its own.
-    """
-
-    model_config = _STRICT
-
-    ladder: list[float]
-    start: list[float] = Field(min_length=1)
-    seed: int = Field(100, ge=0, lt=2**32)
-    data: list[str] | None = Field(None, min_length=1)
-
-    @model_validator(mode="after")
-    def _is_a_ladder(self) -> LearningRateRule:
-        if sorted(set(self.ladder)) != self.ladder or not all(0 < rate <= 10 for rate in self.ladder):
-            raise ValueError("ladder must be ascending rates above 0, at most 10")
-        places = [self.ladder.index(rate) if rate in self.ladder else -1 for rate in self.start]
-        if -1 in places or places != list(range(places[0], places[0] + len(places))):
-            raise ValueError("start must be neighbouring rates of ladder, ascending")
-        return self
-
-    def next_rate(self, tried: Mapping[float, tuple[float, float]]) -> float | None:
-        """Return the next rate to try, or None if the choice is made.
-
-        Args:
-            tried: (score, minus loss) by rate; minus infinity for a run that failed.
-        """
-        for rate in self.start:
-            if rate not in tried:
-                return rate
-        best = self.ladder.index(self.best(tried))
-        places = sorted(self.ladder.index(rate) for rate in tried)
-        if not any(score > -math.inf for score, _ in tried.values()):
-            # Nothing worked so far: a lower rate is what may.
-            best = places[0]
-        if best == places[0] and best > 0:
-            return self.ladder[best - 1]
-        if best == places[-1] and best + 1 < len(self.ladder):
-            return self.ladder[best + 1]
-        return None
-
-    def best(self, tried: Mapping[float, tuple[float, float]]) -> float:
-        """Return the best rate of those tried."""
-        return max(tried, key=lambda rate: (tried[rate], -rate))
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One method in one size.
-
-    Attributes:
-        label: Its name in the table.
-        family: The label without the size. The plot joins the sizes of a family.
-        options: Options of its training runs.
-        baseline: The shape of a baseline, or None for our own methods.
-        rank: Its rank; None takes that of the other options of the run.
-        learning_rate: Fixed, or None.
-        data: Names of its data sets, or None for all.
-    """
-
-    label: str
-    family: str
-    options: dict[str, Any]
-    baseline: BaselineShape | None
-    rank: int | None
-    learning_rate: float | None
-    data: list[str] | None
 
 
 @dataclass(frozen=True)
@@ -225,7 +101,7 @@ class RunSpec:
 class ComparePlan(BaseModel):
     """A comparison: every method in every size, on every data set, over every base, with every seed."""
 
-    model_config = _STRICT
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     bases: dict[str, ComparedBase] = Field(min_length=1)
     data: dict[str, ComparedData] = Field(min_length=1)
@@ -273,8 +149,8 @@ class ComparePlan(BaseModel):
         # A rank of bases or data sets differs between the cells of a row, so it is no part of the row's name.
         places = [*self.bases.values(), *self.data.values()]
         varies = any("rank" in (place.model_extra or {}) for place in places)
-        rank = None if varies else self.settings.get("rank", _DEFAULT_RANK)
-        return [variant for method in self.methods for variant in _sizes_of(method, rank)]
+        rank = None if varies else self.settings.get("rank", DEFAULT_RANK)
+        return [variant for method in self.methods for variant in sizes_of(method, rank)]
 
     def cells(self) -> list[Cell]:
         """Return every place of the table."""
@@ -369,9 +245,9 @@ class ComparePlan(BaseModel):
         options: dict[str, Any] = self._options(cell.data) | (base.model_extra or {})
         if not METHODS[variant.options["method"]].adapts:
             # The plan's targets are for the other methods.
-            options = {name: value for name, value in options.items() if not _shapes_adapter(name)}
+            options = {name: value for name, value in options.items() if not shapes_adapter(name)}
         elif variant.baseline is None:
-            options["rank"] = variant.rank or options.get("rank", _DEFAULT_RANK)
+            options["rank"] = variant.rank or options.get("rank", DEFAULT_RANK)
         options |= variant.options
         score = self.score_of(cell.data)
         if score in self._metrics(cell.data):
@@ -395,7 +271,7 @@ class ComparePlan(BaseModel):
                 f"{first['msg'].removeprefix('Value error, ')}; correct it in methods, data, bases or settings",
                 param=where,
             ) from error
-        shape = asdict(_shape_of(variant, variant.baseline, settings)) if variant.baseline is not None else None
+        shape = asdict(shape_of(variant, variant.baseline, settings)) if variant.baseline is not None else None
         test_rows = self.data[cell.data].test_rows if purpose == "score" else None
         named = settings | {"base": cell.base}
         for use in FILES:
@@ -411,63 +287,6 @@ def _check_options(where: str, options: Mapping[str, Any]) -> None:
             raise ValueError(f"{where}: {name} is set by the comparison; take it out")
         if name not in TrainSettings.model_fields:
             raise ValueError(f"{where}: unknown option {name!r}; see train_adapter --help for the options of a run")
-
-
-def _shapes_adapter(name: str) -> bool:
-    return group_of(TrainSettings.model_fields[name]) == ADAPTER and name not in ("pooling", "dropout")
-
-
-def _shape_of(variant: Variant, baseline: BaselineShape, settings: Mapping[str, Any]) -> BaselineShape:
-    """The shape of a baseline in one run, of which `settings` are the options.
-
-    Raises:
-        InvalidConfiguration: The baseline has no factor for LoRA+.
-    """
-    if settings.get("lora_plus_ratio") is not None and baseline.method not in WITH_LORA_B:
-        raise InvalidConfiguration(
-            f"{variant.label}: lora_plus_ratio sets the learning rate of B, and {baseline.method} has no B of LoRA; "
-            "give it in methods that have one",
-            param="lora_plus_ratio",
-        )
-    if baseline.method in _WITHOUT_RANK:
-        return baseline
-    return replace(baseline, rank=variant.rank or settings.get("rank", _DEFAULT_RANK))
-
-
-def _sizes_of(entry: ComparedMethod, default_rank: int | None) -> Iterator[Variant]:
-    """Every size of a method; `default_rank` is the rank in the name of a method without one, None for no such part."""
-    extra = entry.model_extra or {}
-    is_baseline = entry.method in BASELINES
-    options = {"method": "lora" if is_baseline else entry.method} | extra
-    shape = BaselineShape(entry.method, blocks=entry.blocks) if is_baseline else None  # type: ignore[arg-type]
-    split = f" split={extra['split']}" if not is_baseline and extra.get("split") is not None else ""
-    sizes: list[tuple[str, BaselineShape | None, int | None]] = []
-    if entry.method in NEED_ADAPTERS:
-        for factor in _listed(entry.reduction_factor):
-            sizes.append((f"1/{factor}", BaselineShape(entry.method, reduction_factor=factor), None))
-    elif entry.method in _WITHOUT_RANK:
-        sizes.append(("", shape, None))
-    else:
-        for rank in _listed(entry.rank):
-            shown = default_rank if rank is None else rank
-            sizes.append(((f"r={shown}" if shown is not None else "") + split, shape, rank))
-    family = entry.name or _family(entry.method, extra)
-    for size, shape, rank in sizes:
-        # A name that was given needs the size only where there are several.
-        label = family if entry.name and len(sizes) == 1 else f"{family} {size.strip()}".strip()
-        yield Variant(label, family, options, shape, rank, entry.learning_rate, entry.data)
-
-
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
-
-
-def _family(method: str, options: Mapping[str, Any]) -> str:
-    factors = options.get("train_factors")
-    if factors is None:
-        return method
-    trained = factors if isinstance(factors, str) else ",".join(factors)
-    return f"{method} trains {trained}"
 
 
 def _base_spec(base: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator
@@ -10,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from adapters_store.backends.durable import try_file_lock
 from sera_serve.errors import InvalidConfiguration
 from sera_serve.trainer.checkpoint import RunInProgress
 from sera_serve.trainer.schedule import SCHEDULE
@@ -47,16 +47,12 @@ class ResultsFile:
             RunInProgress: Another comparison writes to this file.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("ab+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise RunInProgress(
-                    f"another comparison writes to {self.path}; wait for it, or give --results"
-                ) from error
-            file.seek(0)
-            whole, newline, _ = file.read().rpartition(b"\n")
-            file.truncate(len(whole) + len(newline))
+        with try_file_lock(str(self.path)) as is_ours:
+            if not is_ours:
+                raise RunInProgress(f"another comparison writes to {self.path}; wait for it, or give --results")
+            with self.path.open("rb+") as file:
+                whole, newline, _ = file.read().rpartition(b"\n")
+                file.truncate(len(whole) + len(newline))
             yield
 
     def check_schedule(self) -> None:

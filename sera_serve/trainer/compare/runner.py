@@ -19,7 +19,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from sera_serve.errors import InvalidConfiguration
 from sera_serve.trainer.baselines import NEED_ADAPTERS
-from sera_serve.trainer.compare.plan import LOWER_IS_BETTER, Cell, ComparePlan, LearningRateRule, Purpose, RunSpec
+from sera_serve.trainer.compare.learning_rates import LearningRateRule
+from sera_serve.trainer.compare.plan import LOWER_IS_BETTER, Cell, ComparePlan, Purpose, RunSpec
 from sera_serve.trainer.compare.results import ResultsFile
 from sera_serve.trainer.schedule import SCHEDULE
 
