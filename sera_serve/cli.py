@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, get_args, get_origin
+from typing import Annotated, Any, get_args, get_origin
 
 import typer
 from pydantic.fields import FieldInfo
@@ -17,11 +17,11 @@ from sera_serve.commands.adapters import adapters_app
 from sera_serve.commands.analyze import analyze_command
 from sera_serve.commands.doctor import doctor_command
 from sera_serve.commands.keys import keys_app
-from sera_serve.commands.output import say
 from sera_serve.commands.quotas import quotas_app
 from sera_serve.commands.reload import hangup_noted
 from sera_serve.config import ServeSettings, load_settings, load_with_sources
 from sera_serve.errors import InvalidConfiguration, SeraServeError
+from sera_serve.terminal import fail
 
 
 def main() -> None:
@@ -65,7 +65,7 @@ def _with_settings(run: Callable[[Path | None, dict[str, Any]], None], text: str
         try:
             run(config, flags)
         except InvalidConfiguration as error:
-            _fail(error.message, 2)
+            fail("sera-serve", error.message, 2)
 
     command.__doc__ = text
     config = typer.Option(help="YAML file of settings by name; flags and SERA_SERVE_* variables win over the file.")
@@ -85,7 +85,7 @@ def _serve(config: Path | None, flags: dict[str, Any]) -> None:
         try:
             run_server(settings, partial(load_settings, config, flags), hangup.is_set)
         except (SeraServeError, StoreError) as error:
-            _fail(error.message, 1)
+            fail("sera-serve", error.message, 1)
 
 
 def _check_config(config: Path | None, flags: dict[str, Any]) -> None:
@@ -118,11 +118,6 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
 
 def _keyword(name: str, annotation: Any) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
-
-
-def _fail(message: str, status: int) -> NoReturn:
-    say(f"sera-serve: {message}", err=True)
-    raise typer.Exit(status)
 
 
 if __name__ == "__main__":

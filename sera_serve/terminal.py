@@ -6,8 +6,9 @@ Commands and the trainer share it.
 from __future__ import annotations
 
 import unicodedata
-from typing import Any
+from typing import Any, NoReturn
 
+import typer
 from rich.console import Console
 from rich.text import Text
 
@@ -17,6 +18,17 @@ def printable(text: str) -> str:
     if text.isascii() and text.isprintable():
         return text
     return "".join(_shown(character) for character in text)
+
+
+def say(text: str, err: bool = False) -> None:
+    """Print a text; characters that could act on a terminal are written as escapes."""
+    typer.echo(printable(text), err=err)
+
+
+def fail(program: str, message: str, status: int) -> NoReturn:
+    """End a command with a message on stderr."""
+    say(f"{program}: {message}", err=True)
+    raise typer.Exit(status)
 
 
 class PlainConsole(Console):

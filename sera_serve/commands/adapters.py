@@ -36,9 +36,9 @@ from sera_serve.commands.output import (
     record,
     refusals,
     report,
-    say,
 )
 from sera_serve.errors import InvalidConfiguration
+from sera_serve.terminal import say
 
 adapters_app = typer.Typer(
     help="List, inspect, import, combine, export, delete, alias and share adapters.", no_args_is_help=True

@@ -24,8 +24,9 @@ from adapters_store.convert.spectrum import (
     similarity_by_group,
     smallest_rank,
 )
-from sera_serve.commands.output import JsonOption, console, one_line, print_json, refusals, say
+from sera_serve.commands.output import JsonOption, console, one_line, print_json, refusals
 from sera_serve.errors import InvalidConfiguration
+from sera_serve.terminal import say
 
 JSON_FILE = "analysis.json"
 _DIGITS = 6

@@ -13,7 +13,7 @@ from transformers.utils.logging import disable_progress_bar
 from adapters_store import AdapterNotFound, AdapterStore, BaseInfo, StoreError
 from sera_serve.base import load_base
 from sera_serve.errors import SeraServeError
-from sera_serve.terminal import PlainConsole
+from sera_serve.terminal import PlainConsole, fail
 from sera_serve.trainer.packages import quiet_bitsandbytes
 
 DATA = Path(__file__).parents[1] / "demo_data"
@@ -128,8 +128,7 @@ def _command(
     try:
         train_demos(store, base, PlainConsole())
     except (SeraServeError, StoreError) as error:
-        typer.echo(f"sera_serve.commands.demo: {error.message}", err=True)
-        raise typer.Exit(1) from error
+        fail("sera_serve.commands.demo", error.message, 1)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,10 @@ from typing import Annotated
 
 import typer
 
-from sera_serve.commands.output import JsonOption, json_text, say
+from sera_serve.commands.output import JsonOption, json_text
 from sera_serve.config import load_settings
 from sera_serve.errors import InvalidConfiguration
+from sera_serve.terminal import fail, say
 
 
 def doctor_command(
@@ -26,8 +27,7 @@ def doctor_command(
     try:
         settings = load_settings(config, {"base": base, "store": store, "device": device, "dtype": dtype})
     except InvalidConfiguration as error:
-        say(f"sera-serve: {error.message}", err=True)
-        raise typer.Exit(2) from error
+        fail("sera-serve", error.message, 2)
     # torch and transformers take seconds to import, and --help does not need them.
     from sera_serve.commands.diagnosis import diagnose
 

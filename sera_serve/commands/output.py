@@ -13,7 +13,7 @@ import typer
 from adapters_store import StoreError
 from sera_serve.access import COMMAND, Action, AuditLog
 from sera_serve.errors import SeraServeError
-from sera_serve.terminal import PlainConsole, printable
+from sera_serve.terminal import PlainConsole, fail, printable, say
 
 StoreOption = Annotated[Path, typer.Option("--store", help="Directory of the adapter store.", show_default=False)]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
@@ -28,16 +28,14 @@ def refusals() -> Iterator[None]:
     try:
         yield
     except (StoreError, SeraServeError) as error:
-        say(f"sera-serve: {error.message}", err=True)
-        raise typer.Exit(1) from error
+        fail("sera-serve", error.message, 1)
     except BrokenPipeError:
         # Click ends the command.
         raise
     except OSError as error:
         # A full disk under stdout has no name.
         name = "" if error.filename is None else f" ({error.filename})"
-        say(f"sera-serve: {error.strerror or error}{name}", err=True)
-        raise typer.Exit(1) from error
+        fail("sera-serve", f"{error.strerror or error}{name}", 1)
 
 
 def record(store: Path, action: Action, *, tenant: str, target: str, **details: str | int | None) -> None:
@@ -54,11 +52,6 @@ def report(as_json: bool, text: str, **fields: Any) -> None:
         print_json(fields)
     else:
         say(text)
-
-
-def say(text: str, err: bool = False) -> None:
-    """Print a text; characters that could act on a terminal are written as escapes."""
-    typer.echo(printable(text), err=err)
 
 
 def print_json(value: dict[str, Any]) -> None:

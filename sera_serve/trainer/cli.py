@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 from pydantic.fields import FieldInfo
@@ -15,7 +15,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from adapters_store import StoreError
 from sera_serve.errors import InvalidConfiguration, SeraServeError
-from sera_serve.terminal import PlainConsole
+from sera_serve.terminal import PlainConsole, fail
 from sera_serve.trainer.compare.command import compare_command
 from sera_serve.trainer.init_file import settings_yaml, write_settings
 from sera_serve.trainer.option_text import flag
@@ -116,8 +116,10 @@ def _train(
     if ctx.invoked_subcommand is not None:
         own = {"config": config, "jobs": jobs, "json": as_json, "dry_run": dry_run}
         if given := [name for name, value in {**options, **own}.items() if value not in (None, False)]:
-            _fail(
-                f"{flag(given[0])} belongs to a training run; put the options of {ctx.invoked_subcommand} after it", 2
+            fail(
+                "train_adapter",
+                f"{flag(given[0])} belongs to a training run; put the options of {ctx.invoked_subcommand} after it",
+                2,
             )
         return
     try:
@@ -125,11 +127,11 @@ def _train(
         if jobs is None:
             settings = load_options(config, options)
     except InvalidConfiguration as error:
-        _fail(error.message, 2)
+        fail("train_adapter", error.message, 2)
     if jobs is None:
         run(settings, as_json=as_json, dry=dry_run)
     elif dry_run:
-        _fail("--dry-run looks at one run; give the options of one job in place of --jobs", 2)
+        fail("train_adapter", "--dry-run looks at one run; give the options of one job in place of --jobs", 2)
     else:
         _run_jobs(jobs, config, options, as_json=as_json)
 
@@ -155,7 +157,7 @@ def _init(
             return
         write_settings(file, text)
     except InvalidConfiguration as error:
-        _fail(error.message, 2)
+        fail("train_adapter", error.message, 2)
     typer.echo(f"wrote {file}; edit it, and train with: train_adapter --config {file}")
 
 
@@ -222,11 +224,11 @@ def _run_jobs(path: Path, config: Path | None, flags: dict[str, Any], *, as_json
     from sera_serve.trainer.together.plan import load_plan
 
     if config is not None:
-        _fail("--jobs excludes --config; put the options of all jobs under `defaults` of the plan", 2)
+        fail("train_adapter", "--jobs excludes --config; put the options of all jobs under `defaults` of the plan", 2)
     try:
         plan = load_plan(path, flags)
     except InvalidConfiguration as error:
-        _fail(error.message, 2)
+        fail("train_adapter", error.message, 2)
     disable_progress_bar()
     with _told(plan.jobs[0].store):
         results = train_jobs(plan, console=PlainConsole(stderr=True))
@@ -240,7 +242,7 @@ def _run_jobs(path: Path, config: Path | None, flags: dict[str, Any], *, as_json
             typer.echo(f"{result.name}  {result.status}  " + (f"version {found['version']}  {scores}" if found else ""))
     if failed:
         reasons = "; ".join(f"{result.name}: {(result.error or {}).get('message')}" for result in failed)
-        _fail(f"{len(failed)} of {len(results)} jobs failed: {reasons}", 1)
+        fail("train_adapter", f"{len(failed)} of {len(results)} jobs failed: {reasons}", 1)
 
 
 @contextmanager
@@ -249,11 +251,11 @@ def _told(store: Path) -> Iterator[None]:
     try:
         yield
     except (SeraServeError, StoreError) as error:
-        _fail(error.message, 1)
+        fail("train_adapter", error.message, 1)
     except OSError as error:
-        _fail(f"{error.filename or store}: {error.strerror}", 1)
+        fail("train_adapter", f"{error.filename or store}: {error.strerror}", 1)
     except KeyboardInterrupt:
-        _fail("stopped; the same command continues from the last checkpoint", 130)
+        fail("train_adapter", "stopped; the same command continues from the last checkpoint", 130)
 
 
 def _summarise(settings: TrainSettings, result: Any) -> None:
@@ -288,11 +290,6 @@ def _request(settings: TrainSettings, result: Any) -> str:
         "retrieve": ("embeddings", {"model": adapter, "input": ["some text"]}),
     }.get(settings.task, ("classify", {"adapter": adapter, "inputs": [example]}))
     return f"{path} -H 'Content-Type: application/json' -d '{json.dumps(body)}'"
-
-
-def _fail(message: str, status: int) -> NoReturn:
-    typer.echo(f"train_adapter: {message}", err=True)
-    raise typer.Exit(status)
 
 
 if __name__ == "__main__":

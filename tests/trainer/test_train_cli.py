@@ -194,3 +194,11 @@ def test_help_has_every_option(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 def test_a_module_of_a_command_line_runs_it(module: str) -> None:
     found = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, check=True)
     assert "Usage: " in found.stdout
+
+
+def test_a_refusal_does_not_act_on_the_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: dict[str, str]
+) -> None:
+    assert run(monkeypatch, *flat(command | {"--train": "rows\x07.csv"})) == 1
+    told = capsys.readouterr().err
+    assert "rows\\x07.csv cannot be read" in told and "\x07" not in told
