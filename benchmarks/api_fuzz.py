@@ -129,10 +129,6 @@ def main(
             taken = time.perf_counter() - began
             operations = len(list(fuzzer.operations()))
             figures = figures_of(fuzzer.outcome, operations, taken)
-        for finding in fuzzer.outcome.findings:
-            console.print(
-                f"{finding.operation} by {finding.caller}: {finding.fault}\n{finding.request}\n{finding.answer}\n"
-            )
     typer.echo(json.dumps({"benchmark": "api_fuzz", **figures}))
     if figures["findings"] or figures["operations_sent"] < operations:
         raise typer.Exit(1)

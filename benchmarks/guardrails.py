@@ -13,22 +13,18 @@ import asyncio
 import json
 import statistics
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import httpx
 import typer
-import uvicorn
 
 from adapters_store import AdapterStore
+from benchmarks.http_cost import running
 from benchmarks.random_classifiers import random_classifier
 from sera_serve.base import load_base
-from sera_serve.commands.serve import bound_socket, http_config
 from sera_serve.config import ServeSettings
-from sera_serve.engine import ServingEngine
-from sera_serve.server import build_app
 
 GUARDS = 64
 CLIENTS = 8
@@ -81,24 +77,13 @@ async def measure(url: str, names: list[str], rounds: int) -> dict[str, float]:
 def main(rounds: Annotated[int, typer.Option(help="Texts of each way.")] = 21) -> None:
     """Measure, and print one JSON line."""
     base = load_base("embedded")
-    with tempfile.TemporaryDirectory() as folder, bound_socket("127.0.0.1", 0) as listener:
+    with tempfile.TemporaryDirectory() as folder:
         store = AdapterStore(Path(folder) / "store")
         names = [f"acme/guard{seed}" for seed in range(GUARDS)]
         for seed, name in enumerate(names):
             store.publish(random_classifier(base, seed, LABELS, ("q_proj", "v_proj"), "last_token"), name)
-        settings = ServeSettings(store=store.root, pool_mib=64, kv_cache_tokens=1024)
-        app = build_app(ServingEngine(base, store, settings), store, settings)
-        server = uvicorn.Server(http_config(app, settings, lambda code: None, log_level="warning"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        while not server.started:
-            time.sleep(0.01)
-        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        try:
-            rates = asyncio.run(measure(url, names, rounds))
-        finally:
-            server.should_exit = True
-            thread.join()
+        with running(base, store, ServeSettings(store=store.root, pool_mib=64, kv_cache_tokens=1024)) as server:
+            rates = asyncio.run(measure(f"http://127.0.0.1:{server.port}", names, rounds))
     print(json.dumps({"benchmark": "guardrails", "guards": GUARDS, "texts_per_s": rates}))
 
 

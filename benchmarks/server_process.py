@@ -91,10 +91,10 @@ class ServerProcess:
         except subprocess.TimeoutExpired:
             return None
 
-    def stop(self, seconds: float = 30) -> int:
-        """End the process with SIGTERM, or with SIGKILL after so many seconds, and return its exit status."""
+    def stop(self) -> int:
+        """End the process with SIGTERM, or with SIGKILL after 30 seconds, and return its exit status."""
         self._process.terminate()
-        status = self.wait(seconds)
+        status = self.wait(30)
         if status is None:
             self._process.kill()
             status = self._process.wait()

@@ -19,8 +19,10 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from benchmarks.batch_driver import BatchDriver, Run
-from benchmarks.llama_bases import VOCABULARY, llama_base, sera_adapter
-from sera_serve.base import merge_adapter
+from benchmarks.fleet import Fleet
+from benchmarks.llama_bases import VOCABULARY, llama_base
+from sera_serve import SeraConfig
+from sera_serve.base import FrozenBase, merge_adapter
 
 ADAPTERS = 64
 Case = Callable[[], Run]
@@ -48,6 +50,10 @@ class Setting:
         """int64 (64, prompt_tokens)."""
         generator = torch.Generator().manual_seed(1)
         return torch.randint(1, VOCABULARY, (ADAPTERS, self.prompt_tokens), generator=generator)
+
+    def fleet(self, base: FrozenBase) -> Fleet:
+        """SeRA with split = rank on all linear layers; an update is a tenth of each layer's weight."""
+        return Fleet(base, (SeraConfig(self.rank, self.rank, 2.0 * self.rank, "all-linear"),), strength=0.1)
 
 
 def static_generate(model: Any, prompts: Tensor, new_tokens: int, **options: Any) -> Run:
@@ -80,8 +86,8 @@ def bare_system(setting: Setting) -> System:
 def served_system(setting: Setting) -> System:
     """The engine with 64 adapters on the device."""
     base = llama_base(setting.width, setting.layers)
-    adapters = [sera_adapter(base, setting.rank, seed) for seed in range(ADAPTERS)]
-    engine = BatchDriver(base, adapters, ADAPTERS)
+    fleet = setting.fleet(base)
+    engine = BatchDriver(base, [fleet.bundle(index) for index in range(ADAPTERS)], ADAPTERS)
     prompts, every, new = setting.prompts().tolist(), list(range(ADAPTERS)), setting.new_tokens
     cases = {
         "enabled_bare": lambda: engine.run(prompts[:16], [None] * 16, new),
@@ -96,11 +102,11 @@ def served_system(setting: Setting) -> System:
 def generate_system(setting: Setting) -> System:
     """transformers' `generate` on the base model, and what it gives with one adapter merged."""
     base = llama_base(setting.width, setting.layers)
-    prompts = setting.prompts()
+    prompts, fleet = setting.prompts(), setting.fleet(base)
 
     def merged(index: int) -> Run:
         one = replace(base, model=copy.deepcopy(base.model))
-        merge_adapter(one, sera_adapter(base, setting.rank, index))
+        merge_adapter(one, fleet.bundle(index))
         return static_generate(one.model, prompts[:16], setting.new_tokens)
 
     cases: dict[str, Case] = {f"merged_{index}": lambda index=index: merged(index) for index in (0, 7, 15)}

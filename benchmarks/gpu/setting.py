@@ -135,11 +135,6 @@ class Setting:
                 return float(row[name])
         raise SectionSkipped(f"the section machine has not found {name}")
 
-    def synchronize(self) -> None:
-        """Wait for the device."""
-        if self.on_gpu:
-            torch.cuda.synchronize(self.device)
-
 
 def find_operation(device: torch.device, interpreted: bool = False) -> tuple[str, Grouped]:
     """The grouped operation as layers reach it, or the Triton kernel itself under Triton's interpreter.

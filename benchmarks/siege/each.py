@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from dataclasses import asdict
 from typing import Any
 
 from rich.table import Table
 
 from benchmarks.siege.cases import Ground
-from benchmarks.siege.mixed import Besieged, besieged, ratio
-from benchmarks.siege.probe import figures
+from benchmarks.siege.mixed import Besieged, besieged, compared
 
 # After an attack: the server gives freed memory back every 15 s.
 REST_S = 18.0
@@ -42,11 +40,7 @@ def run_each(ground: Ground, seconds: float, names: Iterable[str], clients: Iter
     del samples["healthz"]
     for row in rows:
         quiet, begun, ended = row.pop("times")
-        row["clients"] = {}
-        for name, seen in samples.items():
-            reference = next((sample.answer for sample in seen if not sample.failure), None)
-            before, during = figures(seen, quiet, begun, reference), figures(seen, begun, ended, reference)
-            row["clients"][name] = {"quiet": asdict(before), "siege": asdict(during), "ratio": ratio(before, during)}
+        row["clients"] = {name: compared(seen, quiet, begun, ended) for name, seen in samples.items()}
         row["wrong"] = sum(client["siege"]["wrong"] for client in row["clients"].values())
     return rows
 

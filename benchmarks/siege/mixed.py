@@ -11,7 +11,7 @@ import re
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -27,7 +27,7 @@ from benchmarks.siege import attacks_on_connections as connections
 from benchmarks.siege import attacks_on_parsing as parsing
 from benchmarks.siege import attacks_on_work as work
 from benchmarks.siege.cases import HEALTH_SOURCE, Ground, run_attack, wait_for_answers
-from benchmarks.siege.probe import CLASSIFY, HEALTH, OTHER, STREAM, Figures, Watcher, figures, longest_pause
+from benchmarks.siege.probe import CLASSIFY, HEALTH, OTHER, STREAM, Sample, Watcher, figures, longest_pause
 from benchmarks.siege.server import Gauge
 from benchmarks.siege.wire import Attack, Outcome, Target
 
@@ -169,11 +169,8 @@ def run_mixed(ground: Ground, minutes: float, names: Iterable[str] = NAMES) -> d
         samples = {name: watcher.stop() for name, watcher in here.watchers.items()}
         pauses = Counter(_PAUSED.findall(here.log.read_text(errors="replace")))
     health = samples.pop("healthz")
-    row: dict[str, Any] = {"case": "mixed", "seconds": round(ended - begun), "clients": {}}
-    for name, seen in samples.items():
-        reference = next((sample.answer for sample in seen if not sample.failure), None)
-        before, during = figures(seen, quiet, begun, reference), figures(seen, begun, ended, reference)
-        row["clients"][name] = {"quiet": asdict(before), "siege": asdict(during), "ratio": ratio(before, during)}
+    row: dict[str, Any] = {"case": "mixed", "seconds": round(ended - begun)}
+    row["clients"] = {name: compared(seen, quiet, begun, ended) for name, seen in samples.items()}
     row["healthz_pause_s"] = longest_pause([sample for sample in health if sample.begun < ended], begun)
     row |= {"rss_start_mib": start.rss_mib, "rss_most_mib": gauge.most.rss_mib, "rss_after_mib": after.rss_mib}
     row |= {"files": gauge.most.files, "temp_mib": gauge.most.temp_mib, "over_cap": gauge.over_cap}
@@ -181,9 +178,12 @@ def run_mixed(ground: Ground, minutes: float, names: Iterable[str] = NAMES) -> d
     return row | {"wrong": sum(client["siege"]["wrong"] for client in row["clients"].values()), "held": held(row)}
 
 
-def ratio(before: Figures, during: Figures) -> float | None:
-    """The p95 of one time to that of another; None where there is none."""
-    return round(during.p95 / before.p95, 2) if during.p95 and before.p95 else None
+def compared(samples: Sequence[Sample], quiet: float, begun: float, ended: float) -> dict[str, Any]:
+    """What one client saw in the quiet and in the siege, and the ratio of both p95; None where there is none."""
+    reference = next((sample.answer for sample in samples if not sample.failure), None)
+    before, during = figures(samples, quiet, begun, reference), figures(samples, begun, ended, reference)
+    ratio = round(during.p95 / before.p95, 2) if during.p95 and before.p95 else None
+    return {"quiet": asdict(before), "siege": asdict(during), "ratio": ratio}
 
 
 def held(row: dict[str, Any]) -> bool:
