@@ -29,7 +29,7 @@ from torch import Tensor
 from sera_serve.base import FrozenBase, load_base
 from sera_serve.layers import attach_adapter
 from sera_serve.trainer.data.passages import load_generate_data
-from sera_serve.trainer.loop import LengthGroupedOrder
+from sera_serve.trainer.order import LengthGroupedOrder
 from sera_serve.trainer.settings import TrainSettings
 from sera_serve.trainer.tasks import GenerateTask
 

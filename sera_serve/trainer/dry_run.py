@@ -21,7 +21,7 @@ from sera_serve.base import FrozenBase
 from sera_serve.layers import adapter_tensors, module_specs
 from sera_serve.trainer.data.image_batches import ImageRows
 from sera_serve.trainer.data.packing import packed_tokens
-from sera_serve.trainer.loop import LengthGroupedOrder
+from sera_serve.trainer.order import LengthGroupedOrder
 from sera_serve.trainer.run import TrainingRun, build_task, with_run
 from sera_serve.trainer.settings import TrainSettings
 from sera_serve.trainer.tasks import TrainingTask

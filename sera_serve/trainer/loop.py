@@ -1,21 +1,14 @@
-"""The training loop: transformers' `Trainer` with checkpoints of the adapter only and an exact resume.
-
-Also here: the order of training rows, and the display of progress.
-"""
+"""The training loop: transformers' `Trainer` with checkpoints of the adapter only and an exact resume."""
 
 from __future__ import annotations
 
-import random
 import time
-from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.data_loader import DataLoaderShard
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Sampler
@@ -34,6 +27,7 @@ from sera_serve.trainer.checkpoint import (
     save_checkpoint,
 )
 from sera_serve.trainer.loss_scale import LossScale, needs_loss_scale
+from sera_serve.trainer.order import LengthGroupedOrder
 from sera_serve.trainer.parallel import CountedRows, Processes, SeedEachStep, ShareOfBatches, counted_batch
 from sera_serve.trainer.schedule import rate_factors
 from sera_serve.trainer.settings import TrainSettings
@@ -372,112 +366,3 @@ class StopWithoutGain(TrainerCallback):  # type: ignore[misc]
         if evaluations_since_best(state) >= self._patience:
             control.should_training_stop = True
         return control
-
-
-_BATCHES_A_POOL = 50
-
-
-class LengthGroupedOrder(Sampler[int]):
-    """The order of training rows: random, with similar lengths in a batch, and the same after a restart.
-
-    The order depends on the seed and the epoch only. transformers' own length-grouped sampler draws from the global
-    generator when an epoch begins, so a run that resumes within an epoch would get different batches.
-    """
-
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, epoch: Callable[[], int]) -> None:
-        self._lengths = lengths
-        self._batch_size = batch_size
-        self._seed = seed
-        self._epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self._lengths)
-
-    def __iter__(self) -> Iterator[int]:
-        shuffle = random.Random(f"order {self._seed} {self._epoch()}")
-        order = list(range(len(self._lengths)))
-        shuffle.shuffle(order)
-        pool = self._batch_size * _BATCHES_A_POOL
-        batches = []
-        for start in range(0, len(order), pool):
-            rows = sorted(order[start : start + pool], key=lambda i: self._lengths[i])
-            batches += [rows[i : i + self._batch_size] for i in range(0, len(rows), self._batch_size)]
-        # The short batch goes last; elsewhere it would shift the borders of later batches.
-        short = [batch for batch in batches if len(batch) < self._batch_size]
-        full = [batch for batch in batches if len(batch) == self._batch_size]
-        shuffle.shuffle(full)
-        for batch in full + short:
-            yield from batch
-
-
-def progress_bars(console: Console) -> Progress:
-    """Make the display of the bars of training runs, each with a name and its running loss. It needs a terminal."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[loss]}"),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-
-
-class ProgressBar(TrainerCallback):  # type: ignore[misc]
-    """Moves the bar of one run in a display of bars, and shows the running loss beside it."""
-
-    def __init__(self, bars: Progress, name: str) -> None:
-        self._bars = bars
-        self._name = name
-        self._task: TaskID | None = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Open the bar at the current step, which is not 0 in a resumed run."""
-        self._task = self._bars.add_task(self._name, total=state.max_steps, completed=state.global_step, loss="")
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Move the bar."""
-        if self._task is not None:
-            self._bars.update(self._task, completed=state.global_step)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
-        """Show the running loss."""
-        if self._task is not None and "loss" in logs:
-            self._bars.update(self._task, loss=f"loss {logs['loss']:.3f}")
-
-    def close(self) -> None:
-        """Take the bar out of the display. The caller calls this after a failure too."""
-        if self._task is not None:
-            self._bars.remove_task(self._task)
-            self._task = None
-
-
-class RichProgress(ProgressBar):
-    """Shows a progress bar with the running loss on a terminal, and prints one line for each evaluation."""
-
-    def __init__(self, console: Console) -> None:
-        super().__init__(progress_bars(console), "training")
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Show the bar."""
-        super().on_train_begin(args, state, control, **kwargs)
-        self._bars.start()
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
-        """Print the epoch's metrics."""
-        shown = "  ".join(
-            f"{name.removeprefix('eval_')} {value:.4f}" for name, value in metrics.items() if name.startswith("eval_")
-        )
-        line = f"epoch {round(state.epoch or 0)} of {args.num_train_epochs}: {shown}"
-        self._bars.console.print(line, highlight=False, soft_wrap=True)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Close the bar."""
-        self.close()
-
-    def close(self) -> None:
-        """End the display."""
-        if self._task is not None:
-            self._bars.stop()
-            self._task = None

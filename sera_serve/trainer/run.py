@@ -24,12 +24,12 @@ from sera_serve.trainer.initial import InitialAdapter, load_initial
 from sera_serve.trainer.loop import (
     AdapterTrainer,
     DivergedTraining,
-    RichProgress,
     StopWithoutGain,
     evaluations_since_best,
 )
 from sera_serve.trainer.parallel import Processes, join_processes
 from sera_serve.trainer.patterns import adapter_shapes
+from sera_serve.trainer.progress import RichProgress
 from sera_serve.trainer.settings import KEPT_BY_INIT, TrainSettings
 from sera_serve.trainer.tasks import TASKS, GenerateTask, TaskData, TrainingTask, check_base_of_texts
 

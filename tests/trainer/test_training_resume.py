@@ -18,7 +18,7 @@ from adapters_store import AdapterStore
 from sera_serve.base import FrozenBase, load_base
 from sera_serve.trainer import loop
 from sera_serve.trainer.checkpoint import CheckpointNotWritten, RunInProgress, last_checkpoint, run_folder
-from sera_serve.trainer.loop import LengthGroupedOrder
+from sera_serve.trainer.order import LengthGroupedOrder
 from sera_serve.trainer.run import TrainResult, train_adapter
 from sera_serve.trainer.settings import TrainSettings
 

@@ -17,8 +17,8 @@ from sera_serve.errors import InvalidConfiguration, SeraServeError
 from sera_serve.layers import attached_layers
 from sera_serve.terminal import PlainConsole
 from sera_serve.trainer.activations import checkpointed_activations
-from sera_serve.trainer.loop import ProgressBar, progress_bars
 from sera_serve.trainer.parallel import join_processes
+from sera_serve.trainer.progress import ProgressBar, progress_bars
 from sera_serve.trainer.run import train_adapter
 from sera_serve.trainer.settings import TrainSettings
 from sera_serve.trainer.together.lockstep import Member, MemberTrainer, run_together
