@@ -466,6 +466,11 @@ class TrainSettings(BaseModel):
         return self.learning_rate or METHODS[self.method].learning_rate
 
     @property
+    def augment_seed(self) -> int | None:
+        """Seed of crops and flips of the training images; None for none."""
+        return self.seed if self.augment else None
+
+    @property
     def columns(self) -> tuple[str | None, str | None]:
         """(prompt, completion) columns of task generate, with defaults; (None, None) for chat rows and for alpaca."""
         if self.chat_column or self.format == "alpaca":

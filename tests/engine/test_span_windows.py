@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from sera_serve.layers import attach_layers, detach_adapter
 from sera_serve.sera_config import SeraConfig
 from sera_serve.trainer.data.labelled import LabelledExamples
 from sera_serve.trainer.data.targets import Example
+from sera_serve.trainer.settings import TrainSettings
 from sera_serve.trainer.tables.table import Row
 from sera_serve.trainer.tasks import TokenClassifyTask
 from sera_serve.trainer.tasks.token_classify import span_metrics
@@ -176,7 +178,8 @@ def test_evaluation_in_training_gives_what_the_server_gives(store: AdapterStore,
     try:
         kinds = list(dict.fromkeys(tag[2:] for tag in (config.labels or [])[1:]))
         data = LabelledExamples(examples, examples, [], {}, [], kinds)
-        task = TokenClassifyTask(base, data, max_length=16, dropout=0.0, adapted=True)
+        settings = TrainSettings(base="-", store=Path("-"), name="a/b", task="token-classify", train=Path("-"))
+        task = TokenClassifyTask(settings, base, data, 16)
         assert task.tags == config.labels
         task.model.load_stored_tensors(bundle.tensors)
         metrics = task.evaluate(task.eval_rows)

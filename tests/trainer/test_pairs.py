@@ -49,10 +49,10 @@ def settings(pairs: Path, **options: Any) -> TrainSettings:
     return settings_for(Path("bert"), pairs.parent, pairs, text_pair_column="second", max_length=24, **options)
 
 
-def test_the_tokens_of_a_pair_are_the_tokenizers_own(bert: FrozenBase) -> None:
+def test_the_tokens_of_a_pair_are_the_tokenizers_own(bert: FrozenBase, pairs: Path) -> None:
     texts: list[str | tuple[str, str]] = [("ab", "cde"), "ab", ("a" * 50, "b" * 50), ("a" * 9000, "bc")]
     data = LabelledExamples([Example(text, "same", Row({}, 1, 1)) for text in texts], [], [], {}, labels=["same"])
-    task = ClassifyTask(bert, data, pooling="cls", max_length=24, dropout=0.0, adapted=True)
+    task = ClassifyTask(settings(pairs, pooling="cls"), bert, data, 24)
     assert task.notes == ["2 of 4 training rows were cut to 24 tokens"]
     rows = [row.inputs for row in task.train_rows]
     for text, row in zip(texts, rows, strict=True):
@@ -68,10 +68,10 @@ def test_the_tokens_of_a_pair_are_the_tokenizers_own(bert: FrozenBase) -> None:
 
 @pytest.mark.parametrize("method", ["sera", "head-only"])
 def test_segments_reach_the_model(bert: FrozenBase, pairs: Path, method: str) -> None:
-    options = settings(pairs, method=method, eval_fraction=0)
+    options = settings(pairs, method=method, pooling="cls", eval_fraction=0)
     data = load_classify_data(options)
     torch.manual_seed(0)
-    task = ClassifyTask(bert, data, pooling="cls", max_length=24, dropout=0.0, adapted=method == "sera")
+    task = ClassifyTask(options, bert, data, 24)
     found = task.logits(task.train_rows[:1])[0]
     first, second = data.train[0].text
     inputs = bert.tokenizer(first, second, return_tensors="pt")

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from adapters_store import AdapterConfig
-from sera_serve.base import FrozenBase, Pooling
+from sera_serve.base import FrozenBase
 from sera_serve.trainer.data.labelled import LabelledExamples, load_classify_data
 from sera_serve.trainer.data.targets import load_label_sets
 from sera_serve.trainer.heads import HeadModel
@@ -30,24 +30,15 @@ class ClassifyTask(TextHeadTask[Any]):
     With sets of labels, each label has a sigmoid of its own, and the loss is the binary cross-entropy.
     """
 
-    def __init__(
-        self,
-        base: FrozenBase,
-        data: LabelledExamples[Any],
-        *,
-        pooling: Pooling,
-        max_length: int,
-        dropout: float,
-        adapted: bool,
-        multi_label: bool = False,
-    ) -> None:
+    def __init__(self, settings: TrainSettings, base: FrozenBase, data: LabelledExamples[Any], max_length: int) -> None:
         head = new_head(base, len(data.labels))
-        super().__init__(base, data, pooling=pooling, max_length=max_length, adapted=adapted)
+        pooling = settings.pooling or base.default_pooling
+        super().__init__(settings, base, data, max_length, pooling)
         self.labels = data.labels
-        self.multi_label = multi_label
+        self.multi_label = settings.multi_label
         self._index = {label: i for i, label in enumerate(data.labels)}
-        loss = functional.binary_cross_entropy_with_logits if multi_label else functional.cross_entropy
-        self.model = HeadModel(self.base_to_train, head, loss, pooling, dropout)
+        loss = functional.binary_cross_entropy_with_logits if self.multi_label else functional.cross_entropy
+        self.model = HeadModel(self.base_to_train, head, loss, pooling, settings.dropout)
 
     def targets(self, rows: Sequence[TextRow[Any]], length: int) -> Tensor:
         """The index of each row's label, int64 (rows,); of sets of labels float32 (rows, labels), 1 for each label."""
@@ -92,16 +83,4 @@ def _load(settings: TrainSettings, initial: AdapterConfig | None) -> LabelledExa
     return load_label_sets(settings, labels) if settings.multi_label else load_classify_data(settings, labels)
 
 
-def _build(settings: TrainSettings, base: FrozenBase, data: LabelledExamples[Any], max_length: int) -> ClassifyTask:
-    return ClassifyTask(
-        base,
-        data,
-        pooling=settings.pooling or base.default_pooling,
-        max_length=max_length,
-        dropout=settings.dropout,
-        adapted=settings.adapter_config() is not None,
-        multi_label=settings.multi_label,
-    )
-
-
-CLASSIFY = TaskKind(load=_load, build=_build)
+CLASSIFY = TaskKind(load=_load, build=ClassifyTask)

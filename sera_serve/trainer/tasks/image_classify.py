@@ -36,27 +36,14 @@ class ImageClassifyTask:
     With sets of labels, each label has a sigmoid of its own, and the loss is the binary cross-entropy.
     """
 
-    def __init__(
-        self,
-        base: FrozenBase,
-        data: ImageExamples[Any],
-        *,
-        multi_label: bool,
-        pooling: Pooling,
-        dropout: float,
-        adapted: bool,
-        augment_seed: int | None,
-    ) -> None:
+    def __init__(self, settings: TrainSettings, base: FrozenBase, data: ImageExamples[Any], max_length: int) -> None:
         """Make the task.
 
         Args:
+            settings: Options of the run.
             base: A vision or dual base, with the adapter attached.
             data: The rows, with a label each, or a set of labels.
-            multi_label: Whether they have sets of labels.
-            pooling: "cls" or "mean".
-            dropout: Of the head's input.
-            adapted: Whether the base has an adapter.
-            augment_seed: Seed of crops and flips of the training rows; None for none.
+            max_length: For tasks on texts.
 
         Raises:
             InvalidConfiguration: The base takes no images, or the pooling is for text.
@@ -67,15 +54,17 @@ class ImageClassifyTask:
                 f"base {base.name} takes no images; take a ViT, DeiT or CLIP base, or --task classify for text",
                 param="base",
             )
+        pooling = settings.pooling or "cls"
         if pooling not in ("cls", "mean"):
             raise InvalidConfiguration(f"--pooling {pooling} is not for images; take cls or mean", param="pooling")
         self.base = base
         self.labels = data.labels
-        self.multi_label = multi_label
+        self.multi_label = settings.multi_label
         self.pooling: Pooling = pooling
         self.image_spec = spec
         self._index = {label: i for i, label in enumerate(data.labels)}
         self.notes: list[str] = list(data.notes)
+        adapted = settings.adapter_config() is not None
         if adapted:
             self._keep_the_tower()
         head = new_head(base, len(data.labels))
@@ -85,8 +74,8 @@ class ImageClassifyTask:
             fields = [{"labels": self._target(row)} for row in part]
             return ImageRows(data.images, [row.image for row in part], fields, spec, seed)
 
-        rows = rows_of(data.train, augment_seed), rows_of(data.eval), rows_of(data.test)
-        self.model: AdapterModel = HeadModel(base if adapted else None, head, loss, pooling, dropout)
+        rows = rows_of(data.train, settings.augment_seed), rows_of(data.eval), rows_of(data.test)
+        self.model: AdapterModel = HeadModel(base if adapted else None, head, loss, pooling, settings.dropout)
         self.train_rows: Sequence[Any]
         self.eval_rows: Sequence[Any]
         self.test_rows: Sequence[Any]
@@ -168,16 +157,4 @@ def _load(settings: TrainSettings, initial: AdapterConfig | None) -> ImageExampl
     return load_image_classify_data(settings, initial)
 
 
-def _build(settings: TrainSettings, base: FrozenBase, data: ImageExamples[Any], max_length: int) -> ImageClassifyTask:
-    return ImageClassifyTask(
-        base,
-        data,
-        multi_label=settings.multi_label,
-        pooling=settings.pooling or "cls",
-        dropout=settings.dropout,
-        adapted=settings.adapter_config() is not None,
-        augment_seed=settings.seed if settings.augment else None,
-    )
-
-
-IMAGE_CLASSIFY = TaskKind(load=_load, build=_build, takes_images=True)
+IMAGE_CLASSIFY = TaskKind(load=_load, build=ImageClassifyTask, takes_images=True)

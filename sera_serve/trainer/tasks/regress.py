@@ -14,7 +14,7 @@ from sklearn.metrics import mean_squared_error
 from torch import Tensor
 
 from adapters_store import AdapterConfig
-from sera_serve.base import FrozenBase, Pooling
+from sera_serve.base import FrozenBase
 from sera_serve.trainer.data.labelled import Examples
 from sera_serve.trainer.data.targets import load_numbers
 from sera_serve.trainer.heads import ScaledHeadModel
@@ -33,23 +33,15 @@ class RegressTask(TextHeadTask[float]):
     their mean. So one learning rate suits numbers of any size.
     """
 
-    def __init__(
-        self,
-        base: FrozenBase,
-        data: Examples[float],
-        *,
-        pooling: Pooling,
-        max_length: int,
-        dropout: float,
-        adapted: bool,
-    ) -> None:
+    def __init__(self, settings: TrainSettings, base: FrozenBase, data: Examples[float], max_length: int) -> None:
         head = new_head(base, 1)
-        super().__init__(base, data, pooling=pooling, max_length=max_length, adapted=adapted)
+        pooling = settings.pooling or base.default_pooling
+        super().__init__(settings, base, data, max_length, pooling)
         numbers = [item.target for item in data.train]
         # float32 has room for the head in either unit.
         self.scale = 2.0 ** max(_LEAST_EXPONENT, round(math.log2(statistics.pstdev(numbers))))
         torch.nn.init.constant_(head.bias, statistics.fmean(numbers) / self.scale)
-        self.model = ScaledHeadModel(self.base_to_train, head, pooling, dropout, self.scale)
+        self.model = ScaledHeadModel(self.base_to_train, head, pooling, settings.dropout, self.scale)
 
     def targets(self, rows: Sequence[TextRow[float]], length: int) -> Tensor:
         """The numbers in units of the scale, float32 (rows,)."""
@@ -90,15 +82,4 @@ def _load(settings: TrainSettings, initial: AdapterConfig | None) -> Examples[fl
     return load_numbers(settings)
 
 
-def _build(settings: TrainSettings, base: FrozenBase, data: Examples[float], max_length: int) -> RegressTask:
-    return RegressTask(
-        base,
-        data,
-        pooling=settings.pooling or base.default_pooling,
-        max_length=max_length,
-        dropout=settings.dropout,
-        adapted=settings.adapter_config() is not None,
-    )
-
-
-REGRESS = TaskKind(load=_load, build=_build)
+REGRESS = TaskKind(load=_load, build=RegressTask)

@@ -58,17 +58,14 @@ class RetrieverModel(AdapterModel):
 class RetrieveTask:
     """Task retrieve. A training row is one caption and its image, so an image with five captions has five rows."""
 
-    def __init__(
-        self, base: FrozenBase, data: ImageExamples[str], *, max_length: int, margin: float, augment_seed: int | None
-    ) -> None:
+    def __init__(self, settings: TrainSettings, base: FrozenBase, data: ImageExamples[str], max_length: int) -> None:
         """Make the task.
 
         Args:
+            settings: Options of the run.
             base: A dual base, with the adapter attached.
             data: The rows.
             max_length: Tokens of the longest caption; longer ones are cut.
-            margin: See `triplet_loss`.
-            augment_seed: Seed of crops and flips of the training rows; None for none.
 
         Raises:
             InvalidConfiguration: The base has no two towers.
@@ -81,14 +78,14 @@ class RetrieveTask:
         self.base = base
         self.image_spec = spec
         self.max_length = max_length
-        self.margin = margin
+        self.margin = settings.margin
         self.notes: list[str] = list(data.notes)
-        self.model: AdapterModel = RetrieverModel(base, margin)
+        self.model: AdapterModel = RetrieverModel(base, self.margin)
         self._images = data.images
         self._group = {
             image: i for i, image in enumerate(dict.fromkeys(r.image for r in data.train + data.eval + data.test))
         }
-        train = self._rows(data.train, "training", augment_seed)
+        train = self._rows(data.train, "training", settings.augment_seed)
         self.train_rows: Sequence[Any] = train
         self.eval_rows: Sequence[Any] = self._rows(data.eval, "evaluation")
         self.test_rows: Sequence[Any] = self._rows(data.test, "test")
@@ -152,14 +149,4 @@ class RetrieveTask:
         return {"image": self.image_spec, "max_length": self.max_length}
 
 
-def _build(settings: TrainSettings, base: FrozenBase, data: ImageExamples[str], max_length: int) -> RetrieveTask:
-    return RetrieveTask(
-        base,
-        data,
-        max_length=max_length,
-        margin=settings.margin,
-        augment_seed=settings.seed if settings.augment else None,
-    )
-
-
-RETRIEVE = TaskKind(load=load_retrieve_data, build=_build, takes_images=True)
+RETRIEVE = TaskKind(load=load_retrieve_data, build=RetrieveTask, takes_images=True)

@@ -15,6 +15,7 @@ from sera_serve.errors import InvalidRequest
 from sera_serve.trainer.data.labelled import Example, Examples
 from sera_serve.trainer.data.token_rows import by_length
 from sera_serve.trainer.model import AdapterModel
+from sera_serve.trainer.settings import TrainSettings
 from sera_serve.trainer.tables.table import InvalidData
 
 # Rows of one evaluation batch.
@@ -54,14 +55,14 @@ class TextHeadTask(ABC, Generic[T]):
     needs_offsets = False
 
     def __init__(
-        self, base: FrozenBase, data: Examples[T], *, pooling: Pooling | None, max_length: int, adapted: bool
+        self, settings: TrainSettings, base: FrozenBase, data: Examples[T], max_length: int, pooling: Pooling | None
     ) -> None:
         self.base = base
         self.pooling: Pooling | None = pooling
         self.max_length = max_length
         self.notes: list[str] = list(data.notes)
         # States of all tokens would take too much memory to keep.
-        self._keeps_features = not adapted and pooling is not None
+        self._keeps_features = settings.adapter_config() is None and pooling is not None
         parts = (("training", data.train), ("evaluation", data.eval), ("test", data.test))
         rows = [self._rows(examples, name) for name, examples in parts]
         self.train_tokens = sum(len(row.inputs) for row in rows[0])

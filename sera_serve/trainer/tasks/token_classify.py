@@ -46,7 +46,7 @@ class TokenClassifyTask(TextHeadTask[Marked]):
     needs_offsets = True
 
     def __init__(
-        self, base: FrozenBase, data: LabelledExamples[Marked], *, max_length: int, dropout: float, adapted: bool
+        self, settings: TrainSettings, base: FrozenBase, data: LabelledExamples[Marked], max_length: int
     ) -> None:
         if not base.preprocessor.has_offsets:
             raise InvalidConfiguration(
@@ -56,9 +56,9 @@ class TokenClassifyTask(TextHeadTask[Marked]):
             )
         self.tags = bio_tags(data.labels)
         head = new_head(base, len(self.tags))
-        super().__init__(base, data, pooling=None, max_length=max_length, adapted=adapted)
+        super().__init__(settings, base, data, max_length, None)
         # Padding and tokens without characters are ignored.
-        self.model = HeadModel(base, head, _mean_loss, None, dropout)
+        self.model = HeadModel(base, head, _mean_loss, None, settings.dropout)
 
     def targets(self, rows: Sequence[TextRow[Marked]], length: int) -> Tensor:
         """The tag of each token, int64 (rows, length), `IGNORED` where a token has none."""
@@ -140,16 +140,4 @@ def _load(settings: TrainSettings, initial: AdapterConfig | None) -> LabelledExa
     return load_spans(settings, kinds_of(initial.labels or []) if initial is not None else None)
 
 
-def _build(
-    settings: TrainSettings, base: FrozenBase, data: LabelledExamples[Marked], max_length: int
-) -> TokenClassifyTask:
-    return TokenClassifyTask(
-        base,
-        data,
-        max_length=max_length,
-        dropout=settings.dropout,
-        adapted=settings.adapter_config() is not None,
-    )
-
-
-TOKEN_CLASSIFY = TaskKind(load=_load, build=_build)
+TOKEN_CLASSIFY = TaskKind(load=_load, build=TokenClassifyTask)
