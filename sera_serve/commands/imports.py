@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 # A layer's update then points within 6 degrees of the original's, and keeps 99.5% of its length.
 MAX_ERROR = 0.1
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 # What an import reads. Others, such as optimizer states, may be larger than the base.
 _HUB_FILES = ("adapter_config.json", "adapter_model.safetensors", "added_tokens.json", "config.json")
 _HUB_TEMPLATES = ("chat_template.jinja", "tokenizer_config.json")
@@ -50,7 +50,7 @@ def read_adapter(source: str, base: str | None) -> tuple[AdapterBundle, tuple[st
     """
     path = source
     if not os.path.lexists(source):
-        if not _HUB_ID.fullmatch(source):
+        if not HUB_ID.fullmatch(source):
             raise InvalidConfiguration(
                 f"{source} is not a regular file, a directory or a hub id such as owner/name", param="source"
             )

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.table import Table
 
-from adapters_store import AdapterStore
-from sera_serve.access import SCOPES, AccessDatabase, Keys
-from sera_serve.commands.output import JsonOption, StoreOption, console, print_json, record, refusals, report
+from sera_serve.access import SCOPES, Keys
+from sera_serve.commands.output import JsonOption, StoreOption, access_of, console, print_json, record, refusals, report
 from sera_serve.errors import InvalidConfiguration
 
 keys_app = typer.Typer(
@@ -45,7 +43,7 @@ def create(
         lifetime_s = None if expires is None else _lifetime(expires)
         asked = [scope.strip() for scope in scopes.split(",") if scope.strip()]
         # Keys may be the first thing that a new store gets.
-        created = _keys(store, create=True).create(tenant, asked, name=name, lifetime_s=lifetime_s)
+        created = Keys(access_of(store, create=True)).create(tenant, asked, name=name, lifetime_s=lifetime_s)
         record(store, "key.create", tenant=tenant, target=created.key.id, scopes=",".join(sorted(created.key.scopes)))
         if as_json:
             print_json({**created.key.described(), "secret": created.secret})
@@ -65,7 +63,7 @@ def list_keys(
 ) -> None:
     """Show the keys, oldest first, revoked and expired ones too; never a secret."""
     with refusals():
-        found = _keys(store).all(tenant)
+        found = Keys(access_of(store)).all(tenant)
         if as_json:
             print_json({"keys": [key.described() for key in found]})
             return
@@ -93,14 +91,9 @@ def revoke(
 ) -> None:
     """Refuse a key from now on; running servers follow within a quarter of a second."""
     with refusals():
-        revoked = _keys(store).revoke(key, tenant)
+        revoked = Keys(access_of(store)).revoke(key, tenant)
         record(store, "key.revoke", tenant=revoked.tenant, target=revoked.id)
         report(as_json, f"revoked {revoked.id} of tenant {revoked.tenant}", **revoked.described())
-
-
-def _keys(store: Path, create: bool = False) -> Keys:
-    """The keys of a store; raises NotAStore for a directory that is something else."""
-    return Keys(AccessDatabase(AdapterStore(store, create=create).root))
 
 
 def _lifetime(text: str) -> int:

@@ -8,6 +8,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from adapters_store import AdapterConfig
 from adapters_store.card import run_card
+from sera_serve.commands.imports import HUB_ID
 
 # The hub's names of tasks; tasks that the hub has no name for are left out of the card's head.
 _PIPELINES = {
@@ -18,7 +19,6 @@ _PIPELINES = {
     "image-classify": "image-classification",
     "retrieve": "zero-shot-image-classification",
 }
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _LABELS_SHOWN = 50
 
 
@@ -33,7 +33,7 @@ def model_card(name: str, version: int, digest: str, config: AdapterConfig) -> M
     """
     metrics = config.training.get("metrics")
     data = ModelCardData(
-        base_model=config.base.name if _HUB_ID.fullmatch(config.base.name) else None,
+        base_model=config.base.name if HUB_ID.fullmatch(config.base.name) else None,
         library_name="sera-serve",
         pipeline_tag=_PIPELINES.get(config.task),
         tags=["sera-serve", "adapter", config.method],

@@ -10,8 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from adapters_store import StoreError
-from sera_serve.access import COMMAND, Action, AuditLog
+from adapters_store import AdapterStore, StoreError
+from sera_serve.access import COMMAND, AccessDatabase, Action, AuditLog
 from sera_serve.errors import SeraServeError
 from sera_serve.terminal import PlainConsole, fail, printable, say
 
@@ -36,6 +36,11 @@ def refusals() -> Iterator[None]:
         # A full disk under stdout has no name.
         name = "" if error.filename is None else f" ({error.filename})"
         fail("sera-serve", f"{error.strerror or error}{name}", 1)
+
+
+def access_of(store: Path, create: bool = False) -> AccessDatabase:
+    """The access database of a store; raises NotAStore for a directory that is something else."""
+    return AccessDatabase(AdapterStore(store, create=create).root)
 
 
 def record(store: Path, action: Action, *, tenant: str, target: str, **details: str | int | None) -> None:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
 from adapters_store import AdapterStore
-from sera_serve.access import DEFAULT, QUOTA_FIELDS, AccessDatabase, Limit, Quotas, check_quota_tenant, checked_limit
-from sera_serve.commands.output import JsonOption, StoreOption, console, print_json, record, refusals, report
+from sera_serve.access import DEFAULT, QUOTA_FIELDS, Limit, Quotas, check_quota_tenant, checked_limit
+from sera_serve.commands.output import JsonOption, StoreOption, access_of, console, print_json, record, refusals, report
 from sera_serve.errors import InvalidConfiguration
 
 quotas_app = typer.Typer(
@@ -46,7 +45,7 @@ def set_limits(
             if field in asked:
                 raise InvalidConfiguration(f"{field} is given twice; give it once", param=field)
             asked[field] = limit
-        _quotas(store, create=True).set(tenant, asked)
+        Quotas(access_of(store, create=True)).set(tenant, asked)
         record(store, "quota.set", tenant=tenant, target=tenant, **asked)
         if as_json:
             print_json({"tenant": tenant, "set": asked})
@@ -63,7 +62,7 @@ def show(
 ) -> None:
     """Show the limits that were set here; those of a server's settings file are not among them."""
     with refusals():
-        quotas = _quotas(store)
+        quotas = Quotas(access_of(store))
         if tenant is not None:
             check_quota_tenant(tenant)
         names = quotas.tenants() if tenant is None else [tenant]
@@ -90,16 +89,11 @@ def show(
 def clear(store: StoreOption, tenant: TenantOption, as_json: JsonOption = False) -> None:
     """Take back all limits that were set here for a tenant; those of the settings file and of * hold again."""
     with refusals():
-        cleared = _quotas(store).clear(tenant)
+        cleared = Quotas(access_of(store)).clear(tenant)
         if cleared:
             record(store, "quota.clear", tenant=tenant, target=tenant)
         text = f"cleared the limits of {tenant}" if cleared else f"{tenant} had no limits here"
         report(as_json, text, tenant=tenant, cleared=cleared)
-
-
-def _quotas(store: Path, create: bool = False) -> Quotas:
-    """The quotas of a store; raises NotAStore for a directory that is something else."""
-    return Quotas(AccessDatabase(AdapterStore(store, create=create).root))
 
 
 def _limit(text: str) -> tuple[str, Limit]:

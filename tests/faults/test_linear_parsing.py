@@ -77,9 +77,8 @@ EXPRESSIONS = {
     r"adapters_store/convert/peft_config.py: \+|\{(?:(?P<least>[0-9]*)(?:,[0-9]*)?\})?": "a pattern, 512 characters",
     r"adapters_store/convert/peft_config.py: whole": "a pattern of PEFT, which 2 s for all of them bound",
     r"sera_serve/base/chat.py: {%(-?)\s*(end)?generation\s*(-?)%}": "chat templates",
-    r"sera_serve/commands/model_card.py: [A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}": "the name of a base",
     r"sera_serve/commands/model_card.py: [\w./-]+": "the name of a base",
-    r"sera_serve/commands/imports.py: [A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}": "the command line",
+    r"sera_serve/commands/imports.py: [A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}": "a command line, a base",
     r"sera_serve/commands/imports.py: split=([1-9]\d{0,6})(?:,rank=([1-9]\d{0,6}))?": "the command line",
     "sera_serve/engine/structured.py: '|'.join([_OPAQUE, *(f'(?P<f{index}>{pattern})' for index, (_, pattern, _) in "
     "enumerate(_FORBIDDEN)), '(?P<colon>:)'])": "grammars",
