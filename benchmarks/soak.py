@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
-from itertools import cycle
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -96,7 +96,7 @@ class Soak:
 
     async def _slice(self, number: int, piece: Slice) -> None:
         trace = make_trace(WorkloadSpec(ADAPTERS, 100, piece.seconds, seed=number))
-        tiny = [replace(r, new_tokens=1, prompt=r.prompt[:4], due=0.0) for r in cycle_of(trace, piece.burst)]
+        tiny = [replace(r, new_tokens=1, prompt=r.prompt[:4], due=0.0) for r in islice(cycle(trace), piece.burst)]
         start = time.perf_counter()
         load, burst = await asyncio.gather(
             self._client.closed_loop(cycle(trace), CLIENTS, piece.seconds), self._client.open_loop(tiny)
@@ -134,11 +134,6 @@ class Soak:
         self.ledger.expect("invariants hold", answer.status_code == 200, answer.text)
         held: dict[str, Any] = answer.json()
         return held
-
-
-def cycle_of(items: list[Any], count: int) -> list[Any]:
-    """The first `count` of endless repetitions."""
-    return [items[i % len(items)] for i in range(count)]
 
 
 def main(

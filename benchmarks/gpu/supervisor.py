@@ -17,7 +17,7 @@ import traceback
 import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from benchmarks.gpu.plan import Section
 from benchmarks.gpu.record import Record, Row
@@ -163,7 +163,7 @@ def _run_in_child(section: Section, options: Options, deadline: float) -> None:
         os.dup2(log, 2)
         if options.has_gpu and not _sees_gpu():
             # What was imported before the fork has started CUDA: begin again without it.
-            arguments = [section.name, json.dumps(options.as_dict()), str(deadline)]
+            arguments = [section.name, json.dumps(asdict(options)), str(deadline)]
             os.execv(sys.executable, [sys.executable, "-m", "benchmarks.gpu.supervisor", *arguments])
         run_section(section, options, deadline)
         code = 0

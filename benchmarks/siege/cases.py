@@ -10,7 +10,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
@@ -156,7 +156,8 @@ def _run(case: Case, ground: Ground, stack: ExitStack) -> dict[str, Any]:
     else:
         if case.recovers:
             wait_for_answers(watchers, ended, RECOVERY_S)
-        kept = gauge.settled(1)
+        time.sleep(1)
+        kept = gauge.now()
     gone = time.monotonic()
     most = gauge.most
     if not case.ends:
@@ -187,7 +188,7 @@ def noticed(health: list[Sample], client: list[Sample], quiet: float, begun: flo
     }
 
 
-def wait_for_answers(watchers: list[Watcher], since: float, seconds: float) -> None:
+def wait_for_answers(watchers: Collection[Watcher], since: float, seconds: float) -> None:
     """Wait until every watcher has an answer to a request that it began after a moment, but no longer than that."""
     end = time.monotonic() + seconds
     while time.monotonic() < end and not all(watcher.answered_since(since) for watcher in watchers):

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from benchmarks.siege.cases import Ground
+from benchmarks.siege.cases import Ground, wait_for_answers
 from benchmarks.siege.mixed import Besieged, besieged, compared
 
 # After an attack: the server gives freed memory back every 15 s.
@@ -49,7 +49,7 @@ def _run_one(here: Besieged, name: str, seconds: float) -> dict[str, Any]:
     start, processor = here.gauge.begin(), here.gauge.processor_s()
     outcome, begun, ended = here.attack([name], seconds)
     used, most = here.gauge.processor_s() - processor, here.gauge.most
-    here.wait(ended, REST_S)
+    wait_for_answers(here.watchers.values(), ended, REST_S)
     time.sleep(REST_S)
     return {
         "times": (begun, ended),

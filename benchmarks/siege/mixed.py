@@ -120,10 +120,6 @@ class Besieged:
         outcome = run_attack(partial(some_at_once, frozenset(names)), target, 0, NICENESS)
         return outcome, begun, time.monotonic()
 
-    def wait(self, since: float, seconds: float) -> None:
-        """Wait until every client has an answer to a request that it began after a moment, but no longer than that."""
-        wait_for_answers(list(self.watchers.values()), since, seconds)
-
 
 @contextmanager
 def besieged(ground: Ground, clients: Iterable[str]) -> Iterator[Besieged]:
@@ -145,7 +141,7 @@ def besieged(ground: Ground, clients: Iterable[str]) -> Iterator[Besieged]:
                 if name in chosen:
                     watchers[name] = Watcher(address, f"127.0.0.{3 + number}", question, PAUSE_S)
             target = Target(*address, server.pid, store, ground.folder / "bundles", (), 0)
-            wait_for_answers(list(watchers.values()), time.monotonic(), 30)
+            wait_for_answers(watchers.values(), time.monotonic(), 30)
             try:
                 yield Besieged(server, gauge, watchers, target, place / "log")
             finally:
@@ -160,7 +156,7 @@ def run_mixed(ground: Ground, minutes: float, names: Iterable[str] = NAMES) -> d
         time.sleep(rest)
         start = here.gauge.begin()
         outcome, begun, ended = here.attack(names, 60 * minutes)
-        here.wait(ended, rest)
+        wait_for_answers(here.watchers.values(), ended, rest)
         # A minute after the end, whatever became of the attackers' last requests.
         time.sleep(max(0.0, ended + rest - time.monotonic()))
         after, gauge = here.gauge.now(), here.gauge

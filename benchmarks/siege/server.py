@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,11 +78,6 @@ class Gauge(threading.Thread):
         """Seconds of processor time that the process has had so far."""
         times = self._process.cpu_times()
         return float(times.user + times.system)
-
-    def settled(self, seconds: float) -> Reading:
-        """Wait so long, then read once."""
-        time.sleep(seconds)
-        return self.now()
 
     def begin(self) -> Reading:
         """Forget the most so far; returns a reading."""

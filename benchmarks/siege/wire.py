@@ -9,7 +9,7 @@ import itertools
 import json
 import tarfile
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -230,12 +230,8 @@ def digits_tar(digits: int) -> bytes:
     return archive.getvalue()
 
 
-async def together(count: int, work: Callable[[int], Awaitable[object]]) -> None:
+async def together(count: int, work: Callable[[int], Coroutine[Any, Any, object]]) -> None:
     """Run so many at once; the failure of one ends all."""
     async with asyncio.TaskGroup() as group:
         for index in range(count):
-            group.create_task(_awaited(work, index))
-
-
-async def _awaited(work: Callable[[int], Awaitable[object]], index: int) -> None:
-    await work(index)
+            group.create_task(work(index))

@@ -6,6 +6,7 @@ import inspect
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -208,7 +209,7 @@ def run(settings: TrainSettings, *, as_json: bool, dry: bool = False) -> None:
     processes = join_processes(settings.device)
     if processes.is_main:
         if as_json:
-            typer.echo(json.dumps(result.as_json()))
+            typer.echo(json.dumps(asdict(result)))
         elif isinstance(result, DryRun):
             show_dry_run(result, PlainConsole(highlight=False))
         else:

@@ -6,7 +6,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -137,10 +137,6 @@ class DryRun:
     steps: int
     memory: Memory
     time: Duration | None
-
-    def as_json(self) -> dict[str, Any]:
-        """Return plain values for `--json`."""
-        return asdict(self)
 
 
 def dry_run(settings: TrainSettings, *, base: FrozenBase | None = None, console: Console | None = None) -> DryRun:

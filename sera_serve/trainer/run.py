@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -74,10 +74,6 @@ class TrainResult:
     trained_tokens: int
     notes: list[str]
     is_chat: bool = False
-
-    def as_json(self) -> dict[str, Any]:
-        """Return plain values for `--json`."""
-        return asdict(self)
 
 
 Result = TypeVar("Result")

@@ -14,6 +14,7 @@ import signal
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def start(settings: TrainSettings, base: FrozenBase, answer: Path) -> int:
     status = 1
     try:
         result = train_adapter(settings, base=base)
-        answer.write_text(json.dumps(result.as_json()))
+        answer.write_text(json.dumps(asdict(result)))
         status = 0
     finally:
         os._exit(status)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rich.console import Console
@@ -128,7 +128,7 @@ class _Job:
             lines.print(traceback.format_exc(), markup=False, highlight=False)
             self._fail(member.key, type(error).__name__, str(error) or type(error).__name__, None, "internal_error")
         else:
-            self.results[member.key] = JobResult(settings.name, "trained", result.as_json())
+            self.results[member.key] = JobResult(settings.name, "trained", asdict(result))
             lines.print(f"version {result.version} is published", highlight=False)
         finally:
             bar.close()
