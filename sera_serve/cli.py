@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -90,10 +91,15 @@ def _serve(config: Path | None, flags: dict[str, Any]) -> None:
 
 def _check_config(config: Path | None, flags: dict[str, Any]) -> None:
     settings, sources = load_with_sources(config, flags)
-    from sera_serve.commands.check_config import check_config
+    # It takes seconds to import.
+    from sera_serve.server import check_settings
 
-    for line in check_config(settings, sources):
-        typer.echo(line)
+    check_settings(settings)
+    values = {name: json.dumps(value) for name, value in settings.model_dump(mode="json").items()}
+    width = max(map(len, values))
+    widest = min(40, max(map(len, values.values())))
+    for name, value in values.items():
+        typer.echo(f"{name:<{width}}  {value:<{widest}}  {sources[name]}")
 
 
 def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:

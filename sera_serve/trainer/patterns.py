@@ -7,10 +7,8 @@ import math
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
-from torch import nn
-
 from sera_serve.errors import InvalidConfiguration
-from sera_serve.layers.targets import adaptable_linears, linear_widths, match_targets, near_names, pattern_matches
+from sera_serve.layers.targets import match_targets, near_names, pattern_matches
 from sera_serve.sera_config import SeraConfig
 from sera_serve.trainer.pattern_options import PATTERN_OPTIONS, Pattern
 
@@ -21,15 +19,6 @@ if TYPE_CHECKING:
 def value_for(pattern: Pattern | None, path: str) -> float | None:
     """Return the value of the last entry that matches `path`, or None if no entry does."""
     return next((value for name, value in reversed(pattern or ()) if pattern_matches(name, path)), None)
-
-
-def adapter_shapes(settings: TrainSettings, model: nn.Module) -> dict[str, SeraConfig]:
-    """Return the shape of each layer of `model` that the settings adapt: `shapes_by_path` of its linear layers.
-
-    Raises:
-        InvalidConfiguration: See `shapes_by_path`.
-    """
-    return shapes_by_path(settings, {path: linear_widths(found) for path, found in adaptable_linears(model).items()})
 
 
 def shapes_by_path(settings: TrainSettings, widths: Mapping[str, tuple[int, int]]) -> dict[str, SeraConfig]:

@@ -28,7 +28,7 @@ from sera_serve.trainer.loop import (
     evaluations_since_best,
 )
 from sera_serve.trainer.parallel import Processes, join_processes
-from sera_serve.trainer.patterns import adapter_shapes
+from sera_serve.trainer.patterns import shapes_by_path
 from sera_serve.trainer.progress import RichProgress
 from sera_serve.trainer.settings import KEPT_BY_INIT, TrainSettings
 from sera_serve.trainer.tasks import TASKS, GenerateTask, TaskData, TrainingTask, check_base_of_texts
@@ -158,17 +158,7 @@ def with_run(
     if initial is not None:
         settings = initial.settings(settings)
     data = TASKS[settings.task].load(settings, initial.bundle.config if initial is not None else None)
-    if base is None:
-        quiet.print(f"loading base {settings.base}", highlight=False)
-        base = load_base(settings.base, device=settings.device, dtype=settings.dtype, quantize=settings.quantize)
-    if (base.quantization or "none") != settings.quantize:
-        raise InvalidConfiguration(
-            f"quantize is {settings.quantize}, and the loaded base is quantized to {base.quantization or 'none'}; load "
-            "it with the same",
-            param="quantize",
-        )
-    if attached_layers(base.model):
-        raise InvalidConfiguration("the base has an adapter attached; detach it first", param="base")
+    base = usable_base(settings, base, quiet)
     if not TASKS[settings.task].takes_images:
         check_base_of_texts(settings.task, base)
     max_length = _max_length(settings, base)
@@ -178,6 +168,26 @@ def with_run(
             return use(run)
     finally:
         detach_adapter(base.model)
+
+
+def usable_base(settings: TrainSettings, base: FrozenBase | None, console: Console) -> FrozenBase:
+    """Load the base of a run, unless `base` is it already.
+
+    Raises:
+        InvalidConfiguration: It cannot be loaded; or it is quantized otherwise, or has an adapter attached.
+    """
+    if base is None:
+        console.print(f"loading base {settings.base}", highlight=False)
+        base = load_base(settings.base, device=settings.device, dtype=settings.dtype, quantize=settings.quantize)
+    if (base.quantization or "none") != settings.quantize:
+        raise InvalidConfiguration(
+            f"quantize is {settings.quantize}, and the loaded base is quantized to {base.quantization or 'none'}; load "
+            "it with the same",
+            param="quantize",
+        )
+    if attached_layers(base.model):
+        raise InvalidConfiguration("the base has an adapter attached; detach it first", param="base")
+    return base
 
 
 @dataclass(frozen=True)
@@ -205,8 +215,10 @@ def build_task(run: TrainingRun) -> TrainingTask:
     """Attach the adapter to the base, and make the task with its model and its rows."""
     # Before adapter and head draw their initial values.
     set_seed(run.settings.seed)
-    if not run.baseline:
-        _attach(run)
+    if run.initial is not None:
+        run.initial.attach(run.base, run.settings.dropout)
+    elif not run.baseline:
+        attach_layers(run.base.model, shapes_by_path(run.settings, run.base.module_shapes()))
     task = TASKS[run.settings.task].build(run.settings, run.base, run.data, run.max_length)
     if run.initial is not None:
         task.model.load_stored_tensors(run.initial.bundle.tensors)
@@ -281,13 +293,6 @@ def _scores(task: TrainingTask) -> dict[str, float]:
     if task.test_rows:
         metrics |= {f"test_{name}": value for name, value in task.evaluate(task.test_rows).items()}
     return metrics
-
-
-def _attach(run: TrainingRun) -> None:
-    if run.initial is not None:
-        run.initial.attach(run.base, run.settings.dropout)
-    else:
-        attach_layers(run.base.model, adapter_shapes(run.settings, run.base.model))
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from sera_serve.errors import InvalidConfiguration
 from sera_serve.layers import attach_layers, attached_layers, detach_adapter
 from sera_serve.trainer.loop import parameter_groups
 from sera_serve.trainer.methods import METHODS, Method
-from sera_serve.trainer.patterns import adapter_shapes
+from sera_serve.trainer.patterns import shapes_by_path
 from sera_serve.trainer.run import TrainResult, train_adapter
 from sera_serve.trainer.settings import TrainSettings, load_options
 
@@ -95,7 +95,7 @@ def test_lora_plus_gives_b_its_own_rate(base: FrozenBase) -> None:
     settings = load_options(
         None, REQUIRED | {"rank": 8, "learning_rate": 0.01, "lora_plus_ratio": 16, "target_modules": "q_proj"}
     )
-    attach_layers(base.model, adapter_shapes(settings, base.model))
+    attach_layers(base.model, shapes_by_path(settings, base.module_shapes()))
     try:
         layers = attached_layers(base.model).values()
         groups = parameter_groups(base.model, settings)

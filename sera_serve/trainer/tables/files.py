@@ -28,7 +28,6 @@ SUFFIXES: dict[str, FileKind] = {
     ".parquet": "parquet",
     ".txt": "text",
 }
-FORMATS = ", ".join(SUFFIXES)
 _COMPRESSED = {".gz", ".bz2", ".xz", ".zst"}
 # What to do with a file of another program.
 _REMEDIES = {
@@ -178,7 +177,7 @@ def find_file(path: Path, encoding: str | None = None) -> DataFile:
     if suffix not in SUFFIXES:
         inner = f"{path}: the suffix {suffix!r}" + (f" before {compression}" if compression else "")
         remedy = _REMEDIES.get(suffix, "convert or rename the file")
-        raise InvalidData(f"{inner} is not one of {FORMATS}; {remedy}", param="train")
+        raise InvalidData(f"{inner} is not one of {', '.join(SUFFIXES)}; {remedy}", param="train")
     kind = SUFFIXES[suffix]
     found = DataFile(path, kind, suffix, compression, encoding or "utf-8", encoding is not None)
     with found.open_bytes() as stream:

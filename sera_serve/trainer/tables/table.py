@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sera_serve.trainer.tables.faults import InvalidData, Lines, Problems, Row
-from sera_serve.trainer.tables.files import FORMATS, DataFile, find_file
+from sera_serve.trainer.tables.files import DataFile, find_file
 from sera_serve.trainer.tables.strict import (
     CsvShape,
     check_csv,
@@ -19,9 +19,8 @@ from sera_serve.trainer.tables.strict import (
 )
 from sera_serve.trainer.tables.strict import read_json as read_json_strictly
 
-__all__ = ["FORMATS", "TEXT_COLUMN", "InvalidData", "Problems", "Row", "Table", "read_table"]
+__all__ = ["InvalidData", "Problems", "Row", "Table", "read_table"]
 
-TEXT_COLUMN = "text"
 HUB = "hub:"
 
 
@@ -83,8 +82,8 @@ def read_table(path: Path, *, delimiter: str | None = None, encoding: str | None
     """Read a file, a folder that `datasets` saved, or a data set of the hub.
 
     Args:
-        path: A file with one of the suffixes in `FORMATS`, perhaps compressed (.gz, .bz2, .xz, .zst); a folder that
-            `save_to_disk` wrote; or `hub:owner/name`, perhaps with `/config`, `@revision` and `#split`.
+        path: A file with one of the suffixes of `files.SUFFIXES`, perhaps compressed (.gz, .bz2, .xz, .zst); a folder
+            that `save_to_disk` wrote; or `hub:owner/name`, perhaps with `/config`, `@revision` and `#split`.
         delimiter: The character between two fields of a CSV or TSV file. None takes that of the suffix, or another
             one where the header has only another one.
         encoding: The encoding of a text file. None takes that of the byte order mark, or UTF-8.
@@ -119,7 +118,7 @@ def _read_file(file: DataFile, delimiter: str | None) -> Table:
 
     dataset, left_out = load_file(file)
     if file.kind == "text":
-        return Table(file.path, [TEXT_COLUMN], DatasetRows(dataset, file.path, 1), file.digest())
+        return Table(file.path, ["text"], DatasetRows(dataset, file.path, 1), file.digest())
     rows = DatasetRows(dataset, file.path, None)
     notes = [
         f"column {column!r} of {file.path.name} is left out, because its type {kind} cannot be read"

@@ -12,14 +12,13 @@ from rich.console import Console
 from rich.progress import Progress
 
 from adapters_store import AdapterBundle, AdapterStore, Published, StoreError
-from sera_serve.base import FrozenBase, load_base
+from sera_serve.base import FrozenBase
 from sera_serve.errors import InvalidConfiguration, SeraServeError
-from sera_serve.layers import attached_layers
 from sera_serve.terminal import PlainConsole
 from sera_serve.trainer.activations import checkpointed_activations
 from sera_serve.trainer.parallel import join_processes
 from sera_serve.trainer.progress import ProgressBar, progress_bars
-from sera_serve.trainer.run import train_adapter
+from sera_serve.trainer.run import train_adapter, usable_base
 from sera_serve.trainer.settings import TrainSettings
 from sera_serve.trainer.together.lockstep import Member, MemberTrainer, run_together
 from sera_serve.trainer.together.plan import Plan
@@ -72,11 +71,7 @@ def train_jobs(plan: Plan, *, base: FrozenBase | None = None, console: Console |
     first = plan.jobs[0]
     if join_processes(first.device).count > 1:
         raise InvalidConfiguration("--jobs trains in one process; start it without accelerate launch", param="jobs")
-    if base is None:
-        shown.print(f"loading base {first.base}", highlight=False)
-        base = load_base(first.base, device=first.device, dtype=first.dtype, quantize=first.quantize)
-    if attached_layers(base.model):
-        raise InvalidConfiguration("the base has an adapter attached; detach it first", param="base")
+    base = usable_base(first, base, shown)
     # Beside the runs' folders, whose names are tenant/name: no tenant's name begins with a dot.
     work = first.work_dir or first.store.with_name(first.store.name + ".training")
     store = AdapterStore(first.store, create=True)
