@@ -22,18 +22,18 @@ from rich.table import Table
 from benchmarks.systems import (
     Setting,
     SystemProcess,
-    bare_system,
+    base_system,
     generate_system,
     peft_system,
     served_system,
 )
 
-CASES = ["base", "enabled_bare", "sera_1", "sera_16", "sera_64", "peft_mixed_16", "peft_swap_16", "hf_generate_16"]
-ENGINE_CASES = ["base", "enabled_bare", "sera_1", "sera_16", "base_64", "sera_1_of_64", "sera_64"]
+CASES = ["base", "enabled_base_only", "sera_1", "sera_16", "sera_64", "peft_mixed_16", "peft_swap_16", "hf_generate_16"]
+ENGINE_CASES = ["base", "enabled_base_only", "sera_1", "sera_16", "base_64", "sera_1_of_64", "sera_64"]
 SYSTEM_OF = {
-    "base": bare_system,
-    "base_64": bare_system,
-    "enabled_bare": served_system,
+    "base": base_system,
+    "base_64": base_system,
+    "enabled_base_only": served_system,
     "sera_1": served_system,
     "sera_16": served_system,
     "sera_1_of_64": served_system,
@@ -67,7 +67,7 @@ def check(systems: dict[Any, SystemProcess], cases: list[str]) -> list[str]:
     """Cases whose tokens are not those of `generate` on the base, or on the base with the adapter merged."""
     got = {case: systems[SYSTEM_OF[case]].run(case).outputs for case in cases}
     generate = systems[generate_system]
-    wrong = [case for case in ("base", "enabled_bare") if case in got and got[case] != got["hf_generate_16"]]
+    wrong = [case for case in ("base", "enabled_base_only") if case in got and got[case] != got["hf_generate_16"]]
     if "sera_16" not in cases:
         return wrong
     for index in (0, 7, 15):

@@ -72,7 +72,7 @@ def static_generate(model: Any, prompts: Tensor, new_tokens: int, **options: Any
     return Run([row[prompts.shape[1] :].tolist() for row in output], seconds)
 
 
-def bare_system(setting: Setting) -> System:
+def base_system(setting: Setting) -> System:
     """The engine over the unmodified base."""
     engine = BatchDriver(llama_base(setting.width, setting.layers), None, ADAPTERS)
     prompts = setting.prompts().tolist()
@@ -90,7 +90,7 @@ def served_system(setting: Setting) -> System:
     engine = BatchDriver(base, [fleet.bundle(index) for index in range(ADAPTERS)], ADAPTERS)
     prompts, every, new = setting.prompts().tolist(), list(range(ADAPTERS)), setting.new_tokens
     cases = {
-        "enabled_bare": lambda: engine.run(prompts[:16], [None] * 16, new),
+        "enabled_base_only": lambda: engine.run(prompts[:16], [None] * 16, new),
         "sera_1": lambda: engine.run(prompts[:16], every[:1] * 16, new),
         "sera_16": lambda: engine.run(prompts[:16], every[:16], new),
         "sera_1_of_64": lambda: engine.run(prompts, every[:1] * ADAPTERS, new),

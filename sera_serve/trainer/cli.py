@@ -47,7 +47,7 @@ class _Command(TyperCommand):
         groups: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
             if (record := parameter.get_help_record(ctx)) is not None:
-                own = parameter.rich_help_panel or f"{parameter.param_type_name}s".capitalize()
+                own = getattr(parameter, "rich_help_panel", None) or f"{parameter.param_type_name}s".capitalize()
                 groups.setdefault(own, []).append(record)
         for name, records in groups.items():
             with formatter.section(name):

@@ -70,7 +70,7 @@ def test_every_case_is_reported() -> None:
     assert [row["case"] for row in long_prompts] == ["base", "hf_generate_16"]
 
 
-@pytest.mark.parametrize("case", ["base", "enabled_bare", "sera_1", "sera_16", "sera_64"])
+@pytest.mark.parametrize("case", ["base", "enabled_base_only", "sera_1", "sera_16", "sera_64"])
 def test_a_wrong_output_is_reported_without_speeds(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LocalSystem, "spoil", case)
     status, report = run("--quick", "--no-peft")
