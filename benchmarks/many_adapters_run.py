@@ -18,7 +18,7 @@ from benchmarks.fleet import MEGABYTE, SHAPES, Fleet, adapter_name, save_endless
 from benchmarks.flood import measure_fairness, measure_flood
 from benchmarks.http_load import Answer, LoadClient
 from benchmarks.peft_swap import PeftSwap
-from benchmarks.reference import Reference
+from benchmarks.reference import wrong_answers
 from benchmarks.server_process import ServerProcess, adapter_figures
 from benchmarks.service_figures import failures, latency, rates, span
 from benchmarks.workload import TimedRequest, WorkloadSpec, make_trace
@@ -77,7 +77,6 @@ class ManyAdapters:
         self._prompts = count()
         self.base = save_endless_base(folder / "base", plan.width)
         self._fleet = Fleet(self.base)
-        self._reference = Reference(self._fleet)
         self._cold = Fleet(self.base, (MEGABYTE,))
         begun = time.perf_counter()
         for size in plan.sizes:
@@ -123,12 +122,12 @@ class ManyAdapters:
             figures = self._figures(rows) | {"capacity_requests_per_s": capacity}
             figures["cold_start"], answers = uvloop.run(measure_cold_start(smallest.host, smallest.port, plan.pairs))
             figures["cold_start"]["adapter_bytes"] = self.cold_bytes
-            self.wrong += Reference(self._cold).wrong(answers[:: max(1, len(answers) // plan.checked)])
+            self.wrong += wrong_answers(self._cold, answers[:: max(1, len(answers) // plan.checked)])
             busy = servers[next(size for size in plan.sizes if size >= 10)]
             client = LoadClient(busy.host, busy.port, adapter_name)
             spec = replace(self._spec(10, 1, 0), duration=plan.flood_s)
             figures["flood"], answers = uvloop.run(measure_flood(client, spec, capacity))
-            self.wrong += self._reference.wrong(random.Random(1).sample(answers, min(plan.checked, len(answers))))
+            self.wrong += wrong_answers(self._fleet, random.Random(1).sample(answers, min(plan.checked, len(answers))))
             spec = replace(self._spec(10, 1, 1000), duration=plan.flood_s)
             figures["fairness"] = uvloop.run(measure_fairness(client, spec, 8, max(2, plan.sequences // 5)))
             for size, server in servers.items():
@@ -150,7 +149,7 @@ class ManyAdapters:
         indices = [*range(len(SHAPES)), *range(size - len(SHAPES), size)]
         client = LoadClient(server.host, server.port, adapter_name)
         requests = [replace(request, adapter=index) for request, index in zip(trace, indices, strict=True)]
-        self.wrong += self._reference.wrong(uvloop.run(client.open_loop(requests)))
+        self.wrong += wrong_answers(self._fleet, uvloop.run(client.open_loop(requests)))
 
     def _touch(self, size: int, server: ServerProcess) -> None:
         client = LoadClient(server.host, server.port, adapter_name)
@@ -219,7 +218,7 @@ class ManyAdapters:
         self.wrong += [f"{a.adapter}: {a.status} {a.error}" for a in answers if a.status not in (200, 429, 503, 0)]
         begun = [answer for answer in ended if answer.status == 200]
         chosen = random.Random(len(answers)).sample(begun, min(self.plan.checked, len(begun)))
-        self.wrong += self._reference.wrong(chosen)
+        self.wrong += wrong_answers(self._fleet, chosen)
 
     @staticmethod
     def _figures(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import random
 import tempfile
 import time
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,8 +30,8 @@ import uvloop
 from rich.console import Console
 
 from benchmarks.fleet import Fleet, adapter_name, save_endless_base
-from benchmarks.http_load import Answer, LoadClient
-from benchmarks.reference import Reference
+from benchmarks.http_load import LoadClient
+from benchmarks.reference import wrong_answers
 from benchmarks.service_figures import rates
 from benchmarks.soak_server import serve_soak
 from benchmarks.soak_tenants import ChangingTenant, Ledger
@@ -44,14 +44,6 @@ INTENDED = (429, 503)
 MAX_GROWTH = 0.02
 
 
-@dataclass(frozen=True)
-class Slice:
-    """Length of a slice in seconds, and its burst of requests."""
-
-    seconds: float
-    burst: int
-
-
 class Soak:
     """The load on one server, and everything that came of it."""
 
@@ -62,16 +54,18 @@ class Soak:
         self._client = LoadClient(host, port, adapter_name)
         self._process = psutil.Process(pid)
         self._fleet = fleet
-        self._reference = Reference(fleet)
         self._console = console
 
-    async def run(self, minutes: float, piece: Slice, changing: list[ChangingTenant]) -> None:
-        """Load the server for so long, then wait until nothing is under way and check what it holds."""
+    async def run(self, minutes: float, seconds: float, burst: int, changing: list[ChangingTenant]) -> None:
+        """Load the server for so long, then wait until nothing is under way and check what it holds.
+
+        Each slice of so many seconds has a burst of so many requests.
+        """
         begun = time.perf_counter()
         end = asyncio.Event()
         lives = [asyncio.ensure_future(tenant.run(self.ledger, end)) for tenant in changing]
         while time.perf_counter() < begun + 60 * minutes:
-            await self._slice(len(self.rows), piece)
+            await self._slice(len(self.rows), seconds, burst)
             self.rows[-1]["minute"] = round((time.perf_counter() - begun) / 60, 2)
             self._console.print(str(self.rows[-1]), markup=False)
             for life in lives:
@@ -94,39 +88,36 @@ class Soak:
         settled = next(row for row in self.rows if row["minute"] >= min(5, minutes / 6))
         return float(self.rows[-1]["rss_mib"] / settled["rss_mib"] - 1)
 
-    async def _slice(self, number: int, piece: Slice) -> None:
-        trace = make_trace(WorkloadSpec(ADAPTERS, 100, piece.seconds, seed=number))
-        tiny = [replace(r, new_tokens=1, prompt=r.prompt[:4], due=0.0) for r in islice(cycle(trace), piece.burst)]
+    async def _slice(self, number: int, seconds: float, burst: int) -> None:
+        trace = make_trace(WorkloadSpec(ADAPTERS, 100, seconds, seed=number))
+        tiny = [replace(r, new_tokens=1, prompt=r.prompt[:4], due=0.0) for r in islice(cycle(trace), burst)]
         start = time.perf_counter()
-        load, burst = await asyncio.gather(
-            self._client.closed_loop(cycle(trace), CLIENTS, piece.seconds), self._client.open_loop(tiny)
+        load, tinies = await asyncio.gather(
+            self._client.closed_loop(cycle(trace), CLIENTS, seconds), self._client.open_loop(tiny)
         )
-        end = start + piece.seconds
+        end = start + seconds
         cut = [answer for answer in load if not answer.ended or answer.ended >= end - 0.1]
-        answers = [answer for answer in load if answer not in cut] + burst
+        answers = [answer for answer in load if answer not in cut] + tinies
         refused = Counter(f"{a.status} {a.error}" for a in answers if a.status in INTENDED)
         self.ledger.intended += refused
         self.ledger.done["generated"] += sum(answer.right_length for answer in answers)
         self.ledger.done["left in mid-stream"] += len(cut)
         for answer in answers:
             if answer.status in INTENDED:
-                self._expect_retry_after(answer)
+                if answer.retry_after is None and not answer.tokens:
+                    self.ledger.wrong.append(f"{answer.status} {answer.error} without Retry-After")
             elif not answer.right_length:
                 self.ledger.wrong.append(
                     f"{answer.adapter}: {answer.status} {answer.error}, {len(answer.tokens)} tokens"
                 )
         whole = [answer for answer in answers if answer.right_length]
         sample = random.Random(number).sample(whole, min(CHECKED, len(whole)))
-        self.ledger.wrong += await asyncio.to_thread(self._reference.wrong, sample)
+        self.ledger.wrong += await asyncio.to_thread(wrong_answers, self._fleet, sample)
         held = await self._integrity()
         row: dict[str, Any] = {"rss_mib": round(self._process.memory_info().rss / 2**20, 1)}
         row |= rates(load, start, end) | {"refused": dict(refused)}
         row |= {key: held[key] for key in ("device_bytes", "host_bytes", "in_flight", "leases")}
         self.rows.append(row)
-
-    def _expect_retry_after(self, answer: Answer) -> None:
-        if answer.retry_after is None and not answer.tokens:
-            self.ledger.wrong.append(f"{answer.status} {answer.error} without Retry-After")
 
     async def _integrity(self) -> dict[str, Any]:
         async with httpx.AsyncClient(base_url=self._url, timeout=60) as client:
@@ -160,7 +151,7 @@ def main(
             client = LoadClient(host, port, adapter_name)
             changing = [ChangingTenant(url, client, fleet, store, tenant) for tenant in range(CHANGING)]
             httpx.get(f"{url}/readyz", timeout=120).raise_for_status()
-            uvloop.run(soak.run(minutes, Slice(min(slice_seconds, 60 * minutes), burst), changing))
+            uvloop.run(soak.run(minutes, min(slice_seconds, 60 * minutes), burst, changing))
         finally:
             server.terminate()
             server.join(30)

@@ -12,7 +12,7 @@ import httpx
 from adapters_store import AdapterStore
 from benchmarks.fleet import Fleet
 from benchmarks.http_load import Answer, LoadClient
-from benchmarks.reference import Reference
+from benchmarks.reference import wrong_answers
 from benchmarks.workload import TimedRequest
 
 
@@ -44,7 +44,6 @@ class ChangingTenant:
         self._client = client
         self._fleet = fleet
         self._store = store
-        self._reference = Reference(fleet)
         self._random = random.Random(tenant)
         self._name = f"changing-{tenant}/main"
         # Weights that no other adapter has; each content is used again by every eighth round.
@@ -107,7 +106,7 @@ class ChangingTenant:
         if answer.status in (429, 503):
             ledger.intended[f"{answer.status} {answer.error}"] += 1
             return
-        wrong = self._reference.wrong([answer])
+        wrong = wrong_answers(self._fleet, [answer])
         ledger.expect(what, not wrong, wrong)
 
     async def _ask(self, name: str, new_tokens: int, content: int) -> Answer:

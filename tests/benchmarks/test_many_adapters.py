@@ -18,7 +18,7 @@ from benchmarks.http_load import Answer
 from benchmarks.many_adapters import COLUMNS, QUICK, report
 from benchmarks.many_adapters_run import ManyAdapters
 from benchmarks.plots import plot_many_adapters
-from benchmarks.reference import Reference
+from benchmarks.reference import wrong_answers
 from benchmarks.workload import TimedRequest
 from sera_serve.base import FrozenBase
 from support.factories import greedy, merged
@@ -84,12 +84,13 @@ def test_the_reference_tells_right_answers_from_wrong_ones(base: FrozenBase, fle
             asked = TimedRequest(0, adapter, prompt, length)
             return Answer(asked, "t/x", 0, status=200, tokens=tokens, answered_by="t/x", complete=True)
 
-        reference = Reference(fleet)
-        assert reference.wrong([answer(tokens, index)]) == []
-        assert len(reference.wrong([answer([*tokens[:6], tokens[6] ^ 1, *tokens[7:]], index)])) == 1
-        assert len(reference.wrong([answer(tokens, index + len(SHAPES))])) == 1, "the same shape with other weights"
-        assert len(reference.wrong([answer(tokens[:-1], index)])) == 1
-        assert len(reference.wrong([replace(answer(tokens, index), answered_by="t/y")])) == 1
+        assert wrong_answers(fleet, [answer(tokens, index)]) == []
+        assert len(wrong_answers(fleet, [answer([*tokens[:6], tokens[6] ^ 1, *tokens[7:]], index)])) == 1
+        assert len(wrong_answers(fleet, [answer(tokens, index + len(SHAPES))])) == 1, (
+            "the same shape with other weights"
+        )
+        assert len(wrong_answers(fleet, [answer(tokens[:-1], index)])) == 1
+        assert len(wrong_answers(fleet, [replace(answer(tokens, index), answered_by="t/y")])) == 1
 
 
 def test_adapters_of_a_fleet_are_distinct_repeatable_and_of_mixed_shapes(fleet: Fleet) -> None:
