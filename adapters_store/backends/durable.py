@@ -124,11 +124,11 @@ def file_lock(path: str, *, shared: bool = False, create: bool = True, wait: boo
 
 
 @contextmanager
-def try_file_lock(path: str) -> Iterator[bool]:
-    """Like an exclusive `file_lock`, but yields False at once where another owner holds the lock."""
+def try_file_lock(path: str, *, shared: bool = False) -> Iterator[bool]:
+    """Like `file_lock`, but yields False at once where another owner holds the lock."""
     with ExitStack() as held:
         is_free = False
         with suppress(BlockingIOError):
-            held.enter_context(file_lock(path, wait=False))
+            held.enter_context(file_lock(path, shared=shared, wait=False))
             is_free = True
         yield is_free

@@ -13,14 +13,16 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, cast
+from typing import Any, BinaryIO, Literal
 
+from adapters_store.backends.durable import sync
 from sera_serve.access import AccessDatabase
 from sera_serve.errors import SeraServeError
 from sera_serve.jobs.cursors import keep_place, place_of
 from sera_serve.jobs.places import Places
-from sera_serve.jobs.rows import CheckedRows, RowKind, check_rows
+from sera_serve.jobs.rows import RowKind, check_rows
 
 MAX_FILES = 1000
 """Files that one tenant may upload."""
@@ -133,7 +135,14 @@ class TrainingFiles:
         with self._database.reading() as connection:
             self._check_space(connection, tenant, checked.nbytes)
         file_id = f"file-{secrets.token_hex(12)}"
-        return self._keep(file_id, source, lambda: self._record(file_id, tenant, filename, checked))
+        values = (file_id, tenant, filename, "fine-tune", checked.nbytes, checked.sha256, checked.kind, checked.rows)
+
+        def record() -> TrainingFile:
+            # The limit again: other uploads of the tenant may have come between.
+            check = partial(self._check_space, tenant=tenant, nbytes=checked.nbytes)
+            return self._insert((*values, time.time(), None, None, checked.labels), check)
+
+        return self._keep(file_id, source, record)
 
     def add_results(self, job_id: str, tenant: str, content: bytes, rows: int) -> TrainingFile:
         """Keep the metrics of a job, instead of those that an earlier process of it may have left.
@@ -146,7 +155,7 @@ class TrainingFiles:
         file_id = results_id(job_id)
         sha256 = hashlib.sha256(content).hexdigest()
         values = (file_id, tenant, f"{job_id}.csv", "fine-tune-results", len(content), sha256, "metrics", rows)
-        return self._keep(file_id, io.BytesIO(content), lambda: self._insert((*values, time.time()), job_id, 0))
+        return self._keep(file_id, io.BytesIO(content), lambda: self._insert((*values, time.time(), None, job_id, 0)))
 
     def _keep(self, file_id: str, source: BinaryIO, record: Callable[[], TrainingFile]) -> TrainingFile:
         kept, part = self._places.file(file_id), self._places.file(file_id + _PART)
@@ -161,7 +170,7 @@ class TrainingFiles:
                 try:
                     _copy(source, file)
                     part.rename(kept)
-                    sync_folder(self._places.files)
+                    sync(str(self._places.files))
                     return record()
                 except BaseException:
                     for path in left:
@@ -324,32 +333,16 @@ class TrainingFiles:
                 param="file",
             )
 
-    def _record(self, file_id: str, tenant: str, filename: str, checked: CheckedRows) -> TrainingFile:
-        values = (file_id, tenant, filename, "fine-tune", checked.nbytes, checked.sha256, checked.kind, checked.rows)
-        # The limit again: other uploads of the tenant may have come between.
-        return self._insert(
-            (*values, time.time()),
-            None,
-            checked.labels,
-            lambda connection: self._check_space(connection, tenant, checked.nbytes),
-        )
-
     def _insert(
-        self,
-        values: tuple[object, ...],
-        job_id: str | None,
-        labels: int,
-        check: Callable[[sqlite3.Connection], None] = lambda connection: None,
+        self, values: tuple[object, ...], check: Callable[[sqlite3.Connection], None] = lambda connection: None
     ) -> TrainingFile:
+        """Record a file by the values of `_COLUMNS`. Its number is None: the database gives it."""
         with self._database.writing() as connection:
             check(connection)
-            done = connection.execute(
-                "INSERT OR REPLACE INTO files (id, tenant, filename, purpose, bytes, sha256, kind, rows, created_at, "
-                "job, labels) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (*values, job_id, labels),
-            )
-            number = cast(int, done.lastrowid)
-        return _file((*values, number, job_id, labels))
+            marks = ", ".join("?" * len(values))
+            connection.execute(f"INSERT OR REPLACE INTO files ({_COLUMNS}) VALUES ({marks})", values)
+            row = connection.execute(f"SELECT {_COLUMNS} FROM files WHERE id = ?", values[:1]).fetchone()
+        return _file(row)
 
 
 def missing_files(database: AccessDatabase, places: Places) -> list[str]:
@@ -400,15 +393,6 @@ def _copy(source: BinaryIO, target: BinaryIO) -> None:
     shutil.copyfileobj(source, target)
     target.flush()
     os.fsync(target.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Flush the entries of a folder to the disk: without it, a power cut may undo a rename. Raises OSError."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _file(row: tuple[object, ...]) -> TrainingFile:

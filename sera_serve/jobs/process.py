@@ -16,10 +16,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from adapters_store.backends.durable import put_text
 from sera_serve.access import DEFAULT, Limit
 from sera_serve.base import Quantize
 from sera_serve.base.loading import EMBEDDED
-from sera_serve.jobs.files import sync_folder
 from sera_serve.jobs.places import Places
 from sera_serve.jobs.records import Checkpoint, Job, NewEvent
 from sera_serve.jobs.spec import TRAINING_NAME, VALIDATION_NAME
@@ -298,13 +298,7 @@ def clear(run: Path) -> None:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write a file that is there whole, or not at all, and durable when this returns."""
-    part = path.with_name(path.name + ".part")
-    with part.open("w", encoding="utf-8") as file:
-        json.dump(value, file)
-        file.flush()
-        os.fsync(file.fileno())
-    part.rename(path)
-    sync_folder(path.parent)
+    put_text(str(path), json.dumps(value), str(path.parent))
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

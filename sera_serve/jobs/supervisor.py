@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Collection
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 
 from adapters_store import AdapterStore, Published
+from adapters_store.backends.durable import try_file_lock
 from adapters_store.errors import AdapterNotFound, StoreError
 from sera_serve.access import AccessDatabaseError
 from sera_serve.jobs.files import TrainingFileNotFound, TrainingFileNotStored, TrainingFiles, missing_file
@@ -183,9 +183,9 @@ class Supervisor:
         if not self._places.root.is_dir():
             return False
         with ExitStack() as locks:
-            if not locks.enter_context(_try_lock(self._places.lock, fcntl.LOCK_SH)):
+            if not locks.enter_context(try_file_lock(str(self._places.lock), shared=True)):
                 return False
-            if not locks.enter_context(_try_lock(self._places.lock_of(self._base), fcntl.LOCK_EX)):
+            if not locks.enter_context(try_file_lock(str(self._places.lock_of(self._base)))):
                 # The server that runs the jobs may be killed. The next one looks for what it has left.
                 self._sweep_at = 0.0
                 return False
@@ -503,7 +503,7 @@ class Supervisor:
             self._clear_own(job)
             return
         # Of another base: where a server runs its jobs, that one ends the process first.
-        with _try_lock(self._places.lock_of(job.base), fcntl.LOCK_EX) as is_free:
+        with try_file_lock(str(self._places.lock_of(job.base))) as is_free:
             if is_free:
                 self._clear_own(job)
 
@@ -529,15 +529,3 @@ class Supervisor:
             return self._store.resolve(name).digest != digest
         except AdapterNotFound:
             return False
-
-
-@contextmanager
-def _try_lock(path: Path, kind: int) -> Iterator[bool]:
-    """Hold a lock of a file, `LOCK_SH` or `LOCK_EX`; yields False where another process has it."""
-    with path.open("ab") as file:
-        try:
-            fcntl.flock(file, kind | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True

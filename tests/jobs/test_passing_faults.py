@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from adapters_store.backends.durable import try_file_lock
 from adapters_store.errors import AdapterNotFound
 from sera_serve.access import AccessDatabase, AccessDatabaseError
 from sera_serve.jobs import Job, Jobs, TrainingFiles
@@ -232,7 +233,7 @@ def test_what_the_server_before_has_left_is_swept_by_the_one_that_takes_over(
     platform.supervisor.start()
     wait_until(lambda: platform.supervisor._sweep_at == float("inf"))
     left = platform.places.file("file-left.part")
-    with supervisor_module._try_lock(platform.places.lock_of("base"), supervisor_module.fcntl.LOCK_EX) as is_free:
+    with try_file_lock(str(platform.places.lock_of("base"))) as is_free:
         assert is_free
         left.write_bytes(b"x")
         wait_until(lambda: platform.supervisor._sweep_at == 0.0)
@@ -251,7 +252,9 @@ def test_what_a_process_leaves_survives_a_power_cut(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(os, "fsync", note)
     write_json(target, {"status": "succeeded"})
     # The content before the rename, the entry of the folder after it.
-    assert flushed == [("result.json.part", False), (tmp_path.name, True)]
+    (content, was_there), folder = flushed
+    assert content != target.name and not was_there and folder == (tmp_path.name, True)
+    assert [path.name for path in tmp_path.iterdir()] == [target.name]
 
 
 def test_rounds_beside_a_running_job_seldom_look_at_every_job(
