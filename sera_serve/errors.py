@@ -135,3 +135,8 @@ class BaseOverflow(EngineUnavailable):
     """The base model alone gives logits that are infinite or not a number for this input."""
 
     code = "base_overflow"
+
+
+def counted(number: int, noun: str) -> str:
+    """A number of things for a message: "1 request", "2 requests"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

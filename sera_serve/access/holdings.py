@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from adapters_store import AdapterStore, Held, StoreError, parse_adapter
 from sera_serve.access.quotas import Quota, QuotaExceeded, Quotas
+from sera_serve.errors import counted
 
 logger = logging.getLogger("sera_serve.access")
 
@@ -155,8 +156,8 @@ class Holdings:
 def _excess(tenant: str, quota: Quota, held: Held, added: Held) -> QuotaExceeded | None:
     if quota.adapters is not None and added.adapters and held.adapters + added.adapters > quota.adapters:
         return QuotaExceeded(
-            f"tenant {tenant!r} has {held.adapters} adapters, and may have {quota.adapters}; delete one first, or ask "
-            "the operator for more",
+            f"tenant {tenant!r} has {counted(held.adapters, 'adapter')}, and may have {quota.adapters}; delete one "
+            "first, or ask the operator for more",
             param="name",
         )
     if quota.bytes is not None and held.nbytes + added.nbytes > quota.bytes:

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeAlias, get_args
 from adapters_store import check_part
 from adapters_store.errors import InvalidAdapterName
 from sera_serve.access.database import AccessDatabase
-from sera_serve.errors import InvalidConfiguration, SeraServeError
+from sera_serve.errors import InvalidConfiguration, SeraServeError, counted
 
 logger = logging.getLogger("sera_serve.access")
 QuotaPriority = Literal["low", "normal", "high"]
@@ -262,8 +262,8 @@ class Quotas:
         most = self.of(tenant).training_jobs
         if most is not None and unfinished >= most:
             raise TrainingQuotaExceeded(
-                f"tenant {tenant!r} has {unfinished} unfinished training jobs, and may have {most}; wait for one, "
-                "cancel one, or ask the operator for more",
+                f"tenant {tenant!r} has {counted(unfinished, 'unfinished training job')}, and may have {most}; wait "
+                "for one, cancel one, or ask the operator for more",
                 param="training_jobs",
             )
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from sera_serve.access.quotas import Quota, RateLimitExceeded
+from sera_serve.errors import counted
 
 _MINUTE = 60.0
 _LONGEST_WAIT_S = 3600
@@ -80,9 +81,9 @@ class Rates:
         now = self._clock()
         requests = self._bucket("requests", tenant, now)
         for kind, bucket, limit, least in (
-            ("requests", requests, quota.requests_per_minute, 1.0),
+            ("request", requests, quota.requests_per_minute, 1.0),
             # Any rest of a minute's tokens admits a request: nobody knows yet how many it uses.
-            ("tokens", self._bucket("tokens", tenant, now), quota.tokens_per_minute, 0.0),
+            ("token", self._bucket("tokens", tenant, now), quota.tokens_per_minute, 0.0),
         ):
             if limit is None:
                 continue
@@ -90,8 +91,9 @@ class Rates:
             if missing > 0 or missing == least == 0:
                 wait = min(_LONGEST_WAIT_S, max(1, math.ceil(missing * _MINUTE / limit))) if limit else _LONGEST_WAIT_S
                 raise RateLimitExceeded(
-                    f"tenant {tenant!r} has used its {limit} {kind} a minute; send the request again in {wait} s",
-                    param=f"{kind}_per_minute",
+                    f"tenant {tenant!r} has used its {counted(limit, kind)} a minute; send the request again in "
+                    f"{wait} s",
+                    param=f"{kind}s_per_minute",
                     retry_after=wait,
                 )
         requests.charge(1, quota.requests_per_minute, now)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 
 from sera_serve.engine.request import Request
-from sera_serve.errors import Overloaded, TenantOverloaded, TooManyInFlight
+from sera_serve.errors import Overloaded, TenantOverloaded, TooManyInFlight, counted
 
 _RATE_SECONDS = 20.0
 _LONGEST_RETRY_S = 60
@@ -62,8 +62,8 @@ class AdmissionController:
                 own_limit = request.principal.max_in_flight
                 if own_limit is not None and own >= own_limit:
                     raise TooManyInFlight(
-                        f"tenant {tenant!r} has {own} requests in flight, and may have {own_limit}; send it again "
-                        "later",
+                        f"tenant {tenant!r} has {counted(own, 'request')} in flight, and may have {own_limit}; send it "
+                        "again later",
                         retry_after=self._seconds_for(own * len(self._by_tenant)),
                     )
                 if own >= self._tenant_limit:
@@ -75,7 +75,9 @@ class AdmissionController:
                     request.admitted = True
                     return
                 busiest = max(self._by_tenant, key=self._by_tenant.__getitem__)
-                too_many = self.overloaded(f"{self._total} requests are in flight, the most allowed")
+                too_many = self.overloaded(
+                    f"the server has {counted(self._total, 'request')} in flight, the most allowed"
+                )
                 if self._by_tenant[busiest] <= own + 1:
                     raise too_many
             if not shed(busiest):
@@ -98,7 +100,7 @@ class AdmissionController:
         """The refusal of a request whose tenant has too many; it says when the present ones may be done."""
         own = self._by_tenant.get(tenant, 0)
         return TenantOverloaded(
-            f"tenant {tenant!r} has {own} requests in flight, more than its share; send it again later",
+            f"tenant {tenant!r} has {counted(own, 'request')} in flight, more than its share; send it again later",
             param="adapter",
             retry_after=self._seconds_for(own * len(self._by_tenant)),
         )

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, Literal
 
 from adapters_store.backends.durable import sync
 from sera_serve.access import AccessDatabase
-from sera_serve.errors import SeraServeError
+from sera_serve.errors import SeraServeError, counted
 from sera_serve.jobs.cursors import keep_place, place_of
 from sera_serve.jobs.places import Places
 from sera_serve.jobs.rows import RowKind, check_rows
@@ -328,7 +328,7 @@ class TrainingFiles:
         count, used = connection.execute(query, (tenant,)).fetchone()
         if count >= MAX_FILES or used + nbytes > self._max_tenant_bytes:
             raise TooManyFiles(
-                f"tenant {tenant} has {count} files of {used} bytes; the limits are {MAX_FILES} files and "
+                f"tenant {tenant} has {counted(count, 'file')} of {used} bytes; the limits are {MAX_FILES} files and "
                 f"{self._max_tenant_bytes} bytes: delete some",
                 param="file",
             )

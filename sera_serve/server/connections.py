@@ -8,6 +8,7 @@ import resource
 from collections import Counter
 
 from sera_serve.config import ServeSettings
+from sera_serve.errors import counted
 
 logger = logging.getLogger("sera_serve.server")
 
@@ -28,11 +29,11 @@ class ConnectionCounts:
         """Count a connection. Returns why there may be no more of them, or None if the connection was counted."""
         client = client_of(address)
         if self._open >= self._most:
-            return f"the server has {self._open} open connections; try again later, or raise max_connections"
+            return f"the server has {counted(self._open, 'open connection')}; try again later, or raise max_connections"
         if self._by_client[client] >= self._most_per_address:
             return (
-                f"{client} has {self._by_client[client]} open connections; use them again for further requests, "
-                "or raise max_connections_per_address"
+                f"{client} has {counted(self._by_client[client], 'open connection')}; use what is open for further "
+                "requests, or raise max_connections_per_address"
             )
         self._open += 1
         self._by_client[client] += 1

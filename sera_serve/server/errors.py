@@ -18,7 +18,7 @@ from starlette.routing import BaseRoute
 from starlette.types import Receive, Scope, Send
 
 from adapters_store.errors import StoreError
-from sera_serve.errors import SeraServeError
+from sera_serve.errors import SeraServeError, counted
 from sera_serve.server.disconnect import ClientDisconnected
 from sera_serve.server.methods import allow_header, near_path, routes_of_path
 
@@ -250,7 +250,7 @@ def _shown(value: Any) -> str:
     if isinstance(value, dict):
         return "an object"
     if isinstance(value, list):
-        return f"a list of {len(value)} items"
+        return f"a list of {counted(len(value), 'item')}"
     text = repr(value[:_MAX_SHOWN] if isinstance(value, str) else value)
     return text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + "..."
 

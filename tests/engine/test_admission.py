@@ -68,7 +68,7 @@ def test_a_full_server_sheds_one_of_the_tenant_with_the_most() -> None:
     assert {tenant: len(requests) for tenant, requests in waiting.items()} == {"flood": 2, "b": 2, "c": 1, "d": 1}
     # Nobody has two more than these: if they shed each other in turn, no request would be served.
     for tenant in ("c", "flood"):
-        with pytest.raises(Overloaded, match="6 requests are in flight"):
+        with pytest.raises(Overloaded, match="6 requests in flight"):
             admit(controller, tenant, shed)
 
 

@@ -15,7 +15,7 @@ from starlette.concurrency import run_in_threadpool
 
 from adapters_store import AdapterBundle, BundleLimits, PeftFiles, parse_adapter, peft_from_bytes, writable_memory
 from adapters_store.errors import InvalidAdapterName
-from sera_serve.errors import InvalidRequest, Overloaded
+from sera_serve.errors import InvalidRequest, Overloaded, counted
 from sera_serve.server.auth import caller_of
 from sera_serve.server.native.upload_form import FORM_TYPE, FormReader, UploadNotWritten, boundary_of
 from sera_serve.server.strict import UnsupportedMediaType, media_type
@@ -72,14 +72,14 @@ class UploadSlots:
         """
         if self._taken.total() >= self._limit:
             raise TooManyUploads(
-                f"{self._taken.total()} uploads are under way, the most that this server takes; send the upload again "
-                "later",
+                f"the server has {counted(self._taken.total(), 'upload')} under way, the most that it takes; send the "
+                "upload again later",
                 retry_after=_RETRY_AFTER_S,
             )
         if tenant is not None and self._taken[tenant] >= self._tenant_limit:
             raise TooManyUploads(
-                f"{self._taken[tenant]} uploads of this tenant are under way, the most of one tenant; send the upload "
-                "again later",
+                f"this tenant has {counted(self._taken[tenant], 'upload')} under way, the most of one tenant; send the "
+                "upload again later",
                 retry_after=_RETRY_AFTER_S,
             )
         self._taken[tenant] += 1
