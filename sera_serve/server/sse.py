@@ -1,4 +1,4 @@
-"""Server-sent events: the response that streams the deltas of one generation, or of several at once."""
+"""Server-sent events: responses of them, and the one that streams the deltas of generations."""
 
 from __future__ import annotations
 
@@ -75,15 +75,53 @@ class EventWriter:
         return encode_event(content)
 
 
-class EventStream(Response):
+class EventResponse(Response):
+    """Sends the events that a subclass makes. A disconnect of the client cancels the subclass's work."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self) -> None:
+        """Prepare the headers. The length is not known."""
+        super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self._started = self._ended = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events until they end or the client disconnects."""
+        try:
+            await cancel_on_disconnect(receive, self._send_events(scope, send))
+        except ClientDisconnected:
+            if not self._started:
+                raise
+            # A server tells of a disconnect at the end of each response too.
+            if not self._ended:
+                note_code(scope, CLIENT_CLOSED_CODE)
+
+    def events(self, scope: Scope) -> AsyncGenerator[bytes]:
+        """Yield encoded events, or nothing (b""). What it raises before the first yield is an ordinary error.
+
+        It sets `_ended` before the last event: a client may leave as soon as it has that one.
+        """
+        raise NotImplementedError
+
+    async def _send_events(self, scope: Scope, send: Send) -> None:
+        async with aclosing(self.events(scope)) as events:
+            async for event in events:
+                if not self._started:
+                    await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+                    self._started = True
+                if event:
+                    await send({"type": "http.response.body", "body": event, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+class EventStream(EventResponse):
     """Streams generations as server-sent events, by default `data: [DONE]` last.
 
     The response admits the request when the response is sent. A refusal is therefore an ordinary error with its own
     status, until a generation runs. A later refusal or failure of one generation is the event `{"error": ...}`, and
-    this event is the last. A disconnect of the client cancels the request.
+    this event is the last.
     """
-
-    media_type = "text/event-stream"
 
     def __init__(
         self, admit: Admit, writer: EventWriter, account: Account, translation: Translation = nullcontext
@@ -96,58 +134,35 @@ class EventStream(Response):
             account: Counts the tokens at the end.
             translation: Names the failures of generations that are read as the interface does.
         """
-        super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
-        del self.headers["content-length"]
+        super().__init__()
         self._admit = admit
         self._writer = writer
         self._account = account
         self._translation = translation
-        self._started = self._ended = False
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the events until the generations end or the client disconnects."""
-        request_id = scope["state"]["request_id"]
-        try:
-            await cancel_on_disconnect(receive, self._send_events(send, request_id))
-        except ClientDisconnected:
-            if not self._started:
-                raise
-            # A server tells of a disconnect at the end of each response too.
-            if not self._ended:
-                note_code(scope, CLIENT_CLOSED_CODE)
-
-    async def _send_events(self, send: Send, request_id: str) -> None:
-        async with admitted(self._admit, self._account) as streams:
-            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            self._started = True
-            async with aclosing(self._events(streams, request_id)) as events:
-                async for event in events:
-                    await send({"type": "http.response.body", "body": event, "more_body": True})
-            self._ended = True
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-    async def _events(self, streams: Sequence[GenerationStream], request_id: str) -> AsyncGenerator[bytes]:
+    async def events(self, scope: Scope) -> AsyncGenerator[bytes]:
+        """Yield the events of the generations, from their admission on."""
         writer = self._writer
-        try:
-            if first := writer.begin(streams):
-                yield first
-            async with aclosing(self._deltas(streams)) as deltas:
-                async for index, delta in deltas:
-                    stream = streams[index]
-                    if delta is None:
-                        result = result_of(stream)
-                        self._account.count_generation(stream)
-                        event = writer.final(index, stream, result)
-                    else:
-                        event = writer.delta(index, stream, delta) if delta.text or delta.token_ids else b""
-                    if event:
-                        yield event
-            last = writer.end(streams)
-        except Exception as error:  # noqa: BLE001 - the status 200 is sent already: the error becomes an event and a log line
-            content = describe(error, request_id)[1]
-            self._account.count_refusal(content["error"]["code"])
-            last = writer.failed(content)
-        if last:
+        async with admitted(self._admit, self._account) as streams:
+            # The status is sent now.
+            yield b""
+            try:
+                yield writer.begin(streams)
+                async with aclosing(self._deltas(streams)) as deltas:
+                    async for index, delta in deltas:
+                        stream = streams[index]
+                        if delta is None:
+                            result = result_of(stream)
+                            self._account.count_generation(stream)
+                            yield writer.final(index, stream, result)
+                        elif delta.text or delta.token_ids:
+                            yield writer.delta(index, stream, delta)
+                last = writer.end(streams)
+            except Exception as error:  # noqa: BLE001 - the status 200 is sent already: the error becomes an event and a log line
+                content = describe(error, scope["state"]["request_id"])[1]
+                self._account.count_refusal(content["error"]["code"])
+                last = writer.failed(content)
+            self._ended = True
             yield last
 
     async def _deltas(self, streams: Sequence[GenerationStream]) -> AsyncGenerator[tuple[int, TokenDelta | None]]:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncGenerator
 
-from fastapi import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Scope
 
 from sera_serve.errors import EngineUnavailable, InvalidRequest
 from sera_serve.jobs import JobEvent
 from sera_serve.server.auth import Caller
-from sera_serve.server.disconnect import ClientDisconnected, cancel_on_disconnect
-from sera_serve.server.errors import CLIENT_CLOSED_CODE, describe, note_code
+from sera_serve.server.errors import describe, note_code
 from sera_serve.server.openai.fine_tuning_schemas import JobEventObject
-from sera_serve.server.sse import DONE, encode_event
+from sera_serve.server.sse import DONE, EventResponse, encode_event
 from sera_serve.server.training import Training
 from sera_serve.threads import BoundedExecutor
 
@@ -47,10 +46,8 @@ def number_after(after: str | None, prefix: str, item: str) -> int | None:
     return int(digits)
 
 
-class JobEventStream(Response):
+class JobEventStream(EventResponse):
     """Server-sent events: each event of a job once, then `[DONE]`. A refusal is an ordinary error."""
-
-    media_type = "text/event-stream"
 
     def __init__(
         self, job_id: str, caller: Caller, after: int | None, training: Training, executor: BoundedExecutor
@@ -64,8 +61,7 @@ class JobEventStream(Response):
             training: Has the jobs.
             executor: Reads the database.
         """
-        super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
-        del self.headers["content-length"]
+        super().__init__()
         self._job_id = job_id
         self._caller = caller
         self._tenant = caller.seen_tenant
@@ -73,47 +69,32 @@ class JobEventStream(Response):
         self._jobs = training.jobs
         self._streams = training.streams
         self._executor = executor
-        self._started = False
-        self._ended = False
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the events until the job has finished, or the client disconnects."""
-        try:
-            with self._streams.take(self._tenant):
-                await cancel_on_disconnect(receive, self._send_events(send, scope))
-        except ClientDisconnected:
-            if not self._started:
-                raise
-            # A server tells of a disconnect at the end of each response too.
-            if not self._ended:
-                note_code(scope, CLIENT_CLOSED_CODE)
-
-    async def _send_events(self, send: Send, scope: Scope) -> None:
-        # Before the status is sent: the job may not be the caller's.
-        content, is_finished = await self._executor.run(self._next)
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        self._started = True
-        silent = 0
-        try:
-            while not is_finished:
-                if content:
-                    await send({"type": "http.response.body", "body": content, "more_body": True})
-                    silent = 0
-                await asyncio.sleep(_LOOK_S)
-                if scope["app"].state.draining:
-                    raise EngineUnavailable("the server is stopping; read the events when it is back")
-                self._caller.check_still_accepted()
-                content, is_finished = await self._executor.run(self._next)
-                silent += 1
-                if not content and silent >= _COMMENT_AFTER:
-                    content = _COMMENT
-            content += DONE
-        except Exception as error:  # noqa: BLE001 - the status 200 is sent already: the error becomes an event
-            failure = describe(error, scope["state"]["request_id"])[1]
-            note_code(scope, failure["error"]["code"])
-            content = encode_event(failure)
-        self._ended = True
-        await send({"type": "http.response.body", "body": content, "more_body": False})
+    async def events(self, scope: Scope) -> AsyncGenerator[bytes]:
+        """Yield the events until the job has finished."""
+        with self._streams.take(self._tenant):
+            # Before the status is sent: the job may not be the caller's.
+            content, is_finished = await self._executor.run(self._next)
+            silent = 0
+            try:
+                while not is_finished:
+                    yield content
+                    silent = 0 if content else silent
+                    await asyncio.sleep(_LOOK_S)
+                    if scope["app"].state.draining:
+                        raise EngineUnavailable("the server is stopping; read the events when it is back")
+                    self._caller.check_still_accepted()
+                    content, is_finished = await self._executor.run(self._next)
+                    silent += 1
+                    if not content and silent >= _COMMENT_AFTER:
+                        content = _COMMENT
+                content += DONE
+            except Exception as error:  # noqa: BLE001 - the status 200 is sent already: the error becomes an event
+                failure = describe(error, scope["state"]["request_id"])[1]
+                note_code(scope, failure["error"]["code"])
+                content = encode_event(failure)
+            self._ended = True
+            yield content
 
     def _next(self) -> tuple[bytes, bool]:
         """The events since the last call, and whether no more will come. Blocks."""
