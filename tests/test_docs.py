@@ -24,7 +24,7 @@ from sera_serve.config import ServeSettings
 from sera_serve.engine import ServingEngine
 from sera_serve.engine.request import TRANSITIONS as REQUEST_TRANSITIONS
 from sera_serve.errors import SeraServeError
-from sera_serve.jobs import Places, TrainingFiles
+from sera_serve.jobs import JobPaths, TrainingFiles
 from sera_serve.residency import TRANSITIONS as ADAPTER_TRANSITIONS
 from sera_serve.server import build_app, errors, stats
 from sera_serve.server.native import access_schemas, quota_schemas, schemas
@@ -139,7 +139,7 @@ def test_every_field_is_described(title: str, model: type[BaseModel]) -> None:
 def test_every_field_of_responses_is_described_there_or_with_those_of_chats() -> None:
     own, shared = section(RESPONSES), section(OPENAI)
     for field in response_schemas.ResponseRequest.model_fields:
-        assert f"`{field}`" in own or (field in fields.SamplingFields.model_fields and f"`{field}`" in shared), field
+        assert f"`{field}`" in own or (field in fields.OpenAIFields.model_fields and f"`{field}`" in shared), field
 
 
 def test_the_table_of_settings_is_the_one_that_the_code_makes() -> None:
@@ -268,7 +268,7 @@ def test_the_documented_backup_is_whole_and_for_its_owner_alone(tmp_path: Path) 
     digest = store.publish(random_adapter(base, SeraConfig(2, 1, 4, ("q_proj",)), 1), "acme/a").digest
     database, audit = AccessDatabase(store.root), AuditLog(store.root)
     key = Keys(database).create("acme", ["infer"])
-    files = TrainingFiles(database, Places(store.root), 1 << 20)
+    files = TrainingFiles(database, JobPaths(store.root), 1 << 20)
     file = files.add("acme", "rows.jsonl", BytesIO(jsonl(SORTED)))
     audit.record("key.create", COMMAND, tenant="acme", target="a key")
     audit.close()
@@ -282,7 +282,7 @@ def test_the_documented_backup_is_whole_and_for_its_owner_alone(tmp_path: Path) 
     copied = AccessDatabase(copy.root)
     assert [held.id for held in Keys(copied).all()] == [key.key.id]
     copied.close()
-    assert Places(copy.root).file(file.id).read_bytes() == jsonl(SORTED)
+    assert JobPaths(copy.root).file(file.id).read_bytes() == jsonl(SORTED)
     assert (copy.root / "access" / "audit.jsonl").read_bytes() == audit.path.read_bytes()
     private = [copy.root / "access", *(copy.root / "access").iterdir(), copy.root / "jobs"]
     assert [path.name for path in private if path.stat().st_mode & 0o077] == []

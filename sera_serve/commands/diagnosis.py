@@ -27,7 +27,7 @@ from sera_serve.engine.loop.attention_backend import choose_backend
 from sera_serve.engine.loop.hugging_face import PagedModel
 from sera_serve.engine.memory import MEBIBYTE, DecoderSizes, DeviceMemory
 from sera_serve.errors import SeraServeError
-from sera_serve.jobs import Places, missing_files
+from sera_serve.jobs import JobPaths, missing_files
 from sera_serve.layers.targets import adaptable_linears, linear_widths
 from sera_serve.server.connections import RESERVED_DESCRIPTORS
 from sera_serve.trainer.packages import missing_packages
@@ -279,7 +279,7 @@ def _database(store: AdapterStore) -> Iterator[Finding]:
     database = AccessDatabase(store.root)
     try:
         is_there = database.check()
-        missing = missing_files(database, Places(store.root))
+        missing = missing_files(database, JobPaths(store.root))
     except AccessDatabaseError as error:
         message, _, remedy = error.message.partition("; ")
         yield Finding("database", "problem", message, remedy)
@@ -291,7 +291,7 @@ def _database(store: AdapterStore) -> Iterator[Finding]:
     if missing:
         shown = ", ".join(missing[:_MOST_FAULTS])
         more = f" and {len(missing) - _MOST_FAULTS:,} more" if len(missing) > _MOST_FAULTS else ""
-        detail = f"{len(missing):,} files are missing from {Places(store.root).files}, or not whole: {shown}{more}"
+        detail = f"{len(missing):,} files are missing from {JobPaths(store.root).files}, or not whole: {shown}{more}"
         remedy = (
             "restore jobs/files from a backup, or have the tenants upload them again; jobs that need them will fail"
         )

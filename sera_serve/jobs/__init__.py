@@ -9,7 +9,7 @@ from sera_serve.jobs.files import (
     TrainingFiles,
     missing_files,
 )
-from sera_serve.jobs.places import Places
+from sera_serve.jobs.paths import JobPaths
 from sera_serve.jobs.process import JobProcesses
 from sera_serve.jobs.records import (
     Job,
@@ -29,12 +29,12 @@ __all__ = [
     "JobEnded",
     "JobEvent",
     "JobNotFound",
+    "JobPaths",
     "JobProcesses",
     "JobSpec",
     "JobStatus",
     "JobTask",
     "Jobs",
-    "Places",
     "Supervisor",
     "TrainingFile",
     "TrainingFileNotFound",

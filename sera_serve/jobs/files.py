@@ -21,7 +21,7 @@ from adapters_store.backends.durable import sync
 from sera_serve.access import AccessDatabase
 from sera_serve.errors import SeraServeError, counted
 from sera_serve.jobs.cursors import keep_place, place_of
-from sera_serve.jobs.places import Places
+from sera_serve.jobs.paths import JobPaths
 from sera_serve.jobs.rows import RowKind, check_rows
 
 MAX_FILES = 1000
@@ -111,16 +111,16 @@ class TrainingFiles:
     so `sweep` deletes only what a killed server has left.
     """
 
-    def __init__(self, database: AccessDatabase, places: Places, max_tenant_bytes: int) -> None:
+    def __init__(self, database: AccessDatabase, paths: JobPaths, max_tenant_bytes: int) -> None:
         """Use a database and directories.
 
         Args:
             database: Of the store.
-            places: Of the store.
+            paths: Of the store.
             max_tenant_bytes: Bytes that all files of one tenant may have.
         """
         self._database = database
-        self._places = places
+        self._paths = paths
         self._max_tenant_bytes = max_tenant_bytes
 
     def add(self, tenant: str, filename: str, source: BinaryIO) -> TrainingFile:
@@ -158,9 +158,9 @@ class TrainingFiles:
         return self._keep(file_id, io.BytesIO(content), lambda: self._insert((*values, time.time(), None, job_id, 0)))
 
     def _keep(self, file_id: str, source: BinaryIO, record: Callable[[], TrainingFile]) -> TrainingFile:
-        kept, part = self._places.file(file_id), self._places.file(file_id + _PART)
+        kept, part = self._paths.file(file_id), self._paths.file(file_id + _PART)
         try:
-            self._places.make()
+            self._paths.make()
             # Of a server that was killed while it wrote results: these have the same name each time.
             part.unlink(missing_ok=True)
             with part.open("xb") as file:
@@ -170,7 +170,7 @@ class TrainingFiles:
                 try:
                     _copy(source, file)
                     part.rename(kept)
-                    sync(str(self._places.files))
+                    sync(str(self._paths.files))
                     return record()
                 except BaseException:
                     for path in left:
@@ -232,7 +232,7 @@ class TrainingFiles:
 
     def path(self, file: TrainingFile) -> Path:
         """Where the bytes of a file lie."""
-        return self._places.file(file.id)
+        return self._paths.file(file.id)
 
     def open(self, file_id: str, tenant: str | None) -> tuple[TrainingFile, BinaryIO]:
         """A file, and its bytes to read from. The caller closes them.
@@ -298,10 +298,10 @@ class TrainingFiles:
 
     def sweep(self) -> int:
         """Delete bytes that no record names and nobody writes. Returns their number; raises OSError."""
-        if not self._places.files.is_dir() or not self.has_records():
+        if not self._paths.files.is_dir() or not self.has_records():
             return 0
         swept = 0
-        for path in self._places.files.iterdir():
+        for path in self._paths.files.iterdir():
             if self._is_recorded(path.name):
                 continue
             with suppress(FileNotFoundError), path.open("rb") as file:
@@ -345,14 +345,14 @@ class TrainingFiles:
         return _file(row)
 
 
-def missing_files(database: AccessDatabase, places: Places) -> list[str]:
+def missing_files(database: AccessDatabase, paths: JobPaths) -> list[str]:
     """Ids of the recorded files whose bytes are not there, or are of another size. Blocks, and changes nothing.
 
     Raises:
         AccessDatabaseError: The database cannot be read.
     """
     rows = _recorded(database)
-    missing = [file_id for file_id, nbytes in rows.items() if _size_of(places.file(file_id)) != nbytes]
+    missing = [file_id for file_id, nbytes in rows.items() if _size_of(paths.file(file_id)) != nbytes]
     # A server may have deleted some meanwhile.
     still_there = _recorded(database) if missing else {}
     return [file_id for file_id in missing if file_id in still_there]

@@ -20,8 +20,8 @@ from adapters_store.backends.durable import put_text
 from sera_serve.access import DEFAULT, Limit
 from sera_serve.base import Quantize
 from sera_serve.base.loading import EMBEDDED
-from sera_serve.jobs.places import Places
-from sera_serve.jobs.records import Checkpoint, Job, NewEvent
+from sera_serve.jobs.paths import JobPaths
+from sera_serve.jobs.records import Checkpoint, Job, LastSteps, NewEvent, Reported
 from sera_serve.jobs.spec import TRAINING_NAME, VALIDATION_NAME
 
 ORDERS, LIMITS, PROGRESS, RESULT, PUBLISHING, LOG = (
@@ -75,14 +75,14 @@ class JobProcesses:
     quantize: Quantize = "none"
     timeout_s: float | None = None
 
-    def prepare(self, job: Job, places: Places) -> Path:
+    def prepare(self, job: Job, paths: JobPaths) -> Path:
         """Make the directory of a job, with its orders and links to its files. Returns the directory.
 
         Raises:
             OSError: The disk is full.
         """
-        places.make()
-        run = places.run(job.id)
+        paths.make()
+        run = paths.run(job.id)
         run.mkdir(mode=0o700, exist_ok=True)
         settings = job.spec.train_settings(
             # The process has another working directory.
@@ -93,9 +93,9 @@ class JobProcesses:
             dtype=self.dtype,
             quantize=self.quantize,
         )
-        _link(places.file(job.training_file), run / TRAINING_NAME)
+        _link(paths.file(job.training_file), run / TRAINING_NAME)
         if job.validation_file is not None:
-            _link(places.file(job.validation_file), run / VALIDATION_NAME)
+            _link(paths.file(job.validation_file), run / VALIDATION_NAME)
             settings["eval"] = VALIDATION_NAME
         orders = {
             "job": job.id,
@@ -118,13 +118,13 @@ class JobProcesses:
         if limits != read_limits(run):
             write_json(run / LIMITS, limits)
 
-    def start(self, job: Job, places: Places) -> JobProcess:
+    def start(self, job: Job, paths: JobPaths) -> JobProcess:
         """Start the process of a job. Its directory may be that of an earlier process, which it goes on from.
 
         Raises:
             OSError: The disk is full, or no process can be made.
         """
-        run = self.prepare(job, places)
+        run = self.prepare(job, paths)
         # The child finds the modules that this process has found.
         modules = os.pathsep.join(entry for entry in sys.path if entry)
         environment = {
@@ -156,35 +156,6 @@ def one_gpu(device: str) -> dict[str, str]:
     shown = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     number = int(index or 0)
     return {"CUDA_VISIBLE_DEVICES": shown[number] if shown else str(number)}
-
-
-@dataclass(frozen=True)
-class LastSteps:
-    """The last steps whose loss, and whose evaluation, are recorded."""
-
-    trained: int = 0
-    evaluated: int = 0
-
-
-@dataclass
-class Reported:
-    """What a process has reported since it was last asked.
-
-    Attributes:
-        read: Bytes of its progress, from the beginning.
-        last: The last steps in it.
-        events: Of the job.
-        checkpoints: Ends of epochs.
-        estimated_finish: Seconds since 1970, or None.
-        has_saved: Whether it has saved a checkpoint that a process started again goes on from.
-    """
-
-    read: int
-    last: LastSteps
-    events: list[NewEvent]
-    checkpoints: list[Checkpoint]
-    estimated_finish: float | None = None
-    has_saved: bool = False
 
 
 class JobProcess:

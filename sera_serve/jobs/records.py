@@ -21,6 +21,7 @@ from sera_serve.jobs.spec import JobSpec
 JobStatus = Literal["validating_files", "queued", "running", "succeeded", "failed", "cancelled"]
 STATUSES: tuple[JobStatus, ...] = get_args(JobStatus)
 Level = Literal["info", "warn", "error"]
+EventType = Literal["message", "metrics"]
 MAX_UNFINISHED = 100
 """Jobs of one tenant that have not finished."""
 # Finished jobs of one tenant that are remembered.
@@ -125,7 +126,7 @@ class JobEvent:
     seq: int
     created_at: float
     level: Level
-    type: Literal["message", "metrics"]
+    type: EventType
     message: str
     data: dict[str, Any]
 
@@ -146,8 +147,37 @@ class NewEvent:
 
     message: str
     level: Level = "info"
-    type: Literal["message", "metrics"] = "message"
+    type: EventType = "message"
     data: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class LastSteps:
+    """The last steps whose loss, and whose evaluation, are recorded."""
+
+    trained: int = 0
+    evaluated: int = 0
+
+
+@dataclass
+class Reported:
+    """What a process has reported since it was last asked.
+
+    Attributes:
+        read: Bytes of its progress, from the beginning.
+        last: The last steps in it.
+        events: Of the job.
+        checkpoints: Ends of epochs.
+        estimated_finish: Seconds since 1970, or None.
+        has_saved: Whether it has saved a checkpoint that a process started again goes on from.
+    """
+
+    read: int
+    last: LastSteps
+    events: list[NewEvent]
+    checkpoints: list[Checkpoint]
+    estimated_finish: float | None = None
+    has_saved: bool = False
 
 
 def new_job_id() -> str:
@@ -396,29 +426,18 @@ class Jobs:
             connection.execute("UPDATE jobs SET kills = kills + 1 WHERE id = ?", (job_id,))
             _add_events(connection, job_id, [event])
 
-    def record_progress(
-        self,
-        job_id: str,
-        read: int,
-        events: Sequence[NewEvent],
-        checkpoints: Sequence[Checkpoint],
-        estimated_finish: float | None,
-        has_saved: bool = False,
-    ) -> None:
-        """Record what the process has reported up to byte `read` of its progress, once.
-
-        `has_saved`: it has saved a checkpoint that a process started again goes on from.
-        """
+    def record_progress(self, job_id: str, found: Reported) -> None:
+        """Record what the job's process has reported, once."""
         with self._database.writing() as connection:
             done = connection.execute(
                 f"UPDATE jobs SET progress_read = ?, estimated_finish = coalesce(?, estimated_finish), "
                 "starts_at_checkpoint = CASE WHEN ? THEN starts ELSE starts_at_checkpoint END "
                 f"WHERE id = ? AND progress_read < ? AND status IN {UNFINISHED}",
-                (read, estimated_finish, has_saved, job_id, read),
+                (found.read, found.estimated_finish, found.has_saved, job_id, found.read),
             )
             if done.rowcount:
-                _add_events(connection, job_id, events)
-                for held in checkpoints:
+                _add_events(connection, job_id, found.events)
+                for held in found.checkpoints:
                     connection.execute(
                         "INSERT OR REPLACE INTO job_checkpoints VALUES (?, ?, ?, ?, ?)",
                         (job_id, held.step, held.created_at, held.model, _json(held.metrics)),

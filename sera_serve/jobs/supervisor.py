@@ -18,17 +18,16 @@ from adapters_store.errors import AdapterNotFound, StoreError
 from sera_serve.access import AccessDatabaseError
 from sera_serve.jobs.files import TrainingFileNotFound, TrainingFileNotStored, TrainingFiles, missing_file
 from sera_serve.jobs.metrics import metrics_csv
-from sera_serve.jobs.places import Places
+from sera_serve.jobs.paths import JobPaths
 from sera_serve.jobs.process import (
     JobProcess,
     JobProcesses,
-    LastSteps,
     clear,
     read_progress,
     read_publishing,
     read_result,
 )
-from sera_serve.jobs.records import Job, JobEvent, Jobs, NewEvent
+from sera_serve.jobs.records import Job, JobEvent, Jobs, LastSteps, NewEvent
 from sera_serve.jobs.rows import sha256_of
 from sera_serve.trainer.packages import missing_packages
 
@@ -62,7 +61,7 @@ class Supervisor:
         self,
         jobs: Jobs,
         files: TrainingFiles,
-        places: Places,
+        paths: JobPaths,
         store: AdapterStore,
         processes: JobProcesses,
         max_jobs: int,
@@ -76,7 +75,7 @@ class Supervisor:
         Args:
             jobs: The jobs.
             files: Their files.
-            places: Their directories.
+            paths: Their directories.
             store: Where adapters are published.
             processes: How to start a job's process.
             max_jobs: Processes at once; with 0, jobs wait for another server of the base.
@@ -90,7 +89,7 @@ class Supervisor:
         """
         self._jobs = jobs
         self._files = files
-        self._places = places
+        self._paths = paths
         self._store = store
         self._processes = processes
         self._max_jobs = max_jobs
@@ -180,12 +179,12 @@ class Supervisor:
         if self._locks is not None:
             return True
         # Without a job there is nothing to run, and maybe no right to write.
-        if not self._places.root.is_dir():
+        if not self._paths.root.is_dir():
             return False
         with ExitStack() as locks:
-            if not locks.enter_context(try_file_lock(str(self._places.lock), shared=True)):
+            if not locks.enter_context(try_file_lock(str(self._paths.lock), shared=True)):
                 return False
-            if not locks.enter_context(try_file_lock(str(self._places.lock_of(self._base)))):
+            if not locks.enter_context(try_file_lock(str(self._paths.lock_of(self._base)))):
                 # The server that runs the jobs may be killed. The next one looks for what it has left.
                 self._sweep_at = 0.0
                 return False
@@ -208,17 +207,17 @@ class Supervisor:
             self._attempt(process.job, partial(self._follow, process, running.get(process.job.id)))
         # Of a server that was killed or stopped. Those that it was killed with most often prove themselves first.
         left = [job for job in running.values() if job.id not in followed]
-        places = self._free_places(running.values())
+        free = self._free_processes(running.values())
         for job in sorted(left, key=lambda job: (-job.starts_in_vain, job.number)):
-            if places > 0:
+            if free > 0:
                 self._attempt(job, partial(self._go_on, job))
-                places -= job.id in self._running
-        while places > 0 and not self._closing.is_set():
+                free -= job.id in self._running
+        while free > 0 and not self._closing.is_set():
             next_job = self._jobs.next_queued([process.job.tenant for process in self._running.values()])
             # A job that cannot be moved on would be the next one again.
             if next_job is None or not self._attempt(next_job, partial(self._advance, next_job)):
                 break
-            places -= next_job.id in self._running
+            free -= next_job.id in self._running
         if not self._running or time.monotonic() >= self._clear_at:
             # Before the look: a job that is finished during it has it repeated.
             self._clear_at = time.monotonic() + _IDLE_S
@@ -236,7 +235,7 @@ class Supervisor:
             return
         self._files.sweep()
         # The directories first: a job is recorded before it has one.
-        found = list(self._places.runs.glob("ftjob-*"))
+        found = list(self._paths.runs.glob("ftjob-*"))
         kept = self._jobs.with_directories()
         self._sweep_at = math.inf
         for run in found:
@@ -255,7 +254,7 @@ class Supervisor:
         else:
             self._undeleted.discard(run.name)
 
-    def _free_places(self, running: Collection[Job]) -> int:
+    def _free_processes(self, running: Collection[Job]) -> int:
         """How many processes may begin now."""
         free = self._max_jobs - len(self._running)
         if any(map(self._is_suspect, running)):
@@ -358,7 +357,7 @@ class Supervisor:
 
     def _begin(self, job: Job) -> None:
         """Start the process of a job. OSError of a job that has run before passes: it has checkpoints to lose."""
-        self._running[job.id] = self._processes.start(job, self._places)
+        self._running[job.id] = self._processes.start(job, self._paths)
 
     def _go_on(self, job: Job) -> None:
         """Go on with a job of which there is no process: finish it, if its process had come to an end."""
@@ -436,12 +435,10 @@ class Supervisor:
         while True:
             if job.id not in self._last_steps:
                 self._last_steps[job.id] = self._recorded_steps(job)
-            found = read_progress(self._places.run(job.id), job.progress_read, self._last_steps[job.id])
+            found = read_progress(self._paths.run(job.id), job.progress_read, self._last_steps[job.id])
             if found.read == job.progress_read:
                 return
-            self._jobs.record_progress(
-                job.id, found.read, found.events, found.checkpoints, found.estimated_finish, found.has_saved
-            )
+            self._jobs.record_progress(job.id, found)
             # Not earlier: what is not recorded is read again.
             self._last_steps[job.id] = found.last
             job = self._jobs.get(job.id, None)
@@ -456,7 +453,7 @@ class Supervisor:
 
     def _finish_by_result(self, job: Job) -> bool:
         """Finish a job whose process has left its result. Returns whether it had."""
-        result = read_result(self._places.run(job.id))
+        result = read_result(self._paths.run(job.id))
         if result is None:
             return False
         if result["status"] == "succeeded":
@@ -503,12 +500,12 @@ class Supervisor:
             self._clear_own(job)
             return
         # Of another base: where a server runs its jobs, that one ends the process first.
-        with try_file_lock(str(self._places.lock_of(job.base))) as is_free:
+        with try_file_lock(str(self._paths.lock_of(job.base))) as is_free:
             if is_free:
                 self._clear_own(job)
 
     def _clear_own(self, job: Job) -> None:
-        run = self._places.run(job.id)
+        run = self._paths.run(job.id)
         if job.status != "succeeded" and (publishing := read_publishing(run)) is not None:
             # Its process may have published between the cancellation and its end.
             with suppress(AdapterNotFound):

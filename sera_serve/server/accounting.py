@@ -20,7 +20,7 @@ from sera_serve.engine import (
     Priority,
 )
 from sera_serve.server.metrics import ServerMetrics
-from sera_serve.server.usage_metrics import Usage
+from sera_serve.server.usage_metrics import UsageCounts
 
 
 @dataclass(slots=True, eq=False)
@@ -229,7 +229,7 @@ class Account:
             usage.first_tokens.add(first_token_s)
             record.first_token_s = max(first_token_s, record.first_token_s or 0.0)
 
-    def _count_rows(self, inputs: int, waited_s: float) -> Usage:
+    def _count_rows(self, inputs: int, waited_s: float) -> UsageCounts:
         """Count a call of rows for its tenant, and return the tenant's usage."""
         usage = self._metrics.usage.tenant(self.principal.tenant)
         usage.requests += 1
@@ -238,7 +238,7 @@ class Account:
         self._record.waited_s = waited_s
         return usage
 
-    def _served(self, adapter: str | None, version: int | None) -> Usage:
+    def _served(self, adapter: str | None, version: int | None) -> UsageCounts:
         """Note that an adapter served the request, and return the adapter's usage. Its requests count it once."""
         usage = self._metrics.usage.adapter(adapter, version)
         if adapter not in self._adapters_counted:

@@ -73,8 +73,3 @@ def needed_scope(method: str, route: str) -> Needed:
 def is_open(path: str) -> bool:
     """Whether GET of a path needs no key."""
     return path in _OPEN or path.startswith(("/docs/", "/console/"))
-
-
-def listed_routes() -> set[tuple[str, str]]:
-    """Return the routes of the table."""
-    return set(ROUTES)

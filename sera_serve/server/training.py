@@ -12,7 +12,7 @@ from adapters_store import Published, parse_ref
 from sera_serve.access import AccessControl, Actor, Quotas
 from sera_serve.config import ServeSettings
 from sera_serve.errors import Overloaded
-from sera_serve.jobs import Job, JobProcesses, Jobs, Places, Supervisor, TrainingFiles, base_id
+from sera_serve.jobs import Job, JobPaths, JobProcesses, Jobs, Supervisor, TrainingFiles, base_id
 from sera_serve.server.auth import unknown_adapter
 from sera_serve.server.publishing import Publisher, record_publication
 from sera_serve.threads import BoundedExecutor
@@ -67,8 +67,8 @@ class Training:
         """Make what an app needs, which `publisher` has. Nothing runs yet, and nothing is read."""
         store, database, audit = publisher.store, publisher.access.database, publisher.audit
         own = base_id(publisher.engine.base.info)
-        places = Places(store.root)
-        files = TrainingFiles(database, places, settings.max_training_files_mib << 20)
+        paths = JobPaths(store.root)
+        files = TrainingFiles(database, paths, settings.max_training_files_mib << 20)
         jobs = Jobs(database, own)
         processes = JobProcesses(
             base=settings.base,
@@ -100,7 +100,7 @@ class Training:
         supervisor = Supervisor(
             jobs,
             files,
-            places,
+            paths,
             store,
             processes,
             settings.max_training_jobs,

@@ -39,7 +39,7 @@ class SecondsCounts:
         self.total += seconds
 
 
-class Usage:
+class UsageCounts:
     """What one tenant has used, or what one adapter was used for.
 
     Attributes:
@@ -80,22 +80,22 @@ class UsageMetrics(Collector):
     def __init__(self, limit: int) -> None:
         """Begin with nothing. `limit` is the most labels of each kind, `other` aside."""
         self._limit = limit
-        self._tenants: dict[str, Usage] = {}
-        self._adapters: dict[str, Usage] = {}
+        self._tenants: dict[str, UsageCounts] = {}
+        self._adapters: dict[str, UsageCounts] = {}
 
-    def tenant(self, name: str) -> Usage:
+    def tenant(self, name: str) -> UsageCounts:
         """The usage of a tenant, or of all others."""
         return self._of(self._tenants, name)
 
-    def adapter(self, name: str | None, version: int | None) -> Usage:
+    def adapter(self, name: str | None, version: int | None) -> UsageCounts:
         """The usage of an adapter, or of all others; None is the base model, and a sum of adapters has no version."""
         return self._of(self._adapters, BASE if name is None else COMBINED if version is None else name)
 
-    def by_tenant(self) -> dict[str, Usage]:
+    def by_tenant(self) -> dict[str, UsageCounts]:
         """What is known, by label."""
         return dict(self._tenants)
 
-    def by_adapter(self) -> dict[str, Usage]:
+    def by_adapter(self) -> dict[str, UsageCounts]:
         """What is known, by label."""
         return dict(self._adapters)
 
@@ -139,10 +139,10 @@ class UsageMetrics(Collector):
                 family.add_metric([name], list(zip(_BOUNDS, accumulate(seconds.counts), strict=True)), seconds.total)
         yield from (waits, first_tokens)
 
-    def _of(self, known: dict[str, Usage], name: str) -> Usage:
+    def _of(self, known: dict[str, UsageCounts], name: str) -> UsageCounts:
         usage = known.get(name)
         if usage is None:
             if len(known) - (OTHER in known) >= self._limit:
                 name = OTHER
-            usage = known.setdefault(name, Usage())
+            usage = known.setdefault(name, UsageCounts())
         return usage

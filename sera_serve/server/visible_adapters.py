@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from heapq import merge
 from itertools import islice
+from operator import attrgetter
 
 from adapters_store import AdapterStore, AdapterSummary, Page
 from sera_serve.server.auth import Caller
@@ -30,7 +31,8 @@ def visible_page(caller: Caller, store: AdapterStore, after: str | None, limit: 
         return store.list_page(tenant, after, limit, pause)
     own = caller.key.tenant
     mine = store.list_page(own, after, limit + 1, pause).adapters if tenant in (None, own) else ()
-    found = list(islice(merge(mine, _shared(caller, store, own, after or "", tenant), key=_id), limit + 1))
+    shared = _shared(caller, store, own, after or "", tenant)
+    found = list(islice(merge(mine, shared, key=attrgetter("adapter")), limit + 1))
     return Page(tuple(found[:limit]), found[limit - 1].adapter if len(found) > limit else None)
 
 
@@ -42,7 +44,3 @@ def _shared(caller: Caller, store: AdapterStore, own: str, after: str, tenant: s
         # Deleted by a command, maybe, which may come before the end of its shares.
         if (summary := store.listed_summary(adapter)) is not None:
             yield summary
-
-
-def _id(summary: AdapterSummary) -> str:
-    return summary.adapter

@@ -30,7 +30,7 @@ from sera_serve.access import shares as shares_module
 from sera_serve.access.database import MIGRATIONS
 from sera_serve.access.keys import is_secret_of, key_id_of
 from sera_serve.errors import InvalidRequest
-from sera_serve.jobs import Places
+from sera_serve.jobs import JobPaths
 from support.live_server import wait_until
 from support.small_disk import fill_bytes, mounted, small_disk
 
@@ -363,19 +363,19 @@ def test_shares_are_bounded(database: AccessDatabase, monkeypatch: pytest.Monkey
 def test_nothing_is_written_where_the_store_is_not_there(tmp_path: Path) -> None:
     """Below the mount of a store is an empty directory: a key that is written there is lost."""
     root = AdapterStore(tmp_path / "store").root
-    control, places = AccessControl(AccessDatabase(root)), Places(root)
+    control, paths = AccessControl(AccessDatabase(root)), JobPaths(root)
     mark = root / STORE_MARK
     mark.rename(tmp_path / "away")
     with pytest.raises(AccessDatabaseError, match="No such file"):
         control.keys.create("acme", ["infer"])
     with pytest.raises(FileNotFoundError):
-        places.make()
+        paths.make()
     assert not (root / "access").exists() and not (root / "jobs").exists()
     (tmp_path / "away").rename(mark)
     made = control.keys.create("acme", ["infer"])
     control.refresh()
     assert control.key_of(made.secret) == made.key
-    places.make()
+    paths.make()
 
 
 def test_a_disk_that_becomes_writable_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

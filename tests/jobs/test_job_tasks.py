@@ -16,8 +16,9 @@ from adapters_store import AdapterStore
 from sera_serve.base import load_base
 from sera_serve.config import ServeSettings
 from sera_serve.engine import ServingEngine
-from sera_serve.jobs import JobProcesses, Places
-from sera_serve.jobs.process import LastSteps, read_progress
+from sera_serve.jobs import JobPaths, JobProcesses
+from sera_serve.jobs.process import read_progress
+from sera_serve.jobs.records import LastSteps
 from sera_serve.jobs.worker import train
 from sera_serve.server import build_app
 from sera_serve.server.openai.fine_tuning_schemas import TrainingMethod
@@ -69,9 +70,9 @@ class Server:
     def run(self, job_id: str) -> tuple[str, list[dict[str, Any]]]:
         """Train a job in this process, as its own process does. Returns the adapter, and the data of its events."""
         job = self.app.state.training.jobs.get(job_id, None)
-        places = Places(self.store.root)
+        paths = JobPaths(self.store.root)
         processes = JobProcesses("embedded", self.store.root, "cpu", "auto", torch.get_num_threads(), 0.5, 64 << 20)
-        folder = processes.prepare(job, places)
+        folder = processes.prepare(job, paths)
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(folder)
             assert train(folder)["status"] == "succeeded"

@@ -29,7 +29,7 @@ def refuse_starts(platform: Platform, patched: pytest.MonkeyPatch) -> list[str]:
     """Let no process be started. Returns the ids of the jobs that were tried."""
     tried: list[str] = []
 
-    def refuse(processes: object, job: Job, places: object) -> None:
+    def refuse(processes: object, job: Job, paths: object) -> None:
         tried.append(job.id)
         raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
@@ -38,7 +38,7 @@ def refuse_starts(platform: Platform, patched: pytest.MonkeyPatch) -> list[str]:
 
 
 def checkpoint_of(platform: Platform, job: Job) -> Path:
-    checkpoint = platform.places.run(job.id) / "work" / "checkpoint-500"
+    checkpoint = platform.paths.run(job.id) / "work" / "checkpoint-500"
     checkpoint.mkdir(parents=True)
     return checkpoint
 
@@ -126,7 +126,7 @@ def test_without_its_database_a_store_loses_no_file_and_no_checkpoint(
     job = platform.create("acme")
     platform.jobs.advance(job.id, "running", NewEvent("runs"))
     checkpoint = checkpoint_of(platform, job)
-    stray = platform.places.run("ftjob-of-no-record")
+    stray = platform.paths.run("ftjob-of-no-record")
     stray.mkdir()
     platform.database.close()
     folder, elsewhere = platform.database.path.parent, tmp_path / "elsewhere"
@@ -136,9 +136,9 @@ def test_without_its_database_a_store_loses_no_file_and_no_checkpoint(
         folder.mkdir()
         platform.database.path.touch()
     database = AccessDatabase(platform.store.root)
-    files, places = TrainingFiles(database, platform.places, 1 << 20), platform.places
+    files, paths = TrainingFiles(database, platform.paths, 1 << 20), platform.paths
     supervisor = Supervisor(
-        Jobs(database, "base"), files, places, platform.store, platform.processes, 1, "base", lambda job: None
+        Jobs(database, "base"), files, paths, platform.store, platform.processes, 1, "base", lambda job: None
     )
     supervisor.start()
     try:
@@ -146,7 +146,7 @@ def test_without_its_database_a_store_loses_no_file_and_no_checkpoint(
             supervisor.wake()
             time.sleep(0.1)
         assert files.sweep() == 0
-        assert places.file(job.training_file).is_file() and checkpoint.is_dir() and stray.is_dir()
+        assert paths.file(job.training_file).is_file() and checkpoint.is_dir() and stray.is_dir()
         # Once it is back, the job goes on, and what has no record goes.
         if left:
             shutil.rmtree(folder)
@@ -169,7 +169,7 @@ def test_metrics_that_a_killed_server_has_begun_are_written_again(
 ) -> None:
     job = platform.create("acme")
     leave_success(platform, job)
-    part = platform.places.file(f"file-{job.id.rpartition('-')[2]}.part")
+    part = platform.paths.file(f"file-{job.id.rpartition('-')[2]}.part")
     part.write_bytes(b"st")
     # As a supervisor that has looked for files before.
     platform.supervisor._sweep_at = float("inf")
@@ -220,20 +220,20 @@ def test_metrics_stay_where_their_record_cannot_be_written_again(
     # Those of a first try have no record, so they go.
     with pytest.raises(AccessDatabaseError):
         platform.files.add_results(other.id, "acme", b"step\n", 0)
-    assert {path.name for path in platform.places.files.iterdir()} == {kept.id, job.training_file, other.training_file}
+    assert {path.name for path in platform.paths.files.iterdir()} == {kept.id, job.training_file, other.training_file}
 
 
 def test_what_the_server_before_has_left_is_swept_by_the_one_that_takes_over(
     platform: Platform, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(supervisor_module, "_IDLE_S", 0.02)
-    platform.places.make()
+    platform.paths.make()
     with platform.database.writing():
         pass
     platform.supervisor.start()
     wait_until(lambda: platform.supervisor._sweep_at == float("inf"))
-    left = platform.places.file("file-left.part")
-    with try_file_lock(str(platform.places.lock_of("base"))) as is_free:
+    left = platform.paths.file("file-left.part")
+    with try_file_lock(str(platform.paths.lock_of("base"))) as is_free:
         assert is_free
         left.write_bytes(b"x")
         wait_until(lambda: platform.supervisor._sweep_at == 0.0)

@@ -12,7 +12,7 @@ from adapters_store import AdapterBundle, AdapterStore
 from adapters_store.errors import StoreWriteFailed
 from sera_serve import SeraConfig
 from sera_serve.access import AccessDatabase, AccessDatabaseError, QuotaExceeded, Quotas, Shares
-from sera_serve.jobs import Job, JobProcesses, JobSpec, Places, worker
+from sera_serve.jobs import Job, JobPaths, JobProcesses, JobSpec, worker
 from sera_serve.jobs.process import LIMITS, read_limits
 from sera_serve.jobs.worker import JobPublisher
 from support.factories import random_adapter, random_decoder
@@ -48,7 +48,7 @@ def test_a_settings_file_that_is_read_again_while_the_job_trains_holds(bundle: A
     processes = JobProcesses("base", store.root, "cpu", "auto", 1, 0.1, 1 << 20, server.of_settings)
     spec = JobSpec("base", "eve/job", "text", "classify", 1, 4, 1.0, 0, 12)
     job = Job(*("j", "eve", "running", spec, {}, "file-1", None, None), *[None] * 12)  # type: ignore[arg-type]
-    run = processes.prepare(job, Places(store.root))
+    run = processes.prepare(job, JobPaths(store.root))
     assert "bob" not in (run / LIMITS).read_text()
     publisher = JobPublisher(run, store, Quotas(AccessDatabase(store.root), read_limits(run)), publisher._shares)
     with pytest.raises(QuotaExceeded):

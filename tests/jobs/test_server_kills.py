@@ -33,7 +33,7 @@ def be_killed(platform: Platform) -> None:
 
 def save_a_checkpoint(platform: Platform, job: Job) -> None:
     """Report a checkpoint, as a job's process does."""
-    with (platform.places.run(job.id) / "progress.jsonl").open("a") as progress:
+    with (platform.paths.run(job.id) / "progress.jsonl").open("a") as progress:
         progress.write(json.dumps({"type": "saved", "step": 1}) + "\n")
 
 
@@ -57,7 +57,7 @@ def test_a_job_that_brings_the_server_down_is_started_three_times(
     assert error is not None and error["code"] == "server_killed"
     assert "ended unexpectedly 3 times" in error["message"] and "smaller batch_size" in error["message"]
     assert [ended.id for ended in platform.ended] == [job.id]
-    wait_until(lambda: not platform.places.run(job.id).exists())
+    wait_until(lambda: not platform.paths.run(job.id).exists())
     events, _ = platform.jobs.events(job.id, None, None, 10)
     assert sum("Unexpected ends of the server" in event.message for event in events) == 2
     assert f"job {job.id} is not started again" in caplog.text
@@ -159,12 +159,12 @@ def test_a_start_is_counted_before_the_process_begins(platform: Platform) -> Non
     seen: list[int] = []
     begin = platform.processes.start
 
-    def look(started: Job, places: object) -> object:
+    def look(started: Job, paths: object) -> object:
         seen.append(platform.jobs.get(job.id, None).starts)
-        return begin(started, places)  # type: ignore[arg-type]
+        return begin(started, paths)  # type: ignore[arg-type]
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(type(platform.processes), "start", lambda self, job, places: look(job, places))
+        patched.setattr(type(platform.processes), "start", lambda self, job, paths: look(job, paths))
         start(platform)
         waits_for(platform, 1)
     assert seen == [1]

@@ -108,7 +108,7 @@ def test_a_job_runs_and_a_cancelled_one_leaves_nothing(platform: Platform) -> No
     platform.jobs.cancel(job.id, "acme")
     platform.supervisor.wake()
     wait_until(lambda: platform.status(waiting) == "running")
-    wait_until(lambda: not platform.places.run(job.id).exists())
+    wait_until(lambda: not platform.paths.run(job.id).exists())
     assert [job.id, waiting.id] == STARTED
     assert platform.jobs.unfinished("acme") == 1
 
@@ -130,7 +130,7 @@ def test_a_result_that_a_dead_server_has_not_read_ends_the_job_once(platform: Pl
     platform.leave(job, **SUCCESS)
     platform.supervisor.start()
     wait_until(lambda: platform.status(job) == "succeeded")
-    wait_until(lambda: not platform.places.run(job.id).exists())
+    wait_until(lambda: not platform.paths.run(job.id).exists())
     assert STARTED == []
     assert [ended.id for ended in platform.ended] == [job.id]
     ended = platform.jobs.get(job.id, "acme")
@@ -152,7 +152,7 @@ def leave_success(platform: Platform, job: Job) -> None:
     platform.jobs.advance(job.id, "running", NewEvent("runs"))
     platform.leave(job, **SUCCESS)
     lines = "".join(json.dumps(entry) + "\n" for entry in METRICS)
-    (platform.places.run(job.id) / "progress.jsonl").write_text(lines)
+    (platform.paths.run(job.id) / "progress.jsonl").write_text(lines)
 
 
 def test_the_metrics_of_a_job_are_a_file_that_goes_with_it(platform: Platform, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,7 +163,7 @@ def test_the_metrics_of_a_job_are_a_file_that_goes_with_it(platform: Platform, m
     for job in jobs:
         leave_success(platform, job)
     platform.supervisor.start()
-    wait_until(lambda: all(not platform.places.run(job.id).exists() for job in jobs))
+    wait_until(lambda: all(not platform.paths.run(job.id).exists() for job in jobs))
     files = []
     for job in jobs:
         found = platform.jobs.get(job.id, "acme").result_file
@@ -256,7 +256,7 @@ def test_a_process_that_the_system_ends_is_started_again_once(platform: Platform
     wait_until(lambda: platform.status(job) == "failed")
     error = platform.jobs.get(job.id, None).error
     assert error is not None and error["code"] == "process_killed" and "signal 9" in error["message"]
-    wait_until(lambda: not platform.places.run(job.id).exists())
+    wait_until(lambda: not platform.paths.run(job.id).exists())
     assert len(STARTED) == 2
 
 
@@ -270,7 +270,7 @@ def test_a_job_that_runs_for_too_long_fails_and_the_next_one_begins(platform: Pl
     assert error is not None and error["code"] == "training_timeout"
     assert "0.5 s" in error["message"] and "training_job_timeout_s" in error["message"]
     assert CHILDREN[0].poll() is not None
-    wait_until(lambda: not platform.places.run(job.id).exists())
+    wait_until(lambda: not platform.paths.run(job.id).exists())
     wait_until(lambda: [job.id, waiting.id] == STARTED)
 
 
@@ -312,7 +312,7 @@ def test_a_message_that_is_no_text_ends_its_job_and_no_other(platform: Platform)
     platform.jobs.advance(odd.id, "running", NewEvent("runs \ud800"))
     platform.leave(odd, status="failed", code="invalid_training_data", message="label '\ud800' is new", param=None)
     metrics = {"type": "metrics", "step": 1, "total_steps": 2, "train_loss": 1.5, "eval_\udfff": 0.5}
-    (platform.places.run(odd.id) / "progress.jsonl").write_text(
+    (platform.paths.run(odd.id) / "progress.jsonl").write_text(
         "".join(json.dumps(line) + "\n" for line in (metrics, metrics | {"type": "checkpoint"}))
     )
     platform.supervisor.start()
@@ -341,11 +341,11 @@ def test_a_defect_with_one_job_ends_it_and_no_other(platform: Platform, monkeypa
     platform.supervisor.start()
     wait_until(lambda: [odd.id] == STARTED)
     other = platform.create("acme")
-    (platform.places.run(odd.id) / "progress.jsonl").write_text('{"type": "message", "message": "m"}\n')
+    (platform.paths.run(odd.id) / "progress.jsonl").write_text('{"type": "message", "message": "m"}\n')
     wait_until(lambda: platform.status(odd) == "failed" and platform.status(other) == "running")
     # Its process is gone, and so is its directory; the server's log has the reason.
     assert CHILDREN[0].wait(timeout=10) < 0
-    wait_until(lambda: not platform.places.run(odd.id).exists())
+    wait_until(lambda: not platform.paths.run(odd.id).exists())
     error = platform.jobs.get(odd.id, None).error
     assert error is not None and error["code"] == "training_process_failed" and "log" in error["message"]
     assert [ended.id for ended in platform.ended] == [odd.id]
@@ -440,7 +440,7 @@ def test_a_fault_that_lasts_is_logged_once(
 def test_a_process_that_cannot_be_started_tells_no_path(platform: Platform) -> None:
     job = platform.create("acme")
     platform.supervisor._processes = JobProcesses("base", platform.store.root, "cpu", "auto", 1, 0.1, 1 << 20)
-    (platform.places.run(job.id) / "orders.json").mkdir(parents=True)
+    (platform.paths.run(job.id) / "orders.json").mkdir(parents=True)
     platform.supervisor.start()
     wait_until(lambda: platform.status(job) == "failed")
     error = platform.jobs.get(job.id, None).error
@@ -484,7 +484,7 @@ def test_a_job_is_run_on_its_own_base_alone(platform: Platform) -> None:
         made = second.create(new_job_id(), "acme", job.spec, {}, job.training_file, None, None)
         wait_until(lambda: [job.id, made.id] == STARTED)
         second.cancel(job.id, None)
-        wait_until(lambda: not platform.places.run(job.id).exists(), 5)
+        wait_until(lambda: not platform.paths.run(job.id).exists(), 5)
         assert platform.status(made) == "running"
     finally:
         other.stop()
@@ -496,10 +496,10 @@ def test_what_a_cancelled_job_left_goes_where_nobody_serves_its_base(platform: P
     wait_until(lambda: [job.id] == STARTED)
     platform.supervisor.stop()
     platform.jobs.cancel(job.id, None)
-    assert platform.places.run(job.id).is_dir()
+    assert platform.paths.run(job.id).is_dir()
     other = platform.new_supervisor(base="another base")
     other.start()
-    wait_until(lambda: not platform.places.run(job.id).exists(), 5)
+    wait_until(lambda: not platform.paths.run(job.id).exists(), 5)
     other.stop()
 
 
@@ -513,7 +513,7 @@ def test_a_job_that_has_no_base_noted_is_run(platform: Platform) -> None:
 
 def test_a_server_that_runs_the_jobs_of_every_base_is_left_alone(platform: Platform) -> None:
     job = platform.create("acme")
-    with platform.places.lock.open("ab") as lock:
+    with platform.paths.lock.open("ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         platform.supervisor.start()
         time.sleep(0.5)
@@ -524,7 +524,7 @@ def test_a_server_that_runs_the_jobs_of_every_base_is_left_alone(platform: Platf
 
 def test_damaged_bytes_fail_the_job(platform: Platform) -> None:
     job = platform.create("acme")
-    platform.places.file(job.training_file).write_bytes(b"other")
+    platform.paths.file(job.training_file).write_bytes(b"other")
     platform.supervisor.start()
     wait_until(lambda: platform.status(job) == "failed")
     error = platform.jobs.get(job.id, None).error
@@ -533,7 +533,7 @@ def test_damaged_bytes_fail_the_job(platform: Platform) -> None:
 
 def test_a_job_says_that_its_file_is_missing(platform: Platform) -> None:
     job = platform.create("acme")
-    platform.places.file(job.training_file).unlink()
+    platform.paths.file(job.training_file).unlink()
     platform.supervisor.start()
     wait_until(lambda: platform.status(job) == "failed")
     error = platform.jobs.get(job.id, None).error
@@ -563,8 +563,8 @@ def test_what_cannot_be_deleted_is_told_and_tried_again(
     monkeypatch.setattr(supervisor_module, "_SWEEP_S", 0.0, raising=False)
     monkeypatch.setattr(supervisor_module, "_IDLE_S", 0.01)
     jobs = [platform.create("acme") for _ in range(2)]
-    left, other = (platform.places.run(job.id) for job in jobs)
-    stray = platform.places.run("ftjob-of-a-deleted-database")
+    left, other = (platform.paths.run(job.id) for job in jobs)
+    stray = platform.paths.run("ftjob-of-a-deleted-database")
     for run in (left, other, stray):
         (run / "work").mkdir(parents=True)
     for job in jobs:
@@ -594,7 +594,7 @@ def test_a_sweep_leaves_what_jobs_still_need(platform: Platform) -> None:
     of_other_base = Jobs(platform.database, "another base").create(
         new_job_id(), "acme", job.spec, {}, job.training_file, None, None
     )
-    kept = [platform.places.run(made.id) for made in (job, waiting, of_other_base)]
+    kept = [platform.paths.run(made.id) for made in (job, waiting, of_other_base)]
     for run in kept:
         (run / "work").mkdir(parents=True)
     platform.supervisor.start()

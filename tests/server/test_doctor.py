@@ -26,7 +26,7 @@ from sera_serve.commands import diagnosis
 from sera_serve.config import ServeSettings
 from sera_serve.engine import ServingEngine
 from sera_serve.engine.memory import DeviceMemory
-from sera_serve.jobs import Places, TrainingFiles
+from sera_serve.jobs import JobPaths, TrainingFiles
 from support.training import SORTED, jsonl
 
 
@@ -226,7 +226,7 @@ def test_a_damaged_alias_and_a_damaged_record_of_deletions_have_remedies(store: 
 def test_training_files_that_are_gone_are_named(tmp_path: Path) -> None:
     store = AdapterStore(tmp_path / "store").root
     database = AccessDatabase(store)
-    files = TrainingFiles(database, Places(store), 1 << 20)
+    files = TrainingFiles(database, JobPaths(store), 1 << 20)
     kept, gone, cut, deleted = (files.add("acme", "rows.jsonl", BytesIO(jsonl(SORTED))) for _ in range(4))
     files.delete(deleted.id, "acme")
     database.close()

@@ -312,17 +312,17 @@ def test_bytes_that_no_record_names_are_swept(tmp_path: Path) -> None:
     import fcntl
 
     from sera_serve.access import AccessDatabase
-    from sera_serve.jobs import Places, TrainingFiles
+    from sera_serve.jobs import JobPaths, TrainingFiles
 
-    places = Places(AdapterStore(tmp_path).root)
-    places.make()
+    paths = JobPaths(AdapterStore(tmp_path).root)
+    paths.make()
     database = AccessDatabase(tmp_path)
     with database.writing():
         pass
-    files = TrainingFiles(database, places, 1 << 20)
-    places.file("file-dead").write_bytes(b"x")
-    with places.file("file-live.part").open("wb") as live:
+    files = TrainingFiles(database, paths, 1 << 20)
+    paths.file("file-dead").write_bytes(b"x")
+    with paths.file("file-live.part").open("wb") as live:
         fcntl.flock(live, fcntl.LOCK_EX)
         assert files.sweep() == 1
-        assert [path.name for path in places.files.iterdir()] == ["file-live.part"]
+        assert [path.name for path in paths.files.iterdir()] == ["file-live.part"]
     assert files.sweep() == 1

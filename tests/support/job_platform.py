@@ -11,7 +11,7 @@ from typing import Any
 
 from adapters_store import AdapterStore, Published
 from sera_serve.access import AccessDatabase
-from sera_serve.jobs import Job, JobProcesses, Jobs, JobSpec, Places, Supervisor, TrainingFiles
+from sera_serve.jobs import Job, JobPaths, JobProcesses, Jobs, JobSpec, Supervisor, TrainingFiles
 from sera_serve.jobs.process import JobProcess
 from sera_serve.jobs.records import new_job_id
 from support.training import SORTED, jsonl
@@ -24,9 +24,9 @@ CHILDREN: list[subprocess.Popen[bytes]] = []
 class IdleProcesses(JobProcesses):
     """Starts processes that wait for their end. They write down what was started."""
 
-    def start(self, job: Job, places: Places) -> JobProcess:
+    def start(self, job: Job, paths: JobPaths) -> JobProcess:
         """Start a process that sleeps."""
-        run = places.run(job.id)
+        run = paths.run(job.id)
         run.mkdir(exist_ok=True)
         child = subprocess.Popen(
             [sys.executable, "-S", "-c", "import time; time.sleep(600)"],
@@ -43,9 +43,9 @@ class Platform:
 
     def __init__(self, root: Path) -> None:
         self.store = AdapterStore(root / "store")
-        self.places = Places(self.store.root)
+        self.paths = JobPaths(self.store.root)
         self.database = AccessDatabase(self.store.root)
-        self.files = TrainingFiles(self.database, self.places, 1 << 20)
+        self.files = TrainingFiles(self.database, self.paths, 1 << 20)
         self.jobs = Jobs(self.database, "base")
         self.processes = IdleProcesses("base", self.store.root, "cpu", "auto", 1, 0.1, 1 << 20)
         STARTED.clear()
@@ -69,7 +69,7 @@ class Platform:
         return Supervisor(
             jobs,
             self.files,
-            self.places,
+            self.paths,
             self.store,
             self.processes,
             most,
@@ -88,7 +88,7 @@ class Platform:
 
     def leave(self, job: Job, **result: Any) -> None:
         """Leave a result, as a job's process does at its end."""
-        run = self.places.run(job.id)
+        run = self.paths.run(job.id)
         run.mkdir(exist_ok=True)
         (run / "result.json").write_text(json.dumps(result))
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, BeforeValidator, Field, JsonValue, WithJsonSchema, model_validator
 
 from adapters_store import parse_json
+from sera_serve.server.native.sampling import MAX_LOGPROBS
 from sera_serve.server.native.schemas import MAX_NEW_TOKENS
 from sera_serve.server.openai.completion_schemas import TokenUsage
 from sera_serve.server.openai.fields import GenerationFields
@@ -18,7 +19,6 @@ from sera_serve.server.strict import RequestModel, refusal, with_example
 
 MAX_MESSAGES = 2048
 MAX_TOOLS = 128
-MAX_TOP_LOGPROBS = 20
 _MAX_TEMPLATE_VARIABLES = 16
 _MAX_ARGUMENT_MEMBERS = 1000
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
@@ -326,7 +326,7 @@ class ChatRequest(GenerationFields, ToolUse):
     )
     logprobs: bool | None = Field(None, description="return the log-probability of each token; false by default")
     top_logprobs: int | None = Field(
-        None, ge=0, le=MAX_TOP_LOGPROBS, description="and of this many likeliest tokens; needs logprobs"
+        None, ge=0, le=MAX_LOGPROBS, description="and of this many likeliest tokens; needs logprobs"
     )
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = Field(
         None, description=TOOLS_HELP

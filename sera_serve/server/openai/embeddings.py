@@ -19,7 +19,6 @@ from sera_serve.errors import SeraServeError
 from sera_serve.server.deps import ContextOf
 from sera_serve.server.native.inputs import IMAGE_SCHEMA, image_of
 from sera_serve.server.native.schemas import (
-    MAX_REFERENCE,
     MAX_TIMEOUT_S,
     MAX_TOKEN_ID,
     PRIORITY_HELP,
@@ -27,7 +26,7 @@ from sera_serve.server.native.schemas import (
 )
 from sera_serve.server.openai.answers import to_json, with_member
 from sera_serve.server.openai.errors import InvalidOpenAIRequest, OpenAIRoute, translated_errors
-from sera_serve.server.openai.fields import User
+from sera_serve.server.openai.fields import ModelName, User
 from sera_serve.server.openai.texts import adapter_of
 from sera_serve.server.strict import RequestModel, refusal, with_example
 
@@ -102,9 +101,7 @@ class EmbeddingRequest(RequestModel):
 
     model_config = with_example({"model": "demo/tickets", "input": ["My parcel is late.", "I was charged twice."]})
 
-    model: str = Field(
-        min_length=1, max_length=MAX_REFERENCE, description="an adapter's reference, or the name of the base"
-    )
+    model: ModelName = Field(description="an adapter's reference, or the name of the base")
     input: Annotated[
         list[str | ImageInput] | list[list[int]], PlainValidator(_inputs), WithJsonSchema(_INPUT_SCHEMA)
     ] = Field(description="a text, an image, tokens, or a list of up to 2,048 texts and images or lists of tokens")

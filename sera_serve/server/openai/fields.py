@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
 
-from sera_serve.engine import MIN_REPETITION_PENALTY, ConstraintSpec, GenerateParams, Priority
+from sera_serve.engine import MAX_CHOICES, MIN_REPETITION_PENALTY, ConstraintSpec, GenerateParams, Priority
 from sera_serve.server.native.sampling import LogitBias
 from sera_serve.server.native.schemas import (
     CACHE_SALT_HELP,
@@ -32,7 +32,6 @@ from sera_serve.server.response_format import (
 )
 from sera_serve.server.strict import RequestModel, refusal
 
-MAX_CHOICES = 128
 MAX_STOP = 16
 MAX_USER = 512
 _MAX_METADATA, _MAX_METADATA_KEY, _MAX_METADATA_VALUE = 16, 64, 512
@@ -60,6 +59,7 @@ def check_metadata(value: Any) -> Any:
 
 
 Metadata = Annotated[dict[str, str], BeforeValidator(check_metadata)]
+ModelName = Annotated[str, Field(min_length=1, max_length=MAX_REFERENCE)]
 StopStrings = Annotated[
     list[StopString],
     Field(max_length=MAX_STOP, fail_fast=True),
@@ -91,7 +91,7 @@ class StreamOptions(Obfuscation):
     include_usage: bool | None = Field(None, description="send the usage as one more event before [DONE]")
 
 
-class SamplingFields(RequestModel):
+class OpenAIFields(RequestModel):
     """The fields of every route that generates. Null is the same as absence."""
 
     # What the text must conform to, or None for any text.
@@ -99,9 +99,7 @@ class SamplingFields(RequestModel):
     # By name: the values that ask for nothing, and why other values are refused.
     unsupported: ClassVar[Mapping[str, tuple[tuple[Any, ...], str]]] = {}
 
-    model: str = Field(
-        min_length=1, max_length=MAX_REFERENCE, description="an adapter's reference, or the name of the base"
-    )
+    model: ModelName = Field(description="an adapter's reference, or the name of the base")
     temperature: float | None = Field(None, ge=0, le=2, description="1 by default; 0 takes the likeliest token")
     top_p: float | None = Field(
         None,
@@ -238,7 +236,7 @@ class SamplingFields(RequestModel):
         )
 
 
-class GenerationFields(SamplingFields):
+class GenerationFields(OpenAIFields):
     """The fields that completions and chat completions have beside those of sampling."""
 
     max_tokens: int | None = Field(

@@ -12,7 +12,7 @@ from adapters_store import AdapterConfig, AdapterStore, check_part, expected_sha
 from adapters_store.errors import InvalidAdapterName, InvalidBundle
 from sera_serve.engine import ServingEngine
 from sera_serve.errors import AdapterTooLarge, InvalidRequest
-from sera_serve.jobs import Job, JobSpec, TrainingFile, TrainingFileNotFound
+from sera_serve.jobs import Job, JobSpec, TrainingFile
 from sera_serve.jobs.files import TrainingFileMissing, missing_file
 from sera_serve.jobs.records import new_job_id
 from sera_serve.jobs.rows import TASK_OF, RowKind
@@ -272,11 +272,7 @@ def _tenant(shape: AdapterRequest, caller: Caller) -> str:
 
 
 def _file(training: Training, caller: Caller, file_id: str, param: str) -> TrainingFile:
-    try:
-        file = training.files.get(file_id, caller.seen_tenant)
-    except TrainingFileNotFound as error:
-        error.param = param
-        raise
+    file = training.files.get(file_id, caller.seen_tenant, param)
     # Its bytes are compared before the job runs. That they are there is told at once.
     if not training.files.path(file).exists():
         raise InvalidOpenAIRequest(missing_file(file_id, param).message, param=param, code=TrainingFileMissing.code)

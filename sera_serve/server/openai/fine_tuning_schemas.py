@@ -16,9 +16,10 @@ from pydantic import (
     model_validator,
 )
 
-from sera_serve.jobs import JobTask
-from sera_serve.server.native.schemas import MAX_REFERENCE
-from sera_serve.server.openai.fields import METADATA_HELP, Metadata, check_metadata
+from adapters_store import Pooling
+from sera_serve.jobs import JobStatus, JobTask
+from sera_serve.jobs.records import EventType, Level
+from sera_serve.server.openai.fields import METADATA_HELP, Metadata, ModelName, check_metadata
 from sera_serve.server.openai.files import MAX_ID
 from sera_serve.server.strict import QueryModel, RequestModel, refusal, with_example
 
@@ -124,9 +125,7 @@ class AdapterRequest(RequestModel):
     )
     budget_warmup: float | None = Field(default=None, ge=0, lt=1, description="part of the steps before ranks fall")
     budget_final: float | None = Field(default=None, gt=0, lt=1, description="part of the steps after they have fallen")
-    pooling: Literal["last_token", "cls", "mean"] | None = Field(
-        default=None, description="how the states of a text become one"
-    )
+    pooling: Pooling | None = Field(default=None, description="how the states of a text become one")
 
     _are_simple = field_validator("target_modules", "rank_pattern", "split_pattern", "alpha_pattern")(_simple)
 
@@ -136,7 +135,7 @@ class CreateJobRequest(RequestModel):
 
     model_config = with_example({"model": "demo/chat", "training_file": "file-...", "suffix": "mine"})
 
-    model: str = Field(min_length=1, max_length=MAX_REFERENCE, description="the base, or an adapter to go on from")
+    model: ModelName = Field(description="the base, or an adapter to go on from")
     training_file: FileId = Field(description="id of an uploaded file, whose rows train")
     validation_file: FileId | None = Field(
         None,
@@ -233,7 +232,7 @@ class JobObject(BaseModel):
     model: str
     fine_tuned_model: str | None
     organization_id: str = Field(description="the tenant")
-    status: Literal["validating_files", "queued", "running", "succeeded", "failed", "cancelled"]
+    status: JobStatus
     error: JobFailure | None
     hyperparameters: Hyperparameters
     method: JobMethod
@@ -262,9 +261,9 @@ class JobEventObject(BaseModel):
     id: str
     object: Literal["fine_tuning.job.event"] = "fine_tuning.job.event"
     created_at: int
-    level: Literal["info", "warn", "error"]
+    level: Level
     message: str
-    type: Literal["message", "metrics"]
+    type: EventType
     data: dict[str, Any]
 
 

@@ -7,11 +7,11 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, JsonValue, model_validator
 
+from sera_serve.server.native.sampling import MAX_LOGPROBS
 from sera_serve.server.native.schemas import MAX_NEW_TOKENS
 from sera_serve.server.openai.chat_schemas import (
     MAX_MESSAGES,
     MAX_TOOLS,
-    MAX_TOP_LOGPROBS,
     ONLY_NULL_HELP,
     PARALLEL_HELP,
     SENT_BACK_HELP,
@@ -33,7 +33,7 @@ from sera_serve.server.openai.chat_schemas import (
     ToolUse,
     joined_parts,
 )
-from sera_serve.server.openai.fields import STREAM_OPTIONS_HELP, Obfuscation, SamplingFields
+from sera_serve.server.openai.fields import STREAM_OPTIONS_HELP, Obfuscation, OpenAIFields
 from sera_serve.server.response_format import FORM_HELP, JsonSchema, ResponseFormat, to_constraint
 from sera_serve.server.strict import RequestModel, refusal, with_example
 
@@ -191,7 +191,7 @@ class TextOptions(RequestModel):
 _Items = Annotated[list[InputItem], Field(min_length=1, max_length=MAX_MESSAGES)]
 
 
-class ResponseRequest(SamplingFields, ToolUse):
+class ResponseRequest(OpenAIFields, ToolUse):
     """Body of `POST /v1/responses`."""
 
     model_config = with_example({"model": "demo/chat", "input": "I lost my red ball.", "max_output_tokens": 40})
@@ -230,7 +230,7 @@ class ResponseRequest(SamplingFields, ToolUse):
         Annotated[list[Literal["message.output_text.logprobs"]], Field(max_length=16), BeforeValidator(_include)] | None
     ) = Field(None, description=f'["{_LOGPROBS}"] returns the log-probability of each token; refused with tools')
     top_logprobs: int | None = Field(
-        None, ge=0, le=MAX_TOP_LOGPROBS, description="likeliest tokens at each place; needs include"
+        None, ge=0, le=MAX_LOGPROBS, description="likeliest tokens at each place; needs include"
     )
     text: TextOptions | None = Field(None, description="what the text of an answer must be")
     tools: Annotated[list[ResponseTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = Field(

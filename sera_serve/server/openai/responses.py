@@ -137,11 +137,11 @@ class Output:
         item = to_json({"id": self._message, "type": "message", "status": status, "role": "assistant"})
         part = to_json({"type": "output_text", "text": text, "annotations": []})
         # Log-probabilities are large. They come with the deltas and with the whole answer, and not between.
-        bare = with_member(part, "logprobs", "[]")
+        brief_part = with_member(part, "logprobs", "[]")
         yield "response.output_text.done", to_json(place | {"text": text, "logprobs": []})
-        yield "response.content_part.done", with_member(to_json(place), "part", bare)
+        yield "response.content_part.done", with_member(to_json(place), "part", brief_part)
         index = to_json({"output_index": len(self._items)})
-        yield "response.output_item.done", with_member(index, "item", with_member(item, "content", f"[{bare}]"))
+        yield "response.output_item.done", with_member(index, "item", with_member(item, "content", f"[{brief_part}]"))
         whole = with_member(part, "logprobs", f"[{','.join(self._rows)}]")
         self._items.append(with_member(item, "content", f"[{whole}]"))
         self._message = None

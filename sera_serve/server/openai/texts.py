@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Annotated, Any, cast
 
 from fastapi import Depends, Request
@@ -71,7 +70,8 @@ class Texts:
         self._store = store
         self.executor = BoundedExecutor("rendering", _THREADS, _MAX_WAITING, max_waiting_of_owner=_MAX_WAITING // 2)
         self._lock = threading.Lock()
-        self._templates: OrderedDict[str, str | None] = OrderedDict()
+        # By the digest of a bundle: its chat template, or None.
+        self._own_template = lru_cache(_MAX_TEMPLATES)(lambda digest: store.config(digest).chat_template)
         self._renderer: ChatRenderer | None = None
 
     @property
@@ -153,19 +153,6 @@ class Texts:
         self.executor.close()
         if self._renderer is not None:
             self._renderer.close()
-
-    def _own_template(self, digest: str) -> str | None:
-        """The chat template of a bundle, or None."""
-        with self._lock:
-            if digest in self._templates:
-                self._templates.move_to_end(digest)
-                return self._templates[digest]
-        own = self._store.config(digest).chat_template
-        with self._lock:
-            self._templates[digest] = own
-            while len(self._templates) > _MAX_TEMPLATES:
-                self._templates.popitem(last=False)
-        return own
 
 
 async def _texts(request: Request) -> Texts:

@@ -9,16 +9,15 @@ from pydantic import BaseModel, Field, model_validator
 
 from sera_serve.errors import PromptTooLong
 from sera_serve.server.deps import ContextOf, RequestContext
-from sera_serve.server.native.schemas import MAX_REFERENCE, MAX_TOKEN_IDS, TokenId
+from sera_serve.server.native.schemas import MAX_TOKEN_IDS, TokenId
 from sera_serve.server.openai.answers import to_json, with_member
-from sera_serve.server.openai.chat_schemas import Message, Tool
+from sera_serve.server.openai.chat_schemas import MAX_MESSAGES, MAX_TOOLS, Message, Tool
 from sera_serve.server.openai.errors import OpenAIRoute, translated_errors
+from sera_serve.server.openai.fields import ModelName
 from sera_serve.server.openai.texts import Conversation, Texts, TextsOf, adapter_of, check_token_count
 from sera_serve.server.strict import RequestModel, refusal, with_example
 
 router = APIRouter(route_class=OpenAIRoute, tags=["openai"])
-
-Model = Annotated[str, Field(min_length=1, max_length=MAX_REFERENCE)]
 
 
 class TokenizeRequest(RequestModel):
@@ -26,12 +25,12 @@ class TokenizeRequest(RequestModel):
 
     model_config = with_example({"prompt": "The little cat found a map."})
 
-    model: Model | None = Field(None, description="whose chat template renders messages; null is the base")
+    model: ModelName | None = Field(None, description="whose chat template renders messages; null is the base")
     prompt: str | None = Field(None, min_length=1, description="a text; send it or messages")
-    messages: Annotated[list[Message], Field(min_length=1, max_length=2048, fail_fast=True)] | None = Field(
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)] | None = Field(
         None, description="a conversation, as the chat template writes it; send it or prompt"
     )
-    tools: Annotated[list[Tool], Field(max_length=128, fail_fast=True)] | None = Field(
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = Field(
         None, description="functions that the chat template names; only with messages"
     )
     add_generation_prompt: bool | None = Field(
@@ -63,7 +62,7 @@ class DetokenizeRequest(RequestModel):
 
     model_config = with_example({"tokens": [4, 5, 6]})
 
-    model: Model | None = Field(None, description="all models have the base's tokens")
+    model: ModelName | None = Field(None, description="all models have the base's tokens")
     tokens: Annotated[list[TokenId], Field(max_length=MAX_TOKEN_IDS, fail_fast=True)] = Field(
         description="token ids; the text has special tokens too"
     )

@@ -142,7 +142,7 @@ def constraint_of_calls(use: ToolUse, call_format: CallFormat) -> ConstraintSpec
         call_format: How the model writes calls.
 
     Raises:
-        InvalidRequest: Two functions define different schemas under one name.
+        InvalidRequest: As `_schema_of_call`.
     """
     if use.is_forced:
         return forced_calls(use.functions, use.forced_function, use.parallel_tool_calls is not False)
@@ -154,13 +154,8 @@ def constraint_of_calls(use: ToolUse, call_format: CallFormat) -> ConstraintSpec
 def strict_calls(functions: Sequence[Function]) -> ConstraintSpec:
     """Return the constraint of a text in which each `<tool_call>` begins a call of a function.
 
-    The arguments conform to the function's schema where it is strict, and are else any object.
-
-    Args:
-        functions: What may be called; at least one.
-
-    Raises:
-        InvalidRequest: Two functions define different schemas under one name.
+    The arguments conform to the function's schema where it is strict, and are else any object. There is at least one
+    function. Raises InvalidRequest as `_schema_of_call`.
     """
     call, definitions = _schema_of_call(functions, strict_alone=True)
     return _spec("tool_calls", {**call, **definitions})
@@ -175,7 +170,7 @@ def forced_calls(functions: Sequence[Function], name: str | None, parallel: bool
         parallel: Whether the answer may have several calls.
 
     Raises:
-        InvalidRequest: Two functions define different schemas under one name.
+        InvalidRequest: As `_schema_of_call`.
     """
     called = [function for function in functions if name in (None, function.name)]
     call, definitions = _schema_of_call(called)
@@ -199,7 +194,7 @@ def _schema_of_call(
         strict_alone: Arguments of functions that are not strict may be any object.
 
     Raises:
-        InvalidRequest: Two functions define different schemas under one name.
+        InvalidRequest: Two functions define different schemas under one name, or the definitions are no object.
     """
     definitions: dict[str, dict[str, Any]] = {}
     items: list[dict[str, Any]] = []

@@ -7,7 +7,7 @@ from pathlib import Path
 from adapters_store import STORE_MARK
 
 
-class Places:
+class JobPaths:
     """Paths below `jobs/`. Their names are ids that this server made; no text of a client is part of a path."""
 
     def __init__(self, store: Path) -> None:
