@@ -24,18 +24,9 @@ from sera_serve.client.calls import (
     Prompt,
 )
 from sera_serve.client.connection import DEFAULT_MAX_CONNECTIONS, DEFAULT_TIMEOUT_S, connection
+from sera_serve.client.errors import SeraConnectionError, SeraError
 from sera_serve.client.events import EventReader
-from sera_serve.client.exchange import (
-    Outcome,
-    RetryPolicy,
-    Send,
-    Wait,
-    bad_redirection,
-    build_request,
-    checked_policy,
-    exchange,
-    lost_connections,
-)
+from sera_serve.client.exchange import RetryPolicy, Tries, build_request, checked_policy, lost_connections, refusal
 from sera_serve.client.uploads import Progress
 
 T = TypeVar("T")
@@ -162,15 +153,21 @@ class AsyncSeraClient:
 
     async def _exchange(self, call: Call[T]) -> httpx.Response:
         self._check_loop()
-        steps = exchange(call, self._retries)
-        step = next(steps)
+        tries = Tries(call, self._retries)
+        failure: SeraError
         while True:
-            outcome = await self._perform(step)
-            try:
-                step = steps.send(outcome)
-            except StopIteration as end:
-                response: httpx.Response = end.value
-                return response
+            with call.request() as arguments:
+                request = build_request(self._http, arguments)
+                try:
+                    with lost_connections(call):
+                        response = await self._http.send(request, stream=call.streams)
+                        if response.is_success:
+                            return response
+                        await response.aread()
+                    failure = refusal(response)
+                except SeraConnectionError as error:
+                    failure = error
+            await anyio.sleep(tries.delay_s(failure))
 
     def _check_loop(self) -> None:
         loop = anyio.lowlevel.current_token()
@@ -180,22 +177,6 @@ class AsyncSeraClient:
             raise RuntimeError(
                 "this client was used on another event loop; make an AsyncSeraClient for each event loop"
             )
-
-    async def _perform(self, step: Send | Wait) -> Outcome:
-        if isinstance(step, Wait):
-            await anyio.sleep(step.seconds)
-            return None
-        with step.call.request() as arguments:
-            request = build_request(self._http, arguments)
-            try:
-                response = await self._http.send(request, stream=step.call.streams)
-                if not response.is_success:
-                    await response.aread()
-            except httpx.HTTPError as error:
-                return error
-            except httpx.InvalidURL as error:
-                return bad_redirection(error)
-        return response
 
     async def _events(self, response: httpx.Response, call: Call[None]) -> AsyncIterator[answers.GenerateEvent]:
         reader = EventReader(response.headers.get("x-request-id"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import re
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -71,50 +71,29 @@ class RetryPolicy:
         return retry_after + longest * random.uniform(0, 1)
 
 
-@dataclass(frozen=True)
-class Send:
-    """Send the call's request, and give back the answer or httpx's error."""
+class Tries:
+    """The tries of one call: whether and when it is sent again."""
 
-    call: Call[Any]
+    def __init__(self, call: Call[Any], policy: RetryPolicy) -> None:
+        """Begin a call; its first try is now."""
+        self._call = call
+        self._policy = policy
+        self._began = time.monotonic()
+        self._retries = 0
 
+    def delay_s(self, failure: SeraError) -> float:
+        """Return the seconds to wait before the next try.
 
-@dataclass(frozen=True)
-class Wait:
-    """Wait so many seconds."""
-
-    seconds: float
-
-
-Outcome = httpx.Response | httpx.HTTPError | None
-"""What a step gave: an answer or an error of `Send`, None of `Wait`."""
-
-
-def exchange(call: Call[Any], policy: RetryPolicy) -> Generator[Send | Wait, Outcome, httpx.Response]:
-    """The steps of one call, up to a successful answer. A client performs each step, and sends its outcome back.
-
-    Raises:
-        SeraAPIError: The last answer was a refusal.
-        SeraConnectionError: There was no answer.
-    """
-    began = time.monotonic()
-    retries = 0
-    error: SeraError
-    while True:
-        outcome = yield Send(call)
-        assert outcome is not None
-        if isinstance(outcome, httpx.Response):
-            if outcome.is_success:
-                return outcome
-            error = _refusal(outcome)
-        else:
-            error = connection_error(outcome, call)
-        if retries >= policy.max_retries or not _may_retry(error, call):
-            raise error
-        delay = policy.delay_s(retries, error.retry_after if isinstance(error, SeraAPIError) else None)
-        if time.monotonic() - began + delay > policy.max_total_s:
-            raise error
-        retries += 1
-        yield Wait(delay)
+        Raises:
+            SeraError: `failure`, where it is the call's last.
+        """
+        if self._retries >= self._policy.max_retries or not _may_retry(failure, self._call):
+            raise failure
+        delay = self._policy.delay_s(self._retries, failure.retry_after if isinstance(failure, SeraAPIError) else None)
+        if time.monotonic() - self._began + delay > self._policy.max_total_s:
+            raise failure
+        self._retries += 1
+        return delay
 
 
 def checked_policy(retries: RetryPolicy) -> RetryPolicy:
@@ -130,13 +109,6 @@ def build_request(client: httpx.Client | httpx.AsyncClient, arguments: Mapping[s
         return client.build_request(**arguments)
     except httpx.InvalidURL as error:
         raise ValueError(f"the call has no address ({error}); look at the names in it") from error
-
-
-def bad_redirection(error: httpx.InvalidURL) -> httpx.HTTPError:
-    """Return httpx's error of an answer that leads to no address. httpx has none for some of them."""
-    failure = httpx.RemoteProtocolError(f"Invalid URL in location header: {error}")
-    failure.__cause__ = error
-    return failure
 
 
 def connection_error(error: httpx.HTTPError, call: Call[Any]) -> SeraConnectionError:
@@ -165,14 +137,20 @@ def connection_error(error: httpx.HTTPError, call: Call[Any]) -> SeraConnectionE
 
 @contextmanager
 def lost_connections(call: Call[Any]) -> Iterator[None]:
-    """Turn httpx's errors, while an answer is read, into the clients' own."""
+    """Turn httpx's errors, of a request or while its answer is read, into the clients' own."""
     try:
         yield
     except httpx.HTTPError as error:
         raise connection_error(error, call) from error
+    except httpx.InvalidURL as error:
+        # httpx has no error of its own for some answers that lead to no address.
+        broken = httpx.RemoteProtocolError(f"Invalid URL in location header: {error}")
+        broken.__cause__ = error
+        raise connection_error(broken, call) from broken
 
 
-def _refusal(response: httpx.Response) -> SeraAPIError:
+def refusal(response: httpx.Response) -> SeraAPIError:
+    """Return the typed error of an answer that is no success, and was read."""
     headers = response.headers
     target = headers.get("location") if response.is_redirect else None
     return api_error(

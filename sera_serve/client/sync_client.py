@@ -23,18 +23,9 @@ from sera_serve.client.calls import (
     Prompt,
 )
 from sera_serve.client.connection import DEFAULT_MAX_CONNECTIONS, DEFAULT_TIMEOUT_S, connection
+from sera_serve.client.errors import SeraConnectionError, SeraError
 from sera_serve.client.events import EventReader
-from sera_serve.client.exchange import (
-    Outcome,
-    RetryPolicy,
-    Send,
-    Wait,
-    bad_redirection,
-    build_request,
-    checked_policy,
-    exchange,
-    lost_connections,
-)
+from sera_serve.client.exchange import RetryPolicy, Tries, build_request, checked_policy, lost_connections, refusal
 from sera_serve.client.uploads import Progress
 
 T = TypeVar("T")
@@ -190,31 +181,21 @@ class SeraClient:
         return call.read(self._exchange(call).content)
 
     def _exchange(self, call: Call[T]) -> httpx.Response:
-        steps = exchange(call, self._retries)
-        step = next(steps)
+        tries = Tries(call, self._retries)
+        failure: SeraError
         while True:
-            outcome = self._perform(step)
-            try:
-                step = steps.send(outcome)
-            except StopIteration as end:
-                response: httpx.Response = end.value
-                return response
-
-    def _perform(self, step: Send | Wait) -> Outcome:
-        if isinstance(step, Wait):
-            time.sleep(step.seconds)
-            return None
-        with step.call.request() as arguments:
-            request = build_request(self._http, arguments)
-            try:
-                response = self._http.send(request, stream=step.call.streams)
-                if not response.is_success:
-                    response.read()
-            except httpx.HTTPError as error:
-                return error
-            except httpx.InvalidURL as error:
-                return bad_redirection(error)
-        return response
+            with call.request() as arguments:
+                request = build_request(self._http, arguments)
+                try:
+                    with lost_connections(call):
+                        response = self._http.send(request, stream=call.streams)
+                        if response.is_success:
+                            return response
+                        response.read()
+                    failure = refusal(response)
+                except SeraConnectionError as error:
+                    failure = error
+            time.sleep(tries.delay_s(failure))
 
     def _events(self, response: httpx.Response, call: Call[None]) -> Iterator[answers.GenerateEvent]:
         reader = EventReader(response.headers.get("x-request-id"))

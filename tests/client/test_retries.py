@@ -29,10 +29,10 @@ from sera_serve.client import (
     UnavailableError,
     async_client,
     calls,
+    exchange,
     sync_client,
 )
 from sera_serve.client.errors import api_error
-from sera_serve.client.exchange import Wait, exchange
 
 QUICK = RetryPolicy(max_retries=3, max_total_s=100, first_delay_s=0.001)
 GENERATION = {
@@ -322,17 +322,11 @@ def test_an_upload_that_a_real_server_swallowed_is_not_sent_again(kind: str, beg
 
 def waits(policy: RetryPolicy, retry_after: str | None) -> Iterator[float]:
     """The waits of a call that is always refused."""
-    steps = exchange(calls.health(), policy) if retry_after == "probe" else exchange(calls.list_models(1, None), policy)
-    step = next(steps)
-    while True:
-        if isinstance(step, Wait):
-            yield step.seconds
-            step = steps.send(None)
-        else:
-            try:
-                step = steps.send(refusal(503, "overloaded", retry_after))
-            except SeraAPIError:
-                return
+    call = calls.health() if retry_after == "probe" else calls.list_models(1, None)
+    tries = exchange.Tries(call, policy)
+    with suppress(SeraAPIError):
+        while True:
+            yield tries.delay_s(exchange.refusal(refusal(503, "overloaded", retry_after)))
 
 
 def test_delays_double_up_to_their_limit_and_vary() -> None:
