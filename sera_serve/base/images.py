@@ -26,6 +26,11 @@ FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_PIXELS = 89_000_000
 """The most pixels that any limit may allow: Pillow's own limit against decompression bombs begins above it."""
 
+# Markers of JPEG files that cost more than their bytes: each scan of a progressive image goes over all its blocks, and
+# Pillow copies all EXIF data before it for each further segment. A file of a camera has some ten of either. The codes of
+# pixels have no marker, and in 65,536 bytes of anything else about one pair looks like one.
+_COSTLY_MARKERS = {b"\xff\xda": "scans", b"\xff\xe1": "APP1 segments"}
+_MAX_MARKERS = 500
 # Of images up to so many times longer than their crop, the whole is resized and then cropped, as transformers does it.
 _MAX_ASPECT = 16
 # Pillow's numbers: 0 is nearest, 3 bicubic.
@@ -94,13 +99,15 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
         max_pixels: The most pixels, width times height.
 
     Raises:
-        InvalidImage: The file is empty, of another format, truncated, damaged, or animated.
+        InvalidImage: The file is empty, of another format, truncated, damaged, or animated, or it is a JPEG of more
+            than 500 scans or APP1 segments (EXIF, XMP).
         ImageTooLarge: It has more pixels than `max_pixels`.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     if not data:
         raise InvalidImage("the image is empty; send a JPEG, PNG or WebP file")
+    _check_markers(data)
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
             _check_size(opened.size, max_pixels)
@@ -315,6 +322,18 @@ def _check_size(size: tuple[int, int], max_pixels: int) -> None:
         raise InvalidImage(f"the image has {width} x {height} pixels; send at least one")
     if width * height > max_pixels:
         raise _too_large(f"{width} x {height}", max_pixels)
+
+
+def _check_markers(data: bytes) -> None:
+    if not data.startswith(b"\xff\xd8"):
+        return
+    for marker, name in _COSTLY_MARKERS.items():
+        count = data.count(marker)
+        if count > _MAX_MARKERS:
+            raise InvalidImage(
+                f"the JPEG file has {count} {name}; at most {_MAX_MARKERS} are read: save it as a baseline JPEG "
+                "without metadata"
+            )
 
 
 def _too_large(pixels: str, max_pixels: int) -> ImageTooLarge:

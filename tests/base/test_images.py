@@ -6,6 +6,7 @@ import contextlib
 import io
 import struct
 import zlib
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -112,6 +113,28 @@ def test_the_limit_is_the_most_that_is_read() -> None:
     assert decode_image(data, max_pixels=2000).size == (50, 40)
     with pytest.raises(ImageTooLarge, match="50 x 40 pixels; the limit is 1999"):
         decode_image(data, max_pixels=1999)
+
+
+def with_scans(repeats: int) -> bytes:
+    """A progressive JPEG whose last scan comes so many times more: some 250 KiB cost seconds at 4096 x 4096 pixels."""
+    data = image_file(picture(0), "JPEG", progressive=True)
+    last = data.rindex(b"\xff\xda")
+    return data[:last] + data[last:-2] * (1 + repeats) + data[-2:]
+
+
+def with_metadata(segments: int) -> bytes:
+    """A JPEG with so many segments of EXIF data."""
+    data = image_file(picture(0), "JPEG")
+    exif = b"Exif\0\0MM\0*\0\0\0\x08\0\0"
+    return data[:2] + (b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif) * segments + data[2:]
+
+
+@pytest.mark.parametrize(("make", "name"), [(with_scans, "scans"), (with_metadata, "APP1 segments")])
+def test_a_jpeg_that_costs_more_than_its_bytes_is_refused(make: Callable[[int], bytes], name: str) -> None:
+    size = decode_image(image_file(picture(0), "JPEG")).size
+    assert decode_image(make(100)).size == size
+    with pytest.raises(InvalidImage, match=f"has [0-9]+ {name}; at most 500 are read: save it as a baseline JPEG"):
+        decode_image(make(600))
 
 
 def animation(file_format: str) -> bytes:
