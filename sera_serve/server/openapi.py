@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import http
+import threading
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from fastapi.telemetry import TelemetryConfig
 from pydantic import BaseModel
 
@@ -69,7 +70,9 @@ class DocumentedApp(FastAPI):
             redirect_slashes=False,
             telemetry=telemetry,
         )
+        self._making = threading.Lock()
         self._document: dict[str, Any] | None = None
+        self.rendered_document: bytes | None = None
 
     def openapi(self) -> dict[str, Any]:
         """Return the document. Routes must not be added afterwards."""
@@ -77,12 +80,22 @@ class DocumentedApp(FastAPI):
             self._document = _with_errors(super().openapi())
         return self._document
 
+    def render_document(self) -> bytes:
+        """Return the document as JSON, which is made once, however many threads ask at once."""
+        with self._making:
+            if self.rendered_document is None:
+                self.rendered_document = bytes(JSONResponse(self.openapi()).body)
+        return self.rendered_document
+
 
 @router.get("/openapi.json", include_in_schema=False)
-async def openapi_document(request: Request) -> JSONResponse:
+async def openapi_document(request: Request) -> Response:
     """Describe the interface for programs."""
-    # Made once, in half a second, for which the event loop must not stand still.
-    return JSONResponse(await run_in_threadpool(request.app.openapi))
+    app: DocumentedApp = request.app
+    # Anybody may ask, also without a key. The first time takes half a second, for which the event loop must not stand
+    # still; and JSON of this size takes 4 ms, which a flood of requests would take from everybody else.
+    document = app.rendered_document or await run_in_threadpool(app.render_document)
+    return Response(document, media_type="application/json")
 
 
 def schema_of(model: type[BaseModel]) -> dict[str, Any]:

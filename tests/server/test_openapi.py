@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -11,9 +12,16 @@ import jsonschema
 import pytest
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
+from adapters_store import AdapterStore
+from sera_serve.base import FrozenBase
+from sera_serve.config import ServeSettings
+from sera_serve.server import build_app
+from sera_serve.server.openapi import DocumentedApp
 from sera_serve.server.scopes import needed_scope
 from sera_serve.server.strict import RequestModel
 from support.answers import openapi_document
+from support.live_server import live_server
+from support.stub_engine import StubEngine
 
 PATHS = {
     "/v1/generate": {"post"},
@@ -68,6 +76,25 @@ def references(value: Any) -> set[str]:
 def test_the_server_gives_the_document(client: httpx.Client) -> None:
     assert client.get("/openapi.json").json() == openapi_document()
     assert {path: set(methods) for path, methods in openapi_document()["paths"].items()} == PATHS
+
+
+def test_the_document_is_rendered_once_however_many_ask(
+    base: FrozenBase, store: AdapterStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Anybody may ask, without a key too: 180 KB of JSON for each request took the server from everybody else."""
+    made: list[DocumentedApp] = []
+    original = DocumentedApp.openapi
+
+    def openapi(app: DocumentedApp) -> dict[str, Any]:
+        made.append(app)
+        return original(app)
+
+    monkeypatch.setattr(DocumentedApp, "openapi", openapi)
+    app = build_app(StubEngine(base), store, ServeSettings(store=store.root))
+    with live_server(app) as url, ThreadPoolExecutor(4) as threads:
+        answers = list(threads.map(lambda _: httpx.get(f"{url}/openapi.json", timeout=30).content, range(8)))
+    assert len(made) == 1
+    assert len(set(answers)) == 1
 
 
 def test_the_document_is_valid() -> None:
