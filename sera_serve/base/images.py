@@ -27,7 +27,7 @@ MAX_PIXELS = 89_000_000
 """The most pixels that any limit may allow: Pillow's own limit against decompression bombs begins above it."""
 
 # Markers of JPEG files that cost more than their bytes: each scan of a progressive image goes over all its blocks, and
-# Pillow copies all EXIF data before it for each further segment. A file of a camera has some ten of either. The codes of
+# Pillow copies all EXIF data before it for each further segment. A camera's file has some ten of either. The codes of
 # pixels have no marker, and in 65,536 bytes of anything else about one pair looks like one.
 _COSTLY_MARKERS = {b"\xff\xda": "scans", b"\xff\xe1": "APP1 segments"}
 _MAX_MARKERS = 500
