@@ -79,10 +79,6 @@ class Quota:
     training_jobs: int | None = None
     max_priority: QuotaPriority | None = None
 
-    def as_json(self) -> dict[str, int | str | None]:
-        """Return the limits by name."""
-        return dataclasses.asdict(self)
-
 
 QUOTA_FIELDS = tuple(field.name for field in dataclasses.fields(Quota))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
@@ -68,7 +69,7 @@ def show(
         names = quotas.tenants() if tenant is None else [tenant]
         found: list[dict[str, Any]] = []
         for name in names:
-            shown: dict[str, Any] = {"tenant": name, "limits": quotas.of(name).as_json()}
+            shown: dict[str, Any] = {"tenant": name, "limits": asdict(quotas.of(name))}
             if tenant is not None and name != DEFAULT and not name.startswith("_"):
                 held = AdapterStore(store, create=False).held(name)
                 shown["usage"] = {"adapters": held.adapters, "bytes": held.nbytes}

@@ -100,17 +100,13 @@ def error_content(status: int, message: str, code: str, param: str | None = None
 
 
 @contextmanager
-def adapter_field(field: str) -> Iterator[None]:
-    """Name a request's field in the refusals of the adapter's name that it holds.
-
-    Args:
-        field: What the route calls it. Keys and the store call it adapter, quotas name.
-    """
+def renamed_fields(names: Mapping[str, str]) -> Iterator[None]:
+    """Name the fields of refusals as a route does. `names` has the route's names by those of the shared code."""
     try:
         yield
     except (SeraServeError, StoreError) as error:
-        if error.param in ("adapter", "name"):
-            error.param = field
+        if error.param is not None:
+            error.param = names.get(error.param, error.param)
         raise
 
 

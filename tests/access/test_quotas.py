@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,7 @@ def test_commands_set_show_and_clear(tmp_path: Path) -> None:
     listed: Mapping[str, Any] = json.loads(run("show", "--store", store, "--json"))
     assert [quota["tenant"] for quota in listed["quotas"]] == ["*", "acme"]
     own = json.loads(run("show", "--store", store, "--tenant", "acme", "--json"))["quotas"][0]
-    assert own["limits"] == Quota(bytes=10, max_priority="low").as_json()
+    assert own["limits"] == asdict(Quota(bytes=10, max_priority="low"))
     assert own["usage"] == {"adapters": 0, "bytes": 0}
     assert "acme" in run("show", "--store", store)
     assert json.loads(run("clear", "--store", store, "--tenant", "acme", "--json")) == {

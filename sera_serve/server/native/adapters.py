@@ -12,7 +12,7 @@ from adapters_store import ResolvedAdapter
 from adapters_store.errors import AdapterNotFound
 from sera_serve.engine import Presence
 from sera_serve.server.deps import ContextOf, RequestContext, TenantPath, VersionPath
-from sera_serve.server.errors import adapter_field
+from sera_serve.server.errors import renamed_fields
 from sera_serve.server.native.schemas import (
     AdapterDetail,
     AdapterList,
@@ -61,7 +61,7 @@ async def upload(context: ContextOf) -> PublishedAdapter:
     It is checked and on disk when this answers 201.
     """
     async with receive_upload(context.request) as received:
-        with adapter_field("name"):
+        with renamed_fields({"adapter": "name"}):
             context.caller.check_publish(received.name)
         # Until the publisher is free, the upload lies on disk. When this block ends, the file is closed: a publication
         # that has begun is waited for, even if the client has left. Tenants take turns.

@@ -14,13 +14,13 @@ from adapters_store import AdapterBundle, AdapterStore, BundleLimits, parse_adap
 from adapters_store.errors import AdapterNotFound, MissingFile
 from sera_serve.errors import InvalidRequest, SeraServeError
 from sera_serve.server.deps import ContextOf, RequestContext
-from sera_serve.server.errors import adapter_field
+from sera_serve.server.errors import renamed_fields
 from sera_serve.server.native.schemas import DeletedAdapter, LoadLoraRequest, PublishedAdapter, UnloadLoraRequest
 from sera_serve.server.publishing import read_source
 from sera_serve.server.strict import StrictRoute
 
-# The field of both routes that has the adapter's name.
-_NAME = "lora_name"
+# What both routes call the adapter's name: keys and the store call it adapter, quotas name.
+_NAMES = {"adapter": "lora_name", "name": "lora_name"}
 # Characters of a client's path in an error.
 _SHOWN = 512
 
@@ -55,7 +55,7 @@ async def load_lora_adapter(body: LoadLoraRequest, context: ContextOf) -> Publis
     With keys, a tenant loads from the directory of its own name there, and an admin from all of them.
     """
     root = _root(context.settings.lora_path_root)
-    with adapter_field(_NAME):
+    with renamed_fields(_NAMES):
         context.caller.check_publish(body.lora_name)
     return await context.run(context.executors.publishing, _load, body, root, context)
 
@@ -64,7 +64,7 @@ async def load_lora_adapter(body: LoadLoraRequest, context: ContextOf) -> Publis
 async def unload_lora_adapter(body: UnloadLoraRequest, context: ContextOf) -> DeletedAdapter:
     """Delete an adapter with all of its versions; requests under way keep the version they began with."""
     _root(context.settings.lora_path_root)
-    with adapter_field(_NAME):
+    with renamed_fields(_NAMES):
         # A name has no `@`: unloading takes every version.
         parse_adapter(body.lora_name)
         context.caller.check_change(body.lora_name)
@@ -100,7 +100,7 @@ def _load(body: LoadLoraRequest, root: Path, context: RequestContext) -> Publish
     limits = BundleLimits(max_bytes=context.settings.max_upload_mib << 20)
     bundle, warnings = context.publisher.checked(read_source(path, limits, Path(within)))
     _check_new(body, bundle, context.store)
-    with adapter_field(_NAME):
+    with renamed_fields(_NAMES):
         published = context.publisher.publish(bundle, body.lora_name, context.caller.actor)
     return PublishedAdapter.of(published, warnings)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Annotated
 
 from fastapi import APIRouter, Path, Response
@@ -72,7 +73,7 @@ def _detail(context: RequestContext, tenant: str, live: Live) -> QuotaDetail:
         tokens_this_minute=tokens,
         training_jobs=context.training.jobs.unfinished(tenant),
     )
-    limits = QuotaLimits.model_validate(context.quotas.of(tenant).as_json())
+    limits = QuotaLimits.model_validate(asdict(context.quotas.of(tenant)))
     return QuotaDetail(tenant=tenant, limits=limits, usage=usage)
 
 

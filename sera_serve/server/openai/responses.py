@@ -5,16 +5,15 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Response
 
 from sera_serve.engine import GenerationResult, GenerationStream, Principal, TokenDelta
-from sera_serve.errors import SeraServeError
 from sera_serve.server.accounting import Account
 from sera_serve.server.deps import ContextOf
+from sera_serve.server.errors import renamed_fields
 from sera_serve.server.openai.answers import ChatLogprobList, collect, to_json, translated, usage, with_member
 from sera_serve.server.openai.errors import OpenAIRoute
 from sera_serve.server.openai.response_schemas import ResponseObject, ResponseRequest
@@ -54,7 +53,7 @@ async def responses(body: ResponseRequest, context: ContextOf, texts: TextsOf) -
     conversation = Conversation(
         messages=body.messages(), tools=tools if body.has_tools else (), variables=body.chat_template_kwargs
     )
-    with _own_names():
+    with renamed_fields(_NAMES):
         work = texts.executor.run_in_turn(principal.tenant, texts.prompt_to_answer, conversation, adapter)
         prompt = await context.finish(work)
         constraint = constraint_of_calls(body, prompt.template.call_format)
@@ -72,8 +71,8 @@ async def responses(body: ResponseRequest, context: ContextOf, texts: TextsOf) -
     )
     answer = ResponseAnswer(body, principal, prompt, texts, context.engine.base.name)
     if body.stream:
-        return EventStream(within(_own_names, admit), ResponseEvents(answer), account)
-    with _own_names():
+        return EventStream(within(partial(renamed_fields, _NAMES), admit), ResponseEvents(answer), account)
+    with renamed_fields(_NAMES):
         return await context.finish(_complete(answer, admit, account))
 
 
@@ -323,13 +322,3 @@ def _repeated(body: ResponseRequest) -> dict[str, Any]:
         "previous_response_id": None,
         "reasoning": None,
     }
-
-
-@contextmanager
-def _own_names() -> Iterator[None]:
-    """Name the fields of refusals as this route does."""
-    try:
-        yield
-    except SeraServeError as error:
-        error.param = None if error.param is None else _NAMES.get(error.param, error.param)
-        raise
