@@ -21,13 +21,18 @@ import typer
 from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.minilm import minilm
-from sera_serve.base import load_base, weight_bytes
+from sera_serve.base import load_base
 from sera_serve.layers import adaptable_linears
 from sera_serve.layers.quantized_linear import QuantizedLinear
 from sera_serve.trainer.run import train_adapter
 from sera_serve.trainer.settings import TrainSettings
 
 LOSS = 0.05
+
+
+def weight_bytes(model: torch.nn.Module) -> int:
+    """Bytes of all parameters and buffers of a model, each counted once."""
+    return sum(tensor.nbytes for tensor in {*model.parameters(), *model.buffers()})
 
 
 def linear_bytes(model: torch.nn.Module) -> int:

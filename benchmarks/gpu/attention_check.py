@@ -13,6 +13,7 @@ from torch import Tensor
 from benchmarks.gpu.setting import Row, Setting
 from sera_kernels import paged_attention
 from sera_serve.engine.loop.attention import KeyValuePool, LayerShape, Part, StepContext, attend
+from sera_serve.engine.loop.attention_backend import AttentionOptions
 from sera_serve.engine.loop.pages import PAGE_SIZE
 
 # Largest error of an output whose values come from a normal distribution.
@@ -187,7 +188,9 @@ def check_step_case(device: torch.device, shape: Shape, parts: Parts) -> Row:
     q, k, v = (torch.cat(states).transpose(0, 1).contiguous().transpose(0, 1) for states in packed)
     step = StepContext(pool, torch.cat(places), made)
     pool.write(0, step.places, k, v)
-    return _compared(attend(step, 0, q, k, v, sinks=sinks, **shape.options), torch.cat(wants), shape.dtype)
+    return _compared(
+        attend(step, 0, q, k, v, AttentionOptions(sinks=sinks, **shape.options)), torch.cat(wants), shape.dtype
+    )
 
 
 def _maker(device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor]:
@@ -222,7 +225,7 @@ def _hidden_infinity(device: torch.device) -> Row:
     k[5, 1, 3] = -torch.inf
     step = StepContext(pool, torch.arange(40, device=device) + PAGE_SIZE, [Part(20, np.array([20, 20]))])
     pool.write(0, step.places, k, v)
-    got = attend(step, 0, q, k, v, scale=0.1, window=None, softcap=None, sinks=None).isfinite().all(2)
+    got = attend(step, 0, q, k, v, AttentionOptions(scale=0.1)).isfinite().all(2)
     want = torch.ones_like(got)
     want[:20, 4:] = False
     return {"case": "prefill, a key that is -inf", "correct": torch.equal(got, want)}

@@ -7,7 +7,7 @@ from sera_serve.base.import_base import import_base
 from sera_serve.base.loading import DTYPES, EMBEDDED, base_outline, freeze_base, load_base
 from sera_serve.base.model import FrozenBase, check_length, check_task, merge_adapter, pool_states
 from sera_serve.base.preprocess import LONG_CHARACTERS, ModelInputs
-from sera_serve.base.quantize import planned_bytes, quantize_base, weight_bytes
+from sera_serve.base.quantize import planned_bytes, quantize_base
 from sera_serve.base.rotary import RotaryContext
 from sera_serve.base.spans import Span
 from sera_serve.quantization import Quantize
@@ -38,5 +38,4 @@ __all__ = [
     "quantize_base",
     "save_image_spec",
     "to_pixels",
-    "weight_bytes",
 ]

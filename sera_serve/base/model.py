@@ -160,15 +160,6 @@ class FrozenBase:
         """Return (d_in, d_out) of every linear layer that an adapter may adapt, by dotted path."""
         return {path: linear_widths(module) for path, module in adaptable_linears(self.model).items()}
 
-    def encode(self, texts: Sequence[str], max_length: int) -> tuple[Tensor, Tensor]:
-        """Tokenize texts for classification, truncate them to `max_length` tokens, and pad them on the right.
-
-        Returns:
-            `input_ids` and `attention_mask`, int64 (rows, longest row), on the base's device.
-        """
-        padded = self.pad(self.preprocessor.rows(texts, max_length))
-        return padded["input_ids"], padded["attention_mask"]
-
     def pad(self, rows: Sequence[ModelInputs], device: torch.device | None = None) -> dict[str, Tensor]:
         """Pad rows on the right into one batch, on a device; None is the base's.
 

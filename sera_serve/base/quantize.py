@@ -51,9 +51,3 @@ def planned_bytes(model: nn.Module, quantize: Quantize) -> int:
         weight.nbytes - BYTES_A_WEIGHT[quantize] * weight.numel() - BYTES_A_MATRIX[quantize] for weight in linears
     )
     return weights - int(saved)
-
-
-def weight_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters and buffers of a model, each counted once."""
-    tensors = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
-    return sum(tensor.nbytes for tensor in tensors.values())

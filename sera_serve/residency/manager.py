@@ -15,7 +15,6 @@ Lock discipline. There is one lock, `AdapterResidency._lock`, and only this file
 
 from __future__ import annotations
 
-import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -103,28 +102,18 @@ class AdapterResidency:
 
     # What requests ask for.
 
-    async def lease(self, digest: str, claim: Claim | None = None) -> Lease:
-        """Wait until the adapter is on the device, and lease it. Cancelling the wait leaves no lease held.
+    def acquire(self, digest: str, claim: Claim | None = None) -> Future[Lease]:
+        """Lease an adapter once it is on the device. Concurrent calls for one adapter share one load.
 
         Args:
             digest: Digest of the adapter.
             claim: For whom; all that ask without one share a turn, and are behind nobody.
 
-        Raises:
-            AdapterTooLarge: The adapter is larger than the whole pool, or than what pinned adapters leave of it.
-            EngineUnavailable: Residency is closed.
-            Exception: Whatever `loading` raised.
+        Returns:
+            The future lease; to cancel it before it is done ends the wait. It raises AdapterTooLarge where the adapter
+            is larger than the whole pool or than what pinned adapters leave of it, EngineUnavailable where residency
+            is closed, and whatever `loading` raised.
         """
-        future = self.acquire(digest, claim)
-        try:
-            return await asyncio.wrap_future(future)
-        except asyncio.CancelledError:
-            # The lease may have been granted just before; it must not outlive the request.
-            future.add_done_callback(_release_if_granted)
-            raise
-
-    def acquire(self, digest: str, claim: Claim | None = None) -> Future[Lease]:
-        """`lease` for threads without an event loop. Concurrent calls for one adapter share one load."""
         future: Future[Lease] = Future()
         lease = packed = None
         with self._lock:
@@ -150,7 +139,7 @@ class AdapterResidency:
         return future
 
     def prefetch(self, digest: str, claim: Claim | None = None) -> PrefetchHint:
-        """Begin to load an adapter for a request that is not admitted yet; a failure is left to the request's `lease`.
+        """Begin to load an adapter for a request that is not admitted yet; its `acquire` is told of a failure.
 
         The adapter goes to the host cache. It goes to the device if no request waits for room there and nothing that
         is leased, pinned or wanted by another request has to leave for it. While the hint is held, no other load
@@ -173,7 +162,7 @@ class AdapterResidency:
     def pin(self, digest: str) -> Future[None]:
         """Load an adapter to the device and keep it there until `unpin` or `mark_deleted`. Idempotent.
 
-        The future raises CannotPin where pinned adapters would take too much of the pool, and whatever `lease` raises.
+        The future raises CannotPin where pinned adapters would take too much of the pool, and whatever `acquire` does.
         A future that is cancelled before it is done pins nothing.
         """
         result: Future[None] = Future()
@@ -274,7 +263,6 @@ class AdapterResidency:
                 waiting=len(self._placement),
                 device_bytes=self.pool.used * itemsize,
                 device_limit=self.pool.capacity * itemsize,
-                host_adapters=len(self.host_cache),
                 host_bytes=self.host_cache.used,
                 host_limit=self.host_cache.limit,
                 granted={tier: self._counts.granted[tier] for tier in ("device", "host", "store")},

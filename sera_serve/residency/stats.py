@@ -78,7 +78,6 @@ class ResidencyStats:
         waiting: Adapters that wait for room on the device.
         device_bytes: Bytes of the pool that adapters take.
         device_limit: Bytes of the pool.
-        host_adapters: Adapters in the host cache.
         host_bytes: Bytes that adapters in the host cache take.
         host_limit: Bytes of the host cache.
         granted: Leases granted so far, by the tier that the adapter was found in.
@@ -95,7 +94,6 @@ class ResidencyStats:
     waiting: int
     device_bytes: int
     device_limit: int
-    host_adapters: int
     host_bytes: int
     host_limit: int
     granted: dict[Tier, int]

@@ -24,7 +24,7 @@ from transformers import (
 from sera_serve.base import FrozenBase, base_outline, load_base, pool_image_states, to_pixels
 from sera_serve.errors import BaseNotFound, InvalidConfiguration, InvalidRequest, UnsupportedTask
 from sera_serve.layers import adaptable_linears
-from support.factories import random_encoder
+from support.factories import encoded, random_encoder
 from support.vision import IMAGE_SIZE, clip_tokenizer, picture, random_clip, random_deit, random_vit, spec_of
 
 
@@ -130,7 +130,7 @@ def test_the_folders_preprocessing_is_read(tmp_path: Path) -> None:
 def test_a_base_says_what_it_does_not_take() -> None:
     vision = random_vit()
     with pytest.raises(UnsupportedTask, match="images and no text"):
-        vision.encode(["some text"], 8)
+        encoded(vision, ["some text"], 8)
     with pytest.raises(UnsupportedTask, match="CLIP"):
         vision.text_embeddings(torch.zeros(1, 2, dtype=torch.int64), torch.ones(1, 2))
     with pytest.raises(UnsupportedTask, match="text and no images"):

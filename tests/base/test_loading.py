@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from sera_serve.base import load_base
 from sera_serve.errors import BaseNotFound
-from support.factories import random_encoder
+from support.factories import encoded, random_encoder
 
 
 def saved_encoder(folder: Path) -> Path:
@@ -25,7 +25,7 @@ def test_an_encoder_saved_without_its_pooler_is_one_base_at_every_load(tmp_path:
     first, second = load_base(str(folder)), load_base(str(folder))
     assert first.info == second.info
     assert not any(tensor.any() for path, tensor in first.model.named_parameters() if "pooler" in path)
-    ids, mask = first.encode(["some text"], 16)
+    ids, mask = encoded(first, ["some text"], 16)
     torch.testing.assert_close(first.hidden_states(ids, mask), random_encoder().hidden_states(ids, mask))
 
 

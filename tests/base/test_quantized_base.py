@@ -12,6 +12,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from adapters_store import NotMergeable
+from benchmarks.quantized_base import weight_bytes
 from sera_serve import SeraConfig
 from sera_serve.base import (
     FrozenBase,
@@ -20,7 +21,6 @@ from sera_serve.base import (
     merge_adapter,
     planned_bytes,
     quantize_base,
-    weight_bytes,
 )
 from sera_serve.errors import InvalidConfiguration
 from sera_serve.layers import adaptable_linears, attach_adapter

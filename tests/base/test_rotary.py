@@ -31,7 +31,7 @@ from sera_serve.base.rotary import (
     rotary_scaling,
 )
 from sera_serve.errors import InvalidConfiguration
-from support.factories import byte_tokenizer, continued, greedy
+from support.factories import byte_tokenizer, continued, encoded, greedy
 
 THRESHOLD = 32
 SHAPE: dict[str, Any] = {
@@ -277,7 +277,7 @@ def test_other_bases_keep_their_modules(parameters: dict[str, Any] | None) -> No
     assert base.rotary == RotaryScaling("fixed")
     assert base.rotary_context is None and not rotaries(base.model)
     # No batch for them says anything about sides.
-    ids, mask = base.encode(["ab", "abc"], 64)
+    ids, mask = encoded(base, ["ab", "abc"], 64)
     assert base.hidden_states(ids, mask).shape == (2, 3, 64)
 
 

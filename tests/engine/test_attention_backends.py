@@ -123,7 +123,7 @@ class Step:
         """Write the layer's keys and values, attend."""
         states = self.queries[layer], self.keys[layer], self.values[layer]
         self.context.pool.write(layer, self.context.places, *states[1:])
-        return attend(self.context, layer, *states, **vars(options))
+        return attend(self.context, layer, *states, options)
 
     def check(self, layer: int, options: AttentionOptions, tolerance: float = 5e-6) -> None:
         got = self.run(layer, options)

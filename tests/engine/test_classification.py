@@ -18,7 +18,7 @@ from sera_serve.engine import ClassifyResult, GenerateParams, ServingEngine
 from sera_serve.engine.tasks.passes import run_pass
 from sera_serve.errors import EngineUnavailable, InvalidRequest, UnsupportedTask
 from support.engine import acting_for, classify, generate
-from support.factories import merged, random_adapter
+from support.factories import encoded, merged, random_adapter
 
 Start = Callable[..., ServingEngine]
 TEXTS = ["short", "a longer text, of some words", "x", "the quick brown fox jumps over the lazy dog " * 3]
@@ -46,7 +46,7 @@ def publish(base: FrozenBase, store: AdapterStore) -> dict[str, AdapterBundle]:
 
 
 def expected(base: FrozenBase, bundle: AdapterBundle, text: str) -> torch.Tensor:
-    ids, mask = base.encode([text], 40)
+    ids, mask = encoded(base, [text], 40)
     assert bundle.config.pooling is not None
     states = merged(base, bundle).pooled_states(ids, mask, bundle.config.pooling)
     logits = states @ bundle.tensors["head.weight"].T + bundle.tensors["head.bias"]

@@ -19,7 +19,7 @@ from sera_serve.engine import GenerateParams, ServingEngine, WeightedAdapter
 from sera_serve.errors import AdapterTooLarge, InvalidRequest, UnsupportedTask
 from sera_serve.residency import pack
 from support.engine import GatedStore, acting_for, settled, until
-from support.factories import greedy, random_adapter
+from support.factories import encoded, greedy, random_adapter
 
 Start = Callable[..., ServingEngine]
 LABELS = ["no", "maybe", "yes"]
@@ -123,7 +123,7 @@ def test_classifications_and_vectors_are_those_of_the_merged_sum(
 
 def pooled_by(base: FrozenBase, parts: Sequence[tuple[AdapterBundle, float]]) -> torch.Tensor:
     total = merged_sum(base, parts)
-    rows = [total.pooled_states(*base.encode([text], 64), base.default_pooling) for text in TEXTS]
+    rows = [total.pooled_states(*encoded(base, [text], 64), base.default_pooling) for text in TEXTS]
     return torch.cat(rows).detach()
 
 

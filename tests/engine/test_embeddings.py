@@ -16,7 +16,7 @@ from sera_serve.base import FrozenBase, Pooling
 from sera_serve.engine import BASE_PRINCIPAL, EmbedResult, ServingEngine
 from sera_serve.errors import AdapterOverflow, InvalidRequest, PromptTooLong
 from support.engine import SHAPE, acting_for, classify
-from support.factories import merged, random_adapter
+from support.factories import encoded, merged, random_adapter
 
 Start = Callable[..., ServingEngine]
 TEXTS = ["short", "a longer text, of some words", "x"]
@@ -34,7 +34,7 @@ def published(base: FrozenBase, store: AdapterStore) -> dict[str, AdapterBundle]
 
 
 def expected(base: FrozenBase, text: str, pooling: Pooling) -> torch.Tensor:
-    return base.pooled_states(*base.encode([text], 256), pooling)[0].detach()
+    return base.pooled_states(*encoded(base, [text], 256), pooling)[0].detach()
 
 
 async def embed(engine: ServingEngine, adapter: str | None, inputs: list[str], **options: object) -> EmbedResult:

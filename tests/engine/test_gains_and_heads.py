@@ -16,7 +16,7 @@ from sera_serve.base import FrozenBase
 from sera_serve.engine import ClassifyResult, GenerationResult, ServingEngine
 from sera_serve.engine.loop.graphs import least_covering
 from support.engine import classify, collect
-from support.factories import greedy, merged, random_adapter, with_hidden_layer, with_vectors
+from support.factories import encoded, greedy, merged, random_adapter, with_hidden_layer, with_vectors
 
 Start = Callable[..., ServingEngine]
 ALL = SeraConfig(16, 16, 8.0, "all-linear")
@@ -122,7 +122,7 @@ def sorters(base: FrozenBase) -> dict[str, AdapterBundle]:
 
 
 def expected(base: FrozenBase, bundle: AdapterBundle, text: str) -> torch.Tensor:
-    ids, mask = base.encode([text], 40)
+    ids, mask = encoded(base, [text], 40)
     assert bundle.config.pooling is not None
     states = merged(base, bundle).pooled_states(ids, mask, bundle.config.pooling)
     if bundle.config.head is not None:

@@ -16,7 +16,7 @@ from sera_serve.base import FrozenBase, freeze_base
 from sera_serve.engine import LabelScores, LabelSet, Principal, Score, ServingEngine, Spans
 from sera_serve.errors import AdapterOverflow, InvalidRequest, UnsupportedTask
 from support.engine import classify
-from support.factories import byte_tokenizer, merged, random_adapter
+from support.factories import byte_tokenizer, encoded, merged, random_adapter
 from support.head_tasks import SHAPE, labeller, regressor, span_finder
 from support.span_windows import spans_by_hand
 
@@ -41,7 +41,7 @@ def publish(base: FrozenBase, store: AdapterStore) -> dict[str, AdapterBundle]:
 def scores(base: FrozenBase, bundle: AdapterBundle, text: str) -> Tensor:
     """The head's scores of a text, or of each of its tokens, on the merged base."""
     config = bundle.config
-    ids, mask = base.encode([text], config.max_length or 64)
+    ids, mask = encoded(base, [text], config.max_length or 64)
     whole = merged(base, bundle)
     if config.pooling is None:
         states = whole.hidden_states(ids, mask)[0]
@@ -130,7 +130,7 @@ def test_every_task_embeds(decoder: FrozenBase, store: AdapterStore, start_engin
     for name, bundle in bundles.items():
         result = asyncio.run(engine.embed(name, TEXTS[:3], ACME, normalize=False))
         for text, vector in zip(TEXTS, result.vectors, strict=False):
-            ids, mask = decoder.encode([text], 64)
+            ids, mask = encoded(decoder, [text], 64)
             pooling = bundle.config.pooling or decoder.default_pooling
             want = merged(decoder, bundle).pooled_states(ids, mask, pooling)[0]
             np.testing.assert_allclose(vector, want.numpy(), rtol=1e-3, atol=1e-3)

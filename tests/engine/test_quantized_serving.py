@@ -18,7 +18,7 @@ from sera_serve.layers import adaptable_linears
 from sera_serve.layers.quantized_linear import KINDS, QuantizedLinear
 from sera_serve.quantization import QuantizationKind
 from support.engine import SHAPE, acting_for, classify, collect
-from support.factories import greedy, merged, random_adapter, random_decoder, random_encoder
+from support.factories import encoded, greedy, merged, random_adapter, random_decoder, random_encoder
 
 Start = Callable[..., ServingEngine]
 TEXTS = ["short", "a longer text, of some words", "x"]
@@ -56,13 +56,13 @@ def test_it_is_a_forward_of_the_dequantized_weights(
 
     got, probabilities = asyncio.run(ask())
     exact = merged(reference(base, plain), bundle)
-    want = torch.cat([exact.pooled_states(*exact.encode([text], 256), "mean") for text in TEXTS])
+    want = torch.cat([exact.pooled_states(*encoded(exact, [text], 256), "mean") for text in TEXTS])
     head = bundle.tensors["head.weight"].double(), bundle.tensors["head.bias"].double()
     # Quantizing adds nothing to the rounding of a float32 base, which the same tests of such a base allow.
     torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(probabilities.double(), (want @ head[0].T + head[1]).softmax(-1), rtol=1e-4, atol=1e-5)
     other = merged(plain, bundle)
-    far = torch.cat([other.pooled_states(*other.encode([text], 256), "mean") for text in TEXTS])
+    far = torch.cat([other.pooled_states(*encoded(other, [text], 256), "mean") for text in TEXTS])
     assert (got - far).abs().max() > 1e-2
 
 

@@ -34,7 +34,7 @@ from sera_serve.layers import served_linear
 from sera_serve.server import build_app
 from support.answers import refused
 from support.engine import collect, settled
-from support.factories import greedy, merged, random_adapter
+from support.factories import encoded, greedy, merged, random_adapter
 from support.faulty_serving import NEW_TOKENS, PROMPT, WRITERS, Serving, body, name
 from support.graph_recorder import Replayed, static_add_updates
 from support.live_server import live_server, wait_until
@@ -578,7 +578,7 @@ def test_heads_of_different_sizes_in_one_batch(serving: Serving, base: FrozenBas
     text = "Once upon a time there was a sailor"
     answer = serving.client.post("/v1/classify", json={"adapters": list(heads), "inputs": [text]})
     assert answer.status_code == 200, answer.text
-    ids, mask = base.encode([text], 64)
+    ids, mask = encoded(base, [text], 64)
     for (adapter, bundle), got in zip(heads.items(), answer.json()["adapters"], strict=True):
         assert bundle.config.pooling is not None
         states = merged(base, bundle).pooled_states(ids, mask, bundle.config.pooling)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -47,6 +48,18 @@ class Store:
 
 def granted(future: Future[Lease]) -> Lease:
     return future.result(timeout=10)
+
+
+async def leased(residency: AdapterResidency, digest: str) -> Lease:
+    """`acquire` for a coroutine: to cancel it leaves no lease held."""
+    future = residency.acquire(digest)
+    try:
+        return await asyncio.wrap_future(future)
+    except asyncio.CancelledError:
+        # It may have been granted just before.
+        if not future.cancelled():
+            future.result().release()
+        raise
 
 
 def until(reached: Callable[[], bool]) -> None:

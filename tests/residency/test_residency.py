@@ -8,7 +8,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 
 import pytest
 import torch
-from slow_store import Build, Store, granted
+from slow_store import Build, Store, granted, leased
 
 from adapters_store import AdapterBundle, AdapterNotFound
 from sera_kernels import ABSENT, Entry
@@ -188,7 +188,7 @@ def test_cancelled_wait_holds_nothing(large: list[str], build: Build) -> None:
     async def give_up() -> None:
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.05):
-                await residency.lease(b)
+                await leased(residency, b)
 
     asyncio.run(give_up())
     held.release()
@@ -205,7 +205,7 @@ def test_random_traffic_keeps_the_invariants(bundles: dict[str, AdapterBundle], 
             digest = choice.choice(list(bundles))
             try:
                 async with asyncio.timeout(choice.choice([0.001, 5])):
-                    lease = await residency.lease(digest)
+                    lease = await leased(residency, digest)
             except TimeoutError:
                 continue
             assert lease.placement.adapter.digest == digest

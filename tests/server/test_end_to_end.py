@@ -19,7 +19,7 @@ from sera_serve.config import ServeSettings
 from sera_serve.engine import ServingEngine
 from sera_serve.server import build_app
 from support.answers import events, refused
-from support.factories import greedy, merged, random_adapter
+from support.factories import encoded, greedy, merged, random_adapter
 from support.live_server import live_server, wait_until
 
 PROMPT = "Once upon a time, there was a little"
@@ -126,7 +126,7 @@ def test_classification_equals_head_on_pooled_states(
     answer = whole.post("/v1/classify", json={"adapter": "tale/labels", "inputs": texts}).json()
     base = merged(stories, labeler)
     with torch.inference_mode():
-        states = base.pooled_states(*base.encode(texts, 64), "last_token")
+        states = base.pooled_states(*encoded(base, texts, 64), "last_token")
         logits = states @ labeler.tensors["head.weight"].T + labeler.tensors["head.bias"]
     for row, expected in zip(answer["results"], logits.softmax(1).tolist(), strict=True):
         assert list(row["probabilities"]) == ["good", "bad", "dull"]

@@ -150,7 +150,7 @@ def test_a_running_request_keeps_its_version_and_the_memory_is_freed_after_it(
     wait_until(lambda: engine.residency.leases() == 0)
     assert engine.residency.resident_digests() == []
     stats = engine.residency.stats()
-    assert (stats.device_bytes, stats.host_bytes, stats.host_adapters) == (0, 0, 0)
+    assert (stats.device_bytes, stats.host_bytes, len(engine.residency.host_cache)) == (0, 0, 0)
 
 
 def test_an_adapter_uploaded_again_after_a_delete_is_served(

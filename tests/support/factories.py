@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -133,6 +133,12 @@ def with_hidden_layer(bundle: AdapterBundle, activation: Activation, width: int,
     tensors["head.weight"] = torch.randn(config.num_labels, width, generator=generator)
     fields = {name: value for name, value in dict(config).items() if name != "format_version"}
     return AdapterBundle(AdapterConfig(**{**fields, "head": HeadSpec(activation=activation, width=width)}), tensors)
+
+
+def encoded(base: FrozenBase, texts: Sequence[str], max_length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`input_ids` and `attention_mask` of texts that are cut to `max_length` tokens, on the base's device."""
+    padded = base.pad(base.preprocessor.rows(texts, max_length))
+    return padded["input_ids"], padded["attention_mask"]
 
 
 def merged(base: FrozenBase, bundle: AdapterBundle) -> FrozenBase:

@@ -85,6 +85,11 @@ class Waiting:
         self.parked.clear()
 
 
+def is_writable(pages: PagePool, page: int) -> bool:
+    """Whether one request alone may write to a page."""
+    return pages._users[page] == 1 and pages._key_of[page] is None
+
+
 @dataclass
 class World:
     """A planner, what waits for it, and the contents of its pages as a model would have written them."""
@@ -266,7 +271,7 @@ class World:
         for request, count in ran:
             for position in range(request.computed, request.computed + count):
                 page, offset = request.pages[position // PAGE_SIZE], position % PAGE_SIZE
-                assert self.planner.pages.is_writable(page), "a shared or published page is written"
+                assert is_writable(self.planner.pages, page), "a shared or published page is written"
                 assert (page, offset) not in places, "two tokens at one place"
                 places.add((page, offset))
                 self.content[page, offset] = self._cell(request, position)

@@ -245,7 +245,6 @@ class StubEngine:
             waiting=0,
             device_bytes=4096,
             device_limit=8192,
-            host_adapters=5,
             host_bytes=512,
             host_limit=1024,
             granted={"device": 7, "host": 2, "store": 1},

@@ -26,7 +26,7 @@ from sera_serve.trainer.tasks import TASKS
 from sera_serve.trainer.tasks.multi_label import label_set_metrics
 from sera_serve.trainer.tasks.regress import regression_metrics
 from sera_serve.trainer.tasks.token_classify import span_metrics
-from support.factories import byte_tokenizer, random_encoder
+from support.factories import byte_tokenizer, encoded, random_encoder
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def predict(base: FrozenBase, bundle: AdapterBundle, texts: list[str]) -> list[f
     try:
         for name, tensor in adapter_tensors(base.model).items():
             tensor.copy_(bundle.tensors[name])
-        ids, mask = base.encode(texts, config.max_length or 64)
+        ids, mask = encoded(base, texts, config.max_length or 64)
         assert config.pooling is not None
         with torch.no_grad():
             states = base.pooled_states(ids, mask, config.pooling)

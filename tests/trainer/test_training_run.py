@@ -16,6 +16,7 @@ from sera_serve.trainer.data.labelled import load_classify_data
 from sera_serve.trainer.loop import training_arguments
 from sera_serve.trainer.run import TrainingFailed, train_adapter
 from sera_serve.trainer.tasks import ClassifyTask
+from support.factories import encoded
 
 
 @pytest.fixture
@@ -126,7 +127,7 @@ def test_the_stored_adapter_scores_what_was_reported(base: FrozenBase, rows: Pat
     texts = load_classify_data(settings).eval
     for item in texts:
         assert bundle.config.max_length is not None and bundle.config.pooling is not None
-        tokens = base.encode([item.text], bundle.config.max_length)
+        tokens = encoded(base, [item.text], bundle.config.max_length)
         state = base.pooled_states(*tokens, bundle.config.pooling)
         logits = state @ bundle.tensors["head.weight"].T + bundle.tensors["head.bias"]
         assert bundle.config.labels is not None

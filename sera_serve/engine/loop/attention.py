@@ -226,11 +226,7 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    *,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
+    options: AttentionOptions,
 ) -> Tensor:
     """Attend within each sequence of the step; its keys and values are in the pool already.
 
@@ -240,12 +236,11 @@ def attend(
         query: (tokens, heads, key width).
         key: (tokens, kv_heads, key width), this step's own.
         value: (tokens, kv_heads, value width), likewise.
-        scale, window, softcap, sinks: As in `AttentionOptions`.
+        options: How the layer attends.
 
     Returns:
         (tokens, heads, value width).
     """
-    options = AttentionOptions(scale, window, softcap, sinks)
     if step.rows is not None:
         return step.pool.backend.decode(step, layer, query, step.rows, options)
     return step.pool.backend.packed(step, layer, query, key, value, options)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sera_serve.engine.loop.attention import KeyValuePool, Part, StepContext
+from sera_serve.engine.loop.attention import KeyValuePool, Part, StepContext, attend
 from sera_serve.engine.loop.attention_backend import AttentionBackend, AttentionOptions, RowKeys
 from sera_serve.engine.loop.current_step import running, step_under_way
 from sera_serve.engine.loop.hugging_face import PagedModel
@@ -67,14 +67,10 @@ class FusedAttention:
             states, updates = [y + update for y, update in zip(states, updates, strict=True)], None
         q, k, v = (each[0].unflatten(-1, (-1, width)) for each, width in zip(states, self._widths, strict=True))
         q, k = (each if norm is None else norm(each) for norm, each in zip(self._norms, (q, k), strict=True))
-        pool = step.pool
         cos, sin = (table.reshape(-1, table.shape[-1]) for table in position_embeddings)
-        keys, values = pool.keys[self._index], pool.values[self._index]
+        keys, values = step.pool.keys[self._index], step.pool.values[self._index]
         q, k = self._rotate(q, k, v, cos, sin, keys, values, step.places, updates)
-        if step.rows is not None:
-            out = pool.backend.decode(step, self._index, q, step.rows, self._options)
-        else:
-            out = pool.backend.packed(step, self._index, q, k, v, self._options)
+        out = attend(step, self._index, q, k, v, self._options)
         (y,), updates = _computed([self._output], self._last, out.flatten(1)[None])
         return y, None if updates is None else updates[0]
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedModel
 
 from sera_serve.engine.loop.attention import LayerShape, StepContext, attend
+from sera_serve.engine.loop.attention_backend import AttentionOptions
 from sera_serve.engine.loop.current_step import running, step_under_way
 from sera_serve.errors import InvalidConfiguration
 
@@ -151,14 +152,12 @@ def _paged_attention(
             "serve; choose another base",
             param="base",
         )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = attend(
         step_under_way(),
         module.layer_idx,  # type: ignore[arg-type]
         *(states[0].transpose(0, 1) for states in (query, key, value)),
-        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        window=sliding_window,
-        softcap=softcap,
-        sinks=s_aux,
+        options=AttentionOptions(scale, sliding_window, softcap, s_aux),
     )
     return out[None], None
 

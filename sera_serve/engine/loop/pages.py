@@ -81,10 +81,6 @@ class PagePool:
         users = Counter(page for pages in requests for page in pages)
         return sum(self._users[page] == count for page, count in users.items())
 
-    def is_writable(self, page: int) -> bool:
-        """Whether one request alone may write to the page."""
-        return self._users[page] == 1 and self._key_of[page] is None
-
     def check_invariants(self, in_use: Iterable[list[int]]) -> None:
         """Raise RuntimeError unless the users of the pages are these requests, and each page is in one state."""
         users = Counter(page for pages in in_use for page in pages)
