@@ -8,8 +8,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from adapters_store import AdapterBundle, ResolvedAdapter
 from sera_kernels import AdapterTables
 from sera_serve.base import FrozenBase
@@ -84,15 +82,14 @@ class BatchDriver:
         ]
         for bundle in bundles:
             self._residency.acquire(bundle.digest).result().release()
-        self.runner = GenerationRunner(
-            served,
-            context,
-            Scheduler(AdmissionController(1 << 20, 1 << 20), self._residency, 32),
-            DeviceMemory(ServeSettings(kv_cache_tokens=kv_cache_tokens or max_sequences * 512), base.device),
+        settings = ServeSettings(
+            kv_cache_tokens=kv_cache_tokens or max_sequences * 512,
             max_batch_tokens=max_batch_tokens,
             max_sequences=max_sequences,
-            cpu_threads=torch.get_num_threads(),
         )
+        scheduler = Scheduler(AdmissionController(1 << 20, 1 << 20), self._residency, 32)
+        memory = DeviceMemory(settings, base.device)
+        self.runner = GenerationRunner(served, context, scheduler, memory, settings)
         self.runner.start()
 
     def run(

@@ -43,7 +43,7 @@ class EngineStep:
         self._owners = torch.arange(sequences, dtype=torch.int32, device=device)
         self._ids = torch.randint(model.config.vocab_size, (sequences,), device=device)
         self._at = torch.full((sequences,), length, device=device)
-        self.kv_bytes = sequences * (length + 1) * self._paged.bytes_per_token
+        self.kv_bytes = sequences * (length + 1) * sum(self._paged.layer_bytes)
 
     def run(self, slots: Tensor | None, logits: Tensor) -> None:
         """Run a step with the context's adapters of these slots, or of the base model alone, and copy the logits."""

@@ -157,7 +157,7 @@ def to_pixels(image: Image.Image, spec: ImageSpec) -> NDArray[np.float32]:
     return np.ascontiguousarray(normal.transpose(2, 0, 1))
 
 
-def base_image_spec(source: str, model_type: str, tower: ImageTower) -> ImageSpec:
+def base_image_spec(source: str | None, model_type: str, tower: ImageTower) -> ImageSpec:
     """The base's own preprocessing: that of its `preprocessor_config.json`, or else its family's, at the tower's size.
 
     transformers' processors may resize to one size and crop to a smaller one, as DeiT's does (256, then 224). An
@@ -165,7 +165,7 @@ def base_image_spec(source: str, model_type: str, tower: ImageTower) -> ImageSpe
     the hub does not give is taken for one that is not there.
 
     Args:
-        source: A folder or a hub id.
+        source: A folder or a hub id; None is a model without such a file.
         model_type: As transformers calls the family: vit, deit or clip.
         tower: The image tower.
 
@@ -173,12 +173,7 @@ def base_image_spec(source: str, model_type: str, tower: ImageTower) -> ImageSpe
         InvalidConfiguration: The file is no JSON object, or asks for what no `ImageSpec` has: a filter, a factor, a
             mean, a deviation, or images that are not resized.
     """
-    return _spec(_processor_fields(source), model_type, tower)
-
-
-def family_image_spec(model_type: str, tower: ImageTower) -> ImageSpec:
-    """The preprocessing of a family's models, at the tower's size; arguments as in `base_image_spec`."""
-    return _spec({}, model_type, tower)
+    return _spec({} if source is None else _processor_fields(source), model_type, tower)
 
 
 def save_image_spec(spec: ImageSpec, model_type: str, folder: Path) -> None:

@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 from adapters_store import ImageSpec
 from sera_serve.base.fingerprint import fingerprint
 from sera_serve.base.image_tower import DUAL_FAMILIES, VISION_FAMILIES, BaseKind, image_tower
-from sera_serve.base.images import base_image_spec, check_pillow, family_image_spec
+from sera_serve.base.images import base_image_spec, check_pillow
 from sera_serve.base.model import FrozenBase
 from sera_serve.base.quantize import quantize_base
 from sera_serve.base.rotary import install_per_sequence_rotary, rotary_scaling
@@ -196,7 +196,7 @@ def freeze_base(
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     tower = image_tower(model.config) if kind in ("vision", "dual") else None
     if tower is not None and image_spec is None:
-        image_spec = family_image_spec(model.config.model_type, tower)
+        image_spec = base_image_spec(None, model.config.model_type, tower)
     return FrozenBase(name, model, tokenizer, info, kind, image_spec)
 
 

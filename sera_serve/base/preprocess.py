@@ -91,6 +91,8 @@ class Preprocessor:
 
     Attributes:
         longest_token: Characters of the longest token in the vocabulary.
+        end_tokens: The tokens of the vocabulary that end a text: the generation config's, or else the tokenizer's.
+            There may be none.
         has_offsets: Whether the tokenizer tells which characters a token stands for: only fast tokenizers do.
     """
 
@@ -100,12 +102,14 @@ class Preprocessor:
         # The first call turns truncation off for good. After it, calls of several threads leave the tokenizer alone.
         tokenizer("")
         self._truncating = copy.deepcopy(tokenizer)
+        # A text is tokenized whole then: the last tokens of a long run of one character depend on where the run begins.
+        self._keeps_ends = tokenizer.truncation_side == "left"
         self.longest_token = max(map(len, tokenizer.get_vocab()), default=1)
         self._lock = threading.Lock()
         # Tokenizers that put nothing between two texts, as those of many decoders, would lose where the second begins.
         self._separates_pairs = tokenizer.num_special_tokens_to_add(pair=True) > tokenizer.num_special_tokens_to_add()
         self._vocab_size = int(model.config.get_text_config().vocab_size)
-        self._end_tokens = _end_tokens(model, tokenizer)
+        self.end_tokens = _end_tokens(model, tokenizer)
         # A decoder that accepts token types, such as GPT-2, gives them another meaning.
         self.has_offsets = bool(tokenizer.is_fast)
         self._has_token_types = (
@@ -178,7 +182,9 @@ class Preprocessor:
         rows.update(self._texts(group, max_length, offsets))
         if pairs:
             # Which text of a pair is cut depends on the lengths of both, up to the length of a row.
-            firsts, seconds = ([self._decisive_part(text, max_length) for text in texts] for texts in _columns(pairs))
+            firsts, seconds = _columns(pairs)
+            if not self._keeps_ends:
+                firsts, seconds = ([self._beginning(text, max_length) for text in texts] for texts in (firsts, seconds))
             encoded = self._truncated(firsts, seconds, max_length)
             rows.update(zip((index for index, _ in pairs), encoded, strict=True))
         for index, row in rows.items():
@@ -263,13 +269,6 @@ class Preprocessor:
         """
         return self.longest_token * tokens
 
-    def end_tokens(self) -> frozenset[int]:
-        """Return the tokens that end a text: the generation config's, or else the tokenizer's. There may be none.
-
-        All are in the vocabulary.
-        """
-        return self._end_tokens
-
     def is_long(self, text: str | None, token_ids: list[int] | None) -> bool:
         """Tell whether `prompt` takes so long that an event loop should call it on a worker thread."""
         return max(len(text or ""), len(token_ids or ())) > LONG_CHARACTERS
@@ -280,7 +279,7 @@ class Preprocessor:
         too_long: list[tuple[int, str]] = []
         characters = _CHARACTERS_A_TOKEN * (max_length + _MARGIN)
         while group:
-            parts = [(index, text, self._kept_part(text, characters)) for index, text in group]
+            parts = [(index, text, text if self._keeps_ends else text[:characters]) for index, text in group]
             whole = self._encode(self._tokenizer, [part for _, _, part in parts], None, return_offsets_mapping=offsets)
             group = []
             for (index, text, part), row in zip(parts, whole, strict=True):
@@ -297,17 +296,6 @@ class Preprocessor:
                 cut = [replace(row, is_cut=True) for row in cut]
             rows.update(zip((index for index, _ in too_long), cut, strict=True))
         return rows
-
-    def _kept_part(self, text: str, characters: int) -> str:
-        """The beginning of a text; all of it where the tokenizer keeps the end of a text.
-
-        The tokens at the end of a long run of one character depend on where the run begins.
-        """
-        return text if self._tokenizer.truncation_side == "left" else text[:characters]
-
-    def _decisive_part(self, text: str, max_length: int) -> str:
-        """The part of a text of a pair that has more tokens than a row; see `_kept_part`."""
-        return text if self._tokenizer.truncation_side == "left" else self._beginning(text, max_length)
 
     def _truncated(
         self, texts: list[str], seconds: list[str] | None, max_length: int, **options: Any

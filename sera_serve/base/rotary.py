@@ -66,20 +66,6 @@ class RotaryContext:
         self.threshold = threshold
         self.long_tokens: Tensor | None = None
 
-    @contextmanager
-    def rows(self, attention_mask: Tensor) -> Iterator[None]:
-        """Within the block, each row of a padded batch is on the side of its own number of real tokens.
-
-        Args:
-            attention_mask: (rows, length), 1 at real tokens.
-        """
-        lengths = attention_mask.sum(-1, keepdim=True)
-        previous, self.long_tokens = self.long_tokens, (lengths > self.threshold).expand(attention_mask.shape)
-        try:
-            yield
-        finally:
-            self.long_tokens = previous
-
 
 class PerSequenceRotary(nn.Module):
     """Runs a longrope module for both sides, and selects by token.
@@ -186,12 +172,21 @@ def rotary_context(model: nn.Module) -> RotaryContext | None:
 
 @contextmanager
 def row_lengths(context: RotaryContext | None, attention_mask: Tensor) -> Iterator[None]:
-    """As `RotaryContext.rows`; without a context there is nothing to say."""
+    """Within the block, each row of a padded batch is on the side of its own number of real tokens.
+
+    Args:
+        context: Of the model object; without one there is nothing to say.
+        attention_mask: (rows, length), 1 at real tokens.
+    """
     if context is None:
         yield
-    else:
-        with context.rows(attention_mask):
-            yield
+        return
+    lengths = attention_mask.sum(-1, keepdim=True)
+    previous, context.long_tokens = context.long_tokens, (lengths > context.threshold).expand(attention_mask.shape)
+    try:
+        yield
+    finally:
+        context.long_tokens = previous
 
 
 def shared_tensors(model: nn.Module) -> list[Tensor]:

@@ -178,7 +178,8 @@ def _memory(settings: ServeSettings) -> Iterator[Finding]:
     if settings.device != "cpu" and not torch.cuda.is_available():
         return
     try:
-        memory = DeviceMemory(settings, torch.device(settings.device), pending=weights)
+        memory = DeviceMemory(settings, torch.device(settings.device))
+        memory.hold(weights)
         pool = memory.pool_bytes()
         memory.hold(pool)
         parts = {"weights": weights, "adapters": pool}
@@ -188,7 +189,7 @@ def _memory(settings: ServeSettings) -> Iterator[Finding]:
             paged = PagedModel(base_outline(settings.base, settings.device, "bfloat16"))
             token_bytes, layer_bytes = (
                 size * model.dtype.itemsize // torch.bfloat16.itemsize
-                for size in (paged.bytes_per_token, paged.layer_bytes_per_token)
+                for size in (sum(paged.layer_bytes), max(paged.layer_bytes))
             )
             widths = [max(linear_widths(module)) for module in adaptable_linears(model).values()]
             text = model.config.get_text_config()

@@ -8,8 +8,6 @@ from contextlib import ExitStack, asynccontextmanager, contextmanager
 from functools import partial
 from typing import Any
 
-import torch
-
 from adapters_store import AdapterBundle, AdapterConfig, AdapterStore, PeftFiles, check_base, import_peft, parts_of
 from sera_kernels import warm_up
 from sera_serve.base import BaseKind, FrozenBase, check_length, check_task, import_base
@@ -18,7 +16,7 @@ from sera_serve.engine.adapter_uses import ANYONE, AdapterUses
 from sera_serve.engine.admission import AdmissionController
 from sera_serve.engine.choices import ChoiceGroup, check_logprobs, check_options, choice_requests
 from sera_serve.engine.constraint import ConstraintSpec, TokenConstraint
-from sera_serve.engine.image_rows import ImageRows
+from sera_serve.engine.image_rows import ImageRowMaker
 from sera_serve.engine.loop.pages import PAGE_SIZE
 from sera_serve.engine.memory import MEBIBYTE, DeviceMemory, memory_of
 from sera_serve.engine.named_adapters import AdapterActivity, AdapterNames
@@ -104,14 +102,15 @@ class ServingEngine(RowCalls):
         self._mailbox: Mailbox | None = None
         warm_up(base.device, base.dtype)
         self._groups = find_shared_inputs(base.model)
-        self._cpu_threads = settings.cpu_threads or torch.get_num_threads()
         # Every request that was admitted may wait: admission alone refuses them.
         self._resolving = BoundedExecutor("resolving", _RESOLVING_THREADS, settings.max_queue)
         self._tokenizing = BoundedExecutor("tokenizing", _TOKENIZING_THREADS, settings.max_queue)
         self._compiling = BoundedExecutor("compiling", _COMPILING_THREADS, settings.max_queue)
-        self._images = ImageRows(base, settings)
+        self._images = ImageRowMaker(base, settings)
         # By task; a base without a runner for a task does not serve it.
-        self.runners: dict[Task, TaskRunner[Any]] = {"classify": self._make_classification()}
+        self.runners: dict[Task, TaskRunner[Any]] = {
+            "classify": ClassificationRunner(*self._serving_copy(), self._pool, self._scheduler(), settings)
+        }
         self._context_tokens = base.max_length
         if base.reads_text:
             # Made here: the first request would wait for a copy of the tokenizer.
@@ -119,9 +118,10 @@ class ServingEngine(RowCalls):
         if base.kind == "decoder":
             self._vocabulary = int(base.model.config.get_text_config().vocab_size)
             # It reads nothing before it is used.
-            end_tokens = self._preprocessor.end_tokens()
+            end_tokens = self._preprocessor.end_tokens
             self.constraints = StructuredOutput(base.tokenizer, self._vocabulary, end_tokens)
-            self.runners["generate"] = generation = self._make_generation()
+            generation = GenerationRunner(*self._serving_copy(), self._scheduler(), self._memory, settings)
+            self.runners["generate"] = generation
             self._context_tokens = min(base.max_length, generation.cache_tokens)
             self._prompts = PromptMaker(self._preprocessor, self._tokenizing, self._context_tokens)
 
@@ -371,7 +371,7 @@ class ServingEngine(RowCalls):
             most = max(1, min(most, principal.max_in_flight))
         check_options(prompts[0], self._vocabulary, most, len(prompts))
         limits = self._time_limits(received_at, prompts[0].timeout_s)
-        groups = [choice_requests(params, principal, self._preprocessor.end_tokens()) for params in prompts]
+        groups = [choice_requests(params, principal, self._preprocessor.end_tokens) for params in prompts]
         requests = [request for group in groups for request in group]
         with ExitStack() as admitted:
             for request in requests:
@@ -502,35 +502,6 @@ class ServingEngine(RowCalls):
         if mailbox is None or mailbox.loop is not loop:
             mailbox = self._mailbox = Mailbox(loop)
         return mailbox
-
-    def _make_classification(self) -> ClassificationRunner:
-        settings = self.settings
-        base, context = self._serving_copy()
-        return ClassificationRunner(
-            base,
-            context,
-            self._pool,
-            self._scheduler(),
-            max_rows=settings.classify_max_batch,
-            max_tokens=settings.batch_tokens,
-            max_wait_s=settings.classify_max_wait_ms / 1000,
-            cpu_threads=self._cpu_threads,
-        )
-
-    def _make_generation(self) -> GenerationRunner:
-        settings = self.settings
-        base, context = self._serving_copy()
-        return GenerationRunner(
-            base,
-            context,
-            self._scheduler(),
-            self._memory,
-            max_batch_tokens=settings.batch_tokens,
-            max_sequences=settings.max_sequences,
-            cpu_threads=self._cpu_threads,
-            cuda_graphs=settings.cuda_graphs,
-            attention=settings.attention,
-        )
 
     def _serving_copy(self) -> tuple[FrozenBase, AdapterContext]:
         """A model object over the base's weights with serving layers, for one runner: passes of two runners overlap."""

@@ -31,7 +31,7 @@ class HeldImages:
     nbytes: int = 0
 
 
-class ImageRows:
+class ImageRowMaker:
     """Makes rows of the images of calls to one base. Its coroutines may run on any event loop.
 
     The images of one tenant are decoded one at a time, and tenants take turns. When a caller leaves, its further images

@@ -63,20 +63,19 @@ class DeviceMemory:
     What a setting fixes is as it says. The rest is divided by `gpu_memory_fraction` on a GPU, and fixed on a CPU.
     """
 
-    def __init__(self, settings: ServeSettings, device: torch.device, pending: int = 0) -> None:
+    def __init__(self, settings: ServeSettings, device: torch.device) -> None:
         """Plan for a device.
 
         Args:
             settings: What is fixed.
-            device: Has the base's weights already, but for `pending`.
-            pending: Bytes that will be allocated before what is asked for. Of use to those who only plan; see `hold`.
+            device: Has the base's weights already.
         """
         self._settings = settings
         self._device = device
-        self._pending = pending
+        self._pending = 0
 
     def hold(self, size: int) -> None:
-        """Plan as if so many more bytes were allocated."""
+        """Plan as if so many more bytes were allocated, such as the weights that a device does not have yet."""
         self._pending += size
 
     def pool_bytes(self) -> int:

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from adapters_store import ResolvedAdapter
 from adapters_store import Task as AdapterTask
-from sera_kernels import NO_ADAPTER, ShapeClasses
+from sera_kernels import ShapeClasses
 from sera_serve.base import ModelInputs, Pooling, Span
 from sera_serve.engine.constraint import ConstraintSpec, TokenConstraint
 from sera_serve.residency import Lease, PrefetchHint
@@ -496,6 +496,11 @@ class GenerationRequest(Request):
         """Whether its next step has to hand on logits, beside a token."""
         return self.params.logprobs is not None or self.adjusts_now
 
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether a token of the prompt still has to get its log-probability."""
+        return self.params.prompt_logprobs is not None and len(self.prompt_token_logprobs) < self.prompt_tokens
+
     @cached_property
     def _has_bias(self) -> bool:
         return bool(self.params.logit_bias) or self.constraint is not None
@@ -505,11 +510,6 @@ class GenerationRequest(Request):
         """The tokens of `logit_bias` and their values."""
         bias, count = self.params.logit_bias, len(self.params.logit_bias)
         return np.fromiter(bias.keys(), np.int64, count), np.fromiter(bias.values(), np.float32, count)
-
-    @property
-    def adapter_slot(self) -> int:
-        """Slot of its adapter on the device while it runs."""
-        return NO_ADAPTER if self.lease is None else self.lease.slot
 
 
 @dataclass(eq=False, kw_only=True)

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,7 @@ from adapters_store import ResolvedAdapter
 from sera_serve.base import LONG_CHARACTERS, ImageInput, ModelInputs, Pooling
 from sera_serve.config import ServeSettings
 from sera_serve.engine.admission import AdmissionController
-from sera_serve.engine.image_rows import HeldImages, ImageRows
+from sera_serve.engine.image_rows import HeldImages, ImageRowMaker
 from sera_serve.engine.request import (
     PRIORITIES,
     AdapterChoice,
@@ -35,7 +35,7 @@ from sera_serve.engine.request import (
 from sera_serve.engine.rows import EmbeddingInputs, Inputs, RowMaker, TextsOrTokens
 from sera_serve.engine.stream import EventReader, Mailbox, deadline_exceeded
 from sera_serve.engine.tasks import TaskRunner
-from sera_serve.engine.tasks.classify import ClassifyResult, EmbedResult, RowGroup, split_call
+from sera_serve.engine.tasks.classify import ClassifyResult, EmbedResult, RowGroup, RowTimes, split_call
 from sera_serve.engine.tasks.results import joined_windows
 from sera_serve.errors import InvalidRequest
 from sera_serve.threads import BoundedExecutor
@@ -63,20 +63,6 @@ class TimeLimits:
         return self.latest_start if self.deadline is None else min(self.latest_start, self.deadline)
 
 
-class RowTimes(NamedTuple):
-    """What a call of rows waited for.
-
-    Attributes:
-        waited_s: Seconds from the call's arrival until its first rows ran.
-        load_began: When an adapter first began to load for it (`time.monotonic`); None if none had to.
-        load_s: Seconds that this took.
-    """
-
-    waited_s: float
-    load_began: float | None
-    load_s: float
-
-
 class RowCalls(ABC):
     """The part of `ServingEngine` for calls of several rows. The engine has what every call needs.
 
@@ -84,7 +70,7 @@ class RowCalls(ABC):
     """
 
     settings: ServeSettings
-    _images: ImageRows
+    _images: ImageRowMaker
     _row_maker: RowMaker
     _admission: AdmissionController
     _resolving: BoundedExecutor
@@ -201,8 +187,9 @@ class RowCalls(ABC):
         vectors = cast(list[NDArray[np.float32]], results)
         prompt_tokens = [len(row) for row in group.rows]
         if group.adapter is None:
-            return EmbedResult(None, None, vectors, prompt_tokens, *times)
-        return EmbedResult(group.adapter.adapter, group.adapter.version or None, vectors, prompt_tokens, *times)
+            return EmbedResult(None, None, vectors, prompt_tokens, **vars(times))
+        named = group.adapter.adapter, group.adapter.version or None
+        return EmbedResult(*named, vectors, prompt_tokens, **vars(times))
 
     def _row_call(self, kind: str, principal: Principal, priority: Priority) -> ClassificationRequest:
         """What admission counts for a call whose parts are queued."""
@@ -305,7 +292,7 @@ class RowCalls(ABC):
         began, load_s = min(
             ((part.load_began, part.load_s) for part in parts if part.load_began is not None), default=(None, 0.0)
         )
-        times = RowTimes(min(part.waited_s for part in parts), began, load_s)
+        times = RowTimes(waited_s=min(part.waited_s for part in parts), load_began=began, load_s=load_s)
         return [result for _, result in sorted(results.items()) if result is not None], groups, times
 
     @abstractmethod
@@ -331,7 +318,7 @@ def _scores(group: RowGroup, results: Sequence[RowResult], times: RowTimes) -> C
         version=group.adapter.version or None,
         results=cast(list[HeadResult], list(joined_windows(results, group.rows, group.adapter.labels or ()))),
         prompt_tokens=sum(map(len, group.rows)),
-        **times._asdict(),
+        **vars(times),
     )
 
 

@@ -258,10 +258,10 @@ class RowMaker:
 
     def _tokens(self, index: int, tokens: list[int]) -> ModelInputs:
         place = f"input[{index}]"
-        if self._base.kind == "dual" and not self._base.preprocessor.end_tokens() & set(tokens):
+        if self._base.kind == "dual" and not self._base.preprocessor.end_tokens & set(tokens):
             raise InvalidRequest(
                 f"{place} has no end token, whose state is the vector of a text; send texts, or end the tokens with "
-                f"{', '.join(map(str, sorted(self._base.preprocessor.end_tokens())))}",
+                f"{', '.join(map(str, sorted(self._base.preprocessor.end_tokens)))}",
                 param=place,
             )
         try:

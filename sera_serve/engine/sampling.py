@@ -123,9 +123,7 @@ def choose_tokens_torch(
     """Do the same as `choose_tokens` with torch's operations, on any device."""
     scores = adjusted_scores(logits.float(), penalties, bias)
     if rows is not None:
-        scores = perturbed_scores(
-            scores, rows.temperature, rows.top_k, rows.top_p, rows.keys, truncate=rows.truncate, min_p=rows.min_p
-        )
+        scores = perturbed_scores(scores, rows)
     tokens = next_tokens(scores)
     if logprobs is not None:
         own = logits.float().log_softmax(1).gather(1, tokens.clamp(min=0).unsqueeze(1)).squeeze(1)
@@ -202,30 +200,17 @@ def top_k_top_p_filter(scores: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tens
     return scores.masked_fill(scores < threshold, -torch.inf)
 
 
-def perturbed_scores(
-    scores: Tensor,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    keys: Tensor,
-    truncate: bool = True,
-    min_p: Tensor | None = None,
-) -> Tensor:
+def perturbed_scores(scores: Tensor, rows: SamplingRows) -> Tensor:
     """Scores whose argmax is each row's next token: greedy where the temperature is 0, a draw elsewhere.
 
     Args:
         scores: float32 (rows, vocabulary), the model's logits.
-        temperature: float32 (rows,); below 1e-6 it is 0.
-        top_k: int32 (rows,); see `top_k_top_p_filter`.
-        top_p: float32 (rows,); see `top_k_top_p_filter`.
-        keys: int32 (rows,), from `sampling_keys`.
-        truncate: Whether any row limits its tokens; without, the sort is spared.
-        min_p: float32 (rows,); see `top_k_top_p_filter`.
+        rows: How tokens are drawn; without `truncate`, the sort is spared.
     """
-    greedy = (temperature < _GREEDY_BELOW).unsqueeze(1)
-    scaled = scores / torch.where(greedy, 1.0, temperature.unsqueeze(1))
-    kept = top_k_top_p_filter(scaled, top_k, top_p, min_p) if truncate else scaled
-    noise = gumbel_noise(keys, scores.shape[1])
+    greedy = (rows.temperature < _GREEDY_BELOW).unsqueeze(1)
+    scaled = scores / torch.where(greedy, 1.0, rows.temperature.unsqueeze(1))
+    kept = top_k_top_p_filter(scaled, rows.top_k, rows.top_p, rows.min_p) if rows.truncate else scaled
+    noise = gumbel_noise(rows.keys, scores.shape[1])
     return torch.where(greedy, scores, kept + noise)
 
 

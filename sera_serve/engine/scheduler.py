@@ -275,7 +275,9 @@ class Scheduler(Generic[R]):
             return
         error = future.exception()
         if error is not None:
-            self._finish_waiting(request, FinishReason.FAILED, _as_exception(error))
+            # Residency tells nothing else.
+            assert isinstance(error, Exception)
+            self._finish_waiting(request, FinishReason.FAILED, error)
             return
         with self._lock:
             request.loading = None
@@ -345,7 +347,3 @@ class Scheduler(Generic[R]):
         hint, request.hint = request.hint, None
         if hint is not None:
             hint.release()
-
-
-def _as_exception(error: BaseException) -> Exception:
-    return error if isinstance(error, Exception) else RuntimeError(repr(error))

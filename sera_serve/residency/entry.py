@@ -142,8 +142,7 @@ class AdapterEntry:
         waiters: Futures of the requests that wait for a lease, and for whom they wait; some may be cancelled. Only the
             methods below change it.
         claims: How many of them wait for whom.
-        leases: Leases held.
-        holders: How many of them are held for whom.
+        leases: How many leases are held for whom.
         hints: Prefetch hints held.
         pinned: The adapter is never evicted.
         deleted: The bundle was deleted. Requests that wait are still served; nothing of the adapter is kept after them.
@@ -167,8 +166,7 @@ class AdapterEntry:
     placement: Placement | None = None
     waiters: dict[Future[Lease], Claim | None] = field(default_factory=dict)
     claims: Counter[Claim | None] = field(default_factory=Counter)
-    leases: int = 0
-    holders: Counter[Claim | None] = field(default_factory=Counter)
+    leases: Counter[Claim | None] = field(default_factory=Counter)
     hints: int = 0
     pinned: bool = False
     deleted: bool = False
@@ -266,10 +264,9 @@ class AdapterEntry:
         placed = self.on_device or self.state is COPYING
         has_room = self.placement is not None
         broken = {
-            "a lease or a hint was released twice": self.leases < 0 or self.hints < 0,
-            "its leases are held for nobody": self.leases != self.holders.total(),
+            "a lease or a hint was released twice": min(self.leases.values(), default=1) < 1 or self.hints < 0,
             "its requests wait for others": Counter(self.waiters.values()) != self.claims,
-            "it is leased and not on the device": self.leases > 0 and not self.on_device,
+            "it is leased and not on the device": bool(self.leases) and not self.on_device,
             "it has no room on the device": placed and not has_room,
             "it has room that it does not need": has_room and not placed and self.state is not READING,
             "it has the room of another adapter": self.placement is not None

@@ -567,7 +567,7 @@ class AdapterResidency:
             self._completions.add(future, error)
 
     def _leases_locked(self) -> int:
-        return sum(entry.leases for entry in self._placement.on_device.values())
+        return sum(entry.leases.total() for entry in self._placement.on_device.values())
 
     def _loading_locked(self) -> int:
         return self._table.in_state[READING] + self._table.in_state[COPYING] + len(self._placement)

@@ -235,17 +235,15 @@ class PlacementQueue:
             raise RuntimeError(f"a lease on adapter {entry.digest}, which is {entry.state.value}")
         if not entry.leases and not entry.pinned:
             self._evictable_elements -= entry.placement.adapter.elements
-        entry.leases += 1
-        entry.holders[claim] += 1
+        entry.leases[claim] += 1
         self.on_device.move_to_end(entry.digest)
         return entry.placement
 
     def end_lease(self, entry: AdapterEntry, claim: Claim | None) -> None:
         """Count a lease less. With its last lease, a deleted adapter leaves the device."""
-        entry.leases -= 1
-        entry.holders[claim] -= 1
-        if not entry.holders[claim]:
-            del entry.holders[claim]
+        entry.leases[claim] -= 1
+        if not entry.leases[claim]:
+            del entry.leases[claim]
         if not entry.leases:
             self._has_changed = True
             if not entry.pinned:
@@ -401,7 +399,7 @@ class PlacementQueue:
         others: list[AdapterEntry] = []
         for entry in self.on_device.values():
             if entry.leases and not entry.pinned:
-                if all(map(is_ahead, entry.holders)):
+                if all(map(is_ahead, entry.leases)):
                     yield entry
                 else:
                     others.append(entry)

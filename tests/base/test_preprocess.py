@@ -73,16 +73,16 @@ def test_only_long_inputs_need_a_thread() -> None:
 def test_end_tokens_come_from_the_generation_config_or_else_the_tokenizer() -> None:
     base = random_decoder()
     base.model.generation_config.eos_token_id = [7, 9]
-    assert base.preprocessor.end_tokens() == {7, 9}
+    assert base.preprocessor.end_tokens == {7, 9}
     beyond = random_decoder()
     beyond.model.generation_config.eos_token_id = [7, -1, beyond.model.config.vocab_size]
-    assert beyond.preprocessor.end_tokens() == {7}
+    assert beyond.preprocessor.end_tokens == {7}
     other = random_decoder()
     other.model.generation_config.eos_token_id = None
-    assert other.preprocessor.end_tokens() == {other.tokenizer.eos_token_id}
+    assert other.preprocessor.end_tokens == {other.tokenizer.eos_token_id}
     # An encoder has no generation config.
     encoder = random_encoder()
-    assert encoder.preprocessor.end_tokens() == {encoder.tokenizer.eos_token_id}
+    assert encoder.preprocessor.end_tokens == {encoder.tokenizer.eos_token_id}
 
 
 def test_pairs_and_texts_of_one_call_keep_their_order(bert: FrozenBase) -> None:

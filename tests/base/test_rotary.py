@@ -29,6 +29,7 @@ from sera_serve.base.rotary import (
     RotaryScaling,
     install_per_sequence_rotary,
     rotary_scaling,
+    row_lengths,
 )
 from sera_serve.errors import InvalidConfiguration
 from support.factories import byte_tokenizer, continued, encoded, greedy
@@ -320,7 +321,8 @@ def test_scaling_whose_modules_cannot_be_found_is_refused() -> None:
 
 def test_a_block_of_rows_is_undone_after_a_failure() -> None:
     context = RotaryContext(4)
-    with pytest.raises(ValueError, match="inside"), context.rows(torch.tensor([[1, 1, 1, 1, 1], [1, 0, 0, 0, 0]])):
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 0, 0, 0, 0]])
+    with pytest.raises(ValueError, match="inside"), row_lengths(context, mask):
         assert context.long_tokens is not None
         assert context.long_tokens.tolist() == [[True] * 5, [False] * 5]
         raise ValueError("inside")

@@ -19,7 +19,7 @@ from sera_serve.engine import GenerateParams, GenerationResult, ServingEngine, T
 from sera_serve.engine.loop.hugging_face import PagedModel
 from sera_serve.engine.loop.static_step import StaticBatch
 from sera_serve.engine.overflow import is_norm
-from sera_serve.engine.sampling import NO_TOKEN, next_tokens, perturbed_scores
+from sera_serve.engine.sampling import NO_TOKEN, SamplingRows, next_tokens, perturbed_scores
 from sera_serve.errors import AdapterOverflow, BaseOverflow
 from sera_serve.layers import served_linear
 from support.engine import SHAPE, Start, classify, collect, generate, settled
@@ -364,24 +364,24 @@ def test_scores_that_are_not_finite_choose_no_token() -> None:
     assert next_tokens(scores).tolist() == want
     for temperature in (0.0, 1e-3):
         for top_k, top_p in ((0, 1.0), (2, 1.0), (0, 0.5)):
-            noisy = perturbed_scores(
-                scores,
+            drawn = SamplingRows(
                 torch.full((len(rows),), temperature),
                 torch.full((len(rows),), top_k, dtype=torch.int32),
                 torch.full((len(rows),), top_p),
                 torch.arange(len(rows), dtype=torch.int32),
             )
+            noisy = perturbed_scores(scores, drawn)
             assert next_tokens(noisy).tolist() == want, (temperature, top_k, top_p)
 
 
 @pytest.mark.parametrize("temperature", [1e-44, 1e-38, 1e-30, 1e-7])
 def test_the_smallest_temperatures_are_greedy(temperature: float) -> None:
     logits = torch.randn(5, 40) * 10
-    noisy = perturbed_scores(
-        logits,
+    drawn = SamplingRows(
         torch.full((5,), temperature),
         torch.zeros(5, dtype=torch.int32),
         torch.ones(5),
         torch.arange(5, dtype=torch.int32),
     )
+    noisy = perturbed_scores(logits, drawn)
     assert next_tokens(noisy).tolist() == logits.argmax(1).tolist()

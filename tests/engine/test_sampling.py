@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from sera_serve.engine.sampling import gumbel_noise, perturbed_scores, sampling_keys, top_k_top_p_filter
+from sera_serve.engine.sampling import SamplingRows, gumbel_noise, perturbed_scores, sampling_keys, top_k_top_p_filter
 
 
 def keys_of(seeds: Iterable[int], positions: Iterable[int]) -> torch.Tensor:
@@ -17,13 +17,13 @@ def keys_of(seeds: Iterable[int], positions: Iterable[int]) -> torch.Tensor:
 
 def draw(logits: torch.Tensor, rows: int, temperature: float, top_k: int = 0, top_p: float = 1.0) -> torch.Tensor:
     keys = keys_of([7] * rows, range(rows))
-    return perturbed_scores(
-        logits.expand(rows, -1),
+    drawn = SamplingRows(
         torch.full((rows,), temperature),
         torch.full((rows,), top_k, dtype=torch.int32),
         torch.full((rows,), top_p),
         keys,
-    ).argmax(1)
+    )
+    return perturbed_scores(logits.expand(rows, -1), drawn).argmax(1)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
@@ -71,8 +71,8 @@ def test_rows_do_not_disturb_each_other() -> None:
     top_k = torch.tensor([0, 5, 0, 2], dtype=torch.int32)
     top_p = torch.tensor([1.0, 1.0, 0.8, 0.9])
     keys = keys_of(range(4), range(4))
-    together = perturbed_scores(logits, temperature, top_k, top_p, keys)
+    together = perturbed_scores(logits, SamplingRows(temperature, top_k, top_p, keys))
     for row in range(4):
         one = slice(row, row + 1)
-        alone = perturbed_scores(logits[one], temperature[one], top_k[one], top_p[one], keys[one])
+        alone = perturbed_scores(logits[one], SamplingRows(temperature[one], top_k[one], top_p[one], keys[one]))
         assert torch.equal(together[one], alone)

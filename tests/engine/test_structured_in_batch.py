@@ -212,7 +212,7 @@ def test_a_constraint_does_not_end_a_text_before_its_least_tokens(
         for ignore_eos in (False, True):
             with pytest.raises(ConstraintUnsatisfiable, match=r"only end after \d tokens, and min_tokens is 10"):
                 await collect(engine, prompt="x", constraint=too_short, min_tokens=10, ignore_eos=ignore_eos)
-            ends = decoder.preprocessor.end_tokens()
+            ends = decoder.preprocessor.end_tokens
             result = await collect(
                 engine,
                 prompt="x",

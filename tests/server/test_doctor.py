@@ -102,7 +102,8 @@ def test_bytes_that_are_only_planned_are_not_left(monkeypatch: pytest.MonkeyPatc
     device = torch.device("cuda")
     settings = ServeSettings(gpu_memory_fraction=1)
     whole = DeviceMemory(settings, device).pool_bytes()
-    memory = DeviceMemory(settings, device, pending=40 << 30)
+    memory = DeviceMemory(settings, device)
+    memory.hold(40 << 30)
     assert memory.pool_bytes() == whole / 2
     memory.hold(20 << 30)
     assert memory.pool_bytes() == whole / 4

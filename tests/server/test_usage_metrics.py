@@ -50,7 +50,7 @@ def tell(account: Account, generation: Generation) -> None:
 
 
 def classified(adapter: str, inputs: int) -> ClassifyResult:
-    return ClassifyResult(adapter, 1, [LabelScores("a", {"a": 1.0})] * inputs, 0.1)
+    return ClassifyResult(adapter, 1, [LabelScores("a", {"a": 1.0})] * inputs, waited_s=0.1)
 
 
 def opened(metrics: ServerMetrics, tenant: str, record: RequestRecord | None = None) -> Account:
@@ -95,7 +95,7 @@ def test_rows_are_counted_by_each_of_their_adapters(metrics: ServerMetrics) -> N
     for adapter in ("acme/a", "acme/b"):
         assert sample(usage, "sera_adapter_requests_total", adapter=adapter) == 1
         assert sample(usage, "sera_adapter_classified_inputs_total", adapter=adapter) == 3
-    opened(metrics, "acme").count_embedded(EmbedResult(None, None, [], [4, 5], 0.1))
+    opened(metrics, "acme").count_embedded(EmbedResult(None, None, [], [4, 5], waited_s=0.1))
     assert sample(usage, "sera_adapter_tokens_total", adapter="base", kind="prompt") == 9
     assert sample(usage, "sera_tenant_tokens_total", tenant="acme", kind="prompt") == 9
     assert sample(usage, "sera_tenant_requests_total", tenant="acme") == 2

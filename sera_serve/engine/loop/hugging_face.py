@@ -94,16 +94,8 @@ class PagedModel:
         return dtype
 
     @property
-    def bytes_per_token(self) -> int:
-        """Keys and values of one token in all layers."""
-        return sum(self._bytes_by_layer())
-
-    @property
-    def layer_bytes_per_token(self) -> int:
-        """Keys and values of one token in the layer that has most."""
-        return max(self._bytes_by_layer())
-
-    def _bytes_by_layer(self) -> list[int]:
+    def layer_bytes(self) -> list[int]:
+        """Keys and values of one token in each layer."""
         return [shape.kv_heads * (shape.key_width + shape.value_width) * self.dtype.itemsize for shape in self.shapes]
 
     def logits(self, ids: Tensor, positions: Tensor, step: StepContext, keep: Tensor | int) -> Tensor:
@@ -153,12 +145,9 @@ def _paged_attention(
             param="base",
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = attend(
-        step_under_way(),
-        module.layer_idx,  # type: ignore[arg-type]
-        *(states[0].transpose(0, 1) for states in (query, key, value)),
-        options=AttentionOptions(scale, sliding_window, softcap, s_aux),
-    )
+    q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    out = attend(step_under_way(), layer, q, k, v, AttentionOptions(scale, sliding_window, softcap, s_aux))
     return out[None], None
 
 

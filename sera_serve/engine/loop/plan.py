@@ -392,7 +392,7 @@ class StepPlanner:
         found: list[int] = []
         if request.prefix_key is None:
             return found
-        if request.params.prompt_logprobs is not None and len(request.prompt_token_logprobs) < request.prompt_tokens:
+        if request.wants_prompt_logprobs:
             # A token whose keys are found is not computed, and has no log-probability.
             return found
         for page in range((len(request.tokens) - 1) // PAGE_SIZE):
@@ -407,14 +407,14 @@ class StepPlanner:
         request.computed = 0
         self._candidates.preempt(request)
 
-    def _root_key(self, request: GenerationRequest) -> bytes:
-        return root_key(request.prefix_key or "", self._secret, request.rotary_side, request.adapter_from)
-
     def _key(self, request: GenerationRequest, page: int) -> bytes:
         keys = request.page_keys
         while len(keys) <= page:
             start = len(keys) * PAGE_SIZE
-            parent = keys[-1] if keys else self._root_key(request)
+            if keys:
+                parent = keys[-1]
+            else:
+                parent = root_key(request.prefix_key or "", self._secret, request.rotary_side, request.adapter_from)
             keys.append(chain_key(parent, request.tokens[start : start + PAGE_SIZE], self._secret))
         return keys[page]
 

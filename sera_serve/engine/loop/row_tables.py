@@ -40,7 +40,8 @@ class RowTables:
         self.pages[row] = pages[0]
         self.pages[row, : len(pages)] = pages
         self._page_counts[row], self._taken[row] = len(pages), 0
-        self.slot[row], self.adapter_from[row] = request.adapter_slot, request.adapter_from
+        self.slot[row] = NO_ADAPTER if request.lease is None else request.lease.slot
+        self.adapter_from[row] = request.adapter_from
         params = request.params
         self.temperature[row], self.top_k[row] = params.temperature, params.top_k
         self.top_p[row], self.min_p[row] = params.top_p, params.min_p
@@ -67,8 +68,8 @@ class RowTables:
         """Have `take_new_pages` give out the pages of all requests again."""
         self._taken[:] = 0
 
-    def slots_at(self, rows: NDArray[np.int64], at: NDArray[np.int64]) -> NDArray[np.int32]:
-        """int32, the adapter slot of the token at each of these places of the requests of these rows."""
+    def slots_at(self, rows: NDArray[np.int64] | int, at: NDArray[np.int64]) -> NDArray[np.int32]:
+        """int32, the adapter slot of the token at each of these places of the requests of these rows, or of one row."""
         return np.where(at >= self.adapter_from[rows], self.slot[rows], np.int32(NO_ADAPTER))
 
     def advance(self, request: GenerationRequest) -> None:

@@ -111,7 +111,7 @@ class PackedStep:
         """Add the next tokens of a request; chunks of one length that begin a prompt come one after the other."""
         start, end, first = request.computed, request.computed + count, self._total
         at, pages = np.arange(start, end), self._tables.pages[request.row]
-        slots = np.where(at >= request.adapter_from, np.int32(request.adapter_slot), np.int32(NO_ADAPTER))
+        slots = self._tables.slots_at(request.row, at)
         side = np.full(count, request.rotary_side > 0)
         self._add(np.array(request.tokens[start:end], np.int64), at, slots, pages[at // PAGE_SIZE], side)
         last = self.parts[-1] if self.parts else None
@@ -121,7 +121,7 @@ class PackedStep:
             last.lengths = np.append(last.lengths, count)
         else:
             self.parts.append(Part(count, np.array([count])))
-        if _wants_prompt_logprobs(request):
+        if request.wants_prompt_logprobs:
             self.prompts.append((request, len(self.keep), count))
             self.keep += range(first, first + count)
         else:
@@ -370,8 +370,4 @@ def _is_plain(request: GenerationRequest, count: int) -> bool:
     A sequence beyond the base's rotary threshold is not: its first tokens have the frequencies of the last one.
     """
     ends = request.computed + count == len(request.tokens)
-    return ends and not (request.needs_logits or _wants_prompt_logprobs(request) or request.rotary_side)
-
-
-def _wants_prompt_logprobs(request: GenerationRequest) -> bool:
-    return request.params.prompt_logprobs is not None and len(request.prompt_token_logprobs) < request.prompt_tokens
+    return ends and not (request.needs_logits or request.wants_prompt_logprobs or request.rotary_side)

@@ -15,6 +15,7 @@ from torch import Tensor
 from adapters_store import ResolvedAdapter
 from sera_kernels import NO_ADAPTER
 from sera_serve.base import FrozenBase, ModelInputs
+from sera_serve.config import ServeSettings
 from sera_serve.engine.admission import BatchBudget
 from sera_serve.engine.loop.step_errors import free_memory, step_failed
 from sera_serve.engine.overflow import OverflowReporter, RowGauge
@@ -40,29 +41,38 @@ _PADDING_SHARE = 0.2
 _PADDING_OF_NO_ACCOUNT = 128
 
 
-@dataclass(frozen=True)
-class ClassifyResult:
-    """The outcome of one call, in the order of its inputs.
+@dataclass(frozen=True, kw_only=True)
+class RowTimes:
+    """What a call of rows waited for.
 
     Attributes:
-        version: Of the adapter; None for a combination.
         waited_s: Seconds from the call's arrival until its first rows ran.
-        prompt_tokens: Tokens of all inputs.
-        load_began: When an adapter of the call began to load for it (`time.monotonic`); None if none had to.
+        load_began: When an adapter first began to load for it (`time.monotonic`); None if none had to.
         load_s: Seconds that this took.
     """
 
-    adapter: str
-    version: int | None
-    results: list[HeadResult]
     waited_s: float = 0.0
-    prompt_tokens: int = 0
     load_began: float | None = None
     load_s: float = 0.0
 
 
 @dataclass(frozen=True)
-class EmbedResult:
+class ClassifyResult(RowTimes):
+    """The outcome of one call, in the order of its inputs.
+
+    Attributes:
+        version: Of the adapter; None for a combination.
+        prompt_tokens: Tokens of all inputs.
+    """
+
+    adapter: str
+    version: int | None
+    results: list[HeadResult]
+    prompt_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class EmbedResult(RowTimes):
     """The vectors of one call, in the order of its inputs.
 
     Attributes:
@@ -70,17 +80,12 @@ class EmbedResult:
         version: Of the adapter; None for a combination and the base model.
         vectors: Of each input, float32 (hidden,).
         prompt_tokens: Tokens of each input.
-        waited_s: As in `ClassifyResult`.
-        load_began, load_s: Likewise.
     """
 
     adapter: str | None
     version: int | None
     vectors: list[NDArray[np.float32]]
     prompt_tokens: list[int]
-    waited_s: float = 0.0
-    load_began: float | None = None
-    load_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -109,8 +114,8 @@ class ClassificationRunner(TaskRunner[ClassificationRequest]):
 
     A pass takes rows of like length, all texts or all images, whatever their adapters and label sets. A pass never
     waits for more rows: while the device is busy rows gather, and the next pass takes the fullest bucket. A row that
-    has waited `max_wait_s` goes first, with rows of its length. So a row is passed over for `max_wait_s` at most, and
-    then by older rows alone.
+    has waited `classify_max_wait_ms` goes first, with rows of its length. So a row is passed over for that time at
+    most, and then by older rows alone.
 
     Beside generation on the same base, the operating system or the driver shares the device between the two threads.
     A pass has no more tokens than a step of generation, so that neither delays the other for long.
@@ -124,11 +129,7 @@ class ClassificationRunner(TaskRunner[ClassificationRequest]):
         context: AdapterContext,
         device_pool: DevicePool,
         scheduler: Scheduler[ClassificationRequest],
-        *,
-        max_rows: int,
-        max_tokens: int,
-        max_wait_s: float,
-        cpu_threads: int,
+        settings: ServeSettings,
     ) -> None:
         """Set up without starting.
 
@@ -137,21 +138,20 @@ class ClassificationRunner(TaskRunner[ClassificationRequest]):
             context: The serving layers' context.
             device_pool: Where the heads are.
             scheduler: This runner's own from now on.
-            max_rows: The most rows of one forward pass.
-            max_tokens: The most tokens of one forward pass, padding included; a longer row goes alone.
-            max_wait_s: Seconds after which a row is not passed over any more.
-            cpu_threads: Threads of a forward pass on a CPU.
+            settings: The server's. A pass has at most `classify_max_batch` rows and `batch_tokens` tokens, padding
+                included; a longer row goes alone.
         """
-        super().__init__(scheduler, base.device, cpu_threads)
+        super().__init__(scheduler, base.device, settings.cpu_threads)
         self._base = base
         self._context = context
         self._pool = device_pool
-        self._max_rows = max_rows
-        self._max_tokens = max_tokens
-        self._max_wait_s = max_wait_s
+        self._max_rows = settings.classify_max_batch
+        self._max_tokens = settings.batch_tokens
+        # After it, a row is not passed over any more.
+        self._max_wait_s = settings.classify_max_wait_ms / 1000
         self._gauge = RowGauge(base.model)
         self._overflows = OverflowReporter()
-        self._budget = BatchBudget(_PASSES * max_rows)
+        self._budget = BatchBudget(_PASSES * self._max_rows)
         # In the order in which they entered the batch.
         self._rows: list[_Row] = []
         self._requests: list[ClassificationRequest] = []

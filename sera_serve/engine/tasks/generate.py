@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 import torch
 
 from sera_serve.base import FrozenBase
+from sera_serve.config import ServeSettings
 from sera_serve.engine.loop.attention import KeyValuePool
-from sera_serve.engine.loop.attention_backend import BackendName, choose_backend
+from sera_serve.engine.loop.attention_backend import choose_backend
 from sera_serve.engine.loop.choice import constraint_failed, ends_too_early
 from sera_serve.engine.loop.fused_attention import fuse_attention
 from sera_serve.engine.loop.fused_layer import fuse_layers
@@ -58,12 +59,7 @@ class GenerationRunner(TaskRunner[GenerationRequest]):
         context: AdapterContext,
         scheduler: Scheduler[GenerationRequest],
         memory: DeviceMemory,
-        *,
-        max_batch_tokens: int,
-        max_sequences: int,
-        cpu_threads: int,
-        cuda_graphs: bool = True,
-        attention: BackendName = "auto",
+        settings: ServeSettings,
     ) -> None:
         """Allocate the cache, without starting.
 
@@ -72,23 +68,18 @@ class GenerationRunner(TaskRunner[GenerationRequest]):
             context: The serving layers' context.
             scheduler: This runner's own from now on.
             memory: Says how large the paged cache may be.
-            max_batch_tokens: The most tokens of one forward pass; longer prompts are prefilled in chunks.
-            max_sequences: The most requests of one forward pass.
-            cpu_threads: Threads of a forward pass on a CPU.
-            cuda_graphs: Whether steps of decodes and short prompts on a GPU are captured as graphs.
-            attention: What computes attention.
+            settings: The server's: what bounds a forward pass and computes attention, and whether there are graphs.
 
         Raises:
             InvalidConfiguration: The base's architecture cannot be served, or there is no such attention.
         """
-        super().__init__(scheduler, base.device, cpu_threads)
+        super().__init__(scheduler, base.device, settings.cpu_threads)
         paged = PagedModel(base.model)
-        backend = choose_backend(attention, paged.device)
+        backend = choose_backend(settings.attention, paged.device)
         widest = max((max(shape) for shape in base.module_shapes().values()), default=base.hidden_size)
         vocabulary = base.model.config.get_text_config().vocab_size
-        sizes = DecoderSizes(
-            paged.bytes_per_token, paged.layer_bytes_per_token, widest, vocabulary, context=base.max_length
-        )
+        by_layer = paged.layer_bytes
+        sizes = DecoderSizes(sum(by_layer), max(by_layer), widest, vocabulary, context=base.max_length)
         self.cache_tokens = memory.cache_tokens(sizes)
         pages = max(1, -(-self.cache_tokens // PAGE_SIZE))
         with memory_of("the KV cache", "kv_cache_tokens"):
@@ -97,8 +88,8 @@ class GenerationRunner(TaskRunner[GenerationRequest]):
         self.planner = StepPlanner(
             PagePool(pages),
             scheduler,
-            max_batch_tokens=max_batch_tokens,
-            max_sequences=max_sequences,
+            max_batch_tokens=settings.batch_tokens,
+            max_sequences=settings.max_sequences,
             rotary_side=base.rotary.side if base.rotary_context is not None else None,
         )
         max_pages = min(pages, -(-base.max_length // PAGE_SIZE))
@@ -120,7 +111,7 @@ class GenerationRunner(TaskRunner[GenerationRequest]):
             # A base that cannot be served is refused now, not in its first step.
             expose_overflows(base.model, self.runner.probe)
             self.runner.probe()
-            if base.device.type == "cuda" and cuda_graphs:
+            if base.device.type == "cuda" and settings.cuda_graphs:
                 graphs = StepGraphs(paged, context, pool, self.runner.tables, base.rotary_context)
                 try:
                     graphs.capture_all()

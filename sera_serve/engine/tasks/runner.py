@@ -54,10 +54,10 @@ class TaskRunner(ABC, Generic[R]):
         Args:
             scheduler: This runner's own from now on.
             device: Where its steps run.
-            cpu_threads: Threads of a forward pass on a CPU.
+            cpu_threads: Threads of a forward pass on a CPU; 0 is as many as torch has here.
         """
         self.scheduler = scheduler
-        self._cpu_threads = cpu_threads
+        self._cpu_threads = cpu_threads or torch.get_num_threads()
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         # A deque needs no lock for one end each.
         self._cancelled: deque[tuple[R, FinishReason, Exception | None]] = deque()
