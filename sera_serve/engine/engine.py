@@ -203,7 +203,7 @@ class ServingEngine(RowCalls):
         # The comparison is in float64: what is larger than the pool would take many times its bytes.
         self.check_config(imported.bundle.config)
         adapter = compared(imported, base, self.base.dtype)
-        self.check_bundle(adapter.bundle)
+        check_servable(adapter.bundle, self._module_index, self._pool)
         return adapter
 
     def mark_deleted(self, digest: str) -> None:
