@@ -14,13 +14,13 @@ import httpx
 import pytest
 import uvicorn
 from playwright.sync_api import Browser, Page, Route, expect
+from sera_serve.jobs.places import Places
 
 from adapters_store import AdapterBundle, AdapterStore
 from sera_serve.access import AccessDatabase, CreatedKey, Keys
 from sera_serve.commands.serve import bound_socket
 from sera_serve.config import ServeSettings
 from sera_serve.jobs.files import TrainingFiles
-from sera_serve.jobs.places import Places
 from sera_serve.jobs.records import Jobs, new_job_id
 from sera_serve.jobs.spec import JobSpec
 from sera_serve.server import build_app
