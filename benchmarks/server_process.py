@@ -102,13 +102,7 @@ class ServerProcess:
 
     def metrics(self) -> dict[str, float]:
         """Value of every metric, by name and labels as they are written."""
-        text = httpx.get(f"{self.url}/metrics", timeout=30).text
-        values = {}
-        for family in text_string_to_metric_families(text):
-            for sample in family.samples:
-                labels = ",".join(f'{key}="{value}"' for key, value in sorted(sample.labels.items()))
-                values[sample.name + (f"{{{labels}}}" if labels else "")] = sample.value
-        return values
+        return values_of(httpx.get(f"{self.url}/metrics", timeout=30).text)
 
     def __enter__(self) -> Self:
         return self
@@ -117,6 +111,16 @@ class ServerProcess:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
+
+
+def values_of(text: str) -> dict[str, float]:
+    """Value of every metric in Prometheus' text, by name and labels as they are written."""
+    values = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            labels = ",".join(f'{key}="{value}"' for key, value in sorted(sample.labels.items()))
+            values[sample.name + (f"{{{labels}}}" if labels else "")] = sample.value
+    return values
 
 
 def adapter_figures(before: dict[str, float], after: dict[str, float]) -> dict[str, float | None]:

@@ -32,6 +32,7 @@ from rich.console import Console
 from benchmarks.fleet import Fleet, adapter_name, save_endless_base
 from benchmarks.http_load import LoadClient
 from benchmarks.reference import wrong_answers
+from benchmarks.server_process import values_of
 from benchmarks.service_figures import rates
 from benchmarks.soak_server import serve_soak
 from benchmarks.soak_tenants import ChangingTenant, Ledger
@@ -54,6 +55,7 @@ class Soak:
         self._client = LoadClient(host, port, adapter_name)
         self._process = psutil.Process(pid)
         self._fleet = fleet
+        self._tokens = 0
         self._console = console
 
     async def run(self, minutes: float, seconds: float, burst: int, changing: list[ChangingTenant]) -> None:
@@ -80,6 +82,7 @@ class Soak:
             await asyncio.sleep(0.1)
             held = await self._integrity()
         self.ledger.expect("nothing held at the end", not held["in_flight"] and not held["leases"], held)
+        await self._check_counts()
         gone = [f"{tenant.digests & set(held['resident'])}" for tenant in changing]
         self.ledger.expect("deleted adapters gone from the device", set(gone) == {"set()"}, gone)
 
@@ -111,6 +114,7 @@ class Soak:
                     f"{answer.adapter}: {answer.status} {answer.error}, {len(answer.tokens)} tokens"
                 )
         whole = [answer for answer in answers if answer.right_length]
+        self._tokens += sum(len(answer.tokens) for answer in whole)
         sample = random.Random(number).sample(whole, min(CHECKED, len(whole)))
         self.ledger.wrong += await asyncio.to_thread(wrong_answers, self._fleet, sample)
         held = await self._integrity()
@@ -125,6 +129,23 @@ class Soak:
         self.ledger.expect("invariants hold", answer.status_code == 200, answer.text)
         held: dict[str, Any] = answer.json()
         return held
+
+    async def _check_counts(self) -> None:
+        """The metrics by tenant and by adapter add up to those of all, and have the tokens of every whole answer."""
+        async with httpx.AsyncClient(base_url=self._url, timeout=60) as client:
+            counts = values_of((await client.get("/metrics")).text)
+        for kind in ("prompt", "cached_prompt", "completion"):
+            sums = {
+                of: sum(
+                    value
+                    for name, value in counts.items()
+                    if name.startswith(f"sera_{of}tokens_total{{") and f'kind="{kind}"' in name
+                )
+                for of in ("", "tenant_", "adapter_")
+            }
+            self.ledger.expect(f"{kind} tokens add up", len(set(sums.values())) == 1, sums)
+        told = counts['sera_tokens_total{kind="completion"}']
+        self.ledger.expect("no generated token uncounted", told >= self._tokens, f"{told} of {self._tokens}")
 
 
 def main(

@@ -34,8 +34,9 @@ class Ledger:
 class ChangingTenant:
     """One tenant whose adapter goes through its whole life again and again.
 
-    Each round uploads two versions, asks for them by `latest`, by an alias and by number while the alias moves, and
-    deletes one version, or all: what is asked for next must be of the weights that the name stood for, or be refused.
+    Each round uploads two versions, asks for them by `latest`, by an alias and by number while the alias moves, pins
+    the second, and deletes one version, then all: what is asked for next must be of the weights that the name stood
+    for, or be refused. The alias is set by another process first, and moved by a request.
     """
 
     def __init__(self, url: str, client: LoadClient, fleet: Fleet, store: AdapterStore, tenant: int) -> None:
@@ -65,8 +66,10 @@ class ChangingTenant:
         # Under way while everything changes beneath it: it must end with what it began with.
         long = asyncio.ensure_future(self._ask(f"{self._name}@stable", 48, old))
         second = await self._upload(ledger, new)
-        await asyncio.to_thread(self._store.set_alias, self._name, "stable", f"{self._name}@v{second}")
-        ledger.done["alias switched"] += 1
+        switched = await self._http.put(f"/v1/adapters/{self._name}/aliases/stable", json={"version": second})
+        ledger.expect("alias switched", switched.status_code == 200, switched.text)
+        pinned = await self._http.put(f"/v1/adapters/{self._name}/pin")
+        ledger.expect("pinned", pinned.status_code == 200, pinned.text)
         await self._check(ledger, "alias after its switch", f"{self._name}@stable", new)
         await self._check(ledger, "version by number", f"{self._name}@v{first}", old)
         deleted = await self._http.delete(f"/v1/adapters/{self._name}@v{first}")
