@@ -13,7 +13,9 @@ import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
+from adapters_store import AdapterStore
 from benchmarks.siege.__main__ import main
+from benchmarks.siege.attacks_on_parsing import pipelined
 from benchmarks.siege.cases import CASES
 from benchmarks.siege.each import report_each
 from benchmarks.siege.mixed import NAMES, PARTS, held
@@ -21,6 +23,11 @@ from benchmarks.siege.probe import CLASSIFY, GENERATE, STREAM, Sample, figures, 
 from benchmarks.siege.server import Reading
 from benchmarks.siege.shutdowns import how_ended
 from benchmarks.siege.wire import Outcome, Reply, Sender, Target, read_reply
+from sera_serve.config import ServeSettings
+from sera_serve.server import build_app
+from support.factories import random_decoder
+from support.live_server import live_server
+from support.stub_engine import StubEngine
 
 
 def event(**content: Any) -> bytes:
@@ -99,6 +106,17 @@ def test_an_attacker_counts_what_it_cannot_reach(tmp_path: Path) -> None:
     target = Target("127.0.0.1", 9, 0, tmp_path, tmp_path, ("127.0.1.1",), 1)
     assert asyncio.run(Sender(target).send([b"x"], outcome)) is None
     assert sum(outcome.counts.values()) == 1
+
+
+def test_pipelined_requests_are_served_up_to_the_limit(tmp_path: Path) -> None:
+    outcome = Outcome()
+    settings = ServeSettings(store=tmp_path)
+    with live_server(build_app(StubEngine(random_decoder()), AdapterStore(tmp_path), settings)) as url:
+        port = int(url.rpartition(":")[2])
+        target = Target("127.0.0.1", port, 0, tmp_path, tmp_path, ("127.0.1.1",), 20)
+        asyncio.run(pipelined(target, 40, outcome))
+    # One that is served, and those that may wait behind it.
+    assert outcome.counts == {"200": 17, "closed": 1}
 
 
 def test_the_names_of_cases_differ() -> None:
