@@ -260,6 +260,22 @@ def test_the_drawn_states_are_those_of_the_code() -> None:
 
 
 @pytest.mark.skipif(shutil.which("sqlite3") is None, reason="sqlite3 is not installed")
+def test_an_afternoon_s_reading_is_there_and_fits_an_afternoon() -> None:
+    text = (REPOSITORY / "docs" / "architecture.md").read_text(encoding="utf-8")
+    section = text.partition("## An afternoon's reading")[2].partition("\n## ")[0]
+    files = []
+    for line in (line for line in section.splitlines() if re.match(r"\| \d", line)):
+        folder = REPOSITORY
+        for name in re.findall(r"`([^`]+)`", line):
+            if name.endswith("/"):
+                folder = REPOSITORY / name
+            else:
+                files.append(folder / name if (folder / name).is_file() else REPOSITORY / name)
+    lines = sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files)
+    (told,) = re.findall(r"([\d,]+) lines", section)
+    assert len(files) == 21 and abs(lines - int(told.replace(",", ""))) < 200 and lines < 6000
+
+
 def test_the_documented_backup_is_whole_and_for_its_owner_alone(tmp_path: Path) -> None:
     text = (REPOSITORY / "docs" / "operators.md").read_text(encoding="utf-8")
     (commands,) = re.findall(r"## Backup and restore\n.*?```sh\n(.*?)```", text, re.DOTALL)
