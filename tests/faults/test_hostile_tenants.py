@@ -28,6 +28,8 @@ ABSENT = twin_of(HIDDEN)
 PROMPT = "The password of the house by the sea is swordfish, and the key lies under the third stone of the old wall. "
 # Where the product's code is.
 OURS = tuple(str(Path(str(module.__file__)).parent) for module in (sera_serve, adapters_store))
+LOGGED = f"{OURS[0]}/server/request_log.py:RequestLog.write"
+ENTERED, LEFT = (f"{OURS[0]}/server/loop_watch.py:Step.__{end}__" for end in ("enter", "exit"))
 VOLATILE = ("x-request-id", "date", "content-length")
 
 
@@ -329,14 +331,22 @@ class CallsOfServer:
 
         The server has other work between requests, and no function is called less for it.
         """
+        # Caches of names and of the connection are filled first.
+        self._counted(ask)
         least: Counter[str] | None = None
         for _ in range(5):
-            self.counts = Counter()
-            ask()
-            counts, self.counts = self.counts, None
+            counts = self._counted(ask)
             least = counts if least is None else least & counts
         assert least is not None
         return least
+
+    def _counted(self, ask: Callable[[], object]) -> Counter[str]:
+        self.counts = counts = Counter()
+        ask()
+        # An answer reaches the client before the server has logged it.
+        wait_until(lambda: counts[LOGGED] > 0 and counts[ENTERED] == counts[LEFT])
+        self.counts = None
+        return counts
 
 
 @pytest.fixture(scope="module")
@@ -359,8 +369,6 @@ def test_a_refusal_does_the_same_work(attempt: str, watched: tuple[TwoTenants, C
 
         def work(name: str) -> Counter[str]:
             address, content = path.replace("{}", name), named(body, name)
-            # Caches of names and of the connection are filled before.
-            client.request(method, address, json=content)
             return calls.least(lambda: client.request(method, address, json=content))
 
         existing, absent = work(HIDDEN), work(ABSENT)
