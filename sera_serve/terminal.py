@@ -10,6 +10,8 @@ from typing import Any, NoReturn
 
 import typer
 from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
 from rich.text import Text
 
 
@@ -41,6 +43,29 @@ class PlainConsole(Console):
     def render_str(self, text: str, **options: Any) -> Text:
         """Make a text of a string; rich does so with each string that is printed, and with each cell of a table."""
         return super().render_str(printable(text), **options)
+
+
+def show_table(console: Console, table: Table) -> None:
+    """Print a table. On a console that is too narrow for it, each row is a block of lines, so that nothing is cut."""
+    unbounded = console.options.update_width(100_000)
+    # Rich shrinks columns in proportion: it may cut a word also where all words have room.
+    if Measurement.get(console, unbounded, table).maximum <= console.width:
+        console.print(table)
+        return
+    blocks = facts_table()
+    for row in zip(*(column.cells for column in table.columns), strict=True):
+        for column, cell in zip(table.columns, row, strict=True):
+            blocks.add_row(column.header, cell)
+        blocks.add_row()
+    console.print(blocks)
+
+
+def facts_table() -> Table:
+    """Make a table of a name and its value in each row; a value longer than its line goes on in the next line."""
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    return table
 
 
 def _shown(character: str) -> str:

@@ -38,7 +38,7 @@ from sera_serve.commands.output import (
     report,
 )
 from sera_serve.errors import InvalidConfiguration
-from sera_serve.terminal import say
+from sera_serve.terminal import facts_table, say, show_table
 
 adapters_app = typer.Typer(
     help="List, inspect, import, combine, export, delete, alias and share adapters.", no_args_is_help=True
@@ -83,7 +83,10 @@ def list_adapters(
                 info.created_at,
                 ", ".join(f"{alias}=v{version}" for alias, version in info.aliases.items()),
             )
-        console().print(table if infos else f"{store} holds no adapters; import one, or train one")
+        if infos:
+            show_table(console(), table)
+        else:
+            say(f"{store} holds no adapters; import one, or train one")
 
 
 @adapters_app.command()
@@ -97,7 +100,7 @@ def inspect(ref: RefArgument, store: StoreOption, as_json: JsonOption = False) -
         if as_json:
             print_json({**dataclasses.asdict(info), "shared_with": shared, "config": config.model_dump(mode="json")})
             return
-        facts = Table(show_header=False, box=None)
+        facts = facts_table()
         for key, value in dataclasses.asdict(info).items():
             facts.add_row(key, one_line(value))
         facts.add_row("shared_with", ", ".join(shared) or "nobody")
@@ -112,7 +115,10 @@ def inspect(ref: RefArgument, store: StoreOption, as_json: JsonOption = False) -
             facts.add_row("head", one_line(config.head.model_dump()))
         if config.image is not None:
             facts.add_row("image", one_line(config.image.model_dump()))
-        layers = Table("layer", "d_in", "d_out", "rank", "split", "mixer", "scaling", "vectors", "parameters")
+        layers = Table(box=None, padding=(0, 1, 0, 0))
+        layers.add_column("layer", overflow="fold")
+        for name in ("d_in", "d_out", "rank", "split", "mixer", "scaling", "vectors", "parameters"):
+            layers.add_column(name, no_wrap=True)
         for path, spec in config.modules.items():
             sizes = (spec.d_in, spec.d_out, spec.rank, spec.split)
             mixer = "yes" if spec.use_mixer else "no"

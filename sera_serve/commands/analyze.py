@@ -26,7 +26,7 @@ from adapters_store.convert.spectrum import (
 )
 from sera_serve.commands.output import JsonOption, console, one_line, print_json, refusals
 from sera_serve.errors import InvalidConfiguration
-from sera_serve.terminal import say
+from sera_serve.terminal import say, show_table
 
 JSON_FILE = "analysis.json"
 _DIGITS = 6
@@ -245,7 +245,7 @@ def _show_adapter(adapter: AnalyzedAdapter) -> None:
             *(_span([layer.rank_for(energy) for layer in layers]) for energy in ENERGIES),
             *(_range([layer.norms[name] for layer in layers if name in layer.norms]) for name in ("a", "c", "b")),
         )
-    console().print(table)
+    show_table(console(), table)
     for energy, suggested in suggestions(adapter.layers).items():
         share = f"{float(energy):.0%} of the squared norm of all updates"
         if suggested is None:
@@ -273,7 +273,7 @@ def _show_similarity(adapters: Sequence[AnalyzedAdapter], similarity: Sequence[G
             f"{float(each.phi[rows - 1, columns - 1]):.3f}",
             f"{each.unrelated:.4f}, {each.unrelated * max(rows, columns):.3f}",
         )
-    console().print(table)
+    show_table(console(), table)
     typer.echo("unrelated: what random subspaces have, at phi(1, 1) and at phi(all, all)")
 
 

@@ -9,8 +9,18 @@ import typer
 from rich.table import Table
 
 from sera_serve.access import SCOPES, Keys
-from sera_serve.commands.output import JsonOption, StoreOption, access_of, console, print_json, record, refusals, report
+from sera_serve.commands.output import (
+    JsonOption,
+    StoreOption,
+    access_of,
+    console,
+    print_json,
+    record,
+    refusals,
+    report,
+)
 from sera_serve.errors import InvalidConfiguration
+from sera_serve.terminal import say, show_table
 
 keys_app = typer.Typer(
     help="Create, list and revoke the keys that requests carry.\n\n"
@@ -79,7 +89,10 @@ def list_keys(
                 fields["expires_at"] or "never",
                 key.status,
             )
-        console().print(table if found else f"{store} has no keys; make one with sera-serve keys create")
+        if found:
+            show_table(console(), table)
+        else:
+            say(f"{store} has no keys; make one with sera-serve keys create")
 
 
 @keys_app.command()

@@ -10,8 +10,18 @@ from rich.table import Table
 
 from adapters_store import AdapterStore
 from sera_serve.access import DEFAULT, QUOTA_FIELDS, Limit, Quotas, check_quota_tenant, checked_limit
-from sera_serve.commands.output import JsonOption, StoreOption, access_of, console, print_json, record, refusals, report
+from sera_serve.commands.output import (
+    JsonOption,
+    StoreOption,
+    access_of,
+    console,
+    print_json,
+    record,
+    refusals,
+    report,
+)
 from sera_serve.errors import InvalidConfiguration
+from sera_serve.terminal import say, show_table
 
 quotas_app = typer.Typer(
     help="Set, show and clear the limits of tenants.\n\n"
@@ -80,7 +90,10 @@ def show(
         table = Table("tenant", *QUOTA_FIELDS)
         for each in found:
             table.add_row(each["tenant"], *(_cell(value) for value in each["limits"].values()))
-        console().print(table if found else f"{store} has no quotas; set them with sera-serve quotas set")
+        if found:
+            show_table(console(), table)
+        else:
+            say(f"{store} has no quotas; set them with sera-serve quotas set")
         for each in found:
             if usage := each.get("usage"):
                 typer.echo(f"{each['tenant']} holds {usage['adapters']:,} adapters of {usage['bytes']:,} bytes")

@@ -19,7 +19,6 @@ import torch
 import uvicorn
 from fastapi import FastAPI
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 from transformers.utils.logging import disable_progress_bar
 
@@ -38,7 +37,7 @@ from sera_serve.server.freed_memory import limit_heaps
 from sera_serve.server.graceful import ENDING_S, GracefulServer
 from sera_serve.server.metrics_address import MetricsAddress, parse_address
 from sera_serve.server.protocol import bounded_protocol
-from sera_serve.terminal import PlainConsole
+from sera_serve.terminal import PlainConsole, facts_table
 from sera_serve.threads import run_and_forget_pool
 
 logger = logging.getLogger("sera_serve.commands")
@@ -279,7 +278,7 @@ def describe_server(
     host = "localhost" if settings.host in ("127.0.0.1", "::1", "0.0.0.0", "::") else settings.host
     url = f"http://{host}:{port}"
     parameters = sum(parameter.numel() for parameter in base.model.parameters())
-    facts = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    facts = facts_table()
     tower = base.image_tower
     takes = [f"context {base.max_length}"] if base.reads_text else []
     takes += [f"images of {tower.height} x {tower.width}, {tower.tokens} tokens each"] if tower is not None else []

@@ -142,3 +142,15 @@ def test_refusals(store: AdapterStore, tmp_path: Path) -> None:
     assert "no layer in common" in message("acme/first", tmp_path / "apart", "--store", store.root)
     (tmp_path / "taken").write_text("a file")
     assert "taken" in message("acme/first", "--store", store.root, "--output", tmp_path / "taken")
+
+
+def test_a_narrow_terminal_cuts_no_figure(store: AdapterStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "80")
+    commands = ["analyze", "acme/first"], ["adapters", "inspect", "acme/first"], ["adapters", "list"]
+    shown = [CliRunner().invoke(build_cli(), [*each, "--store", str(store.root)]).stdout for each in commands]
+    assert not any("\u2026" in each for each in shown)
+    assert "largest value" in shown[0] and "effective rank" in shown[0]
+    # A digest is longer than the line, and goes on in the next one.
+    assert store.resolve("acme/first").digest in "".join(shown[1].split())
+    assert "acme/first" in shown[2] and "latest=v1" in shown[2]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -74,6 +75,22 @@ def test_create_list_revoke(run: Run, root: Path) -> None:
     lines = log_of(root)
     assert [line["action"] for line in lines] == ["key.create", "key.create", "key.revoke", "key.revoke"]
     assert {line["source"] for line in lines} == {"command"} and secret not in json.dumps(lines)
+
+
+def test_a_narrow_terminal_cuts_no_key_and_no_limit(run: Run, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = fields(run("keys", "create", "--tenant", "acme", "--scopes", "infer,publish", "--expires", "90d", "--json"))
+    assert run("quotas", "set", "--tenant", "acme", "requests_per_minute=600").exit_code == 0
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "80")
+    listed, limits = run("keys", "list").stdout, run("quotas", "show").stdout
+    assert made["id"] in listed and made["expires_at"] in listed and "infer, publish" in listed
+    assert "requests_per_minute  600" in re.sub("\x1b\\[[0-9;]*m", "", limits)
+    assert "\u2026" not in listed + limits
+    assert max(map(len, (listed + limits).splitlines())) <= 80
+    monkeypatch.setenv("COLUMNS", "200")
+    # Room for all columns: a row is a line.
+    assert any(made["id"] in line and made["expires_at"] in line for line in run("keys", "list").stdout.splitlines())
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("30m", 1800), ("12h", 43200), ("90d", 7776000)])

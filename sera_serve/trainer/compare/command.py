@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from sera_serve.errors import InvalidConfiguration, SeraServeError
-from sera_serve.terminal import PlainConsole, fail, say
+from sera_serve.terminal import PlainConsole, fail, say, show_table
 from sera_serve.trainer.packages import check_packages
 
 
@@ -109,7 +109,7 @@ def _show(runner: Any, path: Path, output: Path | None, as_json: bool) -> None:
     if not console.is_terminal:
         # A pipe has no width, and a table cut to 80 columns is of no use.
         console = PlainConsole(highlight=False, width=250)
-    console.print(as_table(cells))
+    show_table(console, as_table(cells))
     for line in errors_of(cells):
         say(line)
     files = f"{folder / name}.csv, .md" + (" and .png" if plotted else "")
