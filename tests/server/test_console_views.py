@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -366,6 +367,35 @@ def test_live_figures_are_differences_of_counters(tab: Tab) -> None:
     expect(page.get_by_role("region", name="Where adapters were found")).to_contain_text("device 75%")
     expect(page.get_by_role("region", name="Tenants")).to_contain_text("acme0.550")
     expect(page.get_by_role("region", name="Adapters", exact=True)).to_contain_text("acme/support")
+    tab.check()
+
+
+def test_live_of_an_idle_server_has_different_numbers_beside_an_axis(tab: Tab) -> None:
+    tab.page.add_init_script("""window.drawn = [];
+        const fill = CanvasRenderingContext2D.prototype.fillText;
+        CanvasRenderingContext2D.prototype.fillText = function (text, ...rest) {
+            window.drawn.push(text);
+            return fill.call(this, text, ...rest);
+        };""")
+    rounds = iter(range(1000))
+    idle = {"running": 0, "waiting": 0, "tokens": {"prompt": 0, "completion": 0}}
+    tab.page.route(re.compile(r"/v1/stats$"), lambda route: route.fulfill(json=stats(next(rounds)) | idle))
+    tab.page.clock.install()
+    page = tab.open("live")
+    for _ in range(3):
+        page.clock.run_for(2100)
+    numbers = [text for text in page.evaluate("window.drawn") if re.fullmatch(r"[\d.]+", text)]
+    assert numbers.count("1") > 1
+    assert all(first != second for first, second in pairwise(numbers))
+    # A short name is not broken beside a bar.
+    name = page.get_by_role("region", name="Tenants").get_by_role("rowheader").first
+    assert (
+        name.evaluate(
+            "(cell) => { const range = new Range(); range.selectNodeContents(cell);"
+            " return range.getClientRects().length; }"
+        )
+        == 1
+    )
     tab.check()
 
 

@@ -2,7 +2,7 @@
 
 import uPlot from "../vendor/uplot/uPlot.esm.js";
 import { html, useEffect, useRef } from "./html.js";
-import { short } from "./format.js";
+import { onAxis } from "./format.js";
 
 const HEIGHT = 190;
 let isStyled = false;
@@ -49,7 +49,7 @@ function optionsOf(width, series, isTime, format, least, most) {
 
 function rangeOf(low, high, least, most) {
   if (most !== undefined) return [least, most];
-  if (low === null || high === null) return [0, 1];
+  if (low === null || high === null || high === least) return [0, 1];
   // A scale from 0 where the values are rates; the values' own where they are losses.
   const bottom = least === null ? low - (high - low || 1) * 0.08 : least;
   return [bottom, high + (high - bottom || 1) * 0.12];
@@ -62,7 +62,7 @@ const clock = (seconds) => new Date(seconds * 1000).toLocaleTimeString("en-GB");
  *
  * The latest values stand in the legend as text, for people who do not see the lines.
  */
-export function Chart({ title, series, data, isTime = true, format = short, least = 0, most = undefined }) {
+export function Chart({ title, series, data, isTime = true, format = onAxis, least = 0, most = undefined }) {
   const box = useRef(null);
   const plot = useRef(null);
   const shape = JSON.stringify(series.map(({ label, colour }) => [label, colour]));

@@ -41,6 +41,9 @@ export function figure(value) {
 /** A value on an axis: no zeros that say nothing. */
 export const tick = (value) => String(Number(value.toFixed(3)));
 
+/** A number beside an axis: small neighbours there differ by less than a tenth. */
+export const onAxis = (value) => (Math.abs(value) < 10 ? tick(value) : short(value));
+
 /** A share of 1 -> 97.3% */
 export const percent = (value) => `${Number((value * 100).toFixed(1))}%`;
 
