@@ -14,12 +14,12 @@ import httpx
 import pytest
 import uvicorn
 from playwright.sync_api import Browser, Page, Route, expect
-from sera_serve.jobs.places import Places
 
 from adapters_store import AdapterBundle, AdapterStore
 from sera_serve.access import AccessDatabase, CreatedKey, Keys
 from sera_serve.commands.serve import bound_socket
 from sera_serve.config import ServeSettings
+from sera_serve.jobs import JobPaths
 from sera_serve.jobs.files import TrainingFiles
 from sera_serve.jobs.records import Jobs, new_job_id
 from sera_serve.jobs.spec import JobSpec
@@ -132,7 +132,7 @@ def add_later(server: Process, bundle: AdapterBundle) -> None:
     server.store.publish(bundle, "acme/later")
     server.store.publish(bundle, "acme/writer")
     Keys(server.database).create("acme", ["infer"], name="later-key")
-    places = Places(server.store.root)
+    places = JobPaths(server.store.root)
     places.make()
     file = TrainingFiles(server.database, places, 1 << 20).add("acme", "later.jsonl", io.BytesIO(ROWS))
     # Of another base: this server shows the job, and leaves it alone.
