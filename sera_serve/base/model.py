@@ -176,12 +176,13 @@ class FrozenBase:
         if any(row.token_type_ids for row in rows):
             types = [row.token_type_ids or [0] * len(row) for row in rows]
             columns["token_type_ids"] = [row + [0] * (longest - len(row)) for row in types]
-        return {name: torch.tensor(column, device=device or self.device) for name, column in columns.items()}
+        there = device or self.device
+        return {name: torch.tensor(column).to(there, non_blocking=True) for name, column in columns.items()}
 
     def pad_images(self, rows: Sequence[ModelInputs]) -> Tensor:
         """Put the pixels of image rows into one batch (rows, 3, height, width), on the base's device, in its dtype."""
         pixels = np.stack([row.pixels for row in rows if row.pixels is not None])
-        return torch.from_numpy(pixels).to(self.device, self.dtype)
+        return torch.from_numpy(pixels).to(self.device, self.dtype, non_blocking=True)
 
     def pooled_states(
         self, input_ids: Tensor, attention_mask: Tensor, pooling: Pooling, token_type_ids: Tensor | None = None

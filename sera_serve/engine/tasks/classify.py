@@ -28,11 +28,11 @@ from sera_serve.engine.request import (
     classes_of,
 )
 from sera_serve.engine.scheduler import Scheduler
-from sera_serve.engine.tasks.passes import run_pass
-from sera_serve.engine.tasks.results import head_results
+from sera_serve.engine.tasks.passes import PassStates, run_pass
+from sera_serve.engine.tasks.results import RowKind, head_result, row_numbers, to_host
 from sera_serve.engine.tasks.runner import TaskRunner, logger
 from sera_serve.layers import AdapterContext
-from sera_serve.residency import DevicePool, head_logits
+from sera_serve.residency import DevicePool, Lease, head_logits
 
 # Passes' worth of rows in the batch: enough to find rows of like length among, few enough to let others in soon.
 _PASSES = 4
@@ -234,58 +234,65 @@ class ClassificationRunner(TaskRunner[ClassificationRequest]):
         return taken
 
     def _classify(self, rows: list[_Row]) -> list[RowResult | None]:
-        """The result of each row; None where its adapter overflows."""
-        row_slots = [row.request.lease.slot if row.request.lease else NO_ADAPTER for row in rows]
-        adapters = [row.request.lease.placement.adapter for row in rows if row.request.lease]
+        """The result of each row; None where its adapter overflows.
+
+        The host waits for the device once, for all results: a wait for each adapter would leave the device idle.
+        """
+        groups: dict[tuple[int, EmbeddingSpec | None], list[_Row]] = {}
+        for row in rows:
+            lease = row.request.lease
+            groups.setdefault((lease.slot if lease else NO_ADAPTER, row.request.embedding), []).append(row)
+        # Rows of one adapter are side by side in the pass, so that slices find them.
+        ordered = [row for group in groups.values() for row in group]
+        row_slots = [slot for (slot, _), group in groups.items() for _ in group]
+        adapters = [row.request.lease.placement.adapter for row in ordered if row.request.lease]
         must_watch = self._gauge.must_watch(adapter.stretch for adapter in adapters)
         watching = self._gauge.watching(len(rows), self._base.device) if must_watch else nullcontext()
         # Of this pass alone, as in a step of generation: other tenants' adapters change no launch of it.
-        classes = classes_of(row.request for row in rows)
-        inputs = [row.inputs for row in rows]
-        embeds = any(row.request.embedding is not None for row in rows)
+        classes = classes_of(row.request for row in ordered)
+        inputs = [row.inputs for row in ordered]
+        embeds = any(embedding is not None for _, embedding in groups)
         with watching as norms:
             outcome = run_pass(self._base, self._context, inputs, row_slots, classes, embeds)
-        results: dict[int, RowResult] = {}
-        groups: dict[tuple[int, EmbeddingSpec | None], list[int]] = {}
-        for index, (row, slot) in enumerate(zip(rows, row_slots, strict=True)):
-            groups.setdefault((slot, row.request.embedding), []).append(index)
-        for (_, embedding), indices in groups.items():
-            lease = rows[indices[0]].request.lease
-            own_norms = None if norms is None else norms[indices]
-            if embedding is not None:
-                pooling = embedding.pooling or (lease.placement.adapter.config.pooling if lease else None)
-                pooled = outcome.embedded(indices, pooling or self._base.default_pooling)
-                vectors = _vectors(pooled, embedding.normalize, own_norms)
-                results.update(
-                    (index, vector) for index, vector in zip(indices, vectors, strict=True) if vector is not None
-                )
-                continue
-            assert lease is not None
-            config = lease.placement.adapter.config
-            head_states = outcome.for_head(indices, config, self._base.default_pooling)
-            head = lease.placement.adapter.head
-            assert head is not None
-            logits = head_logits(head_states, self._pool.head(lease.placement), head.activation).float()
-            found = head_results(config, logits, outcome.mask[indices], own_norms, [rows[i].inputs for i in indices])
-            results.update((index, result) for index, result in zip(indices, found, strict=True) if result is not None)
-        return [results.get(index) for index in range(len(rows))]
+        kinds: dict[RowKind, tuple[list[_Row], list[Tensor]]] = {}
+        end = 0
+        for (_, embedding), group in groups.items():
+            begin, end = end, end + len(group)
+            kind, found = self._read(outcome, slice(begin, end), group[0].request.lease, embedding)
+            own_rows, parts = kinds.setdefault(kind, ([], []))
+            own_rows += group
+            parts.append(found)
+        on_device = [row_numbers(kind, torch.cat(parts)) for kind, (_, parts) in kinds.items()]
+        brought = to_host(on_device if norms is None else [*on_device, norms])
+        results: dict[_Row, RowResult | None] = {}
+        for (own_rows, _), numbers in zip(kinds.values(), brought[: len(kinds)], strict=True):
+            results.update((row, _result(row, own)) for row, own in zip(own_rows, numbers, strict=True))
+        if norms is not None:
+            sound = np.isfinite(brought[-1])
+            results.update((row, None) for row, is_sound in zip(ordered, sound, strict=True) if not is_sound)
+        return [results[row] for row in rows]
+
+    def _read(
+        self, outcome: PassStates, rows: slice, lease: Lease | None, embedding: EmbeddingSpec | None
+    ) -> tuple[RowKind, Tensor]:
+        """What an adapter's head says of its rows of a pass, float32, or their pooled states; and their kind."""
+        adapter = lease.placement.adapter if lease else None
+        if embedding is not None:
+            pooling = embedding.pooling or (adapter.config.pooling if adapter else None)
+            pooled = outcome.embedded(pooling or self._base.default_pooling)[rows].float()
+            return RowKind(None, pooled.shape[1], normalize=embedding.normalize), pooled
+        assert lease is not None and adapter is not None and adapter.head is not None
+        states = outcome.for_head(adapter.config, self._base.default_pooling)[rows]
+        logits = head_logits(states, self._pool.head(lease.placement), adapter.head.activation).float()
+        return RowKind(adapter.config.task, logits.shape[-1], adapter.config.multi_label), logits
 
 
-def _vectors(pooled: Tensor, normalize: bool, norms: Tensor | None) -> list[NDArray[np.float32] | None]:
-    """The vector of each row of pooled states (rows, hidden); None where it overflows.
-
-    `norms` are those of the watched pass, or None.
-
-    A vector of zeros has no direction, and stays as it is.
-    """
-    vectors = pooled.float()
-    length = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
-    sound = length[:, 0].isfinite()
-    if norms is not None:
-        sound &= norms.isfinite()
-    if normalize:
-        vectors = torch.where(length > 0, vectors / length, vectors)
-    return [row if ok else None for row, ok in zip(vectors.cpu().numpy(), sound.tolist(), strict=True)]
+def _result(row: _Row, numbers: NDArray[np.float32]) -> RowResult | None:
+    if row.request.embedding is not None:
+        # A copy: else each vector would keep the numbers of the whole pass.
+        return None if np.isnan(numbers[0]) else numbers.copy()
+    assert row.request.lease is not None
+    return head_result(row.request.lease.placement.adapter.config, numbers, row.inputs)
 
 
 def split_call(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -29,21 +29,27 @@ class PassStates:
     mask: Tensor
     prefix_tokens: int | None
     projected: Tensor | None
+    _by_pooling: dict[Pooling, Tensor] = field(default_factory=dict, init=False, repr=False)
 
-    def for_head(self, rows: list[int], config: AdapterConfig, default_pooling: Pooling) -> Tensor:
+    def for_head(self, config: AdapterConfig, default_pooling: Pooling) -> Tensor:
         """What an adapter's head reads: pooled states (rows, hidden), or all of them (rows, tokens, hidden) to tag."""
         if config.task == "token-classify":
-            return self.states[rows]
-        return self._pooled(rows, config.pooling or default_pooling)
+            return self.states
+        return self._pooled(config.pooling or default_pooling)
 
-    def embedded(self, rows: list[int], pooling: Pooling) -> Tensor:
-        """The vector of each of these rows (rows, embedding size); a dual base has its own pooling."""
-        return self._pooled(rows, pooling) if self.projected is None else self.projected[rows]
+    def embedded(self, pooling: Pooling) -> Tensor:
+        """The vector of each row (rows, embedding size); a dual base has its own pooling."""
+        return self._pooled(pooling) if self.projected is None else self.projected
 
-    def _pooled(self, rows: list[int], pooling: Pooling) -> Tensor:
-        if self.prefix_tokens is None:
-            return pool_states(self.states[rows], self.mask[rows], pooling)
-        return pool_image_states(self.states[rows], pooling, self.prefix_tokens)
+    def _pooled(self, pooling: Pooling) -> Tensor:
+        # All rows, once: adapters take slices, which copy nothing and bring no indices to the device.
+        if pooling not in self._by_pooling:
+            self._by_pooling[pooling] = (
+                pool_states(self.states, self.mask, pooling)
+                if self.prefix_tokens is None
+                else pool_image_states(self.states, pooling, self.prefix_tokens)
+            )
+        return self._by_pooling[pooling]
 
 
 def run_pass(
@@ -64,7 +70,7 @@ def run_pass(
         classes: The kinds of shapes of the adapters.
         embeds: Whether any row is to become a vector: a dual base projects only then.
     """
-    row_slots = torch.tensor(slots, dtype=torch.int32, device=base.device)
+    row_slots = torch.tensor(slots, dtype=torch.int32).to(base.device, non_blocking=True)
     if rows[0].pixels is not None:
         tower = base.image_tower
         assert tower is not None

@@ -1,13 +1,17 @@
-"""What the scores of an adapter's head say of a row: by the adapter's task, a label, labels, a number, or spans."""
+"""What a pass says of a row: its vector, or by the task of its adapter a label, labels, a number, or spans."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from adapters_store import AdapterConfig
+from adapters_store import AdapterConfig, Task
 from sera_serve.base import ModelInputs
 from sera_serve.base.preprocess import Window
 from sera_serve.base.spans import decode_tags, token_ranges
@@ -17,39 +21,74 @@ THRESHOLD = 0.5
 """The probability from which on an input has a label, where it may have several."""
 
 
-def head_results(
-    config: AdapterConfig, logits: Tensor, mask: Tensor, norms: Tensor | None, rows: Sequence[ModelInputs]
-) -> list[HeadResult | TaggedTokens | None]:
-    """The result of each row; None where the adapter overflows. Windows of a text have tags: see `joined_windows`.
+@dataclass(frozen=True)
+class RowKind:
+    """Rows whose numbers the same operations give, whatever their adapters.
+
+    Attributes:
+        task: Of the adapters; None where the rows become vectors.
+        width: Numbers of a row, or of a token to tag, that the operations read.
+        multi_label: Whether a row may have several labels.
+        normalize: Whether vectors are scaled to length 1.
+    """
+
+    task: Task | None
+    width: int
+    multi_label: bool = False
+    normalize: bool = False
+
+
+def row_numbers(kind: RowKind, found: Tensor) -> Tensor:
+    """What is told of each row, on the device; NaN where an adapter overflows.
 
     Args:
-        config: The adapter's configuration.
-        logits: float32, of the head: (rows, rows of the head), or (rows, length, tags) for token-classify.
-        mask: (rows, length), 1 at real tokens.
-        norms: Finite where a row of a watched pass is sound, (rows,), or None.
-        rows: The inputs.
+        kind: Of the rows.
+        found: float32 (rows, width), a head's logits or pooled states; for token-classify (rows, length, width).
+
+    Returns:
+        float32 (rows, numbers): a score, probabilities, or a vector. For token-classify the tag of each token, then the
+        probability of each tag.
     """
-    if config.task == "token-classify":
-        # Padding says nothing.
-        sound = (logits.isfinite().all(2) | ~mask.bool()).all(1)
-    else:
-        sound = logits.isfinite().all(1)
-    if norms is not None:
-        sound &= norms.isfinite()
-    if config.task == "token-classify":
-        return _spans(config, logits, sound, rows)
-    if config.task == "regress":
-        numbers = logits
-    elif config.multi_label:
-        numbers = logits.sigmoid()
-    else:
-        numbers = logits.softmax(dim=1)
-    # One transfer for both.
-    outcome = torch.cat([sound[:, None], numbers], dim=1).tolist()
-    return [_result(config, values) if is_sound else None for is_sound, *values in outcome]
+    if kind.task is None:
+        return _vectors(found, kind.normalize)
+    overflows = ~found.isfinite().all(-1, keepdim=True)
+    if kind.task == "token-classify":
+        best = found.softmax(dim=2).max(dim=2)
+        # float32 holds the numbers of tags, which are far fewer than 2^24.
+        return torch.cat([best.indices, best.values.masked_fill(overflows[..., 0], math.nan)], dim=1)
+    if kind.multi_label:
+        found = found.sigmoid()
+    elif kind.task != "regress":
+        found = found.softmax(dim=1)
+    return found.masked_fill(overflows, math.nan)
 
 
-def _result(config: AdapterConfig, values: list[float]) -> HeadResult:
+def _vectors(pooled: Tensor, normalize: bool) -> Tensor:
+    """A vector of zeros has no direction, and stays as it is."""
+    length = torch.linalg.vector_norm(pooled, dim=1, keepdim=True)
+    vectors = torch.where(length > 0, pooled / length, pooled) if normalize else pooled
+    return vectors.masked_fill(~length.isfinite(), math.nan)
+
+
+def to_host(tensors: Sequence[Tensor]) -> list[NDArray[np.float32]]:
+    """Copy float32 tensors to the host, waiting for the device once."""
+    flat = torch.cat([tensor.flatten() for tensor in tensors]).cpu().numpy()
+    ends = np.cumsum([tensor.numel() for tensor in tensors])[:-1]
+    return [part.reshape(tensor.shape) for part, tensor in zip(np.split(flat, ends), tensors, strict=True)]
+
+
+def head_result(
+    config: AdapterConfig, numbers: NDArray[np.float32], row: ModelInputs
+) -> HeadResult | TaggedTokens | None:
+    """The result of a row by what `row_numbers` gave for it; None where the adapter overflows.
+
+    A window of a text has tags: see `joined_windows`.
+    """
+    values: list[float] = numbers.tolist()
+    if config.task == "token-classify":
+        return _spans(config, values, row)
+    if math.isnan(values[0]):
+        return None
     if config.task == "regress":
         return Score(values[0])
     by_label = dict(zip(config.labels or [], values, strict=True))
@@ -58,27 +97,17 @@ def _result(config: AdapterConfig, values: list[float]) -> HeadResult:
     return LabelScores(max(by_label, key=by_label.__getitem__), by_label)
 
 
-def _spans(
-    config: AdapterConfig, logits: Tensor, sound: Tensor, rows: Sequence[ModelInputs]
-) -> list[HeadResult | TaggedTokens | None]:
-    best = logits.softmax(dim=2).max(dim=2)
-    # One transfer for all three. float32 holds the numbers of tags, which are far fewer than 2^24.
-    outcome = torch.cat([sound[:, None], best.indices, best.values], dim=1).tolist()
-    length = logits.shape[1]
-    results: list[HeadResult | TaggedTokens | None] = []
-    for row, (is_sound, *values) in zip(rows, outcome, strict=True):
-        if not is_sound:
-            results.append(None)
-            continue
-        assert row.text is not None and row.offsets is not None
-        tags = [int(tag) for tag in values[: len(row)]]
-        ranges = token_ranges(row.text, row.offsets)
-        if row.window is not None:
-            results.append(_decided(ranges, tags, values[length : length + len(row)], row.window))
-            continue
-        found = decode_tags(row.text, ranges, tags, values[length : length + len(row)], config.labels or [])
-        results.append(Spans(found, row.is_cut))
-    return results
+def _spans(config: AdapterConfig, values: list[float], row: ModelInputs) -> HeadResult | TaggedTokens | None:
+    # Padding says nothing.
+    length = len(values) // 2
+    tags, scores = [int(tag) for tag in values[: len(row)]], values[length : length + len(row)]
+    if any(map(math.isnan, scores)):
+        return None
+    assert row.text is not None and row.offsets is not None
+    ranges = token_ranges(row.text, row.offsets)
+    if row.window is not None:
+        return _decided(ranges, tags, scores, row.window)
+    return Spans(decode_tags(row.text, ranges, tags, scores, config.labels or []), row.is_cut)
 
 
 def _decided(
