@@ -338,7 +338,7 @@ class FlashOperation:
         assert scale is not None and window_size_left is not None
         # The key at the left edge of such a window is seen.
         options = AttentionOptions(scale, window=None if window_size_left < 0 else window_size_left + 1)
-        indices = ChunkGroup(slice(0, len(query)), cum_seq_q, cum_seq_k, max_q, max_k, None)
+        indices = ChunkGroup(0, slice(0, len(query)), cum_seq_q, cum_seq_k, max_q, max_k, None)
         return (FloatVarlen()(query, key, value, indices, options),)
 
 
@@ -358,7 +358,7 @@ def test_torchs_operation_gets_its_arguments(monkeypatch: pytest.MonkeyPatch) ->
     # The operation of this torch accepts them, with fewer key-value heads than heads.
     q, k = (torch.empty(9, heads, 64, dtype=torch.bfloat16, device="meta") for heads in (8, 2))
     ends = torch.zeros(3, dtype=torch.int32, device="meta")
-    indices = ChunkGroup(slice(0, 9), ends, ends, 5, 9, None)
+    indices = ChunkGroup(0, slice(0, 9), ends, ends, 5, 9, None)
     assert TorchVarlen()(q, k, k, indices, WINDOW).shape == (9, 8, 64)
 
 
@@ -436,7 +436,10 @@ def test_flash_attn_gets_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(softcaps) == 3, "sinks are not for this library"
 
 
-def test_flashinfer_plans_once_for_each_step_and_kind_of_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("most_gathered", "groups"), [(1 << 16, 1), (150, 4)])
+def test_flashinfer_plans_a_group_once_for_each_step_and_kind_of_layer(
+    most_gathered: int, groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plans: list[float | None] = []
 
     class Wrapper:
@@ -468,8 +471,9 @@ def test_flashinfer_plans_once_for_each_step_and_kind_of_layer(monkeypatch: pyte
     monkeypatch.setattr(cuda_attention.FlashInferVarlen, "_WORKSPACE_BYTES", 16)
     install(monkeypatch, "flashinfer", BatchPrefillWithRaggedKVCacheWrapper=Wrapper)
     backend = choose_backend("flashinfer", CUDA)
-    for planned in (2, 4):
-        step = make_step(backend, MIXED, 64, 64, dtype=torch.float16)
+    monkeypatch.setattr(cuda_attention, "MOST_GATHERED", most_gathered)
+    for planned in (2 * groups, 4 * groups):
+        step = make_step(backend, LONG, 64, 64, dtype=torch.float16)
         step.check(0, PLAIN, 5e-3)
         step.check(1, WINDOW, 5e-3)
         step.check(1, PLAIN, 5e-3)

@@ -30,6 +30,7 @@ class ChunkGroup:
     """Chunks of a step that are attended in one call, as tensors on its device.
 
     Attributes:
+        place: Of the group among those of its step, from 0.
         tokens: Which of the tokens of all chunks are this group's.
         query_ends: int32 (chunks + 1,), 0 and the end of each chunk's queries.
         key_ends: int32 (chunks + 1,), likewise of each chunk's keys.
@@ -38,6 +39,7 @@ class ChunkGroup:
         places: int64 (keys,), the place of each key in the pool; None where all keys are this step's own.
     """
 
+    place: int
     tokens: slice
     query_ends: Tensor
     key_ends: Tensor
@@ -104,7 +106,7 @@ class PackedIndices:
                 gathered = torch.where(places_d < 0, places[(-1 - places_d).clamp(min=0)], places_d)
             end = begin + sum(chunk.new for chunk in chunks)
             most = max(chunk.new for chunk in chunks), max(chunk.total for chunk in chunks)
-            groups.append(ChunkGroup(slice(begin, end), query_ends, key_ends, *most, gathered))
+            groups.append(ChunkGroup(len(groups), slice(begin, end), query_ends, key_ends, *most, gathered))
             begin = end
         return cls(RowKeys(table_d.view(table.shape), lengths_d), groups)
 
@@ -269,9 +271,14 @@ class FlashAttnVarlen:
 
 
 class FlashInferVarlen:
-    """The library FlashInfer. It plans each group of chunks for each kind of layer, on the host."""
+    """The library FlashInfer. It plans each group of chunks for each kind of layer, on the host.
+
+    The host waits for the device in each plan. A wrapper keeps one plan, so a step's groups have wrappers of their own.
+    """
 
     _WORKSPACE_BYTES = 128 << 20
+    # Of a kind of layer, each with 8 MiB of the device. Groups beyond them are planned for each layer.
+    _MOST_WRAPPERS = 4
 
     def __init__(self) -> None:
         from flashinfer import BatchPrefillWithRaggedKVCacheWrapper  # type: ignore[import-not-found]
@@ -290,7 +297,7 @@ class FlashInferVarlen:
     ) -> Tensor:
         """See `VarlenAttention`."""
         shape = (query.shape[1], key.shape[1], query.shape[2], query.dtype)
-        kind = (*shape, options.scale, options.window, options.softcap)
+        kind = (*shape, options.scale, options.window, options.softcap, group.place % self._MOST_WRAPPERS)
         if self._workspace is None:
             self._workspace = torch.empty(self._WORKSPACE_BYTES, dtype=torch.uint8, device=query.device)
         planned, wrapper = self._planned.get(kind) or (None, self._make(self._workspace, "NHD"))
