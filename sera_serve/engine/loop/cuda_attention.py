@@ -96,7 +96,7 @@ class PackedIndices:
             arrays += [_ends(chunks), np.concatenate(keys)]
         on_device = torch.from_numpy(np.concatenate(arrays)).to(places.device, non_blocking=True)
         lengths_d, table_d, *pieces = on_device.split([len(array) for array in arrays])
-        groups = []
+        groups: list[ChunkGroup] = []
         begin = 0
         for chunks, ends, places_d in zip(grouped, pieces[0::2], pieces[1::2], strict=True):
             query_ends, key_ends = ends.view(torch.int32).view(2, -1)[:, : len(chunks) + 1]
