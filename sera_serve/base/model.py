@@ -6,7 +6,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -209,9 +209,12 @@ class FrozenBase:
             backbone = self.model.get_submodule("text_model")
         else:
             backbone = self.model.base_model if self.kind == "decoder" else self.model
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
         if token_type_ids is not None:
             inputs["token_type_ids"] = token_type_ids
+        if self.kind == "decoder":
+            # No token follows: a cache would copy the keys and values of every layer, and keep them until the end.
+            inputs["use_cache"] = False
         with row_lengths(self.rotary_context, attention_mask):
             states: Tensor = backbone(**inputs).last_hidden_state
         return states

@@ -101,6 +101,14 @@ def test_a_pass_is_launched_for_its_own_adapters(
     assert seen == [ShapeClasses(whole=256), ShapeClasses(segmented=64), ShapeClasses(single=16), ShapeClasses()]
 
 
+def test_a_pass_keeps_no_keys_and_values(decoder: FrozenBase) -> None:
+    caches: list[Any] = []
+    base = decoder.share_weights()
+    base.model.base_model.register_forward_hook(lambda module, args, output: caches.append(output.past_key_values))
+    base.hidden_states(*encoded(base, TEXTS, 40))
+    assert caches == [None]
+
+
 def test_generate_and_classify_share_a_decoder(decoder: FrozenBase, store: AdapterStore, start_engine: Start) -> None:
     bundles = publish(decoder, store)
     store.publish(random_adapter(decoder, shapes(decoder)[0], seed=9), "acme/g")
