@@ -16,6 +16,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -80,6 +81,17 @@ _PLACE = re.compile(r"^at \d+\(\d+\): failed to compile JSON schema: ")
 # Processor time that a request's masks may take: so much at first, and so much for each token.
 _FREE_S = 0.25
 _TOKEN_S = 0.003
+# Processor time of the masks of all copies of what was compiled, beside the time to compile it. Copies share the
+# library's lexer, and its states add up: after enough texts there would be too many for every further one.
+_SHARED_S = 0.05
+
+
+@dataclass
+class _Compiled:
+    """What is copied for each request: a matcher that accepts no token itself, and the time left to its copies."""
+
+    matcher: LLMatcher
+    left_s: float
 
 
 class StructuredOutput:
@@ -106,7 +118,7 @@ class StructuredOutput:
         # Why it cannot be read.
         self._unreadable: str | None = None
         # By who shares and what was asked for; the least recently used one first. None of them is ever advanced.
-        self._compiled: OrderedDict[tuple[str | None, ConstraintSpec], LLMatcher] = OrderedDict()
+        self._compiled: OrderedDict[tuple[str | None, ConstraintSpec], _Compiled] = OrderedDict()
 
     def compile(self, spec: ConstraintSpec, share_key: str | None = None) -> TextConstraint:
         """The constraint at its beginning; each call gives a state of its own. Blocks.
@@ -123,14 +135,16 @@ class StructuredOutput:
         if found is not None:
             return found
         tokenizer = self._read_tokenizer(FIELDS[spec.kind])
-        original = _with_deep_stack(lambda: _compile(tokenizer, spec))
-        matcher = original.deep_copy()
+        started = time.monotonic()
+        matcher = _with_deep_stack(lambda: _compile(tokenizer, spec))
+        original = _Compiled(matcher, _SHARED_S + time.monotonic() - started)
+        matcher = matcher.deep_copy()
         with self._lock:
             self._compiled[share_key, spec] = original
             self._compiled.move_to_end((share_key, spec))
             if len(self._compiled) > _CACHED:
                 self._compiled.popitem(last=False)
-        return self._constraint(matcher, spec, tokenizer)
+        return self._constraint(matcher, original, spec, tokenizer)
 
     def compiled(self, spec: ConstraintSpec, share_key: str | None = None) -> TextConstraint | None:
         """What `compile` would return, if it need not be compiled, or None. Takes a millisecond or two."""
@@ -139,16 +153,21 @@ class StructuredOutput:
             original = self._compiled.get(key)
             if original is None:
                 return None
+            if original.left_s < 0:
+                del self._compiled[key]
+                return None
             self._compiled.move_to_end(key)
             # Under the lock: another thread may copy it too.
-            matcher = original.deep_copy()
+            matcher = original.matcher.deep_copy()
         # Whatever was compiled was compiled with it.
         assert self._tokenizer is not None
-        return self._constraint(matcher, spec, self._tokenizer)
+        return self._constraint(matcher, original, spec, self._tokenizer)
 
-    def _constraint(self, matcher: LLMatcher, spec: ConstraintSpec, tokenizer: LLTokenizer) -> TextConstraint:
+    def _constraint(
+        self, matcher: LLMatcher, original: _Compiled, spec: ConstraintSpec, tokenizer: LLTokenizer
+    ) -> TextConstraint:
         words = -(-tokenizer.vocab_size // 32)
-        return TextConstraint(matcher, spec.kind, self._vocabulary, self._end_tokens, words)
+        return TextConstraint(matcher, original, spec.kind, self._vocabulary, self._end_tokens, words)
 
     def _read_tokenizer(self, field: str) -> LLTokenizer:
         with self._reading:
@@ -182,10 +201,17 @@ class TextConstraint:
     """One request's constraint: a `TokenConstraint`. One thread at a time."""
 
     def __init__(
-        self, matcher: LLMatcher, kind: ConstraintKind, vocabulary: int, end_tokens: list[int], mask_words: int
+        self,
+        matcher: LLMatcher,
+        original: _Compiled,
+        kind: ConstraintKind,
+        vocabulary: int,
+        end_tokens: list[int],
+        mask_words: int,
     ) -> None:
-        """Take over a matcher of the library that has accepted no token; its masks have `mask_words` words."""
+        """Take over a copy of `original` that has accepted no token; its masks have `mask_words` words."""
         self._matcher = matcher
+        self._original = original
         self._kind = kind
         words = -(-vocabulary // 32)
         self._mask = np.zeros(mask_words, np.uint32)
@@ -231,8 +257,12 @@ class TextConstraint:
         return self._matcher.is_stopped()
 
     def _spend(self, started: float) -> None:
-        self._left_s = min(self._left_s - (time.thread_time() - started), _FREE_S)
+        spent = time.thread_time() - started
+        self._left_s = min(self._left_s - spent, _FREE_S)
+        self._original.left_s -= spent
         if self._matcher.is_error() or self._left_s < 0:
+            # The next request is compiled anew: this lexer may have too many states for it, too.
+            self._original.left_s = -1.0
             raise self._failure(_reason(self._matcher.get_error()) or "the text takes too long to check")
 
     def _failure(self, reason: str) -> InvalidRequest:

@@ -364,6 +364,31 @@ def test_the_cache_is_bounded_and_shared_by_one_key_only(
     assert compiled == [a, a, b, c, a]
 
 
+def test_the_states_of_many_texts_do_not_end_later_ones(tokenizer: PreTrainedTokenizerBase) -> None:
+    # Copies of what was compiled share a lexer. Once that had too many states, a text of this grammar failed for ever.
+    terminals = [f"T{index}: /[^{chr(97 + index)}]*{chr(97 + index)}.{{{index % 5}}}/" for index in range(26)]
+    names = " | ".join(f"T{index}" for index in range(26))
+    spec = ConstraintSpec("grammar", f"start: ({names})*\n" + "\n".join(terminals))
+    compiler = StructuredOutput(tokenizer, VOCABULARY, END)
+    for _ in range(2):
+        constraint = compiler.compile(spec)
+        allowed_by(constraint)
+        with pytest.raises(InvalidRequest, match="too many states"):
+            for token in np.random.default_rng(1).permutation(np.arange(300, 400)):
+                constraint.accept(int(token))
+                allowed_by(constraint)
+
+
+def test_what_was_compiled_is_shared_until_its_copies_have_taken_long(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sera_serve.engine.structured._SHARED_S", -1000.0)
+    compiler = StructuredOutput(tokenizer, VOCABULARY, END)
+    spec = ConstraintSpec("regex", "[a-z]+")
+    compiler.compile(spec)
+    assert compiler.compiled(spec) is None
+
+
 def test_threads_may_compile_at_once(tokenizer: PreTrainedTokenizerBase) -> None:
     compiler = StructuredOutput(tokenizer, VOCABULARY, END)
     texts: list[str] = []

@@ -6,6 +6,8 @@ import asyncio
 import json
 import re
 import threading
+import time
+from dataclasses import dataclass
 from typing import Any
 
 import jsonschema
@@ -15,6 +17,7 @@ from adapters_store import AdapterStore
 from sera_serve.base import FrozenBase
 from sera_serve.config import ServeSettings
 from sera_serve.engine import ConstraintSpec, GenerateParams, GenerationResult, ServingEngine, structured
+from sera_serve.engine.loop import choice
 from sera_serve.engine.request import GenerationRequest
 from sera_serve.errors import ConstraintUnsatisfiable, InvalidRequest
 from support.engine import SHAPE, Start, acting_for, collect, generate, settled, until
@@ -137,6 +140,74 @@ def test_beside_others_each_request_gets_the_tokens_that_it_gets_alone(
         await settled(engine)
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("settings", [{}, {"max_batch_tokens": 16}, {"kv_cache_tokens": FEW_PAGES}])
+def test_a_mask_that_has_to_wait_changes_no_token(
+    decoder: FrozenBase,
+    adapters: AdapterStore,
+    alone: list[GenerationResult],
+    start_engine: Start,
+    settings: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # A tenant gets one mask a step.
+    monkeypatch.setattr(choice, "_MASKS_S", 1e-9)
+    postponed = []
+    row_masks = choice.row_masks
+
+    def noted(*arguments: Any) -> choice.RowMasks:
+        masks = row_masks(*arguments)
+        postponed.extend(masks.postponed)
+        return masks
+
+    monkeypatch.setattr(choice, "row_masks", noted)
+
+    async def scenario() -> None:
+        engine = start_engine(decoder, adapters, **settings)
+
+        async def one(params: GenerateParams) -> GenerationResult:
+            return await (await generate(engine, params)).collect()
+
+        results = await asyncio.gather(*map(one, requests()))
+        assert [result.token_ids for result in results] == [result.token_ids for result in alone]
+        for result, before in zip(results, alone, strict=True):
+            assert [one.token for one in result.logprobs or []] == [one.token for one in before.logprobs or []]
+        await settled(engine)
+
+    asyncio.run(scenario())
+    assert postponed
+
+
+@dataclass(eq=False)
+class FakeRow:
+    """What `row_masks` reads of a request; it is its own constraint, whose masks take `seconds` of the processor."""
+
+    tenant: str
+    order: int
+    seconds: float
+    bars_end: bool = False
+
+    @property
+    def constraint(self) -> FakeRow:
+        return self
+
+    def fill(self, allowed: Any) -> None:
+        end = time.thread_time() + self.seconds
+        while time.thread_time() < end:
+            pass
+        allowed[:] = 1
+
+
+def test_slow_masks_of_one_tenant_take_its_share_of_a_step_and_delay_no_other() -> None:
+    # With a grammar of 200 terminals each, 128 requests of one tenant made a step last for five seconds.
+    slow = [FakeRow("slow", order, 0.02) for order in range(40)]
+    quick = [FakeRow("quick", 100 + order, 0.0) for order in range(40)]
+    began = time.thread_time()
+    masks = choice.row_masks([*reversed(slow), *quick], set(), 32)  # type: ignore[list-item]
+    assert time.thread_time() - began < 0.2
+    assert masks.postponed == set(slow[2:])
+    assert not masks.failures
 
 
 def test_the_choices_of_one_request_have_states_of_their_own(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -27,6 +28,9 @@ logger = logging.getLogger("sera_serve.engine")
 # Rows whose bias, penalties or log-probabilities are computed at once: each takes a few tensors of the vocabulary's
 # size.
 _ROWS_AT_ONCE = 64
+# Processor time of a step's masks, for which the tenants that need masks have equal shares. A usual mask takes 0.05 ms.
+# One of a hostile grammar takes 40 ms, and a tenant may have hundreds of those.
+_MASKS_S = 0.05
 
 
 @dataclass(frozen=True)
@@ -37,10 +41,27 @@ class ChosenTokens:
         tokens: A token for each request, or `NO_TOKEN`.
         failures: Requests that get no token for a reason of their own, with what their clients are told. Their logits
             may be sound.
+        postponed: Requests that get their token in a later step, because the masks of their tenant took too long.
     """
 
     tokens: list[int]
     failures: dict[GenerationRequest, Exception] = field(default_factory=dict)
+    postponed: set[GenerationRequest] = field(default_factory=set)
+
+
+@dataclass(frozen=True)
+class RowMasks:
+    """The constraints of a step's requests.
+
+    Attributes:
+        allowed: Of requests with a constraint: the tokens that it allows next, as of `allowed_tokens`.
+        failures: As of `ChosenTokens`.
+        postponed: As of `ChosenTokens`.
+    """
+
+    allowed: dict[GenerationRequest, NDArray[np.uint32]] = field(default_factory=dict)
+    failures: dict[GenerationRequest, Exception] = field(default_factory=dict)
+    postponed: set[GenerationRequest] = field(default_factory=set)
 
 
 class TokenChooser:
@@ -68,9 +89,12 @@ class TokenChooser:
         """
         # A preempted request has left without a word.
         self._counts.prune()
-        failures: dict[GenerationRequest, Exception] = {}
+        masks = RowMasks()
         if any(request.adjusts_now for request in requests):
-            tokens = self._choose_by_kind(logits, requests, unfinished, failures)
+            masks = row_masks(requests, unfinished, logits.shape[1])
+            tokens = self._choose_by_kind(logits, requests, unfinished, masks)
+            # As of an unfinished prompt, their token only tells whether the logits are sound.
+            unfinished = unfinished | masks.postponed
         else:
             tokens = choose_tokens(logits, self._sampling(requests, logits.device)).tolist()
         wanted = [
@@ -92,29 +116,23 @@ class TokenChooser:
                 else:
                     top = one.top[: request.params.logprobs]
                     request.token_logprobs.append(TokenLogprobs(one.token, one.logprob, top))
-        return ChosenTokens(tokens, failures)
+        return ChosenTokens(tokens, masks.failures, masks.postponed)
 
     def _choose_by_kind(
         self,
         logits: Tensor,
         requests: Sequence[GenerationRequest],
         unfinished: set[GenerationRequest],
-        failures: dict[GenerationRequest, Exception],
+        masks: RowMasks,
     ) -> list[int]:
         """The tokens of requests of which some adjust their scores."""
         tokens = [NO_TOKEN] * len(requests)
         kinds: dict[tuple[bool, bool], list[int]] = {}
-        masks: dict[GenerationRequest, NDArray[np.uint32]] = {}
         for index, request in enumerate(requests):
-            kind = (False, False)
-            if request not in unfinished:
-                try:
-                    if request.constraint is not None:
-                        masks[request] = allowed_tokens(request, logits.shape[1])
-                except Exception as error:  # noqa: BLE001 - it is told to the one request whose constraint failed
-                    failures[request] = constraint_failed(request, error)
-                    continue
-                kind = (request.has_penalties, request.has_bias_now)
+            if request in masks.failures:
+                continue
+            is_plain = request in unfinished or request in masks.postponed
+            kind = (False, False) if is_plain else (request.has_penalties, request.has_bias_now)
             kinds.setdefault(kind, []).append(index)
         for (has_penalties, has_bias), indices in kinds.items():
             at_once = _ROWS_AT_ONCE if has_penalties or has_bias else len(indices)
@@ -126,7 +144,7 @@ class TokenChooser:
                     scores,
                     self._sampling(rows, logits.device),
                     self._penalties(rows, scores) if has_penalties else None,
-                    bias_of(rows, masks, scores) if has_bias else None,
+                    bias_of(rows, masks.allowed, scores) if has_bias else None,
                 )
                 for index, token in zip(block, chosen.tolist(), strict=True):
                     tokens[index] = token
@@ -251,6 +269,34 @@ def allowed_tokens(request: GenerationRequest, vocabulary: int) -> NDArray[np.ui
             "loosen the schema, regex or grammar"
         )
     return allowed
+
+
+def row_masks(requests: Sequence[GenerationRequest], unfinished: set[GenerationRequest], vocabulary: int) -> RowMasks:
+    """Compute the masks of a step's requests, for each tenant until its share of `_MASKS_S` is spent.
+
+    Each tenant gets one mask at least. Its requests go in the order of their arrival. So slow ones end one after the
+    other, and do not all hold what a slow constraint takes of memory.
+
+    Args:
+        requests: Of the step.
+        unfinished: Those that get no token now, and need no mask.
+        vocabulary: Number of the logits.
+    """
+    masks = RowMasks()
+    constrained = [r for r in requests if r.constraint is not None and r not in unfinished]
+    tenants = {request.tenant for request in constrained}
+    left = dict.fromkeys(tenants, _MASKS_S / max(1, len(tenants)))
+    for request in sorted(constrained, key=lambda request: request.order):
+        if left[request.tenant] <= 0:
+            masks.postponed.add(request)
+            continue
+        started = time.thread_time()
+        try:
+            masks.allowed[request] = allowed_tokens(request, vocabulary)
+        except Exception as error:  # noqa: BLE001 - it is told to the one request whose constraint failed
+            masks.failures[request] = constraint_failed(request, error)
+        left[request.tenant] -= time.thread_time() - started
+    return masks
 
 
 def ends_too_early(request: GenerationRequest) -> ConstraintUnsatisfiable:

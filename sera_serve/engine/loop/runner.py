@@ -40,12 +40,14 @@ class StepOutcome:
         overflowed: Those whose logits are infinite or not a number. They get no token, and their pages are not sound.
         failures: Those that get no token for a reason of their own, or of their part of the step, with what their
             clients are told.
+        postponed: Those whose last token has to run again, because they get the token after it in a later step.
     """
 
     requests: list[GenerationRequest]
     tokens: list[int]
     overflowed: list[GenerationRequest]
     failures: dict[GenerationRequest, Exception] = field(default_factory=dict)
+    postponed: set[GenerationRequest] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
@@ -343,16 +345,17 @@ def _outcome(
     unfinished: set[GenerationRequest],
     overflowed: set[GenerationRequest],
 ) -> StepOutcome:
-    """Sort requests into those with a token, those without a sound one, and those whose prompt goes on."""
-    tokens, failures = chosen.tokens, chosen.failures
+    """Sort requests into those with a token, those without a sound one, and those that get one in a later step."""
+    tokens, failures, postponed = chosen.tokens, chosen.failures, chosen.postponed
     if NO_TOKEN in tokens:
         overflowed.update(request for request, token in zip(ends, tokens, strict=True) if token == NO_TOKEN)
         overflowed.difference_update(failures)
-    if not overflowed and not unfinished and not failures:
+    if not overflowed and not unfinished and not failures and not postponed:
         return StepOutcome(ends, tokens, [])
-    without = overflowed | unfinished | failures.keys()
+    without = overflowed | unfinished | failures.keys() | postponed
     given = [(request, token) for request, token in zip(ends, tokens, strict=True) if request not in without]
-    return StepOutcome([request for request, _ in given], [token for _, token in given], list(overflowed), failures)
+    chosen_tokens = [token for _, token in given]
+    return StepOutcome([request for request, _ in given], chosen_tokens, list(overflowed), failures, postponed)
 
 
 def _joined(first: StepOutcome, second: StepOutcome) -> StepOutcome:
@@ -361,6 +364,7 @@ def _joined(first: StepOutcome, second: StepOutcome) -> StepOutcome:
         first.tokens + second.tokens,
         first.overflowed + second.overflowed,
         first.failures | second.failures,
+        first.postponed | second.postponed,
     )
 
 

@@ -211,10 +211,12 @@ class GenerationRunner(TaskRunner[GenerationRequest]):
                 self.end(request, FinishReason.FAILED, cause)
         if outcome.overflowed or outcome.failures or step.leaving:
             plan.remove([*outcome.overflowed, *outcome.failures, *step.leaving])
+        # What is postponed runs its last token again. It took part in this step, and its tenant is charged for that.
+        postponed = outcome.postponed
         for request in plan.decodes:
-            self.planner.advance(request, 1)
+            self.planner.advance(request, 0 if request in postponed else 1)
         for request, count in plan.chunks:
-            self.planner.advance(request, count)
+            self.planner.advance(request, count - 1 if request in postponed else count)
             if request.computed < len(request.tokens):
                 self.runner.tables.advance(request)
         given = [
@@ -222,7 +224,7 @@ class GenerationRunner(TaskRunner[GenerationRequest]):
             for request, token in zip(outcome.requests, outcome.tokens, strict=True)
             if request not in step.leaving
         ]
-        self.scheduler.charge([request for request, _ in given])
+        self.scheduler.charge([*(request for request, _ in given), *(postponed - step.leaving.keys())])
         for request, token in given:
             self._hand_on(request, token)
 
