@@ -404,7 +404,9 @@ class AdapterResidency:
     def _fail(self, entry: AdapterEntry, error: Exception) -> None:
         """End a load that failed, and tell every request that waits for it."""
         with self._lock:
-            self._counts.add_failure(error)
+            # What was only hinted is loaded again when a request asks for it, and is counted then.
+            if entry.is_awaited():
+                self._counts.add_failure(error)
             self._refuse_locked(entry, error)
             self._placement.free(entry)
             self._place_waiting_locked()

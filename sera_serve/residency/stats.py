@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from adapters_store import AdapterNotFound
+from adapters_store.errors import CannotCombine
 
 Tier = Literal["device", "host", "store"]
-LoadFailure = Literal["gone", "error"]
-"""Why a load failed: the store does not have the adapter any more, which clients may have caused; or anything else."""
+LoadFailure = Literal["gone", "cannot_combine", "error"]
+"""Why a load failed: the store does not have the adapter any more, or a request asks for a sum that cannot be made,
+which clients may have caused; or anything else."""
 
 LOAD_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 """Upper bounds of the histogram of load times, seconds; one more bucket has no bound."""
@@ -48,7 +50,7 @@ class LoadCounts:
 
     granted: Counter[Tier] = field(default_factory=Counter)
     times: dict[Tier, LoadTimes] = field(default_factory=lambda: {"host": LoadTimes(), "store": LoadTimes()})
-    failed: dict[LoadFailure, int] = field(default_factory=lambda: {"gone": 0, "error": 0})
+    failed: dict[LoadFailure, int] = field(default_factory=lambda: {"gone": 0, "cannot_combine": 0, "error": 0})
 
     def add_load(self, tier: Tier, seconds: float) -> None:
         """Count a load that reached the device, and its time."""
@@ -56,7 +58,8 @@ class LoadCounts:
 
     def add_failure(self, error: Exception) -> None:
         """Count a load that failed."""
-        self.failed["gone" if isinstance(error, AdapterNotFound) else "error"] += 1
+        is_gone, is_sum = isinstance(error, AdapterNotFound), isinstance(error, CannotCombine)
+        self.failed["gone" if is_gone else "cannot_combine" if is_sum else "error"] += 1
 
 
 class Presence(NamedTuple):

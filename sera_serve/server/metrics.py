@@ -202,7 +202,10 @@ class ResidencyMetrics(Collector):
             counts = accumulate(times.counts)
             loads.add_metric([tier], list(zip(bounds, counts, strict=True)), times.seconds)
         yield loads
-        text = "Loads of adapters that failed: gone if the adapter was deleted meanwhile, error for any other reason."
+        text = (
+            "Loads of adapters that failed while a request waited: gone if the adapter was deleted meanwhile, "
+            "cannot_combine if a request asked for a weighted sum that cannot be made, error for any other reason."
+        )
         failures = CounterMetricFamily("sera_adapter_load_failures", text, labels=["reason"])
         yield _by_label(failures, stats.failed_loads.items())
         yield CounterMetricFamily(

@@ -8,9 +8,10 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 
 import pytest
 import torch
-from slow_store import Build, Store, granted, leased
+from slow_store import Build, Store, granted, leased, wait_for_loads
 
 from adapters_store import AdapterBundle, AdapterNotFound
+from adapters_store.errors import CannotCombine
 from sera_kernels import ABSENT, Entry
 from sera_serve.base import FrozenBase
 from sera_serve.errors import AdapterTooLarge
@@ -142,11 +143,20 @@ def test_failed_load_reaches_every_waiter_and_is_retried_later(large: list[str],
         with pytest.raises(OSError, match="disk on fire"):
             granted(future)
     assert store.asked.count(digest) == 1
-    assert residency.stats().failed_loads == {"gone": 0, "error": 1}
+    assert residency.stats().failed_loads == {"gone": 0, "cannot_combine": 0, "error": 1}
     store.failing[digest] = AdapterNotFound("it was deleted")
     with pytest.raises(AdapterNotFound):
         granted(residency.acquire(digest))
-    assert residency.stats().failed_loads == {"gone": 1, "error": 1}
+    assert residency.stats().failed_loads == {"gone": 1, "cannot_combine": 0, "error": 1}
+    store.failing[digest] = CannotCombine("their heads differ")
+    hint = residency.prefetch(digest)
+    wait_for_loads(residency)
+    # The load that was only hinted counts with the one that a request waits for.
+    assert residency.stats().failed_loads == {"gone": 1, "cannot_combine": 0, "error": 1}
+    with pytest.raises(CannotCombine):
+        granted(residency.acquire(digest))
+    hint.release()
+    assert residency.stats().failed_loads == {"gone": 1, "cannot_combine": 1, "error": 1}
     del store.failing[digest]
     granted(residency.acquire(digest)).release()
 

@@ -56,8 +56,9 @@ def test_metrics_show_the_adapters_in_each_tier(client: httpx.Client) -> None:
     assert found['sera_adapter_load_seconds_bucket{le="+Inf",tier="store"}'] == 2
     assert found['sera_adapter_load_seconds_count{tier="store"}'] == 2
     assert found['sera_adapter_load_seconds_sum{tier="store"}'] == pytest.approx(99.02)
-    failures = {reason: found[f'sera_adapter_load_failures_total{{reason="{reason}"}}'] for reason in ("gone", "error")}
-    assert failures == {"gone": 2, "error": 1}
+    reasons = ("gone", "cannot_combine", "error")
+    failures = {reason: found[f'sera_adapter_load_failures_total{{reason="{reason}"}}'] for reason in reasons}
+    assert failures == {"gone": 2, "cannot_combine": 3, "error": 1}
     assert (found["sera_adapters_resident"], found["sera_adapter_evictions_total"]) == (3, 4)
     assert (found["sera_adapter_device_bytes"], found["sera_adapter_host_limit_bytes"]) == (4096, 1024)
 

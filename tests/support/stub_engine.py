@@ -249,7 +249,7 @@ class StubEngine:
             host_limit=1024,
             granted={"device": 7, "host": 2, "store": 1},
             loads={"host": LoadTimes().with_load(0.002), "store": LoadTimes().with_load(0.02).with_load(99.0)},
-            failed_loads={"gone": 2, "error": 1},
+            failed_loads={"gone": 2, "cannot_combine": 3, "error": 1},
             evictions=4,
             copies=3,
         )
