@@ -84,6 +84,9 @@ _TOKEN_S = 0.003
 # Processor time of the masks of all copies of what was compiled, beside the time to compile it. Copies share the
 # library's lexer, and its states add up: after enough texts there would be too many for every further one.
 _SHARED_S = 0.05
+# A mask that takes longer makes thousands of states: what it takes beyond counts so many times more.
+_SLOW_S = 0.001
+_SLOW_WEIGHT = 20
 
 
 @dataclass
@@ -259,7 +262,7 @@ class TextConstraint:
     def _spend(self, started: float) -> None:
         spent = time.thread_time() - started
         self._left_s = min(self._left_s - spent, _FREE_S)
-        self._original.left_s -= spent
+        self._original.left_s -= spent + _SLOW_WEIGHT * max(0.0, spent - _SLOW_S)
         if self._matcher.is_error() or self._left_s < 0:
             # The next request is compiled anew: this lexer may have too many states for it, too.
             self._original.left_s = -1.0

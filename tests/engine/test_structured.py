@@ -389,6 +389,19 @@ def test_what_was_compiled_is_shared_until_its_copies_have_taken_long(
     assert compiler.compiled(spec) is None
 
 
+def test_after_a_slow_mask_the_next_text_is_compiled_anew(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sera_serve.engine.structured.time.thread_time", iter([0.0, 0.0009, 1.0, 1.2]).__next__)
+    compiler = StructuredOutput(tokenizer, VOCABULARY, END)
+    spec = ConstraintSpec("regex", "[a-z]+")
+    constraint = compiler.compile(spec)
+    allowed_by(constraint)
+    assert compiler.compiled(spec) is not None
+    allowed_by(constraint)
+    assert compiler.compiled(spec) is None
+
+
 def test_threads_may_compile_at_once(tokenizer: PreTrainedTokenizerBase) -> None:
     compiler = StructuredOutput(tokenizer, VOCABULARY, END)
     texts: list[str] = []
