@@ -349,7 +349,8 @@ class GenerationStream(EventReader, AsyncIterator[TokenDelta]):
             InvalidRequest: The constraint allows no token.
             EngineUnavailable: The engine failed this request.
             DeadlineExceeded: Its time is over; the deltas before had the tokens that it got.
-            TenantOverloaded, StoreError: It is one of several answers, and was refused before it ran.
+            TenantOverloaded: It waited, for the first time or again, and gave way to a tenant with fewer requests.
+            StoreError: It is one of several answers, and was refused before it ran.
         """
         if self._closed or self.result is not None:
             raise StopAsyncIteration
@@ -363,8 +364,10 @@ class GenerationStream(EventReader, AsyncIterator[TokenDelta]):
         end = min(len(request.tokens), seen + most)
         if request.error is not None:
             self._close()
-            # What was refused before it ran did not fail. To send an overflow or a wrong form again would not help.
-            if not self.has_started or isinstance(request.error, (AdapterOverflow, BaseOverflow, InvalidRequest)):
+            # What was refused, before it ran or while it had to wait again, did not fail. To send an overflow or a
+            # wrong form again would not help.
+            was_refused = not self.has_started or request.finish_reason is FinishReason.SHED
+            if was_refused or isinstance(request.error, (AdapterOverflow, BaseOverflow, InvalidRequest)):
                 raise request.error
             raise EngineUnavailable(f"generation failed: {request.error}; the request may be sent again")
         if end == seen and self._expired:

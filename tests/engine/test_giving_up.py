@@ -13,7 +13,7 @@ from sera_serve.base import FrozenBase
 from sera_serve.engine import BASE_PRINCIPAL, GenerateParams, GenerationStream
 from sera_serve.engine.request import FinishReason, GenerationRequest, RequestState, TokenLogprobs
 from sera_serve.engine.stream import Detokenizer, Mailbox
-from sera_serve.errors import DeadlineExceeded, Overloaded
+from sera_serve.errors import DeadlineExceeded, Overloaded, TenantOverloaded
 from support.engine import GatedStore, Start, classify, collect, generate, settled, until
 from support.factories import greedy
 from support.standstill import standstill
@@ -166,6 +166,25 @@ def test_a_slow_reader_holds_the_tokens_and_nothing_else(decoder: FrozenBase) ->
         assert [delta.token_ids for delta in deltas] == [tokens[1:]]
         assert stream.result is not None and stream.result.token_ids == tokens
         assert not cancelled
+
+    asyncio.run(main())
+
+
+def test_a_generation_that_is_shed_while_it_waits_again_is_refused_as_others_are(decoder: FrozenBase) -> None:
+    async def main() -> None:
+        request = GenerationRequest(principal=BASE_PRINCIPAL, tokens=[1], prompt_tokens=1)
+        stream = GenerationStream(
+            request, Detokenizer(decoder.tokenizer, [1], []), Mailbox(asyncio.get_running_loop()), lambda reason: None
+        )
+        request.started_at = 0.0
+        request.move(RequestState.RUNNING)
+        request.tokens.append(70)
+        assert (await anext(stream)).token_ids == [70]
+        request.move(RequestState.PREEMPTED)
+        request.finish(FinishReason.SHED, TenantOverloaded("more than its share; send it again later", retry_after=7))
+        with pytest.raises(TenantOverloaded, match=r"^more than its share; send it again later$") as refusal:
+            await anext(stream)
+        assert refusal.value.retry_after == 7
 
     asyncio.run(main())
 
