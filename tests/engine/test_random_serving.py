@@ -31,14 +31,7 @@ from adapters_store.errors import AdapterNotFound
 from sera_serve import SeraConfig
 from sera_serve.base import FrozenBase
 from sera_serve.config import ServeSettings
-from sera_serve.engine import (
-    GenerateParams,
-    GenerationResult,
-    GenerationStream,
-    Principal,
-    ServingEngine,
-    TokenDelta,
-)
+from sera_serve.engine import GenerateParams, GenerationResult, GenerationStream, Principal, ServingEngine, TokenDelta
 from sera_serve.engine.constraint import ConstraintSpec
 from sera_serve.engine.loop.pages import PAGE_SIZE
 from sera_serve.engine.request import LabelScores, Request, WeightedAdapter
@@ -602,6 +595,6 @@ def test_so_it_is_in_many_orders_of_events(decoder: FrozenBase, fickle: FickleSt
     seen = look_at_many(count, decoder, fickle, alone)
     # That it all happened: otherwise the checks would have had nothing to find.
     often = ["generations answered", "calls of rows answered", "prefix hits", "evictions", "ahead"]
-    errors = ["AdapterOverflow", "AdapterNotFound", "CancelledError", "DeadlineExceeded", "EngineUnavailable", "OSError"]
+    errors = ["AdapterOverflow", "AdapterNotFound", "CancelledError", "EngineUnavailable", "OSError"]
     rarely = ["preemptions", "failed steps", "Overloaded", "TenantOverloaded", *errors]
     assert all(seen[what] > count / 4 for what in often) and all(seen[what] for what in rarely), seen
