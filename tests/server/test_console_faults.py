@@ -28,6 +28,7 @@ from support import browser as browsers
 from support.browser import Tab, answer
 from support.console_api import JOB
 from support.factories import random_decoder
+from support.live_server import wait_until
 from support.stub_engine import FAILS_LATER, StubEngine
 
 pytestmark = pytest.mark.slow
@@ -307,6 +308,9 @@ def test_what_was_chosen_is_there_again_with_another_key(
     browser: Browser, server: Process, writer: AdapterBundle, view: str, verb: str, file: str
 ) -> None:
     doomed = Keys(server.database).create("acme", SCOPES)
+    headers = {"Authorization": f"Bearer {doomed.secret}"}
+    # The server looks for new keys now and then.
+    wait_until(lambda: httpx.get(f"{server.url}/v1/me", headers=headers).is_success)
     with browsers.tab(browser, server.url) as tab:
         page = tab.open(view, doomed.secret)
         choose(page, file, ROWS if file == "rows.jsonl" else writer.to_bytes())
@@ -339,6 +343,7 @@ def test_an_upload_is_seen_again_by_whoever_comes_back(tab: Tab, writer: Adapter
     page.get_by_role("button", name="Publish").click()
     expect(page.get_by_role("button", name="Stop")).to_be_visible()
     page.get_by_role("link", name="Quotas").click()
+    expect(page.get_by_role("heading", level=1)).to_have_text("Quotas")
     page.go_back()
     expect(page.get_by_role("button", name="Publish")).to_have_attribute("aria-busy", "true")
     expect(page.get_by_label("Name")).to_have_value("demo/seen")
@@ -351,6 +356,7 @@ def test_an_upload_is_seen_again_by_whoever_comes_back(tab: Tab, writer: Adapter
     expect(page.get_by_role("status").filter(has_text="it is old")).to_be_visible()
     # Once: the next visit begins with an empty form.
     page.get_by_role("link", name="Quotas").click()
+    expect(page.get_by_role("heading", level=1)).to_have_text("Quotas")
     page.go_back()
     expect(page.get_by_label("Name")).to_have_value("")
     expect(page.get_by_text("it is old")).to_have_count(0)
