@@ -324,7 +324,9 @@ def test_what_was_chosen_is_there_again_with_another_key(
         page.get_by_label("Key", exact=True).fill(server.keys["acme"].secret)
         page.keyboard.press("Enter")
         expect(page.locator(".chosen")).to_contain_text(file)
-        assert page.locator("input[type=file]").evaluate("(input) => input.files[0].name") == file
+        page.wait_for_function(
+            "(name) => document.querySelector('input[type=file]')?.files[0]?.name === name", arg=file
+        )
         expect(page.get_by_role("alert")).to_have_count(0)
         send.click()
         if view == "upload":
