@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sera_serve.engine import BASE_PRINCIPAL, GenerateParams
 from sera_serve.engine.loop.attention import KeyValuePool, LayerShape, Part, StepContext
 from sera_serve.engine.loop.attention_backend import AttentionOptions
-from sera_serve.engine.loop.choice import TokenChooser
+from sera_serve.engine.loop.choice import ChosenTokens, TokenChooser
 from sera_serve.engine.loop.pages import PAGE_SIZE
 from sera_serve.engine.loop.row_tables import RowTables
 from sera_serve.engine.loop.runner import PackedStep, StepRunner
@@ -58,7 +58,7 @@ def test_the_host_does_not_wait_for_the_inputs_of_a_packed_step() -> None:
     context: Any = SimpleNamespace(run=lambda batch: nullcontext())
     pool: Any = SimpleNamespace(has_paged_decode=True)
     runner = StepRunner(model, context, pool, rows=2, max_pages=4, rotary=rotary)
-    runner._chooser = SimpleNamespace(choose=lambda logits, ends, unfinished: SimpleNamespace(tokens=[], failures={}))  # type: ignore[assignment]
+    runner._chooser = SimpleNamespace(choose=lambda logits, ends, unfinished: ChosenTokens([]))  # type: ignore[assignment]
     first, second = requests(runner.tables)
     with Copies() as copies:
         runner._run_packed([], [(first, 3), (second, 3)])

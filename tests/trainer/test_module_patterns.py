@@ -13,7 +13,7 @@ from adapters_store import AdapterStore
 from sera_serve.base import FrozenBase, load_base
 from sera_serve.errors import InvalidConfiguration
 from sera_serve.trainer.pattern_options import parse_pattern
-from sera_serve.trainer.patterns import adapter_shapes, value_for
+from sera_serve.trainer.patterns import shapes_by_path, value_for
 from sera_serve.trainer.run import train_adapter
 from sera_serve.trainer.settings import TrainSettings, load_options
 
@@ -28,7 +28,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> FrozenBase:
 def shapes(base: FrozenBase, **options: Any) -> dict[str, tuple[int, int, float]]:
     """(rank, split, scaling) by the last two names of each adapted layer."""
     settings = load_options(None, REQUIRED | {"rank": 4} | options)
-    found = adapter_shapes(settings, base.model)
+    found = shapes_by_path(settings, base.module_shapes())
     return {path: (shape.rank, shape.split, shape.scaling) for path, shape in found.items()}
 
 
