@@ -429,8 +429,7 @@ class Traffic:
     def end(self, alone: Sequence[Any]) -> None:
         """Let all calls end, and look at what they gave, and whether anything is held."""
         self.by_hand.fails = False
-        for call in self.calls:
-            call.may_read.set()
+        self._let_read()
         for _ in range(4000):
             self.loop.turn()
             if self.by_hand.loads.jobs:
@@ -441,15 +440,22 @@ class Traffic:
                 break
         assert not self.live(), "a call waits for ever"
         assert all(pin.done() for pin in self.pins), "a pin waits for ever"
-        for call, task in self.calls.items():
-            self._check_call(call, task, alone[call.number])
+        self._check_calls(alone)
         self._count()
         self.by_hand.check_nothing_held()
-        # Errors have the frames that they came through.
+        # Errors have the frames that they came through, so no variable here may be a call or its task.
         self.calls.clear()
         self.pins.clear()
         gc.collect()
         assert not any(request() for request in self.requests), "a request is kept after its end"
+
+    def _let_read(self) -> None:
+        for call in self.calls:
+            call.may_read.set()
+
+    def _check_calls(self, alone: Sequence[Any]) -> None:
+        for call, task in self.calls.items():
+            self._check_call(call, task, alone[call.number])
 
     def _check_call(self, call: Call, task: asyncio.Task[Any], want: Any) -> None:
         if self.by_hand.failures > call.failures:
