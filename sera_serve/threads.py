@@ -226,9 +226,8 @@ class BoundedExecutor:
                 if self._busy > self._threads:
                     self._threads += 1
                     # A daemon: a disk that never answers must not keep the process from ending.
-                    threading.Thread(target=self._serve, args=(call,), name=self.name, daemon=True).start()
-                else:
-                    self._handed.put(call)
+                    threading.Thread(target=self._serve, name=self.name, daemon=True).start()
+                self._handed.put(call)
         future.add_done_callback(partial(self._forget, call.turn))
         return future
 
@@ -240,7 +239,9 @@ class BoundedExecutor:
                 if not calls:
                     del self._waiting[turn]
 
-    def _serve(self, call: _Call | None) -> None:
+    def _serve(self) -> None:
+        # Not an argument: the thread would keep it to its end.
+        call = self._handed.get()
         torch.set_num_threads(1)
         pace = _own.pace = _Pace(self._rest, self._closing) if self._rest else None
         while call is not None:
@@ -267,8 +268,11 @@ class BoundedExecutor:
                 settle = partial(future.set_exception, error)
             with suppress(InvalidStateError):
                 settle()
+            # An error refers to this frame. As a cycle, it would keep what its call used until the next collection.
+            del settle
         with self._lock:
             self._running.discard(future)
+        del call, future, work
 
     def _next(self, done: Hashable) -> _Call | None:
         """The call to run after one of the turn `done`. Without one, this thread is idle from now on, or ends."""

@@ -8,6 +8,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 
@@ -286,3 +287,30 @@ def test_work_pauses_on_threads_that_rest_and_on_no_other(monkeypatch: pytest.Mo
     pause()
     # In the work, and after it.
     assert set(paused) == {"listing"} and len(paused) in (1, 2)
+
+
+class Used:
+    """What a call uses."""
+
+
+def test_what_a_failed_call_used_is_gone_with_its_error(executor: BoundedExecutor) -> None:
+    def fail(used: Used) -> None:
+        raise ValueError("as it should")
+
+    async def main() -> None:
+        references = []
+        for _ in range(3):
+            used = Used()
+            references.append(weakref.ref(used))
+            # pytest.raises would keep the error.
+            with suppress(ValueError):
+                await executor.run(fail, used)
+            del used
+        # The last thread may be about to let go of it.
+        await until(lambda: not any(reference() for reference in references))
+
+    gc.disable()
+    try:
+        asyncio.run(main())
+    finally:
+        gc.enable()
