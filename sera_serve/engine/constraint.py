@@ -10,6 +10,15 @@ from numpy.typing import NDArray
 
 ConstraintKind = Literal["json_object", "json_schema", "regex", "grammar", "tool_calls"]
 
+FIELDS: dict[ConstraintKind, str] = {
+    "json_object": "response_format",
+    "json_schema": "response_format.json_schema.schema",
+    "regex": "regex",
+    "grammar": "grammar",
+    "tool_calls": "tools",
+}
+"""The request field that each kind of constraint comes from."""
+
 MAX_SCHEMA_CHARACTERS = 1 << 16
 """Characters of a schema's canonical JSON."""
 MAX_REGEX_CHARACTERS = 4096
@@ -32,7 +41,13 @@ class ConstraintSpec:
 
 
 class TokenConstraint(Protocol):
-    """The state of one request's constraint. The loop's thread alone calls it once the request is submitted."""
+    """The state of one request's constraint. The loop's thread alone calls it once the request is submitted.
+
+    Attributes:
+        elsewhere_s: Seconds for which its calls have waited for another thread, all together.
+    """
+
+    elsewhere_s: float
 
     def fill(self, allowed: NDArray[np.uint32]) -> None:
         """Write which tokens may come next.

@@ -454,6 +454,11 @@ class GenerationRequest(Request):
     prompt_token_logprobs: list[TokenLogprobs] = field(default_factory=list, init=False)
     first_token_s: float | None = field(default=None, init=False)
 
+    def finish(self, reason: FinishReason, error: Exception | None = None) -> None:
+        """Go to FINISHED. The constraint's memory, which may be much, does not wait for the reader."""
+        super().finish(reason, error)
+        self.constraint = None
+
     @property
     def is_decoding(self) -> bool:
         """Whether exactly one token is left to run: the next one is sampled from it."""

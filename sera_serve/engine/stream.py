@@ -14,8 +14,17 @@ from transformers import PreTrainedTokenizerBase
 
 from sera_serve.engine.request import FinishReason, GenerationRequest, TokenLogprobs
 from sera_serve.engine.stop_strings import StopSearch
-from sera_serve.errors import AdapterOverflow, BaseOverflow, DeadlineExceeded, EngineUnavailable, InvalidRequest
+from sera_serve.errors import (
+    AdapterOverflow,
+    BaseOverflow,
+    DeadlineExceeded,
+    EngineUnavailable,
+    InvalidRequest,
+    TenantOverloaded,
+)
 
+# Faults of the request itself. That of any other is the engine's.
+_OWN_FAULTS = (AdapterOverflow, BaseOverflow, InvalidRequest, TenantOverloaded)
 # Tokens of one delta, each with its log-probabilities counted as so many more. Many more would keep the event loop. A
 # server holds one event of each slow reader: that of 1,024 tokens with 20 log-probabilities each has a megabyte.
 _MAX_DELTA = 1024
@@ -349,7 +358,8 @@ class GenerationStream(EventReader, AsyncIterator[TokenDelta]):
             InvalidRequest: The constraint allows no token.
             EngineUnavailable: The engine failed this request.
             DeadlineExceeded: Its time is over; the deltas before had the tokens that it got.
-            TenantOverloaded: It waited, for the first time or again, and gave way to a tenant with fewer requests.
+            TenantOverloaded: It waited, for the first time or again, and gave way to a tenant with fewer requests. Or
+                its form needs more memory than its tenant's forms may take.
             StoreError: It is one of several answers, and was refused before it ran.
         """
         if self._closed or self.result is not None:
@@ -367,7 +377,7 @@ class GenerationStream(EventReader, AsyncIterator[TokenDelta]):
             # What was refused, before it ran or while it had to wait again, did not fail. To send an overflow or a
             # wrong form again would not help.
             was_refused = not self.has_started or request.finish_reason is FinishReason.SHED
-            if was_refused or isinstance(request.error, (AdapterOverflow, BaseOverflow, InvalidRequest)):
+            if was_refused or isinstance(request.error, _OWN_FAULTS):
                 raise request.error
             raise EngineUnavailable(f"generation failed: {request.error}; the request may be sent again")
         if end == seen and self._expired:

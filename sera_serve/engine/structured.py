@@ -13,11 +13,13 @@ import json
 import re
 import threading
 import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
@@ -27,23 +29,16 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from sera_serve.engine.constraint import (
+    FIELDS,
     MAX_GRAMMAR_CHARACTERS,
     MAX_REGEX_CHARACTERS,
     MAX_SCHEMA_CHARACTERS,
     ConstraintKind,
     ConstraintSpec,
 )
+from sera_serve.engine.constraint_memory import LARGE, SMALL, ConstraintMemory, Reservation, Room, too_many
 from sera_serve.engine.schema_bounds import SchemaRefused, check_schema
 from sera_serve.errors import InvalidRequest
-
-FIELDS: dict[ConstraintKind, str] = {
-    "json_object": "response_format",
-    "json_schema": "response_format.json_schema.schema",
-    "regex": "regex",
-    "grammar": "grammar",
-    "tool_calls": "tools",
-}
-"""The request field that each kind of constraint comes from."""
 
 T = TypeVar("T")
 
@@ -52,7 +47,7 @@ _MAX_DEFINITIONS = 256
 _STACK_BYTES = 64 << 20
 # `threading.stack_size` is of the process: a thread that starts meanwhile has the large stack too.
 _STACK_LOCK = threading.Lock()
-_CACHED = 64
+_CACHED, _CACHED_BYTES = 64, 1 << 30
 # A line break and its indent, or one space: without a bound, a model may write white space until its limit ends it.
 _WHITESPACE = r"( |\n( {0,20}|\t{0,5}))"
 # The library would put several bytes that are certain into a mask at once. It looks for them without a bound:
@@ -60,22 +55,24 @@ _WHITESPACE = r"( |\n( {0,20}|\t{0,5}))"
 _OPTIONS = '%llguidance {"no_forcing": true}'
 
 
-# 50,000 units of fuel are some 4 ms of a step, and 20,000 items 1 ms. A state of the lexer has 1 to 2 KB.
-def _limits(step_items: int, row_items: int) -> LLParserLimits:
+# 50,000 units of fuel are some 4 ms of a step, and 20,000 items 1 ms.
+def _limits(step_items: int, row_items: int, states: int) -> LLParserLimits:
     return LLParserLimits(
         max_grammar_size=50_000,
         initial_lexer_fuel=200_000,
         step_lexer_fuel=50_000,
-        max_lexer_states=20_000,
+        max_lexer_states=states,
         step_max_items=step_items,
         max_items_in_row=row_items,
         verbose_errors=False,
     )
 
 
-_SCHEMA_LIMITS = _limits(20_000, 2000)
+# Items of a step and of a row.
+_SCHEMA_ITEMS = (20_000, 2000)
 # A client's own rules may be ambiguous: the parser's work for a token then grows with the square of the text.
-_GRAMMAR_LIMITS = _limits(4000, 500)
+_GRAMMAR_ITEMS = (4000, 500)
+_MANY_STATES = "too many states"
 # The library's schema errors begin with the place in the grammar around the schema.
 _PLACE = re.compile(r"^at \d+\(\d+\): failed to compile JSON schema: ")
 # Processor time that a request's masks may take: so much at first, and so much for each token.
@@ -89,12 +86,28 @@ _SLOW_S = 0.001
 _SLOW_WEIGHT = 20
 
 
-@dataclass
+class _TooManyStates(InvalidRequest):
+    """The library's automaton has more states than may be, before the first token."""
+
+
+@dataclass(eq=False)
 class _Compiled:
-    """What is copied for each request: a matcher that accepts no token itself, and the time left to its copies."""
+    """What is copied for each request.
+
+    Attributes:
+        matcher: It accepts no token itself.
+        left_s: Processor time left to its copies.
+        reservation: Of the memory that all of them may take; each copy refers to this object.
+    """
 
     matcher: LLMatcher
     left_s: float
+    reservation: Reservation
+
+
+class _Copy(NamedTuple):
+    matcher: LLMatcher
+    original: _Compiled
 
 
 class StructuredOutput:
@@ -122,6 +135,7 @@ class StructuredOutput:
         self._unreadable: str | None = None
         # By who shares and what was asked for; the least recently used one first. None of them is ever advanced.
         self._compiled: OrderedDict[tuple[str | None, ConstraintSpec], _Compiled] = OrderedDict()
+        self._memory = ConstraintMemory()
 
     def compile(self, spec: ConstraintSpec, share_key: str | None = None) -> TextConstraint:
         """The constraint at its beginning; each call gives a state of its own. Blocks.
@@ -133,24 +147,76 @@ class StructuredOutput:
 
         Raises:
             InvalidRequest: The text is not a schema, regex or grammar that can be enforced, or is too large.
+            TenantOverloaded: What the tenant's requests have compiled may take too much memory together.
         """
         found = self.compiled(spec, share_key)
         if found is not None:
             return found
         tokenizer = self._read_tokenizer(FIELDS[spec.kind])
+        try:
+            copy = self._compile_in(SMALL, tokenizer, spec, share_key)
+        except _TooManyStates:
+            copy = self._compile_in(LARGE, tokenizer, spec, share_key)
+        return self._constraint(copy, spec, share_key, tokenizer)
+
+    def _compile_in(self, room: Room, tokenizer: LLTokenizer, spec: ConstraintSpec, share_key: str | None) -> _Copy:
+        """Compile anew, for later calls too."""
+        reservation = self._reserve(room, spec, share_key)
         started = time.monotonic()
-        matcher = _with_deep_stack(lambda: _compile(tokenizer, spec))
-        original = _Compiled(matcher, _SHARED_S + time.monotonic() - started)
-        matcher = matcher.deep_copy()
+        matcher = _with_deep_stack(lambda: _compile(tokenizer, spec, room.states))
+        original = _Compiled(matcher, _SHARED_S + time.monotonic() - started, reservation)
+        copy = _Copy(matcher.deep_copy(), original)
         with self._lock:
             self._compiled[share_key, spec] = original
             self._compiled.move_to_end((share_key, spec))
-            if len(self._compiled) > _CACHED:
-                self._compiled.popitem(last=False)
-        return self._constraint(matcher, original, spec, tokenizer)
+            self._forget()
+        return copy
+
+    def _enlarge(self, tokenizer: LLTokenizer, spec: ConstraintSpec, share_key: str | None) -> _Copy:
+        """A copy in the large room, for a text that has outgrown the small one."""
+        copy = self._copy(spec, share_key)
+        if copy is not None and copy.original.reservation.room == LARGE:
+            return copy
+        return self._compile_in(LARGE, tokenizer, spec, share_key)
+
+    def _reserve(self, room: Room, spec: ConstraintSpec, share_key: str | None) -> Reservation:
+        """Reserve memory; where there is none, what the tenant does not use is forgotten first."""
+        reservation = self._memory.reserve(room, share_key)
+        if reservation is None:
+            with self._lock:
+                self._forget_unused(share_key)
+            reservation = self._memory.reserve(room, share_key)
+        if reservation is None:
+            raise too_many(spec)
+        return reservation
+
+    def _forget_unused(self, share_key: str | None) -> None:
+        """Forget what a key's calls have compiled and has no copy. Under `_lock`."""
+        for key in [key for key in self._compiled if key[0] == share_key]:
+            copied = weakref.ref(self._compiled.pop(key))
+            # Its copies refer to it.
+            if (original := copied()) is not None:
+                self._compiled[key] = original
+            del original
+
+    def _forget(self) -> None:
+        """Forget what would be compiled anew, and the least recently used that is too much. Under `_lock`."""
+        for key in [key for key, one in self._compiled.items() if one.left_s < 0]:
+            del self._compiled[key]
+        nbytes = sum(one.reservation.room.nbytes for one in self._compiled.values())
+        while len(self._compiled) > _CACHED or nbytes > _CACHED_BYTES:
+            nbytes -= self._compiled.popitem(last=False)[1].reservation.room.nbytes
 
     def compiled(self, spec: ConstraintSpec, share_key: str | None = None) -> TextConstraint | None:
         """What `compile` would return, if it need not be compiled, or None. Takes a millisecond or two."""
+        copy = self._copy(spec, share_key)
+        if copy is None:
+            return None
+        # Whatever was compiled was compiled with it.
+        assert self._tokenizer is not None
+        return self._constraint(copy, spec, share_key, self._tokenizer)
+
+    def _copy(self, spec: ConstraintSpec, share_key: str | None) -> _Copy | None:
         key = share_key, spec
         with self._lock:
             original = self._compiled.get(key)
@@ -161,16 +227,14 @@ class StructuredOutput:
                 return None
             self._compiled.move_to_end(key)
             # Under the lock: another thread may copy it too.
-            matcher = original.matcher.deep_copy()
-        # Whatever was compiled was compiled with it.
-        assert self._tokenizer is not None
-        return self._constraint(matcher, original, spec, self._tokenizer)
+            return _Copy(original.matcher.deep_copy(), original)
 
     def _constraint(
-        self, matcher: LLMatcher, original: _Compiled, spec: ConstraintSpec, tokenizer: LLTokenizer
+        self, copy: _Copy, spec: ConstraintSpec, share_key: str | None, tokenizer: LLTokenizer
     ) -> TextConstraint:
         words = -(-tokenizer.vocab_size // 32)
-        return TextConstraint(matcher, original, spec.kind, self._vocabulary, self._end_tokens, words)
+        enlarge = partial(self._enlarge, tokenizer, spec, share_key)
+        return TextConstraint(copy, enlarge, spec.kind, self._vocabulary, self._end_tokens, words)
 
     def _read_tokenizer(self, field: str) -> LLTokenizer:
         with self._reading:
@@ -205,16 +269,27 @@ class TextConstraint:
 
     def __init__(
         self,
-        matcher: LLMatcher,
-        original: _Compiled,
+        copy: _Copy,
+        enlarge: Callable[[], _Copy],
         kind: ConstraintKind,
         vocabulary: int,
         end_tokens: list[int],
         mask_words: int,
     ) -> None:
-        """Take over a copy of `original` that has accepted no token; its masks have `mask_words` words."""
-        self._matcher = matcher
-        self._original = original
+        """Take over a copy that has accepted no token; its masks have `mask_words` words.
+
+        Args:
+            copy: In a small room or a large one.
+            enlarge: Gives one in a large room.
+            kind: What the text must be.
+            vocabulary: Number of the model's logits.
+            end_tokens: Of the vocabulary.
+            mask_words: Of the library's masks.
+        """
+        self._matcher, self._original = copy
+        self._enlarge = enlarge
+        self._tokens: list[int] = []
+        self.elsewhere_s = 0.0
         self._kind = kind
         words = -(-vocabulary // 32)
         self._mask = np.zeros(mask_words, np.uint32)
@@ -230,12 +305,16 @@ class TextConstraint:
 
         Raises:
             InvalidRequest: The parser has become too large or too slow for this text.
+            TenantOverloaded: It has outgrown its memory, and its tenant has no more.
         """
         if self._matcher.is_stopped() and not self._matcher.is_error():
             allowed[:] = self._only_end
             return
         started = time.thread_time()
-        self._matcher.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)
+        self._compute_mask()
+        if self._is_outgrown():
+            self._grow()
+            self._compute_mask()
         self._spend(started)
         allowed[:] = self._mask[: len(self._only_end)]
         allowed[-1] &= self._last
@@ -247,17 +326,39 @@ class TextConstraint:
 
         Raises:
             InvalidRequest: The parser has become too large or too slow for this text.
+            TenantOverloaded: It has outgrown its memory, and its tenant has no more.
         """
         if self._matcher.is_stopped():
             return
         started = time.thread_time()
+        self._tokens.append(token)
         self._matcher.consume_token(token)
+        if self._is_outgrown():
+            self._grow()
         self._left_s += _TOKEN_S
         self._spend(started)
 
     def is_ended(self) -> bool:
         """Whether only an end token may follow."""
         return self._matcher.is_stopped()
+
+    def _compute_mask(self) -> None:
+        self._matcher.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)
+
+    def _is_outgrown(self) -> bool:
+        small = self._original.reservation.room == SMALL
+        return small and self._matcher.is_error() and _MANY_STATES in self._matcher.get_error()
+
+    def _grow(self) -> None:
+        """Go on in a large room, with the text so far. Blocks while it is compiled."""
+        # The next request would outgrow it too.
+        self._original.left_s = -1.0
+        started = time.monotonic()
+        try:
+            self._matcher, self._original = self._enlarge()
+        finally:
+            self.elsewhere_s += time.monotonic() - started
+        self._matcher.consume_tokens(self._tokens)
 
     def _spend(self, started: float) -> None:
         spent = time.thread_time() - started
@@ -273,14 +374,14 @@ class TextConstraint:
         return InvalidRequest(f"{field} cannot be enforced on the text so far: {reason}; simplify it", param=field)
 
 
-def _compile(tokenizer: LLTokenizer, spec: ConstraintSpec) -> LLMatcher:
-    """A matcher of the library at its beginning; raises InvalidRequest."""
+def _compile(tokenizer: LLTokenizer, spec: ConstraintSpec, states: int) -> LLMatcher:
+    """A matcher of the library at its beginning, whose automaton may get so many states; raises InvalidRequest."""
     field = FIELDS[spec.kind]
     try:
         grammar = _GRAMMARS[spec.kind](spec.text)
     except SchemaRefused as error:
         raise InvalidRequest(f"{field} cannot be enforced: {error}", param=field) from None
-    limits = _GRAMMAR_LIMITS if spec.kind in ("grammar", "regex") else _SCHEMA_LIMITS
+    limits = _limits(*(_GRAMMAR_ITEMS if spec.kind in ("grammar", "regex") else _SCHEMA_ITEMS), states)
     matcher = LLMatcher(tokenizer, LLMatcher.grammar_from_lark(grammar), log_level=0, limits=limits)
     # The first mask shows whether any text conforms.
     mask = np.zeros(-(-tokenizer.vocab_size // 32), np.uint32)
@@ -290,7 +391,8 @@ def _compile(tokenizer: LLTokenizer, spec: ConstraintSpec) -> LLMatcher:
     if not reasons and not mask.any():
         reasons = ["no text conforms"]
     if reasons:
-        raise InvalidRequest(f"{field} cannot be enforced: {_reason(reasons[0])}", param=field)
+        refusal = _TooManyStates if _MANY_STATES in reasons[0] else InvalidRequest
+        raise refusal(f"{field} cannot be enforced: {_reason(reasons[0])}", param=field)
     return matcher
 
 
@@ -391,21 +493,27 @@ def _with_deep_stack(work: Callable[[], T]) -> T:
     On macOS and musl, threads have far less than the 8 MiB of glibc.
     """
     outcome: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            outcome.set_result(work())
-        except BaseException as error:  # noqa: BLE001 - it is told to the caller
-            outcome.set_exception(error)
-
-    thread = threading.Thread(target=run, name="compiling", daemon=True)
+    thread = threading.Thread(target=_run_into, args=(outcome, work), name="compiling", daemon=True)
     with _STACK_LOCK:
         before = threading.stack_size(_STACK_BYTES)
         try:
             thread.start()
         finally:
             threading.stack_size(before)
-    return outcome.result()
+    try:
+        return outcome.result()
+    finally:
+        # An error refers to this frame. As a cycle, it would keep what was compiled until the next collection.
+        del outcome
+
+
+def _run_into(outcome: Future[T], work: Callable[[], T]) -> None:
+    try:
+        outcome.set_result(work())
+    except BaseException as error:  # noqa: BLE001 - it is told to the caller
+        outcome.set_exception(error)
+    finally:
+        del outcome
 
 
 def _reason(message: str) -> str:

@@ -350,9 +350,9 @@ def test_the_cache_is_bounded_and_shared_by_one_key_only(
     module = "sera_serve.engine.structured"
     original: Callable[..., Any] = __import__(module, fromlist=["_compile"])._compile
 
-    def counted(tokenizer: Any, spec: ConstraintSpec) -> Any:
+    def counted(tokenizer: Any, spec: ConstraintSpec, states: int) -> Any:
         compiled.append(spec)
-        return original(tokenizer, spec)
+        return original(tokenizer, spec, states)
 
     monkeypatch.setattr(f"{module}._compile", counted)
     monkeypatch.setattr(f"{module}._CACHED", 2)

@@ -16,10 +16,18 @@ import pytest
 from adapters_store import AdapterStore
 from sera_serve.base import FrozenBase
 from sera_serve.config import ServeSettings
-from sera_serve.engine import ConstraintSpec, GenerateParams, GenerationResult, ServingEngine, structured
+from sera_serve.engine import (
+    ConstraintSpec,
+    GenerateParams,
+    GenerationResult,
+    ServingEngine,
+    constraint_memory,
+    structured,
+)
+from sera_serve.engine.constraint_memory import LARGE, SMALL, Room
 from sera_serve.engine.loop import choice
 from sera_serve.engine.request import GenerationRequest
-from sera_serve.errors import ConstraintUnsatisfiable, InvalidRequest
+from sera_serve.errors import ConstraintUnsatisfiable, InvalidRequest, TenantOverloaded
 from support.engine import SHAPE, Start, acting_for, collect, generate, settled, until
 from support.factories import random_adapter
 
@@ -181,33 +189,77 @@ def test_a_mask_that_has_to_wait_changes_no_token(
 
 @dataclass(eq=False)
 class FakeRow:
-    """What `row_masks` reads of a request; it is its own constraint, whose masks take `seconds` of the processor."""
+    """What `row_masks` reads of a request; it is its own constraint.
+
+    Attributes:
+        seconds: Of the processor, that each mask takes.
+        elsewhere: Whether another thread takes them.
+    """
 
     tenant: str
     order: int
     seconds: float
+    elsewhere: bool = False
     bars_end: bool = False
+    elsewhere_s: float = 0.0
 
     @property
     def constraint(self) -> FakeRow:
         return self
 
     def fill(self, allowed: Any) -> None:
+        allowed[:] = 1
+        if self.elsewhere:
+            self.elsewhere_s += self.seconds
+            return
         end = time.thread_time() + self.seconds
         while time.thread_time() < end:
             pass
-        allowed[:] = 1
 
 
-def test_slow_masks_of_one_tenant_take_its_share_of_a_step_and_delay_no_other() -> None:
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_slow_masks_of_one_tenant_take_its_share_of_a_step_and_delay_no_other(elsewhere: bool) -> None:
     # With a grammar of 200 terminals each, 128 requests of one tenant made a step last for five seconds.
-    slow = [FakeRow("slow", order, 0.02) for order in range(40)]
+    slow = [FakeRow("slow", order, 0.02, elsewhere) for order in range(40)]
     quick = [FakeRow("quick", 100 + order, 0.0) for order in range(40)]
     began = time.thread_time()
     masks = choice.row_masks([*reversed(slow), *quick], set(), 32)  # type: ignore[list-item]
     assert time.thread_time() - began < 0.2
     assert masks.postponed == set(slow[2:])
     assert not masks.failures
+
+
+def test_a_text_that_nobody_has_read_yet_holds_no_constraint(
+    decoder: FrozenBase, adapters: AdapterStore, start_engine: Start
+) -> None:
+    async def scenario() -> None:
+        engine = start_engine(decoder, adapters)
+        params = GenerateParams(prompt="x", constraint=ConstraintSpec("regex", "[a-z]{5}"), max_new_tokens=20)
+        stream = await generate(engine, params)
+        await settled(engine)
+        assert stream.request.is_finished and stream.request.constraint is None
+        assert re.fullmatch("[a-z]{5}", (await stream.collect()).text)
+
+    asyncio.run(scenario())
+
+
+def test_a_form_that_outgrows_the_memory_of_its_tenant_ends_its_own_text(
+    decoder: FrozenBase, adapters: AdapterStore, start_engine: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(structured, "SMALL", Room(100, SMALL.nbytes))
+    monkeypatch.setattr(constraint_memory, "_TENANT_BYTES", LARGE.nbytes)
+    growing = ConstraintSpec("json_schema", '{"type":"integer","multipleOf":9973}')
+
+    async def scenario() -> None:
+        engine = start_engine(decoder, adapters)
+        params = GenerateParams(prompt="x", constraint=growing, max_new_tokens=250, temperature=1.0, seed=1)
+        stream, other = await generate(engine, params), await generate(engine, GenerateParams(prompt="x"))
+        with pytest.raises(TenantOverloaded, match="cannot be compiled now"):
+            await stream.collect()
+        assert (await other.collect()).completion_tokens
+        await settled(engine)
+
+    asyncio.run(scenario())
 
 
 def test_the_choices_of_one_request_have_states_of_their_own(
@@ -244,11 +296,11 @@ def test_the_compiling_of_one_tenant_holds_up_no_other(
 ) -> None:
     opened, begun, make = threading.Event(), list[str](), structured._compile
 
-    def gated(tokenizer: Any, spec: ConstraintSpec) -> Any:
+    def gated(tokenizer: Any, spec: ConstraintSpec, states: int) -> Any:
         if spec.text.startswith("slow"):
             begun.append(spec.text)
             assert opened.wait(20)
-        return make(tokenizer, spec)
+        return make(tokenizer, spec, states)
 
     monkeypatch.setattr(structured, "_compile", gated)
 

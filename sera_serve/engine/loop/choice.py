@@ -21,7 +21,7 @@ from torch import Tensor
 from sera_serve.engine.loop.row_tables import RowTables
 from sera_serve.engine.request import GenerationRequest, TokenLogprobs
 from sera_serve.engine.sampling import IN_PROMPT, NO_TOKEN, Penalties, SamplingRows, choose_tokens, sampling_keys
-from sera_serve.errors import ConstraintUnsatisfiable, EngineUnavailable, InvalidRequest
+from sera_serve.errors import ConstraintUnsatisfiable, EngineUnavailable, InvalidRequest, TenantOverloaded
 
 logger = logging.getLogger("sera_serve.engine")
 
@@ -290,13 +290,18 @@ def row_masks(requests: Sequence[GenerationRequest], unfinished: set[GenerationR
         if left[request.tenant] <= 0:
             masks.postponed.add(request)
             continue
-        started = time.thread_time()
+        started = _time_of(request)
         try:
             masks.allowed[request] = allowed_tokens(request, vocabulary)
         except Exception as error:  # noqa: BLE001 - it is told to the one request whose constraint failed
             masks.failures[request] = constraint_failed(request, error)
-        left[request.tenant] -= time.thread_time() - started
+        left[request.tenant] -= _time_of(request) - started
     return masks
+
+
+def _time_of(request: GenerationRequest) -> float:
+    assert request.constraint is not None
+    return time.thread_time() + request.constraint.elsewhere_s
 
 
 def ends_too_early(request: GenerationRequest) -> ConstraintUnsatisfiable:
@@ -407,7 +412,7 @@ def _rows_of(logits: Tensor, indices: Sequence[int]) -> Tensor:
 
 def constraint_failed(request: GenerationRequest, error: Exception) -> Exception:
     """What the client of a request is told whose constraint raised an error."""
-    if isinstance(error, InvalidRequest):
+    if isinstance(error, InvalidRequest | TenantOverloaded):
         return error
     logger.error("the constraint of request %s failed", request.id, exc_info=error)
     return EngineUnavailable(f"the constraint failed: {error}")
