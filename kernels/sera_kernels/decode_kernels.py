@@ -10,12 +10,13 @@ float32 to a workspace. The second adds scaling * v B to wide ranges of columns 
 
 Words of this file:
 
-* Cell: what the tables hold about one (layer, slot).
+* Cell: what the tables hold about one (layer, slot). Kernels of this file take the cells of the tokens' own slots, by
+  (layer, token): to look a token's slot up first would be one more load that every other one waits for.
 * VEC: the number of elements of a 16-byte access if all rows allow such accesses, else 1. Each adapter's factors are
   checked on the device. `x // VEC * VEC` equals x then, and tells the compiler that x is a multiple of VEC.
 * OVERLAP: a kernel may start while the kernel before it still runs (programmatic dependent launch). A kernel of the
   first phase waits for that kernel first, and lets the next kernel start after that. So whatever was written before the
-  first phase is complete when `expand` starts. `expand` reads slots, tables and B at once, and waits before it reads v
+  first phase is complete when `expand` starts. `expand` reads cells and B at once, and waits before it reads v
   and y. Every program waits, also one with nothing to do: kernels after this one rely on the end of all before it.
 """
 
@@ -111,10 +112,10 @@ def reduce_mix_token(x, a, d_in, rank, mixer, out, R: tl.constexpr, K: tl.conste
         tl.store(out + r, u, mask=r < rank)
 
 
-@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=["slots"])
+@triton.jit(do_not_specialize=_NUMBERS)
 def reduce_mix(
     x, x_stride, d_in, tokens, module0, module1, module2, module3,
-    slots, pool, offset, rank, split, mixer, slot_count, v, v_width,
+    pool, offset, rank, split, mixer, v, v_width,
     R: tl.constexpr, K: tl.constexpr, VEC: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Write v of every token and layer whose adapter has segments of rank 1. A program is (token, layer).
@@ -125,9 +126,8 @@ def reduce_mix(
         cuda.gdc_wait()
         cuda.gdc_launch_dependents()
     row, i = tl.program_id(0), tl.program_id(1)
-    slot = tl.load(slots + row)
-    cell = select_item(i, module0, module1, module2, module3) * slot_count + slot
-    at, own_rank, own_split, has_mixer = read_cell(cell, slot >= 0, offset, rank, split, mixer)
+    cell = select_item(i, module0, module1, module2, module3) * tokens + row
+    at, own_rank, own_split, has_mixer = read_cell(cell, True, offset, rank, split, mixer)
     if (at >= 0) & (own_rank == own_split):
         x_row = x + row.to(tl.int64) * (x_stride // VEC * VEC)
         out = v + (i * tokens + row).to(tl.int64) * v_width
@@ -178,10 +178,10 @@ def reduce_part(
     tl.store(out + r, u, mask=r < rank)
 
 
-@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=["slots"])
+@triton.jit(do_not_specialize=_NUMBERS)
 def reduce_parts(
     x, x_stride, d_in, tokens, module0, module1, module2, module3,
-    slots, pool, offset, rank, split, mixer, slot_count, sums, v_width,
+    pool, offset, rank, split, mixer, sums, v_width,
     WHOLE: tl.constexpr, R: tl.constexpr, K: tl.constexpr,
     VEC: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -193,9 +193,8 @@ def reduce_parts(
         cuda.gdc_wait()
         cuda.gdc_launch_dependents()
     row, i, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    slot = tl.load(slots + row)
-    cell = select_item(i, module0, module1, module2, module3) * slot_count + slot
-    at, own_rank, own_split, _ = read_cell(cell, slot >= 0, offset, rank, split, mixer)
+    cell = select_item(i, module0, module1, module2, module3) * tokens + row
+    at, own_rank, own_split, _ = read_cell(cell, True, offset, rank, split, mixer)
     if (at >= 0) & (own_rank > own_split) & ((own_split == 1) == WHOLE):
         segment_rank, width = own_rank // own_split, d_in // own_split
         step = tl.cdiv(width, tl.num_programs(2))
@@ -218,18 +217,19 @@ def reduce_parts(
 @triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=["slots"])
 def mix_parts(
     d_in, tokens, module0, module1, module2, module3,
-    slots, pool, offset, rank, split, mixer, slot_count, sums, v, v_width,
+    slots, pool, offset, rank, split, mixer, slot_count, sums, v, v_width, BY_TOKEN: tl.constexpr,
     PARTS: tl.constexpr, SINGLE: tl.constexpr, R: tl.constexpr, VEC: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Write v = (the sum of all parts of u) C. A program is (token, layer). SINGLE: also for segments of rank 1.
 
+    BY_TOKEN: the cells are by (layer, token), and `slot_count` is the number of tokens. Else they are the tables.
     sums (PARTS, layers, tokens, v_width), v (layers, tokens, v_width), float32.
     """
     if OVERLAP:
         cuda.gdc_wait()
         cuda.gdc_launch_dependents()
     row, i = tl.program_id(0), tl.program_id(1)
-    slot = tl.load(slots + row)
+    slot = row if BY_TOKEN else tl.load(slots + row)
     cell = select_item(i, module0, module1, module2, module3) * slot_count + slot
     at, own_rank, own_split, has_mixer = read_cell(cell, slot >= 0, offset, rank, split, mixer)
     if (at >= 0) & (SINGLE | (own_rank > own_split)):
@@ -299,12 +299,11 @@ def expand_columns(
 
 @triton.jit(
     do_not_specialize=[*_NUMBERS, *(f"{name}{i}" for name in ("width", "stride") for i in range(4))],
-    do_not_specialize_on_alignment=["slots"],
 )
 def expand(
     y0, y1, y2, y3, width0, width1, width2, width3, stride0, stride1, stride2, stride3,
     d_in, tokens, module0, module1, module2, module3,
-    slots, pool, offset, rank, split, mixer, scaling, slot_count, v, v_width,
+    pool, offset, rank, split, mixer, scaling, v, v_width,
     COLUMNS: tl.constexpr, SINGLE: tl.constexpr, ADD: tl.constexpr, VEC: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Write the updates of all tokens to up to four outputs. A program is (token, range of COLUMNS of an output).
@@ -314,10 +313,9 @@ def expand(
     """
     row, column = tl.program_id(0), tl.program_id(1)
     i, n0, d_out = column_range(column, width0, width1, width2, width3, COLUMNS)
-    slot = tl.load(slots + row)
-    cell = select_item(i, module0, module1, module2, module3) * slot_count + slot
-    at, own_rank, own_split, has_mixer = read_cell(cell, slot >= 0, offset, rank, split, mixer)
-    factor = tl.load(scaling + cell, mask=slot >= 0, other=0)
+    cell = select_item(i, module0, module1, module2, module3) * tokens + row
+    at, own_rank, own_split, has_mixer = read_cell(cell, True, offset, rank, split, mixer)
+    factor = tl.load(scaling + cell)
     y = select_item(i, y0, y1, y2, y3)
     y += row.to(tl.int64) * (select_item(i, stride0, stride1, stride2, stride3) // VEC * VEC)
     if at >= 0:

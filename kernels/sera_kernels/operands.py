@@ -192,6 +192,11 @@ class AdapterBatch:
         return slots, order
 
     @cached_property
+    def copied_cells(self) -> dict[int, tuple[AdapterTables, Any]]:
+        """What `sera_kernels.cells` keeps for the step, by the tables' id."""
+        return {}
+
+    @cached_property
     def _tiles(self) -> dict[int, tuple[Tensor, Tensor]]:
         return {}
 

@@ -4,10 +4,10 @@
 to the outputs. For batches that may have a gain and an offset, it then applies these in a further launch. The first
 phase needs x alone, so a caller may run it on another stream, beside the base layers.
 
-Up to `PREFILL_TOKENS`, each token has its own programs (`decode_kernels`). With more tokens, blocks of neighbours share
-programs if all segments have rank 1 (`run_kernels`). Tokens of other adapters are sorted into tiles of one adapter, for
-the matrix unit (`prefill_kernels`). Every sum is in float32 and has a fixed order: nothing is atomic, and no two
-programs write the same element.
+Up to `PREFILL_TOKENS`, each token has its own programs (`decode_kernels`), which read copies of the tables' cells
+(`cells`). With more tokens, blocks of neighbours share programs if all segments have rank 1 (`run_kernels`). Tokens of
+other adapters are sorted into tiles of one adapter, for the matrix unit (`prefill_kernels`). Every sum is in float32
+and has a fixed order: nothing is atomic, and no two programs write the same element.
 
 Launches follow from shapes alone, and from the kinds of resident adapters (`ShapeClasses`). The host reads no values of
 the device. A CUDA graph that holds the launches can therefore be replayed with other slots, tables and factors, as
@@ -29,6 +29,7 @@ import triton
 from torch import Tensor
 
 from sera_kernels.access import vector_elements
+from sera_kernels.cells import Cells, cells_of
 from sera_kernels.decode_kernels import expand, mix_parts, reduce_mix, reduce_parts
 from sera_kernels.launches import Launch, choose_launch
 from sera_kernels.operands import AdapterBatch, AdapterTables
@@ -120,6 +121,16 @@ class Workspace:
     def slots(self) -> int:
         """Number of slots of the tables."""
         return self.tables.offset.shape[1]
+
+    @property
+    def cells(self) -> Cells:
+        """What the tables hold about each token's own adapter. For few tokens: they take more than the tables."""
+        return cells_of(self.batch, self.tables)
+
+    @property
+    def own_shapes(self) -> tuple[Tensor, ...]:
+        """The pool, and `cells` but for the scaling, as kernels take them."""
+        return (self.pool, *self.cells[:4])
 
     @property
     def runs(self) -> bool:
@@ -264,13 +275,14 @@ def _expand(workspace: Workspace, outputs: Sequence[Tensor], launch: Launch | No
     tokens, pool, classes = workspace.v.shape[1], workspace.pool, workspace.classes
     single = not (classes.segmented or classes.whole)
     widths, rows = _rows(outputs)
-    cells = (*workspace.shapes, workspace.tables.scaling, workspace.slots, workspace.v, workspace.v.shape[2])
+    shapes = (*workspace.shapes, workspace.tables.scaling, workspace.slots, workspace.v, workspace.v.shape[2])
     vector = vector_elements(*outputs, pool=pool)
     with torch.cuda.device_of(pool):
         if tokens <= PREFILL_TOKENS:
             launch = launch or choose_launch(pool.dtype, pool.device)
             expand[(tokens, sum(-(-width // launch.expand_columns) for width in widths))](
-                *rows, *workspace.layers, workspace.batch.token_slots, *cells,
+                *rows, *workspace.layers, *workspace.own_shapes, workspace.cells.scaling,
+                workspace.v, workspace.v.shape[2],
                 COLUMNS=launch.expand_columns, SINGLE=single, ADD=add, VEC=vector,
                 num_warps=launch.expand_warps, **workspace.options,
             )  # fmt: skip
@@ -279,14 +291,14 @@ def _expand(workspace: Workspace, outputs: Sequence[Tensor], launch: Launch | No
             columns = EXPAND_WIDTH // pool.element_size()
             block = EXPAND_BYTES // EXPAND_WIDTH
             expand_runs[(-(-tokens // block), sum(-(-width // columns) for width in widths))](
-                *rows, *workspace.layers, workspace.batch.token_slots, *cells,
+                *rows, *workspace.layers, workspace.batch.token_slots, *shapes,
                 M=block, COLUMNS=columns, VEC=vector, num_warps=4, **workspace.options,
             )  # fmt: skip
         if workspace.has_tiles:
             columns = 4 * TILE_WIDTH // pool.element_size()
             ranks = 16 if classes.width == 16 or pool.dtype == torch.float32 else 32
             expand_tiles[(workspace.tile_rows, sum(-(-width // columns) for width in widths))](
-                *rows, *workspace.layers, *workspace.tiles, *cells, SINGLE=not workspace.runs,
+                *rows, *workspace.layers, *workspace.tiles, *shapes, SINGLE=not workspace.runs,
                 M=TILE_TOKENS, COLUMNS=columns, Q=ranks, VEC=vector, PRECISION=_precision(pool.dtype),
                 num_warps=8, num_stages=2, **_two_programs(pool), **workspace.options,
             )  # fmt: skip
@@ -322,7 +334,7 @@ def _reduce_mix(x: Tensor, workspace: Workspace, launch: Launch) -> None:
     inputs = max(inputs, min(vector, MOST_HELD // bucket))
     held = max(inputs * bucket, min(bucket * bucket, 4096))
     reduce_mix[(v.shape[1], v.shape[0])](
-        x, x.stride(0), *workspace.layers, workspace.batch.token_slots, *workspace.shapes, workspace.slots,
+        x, x.stride(0), *workspace.layers, *workspace.own_shapes,
         v, v.shape[2], R=bucket, K=inputs, VEC=vector, num_warps=_warps(held, launch), **workspace.options,
     )  # fmt: skip
 
@@ -338,7 +350,7 @@ def _reduce_in_parts(x: Tensor, workspace: Workspace, launch: Launch) -> None:
         if bucket:
             inputs = max(1, launch.reduce_elements // 2 // bucket)
             reduce_parts[(v.shape[1], v.shape[0], len(sums))](
-                x, x.stride(0), *workspace.layers, workspace.batch.token_slots, *workspace.shapes, workspace.slots,
+                x, x.stride(0), *workspace.layers, *workspace.own_shapes,
                 sums, v.shape[2], WHOLE=whole, R=bucket, K=inputs, VEC=vector_elements(pool=workspace.pool),
                 # Twice as many factors of 16 bits in a thread as in `_reduce_mix`: loads do not wait for one another.
                 num_warps=_warps(inputs * bucket * x.element_size() // 4, launch), **workspace.options,
@@ -382,8 +394,10 @@ def _reduce_tiles(x: Tensor, workspace: Workspace) -> None:
 def _mix_parts(workspace: Workspace, sums: Tensor, bucket: int, *, single: bool) -> None:
     """Compute v from parts of sums (parts, layers, tokens, rank bucket). single: also for segments of rank 1."""
     v = workspace.v
+    by_token = v.shape[1] <= PREFILL_TOKENS
+    shapes, count = (workspace.own_shapes, v.shape[1]) if by_token else (workspace.shapes, workspace.slots)
     mix_parts[(v.shape[1], v.shape[0])](
-        *workspace.layers, workspace.batch.token_slots, *workspace.shapes, workspace.slots, sums, v, v.shape[2],
+        *workspace.layers, workspace.batch.token_slots, *shapes, count, sums, v, v.shape[2], BY_TOKEN=by_token,
         PARTS=len(sums), SINGLE=single, R=bucket, VEC=vector_elements(pool=workspace.pool), num_warps=8,
         **workspace.options,
     )  # fmt: skip

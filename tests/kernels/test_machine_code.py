@@ -18,6 +18,7 @@ ATTENTION = 16
 
 # The most registers of a kernel.
 REGISTERS = {
+    "copy_cells": 40,
     "reduce_mix": 104,
     "reduce_parts": 128,
     "mix_parts": 64,
@@ -61,8 +62,9 @@ def test_no_launch_spills_and_loads_are_wide(capability: int, scenarios: int) ->
         )
         assert figure["spills"] == 0, figure
         assert figure["registers"] <= REGISTERS[name], figure
-        # The mixer of a small bucket is too small for a vector in each thread.
-        assert figure["wide_loads"] > 0 or constants.get("VEC") == 1 or constants.get("R") == 16, figure
+        # The mixer of a small bucket is too small for a vector in each thread. Cells are read one by one.
+        narrow = constants.get("VEC") == 1 or constants.get("R") == 16 or kernel == "copy_cells"
+        assert figure["wide_loads"] > 0 or narrow, figure
         # The first row of B and eight further rows.
         assert figure["wide_loads"] >= 9 or name != "expand, any rank" or constants["VEC"] == 1, figure
         multiplies = kernel.endswith("tiles") or kernel == "reduce_runs"

@@ -15,6 +15,7 @@ from sera_kernels import (
     grouped_sera_reference,
     triton_path,
 )
+from sera_kernels.cells import cells_of
 from sera_kernels.launches import Launch
 from sera_kernels.triton_path import expand_updates, grouped_sera_triton, reduce_updates, updates_of
 
@@ -288,7 +289,7 @@ def test_more_than_256_tokens_are_computed_in_tiles() -> None:
     run_case(Widths(32, (48,), ((4, 4, True), (4, 1, False))), "runs", 300, torch.bfloat16, SMALL, 8, 8)
 
 
-def changed_tables() -> None:
+def changed_tables(same_batch: bool) -> None:
     pool, tables = adapters(EVEN, torch.float32)
     batch = AdapterBatch(torch.tensor([1, 3, 3, 5, -1, 0, 4], dtype=torch.int32, device=DEVICE))
     x = poisoned(7, EVEN.d_in, torch.float32, 8)
@@ -298,17 +299,39 @@ def changed_tables() -> None:
         table.copy_(table.roll(1, 1))
     pool *= 0.5
     tables.offset[0, 3] = ABSENT
-    check(SMALL, x, got, batch, pool, tables)
+    check(SMALL, x, got, batch if same_batch else AdapterBatch(batch.token_slots), pool, tables)
 
 
-def test_tables_and_factors_may_change_between_launches_of_a_batch() -> None:
-    # A replay of a CUDA graph relies on this: the metadata of a batch depends on token slots alone.
-    changed_tables()
+def test_tables_and_factors_may_change_between_steps() -> None:
+    changed_tables(same_batch=False)
 
 
 @pytest.mark.usefixtures("_tiles")
 def test_tables_and_factors_may_change_between_tiles_of_a_batch() -> None:
-    changed_tables()
+    # A replay of a CUDA graph relies on this: the metadata of tiles depends on token slots alone.
+    changed_tables(same_batch=True)
+
+
+@pytest.mark.parametrize("tokens", [1, 64, 65, 200])
+def test_the_cells_of_a_batch_are_copied_once_for_each_tables(tokens: int) -> None:
+    _, tables = adapters(EVEN, torch.float32)
+    tables.offset[1, 2] = ABSENT
+    slots = torch.randint(NO_ADAPTER, len(EVEN.shapes), (tokens,)).to(torch.int32).to(DEVICE)
+    slots[0] = 2
+    batch = AdapterBatch(slots)
+    cells = cells_of(batch, tables)
+    used = slots >= 0
+    for name, own in cells._asdict().items():
+        table = getattr(tables, name)
+        assert own.dtype == table.dtype
+        assert torch.equal(own[:, used], table[:, slots[used].long()])
+    assert (cells.offset[:, ~used] == ABSENT).all() and cells.offset[1, 0] == ABSENT
+    # Kernels divide by them.
+    assert (cells.rank[:, ~used] == 1).all() and (cells.split[:, ~used] == 1).all()
+    assert cells_of(batch, tables) is cells
+    other = replace(tables, offset=tables.offset + 1)
+    assert torch.equal(cells_of(batch, other).offset[0, used], cells.offset[0, used] + 1)
+    assert cells_of(batch, tables) is cells
 
 
 def test_kinds_and_buckets_beyond_what_occurs_change_nothing() -> None:

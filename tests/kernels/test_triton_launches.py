@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from sera_kernels import MOST_RANK, AdapterBatch, AdapterTables, ShapeClasses, triton_path, tune, workspace_bytes
+from sera_kernels import MOST_RANK, AdapterBatch, AdapterTables, ShapeClasses, cells, triton_path, tune, workspace_bytes
 from sera_kernels.decode_kernels import MIXER_ELEMENTS
 from sera_kernels.grouped import path_for
 from sera_kernels.launches import Launch, choose_launch
@@ -179,6 +179,7 @@ def test_a_launch_takes_no_more_memory_than_is_planned(
     monkeypatch.setattr(triton_path, "_buffer", measured)
     for name in ("reduce_mix", "reduce_parts", "mix_parts", "reduce_runs", "reduce_tiles"):
         monkeypatch.setattr(triton_path, name, Kernel())
+    monkeypatch.setattr(cells, "copy_cells", Kernel())
     tables = AdapterTables.empty(layers, 1, "meta")
     tables.set_classes(ShapeClasses(bucket, bucket, bucket))
     # Tensors without memory.
