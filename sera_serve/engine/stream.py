@@ -14,17 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from sera_serve.engine.request import FinishReason, GenerationRequest, TokenLogprobs
 from sera_serve.engine.stop_strings import StopSearch
-from sera_serve.errors import (
-    AdapterOverflow,
-    BaseOverflow,
-    DeadlineExceeded,
-    EngineUnavailable,
-    InvalidRequest,
-    TenantOverloaded,
-)
+from sera_serve.errors import DeadlineExceeded, EngineUnavailable
 
-# Faults of the request itself. That of any other is the engine's.
-_OWN_FAULTS = (AdapterOverflow, BaseOverflow, InvalidRequest, TenantOverloaded)
 # Tokens of one delta, each with its log-probabilities counted as so many more. Many more would keep the event loop. A
 # server holds one event of each slow reader: that of 1,024 tokens with 20 log-probabilities each has a megabyte.
 _MAX_DELTA = 1024
@@ -360,7 +351,8 @@ class GenerationStream(EventReader, AsyncIterator[TokenDelta]):
             DeadlineExceeded: Its time is over; the deltas before had the tokens that it got.
             TenantOverloaded: It waited, for the first time or again, and gave way to a tenant with fewer requests. Or
                 its form needs more memory than its tenant's forms may take.
-            StoreError: It is one of several answers, and was refused before it ran.
+            StoreError, AdapterTooLarge: It waited, for the first time or again, and its adapter was deleted, cannot be
+                read, or finds no room among pinned ones.
         """
         if self._closed or self.result is not None:
             raise StopAsyncIteration
@@ -374,10 +366,9 @@ class GenerationStream(EventReader, AsyncIterator[TokenDelta]):
         end = min(len(request.tokens), seen + most)
         if request.error is not None:
             self._close()
-            # What was refused, before it ran or while it had to wait again, did not fail. To send an overflow or a
-            # wrong form again would not help.
-            was_refused = not self.has_started or request.finish_reason is FinishReason.SHED
-            if was_refused or isinstance(request.error, _OWN_FAULTS):
+            # A failure of the engine says that it ended what had begun. All else is the request's own refusal, which it
+            # gets as any other request does, though it has run: it may wait again, and its adapter be gone by then.
+            if not self.has_started or type(request.error) is not EngineUnavailable:
                 raise request.error
             raise EngineUnavailable(f"generation failed: {request.error}; the request may be sent again")
         if end == seen and self._expired:

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 from adapters_store import AdapterStore
+from adapters_store.errors import AdapterNotFound
 from sera_serve.base import FrozenBase
 from sera_serve.engine import BASE_PRINCIPAL, GenerateParams, GenerationStream
 from sera_serve.engine.request import FinishReason, GenerationRequest, RequestState, TokenLogprobs
 from sera_serve.engine.stream import Detokenizer, Mailbox
-from sera_serve.errors import DeadlineExceeded, Overloaded, TenantOverloaded
+from sera_serve.errors import AdapterTooLarge, DeadlineExceeded, Overloaded, TenantOverloaded
 from support.engine import GatedStore, Start, classify, collect, generate, settled, until
 from support.factories import greedy
 from support.standstill import standstill
@@ -185,6 +186,28 @@ def test_a_generation_that_is_shed_while_it_waits_again_is_refused_as_others_are
         with pytest.raises(TenantOverloaded, match=r"^more than its share; send it again later$") as refusal:
             await anext(stream)
         assert refusal.value.retry_after == 7
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    "error", [AdapterNotFound("adapter a/b was deleted"), AdapterTooLarge("pinned"), OSError("disk")]
+)
+def test_a_generation_whose_adapter_is_gone_when_it_waits_again_is_refused_as_others_are(
+    decoder: FrozenBase, error: Exception
+) -> None:
+    async def main() -> None:
+        request = GenerationRequest(principal=BASE_PRINCIPAL, tokens=[1, 70], prompt_tokens=1)
+        request.started_at = 0.0
+        stream = GenerationStream(
+            request, Detokenizer(decoder.tokenizer, [1], []), Mailbox(asyncio.get_running_loop()), lambda reason: None
+        )
+        for state in (RequestState.RUNNING, RequestState.PREEMPTED, RequestState.LOADING):
+            request.move(state)
+        request.finish(FinishReason.FAILED, error)
+        with pytest.raises(type(error)) as refusal:
+            await anext(stream)
+        assert refusal.value is error
 
     asyncio.run(main())
 

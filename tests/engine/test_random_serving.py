@@ -60,8 +60,8 @@ SUM = [WeightedAdapter("a/one", 0.6), WeightedAdapter("b/two", 0.4)]
 REQUEST_SECONDS, DEADLINE = 60.0, 20.0
 # Of the sum in the device pool.
 LARGEST_BYTES = 4 * 61_440
-# What a call may end with whose adapters are deleted or cannot be read. A generation that has begun gets the last.
-UNREADABLE = {AdapterNotFound, OSError, EngineUnavailable}
+# What a call may end with whose adapters are deleted or cannot be read.
+UNREADABLE = {AdapterNotFound, OSError}
 # Rounds of the event loop.
 ALL = 1000
 
