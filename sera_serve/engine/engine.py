@@ -353,6 +353,7 @@ class ServingEngine(RowCalls):
 
         Each stream is read and closed on its own. Each answer counts as a request in flight, and takes a row of the
         batch. A prompt is computed once, but for its last page: its other answers find its pages in the prefix cache.
+        Where all streams are closed before one runs, the call returns them at once: none has a result.
         Where requests like these share pages with no other, the answers to one prompt share with each other alone.
 
         Args:

@@ -323,11 +323,13 @@ def _scores(group: RowGroup, results: Sequence[RowResult], times: RowTimes) -> C
 
 
 async def any_started(parts: Sequence[Request], reader: EventReader) -> None:
-    """Wait until a part of a call runs; raises why one does not."""
+    """Wait until a part of a call runs, or all were cancelled by their readers; raises why one does not run."""
     while not any(part.started_at is not None for part in parts):
         for part in parts:
             if part.error is not None:
                 raise part.error
+        if all(part.is_finished for part in parts):
+            return
         await reader.wait()
 
 

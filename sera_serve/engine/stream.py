@@ -339,7 +339,8 @@ class GenerationStream(EventReader, AsyncIterator[TokenDelta]):
 
     def end_at(self, deadline: float) -> None:
         """Cancel the request at a time of the running event loop, whether or not anybody reads by then."""
-        self._deadline = asyncio.get_running_loop().call_at(deadline, self._expire)
+        if not self._closed:
+            self._deadline = asyncio.get_running_loop().call_at(deadline, self._expire)
 
     async def __anext__(self) -> TokenDelta:
         """The next delta.

@@ -288,6 +288,33 @@ def test_who_submits_hears_of_the_streams_before_they_run(
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("prompt", ["x", PROMPT])
+def test_a_call_whose_streams_are_all_closed_before_one_runs_returns_at_once(
+    decoder: FrozenBase, adapters: AdapterStore, start_engine: Start, monkeypatch: pytest.MonkeyPatch, prompt: str
+) -> None:
+    engine = start_engine(decoder, adapters)
+    heard: list[GenerationStream] = []
+
+    async def main() -> None:
+        with no_steps(engine, monkeypatch):
+            params = GenerateParams(prompt=prompt, n=3, max_new_tokens=2, timeout_s=300)
+            task = asyncio.ensure_future(engine.generate_choices(params, acting_for(None), None, heard.extend))
+            await until(lambda: len(heard) == 3)
+            for stream in heard:
+                assert not task.done()
+                await stream.aclose()
+            await until(task.done)
+        assert task.result() == heard
+        for stream in heard:
+            assert stream.result is None and [delta async for delta in stream] == []
+            assert stream._deadline is None, "a timer holds a closed stream"
+            with pytest.raises(EngineUnavailable, match="closed before it finished"):
+                await stream.collect()
+        await settled(engine)
+
+    asyncio.run(main())
+
+
 def test_a_later_answer_tells_why_it_was_refused(
     decoder: FrozenBase, adapters: AdapterStore, start_engine: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
