@@ -165,7 +165,10 @@ class ServeSettings(BaseSettings):
         None, description='address of its own for /metrics, such as "127.0.0.1:9100"; by default the server\'s own'
     )
     metrics_label_limit: int = Field(
-        200, ge=1, description="most tenants, and most adapters, with a label of their own in the metrics"
+        200,
+        ge=1,
+        description="most tenants, and most adapters, with a label of their own in the metrics; "
+        "one tenant's adapters take half at most",
     )
     log_format: Literal["text", "json"] = Field("text", description="lines of the log: for people, or one JSON each")
     access_log: bool = Field(True, description="log a line for each request")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Iterator
 from itertools import accumulate
 from typing import Literal
@@ -74,7 +75,9 @@ class UsageMetrics(Collector):
 
     The first `limit` tenants, and the first `limit` adapters, have a label of their own until the server ends. The
     others share the label `other`: a label that passed to another tenant would show wrong rates. Only requests that
-    were served are counted, so nobody can use the labels up by names that do not exist.
+    were served are counted, so nobody can use the labels up by names that do not exist. Nor can a tenant by adapters
+    that do: one more of its adapters gets a label only while more labels are free than its adapters have. So one tenant
+    alone takes half of them, a second one half of the rest, and some are left for those who come later.
     """
 
     def __init__(self, limit: int) -> None:
@@ -82,14 +85,22 @@ class UsageMetrics(Collector):
         self._limit = limit
         self._tenants: dict[str, UsageCounts] = {}
         self._adapters: dict[str, UsageCounts] = {}
+        # Labels that the adapters of each tenant have.
+        self._shares: Counter[str] = Counter()
 
     def tenant(self, name: str) -> UsageCounts:
         """The usage of a tenant, or of all others."""
-        return self._of(self._tenants, name)
+        return self._of(self._tenants, name, 0)[0]
 
     def adapter(self, name: str | None, version: int | None) -> UsageCounts:
         """The usage of an adapter, or of all others; None is the base model, and a sum of adapters has no version."""
-        return self._of(self._adapters, BASE if name is None else COMBINED if version is None else name)
+        if name is None or version is None:
+            return self._of(self._adapters, BASE if name is None else COMBINED, 0)[0]
+        owner = name.partition("/")[0]
+        usage, is_new = self._of(self._adapters, name, self._shares[owner])
+        if is_new:
+            self._shares[owner] += 1
+        return usage
 
     def by_tenant(self) -> dict[str, UsageCounts]:
         """What is known, by label."""
@@ -139,10 +150,13 @@ class UsageMetrics(Collector):
                 family.add_metric([name], list(zip(_BOUNDS, accumulate(seconds.counts), strict=True)), seconds.total)
         yield from (waits, first_tokens)
 
-    def _of(self, known: dict[str, UsageCounts], name: str) -> UsageCounts:
+    def _of(self, known: dict[str, UsageCounts], name: str, share: int) -> tuple[UsageCounts, bool]:
+        """The usage of a label, or of all others, and whether the label is new; `share` labels have the same owner."""
         usage = known.get(name)
-        if usage is None:
-            if len(known) - (OTHER in known) >= self._limit:
-                name = OTHER
-            usage = known.setdefault(name, UsageCounts())
-        return usage
+        if usage is not None:
+            return usage, False
+        free = self._limit - len(known) + (OTHER in known)
+        if share < free:
+            usage = known[name] = UsageCounts()
+            return usage, True
+        return known.setdefault(OTHER, UsageCounts()), False

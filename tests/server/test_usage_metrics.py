@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import cast
@@ -116,6 +117,22 @@ def test_labels_are_bounded_and_nothing_is_lost(metrics: ServerMetrics) -> None:
     ]
     assert adapters == [1, 6, 4]
     assert set(usage.by_tenant()) == {"tenant-0", "tenant-1", "tenant-2", "other"}
+
+
+def test_a_tenant_with_many_adapters_leaves_labels_to_the_adapters_of_others() -> None:
+    usage = UsageMetrics(16)
+    for number in range(100):
+        usage.adapter(f"greedy/{number}", 1).requests += 1
+    for number in range(100):
+        usage.adapter(f"second/{number}", 1).requests += 1
+    for name in ("late/one", "late/two", "greedy/0", "later/one"):
+        usage.adapter(name, 1).requests += 1
+    usage.adapter(None, None).requests += 1
+    labels = usage.by_adapter()
+    owners = Counter(label.partition("/")[0] for label in labels)
+    assert owners == {"greedy": 8, "second": 4, "late": 2, "later": 1, "base": 1, "other": 1}
+    assert labels["greedy/0"].requests == 2
+    assert sum(counts.requests for counts in labels.values()) == 205
 
 
 @pytest.fixture
