@@ -7,19 +7,21 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sera_serve.engine import BASE_PRINCIPAL, GenerateParams
+from sera_serve.engine.loop import choice
 from sera_serve.engine.loop.attention import KeyValuePool, LayerShape, Part, StepContext
 from sera_serve.engine.loop.attention_backend import AttentionOptions
-from sera_serve.engine.loop.choice import ChosenTokens, TokenChooser
+from sera_serve.engine.loop.choice import ChosenTokens, RowMasks, TokenChooser, take_prompt_logprobs
 from sera_serve.engine.loop.pages import PAGE_SIZE
 from sera_serve.engine.loop.row_tables import RowTables
 from sera_serve.engine.loop.runner import PackedStep, StepRunner
 from sera_serve.engine.loop.torch_attention import TorchAttention
-from sera_serve.engine.request import GenerationRequest
+from sera_serve.engine.request import GenerationRequest, TokenLogprobs
 
 # A device without memory.
 META = torch.device("meta")
@@ -75,6 +77,33 @@ def test_the_host_does_not_wait_for_what_is_sampled_by() -> None:
     with Copies() as copies:
         assert TokenChooser(tables)._sampling(asked, META) is not None
     assert copies.waits == [False] * 5
+
+
+def test_the_host_does_not_wait_for_what_scores_are_adjusted_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "choose_tokens", lambda scores, *adjusted: torch.zeros(len(scores), dtype=torch.int64))
+    tables = RowTables(8, 4)
+    penalized = requests(tables, frequency_penalty=0.5)
+    biased = requests(tables, logit_bias={5: 1.0})
+    barred = requests(tables, min_tokens=2)
+    barred[0].end_tokens = barred[1].end_tokens = frozenset({7})
+    masks = RowMasks({barred[0]: np.ones(2, np.uint32)})
+    chooser = TokenChooser(tables)
+    scores = torch.empty(6, 40, device=META)
+    for given in ([], [9]):
+        penalized[0].tokens += given
+        with Copies() as copies:
+            chooser._choose_by_kind(scores, [*penalized, *biased, *barred], set(), masks)
+        # The rows of each kind, of each request the counts or the new token, three penalties and the places; the words
+        # of masks, their rows, entries and values.
+        assert copies.waits == [False] * (2 + (1 if given else 2) + 3 + 1 + 4)
+
+
+def test_the_host_does_not_wait_to_drop_rows_of_prompts() -> None:
+    request = requests(RowTables(2, 4), prompt_logprobs=0)[0]
+    request.prompt_token_logprobs = [TokenLogprobs(1, None)] * 3
+    with Copies() as copies:
+        kept = take_prompt_logprobs(torch.empty(5, 40, device=META), [(request, 1, 3)], set())
+    assert kept.shape == (3, 40) and copies.waits == [False]
 
 
 def test_the_host_does_not_wait_for_pages_to_be_cleared() -> None:

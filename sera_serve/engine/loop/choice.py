@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -157,10 +158,8 @@ class TokenChooser:
             return None
         lengths = np.array([len(request.tokens) for request in requests], np.uint64)
         columns = [tables.temperature, tables.top_k, tables.top_p, tables.min_p]
-        temperature, top_k, top_p, min_p = (
-            torch.from_numpy(column[rows]).to(device, non_blocking=True) for column in columns
-        )
-        keys = torch.from_numpy(sampling_keys(tables.seed[rows], lengths)).to(device, non_blocking=True)
+        temperature, top_k, top_p, min_p = (_brought(column[rows], device) for column in columns)
+        keys = _brought(sampling_keys(tables.seed[rows], lengths), device)
         has_min_p = bool(tables.min_p[rows].any())
         return SamplingRows(
             temperature,
@@ -175,8 +174,7 @@ class TokenChooser:
         names = ("repetition_penalty", "frequency_penalty", "presence_penalty")
         asked = [request.params for request in requests]
         repetition, frequency, presence = (
-            torch.tensor([getattr(params, name) for params in asked], dtype=torch.float32, device=scores.device)
-            for name in names
+            _brought(np.array([getattr(params, name) for params in asked], np.float32), scores.device) for name in names
         )
         counts = self._counts.rows(requests, scores.shape[1], scores.device)
         return Penalties(counts, repetition, frequency, presence)
@@ -211,15 +209,15 @@ class CountTable:
             place = self._places[request]
             counted = self._counted.get(request, 0)
             if not counted:
-                table[place] = torch.from_numpy(counts_of(request, vocabulary)).to(device)
+                table[place] = _brought(counts_of(request, vocabulary), device)
             else:
                 added += [(place, token) for token in request.tokens[counted:]]
             self._counted[request] = len(request.tokens)
         if added:
-            places, tokens = torch.tensor(added, dtype=torch.int64).to(device).T
+            places, tokens = _brought(np.array(added, np.int64), device).T
             ones = torch.ones(len(added), dtype=torch.int32, device=device)
             table.index_put_((places, tokens), ones, accumulate=True)
-        return table[torch.tensor([self._places[request] for request in requests], device=device)]
+        return table[_brought(np.array([self._places[request] for request in requests], np.int64), device)]
 
     def _room(self, requests: Sequence[GenerationRequest], vocabulary: int, device: torch.device) -> Tensor:
         """The table, with a place for each request."""
@@ -327,10 +325,10 @@ def bias_of(
     masked = [(index, masks[request]) for index, request in enumerate(requests) if request in masks]
     if masked:
         # As bits to the device, which is a thirty-second of what the bias takes.
-        words = torch.from_numpy(np.stack([mask for _, mask in masked]).view(np.int32)).to(device)
+        words = _brought(np.stack([mask for _, mask in masked]).view(np.int32), device)
         bits = (words.unsqueeze(2) >> torch.arange(32, dtype=torch.int32, device=device)) & 1
         barred = bits.flatten(1)[:, :vocabulary] == 0
-        rows = torch.tensor([index for index, _ in masked], device=device)
+        rows = _brought(np.array([index for index, _ in masked], np.int64), device)
         bias[rows] = torch.where(barred, -torch.inf, 0.0)
     # A bias may have a thousand entries: each request makes its arrays once.
     entries = [(index, *request.bias_entries) for index, request in enumerate(requests) if request.params.logit_bias]
@@ -341,8 +339,8 @@ def bias_of(
     ]
     if entries:
         at_rows = np.concatenate([np.full(len(tokens), index) for index, tokens, _ in entries])
-        at = torch.from_numpy(np.stack([at_rows, np.concatenate([tokens for _, tokens, _ in entries])])).to(device)
-        values = torch.from_numpy(np.concatenate([values for _, _, values in entries])).to(device)
+        at = _brought(np.stack([at_rows, np.concatenate([tokens for _, tokens, _ in entries])]), device)
+        values = _brought(np.concatenate([values for _, _, values in entries]), device)
         bias.index_put_((at[0], at[1]), values, accumulate=True)
     return bias
 
@@ -356,7 +354,7 @@ def token_logprobs(logits: Tensor, tokens: Sequence[int], top: int) -> list[Toke
         top: How many of the likeliest tokens.
     """
     logprobs = logits.float().log_softmax(1)
-    own = logprobs.gather(1, torch.tensor(tokens, device=logits.device).unsqueeze(1))
+    own = logprobs.gather(1, _brought(np.array(tokens, np.int64), logits.device).unsqueeze(1))
     values, indices = logprobs.topk(min(top, logits.shape[1]), dim=1)
     # One list from the device in place of three for each row.
     figures = torch.cat((own, values), 1).tolist()
@@ -378,11 +376,12 @@ def take_prompt_logprobs(
         chunks: Requests, with the first row and the number of rows of each.
         overflowed: Gets the requests with a log-probability that is not finite.
     """
-    wanted = torch.ones(len(logits), dtype=torch.bool)
+    wanted = np.ones(len(logits), bool)
     for request, first, count in chunks:
         _note_prompt(logits[first : first + count], request, overflowed)
         wanted[first : first + count - 1] = False
-    return logits[wanted.to(logits.device)]
+    # Not by the mask: the host would wait to hear how many rows it has.
+    return logits[_brought(np.flatnonzero(wanted), logits.device)]
 
 
 def _note_prompt(logits: Tensor, request: GenerationRequest, overflowed: set[GenerationRequest]) -> None:
@@ -407,7 +406,13 @@ def _rows_of(logits: Tensor, indices: Sequence[int]) -> Tensor:
     """These rows of the logits; the logits themselves if they are all of them, which are in order."""
     if len(indices) == len(logits):
         return logits
-    return logits[torch.tensor(indices, device=logits.device)]
+    return logits[_brought(np.array(indices, np.int64), logits.device)]
+
+
+def _brought(array: NDArray[Any], device: torch.device) -> Tensor:
+    """The array on the device, in the order of its stream. The host goes on: the forward pass may still run there."""
+    # CUDA has taken what ordinary memory holds when such a copy returns.
+    return torch.from_numpy(array).to(device, non_blocking=True)
 
 
 def constraint_failed(request: GenerationRequest, error: Exception) -> Exception:
