@@ -338,7 +338,7 @@ class FlashOperation:
         assert scale is not None and window_size_left is not None
         # The key at the left edge of such a window is seen.
         options = AttentionOptions(scale, window=None if window_size_left < 0 else window_size_left + 1)
-        indices = ChunkGroup(0, slice(0, len(query)), cum_seq_q, cum_seq_k, max_q, max_k, None)
+        indices = ChunkGroup(0, slice(0, len(query)), cum_seq_q, cum_seq_k, (cum_seq_q, cum_seq_k), max_q, max_k, None)
         return (FloatVarlen()(query, key, value, indices, options),)
 
 
@@ -358,7 +358,7 @@ def test_torchs_operation_gets_its_arguments(monkeypatch: pytest.MonkeyPatch) ->
     # The operation of this torch accepts them, with fewer key-value heads than heads.
     q, k = (torch.empty(9, heads, 64, dtype=torch.bfloat16, device="meta") for heads in (8, 2))
     ends = torch.zeros(3, dtype=torch.int32, device="meta")
-    indices = ChunkGroup(0, slice(0, 9), ends, ends, 5, 9, None)
+    indices = ChunkGroup(0, slice(0, 9), ends, ends, (ends, ends), 5, 9, None)
     assert TorchVarlen()(q, k, k, indices, WINDOW).shape == (9, 8, 64)
 
 
@@ -436,50 +436,89 @@ def test_flash_attn_gets_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(softcaps) == 3, "sinks are not for this library"
 
 
+class StandInWrapper:
+    """FlashInfer's, as far as it is used: it plans from tensors on the host, and runs torch's operation.
+
+    Attributes:
+        plans: The softcap of each plan so far, of all wrappers.
+        on_way: Wrappers whose plan the device may not have taken yet.
+    """
+
+    plans: list[float | None]
+    on_way: set[StandInWrapper]
+
+    def __init__(self, float_workspace_buffer: Tensor, kv_layout: str = "NHD") -> None:
+        assert float_workspace_buffer.dtype == torch.uint8 and kv_layout == "NHD"
+
+    def plan(
+        self,
+        qo_indptr: Tensor,
+        kv_indptr: Tensor,
+        num_qo_heads: int,
+        num_kv_heads: int,
+        head_dim_qk: int,
+        causal: bool = False,
+        window_left: int = -1,
+        logits_soft_cap: float | None = None,
+        sm_scale: float | None = None,
+        q_data_type: torch.dtype = torch.float16,
+    ) -> None:
+        assert (num_qo_heads, num_kv_heads, head_dim_qk, q_data_type) == (4, 2, 64, torch.float16)
+        for ends in (qo_indptr, kv_indptr):
+            assert ends.device.type == "cpu" and ends.dtype == torch.int32 and ends.is_contiguous()
+        assert self not in self.on_way, "it writes over a plan that the device has not taken"
+        self.on_way.add(self)
+        self.plans.append(logits_soft_cap)
+        longest = [int(ends.diff().max()) for ends in (qo_indptr, kv_indptr)]
+        self._planned = (qo_indptr.to(DEVICE), kv_indptr.to(DEVICE), *longest, 0.0, causal, False)
+        self._options = {"scale": sm_scale, "window_size_left": window_left, "window_size_right": 0}
+
+    def run(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return FlashOperation()(q, k, v, *self._planned, **self._options)[0]
+
+
+@pytest.fixture
+def flashinfer(monkeypatch: pytest.MonkeyPatch) -> PagedAttention:
+    monkeypatch.setattr(StandInWrapper, "plans", [], raising=False)
+    monkeypatch.setattr(StandInWrapper, "on_way", set(), raising=False)
+    monkeypatch.setattr(cuda_attention.FlashInferVarlen, "_WORKSPACE_BYTES", 16)
+    monkeypatch.setattr(cuda_attention, "_wait_for", lambda device: StandInWrapper.on_way.clear())
+    install(monkeypatch, "flashinfer", BatchPrefillWithRaggedKVCacheWrapper=StandInWrapper)
+    backend = choose_backend("flashinfer", CUDA)
+    assert isinstance(backend, PagedAttention)
+    return backend
+
+
 @pytest.mark.parametrize(("most_gathered", "groups"), [(1 << 16, 1), (150, 4)])
 def test_flashinfer_plans_a_group_once_for_each_step_and_kind_of_layer(
-    most_gathered: int, groups: int, monkeypatch: pytest.MonkeyPatch
+    most_gathered: int, groups: int, flashinfer: PagedAttention, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plans: list[float | None] = []
-
-    class Wrapper:
-        def __init__(self, float_workspace_buffer: Tensor, kv_layout: str = "NHD") -> None:
-            assert float_workspace_buffer.dtype == torch.uint8 and kv_layout == "NHD"
-
-        def plan(
-            self,
-            qo_indptr: Tensor,
-            kv_indptr: Tensor,
-            num_qo_heads: int,
-            num_kv_heads: int,
-            head_dim_qk: int,
-            causal: bool = False,
-            window_left: int = -1,
-            logits_soft_cap: float | None = None,
-            sm_scale: float | None = None,
-            q_data_type: torch.dtype = torch.float16,
-        ) -> None:
-            assert (num_qo_heads, num_kv_heads, head_dim_qk, q_data_type) == (4, 2, 64, torch.float16)
-            plans.append(logits_soft_cap)
-            longest = [int(ends.diff().max()) for ends in (qo_indptr, kv_indptr)]
-            self._planned = (qo_indptr, kv_indptr, *longest, 0.0, causal, False)
-            self._options = {"scale": sm_scale, "window_size_left": window_left, "window_size_right": 0}
-
-        def run(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return FlashOperation()(q, k, v, *self._planned, **self._options)[0]
-
-    monkeypatch.setattr(cuda_attention.FlashInferVarlen, "_WORKSPACE_BYTES", 16)
-    install(monkeypatch, "flashinfer", BatchPrefillWithRaggedKVCacheWrapper=Wrapper)
-    backend = choose_backend("flashinfer", CUDA)
     monkeypatch.setattr(cuda_attention, "MOST_GATHERED", most_gathered)
+    monkeypatch.setattr(cuda_attention, "_wait_for", lambda device: pytest.fail("the device is waited for"))
+    plans = StandInWrapper.plans
     for planned in (2 * groups, 4 * groups):
-        step = make_step(backend, LONG, 64, 64, dtype=torch.float16)
+        step = make_step(flashinfer, LONG, 64, 64, dtype=torch.float16)
         step.check(0, PLAIN, 5e-3)
         step.check(1, WINDOW, 5e-3)
         step.check(1, PLAIN, 5e-3)
         assert len(plans) == planned
+        # The step has ended.
+        StandInWrapper.on_way.clear()
     step.run(0, AttentionOptions(0.25, softcap=30.0))
     assert plans[-1] == 30.0
+
+
+def test_flashinfer_writes_over_no_plan_that_the_device_has_not_taken(
+    flashinfer: PagedAttention, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda_attention, "MOST_GATHERED", 150)
+    monkeypatch.setattr(cuda_attention.FlashInferVarlen, "_MOST_WRAPPERS", 2)
+    for _ in range(2):
+        step = make_step(flashinfer, LONG, 64, 64, dtype=torch.float16)
+        step.check(0, PLAIN, 5e-3)
+        step.check(1, PLAIN, 5e-3)
+        StandInWrapper.on_way.clear()
+    assert len(StandInWrapper.plans) == 16, "four groups, two layers, two steps"
 
 
 def test_the_device_decides_unless_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,6 +34,7 @@ class ChunkGroup:
         tokens: Which of the tokens of all chunks are this group's.
         query_ends: int32 (chunks + 1,), 0 and the end of each chunk's queries.
         key_ends: int32 (chunks + 1,), likewise of each chunk's keys.
+        ends_on_host: Both, on the host.
         max_queries: Queries of the longest chunk.
         max_keys: The most keys of a chunk.
         places: int64 (keys,), the place of each key in the pool; None where all keys are this step's own.
@@ -43,6 +44,7 @@ class ChunkGroup:
     tokens: slice
     query_ends: Tensor
     key_ends: Tensor
+    ends_on_host: tuple[Tensor, Tensor]
     max_queries: int
     max_keys: int
     places: Tensor | None
@@ -90,23 +92,24 @@ class PackedIndices:
         lengths = np.zeros(0, np.int64) if decodes is None else decodes.lengths
         grouped = _grouped(others, len(table))
         arrays = [lengths, table.reshape(-1)]
-        for chunks in grouped:
+        all_ends = [_ends(chunks) for chunks in grouped]
+        for chunks, ends_h in zip(grouped, all_ends, strict=True):
             is_gathered = any(chunk.pages is not None for chunk in chunks)
             keys = [chunk.keys() for chunk in chunks] if is_gathered else [lengths[:0]]
-            arrays += [_ends(chunks), np.concatenate(keys)]
-        on_device = torch.from_numpy(np.concatenate(arrays)).to(places.device, non_blocking=True)
-        lengths_d, table_d, *pieces = on_device.split([len(array) for array in arrays])
+            arrays += [ends_h, np.concatenate(keys)]
+        brought = torch.from_numpy(np.concatenate(arrays)).to(places.device, non_blocking=True)
+        lengths_d, table_d, *pieces = brought.split([len(array) for array in arrays])
         groups: list[ChunkGroup] = []
         begin = 0
-        for chunks, ends, places_d in zip(grouped, pieces[0::2], pieces[1::2], strict=True):
-            query_ends, key_ends = ends.view(torch.int32).view(2, -1)[:, : len(chunks) + 1]
+        for chunks, ends_h, ends_d, places_d in zip(grouped, all_ends, pieces[0::2], pieces[1::2], strict=True):
+            on_host, on_device = (_parted(ends, len(chunks) + 1) for ends in (torch.from_numpy(ends_h), ends_d))
             gathered = None
             if len(places_d):
                 # Keys below 0 are this step's own, counted from its first token.
                 gathered = torch.where(places_d < 0, places[(-1 - places_d).clamp(min=0)], places_d)
             end = begin + sum(chunk.new for chunk in chunks)
             most = max(chunk.new for chunk in chunks), max(chunk.total for chunk in chunks)
-            groups.append(ChunkGroup(len(groups), slice(begin, end), query_ends, key_ends, *most, gathered))
+            groups.append(ChunkGroup(len(groups), slice(begin, end), *on_device, on_host, *most, gathered))
             begin = end
         return cls(RowKeys(table_d.view(table.shape), lengths_d), groups)
 
@@ -273,7 +276,8 @@ class FlashAttnVarlen:
 class FlashInferVarlen:
     """The library FlashInfer. It plans each group of chunks for each kind of layer, on the host.
 
-    The host waits for the device in each plan. A wrapper keeps one plan, so a step's groups have wrappers of their own.
+    A plan reads the ends of queries and keys. It gets those of the host: it would wait for the device to read them
+    there. A wrapper keeps one plan, so a step's groups have wrappers of their own.
     """
 
     _WORKSPACE_BYTES = 128 << 20
@@ -302,9 +306,12 @@ class FlashInferVarlen:
             self._workspace = torch.empty(self._WORKSPACE_BYTES, dtype=torch.uint8, device=query.device)
         planned, wrapper = self._planned.get(kind) or (None, self._make(self._workspace, "NHD"))
         if planned is not group:
+            if planned is not None and planned.place != group.place:
+                # Both may be groups of one step. A wrapper writes its plan to page-locked memory, from where the device
+                # may not have taken the one before. The plans of the steps before were taken when those ended.
+                _wait_for(query.device)
             wrapper.plan(
-                group.query_ends,
-                group.key_ends,
+                *group.ends_on_host,
                 *shape[:3],
                 causal=True,
                 sm_scale=options.scale,
@@ -315,6 +322,12 @@ class FlashInferVarlen:
             self._planned[kind] = (group, wrapper)
         out: Tensor = wrapper.run(query, key, value)
         return out
+
+
+def _wait_for(device: torch.device) -> None:
+    """Wait until a GPU has done what it was given on this stream."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
 
 
 def _split(parts: list[Part]) -> tuple[Part | None, list[Part]]:
@@ -344,3 +357,9 @@ def _ends(chunks: list[_Chunk]) -> NDArray[np.int64]:
     np.cumsum([chunk.new for chunk in chunks], out=ends[0, 1 : len(chunks) + 1])
     np.cumsum([chunk.total for chunk in chunks], out=ends[1, 1 : len(chunks) + 1])
     return ends.reshape(-1).view(np.int64)
+
+
+def _parted(ends: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The two rows of `_ends`, int32 (count,) each."""
+    queries, keys = ends.view(torch.int32).view(2, -1)[:, :count]
+    return queries, keys
