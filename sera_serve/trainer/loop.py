@@ -28,7 +28,14 @@ from sera_serve.trainer.checkpoint import (
 )
 from sera_serve.trainer.loss_scale import LossScale, needs_loss_scale
 from sera_serve.trainer.order import LengthGroupedOrder
-from sera_serve.trainer.parallel import CountedRows, Processes, SeedEachStep, ShareOfBatches, counted_batch
+from sera_serve.trainer.parallel import (
+    CountedRows,
+    Processes,
+    SeedEachStep,
+    ShareOfBatches,
+    counted_batch,
+    may_leave_out,
+)
 from sera_serve.trainer.schedule import rate_factors
 from sera_serve.trainer.settings import TrainSettings
 from sera_serve.trainer.task_options import LOWER_IS_BETTER
@@ -50,9 +57,17 @@ class OneDeviceArguments(TrainingArguments):  # type: ignore[misc]
 
 
 def training_arguments(
-    settings: TrainSettings, run_dir: Path, *, evaluates: bool, processes: Processes = ALONE
+    settings: TrainSettings,
+    run_dir: Path,
+    *,
+    evaluates: bool,
+    processes: Processes = ALONE,
+    leaves_out: bool | None = None,
 ) -> TrainingArguments:
-    """Translate `settings` into transformers' arguments, without reports to any service."""
+    """Translate `settings` into transformers' arguments, without reports to any service.
+
+    `leaves_out`, of several processes, is whether a step may leave parameters out; see `may_leave_out`.
+    """
     metric = settings.best_metric
     return OneDeviceArguments(
         output_dir=str(run_dir),
@@ -74,6 +89,7 @@ def training_arguments(
         remove_unused_columns=False,
         dataloader_pin_memory=settings.device != "cpu",
         skip_memory_metrics=True,
+        ddp_find_unused_parameters=leaves_out,
     )
 
 
@@ -126,11 +142,17 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         own = [SaveByTheClock(settings.checkpoint_seconds), StopOnNonFiniteLoss()]
         if self.allocation is not None:
             own.append(self.allocation)
+        leaves_out: bool | None = None
         if processes.count > 1:
+            # What this draws does not count: the generators are seeded in each step.
             own.append(SeedEachStep(settings.seed, processes))
+            batch = counted_batch(task.collate, settings.task, [(task.train_rows[0], True)])
+            del batch["loss_items"]
+            leaves_out = may_leave_out(task.model, batch)
+        evaluates = bool(task.eval_rows)
         super().__init__(
             model=task.model,
-            args=training_arguments(settings, run_dir, evaluates=bool(task.eval_rows), processes=processes),
+            args=training_arguments(settings, run_dir, evaluates=evaluates, processes=processes, leaves_out=leaves_out),
             data_collator=task.collate,
             train_dataset=task.train_rows,
             eval_dataset=task.eval_rows or None,

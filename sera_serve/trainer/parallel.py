@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 from transformers import TrainerCallback
 
@@ -158,6 +158,25 @@ def _loss_items(task: str, batch: Mapping[str, Tensor]) -> int:
     if labels.dim() == 1 or labels.is_floating_point():
         return len(labels)
     return int((labels != IGNORED).sum())
+
+
+def may_leave_out(model: nn.Module, batch: Mapping[str, Tensor]) -> bool:
+    """Whether a trained parameter may have no part in the loss of a batch: one of a pooler, or of an expert.
+
+    torch must then look for such parameters in each step. Where there are none, it warns that it looks for nothing.
+
+    Args:
+        model: Returns its loss under `loss`.
+        batch: Its keyword arguments, on any device. Only what the experts of a mixture compute depends on the batch.
+    """
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if any("expert" in name for name in trained):
+        return True
+    device = next(iter(trained.values())).device
+    with torch.enable_grad():
+        loss = model(**{name: tensor.to(device) for name, tensor in batch.items()})["loss"]
+    gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+    return any(gradient is None for gradient in gradients)
 
 
 class SeedEachStep(TrainerCallback):  # type: ignore[misc]

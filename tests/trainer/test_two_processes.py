@@ -12,11 +12,12 @@ import pytest
 import torch
 from accelerate import skip_first_batches
 from image_samples import image_folder, image_settings
-from trainer_samples import ending_rule, write_csv, write_jsonl
+from trainer_samples import ending_rule, settings_for, write_csv, write_jsonl
 
 from adapters_store import AdapterStore
+from sera_serve.base import load_base
 from sera_serve.trainer.loop import AdapterTrainer
-from sera_serve.trainer.parallel import Processes, ShareOfBatches
+from sera_serve.trainer.parallel import Processes, ShareOfBatches, may_leave_out
 from sera_serve.trainer.run import TrainingRun, build_task, with_run
 from support.vision import random_clip
 
@@ -56,6 +57,41 @@ def test_a_share_has_other_crops_in_each_epoch_as_one_process_has(tmp_path: Path
     with_run(settings, check, base=random_clip())
 
 
+@pytest.mark.parametrize(
+    ("kind", "targets", "leaves_out"),
+    [("decoder", "all-linear", False), ("encoder", "query,value", False), ("encoder", "all-linear", True)],
+)
+def test_parameters_without_a_part_are_looked_for_where_there_may_be_some(
+    tiny_base: Path, tiny_encoder: Path, tmp_path: Path, kind: str, targets: str, leaves_out: bool
+) -> None:
+    rows = write_csv(tmp_path / "rows.csv", ending_rule(20))
+    settings = settings_for(Path("tiny"), tmp_path, rows, target_modules=targets, dropout=0.1)
+    looked = []
+
+    def look(run: TrainingRun) -> None:
+        task = build_task(run)
+        for count in (1, 2):
+            args = AdapterTrainer(task, settings, tmp_path / "run", [], Processes(0, count)).args
+            looked.append(args.ddp_find_unused_parameters)
+        assert all(parameter.grad is None for parameter in task.model.parameters())
+
+    # The encoder has a pooler, whose output nothing reads.
+    with_run(settings, look, base=load_base(str(tiny_base if kind == "decoder" else tiny_encoder)))
+    assert looked == [None, leaves_out]
+
+
+def test_experts_may_be_left_out_in_another_batch() -> None:
+    class Mixture(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = torch.nn.ModuleList([torch.nn.Linear(2, 1) for _ in range(2)])
+
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"loss": sum(expert(x).sum() for expert in self.experts)}
+
+    assert may_leave_out(Mixture(), {"x": torch.ones(1, 2)})
+
+
 def launch(words: list[str], script: Path | None = None) -> subprocess.CompletedProcess[str]:
     program = [str(script)] if script is not None else ["-m", "sera_serve.trainer"]
     command = [sys.executable, "-m", "accelerate.commands.launch", *LAUNCH, *program, *words]
@@ -89,6 +125,7 @@ def test_two_processes_train_what_one_does(tiny_base: Path, tmp_path: Path, task
     both = launch(words(tiny_base, tmp_path / "two", rows, task))
     assert alone.returncode == 0, alone.stderr
     assert both.returncode == 0, both.stderr
+    assert "find_unused_parameters" not in both.stderr
     # The main process alone prints and publishes.
     (line,) = both.stdout.splitlines()
     results = [json.loads(alone.stdout), json.loads(line)]
