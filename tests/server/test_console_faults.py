@@ -200,6 +200,19 @@ def test_a_file_of_the_page_that_is_missing_is_no_lost_connection(tab: Tab) -> N
     expect(page.get_by_role("heading", level=1)).to_have_text("Quotas")
 
 
+def test_rows_of_other_filters_do_not_stay_beside_a_filter_that_cannot_be_looked_for(tab: Tab) -> None:
+    page = tab.open("adapters")
+    rows = page.locator("tbody tr")
+    expect(rows).to_have_count(2)
+    page.context.set_offline(True)
+    page.get_by_label("Task").select_option("classify")
+    expect(page.get_by_role("alert").first).to_contain_text("goes on when the server is back")
+    expect(rows).to_have_count(0)
+    expect(page.get_by_text("0 adapters")).to_have_count(0)
+    page.context.set_offline(False)
+    expect(rows).to_have_count(1, timeout=BACK_MS)
+
+
 def test_a_lost_connection_hides_neither_the_heading_nor_the_menu(tab: Tab) -> None:
     page = tab.page
     page.set_viewport_size({"width": 390, "height": 844})

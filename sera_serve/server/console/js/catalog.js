@@ -77,7 +77,7 @@ export function useSearch(filters, number, first = 0) {
   const [found, setFound] = useState(NOTHING);
   const current = useRef(null);
   const key = JSON.stringify(filters);
-  // What is shown is there again after a lost connection, not its first part alone.
+  // Which filters the rows are of, and how many: they are there again after a lost connection, not the first part alone.
   const shown = useRef({ key, number: first });
   const step = useCallback((walk, controller, wanted) => {
     walk.more(wanted, controller.signal).then(
@@ -86,7 +86,12 @@ export function useSearch(filters, number, first = 0) {
         shown.current = { key: JSON.stringify(walk.filters), number: state.rows.length };
         setFound(state);
       },
-      (error) => !controller.signal.aborted && setFound((old) => ({ ...old, error, busy: false })),
+      (error) => {
+        if (controller.signal.aborted) return;
+        // Rows of other filters must not stay beside these, as if they matched.
+        const areOwn = shown.current.key === JSON.stringify(walk.filters);
+        setFound((old) => ({ ...(areOwn ? old : NOTHING), error, busy: false }));
+      },
     );
   }, []);
   useEffect(() => {

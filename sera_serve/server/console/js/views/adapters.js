@@ -54,7 +54,8 @@ function List({ me }) {
       <${SelectField} label="Size" options=${SIZES.map(([value, text]) => [value, text])} ...${field("size")} />
       ${isFiltered && html`<${Button} kind="quiet" onClick=${() => setFilters(NO_FILTERS)}>Clear<//>`}
     </form>
-    <p class="result-line" role="status">${busy ? "Looking..." : summary(rows, looked, isDone, isFiltered)}</p>
+    <p class="result-line" role="status">
+      ${busy ? "Looking..." : error && !rows.length ? "" : summary(rows, looked, isDone, isFiltered)}</p>
     <${ErrorNote} error=${error} retry=${again} />
     ${rows.length > 0
       ? html`<${Table} rows=${rows} onLeave=${leave} />`
