@@ -98,6 +98,9 @@ class WatchedDirectory:
         self._absent = {name: self._absent.get(name, 0) + 1 for name in missing}
         gone = sorted(name for name, polls in self._absent.items() if polls >= _QUIET_POLLS)
         self._entries = {name: entry for name, entry in self._entries.items() if name in present}
+        # What is gone without a publication is forgotten; what was published is still to be withdrawn.
+        kept = present | self._published.keys()
+        self._refusals = {name: text for name, text in self._refusals.items() if name in kept}
         ready = []
         for name, (path, signature) in found.items():
             entry = self._entries.get(name)

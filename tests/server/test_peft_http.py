@@ -248,6 +248,32 @@ def test_what_changes_waits_until_it_is_quiet(checkpoint: Path, tmp_path: Path) 
     assert directory.poll() == ([], [])
 
 
+def test_a_refusal_is_forgotten_with_its_file(tmp_path: Path) -> None:
+    directory = watcher.WatchedDirectory(tmp_path)
+    target, published = tmp_path / "acme" / "refused", tmp_path / "acme" / "published"
+    for folder in (target, published):
+        folder.mkdir(parents=True)
+        (folder / WEIGHTS).write_bytes(b"x")
+    for _ in range(3):
+        directory.poll()
+    directory.mark_handled("acme/published", published=True)
+    assert directory.try_later("acme/refused", "the disk is full")
+    directory.poll()
+    assert not directory.try_later("acme/refused", "the disk is full")
+    shutil.rmtree(target)
+    shutil.rmtree(published)
+    directory.poll()
+    assert directory.poll() == ([], ["acme/published"])
+    # This one is still to be withdrawn.
+    assert directory.try_later("acme/published", "the database is locked")
+    directory.poll()
+    assert not directory.try_later("acme/published", "the database is locked")
+    target.mkdir()
+    (target / WEIGHTS).write_bytes(b"x")
+    directory.poll()
+    assert directory.try_later("acme/refused", "the disk is full")
+
+
 def test_a_file_that_vanishes_within_an_adapter_withdraws_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
