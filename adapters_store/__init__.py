@@ -10,7 +10,7 @@ from adapters_store.convert.peft_export import HEAD_FILE, export_peft, write_hea
 from adapters_store.convert.peft_files import PeftFiles, peft_from_bytes, peft_from_path
 from adapters_store.convert.peft_import import PeftImport, import_peft, with_record
 from adapters_store.convert.peft_layers import PeftLayer
-from adapters_store.counting import Held
+from adapters_store.counting import RETIRED_BYTES, Held
 from adapters_store.errors import (
     AdapterNotFound,
     InvalidAdapterName,
@@ -46,6 +46,7 @@ __all__ = [
     "MAX_CHAT_TEMPLATE_BYTES",
     "MAX_PARTS",
     "MOST_RANK",
+    "RETIRED_BYTES",
     "STORE_MARK",
     "Activation",
     "AdapterBundle",

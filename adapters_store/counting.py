@@ -13,6 +13,8 @@ from adapters_store.integrity import DamageLog
 
 # Adapters whose bytes are remembered, of all tenants together; some 200 bytes each.
 _MAX_REMEMBERED = 200_000
+RETIRED_BYTES = 4096
+"""What the record of a deleted adapter counts: it takes a file for as long as the store, and few bytes of it."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,8 @@ class Held:
     Attributes:
         adapters: Adapters that have a version.
         nbytes: Bytes of the files of all their versions: tensors, configurations and names. Two versions with the same
-            content count twice, unless they are of one adapter, which has each content once.
+            content count twice, unless they are of one adapter, which has each content once. Each adapter that was
+            deleted adds `RETIRED_BYTES`, until its name has a version again.
     """
 
     adapters: int = 0
@@ -75,6 +78,7 @@ class HeldCounter:
         sizes = [entry[1] for entry in found.values()]
         largest = max((size.largest for size in sizes), default=0)
         nbytes = sum(size.nbytes + size.damaged * largest for size in sizes)
+        nbytes += RETIRED_BYTES * len(self._backend.retired(tenant) - found.keys())
         with self._lock:
             self._known[tenant] = found
             self._known.move_to_end(tenant)

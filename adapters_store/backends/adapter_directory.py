@@ -205,3 +205,9 @@ def version_stamps(root: str, tenant: str) -> dict[str, str]:
                 settled = abs(now - state.st_mtime_ns) > _TICK_NS
                 stamps[f"{tenant}/{entry.name}"] = f"{state.st_mtime_ns}.{state.st_ino}" if settled else ""
     return stamps
+
+
+def retired_adapters(root: str, tenant: str) -> set[str]:
+    """See `Backend.retired`; what does not end as a record is none."""
+    names = (file.removesuffix(".json") for file in names_in(f"{root}/retired/{tenant}") if file.endswith(".json"))
+    return {f"{tenant}/{name}" for name in filter(is_part, names)}

@@ -149,6 +149,9 @@ class Backend(Protocol):
         An empty text says nothing: the versions may have changed. An adapter without versions may be among them.
         """
 
+    def retired(self, tenant: str) -> set[str]:
+        """Adapters of a tenant that ever lost a version: a record of each is kept, also where the adapter is gone."""
+
     def put_bundle(self, bundle: AdapterBundle, limits: BundleLimits) -> None:
         """Store a bundle in its single-file form, in place of whatever is there under its digest.
 

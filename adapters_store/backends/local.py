@@ -9,7 +9,7 @@ from contextlib import suppress
 from functools import wraps
 from typing import Concatenate, ParamSpec, TypeVar
 
-from adapters_store.backends.adapter_directory import AdapterDirectory, version_stamps
+from adapters_store.backends.adapter_directory import AdapterDirectory, retired_adapters, version_stamps
 from adapters_store.backends.bundle_files import BundleFiles
 from adapters_store.backends.interface import Change, CommitResult, Manifest, Outcome
 from adapters_store.backends.name_index import SEGMENT_LIMIT, NameIndex
@@ -124,6 +124,11 @@ class LocalBackend:
     def stamps(self, tenant: str) -> dict[str, str]:
         """See `Backend.stamps`."""
         return version_stamps(self._root.path, tenant)
+
+    @_reads
+    def retired(self, tenant: str) -> set[str]:
+        """See `Backend.retired`."""
+        return retired_adapters(self._root.path, tenant)
 
     def put_bundle(self, bundle: AdapterBundle, limits: BundleLimits) -> None:
         """See `Backend.put_bundle`."""

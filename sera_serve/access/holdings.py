@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from adapters_store import AdapterStore, Held, StoreError, parse_adapter
+from adapters_store import RETIRED_BYTES, AdapterStore, Held, StoreError, parse_adapter
 from sera_serve.access.quotas import Quota, QuotaExceeded, Quotas
 from sera_serve.errors import counted
 
@@ -163,7 +163,8 @@ def _excess(tenant: str, quota: Quota, held: Held, added: Held) -> QuotaExceeded
     if quota.bytes is not None and held.nbytes + added.nbytes > quota.bytes:
         return QuotaExceeded(
             f"tenant {tenant!r} has {held.nbytes} bytes of adapters, this one has {added.nbytes}, and all may have "
-            f"{quota.bytes}; delete versions first, or ask the operator for more",
+            f"{quota.bytes}; delete versions first, or ask the operator for more; the name of each deleted adapter "
+            f"counts {RETIRED_BYTES}",
             param="bundle",
         )
     return None

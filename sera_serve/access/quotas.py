@@ -63,7 +63,7 @@ class Quota:
 
     Attributes:
         adapters: Adapters in the store.
-        bytes: Bytes of all versions in the store.
+        bytes: Bytes of all versions in the store, and `RETIRED_BYTES` for each deleted adapter.
         requests_per_minute: Requests for inference.
         tokens_per_minute: Tokens of prompts and of answers.
         requests_in_flight: Requests waiting or running; the server's own limit holds too.

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from adapters_store import AdapterBundle, AdapterStore, Held
+from adapters_store import RETIRED_BYTES, AdapterBundle, AdapterStore, Held
 from adapters_store.counting import HeldCounter
 from sera_serve import SeraConfig
 from sera_serve.access import AccessDatabase, Holdings, QuotaExceeded, Quotas
@@ -64,7 +64,33 @@ def test_the_store_counts_every_version(store: AdapterStore, bundles: list[Adapt
     AdapterStore(store.root).delete("acme/a@v1")
     assert store.held("acme") == Held(2, 2 * size)
     AdapterStore(store.root).delete("acme/b")
-    assert store.held("acme") == AdapterStore(store.root).held("acme") == Held(1, size)
+    assert store.held("acme") == AdapterStore(store.root).held("acme") == Held(1, size + RETIRED_BYTES)
+
+
+def test_a_deleted_adapter_counts_its_record_until_it_is_back(
+    store: AdapterStore, bundles: list[AdapterBundle]
+) -> None:
+    size = bundles[0].file_bytes
+    holdings = limited(store, bytes=size + 3 * RETIRED_BYTES)
+    # Publications and deletions without end would leave files without end.
+    for number in range(3):
+        publish(holdings, store, bundles[0], f"acme/n{number}")
+        store.delete(f"acme/n{number}")
+        holdings.note_deleted(f"acme/n{number}")
+    store.publish(bundles[0], "acme2/n0")
+    store.delete("acme2/n0")
+    assert store.held("acme") == AdapterStore(store.root).held("acme") == Held(0, 3 * RETIRED_BYTES)
+    publish(holdings, store, bundles[0], "acme/n3")
+    store.delete("acme/n3")
+    holdings.note_deleted("acme/n3")
+    with pytest.raises(QuotaExceeded, match="name of each deleted adapter counts 4096") as refusal:
+        publish(holdings, store, bundles[0], "acme/n4")
+    assert refusal.value.param == "bundle"
+    # A deleted version of an adapter that is there counts nothing, as before.
+    for bundle in bundles[:2]:
+        store.publish(bundle, "acme/n0")
+    store.delete("acme/n0@v2")
+    assert store.held("acme") == Held(1, size + 3 * RETIRED_BYTES)
 
 
 def test_only_what_has_changed_is_read_again(

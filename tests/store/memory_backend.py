@@ -81,6 +81,11 @@ class MemoryBackend:
                 if adapter.split("/")[0] == tenant
             }
 
+    def retired(self, tenant: str) -> set[str]:
+        with self._lock:
+            deleted = {adapter for adapter, held in self._adapters.items() if held.highest_deleted}
+        return {adapter for adapter in deleted if adapter.split("/")[0] == tenant}
+
     def put_bundle(self, bundle: AdapterBundle, limits: BundleLimits) -> None:
         data = bundle.to_bytes()
         config_of(parse_header(memoryview(data), len(data), limits), limits)

@@ -28,7 +28,7 @@ class QuotaUsage(BaseModel):
     """What a tenant holds and uses now."""
 
     adapters: int
-    bytes: int = Field(description="bytes of the files of all versions")
+    bytes: int = Field(description="bytes of the files of all versions, and 4,096 for each deleted adapter")
     requests_in_flight: int
     requests_this_minute: int = Field(
         description="requests of the limit that are used now; without a limit, about those of the last minute"
@@ -57,7 +57,9 @@ class QuotaRequest(RequestModel):
     model_config = with_example({"requests_per_minute": 600, "adapters": 1000})
 
     adapters: Amount | None = Field(None, description="adapters in the store")
-    bytes: Amount | None = Field(None, description="bytes of the files of all versions in the store")
+    bytes: Amount | None = Field(
+        None, description="bytes of the files of all versions in the store, and 4,096 for each deleted adapter"
+    )
     requests_per_minute: Amount | None = Field(None, description="requests for inference")
     tokens_per_minute: Amount | None = Field(None, description="tokens of prompts and answers")
     requests_in_flight: Amount | None = Field(None, description="requests waiting or running")
