@@ -59,6 +59,12 @@ _CONVERSION = (
     'python -c "import torch; from safetensors.torch import save_file; save_file({k: v.contiguous() for k, v in '
     "torch.load('adapter_model.bin', weights_only=True).items()}, 'adapter_model.safetensors')\""
 )
+_NO_CHECKPOINT = (
+    f"the zip archive has no PEFT checkpoint, at its top or up to two folders down: an {CONFIG_FILE} with peft_type, "
+    f"and {MODEL_FILE} beside it; put them there, and send a bundle as a .safetensors or a .tar"
+)
+# macOS puts a file `._name` with the attributes of `name` beside it, in archives and on file systems of others.
+_APPLE_DOUBLE = "._"
 
 
 class _File(NamedTuple):
@@ -162,16 +168,19 @@ def peft_from_bytes(data: memoryview, limits: BundleLimits, config: bytes | None
     if _is_of_torch(prefix):
         # Read as the file of a bundle, it is refused as what it is, and not as an archive of too many members.
         return None
-    members: Iterator[tuple[str, _File]] | None = None
-    if looks_like_zip(prefix):
-        members = ((member.name, _File(member.read, member)) for member in zip_members(data))
-    elif not looks_like_safetensors(prefix) and looks_like_tar(prefix):
-        members = _tar_files(data)
-    if members is not None:
-        if config is not None:
-            raise InvalidArchive("the archive has its own configuration; send no second one", param="config")
-        return _from_archive(members, limits)
-    return _from_single(data, limits, config)
+    is_zip = looks_like_zip(prefix)
+    if not is_zip and (looks_like_safetensors(prefix) or not looks_like_tar(prefix)):
+        return _from_single(data, limits, config)
+    if config is not None:
+        raise InvalidArchive("the archive has its own configuration; send no second one", param="config")
+    if not is_zip:
+        return _from_archive(_tar_files(data), limits)
+    members = ((member.name, _File(member.read, member)) for member in zip_members(data))
+    found = _from_archive(members, limits)
+    if found is None:
+        # No reader of bundles takes a zip.
+        raise InvalidArchive(_NO_CHECKPOINT, param="bundle")
+    return found
 
 
 def is_peft_config(text: bytes | str) -> bool:
@@ -228,7 +237,11 @@ def _from_archive(members: Iterator[tuple[str, _File]], limits: BundleLimits) ->
     for path, file in members:
         parts = [part for part in path.split("/") if part not in ("", ".")]
         if not parts or path.startswith("/") or ".." in parts or "\\" in path:
-            raise InvalidArchive(f"member {path!r} is no path below the archive's top", param=path)
+            raise InvalidArchive(
+                f"member {path!r} is no path below the archive's top; name it with slashes, without .. and without a "
+                "first slash",
+                param=path,
+            )
         folder = folders.setdefault("/".join(parts[:-1]), {})
         if parts[-1] in folder:
             raise InvalidArchive(f"{path} is in the archive twice", param=path)
@@ -261,9 +274,14 @@ def _from_single(data: memoryview, limits: BundleLimits, config: bytes | None) -
     if not looks_like_safetensors(bytes(data[:16])):
         return None
     header = parse_header(data, len(data), limits)
+    own = header.metadata.get(METADATA_KEY)
     text: str | bytes | None = config
+    if config is not None and own is not None and not is_peft_config(own):
+        raise InvalidConfig(
+            "the file is a bundle, which has its configuration in it; send no second one", param="config"
+        )
     if text is None:
-        text = header.metadata.get(METADATA_KEY)
+        text = own
         if text is None and any(".lora_A" in name for name in header.table.entries):
             raise MissingFile(
                 f"the tensors are those of a LoRA, and their configuration is missing: send {CONFIG_FILE} with them; "
@@ -282,10 +300,10 @@ def _assemble(files: dict[str, _File], limits: BundleLimits, outside: tuple[str,
     if MODEL_FILE not in files:
         if PICKLE_FILE in files:
             raise _pickled()
-        raise MissingFile(f"the checkpoint has no {MODEL_FILE}", param=MODEL_FILE)
+        raise MissingFile(f"the checkpoint has no {MODEL_FILE}; put it beside {CONFIG_FILE}", param=MODEL_FILE)
     known = {CONFIG_FILE, MODEL_FILE}
     for name in sorted(files):
-        if name.endswith(".safetensors") and name not in known:
+        if name.endswith(".safetensors") and name not in known and not name.startswith(_APPLE_DOUBLE):
             raise UnexpectedFile(
                 f"{name} lies beside {MODEL_FILE}, and nothing says which tensors of it belong to the adapter; remove "
                 "it, or put its tensors into the checkpoint",

@@ -22,7 +22,8 @@ _ENTRY = struct.Struct("<4s6H3I5H2I")
 _LOCAL = struct.Struct("<4s5H3I2H")
 _ENCRYPTED, _UTF8 = 0x1, 0x800
 _STORED, _DEFLATED = 0, 8
-_ZIP64 = 0xFFFFFFFF
+# In place of a number that a zip64 record has.
+_ZIP64, _MANY = 0xFFFFFFFF, 0xFFFF
 _CHUNK = 1 << 20
 _LINK = 0o120000
 _KIND = 0o170000
@@ -137,7 +138,7 @@ def zip_members(data: memoryview) -> Iterator[ZipMember]:
         position = begin + name_length + extra_length + comment_length
         if signature != b"PK\x01\x02" or position > end:
             raise _invalid("an entry of its directory is damaged")
-        name = _text(bytes(data[begin : begin + name_length]), flags)
+        name = _text(bytes(data[begin : begin + name_length]), flags, made_by >> 8)
         if disk or _ZIP64 in (stored, size, offset):
             raise _invalid(f"{name!r} is larger than 4 GiB, or on another volume", name)
         if flags & _ENCRYPTED:
@@ -164,6 +165,8 @@ def _end_record(data: memoryview) -> tuple[int, int, int]:
         if at + _END.size <= len(tail):
             _, disk, directory_disk, here, count, length, start, comment = _END.unpack_from(tail, at)
             if at + _END.size + comment == len(tail):
+                if _ZIP64 in (length, start) or count == _MANY:
+                    raise _invalid("it has the form for more than 4 GiB or 65,534 members (zip64)")
                 if disk or directory_disk or here != count:
                     raise _invalid("it has several volumes")
                 if start + length > tail_start + at:
@@ -186,14 +189,19 @@ def _stored_bytes(data: memoryview, name: str, method: int, offset: int, stored:
     return content
 
 
-def _text(raw: bytes, flags: int) -> str:
+def _text(raw: bytes, flags: int, system: int) -> str:
+    """The name of an entry. It is compared and shown, and never used as a path."""
     try:
-        name = raw.decode("utf-8" if flags & _UTF8 else "ascii")
+        name = raw.decode("utf-8")
     except UnicodeDecodeError:
-        raise _invalid(f"the name {raw[:64]!r} is neither ASCII nor marked as UTF-8") from None
+        if flags & _UTF8:
+            raise _invalid(f"the name {raw[:64]!r} is marked as UTF-8, and is none") from None
+        # 4.4.4 and appendix D. Info-ZIP's zip marks no name as UTF-8 in some locales, and Windows' Explorer marks none.
+        name = raw.decode("cp437")
     if "\0" in name:
         raise _invalid(f"the name {name[:64]!r} has a zero byte")
-    return name
+    # 4.4.17 asks for slashes. `Compress-Archive` of Windows PowerShell 5 writes back slashes all the same.
+    return name if system == _UNIX else name.replace("\\", "/")
 
 
 def _invalid(reason: str, param: str = "bundle") -> InvalidArchive:

@@ -39,6 +39,9 @@ _NUMPY_TYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.int16}
 _LENGTH_BYTES = 8
 # No writer makes a header of 64 GiB. Eight bytes that claim more begin another kind of file.
 _ABSURD_HEADER = 1 << 36
+# How files begin that gzip, bzip2, xz, zstd, 7-Zip and RAR write.
+_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd", b"7z\xbc\xaf\x27\x1c", b"Rar!\x1a\x07")
+_NO_PICKLE = "save the weights with safetensors (pickled checkpoints are never read)"
 # A header with metadata as the safetensors library writes it, up to the first tensor. Nothing is tried twice.
 _STRING = r'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
 _METADATA_FIRST = re.compile(rf'{{"__metadata__":{{(?:{_STRING}:{_STRING},?)*+}},')
@@ -91,11 +94,7 @@ def header_length(prefix: bytes, file_bytes: int, limits: BundleLimits) -> int:
         HeaderTooLarge, BundleTooLarge, Truncated: See FORMAT.md.
     """
     if kind := _other_kind(prefix):
-        raise NotSafetensors(
-            f"this is {kind}, not a safetensors file; save the weights with safetensors "
-            "(pickled checkpoints are never read)",
-            param=MODEL_FILE,
-        )
+        raise NotSafetensors(f"this is {kind[0]}, not a safetensors file; {kind[1]}", param=MODEL_FILE)
     if file_bytes > limits.max_bytes:
         raise BundleTooLarge(
             f"the bundle has {file_bytes} bytes; the limit is {limits.max_bytes}; lower the rank",
@@ -201,16 +200,17 @@ def read_tensor(data: memoryview, entry: TensorEntry) -> Tensor:
     return tensor.view(torch.bfloat16) if entry.dtype == "BF16" else tensor
 
 
-def _other_kind(prefix: bytes) -> str | None:
+def _other_kind(prefix: bytes) -> tuple[str, str] | None:
+    """What else the file is, and the remedy."""
     if looks_like_safetensors(prefix):
         return None
     if prefix[:4] in (b"PK\x03\x04", b"PK\x05\x06"):
-        return "a zip archive (as torch.save writes)"
+        return "a zip archive (as torch.save writes)", _NO_PICKLE
     # Protocol 2 and later: 0x80, the protocol, then an opcode, which a length below 2^16 has no room for.
     if prefix[:1] == b"\x80" and len(prefix) > 2 and prefix[1] in range(2, 6) and prefix[2] != 0:
-        return "a pickle"
-    if prefix[:2] == b"\x1f\x8b" or prefix[:3] == b"BZh" or prefix[:6] == b"\xfd7zXZ\x00":
-        return "a compressed archive"
+        return "a pickle", _NO_PICKLE
+    if prefix.startswith(_COMPRESSED):
+        return "compressed", "unpack it, and send the .safetensors, or a .tar that is not compressed"
     return None
 
 

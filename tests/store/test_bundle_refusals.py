@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
+import lzma
 import re
 import resource
 from pathlib import Path
@@ -68,6 +71,24 @@ def test_limits_are_settings(data: bytes, limits: BundleLimits, code: str, param
     with pytest.raises(InvalidBundle) as refusal:
         AdapterBundle.from_bytes(data, limits)
     assert (refusal.value.code, refusal.value.param) == (code, param)
+
+
+BEGINNINGS = {
+    "gzip": gzip.compress(GOOD),
+    "bzip2": bz2.compress(GOOD),
+    "xz": lzma.compress(GOOD),
+    "zstd": b"\x28\xb5\x2f\xfd",
+    "7z": b"7z\xbc\xaf\x27\x1c",
+    "rar": b"Rar!\x1a\x07\x01",
+}
+
+
+@pytest.mark.parametrize("kind", BEGINNINGS)
+def test_a_compressed_file_is_to_be_unpacked(kind: str) -> None:
+    """Its weights may well be safetensors: nobody is told to save them as such."""
+    with pytest.raises(InvalidBundle, match=r"this is compressed, .* unpack it, and send .* a \.tar that") as refusal:
+        AdapterBundle.from_bytes(BEGINNINGS[kind] + bytes(32))
+    assert (refusal.value.code, refusal.value.param) == ("not_safetensors", MODEL)
 
 
 def test_a_configuration_is_measured_in_bytes() -> None:

@@ -142,6 +142,24 @@ def link_zip() -> bytes:
     return buffer.getvalue()
 
 
+def misnamed(folder: bytes, utf8: bool) -> bytes:
+    """A zip with these bytes as the name of its folder, which its flags call UTF-8 or say nothing of."""
+    placeholder = "x" * len(folder)
+    data = zip_with(f"{placeholder}/adapter_config.json").replace(placeholder.encode(), folder)
+    return forged(data, 8, "<H", 0x800) if utf8 else data
+
+
+def windows_zip(*names: str, contents: dict[str, bytes] | None = None) -> bytes:
+    """A zip as Windows makes it: no Unix attributes. `zipfile` itself would write slashes."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in names:
+            entry = zipfile.ZipInfo("?")
+            entry.filename, entry.create_system = name, 0
+            archive.writestr(entry, (contents or {}).get(name, b'{"peft_type": "LORA"}'))
+    return buffer.getvalue()
+
+
 HOSTILE: dict[str, tuple[bytes, str]] = {
     "a bomb": (zip_with(content=bytes(1 << 21)), "bundle_too_large"),
     "a bomb that lies about its size": (forged(zip_with(content=bytes(1 << 21)), 24, "<I", 100), "invalid_archive"),
@@ -153,6 +171,8 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "an offset beyond the end": (forged(zip_with(), 42, "<I", 1 << 30), "invalid_archive"),
     "a symbolic link": (link_zip(), "invalid_archive"),
     "many members": (zip_with("{}/x", times=1000), "invalid_archive"),
+    "a name that is not the UTF-8 that it claims to be": (misnamed(b"m\x81ne", utf8=True), "invalid_archive"),
+    "dot dot behind back slashes": (windows_zip("a\\..\\..\\adapter_config.json"), "invalid_archive"),
     "no directory": (zip_with()[:-30], "truncated"),
     "dot dot": (zip_with("../adapter_config.json"), "invalid_archive"),
     "absolute": (zip_with("/adapter_config.json"), "invalid_archive"),
@@ -170,6 +190,72 @@ def test_hostile_zips(kind: str) -> None:
         peft_from_bytes(memoryview(data), BundleLimits(max_bytes=1 << 20, max_config_bytes=1 << 20))
     assert refusal.value.code == code
     assert time.monotonic() - began < 1
+
+
+def test_a_zip_of_windows_is_read(folder: Path) -> None:
+    """Windows PowerShell 5 writes back slashes, and the Explorer names in the code page of the machine."""
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    contents = {f"run\\my-adapter\\{name}": content for name, content in files.items()}
+    found = check(peft_from_bytes(memoryview(windows_zip(*contents, contents=contents)), LIMITS))
+    assert found.ignored == ("odd.txt",)
+    # The name of the folder is that of a file outside, too: in warnings.
+    contents |= {"m\\x": b""}
+    found = check(peft_from_bytes(memoryview(windows_zip(*contents, contents=contents)), LIMITS))
+    assert found.ignored == ("odd.txt", "m/x")
+
+
+@pytest.mark.parametrize(("raw", "shown"), [("mïne".encode(), "mïne"), ("mïne".encode("cp437"), "mïne")])
+def test_a_zip_with_names_that_are_not_marked_as_utf8_is_read(raw: bytes, shown: str, folder: Path) -> None:
+    # The name of the outer folder is ASCII of the same length at first.
+    placeholder = "x" * len(raw)
+    with_outside = io.BytesIO(zip_of(folder, placeholder))
+    with zipfile.ZipFile(with_outside, "a") as archive:
+        archive.writestr(f"{placeholder}/below/odd.txt", b"")
+    data = with_outside.getvalue().replace(f"{placeholder}/".encode(), raw + b"/")
+    assert check(peft_from_bytes(memoryview(data), LIMITS)).ignored == ("odd.txt", f"{shown}/below/odd.txt")
+
+
+def test_the_files_of_macos_beside_a_checkpoint_are_no_weights(folder: Path, tmp_path: Path) -> None:
+    """macOS's tar puts `._name` beside a file that has attributes, such as one that a browser has downloaded."""
+    mine = shutil.copytree(folder, tmp_path / "mine")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (mine / f"._{name}").write_bytes(b"\0\5\x16\7" + bytes(100))
+    expected = ("._adapter_config.json", "._adapter_model.safetensors", "odd.txt")
+    for found in (
+        peft_from_path(str(mine), LIMITS),
+        peft_from_bytes(memoryview(tar_of(mine)), LIMITS),
+        peft_from_bytes(memoryview(zip_of(mine, "mine")), LIMITS),
+    ):
+        assert check(found).ignored == expected
+    (mine / "other.safetensors").write_bytes(b"")
+    with pytest.raises(InvalidBundle, match=r"other\.safetensors lies beside"):
+        peft_from_path(str(mine), LIMITS)
+
+
+def test_an_archive_of_zip64_is_called_so(folder: Path) -> None:
+    """Other writers than Info-ZIP's and Python's make them of small files, too."""
+    data = bytearray(zip_of(folder))
+    data[-10:-2] = b"\xff" * 8
+    with pytest.raises(InvalidBundle, match=r"\(zip64\); make it with: zip -r"):
+        peft_from_bytes(memoryview(bytes(data)), LIMITS)
+
+
+def test_a_zip_without_a_checkpoint_is_told_from_pickled_weights(folder: Path, tmp_path: Path) -> None:
+    bundle = make_bundle()
+    bundle.save(tmp_path / "bundle")
+    for data in (zip_of(tmp_path / "bundle"), zip_of(folder, "a/b/c"), zip_with("notes.txt"), zip_with(times=0)):
+        with pytest.raises(InvalidBundle, match="the zip archive has no PEFT checkpoint") as refusal:
+            peft_from_bytes(memoryview(data), LIMITS)
+        assert (refusal.value.code, refusal.value.param) == ("invalid_archive", "bundle")
+        assert "send a bundle as a .safetensors or a .tar" in refusal.value.message
+
+
+def test_a_bundle_takes_no_configuration_beside_it() -> None:
+    data = memoryview(make_bundle().to_bytes())
+    assert peft_from_bytes(data, LIMITS) is None
+    with pytest.raises(InvalidBundle, match="has its configuration in it") as refusal:
+        peft_from_bytes(data, LIMITS, json.dumps(CONFIG).encode())
+    assert (refusal.value.code, refusal.value.param) == ("invalid_config", "config")
 
 
 def test_a_member_is_expanded_in_linear_time(monkeypatch: pytest.MonkeyPatch) -> None:
