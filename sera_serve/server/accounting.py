@@ -29,8 +29,8 @@ class RequestRecord:
 
     Attributes:
         tenant: Whom it acted for; None where it was refused before that was known.
-        adapter: The adapter that served it, or that its generation asked for; None is the base model, or none.
-        version: Of the adapter.
+        adapter: The adapter that served it, or the reference that it asked for; None is the base model, or none.
+        version: Of the adapter that served it.
         prompt_tokens: Tokens of all its prompts that entered a batch.
         completion_tokens: Tokens generated, of answers that did not come to their ends too.
         inputs: Inputs classified or made into vectors.
@@ -242,10 +242,10 @@ class Account:
         """Note that an adapter served the request, and return the adapter's usage. Its requests count it once."""
         usage = self._metrics.usage.adapter(adapter, version)
         if adapter not in self._adapters_counted:
+            if not self._adapters_counted:
+                self._record.adapter, self._record.version = adapter, version
             self._adapters_counted.add(adapter)
             usage.requests += 1
-            if self._record.adapter is None:
-                self._record.adapter, self._record.version = adapter, version
         return usage
 
 

@@ -8,11 +8,11 @@ from typing import Annotated, Any, ParamSpec, TypeVar
 
 from fastapi import Depends, Path, Request
 
-from adapters_store import AdapterStore, parse_adapter
+from adapters_store import AdapterStore, parse_adapter, parse_ref
 from sera_serve.access import AuditLog, Holdings, Quotas
 from sera_serve.access.audit import Action
 from sera_serve.config import ServeSettings
-from sera_serve.engine import Principal, Priority, ServingEngine
+from sera_serve.engine import AdapterChoice, Principal, Priority, ServingEngine
 from sera_serve.server.accounting import Account, Accounting
 from sera_serve.server.auth import caller_of
 from sera_serve.server.disconnect import cancel_on_disconnect
@@ -112,6 +112,18 @@ class RequestContext:
         if tenant is None:
             return await self.finish(executor.run(work, *args, **kwargs))
         return await self.finish(executor.run_in_turn(tenant, work, *args, **kwargs))
+
+    def principal(self, adapter: AdapterChoice | None) -> Principal:
+        """The principal of a request that names `adapter`, whose line in the log then has the name, served or refused.
+
+        Raises:
+            InvalidAdapterName, AdapterNotFound, InvalidRequest: As `Caller.principal`.
+        """
+        if isinstance(adapter, str):
+            # Parsed first: a name that is none may be anything, such as a prompt.
+            parse_ref(adapter)
+            self.request.state.record.adapter = adapter
+        return self.caller.principal(adapter)
 
     def open_account(self, principal: Principal, asked: Priority | None) -> Account:
         """Open the account of the request, which names a priority or none; raises as `Accounting.open` does."""

@@ -112,6 +112,32 @@ def test_a_line_says_who_asked_for_what_and_never_the_prompt(start: Start, lines
     assert "nobody" not in str(lines.fields(4))
 
 
+def test_a_line_of_a_refusal_says_which_adapter_was_asked_for(start: Start, lines: Lines, tmp_path: Path) -> None:
+    store = AdapterStore(tmp_path / "store")
+    secret = Keys(AccessDatabase(store.root)).create("demo", ["infer"]).secret
+    client = start(store)
+    client.headers["Authorization"] = f"Bearer {secret}"
+    message = {"role": "user", "content": PROMPT}
+    for route, body in {
+        "/v1/generate": {"adapter": "other/a@v7", "prompt": PROMPT},
+        "/v1/classify": {"adapter": "other/b", "inputs": [PROMPT]},
+        "/v1/chat/completions": {"model": "other/c", "messages": [message]},
+        "/v1/completions": {"model": "other/d", "prompt": PROMPT},
+        "/v1/responses": {"model": "other/e", "input": PROMPT},
+        "/v1/embeddings": {"model": "other/f@live", "input": PROMPT},
+        "/tokenize": {"model": "other/g", "prompt": PROMPT},
+    }.items():
+        assert client.post(route, json=body).status_code == 404
+    assert client.post("/v1/classify", data={"adapter": "other/h"}, files={"image": b"-"}).status_code == 404
+    # What is no name may be anything.
+    client.post("/v1/generate", json={"prompt": "x", "adapter": PROMPT})
+    found = lines.fields(9)
+    asked = ["other/a@v7", *(f"other/{name}" for name in "bcde"), "other/f@live", "other/g", "other/h", None]
+    assert [line.get("adapter") for line in found] == asked
+    assert not any("version" in line for line in found)
+    assert PROMPT not in str(found)
+
+
 def test_a_line_of_a_stream_says_how_it_ended(start: Start, lines: Lines) -> None:
     client = start()
     for prompt in ("hello", FAILS_LATER, LATE_LATER):

@@ -57,7 +57,7 @@ async def classify_form(context: ContextOf) -> Response:
     body = await context.request.body()
     reading = context.executors.forms.run(_read, body, boundary, context.settings.max_images)
     adapter, images = await context.finish(reading)
-    account = context.open_account(context.caller.principal(adapter), None)
+    account = context.open_account(context.principal(adapter), None)
     options = account.principal, account.priority, None, context.received_at, account.charge_rows
     work = context.engine.classify(adapter, images, *options)
     result = await context.finish(work)

@@ -36,7 +36,7 @@ router = APIRouter(route_class=StrictRoute, tags=["inference"])
 )
 async def generate(body: GenerateRequest, context: ContextOf) -> Response:
     """Continue a prompt with an adapter, or with the base model alone."""
-    account = context.open_account(context.caller.principal(body.adapter), _asked(body))
+    account = context.open_account(context.principal(body.adapter), _asked(body))
     params = account.params(body.to_params())
     admit = partial(context.engine.generate_choices, params, account.principal, context.received_at)
     if body.stream:
@@ -71,7 +71,7 @@ async def classify(body: ClassifyRequest, context: ContextOf) -> Response:
         answer = ClassifyEachResponse(adapters=[ClassifyResponse.of(result) for result in results])
     else:
         assert body.adapter is not None
-        account = context.open_account(context.caller.principal(body.adapter), _asked(body))
+        account = context.open_account(context.principal(body.adapter), _asked(body))
         options = account.principal, account.priority, body.timeout_s, context.received_at, account.charge_rows
         work = context.engine.classify(body.adapter, body.inputs, *options)
         result = await context.finish(work)

@@ -40,7 +40,7 @@ _KIND, _CHUNK = "chat.completion", "chat.completion.chunk"
 async def chat_completions(body: ChatRequest, context: ContextOf, texts: TextsOf) -> Response:
     """Answer a conversation, in the form of OpenAI's API."""
     adapter = adapter_of(body.model, context.engine)
-    account = context.open_account(context.caller.principal(adapter), body.priority)
+    account = context.open_account(context.principal(adapter), body.priority)
     principal = account.principal
     conversation = Conversation(
         messages=body.messages,

@@ -39,7 +39,7 @@ _KIND = "text_completion"
 async def completions(body: CompletionRequest, context: ContextOf, texts: TextsOf) -> Response:
     """Continue one or several prompts, in the form of OpenAI's API."""
     adapter = adapter_of(body.model, context.engine)
-    account = context.open_account(context.caller.principal(adapter), body.priority)
+    account = context.open_account(context.principal(adapter), body.priority)
     principal = account.principal
     echo = bool(body.echo)
     prompts: list[GenerateParams] = []

@@ -154,7 +154,7 @@ async def embeddings(body: EmbeddingRequest, context: ContextOf) -> Response:
         )
     adapter = adapter_of(body.model, context.engine)
     with translated_errors("input"), _lone_input(len(body.input)):
-        account = context.open_account(context.caller.principal(adapter), body.priority)
+        account = context.open_account(context.principal(adapter), body.priority)
         work = context.engine.embed(
             adapter,
             body.input,

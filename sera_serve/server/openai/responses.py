@@ -47,7 +47,7 @@ Event = tuple[str, str]
 async def responses(body: ResponseRequest, context: ContextOf, texts: TextsOf) -> Response:
     """Answer a conversation, in the form of OpenAI's newer API."""
     adapter = adapter_of(body.model, context.engine)
-    account = context.open_account(context.caller.principal(adapter), body.priority)
+    account = context.open_account(context.principal(adapter), body.priority)
     principal = account.principal
     tools = [tool.as_tool() for tool in body.tools or ()]
     conversation = Conversation(

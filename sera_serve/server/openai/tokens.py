@@ -96,7 +96,7 @@ async def detokenize(body: DetokenizeRequest, context: ContextOf, texts: TextsOf
 def _entered(model: str | None, context: RequestContext) -> tuple[str | None, str]:
     """Charge a request, and return the adapter that it names, and its tenant."""
     adapter = None if model is None else adapter_of(model, context.engine)
-    tenant = context.caller.principal(adapter).tenant
+    tenant = context.principal(adapter).tenant
     context.accounting.enter(context.request.state, tenant)
     return adapter, tenant
 
