@@ -14,7 +14,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 
 from adapters_store.convert.dense import dense_factors
@@ -23,7 +22,7 @@ from adapters_store.errors import InvalidBundle
 from adapters_store.format.bundle import AdapterBundle
 from adapters_store.format.config import AdapterConfig
 from adapters_store.format.containers import CONFIG_FILE
-from adapters_store.format.safetensors_file import MODEL_FILE, system_errors
+from adapters_store.format.safetensors_file import MODEL_FILE, save_tensors
 
 HEAD_FILE = "head.safetensors"
 
@@ -89,8 +88,7 @@ def export_peft(bundle: AdapterBundle, directory: Path) -> bool:
             # PEFT scales this bias with the update. The scaling is 1 or so, and the quotient is rounded once.
             scaling = dense.scaling if offset.any() else 1.0
             tensors[f"{prefix}.lora_B.bias"] = (offset.double() / scaling).to(torch.float32)
-    with system_errors(directory / MODEL_FILE):
-        safetensors.torch.save_file(tensors, directory / MODEL_FILE, metadata={"format": "pt"})
+    save_tensors(tensors, directory / MODEL_FILE, {"format": "pt"})
     text = json.dumps(peft_config(bundle.config), indent=2, sort_keys=True, ensure_ascii=False)
     (directory / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
     if bundle.config.chat_template is not None:
@@ -121,8 +119,7 @@ def write_head(bundle: AdapterBundle, directory: Path) -> bool:
         metadata["image"] = config.image.model_dump_json()
     if config.head is not None:
         metadata["activation"] = config.head.activation
-    with system_errors(directory / HEAD_FILE):
-        safetensors.torch.save_file(head, directory / HEAD_FILE, metadata=metadata)
+    save_tensors(head, directory / HEAD_FILE, metadata)
     return True
 
 

@@ -19,7 +19,7 @@ from adapters_store.format.config import AdapterConfig
 from adapters_store.format.containers import CONFIG_FILE, METADATA_KEY, RawBundle, read_bytes, read_path
 from adapters_store.format.content_hash import content_hash, hash_meanwhile
 from adapters_store.format.mmap_buffer import writable_memory
-from adapters_store.format.safetensors_file import MODEL_FILE, BundleLimits, read_tensor, read_tensors, system_errors
+from adapters_store.format.safetensors_file import MODEL_FILE, BundleLimits, read_tensor, read_tensors, save_tensors
 from adapters_store.format.tensor_table import DTYPE_NAMES, DTYPES, TensorTable, describe_tensors
 from adapters_store.format.validation import check_names_and_shapes, check_values, is_surely_finite
 
@@ -105,8 +105,7 @@ class AdapterBundle:
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / CONFIG_FILE).write_text(self.config.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        with system_errors(folder / MODEL_FILE):
-            safetensors.torch.save_file(self.tensors, folder / MODEL_FILE, metadata={"format": "pt"})
+        save_tensors(self.tensors, folder / MODEL_FILE, {"format": "pt"})
 
     def save_file(self, path: Path | str) -> None:
         """Write the single-file form: one .safetensors with the configuration in its metadata.
@@ -114,8 +113,7 @@ class AdapterBundle:
         Raises:
             OSError: The file cannot be written.
         """
-        with system_errors(path):
-            safetensors.torch.save_file(self.tensors, path, metadata=_metadata_of(self.config))
+        save_tensors(self.tensors, path, _metadata_of(self.config))
 
     def to_bytes(self) -> bytes:
         """The single-file form in memory."""

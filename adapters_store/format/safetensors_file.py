@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
@@ -180,6 +182,24 @@ def system_errors(path: Path | str) -> Iterator[None]:
         number = str(error).rpartition("(os error ")[2].partition(")")[0]
         code = int(number) if number.isdecimal() and len(number) < 6 else errno.EIO
         raise OSError(code, os.strerror(code), str(path)) from error
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path | str, metadata: dict[str, str]) -> None:
+    """Write a safetensors file, with the permissions of any new file: those that the process's umask leaves.
+
+    safetensors itself, from 0.8 on, leaves them to the owner alone. Another account, such as that of a vLLM that shall
+    serve an export, could then read the configuration beside the tensors, and not the tensors.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    # The umask cannot be read without a change of it, which other threads would notice: a file tells it.
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
+    os.close(descriptor)
+    with system_errors(path):
+        safetensors.torch.save_file(tensors, path, metadata=metadata)
+    os.chmod(path, mode)
 
 
 def read_tensors(data: memoryview, table: TensorTable) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+import stat
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -390,6 +391,10 @@ def _write(bundle: AdapterBundle, output: Path, format: ExportFormat, base: str 
         loaded = load_named_base(base)
         merge_adapter(loaded, bundle)
         loaded.model.save_pretrained(output)
+        # safetensors leaves them to this account alone.
+        mode = stat.S_IMODE((output / "config.json").stat().st_mode)
+        for weights in output.glob("*.safetensors"):
+            weights.chmod(mode)
         if loaded.reads_text:
             if bundle.config.chat_template is not None:
                 loaded.tokenizer.chat_template = bundle.config.chat_template

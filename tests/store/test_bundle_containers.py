@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import stat
 import tarfile
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from raw_files import safetensors_bytes, split_file, tar_bytes, two_files
 
-from adapters_store import AdapterBundle, AdapterConfig
+from adapters_store import AdapterBundle, AdapterConfig, AdapterStore, export_peft
 from adapters_store.format import content_hash
 
 DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
@@ -99,6 +101,26 @@ def test_directory_and_files_on_disk(tmp_path: Path) -> None:
         "adapter_config.json",
         "adapter_model.safetensors",
     ]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_files_on_disk_have_the_permissions_of_any_new_file(tmp_path: Path, umask: int, mode: int) -> None:
+    bundle = make_classifier()
+    before = os.umask(umask)
+    try:
+        bundle.save(tmp_path / "bundle")
+        bundle.save_file(tmp_path / "bundle.safetensors")
+        export_peft(bundle, tmp_path / "peft")
+        AdapterStore(tmp_path / "store").publish(bundle, "acme/mine")
+    finally:
+        os.umask(before)
+    written = sorted(path for path in tmp_path.rglob("*") if path.suffix in (".safetensors", ".json"))
+    assert [path.name for path in written].count("adapter_model.safetensors") == 2
+    assert {path.name: stat.S_IMODE(path.stat().st_mode) for path in written} == {path.name: mode for path in written}
+    # A file that is replaced keeps its own.
+    (tmp_path / "bundle.safetensors").chmod(0o640)
+    bundle.save_file(tmp_path / "bundle.safetensors")
+    assert stat.S_IMODE((tmp_path / "bundle.safetensors").stat().st_mode) == 0o640
 
 
 def test_tensors_stored_in_another_order_are_the_same_bundle() -> None:
