@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from sera_serve.client import InvalidAdapterError, SeraClient
+from sera_serve.client import InvalidAdapterError, SeraClient, SeraError
 
 
 def main() -> None:
@@ -33,6 +33,9 @@ def main() -> None:
             )
         except InvalidAdapterError as error:
             raise SystemExit(f"refused: {error.message} ({error.param})") from error
+        except (SeraError, OSError, ValueError) as error:
+            # A server or a name that is not there; a path that is no file; a folder that is no adapter.
+            raise SystemExit(f"not sent: {error}") from error
     for warning in published.warnings:
         print("warning:", warning)
     print(f"published {published.adapter} v{published.version}, digest {published.digest[:12]}")

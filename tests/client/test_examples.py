@@ -92,6 +92,13 @@ def test_an_upload(run: Example, base: FrozenBase, engine: ServingEngine, tmp_pa
     assert "published acme/mine v1" in run("upload_lora.py", *arguments)
     with pytest.raises(SystemExit, match=r"refused: .*adapter_config"):
         run("upload_lora.py", str(folder / WEIGHTS), "acme/mine")
+    for source, name, reason in (
+        (tmp_path / "nothing", "acme/mine", "No such file"),
+        (tmp_path, "acme/mine", "has no adapter_config.json"),
+        (folder, "mine", "write tenant/name"),
+    ):
+        with pytest.raises(SystemExit, match=f"not sent: .*{reason}"):
+            run("upload_lora.py", str(source), name)
     engine.store.delete("acme/mine")
 
 
