@@ -148,11 +148,19 @@ def import_adapter(
         typer.Option(help="split=K or split=K,rank=R: publish the nearest SeRA instead.", show_default=False),
     ] = None,
     max_error: Annotated[
-        float, typer.Option(help="With --compress: largest relative error of a layer's update that is accepted.")
-    ] = MAX_ERROR,
+        float | None,
+        typer.Option(
+            help="With --compress: largest relative error of a layer's update that is accepted.",
+            show_default=f"{MAX_ERROR:g}",
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Check a bundle or a PEFT checkpoint, and publish it as a new version."""
+    if max_error is not None and compress is None:
+        raise typer.BadParameter("only --compress reads it; give --compress, or leave it out", param_hint="--max-error")
+    if max_error is not None and not max_error >= 0:
+        raise typer.BadParameter(f"it is {max_error:g}; give a number from 0 to 1", param_hint="--max-error")
     with refusals():
         parse_adapter(name)
         shape = None if compress is None else parse_compress(compress)
@@ -160,7 +168,8 @@ def import_adapter(
         for warning in warnings:
             say(f"sera-serve: {warning}", err=True)
         if shape is not None:
-            bundle = compress_and_show(bundle, *shape, max_error, console(stderr=True))
+            most = MAX_ERROR if max_error is None else max_error
+            bundle = compress_and_show(bundle, *shape, most, console(stderr=True))
         published = _publish(AdapterStore(store), bundle, name)
         fields = {**dataclasses.asdict(published), "warnings": list(warnings)}
         report(as_json, f"published {name} v{published.version}", **fields)

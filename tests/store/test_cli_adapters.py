@@ -411,6 +411,15 @@ def test_a_checkpoint_is_compressed(run: Run, store: AdapterStore, checkpoint: t
     spec = next(iter(store.config(store.resolve(NAME).digest).modules.values()))
     assert (spec.split, spec.rank, spec.use_mixer) == (4, 16, True)
     assert run(*importing, "--compress", "split=4", "--max-error", "1").exit_code == 0
+    # A number that would be ignored, and one that no error is above.
+    for options, reason in (
+        (("--max-error", "0.5"), "only --compress reads it"),
+        (("--max-error", "nan"), "it is nan"),
+    ):
+        compress = () if "only" in reason else ("--compress", "split=4")
+        result = run(*importing, *compress, *options)
+        assert result.exit_code == 2 and reason in result.stderr, result.output
+    assert store.resolve(NAME).version == 2
 
 
 def test_a_hub_id_without_a_network(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
