@@ -114,7 +114,7 @@ class RequestContext:
         return await self.finish(executor.run_in_turn(tenant, work, *args, **kwargs))
 
     def principal(self, adapter: AdapterChoice | None) -> Principal:
-        """The principal of a request that names `adapter`, whose line in the log then has the name, served or refused.
+        """The principal of a request that names `adapter`. The request's line in the log has both, also if refused.
 
         Raises:
             InvalidAdapterName, AdapterNotFound, InvalidRequest: As `Caller.principal`.
@@ -123,7 +123,10 @@ class RequestContext:
             # Parsed first: a name that is none may be anything, such as a prompt.
             parse_ref(adapter)
             self.request.state.record.adapter = adapter
-        return self.caller.principal(adapter)
+        principal = self.caller.principal(adapter)
+        # Here, and not with the account: a tenant that has used its quota up gets none.
+        self.request.state.record.tenant = principal.tenant
+        return principal
 
     def open_account(self, principal: Principal, asked: Priority | None) -> Account:
         """Open the account of the request, which names a priority or none; raises as `Accounting.open` does."""

@@ -16,6 +16,8 @@ from pathlib import Path
 
 from adapters_store import BundleLimits, StoreError, StoreUnavailable, parse_adapter
 from adapters_store.errors import AdapterNotFound, InvalidAdapterName, StoreWriteFailed
+from adapters_store.format.containers import CONFIG_FILE
+from adapters_store.format.safetensors_file import MODEL_FILE
 from sera_serve.access import AccessDatabaseError, Actor
 from sera_serve.errors import EngineUnavailable, Overloaded, SeraServeError
 from sera_serve.server.deps import Executors
@@ -167,7 +169,12 @@ class WatchedDirectory:
                 continue
             try:
                 devices[folder.name] = Path(folder.path).stat().st_dev
-                entries = sorted(os.scandir(folder.path), key=lambda entry: entry.name) if folder.is_dir() else []
+                if not folder.is_dir():
+                    self._complain(
+                        seen, f"{folder.path} is left out: it lies in no tenant's folder; {self._move(folder)}"
+                    )
+                    continue
+                entries = sorted(os.scandir(folder.path), key=lambda entry: entry.name)
             except (FileNotFoundError, NotADirectoryError):
                 # It vanished between two calls.
                 continue
@@ -176,6 +183,14 @@ class WatchedDirectory:
                 present.update(name for name in self._published if name.startswith(f"{folder.name}/"))
                 unread.add(folder.name)
                 continue
+            if any(entry.name == CONFIG_FILE for entry in entries):
+                # Its weights alone would be published as an adapter of a tenant of that name.
+                self._complain(
+                    seen, f"{folder.path} is an adapter's folder, and should be a tenant's; {self._move(folder)}"
+                )
+                entries = [entry for entry in entries if entry.name not in (CONFIG_FILE, MODEL_FILE)]
+                # The weights may be an adapter that was there before.
+                present.add(f"{folder.name}/{_stem(MODEL_FILE)}")
             for entry in entries:
                 try:
                     self._look_at(folder.name, entry, found, seen)
@@ -188,6 +203,9 @@ class WatchedDirectory:
         # A complaint whose reason is gone may come again.
         self._complaints &= seen
         return found, present, unread
+
+    def _move(self, entry: os.DirEntry[str]) -> str:
+        return f"move it to {self.root}/TENANT/{entry.name}"
 
     def _unmounted(self, devices: dict[str, int], missing: set[str], seen: set[str]) -> set[str]:
         """Those of the missing adapters that lay on a file system that is not there any more."""

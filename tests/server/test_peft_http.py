@@ -543,6 +543,35 @@ def test_what_is_no_adapter_is_named_once(tmp_path: Path, caplog: pytest.LogCapt
     assert "one.zip" in messages[2]
 
 
+def test_an_adapter_that_lies_outside_a_tenants_folder_is_named_and_left_alone(
+    checkpoint: Path, writer: AdapterBundle, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(checkpoint, tmp_path / "mine")
+    (tmp_path / "loose.safetensors").write_bytes(writer.to_bytes())
+    (tmp_path / ".hidden").write_bytes(b"")
+    directory = watcher.WatchedDirectory(tmp_path)
+    assert [directory.poll() for _ in range(4)] == [([], [])] * 4
+    # The third is of its README.
+    assert [record.message for record in caplog.records][:2] == [
+        f"{tmp_path}/loose.safetensors is left out: it lies in no tenant's folder; "
+        f"move it to {tmp_path}/TENANT/loose.safetensors",
+        f"{tmp_path}/mine is an adapter's folder, and should be a tenant's; move it to {tmp_path}/TENANT/mine",
+    ]
+
+
+def test_a_configuration_in_a_tenants_folder_withdraws_nothing(writer: AdapterBundle, tmp_path: Path) -> None:
+    folder = tmp_path / "acme"
+    folder.mkdir()
+    for name in ("adapter_model.safetensors", "other.safetensors"):
+        (folder / name).write_bytes(writer.to_bytes())
+    directory = watcher.WatchedDirectory(tmp_path)
+    assert [directory.poll() for _ in range(3)][-1] == (["acme/adapter_model", "acme/other"], [])
+    for name in ("acme/adapter_model", "acme/other"):
+        directory.mark_handled(name, published=True)
+    (folder / "adapter_config.json").write_text("{}")
+    assert [directory.poll() for _ in range(4)] == [([], [])] * 4
+
+
 def test_nothing_is_watched_by_default() -> None:
     async def enter() -> None:
         async with watcher.watching(None, None, None, None):  # type: ignore[arg-type]

@@ -138,6 +138,16 @@ def test_a_line_of_a_refusal_says_which_adapter_was_asked_for(start: Start, line
     assert PROMPT not in str(found)
 
 
+def test_a_line_of_a_spent_quota_says_whose_it_is(start: Start, lines: Lines) -> None:
+    client = start(quotas={"*": {"requests_per_minute": 1}})
+    for body in ({"adapter": "demo/writer", "prompt": PROMPT}, {"prompt": PROMPT}):
+        for status in (200, 429):
+            assert client.post("/v1/generate", json=body).status_code == status
+    found = lines.fields(4)
+    assert [line["tenant"] for line in found] == ["demo", "demo", "_base", "_base"]
+    assert [line.get("adapter") for line in found] == ["demo/writer", "demo/writer", None, None]
+
+
 def test_a_line_of_a_stream_says_how_it_ended(start: Start, lines: Lines) -> None:
     client = start()
     for prompt in ("hello", FAILS_LATER, LATE_LATER):
