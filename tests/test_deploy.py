@@ -195,6 +195,11 @@ def test_the_unit_stops_after_the_drain_and_reloads_by_sighup() -> None:
     assert lines["OOMPolicy"] == "continue"
 
 
+def test_the_unit_names_what_an_installation_makes() -> None:
+    """`pip install` makes the program alone. `systemctl status` shows what the unit names as its documentation."""
+    assert set(re.findall(r"/opt/sera/[^\s,)]+", UNIT)) == {"/opt/sera/bin/sera-serve"}
+
+
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="this machine has no systemd")
 def test_systemd_takes_the_unit(tmp_path: Path) -> None:
     # The program is not installed here.
