@@ -137,7 +137,9 @@ class StrictRoute(APIRoute):
         """Return the handler with the checks before it."""
         handle = super().get_route_handler()
         reads_json = self.body_field is not None
-        reads_body = reads_json or "requestBody" in (self.openapi_extra or {})
+        # Of a route that reads JSON: another route of its path reads forms.
+        reads_form = "requestBody" in (self.openapi_extra or {})
+        reads_body = reads_json or reads_form
         reads_query = bool(self.dependant.query_params)
         (needed,) = {needed_scope(method, self.path) for method in self.methods or ()}
 
@@ -155,7 +157,8 @@ class StrictRoute(APIRoute):
                 _check_query(request, reads_query)
             if reads_json and not _is_json(content_type):
                 raise UnsupportedMediaType(
-                    "the body must be JSON in UTF-8; send the header Content-Type: application/json",
+                    "the body must be JSON in UTF-8; send the header Content-Type: application/json"
+                    f"{', or files as a form (multipart/form-data)' if reads_form else ''}",
                     param="Content-Type",
                 )
             strict = StrictRequest(request.scope, request.receive)

@@ -305,6 +305,17 @@ def test_wrong_forms(vision: Live, data: Any, files: Any, code: str, param: str 
     assert param is None or error["param"] == param
 
 
+def test_a_bare_file_is_told_of_the_form(vision: Live) -> None:
+    """As `curl --data-binary @photo.jpg` sends it. Where no form is read, none is spoken of."""
+    for route, speaks in (("/v1/classify", True), ("/v1/embeddings", False)):
+        answer = httpx.post(f"{vision.url}{route}", content=FILES[0], headers={"Content-Type": "image/png"})
+        error = refused(answer, 415, "unsupported_media_type")
+        assert error["message"].startswith(
+            "the body must be JSON in UTF-8; send the header Content-Type: application/json"
+        )
+        assert error["message"].endswith("or files as a form (multipart/form-data)") is speaks
+
+
 def test_a_vision_base_refuses_texts_and_says_what_it_takes(vision: Live) -> None:
     assert httpx.get(f"{vision.url}/readyz").status_code == 200
     models = httpx.get(f"{vision.url}/v1/models").json()["data"]

@@ -66,7 +66,8 @@ def test_uploads_that_are_refused(
     twice = upload({"bundle": writer.to_bytes(), "config": b'{"peft_type": "LORA"}'})
     assert refused(twice, 422, "invalid_config")["param"] == "config"
     assert refused(upload({"bundle": weights}, {"config": "{}"}), 422, "invalid_request")["param"] == "config"
-    refused(upload({"bundle": weights, "config": bytes((1 << 20) + 1)}), 400, "invalid_multipart")
+    long = upload({"bundle": weights, "config": bytes((1 << 20) + 1)})
+    assert refused(long, 400, "invalid_multipart")["param"] == "config"
     absurd = (1 << 63).to_bytes(8, "little") + b"{"
     damaged = {b"": "truncated", b"x": "truncated", bytes(8): "not_safetensors", absurd: "not_safetensors"}
     for data, code in damaged.items():

@@ -109,6 +109,10 @@ HOSTILE: dict[str, Callable[[], Iterable[bytes]]] = {
 }
 
 
+# The others are faults of no field.
+NAMED = {"name not UTF-8": "name", "base64": "bundle", "field in UTF-16": "name", "a field without end": "name"}
+
+
 @pytest.mark.parametrize("case", HOSTILE)
 def test_a_hostile_form_is_refused_within_its_first_bytes(case: str) -> None:
     """64 MiB of each form are there to be read; two chunks are enough to refuse any, and little memory."""
@@ -130,6 +134,7 @@ def test_a_hostile_form_is_refused_within_its_first_bytes(case: str) -> None:
     assert taken <= 3 * CHUNK
     assert (refusal.value.status, refusal.value.code) == (400, "invalid_multipart")
     assert "bundle" in refusal.value.message or "field" in refusal.value.message
+    assert refusal.value.param == NAMED.get(case)
 
 
 @pytest.mark.parametrize(

@@ -265,7 +265,9 @@ class FormReader:
         part = FormPart(name, b"filename" in options, filename)
         encoding = values.get(b"content-transfer-encoding", b"binary").strip().lower()
         if encoding not in _PLAIN_ENCODINGS:
-            raise InvalidForm(f"form field {part.name!r} has a transfer encoding; send its bytes as they are")
+            raise InvalidForm(
+                f"form field {part.name!r} has a transfer encoding; send its bytes as they are", param=part.name
+            )
         if not part.is_file:
             _check_charset(parse_options_header(values.get(b"content-type"))[1], f"form field {part.name!r}", part.name)
         elif part.name in self._kept and (self._repeats or all(part.name != other.name for other in self.parts)):
@@ -283,7 +285,9 @@ class FormReader:
         if part.file is not None:
             most = self._kept[part.name]
             if most is not None and part.nbytes > most:
-                raise InvalidForm(f"form field {part.name!r} has more than {most} bytes; send a shorter file")
+                raise InvalidForm(
+                    f"form field {part.name!r} has more than {most} bytes; send a shorter file", param=part.name
+                )
             try:
                 part.file.write(memoryview(data)[start:end])
             except OSError as error:
@@ -292,14 +296,15 @@ class FormReader:
             if part.nbytes > _MAX_TEXT_BYTES:
                 raise InvalidForm(
                     f"form field {part.name!r} has more than {_MAX_TEXT_BYTES} bytes; send a file as a file; "
-                    f"{self._remedy}"
+                    f"{self._remedy}",
+                    param=part.name,
                 )
             self._text += data[start:end]
 
     def _on_part_end(self) -> None:
         part = self.parts[-1]
         if not part.is_file:
-            part.text = _utf8(bytes(self._text), f"form field {part.name!r}", self._remedy)
+            part.text = _utf8(bytes(self._text), f"form field {part.name!r}", self._remedy, part.name)
 
     def _on_end(self) -> None:
         self._ended = True
@@ -321,11 +326,11 @@ def _unescaped(name: bytes) -> bytes:
     return _ESCAPE.sub(lambda found: _ESCAPED[found[0]], name)
 
 
-def _utf8(value: bytes, what: str, remedy: str) -> str:
+def _utf8(value: bytes, what: str, remedy: str, param: str | None = None) -> str:
     try:
         return value.decode("utf-8")
     except UnicodeDecodeError:
-        raise InvalidForm(f"{what} is not UTF-8; {remedy}") from None
+        raise InvalidForm(f"{what} is not UTF-8; {remedy}", param=param) from None
 
 
 def _not_written(error: OSError) -> UploadNotWritten:
