@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from sera_serve.access import checked_quotas
@@ -237,6 +237,18 @@ class ServeSettings(BaseSettings):
     def _empty_is_none(cls, value: Any) -> Any:
         # An empty variable, as of ${WATCH:-}, must not open the current directory; and it turns a file's line off.
         return None if value == "" else value
+
+    @field_validator("watch")
+    @classmethod
+    def _check_watch(cls, value: Path | None, info: ValidationInfo) -> Path | None:
+        if value is not None and (store := info.data.get("store")) is not None:
+            watched, kept = Path(os.path.realpath(value)), Path(os.path.realpath(store))
+            if watched.is_relative_to(kept) or kept.is_relative_to(watched):
+                # The store's own files would be published as adapters of tenants of the names of its folders.
+                raise ValueError(
+                    f"the store is {str(store)!r}, and neither may lie in the other; name another directory"
+                )
+        return value
 
     @field_validator("auth", mode="before")
     @classmethod

@@ -38,6 +38,18 @@ def test_an_empty_path_turns_nothing_on(name: str, tmp_path: Path, monkeypatch: 
     assert f"{name} null flag" in " ".join(shown.stdout.split()), shown.output
 
 
+@pytest.mark.parametrize("watched", ["store", "store/adapters", ".", "link", "store/../store"])
+def test_neither_the_store_nor_the_watched_directory_lies_in_the_other(watched: str, tmp_path: Path) -> None:
+    """The store's bundles would be published as adapters of a tenant `bundles`."""
+    (tmp_path / "link").symlink_to("store")
+    store = tmp_path / "store"
+    for flags in ({"store": store}, {"store": tmp_path / "link"}):
+        with pytest.raises(InvalidConfiguration, match="neither may lie in the other") as caught:
+            load_settings(None, flags | {"watch": tmp_path / watched})
+        assert caught.value.param == "watch"
+    assert load_settings(None, {"store": store, "watch": tmp_path / "store2"}).watch == tmp_path / "store2"
+
+
 def test_auth_is_off_where_yaml_reads_false(tmp_path: Path) -> None:
     file = tmp_path / "serve.yaml"
     file.write_text("auth: off\n")
