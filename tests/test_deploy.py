@@ -1,4 +1,4 @@
-"""The files in deploy/: each query of the dashboard has its metric, and unit, compose file and settings agree."""
+"""The files in deploy/: each query of dashboard and alerts has its metric; unit, compose file and settings agree."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import promql_parser
 import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 
 from adapters_store import AdapterStore
 from sera_serve import SeraConfig
@@ -30,6 +31,8 @@ DEPLOY = Path(__file__).resolve().parents[1] / "deploy"
 DASHBOARD = json.loads((DEPLOY / "grafana" / "sera-serve.json").read_text(encoding="utf-8"))
 PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
 QUERIES = [(panel["title"], target["expr"]) for panel in PANELS for target in panel["targets"]]
+SCRAPE = yaml.safe_load((DEPLOY / "prometheus.yml").read_text(encoding="utf-8"))
+(RULES,) = yaml.safe_load((DEPLOY / "alerts.yml").read_text(encoding="utf-8"))["groups"]
 COMPOSE = yaml.safe_load((DEPLOY / "compose.yaml").read_text(encoding="utf-8"))
 UNIT = (DEPLOY / "sera-serve.service").read_text(encoding="utf-8")
 # Grafana puts values in the place of these.
@@ -37,8 +40,8 @@ VARIABLES = {"$__rate_interval": "5m", "$tenant": ".*"}
 
 
 @pytest.fixture(scope="module")
-def labels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
-    """The labels of every series of a server that has served and refused requests, by the name of the series."""
+def samples(tmp_path_factory: pytest.TempPathFactory) -> list[Sample]:
+    """Every series of a server that has served and refused requests."""
     base = random_decoder()
     store = AdapterStore(tmp_path_factory.mktemp("deploy") / "store")
     store.publish(random_adapter(base, SeraConfig(4, 2, 8.0, ("q_proj",)), seed=1), "demo/writer")
@@ -56,10 +59,15 @@ def labels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
         with app.state.loop_watch.step("a test"):
             time.sleep(0.11)
         text = client.get("/metrics").text
+    return [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+
+
+@pytest.fixture(scope="module")
+def labels(samples: list[Sample]) -> dict[str, set[str]]:
+    """The labels of every series, by its name."""
     found: dict[str, set[str]] = {}
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            found.setdefault(sample.name, set()).update(sample.labels)
+    for sample in samples:
+        found.setdefault(sample.name, set()).update(sample.labels)
     return found
 
 
@@ -104,6 +112,39 @@ def test_every_query_names_series_and_labels_of_the_real_metrics(
     title: str, query: str, labels: dict[str, set[str]]
 ) -> None:
     assert wrong_names(query, labels) == [], title
+
+
+@pytest.mark.parametrize("rule", RULES["rules"], ids=lambda rule: rule["alert"])
+def test_every_alert_names_series_and_labels_of_the_real_metrics(
+    rule: dict[str, Any], labels: dict[str, set[str]]
+) -> None:
+    # Prometheus adds these labels, and the series that tells whether a scrape succeeded.
+    added = {"instance", "job"}
+    known = {name: own | added for name, own in labels.items()} | {"up": added}
+    assert wrong_names(rule["expr"], known) == []
+    kept = set().union(*(known[node.name] for node in nodes(parsed(rule["expr"])) if is_selector(node)))
+    for node in nodes(parsed(rule["expr"])):
+        if isinstance(node, promql_parser.AggregateExpr):
+            kept &= set(node.modifier.labels)
+    texts = rule["annotations"]
+    assert set(re.findall(r"\$labels\.(\w+)", texts["summary"] + texts["description"])) <= kept
+    assert rule["labels"]["severity"] in ("warning", "critical")
+    for job in re.findall(r'job="([^"]*)"', rule["expr"]):
+        assert job in [one["job_name"] for one in SCRAPE["scrape_configs"]]
+
+
+def test_the_values_that_alerts_ask_for_occur(samples: list[Sample]) -> None:
+    # With a value that no series has, an alert would be silent for ever. The server has answered 200 and 504 alone.
+    text = "\n".join(rule["expr"] for rule in RULES["rules"])
+    asked = set(re.findall(r'(\w+)!?="([^"]*)"', text)) - {("job", "sera-serve"), ("status", "500"), ("status", "503")}
+    assert asked
+    assert asked <= {item for sample in samples for item in sample.labels.items()}
+
+
+def test_prometheus_finds_its_alerts() -> None:
+    mounted = [volume.split(":")[1] for volume in COMPOSE["services"]["prometheus"]["volumes"]]
+    assert set(SCRAPE["rule_files"]) <= set(mounted)
+    assert len({rule["alert"] for rule in RULES["rules"]}) == len(RULES["rules"])
 
 
 def test_a_legend_names_labels_that_its_query_keeps(labels: dict[str, set[str]]) -> None:
@@ -162,8 +203,7 @@ def test_the_compose_file_fits_the_settings_and_the_other_files() -> None:
     assert all(
         one.startswith("127.0.0.1:") for service in COMPOSE["services"].values() for one in service.get("ports", ())
     )
-    scrape = yaml.safe_load((DEPLOY / "prometheus.yml").read_text(encoding="utf-8"))
-    assert scrape["scrape_configs"][0]["static_configs"][0]["targets"] == [f"sera-serve:{port}"]
+    assert SCRAPE["scrape_configs"][0]["static_configs"][0]["targets"] == [f"sera-serve:{port}"]
     assert int(server["stop_grace_period"].removesuffix("s")) > read.drain_s + read.shutdown_grace_s + ENDING_S
     for service in COMPOSE["services"].values():
         assert service["cap_drop"] == ["ALL"]
