@@ -16,12 +16,12 @@ from __future__ import annotations
 
 import enum
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import cached_property, reduce
 from operator import or_
-from typing import Literal, Protocol, TypeAlias
+from typing import Literal, Protocol, TypeAlias, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -157,7 +157,41 @@ class GenerateParams:
     prompt_logprobs: int | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
+class LikelyTokens(Sequence[tuple[int, float]]):
+    """Tokens and their log-probabilities, likeliest first, in 8 bytes each. As pairs they would take 120.
+
+    Attributes:
+        ids: int32 of the tokens.
+        logprobs: float32 of their log-probabilities.
+    """
+
+    ids: bytes
+    logprobs: bytes
+
+    def first(self, count: int) -> LikelyTokens:
+        """The likeliest ones."""
+        return LikelyTokens(self.ids[: 4 * count], self.logprobs[: 4 * count])
+
+    def __len__(self) -> int:
+        return len(self.ids) // 4
+
+    def __iter__(self) -> Iterator[tuple[int, float]]:
+        ids: list[int] = np.frombuffer(self.ids, np.int32).tolist()
+        logprobs: list[float] = np.frombuffer(self.logprobs, np.float32).tolist()
+        return zip(ids, logprobs, strict=True)
+
+    @overload
+    def __getitem__(self, index: int) -> tuple[int, float]: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> tuple[tuple[int, float], ...]: ...
+
+    def __getitem__(self, index: int | slice) -> tuple[int, float] | tuple[tuple[int, float], ...]:
+        return tuple(self)[index]
+
+
+@dataclass(frozen=True, slots=True)
 class TokenLogprobs:
     """Log-probabilities at one position, of the model before temperature and noise, adapters included.
 
@@ -169,7 +203,14 @@ class TokenLogprobs:
 
     token: int
     logprob: float | None
-    top: tuple[tuple[int, float], ...] = ()
+    top: Sequence[tuple[int, float]] = ()
+
+    def of_top(self, count: int) -> TokenLogprobs:
+        """The same with so many of the likeliest tokens."""
+        if count >= len(self.top):
+            return self
+        top = self.top.first(count) if count and isinstance(self.top, LikelyTokens) else self.top[:count]
+        return TokenLogprobs(self.token, self.logprob, top)
 
 
 @dataclass(frozen=True)
@@ -403,7 +444,9 @@ class Request:
 
     def notify(self) -> bool:
         """Tell the reader that something has changed; False if nobody reads any more."""
-        return self.reader is None or self.reader.notify()
+        # Read once: the event loop takes the reader away.
+        reader = self.reader
+        return reader is None or reader.notify()
 
 
 @dataclass(eq=False, kw_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor
 from adapters_store import AdapterStore
 from sera_serve.base import FrozenBase
 from sera_serve.engine import GenerateParams, GenerationResult, ServingEngine, TokenLogprobs
+from sera_serve.engine.loop.choice import token_logprobs
 from support.engine import SHAPE, Start, collect, generate, settled
 from support.factories import merged, random_adapter
 
@@ -177,3 +179,24 @@ def test_deltas_have_those_of_their_tokens(decoder: FrozenBase, store: AdapterSt
         await settled(engine)
 
     asyncio.run(main())
+
+
+def test_likely_tokens_take_little_memory_and_read_as_pairs() -> None:
+    logits = torch.randn(3, 40, generator=torch.Generator().manual_seed(1))
+    found = [one for one in token_logprobs(logits, [1, 2, 3], 20) if one is not None]
+    values, ids = logits.log_softmax(1).topk(20)
+    for row, one in enumerate(found):
+        assert list(one.top) == list(zip(ids[row].tolist(), values[row].tolist(), strict=True))
+        assert one.top[0] == (ids[row, 0].item(), values[row, 0].item()) and one.top[-2:] == tuple(one.top)[18:]
+        assert list(one.of_top(3).top) == list(one.top)[:3] and len(one.of_top(3).top) == 3
+        assert one.of_top(0).top == ()
+        assert one.of_top(21) is one
+    tracemalloc.start()
+    try:
+        many = [token_logprobs(logits, [1, 2, 3], 20) for _ in range(100)]
+        taken, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    # Of a pair 120 bytes.
+    assert taken < 300 * 20 * 30
+    assert len(many) == 100

@@ -8,7 +8,6 @@ made for them alone.
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sera_serve.engine.loop.row_tables import RowTables
-from sera_serve.engine.request import GenerationRequest, TokenLogprobs
+from sera_serve.engine.request import GenerationRequest, LikelyTokens, TokenLogprobs
 from sera_serve.engine.sampling import IN_PROMPT, NO_TOKEN, Penalties, SamplingRows, choose_tokens, sampling_keys
 from sera_serve.errors import ConstraintUnsatisfiable, EngineUnavailable, InvalidRequest, TenantOverloaded
 
@@ -115,8 +114,7 @@ class TokenChooser:
                 if one is None:
                     tokens[index] = NO_TOKEN
                 else:
-                    top = one.top[: request.params.logprobs]
-                    request.token_logprobs.append(TokenLogprobs(one.token, one.logprob, top))
+                    request.token_logprobs.append(one.of_top(request.params.logprobs or 0))
         return ChosenTokens(tokens, masks.failures, masks.postponed)
 
     def _choose_by_kind(
@@ -345,24 +343,25 @@ def bias_of(
     return bias
 
 
-def token_logprobs(logits: Tensor, tokens: Sequence[int], top: int) -> list[TokenLogprobs | None]:
-    """Log-probabilities of tokens, each with the `top` likeliest of its row; None where one is not finite.
+def token_logprobs(logits: Tensor, tokens: Sequence[int], top_count: int) -> list[TokenLogprobs | None]:
+    """Log-probabilities of tokens, each with the `top_count` likeliest of its row; None where one is not finite.
 
     Args:
         logits: (rows, vocabulary), of the model alone.
         tokens: One for each row.
-        top: How many of the likeliest tokens.
+        top_count: How many of the likeliest tokens.
     """
     logprobs = logits.float().log_softmax(1)
     own = logprobs.gather(1, _brought(np.array(tokens, np.int64), logits.device).unsqueeze(1))
-    values, indices = logprobs.topk(min(top, logits.shape[1]), dim=1)
-    # One list from the device in place of three for each row.
-    figures = torch.cat((own, values), 1).tolist()
+    values, indices = logprobs.topk(min(top_count, logits.shape[1]), dim=1)
+    # One array from the device in place of two.
+    figures = torch.cat((own, values), 1).cpu().numpy()
+    likeliest = indices.int().cpu().numpy()
+    are_finite: list[bool] = np.isfinite(figures).all(1).tolist()
     found: list[TokenLogprobs | None] = []
-    for token, (logprob, *likeliest), ids in zip(tokens, figures, indices.tolist(), strict=True):
-        is_finite = all(map(math.isfinite, (logprob, *likeliest)))
-        pairs = tuple(zip(ids, likeliest, strict=True))
-        found.append(TokenLogprobs(token, logprob, pairs) if is_finite else None)
+    for row, (token, logprob) in enumerate(zip(tokens, figures[:, 0].tolist(), strict=True)):
+        top = LikelyTokens(likeliest[row].tobytes(), figures[row, 1:].tobytes()) if top_count else ()
+        found.append(TokenLogprobs(token, logprob, top) if are_finite[row] else None)
     return found
 
 
