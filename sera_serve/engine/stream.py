@@ -336,6 +336,8 @@ class GenerationStream(EventReader, AsyncIterator[TokenDelta]):
             super().wake()
         if self.on_news is not None:
             self.on_news()
+        if self._closed:
+            self._part()
 
     def end_at(self, deadline: float) -> None:
         """Cancel the request at a time of the running event loop, whether or not anybody reads by then."""
@@ -438,6 +440,21 @@ class GenerationStream(EventReader, AsyncIterator[TokenDelta]):
         self._closed = True
         if self._deadline is not None:
             self._deadline.cancel()
+            self._deadline = None
+        self._part()
+
+    def _part(self) -> None:
+        """Let go of a request that nothing happens to any more.
+
+        Request, stream and the group of its answers refer to each other. As cycles, they would keep the tokens and
+        log-probabilities of each answer until the next collection.
+        """
+        if not self.request.is_finished:
+            return
+        self.request.reader = None
+        on_news, self.on_news = self.on_news, None
+        if on_news is not None:
+            on_news()
 
     def _finish(self, reason: Literal["stop", "length"], stop_reason: str | int | None) -> None:
         request, count = self.request, len(self._token_ids)

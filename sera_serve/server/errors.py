@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import http
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -163,14 +163,42 @@ def error_response(error: Exception, request_id: str) -> ErrorAnswer:
     return ErrorAnswer(content, status, headers)
 
 
+def forget_frames(error: BaseException) -> None:
+    """Drop the tracebacks of an error that was answered, and of those that led to it.
+
+    Frames refer to errors and errors to frames. As cycles, they would keep the body of a refused request, and all that
+    was made of it, until the next collection.
+    """
+    found: list[BaseException | None] = [error]
+    seen: set[int] = set()
+    while found:
+        each = found.pop()
+        if each is not None and id(each) not in seen:
+            seen.add(id(each))
+            each.__traceback__ = None
+            found += [each.__cause__, each.__context__]
+
+
 def add_error_handlers(app: FastAPI) -> None:
     """Handle every exception that a route raises. `RequestLifecycle` handles exceptions from outside the routes."""
-    app.add_exception_handler(SeraServeError, _typed)
-    app.add_exception_handler(StoreError, _typed)
-    app.add_exception_handler(RequestValidationError, _invalid)
-    app.add_exception_handler(HTTPException, _http)
-    app.add_exception_handler(ClientDisconnected, _closed)
-    app.add_exception_handler(ClientDisconnect, _closed)
+    app.add_exception_handler(SeraServeError, _forgetting(_typed))
+    app.add_exception_handler(StoreError, _forgetting(_typed))
+    app.add_exception_handler(RequestValidationError, _forgetting(_invalid))
+    app.add_exception_handler(HTTPException, _forgetting(_http))
+    app.add_exception_handler(ClientDisconnected, _forgetting(_closed))
+    app.add_exception_handler(ClientDisconnect, _forgetting(_closed))
+
+
+_Handler = Callable[[Request, Exception], Awaitable[Response]]
+
+
+def _forgetting(handle: _Handler) -> _Handler:
+    async def handled(request: Request, error: Exception) -> Response:
+        response = await handle(request, error)
+        forget_frames(error)
+        return response
+
+    return handled
 
 
 async def _typed(request: Request, error: Exception) -> Response:

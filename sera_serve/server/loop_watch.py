@@ -140,8 +140,12 @@ class _Measured(Generator[Any, Any, T], Coroutine[Any, Any, T]):
             return self._work.send(value)
 
     def throw(self, *error: Any) -> Any:
-        with self._step:
-            return self._work.throw(*error)
+        try:
+            with self._step:
+                return self._work.throw(*error)
+        finally:
+            # The error refers to this frame. As a cycle, it would keep what the work used until the next collection.
+            del error
 
     def close(self) -> None:
         self._work.close()

@@ -10,7 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sera_serve.errors import Overloaded, TenantOverloaded
 from sera_serve.server.accounting import Meter, RequestRecord
-from sera_serve.server.errors import BodyTooLarge, error_response
+from sera_serve.server.errors import BodyTooLarge, error_response, forget_frames
 from sera_serve.server.loop_watch import LoopWatch, route_of
 from sera_serve.server.metrics import ServerMetrics
 from sera_serve.server.refusals import new_request_id
@@ -84,6 +84,7 @@ class RequestLifecycle:
             if status:
                 raise
             await error_response(error, request_id)(scope, receive, send_with_id)
+            forget_frames(error)
         finally:
             seconds = time.perf_counter() - started
             self.metrics.observe_request(scope["method"], route_of(scope), status or 500, seconds)

@@ -16,7 +16,7 @@ from sera_serve.engine import GenerationResult, GenerationStream, TokenDelta
 from sera_serve.errors import EngineUnavailable
 from sera_serve.server.accounting import Account
 from sera_serve.server.disconnect import ClientDisconnected, cancel_on_disconnect
-from sera_serve.server.errors import CLIENT_CLOSED_CODE, describe, note_code
+from sera_serve.server.errors import CLIENT_CLOSED_CODE, describe, forget_frames, note_code
 from sera_serve.server.loop_watch import measured_with_request
 
 logger = logging.getLogger("sera_serve.server")
@@ -160,6 +160,7 @@ class EventStream(EventResponse):
                 last = writer.end(streams)
             except Exception as error:  # noqa: BLE001 - the status 200 is sent already: the error becomes an event and a log line
                 content = describe(error, scope["state"]["request_id"])[1]
+                forget_frames(error)
                 self._account.count_refusal(content["error"]["code"])
                 last = writer.failed(content)
             self._ended = True

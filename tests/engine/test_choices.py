@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import random
 import threading
 import time
+import weakref
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
@@ -410,3 +412,33 @@ def test_one_that_was_closed_is_not_queued(decoder: FrozenBase, adapters: Adapte
     scheduler.submit([closed])
     assert scheduler.waiting() == 0
     scheduler.check_invariants()
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("reads", [True, False])
+def test_an_answer_is_gone_once_nobody_reads_it(
+    decoder: FrozenBase, store: AdapterStore, start_engine: Start, n: int, reads: bool
+) -> None:
+    engine = start_engine(decoder, store)
+
+    async def main() -> None:
+        # What a step of the engine still refers to goes with the next one.
+        params = GenerateParams(prompt=PROMPT, n=n, max_new_tokens=20, logprobs=3, ignore_eos=True)
+        streams = await choices(engine, params)
+        requests = [weakref.ref(stream.request) for stream in streams]
+        for stream in streams:
+            if reads:
+                await stream.collect()
+            else:
+                await stream.aclose()
+        del stream, streams
+        await settled(engine)
+        await collected(engine, prompt="another one", max_new_tokens=2)
+        await until(lambda: not any(request() for request in requests))
+
+    gc.collect()
+    gc.disable()
+    try:
+        asyncio.run(main())
+    finally:
+        gc.enable()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
+import weakref
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -188,3 +190,26 @@ def test_a_route_and_its_child_tasks_are_named(clock: Clock) -> None:
     asyncio.run(main())
     assert pauses(metrics.registry, "/slow/{name}") == (2, pytest.approx(1.1))
     assert pauses(metrics.registry, "unmatched") == (0, 0)
+
+
+class Used:
+    """What a request uses."""
+
+
+def test_what_cancelled_work_used_is_gone_with_it(run: Callable[..., Any], watch: LoopWatch) -> None:
+    async def work(used: Used) -> None:
+        await asyncio.sleep(60)
+
+    async def main() -> weakref.ref[Used]:
+        used = Used()
+        task = asyncio.ensure_future(watch.request({}, work(used)))
+        await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        return weakref.ref(used)
+
+    gc.disable()
+    try:
+        assert run(main())() is None
+    finally:
+        gc.enable()
