@@ -37,6 +37,7 @@ from sera_serve.server.refusals import (
     trailers,
     uri_too_long,
 )
+from sera_serve.server.unread import UnreadResponses, reader_of
 
 MAX_URI_BYTES = 8 << 10
 MAX_HEADERS = 100
@@ -86,6 +87,7 @@ class ConnectionGuard:
         self.max_header_bytes = settings.max_header_kib << 10
         self.log = RefusalLog(count_refusal)
         self.turned_away = 0
+        self.unread = UnreadResponses()
         self._operators_port = operators_port
         self._clients = ConnectionCounts(settings.max_connections, settings.max_connections_per_address)
         self._operators = ConnectionCounts(_OPERATORS_CONNECTIONS, _OPERATORS_CONNECTIONS)
@@ -133,7 +135,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._received = 0
         self._header_count = 0
         self._paused_before = 0.0
-        self._upgrading = False
+        self._upgrading = self._waits_for_reader = False
         # Of the two cycles: `cycle` is the newest, `_active` the one that may send its response now.
         self._active: RequestResponseCycle | None = None
         self._keep_alive = False
@@ -169,6 +171,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Give back what the connection holds, and tell its requests that the client is gone."""
         self._input, self._closing = DISCARDED, True
+        self.guard.unread.remove(self._connection)
         if self._counts is not None:
             self._counts.remove(self._address())
         self.guard.turned_away -= self._turned_away
@@ -220,11 +223,16 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         """The client leaves a response unread."""
         super().pause_writing()
         self._expect_end()
+        self.guard.unread.add(self._connection, reader_of(self._active and self._active.scope, self._address()))
 
     def resume_writing(self) -> None:
         """The client reads again."""
         self._unread_since = time.monotonic() if self._closing else None
+        self.guard.unread.remove(self._connection)
         super().resume_writing()
+        if self._waits_for_reader:
+            self._waits_for_reader = False
+            self.on_response_complete()
 
     def shutdown(self) -> None:
         """Finish requests whose bodies come soon, close everything else; the server calls this when it stops."""
@@ -309,7 +317,11 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     # uvicorn's side: a response was sent.
 
     def on_response_complete(self) -> None:
-        """Go on with the next request of the connection, or with the refusal that waited for this response."""
+        """Go on with the next request, or with the refusal that waited, once the client reads this response."""
+        if self.flow.write_paused and not self.transport.is_closing():
+            self._waits_for_reader = True
+            self.flow.pause_reading()
+            return
         if self.pipeline:
             self._active = self.pipeline[-1][0]
             super().on_response_complete()

@@ -8,7 +8,8 @@ import subprocess
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager, suppress
+from functools import partial
 from typing import Any
 
 import httpx
@@ -20,10 +21,12 @@ from sera_serve.config import ServeSettings
 from sera_serve.server import protocol, refusals
 from sera_serve.server.protocol import MAX_HEADERS, MAX_PIPELINED, MAX_URI_BYTES
 from sera_serve.server.refusals import RefusalLog
+from sera_serve.server.unread import UnreadResponses
 from support.live_server import live_server, wait_until
 from support.raw_http import RawClient, prompt_loop
 
 KIB = 1 << 10
+LARGE = 12 << 20
 # Short, and far longer than a busy machine delays a healthy client.
 TIMEOUT_S = 0.6
 POST = b"POST /length HTTP/1.1\r\nHost: x\r\n"
@@ -59,6 +62,7 @@ class Script:
             ("/early", self.early),
             ("/endless", self.endless),
             ("/pieces", self.pieces),
+            ("/large", self.large),
         ):
             self.app.add_api_route(path, route, methods=["GET", "POST"], response_model=None)
 
@@ -103,6 +107,11 @@ class Script:
                 await asyncio.sleep(0)
 
         return StreamingResponse(pieces(), headers={"X-Kind": "stream"})
+
+    async def large(self, request: Request) -> Response:
+        """Answer with more than the network's buffers take."""
+        self.states.append(request.scope["state"])
+        return Response(bytes(LARGE))
 
     async def endless(self) -> Response:
         """Send without an end."""
@@ -502,6 +511,46 @@ def test_a_client_that_does_not_read_is_disconnected(script: Script, client: Raw
             assert slow.socket.recv(1 << 20)
             time.sleep(0.01)
         assert script.cut_off == 1
+
+
+@pytest.mark.parametrize("pieces", [(3,), (1, 2), (2, 1)])
+def test_the_next_request_waits_until_the_response_is_read(
+    pieces: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unread = UnreadResponses()
+    monkeypatch.setattr(protocol, "UnreadResponses", lambda: unread)
+    script = Script(write_timeout_s=60)
+    with live_server(script.app) as url, RawClient(url) as client:
+        for count in pieces:
+            client.send(get("/large") * count)
+            wait_until(lambda: len(script.states) == 1)
+            time.sleep(TIMEOUT_S / 4)
+        assert len(script.states) == 1 and len(unread._unread) == 1
+        for _ in range(3):
+            assert len(client.response().body) == LARGE
+        client.send(get())
+        assert client.response().body == b"0"
+        assert len(script.states) == 4 and not unread._unread
+
+
+def test_a_response_that_lies_unread_ends_for_others_that_would_lie_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "UnreadResponses", partial(UnreadResponses, 4 * LARGE))
+    script = Script(write_timeout_s=60)
+    with live_server(script.app) as url, ExitStack() as stack:
+        clients = [stack.enter_context(RawClient(url)) for _ in range(8)]
+        for number, client in enumerate(clients):
+            client.send(get("/large"))
+            wait_until(lambda number=number: len(script.states) == number + 1)
+            time.sleep(0.05)
+        answered = []
+        for client in clients:
+            with suppress(ConnectionError):
+                answered.append(len(client.response().body) == LARGE)
+        # A part of each is in the network's buffers.
+        assert 4 <= len(answered) < 8 and all(answered)
+        with RawClient(url) as other:
+            other.send(get("/large"))
+            assert len(other.response().body) == LARGE
 
 
 def test_a_request_knows_when_its_first_byte_came(script: Script, client: RawClient) -> None:

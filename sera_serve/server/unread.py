@@ -1,0 +1,92 @@
+"""What responses that lie unread take of memory: all of them together, and whose connection ends when it is too much.
+
+A response is in memory until its client has read it. Some have ten thousand times the bytes of their request, and a
+client may leave one unread for `write_timeout_s`, on each of its connections.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from dataclasses import dataclass
+
+from starlette.types import Scope
+
+from sera_serve.server.connections import client_of
+
+logger = logging.getLogger("sera_serve.server")
+
+MAX_UNREAD_BYTES = 512 << 20
+# Before that, nothing tells whether a client reads.
+_LEAST_AGE_S = 1.0
+_LOG_EVERY_S = 1.0
+
+
+@dataclass(frozen=True)
+class _Unread:
+    """Whose response waits, since when, and what it had in bytes then."""
+
+    owner: str
+    since: float
+    at_first: int
+
+
+def reader_of(scope: Scope | None, address: str) -> str:
+    """Return who reads a response, for messages too: the tenant of the request's key, else the client's address."""
+    caller = None if scope is None else scope["state"].get("caller")
+    tenant: str | None = None if caller is None else caller.tenant
+    return f"client {client_of(address)}" if tenant is None else f"tenant {tenant!r}"
+
+
+class UnreadResponses:
+    """The connections whose clients have not read what was sent. Only the event loop's thread may use it."""
+
+    def __init__(self, most: int = MAX_UNREAD_BYTES) -> None:
+        """Let unread responses have `most` bytes together."""
+        self._most = most
+        self._unread: dict[asyncio.Transport, _Unread] = {}
+        self._logged_at = -_LOG_EVERY_S
+
+    def add(self, connection: asyncio.Transport, owner: str) -> None:
+        """Count a connection whose client has a response to read.
+
+        Where all have more than they may together, connections are ended, of who has most, the slowest reader first.
+        """
+        self._unread[connection] = _Unread(owner, time.monotonic(), connection.get_write_buffer_size())
+        # What was read since is looked up only where it matters.
+        if sum(each.at_first for each in self._unread.values()) > self._most:
+            self._make_room()
+
+    def remove(self, connection: asyncio.Transport) -> None:
+        """Count it no more. Idempotent."""
+        self._unread.pop(connection, None)
+
+    def _make_room(self) -> None:
+        now = time.monotonic()
+        sizes = {connection: connection.get_write_buffer_size() for connection in self._unread}
+        held: Counter[str] = Counter()
+        for connection, size in sizes.items():
+            held[self._unread[connection].owner] += size
+
+        def haste(connection: asyncio.Transport) -> tuple[bool, float, float]:
+            """Young ones last, then by the bytes a second that were read, then by age."""
+            each = self._unread[connection]
+            age = now - each.since
+            return age < _LEAST_AGE_S, (each.at_first - sizes[connection]) / max(age, _LEAST_AGE_S), each.since
+
+        while held.total() > self._most:
+            owner, _ = held.most_common(1)[0]
+            slowest = min((each for each in self._unread if self._unread[each].owner == owner), key=haste)
+            held[owner] -= sizes[slowest]
+            del self._unread[slowest]
+            # This may be called from the transport's own `write`.
+            asyncio.get_running_loop().call_soon(slowest.abort)
+            if now - self._logged_at >= _LOG_EVERY_S:
+                self._logged_at = now
+                logger.warning(
+                    "unread responses have over %d MiB; a connection of %s was ended, which reads slowest",
+                    self._most >> 20,
+                    owner,
+                )
