@@ -223,7 +223,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         """The client leaves a response unread."""
         super().pause_writing()
         self._expect_end()
-        self.guard.unread.add(self._connection, reader_of(self._active and self._active.scope, self._address()))
+        self.guard.unread.add(self._connection, reader_of(self._active, self._address()))
 
     def resume_writing(self) -> None:
         """The client reads again."""

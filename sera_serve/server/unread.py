@@ -1,6 +1,6 @@
 """What responses that lie unread take of memory: all of them together, and whose connection ends when it is too much.
 
-A response is in memory until its client has read it. Some have ten thousand times the bytes of their request, and a
+A response is in memory as a whole until its client has read all but what the network's buffers take. Some have ten thousand times the bytes of their request, and a
 client may leave one unread for `write_timeout_s`, on each of its connections.
 """
 
@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 
-from starlette.types import Scope
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from sera_serve.server.connections import client_of
 
@@ -33,9 +33,9 @@ class _Unread:
     at_first: int
 
 
-def reader_of(scope: Scope | None, address: str) -> str:
+def reader_of(cycle: RequestResponseCycle | None, address: str) -> str:
     """Return who reads a response, for messages too: the tenant of the request's key, else the client's address."""
-    caller = None if scope is None else scope["state"].get("caller")
+    caller = None if cycle is None else cycle.scope["state"].get("caller")
     tenant: str | None = None if caller is None else caller.tenant
     return f"client {client_of(address)}" if tenant is None else f"tenant {tenant!r}"
 

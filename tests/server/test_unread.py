@@ -92,9 +92,12 @@ def test_one_response_alone_ends_where_it_is_too_large(world: World) -> None:
 
 
 def test_a_reader_is_the_tenant_of_a_key_or_an_address() -> None:
-    def scope(tenant: str | None) -> dict[str, Any]:
-        return {"state": {"caller": SimpleNamespace(tenant=tenant)}}
+    def cycle(**state: Any) -> Any:
+        return SimpleNamespace(scope={"state": state})
 
-    assert reader_of(scope("acme"), "1.2.3.4") == "tenant 'acme'"
-    assert reader_of(scope(None), "1.2.3.4") == reader_of(None, "1.2.3.4") == "client 1.2.3.4"
-    assert reader_of({"state": {}}, "2001:db8::1") == reader_of(None, "2001:db8::2")
+    def of_tenant(tenant: str | None) -> Any:
+        return cycle(caller=SimpleNamespace(tenant=tenant))
+
+    assert reader_of(of_tenant("acme"), "1.2.3.4") == "tenant 'acme'"
+    assert reader_of(of_tenant(None), "1.2.3.4") == reader_of(None, "1.2.3.4") == "client 1.2.3.4"
+    assert reader_of(cycle(), "2001:db8::1") == reader_of(None, "2001:db8::2")
