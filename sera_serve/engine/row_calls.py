@@ -351,3 +351,6 @@ async def _finished(parts: Sequence[Request], reader: EventReader, deadline: flo
         if not scope.expired():
             raise
         raise deadline_exceeded() from None
+    finally:
+        # It refers to the task, and so to the error that ends the task. As a cycle, that would keep all rows.
+        del scope

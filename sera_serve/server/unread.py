@@ -1,7 +1,8 @@
 """What responses that lie unread take of memory: all of them together, and whose connection ends when it is too much.
 
-A response is in memory as a whole until its client has read all but what the network's buffers take. Some have ten thousand times the bytes of their request, and a
-client may leave one unread for `write_timeout_s`, on each of its connections.
+A response is in memory as a whole until its client has read all but what the network's buffers take. Some have ten
+thousand times the bytes of their request, and a client may leave one unread for `write_timeout_s`, on each of its
+connections.
 """
 
 from __future__ import annotations
