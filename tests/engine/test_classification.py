@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -14,10 +16,11 @@ from adapters_store import AdapterBundle, AdapterStore, WrongTask
 from sera_kernels import ShapeClasses
 from sera_serve import SeraConfig
 from sera_serve.base import FrozenBase
-from sera_serve.engine import ClassifyResult, GenerateParams, ServingEngine
+from sera_serve.engine import ClassifyResult, GenerateParams, ServingEngine, row_calls
+from sera_serve.engine.request import ClassificationRequest
 from sera_serve.engine.tasks.passes import run_pass
 from sera_serve.errors import EngineUnavailable, InvalidRequest, UnsupportedTask
-from support.engine import acting_for, classify, generate
+from support.engine import acting_for, classify, generate, settled, until
 from support.factories import encoded, merged, random_adapter
 
 Start = Callable[..., ServingEngine]
@@ -226,3 +229,39 @@ def test_cancelled_request_keeps_its_adapter_until_its_rows_are_done(
             await asyncio.sleep(0.01)
 
     asyncio.run(main())
+
+
+def test_the_rows_of_a_call_that_is_given_up_are_gone(
+    decoder: FrozenBase, store: AdapterStore, start_engine: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(decoder, store)
+    engine = start_engine(decoder, store)
+    parts: list[weakref.ref[ClassificationRequest]] = []
+    split_call = row_calls.split_call
+
+    def noted(*arguments: Any) -> list[ClassificationRequest]:
+        made = split_call(*arguments)
+        parts.extend(map(weakref.ref, made))
+        return made
+
+    monkeypatch.setattr(row_calls, "split_call", noted)
+
+    async def main() -> None:
+        call = asyncio.ensure_future(classify(engine, "acme/c0", ["some text"] * 1000))
+        await until(lambda: any((part := each()) is not None and part.started_at is not None for each in parts))
+        # The call has seen that a part runs, and waits for all of them.
+        await asyncio.sleep(0.01)
+        call.cancel()
+        await asyncio.gather(call, return_exceptions=True)
+        del call
+        await settled(engine)
+        # What the last pass still refers to goes with the next one.
+        await classify(engine, "acme/c1", ["another"])
+        await until(lambda: not any(each() for each in parts[:-1]))
+
+    gc.collect()
+    gc.disable()
+    try:
+        asyncio.run(main())
+    finally:
+        gc.enable()
