@@ -48,6 +48,8 @@ class UnreadResponses:
         """Let unread responses have `most` bytes together."""
         self._most = most
         self._unread: dict[asyncio.Transport, _Unread] = {}
+        # The sum of their `at_first`.
+        self._at_first = 0
         self._logged_at = -_LOG_EVERY_S
 
     def add(self, connection: asyncio.Transport, owner: str) -> None:
@@ -55,14 +57,19 @@ class UnreadResponses:
 
         Where all have more than they may together, connections are ended, of who has most, the slowest reader first.
         """
-        self._unread[connection] = _Unread(owner, time.monotonic(), connection.get_write_buffer_size())
+        self.remove(connection)
+        size = connection.get_write_buffer_size()
+        self._unread[connection] = _Unread(owner, time.monotonic(), size)
+        self._at_first += size
         # What was read since is looked up only where it matters.
-        if sum(each.at_first for each in self._unread.values()) > self._most:
+        if self._at_first > self._most:
             self._make_room()
 
     def remove(self, connection: asyncio.Transport) -> None:
         """Count it no more. Idempotent."""
-        self._unread.pop(connection, None)
+        each = self._unread.pop(connection, None)
+        if each is not None:
+            self._at_first -= each.at_first
 
     def _make_room(self) -> None:
         now = time.monotonic()
@@ -81,7 +88,7 @@ class UnreadResponses:
             owner, _ = held.most_common(1)[0]
             slowest = min((each for each in self._unread if self._unread[each].owner == owner), key=haste)
             held[owner] -= sizes[slowest]
-            del self._unread[slowest]
+            self.remove(slowest)
             # This may be called from the transport's own `write`.
             asyncio.get_running_loop().call_soon(slowest.abort)
             if now - self._logged_at >= _LOG_EVERY_S:
