@@ -163,12 +163,18 @@ def error_response(error: Exception, request_id: str) -> ErrorAnswer:
     return ErrorAnswer(content, status, headers)
 
 
-def forget_frames(error: BaseException) -> None:
-    """Drop the tracebacks of an error that was answered, and of those that led to it.
+# The log has the traceback of a fault of the server, or of its disk. Its thread writes it later.
+_LOGGED = (500, 507)
+
+
+def forget_frames(error: BaseException, status: int) -> None:
+    """Drop the tracebacks of an error that was answered with a status, and of those that led to it.
 
     Frames refer to errors and errors to frames. As cycles, they would keep the body of a refused request, and all that
     was made of it, until the next collection.
     """
+    if status in _LOGGED:
+        return
     found: list[BaseException | None] = [error]
     seen: set[int] = set()
     while found:
@@ -195,7 +201,7 @@ _Handler = Callable[[Request, Exception], Awaitable[Response]]
 def _forgetting(handle: _Handler) -> _Handler:
     async def handled(request: Request, error: Exception) -> Response:
         response = await handle(request, error)
-        forget_frames(error)
+        forget_frames(error, response.status_code)
         return response
 
     return handled

@@ -83,8 +83,9 @@ class RequestLifecycle:
         except Exception as error:
             if status:
                 raise
-            await error_response(error, request_id)(scope, receive, send_with_id)
-            forget_frames(error)
+            response = error_response(error, request_id)
+            await response(scope, receive, send_with_id)
+            forget_frames(error, response.status_code)
         finally:
             seconds = time.perf_counter() - started
             self.metrics.observe_request(scope["method"], route_of(scope), status or 500, seconds)

@@ -159,8 +159,8 @@ class EventStream(EventResponse):
                             yield writer.delta(index, stream, delta)
                 last = writer.end(streams)
             except Exception as error:  # noqa: BLE001 - the status 200 is sent already: the error becomes an event and a log line
-                content = describe(error, scope["state"]["request_id"])[1]
-                forget_frames(error)
+                error_status, content, _ = describe(error, scope["state"]["request_id"])
+                forget_frames(error, error_status)
                 self._account.count_refusal(content["error"]["code"])
                 last = writer.failed(content)
             self._ended = True

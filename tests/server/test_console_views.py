@@ -21,6 +21,7 @@ from support import browser as browsers
 from support.browser import Tab, answer
 from support.console_api import JOB, KEY, events, stats
 from support.factories import random_adapter
+from support.live_server import wait_until
 from support.stub_engine import FAILS_LATER, LONG, LONG_TEXTS, OVERLOADED, SLOW, TEXTS, StubEngine
 
 pytestmark = pytest.mark.slow
@@ -383,9 +384,16 @@ def test_live_of_an_idle_server_has_different_numbers_beside_an_axis(tab: Tab) -
     tab.page.clock.install()
     page = tab.open("live")
     for _ in range(3):
-        page.clock.run_for(2100)
-    numbers = [text for text in page.evaluate("window.drawn") if re.fullmatch(r"[\d.]+", text)]
-    assert numbers.count("1") > 1
+        with page.expect_response(re.compile("/v1/stats$")):
+            page.clock.run_for(2100)
+
+    def numbers_drawn() -> list[str]:
+        # A chart is drawn in a frame after its figures have come.
+        page.clock.run_for(50)
+        return [text for text in page.evaluate("window.drawn") if re.fullmatch(r"[\d.]+", text)]
+
+    wait_until(lambda: numbers_drawn().count("1") > 1)
+    numbers = numbers_drawn()
     assert all(first != second for first, second in pairwise(numbers))
     # A short name is not broken beside a bar.
     name = page.get_by_role("region", name="Tenants").get_by_role("rowheader").first

@@ -228,7 +228,8 @@ def test_the_printed_lines_work_when_pasted_and_sigterm_ends_gracefully(folder: 
         assert process.wait(timeout=20) == 0
         assert time.monotonic() - started < 15
         assert process.stdout is not None
-        assert process.stdout.read().endswith("stopped\n")
+        # The log has a thread of its own, which may write its last line after this one.
+        assert "stopped" in process.stdout.read().splitlines()[-3:]
 
 
 def test_a_damaged_record_does_not_keep_a_server_from_its_start(folder: Path, tmp_path: Path) -> None:
