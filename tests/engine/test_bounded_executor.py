@@ -16,6 +16,7 @@ from sera_serve import threads
 from sera_serve.errors import EngineUnavailable, Overloaded, TenantOverloaded
 from sera_serve.threads import BoundedExecutor, _Pace, pause
 from support.engine import until
+from support.no_collection import no_collection
 
 MAX_WAITING = 3
 
@@ -309,8 +310,5 @@ def test_what_a_failed_call_used_is_gone_with_its_error(executor: BoundedExecuto
         # The last thread may be about to let go of it.
         await until(lambda: not any(reference() for reference in references))
 
-    gc.disable()
-    try:
+    with no_collection():
         asyncio.run(main())
-    finally:
-        gc.enable()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import random
 import threading
 import time
@@ -24,6 +23,7 @@ from sera_serve.engine.request import FinishReason, GenerationRequest
 from sera_serve.errors import EngineUnavailable, InvalidRequest, Overloaded, TenantOverloaded
 from support.engine import SHAPE, Start, acting_for, collect, settled, until
 from support.factories import random_adapter
+from support.no_collection import no_collection
 
 PROMPT = "One prompt, and many answers to it. " * 5
 # Two hundred pass too, in half a minute.
@@ -436,9 +436,5 @@ def test_an_answer_is_gone_once_nobody_reads_it(
         await collected(engine, prompt="another one", max_new_tokens=2)
         await until(lambda: not any(request() for request in requests))
 
-    gc.collect()
-    gc.disable()
-    try:
+    with no_collection():
         asyncio.run(main())
-    finally:
-        gc.enable()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import threading
 import weakref
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from sera_serve.engine.tasks.passes import run_pass
 from sera_serve.errors import EngineUnavailable, InvalidRequest, UnsupportedTask
 from support.engine import acting_for, classify, generate, settled, until
 from support.factories import encoded, merged, random_adapter
+from support.no_collection import no_collection
 
 Start = Callable[..., ServingEngine]
 TEXTS = ["short", "a longer text, of some words", "x", "the quick brown fox jumps over the lazy dog " * 3]
@@ -259,9 +259,5 @@ def test_the_rows_of_a_call_that_is_given_up_are_gone(
         await classify(engine, "acme/c1", ["another"])
         await until(lambda: not any(each() for each in parts[:-1]))
 
-    gc.collect()
-    gc.disable()
-    try:
+    with no_collection():
         asyncio.run(main())
-    finally:
-        gc.enable()

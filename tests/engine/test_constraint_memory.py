@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from sera_serve.engine.constraint import ConstraintSpec
 from sera_serve.engine.constraint_memory import LARGE, SMALL, ConstraintMemory
 from sera_serve.engine.structured import StructuredOutput, TextConstraint
 from sera_serve.errors import InvalidRequest, TenantOverloaded
+from support.no_collection import no_collection
 
 VOCABULARY = 4096
 END = (1, 6)
@@ -168,13 +168,10 @@ def test_a_text_may_outgrow_the_large_room_too(compiler: StructuredOutput, monke
 
 
 def test_what_was_refused_takes_no_memory(compiler: StructuredOutput) -> None:
-    gc.disable()
-    try:
+    with no_collection():
         with pytest.raises(InvalidRequest):
             compiler.compile(ConstraintSpec("regex", "a{3}|b(?=c)"), "a")
         assert not compiler._memory._reservations
-    finally:
-        gc.enable()
 
 
 def test_ordinary_schemas_have_room_in_the_small_one(compiler: StructuredOutput) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import weakref
 from collections.abc import Iterator
 
@@ -16,15 +15,14 @@ from sera_serve.errors import InvalidRequest, SeraServeError
 from sera_serve.server import sse
 from sera_serve.server.errors import add_error_handlers, forget_frames
 from support.live_server import wait_until
+from support.no_collection import no_collection
 from support.stub_engine import FAILS_LATER
 
 
-@pytest.fixture
-def no_collection() -> Iterator[None]:
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
+@pytest.fixture(name="no_collection")
+def _no_collection() -> Iterator[None]:
+    with no_collection():
+        yield
 
 
 class Used:
