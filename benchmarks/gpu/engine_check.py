@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -56,22 +57,30 @@ def tiny_store(base: FrozenBase, folder: Path) -> AdapterStore:
 def batches(small: bool) -> dict[str, list[GenerateParams]]:
     """Greedy and sampled requests, of the base model and of all adapters, with prompts of 1 to 200 tokens.
 
-    And single ones that a graph holds alone, with more tokens than have programs of their own.
+    Some tokens of one batch are chosen from a graph's logits. And single ones that a graph holds alone, with more
+    tokens than have programs of their own.
     """
 
-    def ask(i: int, adapter: str | None = None, length: int | None = None, **options: float) -> GenerateParams:
+    def ask(i: int, adapter: str | None = None, length: int | None = None, **options: Any) -> GenerateParams:
         length = length or 1 + i * 37 % (20 if small else 200)
         prompt = "".join(chr(97 + (i + p * p) % 26) for p in range(length))
         new = 4 + i % 3 if small else 20 + i % 9
-        return GenerateParams(adapter=adapter, prompt=prompt, max_new_tokens=new, **options)  # type: ignore[arg-type]
+        return GenerateParams(adapter=adapter, prompt=prompt, max_new_tokens=new, **options)
 
     least = 7 if small else 30
     long = (40, 50) if small else (300, 500)
+    chosen: list[dict[str, Any]] = [
+        {},
+        {"repetition_penalty": 1.3, "frequency_penalty": 0.5},
+        {"logprobs": 2},
+        {"logit_bias": {101: 3.0}, "min_tokens": 3, "temperature": 0.8},
+    ]
     return {
         "base": [ask(i) for i in range(7)],
         "adapters": [ask(i, [*NAMES, None][i % 7]) for i in range(least)],
         "sampled": [ask(i, NAMES[i % 6], temperature=0.8, seed=i) for i in range(9)],
         "limited": [ask(i, NAMES[i % 3], temperature=1.0, top_k=30, top_p=0.8, seed=i) for i in range(11)],
+        "chosen": [ask(i, NAMES[i % 3], seed=i, **chosen[i % 4]) for i in range(9)],
         "long": [ask(1, length=long[0])],
         "long, adapter": [ask(2, NAMES[0], length=long[1])],
     }

@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,7 +28,10 @@ ROUNDS = {"eager": 1, "graphs": 3}
 
 
 def time_engine(setting: Setting) -> Iterator[Row]:
-    """64 sequences at once of the base model, of one adapter, and of 64 adapters, in both modes."""
+    """64 sequences at once of the base model, of one adapter, and of 64 adapters, in both modes.
+
+    With graphs also of 64 adapters where tokens are chosen from the graph's logits: of one request, and of all.
+    """
     began = time.monotonic()
     base = large_base(setting, setting.layers)
     sequences = 4 if setting.small else SEQUENCES
@@ -66,25 +70,35 @@ def time_engine(setting: Setting) -> Iterator[Row]:
                 yield {"mode": mode} | {name: nbytes / (1 << 30) for name, nbytes in peaks.items()}
 
 
-def _ask(turn: int, i: int, new: int, adapter: str | None, length: int = PROMPT) -> GenerateParams:
+def _ask(turn: int, i: int, new: int, adapter: str | None, length: int = PROMPT, **options: Any) -> GenerateParams:
     """Prompts that no request before had: their pages are not cached."""
     tokens = [(7919 * turn + 37 * i + p * p) % 250 for p in range(length)]
-    return GenerateParams(token_ids=tokens, max_new_tokens=new, adapter=adapter)
+    return GenerateParams(token_ids=tokens, max_new_tokens=new, adapter=adapter, **options)
 
 
 def _throughput(setting: Setting, engine: ServingEngine, mode: str, sequences: int, new: int) -> Iterator[Row]:
-    cases: dict[str, Sequence[str | None]] = {
-        "base": [None] * sequences,
-        "1 adapter": ["acme/a0"] * sequences,
-        "own adapters": [f"acme/a{i}" for i in range(sequences)],
+    own = [f"acme/a{i}" for i in range(sequences)]
+    # The adapters, how many requests have options, and these.
+    cases: dict[str, tuple[Sequence[str | None], int, dict[str, Any]]] = {
+        "base": ([None] * sequences, 0, {}),
+        "1 adapter": (["acme/a0"] * sequences, 0, {}),
+        "own adapters": (own, 0, {}),
     }
+    if mode == "graphs":
+        cases |= {
+            "own adapters, one penalty": (own, 1, {"frequency_penalty": 0.5}),
+            "own adapters, all penalties": (own, sequences, {"frequency_penalty": 0.5}),
+            "own adapters, all log-probabilities": (own, sequences, {"logprobs": 1}),
+        }
     runner = engine.runners["generate"]
     turn = 0
     for rounds in range(1 + (1 if setting.small else ROUNDS[mode])):
-        for name, adapters in cases.items():
+        for name, (adapters, count, options) in cases.items():
             turn += 1
             wanted = new if rounds else 4
-            batch = [_ask(turn, i, wanted, adapter) for i, adapter in enumerate(adapters)]
+            batch = [
+                _ask(turn, i, wanted, adapter, **(options if i < count else {})) for i, adapter in enumerate(adapters)
+            ]
             steps = runner.steps  # type: ignore[attr-defined]
             began = time.perf_counter()
             results = ask_all(engine, batch)

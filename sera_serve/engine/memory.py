@@ -27,8 +27,8 @@ _TASKS = 2
 # Tensors of a step's largest width, and of its logits, that are there at the same time.
 _WIDE_TENSORS = 4
 _LOGITS_TENSORS = 4
-# The tokens of each sequence, counted for penalties: of the size of a step's logits.
-_COUNT_TABLES = 1
+# Of the size of a step's logits: the tokens of each sequence, counted for penalties, and the logits that graphs leave.
+_LASTING_TABLES = 2
 # Keys and values of one layer that a step copies together from their pages, where prompts go on after cached ones. The
 # keys of one sequence are copied together however many they are.
 MOST_GATHERED = 1 << 16
@@ -108,7 +108,7 @@ class DeviceMemory:
             return _CPU_CACHE_TOKENS
         steps = _STEP_BYTES + settings.batch_tokens * decoder.widest * 4 * _WIDE_TENSORS
         steps += _TASKS * workspace_bytes(settings.batch_tokens)
-        steps += settings.max_sequences * decoder.vocabulary * 4 * (_LOGITS_TENSORS + _COUNT_TABLES)
+        steps += settings.max_sequences * decoder.vocabulary * 4 * (_LOGITS_TENSORS + _LASTING_TABLES)
         left = self._left("the KV cache") - steps
         gathered = max(MOST_GATHERED, min(decoder.context, left // decoder.token_bytes))
         tokens = (left - gathered * decoder.layer_bytes) // decoder.token_bytes

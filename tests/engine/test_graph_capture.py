@@ -17,7 +17,7 @@ from sera_serve.engine.loop.row_tables import DeviceRows, RowTables
 from sera_serve.engine.loop.static_step import NotCaptured, StaticBatch, StaticKey
 from sera_serve.engine.request import GenerationRequest
 
-MODEL = SimpleNamespace(device=torch.device("cpu"))
+MODEL = SimpleNamespace(device=torch.device("cpu"), vocabulary=9, dtype=torch.float32)
 POOL = SimpleNamespace(has_paged_decode=True)
 
 
@@ -205,10 +205,10 @@ def test_a_launch_brings_pages_and_inputs_before_the_graph(monkeypatch: pytest.M
     with pytest.raises(torch.OutOfMemoryError):
         steps.launch(StaticBatch([request]), 0)
     fails = False
-    wait = steps.launch(StaticBatch([request]), 0)
+    launched = steps.launch(StaticBatch([request]), 0)
     pages = "pages [16, 17, 5, 6]"
     order = ["stage", "inputs 1", "graph", "tokens down", "event"]
     assert log == [pages, pages, *order], "what a failed launch may have lost is brought again"
-    assert wait() == [7] and log[-1] == "wait"
+    assert launched.wait() == [7] and log[-1] == "wait"
     steps.launch(StaticBatch([request]), 0)
     assert log[-6:] == ["pages []", *order]

@@ -17,7 +17,7 @@ from sera_serve import SeraConfig
 from sera_serve.base import FrozenBase, freeze_base
 from sera_serve.engine import GenerateParams, GenerationResult, ServingEngine, TokenDelta
 from sera_serve.engine.loop.hugging_face import PagedModel
-from sera_serve.engine.loop.static_step import StaticBatch
+from sera_serve.engine.loop.static_step import StaticBatch, StaticLaunch
 from sera_serve.engine.overflow import is_norm
 from sera_serve.engine.sampling import NO_TOKEN, SamplingRows, next_tokens, perturbed_scores
 from sera_serve.errors import AdapterOverflow, BaseOverflow
@@ -150,7 +150,7 @@ def test_static_steps_find_overflows_without_reading_the_device(
     replayed = Replayed(engine)
     launch, poisoned = replayed.launch, [0]
 
-    def poisoning(batch: StaticBatch, ahead: int) -> Callable[[], list[int]]:
+    def poisoning(batch: StaticBatch, ahead: int) -> StaticLaunch:
         for request in batch.requests:
             assert request.adapter is not None
             if request.adapter.adapter == "bad/values" and len(request.tokens) + ahead > request.prompt_tokens + 2:

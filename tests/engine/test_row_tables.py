@@ -26,7 +26,7 @@ def running(row: int, pages: list[int]) -> GenerationRequest:
 def test_the_device_has_the_pages_of_every_request_after_each_upload(seed: int) -> None:
     dice = random.Random(seed)
     tables = RowTables(ROWS, PAGES)
-    device = DeviceRows(tables, torch.device("cpu"))
+    device = DeviceRows(tables, torch.device("cpu"), 9, torch.float32)
     requests: dict[int, GenerationRequest] = {}
     brought = 0
     for _ in range(300):

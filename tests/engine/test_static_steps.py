@@ -16,11 +16,11 @@ from adapters_store import AdapterStore
 from sera_kernels import ShapeClasses
 from sera_serve import SeraConfig
 from sera_serve.base import FrozenBase, freeze_base
-from sera_serve.engine import GenerateParams, GenerationResult, ServingEngine
+from sera_serve.engine import ConstraintSpec, GenerateParams, GenerationResult, ServingEngine
 from sera_serve.engine.loop import runner
 from sera_serve.engine.loop.pages import PAGE_SIZE, SCRATCH
 from sera_serve.engine.loop.row_tables import DeviceRows
-from sera_serve.engine.loop.static_step import NotCaptured, StaticBatch, StaticKey, StaticStep
+from sera_serve.engine.loop.static_step import NotCaptured, StaticBatch, StaticKey, StaticLaunch, StaticStep
 from sera_serve.errors import EngineUnavailable
 from sera_serve.layers import served_linear
 from support.engine import Start, collect, generate, settled, until
@@ -52,12 +52,30 @@ def limits(number: int) -> dict[str, Any]:
     return choices[number % 4]
 
 
+# Their tokens are chosen by operations beside the step.
+CHOSEN: list[dict[str, Any]] = [
+    {"logprobs": 2},
+    {"repetition_penalty": 1.4, "presence_penalty": 0.5, "temperature": 0.7, "seed": 3},
+    {"logit_bias": {101: 4.0, 102: 3.5}, "frequency_penalty": 0.8, "logprobs": 0},
+    {"constraint": ConstraintSpec("regex", "([a-f]{2} ?){1,9}"), "temperature": 1.0, "seed": 5, "top_k": 40},
+    {"min_tokens": 7, "logprobs": 1},
+]
+
+
+def chosen(number: int) -> dict[str, Any]:
+    """Every fourth one is plain."""
+    return CHOSEN[number % 5] if number % 4 else {}
+
+
 BATCHES: dict[str, list[GenerateParams]] = {
     "base": [ask(number) for number in range(7)],
     "adapters": [ask(number, 30, adapter=[*ADAPTERS, None][number % 7]) for number in range(14)],
     "fewer rows": [ask(number, adapter=ADAPTERS[-number]) for number in range(3)],
     "sampled": [ask(number, temperature=0.8, seed=number) for number in range(5)],
     "limited": [ask(number, adapter=ADAPTERS[number % 3], seed=number, **limits(number)) for number in range(11)],
+    "chosen by the host": [
+        ask(number, adapter=[*ADAPTERS, None][number % 7], **chosen(number)) for number in range(16)
+    ],
     "adapters again": [ask(number, adapter=ADAPTERS[5 - number % 6]) for number in range(9)],
 }
 
@@ -118,6 +136,7 @@ def test_replayed_steps_give_what_the_eager_loop_gives(
     replayed.check()
     assert replayed.replays > 30
     assert replayed.prompts > 10, "short prompts run in static steps too"
+    assert replayed.chosen > 30
     assert any(key.tokens > key.requests for key in replayed.recordings)
     assert len({key for key in replayed.recordings if key.classes.width}) >= 2
     assert any(key.sampled and key.truncated for key in replayed.recordings)
@@ -142,6 +161,7 @@ def test_steps_launched_ahead_of_a_late_device_give_the_same(
     late = Replayed(engine, late=True)
     assert run(engine) == want
     assert late.ahead > 20 and late.joined > 5, "prompts too run in steps launched ahead"
+    assert late.chosen > 30
 
 
 @pytest.mark.slow
@@ -197,7 +217,7 @@ def test_a_launch_that_fails_loses_no_page(
     launch, upload = replayed.launch, DeviceRows.upload
     failures, is_ahead = 0, False
 
-    def noted(batch: StaticBatch, ahead: int) -> Callable[[], list[int]]:
+    def noted(batch: StaticBatch, ahead: int) -> StaticLaunch:
         nonlocal is_ahead
         is_ahead = ahead > 0
         return launch(batch, ahead)
@@ -237,7 +257,7 @@ def test_steps_that_cannot_be_captured_run_packed_for_a_while(
         asked += 1
         return asked >= refused.get(shape(batch), 0)
 
-    def sometimes_fails(batch: StaticBatch, ahead: int) -> Callable[[], list[int]]:
+    def sometimes_fails(batch: StaticBatch, ahead: int) -> StaticLaunch:
         nonlocal calls, failures
         calls += 1
         # Of two launches one after the other, the second one is often ahead.
@@ -313,14 +333,14 @@ def test_a_failing_step_ends_the_step_launched_ahead_too(
     late = Replayed(engine, late=True)
     launch = late.launch
 
-    def failing(batch: StaticBatch, ahead: int) -> Callable[[], list[int]]:
-        wait = launch(batch, ahead)
+    def failing(batch: StaticBatch, ahead: int) -> StaticLaunch:
+        launched = launch(batch, ahead)
 
         def failed() -> list[int]:
             late.launch = launch  # type: ignore[method-assign]
             raise RuntimeError("an illegal memory access was encountered")
 
-        return failed if late.ahead == 3 else wait
+        return replace(launched, wait=failed) if late.ahead == 3 else launched
 
     late.launch = failing  # type: ignore[method-assign]
 
@@ -349,8 +369,8 @@ def test_a_prompt_that_joined_ahead_outlives_the_failure_of_the_step_before(
     launch = late.launch
     fails: list[bool] = []
 
-    def failing(batch: StaticBatch, ahead: int) -> Callable[[], list[int]]:
-        wait = launch(batch, ahead)
+    def failing(batch: StaticBatch, ahead: int) -> StaticLaunch:
+        launched = launch(batch, ahead)
         if ahead and any(request.tokens == newcomer.token_ids for request in batch.prompts):
             fails.append(True)
 
@@ -359,9 +379,9 @@ def test_a_prompt_that_joined_ahead_outlives_the_failure_of_the_step_before(
             if fails == [True]:
                 fails.append(False)
                 raise RuntimeError("an illegal memory access was encountered")
-            return wait()
+            return launched.wait()
 
-        return waited
+        return replace(launched, wait=waited)
 
     late.launch = failing  # type: ignore[method-assign]
 
@@ -398,14 +418,62 @@ def test_a_pool_full_of_nan_changes_nothing(
     assert replayed.replays > 10
 
 
-def test_log_probabilities_are_computed_by_eager_steps(
-    decoder: FrozenBase, adapters: AdapterStore, start_engine: Start
+@pytest.mark.parametrize("late", [False, True])
+def test_tokens_that_the_host_chooses_are_chosen_from_the_logits_of_static_steps(
+    late: bool,
+    decoder: FrozenBase,
+    adapters: AdapterStore,
+    start_engine: Start,
+    static_updates: Callable[[], None],
 ) -> None:
+    """Nothing of such a request runs packed, its prompt neither, and others in its steps are as without it."""
+    # All prompts fit one static step.
+    batch = [replace(params, prompt=(params.prompt or "")[:5]) for params in BATCHES["chosen by the host"]]
+    want = asyncio.run(all_at_once(start_engine(decoder, adapters), batch))
+    static_updates()
+    engine = start_engine(decoder, adapters, max_sequences=16)
+    replayed = Replayed(engine, late=late)
+    replayed.runner._run_packed = lambda *args: 1 / 0  # type: ignore[method-assign]
+    got = asyncio.run(all_at_once(engine, batch))
+    assert [one.token_ids for one in got] == [one.token_ids for one in want]
+    for mine, its in zip(got, want, strict=True):
+        assert [one.token for one in mine.logprobs] == [one.token for one in its.logprobs]
+        for one, other in zip(mine.logprobs, its.logprobs, strict=True):
+            assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
+            assert [token for token, _ in one.top] == [token for token, _ in other.top]
+    assert sum(bool(one.logprobs) for one in got) > 5
+    assert replayed.prompts == len(batch) and replayed.chosen > 50
+    replayed.check()
+
+
+def test_a_choice_that_fails_ends_its_own_requests(
+    decoder: FrozenBase,
+    adapters: AdapterStore,
+    start_engine: Start,
+    static_updates: Callable[[], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    batch = BATCHES["adapters"][:4]
+    want = [one.token_ids for one in asyncio.run(all_at_once(start_engine(decoder, adapters), batch))]
+    static_updates()
     engine = start_engine(decoder, adapters, max_sequences=16)
     replayed = Replayed(engine)
-    (result,) = asyncio.run(all_at_once(engine, [ask(1, logprobs=1)]))
-    assert [one.token for one in result.logprobs] == result.token_ids
-    assert not replayed.batches
+
+    def without_memory(*args: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB")
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(replayed.runner._chooser, "_penalties", without_memory)
+
+    async def with_a_penalty() -> list[GenerationResult]:
+        others = asyncio.ensure_future(all_at_once(engine, batch))
+        await until(lambda: engine.running() == len(batch))
+        with pytest.raises(EngineUnavailable, match="Tried to allocate 3 GiB; send the request again"):
+            await collect(engine, prompt="x", max_new_tokens=3, presence_penalty=1.0)
+        return await others
+
+    assert [one.token_ids for one in asyncio.run(with_a_penalty())] == want
+    assert engine.failure() is None and replayed.chosen == 1
 
 
 def test_prompts_that_are_long_or_asked_for_are_computed_packed(
@@ -420,7 +488,7 @@ def test_prompts_that_are_long_or_asked_for_are_computed_packed(
         # The first part is as long as a pass, and the rest of it is short.
         (prompt[:130], {}, 1),
         (prompt[:50], {"prompt_logprobs": 1}, 0),
-        (prompt[:50], {"logit_bias": {65: 1.0}}, 0),
+        (prompt[:50], {"logit_bias": {65: 1.0}}, 1),
     ]:
         before = replayed.prompts
         asyncio.run(all_at_once(engine, [GenerateParams(prompt=text, max_new_tokens=2, cache_salt=text, **options)]))
@@ -444,9 +512,9 @@ def test_padding_rows_write_to_the_scratch_page_alone(
     written: list[set[tuple[int, int]]] = []
     launch = replayed.launch
 
-    def watched(batch: StaticBatch, ahead: int) -> Callable[[], list[int]]:
+    def watched(batch: StaticBatch, ahead: int) -> StaticLaunch:
         before = [store.clone() for store in pool._stores.values()]
-        wait = launch(batch, ahead)
+        launched = launch(batch, ahead)
         changed: set[tuple[int, int]] = set()
         for old, new in zip(before, pool._stores.values(), strict=True):
             different: Tensor = (old != new).flatten(3).any(-1).any(0)
@@ -457,7 +525,7 @@ def test_padding_rows_write_to_the_scratch_page_alone(
         assert len(own) == batch.tokens
         assert own <= changed <= own | {(SCRATCH, 0)}
         written.append(changed)
-        return wait
+        return launched
 
     replayed.launch = watched  # type: ignore[method-assign]
     # Four requests that end one after the other: a row that has had a request becomes padding.
@@ -472,9 +540,10 @@ def test_a_step_of_padding_alone_writes_to_the_scratch_page_alone(
 ) -> None:
     """Each graph is captured over such a step."""
     used = start_engine(decoder, adapters, max_sequences=16).runners["generate"].runner
-    rows = DeviceRows(used.tables, torch.device("cpu"))
+    model = used._model
+    rows = DeviceRows(used.tables, model.device, model.vocabulary, model.dtype)
     key = StaticKey(tokens, requests, ShapeClasses(), sampled=False, truncated=False)
-    step = StaticStep(used._model, used._context, used._pool, key, rows)
+    step = StaticStep(model, used._context, used._pool, key, rows)
     before = [store.clone() for store in used._pool._stores.values()]
     turn = step.stage(StaticBatch(), used.tables)
     step.upload(turn)

@@ -24,7 +24,7 @@ from sera_kernels import AdapterBatch, AdapterTables
 from sera_serve.engine import ServingEngine
 from sera_serve.engine.loop.attention import KeyValuePool
 from sera_serve.engine.loop.row_tables import DeviceRows
-from sera_serve.engine.loop.static_step import StaticBatch, StaticKey, StaticStep
+from sera_serve.engine.loop.static_step import StaticBatch, StaticKey, StaticLaunch, StaticStep
 from sera_serve.engine.request import classes_of
 
 # Sizes of a recorded step: a batch runs in the smallest that holds it. The last one is for prompts.
@@ -122,6 +122,7 @@ class Replayed:
         ahead: How many steps were launched before the step before them had been waited for.
         batches: The requests' names and rows, of each step.
         prompts: How many prompts ran in such steps.
+        chosen: How many of their tokens were not chosen by the step itself.
         joined: How many of them in steps that were launched ahead.
     """
 
@@ -129,13 +130,14 @@ class Replayed:
 
     def __init__(self, engine: ServingEngine, late: bool = False) -> None:
         self.recordings: dict[StaticKey, Recording] = {}
-        self.replays = self.ahead = self.prompts = self.joined = 0
+        self.replays = self.ahead = self.prompts = self.joined = self.chosen = 0
         self.batches: list[tuple[tuple[str, int], ...]] = []
         self._steps: dict[StaticKey, StaticStep] = {}
         self._late = late
         self._queue: deque[Callable[[], None]] = deque()
         self.runner = engine.runners["generate"].runner
-        self._rows = DeviceRows(self.runner.tables, torch.device("cpu"))
+        model = self.runner._model
+        self._rows = DeviceRows(self.runner.tables, model.device, model.vocabulary, model.dtype)
         self.runner.static = self
         if late:
             self._keep_in_order(self.runner._pool)
@@ -143,7 +145,7 @@ class Replayed:
     def can_run(self, batch: StaticBatch) -> bool:
         return True
 
-    def launch(self, batch: StaticBatch, ahead: int) -> Callable[[], list[int]]:
+    def launch(self, batch: StaticBatch, ahead: int) -> StaticLaunch:
         requests = batch.requests
         tokens = next(size for size in SIZES if size >= batch.tokens)
         key = StaticKey(
@@ -156,6 +158,7 @@ class Replayed:
         self.batches.append(tuple((request.id, request.row) for request in requests))
         self.ahead += ahead
         self.prompts += len(batch.prompts)
+        self.chosen += sum(request.needs_logits for request in requests)
         self.joined += ahead * len(batch.prompts)
         runner = self.runner
         if key not in self._steps:
@@ -179,7 +182,7 @@ class Replayed:
                 self._queue.popleft()()
             return step.tokens(turn, len(requests))
 
-        return wait
+        return StaticLaunch(wait, self._rows.logits[: len(requests)])
 
     def check(self) -> None:
         """What was recorded can be captured."""
@@ -206,15 +209,19 @@ class Replayed:
 
     def _keep_in_order(self, pool: KeyValuePool) -> None:
         """Have the rest of the loop's work on the device come after what was launched before it."""
-        clear, run_packed = pool.clear, self.runner._run_packed
+        clear, runner = pool.clear, self.runner
 
-        def run_in_order(*args: Any) -> Any:
-            while self._queue:
-                self._queue.popleft()()
-            return run_packed(*args)
+        def in_order(work: Callable[..., Any]) -> Callable[..., Any]:
+            def run(*args: Any) -> Any:
+                while self._queue:
+                    self._queue.popleft()()
+                return work(*args)
+
+            return run
 
         pool.clear = lambda pages: self._enqueue(partial(clear, pages))  # type: ignore[method-assign]
-        self.runner._run_packed = run_in_order  # type: ignore[method-assign]
+        runner._run_packed = in_order(runner._run_packed)  # type: ignore[method-assign]
+        runner._choose = in_order(runner._choose)  # type: ignore[method-assign]
 
 
 def _tensors(tree: Any) -> list[Tensor]:

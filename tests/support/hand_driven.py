@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,7 +21,7 @@ from adapters_store.errors import AdapterNotFound
 from sera_serve.base import FrozenBase
 from sera_serve.config import ServeSettings
 from sera_serve.engine import ServingEngine
-from sera_serve.engine.loop.static_step import StaticBatch, StaticKey
+from sera_serve.engine.loop.static_step import StaticBatch, StaticKey, StaticLaunch
 from sera_serve.engine.memory import DeviceMemory
 from sera_serve.engine.tasks import ClassificationRunner, TaskRunner
 from sera_serve.residency.loader import Job
@@ -112,17 +113,17 @@ class LateSteps(Replayed):
         super().__init__(by_hand.engine, late=True)
         self._by_hand = by_hand
 
-    def launch(self, batch: StaticBatch, ahead: int) -> Callable[[], list[int]]:
-        wait = super().launch(batch, ahead)
+    def launch(self, batch: StaticBatch, ahead: int) -> StaticLaunch:
+        launched = super().launch(batch, ahead)
 
         def waited() -> list[int]:
             self._by_hand.interrupt()
-            tokens = wait()
+            tokens = launched.wait()
             self._by_hand.interrupt()
             self._by_hand.fail_if_due()
             return tokens
 
-        return waited
+        return replace(launched, wait=waited)
 
     def _run(self, key: StaticKey) -> None:
         with torch.inference_mode(False), torch.no_grad():
@@ -176,10 +177,11 @@ class HandDriven:
         for runner in self.engine.runners.values():
             runner._thread = _NoThread()  # type: ignore[assignment]
         self.late = LateSteps(self) if late else None
-        # A pass, a packed step and a copy take time too.
+        # A pass, a packed step, a choice and a copy take time too.
         pool, steps, passes = self.engine.residency.pool, self.generation.runner, self.classification
         patch.setattr(pool, "fill", partial(self._run_interrupted, pool.fill, False))
-        patch.setattr(steps, "_run_packed", partial(self._run_interrupted, steps._run_packed, True))
+        for name in ("_run_packed", "_choose"):
+            patch.setattr(steps, name, partial(self._run_interrupted, getattr(steps, name), True))
         assert isinstance(passes, ClassificationRunner)
         patch.setattr(passes, "_classify", partial(self._run_interrupted, passes._classify, True))
 

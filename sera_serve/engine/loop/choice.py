@@ -106,7 +106,7 @@ class TokenChooser:
             block = wanted[first : first + _ROWS_AT_ONCE]
             indices = [index for index, _ in block]
             found = token_logprobs(
-                _rows_of(logits, indices),
+                rows_of(logits, indices),
                 [tokens[index] for index in indices],
                 max(request.params.logprobs or 0 for _, request in block),
             )
@@ -138,7 +138,7 @@ class TokenChooser:
             for first in range(0, len(indices), at_once):
                 block = indices[first : first + at_once]
                 rows = [requests[index] for index in block]
-                scores = _rows_of(logits, block)
+                scores = rows_of(logits, block)
                 chosen = choose_tokens(
                     scores,
                     self._sampling(rows, logits.device),
@@ -401,7 +401,7 @@ def _note_prompt(logits: Tensor, request: GenerationRequest, overflowed: set[Gen
             have.append(one)
 
 
-def _rows_of(logits: Tensor, indices: Sequence[int]) -> Tensor:
+def rows_of(logits: Tensor, indices: Sequence[int]) -> Tensor:
     """These rows of the logits; the logits themselves if they are all of them, which are in order."""
     if len(indices) == len(logits):
         return logits

@@ -22,7 +22,7 @@ from sera_serve.base import RotaryContext
 from sera_serve.engine.loop.attention import KeyValuePool
 from sera_serve.engine.loop.hugging_face import PagedModel
 from sera_serve.engine.loop.row_tables import DeviceRows, RowTables
-from sera_serve.engine.loop.static_step import NotCaptured, StaticBatch, StaticKey, StaticStep
+from sera_serve.engine.loop.static_step import NotCaptured, StaticBatch, StaticKey, StaticLaunch, StaticStep
 from sera_serve.engine.loop.step_errors import free_memory
 from sera_serve.engine.request import classes_of
 from sera_serve.layers import AdapterContext
@@ -114,7 +114,7 @@ class StepGraphs:
         self._make = partial(StaticStep, model, context, pool, rotary=rotary)
         self._tables = tables
         self._rows = len(tables.pages)
-        self._device_rows = DeviceRows(tables, model.device)
+        self._device_rows = DeviceRows(tables, model.device, model.vocabulary, model.dtype)
         # Without a kernel over pages, attention gathers the longest context for each token.
         self.most_tokens = max(self._rows, _MOST_TOKENS if pool.has_paged_decode else 0)
         self._buckets = token_buckets(self._rows, self.most_tokens)
@@ -146,7 +146,7 @@ class StepGraphs:
         """See `StaticSteps`."""
         return not self._refused or time.monotonic() >= self._refused.get(self._key(batch), 0)
 
-    def launch(self, batch: StaticBatch, ahead: int) -> Callable[[], list[int]]:
+    def launch(self, batch: StaticBatch, ahead: int) -> StaticLaunch:
         """See `StaticSteps`."""
         key = self._key(batch)
         try:
@@ -173,7 +173,7 @@ class StepGraphs:
             done.synchronize()
             return step.tokens(turn, len(batch.requests))
 
-        return wait
+        return StaticLaunch(wait, self._device_rows.logits[: len(batch.requests)])
 
     def _key(self, batch: StaticBatch) -> StaticKey:
         requests = batch.requests

@@ -62,7 +62,12 @@ class _ShapeProbe(Cache):  # type: ignore[misc]
 
 
 class PagedModel:
-    """A decoder whose attention runs over the paged pool; for a model object that one loop alone runs."""
+    """A decoder whose attention runs over the paged pool; for a model object that one loop alone runs.
+
+    Attributes:
+        shapes: Of each layer's keys and values.
+        vocabulary: The number of logits.
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
         """Switch the model's attention.
@@ -73,7 +78,7 @@ class PagedModel:
         _refuse_other_masks(model)
         self.model = model
         self._cache = {cache_argument(model): _PagedCache()}
-        self.shapes = _layer_shapes(model)
+        self.shapes, self.vocabulary = _probed(model)
         AttentionInterface.register(_NAME, _paged_attention)
         AttentionMaskInterface.register(_NAME, lambda *args, **kwargs: None)
         model.set_attn_implementation(_NAME)
@@ -170,13 +175,16 @@ def cache_argument(model: PreTrainedModel) -> str:
 
 
 @torch.no_grad()
-def _layer_shapes(model: PreTrainedModel) -> list[LayerShape]:
-    """Shapes of every layer, by one pass over one token: configurations name them differently, or not at all."""
+def _probed(model: PreTrainedModel) -> tuple[list[LayerShape], int]:
+    """Shapes of every layer, and the number of logits, by one pass over one token.
+
+    Configurations name them differently, or not at all.
+    """
     probe = _ShapeProbe()
     ids = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
-    model(input_ids=ids, position_ids=ids, use_cache=True, **{cache_argument(model): probe})
+    output = model(input_ids=ids, position_ids=ids, use_cache=True, **{cache_argument(model): probe})
     if sorted(probe.shapes) != list(range(len(probe.shapes))):
         raise InvalidConfiguration(
             f"{type(model).__name__} does not keep keys and values in every layer; choose another base", param="base"
         )
-    return [probe.shapes[layer] for layer in range(len(probe.shapes))]
+    return [probe.shapes[layer] for layer in range(len(probe.shapes))], output.logits.shape[-1]

@@ -87,11 +87,14 @@ class DeviceRows:
         tokens: int64 (rows + 1,), the last token of each request.
         pages: int32 (rows + 1, pages), the pages of each request. What lies beyond them may be left from earlier ones.
             In both, the last row is for padding, whose page is the scratch page.
+        logits: (rows, vocabulary), of the last step's requests in the step's own order. Tokens that the host chooses
+            are chosen from them.
     """
 
-    def __init__(self, tables: RowTables, device: torch.device) -> None:
-        """Allocate them for the rows of `tables`."""
+    def __init__(self, tables: RowTables, device: torch.device, vocabulary: int, dtype: torch.dtype) -> None:
+        """Allocate them for the rows of `tables`, and so many logits of a dtype."""
         rows, pages = tables.pages.shape
+        self.logits = torch.zeros(rows, vocabulary, dtype=dtype, device=device)
         self.tokens = torch.zeros(rows + 1, dtype=torch.int64, device=device)
         self.pages = torch.full((rows + 1, pages), SCRATCH, dtype=torch.int32, device=device)
         # Places of new pages, then the pages. Two on the host, because at most two steps are under way.

@@ -14,12 +14,12 @@ from torch import Tensor
 from sera_kernels import NO_ADAPTER, AdapterBatch
 from sera_serve.base import RotaryContext
 from sera_serve.engine.loop.attention import KeyValuePool, Part, StepContext, decode_parts
-from sera_serve.engine.loop.choice import ChosenTokens, TokenChooser, take_prompt_logprobs
+from sera_serve.engine.loop.choice import ChosenTokens, TokenChooser, rows_of, take_prompt_logprobs
 from sera_serve.engine.loop.hugging_face import PagedModel
 from sera_serve.engine.loop.pages import PAGE_SIZE, SCRATCH
 from sera_serve.engine.loop.plan import StepPlan
 from sera_serve.engine.loop.row_tables import RowTables
-from sera_serve.engine.loop.static_step import NotCaptured, StaticBatch, StaticSteps
+from sera_serve.engine.loop.static_step import NotCaptured, StaticBatch, StaticLaunch, StaticSteps
 from sera_serve.engine.loop.step_errors import free_memory, step_failed
 from sera_serve.engine.request import GenerationRequest, classes_of
 from sera_serve.engine.sampling import NO_TOKEN
@@ -213,27 +213,45 @@ class StepRunner:
 
     def _launch(self, plan: StepPlan, batch: StaticBatch, ahead: int) -> Launch:
         """Start a step, of which `batch` is static."""
-        static = set(batch.requests)
+        requests = batch.requests
+        static = set(requests)
         decodes = [request for request in plan.decodes if request not in static]
         chunks = [chunk for chunk in plan.chunks if chunk[0] not in static]
-        if ahead and (decodes or chunks):
+        chosen = [request for request in requests if request.needs_logits]
+        if ahead and (decodes or chunks or chosen):
             # The host does not know their tokens yet.
             raise NotCaptured
         if self.static is None or not static:
             rest = self._run_packed(decodes, chunks)
             return Launch(lambda: rest, on_device=False)
         # First: the device runs it while the host is busy with the rest.
-        wait = self.static.launch(batch, ahead)
-        on_device = not decodes and not chunks
-        rest = StepOutcome([], [], []) if on_device else self._run_beside(decodes, chunks)
-        return Launch(lambda: _joined(_outcome(batch.requests, ChosenTokens(wait()), set(), set()), rest), on_device)
+        launched = self.static.launch(batch, ahead)
+        parts: list[StepOutcome] = []
+        if chosen:
+            parts.append(self._run_apart(chosen, lambda: self._choose(launched, requests, chosen)))
+        if decodes or chunks:
+            packed = decodes + [request for request, _ in chunks]
+            parts.append(self._run_apart(packed, lambda: self._run_packed(decodes, chunks)))
 
-    def _run_beside(self, decodes: list[GenerationRequest], chunks: list[tuple[GenerationRequest, int]]) -> StepOutcome:
-        """Run the packed part of a step. Its failure is not that of the others, unless the device itself has failed."""
+        def wait() -> StepOutcome:
+            return _joined([_static_outcome(requests, launched.wait(), set(chosen)), *parts])
+
+        return Launch(wait, on_device=not parts)
+
+    def _choose(
+        self, launched: StaticLaunch, requests: list[GenerationRequest], chosen: list[GenerationRequest]
+    ) -> StepOutcome:
+        """Choose the tokens of some requests of a static step from its logits; waits for the step."""
+        wanted = set(chosen)
+        places = [place for place, request in enumerate(requests) if request in wanted]
+        logits = rows_of(launched.logits, places)
+        return _outcome(chosen, self._chooser.choose(logits, chosen, set()), set(), set())
+
+    def _run_apart(self, requests: list[GenerationRequest], work: Callable[[], StepOutcome]) -> StepOutcome:
+        """Run a part of a step. Its failure is that of its own requests, unless the device itself has failed."""
         try:
-            return self._run_packed(decodes, chunks)
+            return work()
         except Exception as error:
-            requests = decodes + [request for request, _ in chunks]
             logger.error("the part of a step with %d requests failed", len(requests), exc_info=error)
             free_memory(error)
             self.probe()
@@ -241,16 +259,18 @@ class StepRunner:
 
     def runs_on_device(self, plan: StepPlan) -> bool:
         """Whether the step would need nothing of the host once it is launched."""
-        return len(self._static_batch(plan).requests) == len(plan.decodes) + len(plan.chunks)
+        requests = self._static_batch(plan).requests
+        is_whole = len(requests) == len(plan.decodes) + len(plan.chunks)
+        return is_whole and not any(request.needs_logits for request in requests)
 
     def can_join(self, plan: StepPlan, request: GenerationRequest) -> bool:
         """Whether a step that runs on the device still does with the whole prompt of one request more."""
         count = len(request.tokens)
         wider = StepPlan(plan.decodes, [*plan.chunks, (request, count)])
-        return _is_plain(request, count) and self.runs_on_device(wider)
+        return _ends_plainly(request, count) and self.runs_on_device(wider)
 
     def _static_batch(self, plan: StepPlan) -> StaticBatch:
-        """What static steps run of a plan: the decodes that need no logits, and all prompts or none.
+        """What static steps run of a plan: the decodes, and all prompts or none.
 
         A prompt costs less where others are computed packed anyway, and where it is long: packed tokens share the keys
         that they read.
@@ -265,14 +285,13 @@ class StepRunner:
         return decodes_alone if is_other else StaticBatch()
 
     def _wanted_batch(self, plan: StepPlan, static: StaticSteps) -> StaticBatch:
-        decodes = [request for request in plan.decodes if not request.needs_logits]
-        prompts = [request for request, count in plan.chunks if _is_plain(request, count)]
-        if not prompts or len(decodes) + len(prompts) < len(plan.decodes) + len(plan.chunks):
-            return StaticBatch(decodes)
+        prompts = [request for request, count in plan.chunks if _ends_plainly(request, count)]
+        if not prompts or len(prompts) < len(plan.chunks):
+            return StaticBatch(plan.decodes)
         keys = sum(count * len(request.tokens) for request, count in plan.chunks)
-        batch = StaticBatch(decodes, prompts)
+        batch = StaticBatch(plan.decodes, prompts)
         fits = batch.tokens <= static.most_tokens and keys <= _MOST_KEYS
-        return batch if fits else StaticBatch(decodes)
+        return batch if fits else StaticBatch(plan.decodes)
 
     def _run_packed(self, decodes: list[GenerationRequest], chunks: list[tuple[GenerationRequest, int]]) -> StepOutcome:
         packed = PackedStep(self.tables, self._compiled)
@@ -358,20 +377,31 @@ def _outcome(
     return StepOutcome([request for request, _ in given], chosen_tokens, list(overflowed), failures, postponed)
 
 
-def _joined(first: StepOutcome, second: StepOutcome) -> StepOutcome:
-    return StepOutcome(
-        first.requests + second.requests,
-        first.tokens + second.tokens,
-        first.overflowed + second.overflowed,
-        first.failures | second.failures,
-        first.postponed | second.postponed,
-    )
+def _static_outcome(
+    requests: list[GenerationRequest], tokens: list[int], chosen: set[GenerationRequest]
+) -> StepOutcome:
+    """What a static step gave its requests; the tokens of `chosen` are chosen elsewhere."""
+    if chosen:
+        own = [(request, token) for request, token in zip(requests, tokens, strict=True) if request not in chosen]
+        requests, tokens = [request for request, _ in own], [token for _, token in own]
+    return _outcome(requests, ChosenTokens(tokens), set(), set())
 
 
-def _is_plain(request: GenerationRequest, count: int) -> bool:
-    """Whether so many tokens end a request's prompt, and nothing of them is wanted but the token that follows.
+def _joined(parts: list[StepOutcome]) -> StepOutcome:
+    whole = StepOutcome([], [], [])
+    for part in parts:
+        whole.requests.extend(part.requests)
+        whole.tokens.extend(part.tokens)
+        whole.overflowed.extend(part.overflowed)
+        whole.failures.update(part.failures)
+        whole.postponed.update(part.postponed)
+    return whole
 
-    A sequence beyond the base's rotary threshold is not: its first tokens have the frequencies of the last one.
+
+def _ends_plainly(request: GenerationRequest, count: int) -> bool:
+    """Whether so many tokens end a request's prompt, and of them only the logits after the last one are wanted.
+
+    Of a sequence beyond the base's rotary threshold that is not so: its first tokens have the frequencies of the last.
     """
     ends = request.computed + count == len(request.tokens)
-    return ends and not (request.needs_logits or request.wants_prompt_logprobs or request.rotary_side)
+    return ends and not (request.wants_prompt_logprobs or request.rotary_side)

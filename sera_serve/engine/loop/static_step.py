@@ -9,7 +9,8 @@ of a buffer. What Python does decide (the number of tokens and requests, whether
 sampled) is given when the step is made, and is part of a graph's key.
 
 A step can be launched before the tokens of the step before it are known to the host: each step leaves its tokens in
-`DeviceRows`, on the device, where the next step finds them by the request's row.
+`DeviceRows`, on the device, where the next step finds them by the request's row. It leaves its logits there, too: of
+requests with a constraint, penalties or log-probabilities the host chooses the tokens, by operations of its own.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from sera_kernels import NO_ADAPTER, AdapterBatch, ShapeClasses
 from sera_serve.base import RotaryContext
@@ -75,6 +77,19 @@ class StaticBatch:
         return len(self.decodes) + sum(len(request.tokens) - request.computed for request in self.prompts)
 
 
+@dataclass(frozen=True)
+class StaticLaunch:
+    """A static step that the device runs, or has run.
+
+    Attributes:
+        wait: Waits for it; gives the token that the step has chosen for each of its requests, by the logits alone.
+        logits: (requests, vocabulary), in the order of the requests. The next launch overwrites them.
+    """
+
+    wait: Callable[[], list[int]]
+    logits: Tensor
+
+
 class NotCaptured(Exception):
     """A step could not be made static now; nothing of it has run. `StaticSteps.can_run` knows of it."""
 
@@ -89,8 +104,8 @@ class StaticSteps(Protocol):
         """Whether such a step can be launched; false for a while after one like it could not be made."""
         ...
 
-    def launch(self, batch: StaticBatch, ahead: int) -> Callable[[], list[int]]:
-        """Start a step and return what waits for the token of each of its requests.
+    def launch(self, batch: StaticBatch, ahead: int) -> StaticLaunch:
+        """Start a step.
 
         Args:
             batch: What runs; at least one request.
@@ -246,5 +261,6 @@ class StaticStep:
             columns["min_p"],
             truncate=self.key.truncated,
         )
+        self._rows.logits[: self.key.requests].copy_(logits)
         self.next_tokens.copy_(choose_tokens(logits, drawn if self.key.sampled else None))
         tokens.index_copy_(0, rows, self.next_tokens)

@@ -77,9 +77,8 @@ class GenerationRunner(TaskRunner[GenerationRequest]):
         paged = PagedModel(base.model)
         backend = choose_backend(settings.attention, paged.device)
         widest = max((max(shape) for shape in base.module_shapes().values()), default=base.hidden_size)
-        vocabulary = base.model.config.get_text_config().vocab_size
         by_layer = paged.layer_bytes
-        sizes = DecoderSizes(sum(by_layer), max(by_layer), widest, vocabulary, context=base.max_length)
+        sizes = DecoderSizes(sum(by_layer), max(by_layer), widest, paged.vocabulary, context=base.max_length)
         self.cache_tokens = memory.cache_tokens(sizes)
         pages = max(1, -(-self.cache_tokens // PAGE_SIZE))
         with memory_of("the KV cache", "kv_cache_tokens"):
