@@ -41,13 +41,7 @@ class ConstraintSpec:
 
 
 class TokenConstraint(Protocol):
-    """The state of one request's constraint. The loop's thread alone calls it once the request is submitted.
-
-    Attributes:
-        elsewhere_s: Seconds for which its calls have waited for another thread, all together.
-    """
-
-    elsewhere_s: float
+    """The state of one request's constraint. One thread at a time: `fill` may take long, and the others may not."""
 
     def fill(self, allowed: NDArray[np.uint32]) -> None:
         """Write which tokens may come next.

@@ -289,7 +289,6 @@ class TextConstraint:
         self._matcher, self._original = copy
         self._enlarge = enlarge
         self._tokens: list[int] = []
-        self.elsewhere_s = 0.0
         self._kind = kind
         words = -(-vocabulary // 32)
         self._mask = np.zeros(mask_words, np.uint32)
@@ -311,7 +310,8 @@ class TextConstraint:
             allowed[:] = self._only_end
             return
         started = time.thread_time()
-        self._compute_mask()
+        if not self._is_outgrown():
+            self._compute_mask()
         if self._is_outgrown():
             self._grow()
             self._compute_mask()
@@ -326,21 +326,20 @@ class TextConstraint:
 
         Raises:
             InvalidRequest: The parser has become too large or too slow for this text.
-            TenantOverloaded: It has outgrown its memory, and its tenant has no more.
         """
         if self._matcher.is_stopped():
             return
         started = time.thread_time()
         self._tokens.append(token)
         self._matcher.consume_token(token)
-        if self._is_outgrown():
-            self._grow()
         self._left_s += _TOKEN_S
-        self._spend(started)
+        # What has outgrown its room is compiled anew for the next mask.
+        if not self._is_outgrown():
+            self._spend(started)
 
     def is_ended(self) -> bool:
         """Whether only an end token may follow."""
-        return self._matcher.is_stopped()
+        return self._matcher.is_stopped() and not self._is_outgrown()
 
     def _compute_mask(self) -> None:
         self._matcher.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)
@@ -353,11 +352,7 @@ class TextConstraint:
         """Go on in a large room, with the text so far. Blocks while it is compiled."""
         # The next request would outgrow it too.
         self._original.left_s = -1.0
-        started = time.monotonic()
-        try:
-            self._matcher, self._original = self._enlarge()
-        finally:
-            self.elsewhere_s += time.monotonic() - started
+        self._matcher, self._original = self._enlarge()
         self._matcher.consume_tokens(self._tokens)
 
     def _spend(self, started: float) -> None:

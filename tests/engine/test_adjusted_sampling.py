@@ -265,8 +265,6 @@ def test_a_prompt_must_leave_room(decoder: FrozenBase, store: AdapterStore, star
 class Spelling:
     """Allows the letters of a text one after the other, either case; then an end token."""
 
-    elsewhere_s = 0.0
-
     def __init__(self, text: str, end: int | None = EOS) -> None:
         self.left = text
         self._end = end

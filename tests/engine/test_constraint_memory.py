@@ -129,7 +129,6 @@ def test_a_text_that_outgrows_the_small_room_goes_on_in_the_large_one(
     first, second = (compiler.compile(GROWING, "a") for _ in range(2))
     assert room_of(first) == room_of(second) == SMALL
     count = next(count for count in range(1, 100) if write(first, 1, count) and room_of(first) == LARGE)
-    assert first.elsewhere_s > 0
     tokens = [*first._tokens, *write(first, 5)]
     assert len(tokens) == count + 5
     with monkeypatch.context() as patch:

@@ -16,7 +16,8 @@ from sera_serve.engine import BASE_PRINCIPAL, GenerateParams
 from sera_serve.engine.loop import choice
 from sera_serve.engine.loop.attention import KeyValuePool, LayerShape, Part, StepContext
 from sera_serve.engine.loop.attention_backend import AttentionOptions
-from sera_serve.engine.loop.choice import ChosenTokens, RowMasks, TokenChooser, take_prompt_logprobs
+from sera_serve.engine.loop.choice import ChosenTokens, TokenChooser, take_prompt_logprobs
+from sera_serve.engine.loop.masks import RowMasks
 from sera_serve.engine.loop.pages import PAGE_SIZE
 from sera_serve.engine.loop.row_tables import RowTables
 from sera_serve.engine.loop.runner import PackedStep, StepRunner
@@ -56,7 +57,7 @@ def requests(tables: RowTables, **options: Any) -> list[GenerationRequest]:
 def test_the_host_does_not_wait_for_the_inputs_of_a_packed_step() -> None:
     """It launches the step beside a graph, which the device may be busy with."""
     rotary: Any = SimpleNamespace(long_tokens=None)
-    model: Any = SimpleNamespace(device=META, logits=lambda ids, positions, step, kept: kept)
+    model: Any = SimpleNamespace(device=META, vocabulary=40, logits=lambda ids, positions, step, kept: kept)
     context: Any = SimpleNamespace(run=lambda batch: nullcontext())
     pool: Any = SimpleNamespace(has_paged_decode=True)
     runner = StepRunner(model, context, pool, rows=2, max_pages=4, rotary=rotary)
@@ -75,7 +76,7 @@ def test_the_host_does_not_wait_for_what_is_sampled_by() -> None:
     tables = RowTables(2, 4)
     asked = requests(tables, temperature=0.5, min_p=0.1)
     with Copies() as copies:
-        assert TokenChooser(tables)._sampling(asked, META) is not None
+        assert TokenChooser(tables, 40)._sampling(asked, META) is not None
     assert copies.waits == [False] * 5
 
 
@@ -87,7 +88,7 @@ def test_the_host_does_not_wait_for_what_scores_are_adjusted_by(monkeypatch: pyt
     barred = requests(tables, min_tokens=2)
     barred[0].end_tokens = barred[1].end_tokens = frozenset({7})
     masks = RowMasks({barred[0]: np.ones(2, np.uint32)})
-    chooser = TokenChooser(tables)
+    chooser = TokenChooser(tables, 40)
     scores = torch.empty(6, 40, device=META)
     for given in ([], [9]):
         penalized[0].tokens += given

@@ -7,7 +7,6 @@ import json
 import re
 import threading
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import jsonschema
@@ -25,7 +24,8 @@ from sera_serve.engine import (
     structured,
 )
 from sera_serve.engine.constraint_memory import LARGE, SMALL, Room
-from sera_serve.engine.loop import choice
+from sera_serve.engine.loop import masks
+from sera_serve.engine.loop.masks import MaskThreads, RowMasks
 from sera_serve.engine.request import GenerationRequest
 from sera_serve.errors import ConstraintUnsatisfiable, InvalidRequest, TenantOverloaded
 from support.engine import SHAPE, Start, acting_for, collect, generate, settled, until
@@ -159,17 +159,23 @@ def test_a_mask_that_has_to_wait_changes_no_token(
     settings: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # A tenant gets one mask a step.
-    monkeypatch.setattr(choice, "_MASKS_S", 1e-9)
+    for name in ("_PATIENCE", "_LEAST_PATIENCE_S"):
+        monkeypatch.setattr(masks, name, 0.0)
     postponed = []
-    row_masks = choice.row_masks
+    compute, take = masks.allowed_tokens, MaskThreads.take
 
-    def noted(*arguments: Any) -> choice.RowMasks:
-        masks = row_masks(*arguments)
-        postponed.extend(masks.postponed)
-        return masks
+    def slow(request: GenerationRequest, *arguments: Any) -> Any:
+        if request.generated % 3 == 1:
+            time.sleep(0.01)
+        return compute(request, *arguments)
 
-    monkeypatch.setattr(choice, "row_masks", noted)
+    def noted(self: MaskThreads, *arguments: Any, **options: Any) -> RowMasks:
+        taken = take(self, *arguments, **options)
+        postponed.extend(taken.postponed)
+        return taken
+
+    monkeypatch.setattr(masks, "allowed_tokens", slow)
+    monkeypatch.setattr(MaskThreads, "take", noted)
 
     async def scenario() -> None:
         engine = start_engine(decoder, adapters, **settings)
@@ -185,48 +191,6 @@ def test_a_mask_that_has_to_wait_changes_no_token(
 
     asyncio.run(scenario())
     assert postponed
-
-
-@dataclass(eq=False)
-class FakeRow:
-    """What `row_masks` reads of a request; it is its own constraint.
-
-    Attributes:
-        seconds: Of the processor, that each mask takes.
-        elsewhere: Whether another thread takes them.
-    """
-
-    tenant: str
-    order: int
-    seconds: float
-    elsewhere: bool = False
-    bars_end: bool = False
-    elsewhere_s: float = 0.0
-
-    @property
-    def constraint(self) -> FakeRow:
-        return self
-
-    def fill(self, allowed: Any) -> None:
-        allowed[:] = 1
-        if self.elsewhere:
-            self.elsewhere_s += self.seconds
-            return
-        end = time.thread_time() + self.seconds
-        while time.thread_time() < end:
-            pass
-
-
-@pytest.mark.parametrize("elsewhere", [False, True])
-def test_slow_masks_of_one_tenant_take_its_share_of_a_step_and_delay_no_other(elsewhere: bool) -> None:
-    # With a grammar of 200 terminals each, 128 requests of one tenant made a step last for five seconds.
-    slow = [FakeRow("slow", order, 0.02, elsewhere) for order in range(40)]
-    quick = [FakeRow("quick", 100 + order, 0.0) for order in range(40)]
-    began = time.thread_time()
-    masks = choice.row_masks([*reversed(slow), *quick], set(), 32)  # type: ignore[list-item]
-    assert time.thread_time() - began < 0.2
-    assert masks.postponed == set(slow[2:])
-    assert not masks.failures
 
 
 def test_a_text_that_nobody_has_read_yet_holds_no_constraint(

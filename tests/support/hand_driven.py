@@ -130,6 +130,16 @@ class LateSteps(Replayed):
             self._steps[key].run()
 
 
+class HereExecutor:
+    """In place of the threads of masks."""
+
+    def submit(self, work: Callable[[], None]) -> None:
+        work()
+
+    def shutdown(self, **options: Any) -> None:
+        pass
+
+
 class _NoThread:
     """In place of a runner's thread."""
 
@@ -177,6 +187,8 @@ class HandDriven:
         for runner in self.engine.runners.values():
             runner._thread = _NoThread()  # type: ignore[assignment]
         self.late = LateSteps(self) if late else None
+        # No thread decides when a mask is ready.
+        self.generation.runner._chooser._masks._executor = HereExecutor()  # type: ignore[assignment]
         # A pass, a packed step, a choice and a copy take time too.
         pool, steps, passes = self.engine.residency.pool, self.generation.runner, self.classification
         patch.setattr(pool, "fill", partial(self._run_interrupted, pool.fill, False))

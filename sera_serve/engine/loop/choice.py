@@ -7,9 +7,7 @@ made for them alone.
 
 from __future__ import annotations
 
-import logging
-import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,19 +16,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sera_serve.engine.loop.masks import MaskThreads, RowMasks
 from sera_serve.engine.loop.row_tables import RowTables
 from sera_serve.engine.request import GenerationRequest, LikelyTokens, TokenLogprobs
 from sera_serve.engine.sampling import IN_PROMPT, NO_TOKEN, Penalties, SamplingRows, choose_tokens, sampling_keys
-from sera_serve.errors import ConstraintUnsatisfiable, EngineUnavailable, InvalidRequest, TenantOverloaded
-
-logger = logging.getLogger("sera_serve.engine")
 
 # Rows whose bias, penalties or log-probabilities are computed at once: each takes a few tensors of the vocabulary's
 # size.
 _ROWS_AT_ONCE = 64
-# Processor time of a step's masks, for which the tenants that need masks have equal shares. A usual mask takes 0.05 ms.
-# One of a hostile grammar takes 40 ms, and a tenant may have hundreds of those.
-_MASKS_S = 0.05
 
 
 @dataclass(frozen=True)
@@ -41,7 +34,7 @@ class ChosenTokens:
         tokens: A token for each request, or `NO_TOKEN`.
         failures: Requests that get no token for a reason of their own, with what their clients are told. Their logits
             may be sound.
-        postponed: Requests that get their token in a later step, because the masks of their tenant took too long.
+        postponed: Requests that get their token in a later step, because their masks are not ready.
     """
 
     tokens: list[int]
@@ -49,49 +42,50 @@ class ChosenTokens:
     postponed: set[GenerationRequest] = field(default_factory=set)
 
 
-@dataclass(frozen=True)
-class RowMasks:
-    """The constraints of a step's requests.
-
-    Attributes:
-        allowed: Of requests with a constraint: the tokens that it allows next, as of `allowed_tokens`.
-        failures: As of `ChosenTokens`.
-        postponed: As of `ChosenTokens`.
-    """
-
-    allowed: dict[GenerationRequest, NDArray[np.uint32]] = field(default_factory=dict)
-    failures: dict[GenerationRequest, Exception] = field(default_factory=dict)
-    postponed: set[GenerationRequest] = field(default_factory=set)
-
-
 class TokenChooser:
     """Chooses tokens for one loop, whose thread alone uses it."""
 
-    def __init__(self, tables: RowTables) -> None:
-        """Set up for the requests of these tables."""
+    def __init__(self, tables: RowTables, vocabulary: int) -> None:
+        """Set up for the requests of these tables, and so many logits."""
         self._tables = tables
         self._counts = CountTable(len(tables.seed))
+        self._masks = MaskThreads(vocabulary)
+
+    def begin(self, requests: Iterable[GenerationRequest]) -> None:
+        """Begin a step, and the masks of the requests that get a token by it."""
+        # A preempted request has left without a word.
+        self.forget_left()
+        self._masks.begin(requests)
 
     def forget_left(self) -> None:
         """Drop what is held for requests that do not run any more."""
         self._counts.prune()
+        self._masks.forget_left()
+
+    def close(self) -> None:
+        """Begin no mask any more."""
+        self._masks.close()
 
     def choose(
-        self, logits: Tensor, requests: Sequence[GenerationRequest], unfinished: set[GenerationRequest]
+        self,
+        logits: Tensor,
+        requests: Sequence[GenerationRequest],
+        unfinished: set[GenerationRequest],
+        *,
+        others: bool = False,
     ) -> ChosenTokens:
         """Choose the next token of each request, and note its log-probabilities where they are asked for.
 
         Args:
             logits: (requests, vocabulary).
-            requests: In the order of the logits.
+            requests: In the order of the logits. `begin` was told of those that get a token.
             unfinished: Those whose prompt goes on in a later step. Their token is not looked at, but for whether it is
                 `NO_TOKEN`.
+            others: Whether the step gives tokens to other requests, too.
         """
-        # A preempted request has left without a word.
-        self._counts.prune()
         masks = RowMasks()
         if any(request.adjusts_now for request in requests):
-            masks = row_masks(requests, unfinished, logits.shape[1])
+            masks = self._masks_of(logits, requests, unfinished, others)
             tokens = self._choose_by_kind(logits, requests, unfinished, masks)
             # As of an unfinished prompt, their token only tells whether the logits are sound.
             unfinished = unfinished | masks.postponed
@@ -116,6 +110,20 @@ class TokenChooser:
                 else:
                     request.token_logprobs.append(one.of_top(request.params.logprobs or 0))
         return ChosenTokens(tokens, masks.failures, masks.postponed)
+
+    def _masks_of(
+        self, logits: Tensor, requests: Sequence[GenerationRequest], unfinished: set[GenerationRequest], others: bool
+    ) -> RowMasks:
+        given = [request for request in requests if request not in unfinished]
+        constrained = [request for request in given if request.constraint is not None]
+        if not constrained:
+            return RowMasks()
+
+        def wait_for_logits() -> None:
+            if logits.is_cuda:
+                torch.cuda.current_stream(logits.device).synchronize()
+
+        return self._masks.take(constrained, wait_for_logits, alone=not others and len(constrained) == len(given))
 
     def _choose_by_kind(
         self,
@@ -242,72 +250,6 @@ def counts_of(request: GenerationRequest, vocabulary: int) -> NDArray[np.int32]:
     return counts
 
 
-def allowed_tokens(request: GenerationRequest, vocabulary: int) -> NDArray[np.uint32]:
-    """uint32 (ceil(vocabulary / 32),): the tokens that a request's constraint allows next, as bits.
-
-    Raises:
-        ConstraintUnsatisfiable: There are none, or only end tokens before `min_tokens` tokens.
-    """
-    assert request.constraint is not None
-    allowed = np.zeros(-(-vocabulary // 32), np.uint32)
-    request.constraint.fill(allowed)
-    if vocabulary % 32:
-        allowed[-1] &= np.uint32((1 << vocabulary % 32) - 1)
-    may_end = bool(allowed.any())
-    if request.bars_end:
-        for token in request.end_tokens | request.base_end_tokens:
-            allowed[token // 32] &= ~np.uint32(1 << token % 32)
-    if not allowed.any():
-        if may_end:
-            raise ends_too_early(request)
-        raise ConstraintUnsatisfiable(
-            f"the constraint allows no token of the vocabulary after {request.generated} tokens; "
-            "loosen the schema, regex or grammar"
-        )
-    return allowed
-
-
-def row_masks(requests: Sequence[GenerationRequest], unfinished: set[GenerationRequest], vocabulary: int) -> RowMasks:
-    """Compute the masks of a step's requests, for each tenant until its share of `_MASKS_S` is spent.
-
-    Each tenant gets one mask at least. Its requests go in the order of their arrival. So slow ones end one after the
-    other, and do not all hold what a slow constraint takes of memory.
-
-    Args:
-        requests: Of the step.
-        unfinished: Those that get no token now, and need no mask.
-        vocabulary: Number of the logits.
-    """
-    masks = RowMasks()
-    constrained = [r for r in requests if r.constraint is not None and r not in unfinished]
-    tenants = {request.tenant for request in constrained}
-    left = dict.fromkeys(tenants, _MASKS_S / max(1, len(tenants)))
-    for request in sorted(constrained, key=lambda request: request.order):
-        if left[request.tenant] <= 0:
-            masks.postponed.add(request)
-            continue
-        started = _time_of(request)
-        try:
-            masks.allowed[request] = allowed_tokens(request, vocabulary)
-        except Exception as error:  # noqa: BLE001 - it is told to the one request whose constraint failed
-            masks.failures[request] = constraint_failed(request, error)
-        left[request.tenant] -= _time_of(request) - started
-    return masks
-
-
-def _time_of(request: GenerationRequest) -> float:
-    assert request.constraint is not None
-    return time.thread_time() + request.constraint.elsewhere_s
-
-
-def ends_too_early(request: GenerationRequest) -> ConstraintUnsatisfiable:
-    """What the client is told whose constraint ends the text before `min_tokens` tokens."""
-    return ConstraintUnsatisfiable(
-        f"the constraint lets the text only end after {request.generated} tokens, and min_tokens is "
-        f"{request.params.min_tokens}; lower min_tokens"
-    )
-
-
 def bias_of(
     requests: Sequence[GenerationRequest], masks: dict[GenerationRequest, NDArray[np.uint32]], scores: Tensor
 ) -> Tensor:
@@ -412,11 +354,3 @@ def _brought(array: NDArray[Any], device: torch.device) -> Tensor:
     """The array on the device, in the order of its stream. The host goes on: the forward pass may still run there."""
     # CUDA has taken what ordinary memory holds when such a copy returns.
     return torch.from_numpy(array).to(device, non_blocking=True)
-
-
-def constraint_failed(request: GenerationRequest, error: Exception) -> Exception:
-    """What the client of a request is told whose constraint raised an error."""
-    if isinstance(error, InvalidRequest | TenantOverloaded):
-        return error
-    logger.error("the constraint of request %s failed", request.id, exc_info=error)
-    return EngineUnavailable(f"the constraint failed: {error}")

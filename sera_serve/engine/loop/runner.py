@@ -181,12 +181,16 @@ class StepRunner:
         """Runs decodes and short prompts where it is set: on static buffers, as a graph does."""
         self._model, self._context, self._pool = model, context, pool
         self._rotary = rotary
-        self._chooser = TokenChooser(self.tables)
+        self._chooser = TokenChooser(self.tables, model.vocabulary)
         self._compiled = pool.has_paged_decode
 
     def forget_left(self) -> None:
         """Drop what is held for requests that do not run any more."""
         self._chooser.forget_left()
+
+    def close(self) -> None:
+        """End its threads; no step may be launched any more."""
+        self._chooser.close()
 
     def launch(self, plan: StepPlan, ahead: int = 0) -> Launch:
         """Start a step. Nothing of the requests is changed but their log-probabilities.
@@ -202,6 +206,7 @@ class StepRunner:
             NotCaptured: It would have been launched ahead, and cannot be.
         """
         self._enter(plan)
+        self._chooser.begin([*plan.decodes, *(request for request, count in plan.chunks if _ends(request, count))])
         while True:
             batch = self._static_batch(plan)
             try:
@@ -245,7 +250,8 @@ class StepRunner:
         wanted = set(chosen)
         places = [place for place, request in enumerate(requests) if request in wanted]
         logits = rows_of(launched.logits, places)
-        return _outcome(chosen, self._chooser.choose(logits, chosen, set()), set(), set())
+        others = len(chosen) < len(requests)
+        return _outcome(chosen, self._chooser.choose(logits, chosen, set(), others=others), set(), set())
 
     def _run_apart(self, requests: list[GenerationRequest], work: Callable[[], StepOutcome]) -> StepOutcome:
         """Run a part of a step. Its failure is that of its own requests, unless the device itself has failed."""
@@ -403,5 +409,9 @@ def _ends_plainly(request: GenerationRequest, count: int) -> bool:
 
     Of a sequence beyond the base's rotary threshold that is not so: its first tokens have the frequencies of the last.
     """
-    ends = request.computed + count == len(request.tokens)
-    return ends and not (request.wants_prompt_logprobs or request.rotary_side)
+    return _ends(request, count) and not (request.wants_prompt_logprobs or request.rotary_side)
+
+
+def _ends(request: GenerationRequest, count: int) -> bool:
+    """Whether so many tokens are the last of a request's prompt."""
+    return request.computed + count == len(request.tokens)

@@ -12,11 +12,11 @@ from sera_serve.base import FrozenBase
 from sera_serve.config import ServeSettings
 from sera_serve.engine.loop.attention import KeyValuePool
 from sera_serve.engine.loop.attention_backend import choose_backend
-from sera_serve.engine.loop.choice import constraint_failed, ends_too_early
 from sera_serve.engine.loop.fused_attention import fuse_attention
 from sera_serve.engine.loop.fused_layer import fuse_layers
 from sera_serve.engine.loop.graphs import NotCapturable, StepGraphs
 from sera_serve.engine.loop.hugging_face import PagedModel
+from sera_serve.engine.loop.masks import constraint_failed, ends_too_early
 from sera_serve.engine.loop.pages import PAGE_SIZE, PagePool
 from sera_serve.engine.loop.plan import StepPlan, StepPlanner
 from sera_serve.engine.loop.runner import Launch, StepRunner
@@ -162,6 +162,11 @@ class GenerationRunner(TaskRunner[GenerationRequest]):
             self._next.leaving.setdefault(request, (reason, error))
         else:
             super().end(request, reason, error)
+
+    def stop(self) -> None:
+        """Stop after the step under way; the requests that wait or run end with an error."""
+        super().stop()
+        self.runner.close()
 
     def settle(self) -> None:
         """Wait for the step under way, and end the requests that were to end after it."""
