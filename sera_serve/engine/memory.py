@@ -146,7 +146,8 @@ def memory_of(what: str, param: str, *others: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if type(error) is RuntimeError and not any(words in str(error) for words in _CPU_FAILURES):
+        is_short = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not is_short and not any(words in str(error) for words in _CPU_FAILURES):
             raise
         reason = str(error).partition("\n")[0] or "there is too little memory"
         raise InvalidConfiguration(

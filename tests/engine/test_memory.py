@@ -110,6 +110,13 @@ def test_an_allocation_that_fails_names_its_setting() -> None:
         raise torch.OutOfMemoryError("Tried to allocate 9 GiB\nand much more text")
 
 
+@pytest.mark.parametrize("error", [RuntimeError("odd"), NotImplementedError("no kernel"), ValueError("memory")])
+def test_what_is_no_lack_of_memory_is_not_called_so(error: Exception) -> None:
+    with pytest.raises(type(error)) as raised, memory_of("the KV cache", "kv_cache_tokens"):
+        raise error
+    assert raised.value is error
+
+
 def test_a_step_without_memory_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "smaller max_batch_tokens" in step_failed(torch.OutOfMemoryError("Tried to allocate")).message
     assert step_failed(RuntimeError("odd")).message == "the step failed: odd"

@@ -111,9 +111,10 @@ class GenerationRunner(TaskRunner[GenerationRequest]):
             expose_overflows(base.model, self.runner.probe)
             self.runner.probe()
             if base.device.type == "cuda" and settings.cuda_graphs:
-                graphs = StepGraphs(paged, context, pool, self.runner.tables, base.rotary_context)
                 try:
-                    graphs.capture_all()
+                    with memory_of("what CUDA graphs of steps need", "kv_cache_tokens", "max_sequences"):
+                        graphs = StepGraphs(paged, context, pool, self.runner.tables, base.rotary_context)
+                        graphs.capture_all()
                 except NotCapturable as error:
                     logger.warning("steps run without CUDA graphs, which is slower: %s", error)
                 else:
