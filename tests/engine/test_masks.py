@@ -181,7 +181,7 @@ def test_requests_that_leave_leave_nothing(opened: threading.Event) -> None:
     opened.set()
     with threads._changed:
         assert threads._changed.wait_for(lambda: not threads._jobs, 20)
-    assert not waiting.masks
+    assert not waiting.masks and not threads._working
 
 
 def test_a_request_that_comes_back_gets_the_mask_that_is_under_way(opened: threading.Event) -> None:

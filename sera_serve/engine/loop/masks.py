@@ -181,7 +181,8 @@ class MaskThreads:
             except Exception as failure:  # noqa: BLE001 - it is told to the one request whose constraint failed
                 error = constraint_failed(request, failure)
             with self._changed:
-                self._working[request.tenant] -= 1
+                # Without the tenants that have none.
+                self._working -= Counter([request.tenant])
                 job.allowed, job.error = allowed, error
                 if job.is_left or not job.is_done:
                     del self._jobs[request]
