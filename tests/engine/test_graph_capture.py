@@ -17,7 +17,7 @@ from sera_serve.engine.loop.row_tables import DeviceRows, RowTables
 from sera_serve.engine.loop.static_step import NotCaptured, StaticBatch, StaticKey
 from sera_serve.engine.request import GenerationRequest
 
-MODEL = SimpleNamespace(device=torch.device("cpu"), vocabulary=9, dtype=torch.float32)
+MODEL = SimpleNamespace(device=torch.device("cpu"), vocabulary=9, logits_dtype=torch.float32)
 POOL = SimpleNamespace(has_paged_decode=True)
 
 

@@ -541,7 +541,7 @@ def test_a_step_of_padding_alone_writes_to_the_scratch_page_alone(
     """Each graph is captured over such a step."""
     used = start_engine(decoder, adapters, max_sequences=16).runners["generate"].runner
     model = used._model
-    rows = DeviceRows(used.tables, model.device, model.vocabulary, model.dtype)
+    rows = DeviceRows(used.tables, model.device, model.vocabulary, model.logits_dtype)
     key = StaticKey(tokens, requests, ShapeClasses(), sampled=False, truncated=False)
     step = StaticStep(model, used._context, used._pool, key, rows)
     before = [store.clone() for store in used._pool._stores.values()]

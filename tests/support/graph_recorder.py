@@ -137,7 +137,7 @@ class Replayed:
         self._queue: deque[Callable[[], None]] = deque()
         self.runner = engine.runners["generate"].runner
         model = self.runner._model
-        self._rows = DeviceRows(self.runner.tables, model.device, model.vocabulary, model.dtype)
+        self._rows = DeviceRows(self.runner.tables, model.device, model.vocabulary, model.logits_dtype)
         self.runner.static = self
         if late:
             self._keep_in_order(self.runner._pool)

@@ -114,7 +114,7 @@ class StepGraphs:
         self._make = partial(StaticStep, model, context, pool, rotary=rotary)
         self._tables = tables
         self._rows = len(tables.pages)
-        self._device_rows = DeviceRows(tables, model.device, model.vocabulary, model.dtype)
+        self._device_rows = DeviceRows(tables, model.device, model.vocabulary, model.logits_dtype)
         # Without a kernel over pages, attention gathers the longest context for each token.
         self.most_tokens = max(self._rows, _MOST_TOKENS if pool.has_paged_decode else 0)
         self._buckets = token_buckets(self._rows, self.most_tokens)

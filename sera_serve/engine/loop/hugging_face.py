@@ -67,6 +67,7 @@ class PagedModel:
     Attributes:
         shapes: Of each layer's keys and values.
         vocabulary: The number of logits.
+        logits_dtype: Theirs, which some models choose wider than their weights'.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -78,7 +79,8 @@ class PagedModel:
         _refuse_other_masks(model)
         self.model = model
         self._cache = {cache_argument(model): _PagedCache()}
-        self.shapes, self.vocabulary = _probed(model)
+        self.shapes, logits = _probed(model)
+        self.vocabulary, self.logits_dtype = logits.shape[-1], logits.dtype
         AttentionInterface.register(_NAME, _paged_attention)
         AttentionMaskInterface.register(_NAME, lambda *args, **kwargs: None)
         model.set_attn_implementation(_NAME)
@@ -113,7 +115,7 @@ class PagedModel:
             keep: int64 index of the tokens whose logits are wanted, or 0 for all.
 
         Returns:
-            (kept tokens, vocabulary) in the model's dtype.
+            (kept tokens, vocabulary), of `logits_dtype`.
         """
         with running(step):
             output = self.model(
@@ -175,8 +177,8 @@ def cache_argument(model: PreTrainedModel) -> str:
 
 
 @torch.no_grad()
-def _probed(model: PreTrainedModel) -> tuple[list[LayerShape], int]:
-    """Shapes of every layer, and the number of logits, by one pass over one token.
+def _probed(model: PreTrainedModel) -> tuple[list[LayerShape], Tensor]:
+    """Shapes of every layer, and the logits of one token, by a pass over it.
 
     Configurations name them differently, or not at all.
     """
@@ -187,4 +189,4 @@ def _probed(model: PreTrainedModel) -> tuple[list[LayerShape], int]:
         raise InvalidConfiguration(
             f"{type(model).__name__} does not keep keys and values in every layer; choose another base", param="base"
         )
-    return [probe.shapes[layer] for layer in range(len(probe.shapes))], output.logits.shape[-1]
+    return [probe.shapes[layer] for layer in range(len(probe.shapes))], output.logits

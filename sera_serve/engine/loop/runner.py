@@ -346,7 +346,7 @@ class StepRunner:
             self._pool.clear(partial)
 
     def _forward(self, packed: PackedStep, keep: list[int] | None) -> Tensor:
-        """Logits (kept tokens, vocabulary) in the model's dtype; with `keep` None, of all tokens."""
+        """Logits (kept tokens, vocabulary), as the model gives them; with `keep` None, of all tokens."""
         device = self._model.device
         base_only = all((slots == NO_ADAPTER).all() for slots in packed.slots)
         # Not waited for: the device may be busy with a static step, beside which the host launches this one. CUDA has
