@@ -54,10 +54,10 @@ IDS = torch.tensor([[5, 6, 7, 5, 6]])
 
 
 def test_the_number_and_the_dtype_of_logits_are_those_of_a_pass() -> None:
-    """Some models have a wider vocabulary than their configuration's, and logits of another dtype than their weights."""
-    model = LlamaForCausalLM(LlamaConfig(**GROUPED)).to(torch.bfloat16)
-    paged = PagedModel(model)
+    """Some models have more logits than their configuration says, and of another dtype than their weights."""
+    paged = PagedModel(LlamaForCausalLM(LlamaConfig(**GROUPED)).to(torch.bfloat16))
     assert (paged.vocabulary, paged.logits_dtype) == (259, torch.bfloat16)
+    model = LlamaForCausalLM(LlamaConfig(**GROUPED)).to(torch.bfloat16)
     head = nn.Linear(64, 260, dtype=torch.bfloat16)
     head.register_forward_hook(lambda module, arguments, output: output.float())
     model.set_output_embeddings(head)
