@@ -59,11 +59,12 @@ class Executors:
     @classmethod
     def of(cls, settings: ServeSettings) -> Executors:
         """Make the executors of one app. No thread is started yet."""
+        most = _MAX_WAITING // 2
         return cls(
-            listing=BoundedExecutor("listing", 1, _MAX_WAITING, _LISTING_REST, _MAX_WAITING // 2),
+            listing=BoundedExecutor("listing", 1, _MAX_WAITING, _LISTING_REST, max_waiting_of_owner=most),
             publishing=BoundedExecutor("publishing", 1, settings.max_uploads),
-            changing=BoundedExecutor("changing", _CHANGING_THREADS, _MAX_WAITING, 0, _MAX_WAITING // 2),
-            forms=BoundedExecutor("reading forms", 1, _MAX_WAITING, 0, _MAX_WAITING // 2),
+            changing=BoundedExecutor("changing", _CHANGING_THREADS, _MAX_WAITING, max_waiting_of_owner=most),
+            forms=BoundedExecutor("reading forms", 1, _MAX_WAITING, max_waiting_of_owner=most),
         )
 
     def close(self) -> None:

@@ -153,34 +153,48 @@ def test_a_single_upload_at_once_is_any_tenants() -> None:
     assert slots.count() == 0
 
 
-@pytest.mark.parametrize("kind", ["listing", "changing"])
-def test_lists_and_changes_of_one_tenant_hold_up_no_other(served: Served, kind: str) -> None:
+# By the kind of threads: requests that need them, with the status of their answers. The base takes no images.
+HELD_UP: list[tuple[str, str, str, int]] = [
+    ("listing", "GET", "/v1/adapters", 200),
+    ("listing", "GET", "/v1/models", 200),
+    ("changing", "GET", "/v1/adapters/{}/chat", 200),
+    ("changing", "PUT", "/v1/adapters/{}/chat/pin", 200),
+    ("forms", "POST", "/v1/classify", 422),
+]
+
+
+@pytest.mark.parametrize(("kind", "method", "path", "status"), HELD_UP)
+def test_lists_changes_and_forms_of_one_tenant_hold_up_no_other(
+    served: Served, kind: str, method: str, path: str, status: int
+) -> None:
     """A greedy tenant fills its half of what may wait, and is told so; another one's calls come at once."""
-    greedy, modest = (served.clients[tenant] for tenant in TENANTS)
     opened = threading.Event()
     executor = getattr(served.app.state.executors, kind)
+
+    def ask(tenant: str) -> httpx.Response:
+        form = {"data": {"adapter": f"{tenant}/chat"}, "files": {"text": b""}} if kind == "forms" else {}
+        return served.clients[tenant].request(method, path.format(tenant), timeout=20, **form)
+
     with ThreadPoolExecutor(40) as threads:
         blocked = threads.submit(lambda: asyncio.run(executor.run_in_turn("greedy", opened.wait, 20)))
         try:
             wait_until(lambda: executor.calls() == 1)
-            path = "/v1/adapters" if kind == "listing" else "/v1/adapters/{}/chat"
-            asked = [threads.submit(greedy.get, path.format("greedy"), timeout=20) for _ in range(39)]
+            asked = [threads.submit(ask, "greedy") for _ in range(39)]
             wait_until(lambda: sum(call.done() for call in asked) == 7)
             for call in asked:
                 if call.done():
                     refused(call.result(), 429, "tenant_overloaded")
+            other = threads.submit(ask, "modest")
             if kind == "changing":
-                assert modest.get(path.format("modest"), timeout=5).status_code == 200
+                assert other.result(timeout=5).status_code == status
             else:
                 # There is one thread: the other tenant's call is the next one, before all of these.
-                other = threads.submit(modest.get, path, timeout=20)
                 wait_until(lambda: executor.calls() == 34)
         finally:
             opened.set()
         assert blocked.result()
-        if kind == "listing":
-            assert other.result().status_code == 200
-        assert sum(call.result().status_code == 200 for call in asked) == 32
+        assert other.result().status_code == status
+        assert sum(call.result().status_code == status for call in asked) == 32
 
 
 @pytest.fixture

@@ -96,8 +96,13 @@ async def delete(tenant: TenantPath, name: VersionPath, context: ContextOf) -> D
 @router.put("/v1/adapters/{tenant}/{name}/pin")
 async def pin(tenant: TenantPath, name: VersionPath, context: ContextOf) -> PinnedAdapter:
     """Keep one version of an adapter on the device until the version is unpinned or deleted, or the server ends."""
-    context.caller.check_change(f"{tenant}/{name}")
-    resolved = await context.finish(_pin(f"{tenant}/{name}", context))
+    reference = f"{tenant}/{name}"
+    context.caller.check_change(reference)
+    changing = context.executors.changing
+    resolved = await context.run(changing, context.store.resolve, reference)
+    await context.finish(context.engine.pin(resolved.digest, reference))
+    # Not under `finish`: a pin that was made is recorded, even if the client has left.
+    await changing.run(_record_pin, "adapter.pin", resolved, context)
     return PinnedAdapter(adapter=resolved.adapter, version=resolved.version, pinned=True)
 
 
@@ -113,14 +118,6 @@ def _publish(received: Upload, context: RequestContext) -> PublishedAdapter:
     bundle, warnings = context.publisher.checked(received.read(context.settings.max_upload_mib << 20))
     published = context.publisher.publish(bundle, received.name, context.caller.actor)
     return PublishedAdapter.of(published, warnings)
-
-
-async def _pin(reference: str, context: RequestContext) -> ResolvedAdapter:
-    changing = context.executors.changing
-    resolved = await changing.run(context.store.resolve, reference)
-    await context.engine.pin(resolved.digest, reference)
-    await changing.run(_record_pin, "adapter.pin", resolved, context)
-    return resolved
 
 
 def _record_pin(

@@ -55,8 +55,7 @@ async def classify_form(context: ContextOf) -> Response:
     """Classify each image file with the head of an adapter."""
     boundary = boundary_of(context.request.headers["content-type"], _REMEDY)
     body = await context.request.body()
-    reading = context.executors.forms.run(_read, body, boundary, context.settings.max_images)
-    adapter, images = await context.finish(reading)
+    adapter, images = await context.run(context.executors.forms, _read, body, boundary, context.settings.max_images)
     account = context.open_account(context.principal(adapter), None)
     options = account.principal, account.priority, None, context.received_at, account.charge_rows
     work = context.engine.classify(adapter, images, *options)

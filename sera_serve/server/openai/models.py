@@ -76,7 +76,7 @@ class ModelQuery(QueryModel):
 @router.get("/v1/models", response_model=ModelList)
 async def list_models(query: Annotated[ModelQuery, Query()], context: ContextOf) -> Response:
     """The base first, then the adapters in order of their ids, a page at a time."""
-    return Response(await context.finish(_list(context, query)), media_type="application/json")
+    return Response(await _list(context, query), media_type="application/json")
 
 
 @router.get("/v1/models/{model:path}")
@@ -123,7 +123,7 @@ async def _list(context: RequestContext, query: ModelQuery) -> bytes:
     left = query.limit
     more = True
     while more and left:
-        part, following = await context.executors.listing.run(_part, context, after, min(left, _AT_ONCE))
+        part, following = await context.run(context.executors.listing, _part, context, after, min(left, _AT_ONCE))
         found += part.values()
         left -= len(part)
         last = next(reversed(part), last)
