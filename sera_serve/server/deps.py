@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ParamSpec, TypeVar
 
@@ -124,7 +124,17 @@ class RequestContext:
             # Parsed first: a name that is none may be anything, such as a prompt.
             parse_ref(adapter)
             self.request.state.record.adapter = adapter
-        principal = self.caller.principal(adapter)
+        return self._logged(self.caller.principal(adapter))
+
+    def principal_of_all(self, adapters: Sequence[str]) -> Principal:
+        """The principal of a request whose field `adapters` names several; the request's line in the log has it.
+
+        Raises:
+            InvalidAdapterName, AdapterNotFound, InvalidRequest: As `Caller.principal_of_all`.
+        """
+        return self._logged(self.caller.principal_of_all(adapters, "adapters"))
+
+    def _logged(self, principal: Principal) -> Principal:
         # Here, and not with the account: a tenant that has used its quota up gets none.
         self.request.state.record.tenant = principal.tenant
         return principal

@@ -143,9 +143,11 @@ def test_a_line_of_a_spent_quota_says_whose_it_is(start: Start, lines: Lines) ->
     for body in ({"adapter": "demo/writer", "prompt": PROMPT}, {"prompt": PROMPT}):
         for status in (200, 429):
             assert client.post("/v1/generate", json=body).status_code == status
-    found = lines.fields(4)
-    assert [line["tenant"] for line in found] == ["demo", "demo", "_base", "_base"]
-    assert [line.get("adapter") for line in found] == ["demo/writer", "demo/writer", None, None]
+    several = {"adapters": ["demo/sorter", "demo/other"], "inputs": [PROMPT]}
+    assert client.post("/v1/classify", json=several).status_code == 429
+    found = lines.fields(5)
+    assert [line["tenant"] for line in found] == ["demo", "demo", "_base", "_base", "demo"]
+    assert [line.get("adapter") for line in found] == ["demo/writer", "demo/writer", None, None, None]
 
 
 def test_a_line_of_a_stream_says_how_it_ended(start: Start, lines: Lines) -> None:

@@ -62,21 +62,19 @@ async def _complete(admit: Admit, params: GenerateParams, account: Account) -> b
 async def classify(body: ClassifyRequest, context: ContextOf) -> Response:
     """Classify each input with the head of an adapter, or with each of several."""
     answer: ClassifyResponse | ClassifyEachResponse
-    if body.adapters is not None:
-        account = context.open_account(context.caller.principal_of_all(body.adapters, "adapters"), _asked(body))
-        options = account.principal, account.priority, body.timeout_s, context.received_at, account.charge_rows
-        each = context.engine.classify_each(body.adapters, body.inputs, *options)
-        results = await context.finish(each)
-        account.count_classified(results)
-        answer = ClassifyEachResponse(adapters=[ClassifyResponse.of(result) for result in results])
-    else:
+    several = body.adapters
+    principal = context.principal(body.adapter) if several is None else context.principal_of_all(several)
+    account = context.open_account(principal, _asked(body))
+    options = account.principal, account.priority, body.timeout_s, context.received_at, account.charge_rows
+    if several is None:
         assert body.adapter is not None
-        account = context.open_account(context.principal(body.adapter), _asked(body))
-        options = account.principal, account.priority, body.timeout_s, context.received_at, account.charge_rows
-        work = context.engine.classify(body.adapter, body.inputs, *options)
-        result = await context.finish(work)
+        result = await context.finish(context.engine.classify(body.adapter, body.inputs, *options))
         account.count_classified([result])
         answer = ClassifyResponse.of(result)
+    else:
+        results = await context.finish(context.engine.classify_each(several, body.inputs, *options))
+        account.count_classified(results)
+        answer = ClassifyEachResponse(adapters=[ClassifyResponse.of(result) for result in results])
     # The framework would check the answer against its own form again.
     return Response(answer.model_dump_json(), media_type="application/json")
 
