@@ -134,7 +134,13 @@ class Keys:
         return CreatedKey(key, secret)
 
     def all(self, tenant: str | None = None) -> list[Key]:
-        """All keys, or those of one tenant, oldest first; revoked and expired ones too."""
+        """All keys, or those of one tenant, oldest first; revoked and expired ones too.
+
+        Raises:
+            InvalidAdapterName: `tenant` is not of the form of a tenant.
+        """
+        if tenant is not None:
+            check_part(tenant, "tenant")
         where, values = ("WHERE tenant = ?", (tenant,)) if tenant is not None else ("", ())
         with self._database.reading() as connection:
             rows = connection.execute(f"SELECT {_COLUMNS} FROM keys {where} ORDER BY created_at, id", values)
@@ -151,7 +157,10 @@ class Keys:
             KeyNotFound: There is no such key.
         """
         with self._database.writing() as connection:
-            found = connection.execute(f"SELECT {_COLUMNS} FROM keys WHERE id = ?", (identifier,)).fetchone()
+            found = None
+            # The bytes of a command line need not be text, and the database takes text alone. Ids are ASCII.
+            if identifier.isascii():
+                found = connection.execute(f"SELECT {_COLUMNS} FROM keys WHERE id = ?", (identifier,)).fetchone()
             if found is None or (tenant is not None and _key(found).tenant != tenant):
                 raise KeyNotFound(f"there is no key {identifier[:64]!r}; list the keys", param="id")
             connection.execute(

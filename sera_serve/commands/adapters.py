@@ -87,7 +87,8 @@ def list_adapters(
         if infos:
             show_table(console(), table)
         else:
-            say(f"{store} holds no adapters; import one, or train one")
+            whose = "" if tenant is None else f" of tenant {tenant}"
+            say(f"{store} holds no adapters{whose}; import one, or train one")
 
 
 @adapters_app.command()

@@ -92,7 +92,8 @@ def list_keys(
         if found:
             show_table(console(), table)
         else:
-            say(f"{store} has no keys; make one with sera-serve keys create")
+            whose = "" if tenant is None else f" of tenant {tenant}"
+            say(f"{store} has no keys{whose}; make one with sera-serve keys create")
 
 
 @keys_app.command()

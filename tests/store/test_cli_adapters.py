@@ -91,7 +91,7 @@ def test_import_list_inspect(run: Run, store: AdapterStore, tmp_path: Path) -> N
         assert text in run("list").stdout
     for text in (bundle.digest, Q, "epochs", "no", "yes", "last_token"):
         assert text in run("inspect", NAME).stdout
-    assert "holds no adapters" in run("list", "--tenant", "other").stdout
+    assert "holds no adapters of tenant other;" in run("list", "--tenant", "other").stdout
 
 
 @pytest.mark.parametrize("form", ["file", "tar"])

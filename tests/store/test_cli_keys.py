@@ -124,6 +124,11 @@ def test_what_does_not_exist_is_refused(run: Run, root: Path, tmp_path: Path) ->
     AdapterStore(root)
     assert "sera-serve keys create" in run("keys", "list").stdout
     assert "there is no key 'none'" in run("keys", "revoke", "none").stderr
+    # Bytes that are no text, as Python has them.
+    assert r"there is no key '\udcff'" in run("keys", "revoke", "\udcff").stderr
+    assert r"tenant is '\udcff'" in run("keys", "list", "--tenant", "\udcff").stderr
+    run("keys", "create", "--tenant", "acme")
+    assert "has no keys of tenant other;" in run("keys", "list", "--tenant", "other").stdout
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").touch()
     wrong = CliRunner().invoke(build_cli(), ["keys", "create", "--tenant", "a", "--store", str(tmp_path / "other")])
