@@ -220,9 +220,9 @@ class Quotas:
                     if field not in QUOTA_FIELDS:
                         continue
                     try:
-                        stored.setdefault(str(tenant), {})[str(field)] = json.loads(value)
-                    except ValueError:
-                        self._complain(f"the limit {field} of {tenant!r} in the database is no limit: {value!r}")
+                        stored.setdefault(str(tenant), {})[str(field)] = checked_limit(field, json.loads(value))
+                    except (ValueError, InvalidConfiguration):
+                        self._complain(f"the limit {field} of {tenant!r} in the database cannot be {value!r}")
             self._stored = stored
             self._combine()
 

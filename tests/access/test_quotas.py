@@ -55,6 +55,24 @@ def test_limits_survive_a_restart_and_reach_other_processes(database: AccessData
     assert quotas.of("acme") == Quotas(database).of("acme") == expected
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("max_priority", '"urgent"'), ("bytes", '"many"'), ("adapters", "-1"), ("adapters", "[]"), ("adapters", "{")],
+)
+def test_a_damaged_limit_does_not_count_and_is_told(
+    database: AccessDatabase, caplog: pytest.LogCaptureFixture, field: str, value: str
+) -> None:
+    with database.writing() as connection:
+        for row in (("acme", field, value), ("acme", "training_jobs", "3"), ("acme", "of_a_later_release", "{")):
+            connection.execute("INSERT INTO quotas VALUES (?, ?, ?)", row)
+    quotas = Quotas(database, {"*": {field: None}})
+    assert quotas.of("acme") == Quota(training_jobs=3)
+    assert quotas.priority("acme", "high") == "high"
+    quotas.refresh()
+    (record,) = caplog.records
+    assert f"the limit {field} of 'acme' in the database cannot be {value!r}" in record.getMessage()
+
+
 def test_a_file_that_is_read_again_replaces_the_one_before(database: AccessDatabase) -> None:
     quotas = Quotas(database, {"acme": {"adapters": 1}})
     quotas.set("acme", {"bytes": 5})
