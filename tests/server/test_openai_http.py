@@ -209,6 +209,25 @@ def test_what_a_chat_cannot_have_is_refused_by_name(client: httpx.Client, body: 
     assert error["param"] == param
 
 
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({}, "prompt"),
+        ({"prompt": "a", "messages": CHAT}, "prompt"),
+        ({"prompt": "a", "tools": [TOOL]}, "tools"),
+        ({"prompt": "a", "add_generation_prompt": False}, "add_generation_prompt"),
+    ],
+)
+def test_what_cannot_be_tokenized_is_refused_by_name(client: httpx.Client, body: Any, param: str) -> None:
+    assert refused(client.post("/tokenize", json=body), 400, "invalid_value")["param"] == param
+
+
+@pytest.mark.parametrize(("path", "body"), [("/tokenize", {"prompt": "a"}), ("/detokenize", {"tokens": [1]})])
+def test_tokens_of_no_model_are_none(client: httpx.Client, path: str, body: dict[str, Any]) -> None:
+    for model, status in (("demo/writer", 200), ("demo/none", 404)):
+        assert client.post(path, json=body | {"model": model}).status_code == status
+
+
 def error_code(param: str) -> str:
     return "unknown_field" if param in ("nonsense", "stream_options.other", f"{MESSAGE}.image") else "invalid_value"
 

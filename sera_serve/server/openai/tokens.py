@@ -43,8 +43,9 @@ class TokenizeRequest(RequestModel):
     def _one_of_two(self) -> TokenizeRequest:
         if (self.prompt is None) == (self.messages is None):
             raise refusal("send either prompt or messages", "prompt")
-        if self.messages is None and (self.tools is not None or self.add_generation_prompt is not None):
-            raise refusal("tools and add_generation_prompt belong to messages; leave them out", "tools")
+        for name in ("tools", "add_generation_prompt"):
+            if self.messages is None and getattr(self, name) is not None:
+                raise refusal("tools and add_generation_prompt belong to messages; leave them out", name)
         return self
 
 
@@ -87,10 +88,10 @@ async def tokenize(body: TokenizeRequest, context: ContextOf, texts: TextsOf) ->
 @router.post("/detokenize")
 async def detokenize(body: DetokenizeRequest, context: ContextOf, texts: TextsOf) -> DetokenizeResponse:
     """The text of tokens. Special tokens are part of the text."""
-    _, tenant = _entered(body.model, context)
+    adapter, tenant = _entered(body.model, context)
     check_token_count(body.tokens, context.engine, "tokens")
-    text = await context.finish(texts.executor.run_in_turn(tenant, texts.decode, body.tokens))
-    return DetokenizeResponse(prompt=text)
+    work = texts.executor.run_in_turn(tenant, _detokenize, body.tokens, adapter, context, texts)
+    return DetokenizeResponse(prompt=await context.finish(work))
 
 
 def _entered(model: str | None, context: RequestContext) -> tuple[str | None, str]:
@@ -106,9 +107,7 @@ def _tokenize(body: TokenizeRequest, adapter: str | None, context: RequestContex
     special = body.add_special_tokens
     if body.messages is None:
         text = body.prompt or ""
-        if adapter is not None:
-            # Raises where there is no such adapter.
-            context.store.resolve(adapter)
+        _check_there(adapter, context)
     else:
         conversation = Conversation(
             body.messages, body.tools or (), add_generation_prompt=body.add_generation_prompt is not False
@@ -126,3 +125,14 @@ def _tokenize(body: TokenizeRequest, adapter: str | None, context: RequestContex
         names = to_json([texts.tokens.name_of(token) for token in tokens])
         content = with_member(content, "token_strs", names)
     return content.encode()
+
+
+def _detokenize(tokens: list[int], adapter: str | None, context: RequestContext, texts: Texts) -> str:
+    _check_there(adapter, context)
+    return texts.decode(tokens)
+
+
+def _check_there(adapter: str | None, context: RequestContext) -> None:
+    """Raise AdapterNotFound for an adapter that the store does not have. All have the base's tokens."""
+    if adapter is not None:
+        context.store.resolve(adapter)
