@@ -63,14 +63,12 @@ class Caller:
         return None if self.key is None else self.key.tenant
 
     @property
-    def sees_all(self) -> bool:
-        """Whether the caller sees the adapters of every tenant: an admin, or anyone where no key is needed."""
-        return self.key is None or self.key.may("admin")
-
-    @property
     def seen_tenant(self) -> str | None:
-        """The tenant whose files and jobs the caller sees, or None for all of them."""
-        return None if self.sees_all else self.tenant
+        """The one tenant whose adapters, files and jobs the caller sees and may change; None is every tenant.
+
+        An admin sees every tenant, and so does anyone where no key is needed.
+        """
+        return None if self.may("admin") else self.tenant
 
     @property
     def actor(self) -> Actor:
@@ -153,7 +151,8 @@ class Caller:
             AdapterNotFound: The adapter is neither the caller's nor shared with the caller.
         """
         adapter = parse_ref(reference).adapter
-        if self.key is not None and not self.sees_all and not self.access.may_use(self.key.tenant, adapter):
+        own = self.seen_tenant
+        if own is not None and not self.access.may_use(own, adapter):
             raise unknown_adapter(adapter)
 
     def check_change(self, reference: str) -> None:
@@ -175,10 +174,10 @@ class Caller:
             NotYourTenant: It is another tenant's.
         """
         tenant, _ = parse_adapter(adapter)
-        if self.key is not None and not self.sees_all and tenant != self.key.tenant:
+        own = self.seen_tenant
+        if own not in (None, tenant):
             raise NotYourTenant(
-                f"the key acts for tenant {self.key.tenant!r}, and {adapter!r} is not its own; use a name that begins "
-                f"with {self.key.tenant}/",
+                f"the key acts for tenant {own!r}, and {adapter!r} is not its own; use a name that begins with {own}/",
                 param="adapter",
             )
 

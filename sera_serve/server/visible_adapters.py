@@ -27,9 +27,9 @@ def visible_page(caller: Caller, store: AdapterStore, after: str | None, limit: 
     Raises:
         InvalidAdapterName: `tenant` is not of the allowed form.
     """
-    if caller.key is None or caller.sees_all:
+    own = caller.seen_tenant
+    if own is None:
         return store.list_page(tenant, after, limit, pause)
-    own = caller.key.tenant
     mine = store.list_page(own, after, limit + 1, pause).adapters if tenant in (None, own) else ()
     shared = _shared(caller, store, own, after or "", tenant)
     found = list(islice(merge(mine, shared, key=attrgetter("adapter")), limit + 1))

@@ -89,9 +89,9 @@ def _load(body: LoadLoraRequest, root: Path, context: RequestContext) -> Publish
     absolute = body.lora_path.startswith(os.sep)
     path = os.path.realpath(body.lora_path if absolute else f"{allowed}/{body.lora_path}")
     within = allowed
-    if not context.caller.sees_all:
+    if (own := context.caller.seen_tenant) is not None:
         # The name of a tenant has no slash, and does not begin with a dot.
-        within = f"{allowed.rstrip(os.sep)}{os.sep}{context.caller.tenant}"
+        within = f"{allowed.rstrip(os.sep)}{os.sep}{own}"
     elif not _is_below(path, allowed):
         raise PathNotAllowed("lora_path leads out of the server's lora_path_root", param="lora_path")
     # A path of another tenant answers as one that does not exist. Nobody is told where the root is.

@@ -32,11 +32,9 @@ async def list_quotas(context: ContextOf) -> Response:
 async def inspect_quota(tenant: QuotaTenant, context: ContextOf) -> QuotaDetail:
     """The limits that hold for a tenant, and what it uses."""
     check_quota_tenant(tenant)
-    caller = context.caller
-    if caller.tenant not in (None, tenant) and not caller.sees_all:
-        raise NotYourTenant(
-            f"the key acts for tenant {caller.tenant!r}; ask for /v1/quotas/{caller.tenant}", param="tenant"
-        )
+    own = context.caller.seen_tenant
+    if own not in (None, tenant):
+        raise NotYourTenant(f"the key acts for tenant {own!r}; ask for /v1/quotas/{own}", param="tenant")
     return await context.run(context.executors.listing, _detail, context, tenant, _live(context, tenant))
 
 

@@ -264,7 +264,7 @@ def _tenant(shape: AdapterRequest, caller: Caller) -> str:
         check_part(named, "adapter.tenant")
     except InvalidAdapterName as error:
         raise InvalidOpenAIRequest(error.message, param="adapter.tenant") from None
-    if not caller.sees_all and named != caller.tenant:
+    if caller.seen_tenant not in (None, named):
         raise NotYourTenant(
             f"the key acts for tenant {caller.tenant!r}; leave adapter.tenant out", param="adapter.tenant"
         )
