@@ -35,14 +35,14 @@ from sera_serve.engine import (
     WeightedAdapter,
 )
 from sera_serve.server.native.inputs import ClassifyInputs
-from sera_serve.server.native.sampling import MAX_TOKEN_ID as MAX_TOKEN_ID
 from sera_serve.server.native.sampling import (
+    MAX_TOKEN_ID,
     SamplingFields,
     ScoredToken,
+    TokenId,
     encode_logprobs,
     logprobs_content,
 )
-from sera_serve.server.native.sampling import TokenId as TokenId
 from sera_serve.server.response_format import (
     GRAMMAR_HELP,
     REGEX_HELP,

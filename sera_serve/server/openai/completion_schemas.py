@@ -8,8 +8,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema, model_validator
 
 from sera_serve.engine import MAX_CHOICES
-from sera_serve.server.native.sampling import MAX_LOGPROBS
-from sera_serve.server.native.schemas import MAX_NEW_TOKENS, MAX_TOKEN_ID, MAX_TOKEN_IDS
+from sera_serve.server.native.sampling import MAX_LOGPROBS, MAX_TOKEN_ID
+from sera_serve.server.native.schemas import MAX_NEW_TOKENS, MAX_TOKEN_IDS
 from sera_serve.server.openai.fields import GenerationFields
 from sera_serve.server.strict import refusal, with_example
 

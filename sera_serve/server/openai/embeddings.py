@@ -18,12 +18,8 @@ from sera_serve.engine import Priority
 from sera_serve.errors import SeraServeError
 from sera_serve.server.deps import ContextOf
 from sera_serve.server.native.inputs import IMAGE_SCHEMA, image_of
-from sera_serve.server.native.schemas import (
-    MAX_TIMEOUT_S,
-    MAX_TOKEN_ID,
-    PRIORITY_HELP,
-    TIMEOUT_HELP,
-)
+from sera_serve.server.native.sampling import MAX_TOKEN_ID
+from sera_serve.server.native.schemas import MAX_TIMEOUT_S, PRIORITY_HELP, TIMEOUT_HELP
 from sera_serve.server.openai.answers import to_json, with_member
 from sera_serve.server.openai.errors import InvalidOpenAIRequest, OpenAIRoute, translated_errors
 from sera_serve.server.openai.fields import ModelName, User

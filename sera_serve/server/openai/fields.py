@@ -8,18 +8,16 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
 
 from sera_serve.engine import MAX_CHOICES, MIN_REPETITION_PENALTY, ConstraintSpec, GenerateParams, Priority
-from sera_serve.server.native.sampling import LogitBias
+from sera_serve.server.native.sampling import MAX_TOKEN_ID, LogitBias, TokenId
 from sera_serve.server.native.schemas import (
     CACHE_SALT_HELP,
     MAX_CACHE_SALT,
     MAX_NEW_TOKENS,
     MAX_REFERENCE,
     MAX_TIMEOUT_S,
-    MAX_TOKEN_ID,
     PRIORITY_HELP,
     TIMEOUT_HELP,
     StopString,
-    TokenId,
 )
 from sera_serve.server.response_format import (
     GRAMMAR_HELP,

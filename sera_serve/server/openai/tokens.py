@@ -9,7 +9,8 @@ from pydantic import BaseModel, Field, model_validator
 
 from sera_serve.errors import PromptTooLong
 from sera_serve.server.deps import ContextOf, RequestContext
-from sera_serve.server.native.schemas import MAX_TOKEN_IDS, TokenId
+from sera_serve.server.native.sampling import TokenId
+from sera_serve.server.native.schemas import MAX_TOKEN_IDS
 from sera_serve.server.openai.answers import to_json, with_member
 from sera_serve.server.openai.chat_schemas import MAX_MESSAGES, MAX_TOOLS, Message, Tool
 from sera_serve.server.openai.errors import OpenAIRoute, translated_errors
