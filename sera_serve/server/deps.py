@@ -9,8 +9,7 @@ from typing import Annotated, Any, ParamSpec, TypeVar
 from fastapi import Depends, Path, Request
 
 from adapters_store import AdapterStore, parse_adapter, parse_ref
-from sera_serve.access import AuditLog, Holdings, Quotas
-from sera_serve.access.audit import Action
+from sera_serve.access import Action, AuditLog, Holdings, Quotas
 from sera_serve.config import ServeSettings
 from sera_serve.engine import AdapterChoice, Principal, Priority, ServingEngine
 from sera_serve.server.accounting import Account, Accounting
@@ -146,6 +145,10 @@ class RequestContext:
     def record(self, action: Action, tenant: str, target: str, **details: str | int | float | bool | None) -> None:
         """Tell the audit log what the caller did; see `AuditLog.record`. Blocks."""
         self._audit.record(action, self.caller.actor, tenant=tenant, target=target, **details)
+
+    def record_adapter(self, action: Action, adapter: str, **details: str | int) -> None:
+        """`record`, for an adapter `tenant/name`."""
+        self.record(action, adapter.partition("/")[0], adapter, **details)
 
 
 def adapter_at(tenant: str, name: str) -> str:

@@ -48,7 +48,7 @@ class RequestLog:
         Args:
             scope: Of the request, after its response.
             record: What the request did.
-            status: Of the response; 0 if there was none.
+            status: Of the response; 500 if there was none.
             seconds: From the start of the request to the end of its response.
             body: What `listen` has put into it.
         """

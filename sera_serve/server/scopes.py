@@ -59,7 +59,7 @@ ROUTES: dict[tuple[str, str], tuple[Needed, tuple[int, ...]]] = {
     ("GET", "/metrics"): ("admin", ()),
 }
 # They tell nothing of any tenant.
-_OPEN = ("/healthz", "/readyz", "/openapi.json", "/docs", "/docs/{file}", "/console")
+_OPEN = ("/healthz", "/readyz", "/openapi.json", "/docs", "/console")
 
 
 def needed_scope(method: str, route: str) -> Needed:

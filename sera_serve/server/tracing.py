@@ -9,8 +9,6 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import MutableMapping
-from typing import Any
 
 from fastapi.telemetry import TelemetryConfig
 from opentelemetry import trace
@@ -21,7 +19,8 @@ from sera_serve.config import ServeSettings
 from sera_serve.errors import InvalidConfiguration
 from sera_serve.server.accounting import RequestRecord
 
-_OPERATORS_PATHS = ("/healthz", "/readyz", "/metrics", "/v1/stats")
+# Probes and scrapes come every few seconds, and would hide the requests of clients.
+_UNTRACED_PATHS = ("/healthz", "/readyz", "/metrics", "/v1/stats")
 _VARIABLES = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 _TRACES_PATH = "/v1/traces"
 _HIDDEN = "REDACTED"
@@ -125,7 +124,7 @@ def telemetry_config(tracing: Tracing | None) -> TelemetryConfig:
         "logs": False,
         "operation_spans": False,
         "auto_configure": False,
-        "exclude": _is_operators,
+        "exclude": lambda scope: scope.get("path") in _UNTRACED_PATHS,
     }
     if tracing is not None:
         config["tracer_provider"] = tracing.provider
@@ -166,7 +165,3 @@ def traces_url(endpoint: str) -> str:
     """The URL that spans are sent to: the endpoint's own, or OTLP's path below it."""
     base = endpoint.rstrip("/")
     return base if base.endswith(_TRACES_PATH) else base + _TRACES_PATH
-
-
-def _is_operators(scope: MutableMapping[str, Any]) -> bool:
-    return scope.get("path") in _OPERATORS_PATHS

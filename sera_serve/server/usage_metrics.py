@@ -103,17 +103,16 @@ class UsageMetrics(Collector):
         return usage
 
     def by_tenant(self) -> dict[str, UsageCounts]:
-        """What is known, by label."""
+        """The usage of tenants by label, in a copy: the event loop may add labels meanwhile."""
         return dict(self._tenants)
 
     def by_adapter(self) -> dict[str, UsageCounts]:
-        """What is known, by label."""
+        """The usage of adapters by label, in a copy."""
         return dict(self._adapters)
 
     def collect(self) -> Iterator[Metric]:
         """The metrics at this moment."""
-        # Copies: the event loop may add labels meanwhile.
-        for label, known in (("tenant", dict(self._tenants)), ("adapter", dict(self._adapters))):
+        for label, known in (("tenant", self.by_tenant()), ("adapter", self.by_adapter())):
             requests = CounterMetricFamily(
                 f"sera_{label}_requests", f"Requests that entered a batch, by {label}.", labels=[label]
             )
@@ -145,7 +144,7 @@ class UsageMetrics(Collector):
             "Seconds from a generation's arrival to its first token, by tenant.",
             labels=["tenant"],
         )
-        for name, usage in dict(self._tenants).items():
+        for name, usage in self.by_tenant().items():
             for family, seconds in ((waits, usage.waits), (first_tokens, usage.first_tokens)):
                 family.add_metric([name], list(zip(_BOUNDS, accumulate(seconds.counts), strict=True)), seconds.total)
         yield from (waits, first_tokens)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Response
 
@@ -102,7 +102,7 @@ async def pin(tenant: TenantPath, name: VersionPath, context: ContextOf) -> Pinn
     resolved = await context.run(changing, context.store.resolve, reference)
     await context.finish(context.engine.pin(resolved.digest, reference))
     # Not under `finish`: a pin that was made is recorded, even if the client has left.
-    await changing.run(_record_pin, "adapter.pin", resolved, context)
+    await changing.run(context.record_adapter, "adapter.pin", resolved.adapter, version=resolved.version)
     return PinnedAdapter(adapter=resolved.adapter, version=resolved.version, pinned=True)
 
 
@@ -120,12 +120,6 @@ def _publish(received: Upload, context: RequestContext) -> PublishedAdapter:
     return PublishedAdapter.of(published, warnings)
 
 
-def _record_pin(
-    action: Literal["adapter.pin", "adapter.unpin"], resolved: ResolvedAdapter, context: RequestContext
-) -> None:
-    context.record(action, resolved.adapter.partition("/")[0], resolved.adapter, version=resolved.version)
-
-
 def _unpin(reference: str, context: RequestContext) -> ResolvedAdapter:
     try:
         resolved = context.store.resolve(reference)
@@ -134,7 +128,7 @@ def _unpin(reference: str, context: RequestContext) -> ResolvedAdapter:
         context.engine.drop_deleted_pins()
         raise
     context.engine.unpin(resolved.digest, reference)
-    _record_pin("adapter.unpin", resolved, context)
+    context.record_adapter("adapter.unpin", resolved.adapter, version=resolved.version)
     return resolved
 
 

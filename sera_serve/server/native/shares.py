@@ -49,7 +49,7 @@ def _add(context: RequestContext, adapter: str, other: str) -> ShareList:
     context.store.resolve(adapter)
     access.shares.add(adapter, other)
     access.refresh()
-    context.record("share.add", adapter.partition("/")[0], adapter, **{"with": other})
+    context.record_adapter("share.add", adapter, **{"with": other})
     return _list(context, adapter)
 
 
@@ -57,5 +57,5 @@ def _remove(context: RequestContext, adapter: str, other: str) -> ShareList:
     access = context.caller.access
     if access.shares.remove(adapter, other):
         access.refresh()
-        context.record("share.remove", adapter.partition("/")[0], adapter, **{"with": other})
+        context.record_adapter("share.remove", adapter, **{"with": other})
     return _list(context, adapter)

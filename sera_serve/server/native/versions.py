@@ -106,11 +106,11 @@ def _metrics(value: JsonValue) -> dict[str, float] | None:
 
 def _set_alias(context: RequestContext, adapter: str, alias: str, version: int) -> AliasDetail:
     context.store.set_alias(adapter, alias, f"{adapter}@v{version}")
-    context.record("alias.set", adapter.partition("/")[0], adapter, alias=alias, version=version)
+    context.record_adapter("alias.set", adapter, alias=alias, version=version)
     return AliasDetail(adapter=adapter, alias=alias, version=version)
 
 
 def _remove_alias(context: RequestContext, adapter: str, alias: str) -> AliasDetail:
     held = context.store.remove_alias(adapter, alias)
-    context.record("alias.remove", adapter.partition("/")[0], adapter, alias=alias, version=held)
+    context.record_adapter("alias.remove", adapter, alias=alias, version=held)
     return AliasDetail(adapter=adapter, alias=alias, version=held)
