@@ -1,4 +1,4 @@
-"""What the answers of completions and chat have in common: names, usage, and log-probabilities as JSON.
+"""What the answers of completions and chat have in common: names, choices, usage, and log-probabilities as JSON.
 
 Log-probabilities are encoded as the tokens come. An answer of many tokens with twenty alternatives each would otherwise
 keep the event loop for seconds.
@@ -14,15 +14,17 @@ from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar, Generic, TypeVar
 
 import pydantic_core
+from fastapi import Response
 
 from sera_serve.engine import BASE_TENANT, GenerationResult, GenerationStream, Principal, TokenDelta, TokenLogprobs
 from sera_serve.server.accounting import Account
 from sera_serve.server.openai.errors import translated_errors
+from sera_serve.server.openai.fields import GenerationFields
 from sera_serve.server.openai.token_texts import TokenTexts
-from sera_serve.server.sse import Admit, admitted, merged, result_of, within
+from sera_serve.server.sse import Admit, EventWriter, admitted, encode_event, merged, result_of, within
 
 # JSON has no infinity. OpenAI's API gives this number to tokens that are as good as impossible.
 _LEAST_LOGPROB = -9999.0
@@ -72,6 +74,11 @@ def with_member(json_object: str, name: str, value: str) -> str:
     return f'{json_object[:-1]},"{name}":{value}}}'
 
 
+def with_choices(content: dict[str, Any], choices: Sequence[str]) -> str:
+    """Return the JSON of an object with its choices, which are JSON already."""
+    return with_member(to_json(content), "choices", f"[{','.join(choices)}]")
+
+
 def usage(results: Sequence[GenerationResult], choices: int, principal: Principal) -> dict[str, Any]:
     """Return the usage of an answer. A prompt counts once, however many choices it has.
 
@@ -119,6 +126,57 @@ async def collect(
                 if delta is not None:
                     take(index, delta)
     return streams, [result_of(stream) for stream in streams]
+
+
+class ChoiceAnswer:
+    """What a stream and a whole answer have in common. `kind` and `chunk_kind` are what they have as `object`."""
+
+    kind: ClassVar[str]
+    chunk_kind: ClassVar[str]
+
+    def __init__(self, body: GenerationFields, head: Head, principal: Principal) -> None:
+        self.body = body
+        self.principal = principal
+        self._head = head
+
+    def usage(self, results: Sequence[GenerationResult]) -> dict[str, Any]:
+        """The usage of the whole answer."""
+        return usage(results, self.body.choices, self.principal)
+
+    def chunk(self, stream: GenerationStream) -> dict[str, Any]:
+        """The fields of an event, beside its choices and usage."""
+        return self._head.fields(self.chunk_kind, stream)
+
+    def whole(self, stream: GenerationStream, choices: Sequence[str], results: Sequence[GenerationResult]) -> Response:
+        """The whole answer. `stream` is its first one, `choices` has the JSON of each choice."""
+        content = with_choices(self._head.fields(self.kind, stream), choices)
+        return Response(with_member(content, "usage", to_json(self.usage(results))), media_type="application/json")
+
+
+AnswerT = TypeVar("AnswerT", bound=ChoiceAnswer)
+
+
+class ChoiceEvents(EventWriter, Generic[AnswerT]):
+    """Writes a stream of an answer with choices. Each event has a part of one choice."""
+
+    def __init__(self, answer: AnswerT) -> None:
+        self.answer = answer
+
+    def end(self, streams: Sequence[GenerationStream]) -> bytes:
+        """The usage, if it was asked for, and the end."""
+        last = super().end(streams)
+        if not self.answer.body.sends_usage:
+            return last
+        results = [stream.result for stream in streams if stream.result is not None]
+        content = self.answer.chunk(streams[0]) | {"choices": [], "usage": self.answer.usage(results)}
+        return encode_event(content) + last
+
+    def event(self, stream: GenerationStream, choice: str) -> bytes:
+        """The event of a part of a choice, which is JSON already."""
+        content = self.answer.chunk(stream)
+        if self.answer.body.sends_usage:
+            content["usage"] = None
+        return f"data: {with_choices(content, [choice])}\n\n".encode()
 
 
 class CompletionLogprobLists:

@@ -13,11 +13,12 @@ from sera_serve.server.accounting import Account
 from sera_serve.server.deps import ContextOf
 from sera_serve.server.openai.answers import (
     ChatLogprobList,
+    ChoiceAnswer,
+    ChoiceEvents,
     Head,
     collect,
     to_json,
     translated,
-    usage,
     with_member,
 )
 from sera_serve.server.openai.chat_schemas import ChatCompletion, ChatRequest
@@ -25,11 +26,9 @@ from sera_serve.server.openai.errors import OpenAIRoute, translated_errors
 from sera_serve.server.openai.texts import ChatPrompt, Conversation, Texts, TextsOf, adapter_of
 from sera_serve.server.openai.tool_calls import Call, ToolCallParser, constraint_of_calls, parser_of_calls
 from sera_serve.server.openapi import stream_of
-from sera_serve.server.sse import Admit, EventStream, EventWriter, encode_event
+from sera_serve.server.sse import Admit, EventStream
 
 router = APIRouter(route_class=OpenAIRoute, tags=["openai"])
-
-_KIND, _CHUNK = "chat.completion", "chat.completion.chunk"
 
 
 @router.post(
@@ -70,13 +69,13 @@ async def chat_completions(body: ChatRequest, context: ContextOf, texts: TextsOf
     return await context.finish(_complete(answer, admit, account))
 
 
-class ChatAnswer:
-    """What a stream and a whole answer have in common: the request, and the calls in each choice's text."""
+class ChatAnswer(ChoiceAnswer):
+    """What a stream and a whole answer have in common: the calls and the log-probabilities of each choice's text."""
+
+    kind, chunk_kind = "chat.completion", "chat.completion.chunk"
 
     def __init__(self, body: ChatRequest, head: Head, principal: Principal, prompt: ChatPrompt, texts: Texts) -> None:
-        self.body = body
-        self.head = head
-        self._principal = principal
+        super().__init__(body, head, principal)
         self._parsers: list[ToolCallParser] | None = None
         if body.has_tools:
             self._parsers = [parser_of_calls(body, prompt.template.call_format) for _ in range(body.choices)]
@@ -106,16 +105,12 @@ class ChatAnswer:
         called = self._parsers is not None and bool(self._parsers[index].calls)
         return "tool_calls" if called and result.finish_reason == "stop" else result.finish_reason
 
-    def usage(self, results: Sequence[GenerationResult]) -> dict[str, Any]:
-        """The usage of the whole answer."""
-        return usage(results, self.body.choices, self._principal)
 
-
-class ChatEvents(EventWriter):
-    """Writes a stream of chat completions. Each event has a part of one choice. A call comes as a whole."""
+class ChatEvents(ChoiceEvents[ChatAnswer]):
+    """Writes a stream of chat completions. A call comes as a whole."""
 
     def __init__(self, answer: ChatAnswer) -> None:
-        self._answer = answer
+        super().__init__(answer)
         self._called: dict[int, int] = {}
 
     def begin(self, streams: Sequence[GenerationStream]) -> bytes:
@@ -125,9 +120,9 @@ class ChatEvents(EventWriter):
 
     def delta(self, index: int, stream: GenerationStream, delta: TokenDelta) -> bytes:
         """What a piece of text adds."""
-        self._answer.add_logprobs(index, delta)
-        deltas = self._deltas(index, self._answer.pieces(index, delta.text))
-        logprobs = self._answer.logprobs(index)
+        self.answer.add_logprobs(index, delta)
+        deltas = self._deltas(index, self.answer.pieces(index, delta.text))
+        logprobs = self.answer.logprobs(index)
         if logprobs is not None and not deltas:
             # The text is held back. Its tokens are known already.
             deltas = [{"content": ""}]
@@ -139,18 +134,9 @@ class ChatEvents(EventWriter):
 
     def final(self, index: int, stream: GenerationStream, result: GenerationResult) -> bytes:
         """What was held back, and why the choice has ended."""
-        events = [self._event(stream, index, delta) for delta in self._deltas(index, self._answer.rest(index))]
-        events.append(self._event(stream, index, {}, None, self._answer.finish_reason(index, result)))
+        events = [self._event(stream, index, delta) for delta in self._deltas(index, self.answer.rest(index))]
+        events.append(self._event(stream, index, {}, None, self.answer.finish_reason(index, result)))
         return b"".join(events)
-
-    def end(self, streams: Sequence[GenerationStream]) -> bytes:
-        """The usage, if it was asked for, and the end."""
-        last = super().end(streams)
-        if not self._answer.body.sends_usage:
-            return last
-        results = [stream.result for stream in streams if stream.result is not None]
-        content = self._answer.head.fields(_CHUNK, streams[0])
-        return encode_event(content | {"choices": [], "usage": self._answer.usage(results)}) + last
 
     def _deltas(self, index: int, pieces: Sequence[str | Call]) -> list[dict[str, Any]]:
         deltas: list[dict[str, Any]] = []
@@ -171,12 +157,8 @@ class ChatEvents(EventWriter):
         logprobs: str | None = None,
         finish_reason: str | None = None,
     ) -> bytes:
-        content = self._answer.head.fields(_CHUNK, stream)
-        if self._answer.body.sends_usage:
-            content["usage"] = None
         choice = to_json({"index": index, "delta": delta, "finish_reason": finish_reason})
-        choice = with_member(choice, "logprobs", logprobs or "null")
-        return f"data: {with_member(to_json(content), 'choices', f'[{choice}]')}\n\n".encode()
+        return self.event(stream, with_member(choice, "logprobs", logprobs or "null"))
 
 
 async def _complete(answer: ChatAnswer, admit: Admit, account: Account) -> Response:
@@ -192,9 +174,7 @@ async def _complete(answer: ChatAnswer, admit: Admit, account: Account) -> Respo
             message["tool_calls"] = calls
         choice = {"index": index, "message": message, "finish_reason": answer.finish_reason(index, result)}
         choices.append(with_member(to_json(choice), "logprobs", answer.logprobs(index) or "null"))
-    content = with_member(to_json(answer.head.fields(_KIND, streams[0])), "choices", f"[{','.join(choices)}]")
-    content = with_member(content, "usage", to_json(answer.usage(results)))
-    return Response(content, media_type="application/json")
+    return answer.whole(streams[0], choices, results)
 
 
 def _call(call: Call) -> dict[str, Any]:

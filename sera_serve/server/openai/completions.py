@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -12,23 +13,22 @@ from sera_serve.engine import GenerateParams, GenerationResult, GenerationStream
 from sera_serve.server.accounting import Account
 from sera_serve.server.deps import ContextOf
 from sera_serve.server.openai.answers import (
+    ChoiceAnswer,
+    ChoiceEvents,
     CompletionLogprobLists,
     Head,
     collect,
     to_json,
     translated,
-    usage,
     with_member,
 )
 from sera_serve.server.openai.completion_schemas import Completion, CompletionRequest, Prompt
 from sera_serve.server.openai.errors import OpenAIRoute, translated_errors
 from sera_serve.server.openai.texts import Texts, TextsOf, adapter_of, check_token_count
 from sera_serve.server.openapi import stream_of
-from sera_serve.server.sse import Admit, EventStream, EventWriter, encode_event
+from sera_serve.server.sse import Admit, EventStream
 
 router = APIRouter(route_class=OpenAIRoute, tags=["openai"])
-
-_KIND = "text_completion"
 
 
 @router.post(
@@ -55,7 +55,6 @@ async def completions(body: CompletionRequest, context: ContextOf, texts: TextsO
         )
         prompts.append(account.params(params))
     admit = translated(partial(context.engine.generate_prompts, prompts, principal, context.received_at), "prompt")
-    head = Head.of("cmpl", body.model, context.engine.base.name)
     echoed: list[str] = []
     if echo:
         for prompt in body.prompt:
@@ -63,129 +62,107 @@ async def completions(body: CompletionRequest, context: ContextOf, texts: TextsO
                 check_token_count(prompt, context.engine, "prompt")
         work = texts.executor.run_in_turn(principal.tenant, _prompt_texts, texts, body.prompt)
         echoed = await context.finish(work)
+    head = Head.of("cmpl", body.model, context.engine.base.name)
+    answer = CompletionAnswer(body, head, principal, echoed, texts)
     if body.stream:
-        events = CompletionEvents(body, head, principal, echoed, texts)
-        return EventStream(admit, events, account, translated_errors)
-    answer = _complete(body, admit, account, head, principal, echoed, texts)
-    return await context.finish(answer)
+        return EventStream(admit, CompletionEvents(answer), account, translated_errors)
+    return await context.finish(_complete(answer, admit, account))
 
 
-class CompletionEvents(EventWriter):
-    """Writes a stream of completions. Each event has a part of one choice."""
+class CompletionAnswer(ChoiceAnswer):
+    """What a stream and a whole answer have in common: the prompts, where they are echoed, and the choices."""
+
+    kind = chunk_kind = "text_completion"
 
     def __init__(
-        self, body: CompletionRequest, head: Head, principal: Principal, prompts: Sequence[str], texts: Texts
+        self, body: CompletionRequest, head: Head, principal: Principal, echoed: Sequence[str], texts: Texts
     ) -> None:
-        """Write for a request. `prompts` has the texts of the prompts if they are echoed."""
-        self._body = body
-        self._head = head
-        self._principal = principal
-        self._prompts = prompts
-        self._texts = texts
-        self._lists: dict[int, CompletionLogprobLists] = {}
+        super().__init__(body, head, principal)
+        self.echoed = echoed
+        self.has_logprobs = body.logprobs is not None
+        self.is_echo_alone = body.max_tokens == 0
+        self.texts = texts
+
+    def prompt(self, index: int) -> str:
+        """The text before that of a choice."""
+        return self.echoed[index // self.body.choices] if self.echoed else ""
+
+    def choice(self, index: int, text: str, logprobs: str | None = None, finish_reason: str | None = None) -> str:
+        """The JSON of a choice, or of a part of it."""
+        content = to_json({"index": index, "text": text, "finish_reason": finish_reason})
+        return with_member(content, "logprobs", logprobs or "null")
+
+    def finish_reason(self, result: GenerationResult) -> str:
+        """Why a choice has ended."""
+        return "length" if self.is_echo_alone else result.finish_reason
+
+    def usage(self, results: Sequence[GenerationResult]) -> dict[str, Any]:
+        """The usage of the whole answer."""
+        content = super().usage(results)
+        if self.is_echo_alone:
+            content |= {"completion_tokens": 0, "total_tokens": content["prompt_tokens"]}
+        return content
+
+    def new_lists(self) -> CompletionLogprobLists:
+        """The log-probabilities of a choice, empty so far."""
+        return CompletionLogprobLists(self.texts.tokens)
+
+
+class CompletionEvents(ChoiceEvents[CompletionAnswer]):
+    """Writes a stream of completions."""
+
+    def __init__(self, answer: CompletionAnswer) -> None:
+        super().__init__(answer)
+        self._lists = defaultdict[int, CompletionLogprobLists](answer.new_lists)
 
     def begin(self, streams: Sequence[GenerationStream]) -> bytes:
         """The prompts, if they are echoed."""
-        if not self._prompts:
+        if not self.answer.echoed:
             return b""
-        n = self._body.choices
-        return b"".join(self._event(stream, index, self._prompts[index // n]) for index, stream in enumerate(streams))
+        choices = [self.answer.choice(index, self.answer.prompt(index)) for index in range(len(streams))]
+        return b"".join(map(self.event, streams, choices))
 
     def delta(self, index: int, stream: GenerationStream, delta: TokenDelta) -> bytes:
         """The text that was added."""
-        if self._body.max_tokens == 0:
+        if self.answer.is_echo_alone:
             return b""
         logprobs = None
-        if self._body.logprobs is not None:
-            lists = self._lists.get(index)
-            if lists is None:
-                lists = self._lists[index] = CompletionLogprobLists(self._texts.tokens)
-            lists.add(delta.logprobs)
-            logprobs = lists.take()
+        if self.answer.has_logprobs:
+            self._lists[index].add(delta.logprobs)
+            logprobs = self._lists[index].take()
         elif not delta.text:
             return b""
-        return self._event(stream, index, delta.text, logprobs)
+        return self.event(stream, self.answer.choice(index, delta.text, logprobs))
 
     def final(self, index: int, stream: GenerationStream, result: GenerationResult) -> bytes:
         """Why the text has ended."""
-        reason = "length" if self._body.max_tokens == 0 else result.finish_reason
-        return self._event(stream, index, "", finish_reason=reason)
-
-    def end(self, streams: Sequence[GenerationStream]) -> bytes:
-        """The usage, if it was asked for, and the end."""
-        last = super().end(streams)
-        if not self._body.sends_usage:
-            return last
-        results = [stream.result for stream in streams if stream.result is not None]
-        content = self._head.fields(_KIND, streams[0]) | {"choices": []}
-        return encode_event(content | {"usage": _usage(self._body, results, self._principal)}) + last
-
-    def _event(
-        self,
-        stream: GenerationStream,
-        index: int,
-        text: str,
-        logprobs: str | None = None,
-        finish_reason: str | None = None,
-    ) -> bytes:
-        content = self._head.fields(_KIND, stream)
-        if self._body.sends_usage:
-            content["usage"] = None
-        choice = _choice(index, text, logprobs, finish_reason)
-        return f"data: {with_member(to_json(content), 'choices', f'[{choice}]')}\n\n".encode()
+        return self.event(stream, self.answer.choice(index, "", None, self.answer.finish_reason(result)))
 
 
-async def _complete(
-    body: CompletionRequest,
-    admit: Admit,
-    account: Account,
-    head: Head,
-    principal: Principal,
-    prompts: Sequence[str],
-    texts: Texts,
-) -> Response:
-    lists: dict[int, CompletionLogprobLists] = {}
-    late: dict[int, list[TokenDelta]] = {}
+async def _complete(answer: CompletionAnswer, admit: Admit, account: Account) -> Response:
+    lists = defaultdict[int, CompletionLogprobLists](answer.new_lists)
+    late = defaultdict[int, list[TokenDelta]](list)
 
     def take(index: int, delta: TokenDelta) -> None:
-        if body.logprobs is None or body.max_tokens == 0:
+        if not answer.has_logprobs or answer.is_echo_alone:
             return
-        if prompts:
+        if answer.echoed:
             # The prompt's own come before them, and only at the end.
-            late.setdefault(index, []).append(delta)
-            return
-        if index not in lists:
-            lists[index] = CompletionLogprobLists(texts.tokens)
-        lists[index].add(delta.logprobs)
+            late[index].append(delta)
+        else:
+            lists[index].add(delta.logprobs)
 
     streams, results = await collect(admit, account, take)
-    if prompts and body.logprobs is not None:
+    if answer.echoed and answer.has_logprobs:
+        executor, tenant = answer.texts.executor, answer.principal.tenant
         for index, result in enumerate(results):
-            prompt = prompts[index // body.choices]
-            deltas = late.pop(index, [])
-            lists[index] = await texts.executor.run_in_turn(principal.tenant, _echoed, texts, prompt, result, deltas)
+            lists[index] = await executor.run_in_turn(tenant, _echoed, answer, index, result, late.pop(index, []))
     choices = []
     for index, result in enumerate(results):
-        text, reason = ("", "length") if body.max_tokens == 0 else (result.text, result.finish_reason)
-        if prompts:
-            text = prompts[index // body.choices] + text
+        text = answer.prompt(index) + ("" if answer.is_echo_alone else result.text)
         logprobs = lists[index].take() if index in lists else None
-        choices.append(_choice(index, text, logprobs, reason))
-    content = with_member(to_json(head.fields(_KIND, streams[0])), "choices", f"[{','.join(choices)}]")
-    content = with_member(content, "usage", to_json(_usage(body, results, principal)))
-    return Response(content, media_type="application/json")
-
-
-def _choice(index: int, text: str, logprobs: str | None, finish_reason: str | None) -> str:
-    content = to_json({"index": index, "text": text, "finish_reason": finish_reason})
-    return with_member(content, "logprobs", logprobs or "null")
-
-
-def _usage(body: CompletionRequest, results: Sequence[GenerationResult], principal: Principal) -> dict[str, Any]:
-    content = usage(results, body.choices, principal)
-    if body.max_tokens == 0:
-        content |= {"completion_tokens": 0, "total_tokens": content["prompt_tokens"]}
-    return content
+        choices.append(answer.choice(index, text, logprobs, answer.finish_reason(result)))
+    return answer.whole(streams[0], choices, results)
 
 
 def _prompt_texts(texts: Texts, prompts: Sequence[Prompt]) -> list[str]:
@@ -194,10 +171,11 @@ def _prompt_texts(texts: Texts, prompts: Sequence[Prompt]) -> list[str]:
 
 
 def _echoed(
-    texts: Texts, prompt: str, result: GenerationResult, deltas: Sequence[TokenDelta]
+    answer: CompletionAnswer, index: int, result: GenerationResult, deltas: Sequence[TokenDelta]
 ) -> CompletionLogprobLists:
-    """The lists of a prompt and of the text after it."""
-    lists = CompletionLogprobLists(texts.tokens)
+    """The lists of a choice's prompt and of the text after it."""
+    lists = answer.new_lists()
+    prompt = answer.prompt(index)
     lists.add(result.prompt_logprobs, prompt)
     lists.start_after(len(prompt))
     for delta in deltas:
