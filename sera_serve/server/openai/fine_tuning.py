@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import secrets
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Query, Response
@@ -12,7 +13,7 @@ from adapters_store import AdapterConfig, AdapterStore, check_part, expected_sha
 from adapters_store.errors import InvalidAdapterName, InvalidBundle
 from sera_serve.engine import ServingEngine
 from sera_serve.errors import AdapterTooLarge, InvalidRequest
-from sera_serve.jobs import Job, JobSpec, TrainingFile
+from sera_serve.jobs import Job, JobSpec, JobTask, TrainingFile
 from sera_serve.jobs.files import TrainingFileMissing, missing_file
 from sera_serve.jobs.records import new_job_id
 from sera_serve.jobs.rows import TASK_OF, RowKind
@@ -204,16 +205,20 @@ def _create(body: CreateJobRequest, init_from: str | None, context: RequestConte
     shape = body.adapter or AdapterRequest()
     tenant = _tenant(shape, caller)
     train = _file(training, caller, body.training_file, "training_file")
+    kind = _row_kind(train, "training_file")
     if body.validation_file is not None:
         validation = _file(training, caller, body.validation_file, "validation_file")
-        if _row_kind(validation, "validation_file") != _row_kind(train, "training_file"):
+        if _row_kind(validation, "validation_file") != kind:
             raise InvalidOpenAIRequest(
                 "the rows of validation_file are of another kind than those of training_file; send rows of one kind",
                 param="validation_file",
             )
     job_id = new_job_id()
-    spec = _spec(body, shape, init_from, train, engine, store, f"{tenant}/{_name(body, init_from, engine, job_id)}")
-    initial = None if spec.init_from is None else store.config(store.resolve(spec.init_from).digest)
+    adapter = f"{tenant}/{_name(body, init_from, engine, job_id)}"
+    _check_task(shape, TASK_OF[kind], engine)
+    # A version and no alias, which may move: a job that goes on after a kill must begin where it began.
+    exact, initial = _initial(init_from, shape, TASK_OF[kind], store)
+    spec = _spec(body, shape, adapter, kind, train.rows, exact, initial)
     planned = check_spec(spec, engine.base.info, engine.base.module_shapes(), train.labels, initial)
     # A job must not train for hours what is then refused.
     _check_servable(planned, initial is not None, engine, context.settings.max_upload_mib << 20)
@@ -228,7 +233,7 @@ def _create(body: CreateJobRequest, init_from: str | None, context: RequestConte
         body.training_file,
         body.validation_file,
         key_id,
-        lambda unfinished: context.quotas.check_training_jobs(tenant, unfinished),
+        partial(context.quotas.check_training_jobs, tenant),
     )
     context.record("job.create", tenant, job.id, model=spec.model, adapter=spec.adapter)
     return job
@@ -300,17 +305,8 @@ def _name(body: CreateJobRequest, init_from: str | None, engine: ServingEngine, 
     return "-".join([*parts, job_id.rpartition("-")[2][:_ID_CHARACTERS]])
 
 
-def _spec(
-    body: CreateJobRequest,
-    shape: AdapterRequest,
-    init_from: str | None,
-    train: TrainingFile,
-    engine: ServingEngine,
-    store: AdapterStore,
-    adapter: str,
-) -> JobSpec:
-    kind = _row_kind(train, "training_file")
-    task = TASK_OF[kind]
+def _check_task(shape: AdapterRequest, task: JobTask, engine: ServingEngine) -> None:
+    """Refuse rows for another task than was asked for, or for one that the base does not have."""
     if shape.task not in (None, task):
         raise InvalidOpenAIRequest(
             f"the rows of training_file are for task {task}; send other rows, or leave adapter.task out",
@@ -325,44 +321,58 @@ def _spec(
             "the base's tokenizer does not tell which characters a token stands for, which spans need; send other rows",
             param="training_file",
         )
-    exact = kept_method = None
-    if init_from is not None:
-        for field in KEPT:
-            if getattr(shape, field) is not None:
-                raise InvalidOpenAIRequest(
-                    f"a job that goes on from an adapter keeps its {field}; leave adapter.{field} out",
-                    param=f"adapter.{field}",
-                )
-        found = store.resolve(init_from)
-        of = "multi-label" if found.multi_label else found.task
-        if of != task:
+
+
+def _initial(
+    init_from: str | None, shape: AdapterRequest, task: JobTask, store: AdapterStore
+) -> tuple[str | None, AdapterConfig | None]:
+    """The version that a job goes on from, `tenant/name@vN`, and its configuration; None for a new adapter."""
+    if init_from is None:
+        return None, None
+    for field in KEPT:
+        if getattr(shape, field) is not None:
             raise InvalidOpenAIRequest(
-                f"{init_from} is for task {of}, and the rows are for {task}; send other rows, or another model",
-                param="model",
+                f"a job that goes on from an adapter keeps its {field}; leave adapter.{field} out",
+                param=f"adapter.{field}",
             )
-        # Its aliases may move, and a job that goes on after a kill must begin where it began.
-        exact = f"{found.adapter}@v{found.version}"
-        kept_method = method_of(store.config(found.digest))
+    found = store.resolve(init_from)
+    of = "multi-label" if found.multi_label else found.task
+    if of != task:
+        raise InvalidOpenAIRequest(
+            f"{init_from} is for task {of}, and the rows are for {task}; send other rows, or another model",
+            param="model",
+        )
+    return f"{found.adapter}@v{found.version}", store.config(found.digest)
+
+
+def _spec(
+    body: CreateJobRequest,
+    shape: AdapterRequest,
+    adapter: str,
+    kind: RowKind,
+    rows: int,
+    init_from: str | None,
+    initial: AdapterConfig | None,
+) -> JobSpec:
     asked = body.chosen
-    rows = train.rows
     multiplier = asked.learning_rate_multiplier
     return JobSpec(
         model=body.model,
         adapter=adapter,
         kind=kind,
-        task=task,
+        task=TASK_OF[kind],
         epochs=auto_epochs(rows) if asked.n_epochs == "auto" else asked.n_epochs,
         batch_size=auto_batch_size(rows) if asked.batch_size == "auto" else asked.batch_size,
         learning_rate_multiplier=1.0 if multiplier == "auto" else multiplier,
         seed=secrets.randbelow(2**31) if body.seed is None else body.seed,
         rows=rows,
         suffix=body.suffix,
-        init_from=exact,
+        init_from=init_from,
         method=shape.method,
         rank=shape.rank,
         split=shape.split,
         target_modules=shape.target_modules,
-        kept_method=kept_method,
+        kept_method=None if initial is None else method_of(initial),
         options={
             name: value
             for name in SHAPE
