@@ -14,7 +14,6 @@ from sera_serve.access import Quota, Quotas, Rates, rate_headers
 from sera_serve.engine import (
     ClassifyResult,
     EmbedResult,
-    GenerateParams,
     GenerationStream,
     Principal,
     Priority,
@@ -118,10 +117,6 @@ class Account:
         self._generating = generating
         self._computing: Sequence[GenerationStream] = ()
         self._charged = 0
-
-    def params(self, params: GenerateParams) -> GenerateParams:
-        """Return the parameters of a generation, with the request's priority."""
-        return params if params.priority == self.priority else replace(params, priority=self.priority)
 
     def submitted(self, generations: Sequence[GenerationStream]) -> None:
         """Take the generations of the request, which may run from now on. Within `computing`, once."""

@@ -37,7 +37,7 @@ router = APIRouter(route_class=StrictRoute, tags=["inference"])
 async def generate(body: GenerateRequest, context: ContextOf) -> Response:
     """Continue a prompt with an adapter, or with the base model alone."""
     account = context.open_account(context.principal(body.adapter), _asked(body))
-    params = account.params(body.to_params())
+    params = body.to_params(account.priority)
     admit = partial(context.engine.generate_choices, params, account.principal, context.received_at)
     if body.stream:
         return EventStream(admit, GenerateEvents(params), account)

@@ -196,10 +196,10 @@ class GenerateRequest(SamplingFields):
         self._constraint = to_constraint(self.response_format, self.regex, self.grammar)
         return self
 
-    def to_params(self) -> GenerateParams:
-        """Return the request as the engine takes it."""
+    def to_params(self, priority: Priority) -> GenerateParams:
+        """Return the request as the engine takes it, with the priority that its tenant may have."""
         # `model_dump` would copy the token ids one by one.
-        fields = dict(self)
+        fields = dict(self) | {"priority": priority}
         for name in ("stream", "response_format", "regex", "grammar"):
             del fields[name]
         return GenerateParams(**fields, constraint=self._constraint)

@@ -52,6 +52,7 @@ async def chat_completions(body: ChatRequest, context: ContextOf, texts: TextsOf
     prompt = await context.finish(work)
     params = body.params(
         prompt.adapter,
+        account.priority,
         prompt=prompt.text,
         # The template has written them.
         add_special_tokens=False,
@@ -59,9 +60,7 @@ async def chat_completions(body: ChatRequest, context: ContextOf, texts: TextsOf
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         constraint=constraint_of_calls(body, prompt.template.call_format),
     )
-    admit = translated(
-        partial(context.engine.generate_choices, account.params(params), principal, context.received_at), "messages"
-    )
+    admit = translated(partial(context.engine.generate_choices, params, principal, context.received_at), "messages")
     head = Head.of("chatcmpl", body.model, context.engine.base.name)
     answer = ChatAnswer(body, head, principal, prompt, texts)
     if body.stream:

@@ -9,7 +9,7 @@ from typing import Any
 
 from fastapi import APIRouter, Response
 
-from sera_serve.engine import GenerateParams, GenerationResult, GenerationStream, Principal, TokenDelta
+from sera_serve.engine import GenerationResult, GenerationStream, Principal, TokenDelta
 from sera_serve.server.accounting import Account
 from sera_serve.server.deps import ContextOf
 from sera_serve.server.openai.answers import (
@@ -42,10 +42,10 @@ async def completions(body: CompletionRequest, context: ContextOf, texts: TextsO
     account = context.open_account(context.principal(adapter), body.priority)
     principal = account.principal
     echo = bool(body.echo)
-    prompts: list[GenerateParams] = []
-    for prompt in body.prompt:
-        params = body.params(
+    params = [
+        body.params(
             adapter,
+            account.priority,
             prompt=prompt if isinstance(prompt, str) else None,
             token_ids=None if isinstance(prompt, str) else prompt,
             # The engine always generates a token. That of an echo alone is left out.
@@ -53,8 +53,9 @@ async def completions(body: CompletionRequest, context: ContextOf, texts: TextsO
             logprobs=body.logprobs,
             prompt_logprobs=body.logprobs if echo else None,
         )
-        prompts.append(account.params(params))
-    admit = translated(partial(context.engine.generate_prompts, prompts, principal, context.received_at), "prompt")
+        for prompt in body.prompt
+    ]
+    admit = translated(partial(context.engine.generate_prompts, params, principal, context.received_at), "prompt")
     echoed: list[str] = []
     if echo:
         for prompt in body.prompt:

@@ -194,6 +194,7 @@ class OpenAIFields(RequestModel):
     def params(
         self,
         adapter: str | None,
+        priority: Priority,
         *,
         prompt: str | None = None,
         token_ids: list[int] | None = None,
@@ -203,7 +204,7 @@ class OpenAIFields(RequestModel):
         constraint: ConstraintSpec | None = None,
         add_special_tokens: bool = True,
     ) -> GenerateParams:
-        """Return the request as the engine takes it, for one prompt."""
+        """Return the request as the engine takes it, for one prompt, with the priority that its tenant may have."""
         top_k = self.top_k or 0
         return GenerateParams(
             adapter=adapter,
@@ -226,7 +227,7 @@ class OpenAIFields(RequestModel):
             min_tokens=self.min_tokens or 0,
             n=self.choices,
             constraint=constraint or self._form,
-            priority=self.priority or "normal",
+            priority=priority,
             timeout_s=self.timeout_s,
             cache_salt=self.cache_salt,
             logprobs=logprobs,

@@ -59,6 +59,7 @@ async def responses(body: ResponseRequest, context: ContextOf, texts: TextsOf) -
         constraint = constraint_of_calls(body, prompt.template.call_format)
     params = body.params(
         prompt.adapter,
+        account.priority,
         prompt=prompt.text,
         # The template has written them.
         add_special_tokens=False,
@@ -66,9 +67,7 @@ async def responses(body: ResponseRequest, context: ContextOf, texts: TextsOf) -
         logprobs=(body.top_logprobs or 0) if body.has_logprobs else None,
         constraint=constraint,
     )
-    admit = translated(
-        partial(context.engine.generate_choices, account.params(params), principal, context.received_at), "input"
-    )
+    admit = translated(partial(context.engine.generate_choices, params, principal, context.received_at), "input")
     answer = ResponseAnswer(body, principal, prompt, texts, context.engine.base.name)
     if body.stream:
         return EventStream(within(partial(renamed_fields, _NAMES), admit), ResponseEvents(answer), account)
