@@ -24,11 +24,13 @@ from sera_serve.jobs.paths import JobPaths
 from sera_serve.jobs.records import Checkpoint, Job, LastSteps, NewEvent, Reported
 from sera_serve.jobs.spec import TRAINING_NAME, VALIDATION_NAME
 
-ORDERS, LIMITS, PROGRESS, RESULT, PUBLISHING, LOG = (
-    *("orders.json", "limits.json", "progress.jsonl", "result.json"),
-    *("publishing.json", "log"),
-)
-"""Files of a job's directory."""
+# Files of a job's directory.
+ORDERS = "orders.json"
+LIMITS = "limits.json"
+PROGRESS = "progress.jsonl"
+RESULT = "result.json"
+PUBLISHING = "publishing.json"
+LOG = "log"
 _MOST_READ = 256 << 10
 _LOG_TAIL = 2000
 _TIMINGS = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second")

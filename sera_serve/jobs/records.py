@@ -196,17 +196,15 @@ class Jobs:
 
     A job finishes once: whoever finishes it first decides how, a cancellation or its process. Servers of several bases
     may have one store: each sees all jobs, and makes and runs those of its own base.
+
+    Attributes:
+        base: `base_id` of this server's base.
     """
 
     def __init__(self, database: AccessDatabase, base: str) -> None:
-        """Use the database of a store.
-
-        Args:
-            database: Of the store.
-            base: `base_id` of this server's base.
-        """
+        """Use the database of a store, for a base."""
         self._database = database
-        self._base = base
+        self.base = base
 
     def create(
         self,
@@ -253,7 +251,7 @@ class Jobs:
                 "created_at, base) VALUES (?, ?, 'validating_files', ?, ?, ?, ?, ?, ?, ?)",
                 (
                     *(job_id, tenant, spec.as_json(), json.dumps(dict(metadata)), training_file, validation_file),
-                    *(key_id, time.time(), self._base),
+                    *(key_id, time.time(), self.base),
                 ),
             )
             _add_events(connection, job_id, [NewEvent(f"Created fine-tuning job: {job_id}")])
@@ -374,7 +372,7 @@ class Jobs:
         """The jobs of this base and a status, the oldest first."""
         query = f"SELECT {_COLUMNS} FROM jobs WHERE status = ? AND base = ? ORDER BY number"
         with self._database.reading() as connection:
-            rows = connection.execute(query, (status, self._base)).fetchall()
+            rows = connection.execute(query, (status, self.base)).fetchall()
         return [_job(row) for row in rows]
 
     def next_queued(self, running: Collection[str] = ()) -> Job | None:
@@ -387,7 +385,7 @@ class Jobs:
             turns = connection.execute(
                 "SELECT tenant, min(number), (SELECT max(started_at) FROM jobs AS past WHERE past.tenant = jobs.tenant)"
                 " FROM jobs WHERE status = 'queued' AND base = ? GROUP BY tenant",
-                (self._base,),
+                (self.base,),
             ).fetchall()
             if not turns:
                 return None
@@ -479,7 +477,7 @@ class Jobs:
             if connection.execute(f"SELECT 1 FROM jobs WHERE {which}").fetchone() is None:
                 return
         with self._database.writing() as connection:
-            connection.execute(f"UPDATE jobs SET base = ? WHERE {which}", (self._base,))
+            connection.execute(f"UPDATE jobs SET base = ? WHERE {which}", (self.base,))
 
     def uncleared(self) -> list[Job]:
         """Finished jobs, of any base, whose directory may still be there, the oldest first, 50 at most."""

@@ -36,8 +36,14 @@ KINDS: dict[RowKind, tuple[str, ...]] = {
 """The fields of each kind of row."""
 _TEXTS = {"text", "text_pair"}
 TASK_OF: dict[RowKind, JobTask] = {
-    **{"messages": "generate", "prompt": "generate", "text": "classify", "pair": "classify"},
-    **{"labels": "multi-label", "pair-labels": "multi-label", "score": "regress", "pair-score": "regress"},
+    "messages": "generate",
+    "prompt": "generate",
+    "pair": "classify",
+    "text": "classify",
+    "pair-labels": "multi-label",
+    "labels": "multi-label",
+    "pair-score": "regress",
+    "score": "regress",
     "spans": "token-classify",
 }
 """What each kind of row is for."""

@@ -41,6 +41,7 @@ _SWEEP_S = 600.0
 _MAX_KILLS = 1
 # Kills of the server during a job: so many without a new checkpoint between them, and so many at all, fail the job.
 _MAX_SERVER_KILLS, _MAX_SERVER_KILLS_AT_ALL = 3, 20
+_FOR_WANT_OF_MEMORY = "maybe for want of memory: send a smaller batch_size, rank, or shorter rows"
 
 
 class Supervisor:
@@ -65,7 +66,6 @@ class Supervisor:
         store: AdapterStore,
         processes: JobProcesses,
         max_jobs: int,
-        base: str,
         withdraw: Callable[[Job], None],
         on_finish: Callable[[Job, Published | None], None] = lambda job, published: None,
         check_use: Callable[[Job], None] = lambda job: None,
@@ -73,13 +73,12 @@ class Supervisor:
         """Prepare. Nothing runs before `start`.
 
         Args:
-            jobs: The jobs.
+            jobs: The jobs, and the base that the processes train on.
             files: Their files.
             paths: Their directories.
             store: Where adapters are published.
             processes: How to start a job's process.
             max_jobs: Processes at once; with 0, jobs wait for another server of the base.
-            base: `base_id` of the base that the processes train on.
             withdraw: Deletes what a cancelled or failed job has published, wherever this server knows of it. Called on
                 the supervisor's thread; may raise AdapterNotFound.
             on_finish: Called with each job that has succeeded or failed, and what it has published, on the supervisor's
@@ -93,7 +92,6 @@ class Supervisor:
         self._store = store
         self._processes = processes
         self._max_jobs = max_jobs
-        self._base = base
         self._withdraw = withdraw
         self._on_finish = on_finish
         self._check_use = check_use
@@ -184,7 +182,7 @@ class Supervisor:
         with ExitStack() as locks:
             if not locks.enter_context(try_file_lock(str(self._paths.lock), shared=True)):
                 return False
-            if not locks.enter_context(try_file_lock(str(self._paths.lock_of(self._base)))):
+            if not locks.enter_context(try_file_lock(str(self._paths.lock_of(self._jobs.base)))):
                 # The server that runs the jobs may be killed. The next one looks for what it has left.
                 self._sweep_at = 0.0
                 return False
@@ -295,7 +293,7 @@ class Supervisor:
             if process is not None:
                 process.kill()
             words = "the server met a defect of its own with this job, and its log has the reason"
-            self._fail(job, "training_process_failed", words, None)
+            self._fail(job, "training_process_failed", words)
         except Exception:
             logger.exception("job %s cannot be ended", job.id)
 
@@ -312,7 +310,7 @@ class Supervisor:
         except OSError as error:
             # Without the path, which is nobody's business.
             reason = error.strerror or type(error).__name__
-            self._fail(job, "process_not_started", f"the training process could not be started: {reason}", None)
+            self._fail(job, "process_not_started", f"the training process could not be started: {reason}")
 
     def _count_and_begin(self, job: Job, event: NewEvent) -> None:
         # Durable before the process begins: a process that takes all memory leaves no time for it.
@@ -372,8 +370,7 @@ class Supervisor:
         if job.starts_in_vain >= _MAX_SERVER_KILLS or job.starts >= _MAX_SERVER_KILLS_AT_ALL:
             logger.error("job %s is not started again: the server was killed %d times while it ran", job.id, job.starts)
             words = f"the server ended unexpectedly {job.starts} times while this job ran"
-            remedy = "maybe for want of memory: send a smaller batch_size, rank, or shorter rows"
-            self._fail(job, "server_killed", f"{words}, {remedy}", None)
+            self._fail(job, "server_killed", f"{words}, {_FOR_WANT_OF_MEMORY}")
             return
         words = "the job goes on from its last checkpoint"
         if job.starts:
@@ -413,12 +410,11 @@ class Supervisor:
             self._begin(job)
         elif status < 0:
             words = f"the training process was ended by the system twice (signal {-status})"
-            remedy = "maybe for want of memory: send a smaller batch_size, rank, or shorter rows"
-            self._fail(job, "process_killed", f"{words}, {remedy}", None)
+            self._fail(job, "process_killed", f"{words}, {_FOR_WANT_OF_MEMORY}")
         else:
             logger.error("the process of job %s ended with status %d: %s", job.id, status, process.log_tail())
             words = f"the training process ended with status {status}; the server's log has the reason"
-            self._fail(job, "training_process_failed", words, None)
+            self._fail(job, "training_process_failed", words)
 
     def _end_overdue(self, process: JobProcess, job: Job) -> None:
         """Fail a job whose process has run for as long as it may, unless it has its result already."""
@@ -427,7 +423,7 @@ class Supervisor:
         if not self._finish_by_result(job):
             words = f"the job ran for {self._processes.timeout_s:g} s, the longest time that one may run here"
             remedy = "send fewer rows or epochs, or ask the operator for a higher training_job_timeout_s"
-            self._fail(job, "training_timeout", f"{words}; {remedy}", None)
+            self._fail(job, "training_timeout", f"{words}; {remedy}")
         # Not earlier: a job without a process is started again, where the database refused to record its end.
         del self._running[job.id]
 
@@ -481,7 +477,7 @@ class Supervisor:
         except TrainingFileNotStored as error:
             logger.error("the metrics of job %s have no file: %s", job.id, error)
 
-    def _fail(self, job: Job, code: str, message: str, param: str | None) -> None:
+    def _fail(self, job: Job, code: str, message: str, param: str | None = None) -> None:
         if self._jobs.fail(job.id, code, message, param):
             self._finished(job)
 
@@ -496,7 +492,7 @@ class Supervisor:
         """Delete what is left of a finished job; of a cancelled one, also what was published of it."""
         if job.id in self._running:
             return
-        if job.base in (None, self._base):
+        if job.base in (None, self._jobs.base):
             self._clear_own(job)
             return
         # Of another base: where a server runs its jobs, that one ends the process first.

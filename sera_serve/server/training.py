@@ -66,10 +66,9 @@ class Training:
     def of(cls, settings: ServeSettings, publisher: Publisher, quotas: Quotas) -> Training:
         """Make what an app needs, which `publisher` has. Nothing runs yet, and nothing is read."""
         store, database, audit = publisher.store, publisher.access.database, publisher.audit
-        own = base_id(publisher.engine.base.info)
         paths = JobPaths(store.root)
         files = TrainingFiles(database, paths, settings.max_training_files_mib << 20)
-        jobs = Jobs(database, own)
+        jobs = Jobs(database, base_id(publisher.engine.base.info))
         processes = JobProcesses(
             base=settings.base,
             store=store.root,
@@ -104,7 +103,6 @@ class Training:
             store,
             processes,
             settings.max_training_jobs,
-            own,
             withdraw,
             record,
             partial(check_initial, access=publisher.access),

@@ -138,7 +138,7 @@ def test_without_its_database_a_store_loses_no_file_and_no_checkpoint(
     database = AccessDatabase(platform.store.root)
     files, paths = TrainingFiles(database, platform.paths, 1 << 20), platform.paths
     supervisor = Supervisor(
-        Jobs(database, "base"), files, paths, platform.store, platform.processes, 1, "base", lambda job: None
+        Jobs(database, "base"), files, paths, platform.store, platform.processes, 1, lambda job: None
     )
     supervisor.start()
     try:

@@ -73,7 +73,6 @@ class Platform:
             self.store,
             self.processes,
             most,
-            base,
             withdraw,
             note,
             lambda job: self.check_use(job),
