@@ -7,7 +7,7 @@ that belong to no part, and lines that look like a boundary, which the library g
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from tempfile import SpooledTemporaryFile
 from typing import Any, BinaryIO, cast
@@ -53,6 +53,18 @@ class UploadNotWritten(SeraServeError):
 
     code = "upload_not_written"
     status = 507
+
+
+class MissingField(InvalidRequest):
+    """A field of the form is missing."""
+
+    code = "missing_field"
+
+
+class UnknownField(InvalidRequest):
+    """The form has an unknown field, or the same field twice."""
+
+    code = "unknown_field"
 
 
 @dataclass
@@ -194,6 +206,26 @@ class FormReader:
                 file.flush()
         except OSError as error:
             raise _not_written(error) from error
+
+    def fields(
+        self, required: Sequence[str], optional: Sequence[str], missing: str, unknown: str
+    ) -> dict[str, FormPart]:
+        """Return the parts of a form that is read, by name. `missing` and `unknown` are remedies, for messages.
+
+        Raises:
+            MissingField, UnknownField: A field is missing, unknown, or there twice.
+        """
+        found: dict[str, FormPart] = {}
+        for part in self.parts:
+            if part.name not in (*required, *optional):
+                raise UnknownField(f"form field {part.name[:64]!r} is unknown; {unknown}", param=part.name[:64])
+            if part.name in found:
+                raise UnknownField(f"form field {part.name} appears twice; send it once", param=part.name)
+            found[part.name] = part
+        for name in required:
+            if name not in found:
+                raise MissingField(f"form field {name} is missing; {missing}", param=name)
+        return found
 
     def close(self) -> None:
         """Delete the temporary file."""

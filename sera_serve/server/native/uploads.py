@@ -22,23 +22,9 @@ from sera_serve.server.strict import UnsupportedMediaType, media_type
 
 logger = logging.getLogger("sera_serve.server")
 
-_FIELDS = ("bundle", "name")
-_OPTIONAL = ("config",)
 # Bytes that are parsed at once, on a thread.
 _CHUNK_BYTES = 64 << 10
 _RETRY_AFTER_S = 5
-
-
-class MissingField(InvalidRequest):
-    """A field of the form is missing."""
-
-    code = "missing_field"
-
-
-class UnknownField(InvalidRequest):
-    """The form has an unknown field, or the same field twice."""
-
-    code = "unknown_field"
 
 
 class TooManyUploads(Overloaded):
@@ -189,16 +175,8 @@ async def _receive(request: Request, reader: FormReader) -> None:
 
 
 def _checked(form: FormReader) -> Upload:
-    given = [part.name for part in form.parts]
-    for field in _FIELDS:
-        if field not in given:
-            raise MissingField(f"form field {field} is missing; send bundle (a file) and name (text)", param=field)
-    for field in given:
-        if field not in (*_FIELDS, *_OPTIONAL):
-            raise UnknownField(f"form field {field!r} is unknown; leave it out", param=field)
-        if given.count(field) > 1:
-            raise UnknownField(f"form field {field} appears twice; send it once", param=field)
-    name, bundle = (form.parts[given.index(field)] for field in ("name", "bundle"))
+    fields = form.fields(("bundle", "name"), ("config",), "send bundle (a file) and name (text)", "leave it out")
+    name, bundle, config = fields["name"], fields["bundle"], fields.get("config")
     if name.is_file:
         raise InvalidRequest("form field name is a file; send it as text", param="name")
     if bundle.file is None:
@@ -207,7 +185,6 @@ def _checked(form: FormReader) -> Upload:
         parse_adapter(name.text)
     except InvalidAdapterName as error:
         raise InvalidAdapterName(error.message, param="name") from None
-    config = form.parts[given.index("config")] if "config" in given else None
     if config is not None and config.file is None:
         raise InvalidRequest(
             "form field config is text; send it as a file (curl -F config=@adapter_config.json)", param="config"

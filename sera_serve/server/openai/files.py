@@ -15,7 +15,7 @@ from sera_serve.jobs import TrainingFile
 from sera_serve.jobs.files import Purpose
 from sera_serve.server.deps import ContextOf, RequestContext
 from sera_serve.server.native.upload_form import FORM_TYPE, FormReader, boundary_of, form_content
-from sera_serve.server.native.uploads import MissingField, UnknownField, receive_form
+from sera_serve.server.native.uploads import receive_form
 from sera_serve.server.openai.errors import OpenAIRoute
 from sera_serve.server.strict import QueryModel, UnsupportedMediaType, media_type
 from sera_serve.server.training import DEFAULT_TENANT
@@ -27,7 +27,6 @@ FilePath = Annotated[str, Path(description="the id of a file, as its upload answ
 PURPOSE = "fine-tune"
 MAX_ID = 64
 _MAX_FILENAME = 255
-_FIELDS = ("file", "purpose")
 _REMEDY = "send multipart/form-data with the fields file (a file) and purpose (fine-tune)"
 _BLOCK_BYTES = 256 << 10
 _UPLOAD_FORM = form_content(
@@ -133,16 +132,8 @@ async def retrieve_content(file_id: FilePath, context: ContextOf) -> Response:
 
 def _checked(form: FormReader) -> tuple[BinaryIO, str]:
     """The file of a form, and its name."""
-    given = [part.name for part in form.parts]
-    for name in given:
-        if name not in _FIELDS:
-            raise UnknownField(f"form field {name[:64]!r} is unknown; {_REMEDY} alone", param=name[:64])
-        if given.count(name) > 1:
-            raise UnknownField(f"form field {name} appears twice; send it once", param=name)
-    for name in _FIELDS:
-        if name not in given:
-            raise MissingField(f"form field {name} is missing; {_REMEDY}", param=name)
-    file, purpose = (form.parts[given.index(name)] for name in _FIELDS)
+    fields = form.fields(("file", "purpose"), (), _REMEDY, f"{_REMEDY} alone")
+    file, purpose = fields["file"], fields["purpose"]
     if purpose.text != PURPOSE:
         raise InvalidRequest(
             f"purpose is {purpose.text[:64]!r}; this server keeps files for fine-tune alone", param="purpose"
