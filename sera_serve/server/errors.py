@@ -89,14 +89,14 @@ def error_type(status: int) -> str:
 
 
 def error_content(status: int, message: str, code: str, param: str | None = None) -> dict[str, Any]:
-    """Return the JSON of an error. Text that came from the client is cut to a limit."""
-    detail = ErrorDetail(
-        message=_printable(message, _MAX_MESSAGE),
-        type=error_type(status),
-        param=None if param is None else _printable(param, _MAX_PARAM),
-        code=code,
-    )
-    return ErrorResponse(error=detail).model_dump()
+    """Return the JSON of an `ErrorResponse`. Text that came from the client is cut to a limit."""
+    detail = {
+        "message": _printable(message, _MAX_MESSAGE),
+        "type": error_type(status),
+        "param": None if param is None else _printable(param, _MAX_PARAM),
+        "code": code,
+    }
+    return {"error": detail}
 
 
 @contextmanager
@@ -272,10 +272,10 @@ def _readable(error: dict[str, Any]) -> tuple[str, str | None]:
         kind = "a query parameter" if error["loc"][0] == "query" else "a field"
         return f"{path!r} is not {kind} of this request; leave it out", path
     # pydantic's "Input should be ..." becomes "top_p is 3: it should be ..."
-    return f"{path} is {_shown(error.get('input'))}: {error['msg'].replace('Input', 'it', 1)}", path
+    return f"{path} is {shown(error.get('input'))}: {error['msg'].replace('Input', 'it', 1)}", path
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """Return a JSON value for a message. Only the start of a value is looked at: a client chooses its size."""
     if isinstance(value, dict):
         return "an object"

@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, BeforeValidator, Field, JsonValue, WithJsonSchema, model_validator
 
 from adapters_store import parse_json
+from sera_serve.server.errors import shown
 from sera_serve.server.native.sampling import MAX_LOGPROBS
 from sera_serve.server.native.schemas import MAX_NEW_TOKENS
 from sera_serve.server.openai.completion_schemas import TokenUsage
@@ -53,8 +54,7 @@ def joined_parts(value: Any, kinds: Mapping[str, set[str]], read: str) -> Any:
     for part in value:
         kind = part.get("type") if isinstance(part, dict) else None
         if not isinstance(kind, str) or kind not in kinds:
-            shown = kind[:64] if isinstance(kind, str) else None
-            raise refusal(f"a content part has the type {shown!r}; the models read {read} alone", None)
+            raise refusal(f"a content part has the type {shown(kind)}; the models read {read} alone", None)
         if set(part) - {"type", "text"} - kinds[kind] or not isinstance(part.get("text"), str):
             raise refusal(f'a content part must be {{"type": "{kind}", "text": "..."}}', None)
         if part.get("annotations"):

@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, JsonValue, model_validator
 
+from sera_serve.server.errors import shown
 from sera_serve.server.native.sampling import MAX_LOGPROBS
 from sera_serve.server.native.schemas import MAX_NEW_TOKENS
 from sera_serve.server.openai.chat_schemas import (
@@ -57,8 +58,7 @@ def _input(value: Any) -> Any:
 def _include(value: Any) -> Any:
     for name in value if isinstance(value, list) else ():
         if name != _LOGPROBS:
-            shown = name[:64] if isinstance(name, str) else name
-            raise refusal(f"include has {shown!r}; the server can include {_LOGPROBS} alone", "include")
+            raise refusal(f"include has {shown(name)}; the server can include {_LOGPROBS} alone", "include")
     return value
 
 
@@ -106,8 +106,7 @@ class InputItem(RequestModel):
     def _known_kind(cls, value: Any) -> Any:
         kind = value.get("type") if isinstance(value, dict) else None
         if kind is not None and kind not in _KINDS:
-            shown = kind[:64] if isinstance(kind, str) else kind
-            raise refusal(f"an item has the type {shown!r}; the types are {', '.join(_KINDS)}", None)
+            raise refusal(f"an item has the type {shown(kind)}; the types are {', '.join(_KINDS)}", None)
         return value
 
     @model_validator(mode="after")
@@ -144,8 +143,7 @@ class ResponseTool(Function):
     def _known_kind(cls, value: Any) -> Any:
         kind = value.get("type", "function") if isinstance(value, dict) else "function"
         if kind != "function":
-            shown = kind[:64] if isinstance(kind, str) else kind
-            raise refusal(f"a tool has the type {shown!r}; the models call tools of type 'function' alone", "tools")
+            raise refusal(f"a tool has the type {shown(kind)}; the models call tools of type 'function' alone", "tools")
         return value
 
     def as_tool(self) -> Tool:
