@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from typing import NamedTuple
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -94,9 +95,12 @@ class RequestLifecycle:
             self.log.write(scope, record, status or 500, seconds, body)
 
 
-def image_body(max_image: int) -> int:
-    """Bytes of a body with one image of so many bytes: of its base64, and of what stands around it."""
-    return -(-max_image // 3) * 4 + _FORM_OVERHEAD
+class _Limit(NamedTuple):
+    """The most bytes of a body; the field that holds them, if it is a form's; and what to do beyond, for messages."""
+
+    nbytes: int
+    field: str | None
+    remedy: str
 
 
 class BodyLimit:
@@ -121,14 +125,18 @@ class BodyLimit:
             max_image: Bytes of an image file, of a base that takes images; its base64 has a third more.
         """
         self.app = app
-        self.max_body = max_body
-        self.max_image_body = max_body if max_image is None else max(max_body, image_body(max_image))
-        # By path: the limit, the setting that has it, and the field that holds the file.
-        self.uploads = {
-            UPLOAD_PATH: (max_upload + _FORM_OVERHEAD, "max_upload_mib", "bundle"),
-            FILES_PATH: (max_file + _FORM_OVERHEAD, "max_training_file_mib", "file"),
+        self._texts = self._images = _Limit(max_body, None, "send less in one request, or raise max_body_mib")
+        if max_image is not None:
+            # Its base64, and what stands around it.
+            image_body = -(-max_image // 3) * 4 + _FORM_OVERHEAD
+            if image_body > max_body:
+                remedy = "send fewer or smaller images in one request, or raise max_image_bytes or max_body_mib"
+                self._images = _Limit(image_body, None, remedy)
+        self._uploads = {
+            UPLOAD_PATH: _Limit(max_upload + _FORM_OVERHEAD, "bundle", "raise max_upload_mib"),
+            FILES_PATH: _Limit(max_file + _FORM_OVERHEAD, "file", "raise max_training_file_mib"),
         }
-        self._max_held = max(_MAX_HELD, _MAX_HELD_BODIES * self.max_image_body)
+        self._max_held = max(_MAX_HELD, _MAX_HELD_BODIES * self._images.nbytes)
         # Bytes by the tenant of the key; None is those without a key.
         self._held: Counter[str | None] = Counter()
 
@@ -137,16 +145,9 @@ class BodyLimit:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        upload = self.uploads.get(scope["path"]) if scope["method"] == "POST" else None
-        if upload is None and scope["path"] in IMAGE_PATHS and self.max_image_body > self.max_body:
-            limit, param = self.max_image_body, None
-            remedy = "send fewer or smaller images in one request, or raise max_image_bytes or max_body_mib"
-        elif upload is None:
-            limit, param, remedy = self.max_body, None, "send less in one request, or raise max_body_mib"
-        else:
-            limit, setting, param = upload
-            remedy = f"raise {setting}"
-        too_large = BodyTooLarge(f"the body exceeds {limit} bytes; {remedy}", param=param)
+        upload = self._uploads.get(scope["path"]) if scope["method"] == "POST" else None
+        limit, field, remedy = upload or (self._images if scope["path"] in IMAGE_PATHS else self._texts)
+        too_large = BodyTooLarge(f"the body exceeds {limit} bytes; {remedy}", param=field)
         announced = Headers(scope=scope).get("content-length", "")
         if announced.isdecimal() and int(announced[:20]) > limit:
             response = error_response(too_large, scope["state"]["request_id"])
