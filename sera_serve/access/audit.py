@@ -75,8 +75,8 @@ class AuditLog:
 
         Args:
             store: Directory of the store.
-            max_mib: Size at which a new file begins, MiB; 0 never begins one. So do commands, which do not know the
-                settings of the store's server: the server's next line begins the new file.
+            max_mib: Size at which a new file begins, MiB; 0 never begins one. Commands give 0: they do not know the
+                settings of the store's server, whose next line begins the new file.
             keep: Older files that are kept: `audit.jsonl.1` is the newest of them.
         """
         self.path = store / "access" / AUDIT_FILE

@@ -15,7 +15,7 @@ from sera_serve.errors import SeraServeError
 _FOLDER, _FILE = "access", "access.sqlite3"
 _BUSY_SECONDS = 5.0
 _BUSY = ("SQLITE_BUSY", "SQLITE_LOCKED")
-# What a server holds in memory. `revision` counts their changes: jobs write each second, and change none of them.
+# Tables that a server holds in memory. `revision` counts changes of these alone: jobs write to others each second.
 _HELD = ("keys", "shares", "quotas")
 _COUNTED = "".join(
     f"""
@@ -225,7 +225,7 @@ class AccessDatabase:
             return self._files, int(number)
 
     def check(self) -> bool:
-        """Read the whole file, and write nothing, no later form of the tables either. Returns whether there is one.
+        """Read the whole file, without a migration or any other write. Returns whether there is a file.
 
         Raises:
             AccessDatabaseError: As `reading`.

@@ -14,9 +14,9 @@ from sera_serve.errors import counted
 
 logger = logging.getLogger("sera_serve.access")
 
-# A publication that finds an older count has the next one begin beside it.
+# A publication that finds an older count starts the next one on another thread.
 _STALE_S = 5.0
-# A refusal comes from a count that is younger.
+# A refusal needs a count that is younger.
 _REFUSAL_S = 1.0
 _MAX_TENANTS = 10_000
 

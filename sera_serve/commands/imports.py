@@ -67,7 +67,7 @@ def read_adapter(source: str, base: str | None) -> tuple[AdapterBundle, tuple[st
 
 
 def load_named_base(base: str) -> FrozenBase:
-    """Load the base of an option `--base`, with transformers' progress bar on a terminal alone."""
+    """Load the base of an option `--base`. transformers shows its progress bar only on a terminal."""
     # transformers takes seconds to import, and most commands do not need it.
     from transformers.utils.logging import disable_progress_bar
 

@@ -52,7 +52,7 @@ _SWITCH_INTERVAL_S = 0.001
 
 
 class CourtesyOutput:
-    """Standard output as long as something takes it: a server needs no reader there, and no room on a disk."""
+    """Standard output that may fail: a server needs neither a reader there nor room on a disk."""
 
     def __init__(self, file: IO[str]) -> None:
         """Write to a file."""

@@ -154,7 +154,7 @@ def one_gpu(device: str) -> dict[str, str]:
     kind, _, index = device.partition(":")
     if kind != "cuda":
         return {}
-    # The server counts among what it was shown itself.
+    # The number counts the GPUs that the server's own variable shows.
     shown = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     number = int(index or 0)
     return {"CUDA_VISIBLE_DEVICES": shown[number] if shown else str(number)}

@@ -354,7 +354,7 @@ class Supervisor:
         self._jobs.advance(job.id, "queued", NewEvent("The files are valid; the job waits for its turn"))
 
     def _begin(self, job: Job) -> None:
-        """Start the process of a job. OSError of a job that has run before passes: it has checkpoints to lose."""
+        """Start the process of a job; raises OSError. A job that has checkpoints to lose is then tried again."""
         self._running[job.id] = self._processes.start(job, self._paths)
 
     def _go_on(self, job: Job) -> None:
@@ -512,12 +512,12 @@ class Supervisor:
         self._counted.discard(job.id)
         self._last_steps.pop(job.id, None)
         self._files.delete_results()
-        # One that cannot be deleted must not keep others from it: the sweep tries again.
+        # A directory that cannot be deleted must not hold up the others: the sweep tries again.
         self._delete(run)
         self._jobs.mark_cleared(job.id)
 
     def _has_other(self, name: str, digest: str) -> bool:
-        """Whether an adapter has other content. Nothing is left of one whose deletion was cut short but its shares."""
+        """Whether there is an adapter of this name with other content."""
         try:
             return self._store.resolve(name).digest != digest
         except AdapterNotFound:

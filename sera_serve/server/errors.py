@@ -70,8 +70,8 @@ class ErrorResponse(BaseModel):
     error: ErrorDetail
 
 
-# OpenAI's clients repeat requests with these answers by themselves, and obey the header. The same request has the same
-# conflict, takes the same time, and finds the disk as full.
+# OpenAI's clients send a request again after these statuses, unless the header forbids it. Another try would meet the
+# same conflict (409), take as long (504), or find the disk as full (507).
 SHOULD_RETRY = "x-should-retry"
 REPEATED_IN_VAIN = (409, 504, 507)
 

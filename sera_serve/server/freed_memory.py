@@ -35,8 +35,8 @@ def limit_heaps() -> None:
 class MemoryTrimmer:
     """Trims the heaps from time to time, when malloc has come to hold more free memory than after the last trim.
 
-    The size of the process does not tell: what is freed stays a part of it. A trim while many bodies were under way
-    found them in use, and by its size the process had not grown when they were freed later.
+    The size of the process is no measure: freed memory stays a part of it. A trim that ran while many bodies were under
+    way found their memory in use. When the bodies were freed later, the process kept its size.
     """
 
     def __init__(self, trim: Callable[[], object] | None = None, free: Callable[[], int] | None = None) -> None:

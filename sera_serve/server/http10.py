@@ -1,4 +1,4 @@
-"""Responses of unknown length to clients of HTTP/1.0, which know no chunked encoding: their end is the connection's.
+"""Responses of unknown length to clients of HTTP/1.0, which know no chunked encoding: the connection's end is theirs.
 
 It is a file of its own because `protocol.py` is full.
 """

@@ -17,7 +17,7 @@ from sera_serve.server.usage_metrics import UsageMetrics
 
 _METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
-# A database that is locked keeps whoever asks for 10 seconds, which is as long as Prometheus waits for all metrics.
+# A locked database holds its reader for 10 seconds, and Prometheus waits no longer than that for all metrics.
 _JOB_COUNTS_S = 1.0
 
 
@@ -161,7 +161,7 @@ class LoopMetrics(Collector):
 class JobMetrics(Collector):
     """Counts training jobs at each scrape.
 
-    Where the database fails, or does not answer at once, the others are there without these: they are needed most then.
+    Where the database fails or is slow, a scrape has all other metrics without these: they are needed most then.
     """
 
     def __init__(self, read: Callable[[], Mapping[JobStatus, int]]) -> None:

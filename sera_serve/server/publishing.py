@@ -37,7 +37,7 @@ class Publisher:
     def publish(self, bundle: AdapterBundle, name: str, actor: Actor, *, keep_latest: bool = False) -> Published:
         """Publish a bundle that was checked as the next version of `name`, and record that.
 
-        `keep_latest` is that of `AdapterStore.publish`: what changes nothing then is not recorded.
+        With `keep_latest` (see `AdapterStore.publish`), a publication that changes nothing is not recorded.
 
         Raises:
             QuotaExceeded: The tenant may not have so much.

@@ -76,9 +76,9 @@ def to_constraint(
     """Return what the engine enforces; None is any text. The engine checks the schema, regex or grammar itself.
 
     Args:
-        response_format: What is asked for.
-        regex: The same.
-        grammar: The same.
+        response_format: What the text must be.
+        regex: In place of it, an expression that the text matches.
+        grammar: In place of both, a grammar that the text conforms to.
         field: What the request calls `response_format`.
         schema_field: What the request calls its schema.
 

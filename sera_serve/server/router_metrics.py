@@ -1,8 +1,7 @@
 """The metrics that routers of requests read, under the names that vLLM gives them.
 
-The gateway-api inference extension's model-server protocol says what they mean: its document
-`docs/proposals/003-model-server-protocol/README.md`, and that of its endpoint picker, "Plugin Metric Protocol". Both
-read a server without a setting of their own if the server has vLLM's names.
+Two documents of the gateway-api inference extension define them: `docs/proposals/003-model-server-protocol/README.md`,
+and the "Plugin Metric Protocol" of its endpoint picker. A router needs no settings for a server that has vLLM's names.
 """
 
 from __future__ import annotations

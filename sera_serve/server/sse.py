@@ -93,7 +93,7 @@ class EventResponse(Response):
         except ClientDisconnected:
             if not self._started:
                 raise
-            # A server tells of a disconnect at the end of each response too.
+            # A server reports a disconnect after a whole response, too.
             if not self._ended:
                 note_code(scope, CLIENT_CLOSED_CODE)
 

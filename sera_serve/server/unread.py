@@ -1,8 +1,7 @@
-"""What responses that lie unread take of memory: all of them together, and whose connection ends when it is too much.
+"""Bounds the memory of all responses that lie unread: beyond the bound, connections of slow readers end.
 
-A response is in memory as a whole until its client has read all but what the network's buffers take. Some have ten
-thousand times the bytes of their request, and a client may leave one unread for `write_timeout_s`, on each of its
-connections.
+A response is in memory until its client has read all but what the network's buffers take. Some responses have ten
+thousand times the bytes of their request. A client may leave one unread for `write_timeout_s` on each connection.
 """
 
 from __future__ import annotations
@@ -20,14 +19,14 @@ from sera_serve.server.connections import client_of
 logger = logging.getLogger("sera_serve.server")
 
 MAX_UNREAD_BYTES = 512 << 20
-# Before that, nothing tells whether a client reads.
+# A younger response does not tell yet how fast its client reads.
 _LEAST_AGE_S = 1.0
 _LOG_EVERY_S = 1.0
 
 
 @dataclass(frozen=True)
 class _Unread:
-    """Whose response waits, since when, and what it had in bytes then."""
+    """A response that waits for its client: its owner, since when it waits, and its bytes at that time."""
 
     owner: str
     since: float
@@ -55,7 +54,7 @@ class UnreadResponses:
     def add(self, connection: asyncio.Transport, owner: str) -> None:
         """Count a connection whose client has a response to read.
 
-        Where all have more than they may together, connections are ended, of who has most, the slowest reader first.
+        Where all responses exceed the bound, connections end: of the owner with the most bytes, slow readers first.
         """
         self.remove(connection)
         size = connection.get_write_buffer_size()
@@ -66,7 +65,7 @@ class UnreadResponses:
             self._make_room()
 
     def remove(self, connection: asyncio.Transport) -> None:
-        """Count it no more. Idempotent."""
+        """Stop counting a connection. Idempotent."""
         each = self._unread.pop(connection, None)
         if each is not None:
             self._at_first -= each.at_first
@@ -79,7 +78,7 @@ class UnreadResponses:
             held[self._unread[connection].owner] += size
 
         def haste(connection: asyncio.Transport) -> tuple[bool, float, float]:
-            """Young ones last, then by the bytes a second that were read, then by age."""
+            """Young responses come last, then those whose clients read faster, then those that came later."""
             each = self._unread[connection]
             age = now - each.since
             return age < _LEAST_AGE_S, (each.at_first - sizes[connection]) / max(age, _LEAST_AGE_S), each.since

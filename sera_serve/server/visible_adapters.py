@@ -41,6 +41,6 @@ def _shared(caller: Caller, store: AdapterStore, own: str, after: str, tenant: s
         pause()
         if tenant is not None and not adapter.startswith(f"{tenant}/"):
             continue
-        # Deleted by a command, maybe, which may come before the end of its shares.
+        # A command deletes an adapter first, and its shares after it.
         if (summary := store.listed_summary(adapter)) is not None:
             yield summary

@@ -27,11 +27,11 @@ from sera_serve.threads import BoundedExecutor
 logger = logging.getLogger("sera_serve.watch")
 
 POLL_S = 1.0
-# Polls in which nothing of an adapter changes before it is read, and polls without it before it is withdrawn.
+# An adapter is read after so many polls without a change, and withdrawn after so many polls without it.
 _QUIET_POLLS = 2
-# Polls after which is tried again what the disk or the database refused.
+# What the disk or the database refused is tried again after so many polls.
 _RETRY_POLLS = 30
-# Where a poll takes long, the time between two polls is so many times as long.
+# The time between two polls is at least so many times that of a poll.
 _IDLE_SHARE = 4
 # Files of one adapter that are looked at.
 _MAX_FILES = 256
@@ -85,8 +85,8 @@ class WatchedDirectory:
         """Look at the directory.
 
         Returns:
-            Names of adapters that are new or changed and quiet since, and names of published ones that are gone. One
-            is gone only after several polls without it: network file systems show absences that are none.
+            Names of adapters that are new or changed and quiet since, and names of published ones that are gone: after
+            several polls without them, because network file systems hide files for moments.
 
         What is absent because a file system was unmounted is not gone.
 

@@ -204,7 +204,7 @@ class Tool(RequestModel):
 
 @dataclass(frozen=True)
 class NamedFunction:
-    """The one function that the model must call. It may be called as the modes are: `none`, `auto` or `required`."""
+    """The one function that the model must call. Its name may be that of a mode: `none`, `auto` or `required`."""
 
     name: str
 
