@@ -301,7 +301,8 @@ class TrainingFiles:
         if not self._paths.files.is_dir() or not self.has_records():
             return 0
         swept = 0
-        for path in self._paths.files.iterdir():
+        # A disk that is mounted there may have other entries of its own.
+        for path in self._paths.files.glob("file-*"):
             if self._is_recorded(path.name):
                 continue
             with suppress(FileNotFoundError), path.open("rb") as file:
