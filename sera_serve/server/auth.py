@@ -111,8 +111,7 @@ class Caller:
             return self._principal(None)
         if not isinstance(adapter, str):
             return self.principal_of_all([part.adapter for part in adapter], "adapter", ".adapter")
-        self.check_use(adapter)
-        tenant, _ = parse_ref(adapter).parts
+        tenant = self.check_use(adapter).partition("/")[0]
         return self._principal(tenant)
 
     def principal_of_all(self, adapters: Sequence[str], field: str, member: str = "") -> Principal:
@@ -143,8 +142,10 @@ class Caller:
                 )
         return principals[0]
 
-    def check_use(self, reference: str) -> None:
-        """Refuse an adapter that the caller may not use, as if it did not exist. The store is not asked.
+    def check_use(self, reference: str) -> str:
+        """Refuse an adapter that the caller may not use, as if it did not exist; return its name, `tenant/name`.
+
+        The store is not asked.
 
         Raises:
             InvalidAdapterName: The reference cannot be parsed.
@@ -154,6 +155,7 @@ class Caller:
         own = self.seen_tenant
         if own is not None and not self.access.may_use(own, adapter):
             raise unknown_adapter(adapter)
+        return adapter
 
     def check_change(self, reference: str) -> None:
         """Refuse to change another tenant's adapter.
@@ -163,8 +165,7 @@ class Caller:
             AdapterNotFound: The caller may not even use the adapter, whether it exists or not.
             NotYourTenant: The adapter is shared with the caller.
         """
-        self.check_use(reference)
-        self.check_publish(parse_ref(reference).adapter)
+        self.check_publish(self.check_use(reference))
 
     def check_publish(self, adapter: str) -> None:
         """Refuse to publish under another tenant's name. Nothing is looked up.

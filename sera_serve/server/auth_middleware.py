@@ -29,12 +29,13 @@ class KeyAuthentication:
         await self.app(scope, receive, send)
 
     def _caller(self, scope: Scope) -> Caller:
+        client = scope.get("client")
+        address, request_id = "" if client is None else str(client[0]), scope["state"].get("request_id", "")
         # `MetricsAddress` says that the request came to the operators' own address, which serves no tenant's data.
         if not self.access.needs_keys or scope["state"].get("is_operator", False):
-            return Caller(self.access, None, *_origin(scope))
-        if scope["method"] == "GET" and is_open(scope["path"]):
-            return Caller(self.access, None, *_origin(scope), is_guest=True)
-        return Caller(self.access, self._key(scope), *_origin(scope))
+            return Caller(self.access, None, address, request_id)
+        is_guest = scope["method"] == "GET" and is_open(scope["path"])
+        return Caller(self.access, None if is_guest else self._key(scope), address, request_id, is_guest)
 
     def _key(self, scope: Scope) -> Key:
         """The key of a request."""
@@ -52,9 +53,3 @@ class KeyAuthentication:
             raise InvalidKey(f"the key is unknown; {KEY_REMEDY}", param="Authorization")
         check_active(key)
         return key
-
-
-def _origin(scope: Scope) -> tuple[str, str]:
-    """The client's address, and the request's id."""
-    client = scope.get("client")
-    return "" if client is None else str(client[0]), scope["state"].get("request_id", "")

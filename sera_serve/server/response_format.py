@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -11,7 +11,8 @@ from sera_serve.engine import ConstraintSpec
 from sera_serve.engine.constraint import MAX_GRAMMAR_CHARACTERS, MAX_REGEX_CHARACTERS, MAX_SCHEMA_CHARACTERS
 from sera_serve.server.strict import RequestModel, refusal
 
-_TYPES = ("text", "json_object", "json_schema")
+FormType = Literal["text", "json_object", "json_schema"]
+_TYPES: tuple[FormType, ...] = get_args(FormType)
 FORM_HELP = "text is any text, json_object any JSON object, and json_schema JSON that conforms to a schema"
 
 
@@ -29,7 +30,7 @@ class JsonSchema(RequestModel):
 class ResponseFormat(RequestModel):
     """What a generated text must be."""
 
-    type: Literal["text", "json_object", "json_schema"] = Field(description=FORM_HELP)
+    type: FormType = Field(description=FORM_HELP)
     json_schema: JsonSchema | None = Field(None, description="the schema, with type json_schema")
 
     @model_validator(mode="before")

@@ -81,16 +81,18 @@ async def list_adapters(query: Annotated[ListQuery, Query()], context: ContextOf
 @router.get("/v1/adapters/{tenant}/{name}")
 async def inspect(tenant: TenantPath, name: VersionPath, context: ContextOf) -> AdapterDetail:
     """One version of an adapter; `name` may carry @alias, @v3 or @digest."""
-    context.caller.check_use(f"{tenant}/{name}")
-    return await context.run(context.executors.changing, _detail, context, f"{tenant}/{name}")
+    reference = f"{tenant}/{name}"
+    context.caller.check_use(reference)
+    return await context.run(context.executors.changing, _detail, context, reference)
 
 
 @router.delete("/v1/adapters/{tenant}/{name}")
 async def delete(tenant: TenantPath, name: VersionPath, context: ContextOf) -> DeletedAdapter:
     """Delete an adapter, or with @ one version of it; requests under way keep the version they began with."""
-    context.caller.check_change(f"{tenant}/{name}")
-    await context.run(context.executors.changing, context.publisher.remove, f"{tenant}/{name}", context.caller.actor)
-    return DeletedAdapter(adapter=f"{tenant}/{name}")
+    reference = f"{tenant}/{name}"
+    context.caller.check_change(reference)
+    await context.run(context.executors.changing, context.publisher.remove, reference, context.caller.actor)
+    return DeletedAdapter(adapter=reference)
 
 
 @router.put("/v1/adapters/{tenant}/{name}/pin")
@@ -109,8 +111,9 @@ async def pin(tenant: TenantPath, name: VersionPath, context: ContextOf) -> Pinn
 @router.delete("/v1/adapters/{tenant}/{name}/pin")
 async def unpin(tenant: TenantPath, name: VersionPath, context: ContextOf) -> PinnedAdapter:
     """Let one version of an adapter leave the device again."""
-    context.caller.check_change(f"{tenant}/{name}")
-    resolved = await context.run(context.executors.changing, _unpin, f"{tenant}/{name}", context)
+    reference = f"{tenant}/{name}"
+    context.caller.check_change(reference)
+    resolved = await context.run(context.executors.changing, _unpin, reference, context)
     return PinnedAdapter(adapter=resolved.adapter, version=resolved.version, pinned=False)
 
 

@@ -49,15 +49,13 @@ def _inputs(value: Any) -> list[str | ImageInput] | list[list[int]]:
         value = [value]
     if len(value) > MAX_INPUTS:
         raise refusal(f"input has {len(value)} inputs; send at most {MAX_INPUTS} in one request", "input")
+    places = ["input"] if len(value) == 1 else [f"input[{index}]" for index in range(len(value))]
     if not isinstance(value[0], list):
-        return [
-            _text_or_image(item, f"input[{index}]" if len(value) > 1 else "input") for index, item in enumerate(value)
-        ]
+        return list(map(_text_or_image, value, places))
     tokens = 0
-    for index, item in enumerate(value):
-        place = f"input[{index}]" if len(value) > 1 else "input"
+    for item, place in zip(value, places, strict=True):
         if not isinstance(item, list) or not item:
-            alike = ", as the first input is," if index else ""
+            alike = ", as the first input is," if tokens else ""
             raise refusal(f"{place} must be a list of tokens{alike} and not empty", place)
         tokens += len(item)
         if tokens > MAX_TOKENS:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, Field, JsonValue, model_validator
 
@@ -35,13 +35,14 @@ from sera_serve.server.openai.chat_schemas import (
     joined_parts,
 )
 from sera_serve.server.openai.fields import STREAM_OPTIONS_HELP, Obfuscation, OpenAIFields
-from sera_serve.server.response_format import FORM_HELP, JsonSchema, ResponseFormat, to_constraint
+from sera_serve.server.response_format import FORM_HELP, FormType, JsonSchema, ResponseFormat, to_constraint
 from sera_serve.server.strict import RequestModel, refusal, with_example
 
 _MAX_ID = 256
 _LOGPROBS = "message.output_text.logprobs"
 _STATELESS = "the server keeps no answer; send the whole conversation as input"
-_KINDS = ("message", "function_call", "function_call_output")
+_Kind = Literal["message", "function_call", "function_call_output"]
+_KINDS: tuple[_Kind, ...] = get_args(_Kind)
 # Members of an output_text part that clients send back as they got them.
 _SENT_BACK = {"annotations", "logprobs", "parsed"}
 
@@ -79,9 +80,7 @@ ItemText = Annotated[str, BeforeValidator(_parts), TEXT_OR_PARTS_SCHEMA]
 class InputItem(RequestModel):
     """One item of a conversation: a message, a call that the model made, or what the call gave."""
 
-    type: Literal["message", "function_call", "function_call_output"] | None = Field(
-        None, description="what the item is; message by default"
-    )
+    type: _Kind | None = Field(None, description="what the item is; message by default")
     role: Literal["system", "developer", "user", "assistant"] | None = Field(
         None, description="of a message: whose it is; developer becomes system"
     )
@@ -154,7 +153,7 @@ class ResponseTool(Function):
 class TextFormat(RequestModel):
     """What a generated text must be."""
 
-    type: Literal["text", "json_object", "json_schema"] = Field(description=FORM_HELP)
+    type: FormType = Field(description=FORM_HELP)
     name: str | None = Field(None, pattern=r"^[a-zA-Z0-9_-]{1,64}$", description="name of the schema")
     description: str | None = Field(None, description="for people; the model does not see it")
     schema_: dict[str, Any] | None = Field(None, alias="schema", description="the JSON schema, with type json_schema")
