@@ -413,7 +413,10 @@ def test_versions_are_listed_newest_first_and_by_pages(people: Clients, root: Pa
     acme.put("/v1/adapters/acme/many/aliases/stable", json={"version": 4}).raise_for_status()
     gone = acme.delete("/v1/adapters/acme/many/aliases/stable").json()
     assert gone == {"adapter": "acme/many", "alias": "stable", "version": 4}
-    refused(acme.delete("/v1/adapters/acme/many/aliases/stable"), 404, "adapter_not_found")
+    for name, fields in (("many", ["alias", "version"]), ("none", ["adapter", "adapter"])):
+        path = f"/v1/adapters/acme/{name}/aliases/stable"
+        answers = acme.delete(path), acme.put(path, json={"version": 6})
+        assert [refused(answer, 404, "adapter_not_found")["param"] for answer in answers] == fields
     assert refused(acme.delete("/v1/adapters/acme/many/aliases/latest"), 422, "invalid_adapter_name")
     for version in (0, 6, "2", None):
         response = acme.put("/v1/adapters/acme/many/aliases/x", json={"version": version})

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Annotated
 
 from fastapi import APIRouter, Path, Query
@@ -10,7 +12,7 @@ from pydantic import JsonValue
 
 from adapters_store import AdapterStore
 from adapters_store.card import run_card
-from adapters_store.errors import AdapterNotFound
+from adapters_store.errors import AdapterNotFound, StoreError
 from sera_serve.server.deps import ContextOf, NamePath, RequestContext, TenantPath, adapter_at
 from sera_serve.server.native.access_schemas import AliasDetail, AliasRequest, VersionDetail, VersionList, VersionQuery
 from sera_serve.server.strict import StrictRoute
@@ -104,13 +106,27 @@ def _metrics(value: JsonValue) -> dict[str, float] | None:
     return dict(list(numbers.items())[:_MAX_METRICS])
 
 
+@contextmanager
+def _found_beside(store: AdapterStore, adapter: str, field: str) -> Iterator[None]:
+    """Have AdapterNotFound name `field` where the adapter itself is there."""
+    try:
+        yield
+    except AdapterNotFound as error:
+        with suppress(StoreError):
+            store.resolve(adapter)
+            error.param = field
+        raise
+
+
 def _set_alias(context: RequestContext, adapter: str, alias: str, version: int) -> AliasDetail:
-    context.store.set_alias(adapter, alias, f"{adapter}@v{version}")
+    with _found_beside(context.store, adapter, "version"):
+        context.store.set_alias(adapter, alias, f"{adapter}@v{version}")
     context.record_adapter("alias.set", adapter, alias=alias, version=version)
     return AliasDetail(adapter=adapter, alias=alias, version=version)
 
 
 def _remove_alias(context: RequestContext, adapter: str, alias: str) -> AliasDetail:
-    held = context.store.remove_alias(adapter, alias)
+    with _found_beside(context.store, adapter, "alias"):
+        held = context.store.remove_alias(adapter, alias)
     context.record_adapter("alias.remove", adapter, alias=alias, version=held)
     return AliasDetail(adapter=adapter, alias=alias, version=held)
