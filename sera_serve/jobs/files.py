@@ -10,7 +10,7 @@ import secrets
 import shutil
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -132,17 +132,22 @@ class TrainingFiles:
             TrainingFileNotStored: The disk is full or not writable.
         """
         checked = check_rows(source)
+        check = partial(self._check_space, tenant=tenant, nbytes=checked.nbytes)
         with self._database.reading() as connection:
-            self._check_space(connection, tenant, checked.nbytes)
-        file_id = f"file-{secrets.token_hex(12)}"
-        values = (file_id, tenant, filename, "fine-tune", checked.nbytes, checked.sha256, checked.kind, checked.rows)
-
-        def record() -> TrainingFile:
-            # The limit again: other uploads of the tenant may have come between.
-            check = partial(self._check_space, tenant=tenant, nbytes=checked.nbytes)
-            return self._insert((*values, time.time(), None, None, checked.labels), check)
-
-        return self._keep(file_id, source, record)
+            check(connection)
+        values = {
+            "id": f"file-{secrets.token_hex(12)}",
+            "tenant": tenant,
+            "filename": filename,
+            "purpose": "fine-tune",
+            "bytes": checked.nbytes,
+            "sha256": checked.sha256,
+            "kind": checked.kind,
+            "rows": checked.rows,
+            "labels": checked.labels,
+        }
+        # The limit again with the record: other uploads of the tenant may have come between.
+        return self._keep(source, values, check)
 
     def add_results(self, job_id: str, tenant: str, content: bytes, rows: int) -> TrainingFile:
         """Keep the metrics of a job, instead of those that an earlier process of it may have left.
@@ -152,12 +157,27 @@ class TrainingFiles:
         Raises:
             TrainingFileNotStored: The disk is full or not writable.
         """
-        file_id = results_id(job_id)
-        sha256 = hashlib.sha256(content).hexdigest()
-        values = (file_id, tenant, f"{job_id}.csv", "fine-tune-results", len(content), sha256, "metrics", rows)
-        return self._keep(file_id, io.BytesIO(content), lambda: self._insert((*values, time.time(), None, job_id, 0)))
+        values = {
+            "id": results_id(job_id),
+            "tenant": tenant,
+            "filename": f"{job_id}.csv",
+            "purpose": "fine-tune-results",
+            "bytes": len(content),
+            "sha256": hashlib.sha256(content).hexdigest(),
+            "kind": "metrics",
+            "rows": rows,
+            "job": job_id,
+        }
+        return self._keep(io.BytesIO(content), values)
 
-    def _keep(self, file_id: str, source: BinaryIO, record: Callable[[], TrainingFile]) -> TrainingFile:
+    def _keep(
+        self,
+        source: BinaryIO,
+        values: Mapping[str, Any],
+        check: Callable[[sqlite3.Connection], None] = lambda connection: None,
+    ) -> TrainingFile:
+        """Write a file, and record it by the values of its columns, after a last check in the same transaction."""
+        file_id = values["id"]
         kept, part = self._paths.file(file_id), self._paths.file(file_id + _PART)
         try:
             self._paths.make()
@@ -171,7 +191,7 @@ class TrainingFiles:
                     _copy(source, file)
                     part.rename(kept)
                     sync(str(self._paths.files))
-                    return record()
+                    return self._insert(values, check)
                 except BaseException:
                     for path in left:
                         path.unlink(missing_ok=True)
@@ -334,15 +354,13 @@ class TrainingFiles:
                 param="file",
             )
 
-    def _insert(
-        self, values: tuple[object, ...], check: Callable[[sqlite3.Connection], None] = lambda connection: None
-    ) -> TrainingFile:
-        """Record a file by the values of `_COLUMNS`. Its number is None: the database gives it."""
+    def _insert(self, values: Mapping[str, Any], check: Callable[[sqlite3.Connection], None]) -> TrainingFile:
+        given = {**values, "created_at": time.time()}
+        columns, marks = ", ".join(given), ", ".join("?" * len(given))
         with self._database.writing() as connection:
             check(connection)
-            marks = ", ".join("?" * len(values))
-            connection.execute(f"INSERT OR REPLACE INTO files ({_COLUMNS}) VALUES ({marks})", values)
-            row = connection.execute(f"SELECT {_COLUMNS} FROM files WHERE id = ?", values[:1]).fetchone()
+            connection.execute(f"INSERT OR REPLACE INTO files ({columns}) VALUES ({marks})", tuple(given.values()))
+            row = connection.execute(f"SELECT {_COLUMNS} FROM files WHERE id = ?", (given["id"],)).fetchone()
         return _file(row)
 
 
