@@ -37,8 +37,10 @@ def quota_stub(base: FrozenBase) -> StubEngine:
 
 
 @pytest.fixture(scope="module")
-def quota_url(quota_stub: StubEngine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def quota_url(quota_stub: StubEngine, tmp_path_factory: pytest.TempPathFactory, writer: AdapterBundle) -> Iterator[str]:
     store = AdapterStore(tmp_path_factory.mktemp("quotas") / "store")
+    for tenant in DETOKENIZING:
+        store.publish(writer, f"{tenant}/a")
     settings = ServeSettings(store=store.root, quotas=QUOTAS, allowed_origins=[ORIGIN])
     with live_server(build_app(quota_stub, store, settings)) as address:
         yield address
@@ -66,6 +68,8 @@ ROUTES: list[tuple[str, dict[str, Any]]] = [
     ("/v1/embeddings", {"model": "TENANT/a", "input": "a"}),
     ("/detokenize", {"model": "TENANT/a", "tokens": [1]}),
 ]
+# The last route looks its adapter up. The stub engine, which serves the others, does not.
+DETOKENIZING = (f"two{len(ROUTES) - 1}", "free")
 
 
 def of(tenant: str, body: dict[str, Any]) -> dict[str, Any]:
