@@ -246,13 +246,11 @@ class Jobs:
                 found = connection.execute("SELECT 1 FROM files WHERE id = ?", (file_id,)).fetchone()
                 if file_id is not None and found is None:
                     raise no_file(file_id, param)
+            notes, now = json.dumps(dict(metadata)), time.time()
             connection.execute(
                 "INSERT INTO jobs (id, tenant, status, spec, metadata, training_file, validation_file, key_id, "
                 "created_at, base) VALUES (?, ?, 'validating_files', ?, ?, ?, ?, ?, ?, ?)",
-                (
-                    *(job_id, tenant, spec.as_json(), json.dumps(dict(metadata)), training_file, validation_file),
-                    *(key_id, time.time(), self.base),
-                ),
+                (job_id, tenant, spec.as_json(), notes, training_file, validation_file, key_id, now, self.base),
             )
             _add_events(connection, job_id, [NewEvent(f"Created fine-tuning job: {job_id}")])
             _forget_oldest(connection, tenant)
@@ -538,13 +536,9 @@ def _add_events(connection: sqlite3.Connection, job_id: str, events: Sequence[Ne
         if event.type == "metrics" and last >= _MAX_EVENTS:
             continue
         last += 1
-        connection.execute(
-            "INSERT INTO job_events VALUES (?, ?, ?, ?, ?, ?, ?)",
-            (
-                *(job_id, last, now, event.level, event.type, _storable(event.message)[:_MAX_MESSAGE]),
-                _json(event.data or {}),
-            ),
-        )
+        message = _storable(event.message)[:_MAX_MESSAGE]
+        row = (job_id, last, now, event.level, event.type, message, _json(event.data or {}))
+        connection.execute("INSERT INTO job_events VALUES (?, ?, ?, ?, ?, ?, ?)", row)
 
 
 def _storable(text: str) -> str:

@@ -81,7 +81,7 @@ def release(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
 
         return run
 
-    chat_prompt = held(Texts.chat_prompt, lambda conversation, _: conversation.messages[0].content == HELD_TEXT)
+    chat_prompt = held(Texts.chat_prompt, lambda conversation, *_: conversation.messages[0].content == HELD_TEXT)
     monkeypatch.setattr(Texts, "chat_prompt", chat_prompt)
     monkeypatch.setattr(Texts, "decode", held(Texts.decode, lambda tokens: tokens == [HELD_TOKEN]))
     yield opened

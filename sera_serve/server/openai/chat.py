@@ -48,7 +48,7 @@ async def chat_completions(body: ChatRequest, context: ContextOf, texts: TextsOf
         continue_final_message=bool(body.continue_final_message),
         variables=body.chat_template_kwargs,
     )
-    work = texts.executor.run_in_turn(principal.tenant, texts.prompt_to_answer, conversation, adapter)
+    work = texts.executor.run_in_turn(principal.tenant, texts.chat_prompt, conversation, adapter, "generate")
     prompt = await context.finish(work)
     params = body.params(
         prompt.adapter,

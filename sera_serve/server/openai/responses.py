@@ -54,7 +54,7 @@ async def responses(body: ResponseRequest, context: ContextOf, texts: TextsOf) -
         messages=body.messages(), tools=tools if body.has_tools else (), variables=body.chat_template_kwargs
     )
     with renamed_fields(_NAMES):
-        work = texts.executor.run_in_turn(principal.tenant, texts.prompt_to_answer, conversation, adapter)
+        work = texts.executor.run_in_turn(principal.tenant, texts.chat_prompt, conversation, adapter, "generate")
         prompt = await context.finish(work)
         constraint = constraint_of_calls(body, prompt.template.call_format)
     params = body.params(

@@ -12,7 +12,7 @@ from fastapi import Depends, Request
 
 from adapters_store import AdapterStore
 from sera_serve.base.chat import ChatRenderer, ChatTemplate
-from sera_serve.engine import ServingEngine, check_adapter_serves
+from sera_serve.engine import ServingEngine, Task, check_adapter_serves
 from sera_serve.errors import InvalidRequest, PromptTooLong
 from sera_serve.server.openai.chat_schemas import Message, Tool
 from sera_serve.server.openai.token_texts import TokenTexts
@@ -87,29 +87,27 @@ class Texts:
         """Names tokens."""
         return TokenTexts(self._engine.base.tokenizer)
 
-    def prompt_to_answer(self, conversation: Conversation, adapter: str | None) -> ChatPrompt:
-        """`chat_prompt` for a model that is to generate. Blocks.
-
-        Raises:
-            UnsupportedTask: The base or the adapter does not generate; told before a missing template is.
-            AdapterNotFound, ChatTemplateMissing, ChatTemplateFailed, InvalidRequest: As `chat_prompt`.
-        """
-        self._engine.check_base_serves("generate")
-        if adapter is not None:
-            check_adapter_serves(adapter, self._store.resolve(adapter).task, "generate")
-        return self.chat_prompt(conversation, adapter)
-
-    def chat_prompt(self, conversation: Conversation, adapter: str | None) -> ChatPrompt:
+    def chat_prompt(self, conversation: Conversation, adapter: str | None, task: Task | None = None) -> ChatPrompt:
         """Render a conversation with the adapter's template, or the base's. Blocks.
 
+        Args:
+            conversation: What is rendered.
+            adapter: The adapter's reference, or None for the base.
+            task: What the prompt is for, or None for its tokens alone.
+
         Raises:
+            UnsupportedTask: The base or the adapter does not have the task; told before a missing template is.
             AdapterNotFound: There is no such adapter.
             ChatTemplateMissing, ChatTemplateFailed: There is no template, or it cannot be rendered.
             InvalidRequest: There are tools, and the template does not read them.
         """
+        if task is not None:
+            self._engine.check_base_serves(task)
         own: str | None = None
         if adapter is not None:
             resolved = self._store.resolve(adapter)
+            if task is not None:
+                check_adapter_serves(adapter, resolved.task, task)
             if resolved.has_chat_template:
                 own = self._own_template(resolved.digest)
                 # `latest` may move before the engine reads it: template and weights must be of one version.
