@@ -215,6 +215,10 @@ class FormReader:
         Raises:
             MissingField, UnknownField: A field is missing, unknown, or there twice.
         """
+        given = {part.name for part in self.parts}
+        for name in required:
+            if name not in given:
+                raise MissingField(f"form field {name} is missing; {missing}", param=name)
         found: dict[str, FormPart] = {}
         for part in self.parts:
             if part.name not in (*required, *optional):
@@ -222,9 +226,6 @@ class FormReader:
             if part.name in found:
                 raise UnknownField(f"form field {part.name} appears twice; send it once", param=part.name)
             found[part.name] = part
-        for name in required:
-            if name not in found:
-                raise MissingField(f"form field {name} is missing; {missing}", param=name)
         return found
 
     def close(self) -> None:
