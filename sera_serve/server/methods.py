@@ -12,6 +12,8 @@ from sera_serve.server.strict import refuse_body
 
 # A longer path is not looked for, and would not fit into a message.
 _MAX_PATH = 200
+HEADERS_ONLY = "sera_serve.headers_only"
+"""Key of the scope of a request whose response has no body."""
 # What vLLM and SGLang call it.
 _OTHER_NAMES = {"/health": "/healthz"}
 
@@ -59,8 +61,9 @@ class HeadAndOptions:
         """Run one request."""
         method = scope.get("method")
         if method == "HEAD":
-            # A copy: the HTTP server still has to see HEAD. The outer middleware reads the route.
-            as_get = {**scope, "method": "GET"}
+            # A copy: the HTTP server still has to see HEAD. The outer middleware reads the route, and a response that
+            # may take hours what is wanted of it.
+            as_get = {**scope, "method": "GET", HEADERS_ONLY: True}
             try:
                 await self.app(as_get, receive, send)
             finally:

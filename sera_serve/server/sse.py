@@ -18,6 +18,7 @@ from sera_serve.server.accounting import Account
 from sera_serve.server.disconnect import ClientDisconnected, cancel_on_disconnect
 from sera_serve.server.errors import CLIENT_CLOSED_CODE, describe, forget_frames, note_code
 from sera_serve.server.loop_watch import measured_with_request
+from sera_serve.server.methods import HEADERS_ONLY
 
 logger = logging.getLogger("sera_serve.server")
 DONE = b"data: [DONE]\n\n"
@@ -110,6 +111,9 @@ class EventResponse(Response):
                 if not self._started:
                     await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
                     self._started = True
+                if scope.get(HEADERS_ONLY):
+                    self._ended = True
+                    break
                 if event:
                     await send({"type": "http.response.body", "body": event, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})

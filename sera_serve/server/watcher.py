@@ -303,6 +303,10 @@ async def _watch(
             pass
         except EngineUnavailable:
             return
+        except Exception as error:
+            if repr(error) != unreadable:
+                unreadable = repr(error)
+                logger.exception("the watched directory %s was not read because of an unexpected error", directory.root)
         await asyncio.sleep(max(POLL_S, _IDLE_SHARE * took))
 
 

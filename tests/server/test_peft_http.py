@@ -489,6 +489,8 @@ def test_neither_a_link_nor_an_unexpected_error_ends_the_watch(
             wait_until(lambda: logged("faulty.safetensors is not published"))
             (watched / "other" / "own.safetensors").unlink()
             wait_until(lambda: logged("other/own vanished and stays published"))
+            patched.setattr(watcher.WatchedDirectory, "poll", fail)
+            wait_until(lambda: logged("was not read because of an unexpected error"))
         (watched / "acme" / "next.safetensors").write_bytes(writer.to_bytes())
         wait_until(lambda: names() == {"other/own", "acme/next"})
 

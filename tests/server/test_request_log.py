@@ -192,9 +192,12 @@ def test_a_line_says_that_the_client_left_the_events_of_a_job(
         next(got.iter_lines())
     line = lines.fields(3)[2]
     assert (line["status"], line["code"]) == (200, "client_closed")
+    head = client.head(f"/v1/fine_tuning/jobs/{made['id']}/events?stream=true", timeout=20)
+    assert (head.status_code, head.headers["content-type"]) == (200, "text/event-stream; charset=utf-8")
+    assert "code" not in lines.fields(4)[3], "the headers are the whole answer, and they do not wait for the job"
     client.post(f"/v1/fine_tuning/jobs/{made['id']}/cancel")
     client.get(f"/v1/fine_tuning/jobs/{made['id']}/events?stream=true")
-    assert "code" not in lines.fields(5)[4]
+    assert "code" not in lines.fields(6)[5]
 
 
 def test_a_line_has_the_key_and_the_tenant_of_the_key(start: Start, lines: Lines, tmp_path: Path) -> None:
