@@ -168,16 +168,21 @@ class FrozenBase:
             `token_type_ids` if a row has them.
         """
         longest = max(map(len, rows))
-        padding = self.tokenizer.pad_token_id
         columns = {
-            "input_ids": [row.input_ids + [padding] * (longest - len(row)) for row in rows],
-            "attention_mask": [[1] * len(row) + [0] * (longest - len(row)) for row in rows],
+            # Some tokenizers have no padding token. Nothing looks at what the mask hides.
+            "input_ids": np.full((len(rows), longest), self.tokenizer.pad_token_id or 0, np.int64),
+            "attention_mask": np.zeros((len(rows), longest), np.int64),
         }
         if any(row.token_type_ids for row in rows):
-            types = [row.token_type_ids or [0] * len(row) for row in rows]
-            columns["token_type_ids"] = [row + [0] * (longest - len(row)) for row in types]
+            columns["token_type_ids"] = np.zeros((len(rows), longest), np.int64)
+        for index, row in enumerate(rows):
+            length = len(row)
+            columns["input_ids"][index, :length] = row.input_ids
+            columns["attention_mask"][index, :length] = 1
+            if row.token_type_ids:
+                columns["token_type_ids"][index, :length] = row.token_type_ids
         there = device or self.device
-        return {name: torch.tensor(column).to(there, non_blocking=True) for name, column in columns.items()}
+        return {name: torch.from_numpy(column).to(there, non_blocking=True) for name, column in columns.items()}
 
     def pad_images(self, rows: Sequence[ModelInputs]) -> Tensor:
         """Put the pixels of image rows into one batch (rows, 3, height, width), on the base's device, in its dtype."""

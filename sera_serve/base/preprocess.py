@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import inspect
 import threading
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -48,15 +50,16 @@ class Window:
     last: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ModelInputs:
     """One row of a classification batch, before padding.
 
+    Many rows wait, and a short text makes many tokens. So a token takes 4 bytes; in a list it would take up to 40.
+
     Attributes:
-        input_ids: Its tokens; empty for an image.
-        token_type_ids: The segment of each token. None means segment 0 throughout, the model's own default.
-        offsets: The characters of the input that each token stands for, (first, after the last); None where nobody
-            asked for them.
+        input_ids: Its tokens, int32; empty for an image.
+        token_type_ids: The segment of each token, int8. None means segment 0 throughout, the model's own default.
+        flat_offsets: `offsets` in one array, int32: two numbers a token.
         text: The part of the input that holds all of these characters; told where there are offsets.
         is_cut: Whether the input has more tokens than these, or than those of all its windows; told where there are
             offsets.
@@ -65,14 +68,33 @@ class ModelInputs:
         image_tokens: Tokens that the image tower makes of the image.
     """
 
-    input_ids: list[int]
-    token_type_ids: list[int] | None = None
-    offsets: list[tuple[int, int]] | None = None
+    input_ids: array[int]
+    token_type_ids: array[int] | None = None
+    flat_offsets: array[int] | None = None
     text: str | None = None
     is_cut: bool = False
     window: Window | None = None
     pixels: NDArray[np.float32] | None = field(default=None, compare=False)
     image_tokens: int = 0
+
+    @classmethod
+    def of(
+        cls,
+        input_ids: Iterable[int] = (),
+        token_type_ids: Sequence[int] | None = None,
+        offsets: Iterable[tuple[int, int]] | None = None,
+        **others: Any,
+    ) -> ModelInputs:
+        """Make a row of what a tokenizer gives. Segments that are 0 throughout are left out."""
+        types = array("b", token_type_ids) if token_type_ids and any(token_type_ids) else None
+        flat = None if offsets is None else array("i", chain.from_iterable(offsets))
+        return cls(array("i", input_ids), types, flat, **others)
+
+    @property
+    def offsets(self) -> list[tuple[int, int]] | None:
+        """The characters of the input that each token stands for, (first, after the last); None if nobody asked."""
+        flat = self.flat_offsets
+        return None if flat is None else list(zip(flat[::2], flat[1::2], strict=True))
 
     @property
     def is_image(self) -> bool:
@@ -239,7 +261,7 @@ class Preprocessor:
             first = own[0] + (overlap + 1) // 2 if index else 0
             last = own[-1] + 1 - overlap // 2
             rows.append(
-                ModelInputs(
+                ModelInputs.of(
                     encoded["input_ids"][index],
                     offsets=encoded["offset_mapping"][index],
                     text=part,
@@ -306,17 +328,16 @@ class Preprocessor:
     def _encode(
         self, tokenizer: PreTrainedTokenizerBase, texts: list[str], seconds: list[str] | None, **options: Any
     ) -> list[ModelInputs]:
-        encoded: Any = tokenizer(texts, seconds, return_token_type_ids=self._has_token_types, **options)
-        types = encoded["token_type_ids"] if self._has_token_types else [None] * len(texts)
-        rows = [
-            ModelInputs(ids, row_types if row_types and any(row_types) else None)
-            for ids, row_types in zip(encoded["input_ids"], types, strict=True)
-        ]
+        encoded: Any = tokenizer(
+            texts, seconds, return_token_type_ids=self._has_token_types, return_attention_mask=False, **options
+        )
+        ids = encoded["input_ids"]
+        types = encoded["token_type_ids"] if self._has_token_types else [None] * len(ids)
         if not options.get("return_offsets_mapping"):
-            return rows
+            return list(map(ModelInputs.of, ids, types))
         return [
-            replace(row, offsets=offsets, text=text)
-            for row, offsets, text in zip(rows, encoded["offset_mapping"], texts, strict=True)
+            ModelInputs.of(*columns, text=text)
+            for *columns, text in zip(ids, types, encoded["offset_mapping"], texts, strict=True)
         ]
 
 

@@ -134,7 +134,7 @@ class ImageRowMaker:
             decoded = decode_image(image.file(), self._settings.max_image_pixels)
         except (InvalidImage, ImageTooLarge) as error:
             raise type(error)(f"{image.place}: {error.message}", param=image.place) from error
-        return [ModelInputs([], pixels=to_pixels(decoded, spec), image_tokens=tower.tokens) for spec in specs]
+        return [ModelInputs.of(pixels=to_pixels(decoded, spec), image_tokens=tower.tokens) for spec in specs]
 
 
 def check_spec(spec: ImageSpec, base: FrozenBase, param: str) -> None:

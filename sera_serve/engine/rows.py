@@ -265,7 +265,7 @@ class RowMaker:
                 param=place,
             )
         try:
-            return ModelInputs(self._base.preprocessor.prompt(None, tokens))
+            return ModelInputs.of(self._base.preprocessor.prompt(None, tokens))
         except InvalidRequest as error:
             # LangChain's client sends the tokens of a model of OpenAI's, unless it is told not to.
             reason = error.message.replace("token_ids", f"the token ids of {place}", 1)

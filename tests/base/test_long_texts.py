@@ -97,7 +97,7 @@ def test_a_part_gives_the_row_of_the_whole_text(
     whole: Any = PreTrainedTokenizerFast(tokenizer_object=trained(make), **names)
     for max_length in (8, 129):
         expected = whole(texts, truncation=True, max_length=max_length)["input_ids"]
-        assert [row.input_ids for row in base.preprocessor.rows(texts, max_length)] == expected
+        assert [list(row.input_ids) for row in base.preprocessor.rows(texts, max_length)] == expected
         assert max(map(len, expected)) == max_length
 
 

@@ -89,9 +89,9 @@ def test_pairs_and_texts_of_one_call_keep_their_order(bert: FrozenBase) -> None:
     rows = bert.preprocessor.rows([("ab", "c"), "d", ("e", "")], 64)
     a, b, c, d, e = (bert.tokenizer(letter, add_special_tokens=False)["input_ids"][0] for letter in "abcde")
     assert rows == [
-        ModelInputs([256, a, b, 257, c, 257], [0, 0, 0, 0, 1, 1]),
-        ModelInputs([256, d, 257]),
-        ModelInputs([256, e, 257, 257], [0, 0, 0, 1]),
+        ModelInputs.of([256, a, b, 257, c, 257], [0, 0, 0, 0, 1, 1]),
+        ModelInputs.of([256, d, 257]),
+        ModelInputs.of([256, e, 257, 257], [0, 0, 0, 1]),
     ]
     assert [len(row) for row in rows] == [6, 3, 4]
 
@@ -113,7 +113,7 @@ def test_a_decoder_gets_no_token_types() -> None:
     config = GPT2Config(n_embd=64, n_layer=1, n_head=4, n_positions=256, vocab_size=259)
     base = freeze_base(GPT2LMHeadModel(config), pair_tokenizer(), "gpt2")
     (row,) = base.preprocessor.rows([("ab", "c")], 64)
-    assert row == ModelInputs(base.tokenizer("ab", "c")["input_ids"])
+    assert row == ModelInputs.of(base.tokenizer("ab", "c")["input_ids"])
 
 
 def test_token_types_reach_the_model_whatever_else_is_in_the_batch(bert: FrozenBase) -> None:

@@ -159,7 +159,7 @@ def test_padded_rows_do_not_change_each_other(architecture: str) -> None:
     model = tiny(architecture)
     base = frozen(model)
     lengths = [5, THRESHOLD, THRESHOLD + 1, 60]
-    batch = base.pad([ModelInputs(tokens(length, length)) for length in lengths])
+    batch = base.pad([ModelInputs.of(tokens(length, length)) for length in lengths])
     ids, mask = batch["input_ids"], batch["attention_mask"]
     want = [
         model.base_model(input_ids=row[None, :length]).last_hidden_state[0]

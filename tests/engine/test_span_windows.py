@@ -68,7 +68,7 @@ def test_every_token_is_decided_by_one_window_with_the_most_context(encoder: Fro
             assert len(rows) == len(windows)
             decided: list[int] = []
             for row, (begin, end) in zip(rows, windows, strict=True):
-                assert row.window is not None and row.input_ids == [256, *[64] * (end - begin), 257]
+                assert row.window is not None and list(row.input_ids) == [256, *[64] * (end - begin), 257]
                 assert len(row) <= max_length and not row.is_cut
                 assert row.offsets is not None
                 own = row.offsets[row.window.first : row.window.last]

@@ -58,8 +58,8 @@ def test_the_tokens_of_a_pair_are_the_tokenizers_own(bert: FrozenBase, pairs: Pa
     for text, row in zip(texts, rows, strict=True):
         parts = (text,) if isinstance(text, str) else text
         expected = bert.tokenizer(*parts, truncation=True, max_length=24)
-        assert row.input_ids == expected["input_ids"]
-        assert (row.token_type_ids or [0] * len(row)) == expected["token_type_ids"]
+        assert list(row.input_ids) == expected["input_ids"]
+        assert list(row.token_type_ids or [0] * len(row)) == expected["token_type_ids"]
     padded = task.collate(task.train_rows)
     assert padded["token_type_ids"][0].tolist() == [0] * 4 + [1] * 4 + [0] * 16
     assert padded["token_type_ids"][1].tolist() == [0] * 24
@@ -87,7 +87,7 @@ def test_segments_reach_the_model(bert: FrozenBase, pairs: Path, method: str) ->
 def test_a_tokenizer_without_separators_gets_a_line_break() -> None:
     base = random_decoder()
     (row,) = base.preprocessor.rows([("ab", "cd")], 24)
-    assert row == ModelInputs(base.tokenizer("ab\ncd")["input_ids"])
+    assert row == ModelInputs.of(base.tokenizer("ab\ncd")["input_ids"])
 
 
 def test_pairs_over_http_get_the_trainers_answers(bert: FrozenBase, pairs: Path) -> None:

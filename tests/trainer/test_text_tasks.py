@@ -144,7 +144,7 @@ def test_regress_takes_sentence_pairs_as_pairs(tmp_path: Path) -> None:
     task = kind.build(settings, base, kind.load(settings, None), 64)
     for row in task.train_rows:
         first, second = row.example.text
-        assert row.inputs.input_ids == base.tokenizer(first, second)["input_ids"]
+        assert list(row.inputs.input_ids) == base.tokenizer(first, second)["input_ids"]
         assert row.inputs.input_ids.count(257) == 2
 
 

@@ -76,7 +76,7 @@ class GenerateTask:
         return pack_rows(rows, capacity, int(pad_id))
 
     def _padded(self, rows: Sequence[TokenRow]) -> dict[str, Tensor]:
-        tensors = self.base.pad([ModelInputs(row["input_ids"]) for row in rows], torch.device("cpu"))
+        tensors = self.base.pad([ModelInputs.of(row["input_ids"]) for row in rows], torch.device("cpu"))
         return {**tensors, "labels": pad_labels(rows, tensors["input_ids"].shape[1])}
 
     @torch.no_grad()

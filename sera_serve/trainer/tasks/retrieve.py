@@ -101,7 +101,8 @@ class RetrieveTask:
             # The tokenizer's own truncation keeps the closing token, whose state is the embedding.
             tokens = self.base.tokenizer(captions, truncation=True, max_length=self.max_length)["input_ids"]
         fields = [
-            {"inputs": ModelInputs(ids), "group": self._group[row.image]} for ids, row in zip(tokens, part, strict=True)
+            {"inputs": ModelInputs.of(ids), "group": self._group[row.image]}
+            for ids, row in zip(tokens, part, strict=True)
         ]
         return ImageRows(self._images, [row.image for row in part], fields, self.image_spec, augment_seed)
 
