@@ -22,7 +22,7 @@ def sentencepiece(shared_data: Path) -> PreTrainedTokenizerBase:
 def offsets(tokenizer: PreTrainedTokenizerBase, prompt: str) -> tuple[list[int], list[str]]:
     lists = CompletionLogprobLists(TokenTexts(tokenizer))
     lists.add([TokenLogprobs(token, None) for token in tokenizer(prompt)["input_ids"]], prompt)
-    found = json.loads(lists.take())
+    found = json.loads("".join(lists.take()))
     return found["text_offset"], found["tokens"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import re
 from collections.abc import Sequence
@@ -119,11 +120,13 @@ def logprobs_content(logprobs: Sequence[TokenLogprobs]) -> list[dict[str, Any]]:
     ]
 
 
-async def encode_logprobs(logprobs: Sequence[TokenLogprobs]) -> str:
-    """Return the same as text. Other coroutines run between parts of a long list."""
-    parts: list[str] = []
+async def write_logprobs(logprobs: Sequence[TokenLogprobs], content: io.BytesIO) -> None:
+    """Write the same as text. Other coroutines run between parts of a long list."""
+    content.write(b"[")
     for first in range(0, len(logprobs), _ENCODED_AT_ONCE):
-        content = logprobs_content(logprobs[first : first + _ENCODED_AT_ONCE])
-        parts.append(json.dumps(content, separators=(",", ":"))[1:-1])
+        if first:
+            content.write(b",")
+        part = logprobs_content(logprobs[first : first + _ENCODED_AT_ONCE])
+        content.write(json.dumps(part, separators=(",", ":"))[1:-1].encode())
         await asyncio.sleep(0)
-    return f"[{','.join(parts)}]"
+    content.write(b"]")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
@@ -40,8 +41,8 @@ from sera_serve.server.native.sampling import (
     SamplingFields,
     ScoredToken,
     TokenId,
-    encode_logprobs,
     logprobs_content,
+    write_logprobs,
 )
 from sera_serve.server.response_format import (
     GRAMMAR_HELP,
@@ -257,23 +258,30 @@ async def encode_response(results: Sequence[GenerationResult], params: GenerateP
     """Return the JSON of a `GenerateResponse`, or of a `ChoicesResponse` for several results."""
     first = results[0]
     whole: dict[str, Any] = {"id": first.id, "adapter": first.adapter, "version": first.version}
-    answers = [await _encode_answer(result, params) for result in results]
+    # Written once: log-probabilities may have 100 MB.
+    content = io.BytesIO()
+    content.write(f"{json.dumps(whole, ensure_ascii=False)[:-1]}, ".encode())
+    if len(results) == 1:
+        await _write_answer(first, params, content)
+    else:
+        content.write(b'"choices": [')
+        for index, result in enumerate(results):
+            content.write(f'{", " if index else ""}{{"index": {index}, '.encode())
+            await _write_answer(result, params, content)
+            content.write(b"}")
+        content.write(b"]")
     completion = sum(result.completion_tokens for result in results)
     usage = json.dumps({"prompt_tokens": first.prompt_tokens, "completion_tokens": completion})
-    parts = [json.dumps(whole, ensure_ascii=False)[1:-1]]
-    if len(results) == 1:
-        parts.append(answers[0])
-    else:
-        choices = (f'{{"index": {index}, {answer}}}' for index, answer in enumerate(answers))
-        parts.append(f'"choices": [{", ".join(choices)}]')
-    parts.append(f'"usage": {usage}')
+    content.write(f', "usage": {usage}'.encode())
     if params.prompt_logprobs is not None:
-        parts.append(f'"prompt_logprobs": {await encode_logprobs(first.prompt_logprobs)}')
-    return f"{{{', '.join(parts)}}}".encode()
+        content.write(b', "prompt_logprobs": ')
+        await write_logprobs(first.prompt_logprobs, content)
+    content.write(b"}")
+    return content.getvalue()
 
 
-async def _encode_answer(result: GenerationResult, params: GenerateParams) -> str:
-    """Return the members of an answer, without braces."""
+async def _write_answer(result: GenerationResult, params: GenerateParams, content: io.BytesIO) -> None:
+    """Write the members of an answer, without braces."""
     answer: dict[str, Any] = {
         "text": result.text,
         "token_ids": result.token_ids,
@@ -281,10 +289,10 @@ async def _encode_answer(result: GenerationResult, params: GenerateParams) -> st
     }
     if result.stop_reason is not None:
         answer["stop_reason"] = result.stop_reason
-    members = json.dumps(answer, ensure_ascii=False)[1:-1]
-    if params.logprobs is None:
-        return members
-    return f'{members}, "logprobs": {await encode_logprobs(result.logprobs)}'
+    content.write(json.dumps(answer, ensure_ascii=False)[1:-1].encode())
+    if params.logprobs is not None:
+        content.write(b', "logprobs": ')
+        await write_logprobs(result.logprobs, content)
 
 
 class GenerateEvent(BaseModel):

@@ -7,10 +7,11 @@ keep the event loop for seconds.
 from __future__ import annotations
 
 import codecs
+import io
 import json
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import partial
@@ -77,6 +78,22 @@ def with_member(json_object: str, name: str, value: str) -> str:
 def with_choices(content: dict[str, Any], choices: Sequence[str]) -> str:
     """Return the JSON of an object with its choices, which are JSON already."""
     return with_member(to_json(content), "choices", f"[{','.join(choices)}]")
+
+
+def pieces_with_logprobs(choice: str, logprobs: Iterator[str] | None) -> Iterator[str]:
+    """Yield the JSON of a choice with the member `logprobs`, null where there are none."""
+    yield f'{choice[:-1]},"logprobs":'
+    yield from ("null",) if logprobs is None else logprobs
+    yield "}"
+
+
+def _taken(rows: list[str]) -> Iterator[str]:
+    """Yield the rows with commas between them, and empty the list meanwhile."""
+    rows.reverse()
+    while rows:
+        yield rows.pop()
+        if rows:
+            yield ","
 
 
 def usage(results: Sequence[GenerationResult], choices: int, principal: Principal) -> dict[str, Any]:
@@ -147,10 +164,22 @@ class ChoiceAnswer:
         """The fields of an event, beside its choices and usage."""
         return self._head.fields(self.chunk_kind, stream)
 
-    def whole(self, stream: GenerationStream, choices: Sequence[str], results: Sequence[GenerationResult]) -> Response:
-        """The whole answer. `stream` is its first one, `choices` has the JSON of each choice."""
-        content = with_choices(self._head.fields(self.kind, stream), choices)
-        return Response(with_member(content, "usage", to_json(self.usage(results))), media_type="application/json")
+    def whole(
+        self, stream: GenerationStream, choices: Iterable[Iterable[str]], results: Sequence[GenerationResult]
+    ) -> Response:
+        """The whole answer. `stream` is its first one, `choices` has the pieces of the JSON of each choice.
+
+        Log-probabilities may have 100 MB: each piece is written once, and let go of.
+        """
+        content = io.BytesIO()
+        content.write(f'{to_json(self._head.fields(self.kind, stream))[:-1]},"choices":['.encode())
+        for number, pieces in enumerate(choices):
+            if number:
+                content.write(b",")
+            for piece in pieces:
+                content.write(piece.encode())
+        content.write(f'],"usage":{to_json(self.usage(results))}}}'.encode())
+        return Response(content.getvalue(), media_type="application/json")
 
 
 AnswerT = TypeVar("AnswerT", bound=ChoiceAnswer)
@@ -231,15 +260,17 @@ class CompletionLogprobLists:
                 break
         return spaces == len(prompt) - len(prompt.lstrip(" ")) + 1
 
-    def take(self) -> str:
-        """Return the JSON of what was added since the last call. Offsets go on."""
-        content = (
-            f'{{"tokens":[{",".join(self._tokens)}],"token_logprobs":[{",".join(self._logprobs)}],'
-            f'"top_logprobs":[{",".join(self._top)}],"text_offset":[{",".join(self._offsets)}]}}'
-        )
-        for part in (self._tokens, self._logprobs, self._top, self._offsets):
-            part.clear()
-        return content
+    def take(self) -> Iterator[str]:
+        """Yield the JSON of what was added since the last call, in pieces. Offsets go on."""
+        yield '{"tokens":['
+        yield from _taken(self._tokens)
+        yield '],"token_logprobs":['
+        yield from _taken(self._logprobs)
+        yield '],"top_logprobs":['
+        yield from _taken(self._top)
+        yield '],"text_offset":['
+        yield from _taken(self._offsets)
+        yield "]}"
 
     def start_after(self, characters: int) -> None:
         """Begin the offsets after so many characters that have no tokens here."""
@@ -261,9 +292,11 @@ class ChatLogprobList:
             content["top_logprobs"] = top
             self._rows.append(to_json(content))
 
-    def take(self) -> str:
-        """Return the JSON of what was added since the last call."""
-        return f'{{"content":[{self.take_rows()}],"refusal":null}}'
+    def take(self) -> Iterator[str]:
+        """Yield the JSON of what was added since the last call, in pieces."""
+        yield '{"content":['
+        yield from _taken(self._rows)
+        yield '],"refusal":null}'
 
     def take_rows(self) -> str:
         """Return the rows alone, with commas between them."""

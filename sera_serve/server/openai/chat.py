@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from sera_serve.server.openai.answers import (
     ChoiceEvents,
     Head,
     collect,
+    pieces_with_logprobs,
     to_json,
     translated,
     with_member,
@@ -95,8 +96,8 @@ class ChatAnswer(ChoiceAnswer):
         if self._logprobs is not None:
             self._logprobs[index].add(delta.logprobs)
 
-    def logprobs(self, index: int) -> str | None:
-        """The JSON of the log-probabilities since the last call, or None if they were not asked for."""
+    def logprobs(self, index: int) -> Iterator[str] | None:
+        """The JSON of the log-probabilities since the last call, in pieces, or None if they were not asked for."""
         return None if self._logprobs is None else self._logprobs[index].take()
 
     def finish_reason(self, index: int, result: GenerationResult) -> str:
@@ -121,7 +122,8 @@ class ChatEvents(ChoiceEvents[ChatAnswer]):
         """What a piece of text adds."""
         self.answer.add_logprobs(index, delta)
         deltas = self._deltas(index, self.answer.pieces(index, delta.text))
-        logprobs = self.answer.logprobs(index)
+        pieces = self.answer.logprobs(index)
+        logprobs = None if pieces is None else "".join(pieces)
         if logprobs is not None and not deltas:
             # The text is held back. Its tokens are known already.
             deltas = [{"content": ""}]
@@ -162,18 +164,21 @@ class ChatEvents(ChoiceEvents[ChatAnswer]):
 
 async def _complete(answer: ChatAnswer, admit: Admit, account: Account) -> Response:
     streams, results = await collect(admit, account, answer.add_logprobs)
-    choices = []
-    for index, result in enumerate(results):
-        pieces = answer.pieces(index, result.text) + answer.rest(index)
-        content = "".join(piece for piece in pieces if isinstance(piece, str))
-        calls = [_call(piece) for piece in pieces if isinstance(piece, Call)]
-        message: dict[str, Any] = {"role": "assistant", "content": content or (None if calls else "")}
-        message["refusal"] = None
-        if calls:
-            message["tool_calls"] = calls
-        choice = {"index": index, "message": message, "finish_reason": answer.finish_reason(index, result)}
-        choices.append(with_member(to_json(choice), "logprobs", answer.logprobs(index) or "null"))
+    choices = (_choice(answer, index, result) for index, result in enumerate(results))
     return answer.whole(streams[0], choices, results)
+
+
+def _choice(answer: ChatAnswer, index: int, result: GenerationResult) -> Iterator[str]:
+    """The pieces of the JSON of a whole choice."""
+    pieces = answer.pieces(index, result.text) + answer.rest(index)
+    content = "".join(piece for piece in pieces if isinstance(piece, str))
+    calls = [_call(piece) for piece in pieces if isinstance(piece, Call)]
+    message: dict[str, Any] = {"role": "assistant", "content": content or (None if calls else "")}
+    message["refusal"] = None
+    if calls:
+        message["tool_calls"] = calls
+    choice = {"index": index, "message": message, "finish_reason": answer.finish_reason(index, result)}
+    return pieces_with_logprobs(to_json(choice), answer.logprobs(index))
 
 
 def _call(call: Call) -> dict[str, Any]:

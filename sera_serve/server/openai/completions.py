@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,9 +18,9 @@ from sera_serve.server.openai.answers import (
     CompletionLogprobLists,
     Head,
     collect,
+    pieces_with_logprobs,
     to_json,
     translated,
-    with_member,
 )
 from sera_serve.server.openai.completion_schemas import Completion, CompletionRequest, Prompt
 from sera_serve.server.openai.errors import OpenAIRoute, translated_errors
@@ -88,10 +88,12 @@ class CompletionAnswer(ChoiceAnswer):
         """The text before that of a choice."""
         return self.echoed[index // self.body.choices] if self.echoed else ""
 
-    def choice(self, index: int, text: str, logprobs: str | None = None, finish_reason: str | None = None) -> str:
-        """The JSON of a choice, or of a part of it."""
+    def choice(
+        self, index: int, text: str, logprobs: Iterator[str] | None = None, finish_reason: str | None = None
+    ) -> Iterator[str]:
+        """The JSON of a choice, or of a part of it, in pieces."""
         content = to_json({"index": index, "text": text, "finish_reason": finish_reason})
-        return with_member(content, "logprobs", logprobs or "null")
+        return pieces_with_logprobs(content, logprobs)
 
     def finish_reason(self, result: GenerationResult) -> str:
         """Why a choice has ended."""
@@ -120,7 +122,7 @@ class CompletionEvents(ChoiceEvents[CompletionAnswer]):
         """The prompts, if they are echoed."""
         if not self.answer.echoed:
             return b""
-        choices = [self.answer.choice(index, self.answer.prompt(index)) for index in range(len(streams))]
+        choices = ["".join(self.answer.choice(index, self.answer.prompt(index))) for index in range(len(streams))]
         return b"".join(map(self.event, streams, choices))
 
     def delta(self, index: int, stream: GenerationStream, delta: TokenDelta) -> bytes:
@@ -133,11 +135,11 @@ class CompletionEvents(ChoiceEvents[CompletionAnswer]):
             logprobs = self._lists[index].take()
         elif not delta.text:
             return b""
-        return self.event(stream, self.answer.choice(index, delta.text, logprobs))
+        return self.event(stream, "".join(self.answer.choice(index, delta.text, logprobs)))
 
     def final(self, index: int, stream: GenerationStream, result: GenerationResult) -> bytes:
         """Why the text has ended."""
-        return self.event(stream, self.answer.choice(index, "", None, self.answer.finish_reason(result)))
+        return self.event(stream, "".join(self.answer.choice(index, "", None, self.answer.finish_reason(result))))
 
 
 async def _complete(answer: CompletionAnswer, admit: Admit, account: Account) -> Response:
@@ -158,11 +160,13 @@ async def _complete(answer: CompletionAnswer, admit: Admit, account: Account) ->
         executor, tenant = answer.texts.executor, answer.principal.tenant
         for index, result in enumerate(results):
             lists[index] = await executor.run_in_turn(tenant, _echoed, answer, index, result, late.pop(index, []))
-    choices = []
-    for index, result in enumerate(results):
+
+    def choice(index: int, result: GenerationResult) -> Iterator[str]:
         text = answer.prompt(index) + ("" if answer.is_echo_alone else result.text)
         logprobs = lists[index].take() if index in lists else None
-        choices.append(answer.choice(index, text, logprobs, answer.finish_reason(result)))
+        return answer.choice(index, text, logprobs, answer.finish_reason(result))
+
+    choices = (choice(index, result) for index, result in enumerate(results))
     return answer.whole(streams[0], choices, results)
 
 
