@@ -87,7 +87,7 @@ class ModelInputs:
     ) -> ModelInputs:
         """Make a row of what a tokenizer gives. Segments that are 0 throughout are left out."""
         types = array("b", token_type_ids) if token_type_ids and any(token_type_ids) else None
-        flat = None if offsets is None else array("i", chain.from_iterable(offsets))
+        flat = None if offsets is None else array("i", list(chain.from_iterable(offsets)))
         return cls(array("i", input_ids), types, flat, **others)
 
     @property

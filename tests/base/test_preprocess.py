@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -147,3 +148,33 @@ def test_a_text_without_tokens_has_its_number_in_the_request() -> None:
     assert refusal(lambda: rows(["a", ""], 8, "input")).param == "input[1]"
     error = refusal(lambda: rows(["a", ""], 8, "input", numbers=[0, 5]))
     assert (error.param, error.message) == ("input[5]", "input 5 has no tokens; send some text")
+
+
+@pytest.mark.parametrize("offsets", [False, True])
+def test_a_token_that_waits_takes_few_bytes(offsets: bool) -> None:
+    preprocessor = random_encoder().preprocessor
+    texts = ["abcdefgh" * 30] * 50
+    preprocessor.rows(texts[:1], 256, offsets=offsets)
+    tracemalloc.start()
+    try:
+        rows = preprocessor.rows(texts, 256, offsets=offsets)
+        taken, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    tokens = sum(map(len, rows))
+    # 4 of the token and 8 of its offsets, and some hundred of the row. Lists had 8 and 120.
+    assert tokens == 12_000 and taken < tokens * (16 if offsets else 6)
+    if offsets:
+        assert rows[0].offsets is not None and rows[0].offsets[1:4] == [(0, 1), (1, 2), (2, 3)]
+
+
+def test_a_batch_is_padded_with_what_the_mask_hides() -> None:
+    base = random_encoder()
+    padded = base.pad([ModelInputs.of([5, 6, 7]), ModelInputs.of([8], [1])])
+    padding = base.tokenizer.pad_token_id
+    assert {name: column.tolist() for name, column in padded.items()} == {
+        "input_ids": [[5, 6, 7], [8, padding, padding]],
+        "attention_mask": [[1, 1, 1], [1, 0, 0]],
+        "token_type_ids": [[0, 0, 0], [1, 0, 0]],
+    }
+    assert "token_type_ids" not in base.pad([ModelInputs.of([5, 6], [0, 0])])
