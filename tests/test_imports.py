@@ -121,9 +121,10 @@ FLOORS: dict[str, list[set[str]]] = {
     "sera_serve.engine": [
         {
             *("adapter_uses", "constraint", "image_rows", "memory", "named_adapters", "sampling", "schema_bounds"),
-            "stop_strings",
+            *("answer_tokens", "stop_strings", "tenant_memory"),
         },
-        {"constraint_memory", "request"},
+        {"constraint_memory", "logprob_memory"},
+        {"request"},
         {"structured"},
         {"admission", "fair_queue", "overflow", "prompts", "references", "stream"},
         {"choices", "scheduler", "loop"},

@@ -19,7 +19,7 @@ from sera_serve.engine.request import (
 from sera_serve.engine.stream import EventReader, GenerationStream
 from sera_serve.errors import EngineUnavailable, InvalidRequest
 
-# Each takes some 15 bytes, and its JSON up to 100 until the answer is sent.
+# Each takes some 20 bytes, and its JSON over 100 until the answer is sent.
 _MAX_LOGPROBS = 1 << 21
 
 
@@ -66,25 +66,35 @@ def check_options(params: GenerateParams, vocabulary: int, most_answers: int, pr
         )
 
 
-def check_logprobs(params: GenerateParams, prompt_tokens: int, limit: int) -> None:
-    """Check that the log-probabilities of an answer fit memory, whatever is generated.
+def check_logprobs(params: GenerateParams, prompt_tokens: Sequence[int], context: int) -> None:
+    """Check that the log-probabilities of a call fit memory, whatever is generated.
 
     Args:
         params: What a client asks.
-        prompt_tokens: Tokens of the prompt.
-        limit: The most tokens of the prompt and one answer.
+        prompt_tokens: Tokens of each prompt.
+        context: The most tokens of a prompt and one answer.
 
     Raises:
         InvalidRequest: They are too many.
     """
-    of_prompt = 0 if params.prompt_logprobs is None else (params.prompt_logprobs + 1) * prompt_tokens
-    of_answers = 0 if params.logprobs is None else (params.logprobs + 1) * (limit - prompt_tokens) * params.n
+    of_prompt = logprobs_of_prompts(params, sum(prompt_tokens))
+    of_answers = 0
+    if params.logprobs is not None:
+        most = (
+            context - tokens if params.max_new_tokens is None else params.max_new_tokens for tokens in prompt_tokens
+        )
+        of_answers = (params.logprobs + 1) * sum(most) * params.n
     if of_prompt + of_answers > _MAX_LOGPROBS:
         raise InvalidRequest(
             f"up to {of_prompt + of_answers} log-probabilities are asked for, and {_MAX_LOGPROBS} are the most; ask "
             "for fewer at each token, fewer answers, or fewer tokens",
             param="logprobs" if of_answers > of_prompt else "prompt_logprobs",
         )
+
+
+def logprobs_of_prompts(params: GenerateParams, tokens: int) -> int:
+    """How many log-probabilities the prompts of a call have, of so many tokens. An echo has them in each answer."""
+    return 0 if params.prompt_logprobs is None else (params.prompt_logprobs + 1) * tokens * params.n
 
 
 def choice_requests(

@@ -7,11 +7,10 @@ outgrows its room is compiled anew in the larger one.
 
 from __future__ import annotations
 
-import threading
-import weakref
 from dataclasses import dataclass
 
 from sera_serve.engine.constraint import FIELDS, ConstraintSpec
+from sera_serve.engine.tenant_memory import Reservation, TenantMemory
 from sera_serve.errors import TenantOverloaded
 
 
@@ -32,40 +31,21 @@ SMALL = Room(2000, 4 << 20)
 """Schemas of 100 properties, and grammars of 200 terminals, take less than half of the states."""
 LARGE = Room(20_000, 36 << 20)
 
-_TENANT_BYTES = 1 << 30
-_ALL_BYTES = 4 << 30
 
-
-@dataclass(frozen=True, eq=False)
-class Reservation:
-    """Memory that one compiled constraint may take. It ends when nobody refers to it any more."""
+@dataclass(eq=False, kw_only=True)
+class ConstraintReservation(Reservation):
+    """What one compiled constraint may take."""
 
     room: Room
-    tenant: str | None
 
 
-class ConstraintMemory:
-    """Who has reserved how much. Any thread."""
+class ConstraintMemory(TenantMemory):
+    """Who has reserved how much for constraints. Any thread."""
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._reservations: weakref.WeakSet[Reservation] = weakref.WeakSet()
-
-    def reserve(self, room: Room, tenant: str | None) -> Reservation | None:
-        """Reserve memory, or None where the tenant would have too much.
-
-        That is more than 1 GiB, or, where all tenants together would have more than 4 GiB, more than its equal share.
-        """
-        with self._lock:
-            held: dict[str | None, int] = {tenant: room.nbytes}
-            for other in self._reservations:
-                held[other.tenant] = held.get(other.tenant, 0) + other.room.nbytes
-            share = _ALL_BYTES // len(held) if sum(held.values()) > _ALL_BYTES else _TENANT_BYTES
-            if held[tenant] > min(share, _TENANT_BYTES):
-                return None
-            reservation = Reservation(room, tenant)
-            self._reservations.add(reservation)
-            return reservation
+    def reserve(self, room: Room, tenant: str | None) -> ConstraintReservation | None:
+        """Reserve memory, or None where the tenant would have too much; see `grow`."""
+        reservation = ConstraintReservation(tenant, room=room)
+        return reservation if self.grow(reservation, room.nbytes) else None
 
 
 def too_many(spec: ConstraintSpec) -> TenantOverloaded:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from array import array
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from functools import partial
@@ -14,9 +15,11 @@ from sera_serve.base import BaseKind, FrozenBase, check_length, check_task, impo
 from sera_serve.config import ServeSettings
 from sera_serve.engine.adapter_uses import ANYONE, AdapterUses
 from sera_serve.engine.admission import AdmissionController
-from sera_serve.engine.choices import ChoiceGroup, check_logprobs, check_options, choice_requests
+from sera_serve.engine.answer_tokens import AnswerTokens
+from sera_serve.engine.choices import ChoiceGroup, check_logprobs, check_options, choice_requests, logprobs_of_prompts
 from sera_serve.engine.constraint import ConstraintSpec, TokenConstraint
 from sera_serve.engine.image_rows import ImageRowMaker
+from sera_serve.engine.logprob_memory import LogprobRoom, too_many
 from sera_serve.engine.loop.pages import PAGE_SIZE
 from sera_serve.engine.memory import MEBIBYTE, DeviceMemory, memory_of
 from sera_serve.engine.named_adapters import AdapterActivity, AdapterNames
@@ -37,6 +40,7 @@ from sera_serve.engine.scheduler import Scheduler
 from sera_serve.engine.stream import Detokenizer, EventReader, GenerationStream, Mailbox, deadline_exceeded
 from sera_serve.engine.structured import StructuredOutput
 from sera_serve.engine.tasks import ClassificationRunner, GenerationRunner, RunnerLoad, TaskRunner
+from sera_serve.engine.tenant_memory import TenantMemory
 from sera_serve.errors import EngineUnavailable, InvalidRequest, UnsupportedTask
 from sera_serve.layers import AdapterContext, SideStream, attach_serving, find_shared_inputs
 from sera_serve.residency import AdapterResidency, DevicePool, HostCache, Presence, ResidencyStats
@@ -98,6 +102,7 @@ class ServingEngine(RowCalls):
             max_wait_s=_MAX_WAIT * settings.request_timeout_s,
         )
         self._admission = AdmissionController(settings.max_queue, settings.max_queue_per_tenant)
+        self._logprob_memory = TenantMemory()
         self._unsound: str | None = None
         self._mailbox: Mailbox | None = None
         warm_up(base.device, base.dtype)
@@ -457,7 +462,7 @@ class ServingEngine(RowCalls):
     async def _prepare(self, groups: Sequence[Sequence[GenerationRequest]], principal: Principal) -> None:
         """Give the requests of one call, by prompt, their tokens, their adapter, and what constrains them."""
         params = groups[0][0].params
-        prompts: list[list[int]] = []
+        prompts: list[array[int]] = []
         for group in groups:
             if prompts:
                 # Short prompts are tokenized here. Many in a row would keep the event loop.
@@ -470,10 +475,17 @@ class ServingEngine(RowCalls):
         constraints: list[TokenConstraint | None] = [None] * count
         if params.constraint is not None:
             constraints = await self._constraints(params.constraint, principal.tenant, count)
+        check_logprobs(params, list(map(len, prompts)), self._context_tokens)
+        room: LogprobRoom | None = None
+        if params.logprobs is not None or params.prompt_logprobs is not None:
+            room = LogprobRoom(self._logprob_memory, principal.tenant)
+            # With those of the first tokens: where a tenant has too many already, nothing begins.
+            first = 0 if params.logprobs is None else (1 + params.logprobs) * count
+            if not room.take(logprobs_of_prompts(params, sum(map(len, prompts))) + first):
+                raise too_many("logprobs" if params.prompt_logprobs is None else "prompt_logprobs")
         following = iter(constraints)
         for group, tokens in zip(groups, prompts, strict=True):
             limit = self._context_tokens if params.max_new_tokens is None else len(tokens) + params.max_new_tokens
-            check_logprobs(params, len(tokens), limit)
             prompt_logprobs: list[TokenLogprobs] = []
             for request in group:
                 request.adapter, request.constraint = adapter, next(following)
@@ -481,7 +493,8 @@ class ServingEngine(RowCalls):
                 if request.prefix_key is None and len(group) > 1:
                     # No tenant begins with "_", and nobody else has this name.
                     request.prefix_key = f"_choices/{group[0].id}"
-                request.tokens, request.prompt_tokens, request.limit = list(tokens), len(tokens), limit
+                request.tokens, request.prompt_tokens, request.limit = AnswerTokens(tokens), len(tokens), limit
+                request.logprob_room = room
                 request.prompt_token_logprobs = prompt_logprobs
 
     async def _constraints(self, spec: ConstraintSpec, tenant: str, count: int) -> list[TokenConstraint | None]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array
+
 from sera_serve.base.preprocess import Preprocessor
 from sera_serve.engine.request import GenerateParams
 from sera_serve.errors import PromptTooLong
@@ -23,8 +25,8 @@ class PromptMaker:
         self._tokenizing = tokenizing
         self._context = context
 
-    async def tokens(self, params: GenerateParams, tenant: str) -> list[int]:
-        """The prompt's tokens.
+    async def tokens(self, params: GenerateParams, tenant: str) -> array[int]:
+        """The prompt's tokens, int32.
 
         Raises:
             PromptTooLong: The prompt, or what is to follow it, does not fit the context.
@@ -46,7 +48,7 @@ class PromptMaker:
         else:
             tokens = preprocessor.prompt(*arguments)
         self._check_context(len(tokens), params)
-        return tokens
+        return array("i", tokens)
 
     def _check_context(self, tokens: int, params: GenerateParams) -> None:
         room = max(0, self._context - tokens)

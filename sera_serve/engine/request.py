@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import enum
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableSequence, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import cached_property, reduce
@@ -31,6 +31,7 @@ from adapters_store import Task as AdapterTask
 from sera_kernels import ShapeClasses
 from sera_serve.base import ModelInputs, Pooling, Span
 from sera_serve.engine.constraint import ConstraintSpec, TokenConstraint
+from sera_serve.engine.logprob_memory import LogprobRoom
 from sera_serve.residency import Lease, PrefetchHint
 
 MAX_LOGIT_BIAS = 1024
@@ -454,7 +455,7 @@ class GenerationRequest(Request):
     """A request for tokens, and its place in the paged cache. Set by the loop's thread alone once it runs.
 
     Attributes:
-        tokens: The prompt, then what was generated.
+        tokens: The prompt, then what was generated; see `AnswerTokens`.
         limit: Length of `tokens` at which it ends.
         end_tokens: Tokens that end it: the model's own, unless they are ignored, and the client's.
         stop_tokens: Those of the end tokens that the client named.
@@ -473,10 +474,11 @@ class GenerationRequest(Request):
         rotary_side: The side of its base's rotary threshold that its keys were computed for.
         token_logprobs: For each generated token, if asked for.
         prompt_token_logprobs: For each prompt token, if asked for.
+        logprob_room: What its call's log-probabilities may take, where any are asked for.
         first_token_s: Seconds from its arrival to its first token; None before that.
     """
 
-    tokens: list[int] = field(default_factory=list)
+    tokens: MutableSequence[int] = field(default_factory=list)
     limit: int = 0
     end_tokens: frozenset[int] = frozenset()
     stop_tokens: frozenset[int] = frozenset()
@@ -495,6 +497,7 @@ class GenerationRequest(Request):
     rotary_side: int = field(default=0, init=False)
     token_logprobs: list[TokenLogprobs] = field(default_factory=list, init=False)
     prompt_token_logprobs: list[TokenLogprobs] = field(default_factory=list, init=False)
+    logprob_room: LogprobRoom | None = field(default=None, init=False)
     first_token_s: float | None = field(default=None, init=False)
 
     def finish(self, reason: FinishReason, error: Exception | None = None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, NamedTuple
@@ -87,7 +87,7 @@ class Detokenizer:
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, prompt: list[int], stop: list[str], min_tokens: int = 0
+        self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], stop: list[str], min_tokens: int = 0
     ) -> None:
         """Begin after a prompt.
 
@@ -99,7 +99,7 @@ class Detokenizer:
         """
         self._backend = tokenizer.backend_tokenizer
         # Tokens before the pending ones, and those that no text has come of yet.
-        self._context = prompt[-_CONTEXT:]
+        self._context = list(prompt[-_CONTEXT:])
         self._pending: list[int] = []
         self._stream = self._new_stream()
         # A token that is skipped waits for no character: it leaves the text as it is.
@@ -353,7 +353,7 @@ class GenerationStream(EventReader, AsyncIterator[TokenDelta]):
             EngineUnavailable: The engine failed this request.
             DeadlineExceeded: Its time is over; the deltas before had the tokens that it got.
             TenantOverloaded: It waited, for the first time or again, and gave way to a tenant with fewer requests. Or
-                its form needs more memory than its tenant's forms may take.
+                its form, or its log-probabilities, need more memory than those of its tenant may take.
             StoreError, AdapterTooLarge: It waited, for the first time or again, and its adapter was deleted, cannot be
                 read, or finds no room among pinned ones.
         """
@@ -416,7 +416,7 @@ class GenerationStream(EventReader, AsyncIterator[TokenDelta]):
             text += self._detokenizer.push(token)
             if self._detokenizer.stopped:
                 break
-        new = request.tokens[seen : seen + taken]
+        new = list(request.tokens[seen : seen + taken])
         first = len(self._token_ids)
         self._token_ids += new
         at_end_token = bool(new) and new[-1] in request.end_tokens

@@ -36,7 +36,7 @@ from sera_serve.engine.constraint import (
     ConstraintKind,
     ConstraintSpec,
 )
-from sera_serve.engine.constraint_memory import LARGE, SMALL, ConstraintMemory, Reservation, Room, too_many
+from sera_serve.engine.constraint_memory import LARGE, SMALL, ConstraintMemory, ConstraintReservation, Room, too_many
 from sera_serve.engine.schema_bounds import SchemaRefused, check_schema
 from sera_serve.errors import InvalidRequest
 
@@ -102,7 +102,7 @@ class _Compiled:
 
     matcher: LLMatcher
     left_s: float
-    reservation: Reservation
+    reservation: ConstraintReservation
 
 
 class _Copy(NamedTuple):
@@ -179,7 +179,7 @@ class StructuredOutput:
             return copy
         return self._compile_in(LARGE, tokenizer, spec, share_key)
 
-    def _reserve(self, room: Room, spec: ConstraintSpec, share_key: str | None) -> Reservation:
+    def _reserve(self, room: Room, spec: ConstraintSpec, share_key: str | None) -> ConstraintReservation:
         """Reserve memory; where there is none, what the tenant does not use is forgotten first."""
         reservation = self._memory.reserve(room, share_key)
         if reservation is None:

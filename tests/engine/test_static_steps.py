@@ -371,7 +371,7 @@ def test_a_prompt_that_joined_ahead_outlives_the_failure_of_the_step_before(
 
     def failing(batch: StaticBatch, ahead: int) -> StaticLaunch:
         launched = launch(batch, ahead)
-        if ahead and any(request.tokens == newcomer.token_ids for request in batch.prompts):
+        if ahead and any(list(request.tokens) == newcomer.token_ids for request in batch.prompts):
             fails.append(True)
 
         def waited() -> list[int]:

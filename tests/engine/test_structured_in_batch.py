@@ -20,8 +20,8 @@ from sera_serve.engine import (
     GenerateParams,
     GenerationResult,
     ServingEngine,
-    constraint_memory,
     structured,
+    tenant_memory,
 )
 from sera_serve.engine.constraint_memory import LARGE, SMALL, Room
 from sera_serve.engine.loop import masks
@@ -211,7 +211,7 @@ def test_a_form_that_outgrows_the_memory_of_its_tenant_ends_its_own_text(
     decoder: FrozenBase, adapters: AdapterStore, start_engine: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(structured, "SMALL", Room(100, SMALL.nbytes))
-    monkeypatch.setattr(constraint_memory, "_TENANT_BYTES", LARGE.nbytes)
+    monkeypatch.setattr(tenant_memory, "TENANT_BYTES", LARGE.nbytes)
     growing = ConstraintSpec("json_schema", '{"type":"integer","multipleOf":9973}')
 
     async def scenario() -> None:

@@ -244,7 +244,7 @@ class CountTable:
 
 def counts_of(request: GenerationRequest, vocabulary: int) -> NDArray[np.int32]:
     """int32 (vocabulary,): how often each token was generated, plus `IN_PROMPT` for tokens of the prompt."""
-    tokens = np.array(request.tokens, np.int64)
+    tokens = np.fromiter(request.tokens, np.int64, len(request.tokens))
     counts = np.bincount(tokens[request.prompt_tokens :], minlength=vocabulary).astype(np.int32)
     counts[np.unique(tokens[: request.prompt_tokens])] += IN_PROMPT
     return counts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, OrderedDict, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -106,6 +106,6 @@ def root_key(prefix_key: str, secret: bytes, side: int = 0, adapter_from: int = 
     return hashlib.blake2b(start, digest_size=16, key=secret, person=b"root").digest()
 
 
-def chain_key(parent: bytes, tokens: list[int], secret: bytes) -> bytes:
+def chain_key(parent: bytes, tokens: Sequence[int], secret: bytes) -> bytes:
     """Key of a full page, from the key of the page before: 128 bits, keyed, so that nobody can find collisions."""
     return hashlib.blake2b(parent + np.array(tokens, np.int32).tobytes(), digest_size=16, key=secret).digest()

@@ -10,6 +10,7 @@ import torch
 
 from sera_serve.base import FrozenBase
 from sera_serve.config import ServeSettings
+from sera_serve.engine.logprob_memory import too_many
 from sera_serve.engine.loop.attention import KeyValuePool
 from sera_serve.engine.loop.attention_backend import choose_backend
 from sera_serve.engine.loop.fused_attention import fuse_attention
@@ -235,6 +236,13 @@ class GenerationRunner(TaskRunner[GenerationRequest]):
 
     def _hand_on(self, request: GenerationRequest, token: int) -> None:
         request.tokens.append(token)
+        if (
+            request.logprob_room is not None
+            and request.params.logprobs is not None
+            and not request.logprob_room.take(1 + request.params.logprobs)
+        ):
+            self.end(request, FinishReason.FAILED, too_many("logprobs"))
+            return
         if request.first_token_s is None:
             request.first_token_s = time.monotonic() - request.arrived
         try:
