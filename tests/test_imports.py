@@ -120,10 +120,10 @@ def test_the_walk_sees_the_packages() -> None:
 FLOORS: dict[str, list[set[str]]] = {
     "sera_serve.engine": [
         {
-            *("adapter_uses", "constraint", "image_rows", "memory", "named_adapters", "sampling", "schema_bounds"),
+            *("adapter_uses", "constraint", "memory", "named_adapters", "sampling", "schema_bounds"),
             *("answer_tokens", "stop_strings", "tenant_memory"),
         },
-        {"constraint_memory", "logprob_memory"},
+        {"constraint_memory", "image_rows", "logprob_memory"},
         {"request"},
         {"structured"},
         {"admission", "fair_queue", "overflow", "prompts", "references", "stream"},

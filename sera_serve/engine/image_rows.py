@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,25 +9,31 @@ from dataclasses import dataclass
 from adapters_store import ImageSpec
 from sera_serve.base import FrozenBase, ImageInput, ModelInputs, decode_image, to_pixels
 from sera_serve.config import ServeSettings
-from sera_serve.errors import ImageTooLarge, InvalidImage, InvalidRequest, Overloaded, UnsupportedTask
+from sera_serve.engine.tenant_memory import Reservation, TenantMemory
+from sera_serve.errors import ImageTooLarge, InvalidImage, InvalidRequest, TenantOverloaded, UnsupportedTask
 from sera_serve.threads import BoundedExecutor
 
 # Few, because a decoded image takes up to 7 bytes a pixel until it is resized: 110 MiB at the default limit.
 _DECODING_THREADS = 2
-# Pixels of all calls that wait or run. An image of 224 x 224 takes 0.6 MiB.
-_MAX_HELD_BYTES = 1 << 30
 _BYTES_A_PIXEL = 3 * 4
+
+
+class PixelMemory(TenantMemory):
+    """Who has reserved how much for pixels, of calls that wait or run. An image of 224 x 224 takes 0.6 MiB."""
+
+    tenant_bytes = 512 << 20
+    all_bytes = 1 << 30
 
 
 @dataclass
 class HeldImages:
-    """What the images of one call take.
+    """The pixels of one call.
 
     Attributes:
-        nbytes: Bytes of their pixels.
+        reservation: What they take; None before they are counted.
     """
 
-    nbytes: int = 0
+    reservation: Reservation | None = None
 
 
 class ImageRowMaker:
@@ -36,8 +41,6 @@ class ImageRowMaker:
 
     The images of one tenant are decoded one at a time, and tenants take turns. When a caller leaves, its further images
     are not begun.
-
-    Locking: `_lock` guards `_held`.
     """
 
     def __init__(self, base: FrozenBase, settings: ServeSettings) -> None:
@@ -45,8 +48,7 @@ class ImageRowMaker:
         self._base = base
         self._settings = settings
         self._decoding = BoundedExecutor("decoding images", _DECODING_THREADS, settings.max_queue)
-        self._lock = threading.Lock()
-        self._held = 0
+        self._memory = PixelMemory()
 
     def check(self, inputs: Sequence[object]) -> list[ImageInput]:
         """Check the images among the inputs of a call before anything is done with them, and return them.
@@ -85,8 +87,8 @@ class ImageRowMaker:
         try:
             yield held
         finally:
-            with self._lock:
-                self._held -= held.nbytes
+            # Frames that an error keeps may refer to `held` for longer.
+            held.reservation = None
 
     async def rows(
         self, images: Sequence[ImageInput], specs: Sequence[ImageSpec], tenant: str, held: HeldImages
@@ -97,14 +99,14 @@ class ImageRowMaker:
 
         Raises:
             InvalidImage, ImageTooLarge: An image cannot be decoded, or is too large; `param` names its place.
-            Overloaded: The images of all calls would take too much memory.
-            Overloaded, EngineUnavailable: As `BoundedExecutor.run`.
+            TenantOverloaded: The images of the tenant's calls would take too much memory.
+            TenantOverloaded, Overloaded, EngineUnavailable: As `BoundedExecutor.run_in_turn`.
         """
         distinct: list[ImageSpec] = []
         for spec in specs:
             if spec not in distinct:
                 distinct.append(spec)
-        self._hold(len(images) * len(distinct), held)
+        held.reservation = self._reserved(len(images) * len(distinct), tenant, images[0])
         by_spec: list[list[ModelInputs]] = [[] for _ in distinct]
         for image in images:
             rows = await self._decoding.run_in_turn(tenant, self._decode, image, distinct)
@@ -116,16 +118,19 @@ class ImageRowMaker:
         """Decode no more, and tell every caller so. Idempotent."""
         self._decoding.close()
 
-    def _hold(self, count: int, held: HeldImages) -> None:
+    def _reserved(self, count: int, tenant: str, first: ImageInput) -> Reservation:
         tower = self._base.image_tower
         assert tower is not None
+        reservation = Reservation(tenant)
         needed = count * tower.height * tower.width * _BYTES_A_PIXEL
-        with self._lock:
-            # One call alone is never refused.
-            if self._held > held.nbytes and self._held + needed > _MAX_HELD_BYTES:
-                raise Overloaded("the images of too many requests are under way; send the request again later")
-            self._held += needed
-            held.nbytes += needed
+        # One call alone is never refused for it.
+        if not self._memory.grow(reservation, needed, alone=True):
+            raise TenantOverloaded(
+                "the images of this tenant's requests under way take too much memory together; send the request again "
+                "later, or fewer images at a time",
+                param=first.place.partition("[")[0],
+            )
+        return reservation
 
     def _decode(self, image: ImageInput, specs: Sequence[ImageSpec]) -> list[ModelInputs]:
         tower = self._base.image_tower

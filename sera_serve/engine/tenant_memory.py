@@ -6,9 +6,6 @@ import threading
 import weakref
 from dataclasses import dataclass
 
-TENANT_BYTES = 1 << 30
-ALL_BYTES = 4 << 30
-
 
 @dataclass(eq=False)
 class Reservation:
@@ -24,23 +21,33 @@ class Reservation:
 
 
 class TenantMemory:
-    """Who has reserved how much. Any thread."""
+    """Who has reserved how much. Any thread.
+
+    Attributes:
+        tenant_bytes: What a tenant may have.
+        all_bytes: What all tenants may have together before each has an equal share.
+    """
+
+    tenant_bytes = 1 << 30
+    all_bytes = 4 << 30
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._reservations: weakref.WeakSet[Reservation] = weakref.WeakSet()
 
-    def grow(self, reservation: Reservation, nbytes: int) -> bool:
+    def grow(self, reservation: Reservation, nbytes: int, alone: bool = False) -> bool:
         """Reserve more memory; False where the tenant would have too much, and nothing is changed.
 
-        That is more than 1 GiB, or, where all tenants together would have more than 4 GiB, more than its equal share.
+        That is more than `tenant_bytes`, or, where all tenants together would have more than `all_bytes`, more than its
+        equal share. With `alone`, a tenant gets as much as it asks for where nobody has any.
         """
         with self._lock:
             held: dict[str | None, int] = {reservation.tenant: nbytes}
             for other in self._reservations:
                 held[other.tenant] = held.get(other.tenant, 0) + other.nbytes
-            share = ALL_BYTES // len(held) if sum(held.values()) > ALL_BYTES else TENANT_BYTES
-            if held[reservation.tenant] > min(share, TENANT_BYTES):
+            share = self.all_bytes // len(held) if sum(held.values()) > self.all_bytes else self.tenant_bytes
+            is_first = alone and sum(held.values()) == nbytes
+            if held[reservation.tenant] > min(share, self.tenant_bytes) and not is_first:
                 return False
             reservation.nbytes += nbytes
             self._reservations.add(reservation)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -158,6 +159,8 @@ def test_a_token_that_waits_takes_few_bytes(offsets: bool) -> None:
     tracemalloc.start()
     try:
         rows = preprocessor.rows(texts, 256, offsets=offsets)
+        # Python keeps tuples that are free for the next ones.
+        gc.collect()
         taken, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -165,7 +168,7 @@ def test_a_token_that_waits_takes_few_bytes(offsets: bool) -> None:
     # 4 of the token and 8 of its offsets, and some hundred of the row. Lists had 8 and 120.
     assert tokens == 12_000 and taken < tokens * (16 if offsets else 6)
     if offsets:
-        assert rows[0].offsets is not None and rows[0].offsets[1:4] == [(0, 1), (1, 2), (2, 3)]
+        assert rows[0].offsets is not None and rows[0].offsets[:3] == [(0, 1), (1, 2), (2, 3)]
 
 
 def test_a_batch_is_padded_with_what_the_mask_hides() -> None:

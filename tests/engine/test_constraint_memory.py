@@ -10,10 +10,11 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 import sera_serve
-from sera_serve.engine import structured, tenant_memory
+from sera_serve.engine import structured
 from sera_serve.engine.constraint import ConstraintSpec
 from sera_serve.engine.constraint_memory import LARGE, SMALL, ConstraintMemory
 from sera_serve.engine.structured import StructuredOutput, TextConstraint
+from sera_serve.engine.tenant_memory import TenantMemory
 from sera_serve.errors import InvalidRequest, TenantOverloaded
 from support.no_collection import no_collection
 
@@ -68,7 +69,7 @@ def room_of(constraint: TextConstraint) -> object:
 def test_a_tenant_has_so_much_at_a_time_and_other_tenants_too(
     compiler: StructuredOutput, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tenant_memory, "TENANT_BYTES", 3 * SMALL.nbytes)
+    monkeypatch.setattr(TenantMemory, "tenant_bytes", 3 * SMALL.nbytes)
     held = [compiler.compile(regex(number), "a") for number in range(3)]
     with pytest.raises(TenantOverloaded, match=r"^regex cannot be compiled now.*send fewer") as refusal:
         compiler.compile(regex(3), "a")
@@ -83,7 +84,7 @@ def test_a_tenant_has_so_much_at_a_time_and_other_tenants_too(
 def test_what_nobody_uses_is_forgotten_before_anybody_is_refused(
     compiler: StructuredOutput, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tenant_memory, "TENANT_BYTES", 3 * SMALL.nbytes)
+    monkeypatch.setattr(TenantMemory, "tenant_bytes", 3 * SMALL.nbytes)
     used = compiler.compile(regex(0), "a")
     for number in range(1, 10):
         compiler.compile(regex(number), "a")
@@ -96,7 +97,7 @@ def test_what_nobody_uses_is_forgotten_before_anybody_is_refused(
 def test_where_all_have_too_much_together_who_has_more_than_a_share_gets_no_more(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(tenant_memory, "ALL_BYTES", 4 * SMALL.nbytes)
+    monkeypatch.setattr(TenantMemory, "all_bytes", 4 * SMALL.nbytes)
     memory = ConstraintMemory()
     held = [memory.reserve(SMALL, "a") for _ in range(4)]
     assert all(held)
@@ -148,7 +149,7 @@ def test_a_text_that_outgrows_its_room_without_memory_for_more_ends_alone(
     compiler: StructuredOutput, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     constraint, other = compiler.compile(GROWING, "a"), compiler.compile(regex(0), "a")
-    monkeypatch.setattr(tenant_memory, "TENANT_BYTES", LARGE.nbytes)
+    monkeypatch.setattr(TenantMemory, "tenant_bytes", LARGE.nbytes)
     with pytest.raises(TenantOverloaded, match="send fewer"):
         write(constraint, 100)
     assert allowed_by(other).size

@@ -14,13 +14,15 @@ from numpy.typing import NDArray
 from adapters_store import AdapterBundle, AdapterStore, WrongTask
 from sera_serve import SeraConfig
 from sera_serve.base import FrozenBase, ImageInput
-from sera_serve.engine import BASE_PRINCIPAL, ClassifyResult, EmbedResult, GenerateParams, ServingEngine, image_rows
+from sera_serve.engine import BASE_PRINCIPAL, ClassifyResult, EmbedResult, GenerateParams, Principal, ServingEngine
+from sera_serve.engine.image_rows import PixelMemory
+from sera_serve.engine.tenant_memory import Reservation
 from sera_serve.errors import (
     ImageTooLarge,
     InvalidImage,
     InvalidRequest,
-    Overloaded,
     SeraServeError,
+    TenantOverloaded,
     UnsupportedTask,
 )
 from support.engine import acting_for, classify, generate, settled
@@ -226,6 +228,11 @@ def test_what_other_bases_refuse(encoder: FrozenBase, store: AdapterStore, start
     assert no_end.value.param == "input[0]"
 
 
+def held_pixels(engine: ServingEngine) -> int:
+    """Bytes of pixels that are counted."""
+    return sum(reservation.nbytes for reservation in engine._images._memory._reservations)
+
+
 def test_limits_of_a_request(store: AdapterStore, start_engine: Start) -> None:
     base = random_vit()
     publish(base, store)
@@ -242,7 +249,7 @@ def test_limits_of_a_request(store: AdapterStore, start_engine: Start) -> None:
     with pytest.raises(InvalidImage, match=r"inputs\[0\].image: the image is no base64"):
         asyncio.run(classify(engine, "acme/c0", [ImageInput("no base64!", "inputs[0].image")]))
     asyncio.run(settled(engine))
-    assert engine._images._held == 0
+    assert held_pixels(engine) == 0
 
 
 def test_pixels_are_counted_for_each_preprocessing_that_differs(
@@ -257,7 +264,7 @@ def test_pixels_are_counted_for_each_preprocessing_that_differs(
     own = engine._images._decode
 
     def decode(image: ImageInput, specs: Any) -> Any:
-        counted.append(engine._images._held)
+        counted.append(held_pixels(engine))
         return own(image, specs)
 
     monkeypatch.setattr(engine._images, "_decode", decode)
@@ -265,16 +272,39 @@ def test_pixels_are_counted_for_each_preprocessing_that_differs(
     asyncio.run(engine.classify_each(names, IMAGES, acting_for("acme")))
     # Two of the four are one adapter, whose pixels are kept once.
     assert set(counted) == {3 * len(IMAGES) * 3 * tower.height * tower.width * 4}
-    monkeypatch.setattr(image_rows, "_MAX_HELD_BYTES", counted[0] + 1)
+    asyncio.run(settled(engine))
+    assert held_pixels(engine) == 0
 
-    async def beside() -> None:
-        with engine._images.holding() as held:
-            engine._images._hold(1, held)
-            with pytest.raises(Overloaded, match="too many requests"):
-                await engine.classify_each(names, IMAGES, acting_for("acme"))
 
-    asyncio.run(beside())
-    assert engine._images._held == 0
+def test_pixels_of_one_tenant_leave_room_for_those_of_others(
+    store: AdapterStore, start_engine: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = random_vit()
+    publish(base, store)
+    engine = start_engine(base, store)
+    tower = base.image_tower
+    assert tower is not None
+    one = 3 * tower.height * tower.width * 4
+    monkeypatch.setattr(PixelMemory, "tenant_bytes", 4 * one)
+    memory = engine._images._memory
+
+    async def main() -> None:
+        # One call alone may have more.
+        assert len((await classify(engine, "acme/c0", IMAGES)).results) == len(IMAGES) > 4
+        held = Reservation("acme")
+        assert memory.grow(held, one)
+        with pytest.raises(TenantOverloaded, match="fewer images at a time") as refusal:
+            await classify(engine, "acme/c0", IMAGES[:4])
+        assert refusal.value.param == "inputs"
+        assert len((await classify(engine, "acme/c0", IMAGES[:3])).results) == 3
+        other = Principal("other")
+        assert len((await engine.embed(None, IMAGES[:4], other)).vectors) == 4
+        with pytest.raises(TenantOverloaded):
+            await engine.embed(None, IMAGES, other)
+        await settled(engine)
+        assert held_pixels(engine) == one
+
+    asyncio.run(main())
 
 
 def test_images_of_a_client_that_has_gone_are_not_begun(
@@ -305,7 +335,7 @@ def test_images_of_a_client_that_has_gone_are_not_begun(
 
     asyncio.run(main())
     assert len(decoded) < len(IMAGES)
-    assert engine._images._held == 0
+    assert held_pixels(engine) == 0
 
 
 def test_bundles_that_a_base_cannot_serve_are_refused(store: AdapterStore, start_engine: Start) -> None:

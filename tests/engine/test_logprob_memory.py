@@ -10,7 +10,7 @@ import pytest
 
 from adapters_store import AdapterStore
 from sera_serve.base import FrozenBase
-from sera_serve.engine import GenerateParams, GenerationResult, Principal, ServingEngine, choices, tenant_memory
+from sera_serve.engine import GenerateParams, GenerationResult, Principal, ServingEngine, choices
 from sera_serve.engine.logprob_memory import _AT_ONCE, LOGPROB_BYTES, LogprobRoom
 from sera_serve.engine.tenant_memory import TenantMemory
 from sera_serve.errors import InvalidRequest, TenantOverloaded
@@ -35,7 +35,7 @@ def test_a_call_that_outgrows_its_tenants_share_ends_alone(
     decoder: FrozenBase, store: AdapterStore, start_engine: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = start_engine(decoder, store)
-    monkeypatch.setattr(tenant_memory, "TENANT_BYTES", 4 * BLOCK)
+    monkeypatch.setattr(TenantMemory, "tenant_bytes", 4 * BLOCK)
 
     async def main() -> None:
         # Each of them needs four blocks in the end.
@@ -62,7 +62,7 @@ def test_where_a_tenant_has_too_many_nothing_begins(
     decoder: FrozenBase, store: AdapterStore, start_engine: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = start_engine(decoder, store)
-    monkeypatch.setattr(tenant_memory, "TENANT_BYTES", BLOCK)
+    monkeypatch.setattr(TenantMemory, "tenant_bytes", BLOCK)
     held = LogprobRoom(engine._logprob_memory, "a")
     assert held.take(1)
 
@@ -78,7 +78,7 @@ def test_where_a_tenant_has_too_many_nothing_begins(
 
 
 def test_room_ends_with_whoever_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tenant_memory, "TENANT_BYTES", 3 * BLOCK)
+    monkeypatch.setattr(TenantMemory, "tenant_bytes", 3 * BLOCK)
     memory = TenantMemory()
     first, second = LogprobRoom(memory, "a"), LogprobRoom(memory, "a")
     assert first.take(2 * _AT_ONCE) and second.take(_AT_ONCE)

@@ -21,12 +21,12 @@ from sera_serve.engine import (
     GenerationResult,
     ServingEngine,
     structured,
-    tenant_memory,
 )
 from sera_serve.engine.constraint_memory import LARGE, SMALL, Room
 from sera_serve.engine.loop import masks
 from sera_serve.engine.loop.masks import MaskThreads, RowMasks
 from sera_serve.engine.request import GenerationRequest
+from sera_serve.engine.tenant_memory import TenantMemory
 from sera_serve.errors import ConstraintUnsatisfiable, InvalidRequest, TenantOverloaded
 from support.engine import SHAPE, Start, acting_for, collect, generate, settled, until
 from support.factories import random_adapter
@@ -211,7 +211,7 @@ def test_a_form_that_outgrows_the_memory_of_its_tenant_ends_its_own_text(
     decoder: FrozenBase, adapters: AdapterStore, start_engine: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(structured, "SMALL", Room(100, SMALL.nbytes))
-    monkeypatch.setattr(tenant_memory, "TENANT_BYTES", LARGE.nbytes)
+    monkeypatch.setattr(TenantMemory, "tenant_bytes", LARGE.nbytes)
     growing = ConstraintSpec("json_schema", '{"type":"integer","multipleOf":9973}')
 
     async def scenario() -> None:

@@ -15,7 +15,8 @@ import pytest
 from adapters_store import AdapterStore
 from sera_serve.base import FrozenBase
 from sera_serve.config import ServeSettings
-from sera_serve.engine import ServingEngine, constraint, tenant_memory
+from sera_serve.engine import ServingEngine, constraint
+from sera_serve.engine.tenant_memory import TenantMemory
 from sera_serve.server import build_app
 from support.factories import random_decoder
 from support.live_server import live_server
@@ -140,7 +141,7 @@ def test_the_document_names_the_bounds_that_the_code_has() -> None:
 def test_a_tenant_that_compiles_too_much_at_a_time_is_told_to_send_less(
     client: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tenant_memory, "TENANT_BYTES", 0)
+    monkeypatch.setattr(TenantMemory, "tenant_bytes", 0)
     response = client.post("/v1/generate", json={"prompt": "x", "regex": "[a-z]{77}"})
     assert (response.status_code, response.headers["retry-after"]) == (429, "1")
     error = response.json()["error"]
