@@ -140,7 +140,7 @@ class Preprocessor:
             and "token_type_ids" in inspect.signature(model.forward).parameters
         )
 
-    def prompt(self, text: str | None, token_ids: list[int] | None, add_special_tokens: bool = True) -> list[int]:
+    def prompt(self, text: str | None, token_ids: Sequence[int] | None, add_special_tokens: bool = True) -> list[int]:
         """Return the tokens of a prompt; the caller compares their number with the context length.
 
         Args:

@@ -24,8 +24,8 @@ _MAX_VECTOR_NUMBERS = 1 << 21
 
 Inputs: TypeAlias = Sequence[str | tuple[str, str] | ImageInput]
 Texts: TypeAlias = Sequence[str | tuple[str, str]]
-EmbeddingInputs: TypeAlias = Sequence[str | list[int] | ImageInput]
-TextsOrTokens: TypeAlias = Sequence[str | list[int]]
+EmbeddingInputs: TypeAlias = Sequence[str | Sequence[int] | ImageInput]
+TextsOrTokens: TypeAlias = Sequence[str | Sequence[int]]
 
 
 class RowMaker:
@@ -230,7 +230,7 @@ class RowMaker:
         # Before anything is tokenized. Of a text that is cut, only the part that decides its row is tokenized.
         most = preprocessor.max_characters(context)
         texts: list[str] = []
-        token_lists: list[list[int]] = []
+        token_lists: list[Sequence[int]] = []
         for index, value in zip(numbers, inputs, strict=True):
             if isinstance(value, str):
                 if len(value) > most and not is_cut:
@@ -256,7 +256,7 @@ class RowMaker:
                 raise _too_long(index, f"more than {context}", context)
         return [RowGroup(adapter, rows)]
 
-    def _tokens(self, index: int, tokens: list[int]) -> ModelInputs:
+    def _tokens(self, index: int, tokens: Sequence[int]) -> ModelInputs:
         place = f"input[{index}]"
         if self._base.kind == "dual" and not self._base.preprocessor.end_tokens & set(tokens):
             raise InvalidRequest(
