@@ -41,7 +41,7 @@ from sera_serve.engine.stream import Detokenizer, EventReader, GenerationStream,
 from sera_serve.engine.structured import StructuredOutput
 from sera_serve.engine.tasks import ClassificationRunner, GenerationRunner, RunnerLoad, TaskRunner
 from sera_serve.engine.tenant_memory import TenantMemory
-from sera_serve.errors import EngineUnavailable, InvalidRequest, UnsupportedTask
+from sera_serve.errors import EngineUnavailable, InvalidRequest, SeraServeError, UnsupportedTask
 from sera_serve.layers import AdapterContext, SideStream, attach_serving, find_shared_inputs
 from sera_serve.residency import AdapterResidency, DevicePool, HostCache, Presence, ResidencyStats
 from sera_serve.residency.bundle_check import check_fits, check_ranks, check_servable
@@ -463,11 +463,12 @@ class ServingEngine(RowCalls):
         """Give the requests of one call, by prompt, their tokens, their adapter, and what constrains them."""
         params = groups[0][0].params
         prompts: list[array[int]] = []
-        for group in groups:
+        for index, group in enumerate(groups):
             if prompts:
                 # Short prompts are tokenized here. Many in a row would keep the event loop.
                 await asyncio.sleep(0)
-            prompts.append(await self._prompts.tokens(group[0].params, principal.tenant))
+            with _placed(index if len(groups) > 1 else None):
+                prompts.append(await self._prompts.tokens(group[0].params, principal.tenant))
         adapter = None
         if params.adapter is not None:
             adapter = await self._resolving.run(self._references.resolve, params.adapter, "generate")
@@ -544,3 +545,14 @@ def _prefix_key(request: GenerationRequest, cache_salt: str | None, principal: P
 
 def _adapter_of(reference: str | None) -> str:
     return ANYONE if reference is None else reference.partition("@")[0]
+
+
+@contextmanager
+def _placed(index: int | None) -> Iterator[None]:
+    """Have an error about one of several prompts name its place, such as `prompt[3]`; None: there is one prompt."""
+    try:
+        yield
+    except SeraServeError as error:
+        if index is not None and error.param in ("prompt", "token_ids"):
+            error.param += f"[{index}]"
+        raise

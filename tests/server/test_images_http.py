@@ -171,10 +171,12 @@ def test_both_towers_of_clip_are_transformers_own(clip: Live) -> None:
         ([image(FILES[0]), "ok", "a" * 60], "input[2]", "input 2 has more than 40 tokens"),
         ([image(FILES[0]), "ok", "a" * 6000], "input[2]", "input 2 has 6000 characters"),
         (["ok", "a" * 60, image(FILES[0])], "input[1]", "input 1 has more than 40 tokens"),
-        # Where there is one input, the parser's errors name it so too.
+        # An input that is in no list has no place. The parser's errors name both so too.
         ("a" * 60, "input", "input has more than 40 tokens"),
-        (["a" * 6000], "input", "input has 6000 characters"),
+        (["a" * 60], "input[0]", "input 0 has more than 40 tokens"),
+        (["a" * 6000], "input[0]", "input 0 has 6000 characters"),
         ([1, 2, 3], "input", "input has no end token"),
+        ([[1, 2, 3]], "input[0]", "input[0] has no end token"),
         ([[1, 257], [1, 2]], "input[1]", "input[1] has no end token"),
     ],
 )
@@ -186,7 +188,13 @@ def test_an_error_of_an_embedding_names_the_input_at_fault(clip: Live, inputs: A
 
 @pytest.mark.parametrize(
     ("inputs", "param"),
-    [("a", "input"), ([1, 2], "input"), (["a", "b"], "input[0]"), ([image(FILES[0]), "a"], "input[1]")],
+    [
+        ("a", "input"),
+        ([1, 2], "input"),
+        (["a"], "input[0]"),
+        (["a", "b"], "input[0]"),
+        ([image(FILES[0]), "a"], "input[1]"),
+    ],
 )
 def test_a_text_for_a_base_of_images_is_named(vision: Live, inputs: Any, param: str) -> None:
     answer = post(vision, {"model": "random-vit", "input": inputs}, "/v1/embeddings")
@@ -373,7 +381,7 @@ def test_images_to_a_base_of_text_are_refused(tmp_path: Any) -> None:
             (pair, 'input must be a text that is not empty, or {"image": "<base64>"}; a sentence pair has no vector'),
             ("", 'input must be a text that is not empty, or {"image": "<base64>"}'),
             (["a", [1]], 'input[1] must be a text that is not empty, or {"image": "<base64>"}; the first input is no'),
-            ([[]], "input must be a list of tokens and not empty"),
+            ([[]], "input[0] must be a list of tokens and not empty"),
             ([[1], "a"], "input[1] must be a list of tokens, as the first input is, and not empty"),
         ):
             error = refused(post(live, {"model": base.name, "input": value}, "/v1/embeddings"), 400, "invalid_value")

@@ -224,6 +224,25 @@ def test_errors_are_those_that_the_client_knows(client: openai.OpenAI) -> None:
     assert later.value.code == "context_length_exceeded"
 
 
+@pytest.mark.parametrize("options", [{}, {"stream": True}, {"echo": True}])
+@pytest.mark.parametrize(
+    ("prompt", "code", "param"),
+    [
+        ([PROMPT, "a " * 2000], "context_length_exceeded", "prompt[1]"),
+        ([[1], [2] * 2000], "context_length_exceeded", "prompt[1]"),
+        ([[1], [2], [1_000_000]], "invalid_request", "prompt[2]"),
+        ([1, 1_000_000], "invalid_request", "prompt"),
+        ([2] * 2000, "context_length_exceeded", "prompt"),
+    ],
+)
+def test_an_error_of_one_of_several_prompts_names_its_place(
+    client: openai.OpenAI, prompt: Any, code: str, param: str, options: dict[str, Any]
+) -> None:
+    with pytest.raises(openai.BadRequestError) as refusal:
+        client.completions.create(model="embedded", prompt=prompt, max_tokens=1, **options)
+    assert (refusal.value.code, refusal.value.param) == (code, param), refusal.value.message
+
+
 @pytest.mark.parametrize(("timeout_s", "asked"), [(0.001, 1), (None, 2)])
 def test_what_repeating_does_not_help_is_asked_once(address: str, timeout_s: float | None, asked: int) -> None:
     requests: list[httpx.Request] = []

@@ -428,7 +428,7 @@ def test_no_more_tokens_are_decoded_than_the_context_holds(client: httpx.Client,
     answer = client.post("/detokenize", json={"tokens": [1] * (most + 1)})
     assert refused(answer, 400, "context_length_exceeded")["param"] == "tokens"
     answer = complete(client, prompt=[[1], [1] * (most + 1)], echo=True)
-    assert refused(answer, 400, "context_length_exceeded")["param"] == "prompt"
+    assert refused(answer, 400, "context_length_exceeded")["param"] == "prompt[1]"
     assert engine.asked == []
 
 

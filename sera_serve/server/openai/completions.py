@@ -58,9 +58,9 @@ async def completions(body: CompletionRequest, context: ContextOf, texts: TextsO
     admit = translated(partial(context.engine.generate_prompts, params, principal, context.received_at), "prompt")
     echoed: list[str] = []
     if echo:
-        for prompt in body.prompt:
+        for place, prompt in _places(body.prompt):
             if not isinstance(prompt, str):
-                check_token_count(prompt, context.engine, "prompt")
+                check_token_count(prompt, context.engine, place)
         work = texts.executor.run_in_turn(principal.tenant, _prompt_texts, texts, body.prompt)
         echoed = await context.finish(work)
     head = Head.of("cmpl", body.model, context.engine.base.name)
@@ -172,7 +172,13 @@ async def _complete(answer: CompletionAnswer, admit: Admit, account: Account) ->
 
 def _prompt_texts(texts: Texts, prompts: Sequence[Prompt]) -> list[str]:
     """The texts of prompts, for an echo."""
-    return [prompt if isinstance(prompt, str) else texts.decode(prompt) for prompt in prompts]
+    return [prompt if isinstance(prompt, str) else texts.decode(prompt, place) for place, prompt in _places(prompts)]
+
+
+def _places(prompts: Sequence[Prompt]) -> Iterator[tuple[str, Prompt]]:
+    """Each prompt with its name in errors, which is the engine's too."""
+    for index, prompt in enumerate(prompts):
+        yield (f"prompt[{index}]" if len(prompts) > 1 else "prompt"), prompt
 
 
 def _echoed(

@@ -7,6 +7,7 @@ import base64
 from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -38,25 +39,41 @@ _AT_ONCE = 1 << 14
 Encoding = Literal["float", "base64"]
 
 
-def _inputs(value: Any) -> list[str | ImageInput] | list[Sequence[int]]:
+@dataclass(frozen=True)
+class EmbeddingInputs:
+    """The inputs of a request.
+
+    Attributes:
+        values: Texts and images, or all lists of tokens; at least one.
+        in_list: Whether the request has them in a list. Errors name an input of a list by its place, `input[0]`.
+    """
+
+    values: list[str | ImageInput] | list[Sequence[int]]
+    in_list: bool
+
+
+def _inputs(value: Any) -> EmbeddingInputs:
     """One input, or a list of them: texts and images, or all lists of tokens. Reading stops at the first wrong one.
 
     Lists of tokens become arrays of int32, and are emptied: the body that they are from is there until the answer is
     sent, and a token takes 40 bytes in a list.
     """
+    in_list = False
     if isinstance(value, str | dict):
         value = [value]
-    if not isinstance(value, list) or not value:
+    elif not isinstance(value, list) or not value:
         raise refusal(
             "input must be a text, an image, tokens, or a list of texts and images or of such tokens", "input"
         )
-    if not isinstance(value[0], str | list | dict):
+    elif isinstance(value[0], str | list | dict):
+        in_list = True
+    else:
         value = [value]
     if len(value) > MAX_INPUTS:
         raise refusal(f"input has {len(value)} inputs; send at most {MAX_INPUTS} in one request", "input")
-    places = ["input"] if len(value) == 1 else [f"input[{index}]" for index in range(len(value))]
+    places = [f"input[{index}]" for index in range(len(value))] if in_list else ["input"]
     if not isinstance(value[0], list):
-        return list(map(_text_or_image, value, places))
+        return EmbeddingInputs(list(map(_text_or_image, value, places)), in_list)
     tokens = 0
     inputs: list[Sequence[int]] = []
     for item, place in zip(value, places, strict=True):
@@ -70,7 +87,7 @@ def _inputs(value: Any) -> list[str | ImageInput] | list[Sequence[int]]:
             raise refusal(f"{place} must have integers of 0 to {MAX_TOKEN_ID}, the ids of tokens", place)
         inputs.append(array("i", item))
         item.clear()
-    return inputs
+    return EmbeddingInputs(inputs, in_list)
 
 
 def _text_or_image(item: Any, place: str) -> str | ImageInput:
@@ -103,9 +120,9 @@ class EmbeddingRequest(RequestModel):
     model_config = with_example({"model": "demo/tickets", "input": ["My parcel is late.", "I was charged twice."]})
 
     model: ModelName = Field(description="an adapter's reference, or the name of the base")
-    input: Annotated[
-        list[str | ImageInput] | list[Sequence[int]], PlainValidator(_inputs), WithJsonSchema(_INPUT_SCHEMA)
-    ] = Field(description="a text, an image, tokens, or a list of up to 2,048 texts and images or lists of tokens")
+    input: Annotated[EmbeddingInputs, PlainValidator(_inputs), WithJsonSchema(_INPUT_SCHEMA)] = Field(
+        description="a text, an image, tokens, or a list of up to 2,048 texts and images or lists of tokens"
+    )
     encoding_format: Encoding | None = Field(
         None, description="float (the default), or base64 of the numbers as little-endian float32"
     )
@@ -154,11 +171,11 @@ async def embeddings(body: EmbeddingRequest, context: ContextOf) -> Response:
             param="dimensions",
         )
     adapter = adapter_of(body.model, context.engine)
-    with translated_errors("input"), _lone_input(len(body.input)):
+    with translated_errors("input"), _named_as_sent(body.input):
         account = context.open_account(context.principal(adapter), body.priority)
         work = context.engine.embed(
             adapter,
-            body.input,
+            body.input.values,
             account.principal,
             pooling=body.pooling,
             normalize=body.normalize is not False,
@@ -177,12 +194,12 @@ async def embeddings(body: EmbeddingRequest, context: ContextOf) -> Response:
 
 
 @contextmanager
-def _lone_input(count: int) -> Iterator[None]:
-    """Have an error about the only input name it as the parser does: the engine counts inputs from 0."""
+def _named_as_sent(inputs: EmbeddingInputs) -> Iterator[None]:
+    """Have an error about an input that is in no list name it as the parser does: the engine counts inputs from 0."""
     try:
         yield
     except SeraServeError as error:
-        if count == 1 and error.param == "input[0]":
+        if not inputs.in_list and error.param == "input[0]":
             error.param = "input"
             error.message = error.message.replace("input 0 ", "input ", 1).replace("input[0]", "input", 1)
         raise

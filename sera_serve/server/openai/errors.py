@@ -68,8 +68,9 @@ def translated_errors(prompt: str = "prompt") -> Iterator[None]:
     except (SeraServeError, StoreError) as error:
         param = error.param
         if param is not None:
-            param = _PARAMS.get(param, param)
-            param = prompt if param == "prompt" else param
+            field, bracket, place = param.partition("[")
+            field = _PARAMS.get(field, field)
+            param = (prompt if field == "prompt" else field) + bracket + place
         if error.status == 422:
             raise InvalidOpenAIRequest(error.message, param=param, code=error.code) from error
         error.param = param

@@ -134,8 +134,12 @@ class Texts:
         tokens: list[int] = self._engine.base.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
         return tokens
 
-    def decode(self, tokens: list[int]) -> str:
+    def decode(self, tokens: list[int], param: str = "tokens") -> str:
         """Return the text of tokens, special ones included. Blocks.
+
+        Args:
+            tokens: Token ids.
+            param: The field that has them.
 
         Raises:
             InvalidRequest: A token is outside the vocabulary.
@@ -143,7 +147,7 @@ class Texts:
         tokenizer = self._engine.base.tokenizer
         size = len(tokenizer)
         if any(token >= size for token in tokens):
-            raise InvalidRequest(f"tokens must lie in 0 to {size - 1}", param="tokens")
+            raise InvalidRequest(f"the token ids of {param} must lie in 0 to {size - 1}", param=param)
         return str(tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def close(self) -> None:
