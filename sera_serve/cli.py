@@ -104,8 +104,10 @@ def _check_config(config: Path | None, flags: dict[str, Any]) -> None:
 
 def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
     # The default is None here, which means that the flag was not given. ServeSettings has the real default.
-    # Not in brackets, which the help takes as markup and leaves out.
-    default = "" if field.default is None else f". Default: {field.default}"
+    # Not in brackets, which the help takes as markup and leaves out. Values are written as a settings file has them.
+    value = field.default
+    shown = str(value).lower() if isinstance(value, bool) else str(value)
+    default = "" if value is None or value in ([], {}) else f". Default: {shown}"
     flag = name.replace("_", "-")
     # A switch needs a way to turn it off, too.
     flags = f"--{flag}/--no-{flag}" if field.annotation is bool else f"--{flag}"

@@ -131,6 +131,7 @@ def inspect(ref: RefArgument, store: StoreOption, as_json: JsonOption = False) -
 
 @adapters_app.command("import")
 def import_adapter(
+    context: typer.Context,
     source: Annotated[
         str,
         typer.Argument(
@@ -149,18 +150,15 @@ def import_adapter(
         typer.Option(help="split=K or split=K,rank=R: publish the nearest SeRA instead.", show_default=False),
     ] = None,
     max_error: Annotated[
-        float | None,
-        typer.Option(
-            help="With --compress: largest relative error of a layer's update that is accepted.",
-            show_default=f"{MAX_ERROR:g}",
-        ),
-    ] = None,
+        float, typer.Option(help="With --compress: largest relative error of a layer's update that is accepted.")
+    ] = MAX_ERROR,
     as_json: JsonOption = False,
 ) -> None:
     """Check a bundle or a PEFT checkpoint, and publish it as a new version."""
-    if max_error is not None and compress is None:
+    source_of_error = context.get_parameter_source("max_error")
+    if compress is None and source_of_error is not None and source_of_error.name != "DEFAULT":
         raise typer.BadParameter("only --compress reads it; give --compress, or leave it out", param_hint="--max-error")
-    if max_error is not None and not max_error >= 0:
+    if not max_error >= 0:
         raise typer.BadParameter(f"it is {max_error:g}; give a number from 0 to 1", param_hint="--max-error")
     with refusals():
         parse_adapter(name)
@@ -169,8 +167,7 @@ def import_adapter(
         for warning in warnings:
             say(f"sera-serve: {warning}", err=True)
         if shape is not None:
-            most = MAX_ERROR if max_error is None else max_error
-            bundle = compress_and_show(bundle, *shape, most, console(stderr=True))
+            bundle = compress_and_show(bundle, *shape, max_error, console(stderr=True))
         published = _publish(AdapterStore(store), bundle, name)
         fields = {**dataclasses.asdict(published), "warnings": list(warnings)}
         report(as_json, f"published {name} v{published.version}", **fields)

@@ -82,6 +82,10 @@ def test_every_setting_is_an_option() -> None:
     options = set(re.findall(r"--[a-z-]+", result.output))
     assert {f"--{name.replace('_', '-')}" for name in ServeSettings.model_fields} <= options
     assert "--config" in options
+    # As docs/settings.md and a settings file write them; nothing for a setting without a default.
+    text = " ".join(result.output.split())
+    assert "Default: true" in text and "Default: false" in text
+    assert not re.search(r"Default: (None|True|False|\[|\{)", text)
 
 
 @pytest.mark.parametrize(

@@ -422,6 +422,11 @@ def test_a_checkpoint_is_compressed(run: Run, store: AdapterStore, checkpoint: t
     assert store.resolve(NAME).version == 2
 
 
+def test_the_help_shows_the_defaults_of_a_compression(run: Run) -> None:
+    text = " ".join(run("import", "--help").output.replace("│", " ").split())
+    assert "that is accepted. [default: 0.1]" in text
+
+
 def test_a_hub_id_without_a_network(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
