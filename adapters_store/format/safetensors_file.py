@@ -231,6 +231,9 @@ def _other_kind(prefix: bytes) -> tuple[str, str] | None:
         return "a pickle", _NO_PICKLE
     if prefix.startswith(_COMPRESSED):
         return "compressed", "unpack it, and send the .safetensors, or a .tar that is not compressed"
+    # As an empty tar, and a copy that broke off on a disk where its room was taken before.
+    if len(prefix) >= 16 and not any(prefix):
+        return "a file that begins with zeros", "make it again, and look whether it has its content"
     return None
 
 

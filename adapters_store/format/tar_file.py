@@ -20,7 +20,8 @@ MAX_MEMBERS = 16
 # Writers put a few hundred bytes of times and owners there.
 _MAX_PAX_BYTES = 64 << 10
 _MAX_PAX_LENGTH_DIGITS = 6
-_REMEDY = "make the archive with: tar --format=ustar -cf bundle.tar adapter_config.json adapter_model.safetensors"
+# With -h links are followed. The hub's cache has a link for each file of a checkpoint.
+_REMEDY = "make the archive with: tar --format=ustar -chf bundle.tar adapter_config.json adapter_model.safetensors"
 
 _FILE = (b"0", b"\0")
 _DIRECTORY = b"5"
@@ -32,6 +33,9 @@ _REFUSED_TYPES = {
     b"4": "a device",
     b"6": "a pipe",
     b"7": "a contiguous file",
+    b"D": "a directory of an incremental archive",
+    b"M": "a part of a file (of several volumes)",
+    b"V": "a label (--label)",
     b"g": "a header for all members (pax global)",
     b"K": "a GNU long link name",
     b"L": "a GNU long name",
@@ -61,8 +65,12 @@ class TarMember:
 
 
 def looks_like_tar(prefix: bytes) -> bool:
-    """Whether the first 512 bytes can begin a tar archive."""
-    return prefix[257:262] == b"ustar"
+    """Whether the first 512 bytes begin a tar archive, which may be one that is refused."""
+    if prefix[257:262] == b"ustar":
+        return True
+    # Headers of the old form v7 have no magic, and a checksum.
+    field = prefix[148:156].strip(b"\0 ")
+    return field.isdigit() and not field.strip(b"01234567") and _checksum(prefix) == int(field, 8)
 
 
 def tar_members(data: memoryview, max_members: int = MAX_MEMBERS) -> Iterator[TarMember]:
@@ -119,17 +127,21 @@ def _check_end(data: memoryview, position: int) -> None:
 
 def _check_header(header: bytes) -> None:
     if header[257:265] not in (b"ustar\x0000", b"ustar  \0"):
-        raise _invalid("a header is neither POSIX nor GNU")
-    # The sum counts its own field as spaces.
-    if sum(header[:148]) + 8 * ord(" ") + sum(header[156:]) != _octal(header[148:156], "checksum"):
+        raise _invalid("a header has neither the magic of POSIX nor that of GNU, as the old form v7 and labels have it")
+    if _checksum(header) != _octal(header[148:156], "checksum"):
         raise _invalid("the checksum of a header is wrong; upload it again")
+
+
+def _checksum(header: bytes) -> int:
+    # The sum counts its own field as spaces.
+    return sum(header[:148]) + 8 * ord(" ") + sum(header[156:])
 
 
 def _member(header: bytes, size: int, content: memoryview, attributes: dict[str, str]) -> TarMember:
     name = attributes.get("path") or _name(header)
     kind = header[156:157]
     if kind not in (*_FILE, _DIRECTORY):
-        what = _REFUSED_TYPES.get(kind, f"of the unknown type {kind!r}")
+        what = _REFUSED_TYPES.get(kind, f"of the unknown type {kind.decode('latin-1')!r}")
         raise _invalid(f"member {name!r} is {what}", param=name)
     if any(header[157:257]):
         raise _invalid(f"member {name!r} has the target of a link", param=name)

@@ -209,7 +209,56 @@ def test_anything_else_is_refused_by_code(case: str) -> None:
 def test_a_refusal_names_the_member_and_the_remedy() -> None:
     error = refusal(tar_bytes((CONFIG, GOOD_CONFIG), (special_member(MODEL, tarfile.SYMTYPE, "/etc/passwd"), b"")))
     assert error.param == MODEL
-    assert "symbolic link" in error.message and "tar --format=ustar" in error.message
+    assert "symbolic link" in error.message
+    # The command follows links: without -h, it would make the same archive again.
+    assert "tar --format=ustar -chf bundle.tar" in error.message
+
+
+def test_the_remedy_is_a_command_that_works(tmp_path: Path) -> None:
+    """The hub's cache has a checkpoint as a folder of links."""
+    BUNDLE.save(tmp_path / "blobs")
+    links = tmp_path / ("d" * 120)
+    links.mkdir()
+    for name in (CONFIG, MODEL):
+        (links / name).symlink_to(tmp_path / "blobs" / name)
+    subprocess.run(["tar", "--format=gnu", "-cf", str(tmp_path / "wrong.tar"), "-C", tmp_path, links.name], check=True)
+    message = refusal((tmp_path / "wrong.tar").read_bytes()).message
+    command = message.partition("make the archive with: ")[2].split()
+    assert command[0] == "tar"
+    subprocess.run(command, cwd=links, check=True)
+    assert AdapterBundle.load(links / "bundle.tar").digest == BUNDLE.digest
+
+
+def without_magic(block: bytes) -> bytes:
+    header = bytearray(block)
+    header[257:] = bytes(255)
+    return with_checksum(header)
+
+
+@pytest.mark.parametrize("options", [["--format=v7"], ["--label=mine"]])
+def test_an_archive_without_a_magic_is_called_an_archive(options: list[str], tmp_path: Path) -> None:
+    BUNDLE.save(tmp_path / "adapter")
+    subprocess.run(["tar", *options, "-cf", str(tmp_path / "bundle.tar"), "-C", tmp_path, "adapter"], check=True)
+    error = refusal((tmp_path / "bundle.tar").read_bytes())
+    assert (error.code, error.param) == ("invalid_archive", "bundle")
+    assert "v7" in error.message and "tar --format=ustar" in error.message
+    # Made by hand, as programs of other systems write the sum.
+    block = without_magic(header(CONFIG, b"0", len(GOOD_CONFIG)))
+    for field in (block[148:156], b"\0" + block[148:154] + b"\0", b" " + block[149:154] + b" \0"):
+        data = block[:148] + field + block[156:] + padded(GOOD_CONFIG) + bytes(1024)
+        assert "v7" in refusal(data).message
+    assert refusal(block[:148] + b"0000000\0" + block[156:] + bytes(1024)).code == "not_safetensors"
+
+
+def test_a_type_is_named_in_words() -> None:
+    assert "is a directory of an incremental archive;" in refusal(changed(156, b"D")).message
+    assert "is of the unknown type 'Z';" in refusal(changed(156, b"Z")).message
+
+
+def test_an_empty_archive_is_no_wrong_kind_of_file() -> None:
+    """As `tar` leaves one where it finds none of its files."""
+    error = refusal(tar_bytes())
+    assert error.code == "not_safetensors" and "begins with zeros" in error.message
 
 
 def pax_of_digits(n: int) -> bytes:
