@@ -14,11 +14,9 @@ SUBJECTS = ["red", "blue", "green", "black", "white", "brown", "pink", "grey"]
 
 
 def example_rows() -> bytes:
-    """Chats in which the assistant repeats a colour."""
-    rows = [
-        {"messages": [{"role": "user", "content": f"Say {word}."}, {"role": "assistant", "content": f"{word}!"}]}
-        for word in SUBJECTS
-    ]
+    """Chats in which the assistant likes every colour."""
+    answer = {"role": "assistant", "content": "I like it too!"}
+    rows = [{"messages": [{"role": "user", "content": f"I like {word}."}, answer]} for word in SUBJECTS]
     return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
 
 
@@ -28,7 +26,7 @@ def main() -> None:
     parser.add_argument("--key", default="none", help="a key with the scopes train and infer, where one is needed")
     parser.add_argument("--model", default="embedded", help="the base, or an adapter to go on from")
     parser.add_argument("--file", type=Path, help="JSONL of messages; by default eight chats")
-    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=10)
     options = parser.parse_args()
     client = OpenAI(base_url=f"{options.url}/v1", api_key=options.key)
 
@@ -57,8 +55,8 @@ def main() -> None:
     if job.fine_tuned_model is None:
         raise SystemExit(f"the job has {job.status}: {job.error and job.error.message}")
 
-    messages = [{"role": "user", "content": "Say blue."}]
-    answer = client.chat.completions.create(model=job.fine_tuned_model, messages=messages, max_tokens=8)
+    messages = [{"role": "user", "content": "I like yellow."}]
+    answer = client.chat.completions.create(model=job.fine_tuned_model, messages=messages, max_tokens=20, temperature=0)
     print(f"{job.fine_tuned_model}: {answer.choices[0].message.content}")
 
 

@@ -19,7 +19,8 @@ from tokenizers import Tokenizer
 Tokens = npt.NDArray[np.uint16]
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
-SPECIAL_TOKENS = [BOS, EOS, PAD, "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
+END_OF_TURN = "<|end|>"
+SPECIAL_TOKENS = [BOS, EOS, PAD, "<|system|>", "<|user|>", "<|assistant|>", END_OF_TURN]
 
 HELD_OUT_STORIES = 80
 HELD_OUT_BOOKS = (

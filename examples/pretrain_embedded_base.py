@@ -15,7 +15,7 @@ from typing import Annotated
 import torch
 import typer
 from pretrain_card import plot_curve, read_log, render_card
-from pretrain_corpus import BOS, EOS, PAD, build_streams, read_corpus, token_id
+from pretrain_corpus import BOS, END_OF_TURN, EOS, PAD, build_streams, read_corpus, token_id
 from pretrain_evaluate import as_rows, as_table, baseline_scores, held_out_model, score_model
 from pretrain_run import CONTEXT, Run, RunSettings, base_config
 from pretrain_tokenizer import save_tokenizer, train_tokenizer
@@ -95,6 +95,8 @@ def export(
     output.mkdir(parents=True, exist_ok=True)
     model = load_model(work).to(torch.bfloat16)
     ids = {f"{name}_token_id": getattr(model.config, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    # The chat template ends each turn with <|end|>: a chat's answer is at its end there.
+    ids["eos_token_id"] = [ids["eos_token_id"], token_id(load_tokenizer(work), END_OF_TURN)]
     model.generation_config = GenerationConfig(**ids, do_sample=True, temperature=0.8, top_p=0.95, max_new_tokens=256)
     with tempfile.TemporaryDirectory(dir=work) as staged:
         model.save_pretrained(staged)

@@ -12,7 +12,7 @@ import torch
 from tokenizers import processors
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from sera_serve.base import FrozenBase, ModelInputs, freeze_base
+from sera_serve.base import FrozenBase, ModelInputs, freeze_base, load_base
 from sera_serve.errors import InvalidRequest
 from support.factories import byte_tokenizer, random_decoder, random_encoder
 
@@ -70,6 +70,14 @@ def test_only_long_inputs_need_a_thread() -> None:
     assert not preprocessor.is_long("a" * 4000, None)
     assert preprocessor.is_long("a" * 4001, None)
     assert preprocessor.is_long(None, [1] * 4001)
+
+
+def test_the_embedded_base_ends_an_answer_at_the_end_of_a_turn() -> None:
+    base = load_base("embedded")
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert base.tokenizer.apply_chat_template(chat, tokenize=False).endswith("b<|end|>\n")
+    ends = base.tokenizer.convert_tokens_to_ids(["<|end|>", "<|eos|>"])
+    assert base.preprocessor.end_tokens == set(ends)
 
 
 def test_end_tokens_come_from_the_generation_config_or_else_the_tokenizer() -> None:

@@ -301,11 +301,12 @@ def test_a_job_that_cannot_run_is_refused_by_the_field(
 
 @pytest.mark.slow
 def test_the_example(url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(sys, "argv", ["fine_tune.py", "--url", url, "--epochs", "1"])
+    monkeypatch.setattr(sys, "argv", ["fine_tune.py", "--url", url])
     runpy.run_path(str(Path(__file__).resolve().parents[2] / "examples" / "fine_tune.py"), run_name="__main__")
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("Step 1/") for line in lines)
-    assert lines[-1].startswith("default/embedded-colours-")
+    # The answer of the new model to a chat that it has not seen. It ends where a turn ends.
+    assert lines[-1].startswith("default/embedded-colours-") and lines[-1].endswith(": I like it too!")
 
 
 def test_bytes_that_no_record_names_are_swept(tmp_path: Path) -> None:

@@ -154,6 +154,21 @@ def test_a_long_answer_of_a_chat_keeps_its_beginning(
     assert len(tokenizer.notes()) == sum(notes)
 
 
+@pytest.mark.parametrize("ends_an_answer", [False, True])
+def test_a_turn_at_whose_end_no_answer_ends_is_told_with_the_remedy(base: FrozenBase, ends_an_answer: bool) -> None:
+    """As of a base whose template writes <|im_end|>, and whose generation config has <|endoftext|> alone."""
+    name, token = base.tokenizer.bos_token, base.tokenizer.bos_token_id
+    base.model.generation_config.eos_token_id = [base.tokenizer.eos_token_id] + [token] * ends_an_answer
+    base.tokenizer.chat_template = TEMPLATE.replace("{{ m.content }}", "{{ m.content }}" + name)
+    messages = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "bc"})
+    with closing(PassageTokenizer(base, 64)) as tokenizer:
+        (row,) = tokenizer.rows_of(Passage(ROW, messages=messages))
+    learned = [label for label in row["labels"] if label != IGNORED]
+    assert base.tokenizer.convert_ids_to_tokens(learned) == ["b", "c", name]
+    told = [] if ends_an_answer else [f"stop_token_ids [{token}]"]
+    assert [note[note.index("stop_token") :].removesuffix(" with each chat") for note in tokenizer.notes()] == told
+
+
 def test_an_earlier_answer_that_lost_its_question_is_not_learned(base: FrozenBase) -> None:
     base.tokenizer.chat_template = "{{ bos_token }}" + TEMPLATE
     turns = [("user", "a"), ("assistant", "bcdefghij"), ("user", "k"), ("assistant", "lm")]

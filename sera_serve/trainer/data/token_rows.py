@@ -42,8 +42,9 @@ class PassageTokenizer:
 
     A prompt is tokenised as on the server, by `tokenizer(prompt)`. A completion is tokenised on its own, without
     special tokens, so that training and serving see the same prefix. The end-of-text token closes each completion.
-    Chats are rendered as on the server, and have what their template writes alone. White space after the end token of
-    a turn of the assistant is not learned, because the server stops at that token. `close` ends what renders chats.
+    Chats are rendered as on the server, and have what their template writes alone. White space after the special token
+    at the end of a turn of the assistant is not learned, because the server stops at that token; where it does not,
+    `notes` says so. `close` ends what renders chats.
     """
 
     def __init__(self, base: FrozenBase, max_length: int, chat_template: str | None = None) -> None:
@@ -61,10 +62,13 @@ class PassageTokenizer:
         self.max_length = max_length
         self._least_prompt = max(_LEAST_PROMPT, max_length // _PROMPT_PART)
         self.end: list[int] = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
+        self._end_tokens = base.preprocessor.end_tokens
+        # The token that ends a turn of the assistant and no text of the server.
+        self._unended: int | None = None
         self._cut_prompts = self._cut_completions = self._windowed = self._windows = 0
 
     def notes(self) -> list[str]:
-        """Describe truncated and split texts for the user."""
+        """Describe truncated and split texts, and turns that the server does not end, for the user."""
         found = []
         if self._cut_prompts:
             found.append(f"{self._cut_prompts} prompts were cut at their beginning to fit {self.max_length} tokens")
@@ -73,6 +77,13 @@ class PassageTokenizer:
         if self._windowed:
             found.append(
                 f"{self._windowed} long texts were split into {self._windows} chunks of up to {self.max_length} tokens"
+            )
+        if self._unended is not None:
+            token = self._unended
+            found.append(
+                f"the chat template ends a turn with {self.tokenizer.decode([token])!r}, which ends no answer of this "
+                f"base: add {token} to eos_token_id in the base's generation_config.json, or send stop_token_ids "
+                f"[{token}] with each chat"
             )
         return found
 
@@ -152,6 +163,8 @@ class PassageTokenizer:
             text = whole[len(prompt) :]
             answer, spans = self._encode(text)
             learned = self._to_end_of_turn(answer, text, spans)
+            if learned and answer[learned - 1] in self._special - self._end_tokens:
+                self._unended = answer[learned - 1]
             if not any(token not in self._special for token in answer[:learned]) and message["content"].strip():
                 raise InvalidData(
                     f"{passage.row.where}: the chat template writes nothing of the assistant's message; check that it "
