@@ -1,4 +1,4 @@
-"""What an import of a PEFT checkpoint costs: `python -m benchmarks.peft_import CHECKPOINTS`.
+"""What an import of a PEFT checkpoint costs: `python -m benchmarks.peft_import [CHECKPOINTS]`.
 
 1. Time from an upload of 20 MB to its answer, and to the first token of a new and of a known adapter, over HTTP.
 2. Relative error of the nearest SeRA of public checkpoints; CHECKPOINTS has a folder with safetensors for each.
@@ -6,9 +6,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -92,9 +92,16 @@ def compress(folder: Path) -> None:
 
 
 def main() -> None:
-    """Print both measurements."""
+    """Print both measurements, or without a folder of checkpoints the first."""
+    parser = argparse.ArgumentParser(description="Time the import of a PEFT checkpoint, and compress checkpoints.")
+    parser.add_argument("checkpoints", type=Path, nargs="?", help="folder with a folder for each checkpoint")
+    checkpoints: Path | None = parser.parse_args().checkpoints
+    # Looked for at the beginning: the first measurement takes a minute.
+    folders = sorted({path.parent for path in checkpoints.glob("*/*.safetensors")}) if checkpoints else []
+    if checkpoints and not folders:
+        parser.error(f"{checkpoints} has no folder with a .safetensors file")
     time_import()
-    for folder in sorted(Path(sys.argv[1]).iterdir()):
+    for folder in folders:
         compress(folder)
 
 
