@@ -38,7 +38,9 @@ SHAPES: dict[str, list[str]] = {
 
 
 def main(
-    data: Annotated[Path, typer.Option(help="Folder of the data sets (see its README).")] = Path("../shared/data"),
+    data: Annotated[
+        Path, typer.Option(help="Folder of the data sets (see its README).", exists=True, file_okay=False)
+    ] = Path("../shared/data"),
     base: Annotated[str, typer.Option(help="Base of all shapes; an encoder has no shape of generate.")] = "embedded",
     only: Annotated[str, typer.Option(help="Shapes with this text in their name.")] = "",
 ) -> None:

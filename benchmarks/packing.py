@@ -76,7 +76,9 @@ def _run(task: GenerateTask, batches: Sequence[dict[str, Tensor]]) -> tuple[floa
 
 
 def main(
-    data: Annotated[Path, typer.Option(help="Folder of the real data.")] = Path("../shared/data"),
+    data: Annotated[Path, typer.Option(help="Folder of the real data.", exists=True, file_okay=False)] = Path(
+        "../shared/data"
+    ),
     rows: Annotated[int, typer.Option(help="Rows of each data set.")] = 1600,
     steps: Annotated[int, typer.Option(help="Steps of a round.")] = 6,
     rounds: Annotated[int, typer.Option(help="Rounds.")] = 5,

@@ -78,7 +78,9 @@ def measured(base: str, kind: str, data: Path, rows: int, epochs: int, seeds: in
 
 def main(
     quick: Annotated[bool, typer.Option(help="Few rows, one seed.")] = False,
-    data: Annotated[Path, typer.Option(help="Folder of the data sets.")] = Path("../shared/data"),
+    data: Annotated[Path, typer.Option(help="Folder of the data sets.", exists=True, file_okay=False)] = Path(
+        "../shared/data"
+    ),
     rows: Annotated[int, typer.Option(help="Training rows.")] = 2000,
     epochs: Annotated[int, typer.Option(help="Passes over the rows.")] = 2,
     seeds: Annotated[int, typer.Option(help="Seeds.")] = 3,

@@ -38,7 +38,7 @@ ARMS: dict[str, dict[str, Any]] = {
 
 
 def main(
-    data: Annotated[Path, typer.Option(help="Folder with the data sets.")],
+    data: Annotated[Path, typer.Option(help="Folder with the data sets.", exists=True, file_okay=False)],
     rows: Annotated[int, typer.Option(help="Training rows.")] = 1000,
     seeds: Annotated[str, typer.Option(help="Seeds, by commas.")] = "0,1,2",
     epochs: Annotated[int, typer.Option(help="Passes over the rows.")] = 5,

@@ -262,7 +262,9 @@ def are_equal(case: Case, distances: dict[str, float]) -> bool:
 
 
 def main(
-    data: Annotated[Path, typer.Option(help="Folder of real data.")] = Path("../shared/data"),
+    data: Annotated[Path, typer.Option(help="Folder of real data.", exists=True, file_okay=False)] = Path(
+        "../shared/data"
+    ),
     encoder: Annotated[Path | None, typer.Option(help="Folder of an encoder; MiniLM by default.")] = None,
     rows: Annotated[int, typer.Option(help="Training rows of each task.")] = 2000,
     test_rows: Annotated[int, typer.Option(help="Most test rows of each task.")] = 1379,

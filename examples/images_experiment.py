@@ -61,9 +61,17 @@ def caption_files(data: Path, work: Path) -> dict[str, Path]:
 
 def main(
     work: Annotated[Path, typer.Option(help="Folder for runs.jsonl and the store.")],
-    vit: Annotated[Path | None, typer.Option(help="Folder of the small ViT; without it no image-classify.")] = None,
-    clip: Annotated[Path | None, typer.Option(help="Folder of the small CLIP; without it no retrieve.")] = None,
-    data: Annotated[Path, typer.Option(help="Folder with the images.")] = Path("../shared/data/images"),
+    vit: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the small ViT; without it no image-classify.", exists=True, file_okay=False),
+    ] = None,
+    clip: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the small CLIP; without it no retrieve.", exists=True, file_okay=False),
+    ] = None,
+    data: Annotated[Path, typer.Option(help="Folder with the images.", exists=True, file_okay=False)] = Path(
+        "../shared/data/images"
+    ),
     seeds: Annotated[int, typer.Option(help="Seeds of each method.")] = 1,
     epochs: Annotated[int, typer.Option(help="Passes over the training rows.")] = 3,
     train_limit: Annotated[int, typer.Option(help="Training rows of a run, at most.")] = 800,

@@ -25,9 +25,14 @@ from transformers import GenerationConfig, LlamaForCausalLM
 
 app = typer.Typer(help="Pre-train, measure and export the embedded base model.", no_args_is_help=True)
 console = Console()
-DataOption = Annotated[Path, typer.Option(help="Folder with tinystories_cased.jsonl, tinystories_lower.txt, books/.")]
+DataOption = Annotated[
+    Path,
+    typer.Option(
+        help="Folder with tinystories_cased.jsonl, tinystories_lower.txt, books/.", exists=True, file_okay=False
+    ),
+]
 SeedOption = Annotated[int, typer.Option(help="Seed of the weights, the held-out stories and the batches.")]
-ModelOption = Annotated[Path, typer.Option(help="Folder with the exported model.")]
+ModelOption = Annotated[Path, typer.Option(help="Folder with the exported model.", exists=True, file_okay=False)]
 WorkOption = Annotated[Path, typer.Option(help="Folder for the tokenizer, checkpoint and log; outside the repository.")]
 
 

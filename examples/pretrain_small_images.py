@@ -97,7 +97,9 @@ def save_preprocessing(folder: Path, kind: str, side: int) -> None:
 @app.command()
 def vit(
     out: Annotated[Path, typer.Option(help="Folder of the model.")],
-    data: Annotated[Path, typer.Option(help="Folder with cifar10.zip.")] = Path("../shared/data/images"),
+    data: Annotated[Path, typer.Option(help="Folder with cifar10.zip.", exists=True, file_okay=False)] = Path(
+        "../shared/data/images"
+    ),
     epochs: Annotated[int, typer.Option(help="Passes over the 4,000 images.")] = 30,
     threads: Annotated[int, typer.Option(help="Threads.")] = 2,
 ) -> None:
@@ -171,9 +173,9 @@ def photographs(data: Path) -> list[tuple[str, list[str]]]:
 @app.command()
 def clip(
     out: Annotated[Path, typer.Option(help="Folder of the model.")],
-    data: Annotated[Path, typer.Option(help="Folder with cifar10.zip and flickr8k_1k.")] = Path(
-        "../shared/data/images"
-    ),
+    data: Annotated[
+        Path, typer.Option(help="Folder with cifar10.zip and flickr8k_1k.", exists=True, file_okay=False)
+    ] = Path("../shared/data/images"),
     epochs: Annotated[int, typer.Option(help="Passes over the images, one caption each.")] = 3,
     threads: Annotated[int, typer.Option(help="Threads.")] = 2,
 ) -> None:

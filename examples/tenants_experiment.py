@@ -26,7 +26,9 @@ from tenants_worker import base_digest, start_worker, train
 
 
 def main(
-    data: Annotated[Path, typer.Option(help="Folder with the data sets.")] = Path("../shared/data"),
+    data: Annotated[Path, typer.Option(help="Folder with the data sets.", exists=True, file_okay=False)] = Path(
+        "../shared/data"
+    ),
     work: Annotated[Path, typer.Option(help="Folder for runs.jsonl and the store.")] = Path("/tmp/tenants"),
     base: Annotated[str, typer.Option(help="Base model.")] = "embedded",
     tenant: Annotated[list[str] | None, typer.Option(help="Only these data sets.")] = None,
