@@ -134,8 +134,9 @@ def main(
     if quick:
         rounds, rows, epochs = 1, 120, 1
     table, correct = [], True
-    for name in bases.split(","):
-        base = minilm() if name == "minilm" else name
+    # A base that is not there ends the command before it measures another one for minutes.
+    folders = {name: minilm() if name == "minilm" else name for name in bases.split(",")}
+    for name, base in folders.items():
         found: dict[str, list[dict[str, Any]]] = {"together": [], "alone": []}
         for number in range(rounds):
             for mode in sorted(found, reverse=bool(number % 2)):

