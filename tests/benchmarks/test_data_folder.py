@@ -13,11 +13,11 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["benchmarks.dry_run"],
-        ["benchmarks.packing"],
-        ["benchmarks.quantized_base", "--quick"],
-        ["benchmarks.rank_allocation"],
-        ["benchmarks.served_tasks", "--quick"],
+        ["benchmarks/dry_run.py"],
+        ["benchmarks/packing.py"],
+        ["benchmarks/quantized_base.py", "--quick"],
+        ["benchmarks/rank_allocation.py"],
+        ["benchmarks/served_tasks.py", "--quick"],
         ["examples/images_experiment.py"],
         ["examples/pretrain_embedded_base.py", "train", "--work", "WORK"],
         ["examples/pretrain_small_images.py", "vit", "--out", "WORK"],
@@ -34,10 +34,7 @@ def test_a_folder_that_is_not_there_is_named(
     monkeypatch.setenv("COLUMNS", "1000")
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     with pytest.raises(SystemExit) as ended:
-        if program.endswith(".py"):
-            runpy.run_path(str(ROOT / program), run_name="__main__")
-        else:
-            runpy.run_module(program, run_name="__main__")
+        runpy.run_path(str(ROOT / program), run_name="__main__")
     assert ended.value.code == 2
     assert f"{tmp_path / 'none'}' does not exist" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
