@@ -14,6 +14,8 @@ from sera_serve.engine.loop.masks import MaskThreads
 from sera_serve.errors import EngineUnavailable, InvalidRequest
 
 VOCABULARY = 40
+# In place of a row: the request has no constraint, or no more.
+FREE = -2
 
 
 @dataclass(eq=False)
@@ -40,7 +42,7 @@ class Row:
 
     @property
     def constraint(self) -> Row | None:
-        return None if self.row == -2 else self
+        return None if self.row == FREE else self
 
     def fill(self, allowed: Any) -> None:
         self.threads += 1
@@ -66,8 +68,8 @@ def no_wait() -> None:
     pass
 
 
-def take(threads: MaskThreads, rows: list[Row], alone: bool = False) -> masks.RowMasks:
-    return threads.take(rows, no_wait, alone=alone)  # type: ignore[arg-type]
+def take(threads: MaskThreads, rows: list[Row]) -> masks.RowMasks:
+    return threads.take(rows, no_wait)  # type: ignore[arg-type]
 
 
 def begin(threads: MaskThreads, rows: list[Row]) -> None:
@@ -79,7 +81,7 @@ def wait_until_taken(threads: MaskThreads, rows: list[Row]) -> masks.RowMasks:
     taken = masks.RowMasks()
     while rows:
         begin(threads, rows)
-        got = take(threads, rows, alone=True)
+        got = take(threads, rows)
         taken.allowed.update(got.allowed)
         taken.failures.update(got.failures)
         rows = [row for row in rows if row in got.postponed]
@@ -132,17 +134,19 @@ def test_a_step_waits_in_proportion_to_its_own_time(opened: threading.Event, mon
     waits: list[float] = []
     monkeypatch.setattr(threads._changed, "wait_for", lambda ready, timeout: waits.append(timeout))
     late = Row("a", 0, opened)
-    begin(threads, [late])
 
     def logits() -> None:
         now[0] += 0.02
 
-    for alone in (False, True):
-        assert threads.take([late], logits, alone=alone).postponed == {late}  # type: ignore[list-item, comparison-overlap]
-    now[0] = 100.0
-    begin(threads, [late])
+    # Beside a request without a constraint, and alone: then the step would give no token at all.
+    for others, seconds in [([Row("b", 1, row=FREE)], [0.01]), ([], [0.01, 0.04])]:
+        begin(threads, [late, *others])
+        assert threads.take([late], logits).postponed == {late}  # type: ignore[list-item, comparison-overlap]
+        assert waits == pytest.approx(seconds)
+        waits.clear()
+    begin(threads, [late, Row("b", 1, row=FREE)])
     take(threads, [late])
-    assert waits == pytest.approx([0.01, 0.02, 0.03, masks._LEAST_PATIENCE_S])
+    assert waits == [masks._LEAST_PATIENCE_S]
 
 
 def test_a_ready_mask_waits_for_no_device() -> None:
@@ -151,7 +155,7 @@ def test_a_ready_mask_waits_for_no_device() -> None:
     begin(threads, [row])
     with threads._changed:
         assert threads._changed.wait_for(lambda: threads._jobs[row].is_done, 20)  # type: ignore[index]
-    got = threads.take([row], lambda: 1 / 0, alone=False)  # type: ignore[list-item]
+    got = threads.take([row], lambda: 1 / 0)  # type: ignore[list-item]
     assert got.allowed[row].tolist() == [1, 1]  # type: ignore[index]
 
 
@@ -203,7 +207,7 @@ def test_a_request_that_was_finished_before_its_turn_is_not_looked_at(opened: th
     first, second = Row("a", 0, opened), Row("a", 1)
     begin(threads, [first, second])
     assert first.begun.wait(20)
-    second.row = -2
+    second.row = FREE
     opened.set()
     with threads._changed:
         assert threads._changed.wait_for(lambda: list(threads._jobs) == [first], 20)

@@ -67,12 +67,7 @@ class TokenChooser:
         self._masks.close()
 
     def choose(
-        self,
-        logits: Tensor,
-        requests: Sequence[GenerationRequest],
-        unfinished: set[GenerationRequest],
-        *,
-        others: bool = False,
+        self, logits: Tensor, requests: Sequence[GenerationRequest], unfinished: set[GenerationRequest]
     ) -> ChosenTokens:
         """Choose the next token of each request, and note its log-probabilities where they are asked for.
 
@@ -81,11 +76,10 @@ class TokenChooser:
             requests: In the order of the logits. `begin` was told of those that get a token.
             unfinished: Those whose prompt goes on in a later step. Their token is not looked at, but for whether it is
                 `NO_TOKEN`.
-            others: Whether the step gives tokens to other requests, too.
         """
         masks = RowMasks()
         if any(request.adjusts_now for request in requests):
-            masks = self._masks_of(logits, requests, unfinished, others)
+            masks = self._masks_of(logits, requests, unfinished)
             tokens = self._choose_by_kind(logits, requests, unfinished, masks)
             # As of an unfinished prompt, their token only tells whether the logits are sound.
             unfinished = unfinished | masks.postponed
@@ -112,10 +106,9 @@ class TokenChooser:
         return ChosenTokens(tokens, masks.failures, masks.postponed)
 
     def _masks_of(
-        self, logits: Tensor, requests: Sequence[GenerationRequest], unfinished: set[GenerationRequest], others: bool
+        self, logits: Tensor, requests: Sequence[GenerationRequest], unfinished: set[GenerationRequest]
     ) -> RowMasks:
-        given = [request for request in requests if request not in unfinished]
-        constrained = [request for request in given if request.constraint is not None]
+        constrained = [one for one in requests if one.constraint is not None and one not in unfinished]
         if not constrained:
             return RowMasks()
 
@@ -123,7 +116,7 @@ class TokenChooser:
             if logits.is_cuda:
                 torch.cuda.current_stream(logits.device).synchronize()
 
-        return self._masks.take(constrained, wait_for_logits, alone=not others and len(constrained) == len(given))
+        return self._masks.take(constrained, wait_for_logits)
 
     def _choose_by_kind(
         self,

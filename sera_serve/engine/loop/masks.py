@@ -96,17 +96,21 @@ class MaskThreads:
         # Threads by tenant, and all of them.
         self._working: Counter[str] = Counter()
         self._threads = 0
+        # Of the step under way: when it began, and whether no request of it gets a token without a mask.
         self._step_began = 0.0
+        self._all_wait = False
 
     def begin(self, requests: Iterable[GenerationRequest]) -> None:
-        """Begin a step, and the masks of its requests that have a constraint and get a token by it."""
-        self._step_began = time.monotonic()
+        """Begin a step that gives these requests a token, and the masks of those that have a constraint."""
+        self._step_began, self._all_wait = time.monotonic(), True
         new = []
         with self._changed:
             for request in requests:
-                if (job := self._jobs.get(request)) is not None:
+                if request.constraint is None:
+                    self._all_wait = False
+                elif (job := self._jobs.get(request)) is not None:
                     job.is_left = False
-                elif request.constraint is not None:
+                else:
                     new.append(request)
             for request in sorted(new, key=lambda request: request.order):
                 job = self._jobs[request] = _Job(request)
@@ -116,15 +120,12 @@ class MaskThreads:
         for _ in range(starting):
             self._executor.submit(self._work)
 
-    def take(
-        self, requests: Sequence[GenerationRequest], wait_for_logits: Callable[[], object], *, alone: bool
-    ) -> RowMasks:
+    def take(self, requests: Sequence[GenerationRequest], wait_for_logits: Callable[[], object]) -> RowMasks:
         """The masks of a step's requests, which have a constraint each and have begun; waits for a while.
 
         Args:
-            requests: Those that get a token by this step.
+            requests: Of the step under way.
             wait_for_logits: Waits until the device has computed what the masks are for.
-            alone: Whether no other request gets a token by the step.
         """
         masks = RowMasks()
         with self._changed:
@@ -134,7 +135,7 @@ class MaskThreads:
         patience = max(_LEAST_PATIENCE_S, _PATIENCE * (time.monotonic() - self._step_began))
         with self._changed:
             self._changed.wait_for(lambda: all(job.is_done for job in jobs), patience)
-            if alone:
+            if self._all_wait:
                 left = max(0.0, _PATIENCE_ALONE_S - patience)
                 self._changed.wait_for(lambda: any(job.is_done for job in jobs), left)
             for job in jobs:

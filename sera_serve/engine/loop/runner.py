@@ -250,8 +250,7 @@ class StepRunner:
         wanted = set(chosen)
         places = [place for place, request in enumerate(requests) if request in wanted]
         logits = rows_of(launched.logits, places)
-        others = len(chosen) < len(requests)
-        return _outcome(chosen, self._chooser.choose(logits, chosen, set(), others=others), set(), set())
+        return _outcome(chosen, self._chooser.choose(logits, chosen, set()), set(), set())
 
     def _run_apart(self, requests: list[GenerationRequest], work: Callable[[], StepOutcome]) -> StepOutcome:
         """Run a part of a step. Its failure is that of its own requests, unless the device itself has failed."""
