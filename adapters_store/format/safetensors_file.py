@@ -104,6 +104,13 @@ def header_length(prefix: bytes, file_bytes: int, limits: BundleLimits) -> int:
         )
     if len(prefix) < _LENGTH_BYTES:
         raise Truncated(f"the file has {file_bytes} bytes; upload it again, whole", param=MODEL_FILE)
+    # As an empty tar, and a copy that broke off on a disk where its room was taken before.
+    if not any(prefix):
+        raise NotSafetensors(
+            "this is a file that begins with zeros, not a safetensors file; make it again, and look whether it has its "
+            "content",
+            param=MODEL_FILE,
+        )
     length = int.from_bytes(prefix[:_LENGTH_BYTES], "little")
     if length > _ABSURD_HEADER or length < 2 or prefix[_LENGTH_BYTES : _LENGTH_BYTES + 1] not in (b"{", b""):
         raise NotSafetensors("this is not a safetensors file; send the file that the trainer wrote", param=MODEL_FILE)
@@ -231,9 +238,6 @@ def _other_kind(prefix: bytes) -> tuple[str, str] | None:
         return "a pickle", _NO_PICKLE
     if prefix.startswith(_COMPRESSED):
         return "compressed", "unpack it, and send the .safetensors, or a .tar that is not compressed"
-    # As an empty tar, and a copy that broke off on a disk where its room was taken before.
-    if len(prefix) >= 16 and not any(prefix):
-        return "a file that begins with zeros", "make it again, and look whether it has its content"
     return None
 
 

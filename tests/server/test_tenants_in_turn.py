@@ -83,7 +83,7 @@ def release(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
 
     chat_prompt = held(Texts.chat_prompt, lambda conversation, *_: conversation.messages[0].content == HELD_TEXT)
     monkeypatch.setattr(Texts, "chat_prompt", chat_prompt)
-    monkeypatch.setattr(Texts, "decode", held(Texts.decode, lambda tokens: tokens == [HELD_TOKEN]))
+    monkeypatch.setattr(Texts, "decode", held(Texts.decode, lambda tokens, *_: tokens == [HELD_TOKEN]))
     yield opened
     opened.set()
 
