@@ -13,8 +13,8 @@ from adapters_store import parse_json
 from sera_serve.errors import SeraServeError
 from sera_serve.trainer.data.spans import spans_of
 from sera_serve.trainer.data.targets import labels_of, number_of
+from sera_serve.trainer.tables.faults import InvalidData, Problems, Row
 from sera_serve.trainer.tables.fields import label_of, messages_of, string_of, text_of
-from sera_serve.trainer.tables.table import InvalidData, Problems, Row
 
 RowKind = Literal["messages", "prompt", "text", "pair", "labels", "pair-labels", "score", "pair-score", "spans"]
 """What each row of a file has, besides the text: a label, labels, a score or spans; of a pair, two texts."""

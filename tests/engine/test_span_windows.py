@@ -21,7 +21,7 @@ from sera_serve.sera_config import SeraConfig
 from sera_serve.trainer.data.labelled import LabelledExamples
 from sera_serve.trainer.data.targets import Example
 from sera_serve.trainer.settings import TrainSettings
-from sera_serve.trainer.tables.table import Row
+from sera_serve.trainer.tables.faults import Row
 from sera_serve.trainer.tasks import TokenClassifyTask
 from sera_serve.trainer.tasks.token_classify import span_metrics
 from support.engine import classify

@@ -16,7 +16,7 @@ from sera_serve.trainer.data.passages import Passage, load_generate_data
 from sera_serve.trainer.data.token_rows import PassageTokenizer
 from sera_serve.trainer.model import IGNORED
 from sera_serve.trainer.run import train_adapter
-from sera_serve.trainer.tables.table import InvalidData, Row
+from sera_serve.trainer.tables.faults import InvalidData, Row
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}q{{ m.content }}"

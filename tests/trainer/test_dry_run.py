@@ -20,7 +20,7 @@ from sera_serve.trainer.cli import main
 from sera_serve.trainer.dry_run import Lengths, dry_run
 from sera_serve.trainer.dry_run_report import _show_lengths
 from sera_serve.trainer.run import TrainingRun, build_task, train_adapter, with_run
-from sera_serve.trainer.tables.table import InvalidData
+from sera_serve.trainer.tables.faults import InvalidData
 from support.vision import random_clip
 
 

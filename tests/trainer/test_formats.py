@@ -15,7 +15,7 @@ from sera_serve.trainer.data.passages import load_generate_data
 from sera_serve.trainer.model import IGNORED
 from sera_serve.trainer.run import train_adapter
 from sera_serve.trainer.settings import load_options
-from sera_serve.trainer.tables.table import InvalidData
+from sera_serve.trainer.tables.faults import InvalidData
 from sera_serve.trainer.tasks import GenerateTask
 
 TEMPLATE = (

@@ -16,8 +16,8 @@ from trainer_samples import write_csv, write_jsonl
 
 from sera_serve.trainer.data.images import load_image_classify_data, load_retrieve_data
 from sera_serve.trainer.tables import image_files
+from sera_serve.trainer.tables.faults import InvalidData
 from sera_serve.trainer.tables.image_files import FolderSource, ImageStore
-from sera_serve.trainer.tables.table import InvalidData
 from support.vision import image_file, picture
 
 

@@ -20,7 +20,7 @@ from sera_serve.errors import InvalidConfiguration
 from sera_serve.server import build_app
 from sera_serve.trainer.data.images import load_image_label_sets
 from sera_serve.trainer.run import train_adapter
-from sera_serve.trainer.tables.table import InvalidData
+from sera_serve.trainer.tables.faults import InvalidData
 from sera_serve.trainer.tasks.multi_label import label_set_metrics
 from support.live_server import live_server
 from support.vision import image_file, random_vit

@@ -17,7 +17,7 @@ from sera_serve.errors import InvalidConfiguration
 from sera_serve.trainer.initial import check_initial
 from sera_serve.trainer.run import train_adapter
 from sera_serve.trainer.settings import TrainSettings, load_options
-from sera_serve.trainer.tables.table import InvalidData
+from sera_serve.trainer.tables.faults import InvalidData
 from support.factories import random_adapter
 from support.training import CHATS, SORTED, jsonl
 

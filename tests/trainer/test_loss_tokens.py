@@ -12,7 +12,7 @@ from sera_serve.errors import InvalidConfiguration
 from sera_serve.trainer.data.passages import GenerateData, Passage
 from sera_serve.trainer.data.token_rows import PassageTokenizer
 from sera_serve.trainer.model import IGNORED
-from sera_serve.trainer.tables.table import InvalidData, Row
+from sera_serve.trainer.tables.faults import InvalidData, Row
 from sera_serve.trainer.tasks import GenerateTask
 
 ROW = Row({}, 1, 1)

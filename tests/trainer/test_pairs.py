@@ -19,7 +19,7 @@ from sera_serve.server import build_app
 from sera_serve.trainer.data.labelled import Example, LabelledExamples, load_classify_data
 from sera_serve.trainer.run import train_adapter
 from sera_serve.trainer.settings import TrainSettings
-from sera_serve.trainer.tables.table import Row
+from sera_serve.trainer.tables.faults import Row
 from sera_serve.trainer.tasks import ClassifyTask
 from support.factories import byte_tokenizer, random_decoder, random_encoder
 from support.live_server import live_server

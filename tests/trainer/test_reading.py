@@ -21,7 +21,8 @@ from trainer_samples import settings_for, write_jsonl
 from sera_serve.trainer.data.labelled import LabelledExamples, load_classify_data
 from sera_serve.trainer.data.passages import GenerateData, load_generate_data
 from sera_serve.trainer.data.targets import load_numbers
-from sera_serve.trainer.tables.table import InvalidData, read_table
+from sera_serve.trainer.tables.faults import InvalidData
+from sera_serve.trainer.tables.table import read_table
 
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {
     ".gz": gzip.compress,

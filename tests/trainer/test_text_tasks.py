@@ -21,7 +21,7 @@ from sera_serve.errors import InvalidConfiguration
 from sera_serve.trainer.data.targets import load_label_sets
 from sera_serve.trainer.run import TrainResult, train_adapter
 from sera_serve.trainer.settings import TrainSettings, load_options
-from sera_serve.trainer.tables.table import InvalidData
+from sera_serve.trainer.tables.faults import InvalidData
 from sera_serve.trainer.tasks import TASKS
 from sera_serve.trainer.tasks.multi_label import label_set_metrics
 from sera_serve.trainer.tasks.regress import regression_metrics

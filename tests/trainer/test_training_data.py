@@ -15,7 +15,7 @@ from sera_serve.trainer.data.passages import load_generate_data
 from sera_serve.trainer.data.spans import load_spans
 from sera_serve.trainer.data.splits import draw, hold_out
 from sera_serve.trainer.data.targets import load_label_sets, load_numbers
-from sera_serve.trainer.tables.table import InvalidData
+from sera_serve.trainer.tables.faults import InvalidData
 
 GOOD = [["a text", "x"], ["b text", "y"], ["c text", "x"], ["d text", "y"]]
 

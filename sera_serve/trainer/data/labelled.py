@@ -11,8 +11,9 @@ from typing import Generic, Literal, TypeVar
 
 from sera_serve.trainer.data.splits import draw, hold_out_for
 from sera_serve.trainer.settings import TrainSettings
+from sera_serve.trainer.tables.faults import InvalidData, Problems, Row
 from sera_serve.trainer.tables.fields import label_of, text_of, whole_number_names
-from sera_serve.trainer.tables.table import InvalidData, Problems, Row, Table, read_table
+from sera_serve.trainer.tables.table import Table, read_table
 
 T = TypeVar("T")
 Use = Literal["train", "eval", "test"]

@@ -10,8 +10,9 @@ from adapters_store import MAX_CHAT_TEMPLATE_BYTES
 from sera_serve.trainer.data.labelled import read_uses
 from sera_serve.trainer.data.splits import draw, hold_out_for
 from sera_serve.trainer.settings import TrainSettings
+from sera_serve.trainer.tables.faults import InvalidData, Problems, Row
 from sera_serve.trainer.tables.fields import messages_of, string_of
-from sera_serve.trainer.tables.table import InvalidData, Problems, Row, Table
+from sera_serve.trainer.tables.table import Table
 
 # The prompts of Stanford Alpaca (tatsu-lab/stanford_alpaca, train.py), with which its many copies were trained.
 _ALPACA_WITH_INPUT = (

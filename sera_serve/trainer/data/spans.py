@@ -9,9 +9,10 @@ from sera_serve.base.spans import OUTSIDE, Span
 from sera_serve.trainer.data.labelled import Example, LabelledExamples, check_known, limit_notes
 from sera_serve.trainer.data.targets import load_examples
 from sera_serve.trainer.settings import TrainSettings
+from sera_serve.trainer.tables.faults import InvalidData, Problems, Row
 from sera_serve.trainer.tables.fields import text_of
 from sera_serve.trainer.tables.strict import RowDecoder
-from sera_serve.trainer.tables.table import InvalidData, Problems, Row, Table
+from sera_serve.trainer.tables.table import Table
 
 # A tag has two characters more than the label of a span, and at most 512 in a bundle.
 _LONGEST_KIND = 510

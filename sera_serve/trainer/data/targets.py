@@ -24,8 +24,9 @@ from sera_serve.trainer.data.labelled import (
 )
 from sera_serve.trainer.data.splits import draw, hold_out_for
 from sera_serve.trainer.settings import TrainSettings
+from sera_serve.trainer.tables.faults import InvalidData, Problems, Row
 from sera_serve.trainer.tables.fields import LONGEST_LABEL
-from sera_serve.trainer.tables.table import InvalidData, Problems, Row, Table
+from sera_serve.trainer.tables.table import Table
 
 _SHOWN_CHARACTERS = 60
 # What people put between labels.

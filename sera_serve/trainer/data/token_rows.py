@@ -15,7 +15,7 @@ from sera_serve.base.chat import ChatRenderer, ChatTemplate, ChatTemplateFailed,
 from sera_serve.errors import InvalidConfiguration
 from sera_serve.trainer.data.passages import Passage
 from sera_serve.trainer.model import IGNORED
-from sera_serve.trainer.tables.table import InvalidData
+from sera_serve.trainer.tables.faults import InvalidData
 
 # Truncation keeps at least this many tokens of a prompt, and a part of the row for it: one in so many. An answer is
 # learned as one to its question, after which a chat has words of the template.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sera_serve.trainer.tables.faults import InvalidData, Lines, Problems, Row
+from sera_serve.trainer.tables.faults import InvalidData, Lines, Row
 from sera_serve.trainer.tables.files import DataFile, find_file
 from sera_serve.trainer.tables.strict import (
     CsvShape,
@@ -18,8 +18,6 @@ from sera_serve.trainer.tables.strict import (
     read_csv,
 )
 from sera_serve.trainer.tables.strict import read_json as read_json_strictly
-
-__all__ = ["InvalidData", "Problems", "Row", "Table", "read_table"]
 
 HUB = "hub:"
 

@@ -16,7 +16,7 @@ from sera_serve.trainer.data.labelled import Example, Examples
 from sera_serve.trainer.data.token_rows import by_length
 from sera_serve.trainer.model import AdapterModel
 from sera_serve.trainer.settings import TrainSettings
-from sera_serve.trainer.tables.table import InvalidData
+from sera_serve.trainer.tables.faults import InvalidData
 
 # Rows of one evaluation batch.
 _EVAL_BATCH = 64
