@@ -156,7 +156,7 @@ def test_columns_of_unknown_types_are_left_out(tmp_path: Path) -> None:
     assert table.columns == ["text", "label"]
     (note,) = table.notes
     assert note.startswith("column 'by' of rows.parquet is left out, because its type map<string, int64")
-    told = refusal(lambda: table.require("by", "--label-column"))
+    told = refusal(lambda: table.require("by", "label_column"))
     assert "column 'by' has the type map<string, int64" in told
     pyarrow.parquet.write_table(rows.slice(0, 0).append_column("by", numbers[:0]), path)
     assert "has no rows" in refusal(lambda: read_table(path))

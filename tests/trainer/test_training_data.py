@@ -84,6 +84,43 @@ def test_faults_of_a_csv_file(tmp_path: Path, content: bytes, message: str) -> N
 
 
 @pytest.mark.parametrize(
+    ("content", "options", "param"),
+    [
+        (b"", {}, "train"),
+        (b"text,text\na,x\n", {}, "train"),
+        (b'text,label\n"a,x\n', {}, "train"),
+        (b"text,label\n", {}, "train"),
+        (b"text,label\na,x\n", {"label_column": "rating"}, "label_column"),
+        (b"text,label\na,\xe9\n", {}, "encoding"),
+        (b"a\x00b", {"encoding": "utf-16"}, "encoding"),
+    ],
+)
+def test_a_refusal_names_the_option_of_its_fault(
+    tmp_path: Path, content: bytes, options: dict[str, Any], param: str
+) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_bytes(content)
+    with pytest.raises(InvalidData) as caught:
+        classify(path, **options)
+    assert caught.value.param == param
+
+
+@pytest.mark.parametrize("use", ["eval", "test"])
+@pytest.mark.parametrize("content", [b"text,label\na,z\n", b"text,label\n,x\n", b"", b"text,tag\na,x\n"])
+def test_a_fault_of_another_file_than_the_training_rows_names_that_file(
+    tmp_path: Path, use: str, content: bytes
+) -> None:
+    other = tmp_path / "other.csv"
+    other.write_bytes(content)
+    train = write_csv(tmp_path / "train.csv", [*GOOD, *GOOD])
+    for loader, multi_label in ((load_classify_data, False), (load_label_sets, True)):
+        settings = settings_for(Path("base"), tmp_path, train, multi_label=multi_label, **{use: other})
+        with pytest.raises(InvalidData, match="other.csv") as caught:
+            loader(settings)
+        assert caught.value.param == ("label_column" if b"tag" in content else use)
+
+
+@pytest.mark.parametrize(
     ("row", "message"),
     [
         ({"text": 5, "label": "x"}, "row 5 (line 5): text is int 5, not text; write a string or delete the row"),

@@ -21,9 +21,9 @@ from sera_serve.trainer.data.labelled import (
     limit_notes,
 )
 from sera_serve.trainer.data.splits import check_evaluated, draw, hold_out, hold_out_for
-from sera_serve.trainer.data.targets import check_label_sets_known, check_labels_repeat, labels_of, separator_notes
+from sera_serve.trainer.data.targets import labels_of, learned_labels, separator_notes
 from sera_serve.trainer.settings import TrainSettings
-from sera_serve.trainer.tables.faults import InvalidData, Problems, Row
+from sera_serve.trainer.tables.faults import InvalidData, Problems, Row, faults_of
 from sera_serve.trainer.tables.fields import label_of, whole_number_names
 from sera_serve.trainer.tables.image_files import (
     FolderSource,
@@ -99,8 +99,11 @@ def load_image_classify_data(settings: TrainSettings, initial: AdapterConfig | N
         check_count(settings.train, rows["train"])
         check_labels_known(settings.train, rows["train"], labels, settings.init_from)
     for use in USES[1:]:
-        rows[use] = reader.labelled(use, labels)
-        check_labels_known(getattr(settings, use) or settings.train, rows[use], labels)
+        path = getattr(settings, use)
+        # Without a file of its own, the rows are a split of the folder of the training rows.
+        with faults_of(use if path is not None else "train"):
+            rows[use] = reader.labelled(use, labels)
+            check_labels_known(path or settings.train, rows[use], labels)
     train = draw(rows["train"], settings.train_limit, settings.seed)
     if not rows["eval"] and settings.eval_fraction:
         # Equal images stay on one side.
@@ -123,17 +126,12 @@ def load_image_label_sets(settings: TrainSettings, initial: AdapterConfig | None
         InvalidData: A file, an image or some of the rows cannot be used.
     """
     reader = _Reader(settings)
-    rows = {use: reader.tagged(use) for use in USES}
-    labels = initial.labels if initial is not None else None
-    kept = "in the training data" if labels is None else f"a label of {settings.init_from}"
-    check_count(settings.train, rows["train"])
-    if labels is None:
-        labels = sorted({label for item in rows["train"] for label in item.target})
-        if not labels:
-            raise InvalidData(f"{settings.train}: no row has a label; check --label-column", param="label_column")
-        check_labels_repeat(settings.train, len(rows["train"]), labels)
+    rows: dict[Use, list[ImageExample[LabelSet]]] = {}
     for use in USES:
-        check_label_sets_known(getattr(settings, use) or settings.train, rows[use], labels, kept)
+        with faults_of(use):
+            rows[use] = reader.tagged(use)
+    check_count(settings.train, rows["train"])
+    labels = learned_labels(settings, rows, initial.labels if initial is not None else None)
     train = draw(rows["train"], settings.train_limit, settings.seed)
     if settings.eval is None and settings.eval_fraction:
         train, rows["eval"] = hold_out_for(
@@ -159,8 +157,10 @@ def load_retrieve_data(settings: TrainSettings, initial: AdapterConfig | None = 
         InvalidData: A file, an image or some of the rows cannot be used.
     """
     reader = _Reader(settings)
-    rows = {use: reader.captioned(use) for use in USES}
+    rows: dict[Use, list[ImageExample[str]]] = {}
     for use in USES:
+        with faults_of(use):
+            rows[use] = reader.captioned(use)
         if rows[use] and len({item.image for item in rows[use]}) < 2:
             raise InvalidData(
                 f"{getattr(settings, use)} has one image, which has no other to be told from; add images", param=use
@@ -174,8 +174,7 @@ def load_retrieve_data(settings: TrainSettings, initial: AdapterConfig | None = 
             if len({item.image for item in part}) < 2:
                 raise InvalidData(
                     f"{settings.train} has too few images to hold some out; add images, give --eval, or "
-                    "--eval-fraction 0",
-                    param="train",
+                    "--eval-fraction 0"
                 )
     parts = train, rows["eval"], rows["test"]
     return ImageExamples(reader.images, *parts, reader.digests, reader.notes, _spec_of(initial))
@@ -234,7 +233,7 @@ class _Reader:
     def _with_labels(self, path: Path, use: Use) -> Callable[[Problems], Iterator[tuple[Row, str]]]:
         """What yields the rows of a table that has a column of labels, each with the digest of its image."""
         table, column = self._table(path, use)
-        table.require(self._settings.label_column, "--label-column")
+        table.require(self._settings.label_column, "label_column")
         return lambda problems: self._table_images(table, column, problems, use)
 
     def _labelled_files(self, use: Use, given: Path | None) -> list[ImageExample[str]]:
@@ -270,7 +269,7 @@ class _Reader:
                 param=use,
             )
         table, column = self._table(path, use)
-        table.require(self._settings.caption_column, "--caption-column")
+        table.require(self._settings.caption_column, "caption_column")
         problems = Problems(path)
         rows = [
             ImageExample(image, caption, row.place())
@@ -289,7 +288,7 @@ class _Reader:
         column = self._settings.image_column
         if column == "image" and column not in table.columns and _METADATA_COLUMN in table.columns:
             column = _METADATA_COLUMN
-        table.require(column, "--image-column")
+        table.require(column, "image_column")
         return table, column
 
     def _table_images(self, table: Table, column: str, problems: Problems, use: Use) -> Iterator[tuple[Row, str]]:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Generic, Literal, TypeVar
 
 from sera_serve.trainer.data.splits import draw, hold_out_for
+from sera_serve.trainer.option_text import flag
 from sera_serve.trainer.settings import TrainSettings
-from sera_serve.trainer.tables.faults import InvalidData, Problems, Row
+from sera_serve.trainer.tables.faults import InvalidData, Problems, Row, faults_of
 from sera_serve.trainer.tables.fields import label_of, text_of, whole_number_names
 from sera_serve.trainer.tables.table import Table, read_table
 
@@ -52,10 +53,11 @@ def read_uses(
     digests: dict[str, str] = {}
     notes: list[str] = []
     for use in USES:
-        if (table := table_for(settings, use)) is not None:
-            rows[use] = read(table, settings)
-            digests[use] = table.digest
-            notes += table.notes
+        with faults_of(use):
+            if (table := table_for(settings, use)) is not None:
+                rows[use] = read(table, settings)
+                digests[use] = table.digest
+                notes += table.notes
     return rows, digests, notes
 
 
@@ -118,22 +120,23 @@ def load_classify_data(settings: TrainSettings, labels: list[str] | None = None)
     notes: list[str] = []
     rows: dict[Use, list[Example[str]]] = {use: [] for use in USES}
     for use in USES:
-        table = table_for(settings, use)
-        if table is None:
-            continue
-        rows[use] = _labelled_texts(table, settings, labels)
-        digests[use] = table.digest
-        notes += table.notes
-        if use != "train":
-            assert labels is not None
-            check_labels_known(table.path, rows[use], labels)
-        elif labels is None:
-            labels = sorted({item.target for item in rows[use]})
-            check_labels(table.path, rows[use], labels)
-            notes += label_notes(item.target for item in rows[use])
-        else:
-            check_count(table.path, rows[use])
-            check_labels_known(table.path, rows[use], labels, settings.init_from)
+        with faults_of(use):
+            table = table_for(settings, use)
+            if table is None:
+                continue
+            rows[use] = _labelled_texts(table, settings, labels)
+            digests[use] = table.digest
+            notes += table.notes
+            if use != "train":
+                assert labels is not None
+                check_labels_known(table.path, rows[use], labels)
+            elif labels is None:
+                labels = sorted({item.target for item in rows[use]})
+                check_labels(table.path, rows[use], labels)
+                notes += label_notes(item.target for item in rows[use])
+            else:
+                check_count(table.path, rows[use])
+                check_labels_known(table.path, rows[use], labels, settings.init_from)
     assert labels is not None
     train = draw(rows["train"], settings.train_limit, settings.seed)
     if settings.eval is None and settings.eval_fraction:
@@ -195,7 +198,7 @@ def checked_texts(
     """
     _require_texts(table, settings)
     problems, column, checked = Problems(table.path), settings.label_column, []
-    table.require(column, "--label-column")
+    table.require(column, "label_column")
     for row in table.rows:
         text = _text_at(row, settings, problems)
         checked.append(Example(text, target_of(row, column, problems), row.place()))
@@ -216,12 +219,9 @@ def _require_texts(table: Table, settings: TrainSettings) -> None:
     """
     for option, column in (("text_column", settings.text_column), ("text_pair_column", settings.text_pair_column)):
         if column == settings.label_column:
-            raise InvalidData(
-                f"--{option.replace('_', '-')} and --label-column are both {column!r}; name two columns", param=option
-            )
-    table.require(settings.text_column, "--text-column")
-    if settings.text_pair_column is not None:
-        table.require(settings.text_pair_column, "--text-pair-column")
+            raise InvalidData(f"{flag(option)} and --label-column are both {column!r}; name two columns", param=option)
+        if column is not None:
+            table.require(column, option)
 
 
 def _text_at(row: Row, settings: TrainSettings, problems: Problems) -> Text:
@@ -238,7 +238,7 @@ def _text_at(row: Row, settings: TrainSettings, problems: Problems) -> Text:
 def check_count(path: Path, rows: Sized) -> None:
     """Refuse a training file with too few rows."""
     if len(rows) < _LEAST_ROWS:
-        raise InvalidData(f"{path} has {len(rows)} rows; at least {_LEAST_ROWS} are needed", param="train")
+        raise InvalidData(f"{path} has {len(rows)} rows; at least {_LEAST_ROWS} are needed")
 
 
 def check_labels(path: Path, rows: Sized, labels: list[str]) -> None:

@@ -87,11 +87,7 @@ def checked_passages(table: Table, settings: TrainSettings) -> list[Passage]:
 
 def _require(table: Table, settings: TrainSettings) -> None:
     prompt, completion = settings.columns
-    needed = {
-        "--messages-column": settings.chat_column,
-        "--prompt-column": prompt,
-        "--completion-column": completion,
-    }
+    needed = {"messages_column": settings.chat_column, "prompt_column": prompt, "completion_column": completion}
     if settings.format == "alpaca":
         for column in ("instruction", "output"):
             if column not in table.columns:
@@ -222,8 +218,7 @@ def _check_chats(passages: list[Passage], settings: TrainSettings) -> None:
     if any(not passage.messages and passage.prompt is None for passage in passages):
         raise InvalidData(
             f"{settings.train} has texts without a prompt, and {settings.init_from} answers chats; give rows with "
-            "messages, or a prompt and a completion",
-            param="train",
+            "messages, or a prompt and a completion"
         )
 
 

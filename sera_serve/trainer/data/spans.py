@@ -6,10 +6,10 @@ from itertools import pairwise
 from typing import Any
 
 from sera_serve.base.spans import OUTSIDE, Span
-from sera_serve.trainer.data.labelled import Example, LabelledExamples, check_known, limit_notes
+from sera_serve.trainer.data.labelled import USES, Example, LabelledExamples, Use, check_known, limit_notes
 from sera_serve.trainer.data.targets import load_examples
 from sera_serve.trainer.settings import TrainSettings
-from sera_serve.trainer.tables.faults import InvalidData, Problems, Row
+from sera_serve.trainer.tables.faults import InvalidData, Problems, Row, faults_of
 from sera_serve.trainer.tables.fields import text_of
 from sera_serve.trainer.tables.strict import RowDecoder
 from sera_serve.trainer.tables.table import Table
@@ -40,12 +40,13 @@ def load_spans(settings: TrainSettings, kinds: list[str] | None = None) -> Label
         kinds = sorted({span.label for item in every for span in item.target})
         if not kinds:
             raise InvalidData(
-                f"{settings.train}: no row has a span; mark some, or check --spans-column or --tags-column",
-                param="train",
+                f"{settings.train}: no row has a span; mark some, or check --spans-column or --tags-column"
             )
-    for path, items in ((settings.train, every), (settings.eval, found.eval), (settings.test, found.test)):
-        if path is not None:
-            found_labels = ((item.row, {span.label for span in item.target}) for item in items)
+    rows: dict[Use, list[Example[Marked]]] = {"train": every, "eval": found.eval, "test": found.test}
+    for use in USES:
+        with faults_of(use):
+            found_labels = ((item.row, {span.label for span in item.target}) for item in rows[use])
+            path = getattr(settings, use) or settings.train
             check_known(path, found_labels, kinds, kept, "correct it or remove the span")
     notes = found.notes + limit_notes(settings, kinds, {span.label for item in found.train for span in item.target})
     return LabelledExamples(found.train, found.eval, found.test, found.digests, notes, kinds)
@@ -56,15 +57,15 @@ def _read(table: Table, settings: TrainSettings) -> list[Example[Marked]]:
     found = []
     if settings.has_words:
         tokens, tags = settings.tokens_column or "tokens", settings.tags_column or "tags"
-        table.require(tokens, "--tokens-column")
-        table.require(tags, "--tags-column")
+        table.require(tokens, "tokens_column")
+        table.require(tags, "tags_column")
         for row in table.rows:
             text, marked = spans_of_words(row, tokens, tags, problems)
             found.append(Example(text, marked, row.place()))
     else:
         column = settings.spans_column or "spans"
-        table.require(settings.text_column, "--text-column")
-        table.require(column, "--spans-column")
+        table.require(settings.text_column, "text_column")
+        table.require(column, "spans_column")
         for row in table.rows:
             text = text_of(row, settings.text_column, problems)
             found.append(Example(text, spans_of(row, column, text, problems), row.place()))

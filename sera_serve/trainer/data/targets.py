@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Mapping, Sequence
 from decimal import Decimal
-from pathlib import Path
 from typing import Any, TypeVar
 
 from sera_serve.trainer.data.labelled import (
+    USES,
     Example,
     Examples,
     ImageExample,
     LabelledExamples,
     LabelSet,
+    Use,
     check_count,
     check_known,
     checked_texts,
@@ -24,7 +25,7 @@ from sera_serve.trainer.data.labelled import (
 )
 from sera_serve.trainer.data.splits import draw, hold_out_for
 from sera_serve.trainer.settings import TrainSettings
-from sera_serve.trainer.tables.faults import InvalidData, Problems, Row
+from sera_serve.trainer.tables.faults import InvalidData, Problems, Row, faults_of
 from sera_serve.trainer.tables.fields import LONGEST_LABEL
 from sera_serve.trainer.tables.table import Table
 
@@ -104,18 +105,40 @@ def load_label_sets(settings: TrainSettings, labels: list[str] | None = None) ->
         labels: Those of the adapter that the run goes on from, which it keeps; None takes those of the training rows.
     """
     found, every = load_examples(settings, _label_sets, labels=lambda target: target)
-    kept = f"a label of {settings.init_from}" if labels is not None else "in the training data"
-    if labels is None:
-        labels = sorted({label for item in every for label in item.target})
-        if not labels:
-            raise InvalidData(f"{settings.train}: no row has a label; check --label-column", param="label_column")
-        check_labels_repeat(settings.train, len(every), labels)
-    for path, items in ((settings.train, every), (settings.eval, found.eval), (settings.test, found.test)):
-        if path is not None:
-            check_label_sets_known(path, items, labels, kept)
+    labels = learned_labels(settings, {"train": every, "eval": found.eval, "test": found.test}, labels)
     notes = found.notes + separator_notes(labels, settings.label_separator)
     notes += limit_notes(settings, labels, {label for item in found.train for label in item.target})
     return LabelledExamples(found.train, found.eval, found.test, found.digests, notes, labels)
+
+
+def learned_labels(
+    settings: TrainSettings,
+    rows: Mapping[Use, Sequence[Example[LabelSet] | ImageExample[LabelSet]]],
+    labels: list[str] | None,
+) -> list[str]:
+    """The labels of a run whose rows have several each: `labels` of the adapter to go on from, or of the training rows.
+
+    Raises:
+        InvalidData: The training rows have none or too many, or a row has a label that is not one of them.
+    """
+    whose = f"a label of {settings.init_from}" if labels is not None else "in the training data"
+    if labels is None:
+        count = len(rows["train"])
+        labels = sorted({label for item in rows["train"] for label in item.target})
+        if not labels:
+            raise InvalidData(f"{settings.train}: no row has a label; check --label-column", param="label_column")
+        if len(labels) > count:
+            raise InvalidData(
+                f"{settings.train} has {len(labels)} different labels in {count} rows; labels must repeat: check "
+                "--label-column and --label-separator",
+                param="label_column",
+            )
+    for use in USES:
+        with faults_of(use):
+            path = getattr(settings, use) or settings.train
+            found = ((item.row, item.target) for item in rows[use])
+            check_known(path, found, labels, whose, "correct it or delete the row")
+    return labels
 
 
 def separator_notes(labels: Collection[str], separator: str) -> list[str]:
@@ -212,20 +235,3 @@ def _numbers(table: Table, settings: TrainSettings) -> list[Example[float]]:
 def _label_sets(table: Table, settings: TrainSettings) -> list[Example[LabelSet]]:
     separator = settings.label_separator
     return checked_texts(table, settings, lambda row, column, problems: labels_of(row, column, separator, problems))
-
-
-def check_labels_repeat(path: Path, rows: int, labels: list[str]) -> None:
-    """Refuse more labels than training rows."""
-    if len(labels) > rows:
-        raise InvalidData(
-            f"{path} has {len(labels)} different labels in {rows} rows; labels must repeat: check --label-column "
-            "and --label-separator",
-            param="label_column",
-        )
-
-
-def check_label_sets_known(
-    path: Path, rows: Iterable[Example[LabelSet] | ImageExample[LabelSet]], labels: list[str], whose: str
-) -> None:
-    """Refuse rows with a label that is not one of `labels`; `whose` says whose labels these are."""
-    check_known(path, ((item.row, item.target) for item in rows), labels, whose, "correct it or delete the row")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,27 @@ _NO_VALUES: dict[str, Any] = {}
 
 
 class InvalidData(SeraServeError):
-    """The training data cannot be used. The message names rows, lines and remedies."""
+    """The training data cannot be used. The message names rows, lines and remedies.
+
+    `param` is the option at fault. A reader does not know what its file is for: `faults_of` turns `train` into that.
+    """
 
     code = "invalid_training_data"
     status = 422
+
+    def __init__(self, message: str, *, param: str = "train") -> None:
+        super().__init__(message, param=param)
+
+
+@contextmanager
+def faults_of(use: str) -> Iterator[None]:
+    """Let the faults of the block's file be those of the option that names it: train, eval or test."""
+    try:
+        yield
+    except InvalidData as error:
+        if error.param == "train":
+            error.param = use
+        raise
 
 
 class Lines:
@@ -82,8 +100,8 @@ class Problems:
         if not self.found:
             return
         if len(self.found) == 1:
-            raise InvalidData(f"{self.path}, {self.found[0]}", param="train")
+            raise InvalidData(f"{self.path}, {self.found[0]}")
         shown = "".join(f"\n  {text}" for text in self.found[:_SHOWN])
         more = len(self.found) - _SHOWN
         rest = f"\n  and {more} more" if more > 0 else ""
-        raise InvalidData(f"{self.path} has {len(self.found)} problems:{shown}{rest}", param="train")
+        raise InvalidData(f"{self.path} has {len(self.found)} problems:{shown}{rest}")

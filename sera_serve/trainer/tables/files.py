@@ -144,9 +144,11 @@ class DataFile:
                         param="encoding",
                     )
                 except UnicodeError as error:
-                    return InvalidData(f"{self.path} is not {self.encoding_name} ({error}); {self._remedy()}")
+                    return InvalidData(
+                        f"{self.path} is not {self.encoding_name} ({error}); {self._remedy()}", param="encoding"
+                    )
                 if not block:
-                    return InvalidData(f"{self.path} is not {self.encoding_name}; {self._remedy()}")
+                    return InvalidData(f"{self.path} is not {self.encoding_name}; {self._remedy()}", param="encoding")
 
     @property
     def encoding_name(self) -> str:
@@ -177,7 +179,7 @@ def find_file(path: Path, encoding: str | None = None) -> DataFile:
     if suffix not in SUFFIXES:
         inner = f"{path}: the suffix {suffix!r}" + (f" before {compression}" if compression else "")
         remedy = _REMEDIES.get(suffix, "convert or rename the file")
-        raise InvalidData(f"{inner} is not one of {', '.join(SUFFIXES)}; {remedy}", param="train")
+        raise InvalidData(f"{inner} is not one of {', '.join(SUFFIXES)}; {remedy}")
     kind = SUFFIXES[suffix]
     found = DataFile(path, kind, suffix, compression, encoding or "utf-8", encoding is not None)
     with found.open_bytes() as stream:
@@ -204,7 +206,7 @@ def _check_beginning(path: Path, kind: FileKind, head: bytes) -> None:
     start = head.lstrip().lower()
     for beginning, kinds, remedy in _BEGINNINGS:
         if kind not in kinds and (head.startswith(beginning) or start.startswith(beginning.lower())):
-            raise InvalidData(f"{path} {remedy}", param="train")
+            raise InvalidData(f"{path} {remedy}")
 
 
 @contextmanager
@@ -216,14 +218,12 @@ def _readable(path: Path) -> Iterator[None]:
     except OSError as error:
         # bz2 says so of a file that is not its own.
         reason = error.strerror or str(error)
-        raise InvalidData(f"{path} cannot be read: {reason}; check the path", param="train") from error
+        raise InvalidData(f"{path} cannot be read: {reason}; check the path") from error
 
 
 def _not_decompressed(path: Path, error: Exception) -> InvalidData:
     reason = str(error) or type(error).__name__
-    return InvalidData(
-        f"{path} cannot be decompressed ({reason}); it may be cut off: copy or compress it again", param="train"
-    )
+    return InvalidData(f"{path} cannot be decompressed ({reason}); it may be cut off: copy or compress it again")
 
 
 @contextmanager
@@ -232,8 +232,7 @@ def _zstd(path: Path, raw: BinaryIO) -> Iterator[IO[bytes]]:
         import zstandard
     except ImportError as error:
         raise InvalidData(
-            f"{path} needs the package zstandard; install it (pip install zstandard), or decompress the file (zstd -d)",
-            param="train",
+            f"{path} needs the package zstandard; install it (pip install zstandard), or decompress the file (zstd -d)"
         ) from error
     try:
         # The package reads a file that is cut off up to the cut, without a word.

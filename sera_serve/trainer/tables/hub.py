@@ -32,8 +32,7 @@ def read_saved(path: Path, split: str) -> Table:
     """
     if not any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
         raise InvalidData(
-            f"{path} is a folder that datasets did not save; name a file in it, or a folder that save_to_disk wrote",
-            param="train",
+            f"{path} is a folder that datasets did not save; name a file in it, or a folder that save_to_disk wrote"
         )
     try:
         folder = _folder_of(path, split)
@@ -47,7 +46,7 @@ def read_saved(path: Path, split: str) -> Table:
     # datasets raises errors of many packages.
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InvalidData(f"{path} cannot be read ({reason}); save the data set again", param="train") from error
+        raise InvalidData(f"{path} cannot be read ({reason}); save the data set again") from error
     return _table(path, loaded)
 
 
@@ -80,8 +79,7 @@ def read_hub(path: Path, split: str) -> Table:
     match = _NAMED.fullmatch(str(path))
     if match is None:
         raise InvalidData(
-            f"{path} names no data set; write hub:owner/name, and perhaps /config, @revision and #split after it",
-            param="train",
+            f"{path} names no data set; write hub:owner/name, and perhaps /config, @revision and #split after it"
         )
     chosen = match["split"] or ("validation" if split == "eval" else split)
     try:
@@ -93,8 +91,7 @@ def read_hub(path: Path, split: str) -> Table:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InvalidData(
             f"{path} cannot be had from the hub ({reason}); check the name, the config and the split {chosen!r}, or "
-            f"download it where there is a network (hf download --repo-type dataset {match['id']}) and name its file",
-            param="train",
+            f"download it where there is a network (hf download --repo-type dataset {match['id']}) and name its file"
         ) from error
     return _table(path, loaded)
 

@@ -67,7 +67,7 @@ class FolderSource:
             here = Path(parent)
             for folder in folders:
                 if (here / folder).is_symlink():
-                    raise InvalidData(f"{here / folder} is a link to a folder; copy the folder there", param="train")
+                    raise InvalidData(f"{here / folder} is a link to a folder; copy the folder there")
             for file in files:
                 yield (here / file).relative_to(self.root).as_posix()
 
@@ -102,15 +102,15 @@ class ZipSource:
         try:
             self._zip = zipfile.ZipFile(path)
         except OSError as error:
-            raise InvalidData(f"{path} cannot be read: {error.strerror}; check the path", param="train") from error
+            raise InvalidData(f"{path} cannot be read: {error.strerror}; check the path") from error
         except zipfile.BadZipFile as error:
-            raise InvalidData(f"{path} is no complete zip file ({error}); copy it again", param="train") from error
+            raise InvalidData(f"{path} is no complete zip file ({error}); copy it again") from error
         self._members: dict[str, zipfile.ZipInfo] = {}
         for member in self._zip.infolist():
             if member.is_dir():
                 continue
             if member.filename in self._members:
-                raise InvalidData(f"{path} has {member.filename!r} twice; zip the folder again", param="train")
+                raise InvalidData(f"{path} has {member.filename!r} twice; zip the folder again")
             self._members[member.filename] = member
 
     def names(self) -> list[str]:
@@ -204,7 +204,7 @@ class ImageStore:
         with suppress(UnusableImage):
             data = source.read(name)
         if hashlib.sha256(data).hexdigest() != digest:
-            raise InvalidData(f"image {name} changed while it was trained on; start the run again", param="train")
+            raise InvalidData(f"image {name} changed while it was trained on; start the run again")
         image = self._decode(data)
         self._keep(digest, image)
         return image

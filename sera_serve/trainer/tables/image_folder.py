@@ -66,19 +66,16 @@ def read_image_folder(source: FolderSource | ZipSource, path: Path) -> ImageFold
     try:
         names = [name for name in source.names() if not is_clutter(name)]
     except OSError as error:
-        raise InvalidData(f"{path} cannot be read: {error.strerror}; check the path", param="train") from error
+        raise InvalidData(f"{path} cannot be read: {error.strerror}; check the path") from error
     images = [name for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
     strange = [name for name in names if name.lower().endswith(_OTHER_IMAGES)]
     if strange:
         raise InvalidData(
             f"{path} has {len(strange)} images that are not JPEG, PNG or WebP, such as {strange[0]}; convert them, or "
-            "move them away",
-            param="train",
+            "move them away"
         )
     if not images:
-        raise InvalidData(
-            f"{path} has no images (.jpg, .png, .webp); give label/file or split/label/file", param="train"
-        )
+        raise InvalidData(f"{path} has no images (.jpg, .png, .webp); give label/file or split/label/file")
     others = [name for name in names if not name.lower().endswith(IMAGE_SUFFIXES)]
     notes = []
     if others:
@@ -106,15 +103,13 @@ def _by_split(parts: dict[str, tuple[str, ...]], path: Path) -> dict[str, list[t
             raise InvalidData(
                 f"{path}: {name} is not in a folder named by its label; every image must be label/file, or "
                 f"split/label/file with the splits {', '.join(_SPLIT_OF)}; a table with the columns image and label "
-                "can say it too",
-                param="train",
+                "can say it too"
             )
         split = _SPLIT_OF[folders[0].lower()] if depth == 3 else ""
         found.setdefault(split, []).append((name, folders[-2]))
     if depth == 2 and all(label.lower() in _SPLIT_OF for _, label in found[""]):
         raise InvalidData(
             f"{path} has the folders of splits ({', '.join(sorted({label for _, label in found['']}))}) and none of "
-            "labels; every image must be split/label/file",
-            param="train",
+            "labels; every image must be split/label/file"
         )
     return found

@@ -85,10 +85,9 @@ class DatasetRows(Sequence[Row]):
                     return InvalidData(
                         f"{self._path}, {Row({}, place + 1, self._at).where}: {column} has the byte "
                         f"0x{error.object[error.start]:02x}, which is not UTF-8; decode that text and write the file "
-                        "again, or leave the row out",
-                        param="train",
+                        "again, or leave the row out"
                     )
-        return InvalidData(f"{self._path} has a text that is not UTF-8; write the file again", param="train")
+        return InvalidData(f"{self._path} has a text that is not UTF-8; write the file again")
 
     def _row(self, values: dict[str, Any], place: int) -> Row:
         row = Row(values, place + 1, self._at)
@@ -105,8 +104,7 @@ class DatasetRows(Sequence[Row]):
         if not 0 <= value < len(names):
             raise InvalidData(
                 f"{self._path}, {row.where}: {column} is the class number {value}, and the file's schema has "
-                f"{len(names)} names of classes; write the file again",
-                param="train",
+                f"{len(names)} names of classes; write the file again"
             )
         return names[value]
 
@@ -196,7 +194,7 @@ def load_file(file: DataFile) -> tuple[Dataset, dict[str, str]]:
         if file.kind == "parquet" and (found := _known_columns(file)) is not None:
             return found
         kind = "Parquet file" if file.kind == "parquet" else "text"
-        raise InvalidData(f"{file.path} is not a readable {kind} ({error}); write it again", param="train") from error
+        raise InvalidData(f"{file.path} is not a readable {kind} ({error}); write it again") from error
 
 
 def _known_columns(file: DataFile) -> tuple[Dataset, dict[str, str]] | None:

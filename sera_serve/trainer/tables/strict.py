@@ -305,6 +305,4 @@ def _refuse_one_object(file: DataFile) -> None:
     if isinstance(value, dict):
         lists = [key for key, rows in value.items() if isinstance(rows, list)]
         hint = f"; write the array of {lists[0]!r} alone" if lists else ""
-        raise InvalidData(
-            f"{file.path} is one JSON object; rows are an array of objects, or one object a line{hint}", param="train"
-        )
+        raise InvalidData(f"{file.path} is one JSON object; rows are an array of objects, or one object a line{hint}")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from sera_serve.trainer.option_text import flag
 from sera_serve.trainer.tables.faults import InvalidData, Lines, Row
 from sera_serve.trainer.tables.files import DataFile, find_file
 from sera_serve.trainer.tables.strict import (
@@ -46,7 +47,7 @@ class Table:
     left_out: dict[str, str] = field(default_factory=dict)
 
     def require(self, column: str, option: str) -> None:
-        """Refuse a missing column. The message names all columns and the closest one."""
+        """Refuse a missing column, which `option` names. The message names all columns and the closest one."""
         if column in self.columns:
             return
         if column in self.left_out:
@@ -57,7 +58,7 @@ class Table:
             )
         near = difflib.get_close_matches(column.lower(), [c.lower() for c in self.columns], n=1, cutoff=0.5)
         closest = next((c for c in self.columns if near and c.lower() == near[0]), None)
-        hint = f"; did you mean {option} {closest}?" if closest else f"; name one with {option}"
+        hint = f"; did you mean {flag(option)} {closest}?" if closest else f"; name one with {flag(option)}"
         if (mark := mark_within(self.columns)) is not None:
             hint = f"; if {mark!r} stands between two columns, give --delimiter {mark!r}"
         if len(self.rows) == 1 and (lists := _lists_of_rows(self.rows[0])):

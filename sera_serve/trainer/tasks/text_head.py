@@ -101,7 +101,7 @@ class TextHeadTask(ABC, Generic[T]):
         try:
             inputs = self.base.preprocessor.rows(texts, self.max_length, "rows")
         except InvalidRequest as error:
-            raise InvalidData(f"{name} rows: {error.message}", param="train") from error
+            raise InvalidData(f"{name} rows: {error.message}") from error
         full = [i for i, row in enumerate(inputs) if len(row) == self.max_length]
         longer = self.base.preprocessor.rows([texts[i] for i in full], self.max_length + 1)
         if cut := sum(len(row) > self.max_length for row in longer):
@@ -121,7 +121,7 @@ class TextHeadTask(ABC, Generic[T]):
                 long += len(found) > 1
                 cut += found[0].is_cut
         except InvalidRequest as error:
-            raise InvalidData(f"{name} rows: {error.message}", param="train") from error
+            raise InvalidData(f"{name} rows: {error.message}") from error
         if long:
             self.notes.append(
                 f"{long} of {len(examples)} {name} rows have more than {self.max_length} tokens and were read in "
