@@ -1,6 +1,7 @@
 """Image folders, zip files and tables: what is read, and the error of each kind of broken image."""
 
 import io
+import os
 import shutil
 import zipfile
 import zlib
@@ -225,6 +226,28 @@ def test_cells_that_are_no_images_are_refused(tmp_path: Path, cell: Any, says: s
     rows = [{"image": "0.png", "label": label} for label in "abab"] + [{"image": cell, "label": "a"}]
     (tmp_path / "0.png").write_bytes(colour_image("red", 0))
     assert f"row 5 (line 5): {says}" in refused(tmp_path, write_jsonl(tmp_path / "rows.jsonl", rows))
+
+
+@pytest.mark.parametrize(("label", "says"), [(" ", "label is empty"), ("x" * 513, "label has 513 characters")])
+def test_folders_whose_names_are_no_labels_are_refused(tmp_path: Path, label: str, says: str) -> None:
+    root = zipped(image_folder(tmp_path / "rows", 4), tmp_path / "rows.zip")
+    with zipfile.ZipFile(root, "a") as archive:
+        archive.writestr(f"rows/{label}/0.png", colour_image("red", 0))
+    message = refused(tmp_path, root)
+    assert f"rows/{label}/0.png: {says}" in message
+
+
+def test_a_folder_that_cannot_be_read_is_not_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = image_folder(tmp_path / "rows", 4)
+    scandir = os.scandir
+
+    def refuse(path: Any) -> Any:
+        if Path(path).name == "red":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert f"{root / 'red'} cannot be read: Permission denied; check its permissions" in refused(tmp_path, root)
 
 
 def test_layouts_that_lose_images_are_refused(tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ def test_a_fault_of_another_file_than_the_training_rows_names_that_file(
     train = write_csv(tmp_path / "train.csv", [*GOOD, *GOOD])
     for loader, multi_label in ((load_classify_data, False), (load_label_sets, True)):
         settings = settings_for(Path("base"), tmp_path, train, multi_label=multi_label, **{use: other})
-        with pytest.raises(InvalidData, match="other.csv") as caught:
+        with pytest.raises(InvalidData, match=r"other\.csv") as caught:
             loader(settings)
         assert caught.value.param == ("label_column" if b"tag" in content else use)
 

@@ -250,12 +250,12 @@ class _Reader:
             files = folder.choose(use, path)
         problems = Problems(path)
         rows = [_FileRow({"image": name, "label": label}, i, None) for i, (name, label) in enumerate(files, 1)]
-        images = [self._checked(source, row.values["image"], row, problems) for row in rows]
-        problems.raise_if_any()
-        self.digests[use] = _digest([f"{row.values['image']} {image}" for row, image in zip(rows, images, strict=True)])
-        return [
-            ImageExample(image, label_of(row, "label", problems), row) for row, image in zip(rows, images, strict=True)
+        found = [
+            ImageExample(self._checked(source, row, problems), label_of(row, "label", problems), row) for row in rows
         ]
+        problems.raise_if_any()
+        self.digests[use] = _digest([f"{item.row.where} {item.image}" for item in found])
+        return found
 
     def captioned(self, use: Use) -> list[ImageExample[str]]:
         """Read the rows for a use, as `labelled` does. A cell may hold one caption or a list of them."""
@@ -313,9 +313,10 @@ class _Reader:
         self.digests[use] = table.digest
         self.digests[f"{use}_images"] = _digest(images)
 
-    def _checked(self, source: ImageSource, name: str, row: Row, problems: Problems) -> str:
+    def _checked(self, source: ImageSource, row: _FileRow, problems: Problems) -> str:
+        """The digest of an image of a folder. One that cannot be used is added to `problems`."""
         try:
-            return self.images.add(source, name)
+            return self.images.add(source, row.where)
         except UnusableImage as error:
             problems.add(row, error.message)
             return ""

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,12 +58,12 @@ class FolderSource:
         """Return the path of every file, sorted.
 
         Raises:
-            InvalidData: A folder in it is a link, which could lead anywhere.
+            InvalidData: A folder in it is a link, which could lead anywhere, or cannot be read.
         """
         return sorted(self._walk())
 
     def _walk(self) -> Iterator[str]:
-        for parent, folders, files in os.walk(self.root):
+        for parent, folders, files in os.walk(self.root, onerror=_refuse_folder):
             here = Path(parent)
             for folder in folders:
                 if (here / folder).is_symlink():
@@ -87,6 +87,10 @@ class FolderSource:
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or "impossible path"
             raise UnusableImage(f"{name} cannot be read in {self.root} ({reason}); check the path") from error
+
+
+def _refuse_folder(error: OSError) -> NoReturn:
+    raise InvalidData(f"{error.filename} cannot be read: {error.strerror}; check its permissions") from error
 
 
 class ZipSource:

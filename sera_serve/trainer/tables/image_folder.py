@@ -63,10 +63,7 @@ def read_image_folder(source: FolderSource | ZipSource, path: Path) -> ImageFold
     Raises:
         InvalidData: There are no images, images of other formats, or images outside of `label/` or `split/label/`.
     """
-    try:
-        names = [name for name in source.names() if not is_clutter(name)]
-    except OSError as error:
-        raise InvalidData(f"{path} cannot be read: {error.strerror}; check the path") from error
+    names = [name for name in source.names() if not is_clutter(name)]
     images = [name for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
     strange = [name for name in names if name.lower().endswith(_OTHER_IMAGES)]
     if strange:
