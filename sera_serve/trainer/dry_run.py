@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from adapters_store import ModuleSpec
 from sera_serve.base import FrozenBase
 from sera_serve.layers import adapter_tensors, module_specs
-from sera_serve.trainer.data.image_batches import ImageRows
+from sera_serve.trainer.data.image_batches import take_rows
 from sera_serve.trainer.data.packing import packed_tokens
 from sera_serve.trainer.order import LengthGroupedOrder
 from sera_serve.trainer.run import TrainingRun, build_task, with_run
 from sera_serve.trainer.settings import TrainSettings
-from sera_serve.trainer.tasks import TrainingTask
+from sera_serve.trainer.tasks import TrainingTask, row_counts
 
 _PERCENTILES = (0, 10, 25, 50, 75, 90, 99, 100)
 _BINS = 12
@@ -171,12 +171,12 @@ def _measure(run: TrainingRun) -> DryRun:
         memory = replace(memory, measured=measured, peak=max(memory.peak, measured))
     adapter = sum(tensor.numel() for tensor in adapter_tensors(task.base.model).values())
     return DryRun(
-        rows={"train": len(task.train_rows), "eval": len(task.eval_rows), "test": len(task.test_rows)},
+        rows=row_counts(task),
         lengths=_lengths(task, sum(sizes)),
         notes=notes,
         kinds=_kinds(task.base.model),
         trained=trained,
-        head=sum(p.numel() for p in task.model.head.parameters()) if task.model.head else 0,
+        head=task.model.head_parameters,
         base=sum(p.numel() for p in task.base.model.parameters()) - adapter,
         steps=settings.epochs * len(batches),
         memory=memory,
@@ -327,7 +327,7 @@ def _evaluation(task: TrainingTask, rows: Sequence[Any]) -> float:
         return 0.0
     count = min(len(rows), _TIMED_ROWS)
     places = [i * len(rows) // count for i in range(count)]
-    chosen = rows.take(places) if isinstance(rows, ImageRows) else [rows[i] for i in places]
+    chosen = take_rows(rows, places)
     return _timed(task.base, lambda: task.evaluate(chosen)) * len(rows) / len(chosen)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from functools import partial
 from pathlib import Path
@@ -359,7 +360,7 @@ class StopOnNonFiniteLoss(TrainerCallback):  # type: ignore[misc]
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
         """Raise `DivergedTraining` if the loss is NaN or infinite."""
         loss = logs.get("loss", logs.get("eval_loss", 0.0))
-        if loss != loss or loss in (float("inf"), float("-inf")):
+        if not math.isfinite(loss):
             raise DivergedTraining(f"the loss is {loss} at step {state.global_step}")
 
 

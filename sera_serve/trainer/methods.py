@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from adapters_store.format.config import Method as StoredMethod
 from sera_serve.errors import InvalidConfiguration
 from sera_serve.sera_config import Factor
 
-# The methods of the adapter format. The trainer's other methods are published as one of them.
-StoredMethod = Literal["sera", "lora", "melora", "moslora", "lora-fa", "head-only"]
+# The trainer's own methods are published as one of those of the adapter format.
 Method = Literal[StoredMethod, "sera-freeze-a", "sera-freeze-b", "sera-c-only"]
 
 

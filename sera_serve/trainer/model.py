@@ -44,6 +44,11 @@ class AdapterModel(nn.Module):
                 layer.dropout.train(mode)
         return self
 
+    @property
+    def head_parameters(self) -> int:
+        """Numbers of the head; 0 without one."""
+        return sum(p.numel() for p in self.head.parameters()) if self.head is not None else 0
+
     def stored_tensors(self) -> dict[str, Tensor]:
         """Return every tensor of the adapter and its head, by its name in the adapter format. They share memory."""
         tensors = adapter_tensors(self.base_model) if self.base_model is not None else {}

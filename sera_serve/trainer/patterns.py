@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from sera_serve.errors import InvalidConfiguration
 from sera_serve.layers.targets import match_targets, near_names, pattern_matches
 from sera_serve.sera_config import SeraConfig
+from sera_serve.trainer.option_text import flag
 from sera_serve.trainer.pattern_options import PATTERN_OPTIONS, Pattern
 
 if TYPE_CHECKING:
@@ -43,8 +44,7 @@ def shapes_by_path(settings: TrainSettings, widths: Mapping[str, tuple[int, int]
         for name, _ in getattr(settings, option) or ():
             if not any(pattern_matches(name, path) for path in targets):
                 raise InvalidConfiguration(
-                    f"--{option.replace('_', '-')}: {name!r} matches no layer that is adapted; "
-                    f"there is {near_names(name, targets)}",
+                    f"{flag(option)}: {name!r} matches no layer that is adapted; there is {near_names(name, targets)}",
                     param=option,
                 )
     shapes = {path: _shape(settings, common, path) for path in targets}

@@ -31,7 +31,7 @@ from sera_serve.trainer.parallel import Processes, join_processes
 from sera_serve.trainer.patterns import shapes_by_path
 from sera_serve.trainer.progress import RichProgress
 from sera_serve.trainer.settings import KEPT_BY_INIT, TrainSettings
-from sera_serve.trainer.tasks import TASKS, GenerateTask, TaskData, TrainingTask, check_base_of_texts
+from sera_serve.trainer.tasks import TASKS, GenerateTask, TaskData, TrainingTask, check_base_of_texts, row_counts
 
 _DEFAULT_MAX_LENGTH = 512
 
@@ -128,14 +128,12 @@ def train_adapter(
     if settings.plot is not None and processes.is_main:
         check_plot(settings.plot)
     store = AdapterStore(settings.store, create=True)
-    return with_run(
-        settings,
-        lambda run: _train_on(replace(run, prepare=prepare, baseline=baseline), publish or store.publish),
-        base=base,
-        console=console,
-        callbacks=callbacks,
-        make_trainer=make_trainer,
-    )
+
+    def train(run: TrainingRun) -> TrainResult:
+        asked = replace(run, callbacks=callbacks, make_trainer=make_trainer, prepare=prepare, baseline=baseline)
+        return _train_on(asked, publish or store.publish)
+
+    return with_run(settings, train, base=base, console=console)
 
 
 def with_run(
@@ -144,8 +142,6 @@ def with_run(
     *,
     base: FrozenBase | None = None,
     console: Console | None = None,
-    callbacks: Sequence[TrainerCallback] = (),
-    make_trainer: MakeTrainer = AdapterTrainer,
 ) -> Result:
     """Read the data and load the base, call `use` with them, and detach what it attached. Nothing is written.
 
@@ -163,7 +159,7 @@ def with_run(
         check_base_of_texts(settings.task, base)
     max_length = _max_length(settings, base)
     try:
-        run = TrainingRun(settings, base, data, max_length, initial, quiet, callbacks, make_trainer, processes)
+        run = TrainingRun(settings, base, data, max_length, initial, quiet, processes)
         with checkpointed_activations(base, settings.checkpoint_activations):
             return use(run)
     finally:
@@ -192,7 +188,7 @@ def usable_base(settings: TrainSettings, base: FrozenBase | None, console: Conso
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """What a run works with."""
+    """What a run works with. The last four are arguments of `train_adapter`, which a dry run does without."""
 
     settings: TrainSettings
     base: FrozenBase
@@ -200,9 +196,9 @@ class TrainingRun:
     max_length: int
     initial: InitialAdapter | None
     console: Console
-    callbacks: Sequence[TrainerCallback]
-    make_trainer: MakeTrainer
     processes: Processes
+    callbacks: Sequence[TrainerCallback] = ()
+    make_trainer: MakeTrainer = AdapterTrainer
     prepare: Prepare | None = None
     baseline: bool = False
 
@@ -269,7 +265,7 @@ def _train_on(run: TrainingRun, publish: Publish) -> TrainResult:
         parameters=sum(
             p.numel() for n, p in task.model.named_parameters() if p.requires_grad and not n.startswith("head.")
         ),
-        head_parameters=sum(p.numel() for p in task.model.head.parameters()) if task.model.head else 0,
+        head_parameters=task.model.head_parameters,
         metrics=metrics,
         train_seconds=round(seconds, 3),
         store=str(settings.store),
@@ -385,7 +381,7 @@ def _record(run: TrainingRun, task: TrainingTask, metrics: dict[str, float], fit
     record: dict[str, Any] = {
         "settings": {k: v for k, v in settings.identity().items() if k not in told},
         "learning_rate": settings.peak_learning_rate,
-        "rows": {"train": len(task.train_rows), "eval": len(task.eval_rows), "test": len(task.test_rows)},
+        "rows": row_counts(task),
         "data_sha256": run.data.digests,
         "metrics": metrics,
         "chosen_step": fitted.best_step,

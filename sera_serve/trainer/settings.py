@@ -13,10 +13,11 @@ from pydantic.fields import FieldInfo
 
 from adapters_store import MOST_RANK, Pooling, parse_adapter, parse_ref
 from adapters_store.errors import InvalidAdapterName
+from adapters_store.format.config import Method as StoredMethod
 from sera_serve.errors import InvalidConfiguration
 from sera_serve.quantization import Quantize
 from sera_serve.sera_config import ALL_LINEAR, Factor, SeraConfig
-from sera_serve.trainer.methods import DEFAULT_METHOD, METHODS, Method, MethodPreset, StoredMethod
+from sera_serve.trainer.methods import DEFAULT_METHOD, METHODS, Method, MethodPreset
 from sera_serve.trainer.option_text import check_options, flag, param_of, read_yaml, readable
 from sera_serve.trainer.pattern_options import PATTERN_OPTIONS, parse_pattern
 from sera_serve.trainer.schedule import SCHEDULE
@@ -354,7 +355,8 @@ class TrainSettings(BaseModel):
                 raise ValueError("--messages-column excludes --prompt-column and --completion-column; give one kind")
             if self.prompt_column and not self.completion_column:
                 raise ValueError("--prompt-column needs --completion-column: the text to learn to write")
-            if self.chat_template and self.columns[0] is None and self.columns[1] == self.completion_column is not None:
+            # A completion alone is a plain text.
+            if self.chat_template and self.completion_column is not None and self.prompt_column is None:
                 raise ValueError("--chat-template needs a question for each answer; give --prompt-column too")
         if self.task == "retrieve" and self.batch_size < 2:
             raise ValueError("--batch-size 1 leaves an image no other caption to be told from; take at least 2")

@@ -25,7 +25,7 @@ from sera_serve.base.loading import EMBEDDED, EMBEDDED_FOLDER
 from sera_serve.errors import SeraServeError
 from sera_serve.layers import attached_layers
 from sera_serve.trainer.baselines import BaselineShape, install_baseline, same_head
-from sera_serve.trainer.data.image_batches import ImageRows
+from sera_serve.trainer.data.image_batches import take_rows
 from sera_serve.trainer.run import train_adapter
 from sera_serve.trainer.settings import TrainSettings
 from sera_serve.trainer.tasks import TrainingTask
@@ -110,7 +110,7 @@ def _some_of(rows: Any, count: int) -> Any:
         return rows
     generator = torch.Generator().manual_seed(_TEST_SEED)
     drawn = sorted(torch.randperm(len(rows), generator=generator)[:count].tolist())
-    return rows.take(drawn) if isinstance(rows, ImageRows) else [rows[i] for i in drawn]
+    return take_rows(rows, drawn)
 
 
 class Measure(TrainerCallback):  # type: ignore[misc]

@@ -80,6 +80,11 @@ class ImageRows(Sequence[Any]):
         return torch.stack([self[i]["pixel_values"] for i in indices])
 
 
+def take_rows(rows: Sequence[Any], indices: Sequence[int]) -> Sequence[Any]:
+    """Return some rows of any task, images without crops and flips."""
+    return rows.take(indices) if isinstance(rows, ImageRows) else [rows[i] for i in indices]
+
+
 def augmented(image: Image.Image, spec: ImageSpec, draw: random.Random) -> Image.Image:
     """Cut out a random part, resize it to the size of `spec`, and mirror it every second time.
 

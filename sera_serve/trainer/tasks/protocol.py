@@ -63,6 +63,11 @@ class TrainingTask(Protocol):
         ...
 
 
+def row_counts(task: TrainingTask) -> dict[str, int]:
+    """The number of rows by use."""
+    return {"train": len(task.train_rows), "eval": len(task.eval_rows), "test": len(task.test_rows)}
+
+
 LoadData = Callable[[TrainSettings, AdapterConfig | None], Any]
 """Reads and checks the files of a run. The second argument is the adapter that the run goes on from, or None.
 

@@ -179,12 +179,11 @@ def _view(base: FrozenBase, member: Member) -> FrozenBase:
     Passes without gradients, such as those of an evaluation, run at once.
     """
     view = base.share_weights()
-    model = view.model
+    backbone = view.model
     if base.kind == "decoder":
-        _redirect(model, member, "logits")
-        _redirect(model.base_model, member, "last_hidden_state")
-    else:
-        _redirect(model, member, "last_hidden_state")
+        _redirect(view.model, member, "logits")
+        backbone = view.model.base_model
+    _redirect(backbone, member, "last_hidden_state")
     return view
 
 
