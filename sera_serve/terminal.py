@@ -33,6 +33,12 @@ def fail(program: str, message: str, status: int) -> NoReturn:
     raise typer.Exit(status)
 
 
+def system_fault(error: OSError) -> str:
+    """What the system says of a file, after the file's name. The error of a full disk has no name."""
+    reason = error.strerror or str(error) or type(error).__name__
+    return reason if error.filename is None else f"{error.filename}: {reason}"
+
+
 class PlainConsole(Console):
     """A console that shows each text as it is: without rich's markup, codes of emoji, and control characters."""
 

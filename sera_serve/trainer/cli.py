@@ -254,7 +254,7 @@ def _told(store: Path) -> Iterator[None]:
     except (SeraServeError, StoreError) as error:
         fail("train_adapter", error.message, 1)
     except OSError as error:
-        fail("train_adapter", f"{error.filename or store}: {error.strerror}", 1)
+        fail("train_adapter", f"{error.filename or store}: {error.strerror or error}", 1)
     except KeyboardInterrupt:
         fail("train_adapter", "stopped; the same command continues from the last checkpoint", 130)
 

@@ -14,7 +14,7 @@ from sera_serve.errors import InvalidConfiguration
 from sera_serve.trainer.compare.command import compare_command
 from sera_serve.trainer.compare.learning_rates import LearningRateRule
 from sera_serve.trainer.compare.plan import Cell, ComparePlan, RunSpec, read_plan
-from sera_serve.trainer.compare.runner import judge
+from sera_serve.trainer.compare.runner import CompareRunner, judge
 
 PLANS = Path(__file__).parents[2] / "examples" / "paper"
 RULE = LearningRateRule(ladder=[1e-4, 3e-4, 1e-3, 3e-3, 1e-2], start=[3e-4, 1e-3], seed=9)
@@ -230,6 +230,19 @@ def test_files_that_are_not_there_are_told_before_the_first_run(
     assert not list(tmp_path.glob("*.jsonl"))
     plan = ComparePlan.model_validate(plan_of(data={"one": {"train": "one.csv"}, "two": {"train": "hub:owner/name"}}))
     plan.check_files(path)
+
+
+def test_a_disk_that_is_full_is_told_by_what_the_system_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(runner: CompareRunner, limit: int | None = None) -> None:
+        # As of a write: the system names no file.
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(CompareRunner, "run", full)
+    path = tmp_path / "plan.yaml"
+    train = str(write_csv(tmp_path / "one.csv", ending_rule(8)))
+    path.write_text(yaml.safe_dump(plan_of(data={"one": {"train": train}})))
+    done = CliRunner().invoke(_app(), ["compare", str(path)])
+    assert (done.exit_code, done.stderr) == (1, "train_adapter compare: No space left on device\n")
 
 
 def _app() -> typer.Typer:

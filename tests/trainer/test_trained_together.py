@@ -13,6 +13,8 @@ from trainer_samples import ending_rule, settings_for, write_csv
 from adapters_store import AdapterStore
 from sera_serve.base import FrozenBase, load_base
 from sera_serve.trainer.loop import AdapterTrainer
+from sera_serve.trainer.settings import TrainSettings
+from sera_serve.trainer.together import jobs as together_jobs
 from sera_serve.trainer.together.jobs import train_jobs
 from sera_serve.trainer.together.plan import Plan
 from sera_serve.trainer.together.records import PublishedJobs
@@ -101,6 +103,22 @@ def test_a_job_that_fails_ends_alone(base: FrozenBase, tmp_path: Path) -> None:
     again = train_jobs(Plan([jobs[0], jobs[1], jobs[3]], 8), base=base)
     assert [result.status for result in again] == ["published earlier", "trained", "published earlier"]
     assert (again[0].result or {})["digest"] == (results[1].result or {})["digest"]
+
+
+def test_an_error_of_the_system_without_a_file_is_told_without_one(
+    base: FrozenBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable(settings: TrainSettings, **options: Any) -> None:
+        raise OSError("the connection was lost")
+
+    monkeypatch.setattr(together_jobs, "train_adapter", unreachable)
+    (failed,) = train_jobs(Plan(mixed_jobs(tmp_path)[:1], 1), base=base)
+    assert failed.error == {
+        "type": "OSError",
+        "message": "the connection was lost",
+        "param": None,
+        "code": "os_error",
+    }
 
 
 def test_a_killed_plan_of_one_job_ends_with_the_very_tensors(base: FrozenBase, tmp_path: Path) -> None:

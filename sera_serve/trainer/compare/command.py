@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from sera_serve.errors import InvalidConfiguration, SeraServeError
-from sera_serve.terminal import PlainConsole, fail, say, show_table
+from sera_serve.terminal import PlainConsole, fail, say, show_table, system_fault
 from sera_serve.trainer.packages import check_packages
 
 
@@ -47,16 +49,14 @@ def compare_command(
 
     Example: `train_adapter compare examples/paper/small.yaml`
     """
-    try:
+    with _told(2):
         check_packages()
-    except InvalidConfiguration as error:
-        fail("train_adapter compare", error.message, 2)
     from sera_serve.trainer.compare.plan import read_plan
     from sera_serve.trainer.compare.results import ResultsFile
     from sera_serve.trainer.compare.runner import CompareRunner
 
     console = PlainConsole(stderr=True)
-    try:
+    with _told(2):
         places = dict(_pair(text) for text in base or ())
         compared = read_plan(plan, places)
         compared.check_files(plan)
@@ -69,23 +69,31 @@ def compare_command(
             hold=hold,
             retry_failed=retry_failed,
         )
-    except SeraServeError as error:
-        fail("train_adapter compare", error.message, 2)
-    except OSError as error:
-        fail("train_adapter compare", f"{error.filename}: {error.strerror}", 2)
     stopped = False
-    try:
-        if limit != 0:
-            runner.run(limit)
-    except SeraServeError as error:
-        fail("train_adapter compare", error.message, 1)
-    except OSError as error:
-        fail("train_adapter compare", f"{error.filename}: {error.strerror}", 1)
-    except KeyboardInterrupt:
-        stopped = True
+    with _told(1):
+        try:
+            if limit != 0:
+                runner.run(limit)
+        except KeyboardInterrupt:
+            stopped = True
     _show(runner, path, output, as_json)
     if stopped:
-        fail("train_adapter compare", "stopped; the same command goes on with the runs that are left", 130)
+        _fail("stopped; the same command goes on with the runs that are left", 130)
+
+
+@contextmanager
+def _told(status: int) -> Iterator[None]:
+    """End the command with a message where the block is refused, or the system refuses a file."""
+    try:
+        yield
+    except SeraServeError as error:
+        _fail(error.message, status)
+    except OSError as error:
+        _fail(system_fault(error), status)
+
+
+def _fail(message: str, status: int) -> NoReturn:
+    fail("train_adapter compare", message, status)
 
 
 def _show(runner: Any, path: Path, output: Path | None, as_json: bool) -> None:
@@ -98,13 +106,11 @@ def _show(runner: Any, path: Path, output: Path | None, as_json: bool) -> None:
     left = len(runner.pending())
     folder = output or path.parent
     name = path.name.removesuffix(".jsonl").removesuffix(".results")
-    try:
+    with _told(1):
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{name}.csv").write_text(as_csv(cells))
-        (folder / f"{name}.md").write_text(as_markdown(cells))
+        (folder / f"{name}.csv").write_text(as_csv(cells), encoding="utf-8")
+        (folder / f"{name}.md").write_text(as_markdown(cells), encoding="utf-8")
         plotted = plot_scores(folder / f"{name}.png", cells)
-    except OSError as error:
-        fail("train_adapter compare", f"{error.filename}: {error.strerror}", 1)
     console = PlainConsole(highlight=False)
     if not console.is_terminal:
         # A pipe has no width, and a table cut to 80 columns is of no use.

@@ -14,7 +14,7 @@ from rich.progress import Progress
 from adapters_store import AdapterBundle, AdapterStore, Published, StoreError
 from sera_serve.base import FrozenBase
 from sera_serve.errors import InvalidConfiguration, SeraServeError
-from sera_serve.terminal import PlainConsole
+from sera_serve.terminal import PlainConsole, system_fault
 from sera_serve.trainer.activations import checkpointed_activations
 from sera_serve.trainer.parallel import join_processes
 from sera_serve.trainer.progress import ProgressBar, progress_bars
@@ -118,7 +118,7 @@ class _Job:
         except (SeraServeError, StoreError) as error:
             self._fail(member.key, type(error).__name__, error.message, error.param, error.code)
         except OSError as error:
-            self._fail(member.key, type(error).__name__, f"{error.filename}: {error.strerror}", None, "os_error")
+            self._fail(member.key, type(error).__name__, system_fault(error), None, "os_error")
         except Exception as error:  # noqa: BLE001 - a fault of one job must not end the others; it is told
             lines.print(traceback.format_exc(), markup=False, highlight=False)
             self._fail(member.key, type(error).__name__, str(error) or type(error).__name__, None, "internal_error")
