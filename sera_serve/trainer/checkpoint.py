@@ -12,7 +12,6 @@ it is deleted when the adapter is published.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import random
@@ -34,9 +33,23 @@ from adapters_store.backends.durable import put_text, sync, try_file_lock
 from sera_serve.errors import SeraServeError
 
 STATE_FILE = "trainer_state.json"
-_TENSORS, _EXTRA, _PARTIAL = "tensors.safetensors", "extra.json", "partial-checkpoint"
+_TENSORS, _EXTRA, _PARTIAL, _LOCK = "tensors.safetensors", "extra.json", "partial-checkpoint", "lock"
 _NESTED = "/"
 _NAME = re.compile(r"checkpoint-(\d+)")
+
+
+class CheckpointNotWritten(SeraServeError):
+    """The disk took no checkpoint. The run stopped; its earlier checkpoints are whole."""
+
+    code = "checkpoint_not_written"
+    status = 507
+
+
+class RunInProgress(SeraServeError):
+    """Another process is training the same adapter from the same data."""
+
+    code = "run_in_progress"
+    status = 409
 
 
 def save_checkpoint(
@@ -216,12 +229,11 @@ def _checkpoints(run_dir: Path) -> list[Path]:
 def _fault(checkpoint: Path, expected: Mapping[str, Tensor]) -> str | None:
     """Why no run can go on from a checkpoint, or None if it can."""
     try:
-        tensors = load_file(checkpoint / _TENSORS)
+        shapes = {name: tensor.shape for name, tensor in load_stored(checkpoint).items()}
         _read_json(checkpoint / _EXTRA)
         best = _best(checkpoint)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         return f"it cannot be read ({error})"
-    shapes = {k.removeprefix("adapter."): v.shape for k, v in tensors.items() if k.startswith("adapter.")}
     if shapes != {name: tensor.shape for name, tensor in expected.items()}:
         return "its tensors are those of another adapter"
     if best is None or best == checkpoint:
@@ -258,30 +270,13 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-_LOCK = "lock"
-
-
-class CheckpointNotWritten(SeraServeError):
-    """The disk took no checkpoint. The run stopped; its earlier checkpoints are whole."""
-
-    code = "checkpoint_not_written"
-    status = 507
-
-
-class RunInProgress(SeraServeError):
-    """Another process is training the same adapter from the same data."""
-
-    code = "run_in_progress"
-    status = 409
-
-
 def run_digest(identity: Mapping[str, Any]) -> str:
     """Compute the name of a run: 16 hexadecimal digits, equal for equal settings, data and base."""
     text = json.dumps(identity, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-@contextlib.contextmanager
+@contextmanager
 def run_folder(adapter_dir: Path, digest: str, *, resume: bool) -> Iterator[Path]:
     """Create and lock the run's folder. If the block ends without an error, delete it and its empty parents.
 
