@@ -362,6 +362,8 @@ class TrainSettings(BaseModel):
             raise ValueError("--batch-size 1 leaves an image no other caption to be told from; take at least 2")
         if self.spans_column is not None and self.has_words:
             raise ValueError("--spans-column excludes --tokens-column and --tags-column; give one kind")
+        if self.text_column != "text" and self.has_words:
+            raise ValueError("--text-column is not read beside --tokens-column and --tags-column; leave it out")
         if self.label_separator != "|" and not self.multi_label:
             raise ValueError("--label-separator is for --multi-label; give it too, or leave the separator out")
         if self.init_from is None:

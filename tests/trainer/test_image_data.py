@@ -237,6 +237,29 @@ def test_folders_whose_names_are_no_labels_are_refused(tmp_path: Path, label: st
     assert f"rows/{label}/0.png: {says}" in message
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("image_column", "photo"),
+        ("label_column", "kind"),
+        ("images", Path("photos")),
+        ("delimiter", ";"),
+        ("encoding", "latin1"),
+    ],
+)
+def test_options_of_tables_are_refused_where_nothing_reads_them(tmp_path: Path, option: str, value: Any) -> None:
+    root = image_folder(tmp_path / "rows", 4)
+    with pytest.raises(InvalidData, match=r"is for tables, and .* is read as label/file; leave it out") as caught:
+        load(tmp_path, root, **{option: value})
+    assert caught.value.param == option
+    # A table beside the folder reads them.
+    if option in ("image_column", "label_column"):
+        names = {"image_column": "image", "label_column": "label", option: value}
+        header = (names["image_column"], names["label_column"])
+        table = write_csv(root / "eval.csv", [[f"{label}/0.png", label] for label in ("blue", "red")], header)
+        assert len(load(tmp_path, root, eval=table, **{option: value}).eval) == 2
+
+
 def test_a_folder_that_cannot_be_read_is_not_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = image_folder(tmp_path / "rows", 4)
     scandir = os.scandir

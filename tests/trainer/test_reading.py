@@ -8,6 +8,7 @@ import json
 import lzma
 from collections.abc import Callable
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,8 @@ def test_an_encoding_and_a_delimiter_can_be_named(tmp_path: Path) -> None:
     path.write_bytes("text,label\nä,x\n".encode("utf-16-le"))
     assert "give --encoding utf-16-le" in refusal(lambda: read_table(path))
     assert read_table(path, encoding="utf-16-le").rows[0].values["text"] == "ä"
+    for other in (tmp_path, Path("hub:owner/name")):
+        assert "has no delimiter; --delimiter is for" in refusal(partial(read_table, other, delimiter=";"))
 
 
 @pytest.mark.parametrize("named", ["utf-8", "UTF8", "utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])

@@ -72,6 +72,10 @@ def test_targets_and_factors_from_one_flag() -> None:
             {"task": "generate", "chat_template": "t.jinja", "completion_column": "c"},
             "--chat-template needs a question for each answer; give --prompt-column too",
         ),
+        (
+            {"task": "token-classify", "tokens_column": "words", "text_column": "sentence"},
+            "--text-column is not read beside --tokens-column and --tags-column; leave it out",
+        ),
         ({"task": "generate", "select_by": "accuracy"}, "no metric of task generate; take loss"),
         ({"name": "acme"}, "--name 'acme': adapter id is 'acme'; write tenant/name"),
         ({"name": "../evil"}, "--name"),

@@ -22,6 +22,7 @@ from sera_serve.trainer.data.labelled import (
 )
 from sera_serve.trainer.data.splits import check_evaluated, draw, hold_out, hold_out_for
 from sera_serve.trainer.data.targets import labels_of, learned_labels, separator_notes
+from sera_serve.trainer.option_text import flag
 from sera_serve.trainer.settings import TrainSettings
 from sera_serve.trainer.tables.faults import InvalidData, Problems, Row, faults_of
 from sera_serve.trainer.tables.fields import label_of, whole_number_names
@@ -88,6 +89,7 @@ def load_image_classify_data(settings: TrainSettings, initial: AdapterConfig | N
     Raises:
         InvalidData: A file, an image or some of the rows cannot be used.
     """
+    _check_table_options(settings)
     reader = _Reader(settings)
     labels = initial.labels if initial is not None else None
     rows = {"train": reader.labelled("train", labels)}
@@ -320,6 +322,17 @@ class _Reader:
         except UnusableImage as error:
             problems.add(row, error.message)
             return ""
+
+
+def _check_table_options(settings: TrainSettings) -> None:
+    """Refuse options of tables where every file is a folder of images: nothing would read them."""
+    if all(_is_image_folder(path) for use in USES if (path := getattr(settings, use)) is not None):
+        for option in ("image_column", "images", "label_column", "delimiter", "encoding"):
+            if getattr(settings, option) != TrainSettings.model_fields[option].default:
+                raise InvalidData(
+                    f"{flag(option)} is for tables, and {settings.train} is read as label/file; leave it out",
+                    param=option,
+                )
 
 
 def _is_image_folder(path: Path) -> bool:

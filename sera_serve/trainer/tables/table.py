@@ -91,7 +91,10 @@ def read_table(path: Path, *, delimiter: str | None = None, encoding: str | None
     Raises:
         InvalidData: There is no such file, it cannot be read, or it has rows that do not parse.
     """
-    if str(path).startswith(HUB):
+    is_hub = str(path).startswith(HUB)
+    if delimiter is not None and (is_hub or path.is_dir()):
+        raise _no_delimiter(path)
+    if is_hub:
         from sera_serve.trainer.tables.hub import read_hub
 
         table = read_hub(path, split)
@@ -108,7 +111,7 @@ def read_table(path: Path, *, delimiter: str | None = None, encoding: str | None
 
 def _read_file(file: DataFile, delimiter: str | None) -> Table:
     if delimiter is not None and file.kind != "csv":
-        raise InvalidData(f"{file.path} has no delimiter; --delimiter is for .csv and .tsv", param="delimiter")
+        raise _no_delimiter(file.path)
     if file.kind == "csv":
         return _read_csv(file, check_csv(file, delimiter))
     if file.kind == "json":
@@ -124,6 +127,10 @@ def _read_file(file: DataFile, delimiter: str | None) -> Table:
         for column, kind in left_out.items()
     ]
     return Table(file.path, rows.columns, rows, file.digest(), rows.label_names, notes, left_out)
+
+
+def _no_delimiter(path: Path) -> InvalidData:
+    return InvalidData(f"{path} has no delimiter; --delimiter is for .csv and .tsv", param="delimiter")
 
 
 def _read_csv(file: DataFile, shape: CsvShape) -> Table:
