@@ -67,8 +67,8 @@ def compress_bundle(
 
     Args:
         bundle: Any adapter with layers.
-        split: Blocks of A and B; it must divide the widths of every layer.
-        rank: Rank of the result; None is the layer's own, rounded up to a multiple of `split`.
+        split: Blocks of A and B, at least 1; it must divide the widths of every layer.
+        rank: Rank of the result, at least 1; None is the layer's own, rounded up to a multiple of `split`.
         max_error: The largest relative error of a layer that is accepted; None accepts any.
         on_layer: Called after each layer with its path and the relative error of its update.
 
@@ -80,6 +80,8 @@ def compress_bundle(
         raise UnsupportedAdapter(
             "a head-only adapter has no layers to compress; leave --compress out", param="compress"
         )
+    if split < 1 or (rank is not None and rank < 1):
+        raise UnsupportedAdapter(f"split is {split} and rank {rank}; give numbers of at least 1", param="compress")
     modules: dict[str, ModuleSpec] = {}
     tensors = dict(bundle.tensors)
     errors: dict[str, float] = {}
@@ -156,7 +158,7 @@ def _leading(matrices: Tensor, count: int) -> Tensor:
 
 def _check_fit(path: str, spec: ModuleSpec, split: int, rank: int) -> None:
     for name, size in {"d_in": spec.d_in, "d_out": spec.d_out, "rank": rank}.items():
-        if split < 1 or rank < 1 or size % split:
+        if size % split:
             raise UnsupportedAdapter(
                 f"split {split} does not divide {name} {size} of {path}; choose another split or rank", param="compress"
             )

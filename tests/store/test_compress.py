@@ -87,6 +87,13 @@ def test_a_split_that_does_not_divide_is_refused(split: int, rank: int | None) -
         compress_bundle(lora(), split, rank)
 
 
+@pytest.mark.parametrize(("split", "rank"), [(0, None), (-2, None), (4, 0)])
+def test_sizes_below_one_are_refused(split: int, rank: int | None) -> None:
+    with pytest.raises(UnsupportedAdapter, match="give numbers of at least 1") as refusal:
+        compress_bundle(lora(), split, rank)
+    assert refusal.value.param == "compress"
+
+
 def test_the_record_and_the_rest_of_the_bundle_stay() -> None:
     bundle = lora()
     result = compress_bundle(bundle, 2)
