@@ -16,7 +16,7 @@ Format: https://huggingface.co/docs/peft/developer_guides/checkpoint
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,9 +104,10 @@ def import_peft(
     layers, notes = read_layers(reader, matched, config, base)
     head = None if head_keys is None else read_head(reader, head_keys, base, layers)
     modules, tensors = _modules(layers, base)
-    record = _record(files, config, tuple(warnings + notes))
+    warnings += notes
+    record = _record(files, warnings)
     bundle = _bundle(base, modules, tensors, head, _template(files, base, head), record)
-    return PeftImport(bundle, layers, tuple(warnings + notes))
+    return PeftImport(bundle, layers, tuple(warnings))
 
 
 def with_record(bundle: AdapterBundle, **fields: JsonValue) -> AdapterBundle:
@@ -179,7 +180,7 @@ def _task(base: ImportBase, head: PeftHead | None) -> Task:
     return "image-classify" if base.kind == "vision" else "classify"
 
 
-def _record(files: PeftFiles, config: PeftConfig, warnings: tuple[str, ...]) -> dict[str, JsonValue]:
+def _record(files: PeftFiles, warnings: Sequence[str]) -> dict[str, JsonValue]:
     kept = ("peft_version", "base_model_name_or_path", "r", "lora_alpha", "use_rslora", "use_dora", "lora_dropout")
     said: dict[str, JsonValue] = {
         name: files.config[name] for name in kept if isinstance(files.config.get(name), str | int | float | bool)

@@ -19,7 +19,7 @@ from adapters_store.format.config import AdapterConfig
 from adapters_store.format.containers import CONFIG_FILE, METADATA_KEY, RawBundle, read_bytes, read_path
 from adapters_store.format.content_hash import content_hash, hash_meanwhile
 from adapters_store.format.mmap_buffer import writable_memory
-from adapters_store.format.safetensors_file import MODEL_FILE, BundleLimits, read_tensor, read_tensors, save_tensors
+from adapters_store.format.safetensors_file import MODEL_FILE, BundleLimits, read_tensor, save_tensors
 from adapters_store.format.tensor_table import DTYPE_NAMES, DTYPES, TensorTable, describe_tensors
 from adapters_store.format.validation import check_names_and_shapes, check_values, is_surely_finite
 
@@ -57,7 +57,8 @@ class AdapterBundle:
         """CPU tensors under the names of `expected_shapes(config)`."""
         if self._tensors is None:
             assert self._read is not None, "a bundle was made from tensors, or was read"
-            self._tensors = read_tensors(self._read.data, self._read.table)
+            data, entries = self._read.data, self._read.table.entries
+            self._tensors = {name: read_tensor(data, entry) for name, entry in entries.items()}
         return self._tensors
 
     def flat_tensors(self) -> dict[str, Tensor]:

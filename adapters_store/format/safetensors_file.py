@@ -209,18 +209,13 @@ def save_tensors(tensors: dict[str, Tensor], path: Path | str, metadata: dict[st
     os.chmod(path, mode)
 
 
-def read_tensors(data: memoryview, table: TensorTable) -> dict[str, Tensor]:
-    """The tensors in writable memory, on the CPU; aligned tensors share that memory.
+def read_tensor(data: memoryview, entry: TensorEntry) -> Tensor:
+    """One tensor, or a run of tensors, on the CPU; an aligned one shares the writable memory of `data`.
 
     Args:
         data: `Header.tensor_bytes` of the file.
-        table: The header's.
+        entry: One of the header's table.
     """
-    return {name: read_tensor(data, entry) for name, entry in table.entries.items()}
-
-
-def read_tensor(data: memoryview, entry: TensorEntry) -> Tensor:
-    """One tensor, or a run of tensors, as of `read_tensors`."""
     # Through numpy: torch gives up the interpreter's lock for every view, and in a busy server waits to get it back.
     array = np.frombuffer(data, _NUMPY_TYPES[entry.dtype], math.prod(entry.shape), entry.begin).reshape(entry.shape)
     tensor = torch.from_numpy(array if array.flags.aligned else array.copy())

@@ -15,7 +15,6 @@ from adapters_store.format.strict_json import canonical_json, parse_json
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 _FIELDS = {"dtype", "shape", "data_offsets"}
 _MAX_DIMENSION = 1 << 40
 # Tables that are kept: some MB together, at most 50.
@@ -44,7 +43,7 @@ class TensorRun(NamedTuple):
     def whole(self) -> TensorEntry:
         """All of them as one tensor (elements,)."""
         elements = sum(self.sizes)
-        return TensorEntry(self.dtype, (elements,), self.begin, self.begin + elements * _ITEM_BYTES[self.dtype])
+        return TensorEntry(self.dtype, (elements,), self.begin, self.begin + elements * DTYPES[self.dtype].itemsize)
 
 
 @dataclass(frozen=True)
@@ -132,7 +131,7 @@ def _entry(name: str, field: Any) -> TensorEntry:
     if 0 in shape:
         raise WrongShape(f"tensor {name!r} has shape {tuple(shape)}: it holds no element", param=name)
     begin, end = offsets
-    if end - begin != math.prod(shape) * _ITEM_BYTES[dtype]:
+    if end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
         raise InvalidHeader(f"tensor {name!r}: data_offsets do not fit its shape and dtype", param=name)
     return TensorEntry(dtype, tuple(shape), begin, end)
 
