@@ -87,11 +87,15 @@ class CompareRunner:
 
     def _rate(self, cell: Cell) -> tuple[bool, float | None]:
         """Return (whether the rate is known, the rate or None for the method's default)."""
-        rule = self.plan.learning_rates
-        if cell.variant.learning_rate is not None or rule is None:
+        rule = self._rule(cell)
+        if rule is None:
             return True, cell.variant.learning_rate
         tried = self._tried(rule, cell)
         return (False, None) if rule.next_rate(tried) is not None else (True, rule.best(tried))
+
+    def _rule(self, cell: Cell) -> LearningRateRule | None:
+        """The rule that chooses the cell's rate; None where the rate is fixed, or is the method's default."""
+        return self.plan.learning_rates if cell.variant.learning_rate is None else None
 
     def _tuning_cells(self, rule: LearningRateRule, cell: Cell) -> list[Cell]:
         return [Cell(cell.base, data, cell.variant) for data in rule.data or [cell.data]]
@@ -116,9 +120,12 @@ class CompareRunner:
         """
         self._made, self._limit = 0, limit
         total = len(self.plan.ordered())
-        columns = (TextColumn("compare"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         progress = Progress(
-            *columns,
+            TextColumn("compare"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
             TextColumn("{task.fields[now]}"),
             console=self.console,
             transient=True,
@@ -146,8 +153,8 @@ class CompareRunner:
 
     def _settle_rate(self, cell: Cell) -> bool:
         """Make the runs that choose the cell's learning rate. Return False if the limit was reached."""
-        rule = self.plan.learning_rates
-        if cell.variant.learning_rate is not None or rule is None:
+        rule = self._rule(cell)
+        if rule is None:
             return True
         while (rate := rule.next_rate(self._tried(rule, cell))) is not None:
             for each in self._tuning_cells(rule, cell):

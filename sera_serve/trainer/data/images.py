@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -19,13 +19,14 @@ from sera_serve.trainer.data.labelled import (
     check_labels_known,
     label_notes,
     limit_notes,
+    with_whole_numbers,
 )
 from sera_serve.trainer.data.splits import check_evaluated, draw, hold_out, hold_out_for
 from sera_serve.trainer.data.targets import labels_of, learned_labels, separator_notes
 from sera_serve.trainer.option_text import flag
 from sera_serve.trainer.settings import TrainSettings
 from sera_serve.trainer.tables.faults import InvalidData, Problems, Row, faults_of
-from sera_serve.trainer.tables.fields import label_of, whole_number_names
+from sera_serve.trainer.tables.fields import label_of
 from sera_serve.trainer.tables.image_files import (
     FolderSource,
     ImageSource,
@@ -202,11 +203,8 @@ class _Reader:
             return self._labelled_files(use, path)
         if path is None:
             return []
-        column, found, problems = self._settings.label_column, self._with_labels(path, use), Problems(path)
-        rows = [ImageExample(image, label_of(row, column, problems), row.place()) for row, image in found(problems)]
-        problems.raise_if_any()
-        names = whole_number_names([item.target for item in rows], labels)
-        return [replace(item, target=names[item.target]) if item.target in names else item for item in rows]
+        rows = self._examples(path, use, "label_column", lambda *cell: [label_of(*cell)])
+        return with_whole_numbers(rows, labels)
 
     def tagged(self, use: Use) -> list[ImageExample[LabelSet]]:
         """Read the rows for a use, as `labelled` does. A cell holds a list of labels, or text with separators."""
@@ -220,23 +218,10 @@ class _Reader:
                 f"{self._settings.label_column}",
                 param=use,
             )
-        found, problems = self._with_labels(path, use), Problems(path)
-        rows = [
-            ImageExample(
-                image,
-                labels_of(row, self._settings.label_column, self._settings.label_separator, problems),
-                row.place(),
-            )
-            for row, image in found(problems)
-        ]
-        problems.raise_if_any()
-        return rows
-
-    def _with_labels(self, path: Path, use: Use) -> Callable[[Problems], Iterator[tuple[Row, str]]]:
-        """What yields the rows of a table that has a column of labels, each with the digest of its image."""
-        table, column = self._table(path, use)
-        table.require(self._settings.label_column, "label_column")
-        return lambda problems: self._table_images(table, column, problems, use)
+        separator = self._settings.label_separator
+        return self._examples(
+            path, use, "label_column", lambda row, column, problems: [labels_of(row, column, separator, problems)]
+        )
 
     def _labelled_files(self, use: Use, given: Path | None) -> list[ImageExample[str]]:
         path = given or self._settings.train
@@ -270,13 +255,20 @@ class _Reader:
                 "folder of the images with --images",
                 param=use,
             )
-        table, column = self._table(path, use)
-        table.require(self._settings.caption_column, "caption_column")
+        return self._examples(path, use, "caption_column", _captions)
+
+    def _examples(
+        self, path: Path, use: Use, option: str, targets: Callable[[Row, str, Problems], list[T]]
+    ) -> list[ImageExample[T]]:
+        """Read a table: one example for each of the `targets` of a row's cell in the column that `option` names."""
+        table, images = self._table(path, use)
+        column = getattr(self._settings, option)
+        table.require(column, option)
         problems = Problems(path)
         rows = [
-            ImageExample(image, caption, row.place())
-            for row, image in self._table_images(table, column, problems, use)
-            for caption in _captions(row, self._settings.caption_column, problems)
+            ImageExample(image, target, row.place())
+            for row, image in self._table_images(table, images, problems, use)
+            for target in targets(row, column, problems)
         ]
         problems.raise_if_any()
         return rows

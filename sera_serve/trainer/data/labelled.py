@@ -79,6 +79,9 @@ class ImageExample(Generic[T]):
     row: Row
 
 
+Labelled = TypeVar("Labelled", Example[str], ImageExample[str])
+
+
 @dataclass(frozen=True)
 class Examples(Generic[T]):
     """Checked rows by use.
@@ -124,7 +127,7 @@ def load_classify_data(settings: TrainSettings, labels: list[str] | None = None)
             table = table_for(settings, use)
             if table is None:
                 continue
-            rows[use] = _labelled_texts(table, settings, labels)
+            rows[use] = with_whole_numbers(checked_texts(table, settings, label_of), labels)
             digests[use] = table.digest
             notes += table.notes
             if use != "train":
@@ -206,10 +209,10 @@ def checked_texts(
     return checked
 
 
-def _labelled_texts(table: Table, settings: TrainSettings, labels: list[str] | None) -> list[Example[str]]:
-    checked = checked_texts(table, settings, label_of)
-    names = whole_number_names([item.target for item in checked], labels)
-    return [replace(item, target=names[item.target]) if item.target in names else item for item in checked]
+def with_whole_numbers(rows: list[Labelled], labels: list[str] | None) -> list[Labelled]:
+    """Name the labels of rows as `whole_number_names` says; `labels` are those of the adapter, if it has some."""
+    names = whole_number_names([item.target for item in rows], labels)
+    return [replace(item, target=names[item.target]) if item.target in names else item for item in rows]
 
 
 def _require_texts(table: Table, settings: TrainSettings) -> None:

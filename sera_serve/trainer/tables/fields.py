@@ -75,11 +75,12 @@ def whole_number_names(labels: Iterable[str], known: Collection[str] | None = No
 
     Args:
         labels: The labels of the rows.
-        known: The labels of the adapter: one of them is a name as it is. None, of rows that name the labels: `1.0` is a
-            name beside `1.5` or `other`, so all labels must be whole numbers.
+        known: The labels of the adapter: a label that is one of them keeps its name. None where the rows give the
+            labels: then no label gets another name unless all are whole numbers, because `1.0` is a name of its own
+            beside `1.5` or `other`.
 
     Returns:
-        The name of each label that has another one.
+        The new name by label, for the labels that get one.
     """
     pointed = {label: label.partition(".")[0] for label in set(labels) if _WHOLE.fullmatch(label) and "." in label}
     if known is not None:
