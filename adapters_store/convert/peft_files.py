@@ -275,24 +275,25 @@ def _from_single(data: memoryview, limits: BundleLimits, config: bytes | None) -
         return None
     header = parse_header(data, len(data), limits)
     own = header.metadata.get(METADATA_KEY)
-    text: str | bytes | None = config
+    if config is None and own is None and any(".lora_A" in name for name in header.table.entries):
+        raise MissingFile(
+            f"the tensors are those of a LoRA, and their configuration is missing: send {CONFIG_FILE} with them; "
+            'at the least it has {"peft_type": "LORA", "r": ..., "lora_alpha": ...}',
+            param=CONFIG_FILE,
+        )
+    text = config if config is not None else (own or "").encode()
+    if config is None and not is_peft_config(text):
+        return None
     if config is not None and own is not None and not is_peft_config(own):
         raise InvalidConfig(
             "the file is a bundle, which has its configuration in it; send no second one", param="config"
         )
-    if text is None:
-        text = own
-        if text is None and any(".lora_A" in name for name in header.table.entries):
-            raise MissingFile(
-                f"the tensors are those of a LoRA, and their configuration is missing: send {CONFIG_FILE} with them; "
-                'at the least it has {"peft_type": "LORA", "r": ..., "lora_alpha": ...}',
-                param=CONFIG_FILE,
-            )
-        if text is None or not is_peft_config(text):
-            return None
-    if len(text.encode() if isinstance(text, str) else text) > limits.max_config_bytes:
+    if len(text) > limits.max_config_bytes:
         raise BundleTooLarge(f"{CONFIG_FILE} exceeds {limits.max_config_bytes} bytes", param=CONFIG_FILE)
-    return PeftFiles(_parse(text), header, Weights(lambda: data), {}, (), limits.max_bytes)
+    fields = _parse(text)
+    if config is not None and own is not None and _parse(own) != fields:
+        raise InvalidConfig("the file has another configuration in its metadata; send one of the two", param="config")
+    return PeftFiles(fields, header, Weights(lambda: data), {}, (), limits.max_bytes)
 
 
 def _assemble(files: dict[str, _File], limits: BundleLimits, outside: tuple[str, ...] = ()) -> PeftFiles:

@@ -258,6 +258,19 @@ def test_a_bundle_takes_no_configuration_beside_it() -> None:
     assert (refusal.value.code, refusal.value.param) == ("invalid_config", "config")
 
 
+def test_a_file_takes_no_configuration_beside_its_own_that_says_something_else(folder: Path) -> None:
+    own = {"adapter_config": json.dumps(CONFIG, indent=1)}
+    tensors = safetensors.torch.load_file(folder / "adapter_model.safetensors")
+    data = memoryview(safetensors.torch.save(tensors, own))
+    for same in (None, json.dumps(CONFIG).encode()):
+        found = peft_from_bytes(data, LIMITS, same)
+        assert found is not None
+        assert found.config == CONFIG
+    with pytest.raises(InvalidBundle, match="has another configuration in its metadata") as refusal:
+        peft_from_bytes(data, LIMITS, json.dumps(CONFIG | {"lora_alpha": 99}).encode())
+    assert (refusal.value.code, refusal.value.param) == ("invalid_config", "config")
+
+
 def test_a_member_is_expanded_in_linear_time(monkeypatch: pytest.MonkeyPatch) -> None:
     # Small steps make many of them: copying the rest of the file at each one would take over half a minute.
     monkeypatch.setattr(zip_file, "_CHUNK", 1 << 12)
