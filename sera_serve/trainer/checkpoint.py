@@ -18,7 +18,7 @@ import random
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -277,18 +277,20 @@ def run_digest(identity: Mapping[str, Any]) -> str:
 
 
 @contextmanager
-def run_folder(adapter_dir: Path, digest: str, *, resume: bool) -> Iterator[Path]:
-    """Create and lock the run's folder. If the block ends without an error, delete it and its empty parents.
+def run_folder(runs_dir: Path, digest: str, *, resume: bool, own_parents: int = 0) -> Iterator[Path]:
+    """Create and lock the run's folder. If the block ends without an error, delete it.
 
     Args:
-        adapter_dir: Folder of all runs of one adapter.
+        runs_dir: Folder of the runs.
         digest: See `run_digest`.
         resume: Whether to keep the checkpoints of a killed run.
+        own_parents: How many folders above the run's are the trainer's own: they go with it where they are empty. A
+            folder that the user has named stays.
 
     Raises:
         RunInProgress: Another process uses the folder.
     """
-    folder = adapter_dir / digest
+    folder = runs_dir / digest
     folder.mkdir(parents=True, exist_ok=True)
     with try_file_lock(str(folder / _LOCK)) as is_ours:
         if not is_ours:
@@ -301,9 +303,7 @@ def run_folder(adapter_dir: Path, digest: str, *, resume: bool) -> Iterator[Path
                     shutil.rmtree(path)
         yield folder
         shutil.rmtree(folder)
-    for parent in [adapter_dir, *adapter_dir.parents][:3]:
-        try:
+    # A parent with other runs cannot be removed.
+    with suppress(OSError):
+        for parent in list(folder.parents)[:own_parents]:
             parent.rmdir()
-        except OSError:
-            # The parent has other runs.
-            break

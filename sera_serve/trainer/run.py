@@ -281,7 +281,9 @@ def _folder(run: TrainingRun, digest: str) -> contextlib.AbstractContextManager[
     if not run.processes.is_main:
         # The main process holds the lock, and deletes the folder.
         return contextlib.nullcontext(work_dir / digest)
-    return run_folder(work_dir, digest, resume=run.settings.resume)
+    # STORE.training/TENANT/NAME
+    own_parents = 3 if run.settings.work_dir is None else 0
+    return run_folder(work_dir, digest, resume=run.settings.resume, own_parents=own_parents)
 
 
 def _scores(task: TrainingTask) -> dict[str, float]:

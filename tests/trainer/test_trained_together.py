@@ -121,6 +121,14 @@ def test_an_error_of_the_system_without_a_file_is_told_without_one(
     }
 
 
+def test_a_folder_that_the_user_has_made_stays(base: FrozenBase, tmp_path: Path) -> None:
+    work = tmp_path / "scratch"
+    work.mkdir()
+    (done,) = train_jobs(Plan([mixed_jobs(tmp_path)[0].model_copy(update={"work_dir": work})], 1), base=base)
+    assert done.status == "trained"
+    assert not list(work.iterdir())
+
+
 def test_a_killed_plan_of_one_job_ends_with_the_very_tensors(base: FrozenBase, tmp_path: Path) -> None:
     """With dropout, whose random numbers are the job's own."""
     job = mixed_jobs(tmp_path, seconds=0)[0]

@@ -245,6 +245,13 @@ def test_checkpoints_hold_the_adapter_and_no_pickle(base: FrozenBase, tmp_path: 
     assert last_checkpoint(newest.parent, {"other": torch.zeros(3)}) is None
 
 
+def test_folders_that_the_user_has_made_stay(base: FrozenBase, tmp_path: Path) -> None:
+    work = tmp_path / "scratch" / "mine"
+    work.mkdir(parents=True)
+    train_adapter(settings(tmp_path, work_dir=work), base=base)
+    assert not list(work.iterdir())
+
+
 def test_no_resume_begins_anew(base: FrozenBase, tmp_path: Path) -> None:
     stopped_run(settings(tmp_path), base, 10)
     assert train_adapter(settings(tmp_path, resume=False), base=base).resumed_from is None

@@ -75,7 +75,9 @@ def train_jobs(plan: Plan, *, base: FrozenBase | None = None, console: Console |
     # Beside the runs' folders, whose names are tenant/name: no tenant's name begins with a dot.
     work = first.work_dir or first.store.with_name(first.store.name + ".training")
     store = AdapterStore(first.store, create=True)
-    records = PublishedJobs(work / ".published", store, base.info, resume=first.resume)
+    records = PublishedJobs(
+        work / ".published", store, base.info, resume=first.resume, owns_parent=first.work_dir is None
+    )
     results: dict[int, JobResult] = {}
     with progress_bars(shown) as bars:
         members = []

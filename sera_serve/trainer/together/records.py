@@ -18,9 +18,12 @@ from sera_serve.trainer.settings import FILES, TrainSettings
 class PublishedJobs:
     """A folder with one small file for each published job, named by the settings, data and base of the job."""
 
-    def __init__(self, folder: Path, store: AdapterStore, base: BaseInfo, *, resume: bool) -> None:
-        """Use the folder; without `resume`, forget what it holds."""
+    def __init__(
+        self, folder: Path, store: AdapterStore, base: BaseInfo, *, resume: bool, owns_parent: bool = True
+    ) -> None:
+        """Use the folder; without `resume`, forget what it holds. A parent that the user has named is not owned."""
         self._folder = folder
+        self._owns_parent = owns_parent
         self._store = store
         self._base = base.model_dump()
         # Found out once for each job: a file that changes while its job trains was not what the job read.
@@ -43,11 +46,12 @@ class PublishedJobs:
         put_text(str(path), json.dumps(result), str(path.parent))
 
     def clear(self) -> None:
-        """Forget all jobs, and delete the folder and its empty parent."""
+        """Forget all jobs, and delete the folder, and its parent where that is owned and empty."""
         shutil.rmtree(self._folder, ignore_errors=True)
-        # Checkpoints of other runs may be there.
-        with contextlib.suppress(OSError):
-            self._folder.parent.rmdir()
+        if self._owns_parent:
+            # Checkpoints of other runs may be there.
+            with contextlib.suppress(OSError):
+                self._folder.parent.rmdir()
 
     def _path(self, settings: TrainSettings) -> Path:
         if settings.name not in self._paths:
