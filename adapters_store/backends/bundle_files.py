@@ -77,12 +77,16 @@ class BundleFiles:
     def read(self, digest: str, nbytes: int) -> memoryview | None:
         """The first bytes of a bundle's file."""
         # Writable memory, so that tensors can share it and a bundle is held once.
-        data = reused_memory(nbytes)
+        data, path = reused_memory(nbytes), self.path(digest)
         try:
-            with open(self.path(digest), "rb") as file:
+            with open(path, "rb") as file:
                 count = file.readinto(data)
         except FileNotFoundError:
             return None
+        except OSError as error:
+            # The system does not name the file of a descriptor.
+            error.filename = path
+            raise
         return data[:count]
 
     def hold(self, digest: str, adapter: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import torch
 from bundle_factory import MODULE, Q, bundle_path, config_fields, make_bundle
 
 from adapters_store import AdapterBundle, AdapterConfig, AdapterNotFound, AdapterStore, StoreError
+from adapters_store.backends import bundle_files
 from adapters_store.backends.adapter_directory import AdapterDirectory
 from adapters_store.errors import NotAStore, StoreCorrupted, StoreWriteFailed, UnsupportedStore, VersionInUse
 
@@ -349,6 +351,18 @@ def test_an_alias_that_the_system_does_not_read_is_a_fault(store: AdapterStore) 
     [[fault]] = store.faults()
     reason = f"Too many levels of symbolic links: {path}"
     assert fault.message.startswith(f"{NAME} cannot be read ({reason}); check the disk")
+
+
+def test_a_disk_that_does_not_read_a_bundle_is_a_fault(store: AdapterStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Unreadable(io.BytesIO):
+        def readinto(self, buffer: object) -> int:
+            raise OSError(5, "Input/output error")
+
+    store.publish(make_bundle(1), NAME)
+    monkeypatch.setattr(bundle_files, "open", lambda path, mode: Unreadable(), raising=False)
+    [[fault]] = store.faults()
+    path = store.root / "bundles" / f"{make_bundle(1).digest}.safetensors"
+    assert fault.message.startswith(f"{NAME}@v1 cannot be read (Input/output error: {path}); check the disk")
 
 
 @pytest.mark.parametrize("file", ["versions/v1.json", "aliases/latest.json", "aliases/stable.json"])
