@@ -35,7 +35,7 @@ class AdapterFacts(Record):
         modules: Number of adapted layers.
         has_chat_template: Whether the bundle has a chat template. Written only where it has one: an older release,
             which reads no such bundle, reads the records of all others.
-        multi_label: Whether the labels exclude each other no more. Written only where it is true, likewise.
+        multi_label: Whether an input may have several of the labels, or none. Written only where it is true, likewise.
         image: What an image goes through, or None. Written only where it is used, likewise.
     """
 

@@ -91,12 +91,11 @@ class AdapterStore(StoredBundles):
         return len(self._damage)
 
     def publish(self, bundle: AdapterBundle, name: str, *, keep_latest: bool = False) -> Published:
-        """Add a version and move `latest` to it; content that the adapter already has keeps its version.
+        """Add a version and move `latest` to it.
 
-        With `keep_latest`, such content does not move `latest` either.
-
-        Only such content is not written again. Content that another adapter has is written in full, in place of the
-        same bytes: the time of a publication must not tell a tenant what other tenants have.
+        Content that the adapter already has keeps its version, and is not written again; with `keep_latest`, it does
+        not move `latest`. Content that another adapter has is written in full, in place of the same bytes: the time of
+        a publication must not tell a tenant what other tenants have.
 
         Raises:
             InvalidAdapterName, InvalidBundle: Refused; the store is unchanged.

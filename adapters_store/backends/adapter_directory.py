@@ -128,7 +128,7 @@ class AdapterDirectory:
         put_text(self._alias_file(alias), record_text(AliasRecord(version=version)), f"{self._root}/tmp")
 
     def mend_latest(self) -> None:
-        """Have `latest` name the newest version, where it names one that a copy of the store did not get."""
+        """Point `latest` to the newest version, where it points to a version that is not in this copy of the store."""
         # A damaged alias may have named an older version: its owner points it again.
         with suppress(StoreCorrupted):
             versions, latest = self.versions(), self._alias(LATEST)

@@ -100,8 +100,8 @@ class BundleFiles:
                 with suppress(FileExistsError):
                     os.mkdir(made)
             make_empty_file(f"{folder}/{entry_name(adapter)}")
-            # All always: a killed writer may have made any of them and not flushed it, and the time of it must not tell
-            # whether another adapter has made them.
+            # Each time all three. A killed writer may have made one of them and not flushed it. And the time that this
+            # takes must not tell whether another adapter has made them.
             for held in (folder, shard, self._references):
                 sync(held)
             return True

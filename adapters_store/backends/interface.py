@@ -81,7 +81,7 @@ class Change:
 
     @property
     def only_removes(self) -> bool:
-        """Whether the change makes an adapter smaller; the aliases that it may set stand for versions that go."""
+        """Whether the change makes an adapter smaller. It may move aliases away from the versions that go."""
         return self.add is None and bool(self.remove_aliases or self.remove_versions)
 
 

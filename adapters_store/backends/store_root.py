@@ -53,11 +53,12 @@ class StoreRoot:
     2. the stripe of the adapter, for a change to an adapter;
     3. the stripe of a digest, or the lock of the name index; one at a time.
 
-    `exclusive` holds `locks/gate` alone until it has `locks/writers` alone. The kernel would let new sharers of
-    `locks/writers` pass it for ever; so they wait at the gate, and those that are inside come to an end. No owner of
-    any other lock ever waits for the gate, so no two wait for each other. A release that knows no gate passes it by:
-    `exclusive` may then wait longer. The opening of a store makes the gate's file. Where the file is absent, as on a
-    disk that was full then, writers and `exclusive` go without it.
+    `exclusive` holds `locks/gate` alone until it has `locks/writers` alone. Without the gate, new writers would share
+    `locks/writers` again and again, and `exclusive` might wait for ever. With it, new writers wait at the gate, and
+    those that are inside come to an end. No owner of any other lock ever waits for the gate, so no two wait for each
+    other. An older release does not know the gate: while it writes, `exclusive` may wait longer. The opening of a store
+    makes the gate's file. Where the file is absent, as on a disk that was full then, writers and `exclusive` go without
+    it.
 
     The owner of `locks/writers` alone (`exclusive`) therefore knows that no process writes, and that `tmp` holds
     nothing but what killed writers left.

@@ -59,9 +59,9 @@ class HeadModel(AdapterModel):
 
 
 class ScaledHeadModel(HeadModel):
-    """A head with one output that trains in units of `scale`, and is stored in the units of the numbers.
+    """A head with one output. It trains on the numbers divided by `scale`, and is stored for the numbers themselves.
 
-    A power of two makes the change of units exact: a head that is stored and loaded again has the same bits.
+    The scale is a power of two, which makes both steps exact: a head that is stored and loaded again has the same bits.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class ScaledHeadModel(HeadModel):
         return torch.nn.functional.mse_loss(logits[:, 0], labels)
 
     def stored_tensors(self) -> dict[str, Tensor]:
-        """Return the adapter's tensors, and the head in the units of the numbers, which shares no memory."""
+        """Return the adapter's tensors, and a copy of the head that gives the numbers themselves."""
         tensors = super().stored_tensors()
         return {name: t * self.scale if name.startswith("head.") else t for name, t in tensors.items()}
 

@@ -215,7 +215,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
                 return loss
 
     def complete_gradients(self) -> None:
-        """Wait for gradients that come after the run's own backward pass. A run of its own has none."""
+        """Wait for the gradients of the base where other runs share its passes. A run that trains alone has them."""
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
         """Create AdamW over the trained parameters, in the groups of `parameter_groups`."""

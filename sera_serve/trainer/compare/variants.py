@@ -112,7 +112,12 @@ def shape_of(variant: Variant, baseline: BaselineShape, settings: Mapping[str, A
 
 
 def sizes_of(entry: ComparedMethod, default_rank: int | None) -> Iterator[Variant]:
-    """Every size of a method; `default_rank` is the rank in the name of a method without one, None for no such part."""
+    """Every size of a method.
+
+    Args:
+        entry: The method.
+        default_rank: The rank in the names of a method that gives none; None leaves the rank out of these names.
+    """
     extra = entry.model_extra or {}
     is_baseline = entry.method in BASELINES
     options = {"method": "lora" if is_baseline else entry.method} | extra

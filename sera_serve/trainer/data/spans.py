@@ -89,7 +89,7 @@ def spans_of(row: Row, column: str, text: str, problems: Problems) -> Marked:
         problems.add(row, f'{column} must be a list such as [{{"start": 0, "end": 5, "label": "name"}}]')
         return ()
     spans = []
-    # Each span holds its characters, so it counts before it is kept.
+    # A span holds a copy of its characters. Spans that overlap could hold the text many times.
     faults = covered = 0
     for index, item in enumerate(value):
         if (span := _span(row, f"{column}[{index}]", item, text, problems)) is None:
@@ -100,7 +100,7 @@ def spans_of(row: Row, column: str, text: str, problems: Problems) -> Marked:
         spans.append(span)
         covered += span.end - span.start
         if covered > len(text):
-            # Some overlap, as is told below.
+            # Then some overlap, and the check below says which.
             break
     spans.sort(key=lambda span: span.start)
     overlaps = 0

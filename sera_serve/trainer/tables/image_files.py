@@ -160,7 +160,7 @@ class TableSource:
 class ImageStore:
     """Every image of a run, by the sha256 of its bytes: equal images are one image.
 
-    Images are decoded when they are used. Decoded images stay in memory as far as `cache_bytes` reaches.
+    Images are decoded when they are used. Decoded images stay in memory up to `cache_bytes`.
     """
 
     def __init__(self, cache_bytes: int = CACHE_BYTES) -> None:

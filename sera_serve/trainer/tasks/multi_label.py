@@ -31,7 +31,7 @@ def label_set_metrics(expected: NDArray[np.bool_], predicted: NDArray[np.bool_])
         expected: (rows, labels), whether a row has a label.
         predicted: The same, as it was predicted.
     """
-    # One column is a binary task to scikit-learn, whose second class is the rows without the label.
+    # scikit-learn takes one column for a task of two classes, and would also score the rows without the label.
     classes = [True] if expected.shape[1] == 1 else None
     macro = float(f1_score(expected, predicted, labels=classes, average="macro", zero_division=np.nan))
     return {

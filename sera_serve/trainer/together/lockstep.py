@@ -32,7 +32,7 @@ _ARGUMENTS = {"input_ids", "attention_mask", "token_type_ids", "use_cache", "log
 
 
 class _Backward:
-    """What a run waits for after its own backward pass: that of the base."""
+    """The request of a run that has made its own backward pass, and waits for the base's."""
 
 
 _BACKWARD = _Backward()

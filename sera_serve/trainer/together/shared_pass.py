@@ -68,7 +68,7 @@ class SharedPass:
         self._offset = 0
         self._picks = base.kind == "decoder" and self._can_pick()
         self._find_blocks()
-        # As the trainer's models do; without effect where activations are not checkpointed.
+        # The trainer's models do it in `train`. It has no effect where activations are not checkpointed.
         mark_training(self._base.model, True)
 
     @property
