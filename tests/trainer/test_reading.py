@@ -367,7 +367,7 @@ def test_folders_that_datasets_saved_are_read(tmp_path: Path) -> None:
     data = classify(tmp_path / "one", tmp_path, eval=tmp_path / "both")
     assert data.labels == ["neg", "pos"]
     assert [row.target for row in data.train] == [row.target for row in data.eval] == ["neg", "pos"] * 2
-    assert read_table(tmp_path / "both").label_names == {"label": ["neg", "pos"]}
+    assert [row.values["label"] for row in read_table(tmp_path / "both").rows] == ["neg", "pos"] * 2
     assert read_table(tmp_path / "both").digest == read_table(tmp_path / "one").digest
     assert "has no split for test; it has train, validation" in refusal(
         lambda: classify(tmp_path / "one", tmp_path, test=tmp_path / "both")

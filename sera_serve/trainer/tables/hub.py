@@ -98,4 +98,4 @@ def read_hub(path: Path, split: str) -> Table:
 
 def _table(path: Path, dataset: Any) -> Table:
     rows = DatasetRows(dataset, path, None)
-    return Table(path, rows.columns, rows, rows.digest(), rows.label_names)
+    return Table(path, rows.columns, rows, rows.digest())

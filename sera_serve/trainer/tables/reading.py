@@ -31,7 +31,6 @@ class DatasetRows(Sequence[Row]):
 
     Attributes:
         columns: Column names, in the data set's order.
-        label_names: The names of classes, by column.
     """
 
     def __init__(self, dataset: Dataset, path: Path, at: int | Lines | None) -> None:
@@ -41,7 +40,7 @@ class DatasetRows(Sequence[Row]):
         self._at = at
         self.columns: list[str] = list(dataset.column_names)
         names = {name: _class_names(feature) for name, feature in dataset.features.items()}
-        self.label_names = {name: classes for name, classes in names.items() if classes is not None}
+        self._class_names = {name: classes for name, classes in names.items() if classes is not None}
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -91,7 +90,7 @@ class DatasetRows(Sequence[Row]):
 
     def _row(self, values: dict[str, Any], place: int) -> Row:
         row = Row(values, place + 1, self._at)
-        for column, names in self.label_names.items():
+        for column, names in self._class_names.items():
             values[column] = self._named(values[column], names, column, row)
         return row
 

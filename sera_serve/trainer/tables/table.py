@@ -30,10 +30,9 @@ class Table:
     Attributes:
         path: Path of the file or folder; `hub:...` for a data set of the hub.
         columns: Column names, in the file's order.
-        rows: In the file's order. Where `datasets` reads the file, each access makes the row anew.
+        rows: In the file's order. Where `datasets` reads the file, each access makes the row anew. A class number has
+            become the name that the file's own schema has for it.
         digest: sha256 of the file's bytes, hexadecimal; of a folder's or a data set's rows.
-        label_names: The names of classes that the file's own schema has, by column. The rows have these names as
-            their values.
         notes: What the user should know about the reading.
         left_out: The types of columns that the file has and the rows have not, by name.
     """
@@ -42,7 +41,6 @@ class Table:
     columns: list[str]
     rows: Sequence[Row]
     digest: str
-    label_names: dict[str, list[str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
 
@@ -126,7 +124,7 @@ def _read_file(file: DataFile, delimiter: str | None) -> Table:
         f"column {column!r} of {file.path.name} is left out, because its type {kind} cannot be read"
         for column, kind in left_out.items()
     ]
-    return Table(file.path, rows.columns, rows, file.digest(), rows.label_names, notes, left_out)
+    return Table(file.path, rows.columns, rows, file.digest(), notes, left_out)
 
 
 def _no_delimiter(path: Path) -> InvalidData:
