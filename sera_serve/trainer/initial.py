@@ -20,12 +20,10 @@ class InitialAdapter:
 
     Attributes:
         reference: As the settings name it.
-        digest: Its digest.
         bundle: Its configuration and tensors.
     """
 
     reference: str
-    digest: str
     bundle: AdapterBundle
 
     def settings(self, settings: TrainSettings) -> TrainSettings:
@@ -91,10 +89,9 @@ def load_initial(settings: TrainSettings) -> InitialAdapter | None:
     if settings.init_from is None:
         return None
     store = AdapterStore(settings.store, create=False)
-    found = store.resolve(settings.init_from)
-    bundle = store.load(found.digest)
+    bundle = store.load(store.resolve(settings.init_from).digest)
     check_initial(settings.init_from, bundle.config, settings)
-    return InitialAdapter(settings.init_from, found.digest, bundle)
+    return InitialAdapter(settings.init_from, bundle)
 
 
 def check_initial(reference: str, config: AdapterConfig, settings: TrainSettings) -> None:

@@ -233,7 +233,7 @@ def _train_on(run: TrainingRun, publish: Publish) -> TrainResult:
         run.tell(note)
     identity: dict[str, Any] = {"settings": settings.identity(), "data": data.digests, "base": base.info.model_dump()}
     if run.initial is not None:
-        identity["init_from"] = run.initial.digest
+        identity["init_from"] = run.initial.bundle.digest
     started = time.monotonic()
     with _folder(run, run_digest(identity)) as folder:
         fitted = _fit(task, run, folder)
@@ -396,7 +396,7 @@ def _record(run: TrainingRun, task: TrainingTask, metrics: dict[str, float], fit
     if settings.method != settings.stored_method:
         record["method"] = settings.method
     if run.initial is not None:
-        record["init_from"] = {"adapter": run.initial.reference, "digest": run.initial.digest}
+        record["init_from"] = {"adapter": run.initial.reference, "digest": run.initial.bundle.digest}
     return record | ({"description": settings.description} if settings.description else {})
 
 
