@@ -54,7 +54,7 @@ class ClassifyTask(TextHeadTask[Any]):
     def bundle_fields(self) -> dict[str, Any]:
         """Labels, pooling, and the length to which the server truncates, as training did."""
         fields = {"labels": self.labels, "pooling": self.pooling, "max_length": self.max_length}
-        return fields | ({"multi_label": True} if self.multi_label else {})
+        return fields | {"multi_label": self.multi_label}
 
 
 def label_metrics(logits: Tensor, truth: Tensor) -> dict[str, float]:

@@ -15,15 +15,15 @@ from sera_serve.base import FrozenBase, ModelInputs
 from sera_serve.trainer.data.packing import check_packing, pack_rows, packed_length
 from sera_serve.trainer.data.passages import GenerateData, Passage, load_generate_data
 from sera_serve.trainer.data.token_rows import PassageTokenizer, TokenRow, by_length, pad_labels
-from sera_serve.trainer.model import IGNORED, AdapterModel, GeneratorModel
+from sera_serve.trainer.model import IGNORED, GeneratorModel
 from sera_serve.trainer.settings import TrainSettings
-from sera_serve.trainer.tasks.protocol import TaskKind
+from sera_serve.trainer.tasks.protocol import TaskKind, TrainingTask
 
 # Rows of one evaluation batch.
 _EVAL_BATCH = 32
 
 
-class GenerateTask:
+class GenerateTask(TrainingTask):
     """Task generate: the loss on the tokens that the adapter must write. Prompts are tokenised as on the server."""
 
     def __init__(self, base: FrozenBase, data: GenerateData, *, max_length: int, packing: bool = False) -> None:
@@ -41,8 +41,8 @@ class GenerateTask:
         """
         self.base = base
         self.generator = GeneratorModel(base)
-        self.model: AdapterModel = self.generator
-        self.notes: list[str] = list(data.notes)
+        self.model = self.generator
+        self.notes = list(data.notes)
         self.max_length = max_length
         self.chat_template = data.chat_template
         self.packing = packing
@@ -53,10 +53,10 @@ class GenerateTask:
         self._as_chats = data.prefers_chat and data.chat_template is None and bool(base.tokenizer.chat_template)
         if self._as_chats:
             self.notes.append("the rows are chats by the base's own template: send them to /v1/chat/completions")
-        self.train_rows: Sequence[Any] = self._tokenise(data.train, "training")
-        self.eval_rows: Sequence[Any] = self._tokenise(data.eval, "evaluation")
-        self.test_rows: Sequence[Any] = self._tokenise(data.test, "test")
-        self.lengths: Sequence[int] = [len(row["input_ids"]) for row in self.train_rows]
+        self.train_rows = self._tokenise(data.train, "training")
+        self.eval_rows = self._tokenise(data.eval, "evaluation")
+        self.test_rows = self._tokenise(data.test, "test")
+        self.lengths = [len(row["input_ids"]) for row in self.train_rows]
         self.train_tokens = sum(self.lengths)
 
     def _tokenise(self, passages: list[Passage], name: str) -> list[TokenRow]:

@@ -18,11 +18,11 @@ from sera_serve.trainer.data.image_batches import ImageRows
 from sera_serve.trainer.data.images import ImageExamples, load_image_classify_data, load_image_label_sets
 from sera_serve.trainer.data.labelled import ImageExample
 from sera_serve.trainer.heads import HeadModel
-from sera_serve.trainer.model import AdapterModel, new_head
+from sera_serve.trainer.model import new_head
 from sera_serve.trainer.settings import TrainSettings
 from sera_serve.trainer.tasks.classify import label_metrics
 from sera_serve.trainer.tasks.multi_label import multi_label_metrics
-from sera_serve.trainer.tasks.protocol import TaskKind
+from sera_serve.trainer.tasks.protocol import TaskKind, TrainingTask
 
 # Path of a dual base's image tower.
 _DUAL_TOWER = "vision_model."
@@ -30,7 +30,7 @@ _DUAL_TOWER = "vision_model."
 _EVAL_BATCH = 64
 
 
-class ImageClassifyTask:
+class ImageClassifyTask(TrainingTask):
     """Task image-classify. Without an adapter, the states of the frozen tower are computed once.
 
     With sets of labels, each label has a sigmoid of its own, and the loss is the binary cross-entropy.
@@ -63,7 +63,7 @@ class ImageClassifyTask:
         self.pooling: Pooling = pooling
         self.image_spec = spec
         self._index = {label: i for i, label in enumerate(data.labels)}
-        self.notes: list[str] = list(data.notes)
+        self.notes = list(data.notes)
         adapted = settings.adapter_config() is not None
         if adapted:
             self._keep_the_tower()
@@ -75,12 +75,10 @@ class ImageClassifyTask:
             return ImageRows(data.images, [row.image for row in part], fields, spec, seed)
 
         rows = rows_of(data.train, settings.augment_seed), rows_of(data.eval), rows_of(data.test)
-        self.model: AdapterModel = HeadModel(base if adapted else None, head, loss, pooling, settings.dropout)
-        self.train_rows: Sequence[Any]
-        self.eval_rows: Sequence[Any]
-        self.test_rows: Sequence[Any]
-        self.train_rows, self.eval_rows, self.test_rows = rows if adapted else map(self._features, rows)
-        self.lengths: Sequence[int] = [1] * len(data.train)
+        self.model = HeadModel(base if adapted else None, head, loss, pooling, settings.dropout)
+        parts: Sequence[Sequence[Any]] = rows if adapted else [self._features(part) for part in rows]
+        self.train_rows, self.eval_rows, self.test_rows = parts
+        self.lengths = [1] * len(data.train)
         self.train_tokens = tower.tokens * len(data.train)
 
     def _target(self, row: ImageExample[Any]) -> int | list[float]:
@@ -144,7 +142,7 @@ class ImageClassifyTask:
     def bundle_fields(self) -> dict[str, Any]:
         """Labels, pooling, and the preprocessing of images, as training used them."""
         fields = {"labels": self.labels, "pooling": self.pooling, "image": self.image_spec}
-        return fields | ({"multi_label": True} if self.multi_label else {})
+        return fields | {"multi_label": self.multi_label}
 
 
 def _batches(count: int) -> list[range]:

@@ -19,7 +19,7 @@ from sera_serve.trainer.data.token_rows import by_length
 from sera_serve.trainer.model import AdapterModel
 from sera_serve.trainer.recall import mean_cosine, retrieval_metrics, triplet_loss
 from sera_serve.trainer.settings import TrainSettings
-from sera_serve.trainer.tasks.protocol import TaskKind
+from sera_serve.trainer.tasks.protocol import TaskKind, TrainingTask
 
 # Images, or captions, of one evaluation batch.
 _EVAL_BATCH = 64
@@ -55,7 +55,7 @@ class RetrieverModel(AdapterModel):
         return {"loss": triplet_loss(images, texts, groups, self.margin)}
 
 
-class RetrieveTask:
+class RetrieveTask(TrainingTask):
     """Task retrieve. A training row is one caption and its image, so an image with five captions has five rows."""
 
     def __init__(self, settings: TrainSettings, base: FrozenBase, data: ImageExamples[str], max_length: int) -> None:
@@ -79,17 +79,17 @@ class RetrieveTask:
         self.image_spec = spec
         self.max_length = max_length
         self.margin = settings.margin
-        self.notes: list[str] = list(data.notes)
-        self.model: AdapterModel = RetrieverModel(base, self.margin)
+        self.notes = list(data.notes)
+        self.model = RetrieverModel(base, self.margin)
         self._images = data.images
         self._group = {
             image: i for i, image in enumerate(dict.fromkeys(r.image for r in data.train + data.eval + data.test))
         }
         train = self._rows(data.train, "training", settings.augment_seed)
-        self.train_rows: Sequence[Any] = train
-        self.eval_rows: Sequence[Any] = self._rows(data.eval, "evaluation")
-        self.test_rows: Sequence[Any] = self._rows(data.test, "test")
-        self.lengths: Sequence[int] = [len(row["inputs"]) for row in train.fields]
+        self.train_rows = train
+        self.eval_rows = self._rows(data.eval, "evaluation")
+        self.test_rows = self._rows(data.test, "test")
+        self.lengths = [len(row["inputs"]) for row in train.fields]
         self.train_tokens = sum(self.lengths) + base.image_tower.tokens * len(self.lengths)
 
     def _rows(self, part: list[ImageExample[str]], name: str, augment_seed: int | None = None) -> ImageRows:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,9 +14,9 @@ from sera_serve.base import FrozenBase, ModelInputs, Pooling, preprocess
 from sera_serve.errors import InvalidRequest
 from sera_serve.trainer.data.labelled import Example, Examples
 from sera_serve.trainer.data.token_rows import by_length
-from sera_serve.trainer.model import AdapterModel
 from sera_serve.trainer.settings import TrainSettings
 from sera_serve.trainer.tables.faults import InvalidData
+from sera_serve.trainer.tasks.protocol import TrainingTask
 
 # Rows of one evaluation batch.
 _EVAL_BATCH = 64
@@ -42,15 +42,14 @@ class TextRow(Generic[T]):
         return 1 if self.features is not None else len(self.inputs)
 
 
-class TextHeadTask(ABC, Generic[T]):
+class TextHeadTask(TrainingTask, ABC, Generic[T]):
     """A task with a head on the states of a text. Subclasses have the targets, the loss and the metrics.
 
     Attributes:
-        model: The module to train; set by the subclass, before `prepare` is called.
+        model: The module to train; set by the subclass.
         pooling: How the states become one; None leaves one for each token.
     """
 
-    model: AdapterModel
     # Whether the rows have the characters of their tokens.
     needs_offsets = False
 
@@ -60,20 +59,17 @@ class TextHeadTask(ABC, Generic[T]):
         self.base = base
         self.pooling: Pooling | None = pooling
         self.max_length = max_length
-        self.notes: list[str] = list(data.notes)
+        self.notes = list(data.notes)
         # States of all tokens would take too much memory to keep.
         self._keeps_features = settings.adapter_config() is None and pooling is not None
         parts = (("training", data.train), ("evaluation", data.eval), ("test", data.test))
         rows = [self._rows(examples, name) for name, examples in parts]
         self.train_tokens = sum(len(row.inputs) for row in rows[0])
-        self.train_rows: Sequence[Any]
-        self.eval_rows: Sequence[Any]
-        self.test_rows: Sequence[Any]
         self.train_rows, self.eval_rows, self.test_rows = rows
         if self._keeps_features:
             for part in rows:
                 self._add_features(part)
-        self.lengths: Sequence[int] = [len(row) for row in rows[0]]
+        self.lengths = [len(row) for row in rows[0]]
 
     @property
     def base_to_train(self) -> FrozenBase | None:
@@ -83,14 +79,6 @@ class TextHeadTask(ABC, Generic[T]):
     @abstractmethod
     def targets(self, rows: Sequence[TextRow[T]], length: int) -> Tensor:
         """What the loss takes for these rows; `length` is that of the longest row in tokens."""
-
-    @abstractmethod
-    def evaluate(self, rows: Sequence[Any]) -> dict[str, float]:
-        """Compute the metrics of the model on `rows`."""
-
-    @abstractmethod
-    def bundle_fields(self) -> dict[str, Any]:
-        """Return the fields of `AdapterConfig` that the task decides."""
 
     def _rows(self, examples: list[Example[T]], name: str) -> list[TextRow[T]]:
         if not examples:
