@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -118,7 +119,7 @@ def train_adapter(
         InvalidData: A file or some of its rows cannot be used.
         InvalidConfiguration: The base and the settings do not fit each other.
         RunInProgress: Another process is training the same run.
-        TrainingFailed: The loss became NaN or infinite.
+        TrainingFailed: The loss, or a metric of the trained adapter, is NaN or infinite.
         StoreError: The version could not be published.
     """
     processes = join_processes(settings.device)
@@ -238,6 +239,10 @@ def _train_on(run: TrainingRun, publish: Publish) -> TrainResult:
     with _folder(run, run_digest(identity)) as folder:
         fitted = _fit(task, run, folder)
         metrics = run.processes.from_main(lambda: _scores(task))
+        # No bundle holds such a figure, which the losses of a short run may not have shown.
+        for name, value in metrics.items():
+            if not math.isfinite(value):
+                raise _diverged(f"{name} of the trained adapter is {value}", settings)
         seconds = time.monotonic() - started
         published = Published(settings.name, 0, "")
         if not run.baseline:
@@ -350,15 +355,19 @@ def _train(trainer: AdapterTrainer, settings: TrainSettings, checkpoint: Path | 
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
     except DivergedTraining as error:
-        raise TrainingFailed(
-            f"{error}; lower --learning-rate (now {settings.peak_learning_rate}) and run again with --no-resume",
-            param="learning_rate",
-        ) from error
+        raise _diverged(str(error), settings) from error
     finally:
         progress.close()
     if trainer.allocation is not None:
         # The layers get their last shapes here, so that the metrics are those of what is published.
         trainer.allocation.allocator.compress(trainer.task.base.model)
+
+
+def _diverged(what: str, settings: TrainSettings) -> TrainingFailed:
+    return TrainingFailed(
+        f"{what}; lower --learning-rate (now {settings.peak_learning_rate}) and run again with --no-resume",
+        param="learning_rate",
+    )
 
 
 def _max_length(settings: TrainSettings, base: FrozenBase) -> int:

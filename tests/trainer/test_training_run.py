@@ -1,5 +1,6 @@
 """Whole runs on small bases: what is learned, what stays untouched, what is published."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +206,19 @@ def test_an_encoder_cannot_generate(tiny_encoder: Path, tmp_path: Path) -> None:
     rows = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b"}] * 4)
     with pytest.raises(InvalidConfiguration, match="is an encoder, which cannot generate"):
         train_adapter(settings_for(tiny_encoder, tmp_path, rows, task="generate", target_modules="query"))
+
+
+def test_a_metric_that_is_no_number_is_told_before_anything_is_published(
+    base: FrozenBase, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ClassifyTask, "evaluate", lambda task, rows: {"loss": math.nan, "accuracy": 0.5})
+    settings = settings_for(Path("tiny"), tmp_path, rows, epochs=1, eval_fraction=0.0, test=rows)
+    with pytest.raises(
+        TrainingFailed, match=r"test_loss of the trained adapter is nan; lower --learning-rate"
+    ) as found:
+        train_adapter(settings, base=base)
+    assert found.value.param == "learning_rate"
+    assert not AdapterStore(settings.store).count_adapters()
 
 
 def test_a_run_that_diverges_says_so(base: FrozenBase, rows: Path, tmp_path: Path) -> None:
