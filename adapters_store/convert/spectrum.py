@@ -115,10 +115,8 @@ def layer_spectra(bundle: AdapterBundle) -> list[LayerSpectrum]:
         values, left = _decompose(bundle, paths)
         for index, path in enumerate(paths):
             spec = modules[path]
-            norms = {
-                factor: float(bundle.tensors[f"{path}.sera_{factor}"].double().norm())
-                for factor in ("a", "c", "b")[:: 2 - spec.use_mixer]
-            }
+            factors = ("a", "c", "b") if spec.use_mixer else ("a", "b")
+            norms = {name: float(bundle.tensors[f"{path}.sera_{name}"].double().norm()) for name in factors}
             found[path] = LayerSpectrum(path, layer_group(path), spec, values[index], left[index], norms)
     return [found[path] for path in sorted(modules, key=_natural)]
 

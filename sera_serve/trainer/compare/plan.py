@@ -332,7 +332,7 @@ def read_plan(path: Path, bases: Mapping[str, str] | None = None) -> ComparePlan
         faults = []
         for item in error.errors(include_url=False):
             where = ".".join(map(str, item["loc"]))
-            faults.append(f"{where}: " * bool(where) + item["msg"].removeprefix("Value error, "))
+            faults.append((f"{where}: " if where else "") + item["msg"].removeprefix("Value error, "))
         raise InvalidConfiguration(f"plan {path}: {'; '.join(faults)}", param="plan") from error
     for name, place in (bases or {}).items():
         if name not in plan.bases:

@@ -71,13 +71,14 @@ def _panels(results: Sequence[CellResult]) -> list[tuple[str, str, dict[str, lis
         for name in data:
             cells = [result for result in of_base if result.data == name and result.mean is not None]
             if cells:
-                scale = 1 if cells[0].score in LOWER_IS_BETTER else 100
+                score = cells[0].score
+                scale, unit = (1, score) if score in LOWER_IS_BETTER else (100, f"{score} x 100")
                 points: dict[str, list[Point]] = {}
                 for cell in cells:
                     assert cell.mean is not None and cell.parameters is not None
                     deviation = None if cell.deviation is None else scale * cell.deviation
                     points.setdefault(cell.family, []).append((cell.parameters, scale * cell.mean, deviation))
-                panels.append((f"{name} on {base}", cells[0].score + " x 100" * (scale == 100), points))
+                panels.append((f"{name} on {base}", unit, points))
         if means := _means(of_base, data):
             panels.append((f"mean over {len(data)} data sets, {base}", "score x 100", means))
     return panels

@@ -154,8 +154,10 @@ def as_markdown(results: Sequence[CellResult]) -> str:
     """Write the table in Markdown, and the errors of failed runs below it."""
     header, *rows = table_rows(results)
     lines = [header, ["---", "---", *["---:"] * (len(header) - 2)], *rows]
-    text = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-    return text + "\n" + "".join(f"\n- {line}" for line in errors_of(results)) + "\n" * bool(errors_of(results))
+    text = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
+    if errors := errors_of(results):
+        text += ["", *(f"- {line}" for line in errors)]
+    return "\n".join(text) + "\n"
 
 
 def errors_of(results: Sequence[CellResult]) -> list[str]:

@@ -11,7 +11,7 @@ import lzma
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, BinaryIO, Literal, TextIO
 
@@ -195,10 +195,10 @@ def find_file(path: Path, encoding: str | None = None) -> DataFile:
                 f"{path} has zero bytes, so it is not UTF-8 text; if a spreadsheet wrote it, give --encoding {guess}",
                 param="encoding",
             )
-        return DataFile(path, kind, suffix, compression, marked or "utf-8", is_given=False)
+        return replace(found, encoding=marked or "utf-8")
     mark, skipping = _WITHOUT_MARK.get(codecs.lookup(encoding).name, (b"", ""))
     if mark and head.startswith(mark):
-        return DataFile(path, kind, suffix, compression, skipping, is_given=True)
+        return replace(found, encoding=skipping)
     return found
 
 
