@@ -47,10 +47,10 @@ class MethodPreset:
                 else f"leave --split out, or take method {'sera' if self.use_mixer else 'melora'}"
             )
             raise InvalidConfiguration(f"split {split} of rank {rank} does not belong to this method; {remedy}")
-        if train_factors is not None and not set(train_factors) <= set(self.train_factors):
+        if train_factors is not None and not (train_factors and set(train_factors) <= set(self.train_factors)):
+            given = ",".join(train_factors) or "empty"
             raise InvalidConfiguration(
-                f"train_factors is {','.join(train_factors)}; this method trains {','.join(self.train_factors)}",
-                param="train_factors",
+                f"train_factors is {given}; this method trains {','.join(self.train_factors)}", param="train_factors"
             )
 
 

@@ -58,6 +58,7 @@ def test_targets_and_factors_from_one_flag() -> None:
         ({"method": "sera", "split": 1}, "or method moslora"),
         ({"rank": 16, "split": 3}, r"split 3 does not divide rank 16; choose one of \[1, 2, 4, 8, 16\]"),
         ({"method": "lora", "train_factors": "c"}, "this method trains a,b"),
+        ({"train_factors": []}, "train_factors is empty; this method trains a,c,b"),
         ({"method": "head-only", "rank": 8}, "--rank has no meaning for method head-only"),
         ({"method": "head-only", "task": "generate"}, "no head to train for task generate"),
         ({"prompt_column": "p", "completion_column": "c"}, "--prompt-column is for task generate"),
