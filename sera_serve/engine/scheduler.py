@@ -93,7 +93,6 @@ class Scheduler(Generic[R]):
         Raises:
             EngineUnavailable: The engine is stopping; the requests are finished.
         """
-        error = EngineUnavailable("the engine is stopping; send the request again when it is back")
         with self._lock:
             if not self._closed:
                 for request in requests:
@@ -105,9 +104,7 @@ class Scheduler(Generic[R]):
                     else:
                         self._new.append(request)
         if self._closed:
-            for request in requests:
-                self._finish_waiting(request, FinishReason.FAILED, error)
-            raise error
+            raise self._refuse(requests)
         self.wake()
 
     def hint_new(self) -> None:
@@ -124,10 +121,20 @@ class Scheduler(Generic[R]):
                     self._hint_locked(request)
 
     def cancel(self, request: R, reason: FinishReason, error: Exception | None = None) -> bool:
-        """Finish a request that waits. False if it runs: then its loop must finish it."""
-        if request.state is RequestState.RUNNING:
-            return False
-        return self._finish_waiting(request, reason, error)
+        """Finish a request that waits. False if it runs: then its loop must finish it. True if it is finished."""
+        with self._lock:
+            if request.is_finished:
+                return True
+            if request.state is RequestState.RUNNING:
+                return False
+            if request.order >= 0:
+                self._queue.remove(request)
+            self._leased.discard(request)
+            request.finish(reason, error)
+        self._give_back(request, reason)
+        request.notify()
+        self.wake()
+        return True
 
     def shed(self, tenant: str, error: SeraServeError) -> bool:
         """Refuse the waiting request that would be the tenant's last; False if none waits."""
@@ -136,7 +143,7 @@ class Scheduler(Generic[R]):
                 request = self._queue.last_of(tenant)
             if request is None:
                 return False
-            if self._finish_waiting(request, FinishReason.SHED, error):
+            if self.cancel(request, FinishReason.SHED, error):
                 return True
 
     def close(self) -> None:
@@ -144,9 +151,7 @@ class Scheduler(Generic[R]):
         with self._lock:
             self._closed = True
             requests = self._queue.requests()
-        error = EngineUnavailable("the engine is stopping; send the request again when it is back")
-        for request in requests:
-            self._finish_waiting(request, FinishReason.FAILED, error)
+        self._refuse(requests)
 
     def first(self) -> R | None:
         """The request whose turn it is, or None if none is on offer."""
@@ -250,6 +255,13 @@ class Scheduler(Generic[R]):
             if len(self._leased) > self._max_waiting_leases:
                 raise RuntimeError(f"{len(self._leased)} waiting requests hold leases")
 
+    def _refuse(self, requests: Iterable[R]) -> EngineUnavailable:
+        """Finish waiting requests because the engine stops; returns what their clients are told."""
+        error = EngineUnavailable("the engine is stopping; send the request again when it is back")
+        for request in requests:
+            self.cancel(request, FinishReason.FAILED, error)
+        return error
+
     def _acquire(self, request: R, digest: str) -> bool:
         """Get the lease of a request whose turn it is. False if it is not there yet: the request is parked, or gone."""
         future = self._residency.acquire(digest, self._claim(request))
@@ -277,7 +289,7 @@ class Scheduler(Generic[R]):
         if error is not None:
             # Residency tells nothing else.
             assert isinstance(error, Exception)
-            self._finish_waiting(request, FinishReason.FAILED, error)
+            self.cancel(request, FinishReason.FAILED, error)
             return
         with self._lock:
             request.loading = None
@@ -312,22 +324,6 @@ class Scheduler(Generic[R]):
     def _claim(self, request: R) -> Claim:
         # Residency calls it without the lock of this scheduler: to read one counter is one look-up in a dictionary.
         return Claim(request.tenant, self._queue.counter)
-
-    def _finish_waiting(self, request: R, reason: FinishReason, error: Exception | None) -> bool:
-        """Finish a request unless it runs or is finished; whether it is finished now."""
-        with self._lock:
-            if request.is_finished:
-                return True
-            if request.state is RequestState.RUNNING:
-                return False
-            if request.order >= 0:
-                self._queue.remove(request)
-            self._leased.discard(request)
-            request.finish(reason, error)
-        self._give_back(request, reason)
-        request.notify()
-        self.wake()
-        return True
 
     def _give_back(self, request: R, reason: FinishReason) -> None:
         """Release what a request holds that is finished, or is about to be."""
