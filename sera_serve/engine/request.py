@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import enum
 import time
-from collections.abc import Iterable, Iterator, Mapping, MutableSequence, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import cached_property, reduce
@@ -30,6 +30,7 @@ from adapters_store import ResolvedAdapter
 from adapters_store import Task as AdapterTask
 from sera_kernels import ShapeClasses
 from sera_serve.base import ModelInputs, Pooling, Span
+from sera_serve.engine.answer_tokens import AnswerTokens
 from sera_serve.engine.constraint import ConstraintSpec, TokenConstraint
 from sera_serve.engine.logprob_memory import LogprobRoom
 from sera_serve.residency import Lease, PrefetchHint
@@ -478,7 +479,7 @@ class GenerationRequest(Request):
         first_token_s: Seconds from its arrival to its first token; None before that.
     """
 
-    tokens: MutableSequence[int] = field(default_factory=list)
+    tokens: list[int] | AnswerTokens = field(default_factory=list)
     limit: int = 0
     end_tokens: frozenset[int] = frozenset()
     stop_tokens: frozenset[int] = frozenset()
