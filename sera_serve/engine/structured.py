@@ -5,6 +5,10 @@ by a lazy automaton and an Earley parser, without Python's lock. docs/decisions.
 
 Compiling is bounded by the sizes that are checked first, and by the library's own limits. A text whose parser becomes
 too large or too slow later ends its own request with an error.
+
+The library does not tell what memory it holds, and nothing else can be measured while other threads allocate too. So
+each compiled text reserves the most that it may grow to, for as long as it exists. Nearly all texts need little. One
+that outgrows its room is compiled anew in the larger one.
 """
 
 from __future__ import annotations
@@ -36,9 +40,9 @@ from sera_serve.engine.constraint import (
     ConstraintKind,
     ConstraintSpec,
 )
-from sera_serve.engine.constraint_memory import LARGE, SMALL, ConstraintMemory, ConstraintReservation, Room, too_many
 from sera_serve.engine.schema_bounds import SchemaRefused, check_schema
-from sera_serve.errors import InvalidRequest
+from sera_serve.engine.tenant_memory import Reservation, TenantMemory
+from sera_serve.errors import InvalidRequest, TenantOverloaded
 
 T = TypeVar("T")
 
@@ -86,6 +90,24 @@ _SLOW_S = 0.001
 _SLOW_WEIGHT = 20
 
 
+@dataclass(frozen=True)
+class Room:
+    """How far a compiled constraint may grow.
+
+    Attributes:
+        states: Of the library's automaton, which gets further ones while texts are checked.
+        nbytes: What that takes, with the grammar itself, of a hostile text.
+    """
+
+    states: int
+    nbytes: int
+
+
+SMALL = Room(2000, 4 << 20)
+"""Schemas of 100 properties, and grammars of 200 terminals, take less than half of the states."""
+LARGE = Room(20_000, 36 << 20)
+
+
 class _TooManyStates(InvalidRequest):
     """The library's automaton has more states than may be, before the first token."""
 
@@ -97,12 +119,14 @@ class _Compiled:
     Attributes:
         matcher: It accepts no token itself.
         left_s: Processor time left to its copies.
-        reservation: Of the memory that all of them may take; each copy refers to this object.
+        room: How far all of them may grow.
+        reservation: Of the memory that this takes; each copy refers to this object.
     """
 
     matcher: LLMatcher
     left_s: float
-    reservation: ConstraintReservation
+    room: Room
+    reservation: Reservation
 
 
 class _Copy(NamedTuple):
@@ -135,7 +159,7 @@ class StructuredOutput:
         self._unreadable: str | None = None
         # By who shares and what was asked for; the least recently used one first. None of them is ever advanced.
         self._compiled: OrderedDict[tuple[str | None, ConstraintSpec], _Compiled] = OrderedDict()
-        self._memory = ConstraintMemory()
+        self._memory = TenantMemory()
 
     def compile(self, spec: ConstraintSpec, share_key: str | None = None) -> TextConstraint:
         """The constraint at its beginning; each call gives a state of its own. Blocks.
@@ -164,7 +188,7 @@ class StructuredOutput:
         reservation = self._reserve(room, spec, share_key)
         started = time.monotonic()
         matcher = _with_deep_stack(lambda: _compile(tokenizer, spec, room.states))
-        original = _Compiled(matcher, _SHARED_S + time.monotonic() - started, reservation)
+        original = _Compiled(matcher, _SHARED_S + time.monotonic() - started, room, reservation)
         copy = _Copy(matcher.deep_copy(), original)
         with self._lock:
             self._compiled[share_key, spec] = original
@@ -175,19 +199,23 @@ class StructuredOutput:
     def _enlarge(self, tokenizer: LLTokenizer, spec: ConstraintSpec, share_key: str | None) -> _Copy:
         """A copy in the large room, for a text that has outgrown the small one."""
         copy = self._copy(spec, share_key)
-        if copy is not None and copy.original.reservation.room == LARGE:
+        if copy is not None and copy.original.room == LARGE:
             return copy
         return self._compile_in(LARGE, tokenizer, spec, share_key)
 
-    def _reserve(self, room: Room, spec: ConstraintSpec, share_key: str | None) -> ConstraintReservation:
+    def _reserve(self, room: Room, spec: ConstraintSpec, share_key: str | None) -> Reservation:
         """Reserve memory; where there is none, what the tenant does not use is forgotten first."""
-        reservation = self._memory.reserve(room, share_key)
-        if reservation is None:
+        reservation = Reservation(share_key)
+        if not self._memory.grow(reservation, room.nbytes):
             with self._lock:
                 self._forget_unused(share_key)
-            reservation = self._memory.reserve(room, share_key)
-        if reservation is None:
-            raise too_many(spec)
+            if not self._memory.grow(reservation, room.nbytes):
+                field = FIELDS[spec.kind]
+                raise TenantOverloaded(
+                    f"{field} cannot be compiled now: the different schemas, regular expressions and grammars of this "
+                    "tenant's requests under way may take too much memory together; send fewer of them at a time",
+                    param=field,
+                )
         return reservation
 
     def _forget_unused(self, share_key: str | None) -> None:
@@ -203,9 +231,9 @@ class StructuredOutput:
         """Forget what would be compiled anew, and the least recently used that is too much. Under `_lock`."""
         for key in [key for key, one in self._compiled.items() if one.left_s < 0]:
             del self._compiled[key]
-        nbytes = sum(one.reservation.room.nbytes for one in self._compiled.values())
+        nbytes = sum(one.room.nbytes for one in self._compiled.values())
         while len(self._compiled) > _CACHED or nbytes > _CACHED_BYTES:
-            nbytes -= self._compiled.popitem(last=False)[1].reservation.room.nbytes
+            nbytes -= self._compiled.popitem(last=False)[1].room.nbytes
 
     def compiled(self, spec: ConstraintSpec, share_key: str | None = None) -> TextConstraint | None:
         """What `compile` would return, if it need not be compiled, or None. Takes a millisecond or two."""
@@ -345,7 +373,7 @@ class TextConstraint:
         self._matcher.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)
 
     def _is_outgrown(self) -> bool:
-        small = self._original.reservation.room == SMALL
+        small = self._original.room == SMALL
         return small and self._matcher.is_error() and _MANY_STATES in self._matcher.get_error()
 
     def _grow(self) -> None:

@@ -12,9 +12,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 import sera_serve
 from sera_serve.engine import structured
 from sera_serve.engine.constraint import ConstraintSpec
-from sera_serve.engine.constraint_memory import LARGE, SMALL, ConstraintMemory
-from sera_serve.engine.structured import StructuredOutput, TextConstraint
-from sera_serve.engine.tenant_memory import TenantMemory
+from sera_serve.engine.structured import LARGE, SMALL, StructuredOutput, TextConstraint
+from sera_serve.engine.tenant_memory import Reservation, TenantMemory
 from sera_serve.errors import InvalidRequest, TenantOverloaded
 from support.no_collection import no_collection
 
@@ -63,7 +62,7 @@ def write(constraint: TextConstraint, count: int, seed: int = 0) -> list[int]:
 
 
 def room_of(constraint: TextConstraint) -> object:
-    return constraint._original.reservation.room
+    return constraint._original.room
 
 
 def test_a_tenant_has_so_much_at_a_time_and_other_tenants_too(
@@ -98,15 +97,15 @@ def test_where_all_have_too_much_together_who_has_more_than_a_share_gets_no_more
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(TenantMemory, "all_bytes", 4 * SMALL.nbytes)
-    memory = ConstraintMemory()
-    held = [memory.reserve(SMALL, "a") for _ in range(4)]
-    assert all(held)
-    assert memory.reserve(SMALL, "a") is None
-    other = memory.reserve(SMALL, "b")
-    assert other is not None
-    assert memory.reserve(SMALL, "b") is not None
+    memory = TenantMemory()
+    held = [Reservation("a") for _ in range(4)]
+    assert all(memory.grow(one, SMALL.nbytes) for one in held)
+    assert not memory.grow(Reservation("a"), SMALL.nbytes)
+    other = Reservation("b")
+    assert memory.grow(other, SMALL.nbytes)
+    assert memory.grow(Reservation("b"), SMALL.nbytes)
     del held[1:]
-    assert memory.reserve(SMALL, "a") is not None
+    assert memory.grow(Reservation("a"), SMALL.nbytes)
 
 
 def test_a_cache_holds_so_many_bytes(compiler: StructuredOutput, monkeypatch: pytest.MonkeyPatch) -> None:

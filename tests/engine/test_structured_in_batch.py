@@ -22,10 +22,10 @@ from sera_serve.engine import (
     ServingEngine,
     structured,
 )
-from sera_serve.engine.constraint_memory import LARGE, SMALL, Room
 from sera_serve.engine.loop import masks
 from sera_serve.engine.loop.masks import MaskThreads, RowMasks
 from sera_serve.engine.request import GenerationRequest
+from sera_serve.engine.structured import LARGE, SMALL, Room
 from sera_serve.engine.tenant_memory import TenantMemory
 from sera_serve.errors import ConstraintUnsatisfiable, InvalidRequest, TenantOverloaded
 from support.engine import SHAPE, Start, acting_for, collect, generate, settled, until
