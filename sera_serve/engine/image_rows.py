@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 from adapters_store import ImageSpec
 from sera_serve.base import FrozenBase, ImageInput, ModelInputs, decode_image, to_pixels
@@ -23,17 +22,6 @@ class PixelMemory(TenantMemory):
 
     tenant_bytes = 512 << 20
     all_bytes = 1 << 30
-
-
-@dataclass
-class HeldImages:
-    """The pixels of one call.
-
-    Attributes:
-        reservation: What they take; None before they are counted.
-    """
-
-    reservation: Reservation | None = None
 
 
 class ImageRowMaker:
@@ -81,17 +69,17 @@ class ImageRowMaker:
         return images
 
     @contextmanager
-    def holding(self) -> Iterator[HeldImages]:
+    def holding(self, tenant: str) -> Iterator[Reservation]:
         """Count the pixels of a call's images until the end of the block."""
-        held = HeldImages()
+        held = Reservation(tenant)
         try:
             yield held
         finally:
-            # Frames that an error keeps may refer to `held` for longer.
-            held.reservation = None
+            # Frames that an error keeps may refer to it for longer.
+            self._memory.release(held)
 
     async def rows(
-        self, images: Sequence[ImageInput], specs: Sequence[ImageSpec], tenant: str, held: HeldImages
+        self, images: Sequence[ImageInput], specs: Sequence[ImageSpec], held: Reservation
     ) -> list[list[ModelInputs]]:
         """The row of each image under each preprocessing: one list for each of `specs`.
 
@@ -106,10 +94,10 @@ class ImageRowMaker:
         for spec in specs:
             if spec not in distinct:
                 distinct.append(spec)
-        held.reservation = self._reserved(len(images) * len(distinct), tenant, images[0])
+        self._reserve(held, len(images) * len(distinct), images[0])
         by_spec: list[list[ModelInputs]] = [[] for _ in distinct]
         for image in images:
-            rows = await self._decoding.run_in_turn(tenant, self._decode, image, distinct)
+            rows = await self._decoding.run_in_turn(held.tenant, self._decode, image, distinct)
             for found, row in zip(by_spec, rows, strict=True):
                 found.append(row)
         return [by_spec[distinct.index(spec)] for spec in specs]
@@ -118,19 +106,17 @@ class ImageRowMaker:
         """Decode no more, and tell every caller so. Idempotent."""
         self._decoding.close()
 
-    def _reserved(self, count: int, tenant: str, first: ImageInput) -> Reservation:
+    def _reserve(self, held: Reservation, count: int, first: ImageInput) -> None:
         tower = self._base.image_tower
         assert tower is not None
-        reservation = Reservation(tenant)
         needed = count * tower.height * tower.width * _BYTES_A_PIXEL
         # One call alone is never refused for it.
-        if not self._memory.grow(reservation, needed, alone=True):
+        if not self._memory.grow(held, needed, alone=True):
             raise TenantOverloaded(
                 "the images of this tenant's requests under way take too much memory together; send the request again "
                 "later, or fewer images at a time",
                 param=first.place.partition("[")[0],
             )
-        return reservation
 
     def _decode(self, image: ImageInput, specs: Sequence[ImageSpec]) -> list[ModelInputs]:
         tower = self._base.image_tower

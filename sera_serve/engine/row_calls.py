@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -18,7 +19,7 @@ from adapters_store import ResolvedAdapter
 from sera_serve.base import LONG_CHARACTERS, ImageInput, ModelInputs, Pooling
 from sera_serve.config import ServeSettings
 from sera_serve.engine.admission import AdmissionController
-from sera_serve.engine.image_rows import HeldImages, ImageRowMaker
+from sera_serve.engine.image_rows import ImageRowMaker
 from sera_serve.engine.request import (
     PRIORITIES,
     AdapterChoice,
@@ -37,6 +38,7 @@ from sera_serve.engine.stream import EventReader, Mailbox, deadline_exceeded
 from sera_serve.engine.tasks import TaskRunner
 from sera_serve.engine.tasks.classify import ClassifyResult, EmbedResult, RowGroup, RowTimes, split_call
 from sera_serve.engine.tasks.results import joined_windows
+from sera_serve.engine.tenant_memory import Reservation
 from sera_serve.errors import InvalidRequest
 from sera_serve.threads import BoundedExecutor
 
@@ -100,10 +102,9 @@ class RowCalls(ABC):
             InvalidImage, ImageTooLarge: An image cannot be decoded, or is too large; `param` names it.
             TenantOverloaded, Overloaded, DeadlineExceeded, EngineUnavailable, StoreError: As in `generate`.
         """
-        call = self._row_call("cls", principal, priority)
         resolve = partial(self._row_maker.classifier, adapter, len(inputs))
-        results, (group,), times = await self._run_classification(call, resolve, inputs, timeout_s, received_at, charge)
-        return _scores(group, results, times)
+        (result,) = await self._classify(resolve, inputs, principal, priority, timeout_s, received_at, charge)
+        return result
 
     async def classify_each(
         self,
@@ -124,14 +125,8 @@ class RowCalls(ABC):
             UnsupportedTask, InvalidRequest, StoreError: As in `classify`; `param` names the adapter.
             TenantOverloaded, Overloaded, DeadlineExceeded, EngineUnavailable: As in `classify`.
         """
-        call = self._row_call("cls", principal, priority)
         resolve = partial(self._row_maker.classifiers, adapters, len(inputs))
-        results, groups, times = await self._run_classification(call, resolve, inputs, timeout_s, received_at, charge)
-        found, first = [], 0
-        for group in groups:
-            found.append(_scores(group, results[first : first + len(group.rows)], times))
-            first += len(group.rows)
-        return found
+        return await self._classify(resolve, inputs, principal, priority, timeout_s, received_at, charge)
 
     async def embed(
         self,
@@ -174,14 +169,14 @@ class RowCalls(ABC):
         self._row_maker.check_embedded(inputs)
         texts = [value for value in inputs if not isinstance(value, ImageInput)]
 
-        async def groups(held: HeldImages) -> list[RowGroup]:
+        async def groups(held: Reservation) -> list[RowGroup]:
             if not images:
                 is_long = sum(map(len, texts)) > LONG_CHARACTERS
                 return await self._resolved_and_tokenized(
                     call.tenant, resolve, partial(self._row_maker.embedding, inputs=texts), is_long
                 )
             resolved = await self._resolving.run(resolve)
-            return [RowGroup(resolved, await self._mixed_rows(resolved, inputs, images, texts, call.tenant, held))]
+            return [RowGroup(resolved, await self._mixed_rows(resolved, inputs, images, texts, held))]
 
         results, (group,), times = await self._run_rows(call, groups, timeout_s, received_at, charge)
         vectors = cast(list[NDArray[np.float32]], results)
@@ -200,16 +195,18 @@ class RowCalls(ABC):
             reader=EventReader(self._mailbox_here()),
         )
 
-    async def _run_classification(
+    async def _classify(
         self,
-        call: ClassificationRequest,
         resolve: Callable[[], list[ResolvedAdapter]],
         inputs: Inputs,
+        principal: Principal,
+        priority: Priority,
         timeout_s: float | None,
         received_at: float | None,
         charge: Charge | None,
-    ) -> tuple[list[RowResult], list[RowGroup], RowTimes]:
-        """`_run_rows` for a classification of texts, or of images."""
+    ) -> list[ClassifyResult]:
+        """Classify texts, or images, with each adapter that `resolve` gives."""
+        call = self._row_call("cls", principal, priority)
         images = self._images.check(inputs)
         texts = [value for value in inputs if not isinstance(value, ImageInput)]
         if images and texts:
@@ -217,16 +214,18 @@ class RowCalls(ABC):
                 f"inputs has {len(images)} images and {len(texts)} texts; send one kind in one request", param="inputs"
             )
 
-        async def groups(held: HeldImages) -> list[RowGroup]:
+        async def groups(held: Reservation) -> list[RowGroup]:
             if not images:
                 are_long = sum(len(text) if isinstance(text, str) else sum(map(len, text)) for text in texts)
                 tokenize = partial(self._row_maker.classification, inputs=texts)
                 return await self._resolved_and_tokenized(call.tenant, resolve, tokenize, are_long > LONG_CHARACTERS)
             adapters = await self._resolving.run(resolve)
-            rows = await self._images.rows(images, self._row_maker.image_specs(adapters), call.tenant, held)
-            return [RowGroup(adapter, found) for adapter, found in zip(adapters, rows, strict=True)]
+            rows = await self._images.rows(images, self._row_maker.image_specs(adapters), held)
+            return [RowGroup(adapter, own) for adapter, own in zip(adapters, rows, strict=True)]
 
-        return await self._run_rows(call, groups, timeout_s, received_at, charge)
+        results, found, times = await self._run_rows(call, groups, timeout_s, received_at, charge)
+        following = iter(results)
+        return [_scores(group, list(islice(following, len(group.rows))), times) for group in found]
 
     async def _resolved_and_tokenized(
         self, tenant: str, resolve: Callable[[], R], tokenize: Callable[[R], list[RowGroup]], is_long: bool
@@ -243,15 +242,15 @@ class RowCalls(ABC):
         inputs: EmbeddingInputs,
         images: Sequence[ImageInput],
         texts: TextsOrTokens,
-        tenant: str,
-        held: HeldImages,
+        held: Reservation,
     ) -> list[ModelInputs]:
         """The rows of an embedding of images and texts, in the order of the inputs."""
-        (image_rows,) = await self._images.rows(images, [self._row_maker.embedding_spec(adapter)], tenant, held)
+        (image_rows,) = await self._images.rows(images, [self._row_maker.embedding_spec(adapter)], held)
         text_rows: list[ModelInputs] = []
         if texts:
             numbers = [number for number, value in enumerate(inputs) if not isinstance(value, ImageInput)]
-            (group,) = await self._tokenizing.run_in_turn(tenant, self._row_maker.embedding, adapter, texts, numbers)
+            embedding = self._row_maker.embedding
+            (group,) = await self._tokenizing.run_in_turn(held.tenant, embedding, adapter, texts, numbers)
             text_rows = group.rows
         of_images, of_texts = iter(image_rows), iter(text_rows)
         return [next(of_images) if isinstance(value, ImageInput) else next(of_texts) for value in inputs]
@@ -259,7 +258,7 @@ class RowCalls(ABC):
     async def _run_rows(
         self,
         call: ClassificationRequest,
-        make_groups: Callable[[HeldImages], Awaitable[list[RowGroup]]],
+        make_groups: Callable[[Reservation], Awaitable[list[RowGroup]]],
         timeout_s: float | None,
         received_at: float | None,
         charge: Charge | None,
@@ -269,7 +268,7 @@ class RowCalls(ABC):
         limits = self._time_limits(received_at, timeout_s)
         reader = cast(EventReader, call.reader)
         parts: list[ClassificationRequest] = []
-        with self._admitted(call), self._images.holding() as held:
+        with self._admitted(call), self._images.holding(call.tenant) as held:
             try:
                 async with self._time_to_start(limits):
                     groups = await make_groups(held)

@@ -52,3 +52,8 @@ class TenantMemory:
             reservation.nbytes += nbytes
             self._reservations.add(reservation)
             return True
+
+    def release(self, reservation: Reservation) -> None:
+        """End a reservation that somebody may still refer to."""
+        with self._lock:
+            self._reservations.discard(reservation)
