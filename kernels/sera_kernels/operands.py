@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -81,10 +81,15 @@ class AdapterTables:
             vectors=torch.full(shape, ABSENT, dtype=torch.int64, device=device),
         )
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The tables in the order of the attributes."""
+        return (self.offset, self.rank, self.split, self.mixer, self.scaling, self.vectors)
+
     @cached_property
     def host_arrays(self) -> tuple[NDArray[Any], ...]:
-        """The tables as arrays that share their memory, in the order of the attributes. CPU only."""
-        return tuple(getattr(self, f.name).numpy() for f in fields(self))
+        """`tensors` as arrays that share their memory. CPU only."""
+        return tuple(table.numpy() for table in self.tensors)
 
     @cached_property
     def host_addresses(self) -> tuple[int, ...]:
@@ -99,7 +104,7 @@ class AdapterTables:
     def entries(self, module: int, slots: list[int]) -> Iterator[Entry]:
         """Yield the cells of `module` for `slots`. Waits for the device if the tables are on one."""
         index = torch.tensor(slots, dtype=torch.int64, device=self.offset.device)
-        columns = [getattr(self, f.name)[module, index].tolist() for f in fields(self)]
+        columns = [table[module, index].tolist() for table in self.tensors]
         for offset, rank, split, mixer, scaling, vectors in zip(*columns, strict=True):
             yield Entry(offset, rank, split, bool(mixer), scaling, vectors)
 

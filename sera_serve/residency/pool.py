@@ -317,7 +317,7 @@ class DevicePool:
             raise RuntimeError("a removed adapter still counts as written to the tables")
         with self._copy_stream.complete():
             free_offsets = self.tables.offset[:, self._free_slots].cpu()
-            there = torch.stack([table[:, list(written)].double() for table in self._table_list()]).cpu()
+            there = torch.stack([table[:, list(written)].double() for table in self.tables.tensors]).cpu()
         if (free_offsets != ABSENT).any():
             raise RuntimeError("a free slot still adapts something")
         for column, (slot, columns) in enumerate(written.items()):
@@ -343,16 +343,12 @@ class DevicePool:
         if self._staging is not None:
             there = torch.empty(columns.shape, dtype=torch.float64, device=self.data.device)
             self._staging.copy(there, torch.from_numpy(columns))
-            for table, column in zip(self._table_list(), there, strict=True):
+            for table, column in zip(self.tables.tensors, there, strict=True):
                 table[:, slot].copy_(column)
             return
         # Through numpy: torch gives up the interpreter's lock for every copy, and then waits to get it back.
         for array, values in zip(self.tables.host_arrays, columns, strict=True):
             array[:, slot] = values
-
-    def _table_list(self) -> list[Tensor]:
-        tables = self.tables
-        return [tables.offset, tables.rank, tables.split, tables.mixer, tables.scaling, tables.vectors]
 
 
 def slot_columns(adapter: AdapterLayout, modules: int, locate: Callable[[int], int]) -> NDArray[Any]:
