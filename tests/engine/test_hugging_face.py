@@ -30,8 +30,7 @@ from sera_serve.base import FrozenBase, freeze_base
 from sera_serve.config import ServeSettings
 from sera_serve.engine import GenerationResult, ServingEngine
 from sera_serve.engine.loop import hugging_face
-from sera_serve.engine.loop.attention import KeyValuePool, Part, StepContext
-from sera_serve.engine.loop.current_step import running
+from sera_serve.engine.loop.attention import KeyValuePool, Part, StepContext, running
 from sera_serve.engine.loop.hugging_face import PagedModel
 from sera_serve.errors import InvalidConfiguration
 from support.engine import SHAPE, Start, collect

@@ -5,6 +5,9 @@ Shapes: tokens of a step are packed, sequence after sequence; a pool tensor is (
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -192,6 +195,34 @@ class StepContext:
             mask = torch.zeros(len(lengths), 1, 1, width, dtype=dtype, device=lengths.device)
             self._static_masks[window] = mask.masked_fill(hidden[:, None, None], -torch.inf)
         return self._static_masks[window]
+
+
+class _CurrentStep(threading.local):
+    """The step that a thread runs: attention functions are found by name, and know no object of the loop."""
+
+    context: StepContext | None = None
+
+
+_current = _CurrentStep()
+
+
+@contextmanager
+def running(context: StepContext) -> Iterator[None]:
+    """Within the block, `context` is this thread's step; blocks must not nest."""
+    if _current.context is not None:
+        raise RuntimeError("a step is already running on this thread")
+    _current.context = context
+    try:
+        yield
+    finally:
+        _current.context = None
+
+
+def step_under_way() -> StepContext:
+    """This thread's step; raises RuntimeError outside one."""
+    if _current.context is None:
+        raise RuntimeError("the model runs outside a step")
+    return _current.context
 
 
 def decode_parts(lengths: NDArray[np.int64], table: NDArray[np.int64], compiled: bool) -> list[Part]:

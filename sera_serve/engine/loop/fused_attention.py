@@ -18,9 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sera_serve.engine.loop.attention import KeyValuePool, Part, StepContext, attend
+from sera_serve.engine.loop.attention import KeyValuePool, Part, StepContext, attend, running, step_under_way
 from sera_serve.engine.loop.attention_backend import AttentionBackend, AttentionOptions, RowKeys
-from sera_serve.engine.loop.current_step import running, step_under_way
 from sera_serve.engine.loop.hugging_face import PagedModel
 from sera_serve.layers.served_linear import ServedLinear, SharedInputGroup
 

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedModel
 
-from sera_serve.engine.loop.attention import LayerShape, StepContext, attend
+from sera_serve.engine.loop.attention import LayerShape, StepContext, attend, running, step_under_way
 from sera_serve.engine.loop.attention_backend import AttentionOptions
-from sera_serve.engine.loop.current_step import running, step_under_way
 from sera_serve.errors import InvalidConfiguration
 
 _NAME = "sera_paged"
