@@ -116,7 +116,8 @@ class ServingEngine(RowCalls):
         self.runners: dict[Task, TaskRunner[Any]] = {
             "classify": ClassificationRunner(*self._serving_copy(), self._pool, self._scheduler(), settings)
         }
-        self._context_tokens = base.max_length
+        self.context_tokens = base.max_length
+        """The most tokens of one request, prompt and answer together."""
         if base.reads_text:
             # Made here: the first request would wait for a copy of the tokenizer.
             self._preprocessor = base.preprocessor
@@ -127,8 +128,8 @@ class ServingEngine(RowCalls):
             self.constraints = StructuredOutput(base.tokenizer, self._vocabulary, end_tokens)
             generation = GenerationRunner(*self._serving_copy(), self._scheduler(), self._memory, settings)
             self.runners["generate"] = generation
-            self._context_tokens = min(base.max_length, generation.cache_tokens)
-            self._prompts = PromptMaker(self._preprocessor, self._tokenizing, self._context_tokens)
+            self.context_tokens = min(base.max_length, generation.cache_tokens)
+            self._prompts = PromptMaker(self._preprocessor, self._tokenizing, self.context_tokens)
 
     def start(self) -> None:
         """Start the runners' threads."""
@@ -271,11 +272,6 @@ class ServingEngine(RowCalls):
     def loads(self) -> dict[Task, RunnerLoad]:
         """What each runner has to do."""
         return {task: runner.load() for task, runner in self.runners.items()}
-
-    @property
-    def context_tokens(self) -> int:
-        """The most tokens of one request, prompt and answer together."""
-        return self._context_tokens
 
     def memory(self) -> dict[str, int]:
         """Bytes of the device's memory by what they are for."""
@@ -476,7 +472,7 @@ class ServingEngine(RowCalls):
         constraints: list[TokenConstraint | None] = [None] * count
         if params.constraint is not None:
             constraints = await self._constraints(params.constraint, principal.tenant, count)
-        check_logprobs(params, list(map(len, prompts)), self._context_tokens)
+        check_logprobs(params, list(map(len, prompts)), self.context_tokens)
         room: LogprobRoom | None = None
         if params.logprobs is not None or params.prompt_logprobs is not None:
             room = LogprobRoom(self._logprob_memory, principal.tenant)
@@ -486,7 +482,7 @@ class ServingEngine(RowCalls):
                 raise too_many("logprobs" if params.prompt_logprobs is None else "prompt_logprobs")
         following = iter(constraints)
         for group, tokens in zip(groups, prompts, strict=True):
-            limit = self._context_tokens if params.max_new_tokens is None else len(tokens) + params.max_new_tokens
+            limit = self.context_tokens if params.max_new_tokens is None else len(tokens) + params.max_new_tokens
             prompt_logprobs: list[TokenLogprobs] = []
             for request in group:
                 request.adapter, request.constraint = adapter, next(following)
