@@ -34,11 +34,14 @@ class AdapterUses:
             if len(self._used) > _MOST:
                 del self._used[next(iter(self._used))]
 
-    def pin(self, adapter: str, digest: str) -> None:
-        """Note that an adapter pins a content. Call it before the content is pinned."""
+    def pin(self, adapter: str, digest: str) -> bool:
+        """Note that an adapter pins a content, before the content is pinned. Returns whether it is the first note."""
         self.note(adapter, digest)
         with self._lock:
-            self._pinned.setdefault(digest, set()).add(adapter)
+            holders = self._pinned.setdefault(digest, set())
+            is_first = adapter not in holders
+            holders.add(adapter)
+            return is_first
 
     def unpin(self, adapter: str, digest: str) -> bool:
         """Forget a pin. Returns whether no adapter pins the content any more. Idempotent."""

@@ -230,12 +230,15 @@ class ServingEngine(RowCalls):
             self._names.add(reference, digest)
         # Pins of deleted adapters must not take the share of the pool that pins may have.
         await self._resolving.run(self.drop_deleted_pins)
-        self._uses.pin(_adapter_of(reference), digest)
+        is_first = self._uses.pin(_adapter_of(reference), digest)
         try:
             await asyncio.wrap_future(self.residency.pin(digest))
         except BaseException:
-            self.unpin(digest, reference)
+            if is_first:
+                self.unpin(digest, reference)
             raise
+        # Once more: the first of several calls for this adapter may have failed, and have ended its pin.
+        self._uses.pin(_adapter_of(reference), digest)
 
     def unpin(self, digest: str, reference: str | None = None) -> None:
         """End an adapter's pin, with which the content may leave the device if no other adapter pins it. Idempotent."""

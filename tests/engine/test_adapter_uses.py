@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -13,7 +14,7 @@ from sera_serve.base import FrozenBase
 from sera_serve.engine import GenerateParams, Presence, ServingEngine
 from sera_serve.engine.adapter_uses import AdapterUses
 from sera_serve.errors import CannotPin
-from support.engine import generate
+from support.engine import GatedStore, generate, until
 from support.factories import random_adapter
 
 SHAPE = SeraConfig(4, 4, 8.0, ("q_proj",))
@@ -87,6 +88,32 @@ def test_a_pin_that_fails_leaves_nothing(
     asyncio.run(engine.pin(digest, "evil/copy"))
     engine.unpin(digest, "evil/copy")
     assert engine.residency.pinned_digests() == []
+
+
+@pytest.mark.parametrize("leaves", [0, 1])
+def test_a_call_that_gives_up_leaves_the_pin_of_another_call(
+    decoder: FrozenBase, gated: GatedStore, start_engine: Callable[..., ServingEngine], leaves: int
+) -> None:
+    engine = start_engine(decoder, gated)
+    digest = gated.resolve("a/writer").digest
+
+    async def main() -> None:
+        gated.gate = threading.Event()
+        calls = [asyncio.create_task(engine.pin(digest, "a/writer")) for _ in range(2)]
+        entries = engine.residency._table.entries
+        await until(lambda: digest in entries and len(entries[digest].waiters) == 2)
+        calls[leaves].cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await calls[leaves]
+        gated.gate.set()
+        await calls[1 - leaves]
+        await until(lambda: not engine.residency.leases())
+
+    asyncio.run(main())
+    # Not pinned by this one: nothing ends.
+    engine.unpin(digest, "b/copy")
+    assert engine.residency.pinned_digests() == [digest]
+    assert [place.is_pinned for place in engine.presence([("a/writer", digest)])] == [True]
 
 
 def test_the_oldest_uses_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
