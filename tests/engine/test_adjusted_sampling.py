@@ -389,6 +389,7 @@ def test_a_constraint_that_allows_nothing_ends_its_request_alone(
     assert isinstance(fine, GenerationResult) and fine.text.lower() == "fine"
     assert isinstance(short, ConstraintUnsatisfiable)
     assert "only end after 5 tokens, and min_tokens is 20" in short.message
+    assert short.param == "min_tokens"
     assert isinstance(bad, EngineUnavailable) and "the grammar is broken" in bad.message
     engine.constraints = Spelled(None)
     with pytest.raises(ConstraintUnsatisfiable, match="allows no token of the vocabulary after 0 tokens"):

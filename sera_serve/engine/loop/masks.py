@@ -236,7 +236,8 @@ def ends_too_early(request: GenerationRequest) -> ConstraintUnsatisfiable:
     """What the client is told whose constraint ends the text before `min_tokens` tokens."""
     return ConstraintUnsatisfiable(
         f"the constraint lets the text only end after {request.generated} tokens, and min_tokens is "
-        f"{request.params.min_tokens}; lower min_tokens"
+        f"{request.params.min_tokens}; lower min_tokens",
+        param="min_tokens",
     )
 
 
