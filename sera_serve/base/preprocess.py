@@ -132,8 +132,8 @@ class Preprocessor:
         self._separates_pairs = tokenizer.num_special_tokens_to_add(pair=True) > tokenizer.num_special_tokens_to_add()
         self._vocab_size = int(model.config.get_text_config().vocab_size)
         self.end_tokens = _end_tokens(model, tokenizer)
-        # A decoder that accepts token types, such as GPT-2, gives them another meaning.
         self.has_offsets = bool(tokenizer.is_fast)
+        # A decoder that accepts token types, such as GPT-2, gives them another meaning.
         self._has_token_types = (
             kind == "encoder"
             and "token_type_ids" in tokenizer.model_input_names
@@ -204,7 +204,7 @@ class Preprocessor:
         rows.update(self._texts(group, max_length, offsets))
         if pairs:
             # Which text of a pair is cut depends on the lengths of both, up to the length of a row.
-            firsts, seconds = _columns(pairs)
+            firsts, seconds = ([pair[side] for _, pair in pairs] for side in (0, 1))
             if not self._keeps_ends:
                 firsts, seconds = ([self._beginning(text, max_length) for text in texts] for texts in (firsts, seconds))
             encoded = self._truncated(firsts, seconds, max_length)
@@ -339,10 +339,6 @@ class Preprocessor:
             ModelInputs.of(*columns, text=text)
             for *columns, text in zip(ids, types, encoded["offset_mapping"], texts, strict=True)
         ]
-
-
-def _columns(pairs: Sequence[tuple[int, tuple[str, str]]]) -> tuple[list[str], list[str]]:
-    return [pair[0] for _, pair in pairs], [pair[1] for _, pair in pairs]
 
 
 def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
