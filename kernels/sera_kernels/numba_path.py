@@ -112,10 +112,10 @@ def _pointer(typing: Any, address: Any) -> Any:
     return types.voidptr(types.int64), generate
 
 
-_options = {"nogil": True, "fastmath": {"contract", "reassoc", "nsz", "arcp"}, "error_model": "numpy", "cache": True}
+OPTIONS = {"nogil": True, "fastmath": {"contract", "reassoc", "nsz", "arcp"}, "error_model": "numpy", "cache": True}
 
 
-@njit(**_options)
+@njit(**OPTIONS)
 def _token(x: Any, y: Any, in_run: bool, pool: Any, at: int, rank: int, split: int, mixer: int, scaling: float) -> None:
     """Add one adapter's update of one token to the token's output row: x (d_in,), y (d_out,)."""
     segment_rank = rank // split
@@ -170,7 +170,7 @@ def _token(x: Any, y: Any, in_run: bool, pool: Any, at: int, rank: int, split: i
                 target[n] += factor * source[n]
 
 
-@njit(**_options)
+@njit(**OPTIONS)
 def _update(
     x_at: int,
     tokens: int,
@@ -219,7 +219,7 @@ def _update(
                     )
 
 
-@njit(parallel=True, **_options)
+@njit(parallel=True, **OPTIONS)
 def _update_parallel(
     x_at: int,
     tokens: int,
@@ -255,7 +255,7 @@ def _update_parallel(
         )
 
 
-@njit(**_options)
+@njit(**OPTIONS)
 def _apply_vectors(
     tokens: int,
     ys_at: Any,
@@ -285,7 +285,7 @@ def _apply_vectors(
                         target[n] = gain[n] * target[n] + addend[n]
 
 
-@njit(parallel=True, **_options)
+@njit(parallel=True, **OPTIONS)
 def _apply_vectors_parallel(
     tokens: int,
     ys_at: Any,

@@ -12,20 +12,14 @@ from numba import njit, prange
 from numpy.typing import NDArray
 from torch import Tensor
 
-# The grouped operation's module lets numba compute in torch's OpenMP pool; a second pool would slow both.
-import sera_kernels  # noqa: F401
+# This module also lets numba compute in torch's OpenMP pool; a second pool would slow both.
+from sera_kernels.numba_path import OPTIONS
 
 # Multiply-adds below which one thread is done before a second one has started.
 _PARALLEL_FROM = 200_000
-_OPTIONS: dict[str, Any] = {
-    "nogil": True,
-    "fastmath": {"contract", "reassoc", "nsz", "arcp"},
-    "error_model": "numpy",
-    "cache": True,
-}
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def _attend_row(q: Any, k: Any, v: Any, out: Any, pages: Any, length: int, window: int, scale: float) -> None:
     """One sequence: q and out (heads, width), k and v (pages, page size, kv_heads, width)."""
     heads, width = q.shape
@@ -62,13 +56,13 @@ def _attend_row(q: Any, k: Any, v: Any, out: Any, pages: Any, length: int, windo
                 target[d] += weight * value[d]
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def _attend_all(q: Any, k: Any, v: Any, out: Any, table: Any, lengths: Any, window: int, scale: float) -> None:
     for row in range(len(lengths)):
         _attend_row(q[row], k, v, out[row], table[row], lengths[row], window, scale)
 
 
-@njit(parallel=True, **_OPTIONS)
+@njit(parallel=True, **OPTIONS)
 def _attend_all_parallel(q: Any, k: Any, v: Any, out: Any, table: Any, lengths: Any, window: int, scale: float) -> None:
     for row in prange(len(lengths)):
         _attend_row(q[row], k, v, out[row], table[row], lengths[row], window, scale)
