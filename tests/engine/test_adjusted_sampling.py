@@ -181,7 +181,7 @@ def test_they_go_beside_static_steps(decoder: FrozenBase, adapters: AdapterStore
     replayed = Replayed(engine, late=True)
     assert [one.token_ids for one in asyncio.run(all_at_once(engine, batch))] == want
     assert replayed.batches, "those without adjustments are replayed"
-    held = engine.runners["generate"].runner._chooser._counts
+    held = engine.runners["generate"].runner.chooser._counts
     assert held._table is None, "the counts go with the last request that needs them"
 
 

@@ -169,7 +169,7 @@ def test_a_failed_step_of_long_and_short_tokens_fails_nothing_else(
 
     async def main() -> None:
         with monkeypatch.context() as patch:
-            patch.setattr(runner._chooser, "choose", lambda *arguments: 1 / 0)
+            patch.setattr(runner.chooser, "choose", lambda *arguments: 1 / 0)
             with pytest.raises(Exception, match="division by zero"):
                 await collect(engine, prompt=LONG_PROMPT, max_new_tokens=2)
         assert engine.failure() is None, "the probe after a failed step has a token of its own length"

@@ -463,7 +463,7 @@ def test_a_choice_that_fails_ends_its_own_requests(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB")
 
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    monkeypatch.setattr(replayed.runner._chooser, "_penalties", without_memory)
+    monkeypatch.setattr(replayed.runner.chooser, "_penalties", without_memory)
 
     async def with_a_penalty() -> list[GenerationResult]:
         others = asyncio.ensure_future(all_at_once(engine, batch))

@@ -188,7 +188,7 @@ class HandDriven:
             runner._thread = _NoThread()  # type: ignore[assignment]
         self.late = LateSteps(self) if late else None
         # No thread decides when a mask is ready.
-        self.generation.runner._chooser._masks._executor = HereExecutor()  # type: ignore[assignment]
+        self.generation.runner.chooser._masks._executor = HereExecutor()  # type: ignore[assignment]
         # A pass, a packed step, a choice and a copy take time too.
         pool, steps, passes = self.engine.residency.pool, self.generation.runner, self.classification
         patch.setattr(pool, "fill", partial(self._run_interrupted, pool.fill, False))

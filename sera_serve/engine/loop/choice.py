@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sera_serve.engine.loop.masks import MaskThreads, RowMasks
-from sera_serve.engine.loop.row_tables import RowTables
+from sera_serve.engine.loop.row_tables import RowTables, to_device
 from sera_serve.engine.request import GenerationRequest, LikelyTokens, TokenLogprobs
 from sera_serve.engine.sampling import IN_PROMPT, NO_TOKEN, Penalties, SamplingRows, choose_tokens, sampling_keys
 
@@ -157,8 +156,8 @@ class TokenChooser:
             return None
         lengths = np.array([len(request.tokens) for request in requests], np.uint64)
         columns = [tables.temperature, tables.top_k, tables.top_p, tables.min_p]
-        temperature, top_k, top_p, min_p = (_brought(column[rows], device) for column in columns)
-        keys = _brought(sampling_keys(tables.seed[rows], lengths), device)
+        temperature, top_k, top_p, min_p = (to_device(column[rows], device) for column in columns)
+        keys = to_device(sampling_keys(tables.seed[rows], lengths), device)
         has_min_p = bool(tables.min_p[rows].any())
         return SamplingRows(
             temperature,
@@ -173,7 +172,8 @@ class TokenChooser:
         names = ("repetition_penalty", "frequency_penalty", "presence_penalty")
         asked = [request.params for request in requests]
         repetition, frequency, presence = (
-            _brought(np.array([getattr(params, name) for params in asked], np.float32), scores.device) for name in names
+            to_device(np.array([getattr(params, name) for params in asked], np.float32), scores.device)
+            for name in names
         )
         counts = self._counts.rows(requests, scores.shape[1], scores.device)
         return Penalties(counts, repetition, frequency, presence)
@@ -208,15 +208,15 @@ class CountTable:
             place = self._places[request]
             counted = self._counted.get(request, 0)
             if not counted:
-                table[place] = _brought(counts_of(request, vocabulary), device)
+                table[place] = to_device(counts_of(request, vocabulary), device)
             else:
                 added += [(place, token) for token in request.tokens[counted:]]
             self._counted[request] = len(request.tokens)
         if added:
-            places, tokens = _brought(np.array(added, np.int64), device).T
+            places, tokens = to_device(np.array(added, np.int64), device).T
             ones = torch.ones(len(added), dtype=torch.int32, device=device)
             table.index_put_((places, tokens), ones, accumulate=True)
-        return table[_brought(np.array([self._places[request] for request in requests], np.int64), device)]
+        return table[to_device(np.array([self._places[request] for request in requests], np.int64), device)]
 
     def _room(self, requests: Sequence[GenerationRequest], vocabulary: int, device: torch.device) -> Tensor:
         """The table, with a place for each request."""
@@ -258,10 +258,10 @@ def bias_of(
     masked = [(index, masks[request]) for index, request in enumerate(requests) if request in masks]
     if masked:
         # As bits to the device, which is a thirty-second of what the bias takes.
-        words = _brought(np.stack([mask for _, mask in masked]).view(np.int32), device)
+        words = to_device(np.stack([mask for _, mask in masked]).view(np.int32), device)
         bits = (words.unsqueeze(2) >> torch.arange(32, dtype=torch.int32, device=device)) & 1
         barred = bits.flatten(1)[:, :vocabulary] == 0
-        rows = _brought(np.array([index for index, _ in masked], np.int64), device)
+        rows = to_device(np.array([index for index, _ in masked], np.int64), device)
         bias[rows] = torch.where(barred, -torch.inf, 0.0)
     # A bias may have a thousand entries: each request makes its arrays once.
     entries = [(index, *request.bias_entries) for index, request in enumerate(requests) if request.params.logit_bias]
@@ -272,8 +272,8 @@ def bias_of(
     ]
     if entries:
         at_rows = np.concatenate([np.full(len(tokens), index) for index, tokens, _ in entries])
-        at = _brought(np.stack([at_rows, np.concatenate([tokens for _, tokens, _ in entries])]), device)
-        values = _brought(np.concatenate([values for _, _, values in entries]), device)
+        at = to_device(np.stack([at_rows, np.concatenate([tokens for _, tokens, _ in entries])]), device)
+        values = to_device(np.concatenate([values for _, _, values in entries]), device)
         bias.index_put_((at[0], at[1]), values, accumulate=True)
     return bias
 
@@ -287,7 +287,7 @@ def token_logprobs(logits: Tensor, tokens: Sequence[int], top_count: int) -> lis
         top_count: How many of the likeliest tokens.
     """
     logprobs = logits.float().log_softmax(1)
-    own = logprobs.gather(1, _brought(np.array(tokens, np.int64), logits.device).unsqueeze(1))
+    own = logprobs.gather(1, to_device(np.array(tokens, np.int64), logits.device).unsqueeze(1))
     values, indices = logprobs.topk(min(top_count, logits.shape[1]), dim=1)
     # One array from the device in place of two.
     figures = torch.cat((own, values), 1).cpu().numpy()
@@ -315,7 +315,7 @@ def take_prompt_logprobs(
         _note_prompt(logits[first : first + count], request, overflowed)
         wanted[first : first + count - 1] = False
     # Not by the mask: the host would wait to hear how many rows it has.
-    return logits[_brought(np.flatnonzero(wanted), logits.device)]
+    return logits[to_device(np.flatnonzero(wanted), logits.device)]
 
 
 def _note_prompt(logits: Tensor, request: GenerationRequest, overflowed: set[GenerationRequest]) -> None:
@@ -340,10 +340,4 @@ def rows_of(logits: Tensor, indices: Sequence[int]) -> Tensor:
     """These rows of the logits; the logits themselves if they are all of them, which are in order."""
     if len(indices) == len(logits):
         return logits
-    return logits[_brought(np.array(indices, np.int64), logits.device)]
-
-
-def _brought(array: NDArray[Any], device: torch.device) -> Tensor:
-    """The array on the device, in the order of its stream. The host goes on: the forward pass may still run there."""
-    # CUDA has taken what ordinary memory holds when such a copy returns.
-    return torch.from_numpy(array).to(device, non_blocking=True)
+    return logits[to_device(np.array(indices, np.int64), logits.device)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -131,3 +133,9 @@ class DeviceRows:
             new = self._new[: len(staged)].copy_(staged, non_blocking=True)
             places, pages = new.view(2, -1)
             self.pages.view(-1).index_copy_(0, places.long(), pages)
+
+
+def to_device(array: NDArray[Any], device: torch.device) -> Tensor:
+    """The array on the device, in the order of its stream. The host goes on: a forward pass may still run there."""
+    # CUDA has taken what ordinary memory holds when such a copy returns.
+    return torch.from_numpy(array).to(device, non_blocking=True)

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -18,7 +17,7 @@ from sera_serve.engine.loop.choice import ChosenTokens, TokenChooser, rows_of, t
 from sera_serve.engine.loop.hugging_face import PagedModel
 from sera_serve.engine.loop.pages import PAGE_SIZE, SCRATCH
 from sera_serve.engine.loop.plan import StepPlan
-from sera_serve.engine.loop.row_tables import RowTables
+from sera_serve.engine.loop.row_tables import RowTables, to_device
 from sera_serve.engine.loop.static_step import NotCaptured, StaticBatch, StaticLaunch, StaticSteps
 from sera_serve.engine.loop.step_errors import free_memory, step_failed
 from sera_serve.engine.request import GenerationRequest, classes_of
@@ -181,16 +180,8 @@ class StepRunner:
         """Runs decodes and short prompts where it is set: on static buffers, as a graph does."""
         self._model, self._context, self._pool = model, context, pool
         self._rotary = rotary
-        self._chooser = TokenChooser(self.tables, model.vocabulary)
+        self.chooser = TokenChooser(self.tables, model.vocabulary)
         self._compiled = pool.has_paged_decode
-
-    def forget_left(self) -> None:
-        """Drop what is held for requests that do not run any more."""
-        self._chooser.forget_left()
-
-    def close(self) -> None:
-        """End its threads; no step may be launched any more."""
-        self._chooser.close()
 
     def launch(self, plan: StepPlan, ahead: int = 0) -> Launch:
         """Start a step. Nothing of the requests is changed but their log-probabilities.
@@ -206,7 +197,7 @@ class StepRunner:
             NotCaptured: It would have been launched ahead, and cannot be.
         """
         self._enter(plan)
-        self._chooser.begin([*plan.decodes, *(request for request, count in plan.chunks if _ends(request, count))])
+        self.chooser.begin([*plan.decodes, *(request for request, count in plan.chunks if _ends(request, count))])
         while True:
             batch = self._static_batch(plan)
             try:
@@ -250,7 +241,7 @@ class StepRunner:
         wanted = set(chosen)
         places = [place for place, request in enumerate(requests) if request in wanted]
         logits = rows_of(launched.logits, places)
-        return _outcome(chosen, self._chooser.choose(logits, chosen, set()), set(), set())
+        return _outcome(chosen, self.chooser.choose(logits, chosen, set()), set(), set())
 
     def _run_apart(self, requests: list[GenerationRequest], work: Callable[[], StepOutcome]) -> StepOutcome:
         """Run a part of a step. Its failure is that of its own requests, unless the device itself has failed."""
@@ -305,13 +296,12 @@ class StepRunner:
         for request, count in sorted(chunks, key=lambda chunk: (chunk[0].computed > 0, chunk[1])):
             packed.add_chunk(request, count)
         if self._rotary is not None:
-            sides = torch.from_numpy(np.concatenate(packed.sides))
-            self._rotary.long_tokens = sides.to(self._model.device, non_blocking=True)
+            self._rotary.long_tokens = to_device(np.concatenate(packed.sides), self._model.device)
         logits = self._forward(packed, packed.keep if chunks else None)
         overflowed: set[GenerationRequest] = set()
         if packed.prompts:
             logits = take_prompt_logprobs(logits, packed.prompts, overflowed)
-        chosen = self._chooser.choose(logits, packed.ends, packed.unfinished)
+        chosen = self.chooser.choose(logits, packed.ends, packed.unfinished)
         return _outcome(packed.ends, chosen, packed.unfinished, overflowed)
 
     def probe(self) -> Tensor:
@@ -348,16 +338,13 @@ class StepRunner:
         """Logits (kept tokens, vocabulary), as the model gives them; with `keep` None, of all tokens."""
         device = self._model.device
         base_only = all((slots == NO_ADAPTER).all() for slots in packed.slots)
-        # Not waited for: the device may be busy with a static step, beside which the host launches this one. CUDA has
-        # taken what ordinary memory holds when such a copy returns.
+        # Not waited for: the device may be busy with a static step, beside which the host launches this one.
         ids, positions, slots, places = (
-            torch.from_numpy(np.concatenate(arrays)).to(device, non_blocking=True)
+            to_device(np.concatenate(arrays), device)
             for arrays in (packed.ids, packed.positions, packed.slots, packed.places)
         )
         # An empty list would make an index of another dtype.
-        kept: Tensor | int = (
-            0 if keep is None else torch.from_numpy(np.array(keep, np.int64)).to(device, non_blocking=True)
-        )
+        kept = 0 if keep is None else to_device(np.array(keep, np.int64), device)
         step = StepContext(self._pool, places, packed.parts)
         with self._context.run(None if base_only else AdapterBatch(slots, classes_of(packed.ends))):
             return self._model.logits(ids[None], positions[None], step, kept)

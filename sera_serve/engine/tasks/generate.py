@@ -138,7 +138,7 @@ class GenerationRunner(TaskRunner[GenerationRequest]):
     def remove(self, request: GenerationRequest) -> None:
         """Take a running request out of the batch, and give its row and pages back."""
         self.planner.remove(request)
-        self.runner.forget_left()
+        self.runner.chooser.forget_left()
 
     def step(self) -> bool:
         """Launch a step and hand on what it gave; launch the next one meanwhile, where the device runs alone."""
@@ -168,7 +168,7 @@ class GenerationRunner(TaskRunner[GenerationRequest]):
     def stop(self) -> None:
         """Stop after the step under way; the requests that wait or run end with an error."""
         super().stop()
-        self.runner.close()
+        self.runner.chooser.close()
 
     def settle(self) -> None:
         """Wait for the step under way, and end the requests that were to end after it."""
