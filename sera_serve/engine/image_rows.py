@@ -9,7 +9,7 @@ from adapters_store import ImageSpec
 from sera_serve.base import FrozenBase, ImageInput, ModelInputs, decode_image, to_pixels
 from sera_serve.config import ServeSettings
 from sera_serve.engine.tenant_memory import Reservation, TenantMemory
-from sera_serve.errors import ImageTooLarge, InvalidImage, InvalidRequest, TenantOverloaded, UnsupportedTask
+from sera_serve.errors import ImageTooLarge, InvalidImage, TenantOverloaded, UnsupportedTask
 from sera_serve.threads import BoundedExecutor
 
 # Few, because a decoded image takes up to 7 bytes a pixel until it is resized: 110 MiB at the default limit.
@@ -126,18 +126,3 @@ class ImageRowMaker:
         except (InvalidImage, ImageTooLarge) as error:
             raise type(error)(f"{image.place}: {error.message}", param=image.place) from error
         return [ModelInputs.of(pixels=to_pixels(decoded, spec), image_tokens=tower.tokens) for spec in specs]
-
-
-def check_spec(spec: ImageSpec, base: FrozenBase, param: str) -> None:
-    """Check that pixels made by `spec` fit the base.
-
-    Raises:
-        InvalidRequest: The base reads images of another size.
-    """
-    tower = base.image_tower
-    if tower is not None and (spec.height, spec.width) != (tower.height, tower.width):
-        raise InvalidRequest(
-            f"the adapter's images have {spec.height} x {spec.width} pixels, and the base reads {tower.height} x "
-            f"{tower.width}; train the adapter on this base again",
-            param=param,
-        )

@@ -7,7 +7,6 @@ from typing import TypeAlias
 
 from adapters_store import ImageSpec, ResolvedAdapter
 from sera_serve.base import FrozenBase, ImageInput, ModelInputs, Pooling
-from sera_serve.engine.image_rows import check_spec
 from sera_serve.engine.references import AdapterReferences, naming
 from sera_serve.engine.request import AdapterChoice
 from sera_serve.engine.tasks.classify import RowGroup
@@ -71,9 +70,18 @@ class RowMaker:
                     "adapter for image-classify",
                     param="inputs",
                 )
-            check_spec(adapter.image, self._base, "adapter")
+            self._check_size(adapter.image, "adapter")
             specs.append(adapter.image)
         return specs
+
+    def _check_size(self, spec: ImageSpec, param: str) -> None:
+        tower = self._base.image_tower
+        if tower is not None and (spec.height, spec.width) != (tower.height, tower.width):
+            raise InvalidRequest(
+                f"the adapter's images have {spec.height} x {spec.width} pixels, and the base reads {tower.height} x "
+                f"{tower.width}; train the adapter on this base again",
+                param=param,
+            )
 
     def classification(self, adapters: Sequence[ResolvedAdapter], inputs: Texts) -> list[RowGroup]:
         """The rows of each adapter. An input is tokenized once, and again only for adapters that cut it shorter.
@@ -188,7 +196,7 @@ class RowMaker:
             InvalidRequest: The adapter's images do not fit the base.
         """
         if adapter is not None and adapter.image is not None:
-            check_spec(adapter.image, self._base, "model")
+            self._check_size(adapter.image, "model")
             return adapter.image
         assert self._base.image_spec is not None
         return self._base.image_spec
