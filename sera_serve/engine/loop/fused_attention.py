@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,12 +95,6 @@ class ProbedCall:
     position_embeddings: tuple[Tensor, Tensor]
     output: Tensor
 
-    @classmethod
-    def of(cls, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> ProbedCall:
-        """Take what a forward hook is given."""
-        given = inspect.signature(layer.forward).bind(*args, **kwargs).arguments
-        return cls(given["hidden_states"], given["position_embeddings"], output)
-
 
 class _NotingBackend:
     """Notes how each layer attends."""
@@ -136,11 +130,8 @@ def fuse_attention(paged: PagedModel, backend: AttentionBackend, rotate: Rotate)
     layers = [layer for layer in layers if "position_embeddings" in inspect.signature(layer.forward).parameters]
     noting = _NotingBackend(backend)
     pool = KeyValuePool(paged.shapes, 1, paged.dtype, paged.device, noting)
-    calls: dict[nn.Module, ProbedCall] = {}
-    with _noting(layers, calls):
-        run_probe(paged, pool)
     fused = 0
-    for layer, call in calls.items():
+    for layer, call in probed_calls(paged, pool, layers, lambda output: output[0].clone()).items():
         index: int = layer.layer_idx  # type: ignore[assignment]
         shape = paged.shapes[index]
         mine = FusedAttention(layer, shape.key_width, shape.value_width, noting.options[index], rotate)
@@ -151,27 +142,28 @@ def fuse_attention(paged: PagedModel, backend: AttentionBackend, rotate: Rotate)
     return fused
 
 
-def run_probe(paged: PagedModel, pool: KeyValuePool) -> None:
-    """Run the model over a few tokens."""
+def probed_calls(
+    paged: PagedModel, pool: KeyValuePool, layers: Sequence[nn.Module], kept: Callable[[Any], Tensor]
+) -> dict[nn.Module, ProbedCall]:
+    """Run the model over a few tokens, and note what layers are given, and their outputs as `kept` takes them."""
+    calls: dict[nn.Module, ProbedCall] = {}
+
+    def note(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        given = inspect.signature(layer.forward).bind(*args, **kwargs).arguments
+        calls[layer] = ProbedCall(given["hidden_states"], given["position_embeddings"], kept(output))
+
     ids = torch.arange(_PROBED_TOKENS, device=paged.device)
-    paged.logits(ids[None], ids[None], _probe_step(pool), 0)
+    with ExitStack() as hooks:
+        for layer in layers:
+            hooks.enter_context(layer.register_forward_hook(note, with_kwargs=True))
+        paged.logits(ids[None], ids[None], _probe_step(pool), 0)
+    return calls
 
 
 def _probe_step(pool: KeyValuePool) -> StepContext:
     """A prompt of a few tokens, on the scratch page."""
     places = torch.arange(_PROBED_TOKENS, device=pool.keys[0].device)
     return StepContext(pool, places, [Part(_PROBED_TOKENS, np.array([_PROBED_TOKENS]))])
-
-
-@contextmanager
-def _noting(layers: list[nn.Module], calls: dict[nn.Module, ProbedCall]) -> Iterator[None]:
-    def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        calls[layer] = ProbedCall.of(layer, args, kwargs, output[0].clone())
-
-    with ExitStack() as hooks:
-        for layer in layers:
-            hooks.enter_context(layer.register_forward_hook(hook, with_kwargs=True))
-        yield
 
 
 def _agree(mine: FusedAttention, call: ProbedCall, pool: KeyValuePool, index: int) -> bool:

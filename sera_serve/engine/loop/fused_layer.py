@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from sera_serve.engine.loop.attention import KeyValuePool
 from sera_serve.engine.loop.attention_backend import AttentionBackend
-from sera_serve.engine.loop.fused_attention import FusedAttention, ProbedCall, gives_the_same, run_probe
+from sera_serve.engine.loop.fused_attention import FusedAttention, ProbedCall, gives_the_same, probed_calls
 from sera_serve.engine.loop.hugging_face import PagedModel
 from sera_serve.layers.gpu_layers import OneKernelNorm
 from sera_serve.layers.served_mlp import FusedSiluMLP
@@ -81,14 +81,16 @@ def fuse_layers(paged: PagedModel, backend: AttentionBackend, add_norm: AddNorm)
     layers = [module for module in paged.model.modules() if _has_parts(module)]
     norms = [module for module in paged.model.modules() if isinstance(module, OneKernelNorm)]
     pool = KeyValuePool(paged.shapes, 1, paged.dtype, paged.device, backend)
-    calls: dict[nn.Module, ProbedCall] = {}
-    inputs: dict[int, OneKernelNorm] = {}
-    with _noting(layers, norms, calls, inputs):
-        run_probe(paged, pool)
+    # By the identity of what each is given. `calls` keeps the outputs of layers alive.
+    inputs: dict[int, nn.Module] = {}
+    with ExitStack() as hooks:
+        for norm in norms:
+            hooks.enter_context(norm.register_forward_pre_hook(lambda norm, args: inputs.update({id(args[0]): norm})))
+        calls = probed_calls(paged, pool, layers, lambda output: output)
     fused = 0
     for layer, call in calls.items():
         following = inputs.get(id(call.output))
-        if following is None or following.weight.shape[0] != call.output.shape[-1]:
+        if not isinstance(following, OneKernelNorm) or following.weight.shape[0] != call.output.shape[-1]:
             continue
         before, attention, between, mlp = (layer.get_submodule(name) for name in _PARTS)
         mine = FusedLayer(attention.forward, mlp.forward, (before, between, following), add_norm)  # type: ignore[arg-type]
@@ -111,31 +113,6 @@ def _has_parts(layer: nn.Module) -> bool:
         and isinstance(forwards[1], FusedSiluMLP)
         and "position_embeddings" in inspect.signature(layer.forward).parameters
     )
-
-
-@contextmanager
-def _noting(
-    layers: list[nn.Module],
-    norms: list[OneKernelNorm],
-    calls: dict[nn.Module, ProbedCall],
-    inputs: dict[int, OneKernelNorm],
-) -> Iterator[None]:
-    """Note what layers are given and give, and which norm is given which tensor. `calls` keeps the tensors alive."""
-
-    def called(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if isinstance(output, Tensor):
-            calls[layer] = ProbedCall.of(layer, args, kwargs, output)
-
-    def normed(norm: nn.Module, args: tuple[Any, ...]) -> None:
-        assert isinstance(norm, OneKernelNorm)
-        inputs[id(args[0])] = norm
-
-    with ExitStack() as hooks:
-        for layer in layers:
-            hooks.enter_context(layer.register_forward_hook(called, with_kwargs=True))
-        for norm in norms:
-            hooks.enter_context(norm.register_forward_pre_hook(normed))
-        yield
 
 
 def _agree(mine: FusedLayer, following: OneKernelNorm, call: ProbedCall, pool: KeyValuePool) -> bool:
