@@ -169,7 +169,8 @@ class AdapterResidency:
 
         def pin_leased(leased: Future[Lease]) -> None:
             if not result.set_running_or_notify_cancel():
-                _release_if_granted(leased)
+                if not leased.cancelled() and leased.exception() is None:
+                    leased.result().release()
                 return
             try:
                 lease = leased.result()
@@ -583,8 +584,3 @@ def _never_fits() -> AdapterTooLarge:
     return AdapterTooLarge(
         "the adapter does not fit beside the pinned ones; unpin some, or raise pool_mib", param="adapter"
     )
-
-
-def _release_if_granted(future: Future[Lease]) -> None:
-    if not future.cancelled() and future.exception() is None:
-        future.result().release()
