@@ -12,7 +12,7 @@ import torch
 from sera_kernels import ShapeClasses
 from sera_serve.engine import BASE_PRINCIPAL
 from sera_serve.engine.loop import graphs
-from sera_serve.engine.loop.graphs import NotCapturable, StepGraphs, check_capturable, token_buckets
+from sera_serve.engine.loop.graphs import NotCapturable, StepGraphs, check_capturable, least_covering, token_buckets
 from sera_serve.engine.loop.row_tables import DeviceRows, RowTables
 from sera_serve.engine.loop.static_step import NotCaptured, StaticBatch, StaticKey
 from sera_serve.engine.request import GenerationRequest
@@ -148,7 +148,7 @@ def test_a_step_that_could_not_be_captured_is_refused_for_a_while(
     now[0] += 61
     assert all(steps.can_run(batch) for batch in (one, two, lora))
     # A kind that was never captured covers no other.
-    assert steps._covering(ShapeClasses(whole=8)) == ShapeClasses(whole=8)
+    assert least_covering(steps._captured, ShapeClasses(whole=8)) == ShapeClasses(whole=8)
 
 
 @pytest.mark.parametrize("rows", [1, 8, 64, 100, 256, 300, 511, 512, 600, 2000])

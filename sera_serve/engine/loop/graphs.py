@@ -50,8 +50,8 @@ def token_buckets(rows: int, most: int) -> list[int]:
     return sorted({size for size in sizes if size < most} | {rows, most})
 
 
-def least_covering(captured: list[ShapeClasses], wanted: ShapeClasses) -> ShapeClasses | None:
-    """The least of the captured kinds of shapes that covers the wanted ones, or None.
+def least_covering(captured: list[ShapeClasses], wanted: ShapeClasses) -> ShapeClasses:
+    """The least of the captured kinds of shapes that covers the wanted ones; these themselves if there is none.
 
     It has vectors exactly where they are wanted: else adapters without them would pay for their launches. Without any
     adapter it has no kinds at all.
@@ -59,7 +59,7 @@ def least_covering(captured: list[ShapeClasses], wanted: ShapeClasses) -> ShapeC
     if not wanted.width:
         return wanted
     covering = [kinds for kinds in captured if kinds | wanted == kinds and kinds.vectors == wanted.vectors]
-    return min(covering, key=lambda kinds: (kinds.whole, kinds.segmented, kinds.single), default=None)
+    return min(covering, key=lambda kinds: (kinds.whole, kinds.segmented, kinds.single), default=wanted)
 
 
 class NotCapturable(Exception):
@@ -179,7 +179,7 @@ class StepGraphs:
         requests = batch.requests
         return self._key_of(
             tokens=next(size for size in self._buckets if size >= batch.tokens),
-            classes=self._covering(classes_of(requests)),
+            classes=least_covering(self._captured, classes_of(requests)),
             sampled=any(request.params.temperature > 0 for request in requests),
             truncated=any(request.has_truncation for request in requests),
         )
@@ -189,10 +189,6 @@ class StepGraphs:
         if tokens > self._rows:
             sampled = truncated = True
         return StaticKey(tokens, min(tokens, self._rows), classes, sampled, truncated)
-
-    def _covering(self, wanted: ShapeClasses) -> ShapeClasses:
-        """The least of the captured kinds of shapes that covers the wanted ones; these themselves if there is none."""
-        return least_covering(self._captured, wanted) or wanted
 
     def _graph(self, key: StaticKey) -> tuple[StaticStep, torch.cuda.CUDAGraph]:
         if key not in self._graphs:
