@@ -21,7 +21,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import cached_property, reduce
 from operator import or_
-from typing import Literal, Protocol, TypeAlias, overload
+from typing import Literal, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -160,7 +160,7 @@ class GenerateParams:
 
 
 @dataclass(frozen=True, slots=True)
-class LikelyTokens(Sequence[tuple[int, float]]):
+class LikelyTokens:
     """Tokens and their log-probabilities, likeliest first, in 8 bytes each. As pairs they would take 120.
 
     Attributes:
@@ -183,15 +183,6 @@ class LikelyTokens(Sequence[tuple[int, float]]):
         logprobs: list[float] = np.frombuffer(self.logprobs, np.float32).tolist()
         return zip(ids, logprobs, strict=True)
 
-    @overload
-    def __getitem__(self, index: int) -> tuple[int, float]: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> tuple[tuple[int, float], ...]: ...
-
-    def __getitem__(self, index: int | slice) -> tuple[int, float] | tuple[tuple[int, float], ...]:
-        return tuple(self)[index]
-
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
@@ -205,14 +196,13 @@ class TokenLogprobs:
 
     token: int
     logprob: float | None
-    top: Sequence[tuple[int, float]] = ()
+    top: LikelyTokens | tuple[tuple[int, float], ...] = ()
 
     def of_top(self, count: int) -> TokenLogprobs:
         """The same with so many of the likeliest tokens."""
-        if count >= len(self.top):
+        if not isinstance(self.top, LikelyTokens) or count >= len(self.top):
             return self
-        top = self.top.first(count) if count and isinstance(self.top, LikelyTokens) else self.top[:count]
-        return TokenLogprobs(self.token, self.logprob, top)
+        return TokenLogprobs(self.token, self.logprob, self.top.first(count) if count else ())
 
 
 @dataclass(frozen=True)
