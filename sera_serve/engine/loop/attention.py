@@ -157,11 +157,16 @@ class Part:
             self._lengths = torch.from_numpy(self.lengths).to(device, non_blocking=True)
         lengths = self._lengths[:, None, None, None]
         position = torch.arange(keys.start, keys.stop, device=device)
-        last = lengths - self.new + torch.arange(queries.start, queries.stop, device=device)[:, None]
-        hidden = position > last
-        if window is not None:
-            hidden |= position <= last - window
-        return torch.zeros(hidden.shape, dtype=like.dtype, device=device).masked_fill_(hidden, -torch.inf)
+        own = lengths - self.new + torch.arange(queries.start, queries.stop, device=device)[:, None]
+        return _causal_mask(own, position, window, like.dtype)
+
+
+def _causal_mask(own: Tensor, keys: Tensor, window: int | None, dtype: torch.dtype) -> Tensor:
+    """What to add to the scores of queries at the positions `own`: -inf for keys after it, or beyond the window."""
+    hidden = keys > own
+    if window is not None:
+        hidden |= keys <= own - window
+    return torch.zeros(hidden.shape, dtype=dtype, device=keys.device).masked_fill_(hidden, -torch.inf)
 
 
 @dataclass
@@ -187,13 +192,9 @@ class StepContext:
         """What to add to the scores of a static step, (rows, 1, 1, width); its shape depends on shapes alone."""
         assert self.rows is not None
         if window not in self._static_masks:
-            lengths = self.rows.lengths
-            position = torch.arange(width, device=lengths.device)
-            hidden = position >= lengths[:, None]
-            if window is not None:
-                hidden = hidden | (position < lengths[:, None] - window)
-            mask = torch.zeros(len(lengths), 1, 1, width, dtype=dtype, device=lengths.device)
-            self._static_masks[window] = mask.masked_fill(hidden[:, None, None], -torch.inf)
+            own = self.rows.lengths[:, None, None, None] - 1
+            keys = torch.arange(width, device=own.device)
+            self._static_masks[window] = _causal_mask(own, keys, window, dtype)
         return self._static_masks[window]
 
 

@@ -196,6 +196,11 @@ class PagedAttention:
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
 
+def _fits_flash_attention(query: Tensor, value: Tensor) -> bool:
+    width = query.shape[2]
+    return query.dtype in _HALF and width == value.shape[2] and width % 8 == 0 and width <= 256
+
+
 class TorchVarlen:
     """FlashAttention 2, as torch has it.
 
@@ -206,16 +211,8 @@ class TorchVarlen:
 
     def takes(self, query: Tensor, value: Tensor, options: AttentionOptions) -> bool:
         """See `VarlenAttention`."""
-        width = query.shape[2]
-        return (
-            options.is_plain
-            and query.dtype in _HALF
-            and width == value.shape[2]
-            and width % 8 == 0
-            and width <= 256
-            and query.is_cuda
-            and torch.cuda.get_device_capability(query.device) >= (8, 0)
-        )
+        is_plain = options.is_plain and _fits_flash_attention(query, value)
+        return is_plain and query.is_cuda and torch.cuda.get_device_capability(query.device) >= (8, 0)
 
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, group: ChunkGroup, options: AttentionOptions
@@ -249,9 +246,7 @@ class FlashAttnVarlen:
 
     def takes(self, query: Tensor, value: Tensor, options: AttentionOptions) -> bool:
         """See `VarlenAttention`."""
-        width = query.shape[2]
-        is_known = options.sinks is None and query.dtype in _HALF
-        return is_known and width == value.shape[2] and width % 8 == 0 and width <= 256
+        return options.sinks is None and _fits_flash_attention(query, value)
 
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, group: ChunkGroup, options: AttentionOptions
