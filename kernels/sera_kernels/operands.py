@@ -41,8 +41,8 @@ class AdapterTables:
         vectors: int64 (modules, slots), the first element of the module's vectors in the pool, or `ABSENT`. The other
             tables' values, and these, have no meaning where `offset` is `ABSENT`.
 
-    Who changes the tables on the device tells the host's summary, `classes`, with `set_classes`. Else the summary is
-    read from the device, once, when it is first asked for.
+    `classes` is the host's summary. Set it with `set_classes` after each change of the tables on the device. If it was
+    never set, its first use reads the device.
     """
 
     offset: Tensor

@@ -1,4 +1,4 @@
-"""What each adapter knows of its content's memory. Content is shared by all adapters that have it, in any tenant."""
+"""Which adapters have used and pinned which content. All adapters with one content share its memory, in any tenant."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class AdapterUses:
             return sorted(self._pinned.get(digest, ()))
 
     def visible(self, adapters: Iterable[tuple[str, str]], places: Iterable[Presence]) -> list[Presence]:
-        """Where contents are as far as adapters have brought them there.
+        """Where the contents of adapters are, as far as these adapters have used or pinned them.
 
         Args:
             adapters: Pairs of an adapter and its content.

@@ -39,7 +39,7 @@ class LogprobRoom:
 
 
 def too_many(param: str) -> TenantOverloaded:
-    """What the client is told for whose log-probabilities there is no memory now; `param` asked for them."""
+    """The refusal of a request whose log-probabilities find no memory now; the field `param` asked for them."""
     return TenantOverloaded(
         f"the log-probabilities of this tenant's requests under way take too much memory together; send fewer requests "
         f"with {param} at a time, or ask for fewer at each token",

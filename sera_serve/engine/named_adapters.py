@@ -50,7 +50,7 @@ class AdapterNames:
                 del self._digests[next(iter(self._digests))]
 
     def activity(self, running: Iterable[str], waiting: Iterable[str]) -> AdapterActivity:
-        """Name adapters: up to four references each. An adapter that no request named by one reference has no name.
+        """Name adapters: up to four references each. An adapter that was only a part of sums has no name.
 
         Args:
             running: Digests on the device, in the order wanted.

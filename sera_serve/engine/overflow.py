@@ -24,8 +24,8 @@ from sera_serve.layers import ServedLinear
 
 logger = logging.getLogger("sera_serve.engine")
 
-# The norm of a vector whose sum of squares is infinite in float32, though no larger than it takes: torch's layer norm
-# gives zeros for such a vector, and NaN, which hides nothing, for one that is ten times as large.
+# The norm of a vector whose sum of squares is just infinite in float32. torch's layer norm gives zeros for it. For a
+# vector that is ten times as large it gives NaN, which hides nothing.
 _INJECTED = 4e19
 # An adapter whose updates are at most so many times as long as their inputs cannot overflow in float32 or bfloat16: a
 # normalized state has a norm of some hundreds, and between two normalizations at most two updates are multiplied with

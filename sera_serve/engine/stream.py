@@ -230,7 +230,7 @@ class TokensUsed(NamedTuple):
 
 
 def deadline_exceeded() -> DeadlineExceeded:
-    """What a request is told whose time is over."""
+    """The error of a request whose time is over."""
     return DeadlineExceeded("timeout_s ran out; ask for less, or give it more time", param="timeout_s")
 
 

@@ -105,8 +105,8 @@ class SharedInputGroup:
 
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         ready = side.mark()
-        # Whoever is captured first gets the multiprocessors that it wants. The large products of several layers leave
-        # enough of them to small updates; beside the others, and for updates of many factors, it is the other way.
+        # What is captured first gets the multiprocessors that it wants. The large products of several layers leave
+        # enough of them to small updates, and go first. Elsewhere the updates go first.
         classes = batch.classes_in(context.tables)
         products_first = len(self.modules) > 1 and not (classes.segmented or classes.whole)
         outputs = self.products(x) if products_first else []

@@ -46,8 +46,8 @@ class RowKeys:
     """Where the keys of each row are, on the device; a row is one token.
 
     Attributes:
-        table: int64 or int32 (sequences, pages), the pages of each sequence. What it has beyond the sequence's keys may
-            be anything but the number of no page.
+        table: int64 or int32 (sequences, pages), the pages of each sequence. Beyond the sequence's keys it may have the
+            number of any page.
         lengths: int64 (rows,), keys of each row.
         owners: int32 (rows,), the sequence of each row; None where each row is a sequence of its own.
     """

@@ -73,8 +73,7 @@ class TokenChooser:
         Args:
             logits: (requests, vocabulary).
             requests: In the order of the logits. `begin` was told of those that get a token.
-            unfinished: Those whose prompt goes on in a later step. Their token is not looked at, but for whether it is
-                `NO_TOKEN`.
+            unfinished: Those whose prompt goes on in a later step. Of their tokens only `NO_TOKEN` has a meaning.
         """
         masks = RowMasks()
         if any(request.adjusts_now for request in requests):

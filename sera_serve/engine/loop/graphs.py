@@ -33,7 +33,7 @@ logger = logging.getLogger("sera_serve.engine")
 _WARM_UP_RUNS = 2
 # SeRA with segments of rank 1, up to rank 64: captured at start.
 _FIRST_CLASSES = ShapeClasses(single=64)
-# Of a step with prompts. Operation by operation the host takes longer to launch so many than a GPU to compute them.
+# Of a step with prompts. Up to so many, the host takes longer to launch the operations than a GPU to compute them.
 _MOST_TOKENS = 512
 # Memory may be short because another process uses the GPU. A capture that fails takes as long as many steps.
 _REFUSED_S = 60

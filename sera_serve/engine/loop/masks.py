@@ -233,7 +233,7 @@ def allowed_tokens(request: GenerationRequest, constraint: TokenConstraint, voca
 
 
 def ends_too_early(request: GenerationRequest) -> ConstraintUnsatisfiable:
-    """What the client is told whose constraint ends the text before `min_tokens` tokens."""
+    """The error of a request whose constraint ends the text before `min_tokens` tokens."""
     return ConstraintUnsatisfiable(
         f"the constraint lets the text only end after {request.generated} tokens, and min_tokens is "
         f"{request.params.min_tokens}; lower min_tokens",
@@ -242,7 +242,7 @@ def ends_too_early(request: GenerationRequest) -> ConstraintUnsatisfiable:
 
 
 def constraint_failed(request: GenerationRequest, error: Exception) -> Exception:
-    """What the client of a request is told whose constraint raised an error."""
+    """The error of a request whose constraint raised `error`."""
     if isinstance(error, InvalidRequest | TenantOverloaded):
         return error
     logger.error("the constraint of request %s failed", request.id, exc_info=error)

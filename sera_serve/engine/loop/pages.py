@@ -77,7 +77,7 @@ class PagePool:
                     self._idle[page] = None
 
     def freed(self, requests: Iterable[list[int]]) -> int:
-        """How many pages would have no user more without these requests, given by their pages."""
+        """How many pages these requests alone use; each request is given by its pages."""
         users = Counter(page for pages in requests for page in pages)
         return sum(self._users[page] == count for page, count in users.items())
 

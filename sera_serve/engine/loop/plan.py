@@ -11,7 +11,7 @@ from typing import Protocol
 from sera_serve.engine.loop.pages import PAGE_SIZE, PagePool, chain_key, root_key
 from sera_serve.engine.request import GenerationRequest
 
-# Steps after which a request that found too few pages is let try again, whether or not any came free.
+# Steps after which a request that found too few pages may try again, even if none came free.
 _STEPS_SHORT = 16
 
 
@@ -215,7 +215,7 @@ class StepPlanner:
         return self.pages.available() >= taken + -(-count // PAGE_SIZE) + self._spare(newcomer)
 
     def _stays_short(self, newcomer: GenerationRequest) -> bool:
-        """Whether a newcomer would find too few pages again. Asked often enough, it is let try: claims change."""
+        """Whether a newcomer would find too few pages again. After some steps it may try, because claims change."""
         short = self._short
         if short is None or short.newcomer is not newcomer or self.pages.available() > short.available:
             return False
