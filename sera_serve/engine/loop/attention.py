@@ -260,18 +260,9 @@ def attend(
     value: Tensor,
     options: AttentionOptions,
 ) -> Tensor:
-    """Attend within each sequence of the step; its keys and values are in the pool already.
+    """Attend within each sequence of the step, whose own keys and values are in the pool already.
 
-    Args:
-        step: The step under way.
-        layer: Layer of the pool.
-        query: (tokens, heads, key width).
-        key: (tokens, kv_heads, key width), this step's own.
-        value: (tokens, kv_heads, value width), likewise.
-        options: How the layer attends.
-
-    Returns:
-        (tokens, heads, value width).
+    Arguments and result are those of `AttentionBackend.packed`, in a static step too.
     """
     if step.rows is not None:
         return step.pool.backend.decode(step, layer, query, step.rows, options)
