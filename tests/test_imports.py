@@ -123,7 +123,7 @@ FLOORS: dict[str, list[set[str]]] = {
             *("adapter_uses", "constraint", "memory", "named_adapters", "sampling", "schema_bounds"),
             *("answer_tokens", "stop_strings", "tenant_memory"),
         },
-        {"image_rows", "logprob_memory"},
+        {"image_rows"},
         {"request"},
         {"structured"},
         {"admission", "fair_queue", "overflow", "prompts", "references", "stream"},

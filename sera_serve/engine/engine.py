@@ -19,7 +19,6 @@ from sera_serve.engine.answer_tokens import AnswerTokens
 from sera_serve.engine.choices import ChoiceGroup, check_logprobs, check_options, choice_requests, logprobs_of_prompts
 from sera_serve.engine.constraint import ConstraintSpec, TokenConstraint
 from sera_serve.engine.image_rows import ImageRowMaker
-from sera_serve.engine.logprob_memory import LogprobRoom, too_many
 from sera_serve.engine.loop.pages import PAGE_SIZE
 from sera_serve.engine.memory import MEBIBYTE, DeviceMemory, memory_of
 from sera_serve.engine.named_adapters import AdapterActivity, AdapterNames
@@ -40,7 +39,7 @@ from sera_serve.engine.scheduler import Scheduler
 from sera_serve.engine.stream import Detokenizer, EventReader, GenerationStream, Mailbox, deadline_exceeded
 from sera_serve.engine.structured import StructuredOutput
 from sera_serve.engine.tasks import ClassificationRunner, GenerationRunner, RunnerLoad, TaskRunner
-from sera_serve.engine.tenant_memory import TenantMemory
+from sera_serve.engine.tenant_memory import LogprobRoom, TenantMemory, too_many_logprobs
 from sera_serve.errors import EngineUnavailable, InvalidRequest, SeraServeError, UnsupportedTask
 from sera_serve.layers import AdapterContext, SideStream, attach_serving, find_shared_inputs
 from sera_serve.residency import AdapterResidency, DevicePool, HostCache, Presence, ResidencyStats
@@ -482,7 +481,7 @@ class ServingEngine(RowCalls):
             # With those of the first tokens: where a tenant has too many already, nothing begins.
             first = 0 if params.logprobs is None else (1 + params.logprobs) * count
             if not room.take(logprobs_of_prompts(params, sum(map(len, prompts))) + first):
-                raise too_many("logprobs" if params.prompt_logprobs is None else "prompt_logprobs")
+                raise too_many_logprobs("logprobs" if params.prompt_logprobs is None else "prompt_logprobs")
         following = iter(constraints)
         for group, tokens in zip(groups, prompts, strict=True):
             limit = self.context_tokens if params.max_new_tokens is None else len(tokens) + params.max_new_tokens

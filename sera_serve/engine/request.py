@@ -32,7 +32,7 @@ from sera_kernels import ShapeClasses
 from sera_serve.base import ModelInputs, Pooling, Span
 from sera_serve.engine.answer_tokens import AnswerTokens
 from sera_serve.engine.constraint import ConstraintSpec, TokenConstraint
-from sera_serve.engine.logprob_memory import LogprobRoom
+from sera_serve.engine.tenant_memory import LogprobRoom
 from sera_serve.residency import Lease, PrefetchHint
 
 MAX_LOGIT_BIAS = 1024

@@ -11,8 +11,7 @@ import pytest
 from adapters_store import AdapterStore
 from sera_serve.base import FrozenBase
 from sera_serve.engine import GenerateParams, GenerationResult, Principal, ServingEngine, choices
-from sera_serve.engine.logprob_memory import _AT_ONCE, LOGPROB_BYTES, LogprobRoom
-from sera_serve.engine.tenant_memory import TenantMemory
+from sera_serve.engine.tenant_memory import _AT_ONCE, LOGPROB_BYTES, LogprobRoom, TenantMemory
 from sera_serve.errors import InvalidRequest, TenantOverloaded
 from support.engine import Start, settled
 

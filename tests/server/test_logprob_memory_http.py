@@ -12,8 +12,7 @@ import pytest
 from adapters_store import AdapterStore
 from sera_serve.config import ServeSettings
 from sera_serve.engine import ServingEngine
-from sera_serve.engine.logprob_memory import _AT_ONCE, LOGPROB_BYTES
-from sera_serve.engine.tenant_memory import TenantMemory
+from sera_serve.engine.tenant_memory import _AT_ONCE, LOGPROB_BYTES, TenantMemory
 from sera_serve.server.app import build_app
 from support.factories import random_decoder
 from support.live_server import live_server, wait_until

@@ -10,7 +10,6 @@ import torch
 
 from sera_serve.base import FrozenBase
 from sera_serve.config import ServeSettings
-from sera_serve.engine.logprob_memory import too_many
 from sera_serve.engine.loop.attention import KeyValuePool
 from sera_serve.engine.loop.attention_backend import choose_backend
 from sera_serve.engine.loop.fused_attention import fuse_attention
@@ -28,6 +27,7 @@ from sera_serve.engine.overflow import OverflowReporter, expose_overflows
 from sera_serve.engine.request import FinishReason, GenerationRequest
 from sera_serve.engine.scheduler import Scheduler
 from sera_serve.engine.tasks.runner import RunnerLoad, TaskRunner, logger
+from sera_serve.engine.tenant_memory import too_many_logprobs
 from sera_serve.layers import AdapterContext
 
 
@@ -241,7 +241,7 @@ class GenerationRunner(TaskRunner[GenerationRequest]):
             and request.params.logprobs is not None
             and not request.logprob_room.take(1 + request.params.logprobs)
         ):
-            self.end(request, FinishReason.FAILED, too_many("logprobs"))
+            self.end(request, FinishReason.FAILED, too_many_logprobs("logprobs"))
             return
         if request.first_token_s is None:
             request.first_token_s = time.monotonic() - request.arrived
