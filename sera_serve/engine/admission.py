@@ -1,4 +1,4 @@
-"""What the server takes on: limits on the requests in flight, in all and of one tenant, and the rows of a batch."""
+"""What the server takes on: limits on the requests in flight, in all and of one tenant."""
 
 from __future__ import annotations
 
@@ -137,24 +137,3 @@ class ServiceRate:
     def per_second(self) -> float:
         """The rate, or 0 where nothing is known."""
         return self._served / self._seconds if self._seconds > 0 else 0.0
-
-
-class BatchBudget:
-    """The rows of a batch. Not thread-safe: one loop uses it."""
-
-    def __init__(self, num_rows: int) -> None:
-        """Make an empty batch of at most `num_rows`."""
-        self._num_rows = num_rows
-        self._taken = 0
-
-    def fits(self, num_rows: int) -> bool:
-        """Whether so many more rows may enter; a request larger than the whole batch may enter an empty one."""
-        return not self._taken or self._taken + num_rows <= self._num_rows
-
-    def take(self, num_rows: int) -> None:
-        """Count rows that have entered."""
-        self._taken += num_rows
-
-    def give_back(self, num_rows: int) -> None:
-        """Count rows that have left."""
-        self._taken -= num_rows

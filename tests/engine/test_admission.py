@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from sera_serve.engine.admission import AdmissionController, BatchBudget
+from sera_serve.engine.admission import AdmissionController
 from sera_serve.engine.request import Principal, Request
 from sera_serve.errors import Overloaded, TenantOverloaded
 
@@ -101,14 +101,3 @@ def test_retry_after_is_what_the_present_requests_will_take() -> None:
     # Nor is anybody sent away for longer than a minute.
     serve(every=100, times=20)
     assert retry_after("c") == 60
-
-
-def test_rows_of_a_batch() -> None:
-    budget = BatchBudget(num_rows=3)
-    assert budget.fits(10), "alone, anything may enter"
-    budget.take(2)
-    assert budget.fits(1) and not budget.fits(2)
-    budget.take(1)
-    assert not budget.fits(1)
-    budget.give_back(2)
-    assert budget.fits(2) and not budget.fits(3)

@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 
 import pytest
 
-from sera_serve.engine.tasks.classify import choose_rows
+from sera_serve.engine.tasks.classify import ClassificationRunner, choose_rows
+
+
+def test_a_batch_has_rows_for_a_few_passes_and_an_empty_one_takes_any_request() -> None:
+    runner = SimpleNamespace(_max_rows=2, _requests=[])
+
+    def fits(num_rows: int) -> bool:
+        return ClassificationRunner._fits(runner, SimpleNamespace(num_rows=num_rows))  # type: ignore[arg-type]
+
+    assert fits(100)
+    runner._requests = [SimpleNamespace(num_rows=2), SimpleNamespace(num_rows=3)]
+    assert fits(3) and not fits(4)
 
 
 def test_rows_of_like_length_go_together() -> None:

@@ -176,7 +176,7 @@ def test_a_preempted_request_goes_on_at_its_place_and_is_charged_once() -> None:
     first, second = bench.submit("a", "x"), bench.submit("a")
     charged = bench.scheduler.counter("a")
     bench.scheduler.preempt(first)
-    bench.budget.give_back(1)
+    bench.free += 1
     assert first.state is RequestState.PREEMPTED and first.lease is not None and bench.scheduler.waiting() == 2
     bench.step()
     assert bench.started == [first, first], "it came before the second"
@@ -191,13 +191,13 @@ def test_a_preempted_request_may_lose_its_lease_and_loads_again() -> None:
     for digest in "xy":
         bench.residency.arrive(digest)
     x, y = bench.submit("a", "x"), bench.submit("a", "y")
-    bench.budget.take(4)
+    bench.free -= 4
     bench.scheduler.preempt(y)
     bench.scheduler.preempt(x)
     bench.scheduler.check_invariants()
     assert x.lease is not None and y.lease is None and y.hint is not None
     bench.residency.here.clear()
-    bench.budget.give_back(6)
+    bench.free += 6
     bench.step()
     assert (x.state, y.state) == (RequestState.RUNNING, RequestState.LOADING)
     bench.residency.arrive("y")
@@ -232,7 +232,7 @@ def test_cancelling_at_each_stage(stage: str) -> None:
     if stage == "running":
         bench.finish(request, FinishReason.CANCELLED)
     if stage == "preempted":
-        bench.budget.give_back(1)
+        bench.free += 1
     assert bench.scheduler.cancel(request, FinishReason.EXPIRED), "it is finished already"
     bench.residency.arrive("x")
     assert request.finish_reason is FinishReason.CANCELLED

@@ -7,7 +7,7 @@ from concurrent.futures import Future
 from typing import Any, cast
 
 from adapters_store import BaseInfo, ResolvedAdapter
-from sera_serve.engine.admission import AdmissionController, BatchBudget
+from sera_serve.engine.admission import AdmissionController
 from sera_serve.engine.request import FinishReason, Principal, Request
 from sera_serve.engine.scheduler import Scheduler
 from sera_serve.residency import AdapterResidency, Claim
@@ -87,7 +87,7 @@ class Bench:
         self.admission = AdmissionController(1 << 20, 1 << 20)
         residency = cast(AdapterResidency, self.residency)
         self.scheduler = Scheduler[Request](self.admission, residency, max_waiting_leases)
-        self.budget = BatchBudget(rows)
+        self.free = rows
         self.started: list[Request] = []
         self._stepping = threading.Lock()
         self._again = False
@@ -106,9 +106,9 @@ class Bench:
         while self._again and self._stepping.acquire(blocking=False):
             try:
                 self._again = False
-                while (request := self.scheduler.first()) is not None and self.budget.fits(request.num_rows):
+                while (request := self.scheduler.first()) is not None and request.num_rows <= self.free:
                     if self.scheduler.start(request):
-                        self.budget.take(request.num_rows)
+                        self.free -= request.num_rows
                         self.started.append(request)
                 self.scheduler.hint_new()
             finally:
@@ -117,7 +117,7 @@ class Bench:
     def finish(self, request: Request, reason: FinishReason = FinishReason.LENGTH) -> None:
         with self._stepping:
             self.scheduler.finish(request, reason)
-            self.budget.give_back(request.num_rows)
+            self.free += request.num_rows
         self.step()
 
     def holds_nothing(self) -> bool:

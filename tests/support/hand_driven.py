@@ -260,8 +260,6 @@ class HandDriven:
         loading = sum(request.loading is not None for request in requests)
         pins = sum(claims[None] for claims in (entry.claims for entry in entries))
         assert sum(len(entry.waiters) for entry in entries) == loading + pins
-        rows = sum(request.num_rows for request in self.classification.in_batch())
-        assert rows == self.classification._budget._taken
 
     def check_nothing_held(self) -> None:
         """After all calls: nothing is counted, queued, leased or in use; what is deleted leaves the memory."""

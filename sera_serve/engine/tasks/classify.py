@@ -16,7 +16,6 @@ from adapters_store import ResolvedAdapter
 from sera_kernels import NO_ADAPTER
 from sera_serve.base import FrozenBase, ModelInputs
 from sera_serve.config import ServeSettings
-from sera_serve.engine.admission import BatchBudget
 from sera_serve.engine.loop.step_errors import free_memory, step_failed
 from sera_serve.engine.overflow import OverflowReporter, RowGauge
 from sera_serve.engine.request import (
@@ -151,7 +150,6 @@ class ClassificationRunner(TaskRunner[ClassificationRequest]):
         self._max_wait_s = settings.classify_max_wait_ms / 1000
         self._gauge = RowGauge(base.model)
         self._overflows = OverflowReporter()
-        self._budget = BatchBudget(_PASSES * self._max_rows)
         # In the order in which they entered the batch.
         self._rows: list[_Row] = []
         self._requests: list[ClassificationRequest] = []
@@ -164,7 +162,6 @@ class ClassificationRunner(TaskRunner[ClassificationRequest]):
         """Take a running request out of the batch; its rows that have not run do not run."""
         self._requests.remove(request)
         self._rows = [row for row in self._rows if row.request is not request]
-        self._budget.give_back(request.num_rows)
 
     def settle(self) -> None:
         """Wait until no pass runs on the device."""
@@ -205,12 +202,16 @@ class ClassificationRunner(TaskRunner[ClassificationRequest]):
         return True
 
     def _admit(self) -> None:
-        while (request := self.scheduler.first()) is not None and self._budget.fits(request.num_rows):
+        while (request := self.scheduler.first()) is not None and self._fits(request):
             if self.scheduler.start(request):
-                self._budget.take(request.num_rows)
                 self._requests.append(request)
                 now = time.monotonic()
                 self._rows += [_Row(request, index, now) for index in range(len(request.rows))]
+
+    def _fits(self, request: ClassificationRequest) -> bool:
+        """Whether a request may enter the batch; one that is larger than the whole batch may enter an empty one."""
+        taken = sum(other.num_rows for other in self._requests)
+        return not taken or taken + request.num_rows <= _PASSES * self._max_rows
 
     def _take_rows(self) -> list[_Row]:
         late = time.monotonic() - self._rows[0].entered >= self._max_wait_s
