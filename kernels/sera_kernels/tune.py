@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, replace
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -131,14 +132,8 @@ def run_all(launches: list[Launch], cases: list[Operands]) -> None:
 def measure(launch: Launch, cases: list[Operands]) -> float:
     """Return the microseconds of all cases in CUDA graphs, or inf if the GPU lacks memory or registers for a launch."""
     total = 0.0
-    for x, outputs, modules, batch, pool, tables in cases:
-
-        def run(
-            x: Tensor = x, outputs: list[Tensor] = outputs, modules: list[int] = modules, batch: AdapterBatch = batch,
-            pool: Tensor = pool, tables: AdapterTables = tables,
-        ) -> None:  # fmt: skip
-            grouped_sera_triton(x, outputs, modules, batch, pool, tables, launch)
-
+    for case in cases:
+        run = partial(grouped_sera_triton, *case, launch)
         try:
             total += triton.testing.do_bench_cudagraph(run, rep=10, return_mode="median") * 1000
         except (OutOfResources, PTXASError):
