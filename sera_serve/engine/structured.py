@@ -57,22 +57,7 @@ _WHITESPACE = r"( |\n( {0,20}|\t{0,5}))"
 # The library would put several bytes that are certain into a mask at once. It looks for them without a bound:
 # /a{1000000}/ took two seconds in one step.
 _OPTIONS = '%llguidance {"no_forcing": true}'
-
-
-# 50,000 units of fuel are some 4 ms of a step, and 20,000 items 1 ms.
-def _limits(step_items: int, row_items: int, states: int) -> LLParserLimits:
-    return LLParserLimits(
-        max_grammar_size=50_000,
-        initial_lexer_fuel=200_000,
-        step_lexer_fuel=50_000,
-        max_lexer_states=states,
-        step_max_items=step_items,
-        max_items_in_row=row_items,
-        verbose_errors=False,
-    )
-
-
-# Items of a step and of a row.
+# Items of a step and of a row. 20,000 are 1 ms of a step.
 _SCHEMA_ITEMS = (20_000, 2000)
 # A client's own rules may be ambiguous: the parser's work for a token then grows with the square of the text.
 _GRAMMAR_ITEMS = (4000, 500)
@@ -404,7 +389,17 @@ def _compile(tokenizer: LLTokenizer, spec: ConstraintSpec, states: int) -> LLMat
         grammar = _GRAMMARS[spec.kind](spec.text)
     except SchemaRefused as error:
         raise InvalidRequest(f"{field} cannot be enforced: {error}", param=field) from None
-    limits = _limits(*(_GRAMMAR_ITEMS if spec.kind in ("grammar", "regex") else _SCHEMA_ITEMS), states)
+    step_items, row_items = _GRAMMAR_ITEMS if spec.kind in ("grammar", "regex") else _SCHEMA_ITEMS
+    limits = LLParserLimits(
+        max_grammar_size=50_000,
+        initial_lexer_fuel=200_000,
+        # Some 4 ms of a step.
+        step_lexer_fuel=50_000,
+        max_lexer_states=states,
+        step_max_items=step_items,
+        max_items_in_row=row_items,
+        verbose_errors=False,
+    )
     matcher = LLMatcher(tokenizer, LLMatcher.grammar_from_lark(grammar), log_level=0, limits=limits)
     # The first mask shows whether any text conforms.
     mask = np.zeros(-(-tokenizer.vocab_size // 32), np.uint32)
