@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sera_kernels.access import vector_elements
+from sera_kernels.launches import vector_elements
 from sera_kernels.operands import AdapterBatch, AdapterTables
 from sera_kernels.run_kernels import expand_silu_mul_runs
 from sera_kernels.triton_path import EXPAND_BYTES, EXPAND_WIDTH, Workspace, expand_updates, reduce_updates

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sera_kernels.access import vector_elements
+from sera_kernels.launches import vector_elements
 
 LARGEST_WIDTH = 16384
 """A row is held in the registers of one program."""

@@ -28,10 +28,9 @@ import torch
 import triton
 from torch import Tensor
 
-from sera_kernels.access import vector_elements
 from sera_kernels.cells import Cells, cells_of
 from sera_kernels.decode_kernels import expand, mix_parts, reduce_mix, reduce_parts
-from sera_kernels.launches import Launch, choose_launch
+from sera_kernels.launches import Launch, choose_launch, vector_elements
 from sera_kernels.operands import AdapterBatch, AdapterTables
 from sera_kernels.prefill_kernels import expand_tiles, reduce_tiles
 from sera_kernels.run_kernels import expand_runs, reduce_runs
