@@ -1,7 +1,11 @@
-"""How a device's memory is divided: the base's weights, the adapters' pool, the KV cache, and room for the steps."""
+"""How a device's memory is divided: the base's weights, the adapters' pool, the KV cache, and room for the steps.
+
+What follows where a part does not fit, and where a step fails, is told here too.
+"""
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,7 +14,7 @@ import torch
 
 from sera_kernels import workspace_bytes
 from sera_serve.config import ServeSettings
-from sera_serve.errors import InvalidConfiguration
+from sera_serve.errors import EngineUnavailable, InvalidConfiguration
 
 MEBIBYTE = 1 << 20
 GIBIBYTE = 1 << 30
@@ -153,3 +157,22 @@ def memory_of(what: str, param: str, *others: str) -> Iterator[None]:
         raise InvalidConfiguration(
             f"{what} does not fit on the device: {reason}; lower {' or '.join((param, *others))}", param=param
         ) from error
+
+
+def free_memory(error: Exception) -> None:
+    """After a step without memory, give back what it held; before the device is asked for anything else."""
+    if isinstance(error, torch.OutOfMemoryError):
+        # The frames of the error hold the tensors of the failed step.
+        traceback.clear_frames(error.__traceback__)
+        # What torch holds in pieces may be of use as a whole.
+        torch.cuda.empty_cache()
+
+
+def step_failed(error: Exception) -> EngineUnavailable:
+    """What the clients of a failed step are told."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return EngineUnavailable(
+            f"the device's memory was too small for this step: {str(error).splitlines()[0]}; send the request "
+            "again, or serve with a smaller max_batch_tokens, max_sequences or gpu_memory_fraction"
+        )
+    return EngineUnavailable(f"the step failed: {error}")

@@ -10,8 +10,16 @@ import torch
 
 from sera_kernels import workspace_bytes
 from sera_serve.config import ServeSettings
-from sera_serve.engine.loop.step_errors import free_memory, step_failed
-from sera_serve.engine.memory import GIBIBYTE, MEBIBYTE, MOST_GATHERED, DecoderSizes, DeviceMemory, memory_of
+from sera_serve.engine.memory import (
+    GIBIBYTE,
+    MEBIBYTE,
+    MOST_GATHERED,
+    DecoderSizes,
+    DeviceMemory,
+    free_memory,
+    memory_of,
+    step_failed,
+)
 from sera_serve.errors import InvalidConfiguration
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")

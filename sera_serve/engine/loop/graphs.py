@@ -23,7 +23,7 @@ from sera_serve.engine.loop.attention import KeyValuePool
 from sera_serve.engine.loop.hugging_face import PagedModel
 from sera_serve.engine.loop.row_tables import DeviceRows, RowTables
 from sera_serve.engine.loop.static_step import NotCaptured, StaticBatch, StaticKey, StaticLaunch, StaticStep
-from sera_serve.engine.loop.step_errors import free_memory
+from sera_serve.engine.memory import free_memory
 from sera_serve.engine.request import classes_of
 from sera_serve.layers import AdapterContext
 

@@ -19,7 +19,7 @@ from sera_serve.engine.loop.pages import PAGE_SIZE, SCRATCH
 from sera_serve.engine.loop.plan import StepPlan
 from sera_serve.engine.loop.row_tables import RowTables, to_device
 from sera_serve.engine.loop.static_step import NotCaptured, StaticBatch, StaticLaunch, StaticSteps
-from sera_serve.engine.loop.step_errors import free_memory, step_failed
+from sera_serve.engine.memory import free_memory, step_failed
 from sera_serve.engine.request import GenerationRequest, classes_of
 from sera_serve.engine.sampling import NO_TOKEN
 from sera_serve.layers import AdapterContext

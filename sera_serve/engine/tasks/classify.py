@@ -16,7 +16,7 @@ from adapters_store import ResolvedAdapter
 from sera_kernels import NO_ADAPTER
 from sera_serve.base import FrozenBase, ModelInputs
 from sera_serve.config import ServeSettings
-from sera_serve.engine.loop.step_errors import free_memory, step_failed
+from sera_serve.engine.memory import free_memory, step_failed
 from sera_serve.engine.overflow import OverflowReporter, RowGauge
 from sera_serve.engine.request import (
     ClassificationRequest,

@@ -21,8 +21,7 @@ from sera_serve.engine.loop.pages import PAGE_SIZE, PagePool
 from sera_serve.engine.loop.plan import StepPlan, StepPlanner
 from sera_serve.engine.loop.runner import Launch, StepRunner
 from sera_serve.engine.loop.static_step import NotCaptured
-from sera_serve.engine.loop.step_errors import free_memory, step_failed
-from sera_serve.engine.memory import DecoderSizes, DeviceMemory, memory_of
+from sera_serve.engine.memory import DecoderSizes, DeviceMemory, free_memory, memory_of, step_failed
 from sera_serve.engine.overflow import OverflowReporter, expose_overflows
 from sera_serve.engine.request import FinishReason, GenerationRequest
 from sera_serve.engine.scheduler import Scheduler
