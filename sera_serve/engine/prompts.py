@@ -43,7 +43,7 @@ class PromptMaker:
                 param="prompt",
             )
         arguments = params.prompt, params.token_ids, params.add_special_tokens
-        if preprocessor.is_long(*arguments[:2]):
+        if preprocessor.is_long(params.prompt, params.token_ids):
             tokens = await self._tokenizing.run_in_turn(tenant, preprocessor.prompt, *arguments)
         else:
             tokens = preprocessor.prompt(*arguments)

@@ -40,7 +40,7 @@ class RunnerLoad:
 
 
 class TaskRunner(ABC, Generic[R]):
-    """Runs the requests of one task, on a thread of its own. The engine holds a list of runners and knows no more.
+    """Runs the requests of one task, on a thread of its own. The engine has one for each task, and knows no more.
 
     The loop takes news from other threads (cancellations), then runs one step, then hands on what the step gave. A
     request that runs is finished by the loop alone, between two steps.
