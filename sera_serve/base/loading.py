@@ -25,7 +25,7 @@ from sera_serve.base.image_tower import DUAL_FAMILIES, VISION_FAMILIES, BaseKind
 from sera_serve.base.images import base_image_spec, check_pillow
 from sera_serve.base.model import FrozenBase
 from sera_serve.base.quantize import quantize_base
-from sera_serve.base.rotary import install_per_sequence_rotary, rotary_scaling
+from sera_serve.base.rotary import install_per_sequence_rotary
 from sera_serve.errors import BaseNotFound, InvalidConfiguration
 from sera_serve.quantization import Quantize
 
@@ -188,8 +188,7 @@ def freeze_base(
         InvalidConfiguration: The base's rotary scaling is unsupported.
     """
     info = fingerprint(model, name)
-    if rotary_scaling(model, name).kind == "longrope":
-        install_per_sequence_rotary(model)
+    install_per_sequence_rotary(model, name)
     automatic = torch.float32 if device == "cpu" else model.dtype
     model = model.to(device=device, dtype=DTYPES.get(dtype, automatic)).eval().requires_grad_(False)
     if tokenizer is not None and tokenizer.pad_token is None:

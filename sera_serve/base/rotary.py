@@ -140,20 +140,21 @@ def rotary_scaling(model: PreTrainedModel, name: str = "") -> RotaryScaling:
     return scaling
 
 
-def install_per_sequence_rotary(model: PreTrainedModel) -> RotaryContext:
+def install_per_sequence_rotary(model: PreTrainedModel, name: str = "") -> RotaryContext | None:
     """Replace every longrope module of a model object by a `PerSequenceRotary`, in place.
 
     Returns:
-        The context of the model object. A second call returns the same context and changes nothing.
+        The context of the model object; None where there is no such module. A second call returns the same context and
+        changes nothing.
 
     Raises:
-        InvalidConfiguration: The model's rotary scaling is not of type longrope.
+        InvalidConfiguration: As `rotary_scaling`, which has the same arguments.
     """
     if (present := rotary_context(model)) is not None:
         return present
-    scaling = rotary_scaling(model)
+    scaling = rotary_scaling(model, name)
     if scaling.kind != "longrope" or scaling.threshold is None:
-        raise _unsupported("", f"its rotary scaling is {scaling.kind}, not longrope")
+        return None
     context = RotaryContext(scaling.threshold)
     replaced = {rotary: PerSequenceRotary(rotary, context) for rotary in _rotary_modules(model)}
     for parent in list(model.modules()):
