@@ -39,3 +39,16 @@ def test_the_space_that_sentencepiece_adds_is_not_counted(sentencepiece: PreTrai
 def test_a_space_of_the_prompt_is_counted() -> None:
     places, _ = offsets(byte_tokenizer(), " ab")
     assert places[-3:] == [0, 1, 2]
+
+
+def test_long_lists_are_whole_and_written_in_few_pieces() -> None:
+    """A piece for each token would keep the event loop."""
+    lists = CompletionLogprobLists(TokenTexts(byte_tokenizer()))
+    prompt = "".join(chr(97 + number % 26) for number in range(5000))
+    lists.add([TokenLogprobs(token, -number / 8) for number, token in enumerate(byte_tokenizer()(prompt)["input_ids"])])
+    pieces = list(lists.take())
+    found = json.loads("".join(pieces))
+    assert found["token_logprobs"][-5000:] == [-number / 8 for number in range(len(found["tokens"]))][-5000:]
+    assert "".join(found["tokens"][-5000:]) == prompt
+    assert len(pieces) < 100
+    assert json.loads("".join(lists.take()))["tokens"] == []
