@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import httpx
 import pytest
@@ -15,6 +16,11 @@ from sera_serve.server import build_app
 from support.factories import random_adapter, random_decoder
 from support.live_server import live_server, wait_until
 from support.stub_engine import StubEngine
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
+
+    from support.browser import Tab
 
 RANK, SPLIT = 8, 4
 
@@ -73,3 +79,21 @@ def url(module_url: str, engine: StubEngine) -> Iterator[str]:
 def client(url: str) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=url, timeout=10) as client:
         yield client
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    # Playwright is imported by the tests in a browser alone.
+    from support import browser as browsers
+
+    with browsers.browser() as started:
+        yield started
+
+
+@pytest.fixture
+def tab(browser: Browser, url: str) -> Iterator[Tab]:
+    """The console, in a browser context of its own."""
+    from support import browser as browsers
+
+    with browsers.tab(browser, url) as opened:
+        yield opened

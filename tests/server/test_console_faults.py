@@ -40,18 +40,6 @@ ROWS = b'{"text": "late again", "label": "delivery"}\n'
 SCOPES = ["infer", "publish", "train"]
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with browsers.browser() as started:
-        yield started
-
-
-@pytest.fixture
-def tab(browser: Browser, url: str) -> Iterator[Tab]:
-    with browsers.tab(browser, url) as opened:
-        yield opened
-
-
 def serve(listener: socket.socket, root: Path) -> None:
     """Run the server process: the real app and the real store, with the stub engine."""
     app = build_app(StubEngine(random_decoder()), AdapterStore(root), ServeSettings(store=root))

@@ -20,12 +20,6 @@ from support.stub_engine import StubEngine
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with browsers.browser() as started:
-        yield started
-
-
-@pytest.fixture(scope="module")
 def tenants(tmp_path_factory: pytest.TempPathFactory, writer: AdapterBundle, sorter: AdapterBundle) -> AdapterStore:
     store = AdapterStore(tmp_path_factory.mktemp("console") / "store")
     store.publish(writer, "acme/story")

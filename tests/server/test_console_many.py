@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
-from playwright.sync_api import Browser, Page, Route, expect
+from playwright.sync_api import Page, Route, expect
 
 from adapters_store import AdapterBundle, AdapterStore
-from support import browser as browsers
 from support.browser import Tab, answer
 from support.console_api import JOB, KEY, stats
 
@@ -23,23 +21,11 @@ LONG_TENANT = "t" * 64
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with browsers.browser() as started:
-        yield started
-
-
-@pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory, writer: AdapterBundle) -> AdapterStore:
     store = AdapterStore(tmp_path_factory.mktemp("many") / "store")
     for number in range(ADAPTERS):
         store.publish(writer, f"demo/writer-{number:03d}")
     return store
-
-
-@pytest.fixture
-def tab(browser: Browser, url: str) -> Iterator[Tab]:
-    with browsers.tab(browser, url) as opened:
-        yield opened
 
 
 def answer_pages(page: Page, pattern: str, items: list[dict[str, Any]]) -> None:

@@ -48,12 +48,6 @@ OUT_OF_SIGHT = """() => {
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with browsers.browser() as started:
-        yield started
-
-
-@pytest.fixture(scope="module")
 def held(tmp_path_factory: pytest.TempPathFactory, base: FrozenBase, sorter: AdapterBundle) -> AdapterStore:
     store = AdapterStore(tmp_path_factory.mktemp("states") / "store")
     training = {"description": LONG_WORD, "metrics": {"eval_loss": 1.25}}
@@ -78,12 +72,6 @@ def keys(held: AdapterStore) -> Iterator[dict[str, CreatedKey]]:
 def keyed_url(base: FrozenBase, held: AdapterStore, keys: dict[str, CreatedKey]) -> Iterator[str]:
     with live_server(build_app(StubEngine(base), held, ServeSettings(store=held.root))) as address:
         yield address
-
-
-@pytest.fixture
-def tab(browser: Browser, url: str) -> Iterator[Tab]:
-    with browsers.tab(browser, url) as opened:
-        yield opened
 
 
 def drop(page: Page, names: list[str], onto: str = ".drop") -> bool:

@@ -32,12 +32,6 @@ LONG_NAME = "t" * 64 + "/" + "n" * 64
 BUSY = {"requests": 10**7, "tokens": 10**9, "classified_inputs": 0}
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with browsers.browser() as started:
-        yield started
-
-
 @pytest.fixture
 def tab(browser: Browser, url: str) -> Iterator[Tab]:
     with browsers.tab(browser, url) as opened:
