@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Iterable
 
 from sera_serve.residency import Presence
@@ -25,6 +26,8 @@ class AdapterUses:
         self._lock = threading.Lock()
         self._used: dict[tuple[str, str], None] = {}
         self._pinned: dict[str, set[str]] = {}
+        # Calls that have not ended.
+        self._pinning: Counter[str] = Counter()
 
     def note(self, adapter: str, digest: str) -> None:
         """Note that a request has used a content by the name of an adapter. The oldest notes are forgotten."""
@@ -34,23 +37,30 @@ class AdapterUses:
             if len(self._used) > _MOST:
                 del self._used[next(iter(self._used))]
 
-    def pin(self, adapter: str, digest: str) -> bool:
-        """Note that an adapter pins a content, before the content is pinned. Returns whether it is the first note."""
+    def begin_pin(self, adapter: str, digest: str) -> None:
+        """Note that a call is to pin a content for an adapter, before the content is pinned."""
         self.note(adapter, digest)
         with self._lock:
-            holders = self._pinned.setdefault(digest, set())
-            is_first = adapter not in holders
-            holders.add(adapter)
-            return is_first
+            self._pinning[digest] += 1
+
+    def end_pin(self, adapter: str, digest: str, *, has_pinned: bool) -> bool:
+        """Note how a call of `begin_pin` has ended. Returns whether nobody pins the content, or is about to."""
+        with self._lock:
+            self._pinning[digest] -= 1
+            if not self._pinning[digest]:
+                del self._pinning[digest]
+            if has_pinned:
+                self._pinned.setdefault(digest, set()).add(adapter)
+            return self._is_free(digest)
 
     def unpin(self, adapter: str, digest: str) -> bool:
-        """Forget a pin. Returns whether no adapter pins the content any more. Idempotent."""
+        """Forget a pin. Returns whether nobody pins the content any more, or is about to. Idempotent."""
         with self._lock:
             holders = self._pinned.get(digest, set())
             holders.discard(adapter)
             if not holders:
                 self._pinned.pop(digest, None)
-            return not holders
+            return self._is_free(digest)
 
     def forget_pins(self, digest: str) -> None:
         """Forget all pins of a content, which is gone."""
@@ -77,3 +87,6 @@ class AdapterUses:
                 )
                 for (adapter, digest), place in zip(adapters, places, strict=True)
             ]
+
+    def _is_free(self, digest: str) -> bool:
+        return digest not in self._pinned and digest not in self._pinning

@@ -229,15 +229,16 @@ class ServingEngine(RowCalls):
             self._names.add(reference, digest)
         # Pins of deleted adapters must not take the share of the pool that pins may have.
         await self._resolving.run(self.drop_deleted_pins)
-        is_first = self._uses.pin(_adapter_of(reference), digest)
+        adapter = _adapter_of(reference)
+        self._uses.begin_pin(adapter, digest)
         try:
             await asyncio.wrap_future(self.residency.pin(digest))
         except BaseException:
-            if is_first:
-                self.unpin(digest, reference)
+            # The call may have been given up when the content was pinned already.
+            if self._uses.end_pin(adapter, digest, has_pinned=False):
+                self.residency.unpin(digest)
             raise
-        # Once more: the first of several calls for this adapter may have failed, and have ended its pin.
-        self._uses.pin(_adapter_of(reference), digest)
+        self._uses.end_pin(adapter, digest, has_pinned=True)
 
     def unpin(self, digest: str, reference: str | None = None) -> None:
         """End an adapter's pin, with which the content may leave the device if no other adapter pins it. Idempotent."""

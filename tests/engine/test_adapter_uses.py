@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 
 import pytest
 
@@ -114,6 +115,36 @@ def test_a_call_that_gives_up_leaves_the_pin_of_another_call(
     engine.unpin(digest, "b/copy")
     assert engine.residency.pinned_digests() == [digest]
     assert [place.is_pinned for place in engine.presence([("a/writer", digest)])] == [True]
+
+
+@pytest.mark.parametrize("leaves", [0, 1])
+def test_a_call_that_gives_up_in_the_moment_of_success_leaves_the_pin_of_another_call(
+    engine: ServingEngine, store: AdapterStore, monkeypatch: pytest.MonkeyPatch, leaves: int
+) -> None:
+    digest = store.resolve("acme/own").digest
+    pin, told = engine.residency.pin, [Future[None]() for _ in range(2)]
+    waiting = list(told)
+    monkeypatch.setattr(engine.residency, "pin", lambda asked: waiting.pop())
+
+    async def main() -> None:
+        calls = [asyncio.create_task(engine.pin(digest, "acme/own")) for _ in told]
+        await until(lambda: not waiting)
+        await asyncio.wrap_future(pin(digest))
+        for future in told:
+            future.set_result(None)
+        # The calls are about to go on.
+        await asyncio.sleep(0)
+        calls[leaves].cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await calls[leaves]
+        await calls[1 - leaves]
+
+    asyncio.run(main())
+    assert engine.residency.pinned_digests() == [digest]
+    engine.unpin(digest, "evil/copy")
+    assert engine.residency.pinned_digests() == [digest], "it is the pin of another adapter"
+    engine.unpin(digest, "acme/own")
+    assert engine.residency.pinned_digests() == []
 
 
 def test_the_oldest_uses_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
