@@ -345,8 +345,12 @@ class TrainSettings(BaseModel):
     @model_validator(mode="after")
     def _options_agree(self) -> TrainSettings:
         self._check_task_options()
-        if self.patience is not None and not (self.eval or self.eval_fraction or self.task == "image-classify"):
-            raise ValueError("--patience needs evaluations; give --eval or an --eval-fraction above 0")
+        if self.eval and self.eval_fraction and "eval_fraction" in self.model_fields_set:
+            raise ValueError("--eval-fraction holds a part of --train out without --eval; leave one of the two out")
+        # A folder of images may have a part for evaluation.
+        if not (self.eval or self.eval_fraction or self.task == "image-classify"):
+            for name in self._given(("patience", "select_by")):
+                raise ValueError(f"{flag(name)} needs evaluations; give --eval or an --eval-fraction above 0")
         if self.patience is not None and self.budget is not None:
             raise ValueError("--patience cannot end a run early whose ranks fall to --budget; leave one of the two out")
         if self.task == "generate":

@@ -65,6 +65,18 @@ def test_a_spec_has_the_options_of_base_data_method_and_plan() -> None:
     }
 
 
+def test_the_part_that_is_held_out_is_for_data_without_a_file_of_its_own() -> None:
+    data = {
+        "one": {"train": "one.csv", "eval": "e.csv", "task": "classify"},
+        "two": {"train": "two.csv", "task": "classify"},
+    }
+    for fraction, chosen in ((0.3, "accuracy"), (0, None)):
+        plan = ComparePlan.model_validate(plan_of(data=data, settings={"eval_fraction": fraction}))
+        specs = {cell.data: plan.spec(cell, 0, None, "score").settings for cell in plan.cells()}
+        assert "eval_fraction" not in specs["one"] and specs["one"]["select_by"] == "accuracy"
+        assert specs["two"]["eval_fraction"] == fraction and specs["two"].get("select_by") == chosen
+
+
 def test_a_run_for_a_rate_reads_no_test_rows() -> None:
     plan = ComparePlan.model_validate(plan_of())
     cell = plan.cells()[0]

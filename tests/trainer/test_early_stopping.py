@@ -13,6 +13,7 @@ from sera_serve.base import FrozenBase, load_base
 from sera_serve.errors import InvalidConfiguration
 from sera_serve.trainer import loop
 from sera_serve.trainer.loop import StopWithoutGain, evaluations_since_best
+from sera_serve.trainer.option_text import flag
 from sera_serve.trainer.run import TrainResult, train_adapter
 from sera_serve.trainer.settings import TrainSettings, load_options
 
@@ -106,9 +107,11 @@ def test_evaluations_are_counted_from_the_best_one() -> None:
     assert control.should_training_stop
 
 
-def test_patience_needs_evaluations() -> None:
-    options = {"base": "embedded", "store": "s", "name": "acme/a", "task": "classify", "train": "t.csv", "patience": 1}
-    with pytest.raises(InvalidConfiguration, match="--patience needs evaluations; give --eval"):
+@pytest.mark.parametrize(("name", "value"), [("patience", 1), ("select_by", "loss")])
+def test_what_evaluations_decide_needs_some(name: str, value: Any) -> None:
+    options = {"base": "embedded", "store": "s", "name": "acme/a", "task": "classify", "train": "t.csv", name: value}
+    with pytest.raises(InvalidConfiguration, match=f"{flag(name)} needs evaluations; give --eval"):
         load_options(None, {**options, "eval_fraction": 0.0})
-    assert load_options(None, options).patience == 1
-    assert load_options(None, {**options, "eval_fraction": 0.0, "eval": "e.csv"}).patience == 1
+    assert getattr(load_options(None, options), name) == value
+    assert getattr(load_options(None, {**options, "eval_fraction": 0.0, "eval": "e.csv"}), name) == value
+    assert getattr(load_options(None, {**options, "eval_fraction": 0.0, "task": "image-classify"}), name) == value

@@ -145,6 +145,9 @@ def test_a_chat_keeps_its_template(tmp_path: Path, frozen: FrozenBase) -> None:
     train_adapter(options(tmp_path, chats, **given, chat_template=template, rank=4), base=frozen)
     result = train_adapter(options(tmp_path, chats, **given, name="acme/b", init_from="acme/a"), base=frozen)
     assert AdapterStore(tmp_path / "store").config(result.digest).chat_template == TEMPLATE
+    other = options(tmp_path, chats, **given, name="acme/c", init_from="acme/a", chat_template=template)
+    with pytest.raises(InvalidConfiguration, match="keeps the chat template of acme/a; leave --chat-template out"):
+        train_adapter(other, base=frozen)
 
 
 def test_rows_of_a_label_that_the_adapter_lacks_are_refused(tmp_path: Path, rows: Path, frozen: FrozenBase) -> None:

@@ -78,6 +78,10 @@ def test_targets_and_factors_from_one_flag() -> None:
             "--text-column is not read beside --tokens-column and --tags-column; leave it out",
         ),
         ({"task": "generate", "select_by": "accuracy"}, "no metric of task generate; take loss"),
+        (
+            {"eval": "e.csv", "eval_fraction": 0.2},
+            "--eval-fraction holds a part of --train out without --eval; leave one of the two out",
+        ),
         ({"name": "acme"}, "--name 'acme': adapter id is 'acme'; write tenant/name"),
         ({"name": "../evil"}, "--name"),
         ({"epochs": 0}, "--epochs 0: input should be greater than or equal to 1"),

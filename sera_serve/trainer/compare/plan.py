@@ -249,8 +249,11 @@ class ComparePlan(BaseModel):
         elif variant.baseline is None:
             options["rank"] = variant.rank or options.get("rank", DEFAULT_RANK)
         options |= variant.options
+        if options.get("eval") is not None:
+            # The plan's part is for the data without a file of its own.
+            options.pop("eval_fraction", None)
         score = self.score_of(cell.data)
-        if score in self._metrics(cell.data):
+        if score in self._metrics(cell.data) and options.get("eval_fraction") != 0:
             options.setdefault("select_by", score)
         if learning_rate is not None:
             options["learning_rate"] = learning_rate

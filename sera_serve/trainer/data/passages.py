@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from adapters_store import MAX_CHAT_TEMPLATE_BYTES
+from sera_serve.errors import InvalidConfiguration
 from sera_serve.trainer.data.labelled import read_uses
 from sera_serve.trainer.data.splits import draw, hold_out_for
 from sera_serve.trainer.settings import TrainSettings
@@ -195,10 +196,16 @@ def load_generate_data(settings: TrainSettings, template: str | None = None) -> 
     and at most half as much again, so that the cut is after a line or else a word.
 
     Raises:
+        InvalidConfiguration: There are two templates.
         InvalidData: A file or some of its rows cannot be used.
     """
+    if template is not None and settings.chat_template is not None:
+        raise InvalidConfiguration(
+            f"--init-from keeps the chat template of {settings.init_from}; leave --chat-template out",
+            param="chat_template",
+        )
     rows, digests, notes = read_uses(settings, checked_passages)
-    if template is None and settings.chat_template is not None:
+    if settings.chat_template is not None:
         template = _read_template(settings.chat_template)
     if template is not None:
         _check_chats(rows["train"], settings)
