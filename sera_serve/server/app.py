@@ -26,6 +26,7 @@ from sera_serve.server.browsers import (
 from sera_serve.server.deps import Executors
 from sera_serve.server.errors import SHOULD_RETRY, add_error_handlers
 from sera_serve.server.freed_memory import MemoryTrimmer
+from sera_serve.server.loop_turns import LoopTurns
 from sera_serve.server.loop_watch import LoopWatch
 from sera_serve.server.methods import HeadAndOptions
 from sera_serve.server.metrics import JobMetrics, LoopMetrics, ResidencyMetrics, ServerMetrics
@@ -115,6 +116,7 @@ def build_app(
     app.state.metrics = metrics
     app.state.accounting = Accounting(metrics, quotas)
     app.state.loop_watch = LoopWatch(metrics.registry)
+    app.state.loop_turns = LoopTurns()
     app.state.store_probe = health.StoreProbe(store)
     app.state.upload_slots = UploadSlots(settings.max_uploads)
     operators = (stats.router, health.router, openapi.router, docs_page.router, console.router)

@@ -63,6 +63,11 @@ class Caller:
         return None if self.key is None else self.key.tenant
 
     @property
+    def owner(self) -> str:
+        """Who takes turns with others for work on the event loop: the tenant, or without one the client's address."""
+        return self.tenant or self.address
+
+    @property
     def seen_tenant(self) -> str | None:
         """The one tenant whose adapters, files and jobs the caller sees and may change; None is every tenant.
 

@@ -17,11 +17,11 @@ import pytest
 from fastapi import FastAPI
 from starlette.requests import Request
 
-from adapters_store import AdapterBundle, AdapterStore, Page, PeftFiles, Published
+from adapters_store import AdapterBundle, AdapterStore, Page, PeftFiles, Published, parse_json
 from sera_serve import threads
 from sera_serve.base import FrozenBase
 from sera_serve.config import ServeSettings
-from sera_serve.server import build_app, middleware
+from sera_serve.server import build_app, middleware, strict
 from sera_serve.server.native.uploads import Upload
 from support.answers import refused
 from support.live_server import live_server, wait_until
@@ -95,6 +95,44 @@ def test_a_hostile_body_is_refused_without_a_stall(case: str, base: FrozenBase, 
             assert lag.seconds < MAX_LAG_S
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("is_large", [False, True])
+def test_others_are_answered_between_two_large_bodies_of_a_flood(
+    is_large: bool, base: FrozenBase, store: AdapterStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = build_app(StubEngine(base), store, ServeSettings(store=store.root))
+    text = json.dumps({"prompt": "x" * (9000 if is_large else 8000), "adapter": "demo/writer"})
+    log: list[str] = []
+
+    def parse(*args: Any) -> Any:
+        log.append("body")
+        time.sleep(0.005)
+        return parse_json(*args)
+
+    monkeypatch.setattr(strict, "parse_json", parse)
+
+    async def main() -> None:
+        async with (
+            app.router.lifespan_context(app),
+            httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client,
+        ):
+
+            async def one_more() -> None:
+                assert (await client.get("/healthz")).status_code == 200
+                log.append("another")
+
+            flood = [
+                client.post("/v1/generate", content=text, headers={"Content-Type": "application/json"})
+                for _ in range(20)
+            ]
+            *answers, _ = await asyncio.gather(*flood, one_more())
+            assert {response.status_code for response in answers} == {200}
+
+    asyncio.run(main())
+    assert log.count("body") == 20
+    # Short bodies are parsed one after the other: nobody waits for long.
+    assert (log.index("another") < 15) == is_large
 
 
 class HeldStore(AdapterStore):

@@ -1,0 +1,66 @@
+"""Long work on the event loop, such as parsing a large body: one piece at a time, with rests, owners in turn.
+
+The loop runs whatever is ready before it looks at the network again. 256 bodies of 1 MiB whose last bytes come at once
+would be parsed one after the other, and everybody else would wait for all of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Hashable
+from contextlib import asynccontextmanager
+
+
+class LoopTurns:
+    """Who may work for long on the event loop. Only the event loop's thread may use it."""
+
+    def __init__(self) -> None:
+        self._is_taken = False
+        # By owner; the owner whose turn is next comes first.
+        self._waiting: dict[Hashable, deque[asyncio.Future[None]]] = {}
+
+    @asynccontextmanager
+    async def turn(self, owner: Hashable) -> AsyncIterator[None]:
+        """Do a piece of work in the block, without a suspension in it, when it is the owner's turn.
+
+        After a piece the loop is left to others for as long as the piece took, with what follows it up to the next
+        suspension of the task. Who comes then waits for no piece but those of this owner and one of each other one.
+        """
+        loop = asyncio.get_running_loop()
+        if self._is_taken:
+            granted = loop.create_future()
+            self._waiting.setdefault(owner, deque()).append(granted)
+            try:
+                await granted
+            except asyncio.CancelledError:
+                if not granted.cancelled():
+                    # It was cancelled with the turn in its hand.
+                    self._next()
+                raise
+        self._is_taken = True
+        began = loop.time()
+        try:
+            yield
+        finally:
+            loop.call_soon(self._rest, began)
+
+    def _rest(self, began: float) -> None:
+        loop = asyncio.get_running_loop()
+        loop.call_later(loop.time() - began, self._next)
+
+    def _next(self) -> None:
+        """Give the turn to the next owner who waits."""
+        self._is_taken = False
+        for owner in list(self._waiting):
+            waiting = self._waiting.pop(owner)
+            while waiting and not self._is_taken:
+                granted = waiting.popleft()
+                if not granted.done():
+                    granted.set_result(None)
+                    self._is_taken = True
+            if waiting:
+                # Behind the other owners.
+                self._waiting[owner] = waiting
+            if self._is_taken:
+                return

@@ -1,0 +1,100 @@
+"""Long work on the event loop: one piece at a time, owners in turn, and rests for everybody else."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+
+from sera_serve.server.loop_turns import LoopTurns
+
+PIECE_S = 0.02
+
+
+async def piece(turns: LoopTurns, owner: str, log: list[str]) -> None:
+    async with turns.turn(owner):
+        log.append(owner)
+        time.sleep(PIECE_S)
+
+
+def test_owners_take_turns_whatever_they_have_waiting() -> None:
+    log: list[str] = []
+
+    async def main() -> None:
+        turns = LoopTurns()
+        flood = [asyncio.create_task(piece(turns, "flood", log)) for _ in range(6)]
+        await asyncio.sleep(0)
+        others = [asyncio.create_task(piece(turns, name, log)) for name in ("b", "c", "b")]
+        await asyncio.gather(*flood, *others)
+        await asyncio.sleep(3 * PIECE_S)
+        # Nobody waits: the turn is there at once.
+        assert not turns._is_taken and not turns._waiting
+        log.append("end")
+        await piece(turns, "b", log)
+
+    asyncio.run(main())
+    assert log == ["flood", "flood", "b", "c", "flood", "b", "flood", "flood", "flood", "end", "b"]
+
+
+def test_others_run_between_pieces_for_as_long_as_pieces_take() -> None:
+    async def main() -> int:
+        turns, log = LoopTurns(), list[str]()
+        flood = asyncio.gather(*(piece(turns, "flood", log) for _ in range(8)))
+        began = time.monotonic()
+        ticks = 0
+        while not flood.done():
+            await asyncio.sleep(0.001)
+            ticks += 1
+        assert time.monotonic() - began >= 15 * PIECE_S
+        return ticks
+
+    # Without turns there is one, after all pieces.
+    assert asyncio.run(main()) > 8
+
+
+@pytest.mark.parametrize("moment", ["waiting", "granted"])
+def test_a_turn_that_is_given_up_is_the_next_one_s(moment: str) -> None:
+    log: list[str] = []
+
+    async def main() -> None:
+        turns, free = LoopTurns(), asyncio.Event()
+
+        async def hold() -> None:
+            async with turns.turn("a"):
+                await free.wait()
+
+        holder = asyncio.create_task(hold())
+        await asyncio.sleep(0)
+        waiting = [asyncio.create_task(piece(turns, "b", log)) for _ in range(2)]
+        await asyncio.sleep(0)
+        give_turn = turns._next
+
+        def give_to_who_leaves() -> None:
+            turns._next = give_turn  # type: ignore[method-assign]
+            give_turn()
+            waiting[0].cancel()
+
+        if moment == "granted":
+            turns._next = give_to_who_leaves  # type: ignore[method-assign]
+        else:
+            waiting[0].cancel()
+        free.set()
+        await asyncio.wait([holder, *waiting])
+        assert waiting[0].cancelled()
+        await asyncio.sleep(3 * PIECE_S)
+        assert not turns._is_taken and not turns._waiting
+
+    asyncio.run(main())
+    assert log == ["b"]
+
+
+def test_an_error_ends_the_turn() -> None:
+    async def main() -> None:
+        turns = LoopTurns()
+        with pytest.raises(ValueError, match="no JSON"):
+            async with turns.turn("a"):
+                raise ValueError("no JSON")
+        await asyncio.wait_for(piece(turns, "b", []), 2)
+
+    asyncio.run(main())
