@@ -86,7 +86,8 @@ class ServeSettings(BaseSettings):
     max_sequences: int = Field(256, ge=1, description="most sequences of one forward pass")
     cuda_graphs: bool = Field(
         True,
-        description="on a GPU, capture most steps as CUDA graphs at start; false starts sooner and runs slower",
+        description="on a GPU, capture most steps as CUDA graphs at start, and short classification passes when they "
+        "first come; false starts sooner and runs slower",
     )
     stream_interval: int = Field(
         1,

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from adapters_store import AdapterStore
 from benchmarks.gpu.bases import random_bundles, store_of, tiny_base
-from benchmarks.gpu.engine_driver import ask_all, running_engine
+from benchmarks.gpu.engine_driver import ask_all, principal, running_engine, settled
 from benchmarks.gpu.operands import Member
 from benchmarks.gpu.setting import Row, Setting
 from sera_serve.base import FrozenBase
@@ -31,6 +34,8 @@ MODES = {"eager": False, "graphs": True}
 # Two tokens whose log-probabilities differ by less may change places in bfloat16, where a batch computes its matrix
 # products in another order than a request alone: logits of size 8 to 16 are multiples of 1/16.
 TIE = 0.2
+# Of the numbers of a vector of length 1, in float32: a GPU adds in another order.
+VECTOR_TOLERANCE = 1e-3
 
 
 def check_engine(setting: Setting, part: str) -> Iterator[Row]:
@@ -102,6 +107,7 @@ def _against_cpu(setting: Setting, base: FrozenBase, store: AdapterStore, mode: 
     reference = tiny_base(torch.device("cpu"), torch.float32, setting.small)
     with running_engine(reference, store, **settings(setting.small)) as engine:
         want = {name: ask_all(engine, batch) for name, batch in asked.items()}
+        vectors = _vectors(engine)
     started = time.monotonic()
     with running_engine(base, store, cuda_graphs=MODES[mode], **settings(setting.small)) as engine:
         setting.say(f"engine, {mode}: started in {time.monotonic() - started:.1f} s")
@@ -111,6 +117,7 @@ def _against_cpu(setting: Setting, base: FrozenBase, store: AdapterStore, mode: 
             equal = [a.token_ids == b.token_ids for a, b in zip(got, want[name], strict=True)]
             row = {"mode": mode, "batch": name, "correct": all(equal), "equal": sum(equal), "of": len(equal)}
             yield row | {"first_differences": _first_differences(got, want[name])}
+        yield _passes(_vectors(engine), vectors, mode)
         yield _evictions(engine, mode)
 
 
@@ -150,8 +157,34 @@ def is_tie(engine: ServingEngine, params: GenerateParams, mine: list[int], solo:
 
 def _graphs(setting: Setting, engine: ServingEngine, mode: str) -> Row:
     """Whether steps run as graphs where they are to: an engine that cannot capture them goes on without."""
-    has_graphs = engine.runners["generate"].runner.static is not None  # type: ignore[attr-defined]
-    return {"mode": mode, "batch": "graphs", "correct": has_graphs == (MODES[mode] and setting.on_gpu)}
+    steps = engine.runners["generate"].runner.static is not None  # type: ignore[attr-defined]
+    passes = engine.runners["classify"].graphs is not None  # type: ignore[attr-defined]
+    return {"mode": mode, "batch": "graphs", "correct": steps == passes == (MODES[mode] and setting.on_gpu)}
+
+
+def _vectors(engine: ServingEngine) -> list[NDArray[np.float32]]:
+    """Vectors of texts of several lengths under every adapter: twice, so that graphs are captured and replayed."""
+    texts = [[(7 * row + at * at) % 250 for at in range(length)] for row, length in enumerate((3, 20, 17, 40, 1))]
+
+    async def embed() -> list[NDArray[np.float32]]:
+        found = []
+        for _ in range(2):
+            calls = (engine.embed(name, texts, principal(name)) for name in (*NAMES, None))
+            found += [vector for result in await asyncio.gather(*calls) for vector in result.vectors]
+            found += (await engine.embed(NAMES[0], texts[:1], principal(NAMES[0]))).vectors
+        await settled(engine)
+        return found
+
+    return asyncio.run(embed())
+
+
+def _passes(got: list[NDArray[np.float32]], want: list[NDArray[np.float32]], mode: str) -> Row:
+    """Whether the vectors of classification passes are the CPU's. They have length 1."""
+    far = [float(np.abs(a - b).max()) for a, b in zip(got, want, strict=True)]
+    right = sum(each < VECTOR_TOLERANCE for each in far)
+    return {"mode": mode, "batch": "passes", "correct": right == len(far), "equal": right, "of": len(far)} | {
+        "farthest": max(far)
+    }
 
 
 def _evictions(engine: ServingEngine, mode: str) -> Row:

@@ -16,6 +16,7 @@ from benchmarks.gpu.bases import large_base, random_bundles, store_of
 from benchmarks.gpu.engine_check import MODES
 from benchmarks.gpu.engine_driver import ask_all, running_engine, settled, start
 from benchmarks.gpu.operands import Member
+from benchmarks.gpu.pass_time import time_beside, time_passes
 from benchmarks.gpu.setting import Row, Setting
 from sera_serve.engine import GenerateParams, ServingEngine
 
@@ -30,7 +31,8 @@ ROUNDS = {"eager": 1, "graphs": 3}
 def time_engine(setting: Setting) -> Iterator[Row]:
     """64 sequences at once of the base model, of one adapter, and of 64 adapters, in both modes.
 
-    With graphs also of 64 adapters where tokens are chosen from the graph's logits: of one request, and of all.
+    With graphs also of 64 adapters where tokens are chosen from the graph's logits: of one request, and of all. Then
+    classification passes, and with graphs generation beside them.
     """
     began = time.monotonic()
     base = large_base(setting, setting.layers)
@@ -60,6 +62,10 @@ def time_engine(setting: Setting) -> Iterator[Row]:
             with running_engine(base, store, cuda_graphs=MODES[mode], **settings) as engine:
                 yield {"mode": mode, "start_s": time.monotonic() - began}
                 yield from _throughput(setting, engine, mode, sequences, new)
+                own = [f"acme/a{i}" for i in range(sequences)]
+                yield from time_passes(setting, engine, mode, own)
+                if mode == "graphs":
+                    yield from time_beside(setting, engine, mode, own, new)
                 if mode == "graphs":
                     yield from _first_tokens(setting, engine, sequences, cold)
             if setting.on_gpu:

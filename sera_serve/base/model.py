@@ -160,21 +160,29 @@ class FrozenBase:
         """Return (d_in, d_out) of every linear layer that an adapter may adapt, by dotted path."""
         return {path: linear_widths(module) for path, module in adaptable_linears(self.model).items()}
 
-    def pad(self, rows: Sequence[ModelInputs], device: torch.device | None = None) -> dict[str, Tensor]:
-        """Pad rows on the right into one batch, on a device; None is the base's.
+    def pad(
+        self, rows: Sequence[ModelInputs], device: torch.device | None = None, shape: tuple[int, int] | None = None
+    ) -> dict[str, Tensor]:
+        """Pad rows on the right into one batch.
+
+        Args:
+            rows: Texts.
+            device: Where the batch goes; None is the base's.
+            shape: Rows and tokens of the batch, at least as many as there are; None is as many. Rows of padding have no
+                real token.
 
         Returns:
-            The keyword arguments of `hidden_states`, each int64 (rows, longest row): `input_ids`, `attention_mask`, and
+            The keyword arguments of `hidden_states`, each int64 of that shape: `input_ids`, `attention_mask`, and
             `token_type_ids` if a row has them.
         """
-        longest = max(map(len, rows))
+        shape = shape or (len(rows), max(map(len, rows)))
         columns = {
             # Some tokenizers have no padding token. Nothing looks at what the mask hides.
-            "input_ids": np.full((len(rows), longest), self.tokenizer.pad_token_id or 0, np.int64),
-            "attention_mask": np.zeros((len(rows), longest), np.int64),
+            "input_ids": np.full(shape, self.tokenizer.pad_token_id or 0, np.int64),
+            "attention_mask": np.zeros(shape, np.int64),
         }
         if any(row.token_type_ids for row in rows):
-            columns["token_type_ids"] = np.zeros((len(rows), longest), np.int64)
+            columns["token_type_ids"] = np.zeros(shape, np.int64)
         for index, row in enumerate(rows):
             length = len(row)
             columns["input_ids"][index, :length] = row.input_ids

@@ -165,7 +165,7 @@ def test_the_engine_check_sees_other_tokens_than_the_cpu_s(setting: Setting, mon
     monkeypatch.setattr("sera_serve.engine.references.check_base", lambda *infos: None)
     rows = list(engine_check.check_engine(setting, "float32 graphs"))
     wrong = {row["batch"] for row in rows if not row["correct"]}
-    assert wrong == {"base", "adapters", "sampled", "limited", "chosen", "long", "long, adapter"}
+    assert wrong == {"base", "adapters", "sampled", "limited", "chosen", "long", "long, adapter", "passes"}
 
 
 def test_the_engine_check_sees_a_batch_that_is_not_its_requests(

@@ -11,10 +11,11 @@ import torch
 
 from sera_kernels import ShapeClasses
 from sera_serve.engine import BASE_PRINCIPAL
-from sera_serve.engine.loop import graphs
-from sera_serve.engine.loop.graphs import NotCapturable, StepGraphs, check_capturable, least_covering, token_buckets
+from sera_serve.engine.loop import captures, graphs
+from sera_serve.engine.loop.captures import NotCaptured, least_covering
+from sera_serve.engine.loop.graphs import NotCapturable, StepGraphs, check_capturable, token_buckets
 from sera_serve.engine.loop.row_tables import DeviceRows, RowTables
-from sera_serve.engine.loop.static_step import NotCaptured, StaticBatch, StaticKey
+from sera_serve.engine.loop.static_step import StaticBatch, StaticKey
 from sera_serve.engine.request import GenerationRequest
 
 MODEL = SimpleNamespace(device=torch.device("cpu"), vocabulary=9, logits_dtype=torch.float32)
@@ -104,7 +105,7 @@ def test_a_capture_that_fails_does_not_bar_the_next(
     def run() -> None:
         runs.append(True)
         # After the warm-up, in the first capture.
-        if len(runs) == graphs._WARM_UP_RUNS + 1:
+        if len(runs) == captures._WARM_UP_RUNS + 1:
             driver.can_end = can_end
             raise torch.OutOfMemoryError("out of memory")
 
@@ -114,11 +115,11 @@ def test_a_capture_that_fails_does_not_bar_the_next(
     found = StepGraphs(MODEL, None, POOL, tables)  # type: ignore[arg-type]
     key = StaticKey(1, 1, ShapeClasses(), sampled=False, truncated=False)
     with pytest.raises(torch.OutOfMemoryError):
-        found._graph(key)
+        found._captures.captured(key)
     driver.can_end = True
-    captured = found._graph(key)
-    assert captured[0] is step and found._graph(key) is captured  # type: ignore[comparison-overlap]
-    assert len(runs) == 2 * (graphs._WARM_UP_RUNS + 1)
+    captured = found._captures.captured(key)
+    assert captured[0] is step and found._captures.captured(key) is captured  # type: ignore[comparison-overlap]
+    assert len(runs) == 2 * (captures._WARM_UP_RUNS + 1)
 
 
 def test_a_step_that_could_not_be_captured_is_refused_for_a_while(
@@ -126,7 +127,7 @@ def test_a_step_that_could_not_be_captured_is_refused_for_a_while(
 ) -> None:
     now = [100.0]
     emptied: list[bool] = []
-    monkeypatch.setattr(graphs.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(captures.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(True))
     tables = RowTables(4, 8)
     requests = [GenerationRequest(principal=BASE_PRINCIPAL, tokens=[1, 2]) for _ in range(2)]
@@ -137,7 +138,7 @@ def test_a_step_that_could_not_be_captured_is_refused_for_a_while(
     placed = SimpleNamespace(adapter=SimpleNamespace(classes=ShapeClasses(whole=16)))
     other.lease = SimpleNamespace(placement=placed)  # type: ignore[assignment]
     steps = StepGraphs(MODEL, None, POOL, tables)  # type: ignore[arg-type]
-    monkeypatch.setattr(steps, "_warmed_up", lambda key: fails_without_memory())
+    monkeypatch.setattr(steps._captures, "warmed_up", lambda key: fails_without_memory())
     one, two, lora = StaticBatch(requests[:1]), StaticBatch(requests), StaticBatch([other])
     assert steps.can_run(one)
     for batch in (one, lora):
@@ -200,7 +201,7 @@ def test_a_launch_brings_pages_and_inputs_before_the_graph(monkeypatch: pytest.M
     request.row, request.pages = 2, [5, 6]
     tables.enter(request)
     steps = StepGraphs(MODEL, None, POOL, tables)  # type: ignore[arg-type]
-    monkeypatch.setattr(steps, "_graph", lambda key: (step, graph))
+    monkeypatch.setattr(steps._captures, "get", lambda key: (step, graph))
     fails = True
     with pytest.raises(torch.OutOfMemoryError):
         steps.launch(StaticBatch([request]), 0)

@@ -18,9 +18,10 @@ from sera_serve import SeraConfig
 from sera_serve.base import FrozenBase, freeze_base
 from sera_serve.engine import ConstraintSpec, GenerateParams, GenerationResult, ServingEngine
 from sera_serve.engine.loop import runner
+from sera_serve.engine.loop.captures import NotCaptured
 from sera_serve.engine.loop.pages import PAGE_SIZE, SCRATCH
 from sera_serve.engine.loop.row_tables import DeviceRows
-from sera_serve.engine.loop.static_step import NotCaptured, StaticBatch, StaticKey, StaticLaunch, StaticStep
+from sera_serve.engine.loop.static_step import StaticBatch, StaticKey, StaticLaunch, StaticStep
 from sera_serve.errors import EngineUnavailable
 from sera_serve.layers import served_linear
 from support.engine import Start, collect, generate, settled, until

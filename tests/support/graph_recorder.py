@@ -12,7 +12,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Generic, TypeVar
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 from sera_kernels import AdapterBatch, AdapterTables
 from sera_serve.engine import ServingEngine
 from sera_serve.engine.loop.attention import KeyValuePool
+from sera_serve.engine.loop.captures import Static
 from sera_serve.engine.loop.row_tables import DeviceRows
 from sera_serve.engine.loop.static_step import StaticBatch, StaticKey, StaticLaunch, StaticStep
 from sera_serve.engine.request import classes_of
@@ -47,6 +49,10 @@ _READERS = {
 }
 # How Python looks into a tensor; on a CPU most of these reach no dispatch mode.
 _HOST_READS = ("__bool__", "__contains__", "__float__", "__index__", "__int__", "cpu", "item", "numpy", "tolist")
+
+
+K = TypeVar("K")
+S = TypeVar("S", bound=Static)
 
 
 class Recording(TorchDispatchMode):
@@ -108,6 +114,46 @@ class Recording(TorchDispatchMode):
             return method(*args, **kwargs)
 
         return read
+
+
+class RecordedCaptures(Generic[K, S]):
+    """Stands for `Captures`: the first run of each key is recorded, all later ones are its replay."""
+
+    def __init__(self, make: Callable[[K], S], what: str) -> None:
+        self.recordings: dict[K, Recording] = {}
+        self.replays = 0
+        self._make = make
+        self._works: dict[K, S] = {}
+
+    def __len__(self) -> int:
+        return len(self._works)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._works
+
+    def can_run(self, key: Callable[[], K]) -> bool:
+        return True
+
+    def get(self, key: K) -> tuple[S, Any]:
+        if key not in self._works:
+            work = self._works[key] = self._make(key)
+            recording = self.recordings[key] = Recording()
+            with pytest.MonkeyPatch.context() as patch:
+                # Models ask, and do not look at their masks then.
+                patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+                with recording.recording():
+                    work.run()
+        return self._works[key], SimpleNamespace(replay=lambda: self._replay(key))
+
+    def check(self) -> None:
+        """What was recorded can be captured."""
+        for key, recording in self.recordings.items():
+            assert len(recording.operations) > 20, key
+            assert recording.data_dependent == [] and recording.host_reads == [], key
+
+    def _replay(self, key: K) -> None:
+        self.recordings[key].replay()
+        self.replays += 1
 
 
 class Replayed:

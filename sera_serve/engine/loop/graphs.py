@@ -12,7 +12,6 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 
 import torch
@@ -20,23 +19,17 @@ import torch
 from sera_kernels import ShapeClasses
 from sera_serve.base import RotaryContext
 from sera_serve.engine.loop.attention import KeyValuePool
+from sera_serve.engine.loop.captures import FIRST_CLASSES, Captures, least_covering
 from sera_serve.engine.loop.hugging_face import PagedModel
 from sera_serve.engine.loop.row_tables import DeviceRows, RowTables
-from sera_serve.engine.loop.static_step import NotCaptured, StaticBatch, StaticKey, StaticLaunch, StaticStep
-from sera_serve.engine.memory import free_memory
+from sera_serve.engine.loop.static_step import StaticBatch, StaticKey, StaticLaunch, StaticStep
 from sera_serve.engine.request import classes_of
 from sera_serve.layers import AdapterContext
 
 logger = logging.getLogger("sera_serve.engine")
 
-# Steps before a capture, in which libraries start, kernels are compiled, and torch's allocator settles.
-_WARM_UP_RUNS = 2
-# SeRA with segments of rank 1, up to rank 64: captured at start.
-_FIRST_CLASSES = ShapeClasses(single=64)
 # Of a step with prompts. Up to so many, the host takes longer to launch the operations than a GPU to compute them.
 _MOST_TOKENS = 512
-# Memory may be short because another process uses the GPU. A capture that fails takes as long as many steps.
-_REFUSED_S = 60
 
 
 def token_buckets(rows: int, most: int) -> list[int]:
@@ -48,18 +41,6 @@ def token_buckets(rows: int, most: int) -> list[int]:
     """
     sizes = {1, 2, 4, 8, *range(16, 65, 8), *range(96, 257, 32), *range(320, most, 64)}
     return sorted({size for size in sizes if size < most} | {rows, most})
-
-
-def least_covering(captured: list[ShapeClasses], wanted: ShapeClasses) -> ShapeClasses:
-    """The least of the captured kinds of shapes that covers the wanted ones; these themselves if there is none.
-
-    It has vectors exactly where they are wanted: else adapters without them would pay for their launches. Without any
-    adapter it has no kinds at all.
-    """
-    if not wanted.width:
-        return wanted
-    covering = [kinds for kinds in captured if kinds | wanted == kinds and kinds.vectors == wanted.vectors]
-    return min(covering, key=lambda kinds: (kinds.whole, kinds.segmented, kinds.single), default=wanted)
 
 
 class NotCapturable(Exception):
@@ -111,7 +92,6 @@ class StepGraphs:
             tables: Of the running requests.
             rotary: See `StaticStep`.
         """
-        self._make = partial(StaticStep, model, context, pool, rotary=rotary)
         self._tables = tables
         self._rows = len(tables.pages)
         self._device_rows = DeviceRows(tables, model.device, model.vocabulary, model.logits_dtype)
@@ -119,12 +99,9 @@ class StepGraphs:
         self.most_tokens = max(self._rows, _MOST_TOKENS if pool.has_paged_decode else 0)
         self._buckets = token_buckets(self._rows, self.most_tokens)
         # Further kinds are captured when the first step has them.
-        self._captured = [_FIRST_CLASSES, ShapeClasses()]
-        self._graphs: dict[StaticKey, tuple[StaticStep, torch.cuda.CUDAGraph]] = {}
-        # Keys that could not be captured, and when they are tried again (`time.monotonic`).
-        self._refused: dict[StaticKey, float] = {}
-        # One pool of memory for all graphs: they never run at the same time.
-        self._memory = torch.cuda.graph_pool_handle()
+        self._captured = [FIRST_CLASSES, ShapeClasses()]
+        self._make = partial(StaticStep, model, context, pool, rows=self._device_rows, rotary=rotary)
+        self._captures = Captures(self._padding, "a step")
 
     def capture_all(self) -> None:
         """Capture what requests will need, the largest first, so that the smaller ones fit its memory.
@@ -134,33 +111,24 @@ class StepGraphs:
         """
         started = time.monotonic()
         least = self._key_of(self._buckets[0], ShapeClasses(), sampled=False, truncated=False)
-        check_capturable(self._warmed_up(least).run)
+        check_capturable(self._captures.warmed_up(least).run)
         for tokens in reversed(self._buckets):
             for classes in self._captured:
                 for sampled, truncated in ((True, True), (True, False), (False, False)):
-                    self._graph(self._key_of(tokens, classes, sampled, truncated))
+                    self._captures.captured(self._key_of(tokens, classes, sampled, truncated))
         took = time.monotonic() - started
-        logger.info("captured %d graphs of steps in %.1f s", len(self._graphs), took)
+        logger.info("captured %d graphs of steps in %.1f s", len(self._captures), took)
 
     def can_run(self, batch: StaticBatch) -> bool:
         """See `StaticSteps`."""
-        return not self._refused or time.monotonic() >= self._refused.get(self._key(batch), 0)
+        return self._captures.can_run(lambda: self._key(batch))
 
     def launch(self, batch: StaticBatch, ahead: int) -> StaticLaunch:
         """See `StaticSteps`."""
         key = self._key(batch)
-        try:
-            step, graph = self._graph(key)
-        except Exception as error:
-            self._refused[key] = time.monotonic() + _REFUSED_S
-            logger.warning(
-                "no CUDA graph could be made of a step of %d tokens; such steps take longer for %d s",
-                key.tokens,
-                _REFUSED_S,
-                exc_info=error,
-            )
-            free_memory(error)
-            raise NotCaptured from error
+        step, graph = self._captures.get(key)
+        if key.classes not in self._captured:
+            self._captured.append(key.classes)
         self._device_rows.bring(self._tables)
         turn = step.stage(batch, self._tables, ahead)
         step.upload(turn)
@@ -190,33 +158,8 @@ class StepGraphs:
             sampled = truncated = True
         return StaticKey(tokens, min(tokens, self._rows), classes, sampled, truncated)
 
-    def _graph(self, key: StaticKey) -> tuple[StaticStep, torch.cuda.CUDAGraph]:
-        if key not in self._graphs:
-            step = self._warmed_up(key)
-            torch.cuda.current_stream().synchronize()
-            graph = torch.cuda.CUDAGraph()
-            # Not by `torch.cuda.graph`, which collects garbage each time: that takes longer than the capture. Other
-            # threads may allocate memory and wait for the device meanwhile.
-            graph.capture_begin(self._memory, capture_error_mode="thread_local")
-            try:
-                step.run()
-                graph.capture_end()
-            except BaseException:
-                # It may have left a capture that cannot be ended, which keeps its pool to itself.
-                with suppress(RuntimeError):
-                    graph.capture_end()
-                self._memory = torch.cuda.graph_pool_handle()
-                raise
-            self._graphs[key] = step, graph
-            self._refused.pop(key, None)
-            if key.classes not in self._captured:
-                self._captured.append(key.classes)
-        return self._graphs[key]
-
-    def _warmed_up(self, key: StaticKey) -> StaticStep:
-        step = self._make(key=key, rows=self._device_rows)
-        # Padding alone, so that nothing but the scratch page is written.
+    def _padding(self, key: StaticKey) -> StaticStep:
+        """A step of padding alone: it writes nothing but the scratch page."""
+        step = self._make(key=key)
         step.upload(step.stage(StaticBatch(), self._tables))
-        for _ in range(_WARM_UP_RUNS):
-            step.run()
         return step

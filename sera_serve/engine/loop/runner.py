@@ -13,12 +13,13 @@ from torch import Tensor
 from sera_kernels import NO_ADAPTER, AdapterBatch
 from sera_serve.base import RotaryContext
 from sera_serve.engine.loop.attention import KeyValuePool, Part, StepContext, decode_parts
+from sera_serve.engine.loop.captures import NotCaptured
 from sera_serve.engine.loop.choice import ChosenTokens, TokenChooser, rows_of, take_prompt_logprobs
 from sera_serve.engine.loop.hugging_face import PagedModel
 from sera_serve.engine.loop.pages import PAGE_SIZE, SCRATCH
 from sera_serve.engine.loop.plan import StepPlan
 from sera_serve.engine.loop.row_tables import RowTables, to_device
-from sera_serve.engine.loop.static_step import NotCaptured, StaticBatch, StaticLaunch, StaticSteps
+from sera_serve.engine.loop.static_step import StaticBatch, StaticLaunch, StaticSteps
 from sera_serve.engine.memory import free_memory, step_failed
 from sera_serve.engine.request import GenerationRequest, classes_of
 from sera_serve.engine.sampling import NO_TOKEN

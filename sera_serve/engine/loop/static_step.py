@@ -90,10 +90,6 @@ class StaticLaunch:
     logits: Tensor
 
 
-class NotCaptured(Exception):
-    """A step could not be made static now; nothing of it has run. `StaticSteps.can_run` knows of it."""
-
-
 class StaticSteps(Protocol):
     """Runs steps on static buffers."""
 

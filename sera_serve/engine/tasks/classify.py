@@ -27,6 +27,7 @@ from sera_serve.engine.request import (
     classes_of,
 )
 from sera_serve.engine.scheduler import Scheduler
+from sera_serve.engine.tasks.pass_graphs import PassGraphs
 from sera_serve.engine.tasks.passes import PassStates, run_pass
 from sera_serve.engine.tasks.results import RowKind, head_result, row_numbers, to_host
 from sera_serve.engine.tasks.runner import TaskRunner, logger
@@ -153,6 +154,24 @@ class ClassificationRunner(TaskRunner[ClassificationRequest]):
         # In the order in which they entered the batch.
         self._rows: list[_Row] = []
         self._requests: list[ClassificationRequest] = []
+        self.graphs: PassGraphs | None = None
+        """Runs short passes where it is set."""
+        if base.device.type == "cuda" and settings.cuda_graphs:
+            self._capture()
+
+    def _capture(self) -> None:
+        # What was allocated so far was cleared on another stream.
+        torch.cuda.synchronize(self._base.device)
+        try:
+            with torch.inference_mode(), self.on_stream():
+                graphs = PassGraphs(self._base, self._context, self._max_rows, self._max_tokens)
+                graphs.capture_first()
+        except RuntimeError as error:
+            free_memory(error)
+            reason = str(error).partition("\n")[0]
+            logger.warning("classification runs without CUDA graphs, which is slower for short texts: %s", reason)
+        else:
+            self.graphs = graphs
 
     def in_batch(self) -> list[ClassificationRequest]:
         """The requests in the batch."""
@@ -254,7 +273,9 @@ class ClassificationRunner(TaskRunner[ClassificationRequest]):
         inputs = [row.inputs for row in ordered]
         embeds = any(embedding is not None for _, embedding in groups)
         with watching as norms:
-            outcome = run_pass(self._base, self._context, inputs, row_slots, classes, embeds)
+            outcome = self.graphs.run(inputs, row_slots, classes, embeds) if self.graphs and norms is None else None
+            if outcome is None:
+                outcome = run_pass(self._base, self._context, inputs, row_slots, classes, embeds)
         kinds: dict[RowKind, tuple[list[_Row], list[Tensor]]] = {}
         end = 0
         for (_, embedding), group in groups.items():

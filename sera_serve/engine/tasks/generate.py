@@ -12,6 +12,7 @@ from sera_serve.base import FrozenBase
 from sera_serve.config import ServeSettings
 from sera_serve.engine.loop.attention import KeyValuePool
 from sera_serve.engine.loop.attention_backend import choose_backend
+from sera_serve.engine.loop.captures import NotCaptured
 from sera_serve.engine.loop.fused_attention import fuse_attention
 from sera_serve.engine.loop.fused_layer import fuse_layers
 from sera_serve.engine.loop.graphs import NotCapturable, StepGraphs
@@ -20,7 +21,6 @@ from sera_serve.engine.loop.masks import constraint_failed, ends_too_early
 from sera_serve.engine.loop.pages import PAGE_SIZE, PagePool
 from sera_serve.engine.loop.plan import StepPlan, StepPlanner
 from sera_serve.engine.loop.runner import Launch, StepRunner
-from sera_serve.engine.loop.static_step import NotCaptured
 from sera_serve.engine.memory import DecoderSizes, DeviceMemory, free_memory, memory_of, step_failed
 from sera_serve.engine.overflow import OverflowReporter, expose_overflows
 from sera_serve.engine.request import FinishReason, GenerationRequest

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -71,29 +71,54 @@ def run_pass(
         embeds: Whether any row is to become a vector: a dual base projects only then.
     """
     row_slots = torch.tensor(slots, dtype=torch.int32).to(base.device, non_blocking=True)
-    if rows[0].pixels is not None:
-        tower = base.image_tower
-        assert tower is not None
-        pixels = base.pad_images(rows)
-        batch = AdapterBatch(row_slots.repeat_interleave(tower.tokens), classes)
-        with context.run(batch):
-            states = base.image_states(pixels)
-        mask = torch.ones(states.shape[:2], dtype=torch.int64, device=base.device)
-        projected = None
-        if base.kind == "dual" and embeds:
-            # The projection reads one token a row.
-            with context.run(AdapterBatch(row_slots, classes)):
-                projected = base.project_image(states[:, 0])
-        return PassStates(states, mask, tower.prefix_tokens, projected)
-    padded = base.pad(rows)
-    mask = padded["attention_mask"]
+    inputs = base.pad(rows) if rows[0].pixels is None else {"pixel_values": base.pad_images(rows)}
+    return compute_pass(base, context, inputs, row_slots, classes, embeds)
+
+
+def compute_pass(
+    base: FrozenBase,
+    context: AdapterContext,
+    inputs: Mapping[str, Tensor],
+    row_slots: Tensor,
+    classes: ShapeClasses,
+    embeds: bool,
+) -> PassStates:
+    """`run_pass` for what is on the device already. Python decides nothing here by what a tensor contains.
+
+    Args:
+        base: As in `run_pass`, as all that is not named here.
+        context: Likewise.
+        inputs: What `FrozenBase.pad` gives, or `pixel_values`, what `FrozenBase.pad_images` gives.
+        row_slots: int32 (rows,).
+        classes: As in `run_pass`.
+        embeds: Likewise.
+    """
+    if "pixel_values" in inputs:
+        return _compute_images(base, context, inputs["pixel_values"], row_slots, classes, embeds)
+    mask = inputs["attention_mask"]
     token_slots = torch.where(mask.bool(), row_slots.unsqueeze(1), NO_ADAPTER).flatten().to(torch.int32)
     if base.kind == "dual":
         with context.run(AdapterBatch(token_slots, classes)):
-            end_states = base.text_pooled(padded["input_ids"], mask)
+            end_states = base.text_pooled(inputs["input_ids"], mask)
         with context.run(AdapterBatch(row_slots, classes)):
             projected = base.project_text(end_states)
         return PassStates(end_states.new_empty(0, 0, 0), mask, None, projected)
     with context.run(AdapterBatch(token_slots, classes)):
-        states = base.hidden_states(**padded)
+        states = base.hidden_states(**inputs)
     return PassStates(states, mask, None, None)
+
+
+def _compute_images(
+    base: FrozenBase, context: AdapterContext, pixels: Tensor, row_slots: Tensor, classes: ShapeClasses, embeds: bool
+) -> PassStates:
+    tower = base.image_tower
+    assert tower is not None
+    with context.run(AdapterBatch(row_slots.repeat_interleave(tower.tokens), classes)):
+        states = base.image_states(pixels)
+    mask = torch.ones(states.shape[:2], dtype=torch.int64, device=base.device)
+    projected = None
+    if base.kind == "dual" and embeds:
+        # The projection reads one token a row.
+        with context.run(AdapterBatch(row_slots, classes)):
+            projected = base.project_image(states[:, 0])
+    return PassStates(states, mask, tower.prefix_tokens, projected)
