@@ -1,6 +1,6 @@
 """Far more adapters than fit: throughput and latency over HTTP, from 5 to 5,000 registered adapters.
 
-    python -m benchmarks.many_adapters [--quick]
+    python -m benchmarks.many_adapters [--quick] [--against CHECKOUT]
 
 Servers over stores of 5, 100, 1,000 and 5,000 adapters of mixed shapes, each with room for 200 on the device, get the
 same arrivals and lengths (S-LoRA's synthetic workload), open loop, at a share of the capacity that the smallest
@@ -64,6 +64,9 @@ def main(
         list[int] | None,
         typer.Option(min=len(SHAPES), help="Registered adapters of each server, ascending, the last at least 10."),
     ] = None,
+    against: Annotated[
+        Path | None, typer.Option(help="Another checkout whose servers take the same rounds, instead of all the rest.")
+    ] = None,
     plot: Annotated[Path, typer.Option(help="Where the PNG goes.")] = PLOT,
 ) -> None:
     """Measure, print a table, then one JSON line."""
@@ -79,13 +82,14 @@ def main(
         if size:
             plan = replace(plan, sizes=tuple(size))
         run = ManyAdapters(plan, Path(folder), alpha, console)
-        result = run.run()
+        result = run.run() if against is None else run.compare(against.resolve())
     told = report(run.wrong, result, console)
     if told["correct"]:
-        plot_many_adapters(plot, result["rows"], run.ttfts)
         told |= {"alpha": alpha, "touched": touch, "host_cache_mib": plan.host_cache_mib, "width": width}
         told |= {"open_s": plan.open_s, "saturated_s": plan.saturated_s, "load": plan.load}
-        told["plot"] = str(plot)
+        if against is None:
+            plot_many_adapters(plot, result["rows"], run.ttfts)
+            told["plot"] = str(plot)
     typer.echo(json.dumps(told))
     if not told["correct"]:
         raise typer.Exit(1)

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import count, cycle
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import uvloop
 from rich.console import Console
@@ -19,9 +19,13 @@ from benchmarks.flood import measure_fairness, measure_flood
 from benchmarks.http_load import Answer, LoadClient
 from benchmarks.peft_swap import PeftSwap
 from benchmarks.reference import wrong_answers
-from benchmarks.server_process import ServerProcess, adapter_figures
+from benchmarks.server_process import ServerProcess, Surroundings, adapter_figures
 from benchmarks.service_figures import failures, latency, rates, span
 from benchmarks.workload import TimedRequest, WorkloadSpec, make_trace
+
+OWN = "sera-serve"
+# A flood opens more than a server allows one address by default.
+_CONNECTIONS = 4096
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,18 @@ class Plan:
     touch: bool = False
 
 
+class Served(NamedTuple):
+    """A server of one run.
+
+    Attributes:
+        system: Whose code it runs.
+        size: How many adapters are registered.
+    """
+
+    system: str
+    size: int
+
+
 class ManyAdapters:
     """One run: servers, the load on them, and what was found wrong."""
 
@@ -88,23 +104,8 @@ class ManyAdapters:
     def run(self) -> dict[str, Any]:
         """Measure everything; `rows` and `figures` are only right if `wrong` stays empty."""
         plan = self.plan
-        settings = {
-            "max_resident": plan.resident,
-            "host_cache_mib": plan.host_cache_mib,
-            "max_sequences": plan.sequences,
-            # The other core is the clients' and the loaders': threads that share theirs wait for each other.
-            "cpu_threads": 1,
-        }
         with ExitStack() as stack:
-            servers = {}
-            for size in plan.sizes:
-                server = ServerProcess(
-                    self._folder / "base",
-                    self._folder / f"store-{size}",
-                    self._folder / f"server-{size}.log",
-                    **settings,
-                )
-                servers[size] = stack.enter_context(server)
+            servers = {size: stack.enter_context(self._server(size)) for size in plan.sizes}
             for server in servers.values():
                 server.wait_until_ready()
             for size, server in servers.items():
@@ -118,7 +119,7 @@ class ManyAdapters:
             capacity = self._capacity(smallest)
             if self.wrong:
                 return {}
-            rows = self._rounds(servers, capacity)
+            rows = self._rounds({Served(OWN, size): server for size, server in servers.items()}, capacity)
             figures = self._figures(rows) | {"capacity_requests_per_s": capacity}
             figures["cold_start"], answers = uvloop.run(measure_cold_start(smallest.host, smallest.port, plan.pairs))
             figures["cold_start"]["adapter_bytes"] = self.cold_bytes
@@ -136,6 +137,45 @@ class ManyAdapters:
                     self.wrong.append(f"{cached:.0f} prompt tokens of the server of {size} were computed before")
         rows += self._peft(plan.load * capacity)
         return {"rows": rows, "figures": figures}
+
+    def compare(self, checkout: Path) -> dict[str, Any]:
+        """The rounds alone, of servers of this code and of another checkout's side by side; as `run`.
+
+        Args:
+            checkout: A repository whose servers read the same store.
+        """
+        plan = self.plan
+        with ExitStack() as stack:
+            servers = {}
+            for size in plan.sizes:
+                servers[Served(OWN, size)] = stack.enter_context(self._server(size))
+                servers[Served(checkout.name, size)] = stack.enter_context(self._server(size, checkout))
+            for served, server in servers.items():
+                server.wait_until_ready()
+                self._check_first(served.size, server)
+                if plan.touch:
+                    self._touch(served.size, server)
+            if self.wrong:
+                return {}
+            rows = self._rounds(servers, self._capacity(servers[Served(OWN, plan.sizes[0])]))
+        # Of each size, this code's and the other's.
+        pairs = zip(rows[::2], rows[1::2], strict=True)
+        return {"rows": rows, "figures": {str(own["adapters"]): _ratios(own, other) for own, other in pairs}}
+
+    def _server(self, size: int, checkout: Path | None = None) -> ServerProcess:
+        settings = {
+            "max_resident": self.plan.resident,
+            "host_cache_mib": self.plan.host_cache_mib,
+            "max_sequences": self.plan.sequences,
+            # The other core is the clients' and the loaders': threads that share theirs wait for each other.
+            "cpu_threads": 1,
+        }
+        if checkout is None:
+            # All clients have one address. Another checkout may not know these.
+            settings |= {"max_connections": _CONNECTIONS, "max_connections_per_address": _CONNECTIONS}
+        around = Surroundings() if checkout is None else Surroundings(checkout)
+        log = self._folder / f"server-{size}-{around.checkout.name}.log"
+        return ServerProcess(self._folder / "base", self._folder / f"store-{size}", log, around, **settings)
 
     def _spec(self, size: int, rate: float, number: int) -> WorkloadSpec:
         rotation, seed = number % len(SHAPES), 42 + number
@@ -178,38 +218,42 @@ class ManyAdapters:
         # Should no request at all have ended, on a machine that is busy with other work: one.
         return round(max(capacity, 1 / seconds), 2)
 
-    def _rounds(self, servers: dict[int, ServerProcess], capacity: float) -> list[dict[str, Any]]:
+    def _rounds(self, servers: dict[Served, ServerProcess], capacity: float) -> list[dict[str, Any]]:
         rate = self.plan.load * capacity
-        opened: dict[int, list[list[Answer]]] = {size: [] for size in servers}
-        saturated: dict[int, list[dict[str, float]]] = {size: [] for size in servers}
-        metrics = {size: server.metrics() for size, server in servers.items()}
-        tiers: dict[int, dict[str, float | None]] = {}
+        opened: dict[Served, list[list[Answer]]] = {served: [] for served in servers}
+        saturated: dict[Served, list[dict[str, float]]] = {served: [] for served in servers}
+        metrics = {served: server.metrics() for served, server in servers.items()}
+        tiers: dict[Served, dict[str, float | None]] = {}
         for number in range(self.plan.rounds):
-            for size, server in servers.items():
+            # Every second round backwards: none always comes after the same one.
+            turns = list(servers.items())[:: -1 if number % 2 else 1]
+            for served, server in turns:
                 client = LoadClient(server.host, server.port, adapter_name)
-                answers = uvloop.run(client.open_loop(make_trace(self._spec(size, rate, number))))
+                answers = uvloop.run(client.open_loop(make_trace(self._spec(served.size, rate, number))))
                 self._check(answers, answers)
-                opened[size].append(answers)
-            for size, server in servers.items():
-                tiers[size] = adapter_figures(metrics[size], server.metrics())
-            for size, server in servers.items():
-                saturated[size].append(self._saturate(server, size, number, self.plan.saturated_s))
-        return [self._row(size, opened[size], saturated[size], tiers[size]) for size in servers]
+                opened[served].append(answers)
+            for served, server in turns:
+                tiers[served] = adapter_figures(metrics[served], server.metrics())
+            for served, server in turns:
+                saturated[served].append(self._saturate(server, served.size, number, self.plan.saturated_s))
+        return [self._row(served, opened[served], saturated[served], tiers[served]) for served in servers]
 
     def _row(
         self,
-        size: int,
+        served: Served,
         rounds: list[list[Answer]],
         saturated: list[dict[str, float]],
         tiers: dict[str, float | None],
     ) -> dict[str, Any]:
         everything = [answer for answers in rounds for answer in answers]
-        self.ttfts[f"{size:,} adapters"] = [answer.ttft for answer in everything if answer.times]
+        name = f"{served.size:,} adapters" if served.system == OWN else f"{served.size:,} adapters, {served.system}"
+        self.ttfts[name] = [answer.ttft for answer in everything if answer.times]
         each = [rates(answers, *span(answers)) for answers in rounds]
-        row: dict[str, Any] = {"system": "sera-serve", "adapters": size}
+        row: dict[str, Any] = {"system": served.system, "adapters": served.size}
         row |= {key: round(sum(r[key] for r in each) / len(each), 2) for key in ("requests_per_s", "tokens_per_s")}
         row |= latency(everything) | tiers | {"requests": len(everything), "failures": failures(everything)}
         row |= {f"saturated_{key}": round(sum(r[key] for r in saturated) / len(saturated), 2) for key in saturated[0]}
+        row["saturated_rounds"] = [round(r["tokens_per_s"], 1) for r in saturated]
         row["client_late_p99_s"] = sorted(a.sent - a.due for a in everything)[int(0.99 * len(everything))]
         return row
 
@@ -222,12 +266,7 @@ class ManyAdapters:
 
     @staticmethod
     def _figures(rows: list[dict[str, Any]]) -> dict[str, Any]:
-        few, many = rows[0], rows[-1]
-        compared = {"throughput": "saturated_tokens_per_s", "ttft_p50": "ttft_p50_s", "ttft_p99": "ttft_p99_s"}
-        return {
-            f"{name}_ratio": round(many[key] / few[key], 3) if few[key] and many[key] else None
-            for name, key in compared.items()
-        }
+        return {f"{name}_ratio": ratio for name, ratio in _ratios(rows[-1], rows[0]).items()}
 
     def _peft(self, rate: float) -> list[dict[str, Any]]:
         """Rows of the baseline on the fewest and on the most adapters."""
@@ -242,3 +281,11 @@ class ManyAdapters:
             row = {"system": "peft-swap", "adapters": size} | rates(answers, *span(answers)) | latency(answers)
             rows.append(row | {"hit_rate": round(1 - len(used) / len(trace), 4), "requests": len(trace)})
         return rows
+
+
+def _ratios(row: dict[str, Any], other: dict[str, Any]) -> dict[str, float | None]:
+    """Figures of one row over those of another."""
+    compared = {"throughput": "saturated_tokens_per_s", "ttft_p50": "ttft_p50_s", "ttft_p99": "ttft_p99_s"}
+    return {
+        name: round(row[key] / other[key], 3) if other[key] and row[key] else None for name, key in compared.items()
+    }

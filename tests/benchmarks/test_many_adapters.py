@@ -19,6 +19,7 @@ from benchmarks.many_adapters import COLUMNS, QUICK, report
 from benchmarks.many_adapters_run import ManyAdapters
 from benchmarks.plots import plot_many_adapters
 from benchmarks.reference import wrong_answers
+from benchmarks.server_process import REPOSITORY
 from benchmarks.workload import TimedRequest
 from sera_serve.base import FrozenBase
 from support.factories import greedy, merged
@@ -64,6 +65,26 @@ def test_a_small_run_has_every_figure(tmp_path: Path) -> None:
     assert figures["fairness"]["tenants"] == 8
     plot_many_adapters(tmp_path / "plots" / "a.png", told["rows"], run.ttfts)
     assert matplotlib.image.imread(tmp_path / "plots" / "a.png").shape[:2] == (1020, 1320)
+
+
+@pytest.mark.slow
+def test_servers_of_another_checkout_take_the_same_rounds(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    for name in ("sera_serve", "kernels", "adapters_store"):
+        (other / name).symlink_to(REPOSITORY / name)
+    run = ManyAdapters(replace(TINY, sizes=(10, 12)), tmp_path / "run", 0.6, Console(file=io.StringIO()))
+    result = run.compare(other)
+    assert not run.wrong
+    told = [(row["system"], row["adapters"], len(row["saturated_rounds"])) for row in result["rows"]]
+    assert told == [(name, size, 1) for size in (10, 12) for name in ("sera-serve", "other")]
+    assert {name for row in result["rows"] for name in COLUMNS} <= set(result["rows"][1])
+    figures = result["figures"]
+    assert set(figures) == {"10", "12"}
+    ours, theirs = result["rows"][2:]
+    assert figures["12"]["ttft_p50"] == pytest.approx(ours["ttft_p50_s"] / theirs["ttft_p50_s"], abs=1e-3)
+    # Both ran code of their own.
+    assert (tmp_path / "run" / "server-12-other.log").stat().st_size > 0
 
 
 def test_no_speed_is_told_where_something_is_wrong() -> None:
