@@ -35,6 +35,8 @@ class Fleet:
     def __init__(self, base: FrozenBase, shapes: tuple[SeraConfig, ...] = SHAPES, strength: float = 0.2) -> None:
         """Make a template of each shape; an adapter's update is about `strength` of each layer's weight."""
         self.base = base
+        # The deviations are drawn: those of every process are the same.
+        torch.manual_seed(0)
         self._templates = [_template(base, shape, strength) for shape in shapes]
 
     def bundle(self, index: int) -> AdapterBundle:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -26,6 +29,19 @@ from benchmarks.workload import TimedRequest, WorkloadSpec, make_trace
 OWN = "sera-serve"
 # A flood opens more than a server allows one address by default.
 _CONNECTIONS = 4096
+# What another checkout runs to make stores: a base, a folder, and sizes. Its fleet is made of the same random numbers.
+_PUBLISH = """
+import sys
+from pathlib import Path
+import torch
+from benchmarks.fleet import Fleet
+from sera_serve.base import load_base
+base = load_base(sys.argv[1])
+torch.manual_seed(0)
+fleet = Fleet(base)
+for size in sys.argv[3:]:
+    fleet.publish(Path(sys.argv[2]) / f"store-{size}", int(size))
+"""
 
 
 @dataclass(frozen=True)
@@ -142,14 +158,21 @@ class ManyAdapters:
         """The rounds alone, of servers of this code and of another checkout's side by side; as `run`.
 
         Args:
-            checkout: A repository whose servers read the same store.
+            checkout: A repository. Its own code makes its stores, whose format may be another.
         """
         plan = self.plan
+        theirs = self._folder / "theirs"
+        self._console.print(f"{checkout} publishes its adapters")
+        paths = [str(checkout), str(checkout / "kernels")]
+        command = [sys.executable, "-P", "-c", _PUBLISH, str(self._folder / "base"), str(theirs)]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+        subprocess.run([*command, *map(str, plan.sizes)], env=environment, check=True)
         with ExitStack() as stack:
             servers = {}
             for size in plan.sizes:
                 servers[Served(OWN, size)] = stack.enter_context(self._server(size))
-                servers[Served(checkout.name, size)] = stack.enter_context(self._server(size, checkout))
+                around = Surroundings(checkout)
+                servers[Served(checkout.name, size)] = stack.enter_context(self._server(size, theirs, around))
             for served, server in servers.items():
                 server.wait_until_ready()
                 self._check_first(served.size, server)
@@ -162,7 +185,7 @@ class ManyAdapters:
         pairs = zip(rows[::2], rows[1::2], strict=True)
         return {"rows": rows, "figures": {str(own["adapters"]): _ratios(own, other) for own, other in pairs}}
 
-    def _server(self, size: int, checkout: Path | None = None) -> ServerProcess:
+    def _server(self, size: int, stores: Path | None = None, around: Surroundings | None = None) -> ServerProcess:
         settings = {
             "max_resident": self.plan.resident,
             "host_cache_mib": self.plan.host_cache_mib,
@@ -170,12 +193,13 @@ class ManyAdapters:
             # The other core is the clients' and the loaders': threads that share theirs wait for each other.
             "cpu_threads": 1,
         }
-        if checkout is None:
+        if around is None:
             # All clients have one address. Another checkout may not know these.
             settings |= {"max_connections": _CONNECTIONS, "max_connections_per_address": _CONNECTIONS}
-        around = Surroundings() if checkout is None else Surroundings(checkout)
-        log = self._folder / f"server-{size}-{around.checkout.name}.log"
-        return ServerProcess(self._folder / "base", self._folder / f"store-{size}", log, around, **settings)
+        folder = stores or self._folder
+        return ServerProcess(
+            self._folder / "base", folder / f"store-{size}", folder / f"server-{size}.log", around, **settings
+        )
 
     def _spec(self, size: int, rate: float, number: int) -> WorkloadSpec:
         rotation, seed = number % len(SHAPES), 42 + number

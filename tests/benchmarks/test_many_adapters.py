@@ -71,7 +71,7 @@ def test_a_small_run_has_every_figure(tmp_path: Path) -> None:
 def test_servers_of_another_checkout_take_the_same_rounds(tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
-    for name in ("sera_serve", "kernels", "adapters_store"):
+    for name in ("sera_serve", "kernels", "adapters_store", "benchmarks"):
         (other / name).symlink_to(REPOSITORY / name)
     run = ManyAdapters(replace(TINY, sizes=(10, 12)), tmp_path / "run", 0.6, Console(file=io.StringIO()))
     result = run.compare(other)
@@ -84,7 +84,7 @@ def test_servers_of_another_checkout_take_the_same_rounds(tmp_path: Path) -> Non
     ours, theirs = result["rows"][2:]
     assert figures["12"]["ttft_p50"] == pytest.approx(ours["ttft_p50_s"] / theirs["ttft_p50_s"], abs=1e-3)
     # Both ran code of their own.
-    assert (tmp_path / "run" / "server-12-other.log").stat().st_size > 0
+    assert (tmp_path / "run" / "theirs" / "server-12.log").stat().st_size > 0
 
 
 def test_no_speed_is_told_where_something_is_wrong() -> None:
