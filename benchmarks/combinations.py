@@ -55,11 +55,12 @@ def resident(adapters: list[PackedAdapter]) -> tuple[Tensor, AdapterTables]:
     begin = 0
     for slot, packed in enumerate(adapters):
         for module in packed.layout.modules:
-            tables.offset[module.index, slot] = begin + module.offset
-            tables.rank[module.index, slot] = module.rank
-            tables.split[module.index, slot] = module.split
-            tables.mixer[module.index, slot] = int(module.use_mixer)
-            tables.scaling[module.index, slot] = module.scaling
+            index = int(module["index"])
+            tables.offset[index, slot] = begin + int(module["offset"])
+            tables.rank[index, slot] = int(module["rank"])
+            tables.split[index, slot] = int(module["split"])
+            tables.mixer[index, slot] = int(module["use_mixer"])
+            tables.scaling[index, slot] = float(module["scaling"])
         begin += packed.layout.elements
     return torch.cat([packed.data for packed in adapters]), tables
 

@@ -45,7 +45,7 @@ def check_servable(bundle: AdapterBundle, module_index: Mapping[str, int], pool:
             raise AdapterOverflow(
                 f"the scaling {spec.scaling:g} of {path} is larger than {dtype} can hold; {_REMEDY}", param=path
             )
-    _probe(join(layout, parts, dtype), module_index)
+    _probe(join(layout, parts, dtype), bundle.config, module_index)
 
 
 def check_ranks(config: AdapterConfig) -> None:
@@ -66,9 +66,9 @@ def check_fits(elements: int, pool: DevicePool) -> None:
         )
 
 
-def _probe(packed: PackedAdapter, module_index: Mapping[str, int]) -> None:
+def _probe(packed: PackedAdapter, config: AdapterConfig, module_index: Mapping[str, int]) -> None:
     """Compute updates and logits of random inputs by the served operation, from the packed run itself, on the CPU."""
-    config, data = packed.layout.config, packed.data
+    data = packed.data
     tables = slot_tables(packed.layout, len(module_index))
     batch = AdapterBatch(torch.zeros(_ROWS, dtype=torch.int32))
     generator = torch.Generator().manual_seed(0)

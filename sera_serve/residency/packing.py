@@ -5,15 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import pairwise
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from adapters_store import Activation, AdapterBundle, AdapterConfig, reused_memory
 from sera_kernels import ShapeClasses
 
+T = TypeVar("T")
 # Elements; keeps every module's factors on a 16-byte boundary in the smallest dtype.
 ALIGNMENT = 8
 # Elements that are joined at a time where the dtype changes: what is joined stays in the processor's cache.
@@ -22,31 +26,31 @@ _JOINED = 1 << 18
 # Three layers in a row with this one make outputs 4,096 times as large, where some thousands is the most that trained
 # transformers have, and float32's squares overflow at 1e19.
 _SMALL_GAIN = 16.0
+MODULE = np.dtype(
+    [
+        ("index", np.int32),
+        ("offset", np.int64),
+        ("rank", np.int32),
+        ("split", np.int32),
+        ("use_mixer", np.bool_),
+        ("scaling", np.float64),
+        ("vectors", np.int64),
+    ]
+)
+"""Where one module's factors lie in the packed run, and their shape.
+
+`index` is the module's row in the device tables, `offset` the first element of its factors, relative to the start of
+the run. `vectors` is the first element of the gain and the offset, likewise, or `NO_VECTORS`. Where the bundle has one
+of the two, the packed run has both: a gain of 1 or an offset of 0 takes little room, and kernels read one place.
+"""
+NO_VECTORS = -1
+# One for all adapters.
+_NOTHING: dict[str, Any] = {}
 _ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
     "relu": torch.relu,
     "gelu": torch.nn.functional.gelu,
 }
-
-
-@dataclass(frozen=True)
-class PackedModule:
-    """Where one module's factors lie in the packed run, and their shape.
-
-    Attributes:
-        index: Row of the module in the device tables.
-        offset: First element, relative to the start of the run.
-        vectors: First element of the gain and the offset, likewise, or None. Where the bundle has one of the two, the
-            packed run has both: a gain of 1 or an offset of 0 takes little room, and kernels read one place.
-    """
-
-    index: int
-    offset: int
-    rank: int
-    split: int
-    use_mixer: bool
-    scaling: float
-    vectors: int | None = None
 
 
 @dataclass(frozen=True)
@@ -67,21 +71,24 @@ class PackedHead:
     activation: Activation | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AdapterLayout:
-    """What a packed run holds and where. It is kept for every adapter that is on the device or waits for room there.
+    """What a packed run holds and where. It is kept for every adapter in host memory or on the device.
+
+    It is a few objects, whatever the number of modules: those of thousands of adapters are visited by each full
+    garbage collection, for which all threads wait.
 
     Attributes:
         digest: Content digest of the bundle it came from, or of the combination.
-        config: The bundle's configuration.
-        modules: In the order of their offsets.
+        config: The bundle's configuration, without what nobody reads of it any more: modules, training, template.
+        modules: (modules,) of `MODULE`, in the order of their offsets.
         elements: Length of the run.
         stretch: With a head, the most by which the update of a layer can be longer than the layer's input.
     """
 
     digest: str
     config: AdapterConfig
-    modules: tuple[PackedModule, ...]
+    modules: NDArray[np.void]
     head: PackedHead | None
     elements: int
     stretch: float = math.inf
@@ -89,18 +96,18 @@ class AdapterLayout:
     @cached_property
     def classes(self) -> ShapeClasses:
         """The kinds of shapes of its modules."""
-        has_vectors = any(module.vectors is not None for module in self.modules)
-        return ShapeClasses.of(((module.rank, module.split) for module in self.modules), has_vectors)
+        shapes = zip(self.modules["rank"].tolist(), self.modules["split"].tolist(), strict=True)
+        found: ShapeClasses = _one_of_each(ShapeClasses.of(shapes, bool((self.modules["vectors"] != NO_VECTORS).any())))
+        return found
 
-    @cached_property
-    def chunks(self) -> tuple[int, ...]:
+    @property
+    def chunks(self) -> list[int]:
         """Elements of each chunk, which must stay whole: a module's factors, its vectors, a head's weight or bias."""
-        starts = []
-        for module in self.modules:
-            starts += [module.offset] if module.vectors is None else [module.offset, module.vectors]
+        modules, vectors = self.modules["offset"], self.modules["vectors"]
+        starts = sorted([*modules.tolist(), *vectors[vectors != NO_VECTORS].tolist()])
         for layer in self.head.layers if self.head is not None else ():
             starts += [layer.weight_offset, layer.bias_offset]
-        return tuple(end - start for start, end in pairwise([*starts, self.elements]))
+        return [end - start for start, end in pairwise([*starts, self.elements])]
 
 
 @dataclass(frozen=True)
@@ -183,9 +190,9 @@ def lay_out(
     modules = []
     for path, spec in config.modules.items():
         offset = place(*(flat[f"{path}.{name}"] for name in _factor_names(spec.use_mixer)))
-        vectors = place(*_vectors(flat, path)) if spec.has_gain or spec.has_offset else None
+        vectors = place(*_vectors(flat, path)) if spec.has_gain or spec.has_offset else NO_VECTORS
         shape = spec.rank, spec.split, spec.use_mixer, spec.scaling
-        modules.append(PackedModule(module_index[path], offset, *shape, vectors))
+        modules.append((module_index[path], offset, *shape, vectors))
     head, stretch = None, math.inf
     if config.has_head:
         stretch = _stretch(config, flat)
@@ -195,7 +202,9 @@ def lay_out(
             weight, bias = flat[f"{name}.weight"], flat[f"{name}.bias"]
             layers.append(PackedLinear(place(weight), place(bias), len(bias), len(weight) // len(bias)))
         head = PackedHead(tuple(layers), None if config.head is None else config.head.activation)
-    return AdapterLayout(digest or bundle.digest, config, tuple(modules), head, end, stretch), parts
+    left_out = {"modules": _NOTHING, "training": _NOTHING, "chat_template": None}
+    kept = config.model_copy(update=left_out | {"base": _one_of_each(config.base)})
+    return AdapterLayout(digest or bundle.digest, kept, np.array(modules, MODULE), head, end, stretch), parts
 
 
 def _vectors(flat: Mapping[str, Tensor], path: str) -> tuple[Tensor, Tensor]:
@@ -244,6 +253,12 @@ def head_logits(states: Tensor, layers: Sequence[tuple[Tensor, Tensor]], activat
     if activation is not None:
         states = _ACTIVATIONS[activation](linear(states, *layers[0]))
     return linear(states, *layers[-1])
+
+
+@lru_cache(maxsize=256)
+def _one_of_each(value: T) -> T:
+    """The first of equal values, which takes the place of all others."""
+    return value
 
 
 def _factor_names(use_mixer: bool) -> list[str]:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sera_kernels import ABSENT, AdapterTables, ShapeClasses
-from sera_serve.residency.packing import AdapterLayout, PackedAdapter, PackedHead
+from sera_serve.residency.packing import NO_VECTORS, AdapterLayout, PackedAdapter, PackedHead
 from sera_serve.residency.staging import StagingRing
 
 logger = logging.getLogger("sera_serve.residency")
@@ -361,19 +361,11 @@ def slot_columns(adapter: AdapterLayout, modules: int, locate: Callable[[int], i
     columns[0] = columns[5] = ABSENT
     # As in empty tables: a module that is absent has one segment of rank 0.
     columns[2] = 1
-    if adapter.modules:
-        values = [
-            (
-                locate(m.offset),
-                m.rank,
-                m.split,
-                m.use_mixer,
-                m.scaling,
-                ABSENT if m.vectors is None else locate(m.vectors),
-            )
-            for m in adapter.modules
-        ]
-        columns[:, [m.index for m in adapter.modules]] = np.array(values).T
+    own = adapter.modules
+    vectors = [ABSENT if at == NO_VECTORS else locate(at) for at in own["vectors"].tolist()]
+    offsets = [locate(at) for at in own["offset"].tolist()]
+    shapes = [own[name] for name in ("rank", "split", "use_mixer", "scaling")]
+    columns[:, own["index"]] = np.array([offsets, *shapes, vectors])
     # A scaling beyond float32 becomes infinite here: the engine ends the requests of such an adapter.
     with np.errstate(over="ignore"):
         columns[4] = columns[4].astype(np.float32)

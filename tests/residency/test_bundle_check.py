@@ -84,7 +84,7 @@ def test_a_rank_is_at_most_twice_the_wider_width(
     check_ranks(most.config)
     made_by_name = {"most": nullcontext(most), "more": nullcontext(more)}
     loader = AdapterLoader(made_by_name.__getitem__, index, pool_of(base))
-    assert loader.read("most").layout.modules[0].rank == 128
+    assert loader.read("most").layout.modules[0]["rank"] == 128
     for check in (lambda: check_ranks(more.config), lambda: loader.read("more")):
         with pytest.raises(
             AdapterTooLarge, match=r"rank 160 of .* more than 128, the most for a layer of widths 64 and 32"

@@ -12,7 +12,7 @@ import pytest
 import torch
 from slow_store import Build, Store, granted, until, wait_for_loads
 
-from adapters_store import AdapterBundle
+from adapters_store import AdapterBundle, AdapterConfig
 from sera_serve import SeraConfig
 from sera_serve.base import FrozenBase
 from sera_serve.residency import AdapterResidency, HostCache, PackedAdapter, pack
@@ -161,3 +161,25 @@ def test_idle_check_runs_once_after_something_happened(build: Build, large: list
     with pytest.raises(RuntimeError, match="does not point at its adapter"):
         residency.idle_check()
     residency.pool.tables.offset[0, lease.slot] -= 8
+
+
+def test_an_adapter_is_a_few_objects_whatever_its_modules(base: FrozenBase, index: dict[str, int]) -> None:
+    """All threads wait while a full garbage collection visits the objects of thousands of adapters."""
+
+    def objects_of_one(config: SeraConfig, count: int = 40) -> float:
+        bundle = random_adapter(base, config, 1, labels=["a", "b"])
+        text = bundle.config.canonical_json()
+        kept = []
+        gc.collect()
+        before = len(gc.get_objects())
+        for _ in range(count):
+            packed = pack(AdapterBundle(AdapterConfig.from_json(text), bundle.tensors), index, torch.float32)
+            assert packed.layout.classes.width and packed.layout.chunks
+            kept.append(packed)
+        gc.collect()
+        return (len(gc.get_objects()) - before) / count
+
+    one = objects_of_one(SeraConfig(4, 4, 8.0, ("q_proj",)))
+    # Fourteen modules.
+    assert objects_of_one(SeraConfig(4, 4, 8.0, "all-linear")) < one + 1
+    assert one < 15

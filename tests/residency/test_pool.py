@@ -51,7 +51,7 @@ def scattered(packed: list[PackedAdapter], index: dict[str, int]) -> tuple[Devic
 def _part(packed: PackedAdapter, share: float) -> PackedAdapter:
     """The adapter's first modules."""
     modules = packed.layout.modules[: int(share * len(packed.layout.modules))]
-    elements = packed.layout.modules[len(modules)].offset
+    elements = int(packed.layout.modules[len(modules)]["offset"])
     layout = AdapterLayout(packed.digest, packed.layout.config, modules, None, elements)
     return PackedAdapter(layout, packed.data[:elements])
 

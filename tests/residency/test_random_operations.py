@@ -19,6 +19,7 @@ from sera_serve import SeraConfig
 from sera_serve.base import FrozenBase
 from sera_serve.errors import SeraServeError
 from sera_serve.residency import AdapterResidency, Claim, Lease, LoadSize, PackedAdapter, Placement, PrefetchHint, pack
+from sera_serve.residency.packing import NO_VECTORS
 from support.factories import random_adapter, with_hidden_layer, with_vectors
 
 SHAPES = [
@@ -150,9 +151,9 @@ def assert_holds(residency: AdapterResidency, placement: Placement, packed: Pack
     chunks = packed.layout.chunks
     sizes = dict(zip(accumulate((0, *chunks[:-1])), chunks, strict=True))
     for module in packed.layout.modules:
-        places = [(int(offsets[module.index]), module.offset)]
-        if module.vectors is not None:
-            places.append((int(pool.tables.vectors[module.index, placement.slot]), module.vectors))
+        places = [(int(offsets[module["index"]]), module["offset"])]
+        if module["vectors"] != NO_VECTORS:
+            places.append((int(pool.tables.vectors[module["index"], placement.slot]), module["vectors"]))
         for at, start in places:
             size = sizes[start]
             assert torch.equal(pool.data[at : at + size], packed.data[start : start + size])
