@@ -160,7 +160,7 @@ class ServingEngine(RowCalls):
             raise EngineUnavailable(failure)
 
     def ready(self) -> None:
-        """`health`, and when nothing is in flight a check of the invariants of the adapters' memory.
+        """`health`, and when nothing is in flight a check of the invariants of the adapters' memory. Blocks.
 
         Where an invariant is broken, an answer might come from wrong weights: the engine serves no more.
         """

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import enum
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -261,28 +261,41 @@ class AdapterEntry:
 
     def check_invariants(self) -> None:
         """Raise RuntimeError where the fields contradict the state."""
-        placed = self.on_device or self.state is COPYING
+        for what in self._faults():
+            raise RuntimeError(f"adapter {self.digest}, {self.state.value}: {what}")
+
+    def _faults(self) -> Iterator[str]:
+        on_device = self.on_device
+        placed = on_device or self.state is COPYING
         has_room = self.placement is not None
-        broken = {
-            "a lease or a hint was released twice": min(self.leases.values(), default=1) < 1 or self.hints < 0,
-            "its requests wait for others": Counter(self.waiters.values()) != self.claims,
-            "it is leased and not on the device": bool(self.leases) and not self.on_device,
-            "it has no room on the device": placed and not has_room,
-            "it has room that it does not need": has_room and not placed and self.state is not READING,
-            "it has the room of another adapter": self.placement is not None
-            and self.placement.adapter.digest != self.digest,
-            "requests wait for it, and it is not loaded": bool(self.waiters) and not self.loading,
-            "it waits for room that it has": self.queued and (self.grantable or self.state in (READING, COPYING)),
-            "it is pinned and not on the device": self.pinned and not self.on_device,
-            "it is pinned and deleted": self.pinned and self.deleted,
-            "it is deleted and not in the state for it": self.deleted and self.state is RESIDENT,
-            "it is in the state for deleted ones": not self.deleted and self.state is DELETED,
-            "it is deleted and was kept": self.deleted and not self.leases and not self.loading,
-            "nothing needs its entry": self.state is ABSENT and not self.queued and not self.hints,
-        }
-        for what, is_so in broken.items():
-            if is_so:
-                raise RuntimeError(f"adapter {self.digest}, {self.state.value}: {what}")
+        if (self.leases and min(self.leases.values()) < 1) or self.hints < 0:
+            yield "a lease or a hint was released twice"
+        if (self.waiters or self.claims) and Counter(self.waiters.values()) != self.claims:
+            yield "its requests wait for others"
+        if self.leases and not on_device:
+            yield "it is leased and not on the device"
+        if placed and not has_room:
+            yield "it has no room on the device"
+        if has_room and not placed and self.state is not READING:
+            yield "it has room that it does not need"
+        if self.placement is not None and self.placement.adapter.digest != self.digest:
+            yield "it has the room of another adapter"
+        if self.waiters and not self.loading:
+            yield "requests wait for it, and it is not loaded"
+        if self.queued and (self.grantable or self.state in (READING, COPYING)):
+            yield "it waits for room that it has"
+        if self.pinned and not on_device:
+            yield "it is pinned and not on the device"
+        if self.pinned and self.deleted:
+            yield "it is pinned and deleted"
+        if self.deleted and self.state is RESIDENT:
+            yield "it is deleted and not in the state for it"
+        if not self.deleted and self.state is DELETED:
+            yield "it is in the state for deleted ones"
+        if self.deleted and not self.leases and not self.loading:
+            yield "it is deleted and was kept"
+        if self.state is ABSENT and not self.queued and not self.hints:
+            yield "nothing needs its entry"
 
 
 class AdapterTable:

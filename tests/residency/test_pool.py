@@ -14,6 +14,7 @@ from sera_kernels import AdapterBatch, grouped_sera, grouped_sera_reference
 from sera_serve import SeraConfig
 from sera_serve.base import FrozenBase
 from sera_serve.residency import AdapterLayout, DevicePool, PackedAdapter, Placement, pack
+from sera_serve.residency import pool as pool_module
 from sera_serve.residency.pool import Extent, FreeExtents
 from support.factories import random_adapter, with_hidden_layer, with_vectors
 
@@ -140,6 +141,31 @@ def test_wrong_table_is_noticed(scattered: tuple[DevicePool, Placement]) -> None
     pool, placement = scattered
     pool.tables.split[0, placement.slot] += 1
     with pytest.raises(RuntimeError, match=f"slot {placement.slot} does not point at its adapter"):
+        pool.check_invariants()
+
+
+@pytest.mark.parametrize("which", range(4))
+def test_checks_look_at_all_tables_in_turn(
+    which: int, packed: list[PackedAdapter], index: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool_module, "_SLOTS_AT_ONCE", 2)
+    pool = DevicePool(4 * 5 * packed[0].layout.elements, len(index), 6, torch.float32)
+    placements = [fill(pool, adapter) for adapter in packed]
+    pool.tables.rank[1, placements[which].slot] += 1
+    found = []
+    for _ in range(4):
+        try:
+            pool.check_invariants()
+        except RuntimeError as error:
+            found.append(str(error))
+        else:
+            found.append("")
+    assert found.count("") == 2
+    assert found.count(f"slot {placements[which].slot} does not point at its adapter") == 2
+    pool.tables.rank[1, placements[which].slot] -= 1
+    # Those that are placed change: none is left out.
+    pool.remove(placements[which])
+    for _ in range(3):
         pool.check_invariants()
 
 

@@ -135,6 +135,28 @@ def test_others_are_answered_between_two_large_bodies_of_a_flood(
     assert (log.index("another") < 15) == is_large
 
 
+def test_the_check_of_readiness_holds_up_nobody(
+    base: FrozenBase, store: AdapterStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = StubEngine(base)
+    app = build_app(engine, store, ServeSettings(store=store.root))
+    may_end = threading.Event()
+    monkeypatch.setattr(engine, "ready", lambda: may_end.wait(20))
+
+    async def main() -> None:
+        async with (
+            app.router.lifespan_context(app),
+            httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client,
+        ):
+            readiness = asyncio.ensure_future(client.get("/readyz"))
+            assert (await client.get("/healthz")).status_code == 200
+            assert not readiness.done()
+            may_end.set()
+            assert (await readiness).json()["status"] == "ready"
+
+    asyncio.run(main())
+
+
 class HeldStore(AdapterStore):
     """A store whose lists and publications wait for the test."""
 
