@@ -140,8 +140,14 @@ def test_the_check_of_readiness_holds_up_nobody(
 ) -> None:
     engine = StubEngine(base)
     app = build_app(engine, store, ServeSettings(store=store.root))
-    may_end = threading.Event()
-    monkeypatch.setattr(engine, "ready", lambda: may_end.wait(20))
+    begun, may_end = threading.Event(), threading.Event()
+    was_told: list[bool] = []
+
+    def ready() -> None:
+        begun.set()
+        was_told.append(may_end.wait(5))
+
+    monkeypatch.setattr(engine, "ready", ready)
 
     async def main() -> None:
         async with (
@@ -149,12 +155,14 @@ def test_the_check_of_readiness_holds_up_nobody(
             httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client,
         ):
             readiness = asyncio.ensure_future(client.get("/readyz"))
+            while not begun.is_set():
+                await asyncio.sleep(0.001)
             assert (await client.get("/healthz")).status_code == 200
-            assert not readiness.done()
             may_end.set()
             assert (await readiness).json()["status"] == "ready"
 
     asyncio.run(main())
+    assert was_told == [True]
 
 
 class HeldStore(AdapterStore):
