@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -29,7 +30,7 @@ from sera_serve.base import FrozenBase, load_base
 from sera_serve.cli import build_cli
 from sera_serve.commands import serve
 from sera_serve.commands.reload import SettingsReloader
-from sera_serve.commands.serve import client_lines, let_steps_go_first
+from sera_serve.commands.serve import client_lines, few_collections, let_steps_go_first
 from sera_serve.config import ServeSettings
 from support.factories import random_adapter, random_decoder
 from support.live_server import wait_until
@@ -314,6 +315,25 @@ def test_the_printed_lines_of_a_client_read_the_key() -> None:
 
 
 @pytest.mark.slow
+def test_a_server_visits_few_objects_and_seldom() -> None:
+    def collections(count: int) -> list[int]:
+        """How many collections of each generation there were while so many objects were made and kept."""
+        before = [each["collections"] for each in gc.get_stats()]
+        kept = [[number] for number in range(count)]
+        assert len(kept) == count
+        return [each["collections"] - old for each, old in zip(gc.get_stats(), before, strict=True)]
+
+    thresholds = gc.get_threshold()
+    usual = collections(50_000)
+    with few_collections():
+        assert gc.get_freeze_count() > 50_000
+        young, older, _ = collections(50_000)
+        assert 0 < young < usual[0] / 10 and older == 0 < usual[1]
+    assert gc.get_threshold() == thresholds and gc.get_freeze_count() == 0
+    # As the other tests are run.
+    gc.freeze()
+
+
 @pytest.mark.parametrize(("device", "set_to"), [("cpu", []), ("cuda:1", [0.001])])
 def test_a_gpus_steps_wait_less_for_the_interpreter(
     device: str, set_to: list[float], monkeypatch: pytest.MonkeyPatch
