@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 import uvicorn
-from playwright.sync_api import Browser, Page, Route, expect
+from playwright.sync_api import Browser, Page, expect
 
 from adapters_store import AdapterBundle, AdapterStore
 from sera_serve.access import AccessDatabase, CreatedKey, Keys
@@ -25,7 +25,7 @@ from sera_serve.jobs.records import Jobs, new_job_id
 from sera_serve.jobs.spec import JobSpec
 from sera_serve.server import build_app
 from support import browser as browsers
-from support.browser import Tab, answer
+from support.browser import Tab, answer, hold
 from support.console_api import JOB
 from support.factories import random_decoder
 from support.live_server import wait_until
@@ -88,16 +88,6 @@ def server(tmp_path: Path, writer: AdapterBundle) -> Iterator[Process]:
     yield process
     process.kill()
     process.database.close()
-
-
-def hold(page: Page, pattern: str, method: str = "POST") -> list[Route]:
-    """Leave requests without an answer, and collect them."""
-    waiting: list[Route] = []
-    page.route(
-        re.compile(pattern),
-        lambda route: waiting.append(route) if route.request.method == method else route.continue_(),
-    )
-    return waiting
 
 
 def choose(page: Page, name: str, content: bytes = b"a") -> None:

@@ -18,7 +18,7 @@ from sera_serve.base import FrozenBase
 from sera_serve.config import ServeSettings
 from sera_serve.server import build_app
 from support import browser as browsers
-from support.browser import Tab, answer
+from support.browser import Tab, answer, hold
 from support.console_api import JOB
 from support.factories import random_adapter
 from support.live_server import live_server
@@ -88,13 +88,6 @@ def drop(page: Page, names: list[str], onto: str = ".drop") -> bool:
             [names, onto],
         )
     )
-
-
-def hold(page: Page, pattern: str) -> list[Route]:
-    """Leave requests without an answer, and collect them."""
-    waiting: list[Route] = []
-    page.route(re.compile(pattern), lambda route: waiting.append(route))
-    return waiting
 
 
 def press(button: Locator) -> None:
@@ -246,7 +239,7 @@ def test_a_button_keeps_the_focus_while_it_works_and_sends_once(tab: Tab) -> Non
 
 def test_a_longer_list_leaves_the_focus_on_its_button(tab: Tab) -> None:
     page = tab.page
-    waiting = hold(page, r"/v1/adapters\?.*after")
+    waiting = hold(page, r"/v1/adapters\?.*after", "GET")
     row = {"adapter": "demo/a", "task": "generate", "method": "sera", "ranks": [8], "splits": [4], "bytes": 1}
     row |= {"version": 1, "created_at": 1, "tier": "store", "pinned": False}
     first = [row | {"adapter": f"demo/a{number}"} for number in range(50)]

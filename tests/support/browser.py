@@ -103,3 +103,13 @@ def answer(page: Page, pattern: str, body: Any, status: int = 200) -> None:
         route.fulfill(status=status, content_type="application/json", body=json.dumps(body))
 
     page.route(re.compile(pattern), fulfil)
+
+
+def hold(page: Page, pattern: str, method: str = "POST") -> list[Route]:
+    """Leave requests without an answer, and collect them."""
+    waiting: list[Route] = []
+    page.route(
+        re.compile(pattern),
+        lambda route: waiting.append(route) if route.request.method == method else route.fallback(),
+    )
+    return waiting
