@@ -118,7 +118,7 @@ def test_more_jobs_and_files_are_shown_when_asked_for(tab: Tab) -> None:
             page.get_by_role("button", name="Show more").click()
         expect(page.locator("tbody tr")).to_have_count(120)
         expect(page.get_by_role("button", name="Show more")).to_have_count(0)
-    expect(page.get_by_text("completion, or text and label")).to_be_visible()
+    expect(page.get_by_text("completion, or text with label, labels, score or spans")).to_be_visible()
     tab.check()
 
 

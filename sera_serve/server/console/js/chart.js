@@ -69,19 +69,23 @@ export function Chart({ title, series, data, isTime = true, format = onAxis, lea
   useEffect(() => {
     addStyle();
     const element = box.current;
-    const draw = () => {
-      plot.current?.destroy();
+    const draw = (shown) => {
       const width = element.clientWidth;
-      plot.current = new uPlot(optionsOf(width, series, isTime, format, least, most), data, element);
+      plot.current = new uPlot(optionsOf(width, series, isTime, format, least, most), shown, element);
     };
-    draw();
+    draw(data);
     const resize = new ResizeObserver(() => {
       const width = element.clientWidth;
       if (width > 0 && width !== plot.current.width) plot.current.setSize({ width, height: HEIGHT });
     });
     resize.observe(element);
     const scheme = matchMedia("(prefers-color-scheme: dark)");
-    const redraw = () => { draw(); };
+    const redraw = () => {
+      // What came since the first drawing, too.
+      const shown = plot.current.data;
+      plot.current.destroy();
+      draw(shown);
+    };
     scheme.addEventListener("change", redraw);
     return () => {
       resize.disconnect();

@@ -24,11 +24,12 @@ export function bytes(value) {
   return `${size >= 100 || unit === 0 ? Math.round(size) : size.toFixed(1)} ${UNITS[unit]}`;
 }
 
-/** Seconds -> 80 ms, 1.2 s, 3 min */
+/** Seconds -> 80 ms, 1.2 s, 3 min 5 s */
 export function seconds(value) {
-  if (value < 1) return `${Math.round(value * 1000)} ms`;
-  if (value < 60) return `${value.toFixed(value < 10 ? 1 : 0)} s`;
-  return `${Math.floor(value / 60)} min ${Math.round(value % 60)} s`;
+  if (value < 0.9995) return `${Math.round(value * 1000)} ms`;
+  if (value < 59.5) return `${value.toFixed(value < 9.95 ? 1 : 0)} s`;
+  const whole = Math.round(value);
+  return `${Math.floor(whole / 60)} min ${whole % 60} s`;
 }
 
 /** A metric or a loss: three or four digits that count. */

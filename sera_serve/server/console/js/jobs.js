@@ -1,8 +1,8 @@
 // What the views of training share: states of a job, and its events as they come.
 
-import { get, isAbort, path } from "./api.js";
-import { html, useEffect, useRef, useState } from "./html.js";
-import { usePages } from "./store.js";
+import { get, path } from "./api.js";
+import { html, useRef, useState } from "./html.js";
+import { usePages, usePolling } from "./store.js";
 import { Badge } from "./ui.js";
 
 const EVERY_MS = 1500;
@@ -36,39 +36,19 @@ export function useNewest(url, query = {}) {
 
 /** A job with its events, oldest first; both are asked for again until the job is finished. */
 export function useJob(id) {
-  const [state, setState] = useState({ job: null, events: [], error: null });
-  const [round, setRound] = useState(0);
+  const [state, setState] = useState({ job: null, events: [] });
   const known = useRef(new Map());
-  useEffect(() => {
-    const controller = new AbortController();
-    const { signal } = controller;
-    let timer = 0;
-    const poll = async () => {
-      let isOver = false;
-      try {
-        const job = await get(path`/v1/fine_tuning/jobs/${id}`, {}, signal);
-        // After the job's state: no event of a finished job is missed.
-        await readEvents(id, known.current, signal);
-        isOver = isFinished(job);
-        const events = [...known.current.values()].sort((one, other) => one.place - other.place);
-        setState({ job, events, error: null });
-      } catch (error) {
-        if (isAbort(error)) return;
-        isOver = error.status === 404;
-        setState((old) => ({ ...old, error }));
-      }
-      if (!isOver) timer = setTimeout(poll, EVERY_MS);
-    };
-    poll();
-    return () => {
-      controller.abort();
-      clearTimeout(timer);
-    };
-  }, [id, round]);
-  return { ...state, reload: () => setRound(round + 1) };
+  const polling = usePolling(async (signal) => {
+    const job = await get(path`/v1/fine_tuning/jobs/${id}`, {}, signal);
+    // After the job's state: no event of a finished job is missed.
+    await readEvents(id, known.current, signal);
+    setState({ job, events: [...known.current.values()] });
+    return isFinished(job);
+  }, EVERY_MS, [id]);
+  return { ...state, ...polling };
 }
 
-/** Add the events that are not known yet. The API gives the newest first, a page at a time. */
+/** Add the events that are not known yet, oldest first. The API gives the newest first, a page at a time. */
 async function readEvents(id, known, signal) {
   const fresh = [];
   let after = null;
@@ -79,7 +59,7 @@ async function readEvents(id, known, signal) {
     if (unknown.length < page.data.length || !page.has_more || page.data.length === 0) break;
     after = page.data.at(-1).id;
   }
-  for (const event of fresh.reverse()) known.set(event.id, { ...event, place: known.size });
+  for (const event of fresh.reverse()) known.set(event.id, event);
 }
 
 /** The losses of a job's events as a chart takes them: steps, training losses, losses on the validation rows. */

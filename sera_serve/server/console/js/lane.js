@@ -54,16 +54,13 @@ export function Lane({ title, colour, run, request, onEnd }) {
     if (run.number === ran.current) return undefined;
     ran.current = run.number;
     const controller = new AbortController();
-    const abort = () => controller.abort();
-    stop.current = abort;
-    run.signal.addEventListener("abort", abort);
+    stop.current = () => controller.abort();
+    // All lanes may be stopped already, before this one has begun.
+    const signal = AbortSignal.any([run.signal, controller.signal]);
     // What the model goes on with reads as one text with the prompt.
     sink.current.restart(request[1].prompt ?? "");
-    follow(request, controller.signal, sink.current, setShown).then(() => onEnd(run.number));
-    return () => {
-      run.signal.removeEventListener("abort", abort);
-      abort();
-    };
+    follow(request, signal, sink.current, setShown).then(() => onEnd(run.number));
+    return stop.current;
   }, [run.number]);
   const isBusy = shown.state === "waiting" || shown.state === "streaming";
   return html`<section class=${`lane ${shown.state}`} aria-label=${title} style=${{ "--lane": colour }}>

@@ -3,9 +3,24 @@
 import { NO_FILTERS, matches, useSearch } from "./catalog.js";
 import { html, useLayoutEffect, useRef, useState } from "./html.js";
 import { Icon } from "./icons.js";
+import { replace, route, useAddress } from "./router.js";
 import { useId } from "./ui.js";
 
 const SHOWN = 8;
+
+/**
+ * The adapters that a view has chosen, as a state. They are in its address, and in `kept.adapters` when the address names
+ * none. `most()` is how many an address may name.
+ */
+export function useChosen(view, kept, most) {
+  const named = () => [...new Set(route.value.query.getAll("adapter"))].slice(0, most());
+  // A list of its own: the address is then written again.
+  const chosen = () => (named().length > 0 ? named() : [...kept.adapters]);
+  const [adapters, setAdapters] = useState(chosen);
+  useLayoutEffect(() => replace([view], { adapter: adapters }), [adapters]);
+  useAddress(view, () => setAdapters(chosen()));
+  return [adapters, setAdapters];
+}
 
 /**
  * Pick adapters of a task. `chosen` are names; `onChosen` gets the new list.
@@ -50,6 +65,7 @@ export function AdapterPicker({ label, task, chosen, onChosen, most, colours }) 
 }
 
 function Options({ id, input, text, task, chosen, active, setActive, close, pick }) {
+  const list = useRef(null);
   const filters = { ...NO_FILTERS, text: text.split("@")[0], task };
   const { rows, error, busy, isDone } = useSearch(filters, SHOWN);
   // While a search is under way, the rows are those of the text before: Enter would take another adapter than was typed.
@@ -62,8 +78,11 @@ function Options({ id, input, text, task, chosen, active, setActive, close, pick
     const onKey = (event) => {
       if (event.key === "ArrowDown" || event.key === "ArrowUp") {
         event.preventDefault();
-        const step = event.key === "ArrowDown" ? 1 : names.length - 1;
-        if (names.length) setActive((active + step) % names.length);
+        if (names.length === 0) return;
+        const next = (active + (event.key === "ArrowDown" ? 1 : names.length - 1)) % names.length;
+        setActive(next);
+        // Long names make the list longer than its box.
+        list.current.children[next].scrollIntoView({ block: "nearest" });
       } else if (event.key === "Enter" && !event.ctrlKey && !event.metaKey && names[active]) {
         event.preventDefault();
         pick(names[active]);
@@ -76,9 +95,10 @@ function Options({ id, input, text, task, chosen, active, setActive, close, pick
     field.addEventListener("keydown", onKey);
     return () => field.removeEventListener("keydown", onKey);
   });
-  return html`<ul class="options" id=${`${id}-list`} role="listbox" aria-label="Adapters">
+  return html`<ul ref=${list} class="options" id=${`${id}-list`} role="listbox" aria-label="Adapters"
+    onMouseDown=${(event) => event.preventDefault()}>
     ${names.map((name, index) => html`<li key=${name} id=${`${id}-${index}`} role="option"
-      aria-selected=${index === active} onMouseDown=${(event) => { event.preventDefault(); pick(name); }}
+      aria-selected=${index === active} onClick=${() => pick(name)}
       onMouseEnter=${() => setActive(index)}>${name}</li>`)}
     ${names.length === 0 && html`<li class="options-note" role="option" aria-disabled="true" aria-selected="false">
       ${error ? error.message : busy ? "Looking..." : isDone ? "No adapter matches." : "None so far: type more of its name."}

@@ -94,9 +94,60 @@ export function usePages(read, inputs, size) {
 }
 
 /**
+ * Ask now, and again `everyMs` after each answer, until `ask(signal)` resolves to true: `{error, reload}`.
+ *
+ * A tab that nobody sees asks nothing. A refusal ends it too: the same question would get the same answer.
+ */
+export function usePolling(ask, everyMs, inputs) {
+  const [error, setError] = useState(null);
+  const [round, setRound] = useState(0);
+  useEffect(() => {
+    const controller = new AbortController();
+    const { signal } = controller;
+    let timer = 0;
+    // One question at a time: a tab that is seen again may still wait for the answer to the last one.
+    let isAsking = false;
+    let isOver = false;
+    const poll = async () => {
+      isAsking = true;
+      try {
+        isOver = (await ask(signal)) === true;
+        if (!signal.aborted) setError(null);
+      } catch (failure) {
+        if (signal.aborted) return;
+        setError(failure);
+        isOver = failure.status >= 400 && failure.status < 500 && failure.status !== 429;
+      }
+      isAsking = false;
+      wake(everyMs);
+    };
+    const wake = (pause) => {
+      clearTimeout(timer);
+      if (!document.hidden && !isAsking && !isOver && !signal.aborted) timer = setTimeout(poll, pause);
+    };
+    document.addEventListener("visibilitychange", () => wake(0), { signal });
+    wake(0);
+    return () => {
+      controller.abort();
+      clearTimeout(timer);
+    };
+  }, [...inputs, round]);
+  const reload = useCallback(() => setRound((number) => number + 1), []);
+  return { error, reload };
+}
+
+/** What dialog is open, or null: `[dialog, open, close]`. */
+export function useDialog() {
+  const [dialog, open] = useState(null);
+  // A slow action closes the dialog that it was started in, not another one that was opened meanwhile.
+  const close = () => open((now) => (now === dialog ? null : now));
+  return [dialog, open, close];
+}
+
+/**
  * One action at a time, such as a form that is sent.
  *
- * The result is `{run, busy, error, clear}`. `run` returns whether the action succeeded.
+ * The result is `{run, busy, error}`. `run` returns whether the action succeeded.
  */
 export function useAction(action) {
   const [state, setState] = useState({ busy: false, error: null });
@@ -118,6 +169,5 @@ export function useAction(action) {
       return false;
     }
   }, []);
-  const clear = useCallback(() => setState({ busy: false, error: null }), []);
-  return { ...state, run, clear };
+  return { ...state, run };
 }

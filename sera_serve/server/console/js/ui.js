@@ -2,6 +2,7 @@
 
 import { html, useEffect, useRef, useState } from "./html.js";
 import { ConnectionLost, isAbort, UnreadableFile } from "./api.js";
+import { ago, full, time } from "./format.js";
 import { Icon } from "./icons.js";
 import { Store, useStore } from "./store.js";
 
@@ -70,9 +71,9 @@ export function SelectField({ label, help, value, options, onValue, ...rest }) {
 }
 
 /** A box to tick. */
-export function Check({ checked, onValue, children }) {
+export function Check({ checked, onValue, children, ...rest }) {
   return html`<label class="check">
-    <input type="checkbox" checked=${checked} onChange=${(event) => onValue(event.currentTarget.checked)} />
+    <input type="checkbox" checked=${checked} onChange=${(event) => onValue(event.currentTarget.checked)} ...${rest} />
     <span>${children}</span>
   </label>`;
 }
@@ -140,10 +141,10 @@ export function ErrorNote({ error, title, retry }) {
   </div>`;
 }
 
-/** A message of the server as a sentence. */
+/** A message of the server as a sentence. A field's name that it begins with stays as the server writes it. */
 function sentence(text) {
   const ended = /[.!?]$/.test(text) ? text : `${text}.`;
-  return ended.charAt(0).toUpperCase() + ended.slice(1);
+  return ended.replace(/^[a-z](?=[a-z]*[\s,;:'])/, (letter) => letter.toUpperCase());
 }
 
 /** What a view shows when its key may not use it. */
@@ -172,8 +173,20 @@ export function Badge({ tone = "plain", children }) {
   return html`<span class=${`badge ${tone}`}>${children}</span>`;
 }
 
+/** A time as people say it, with the time in full behind it. */
+export function When({ at }) {
+  return html`<time datetime=${time(at).toISOString()} title=${full(at)}>${ago(at)}</time>`;
+}
+
+/** Runs `action` at Ctrl+Enter, for a view's `onKeyDown`. */
+export const onCtrlEnter = (action) => (event) => {
+  if (event.key !== "Enter" || !(event.ctrlKey || event.metaKey)) return;
+  event.preventDefault();
+  action();
+};
+
 /** Copies a text, and says so. */
-export function CopyButton({ text, what = "Copy" }) {
+export function CopyButton({ text, what = "Copy", ...rest }) {
   const [done, setDone] = useState(false);
   useEffect(() => {
     if (!done) return undefined;
@@ -189,7 +202,7 @@ export function CopyButton({ text, what = "Copy" }) {
       notify("The browser does not let this page copy: select the text and copy it.");
     }
   };
-  return html`<${Button} icon=${done ? "check" : "copy"} label=${what} kind="quiet" onClick=${copy} />`;
+  return html`<${Button} icon=${done ? "check" : "copy"} label=${what} kind="quiet" onClick=${copy} ...${rest} />`;
 }
 
 const notices = new Store([]);

@@ -3,12 +3,12 @@
 import { html, useState } from "../html.js";
 import { get, path, send } from "../api.js";
 import { TaskBadge, Tier, viewOf } from "../badges.js";
-import { ago, bytes, count, figure, full, short } from "../format.js";
+import { bytes, count, figure, short } from "../format.js";
 import { goOn, href } from "../router.js";
 import { may, mayChange } from "../session.js";
-import { useAction, useLoad, usePages } from "../store.js";
+import { useAction, useDialog, useLoad, usePages } from "../store.js";
 import {
-  Button, Confirm, CopyButton, Dialog, ErrorNote, Heading, Loading, notify, SelectField, TextField,
+  Button, Confirm, CopyButton, Dialog, ErrorNote, Heading, Loading, notify, SelectField, TextField, When,
 } from "../ui.js";
 
 const METRICS_SHOWN = 6;
@@ -22,13 +22,12 @@ export function Adapter({ me, tenant, name }) {
     const page = await get(`${url}/versions`, { limit: VERSIONS_SHOWN, before }, signal);
     return { ...page, rows: page.versions };
   }, [url], VERSIONS_SHOWN);
-  const [dialog, setDialog] = useState(null);
+  const [dialog, setDialog, close] = useDialog();
   const canChange = mayChange(me, id);
   const info = detail.data;
   const isDamaged = detail.error?.code === "store_corrupted";
   // Of all tenants, so for an admin alone.
   const traffic = useLoad(async (signal) => (may(me, "admin") ? (await get("/v1/stats", {}, signal)).by_adapter[id] : null), [id]);
-  const close = () => setDialog(null);
   const reload = () => {
     detail.reload();
     history.reload();
@@ -128,7 +127,7 @@ function VersionList({ history, canChange, id, task, onDialog }) {
             ${aliases.map((alias) => html`<span class="alias" key=${alias}>${alias}
               ${canChange && alias !== "latest" && html`<button type="button" aria-label=${`Remove alias ${alias}`}
                 onClick=${() => onDialog({ kind: "remove-alias", alias })}>×</button>`}</span>`)}
-            <time class="muted" datetime=${version.created_at} title=${full(version.created_at)}>${ago(version.created_at)}</time>
+            <${When} at=${version.created_at} />
           </div>
           ${version.description && html`<p>${version.description}</p>`}
           <p class="version-facts muted">${version.method}, rank ${version.ranks.join(", ")}, split ${version.splits.join(", ")},

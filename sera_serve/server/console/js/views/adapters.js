@@ -3,11 +3,11 @@
 import { html, useEffect, useLayoutEffect, useRef, useState } from "../html.js";
 import { TaskBadge, Tier } from "../badges.js";
 import { NO_FILTERS, SIZES, useSearch } from "../catalog.js";
-import { ago, bytes, count, full } from "../format.js";
+import { bytes, count } from "../format.js";
 import { go, href, replace, route, useAddress } from "../router.js";
 import { may } from "../session.js";
 import { useStore } from "../store.js";
-import { Button, Empty, ErrorNote, Heading, Loading, SelectField, TextField } from "../ui.js";
+import { Button, Empty, ErrorNote, Heading, Loading, SelectField, TextField, When } from "../ui.js";
 import { Adapter } from "./adapter.js";
 
 const PAGE = 50;
@@ -85,7 +85,9 @@ function Table({ rows, onLeave }) {
     <tbody>${rows.map((row) => {
       const target = ["adapters", ...row.adapter.split("/")];
       const [tenant, name] = row.adapter.split("/");
-      return html`<tr key=${row.adapter} class="clickable" onClick=${(event) => event.target.closest("a") ?? go(target)}>
+      // Who selects a text in it stays here.
+      const follow = (event) => event.target.closest("a") || !getSelection().isCollapsed || go(target);
+      return html`<tr key=${row.adapter} class="clickable" onClick=${follow}>
         <th scope="row"><a href=${href(target)}><span class="tenant">${tenant}/</span>${name}</a></th>
         <td data-label="Task"><${TaskBadge} task=${row.task} /></td>
         <td data-label="Method">${row.method}</td>
@@ -94,7 +96,7 @@ function Table({ rows, onLeave }) {
         <td data-label="Size" class="number">${bytes(row.bytes)}</td>
         <td data-label="Where"><${Tier} ...${row} /></td>
         <td data-label="Version" class="number">${row.version}</td>
-        <td data-label="Published"><time datetime=${row.created_at} title=${full(row.created_at)}>${ago(row.created_at)}</time></td>
+        <td data-label="Published"><${When} at=${row.created_at} /></td>
       </tr>`;
     })}</tbody>
   </table></div>`;

@@ -1,12 +1,11 @@
 // A text through several adapters with heads: labels as bars, numbers, or the text with its spans marked.
 
-import { html, useEffect, useLayoutEffect, useRef, useState } from "../html.js";
+import { html, useEffect, useRef, useState } from "../html.js";
 import { isAbort, send } from "../api.js";
 import { TEXT_HEADS } from "../badges.js";
 import { percent } from "../format.js";
-import { AdapterPicker } from "../picker.js";
-import { replace, route, useAddress } from "../router.js";
-import { Button, Check, ErrorNote, Field, Heading, Meter } from "../ui.js";
+import { AdapterPicker, useChosen } from "../picker.js";
+import { Button, Check, ErrorNote, Field, Heading, Meter, onCtrlEnter } from "../ui.js";
 
 const MOST = 8;
 const LABELS_SHOWN = 8;
@@ -17,16 +16,13 @@ const kept = { text: "My parcel is late and the tracking number does not work.",
 
 export default function Classify() {
   const [text, setText] = useState(kept.text);
-  const [adapters, setAdapters] = useState(() => named() ?? kept.adapters);
+  const [adapters, setAdapters] = useChosen("classify", kept, () => MOST);
   const [isLive, setLive] = useState(kept.isLive);
   const [answers, setAnswers] = useState({});
   const [busy, setBusy] = useState(false);
   const stopper = useRef(null);
   Object.assign(kept, { text, adapters, isLive });
   const canRun = text.trim() !== "" && adapters.length > 0;
-  useLayoutEffect(() => replace(["classify"], { adapter: adapters }), [adapters]);
-  // An address that names none leaves what is chosen, and then says it again.
-  useAddress("classify", () => setAdapters(named() ?? [...kept.adapters]));
   useEffect(() => () => stopper.current?.abort(), []);
   const run = async () => {
     if (!canRun) return;
@@ -45,14 +41,8 @@ export default function Classify() {
     const timer = setTimeout(run, PAUSE_MS);
     return () => clearTimeout(timer);
   }, [text, adapters, isLive]);
-  const onKey = (event) => {
-    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
-      event.preventDefault();
-      run();
-    }
-  };
   const answered = adapters.filter((adapter) => answers[adapter]);
-  return html`<div onKeyDown=${onKey}>
+  return html`<div onKeyDown=${onCtrlEnter(run)}>
     <${Heading} title="Classify" lead="One text through several adapters: its label, its number, or the names in it." />
     <div class="card form">
       <${Field} label="Text" wide>
@@ -66,7 +56,8 @@ export default function Classify() {
       </div>
     </div>
     <p class="sr-only" role="status">${answered.map((adapter) => spoken(adapter, answers[adapter])).join(" ")}</p>
-    <div class="answers">${answered.map((adapter) => html`<${Answer} key=${adapter} adapter=${adapter} ...${answers[adapter]} />`)}</div>
+    <div class="answers">${answered.map((adapter) => html`<${Answer} key=${adapter} adapter=${adapter}
+      isOld=${answers[adapter].text !== text} ...${answers[adapter]} />`)}</div>
   </div>`;
 }
 
@@ -87,9 +78,10 @@ function spoken(adapter, { result }) {
   return `${adapter}: ${result.label}, ${percent(result.probabilities[result.label])}.`;
 }
 
-function Answer({ adapter, result, text, version, error }) {
+// An answer stays while the text is changed, and until a slow adapter has answered to the new one.
+function Answer({ adapter, isOld, result, text, version, error }) {
   return html`<section class="card answer" aria-label=${adapter}>
-    <h2>${adapter}${version && html` <small>v${version}</small>`}</h2>
+    <h2>${adapter}${version && html` <small>v${version}</small>`}${isOld && html` <small class="late">for an earlier text</small>`}</h2>
     <${ErrorNote} error=${error} />
     ${result && html`<${Result} result=${result} text=${text} />`}
   </section>`;
@@ -132,9 +124,4 @@ function Marked({ text, spans, truncated }) {
 
 function number(value) {
   return Number(value.toPrecision(5)).toString();
-}
-
-function named() {
-  const adapters = [...new Set(route.value.query.getAll("adapter"))].slice(0, MOST);
-  return adapters.length > 0 ? adapters : null;
 }

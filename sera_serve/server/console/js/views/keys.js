@@ -2,11 +2,11 @@
 
 import { html, useState } from "../html.js";
 import { get, path, send } from "../api.js";
-import { ago, count, full, time } from "../format.js";
+import { count } from "../format.js";
 import { begin, signIn } from "../session.js";
-import { useAction, useLoad } from "../store.js";
+import { useAction, useDialog, useLoad } from "../store.js";
 import {
-  Badge, Button, Check, Confirm, CopyButton, Dialog, Empty, ErrorNote, Heading, Loading, notify, SelectField, TextField,
+  Badge, Button, Check, Confirm, CopyButton, Dialog, Empty, ErrorNote, Heading, Loading, notify, SelectField, TextField, When,
 } from "../ui.js";
 
 const SCOPES = [
@@ -23,12 +23,11 @@ const TONES = { active: "good", expired: "warn", revoked: "danger" };
 export default function Keys({ me }) {
   const [tenant, setTenant] = useState("");
   const { data, error, loading, reload } = useLoad((signal) => get("/v1/keys", {}, signal), []);
-  const [dialog, setDialog] = useState(null);
+  const [dialog, setDialog, close] = useDialog();
   const [shown, setShown] = useState(SHOWN);
   const wanted = tenant.trim().toLowerCase();
   // The newest first: what was just made is in sight.
   const keys = (data?.keys ?? []).filter((key) => key.tenant.includes(wanted)).reverse();
-  const close = () => setDialog(null);
   return html`
     <${Heading} title="Keys" lead="A key acts for one tenant. Its secret is shown once, when it is made.">
       <${Button} kind="primary" icon="plus" onClick=${() => setDialog({ kind: "create" })}>New key<//>
@@ -77,10 +76,6 @@ function summary(all, shown) {
   return shown < all ? `The newest ${count(shown)} of ${number}` : number;
 }
 
-function When({ at }) {
-  return html`<time datetime=${time(at).toISOString()} title=${full(at)}>${ago(at)}</time>`;
-}
-
 function CreateDialog({ me, onClose, onMade }) {
   const [tenant, setTenant] = useState("");
   const [name, setName] = useState("");
@@ -110,11 +105,12 @@ function CreateDialog({ me, onClose, onMade }) {
   <//>`;
 }
 
+// The focus is on the button that copies: a second Enter must not close what is shown once.
 function SecretDialog({ me, made, onClose }) {
   return html`<${Dialog} title="Copy the key now" onClose=${onClose} onSubmit=${onClose} footer=${html`
       <${Button} kind="primary" type="submit">I have it<//>`}>
     <p>This is the only time that the secret of <code>${made.id}</code> is shown. The server keeps a hash alone.</p>
-    <div class="secret"><code>${made.secret}</code><${CopyButton} text=${made.secret} what="Copy the secret" /></div>
+    <div class="secret"><code>${made.secret}</code><${CopyButton} text=${made.secret} what="Copy the secret" data-first="" /></div>
     <p class="help">Tenant ${made.tenant}; ${made.scopes.join(", ")}.</p>
     ${!me.needs_keys && html`<p class="note warn">This server asks everyone for a key from now on.</p>`}
   <//>`;

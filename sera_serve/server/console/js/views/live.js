@@ -1,10 +1,12 @@
 // What the server does now: rates from the differences of its counters.
 
-import { html, useEffect, useState } from "../html.js";
-import { get, isAbort } from "../api.js";
+import { html, useState } from "../html.js";
+import { get } from "../api.js";
 import { Chart, Stat } from "../chart.js";
 import { bytes, count, percent, seconds, short } from "../format.js";
+import { usePolling } from "../store.js";
 import { ErrorNote, Heading, Loading, Meter } from "../ui.js";
+import { isForAnotherBase } from "../wrong_base.js";
 
 const EVERY_MS = 2000;
 const KEPT = 150;
@@ -16,48 +18,26 @@ const BUSIEST_SAMPLES = 15;
 // The last minutes outlive a look at another view.
 let history = [];
 
-export default function Live() {
+export default function Live({ me }) {
   const [samples, setSamples] = useState(history);
-  const [error, setError] = useState(null);
-  useEffect(() => {
-    const controller = new AbortController();
-    let timer = 0;
-    const poll = async () => {
-      try {
-        const sample = await get("/v1/stats", {}, controller.signal);
-        history = added(history, sample);
-        setSamples(history);
-        setError(null);
-      } catch (failure) {
-        if (isAbort(failure)) return;
-        setError(failure);
-      }
-      if (!document.hidden) timer = setTimeout(poll, EVERY_MS);
-    };
-    const wake = () => {
-      clearTimeout(timer);
-      // A tab that nobody sees asks nothing.
-      if (!document.hidden) poll();
-    };
-    document.addEventListener("visibilitychange", wake);
-    wake();
-    return () => {
-      controller.abort();
-      clearTimeout(timer);
-      document.removeEventListener("visibilitychange", wake);
-    };
-  }, []);
+  const { error, reload } = usePolling(async (signal) => {
+    history = added(history, await get("/v1/stats", {}, signal));
+    setSamples(history);
+  }, EVERY_MS, []);
   const now = samples.at(-1);
   return html`
     <${Heading} title="Live" lead=${`The last ${Math.round((KEPT * EVERY_MS) / 60000)} minutes, every ${EVERY_MS / 1000} seconds.`} />
-    <${ErrorNote} error=${error} />
-    ${now ? html`<${Figures} samples=${samples} now=${now} />` : !error && html`<${Loading} rows="6" />`}`;
+    <${ErrorNote} error=${error} retry=${reload} />
+    ${now ? html`<${Figures} samples=${samples} now=${now} generates=${!isForAnotherBase("playground", me)} />` : !error && html`<${Loading} rows="6" />`}`;
 }
 
-/** The samples with one more. A counter that fell says that the server began again: what was before is dropped. */
+// One of them falls when the server begins again. A server that only classifies makes no tokens.
+const COUNTERS = [(sample) => sample.tokens.completion, (sample) => sample.classified_inputs, (sample) => sample.waits.count];
+
+/** The samples with one more. What was before the server began again is dropped. */
 function added(samples, sample) {
   const last = samples.at(-1);
-  if (last && (sample.tokens.completion < last.tokens.completion || sample.at <= last.at)) return [sample];
+  if (last && (sample.at <= last.at || COUNTERS.some((counter) => counter(sample) < counter(last)))) return [sample];
   const kept = [...samples, sample].slice(-KEPT);
   const old = kept.at(-2 - BUSIEST_SAMPLES);
   // Of thousands of adapters: an older sample is asked for sums alone.
@@ -94,45 +74,54 @@ function shares(samples, tier) {
 const total = (hits) => Object.values(hits).reduce((sum, value) => sum + value, 0);
 const latest = (values, format) => (values.length && values.at(-1) !== null ? format(values.at(-1)) : "-");
 
-function Figures({ samples, now }) {
+function Figures({ samples, now, generates }) {
   const times = samples.slice(1).map((sample) => sample.at);
   const completion = rates(samples, (sample) => sample.tokens.completion);
   const prompt = rates(samples, (sample) => sample.tokens.prompt);
+  const inputs = rates(samples, (sample) => sample.classified_inputs);
   const first = means(samples, (sample) => sample.first_token);
   const waits = means(samples, (sample) => sample.waits);
-  const device = shares(samples, "device");
-  const host = shares(samples, "host");
-  const store = shares(samples, "store");
   const column = (read) => samples.slice(1).map(read);
   return html`
     <div class="stats">
-      <${Stat} term="New tokens" value=${latest(completion, short)} unit="a second" />
-      <${Stat} term="First token" value=${latest(first, seconds)} unit="mean" />
+      ${generates
+        ? html`<${Stat} term="New tokens" value=${latest(completion, short)} unit="a second" />
+            <${Stat} term="First token" value=${latest(first, seconds)} unit="mean" />`
+        : html`<${Stat} term="Classified inputs" value=${latest(inputs, short)} unit="a second" />
+            <${Stat} term="Wait for the batch" value=${latest(waits, seconds)} unit="mean" />`}
       <${Stat} term="In flight" value=${count(now.requests_in_flight)} unit="requests" />
       <${Stat} term="Adapters" value=${count(now.adapters.resident)} unit="on the device" />
     </div>
     <div class="charts">
-      <${Chart} title="Throughput" data=${[times, completion, prompt]} series=${[
-        { label: "new tokens/s", colour: "lane-2", latest: latest(completion, short) },
-        { label: "prompt tokens/s", colour: "lane-1", latest: latest(prompt, short) },
+      <${Lines} title="Throughput" times=${times} format=${short} lines=${[
+        generates && ["new tokens/s", "lane-2", completion],
+        generates && ["prompt tokens/s", "lane-1", prompt],
+        ["classified inputs/s", "lane-3", inputs],
       ]} />
-      <${Chart} title="Waiting time" data=${[times, first, waits]} format=${seconds} series=${[
-        { label: "to the first token", colour: "lane-2", latest: latest(first, seconds) },
-        { label: "for the batch", colour: "lane-3", latest: latest(waits, seconds) },
+      <${Lines} title="Waiting time" times=${times} format=${seconds} axis=${seconds} lines=${[
+        generates && ["to the first token", "lane-2", first],
+        ["for the batch", "lane-3", waits],
       ]} />
-      <${Chart} title="Queue" data=${[times, column((s) => s.running), column((s) => s.waiting)]} series=${[
-        { label: "running", colour: "lane-2", latest: count(now.running) },
-        { label: "waiting", colour: "lane-3", latest: count(now.waiting) },
+      <${Lines} title="Queue" times=${times} format=${count} lines=${[
+        ["running", "lane-2", column((sample) => sample.running)],
+        ["waiting", "lane-3", column((sample) => sample.waiting)],
       ]} />
-      <${Chart} title="Where adapters were found" data=${[times, device, host, store]} format=${percent} most=${1.04} series=${[
-        { label: "device", colour: "lane-2", latest: latest(device, percent) },
-        { label: "host", colour: "lane-3", latest: latest(host, percent) },
-        { label: "store", colour: "lane-5", latest: latest(store, percent) },
+      <${Lines} title="Where adapters were found" times=${times} format=${percent} axis=${percent} most=${1.04} lines=${[
+        ["device", "lane-2", shares(samples, "device")],
+        ["host", "lane-3", shares(samples, "host")],
+        ["store", "lane-5", shares(samples, "store")],
       ]} />
       <${Memory} adapters=${now.adapters} pages=${now.cache_pages} />
       <${Busiest} title="Tenants" samples=${samples} read=${(sample) => sample.by_tenant} />
       <${Busiest} title="Adapters" samples=${samples} read=${(sample) => sample.by_adapter} />
     </div>`;
+}
+
+/** A chart of columns over `times`. `lines` are [name, colour, column], or false. `format` writes the latest values. */
+function Lines({ title, times, lines, format, axis, most }) {
+  const shown = lines.filter(Boolean);
+  return html`<${Chart} title=${title} data=${[times, ...shown.map(([, , column]) => column)]} format=${axis} most=${most}
+    series=${shown.map(([label, colour, column]) => ({ label, colour, latest: latest(column, format) }))} />`;
 }
 
 function Memory({ adapters, pages }) {

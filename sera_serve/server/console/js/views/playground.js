@@ -1,11 +1,10 @@
 // One prompt through the base model and several adapters, side by side.
 
-import { html, useEffect, useLayoutEffect, useMemo, useRef, useState } from "../html.js";
+import { html, useEffect, useMemo, useRef, useState } from "../html.js";
 import { numberOr } from "../format.js";
-import { AdapterPicker } from "../picker.js";
+import { AdapterPicker, useChosen } from "../picker.js";
 import { Lane, requestOf } from "../lane.js";
-import { replace, route, useAddress } from "../router.js";
-import { Button, Check, Field, Heading, Segments, TextField } from "../ui.js";
+import { Button, Check, Field, Heading, onCtrlEnter, Segments, TextField } from "../ui.js";
 
 // A browser opens six connections to one server. One is left for the rest of the page.
 const MOST_LANES = 5;
@@ -19,7 +18,7 @@ const kept = { prompt: EXAMPLE, adapters: [], withBase: true, mode: "text", opti
 
 export default function Playground({ me }) {
   const [prompt, setPrompt] = useState(kept.prompt);
-  const [adapters, setAdapters] = useState(() => named() ?? kept.adapters);
+  const [adapters, setAdapters] = useChosen("playground", kept, () => MOST_LANES - (kept.withBase ? 1 : 0));
   const [withBase, setBase] = useState(kept.withBase);
   const [mode, setMode] = useState(kept.mode);
   const [options, setOptions] = useState(kept.options);
@@ -27,9 +26,6 @@ export default function Playground({ me }) {
   const [busy, setBusy] = useState(0);
   const stopper = useRef(null);
   Object.assign(kept, { prompt, adapters, withBase, mode, options });
-  useLayoutEffect(() => replace(["playground"], { adapter: adapters }), [adapters]);
-  // An address that names none leaves what is chosen, and then says it again.
-  useAddress("playground", () => setAdapters(named() ?? [...kept.adapters]));
   useEffect(() => () => stopper.current?.abort(), []);
   const lanes = [...(withBase ? [null] : []), ...adapters];
   const canRun = prompt.trim() !== "" && lanes.length > 0;
@@ -47,12 +43,6 @@ export default function Playground({ me }) {
   };
   const ended = useRef(null);
   ended.current = (number) => number === run.number && setBusy((left) => Math.max(0, left - 1));
-  const onKey = (event) => {
-    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
-      event.preventDefault();
-      start();
-    }
-  };
   useEffect(() => {
     // Wherever the focus is: a button that was pressed may be gone.
     const onEscape = (event) => event.key === "Escape" && stopper.current.abort();
@@ -60,7 +50,7 @@ export default function Playground({ me }) {
     document.addEventListener("keydown", onEscape);
     return () => document.removeEventListener("keydown", onEscape);
   }, [busy > 0]);
-  return html`<div onKeyDown=${onKey}>
+  return html`<div onKeyDown=${onCtrlEnter(start)}>
     <${Heading} title="Playground" lead="One prompt, several models, side by side." />
     <div class="card form">
       <${Field} label="Prompt" wide>
@@ -77,7 +67,7 @@ export default function Playground({ me }) {
           ? html`<${Button} kind="primary" icon="stop" onClick=${() => stopper.current.abort()}>Stop<//>`
           : html`<${Button} kind="primary" icon="play" disabled=${!canRun} onClick=${start}>Run<//>`}
         <${Segments} label="What the model does" value=${mode} options=${MODES} onValue=${setMode} />
-        <${Check} checked=${withBase} onValue=${setBase}>With the base model<//>
+        <${Check} checked=${withBase} onValue=${setBase} disabled=${lanes.length >= MOST_LANES && !withBase}>With the base model<//>
         <span class="help keys-help">Ctrl+Enter runs, Escape stops.</span>
       </div>
     </div>
@@ -106,9 +96,4 @@ function numbers(options) {
   const filled = Object.entries(options).filter(([, value]) => value.trim() !== "");
   const given = Object.fromEntries(filled.map(([name, value]) => [name, numberOr(value)]));
   return { max_new_tokens: null, temperature: 0, ...given };
-}
-
-function named() {
-  const adapters = [...new Set(route.value.query.getAll("adapter"))].slice(0, MOST_LANES - 1);
-  return adapters.length > 0 ? adapters : null;
 }

@@ -4,7 +4,7 @@ import { html, useState } from "../html.js";
 import { get, path, send } from "../api.js";
 import { bytes, count, numberOr } from "../format.js";
 import { may } from "../session.js";
-import { useAction, useLoad } from "../store.js";
+import { useAction, useDialog, useLoad } from "../store.js";
 import { Button, Dialog, Empty, ErrorNote, Heading, Loading, Meter, notify, SelectField, TextField } from "../ui.js";
 
 // Field of the limit, its name, the field of its use.
@@ -20,20 +20,20 @@ const LIMITS = [
 const OTHERS = "*";
 // A page of thousands of cards makes each key that is typed slow.
 const SHOWN = 60;
-const PRIORITIES = [["", "No limit"], ["low", "low"], ["normal", "normal"], ["high", "high"]];
+const PRIORITIES = [["low", "low"], ["normal", "normal"], ["high", "high"]];
 
 export default function Quotas({ me }) {
   const isAdmin = may(me, "admin");
   const load = (signal) => (isAdmin ? get("/v1/quotas", {}, signal) : own(me, signal));
   const { data, error, loading, reload } = useLoad(load, [isAdmin]);
-  const [edited, setEdited] = useState(null);
+  const [edited, setEdited, close] = useDialog();
   const [tenant, setTenant] = useState("");
   const [shown, setShown] = useState(SHOWN);
   const all = data?.quotas ?? [];
   const found = all.filter((quota) => named(quota.tenant).includes(tenant.trim().toLowerCase()));
   const done = (text) => {
     notify(text);
-    setEdited(null);
+    close();
     reload();
   };
   return html`
@@ -56,7 +56,7 @@ export default function Quotas({ me }) {
       <p class="help">Highest priority: ${quota.limits.max_priority ?? "no limit"}</p>
     </section>`)}</div>
     ${found.length > shown && html`<p class="more"><${Button} onClick=${() => setShown(shown + SHOWN)}>Show more<//></p>`}
-    ${edited && html`<${EditDialog} quota=${edited} onClose=${() => setEdited(null)} onDone=${done} />`}`;
+    ${edited && html`<${EditDialog} quota=${edited} onClose=${close} onDone=${done} />`}`;
 }
 
 const named = (tenant) => (tenant === OTHERS ? "every other tenant" : tenant);
@@ -88,11 +88,11 @@ function EditDialog({ quota, onClose, onDone }) {
   const [tenant, setTenant] = useState(quota.tenant);
   const [limits, setLimits] = useState(() => texts(quota.limits));
   const before = texts(quota.limits);
+  const changed = Object.entries(limits).filter(([field, text]) => text.trim() !== before[field]);
+  const canSave = tenant.trim() !== "" && changed.length > 0;
   const action = useAction(async () => {
-    const changed = Object.entries(limits).filter(([field, text]) => text.trim() !== before[field]);
-    if (changed.length === 0) return onClose();
     await send("PUT", path`/v1/quotas/${tenant.trim()}`, Object.fromEntries(changed.map(([field, text]) => [field, valueOf(field, text)])));
-    return onDone(`The quota of ${named(tenant.trim())} is set.`);
+    onDone(`The quota of ${named(tenant.trim())} is set.`);
   });
   const clearing = useAction(async () => {
     await send("DELETE", path`/v1/quotas/${quota.tenant}`);
@@ -100,15 +100,15 @@ function EditDialog({ quota, onClose, onDone }) {
   });
   const field = (name) => ({ value: limits[name], onValue: (value) => setLimits({ ...limits, [name]: value }) });
   return html`<${Dialog} wide title=${isNew ? "Set a quota" : `Quota of ${named(quota.tenant)}`} onClose=${onClose}
-    onSubmit=${() => tenant.trim() && action.run()} footer=${html`
+    onSubmit=${() => canSave && action.run()} footer=${html`
       ${!isNew && html`<${Button} kind="quiet danger-text" busy=${clearing.busy} onClick=${() => clearing.run()}>Take back<//>`}
       <${Button} onClick=${onClose}>Cancel<//>
-      <${Button} kind="primary" type="submit" busy=${action.busy} disabled=${!tenant.trim()}>Save<//>`}>
+      <${Button} kind="primary" type="submit" busy=${action.busy} disabled=${!canSave}>Save<//>`}>
     ${isNew && html`<${TextField} label="Tenant" value=${tenant} onValue=${setTenant} placeholder="acme" help="* is every other tenant." />`}
-    <p class="help">An empty field is no limit. Take back: the limits of the settings file hold again.</p>
+    <p class="help">${isNew ? "What is left empty stays as it is." : "An empty field is no limit. Take back: the limits of the settings file hold again."}</p>
     <div class="fields-2">
       ${LIMITS.map(([name, title]) => html`<${TextField} key=${name} label=${title} inputmode="numeric" ...${field(name)} />`)}
-      <${SelectField} label="Highest priority" options=${PRIORITIES} ...${field("max_priority")} />
+      <${SelectField} label="Highest priority" options=${[["", isNew ? "As it is" : "No limit"], ...PRIORITIES]} ...${field("max_priority")} />
     </div>
     <${ErrorNote} error=${action.error ?? clearing.error} />
   <//>`;

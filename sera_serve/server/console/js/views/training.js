@@ -1,13 +1,13 @@
 // Training on the server: files of rows, jobs, one job, and the form of a new one.
 
-import { html, useEffect, useState } from "../html.js";
+import { html, useEffect } from "../html.js";
 import { path, send } from "../api.js";
 import { DropZone, Progress, StopUpload, Upload } from "../files.js";
-import { ago, bytes, full } from "../format.js";
+import { bytes } from "../format.js";
 import { Status, useNewest } from "../jobs.js";
 import { href, route } from "../router.js";
-import { useAction, useStore } from "../store.js";
-import { Button, Confirm, Empty, ErrorNote, Heading, Loading, notify } from "../ui.js";
+import { useAction, useDialog, useStore } from "../store.js";
+import { Button, Confirm, Empty, ErrorNote, Heading, Loading, notify, When } from "../ui.js";
 import { Job } from "./job.js";
 import { NewJob } from "./new_job.js";
 
@@ -49,7 +49,7 @@ function Jobs() {
         <td data-label="From" class="breaks">${job.model}</td>
         <td data-label="Rows"><code>${job.training_file}</code></td>
         <td data-label="Result" class="breaks">${job.fine_tuned_model ? html`<${ModelLink} model=${job.fine_tuned_model} />` : "-"}</td>
-        <td data-label="Made"><time title=${full(job.created_at)}>${ago(job.created_at)}</time></td>
+        <td data-label="Made"><${When} at=${job.created_at} /></td>
       </tr>`)}</tbody>
     </table></div>
     ${hasMore && html`<${Older} shown=${jobs.length} busy=${loading} more=${more} />`}
@@ -68,7 +68,7 @@ function ModelLink({ model }) {
 function Files() {
   const files = useNewest("/v1/files", { purpose: "fine-tune" });
   const { files: chosen, progress, error, answer } = useStore(sending);
-  const [doomed, setDoomed] = useState(null);
+  const [doomed, setDoomed, close] = useDialog();
   const busy = progress !== null;
   useEffect(() => sending.leave.bind(sending), []);
   useEffect(() => {
@@ -91,7 +91,7 @@ function Files() {
       <${DropZone} label="Drop a JSONL file here, or choose one" accept=".jsonl,.json,application/jsonl" files=${chosen}
         disabled=${busy} onFiles=${(some) => sending.choose(some)}
         help=${html`One JSON object a line: <code>messages</code>, or <code>prompt</code> and <code>completion</code>, or${" "}
-          <code>text</code> and <code>label</code>.`} />
+          <code>text</code> with <code>label</code>, <code>labels</code>, <code>score</code> or <code>spans</code>.`} />
       ${progress && html`<${Progress} ...${progress} what="Upload" />`}
       <div class="form-foot">
         <${Button} kind="primary" icon="upload" type="submit" busy=${busy} disabled=${chosen.length !== 1}>Upload<//>
@@ -110,15 +110,15 @@ function Files() {
         <th scope="row">${file.filename}</th>
         <td data-label="Id"><code>${file.id}</code></td>
         <td data-label="Size" class="number">${bytes(file.bytes)}</td>
-        <td data-label="Uploaded"><time title=${full(file.created_at)}>${ago(file.created_at)}</time></td>
+        <td data-label="Uploaded"><${When} at=${file.created_at} /></td>
         <td class="row-actions">
           <a class="button quiet" href=${href(["training", "new"], { file: file.id })}>Train on it</a>
           <${Button} kind="quiet danger-text" icon="trash" label=${`Delete ${file.filename}`} onClick=${() => setDoomed(file)} /></td>
       </tr>`)}</tbody>
     </table></div>`}
     ${files.hasMore && html`<${Older} shown=${rows.length} busy=${files.loading} more=${files.more} />`}
-    ${doomed && html`<${DeleteFile} file=${doomed} onClose=${() => setDoomed(null)} onDone=${() => {
-      setDoomed(null);
+    ${doomed && html`<${DeleteFile} file=${doomed} onClose=${close} onDone=${() => {
+      close();
       files.reload();
     }} />`}`;
 }
