@@ -5,7 +5,7 @@ from __future__ import annotations
 import httpx
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import expect
+from playwright.sync_api import Route, expect
 
 from support.browser import Tab, answer
 
@@ -33,4 +33,18 @@ def test_a_view_says_why_the_base_is_not_for_it(tab: Tab, kind: str) -> None:
         expect(page.locator("main")).to_contain_text("with the command train_adapter, then upload it")
         expect(page.get_by_role("link", name="New job")).to_have_count(0)
         assert not Axe().run(page).response["violations"]
+    tab.check()
+
+
+def test_the_command_has_the_address_of_a_server_behind_a_proxy(tab: Tab) -> None:
+    page = tab.page
+
+    def forward(route: Route) -> None:
+        route.fulfill(response=route.fetch(url=route.request.url.replace("/models/", "/", 1)))
+
+    me = httpx.get(f"{tab.url}/v1/me").json()
+    page.route("**/models/**", forward)
+    answer(page, r"/v1/me$", me | {"base": {"name": "other", "kind": "vision"}})
+    page.goto(f"{tab.url}/models/console#/classify")
+    expect(page.locator("main")).to_contain_text(f"-F image=@photo.jpg {tab.url}/models/v1/classify")
     tab.check()

@@ -212,3 +212,27 @@ def test_an_address_that_comes_as_soon_as_the_view_is_there_is_followed(tab: Tab
     expect(page.locator(".chip")).to_have_text(["demo/writer-002"])
     expect(page).to_have_url(re.compile("writer-002"))
     tab.check()
+
+
+def test_five_lanes_are_the_most(tab: Tab) -> None:
+    names = [f"demo/writer-{number:03d}" for number in range(6)]
+    page = tab.open("playground?" + "&".join(f"adapter={name}" for name in names))
+    base, lanes = page.get_by_label("With the base model"), page.locator("section.lane")
+    expect(page.locator(".chip")).to_have_text(names[:4])
+    base.uncheck()
+    box = page.get_by_role("combobox", name="Adapters")
+    box.fill("writer-004")
+    page.get_by_role("option", name=names[4]).click()
+    expect(lanes).to_have_count(5)
+    # A sixth stream would take the last of the browser's connections.
+    expect(base).to_be_disabled()
+    expect(box).to_be_disabled()
+    # All five are in the address, which somebody may come back to.
+    page.get_by_role("link", name="Quotas").click()
+    expect(page.get_by_role("heading", level=1)).to_have_text("Quotas")
+    page.go_back()
+    expect(page.locator(".chip")).to_have_text(names[:5])
+    page.get_by_role("button", name=f"Remove {names[0]}").click()
+    base.check()
+    expect(lanes).to_have_count(5)
+    tab.check()

@@ -364,3 +364,94 @@ def test_a_stream_that_broke_off_says_what_to_do(tab: Tab) -> None:
     page.get_by_role("button", name="Run").click()
     expect(page.get_by_role("alert")).to_contain_text("The answer broke off.")
     expect(page.get_by_role("alert")).to_contain_text("run it again when the server is back")
+
+
+@pytest.mark.parametrize(
+    ("task", "view"),
+    [
+        ("generate", "playground"),
+        ("classify", "classify"),
+        ("multi-label", "classify"),
+        ("regress", "classify"),
+        ("token-classify", "classify"),
+    ],
+)
+def test_what_a_job_has_made_is_tried_in_the_view_of_its_task(tab: Tab, task: str, view: str) -> None:
+    page = tab.page
+    done = JOB | {"status": "succeeded", "fine_tuned_model": "acme/support"}
+    answer(page, r"/v1/fine_tuning/jobs/[^/]+$", done | {"adapter": JOB["adapter"] | {"task": task}})
+    answer(page, r"/v1/fine_tuning/jobs/[^/]+/events", {"object": "list", "data": [], "has_more": False})
+    tab.open(f"training/{JOB['id']}")
+    name = "Try it" if view == "playground" else "Classify with it"
+    expect(page.get_by_role("link", name=name)).to_have_attribute("href", f"#/{view}?adapter=acme%2Fsupport")
+    tab.check()
+
+
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [("validating_files", "checks the files"), ("queued", "waits for its turn"), ("running", "makes ready")],
+)
+def test_a_job_says_what_it_does_before_its_first_step(tab: Tab, status: str, words: str) -> None:
+    answer(tab.page, r"/v1/fine_tuning/jobs/[^/]+$", JOB | {"status": status})
+    answer(tab.page, r"/v1/fine_tuning/jobs/[^/]+/events", {"object": "list", "data": [], "has_more": False})
+    page = tab.open(f"training/{JOB['id']}")
+    expect(page.get_by_role("region", name="Facts")).to_contain_text(words)
+    tab.check()
+
+
+def test_the_option_that_enter_takes_is_in_sight(tab: Tab) -> None:
+    page = tab.page
+    page.set_viewport_size({"width": 390, "height": 844})
+    row = {"task": "generate", "method": "sera", "ranks": [8], "splits": [4], "bytes": 1}
+    rows = [row | {"adapter": f"{LONG_TENANT}/{number}{'n' * 63}"} for number in range(8)]
+    answer(page, r"/v1/adapters\?", {"adapters": rows, "next": None})
+    tab.open("playground")
+    page.get_by_role("combobox").click()
+    expect(page.get_by_role("option")).to_have_count(8)
+    taken = page.get_by_role("option", selected=True)
+    # Seven down, and then back to the first.
+    for number in (1, 2, 3, 4, 5, 6, 7, 0):
+        page.keyboard.press("ArrowDown")
+        expect(taken).to_contain_text(f"/{number}n")
+        box = taken.bounding_box()
+        frame = page.get_by_role("listbox").bounding_box()
+        assert box and frame
+        assert frame["y"] <= box["y"]
+        assert box["y"] + box["height"] <= frame["y"] + frame["height"]
+    # A press on the list's own bar or margin leaves it open.
+    page.mouse.click(frame["x"] + frame["width"] - 3, frame["y"] + frame["height"] / 2)
+    expect(page.get_by_role("listbox")).to_be_visible()
+    tab.check()
+
+
+def test_who_selects_a_text_in_a_row_stays_in_the_list(tab: Tab) -> None:
+    page = tab.open("adapters")
+    cell = page.get_by_role("cell", name="generate").first
+    box = cell.bounding_box()
+    assert box
+    page.mouse.move(box["x"] + 20, box["y"] + box["height"] / 2)
+    page.mouse.down()
+    page.mouse.move(box["x"] + 80, box["y"] + box["height"] / 2, steps=4)
+    page.mouse.up()
+    assert page.evaluate("String(getSelection())") != ""
+    expect(page.get_by_role("heading", level=1)).to_have_text("Adapters")
+    page.get_by_role("cell", name="sera").first.click()
+    expect(page.get_by_role("heading", level=1)).not_to_have_text("Adapters")
+    tab.check()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.0804, "80 ms"),
+        (0.9996, "1.0 s"),
+        (9.96, "10 s"),
+        (59.7, "1 min 0 s"),
+        (119.7, "2 min 0 s"),
+        (185, "3 min 5 s"),
+    ],
+)
+def test_seconds_are_written_with_the_unit_that_they_round_to(tab: Tab, seconds: float, text: str) -> None:
+    page = tab.open("quotas")
+    read = "async (value) => (await import(`${location.origin}/console/js/format.js`)).seconds(value)"
+    assert page.evaluate(read, seconds) == text

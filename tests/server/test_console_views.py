@@ -81,6 +81,8 @@ def test_adapters_are_listed_found_and_opened(tab: Tab) -> None:
     page.get_by_role("link", name="demo/sorter").click()
     expect(page.get_by_role("heading", level=1)).to_be_focused()
     expect(page.get_by_role("region", name="Facts")).to_contain_text("spam, ham")
+    # Two tabs are told apart.
+    expect(page).to_have_title("demo/sorter - Adapters - sera-serve")
     page.go_back()
     expect(page.get_by_label("Task")).to_have_value("classify")
     tab.check()
@@ -339,7 +341,10 @@ def test_rows_are_uploaded_and_wrong_ones_are_named(tab: Tab) -> None:
     page.get_by_text("How it learns").click()
     page.get_by_label("Epochs").fill("many")
     page.get_by_role("button", name="Start").click()
-    expect(page.get_by_role("alert")).to_contain_text("n_epochs")
+    # The field's name is the API's own.
+    expect(page.get_by_role("alert").locator(".message")).to_contain_text(
+        "method.supervised.hyperparameters.n_epochs is"
+    )
     page.go_back()
     page.get_by_role("button", name="Delete good.jsonl").click()
     page.get_by_role("dialog").get_by_role("button", name="Delete").click()
@@ -373,6 +378,9 @@ def test_a_quota_is_set_and_taken_back(tab: Tab) -> None:
     page.get_by_role("button", name="Set a quota").click()
     dialog = page.get_by_role("dialog")
     dialog.get_by_label("Tenant", exact=True).fill("demo")
+    # It would set nothing.
+    expect(dialog.get_by_role("button", name="Save")).to_be_disabled()
+    expect(dialog).to_contain_text("What is left empty stays as it is.")
     dialog.get_by_label("Adapters", exact=True).fill("ten")
     page.keyboard.press("Enter")
     expect(dialog.get_by_role("alert")).to_contain_text("adapters")

@@ -145,7 +145,8 @@ export async function upload(url, form, { onProgress, signal }) {
   });
 }
 
-function address(url, query = {}) {
+/** The whole address of a path of the API. */
+export function address(url, query = {}) {
   const whole = new URL(`.${url}`, ROOT);
   for (const [name, value] of Object.entries(query)) {
     if (value !== null && value !== undefined && value !== "") whole.searchParams.set(name, value);

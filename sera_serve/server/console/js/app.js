@@ -115,7 +115,8 @@ function Lazy({ load, title, ...rest }) {
   const place = parts.slice(0, 3).join("/");
   const visited = useRef(null);
   useEffect(() => {
-    document.title = `${title ?? "Sign in"} - sera-serve`;
+    const item = title && parts.slice(1, 3).join("/");
+    document.title = [item, title ?? "Sign in", "sera-serve"].filter(Boolean).join(" - ");
     if (!loaded) return;
     // Not on the first view of the page: there the browser has put the focus where it belongs.
     if (visitedPlaces.last !== null && visitedPlaces.last !== place && visited.current !== place) {

@@ -1,5 +1,6 @@
 // What a view says where the base of the server does not do what the view is for.
 
+import { address } from "./api.js";
 import { html } from "./html.js";
 import { href } from "./router.js";
 import { may } from "./session.js";
@@ -35,7 +36,7 @@ function NoTextToClassify({ me }) {
   return html`<h2>The base ${me.base.name} classifies images</h2>
     <p>This view sends texts. Send images to the server's API, JPEG, PNG or WebP, up to its limit in one request:</p>
     <p><code>curl ${me.needs_keys && '-H "Authorization: Bearer KEY" '}-F adapter=TENANT/NAME -F image=@photo.jpg
-      ${` ${location.origin}`}/v1/classify</code></p>
+      ${` ${address("/v1/classify")}`}</code></p>
     <p>The <a href=${href(["adapters"], { task: "image-classify" })}>adapters of task image-classify</a> take them.
       ${` /v1/embeddings`} makes vectors of ${READS[me.base.kind]}.</p>`;
 }

@@ -10,6 +10,12 @@ import { useAction } from "../store.js";
 import { Button, Confirm, ErrorNote, Heading, Loading, Meter, notify } from "../ui.js";
 
 const MESSAGES_SHOWN = 100;
+// What a job does before its first step.
+const WAITS = {
+  validating_files: "The server checks the files.",
+  queued: "It waits for its turn.",
+  running: "It makes ready: the first step has not ended yet.",
+};
 const IDS = ["Rows", "Validation rows", "Job", "Metrics"];
 const NO_METRICS = ["step", "total_steps", "epoch", "train_loss", "eval_loss", "learning_rate"];
 
@@ -19,11 +25,11 @@ export function Job({ id }) {
   const { columns, last } = useMemo(() => losses(events), [events]);
   const cancel = useAction(() => send("POST", path`/v1/fine_tuning/jobs/${id}/cancel`));
   const model = job?.fine_tuned_model;
-  const isClassifier = job?.adapter.task === "classify";
+  const isGenerator = job?.adapter.task === "generate";
   return html`
     <${Heading} title=${job?.adapter.name ?? id} back=${{ href: href(["training"]), title: "Training" }}>
-      ${model && html`<a class="button primary" href=${href([isClassifier ? "classify" : "playground"], { adapter: model })}>
-        ${isClassifier ? "Classify with it" : "Try it"}</a>
+      ${model && html`<a class="button primary" href=${href([isGenerator ? "playground" : "classify"], { adapter: model })}>
+        ${isGenerator ? "Try it" : "Classify with it"}</a>
         <a class="button plain" href=${href(["adapters", ...model.split("@")[0].split("/")])}>See the adapter</a>`}
       ${job && !isFinished(job) && html`<${Button} icon="stop" onClick=${() => setAsked(true)}>Cancel the job<//>`}
     <//>
@@ -70,7 +76,7 @@ function Facts({ job, last }) {
   return html`<section class="card form" aria-label="Facts">
     <p class="sr-only" role="status">The job's state: ${job.status.replaceAll("_", " ")}.</p>
     ${!isFinished(job) && html`<div class="memory-row">
-      <p><span>${last.total_steps ? `Step ${count(last.step)} of ${count(last.total_steps)}` : "It has not begun yet."}</span>
+      <p><span>${last.total_steps ? `Step ${count(last.step)} of ${count(last.total_steps)}` : WAITS[job.status] ?? WAITS.queued}</span>
         ${last.total_steps && html`<span class="muted">${percent(share)}</span>`}</p>
       <${Meter} share=${share} label=${percent(share)} /></div>`}
     <dl class="facts">${facts.map(([term, value]) => html`<div key=${term} class=${IDS.includes(term) ? "id" : ""}>
