@@ -455,3 +455,22 @@ def test_seconds_are_written_with_the_unit_that_they_round_to(tab: Tab, seconds:
     page = tab.open("quotas")
     read = "async (value) => (await import(`${location.origin}/console/js/format.js`)).seconds(value)"
     assert page.evaluate(read, seconds) == text
+
+
+def test_a_share_is_told_once(tab: Tab) -> None:
+    page = tab.open("classify?adapter=demo/sorter")
+    page.get_by_role("button", name="Classify", exact=True).click()
+    region = page.get_by_role("region", name="demo/sorter")
+    expect(region.get_by_role("listitem")).to_have_count(2)
+    # Its bar is for the eye.
+    expect(region.get_by_role("img")).to_have_count(0)
+    tab.check()
+
+
+def test_names_are_not_checked_as_words(tab: Tab) -> None:
+    page = tab.open("playground")
+    assert page.get_by_label("Prompt").evaluate("(field) => field.spellcheck")
+    assert not page.get_by_role("combobox", name="Adapters").evaluate("(field) => field.spellcheck")
+    page = tab.open("upload")
+    assert not page.get_by_label("Name").evaluate("(field) => field.spellcheck")
+    tab.check()

@@ -10,6 +10,13 @@ const SPANS = [["year", 31536000], ["month", 2592000], ["day", 86400], ["hour", 
 /** 12345 -> 12,345 */
 export const count = (value) => COUNT.format(value);
 
+/** 1, "key" -> 1 key */
+export const counted = (number, noun) => `${count(number)} ${noun}${number === 1 ? "" : "s"}`;
+
+/** How many there are, and how many of them are shown if that is a part: the first 60 of 200 keys. */
+export const partOf = (all, shown, noun, order) =>
+  shown < all ? `The ${order} ${count(shown)} of ${counted(all, noun)}` : counted(all, noun);
+
 /** 12345 -> 12.3K, 498.6 -> 499 */
 export const short = (value) => SHORT.format(Math.abs(value) >= 100 ? Math.round(value) : value);
 

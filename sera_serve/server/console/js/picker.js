@@ -47,7 +47,7 @@ export function AdapterPicker({ label, task, chosen, onChosen, most, colours }) 
       <div class="combo">
         <input ref=${input} id=${id} role="combobox" aria-expanded=${isOpen} aria-controls=${`${id}-list`}
           aria-autocomplete="list" aria-activedescendant=${isOpen ? `${id}-${active}` : undefined}
-          value=${text} disabled=${isFull} autocomplete="off" spellcheck="false"
+          value=${text} disabled=${isFull} autocomplete="off" spellcheck=${false}
           placeholder=${isFull ? `${most} at most` : "Add an adapter"}
           onBlur=${() => setOpen(false)} onClick=${() => setOpen(true)}
           onKeyDown=${(event) => event.key === "ArrowDown" && setOpen(true)}

@@ -2,7 +2,7 @@
 
 import { html, useEffect, useRef, useState } from "./html.js";
 import { ConnectionLost, isAbort, UnreadableFile } from "./api.js";
-import { ago, full, time } from "./format.js";
+import { ago, counted, full, time } from "./format.js";
 import { Icon } from "./icons.js";
 import { Store, useStore } from "./store.js";
 
@@ -55,7 +55,7 @@ export function Field({ label, help, wide = false, children }) {
 export function TextField({ label, help, value, onValue, wide, ...rest }) {
   return html`<${Field} label=${label} help=${help} wide=${wide}>
     ${(id, described) => html`<input id=${id} aria-describedby=${described} value=${value}
-      onInput=${(event) => onValue(event.currentTarget.value)} autocomplete="off" spellcheck="false" ...${rest} />`}
+      onInput=${(event) => onValue(event.currentTarget.value)} autocomplete="off" spellcheck=${false} ...${rest} />`}
   <//>`;
 }
 
@@ -132,7 +132,7 @@ export function ErrorNote({ error, title, retry }) {
     <div>
       <strong>${title ?? titleOf(error)}</strong>
       <p class="message">${sentence(error.message)}</p>
-      ${error.retryAfter && html`<p>Try again in ${error.retryAfter} ${error.retryAfter === 1 ? "second" : "seconds"}.</p>`}
+      ${error.retryAfter && html`<p>Try again in ${counted(error.retryAfter, "second")}.</p>`}
       ${facts.length > 0 && html`<dl class="facts-line">
         ${facts.map(([name, value]) => html`<div key=${name}><dt>${name}</dt><dd><code>${value}</code></dd></div>`)}
       </dl>`}
@@ -271,8 +271,8 @@ export function Confirm({ title, verb, wayOut = "Cancel", danger = true, action,
   <//>`;
 }
 
-/** A bar that is filled up to `share` of 1. */
+/** A bar that is filled up to `share` of 1. Without a label it is for the eye alone: a text beside it says the same. */
 export function Meter({ share, tone = "accent", label }) {
   const width = `${Math.max(0, Math.min(1, share)) * 100}%`;
-  return html`<span class="meter" role="img" aria-label=${label}><span class=${tone} style=${{ width }}></span></span>`;
+  return html`<span class="meter" role=${label && "img"} aria-label=${label} aria-hidden=${!label}><span class=${tone} style=${{ width }}></span></span>`;
 }

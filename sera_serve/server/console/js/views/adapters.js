@@ -3,7 +3,7 @@
 import { html, useEffect, useLayoutEffect, useRef, useState } from "../html.js";
 import { TaskBadge, Tier } from "../badges.js";
 import { NO_FILTERS, SIZES, useSearch } from "../catalog.js";
-import { bytes, count } from "../format.js";
+import { bytes, count, counted } from "../format.js";
 import { go, href, replace, route, useAddress } from "../router.js";
 import { may } from "../session.js";
 import { useStore } from "../store.js";
@@ -69,7 +69,7 @@ function filtersOf(query) {
 }
 
 function summary(rows, looked, isDone, isFiltered) {
-  const number = `${count(rows.length)} ${rows.length === 1 ? "adapter" : "adapters"}`;
+  const number = counted(rows.length, "adapter");
   if (!isFiltered) return isDone ? number : `The first ${number}`;
   return `${number} of ${isDone ? "all" : "the first"} ${count(looked)}`;
 }

@@ -100,7 +100,7 @@ function Bars({ probabilities, labels }) {
   const isOne = (label) => labels.includes(label);
   return html`<ul class="bars">${shown.map(([label, share]) => html`<li key=${label} class=${isOne(label) ? "is-first" : ""}>
       <span class="bar-label">${label}</span>
-      <${Meter} share=${share} tone=${isOne(label) ? "accent" : "soft"} label=${percent(share)} />
+      <${Meter} share=${share} tone=${isOne(label) ? "accent" : "soft"} />
       <span class="bar-value">${percent(share)}</span>
     </li>`)}</ul>
     ${rows.length > LABELS_SHOWN && html`<${Button} kind="quiet" onClick=${() => setShowsAll(!showsAll)}>

@@ -78,7 +78,7 @@ function Facts({ job, last }) {
     ${!isFinished(job) && html`<div class="memory-row">
       <p><span>${last.total_steps ? `Step ${count(last.step)} of ${count(last.total_steps)}` : WAITS[job.status] ?? WAITS.queued}</span>
         ${last.total_steps && html`<span class="muted">${percent(share)}</span>`}</p>
-      <${Meter} share=${share} label=${percent(share)} /></div>`}
+      <${Meter} share=${share} /></div>`}
     <dl class="facts">${facts.map(([term, value]) => html`<div key=${term} class=${IDS.includes(term) ? "id" : ""}>
       <dt>${term}</dt><dd>${value}</dd></div>`)}</dl>
   </section>`;

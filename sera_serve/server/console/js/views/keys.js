@@ -2,7 +2,7 @@
 
 import { html, useState } from "../html.js";
 import { get, path, send } from "../api.js";
-import { count } from "../format.js";
+import { partOf } from "../format.js";
 import { begin, signIn } from "../session.js";
 import { useAction, useDialog, useLoad } from "../store.js";
 import {
@@ -38,7 +38,7 @@ export default function Keys({ me }) {
     ${data && keys.length === 0 && html`<${Empty} title=${tenant ? "No key of this tenant" : "No key yet"}>
       ${!tenant && html`<p>This server asks for a key as soon as one exists. Make one with the scope <code>admin</code> first: you
         need it to come back here.</p>`}<//>`}
-    ${data && keys.length > 0 && html`<p class="result-line" role="status">${summary(keys.length, Math.min(shown, keys.length))}</p>`}
+    ${data && keys.length > 0 && html`<p class="result-line" role="status">${partOf(keys.length, shown, "key", "newest")}</p>`}
     ${keys.length > 0 && html`<div class="table-box"><table class="stacked">
       <thead><tr><th scope="col">Key</th><th scope="col">Tenant</th><th scope="col">Scopes</th><th scope="col">State</th>
         <th scope="col">Made</th><th scope="col">Expires</th><th scope="col"><span class="sr-only">Actions</span></th></tr></thead>
@@ -69,11 +69,6 @@ export default function Keys({ me }) {
       close();
       reload();
     }} />`}`;
-}
-
-function summary(all, shown) {
-  const number = `${count(all)} ${all === 1 ? "key" : "keys"}`;
-  return shown < all ? `The newest ${count(shown)} of ${number}` : number;
 }
 
 function CreateDialog({ me, onClose, onMade }) {

@@ -96,7 +96,7 @@ function Figures({ samples, now, generates }) {
       <${Lines} title="Throughput" times=${times} format=${short} lines=${[
         generates && ["new tokens/s", "lane-2", completion],
         generates && ["prompt tokens/s", "lane-1", prompt],
-        ["classified inputs/s", "lane-3", inputs],
+        ["classified/s", "lane-3", inputs],
       ]} />
       <${Lines} title="Waiting time" times=${times} format=${seconds} axis=${seconds} lines=${[
         generates && ["to the first token", "lane-2", first],

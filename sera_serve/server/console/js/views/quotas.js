@@ -2,7 +2,7 @@
 
 import { html, useState } from "../html.js";
 import { get, path, send } from "../api.js";
-import { bytes, count, numberOr } from "../format.js";
+import { bytes, count, numberOr, partOf } from "../format.js";
 import { may } from "../session.js";
 import { useAction, useDialog, useLoad } from "../store.js";
 import { Button, Dialog, Empty, ErrorNote, Heading, Loading, Meter, notify, SelectField, TextField } from "../ui.js";
@@ -46,7 +46,7 @@ export default function Quotas({ me }) {
     <${ErrorNote} error=${error} retry=${reload} />
     ${!data && loading && html`<${Loading} />`}
     ${data?.quotas.length === 0 && html`<${Empty} title="No tenant has a quota"><p>Then nothing but the server's own limits hold.</p><//>`}
-    ${isAdmin && all.length > 0 && html`<p class="result-line" role="status">${summary(found.length, Math.min(shown, found.length))}</p>`}
+    ${isAdmin && all.length > 0 && html`<p class="result-line" role="status">${partOf(found.length, shown, "quota", "first")}</p>`}
     <div class="quota-grid">${found.slice(0, shown).map((quota) => html`<section class="card quota" key=${quota.tenant}
         aria-label=${`Quota of ${named(quota.tenant)}`}>
       <header><h2>${named(quota.tenant)}</h2>
@@ -61,11 +61,6 @@ export default function Quotas({ me }) {
 
 const named = (tenant) => (tenant === OTHERS ? "every other tenant" : tenant);
 
-function summary(all, shown) {
-  const number = `${count(all)} ${all === 1 ? "quota" : "quotas"}`;
-  return shown < all ? `The first ${count(shown)} of ${number}` : number;
-}
-
 async function own(me, signal) {
   return { quotas: [await get(path`/v1/quotas/${me.tenant}`, {}, signal)] };
 }
@@ -78,8 +73,7 @@ function Line({ name, limit, used, format }) {
   const share = hasLimit && limit > 0 ? used / limit : Number(hasLimit);
   return html`<div class="memory-row">
     <p><span>${name}</span><span class="muted">${format(used)} ${hasLimit ? `of ${format(limit)}` : "(no limit)"}</span></p>
-    ${hasLimit && html`<${Meter} share=${share} tone=${share >= 1 ? "danger" : share > 0.8 ? "warn" : "accent"}
-      label=${`${format(used)} of ${format(limit)}`} />`}
+    ${hasLimit && html`<${Meter} share=${share} tone=${share >= 1 ? "danger" : share > 0.8 ? "warn" : "accent"} />`}
   </div>`;
 }
 
