@@ -185,3 +185,28 @@ def test_the_secret_of_a_new_key_is_not_closed_by_a_second_enter(tab: Tab) -> No
     page.keyboard.press("Enter")
     expect(page.get_by_role("dialog", name="Copy the key now")).to_be_visible()
     tab.check()
+
+
+def test_a_failure_is_told_when_its_dialog_is_gone(tab: Tab) -> None:
+    page = tab.page
+    waiting = hold(page, "/v1/adapters/demo/writer$", "DELETE")
+    tab.open("adapters/demo/writer")
+    page.get_by_role("button", name="Delete", exact=True).click()
+    page.get_by_role("dialog").get_by_role("button", name="Delete").click()
+    page.keyboard.press("Escape")
+    waiting[0].fulfill(status=409, json={"error": {"message": "it is pinned on another server"}})
+    expect(page.get_by_text("It failed: it is pinned on another server")).to_be_visible()
+    tab.check(refusals=True)
+
+
+def test_a_page_without_a_key_says_that_the_server_needs_one_now(tab: Tab) -> None:
+    page = tab.open("adapters")
+    # Somebody has made the first key.
+    answer(page, "/v1/quotas$", {"error": {"message": "this server needs a key", "code": "invalid_api_key"}}, 401)
+    page.get_by_role("link", name="Quotas").click()
+    expect(page.get_by_role("alert")).to_contain_text("The server needs a key now")
+    page.get_by_label("Key", exact=True).fill("sk-sera-none")
+    answer(page, "/v1/me$", {"error": {"message": "the key is unknown", "code": "invalid_api_key"}}, 401)
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("alert")).to_contain_text("The key was not accepted")
+    tab.check(refusals=True)

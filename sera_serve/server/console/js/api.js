@@ -171,6 +171,7 @@ function parsed(text) {
 }
 
 function refused(error, used) {
+  error.isWithoutKey = used === null;
   if (error.status === 401 && used === key) whenRefused(error);
   return error;
 }

@@ -5,8 +5,8 @@ import { html, useEffect, useRef, useState } from "./html.js";
 import { bytes } from "./format.js";
 import { Icon } from "./icons.js";
 import { session } from "./session.js";
-import { Store } from "./store.js";
-import { Button, notify, useId } from "./ui.js";
+import { notify, Store } from "./store.js";
+import { Button, useId } from "./ui.js";
 
 const NOTHING = { files: [], progress: null, error: null, answer: null };
 

@@ -136,6 +136,17 @@ export function usePolling(ask, everyMs, inputs) {
   return { error, reload };
 }
 
+/** What `notify` has said: `{id, text}` of each. */
+export const notices = new Store([]);
+let noticeId = 0;
+
+/** Say something for a few seconds, at the foot of the page. */
+export function notify(text) {
+  const id = (noticeId += 1);
+  notices.set([...notices.value, { id, text }].slice(-3));
+  setTimeout(() => notices.set(notices.value.filter((notice) => notice.id !== id)), 5000);
+}
+
 /** What dialog is open, or null: `[dialog, open, close]`. */
 export function useDialog() {
   const [dialog, open] = useState(null);
@@ -147,7 +158,8 @@ export function useDialog() {
 /**
  * One action at a time, such as a form that is sent.
  *
- * The result is `{run, busy, error}`. `run` returns whether the action succeeded.
+ * The result is `{run, busy, error}`. `run` returns whether the action succeeded. A failure that comes when the component
+ * is gone, such as a dialog that was closed, is told at the foot of the page.
  */
 export function useAction(action) {
   const [state, setState] = useState({ busy: false, error: null });
@@ -166,6 +178,8 @@ export function useAction(action) {
       return true;
     } catch (error) {
       if (isMounted.current) setState({ busy: false, error });
+      // Its place is gone. A key that is not accepted is told where a person signs in.
+      else if (error.status !== 401) notify(`It failed: ${error.message}`);
       return false;
     }
   }, []);

@@ -4,7 +4,7 @@ import { html, useEffect, useRef, useState } from "./html.js";
 import { ConnectionLost, isAbort, UnreadableFile } from "./api.js";
 import { ago, counted, full, time } from "./format.js";
 import { Icon } from "./icons.js";
-import { Store, useStore } from "./store.js";
+import { notices, notify, useStore } from "./store.js";
 
 let nextId = 0;
 
@@ -113,6 +113,8 @@ const TITLES = {
 function titleOf(error) {
   if (error instanceof ConnectionLost) return "No connection";
   if (error instanceof UnreadableFile) return "The file cannot be read";
+  // The first key was made while this page was used without one.
+  if (error.status === 401 && error.isWithoutKey) return "The server needs a key now";
   const title = CODES[error.code] ?? TITLES[error.status];
   if (title) return title;
   if (error.status >= 500) return "The server failed";
@@ -203,16 +205,6 @@ export function CopyButton({ text, what = "Copy", ...rest }) {
     }
   };
   return html`<${Button} icon=${done ? "check" : "copy"} label=${what} kind="quiet" onClick=${copy} ...${rest} />`;
-}
-
-const notices = new Store([]);
-let noticeId = 0;
-
-/** Say something for a few seconds, at the foot of the page. */
-export function notify(text) {
-  const id = (noticeId += 1);
-  notices.set([...notices.value, { id, text }].slice(-3));
-  setTimeout(() => notices.set(notices.value.filter((notice) => notice.id !== id)), 5000);
 }
 
 /** Where `notify` writes. */

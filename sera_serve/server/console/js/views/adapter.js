@@ -6,10 +6,8 @@ import { TaskBadge, Tier, viewOf } from "../badges.js";
 import { bytes, count, figure, short } from "../format.js";
 import { goOn, href } from "../router.js";
 import { may, mayChange } from "../session.js";
-import { useAction, useDialog, useLoad, usePages } from "../store.js";
-import {
-  Button, Confirm, CopyButton, Dialog, ErrorNote, Heading, Loading, notify, SelectField, TextField, When,
-} from "../ui.js";
+import { notify, useAction, useDialog, useLoad, usePages } from "../store.js";
+import { Button, Confirm, CopyButton, Dialog, ErrorNote, Heading, Loading, SelectField, TextField, When } from "../ui.js";
 
 const METRICS_SHOWN = 6;
 const VERSIONS_SHOWN = 100;

@@ -6,8 +6,8 @@ import { Chart } from "../chart.js";
 import { count, figure, full, percent, tick } from "../format.js";
 import { isFinished, losses, Status, useJob } from "../jobs.js";
 import { href } from "../router.js";
-import { useAction } from "../store.js";
-import { Button, Confirm, ErrorNote, Heading, Loading, Meter, notify } from "../ui.js";
+import { notify, useAction } from "../store.js";
+import { Button, Confirm, ErrorNote, Heading, Loading, Meter } from "../ui.js";
 
 const MESSAGES_SHOWN = 100;
 // What a job does before its first step.

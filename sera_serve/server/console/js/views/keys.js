@@ -4,9 +4,9 @@ import { html, useState } from "../html.js";
 import { get, path, send } from "../api.js";
 import { partOf } from "../format.js";
 import { begin, signIn } from "../session.js";
-import { useAction, useDialog, useLoad } from "../store.js";
+import { notify, useAction, useDialog, useLoad } from "../store.js";
 import {
-  Badge, Button, Check, Confirm, CopyButton, Dialog, Empty, ErrorNote, Heading, Loading, notify, SelectField, TextField, When,
+  Badge, Button, Check, Confirm, CopyButton, Dialog, Empty, ErrorNote, Heading, Loading, SelectField, TextField, When,
 } from "../ui.js";
 
 const SCOPES = [

@@ -5,8 +5,8 @@ import { get, send } from "../api.js";
 import { numberOr } from "../format.js";
 import { goOn, href, route } from "../router.js";
 import { may } from "../session.js";
-import { useAction, useLoad } from "../store.js";
-import { Button, ErrorNote, Heading, notify, SelectField, TextField } from "../ui.js";
+import { notify, useAction, useLoad } from "../store.js";
+import { Button, ErrorNote, Heading, SelectField, TextField } from "../ui.js";
 
 const TASKS = [["", "By the rows"], ["generate", "Generate text"], ["classify", "Classify"], ["multi-label", "Several labels"], ["regress", "Give a number"], ["token-classify", "Find spans"]];
 const METHODS = [["", "SeRA"], ["lora", "LoRA"], ["melora", "MELoRA"], ["moslora", "MoSLoRA"], ["lora-fa", "LoRA-FA"], ["sera-freeze-a", "SeRA, A frozen"], ["sera-freeze-b", "SeRA, B frozen"], ["sera-c-only", "SeRA, C alone"], ["head-only", "Head only"]];

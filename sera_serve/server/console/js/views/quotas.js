@@ -4,8 +4,8 @@ import { html, useState } from "../html.js";
 import { get, path, send } from "../api.js";
 import { bytes, count, numberOr, partOf } from "../format.js";
 import { may } from "../session.js";
-import { useAction, useDialog, useLoad } from "../store.js";
-import { Button, Dialog, Empty, ErrorNote, Heading, Loading, Meter, notify, SelectField, TextField } from "../ui.js";
+import { notify, useAction, useDialog, useLoad } from "../store.js";
+import { Button, Dialog, Empty, ErrorNote, Heading, Loading, Meter, SelectField, TextField } from "../ui.js";
 
 // Field of the limit, its name, the field of its use.
 const LIMITS = [

@@ -6,8 +6,8 @@ import { DropZone, Progress, StopUpload, Upload } from "../files.js";
 import { bytes } from "../format.js";
 import { Status, useNewest } from "../jobs.js";
 import { href, route } from "../router.js";
-import { useAction, useDialog, useStore } from "../store.js";
-import { Button, Confirm, Empty, ErrorNote, Heading, Loading, notify, When } from "../ui.js";
+import { notify, useAction, useDialog, useStore } from "../store.js";
+import { Button, Confirm, Empty, ErrorNote, Heading, Loading, When } from "../ui.js";
 import { Job } from "./job.js";
 import { NewJob } from "./new_job.js";
 

@@ -4,8 +4,8 @@ import { html, useEffect, useState } from "../html.js";
 import { DropZone, Progress, StopUpload, Upload } from "../files.js";
 import { Icon } from "../icons.js";
 import { href, route } from "../router.js";
-import { useStore } from "../store.js";
-import { Button, ErrorNote, Heading, notify, TextField } from "../ui.js";
+import { notify, useStore } from "../store.js";
+import { Button, ErrorNote, Heading, TextField } from "../ui.js";
 
 const TYPES = ".safetensors,.tar,.zip,.json";
 
