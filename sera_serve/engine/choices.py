@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import secrets
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
@@ -18,6 +17,7 @@ from sera_serve.engine.request import (
 )
 from sera_serve.engine.stream import EventReader, GenerationStream
 from sera_serve.errors import EngineUnavailable, InvalidRequest
+from sera_serve.random_bytes import random_hex, random_seed
 
 # Each takes some 20 bytes, and its JSON over 100 until the answer is sent.
 _MAX_LOGPROBS = 1 << 21
@@ -109,8 +109,8 @@ def choice_requests(
         principal: Who asks.
         end_tokens: The base's own.
     """
-    name = f"gen-{secrets.token_hex(8)}"
-    seed = secrets.randbits(31) if params.seed is None else params.seed
+    name = f"gen-{random_hex(8)}"
+    seed = random_seed() if params.seed is None else params.seed
     stop_tokens = frozenset(params.stop_token_ids)
     ends = stop_tokens if params.ignore_eos else stop_tokens | end_tokens
     return [

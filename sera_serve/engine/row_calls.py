@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
@@ -40,6 +39,7 @@ from sera_serve.engine.tasks.classify import ClassifyResult, EmbedResult, RowGro
 from sera_serve.engine.tasks.results import joined_windows
 from sera_serve.engine.tenant_memory import Reservation
 from sera_serve.errors import InvalidRequest
+from sera_serve.random_bytes import random_hex
 from sera_serve.threads import BoundedExecutor
 
 R = TypeVar("R")
@@ -190,7 +190,7 @@ class RowCalls(ABC):
         """What admission counts for a call whose parts are queued."""
         return ClassificationRequest(
             principal=principal,
-            id=f"{kind}-{secrets.token_hex(8)}",
+            id=f"{kind}-{random_hex(8)}",
             priority=PRIORITIES.index(priority),
             reader=EventReader(self._mailbox_here()),
         )

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-import secrets
 import time
 from collections.abc import Callable, Iterable
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
+from sera_serve.random_bytes import random_hex
 from sera_serve.server.errors import error_content
 
 logger = logging.getLogger("sera_serve.server")
@@ -79,7 +79,7 @@ class RefusalLog:
 
 def new_request_id() -> str:
     """Return a name for a request."""
-    return f"req-{secrets.token_hex(8)}"
+    return f"req-{random_hex(8)}"
 
 
 def bad_request(message: str) -> Refusal:

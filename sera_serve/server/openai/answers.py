@@ -9,7 +9,6 @@ from __future__ import annotations
 import codecs
 import io
 import json
-import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import aclosing
@@ -21,6 +20,7 @@ import pydantic_core
 from fastapi import Response
 
 from sera_serve.engine import BASE_TENANT, GenerationResult, GenerationStream, Principal, TokenDelta, TokenLogprobs
+from sera_serve.random_bytes import random_hex
 from sera_serve.server.accounting import Account
 from sera_serve.server.openai.errors import translated_errors
 from sera_serve.server.openai.fields import GenerationFields
@@ -52,7 +52,7 @@ class Head:
     @classmethod
     def of(cls, prefix: str, model: str, base: str) -> Head:
         """Make the head of a new answer."""
-        return cls(f"{prefix}-{secrets.token_hex(12)}", model, base)
+        return cls(f"{prefix}-{random_hex(12)}", model, base)
 
     def fields(self, kind: str, stream: GenerationStream) -> dict[str, Any]:
         """Return the fields of an object. The fingerprint names the version of the adapter that answers."""

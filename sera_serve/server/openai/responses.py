@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -11,6 +10,7 @@ from typing import Any
 from fastapi import APIRouter, Response
 
 from sera_serve.engine import GenerationResult, GenerationStream, Principal, TokenDelta
+from sera_serve.random_bytes import random_hex
 from sera_serve.server.accounting import Account
 from sera_serve.server.deps import ContextOf
 from sera_serve.server.errors import renamed_fields
@@ -123,7 +123,7 @@ class Output:
         return {"item_id": self._message, "output_index": len(self._items), "content_index": 0}
 
     def _open(self) -> Iterator[Event]:
-        self._message = f"msg_{secrets.token_hex(24)}"
+        self._message = f"msg_{random_hex(24)}"
         item = {"id": self._message, "type": "message", "status": "in_progress", "role": "assistant", "content": []}
         yield "response.output_item.added", to_json({"output_index": len(self._items), "item": item})
         yield "response.content_part.added", to_json(self._place() | {"part": _EMPTY_PART})
@@ -148,7 +148,7 @@ class Output:
 
     def _call(self, call: Call) -> Iterator[Event]:
         index = len(self._items)
-        item = {"id": f"fc_{secrets.token_hex(24)}", "type": "function_call", "status": "in_progress"}
+        item = {"id": f"fc_{random_hex(24)}", "type": "function_call", "status": "in_progress"}
         item |= {"call_id": call.id, "name": call.name, "arguments": ""}
         yield "response.output_item.added", to_json({"output_index": index, "item": item})
         place = {"item_id": item["id"], "output_index": index}
@@ -167,7 +167,7 @@ class ResponseAnswer:
         self, body: ResponseRequest, principal: Principal, prompt: ChatPrompt, texts: Texts, base: str
     ) -> None:
         self.output = Output()
-        self._id = f"resp_{secrets.token_hex(24)}"
+        self._id = f"resp_{random_hex(24)}"
         self._created = int(time.time())
         self._body = body
         self._base = base

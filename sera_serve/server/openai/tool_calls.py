@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ from adapters_store import parse_json
 from sera_serve.base.chat import CallFormat
 from sera_serve.engine.constraint import ConstraintKind, ConstraintSpec
 from sera_serve.errors import InvalidRequest
+from sera_serve.random_bytes import random_hex
 from sera_serve.server.openai.chat_schemas import Function, ToolUse
 
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
@@ -314,4 +314,4 @@ def _call_of(value: Any) -> Call | None:
         written = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
     except ValueError:
         return None
-    return Call(secrets.token_hex(5)[:9], name, written)
+    return Call(random_hex(5)[:9], name, written)
