@@ -14,11 +14,12 @@ ROOTS = {
     "sera_kernels": REPOSITORY / "kernels" / "sera_kernels",
 }
 # What each package may import of ours. Modules directly in sera_serve are listed by name.
-SHARED = {"sera_serve.errors", "sera_serve.random_bytes", "sera_serve.threads"}
+SHARED = {"sera_serve.errors", "sera_serve.loop_turns", "sera_serve.random_bytes", "sera_serve.threads"}
 ALLOWED: dict[str, set[str]] = {
     "adapters_store": set(),
     "sera_kernels": set(),
     "sera_serve.errors": set(),
+    "sera_serve.loop_turns": set(),
     "sera_serve.random_bytes": set(),
     "sera_serve.threads": {"sera_serve.errors"},
     "sera_serve.terminal": set(),

@@ -396,8 +396,7 @@ class ServingEngine(RowCalls):
                         ChoiceGroup(group, runner.scheduler.submit, shares, reader)
                     await any_started(requests, reader)
                 except BaseException:
-                    for request in requests:
-                        runner.cancel(request, FinishReason.CANCELLED)
+                    runner.cancel_all(requests, FinishReason.CANCELLED)
                     raise
         if limits.deadline is not None:
             for stream in streams:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, AbstractContextManager
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -42,6 +42,8 @@ from sera_serve.errors import InvalidRequest
 from sera_serve.random_bytes import random_hex
 from sera_serve.threads import BoundedExecutor
 
+# Rows, or parts of a call, that the event loop handles at once without waiting for a turn.
+_FEW = 16
 R = TypeVar("R")
 Charge = Callable[[int], None]
 """Is told how many tokens a call has had computed, once."""
@@ -272,13 +274,14 @@ class RowCalls(ABC):
             try:
                 async with self._time_to_start(limits):
                     groups = await make_groups(held)
-                    parts = split_call(call, groups, self.settings.classify_max_batch, self.settings.batch_tokens)
-                    runner.scheduler.submit(parts)
+                    async with self._long_work(call.tenant, sum(len(group.rows) for group in groups)):
+                        parts = split_call(call, groups, self.settings.classify_max_batch, self.settings.batch_tokens)
+                        runner.scheduler.submit(parts)
                     await any_started(parts, reader)
                 await _finished(parts, reader, limits.deadline)
             except BaseException:
-                for part in parts:
-                    runner.cancel(part, FinishReason.CANCELLED)
+                # To its end: a client that leaves may cancel this call twice.
+                await asyncio.shield(asyncio.ensure_future(self._give_up(runner, call.tenant, parts)))
                 raise
             finally:
                 if charge is not None:
@@ -293,6 +296,22 @@ class RowCalls(ABC):
         )
         times = RowTimes(waited_s=min(part.waited_s for part in parts), load_began=began, load_s=load_s)
         return [result for _, result in sorted(results.items()) if result is not None], groups, times
+
+    async def _give_up(self, runner: TaskRunner[Any], tenant: str, parts: Sequence[ClassificationRequest]) -> None:
+        async with self._long_work(tenant, len(parts)):
+            runner.cancel_all(parts, FinishReason.CANCELLED)
+
+    @asynccontextmanager
+    async def _long_work(self, tenant: str, things: int) -> AsyncIterator[None]:
+        """Do something with each of some rows or parts in the block; with many of them, when it is the tenant's turn.
+
+        256 calls of 128 parts each, which were given up at once, kept the event loop for two seconds.
+        """
+        if things <= _FEW:
+            yield
+            return
+        async with self._mailbox_here().turns.turn(tenant):
+            yield
 
     @abstractmethod
     def _runner(self, task: Task) -> TaskRunner[Any]: ...

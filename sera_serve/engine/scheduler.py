@@ -122,19 +122,28 @@ class Scheduler(Generic[R]):
 
     def cancel(self, request: R, reason: FinishReason, error: Exception | None = None) -> bool:
         """Finish a request that waits. False if it runs: then its loop must finish it. True if it is finished."""
+        return not self.cancel_waiting([request], reason, error)
+
+    def cancel_waiting(self, requests: Sequence[R], reason: FinishReason, error: Exception | None = None) -> list[R]:
+        """Finish those of some requests that wait. Returns those that run: their loop must finish them.
+
+        The lock is taken once. A thread that waits for it has given up the interpreter's lock, and gets that back late.
+        """
         with self._lock:
-            if request.is_finished:
-                return True
-            if request.state is RequestState.RUNNING:
-                return False
-            if request.order >= 0:
-                self._queue.remove(request)
-            self._leased.discard(request)
-            request.finish(reason, error)
-        self._give_back(request, reason)
-        request.notify()
-        self.wake()
-        return True
+            running = [request for request in requests if request.state is RequestState.RUNNING]
+            waiting = [request for request in requests if request.state is not RequestState.RUNNING]
+            waiting = [request for request in waiting if not request.is_finished]
+            for request in waiting:
+                if request.order >= 0:
+                    self._queue.remove(request)
+                self._leased.discard(request)
+                request.finish(reason, error)
+        for request in waiting:
+            self._give_back(request, reason)
+            request.notify()
+        if waiting:
+            self.wake()
+        return running
 
     def shed(self, tenant: str, error: SeraServeError) -> bool:
         """Refuse the waiting request that would be the tenant's last; False if none waits."""
@@ -258,8 +267,7 @@ class Scheduler(Generic[R]):
     def _refuse(self, requests: Iterable[R]) -> EngineUnavailable:
         """Finish waiting requests because the engine stops; returns what their clients are told."""
         error = EngineUnavailable("the engine is stopping; send the request again when it is back")
-        for request in requests:
-            self.cancel(request, FinishReason.FAILED, error)
+        self.cancel_waiting(list(requests), FinishReason.FAILED, error)
         return error
 
     def _acquire(self, request: R, digest: str) -> bool:

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from sera_serve.engine.request import FinishReason, GenerationRequest, TokenLogprobs
 from sera_serve.engine.stop_strings import StopSearch
 from sera_serve.errors import DeadlineExceeded, EngineUnavailable
+from sera_serve.loop_turns import LoopTurns
 
 # Tokens of one delta, each with its log-probabilities counted as so many more. Many more would keep the event loop. A
 # server holds one event of each slow reader: that of 1,024 tokens with 20 log-probabilities each has a megabyte.
@@ -28,10 +29,16 @@ _MAX_BYTES = 4
 
 
 class Mailbox:
-    """Wakes readers on one event loop: those of one step in one call, because each call crosses threads."""
+    """Wakes readers on one event loop: those of one step in one call, because each call crosses threads.
+
+    Attributes:
+        loop: The event loop.
+        turns: Who may work for long on it.
+    """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
+        self.turns = LoopTurns()
         self._readers: deque[EventReader] = deque()
         self._called = False
 

@@ -13,6 +13,7 @@ from sera_serve.access import RATE_HEADERS, AccessControl, AccessDatabase, Audit
 from sera_serve.config import ServeSettings
 from sera_serve.engine import ServingEngine
 from sera_serve.errors import InvalidConfiguration
+from sera_serve.loop_turns import LoopTurns
 from sera_serve.server import console, docs_page, health, native, openai, openapi, stats
 from sera_serve.server.accounting import Accounting
 from sera_serve.server.auth_middleware import KeyAuthentication
@@ -26,7 +27,6 @@ from sera_serve.server.browsers import (
 from sera_serve.server.deps import Executors
 from sera_serve.server.errors import SHOULD_RETRY, add_error_handlers
 from sera_serve.server.freed_memory import MemoryTrimmer
-from sera_serve.server.loop_turns import LoopTurns
 from sera_serve.server.loop_watch import LoopWatch
 from sera_serve.server.methods import HeadAndOptions
 from sera_serve.server.metrics import JobMetrics, LoopMetrics, ResidencyMetrics, ServerMetrics

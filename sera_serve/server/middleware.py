@@ -10,6 +10,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sera_serve.errors import Overloaded, TenantOverloaded
+from sera_serve.loop_turns import LoopTurns
 from sera_serve.server.accounting import Meter, RequestRecord
 from sera_serve.server.errors import BodyTooLarge, error_response, forget_frames
 from sera_serve.server.loop_watch import LoopWatch, route_of
@@ -80,6 +81,11 @@ class RequestLifecycle:
             await send(message)
 
         try:
+            turns: LoopTurns = scope["app"].state.loop_turns
+            if not turns.has_time():
+                async with turns.turn(_sender_of(scope)):
+                    # The request begins with what follows, up to its first suspension.
+                    pass
             await self.app(scope, self.log.listen(receive, body), send_with_id)
         except Exception as error:
             if status:
@@ -93,6 +99,16 @@ class RequestLifecycle:
             if spans is not None:
                 spans.end(record)
             self.log.write(scope, record, status or 500, seconds, body)
+
+
+def _sender_of(scope: Scope) -> bytes | str:
+    """Who takes turns with others to begin requests, before the key is looked at: who shows it, or the address."""
+    for name, value in scope["headers"]:
+        if name == b"authorization":
+            key: bytes = value
+            return key
+    client = scope.get("client")
+    return client[0] if client else ""
 
 
 class _Limit(NamedTuple):

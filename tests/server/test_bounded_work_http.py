@@ -7,7 +7,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -97,42 +97,60 @@ def test_a_hostile_body_is_refused_without_a_stall(case: str, base: FrozenBase, 
     asyncio.run(main())
 
 
-@pytest.mark.parametrize("is_large", [False, True])
-def test_others_are_answered_between_two_large_bodies_of_a_flood(
-    is_large: bool, base: FrozenBase, store: AdapterStore, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("flood", ["large bodies", "short bodies", "no bodies"])
+def test_others_are_answered_in_the_midst_of_a_flood(
+    flood: str, base: FrozenBase, store: AdapterStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     app = build_app(StubEngine(base), store, ServeSettings(store=store.root))
-    text = json.dumps({"prompt": "x" * (9000 if is_large else 8000), "adapter": "demo/writer"})
+    text = json.dumps({"prompt": "x" * (9000 if flood == "large bodies" else 8000), "adapter": "demo/writer"})
     log: list[str] = []
 
-    def parse(*args: Any) -> Any:
-        log.append("body")
+    def work() -> None:
+        log.append("flood")
         time.sleep(0.005)
+
+    def parse(*args: Any) -> Any:
+        work()
         return parse_json(*args)
 
+    async def slow() -> None:
+        work()
+
     monkeypatch.setattr(strict, "parse_json", parse)
+    app.router.add_api_route("/slow", slow)
 
     async def main() -> None:
         async with (
             app.router.lifespan_context(app),
             httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client,
+            httpx.AsyncClient(
+                transport=httpx.ASGITransport(app, client=("10.0.0.2", 1)), base_url="http://localhost"
+            ) as other,
         ):
 
+            def one() -> Coroutine[Any, Any, httpx.Response]:
+                if flood == "no bodies":
+                    return client.get("/slow")
+                return client.post("/v1/generate", content=text, headers={"Content-Type": "application/json"})
+
             async def one_more() -> None:
-                assert (await client.get("/healthz")).status_code == 200
+                assert (await other.get("/healthz")).status_code == 200
                 log.append("another")
 
-            flood = [
-                client.post("/v1/generate", content=text, headers={"Content-Type": "application/json"})
-                for _ in range(20)
-            ]
-            *answers, _ = await asyncio.gather(*flood, one_more())
+            *answers, _ = await asyncio.gather(*(one() for _ in range(20)), one_more())
             assert {response.status_code for response in answers} == {200}
 
     asyncio.run(main())
-    assert log.count("body") == 20
-    # Short bodies are parsed one after the other: nobody waits for long.
-    assert (log.index("another") < 15) == is_large
+    assert log.count("flood") == 20
+    # In one turn of the event loop, all 20 would come first.
+    assert log.index("another") < 15
+
+
+def test_a_key_s_requests_take_turns_with_those_of_other_keys_and_addresses() -> None:
+    shown = [(b"host", b"localhost"), (b"authorization", b"Bearer one")]
+    assert middleware._sender_of({"headers": shown, "client": ("10.0.0.1", 1)}) == b"Bearer one"
+    assert middleware._sender_of({"headers": shown[:1], "client": ("10.0.0.1", 1)}) == "10.0.0.1"
+    assert middleware._sender_of({"headers": [], "client": None}) == ""
 
 
 def test_the_check_of_readiness_holds_up_nobody(

@@ -6,6 +6,7 @@ import logging
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -110,7 +111,11 @@ class TaskRunner(ABC, Generic[R]):
 
     def cancel(self, request: R, reason: FinishReason, error: Exception | None = None) -> None:
         """Finish a request: at once if it waits, before the next step if it runs. Idempotent; any thread."""
-        if not self.scheduler.cancel(request, reason, error):
+        self.cancel_all([request], reason, error)
+
+    def cancel_all(self, requests: Sequence[R], reason: FinishReason, error: Exception | None = None) -> None:
+        """`cancel`, for several requests."""
+        for request in self.scheduler.cancel_waiting(requests, reason, error):
             self._cancelled.append((request, reason, error))
             self._wake.set()
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 
-from sera_serve.server.loop_turns import LoopTurns
+from sera_serve import loop_turns
+from sera_serve.loop_turns import LoopTurns
 
 PIECE_S = 0.02
 
@@ -96,5 +99,51 @@ def test_an_error_ends_the_turn() -> None:
             async with turns.turn("a"):
                 raise ValueError("no JSON")
         await asyncio.wait_for(piece(turns, "b", []), 2)
+
+    asyncio.run(main())
+
+
+class Clock:
+    """Stands still until the test says how long something took."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 100.0
+        monkeypatch.setattr(loop_turns, "time", SimpleNamespace(monotonic=lambda: self.now))
+
+
+def test_a_rest_comes_after_some_milliseconds_of_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    rests: list[float] = []
+
+    async def main() -> None:
+        turns, loop = LoopTurns(), asyncio.get_running_loop()
+
+        def rest(seconds: float, end: Callable[[], object]) -> None:
+            rests.append(seconds)
+            loop.call_soon(end)
+
+        monkeypatch.setattr(loop, "call_later", rest)
+        for seconds in (0.002, 0.002, 0.002, 0.001, 0.02):
+            async with turns.turn("a"):
+                clock.now += seconds
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+
+    asyncio.run(main())
+    assert rests == pytest.approx([0.006, 0.021])
+
+
+def test_short_work_has_time_at_the_beginning_of_each_turn_of_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+
+    async def main() -> None:
+        turns = LoopTurns()
+        for _ in range(2):
+            found = []
+            for _ in range(4):
+                found.append(turns.has_time())
+                clock.now += 0.004
+            assert found == [True, True, True, False]
+            await asyncio.sleep(0)
 
     asyncio.run(main())
