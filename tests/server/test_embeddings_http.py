@@ -17,8 +17,10 @@ from sera_serve import SeraConfig
 from sera_serve.base import FrozenBase
 from sera_serve.config import ServeSettings
 from sera_serve.engine import BASE_PRINCIPAL, GenerateParams, Principal, ServingEngine, WeightedAdapter
+from sera_serve.loop_turns import LoopTurns
 from sera_serve.server import build_app
-from sera_serve.server.openai.embeddings import _data
+from sera_serve.server.long_answers import written
+from sera_serve.server.openai.embeddings import _pieces
 from support.answers import events, refused
 from support.factories import random_adapter
 from support.live_server import live_server, wait_until
@@ -168,7 +170,7 @@ def test_a_large_answer_leaves_turns_to_others(encoding: Any) -> None:
 
     async def write() -> float:
         async with watched_loop() as lag:
-            await _data(vectors, encoding)
+            await written(_pieces("{}", vectors, encoding, "{}"), LoopTurns(), "acme")
         return lag.seconds
 
     assert asyncio.run(write()) < 0.1

@@ -9,7 +9,7 @@ from starlette.types import Scope
 from sera_serve.engine import ImageInput
 from sera_serve.errors import ImageTooLarge, InvalidRequest
 from sera_serve.server.deps import ContextOf
-from sera_serve.server.native.schemas import MAX_REFERENCE, ClassifyResponse
+from sera_serve.server.native.schemas import MAX_REFERENCE, pieces_of
 from sera_serve.server.native.upload_form import FORM_TYPE, FormReader, InvalidForm, boundary_of, form_content
 from sera_serve.server.strict import StrictRoute
 
@@ -61,7 +61,7 @@ async def classify_form(context: ContextOf) -> Response:
     work = context.engine.classify(adapter, images, *options)
     result = await context.finish(work)
     account.count_classified([result])
-    return Response(ClassifyResponse.of(result).model_dump_json(), media_type="application/json")
+    return Response(await context.written(pieces_of(result)), media_type="application/json")
 
 
 def _read(body: bytes, boundary: bytes, max_images: int) -> tuple[str, list[ImageInput]]:

@@ -10,6 +10,7 @@ from fastapi import APIRouter, Response
 from sera_serve.engine import GenerateParams, Priority
 from sera_serve.server.accounting import Account
 from sera_serve.server.deps import ContextOf
+from sera_serve.server.long_answers import Write
 from sera_serve.server.native.image_form import FORM_SCHEMA
 from sera_serve.server.native.schemas import (
     ChoicesResponse,
@@ -20,7 +21,9 @@ from sera_serve.server.native.schemas import (
     GenerateEvents,
     GenerateRequest,
     GenerateResponse,
-    encode_response,
+    answer_pieces,
+    pieces_of,
+    pieces_of_each,
 )
 from sera_serve.server.openapi import stream_of
 from sera_serve.server.sse import Admit, EventStream, admitted, merged, result_of
@@ -41,17 +44,17 @@ async def generate(body: GenerateRequest, context: ContextOf) -> Response:
     admit = partial(context.engine.generate_choices, params, account.principal, context.received_at)
     if body.stream:
         return EventStream(admit, GenerateEvents(params), account)
-    content = await context.finish(_complete(admit, params, account))
+    content = await context.finish(_complete(admit, params, account, context.written))
     return Response(content, media_type="application/json")
 
 
-async def _complete(admit: Admit, params: GenerateParams, account: Account) -> bytes:
+async def _complete(admit: Admit, params: GenerateParams, account: Account, write: Write) -> bytes:
     async with admitted(admit, account) as streams:
         async with aclosing(merged(streams)) as deltas:
             async for _ in deltas:
                 pass
         results = [result_of(stream) for stream in streams]
-    return await encode_response(results, params)
+    return await write(answer_pieces(results, params))
 
 
 @router.post(
@@ -61,7 +64,6 @@ async def _complete(admit: Admit, params: GenerateParams, account: Account) -> b
 )
 async def classify(body: ClassifyRequest, context: ContextOf) -> Response:
     """Classify each input with the head of an adapter, or with each of several."""
-    answer: ClassifyResponse | ClassifyEachResponse
     several = body.adapters
     principal = context.principal(body.adapter) if several is None else context.principal_of_all(several)
     account = context.open_account(principal, _asked(body))
@@ -70,13 +72,13 @@ async def classify(body: ClassifyRequest, context: ContextOf) -> Response:
         assert body.adapter is not None
         result = await context.finish(context.engine.classify(body.adapter, body.inputs, *options))
         account.count_classified([result])
-        answer = ClassifyResponse.of(result)
+        pieces = pieces_of(result)
     else:
         results = await context.finish(context.engine.classify_each(several, body.inputs, *options))
         account.count_classified(results)
-        answer = ClassifyEachResponse(adapters=[ClassifyResponse.of(result) for result in results])
+        pieces = pieces_of_each(results)
     # The framework would check the answer against its own form again.
-    return Response(answer.model_dump_json(), media_type="application/json")
+    return Response(await context.written(pieces), media_type="application/json")
 
 
 def _asked(body: GenerateRequest | ClassifyRequest) -> Priority | None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
-import io
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, PlainValidator, WithJsonSchema
@@ -18,8 +16,8 @@ MAX_TOKEN_ID = (1 << 31) - 1
 MAX_STOP_TOKENS = 64
 MAX_LOGPROBS = 20
 MAX_MIN_TOKENS = 1 << 20
-# Tokens with log-probabilities that are encoded at once: some milliseconds, in which an event loop does nothing else.
-_ENCODED_AT_ONCE = 256
+# Tokens with log-probabilities that are encoded at once: a millisecond, in which an event loop does nothing else.
+_ENCODED_AT_ONCE = 32
 _TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
 
 TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
@@ -120,13 +118,10 @@ def logprobs_content(logprobs: Sequence[TokenLogprobs]) -> list[dict[str, Any]]:
     ]
 
 
-async def write_logprobs(logprobs: Sequence[TokenLogprobs], content: io.BytesIO) -> None:
-    """Write the same as text. Other coroutines run between parts of a long list."""
-    content.write(b"[")
+def logprob_pieces(logprobs: Sequence[TokenLogprobs]) -> Iterator[str]:
+    """Yield the same as text, some tokens at a time."""
+    yield "["
     for first in range(0, len(logprobs), _ENCODED_AT_ONCE):
-        if first:
-            content.write(b",")
-        part = logprobs_content(logprobs[first : first + _ENCODED_AT_ONCE])
-        content.write(json.dumps(part, separators=(",", ":"))[1:-1].encode())
-        await asyncio.sleep(0)
-    content.write(b"]")
+        part = json.dumps(logprobs_content(logprobs[first : first + _ENCODED_AT_ONCE]), separators=(",", ":"))[1:-1]
+        yield f",{part}" if first else part
+    yield "]"

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -41,8 +40,8 @@ from sera_serve.server.native.sampling import (
     SamplingFields,
     ScoredToken,
     TokenId,
+    logprob_pieces,
     logprobs_content,
-    write_logprobs,
 )
 from sera_serve.server.response_format import (
     GRAMMAR_HELP,
@@ -254,34 +253,34 @@ class ChoicesResponse(BaseModel):
     prompt_logprobs: list[ScoredToken] | None = None
 
 
-async def encode_response(results: Sequence[GenerationResult], params: GenerateParams) -> bytes:
-    """Return the JSON of a `GenerateResponse`, or of a `ChoicesResponse` for several results."""
+def answer_pieces(results: Sequence[GenerationResult], params: GenerateParams) -> Iterator[str]:
+    """Yield the JSON of a `GenerateResponse`, or of a `ChoicesResponse` for several results, in small pieces.
+
+    Log-probabilities may have 100 MB.
+    """
     first = results[0]
     whole: dict[str, Any] = {"id": first.id, "adapter": first.adapter, "version": first.version}
-    # Written once: log-probabilities may have 100 MB.
-    content = io.BytesIO()
-    content.write(f"{json.dumps(whole, ensure_ascii=False)[:-1]}, ".encode())
+    yield f"{json.dumps(whole, ensure_ascii=False)[:-1]}, "
     if len(results) == 1:
-        await _write_answer(first, params, content)
+        yield from _member_pieces(first, params)
     else:
-        content.write(b'"choices": [')
+        yield '"choices": ['
         for index, result in enumerate(results):
-            content.write(f'{", " if index else ""}{{"index": {index}, '.encode())
-            await _write_answer(result, params, content)
-            content.write(b"}")
-        content.write(b"]")
+            yield f'{", " if index else ""}{{"index": {index}, '
+            yield from _member_pieces(result, params)
+            yield "}"
+        yield "]"
     completion = sum(result.completion_tokens for result in results)
     usage = json.dumps({"prompt_tokens": first.prompt_tokens, "completion_tokens": completion})
-    content.write(f', "usage": {usage}'.encode())
+    yield f', "usage": {usage}'
     if params.prompt_logprobs is not None:
-        content.write(b', "prompt_logprobs": ')
-        await write_logprobs(first.prompt_logprobs, content)
-    content.write(b"}")
-    return content.getvalue()
+        yield ', "prompt_logprobs": '
+        yield from logprob_pieces(first.prompt_logprobs)
+    yield "}"
 
 
-async def _write_answer(result: GenerationResult, params: GenerateParams, content: io.BytesIO) -> None:
-    """Write the members of an answer, without braces."""
+def _member_pieces(result: GenerationResult, params: GenerateParams) -> Iterator[str]:
+    """Yield the members of an answer, without braces."""
     answer: dict[str, Any] = {
         "text": result.text,
         "token_ids": result.token_ids,
@@ -289,10 +288,10 @@ async def _write_answer(result: GenerationResult, params: GenerateParams, conten
     }
     if result.stop_reason is not None:
         answer["stop_reason"] = result.stop_reason
-    content.write(json.dumps(answer, ensure_ascii=False)[1:-1].encode())
+    yield json.dumps(answer, ensure_ascii=False)[1:-1]
     if params.logprobs is not None:
-        content.write(b', "logprobs": ')
-        await write_logprobs(result.logprobs, content)
+        yield ', "logprobs": '
+        yield from logprob_pieces(result.logprobs)
 
 
 class GenerateEvent(BaseModel):
@@ -421,30 +420,50 @@ class ClassifyResponse(BaseModel):
     version: int | None = Field(description="null for a weighted sum")
     results: list[Classification] | list[LabelSetResult] | list[ScoreResult] | list[SpansResult]
 
-    @classmethod
-    def of(cls, result: ClassifyResult) -> ClassifyResponse:
-        """Return the body for a finished classification."""
-        # Nothing is to be checked, and the answer may have a hundred thousand numbers.
-        return cls.model_construct(
-            adapter=result.adapter, version=result.version, results=[_row_result(row) for row in result.results]
-        )
-
-
-def _row_result(row: HeadResult) -> Classification | LabelSetResult | ScoreResult | SpansResult:
-    if isinstance(row, LabelScores):
-        return Classification.model_construct(label=row.label, probabilities=row.probabilities)
-    if isinstance(row, LabelSet):
-        return LabelSetResult.model_construct(labels=row.labels, probabilities=row.probabilities)
-    if isinstance(row, Score):
-        return ScoreResult.model_construct(score=row.score)
-    spans = [FoundSpan.model_construct(**vars(span)) for span in row.spans]
-    return SpansResult.model_construct(spans=spans, truncated=row.truncated)
-
 
 class ClassifyEachResponse(BaseModel):
     """Response body of `POST /v1/classify` with `adapters`. The answers are in the order of the adapters."""
 
     adapters: list[ClassifyResponse]
+
+
+def pieces_of_each(results: Sequence[ClassifyResult]) -> Iterator[str]:
+    """Yield the JSON of a `ClassifyEachResponse` in small pieces: it may have a hundred thousand numbers."""
+    yield '{"adapters":['
+    for number, result in enumerate(results):
+        if number:
+            yield ","
+        yield from pieces_of(result)
+    yield "]}"
+
+
+def pieces_of(result: ClassifyResult) -> Iterator[str]:
+    """Yield the JSON of a `ClassifyResponse` in small pieces."""
+    head = ClassifyResponse(adapter=result.adapter, version=result.version, results=[])
+    yield head.model_dump_json().removesuffix("]}")
+    for number, row in enumerate(result.results):
+        if number:
+            yield ","
+        yield from _row_pieces(row)
+    yield "]}"
+
+
+def _row_pieces(row: HeadResult) -> Iterator[str]:
+    # Nothing is to be checked.
+    if isinstance(row, LabelScores):
+        yield Classification.model_construct(label=row.label, probabilities=row.probabilities).model_dump_json()
+    elif isinstance(row, LabelSet):
+        yield LabelSetResult.model_construct(labels=row.labels, probabilities=row.probabilities).model_dump_json()
+    elif isinstance(row, Score):
+        yield ScoreResult.model_construct(score=row.score).model_dump_json()
+    else:
+        tail = SpansResult(spans=[], truncated=row.truncated).model_dump_json()
+        before, _, after = tail.partition("[]")
+        yield f"{before}["
+        for number, span in enumerate(row.spans):
+            written = FoundSpan.model_construct(**vars(span)).model_dump_json()
+            yield f",{written}" if number else written
+        yield f"]{after}"
 
 
 class LoadLoraRequest(RequestModel):

@@ -7,7 +7,6 @@ keep the event loop for seconds.
 from __future__ import annotations
 
 import codecs
-import io
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,6 +21,7 @@ from fastapi import Response
 from sera_serve.engine import BASE_TENANT, GenerationResult, GenerationStream, Principal, TokenDelta, TokenLogprobs
 from sera_serve.random_bytes import random_hex
 from sera_serve.server.accounting import Account
+from sera_serve.server.long_answers import Write
 from sera_serve.server.openai.errors import translated_errors
 from sera_serve.server.openai.fields import GenerationFields
 from sera_serve.server.openai.token_texts import TokenTexts
@@ -168,22 +168,32 @@ class ChoiceAnswer:
         """The fields of an event, beside its choices and usage."""
         return self._head.fields(self.chunk_kind, stream)
 
-    def whole(
-        self, stream: GenerationStream, choices: Iterable[Iterable[str]], results: Sequence[GenerationResult]
+    async def whole(
+        self,
+        stream: GenerationStream,
+        choices: Iterable[Iterable[str]],
+        results: Sequence[GenerationResult],
+        write: Write,
     ) -> Response:
-        """The whole answer. `stream` is its first one, `choices` has the pieces of the JSON of each choice.
+        """The whole answer.
 
-        Log-probabilities may have 100 MB: each piece is written once, and let go of.
+        Args:
+            stream: Its first one.
+            choices: The pieces of the JSON of each choice. Log-probabilities may have 100 MB.
+            results: Of all streams.
+            write: Joins the pieces.
         """
-        content = io.BytesIO()
-        content.write(f'{to_json(self._head.fields(self.kind, stream))[:-1]},"choices":['.encode())
+        return Response(await write(self._pieces(stream, choices, results)), media_type="application/json")
+
+    def _pieces(
+        self, stream: GenerationStream, choices: Iterable[Iterable[str]], results: Sequence[GenerationResult]
+    ) -> Iterator[str]:
+        yield f'{to_json(self._head.fields(self.kind, stream))[:-1]},"choices":['
         for number, pieces in enumerate(choices):
             if number:
-                content.write(b",")
-            for piece in pieces:
-                content.write(piece.encode())
-        content.write(f'],"usage":{to_json(self.usage(results))}}}'.encode())
-        return Response(content.getvalue(), media_type="application/json")
+                yield ","
+            yield from pieces
+        yield f'],"usage":{to_json(self.usage(results))}}}'
 
 
 AnswerT = TypeVar("AnswerT", bound=ChoiceAnswer)

@@ -11,6 +11,7 @@ from fastapi import APIRouter, Response
 from sera_serve.engine import GenerationResult, GenerationStream, Principal, TokenDelta
 from sera_serve.server.accounting import Account
 from sera_serve.server.deps import ContextOf
+from sera_serve.server.long_answers import Write
 from sera_serve.server.openai.answers import (
     ChatLogprobList,
     ChoiceAnswer,
@@ -66,7 +67,7 @@ async def chat_completions(body: ChatRequest, context: ContextOf, texts: TextsOf
     answer = ChatAnswer(body, head, principal, prompt, texts)
     if body.stream:
         return EventStream(admit, ChatEvents(answer), account, translated_errors)
-    return await context.finish(_complete(answer, admit, account))
+    return await context.finish(_complete(answer, admit, account, context.written))
 
 
 class ChatAnswer(ChoiceAnswer):
@@ -162,10 +163,10 @@ class ChatEvents(ChoiceEvents[ChatAnswer]):
         return self.event(stream, with_member(choice, "logprobs", logprobs or "null"))
 
 
-async def _complete(answer: ChatAnswer, admit: Admit, account: Account) -> Response:
+async def _complete(answer: ChatAnswer, admit: Admit, account: Account, write: Write) -> Response:
     streams, results = await collect(admit, account, answer.add_logprobs)
     choices = (_choice(answer, index, result) for index, result in enumerate(results))
-    return answer.whole(streams[0], choices, results)
+    return await answer.whole(streams[0], choices, results, write)
 
 
 def _choice(answer: ChatAnswer, index: int, result: GenerationResult) -> Iterator[str]:

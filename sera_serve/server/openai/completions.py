@@ -12,6 +12,7 @@ from fastapi import APIRouter, Response
 from sera_serve.engine import GenerationResult, GenerationStream, Principal, TokenDelta
 from sera_serve.server.accounting import Account
 from sera_serve.server.deps import ContextOf
+from sera_serve.server.long_answers import Write
 from sera_serve.server.openai.answers import (
     ChoiceAnswer,
     ChoiceEvents,
@@ -67,7 +68,7 @@ async def completions(body: CompletionRequest, context: ContextOf, texts: TextsO
     answer = CompletionAnswer(body, head, principal, echoed, texts)
     if body.stream:
         return EventStream(admit, CompletionEvents(answer), account, translated_errors)
-    return await context.finish(_complete(answer, admit, account))
+    return await context.finish(_complete(answer, admit, account, context.written))
 
 
 class CompletionAnswer(ChoiceAnswer):
@@ -142,7 +143,7 @@ class CompletionEvents(ChoiceEvents[CompletionAnswer]):
         return self.event(stream, "".join(self.answer.choice(index, "", None, self.answer.finish_reason(result))))
 
 
-async def _complete(answer: CompletionAnswer, admit: Admit, account: Account) -> Response:
+async def _complete(answer: CompletionAnswer, admit: Admit, account: Account, write: Write) -> Response:
     lists = defaultdict[int, CompletionLogprobLists](answer.new_lists)
     late = defaultdict[int, list[TokenDelta]](list)
 
@@ -167,7 +168,7 @@ async def _complete(answer: CompletionAnswer, admit: Admit, account: Account) ->
         return answer.choice(index, text, logprobs, answer.finish_reason(result))
 
     choices = (choice(index, result) for index, result in enumerate(results))
-    return answer.whole(streams[0], choices, results)
+    return await answer.whole(streams[0], choices, results, write)
 
 
 def _prompt_texts(texts: Texts, prompts: Sequence[Prompt]) -> list[str]:

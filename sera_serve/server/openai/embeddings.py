@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 from array import array
 from collections.abc import Iterator, Sequence
@@ -22,7 +21,7 @@ from sera_serve.server.deps import ContextOf
 from sera_serve.server.native.inputs import IMAGE_SCHEMA, image_of
 from sera_serve.server.native.sampling import MAX_TOKEN_ID
 from sera_serve.server.native.schemas import MAX_TIMEOUT_S, PRIORITY_HELP, TIMEOUT_HELP
-from sera_serve.server.openai.answers import to_json, with_member
+from sera_serve.server.openai.answers import to_json
 from sera_serve.server.openai.errors import InvalidOpenAIRequest, OpenAIRoute, translated_errors
 from sera_serve.server.openai.fields import ModelName, User
 from sera_serve.server.openai.texts import adapter_of
@@ -33,8 +32,6 @@ router = APIRouter(route_class=OpenAIRoute, tags=["openai"])
 MAX_INPUTS = 2048
 # Of all inputs that are lists of tokens: each token is looked at before the request waits for anything.
 MAX_TOKENS = 150_000
-# Numbers that are written to JSON between two turns of the event loop: some 10 ms.
-_AT_ONCE = 1 << 14
 
 Encoding = Literal["float", "base64"]
 
@@ -187,9 +184,9 @@ async def embeddings(body: EmbeddingRequest, context: ContextOf) -> Response:
         result = await context.finish(work)
     account.count_embedded(result)
     tokens = sum(result.prompt_tokens)
-    content = to_json({"object": "list", "model": body.model})
-    content = with_member(content, "data", await _data(result.vectors, body.encoding_format or "float"))
-    content = with_member(content, "usage", to_json({"prompt_tokens": tokens, "total_tokens": tokens}))
+    head = to_json({"object": "list", "model": body.model})
+    usage = to_json({"prompt_tokens": tokens, "total_tokens": tokens})
+    content = await context.written(_pieces(head, result.vectors, body.encoding_format or "float", usage))
     return Response(content, media_type="application/json")
 
 
@@ -205,19 +202,15 @@ def _named_as_sent(inputs: EmbeddingInputs) -> Iterator[None]:
         raise
 
 
-async def _data(vectors: Sequence[NDArray[np.float32]], encoding: Encoding) -> str:
-    """The JSON of the vectors. Other requests have their turns between two parts of it."""
-    parts: list[str] = []
-    written = 0
+def _pieces(head: str, vectors: Sequence[NDArray[np.float32]], encoding: Encoding, usage: str) -> Iterator[str]:
+    """Yield the JSON of an answer, a vector at a time. `head` and `usage` are JSON objects."""
+    yield f'{head[:-1]},"data":['
     for index, vector in enumerate(vectors):
         value: str | list[float]
         if encoding == "base64":
             value = base64.b64encode(vector.astype("<f4", copy=False).tobytes()).decode()
         else:
             value = vector.tolist()
-        parts.append(to_json({"object": "embedding", "index": index, "embedding": value}))
-        written += len(vector)
-        if written >= _AT_ONCE:
-            written = 0
-            await asyncio.sleep(0)
-    return f"[{','.join(parts)}]"
+        written = to_json({"object": "embedding", "index": index, "embedding": value})
+        yield f",{written}" if index else written
+    yield f'],"usage":{usage}}}'
