@@ -147,7 +147,8 @@ def build_app(
         )
     app.add_middleware(BrowserGuard, rules=rules)
     watch, log = app.state.loop_watch, RequestLog(settings)
-    app.add_middleware(RequestLifecycle, metrics=metrics, watch=watch, log=log, tracing=tracing)
+    turns = app.state.loop_turns
+    app.add_middleware(RequestLifecycle, metrics=metrics, watch=watch, log=log, turns=turns, tracing=tracing)
     return app
 
 

@@ -36,12 +36,19 @@ class RequestLifecycle:
     """Gives each request an id, counts and logs the request, and responds to errors that no other handler caught."""
 
     def __init__(
-        self, app: ASGIApp, metrics: ServerMetrics, watch: LoopWatch, log: RequestLog, tracing: Tracing | None = None
+        self,
+        app: ASGIApp,
+        metrics: ServerMetrics,
+        watch: LoopWatch,
+        log: RequestLog,
+        turns: LoopTurns,
+        tracing: Tracing | None = None,
     ) -> None:
         self.app = app
         self.metrics = metrics
         self.watch = watch
         self.log = log
+        self.turns = turns
         self.tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -81,9 +88,8 @@ class RequestLifecycle:
             await send(message)
 
         try:
-            turns: LoopTurns = scope["app"].state.loop_turns
-            if not turns.has_time():
-                async with turns.turn(_sender_of(scope)):
+            if not self.turns.has_time():
+                async with self.turns.turn(_sender_of(scope)):
                     # The request begins with what follows, up to its first suspension.
                     pass
             await self.app(scope, self.log.listen(receive, body), send_with_id)

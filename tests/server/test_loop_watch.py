@@ -16,6 +16,7 @@ from prometheus_client import CollectorRegistry
 from uvloop import new_event_loop
 
 from sera_serve.config import ServeSettings
+from sera_serve.loop_turns import LoopTurns
 from sera_serve.server.disconnect import cancel_on_disconnect
 from sera_serve.server.loop_watch import LoopWatch, measured_with_request
 from sera_serve.server.metrics import ServerMetrics
@@ -169,7 +170,7 @@ def test_a_route_and_its_child_tasks_are_named(clock: Clock) -> None:
     metrics = ServerMetrics(StubEngine(None))  # type: ignore[arg-type]
     app = FastAPI()
     watch, log = LoopWatch(metrics.registry, clock), RequestLog(ServeSettings())
-    app.add_middleware(RequestLifecycle, metrics=metrics, watch=watch, log=log)
+    app.add_middleware(RequestLifecycle, metrics=metrics, watch=watch, log=log, turns=LoopTurns())
 
     @app.get("/slow/{name}")
     async def slow(name: str, request: Request) -> float:
