@@ -10,7 +10,7 @@ Legend: T tokens, s segments, w elements of a segment, m segment rank, r = s m. 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -37,7 +37,8 @@ def add_update(h: Tensor, x: Tensor, a: Tensor, c: Tensor | None, b: Tensor, spl
         split: Number of diagonal blocks of A and of B.
         scaling: Factor of the update.
     """
-    result: Tensor = _AddUpdate.apply(h, x, a, c, b, split, scaling)  # type: ignore[no-untyped-call]
+    # Whether torch annotates `apply` differs between its releases.
+    result: Tensor = cast(Any, _AddUpdate).apply(h, x, a, c, b, split, scaling)
     return result
 
 
