@@ -77,4 +77,5 @@ def test_an_ignored_interrupt_stays_ignored(tmp_path: Path) -> None:
 
 def test_python_takes_the_signal_again_for_the_command(tmp_path: Path) -> None:
     look = "import signal, typer; typer.Typer.__call__ = lambda self: print(signal.getsignal(signal.SIGINT).__name__)\n"
-    assert run(program("sera-serve"), [], tmp_path, look).stdout.strip() == signal.default_int_handler.__name__
+    ended = run(program("sera-serve"), [], tmp_path, TAKES_IT + look)
+    assert ended.stdout.strip() == signal.default_int_handler.__name__
