@@ -1,6 +1,6 @@
 """The activation of an MLP of Llama's form, silu(gate) * up, in one Triton launch, with the updates of gate and up.
 
-Triton 3.4 or newer is required. Without a GPU, the kernel runs if TRITON_INTERPRET=1 was set before this module is
+Triton 3.6 or newer is required. Without a GPU, the kernel runs if TRITON_INTERPRET=1 was set before this module is
 imported.
 """
 
@@ -47,6 +47,7 @@ def silu_mul(gate: Tensor, up: Tensor, updates: Sequence[Tensor] | None = None) 
         _silu_mul_kernel[(tokens, triton.cdiv(width, _COLUMNS))](
             gate, up, *more, hidden, gate.stride(0), up.stride(0), more[0].stride(0), width,
             COLUMNS=_COLUMNS, VEC=vector_elements(gate, up, *more), HAS_UPDATES=updates is not None, num_warps=4,
+            enable_fp_fusion=True,
         )  # fmt: skip
     return hidden
 

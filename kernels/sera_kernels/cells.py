@@ -3,7 +3,7 @@
 A token's slot, and then the cell of that slot, would be two loads after one another at the start of every launch of a
 step, and weights have driven both out of the caches by the next layer.
 
-Triton 3.4 or newer is required. Without a GPU, the kernel runs if TRITON_INTERPRET=1 was set before this module is
+Triton 3.6 or newer is required. Without a GPU, the kernel runs if TRITON_INTERPRET=1 was set before this module is
 imported.
 """
 
@@ -52,7 +52,7 @@ def cells_of(batch: AdapterBatch, tables: AdapterTables) -> Cells:
         cells = Cells(*(source.new_empty(modules, tokens) for source in sources))
         with torch.cuda.device_of(tables.offset):
             copy_cells[(triton.cdiv(tokens, _TOKENS), modules)](
-                batch.token_slots, *sources, *cells, slots, tokens, TOKENS=_TOKENS, num_warps=2
+                batch.token_slots, *sources, *cells, slots, tokens, TOKENS=_TOKENS, num_warps=2, enable_fp_fusion=True
             )
         # The tables too: while they exist, no others have their id.
         made = batch.copied_cells[id(tables)] = (tables, cells)

@@ -3,7 +3,7 @@
 torch's own norm takes two to three times as long for the rows of a decode. A decoder layer adds an output to the
 residual stream and normalizes the sum. `add_norm` does both, and adds the adapters' updates to that output before.
 
-Triton 3.4 or newer is required. Without a GPU, the kernels run if TRITON_INTERPRET=1 was set before this module is
+Triton 3.6 or newer is required. Without a GPU, the kernels run if TRITON_INTERPRET=1 was set before this module is
 imported.
 """
 
@@ -11,6 +11,8 @@ imported.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -40,7 +42,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return y
     block = triton.next_power_of_2(width)
     with torch.cuda.device_of(x):
-        _norm_kernel[(rows,)](x, weight, y, eps, WIDTH=width, BLOCK=block, num_warps=_warps(block))
+        _norm_kernel[(rows,)](x, weight, y, eps, WIDTH=width, BLOCK=block, **_options(block))
     return y
 
 
@@ -70,13 +72,14 @@ def add_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float, update: Tensor | 
             x, y, y if update is None else update, weight, hidden, normed,
             y.stride(0), 0 if update is None else update.stride(0), eps,
             WIDTH=width, BLOCK=block, VEC=vector_elements(x, y, *more), HAS_UPDATE=update is not None,
-            num_warps=_warps(block),
+            **_options(block),
         )  # fmt: skip
     return hidden, normed
 
 
-def _warps(block: int) -> int:
-    return min(8, max(1, block // 512))
+def _options(block: int) -> dict[str, Any]:
+    # Fusion is the default so far. Triton 3.9 warns that the default will change.
+    return {"num_warps": min(8, max(1, block // 512)), "enable_fp_fusion": True}
 
 
 @triton.jit

@@ -11,7 +11,7 @@ contents of the buffers.
 Scores that are not finite (NaN, or infinite of either sign) make the row's output NaN: the sum of weights takes up
 0 * score for each key. Keys and values beyond a row's length are not loaded.
 
-Triton 3.4 or newer is required. Without a GPU, the kernels run if TRITON_INTERPRET=1 was set before this module is
+Triton 3.6 or newer is required. Without a GPU, the kernels run if TRITON_INTERPRET=1 was set before this module is
 imported.
 """
 
@@ -218,6 +218,7 @@ def write_kv(keys: Tensor, values: Tensor, places: Tensor, k: Tensor, v: Tensor)
             VALUE_WIDTH=value_width,
             BLOCK=block,
             num_warps=4,
+            enable_fp_fusion=True,
         )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ transformers rotates by ten kernels a layer, which in a decode step cost more th
 same here, with the same roundings: y = x cos + rotate_half(x) sin, where rotate_half(x) is (-x2, x1) for the halves x1
 and x2 of the rotated part of a head.
 
-Triton 3.4 or newer is required. Without a GPU, the kernel runs if TRITON_INTERPRET=1 was set before this module is
+Triton 3.6 or newer is required. Without a GPU, the kernel runs if TRITON_INTERPRET=1 was set before this module is
 imported.
 """
 

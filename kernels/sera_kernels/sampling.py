@@ -19,7 +19,7 @@ The noise, the scale and the comparisons are those of `sera_serve.engine.samplin
 the logarithms may differ in their last bit.
 
 The grids follow from shapes alone, no operation is atomic, and the host reads no values. CUDA graphs can hold both
-launches. Triton 3.4 or newer is required. Without a GPU, the kernels run if TRITON_INTERPRET=1 was set before this
+launches. Triton 3.6 or newer is required. Without a GPU, the kernels run if TRITON_INTERPRET=1 was set before this
 module is imported.
 """
 

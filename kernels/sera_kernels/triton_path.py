@@ -13,7 +13,7 @@ Launches follow from shapes alone, and from the kinds of resident adapters (`Sha
 the device. A CUDA graph that holds the launches can therefore be replayed with other slots, tables and factors, as
 long as the kinds are among those of its capture. There is no gradient: training uses the layers' autograd.
 
-Triton 3.4 or newer is required. Without a GPU, the kernels run if TRITON_INTERPRET=1 was set before this module is
+Triton 3.6 or newer is required. Without a GPU, the kernels run if TRITON_INTERPRET=1 was set before this module is
 imported.
 """
 

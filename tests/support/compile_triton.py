@@ -25,7 +25,7 @@ from sera_kernels import MOST_RANK, AdapterBatch, AdapterTables, ShapeClasses, t
 from sera_kernels.activation import silu_mul, updated_silu_mul
 from sera_kernels.attention_overflow import spread_overflow
 from sera_kernels.launches import choose_launch
-from sera_kernels.norm import add_norm
+from sera_kernels.norm import add_norm, rms_norm
 from sera_kernels.paged_attention import paged_decode, write_kv
 from sera_kernels.rotary import rotate_and_write
 from sera_kernels.sampling import choose_tokens_triton
@@ -115,6 +115,7 @@ def compiled(case: tuple[int, int]) -> list[dict[str, Any]]:
     if len(outputs) == 2:
         silu_mul(outputs[0], outputs[1], updates)
         add_norm(x, x, x[0].clone(), 1e-5, x)
+        rms_norm(x, x[0].clone(), 1e-5)
     elif len(outputs) == 3:
         heads = [y.view(tokens, -1, 128) for y in outputs]
         places, pages = torch.zeros(tokens, dtype=torch.int64), torch.empty(tokens, 1, *heads[1].shape[1:], dtype=dtype)
