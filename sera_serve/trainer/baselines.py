@@ -39,7 +39,7 @@ _ADAPTER = "baseline"
 
 
 class MissingLibrary(InvalidConfiguration):
-    """A baseline's library is not installed, or does not run on this transformers."""
+    """A baseline's library is not installed, is too old, or does not run on this transformers."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def install_baseline(task: TrainingTask, settings: TrainSettings, shape: Baselin
 
     Raises:
         InvalidConfiguration: The library cannot adapt this base.
-        MissingLibrary: The library is absent.
+        MissingLibrary: The library is absent, or too old.
     """
     if shape.method == "full":
         task.model = _fully_trained(task.model)
@@ -197,6 +197,10 @@ def _peft_config(
         )
     options: dict[str, Any] = {}
     if shape.method == "bd-lora":
+        if not hasattr(peft, "BdLoraConfig"):
+            raise MissingLibrary(
+                f"bd-lora needs PEFT 0.19 or newer, not {peft.__version__}; pip install --upgrade peft", param="method"
+            )
         options["use_bdlora"] = peft.BdLoraConfig(target_modules_bd_b=targets, nblocks=shape.blocks)
     return peft.LoraConfig(**common, r=shape.rank, use_dora=shape.method == "dora", **options)
 

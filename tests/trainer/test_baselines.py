@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, get_args
 
+import peft
 import pytest
 import torch
 from torch import nn
@@ -228,6 +229,13 @@ def test_a_shape_that_the_library_refuses_is_a_typed_error(settings: TrainSettin
     _, task = task_of(settings)
     with pytest.raises(InvalidConfiguration, match="PEFT cannot add bd-lora of rank 4"):
         install_baseline(task, settings, BaselineShape("bd-lora", rank=4, blocks=3))
+
+
+def test_an_old_library_is_a_typed_error(settings: TrainSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(peft, "BdLoraConfig")
+    _, task = task_of(settings)
+    with pytest.raises(MissingLibrary, match=r"bd-lora needs PEFT 0\.19 or newer, not .*; pip install --upgrade peft"):
+        install_baseline(task, settings, BaselineShape("bd-lora", rank=4, blocks=2))
 
 
 def test_bottleneck_adapters_name_the_environment_that_they_need(settings: TrainSettings) -> None:
