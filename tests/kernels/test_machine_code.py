@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,9 @@ REGISTERS = {
     "_silu_mul_kernel": 64,
     "_rotate_kernel": 64,
 }
+# Triton 3.6 to 3.8 need more registers for two kernels, and keep up to eight values in local memory.
+IS_OLD = tuple(map(int, version("triton").split(".")[:2])) < (3, 9)
+OLD_REGISTERS = {"expand_runs": 168, "expand_silu_mul_runs": 128}
 
 
 def compiled(capability: int, scenarios: Iterable[int]) -> list[dict[str, Any]]:
@@ -58,13 +62,14 @@ def test_no_launch_spills_and_loads_are_wide(capability: int, scenarios: int) ->
     figures = compiled(capability, range(scenarios))
     kernels = {figure["kernel"] for figure in figures}
     assert kernels == {name for name in REGISTERS if "," not in name}
+    limits = REGISTERS | OLD_REGISTERS if IS_OLD else REGISTERS
     for figure in figures:
         kernel, constants = figure["kernel"], figure["constants"]
         name = (
             kernel if constants.get("SINGLE", True) or f"{kernel}, any rank" not in REGISTERS else f"{kernel}, any rank"
         )
-        assert figure["spills"] == 0, figure
-        assert figure["registers"] <= REGISTERS[name], figure
+        assert figure["spills"] <= (8 if IS_OLD else 0), figure
+        assert figure["registers"] <= limits[name], figure
         # The mixer of a small bucket is too small for a vector in each thread. Cells are read one by one.
         narrow = constants.get("VEC") == 1 or constants.get("R") == 16 or kernel == "copy_cells"
         assert figure["wide_loads"] > 0 or narrow, figure
