@@ -64,12 +64,9 @@ class LoopTurns:
         now = time.monotonic()
         if self._short_since is None:
             self._short_since = now
-            asyncio.get_running_loop().call_soon(self._begin)
+            # Until the next turn of the event loop begins.
+            asyncio.get_running_loop().call_soon(setattr, self, "_short_since", None)
         return now - self._short_since < _AT_ONCE_S
-
-    def _begin(self) -> None:
-        """The next turn of the event loop begins."""
-        self._short_since = None
 
     def _rest(self, began: float) -> None:
         self._worked_s += time.monotonic() - began
