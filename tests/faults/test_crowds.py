@@ -34,7 +34,7 @@ def test_a_crowd_of_tiny_requests_at_once(serve: Serve, size: int) -> None:
     async def crowd() -> list[httpx.Response]:
         transport = httpx.ASGITransport(serving.app)
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost", limits=limits) as client:
-            asked = [client.post("/v1/generate", json=body(adapter, max_new_tokens=2)) for adapter in adapters]
+            asked = [client.post("/v1/generate", json=body(adapter, max_new_tokens=NEW_TOKENS)) for adapter in adapters]
             return await asyncio.gather(*asked)
 
     answers = asyncio.run(crowd())
@@ -44,7 +44,7 @@ def test_a_crowd_of_tiny_requests_at_once(serve: Serve, size: int) -> None:
     assert statuses[200] < size, "the queue has a bound"
     for adapter, answer in zip(adapters, answers, strict=True):
         if answer.status_code == 200:
-            assert answer.json()["token_ids"] == serving.expected[adapter][:2]
+            assert answer.json()["token_ids"] == serving.expected[adapter]
         else:
             code = answer.json()["error"]["code"]
             assert "engine" not in code
