@@ -98,9 +98,8 @@ def _silu_mul_runs(workspace: Workspace, gate: Tensor, up: Tensor) -> Tensor:
         expand_silu_mul_runs[(triton.cdiv(tokens, block), triton.cdiv(width, columns))](
             gate, up, hidden, gate.stride(0), width, *workspace.layers[:4],
             workspace.batch.token_slots, *workspace.shapes, workspace.tables.scaling, workspace.slots,
-            workspace.v, workspace.v.shape[2],
-            M=block, COLUMNS=columns, VEC=vector_elements(gate, up, hidden, pool=pool), num_warps=4,
-            **workspace.options,
+            *workspace.v_parts, M=block, COLUMNS=columns, PARTS=workspace.parts,
+            VEC=vector_elements(gate, up, hidden, pool=pool), num_warps=4, **workspace.options,
         )  # fmt: skip
     return hidden
 

@@ -96,13 +96,19 @@ def warm_up(device: torch.device, dtype: torch.dtype) -> None:
 
     The first compilation after an installation takes seconds. Its result is kept on disk.
     """
-    # There are two functions: one thread computes few rows, all threads compute many rows.
-    for rows in (1, 1 << 15):
+    # One thread of a CPU computes few rows, and all threads compute many. A GPU has kernels for steps, and for prompts
+    # of few tokens and of many.
+    for rows in (1, 512, 1 << 15):
         x = torch.zeros(rows, 8, dtype=dtype, device=device)
         batch = AdapterBatch(torch.full((rows,), NO_ADAPTER, dtype=torch.int32, device=device))
         tables = AdapterTables.empty(1, 1, device)
         tables.set_classes(ShapeClasses(single=64, vectors=True))
         add_updates(x, [x.clone()], [0], batch, x.new_zeros(1), tables)
+        if path_name(device, dtype) == "triton":
+            from sera_kernels.activation import updated_silu_mul
+
+            tables.set_classes(ShapeClasses(single=64))
+            updated_silu_mul(x, x.clone(), x.clone(), [0, 0], batch, x.new_zeros(1), tables)
 
 
 @cache

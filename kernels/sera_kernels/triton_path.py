@@ -33,7 +33,7 @@ from sera_kernels.decode_kernels import expand, mix_parts, reduce_mix, reduce_pa
 from sera_kernels.launches import Launch, choose_launch, vector_elements
 from sera_kernels.operands import AdapterBatch, AdapterTables
 from sera_kernels.prefill_kernels import expand_tiles, reduce_tiles
-from sera_kernels.run_kernels import expand_runs, reduce_runs
+from sera_kernels.run_kernels import RUN_SHARES, expand_runs, reduce_runs
 from sera_kernels.shape_classes import MOST_SUMS_BYTES, OUTPUTS_PER_LAUNCH, ShapeClasses
 from sera_kernels.vector_kernels import scale_and_shift
 
@@ -42,6 +42,15 @@ PREFILL_TOKENS = 256
 
 RUN_BUCKET = 256
 """The largest rank bucket of segments of rank 1 that blocks of neighbours are computed for. Others take tiles."""
+
+RUN_SEGMENTS = 16
+"""Segments of a round of a block's program."""
+
+RUN_PARTS = 4
+"""Parts of v for few blocks: programs that share a block's rounds. They take less memory than v for `MOST_RANK`."""
+
+RUN_ROWS = 2048
+"""Layers times tokens at most of a launch that makes parts of v. More have enough programs for a GPU."""
 
 EXPAND_BYTES = 16384
 """Bytes of an output that a block's program of the second phase updates."""
@@ -86,6 +95,8 @@ class Workspace:
         tables: The offset and the shape of each adapter's factors.
         classes: The kinds of shapes that the first phase was launched for.
         consecutive: Both phases are launched one after the other on one stream.
+        parts: For adapters that are computed in blocks of neighbours, `v` is the first of so many parts, which follow
+            each other in memory and are to be added.
     """
 
     v: Tensor
@@ -96,6 +107,7 @@ class Workspace:
     tables: AdapterTables
     classes: ShapeClasses
     consecutive: bool = True
+    parts: int = 1
 
     @property
     def options(self) -> dict[str, Any]:
@@ -134,7 +146,12 @@ class Workspace:
     @property
     def runs(self) -> bool:
         """Whether adapters with segments of rank 1 are computed in blocks of neighbours."""
-        return self.v.shape[1] > PREFILL_TOKENS and 0 < self.classes.single <= RUN_BUCKET
+        return _has_runs(self.v.shape[1], self.classes)
+
+    @property
+    def v_parts(self) -> tuple[Tensor, int, int]:
+        """`v`, the length of its rows, and the elements between two parts, as kernels of blocks take them."""
+        return (self.v, self.v.shape[2], self.v.numel())
 
     @property
     def has_tiles(self) -> bool:
@@ -204,10 +221,11 @@ def reduce_updates(
     tokens, d_in = x.shape
     if tokens == 0 or classes.width == 0 or not modules:
         return None
-    v = _buffer(x.device, len(modules), tokens, classes.width)
-    workspace = Workspace(v, d_in, tuple(modules), batch, pool, tables, classes, consecutive)
+    launch = launch or choose_launch(x.dtype, x.device)
+    parts = _run_parts(x, len(modules), classes, launch)
+    v = _buffer(x.device, parts * len(modules), tokens, classes.width)[: len(modules)]
+    workspace = Workspace(v, d_in, tuple(modules), batch, pool, tables, classes, consecutive, parts)
     with torch.cuda.device_of(x):
-        launch = launch or choose_launch(x.dtype, x.device)
         if workspace.runs:
             _reduce_runs(x, workspace, launch)
         if workspace.has_tiles:
@@ -290,8 +308,8 @@ def _expand(workspace: Workspace, outputs: Sequence[Tensor], launch: Launch | No
             columns = EXPAND_WIDTH // pool.element_size()
             block = EXPAND_BYTES // EXPAND_WIDTH
             expand_runs[(-(-tokens // block), sum(-(-width // columns) for width in widths))](
-                *rows, *workspace.layers, workspace.batch.token_slots, *shapes,
-                M=block, COLUMNS=columns, VEC=vector, num_warps=4, **workspace.options,
+                *rows, *workspace.layers, workspace.batch.token_slots, *shapes[:-2], *workspace.v_parts,
+                M=block, COLUMNS=columns, PARTS=workspace.parts, VEC=vector, num_warps=4, **workspace.options,
             )  # fmt: skip
         if workspace.has_tiles:
             columns = 4 * TILE_WIDTH // pool.element_size()
@@ -357,16 +375,37 @@ def _reduce_in_parts(x: Tensor, workspace: Workspace, launch: Launch) -> None:
     _mix_parts(workspace, sums, largest, single=False)
 
 
+def _has_runs(tokens: int, classes: ShapeClasses) -> bool:
+    return tokens > PREFILL_TOKENS and 0 < classes.single <= RUN_BUCKET
+
+
+def _run_inputs(x: Tensor, bucket: int, launch: Launch) -> int:
+    """Return the inputs of each segment in a round of a block. Rounds of a large mixer hold fewer inputs."""
+    return launch.run_inputs * 2 // x.element_size() // (2 if bucket > 64 else 1)
+
+
+def _run_parts(x: Tensor, layers: int, classes: ShapeClasses, launch: Launch) -> int:
+    """Return the parts of v, which programs of a block compute side by side.
+
+    A program's rounds are its time, and few tokens have few programs. Many tokens have enough, and no parts to add.
+    """
+    tokens, d_in = x.shape
+    if not _has_runs(tokens, classes) or layers * tokens > RUN_ROWS or classes.width > RUN_BUCKET:
+        return 1
+    segments, bucket = RUN_SEGMENTS, classes.single
+    rounds = -(-bucket // segments) * -(-d_in // (bucket * _run_inputs(x, bucket, launch)))
+    return RUN_PARTS if rounds >= RUN_PARTS else 1
+
+
 def _reduce_runs(x: Tensor, workspace: Workspace, launch: Launch) -> None:
     """Compute v for blocks of neighbours, if segments have rank 1."""
     v, bucket = workspace.v, workspace.classes.single
-    # Rounds of a large mixer hold fewer inputs.
-    inputs = launch.run_inputs * 2 // x.element_size() // (2 if bucket > 64 else 1)
     # 32 inputs of 16 bits of a round in a thread.
     warps = max(launch.run_tokens * launch.run_inputs // 64, 2)
-    reduce_runs[(v.shape[0], -(-v.shape[1] // launch.run_tokens), 4)](
+    reduce_runs[(v.shape[0], -(-v.shape[1] // launch.run_tokens), RUN_SHARES.value * workspace.parts)](
         x, x.stride(0), *workspace.layers, workspace.batch.token_slots, *workspace.shapes, workspace.slots,
-        v, v.shape[2], M=launch.run_tokens, R=bucket, S=16, K=inputs, STAGES=3 if bucket > 64 else 4,
+        v, v.shape[2], M=launch.run_tokens, R=bucket, S=RUN_SEGMENTS, K=_run_inputs(x, bucket, launch),
+        STAGES=3 if bucket > 64 else 4,
         VEC=vector_elements(x, pool=workspace.pool), PRECISION="ieee" if x.dtype == torch.float32 else "tf32x3",
         num_warps=16 if bucket > 64 else warps, **workspace.options,
     )  # fmt: skip

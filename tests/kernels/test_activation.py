@@ -36,7 +36,14 @@ def test_it_gives_what_torch_gives(tokens: int, width: int, dtype: torch.dtype) 
 
 @pytest.mark.parametrize("prefill", [False, True])
 @pytest.mark.parametrize(
-    ("shapes", "vectors"), [([(8, 8), (4, 4), (1, 1)], False), ([(8, 8), (4, 1), (8, 2)], False), ([(8, 8)] * 3, True)]
+    ("shapes", "vectors"),
+    [
+        ([(8, 8), (4, 4), (1, 1)], False),
+        # Several programs share the inputs of a block.
+        ([(32, 32), (16, 16), (1, 1)], False),
+        ([(8, 8), (4, 1), (8, 2)], False),
+        ([(8, 8)] * 3, True),
+    ],
 )
 def test_updates_and_activation(
     shapes: list[tuple[int, int]], vectors: bool, prefill: bool, monkeypatch: pytest.MonkeyPatch

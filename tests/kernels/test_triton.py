@@ -17,7 +17,7 @@ from sera_kernels import (
 )
 from sera_kernels.cells import cells_of
 from sera_kernels.launches import Launch
-from sera_kernels.triton_path import expand_updates, grouped_sera_triton, reduce_updates, updates_of
+from sera_kernels.triton_path import RUN_PARTS, expand_updates, grouped_sera_triton, reduce_updates, updates_of
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NAN = float("nan")
@@ -238,6 +238,17 @@ def test_tiles_are_the_reference(
 @pytest.mark.parametrize("inputs", [32, 64])
 def test_blocks_of_each_size_are_the_reference(tokens: int, inputs: int) -> None:
     run_case(SINGLE, "runs", 20, torch.bfloat16, replace(SMALL, run_tokens=tokens, run_inputs=inputs), 8, 8)
+
+
+@pytest.mark.usefixtures("_tiles")
+@pytest.mark.parametrize(("rows", "parts"), [(39, 1), (40, RUN_PARTS)])
+def test_blocks_whose_rounds_are_shared_are_the_reference(
+    rows: int, parts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_path, "RUN_ROWS", rows)
+    x = torch.zeros(20, SINGLE.d_in, dtype=torch.bfloat16)
+    assert triton_path._run_parts(x, 2, ShapeClasses(single=64), SMALL) == parts
+    run_case(SINGLE, "runs", 20, torch.bfloat16, SMALL, 8, 8)
 
 
 @pytest.mark.parametrize("prefill", [False, True])

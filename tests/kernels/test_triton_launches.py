@@ -157,7 +157,7 @@ def test_no_rank_is_above_what_kernels_are_compiled_for() -> None:
         ShapeClasses.of([(8, 8), (MOST_RANK + 1, 1)])
 
 
-@pytest.mark.parametrize("tokens", [1, 256, 257, 2048, 8192])
+@pytest.mark.parametrize("tokens", [1, 256, 257, 512, 2048, 8192])
 @pytest.mark.parametrize("layers", [1, 4])
 @pytest.mark.parametrize("bucket", RANK_BUCKETS)
 def test_a_launch_takes_no_more_memory_than_is_planned(
@@ -189,6 +189,31 @@ def test_a_launch_takes_no_more_memory_than_is_planned(
     assert len(sizes) == 2 and sum(sizes) <= workspace_bytes(tokens)
     if (tokens, layers, bucket) in [(2048, 4, MOST_RANK), (8192, 4, MOST_RANK)]:
         assert sum(sizes) == workspace_bytes(tokens)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "d_in", "layers", "bucket", "parts"),
+    [
+        (2048, 4096, 1, 64, 4),
+        (2048, 4096, 2, 64, 1),
+        (682, 14336, 3, 64, 4),
+        (683, 14336, 3, 64, 1),
+        # Rounds: 16 segments of 32 inputs each.
+        (512, 1024, 1, 16, 1),
+        (512, 2048, 1, 16, 4),
+        # No blocks: few tokens, large ranks, no segments of rank 1.
+        (256, 4096, 1, 64, 1),
+        (512, 4096, 1, 1024, 1),
+        (512, 4096, 1, 0, 1),
+    ],
+)
+def test_programs_of_a_block_share_its_rounds_where_there_are_few_blocks(
+    tokens: int, d_in: int, layers: int, bucket: int, parts: int
+) -> None:
+    x = torch.empty(tokens, d_in, dtype=torch.bfloat16, device="meta")
+    assert triton_path._run_parts(x, layers, ShapeClasses(single=bucket, whole=64), LAUNCH) == parts
+    # Rows of v that are as long as others need would take much memory.
+    assert triton_path._run_parts(x, layers, ShapeClasses(single=bucket, whole=1024), LAUNCH) == 1
 
 
 def vars_of(tables: AdapterTables) -> dict[str, torch.Tensor]:

@@ -109,7 +109,11 @@ def compiled(case: tuple[int, int]) -> list[dict[str, Any]]:
             for launch in tune.variants(choose_launch(dtype, x.device), "run"):
                 triton_path.reduce_updates(x, modules, batch, x, tables, launch=launch)
         if len(outputs) == 2:
-            updated_silu_mul(x, outputs[0], outputs[1], modules, batch, torch.empty(64, dtype=dtype), tables)
+            # As many programs as there are, and several for each block.
+            for rows in (triton_path.RUN_ROWS, 1 << 20):
+                triton_path.RUN_ROWS = rows
+                triton_path.grouped_sera_triton(x, outputs, modules, batch, torch.empty(64, dtype=dtype), tables)
+                updated_silu_mul(x, outputs[0], outputs[1], modules, batch, torch.empty(64, dtype=dtype), tables)
         return figures
     updates = triton_path.updates_of(x, d_outs, modules, batch, torch.empty(64, dtype=dtype), tables)
     if len(outputs) == 2:
