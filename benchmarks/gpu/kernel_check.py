@@ -86,7 +86,7 @@ def _llama_cases(setting: Setting) -> Iterator[Row]:
     large = (Widths(4096, (4096, 1024, 1024)), Widths(4096, (14336, 14336)), Widths(14336, (4096,)))
     for widths in (Widths(64, (64, 64)),) if setting.small else large:
         operands = mixed_pool(widths.d_in, widths.d_outs, LARGE_MEMBERS, torch.bfloat16, setting.device, 8)
-        for tokens in (8,) if setting.small else (64, 2048):
+        for tokens in (8,) if setting.small else (64, 320, 2048):
             slots = POPULARITY["with base_only"](tokens, len(LARGE_MEMBERS)).sort().values
             yield _case(setting.operation[1], "llama", widths, slots.to(setting.device, torch.int32), *operands)
 

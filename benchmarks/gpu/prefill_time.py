@@ -12,12 +12,12 @@ from benchmarks.gpu.decode_model import adapt, random_llama
 from benchmarks.gpu.operands import spread
 from benchmarks.gpu.setting import Row, Setting
 from benchmarks.gpu.timing import Timed, interleaved
-from sera_kernels import AdapterBatch
+from sera_kernels import AdapterBatch, triton_path
 from sera_serve.layers import AdapterContext
 
 # All layers are alike: a few of them hold more weights than the cache.
 LAYERS = 4
-TOKENS = (512, 2048)
+TOKENS = (512, 2048, 320, 1024)
 ADAPTERS = (1, 8, 64)
 # In the order in which a pass runs them: with the activation, which adapters of the MLP may be computed with.
 _MODULES = (*(f"self_attn.{name}_proj" for name in "qkvo"), "mlp")
@@ -44,10 +44,29 @@ def time_prefill(setting: Setting) -> Iterator[Row]:
         for adapters in (1, 2) if setting.small else ADAPTERS:
             slots = spread(tokens, adapters, setting.device)
             cases[str(adapters)] = Timed(_pass(model, context, inputs, slots), 1)
+        # A step of decodes, each with an adapter of its own, beside a prompt of another one.
+        beside = torch.arange(tokens, dtype=torch.int32, device=setting.device).clamp(max=most - 1)
+        cases[f"{most} decodes"] = Timed(_pass(model, context, inputs, beside), 1)
+        cases[f"{most} decodes, large blocks"] = Timed(_in_large_blocks(cases[f"{most} decodes"].launch), 1)
+        cases["1, large blocks"] = Timed(_in_large_blocks(cases["1"].launch), 1)
         times = interleaved(setting, cases)
         for name, us in times.items():
             row = {"tokens": tokens, "adapters": name, "us_per_layer": us / layers}
             yield row | {"ratio": us / times["0"], "over_products": (us - times["0"]) / times["products"]}
+
+
+def _in_large_blocks(run: Callable[[int], object]) -> Callable[[int], object]:
+    """The same as if no launch took small blocks."""
+
+    def run_in_large_blocks(i: int) -> None:
+        rows = triton_path.RUN_ROWS
+        triton_path.RUN_ROWS = 0
+        try:
+            run(i)
+        finally:
+            triton_path.RUN_ROWS = rows
+
+    return run_in_large_blocks
 
 
 def _products(model: nn.Module, inputs: dict[int, Tensor]) -> Callable[[int], None]:

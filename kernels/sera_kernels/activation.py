@@ -93,7 +93,7 @@ def _silu_mul_runs(workspace: Workspace, gate: Tensor, up: Tensor) -> Tensor:
     pool = workspace.pool
     columns = EXPAND_WIDTH // pool.element_size()
     # As many bytes of both layers together as of one in `expand_runs`.
-    block = EXPAND_BYTES // EXPAND_WIDTH // 2
+    block = max(EXPAND_BYTES // EXPAND_WIDTH // 2 // workspace.parts, 1)
     with torch.cuda.device_of(gate):
         expand_silu_mul_runs[(triton.cdiv(tokens, block), triton.cdiv(width, columns))](
             gate, up, hidden, gate.stride(0), width, *workspace.layers[:4],

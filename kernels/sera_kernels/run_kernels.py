@@ -7,9 +7,9 @@ elements, and the time is that of reading and writing x and y.
     expand_runs            y += scaling * v B, likewise
     expand_silu_mul_runs   the same for the two first layers of an MLP, then silu(gate) * up
 
-A block has as many rounds as adapters: one inside a prompt, two where a prompt ends. Tokens that are not neighbours
-share nothing, so nothing is sorted. A token's result does not depend on the other tokens of its block. Words as in
-`decode_kernels`.
+A program takes its block's adapters one after the other: one inside a prompt, two where a prompt ends. Tokens that are
+not neighbours share nothing, so nothing is sorted. A token's result does not depend on the other tokens of its block.
+Words as in `decode_kernels`.
 """
 
 # Triton's own language: its values have no Python type.

@@ -43,17 +43,20 @@ PREFILL_TOKENS = 256
 RUN_BUCKET = 256
 """The largest rank bucket of segments of rank 1 that blocks of neighbours are computed for. Others take tiles."""
 
-RUN_SEGMENTS = 16
-"""Segments of a round of a block's program."""
+RUN_ROWS = 2048
+"""Layers times tokens at most of a launch of small blocks. More have enough programs for a GPU."""
+
+SMALL_RUN_TOKENS = 4
+"""Tokens of a small block: `RUN_SHARES`, so that each of a step's decodes has a program of its own."""
+
+SMALL_RUN_INPUTS = 64
+"""Inputs of each segment that a small block's program multiplies at a time, of 16 bits."""
 
 RUN_PARTS = 4
-"""Parts of v for few blocks: programs that share a block's rounds. They take less memory than v for `MOST_RANK`."""
-
-RUN_ROWS = 2048
-"""Layers times tokens at most of a launch that makes parts of v. More have enough programs for a GPU."""
+"""Parts of v for small blocks: programs that share a block's rounds. They take less memory than v for `MOST_RANK`."""
 
 EXPAND_BYTES = 16384
-"""Bytes of an output that a block's program of the second phase updates."""
+"""Bytes of an output that a block's program of the second phase updates; of small blocks, a `RUN_PARTS`th of them."""
 
 EXPAND_WIDTH = 2048
 """Bytes of a row among them."""
@@ -222,7 +225,7 @@ def reduce_updates(
     if tokens == 0 or classes.width == 0 or not modules:
         return None
     launch = launch or choose_launch(x.dtype, x.device)
-    parts = _run_parts(x, len(modules), classes, launch)
+    parts = _run_parts(len(modules), tokens, classes)
     v = _buffer(x.device, parts * len(modules), tokens, classes.width)[: len(modules)]
     workspace = Workspace(v, d_in, tuple(modules), batch, pool, tables, classes, consecutive, parts)
     with torch.cuda.device_of(x):
@@ -306,7 +309,7 @@ def _expand(workspace: Workspace, outputs: Sequence[Tensor], launch: Launch | No
             return
         if workspace.runs:
             columns = EXPAND_WIDTH // pool.element_size()
-            block = EXPAND_BYTES // EXPAND_WIDTH
+            block = EXPAND_BYTES // EXPAND_WIDTH // workspace.parts
             expand_runs[(-(-tokens // block), sum(-(-width // columns) for width in widths))](
                 *rows, *workspace.layers, workspace.batch.token_slots, *shapes[:-2], *workspace.v_parts,
                 M=block, COLUMNS=columns, PARTS=workspace.parts, VEC=vector, num_warps=4, **workspace.options,
@@ -379,33 +382,27 @@ def _has_runs(tokens: int, classes: ShapeClasses) -> bool:
     return tokens > PREFILL_TOKENS and 0 < classes.single <= RUN_BUCKET
 
 
-def _run_inputs(x: Tensor, bucket: int, launch: Launch) -> int:
-    """Return the inputs of each segment in a round of a block. Rounds of a large mixer hold fewer inputs."""
-    return launch.run_inputs * 2 // x.element_size() // (2 if bucket > 64 else 1)
-
-
-def _run_parts(x: Tensor, layers: int, classes: ShapeClasses, launch: Launch) -> int:
-    """Return the parts of v, which programs of a block compute side by side.
+def _run_parts(layers: int, tokens: int, classes: ShapeClasses) -> int:
+    """Return the parts of v, which programs of a block compute side by side. With several parts, blocks are small.
 
     A program's rounds are its time, and few tokens have few programs. Many tokens have enough, and no parts to add.
     """
-    tokens, d_in = x.shape
-    if not _has_runs(tokens, classes) or layers * tokens > RUN_ROWS or classes.width > RUN_BUCKET:
-        return 1
-    segments, bucket = RUN_SEGMENTS, classes.single
-    rounds = -(-bucket // segments) * -(-d_in // (bucket * _run_inputs(x, bucket, launch)))
-    return RUN_PARTS if rounds >= RUN_PARTS else 1
+    is_small = _has_runs(tokens, classes) and layers * tokens <= RUN_ROWS and classes.width <= RUN_BUCKET
+    return RUN_PARTS if is_small else 1
 
 
 def _reduce_runs(x: Tensor, workspace: Workspace, launch: Launch) -> None:
     """Compute v for blocks of neighbours, if segments have rank 1."""
     v, bucket = workspace.v, workspace.classes.single
+    is_small = workspace.parts > 1
+    block, inputs = (SMALL_RUN_TOKENS, SMALL_RUN_INPUTS) if is_small else (launch.run_tokens, launch.run_inputs)
     # 32 inputs of 16 bits of a round in a thread.
-    warps = max(launch.run_tokens * launch.run_inputs // 64, 2)
-    reduce_runs[(v.shape[0], -(-v.shape[1] // launch.run_tokens), RUN_SHARES.value * workspace.parts)](
+    warps = max(block * inputs // 64, 2)
+    # Rounds of a large mixer hold fewer inputs.
+    inputs = inputs * 2 // x.element_size() // (2 if bucket > 64 else 1)
+    reduce_runs[(v.shape[0], -(-v.shape[1] // block), RUN_SHARES.value * workspace.parts)](
         x, x.stride(0), *workspace.layers, workspace.batch.token_slots, *workspace.shapes, workspace.slots,
-        v, v.shape[2], M=launch.run_tokens, R=bucket, S=RUN_SEGMENTS, K=_run_inputs(x, bucket, launch),
-        STAGES=3 if bucket > 64 else 4,
+        v, v.shape[2], M=block, R=bucket, S=16, K=inputs, STAGES=3 if bucket > 64 else 4,
         VEC=vector_elements(x, pool=workspace.pool), PRECISION="ieee" if x.dtype == torch.float32 else "tf32x3",
         num_warps=16 if bucket > 64 else warps, **workspace.options,
     )  # fmt: skip

@@ -34,22 +34,24 @@ def test_it_gives_what_torch_gives(tokens: int, width: int, dtype: torch.dtype) 
     assert width < 64 or not tokens or (silu_mul(gate, up, more) - silu_mul(gate, up)).abs().max() > 0.2
 
 
-@pytest.mark.parametrize("prefill", [False, True])
+@pytest.mark.parametrize("blocks", ["none", "large", "small"])
 @pytest.mark.parametrize(
     ("shapes", "vectors"),
     [
         ([(8, 8), (4, 4), (1, 1)], False),
-        # Several programs share the inputs of a block.
+        # Of small blocks, several programs share the inputs.
         ([(32, 32), (16, 16), (1, 1)], False),
         ([(8, 8), (4, 1), (8, 2)], False),
         ([(8, 8)] * 3, True),
     ],
 )
 def test_updates_and_activation(
-    shapes: list[tuple[int, int]], vectors: bool, prefill: bool, monkeypatch: pytest.MonkeyPatch
+    shapes: list[tuple[int, int]], vectors: bool, blocks: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if prefill:
+    if blocks != "none":
         monkeypatch.setattr(triton_path, "PREFILL_TOKENS", 0)
+    if blocks == "large":
+        monkeypatch.setattr(triton_path, "RUN_ROWS", 0)
     tables = AdapterTables.empty(2, 3)
     for slot, (rank, split) in enumerate(shapes):
         # The second adapter's factors are not on a boundary of 16 bytes.

@@ -94,8 +94,9 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def _tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compute tiles, however few the tokens are."""
+    """Compute tiles and blocks, however few the tokens are: large blocks and small ones."""
     monkeypatch.setattr(triton_path, "PREFILL_TOKENS", 0)
+    monkeypatch.setattr(triton_path, "RUN_ROWS", 60)
 
 
 def adapters(
@@ -236,19 +237,21 @@ def test_tiles_are_the_reference(
 @pytest.mark.usefixtures("_tiles")
 @pytest.mark.parametrize("tokens", [4, 8])
 @pytest.mark.parametrize("inputs", [32, 64])
-def test_blocks_of_each_size_are_the_reference(tokens: int, inputs: int) -> None:
+def test_large_blocks_of_each_size_are_the_reference(tokens: int, inputs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_path, "RUN_ROWS", 0)
     run_case(SINGLE, "runs", 20, torch.bfloat16, replace(SMALL, run_tokens=tokens, run_inputs=inputs), 8, 8)
 
 
+# Two layers of 20 tokens each.
 @pytest.mark.usefixtures("_tiles")
+@pytest.mark.parametrize("popularity", ["runs", "with no adapter"])
 @pytest.mark.parametrize(("rows", "parts"), [(39, 1), (40, RUN_PARTS)])
-def test_blocks_whose_rounds_are_shared_are_the_reference(
-    rows: int, parts: int, monkeypatch: pytest.MonkeyPatch
+def test_large_and_small_blocks_are_the_reference(
+    rows: int, parts: int, popularity: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(triton_path, "RUN_ROWS", rows)
-    x = torch.zeros(20, SINGLE.d_in, dtype=torch.bfloat16)
-    assert triton_path._run_parts(x, 2, ShapeClasses(single=64), SMALL) == parts
-    run_case(SINGLE, "runs", 20, torch.bfloat16, SMALL, 8, 8)
+    assert triton_path._run_parts(2, 20, ShapeClasses(single=64)) == parts
+    run_case(SINGLE, popularity, 20, torch.bfloat16, SMALL, 8, 8)
 
 
 @pytest.mark.parametrize("prefill", [False, True])

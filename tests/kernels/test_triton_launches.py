@@ -192,28 +192,24 @@ def test_a_launch_takes_no_more_memory_than_is_planned(
 
 
 @pytest.mark.parametrize(
-    ("tokens", "d_in", "layers", "bucket", "parts"),
+    ("tokens", "layers", "classes", "parts"),
     [
-        (2048, 4096, 1, 64, 4),
-        (2048, 4096, 2, 64, 1),
-        (682, 14336, 3, 64, 4),
-        (683, 14336, 3, 64, 1),
-        # Rounds: 16 segments of 32 inputs each.
-        (512, 1024, 1, 16, 1),
-        (512, 2048, 1, 16, 4),
+        (2048, 1, ShapeClasses(single=64), 4),
+        (2048, 2, ShapeClasses(single=64), 1),
+        (682, 3, ShapeClasses(single=64, whole=64), 4),
+        (683, 3, ShapeClasses(single=64), 1),
         # No blocks: few tokens, large ranks, no segments of rank 1.
-        (256, 4096, 1, 64, 1),
-        (512, 4096, 1, 1024, 1),
-        (512, 4096, 1, 0, 1),
+        (256, 1, ShapeClasses(single=64), 1),
+        (512, 1, ShapeClasses(single=1024), 1),
+        (512, 1, ShapeClasses(whole=64), 1),
+        # Rows of v that are as long as others need would take much memory.
+        (512, 1, ShapeClasses(single=64, whole=1024), 1),
     ],
 )
-def test_programs_of_a_block_share_its_rounds_where_there_are_few_blocks(
-    tokens: int, d_in: int, layers: int, bucket: int, parts: int
+def test_programs_share_the_rounds_of_a_block_where_there_are_few_blocks(
+    tokens: int, layers: int, classes: ShapeClasses, parts: int
 ) -> None:
-    x = torch.empty(tokens, d_in, dtype=torch.bfloat16, device="meta")
-    assert triton_path._run_parts(x, layers, ShapeClasses(single=bucket, whole=64), LAUNCH) == parts
-    # Rows of v that are as long as others need would take much memory.
-    assert triton_path._run_parts(x, layers, ShapeClasses(single=bucket, whole=1024), LAUNCH) == 1
+    assert triton_path._run_parts(layers, tokens, classes) == parts
 
 
 def vars_of(tables: AdapterTables) -> dict[str, torch.Tensor]:

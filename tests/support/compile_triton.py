@@ -102,19 +102,20 @@ def compiled(case: tuple[int, int]) -> list[dict[str, Any]]:
     batch = AdapterBatch(torch.zeros(tokens, dtype=torch.int32))
     outputs = [torch.empty(tokens, d_out, dtype=dtype) for d_out in d_outs]
     x, modules = torch.empty(tokens, d_in, dtype=dtype), range(len(d_outs))
-    triton_path.grouped_sera_triton(x, outputs, modules, batch, torch.empty(64, dtype=dtype), tables)
     if tokens > triton_path.PREFILL_TOKENS:
+        # In large blocks, and in small ones.
+        for rows in (0, 1 << 20):
+            triton_path.RUN_ROWS = rows
+            triton_path.grouped_sera_triton(x, outputs, modules, batch, torch.empty(64, dtype=dtype), tables)
+            if len(outputs) == 2:
+                updated_silu_mul(x, outputs[0], outputs[1], modules, batch, torch.empty(64, dtype=dtype), tables)
+        triton_path.RUN_ROWS = 0
         if capability == 90 and not (classes.segmented or classes.whole):
             # What the tuner tries. For sm_100 one of them spills, which its times will tell.
             for launch in tune.variants(choose_launch(dtype, x.device), "run"):
                 triton_path.reduce_updates(x, modules, batch, x, tables, launch=launch)
-        if len(outputs) == 2:
-            # As many programs as there are, and several for each block.
-            for rows in (triton_path.RUN_ROWS, 1 << 20):
-                triton_path.RUN_ROWS = rows
-                triton_path.grouped_sera_triton(x, outputs, modules, batch, torch.empty(64, dtype=dtype), tables)
-                updated_silu_mul(x, outputs[0], outputs[1], modules, batch, torch.empty(64, dtype=dtype), tables)
         return figures
+    triton_path.grouped_sera_triton(x, outputs, modules, batch, torch.empty(64, dtype=dtype), tables)
     updates = triton_path.updates_of(x, d_outs, modules, batch, torch.empty(64, dtype=dtype), tables)
     if len(outputs) == 2:
         silu_mul(outputs[0], outputs[1], updates)
