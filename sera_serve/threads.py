@@ -16,7 +16,7 @@ from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from queue import SimpleQueue
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
 
 import torch
 
@@ -297,6 +297,30 @@ class BoundedExecutor:
             if self._closed:
                 self._handed.put(None)
             return None
+
+
+class SharedCall(Generic[T]):
+    """Blocking work, on a thread of its own, whose result everyone shares who asks while it runs.
+
+    64 scrapes of 400 KB at once, each rendered on a thread, kept the event loop for 2 seconds: the threads passed the
+    interpreter's lock around among themselves.
+    """
+
+    def __init__(self, name: str, work: Callable[[], T], rest: float = 0) -> None:
+        """Start no thread yet. The arguments are those of `BoundedExecutor`."""
+        self._work = work
+        # The thread may not have come back from the last call when the next one begins.
+        self._thread = BoundedExecutor(name, 1, 1, rest)
+        self._call: asyncio.Task[T] | None = None
+
+    async def result(self) -> T:
+        """The result of the call under way, or of a new one; raises what the work raises."""
+        if self._call is None or self._call.done():
+            self._call = asyncio.create_task(self._thread.run(self._work))
+            # A call that fails after all have given up is nobody's error.
+            self._call.add_done_callback(lambda call: call.cancelled() or call.exception())
+        # Who gives up leaves the call to the others.
+        return await asyncio.shield(self._call)
 
 
 def _closed() -> EngineUnavailable:

@@ -117,7 +117,7 @@ def build_app(
     app.state.accounting = Accounting(metrics, quotas)
     app.state.loop_watch = LoopWatch(metrics.registry)
     app.state.loop_turns = LoopTurns()
-    app.state.store_probe = health.StoreProbe(store)
+    app.state.operator_calls = health.OperatorCalls.of(store, engine, metrics)
     app.state.upload_slots = UploadSlots(settings.max_uploads)
     operators = (stats.router, health.router, openapi.router, docs_page.router, console.router)
     routers = (*native.ROUTERS, *openai.ROUTERS, *operators)

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
 from typing import Literal
 
 from fastapi import APIRouter, Response
-from fastapi.concurrency import run_in_threadpool
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 
 from adapters_store import AdapterStore, StoreState, StoreUnavailable
+from sera_serve.engine import ServingEngine
 from sera_serve.errors import SeraServeError
 from sera_serve.server.deps import ContextOf
+from sera_serve.server.metrics import ServerMetrics
 from sera_serve.server.strict import StrictRoute
-from sera_serve.threads import BoundedExecutor
+from sera_serve.threads import SharedCall
 
 router = APIRouter(route_class=StrictRoute, tags=["operations"])
 
 _STORE_TIMEOUT_S = 2.0
+# Of one core, metrics take a quarter at most, beyond a first burst.
+_SCRAPING_REST = 3
 
 
 class Health(BaseModel):
@@ -41,32 +45,28 @@ class Draining(SeraServeError):
     status = 503
 
 
-class StoreProbe:
-    """Checks the store on a thread of its own, as a disk may hang. Probes at one time share one check."""
+@dataclass(frozen=True)
+class OperatorCalls:
+    """What the routes of operators ask for, each on a thread of its own. A disk may hang.
 
-    def __init__(self, store: AdapterStore) -> None:
+    Attributes:
+        store: The store's state.
+        engine: Raises where the engine cannot serve. With thousands of adapters it takes a tenth of a second.
+        metrics: The metrics, in Prometheus' text format.
+    """
+
+    store: SharedCall[StoreState]
+    engine: SharedCall[None]
+    metrics: SharedCall[bytes]
+
+    @classmethod
+    def of(cls, store: AdapterStore, engine: ServingEngine, metrics: ServerMetrics) -> OperatorCalls:
         """Start no thread yet."""
-        self._store = store
-        self._thread = BoundedExecutor("a check of the store", 1, 0)
-        self._check: asyncio.Task[StoreState] | None = None
-
-    async def state(self, timeout_s: float) -> StoreState:
-        """Return the store's state.
-
-        Raises:
-            StoreUnavailable: The store is gone, or has not answered within `timeout_s` seconds.
-        """
-        if self._check is None or self._check.done():
-            self._check = asyncio.create_task(self._thread.run(self._store.check))
-            # A check that fails after its probes have given up is nobody's error.
-            self._check.add_done_callback(lambda check: check.cancelled() or check.exception())
-        try:
-            # A probe that gives up leaves the check to the others.
-            return await asyncio.wait_for(asyncio.shield(self._check), timeout_s)
-        except TimeoutError:
-            raise StoreUnavailable(
-                f"the store has not answered for {timeout_s:g} s; check the disk that holds it", param="store"
-            ) from None
+        return cls(
+            SharedCall("a check of the store", store.check),
+            SharedCall("a check of the engine", engine.ready),
+            SharedCall("metrics", metrics.exposition, _SCRAPING_REST),
+        )
 
 
 @router.get("/healthz")
@@ -80,14 +80,19 @@ async def readyz(context: ContextOf) -> Readiness:
     """Report whether requests should come: engine and store serve, and the server is not stopping; else 503."""
     if context.request.app.state.draining:
         raise Draining("the server is stopping; send requests to another one")
-    # On another thread: with thousands of adapters it takes a tenth of a second.
-    await run_in_threadpool(context.engine.ready)
-    probe: StoreProbe = context.request.app.state.store_probe
-    return Readiness(status="ready", store=await probe.state(_STORE_TIMEOUT_S))
+    calls: OperatorCalls = context.request.app.state.operator_calls
+    await calls.engine.result()
+    try:
+        store = await asyncio.wait_for(calls.store.result(), _STORE_TIMEOUT_S)
+    except TimeoutError:
+        raise StoreUnavailable(
+            f"the store has not answered for {_STORE_TIMEOUT_S:g} s; check the disk that holds it", param="store"
+        ) from None
+    return Readiness(status="ready", store=store)
 
 
 @router.get("/metrics", response_class=Response)
 async def metrics(context: ContextOf) -> Response:
     """Return all metrics in Prometheus' text format."""
-    # On another thread: with many tenants it takes a tenth of a second.
-    return Response(await run_in_threadpool(context.metrics.exposition), media_type=CONTENT_TYPE_LATEST)
+    calls: OperatorCalls = context.request.app.state.operator_calls
+    return Response(await calls.metrics.result(), media_type=CONTENT_TYPE_LATEST)

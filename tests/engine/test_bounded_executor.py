@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
 import threading
 import time
 import weakref
@@ -14,7 +15,7 @@ import pytest
 
 from sera_serve import threads
 from sera_serve.errors import EngineUnavailable, Overloaded, TenantOverloaded
-from sera_serve.threads import BoundedExecutor, _Pace, pause
+from sera_serve.threads import BoundedExecutor, SharedCall, _Pace, pause
 from support.engine import until
 from support.no_collection import no_collection
 
@@ -312,3 +313,32 @@ def test_what_a_failed_call_used_is_gone_with_its_error(executor: BoundedExecuto
 
     with no_collection():
         asyncio.run(main())
+
+
+def test_all_who_ask_meanwhile_share_a_call() -> None:
+    async def main() -> None:
+        gate, calls = Gate(), itertools.count()
+        shared = SharedCall("metrics", lambda: gate.pass_through(next(calls)))
+        asked = [asyncio.ensure_future(shared.result()) for _ in range(4)]
+        await until(lambda: gate.begun == [0])
+        asked[0].cancel()
+        asked.append(asyncio.ensure_future(shared.result()))
+        await asyncio.sleep(0.01)
+        assert gate.begun == [0] and asked[0].cancelled()
+        gate.opened.set()
+        assert await asyncio.gather(*asked[1:]) == [0] * 4
+        # A call may begin before the thread has come back from the last one.
+        assert [await shared.result() for _ in range(200)] == list(range(1, 201))
+
+    asyncio.run(main())
+
+
+def test_a_shared_call_that_fails_is_told_to_all_and_made_anew() -> None:
+    async def main() -> None:
+        calls = itertools.count()
+        shared = SharedCall("metrics", lambda: 1 // next(calls))
+        asked = await asyncio.gather(shared.result(), shared.result(), return_exceptions=True)
+        assert [type(answer) for answer in asked] == [ZeroDivisionError] * 2
+        assert await shared.result() == 1
+
+    asyncio.run(main())

@@ -22,7 +22,9 @@ from sera_serve import threads
 from sera_serve.base import FrozenBase
 from sera_serve.config import ServeSettings
 from sera_serve.server import build_app, middleware, strict
+from sera_serve.server.metrics import ServerMetrics
 from sera_serve.server.native.uploads import Upload
+from sera_serve.threads import SharedCall
 from support.answers import refused
 from support.live_server import live_server, wait_until
 from support.loop_lag import watched_loop
@@ -153,31 +155,43 @@ def test_a_key_s_requests_take_turns_with_those_of_other_keys_and_addresses() ->
     assert middleware._sender_of({"headers": [], "client": None}) == ""
 
 
-def test_the_check_of_readiness_holds_up_nobody(
-    base: FrozenBase, store: AdapterStore, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("path", ["/readyz", "/metrics"])
+def test_what_operators_ask_for_is_made_once_for_all_and_holds_up_nobody(
+    path: str, base: FrozenBase, store: AdapterStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = StubEngine(base)
-    app = build_app(engine, store, ServeSettings(store=store.root))
     begun, may_end = threading.Event(), threading.Event()
     was_told: list[bool] = []
 
-    def ready() -> None:
+    def work(*_: Any) -> bytes:
         begun.set()
         was_told.append(may_end.wait(5))
+        return b"made"
 
-    monkeypatch.setattr(engine, "ready", ready)
+    asked: list[SharedCall[Any]] = []
+    result = SharedCall.result
+
+    async def noted(call: SharedCall[Any]) -> Any:
+        asked.append(call)
+        return await result(call)
+
+    monkeypatch.setattr(SharedCall, "result", noted)
+    monkeypatch.setattr(engine, "ready", work)
+    monkeypatch.setattr(ServerMetrics, "exposition", work)
+    app = build_app(engine, store, ServeSettings(store=store.root))
 
     async def main() -> None:
         async with (
             app.router.lifespan_context(app),
             httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client,
         ):
-            readiness = asyncio.ensure_future(client.get("/readyz"))
-            while not begun.is_set():
+            answers = [asyncio.ensure_future(client.get(path)) for _ in range(3)]
+            while not begun.is_set() or len(asked) < 3:
                 await asyncio.sleep(0.001)
             assert (await client.get("/healthz")).status_code == 200
             may_end.set()
-            assert (await readiness).json()["status"] == "ready"
+            for answer in await asyncio.gather(*answers):
+                assert answer.status_code == 200 and (path == "/readyz" or answer.content == b"made")
 
     asyncio.run(main())
     assert was_told == [True]

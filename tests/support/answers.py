@@ -55,7 +55,7 @@ def openapi_document() -> dict[str, Any]:
     """Return the OpenAPI document of the server."""
     app = build_app(
         StubEngine(cast(FrozenBase, SimpleNamespace(image_tower=None, info=BASE))),
-        cast(AdapterStore, SimpleNamespace(root=Path(os.devnull))),
+        cast(AdapterStore, SimpleNamespace(root=Path(os.devnull), check=None)),
         ServeSettings(),
     )
     return app.openapi()
