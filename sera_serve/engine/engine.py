@@ -42,6 +42,7 @@ from sera_serve.engine.tasks import ClassificationRunner, GenerationRunner, Runn
 from sera_serve.engine.tenant_memory import LogprobRoom, TenantMemory, too_many_logprobs
 from sera_serve.errors import EngineUnavailable, InvalidRequest, SeraServeError, UnsupportedTask
 from sera_serve.layers import AdapterContext, SideStream, attach_serving, find_shared_inputs
+from sera_serve.loop_turns import LoopTurns
 from sera_serve.residency import AdapterResidency, DevicePool, HostCache, Presence, ResidencyStats
 from sera_serve.residency.bundle_check import check_fits, check_ranks, check_servable
 from sera_serve.residency.import_probe import ImportedAdapter, compared
@@ -508,6 +509,10 @@ class ServingEngine(RowCalls):
             # Each copy takes up to a millisecond, and there may be many.
             await asyncio.sleep(0)
         return found
+
+    def loop_turns(self) -> LoopTurns:
+        """Who may work for long on the running event loop."""
+        return self._mailbox_here().turns
 
     def _mailbox_here(self) -> Mailbox:
         loop = asyncio.get_running_loop()

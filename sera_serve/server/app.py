@@ -13,7 +13,6 @@ from sera_serve.access import RATE_HEADERS, AccessControl, AccessDatabase, Audit
 from sera_serve.config import ServeSettings
 from sera_serve.engine import ServingEngine
 from sera_serve.errors import InvalidConfiguration
-from sera_serve.loop_turns import LoopTurns
 from sera_serve.server import console, docs_page, health, native, openai, openapi, stats
 from sera_serve.server.accounting import Accounting
 from sera_serve.server.auth_middleware import KeyAuthentication
@@ -116,7 +115,6 @@ def build_app(
     app.state.metrics = metrics
     app.state.accounting = Accounting(metrics, quotas)
     app.state.loop_watch = LoopWatch(metrics.registry)
-    app.state.loop_turns = LoopTurns()
     app.state.operator_calls = health.OperatorCalls.of(store, engine, metrics)
     app.state.upload_slots = UploadSlots(settings.max_uploads)
     operators = (stats.router, health.router, openapi.router, docs_page.router, console.router)
@@ -146,8 +144,7 @@ def build_app(
             allow_private_network=True,
         )
     app.add_middleware(BrowserGuard, rules=rules)
-    watch, log = app.state.loop_watch, RequestLog(settings)
-    turns = app.state.loop_turns
+    watch, log, turns = app.state.loop_watch, RequestLog(settings), engine.loop_turns
     app.add_middleware(RequestLifecycle, metrics=metrics, watch=watch, log=log, turns=turns, tracing=tracing)
     return app
 

@@ -12,7 +12,6 @@ from adapters_store import AdapterStore, parse_adapter, parse_ref
 from sera_serve.access import Action, AuditLog, Holdings, Quotas
 from sera_serve.config import ServeSettings
 from sera_serve.engine import AdapterChoice, Principal, Priority, ServingEngine
-from sera_serve.loop_turns import LoopTurns
 from sera_serve.server.accounting import Account, Accounting
 from sera_serve.server.auth import caller_of
 from sera_serve.server.disconnect import cancel_on_disconnect
@@ -100,7 +99,6 @@ class RequestContext:
         self.metrics: ServerMetrics = state.metrics
         self.accounting: Accounting = state.accounting
         self._audit: AuditLog = state.audit
-        self._loop_turns: LoopTurns = state.loop_turns
 
     async def finish(self, work: Coroutine[Any, Any, T]) -> T:
         """Await `work`, or cancel it when the client leaves; see `cancel_on_disconnect`."""
@@ -118,7 +116,7 @@ class RequestContext:
 
     async def written(self, pieces: Iterable[str]) -> bytes:
         """Join the pieces of an answer that may be long; see `long_answers.written`."""
-        return await written(pieces, self._loop_turns, self.caller.owner)
+        return await written(pieces, self.engine.loop_turns(), self.caller.owner)
 
     def principal(self, adapter: AdapterChoice | None) -> Principal:
         """The principal of a request that names `adapter`. The request's line in the log has both, also if refused.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Callable
 from typing import NamedTuple
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -41,7 +42,7 @@ class RequestLifecycle:
         metrics: ServerMetrics,
         watch: LoopWatch,
         log: RequestLog,
-        turns: LoopTurns,
+        turns: Callable[[], LoopTurns],
         tracing: Tracing | None = None,
     ) -> None:
         self.app = app
@@ -88,8 +89,9 @@ class RequestLifecycle:
             await send(message)
 
         try:
-            if not self.turns.has_time():
-                async with self.turns.turn(_sender_of(scope)):
+            turns = self.turns()
+            if not turns.has_time():
+                async with turns.turn(_sender_of(scope)):
                     # The request begins with what follows, up to its first suspension.
                     pass
             await self.app(scope, self.log.listen(receive, body), send_with_id)

@@ -103,7 +103,7 @@ class StrictRequest(Request):
     async def json(self) -> Any:
         """Return the body's JSON value. FastAPI turns a json.JSONDecodeError into a validation error of its message."""
         body = await self.body()
-        turns: LoopTurns = self.app.state.loop_turns
+        turns: LoopTurns = self.app.state.engine.loop_turns()
         if len(body) <= _SHORT_BODY and turns.has_time():
             return self._parsed(body)
         async with turns.turn(caller_of(self).owner):

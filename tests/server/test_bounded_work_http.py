@@ -197,6 +197,28 @@ def test_what_operators_ask_for_is_made_once_for_all_and_holds_up_nobody(
     assert was_told == [True]
 
 
+def test_a_long_body_takes_turns_with_the_calls_of_the_engine(base: FrozenBase, store: AdapterStore) -> None:
+    engine = StubEngine(base)
+    app = build_app(engine, store, ServeSettings(store=store.root))
+
+    async def main() -> None:
+        async with (
+            app.router.lifespan_context(app),
+            httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client,
+        ):
+            async with engine.loop_turns().turn("a call of many rows"):
+                answers = [
+                    asyncio.ensure_future(client.post("/v1/generate", json={"prompt": "a" * length}))
+                    for length in (10, 10_000)
+                ]
+                assert (await answers[0]).status_code == 200
+                await asyncio.sleep(0.1)
+                assert not answers[1].done()
+            assert (await answers[1]).status_code == 200
+
+    asyncio.run(main())
+
+
 class HeldStore(AdapterStore):
     """A store whose lists and publications wait for the test."""
 

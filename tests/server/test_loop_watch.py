@@ -169,8 +169,8 @@ def test_one_line_a_second_is_logged(clock: Clock, watch: LoopWatch, caplog: pyt
 def test_a_route_and_its_child_tasks_are_named(clock: Clock) -> None:
     metrics = ServerMetrics(StubEngine(None))  # type: ignore[arg-type]
     app = FastAPI()
-    watch, log = LoopWatch(metrics.registry, clock), RequestLog(ServeSettings())
-    app.add_middleware(RequestLifecycle, metrics=metrics, watch=watch, log=log, turns=LoopTurns())
+    watch, log, turns = LoopWatch(metrics.registry, clock), RequestLog(ServeSettings()), LoopTurns()
+    app.add_middleware(RequestLifecycle, metrics=metrics, watch=watch, log=log, turns=lambda: turns)
 
     @app.get("/slow/{name}")
     async def slow(name: str, request: Request) -> float:

@@ -41,6 +41,7 @@ from sera_serve.errors import (
     TenantOverloaded,
     UnsupportedTask,
 )
+from sera_serve.loop_turns import LoopTurns
 from sera_serve.residency.import_probe import import_checkpoint
 
 # Prompts that select a behaviour.
@@ -176,6 +177,7 @@ class StubEngine:
         self.base = base
         self.started = False
         self.context_tokens = 256
+        self._turns: tuple[asyncio.AbstractEventLoop, LoopTurns] | None = None
         self.begin_record()
 
     def begin_record(self) -> None:
@@ -224,6 +226,12 @@ class StubEngine:
 
     def ready(self) -> None:
         self.health()
+
+    def loop_turns(self) -> LoopTurns:
+        loop = asyncio.get_running_loop()
+        if self._turns is None or self._turns[0] is not loop:
+            self._turns = loop, LoopTurns()
+        return self._turns[1]
 
     def in_flight(self, tenant: str | None = None) -> int:
         return self.open_streams
