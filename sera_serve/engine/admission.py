@@ -96,12 +96,13 @@ class AdmissionController:
             if served:
                 self._rate.record(self._clock())
 
-    def refusal(self, tenant: str) -> TenantOverloaded:
+    def refusal(self, tenant: str, reason: str | None = None, param: str = "adapter") -> TenantOverloaded:
         """The refusal of a request whose tenant has too many; it says when the present ones may be done."""
         own = self._by_tenant.get(tenant, 0)
+        reason = reason or f"tenant {tenant!r} has {counted(own, 'request')} in flight, more than its share"
         return TenantOverloaded(
-            f"tenant {tenant!r} has {counted(own, 'request')} in flight, more than its share; send it again later",
-            param="adapter",
+            f"{reason}; send it again later",
+            param=param,
             retry_after=self._seconds_for(own * len(self._by_tenant)),
         )
 

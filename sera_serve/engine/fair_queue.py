@@ -60,6 +60,10 @@ class FairQueue(Generic[R]):
         """How many requests wait, parked ones included."""
         return sum(map(len, self._waiting.values()))
 
+    def waiting_of(self, tenant: str) -> int:
+        """How many requests of a tenant wait, parked ones included."""
+        return len(self._waiting.get(tenant, ()))
+
     def requests(self) -> list[R]:
         """All that wait, parked ones included."""
         return [request for requests in self._waiting.values() for request in requests]

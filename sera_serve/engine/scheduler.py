@@ -68,10 +68,10 @@ class Scheduler(Generic[R]):
         self.wake: Callable[[], None] = lambda: None
         """Called without the lock whenever `first` may have something new; set by the loop."""
 
-    def waiting(self) -> int:
-        """How many requests wait for their turn."""
+    def waiting(self, tenant: str | None = None) -> int:
+        """How many requests wait for their turn; those of one tenant if given."""
         with self._lock:
-            return len(self._queue)
+            return len(self._queue) if tenant is None else self._queue.waiting_of(tenant)
 
     def running(self) -> int:
         """How many requests are in the batch."""

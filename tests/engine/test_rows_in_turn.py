@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -11,8 +11,10 @@ import pytest
 from adapters_store import AdapterStore
 from sera_serve import SeraConfig
 from sera_serve.base import FrozenBase
-from sera_serve.engine import Principal, ServingEngine
+from sera_serve.engine import Principal, ServingEngine, row_calls
 from sera_serve.engine.request import FinishReason
+from sera_serve.errors import TenantOverloaded
+from sera_serve.loop_turns import LoopTurns
 from support.engine import settled, until
 from support.factories import random_adapter
 from support.fake_residency import Bench
@@ -142,3 +144,56 @@ def test_several_requests_are_cancelled_under_one_lock(monkeypatch: pytest.Monke
     assert bench.scheduler.cancel_waiting(requests, FinishReason.CANCELLED) == [running]
     bench.finish(running)
     assert bench.holds_nothing()
+
+
+MOST = 100
+
+
+@pytest.mark.parametrize("field", ["adapters", "inputs", "input"])
+def test_a_tenant_has_so_many_waiting_parts(engine: ServingEngine, field: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_calls, "_MAX_PARTS", MOST)
+    object.__setattr__(engine.settings, "classify_max_batch", 1)
+    texts = ["x"] * 20
+
+    def call(tenant: str, count: int = 2) -> Awaitable[Any]:
+        principal = Principal(tenant)
+        if field == "adapters":
+            return engine.classify_each(["acme/guard"] * count, texts, principal)
+        if field == "inputs":
+            return engine.classify("acme/guard", texts * count, principal)
+        return engine.embed("acme/guard", texts * count, principal)
+
+    def parts() -> int:
+        return engine.waiting() + engine.running()
+
+    async def main() -> None:
+        with standstill():
+            # A call alone may have more.
+            calls = [asyncio.ensure_future(call("large", 8))]
+            await until(lambda: parts() == 160)
+            calls += [asyncio.ensure_future(call("acme")) for _ in range(3)]
+            await until(lambda: parts() == 280)
+            with pytest.raises(TenantOverloaded, match=f"^1[0-9][0-9] parts .* send fewer {field};") as error:
+                await call("acme")
+            assert error.value.param == field and error.value.retry_after >= 1
+            assert parts() == 280 and engine.in_flight("acme") == 3
+            calls.append(asyncio.ensure_future(call("other")))
+            await until(lambda: parts() == 320)
+        await asyncio.gather(*calls)
+        await call("acme")
+        await settled(engine)
+
+    asyncio.run(main())
+
+
+def test_an_event_loop_has_one_object_for_turns(engine: ServingEngine) -> None:
+    async def main() -> LoopTurns:
+        assert engine.loop_turns() is engine.loop_turns()
+        async with engine.loop_turns().turn("other"):
+            call = asyncio.ensure_future(engine.classify("acme/guard", ["x"] * 40, Principal("acme")))
+            await asyncio.sleep(0.1)
+            assert not call.done() and engine.waiting() + engine.running() == 0
+        await call
+        return engine.loop_turns()
+
+    assert asyncio.run(main()) is not asyncio.run(main())

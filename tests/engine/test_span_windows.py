@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import random
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from tokenizers import processors
 from adapters_store import AdapterStore
 from sera_serve.base import FrozenBase, preprocess
 from sera_serve.base.spans import Span, bio_tags, encode_tags
-from sera_serve.engine import Principal, Score, ServingEngine, Spans
+from sera_serve.engine import Principal, Score, ServingEngine, Spans, row_calls
 from sera_serve.errors import InvalidRequest
 from sera_serve.layers import attach_layers, detach_adapter
 from sera_serve.sera_config import SeraConfig
@@ -143,6 +145,25 @@ def test_a_text_has_a_bound_on_its_windows(
     many = ["ab " * 300] * 40
     with pytest.raises(InvalidRequest, match="more than 32768 tokens to look for spans in, the overlaps"):
         asyncio.run(classify(engine, "acme/spans", many))
+
+
+def test_the_spans_of_long_texts_are_joined_beside_the_event_loop(
+    store: AdapterStore, start_engine: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = random_decoder()
+    store.publish(span_finder(base, 3, max_length=16), "acme/spans")
+    engine = start_engine(base, store)
+    names: list[str] = []
+    joined = row_calls.joined_windows
+
+    def noted(*arguments: Any) -> Any:
+        names.append(threading.current_thread().name)
+        return joined(*arguments)
+
+    monkeypatch.setattr(row_calls, "joined_windows", noted)
+    for text in (text_of(200), text_of(9)):
+        asyncio.run(classify(engine, "acme/spans", [text]))
+    assert names == ["tokenizing", threading.current_thread().name]
 
 
 def test_a_window_knows_that_a_span_began_before_it() -> None:
