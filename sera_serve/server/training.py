@@ -20,6 +20,8 @@ from sera_serve.threads import BoundedExecutor
 DEFAULT_TENANT = "default"
 """The tenant of files and jobs where the server needs no key and the request names no tenant."""
 _STREAMS, _TENANT_STREAMS = 64, 16
+# The check of a file is Python code, which holds the interpreter's lock: it rests for as long as it works.
+_CHECKING_REST = 1
 
 
 class StreamSlots:
@@ -111,7 +113,7 @@ class Training:
             files=files,
             jobs=jobs,
             supervisor=supervisor,
-            checking=BoundedExecutor("training-files", 1, settings.max_uploads),
+            checking=BoundedExecutor("training-files", 1, settings.max_uploads, _CHECKING_REST),
             streams=StreamSlots(),
         )
 

@@ -1,4 +1,4 @@
-"""Rows of an uploaded training file that are no text: a half of a surrogate pair anywhere is refused with its row."""
+"""Rows of an uploaded training file: half of a surrogate pair is refused with its row, and the check makes pauses."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from sera_serve.jobs import rows
 from sera_serve.jobs.rows import InvalidTrainingFile, check_rows
 
 HALF = "a\ud800"
@@ -37,3 +38,10 @@ def test_a_whole_pair_is_text() -> None:
     content = json.dumps({"text": "\U0001f600", "label": "\U0001f600"}).encode()
     assert b"\\ud83d\\ude00" in content
     assert check_rows(io.BytesIO(content)).labels == 1
+
+
+def test_the_check_makes_a_pause_after_each_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[int] = []
+    monkeypatch.setattr(rows, "pause", lambda: pauses.append(1))
+    assert check_rows(io.BytesIO(b'{"text": "a", "labels": ["b", "c"]}\n' * 3)).labels == 2
+    assert len(pauses) == 3

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -20,10 +21,12 @@ from adapters_store import AdapterBundle, AdapterStore
 from sera_serve import SeraConfig
 from sera_serve.base import FrozenBase
 from sera_serve.config import ServeSettings
+from sera_serve.jobs import Job, Jobs
 from sera_serve.server import build_app, middleware
 from sera_serve.server.middleware import BodyLimit
 from sera_serve.server.native.uploads import TooManyUploads, UploadSlots
 from sera_serve.server.openai.texts import Texts
+from sera_serve.threads import pause
 from support.answers import refused
 from support.factories import random_adapter
 from support.live_server import live_server, wait_until
@@ -195,6 +198,46 @@ def test_lists_changes_and_forms_of_one_tenant_hold_up_no_other(
         assert blocked.result()
         assert other.result().status_code == status
         assert sum(call.result().status_code == status for call in asked) == 32
+
+
+def test_the_check_of_training_files_rests_for_half_of_its_time(served: Served) -> None:
+    owed: list[float] = []
+
+    def work() -> None:
+        # Beyond a first burst of 0.1 s.
+        for _ in range(3):
+            began = time.monotonic()
+            while time.monotonic() - began < 0.1:
+                pass
+            began = time.monotonic()
+            pause()
+            owed.append(time.monotonic() - began)
+
+    asyncio.run(served.app.state.training.checking.run(work))
+    assert owed[0] < 0.1 <= owed[2] + 0.01
+
+
+def test_streams_of_events_of_one_tenant_hold_up_no_other(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They look at the database, one at a time."""
+    opened = threading.Event()
+    executor = served.app.state.executors.changing
+    get = Jobs.get
+
+    def held(jobs: Jobs, job_id: str, tenant: str | None) -> Job:
+        assert opened.wait(20)
+        return get(jobs, job_id, tenant)
+
+    monkeypatch.setattr(Jobs, "get", held)
+    events = "/v1/fine_tuning/jobs/ftjob-0/events?stream=true"
+    with ThreadPoolExecutor(8) as threads:
+        asked = [threads.submit(served.clients["greedy"].get, events, timeout=20) for _ in range(8)]
+        try:
+            wait_until(lambda: executor.calls() == len(asked))
+            assert served.clients["modest"].get("/v1/adapters/modest/chat", timeout=5).status_code == 200
+        finally:
+            opened.set()
+        for call in asked:
+            refused(call.result(), 404, "job_not_found")
 
 
 @pytest.fixture

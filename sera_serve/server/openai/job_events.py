@@ -74,7 +74,7 @@ class JobEventStream(EventResponse):
         """Yield the events until the job has finished."""
         with self._streams.take(self._tenant):
             # Before the status is sent: the job may not be the caller's.
-            content, is_finished = await self._executor.run(self._next)
+            content, is_finished = await self._executor.run_in_turn(self._tenant, self._next)
             silent = 0
             try:
                 while not is_finished:
@@ -84,7 +84,7 @@ class JobEventStream(EventResponse):
                     if scope["app"].state.draining:
                         raise EngineUnavailable("the server is stopping; read the events when it is back")
                     self._caller.check_still_accepted()
-                    content, is_finished = await self._executor.run(self._next)
+                    content, is_finished = await self._executor.run_in_turn(self._tenant, self._next)
                     silent += 1
                     if not content and silent >= _COMMENT_AFTER:
                         content = _COMMENT
