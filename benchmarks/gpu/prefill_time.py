@@ -13,6 +13,7 @@ from benchmarks.gpu.operands import spread
 from benchmarks.gpu.setting import Row, Setting
 from benchmarks.gpu.timing import Timed, interleaved
 from sera_kernels import AdapterBatch, triton_path
+from sera_kernels.shape_classes import OUTPUTS_PER_LAUNCH
 from sera_serve.layers import AdapterContext
 
 # All layers are alike: a few of them hold more weights than the cache.
@@ -47,26 +48,27 @@ def time_prefill(setting: Setting) -> Iterator[Row]:
         # A step of decodes, each with an adapter of its own, beside a prompt of another one.
         beside = torch.arange(tokens, dtype=torch.int32, device=setting.device).clamp(max=most - 1)
         cases[f"{most} decodes"] = Timed(_pass(model, context, inputs, beside), 1)
-        cases[f"{most} decodes, large blocks"] = Timed(_in_large_blocks(cases[f"{most} decodes"].launch), 1)
-        cases["1, large blocks"] = Timed(_in_large_blocks(cases["1"].launch), 1)
+        for name in ("1", f"{most} decodes"):
+            # What each size of blocks would give, wherever the boundary between them is.
+            for blocks, rows in (("large", 0), ("small", tokens * OUTPUTS_PER_LAUNCH)):
+                cases[f"{name}, {blocks} blocks"] = Timed(_with_blocks(cases[name].launch, rows), 1)
         times = interleaved(setting, cases)
         for name, us in times.items():
             row = {"tokens": tokens, "adapters": name, "us_per_layer": us / layers}
             yield row | {"ratio": us / times["0"], "over_products": (us - times["0"]) / times["products"]}
 
 
-def _in_large_blocks(run: Callable[[int], object]) -> Callable[[int], object]:
-    """The same as if no launch took small blocks."""
+def _with_blocks(run: Callable[[int], object], rows: int) -> Callable[[int], object]:
+    """The same with small blocks in launches of at most so many rows."""
 
-    def run_in_large_blocks(i: int) -> None:
-        rows = triton_path.RUN_ROWS
-        triton_path.RUN_ROWS = 0
+    def run_with_blocks(i: int) -> None:
+        before, triton_path.RUN_ROWS = triton_path.RUN_ROWS, rows
         try:
             run(i)
         finally:
-            triton_path.RUN_ROWS = rows
+            triton_path.RUN_ROWS = before
 
-    return run_in_large_blocks
+    return run_with_blocks
 
 
 def _products(model: nn.Module, inputs: dict[int, Tensor]) -> Callable[[int], None]:
