@@ -13,7 +13,8 @@ __all__ = ["SeraConfig", "attach_adapter", "count_adapter_parameters"]
 __version__ = "0.1.0"
 
 # Where torchao is installed, transformers imports it. Without a GPU, torchao then warns of each of its own kernels.
-for _name in ("torchao", "torch.utils._pytree"):
+# Where PEFT is, transformers imports it, and it bitsandbytes, which warns of a kernel of another package.
+for _name in ("torchao", "torch.utils._pytree", "bitsandbytes.backends.cpu.ops"):
     logging.getLogger(_name).setLevel(logging.ERROR)
 
 

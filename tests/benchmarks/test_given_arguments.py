@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,14 @@ def test_a_wrong_call_measures_nothing(
     with pytest.raises(SystemExit) as ended:
         peft_import.main()
     assert ended.value.code == status
+
+
+@pytest.mark.slow
+def test_help_comes_without_warnings_of_other_libraries() -> None:
+    """PEFT, which this benchmark imports first, imports torchao and bitsandbytes."""
+    command = [sys.executable, "-m", "benchmarks.mixed_batch", "--help"]
+    found = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "Usage: " in found.stdout and not found.stderr
 
 
 def test_a_base_that_is_not_installed_is_told_before_another_one_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
