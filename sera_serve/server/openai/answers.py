@@ -103,8 +103,8 @@ def _taken(rows: list[str]) -> Iterator[str]:
 def usage(results: Sequence[GenerationResult], choices: int, principal: Principal) -> dict[str, Any]:
     """Return the usage of an answer. A prompt counts once, however many choices it has.
 
-    Cached tokens tell what was asked before. Prompts of an adapter share the cache with those of the same tenant and
-    adapter alone. Prompts of the base share it with everyone who knows the salt, so their number is not told.
+    Cached tokens tell what was asked before. Prompts share the cache with those of the same tenant alone. Without a
+    key, prompts of the base share it with everyone who knows the salt, so their number is not told.
 
     Args:
         results: `choices` results for each prompt, in order.

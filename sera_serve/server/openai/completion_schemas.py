@@ -114,7 +114,7 @@ class CompletionRequest(GenerationFields):
 
 
 class CachedTokens(BaseModel):
-    """Details of the prompt's tokens. `cached_tokens` is absent in requests to the base model."""
+    """Details of the prompt's tokens. Absent in requests to the base model without a key."""
 
     cached_tokens: int
 

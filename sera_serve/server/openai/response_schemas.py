@@ -320,7 +320,7 @@ class OutputItem(BaseModel):
 
 
 class InputTokensDetails(BaseModel):
-    """Details of the input's tokens. `cached_tokens` is 0 in every request to the base model."""
+    """Details of the input's tokens. `cached_tokens` is 0 for the base model without a key."""
 
     cached_tokens: int
 
