@@ -14,7 +14,6 @@ from adapters_store import AdapterNotFound, AdapterStore, BaseInfo, StoreError
 from sera_serve.base import load_base
 from sera_serve.errors import SeraServeError
 from sera_serve.terminal import PlainConsole, fail
-from sera_serve.trainer.packages import quiet_bitsandbytes
 
 DATA = Path(__file__).parents[1] / "demo_data"
 
@@ -124,7 +123,6 @@ def _command(
     """Train the three demo tenants unless the store has them."""
     # Small matrices gain nothing from a second thread, and lose much on a busy machine.
     torch.set_num_threads(1)
-    quiet_bitsandbytes()
     try:
         train_demos(store, base, PlainConsole())
     except (SeraServeError, StoreError) as error:

@@ -20,7 +20,7 @@ from sera_serve.terminal import PlainConsole, fail
 from sera_serve.trainer.compare.command import compare_command
 from sera_serve.trainer.init_file import settings_yaml, write_settings
 from sera_serve.trainer.option_text import flag
-from sera_serve.trainer.packages import check_packages, quiet_bitsandbytes
+from sera_serve.trainer.packages import check_packages
 from sera_serve.trainer.pattern_options import PATTERN_OPTIONS
 from sera_serve.trainer.settings import RUN, WHAT, TrainSettings, group_of, load_options
 from sera_serve.trainer.task_options import Task
@@ -32,7 +32,6 @@ _WIDEST_CHOICE = 20
 
 def main() -> None:
     """Run the console script."""
-    quiet_bitsandbytes()
     # A table would cut the long names of options in a terminal of 80 columns.
     app = typer.Typer(cls=_Group, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
     app.callback(invoke_without_command=True)(_with_flags(_train))

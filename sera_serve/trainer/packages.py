@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from importlib.util import find_spec
 
 from sera_serve.errors import InvalidConfiguration
 
 # Module by package, of those packages of the extra `train` without which no run begins.
 _MODULES = {"accelerate": "accelerate", "datasets": "datasets", "scikit-learn": "sklearn", "scipy": "scipy"}
-
-
-def quiet_bitsandbytes() -> None:
-    """Keep what bitsandbytes says of a kernel that nothing here uses off the terminal, wherever it is installed."""
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def missing_packages() -> list[str]:

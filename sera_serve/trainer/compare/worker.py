@@ -17,7 +17,6 @@ from collections.abc import Callable
 from typing import Any
 
 # The libraries of a run are imported in `main`: what comes before must be done before they are.
-from sera_serve.trainer.packages import quiet_bitsandbytes
 
 TrainOne = Callable[[dict[str, Any]], dict[str, Any]]
 """Trains one run; see `one_run.train_one`."""
@@ -27,7 +26,6 @@ def main() -> None:
     """Train the runs that standard input names, one after the other."""
     # Ctrl-C of a terminal comes to all of its processes. The command ends this one, by closing its input.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    quiet_bitsandbytes()
     # What libraries print must not come between the results.
     results = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
