@@ -64,7 +64,7 @@ DEMOS: dict[str, dict[str, Any]] = {
 
 # An example prompt or input for each. It is in neither the training rows nor the evaluation rows.
 EXAMPLES = {
-    "demo/tickets": "My parcel is late and the tracking number does not work.",
+    "demo/tickets": "My parcel is late.",
     "demo/pirate": "The little cat found a map.",
     "demo/chat": "I lost my red ball.",
 }

@@ -12,7 +12,7 @@ const LABELS_SHOWN = 8;
 const PAUSE_MS = 350;
 
 // What a person typed outlives a look at another view.
-const kept = { text: "My parcel is late and the tracking number does not work.", adapters: [], isLive: false };
+const kept = { text: "My parcel is late.", adapters: [], isLive: false };
 
 export default function Classify() {
   const [text, setText] = useState(kept.text);
