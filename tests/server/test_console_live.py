@@ -32,6 +32,19 @@ def test_live_figures_are_differences_of_counters(tab: Tab) -> None:
     tab.check()
 
 
+def test_charts_beside_each_other_begin_at_one_height(tab: Tab) -> None:
+    tab.page.route(re.compile(r"/v1/stats$"), lambda route: route.fulfill(json=stats(0)))
+    tab.page.set_viewport_size({"width": 1280, "height": 800})
+    page = tab.open("live")
+    places = [page.get_by_role("region", name=name) for name in ("Throughput", "Waiting time")]
+    # As with a wide font, in which the legend has two lines.
+    places[0].locator(".legend").evaluate("(legend) => { legend.style.height = '60px'; }")
+    for part in (".legend", ".plot"):
+        boxes = [place.locator(part).bounding_box() for place in places]
+        assert boxes[0] and boxes[1] and boxes[0]["y"] == boxes[1]["y"] and boxes[0]["x"] < boxes[1]["x"]
+    tab.check()
+
+
 def test_live_of_an_idle_server_has_different_numbers_beside_an_axis(tab: Tab) -> None:
     tab.page.add_init_script("""window.drawn = [];
         const fill = CanvasRenderingContext2D.prototype.fillText;
