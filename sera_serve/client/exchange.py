@@ -121,7 +121,8 @@ def connection_error(error: httpx.HTTPError, call: Call[Any]) -> SeraConnectionE
             "its timeout: close streams that are open, or give the client a larger max_connections"
         )
     elif not sent:
-        message = f"the server cannot be reached: {reason}"
+        url = error.request.url
+        message = f"the server at {url.scheme}://{url.netloc.decode()} cannot be reached: {reason}"
     elif call.changes:
         message = (
             f"the answer to {call.method} {call.path} was lost ({reason}); the server may have done it: look at the "
