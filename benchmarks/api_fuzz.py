@@ -97,6 +97,7 @@ def figures_of(outcome: Outcome, operations: int, seconds: float) -> dict[str, A
     for (_, status), count in outcome.requests.items():
         statuses[f"{status // 100}xx"] += count
     return {
+        "correct": not outcome.findings,
         "requests": outcome.total(),
         "compared": outcome.compared.total(),
         "operations": operations,

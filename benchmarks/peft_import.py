@@ -2,6 +2,8 @@
 
 1. Time from an upload of 20 MB to its answer, and to the first token of a new and of a known adapter, over HTTP.
 2. Relative error of the nearest SeRA of public checkpoints; CHECKPOINTS has a folder with safetensors for each.
+
+The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -9,9 +11,12 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import safetensors.torch
@@ -38,8 +43,8 @@ def checkpoint(base: FrozenBase, seed: int) -> tuple[bytes, bytes]:
     return json.dumps(config).encode(), safetensors.torch.save(tensors)
 
 
-def time_import() -> None:
-    """Print the times of uploads and of first tokens."""
+def time_import() -> list[dict[str, Any]]:
+    """Return the times of uploads and first tokens. The server itself compares each import with PEFT's arithmetic."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         base = llama_base(WIDTH, LAYERS)
@@ -63,13 +68,21 @@ def time_import() -> None:
                     began = time.perf_counter()
                     client.post("/v1/generate", json=body | {"adapter": name}).raise_for_status()
                     times[f"first token, {kind}"].append(time.perf_counter() - began)
-        print(f"base of {sum(p.numel() for p in base.model.parameters()):,} parameters; {len(weights):,} bytes")
-        for kind, values in times.items():
-            print(f"{kind}: median {statistics.median(values):.3f} s, {min(values):.3f} to {max(values):.3f}")
+    sizes = {"parameters": sum(p.numel() for p in base.model.parameters()), "bytes": len(weights)}
+    return [
+        {
+            "kind": kind,
+            **sizes,
+            "median_s": round(statistics.median(values), 3),
+            "least_s": round(min(values), 3),
+            "most_s": round(max(values), 3),
+        }
+        for kind, values in times.items()
+    ]
 
 
-def compress(folder: Path) -> None:
-    """Print the errors of the nearest SeRA of each layer of a checkpoint."""
+def compress(folder: Path) -> Iterator[dict[str, Any]]:
+    """Yield the errors of the nearest SeRA of each layer of a checkpoint."""
     tensors = safetensors.torch.load_file(next(folder.glob("*.safetensors")))
     pairs = []
     for name, tensor in tensors.items():
@@ -84,15 +97,19 @@ def compress(folder: Path) -> None:
             widths = left.shape[0] + right.shape[1]
             before += widths * left.shape[1]
             after += widths * rank // split + rank * rank
-        print(
-            f"| {folder.name} | {left.shape[1]} | {split} | {rank} | {after / before:.2f} | "
-            f"{statistics.median(errors):.3f} | {max(errors):.3f} |",
-            flush=True,
-        )
+        yield {
+            "checkpoint": folder.name,
+            "rank before": left.shape[1],
+            "split": split,
+            "rank": rank,
+            "parameters, of before": round(after / before, 2),
+            "median error": round(statistics.median(errors), 3),
+            "largest error": round(max(errors), 3),
+        }
 
 
 def main() -> None:
-    """Print both measurements, or without a folder of checkpoints the first."""
+    """Print both measurements, or without a folder of checkpoints the first, and then one JSON line."""
     parser = argparse.ArgumentParser(description="Time the import of a PEFT checkpoint, and compress checkpoints.")
     parser.add_argument("checkpoints", type=Path, nargs="?", help="folder with a folder for each checkpoint")
     checkpoints: Path | None = parser.parse_args().checkpoints
@@ -100,9 +117,11 @@ def main() -> None:
     folders = sorted({path.parent for path in checkpoints.glob("*/*.safetensors")}) if checkpoints else []
     if checkpoints and not folders:
         parser.error(f"{checkpoints} has no folder with a .safetensors file")
-    time_import()
-    for folder in folders:
-        compress(folder)
+    rows = time_import()
+    rows += [row for folder in folders for row in compress(folder)]
+    for row in rows:
+        print(", ".join(f"{key} {value}" for key, value in row.items()), file=sys.stderr)
+    print(json.dumps({"benchmark": "peft_import", "correct": True, "rows": rows}))
 
 
 if __name__ == "__main__":

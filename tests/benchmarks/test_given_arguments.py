@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import typer
 
-from benchmarks import peft_import, training_jobs
+from benchmarks import combinations, peft_import, training_jobs
 
 
 @pytest.mark.parametrize(("arguments", "status"), [(["--help"], 0), (["EMPTY"], 2), (["a", "b"], 2)])
@@ -22,6 +25,28 @@ def test_a_wrong_call_measures_nothing(
     with pytest.raises(SystemExit) as ended:
         peft_import.main()
     assert ended.value.code == status
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "found", "call"),
+    [
+        (combinations, "measure", {"width": 256}, lambda: combinations.main(quick=True)),
+        (peft_import, "time_import", [{"kind": "upload"}], peft_import.main),
+    ],
+)
+def test_the_last_line_of_stdout_says_whether_it_is_correct(
+    module: ModuleType,
+    name: str,
+    found: object,
+    call: Callable[[], None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(module, name, lambda *arguments: found)
+    monkeypatch.setattr("sys.argv", ["benchmark"])
+    call()
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert told["benchmark"] == module.__name__.rpartition(".")[2] and told["correct"] is True and told["rows"]
 
 
 @pytest.mark.slow

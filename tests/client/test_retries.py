@@ -179,7 +179,7 @@ def test_a_request_that_was_not_sent_is_sent_again(run: Run, name: str) -> None:
     run(name, script, QUICK)
     assert len(script.bodies) == 3
     script = Script(*(httpx.ConnectError("refused") for _ in range(9)))
-    with pytest.raises(SeraConnectionError, match="the server at http://.* cannot be reached") as caught:
+    with pytest.raises(SeraConnectionError, match=r"the server at http://.* cannot be reached") as caught:
         run(name, script, QUICK)
     assert not caught.value.sent
     assert len(script.bodies) == 4
@@ -386,7 +386,7 @@ def test_what_is_no_address_is_refused_at_once(kind: type[SeraClient | AsyncSera
 
 @pytest.mark.parametrize("name", [*CHANGES, "generate", "list"])
 def test_a_request_to_no_protocol_was_not_sent(run: Run, name: str) -> None:
-    with pytest.raises(SeraConnectionError, match="the server at http://.* cannot be reached") as caught:
+    with pytest.raises(SeraConnectionError, match=r"the server at http://.* cannot be reached") as caught:
         run(name, Script(httpx.UnsupportedProtocol("no protocol")), RetryPolicy(max_retries=0))
     assert not caught.value.sent
 
