@@ -39,6 +39,7 @@ from rich.table import Table
 from adapters_store import AdapterBundle, AdapterConfig, AdapterStore, BaseInfo, ModuleSpec, expected_shapes
 from sera_serve.config import ServeSettings
 from sera_serve.engine import Presence
+from sera_serve.loop_turns import LoopTurns
 from sera_serve.server.auth import Caller
 from sera_serve.server.deps import Executors
 from sera_serve.server.native.adapters import router
@@ -146,7 +147,7 @@ def _listing_app(store: AdapterStore) -> FastAPI:
     for name in ("publisher", "training", "holdings", "quotas", "metrics", "accounting", "audit"):
         setattr(app.state, name, None)
     app.state.engine, app.state.store, app.state.settings = _NothingLoaded(), store, settings
-    app.state.executors = Executors.of(settings)
+    app.state.executors, app.state.loop_turns = Executors.of(settings), LoopTurns()
 
     @app.middleware("http")
     async def without_keys(request: Request, answer: Callable[[Request], Awaitable[Response]]) -> Response:
