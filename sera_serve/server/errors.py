@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http
 import logging
+import re
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -30,6 +31,7 @@ CLIENT_CLOSED_CODE = "client_closed"
 _MAX_MESSAGE = 600
 _MAX_PARAM = 200
 _MAX_SHOWN = 60
+_SUBJECT = re.compile(r"^(Input|String|List|Tuple|Dictionary)(?= should )")
 CODES = {
     400: "bad_request",
     404: "not_found",
@@ -271,8 +273,8 @@ def _readable(error: dict[str, Any]) -> tuple[str, str | None]:
     if error["type"] == "extra_forbidden":
         kind = "a query parameter" if error["loc"][0] == "query" else "a field"
         return f"{path!r} is not {kind} of this request; leave it out", path
-    # pydantic's "Input should be ..." becomes "top_p is 3: it should be ..."
-    return f"{path} is {shown(error.get('input'))}: {error['msg'].replace('Input', 'it', 1)}", path
+    # pydantic's "Input should be ..." becomes "top_p is 3: it should be ..."; "String should have ..." likewise.
+    return f"{path} is {shown(error.get('input'))}: {_SUBJECT.sub('it', error['msg'])}", path
 
 
 def shown(value: Any) -> str:

@@ -96,7 +96,7 @@ SCHEMA_FIELD = "response_format.json_schema.schema"
     [
         ({"regex": "a", "grammar": "start: A"}, "grammar", "send one of them"),
         ({"regex": "a", "response_format": {"type": "json_object"}}, "regex", "send one of them"),
-        ({"regex": ""}, "regex", "at least 1 character"),
+        ({"regex": ""}, "regex", "it should have at least 1 character"),
         ({"response_format": {"type": "xml"}}, "response_format.type", "json_object"),
         ({"response_format": {}}, "response_format.type", "missing"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "missing"),

@@ -95,7 +95,7 @@ def _part(value: Any, place: str) -> WeightedAdapter:
     if not isinstance(adapter, str) or not 1 <= len(adapter) <= MAX_REFERENCE:
         raise refusal(f"{place}.adapter must be a string such as tenant/name", f"{place}.adapter")
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not abs(weight) <= MAX_WEIGHT:
-        raise refusal(f"{place}.weight must be a number of -{MAX_WEIGHT:g} to {MAX_WEIGHT:g}", f"{place}.weight")
+        raise refusal(f"{place}.weight must be a number of -{MAX_WEIGHT:,.0f} to {MAX_WEIGHT:,.0f}", f"{place}.weight")
     return WeightedAdapter(adapter, float(weight))
 
 
