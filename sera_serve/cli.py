@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 from typer.core import TyperCommand
 
 from adapters_store import StoreError
+from sera_serve import __version__
 from sera_serve.commands.adapters import adapters_app
 from sera_serve.commands.analyze import analyze_command
 from sera_serve.commands.doctor import doctor_command
@@ -38,6 +39,7 @@ def build_cli() -> typer.Typer:
         no_args_is_help=True,
         pretty_exceptions_enable=False,
     )
+    app.callback()(_common)
     app.command("serve", cls=_PlainHelp)(
         _with_settings(_serve, "Serve a frozen base model and the adapters of a store over HTTP.")
     )
@@ -50,6 +52,21 @@ def build_cli() -> typer.Typer:
     app.add_typer(keys_app, name="keys")
     app.add_typer(quotas_app, name="quotas")
     return app
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"sera-serve {__version__}")
+        raise typer.Exit
+
+
+_VersionOption = Annotated[
+    bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit.")
+]
+
+
+def _common(version: _VersionOption = False) -> None:
+    """Take what no single command takes."""
 
 
 class _PlainHelp(TyperCommand):

@@ -154,7 +154,10 @@ def import_adapter(
     ] = MAX_ERROR,
     as_json: JsonOption = False,
 ) -> None:
-    """Check a bundle or a PEFT checkpoint, and publish it as a new version."""
+    """Check a bundle or a PEFT checkpoint, and publish it as a new version.
+
+    Example: sera-serve adapters import my-lora --base embedded --store store --name acme/mine
+    """
     source_of_error = context.get_parameter_source("max_error")
     if compress is None and source_of_error is not None and source_of_error.name != "DEFAULT":
         raise typer.BadParameter("only --compress reads it; give --compress, or leave it out", param_hint="--max-error")
@@ -185,7 +188,10 @@ def combine(
     store: StoreOption,
     as_json: JsonOption = False,
 ) -> None:
-    """Publish the exact weighted sum of adapters as an adapter of its own."""
+    """Publish the exact weighted sum of adapters as an adapter of its own.
+
+    Example: sera-serve adapters combine acme/formal=0.7 acme/brief@v2=0.3 --name acme/house --store store
+    """
     with refusals():
         opened = AdapterStore(store, create=False)
         weighted = [_weighted(part) for part in parts]
@@ -222,7 +228,10 @@ def export(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write one version outside the store."""
+    """Write one version outside the store.
+
+    Example: sera-serve adapters export acme/mine --store store --format peft --output mine
+    """
     if (format is ExportFormat.merged) != (base is not None):
         raise typer.BadParameter("--format merged needs --base, and no other format takes it", param_hint="--base")
     with refusals():
@@ -316,7 +325,10 @@ def alias(
     remove: Annotated[bool, typer.Option("--remove", help="Remove the alias of tenant/name instead.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Point an alias to a version; requests that name the alias follow at once."""
+    """Point an alias to a version; requests that name the alias follow at once.
+
+    Example: sera-serve adapters alias acme/mine@v3 stable --store store
+    """
     with refusals():
         opened = AdapterStore(store, create=False)
         name = ref.partition("@")[0]
@@ -339,7 +351,10 @@ def share(
     remove: Annotated[bool, typer.Option("--remove", help="End the share instead.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Let another tenant use an adapter; it can list and call the adapter, and change nothing."""
+    """Let another tenant use an adapter; it can list and call the adapter, and change nothing.
+
+    Example: sera-serve adapters share acme/mine --with globex --store store
+    """
     with refusals():
         opened = AdapterStore(store, create=False)
         opened.aliases(adapter)

@@ -75,7 +75,10 @@ def analyze_command(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show the singular values of an adapter's updates, their norms, a rank that would do, and compare two adapters."""
+    """Show the singular values of an adapter's updates, their norms, a rank that would do, and compare two adapters.
+
+    Example: sera-serve analyze demo/pirate demo/chat --store demo-store --output analysis
+    """
     with refusals():
         adapters = [analyze(source, store) for source in (adapter, other) if source is not None]
         similarity: list[GroupSimilarity] = []

@@ -20,6 +20,7 @@ import torch
 
 from adapters_store import AdapterStore, StoreError, is_new_store
 from sera_kernels import path_name
+from sera_serve import __version__
 from sera_serve.access import AccessDatabase, AccessDatabaseError
 from sera_serve.base import DTYPES, base_outline, planned_bytes
 from sera_serve.config import ServeSettings
@@ -73,8 +74,10 @@ def diagnose(settings: ServeSettings, full: bool = False) -> Iterator[Finding]:
 
 def _python() -> Iterator[Finding]:
     yield Finding("python", "ok", f"{platform.python_version()} at {sys.executable}, {platform.platform()}")
-    names = ("torch", "transformers", "fastapi", "uvicorn")
-    yield Finding("libraries", "ok", ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names))
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "fastapi", "uvicorn")}
+    # It may run from a folder, without being installed.
+    versions = {"sera-serve": __version__, **versions}
+    yield Finding("libraries", "ok", ", ".join(f"{name} {version}" for name, version in versions.items()))
 
 
 def _device(settings: ServeSettings) -> Iterator[Finding]:
