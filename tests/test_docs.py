@@ -235,6 +235,18 @@ def test_links_between_documents_lead_somewhere(document: Path) -> None:
         assert not anchor or anchor in anchors(target), link
 
 
+def test_benchmarks_that_documents_name_can_be_run() -> None:
+    named = {
+        name for path in DOCUMENTS for name in re.findall(r"\bbenchmarks\.(\w+)", path.read_text(encoding="utf-8"))
+    }
+    folder = REPOSITORY / "benchmarks"
+    runnable = {
+        path.stem for path in folder.glob("*.py") if '__name__ == "__main__"' in path.read_text(encoding="utf-8")
+    }
+    runnable |= {path.parent.name for path in folder.glob("*/__main__.py")}
+    assert "many_adapters" in named and named - runnable == set()
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_lines_end_at_120_columns(document: Path) -> None:
     lines = document.read_text(encoding="utf-8").splitlines()
