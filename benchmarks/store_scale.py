@@ -134,6 +134,12 @@ class Times:
 class _NothingLoaded:
     """Stands for the engine in lists: every adapter is in the store alone."""
 
+    def __init__(self) -> None:
+        self._turns = LoopTurns()
+
+    def loop_turns(self) -> LoopTurns:
+        return self._turns
+
     def presence(self, adapters: Sequence[tuple[str, str]]) -> list[Presence]:
         return [Presence("store", False)] * len(adapters)
 
@@ -147,7 +153,7 @@ def _listing_app(store: AdapterStore) -> FastAPI:
     for name in ("publisher", "training", "holdings", "quotas", "metrics", "accounting", "audit"):
         setattr(app.state, name, None)
     app.state.engine, app.state.store, app.state.settings = _NothingLoaded(), store, settings
-    app.state.executors, app.state.loop_turns = Executors.of(settings), LoopTurns()
+    app.state.executors = Executors.of(settings)
 
     @app.middleware("http")
     async def without_keys(request: Request, answer: Callable[[Request], Awaitable[Response]]) -> Response:
