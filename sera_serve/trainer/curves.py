@@ -15,7 +15,6 @@ from sera_serve.errors import InvalidConfiguration
 # Okabe and Ito's blue, vermilion and green, which every kind of sight tells apart.
 _TRAINING, _EVALUATION, _CHOSEN = "#0072b2", "#d55e00", "#009e73"
 _MOST_EVALUATIONS = 100
-_NO_CURVE = "too few steps for a curve:\ngive a lower --log-steps, or rows to evaluate on"
 
 
 def tensorboard_callback(folder: Path, resumed_at: int | None) -> TrainerCallback:
@@ -102,18 +101,15 @@ def plot_curves(
     figure.suptitle(title)
     panels = figure.subplots(1, 1 + len(names), squeeze=False)[0]
     steps = [entry for entry in history if "loss" in entry]
-    if steps:
-        panels[0].plot(
-            [entry["epoch"] for entry in steps],
-            [entry["loss"] for entry in steps],
-            color=_TRAINING,
-            # A single point makes no line.
-            marker="o" if len(steps) == 1 else "",
-            markersize=4,
-            label="training",
-        )
-    elif not scores:
-        panels[0].text(0.5, 0.5, _NO_CURVE, ha="center", va="center", transform=panels[0].transAxes)
+    panels[0].plot(
+        [entry["epoch"] for entry in steps],
+        [entry["loss"] for entry in steps],
+        color=_TRAINING,
+        # A single point makes no line.
+        marker="o" if len(steps) == 1 else "",
+        markersize=4,
+        label="training",
+    )
     for panel, name in zip(panels, ["loss", *names], strict=True):
         if scores:
             panel.plot(
@@ -129,7 +125,8 @@ def plot_curves(
         panel.set_title(name.replace("_", " "), fontsize=10)
         panel.set_xlabel("epoch")
         panel.grid(True, alpha=0.3)
-        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+        # With two ticks at least, a run of one epoch would have an axis of hundredths of an epoch.
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png")

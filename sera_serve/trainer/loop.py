@@ -357,6 +357,11 @@ class DivergedTraining(ArithmeticError):
 class StopOnNonFiniteLoss(TrainerCallback):  # type: ignore[misc]
     """Stops a run as soon as its loss is NaN or infinite."""
 
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        """Ask for the loss of the steps since the last figure: in a short epoch, these are all of them."""
+        control.should_log = True
+        return control
+
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
         """Raise `DivergedTraining` if the loss is NaN or infinite."""
         loss = logs.get("loss", logs.get("eval_loss", 0.0))

@@ -273,7 +273,9 @@ class TrainSettings(BaseModel):
     checkpoint_seconds: float = _option(
         15.0, "Least time between checkpoints within an epoch; there is also one after each epoch.", RUN, ge=0
     )
-    log_steps: int = _option(10, "Steps between two figures of the loss.", RUN, ge=1)
+    log_steps: int = _option(
+        10, "Steps between two figures of the loss; there is also one after each epoch.", RUN, ge=1
+    )
     plot: Path | None = _option(None, "PNG file for the curves of loss and metrics, drawn at the end.", RUN)
     tensorboard: Path | None = _option(
         None, "Folder for TensorBoard's events; each adapter and each set of options gets a folder in it.", RUN

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from trainer_samples import ending_rule, settings_for, write_csv
+from transformers import TrainerCallback
 
 from adapters_store import AdapterStore
 from sera_serve.base import load_base
@@ -94,21 +95,15 @@ def test_a_run_without_evaluations_has_a_curve(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("history", "lines", "words"),
+    ("history", "lines"),
     [
-        ([], [], ["too few steps for a curve:\ngive a lower --log-steps, or rows to evaluate on"]),
-        ([HISTORY[-1]], [], ["too few steps for a curve:\ngive a lower --log-steps, or rows to evaluate on"]),
-        (HISTORY[:1], [("training", "o")], []),
-        ([HISTORY[0], HISTORY[2]], [("training", "")], []),
-        (HISTORY[1:2], [("evaluation", "o"), ("chosen epoch", "")], []),
+        ([{**HISTORY[0], "epoch": 1.0}], [("training", "o")]),
+        ([HISTORY[0], HISTORY[2]], [("training", "")]),
+        (HISTORY[:2], [("training", "o"), ("evaluation", "o"), ("chosen epoch", "")]),
     ],
 )
-def test_a_short_run_has_no_empty_picture(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    history: list[dict[str, Any]],
-    lines: list[tuple[str, str]],
-    words: list[str],
+def test_a_short_run_has_a_readable_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, history: list[dict[str, Any]], lines: list[tuple[str, str]]
 ) -> None:
     drawn: list[Figure] = []
     original = Figure.savefig
@@ -122,7 +117,28 @@ def test_a_short_run_has_no_empty_picture(
     panel = drawn[0].axes[0]
     shown = {None: "", "None": ""}
     assert [(line.get_label(), shown.get(str(line.get_marker()), line.get_marker())) for line in panel.lines] == lines
-    assert [text.get_text() for text in panel.texts] == words
+    for each in drawn[0].axes:
+        left, right = each.get_xlim()
+        assert all(place % 1 == 0 for place in each.get_xticks() if left <= place <= right), "whole epochs"
+
+
+def test_each_epoch_has_a_loss_of_training(tiny_base: Path, tmp_path: Path) -> None:
+    """Of steps that are fewer than `log_steps` too."""
+    told: list[tuple[int, float]] = []
+
+    class Told(TrainerCallback):  # type: ignore[misc]
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+            if "loss" in logs:
+                told.append((state.global_step, logs["loss"]))
+
+    rows = write_csv(tmp_path / "rows.csv", ending_rule(40))
+    for log_steps in (1, 3):
+        train_adapter(settings_for(tiny_base, tmp_path, rows, log_steps=log_steps), callbacks=[Told()])
+    each, (third, rest, sixth, ninth, tenth) = told[:10], told[10:]
+    assert [step for step, _ in (third, rest, sixth, ninth, tenth)] == [3, 5, 6, 9, 10]
+    # Each is the mean of the steps since the figure before.
+    assert rest[1] == pytest.approx((each[3][1] + each[4][1]) / 2)
+    assert tenth[1] == pytest.approx(each[9][1])
 
 
 def test_a_picture_is_a_png() -> None:
