@@ -105,6 +105,17 @@ def test_a_job_that_fails_ends_alone(base: FrozenBase, tmp_path: Path) -> None:
     assert (again[0].result or {})["digest"] == (results[1].result or {})["digest"]
 
 
+def test_a_job_whose_adapter_was_deleted_is_trained_again(base: FrozenBase, tmp_path: Path) -> None:
+    jobs = mixed_jobs(tmp_path)[:2]
+    # With a job that fails, the plan remembers what it has published.
+    missing = jobs[0].model_copy(update={"train": tmp_path / "none.csv", "name": "acme/none"})
+    assert [result.status for result in train_jobs(Plan([*jobs, missing], 8), base=base)][:2] == ["trained"] * 2
+    AdapterStore(jobs[0].store).delete(jobs[0].name)
+    again = train_jobs(Plan([*jobs, missing], 8), base=base)
+    assert [result.status for result in again] == ["trained", "published earlier", "failed"]
+    assert AdapterStore(jobs[0].store).resolve(jobs[0].name).digest == (again[0].result or {})["digest"]
+
+
 def test_an_error_of_the_system_without_a_file_is_told_without_one(
     base: FrozenBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -154,7 +165,10 @@ class Stopped(BaseException):
     """Stands in for a kill."""
 
 
-def test_a_published_job_is_known_by_the_contents_of_its_images(base: FrozenBase, tmp_path: Path) -> None:
+def test_a_published_job_is_known_by_the_contents_of_its_images(
+    base: FrozenBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(AdapterStore, "has_content", lambda store, name, digest: digest == "d")
     images = tmp_path / "images"
     images.mkdir()
     (images / "a.png").write_bytes(b"first")
@@ -166,7 +180,7 @@ def test_a_published_job_is_known_by_the_contents_of_its_images(base: FrozenBase
             tmp_path / "published", AdapterStore(tmp_path / "store", create=True), base.info, resume=True
         )
 
-    published().save(job, {"adapter": job.name})
-    assert published().load(job) == {"adapter": job.name}
+    published().save(job, {"digest": "d"})
+    assert published().load(job) == {"digest": "d"}
     (images / "a.png").write_bytes(b"other")
     assert published().load(job) is None

@@ -32,12 +32,13 @@ class PublishedJobs:
             self.clear()
 
     def load(self, settings: TrainSettings) -> dict[str, Any] | None:
-        """Return the result of a job that was published, or None."""
+        """Return the result of a job that was published and not deleted since, or None."""
         try:
             value = json.loads(self._path(settings).read_text())
-        except (OSError, ValueError):
+            is_there = self._store.has_content(settings.name, value["digest"])
+        except (OSError, ValueError, KeyError, TypeError):
             return None
-        return value if isinstance(value, dict) and "adapter" in value else None
+        return value if is_there else None
 
     def save(self, settings: TrainSettings, result: dict[str, Any]) -> None:
         """Write the result of a job. It is durable when this returns."""
