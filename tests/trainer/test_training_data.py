@@ -222,6 +222,15 @@ def test_faults_of_generation_rows(tmp_path: Path, row: Any, options: Any, messa
     assert message in refusal(generate, write_jsonl(tmp_path / "rows.jsonl", [first, row]), **options)
 
 
+def test_a_faulty_turn_of_the_assistant_is_no_missing_one(tmp_path: Path) -> None:
+    rows = [{"messages": CHAT}, {"messages": [CHAT[0], CHAT[1] | {"weight": 0}]}]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    assert refusal(generate, path, messages_column="messages").endswith(
+        'row 2 (line 2): messages[1] must have exactly the keys "role" and "content" (or "from" and "value"); '
+        "'weight' is not used: delete it"
+    )
+
+
 def test_prompts_with_several_completions_stay_on_one_side(tmp_path: Path) -> None:
     rows = [{"prompt": f"p{i // 4}", "completion": f"c{i}"} for i in range(80)]
     data = generate(write_jsonl(tmp_path / "rows.jsonl", rows), eval_fraction=0.2)

@@ -109,7 +109,8 @@ def messages_of(row: Row, column: str, problems: Problems) -> tuple[dict[str, st
         problems.add(row, f'{column} must be a list such as [{{"role": "user", "content": "..."}}, ...]')
         return ()
     messages = [_message(row, f"{column}[{i}]", turn, problems) for i, turn in enumerate(value)]
-    if not any(message.get("role") == "assistant" for message in messages):
+    # A turn with a fault, which is told, may be the assistant's.
+    if all(messages) and not any(message["role"] == "assistant" for message in messages):
         problems.add(
             row, f"{column} has no turn of the assistant, so there is nothing to learn; add one or delete the row"
         )
