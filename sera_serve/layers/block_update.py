@@ -67,7 +67,7 @@ class _AddUpdate(torch.autograd.Function):
         flat = g.reshape(-1, g.shape[-1]).to(b.dtype)
         if needs_b:
             v = u if c is None else u @ c
-            db = outer_segments(flat, v, split).permute(2, 0, 1).reshape(b.shape).mul_(scaling)
+            db = _in_rows(outer_segments(flat, v, split).permute(2, 0, 1), b).mul_(scaling)
         if needs_x or needs_a or needs_c:
             dv = reduce_segments(flat, blocks_of_b(b, split)).mul_(scaling)
             if needs_c:
@@ -75,13 +75,18 @@ class _AddUpdate(torch.autograd.Function):
             if needs_x or needs_a:
                 du = dv if c is None else dv @ c.T
                 if needs_a:
-                    da = outer_segments(x.reshape(-1, x.shape[-1]).to(a.dtype), du, split).reshape(a.shape)
+                    da = _in_rows(outer_segments(x.reshape(-1, x.shape[-1]).to(a.dtype), du, split), a)
                 if needs_x:
                     # A view would be added to the base's gradient in new memory, and not in place.
                     dx = du.new_empty(ctx.x_shape)
                     expand_into(dx.view(-1, dx.shape[-1]), du, blocks_of_a(a, split))
                     dx = dx.to(ctx.x_dtype)
         return g, dx, da, dc, db, None, None
+
+
+def _in_rows(gradient: Tensor, factor: Tensor) -> Tensor:
+    """The gradient in the shape and strides of its factor: several processes warn of others, of one column too."""
+    return gradient.flatten().view(factor.shape)
 
 
 def blocks_of_a(a: Tensor, split: int) -> Tensor:
