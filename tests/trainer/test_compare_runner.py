@@ -6,6 +6,7 @@ import stat
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,8 @@ def test_the_table_has_mean_and_deviation(fake: Fake, tmp_path: Path) -> None:
     assert one.deviation == pytest.approx(0.002 / 2**0.5)
     assert (one.parameters, one.head_parameters, one.step_ms, one.peak_memory_mb) == (80, 4, 2.0, 5.0)
     assert "| tiny | lora r=8 | 80 | 80.1 ± 0.1 | 90.1 ± 0.1 | 85.1 | 5 | 2.0 |" in as_markdown([one, two])
+    # Of a method that has not run on every data set, memory and time would be those of other rows.
+    assert "| tiny | lora r=8 | 80 |  | 90.1 ± 0.1 |  |  |  |" in as_markdown([replace(one, method="other"), two])
     header, first, *_ = as_csv([one, two]).splitlines()
     assert dict(zip(header.split(","), first.split(","), strict=True))["method"] == "lora r=8"
 

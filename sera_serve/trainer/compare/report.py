@@ -105,7 +105,7 @@ def table_rows(results: Sequence[CellResult]) -> list[list[str]]:
 
     A score is `mean ± deviation`, in hundredths of the metric (a loss as it is), with the number of seeds behind it
     where some of the plan's seeds are missing. The mean over the data sets stands where each of them has a score.
-    Memory and step time are means over the data sets.
+    Memory and step time are means over the data sets, where the method has run on each of them.
     """
     data = {result.data: result.score for result in results}
     groups: dict[tuple[str, str], dict[str, CellResult]] = {}
@@ -123,16 +123,17 @@ def table_rows(results: Sequence[CellResult]) -> list[list[str]]:
                 f"{max(parameters):,}" if parameters else "",
                 *(_shown(cells.get(name)) for name in data),
                 f"{100 * statistics.fmean(means):.1f}" if len(means) == len(data) else "",
-                _mean_of([cell.peak_memory_mb for cell in cells.values()], 0),
-                _mean_of([cell.step_ms for cell in cells.values()], 1),
+                _mean_of([cell.peak_memory_mb for cell in cells.values()], len(data), 0),
+                _mean_of([cell.step_ms for cell in cells.values()], len(data), 1),
             ]
         )
     return rows
 
 
-def _mean_of(values: Sequence[float | None], digits: int) -> str:
+def _mean_of(values: Sequence[float | None], count: int, digits: int) -> str:
     known = [value for value in values if value is not None]
-    return f"{statistics.fmean(known):.{digits}f}" if known else ""
+    # Rows of several lengths take other times: means over other data sets would not compare.
+    return f"{statistics.fmean(known):.{digits}f}" if len(known) == count else ""
 
 
 def _shown(cell: CellResult | None) -> str:
