@@ -110,6 +110,7 @@ class Preprocessor:
 
     Truncation is a state of the tokenizer, and one thread must not change this state while another thread tokenizes.
     So rows that must be truncated have a copy of the tokenizer and a lock. `prompt` never truncates, and never waits.
+    A tokenizer that is verbose says of a long text that the model cannot take it, before anything is cut.
 
     Attributes:
         longest_token: Characters of the longest token in the vocabulary.
@@ -158,7 +159,8 @@ class Preprocessor:
             if any(not 0 <= token < self._vocab_size for token in tokens):
                 raise InvalidRequest(f"token_ids must lie in 0 to {self._vocab_size - 1}", param="token_ids")
         elif text is not None:
-            tokens, field = list(self._tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]), "prompt"
+            encoded = self._tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)
+            tokens, field = list(encoded["input_ids"]), "prompt"
         else:
             raise InvalidRequest("prompt is missing; send prompt or token_ids", param="prompt")
         if not tokens:
@@ -278,7 +280,7 @@ class Preprocessor:
         """The beginning of a text: all of it, or as much as has more than so many tokens."""
         characters = _CHARACTERS_A_TOKEN * (tokens + _MARGIN)
         while len(part := text[:characters]) < len(text):
-            if len(self._tokenizer(part)["input_ids"]) >= tokens + _MARGIN:
+            if len(self._tokenizer(part, verbose=False)["input_ids"]) >= tokens + _MARGIN:
                 break
             characters *= 2
         return part
@@ -329,7 +331,12 @@ class Preprocessor:
         self, tokenizer: PreTrainedTokenizerBase, texts: list[str], seconds: list[str] | None, **options: Any
     ) -> list[ModelInputs]:
         encoded: Any = tokenizer(
-            texts, seconds, return_token_type_ids=self._has_token_types, return_attention_mask=False, **options
+            texts,
+            seconds,
+            return_token_type_ids=self._has_token_types,
+            return_attention_mask=False,
+            verbose=False,
+            **options,
         )
         ids = encoded["input_ids"]
         types = encoded["token_type_ids"] if self._has_token_types else [None] * len(ids)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -135,6 +136,20 @@ def test_token_types_reach_the_model_whatever_else_is_in_the_batch(bert: FrozenB
         torch.testing.assert_close(states[index, : len(rows[index])], alone, rtol=1e-4, atol=1e-5)
     without = bert.hidden_states(batch["input_ids"], batch["attention_mask"])
     assert not torch.allclose(states[0], without[0], atol=1e-2)
+
+
+def test_a_long_text_is_cut_without_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = pair_tokenizer()
+    tokenizer.model_max_length = 16
+    base = random_encoder(tokenizer=tokenizer)
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    try:
+        assert [len(row) for row in base.preprocessor.rows(["x" * 60, ("x" * 60, "y" * 5000)], 16)] == [16, 16]
+        assert len(base.preprocessor.prompt("x" * 60, None)) > 16
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert caplog.messages == []
 
 
 def test_threads_that_truncate_differently_do_not_disturb_each_other() -> None:

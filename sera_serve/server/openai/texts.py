@@ -131,7 +131,8 @@ class Texts:
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         """Return the tokens of a text. Blocks."""
-        tokens: list[int] = self._engine.base.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
+        encoded = self._engine.base.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)
+        tokens: list[int] = encoded["input_ids"]
         return tokens
 
     def decode(self, tokens: list[int], param: str = "tokens") -> str:

@@ -100,7 +100,7 @@ class PassageTokenizer:
         return [self._completion(passage.prompt, passage.completion)]
 
     def _completion(self, prompt: str, completion: str) -> TokenRow:
-        before: list[int] = self.tokenizer(prompt)["input_ids"]
+        before: list[int] = self.tokenizer(prompt, verbose=False)["input_ids"]
         ids, spans = self._encode(completion)
         room = self.max_length - min(len(before), self._least_prompt) - len(self.end)
         end = self.end
