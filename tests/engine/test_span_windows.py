@@ -20,7 +20,7 @@ from sera_serve.engine import Principal, Score, ServingEngine, Spans, row_calls
 from sera_serve.errors import InvalidRequest
 from sera_serve.layers import attach_layers, detach_adapter
 from sera_serve.sera_config import SeraConfig
-from sera_serve.trainer.data.labelled import LabelledExamples
+from sera_serve.trainer.data.labelled import Examples
 from sera_serve.trainer.data.targets import Example
 from sera_serve.trainer.settings import TrainSettings
 from sera_serve.trainer.tables.faults import Row
@@ -198,7 +198,7 @@ def test_evaluation_in_training_gives_what_the_server_gives(store: AdapterStore,
     attach_layers(base.model, shapes)
     try:
         kinds = list(dict.fromkeys(tag[2:] for tag in (config.labels or [])[1:]))
-        data = LabelledExamples(examples, examples, [], {}, [], kinds)
+        data = Examples(examples, examples, [], {}, [], kinds)
         settings = TrainSettings(base="-", store=Path("-"), name="a/b", task="token-classify", train=Path("-"))
         task = TokenClassifyTask(settings, base, data, 16)
         assert task.tags == config.labels

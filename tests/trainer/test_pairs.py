@@ -16,7 +16,7 @@ from sera_serve.base import FrozenBase, ModelInputs
 from sera_serve.config import ServeSettings
 from sera_serve.engine import ServingEngine
 from sera_serve.server import build_app
-from sera_serve.trainer.data.labelled import Example, LabelledExamples, load_classify_data
+from sera_serve.trainer.data.labelled import Example, Examples, load_classify_data
 from sera_serve.trainer.run import train_adapter
 from sera_serve.trainer.settings import TrainSettings
 from sera_serve.trainer.tables.faults import Row
@@ -51,7 +51,7 @@ def settings(pairs: Path, **options: Any) -> TrainSettings:
 
 def test_the_tokens_of_a_pair_are_the_tokenizers_own(bert: FrozenBase, pairs: Path) -> None:
     texts: list[str | tuple[str, str]] = [("ab", "cde"), "ab", ("a" * 50, "b" * 50), ("a" * 9000, "bc")]
-    data = LabelledExamples([Example(text, "same", Row({}, 1, 1)) for text in texts], [], [], {}, labels=["same"])
+    data = Examples([Example(text, "same", Row({}, 1, 1)) for text in texts], [], [], {}, labels=["same"])
     task = ClassifyTask(settings(pairs, pooling="cls"), bert, data, 24)
     assert task.notes == ["2 of 4 training rows were cut to 24 tokens"]
     rows = [row.inputs for row in task.train_rows]

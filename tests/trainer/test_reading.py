@@ -19,7 +19,7 @@ import pytest
 import zstandard
 from trainer_samples import settings_for, write_jsonl
 
-from sera_serve.trainer.data.labelled import LabelledExamples, load_classify_data
+from sera_serve.trainer.data.labelled import Example, Examples, load_classify_data
 from sera_serve.trainer.data.passages import GenerateData, load_generate_data
 from sera_serve.trainer.data.targets import load_numbers
 from sera_serve.trainer.tables.faults import InvalidData
@@ -35,7 +35,7 @@ CSV = b'text,label\n"a, b",NA\nnull,x\n"c\nd",x\ne,NA\n'
 JSONL = b'{"text": "a", "label": 1}\n\n{"text": "b", "label": "x"}\n{"text": "c"}\n{"text": "d", "label": "x"}\n'
 
 
-def classify(path: Path, folder: Path, **options: Any) -> LabelledExamples[str]:
+def classify(path: Path, folder: Path, **options: Any) -> Examples[Example[str]]:
     options = {"eval_fraction": 0, **options}
     return load_classify_data(settings_for(Path("base"), folder, path, **options))
 

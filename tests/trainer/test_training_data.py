@@ -178,13 +178,23 @@ def test_several_faults_are_told_at_once(tmp_path: Path) -> None:
     assert message.endswith("and 2 more")
 
 
+def test_a_label_keeps_a_training_row_whatever_text_it_shares(tmp_path: Path) -> None:
+    """The only row of a label may have the text of another label's row, with which it would be held out."""
+    rows = [*([f"text {i}", "x" if i % 2 else "y"] for i in range(6)), ["shared", "x"], ["shared", "rare"]]
+    path = write_csv(tmp_path / "rows.csv", rows)
+    for seed in range(8):
+        data = classify(path, seed=seed, eval_fraction=0.5)
+        assert {row.target for row in data.train} == {"x", "y", "rare"}
+        assert data.eval
+
+
 def test_a_label_of_the_evaluation_rows_must_be_known(tmp_path: Path) -> None:
     train = write_csv(tmp_path / "train.csv", GOOD)
     other = write_csv(tmp_path / "eval.csv", [["a", "x"], ["b", "z"]])
     message = refusal(classify, train, eval=other)
     assert message == (
         f"{other}, row 2 (line 3): label 'z' is not in the training data, which has x, y; "
-        "correct it, delete the row, or add training rows of that label"
+        "correct or remove it, or add training rows of that label"
     )
 
 

@@ -4,25 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 from adapters_store import AdapterConfig, ImageSpec
-from sera_serve.trainer.data.labelled import (
-    USES,
-    ImageExample,
-    LabelSet,
-    Use,
-    check_count,
-    check_labels,
-    check_labels_known,
-    label_notes,
-    limit_notes,
-    with_whole_numbers,
-)
-from sera_serve.trainer.data.splits import check_evaluated, draw, hold_out, hold_out_for
-from sera_serve.trainer.data.targets import labels_of, learned_labels, separator_notes
+from sera_serve.trainer.data.labelled import USES, Examples, ImageExample, LabelSet, Use, one_label_each
+from sera_serve.trainer.data.splits import draw, hold_out
+from sera_serve.trainer.data.targets import labels_of, sets_of_labels
 from sera_serve.trainer.option_text import flag
 from sera_serve.trainer.settings import TrainSettings
 from sera_serve.trainer.tables.faults import InvalidData, Problems, Row, faults_of
@@ -45,26 +34,17 @@ _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 _METADATA_COLUMN = "file_name"
 
 
-@dataclass(frozen=True)
-class ImageExamples(Generic[T]):
-    """Checked rows of a task on images, by use.
+@dataclass(frozen=True, kw_only=True)
+class ImageExamples(Examples[ImageExample[T]]):
+    """Checked rows of a task on images, by use; no labels of captions.
 
     Attributes:
         images: Every image.
-        digests: sha256 of each file and of its images, by use.
-        notes: What was left out.
         spec: The preprocessing of the adapter that the run goes on from, or None for the base's own.
-        labels: Every label, in the order of the head's rows; none for captions.
     """
 
     images: ImageStore
-    train: list[ImageExample[T]]
-    eval: list[ImageExample[T]]
-    test: list[ImageExample[T]]
-    digests: dict[str, str]
-    notes: list[str]
     spec: ImageSpec | None
-    labels: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -92,31 +72,9 @@ def load_image_classify_data(settings: TrainSettings, initial: AdapterConfig | N
     """
     _check_table_options(settings)
     reader = _Reader(settings)
-    labels = initial.labels if initial is not None else None
-    rows = {"train": reader.labelled("train", labels)}
-    if labels is None:
-        labels = sorted({item.target for item in rows["train"]})
-        check_labels(settings.train, rows["train"], labels)
-        reader.notes += label_notes(item.target for item in rows["train"])
-    else:
-        check_count(settings.train, rows["train"])
-        check_labels_known(settings.train, rows["train"], labels, settings.init_from)
-    for use in USES[1:]:
-        path = getattr(settings, use)
-        # Without a file of its own, the rows are a split of the folder of the training rows.
-        with faults_of(use if path is not None else "train"):
-            rows[use] = reader.labelled(use, labels)
-            check_labels_known(path or settings.train, rows[use], labels)
-    train = draw(rows["train"], settings.train_limit, settings.seed)
-    if not rows["eval"] and settings.eval_fraction:
-        # Equal images stay on one side.
-        train, rows["eval"] = hold_out_for(
-            settings, train, reader.notes, key=lambda r: r.image, stratum=lambda r: r.target, keep_single=True
-        )
-    reader.notes += limit_notes(settings, labels, {item.target for item in train})
-    check_evaluated(settings, rows["eval"])
-    parts = train, rows["eval"], rows["test"]
-    return ImageExamples(reader.images, *parts, reader.digests, reader.notes, _spec_of(initial), labels)
+    rows = reader.uses(reader.labelled)
+    kept = initial.labels if initial is not None else None
+    return reader.examples(rows, initial, one_label_each(settings, rows, reader.notes, kept))
 
 
 def load_image_label_sets(settings: TrainSettings, initial: AdapterConfig | None = None) -> ImageExamples[LabelSet]:
@@ -129,28 +87,9 @@ def load_image_label_sets(settings: TrainSettings, initial: AdapterConfig | None
         InvalidData: A file, an image or some of the rows cannot be used.
     """
     reader = _Reader(settings)
-    rows: dict[Use, list[ImageExample[LabelSet]]] = {}
-    for use in USES:
-        with faults_of(use):
-            rows[use] = reader.tagged(use)
-    check_count(settings.train, rows["train"])
-    labels = learned_labels(settings, rows, initial.labels if initial is not None else None)
-    train = draw(rows["train"], settings.train_limit, settings.seed)
-    if settings.eval is None and settings.eval_fraction:
-        train, rows["eval"] = hold_out_for(
-            settings,
-            train,
-            reader.notes,
-            key=lambda r: r.image,
-            stratum=lambda r: ",".join(sorted(r.target)),
-            labels=lambda r: r.target,
-        )
-    reader.notes += label_notes(label for item in rows["train"] for label in item.target)
-    reader.notes += separator_notes(labels, settings.label_separator)
-    reader.notes += limit_notes(settings, labels, {label for item in train for label in item.target})
-    check_evaluated(settings, rows["eval"])
-    parts = train, rows["eval"], rows["test"]
-    return ImageExamples(reader.images, *parts, reader.digests, reader.notes, _spec_of(initial), labels)
+    rows = reader.uses(reader.tagged)
+    kept = initial.labels if initial is not None else None
+    return reader.examples(rows, initial, sets_of_labels(settings, rows, reader.notes, kept))
 
 
 def load_retrieve_data(settings: TrainSettings, initial: AdapterConfig | None = None) -> ImageExamples[str]:
@@ -160,31 +99,24 @@ def load_retrieve_data(settings: TrainSettings, initial: AdapterConfig | None = 
         InvalidData: A file, an image or some of the rows cannot be used.
     """
     reader = _Reader(settings)
-    rows: dict[Use, list[ImageExample[str]]] = {}
+    rows = reader.uses(reader.captioned)
     for use in USES:
-        with faults_of(use):
-            rows[use] = reader.captioned(use)
         if rows[use] and len({item.image for item in rows[use]}) < 2:
             raise InvalidData(
                 f"{getattr(settings, use)} has one image, which has no other to be told from; add images", param=use
             )
-    train = draw(rows["train"], settings.train_limit, settings.seed)
+    rows["train"] = draw(rows["train"], settings.train_limit, settings.seed)
     if settings.eval is None and settings.eval_fraction:
-        train, rows["eval"] = hold_out(
-            train, settings.eval_fraction, settings.seed, key=lambda r: r.image, stratum=lambda r: ""
+        rows["train"], rows["eval"] = hold_out(
+            rows["train"], settings.eval_fraction, settings.seed, key=lambda r: r.key, stratum=lambda r: ""
         )
-        for part in (train, rows["eval"]):
+        for part in (rows["train"], rows["eval"]):
             if len({item.image for item in part}) < 2:
                 raise InvalidData(
                     f"{settings.train} has too few images to hold some out; add images, give --eval, or "
                     "--eval-fraction 0"
                 )
-    parts = train, rows["eval"], rows["test"]
-    return ImageExamples(reader.images, *parts, reader.digests, reader.notes, _spec_of(initial))
-
-
-def _spec_of(initial: AdapterConfig | None) -> ImageSpec | None:
-    return initial.image if initial is not None else None
+    return reader.examples(rows, initial)
 
 
 class _Reader:
@@ -196,15 +128,38 @@ class _Reader:
         self.digests: dict[str, str] = {}
         self.notes: list[str] = []
 
-    def labelled(self, use: Use, labels: list[str] | None) -> list[ImageExample[str]]:
-        """Read the rows for a use: train, eval or test; none if there is no file for it. `labels` are the adapter's."""
+    def uses(self, read: Callable[[Use], list[ImageExample[T]]]) -> dict[Use, list[ImageExample[T]]]:
+        """Read the rows of every use."""
+        rows: dict[Use, list[ImageExample[T]]] = {}
+        for use in USES:
+            # Without a file of its own, the rows are a split of the folder of the training rows.
+            with faults_of(use if getattr(self._settings, use) is not None else "train"):
+                rows[use] = read(use)
+        return rows
+
+    def examples(
+        self, rows: dict[Use, list[ImageExample[T]]], initial: AdapterConfig | None, labels: Sequence[str] = ()
+    ) -> ImageExamples[T]:
+        """The rows with all that was read beside them."""
+        return ImageExamples(
+            rows["train"],
+            rows["eval"],
+            rows["test"],
+            self.digests,
+            self.notes,
+            list(labels),
+            images=self.images,
+            spec=initial.image if initial is not None else None,
+        )
+
+    def labelled(self, use: Use) -> list[ImageExample[str]]:
+        """Read the rows for a use: train, eval or test; none if there is no file for it."""
         path: Path | None = getattr(self._settings, use)
         if _is_image_folder(path or self._settings.train):
             return self._labelled_files(use, path)
         if path is None:
             return []
-        rows = self._examples(path, use, "label_column", lambda *cell: [label_of(*cell)])
-        return with_whole_numbers(rows, labels)
+        return self._examples(path, use, "label_column", lambda *cell: [label_of(*cell)])
 
     def tagged(self, use: Use) -> list[ImageExample[LabelSet]]:
         """Read the rows for a use, as `labelled` does. A cell holds a list of labels, or text with separators."""

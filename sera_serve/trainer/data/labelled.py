@@ -1,4 +1,4 @@
-"""Training data of the text tasks: rows read from files, checked before training, and split for evaluation."""
+"""Rows of texts and images with what to learn of them: read from files, checked before training, parted by use."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sized
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
-from sera_serve.trainer.data.splits import draw, hold_out_for
+from sera_serve.trainer.data.splits import check_evaluated, draw, hold_out_for
 from sera_serve.trainer.option_text import flag
 from sera_serve.trainer.settings import TrainSettings
 from sera_serve.trainer.tables.faults import InvalidData, Problems, Row, faults_of
@@ -69,6 +69,11 @@ class Example(Generic[T]):
     target: T
     row: Row
 
+    @property
+    def key(self) -> str:
+        """Equal for equal texts, which are held out together."""
+        return repr(self.text)
+
 
 @dataclass(frozen=True)
 class ImageExample(Generic[T]):
@@ -78,38 +83,36 @@ class ImageExample(Generic[T]):
     target: T
     row: Row
 
+    @property
+    def key(self) -> str:
+        """Equal for equal images, which are held out together."""
+        return self.image
 
-Labelled = TypeVar("Labelled", Example[str], ImageExample[str])
+
+Labelled = TypeVar("Labelled", bound=Example[Any] | ImageExample[Any])
+LabelsOf = Callable[[Any], Collection[str]]
+"""The labels of a target."""
 
 
 @dataclass(frozen=True)
-class Examples(Generic[T]):
+class Examples(Generic[Labelled]):
     """Checked rows by use.
 
     Attributes:
-        digests: sha256 of each file, by use.
+        digests: sha256 of each file, by use; of images too.
         notes: What the user should know about the rows.
+        labels: Every label, in the order of the head's rows; of spans, sorted. None without labels.
     """
 
-    train: list[Example[T]]
-    eval: list[Example[T]]
-    test: list[Example[T]]
+    train: list[Labelled]
+    eval: list[Labelled]
+    test: list[Labelled]
     digests: dict[str, str]
     notes: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class LabelledExamples(Examples[T]):
-    """Rows with labels: one each, sets of them, or spans.
-
-    Attributes:
-        labels: Every label, in the order of the head's rows; of spans, sorted.
-    """
-
     labels: list[str] = field(default_factory=list)
 
 
-def load_classify_data(settings: TrainSettings, labels: list[str] | None = None) -> LabelledExamples[str]:
+def load_classify_data(settings: TrainSettings, labels: list[str] | None = None) -> Examples[Example[str]]:
     """Read and check the files of `settings`.
 
     Args:
@@ -119,35 +122,101 @@ def load_classify_data(settings: TrainSettings, labels: list[str] | None = None)
     Raises:
         InvalidData: A file or some of its rows cannot be used.
     """
-    digests: dict[str, str] = {}
-    notes: list[str] = []
-    rows: dict[Use, list[Example[str]]] = {use: [] for use in USES}
+    rows, digests, notes = read_uses(settings, lambda table, settings: checked_texts(table, settings, label_of))
+    labels = one_label_each(settings, rows, notes, labels)
+    return Examples(rows["train"], rows["eval"], rows["test"], digests, notes, labels)
+
+
+def one_label_each(
+    settings: TrainSettings, rows: dict[Use, list[Labelled]], notes: list[str], kept: list[str] | None
+) -> list[str]:
+    """Name the labels of rows that have one each, as `whole_number_names` does, and go on as `part_by_labels`."""
+    known = kept
     for use in USES:
-        with faults_of(use):
-            table = table_for(settings, use)
-            if table is None:
-                continue
-            rows[use] = with_whole_numbers(checked_texts(table, settings, label_of), labels)
-            digests[use] = table.digest
-            notes += table.notes
-            if use != "train":
-                assert labels is not None
-                check_labels_known(table.path, rows[use], labels)
-            elif labels is None:
-                labels = sorted({item.target for item in rows[use]})
-                check_labels(table.path, rows[use], labels)
-                notes += label_notes(item.target for item in rows[use])
-            else:
-                check_count(table.path, rows[use])
-                check_labels_known(table.path, rows[use], labels, settings.init_from)
-    assert labels is not None
-    train = draw(rows["train"], settings.train_limit, settings.seed)
-    if settings.eval is None and settings.eval_fraction:
-        train, rows["eval"] = hold_out_for(
-            settings, train, notes, key=lambda item: repr(item.text), stratum=lambda item: item.target, keep_single=True
+        names = whole_number_names([item.target for item in rows[use]], known)
+        rows[use] = [replace(i, target=names[i.target]) if i.target in names else i for i in rows[use]]
+        if known is None:
+            known = list({item.target for item in rows[use]})
+    return part_by_labels(settings, rows, notes, kept, lambda label: (label,), check_labels, is_one=True)
+
+
+def part_by_labels(
+    settings: TrainSettings,
+    rows: dict[Use, list[Labelled]],
+    notes: list[str],
+    kept: list[str] | None,
+    labels_of: LabelsOf,
+    check: Callable[[Path, int, list[str]], None],
+    *,
+    is_one: bool = False,
+) -> list[str]:
+    """Check the labels of rows, and part the rows as `part_rows` does.
+
+    Args:
+        settings: Options of the run.
+        rows: Rows by use. They become those that the run takes.
+        notes: What the user should know is added.
+        kept: The labels of the adapter that the run goes on from, which it keeps; None takes those of the training
+            rows.
+        labels_of: The labels of a target.
+        check: Refuses the labels of a file, of which it gets the path, the number of rows and the labels.
+        is_one: Whether each row has one label.
+
+    Returns:
+        The labels of the run.
+
+    Raises:
+        InvalidData: The training rows are too few, their labels are refused, or a row has a label that is not known.
+    """
+    count = len(rows["train"])
+    check_count(settings.train, rows["train"])
+    whose, remedy = "in the training data", "correct or remove it, or add training rows of that label"
+    if kept is not None:
+        whose, remedy = f"a label of {settings.init_from}", "correct or remove it, or train a new adapter"
+    labels = kept
+    if labels is None:
+        labels = sorted({label for item in rows["train"] for label in labels_of(item.target)})
+        check(settings.train, count, labels)
+    for use in USES:
+        path: Path | None = getattr(settings, use)
+        # Without a file of its own, the rows are a split of the folder of the training rows.
+        with faults_of(use if path is not None else "train"):
+            found = ((item.row, labels_of(item.target)) for item in rows[use])
+            _check_known(path or settings.train, found, labels, whose, remedy)
+    notes += label_notes(label for item in rows["train"] for label in labels_of(item.target))
+    part_rows(settings, rows, notes, labels_of, is_one=is_one)
+    notes += _limit_notes(settings, labels, {label for item in rows["train"] for label in labels_of(item.target)})
+    return labels
+
+
+def part_rows(
+    settings: TrainSettings,
+    rows: dict[Use, list[Labelled]],
+    notes: list[str],
+    labels_of: LabelsOf | None = None,
+    *,
+    is_one: bool = False,
+) -> None:
+    """Draw the training rows, and hold a part of them out where there are none to evaluate on.
+
+    Arguments as those of `part_by_labels`. About the same part of each set of labels is held out, and each label keeps
+    a training row. `labels_of` None has no labels.
+
+    Raises:
+        InvalidData: The run needs evaluations, and no row can be held out.
+    """
+    rows["train"] = draw(rows["train"], settings.train_limit, settings.seed)
+    if not rows["eval"] and settings.eval_fraction:
+        rows["train"], rows["eval"] = hold_out_for(
+            settings,
+            rows["train"],
+            notes,
+            key=lambda item: item.key,
+            stratum=lambda item: "" if labels_of is None else ",".join(sorted(labels_of(item.target))),
+            keep_single=is_one,
+            labels=None if labels_of is None else lambda item: labels_of(item.target),
         )
-    notes += limit_notes(settings, labels, {item.target for item in train})
-    return LabelledExamples(train, rows["eval"], rows["test"], digests, notes, labels)
+    check_evaluated(settings, rows["eval"])
 
 
 def label_notes(labels: Iterable[str]) -> list[str]:
@@ -174,7 +243,7 @@ def label_notes(labels: Iterable[str]) -> list[str]:
     return notes
 
 
-def limit_notes(settings: TrainSettings, labels: Iterable[str], learned: Collection[str]) -> list[str]:
+def _limit_notes(settings: TrainSettings, labels: Iterable[str], learned: Collection[str]) -> list[str]:
     """Say which labels have no row among those that `train_limit` has drawn. `learned`: the labels of these rows."""
     left = [label for label in labels if label not in learned]
     if settings.train_limit is None or not left:
@@ -209,12 +278,6 @@ def checked_texts(
     return checked
 
 
-def with_whole_numbers(rows: list[Labelled], labels: list[str] | None) -> list[Labelled]:
-    """Name the labels of rows as `whole_number_names` says; `labels` are those of the adapter, if it has some."""
-    names = whole_number_names([item.target for item in rows], labels)
-    return [replace(item, target=names[item.target]) if item.target in names else item for item in rows]
-
-
 def _require_texts(table: Table, settings: TrainSettings) -> None:
     """Refuse a table without the column of texts, or without that of second texts where `settings` names one.
 
@@ -244,23 +307,22 @@ def check_count(path: Path, rows: Sized) -> None:
         raise InvalidData(f"{path} has {len(rows)} rows; at least {_LEAST_ROWS} are needed")
 
 
-def check_labels(path: Path, rows: Sized, labels: list[str]) -> None:
+def check_labels(path: Path, rows: int, labels: list[str]) -> None:
     """Refuse training rows with one label, or with labels that hardly repeat."""
-    check_count(path, rows)
     if len(labels) == 1:
         raise InvalidData(
             f"{path}: every row has the label {labels[0]!r}; add rows of another label, or check --label-column",
             param="label_column",
         )
-    if len(labels) > len(rows) // 2:
+    if len(labels) > rows // 2:
         raise InvalidData(
-            f"{path} has {len(labels)} different labels in {len(rows)} rows; labels must repeat: check --label-column, "
+            f"{path} has {len(labels)} different labels in {rows} rows; labels must repeat: check --label-column, "
             "or put numbers into ranges",
             param="label_column",
         )
 
 
-def check_known(
+def _check_known(
     path: Path, found: Iterable[tuple[Row, Collection[str]]], known: Collection[str], whose: str, remedy: str
 ) -> None:
     """Refuse rows with a label that is not one of `known`.
@@ -278,13 +340,3 @@ def check_known(
         for label in sorted(set(labels).difference(known)):
             problems.add(row, f"label {label!r} is not {whose}, which has {shown}; {remedy}")
     problems.raise_if_any()
-
-
-def check_labels_known(
-    path: Path, rows: Iterable[Example[str] | ImageExample[str]], labels: list[str], adapter: str | None = None
-) -> None:
-    """Refuse rows whose label is not one of `labels`: those of the adapter to go on from, if one is given."""
-    whose, remedy = "in the training data", "correct it, delete the row, or add training rows of that label"
-    if adapter is not None:
-        whose, remedy = f"a label of {adapter}", "correct it, delete the row, or train a new adapter"
-    check_known(path, ((item.row, (item.target,)) for item in rows), labels, whose, remedy)

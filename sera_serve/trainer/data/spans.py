@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 from sera_serve.base.spans import OUTSIDE, Span
-from sera_serve.trainer.data.labelled import USES, Example, LabelledExamples, Use, check_known, limit_notes
-from sera_serve.trainer.data.targets import load_examples
+from sera_serve.trainer.data.labelled import Example, Examples, part_by_labels, read_uses
 from sera_serve.trainer.settings import TrainSettings
-from sera_serve.trainer.tables.faults import InvalidData, Problems, Row, faults_of
+from sera_serve.trainer.tables.faults import InvalidData, Problems, Row
 from sera_serve.trainer.tables.fields import text_of
 from sera_serve.trainer.tables.strict import RowDecoder
 from sera_serve.trainer.tables.table import Table
@@ -24,7 +24,7 @@ Marked = tuple[Span, ...]
 """The spans of a text, in the order of their places, without overlaps."""
 
 
-def load_spans(settings: TrainSettings, kinds: list[str] | None = None) -> LabelledExamples[Marked]:
+def load_spans(settings: TrainSettings, kinds: list[str] | None = None) -> Examples[Example[Marked]]:
     """Read and check the rows of task token-classify.
 
     Args:
@@ -34,22 +34,14 @@ def load_spans(settings: TrainSettings, kinds: list[str] | None = None) -> Label
     Raises:
         InvalidData: A file or some of its rows cannot be used.
     """
-    found, every = load_examples(settings, _read, labels=lambda spans: {span.label for span in spans})
-    kept = f"a label of {settings.init_from}" if kinds is not None else "in the training data"
-    if kinds is None:
-        kinds = sorted({span.label for item in every for span in item.target})
-        if not kinds:
-            raise InvalidData(
-                f"{settings.train}: no row has a span; mark some, or check --spans-column or --tags-column"
-            )
-    rows: dict[Use, list[Example[Marked]]] = {"train": every, "eval": found.eval, "test": found.test}
-    for use in USES:
-        with faults_of(use):
-            found_labels = ((item.row, {span.label for span in item.target}) for item in rows[use])
-            path = getattr(settings, use) or settings.train
-            check_known(path, found_labels, kinds, kept, "correct it or remove the span")
-    notes = found.notes + limit_notes(settings, kinds, {span.label for item in found.train for span in item.target})
-    return LabelledExamples(found.train, found.eval, found.test, found.digests, notes, kinds)
+    rows, digests, notes = read_uses(settings, _read)
+    kinds = part_by_labels(settings, rows, notes, kinds, lambda spans: {span.label for span in spans}, _check_kinds)
+    return Examples(rows["train"], rows["eval"], rows["test"], digests, notes, kinds)
+
+
+def _check_kinds(path: Path, rows: int, kinds: list[str]) -> None:
+    if not kinds:
+        raise InvalidData(f"{path}: no row has a span; mark some, or check --spans-column or --tags-column")
 
 
 def _read(table: Table, settings: TrainSettings) -> list[Example[Marked]]:

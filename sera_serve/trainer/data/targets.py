@@ -4,28 +4,25 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection
 from decimal import Decimal
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any
 
 from sera_serve.trainer.data.labelled import (
-    USES,
     Example,
     Examples,
-    ImageExample,
-    LabelledExamples,
+    Labelled,
     LabelSet,
     Use,
     check_count,
-    check_known,
     checked_texts,
-    label_notes,
-    limit_notes,
+    part_by_labels,
+    part_rows,
     read_uses,
 )
-from sera_serve.trainer.data.splits import draw, hold_out_for
 from sera_serve.trainer.settings import TrainSettings
-from sera_serve.trainer.tables.faults import InvalidData, Problems, Row, faults_of
+from sera_serve.trainer.tables.faults import InvalidData, Problems, Row
 from sera_serve.trainer.tables.fields import LONGEST_LABEL
 from sera_serve.trainer.tables.table import Table
 
@@ -37,49 +34,17 @@ _LARGEST_NUMBER = 1e15
 # Of the numbers' mean from 0. One more deviation is then some hundred steps of float32.
 _MOST_DEVIATIONS = 1e5
 
-T = TypeVar("T")
 
-
-def load_examples(
-    settings: TrainSettings,
-    read: Callable[[Table, TrainSettings], list[Example[T]]],
-    labels: Callable[[T], Collection[str]] | None,
-) -> tuple[Examples[T], list[Example[T]]]:
-    """Read and check the files of `settings`.
-
-    Args:
-        settings: Options of the run.
-        read: Checks the rows of one file.
-        labels: The labels of a target. About the same part of each set of labels is held out, and each label keeps a
-            training row. None has no labels.
-
-    Returns:
-        The rows by use, and all rows of the training file, those that `train_limit` did not draw too.
+def load_numbers(settings: TrainSettings) -> Examples[Example[float]]:
+    """Read and check the rows of task regress.
 
     Raises:
-        InvalidData: A file or some of its rows cannot be used.
+        InvalidData: A file or some of its rows cannot be used, or all training rows have one number.
     """
-    rows, digests, notes = read_uses(settings, read)
+    rows, digests, notes = read_uses(settings, lambda table, settings: checked_texts(table, settings, number_of))
     check_count(settings.train, rows["train"])
-    train = draw(rows["train"], settings.train_limit, settings.seed)
-    if settings.eval is None and settings.eval_fraction:
-        train, rows["eval"] = hold_out_for(
-            settings,
-            train,
-            notes,
-            key=lambda item: repr(item.text),
-            stratum=lambda item: "" if labels is None else ",".join(sorted(labels(item.target))),
-            labels=None if labels is None else lambda item: labels(item.target),
-        )
-    if labels is not None:
-        notes += label_notes(label for item in rows["train"] for label in labels(item.target))
-    return Examples(train, rows["eval"], rows["test"], digests, notes), rows["train"]
-
-
-def load_numbers(settings: TrainSettings) -> Examples[float]:
-    """The rows of task regress; raises as `load_examples`, and where all training rows have one number."""
-    found, _ = load_examples(settings, _numbers, labels=None)
-    numbers = [item.target for item in found.train]
+    part_rows(settings, rows, notes)
+    numbers = [item.target for item in rows["train"]]
     if len(set(numbers)) < 2:
         raise InvalidData(
             f"{settings.train}: every training row has the number {numbers[0]:g}; add rows with another number, or "
@@ -94,51 +59,39 @@ def load_numbers(settings: TrainSettings) -> Examples[float]:
             "add it to what the server answers",
             param="label_column",
         )
-    return found
+    return Examples(rows["train"], rows["eval"], rows["test"], digests, notes)
 
 
-def load_label_sets(settings: TrainSettings, labels: list[str] | None = None) -> LabelledExamples[LabelSet]:
-    """The rows of task classify with several labels each; raises as `load_examples`.
+def load_label_sets(settings: TrainSettings, labels: list[str] | None = None) -> Examples[Example[LabelSet]]:
+    """Read and check rows of task classify with several labels each, as `load_classify_data` does with one."""
+    separator = settings.label_separator
 
-    Args:
-        settings: Options of the run.
-        labels: Those of the adapter that the run goes on from, which it keeps; None takes those of the training rows.
-    """
-    found, every = load_examples(settings, _label_sets, labels=lambda target: target)
-    labels = learned_labels(settings, {"train": every, "eval": found.eval, "test": found.test}, labels)
-    notes = found.notes + separator_notes(labels, settings.label_separator)
-    notes += limit_notes(settings, labels, {label for item in found.train for label in item.target})
-    return LabelledExamples(found.train, found.eval, found.test, found.digests, notes, labels)
+    def sets(table: Table, settings: TrainSettings) -> list[Example[LabelSet]]:
+        return checked_texts(table, settings, lambda row, column, problems: labels_of(row, column, separator, problems))
+
+    rows, digests, notes = read_uses(settings, sets)
+    labels = sets_of_labels(settings, rows, notes, labels)
+    return Examples(rows["train"], rows["eval"], rows["test"], digests, notes, labels)
 
 
-def learned_labels(
-    settings: TrainSettings,
-    rows: Mapping[Use, Sequence[Example[LabelSet] | ImageExample[LabelSet]]],
-    labels: list[str] | None,
+def sets_of_labels(
+    settings: TrainSettings, rows: dict[Use, list[Labelled]], notes: list[str], kept: list[str] | None
 ) -> list[str]:
-    """The labels of a run whose rows have several each: `labels` of the adapter to go on from, or of the training rows.
-
-    Raises:
-        InvalidData: The training rows have none or too many, or a row has a label that is not one of them.
-    """
-    whose = f"a label of {settings.init_from}" if labels is not None else "in the training data"
-    if labels is None:
-        count = len(rows["train"])
-        labels = sorted({label for item in rows["train"] for label in item.target})
-        if not labels:
-            raise InvalidData(f"{settings.train}: no row has a label; check --label-column", param="label_column")
-        if len(labels) > count:
-            raise InvalidData(
-                f"{settings.train} has {len(labels)} different labels in {count} rows; labels must repeat: check "
-                "--label-column and --label-separator",
-                param="label_column",
-            )
-    for use in USES:
-        with faults_of(use):
-            path = getattr(settings, use) or settings.train
-            found = ((item.row, item.target) for item in rows[use])
-            check_known(path, found, labels, whose, "correct it or delete the row")
+    """Go on with rows of several labels each as `part_by_labels` does."""
+    labels = part_by_labels(settings, rows, notes, kept, lambda labels: labels, _check_sets)
+    notes += separator_notes(labels, settings.label_separator)
     return labels
+
+
+def _check_sets(path: Path, rows: int, labels: list[str]) -> None:
+    if not labels:
+        raise InvalidData(f"{path}: no row has a label; check --label-column", param="label_column")
+    if len(labels) > rows:
+        raise InvalidData(
+            f"{path} has {len(labels)} different labels in {rows} rows; labels must repeat: check --label-column and "
+            "--label-separator",
+            param="label_column",
+        )
 
 
 def separator_notes(labels: Collection[str], separator: str) -> list[str]:
@@ -226,12 +179,3 @@ def _is_written_list(text: str) -> bool:
     inner = text[1:-1].strip()
     # [draft] may be a label.
     return not inner or inner[0] + inner[-1] in ("''", '""', "'\"", "\"'") or set(inner) <= set("0123456789,- \n")
-
-
-def _numbers(table: Table, settings: TrainSettings) -> list[Example[float]]:
-    return checked_texts(table, settings, number_of)
-
-
-def _label_sets(table: Table, settings: TrainSettings) -> list[Example[LabelSet]]:
-    separator = settings.label_separator
-    return checked_texts(table, settings, lambda row, column, problems: labels_of(row, column, separator, problems))

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from adapters_store import AdapterConfig
 from sera_serve.base import FrozenBase
-from sera_serve.trainer.data.labelled import LabelledExamples, load_classify_data
+from sera_serve.trainer.data.labelled import Example, Examples, load_classify_data
 from sera_serve.trainer.data.targets import load_label_sets
 from sera_serve.trainer.heads import HeadModel
 from sera_serve.trainer.model import new_head
@@ -30,7 +30,9 @@ class ClassifyTask(TextHeadTask[Any]):
     With sets of labels, each label has a sigmoid of its own, and the loss is the binary cross-entropy.
     """
 
-    def __init__(self, settings: TrainSettings, base: FrozenBase, data: LabelledExamples[Any], max_length: int) -> None:
+    def __init__(
+        self, settings: TrainSettings, base: FrozenBase, data: Examples[Example[Any]], max_length: int
+    ) -> None:
         head = new_head(base, len(data.labels))
         pooling = settings.pooling or base.default_pooling
         super().__init__(settings, base, data, max_length, pooling)
@@ -78,7 +80,7 @@ def label_metrics(logits: Tensor, truth: Tensor) -> dict[str, float]:
     }
 
 
-def _load(settings: TrainSettings, initial: AdapterConfig | None) -> LabelledExamples[Any]:
+def _load(settings: TrainSettings, initial: AdapterConfig | None) -> Examples[Example[Any]]:
     labels = initial.labels if initial is not None else None
     return load_label_sets(settings, labels) if settings.multi_label else load_classify_data(settings, labels)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from adapters_store import AdapterConfig
 from sera_serve.base import FrozenBase
-from sera_serve.trainer.data.labelled import Examples
+from sera_serve.trainer.data.labelled import Example, Examples
 from sera_serve.trainer.data.targets import load_numbers
 from sera_serve.trainer.heads import ScaledHeadModel
 from sera_serve.trainer.model import new_head
@@ -33,7 +33,9 @@ class RegressTask(TextHeadTask[float]):
     their mean. So one learning rate suits numbers of any size.
     """
 
-    def __init__(self, settings: TrainSettings, base: FrozenBase, data: Examples[float], max_length: int) -> None:
+    def __init__(
+        self, settings: TrainSettings, base: FrozenBase, data: Examples[Example[float]], max_length: int
+    ) -> None:
         head = new_head(base, 1)
         pooling = settings.pooling or base.default_pooling
         super().__init__(settings, base, data, max_length, pooling)
@@ -78,7 +80,7 @@ def regression_metrics(expected: Sequence[float], predicted: Sequence[float]) ->
     return {"pearson": correlations[0], "spearman": correlations[1], "mse": error}
 
 
-def _load(settings: TrainSettings, initial: AdapterConfig | None) -> Examples[float]:
+def _load(settings: TrainSettings, initial: AdapterConfig | None) -> Examples[Example[float]]:
     return load_numbers(settings)
 
 

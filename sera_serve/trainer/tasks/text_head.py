@@ -54,7 +54,12 @@ class TextHeadTask(TrainingTask, ABC, Generic[T]):
     needs_offsets = False
 
     def __init__(
-        self, settings: TrainSettings, base: FrozenBase, data: Examples[T], max_length: int, pooling: Pooling | None
+        self,
+        settings: TrainSettings,
+        base: FrozenBase,
+        data: Examples[Example[T]],
+        max_length: int,
+        pooling: Pooling | None,
     ) -> None:
         self.base = base
         self.pooling: Pooling | None = pooling

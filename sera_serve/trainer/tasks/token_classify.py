@@ -16,7 +16,7 @@ from adapters_store import AdapterConfig
 from sera_serve.base import FrozenBase
 from sera_serve.base.spans import Span, bio_tags, decode_tags, encode_tags, kinds_of, token_ranges
 from sera_serve.errors import InvalidConfiguration
-from sera_serve.trainer.data.labelled import Example, LabelledExamples
+from sera_serve.trainer.data.labelled import Example, Examples
 from sera_serve.trainer.data.spans import Marked, load_spans
 from sera_serve.trainer.heads import HeadModel
 from sera_serve.trainer.model import IGNORED, new_head
@@ -46,7 +46,7 @@ class TokenClassifyTask(TextHeadTask[Marked]):
     needs_offsets = True
 
     def __init__(
-        self, settings: TrainSettings, base: FrozenBase, data: LabelledExamples[Marked], max_length: int
+        self, settings: TrainSettings, base: FrozenBase, data: Examples[Example[Marked]], max_length: int
     ) -> None:
         if not base.preprocessor.has_offsets:
             raise InvalidConfiguration(
@@ -136,7 +136,7 @@ def _ranges(row: TextRow[Marked]) -> list[tuple[int, int] | None]:
     return token_ranges(text, row.inputs.offsets)
 
 
-def _load(settings: TrainSettings, initial: AdapterConfig | None) -> LabelledExamples[Marked]:
+def _load(settings: TrainSettings, initial: AdapterConfig | None) -> Examples[Example[Marked]]:
     return load_spans(settings, kinds_of(initial.labels or []) if initial is not None else None)
 
 
