@@ -1,7 +1,7 @@
 """Checkpoints of a training run, and the folder that holds them.
 
 A checkpoint is a folder `checkpoint-STEP` with `tensors.safetensors` (adapter, head, optimiser moments, rank
-allocation, generator states), `extra.json` (optimiser groups, schedule, scale of the loss, Python's and numpy's
+allocation, scale of the loss, generator states), `extra.json` (optimiser groups, schedule, Python's and numpy's
 generators) and transformers' `trainer_state.json`. It has no pickle. It is written under another name, synced, and
 renamed, so a kill at any moment leaves complete checkpoints only. A checkpoint that was damaged later is recognised and
 skipped.
@@ -55,25 +55,20 @@ class RunInProgress(SeraServeError):
 def save_checkpoint(
     run_dir: Path,
     step: int,
-    stored: Mapping[str, Tensor],
+    parts: Mapping[str, Mapping[str, Tensor]],
     optimiser: Any,
     schedule: Any,
     state: Any,
-    *,
-    allocation: Mapping[str, Tensor] | None = None,
-    loss_scale: Mapping[str, float] | None = None,
 ) -> Path:
     """Write `checkpoint-STEP`. It is complete and durable when this returns.
 
     Args:
         run_dir: Folder of the run.
         step: Optimiser steps done.
-        stored: The adapter's tensors by name.
+        parts: The adapter's tensors by name, as `adapter`; and those of what else has a state, by the part's name.
         optimiser: Torch optimiser.
         schedule: Torch learning-rate scheduler.
         state: transformers' `TrainerState`.
-        allocation: The state of a rank allocation.
-        loss_scale: The state of a scale of the loss.
 
     Raises:
         CheckpointNotWritten: The disk is full, or refuses the files otherwise. What was written of it is deleted.
@@ -83,10 +78,9 @@ def save_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         optimiser_state = optimiser.state_dict()
-        tensors = {f"adapter.{name}": tensor for name, tensor in stored.items()}
+        tensors = {f"{part}.{name}": tensor for part, own in parts.items() for name, tensor in own.items()}
         for index, moments in optimiser_state["state"].items():
             tensors.update({f"optimiser.{index}.{key}": tensor for key, tensor in _flat(moments)})
-        tensors.update({f"allocation.{name}": tensor for name, tensor in (allocation or {}).items()})
         tensors["generator.cpu"] = torch.get_rng_state()
         if torch.cuda.is_available():
             tensors["generator.cuda"] = torch.cuda.get_rng_state()
@@ -97,7 +91,6 @@ def save_checkpoint(
             "schedule": schedule.state_dict(),
             "python": random.getstate(),
             "numpy": [algorithm, np.asarray(keys).tolist(), *rest],
-            "loss_scale": loss_scale,
         }
         (partial / _EXTRA).write_text(json.dumps(extra))
         state.save_to_json(str(partial / STATE_FILE))
@@ -137,25 +130,10 @@ def _flat(state: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Ten
             yield prefix + key, torch.as_tensor(value)
 
 
-def load_stored(checkpoint: Path) -> dict[str, Tensor]:
-    """Load the adapter's tensors of a checkpoint, on the CPU."""
-    return _load_part(checkpoint, "adapter.")
-
-
-def load_allocation(checkpoint: Path) -> dict[str, Tensor]:
-    """Load the state of the rank allocation of a checkpoint, on the CPU; empty if there is none."""
-    return _load_part(checkpoint, "allocation.")
-
-
-def load_loss_scale(checkpoint: Path) -> dict[str, float] | None:
-    """Load the state of the scale of the loss, or None if the run had none: its base was not in float16 then."""
-    state: dict[str, float] | None = _read_json(checkpoint / _EXTRA).get("loss_scale")
-    return state
-
-
-def _load_part(checkpoint: Path, prefix: str) -> dict[str, Tensor]:
+def load_part(checkpoint: Path, part: str = "adapter") -> dict[str, Tensor]:
+    """Load the tensors of a part of a checkpoint, on the CPU; empty if it has no such part."""
     tensors = load_file(checkpoint / _TENSORS)
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    return {name.removeprefix(f"{part}."): t for name, t in tensors.items() if name.startswith(f"{part}.")}
 
 
 def read_state(checkpoint: Path) -> TrainerState:
@@ -229,7 +207,7 @@ def _checkpoints(run_dir: Path) -> list[Path]:
 def _fault(checkpoint: Path, expected: Mapping[str, Tensor]) -> str | None:
     """Why no run can go on from a checkpoint, or None if it can."""
     try:
-        shapes = {name: tensor.shape for name, tensor in load_stored(checkpoint).items()}
+        shapes = {name: tensor.shape for name, tensor in load_part(checkpoint).items()}
         _read_json(checkpoint / _EXTRA)
         best = _best(checkpoint)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:

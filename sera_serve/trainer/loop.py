@@ -20,11 +20,9 @@ from sera_serve.layers import attached_layers
 from sera_serve.trainer.allocation import AllocateRanks, RankAllocator
 from sera_serve.trainer.checkpoint import (
     delete_others,
-    load_allocation,
     load_generators,
-    load_loss_scale,
     load_optimiser,
-    load_stored,
+    load_part,
     save_checkpoint,
 )
 from sera_serve.trainer.loss_scale import LossScale, needs_loss_scale
@@ -140,6 +138,12 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         self.run_dir = run_dir
         self.allocation = _allocation(task, settings)
         self.loss_scale = LossScale() if needs_loss_scale(task.model) else None
+        # What a checkpoint keeps beside the adapter and the optimiser.
+        self._states: dict[str, RankAllocator | LossScale] = {}
+        if self.allocation is not None:
+            self._states["allocation"] = self.allocation.allocator
+        if self.loss_scale is not None:
+            self._states["loss_scale"] = self.loss_scale
         own = [SaveByTheClock(settings.checkpoint_seconds), StopOnNonFiniteLoss()]
         if self.allocation is not None:
             own.append(self.allocation)
@@ -268,31 +272,29 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         saved = save_checkpoint(
             self.run_dir,
             self.state.global_step,
-            self.task.model.stored_tensors(),
+            {"adapter": self.task.model.stored_tensors(), **{name: own.state() for name, own in self._states.items()}},
             self.optimizer,
             self.lr_scheduler,
             self.state,
-            allocation=self.allocation.allocator.state() if self.allocation is not None else None,
-            loss_scale=self.loss_scale.state() if self.loss_scale is not None else None,
         )
         # Not earlier: after a kill, the run continues from the checkpoints that are there.
         delete_others(self.run_dir, {saved, Path(self.state.best_model_checkpoint or saved)})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self.task.model.load_stored_tensors(load_stored(Path(resume_from_checkpoint)))
+        self.task.model.load_stored_tensors(load_part(Path(resume_from_checkpoint)))
 
     def _load_best_model(self) -> None:
         # The main process has written it by then.
         self.processes.from_main(lambda: None)
-        self.task.model.load_stored_tensors(load_stored(Path(self.state.best_model_checkpoint)))
+        self.task.model.load_stored_tensors(load_part(Path(self.state.best_model_checkpoint)))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             load_optimiser(Path(checkpoint), self.optimizer, self.lr_scheduler)
-            if self.allocation is not None:
-                self.allocation.allocator.load_state(load_allocation(Path(checkpoint)))
-            if self.loss_scale is not None and (scale := load_loss_scale(Path(checkpoint))) is not None:
-                self.loss_scale.load_state(scale)
+            for name, own in self._states.items():
+                # A checkpoint of an older release may lack it.
+                if tensors := load_part(Path(checkpoint), name):
+                    own.load_state(tensors)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:

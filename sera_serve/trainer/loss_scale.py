@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 # That of GradScaler. Its 2,000 steps before a doubling are more than many adapters train for.
 FIRST_SCALE = 2.0**16
@@ -61,10 +61,10 @@ class LossScale:
             self.scale, self._finite_steps = min(2 * self.scale, LARGEST_SCALE), 0
         return True
 
-    def state(self) -> dict[str, float]:
-        """What a checkpoint needs to go on, as JSON values."""
-        return {"scale": self.scale, "finite_steps": self._finite_steps}
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint needs to go on."""
+        return {"scale": torch.tensor(self.scale), "finite_steps": torch.tensor(self._finite_steps)}
 
-    def load_state(self, state: Mapping[str, float]) -> None:
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over what `state` gave."""
-        self.scale, self._finite_steps = float(state["scale"]), int(state["finite_steps"])
+        self.scale, self._finite_steps = float(tensors["scale"]), int(tensors["finite_steps"])

@@ -19,7 +19,7 @@ from sera_serve.errors import InvalidConfiguration, SeraServeError
 from sera_serve.layers import attach_layers, attached_layers, detach_adapter, module_specs
 from sera_serve.trainer.activations import checkpointed_activations
 from sera_serve.trainer.allocation import few_steps_note
-from sera_serve.trainer.checkpoint import last_checkpoint, load_stored, read_state, run_digest, run_folder
+from sera_serve.trainer.checkpoint import last_checkpoint, load_part, read_state, run_digest, run_folder
 from sera_serve.trainer.curves import check_plot, evaluations, plot_curves, tensorboard_callback
 from sera_serve.trainer.initial import InitialAdapter, load_initial
 from sera_serve.trainer.loop import (
@@ -334,7 +334,7 @@ def _fit(task: TrainingTask, run: TrainingRun, folder: Path) -> _Fitted:
     if checkpoint is not None and _is_stopped(settings, state := read_state(checkpoint)):
         # The process ended between the save of the last epoch and the end of the run. A further step would be wrong.
         trainer.state = state
-        task.model.load_stored_tensors(load_stored(Path(state.best_model_checkpoint)))
+        task.model.load_stored_tensors(load_part(Path(state.best_model_checkpoint)))
     else:
         _train(trainer, settings, checkpoint, progress)
     steps = int(trainer.state.best_global_step or trainer.state.global_step)

@@ -31,7 +31,7 @@ def test_its_state_is_restored(tmp_path: Path) -> None:
 
     undisturbed, optimiser, schedule = start()
     steps(undisturbed, optimiser, 3)
-    saved = save_checkpoint(tmp_path, 3, {"a": undisturbed}, optimiser, schedule, TrainerState())
+    saved = save_checkpoint(tmp_path, 3, {"adapter": {"a": undisturbed}}, optimiser, schedule, TrainerState())
     other, restored, its_schedule = start()
     with torch.no_grad():
         other.copy_(undisturbed)
