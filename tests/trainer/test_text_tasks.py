@@ -365,7 +365,7 @@ BROKEN: dict[str, tuple[dict[str, Any], list[Any], str]] = {
     "words without tags": (
         {"task": "token-classify", "tokens_column": "tokens"},
         [{"tokens": ["a", "b"], "tags": ["O"]}],
-        "tags has 1 tags for 2 words",
+        "tags has 1 tag for 2 words",
     ),
     "an empty word": (
         {"task": "token-classify", "tokens_column": "tokens"},

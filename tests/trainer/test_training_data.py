@@ -74,6 +74,7 @@ def test_whole_numbers_and_booleans_are_labels(tmp_path: Path) -> None:
         (b'text,label\n"a,x\nb,y\n', "unexpected end of data; check the quotes around that text"),
         (b"text,label\na,x\nb,x\nc,x\nd,x\n", "every row has the label 'x'; add rows of another label"),
         (b"text,label\na,x\nb,y\n", "has 2 rows; at least 4 are needed"),
+        (b"text,label\na,x\n", "has 1 row; at least 4 are needed"),
         (b"text,label\na,1.2\nb,1.3\nc,1.4\nd,1.5\n", "4 different labels in 4 rows; labels must repeat"),
     ],
 )

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
+from sera_serve.errors import counted
 from sera_serve.trainer.data.splits import check_evaluated, draw, hold_out_for
 from sera_serve.trainer.option_text import flag
 from sera_serve.trainer.settings import TrainSettings
@@ -226,12 +227,13 @@ def label_notes(labels: Iterable[str]) -> list[str]:
         labels: The label of each row.
     """
     counts = Counter(labels)
+    shown = {label: counted(count, "row") for label, count in counts.items()}
     alike: dict[str, list[str]] = {}
     for label in sorted(counts):
         alike.setdefault(unicodedata.normalize("NFKC", label).casefold(), []).append(label)
     notes = [
-        f"the labels {' and '.join(f'{label!r} ({_rows(counts[label])})' for label in same)} differ in case or form "
-        "only, and each is a class of its own; write them alike if they are one"
+        f"the labels {' and '.join(f'{label!r} ({shown[label]})' for label in same)} differ in case or "
+        "form only, and each is a class of its own; write them alike if they are one"
         for same in alike.values()
         if len(same) > 1
     ]
@@ -254,10 +256,6 @@ def _limit_notes(settings: TrainSettings, labels: Iterable[str], learned: Collec
 def _shown(labels: list[str]) -> str:
     names = ", ".join(map(repr, labels[:5])) + (", ..." if len(labels) > 5 else "")
     return f"{'label' if len(labels) == 1 else f'{len(labels)} labels'} {names}"
-
-
-def _rows(count: int) -> str:
-    return f"{count} row" if count == 1 else f"{count} rows"
 
 
 def checked_texts(
@@ -304,7 +302,7 @@ def _text_at(row: Row, settings: TrainSettings, problems: Problems) -> Text:
 def check_count(path: Path, rows: Sized) -> None:
     """Refuse a training file with too few rows."""
     if len(rows) < _LEAST_ROWS:
-        raise InvalidData(f"{path} has {len(rows)} rows; at least {_LEAST_ROWS} are needed")
+        raise InvalidData(f"{path} has {counted(len(rows), 'row')}; at least {_LEAST_ROWS} are needed")
 
 
 def check_labels(path: Path, rows: int, labels: list[str]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sera_serve.base.spans import OUTSIDE, Span
+from sera_serve.errors import counted
 from sera_serve.trainer.data.labelled import Example, Examples, part_by_labels, read_uses
 from sera_serve.trainer.settings import TrainSettings
 from sera_serve.trainer.tables.faults import InvalidData, Problems, Row
@@ -140,7 +141,7 @@ def spans_of_words(row: Row, tokens_column: str, tags_column: str, problems: Pro
         problems.add(row, f'{tokens_column} must be a list of words such as ["in", "Rome"], none of them empty')
         return "", ()
     if not isinstance(tags, list) or len(tags) != len(words):
-        has = f"{len(tags)} tags" if isinstance(tags, list) else "no list"
+        has = counted(len(tags), "tag") if isinstance(tags, list) else "no list"
         problems.add(row, f"{tags_column} has {has} for {len(words)} words; write one tag for each word")
         return "", ()
     words = [word.strip() for word in words]
