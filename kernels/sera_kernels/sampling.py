@@ -43,7 +43,7 @@ GUESSES = 8
 """Passes of a row without top-k before bisection starts."""
 REDUCE_WARPS = 8
 FINISH_WARPS = 16
-FIGURES = 6
+FIGURES = 4
 """Figures that the first launch writes for each tile."""
 
 # Above every key and every token, and below every key.
@@ -57,7 +57,7 @@ _IN_PROMPT = tl.constexpr(1 << 30)
 # One number a row: their places in a static step's buffer have any alignment, and no other is worth a compilation.
 _BY_ROW = ["temperature", "top_k", "top_p", "min_p", "keys", "repetition", "frequency", "presence"]
 # The rows of `figures`.
-_HIGHEST, _BEST, _BEST_LOGIT, _MASS, _RAW_HIGHEST, _RAW_MASS = (tl.constexpr(i) for i in range(FIGURES))
+_HIGHEST, _BEST, _BEST_LOGIT, _MASS = (tl.constexpr(i) for i in range(FIGURES))
 
 
 def choose_tokens_triton(
@@ -66,7 +66,6 @@ def choose_tokens_triton(
     truncate: bool,
     penalties: tuple[Tensor, Tensor, Tensor, Tensor] | None,
     bias: Tensor | None,
-    logprobs: Tensor | None,
 ) -> Tensor:
     """Return the next token of each row, int64 (rows,), or -1 where the scores are not finite.
 
@@ -78,7 +77,6 @@ def choose_tokens_triton(
         truncate: Whether any row limits its tokens.
         penalties: counts (rows, vocabulary), repetition, frequency, presence (rows,).
         bias: float32 (rows, vocabulary).
-        logprobs: float32 (rows,), written.
     """
     rows, vocabulary = logits.shape
     device = logits.device
@@ -100,7 +98,6 @@ def choose_tokens_triton(
     constants = {
         "SAMPLED": limits is not None,
         "LIMITED": limited,
-        "LOGPROBS": logprobs is not None,
         "CHUNK": CHUNK,
         "TILE": TILE,
         "FIGURES": FIGURES,
@@ -117,7 +114,7 @@ def choose_tokens_triton(
     with torch.cuda.device_of(logits):
         reduce_kernel[(splits, rows)](*shared, num_warps=REDUCE_WARPS, **constants)
         finish_kernel[(rows,)](
-            *shared, listed, tokens, logprobs,
+            *shared, listed, tokens,
             SPLITS=splits,
             SPLITS_BLOCK=triton.next_power_of_2(splits),
             CHUNKS_BLOCK=triton.next_power_of_2(chunks),
@@ -132,14 +129,13 @@ def choose_tokens_triton(
 
 @triton.jit
 def _scores(source, at, inside):
-    """The scores of the tokens `at`, of the model alone, and with bias and penalties; -inf where not `inside`.
+    """The scores of the tokens `at`, with bias and penalties; -inf where not `inside`.
 
     `source` is the row, the vocabulary, and the kernel's arguments from which scores come.
     """
     row, _, logits, row_stride, counts, counts_stride, repetition, frequency, presence, bias, bias_stride = source
     wide = row.to(tl.int64)
-    raw = tl.load(logits + wide * row_stride + at, mask=inside, other=-float("inf")).to(tl.float32)
-    x = raw
+    x = tl.load(logits + wide * row_stride + at, mask=inside, other=-float("inf")).to(tl.float32)
     if bias is not None:
         x += tl.load(bias + wide * bias_stride + at, mask=inside, other=0.0)
     if counts is not None:
@@ -149,7 +145,7 @@ def _scores(source, at, inside):
         output = (count & (_IN_PROMPT - 1)).to(tl.float32)
         x = x - tl.load(frequency + row) * output
         x = tl.where(output > 0, x - tl.load(presence + row), x)
-    return raw, x
+    return x
 
 
 @triton.jit
@@ -258,7 +254,7 @@ def reduce_kernel(
     logits, row_stride, vocabulary, temperature, top_k, top_p, min_p, keys,
     counts, counts_stride, repetition, frequency, presence, bias, bias_stride,
     figures, found, maxima,
-    SAMPLED: tl.constexpr, LIMITED: tl.constexpr, LOGPROBS: tl.constexpr,
+    SAMPLED: tl.constexpr, LIMITED: tl.constexpr,
     CHUNK: tl.constexpr, LIBDEVICE: tl.constexpr, TILE: tl.constexpr, FIGURES: tl.constexpr,
 ):  # fmt: skip
     """Reduce one tile of one row."""
@@ -268,18 +264,12 @@ def reduce_kernel(
         counts, counts_stride, repetition, frequency, presence, bias, bias_stride,
     )  # fmt: skip
     at = split * TILE + tl.arange(0, TILE)
-    raw, x = _scores(source, at, at < vocabulary)
+    x = _scores(source, at, at < vocabulary)
     highest = _highest(x)
     figures += row * FIGURES * splits + split
     found += row * 2 * splits + split
     tl.store(figures + _HIGHEST * splits, highest)
     tl.store(found, tl.min(tl.where(x == highest, at, _TOO_FAR)))
-    if LOGPROBS:
-        raw_highest = _highest(raw)
-        tl.store(figures + _RAW_HIGHEST * splits, raw_highest)
-        # Without a finite score the sum is 0, not that of exp(-inf + inf).
-        raw_mass = tl.sum(tl.where(raw == -float("inf"), 0.0, _mass(raw, raw_highest, _LOG2E)))
-        tl.store(figures + _RAW_MASS * splits, raw_mass)
     if SAMPLED:
         t = tl.load(temperature + row)
         if t >= _GREEDY_BELOW:
@@ -306,7 +296,7 @@ def _listed_scores(start, many, listed, source, CHUNK: tl.constexpr, LISTED_TILE
     index = start + tl.arange(0, LISTED_TILE)
     chunk = tl.load(listed + index, mask=index < many, other=0)
     at = chunk[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
-    x = _scores(source, at, (index < many)[:, None] & (at < source[1]))[1]
+    x = _scores(source, at, (index < many)[:, None] & (at < source[1]))
     return x, at
 
 
@@ -432,7 +422,7 @@ def _choose_by_trial(
         if (pivot <= low) | low_score:
             tile = token // TILE
             at = (tile * (TILE // CHUNK) + tl.arange(0, TILE // CHUNK))[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
-            x = _scores(source, at, at < source[1])[1]
+            x = _scores(source, at, at < source[1])
             keep = (_key(x) > low) & (tl.div_rn(x, tl.zeros_like(x) + t) >= floor)
             new_best, new_token, new_logit = _best_with_noise(x, at, keep, t, key, LIBDEVICE)
             bests = tl.where(split == tile, new_best, bests)
@@ -459,8 +449,8 @@ def _choose_by_trial(
 def finish_kernel(
     logits, row_stride, vocabulary, temperature, top_k, top_p, min_p, keys,
     counts, counts_stride, repetition, frequency, presence, bias, bias_stride,
-    figures, found, maxima, listed, tokens, logprobs,
-    SAMPLED: tl.constexpr, LIMITED: tl.constexpr, LOGPROBS: tl.constexpr,
+    figures, found, maxima, listed, tokens,
+    SAMPLED: tl.constexpr, LIMITED: tl.constexpr,
     CHUNK: tl.constexpr, LIBDEVICE: tl.constexpr, TILE: tl.constexpr, FIGURES: tl.constexpr,
     SPLITS: tl.constexpr, SPLITS_BLOCK: tl.constexpr, CHUNKS_BLOCK: tl.constexpr,
     LISTED_TILE: tl.constexpr, TRIAL_TILE: tl.constexpr, GUESSES: tl.constexpr,
@@ -525,10 +515,3 @@ def finish_kernel(
                 token = tl.min(tl.where(bests == score, best_tokens, _TOO_FAR))
     chosen = _finite(highest) & _finite(score)
     tl.store(tokens + row, tl.where(chosen, token, -1).to(tl.int64))
-    if LOGPROBS:
-        raw_highs = tl.load(figures + _RAW_HIGHEST * SPLITS, mask=there, other=-float("inf"))
-        raw_highest = _highest(raw_highs)
-        raw_mass = tl.load(figures + _RAW_MASS * SPLITS, mask=there, other=0.0)
-        raw_mass = tl.sum(tl.where(raw_mass > 0, raw_mass * _mass(raw_highs, raw_highest, _LOG2E), 0.0))
-        own = tl.load(logits + row.to(tl.int64) * row_stride + token, mask=chosen, other=0.0).to(tl.float32)
-        tl.store(logprobs + row, tl.where(chosen, own - raw_highest - _log(raw_mass, LIBDEVICE), float("nan")))

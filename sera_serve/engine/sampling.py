@@ -76,7 +76,6 @@ def choose_tokens(
     rows: SamplingRows | None = None,
     penalties: Penalties | None = None,
     bias: Tensor | None = None,
-    logprobs: Tensor | None = None,
 ) -> Tensor:
     """Choose the next token of each row; the device is not read, and shapes alone decide what runs.
 
@@ -85,8 +84,6 @@ def choose_tokens(
         rows: How tokens are drawn. None if all rows are greedy.
         penalties: Applied before the temperature, to greedy rows too.
         bias: float32 (rows, vocabulary), added before the penalties; -inf bars a token.
-        logprobs: float32 (rows,). If given, it receives the token's log-probability by `logits` alone, before bias,
-            penalties, temperature and noise. It is not a number where there is no token.
 
     Returns:
         int64 (rows,), the token, or `NO_TOKEN` where the scores are not finite.
@@ -103,9 +100,8 @@ def choose_tokens(
             if penalties is None
             else (penalties.counts, penalties.repetition, penalties.frequency, penalties.presence),
             bias,
-            logprobs,
         )
-    return choose_tokens_torch(logits, rows, penalties, bias, logprobs)
+    return choose_tokens_torch(logits, rows, penalties, bias)
 
 
 @cache
@@ -118,17 +114,12 @@ def choose_tokens_torch(
     rows: SamplingRows | None = None,
     penalties: Penalties | None = None,
     bias: Tensor | None = None,
-    logprobs: Tensor | None = None,
 ) -> Tensor:
     """Do the same as `choose_tokens` with torch's operations, on any device."""
     scores = adjusted_scores(logits.float(), penalties, bias)
     if rows is not None:
         scores = perturbed_scores(scores, rows)
-    tokens = next_tokens(scores)
-    if logprobs is not None:
-        own = logits.float().log_softmax(1).gather(1, tokens.clamp(min=0).unsqueeze(1)).squeeze(1)
-        logprobs.copy_(torch.where(tokens == NO_TOKEN, torch.nan, own))
-    return tokens
+    return next_tokens(scores)
 
 
 def adjusted_scores(scores: Tensor, penalties: Penalties | None, bias: Tensor | None) -> Tensor:

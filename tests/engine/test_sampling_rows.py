@@ -95,17 +95,13 @@ def test_penalties_follow_their_definition() -> None:
     assert choose_tokens(scores, None, penalties, bias).tolist() == [1]
 
 
-def test_log_probabilities_are_those_of_the_model_alone() -> None:
+def test_a_bias_bars_tokens_and_hides_no_overflow() -> None:
     logits = torch.randn(3, 50)
     logits[2, 7] = torch.nan
     bias = torch.full((3, 50), -torch.inf)
     bias[:, 33] = 5.0
-    logprobs = torch.empty(3)
-    tokens = choose_tokens(logits.bfloat16(), rows_of(3, temperature=0.3), bias=bias, logprobs=logprobs)
+    tokens = choose_tokens(logits.bfloat16(), rows_of(3, temperature=0.3), bias=bias)
     assert tokens.tolist() == [33, 33, NO_TOKEN]
-    want = logits[:2].bfloat16().double().log_softmax(1)[:, 33]
-    assert torch.allclose(logprobs[:2].double(), want, atol=1e-5)
-    assert logprobs[2].isnan()
 
 
 def test_a_cpu_and_a_gpu_without_triton_use_torch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from triton.compiler import ASTSource
 
 from sera_kernels import sampling
 
-TYPES = dict.fromkeys(("temperature", "top_p", "min_p", "bias", "figures", "maxima", "logprobs"), "*fp32")
+TYPES = dict.fromkeys(("temperature", "top_p", "min_p", "bias", "figures", "maxima"), "*fp32")
 TYPES |= dict.fromkeys(("repetition", "frequency", "presence"), "*fp32")
 TYPES |= dict.fromkeys(("top_k", "keys", "counts", "found", "listed"), "*i32") | {"tokens": "*i64"}
 STRIDES = ("row_stride", "vocabulary", "counts_stride", "bias_stride")
@@ -25,7 +25,7 @@ TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump
 
 def compiled(capability: int, dtype: str, reduce: bool, penalties: bool) -> dict[str, object]:
     kernel = sampling.reduce_kernel if reduce else sampling.finish_kernel
-    constants = {"SAMPLED": True, "LIMITED": True, "LOGPROBS": penalties, "LIBDEVICE": True, "CHUNK": sampling.CHUNK}
+    constants = {"SAMPLED": True, "LIMITED": True, "LIBDEVICE": True, "CHUNK": sampling.CHUNK}
     constants |= {"TILE": sampling.TILE, "LISTED_TILE": sampling.LISTED_TILE // (2 if penalties else 1)}
     constants |= {
         "TRIAL_TILE": sampling.LISTED_TILE // 2 if penalties else sampling.TRIAL_TILE,
@@ -34,7 +34,7 @@ def compiled(capability: int, dtype: str, reduce: bool, penalties: bool) -> dict
     }
     constants |= {"SPLITS": 63, "SPLITS_BLOCK": 64, "CHUNKS_BLOCK": 4096}
     if not penalties:
-        constants |= dict.fromkeys(("counts", "repetition", "frequency", "presence", "bias", "logprobs"))
+        constants |= dict.fromkeys(("counts", "repetition", "frequency", "presence", "bias"))
     names = kernel.arg_names
     constants = {name: value for name, value in constants.items() if name in names}
     types = TYPES | {"logits": f"*{dtype}"} | dict.fromkeys(STRIDES, "i32") | dict.fromkeys(constants, "constexpr")

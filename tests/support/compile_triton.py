@@ -147,7 +147,7 @@ def attend_and_choose() -> None:
         write_kv(keys, keys, lengths.long(), k, k)
         spread_overflow(q.clone(), q, k, place[:3], place[3:6])
         column = place.view(torch.float32)[:rows]
-        choose_tokens_triton(logits, (column, lengths, column, column, lengths), True, None, None, None)
+        choose_tokens_triton(logits, (column, lengths, column, column, lengths), True, None, None)
 
 
 def inspect(made: Any) -> dict[str, int]:
