@@ -17,6 +17,7 @@ from sera_serve.engine.loop import choice
 from sera_serve.engine.loop.attention import KeyValuePool, LayerShape, Part, StepContext
 from sera_serve.engine.loop.attention_backend import AttentionOptions
 from sera_serve.engine.loop.choice import ChosenTokens, TokenChooser, take_prompt_logprobs
+from sera_serve.engine.loop.hugging_face import ServedDecoder
 from sera_serve.engine.loop.masks import RowMasks
 from sera_serve.engine.loop.pages import PAGE_SIZE
 from sera_serve.engine.loop.row_tables import RowTables
@@ -60,7 +61,7 @@ def test_the_host_does_not_wait_for_the_inputs_of_a_packed_step() -> None:
     model: Any = SimpleNamespace(device=META, vocabulary=40, logits=lambda ids, positions, step, kept: kept)
     context: Any = SimpleNamespace(run=lambda batch: nullcontext())
     pool: Any = SimpleNamespace(has_paged_decode=True)
-    runner = StepRunner(model, context, pool, rows=2, max_pages=4, rotary=rotary)
+    runner = StepRunner(ServedDecoder(model, context, pool, rotary), rows=2, max_pages=4)
     runner.chooser = SimpleNamespace(choose=lambda logits, ends, unfinished: ChosenTokens([]))  # type: ignore[assignment]
     first, second = requests(runner.tables)
     with Copies() as copies:

@@ -233,7 +233,7 @@ def test_a_dead_engine_says_so(decoder: FrozenBase, store: AdapterStore, start_e
     async def main() -> None:
         stream = await generate(engine, GenerateParams(prompt="x", max_new_tokens=250))
         await anext(stream)
-        engine.runners["generate"].runner._model.model.lm_head.forward = None  # the next forward pass raises
+        engine.runners["generate"].runner.decoder.model.model.lm_head.forward = None  # the next forward pass raises
         with pytest.raises(EngineUnavailable, match="generation failed"):
             await stream.collect()
         with pytest.raises(EngineUnavailable, match=r"stopped on an error|is stopping"):

@@ -14,12 +14,15 @@ from sera_serve.engine import BASE_PRINCIPAL
 from sera_serve.engine.loop import captures, graphs
 from sera_serve.engine.loop.captures import NotCaptured, least_covering
 from sera_serve.engine.loop.graphs import NotCapturable, StepGraphs, check_capturable, token_buckets
+from sera_serve.engine.loop.hugging_face import ServedDecoder
 from sera_serve.engine.loop.row_tables import DeviceRows, RowTables
 from sera_serve.engine.loop.static_step import StaticBatch, StaticKey
 from sera_serve.engine.request import GenerationRequest
 
-MODEL = SimpleNamespace(device=torch.device("cpu"), vocabulary=9, logits_dtype=torch.float32)
-POOL = SimpleNamespace(has_paged_decode=True)
+MODEL: Any = SimpleNamespace(device=torch.device("cpu"), vocabulary=9, logits_dtype=torch.float32)
+CONTEXT: Any = None
+POOL: Any = SimpleNamespace(has_paged_decode=True)
+DECODER = ServedDecoder(MODEL, CONTEXT, POOL)
 
 
 @pytest.fixture
@@ -112,7 +115,7 @@ def test_a_capture_that_fails_does_not_bar_the_next(
     step = SimpleNamespace(stage=lambda batch, tables: 0, upload=lambda turn: None, run=run)
     monkeypatch.setattr(graphs, "StaticStep", lambda *_, **__: step)
     tables = RowTables(4, 8)
-    found = StepGraphs(MODEL, None, POOL, tables)  # type: ignore[arg-type]
+    found = StepGraphs(DECODER, tables)
     key = StaticKey(1, 1, ShapeClasses(), sampled=False, truncated=False)
     with pytest.raises(torch.OutOfMemoryError):
         found._captures.captured(key)
@@ -137,7 +140,7 @@ def test_a_step_that_could_not_be_captured_is_refused_for_a_while(
     other = GenerationRequest(principal=BASE_PRINCIPAL, tokens=[1])
     placed = SimpleNamespace(adapter=SimpleNamespace(classes=ShapeClasses(whole=16)))
     other.lease = SimpleNamespace(placement=placed)  # type: ignore[assignment]
-    steps = StepGraphs(MODEL, None, POOL, tables)  # type: ignore[arg-type]
+    steps = StepGraphs(DECODER, tables)
     monkeypatch.setattr(steps._captures, "warmed_up", lambda key: fails_without_memory())
     one, two, lora = StaticBatch(requests[:1]), StaticBatch(requests), StaticBatch([other])
     assert steps.can_run(one)
@@ -168,7 +171,7 @@ def test_steps_with_prompts_are_short_where_attention_gathers_keys(monkeypatch: 
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: 1)
     for has_kernel, rows, most in [(True, 4, 512), (True, 600, 600), (False, 4, 4), (False, 300, 300)]:
         pool: Any = SimpleNamespace(has_paged_decode=has_kernel)
-        assert StepGraphs(MODEL, None, pool, RowTables(rows, 8)).most_tokens == most  # type: ignore[arg-type]
+        assert StepGraphs(ServedDecoder(MODEL, CONTEXT, pool), RowTables(rows, 8)).most_tokens == most
 
 
 def test_a_launch_brings_pages_and_inputs_before_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,7 +203,7 @@ def test_a_launch_brings_pages_and_inputs_before_the_graph(monkeypatch: pytest.M
     request = GenerationRequest(principal=BASE_PRINCIPAL, tokens=[1, 2])
     request.row, request.pages = 2, [5, 6]
     tables.enter(request)
-    steps = StepGraphs(MODEL, None, POOL, tables)  # type: ignore[arg-type]
+    steps = StepGraphs(DECODER, tables)
     monkeypatch.setattr(steps._captures, "get", lambda key: (step, graph))
     fails = True
     with pytest.raises(torch.OutOfMemoryError):

@@ -268,7 +268,7 @@ def test_what_lies_in_pages_of_others_does_not_matter(
     engine = ServingEngine(decoder, store, ServeSettings(pool_mib=8, kv_cache_tokens=1024, max_batch_tokens=50))
     runner = engine.runners["generate"].runner
     runner._compiled = runner._compiled and compiled
-    for pages in runner._pool._stores.values():
+    for pages in runner.decoder.pool._stores.values():
         pages.fill_(float("nan"))
     engine.start()
     try:

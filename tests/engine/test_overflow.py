@@ -157,7 +157,7 @@ def test_static_steps_find_overflows_without_reading_the_device(
                 # As if its keys overflowed from here on.
                 poisoned[0] += 1
                 page = request.pages[0]
-                for store in replayed.runner._pool._stores.values():
+                for store in replayed.runner.decoder.pool._stores.values():
                     store[:, page] = NAN
         return launch(batch, ahead)
 
@@ -189,7 +189,7 @@ def test_a_stream_that_overflows_later_ends_with_the_error_after_its_tokens(
     engine = start_engine(decoder, adapters)
     runner = engine.runners["generate"]
     first = runner.steps + 3
-    from_token(runner.runner._model, monkeypatch, lambda: runner.steps > first)
+    from_token(runner.runner.decoder.model, monkeypatch, lambda: runner.steps > first)
 
     async def read() -> tuple[list[TokenDelta], BaseException | None]:
         stream = await generate(engine, asked(1, adapter="acme/good", max_new_tokens=40))
@@ -211,7 +211,7 @@ def test_a_preempted_request_that_overflows_ends(
 ) -> None:
     engine = start_engine(decoder, adapters, kv_cache_tokens=192)
     runner = engine.runners["generate"]
-    from_token(runner.runner._model, monkeypatch, lambda: runner.load().preemptions > 0)
+    from_token(runner.runner.decoder.model, monkeypatch, lambda: runner.load().preemptions > 0)
     batch = [asked(1, adapter="acme/good", max_new_tokens=60) for _ in range(5)]
     results = asyncio.run(all_at_once(engine, batch))
     assert runner.load().preemptions > 0
@@ -222,7 +222,7 @@ def test_the_base_model_alone_gives_another_error(
     decoder: FrozenBase, adapters: AdapterStore, start_engine: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = start_engine(decoder, adapters)
-    from_token(engine.runners["generate"].runner._model, monkeypatch, lambda: True)
+    from_token(engine.runners["generate"].runner.decoder.model, monkeypatch, lambda: True)
     with pytest.raises(BaseOverflow, match="base model overflows"):
         asyncio.run(collect(engine, prompt="hello", max_new_tokens=3))
     assert engine.failure() is None
@@ -289,7 +289,7 @@ def test_no_normalization_hides_an_overflow(name: str, store: AdapterStore, star
         store.publish(bundle, f"bad/{kind}")
     batch = [asked(n, adapter=a) for n in range(2) for a in ("acme/good", *(f"bad/{k}" for k in overflowing(base)))]
     engine = start_engine(base, store)
-    modules = [m for m in engine.runners["generate"].runner._model.model.modules() if is_norm(m)]
+    modules = [m for m in engine.runners["generate"].runner.decoder.model.model.modules() if is_norm(m)]
     assert (sum(bool(m._forward_hooks) for m in modules), len(modules)) == (watched, norms)
     assert all(torch.equal(before[key], tensor) for key, tensor in base.model.state_dict().items())
     check(batch, asyncio.run(all_at_once(engine, batch)), asyncio.run(all_at_once(engine, sound(batch))))

@@ -412,7 +412,7 @@ def test_a_pool_full_of_nan_changes_nothing(
     static_updates()
     engine = start_engine(decoder, adapters, max_sequences=16, kv_cache_tokens=1024)
     replayed = Replayed(engine)
-    for pages in replayed.runner._pool._stores.values():
+    for pages in replayed.runner.decoder.pool._stores.values():
         pages.fill_(float("nan"))
     for _ in range(2):
         assert [one.token_ids for one in asyncio.run(all_at_once(engine, batch))] == want
@@ -509,7 +509,7 @@ def test_padding_rows_write_to_the_scratch_page_alone(
     static_updates()
     engine = start_engine(decoder, adapters, max_sequences=16)
     replayed = Replayed(engine)
-    pool = replayed.runner._pool
+    pool = replayed.runner.decoder.pool
     written: list[set[tuple[int, int]]] = []
     launch = replayed.launch
 
@@ -541,17 +541,17 @@ def test_a_step_of_padding_alone_writes_to_the_scratch_page_alone(
 ) -> None:
     """Each graph is captured over such a step."""
     used = start_engine(decoder, adapters, max_sequences=16).runners["generate"].runner
-    model = used._model
+    model, pool = used.decoder.model, used.decoder.pool
     rows = DeviceRows(used.tables, model.device, model.vocabulary, model.logits_dtype)
     key = StaticKey(tokens, requests, ShapeClasses(), sampled=False, truncated=False)
-    step = StaticStep(model, used._context, used._pool, key, rows)
-    before = [store.clone() for store in used._pool._stores.values()]
+    step = StaticStep(used.decoder, rows, key)
+    before = [store.clone() for store in pool._stores.values()]
     turn = step.stage(StaticBatch(), used.tables)
     step.upload(turn)
     step.run()
     step.download(turn)
     assert step.tokens(turn, 0) == [] and rows.tokens[:-1].tolist() == [0] * 16
-    for old, new in zip(before, used._pool._stores.values(), strict=True):
+    for old, new in zip(before, pool._stores.values(), strict=True):
         changed = (old != new).flatten(2).any(-1).any(0).nonzero().flatten().tolist()
         assert changed == [SCRATCH]
 

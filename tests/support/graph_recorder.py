@@ -182,11 +182,11 @@ class Replayed:
         self._late = late
         self._queue: deque[Callable[[], None]] = deque()
         self.runner = engine.runners["generate"].runner
-        model = self.runner._model
+        model = self.runner.decoder.model
         self._rows = DeviceRows(self.runner.tables, model.device, model.vocabulary, model.logits_dtype)
         self.runner.static = self
         if late:
-            self._keep_in_order(self.runner._pool)
+            self._keep_in_order(self.runner.decoder.pool)
 
     def can_run(self, batch: StaticBatch) -> bool:
         return True
@@ -209,9 +209,7 @@ class Replayed:
         runner = self.runner
         if key not in self._steps:
             with torch.inference_mode(False):
-                self._steps[key] = StaticStep(
-                    runner._model, runner._context, runner._pool, key, self._rows, runner._rotary
-                )
+                self._steps[key] = StaticStep(runner.decoder, self._rows, key)
         step = self._steps[key]
         if self._late:
             self._enqueue(partial(self._rows.upload, self._rows.stage(runner.tables)))

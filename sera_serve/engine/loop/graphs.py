@@ -17,14 +17,11 @@ from functools import partial
 import torch
 
 from sera_kernels import ShapeClasses
-from sera_serve.base import RotaryContext
-from sera_serve.engine.loop.attention import KeyValuePool
 from sera_serve.engine.loop.captures import FIRST_CLASSES, Captures, least_covering
-from sera_serve.engine.loop.hugging_face import PagedModel
+from sera_serve.engine.loop.hugging_face import ServedDecoder
 from sera_serve.engine.loop.row_tables import DeviceRows, RowTables
 from sera_serve.engine.loop.static_step import StaticBatch, StaticKey, StaticLaunch, StaticStep
 from sera_serve.engine.request import classes_of
-from sera_serve.layers import AdapterContext
 
 logger = logging.getLogger("sera_serve.engine")
 
@@ -75,32 +72,18 @@ def check_capturable(run: Callable[[], object]) -> None:
 class StepGraphs:
     """The graphs of one model; `sera_serve.engine.loop.static_step.StaticSteps` on a GPU."""
 
-    def __init__(
-        self,
-        model: PagedModel,
-        context: AdapterContext,
-        pool: KeyValuePool,
-        tables: RowTables,
-        rotary: RotaryContext | None = None,
-    ) -> None:
-        """Set up without capturing.
-
-        Args:
-            model: The decoder, on a CUDA device.
-            context: The context of its serving layers.
-            pool: Keys and values.
-            tables: Of the running requests.
-            rotary: See `StaticStep`.
-        """
+    def __init__(self, decoder: ServedDecoder, tables: RowTables) -> None:
+        """Set up without capturing, for the running requests of `tables`; the decoder is on a CUDA device."""
+        model = decoder.model
         self._tables = tables
         self._rows = len(tables.pages)
         self._device_rows = DeviceRows(tables, model.device, model.vocabulary, model.logits_dtype)
         # Without a kernel over pages, attention gathers the longest context for each token.
-        self.most_tokens = max(self._rows, _MOST_TOKENS if pool.has_paged_decode else 0)
+        self.most_tokens = max(self._rows, _MOST_TOKENS if decoder.pool.has_paged_decode else 0)
         self._buckets = token_buckets(self._rows, self.most_tokens)
         # Further kinds are captured when the first step has them.
         self._captured = [FIRST_CLASSES, ShapeClasses()]
-        self._make = partial(StaticStep, model, context, pool, rows=self._device_rows, rotary=rotary)
+        self._make = partial(StaticStep, decoder, self._device_rows)
         self._captures = Captures(self._padding, "a step")
 
     def capture_all(self) -> None:
@@ -160,6 +143,6 @@ class StepGraphs:
 
     def _padding(self, key: StaticKey) -> StaticStep:
         """A step of padding alone: it writes nothing but the scratch page."""
-        step = self._make(key=key)
+        step = self._make(key)
         step.upload(step.stage(StaticBatch(), self._tables))
         return step

@@ -7,15 +7,19 @@ with `update`, and the arguments for the cache, `position_ids` and `logits_to_ke
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedModel
 
-from sera_serve.engine.loop.attention import LayerShape, StepContext, attend, running, step_under_way
+from sera_kernels import AdapterBatch
+from sera_serve.base import RotaryContext
+from sera_serve.engine.loop.attention import KeyValuePool, LayerShape, StepContext, attend, running, step_under_way
 from sera_serve.engine.loop.attention_backend import AttentionOptions
 from sera_serve.errors import InvalidConfiguration
+from sera_serve.layers import AdapterContext
 
 _NAME = "sera_paged"
 # Arguments that models hand to attention functions and that change nothing here: evaluation has no dropout, and
@@ -126,6 +130,47 @@ class PagedModel:
             )
         logits: Tensor = output.logits
         return logits[0]
+
+
+@dataclass(frozen=True)
+class ServedDecoder:
+    """What every step of generation runs on.
+
+    Attributes:
+        model: The decoder.
+        context: The context of its serving layers.
+        pool: Keys and values.
+        rotary: Where a base with a rotary threshold reads which tokens of a step are beyond it.
+    """
+
+    model: PagedModel
+    context: AdapterContext
+    pool: KeyValuePool
+    rotary: RotaryContext | None = None
+
+    def logits(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        step: StepContext,
+        keep: Tensor | int,
+        adapters: AdapterBatch | None,
+        long_tokens: Tensor | None,
+    ) -> Tensor:
+        """`PagedModel.logits` of int64 (tokens,) ids and positions, under each token's adapter.
+
+        Args:
+            ids: Of the step's tokens.
+            positions: Of each token in its sequence.
+            step: As in `PagedModel.logits`, like `keep`.
+            keep: Likewise.
+            adapters: None is the base model alone.
+            long_tokens: As in `RotaryContext`; read where there is one.
+        """
+        if self.rotary is not None:
+            self.rotary.long_tokens = long_tokens
+        with self.context.run(adapters):
+            return self.model.logits(ids[None], positions[None], step, keep)
 
 
 def _paged_attention(

@@ -11,11 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sera_kernels import NO_ADAPTER, AdapterBatch
-from sera_serve.base import RotaryContext
-from sera_serve.engine.loop.attention import KeyValuePool, Part, StepContext, decode_parts
+from sera_serve.engine.loop.attention import Part, StepContext, decode_parts
 from sera_serve.engine.loop.captures import NotCaptured
 from sera_serve.engine.loop.choice import ChosenTokens, TokenChooser, rows_of, take_prompt_logprobs
-from sera_serve.engine.loop.hugging_face import PagedModel
+from sera_serve.engine.loop.hugging_face import ServedDecoder
 from sera_serve.engine.loop.pages import PAGE_SIZE, SCRATCH
 from sera_serve.engine.loop.plan import StepPlan
 from sera_serve.engine.loop.row_tables import RowTables, to_device
@@ -23,7 +22,6 @@ from sera_serve.engine.loop.static_step import StaticBatch, StaticLaunch, Static
 from sera_serve.engine.memory import free_memory, step_failed
 from sera_serve.engine.request import GenerationRequest, classes_of
 from sera_serve.engine.sampling import NO_TOKEN
-from sera_serve.layers import AdapterContext
 
 logger = logging.getLogger("sera_serve.engine")
 # Keys that the tokens of prompts read in a static step: each token reads its own, 4 KiB a layer in Llama-3-8B.
@@ -155,34 +153,16 @@ class PackedStep:
 
 
 class StepRunner:
-    """Runs steps on one model and one pool; the loop's thread alone uses it."""
+    """Runs steps on one decoder; the loop's thread alone uses it."""
 
-    def __init__(
-        self,
-        model: PagedModel,
-        context: AdapterContext,
-        pool: KeyValuePool,
-        rows: int,
-        max_pages: int,
-        rotary: RotaryContext | None = None,
-    ) -> None:
-        """Set up.
-
-        Args:
-            model: The decoder.
-            context: The context of its serving layers.
-            pool: Keys and values.
-            rows: The most requests that run.
-            max_pages: The most pages of a request.
-            rotary: Where a base with a rotary threshold reads which tokens of a step are beyond it.
-        """
+    def __init__(self, decoder: ServedDecoder, rows: int, max_pages: int) -> None:
+        """Set up for at most so many requests, of at most so many pages each."""
+        self.decoder = decoder
         self.tables = RowTables(rows, max_pages)
         self.static: StaticSteps | None = None
         """Runs decodes and short prompts where it is set: on static buffers, as a graph does."""
-        self._model, self._context, self._pool = model, context, pool
-        self._rotary = rotary
-        self.chooser = TokenChooser(self.tables, model.vocabulary)
-        self._compiled = pool.has_paged_decode
+        self.chooser = TokenChooser(self.tables, decoder.model.vocabulary)
+        self._compiled = decoder.pool.has_paged_decode
 
     def launch(self, plan: StepPlan, ahead: int = 0) -> Launch:
         """Start a step. Nothing of the requests is changed but their log-probabilities.
@@ -296,8 +276,6 @@ class StepRunner:
         # Prompts of one length that begin here are attended in one call.
         for request, count in sorted(chunks, key=lambda chunk: (chunk[0].computed > 0, chunk[1])):
             packed.add_chunk(request, count)
-        if self._rotary is not None:
-            self._rotary.long_tokens = to_device(np.concatenate(packed.sides), self._model.device)
         logits = self._forward(packed, packed.keep if chunks else None)
         overflowed: set[GenerationRequest] = set()
         if packed.prompts:
@@ -311,14 +289,11 @@ class StepRunner:
         Returns:
             (1, vocabulary), the logits; raises what the forward pass raises.
         """
-        if self._rotary is not None:
-            # Left from a failed step, of another number of tokens.
-            self._rotary.long_tokens = None
         packed = PackedStep(self.tables, self._compiled)
         packed.add_padding()
         logits = self._forward(packed, None)
         # What a page holds must be finite: see `KeyValuePool.clear`.
-        self._pool.clear([SCRATCH])
+        self.decoder.pool.clear([SCRATCH])
         logits.argmax(-1).tolist()
         return logits
 
@@ -327,17 +302,18 @@ class StepRunner:
             self.tables.enter(request)
         for request in plan.grown:
             self.tables.grow(request)
-        if not self._pool.backend.reads_padding:
+        pool = self.decoder.pool
+        if not pool.backend.reads_padding:
             return
         # Of a request's pages only the last is read beyond the request's end.
         partial = [request.pages[-1] for request in plan.grown]
         partial += [request.pages[-1] for request in plan.entered if len(request.tokens) % PAGE_SIZE]
         if partial:
-            self._pool.clear(partial)
+            pool.clear(partial)
 
     def _forward(self, packed: PackedStep, keep: list[int] | None) -> Tensor:
         """Logits (kept tokens, vocabulary), as the model gives them; with `keep` None, of all tokens."""
-        device = self._model.device
+        decoder, device = self.decoder, self.decoder.model.device
         base_only = all((slots == NO_ADAPTER).all() for slots in packed.slots)
         # Not waited for: the device may be busy with a static step, beside which the host launches this one.
         ids, positions, slots, places = (
@@ -346,9 +322,10 @@ class StepRunner:
         )
         # An empty list would make an index of another dtype.
         kept = 0 if keep is None else to_device(np.array(keep, np.int64), device)
-        step = StepContext(self._pool, places, packed.parts)
-        with self._context.run(None if base_only else AdapterBatch(slots, classes_of(packed.ends))):
-            return self._model.logits(ids[None], positions[None], step, kept)
+        adapters = None if base_only else AdapterBatch(slots, classes_of(packed.ends))
+        long_tokens = None if decoder.rotary is None else to_device(np.concatenate(packed.sides), device)
+        step = StepContext(decoder.pool, places, packed.parts)
+        return decoder.logits(ids, positions, step, kept, adapters, long_tokens)
 
 
 def _outcome(

@@ -24,15 +24,13 @@ import torch
 from torch import Tensor
 
 from sera_kernels import NO_ADAPTER, AdapterBatch, ShapeClasses
-from sera_serve.base import RotaryContext
-from sera_serve.engine.loop.attention import KeyValuePool, StepContext
+from sera_serve.engine.loop.attention import StepContext
 from sera_serve.engine.loop.attention_backend import RowKeys
-from sera_serve.engine.loop.hugging_face import PagedModel
+from sera_serve.engine.loop.hugging_face import ServedDecoder
 from sera_serve.engine.loop.pages import PAGE_SIZE
 from sera_serve.engine.loop.row_tables import DeviceRows, RowTables
 from sera_serve.engine.request import GenerationRequest
 from sera_serve.engine.sampling import SamplingRows, choose_tokens, sampling_keys
-from sera_serve.layers import AdapterContext
 
 ON_DEVICE = -1
 """In place of a token's id: the step before this one left the token on the device."""
@@ -139,29 +137,18 @@ class StaticStep:
     the host, once the device has done the download. Two launches may be under way.
     """
 
-    def __init__(
-        self,
-        model: PagedModel,
-        context: AdapterContext,
-        pool: KeyValuePool,
-        key: StaticKey,
-        rows: DeviceRows,
-        rotary: RotaryContext | None = None,
-    ) -> None:
+    def __init__(self, decoder: ServedDecoder, rows: DeviceRows, key: StaticKey) -> None:
         """Make the buffers; outside inference mode, because they are written in every mode.
 
         Args:
-            model: The decoder.
-            context: The context of its serving layers.
-            pool: Keys and values.
-            key: What is fixed.
+            decoder: What runs.
             rows: What the device knows of each row; shared by all steps.
-            rotary: Where a base with a rotary threshold reads which tokens are beyond it.
+            key: What is fixed.
         """
         self.key = key
-        self._model, self._context, self._pool, self._rotary = model, context, pool, rotary
-        self._rows = rows
-        device, on_gpu = model.device, model.device.type == "cuda"
+        self._decoder, self._rows = decoder, rows
+        device = decoder.model.device
+        on_gpu = device.type == "cuda"
         # One buffer, so that one copy brings all inputs: a column of each kind.
         sizes = dict.fromkeys(_BY_TOKEN, key.tokens) | dict.fromkeys(_BY_REQUEST, key.requests)
         ends = np.cumsum(list(sizes.values())).tolist()
@@ -243,12 +230,11 @@ class StaticStep:
         ids = torch.cat([torch.where(first == ON_DEVICE, before, first), rest])
         page = table[owners.long(), at // PAGE_SIZE].long()
         keys = RowKeys(table, at + 1, owners)
-        step = StepContext(self._pool, page * PAGE_SIZE + at % PAGE_SIZE, rows=keys)
-        if self._rotary is not None:
-            self._rotary.long_tokens = at >= self._rotary.threshold
-        batch = AdapterBatch(columns["slots"], self.key.classes) if self.key.classes.width else None
-        with self._context.run(batch):
-            logits = self._model.logits(ids[None], at[None], step, columns["ends"].long())
+        step = StepContext(self._decoder.pool, page * PAGE_SIZE + at % PAGE_SIZE, rows=keys)
+        rotary = self._decoder.rotary
+        long_tokens = None if rotary is None else at >= rotary.threshold
+        adapters = AdapterBatch(columns["slots"], self.key.classes) if self.key.classes.width else None
+        logits = self._decoder.logits(ids, at, step, columns["ends"].long(), adapters, long_tokens)
         drawn = SamplingRows(
             columns["temperature"],
             columns["top_k"],

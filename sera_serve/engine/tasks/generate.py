@@ -16,7 +16,7 @@ from sera_serve.engine.loop.captures import NotCaptured
 from sera_serve.engine.loop.fused_attention import fuse_attention
 from sera_serve.engine.loop.fused_layer import fuse_layers
 from sera_serve.engine.loop.graphs import NotCapturable, StepGraphs
-from sera_serve.engine.loop.hugging_face import PagedModel
+from sera_serve.engine.loop.hugging_face import PagedModel, ServedDecoder
 from sera_serve.engine.loop.masks import constraint_failed, ends_too_early
 from sera_serve.engine.loop.pages import PAGE_SIZE, PagePool
 from sera_serve.engine.loop.plan import StepPlan, StepPlanner
@@ -92,7 +92,8 @@ class GenerationRunner(TaskRunner[GenerationRequest]):
             rotary_side=base.rotary.side if base.rotary_context is not None else None,
         )
         max_pages = min(pages, -(-base.max_length // PAGE_SIZE))
-        self.runner = StepRunner(paged, context, pool, self.planner.num_rows, max_pages, base.rotary_context)
+        decoder = ServedDecoder(paged, context, pool, base.rotary_context)
+        self.runner = StepRunner(decoder, self.planner.num_rows, max_pages)
         self.steps = 0
         self._next: _LaunchedStep | None = None
         self._overflows = OverflowReporter()
@@ -113,7 +114,7 @@ class GenerationRunner(TaskRunner[GenerationRequest]):
             if base.device.type == "cuda" and settings.cuda_graphs:
                 try:
                     with memory_of("what CUDA graphs of steps need", "kv_cache_tokens", "max_sequences"):
-                        graphs = StepGraphs(paged, context, pool, self.runner.tables, base.rotary_context)
+                        graphs = StepGraphs(decoder, self.runner.tables)
                         graphs.capture_all()
                 except NotCapturable as error:
                     logger.warning("steps run without CUDA graphs, which is slower: %s", error)
