@@ -13,7 +13,7 @@ from itertools import chain, islice
 from sera_serve.errors import CannotPin
 from sera_serve.residency.entry import DELETED, DRAINING, RESIDENT, AdapterEntry, AdapterTable, Claim
 from sera_serve.residency.packing import AdapterLayout
-from sera_serve.residency.pool import DevicePool, Placement
+from sera_serve.residency.pool import DevicePool, Extent, Placement, place
 from sera_serve.residency.stats import Tier
 from sera_serve.residency.turns import TurnQueue
 
@@ -95,6 +95,8 @@ class PlacementQueue:
         self._has_changed = False
         # Elements of the evictable adapters: counted, because every load asks for them.
         self._evictable_elements = 0
+        # The holes that there would be beside the pinned adapters alone; None since these have changed.
+        self._beside_pins: list[Extent] | None = None
 
     def __len__(self) -> int:
         return len(self._queue)
@@ -286,13 +288,13 @@ class PlacementQueue:
             self._evictable_elements -= _layout(entry).elements
         entry.pinned = True
         self.pinned[entry.digest] = entry
-        self._has_changed = True
+        self._has_changed, self._beside_pins = True, None
 
     def unpin(self, entry: AdapterEntry) -> None:
         """Let an adapter be evicted again. Idempotent."""
         if self.pinned.pop(entry.digest, None) is not None:
             entry.pinned = False
-            self._has_changed = True
+            self._has_changed, self._beside_pins = True, None
             if not entry.leases:
                 self._evictable_elements += _layout(entry).elements
 
@@ -318,6 +320,8 @@ class PlacementQueue:
             raise RuntimeError("the count of evictable elements is wrong")
         if self._pinned_elements() > self._pin_share * self._pool.capacity:
             raise RuntimeError("pinned adapters take more of the pool than they may")
+        if self._beside_pins not in (None, self._pool.room_beside(map(_placement, self.pinned.values()))):
+            raise RuntimeError("the room beside the pinned adapters is not what was counted")
         if self._draining and (self._favoured is None or not self._favoured.queued):
             raise RuntimeError("adapters drain and none waits for room")
         if any(entry.claims and self._queue.owners(entry) != set(entry.owners()) for entry in self._queue):
@@ -359,10 +363,10 @@ class PlacementQueue:
 
     def _could_fit(self, layout: AdapterLayout) -> bool:
         """Whether there would be room if every adapter that is not pinned left."""
-        if not self.pinned:
-            return layout.elements <= self._pool.capacity
-        others = [placed for placed in self._pool.placements() if placed.adapter.digest not in self.pinned]
-        return self._pool.would_fit(layout, others)
+        if self._beside_pins is None:
+            # Kept: an attempt that asks anew sorts the extents of all pinned adapters.
+            self._beside_pins = self._pool.room_beside(map(_placement, self.pinned.values()))
+        return len(self.pinned) < self._pool.slots and place(self._beside_pins, layout.chunks) is not None
 
     def _drain_for(self, overdue: AdapterEntry) -> bool:
         """Drain adapters whose leaving makes room for an overdue one; False if there are too few that may.

@@ -247,6 +247,12 @@ class DevicePool:
             return False
         return self._free.would_take(adapter.chunks, [extent for p in removed for extent in p.extents])
 
+    def room_beside(self, kept: Iterable[Placement]) -> list[Extent]:
+        """The holes that there would be if all but these were removed."""
+        taken = _coalesce(extent for p in kept for extent in p.extents)
+        starts, ends = [0, *(extent.end for extent in taken)], [*(extent.start for extent in taken), self.capacity]
+        return [Extent(start, end - start) for start, end in zip(starts, ends, strict=True) if start < end]
+
     def fills_at_once(self, adapter: PackedAdapter) -> bool:
         """Whether it takes less time to copy the adapter than to wake a thread for it."""
         return self.data.device.type == "cpu" and adapter.nbytes <= _COPIED_AT_ONCE

@@ -437,6 +437,21 @@ def test_residents_are_not_looked_through_at_each_lease_while_some_drain(
     granted(late).release()
 
 
+def test_what_pins_leave_is_found_once_for_each_change_of_pins(
+    build: Build, store: Store, base: FrozenBase, index: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    crowd = Crowd(build, store, base, index, "c")
+    crowd.residency.pin(crowd.digests[0]).result(10)
+    attempts = counted(monkeypatch, crowd.residency._placement, "_could_fit")
+    looks = counted(monkeypatch, crowd.residency.pool, "room_beside")
+    for _ in range(30):
+        crowd.use(95, "c").release()
+    assert len(attempts) >= 30 and len(looks) <= 1
+    crowd.residency.unpin(crowd.digests[0])
+    assert len(looks) <= 2
+    crowd.leave()
+
+
 def test_holes_are_gone_through_a_few_times_where_no_drain_is_enough(
     build: Build, store: Store, base: FrozenBase, index: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

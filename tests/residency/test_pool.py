@@ -67,6 +67,16 @@ def test_adapter_that_fits_by_bytes_gets_in_by_several_extents(
     pool.check_invariants()
 
 
+def test_the_room_beside_some_adapters_is_what_the_others_leave(scattered: tuple[DevicePool, Placement]) -> None:
+    pool, last = scattered
+    (other,) = (placement for placement in pool.placements() if placement is not last)
+    assert pool.room_beside([last, other]) == pool._free.holes()
+    beside_other = pool.room_beside([other])
+    assert pool.room_beside([]) == [Extent(0, pool.capacity)]
+    pool.remove(last)
+    assert beside_other == pool._free.holes()
+
+
 def test_every_module_is_read_from_its_own_extent(
     scattered: tuple[DevicePool, Placement], packed: list[PackedAdapter], base: FrozenBase
 ) -> None:
