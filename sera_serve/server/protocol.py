@@ -15,12 +15,10 @@ from enum import Enum
 from typing import Any, ClassVar, cast
 
 import httptools
-from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from sera_serve.config import ServeSettings
 from sera_serve.server.connections import ConnectionCounts
-from sera_serve.server.http10 import UntilClose
 from sera_serve.server.middleware import UPLOAD_PATHS
 from sera_serve.server.refusals import (
     Refusal,
@@ -38,6 +36,7 @@ from sera_serve.server.refusals import (
     uri_too_long,
 )
 from sera_serve.server.unread import UnreadResponses, reader_of
+from sera_serve.server.uvicorn_wrappers import Closer, TimedFlow, UntilClose
 
 MAX_URI_BYTES = 8 << 10
 MAX_HEADERS = 100
@@ -152,8 +151,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         """Count the connection, or refuse it if there are too many."""
         super().connection_made(transport)
         self._connection = transport
-        self.transport = cast(asyncio.Transport, _Closer(transport, self))
-        self.flow = self._flow = _TimedFlow(transport)
+        self.transport = cast(asyncio.Transport, Closer(transport, self))
+        self.flow = self._flow = TimedFlow(transport)
         self._began = time.monotonic()
         counts = self.guard.counts(self.server[1] if self.server else None)
         reason = counts.add(self._address())
@@ -185,7 +184,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self.pipeline.clear()
         super().connection_lost(exc)
         # Objects that refer to each other would stay until the next garbage collection.
-        cast(_Closer, self.transport).protocol = None
+        cast(Closer, self.transport).protocol = None
 
     def data_received(self, data: bytes) -> None:
         """Take bytes from the client."""
@@ -562,39 +561,3 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self._refuse(stopping())
         else:
             self._refuse(late(f"the body did not arrive in time; {self._received} bytes of it did"))
-
-
-class _TimedFlow(FlowControl):
-    """Counts the seconds for which the server did not read from its client."""
-
-    def __init__(self, transport: asyncio.Transport) -> None:
-        super().__init__(transport)
-        self.paused_s = 0.0
-        self._paused_at = 0.0
-
-    def pause_reading(self) -> None:
-        """Stop reading."""
-        if not self.read_paused:
-            self._paused_at = time.monotonic()
-        super().pause_reading()
-
-    def resume_reading(self) -> None:
-        """Read again."""
-        if self.read_paused:
-            self.paused_s += time.monotonic() - self._paused_at
-        super().resume_reading()
-
-
-class _Closer:
-    """The transport that uvicorn sees: its `close` is the protocol's."""
-
-    def __init__(self, transport: asyncio.Transport, protocol: BoundedHttpProtocol) -> None:
-        self.write = transport.write
-        self.protocol: BoundedHttpProtocol | None = protocol
-
-    def close(self) -> None:
-        if self.protocol is not None:
-            self.protocol.close()
-
-    def is_closing(self) -> bool:
-        return self.protocol is None or self.protocol.is_closing()
