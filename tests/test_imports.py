@@ -123,7 +123,7 @@ FLOORS: dict[str, list[set[str]]] = {
     "sera_serve.engine": [
         {
             *("adapter_uses", "constraint", "memory", "named_adapters", "sampling", "schema_bounds"),
-            *("answer_tokens", "stop_strings", "tenant_memory"),
+            *("answer_tokens", "results", "stop_strings", "tenant_memory"),
         },
         {"image_rows"},
         {"request"},

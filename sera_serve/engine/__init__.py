@@ -14,17 +14,12 @@ from sera_serve.engine.request import (
     MIN_REPETITION_PENALTY,
     AdapterChoice,
     GenerateParams,
-    HeadResult,
-    LabelScores,
-    LabelSet,
     Principal,
     Priority,
-    Score,
-    Spans,
     Task,
-    TokenLogprobs,
     WeightedAdapter,
 )
+from sera_serve.engine.results import HeadResult, LabelScores, LabelSet, Score, Spans, TokenLogprobs
 from sera_serve.engine.stream import GenerationResult, GenerationStream, TokenDelta, TokensUsed
 from sera_serve.engine.tasks import RunnerLoad
 from sera_serve.engine.tasks.classify import ClassifyResult, EmbedResult

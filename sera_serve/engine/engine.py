@@ -24,15 +24,8 @@ from sera_serve.engine.memory import MEBIBYTE, DeviceMemory, memory_of
 from sera_serve.engine.named_adapters import AdapterActivity, AdapterNames
 from sera_serve.engine.prompts import PromptMaker
 from sera_serve.engine.references import AdapterReferences
-from sera_serve.engine.request import (
-    FinishReason,
-    GenerateParams,
-    GenerationRequest,
-    Principal,
-    Request,
-    Task,
-    TokenLogprobs,
-)
+from sera_serve.engine.request import FinishReason, GenerateParams, GenerationRequest, Principal, Request, Task
+from sera_serve.engine.results import TokenLogprobs
 from sera_serve.engine.row_calls import RowCalls, TimeLimits, any_started
 from sera_serve.engine.rows import RowMaker
 from sera_serve.engine.scheduler import Scheduler

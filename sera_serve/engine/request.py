@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import enum
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import cached_property, reduce
@@ -29,9 +29,10 @@ from numpy.typing import NDArray
 from adapters_store import ResolvedAdapter
 from adapters_store import Task as AdapterTask
 from sera_kernels import ShapeClasses
-from sera_serve.base import ModelInputs, Pooling, Span
+from sera_serve.base import ModelInputs, Pooling
 from sera_serve.engine.answer_tokens import AnswerTokens
 from sera_serve.engine.constraint import ConstraintSpec, TokenConstraint
+from sera_serve.engine.results import RowResult, TokenLogprobs
 from sera_serve.engine.tenant_memory import LogprobRoom
 from sera_serve.residency import Lease, PrefetchHint
 
@@ -159,88 +160,6 @@ class GenerateParams:
     prompt_logprobs: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class LikelyTokens:
-    """Tokens and their log-probabilities, likeliest first, in 8 bytes each. As pairs they would take 120.
-
-    Attributes:
-        ids: int32 of the tokens.
-        logprobs: float32 of their log-probabilities.
-    """
-
-    ids: bytes
-    logprobs: bytes
-
-    def first(self, count: int) -> LikelyTokens:
-        """The likeliest ones."""
-        return LikelyTokens(self.ids[: 4 * count], self.logprobs[: 4 * count])
-
-    def __len__(self) -> int:
-        return len(self.ids) // 4
-
-    def __iter__(self) -> Iterator[tuple[int, float]]:
-        ids: list[int] = np.frombuffer(self.ids, np.int32).tolist()
-        logprobs: list[float] = np.frombuffer(self.logprobs, np.float32).tolist()
-        return zip(ids, logprobs, strict=True)
-
-
-@dataclass(frozen=True, slots=True)
-class TokenLogprobs:
-    """Log-probabilities at one position, of the model before temperature and noise, adapters included.
-
-    Attributes:
-        token: The token at this position.
-        logprob: Its log-probability; None for a prompt's first token, which nothing comes before.
-        top: The likeliest tokens and their log-probabilities, likeliest first.
-    """
-
-    token: int
-    logprob: float | None
-    top: LikelyTokens | tuple[tuple[int, float], ...] = ()
-
-    def of_top(self, count: int) -> TokenLogprobs:
-        """The same with so many of the likeliest tokens."""
-        if not isinstance(self.top, LikelyTokens) or count >= len(self.top):
-            return self
-        return TokenLogprobs(self.token, self.logprob, self.top.first(count) if count else ())
-
-
-@dataclass(frozen=True)
-class LabelScores:
-    """The likeliest label of one input, and the probability of each label."""
-
-    label: str
-    probabilities: dict[str, float]
-
-
-@dataclass(frozen=True)
-class LabelSet:
-    """The labels of one input whose probability is at least 0.5, and the probability of each label on its own."""
-
-    labels: list[str]
-    probabilities: dict[str, float]
-
-
-@dataclass(frozen=True)
-class Score:
-    """The number of one input."""
-
-    score: float
-
-
-@dataclass(frozen=True)
-class Spans:
-    """The spans of one input, in the order of their places.
-
-    Attributes:
-        spans: Their places count characters of the input.
-        truncated: Whether the input was longer than all its windows; nothing was looked for in its rest.
-    """
-
-    spans: list[Span]
-    truncated: bool
-
-
 @dataclass(frozen=True)
 class EmbeddingSpec:
     """How a row's hidden states become one vector.
@@ -252,27 +171,6 @@ class EmbeddingSpec:
 
     pooling: Pooling | None = None
     normalize: bool = True
-
-
-@dataclass(frozen=True)
-class TaggedTokens:
-    """The tags of one window of an input: of the tokens that it decides and that have characters.
-
-    Attributes:
-        ranges: The characters of each token.
-        tags: The number of its tag.
-        scores: The probability of that tag.
-    """
-
-    ranges: list[tuple[int, int]]
-    tags: list[int]
-    scores: list[float]
-
-
-HeadResult: TypeAlias = LabelScores | LabelSet | Score | Spans
-"""Of one row, by the task of its adapter."""
-RowResult: TypeAlias = HeadResult | TaggedTokens | NDArray[np.float32]
-"""Of one row: what its adapter's head says, or its vector (hidden,)."""
 
 
 class RequestState(enum.Enum):

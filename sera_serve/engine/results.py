@@ -1,10 +1,14 @@
-"""What a pass says of a row: its vector, or by the task of its adapter a label, labels, a number, or spans."""
+"""What requests get beside text: log-probabilities of tokens, and the result of each row of a pass.
+
+A row's result is its vector, or by the task of its adapter a label, labels, a number, or spans.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -12,13 +16,115 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from adapters_store import AdapterConfig, Task
-from sera_serve.base import ModelInputs
+from sera_serve.base import ModelInputs, Span
 from sera_serve.base.preprocess import Window
 from sera_serve.base.spans import decode_tags, token_ranges
-from sera_serve.engine.request import HeadResult, LabelScores, LabelSet, RowResult, Score, Spans, TaggedTokens
 
 THRESHOLD = 0.5
 """The probability from which on an input has a label, where it may have several."""
+
+
+@dataclass(frozen=True, slots=True)
+class LikelyTokens:
+    """Tokens and their log-probabilities, likeliest first, in 8 bytes each. As pairs they would take 120.
+
+    Attributes:
+        ids: int32 of the tokens.
+        logprobs: float32 of their log-probabilities.
+    """
+
+    ids: bytes
+    logprobs: bytes
+
+    def first(self, count: int) -> LikelyTokens:
+        """The likeliest ones."""
+        return LikelyTokens(self.ids[: 4 * count], self.logprobs[: 4 * count])
+
+    def __len__(self) -> int:
+        return len(self.ids) // 4
+
+    def __iter__(self) -> Iterator[tuple[int, float]]:
+        ids: list[int] = np.frombuffer(self.ids, np.int32).tolist()
+        logprobs: list[float] = np.frombuffer(self.logprobs, np.float32).tolist()
+        return zip(ids, logprobs, strict=True)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probabilities at one position, of the model before temperature and noise, adapters included.
+
+    Attributes:
+        token: The token at this position.
+        logprob: Its log-probability; None for a prompt's first token, which nothing comes before.
+        top: The likeliest tokens and their log-probabilities, likeliest first.
+    """
+
+    token: int
+    logprob: float | None
+    top: LikelyTokens | tuple[tuple[int, float], ...] = ()
+
+    def of_top(self, count: int) -> TokenLogprobs:
+        """The same with so many of the likeliest tokens."""
+        if not isinstance(self.top, LikelyTokens) or count >= len(self.top):
+            return self
+        return TokenLogprobs(self.token, self.logprob, self.top.first(count) if count else ())
+
+
+@dataclass(frozen=True)
+class LabelScores:
+    """The likeliest label of one input, and the probability of each label."""
+
+    label: str
+    probabilities: dict[str, float]
+
+
+@dataclass(frozen=True)
+class LabelSet:
+    """The labels of one input whose probability is at least 0.5, and the probability of each label on its own."""
+
+    labels: list[str]
+    probabilities: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Score:
+    """The number of one input."""
+
+    score: float
+
+
+@dataclass(frozen=True)
+class Spans:
+    """The spans of one input, in the order of their places.
+
+    Attributes:
+        spans: Their places count characters of the input.
+        truncated: Whether the input was longer than all its windows; nothing was looked for in its rest.
+    """
+
+    spans: list[Span]
+    truncated: bool
+
+
+@dataclass(frozen=True)
+class TaggedTokens:
+    """The tags of one window of an input: of the tokens that it decides and that have characters.
+
+    Attributes:
+        ranges: The characters of each token.
+        tags: The number of its tag.
+        scores: The probability of that tag.
+    """
+
+    ranges: list[tuple[int, int]]
+    tags: list[int]
+    scores: list[float]
+
+
+HeadResult: TypeAlias = LabelScores | LabelSet | Score | Spans
+"""Of one row, by the task of its adapter."""
+RowResult: TypeAlias = HeadResult | TaggedTokens | NDArray[np.float32]
+"""Of one row: what its adapter's head says, or its vector (hidden,)."""
 
 
 @dataclass(frozen=True)

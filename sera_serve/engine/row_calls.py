@@ -25,18 +25,16 @@ from sera_serve.engine.request import (
     ClassificationRequest,
     EmbeddingSpec,
     FinishReason,
-    HeadResult,
     Principal,
     Priority,
     Request,
-    RowResult,
     Task,
 )
+from sera_serve.engine.results import HeadResult, RowResult, joined_windows
 from sera_serve.engine.rows import EmbeddingInputs, Inputs, RowMaker, TextsOrTokens
 from sera_serve.engine.stream import EventReader, Mailbox, deadline_exceeded
 from sera_serve.engine.tasks import TaskRunner
 from sera_serve.engine.tasks.classify import ClassifyResult, EmbedResult, RowGroup, RowTimes, split_call
-from sera_serve.engine.tasks.results import joined_windows
 from sera_serve.engine.tenant_memory import Reservation
 from sera_serve.errors import InvalidRequest
 from sera_serve.random_bytes import random_hex

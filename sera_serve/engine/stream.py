@@ -12,7 +12,8 @@ from typing import Literal, NamedTuple
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
 
-from sera_serve.engine.request import FinishReason, GenerationRequest, TokenLogprobs
+from sera_serve.engine.request import FinishReason, GenerationRequest
+from sera_serve.engine.results import TokenLogprobs
 from sera_serve.engine.stop_strings import StopSearch
 from sera_serve.errors import DeadlineExceeded, EngineUnavailable
 from sera_serve.loop_turns import LoopTurns

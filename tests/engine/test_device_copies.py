@@ -23,7 +23,8 @@ from sera_serve.engine.loop.pages import PAGE_SIZE
 from sera_serve.engine.loop.row_tables import RowTables
 from sera_serve.engine.loop.runner import PackedStep, StepRunner
 from sera_serve.engine.loop.torch_attention import TorchAttention
-from sera_serve.engine.request import GenerationRequest, TokenLogprobs
+from sera_serve.engine.request import GenerationRequest
+from sera_serve.engine.results import TokenLogprobs
 
 # A device without memory.
 META = torch.device("meta")

@@ -12,7 +12,8 @@ from adapters_store import AdapterStore
 from adapters_store.errors import AdapterNotFound
 from sera_serve.base import FrozenBase
 from sera_serve.engine import BASE_PRINCIPAL, GenerateParams, GenerationStream
-from sera_serve.engine.request import FinishReason, GenerationRequest, RequestState, TokenLogprobs
+from sera_serve.engine.request import FinishReason, GenerationRequest, RequestState
+from sera_serve.engine.results import TokenLogprobs
 from sera_serve.engine.stream import Detokenizer, Mailbox
 from sera_serve.errors import AdapterTooLarge, DeadlineExceeded, Overloaded, TenantOverloaded
 from support.engine import GatedStore, Start, classify, collect, generate, settled, until

@@ -35,7 +35,8 @@ from sera_serve.config import ServeSettings
 from sera_serve.engine import GenerateParams, GenerationResult, GenerationStream, Principal, ServingEngine, TokenDelta
 from sera_serve.engine.constraint import ConstraintSpec
 from sera_serve.engine.loop.pages import PAGE_SIZE
-from sera_serve.engine.request import LabelScores, Request, WeightedAdapter
+from sera_serve.engine.request import Request, WeightedAdapter
+from sera_serve.engine.results import LabelScores
 from sera_serve.engine.tasks import TaskRunner
 from sera_serve.errors import (
     AdapterOverflow,

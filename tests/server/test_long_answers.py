@@ -11,7 +11,7 @@ import pytest
 
 from sera_serve.base import Span
 from sera_serve.engine import ClassifyResult, TokenLogprobs
-from sera_serve.engine.request import HeadResult, LabelScores, LabelSet, Score, Spans
+from sera_serve.engine.results import HeadResult, LabelScores, LabelSet, Score, Spans
 from sera_serve.loop_turns import LoopTurns
 from sera_serve.server import long_answers
 from sera_serve.server.long_answers import written

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from sera_serve.engine.loop.masks import MaskThreads, RowMasks
 from sera_serve.engine.loop.row_tables import RowTables, to_device
-from sera_serve.engine.request import GenerationRequest, LikelyTokens, TokenLogprobs
+from sera_serve.engine.request import GenerationRequest
+from sera_serve.engine.results import LikelyTokens, TokenLogprobs
 from sera_serve.engine.sampling import IN_PROMPT, NO_TOKEN, Penalties, SamplingRows, choose_tokens, sampling_keys
 
 # Rows whose bias, penalties or log-probabilities are computed at once: each takes a few tensors of the vocabulary's

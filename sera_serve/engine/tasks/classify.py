@@ -18,18 +18,11 @@ from sera_serve.base import FrozenBase, ModelInputs
 from sera_serve.config import ServeSettings
 from sera_serve.engine.memory import free_memory, step_failed
 from sera_serve.engine.overflow import OverflowReporter, RowGauge
-from sera_serve.engine.request import (
-    ClassificationRequest,
-    EmbeddingSpec,
-    FinishReason,
-    HeadResult,
-    RowResult,
-    classes_of,
-)
+from sera_serve.engine.request import ClassificationRequest, EmbeddingSpec, FinishReason, classes_of
+from sera_serve.engine.results import HeadResult, RowKind, RowResult, head_result, row_numbers, to_host
 from sera_serve.engine.scheduler import Scheduler
 from sera_serve.engine.tasks.pass_graphs import PassGraphs
 from sera_serve.engine.tasks.passes import PassStates, run_pass
-from sera_serve.engine.tasks.results import RowKind, head_result, row_numbers, to_host
 from sera_serve.engine.tasks.runner import TaskRunner, logger
 from sera_serve.layers import AdapterContext
 from sera_serve.residency import DevicePool, Lease, head_logits
