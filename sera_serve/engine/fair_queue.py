@@ -30,8 +30,8 @@ class FairQueue(Generic[R]):
     send, nor on the length of that time. The order interrupts a running request only where pages run out, or where
     another tenant has less than its share of the rows or of the pages; hence M.
 
-    A tenant that had nothing waiting is lifted to the lowest counter of the tenants that have: an idle tenant saves up
-    no claim. A parked request, such as one whose adapter is loading, delays no other request and keeps its place.
+    A tenant that had nothing waiting is lifted to the lowest counter of the tenants that have: an idle tenant saves
+    nothing up. A parked request, such as one whose adapter is loading, delays no other request and keeps its place.
     Not thread-safe: the caller holds a lock.
     """
 
@@ -95,7 +95,7 @@ class FairQueue(Generic[R]):
         return waiting[-1] if waiting else None
 
     def priority_key(self, request: R) -> tuple[float, tuple[int, int]]:
-        """Sorts requests, waiting or running, by their claim. The lowest key goes first; the highest is preempted."""
+        """Sorts requests, waiting or running, in the fair order: the lowest goes first, the highest is preempted."""
         return self._counters.get(request.tenant, self._floor()), request.rank
 
     def park(self, request: R) -> None:

@@ -4,7 +4,7 @@ The states, and the only edges between them (`TRANSITIONS`):
 
     WAITING ---> LOADING ---> WAITING      its adapter is brought to the device; others go before it meanwhile
     WAITING ---> RUNNING                   the loop runs it, under the lease of its adapter
-    RUNNING ---> PREEMPTED                 its pages are needed by a request with a higher claim
+    RUNNING ---> PREEMPTED                 its pages or its row go to another request
     PREEMPTED -> LOADING ---> PREEMPTED    its lease was given back meanwhile
     PREEMPTED -> RUNNING                   its keys and values are computed again
     any -------> FINISHED                  with a `FinishReason`

@@ -228,7 +228,7 @@ class Scheduler(Generic[R]):
                 self._queue.charge_output(request.tenant, 1)
 
     def priority_key(self, request: R) -> tuple[float, tuple[int, int]]:
-        """Sorts requests by their claim; the lowest key goes first."""
+        """Sorts requests in the fair order; the lowest key goes first."""
         with self._lock:
             return self._queue.priority_key(request)
 

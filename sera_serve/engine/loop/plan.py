@@ -31,7 +31,7 @@ class Candidates(Protocol):
         """Put a running request back."""
 
     def priority_key(self, request: GenerationRequest) -> tuple[float, tuple[int, int]]:
-        """Its claim; the lowest goes first."""
+        """Its place in the fair order; the lowest goes first."""
 
     def weight(self, tenant: str) -> float:
         """The tenant's part of the batch, in relation to others'."""
@@ -85,14 +85,13 @@ class StepPlanner:
     Invariants:
     * A running request has the pages of all its tokens.
     * Every decode runs in every step, because fewer requests run than a step has tokens.
-    * A request that needs a page and finds none takes the pages of the request with the lowest claim among the tenants
-      that have more than their share of the pages; where these have no lower claims, of the lowest claim of all. The
-      request with the highest claim always goes on, and no request enters that could not run alone: so there is always
-      progress.
+    * A request that needs a page and finds none takes the pages of a request that is later in the fair order: of the
+      last one of a tenant that has more than its share of the pages, else of the last of all. The first in the order
+      always goes on, and no request enters that could not run alone: so there is always progress.
     * Where every row is taken, a waiting request of a tenant that has less than its share of the rows takes the row of
-      the lowest claim among the tenants that have more: one row a step. Rows of one tenant alone are never taken.
+      the last request among the tenants that have more: one row a step. Rows of one tenant alone are never taken.
     * Where pages are short, the first waiting request, if it has not run yet and its tenant has less than its share of
-      them, takes the pages of lower claims among the tenants that have more. Else the rows that it waits for would
+      them, takes the pages of later requests among the tenants that have more. Else the rows that it waits for would
       grow into every page that comes free.
     * A newcomer leaves a page for every fourth running request, which will soon need one. A preempted request leaves a
       page for each: it would else be preempted again before it has paid for its recomputation.
@@ -215,7 +214,7 @@ class StepPlanner:
         return self.pages.available() >= taken + -(-count // PAGE_SIZE) + self._spare(newcomer)
 
     def _stays_short(self, newcomer: GenerationRequest) -> bool:
-        """Whether a newcomer would find too few pages again. After some steps it may try, because claims change."""
+        """Whether a newcomer would find too few pages again. After some steps it may try, for the order changes."""
         short = self._short
         if short is None or short.newcomer is not newcomer or self.pages.available() > short.available:
             return False
@@ -279,12 +278,12 @@ class StepPlanner:
     def _yield_pages(self, plan: StepPlan, newcomer: GenerationRequest, needed: int) -> list[GenerationRequest] | None:
         """The running requests that yield their pages to a new one, or None if it has to wait for ends.
 
-        They have lower claims than the newcomer, so that the first in the order goes on, and have not entered in this
-        very step. With as many pages as it needs, none yields: it leaves none for those that run.
+        They are later in the order than the newcomer, so that the first goes on, and have not entered in this very
+        step. With as many pages as it needs, none yields: it leaves none for those that run.
         """
         if all(request.tenant == newcomer.tenant for request in self.running):
             return None
-        claim = self._candidates.priority_key
+        place = self._candidates.priority_key
         yielding: list[GenerationRequest] = []
         while True:
             left = [request for request in self.running if request not in yielding]
@@ -293,8 +292,8 @@ class StepPlanner:
             if held[newcomer.tenant] + needed > share[newcomer.tenant]:
                 return None
             above = (r for r in left if held[r.tenant] > share[r.tenant] and r not in plan.entered)
-            last = max(above, key=claim, default=newcomer)
-            is_later = claim(last) > claim(newcomer)
+            last = max(above, key=place, default=newcomer)
+            is_later = place(last) > place(newcomer)
             free = self.pages.available() + self.pages.freed(request.pages for request in yielding)
             if free >= needed and (yielding or is_later):
                 return yielding
@@ -323,7 +322,7 @@ class StepPlanner:
             for request in decodes:
                 self._plan_decode(plan, request)
             return False
-        # In the order of the claims: a preempted request comes after all requests that are planned.
+        # In the fair order: a preempted request comes after all requests that are planned.
         order = sorted(self.running, key=self._candidates.priority_key)
         at = 0
         while at < len(order):
