@@ -63,7 +63,7 @@ def test_the_host_does_not_wait_for_the_inputs_of_a_packed_step() -> None:
     context: Any = SimpleNamespace(run=lambda batch: nullcontext())
     pool: Any = SimpleNamespace(has_paged_decode=True)
     runner = StepRunner(ServedDecoder(model, context, pool, rotary), rows=2, max_pages=4)
-    runner.chooser = SimpleNamespace(choose=lambda logits, ends, unfinished: ChosenTokens([]))  # type: ignore[assignment]
+    runner.chooser = SimpleNamespace(choose=lambda logits, ends, unfinished: ChosenTokens([7, 7]))  # type: ignore[assignment]
     first, second = requests(runner.tables)
     with Copies() as copies:
         runner._run_packed([], [(first, 3), (second, 3)])

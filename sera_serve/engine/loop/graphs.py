@@ -12,7 +12,6 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
-from functools import partial
 
 import torch
 
@@ -75,7 +74,7 @@ class StepGraphs:
     def __init__(self, decoder: ServedDecoder, tables: RowTables) -> None:
         """Set up without capturing, for the running requests of `tables`; the decoder is on a CUDA device."""
         model = decoder.model
-        self._tables = tables
+        self._decoder, self._tables = decoder, tables
         self._rows = len(tables.pages)
         self._device_rows = DeviceRows(tables, model.device, model.vocabulary, model.logits_dtype)
         # Without a kernel over pages, attention gathers the longest context for each token.
@@ -83,7 +82,6 @@ class StepGraphs:
         self._buckets = token_buckets(self._rows, self.most_tokens)
         # Further kinds are captured when the first step has them.
         self._captured = [FIRST_CLASSES, ShapeClasses()]
-        self._make = partial(StaticStep, decoder, self._device_rows)
         self._captures = Captures(self._padding, "a step")
 
     def capture_all(self) -> None:
@@ -143,6 +141,6 @@ class StepGraphs:
 
     def _padding(self, key: StaticKey) -> StaticStep:
         """A step of padding alone: it writes nothing but the scratch page."""
-        step = self._make(key)
+        step = StaticStep(self._decoder, self._device_rows, key)
         step.upload(step.stage(StaticBatch(), self._tables))
         return step

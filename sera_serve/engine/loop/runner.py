@@ -33,17 +33,15 @@ class StepOutcome:
     """What a step gave.
 
     Attributes:
-        requests: Those with a new token.
-        tokens: The new token of each.
+        tokens: The new token of each request that has one.
         overflowed: Those whose logits are infinite or not a number. They get no token, and their pages are not sound.
         failures: Those that get no token for a reason of their own, or of their part of the step, with what their
             clients are told.
         postponed: Those whose last token has to run again, because they get the token after it in a later step.
     """
 
-    requests: list[GenerationRequest]
-    tokens: list[int]
-    overflowed: list[GenerationRequest]
+    tokens: dict[GenerationRequest, int] = field(default_factory=dict)
+    overflowed: set[GenerationRequest] = field(default_factory=set)
     failures: dict[GenerationRequest, Exception] = field(default_factory=dict)
     postponed: set[GenerationRequest] = field(default_factory=set)
 
@@ -232,7 +230,7 @@ class StepRunner:
             logger.error("the part of a step with %d requests failed", len(requests), exc_info=error)
             free_memory(error)
             self.probe()
-            return StepOutcome([], [], [], dict.fromkeys(requests, step_failed(error)))
+            return StepOutcome(failures=dict.fromkeys(requests, step_failed(error)))
 
     def runs_on_device(self, plan: StepPlan) -> bool:
         """Whether the step would need nothing of the host once it is launched."""
@@ -339,30 +337,24 @@ def _outcome(
     if NO_TOKEN in tokens:
         overflowed.update(request for request, token in zip(ends, tokens, strict=True) if token == NO_TOKEN)
         overflowed.difference_update(failures)
-    if not overflowed and not unfinished and not failures and not postponed:
-        return StepOutcome(ends, tokens, [])
     without = overflowed | unfinished | failures.keys() | postponed
-    given = [(request, token) for request, token in zip(ends, tokens, strict=True) if request not in without]
-    chosen_tokens = [token for _, token in given]
-    return StepOutcome([request for request, _ in given], chosen_tokens, list(overflowed), failures, postponed)
+    given = {request: token for request, token in zip(ends, tokens, strict=True) if request not in without}
+    return StepOutcome(given, overflowed, failures, postponed)
 
 
 def _static_outcome(
     requests: list[GenerationRequest], tokens: list[int], chosen: set[GenerationRequest]
 ) -> StepOutcome:
     """What a static step gave its requests; the tokens of `chosen` are chosen elsewhere."""
-    if chosen:
-        own = [(request, token) for request, token in zip(requests, tokens, strict=True) if request not in chosen]
-        requests, tokens = [request for request, _ in own], [token for _, token in own]
-    return _outcome(requests, ChosenTokens(tokens), set(), set())
+    own = {request: token for request, token in zip(requests, tokens, strict=True) if request not in chosen}
+    return _outcome(list(own), ChosenTokens(list(own.values())), set(), set())
 
 
 def _joined(parts: list[StepOutcome]) -> StepOutcome:
-    whole = StepOutcome([], [], [])
+    whole = StepOutcome()
     for part in parts:
-        whole.requests.extend(part.requests)
-        whole.tokens.extend(part.tokens)
-        whole.overflowed.extend(part.overflowed)
+        whole.tokens.update(part.tokens)
+        whole.overflowed.update(part.overflowed)
         whole.failures.update(part.failures)
         whole.postponed.update(part.postponed)
     return whole

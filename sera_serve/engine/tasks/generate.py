@@ -207,11 +207,10 @@ class GenerationRunner(TaskRunner[GenerationRequest]):
             return
         for request, (reason, cause) in step.leaving.items():
             self.end(request, reason, cause)
-        if outcome.overflowed:
-            # Before their pages are published: these hold keys and values that are not finite.
-            for request in outcome.overflowed:
-                if request not in step.leaving:
-                    self.end(request, FinishReason.FAILED, self._overflows.error(request))
+        # Before their pages are published: these hold keys and values that are not finite.
+        for request in outcome.overflowed:
+            if request not in step.leaving:
+                self.end(request, FinishReason.FAILED, self._overflows.error(request))
         for request, cause in outcome.failures.items():
             if request not in step.leaving:
                 self.end(request, FinishReason.FAILED, cause)
@@ -225,13 +224,9 @@ class GenerationRunner(TaskRunner[GenerationRequest]):
             self.planner.advance(request, count - 1 if request in postponed else count)
             if request.computed < len(request.tokens):
                 self.runner.tables.advance(request)
-        given = [
-            (request, token)
-            for request, token in zip(outcome.requests, outcome.tokens, strict=True)
-            if request not in step.leaving
-        ]
-        self.scheduler.charge([*(request for request, _ in given), *(postponed - step.leaving.keys())])
-        for request, token in given:
+        given = {request: token for request, token in outcome.tokens.items() if request not in step.leaving}
+        self.scheduler.charge([*given, *(postponed - step.leaving.keys())])
+        for request, token in given.items():
             self._hand_on(request, token)
 
     def _hand_on(self, request: GenerationRequest, token: int) -> None:
