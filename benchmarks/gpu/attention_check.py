@@ -13,7 +13,7 @@ from torch import Tensor
 from benchmarks.gpu.setting import Row, Setting
 from sera_kernels import paged_attention
 from sera_serve.engine.loop.attention import KeyValuePool, LayerShape, Part, StepContext, attend
-from sera_serve.engine.loop.attention_backend import AttentionOptions
+from sera_serve.engine.loop.attention_backend import AttentionOptions, choose_backend
 from sera_serve.engine.loop.pages import PAGE_SIZE
 
 # Largest error of an output whose values come from a normal distribution.
@@ -160,7 +160,8 @@ def check_step_case(device: torch.device, shape: Shape, parts: Parts) -> Row:
     """A step as the engine packs it: its keys and values are written to pages, then every part attends."""
     make = _maker(device, shape.dtype)
     pages = sum(-(-length // PAGE_SIZE) for _, _, lengths in parts for length in lengths)
-    pool = KeyValuePool([LayerShape(shape.kv_heads, shape.width, shape.values)], pages, shape.dtype, device)
+    layer, backend = LayerShape(shape.kv_heads, shape.width, shape.values), choose_backend("auto", device)
+    pool = KeyValuePool([layer], pages, shape.dtype, device, backend)
     flat = [states[0].flatten(0, 1) for states in (pool.keys, pool.values)]
     free = iter((torch.randperm(pages) + 1).tolist())
     sinks = make(shape.heads) if shape.has_sinks else None
@@ -220,7 +221,7 @@ def _infinities(setting: Setting) -> Iterator[Row]:
 def _hidden_infinity(device: torch.device) -> Row:
     """Scores of -inf for every query of one sequence show, though a softmax by itself would hide them."""
     make = _maker(device, torch.bfloat16)
-    pool = KeyValuePool([LayerShape(2, 128, 128)], 4, torch.bfloat16, device)
+    pool = KeyValuePool([LayerShape(2, 128, 128)], 4, torch.bfloat16, device, choose_backend("auto", device))
     q, k, v = make(40, 8, 128).fill_(1), make(40, 2, 128), make(40, 2, 128)
     k[5, 1, 3] = -torch.inf
     step = StepContext(pool, torch.arange(40, device=device) + PAGE_SIZE, [Part(20, np.array([20, 20]))])

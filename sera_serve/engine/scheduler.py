@@ -4,8 +4,8 @@ Locking. One lock guards the queue, the waiting leases, and the state of every r
 
 * Public methods take the lock themselves. Methods whose name ends in `_locked` need it held.
 * No lock but residency's is taken under it. Nothing is released, finished towards a client, or waited for under it.
-* `first`, `start`, `preempt` and `finish` of a running request are for the loop's thread alone. The other methods are
-  for any thread.
+* `first`, `start`, `make_ready`, `preempt` and `finish` are for the loop's thread alone. The other methods are for any
+  thread.
 """
 
 from __future__ import annotations

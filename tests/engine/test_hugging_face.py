@@ -32,6 +32,7 @@ from sera_serve.engine import GenerationResult, ServingEngine
 from sera_serve.engine.loop import hugging_face
 from sera_serve.engine.loop.attention import KeyValuePool, Part, StepContext, running
 from sera_serve.engine.loop.hugging_face import PagedModel
+from sera_serve.engine.loop.torch_attention import TorchAttention
 from sera_serve.errors import InvalidConfiguration
 from support.engine import SHAPE, Start, collect
 from support.factories import byte_tokenizer, random_adapter
@@ -157,7 +158,7 @@ def test_logits_to_keep_takes_an_index_of_tokens() -> None:
 def paged(model: PreTrainedModel) -> tuple[PagedModel, StepContext]:
     """A model and a step of one token on its scratch page."""
     served = PagedModel(model)
-    pool = KeyValuePool(served.shapes, 1, served.dtype, served.device)
+    pool = KeyValuePool(served.shapes, 1, served.dtype, served.device, TorchAttention())
     return served, StepContext(pool, torch.zeros(1, dtype=torch.int64), [Part(1, torch.tensor([1]).numpy())])
 
 

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sera_serve.engine.loop.attention_backend import AttentionBackend, AttentionOptions, RowKeys, choose_backend
+from sera_serve.engine.loop.attention_backend import AttentionBackend, AttentionOptions, RowKeys
 from sera_serve.engine.loop.pages import PAGE_SIZE
 
 if TYPE_CHECKING:
@@ -49,10 +49,10 @@ class KeyValuePool:
         pages: int,
         dtype: torch.dtype,
         device: torch.device,
-        backend: AttentionBackend | None = None,
+        backend: AttentionBackend,
     ) -> None:
-        """Allocate `pages` pages and the scratch page; `backend` attends to them, by default the device's own."""
-        self.backend = choose_backend("auto", device) if backend is None else backend
+        """Allocate `pages` pages and the scratch page; `backend` attends to them."""
+        self.backend = backend
         # Tensors of one shape are parts of one, so that new pages are cleared in one call.
         wanted = [(s.kv_heads, width) for s in shapes for width in (s.key_width, s.value_width)]
         self._stores = {

@@ -12,7 +12,7 @@ PAGE_SIZE = 32
 """Tokens of a page."""
 
 SCRATCH = 0
-"""Page of no request: padding rows of a static decode step write to it."""
+"""Page of no request: padding of static steps writes to it, and the passes that probe a model do."""
 
 
 class PagePool:

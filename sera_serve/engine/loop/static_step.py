@@ -138,7 +138,7 @@ class StaticStep:
     """
 
     def __init__(self, decoder: ServedDecoder, rows: DeviceRows, key: StaticKey) -> None:
-        """Make the buffers; outside inference mode, because they are written in every mode.
+        """Make the buffers. What is made in inference mode, as for graphs, can be written in no other.
 
         Args:
             decoder: What runs.
