@@ -62,11 +62,17 @@ def test_a_base_that_waits_for_the_device_is_named_before_the_capture(modes: lis
 
 
 class Driver:
-    """Stands for torch's graphs: at most one capture at a time in a pool of memory."""
+    """Stands for torch's graphs: at most one capture at a time in a pool of memory.
+
+    Attributes:
+        open: Pools that something is captured to. While there is one, torch gives no memory back.
+        released: Pools, once for each capture that failed and cannot be ended.
+    """
 
     def __init__(self) -> None:
         self.pools = 0
         self.open: set[int] = set()
+        self.released: list[int] = []
         self.can_end = True
 
     def new_pool(self) -> int:
@@ -85,9 +91,14 @@ class Driver:
         def end() -> None:
             if not self.can_end:
                 raise RuntimeError("a stream has not come back")
-            self.open.remove(held[0])
+            self.close(0, held[0])
 
         return SimpleNamespace(capture_begin=begin, capture_end=end)
+
+    def close(self, device: int, pool: int) -> None:
+        if pool not in self.open:
+            raise RuntimeError(f"not recording to pool {pool}")
+        self.open.remove(pool)
 
 
 @pytest.fixture
@@ -96,6 +107,9 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
     monkeypatch.setattr(torch.cuda, "CUDAGraph", made.CUDAGraph)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", made.new_pool)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(synchronize=lambda: None))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", made.close)
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda device, pool: made.released.append(pool))
     return made
 
 
@@ -119,6 +133,7 @@ def test_a_capture_that_fails_does_not_bar_the_next(
     key = StaticKey(1, 1, ShapeClasses(), sampled=False, truncated=False)
     with pytest.raises(torch.OutOfMemoryError):
         found._captures.captured(key)
+    assert not driver.open and driver.released == ([] if can_end else [1])
     driver.can_end = True
     captured = found._captures.captured(key)
     assert captured[0] is step and found._captures.captured(key) is captured  # type: ignore[comparison-overlap]

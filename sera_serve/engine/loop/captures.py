@@ -131,9 +131,19 @@ class Captures(Generic[K, S]):
             work.run()
             graph.capture_end()
         except BaseException:
-            # It may have left a capture that cannot be ended, which keeps its pool to itself.
-            with suppress(RuntimeError):
-                graph.capture_end()
-            self._memory = torch.cuda.graph_pool_handle()
+            self._abandon(graph)
             raise
         return graph
+
+    def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
+        """End a capture that has failed."""
+        try:
+            graph.capture_end()
+        except RuntimeError:
+            # torch does not close the pool of a capture that cannot be ended. While one is open, the process gives no
+            # unused memory back, not even where it is short.
+            with suppress(RuntimeError):
+                device = torch.cuda.current_device()
+                torch._C._cuda_endAllocateToPool(device, self._memory)
+                torch._C._cuda_releasePool(device, self._memory)
+        self._memory = torch.cuda.graph_pool_handle()
