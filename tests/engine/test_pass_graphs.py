@@ -13,7 +13,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from adapters_store import AdapterStore
+from adapters_store import AdapterBundle, AdapterStore
 from sera_kernels import ShapeClasses
 from sera_serve import SeraConfig
 from sera_serve.base import FrozenBase, ImageInput, ModelInputs
@@ -30,7 +30,7 @@ from support.engine import acting_for, classify, settled
 from support.factories import random_adapter, random_decoder, random_encoder, with_vectors
 from support.graph_recorder import RecordedCaptures, static_add_updates
 from support.head_tasks import labeller, regressor, span_finder
-from support.vision import image_classifier, image_file, random_clip, random_vit
+from support.vision import image_classifier, image_file, random_clip, random_vit, retriever
 
 Start = Callable[..., ServingEngine]
 MAX_RANK = 16
@@ -206,6 +206,33 @@ def test_an_engine_answers_the_same_with_graphs(
     captures = with_graphs.runners["classify"].graphs._captures
     assert captures.replays > len(captures) > 2
     captures.check()
+
+
+def test_passes_of_a_retriever_run_as_graphs_unless_it_could_overflow(
+    store: AdapterStore, eager_and_recorded: Callable[[FrozenBase], tuple[Any, Any]]
+) -> None:
+    base = random_clip()
+    bundle = retriever(base, SeraConfig(8, 8, 8.0, "all-linear"), 1)
+    store.publish(bundle, "acme/r")
+    wild = {name: 1e12 * tensor for name, tensor in bundle.tensors.items()}
+    store.publish(AdapterBundle(bundle.config, wild), "acme/wild")
+    eager, with_graphs = eager_and_recorded(base)
+    captures = with_graphs.runners["classify"].graphs._captures
+
+    async def ask(engine: ServingEngine, name: str) -> list[NDArray[np.float32]]:
+        try:
+            return (await engine.embed(name, ["a cat", *IMAGES[:2]], acting_for(name))).vectors  # type: ignore[list-item]
+        finally:
+            await settled(engine)
+
+    np.testing.assert_allclose(
+        asyncio.run(ask(with_graphs, "acme/r")), asyncio.run(ask(eager, "acme/r")), rtol=1e-3, atol=1e-4
+    )
+    assert captures.replays == len(captures) == 2
+    captures.check()
+    with pytest.raises(AdapterOverflow):
+        asyncio.run(ask(with_graphs, "acme/wild"))
+    assert captures.replays == 2
 
 
 def test_a_watched_pass_and_a_failed_capture_run_operation_by_operation(
