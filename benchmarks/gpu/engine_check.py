@@ -28,6 +28,8 @@ SHAPES: tuple[tuple[Member, tuple[str, ...]], ...] = (
     (Member(16, 4), ("k_proj", "o_proj", "down_proj")),
 )
 NAMES = [f"acme/a{i}" for i in range(6)]
+# One of each shape, for passes: those of adapters of generation are watched for overflows, and no graph can be.
+CLASSIFIERS = [f"acme/c{i}" for i in range(len(SHAPES))]
 # Fewer slots than adapters: they are evicted and loaded again meanwhile.
 SLOTS = 3
 MODES = {"eager": False, "graphs": True}
@@ -51,11 +53,12 @@ def check_engine(setting: Setting, part: str) -> Iterator[Row]:
 
 
 def tiny_store(base: FrozenBase, folder: Path) -> AdapterStore:
-    """Six adapters of three shapes."""
+    """Six adapters of three shapes, and a classifier of each."""
     bundles = {}
-    for i, name in enumerate(NAMES):
+    for i, name in enumerate([*NAMES, *CLASSIFIERS]):
         member, only = SHAPES[i % len(SHAPES)]
-        (bundles[name],) = random_bundles(base, member, 1, strength=0.5, only=only, seed=i)
+        labels = ("no", "yes") if name in CLASSIFIERS else ()
+        (bundles[name],) = random_bundles(base, member, 1, strength=0.5, only=only, labels=labels, seed=i)
     return store_of(folder, bundles)
 
 
@@ -117,7 +120,7 @@ def _against_cpu(setting: Setting, base: FrozenBase, store: AdapterStore, mode: 
             equal = [a.token_ids == b.token_ids for a, b in zip(got, want[name], strict=True)]
             row = {"mode": mode, "batch": name, "correct": all(equal), "equal": sum(equal), "of": len(equal)}
             yield row | {"first_differences": _first_differences(got, want[name])}
-        yield _passes(_vectors(engine), vectors, mode)
+        yield _passes(engine, _vectors(engine), vectors, mode)
         yield _evictions(engine, mode)
 
 
@@ -163,28 +166,32 @@ def _graphs(setting: Setting, engine: ServingEngine, mode: str) -> Row:
 
 
 def _vectors(engine: ServingEngine) -> list[NDArray[np.float32]]:
-    """Vectors of texts of several lengths under every adapter: twice, so that graphs are captured and replayed."""
+    """Vectors of texts of several lengths under every classifier: twice, so that graphs are captured and replayed."""
     texts = [[(7 * row + at * at) % 250 for at in range(length)] for row, length in enumerate((3, 20, 17, 40, 1))]
 
     async def embed() -> list[NDArray[np.float32]]:
         found = []
         for _ in range(2):
-            calls = (engine.embed(name, texts, principal(name)) for name in (*NAMES, None))
+            calls = (engine.embed(name, texts, principal(name)) for name in (*CLASSIFIERS, None))
             found += [vector for result in await asyncio.gather(*calls) for vector in result.vectors]
-            found += (await engine.embed(NAMES[0], texts[:1], principal(NAMES[0]))).vectors
+            found += (await engine.embed(CLASSIFIERS[0], texts[:1], principal(CLASSIFIERS[0]))).vectors
         await settled(engine)
         return found
 
     return asyncio.run(embed())
 
 
-def _passes(got: list[NDArray[np.float32]], want: list[NDArray[np.float32]], mode: str) -> Row:
-    """Whether the vectors of classification passes are the CPU's. They have length 1."""
+def _passes(engine: ServingEngine, got: list[NDArray[np.float32]], want: list[NDArray[np.float32]], mode: str) -> Row:
+    """Whether the vectors of classification passes are the CPU's, and whether adapters ran in graphs, if there are any.
+
+    The vectors have length 1.
+    """
     far = [float(np.abs(a - b).max()) for a, b in zip(got, want, strict=True)]
     right = sum(each < VECTOR_TOLERANCE for each in far)
-    return {"mode": mode, "batch": "passes", "correct": right == len(far), "equal": right, "of": len(far)} | {
-        "farthest": max(far)
-    }
+    graphs = engine.runners["classify"].graphs  # type: ignore[attr-defined]
+    with_adapters = None if graphs is None else sum(key.classes.width > 0 for key in graphs.keys)
+    row = {"mode": mode, "batch": "passes", "correct": right == len(far) and with_adapters != 0, "equal": right}
+    return row | {"of": len(far), "farthest": max(far), "graphs_with_adapters": with_adapters}
 
 
 def _evictions(engine: ServingEngine, mode: str) -> Row:

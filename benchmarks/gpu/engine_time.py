@@ -24,6 +24,7 @@ MEMBER = Member(64, 64)
 SEQUENCES = 64
 PROMPT = 32
 COLD = 9
+CLASSIFIERS = 32
 # Of each mode, after one round that loads the adapters and compiles.
 ROUNDS = {"eager": 1, "graphs": 3}
 
@@ -37,13 +38,15 @@ def time_engine(setting: Setting) -> Iterator[Row]:
     began = time.monotonic()
     base = large_base(setting, setting.layers)
     sequences = 4 if setting.small else SEQUENCES
-    cold = 2 if setting.small else COLD
+    cold, classifiers = (2, 2) if setting.small else (COLD, CLASSIFIERS)
     new = 6 if setting.small else 64
     member = Member(8, 8) if setting.small else MEMBER
     made = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         bundles = random_bundles(base, member, sequences + cold)
-        store = store_of(Path(folder), {f"acme/a{i}": bundle for i, bundle in enumerate(bundles)})
+        named = {f"acme/a{i}": bundle for i, bundle in enumerate(bundles)}
+        labelled = random_bundles(base, member, classifiers, labels=("no", "yes"))
+        store = store_of(Path(folder), named | {f"acme/c{i}": bundle for i, bundle in enumerate(labelled)})
         yield {"base_s": made - began, "publish_s": time.monotonic() - made, "layers": setting.layers}
         settings = {
             "pool_mib": 16 if setting.small else 1024,
@@ -63,10 +66,9 @@ def time_engine(setting: Setting) -> Iterator[Row]:
                 yield {"mode": mode, "start_s": time.monotonic() - began}
                 yield from _throughput(setting, engine, mode, sequences, new)
                 own = [f"acme/a{i}" for i in range(sequences)]
-                yield from time_passes(setting, engine, mode, own)
+                yield from time_passes(setting, engine, mode, [f"acme/c{i}" for i in range(classifiers)])
                 if mode == "graphs":
-                    yield from time_beside(setting, engine, mode, own, new)
-                if mode == "graphs":
+                    yield from time_beside(engine, mode, own, "acme/c0", new)
                     yield from _first_tokens(setting, engine, sequences, cold)
             if setting.on_gpu:
                 peaks = {

@@ -27,13 +27,16 @@ async def _embed(engine: ServingEngine, turn: int, rows: int, adapters: Sequence
 
 
 def time_passes(setting: Setting, engine: ServingEngine, mode: str, adapters: Sequence[str]) -> Iterator[Row]:
-    """Milliseconds from call to vectors with nothing else running; the first of each case may compile and capture."""
-    many = 2 if setting.small else 32
+    """Milliseconds from call to vectors with nothing else running; the first of each case may compile and capture.
+
+    With adapters of generation, passes would be watched for overflows, and would be no graphs: they are classifiers.
+    """
+    many = len(adapters)
     cases: dict[str, tuple[int, Sequence[str | None]]] = {
         "base, 1 text": (1, [None]),
         "adapter, 1 text": (1, adapters[:1]),
         f"adapter, {many} texts": (many, adapters[:1]),
-        f"{many} texts of {many} adapters": (1, adapters[:many]),
+        f"{many} texts of {many} adapters": (1, adapters),
     }
 
     async def times() -> dict[str, list[float]]:
@@ -50,7 +53,7 @@ def time_passes(setting: Setting, engine: ServingEngine, mode: str, adapters: Se
         yield {"mode": mode, "pass": case, "first_ms": taken[0], "median_ms": statistics.median(taken[1:])}
 
 
-def time_beside(setting: Setting, engine: ServingEngine, mode: str, adapters: Sequence[str], new: int) -> Iterator[Row]:
+def time_beside(engine: ServingEngine, mode: str, adapters: Sequence[str], classifier: str, new: int) -> Iterator[Row]:
     """A token of each of many generations, alone and while one client after another asks for a vector."""
     runner = engine.runners["generate"]
 
@@ -62,7 +65,7 @@ def time_beside(setting: Setting, engine: ServingEngine, mode: str, adapters: Se
             for number in count():
                 if is_over:
                     return
-                await _embed(engine, turn + number, 1, adapters[:1])
+                await _embed(engine, turn + number, 1, [classifier])
                 passes += 1
 
         began = time.perf_counter()

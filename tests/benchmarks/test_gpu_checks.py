@@ -6,8 +6,10 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -21,8 +23,11 @@ from benchmarks.gpu.kernel_time import Point
 from benchmarks.gpu.operands import Member
 from benchmarks.gpu.record import Record
 from benchmarks.gpu.setting import SectionSkipped, Setting, find_operation
-from sera_kernels import ABSENT, NO_ADAPTER, grouped_sera
+from sera_kernels import ABSENT, NO_ADAPTER, ShapeClasses, grouped_sera
+from sera_serve.engine.overflow import RowGauge
+from sera_serve.engine.tasks.pass_graphs import PassKey
 from sera_serve.layers import served_linear
+from sera_serve.residency import pack
 
 
 @pytest.fixture
@@ -166,6 +171,26 @@ def test_the_engine_check_sees_other_tokens_than_the_cpu_s(setting: Setting, mon
     rows = list(engine_check.check_engine(setting, "float32 graphs"))
     wrong = {row["batch"] for row in rows if not row["correct"]}
     assert wrong == {"base", "adapters", "sampled", "limited", "chosen", "long", "long, adapter", "passes"}
+
+
+@pytest.mark.parametrize(("classes", "correct"), [(ShapeClasses(single=64), True), (ShapeClasses(), False)])
+def test_the_engine_check_wants_passes_of_adapters_in_graphs(classes: ShapeClasses, correct: bool) -> None:
+    graphs = SimpleNamespace(keys=[PassKey(1, 16, ShapeClasses()), PassKey(2, 16, classes)])
+    engine: Any = SimpleNamespace(runners={"classify": SimpleNamespace(graphs=graphs)})
+    vectors = [np.ones(2, np.float32)]
+    assert engine_check._passes(engine, vectors, vectors, "graphs")["correct"] == correct
+    engine.runners["classify"].graphs = None
+    assert engine_check._passes(engine, vectors, vectors, "eager")["correct"]
+
+
+def test_adapters_of_the_passes_that_are_checked_and_timed_cannot_overflow(tmp_path: Path) -> None:
+    base = engine_check.tiny_base(torch.device("cpu"), torch.float32, True)
+    index = {path: row for row, path in enumerate(base.module_shapes())}
+    store = engine_check.tiny_store(base, tmp_path)
+    gauge = RowGauge(base.model)
+    for name in engine_check.CLASSIFIERS:
+        bundle = store.load(store.resolve(name).digest)
+        assert not gauge.must_watch([pack(bundle, index, base.dtype).layout.stretch]), name
 
 
 def test_the_engine_check_sees_a_batch_that_is_not_its_requests(

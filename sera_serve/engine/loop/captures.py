@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import suppress
 from typing import Generic, Protocol, TypeVar
 
@@ -76,6 +76,10 @@ class Captures(Generic[K, S]):
     def __len__(self) -> int:
         """How many graphs there are."""
         return len(self._graphs)
+
+    def __iter__(self) -> Iterator[K]:
+        """The keys of the graphs."""
+        return iter(self._graphs)
 
     def __contains__(self, key: object) -> bool:
         """Whether there is a graph of a key."""

@@ -171,6 +171,11 @@ class PassGraphs:
             lambda key: _padding(StaticPass(base, context, buffers, key)), "a classification pass"
         )
 
+    @property
+    def keys(self) -> list[PassKey]:
+        """What is captured by now."""
+        return list(self._captures)
+
     def capture_first(self) -> None:
         """Capture the smallest pass of texts and that of images, as far as the base reads them.
 
