@@ -89,6 +89,13 @@ def _llama_cases(setting: Setting) -> Iterator[Row]:
         for tokens in (8,) if setting.small else (64, 320, 2048):
             slots = POPULARITY["with base_only"](tokens, len(LARGE_MEMBERS)).sort().values
             yield _case(setting.operation[1], "llama", widths, slots.to(setting.device, torch.int32), *operands)
+    # Small blocks of tokens and large ones. On a CPU in float32: the interpreter cuts bfloat16 off.
+    widths, dtype = (Widths(64, (64, 64)), torch.float32) if setting.small else (large[1], torch.bfloat16)
+    members = LARGE_MEMBERS[:2]
+    operands = mixed_pool(widths.d_in, widths.d_outs, members, dtype, setting.device, 8)
+    for tokens in (8,) if setting.small else (320, 2048):
+        slots = POPULARITY["with base_only"](tokens, len(members)).sort().values
+        yield _activation_case(widths, slots.to(setting.device, torch.int32), *operands)
 
 
 def check_case(
@@ -112,6 +119,21 @@ def _case(
     operation(x, ys, range(len(ys)), AdapterBatch(slots), pool, tables)
     row = compared(x, guarded, before, slots, pool, tables)
     return _described(popularity, widths, pool.dtype, len(slots)) | row
+
+
+def _activation_case(widths: Widths, slots: Tensor, pool: Tensor, tables: AdapterTables) -> Row:
+    """The activation of an MLP with the updates of its two first layers, which share a launch."""
+    # Imported here, because without a GPU Triton is imported for its interpreter alone.
+    from sera_kernels.activation import updated_silu_mul
+
+    x = torch.randn(len(slots), widths.d_in, device=pool.device).to(pool.dtype)
+    gate, up = torch.randn(len(slots), sum(widths.d_outs), device=pool.device).to(pool.dtype).split(widths.d_outs, 1)
+    layers = [gate.double(), up.double()]
+    grouped_sera_reference(x, layers, range(2), AdapterBatch(slots), pool, tables)
+    want = torch.nn.functional.silu(layers[0]) * layers[1]
+    error = (updated_silu_mul(x, gate, up, range(2), AdapterBatch(slots), pool, tables).double() - want).norm()
+    row = _described("activation", widths, pool.dtype, len(slots)) | {"error": (error / want.norm()).item()}
+    return row | {"correct": row["error"] <= TOLERANCE[pool.dtype]}
 
 
 def _described(popularity: str, widths: Widths, dtype: torch.dtype, tokens: int) -> Row:

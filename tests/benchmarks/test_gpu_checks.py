@@ -23,7 +23,7 @@ from benchmarks.gpu.kernel_time import Point
 from benchmarks.gpu.operands import Member
 from benchmarks.gpu.record import Record
 from benchmarks.gpu.setting import SectionSkipped, Setting, find_operation
-from sera_kernels import ABSENT, NO_ADAPTER, ShapeClasses, grouped_sera
+from sera_kernels import ABSENT, NO_ADAPTER, ShapeClasses, activation, grouped_sera
 from sera_serve.engine.overflow import RowGauge
 from sera_serve.engine.tasks.pass_graphs import PassKey
 from sera_serve.layers import served_linear
@@ -107,6 +107,23 @@ def test_replays_see_a_kernel_that_goes_on_with_the_tables_it_first_read(setting
         if not row["correct"]
     ]
     assert {"replay, adapter removed", "replay, shapes swapped", "replay, contents"} >= set(wrong) > set()
+
+
+def test_the_check_of_an_activation_sees_updates_of_one_layer_alone(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def row() -> Any:
+        (found,) = [row for row in check_kernel(setting, "llama") if row["case"] == "activation"]
+        return found
+
+    assert row()["correct"]
+    right = activation.updated_silu_mul
+
+    def half_updated(x: Tensor, gate: Tensor, up: Tensor, modules: Any, batch: Any, *rest: Any) -> Tensor:
+        return right(x, gate, up, [modules[0], modules[0]], batch, *rest)
+
+    monkeypatch.setattr(activation, "updated_silu_mul", half_updated)
+    assert not row()["correct"]
 
 
 def test_the_decode_check_sees_wrong_serving(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
