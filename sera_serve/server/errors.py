@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http
 import logging
-import re
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -31,7 +30,7 @@ CLIENT_CLOSED_CODE = "client_closed"
 _MAX_MESSAGE = 600
 _MAX_PARAM = 200
 _MAX_SHOWN = 60
-_SUBJECT = re.compile(r"^(Input|String|List|Tuple|Dictionary)(?= should )")
+_SUBJECTS = ("Input", "String", "List", "Tuple", "Dictionary")
 CODES = {
     400: "bad_request",
     404: "not_found",
@@ -274,7 +273,9 @@ def _readable(error: dict[str, Any]) -> tuple[str, str | None]:
         kind = "a query parameter" if error["loc"][0] == "query" else "a field"
         return f"{path!r} is not {kind} of this request; leave it out", path
     # pydantic's "Input should be ..." becomes "top_p is 3: it should be ..."; "String should have ..." likewise.
-    return f"{path} is {shown(error.get('input'))}: {_SUBJECT.sub('it', error['msg'])}", path
+    subject, verb, rest = error["msg"].partition(" should ")
+    reason = f"it{verb}{rest}" if verb and subject in _SUBJECTS else error["msg"]
+    return f"{path} is {shown(error.get('input'))}: {reason}", path
 
 
 def shown(value: Any) -> str:

@@ -194,6 +194,8 @@ def test_an_engine_answers_the_same_with_graphs(
     async def ask(engine: ServingEngine) -> tuple[list[float], list[NDArray[np.float32]]]:
         calls = await asyncio.gather(*(classify(engine, name, inputs) for name in names * 2))
         vectors = await asyncio.gather(*(engine.embed(name, ["hello"], acting_for(name)) for name in (None, "acme/a0")))
+        # However the calls above shared passes, this one's come again.
+        calls += [await classify(engine, "acme/a1", inputs) for _ in range(2)]
         await settled(engine)
         return numbers([result for call in calls for result in call.results]), [each.vectors[0] for each in vectors]
 

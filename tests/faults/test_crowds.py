@@ -19,6 +19,7 @@ from transformers import LlamaForCausalLM
 from support.answers import refused
 from support.faulty_serving import NEW_TOKENS, WRITERS, Serving, body, name
 from support.live_server import wait_until
+from support.standstill import standstill
 
 Serve = Callable[..., Serving]
 CROWD = int(os.environ.get("SERA_TEST_CROWD", "600"))
@@ -34,7 +35,13 @@ def test_a_crowd_of_tiny_requests_at_once(serve: Serve, size: int) -> None:
     async def crowd() -> list[httpx.Response]:
         transport = httpx.ASGITransport(serving.app)
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost", limits=limits) as client:
-            asked = [client.post("/v1/generate", json=body(adapter, max_new_tokens=NEW_TOKENS)) for adapter in adapters]
+            asked = [
+                asyncio.ensure_future(client.post("/v1/generate", json=body(adapter, max_new_tokens=NEW_TOKENS)))
+                for adapter in adapters
+            ]
+            with standstill():
+                # Nothing is served until the queue is full, however busy the machine is.
+                await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED)
             return await asyncio.gather(*asked)
 
     answers = asyncio.run(crowd())

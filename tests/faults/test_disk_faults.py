@@ -113,6 +113,8 @@ def test_a_hung_disk_holds_up_neither_the_loop_nor_a_probe(serve: Serve, monkeyp
         return "writable"
 
     monkeypatch.setattr(serving.store, "check", hang)
+    state = serving.app.state
+    state.operator_calls = health.OperatorCalls.of(serving.store, serving.engine, state.metrics)
     try:
         with ThreadPoolExecutor(8) as clients:
             probes = [clients.submit(httpx.get, f"{serving.url}/readyz", timeout=10) for _ in range(8)]
