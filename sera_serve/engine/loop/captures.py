@@ -145,8 +145,9 @@ class Captures(Generic[K, S]):
             graph.capture_end()
         except RuntimeError:
             # torch does not close the pool of a capture that cannot be ended. While one is open, the process gives no
-            # unused memory back, not even where it is short.
-            with suppress(RuntimeError):
+            # unused memory back, not even where it is short. No public function closes it, so a torch without these
+            # goes on as before.
+            with suppress(RuntimeError, AttributeError):
                 device = torch.cuda.current_device()
                 torch._C._cuda_endAllocateToPool(device, self._memory)
                 torch._C._cuda_releasePool(device, self._memory)
