@@ -102,7 +102,7 @@ class Examples(Generic[Labelled]):
     Attributes:
         digests: sha256 of each file, by use; of images too.
         notes: What the user should know about the rows.
-        labels: Every label, in the order of the head's rows; of spans, sorted. None without labels.
+        labels: Every label, in the order of the head's rows; of spans, sorted. Empty where rows have no labels.
     """
 
     train: list[Labelled]
