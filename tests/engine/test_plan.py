@@ -23,6 +23,7 @@ def test_random_arrivals_cancels_and_ends(seed: int) -> None:
         budget=dice.randint(2, 160),
         rows=dice.randint(1, 12),
         threshold=dice.choice([None, None, dice.randint(20, 90)]),
+        most_static=dice.choice([0, dice.randint(2, 120)]),
         still_loading=lambda request: request.adapter is None and dice.random() < 0.1,
     )
     heads = [[dice.randrange(9) for _ in range(dice.randint(1, 100))] for _ in range(3)]
@@ -84,7 +85,7 @@ def test_steps_planned_ahead_of_their_tokens(seed: int) -> None:
         if plan is not None:
             planned = None
             if all(request.computed + count == len(request.tokens) for request, count in plan.chunks):
-                planned, entered = bench.plan_ahead(plan, lambda plan, one: plan.tokens + len(one.tokens) <= most)
+                planned, entered = bench.plan_ahead(plan, lambda ahead: not ahead.chunks or ahead.tokens <= most)
                 ahead += planned is not None
                 joined += len(entered)
             bench.do(plan, lambda: dice.randrange(9))
@@ -105,12 +106,69 @@ def test_steps_are_planned_ahead_while_a_newcomer_waits_for_pages() -> None:
     while third.row < 0:
         plan = planned or bench.plan()
         assert plan is not None
-        planned, _ = bench.plan_ahead(plan, lambda plan, one: True)
+        planned, _ = bench.plan_ahead(plan, lambda ahead: True)
         ahead.append(planned is not None)
         bench.do(plan)
     # It is let try once meanwhile, and enters beside the second request once the first one has ended.
     assert ahead.index(False) == 16 and ahead.count(False) == 1 and len(ahead) > 18, ahead
     assert [request.id for request in bench.finished] == ["r0"]
+
+
+def test_prompts_that_come_at_once_are_parted_into_static_steps() -> None:
+    bench = world(400, budget=2048, rows=64, most_static=512)
+    for number in range(64):
+        bench.add(ask(f"r{number}", [number] * 40, 8))
+    plans = [bench.step() for _ in range(6)]
+    assert all(plan is not None and plan.tokens <= 512 for plan in plans)
+    assert [len(plan.entered) for plan in plans if plan is not None] == [12, 12, 12, 11, 11, 6]
+
+
+def test_a_long_prompt_waits_for_one_static_step_at_most() -> None:
+    bench = world(400, budget=2048, rows=64, most_static=512)
+    early, long = bench.add(ask("early", [1] * 40)), bench.add(ask("long", [2] * 3000))
+    late = [bench.add(ask(f"late{number}", [number] * 40, 50)) for number in range(3, 30)]
+    first, second, third = bench.step(), bench.step(), bench.step()
+    assert first is not None and first.chunks == [(early, 40)]
+    assert second is not None and second.chunks == [(long, 2047)] and second.decodes == [early]
+    # What runs packed anyway takes as many tokens as a step may have.
+    assert third is not None and [request for request, _ in third.chunks] == [long, *late[:27]]
+
+
+def test_tokens_in_the_prefix_cache_do_not_count_for_a_static_step() -> None:
+    bench = world(400, budget=2048, rows=64, most_static=512)
+    head = list(range(900))
+    bench.add(ask("first", head, 2, prefix_key="a/x"))
+    while bench.live:
+        bench.step()
+    many = [bench.add(ask(f"r{number}", [*head, number], 3, prefix_key="a/x")) for number in range(60)]
+    plan = bench.plan()
+    # Of 901 tokens, 896 are in full pages.
+    assert plan is not None and len(plan.entered) == 60 and plan.tokens == 60 * 5
+    bench.do(plan)
+    ahead = bench.add(ask("ahead", [*head, 99], 3, prefix_key="a/x"))
+    plan = bench.plan()
+    assert plan is not None and plan.entered == [ahead] and plan.decodes == many
+    bench.do(plan)
+    bench.add(ask("short", [7], 3))
+    plan = bench.plan()
+    late = bench.add(ask("late", [*head, 98], 3, prefix_key="a/x"))
+    assert plan is not None
+    joined, entered = bench.plan_ahead(plan, bench.runs_static)
+    assert joined is not None and entered == [late]
+
+
+def test_a_row_that_was_given_up_for_a_prompt_is_its_own_though_the_step_is_no_longer_static() -> None:
+    bench = world(400, budget=100, rows=2, most_static=60)
+    other = ask("other", [2], 200)
+    other.priority = -1
+    bench.add(other)
+    bench.step()
+    halves = bench.add(ask("halves", [1] * 149, 200))
+    bench.step()
+    newcomer = bench.add(ask("new", [3] * 30, 9, tenant="b"))
+    plan = bench.step()
+    assert plan is not None and plan.chunks == [(halves, 50), (newcomer, 30)]
+    assert other.state is RequestState.PREEMPTED
 
 
 def test_the_random_worlds_are_wild_enough() -> None:

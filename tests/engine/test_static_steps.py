@@ -20,6 +20,7 @@ from sera_serve.engine import ConstraintSpec, GenerateParams, GenerationResult, 
 from sera_serve.engine.loop import runner
 from sera_serve.engine.loop.captures import NotCaptured
 from sera_serve.engine.loop.pages import PAGE_SIZE, SCRATCH
+from sera_serve.engine.loop.plan import StepPlan
 from sera_serve.engine.loop.row_tables import DeviceRows
 from sera_serve.engine.loop.static_step import StaticBatch, StaticKey, StaticLaunch, StaticStep
 from sera_serve.errors import EngineUnavailable
@@ -445,6 +446,35 @@ def test_tokens_that_the_host_chooses_are_chosen_from_the_logits_of_static_steps
     assert sum(bool(one.logprobs) for one in got) > 5
     assert replayed.prompts == len(batch) and replayed.chosen > 50
     replayed.check()
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_prompts_that_come_at_once_run_in_several_static_steps(
+    late: bool,
+    decoder: FrozenBase,
+    adapters: AdapterStore,
+    start_engine: Start,
+    static_updates: Callable[[], None],
+) -> None:
+    """Each fits one beside all others' decodes, and all together are several times as long."""
+    batch = [ask(number, adapter=[*ADAPTERS, None][number % 7]) for number in range(16)]
+    batch = [replace(params, prompt=(params.prompt or "")[:80]) for params in batch]
+    want = [one.token_ids for one in asyncio.run(all_at_once(start_engine(decoder, adapters), batch))]
+    static_updates()
+    engine = start_engine(decoder, adapters, max_sequences=16)
+    replayed = Replayed(engine, late=late)
+    replayed.runner._run_packed = lambda *args: 1 / 0  # type: ignore[method-assign]
+    planner = engine.runners["generate"].planner
+    plan, are_there = planner.plan, False
+
+    def once_all_are_there(runs_static: Callable[[StepPlan], bool]) -> StepPlan | None:
+        nonlocal are_there
+        are_there = are_there or engine.loads()["generate"].waiting == len(batch)
+        return plan(runs_static) if are_there else None
+
+    planner.plan = once_all_are_there
+    assert [one.token_ids for one in asyncio.run(all_at_once(engine, batch))] == want
+    assert replayed.prompts == len(batch)
 
 
 def test_a_choice_that_fails_ends_its_own_requests(

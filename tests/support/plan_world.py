@@ -98,6 +98,7 @@ class World:
     waiting: Waiting
     budget: int
     side: Callable[[int], int] = lambda length: 0
+    most_static: int = 0
     content: dict[tuple[int, int], Cell] = field(default_factory=dict)
     hashes: dict[str, list[int]] = field(default_factory=dict)
     live: list[GenerationRequest] = field(default_factory=list)
@@ -138,7 +139,7 @@ class World:
         waiting.claims_then.clear()
         waiting.ready.clear()
         first = waiting.first()
-        plan = planner.plan()
+        plan = planner.plan(self.runs_static)
         planner.check_invariants()
         if not crossed and len(before) == planner.num_rows and first is not None:
             # Where the adapter of the first is not there, one that is after it may get a row.
@@ -154,14 +155,19 @@ class World:
         self._check_plan(plan, before, claims)
         return plan
 
+    def runs_static(self, plan: StepPlan) -> bool:
+        """Of prompts alone, as the runner says it: whole ones, and few tokens."""
+        are_whole = all(request.computed + count == len(request.tokens) for request, count in plan.chunks)
+        return are_whole and plan.tokens <= self.most_static
+
     def plan_ahead(
-        self, plan: StepPlan, can_join: Callable[[StepPlan, GenerationRequest], bool]
+        self, plan: StepPlan, runs_on_device: Callable[[StepPlan], bool]
     ) -> tuple[StepPlan | None, list[GenerationRequest]]:
         """The step after `plan`, checked, and who has entered the batch for it; nothing of `plan` is done yet."""
         waiting, planner = self.waiting, self.planner
         before, first, pages = list(planner.running), waiting.first(), planner.pages.available()
         waiting.preempted.clear()
-        ahead = planner.plan_ahead(plan, [], lambda plan: True, can_join)
+        ahead = planner.plan_ahead(plan, [], runs_on_device)
         planner.check_invariants()
         assert not waiting.preempted, "somebody yielded what a step under way uses"
         entered = [request for request in planner.running if request not in before]
@@ -257,7 +263,8 @@ class World:
             if request.is_decoding and request not in waiting.preempted:
                 assert request in plan.decodes, "a decode does not run in this step"
         assert all(request.state is RequestState.RUNNING for request in running)
-        assert all(request.row < 0 and not request.pages for request in waiting.queue.requests())
+        waits = waiting.queue.requests()
+        assert all(request.row < 0 and not request.pages and not request.computed for request in waits)
         survivors = [request for request in before if request not in waiting.preempted]
         # The highest claim gets on: as a decode always, in a prefill unless others before it use the tokens up.
         if survivors and (first := min(survivors, key=lambda one: claims[one.id])).is_decoding:
@@ -295,6 +302,7 @@ def world(
     budget: int = 64,
     rows: int = 8,
     threshold: int | None = None,
+    most_static: int = 0,
     still_loading: Callable[[GenerationRequest], bool] = lambda request: False,
 ) -> World:
     waiting = Waiting(still_loading)
@@ -310,7 +318,7 @@ def world(
         rotary_side=None if threshold is None else side,
     )
     waiting.running = planner.running
-    return World(planner, waiting, budget, side)
+    return World(planner, waiting, budget, side, most_static)
 
 
 def ask(

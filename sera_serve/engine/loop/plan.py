@@ -126,8 +126,13 @@ class StepPlanner:
         # Nobody outside can compute a key, and so learn from a collision what others have asked.
         self._secret = secrets.token_bytes(32)
 
-    def plan(self) -> StepPlan | None:
-        """The next step, or None if there is nothing to run."""
+    def plan(self, runs_static: Callable[[StepPlan], bool]) -> StepPlan | None:
+        """The next step, or None if there is nothing to run.
+
+        Args:
+            runs_static: Whether all of a step would run on static buffers. Such a step, once it has a prompt, takes no
+                newcomer with which it would not: two static steps take less time than one that is not.
+        """
         plan = StepPlan()
         if self._rotary_side is not None:
             for request in [r for r in self.running if self._rotary_side(len(r.tokens)) != r.rotary_side]:
@@ -141,9 +146,10 @@ class StepPlanner:
                 budget -= self._plan_chunk(plan, request, budget)
         self._short = None
         while budget and self._rows:
-            newcomer, promised = promised or self._candidates.first(), None
-            if newcomer is None:
+            newcomer = promised or self._candidates.first()
+            if newcomer is None or (newcomer is not promised and self._waits_for_static(plan, newcomer, runs_static)):
                 break
+            promised = None
             if not self._admit(plan, newcomer, short_of_pages):
                 self._short = _ShortOfPages(newcomer, self.pages.available())
                 break
@@ -156,7 +162,6 @@ class StepPlanner:
         plan: StepPlan,
         leaving: Collection[GenerationRequest],
         runs_on_device: Callable[[StepPlan], bool],
-        can_join: Callable[[StepPlan, GenerationRequest], bool],
     ) -> StepPlan | None:
         """The step after `plan`, which gives each of its requests a token that is not known yet; None if it must wait.
 
@@ -168,8 +173,7 @@ class StepPlanner:
         Args:
             plan: The step under way. Its chunks end their prompts.
             leaving: Requests of the step that end after it.
-            runs_on_device: Whether a step of such decodes can be launched ahead.
-            can_join: Whether a newcomer's prompt may run in this step, beside what is planned already.
+            runs_on_device: Whether a step can be launched ahead.
         """
         ahead = StepPlan(decodes=[r for r in plan.requests() if len(r.tokens) + 1 < r.limit and r not in leaving])
         ahead.grown = [r for r in ahead.decodes if len(r.tokens) == len(r.pages) * PAGE_SIZE]
@@ -181,7 +185,7 @@ class StepPlanner:
             return None
         waits = self._candidates.first()
         if waits is not None and self._rows:
-            if not self._enters_ahead(ahead, waits, len(ahead.grown), can_join) and not self._stays_short(waits):
+            if not self._enters_ahead(ahead, waits, len(ahead.grown), runs_on_device) and not self._stays_short(waits):
                 return None
         elif waits is not None and self._yields_row(waits) is not None:
             return None
@@ -190,7 +194,7 @@ class StepPlanner:
         while (
             self._rows
             and (newcomer := self._candidates.first()) is not None
-            and self._enters_ahead(ahead, newcomer, 0, can_join)
+            and self._enters_ahead(ahead, newcomer, 0, runs_on_device)
         ):
             if not self._admit(ahead, newcomer, short_of_pages=False):
                 break
@@ -198,20 +202,35 @@ class StepPlanner:
                 self._plan_chunk(ahead, newcomer, self._budget)
         return ahead
 
+    def _waits_for_static(
+        self, plan: StepPlan, newcomer: GenerationRequest, runs_static: Callable[[StepPlan], bool]
+    ) -> bool:
+        """Whether a newcomer is left to the next step, because this one has prompts and is static without it."""
+        return bool(plan.chunks) and runs_static(plan) and not self._joins(plan, newcomer, runs_static)
+
     def _enters_ahead(
         self,
         plan: StepPlan,
         newcomer: GenerationRequest,
         taken: int,
-        can_join: Callable[[StepPlan, GenerationRequest], bool],
+        runs_on_device: Callable[[StepPlan], bool],
     ) -> bool:
         """Whether a newcomer can enter without anybody's pages; `taken` are promised. Cached pages are not counted."""
-        count = len(newcomer.tokens)
-        if plan.tokens + count > self._budget or not can_join(plan, newcomer):
+        if not self._joins(plan, newcomer, runs_on_device):
             return False
-        if self._rotary_side is not None and self._rotary_side(count):
+        return self.pages.available() >= taken + -(-len(newcomer.tokens) // PAGE_SIZE) + self._spare(newcomer)
+
+    def _joins(self, plan: StepPlan, newcomer: GenerationRequest, runs: Callable[[StepPlan], bool]) -> bool:
+        """Whether a step runs as `runs` says, with all tokens of a newcomer that the prefix cache does not have."""
+        if self._rotary_side is not None and self._rotary_side(len(newcomer.tokens)):
             return False
-        return self.pages.available() >= taken + -(-count // PAGE_SIZE) + self._spare(newcomer)
+        found = self._find(newcomer)
+        newcomer.computed = len(found) * PAGE_SIZE
+        wider = StepPlan(plan.decodes, [*plan.chunks, (newcomer, len(newcomer.tokens) - newcomer.computed)])
+        joins = wider.tokens <= self._budget and runs(wider)
+        newcomer.computed = 0
+        self.pages.release(found)
+        return joins
 
     def _stays_short(self, newcomer: GenerationRequest) -> bool:
         """Whether a newcomer would find too few pages again. After some steps it may try, for the order changes."""

@@ -232,17 +232,13 @@ class StepRunner:
             self.probe()
             return StepOutcome(failures=dict.fromkeys(requests, step_failed(error)))
 
+    def runs_static(self, plan: StepPlan) -> bool:
+        """Whether all of a step would run on static buffers."""
+        return len(self._static_batch(plan).requests) == len(plan.decodes) + len(plan.chunks)
+
     def runs_on_device(self, plan: StepPlan) -> bool:
         """Whether the step would need nothing of the host once it is launched."""
-        requests = self._static_batch(plan).requests
-        is_whole = len(requests) == len(plan.decodes) + len(plan.chunks)
-        return is_whole and not any(request.needs_logits for request in requests)
-
-    def can_join(self, plan: StepPlan, request: GenerationRequest) -> bool:
-        """Whether a step that runs on the device still does with the whole prompt of one request more."""
-        count = len(request.tokens)
-        wider = StepPlan(plan.decodes, [*plan.chunks, (request, count)])
-        return _ends_plainly(request, count) and self.runs_on_device(wider)
+        return self.runs_static(plan) and not any(request.needs_logits for request in plan.requests())
 
     def _static_batch(self, plan: StepPlan) -> StaticBatch:
         """What static steps run of a plan: the decodes, and all prompts or none.

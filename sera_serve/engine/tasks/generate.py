@@ -144,7 +144,7 @@ class GenerationRunner(TaskRunner[GenerationRequest]):
         """Launch a step and hand on what it gave; launch the next one meanwhile, where the device runs alone."""
         step, self._next = self._next, None
         if step is None:
-            plan = self.planner.plan()
+            plan = self.planner.plan(self.runner.runs_static)
             self.scheduler.hint_new()
             if plan is None:
                 return False
@@ -184,7 +184,7 @@ class GenerationRunner(TaskRunner[GenerationRequest]):
         """Launch the step after `step` before its tokens are known, if nothing has to come between the two."""
         if self._stopping or self._cancelled or not step.launch.on_device:
             return
-        plan = self.planner.plan_ahead(step.plan, step.leaving, self.runner.runs_on_device, self.runner.can_join)
+        plan = self.planner.plan_ahead(step.plan, step.leaving, self.runner.runs_on_device)
         self.scheduler.hint_new()
         if plan is None:
             return
