@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,19 @@ def decoder() -> FrozenBase:
 @pytest.fixture(scope="session")
 def encoder() -> FrozenBase:
     return random_encoder()
+
+
+@pytest.fixture
+def memory_given_back() -> Iterator[None]:
+    """For recordings, which hold every tensor of a step: the memory of many tests would add up to 11 GB.
+
+    They end in cycles, and what is free in a thread's heap stays there when the thread has ended.
+    """
+    yield
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 @pytest.fixture

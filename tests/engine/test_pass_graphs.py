@@ -32,6 +32,8 @@ from support.graph_recorder import RecordedCaptures, static_add_updates
 from support.head_tasks import labeller, regressor, span_finder
 from support.vision import image_classifier, image_file, random_clip, random_vit, retriever
 
+pytestmark = pytest.mark.usefixtures("memory_given_back")
+
 Start = Callable[..., ServingEngine]
 MAX_RANK = 16
 LABELS = ["a", "b", "c"]

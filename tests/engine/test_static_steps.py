@@ -29,6 +29,7 @@ from support.engine import Start, collect, generate, settled, until
 from support.factories import byte_tokenizer, random_adapter, with_vectors
 from support.graph_recorder import SIZES, Recording, Replayed, static_add_updates
 
+pytestmark = pytest.mark.usefixtures("memory_given_back")
 MAX_RANK = 16
 SHAPES = [
     SeraConfig(16, 16, 8.0, "all-linear"),
