@@ -224,8 +224,11 @@ def train(run: Path) -> dict[str, Any]:
     base = load_base(
         options["base"], device=options["device"], dtype=options["dtype"], quantize=options.get("quantize", "none")
     )
-    if "messages_column" in options and base.tokenizer.chat_template is None:
-        options["chat_template"] = str(CHAT_TEMPLATE)
+    if "messages_column" in options and not base.tokenizer.chat_template:
+        initial = options.get("init_from")
+        # An adapter that was trained on chats brings its own template, and the trainer takes no second one.
+        if initial is None or not store.resolve(initial).has_chat_template:
+            options["chat_template"] = str(CHAT_TEMPLATE)
     with closing(Progress(run / PROGRESS)) as progress:
         result = train_adapter(load_options(None, options), base=base, callbacks=[progress], publish=publisher.publish)
         for note in result.notes:

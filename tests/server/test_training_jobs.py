@@ -227,7 +227,6 @@ def test_a_chat_is_trained_and_goes_on_from_the_first_job(client: openai.OpenAI,
     first = finished(client, created.id)
     assert first.status == "succeeded", first.error
     file = first.training_file
-    # The base has no template, so the adapter carries one.
     assert first.fine_tuned_model.startswith("default/embedded-")
     answer = client.chat.completions.create(
         model=first.fine_tuned_model, messages=[{"role": "user", "content": "Say red."}], max_tokens=4
