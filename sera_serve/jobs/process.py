@@ -90,7 +90,6 @@ class JobProcesses:
             # The process has another working directory.
             str(Path(self.base).resolve()) if self.base != EMBEDDED and Path(self.base).is_dir() else self.base,
             self.store.absolute(),
-            run,
             device=self.device.partition(":")[0],
             dtype=self.dtype,
             quantize=self.quantize,

@@ -108,14 +108,13 @@ class JobSpec:
         return cls(**json.loads(text))
 
     def train_settings(
-        self, base: str, store: Path, run: Path, *, device: str, dtype: str, quantize: Quantize = "none"
+        self, base: str, store: Path, *, device: str, dtype: str, quantize: Quantize = "none"
     ) -> dict[str, Any]:
-        """Return the fields of `TrainSettings`, as JSON values.
+        """Return the fields of `TrainSettings`, as JSON values, for a process whose working directory is the job's.
 
         Args:
             base: As the server loads it.
             store: Directory of the store.
-            run: Directory of the job. It is the process's working directory.
             device: Torch device.
             dtype: dtype of the base.
             quantize: What the base's linear layers are kept in.
@@ -144,7 +143,7 @@ class JobSpec:
             "device": device,
             "dtype": dtype,
             "quantize": quantize,
-            "work_dir": str(run / "work"),
+            "work_dir": "work",
             "checkpoint_seconds": _CHECKPOINT_S,
             "log_steps": max(1, -(-self.steps // _MOST_POINTS)),
             **{name: value for name, value in chosen.items() if value is not None},
@@ -185,9 +184,8 @@ def check_spec(
         InvalidConfiguration: The message names fields of a job's body, or packages that training needs.
     """
     check_packages()
-    folder = Path("jobs")
     try:
-        settings = load_options(None, spec.train_settings("base", folder, folder, device="cpu", dtype="auto"))
+        settings = load_options(None, spec.train_settings("base", Path("store"), device="cpu", dtype="auto"))
         if kept is not None:
             _check_kept(spec)
             return _checked(spec, kept, settings)

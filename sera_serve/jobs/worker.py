@@ -27,6 +27,7 @@ from sera_serve.base import load_base
 from sera_serve.errors import SeraServeError
 from sera_serve.jobs.process import ORDERS, PROGRESS, PUBLISHING, RESULT, read_limits, read_publishing, write_json
 from sera_serve.jobs.spec import SHAPE, in_words
+from sera_serve.trainer.checkpoint import CheckpointNotWritten
 from sera_serve.trainer.run import train_adapter
 from sera_serve.trainer.settings import load_options
 
@@ -221,9 +222,7 @@ def train(run: Path) -> dict[str, Any]:
     publisher = JobPublisher(run, store, quotas, Shares(database))
     if (done := publisher.published(options["name"])) is not None:
         return done
-    base = load_base(
-        options["base"], device=options["device"], dtype=options["dtype"], quantize=options.get("quantize", "none")
-    )
+    base = load_base(options["base"], device=options["device"], dtype=options["dtype"], quantize=options["quantize"])
     if "messages_column" in options and not base.tokenizer.chat_template:
         initial = options.get("init_from")
         # An adapter that was trained on chats brings its own template, and the trainer takes no second one.
@@ -241,6 +240,9 @@ def failure(error: Exception) -> dict[str, Any] | None:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         remedy = "send a smaller batch_size or rank, or shorter rows"
         return _failed("out_of_memory", f"the memory that a training job may use is too small; {remedy}")
+    if isinstance(error, CheckpointNotWritten):
+        remedy = "ask the operator to free space there, and create the job again"
+        return _failed(error.code, f"the disk of the store takes no checkpoint of the job; {remedy}")
     if isinstance(error, SeraServeError | StoreError):
         return _failed(error.code, in_words(error.message), _PARAMS.get(error.param or ""))
     if isinstance(error, OSError):

@@ -257,7 +257,7 @@ def test_a_job_goes_on_from_an_adapter_of_its_kind_alone(server: Server) -> None
     assert error["param"] == "adapter.lora_plus_ratio" and "sera-freeze-b" in error["message"]
     made = server.create(TAGGED, {"budget": 2.0}, model=adapter, hyperparameters={"learning_rate_multiplier": 0.5})
     spec = server.app.state.training.jobs.get(made.json()["id"], None).spec
-    options = spec.train_settings("embedded", Path("store"), Path("run"), device="cpu", dtype="auto")
+    options = spec.train_settings("embedded", Path("store"), device="cpu", dtype="auto")
     assert (options["init_from"], options["multi_label"], options["budget"]) == (f"{adapter}@v1", True, 2.0)
     # The rate is that of the adapter's own method.
     assert options["learning_rate"] == 0.5 * 1e-2
@@ -273,5 +273,5 @@ def test_the_multiplier_is_a_factor_of_the_methods_rate(server: Server, method: 
             hyperparameters={"learning_rate_multiplier": multiplier},
         )
         spec = server.app.state.training.jobs.get(made.json()["id"], None).spec
-        options = spec.train_settings("embedded", Path("store"), Path("run"), device="cpu", dtype="auto")
+        options = spec.train_settings("embedded", Path("store"), device="cpu", dtype="auto")
         assert options.get("learning_rate", rate) == rate * multiplier

@@ -1,18 +1,21 @@
-"""Jobs on chats, on a base that has no chat template."""
+"""The program of a job's process: the template that it trains chats with, and what it says of a full disk."""
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import TrainerState
 
 from adapters_store import AdapterStore
 from sera_serve.base.loading import EMBEDDED_FOLDER
 from sera_serve.jobs import Job, JobPaths, JobProcesses, JobSpec
-from sera_serve.jobs.worker import CHAT_TEMPLATE, train
+from sera_serve.jobs.worker import CHAT_TEMPLATE, failure, train
+from sera_serve.trainer.checkpoint import CheckpointNotWritten
 from support.training import jsonl
 
 CHATS = [
@@ -44,3 +47,18 @@ def test_the_adapter_carries_the_template_and_a_job_that_goes_on_keeps_it(
     first = trained(store, base, "t/first", monkeypatch, rank=4, split=2)
     assert first == CHAT_TEMPLATE.read_text()
     assert trained(store, base, "t/second", monkeypatch, init_from="t/first@v1", kept_method="sera") == first
+
+
+def test_a_full_disk_is_told_without_a_path_and_without_options_of_the_trainer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(TrainerState, "save_to_json", full)
+    with pytest.raises(CheckpointNotWritten) as caught:
+        trained(AdapterStore(tmp_path / "store"), EMBEDDED_FOLDER, "t/a", monkeypatch, rank=4, split=2)
+    assert str(tmp_path) not in caught.value.message
+    told = failure(caught.value)
+    assert told is not None and (told["code"], told["param"]) == ("checkpoint_not_written", None)
+    assert "create the job again" in told["message"] and "--" not in told["message"]
