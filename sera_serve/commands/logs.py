@@ -19,6 +19,8 @@ from sera_serve.commands.output import json_text
 
 # Lines that wait for the terminal, the pipe or the file behind stderr. What comes while they are full is counted.
 _MOST_WAITING = 10_000
+# How often the end of a full log looks for room.
+_FULL_S = 0.01
 _TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
@@ -137,6 +139,14 @@ class _Listener(QueueListener):
         """Write one record."""
         self.tell_lost()
         super().handle(record)
+
+    def enqueue_sentinel(self) -> None:
+        """Ask the thread to end after the records that wait. The library's method fails where they leave no room."""
+        while True:
+            try:
+                return super().enqueue_sentinel()
+            except queue.Full:
+                time.sleep(_FULL_S)
 
     def tell_lost(self) -> None:
         """Write how many lines were lost since it was last written. What cannot be written is told later."""

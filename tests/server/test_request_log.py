@@ -9,6 +9,7 @@ import logging
 import os
 import queue
 import struct
+import threading
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
@@ -300,6 +301,27 @@ def test_the_log_says_how_many_lines_were_dropped(monkeypatch: pytest.MonkeyPatc
     dropped, after = written("text", log, 2)
     assert "7 lines of the log were dropped" in dropped
     assert after.endswith("after")
+
+
+def test_a_log_that_is_full_at_the_end_is_written_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sera_serve.commands.logs._MOST_WAITING", 3)
+    may_write = threading.Event()
+
+    class SlowStream(io.StringIO):
+        def write(self, text: str) -> int:
+            may_write.wait()
+            return super().write(text)
+
+    stream = SlowStream()
+    threading.Timer(0.3, may_write.set).start()
+    with redirect_stderr(stream), logging_to_stderr("text") as handler:
+        for _ in range(20):
+            logging.getLogger("sera_serve.engine").warning("line")
+        assert handler.queue.full()
+    assert handler not in logging.getLogger().handlers
+    lines = stream.getvalue().splitlines()
+    assert sum(line.endswith("line") for line in lines) + handler.dropped == 20
+    assert f"{handler.dropped} lines of the log were dropped" in stream.getvalue()
 
 
 def test_lines_that_a_full_disk_refuses_are_counted_and_tear_no_other(tmp_path: Path) -> None:
