@@ -59,7 +59,7 @@ def compress_bundle(
     split: int,
     rank: int | None = None,
     max_error: float | None = None,
-    on_layer: Callable[[str, float], None] | None = None,
+    on_layer: Callable[[str, int, float], None] | None = None,
 ) -> AdapterBundle:
     """Find the nearest SeRA of every layer of an adapter. Blocks.
 
@@ -70,7 +70,7 @@ def compress_bundle(
         split: Blocks of A and B, at least 1; it must divide the widths of every layer.
         rank: Rank of the result, at least 1; None is the layer's own, rounded up to a multiple of `split`.
         max_error: The largest relative error of a layer that is accepted; None accepts any.
-        on_layer: Called after each layer with its path and the relative error of its update.
+        on_layer: Called after each layer with its path, its new rank and the relative error of its update.
 
     Raises:
         UnsupportedAdapter: There is no layer, or split or rank do not fit one.
@@ -95,7 +95,7 @@ def compress_bundle(
         modules[path] = spec.model_copy(update=fields)
         tensors |= {f"{path}.sera_a": result.a, f"{path}.sera_c": result.c, f"{path}.sera_b": result.b}
         if on_layer is not None:
-            on_layer(path, errors[path])
+            on_layer(path, layer_rank, errors[path])
     worst = max(errors, key=errors.__getitem__)
     if max_error is not None and errors[worst] > max_error:
         raise TooLossy(

@@ -95,11 +95,11 @@ def compress_and_show(
         TooLossy, UnsupportedAdapter: See `compress_bundle`. The table is shown all the same.
     """
     table = Table("layer", "rank", "relative error")
-    errors: dict[str, float] = {}
+    errors: list[float] = []
 
-    def on_layer(path: str, error: float) -> None:
-        errors[path] = error
-        table.add_row(path, str(rank or bundle.config.modules[path].rank), f"{error:.4f}")
+    def on_layer(path: str, layer_rank: int, error: float) -> None:
+        errors.append(error)
+        table.add_row(path, str(layer_rank), f"{error:.4f}")
         bar.advance(task)
 
     try:
@@ -110,7 +110,7 @@ def compress_and_show(
         if errors:
             console.print(table)
     before, after = bundle.config.parameters, smaller.config.parameters
-    console.print(f"{before:,} parameters became {after:,}; largest relative error {max(errors.values()):.4f}")
+    console.print(f"{before:,} parameters became {after:,}; largest relative error {max(errors):.4f}")
     return smaller
 
 
@@ -132,7 +132,12 @@ def _imported(files: PeftFiles, base: str | None) -> tuple[AdapterBundle, tuple[
 def _downloaded(hub_id: str) -> str:
     """A local folder with the files of a hub's repository that an import reads."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     names = (*_HUB_FILES, *_HUB_TEMPLATES)
     try:
@@ -140,7 +145,8 @@ def _downloaded(hub_id: str) -> str:
         # A pattern matches at any depth: the folders of a training run may hold many checkpoints that nothing reads.
         if not (Path(folder) / _HUB_FILES[0]).is_file():
             folder = snapshot_download(hub_id, allow_patterns=[f"*/{name}" for name in names])
-    except RepositoryNotFoundError as error:
+    # Not every text of the form owner/name is an id: `a--b/c` is none.
+    except (RepositoryNotFoundError, HFValidationError) as error:
         raise InvalidConfiguration(
             f"{hub_id} is neither a path nor a repository of the hub that you may read", param="source"
         ) from error

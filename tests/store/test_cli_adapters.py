@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import json
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -410,7 +411,9 @@ def test_a_checkpoint_is_compressed(run: Run, store: AdapterStore, checkpoint: t
     assert "q_proj" in result.stderr
     spec = next(iter(store.config(store.resolve(NAME).digest).modules.values()))
     assert (spec.split, spec.rank, spec.use_mixer) == (4, 16, True)
-    assert run(*importing, "--compress", "split=4", "--max-error", "1").exit_code == 0
+    # A rank that nobody gave is that of the layer, rounded up to a multiple of the split.
+    result = run(*importing, "--compress", "split=16", "--max-error", "1")
+    assert result.exit_code == 0 and re.search(r"q_proj \D*16 ", result.stderr), result.stderr
     # A number that would be ignored, and one that no error is above.
     for options, reason in (
         (("--max-error", "0.5"), "only --compress reads it"),
@@ -431,6 +434,7 @@ def test_a_hub_id_without_a_network(run: Run, monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     assert_refused(run("import", "someone/no-such-adapter", "--name", NAME), "hf download someone/no-such-adapter")
+    assert_refused(run("import", "some--one/adapter", "--name", NAME), "neither a path nor a repository of the hub")
 
 
 @pytest.mark.parametrize(("inside", "downloads"), [("", 1), ("adapter", 2)])

@@ -56,9 +56,10 @@ def test_a_sera_is_found_again() -> None:
     spec = ModuleSpec(d_in=48, d_out=32, rank=8, split=4, use_mixer=True, scaling=2.0)
     base = make_bundle().config.base
     sera = fill(AdapterConfig(task="generate", method="sera", base=base, modules={"a.b": spec}), 3)
-    seen: dict[str, float] = {}
-    compress_bundle(sera, 4, on_layer=seen.__setitem__)
-    assert seen["a.b"] < 1e-6
+    seen: list[tuple[str, int, float]] = []
+    compress_bundle(sera, 4, on_layer=lambda *layer: seen.append(layer))
+    ((path, rank, error),) = seen
+    assert (path, rank) == ("a.b", 8) and error < 1e-6
 
 
 def test_it_is_better_than_a_random_start() -> None:
@@ -71,14 +72,14 @@ def test_it_is_better_than_a_random_start() -> None:
 
 
 def test_a_loss_above_the_bound_is_refused_and_named() -> None:
-    seen: dict[str, float] = {}
+    seen: list[tuple[str, int, float]] = []
     with pytest.raises(TooLossy, match=r"a\.b") as refusal:
-        compress_bundle(lora(), 4, max_error=0.1, on_layer=seen.__setitem__)
+        compress_bundle(lora(), 4, max_error=0.1, on_layer=lambda *layer: seen.append(layer))
     assert refusal.value.param == "max_error"
-    assert seen["a.b"] > 0.1
-    again: dict[str, float] = {}
-    compress_bundle(lora(), 4, on_layer=again.__setitem__)
-    assert again == seen
+    ((_, _, error),) = seen
+    assert error > 0.1
+    compress_bundle(lora(), 4, on_layer=lambda *layer: seen.append(layer))
+    assert seen[1] == seen[0]
 
 
 @pytest.mark.parametrize(("split", "rank"), [(5, None), (4, 6), (32, 32)])
