@@ -125,8 +125,8 @@ class Holdings:
     def _count_beside(self, tenant: str) -> None:
         try:
             self._count(tenant)
-        except StoreError as error:
-            logger.error("what tenant %s holds cannot be counted: %s", tenant, error.message)
+        except (StoreError, OSError) as error:
+            logger.error("what tenant %s holds cannot be counted: %s", tenant, error)
             self._forget(tenant)
 
     def _count(self, tenant: str) -> Held:

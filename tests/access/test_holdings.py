@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import threading
 from pathlib import Path
 
 import pytest
@@ -196,6 +198,29 @@ def test_an_old_count_is_renewed_beside_the_publication(store: AdapterStore, bun
         return False
 
     wait_until(is_refused)
+
+
+def test_a_count_beside_a_publication_that_the_disk_refuses_is_made_again(
+    store: AdapterStore, bundles: list[AdapterBundle], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock = Clock()
+    holdings = limited(store, clock, adapters=2)
+    publish(holdings, store, bundles[0], "acme/a")
+    refused = threading.Event()
+
+    def refuse(tenant: str) -> Held:
+        monkeypatch.undo()
+        refused.set()
+        raise PermissionError(errno.EACCES, "Permission denied", "versions")
+
+    monkeypatch.setattr(store, "held", refuse)
+    clock.now += 10
+    holdings.check_publish("acme/b", bundles[1].digest, bundles[1].file_bytes)
+    assert refused.wait(10)
+    wait_until(lambda: "what tenant acme holds cannot be counted" in caplog.text)
+    AdapterStore(store.root).publish(bundles[2], "acme/c")
+    with pytest.raises(QuotaExceeded, match="has 2 adapters"):
+        holdings.check_publish("acme/b", bundles[1].digest, bundles[1].file_bytes)
 
 
 def test_a_damaged_record_counts_as_the_largest_other_version(
