@@ -245,11 +245,6 @@ class AdapterStore(StoredBundles):
             return None
         return any(record.digest == digest for record in self._records(name, manifest))
 
-    def aliases(self, name: str) -> dict[str, int]:
-        """Version by alias of one adapter, or `AdapterNotFound`."""
-        parse_adapter(name)
-        return self.inspect(name).aliases
-
     def set_alias(self, name: str, alias: str, ref: str) -> None:
         """Point an alias of adapter `name` to the version that `ref`, a reference to the same adapter, names.
 

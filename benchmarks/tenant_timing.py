@@ -178,7 +178,7 @@ def main(
             figures = measure(attacker, samples, seed)
             attacker.close()
         # What was attacked is whole.
-        figures["store_unchanged"] = AdapterStore(store.root).aliases(EXISTS) == {"latest": 1, "stable": 1}
+        figures["store_unchanged"] = AdapterStore(store.root).inspect(EXISTS).aliases == {"latest": 1, "stable": 1}
     table = Table("endpoint", "status", "AUC", "at chance", "median, ms: exists", "does not")
     for name, one in figures["endpoints"].items():
         status = ", ".join(map(str, one["statuses"]))

@@ -53,12 +53,15 @@ class Shares:
                 if count > most:
                     # The block takes the new one back.
                     raise QuotaExceeded(
-                        f"{what} has {most} shares, the most that may be; end some, or share with {EVERYONE!r}",
+                        f"{what} has {most} shares, the most that may be; end some: one with {EVERYONE!r} is for all",
                         param="with",
                     )
 
     def remove(self, adapter: str, tenant: str) -> bool:
         """End a share. Returns whether there was one."""
+        # The bytes of a command line need not be text, and the database takes text alone. Tenants are ASCII.
+        if not tenant.isascii():
+            return False
         with self._database.writing() as connection:
             done = connection.execute("DELETE FROM shares WHERE adapter = ? AND tenant = ?", (adapter, tenant))
             return done.rowcount > 0

@@ -338,7 +338,7 @@ def alias(
         else:
             opened.set_alias(name, alias, ref)
             _audit(opened, "alias.set", name, alias=alias, version=opened.resolve(f"{name}@{alias}").version)
-        aliases = opened.aliases(name)
+        aliases = opened.inspect(name).aliases
         shown = ", ".join(f"{held}=v{version}" for held, version in aliases.items())
         report(as_json, f"{name}: {shown}", adapter=name, aliases=aliases)
 
@@ -356,10 +356,11 @@ def share(
     Example: sera-serve adapters share acme/mine --with globex --store store
     """
     with refusals():
+        parse_adapter(adapter)
         opened = AdapterStore(store, create=False)
-        opened.aliases(adapter)
         shares = Shares(AccessDatabase(opened.root))
         if not remove:
+            opened.resolve(adapter)
             shares.add(adapter, tenant)
         elif not shares.remove(adapter, tenant):
             raise InvalidConfiguration(f"{adapter} is not shared with {tenant}; see adapters inspect", param="with")

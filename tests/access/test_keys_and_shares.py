@@ -345,7 +345,7 @@ def test_shares_are_bounded(database: AccessDatabase, monkeypatch: pytest.Monkey
     shares = Shares(database)
     for number in range(3):
         shares.add("acme/one", f"t{number}")
-    with pytest.raises(QuotaExceeded, match=r"acme/one has 3 shares, .*; end some, or share with '\*'"):
+    with pytest.raises(QuotaExceeded, match=r"acme/one has 3 shares, .*; end some: one with '\*' is for all"):
         shares.add("acme/one", "t3")
     shares.add("acme/one", "t0")
     assert shares.of("acme/one") == ["t0", "t1", "t2"]

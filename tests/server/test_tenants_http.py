@@ -175,7 +175,7 @@ def test_a_foreign_adapter_answers_as_one_that_does_not_exist(
         del headers["content-length"]
     assert own == exists
     assert asked
-    assert AdapterStore(root).aliases(SECRET) == {"latest": 1, "stable": 1}
+    assert AdapterStore(root).inspect(SECRET).aliases == {"latest": 1, "stable": 1}
 
 
 def test_publishing_under_a_foreign_name_is_forbidden(people: Clients, root: Path, sorter: AdapterBundle) -> None:

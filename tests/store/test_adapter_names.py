@@ -49,7 +49,6 @@ def test_bad_names_touch_nothing(name: object, tmp_path: Path) -> None:
         lambda: store.resolve(name),  # type: ignore[arg-type]
         lambda: store.inspect(name),  # type: ignore[arg-type]
         lambda: store.delete(name),  # type: ignore[arg-type]
-        lambda: store.aliases(name),  # type: ignore[arg-type]
         lambda: store.set_alias(name, "stable", "tenant/name"),  # type: ignore[arg-type]
     ):
         with pytest.raises(InvalidAdapterName) as refusal:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import json
 import logging
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -285,6 +286,17 @@ def test_shares_end_with_the_last_version(last: str, run: Run, store: AdapterSto
     assert shares.of(NAME) == ["rival"]
     assert run("delete", f"{NAME}{last}").exit_code == 0
     assert shares.of(NAME) == []
+
+
+def test_a_share_of_a_damaged_adapter_can_be_ended(run: Run, store: AdapterStore) -> None:
+    store.publish(make_bundle(), NAME)
+    assert run("share", NAME, "--with", "rival").exit_code == 0
+    (store.root / "adapters" / NAME / "versions" / "v1.json").write_text("{")
+    assert_refused(run("share", NAME, "--with", "friend"), "v1.json is damaged")
+    assert run("share", NAME, "--with", "rival", "--remove").exit_code == 0
+    # What is no text is nobody's name.
+    for nobody in ("rival", os.fsdecode(b"\xff")):
+        assert_refused(run("share", NAME, "--with", nobody, "--remove"), "is not shared with")
 
 
 def test_a_first_version_begins_without_shares(run: Run, store: AdapterStore, tmp_path: Path) -> None:

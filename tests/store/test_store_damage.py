@@ -301,7 +301,7 @@ def test_a_damaged_alias_can_be_pointed_again_removed_and_deleted(store: Adapter
     assert store.resolve(f"{NAME}@v3").version == 3 and store.held("acme").nbytes > 0
     assert store.collect_garbage().digests == ()
     store.set_alias(NAME, alias, f"{NAME}@v1")
-    assert store.aliases(NAME)[alias] == 1
+    assert store.inspect(NAME).aliases[alias] == 1
     store.check_integrity()
     damage()
     if alias == "stable":

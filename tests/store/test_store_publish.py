@@ -136,14 +136,14 @@ def test_aliases(store: AdapterStore) -> None:
     for seed in range(3):
         store.publish(make_bundle(seed), NAME)
     store.set_alias(NAME, "stable", f"{NAME}@v1")
-    assert store.aliases(NAME) == {"latest": 3, "stable": 1}
+    assert store.inspect(NAME).aliases == {"latest": 3, "stable": 1}
     assert store.resolve(f"{NAME}@stable").version == 1
     store.set_alias(NAME, "stable", NAME)
     assert store.resolve(f"{NAME}@stable").version == 3
     store.set_alias(NAME, "latest", f"{NAME}@v2")
     assert store.resolve(NAME).version == 2
     store.remove_alias(NAME, "stable")
-    assert store.aliases(NAME) == {"latest": 2}
+    assert store.inspect(NAME).aliases == {"latest": 2}
     with pytest.raises(AdapterNotFound, match="alias 'stable'"):
         store.remove_alias(NAME, "stable")
     with pytest.raises(InvalidAdapterName):
@@ -244,7 +244,7 @@ def test_aliases_are_bounded_and_those_that_are_there_still_move(store: AdapterS
     assert store.resolve(f"{NAME}@alias-7").version == 2
     store.remove_alias(NAME, "alias-8")
     store.set_alias(NAME, "one-more", f"{NAME}@v2")
-    assert len(store.aliases(NAME)) == MOST_ALIASES + 1
+    assert len(store.inspect(NAME).aliases) == MOST_ALIASES + 1
 
 
 def test_a_bundle_goes_with_its_last_version_and_not_before(store: AdapterStore) -> None:
