@@ -23,6 +23,7 @@ DEFAULT = "*"
 _PRIORITIES = get_args(QuotaPriority)
 MAX_LIMIT = (1 << 53) - 1
 """The largest whole number that JSON readers agree on."""
+_NO_LIMIT = "null (in a command: none) for no limit"
 
 
 class QuotaExceeded(SeraServeError):
@@ -101,13 +102,13 @@ def checked_limit(field: str, value: Any) -> Limit:
     if field == "max_priority":
         if value not in _PRIORITIES:
             raise InvalidConfiguration(
-                f"max_priority is {_shown(value)}; it is one of {', '.join(_PRIORITIES)}, or null for no limit",
+                f"max_priority is {_shown(value)}; it is one of {', '.join(_PRIORITIES)}, or {_NO_LIMIT}",
                 param=field,
             )
         return str(value)
     if type(value) is not int or not 0 <= value <= MAX_LIMIT:
         raise InvalidConfiguration(
-            f"{field} is {_shown(value)}; it must be a whole number from 0 to {MAX_LIMIT}, or null for no limit",
+            f"{field} is {_shown(value)}; it must be a whole number from 0 to {MAX_LIMIT}, or {_NO_LIMIT}",
             param=field,
         )
     return value

@@ -185,6 +185,13 @@ def test_a_command_refuses_what_is_no_limit(tmp_path: Path, limit: str) -> None:
     assert not (tmp_path / "store/access").exists()
 
 
+@pytest.mark.parametrize("field", ["bytes", "max_priority"])
+def test_a_refusal_says_how_a_command_names_no_limit(tmp_path: Path, field: str) -> None:
+    arguments = ("set", "--store", str(tmp_path / "store"), "--tenant", "acme")
+    assert "in a command: none" in run(*arguments, f"{field}=null", status=1)
+    run(*arguments, f"{field}=none")
+
+
 def test_a_command_sets_a_limit_once(tmp_path: Path) -> None:
     twice = ["adapters=1", "bytes=2", "adapters=3"]
     assert "adapters is given twice" in run("set", "--store", str(tmp_path / "s"), "--tenant", "acme", *twice, status=1)
