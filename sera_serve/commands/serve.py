@@ -292,7 +292,8 @@ def describe_server(
     """Print the base, the address, who needs a key, and one example for each task that the store has an adapter for."""
     base, store = engine.base, engine.store
     host = "localhost" if settings.host in ("127.0.0.1", "::1", "0.0.0.0", "::") else settings.host
-    url = f"http://{host}:{port}"
+    # An address of version 6 has colons of its own.
+    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     parameters = sum(parameter.numel() for parameter in base.model.parameters())
     facts = facts_table()
     tower = base.image_tower
@@ -331,8 +332,8 @@ def describe_server(
             show("the same with OpenAI's client for Python", client_lines(f"{url}/v1", body, needs_keys))
     if base.image_tower is not None and (adapter := adapters.get("image-classify")) is not None:
         form = f"-F adapter={shlex.quote(adapter)} -F image=@photo.jpg"
-        show(f"classify an image with {adapter}", f"{_curl(needs_keys)} {url}/v1/classify {form}")
-    show("adapters in the store", f"{_curl(needs_keys)} {url}/v1/adapters\n")
+        show(f"classify an image with {adapter}", f"{_curl(needs_keys)} {shlex.quote(f'{url}/v1/classify')} {form}")
+    show("adapters in the store", f"{_curl(needs_keys)} {shlex.quote(f'{url}/v1/adapters')}\n")
 
 
 def _keys_line(settings: ServeSettings, access: AccessControl) -> str:
@@ -356,7 +357,7 @@ def _curl(needs_keys: bool) -> str:
 def curl_line(url: str, body: dict[str, Any], needs_keys: bool = False) -> str:
     """Write a shell command that posts JSON, with the key of the shell's SERA_KEY where the server needs one."""
     data = shlex.quote(json.dumps(body, ensure_ascii=False))
-    return f"{_curl(needs_keys)} {url} -H 'Content-Type: application/json' -d {data}"
+    return f"{_curl(needs_keys)} {shlex.quote(url)} -H 'Content-Type: application/json' -d {data}"
 
 
 def client_lines(url: str, body: dict[str, Any], needs_keys: bool = False) -> str:

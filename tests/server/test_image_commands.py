@@ -55,12 +55,16 @@ def test_a_server_says_at_its_start_how_to_send_an_image(tmp_path: Path) -> None
     settings = ServeSettings(store=store.root, pool_mib=1)
     engine = ServingEngine(base, store, settings)
     output = io.StringIO()
-    describe_server(Console(file=output, width=200), settings, engine, AccessControl(AccessDatabase(store.root)), 8000)
+    console, access = Console(file=output, width=200), AccessControl(AccessDatabase(store.root))
+    describe_server(console, settings, engine, access, 8000)
+    describe_server(console, settings.model_copy(update={"host": "2001:db8::5"}), engine, access, 8000)
     engine.stop()
     assert "vision of" in output.getvalue()
     assert "images of 32 x 32, 17 tokens each" in output.getvalue()
     assert "/v1/classify -F adapter=acme/cracks -F image=@photo.jpg" in output.getvalue()
     assert "/v1/generate" not in output.getvalue()
+    # In quotes: some shells read brackets as a pattern of names.
+    assert "'http://[2001:db8::5]:8000/v1/adapters'" in output.getvalue()
 
 
 def test_the_doctor_looks_at_bases_of_images(tmp_path: Path) -> None:
