@@ -245,6 +245,9 @@ def export(
         output.parent.mkdir(parents=True, exist_ok=True)
         try:
             beside = _write(bundle, output, format, base)
+            if card is not None:
+                # Not the name of a file of the export, either.
+                _check_new(card, "card", opened)
         except BaseException:
             # Half of an export would pass for one, and stop the next attempt.
             _remove(output)

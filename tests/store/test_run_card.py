@@ -80,6 +80,9 @@ def test_export_writes_a_card_beside_a_bundle_that_imports_still(store: AdapterS
     out = tmp_path / "out"
     inside = run("export", "acme/spam", "--output", out, "--card", out / "README.md")
     assert inside.exit_code == 1 and "is inside the bundle" in inside.stderr and not out.exists()
+    for taken in (out, out / "adapter_config.json"):
+        result = run("export", "acme/spam", "--format", "peft", "--output", out, "--card", taken)
+        assert result.exit_code == 1 and f"{taken.name} exists" in result.stderr and not out.exists()
     path = tmp_path / "cards" / "README.md"
     result = run("export", "acme/spam", "--output", out, "--card", path, "--json")
     assert result.exit_code == 0, result.output
