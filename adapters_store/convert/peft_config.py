@@ -110,7 +110,7 @@ _REFUSED = {
 _REMEDY = "train a plain LoRA, or merge the adapter into the base and serve that"
 # Initialisations that leave the base as it is.
 _GOOD_INITIALISATIONS = frozenset({"gaussian", "eva", "orthogonal", "mica", "true", "false"})
-_TASKS = frozenset({"CAUSAL_LM", "SEQ_CLS", "FEATURE_EXTRACTION"})
+_TASKS = ("CAUSAL_LM", "SEQ_CLS", "FEATURE_EXTRACTION")
 
 
 @dataclass(frozen=True)
@@ -288,9 +288,7 @@ def read_peft_config(fields: Mapping[str, Any]) -> PeftConfig:
     if task is not None and not isinstance(task, str):
         raise _invalid("task_type", f"it is {_shown(task)}; it must be a name, such as CAUSAL_LM, or null")
     if task is not None and task not in _TASKS:
-        raise _unsupported(
-            "task_type", f"task_type is {_shown(task)}; the tasks served are CAUSAL_LM and SEQ_CLS, of text"
-        )
+        raise _unsupported("task_type", f"task_type is {_shown(task)}; an import takes {', '.join(_TASKS)}, or null")
     _check_names(fields, "modules_to_save")
     return PeftConfig(
         rank=_positive_integer(fields, "r", 8),
@@ -307,8 +305,10 @@ def read_peft_config(fields: Mapping[str, Any]) -> PeftConfig:
     )
 
 
-def read_labels(value: Any) -> tuple[str, ...] | None:
+def read_labels(value: Any, file: str = _PARAM) -> tuple[str, ...] | None:
     """The labels of an `id2label`, `{"0": "no", "1": "yes"}`, in the order of their numbers; None without one.
+
+    `file` is what messages call the file that has it.
 
     Raises:
         InvalidConfig: The numbers do not count from 0, or a label is no text.
@@ -316,9 +316,9 @@ def read_labels(value: Any) -> tuple[str, ...] | None:
     if value is None:
         return None
     if not isinstance(value, dict) or not all(isinstance(label, str) and label for label in value.values()):
-        raise _invalid("id2label", 'it must name each label, such as {"0": "no", "1": "yes"}')
+        raise _invalid("id2label", 'it must name each label, such as {"0": "no", "1": "yes"}', file)
     if set(value) != {str(index) for index in range(len(value))}:
-        raise _invalid("id2label", f"its keys must be 0 to {len(value) - 1}")
+        raise _invalid("id2label", f"its keys must be 0 to {len(value) - 1}", file)
     return tuple(value[str(index)] for index in range(len(value)))
 
 
@@ -405,8 +405,8 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _invalid(field: str, problem: str) -> InvalidConfig:
-    return InvalidConfig(f"adapter_config.{field}: {problem}", param=f"{_PARAM}.{field}")
+def _invalid(field: str, problem: str, file: str = _PARAM) -> InvalidConfig:
+    return InvalidConfig(f"{file}.{field}: {problem}", param=f"{file}.{field}")
 
 
 def _unsupported(field: str, message: str) -> UnsupportedAdapter:

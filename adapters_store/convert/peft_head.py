@@ -274,7 +274,8 @@ def _take(reader: TensorReader, keys: dict[str, str], name: str, shape: tuple[in
 def _check_labels(labels: tuple[str, ...], rows: int) -> None:
     if rows < 2:
         raise UnsupportedAdapter(
-            "the head has one output: a regression, which is not served; train a classifier of two or more labels",
+            "the head has one output: a regression, which an import does not carry over; train one with train_adapter "
+            "--task regress",
             param="head",
         )
     if len(labels) != rows or len(set(labels)) != rows:

@@ -94,8 +94,10 @@ def import_peft(
     convolutions = {path for path, key in layers_a if len(reader.shape(key)) > 2}
     matched = match_layers(sorted_keys.layers, base, convolutions)
     elements = check_layers(reader, matched, config, base)
-    # A model's `config.json` beside the checkpoint may name them, too.
-    labels = config.labels or read_labels(_json_beside(files, MODEL_CONFIG_FILE).get("id2label"))
+    labels = config.labels
+    if sorted_keys.head and not labels:
+        # A model's `config.json` beside the checkpoint may name them, too.
+        labels = read_labels(_json_beside(files, MODEL_CONFIG_FILE).get("id2label"), MODEL_CONFIG_FILE)
     head_keys = match_head(reader, sorted_keys.head, config, base, labels)
     _check_task(config, base, matched, head_keys)
     if head_keys is not None:

@@ -136,10 +136,22 @@ def test_labels_come_from_id2label(tmp_path: Path) -> None:
     save_checkpoint(model, tmp_path, task_type="SEQ_CLS", target_modules=["query"])
     (tmp_path / "config.json").write_text(json.dumps({"id2label": {"0": "x", "1": "y", "2": "z"}}))
     assert imported(tmp_path, base).bundle.config.labels == ["x", "y", "z"]
+    (tmp_path / "config.json").write_text(json.dumps({"id2label": {"0": "x", "1": "y", "3": "z"}}))
+    with pytest.raises(InvalidBundle, match="its keys must be 0 to 2") as wrong:
+        imported(tmp_path, base)
+    assert wrong.value.param == "config.json.id2label"
     edit_config(tmp_path, id2label={"0": "no", "1": "maybe", "2": "yes"})
     assert imported(tmp_path, base).bundle.config.labels == ["no", "maybe", "yes"]
     edit_config(tmp_path, id2label={"0": "no", "1": "yes"})
     with pytest.raises(InvalidBundle, match="head has 3 rows"):
+        imported(tmp_path, base)
+
+
+def test_a_regression_is_refused_with_what_trains_one(tmp_path: Path) -> None:
+    model, base = classifier("roberta")
+    save_checkpoint(model, tmp_path, task_type="SEQ_CLS", target_modules=["query"])
+    edit_tensors(tmp_path, lambda tensors: {n: t[:1] if "out_proj" in n else t for n, t in tensors.items()})
+    with pytest.raises(InvalidBundle, match="train_adapter --task regress"):
         imported(tmp_path, base)
 
 

@@ -250,6 +250,12 @@ def test_a_subfolder_and_files_beside(base: FrozenBase, tmp_path: Path) -> None:
     assert after.warnings == ("files that nothing reads: notes.txt, value_head.bin",)
 
 
+def test_labels_of_the_base_do_not_matter_without_a_head(base: FrozenBase, tmp_path: Path) -> None:
+    folder = save_checkpoint(base.model, tmp_path)
+    (folder / "config.json").write_text(json.dumps({"id2label": {"0": None}}))
+    assert imported(folder, base).bundle.config.task == "generate"
+
+
 def test_a_chat_template_beside_goes_along(base: FrozenBase, tmp_path: Path) -> None:
     folder = save_checkpoint(base.model, tmp_path)
     (folder / "chat_template.jinja").write_text("{{ messages }}")

@@ -96,6 +96,8 @@ def test_refused_by_its_field(row: str, folder: Path, base: FrozenBase) -> None:
     assert not isinstance(value, str) or value in error.message
     if value in ("VERA", "LOHA"):
         assert "save_as_lora" in error.message
+    if value == "TOKEN_CLS":
+        assert "takes CAUSAL_LM, SEQ_CLS, FEATURE_EXTRACTION" in error.message
 
 
 @pytest.mark.parametrize("value", [None, False, [], {}, ""], ids=repr)
