@@ -144,7 +144,7 @@ def peft_from_path(path: str, limits: BundleLimits, within: Path | None = None) 
     config = None
     if path.endswith(".safetensors") and os.path.isfile(config_path):
         config = bytes(read_file(config_path, limits.max_config_bytes, within))
-    if config is not None and not is_peft_config(config):
+    if config is not None and _peft_fields(config) is None:
         config = None
     return peft_from_bytes(read_file(path, limits.max_bytes, within), limits, config)
 
@@ -183,17 +183,17 @@ def peft_from_bytes(data: memoryview, limits: BundleLimits, config: bytes | None
     return found
 
 
-def is_peft_config(text: bytes | str) -> bool:
-    """Whether the JSON of a configuration is PEFT's: an object with `peft_type`."""
+def _peft_fields(text: bytes | str) -> dict[str, Any] | None:
+    """The fields of a configuration that is PEFT's: a JSON object with `peft_type`. None for any other."""
     try:
         value = parse_json(text)
     except json.JSONDecodeError:
-        return False
-    return isinstance(value, dict) and "peft_type" in value
+        return None
+    return value if isinstance(value, dict) and "peft_type" in value else None
 
 
 def _from_directory(path: str, limits: BundleLimits, within: Path | None) -> PeftFiles | None:
-    entries = sorted(entry.name for entry in os.scandir(path))
+    entries = sorted(os.listdir(path))
     if CONFIG_FILE not in entries and PICKLE_FILE not in entries:
         inner = [name for name in entries if os.path.isfile(os.path.join(path, name, CONFIG_FILE))]
         if not inner:
@@ -203,8 +203,8 @@ def _from_directory(path: str, limits: BundleLimits, within: Path | None) -> Pef
         return _from_directory(os.path.join(path, inner[0]), limits, within)
     if CONFIG_FILE not in entries:
         raise _pickled()
-    config = bytes(read_file(os.path.join(path, CONFIG_FILE), limits.max_config_bytes, within))
-    if not is_peft_config(config):
+    fields = _peft_fields(bytes(read_file(os.path.join(path, CONFIG_FILE), limits.max_config_bytes, within)))
+    if fields is None:
         return None
     files = [name for name in entries if os.path.isfile(os.path.join(path, name))]
     if len(files) > _MAX_FILES:
@@ -213,7 +213,7 @@ def _from_directory(path: str, limits: BundleLimits, within: Path | None) -> Pef
     def file(name: str) -> _File:
         return _File(lambda max_bytes: read_file(os.path.join(path, name), max_bytes, within))
 
-    return _assemble({name: file(name) for name in files}, limits)
+    return _assemble(fields, {name: file(name) for name in files}, limits)
 
 
 def _tar_files(data: memoryview) -> Iterator[tuple[str, _File]]:
@@ -259,10 +259,11 @@ def _from_archive(members: Iterator[tuple[str, _File]], limits: BundleLimits) ->
     files = folders[found[0]]
     if CONFIG_FILE not in files:
         raise _pickled()
-    if not is_peft_config(bytes(files[CONFIG_FILE].read(limits.max_config_bytes))):
+    fields = _peft_fields(bytes(files[CONFIG_FILE].read(limits.max_config_bytes)))
+    if fields is None:
         return None
     outside = tuple(f"{folder}/{name}" for folder, held in folders.items() if folder != found[0] for name in held)
-    return _assemble(files, limits, outside)
+    return _assemble(fields, files, limits, outside)
 
 
 def _is_below(folder: str, top: str) -> bool:
@@ -275,29 +276,32 @@ def _from_single(data: memoryview, limits: BundleLimits, config: bytes | None) -
         return None
     header = parse_header(data, len(data), limits)
     own = header.metadata.get(METADATA_KEY)
-    if config is None and own is None and any(".lora_A" in name for name in header.table.entries):
-        raise MissingFile(
-            f"the tensors are those of a LoRA, and their configuration is missing: send {CONFIG_FILE} with them; "
-            'at the least it has {"peft_type": "LORA", "r": ..., "lora_alpha": ...}',
-            param=CONFIG_FILE,
-        )
-    text = config if config is not None else (own or "").encode()
-    if config is None and not is_peft_config(text):
-        return None
-    if config is not None and own is not None and not is_peft_config(own):
+    own_fields = None if own is None else _peft_fields(own)
+    if config is None:
+        if own is None and any(".lora_A" in name for name in header.table.entries):
+            raise MissingFile(
+                f"the tensors are those of a LoRA, and their configuration is missing: send {CONFIG_FILE} with them; "
+                'at the least it has {"peft_type": "LORA", "r": ..., "lora_alpha": ...}',
+                param=CONFIG_FILE,
+            )
+        if own is None or own_fields is None:
+            return None
+        config = own.encode()
+    elif own is not None and own_fields is None:
         raise InvalidConfig(
             "the file is a bundle, which has its configuration in it; send no second one", param="config"
         )
-    if len(text) > limits.max_config_bytes:
+    if len(config) > limits.max_config_bytes:
         raise BundleTooLarge(f"{CONFIG_FILE} exceeds {limits.max_config_bytes} bytes", param=CONFIG_FILE)
-    fields = _parse(text)
-    if config is not None and own is not None and _parse(own) != fields:
+    fields = _parse(config)
+    if own_fields not in (None, fields):
         raise InvalidConfig("the file has another configuration in its metadata; send one of the two", param="config")
     return PeftFiles(fields, header, Weights(lambda: data), {}, (), limits.max_bytes)
 
 
-def _assemble(files: dict[str, _File], limits: BundleLimits, outside: tuple[str, ...] = ()) -> PeftFiles:
-    config = _parse(bytes(files[CONFIG_FILE].read(limits.max_config_bytes)))
+def _assemble(
+    fields: dict[str, Any], files: dict[str, _File], limits: BundleLimits, outside: tuple[str, ...] = ()
+) -> PeftFiles:
     if MODEL_FILE not in files:
         if PICKLE_FILE in files:
             raise _pickled()
@@ -313,7 +317,7 @@ def _assemble(files: dict[str, _File], limits: BundleLimits, outside: tuple[str,
     beside = {name: bytes(files[name].read(_MAX_BESIDE_BYTES)) for name in _READ_BESIDE if name in files}
     header, weights = _weights(files[MODEL_FILE], limits)
     ignored = tuple(sorted(set(files) - known - set(beside) - _HARMLESS)) + outside
-    return PeftFiles(config, header, weights, beside, ignored, limits.max_bytes)
+    return PeftFiles(fields, header, weights, beside, ignored, limits.max_bytes)
 
 
 def _weights(file: _File, limits: BundleLimits) -> tuple[Header, Weights]:
