@@ -15,18 +15,12 @@ import os
 from collections.abc import Callable, Mapping, Set
 from contextlib import AbstractContextManager, suppress
 
-from adapters_store.backends.durable import (
-    make_empty_file,
-    names_in,
-    put_file,
-    sync,
-    sync_directories,
-)
+from adapters_store.backends.durable import make_empty_file, names_in, put_file, sync, sync_directories
 from adapters_store.backends.name_index import entry_name
 from adapters_store.format.bundle import AdapterBundle
 from adapters_store.format.containers import config_of
 from adapters_store.format.mmap_buffer import reused_memory
-from adapters_store.format.safetensors_file import BundleLimits, read_header, system_errors
+from adapters_store.format.safetensors_file import BundleLimits, read_header
 from adapters_store.records import Freed
 
 
@@ -61,8 +55,7 @@ class BundleFiles:
             pass
 
         def write(path: str) -> None:
-            with system_errors(path):
-                bundle.save_file(path)
+            bundle.save_file(path)
             config_of(read_header(path, limits), limits)
 
         put_file(self.path(bundle.digest), write, self._scratch)

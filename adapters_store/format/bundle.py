@@ -45,8 +45,10 @@ class AdapterBundle:
             tensors: Under the names of `expected_shapes(config)`.
         """
         self.config = config
-        copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
-        self._tensors: dict[str, Tensor] | None = {name: copy.contiguous() for name, copy in copies.items()}
+        self._tensors: dict[str, Tensor] | None = {
+            name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+            for name, tensor in tensors.items()
+        }
         self._read: _ReadTensors | None = None
         self._digest: str | None = None
 

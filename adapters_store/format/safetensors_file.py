@@ -178,7 +178,7 @@ def header_of(begin: Callable[[int], bytes], file_bytes: int, limits: BundleLimi
 
 
 @contextmanager
-def system_errors(path: Path | str) -> Iterator[None]:
+def _system_errors(path: Path | str) -> Iterator[None]:
     """Turn safetensors' error of a write to `path` into the system's `OSError`.
 
     Its text is all that safetensors has of the system's error, with paths of unfinished files.
@@ -204,7 +204,7 @@ def save_tensors(tensors: dict[str, Tensor], path: Path | str, metadata: dict[st
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
     mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
     os.close(descriptor)
-    with system_errors(path):
+    with _system_errors(path):
         safetensors.torch.save_file(tensors, path, metadata=metadata)
     os.chmod(path, mode)
 

@@ -14,8 +14,9 @@ import pytest
 from bundle_factory import bundle_path, make_bundle
 from safetensors import SafetensorError
 from store_jobs import ACTIONS, NAME, OTHER, faults
+from torch import Tensor
 
-from adapters_store import AdapterBundle, AdapterNotFound, AdapterStore, StoreError, StoreUnavailable
+from adapters_store import AdapterNotFound, AdapterStore, StoreError, StoreUnavailable
 from adapters_store.errors import StoreCorrupted, StoreWriteFailed
 from support.small_disk import FullDisk, fill_bytes, fill_files, mounted, small_disk
 
@@ -148,12 +149,12 @@ def test_an_injected_full_disk_refuses_a_version_and_leaves_nothing(
 def test_the_librarys_refusal_of_a_bundle_is_one_of_the_store(
     store: AdapterStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def save_file(self: AdapterBundle, path: str) -> None:
+    def save_file(tensors: dict[str, Tensor], path: str, metadata: dict[str, str]) -> None:
         Path(path).write_bytes(b"half")
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     before = contents(store.root)
-    monkeypatch.setattr(AdapterBundle, "save_file", save_file)
+    monkeypatch.setattr("safetensors.torch.save_file", save_file)
     with pytest.raises(StoreWriteFailed, match="No space left on device") as refusal:
         store.publish(FIRST, NAME)
     assert str(store.root) not in refusal.value.message
