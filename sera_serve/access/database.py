@@ -288,7 +288,6 @@ class AccessDatabase:
         opened = _identity(self.path)
         connection = self._connect()
         try:
-            connection.execute("PRAGMA foreign_keys = ON")
             connection.execute("PRAGMA synchronous = FULL")
             self._migrate(connection)
         except BaseException:

@@ -198,12 +198,12 @@ def combine(
         resolved = [opened.resolve(reference) for reference, _ in weighted]
         weights = [weight for _, weight in weighted]
         names = [f"{part.adapter}@v{part.version}" for part in resolved]
-        record: list[JsonValue] = [
+        said: list[JsonValue] = [
             {"adapter": named, "digest": part.digest, "weight": weight}
             for named, part, weight in zip(names, resolved, weights, strict=True)
         ]
         digests = [part.digest for part in resolved]
-        bundle = load_combination(opened, list(zip(digests, weights, strict=True)), names, {"combination": record})
+        bundle = load_combination(opened, list(zip(digests, weights, strict=True)), names, {"combination": said})
         published = _publish(opened, bundle, name)
         text = f"published {name} v{published.version}, the sum of {len(parts)} adapters"
         report(as_json, text, **dataclasses.asdict(published))

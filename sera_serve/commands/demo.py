@@ -110,7 +110,7 @@ def train_demos(store_path: Path, base: str = "embedded", console: Console | Non
 def _is_there(store: AdapterStore, name: str, base: BaseInfo) -> bool:
     """Tell whether the store has the tenant, made for this base."""
     try:
-        made_for = store.config(store.resolve(name).digest).base
+        made_for = store.resolve(name).base
     except AdapterNotFound:
         return False
     return made_for.weights_digest == base.weights_digest and made_for.config_digest == base.config_digest

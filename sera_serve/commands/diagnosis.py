@@ -140,8 +140,7 @@ def _attention(settings: ServeSettings) -> Iterator[Finding]:
     try:
         backend = choose_backend(settings.attention, torch.device(settings.device))
     except (SeraServeError, RuntimeError) as error:
-        message, _, remedy = str(error).partition("; ")
-        yield Finding("attention", "problem", message, remedy or "choose attention auto")
+        yield _problem("attention", str(error), "choose attention auto")
     else:
         yield Finding("attention", "ok", f"{type(backend).__name__}, from attention {settings.attention}")
 
@@ -201,8 +200,7 @@ def _memory(settings: ServeSettings) -> Iterator[Finding]:
             tokens = memory.cache_tokens(DecoderSizes(token_bytes, layer_bytes, widest, text.vocab_size, context))
             parts["KV cache"] = tokens * token_bytes
     except SeraServeError as error:
-        message, _, remedy = error.message.partition("; ")
-        yield Finding("memory", "problem", message, remedy)
+        yield _problem("memory", error.message)
         return
     detail = ", ".join(f"{name} {_size(size)}" for name, size in parts.items())
     if tokens:
@@ -258,9 +256,9 @@ def _integrity(store: AdapterStore, full: bool) -> Iterator[Finding]:
             for fault in faults:
                 count += 1
                 if count <= _MOST_FAULTS:
-                    yield _problem("bundles", fault.message)
+                    yield _problem("bundles", fault.message, "restore a backup")
     except StoreError as error:
-        yield _problem("bundles", error.message)
+        yield _problem("bundles", error.message, "restore a backup")
         return
     if count > _MOST_FAULTS:
         detail = f"{count:,} faults in {checked:,} adapters; the first {_MOST_FAULTS} are above"
@@ -271,11 +269,11 @@ def _integrity(store: AdapterStore, full: bool) -> Iterator[Finding]:
         yield Finding("bundles", "ok", words if full else sample)
 
 
-def _problem(name: str, message: str) -> Finding:
-    """A problem whose message ends with its remedy."""
+def _problem(name: str, message: str, remedy: str = "") -> Finding:
+    """A problem whose message ends with its remedy; else it has `remedy`."""
     # The message of a damaged bundle has others inside.
-    detail, separator, remedy = message.rpartition("; ")
-    return Finding(name, "problem", detail if separator else message, remedy if separator else "restore a backup")
+    detail, separator, told = message.rpartition("; ")
+    return Finding(name, "problem", detail, told) if separator else Finding(name, "problem", message, remedy)
 
 
 def _database(store: AdapterStore) -> Iterator[Finding]:
@@ -285,8 +283,7 @@ def _database(store: AdapterStore) -> Iterator[Finding]:
         is_there = database.check()
         missing = missing_files(database, JobPaths(store.root))
     except AccessDatabaseError as error:
-        message, _, remedy = error.message.partition("; ")
-        yield Finding("database", "problem", message, remedy)
+        yield _problem("database", error.message)
         return
     finally:
         database.close()

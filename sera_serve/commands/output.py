@@ -13,7 +13,7 @@ import typer
 from adapters_store import AdapterStore, StoreError
 from sera_serve.access import COMMAND, AccessDatabase, Action, AuditLog
 from sera_serve.errors import SeraServeError
-from sera_serve.terminal import PlainConsole, fail, printable, say
+from sera_serve.terminal import PlainConsole, fail, printable, say, system_fault
 
 StoreOption = Annotated[Path, typer.Option("--store", help="Directory of the adapter store.", show_default=False)]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
@@ -33,9 +33,7 @@ def refusals() -> Iterator[None]:
         # Click ends the command.
         raise
     except OSError as error:
-        # A full disk under stdout has no name.
-        name = "" if error.filename is None else f" ({error.filename})"
-        fail("sera-serve", f"{error.strerror or error}{name}", 1)
+        fail("sera-serve", system_fault(error), 1)
 
 
 def access_of(store: Path, create: bool = False) -> AccessDatabase:
