@@ -40,9 +40,7 @@ def _adapter_id(entry: str) -> str:
 class NameIndex:
     """The index `names/` of a store. Writers take the index's lock; readers take none."""
 
-    def __init__(
-        self, folder: str, scratch: str, lock: Callable[[], AbstractContextManager[None]], limit: int = SEGMENT_LIMIT
-    ) -> None:
+    def __init__(self, folder: str, scratch: str, lock: Callable[[], AbstractContextManager[None]], limit: int) -> None:
         """Set up.
 
         Args:

@@ -48,7 +48,7 @@ class RawBundle:
     data: memoryview
 
 
-def read_path(path: str, limits: BundleLimits, within: Path | None = None) -> RawBundle:
+def read_path(path: str, limits: BundleLimits, within: Path | None) -> RawBundle:
     """Read a bundle from a directory, a .safetensors file or a .tar.
 
     Args:
@@ -109,7 +109,7 @@ def _read_directory(path: str, limits: BundleLimits, within: Path | None) -> Raw
     return _with_config(config, read_file(f"{path}/{MODEL_FILE}", limits.max_bytes, within), limits)
 
 
-def read_file(path: str, max_bytes: int, within: Path | None = None) -> memoryview:
+def read_file(path: str, max_bytes: int, within: Path | None) -> memoryview:
     """Read one regular file into writable memory.
 
     Raises:

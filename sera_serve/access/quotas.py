@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeAlias, get_args
 from adapters_store import check_part
 from adapters_store.errors import InvalidAdapterName
 from sera_serve.access.database import AccessDatabase
-from sera_serve.errors import InvalidConfiguration, SeraServeError, counted
+from sera_serve.errors import InvalidConfiguration, Overloaded, SeraServeError, counted
 
 logger = logging.getLogger("sera_serve.access")
 QuotaPriority = Literal["low", "normal", "high"]
@@ -40,15 +40,11 @@ class TrainingQuotaExceeded(QuotaExceeded):
     retry_after = 60
 
 
-class RateLimitExceeded(SeraServeError):
+class RateLimitExceeded(Overloaded):
     """The tenant has used what it may use in a minute."""
 
     code = "rate_limit_exceeded"
     status = 429
-
-    def __init__(self, message: str, *, param: str | None = None, retry_after: int = 1) -> None:
-        super().__init__(message, param=param)
-        self.retry_after = retry_after
 
 
 class PriorityNotAllowed(SeraServeError):

@@ -70,7 +70,7 @@ EXAMPLES = {
 }
 
 
-def train_demos(store_path: Path, base: str = "embedded", console: Console | None = None) -> list[str]:
+def train_demos(store_path: Path, base: str, console: Console) -> list[str]:
     """Train the demo tenants that are missing from the store.
 
     Args:
@@ -81,7 +81,6 @@ def train_demos(store_path: Path, base: str = "embedded", console: Console | Non
     Returns:
         Ids of the adapters that were trained now.
     """
-    console = console or Console(quiet=True)
     store = AdapterStore(store_path)
     disable_progress_bar()
     frozen = load_base(base)

@@ -85,18 +85,14 @@ class CourtesyOutput:
         return 0
 
 
-def run_server(
-    settings: ServeSettings,
-    read: Callable[[], ServeSettings] | None = None,
-    was_asked: Callable[[], bool] = lambda: False,
-) -> None:
+def run_server(settings: ServeSettings, read: Callable[[], ServeSettings], was_asked: Callable[[], bool]) -> None:
     """Serve until SIGTERM or SIGINT; then refuse new connections, and let requests in flight finish.
 
     A server whose engine can never serve again ends so by itself, with the exit status 1.
 
     Args:
         settings: All of them.
-        read: Reads the settings again, at SIGHUP; None leaves the signal alone.
+        read: Reads the settings again, at SIGHUP.
         was_asked: Whether a SIGHUP came before the server could take it. The settings are then read again at once.
 
     Raises:
@@ -111,7 +107,7 @@ def run_server(
         _serve(settings, read, was_asked)
 
 
-def _serve(settings: ServeSettings, read: Callable[[], ServeSettings] | None, was_asked: Callable[[], bool]) -> None:
+def _serve(settings: ServeSettings, read: Callable[[], ServeSettings], was_asked: Callable[[], bool]) -> None:
     console = PlainConsole(file=CourtesyOutput(sys.stdout))
     check_settings(settings)
     # What a file that is read again is compared with.
@@ -126,10 +122,8 @@ def _serve(settings: ServeSettings, read: Callable[[], ServeSettings] | None, wa
             engine = run_and_forget_pool(lambda: ServingEngine(base, store, settings))
         app = build_app(engine, store, settings)
         ports = [listener.getsockname()[1] for listener in listeners]
-        reload = None
-        if read is not None:
-            taken = {"tenant_weights": engine.set_tenant_weights, "quotas": app.state.quotas.reload}
-            reload = SettingsReloader(given, read, taken).request
+        taken = {"tenant_weights": engine.set_tenant_weights, "quotas": app.state.quotas.reload}
+        reloader = SettingsReloader(given, read, taken)
 
         def announce() -> None:
             try:
@@ -137,8 +131,8 @@ def _serve(settings: ServeSettings, read: Callable[[], ServeSettings] | None, wa
             except Exception:
                 # A courtesy: the server serves whether it can be written or not.
                 logger.warning("the server is ready, and cannot describe what it serves", exc_info=True)
-            if reload is not None and was_asked():
-                reload()
+            if was_asked():
+                reloader.request()
 
         server = GracefulServer(
             http_config(app, settings, app.state.metrics.count_refusal, *ports[1:]),
@@ -147,7 +141,7 @@ def _serve(settings: ServeSettings, read: Callable[[], ServeSettings] | None, wa
             announce,
             drain_s=settings.drain_s,
             begin_drain=lambda: setattr(app.state, "draining", True),
-            reload=reload,
+            reload=reloader.request,
             failure=engine.failure,
         )
         # Each request that a second interrupt cuts off would be logged with a traceback, which tells nothing.
@@ -354,13 +348,13 @@ def _curl(needs_keys: bool) -> str:
     return f'{CURL} -H "Authorization: Bearer ${KEY_VARIABLE}"' if needs_keys else CURL
 
 
-def curl_line(url: str, body: dict[str, Any], needs_keys: bool = False) -> str:
+def curl_line(url: str, body: dict[str, Any], needs_keys: bool) -> str:
     """Write a shell command that posts JSON, with the key of the shell's SERA_KEY where the server needs one."""
     data = shlex.quote(json.dumps(body, ensure_ascii=False))
     return f"{_curl(needs_keys)} {shlex.quote(url)} -H 'Content-Type: application/json' -d {data}"
 
 
-def client_lines(url: str, body: dict[str, Any], needs_keys: bool = False) -> str:
+def client_lines(url: str, body: dict[str, Any], needs_keys: bool) -> str:
     """Write lines of Python that send a chat by OpenAI's client and print the answer."""
     arguments = ", ".join(f"{name}={value!r}" for name, value in body.items())
     imports, key = ("import os\n", f'os.environ["{KEY_VARIABLE}"]') if needs_keys else ("", "'none'")

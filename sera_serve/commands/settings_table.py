@@ -6,7 +6,6 @@ description is written once, and shown by `sera-serve serve --help` and `train_a
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -17,8 +16,6 @@ from sera_serve.config import RELOADED, ServeSettings
 from sera_serve.trainer.settings import TrainSettings, group_of
 from sera_serve.trainer.task_options import TASK_OPTIONS
 
-_PATH = Path("docs") / "settings.md"
-_OPTIONS_PATH = Path("docs") / "training" / "options.md"
 _NAMES: dict[Any, str] = {
     bool: "true or false",
     int: "integer",
@@ -82,14 +79,9 @@ def settings_document() -> str:
 
 
 def main() -> None:
-    """Write the files, below the current directory or at the paths given."""
-    parser = argparse.ArgumentParser(description="Write the tables of settings and of training options.")
-    parser.add_argument("--output", type=Path, default=_PATH)
-    parser.add_argument("--options-output", type=Path, default=_OPTIONS_PATH)
-    paths = parser.parse_args()
-    paths.output.write_text(settings_document(), encoding="utf-8")
-    paths.options_output.parent.mkdir(parents=True, exist_ok=True)
-    paths.options_output.write_text(options_document(), encoding="utf-8")
+    """Write the files below the current directory."""
+    Path("docs/settings.md").write_text(settings_document(), encoding="utf-8")
+    Path("docs/training/options.md").write_text(options_document(), encoding="utf-8")
 
 
 def _default(field: FieldInfo) -> str:

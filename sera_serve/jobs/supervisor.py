@@ -67,8 +67,8 @@ class Supervisor:
         processes: JobProcesses,
         max_jobs: int,
         withdraw: Callable[[Job], None],
-        on_finish: Callable[[Job, Published | None], None] = lambda job, published: None,
-        check_use: Callable[[Job], None] = lambda job: None,
+        on_finish: Callable[[Job, Published | None], None],
+        check_use: Callable[[Job], None],
     ) -> None:
         """Prepare. Nothing runs before `start`.
 

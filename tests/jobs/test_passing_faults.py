@@ -137,9 +137,8 @@ def test_without_its_database_a_store_loses_no_file_and_no_checkpoint(
         platform.database.path.touch()
     database = AccessDatabase(platform.store.root)
     files, paths = TrainingFiles(database, platform.paths, 1 << 20), platform.paths
-    supervisor = Supervisor(
-        Jobs(database, "base"), files, paths, platform.store, platform.processes, 1, lambda job: None
-    )
+    jobs, store, processes = Jobs(database, "base"), platform.store, platform.processes
+    supervisor = Supervisor(jobs, files, paths, store, processes, 1, lambda *_: None, lambda *_: None, lambda *_: None)
     supervisor.start()
     try:
         for _ in range(4):

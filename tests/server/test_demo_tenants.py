@@ -60,7 +60,7 @@ def test_demo_tenants_are_trained_once(tmp_path: Path, monkeypatch: pytest.Monke
     said = StringIO()
     console = Console(file=said, width=200)
     store = AdapterStore(tmp_path / "store")
-    assert demo.train_demos(store.root, console=console) == ["demo/tickets", "demo/pirate", "demo/chat"]
+    assert demo.train_demos(store.root, "embedded", console) == ["demo/tickets", "demo/pirate", "demo/chat"]
     template = store.config(store.resolve("demo/chat").digest).chat_template
     assert template == (demo.DATA / "chat_template.jinja").read_text(encoding="utf-8")
     assert store.config(store.resolve("demo/tickets").digest).labels == [
@@ -69,9 +69,9 @@ def test_demo_tenants_are_trained_once(tmp_path: Path, monkeypatch: pytest.Monke
         "delivery",
         "technical",
     ]
-    assert demo.train_demos(store.root, console=console) == []
+    assert demo.train_demos(store.root, "embedded", console) == []
     assert "the demo tenants are in" in said.getvalue()
     # A deleted demo tenant is trained again. The other demo tenant is not changed.
     store.delete("demo/pirate")
-    assert demo.train_demos(store.root, console=console) == ["demo/pirate"]
+    assert demo.train_demos(store.root, "embedded", console) == ["demo/pirate"]
     assert store.resolve("demo/tickets").version == 1
