@@ -53,9 +53,10 @@ def plot_spectra(adapters: Sequence[tuple[str, Mapping[str, Sequence[LayerSpectr
         panel.set_ylabel("singular value")
         panel.grid(True, which="major", alpha=0.3)
         panel.xaxis.get_major_locator().set_params(integer=True)
-    handles, labels = panels[0].get_legend_handles_labels()
-    if handles:
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(handles), frameon=False)
+    # An adapter need not have curves in every panel.
+    lines = {line.get_label(): line for panel in panels for line in panel.get_legend_handles_labels()[0]}
+    if lines:
+        figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=len(lines), frameon=False)
     _save(figure, path)
 
 

@@ -103,6 +103,16 @@ def test_norms_are_drawn_at_the_number_of_their_layer(tmp_path: Path, monkeypatc
     assert drawn[1].axes[3].get_xlabel() == "layer, by its number in the base"
 
 
+def test_each_adapter_is_in_the_legend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(analysis_plots, "_save", lambda figure, path: drawn.append(figure))
+    first = {"value": layer_spectra(make_bundle(modules={V: MODULE}))}
+    second = {"query": layer_spectra(make_bundle(modules={Q: MODULE}))}
+    analysis_plots.plot_spectra([("acme/first", first), ("acme/second", second)], tmp_path / "spectra.png")
+    (legend,) = drawn[0].legends
+    assert {text.get_text() for text in legend.get_texts()} == {"acme/first, mean", "acme/second, mean"}
+
+
 def test_a_file_is_read_without_a_store(tmp_path: Path) -> None:
     bundle = make_bundle(format_version=2, modules={Q: GAINS})
     bundle.save_file(tmp_path / "one.safetensors")
