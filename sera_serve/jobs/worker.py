@@ -24,7 +24,7 @@ from adapters_store import AdapterBundle, AdapterStore, BundleLimits, Published
 from adapters_store.errors import AdapterNotFound, StoreError, StoreUnavailable, StoreWriteFailed
 from sera_serve.access import AccessDatabase, AccessDatabaseError, Holdings, Quotas, Shares
 from sera_serve.base import load_base
-from sera_serve.errors import SeraServeError
+from sera_serve.errors import BaseNotFound, SeraServeError
 from sera_serve.jobs.process import ORDERS, PROGRESS, PUBLISHING, RESULT, read_limits, read_publishing, write_json
 from sera_serve.jobs.spec import SHAPE, in_words
 from sera_serve.trainer.checkpoint import CheckpointNotWritten
@@ -236,7 +236,7 @@ def train(run: Path) -> dict[str, Any]:
 
 
 def failure(error: Exception) -> dict[str, Any] | None:
-    """The result of a job that has failed, or None for a defect."""
+    """The result of a job that has failed; None for a defect, and for faults of the server, which have its paths."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         remedy = "send a smaller batch_size or rank, or shorter rows"
         return _failed("out_of_memory", f"the memory that a training job may use is too small; {remedy}")
@@ -244,6 +244,8 @@ def failure(error: Exception) -> dict[str, Any] | None:
         remedy = "ask the operator to free space there, and create the job again"
         return _failed(error.code, f"the disk of the store takes no checkpoint of the job; {remedy}")
     if isinstance(error, SeraServeError | StoreError):
+        if error.status == 500 or isinstance(error, BaseNotFound):
+            return None
         return _failed(error.code, in_words(error.message), _PARAMS.get(error.param or ""))
     if isinstance(error, OSError):
         return _failed("disk_error", f"the job's files cannot be written or read: {error.strerror or error}")

@@ -12,7 +12,9 @@ import pytest
 from transformers import TrainerState
 
 from adapters_store import AdapterStore
+from adapters_store.errors import StoreCorrupted
 from sera_serve.base.loading import EMBEDDED_FOLDER
+from sera_serve.errors import BaseNotFound
 from sera_serve.jobs import Job, JobPaths, JobProcesses, JobSpec
 from sera_serve.jobs.worker import CHAT_TEMPLATE, failure, train
 from sera_serve.trainer.checkpoint import CheckpointNotWritten
@@ -47,6 +49,11 @@ def test_the_adapter_carries_the_template_and_a_job_that_goes_on_keeps_it(
     first = trained(store, base, "t/first", monkeypatch, rank=4, split=2)
     assert first == CHAT_TEMPLATE.read_text()
     assert trained(store, base, "t/second", monkeypatch, init_from="t/first@v1", kept_method="sera") == first
+
+
+@pytest.mark.parametrize("error", [StoreCorrupted("/srv/v1.json is damaged"), BaseNotFound("/srv/base is no model")])
+def test_a_fault_of_the_server_is_told_to_its_log_alone(error: Exception) -> None:
+    assert failure(error) is None
 
 
 def test_a_full_disk_is_told_without_a_path_and_without_options_of_the_trainer(
