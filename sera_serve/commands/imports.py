@@ -61,8 +61,15 @@ def read_adapter(source: str, base: str | None) -> tuple[AdapterBundle, tuple[st
         return _imported(files, base)
     bundle = AdapterBundle.load(path, limits)
     if base is not None:
+        from sera_serve.base import check_length, check_task
+        from sera_serve.residency.bundle_check import check_ranks
+
         loaded = load_named_base(base)
         check_base(bundle.config, loaded.info, loaded.module_shapes())
+        # As every server of this base does.
+        check_ranks(bundle.config)
+        check_task(bundle.config, loaded)
+        check_length(bundle.config, loaded)
     return bundle, ()
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from bundle_factory import MODULE, Q, bundle_path, make_bundle, make_classifier
+from bundle_factory import MODULE, Q, bundle_path, classifier_fields, fill, make_bundle, make_classifier
 from click.testing import Result
 from peft import PeftModel
 from raw_files import tar_bytes, two_files
@@ -22,7 +22,7 @@ from transformers import LlamaForCausalLM
 from transformers.utils.logging import enable_progress_bar
 from typer.testing import CliRunner
 
-from adapters_store import AdapterBundle, AdapterStore, combine
+from adapters_store import AdapterBundle, AdapterConfig, AdapterStore, combine
 from sera_serve import SeraConfig
 from sera_serve.access import AccessDatabase, AccessDatabaseError, Shares
 from sera_serve.base import load_base
@@ -410,6 +410,21 @@ def test_a_peft_checkpoint_is_imported(run: Run, store: AdapterStore, checkpoint
     assert fields(result)["version"] == 1
     config = store.config(store.resolve(NAME).digest)
     assert (config.method, config.base.name) == ("lora", "base")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [({"max_length": 1 << 20}, "max_length is 1048576, and base"), ({"rank": 320}, "the rank 320 of")],
+)
+def test_a_bundle_that_no_server_of_its_base_serves_is_refused(
+    changes: dict[str, int], words: str, run: Run, checkpoint: tuple[Path, Path], tmp_path: Path
+) -> None:
+    base = load_base(str(checkpoint[0]))
+    path, (d_in, d_out) = next(iter(base.module_shapes().items()))
+    spec = {**MODULE, "d_in": d_in, "d_out": d_out, "split": 1, "rank": changes.get("rank", 4)}
+    wrong = classifier_fields(base=base.info.model_dump(), modules={path: spec}, max_length=changes.get("max_length"))
+    fill(AdapterConfig.from_json(json.dumps(wrong))).save(tmp_path / "bundle")
+    assert_refused(run("import", tmp_path / "bundle", "--name", NAME, "--base", checkpoint[0]), words)
 
 
 def test_a_checkpoint_is_compressed(run: Run, store: AdapterStore, checkpoint: tuple[Path, Path]) -> None:
