@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from raw_files import safetensors_bytes, split_file, tar_bytes, two_files
 
 from adapters_store import AdapterBundle, AdapterConfig, AdapterStore, export_peft
-from adapters_store.format import content_hash
+from adapters_store.format import bundle as bundle_module
 
 DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
 JSON = st.recursive(
@@ -183,7 +183,7 @@ def test_digest_depends_on_all_content(what: str) -> None:
 @pytest.mark.parametrize("hashed_from", [0, 1 << 20])
 def test_spelling_of_the_configuration_does_not_matter(hashed_from: int, monkeypatch: pytest.MonkeyPatch) -> None:
     # From so many bytes on a thread hashes what was written, while it is checked.
-    monkeypatch.setattr(content_hash, "_FROM", hashed_from)
+    monkeypatch.setattr(bundle_module, "_HASHED_BESIDE_FROM", hashed_from)
     bundle = make_bundle()
     assert AdapterBundle.from_bytes(bundle.to_bytes()).digest == bundle.digest
     config, model = two_files(bundle)
