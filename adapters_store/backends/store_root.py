@@ -74,7 +74,14 @@ class StoreRoot:
         if self.version() is None:
             if not create:
                 raise NotAStore(f"{path} is not an adapter store; check the path", param="store")
-            self._create()
+            try:
+                self._create()
+            except OSError as error:
+                raise StoreWriteFailed(
+                    f"no store can be made at {path}: {error.strerror or error}; name another directory, or mend its "
+                    "free space and permissions",
+                    param="store",
+                ) from error
         self._sweep()
 
     @contextmanager
@@ -203,20 +210,19 @@ class StoreRoot:
         put_text(f"{self.path}/{STORE_MARK}", record_text(mark), self.scratch)
 
     def _create(self) -> None:
-        with self._refusals_typed(is_store=False):
-            make_directory(self.path)
-            if foreign := _foreign_names(self.path):
-                if self.version() is not None:
-                    # Another process has made it meanwhile, and uses it already.
-                    return
-                raise NotAStore(
-                    f"{self.path} is no adapter store (it holds {min(foreign)!r}); name an empty directory",
-                    param="store",
-                )
-            self._make_folders()
-            with file_lock(f"{self._locks}/writers", shared=True):
-                self.make_indexes()
-                self.write_mark(STORE_VERSION)
+        make_directory(self.path)
+        if foreign := _foreign_names(self.path):
+            if self.version() is not None:
+                # Another process has made it meanwhile, and uses it already.
+                return
+            raise NotAStore(
+                f"{self.path} is no adapter store (it holds {min(foreign)!r}); name an empty directory",
+                param="store",
+            )
+        self._make_folders()
+        with file_lock(f"{self._locks}/writers", shared=True):
+            self.make_indexes()
+            self.write_mark(STORE_VERSION)
 
     def _make_folders(self) -> None:
         for folder in _FOLDERS:
@@ -262,18 +268,11 @@ class StoreRoot:
                 os.unlink(leftover)
 
     @contextmanager
-    def _refusals_typed(self, is_store: bool = True) -> Iterator[None]:
+    def _refusals_typed(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            if is_store:
-                self.ensure_reachable()
-            else:
-                raise StoreWriteFailed(
-                    f"no store can be made at {self.path}: {error.strerror or error}; name another directory, or mend "
-                    "its free space and permissions",
-                    param="store",
-                ) from error
+            self.ensure_reachable()
             # A server's clients are told this too, and need not know where its store is.
             inside = f"{self.path}/"
             # Of a move, the file that was to be there: the unfinished one is gone.
