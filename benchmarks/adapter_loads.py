@@ -2,7 +2,8 @@
 
 Adapters on all linear layers of Llama-3-8B; the files are in the system's cache, the host cache is off. `One kind`:
 all have the same layers, ranks and dtype, as adapters of one recipe have. `Own kinds`: each has other layers, so that
-nothing that was read of one header serves for another.
+nothing that was read of one header serves for another. Each adapter is loaded once before, and what the pool then has
+is compared with its file.
 
     python -m benchmarks.adapter_loads
 """
@@ -14,6 +15,8 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,6 +28,7 @@ from rich.table import Table
 from adapters_store import AdapterBundle, AdapterStore
 from benchmarks.gpu.capacity import large_bundle
 from benchmarks.gpu.operands import Member
+from sera_kernels.operands import ABSENT
 from sera_serve.residency import AdapterResidency, DevicePool, HostCache
 
 CASES = {
@@ -55,34 +59,60 @@ def publish(store: AdapterStore, member: Member, dtype: torch.dtype, *, own_kind
     return digests, nbytes
 
 
-def load_times(store: AdapterStore, digests: list[str], rounds: int) -> list[float]:
+@contextmanager
+def empty_pool(store: AdapterStore, index: dict[str, int]) -> Iterator[tuple[AdapterResidency, DevicePool]]:
+    """A pool for one adapter: each load evicts the one before."""
+    pool = DevicePool(1 << 28, len(index), 1, torch.bfloat16)
+    residency = AdapterResidency(store.loading, pool, HostCache(0), index)
+    try:
+        yield residency, pool
+    finally:
+        residency.close()
+
+
+def loaded_as_stored(store: AdapterStore, digests: list[str], index: dict[str, int]) -> bool:
+    """Load each adapter once, and say whether the pool has its factors: A, then C, then B, in the pool's dtype."""
+    correct = True
+    with empty_pool(store, index) as (residency, pool):
+        for digest in digests:
+            tensors, lease = store.load(digest).tensors, residency.acquire(digest).result()
+            for path, row in index.items():
+                place = int(pool.tables.offset[row, lease.slot])
+                names = [name for factor in "acb" if (name := f"{path}.sera_{factor}") in tensors]
+                correct &= bool(names) == (place != ABSENT)
+                for want in (tensors[name].flatten().to(torch.bfloat16) for name in names):
+                    correct &= torch.equal(pool.data[place : place + len(want)], want)
+                    place += len(want)
+            lease.release()
+    return correct
+
+
+def load_times(store: AdapterStore, digests: list[str], index: dict[str, int], rounds: int) -> list[float]:
     """Milliseconds from the request of a lease to the lease; no adapter is in memory before."""
-    index = {path: row for row, path in enumerate(large_bundle(Member(64, 64)).config.modules)}
     times = []
     # As a server does when it begins to serve.
     gc.collect()
     gc.freeze()
-    for _ in range(rounds + 1):
-        # A pool for one adapter: each load evicts the one before.
-        pool = DevicePool(1 << 28, len(index), 1, torch.bfloat16)
-        residency = AdapterResidency(store.loading, pool, HostCache(0), index)
-        for digest in digests:
-            began = time.perf_counter()
-            lease = residency.acquire(digest).result()
-            times.append((time.perf_counter() - began) * 1e3)
-            lease.release()
-            # Until the loader thread is idle again.
-            time.sleep(0.01)
-        residency.close()
-    # The first round warms the system's cache.
-    return times[len(digests) :]
+    for _ in range(rounds):
+        with empty_pool(store, index) as (residency, _):
+            for digest in digests:
+                began = time.perf_counter()
+                lease = residency.acquire(digest).result()
+                times.append((time.perf_counter() - began) * 1e3)
+                lease.release()
+                # Until the loader thread is idle again.
+                time.sleep(0.01)
+    gc.unfreeze()
+    return times
 
 
 def main(rounds: Annotated[int, typer.Option(help="Loads of each adapter.", min=1)] = 3) -> None:
     """Print a table, and one JSON object as the last line."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
+    index = {path: row for row, path in enumerate(large_bundle(Member(64, 64)).config.modules)}
     found: list[dict[str, Any]] = []
+    correct = True
     console = Console(stderr=True)
     with console.status("loads"):
         for case, (member, dtype) in CASES.items():
@@ -90,15 +120,19 @@ def main(rounds: Annotated[int, typer.Option(help="Loads of each adapter.", min=
                 with tempfile.TemporaryDirectory() as folder:
                     store = AdapterStore(Path(folder))
                     digests, nbytes = publish(store, member, dtype, own_kinds=kinds == "own kinds")
-                    times = load_times(store, digests, rounds)
+                    # It also brings the files into the system's cache.
+                    correct &= loaded_as_stored(store, digests, index)
+                    times = load_times(store, digests, index, rounds)
                 ms = {"median_ms": round(statistics.median(times), 1), "most_ms": round(max(times), 1)}
                 found.append({"adapter": case, "kinds": kinds, "bytes": nbytes, **ms})
     table = Table("adapter", "MB", "kinds", "median", "longest")
     for row in found:
         megabytes = f"{row['bytes'] / 1e6:.1f}"
         table.add_row(row["adapter"], megabytes, row["kinds"], f"{row['median_ms']} ms", f"{row['most_ms']} ms")
-    console.print(table)
-    typer.echo(json.dumps({"benchmark": "adapter_loads", "rows": found}))
+    console.print(table if correct else "wrong: an adapter on the device is not that of its file; no speed is reported")
+    typer.echo(json.dumps({"benchmark": "adapter_loads", "correct": correct, "rows": found if correct else []}))
+    if not correct:
+        raise typer.Exit(1)
 
 
 if __name__ == "__main__":
