@@ -11,7 +11,6 @@ is compared with its file.
 from __future__ import annotations
 
 import gc
-import json
 import statistics
 import tempfile
 import time
@@ -28,6 +27,7 @@ from rich.table import Table
 from adapters_store import AdapterBundle, AdapterStore
 from benchmarks.gpu.capacity import large_bundle
 from benchmarks.gpu.operands import Member
+from benchmarks.last_line import tell
 from sera_kernels.operands import ABSENT
 from sera_serve.residency import AdapterResidency, DevicePool, HostCache
 
@@ -130,9 +130,7 @@ def main(rounds: Annotated[int, typer.Option(help="Loads of each adapter.", min=
         megabytes = f"{row['bytes'] / 1e6:.1f}"
         table.add_row(row["adapter"], megabytes, row["kinds"], f"{row['median_ms']} ms", f"{row['most_ms']} ms")
     console.print(table if correct else "wrong: an adapter on the device is not that of its file; no speed is reported")
-    typer.echo(json.dumps({"benchmark": "adapter_loads", "correct": correct, "rows": found if correct else []}))
-    if not correct:
-        raise typer.Exit(1)
+    tell("adapter_loads", found, correct=correct)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ other has: see `benchmarks.api_fuzzing`. The last line is one JSON object; the e
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 from collections import Counter
@@ -24,6 +23,7 @@ from adapters_store import AdapterBundle, AdapterStore
 from benchmarks.api_fuzz_things import Things
 from benchmarks.api_fuzzing import Fuzzer, Outcome
 from benchmarks.fleet import Fleet, save_endless_base
+from benchmarks.last_line import tell
 from benchmarks.server_process import ServerProcess
 from sera_serve.access import AccessDatabase, Keys, Shares
 
@@ -97,7 +97,6 @@ def figures_of(outcome: Outcome, operations: int, seconds: float) -> dict[str, A
     for (_, status), count in outcome.requests.items():
         statuses[f"{status // 100}xx"] += count
     return {
-        "correct": not outcome.findings,
         "requests": outcome.total(),
         "compared": outcome.compared.total(),
         "operations": operations,
@@ -130,9 +129,8 @@ def main(
             taken = time.perf_counter() - began
             operations = len(list(fuzzer.operations()))
             figures = figures_of(fuzzer.outcome, operations, taken)
-    typer.echo(json.dumps({"benchmark": "api_fuzz", **figures}))
-    if figures["findings"] or figures["operations_sent"] < operations:
-        raise typer.Exit(1)
+    correct = not figures["findings"] and figures["operations_sent"] == operations
+    tell("api_fuzz", [figures], correct=correct, is_check=True)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ Outputs of both ways are compared first. The last line is one JSON object.
 
 from __future__ import annotations
 
-import json
 import statistics
 from typing import Annotated, Any
 
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from adapters_store import AdapterBundle, AdapterConfig, BaseInfo, ModuleSpec, combine, expected_shapes
 from benchmarks.cpu_paths import LAYERS, OUTPUTS, TOKENS, microseconds
+from benchmarks.last_line import tell
 from sera_kernels import AdapterBatch, AdapterTables, grouped_sera
 from sera_serve.residency.packing import PackedAdapter, pack
 
@@ -121,7 +121,7 @@ def main(quick: Annotated[bool, typer.Option(help="One width, few rounds.")] = F
         table.add_row(*map(str, row.values()))
     Console(width=120).print(table)
     # A wrong output has ended the run.
-    print(json.dumps({"benchmark": "combinations", "correct": True, "threads": torch.get_num_threads(), "rows": rows}))
+    tell("combinations", rows, threads=torch.get_num_threads())
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.last_line import tell
+
 _COMMAND = "from sera_serve.trainer.cli import main; main()"
 SHAPES: dict[str, list[str]] = {
     "classify, 32 x 128": [
@@ -58,7 +60,7 @@ def main(
             f"{row['time_error']:+.0%}",
         )
     Console(stderr=True).print(table)
-    typer.echo(json.dumps({"benchmark": "dry_run", "correct": all(row["counted"] for row in rows), "rows": rows}))
+    tell("dry_run", rows, correct=all(row["counted"] for row in rows), is_check=True)
 
 
 def _compare(name: str, options: list[str], data: Path, base: str) -> dict[str, Any]:

@@ -10,7 +10,6 @@ line is one JSON object.
 from __future__ import annotations
 
 import asyncio
-import json
 import statistics
 import tempfile
 import time
@@ -22,6 +21,7 @@ import typer
 
 from adapters_store import AdapterStore
 from benchmarks.http_cost import running
+from benchmarks.last_line import tell
 from benchmarks.random_classifiers import random_classifier
 from sera_serve.base import load_base
 from sera_serve.config import ServeSettings
@@ -86,7 +86,7 @@ def main(rounds: Annotated[int, typer.Option(help="Texts of each way.")] = 21) -
             rates = asyncio.run(measure(f"http://127.0.0.1:{server.port}", names, rounds))
     rows = [{"way": way, "texts_per_s": rate} for way, rate in rates.items()]
     # A different answer has ended the run.
-    print(json.dumps({"benchmark": "guardrails", "correct": True, "guards": GUARDS, "rows": rows}))
+    tell("guardrails", rows, guards=GUARDS)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import copy
 import io
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -37,6 +36,7 @@ from rich.table import Table
 from transformers import ViTConfig, ViTModel
 
 from adapters_store import AdapterBundle, AdapterConfig, AdapterStore, ModuleSpec, expected_shapes
+from benchmarks.last_line import tell
 from sera_serve.base import FrozenBase, ImageInput, decode_image, freeze_base, merge_adapter, to_pixels
 from sera_serve.config import ServeSettings
 from sera_serve.engine import Principal, ServingEngine
@@ -266,9 +266,7 @@ def main(
         table.add_row(case, f"{rows[-1]['images_per_s']}", f"{ratio:.3f}")
     console.print(f"wrong: {', '.join(wrong)}; no speed is reported" if wrong else table)
     shape = {"width": setting.width, "layers": setting.layers, "image_size": setting.image_size}
-    typer.echo(json.dumps({"benchmark": "images", "correct": not wrong, **shape, "rows": rows}))
-    if wrong:
-        raise typer.Exit(1)
+    tell("images", rows, correct=not wrong, **shape)
 
 
 if __name__ == "__main__":

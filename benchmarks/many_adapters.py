@@ -12,7 +12,6 @@ first and throughout, and no speed is reported where one is wrong. The last line
 
 from __future__ import annotations
 
-import json
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.fleet import SHAPES
+from benchmarks.last_line import tell
 from benchmarks.many_adapters_run import ManyAdapters, Plan
 from benchmarks.plots import plot_many_adapters
 
@@ -32,18 +32,17 @@ COLUMNS += ["itl_p99_s", "hit_rate"]
 QUICK = Plan((5, 20), 10, 16, 8, 16, 0.5, 1, 1, 1.5, 0.6, 4, 2, 4)
 
 
-def report(wrong: list[str], result: dict[str, Any], console: Console) -> dict[str, Any]:
-    """The JSON of a run, and its table; without any speed where something is wrong."""
+def report(wrong: list[str], result: dict[str, Any], console: Console) -> None:
+    """Print what was wrong; where nothing was, the table of a run."""
     for line in wrong[:20]:
         console.print(f"wrong: {line}", markup=False)
     if wrong:
-        return {"benchmark": "many_adapters", "correct": False, "rows": []}
+        return
     table = Table(*COLUMNS)
     for row in result["rows"]:
         table.add_row(*(str(row[key]) for key in COLUMNS))
     console.print(table)
     console.print(str(result["figures"]), markup=False)
-    return {"benchmark": "many_adapters", "correct": True} | result
 
 
 def main(
@@ -83,16 +82,13 @@ def main(
             plan = replace(plan, sizes=tuple(size))
         run = ManyAdapters(plan, Path(folder), alpha, console)
         result = run.run() if against is None else run.compare(against.resolve())
-    told = report(run.wrong, result, console)
-    if told["correct"]:
-        told |= {"alpha": alpha, "touched": touch, "host_cache_mib": plan.host_cache_mib, "width": width}
-        told |= {"open_s": plan.open_s, "saturated_s": plan.saturated_s, "load": plan.load}
-        if against is None:
-            plot_many_adapters(plot, result["rows"], run.ttfts)
-            told["plot"] = str(plot)
-    typer.echo(json.dumps(told))
-    if not told["correct"]:
-        raise typer.Exit(1)
+    report(run.wrong, result, console)
+    facts = {"alpha": alpha, "touched": touch, "host_cache_mib": plan.host_cache_mib, "width": width}
+    facts |= {"open_s": plan.open_s, "saturated_s": plan.saturated_s, "load": plan.load}
+    if against is None and not run.wrong:
+        plot_many_adapters(plot, result["rows"], run.ttfts)
+        facts["plot"] = str(plot)
+    tell("many_adapters", result.pop("rows", []), correct=not run.wrong, **result, **facts)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ The last line is one JSON object.
 
 from __future__ import annotations
 
-import json
 import statistics
 from typing import Annotated, Any
 
@@ -19,6 +18,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from benchmarks.last_line import tell
 from benchmarks.systems import (
     Setting,
     SystemProcess,
@@ -117,15 +117,12 @@ def main(
         speeds = measure(setting, ["base", "hf_generate_16"], times, console)
         correct &= bool(speeds)
         long_prompts += [row(setting, case, speeds) for case in speeds]
-    for title, listed in (("prompts of 32 tokens", rows), ("prompts of 256 tokens", long_prompts)):
+    for title, listed in (("prompts of 32 tokens", rows), ("prompts of 256 tokens", long_prompts)) if correct else ():
         table = Table("width", "rank", "case", "tokens/s", "ratio to base", title=title)
         for r in listed:
             table.add_row(*(str(r[key]) for key in ("width", "rank", "case", "tokens_per_s", "ratio_to_base")))
         console.print(table)
-    result = {"benchmark": "mixed_batch", "correct": correct, "rows": rows, "prompts_of_256": long_prompts}
-    typer.echo(json.dumps(result if correct else {"benchmark": "mixed_batch", "correct": False, "rows": []}))
-    if not correct:
-        raise typer.Exit(1)
+    tell("mixed_batch", rows, correct=correct, prompts_of_256=long_prompts)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ and each ratio is the median over the rounds. Tokens are those of rows; padding 
 
 from __future__ import annotations
 
-import json
 import random
 import time
 from collections.abc import Sequence
@@ -26,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks.last_line import tell
 from sera_serve.base import FrozenBase, load_base
 from sera_serve.layers import attach_adapter
 from sera_serve.trainer.data.passages import load_generate_data
@@ -130,10 +130,9 @@ def main(
                     "padding": round(1 - tokens[layout] / shown[layout], 3),
                 }
             )
-    _show(found)
-    typer.echo(json.dumps({"benchmark": "packing", "correct": correct, "rows": found}))
-    if not correct:
-        raise typer.Exit(1)
+    if correct:
+        _show(found)
+    tell("packing", found, correct=correct)
 
 
 def _show(rows: list[dict[str, Any]]) -> None:

@@ -10,7 +10,6 @@ every allocated adapter met its budget.
 
 from __future__ import annotations
 
-import json
 import statistics
 import tempfile
 from pathlib import Path
@@ -21,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from adapters_store import AdapterStore
+from benchmarks.last_line import tell
 from benchmarks.minilm import minilm
 from sera_serve.base import load_base
 from sera_serve.trainer.run import train_adapter
@@ -89,7 +89,7 @@ def main(
             cells = f"{statistics.mean(scores):.4f}", f"{spread:.4f}"
             table.add_row(name, arm, *cells, f"{statistics.mean(row['parameters'] for row in own):,.0f}")
     console.print(table)
-    typer.echo(json.dumps({"benchmark": "rank_allocation", "correct": correct, "rows": results}))
+    tell("rank_allocation", results, correct=correct, is_check=True)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
+from benchmarks.last_line import tell
 from benchmarks.minilm import minilm
 from benchmarks.server_process import ServerProcess
 from sera_serve.base import EMBEDDED, FrozenBase, Span, load_base
@@ -306,10 +307,7 @@ def main(
                             | {"differences": distances, "equal": are_equal(case, distances)}
                         )
     console.print(table)
-    correct = all(row["equal"] for row in found)
-    typer.echo(json.dumps({"benchmark": "served_tasks", "correct": correct, "rows": found}))
-    if not correct:
-        raise typer.Exit(1)
+    tell("served_tasks", found, correct=all(row["equal"] for row in found), is_check=True)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ server still held something at the end, or if a stopped client was not cut off.
 from __future__ import annotations
 
 import asyncio
-import json
 import multiprocessing
 import resource
 import tempfile
@@ -41,6 +40,7 @@ from rich.table import Table
 
 from benchmarks.fleet import Fleet, adapter_name, save_endless_base
 from benchmarks.http_load import Answer, LoadClient
+from benchmarks.last_line import tell
 from benchmarks.server_process import ServerProcess
 from benchmarks.service_figures import failures, percentiles
 from benchmarks.slow_reading import Reading, StreamRead, read_streams
@@ -163,7 +163,7 @@ async def measure(
         "stopped": outcome(outcomes["stopped"], outcomes["fast"], STOPPED_TOKENS),
         "left": left,
     }
-    return figures | {"correct": is_correct(figures)}
+    return figures
 
 
 def others(answers: Sequence[Answer]) -> dict[str, Any]:
@@ -281,9 +281,7 @@ def main(
             reading = Reading(server.host, server.port, adapter_name(0), streams, tokens)
             figures = uvloop.run(measure(server, reading, slow_pause, held, quiet, console))
     show(figures, console)
-    typer.echo(json.dumps({"benchmark": "slow_readers", **figures}))
-    if not figures["correct"]:
-        raise typer.Exit(1)
+    tell("slow_readers", [figures], correct=is_correct(figures), is_check=True)
 
 
 if __name__ == "__main__":

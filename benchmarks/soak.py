@@ -12,7 +12,6 @@ memory grew by 2% or more, or if an invariant was broken.
 from __future__ import annotations
 
 import asyncio
-import json
 import multiprocessing
 import random
 import tempfile
@@ -31,6 +30,7 @@ from rich.console import Console
 
 from benchmarks.fleet import Fleet, adapter_name, save_endless_base
 from benchmarks.http_load import LoadClient
+from benchmarks.last_line import tell
 from benchmarks.reference import wrong_answers
 from benchmarks.server_process import values_of
 from benchmarks.service_figures import rates
@@ -184,9 +184,7 @@ def main(
     figures: dict[str, Any] = {"minutes": minutes, "rss_growth": round(growth, 4), "wrong": len(ledger.wrong)}
     figures |= {"done": dict(ledger.done), "intended_refusals": dict(ledger.intended)}
     correct = not ledger.wrong and growth < MAX_GROWTH
-    typer.echo(json.dumps({"benchmark": "soak", "correct": correct, "rows": soak.rows, "figures": figures}))
-    if not correct:
-        raise typer.Exit(1)
+    tell("soak", soak.rows, correct=correct, is_check=True, figures=figures)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ from rich.console import Console
 from rich.table import Table
 
 from adapters_store import AdapterBundle, AdapterConfig, AdapterStore, BaseInfo, ModuleSpec, expected_shapes
+from benchmarks.last_line import tell
 from sera_serve.config import ServeSettings
 from sera_serve.engine import Presence
 from sera_serve.loop_turns import LoopTurns
@@ -307,17 +308,11 @@ def main(
     console = Console(stderr=True, width=180)
     for line in wrong[:20]:
         console.print(f"wrong: {line}", markup=False)
-    # No speed is told where something is wrong.
-    told: dict[str, Any] = {"benchmark": "store_scale", "correct": not wrong, "rows": [] if wrong else rows}
-    told |= {"date": datetime.now(UTC).strftime("%Y-%m-%d"), "machine": _machine(), "page": PAGE, "samples": samples}
-    told |= {"folder": str(folder or tempfile.gettempdir()), "load_average": round(os.getloadavg()[0], 1)}
+    facts = {"date": datetime.now(UTC).strftime("%Y-%m-%d"), "machine": _machine(), "page": PAGE, "samples": samples}
+    facts |= {"folder": str(folder or tempfile.gettempdir()), "load_average": round(os.getloadavg()[0], 1)}
     if not wrong:
         report(rows, console)
-    if output is not None:
-        output.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-    typer.echo(json.dumps(told))
-    if wrong:
-        raise typer.Exit(1)
+    tell("store_scale", rows, correct=not wrong, output=output, **facts)
 
 
 def _machine() -> dict[str, Any]:

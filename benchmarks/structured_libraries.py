@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from tokenizers import pre_tokenizers
 
+from benchmarks.last_line import tell
 from benchmarks.random_schemas import random_schema
 
 LIBRARIES = ("llguidance", "xgrammar", "outlines-core")
@@ -291,7 +292,7 @@ def main(
         rest = {key: value for key, value in row.items() if key not in ("library", "vocabulary", "hostile")}
         table.add_row(row["library"], str(row.get("vocabulary", row.get("hostile"))), str(rest))
     progress.print(table)
-    print(json.dumps({"benchmark": "structured_libraries", "correct": True, "rows": rows}))
+    tell("structured_libraries", rows)
 
 
 if __name__ == "__main__":

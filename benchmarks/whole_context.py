@@ -10,7 +10,6 @@ first. The last line is one JSON object.
 
 from __future__ import annotations
 
-import json
 import statistics
 from typing import Annotated
 
@@ -21,6 +20,7 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks.batch_driver import BatchDriver
+from benchmarks.last_line import tell
 from benchmarks.llama_bases import VOCABULARY, llama_base
 
 REQUESTS, PROMPT, NEW, CACHE = 64, 32, 32, 4096
@@ -59,11 +59,12 @@ def main(
     rows = []
     for case in cases:
         speed = statistics.median(speeds[case])
-        table.add_row(case, f"{speed:.0f}" if correct else "-", str(most[case]))
-        rows.append({"case": case, "tokens_per_s": round(speed, 1) if correct else None, "at_a_time": most[case]})
-    rows.append({"case": "time a token, second over first", "ratio": round(ratio, 3) if correct else None})
-    Console(stderr=True).print(table, f"time a token, second over first: {ratio:.2f}" if correct else "wrong output")
-    print(json.dumps({"benchmark": "whole_context", "correct": correct, "rows": rows}))
+        table.add_row(case, f"{speed:.0f}", str(most[case]))
+        rows.append({"case": case, "tokens_per_s": round(speed, 1), "at_a_time": most[case]})
+    rows.append({"case": "time a token, second over first", "ratio": round(ratio, 3)})
+    shown = (table, f"time a token, second over first: {ratio:.2f}") if correct else ("wrong output",)
+    Console(stderr=True).print(*shown)
+    tell("whole_context", rows, correct=correct)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.last_line import tell
 from benchmarks.server_process import REPOSITORY
 from benchmarks.siege.cases import CASES, Ground, run_case
 from benchmarks.siege.each import report_each, run_each
@@ -121,14 +122,14 @@ def main(
     _check(client, CLIENTS, "client")
     ground = Ground(checkout.resolve(), make_stores(checkout.resolve(), folder.resolve()), quick)
     rows: list[dict[str, Any]] = []
-    result: dict[str, Any] = {"benchmark": "siege", "correct": True, "rows": rows}
+    correct = True
     if mixed:
         rows.append(run_mixed(ground, mixed, only or NAMES))
-        result["correct"] = rows[0]["held"]
+        correct = rows[0]["held"]
         console.print(report(rows[0]))
     elif each:
         rows += run_each(ground, each, only or NAMES, client or CLIENTS)
-        result["correct"] = not any(row["wrong"] for row in rows)
+        correct = not any(row["wrong"] for row in rows)
         console.print(report_each(rows))
     else:
         for chosen in CASES:
@@ -136,15 +137,11 @@ def main(
                 continue
             rows.append(run_case(chosen, ground))
             console.print(json.dumps(rows[-1]), markup=False, highlight=False, soft_wrap=True)
-            result["correct"] = not any(row.get("wrong") for row in rows)
+            correct = not any(row.get("wrong") for row in rows)
             if output is not None:
-                output.write_text(json.dumps(result))
+                output.write_text(json.dumps({"benchmark": "siege", "correct": correct, "rows": rows}))
         print_rows(console, rows)
-    if output is not None:
-        output.write_text(json.dumps(result))
-    typer.echo(json.dumps(result))
-    if not result["correct"]:
-        raise typer.Exit(1)
+    tell("siege", rows, correct=correct, is_check=True, output=output)
 
 
 if __name__ == "__main__":
