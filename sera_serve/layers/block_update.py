@@ -10,6 +10,8 @@ Legend: T tokens, s segments, w elements of a segment, m segment rank, r = s m. 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -25,63 +27,104 @@ _MANY_COLUMNS = 12
 _WHOLE, _PIECE = 1 << 19, 1 << 16
 
 
+@dataclass(frozen=True)
+class Part:
+    """The tokens of one adapter in a pass, and what its factors do not say.
+
+    Attributes:
+        begin: Its first token.
+        end: The token after its last one.
+        split: Number of diagonal blocks of A and of B.
+        scaling: Factor of the update.
+    """
+
+    begin: int
+    end: int
+    split: int
+    scaling: float
+
+
 def add_update(h: Tensor, x: Tensor, a: Tensor, c: Tensor | None, b: Tensor, split: int, scaling: float) -> Tensor:
-    """Return h + scaling * ((x A) C) B. `h` is overwritten.
+    """Return h + scaling * ((x A) C) B for all tokens; arguments as in `add_updates`, and as in `Part`."""
+    return add_updates(h, x, [Part(0, h.numel() // h.shape[-1], split, scaling)], [a, c, b])
+
+
+def add_updates(h: Tensor, x: Tensor, parts: Sequence[Part], factors: Sequence[Tensor | None]) -> Tensor:
+    """Return h + scaling * ((x A) C) B, for the tokens of each part with the factors of its adapter.
+
+    `h` is overwritten. Tokens that are in no part stay as they are.
 
     Args:
         h: (..., d_out), of any floating dtype. No other operation may need its old value.
         x: (..., d_in).
-        a: (d_in, segment_rank), float.
-        c: (rank, rank), or None for the identity.
-        b: (segment_rank, d_out).
-        split: Number of diagonal blocks of A and of B.
-        scaling: Factor of the update.
+        parts: The adapters' tokens, which do not overlap.
+        factors: A, C and B of each part, one after the other: (d_in, segment_rank), float; (rank, rank), or None for
+            the identity; (segment_rank, d_out).
     """
     # Whether torch annotates `apply` differs between its releases.
-    result: Tensor = cast(Any, _AddUpdate).apply(h, x, a, c, b, split, scaling)
+    result: Tensor = cast(Any, _AddUpdates).apply(h, x, parts, *factors)
     return result
 
 
-class _AddUpdate(torch.autograd.Function):
+class _AddUpdates(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, h: Tensor, x: Tensor, a: Tensor, c: Tensor | None, b: Tensor, split: int, scaling: float
-    ) -> Tensor:
-        u = reduce_segments(x.reshape(-1, x.shape[-1]).to(a.dtype), blocks_of_a(a, split))
-        v = u if c is None else u @ c
-        expand_onto(h.view(-1, h.shape[-1]), v, blocks_of_b(b, split), scaling)
-        needs = ctx.needs_input_grad
-        needs_x, needs_u = needs[2], needs[3] or needs[4]
-        ctx.save_for_backward(x if needs_x else None, u if needs_u else None, a, c, b)
-        ctx.split, ctx.scaling, ctx.x_shape, ctx.x_dtype = split, scaling, x.shape, x.dtype
+    def forward(ctx: Any, h: Tensor, x: Tensor, parts: Sequence[Part], *factors: Tensor | None) -> Tensor:
+        rows_h, rows_x = h.view(-1, h.shape[-1]), x.reshape(-1, x.shape[-1])
+        # The factors come after h, x and the parts.
+        needs = ctx.needs_input_grad[3:]
+        reduced: list[Tensor | None] = []
+        for part, (a, c, b), (_, needs_c, needs_b) in zip(parts, _triples(factors), _triples(needs), strict=True):
+            u = reduce_segments(rows_x[part.begin : part.end].to(a.dtype), blocks_of_a(a, part.split))
+            v = u if c is None else u @ c
+            expand_onto(rows_h[part.begin : part.end], v, blocks_of_b(b, part.split), part.scaling)
+            reduced.append(u if needs_c or needs_b else None)
+        ctx.save_for_backward(x if any(needs[::3]) else None, *reduced, *factors)
+        ctx.parts, ctx.x_shape, ctx.x_dtype = parts, x.shape, x.dtype
         ctx.mark_dirty(h)
         return h
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-        x, u, a, c, b = ctx.saved_tensors
-        split, scaling = ctx.split, ctx.scaling
-        _, needs_x, needs_a, needs_c, needs_b, *_ = ctx.needs_input_grad
-        dx = da = dc = db = None
-        flat = g.reshape(-1, g.shape[-1]).to(b.dtype)
-        if needs_b:
-            v = u if c is None else u @ c
-            db = _in_rows(outer_segments(flat, v, split).permute(2, 0, 1), b).mul_(scaling)
-        if needs_x or needs_a or needs_c:
-            dv = reduce_segments(flat, blocks_of_b(b, split)).mul_(scaling)
-            if needs_c:
-                dc = u.T @ dv
-            if needs_x or needs_a:
+        parts = ctx.parts
+        x, *saved = ctx.saved_tensors
+        reduced, triples = saved[: len(parts)], _triples(saved[len(parts) :])
+        needs_x, _, *needs = ctx.needs_input_grad[1:]
+        rows_g = g.reshape(-1, g.shape[-1])
+        dx = None
+        if needs_x:
+            # A view would be added to the base's gradient in new memory, and not in place.
+            is_whole = sum(part.end - part.begin for part in parts) == len(rows_g)
+            # Tokens without an adapter get no gradient from here.
+            make = torch.empty if is_whole else torch.zeros
+            dx = make(ctx.x_shape, dtype=triples[0][2].dtype, device=g.device)
+        gradients: list[Tensor | None] = []
+        for part, u, (a, c, b), (needs_a, needs_c, needs_b) in zip(
+            parts, reduced, triples, _triples(needs), strict=True
+        ):
+            own = rows_g[part.begin : part.end].to(b.dtype)
+            da = dc = db = None
+            if needs_b:
+                v = u if c is None else u @ c
+                db = _in_rows(outer_segments(own, v, part.split).permute(2, 0, 1), b).mul_(part.scaling)
+            if needs_x or needs_a or needs_c:
+                dv = reduce_segments(own, blocks_of_b(b, part.split)).mul_(part.scaling)
+                if needs_c:
+                    dc = u.T @ dv
                 du = dv if c is None else dv @ c.T
                 if needs_a:
-                    da = _in_rows(outer_segments(x.reshape(-1, x.shape[-1]).to(a.dtype), du, split), a)
-                if needs_x:
-                    # A view would be added to the base's gradient in new memory, and not in place.
-                    dx = du.new_empty(ctx.x_shape)
-                    expand_into(dx.view(-1, dx.shape[-1]), du, blocks_of_a(a, split))
-                    dx = dx.to(ctx.x_dtype)
-        return g, dx, da, dc, db, None, None
+                    rows = x.reshape(-1, x.shape[-1])[part.begin : part.end].to(a.dtype)
+                    da = _in_rows(outer_segments(rows, du, part.split), a)
+                if dx is not None:
+                    rows = dx.view(-1, dx.shape[-1])[part.begin : part.end]
+                    expand_into(rows, du, blocks_of_a(a, part.split))
+            gradients += [da, dc, db]
+        return g, dx if dx is None else dx.to(ctx.x_dtype), None, *gradients
+
+
+def _triples(of_factors: Sequence[Any]) -> list[tuple[Any, Any, Any]]:
+    """What belongs to A, C and B of each part."""
+    return list(zip(of_factors[::3], of_factors[1::3], of_factors[2::3], strict=True))
 
 
 def _in_rows(gradient: Tensor, factor: Tensor) -> Tensor:
