@@ -350,9 +350,9 @@ class TrainSettings(BaseModel):
         if self.eval and self.eval_fraction and "eval_fraction" in self.model_fields_set:
             raise ValueError("--eval-fraction holds a part of --train out without --eval; leave one of the two out")
         # A folder of images may have a part for evaluation.
-        if not (self.eval or self.eval_fraction or self.task == "image-classify"):
-            for name in self._given(("patience", "select_by")):
-                raise ValueError(f"{flag(name)} needs evaluations; give --eval or an --eval-fraction above 0")
+        has_none = not (self.eval or self.eval_fraction or self.task == "image-classify")
+        if has_none and (option := self.needs_evaluations) is not None:
+            raise ValueError(f"{flag(option)} needs evaluations; give --eval or an --eval-fraction above 0")
         if self.patience is not None and self.budget is not None:
             raise ValueError("--patience cannot end a run early whose ranks fall to --budget; leave one of the two out")
         if self.task == "generate":
@@ -490,6 +490,11 @@ class TrainSettings(BaseModel):
         if self.completion_column is None:
             return "prompt", "completion"
         return self.prompt_column, self.completion_column
+
+    @property
+    def needs_evaluations(self) -> str | None:
+        """The option that was given and has no meaning without evaluations; None where there is none."""
+        return next(iter(self._given(("patience", "select_by"))), None)
 
     @property
     def has_words(self) -> bool:

@@ -16,6 +16,7 @@ from PIL import Image
 from trainer_samples import write_csv, write_jsonl
 
 from sera_serve.trainer.data.images import load_image_classify_data, load_retrieve_data
+from sera_serve.trainer.option_text import flag
 from sera_serve.trainer.tables import image_files
 from sera_serve.trainer.tables.faults import InvalidData
 from sera_serve.trainer.tables.image_files import FolderSource, ImageStore
@@ -394,12 +395,23 @@ def test_the_settings_name_what_belongs_to_image_tasks(tmp_path: Path) -> None:
     assert everything.identity() != both.identity()
 
 
-def test_patience_takes_the_validation_rows_of_a_folder(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "value"), [("patience", 1), ("select_by", "loss")])
+def test_what_evaluations_decide_takes_the_validation_rows_of_a_folder(tmp_path: Path, name: str, value: Any) -> None:
     root = image_folder(tmp_path / "split", 2, ("train", "validation"))
-    options: dict[str, Any] = {"eval_fraction": 0, "patience": 1}
+    options: dict[str, Any] = {"eval_fraction": 0, name: value}
     assert len(load(tmp_path, root, **options).eval) == 4
     whole = image_folder(tmp_path / "whole", 2)
     for train in (whole, image_folder(tmp_path / "tested", 2, ("train", "test"))):
         said = refused(tmp_path, train, **options)
-        assert "has no validation rows, and --patience needs evaluations; give --eval" in said
+        assert f"has no validation rows, and {flag(name)} needs evaluations; give --eval" in said
     assert load(tmp_path, whole, eval=root, **options).eval
+
+
+def test_no_part_is_held_out_beside_validation_rows_of_a_folder(tmp_path: Path) -> None:
+    root = image_folder(tmp_path / "split", 4, ("train", "validation"))
+    data, whole = load(tmp_path, root, eval_fraction=0.25), image_folder(tmp_path / "whole", 4)
+    assert (len(data.train), len(data.eval)) == (8, 8)
+    said = f"{root} has validation rows, so --eval-fraction holds no training rows out"
+    assert said in data.notes
+    for others in (load(tmp_path, root), load(tmp_path, whole, eval_fraction=0.25)):
+        assert others.eval and not any("--eval-fraction" in note for note in others.notes)

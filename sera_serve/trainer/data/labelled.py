@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 from sera_serve.errors import counted
-from sera_serve.trainer.data.splits import check_evaluated, draw, hold_out_for
+from sera_serve.trainer.data.splits import draw, hold_out_for
 from sera_serve.trainer.option_text import flag
 from sera_serve.trainer.settings import TrainSettings
 from sera_serve.trainer.tables.faults import InvalidData, Problems, Row, faults_of
@@ -204,10 +204,13 @@ def part_rows(
     a training row. `labels_of` None has no labels.
 
     Raises:
-        InvalidData: The run needs evaluations, and no row can be held out.
+        InvalidData: The run needs evaluations, and there are no rows for them.
     """
     rows["train"] = draw(rows["train"], settings.train_limit, settings.seed)
-    if not rows["eval"] and settings.eval_fraction:
+    if rows["eval"]:
+        if settings.eval is None and settings.eval_fraction and "eval_fraction" in settings.model_fields_set:
+            notes.append(f"{settings.train} has validation rows, so --eval-fraction holds no training rows out")
+    elif settings.eval_fraction:
         rows["train"], rows["eval"] = hold_out_for(
             settings,
             rows["train"],
@@ -217,7 +220,12 @@ def part_rows(
             keep_single=is_one,
             labels=None if labels_of is None else lambda item: labels_of(item.target),
         )
-    check_evaluated(settings, rows["eval"])
+    elif (option := settings.needs_evaluations) is not None:
+        raise InvalidData(
+            f"{settings.train} has no validation rows, and {flag(option)} needs evaluations; give --eval or an "
+            "--eval-fraction above 0",
+            param=option,
+        )
 
 
 def label_notes(labels: Iterable[str]) -> list[str]:

@@ -79,20 +79,6 @@ def hold_out(
     return [row for i, row in enumerate(rows) if i not in held], [rows[i] for i in sorted(held)]
 
 
-def check_evaluated(settings: TrainSettings, rows: Sequence[T]) -> None:
-    """Refuse `patience` where there are no rows for evaluation. An image folder may have some of its own.
-
-    Raises:
-        InvalidData: The run would evaluate nothing.
-    """
-    if settings.patience is not None and not rows:
-        raise InvalidData(
-            f"{settings.train} has no validation rows, and --patience needs evaluations; give --eval or an "
-            "--eval-fraction above 0",
-            param="patience",
-        )
-
-
 def hold_out_for(
     settings: TrainSettings,
     rows: Sequence[T],
