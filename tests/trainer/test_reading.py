@@ -131,6 +131,23 @@ def test_an_encoding_and_a_delimiter_can_be_named(tmp_path: Path) -> None:
     assert read_table(path, encoding="utf-16-le").rows[0].values["text"] == "ä"
     for other in (tmp_path, Path("hub:owner/name")):
         assert "has no delimiter; --delimiter is for" in refusal(partial(read_table, other, delimiter=";"))
+        assert "has no encoding; --encoding is for" in refusal(partial(read_table, other, encoding="utf-16"))
+
+
+@pytest.mark.parametrize(
+    ("suffix", "option", "value"),
+    [(".parquet", "delimiter", ";"), (".jsonl", "delimiter", ";"), (".parquet", "encoding", "utf-16")],
+)
+def test_what_a_file_has_not_cannot_be_named(tmp_path: Path, suffix: str, option: str, value: str) -> None:
+    path = tmp_path / f"rows{suffix}"
+    if suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.table({"text": ["a", "b"]}), path)
+    else:
+        path.write_text('{"text": "a"}\n{"text": "b"}\n')
+    assert len(read_table(path).rows) == 2
+    with pytest.raises(InvalidData, match=f"has no {option}; --{option} is for") as refused:
+        read_table(path, **{option: value})
+    assert refused.value.param == option
 
 
 @pytest.mark.parametrize("named", ["utf-8", "UTF8", "utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])

@@ -90,8 +90,8 @@ def read_table(path: Path, *, delimiter: str | None = None, encoding: str | None
         InvalidData: There is no such file, it cannot be read, or it has rows that do not parse.
     """
     is_hub = str(path).startswith(HUB)
-    if delimiter is not None and (is_hub or path.is_dir()):
-        raise _no_delimiter(path)
+    if is_hub or path.is_dir():
+        _refuse_given(path, delimiter=delimiter, encoding=encoding)
     if is_hub:
         from sera_serve.trainer.tables.hub import read_hub
 
@@ -108,8 +108,10 @@ def read_table(path: Path, *, delimiter: str | None = None, encoding: str | None
 
 
 def _read_file(file: DataFile, delimiter: str | None) -> Table:
-    if delimiter is not None and file.kind != "csv":
-        raise _no_delimiter(file.path)
+    if file.kind != "csv":
+        _refuse_given(file.path, delimiter=delimiter)
+    if file.kind == "parquet":
+        _refuse_given(file.path, encoding=file.encoding if file.is_given else None)
     if file.kind == "csv":
         return _read_csv(file, check_csv(file, delimiter))
     if file.kind == "json":
@@ -127,8 +129,12 @@ def _read_file(file: DataFile, delimiter: str | None) -> Table:
     return Table(file.path, rows.columns, rows, file.digest(), notes, left_out)
 
 
-def _no_delimiter(path: Path) -> InvalidData:
-    return InvalidData(f"{path} has no delimiter; --delimiter is for .csv and .tsv", param="delimiter")
+def _refuse_given(path: Path, **options: str | None) -> None:
+    """Refuse those of these options that were given, because nothing would read them."""
+    takes = {"delimiter": ".csv and .tsv", "encoding": ".csv, .tsv, .jsonl, .json and .txt"}
+    for option, value in options.items():
+        if value is not None:
+            raise InvalidData(f"{path} has no {option}; {flag(option)} is for {takes[option]}", param=option)
 
 
 def _read_csv(file: DataFile, shape: CsvShape) -> Table:
