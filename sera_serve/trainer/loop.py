@@ -96,15 +96,10 @@ def optimiser_class(settings: TrainSettings) -> Any:
     """The class of the optimiser.
 
     Raises:
-        InvalidConfiguration: It is paged, and there is no CUDA device, or bitsandbytes is not installed.
+        InvalidConfiguration: It is paged, and bitsandbytes is not installed.
     """
     if settings.optimizer == "adamw":
         return torch.optim.AdamW
-    if not settings.device.startswith("cuda"):
-        raise InvalidConfiguration(
-            f"optimizer paged-adamw pages to and from a GPU, and device is {settings.device}; take adamw",
-            param="optimizer",
-        )
     try:
         from bitsandbytes.optim import PagedAdamW32bit
     except ImportError as error:

@@ -29,7 +29,7 @@ from sera_serve.trainer.loop import (
     evaluations_since_best,
 )
 from sera_serve.trainer.parallel import Processes, join_processes
-from sera_serve.trainer.patterns import shapes_by_path
+from sera_serve.trainer.patterns import shapes_by_path, total_ranks
 from sera_serve.trainer.progress import RichProgress
 from sera_serve.trainer.settings import KEPT_BY_INIT, TrainSettings
 from sera_serve.trainer.tasks import TASKS, GenerateTask, TaskData, TrainingTask, check_base_of_texts, row_counts
@@ -220,6 +220,8 @@ def build_task(run: TrainingRun) -> TrainingTask:
     if run.initial is not None:
         task.model.load_stored_tensors(run.initial.bundle.tensors)
     if run.settings.budget is not None:
+        # The training loop would refuse it later, and a dry run makes no loop.
+        total_ranks([layer.config for layer in attached_layers(run.base.model).values()], run.settings.budget)
         steps = run.settings.epochs * -(-len(task.train_rows) // run.settings.batch_size)
         task.notes += few_steps_note(steps, run.settings.budget_final)
     return task

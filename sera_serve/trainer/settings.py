@@ -355,6 +355,8 @@ class TrainSettings(BaseModel):
             raise ValueError(f"{flag(option)} needs evaluations; give --eval or an --eval-fraction above 0")
         if self.patience is not None and self.budget is not None:
             raise ValueError("--patience cannot end a run early whose ranks fall to --budget; leave one of the two out")
+        if self.optimizer == "paged-adamw" and self.device == "cpu":
+            raise ValueError("--optimizer paged-adamw pages to and from a GPU, and --device is cpu; take adamw")
         if self.task == "generate":
             self._check_format()
             if self.messages_column and (self.prompt_column or self.completion_column):

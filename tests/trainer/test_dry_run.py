@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from image_samples import captioned_images, image_folder, image_settings
+from pydantic import ValidationError
 from rich.console import Console
 from trainer_samples import ending_rule, settings_for, write_csv, write_jsonl
 
@@ -177,6 +178,10 @@ def test_its_errors_are_those_of_the_run(base: FrozenBase, tmp_path: Path) -> No
     good = write_csv(tmp_path / "good.csv", ending_rule(10))
     with pytest.raises(InvalidConfiguration, match="--max-length 9999"):
         dry_run(settings_for(Path("tiny"), tmp_path, good, max_length=9999), base=base)
+    with pytest.raises(InvalidConfiguration, match="--budget 4 is not below the mean rank 4"):
+        dry_run(settings_for(Path("tiny"), tmp_path, good, budget=4), base=base)
+    with pytest.raises(ValidationError, match="paged-adamw pages to and from a GPU"):
+        settings_for(Path("tiny"), tmp_path, good, optimizer="paged-adamw")
 
 
 def test_sizes_between_and_beyond_the_timed_ones() -> None:

@@ -10,8 +10,7 @@ from transformers import TrainerState
 
 from sera_serve.errors import InvalidConfiguration
 from sera_serve.trainer.checkpoint import load_optimiser, save_checkpoint
-from sera_serve.trainer.loop import optimiser_class
-from sera_serve.trainer.settings import TrainSettings
+from sera_serve.trainer.settings import load_options
 
 
 @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
@@ -42,8 +41,7 @@ def test_its_state_is_restored(tmp_path: Path) -> None:
 
 
 def test_it_needs_a_gpu() -> None:
-    settings = TrainSettings(
-        base="embedded", store=Path("s"), name="a/b", task="classify", train=Path("t.csv"), optimizer="paged-adamw"
-    )
-    with pytest.raises(InvalidConfiguration, match="paged-adamw pages to and from a GPU, and device is cpu"):
-        optimiser_class(settings)
+    options = {"base": "embedded", "store": "s", "name": "a/b", "task": "classify", "train": "t.csv"}
+    with pytest.raises(InvalidConfiguration, match="paged-adamw pages to and from a GPU, and --device is cpu"):
+        load_options(None, {**options, "optimizer": "paged-adamw"})
+    assert load_options(None, {**options, "optimizer": "paged-adamw", "device": "cuda"}).optimizer == "paged-adamw"
