@@ -18,6 +18,7 @@ from sera_serve.trainer.together import jobs as together_jobs
 from sera_serve.trainer.together.jobs import train_jobs
 from sera_serve.trainer.together.plan import Plan
 from sera_serve.trainer.together.records import PublishedJobs
+from sera_serve.trainer.together.shared_pass import SharedPass
 
 
 @pytest.fixture
@@ -103,6 +104,27 @@ def test_a_job_that_fails_ends_alone(base: FrozenBase, tmp_path: Path) -> None:
     again = train_jobs(Plan([jobs[0], jobs[1], jobs[3]], 8), base=base)
     assert [result.status for result in again] == ["published earlier", "trained", "published earlier"]
     assert (again[0].result or {})["digest"] == (results[1].result or {})["digest"]
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_a_pass_that_fails_ends_the_jobs_that_are_in_it_alone(
+    base: FrozenBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, direction: str
+) -> None:
+    original = getattr(SharedPass, direction)
+    passes = 0
+
+    def failing(self: SharedPass, *arguments: Any) -> Any:
+        nonlocal passes
+        passes += 1
+        if passes == 2:
+            raise torch.OutOfMemoryError("no memory is left")
+        return original(self, *arguments)
+
+    monkeypatch.setattr(SharedPass, direction, failing)
+    first, second, _, third = mixed_jobs(tmp_path)
+    results = train_jobs(Plan([first, second, third], 2), base=base)
+    assert [result.status for result in results] == ["failed", "failed", "trained"]
+    assert [(result.error or {})["message"] for result in results[:2]] == ["no memory is left"] * 2
 
 
 def test_a_job_whose_adapter_was_deleted_is_trained_again(base: FrozenBase, tmp_path: Path) -> None:

@@ -146,15 +146,14 @@ def run_together(base: FrozenBase, members: Iterable[Member], *, together: int) 
                 continue
             try:
                 results = passes.forward([batch for _, batch in batches])
+                answers = {m.key: result for (m, _), result in zip(batches, results, strict=True)}
+                if any(isinstance(request, Batch) for _, request in _advance(live, answers, passes)):
+                    raise RuntimeError("a run asked for a second pass before its backward pass")
+                passes.backward(results)
+                answers = {}
             except RuntimeError as error:
                 # Out of memory, or a batch that the base cannot take: all that were in the pass end with it.
                 answers = {member.key: error for member, _ in batches}
-                continue
-            answers = {m.key: result for (m, _), result in zip(batches, results, strict=True)}
-            if any(isinstance(request, Batch) for _, request in _advance(live, answers, passes)):
-                raise RuntimeError("a run asked for a second pass before its backward pass")
-            answers = {}
-            passes.backward(results)
     finally:
         for member in live:
             member.stop()
