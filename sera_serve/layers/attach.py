@@ -37,7 +37,7 @@ def attach_adapter(model: nn.Module, config: SeraConfig) -> dict[str, SeraLinear
     Raises:
         InvalidConfiguration: See `select_targets`.
     """
-    return _replace(model, {path: (module, config) for path, module in select_targets(model, config).items()})
+    return attach_layers(model, dict.fromkeys(select_targets(model, config), config))
 
 
 def attach_layers(model: nn.Module, configs: Mapping[str, SeraConfig]) -> dict[str, SeraLinear]:
@@ -55,14 +55,10 @@ def attach_layers(model: nn.Module, configs: Mapping[str, SeraConfig]) -> dict[s
         if path not in linears:
             raise InvalidConfiguration(f"the base has no linear layer {path!r}", param="target_modules")
         config.check_fits(path, *linear_widths(linears[path]))
-    return _replace(model, {path: (linears[path], config) for path, config in configs.items()})
-
-
-def _replace(model: nn.Module, targets: Mapping[str, tuple[nn.Module, SeraConfig]]) -> dict[str, SeraLinear]:
     model.requires_grad_(False)
     layers = {}
-    for path, (module, config) in targets.items():
-        layers[path] = SeraLinear(module, config)
+    for path, config in configs.items():
+        layers[path] = SeraLinear(linears[path], config)
         replace_module(model, path, layers[path])
     return layers
 
