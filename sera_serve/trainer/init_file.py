@@ -13,7 +13,7 @@ from pydantic_core import to_jsonable_python
 
 from sera_serve.errors import InvalidConfiguration
 from sera_serve.trainer.settings import TrainSettings, group_of, load_options
-from sera_serve.trainer.task_options import TASK_OPTIONS, Task
+from sera_serve.trainer.task_options import Task, options_of_others
 
 _WIDTH = 100
 # What a run cannot do without, until the user writes his own.
@@ -35,7 +35,7 @@ def settings_yaml(task: Task, given: Mapping[str, Any]) -> str:
     """
     values = {"task": task, **_EXAMPLES, **{name: value for name, value in given.items() if value is not None}}
     settings = load_options(None, values)
-    foreign = {name for names in TASK_OPTIONS.values() for name in names} - set(TASK_OPTIONS[task])
+    foreign = options_of_others(task)
     lines = [
         f"# Options of a training run, task {task}. Train with: train_adapter --config FILE",
         "# A line that begins with '#' and a name is an option at its default: remove the '# ' to change the value.",

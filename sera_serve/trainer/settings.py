@@ -32,6 +32,7 @@ from sera_serve.trainer.task_options import (
     RowFormat,
     SelectBy,
     Task,
+    options_of_others,
 )
 
 _ADAPTER_SHAPE = ("rank", "split", "lora_alpha", "target_modules", "train_factors", *PATTERN_OPTIONS)
@@ -401,9 +402,8 @@ class TrainSettings(BaseModel):
             raise ValueError("--chat-template needs a question for each answer, which --format text has not")
 
     def _check_task_options(self) -> None:
-        own = TASK_OPTIONS[self.task]
-        for field in dict.fromkeys(field for fields in TASK_OPTIONS.values() for field in fields):
-            if field not in own and getattr(self, field) != type(self).model_fields[field].default:
+        for field in options_of_others(self.task):
+            if getattr(self, field) != type(self).model_fields[field].default:
                 tasks = [task for task, fields in TASK_OPTIONS.items() if field in fields]
                 word = "task" if len(tasks) == 1 else "tasks"
                 raise ValueError(f"{flag(field)} is for {word} {', '.join(tasks)}; leave it out for {self.task}")
@@ -544,9 +544,8 @@ class TrainSettings(BaseModel):
 
         Equal identities and data give equal adapters.
         """
-        own = TASK_OPTIONS[self.task]
-        others = {field for fields in TASK_OPTIONS.values() for field in fields if field not in own}
-        return self.model_dump(mode="json", exclude=_NOT_IDENTITY | others) | {"schedule": SCHEDULE}
+        left_out = _NOT_IDENTITY.union(options_of_others(self.task))
+        return self.model_dump(mode="json", exclude=left_out) | {"schedule": SCHEDULE}
 
     def default_work_dir(self) -> Path:
         """Return the folder for checkpoints of this adapter: by default beside the store, never inside it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Literal
 
 Task = Literal["classify", "generate", "regress", "token-classify", "image-classify", "retrieve"]
@@ -74,3 +75,8 @@ TASK_HELP = (
     "such as names. generate: continue a prompt. image-classify: predict a label for each image. retrieve: find images "
     "by their captions, and captions by their images."
 )
+
+
+def options_of_others(task: Task) -> list[str]:
+    """The options of other tasks that this one has not."""
+    return [name for name in dict.fromkeys(chain(*TASK_OPTIONS.values())) if name not in TASK_OPTIONS[task]]
